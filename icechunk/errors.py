@@ -1,0 +1,324 @@
+"""Every error this package raises.
+
+One root, few classes, chosen by what the caller does next; the finer cause is the stable string in
+``kind``. Class names and kinds are those of the official library, so ``except`` clauses written for
+it keep working.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+__all__ = [
+    "AlreadyExistsError",
+    "CommitOutcomeUnknown",
+    "ConflictError",
+    "ErrorKind",
+    "FormatError",
+    "IcechunkError",
+    "InternalError",
+    "InvalidInputError",
+    "NodeNotFoundError",
+    "NotFoundError",
+    "ObjectNotFoundError",
+    "PreconditionFailedError",
+    "ReadOnlyError",
+    "RefNotFoundError",
+    "RepositoryNotFoundError",
+    "SessionStateError",
+    "SnapshotNotFoundError",
+    "StorageError",
+]
+
+
+class ErrorKind(StrEnum):
+    """What exactly went wrong; the stable part of an error that programs compare with."""
+
+    COMMIT_CONFLICT = "commit-conflict"
+    BRANCH_UPDATE_CONFLICT = "branch-update-conflict"
+    REBASE_FAILED = "rebase-failed"
+    CONFIG_UPDATED = "config-updated"
+    REPO_INFO_UPDATED = "repo-info-updated"
+    UPDATE_ATTEMPTS_EXHAUSTED = "update-attempts-exhausted"
+    GC_DELETES_FAILING = "gc-deletes-failing"
+    NODE_NOT_FOUND = "node-not-found"
+    ANCESTOR_NODE_NOT_FOUND = "ancestor-node-not-found"
+    CHUNK_NOT_FOUND = "chunk-not-found"
+    KEY_NOT_FOUND = "key-not-found"
+    SNAPSHOT_NOT_FOUND = "snapshot-not-found"
+    NO_SNAPSHOT_AT_TIME = "no-snapshot-at-time"
+    REF_NOT_FOUND = "ref-not-found"
+    BRANCH_NOT_FOUND = "branch-not-found"
+    TAG_NOT_FOUND = "tag-not-found"
+    REPOSITORY_NOT_FOUND = "repository-not-found"
+    MANIFEST_INFO_NOT_FOUND = "manifest-info-not-found"
+    NODE_ALREADY_EXISTS = "node-already-exists"
+    BRANCH_ALREADY_EXISTS = "branch-already-exists"
+    TAG_ALREADY_EXISTS = "tag-already-exists"
+    TAG_PREVIOUSLY_DELETED = "tag-previously-deleted"
+    MOVE_WONT_OVERWRITE = "move-wont-overwrite"
+    READ_ONLY_SESSION = "read-only-session"
+    READ_ONLY_STORE = "read-only-store"
+    READ_ONLY_STORAGE = "read-only-storage"
+    READ_ONLY_REPOSITORY = "read-only-repository"
+    INVALID_KEY = "invalid-key"
+    INVALID_CHUNK_INDEX = "invalid-chunk-index"
+    ZERO_LENGTH_CHUNK = "zero-length-chunk"
+    INVALID_MANIFEST_SPLIT_INDEX = "invalid-manifest-split-index"
+    INVALID_REF_TYPE = "invalid-ref-type"
+    INVALID_REF_NAME = "invalid-ref-name"
+    INVALID_SNAPSHOT_ID = "invalid-snapshot-id"
+    INVALID_PATH = "invalid-path"
+    BAD_KEY_PREFIX = "bad-key-prefix"
+    BAD_METADATA = "bad-metadata"
+    BAD_PREFIX = "bad-prefix"
+    NOT_AN_ARRAY = "not-an-array"
+    NOT_A_GROUP = "not-a-group"
+    INVALID_BYTE_RANGE = "invalid-byte-range"
+    INVALID_COMMIT_CONFIGURATION = "invalid-commit-configuration"
+    INVALID_ARRAY_METADATA = "invalid-array-metadata"
+    INVALID_FEATURE_FLAG = "invalid-feature-flag"
+    INVALID_VIRTUAL_REF = "invalid-virtual-ref"
+    INVALID_CREDENTIALS = "invalid-credentials"
+    NO_CONTAINER_FOR_VIRTUAL_CHUNK = "no-container-for-virtual-chunk"
+    UNAUTHORIZED_VIRTUAL_CHUNK_CONTAINER = "unauthorized-virtual-chunk-container"
+    EMPTY_PREFIX_CREATION = "empty-prefix-creation"
+    PARENT_DIRECTORY_NOT_CLEAN = "parent-directory-not-clean"
+    BAD_SNAPSHOT_CHAIN_FOR_DIFF = "bad-snapshot-chain-for-diff"
+    COMMIT_NOT_ALLOWED = "commit-not-allowed"
+    MERGE_NOT_ALLOWED = "merge-not-allowed"
+    CANNOT_FORK_READ_ONLY_SESSION = "cannot-fork-read-only-session"
+    REARRANGE_SESSION_ONLY = "rearrange-session-only"
+    NON_REARRANGE_SESSION = "non-rearrange-session"
+    MOVE_INTO_SELF_OR_DESCENDANT = "move-into-self-or-descendant"
+    MOVE_DESTINATION_PARENT_MISSING = "move-destination-parent-missing"
+    MOVE_DESTINATION_PARENT_NOT_GROUP = "move-destination-parent-not-group"
+    NO_CHANGES_TO_COMMIT = "no-changes-to-commit"
+    NO_AMEND_FOR_INITIAL_COMMIT = "no-amend-for-initial-commit"
+    NOT_ON_BRANCH = "not-on-branch"
+    NO_SNAPSHOT = "no-snapshot"
+    CANNOT_DELETE_MAIN = "cannot-delete-main"
+    UNCOMMITTED_CHANGES = "uncommitted-changes"
+    MERGE_FAILED = "merge-failed"
+    NOT_ALLOWED = "not-allowed"
+    UNIMPLEMENTED = "unimplemented"
+    REBASE_TX_LOG_PRUNED = "rebase-tx-log-pruned"
+    FEATURE_FLAG_DISABLED = "feature-flag-disabled"
+    TAG_ERROR = "tag-error"
+    INVALID_REPOSITORY_MIGRATION = "invalid-repository-migration"
+    OBJECT_NOT_FOUND = "object-not-found"
+    OBJECT_STORE = "object-store"
+    IO = "io"
+    STORAGE_CONFIG = "storage-config"
+    CANNOT_PARSE_URL = "cannot-parse-url"
+    BAD_REDIRECT = "bad-redirect"
+    SEMAPHORE_ACQUIRE = "semaphore-acquire"
+    THROTTLED = "throttled"
+    STORAGE_OTHER = "storage-other"
+    VIRTUAL_CHUNK_FETCH = "virtual-chunk-fetch"
+    VIRTUAL_CHUNK_MODIFIED = "virtual-chunk-modified"
+    INVALID_OBJECT_SIZE = "invalid-object-size"
+    SERIALIZATION = "serialization"
+    DESERIALIZATION = "deserialization"
+    CONFIG_DESERIALIZATION = "config-deserialization"
+    INVALID_FILE_FORMAT = "invalid-file-format"
+    UNSUPPORTED_SPEC_VERSION = "unsupported-spec-version"
+    UNSUPPORTED_OPERATION_FOR_VERSION = "unsupported-operation-for-version"
+    SNAPSHOT_TIMESTAMP = "snapshot-timestamp"
+    DUPLICATE_SNAPSHOT_ID = "duplicate-snapshot-id"
+    CONCURRENCY = "concurrency"
+    FLUSH = "flush"
+    PARTIAL_VALUES_PANIC = "partial-values-panic"
+    CONFLICTING_PATH_NOT_FOUND = "conflicting-path-not-found"
+    INCONSISTENT_MANIFESTS = "inconsistent-manifests"
+    POISON_LOCK = "poison-lock"
+    PICKLE = "pickle"
+    UNKNOWN = "unknown"
+    COMMIT_OUTCOME_UNKNOWN = "commit-outcome-unknown"
+
+
+class IcechunkError(Exception):
+    """The root of the hierarchy.
+
+    Parameters
+    ----------
+    message
+        What was attempted, on which object, and what to do about it.
+    kind
+        One of `ErrorKind`, or any string; ``"unknown"`` where none is given.
+    """
+
+    default_kind: ErrorKind = ErrorKind.UNKNOWN
+
+    def __init__(self, message: str, kind: str | None = None) -> None:
+        super().__init__(message)
+        self._message = message
+        self._kind = str(kind) if kind is not None else str(self.default_kind)
+
+    @property
+    def message(self) -> str:
+        """The full message."""
+        return self._message
+
+    @property
+    def kind(self) -> str:
+        """The stable identifier of the cause, one of the values of `ErrorKind`."""
+        return self._kind
+
+    def __str__(self) -> str:
+        return self._message
+
+    def __repr__(self) -> str:
+        return f'icechunk.{type(self).__name__}(message="{self._message}", kind="{self._kind}")'
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self._message, self._kind))
+
+
+class NotFoundError(IcechunkError, KeyError):
+    """Something named by the caller does not exist. Check the name, or create it."""
+
+    default_kind = ErrorKind.KEY_NOT_FOUND
+
+
+class NodeNotFoundError(NotFoundError):
+    """No group or array at this path."""
+
+    default_kind = ErrorKind.NODE_NOT_FOUND
+
+
+class SnapshotNotFoundError(NotFoundError):
+    """No snapshot with this id, or none old enough for this time."""
+
+    default_kind = ErrorKind.SNAPSHOT_NOT_FOUND
+
+
+class RefNotFoundError(NotFoundError):
+    """No branch or tag with this name."""
+
+    default_kind = ErrorKind.REF_NOT_FOUND
+
+
+class RepositoryNotFoundError(NotFoundError):
+    """No repository at this place of the storage. Check bucket and prefix, or create one there."""
+
+    default_kind = ErrorKind.REPOSITORY_NOT_FOUND
+
+
+class AlreadyExistsError(IcechunkError):
+    """The name is taken. Choose another one."""
+
+    default_kind = ErrorKind.NODE_ALREADY_EXISTS
+
+
+class ReadOnlyError(IcechunkError):
+    """A write to a read-only session, store, storage or repository; nothing was written."""
+
+    default_kind = ErrorKind.READ_ONLY_SESSION
+
+
+class InvalidInputError(IcechunkError, ValueError):
+    """An argument was refused at the boundary; nothing was written."""
+
+    default_kind = ErrorKind.INVALID_KEY
+
+
+class SessionStateError(IcechunkError):
+    """The session, or repository, is in a state that does not allow this operation."""
+
+    default_kind = ErrorKind.NOT_ALLOWED
+
+
+class StorageError(IcechunkError):
+    """The storage did not do what was asked, after the retries that the settings allow."""
+
+    default_kind = ErrorKind.STORAGE_OTHER
+
+
+class ObjectNotFoundError(StorageError):
+    """The storage has no object at this key."""
+
+    default_kind = ErrorKind.OBJECT_NOT_FOUND
+
+
+class PreconditionFailedError(StorageError):
+    """The storage refused a conditional write, for certain, and this write did not land earlier either."""
+
+    default_kind = ErrorKind.OBJECT_STORE
+
+
+class FormatError(IcechunkError):
+    """An object's bytes are not what the format says: corrupt, truncated, foreign, or hostile."""
+
+    default_kind = ErrorKind.INVALID_FILE_FORMAT
+
+
+class InternalError(IcechunkError):
+    """A bug of ours. Please report it with the message."""
+
+
+class ConflictError(IcechunkError):
+    """The branch moved since the session began; nothing of this commit is visible, nor ever will be.
+
+    Open a new session on the branch and repeat the work there, or rebase.
+
+    Parameters
+    ----------
+    expected_parent
+        Snapshot id that the session stands on.
+    actual_parent
+        Snapshot id that the branch points to now; None if the branch is gone.
+    """
+
+    default_kind = ErrorKind.COMMIT_CONFLICT
+
+    def __init__(
+        self,
+        expected_parent: str | None = None,
+        actual_parent: str | None = None,
+        message: str | None = None,
+        kind: str | None = None,
+    ) -> None:
+        if message is None:
+            message = (
+                f"cannot commit: the session stands on snapshot {expected_parent}, but the branch is at "
+                f"{actual_parent} now; open a new session on the branch, or rebase"
+            )
+        super().__init__(message, kind)
+        self._expected_parent = expected_parent
+        self._actual_parent = actual_parent
+
+    @property
+    def expected_parent(self) -> str:
+        """Snapshot id that the session stands on."""
+        return self._expected_parent or ""
+
+    @property
+    def actual_parent(self) -> str:
+        """Snapshot id that the branch points to now; empty if the branch is gone."""
+        return self._actual_parent or ""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self._expected_parent, self._actual_parent, self._message, self._kind))
+
+
+class CommitOutcomeUnknown(IcechunkError):
+    """No certain answer came before the deadline or the cancellation: the commit may have landed, or may yet.
+
+    `Repository.settle_async(error.token)` finds out, or makes failure certain.
+
+    Parameters
+    ----------
+    token
+        Opaque, picklable; names the log's slot, the entry's nonce and its snapshots.
+    """
+
+    default_kind = ErrorKind.COMMIT_OUTCOME_UNKNOWN
+
+    def __init__(self, message: str, token: Any = None) -> None:
+        super().__init__(message)
+        self.token = token
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self._message, self.token))

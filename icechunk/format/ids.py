@@ -1,0 +1,68 @@
+"""Identifiers: random bytes, written in keys as Crockford base32."""
+
+from __future__ import annotations
+
+from typing import Final, NewType
+
+from icechunk.errors import ErrorKind, InvalidInputError
+
+__all__ = ["FIRST_SNAPSHOT", "NodeId", "ObjectId", "decode_id", "encode_id", "object_id_from_text"]
+
+ObjectId = NewType("ObjectId", bytes)
+"""12 bytes: a snapshot, manifest or chunk."""
+NodeId = NewType("NodeId", bytes)
+"""8 bytes: a group or array, for its whole life, through moves and changes of metadata."""
+
+_ALPHABET: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+_VALUES: Final = {c: i for i, c in enumerate(_ALPHABET)}
+
+
+def encode_id(raw: bytes) -> str:
+    """Write an id as its key text: upper case, unpadded, zero bits appended on the right.
+
+    >>> encode_id(bytes.fromhex("0b1cc8d6787580f0e33a6534"))
+    '1CECHNKREP0F1RSTCMT0'
+    """
+    bits = len(raw) * 8
+    chars = -(-bits // 5)
+    number = int.from_bytes(raw) << (chars * 5 - bits)
+    return "".join([_ALPHABET[(number >> shift) & 31] for shift in range((chars - 1) * 5, -1, -5)])
+
+
+def decode_id(text: str, size: int) -> bytes:
+    """Read `encode_id` back.
+
+    Raises
+    ------
+    InvalidInputError
+        If ``text`` is not the text of an id of ``size`` bytes.
+    """
+    bits = size * 8
+    chars = -(-bits // 5)
+    try:
+        number = 0
+        for char in text:
+            number = number << 5 | _VALUES[char]
+    except KeyError:
+        raise InvalidInputError(f"invalid id {text!r}: not Crockford base32", ErrorKind.INVALID_SNAPSHOT_ID) from None
+    spare = chars * 5 - bits
+    if len(text) != chars or number & ((1 << spare) - 1):
+        raise InvalidInputError(
+            f"invalid id {text!r}: {chars} characters of Crockford base32 expected", ErrorKind.INVALID_SNAPSHOT_ID
+        )
+    return (number >> spare).to_bytes(size)
+
+
+def object_id_from_text(text: str) -> ObjectId:
+    """The id of a snapshot, manifest or chunk from its text (20 characters).
+
+    Raises
+    ------
+    InvalidInputError
+        If it is not one.
+    """
+    return ObjectId(decode_id(text, 12))
+
+
+FIRST_SNAPSHOT: Final = ObjectId(bytes.fromhex("0b1cc8d6787580f0e33a6534"))
+"""The id of every repository's first snapshot."""

@@ -1,0 +1,248 @@
+"""The values that the format's files hold, free of any encoding.
+
+Chunk references are columns (`ChunkRefs`), never an object each. Everything here is immutable by
+convention: arrays are marked read-only where they are shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.format.ids import NodeId, ObjectId
+
+__all__ = [
+    "INLINE",
+    "NATIVE",
+    "VIRTUAL",
+    "ChunkRef",
+    "ChunkRefs",
+    "DimensionShape",
+    "Extents",
+    "Manifest",
+    "ManifestFile",
+    "ManifestRef",
+    "Move",
+    "NodeKind",
+    "NodeSnapshot",
+    "Snapshot",
+    "TransactionLog",
+]
+
+Json: TypeAlias = Any
+"""None, bool, int, float, str, bytes, list or dict of such."""
+
+INLINE: Final = 1
+NATIVE: Final = 2
+VIRTUAL: Final = 3
+
+NO_CHECKSUM: Final = 0
+ETAG: Final = 1
+LAST_MODIFIED: Final = 2
+
+ID12: Final = np.dtype("V12")
+
+
+class ChunkRef(NamedTuple):
+    """One reference, for the paths that deal with one chunk at a time."""
+
+    kind: int
+    """`INLINE`, `NATIVE` or `VIRTUAL`."""
+    data: bytes | None = None
+    """The chunk itself, when inline."""
+    chunk_id: ObjectId | None = None
+    """The chunk object, when native."""
+    location: str | None = None
+    """URL, when virtual."""
+    offset: int = 0
+    length: int = 0
+    """Bytes, also when inline."""
+    etag: str | None = None
+    last_modified: int | None = None
+    """Seconds since the epoch: a virtual object newer than this has changed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ChunkRefs:
+    """Columns of references of one array; row i of every column is one chunk."""
+
+    coords: npt.NDArray[np.uint32]
+    """uint32[n, ndim]: chunk grid coordinates; ascending lexicographically and unique in a manifest."""
+    kind: npt.NDArray[np.uint8]
+    """uint8[n]: `INLINE`, `NATIVE` or `VIRTUAL`."""
+    offset: npt.NDArray[np.uint64]
+    """uint64[n]: bytes into the object (native, virtual), or into ``inline_data`` (inline)."""
+    length: npt.NDArray[np.uint64]
+    """uint64[n]: bytes."""
+    chunk_id: npt.NDArray[np.void]
+    """V12[n]: object id of native rows; zero bytes elsewhere."""
+    location: npt.NDArray[np.int32]
+    """int32[n]: row of ``locations`` for virtual rows; −1 elsewhere."""
+    locations: tuple[str, ...] = ()
+    """Distinct URLs; order has no meaning."""
+    checksum_kind: npt.NDArray[np.uint8] | None = None
+    """uint8[n]: 0 none, 1 etag, 2 last-modified; None when no row has a checksum."""
+    checksum: npt.NDArray[np.int64] | None = None
+    """int64[n]: row of ``etags``, or seconds since the epoch; None when no row has a checksum."""
+    etags: tuple[str, ...] = ()
+    """Distinct etags."""
+    inline_data: bytes = b""
+    """Bytes of all inline rows, at ``offset`` and ``length``."""
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    @property
+    def ndim(self) -> int:
+        """Dimensions of the array."""
+        return int(self.coords.shape[1])
+
+    @staticmethod
+    def empty(ndim: int) -> ChunkRefs:
+        """No references of an array with that many dimensions."""
+        return ChunkRefs(
+            coords=np.empty((0, ndim), np.uint32),
+            kind=np.empty(0, np.uint8),
+            offset=np.empty(0, np.uint64),
+            length=np.empty(0, np.uint64),
+            chunk_id=np.empty(0, ID12),
+            location=np.empty(0, np.int32),
+        )
+
+    def row(self, i: int) -> ChunkRef:
+        """Row ``i`` as a value of its own."""
+        kind, offset, length = int(self.kind[i]), int(self.offset[i]), int(self.length[i])
+        if kind == INLINE:
+            return ChunkRef(INLINE, data=bytes(self.inline_data[offset : offset + length]), length=length)
+        if kind == NATIVE:
+            return ChunkRef(NATIVE, chunk_id=ObjectId(self.chunk_id[i].tobytes()), offset=offset, length=length)
+        etag = last_modified = None
+        if self.checksum_kind is not None and self.checksum is not None:
+            if self.checksum_kind[i] == ETAG:
+                etag = self.etags[int(self.checksum[i])]
+            elif self.checksum_kind[i] == LAST_MODIFIED:
+                last_modified = int(self.checksum[i])
+        location = self.locations[int(self.location[i])]
+        return ChunkRef(VIRTUAL, None, None, location, offset, length, etag, last_modified)
+
+
+Extents: TypeAlias = tuple[tuple[int, int], ...]
+"""For each dimension: first chunk coordinate (inclusive), last (exclusive)."""
+
+
+class ManifestRef(NamedTuple):
+    """An array's pointer to one of its manifests."""
+
+    object_id: ObjectId
+    extents: Extents
+    """Bounding box of the array's references in that manifest; never overlaps another one of the same array."""
+
+
+class ManifestFile(NamedTuple):
+    """A manifest object that a snapshot uses."""
+
+    object_id: ObjectId
+    size_bytes: int
+    num_chunk_refs: int
+
+
+class DimensionShape(NamedTuple):
+    """Length of one dimension."""
+
+    array_length: int
+    """Elements."""
+    num_chunks: int
+    """Chunks along this dimension."""
+
+
+class NodeKind(IntEnum):
+    """Numbers are those of the format's MoveOperation.node_type."""
+
+    GROUP = 0
+    ARRAY = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSnapshot:
+    """A group or array as a snapshot holds it."""
+
+    id: NodeId
+    path: str
+    """Absolute, ``/``-separated; the root is ``/``."""
+    kind: NodeKind
+    user_data: bytes
+    """The node's zarr.json, verbatim."""
+    shape: tuple[DimensionShape, ...] = ()
+    """Of an array."""
+    dimension_names: tuple[str | None, ...] | None = None
+    manifests: tuple[ManifestRef, ...] = ()
+    """Of an array; together they hold all its references."""
+    extra: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Everything about one version of the hierarchy, but the chunk references."""
+
+    id: ObjectId
+    parent_id: ObjectId | None = None
+    """Only in format 1; format 2 keeps ancestry in the repo object."""
+    nodes: Mapping[str, NodeSnapshot] = field(default_factory=dict)
+    """By path, in ascending order of the path's UTF-8 bytes."""
+    flushed_at_us: int
+    """µs since the epoch."""
+    message: str
+    metadata: Mapping[str, Json] = field(default_factory=dict)
+    manifest_files: Mapping[ObjectId, ManifestFile] = field(default_factory=dict)
+    """Every manifest that some node refers to."""
+    extra: bytes | None = None
+
+    def with_nodes(self, nodes: Mapping[str, NodeSnapshot]) -> Snapshot:
+        """The same snapshot with other nodes."""
+        return replace(self, nodes=nodes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Manifest:
+    """Chunk references of one or several arrays."""
+
+    id: ObjectId
+    arrays: Mapping[NodeId, ChunkRefs]
+    """In ascending order of node id; each one's rows in ascending order of coordinates."""
+
+    @property
+    def num_chunk_refs(self) -> int:
+        """References of all arrays."""
+        return sum(len(refs) for refs in self.arrays.values())
+
+
+class Move(NamedTuple):
+    """Net effect of the moves of one node in a transaction."""
+
+    source: str
+    target: str
+    node_id: NodeId
+    kind: NodeKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransactionLog:
+    """What one commit changed. An id stands in at most one of new, deleted and updated of its kind."""
+
+    id: ObjectId
+    """Of the snapshot it led to."""
+    new_groups: frozenset[NodeId] = frozenset()
+    new_arrays: frozenset[NodeId] = frozenset()
+    deleted_groups: frozenset[NodeId] = frozenset()
+    deleted_arrays: frozenset[NodeId] = frozenset()
+    updated_groups: frozenset[NodeId] = frozenset()
+    updated_arrays: frozenset[NodeId] = frozenset()
+    updated_chunks: Mapping[NodeId, npt.NDArray[np.uint32]] = field(default_factory=dict)
+    """uint32[n, ndim] by node, ascending: every coordinate whose reference was added, replaced or deleted."""
+    moved_nodes: tuple[Move, ...] = ()
+    extra: bytes | None = None
