@@ -1,0 +1,1 @@
+"""Icechunk for asyncio: a transactional storage engine for Zarr."""

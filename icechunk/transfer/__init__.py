@@ -1,0 +1,1 @@
+"""What moves bytes: pools that keep the wire busy, and the caches in front of them."""

@@ -1,0 +1,60 @@
+"""A cache of immutable values, bounded by weight, shared by all loops and threads of a repository."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+__all__ = ["WeightedCache"]
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class WeightedCache(Generic[K, V]):
+    """Least recently used values leave first once the total weight passes the bound.
+
+    Parameters
+    ----------
+    max_weight
+        Sum of weights kept, in whatever unit the caller counts. A value heavier than all of it is not kept.
+    """
+
+    def __init__(self, max_weight: int) -> None:
+        self._max_weight = max_weight
+        self._items: OrderedDict[K, tuple[V, int]] = OrderedDict()
+        self._weight = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def weight(self) -> int:
+        """Sum of the weights of what is kept."""
+        return self._weight
+
+    def get(self, key: K) -> V | None:
+        """The value, now the most recently used; None where there is none."""
+        with self._lock:
+            item = self._items.get(key)
+            if item is None:
+                return None
+            self._items.move_to_end(key)
+            return item[0]
+
+    def put(self, key: K, value: V, weight: int) -> None:
+        """Keep a value, and let go of the least recently used ones to make room."""
+        if weight > self._max_weight:
+            return
+        with self._lock:
+            old = self._items.pop(key, None)
+            if old is not None:
+                self._weight -= old[1]
+            self._items[key] = (value, weight)
+            self._weight += weight
+            while self._weight > self._max_weight:
+                _, (_, gone) = self._items.popitem(last=False)
+                self._weight -= gone

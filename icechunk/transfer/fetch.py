@@ -1,0 +1,66 @@
+"""The fetch pool: bounded, shared reads of immutable objects, one pool for each loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, TypeVar
+
+import anyio
+
+from icechunk.storage.base import ByteRange, Storage
+
+__all__ = ["FetchPool"]
+
+T = TypeVar("T")
+
+
+class _Flight(Generic[T]):
+    __slots__ = ("task", "waiters")
+
+    def __init__(self, task: asyncio.Future[T]) -> None:
+        self.task = task
+        self.waiters = 0
+
+
+class FetchPool:
+    """Reads of a repository on one event loop.
+
+    At most ``max_requests`` are in flight, and callers that want the same bytes at the same time share
+    one request: it is cancelled only when the last of them is.
+    """
+
+    def __init__(self, storage: Storage, max_requests: int) -> None:
+        self._storage = storage
+        self._limiter = anyio.CapacityLimiter(max_requests)
+        self._flights: dict[object, _Flight[Any]] = {}
+
+    async def get(self, key: str, byte_range: ByteRange = None) -> bytes:
+        """Bytes of an object, or of a range of it. Raises as `Storage.get` does."""
+        return await self.share((key, byte_range), lambda: self._fetch(key, byte_range))
+
+    async def share(self, key: object, work: Callable[[], Awaitable[T]]) -> T:
+        """Join the work in flight under ``key``, or start it. Its result or error reaches everybody who joined."""
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = _Flight(asyncio.ensure_future(work()))
+            self._flights[key] = flight
+            flight.task.add_done_callback(lambda _, landed=flight: self._land(key, landed))
+        flight.waiters += 1
+        try:
+            result: T = await asyncio.shield(flight.task)
+            return result
+        finally:
+            flight.waiters -= 1
+            if not flight.waiters and not flight.task.done():
+                # Nobody may join a flight that is being cancelled.
+                self._land(key, flight)
+                flight.task.cancel()
+
+    def _land(self, key: object, flight: _Flight[Any]) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+
+    async def _fetch(self, key: str, byte_range: ByteRange) -> bytes:
+        async with self._limiter:
+            return (await self._storage.get(key, byte_range)).data
