@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -45,7 +46,7 @@ class FetchPool:
         if flight is None:
             flight = _Flight(asyncio.ensure_future(work()))
             self._flights[key] = flight
-            flight.task.add_done_callback(lambda _, landed=flight: self._land(key, landed))
+            flight.task.add_done_callback(partial(self._land, key, flight))
         flight.waiters += 1
         try:
             result: T = await asyncio.shield(flight.task)
@@ -57,7 +58,7 @@ class FetchPool:
                 self._land(key, flight)
                 flight.task.cancel()
 
-    def _land(self, key: object, flight: _Flight[Any]) -> None:
+    def _land(self, key: object, flight: _Flight[Any], _: object = None) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
 

@@ -5,9 +5,9 @@ promise changes. The commit calls `PutPool.flush`, which returns only when every
 
 Who owns what: an upload runs as a task of the loop on which it was put, but the *bytes* belong to the pool until
 they are durable. So a flush on another loop (zarr's synchronous API writes on zarr's loop, then the user commits
-from his) waits for what others started, and where a loop has stopped, a task was cancelled, or the loop is the very one whose thread
-waits for this flush, it uploads those bytes again itself: object ids are random, so the same bytes at the same key
-twice are harmless.
+from his) waits for what others started. Where that loop has stopped, the task was cancelled, or the loop is the very
+one whose thread waits for this flush, it uploads those bytes again itself: object ids are random, so the same bytes
+at the same key twice are harmless.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import asyncio
 import concurrent.futures
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 
 import anyio
 
@@ -146,7 +147,7 @@ class PutPool:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         # A task cancelled before its first step never runs its own clean-up.
-        task.add_done_callback(lambda _, done=item.done: done.done() or self._end(item, done, asyncio.CancelledError()))
+        task.add_done_callback(partial(self._end_if_cancelled, item, item.done))
 
     async def _upload(self, item: _Pending, done: concurrent.futures.Future[None]) -> None:
         try:
@@ -159,6 +160,10 @@ class PutPool:
             self._end(item, done, error)
         else:
             self._end(item, done, None)
+
+    def _end_if_cancelled(self, item: _Pending, done: concurrent.futures.Future[None], _: object) -> None:
+        if not done.done():
+            self._end(item, done, asyncio.CancelledError())
 
     def _end(self, item: _Pending, done: concurrent.futures.Future[None], error: BaseException | None) -> None:
         with self._lock:
