@@ -1,0 +1,114 @@
+"""The 39 bytes in front of every metadata file, and the zstd frame behind them."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final
+
+import zstandard
+
+from icechunk.errors import ErrorKind, FormatError
+
+__all__ = ["CLIENT_NAME", "COMPRESSION_ZSTD", "HEADER_SIZE", "FileType", "seal", "unseal"]
+
+MAGIC: Final = "ICE🧊CHUNK".encode()
+CLIENT_NAME: Final = "aioicechunk 2.3.0"
+"""How we sign our files; at most 24 bytes of UTF-8."""
+HEADER_SIZE: Final = 39
+NEWEST_SPEC_VERSION: Final = 2
+COMPRESSION_ZSTD: Final = 1
+FILE_IDENTIFIER: Final = b"Ichk"
+
+_CLIENT_FIELD: Final = CLIENT_NAME.encode().ljust(24)
+# Metadata compresses 2 to 60 times (repeated zarr.json is the extreme); what claims much more is a bomb.
+_MAX_RATIO: Final = 512
+_MAX_OUTPUT_FLOOR: Final = 16 * 2**20
+_MAX_OUTPUT: Final = 2**32
+# One kilobyte of zstd yields at most 32 MiB (a block of 128 KiB takes 4 bytes), so fed in such
+# slices a frame of unstated size overshoots the limit by no more than that.
+_SLICE: Final = 1024
+
+
+class FileType(IntEnum):
+    """What a metadata file holds."""
+
+    SNAPSHOT = 1
+    MANIFEST = 2
+    TRANSACTION_LOG = 4
+    REPO_INFO = 6
+
+
+def seal(file_type: FileType, spec_version: int, payload: bytes | bytearray | memoryview, level: int = 3) -> bytes:
+    """Compress ``payload`` with zstd at ``level`` and put the header before it."""
+    header = MAGIC + _CLIENT_FIELD + bytes((spec_version, file_type, COMPRESSION_ZSTD))
+    return header + zstandard.ZstdCompressor(level=level).compress(payload)
+
+
+def unseal(data: bytes, file_type: FileType, *, what: str = "") -> tuple[int, bytes]:
+    """Check the header and decompress.
+
+    Parameters
+    ----------
+    data
+        The whole file.
+    file_type
+        What it must be.
+    what
+        Names the object in errors; the file type where empty.
+
+    Returns
+    -------
+    spec_version, payload
+        1 or 2, and the FlatBuffers bytes, whose file identifier has been checked.
+
+    Raises
+    ------
+    FormatError
+        If the file is foreign, truncated, corrupt, of another type, of a newer spec version (kind
+        ``unsupported-spec-version``), or would decompress to more than 512 times its size
+        (16 MiB for small files, never more than 4 GiB).
+    """
+    name = what or file_type.name.lower().replace("_", " ")
+    if len(data) < HEADER_SIZE or data[:12] != MAGIC:
+        raise FormatError(f"cannot read {name}: not an Icechunk file ({len(data)} bytes, no magic number)")
+    spec_version, found, compression = data[36], data[37], data[38]
+    if found != file_type:
+        raise FormatError(f"cannot read {name}: its file type is {found}, {int(file_type)} expected")
+    if not 1 <= spec_version <= NEWEST_SPEC_VERSION:
+        raise FormatError(
+            f"cannot read {name}: its spec version is {spec_version}, this library reads up to {NEWEST_SPEC_VERSION}; "
+            "use a newer version of the library",
+            ErrorKind.UNSUPPORTED_SPEC_VERSION,
+        )
+    if compression != COMPRESSION_ZSTD:
+        raise FormatError(f"cannot read {name}: unknown compression {compression}")
+    payload = _decompress(memoryview(data)[HEADER_SIZE:], name)
+    if len(payload) < 8 or payload[4:8] != FILE_IDENTIFIER:
+        raise FormatError(f"cannot read {name}: the payload's file identifier is not {FILE_IDENTIFIER.decode()!r}")
+    return spec_version, payload
+
+
+def _decompress(frame: memoryview, name: str) -> bytes:
+    limit = min(max(_MAX_OUTPUT_FLOOR, len(frame) * _MAX_RATIO), _MAX_OUTPUT)
+    try:
+        declared = zstandard.frame_content_size(frame)
+        if declared > limit:
+            raise FormatError(f"cannot read {name}: {len(frame)} bytes claim to decompress to {declared}")
+        if declared > 0:
+            return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+        stream = zstandard.ZstdDecompressor().decompressobj()
+        parts: list[bytes] = []
+        total = 0
+        for start in range(0, len(frame), _SLICE):
+            part = stream.decompress(frame[start : start + _SLICE])
+            total += len(part)
+            if total > limit:
+                raise FormatError(f"cannot read {name}: {len(frame)} bytes decompress to more than {limit}")
+            parts.append(part)
+            if stream.eof:
+                break
+        if not stream.eof:
+            raise FormatError(f"cannot read {name}: its zstd frame is truncated")
+        return b"".join(parts)
+    except (zstandard.ZstdError, MemoryError) as error:
+        raise FormatError(f"cannot read {name}: its zstd frame is corrupt ({error})") from error
