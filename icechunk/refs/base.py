@@ -1,0 +1,134 @@
+"""What every layout of the repository log offers: the newest folded state, and one way to add to it.
+
+One instance belongs to one repository and one event loop, and owns the newest state that this loop knows.
+Others read `RepositoryLog.state`; only `refresh` and `append` replace it, and it never goes back.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeAlias
+
+from icechunk.format.ids import ObjectId
+from icechunk.format.repo_values import Update
+from icechunk.refs.events import Event
+from icechunk.refs.state import RepoState
+
+__all__ = ["Layout", "Propose", "RepositoryLog", "SwapToken"]
+
+
+class Layout(StrEnum):
+    """How the repository log is persisted."""
+
+    LOG = "log"
+    """One new object per entry; ``repo`` is a checkpoint that the official library opens read-only."""
+    REPO = "repo"
+    """Format 2.1 as published: every change replaces ``repo``."""
+    REFS = "refs"
+    """Format 1: one ``ref.json`` per branch and tag."""
+
+
+Propose: TypeAlias = Callable[[RepoState], Sequence[Event]]
+"""Pure: the newest state to what should happen next; what it raises ends the append with nothing landed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapToken:
+    """Names one swap whose outcome is not known; picklable, and valid in any process."""
+
+    epoch: str
+    """Life of the log that the entry belongs to."""
+    n: int
+    """Slot that the entry was sent to."""
+    nonce: bytes
+    """16 bytes: the entry's own."""
+    snapshots: tuple[ObjectId, ...] = ()
+    """New snapshots of the caller's events: in the graph exactly if they landed."""
+
+
+class RepositoryLog(ABC):
+    """The log of one repository, for one event loop."""
+
+    layout: Layout
+    state: RepoState
+    """The newest folded state that this instance knows."""
+
+    @property
+    def spec_version(self) -> int:
+        """Version of the format that snapshots and manifests of this repository are written in: 1 or 2."""
+        return 1 if self.layout is Layout.REFS else 2
+
+    @abstractmethod
+    async def refresh(self) -> RepoState:
+        """Learn everything up to the end of the log as it is now, and return the state there.
+
+        Includes everything that was acknowledged to anybody before the call. One round trip where little happened.
+        """
+
+    @abstractmethod
+    async def append(
+        self, propose: Propose, *, since_us: int | None = None, deadline_s: float | None = None
+    ) -> RepoState:
+        """Make events happen, all or none.
+
+        ``propose`` is called on the newest known state, and again whenever another writer was first; the
+        events must apply one after the other (`icechunk.refs.state.apply`). An empty sequence lands nothing.
+        Calls that wait at the same time share one entry; each is validated after the ones before, and one that
+        is refused does not touch the others.
+
+        Parameters
+        ----------
+        propose
+            Pure; quick; may be called any number of times.
+        since_us
+            Store time, µs, not later than the Last-Modified of anything that the events add; None where they
+            add no files.
+        deadline_s
+            Seconds until the caller wants to know; None: until it is certain.
+
+        Returns
+        -------
+        RepoState
+            The state in which these events, and everything before them, have been folded.
+
+        Raises
+        ------
+        IcechunkError
+            What ``propose`` raised, or the precondition that did not hold (`ConflictError`, `AlreadyExistsError`,
+            `RefNotFoundError`, `SnapshotNotFoundError`, `ReadOnlyError` …): nothing landed, nor will.
+        CommitOutcomeUnknown
+            The deadline passed, or the log was closed, with the entry sent and not settled; see `settle`.
+
+        A cancelled call leaves the queue if its entry has not been sent; afterwards the entry goes on without it.
+        """
+
+    @abstractmethod
+    async def settle(self, token: SwapToken) -> bool:
+        """Find out whether the swap landed (True), or make it certain that it never will (False).
+
+        Raises
+        ------
+        StorageError
+            The store gives no certain answer; call again.
+        """
+
+    @abstractmethod
+    async def checkpoint(self) -> None:
+        """Write the folded state for other readers of the format, where it is newer than what they have.
+
+        Never needed for correctness. In layouts that have none, nothing happens.
+        """
+
+    @abstractmethod
+    def updates(self) -> AsyncIterator[Update]:
+        """Everything that ever happened to the repository, newest first (the ops log)."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Try a last checkpoint and stop. Appends that are not certain end with `CommitOutcomeUnknown`.
+
+        No task is left. The instance refuses to append afterwards; its state stays readable.
+        """
