@@ -1,0 +1,118 @@
+"""Reading and writing the immutable files of a repository, through the fetch pool and the caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import anyio
+import anyio.to_thread
+
+from icechunk.errors import FormatError, ObjectNotFoundError, SnapshotNotFoundError
+from icechunk.format.ids import ObjectId, encode_id
+from icechunk.format.keys import chunk_key, manifest_key, snapshot_key, transaction_key
+from icechunk.format.manifest import decode_manifest
+from icechunk.format.snapshot import decode_snapshot
+from icechunk.format.tables import Manifest, Snapshot, TransactionLog
+from icechunk.format.transaction import decode_transaction_log
+from icechunk.storage.base import ByteRange, Storage
+from icechunk.storage.per_loop import PerLoop
+from icechunk.transfer.cache import WeightedCache
+from icechunk.transfer.fetch import FetchPool
+
+__all__ = ["Assets", "off_loop"]
+
+T = TypeVar("T")
+
+OFF_LOOP_BYTES = 128 * 1024
+"""Work on more bytes than this would hold up the event loop for milliseconds, and goes to a thread."""
+
+
+async def off_loop(size_bytes: int, work: Callable[[], T]) -> T:
+    """Run CPU-bound work: at once where it is small, in a thread where it would hold up the loop."""
+    if size_bytes < OFF_LOOP_BYTES:
+        return work()
+    return await anyio.to_thread.run_sync(work)
+
+
+class Assets:
+    """Snapshots, manifests, transaction logs and chunks of one repository, for all its loops and threads.
+
+    Parameters
+    ----------
+    storage
+        Where the repository is.
+    max_requests
+        Reads in flight at the most, in each loop.
+    num_snapshot_nodes, num_chunk_refs, num_transaction_changes
+        Bounds of the caches: nodes of snapshots, references of manifests, ids and coordinates of transaction logs.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        max_requests: int,
+        num_snapshot_nodes: int,
+        num_chunk_refs: int,
+        num_transaction_changes: int,
+    ) -> None:
+        self._pools: PerLoop[FetchPool] = PerLoop(lambda: FetchPool(storage, max_requests))
+        self._snapshots: WeightedCache[ObjectId, Snapshot] = WeightedCache(num_snapshot_nodes)
+        self._manifests: WeightedCache[ObjectId, Manifest] = WeightedCache(num_chunk_refs)
+        self._transactions: WeightedCache[ObjectId, TransactionLog] = WeightedCache(num_transaction_changes)
+
+    async def snapshot(self, id: ObjectId) -> Snapshot:
+        """A snapshot by its id. Raises `SnapshotNotFoundError`, or `FormatError` where the file is not one."""
+        found = self._snapshots.get(id)
+        if found is None:
+            try:
+                found = await self._load(snapshot_key(id), lambda data: decode_snapshot(data, expected_id=id))
+            except ObjectNotFoundError as error:
+                raise SnapshotNotFoundError(
+                    f"snapshot {encode_id(id)} has no file in this repository; it was collected, or never existed here"
+                ) from error
+            self.keep_snapshot(found)
+        return found
+
+    async def manifest(self, id: ObjectId) -> Manifest:
+        """A manifest by its id. A missing one is an error: a snapshot promised it."""
+        found = self._manifests.get(id)
+        if found is None:
+            found = await self._load(manifest_key(id), lambda data: decode_manifest(data, expected_id=id))
+            self.keep_manifest(found)
+        return found
+
+    async def transaction_log(self, id: ObjectId) -> TransactionLog:
+        """What the commit of snapshot ``id`` changed."""
+        found = self._transactions.get(id)
+        if found is None:
+            found = await self._load(transaction_key(id), lambda data: decode_transaction_log(data, expected_id=id))
+            changes = sum(len(rows) for rows in found.updated_chunks.values())
+            self._transactions.put(id, found, changes + 1)
+        return found
+
+    async def chunk(self, id: ObjectId, byte_range: ByteRange) -> bytes:
+        """Bytes of a chunk object."""
+        pool = self._pools.peek() or await self._pools.get()
+        return await pool.get(chunk_key(id), byte_range)
+
+    def keep_snapshot(self, snapshot: Snapshot) -> None:
+        """Cache a snapshot that this process just wrote or read."""
+        self._snapshots.put(snapshot.id, snapshot, len(snapshot.nodes) + 1)
+
+    def keep_manifest(self, manifest: Manifest) -> None:
+        """Cache a manifest that this process just wrote or read."""
+        self._manifests.put(manifest.id, manifest, manifest.num_chunk_refs + 1)
+
+    async def _load(self, key: str, decode: Callable[[bytes], T]) -> T:
+        pool = self._pools.peek() or await self._pools.get()
+
+        async def load() -> T:
+            data = await pool.get(key)
+            try:
+                return await off_loop(len(data), lambda: decode(data))
+            except FormatError as error:
+                raise FormatError(f"cannot read {key!r}: {error.message}", error.kind) from error
+
+        return await pool.share(("decoded", key), load)
