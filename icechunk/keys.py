@@ -65,7 +65,7 @@ def parse_key(key: str) -> StoreKey:
         head, slash, tail = "", "/c/", key[2:]
     if slash:
         digits = tail.split("/")
-        if all([part.isascii() and part.isdigit() for part in digits]):
+        if all(part.isascii() and part.isdigit() for part in digits):
             coords = tuple([int(part) for part in digits])
             if max(coords) < 1 << 32:
                 return ChunkKey(f"/{head}", coords)

@@ -1,0 +1,154 @@
+"""What a repository's sessions share: storage, configuration, caches, and one log client for each event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from icechunk.config import Attribution, CachingConfig, RepositoryConfig, config_from_dict
+from icechunk.log.compaction import Policy
+from icechunk.refs import open_log
+from icechunk.refs.base import RepositoryLog
+from icechunk.refs.state import RepoState
+from icechunk.sources import SYSTEM, Sources
+from icechunk.storage.base import Storage
+from icechunk.storage.per_loop import PerLoop
+from icechunk.transfer.assets import Assets
+from icechunk.transfer.put import PutPool
+
+__all__ = ["Core", "Settings"]
+
+_DEFAULT_PUT_MEMORY_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The configuration as the engine uses it: every option with its value."""
+
+    inline_threshold_bytes: int
+    """Chunks up to this size stand in manifests."""
+    compression_level: int
+    """zstd level of metadata files."""
+    max_requests: int
+    """Requests in flight, of reads and of writes, in each loop."""
+    put_memory_bytes: int
+    """Bytes on their way to storage that a session holds at the most."""
+    policy: Policy
+    """How references are laid out in manifests."""
+
+
+class Core:
+    """One open repository. Safe to share among loops and threads; picklable, opening again where it arrives.
+
+    Parameters
+    ----------
+    storage
+        Where it is.
+    config
+        The caller's configuration; `load_config` merges it over the persisted one.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        config: RepositoryConfig,
+        *,
+        sources: Sources = SYSTEM,
+        attribution: Attribution | None = None,
+        virtual_access: Mapping[str, Any] | None = None,
+        default_metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.sources = sources
+        self.attribution = attribution
+        self.virtual_access = dict(virtual_access or {})
+        self.default_metadata: dict[str, Any] = dict(default_metadata or {})
+        self._configure(storage, config)
+        self._logs: PerLoop[RepositoryLog] = PerLoop(self._open_log, RepositoryLog.aclose)
+
+    def _configure(self, storage: Storage, config: RepositoryConfig) -> None:
+        self.storage = storage.with_settings(config.storage) if config.storage is not None else storage
+        self.config = config
+        self.settings = _resolve(config)
+        caching = config.caching or CachingConfig()
+        self.assets = Assets(
+            self.storage,
+            max_requests=self.settings.max_requests,
+            num_snapshot_nodes=_value(caching.num_snapshot_nodes, 500_000),
+            num_chunk_refs=_value(caching.num_chunk_refs, 15_000_000),
+            num_transaction_changes=_value(caching.num_transaction_changes, 0),
+        )
+
+    async def load_config(self) -> None:
+        """Merge the caller's configuration over the persisted one; for a core that nobody has used yet."""
+        persisted = (await self.log()).state.config
+        if persisted is not None:
+            self._configure(self.storage, config_from_dict(persisted).merge(self.config))
+
+    def __reduce__(self) -> tuple[Callable[..., Core], tuple[Any, ...]]:
+        return (
+            _restore,
+            (self.storage, self.config, self.attribution, self.virtual_access, self.default_metadata),
+        )
+
+    async def _open_log(self) -> RepositoryLog:
+        return await open_log(self.storage, self.sources)
+
+    async def log(self) -> RepositoryLog:
+        """This loop's client of the repository log. Raises `RepositoryNotFoundError` where there is none."""
+        return self._logs.peek() or await self._logs.get()
+
+    async def state(self) -> RepoState:
+        """Everything about the repository as of now: includes what anybody was acknowledged before the call."""
+        fresh = self._logs.peek() is None
+        log = await self.log()
+        return log.state if fresh else await log.refresh()
+
+    def put_pool(self) -> PutPool:
+        """A pool for the chunks of one writable session."""
+        return PutPool(
+            self.storage, max_bytes=self.settings.put_memory_bytes, max_requests=self.settings.max_requests
+        )
+
+    async def aclose(self) -> None:
+        """Write a last checkpoint where one is due, and close what this loop has open."""
+        await self._logs.aclose()
+        await self.storage.aclose()
+
+
+def _value(setting: int | None, default: int) -> int:
+    return default if setting is None else setting
+
+
+def _resolve(config: RepositoryConfig) -> Settings:
+    engine = config.engine
+    compression = config.compression
+    policy = Policy()
+    if engine is not None:
+        policy = Policy(
+            max_refs_per_manifest=_value(engine.max_refs_per_manifest, policy.max_refs_per_manifest),
+            share_below_refs=_value(engine.share_manifests_below_refs, policy.share_below_refs),
+        )
+    return Settings(
+        inline_threshold_bytes=_value(config.inline_chunk_threshold_bytes, 512),
+        compression_level=_value(compression.level if compression is not None else None, 3),
+        max_requests=_value(config.max_concurrent_requests, 256),
+        put_memory_bytes=_value(engine.put_memory_bytes if engine is not None else None, _DEFAULT_PUT_MEMORY_BYTES),
+        policy=policy,
+    )
+
+
+def _restore(
+    storage: Storage,
+    config: RepositoryConfig,
+    attribution: Attribution | None,
+    virtual_access: Mapping[str, Any],
+    default_metadata: Mapping[str, Any],
+) -> Core:
+    return Core(
+        storage,
+        config,
+        attribution=attribution,
+        virtual_access=virtual_access,
+        default_metadata=default_metadata,
+    )
