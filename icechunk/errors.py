@@ -81,6 +81,7 @@ class ErrorKind(StrEnum):
     INVALID_FEATURE_FLAG = "invalid-feature-flag"
     INVALID_VIRTUAL_REF = "invalid-virtual-ref"
     INVALID_CREDENTIALS = "invalid-credentials"
+    INVALID_SETTING = "invalid-setting"
     NO_CONTAINER_FOR_VIRTUAL_CHUNK = "no-container-for-virtual-chunk"
     UNAUTHORIZED_VIRTUAL_CHUNK_CONTAINER = "unauthorized-virtual-chunk-container"
     EMPTY_PREFIX_CREATION = "empty-prefix-creation"

@@ -1,0 +1,332 @@
+"""Where objects live, and how requests to that place behave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Final, TypeAlias
+
+from icechunk.values import (
+    IntLikeEnum,
+    Represented,
+    Setting,
+    TupleVariant,
+    VariantMeta,
+    boolean,
+    checked,
+    instance_of,
+    optional,
+    redacted_mapping,
+    redacted_url,
+    text,
+    unsigned,
+)
+
+__all__ = [
+    "DEFAULT_IDEAL_REQUEST_BYTES",
+    "DEFAULT_INITIAL_BACKOFF_MS",
+    "DEFAULT_MAX_BACKOFF_MS",
+    "DEFAULT_MAX_REQUESTS_PER_OBJECT",
+    "DEFAULT_MAX_TRIES",
+    "DEFAULT_MULTIPART_BYTES",
+    "AnyObjectStoreConfig",
+    "ChecksumAlgorithm",
+    "ObjectStoreConfig",
+    "S3Options",
+    "StorageConcurrencySettings",
+    "StorageRetriesSettings",
+    "StorageSettings",
+    "StorageTimeoutSettings",
+]
+
+DEFAULT_MAX_TRIES: Final = 10
+DEFAULT_INITIAL_BACKOFF_MS: Final = 100
+DEFAULT_MAX_BACKOFF_MS: Final = 180_000
+DEFAULT_MAX_REQUESTS_PER_OBJECT: Final = 18
+DEFAULT_IDEAL_REQUEST_BYTES: Final = 12 * 1024 * 1024
+DEFAULT_MULTIPART_BYTES: Final = 100 * 1024 * 1024
+
+
+class ChecksumAlgorithm(IntLikeEnum):
+    """Checksum that S3 is asked to verify on upload."""
+
+    Crc32 = 0
+    Crc32c = 1
+    Crc64Nvme = 2
+    Sha1 = 3
+    Sha256 = 4
+
+
+@dataclass(slots=True, repr=False)
+class S3Options(Setting):
+    """How to talk to an S3 or S3 compatible service."""
+
+    _public_name: ClassVar[str] = "icechunk.storage.S3Options"
+
+    region: str | None = field(default=None, metadata=checked(optional(text)))
+    """None: found by the credential chain's usual means."""
+    endpoint_url: str | None = field(default=None, metadata=checked(optional(text)))
+    """None: AWS itself."""
+    allow_http: bool = field(default=False, metadata=checked(boolean))
+    """Plain ``http://`` endpoints are refused unless this is set."""
+    anonymous: bool = field(default=False, metadata=checked(boolean))
+    """Send unsigned requests."""
+    force_path_style: bool = field(default=False, metadata=checked(boolean))
+    """The bucket's name in the path instead of the host name."""
+    network_stream_timeout_seconds: int | None = field(default=None, metadata=checked(optional(unsigned(32))))
+    """A body that delivers nothing for that long is retried; None: the library's default."""
+    requester_pays: bool = field(default=False, metadata=checked(boolean))
+    """Agree to be billed for requests to somebody else's bucket."""
+    checksum_algorithm: ChecksumAlgorithm | None = field(
+        default=None, metadata=checked(optional(instance_of(ChecksumAlgorithm)))
+    )
+    """None: what the service needs."""
+
+    def _shown(self) -> list[tuple[str, Any, Any]]:
+        rows = Represented._shown(self)
+        return [(n, redacted_url(v) if n == "endpoint_url" and v is not None else v, d) for n, v, d in rows]
+
+
+def _options(name: str, value: Mapping[str, str] | None) -> dict[str, str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping of strings to strings, not {type(value).__name__}")
+    for key, item in value.items():
+        text(f"each key of {name}", key)
+        text(f"each value of {name}", item)
+    return dict(value)
+
+
+class _StoreVariant(TupleVariant):
+    """Base of the kinds of object store."""
+
+    __slots__ = ()
+
+    def _shown(self) -> list[tuple[str, Any, Any]]:
+        fields = self._fields()
+        if len(fields) == 1 and isinstance(fields[0], S3Options):
+            return fields[0]._shown()
+        return Represented._shown(self)
+
+
+class ObjectStoreConfig(metaclass=VariantMeta):
+    """A kind of object store and its options, without the place in it. One of the nested classes."""
+
+    @dataclass(frozen=True, slots=True, repr=False, match_args=False)
+    class InMemory(_StoreVariant):
+        """The memory of this process."""
+
+        __match_args__ = ()
+        _public_name: ClassVar[str] = "icechunk.config.ObjectStoreConfig.InMemory"
+
+    @dataclass(frozen=True, slots=True, repr=False, match_args=False)
+    class LocalFileSystem(_StoreVariant):
+        """A folder of this machine."""
+
+        __match_args__ = ("_0",)
+        _public_name: ClassVar[str] = "icechunk.config.ObjectStoreConfig.LocalFileSystem"
+
+        path: Path
+
+        def __post_init__(self) -> None:
+            object.__setattr__(self, "path", Path(self.path))
+
+    @dataclass(frozen=True, slots=True, repr=False, match_args=False)
+    class S3(_StoreVariant):
+        """Amazon S3."""
+
+        __match_args__ = ("_0",)
+        _public_name: ClassVar[str] = "icechunk.config.ObjectStoreConfig.S3"
+
+        options: S3Options
+
+        def __post_init__(self) -> None:
+            instance_of(S3Options)("ObjectStoreConfig.S3", self.options)
+
+    @dataclass(frozen=True, slots=True, repr=False, match_args=False)
+    class S3Compatible(_StoreVariant):
+        """A service that speaks S3's protocol."""
+
+        __match_args__ = ("_0",)
+        _public_name: ClassVar[str] = "icechunk.config.ObjectStoreConfig.S3Compatible"
+
+        options: S3Options
+
+        def __post_init__(self) -> None:
+            instance_of(S3Options)("ObjectStoreConfig.S3Compatible", self.options)
+
+    @dataclass(frozen=True, slots=True, repr=False, match_args=False)
+    class Tigris(_StoreVariant):
+        """Tigris."""
+
+        __match_args__ = ("_0",)
+        _public_name: ClassVar[str] = "icechunk.config.ObjectStoreConfig.Tigris"
+
+        opts: S3Options
+
+        def __post_init__(self) -> None:
+            instance_of(S3Options)("ObjectStoreConfig.Tigris", self.opts)
+
+    @dataclass(frozen=True, slots=True, repr=False, match_args=False)
+    class Gcs(_StoreVariant):
+        """Google Cloud Storage, with obstore's option names."""
+
+        __match_args__ = ("_0",)
+        _public_name: ClassVar[str] = "icechunk.config.ObjectStoreConfig.Gcs"
+
+        opts: Mapping[str, str] | None = None
+
+        def __post_init__(self) -> None:
+            object.__setattr__(self, "opts", _options("ObjectStoreConfig.Gcs", self.opts))
+
+        def _shown(self) -> list[tuple[str, Any, Any]]:
+            return [("config", redacted_mapping(self.opts), None)]
+
+    @dataclass(frozen=True, slots=True, repr=False, match_args=False)
+    class Azure(_StoreVariant):
+        """Azure Blob Storage, with obstore's option names."""
+
+        __match_args__ = ("_0",)
+        _public_name: ClassVar[str] = "icechunk.config.ObjectStoreConfig.Azure"
+
+        opts: Mapping[str, str] | None = None
+
+        def __post_init__(self) -> None:
+            object.__setattr__(self, "opts", _options("ObjectStoreConfig.Azure", self.opts))
+
+        def _shown(self) -> list[tuple[str, Any, Any]]:
+            return [("config", redacted_mapping(self.opts), None)]
+
+    @dataclass(frozen=True, slots=True, repr=False, match_args=False)
+    class Http(_StoreVariant):
+        """Any web server, read only, with obstore's option names."""
+
+        __match_args__ = ("_0", "_1")
+        _public_name: ClassVar[str] = "icechunk.config.ObjectStoreConfig.Http"
+
+        opts: Mapping[str, str] | None = None
+        headers: Mapping[str, str] | None = None
+        """Sent with every request; their values never appear in a representation."""
+
+        def __post_init__(self) -> None:
+            object.__setattr__(self, "opts", _options("ObjectStoreConfig.Http", self.opts))
+            object.__setattr__(self, "headers", _options("ObjectStoreConfig.Http", self.headers))
+
+        def _shown(self) -> list[tuple[str, Any, Any]]:
+            return [
+                ("opts", redacted_mapping(self.opts), None),
+                ("headers", redacted_mapping(self.headers, everything=True), None),
+            ]
+
+
+AnyObjectStoreConfig: TypeAlias = (
+    ObjectStoreConfig.InMemory
+    | ObjectStoreConfig.LocalFileSystem
+    | ObjectStoreConfig.S3
+    | ObjectStoreConfig.S3Compatible
+    | ObjectStoreConfig.Gcs
+    | ObjectStoreConfig.Azure
+    | ObjectStoreConfig.Tigris
+    | ObjectStoreConfig.Http
+)
+
+
+@dataclass(slots=True, repr=False)
+class StorageRetriesSettings(Setting):
+    """How often and how soon a failed request is tried again."""
+
+    _public_name: ClassVar[str] = "icechunk.storage.StorageRetriesSettings"
+
+    max_tries: int | None = field(
+        default=None, metadata=checked(optional(unsigned(16, minimum=1)), effective=DEFAULT_MAX_TRIES)
+    )
+    """Tries of one request, the first included."""
+    initial_backoff_ms: int | None = field(
+        default=None, metadata=checked(optional(unsigned(32)), effective=DEFAULT_INITIAL_BACKOFF_MS)
+    )
+    """Upper end of the first pause, ms; it doubles from try to try."""
+    max_backoff_ms: int | None = field(
+        default=None, metadata=checked(optional(unsigned(32)), effective=DEFAULT_MAX_BACKOFF_MS)
+    )
+    """Upper end of any pause, ms."""
+
+
+@dataclass(slots=True, repr=False)
+class StorageTimeoutSettings(Setting):
+    """How long to wait for the storage; None leaves a limit to the library."""
+
+    _public_name: ClassVar[str] = "icechunk.storage.StorageTimeoutSettings"
+
+    connect_timeout_ms: int | None = field(default=None, metadata=checked(optional(unsigned(32))))
+    """For a connection, ms."""
+    read_timeout_ms: int | None = field(default=None, metadata=checked(optional(unsigned(32))))
+    """For the first byte of an answer, ms."""
+    operation_timeout_ms: int | None = field(default=None, metadata=checked(optional(unsigned(32))))
+    """For a request with all its retries, ms."""
+    operation_attempt_timeout_ms: int | None = field(default=None, metadata=checked(optional(unsigned(32))))
+    """For one try of a request, ms."""
+
+
+@dataclass(slots=True, repr=False)
+class StorageConcurrencySettings(Setting):
+    """How one large object is split into concurrent requests."""
+
+    _public_name: ClassVar[str] = "icechunk.storage.StorageConcurrencySettings"
+
+    max_concurrent_requests_for_object: int | None = field(
+        default=None, metadata=checked(optional(unsigned(16, minimum=1)), effective=DEFAULT_MAX_REQUESTS_PER_OBJECT)
+    )
+    """Requests in flight for one object."""
+    ideal_concurrent_request_size: int | None = field(
+        default=None, metadata=checked(optional(unsigned(64, minimum=1)), effective=DEFAULT_IDEAL_REQUEST_BYTES)
+    )
+    """Bytes of each, about."""
+
+
+@dataclass(slots=True, repr=False)
+class StorageSettings(Setting):
+    """How requests to the repository's storage behave."""
+
+    _public_name: ClassVar[str] = "icechunk.storage.StorageSettings"
+
+    concurrency: StorageConcurrencySettings | None = field(
+        default=None,
+        metadata=checked(optional(instance_of(StorageConcurrencySettings)), effective=StorageConcurrencySettings()),
+    )
+    """Splitting of large objects."""
+    retries: StorageRetriesSettings | None = field(
+        default=None,
+        metadata=checked(optional(instance_of(StorageRetriesSettings)), effective=StorageRetriesSettings()),
+    )
+    """Repetition of failed requests."""
+    unsafe_use_conditional_create: bool | None = field(
+        default=None, metadata=checked(optional(boolean), effective=True)
+    )
+    """False only for stores without ``If-None-Match``: concurrent writers may then lose data."""
+    unsafe_use_conditional_update: bool | None = field(
+        default=None, metadata=checked(optional(boolean), effective=True)
+    )
+    """False only for stores without ``If-Match``: concurrent writers may then lose data."""
+    unsafe_use_metadata: bool | None = field(default=None, metadata=checked(optional(boolean), effective=True))
+    """False for stores without user metadata of objects."""
+    storage_class: str | None = field(default=None, metadata=checked(optional(text)))
+    """For all new objects, where neither of the next two says otherwise; None: the bucket's default."""
+    metadata_storage_class: str | None = field(default=None, metadata=checked(optional(text)))
+    """For snapshots, manifests, transaction logs and the log."""
+    chunks_storage_class: str | None = field(default=None, metadata=checked(optional(text)))
+    """For chunks."""
+    minimum_size_for_multipart_upload: int | None = field(
+        default=None, metadata=checked(optional(unsigned(64)), effective=DEFAULT_MULTIPART_BYTES)
+    )
+    """Larger objects are uploaded in parts, bytes."""
+    timeouts: StorageTimeoutSettings | None = field(
+        default=None, metadata=checked(optional(instance_of(StorageTimeoutSettings)))
+    )
+    """Waiting for the storage."""
+
+    def storage_class_of(self, kind: str) -> str | None:
+        """The storage class of a new object of ``kind`` ``"metadata"`` or ``"chunk"``; None: the bucket's default."""
+        own = self.metadata_storage_class if kind == "metadata" else self.chunks_storage_class
+        return own if own is not None else self.storage_class

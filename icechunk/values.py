@@ -1,0 +1,346 @@
+"""What the public value classes share: checked fields, and representations that never show a secret.
+
+A settings class is a dataclass over `Setting` whose fields carry `checked` metadata: every assignment, at
+construction and later, goes through the field's check. Settings compare by value and, being mutable,
+have no hash; unlike the official library's they pickle. Tagged unions (`Variant`) and enumerations
+(`IntLikeEnum`) behave as user code sees them in the official library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import html
+import json
+import operator
+import re
+from abc import ABCMeta
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from enum import Enum
+from pathlib import PurePath
+from typing import Any, ClassVar, Final, TypeAlias
+from urllib.parse import urlsplit, urlunsplit
+
+from icechunk.errors import ErrorKind, InvalidInputError
+
+__all__ = [
+    "Check",
+    "IntLikeEnum",
+    "OutOfRangeError",
+    "Represented",
+    "Setting",
+    "TupleVariant",
+    "VariantMeta",
+    "aware",
+    "boolean",
+    "checked",
+    "hidden",
+    "instance_of",
+    "optional",
+    "redacted_mapping",
+    "redacted_url",
+    "text",
+    "unsigned",
+]
+
+Check: TypeAlias = Callable[[str, Any], Any]
+"""Takes the field's full name and the value given; returns the value to keep or raises."""
+
+_MASK: Final = "****"
+_SECRET_KEY: Final = re.compile(r"auth|cookie|cred|key|pass|sas|secret|sig|token", re.IGNORECASE)
+
+
+class OutOfRangeError(InvalidInputError, OverflowError):
+    """A number outside the range of its setting; also an `OverflowError`, as the official library raises there."""
+
+
+# --- checks ---------------------------------------------------------------------------------------------------
+
+
+def unsigned(bits: int, *, minimum: int = 0) -> Check:
+    """A check for whole numbers from ``minimum`` to 2**bits - 1."""
+    limit = (1 << bits) - 1
+
+    def check(name: str, value: Any) -> int:
+        try:
+            number = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name} must be a whole number, not {type(value).__name__}") from None
+        if not minimum <= number <= limit:
+            raise OutOfRangeError(f"{name} must be from {minimum} to {limit}, not {number}", ErrorKind.INVALID_SETTING)
+        return number
+
+    return check
+
+
+def instance_of(*types: type) -> Check:
+    """A check for instances of one of ``types``."""
+    expected = " or ".join(t.__qualname__ for t in types)
+
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, types):
+            raise TypeError(f"{name} must be {expected}, not {type(value).__name__}")
+        return value
+
+    return check
+
+
+def optional(check: Check) -> Check:
+    """The same check, passing None."""
+
+    def check_or_none(name: str, value: Any) -> Any:
+        return None if value is None else check(name, value)
+
+    return check_or_none
+
+
+def aware(name: str, value: Any) -> datetime:
+    """A check for points in time that name their time zone."""
+    if not isinstance(value, datetime):
+        raise TypeError(f"{name} must be datetime, not {type(value).__name__}")
+    if value.utcoffset() is None:
+        raise TypeError(f"{name} needs a time zone: give datetime(..., tzinfo=timezone.utc)")
+    return value
+
+
+text: Final[Check] = instance_of(str)
+boolean: Final[Check] = instance_of(bool)
+
+
+# --- fields ---------------------------------------------------------------------------------------------------
+
+
+def checked(check: Check, *, effective: Any = None, secret: bool = False) -> dict[str, Any]:
+    """Metadata of a dataclass field whose every assignment is checked.
+
+    Parameters
+    ----------
+    check
+        Applied to every value.
+    effective
+        What an unset (None) field means, shown by ``str``.
+    secret
+        Never shown.
+    """
+    return {"check": check, "effective": effective, "secret": secret}
+
+
+@functools.cache
+def _checks(cls: Any) -> Mapping[str, Check]:
+    return {f.name: f.metadata["check"] for f in dataclasses.fields(cls) if "check" in f.metadata}
+
+
+# --- representation -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def hidden(kind: str = "") -> Any:
+    """A stand-in for a secret in a representation."""
+    return _Verbatim(f"<{kind}>" if kind else _MASK)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Verbatim:
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def redacted_url(url: str) -> str:
+    """The URL without user, password, query and fragment, any of which may carry a secret."""
+    try:
+        parts = urlsplit(url)
+        host = parts.netloc.rpartition("@")
+    except ValueError:
+        return _MASK
+    netloc = f"{_MASK}@{host[2]}" if host[1] else host[2]
+    return urlunsplit((parts.scheme, netloc, parts.path, _MASK if parts.query else "", ""))
+
+
+def redacted_mapping(options: Mapping[str, str] | None, *, everything: bool = False) -> Any:
+    """Options with the values masked whose keys sound secret (or all of them)."""
+    if options is None:
+        return None
+    return {k: _MASK if everything or _SECRET_KEY.search(k) else redacted_url(v) for k, v in options.items()}
+
+
+class Represented:
+    """Mixin: ``repr``, ``str`` and ``_repr_html_`` from `_shown`.
+
+    Subclasses set ``_public_name`` (the dotted name users know) and may override `_shown`.
+    """
+
+    __slots__ = ()
+    _public_name: ClassVar[str]
+
+    def _shown(self) -> list[tuple[str, Any, Any]]:
+        """(name, value, effective default) of what to show, in order."""
+        rows = []
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            if not f.repr:
+                continue
+            value = getattr(self, f.name)
+            if f.metadata.get("secret") and value is not None:
+                value = hidden()
+            rows.append((f.name, value, f.metadata.get("effective")))
+        return rows
+
+    def __repr__(self) -> str:
+        rows = self._shown()
+        if not rows:
+            return f"{self._public_name}()"
+        body = "".join(f"{name}={_code(value)},\n" for name, value, _ in rows)
+        return f"{self._public_name}(\n{_indented(body)})"
+
+    def __str__(self) -> str:
+        lines = [f"<{self._public_name}>"]
+        for name, value, effective in self._shown():
+            shown = effective if value is None and effective is not None else value
+            mark = " (default)" if value is None and effective is not None else ""
+            if isinstance(shown, Represented):
+                lines.append(f"{name}:{mark}\n{_indented(str(shown))}".rstrip("\n"))
+            else:
+                lines.append(f"{name}: {_code(shown)}{mark}")
+        return "\n".join(lines) + "\n"
+
+    def _repr_html_(self) -> str:
+        return _HTML_STYLE + self._html()
+
+    def _html(self) -> str:
+        rows = [f'<div class="icechunk-header">{html.escape(self._public_name)}</div>']
+        for name, value, effective in self._shown():
+            shown = effective if value is None and effective is not None else value
+            mark = " (default)" if value is None and effective is not None else ""
+            if isinstance(shown, Represented):
+                rows.append(f"<details><summary>{html.escape(name)}{mark}</summary>{shown._html()}</details>")
+            else:
+                rows.append(
+                    f'<div class="icechunk-field"><span class="icechunk-field-name">{html.escape(name)}:</span> '
+                    f'<span class="icechunk-field-value">{html.escape(_code(shown))}{mark}</span></div>'
+                )
+        return '<div class="icechunk-repr">' + "\n".join(rows) + "</div>\n"
+
+
+_HTML_STYLE: Final = (
+    "<style>.icechunk-repr{line-height:1.6;max-width:700px}"
+    ".icechunk-repr .icechunk-header{font-weight:500;border-bottom:1px solid #8888;margin-bottom:4px}"
+    ".icechunk-repr .icechunk-field-name,.icechunk-repr summary{font-weight:500;opacity:.7}"
+    ".icechunk-repr details>.icechunk-repr{margin-left:12px}</style>\n"
+)
+
+
+def _indented(block: str) -> str:
+    return "".join(f"    {line}\n" for line in block.splitlines())
+
+
+def _code(value: Any) -> str:
+    match value:
+        case Represented() | _Verbatim():
+            return repr(value).rstrip("\n")
+        case Enum():
+            return f"icechunk.{type(value).__name__}.{value.name}"
+        case str():
+            return json.dumps(value, ensure_ascii=False)
+        case PurePath():
+            return json.dumps(str(value), ensure_ascii=False)
+        case datetime():
+            return value.isoformat()
+        case Mapping():
+            if not value:
+                return "{}"
+            return "{\n" + _indented("".join(f"{_code(k)}: {_code(v)},\n" for k, v in value.items())) + "}"
+        case list() | tuple() | set() | frozenset():
+            items = sorted(value) if isinstance(value, set | frozenset) else value
+            return "[" + ", ".join(_code(v) for v in items) + "]"
+        case _:
+            return repr(value)
+
+
+# --- base classes ---------------------------------------------------------------------------------------------
+
+
+class Setting(Represented):
+    """Base of the mutable settings dataclasses: assignments are checked, attributes cannot be deleted."""
+
+    __slots__ = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check = _checks(type(self)).get(name)  # type: ignore[arg-type]
+        if check is not None:
+            value = check(f"{type(self).__name__}.{name}", value)
+        object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{type(self).__name__}.{name} cannot be deleted; assign None to unset it")
+
+
+class VariantMeta(ABCMeta):
+    """Metaclass of tagged unions: nested classes count as subclasses, and the union itself has no instances.
+
+    ``isinstance(S3Credentials.Anonymous(), S3Credentials)`` holds, as with the official library, while type
+    checkers see the nested classes as plain ones (which is how the official stubs declare them).
+    """
+
+    def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(name, bases, namespace, **kwargs)
+        for member in namespace.values():
+            if isinstance(member, type):
+                cls.register(member)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"cannot create {cls.__name__!r} instances; use one of its nested classes")
+
+
+class TupleVariant(Represented):
+    """Base of union members with positional fields: ``_0``, ``len``, indexing and matching by position."""
+
+    __slots__ = ()
+
+    def _fields(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, f.name) for f in dataclasses.fields(self))  # type: ignore[arg-type]
+
+    @property
+    def _0(self) -> Any:
+        return self._positional(0)
+
+    @property
+    def _1(self) -> Any:
+        return self._positional(1)
+
+    def _positional(self, index: int) -> Any:
+        fields = self._fields()
+        if index >= len(fields):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute '_{index}'")
+        return fields[index]
+
+    def __len__(self) -> int:
+        return len(self._fields())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, index: int) -> Any:
+        return self._fields()[index]
+
+
+class IntLikeEnum(Enum):
+    """Enumeration whose members equal their number, as the official library's do; hashable and picklable besides."""
+
+    def __int__(self) -> int:
+        return int(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Enum):
+            return self is other
+        return self.value == other if isinstance(other, int) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}.{self.name}"
+
+    def __str__(self) -> str:
+        return repr(self)
