@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from icechunk.config import Attribution, CachingConfig, RepositoryConfig, config_from_dict
 from icechunk.log.compaction import Policy
@@ -64,6 +65,7 @@ class Core:
         self.virtual_access = dict(virtual_access or {})
         self.default_metadata: dict[str, Any] = dict(default_metadata or {})
         self._configure(storage, config)
+        self._opened_us: WeakKeyDictionary[RepositoryLog, int] = WeakKeyDictionary()
         self._logs: PerLoop[RepositoryLog] = PerLoop(self._open_log, RepositoryLog.aclose)
 
     def _configure(self, storage: Storage, config: RepositoryConfig) -> None:
@@ -92,7 +94,10 @@ class Core:
         )
 
     async def _open_log(self) -> RepositoryLog:
-        return await open_log(self.storage, self.sources)
+        began_us = self.sources.elapsed_us()
+        log = await open_log(self.storage, self.sources)
+        self._opened_us[log] = began_us
+        return log
 
     async def log(self) -> RepositoryLog:
         """This loop's client of the repository log. Raises `RepositoryNotFoundError` where there is none."""
@@ -100,9 +105,10 @@ class Core:
 
     async def state(self) -> RepoState:
         """Everything about the repository as of now: includes what anybody was acknowledged before the call."""
-        fresh = self._logs.peek() is None
+        called_us = self.sources.elapsed_us()
         log = await self.log()
-        return log.state if fresh else await log.refresh()
+        # What an open that began after this call has read is news enough.
+        return log.state if self._opened_us[log] >= called_us else await log.refresh()
 
     def put_pool(self) -> PutPool:
         """A pool for the chunks of one writable session."""

@@ -114,6 +114,20 @@ class ChunkRefs:
             location=np.empty(0, np.int32),
         )
 
+    def take(self, rows: npt.NDArray[np.intp]) -> ChunkRefs:
+        """The references at these row numbers, in this order; string tables and inline data are shared."""
+        return replace(
+            self,
+            coords=self.coords[rows],
+            kind=self.kind[rows],
+            offset=self.offset[rows],
+            length=self.length[rows],
+            chunk_id=self.chunk_id[rows],
+            location=self.location[rows],
+            checksum_kind=None if self.checksum_kind is None else self.checksum_kind[rows],
+            checksum=None if self.checksum is None else self.checksum[rows],
+        )
+
     def row(self, i: int) -> ChunkRef:
         """Row ``i`` as a value of its own."""
         kind, offset, length = int(self.kind[i]), int(self.offset[i]), int(self.length[i])

@@ -1,0 +1,123 @@
+"""Reading chunks: which reference holds, and the bytes behind it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.core import Core
+from icechunk.errors import ErrorKind, FormatError, ObjectNotFoundError, StorageError
+from icechunk.format.ids import NodeId, ObjectId, encode_id
+from icechunk.format.keys import chunk_key
+from icechunk.format.tables import INLINE, NATIVE, ChunkRef, ChunkRefs, Extents, NodeSnapshot
+from icechunk.log.lookup import find
+from icechunk.log.session_log import ABSENT, IN_BASE, SessionLog
+from icechunk.storage.base import ByteRange, Range, Suffix
+from icechunk.transfer.put import PutPool
+
+__all__ = ["chunk_reference", "chunk_references", "clip", "read_chunk"]
+
+
+def clip(byte_range: ByteRange, length: int) -> tuple[int, int]:
+    """Start and end of a range within ``length`` bytes, clamped as zarr does: what lies beyond is left out."""
+    match byte_range:
+        case None:
+            return 0, length
+        case Range(start, end):
+            stop = length if end is None else min(end, length)
+            return min(start, stop), stop
+        case Suffix(count):
+            return max(0, length - count), length
+
+
+async def chunk_reference(
+    core: Core, log: SessionLog, node: NodeSnapshot, coords: tuple[int, ...]
+) -> ChunkRef | None:
+    """The reference of a chunk as the session sees it; None where there is none."""
+    found = log.chunk(node, coords)
+    if found is ABSENT:
+        return None
+    if found is not IN_BASE:
+        return found
+    for manifest_ref in node.manifests:
+        if _covers(manifest_ref.extents, coords):
+            manifest = await core.assets.manifest(manifest_ref.object_id)
+            return find(_of_node(manifest.arrays, node, manifest_ref.object_id), coords)
+    return None
+
+
+async def read_chunk(core: Core, puts: PutPool | None, ref: ChunkRef, byte_range: ByteRange) -> bytes:
+    """The bytes that a reference points to, or a range of them, clamped as in `clip`.
+
+    Raises
+    ------
+    StorageError
+        The object is gone, or cannot be read: a chunk that was committed is never silently missing.
+    """
+    if ref.kind == INLINE:
+        data = ref.data or b""
+        return data if byte_range is None else data[slice(*clip(byte_range, len(data)))]
+    start, end = clip(byte_range, ref.length)
+    if ref.kind == NATIVE and ref.chunk_id is not None:
+        if start >= end:
+            return b""
+        if puts is not None and (data := puts.pending(chunk_key(ref.chunk_id))) is not None:
+            return data[ref.offset + start : ref.offset + end]
+        try:
+            data = await core.assets.chunk(ref.chunk_id, Range(ref.offset + start, ref.offset + end))
+        except ObjectNotFoundError as error:
+            raise StorageError(
+                f"chunk object {encode_id(ref.chunk_id)} is missing from {core.storage.describe()}, though a "
+                "manifest refers to it; restore it, or reset the branch to an older snapshot",
+                ErrorKind.OBJECT_NOT_FOUND,
+            ) from error
+        if len(data) != end - start:
+            raise FormatError(
+                f"chunk object {encode_id(ref.chunk_id)} is shorter than its reference says: bytes "
+                f"{ref.offset + start} to {ref.offset + end} wanted, {len(data)} found"
+            )
+        return data
+    raise StorageError(
+        f"virtual chunk at {ref.location!r} cannot be fetched: no virtual chunk container authorises its location",
+        ErrorKind.UNAUTHORIZED_VIRTUAL_CHUNK_CONTAINER,
+    )
+
+
+async def chunk_references(core: Core, log: SessionLog, node: NodeSnapshot) -> AsyncIterator[ChunkRefs]:
+    """All references of an array as the session sees them: batches in no particular order, none twice."""
+    own, deleted = log.overlay(node)
+    if len(own):
+        yield own
+    hidden = _row_keys(np.concatenate([own.coords, deleted]))
+    for manifest_ref in node.manifests:
+        manifest = await core.assets.manifest(manifest_ref.object_id)
+        refs = _of_node(manifest.arrays, node, manifest_ref.object_id)
+        visible = log.in_grid(node, refs.coords)
+        if len(hidden):
+            visible &= ~np.isin(_row_keys(refs.coords), hidden)
+        if visible.all():
+            yield refs
+        elif visible.any():
+            yield refs.take(np.flatnonzero(visible))
+
+
+def _covers(extents: Extents, coords: tuple[int, ...]) -> bool:
+    return all(first <= coord < last for coord, (first, last) in zip(coords, extents, strict=True))
+
+
+def _of_node(arrays: Mapping[NodeId, ChunkRefs], node: NodeSnapshot, manifest_id: ObjectId) -> ChunkRefs:
+    refs = arrays.get(node.id)
+    if refs is None:
+        raise FormatError(
+            f"manifest {encode_id(manifest_id)} has no references of array {node.path!r}, though its snapshot says so"
+        )
+    return refs
+
+
+def _row_keys(coords: npt.NDArray[np.uint32]) -> npt.NDArray[np.void]:
+    rows = np.ascontiguousarray(coords)
+    if rows.shape[1] == 0:
+        return np.zeros(len(rows), np.dtype("V1"))
+    return rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).ravel()
