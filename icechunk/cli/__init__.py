@@ -1,0 +1,93 @@
+"""The `icechunk` command.
+
+Exit codes: 0 done, 1 the demo's check failed, 2 bad input or an environment that does not fit (one line says what to
+do), 130 interrupted. What a command needs is imported when it runs, so ``--help`` and ``--version`` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+DISTRIBUTION = "aioicechunk"
+
+
+class CommandError(Exception):
+    """Ends the command with exit code 2 and this one line."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Parameters
+    ----------
+    argv
+        The arguments after the program's name; those of the process where None.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        if args.version:
+            print(_version())
+            return 0
+        if args.command == "demo":
+            from icechunk.cli.demo import run
+
+            return run(args)
+        _parser().print_help()
+        return 2
+    except CommandError as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        print("\nicechunk: interrupted; what was committed stays", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not _is_expected(error):
+            raise
+        return _refuse(str(error) or type(error).__name__)
+
+
+def _is_expected(error: Exception) -> bool:
+    from icechunk.errors import IcechunkError
+
+    return isinstance(error, IcechunkError | OSError)
+
+
+def _refuse(message: str) -> int:
+    print("icechunk: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"{DISTRIBUTION} {version(DISTRIBUTION)}"
+    except PackageNotFoundError:
+        from icechunk import __version__
+
+        return f"{DISTRIBUTION} {__version__}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="icechunk", description="A transactional storage engine for Zarr on object storage."
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    demo = commands.add_parser(
+        "demo",
+        help="ingest real NetCDF data in several commits, and read every version back",
+        description="Ingest real NetCDF data (Met Office, NEMO) in several commits — initial load, append in time, a "
+        "correction on a branch, a tag —, read every version back and compare it with the files bit for bit.",
+    )
+    where = demo.add_mutually_exclusive_group()
+    where.add_argument("--path", metavar="DIR", help="make the repository here (default: a new temporary folder)")
+    where.add_argument("--s3", action="store_true", help="use an S3 server that lives inside this process (moto)")
+    where.add_argument("--storage", metavar="URL", help="make the repository at s3://bucket/prefix")
+    demo.add_argument("--endpoint-url", metavar="URL", help="with --storage: the endpoint, e.g. http://127.0.0.1:9000")
+    demo.add_argument("--region", metavar="NAME", help="with --storage: the region (default: us-east-1)")
+    demo.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    return parser
