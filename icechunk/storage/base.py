@@ -16,6 +16,8 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NewType, TypeAlias
 
+from icechunk.storage.facade import StorageFacade
+
 __all__ = [
     "ANY",
     "Absent",
@@ -126,7 +128,7 @@ class DeleteResult:
 ObjectKind: TypeAlias = Literal["metadata", "chunk"]
 
 
-class Storage(ABC):
+class Storage(StorageFacade, ABC):
     """A place that holds a repository, and the verbs on it. Picklable; safe to use from several loops and threads.
 
     All verbs raise `StorageError` (with the key, and what to do) once bounded retries are used up.

@@ -1,0 +1,157 @@
+"""What users of the official package expect on a `Storage`: settings, listings, representation, constructors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from html import escape
+from typing import TYPE_CHECKING, Any, cast
+
+from icechunk.errors import ErrorKind, StorageError
+
+if TYPE_CHECKING:
+    from icechunk.config import S3Options, StorageSettings
+    from icechunk.storage.base import Storage
+
+__all__ = ["StorageFacade", "StorageObjectInfo"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class StorageObjectInfo:
+    """An object that `Storage.list_objects_metadata` found."""
+
+    key: str
+    """Relative to the listed prefix."""
+    size_bytes: int
+    """Size of the object."""
+    created_at: datetime
+    """Last-Modified by the store's clock, UTC."""
+
+
+class StorageFacade:
+    """Public methods that every storage shares; synchronous twins run on the background loop."""
+
+    __slots__ = ()
+
+    def default_settings(self) -> StorageSettings:
+        """Settings that this kind of storage uses where the configuration gives none."""
+        from icechunk.config import StorageConcurrencySettings, StorageRetriesSettings, StorageSettings
+
+        return StorageSettings(
+            concurrency=StorageConcurrencySettings(
+                max_concurrent_requests_for_object=5, ideal_concurrent_request_size=4096
+            ),
+            retries=StorageRetriesSettings(max_tries=1, initial_backoff_ms=0, max_backoff_ms=0),
+            unsafe_use_conditional_create=True,
+            unsafe_use_conditional_update=True,
+            unsafe_use_metadata=True,
+            minimum_size_for_multipart_upload=100 * 1024 * 1024,
+        )
+
+    def with_settings(self, settings: StorageSettings | None) -> Storage:
+        """The same place under other settings; shares the clients and caches of this one.
+
+        Storages without settings of their own (memory, local file systems) return themselves.
+        """
+        return cast('Storage', self)
+
+    async def list_objects_metadata_async(
+        self
+        settings: StorageSettings | None = None,
+        prefix: str | None = None,
+    ) -> list[StorageObjectInfo]:
+        """Every object below the folder ``prefix``, with keys relative to that folder, ascending.
+
+        Parameters
+        ----------
+        settings
+            Used for this listing instead of the storage's own.
+        prefix
+            A folder, with or without its final ``/``; None for all objects of the storage.
+        """
+        folder = prefix.rstrip("/") + "/" if prefix and prefix.rstrip("/") else ""
+        storage = cast('Storage', self) if settings is None else self.with_settings(settings)
+        return [
+            StorageObjectInfo(
+                key=info.key[len(folder) :],
+                size_bytes=info.size,
+                created_at=datetime.fromtimestamp(info.modified_us / 1e6, tz=UTC),
+            )
+            async for page in storage.list_pages(folder)
+            for info in page
+        ]
+
+    def list_objects_metadata(
+        self
+        settings: StorageSettings | None = None,
+        prefix: str | None = None,
+    ) -> list[StorageObjectInfo]:
+        """Synchronous twin of `list_objects_metadata_async`."""
+        from icechunk.sync import run_sync
+
+        return run_sync(self.list_objects_metadata_async(settings, prefix))
+
+    async def list_objects_async(
+        self
+        settings: StorageSettings | None = None,
+        prefix: str | None = None,
+    ) -> list[tuple[str, int]]:
+        """Key (relative to the folder ``prefix``) and size in bytes of every object below it, ascending."""
+        return [(info.key, info.size_bytes) for info in await self.list_objects_metadata_async(settings, prefix)]
+
+    def list_objects(
+        self
+        settings: StorageSettings | None = None,
+        prefix: str | None = None,
+    ) -> list[tuple[str, int]]:
+        """Synchronous twin of `list_objects_async`."""
+        from icechunk.sync import run_sync
+
+        return run_sync(self.list_objects_async(settings, prefix))
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>"
+
+    @classmethod
+    def new_in_memory(cls) -> Storage:
+        """See `icechunk.in_memory_storage`."""
+        from icechunk.storage.memory import MemoryStorage
+
+        return MemoryStorage()
+
+    @classmethod
+    def new_local_filesystem(cls, path: str) -> Storage:
+        """See `icechunk.local_filesystem_storage`."""
+        from icechunk.storage.local import LocalStorage
+
+        return LocalStorage(path)
+
+    @classmethod
+    def new_s3(
+        cls,
+        config: S3Options,
+        bucket: str,
+        prefix: str | None,
+        credentials: Any = None,
+        legacy_rooted_keys: bool | None = None,
+        *,
+        read_headers: dict[str, str] | None = None,
+        write_headers: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Storage:
+        """See `icechunk.s3_storage`; ``credentials`` is one of `icechunk.S3Credentials`."""
+        from icechunk.storage.s3 import S3Storage
+
+        if legacy_rooted_keys and prefix and prefix.strip("/"):
+            raise StorageError(
+                "storage error: legacy_rooted_keys is only valid with an empty prefix", ErrorKind.STORAGE_CONFIG
+            )
+        return S3Storage(
+            bucket,
+            prefix,
+            options=config,
+            credentials=credentials,
+            rooted_keys=bool(legacy_rooted_keys),
+            read_headers={**(headers or {}), **(read_headers or {})},
+            write_headers={**(headers or {}), **(write_headers or {})},
+        )

@@ -1,0 +1,595 @@
+"""Objects as files below a folder.
+
+A file is never changed in place: every write makes a new one and gives it its name in one step, so a reader has
+either the old object or the new one, whole. Unfinished files and the lock live in `RESERVED`, a folder that no key can
+name and no listing shows.
+
+Versions are ``inode-mtime-size``. The time is set by the writer from the nanosecond clock, not left to the kernel,
+whose file clock stands still for milliseconds: an inode that is reused within them would bring an old version back.
+
+Who replaces or deletes an existing object holds the lock; who creates one needs none, since the name itself is
+exclusive. A `Matches` compares inside the lock.
+
+A reader that finds a file younger than two minutes syncs its folder once before it tells anybody: the writer may not
+have come to that yet, and what was seen must not vanish in a power failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import itertools
+import os
+import stat
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
+
+import anyio
+
+from icechunk.errors import (
+    ErrorKind,
+    InvalidInputError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    StorageError,
+)
+from icechunk.sources import SYSTEM, Sources
+from icechunk.storage.base import (
+    ANY,
+    Absent,
+    ByteRange,
+    DeleteResult,
+    GetResult,
+    Matches,
+    ObjectInfo,
+    ObjectKind,
+    Precondition,
+    PutResult,
+    Storage,
+    Unchecked,
+    Version,
+)
+from icechunk.storage.keys import check_key, resolve_range
+from icechunk.storage.local_files import (
+    Exclusion,
+    fsync_file,
+    fsync_folder,
+    locked,
+    publish_new,
+    temporary_name,
+)
+
+__all__ = ["RESERVED", "LocalStorage"]
+
+T = TypeVar("T")
+
+RESERVED: Final = ".aioicechunk"
+"""First segment that keys may not have: the folder of unfinished files and the lock."""
+_THREADS: Final = 32
+_ABANDONED_AFTER_S: Final = 24 * 3600
+_SETTLED_AFTER_NS: Final = 120 * 1_000_000_000
+_CLOCK_GRAIN_NS: Final = 20_000_000
+_DELETE_BATCH: Final = 1000
+
+
+class LocalStorage(Storage):
+    """A storage below a folder of a file system; safe among threads, forks and processes.
+
+    Parameters
+    ----------
+    path
+        The root folder; made by the first write. Relative paths are resolved now.
+    sources
+        Its wall clock is the store's clock.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], sources: Sources = SYSTEM) -> None:
+        text = os.fspath(path)
+        if not isinstance(text, str) or not text or "\0" in text:
+            raise InvalidInputError(f"bad path {path!r} of a local storage: give a folder", ErrorKind.BAD_PREFIX)
+        self._root = os.path.abspath(text)
+        self._sources = sources
+        self._start()
+
+    def _start(self) -> None:
+        self._lock_path = os.path.join(self._root, RESERVED, "lock")
+        self._exclusion = Exclusion.LINK
+        # Folders of which this process knows that they and their parents are durable.
+        self._durable: set[str] = set()
+        # When this process last began to sync a folder, ns.
+        self._synced_ns: dict[str, int] = {}
+        self._swept = False
+        self._threads: tuple[int, ThreadPoolExecutor] | None = None
+        self._threads_lock = threading.Lock()
+
+    async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
+        return await self._in_thread(self._get, key, byte_range)
+
+    async def put(
+        self,
+        key: str,
+        data: bytes | bytearray | memoryview,
+        precondition: Precondition = ANY,
+        *,
+        kind: ObjectKind = "metadata",
+        metadata: Mapping[str, str] | None = None,
+    ) -> PutResult:
+        # A bytearray may change while the thread writes it.
+        content = data if isinstance(data, bytes) else bytes(data)
+        return await self._in_thread(self._put, key, content, precondition)
+
+    async def head(self, key: str) -> ObjectInfo:
+        return await self._in_thread(self._head, key)
+
+    async def list_pages(
+        self, prefix: str = "", *, start_after: str | None = None, page_size: int = 1000
+    ) -> AsyncIterator[list[ObjectInfo]]:
+        found = self._walk(prefix, start_after)
+        while True:
+            page = await self._in_thread(_take, found, page_size)
+            if page:
+                yield page
+            if len(page) < page_size:
+                return
+
+    async def delete(self, keys: Iterable[str]) -> DeleteResult:
+        wanted = list(keys)
+        deleted = 0
+        failures: list[tuple[str, str]] = []
+        for start in range(0, len(wanted), _DELETE_BATCH):
+            count, failed = await self._in_thread(self._delete, wanted[start : start + _DELETE_BATCH])
+            deleted += count
+            failures += failed
+        return DeleteResult(deleted=deleted, failures=tuple(failures))
+
+    async def copy(self, source: str, target: str) -> PutResult:
+        return await self._in_thread(self._copy, source, target)
+
+    async def aclose(self) -> None:
+        return None
+
+    @property
+    def supports_writes(self) -> bool:
+        return True
+
+    def describe(self) -> str:
+        return f"file://{self._root}"
+
+    def __repr__(self) -> str:
+        return f"<icechunk.Storage>\ntype: local filesystem\npath: {self._root}\n"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LocalStorage) and other._root == self._root
+
+    def __hash__(self) -> int:
+        return hash((LocalStorage, self._root))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self._root}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._root = state["root"]
+        self._sources = SYSTEM
+        self._start()
+
+    # -- threads ---------------------------------------------------------------------------------------------------
+
+    async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Run blocking work in a thread and wait for its end, also when cancelled: nothing lands afterwards."""
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self._executor(), work, *arguments)
+        except RuntimeError:
+            if not _pools_are_closed():
+                raise
+            # The interpreter is shutting down and starts no threads; the last checkpoint still has to be written.
+            return work(*arguments)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            with anyio.CancelScope(shield=True):
+                while not future.done():
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.wait([future])
+            if not future.cancelled():
+                future.exception()  # seen, so that nobody logs it
+            raise
+
+    def _executor(self) -> ThreadPoolExecutor:
+        current = self._threads
+        if current is not None and current[0] == os.getpid():
+            return current[1]
+        with self._threads_lock:
+            if self._threads is None or self._threads[0] != os.getpid():
+                # After a fork the parent's threads do not exist here; the old pool is left alone.
+                self._threads = (os.getpid(), ThreadPoolExecutor(_THREADS, thread_name_prefix="icechunk-files"))
+            return self._threads[1]
+
+    # -- blocking work ---------------------------------------------------------------------------------------------
+
+    def _path(self, key: str) -> str:
+        check_key(key)
+        segments = key.split("/")
+        if segments[0] == RESERVED:
+            raise InvalidInputError(
+                f"bad storage key {key!r}: {RESERVED!r} is kept for unfinished files", ErrorKind.INVALID_KEY
+            )
+        if os.name == "nt":
+            _check_windows_names(key, segments)
+        for segment in segments:
+            if len(segment) > 63 and len(segment.encode()) > 255:
+                raise InvalidInputError(
+                    f"bad storage key {key!r}: a file name has at most 255 bytes", ErrorKind.INVALID_KEY
+                )
+        return os.path.join(self._root, *segments)
+
+    def _get(self, key: str, byte_range: ByteRange) -> GetResult:
+        path = self._path(key)
+        with self._translated("read", key):
+            try:
+                # O_NONBLOCK: a named pipe must not stop us.
+                descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise self._not_found(key) from None
+            except PermissionError:
+                if os.name == "nt" and os.path.isdir(path):
+                    raise self._not_found(key) from None
+                raise
+            try:
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode):
+                    raise self._not_found(key)
+                self._settle_name(path, status)
+                start, stop = resolve_range(byte_range, status.st_size, key)
+                data = _read(descriptor, start, stop - start)
+            finally:
+                os.close(descriptor)
+        if len(data) != stop - start:
+            raise StorageError(
+                f"cannot read {key!r} of {self.describe()}: {len(data)} bytes came instead of {stop - start}; "
+                "the file was cut short by something else than icechunk",
+                ErrorKind.IO,
+            )
+        return GetResult(
+            data=data,
+            size=status.st_size,
+            version=_version(status),
+            modified_us=status.st_mtime_ns // 1000,
+            date_us=self._sources.wall_us(),
+        )
+
+    def _head(self, key: str) -> ObjectInfo:
+        path = self._path(key)
+        with self._translated("look at", key):
+            status = _try_stat(path)
+            if status is None:
+                raise self._not_found(key)
+            self._settle_name(path, status)
+        return _info(key, status)
+
+    def _put(self, key: str, data: bytes, precondition: Precondition) -> PutResult:
+        path = self._path(key)
+        with self._translated("write", key):
+            match precondition:
+                case Absent():
+                    if os.path.lexists(path):
+                        raise self._taken(key, path)
+                case Matches(version):
+                    # Looked at before any byte is written; decided inside the lock.
+                    self._require_version(key, path, version)
+                case Unchecked():
+                    pass
+            temporary, result = self._write_temporary(data)
+            try:
+                self._publish(key, path, temporary, precondition)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+            self._sync_after_landing(key, os.path.dirname(path))
+        return result
+
+    def _write_temporary(self, data: bytes) -> tuple[str, PutResult]:
+        folder = os.path.join(self._root, RESERVED)
+        path = os.path.join(folder, temporary_name())
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        try:
+            descriptor = os.open(path, flags, 0o666)
+        except FileNotFoundError:
+            self._make_durable_folder(folder)
+            descriptor = os.open(path, flags, 0o666)
+        if not self._swept:
+            self._swept = True
+            self._sweep(folder)
+        try:
+            try:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]
+                if os.utime in os.supports_fd:
+                    now_ns = time.time_ns()
+                    os.utime(descriptor, ns=(now_ns, now_ns))
+                fsync_file(descriptor)
+                status = os.fstat(descriptor)
+            finally:
+                os.close(descriptor)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            raise
+        return path, PutResult(version=_version(status), date_us=self._sources.wall_us())
+
+    def _publish(self, key: str, path: str, temporary: str, precondition: Precondition) -> None:
+        folder = os.path.dirname(path)
+        if folder not in self._durable:
+            self._make_durable_folder(folder)
+        if isinstance(precondition, Matches):
+            with locked(self._lock_path):
+                self._require_version(key, path, precondition.version)
+                os.replace(temporary, path)
+            return
+        try:
+            self._publish_new(temporary, path)
+        except FileExistsError:
+            if isinstance(precondition, Absent) or os.path.isdir(path):
+                raise self._taken(key, path) from None
+            with locked(self._lock_path):
+                os.replace(temporary, path)
+
+    def _publish_new(self, temporary: str, path: str) -> None:
+        try:
+            self._exclusion = publish_new(temporary, path, self._exclusion, self._lock_path)
+        except FileNotFoundError:
+            # Somebody removed the folder that we knew.
+            self._durable.clear()
+            self._make_durable_folder(os.path.dirname(path))
+            self._exclusion = publish_new(temporary, path, self._exclusion, self._lock_path)
+
+    def _make_durable_folder(self, folder: str) -> None:
+        """Make a folder and its parents, and sync every name from the root down, whoever made it."""
+        existed = os.path.dirname(folder)
+        while not os.path.isdir(existed):
+            existed = os.path.dirname(existed)
+        os.makedirs(folder, exist_ok=True)
+        level = folder
+        while level not in self._durable:
+            parent = os.path.dirname(level)
+            inside = len(parent) >= len(self._root)
+            try:
+                fsync_folder(parent)
+            except PermissionError:
+                if inside:
+                    raise
+            if not inside and len(parent) <= len(existed):
+                break
+            level = parent
+        self._durable.add(folder)
+
+    def _sync_after_landing(self, key: str, folder: str) -> None:
+        began_ns = time.time_ns()
+        try:
+            fsync_folder(folder)
+        except OSError as error:
+            raise StorageError(
+                f"cannot tell whether the write of {key!r} to {self.describe()} is durable ({error.strerror}): the "
+                "object is there now, but may be gone after a power failure; check the disk and read it back",
+                ErrorKind.IO,
+            ) from error
+        self._synced_ns[folder] = began_ns
+
+    def _settle_name(self, path: str, status: os.stat_result) -> None:
+        now_ns = time.time_ns()
+        if now_ns - status.st_ctime_ns > _SETTLED_AFTER_NS:
+            return
+        folder = os.path.dirname(path)
+        # The change time is that of the link or rename, by the kernel's coarse clock.
+        if status.st_ctime_ns + _CLOCK_GRAIN_NS < self._synced_ns.get(folder, 0):
+            return
+        # A reader without the right to sync has a read-only view; whoever wrote it has synced it.
+        with contextlib.suppress(OSError):
+            fsync_folder(folder)
+        self._synced_ns[folder] = now_ns
+
+    def _require_version(self, key: str, path: str, version: Version) -> None:
+        status = _try_stat(path)
+        found = None if status is None else _version(status)
+        if found != version:
+            state = "it does not exist" if found is None else f"it is at version {found}"
+            raise PreconditionFailedError(f"cannot replace version {version} of {key!r} in {self.describe()}: {state}")
+
+    def _taken(self, key: str, path: str) -> StorageError:
+        if os.path.isdir(path):
+            return StorageError(
+                f"cannot write {key!r} to {self.describe()}: a folder of that name holds other objects", ErrorKind.IO
+            )
+        return PreconditionFailedError(f"cannot create {key!r} in {self.describe()}: the object exists already")
+
+    def _sweep(self, folder: str) -> None:
+        """Remove what writers that died long ago left unfinished."""
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    if entry.name != "lock" and time.time() - entry.stat().st_mtime > _ABANDONED_AFTER_S:
+                        os.unlink(entry.path)
+
+    def _delete(self, keys: list[str]) -> tuple[int, list[tuple[str, str]]]:
+        deleted = 0
+        failures: list[tuple[str, str]] = []
+        folders: set[str] = set()
+        existing: list[tuple[str, str]] = []
+        for key in keys:
+            path = self._path(key)
+            if os.path.isfile(path) or os.path.islink(path):
+                existing.append((key, path))
+            else:
+                deleted += 1
+        if existing:
+            with self._translated("delete", existing[0][0]):
+                os.makedirs(os.path.dirname(self._lock_path), exist_ok=True)
+                # The lock keeps a `Matches` from bringing back what it compared before we came.
+                with locked(self._lock_path):
+                    for key, path in existing:
+                        try:
+                            os.unlink(path)
+                        except FileNotFoundError:
+                            pass
+                        except OSError as error:
+                            failures.append((key, error.strerror or str(error)))
+                            continue
+                        deleted += 1
+                        folders.add(os.path.dirname(path))
+                for folder in folders:
+                    with contextlib.suppress(FileNotFoundError):
+                        fsync_folder(folder)
+        return deleted, failures
+
+    def _copy(self, source: str, target: str) -> PutResult:
+        return self._put(target, self._get(source, None).data, ANY)
+
+    def _walk(self, prefix: str, start_after: str | None) -> Iterator[ObjectInfo]:
+        folder_key = prefix.rpartition("/")[0]
+        segments = folder_key.split("/") if folder_key else []
+        if "\0" in prefix or any(segment in ("", ".", "..") for segment in segments) or segments[:1] == [RESERVED]:
+            return
+        with self._translated("list", prefix):
+            yield from self._walk_folder(
+                os.path.join(self._root, *segments),
+                folder_key + "/" if segments else "",
+                prefix,
+                start_after,
+                frozenset(),
+            )
+
+    def _walk_folder(
+        self, path: str, key: str, prefix: str, start_after: str | None, above: frozenset[tuple[int, int]]
+    ) -> Iterator[ObjectInfo]:
+        try:
+            status = os.stat(path)
+            with os.scandir(path) as entries:
+                # A folder sorts with its slash, so that "a-b" comes before "a/b" as whole keys do.
+                names = sorted(
+                    (entry.name + "/" if entry.is_dir() else entry.name, entry.path)
+                    for entry in entries
+                    if _is_utf8(entry.name) and not (key == "" and entry.name == RESERVED)
+                )
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            return  # a symbolic link that leads back up
+        for name, entry_path in names:
+            full = key + name
+            if name.endswith("/"):
+                if not (full.startswith(prefix) or prefix.startswith(full)):
+                    continue
+                if start_after is not None and full < start_after and not start_after.startswith(full):
+                    continue
+                yield from self._walk_folder(entry_path, full, prefix, start_after, above | {identity})
+            elif full.startswith(prefix) and (start_after is None or full > start_after):
+                found = _try_stat(entry_path)
+                if found is not None:
+                    yield _info(full, found)
+
+    def _not_found(self, key: str) -> ObjectNotFoundError:
+        return ObjectNotFoundError(f"no object {key!r} in {self.describe()}")
+
+    @contextlib.contextmanager
+    def _translated(self, verb: str, key: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"cannot {verb} {key!r} in {self.describe()}: {error.strerror or error}{_remedy(error.errno)}",
+                ErrorKind.IO,
+            ) from error
+
+
+def _take(found: Iterator[ObjectInfo], count: int) -> list[ObjectInfo]:
+    return list(itertools.islice(found, count))
+
+
+def _read(descriptor: int, start: int, length: int) -> bytes:
+    data = _read_some(descriptor, length, start)
+    if len(data) == length:
+        return data
+    # One call moves at most 2 GiB, and signals may cut it short.
+    parts = [data]
+    done = len(data)
+    while done < length and data:
+        data = _read_some(descriptor, length - done, start + done)
+        parts.append(data)
+        done += len(data)
+    return b"".join(parts)
+
+
+def _read_some(descriptor: int, size: int, offset: int) -> bytes:
+    if sys.platform == "win32":
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, size)
+    return os.pread(descriptor, size, offset)
+
+
+def _try_stat(path: str) -> os.stat_result | None:
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def _version(status: os.stat_result) -> Version:
+    return Version(f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}")
+
+
+def _info(key: str, status: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(key=key, size=status.st_size, version=_version(status), modified_us=status.st_mtime_ns // 1000)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _pools_are_closed() -> bool:
+    from concurrent.futures import thread
+
+    return bool(getattr(thread, "_shutdown", False))
+
+
+def _remedy(code: int | None) -> str:
+    match code:
+        case errno.ENOSPC | errno.EDQUOT:
+            return "; nothing of it is visible. Free some space and try again"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return "; check the permissions of the folder and how it is mounted"
+        case errno.ENOTDIR:
+            return "; an object stands where the key has a folder"
+        case errno.ENAMETOOLONG:
+            return "; choose a root folder with a shorter path"
+        case errno.EMFILE | errno.ENFILE:
+            return "; raise the limit of open files (ulimit -n)"
+        case errno.EXDEV:
+            return "; the whole folder has to be on one file system"
+        case _:
+            return ""
+
+
+def _check_windows_names(key: str, segments: list[str]) -> None:
+    devices = {"CON", "PRN", "AUX", "NUL", *(f"{name}{n}" for name in ("COM", "LPT") for n in range(1, 10))}
+    for segment in segments:
+        if any(character in '<>:"|?*\\' or ord(character) < 32 for character in segment):
+            reason = "it has a character that Windows does not allow in file names"
+        elif segment[-1] in ". ":
+            reason = "Windows drops a final dot or space of a file name"
+        elif segment.split(".")[0].upper() in devices:
+            reason = "Windows keeps that name for a device"
+        else:
+            continue
+        raise InvalidInputError(f"bad storage key {key!r}: {reason}", ErrorKind.INVALID_KEY)
