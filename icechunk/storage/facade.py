@@ -53,10 +53,10 @@ class StorageFacade:
 
         Storages without settings of their own (memory, local file systems) return themselves.
         """
-        return cast('Storage', self)
+        return cast("Storage", self)
 
     async def list_objects_metadata_async(
-        self
+        self,
         settings: StorageSettings | None = None,
         prefix: str | None = None,
     ) -> list[StorageObjectInfo]:
@@ -70,7 +70,7 @@ class StorageFacade:
             A folder, with or without its final ``/``; None for all objects of the storage.
         """
         folder = prefix.rstrip("/") + "/" if prefix and prefix.rstrip("/") else ""
-        storage = cast('Storage', self) if settings is None else self.with_settings(settings)
+        storage = cast("Storage", self) if settings is None else self.with_settings(settings)
         return [
             StorageObjectInfo(
                 key=info.key[len(folder) :],
@@ -82,7 +82,7 @@ class StorageFacade:
         ]
 
     def list_objects_metadata(
-        self
+        self,
         settings: StorageSettings | None = None,
         prefix: str | None = None,
     ) -> list[StorageObjectInfo]:
@@ -92,7 +92,7 @@ class StorageFacade:
         return run_sync(self.list_objects_metadata_async(settings, prefix))
 
     async def list_objects_async(
-        self
+        self,
         settings: StorageSettings | None = None,
         prefix: str | None = None,
     ) -> list[tuple[str, int]]:
@@ -100,7 +100,7 @@ class StorageFacade:
         return [(info.key, info.size_bytes) for info in await self.list_objects_metadata_async(settings, prefix)]
 
     def list_objects(
-        self
+        self,
         settings: StorageSettings | None = None,
         prefix: str | None = None,
     ) -> list[tuple[str, int]]:
