@@ -1,0 +1,208 @@
+"""A small FlatBuffers writer, front to back.
+
+A table is a mapping from slots to values, and a value's Python type says how it is stored:
+
+============  =========================================================
+`Scalar`      number within the table
+`Inline`      struct within the table
+``str``       string
+``bytes``     vector of bytes
+`Items`       vector of numbers or structs, already in their bytes
+`FlatTable`   table
+sequence      vector of tables or strings
+============  =========================================================
+
+Slots whose value is None are left out. Parents are written before their children, since offsets
+count forward; equal vtables are shared.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, NamedTuple, TypeAlias
+
+from icechunk.errors import InvalidInputError
+
+__all__ = ["MAX_BYTES", "FlatTable", "FlatWriter", "Inline", "Items", "Scalar", "Written", "id_struct", "u8", "u64"]
+
+MAX_BYTES: Final = 2**31 - 1
+"""No FlatBuffers payload may be larger."""
+
+_U32: Final = struct.Struct("<I")
+_FORMATS: Final = {code: struct.Struct("<" + code) for code in "BHIiQ"}
+
+
+class Scalar(NamedTuple):
+    """A number within the table."""
+
+    format: str
+    """A `struct` format character: one of ``BHIiQ``."""
+    value: int
+
+
+class Inline(NamedTuple):
+    """A struct within the table."""
+
+    data: bytes
+    align: int = 1
+
+
+class Items(NamedTuple):
+    """A vector of ``length`` numbers or structs."""
+
+    data: bytes
+    length: int
+    align: int = 1
+    """Of one item, in bytes: 1, 2, 4 or 8."""
+
+
+class Written(NamedTuple):
+    """A child that writes itself: called with the writer, returns its position."""
+
+    write: Callable[[FlatWriter], int]
+
+
+Value: TypeAlias = "Scalar | Inline | Items | str | bytes | FlatTable | Written | list[FlatTable] | list[str] | None"
+
+
+class FlatTable(NamedTuple):
+    """A table."""
+
+    slots: Mapping[int, Value]
+
+
+def u8(value: int) -> Scalar:
+    """An unsigned byte."""
+    return Scalar("B", value)
+
+
+def u64(value: int) -> Scalar:
+    """An unsigned 64-bit number."""
+    return Scalar("Q", value)
+
+
+def id_struct(raw: bytes) -> Inline:
+    """An id of 8 or 12 bytes."""
+    return Inline(raw)
+
+
+class FlatWriter:
+    """One payload in the making."""
+
+    __slots__ = ("_vtables", "out")
+
+    def __init__(self) -> None:
+        self.out = bytearray()
+        self._vtables: dict[bytes, int] = {}
+
+    def finish(self, root: FlatTable) -> bytearray:
+        """Write ``root`` and all below it behind the file identifier.
+
+        Raises
+        ------
+        InvalidInputError
+            If the payload exceeds the 2 GiB that the format can address.
+        """
+        self.out += b"\0\0\0\0Ichk"
+        position = self.table(root)
+        _U32.pack_into(self.out, 0, position)
+        if len(self.out) > MAX_BYTES:
+            raise InvalidInputError(f"cannot encode {len(self.out)} bytes: a metadata file holds at most {MAX_BYTES}")
+        return self.out
+
+    def align(self, align: int, before: int = 0) -> None:
+        """Pad so that what comes ``before`` bytes later is aligned."""
+        self.out += bytes(-(len(self.out) + before) % align)
+
+    def table(self, table: FlatTable) -> int:
+        """Write a table and all below it; returns its position."""
+        inline: list[tuple[int, int, int, bytes | None]] = []  # (alignment, slot, size, bytes or offset to come)
+        for slot, value in table.slots.items():
+            if value is None:
+                continue
+            if isinstance(value, Scalar):
+                packer = _FORMATS[value.format]
+                inline.append((packer.size, slot, packer.size, packer.pack(value.value)))
+            elif isinstance(value, Inline):
+                inline.append((value.align, slot, len(value.data), value.data))
+            else:
+                inline.append((4, slot, 4, None))
+        # Widest first: no padding between fields but the one that an 8-byte field needs after the vtable's offset.
+        inline.sort(key=lambda entry: -entry[0])
+        wide = bool(inline) and inline[0][0] == 8
+        offset = 4
+        offsets: dict[int, int] = {}
+        for align, slot, size, _ in inline:
+            offset += -(offset + (4 if wide else 0)) % align
+            offsets[slot] = offset
+            offset += size
+        vtable = self._vtable(offsets, offset)
+        out = self.out
+        # With 8-byte fields the table itself starts 4 bytes before an 8-byte boundary, so that they follow its first
+        # word without a gap.
+        self.align(8, 4) if wide else self.align(4)
+        start = len(out)
+        out += (start - vtable).to_bytes(4, "little", signed=True)
+        for _, slot, _size, data in inline:
+            out += bytes(start + offsets[slot] - len(out))
+            out += b"\0\0\0\0" if data is None else data
+        for _, slot, _size, data in inline:
+            if data is None:
+                field = start + offsets[slot]
+                position = self._child(table.slots[slot])
+                _U32.pack_into(out, field, position - field)
+        return start
+
+    def _vtable(self, offsets: Mapping[int, int], table_size: int) -> int:
+        slots = max(offsets, default=-1) + 1
+        data = struct.pack(f"<{slots + 2}H", 4 + 2 * slots, table_size, *[offsets.get(i, 0) for i in range(slots)])
+        found = self._vtables.get(data)
+        if found is None:
+            self.align(2)
+            found = self._vtables[data] = len(self.out)
+            self.out += data
+        return found
+
+    def _child(self, value: Value) -> int:
+        if isinstance(value, str):
+            return self.string(value)
+        if isinstance(value, bytes):
+            return self.items(value, len(value), 1)
+        if isinstance(value, Items):
+            return self.items(*value)
+        if isinstance(value, FlatTable):
+            return self.table(value)
+        if isinstance(value, Written):
+            return value.write(self)
+        assert isinstance(value, list)
+        return self.offsets(value)
+
+    def items(self, data: bytes, count: int, align: int) -> int:
+        """Write a vector of numbers or structs; returns its position."""
+        self.align(max(align, 4), 4)
+        start = len(self.out)
+        self.out += _U32.pack(count)
+        self.out += data
+        return start
+
+    def string(self, text: str) -> int:
+        """Write a string; returns its position."""
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInputError(f"cannot encode {text!r}: not valid Unicode") from error
+        start = self.items(data, len(data), 1)
+        self.out += b"\0"
+        return start
+
+    def offsets(self, children: Sequence[FlatTable] | Sequence[str]) -> int:
+        """Write a vector of tables or strings; returns its position."""
+        self.align(4)
+        start = len(self.out)
+        self.out += _U32.pack(len(children)) + bytes(4 * len(children))
+        for i, child in enumerate(children):
+            field = start + 4 + 4 * i
+            position = self.string(child) if isinstance(child, str) else self.table(child)
+            _U32.pack_into(self.out, field, position - field)
+        return start

@@ -1,0 +1,69 @@
+"""Name-value metadata of snapshots and repositories: FlexBuffers in format 2, MessagePack in format 1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgpack
+
+from icechunk.errors import ErrorKind, FormatError, InvalidInputError
+from icechunk.format import flexbuffers
+from icechunk.format.flat_reader import Table, required
+from icechunk.format.flat_writer import FlatTable
+from icechunk.format.tables import Json
+
+__all__ = ["metadata_from_tables", "metadata_tables"]
+
+_NAME, _VALUE = 0, 1
+
+
+def metadata_tables(metadata: Mapping[str, Json], spec_version: int) -> list[FlatTable]:
+    """MetadataItem tables, in ascending order of name.
+
+    Raises
+    ------
+    InvalidInputError
+        If a value is not JSON-like.
+    """
+    pack = flexbuffers.dumps if spec_version >= 2 else _pack
+    return [
+        FlatTable({_NAME: name, _VALUE: pack(value)})
+        for name, value in sorted(metadata.items(), key=lambda item: item[0].encode("utf-8", "surrogatepass"))
+    ]
+
+
+def metadata_from_tables(tables: Iterable[Table], spec_version: int) -> dict[str, Json]:
+    """Read `metadata_tables` back.
+
+    Raises
+    ------
+    FormatError
+        If a name repeats or a value cannot be read.
+    """
+    unpack = flexbuffers.loads if spec_version >= 2 else _unpack
+    found: dict[str, Json] = {}
+    for table in tables:
+        name = required(table.string(_NAME), table, "name")
+        if name in found:
+            raise table.buffer.fail(f"its metadata has {name!r} twice")
+        found[name] = unpack(required(table.blob(_VALUE), table, "value"))
+    return found
+
+
+def _pack(value: Json) -> bytes:
+    try:
+        packed: bytes = msgpack.packb(value, use_bin_type=True)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InvalidInputError(f"cannot encode metadata: {error}", ErrorKind.BAD_METADATA) from error
+    return packed
+
+
+def _no_extension(code: int, data: bytes) -> None:
+    raise ValueError(f"extension type {code}")
+
+
+def _unpack(data: bytes) -> Json:
+    try:
+        return msgpack.unpackb(data, raw=False, strict_map_key=True, ext_hook=_no_extension)
+    except (ValueError, TypeError, OverflowError, RecursionError, MemoryError, msgpack.UnpackException) as error:
+        raise FormatError(f"cannot read MessagePack metadata: {error}", ErrorKind.DESERIALIZATION) from error

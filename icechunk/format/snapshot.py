@@ -1,0 +1,245 @@
+"""Snapshots: encode and decode, formats 1 and 2."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from typing import Any, Final
+
+import orjson
+
+from icechunk.errors import InvalidInputError
+from icechunk.format.envelope import FileType, seal, unseal
+from icechunk.format.flat_reader import Buffer, Table, required
+from icechunk.format.flat_writer import FlatTable, FlatWriter, Items, Scalar, Value, id_struct, u8, u64
+from icechunk.format.ids import NodeId, ObjectId, encode_id
+from icechunk.format.metadata import metadata_from_tables, metadata_tables
+from icechunk.format.tables import (
+    DimensionShape,
+    Extents,
+    ManifestFile,
+    ManifestRef,
+    NodeKind,
+    NodeSnapshot,
+    Snapshot,
+)
+
+__all__ = ["decode_snapshot", "encode_snapshot"]
+
+# Slots of the table Snapshot.
+_ID, _PARENT, _NODES, _FLUSHED_AT, _MESSAGE, _METADATA, _FILES_V1, _FILES, _EXTRA = range(9)
+
+_ARRAY, _GROUP = 1, 2
+_ID_SIZE: Final = 12
+_NODE_ID_SIZE: Final = 8
+_DIMENSION_V1: Final = struct.Struct("<QQ")
+_FILE_V1: Final = struct.Struct("<12s4xQI4x")
+_RANGE: Final = struct.Struct("<II")
+
+
+def encode_snapshot(snapshot: Snapshot, spec_version: int = 2, level: int = 3) -> bytes:
+    """The whole file of a snapshot.
+
+    Parameters
+    ----------
+    snapshot
+        What to write; order of its mappings has no meaning.
+    spec_version
+        1 or 2. Format 1 keeps ``parent_id`` and has no ``extra``; format 2 the other way round.
+    level
+        Of zstd.
+
+    Raises
+    ------
+    InvalidInputError
+        If a value cannot be encoded; in format 1 also for an array without a regular chunk grid.
+    """
+    if spec_version not in (1, 2):
+        raise InvalidInputError(f"cannot encode a snapshot in spec version {spec_version}")
+    newer = spec_version == 2
+    files = [snapshot.manifest_files[id] for id in sorted(snapshot.manifest_files)]
+    nodes = sorted(snapshot.nodes.values(), key=_path_bytes)
+    root: dict[int, Value] = {
+        _ID: id_struct(snapshot.id),
+        _PARENT: None if newer or snapshot.parent_id is None else id_struct(snapshot.parent_id),
+        _NODES: [_node_table(node, newer) for node in nodes],
+        _FLUSHED_AT: u64(snapshot.flushed_at_us),
+        _MESSAGE: snapshot.message,
+        _METADATA: metadata_tables(snapshot.metadata, spec_version),
+        _FILES_V1: Items(
+            b"" if newer else b"".join(_FILE_V1.pack(*file) for file in files), 0 if newer else len(files), 8
+        ),
+        _FILES: [_file_table(file) for file in files] if newer else None,
+        _EXTRA: snapshot.extra if newer else None,
+    }
+    return seal(FileType.SNAPSHOT, spec_version, FlatWriter().finish(FlatTable(root)), level)
+
+
+def _path_bytes(node: NodeSnapshot) -> bytes:
+    return node.path.encode("utf-8", "surrogatepass")
+
+
+def _file_table(file: ManifestFile) -> FlatTable:
+    return FlatTable({0: id_struct(file.object_id), 1: u64(file.size_bytes), 2: Scalar("I", file.num_chunk_refs)})
+
+
+def _node_table(node: NodeSnapshot, newer: bool) -> FlatTable:
+    is_array = node.kind is NodeKind.ARRAY
+    return FlatTable(
+        {
+            0: id_struct(node.id),
+            1: node.path,
+            2: node.user_data,
+            3: u8(_ARRAY if is_array else _GROUP),
+            4: _array_table(node, newer) if is_array else FlatTable({}),
+            5: node.extra if newer else None,
+        }
+    )
+
+
+def _array_table(node: NodeSnapshot, newer: bool) -> FlatTable:
+    shape_v1 = b"" if newer else _shape_v1(node)
+    names = node.dimension_names
+    return FlatTable(
+        {
+            0: Items(shape_v1, len(shape_v1) // _DIMENSION_V1.size, 8),
+            1: None if names is None else [FlatTable({0: name}) for name in names],
+            2: [_manifest_ref_table(ref) for ref in node.manifests],
+            3: [FlatTable({0: u64(dim.array_length), 1: Scalar("I", dim.num_chunks)}) for dim in node.shape]
+            if newer
+            else None,
+        }
+    )
+
+
+def _manifest_ref_table(ref: ManifestRef) -> FlatTable:
+    ranges = b"".join([_RANGE.pack(*extent) for extent in ref.extents])
+    return FlatTable({0: id_struct(ref.object_id), 1: Items(ranges, len(ref.extents), 4)})
+
+
+def _shape_v1(node: NodeSnapshot) -> bytes:
+    lengths = _regular_chunk_lengths(node)
+    if len(lengths) != len(node.shape):
+        raise InvalidInputError(
+            f"cannot encode {node.path}: {len(lengths)} chunk lengths for {len(node.shape)} dimensions"
+        )
+    return b"".join(
+        [_DIMENSION_V1.pack(dim.array_length, length) for dim, length in zip(node.shape, lengths, strict=True)]
+    )
+
+
+def _regular_chunk_lengths(node: NodeSnapshot) -> list[int]:
+    try:
+        grid: Any = orjson.loads(node.user_data)["chunk_grid"]
+        if grid["name"] == "regular":
+            return [int(length) for length in grid["configuration"]["chunk_shape"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidInputError(f"cannot encode {node.path}: its metadata names no chunk grid") from error
+    raise InvalidInputError(f"cannot encode {node.path}: format 1 has only regular chunk grids; use format 2")
+
+
+def decode_snapshot(data: bytes, *, expected_id: ObjectId | None = None) -> Snapshot:
+    """Read a snapshot of format 1 or 2.
+
+    Parameters
+    ----------
+    data
+        The whole file.
+    expected_id
+        What the id within must be.
+
+    Raises
+    ------
+    FormatError
+        If the file is not a snapshot, is corrupt, or has another id.
+    """
+    name = "snapshot" if expected_id is None else f"snapshot {encode_id(expected_id)}"
+    version, payload = unseal(data, FileType.SNAPSHOT, what=name)
+    buffer = Buffer(payload, name)
+    root = buffer.root()
+    id = ObjectId(required(root.inline(_ID, _ID_SIZE), root, "id"))
+    if expected_id is not None and id != expected_id:
+        raise buffer.fail(f"its id is {encode_id(id)}")
+    parent = root.inline(_PARENT, _ID_SIZE)
+    return Snapshot(
+        id=id,
+        parent_id=None if parent is None else ObjectId(parent),
+        nodes=_nodes(required(root.tables(_NODES), root, "nodes"), buffer),
+        flushed_at_us=root.u64(_FLUSHED_AT),
+        message=required(root.string(_MESSAGE), root, "message"),
+        metadata=metadata_from_tables(required(root.tables(_METADATA), root, "metadata"), version),
+        manifest_files=_files(root),
+        extra=root.blob(_EXTRA),
+    )
+
+
+def _files(root: Table) -> dict[ObjectId, ManifestFile]:
+    old: bytes = required(root.items(_FILES_V1, _FILE_V1.size), root, "manifest_files")
+    files = [ManifestFile(ObjectId(id), size, count) for id, size, count in _FILE_V1.iter_unpack(old)]
+    for table in root.tables(_FILES) or ():
+        id = ObjectId(required(table.inline(0, _ID_SIZE), table, "id"))
+        files.append(ManifestFile(id, table.u64(1), table.u32(2)))
+    return {file.object_id: file for file in files}
+
+
+def _nodes(tables: Iterable[Table], buffer: Buffer) -> dict[str, NodeSnapshot]:
+    nodes: dict[str, NodeSnapshot] = {}
+    in_order = True
+    last = b""
+    for table in tables:
+        node = _node(table)
+        if not node.path.startswith("/"):
+            raise buffer.fail(f"the path {node.path!r} is not absolute")
+        if node.path in nodes:
+            raise buffer.fail(f"{node.path} stands in it twice")
+        path = node.path.encode()
+        in_order = in_order and last < path
+        last = path
+        nodes[node.path] = node
+    if not in_order:
+        nodes = {node.path: node for node in sorted(nodes.values(), key=_path_bytes)}
+    return nodes
+
+
+def _node(table: Table) -> NodeSnapshot:
+    kind = table.u8(3)
+    id = NodeId(required(table.inline(0, _NODE_ID_SIZE), table, "id"))
+    path = required(table.string(1), table, "path")
+    user_data = required(table.blob(2), table, "user_data")
+    extra = table.blob(5)
+    if kind == _GROUP:
+        return NodeSnapshot(id=id, path=path, kind=NodeKind.GROUP, user_data=user_data, extra=extra)
+    if kind != _ARRAY:
+        raise table.buffer.fail(f"the node {path!r} is of unknown kind {kind}")
+    array = required(table.table(4), table, "node_data")
+    names = array.tables(1)
+    return NodeSnapshot(
+        id=id,
+        path=path,
+        kind=NodeKind.ARRAY,
+        user_data=user_data,
+        shape=_shape(array),
+        dimension_names=None if names is None else tuple([name.string(0) for name in names]),
+        manifests=tuple([_manifest_ref(ref) for ref in required(array.tables(2), array, "manifests")]),
+        extra=extra,
+    )
+
+
+def _shape(array: Table) -> tuple[DimensionShape, ...]:
+    newer = array.tables(3)
+    if newer is not None:
+        return tuple([DimensionShape(dim.u64(0), dim.u32(1)) for dim in newer])
+    items: bytes = required(array.items(0, _DIMENSION_V1.size), array, "shape")
+    # A chunk length of 0 can only belong to a dimension that has no chunks.
+    return tuple(
+        [
+            DimensionShape(length, -(-length // chunk_length) if chunk_length else 0)
+            for length, chunk_length in _DIMENSION_V1.iter_unpack(items)
+        ]
+    )
+
+
+def _manifest_ref(table: Table) -> ManifestRef:
+    id = ObjectId(required(table.inline(0, _ID_SIZE), table, "object_id"))
+    extents: Extents = tuple(_RANGE.iter_unpack(required(table.items(1, _RANGE.size), table, "extents")))
+    return ManifestRef(id, extents)
