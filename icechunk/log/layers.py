@@ -1,0 +1,113 @@
+"""The fold of one array's chunk events.
+
+Rows written one at a time gather in a dict; bulk rows, and dicts that were sealed, are layers of
+sorted columns, newest last. A new layer is merged with its predecessor until every layer is at
+least twice as large as the next, so there are O(log n) of them, a row is merged O(log n) times,
+and a look-up is one dict access and a few bisections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.format.ids import NodeId
+from icechunk.format.tables import ChunkRef, ChunkRefs
+from icechunk.log.columns import DELETED, concat, from_rows, normalized, take, tombstones
+from icechunk.log.events import ChunksDeleted, ChunksWritten
+from icechunk.log.lookup import CoordIndex
+
+__all__ = ["OPEN_ROWS", "ArrayFold"]
+
+OPEN_ROWS: Final = 16_384
+"""So many rows written one at a time become columns: a row of a dict takes ten times the memory."""
+
+Found: TypeAlias = ChunkRef | Literal[False] | None
+
+
+class _Layer:
+    __slots__ = ("index", "refs")
+
+    def __init__(self, refs: ChunkRefs) -> None:
+        self.refs = refs
+        self.index = CoordIndex(refs.coords)
+
+
+class ArrayFold:
+    """What the log says about the chunks of one array.
+
+    Parameters
+    ----------
+    node_id
+        Of the array.
+    grid
+        Chunks along each dimension, as the metadata says now.
+    """
+
+    __slots__ = ("grid", "layers", "node_id", "rows")
+
+    def __init__(self, node_id: NodeId, grid: tuple[int, ...]) -> None:
+        self.node_id = node_id
+        self.grid = grid
+        self.rows: dict[tuple[int, ...], ChunkRef | None] = {}
+        self.layers: list[_Layer] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.layers)
+
+    def find(self, coords: tuple[int, ...]) -> Found:
+        """The newest row at these coordinates: a reference, None if deleted, False if the log says nothing."""
+        found = self.rows.get(coords, False)
+        if found is not False or not self.layers:
+            return found
+        for layer in reversed(self.layers):
+            row = layer.index.find(coords)
+            if row >= 0:
+                return None if layer.refs.kind[row] == DELETED else layer.refs.row(row)
+        return False
+
+    def push(self, refs: ChunkRefs) -> None:
+        """Lay rows (ascending, unique; tombstones allowed) over everything known so far."""
+        if not len(refs):
+            return
+        layer = _Layer(refs)
+        while self.layers and len(self.layers[-1].refs) < 2 * len(layer.refs):
+            older = self.layers.pop()
+            layer = _Layer(normalized(concat([older.refs, layer.refs])))
+        self.layers.append(layer)
+
+    def push_deleted(self, coords: npt.NDArray[np.uint32]) -> None:
+        """Lay tombstones (ascending, unique) over everything known so far."""
+        self.push(tombstones(coords))
+
+    def seal(self) -> list[ChunksWritten | ChunksDeleted]:
+        """End the open rows: they become a layer, and the events returned."""
+        if not self.rows:
+            return []
+        refs = from_rows(self.rows, len(self.grid))
+        self.rows = {}
+        self.push(refs)
+        deleted = refs.kind == DELETED
+        if not deleted.any():
+            return [ChunksWritten(node_id=self.node_id, refs=refs)]
+        events: list[ChunksWritten | ChunksDeleted] = []
+        if not deleted.all():
+            events.append(ChunksWritten(node_id=self.node_id, refs=take(refs, ~deleted)))
+        events.append(ChunksDeleted(node_id=self.node_id, coords=refs.coords[deleted]))
+        return events
+
+    def flat(self) -> ChunkRefs:
+        """All rows, tombstones too, ascending and unique; the open rows must have been sealed."""
+        if not self.layers:
+            return ChunkRefs.empty(len(self.grid))
+        if len(self.layers) > 1:
+            self.layers = [_Layer(normalized(concat([layer.refs for layer in self.layers])))]
+        return self.layers[0].refs
+
+
+def inside(coords: npt.NDArray[np.uint32], grid: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """bool[n]: which coordinates lie in a grid of that many chunks along each dimension."""
+    return (coords < np.asarray(grid, np.uint64)).all(axis=1)

@@ -1,0 +1,142 @@
+"""Finding rows by chunk coordinates.
+
+Coordinates of one set of rows are packed into one unsigned 64-bit key each, as many bits per
+dimension as its largest coordinate needs, the first dimension highest, so that the order of keys
+is the lexicographic order of coordinates. Where 64 bits are too few, the key is the coordinates'
+big-endian bytes. A search is then one bisection over one contiguous column.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.format.tables import ChunkRef, ChunkRefs
+
+__all__ = ["CoordIndex", "find", "sort_last"]
+
+Coords = npt.NDArray[np.uint32]
+Rows = npt.NDArray[np.intp]
+
+
+def _widths(coords: Coords) -> tuple[int, ...]:
+    if not len(coords):
+        return (0,) * coords.shape[1]
+    return tuple(int(m).bit_length() for m in coords.max(axis=0))
+
+
+def _pack(coords: Coords, widths: Sequence[int]) -> npt.NDArray[Any]:
+    n, ndim = coords.shape
+    if sum(widths) > 64:
+        wide = np.ascontiguousarray(coords, dtype=">u4")
+        return wide.view(f"S{4 * ndim}").reshape(n)
+    keys = np.zeros(n, np.uint64)
+    for d, width in enumerate(widths):
+        if width:
+            keys = keys << np.uint64(width) | coords[:, d].astype(np.uint64)
+    return keys
+
+
+def sort_last(coords: Coords) -> Rows | None:
+    """Rows in ascending order of coordinates, of equal ones only the last.
+
+    Returns
+    -------
+    intp[m] or None
+        None if the rows are ascending and unique as they are.
+    """
+    if len(coords) < 2:
+        return None
+    keys = _pack(coords, _widths(coords))
+    if bool((keys[1:] > keys[:-1]).all()):
+        return None
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    last = np.ones(len(order), np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=last[:-1])
+    return order[last]
+
+
+class CoordIndex:
+    """Sorted search in rows that are ascending and unique by coordinates.
+
+    Parameters
+    ----------
+    coords
+        uint32[n, ndim], ascending lexicographically, unique.
+    """
+
+    __slots__ = ("_keys", "_view", "_widths", "wide")
+
+    def __init__(self, coords: Coords) -> None:
+        self._widths = _widths(coords)
+        self.wide = sum(self._widths) > 64
+        self._keys = _pack(coords, self._widths)
+        self._view: Any = self._keys if self.wide else memoryview(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def find(self, coords: Sequence[int]) -> int:
+        """The row with these coordinates, or −1."""
+        if self.wide:
+            key: Any = b"".join([c.to_bytes(4) for c in coords])
+            row = int(self._keys.searchsorted(np.array(key, self._keys.dtype)))
+            return row if row < len(self._keys) and self._keys[row : row + 1].tobytes() == key else -1
+        key = 0
+        for c, width in zip(coords, self._widths, strict=True):
+            if c >> width:
+                return -1
+            key = key << width | c
+        view = self._view
+        row = bisect_left(view, key)
+        return row if row < len(view) and view[row] == key else -1
+
+    def find_rows(self, coords: Coords) -> Rows:
+        """For each of the given coordinates the row that has them, or −1.
+
+        Parameters
+        ----------
+        coords
+            uint32[m, ndim], in any order.
+
+        Returns
+        -------
+        intp[m]
+        """
+        if not len(self._keys) or not len(coords):
+            return np.full(len(coords), -1, np.intp)
+        known = np.ones(len(coords), np.bool_)
+        if not self.wide:
+            for d, width in enumerate(self._widths):
+                known &= coords[:, d] >> np.uint32(width) == 0 if width < 32 else True
+            coords = np.where(known[:, None], coords, np.uint32(0))
+        keys = _pack(coords, self._widths)
+        rows = np.minimum(self._keys.searchsorted(keys), len(self._keys) - 1)
+        return np.where(known & (self._keys[rows] == keys), rows, -1)
+
+
+def find(refs: ChunkRefs, coords: Sequence[int]) -> ChunkRef | None:
+    """The reference at these coordinates, if there is one; O(ndim · log n), and nothing to prepare.
+
+    Parameters
+    ----------
+    refs
+        Ascending and unique by coordinates, as in a manifest.
+    coords
+        One per dimension; others than `refs.ndim` find nothing.
+    """
+    if len(coords) != refs.ndim:
+        return None
+    low, high = 0, len(refs)
+    for d, c in enumerate(coords):
+        column = memoryview(refs.coords[:, d])
+        low = bisect_left(column, c, low, high)
+        high = bisect_right(column, c, low, high)
+        if low == high:
+            return None
+    return refs.row(low) if low < high else None
