@@ -196,13 +196,13 @@ class FlatWriter:
         self.out += b"\0"
         return start
 
-    def offsets(self, children: Sequence[FlatTable] | Sequence[str]) -> int:
+    def offsets(self, children: Sequence[FlatTable | str]) -> int:
         """Write a vector of tables or strings; returns its position."""
         self.align(4)
         start = len(self.out)
         self.out += _U32.pack(len(children)) + bytes(4 * len(children))
         for i, child in enumerate(children):
             field = start + 4 + 4 * i
-            position = self.string(child) if isinstance(child, str) else self.table(child)
+            position = self.table(child) if isinstance(child, FlatTable) else self.string(child)
             _U32.pack_into(self.out, field, position - field)
         return start
