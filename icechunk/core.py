@@ -112,9 +112,7 @@ class Core:
 
     def put_pool(self) -> PutPool:
         """A pool for the chunks of one writable session."""
-        return PutPool(
-            self.storage, max_bytes=self.settings.put_memory_bytes, max_requests=self.settings.max_requests
-        )
+        return PutPool(self.storage, max_bytes=self.settings.put_memory_bytes, max_requests=self.settings.max_requests)
 
     async def aclose(self) -> None:
         """Write a last checkpoint where one is due, and close what this loop has open."""

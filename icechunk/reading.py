@@ -12,12 +12,12 @@ from icechunk.errors import ErrorKind, FormatError, ObjectNotFoundError, Storage
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.keys import chunk_key
 from icechunk.format.tables import INLINE, NATIVE, ChunkRef, ChunkRefs, Extents, NodeSnapshot
+from icechunk.log.layers import inside
 from icechunk.log.lookup import find
-from icechunk.log.session_log import ABSENT, IN_BASE, SessionLog
 from icechunk.storage.base import ByteRange, Range, Suffix
 from icechunk.transfer.put import PutPool
 
-__all__ = ["chunk_reference", "chunk_references", "clip", "read_chunk"]
+__all__ = ["base_reference", "base_references", "clip", "read_chunk"]
 
 
 def clip(byte_range: ByteRange, length: int) -> tuple[int, int]:
@@ -32,15 +32,8 @@ def clip(byte_range: ByteRange, length: int) -> tuple[int, int]:
             return max(0, length - count), length
 
 
-async def chunk_reference(
-    core: Core, log: SessionLog, node: NodeSnapshot, coords: tuple[int, ...]
-) -> ChunkRef | None:
-    """The reference of a chunk as the session sees it; None where there is none."""
-    found = log.chunk(node, coords)
-    if found is ABSENT:
-        return None
-    if found is not IN_BASE:
-        return found
+async def base_reference(core: Core, node: NodeSnapshot, coords: tuple[int, ...]) -> ChunkRef | None:
+    """The reference of a chunk in the manifests of a committed node; None where there is none."""
     for manifest_ref in node.manifests:
         if _covers(manifest_ref.extents, coords):
             manifest = await core.assets.manifest(manifest_ref.object_id)
@@ -85,18 +78,24 @@ async def read_chunk(core: Core, puts: PutPool | None, ref: ChunkRef, byte_range
     )
 
 
-async def chunk_references(core: Core, log: SessionLog, node: NodeSnapshot) -> AsyncIterator[ChunkRefs]:
-    """All references of an array as the session sees them: batches in no particular order, none twice."""
-    own, deleted = log.overlay(node)
-    if len(own):
-        yield own
-    hidden = _row_keys(np.concatenate([own.coords, deleted]))
+async def base_references(core: Core, node: NodeSnapshot, hidden: npt.NDArray[np.uint32]) -> AsyncIterator[ChunkRefs]:
+    """References in the manifests of a committed node, in batches.
+
+    Parameters
+    ----------
+    node
+        With its present shape: what is outside of its grid is left out.
+    hidden
+        uint32[n, ndim]: coordinates to leave out.
+    """
+    grid = tuple(dimension.num_chunks for dimension in node.shape)
+    keys = _row_keys(hidden)
     for manifest_ref in node.manifests:
         manifest = await core.assets.manifest(manifest_ref.object_id)
         refs = _of_node(manifest.arrays, node, manifest_ref.object_id)
-        visible = log.in_grid(node, refs.coords)
-        if len(hidden):
-            visible &= ~np.isin(_row_keys(refs.coords), hidden)
+        visible = inside(refs.coords, grid)
+        if len(keys):
+            visible &= ~np.isin(_row_keys(refs.coords), keys)
         if visible.all():
             yield refs
         elif visible.any():

@@ -1,0 +1,134 @@
+"""Writing a commit: the fold becomes files, and the files become history by one swap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from icechunk.core import Core
+from icechunk.errors import ConflictError
+from icechunk.format.ids import ObjectId, encode_id
+from icechunk.format.keys import manifest_key, snapshot_key, transaction_key
+from icechunk.format.manifest import encode_manifest
+from icechunk.format.repo_values import SnapshotRecord
+from icechunk.format.snapshot import encode_snapshot
+from icechunk.format.tables import Manifest, Snapshot
+from icechunk.format.transaction import encode_transaction_log
+from icechunk.log.compaction import Compaction, Plan, compact, finish, plan
+from icechunk.log.session_log import SessionLog
+from icechunk.refs.events import CommitAdded, Event
+from icechunk.refs.state import RepoState
+from icechunk.transfer.assets import off_loop
+from icechunk.transfer.put import PutPool
+from icechunk.transfer.tasks import run_all, run_each
+
+__all__ = ["Commit", "commit"]
+
+_BYTES_PER_REF = 64
+"""About what a reference costs to encode; decides whether that happens in a thread."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """What a caller wants committed."""
+
+    branch: str
+    message: str
+    metadata: Mapping[str, Any]
+    since_us: int
+    """Store time, µs, not later than the first upload for this commit."""
+    on_swap: Callable[[], None]
+    """Called when the files are there and the swap begins: from then on a cancellation leaves the outcome open."""
+
+
+async def commit(core: Core, log: SessionLog, puts: PutPool, wanted: Commit) -> Snapshot:
+    """Write the session's files, all at once, and append the commit to the repository log.
+
+    Two dependent round trips where no manifest must be read: the files, the swap.
+
+    Raises
+    ------
+    ConflictError
+        The branch is not at the session's base any more; nothing of this commit is visible.
+    CommitOutcomeUnknown
+        The swap was sent and its outcome is not certain.
+    StorageError
+        Something could not be written; nothing of this commit is visible.
+    """
+    repository_log = await core.log()
+    base = log.base.id
+    # A branch that is known to have moved will not come back: no need to upload anything.
+    _require_tip(repository_log.state, wanted.branch, base)
+    compaction = await _compact(core, log, wanted)
+    snapshot = await _write(core, puts, compaction, repository_log.spec_version)
+    record = SnapshotRecord(
+        id=snapshot.id,
+        parent=base,
+        flushed_at_us=snapshot.flushed_at_us,
+        message=wanted.message,
+        metadata=dict(wanted.metadata),
+    )
+
+    def propose(state: RepoState) -> Sequence[Event]:
+        _require_tip(state, wanted.branch, base)
+        return [CommitAdded(branch=wanted.branch, snapshot=record)]
+
+    wanted.on_swap()
+    await repository_log.append(propose, since_us=wanted.since_us)
+    core.assets.keep_snapshot(snapshot)
+    for manifest in compaction.manifests:
+        core.assets.keep_manifest(manifest)
+    return snapshot
+
+
+def _require_tip(state: RepoState, branch: str, base: ObjectId) -> None:
+    tip = state.branches.get(branch)
+    if tip != base:
+        raise ConflictError(encode_id(base), None if tip is None else encode_id(tip))
+
+
+async def _compact(core: Core, log: SessionLog, wanted: Commit) -> Compaction:
+    todo: Plan = plan(log, core.settings.policy)
+    manifests: dict[ObjectId, Manifest] = {}
+
+    async def read(id: ObjectId) -> None:
+        manifests[id] = await core.assets.manifest(id)
+
+    await run_each(read, todo.manifests_to_read, limit=core.settings.max_requests)
+    touched = todo.num_refs + sum(manifest.num_chunk_refs for manifest in manifests.values())
+    return await off_loop(
+        touched * _BYTES_PER_REF,
+        partial(
+            compact,
+            todo,
+            manifests,
+            snapshot_id=core.sources.new_object_id(),
+            parent_id=None,
+            flushed_at_us=max(core.sources.wall_us(), log.base.flushed_at_us + 1),
+            message=wanted.message,
+            metadata=wanted.metadata,
+            new_object_id=core.sources.new_object_id,
+        ),
+    )
+
+
+async def _write(core: Core, puts: PutPool, compaction: Compaction, spec_version: int) -> Snapshot:
+    level = core.settings.compression_level
+    files: list[tuple[str, bytes]] = []
+    sizes: dict[ObjectId, int] = {}
+    for manifest in compaction.manifests:
+        encode = partial(encode_manifest, manifest, spec_version, level)
+        data = await off_loop(manifest.num_chunk_refs * _BYTES_PER_REF, encode)
+        sizes[manifest.id] = len(data)
+        files.append((manifest_key(manifest.id), data))
+    snapshot = finish(compaction, sizes)
+    files.append((snapshot_key(snapshot.id), encode_snapshot(snapshot, spec_version, level)))
+    files.append((transaction_key(snapshot.id), encode_transaction_log(compaction.transaction, spec_version, level)))
+
+    async def put(file: tuple[str, bytes]) -> None:
+        await core.storage.put(*file)
+
+    await run_all(puts.flush, partial(run_each, put, files, limit=core.settings.max_requests))
+    return snapshot

@@ -1,0 +1,137 @@
+"""What a repository keeps about itself: configuration, metadata, status, feature flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from icechunk.config import config_to_dict
+from icechunk.ops import FeatureFlag, RepoStatus, list_feature_flags, to_repo_status
+from icechunk.refs.events import ConfigReplaced, Event, FeatureFlagSet, MetadataReplaced, MetadataUpdated, StatusSet
+from icechunk.repository.base import RepositoryBase
+from icechunk.sync import run_sync
+
+__all__ = ["Administration"]
+
+
+class Administration(RepositoryBase):
+    """Options and facts that stand beside the data."""
+
+    async def save_config_async(self) -> None:
+        """Persist the present configuration with the repository, for everybody who opens it.
+
+        Raises
+        ------
+        ConflictError
+            Somebody persisted another one since this repository was opened (kind ``config-updated``).
+        """
+        log = await self._core.log()
+        config = config_to_dict(self._core.config)
+        expected = self._core.persisted_config
+        await log.append(lambda _: [ConfigReplaced(config=config, expected=expected, check=True)])
+        self._core.persisted_config = config
+
+    def save_config(self) -> None:
+        """Synchronous twin of `save_config_async`."""
+        run_sync(self.save_config_async())
+
+    def set_default_commit_metadata(self, metadata: Mapping[str, Any]) -> None:
+        """Metadata that every commit of this object gets, under what the commit itself brings."""
+        self._core.default_metadata = dict(metadata)
+
+    def default_commit_metadata(self) -> dict[str, Any]:
+        """What `set_default_commit_metadata` set."""
+        return dict(self._core.default_metadata)
+
+    async def get_metadata_async(self) -> dict[str, Any]:
+        """The repository's own metadata."""
+        return dict((await self._core.state()).metadata)
+
+    def get_metadata(self) -> dict[str, Any]:
+        """Synchronous twin of `get_metadata_async`."""
+        return run_sync(self.get_metadata_async())
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The repository's own metadata, read now."""
+        return self.get_metadata()
+
+    async def set_metadata_async(self, metadata: Mapping[str, Any]) -> None:
+        """Replace the repository's metadata as a whole. Raises `ReadOnlyError` where its status is read-only."""
+        await self._happen(MetadataReplaced(metadata=dict(metadata)))
+
+    def set_metadata(self, metadata: Mapping[str, Any]) -> None:
+        """Synchronous twin of `set_metadata_async`."""
+        run_sync(self.set_metadata_async(metadata))
+
+    async def update_metadata_async(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """Set some keys of the repository's metadata atomically, and return all of it."""
+        log = await self._core.log()
+        return dict((await log.append(lambda _: [MetadataUpdated(metadata=dict(metadata))])).metadata)
+
+    def update_metadata(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """Synchronous twin of `update_metadata_async`."""
+        return run_sync(self.update_metadata_async(metadata))
+
+    async def get_status_async(self) -> RepoStatus:
+        """Whether the repository takes writes: its real status, whatever other readers of the format are shown."""
+        return to_repo_status((await self._core.state()).status)
+
+    def get_status(self) -> RepoStatus:
+        """Synchronous twin of `get_status_async`."""
+        return run_sync(self.get_status_async())
+
+    @property
+    def status(self) -> RepoStatus:
+        """The repository's status, read now."""
+        return self.get_status()
+
+    async def set_status_async(self, status: RepoStatus) -> None:
+        """Make the repository read-only for everybody, or writable again."""
+        await self._happen(StatusSet(availability=int(status.availability), reason=status.limited_availability_reason))
+
+    def set_status(self, status: RepoStatus) -> None:
+        """Synchronous twin of `set_status_async`."""
+        run_sync(self.set_status_async(status))
+
+    async def feature_flags_async(self) -> list[FeatureFlag]:
+        """Every feature that can be switched, and how it is set."""
+        state = await self._core.state()
+        return list_feature_flags(state.enabled_feature_flags or (), state.disabled_feature_flags or ())
+
+    def feature_flags(self) -> list[FeatureFlag]:
+        """Synchronous twin of `feature_flags_async`."""
+        return run_sync(self.feature_flags_async())
+
+    async def enabled_feature_flags_async(self) -> list[FeatureFlag]:
+        """The features that are on."""
+        return [flag for flag in await self.feature_flags_async() if flag.enabled]
+
+    def enabled_feature_flags(self) -> list[FeatureFlag]:
+        """Synchronous twin of `enabled_feature_flags_async`."""
+        return run_sync(self.enabled_feature_flags_async())
+
+    async def disabled_feature_flags_async(self) -> list[FeatureFlag]:
+        """The features that are off."""
+        return [flag for flag in await self.feature_flags_async() if not flag.enabled]
+
+    def disabled_feature_flags(self) -> list[FeatureFlag]:
+        """Synchronous twin of `disabled_feature_flags_async`."""
+        return run_sync(self.disabled_feature_flags_async())
+
+    async def set_feature_flag_async(self, name: str, setting: bool | None) -> None:
+        """Switch a feature on or off, or back to its default (None).
+
+        Raises
+        ------
+        InvalidInputError
+            There is no feature with this name (kind ``invalid-feature-flag``).
+        """
+        await self._happen(FeatureFlagSet(flag=feature_flag_id(name), value=setting))
+
+    def set_feature_flag(self, name: str, setting: bool | None) -> None:
+        """Synchronous twin of `set_feature_flag_async`."""
+        run_sync(self.set_feature_flag_async(name, setting))
+
+    async def _happen(self, event: Event) -> None:
+        await (await self._core.log()).append(lambda _: [event])

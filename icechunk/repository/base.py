@@ -1,0 +1,104 @@
+"""What every part of a `Repository` stands on."""
+
+from __future__ import annotations
+
+import html
+from typing import Self
+
+from icechunk.config import Attribution, RepositoryConfig
+from icechunk.core import Core
+from icechunk.format.ids import ObjectId, object_id_from_text
+from icechunk.refs.base import Layout
+from icechunk.refs.state import RepoState, require_snapshot
+from icechunk.storage.base import Storage
+from icechunk.sync import run_sync
+from icechunk.types import SpecVersion
+
+__all__ = ["RepositoryBase"]
+
+
+class RepositoryBase:
+    """Holds the core, says what it is, and closes it."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    @property
+    def config(self) -> RepositoryConfig:
+        """Persisted options with the caller's merged over them."""
+        return self._core.config
+
+    @property
+    def storage(self) -> Storage:
+        """Where the repository is."""
+        return self._core.storage
+
+    @property
+    def attribution(self) -> Attribution:
+        """Who works here."""
+        return self._core.attribution or Attribution()
+
+    @property
+    def authorized_virtual_container_prefixes(self) -> set[str]:
+        """URL prefixes of the virtual chunk containers that may be read."""
+        return set(self._core.virtual_access)
+
+    @property
+    def layout(self) -> Layout:
+        """How the repository log is persisted."""
+        return run_sync(self._core.log()).layout
+
+    @property
+    def spec_version(self) -> SpecVersion:
+        """Version of the format that snapshots and manifests are written in."""
+        return SpecVersion(run_sync(self._core.log()).spec_version)
+
+    async def aclose(self) -> None:
+        """Write a last checkpoint where one is due, and close what the running loop has open.
+
+        Not needed at the end of ``asyncio.run`` or of the process, where it happens by itself. The repository
+        opens again when it is used again.
+        """
+        await self._core.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __getstate__(self) -> Core:
+        return self._core
+
+    def __setstate__(self, state: Core) -> None:
+        self._core = state
+
+    def __repr__(self) -> str:
+        return f"<icechunk.Repository>\nstorage: {self._core.storage.describe()}"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        place = html.escape(self._core.storage.describe())
+        return f"<table><caption>icechunk.Repository</caption><tr><th>storage</th><td>{place}</td></tr></table>"
+
+
+def select(
+    state: RepoState, *, branch: str | None = None, tag: str | None = None, snapshot_id: str | None = None
+) -> ObjectId:
+    """The snapshot that exactly one of a branch, a tag and an id names.
+
+    Raises
+    ------
+    ValueError
+        None of them is given, or more than one.
+    RefNotFoundError, SnapshotNotFoundError
+        There is no such thing.
+    """
+    if sum(name is not None for name in (branch, tag, snapshot_id)) != 1:
+        raise ValueError("exactly one of branch, tag and snapshot_id must be given")
+    if branch is not None:
+        return state.branch_tip(branch)
+    if tag is not None:
+        return state.tag_target(tag)
+    return require_snapshot(state, object_id_from_text(snapshot_id or "")).id

@@ -1,0 +1,135 @@
+"""Branches and tags."""
+
+from __future__ import annotations
+
+from icechunk.format.ids import encode_id, object_id_from_text
+from icechunk.refs.events import BranchCreated, BranchDeleted, BranchReset, Event, TagCreated, TagDeleted
+from icechunk.refs.names import validate_branch_name, validate_tag_name
+from icechunk.repository.base import RepositoryBase
+from icechunk.sync import run_sync
+
+__all__ = ["Branches"]
+
+
+class Branches(RepositoryBase):
+    """Names for snapshots: branches move, tags never do."""
+
+    async def create_branch_async(self, branch: str, snapshot_id: str) -> None:
+        """Create a branch at a snapshot.
+
+        Raises
+        ------
+        AlreadyExistsError
+            There is a branch with this name.
+        SnapshotNotFoundError
+            There is no such snapshot.
+        InvalidInputError
+            The name, or the id, is not one.
+        """
+        validate_branch_name(branch)
+        await self._append(BranchCreated(name=branch, snapshot=object_id_from_text(snapshot_id)))
+
+    def create_branch(self, branch: str, snapshot_id: str) -> None:
+        """Synchronous twin of `create_branch_async`."""
+        run_sync(self.create_branch_async(branch, snapshot_id))
+
+    async def list_branches_async(self) -> set[str]:
+        """Names of all branches."""
+        return set((await self._core.state()).branches)
+
+    def list_branches(self) -> set[str]:
+        """Synchronous twin of `list_branches_async`."""
+        return run_sync(self.list_branches_async())
+
+    async def lookup_branch_async(self, branch: str) -> str:
+        """The id of the snapshot that a branch points to. Raises `RefNotFoundError`."""
+        return encode_id((await self._core.state()).branch_tip(branch))
+
+    def lookup_branch(self, branch: str) -> str:
+        """Synchronous twin of `lookup_branch_async`."""
+        return run_sync(self.lookup_branch_async(branch))
+
+    async def reset_branch_async(self, branch: str, snapshot_id: str, *, from_snapshot_id: str | None = None) -> None:
+        """Point a branch to another snapshot.
+
+        Parameters
+        ----------
+        from_snapshot_id
+            Do so only if the branch points to this one now.
+
+        Raises
+        ------
+        ConflictError
+            It does not (kind ``branch-update-conflict``).
+        RefNotFoundError, SnapshotNotFoundError
+            There is no such branch, or snapshot.
+        """
+        expected = None if from_snapshot_id is None else object_id_from_text(from_snapshot_id)
+        await self._append(BranchReset(name=branch, snapshot=object_id_from_text(snapshot_id), expected=expected))
+
+    def reset_branch(self, branch: str, snapshot_id: str, *, from_snapshot_id: str | None = None) -> None:
+        """Synchronous twin of `reset_branch_async`."""
+        run_sync(self.reset_branch_async(branch, snapshot_id, from_snapshot_id=from_snapshot_id))
+
+    async def delete_branch_async(self, branch: str) -> None:
+        """Delete a branch; its snapshots stay until they are collected.
+
+        Raises
+        ------
+        RefNotFoundError
+            There is no such branch.
+        SessionStateError
+            It is ``main``, which always exists.
+        """
+        await self._append(BranchDeleted(name=branch))
+
+    def delete_branch(self, branch: str) -> None:
+        """Synchronous twin of `delete_branch_async`."""
+        run_sync(self.delete_branch_async(branch))
+
+    async def create_tag_async(self, tag: str, snapshot_id: str) -> None:
+        """Create a tag at a snapshot, for good.
+
+        Raises
+        ------
+        AlreadyExistsError
+            There is a tag with this name (kind ``tag-already-exists``), or was (``tag-previously-deleted``).
+        SnapshotNotFoundError
+            There is no such snapshot.
+        InvalidInputError
+            The name, or the id, is not one.
+        """
+        validate_tag_name(tag)
+        await self._append(TagCreated(name=tag, snapshot=object_id_from_text(snapshot_id)))
+
+    def create_tag(self, tag: str, snapshot_id: str) -> None:
+        """Synchronous twin of `create_tag_async`."""
+        run_sync(self.create_tag_async(tag, snapshot_id))
+
+    async def list_tags_async(self) -> set[str]:
+        """Names of all tags."""
+        return set((await self._core.state()).tags)
+
+    def list_tags(self) -> set[str]:
+        """Synchronous twin of `list_tags_async`."""
+        return run_sync(self.list_tags_async())
+
+    async def lookup_tag_async(self, tag: str) -> str:
+        """The id of the snapshot that a tag points to. Raises `RefNotFoundError`."""
+        return encode_id((await self._core.state()).tag_target(tag))
+
+    def lookup_tag(self, tag: str) -> str:
+        """Synchronous twin of `lookup_tag_async`."""
+        return run_sync(self.lookup_tag_async(tag))
+
+    async def delete_tag_async(self, tag: str) -> None:
+        """Delete a tag; nobody can use its name again. Raises `RefNotFoundError`."""
+        await self._append(TagDeleted(name=tag))
+
+    def delete_tag(self, tag: str) -> None:
+        """Synchronous twin of `delete_tag_async`."""
+        run_sync(self.delete_tag_async(tag))
+
+    async def _append(self, event: Event) -> None:
+        log = await self._core.log()
+        await log.append(lambda _: [event])

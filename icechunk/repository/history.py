@@ -1,0 +1,141 @@
+"""Looking back: ancestry, the ops log, and what changed between two versions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.format.ids import ObjectId, object_id_from_text
+from icechunk.format.tables import TransactionLog
+from icechunk.log.diff import diff as diff_transactions
+from icechunk.ops import Update, to_update
+from icechunk.refs.state import require_snapshot
+from icechunk.repository.base import RepositoryBase, select
+from icechunk.snapshots import Diff, ManifestFileInfo, SnapshotInfo, to_diff, to_snapshot_info
+from icechunk.sync import iterate_sync, run_sync
+from icechunk.transfer.tasks import run_each
+
+__all__ = ["History"]
+
+
+class History(RepositoryBase):
+    """Every snapshot that is still there, and how it came to be."""
+
+    async def async_ancestry(
+        self, *, branch: str | None = None, tag: str | None = None, snapshot_id: str | None = None
+    ) -> AsyncIterator[SnapshotInfo]:
+        """A snapshot and its ancestors, newest first.
+
+        Exactly one of the three must be given.
+
+        Raises
+        ------
+        ValueError
+            None of them is, or more than one.
+        RefNotFoundError, SnapshotNotFoundError
+            There is no such thing.
+        """
+        state = await self._core.state()
+        for record in state.ancestry(select(state, branch=branch, tag=tag, snapshot_id=snapshot_id)):
+            yield to_snapshot_info(record)
+
+    def ancestry(
+        self, *, branch: str | None = None, tag: str | None = None, snapshot_id: str | None = None
+    ) -> Iterator[SnapshotInfo]:
+        """Synchronous twin of `async_ancestry`."""
+        return iterate_sync(self.async_ancestry(branch=branch, tag=tag, snapshot_id=snapshot_id))
+
+    async def ops_log_async(self) -> AsyncIterator[Update]:
+        """Everything that ever happened to the repository, newest first."""
+        log = await self._core.log()
+        await log.refresh()
+        async for update in log.updates():
+            yield to_update(update)
+
+    def ops_log(self) -> Iterator[Update]:
+        """Synchronous twin of `ops_log_async`."""
+        return iterate_sync(self.ops_log_async())
+
+    async def lookup_snapshot_async(self, snapshot_id: str) -> SnapshotInfo:
+        """What the history says of a snapshot. Raises `SnapshotNotFoundError`."""
+        return to_snapshot_info(require_snapshot(await self._core.state(), object_id_from_text(snapshot_id)))
+
+    def lookup_snapshot(self, snapshot_id: str) -> SnapshotInfo:
+        """Synchronous twin of `lookup_snapshot_async`."""
+        return run_sync(self.lookup_snapshot_async(snapshot_id))
+
+    async def list_manifest_files_async(self, snapshot_id: str) -> list[ManifestFileInfo]:
+        """The manifest objects that a snapshot uses, ascending by id. Raises `SnapshotNotFoundError`."""
+        snapshot = await self._core.assets.snapshot(object_id_from_text(snapshot_id))
+        return [ManifestFileInfo(*file) for file in snapshot.manifest_files.values()]
+
+    def list_manifest_files(self, snapshot_id: str) -> list[ManifestFileInfo]:
+        """Synchronous twin of `list_manifest_files_async`."""
+        return run_sync(self.list_manifest_files_async(snapshot_id))
+
+    async def diff_async(
+        self,
+        *,
+        from_branch: str | None = None,
+        from_tag: str | None = None,
+        from_snapshot_id: str | None = None,
+        to_branch: str | None = None,
+        to_tag: str | None = None,
+        to_snapshot_id: str | None = None,
+    ) -> Diff:
+        """What the commits after one snapshot, up to and with another, changed together.
+
+        Exactly one ``from_*`` and one ``to_*`` must be given, and the first must be an ancestor of the second.
+
+        Raises
+        ------
+        InvalidInputError
+            It is not (kind ``bad-snapshot-chain-for-diff``).
+        ValueError, RefNotFoundError, SnapshotNotFoundError
+            As in `async_ancestry`.
+        """
+        state = await self._core.state()
+        start = select(state, branch=from_branch, tag=from_tag, snapshot_id=from_snapshot_id)
+        end = select(state, branch=to_branch, tag=to_tag, snapshot_id=to_snapshot_id)
+        wanted: list[ObjectId] = []
+        for record in state.ancestry(end):
+            if record.id == start:
+                break
+            wanted += [record.id, *reversed(record.pruned_ancestor_tx_logs)]
+        else:
+            raise InvalidInputError(
+                "cannot compare: the snapshot to start from is not an ancestor of the other one; swap them, or "
+                "compare with a common ancestor",
+                ErrorKind.BAD_SNAPSHOT_CHAIN_FOR_DIFF,
+            )
+        found: dict[ObjectId, TransactionLog] = {}
+
+        async def read(id: ObjectId) -> None:
+            found[id] = await self._core.assets.transaction_log(id)
+
+        await run_each(read, wanted, limit=self._core.settings.max_requests)
+        before = await self._core.assets.snapshot(start)
+        after = await self._core.assets.snapshot(end)
+        return to_diff(diff_transactions([found[id] for id in reversed(wanted)], before, after))
+
+    def diff(
+        self,
+        *,
+        from_branch: str | None = None,
+        from_tag: str | None = None,
+        from_snapshot_id: str | None = None,
+        to_branch: str | None = None,
+        to_tag: str | None = None,
+        to_snapshot_id: str | None = None,
+    ) -> Diff:
+        """Synchronous twin of `diff_async`."""
+        return run_sync(
+            self.diff_async(
+                from_branch=from_branch,
+                from_tag=from_tag,
+                from_snapshot_id=from_snapshot_id,
+                to_branch=to_branch,
+                to_tag=to_tag,
+                to_snapshot_id=to_snapshot_id,
+            )
+        )

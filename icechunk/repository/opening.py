@@ -1,0 +1,254 @@
+"""Creating, finding and opening repositories."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from icechunk import refs
+from icechunk.config import Attribution, RepositoryConfig, StorageSettings, config_from_dict, config_to_dict
+from icechunk.core import Core
+from icechunk.credentials import AnyCredential
+from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.refs.base import Layout
+from icechunk.repository.base import RepositoryBase
+from icechunk.sources import SYSTEM
+from icechunk.storage.base import Storage
+from icechunk.sync import run_sync
+from icechunk.types import SpecVersion
+
+__all__ = ["Opening"]
+
+
+class Opening(RepositoryBase):
+    """How a `Repository` comes into being."""
+
+    @classmethod
+    async def create_async(
+        cls,
+        storage: Storage,
+        config: RepositoryConfig | None = None,
+        authorize_virtual_chunk_access: dict[str, AnyCredential | None] | None = None,
+        spec_version: SpecVersion | int | None = None,
+        check_clean_root: bool = True,
+        attribution: Attribution | None = None,
+    ) -> Self:
+        """Create a repository with an empty first snapshot on branch ``main``.
+
+        Parameters
+        ----------
+        storage
+            Where; of several that create there at the same time exactly one succeeds.
+        config
+            Persisted with the repository.
+        authorize_virtual_chunk_access
+            Credentials by the URL prefix of each virtual chunk container that may be read.
+        spec_version
+            None for the log layout.
+        check_clean_root
+            Refuse where anything at all is under the prefix already.
+        attribution
+            Who works here, for the logs of the storage.
+
+        Raises
+        ------
+        InvalidInputError
+            There is something there already (kind ``parent-directory-not-clean``), or arguments that do not fit.
+        StorageError
+            The place cannot be written, or does not have the conditional writes that the layout needs.
+        """
+        _require_log_layout(spec_version)
+        core = Core(
+            storage,
+            config or RepositoryConfig(),
+            attribution=attribution,
+            virtual_access=authorize_virtual_chunk_access,
+        )
+        await refs.create_log(
+            core.storage,
+            core.sources,
+            config=None if config is None else config_to_dict(config),
+            check_clean_root=check_clean_root,
+        )
+        return cls(core)
+
+    @classmethod
+    def create(
+        cls,
+        storage: Storage,
+        config: RepositoryConfig | None = None,
+        authorize_virtual_chunk_access: dict[str, AnyCredential | None] | None = None,
+        spec_version: SpecVersion | int | None = None,
+        check_clean_root: bool = True,
+        attribution: Attribution | None = None,
+    ) -> Self:
+        """Synchronous twin of `create_async`."""
+        return run_sync(
+            cls.create_async(
+                storage, config, authorize_virtual_chunk_access, spec_version, check_clean_root, attribution
+            )
+        )
+
+    @classmethod
+    async def open_async(
+        cls,
+        storage: Storage,
+        config: RepositoryConfig | None = None,
+        authorize_virtual_chunk_access: dict[str, AnyCredential | None] | None = None,
+        attribution: Attribution | None = None,
+    ) -> Self:
+        """Open a repository that exists.
+
+        Parameters
+        ----------
+        config
+            Options that take precedence over the persisted ones, here only.
+        authorize_virtual_chunk_access, attribution
+            As in `create_async`.
+
+        Raises
+        ------
+        RepositoryNotFoundError
+            None there.
+        FormatError
+            What is there is not a repository that this version can read.
+        """
+        core = Core(
+            storage,
+            config or RepositoryConfig(),
+            attribution=attribution,
+            virtual_access=authorize_virtual_chunk_access,
+        )
+        await core.load_config()
+        return cls(core)
+
+    @classmethod
+    def open(
+        cls,
+        storage: Storage,
+        config: RepositoryConfig | None = None,
+        authorize_virtual_chunk_access: dict[str, AnyCredential | None] | None = None,
+        attribution: Attribution | None = None,
+    ) -> Self:
+        """Synchronous twin of `open_async`."""
+        return run_sync(cls.open_async(storage, config, authorize_virtual_chunk_access, attribution))
+
+    @classmethod
+    async def open_or_create_async(
+        cls,
+        storage: Storage,
+        config: RepositoryConfig | None = None,
+        authorize_virtual_chunk_access: dict[str, AnyCredential | None] | None = None,
+        create_version: SpecVersion | int | None = None,
+        check_clean_root: bool = True,
+        attribution: Attribution | None = None,
+    ) -> Self:
+        """Open the repository, or create it where there is none; arguments as in `open_async` and `create_async`."""
+        if await cls.exists_async(storage):
+            return await cls.open_async(storage, config, authorize_virtual_chunk_access, attribution)
+        try:
+            return await cls.create_async(
+                storage, config, authorize_virtual_chunk_access, create_version, check_clean_root, attribution
+            )
+        except InvalidInputError:
+            # Somebody else may have created it meanwhile.
+            if not await cls.exists_async(storage):
+                raise
+            return await cls.open_async(storage, config, authorize_virtual_chunk_access, attribution)
+
+    @classmethod
+    def open_or_create(
+        cls,
+        storage: Storage,
+        config: RepositoryConfig | None = None,
+        authorize_virtual_chunk_access: dict[str, AnyCredential | None] | None = None,
+        create_version: SpecVersion | int | None = None,
+        check_clean_root: bool = True,
+        attribution: Attribution | None = None,
+    ) -> Self:
+        """Synchronous twin of `open_or_create_async`."""
+        return run_sync(
+            cls.open_or_create_async(
+                storage, config, authorize_virtual_chunk_access, create_version, check_clean_root, attribution
+            )
+        )
+
+    @staticmethod
+    async def exists_async(storage: Storage, storage_settings: StorageSettings | None = None) -> bool:
+        """Whether there is a repository at this place."""
+        return await refs.detect_layout(_with(storage, storage_settings)) is not None
+
+    @staticmethod
+    def exists(storage: Storage, storage_settings: StorageSettings | None = None) -> bool:
+        """Synchronous twin of `exists_async`."""
+        return run_sync(Repository.exists_async(storage, storage_settings))
+
+    @staticmethod
+    async def fetch_spec_version_async(
+        storage: Storage, storage_settings: StorageSettings | None = None
+    ) -> SpecVersion | None:
+        """Version of the format that a repository is in; None where there is none."""
+        layout = await refs.detect_layout(_with(storage, storage_settings))
+        if layout is None:
+            return None
+        return SpecVersion.v1 if layout is Layout.REFS else SpecVersion.v2
+
+    @staticmethod
+    def fetch_spec_version(storage: Storage, storage_settings: StorageSettings | None = None) -> SpecVersion | None:
+        """Synchronous twin of `fetch_spec_version_async`."""
+        return run_sync(Repository.fetch_spec_version_async(storage, storage_settings))
+
+    @staticmethod
+    async def fetch_config_async(storage: Storage) -> RepositoryConfig | None:
+        """The configuration persisted with a repository; None where none is, or there is no repository."""
+        if await refs.detect_layout(storage) is None:
+            return None
+        log = await refs.open_log(storage, SYSTEM)
+        try:
+            return None if log.state.config is None else config_from_dict(log.state.config)
+        finally:
+            await log.aclose()
+
+    @staticmethod
+    def fetch_config(storage: Storage) -> RepositoryConfig | None:
+        """Synchronous twin of `fetch_config_async`."""
+        return run_sync(Repository.fetch_config_async(storage))
+
+    async def reopen_async(
+        self,
+        config: RepositoryConfig | None = None,
+        authorize_virtual_chunk_access: dict[str, AnyCredential | None] | None = None,
+    ) -> Self:
+        """The same repository opened anew, with other options merged over the present ones."""
+        access = self._core.virtual_access if authorize_virtual_chunk_access is None else authorize_virtual_chunk_access
+        merged = self._core.config if config is None else self._core.config.merge(config)
+        core = Core(
+            self._core.storage,
+            merged,
+            sources=self._core.sources,
+            attribution=self._core.attribution,
+            virtual_access=access,
+            default_metadata=self._core.default_metadata,
+        )
+        await core.load_config()
+        return type(self)(core)
+
+    def reopen(
+        self,
+        config: RepositoryConfig | None = None,
+        authorize_virtual_chunk_access: dict[str, AnyCredential | None] | None = None,
+    ) -> Self:
+        """Synchronous twin of `reopen_async`."""
+        return run_sync(self.reopen_async(config, authorize_virtual_chunk_access))
+
+
+def _with(storage: Storage, settings: StorageSettings | None) -> Storage:
+    return storage if settings is None else storage.with_settings(settings)
+
+
+def _require_log_layout(spec_version: SpecVersion | int | None) -> None:
+    if spec_version is not None:
+        raise InvalidInputError(
+            f"cannot create a repository with spec_version={int(spec_version)}: leave it out, and the repository gets the "
+            "log layout, whose files are of format 2.1",
+            ErrorKind.UNSUPPORTED_SPEC_VERSION,
+        )

@@ -1,0 +1,142 @@
+"""Sessions and transactions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from icechunk.errors import ErrorKind, SnapshotNotFoundError
+from icechunk.format.ids import ObjectId
+from icechunk.refs.base import SwapToken
+from icechunk.refs.state import RepoState
+from icechunk.repository.base import RepositoryBase, select
+from icechunk.session import Session
+from icechunk.store import IcechunkStore
+from icechunk.sync import run_sync
+
+__all__ = ["Sessions"]
+
+
+class Sessions(RepositoryBase):
+    """Reading one version, and writing the next."""
+
+    async def readonly_session_async(
+        self,
+        branch: str | None = None,
+        *,
+        tag: str | None = None,
+        snapshot_id: str | None = None,
+        as_of: datetime | None = None,
+    ) -> Session:
+        """Read one committed version; later commits do not show in it.
+
+        Parameters
+        ----------
+        branch, tag, snapshot_id
+            Exactly one of them: which version.
+        as_of
+            With ``branch``: the newest version of it that was written at this time or before (with a time zone).
+
+        Raises
+        ------
+        ValueError
+            None or several of the three, or ``as_of`` without a branch.
+        TypeError
+            ``as_of`` has no time zone.
+        RefNotFoundError, SnapshotNotFoundError
+            There is no such thing, or nothing as old as that (kind ``no-snapshot-at-time``).
+        """
+        if as_of is not None:
+            if branch is None or tag is not None or snapshot_id is not None:
+                raise ValueError("as_of needs a branch, and nothing else with it")
+            if as_of.tzinfo is None:
+                raise TypeError("as_of needs a time zone, for example datetime.now(timezone.utc)")
+        state = await self._core.state()
+        base = select(state, branch=branch, tag=tag, snapshot_id=snapshot_id)
+        if as_of is not None:
+            base = _newest_at(state, base, as_of, f"branch {branch!r}")
+        return Session(self._core, await self._core.assets.snapshot(base))
+
+    def readonly_session(
+        self,
+        branch: str | None = None,
+        *,
+        tag: str | None = None,
+        snapshot_id: str | None = None,
+        as_of: datetime | None = None,
+    ) -> Session:
+        """Synchronous twin of `readonly_session_async`."""
+        return run_sync(self.readonly_session_async(branch, tag=tag, snapshot_id=snapshot_id, as_of=as_of))
+
+    async def writable_session_async(self, branch: str) -> Session:
+        """Begin changes on top of a branch's newest version.
+
+        Raises
+        ------
+        RefNotFoundError
+            There is no such branch.
+        ReadOnlyError
+            The repository's status is read-only.
+        """
+        state = await self._core.state()
+        require_writable(state)
+        log = await self._core.log()
+        since_us = log.store_time_us
+        base = await self._core.assets.snapshot(state.branch_tip(branch))
+        return Session(self._core, base, branch=branch, since_us=since_us)
+
+    def writable_session(self, branch: str) -> Session:
+        """Synchronous twin of `writable_session_async`."""
+        return run_sync(self.writable_session_async(branch))
+
+    @asynccontextmanager
+    async def transaction_async(
+        self, branch: str, *, message: str, metadata: dict[str, Any] | None = None
+    ) -> AsyncIterator[IcechunkStore]:
+        """A store whose changes are committed when the ``async with`` block ends without an error, else forgotten."""
+        session = await self.writable_session_async(branch)
+        yield session.store
+        await session.commit_async(message, metadata)
+
+    @contextmanager
+    def transaction(
+        self, branch: str, *, message: str, metadata: dict[str, Any] | None = None
+    ) -> Iterator[IcechunkStore]:
+        """Synchronous twin of `transaction_async`, for a ``with`` block."""
+        session = self.writable_session(branch)
+        yield session.store
+        session.commit(message, metadata)
+
+    async def settle_async(self, token: SwapToken) -> bool:
+        """Find out what became of a commit that ended with `CommitOutcomeUnknown`.
+
+        Returns
+        -------
+        bool
+            True: it is in the history. False: it is not, and never will be.
+        """
+        return await (await self._core.log()).settle(token)
+
+    def settle(self, token: SwapToken) -> bool:
+        """Synchronous twin of `settle_async`."""
+        return run_sync(self.settle_async(token))
+
+    async def checkpoint_async(self) -> None:
+        """Write the state of the log for other readers of the format now, instead of soon."""
+        await (await self._core.log()).checkpoint()
+
+    def checkpoint(self) -> None:
+        """Synchronous twin of `checkpoint_async`."""
+        run_sync(self.checkpoint_async())
+
+
+def _newest_at(state: RepoState, tip: ObjectId, as_of: datetime, what: str) -> ObjectId:
+    limit_us = (as_of - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+    for record in state.ancestry(tip):
+        if record.flushed_at_us <= limit_us:
+            return record.id
+    raise SnapshotNotFoundError(
+        f"{what} has no snapshot at or before {as_of.isoformat()}", ErrorKind.NO_SNAPSHOT_AT_TIME
+    )

@@ -1,0 +1,420 @@
+"""Sessions: a committed snapshot, and in writable ones a log of changes on top of it.
+
+A writable session goes through these states::
+
+    writable ── commit begins ──▶ committing ── files are there ──▶ swapping ── landed ──▶ read-only, on the new snapshot
+        ▲                             │                               │  │
+        └──── refused or failed ──────┴───────────────────────────────┘  └── outcome unknown ──▶ unsettled
+
+Who owns what: the session owns its log and its put pool. State changes are short critical sections under one
+lock and never await, so loops and threads may share a session; what is written while a commit runs is refused,
+never silently left out.
+"""
+
+from __future__ import annotations
+
+import html
+import threading
+from collections.abc import AsyncIterator, Mapping, Sequence
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from icechunk.committing import Commit, commit
+from icechunk.config import RepositoryConfig
+from icechunk.core import Core
+from icechunk.errors import (
+    CommitOutcomeUnknown,
+    ErrorKind,
+    InvalidInputError,
+    NodeNotFoundError,
+    ReadOnlyError,
+    SessionStateError,
+)
+from icechunk.format.ids import encode_id
+from icechunk.format.keys import chunk_key
+from icechunk.format.tables import NATIVE, VIRTUAL, ChunkRef, ChunkRefs, NodeKind, NodeSnapshot, Snapshot
+from icechunk.log.session_log import ABSENT, IN_BASE, SessionLog
+from icechunk.reading import base_reference, base_references, read_chunk
+from icechunk.snapshots import Diff, to_diff
+from icechunk.storage.base import ByteRange
+from icechunk.sync import run_sync
+from icechunk.types import ChunkType, SessionMode
+
+if TYPE_CHECKING:
+    from icechunk.store import IcechunkStore
+
+__all__ = ["Session"]
+
+
+class _Phase(Enum):
+    READ_ONLY = "read-only"
+    WRITABLE = "writable"
+    COMMITTING = "committing"
+    SWAPPING = "swapping"
+    UNSETTLED = "unsettled"
+
+
+class Session:
+    """One consistent view of a repository; writable ones collect changes until `commit`.
+
+    Made by `Repository.readonly_session` and `Repository.writable_session`. Safe to use from several loops and
+    threads. A read-only session pickles; a writable one refuses.
+    """
+
+    def __init__(self, core: Core, base: Snapshot, *, branch: str | None = None, since_us: int = 0) -> None:
+        self._core = core
+        self._log = SessionLog(base, core.sources.new_node_id)
+        self._branch = branch
+        self._phase = _Phase.READ_ONLY if branch is None else _Phase.WRITABLE
+        self._since_us = since_us
+        self._puts = core.put_pool()
+        self._lock = threading.Lock()
+
+    # -- what it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it refuses writes; true for a writable session after its commit."""
+        return self._phase is _Phase.READ_ONLY
+
+    @property
+    def mode(self) -> SessionMode:
+        """Whether the session is for reading or for writing."""
+        return SessionMode.readonly if self.read_only else SessionMode.writable
+
+    @property
+    def snapshot_id(self) -> str:
+        """The snapshot that the session stands on; after a commit the new one."""
+        return encode_id(self._log.base.id)
+
+    @property
+    def branch(self) -> str | None:
+        """The branch that a commit goes to; None where the session is read-only."""
+        return self._branch
+
+    @property
+    def has_uncommitted_changes(self) -> bool:
+        """Whether a commit would have something to say."""
+        return not self._log.is_empty
+
+    @property
+    def config(self) -> RepositoryConfig:
+        """The repository's configuration."""
+        return self._core.config
+
+    @property
+    def store(self) -> IcechunkStore:
+        """The Zarr store of this session: hand it to zarr or xarray."""
+        from icechunk.store import IcechunkStore
+
+        return IcechunkStore(self)
+
+    def status(self) -> Diff:
+        """What a commit would change."""
+        with self._lock:
+            return to_diff(self._log.changes())
+
+    # -- ending it -----------------------------------------------------------------------------------------------
+
+    def discard_changes(self) -> None:
+        """Forget all changes since the session began, or since its last commit.
+
+        Raises
+        ------
+        ReadOnlyError
+            The session is read-only.
+        """
+        with self._lock:
+            self._require_writable()
+            self._log.discard()
+            self._puts.discard()
+
+    async def commit_async(
+        self, message: str, metadata: Mapping[str, Any] | None = None, *, allow_empty: bool = False
+    ) -> str:
+        """Make the changes a new snapshot of the branch, atomically.
+
+        Waits for every chunk that is still on its way. Afterwards the session is read-only and stands on the new
+        snapshot. After a failure (but `CommitOutcomeUnknown`) nothing is visible and the session is as before.
+
+        Parameters
+        ----------
+        message
+            For people, kept in the history.
+        metadata
+            JSON values kept with the snapshot, over the repository's default commit metadata.
+        allow_empty
+            Commit even if nothing changed.
+
+        Returns
+        -------
+        str
+            The new snapshot's id.
+
+        Raises
+        ------
+        ConflictError
+            The branch moved since the session began. Open a new session on it and repeat the work.
+        SessionStateError
+            Nothing changed (kind ``no-changes-to-commit``), or the session is read-only or unsettled
+            (kind ``commit-not-allowed``).
+        StorageError
+            Something could not be written; committing again tries again.
+        CommitOutcomeUnknown
+            No certain answer came before a cancellation or close; `Repository.settle` tells.
+        """
+        branch = self._begin_commit(message, metadata, allow_empty)
+        wanted = Commit(
+            branch=branch,
+            message=message,
+            metadata={**self._core.default_metadata, **(metadata or {})},
+            since_us=self._since_us,
+            on_swap=self._begin_swap,
+        )
+        try:
+            snapshot = await commit(self._core, self._log, self._puts, wanted)
+        except Exception as error:
+            self._phase = _Phase.UNSETTLED if isinstance(error, CommitOutcomeUnknown) else _Phase.WRITABLE
+            raise
+        except BaseException:
+            # Cancelled: once the swap has begun it goes on without us, and may land.
+            self._phase = _Phase.UNSETTLED if self._phase is _Phase.SWAPPING else _Phase.WRITABLE
+            raise
+        with self._lock:
+            self._log = SessionLog(snapshot, self._core.sources.new_node_id)
+            self._branch = None
+            self._phase = _Phase.READ_ONLY
+        return self.snapshot_id
+
+    def commit(self, message: str, metadata: Mapping[str, Any] | None = None, *, allow_empty: bool = False) -> str:
+        """Synchronous twin of `commit_async`."""
+        return run_sync(self.commit_async(message, metadata, allow_empty=allow_empty))
+
+    def _begin_commit(self, message: str, metadata: Mapping[str, Any] | None, allow_empty: bool) -> str:
+        if not isinstance(message, str):
+            raise TypeError(f"a commit message must be a str, not {type(message).__name__}")
+        with self._lock:
+            if self._phase is not _Phase.WRITABLE or self._branch is None:
+                raise SessionStateError(
+                    f"cannot commit a session that is {self._phase.value}; open a writable session on the branch",
+                    ErrorKind.COMMIT_NOT_ALLOWED,
+                )
+            if self._log.is_empty and not allow_empty:
+                raise SessionStateError(
+                    "cannot commit: nothing changed in this session (allow_empty=True commits anyway)",
+                    ErrorKind.NO_CHANGES_TO_COMMIT,
+                )
+            self._phase = _Phase.COMMITTING
+            return self._branch
+
+    def _begin_swap(self) -> None:
+        self._phase = _Phase.SWAPPING
+
+    def _require_writable(self) -> None:
+        match self._phase:
+            case _Phase.READ_ONLY:
+                raise ReadOnlyError("this session is read-only; open a writable session on a branch to change anything")
+            case _Phase.COMMITTING | _Phase.SWAPPING:
+                raise SessionStateError("a commit of this session is running; wait for it before writing")
+            case _Phase.UNSETTLED:
+                raise SessionStateError(
+                    "the outcome of this session's commit is not known; settle its token, then open a new session"
+                )
+
+    # -- nodes and chunks: what the store is made of ------------------------------------------------------------
+
+    def require_array(self, path: str) -> NodeSnapshot:
+        """The array at a path, as this session sees it. Raises `NodeNotFoundError` or `InvalidInputError`."""
+        node = self._log.node(path)
+        if node is None:
+            raise NodeNotFoundError(f"node not found at {path!r}; create the array before its chunks")
+        if node.kind is not NodeKind.ARRAY:
+            raise InvalidInputError(f"the node at {path!r} is a group, not an array", ErrorKind.NOT_AN_ARRAY)
+        return node
+
+    @property
+    def hierarchy(self) -> SessionLog:
+        """The fold of this session's changes over its snapshot, to look nodes up; change nothing through it."""
+        return self._log
+
+    def set_metadata(self, path: str, document: bytes) -> None:
+        """Create a node, or replace its zarr.json."""
+        with self._lock:
+            self._require_writable()
+            self._log.set_metadata(path, document)
+
+    def delete_node(self, path: str) -> None:
+        """Delete a node with all below it; a node that does not exist is fine."""
+        with self._lock:
+            self._require_writable()
+            if self._log.node(path) is not None:
+                self._log.delete_node(path)
+
+    def delete_chunk(self, path: str, coords: tuple[int, ...]) -> None:
+        """Delete a chunk; one that does not exist, or lies outside the grid, is fine."""
+        with self._lock:
+            self._require_writable()
+            node = self._log.node(path)
+            if node is not None and node.kind is NodeKind.ARRAY and _in_grid(node, coords):
+                self._log.delete_chunk(node, coords)
+
+    def clear(self) -> None:
+        """Delete every node."""
+        with self._lock:
+            self._require_writable()
+            self._log.clear()
+
+    async def set_chunk(self, path: str, coords: tuple[int, ...], data: bytes) -> None:
+        """Write a chunk: small ones stand in the log, others are on their way when this returns.
+
+        Raises
+        ------
+        InvalidInputError
+            No such place in the array's grid (``invalid-chunk-index``), not an array (``not-an-array``), or no
+            bytes (``zero-length-chunk``).
+        NodeNotFoundError
+            No array at this path.
+        StorageError
+            An earlier chunk could not be written; see `PutPool.put`.
+        """
+        if len(data) <= self._core.settings.inline_threshold_bytes:
+            with self._lock:
+                self._require_writable()
+                node = self._check_chunk(path, coords, data)
+                self._log.set_inline(node, coords, data)
+            return
+        with self._lock:
+            self._require_writable()
+            self._check_chunk(path, coords, data)
+        chunk_id = self._core.sources.new_object_id()
+        await self._puts.put(chunk_key(chunk_id), data)
+        with self._lock:
+            # While the pool was full the session may have been committed, or the array deleted.
+            self._require_writable()
+            node = self._check_chunk(path, coords, data)
+            self._log.set_native(node, coords, chunk_id, 0, len(data))
+
+    def _check_chunk(self, path: str, coords: tuple[int, ...], data: bytes) -> NodeSnapshot:
+        node = self.require_array(path)
+        if not _in_grid(node, coords):
+            raise InvalidInputError(
+                f"no chunk {list(coords)} in the grid of array {path!r}; resize the array before writing there",
+                ErrorKind.INVALID_CHUNK_INDEX,
+            )
+        if not data:
+            raise InvalidInputError(
+                f"chunk {list(coords)} of array {path!r} has no bytes; delete it instead", ErrorKind.ZERO_LENGTH_CHUNK
+            )
+        return node
+
+    async def get_chunk(self, node: NodeSnapshot, coords: tuple[int, ...], byte_range: ByteRange) -> bytes | None:
+        """Bytes of a chunk, or a clamped range of them; None where it was never written."""
+        ref = await self.chunk_reference(node, coords)
+        if ref is None:
+            return None
+        return await read_chunk(self._core, self._puts, ref, byte_range)
+
+    async def chunk_reference(self, node: NodeSnapshot, coords: tuple[int, ...]) -> ChunkRef | None:
+        """The reference of a chunk; None where it was never written."""
+        with self._lock:
+            found = self._log.chunk(node, coords)
+        if found is IN_BASE:
+            return await base_reference(self._core, node, coords)
+        return None if found is ABSENT else found
+
+    async def chunk_references(self, node: NodeSnapshot) -> AsyncIterator[ChunkRefs]:
+        """All references of an array: batches in no particular order, none twice."""
+        with self._lock:
+            written, deleted = self._log.overlay(node)
+        if len(written):
+            yield written
+        async for refs in base_references(self._core, node, np.concatenate([written.coords, deleted])):
+            yield refs
+
+    # -- inspection ----------------------------------------------------------------------------------------------
+
+    async def get_node_id_async(self, path: str) -> str:
+        """The id of the node at an absolute path, which it keeps for life. Raises `NodeNotFoundError`."""
+        node = self._log.node(_absolute(path))
+        if node is None:
+            raise NodeNotFoundError(f"node not found at {path!r}")
+        return encode_id(node.id)
+
+    def get_node_id(self, path: str) -> str:
+        """Synchronous twin of `get_node_id_async`."""
+        return run_sync(self.get_node_id_async(path))
+
+    async def chunk_coordinates(self, array_path: str, batch_size: int = 1000) -> AsyncIterator[tuple[int, ...]]:
+        """Coordinates of every chunk of an array that exists, in no particular order."""
+        async for refs in self.chunk_references(self.require_array(_absolute(array_path))):
+            for row in refs.coords.tolist():
+                yield tuple(row)
+
+    async def chunk_type_async(self, array_path: str, chunk_coordinates: Sequence[int]) -> ChunkType:
+        """How a chunk is kept: inline, native, virtual, or not at all (``uninitialized``)."""
+        node = self.require_array(_absolute(array_path))
+        ref = await self.chunk_reference(node, tuple(chunk_coordinates))
+        if ref is None:
+            return ChunkType.uninitialized
+        return {NATIVE: ChunkType.native, VIRTUAL: ChunkType.virtual}.get(ref.kind, ChunkType.inline)
+
+    def chunk_type(self, array_path: str, chunk_coordinates: Sequence[int]) -> ChunkType:
+        """Synchronous twin of `chunk_type_async`."""
+        return run_sync(self.chunk_type_async(array_path, chunk_coordinates))
+
+    # -- Python's protocols --------------------------------------------------------------------------------------
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Session):
+            return NotImplemented
+        if self is other:
+            return True
+        both_read_only = self.read_only and other.read_only
+        return both_read_only and self._log.base.id == other._log.base.id and self._core.storage == other._core.storage
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not self.read_only:
+            raise ValueError(
+                "a writable session cannot be pickled: two processes would write one history without knowing of "
+                "each other. Use Session.fork() to hand work to other processes, and merge what comes back"
+            )
+        return {"core": self._core, "base": self._log.base}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Session.__init__(self, state["core"], state["base"])
+
+    def _summary(self) -> list[tuple[str, object]]:
+        return [
+            ("read_only", self.read_only),
+            ("snapshot_id", self.snapshot_id),
+            *([] if self._branch is None else [("branch", self._branch)]),
+            ("has_uncommitted_changes", self.has_uncommitted_changes),
+        ]
+
+    def __repr__(self) -> str:
+        return "\n".join(["<icechunk.Session>", *(f"{name}: {value}" for name, value in self._summary())])
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
+            for name, value in self._summary()
+        )
+        return f"<table><caption>icechunk.Session</caption>{rows}</table>"
+
+
+def _in_grid(node: NodeSnapshot, coords: tuple[int, ...]) -> bool:
+    return len(coords) == len(node.shape) and all(
+        coord < dimension.num_chunks for coord, dimension in zip(coords, node.shape, strict=True)
+    )
+
+
+def _absolute(path: str) -> str:
+    if not path.startswith("/"):
+        raise InvalidInputError(f"path {path!r} must start with '/'", ErrorKind.INVALID_PATH)
+    return path.rstrip("/") or "/"

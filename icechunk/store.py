@@ -1,0 +1,397 @@
+"""The Zarr store of a session."""
+
+from __future__ import annotations
+
+import builtins
+import html
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from zarr.abc.store import (
+    ByteRequest,
+    OffsetByteRequest,
+    RangeByteRequest,
+    Store,
+    SuffixByteRequest,
+)
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.sync import SyncMixin
+
+from icechunk.errors import ErrorKind, InvalidInputError, ReadOnlyError, SessionStateError
+from icechunk.format.tables import NodeKind, NodeSnapshot
+from icechunk.keys import ChunkKey, MetadataKey, V2Key, chunk_key_text, metadata_key_text, parse_key, to_path
+from icechunk.reading import clip
+from icechunk.storage.base import ByteRange, Range, Suffix
+from icechunk.sync import run_sync
+from icechunk.transfer.tasks import run_each
+
+if TYPE_CHECKING:
+    from icechunk.session import Session
+
+__all__ = ["IcechunkStore"]
+
+_CONCURRENCY = 256
+
+
+class IcechunkStore(Store, SyncMixin):
+    """What a session sees and writes, as zarr-python wants to have it.
+
+    Made by `Session.store`. Keys are those of one Zarr 3 hierarchy: ``{path}/zarr.json`` and ``{path}/c/0/1``;
+    anything else is refused with `InvalidInputError`. Deleting a node's ``zarr.json`` deletes the node and all
+    below it. Safe to use from several event loops and threads.
+
+    Parameters
+    ----------
+    session
+        Where reads and writes go.
+    read_only
+        Refuse writes here even if the session takes them; None: as the session.
+    """
+
+    def __init__(self, session: Session, read_only: bool | None = None, *args: Any, **kwargs: Any) -> None:
+        super().__init__(read_only=session.read_only if read_only is None else read_only)
+        self._session = session
+        self._is_open = True
+
+    @property
+    def session(self) -> Session:
+        """The session that this store reads and writes."""
+        return self._session
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writes are refused; true from the session's commit on."""
+        return self._read_only or self._session.read_only
+
+    def with_read_only(self, read_only: bool = False) -> IcechunkStore:
+        """A store on the same session that does, or does not, take writes.
+
+        Raises
+        ------
+        ReadOnlyError
+            Writes are asked for, but the session is read-only.
+        """
+        if not read_only and self._session.read_only:
+            raise ReadOnlyError(
+                "the session of this store is read-only; open a writable session on a branch to write",
+                ErrorKind.READ_ONLY_SESSION,
+            )
+        return type(self)(self._session, read_only)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """Bytes of a key, or a range of them clamped to its size; None where there is nothing."""
+        data = await self._get(key, byte_range)
+        return None if data is None else prototype.buffer.from_bytes(data)
+
+    async def _get(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
+        parsed = parse_key(key)
+        session = self._session
+        if type(parsed) is ChunkKey:
+            node = session.hierarchy.node(parsed.path)
+            if node is None:
+                return None
+            _require_array(node)
+            return await session.get_chunk(node, parsed.coords, _range(byte_range))
+        if type(parsed) is MetadataKey:
+            node = session.hierarchy.node(parsed.path)
+            if node is None:
+                return None
+            if byte_range is None:
+                return node.user_data
+            return node.user_data[slice(*clip(_range(byte_range), len(node.user_data)))]
+        return None
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> builtins.list[Buffer | None]:
+        """Several keys or ranges at once, in the order asked for."""
+        wanted = list(key_ranges)
+        found: builtins.list[Buffer | None] = [None] * len(wanted)
+
+        async def fetch(i: int) -> None:
+            key, byte_range = wanted[i]
+            found[i] = await self.get(key, prototype, byte_range)
+
+        await run_each(fetch, range(len(wanted)), limit=min(len(wanted), _CONCURRENCY))
+        return found
+
+    async def _get_many(
+        self, requests: Iterable[tuple[str, BufferPrototype, ByteRequest | None]]
+    ) -> AsyncIterator[tuple[str, Buffer | None]]:
+        wanted = list(requests)
+        found: builtins.list[Buffer | None] = [None] * len(wanted)
+
+        async def fetch(i: int) -> None:
+            found[i] = await self.get(*wanted[i])
+
+        await run_each(fetch, range(len(wanted)), limit=min(len(wanted), _CONCURRENCY))
+        for (key, _, _), buffer in zip(wanted, found, strict=True):
+            yield key, buffer
+
+    async def exists(self, key: str) -> bool:
+        """Whether a key has a value; nothing is fetched but, maybe, a manifest."""
+        parsed = parse_key(key)
+        if isinstance(parsed, V2Key):
+            return False
+        node = self._session.hierarchy.node(parsed.path)
+        if node is None or isinstance(parsed, MetadataKey):
+            return node is not None
+        _require_array(node)
+        return await self._session.chunk_reference(node, parsed.coords) is not None
+
+    async def getsize(self, key: str) -> int:
+        """Bytes of a key's value, from its reference: nothing is fetched. Raises `FileNotFoundError`."""
+        parsed = parse_key(key)
+        node = None if isinstance(parsed, V2Key) else self._session.hierarchy.node(parsed.path)
+        size: int | None = None
+        if node is not None:
+            if isinstance(parsed, ChunkKey):
+                _require_array(node)
+                ref = await self._session.chunk_reference(node, parsed.coords)
+                size = None if ref is None else ref.length
+            else:
+                size = len(node.user_data)
+        if size is None:
+            raise FileNotFoundError(f"no key {key!r} in this store")
+        return size
+
+    async def getsize_prefix(self, prefix: str) -> int:
+        """Bytes of all values under a group or array: metadata and chunks, from references only."""
+        total = 0
+        for node in self._session.hierarchy.nodes(to_path(prefix)):
+            total += len(node.user_data)
+            if node.kind is NodeKind.ARRAY:
+                async for refs in self._session.chunk_references(node):
+                    total += int(refs.length.sum())
+        return total
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    @property
+    def supports_writes(self) -> bool:
+        """Stores of this kind take writes; see `read_only` for this one."""
+        return True
+
+    @property
+    def supports_deletes(self) -> bool:
+        """Keys can be deleted."""
+        return True
+
+    @property
+    def supports_listing(self) -> bool:
+        """Keys can be listed."""
+        return True
+
+    @property
+    def supports_consolidated_metadata(self) -> bool:
+        """Consolidated metadata would only repeat what a snapshot is already."""
+        return False
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write a key. Returns when the bytes are taken; they are durable after the commit.
+
+        Raises
+        ------
+        InvalidInputError
+            The key does not belong to a Zarr 3 hierarchy, the metadata is not Zarr 3 metadata, or the chunk is
+            not in the array's grid. Nothing is written.
+        NodeNotFoundError
+            A chunk of an array that does not exist.
+        ReadOnlyError
+            The store, or its session, is read-only.
+        """
+        self._require_writable()
+        if not isinstance(value, Buffer):
+            raise TypeError(f"IcechunkStore.set needs a zarr Buffer as value, not {type(value).__name__}")
+        parsed = parse_key(key)
+        if type(parsed) is ChunkKey:
+            await self._session.set_chunk(parsed.path, parsed.coords, value.to_bytes())
+        elif type(parsed) is MetadataKey:
+            self._session.set_metadata(parsed.path, value.to_bytes())
+        else:
+            raise SessionStateError(
+                f"cannot write {key!r}: only the Zarr 3 format is kept here, pass zarr_format=3",
+                ErrorKind.UNIMPLEMENTED,
+            )
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        """Write a key unless it has a value already."""
+        if not await self.exists(key):
+            await self.set(key, value)
+
+    async def delete(self, key: str) -> None:
+        """Delete a key; one that has no value is fine. A node's metadata takes all below it along."""
+        self._require_writable()
+        parsed = parse_key(key)
+        if isinstance(parsed, MetadataKey):
+            self._session.delete_node(parsed.path)
+        elif isinstance(parsed, ChunkKey):
+            self._session.delete_chunk(parsed.path, parsed.coords)
+
+    async def delete_dir(self, prefix: str) -> None:
+        """Delete everything under a group or array, itself included; below ``{array}/c``, those chunks."""
+        self._require_writable()
+        path = to_path(prefix)
+        if self._session.hierarchy.node(path) is not None:
+            self._session.delete_node(path)
+        elif (place := self._chunk_place(path)) is not None:
+            node, coords = place
+            async for found in self._chunk_coords(node, coords):
+                self._session.delete_chunk(node.path, found)
+        else:
+            for node in list(self._session.hierarchy.nodes(path)):
+                self._session.delete_node(node.path)
+
+    async def clear(self) -> None:
+        """Delete everything."""
+        self._require_writable()
+        self._session.clear()
+
+    def sync_clear(self) -> None:
+        """Synchronous twin of `clear`."""
+        run_sync(self.clear())
+
+    # -- listing -------------------------------------------------------------------------------------------------
+
+    async def is_empty(self, prefix: str) -> bool:
+        """Whether no key starts with this directory."""
+        async for _ in self.list_dir(prefix):
+            return False
+        return True
+
+    def list(self) -> AsyncIterator[str]:
+        """All keys: of each node its metadata, then its chunks."""
+        return self._keys_under("/")
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        """All keys that start with a prefix."""
+        if prefix == "" or prefix.endswith("/"):
+            async for key in self._keys_under(to_path(prefix)):
+                yield key
+            return
+        parent = to_path(prefix.rpartition("/")[0])
+        async for key in self._keys_under(parent):
+            if key.startswith(prefix):
+                yield key
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        """Names directly below a directory: of keys and of directories alike, each once."""
+        path = to_path(prefix)
+        node = self._session.hierarchy.node(path)
+        if node is not None:
+            yield "zarr.json"
+        names = set(self._session.hierarchy.children(path))
+        if node is not None and node.kind is NodeKind.ARRAY:
+            async for _ in self._session.chunk_references(node):
+                names.add("c")
+                break
+        elif (place := self._chunk_place(path)) is not None:
+            array, coords = place
+            async for found in self._chunk_coords(array, coords):
+                if len(found) > len(coords):
+                    names.add(str(found[len(coords)]))
+        for name in sorted(names):
+            yield name
+
+    async def _keys_under(self, path: str) -> AsyncIterator[str]:
+        place = None if self._session.hierarchy.node(path) is not None else self._chunk_place(path)
+        if place is not None:
+            node, coords = place
+            async for found in self._chunk_coords(node, coords):
+                yield chunk_key_text(node.path, found)
+            return
+        for node in list(self._session.hierarchy.nodes(path)):
+            yield metadata_key_text(node.path)
+            if node.kind is NodeKind.ARRAY:
+                async for found in self._chunk_coords(node, ()):
+                    yield chunk_key_text(node.path, found)
+
+    def _chunk_place(self, path: str) -> tuple[NodeSnapshot, tuple[int, ...]] | None:
+        """The array and leading coordinates that a directory such as ``/array/c/0`` means."""
+        head, slash, tail = f"{path}/".rpartition("/c/")
+        digits = [part for part in tail.split("/") if part]
+        if not slash or not all(part.isascii() and part.isdigit() for part in digits):
+            return None
+        node = self._session.hierarchy.node(head or "/")
+        if node is None or node.kind is not NodeKind.ARRAY or len(digits) > max(1, len(node.shape)):
+            return None
+        return node, tuple(map(int, digits))
+
+    async def _chunk_coords(self, node: NodeSnapshot, leading: tuple[int, ...]) -> AsyncIterator[tuple[int, ...]]:
+        async for refs in self._session.chunk_references(node):
+            rows = refs.coords
+            if leading:
+                rows = rows[(rows[:, : len(leading)] == np.array(leading, np.uint32)).all(axis=1)]
+            for row in rows.tolist():
+                yield tuple(row)
+
+    # -- Python's protocols --------------------------------------------------------------------------------------
+
+    def _require_writable(self) -> None:
+        if self._read_only:
+            raise ReadOnlyError(
+                "cannot write to this store: it is read-only; take one from a writable session",
+                ErrorKind.READ_ONLY_STORE,
+            )
+        if self._session.read_only:
+            raise ReadOnlyError(
+                "cannot write to this store: its session is read-only, or was committed; open a writable session",
+                ErrorKind.READ_ONLY_STORE,
+            )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, IcechunkStore):
+            return NotImplemented
+        return self._session is other._session or (
+            self._session.read_only and other._session.read_only and self._session == other._session
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The session's own refusal says what to do with a writable one.
+        return {"session": self._session, "read_only": self._read_only}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        IcechunkStore.__init__(self, state["session"], state["read_only"])
+
+    def _summary(self) -> Sequence[tuple[str, object]]:
+        session = self._session
+        return (
+            ("read_only", self.read_only),
+            ("snapshot_id", session.snapshot_id),
+            ("branch", session.branch),
+        )
+
+    def __repr__(self) -> str:
+        return "\n".join(["<icechunk.IcechunkStore>", *(f"{name}: {value}" for name, value in self._summary())])
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
+            for name, value in self._summary()
+        )
+        return f"<table><caption>icechunk.IcechunkStore</caption>{rows}</table>"
+
+
+def _require_array(node: NodeSnapshot) -> None:
+    if node.kind is not NodeKind.ARRAY:
+        raise InvalidInputError(f"the node at {node.path!r} is a group, not an array", ErrorKind.NOT_AN_ARRAY)
+
+
+def _range(request: ByteRequest | None) -> ByteRange:
+    match request:
+        case None:
+            return None
+        case RangeByteRequest(start, end):
+            return Range(start, max(start, end))
+        case OffsetByteRequest(offset):
+            return Range(offset)
+        case SuffixByteRequest(suffix):
+            return Suffix(suffix)
+    raise TypeError(f"unexpected byte range {request!r}: one of zarr.abc.store's three requests is needed")
