@@ -23,7 +23,7 @@ _CLIENT_FIELD: Final = CLIENT_NAME.encode().ljust(24)
 # Metadata compresses 2 to 60 times (repeated zarr.json is the extreme); what claims much more is a bomb.
 _MAX_RATIO: Final = 512
 _MAX_OUTPUT_FLOOR: Final = 16 * 2**20
-_MAX_OUTPUT: Final = 2**32
+_MAX_OUTPUT: Final = 2**31 - 1  # what FlatBuffers can address
 # One kilobyte of zstd yields at most 32 MiB (a block of 128 KiB takes 4 bytes), so fed in such
 # slices a frame of unstated size overshoots the limit by no more than that.
 _SLICE: Final = 1024
@@ -66,7 +66,7 @@ def unseal(data: bytes, file_type: FileType, *, what: str = "") -> tuple[int, by
     FormatError
         If the file is foreign, truncated, corrupt, of another type, of a newer spec version (kind
         ``unsupported-spec-version``), or would decompress to more than 512 times its size
-        (16 MiB for small files, never more than 4 GiB).
+        (16 MiB for small files, never more than 2 GiB).
     """
     name = what or file_type.name.lower().replace("_", " ")
     if len(data) < HEADER_SIZE or data[:12] != MAGIC:

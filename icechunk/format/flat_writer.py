@@ -137,7 +137,7 @@ class FlatWriter:
             offset += -(offset + (4 if wide else 0)) % align
             offsets[slot] = offset
             offset += size
-        vtable = self._vtable(offsets, offset)
+        vtable = self.vtable(offsets, offset)
         out = self.out
         # With 8-byte fields the table itself starts 4 bytes before an 8-byte boundary, so that they follow its first
         # word without a gap.
@@ -154,7 +154,8 @@ class FlatWriter:
                 _U32.pack_into(out, field, position - field)
         return start
 
-    def _vtable(self, offsets: Mapping[int, int], table_size: int) -> int:
+    def vtable(self, offsets: Mapping[int, int], table_size: int) -> int:
+        """Position of the vtable of tables of that size whose slots are at those offsets; written when it is new."""
         slots = max(offsets, default=-1) + 1
         data = struct.pack(f"<{slots + 2}H", 4 + 2 * slots, table_size, *[offsets.get(i, 0) for i in range(slots)])
         found = self._vtables.get(data)

@@ -1,0 +1,186 @@
+"""Transaction logs: encode and decode, formats 1 and 2."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.errors import InvalidInputError
+from icechunk.format.envelope import FileType, seal, unseal
+from icechunk.format.flat_columns import TableColumns, gather, is_ascending, lexicographic_order
+from icechunk.format.flat_reader import Buffer, Table, required
+from icechunk.format.flat_writer import FlatTable, FlatWriter, Items, Value, Written, id_struct, u8
+from icechunk.format.ids import NodeId, ObjectId, encode_id
+from icechunk.format.tables import Move, NodeKind, TransactionLog
+
+__all__ = ["decode_transaction_log", "encode_transaction_log"]
+
+# Slots of the table TransactionLog.
+_ID, _NEW_GROUPS, _NEW_ARRAYS, _DELETED_GROUPS, _DELETED_ARRAYS = range(5)
+_UPDATED_ARRAYS, _UPDATED_GROUPS, _UPDATED_CHUNKS, _MOVES, _EXTRA = range(5, 10)
+
+_ID_SIZE: Final = 12
+_NODE_ID_SIZE: Final = 8
+
+Coords = npt.NDArray[np.uint32]
+
+
+def encode_transaction_log(log: TransactionLog, spec_version: int = 2, level: int = 3) -> bytes:
+    """The whole file of a transaction log.
+
+    Parameters
+    ----------
+    log
+        What to write; its coordinates are sorted and repeated ones dropped.
+    spec_version
+        1 or 2; format 1 has neither moves nor ``extra``.
+    level
+        Of zstd.
+
+    Raises
+    ------
+    InvalidInputError
+        If a path is not Unicode, or format 1 is asked for and there are moves.
+    """
+    if spec_version not in (1, 2):
+        raise InvalidInputError(f"cannot encode a transaction log in spec version {spec_version}")
+    newer = spec_version == 2
+    if log.moved_nodes and not newer:
+        raise InvalidInputError("cannot encode moves in a transaction log of format 1; use format 2")
+    moves = sorted(log.moved_nodes, key=lambda move: move.source.split("/"))
+    root: dict[int, Value] = {
+        _ID: id_struct(log.id),
+        _NEW_GROUPS: _ids(log.new_groups),
+        _NEW_ARRAYS: _ids(log.new_arrays),
+        _DELETED_GROUPS: _ids(log.deleted_groups),
+        _DELETED_ARRAYS: _ids(log.deleted_arrays),
+        _UPDATED_ARRAYS: _ids(log.updated_arrays),
+        _UPDATED_GROUPS: _ids(log.updated_groups),
+        _UPDATED_CHUNKS: [
+            FlatTable({0: id_struct(node), 1: _chunk_indices(log.updated_chunks[node])})
+            for node in sorted(log.updated_chunks)
+        ],
+        _MOVES: [_move_table(move) for move in moves] if newer else None,
+        _EXTRA: log.extra if newer else None,
+    }
+    return seal(FileType.TRANSACTION_LOG, spec_version, FlatWriter().finish(FlatTable(root)), level)
+
+
+def _ids(ids: frozenset[NodeId]) -> Items:
+    return Items(b"".join(sorted(ids)), len(ids))
+
+
+def _move_table(move: Move) -> FlatTable:
+    return FlatTable({0: move.source, 1: move.target, 2: id_struct(move.node_id), 3: u8(move.kind)})
+
+
+def _sorted_unique(coords: Coords) -> Coords:
+    if is_ascending(coords):
+        return coords
+    coords = coords[lexicographic_order(coords)]
+    keep = np.ones(len(coords), np.bool_)
+    keep[1:] = (coords[1:] != coords[:-1]).any(axis=1)
+    return coords[keep]
+
+
+def _chunk_indices(coords: Coords) -> Written:
+    def write(writer: FlatWriter) -> int:
+        rows = _sorted_unique(coords)
+        count, ndim = rows.shape
+        vtable = writer.vtable({0: 4}, 8)
+        writer.align(4)
+        start = len(writer.out)
+        # A row is its table (offset to the vtable, offset to the vector), and the vector: length, coordinates.
+        block = np.dtype([("vtable", "<i4"), ("vector", "<u4"), ("ndim", "<u4"), ("coords", "<u4", (ndim,))])
+        blocks_start = start + 4 + 4 * count
+        tables = blocks_start + block.itemsize * np.arange(count, dtype=np.int64)
+        writer.out += count.to_bytes(4, "little") + bytes((4 + block.itemsize) * count)
+        fields = start + 4 + 4 * np.arange(count, dtype=np.int64)
+        np.frombuffer(writer.out, "<u4", count, start + 4)[:] = tables - fields
+        blocks = np.frombuffer(writer.out, block, count, blocks_start)
+        blocks["vtable"] = tables - vtable
+        blocks["vector"] = 4
+        blocks["ndim"] = ndim
+        blocks["coords"] = rows
+        return start
+
+    return Written(write)
+
+
+def decode_transaction_log(data: bytes, *, expected_id: ObjectId | None = None) -> TransactionLog:
+    """Read a transaction log of format 1 or 2.
+
+    Parameters
+    ----------
+    data
+        The whole file.
+    expected_id
+        What the id within must be.
+
+    Raises
+    ------
+    FormatError
+        If the file is not a transaction log, is corrupt, or has another id.
+    """
+    name = "transaction log" if expected_id is None else f"transaction log {encode_id(expected_id)}"
+    _, payload = unseal(data, FileType.TRANSACTION_LOG, what=name)
+    buffer = Buffer(payload, name)
+    root = buffer.root()
+    id = ObjectId(required(root.inline(_ID, _ID_SIZE), root, "id"))
+    if expected_id is not None and id != expected_id:
+        raise buffer.fail(f"its id is {encode_id(id)}")
+    chunks = [_updated(table) for table in required(root.tables(_UPDATED_CHUNKS), root, "updated_chunks")]
+    updated_chunks = dict(sorted(chunks, key=lambda item: item[0]))
+    if len(updated_chunks) != len(chunks):
+        raise buffer.fail("an array stands in its updated chunks twice")
+    return TransactionLog(
+        id=id,
+        new_groups=_id_set(root, _NEW_GROUPS, "new_groups"),
+        new_arrays=_id_set(root, _NEW_ARRAYS, "new_arrays"),
+        deleted_groups=_id_set(root, _DELETED_GROUPS, "deleted_groups"),
+        deleted_arrays=_id_set(root, _DELETED_ARRAYS, "deleted_arrays"),
+        updated_groups=_id_set(root, _UPDATED_GROUPS, "updated_groups"),
+        updated_arrays=_id_set(root, _UPDATED_ARRAYS, "updated_arrays"),
+        updated_chunks=updated_chunks,
+        moved_nodes=tuple([_move(table) for table in root.tables(_MOVES) or ()]),
+        extra=root.blob(_EXTRA),
+    )
+
+
+def _id_set(root: Table, slot: int, field: str) -> frozenset[NodeId]:
+    items = required(root.items(slot, _NODE_ID_SIZE), root, field)
+    return frozenset([NodeId(items[i : i + _NODE_ID_SIZE]) for i in range(0, len(items), _NODE_ID_SIZE)])
+
+
+def _move(table: Table) -> Move:
+    kind = table.u8(3)
+    if kind not in (NodeKind.GROUP, NodeKind.ARRAY):
+        raise table.buffer.fail(f"a move is of unknown node type {kind}")
+    return Move(
+        required(table.string(0), table, "from"),
+        required(table.string(1), table, "to"),
+        NodeId(required(table.inline(2, _NODE_ID_SIZE), table, "node_id")),
+        NodeKind(kind),
+    )
+
+
+def _updated(table: Table) -> tuple[NodeId, Coords]:
+    node = NodeId(required(table.inline(0, _NODE_ID_SIZE), table, "node_id"))
+    buffer = table.buffer
+    start, count = required(table.vector(1, 4), table, "chunks")
+    buffer.charge_tables(count)
+    if not count:
+        return node, np.empty((0, 0), np.uint32)
+    fields = start + 4 * np.arange(count, dtype=np.int64)
+    vectors = TableColumns(buffer, fields + gather(buffer, fields, "<u4")).vectors(0, 4)
+    if vectors is None or vectors.rows is not None:
+        raise buffer.fail("an updated chunk lacks its coordinates")
+    ndim = int(vectors.counts[0])
+    if (vectors.counts != ndim).any():
+        raise buffer.fail(f"the updated chunks of array {encode_id(node)} differ in their number of dimensions")
+    buffer.charge(4 * ndim * count)
+    coords = gather(buffer, vectors.starts, f"V{4 * ndim}").view("<u4").reshape(count, ndim) if ndim else None
+    rows = np.empty((count, 0), np.uint32) if coords is None else coords.astype(np.uint32, copy=False)
+    return node, rows if is_ascending(rows) else _sorted_unique(rows)
