@@ -2,9 +2,9 @@
 
 A writable session goes through these states::
 
-    writable ── commit begins ──▶ committing ── files are there ──▶ swapping ── landed ──▶ read-only, on the new snapshot
-        ▲                             │                               │  │
-        └──── refused or failed ──────┴───────────────────────────────┘  └── outcome unknown ──▶ unsettled
+    writable ─ commit begins ─▶ committing ─ files written ─▶ swapping ─ landed ─▶ read-only, on the new snapshot
+       ▲                            │                            │ │
+       └──── refused or failed ─────┴────────────────────────────┘ └─ outcome unknown ─▶ unsettled
 
 Who owns what: the session owns its log and its put pool. State changes are short critical sections under one
 lock and never await, so loops and threads may share a session; what is written while a commit runs is refused,

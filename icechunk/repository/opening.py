@@ -180,7 +180,7 @@ class Opening(RepositoryBase):
     @staticmethod
     def exists(storage: Storage, storage_settings: StorageSettings | None = None) -> bool:
         """Synchronous twin of `exists_async`."""
-        return run_sync(Repository.exists_async(storage, storage_settings))
+        return run_sync(Opening.exists_async(storage, storage_settings))
 
     @staticmethod
     async def fetch_spec_version_async(
@@ -195,7 +195,7 @@ class Opening(RepositoryBase):
     @staticmethod
     def fetch_spec_version(storage: Storage, storage_settings: StorageSettings | None = None) -> SpecVersion | None:
         """Synchronous twin of `fetch_spec_version_async`."""
-        return run_sync(Repository.fetch_spec_version_async(storage, storage_settings))
+        return run_sync(Opening.fetch_spec_version_async(storage, storage_settings))
 
     @staticmethod
     async def fetch_config_async(storage: Storage) -> RepositoryConfig | None:
@@ -211,7 +211,7 @@ class Opening(RepositoryBase):
     @staticmethod
     def fetch_config(storage: Storage) -> RepositoryConfig | None:
         """Synchronous twin of `fetch_config_async`."""
-        return run_sync(Repository.fetch_config_async(storage))
+        return run_sync(Opening.fetch_config_async(storage))
 
     async def reopen_async(
         self,
@@ -248,7 +248,7 @@ def _with(storage: Storage, settings: StorageSettings | None) -> Storage:
 def _require_log_layout(spec_version: SpecVersion | int | None) -> None:
     if spec_version is not None:
         raise InvalidInputError(
-            f"cannot create a repository with spec_version={int(spec_version)}: leave it out, and the repository gets the "
-            "log layout, whose files are of format 2.1",
+            f"cannot create a repository with spec_version={int(spec_version)}: leave it out, and the repository gets "
+            "the log layout, whose files are of format 2.1",
             ErrorKind.UNSUPPORTED_SPEC_VERSION,
         )

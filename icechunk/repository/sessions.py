@@ -7,10 +7,10 @@ from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from icechunk.errors import ErrorKind, SnapshotNotFoundError
+from icechunk.errors import ErrorKind, ReadOnlyError, SnapshotNotFoundError
 from icechunk.format.ids import ObjectId
 from icechunk.refs.base import SwapToken
-from icechunk.refs.state import RepoState
+from icechunk.refs.state import ONLINE, RepoState
 from icechunk.repository.base import RepositoryBase, select
 from icechunk.session import Session
 from icechunk.store import IcechunkStore
@@ -81,7 +81,7 @@ class Sessions(RepositoryBase):
             The repository's status is read-only.
         """
         state = await self._core.state()
-        require_writable(state)
+        _require_online(state)
         log = await self._core.log()
         since_us = log.store_time_us
         base = await self._core.assets.snapshot(state.branch_tip(branch))
@@ -130,6 +130,16 @@ class Sessions(RepositoryBase):
     def checkpoint(self) -> None:
         """Synchronous twin of `checkpoint_async`."""
         run_sync(self.checkpoint_async())
+
+
+def _require_online(state: RepoState) -> None:
+    if state.status.availability != ONLINE:
+        reason = f": {state.status.reason}" if state.status.reason else ""
+        raise ReadOnlyError(
+            f"cannot begin a writable session: the repository's status is read-only{reason}; "
+            "Repository.set_status makes it writable again",
+            ErrorKind.READ_ONLY_REPOSITORY,
+        )
 
 
 def _newest_at(state: RepoState, tip: ObjectId, as_of: datetime, what: str) -> ObjectId:
