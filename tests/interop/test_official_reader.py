@@ -1,0 +1,106 @@
+"""The official library opens what we wrote: it reads all of it as we do, and is refused every change."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import icechunk
+from icechunk.cli import main
+from tools import oracle
+from tools.interop.dump import dump
+from tools.interop.generate import generate
+
+pytestmark = [pytest.mark.oracle, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _official() -> None:
+    oracle_or_skip(oracle.OFFICIAL_CURRENT)
+
+
+def oracle_or_skip(version: str) -> Path:
+    """The official library's python; skips the test where there is none, unless the run may not skip."""
+    import os
+
+    try:
+        return oracle.ensure(version)
+    except oracle.OracleUnavailable as error:
+        if os.environ.get("ICECHUNK_REQUIRE_ORACLE") == "1":
+            raise
+        pytest.skip(f"the official library {version} is not to be had here: {error}")
+
+
+def official_dump(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = oracle.run(oracle.OFFICIAL_CURRENT, "tools.interop.dump", str(path), timeout_s=300)
+    return result
+
+
+def our_dump(path: Path) -> dict[str, Any]:
+    return dump(icechunk.Repository.open(icechunk.local_filesystem_storage(str(path))))
+
+
+def fingerprints(path: Path) -> dict[str, str]:
+    """Every file of a repository, by its bytes."""
+    return {
+        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+
+
+def values(dumped: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The digests of all arrays, by snapshot and path."""
+    return {
+        snapshot: {path: node["values"] for path, node in found["nodes"].items() if "values" in node}
+        for snapshot, found in dumped["snapshots"].items()
+    }
+
+
+@pytest.mark.parametrize("inline_threshold", [None, 0], ids=["default", "native-only"])
+def test_official_reader_sees_every_version_of_the_generated_repository_as_we_do(
+    tmp_path: Path, inline_threshold: int | None
+) -> None:
+    expected = generate(icechunk.local_filesystem_storage(str(tmp_path)), inline_threshold)
+    ours, official = our_dump(tmp_path), official_dump(tmp_path)
+    assert values(official) == expected
+    assert official == ours
+
+
+def test_official_reader_sees_every_version_of_the_demo_as_we_do(tmp_path: Path) -> None:
+    pytest.importorskip("iris_sample_data", reason="the data of the demo extra")
+    assert main(["demo", "--path", str(tmp_path)]) == 0
+    official = official_dump(tmp_path)
+    assert official == our_dump(tmp_path)
+    assert set(official["tags"]) == {"v1", "v2"}
+    assert set(official["branches"]) == {"main", "correction"}
+
+
+def test_official_library_is_refused_every_mutation_and_leaves_every_byte_as_it_was(tmp_path: Path) -> None:
+    generate(icechunk.local_filesystem_storage(str(tmp_path)))
+    before = fingerprints(tmp_path)
+    result = oracle.run(oracle.OFFICIAL_CURRENT, "tools.interop.dump", str(tmp_path), "--mutate", timeout_s=300)
+    assert [name for name, outcome in result["refusals"].items() if outcome == "accepted"] == []
+    assert {name: outcome for name, outcome in result["refusals"].items() if "read" not in outcome.lower()} == {
+        name: outcome for name, outcome in result["refusals"].items() if name == "create"
+    }
+    assert result["unchanged"]
+    assert fingerprints(tmp_path) == before
+
+
+def test_we_go_on_committing_after_the_official_library_has_read(tmp_path: Path) -> None:
+    storage = icechunk.local_filesystem_storage(str(tmp_path))
+    generate(storage)
+    official_dump(tmp_path)
+    repo = icechunk.Repository.open(storage)
+    session = repo.writable_session("main")
+    import zarr
+
+    zarr.create_array(store=session.store, name="later", shape=(2,), dtype="i4")[...] = 1
+    snapshot = session.commit("later")
+    official = official_dump(tmp_path)
+    assert official["branches"]["main"] == snapshot
+    assert official == our_dump(tmp_path)
