@@ -14,10 +14,21 @@ import numpy.typing as npt
 
 from icechunk.format.flat_reader import Buffer
 
-__all__ = ["Column", "TableColumns", "Vectors", "copy_spans", "gather", "is_ascending", "lexicographic_order"]
+__all__ = [
+    "Column",
+    "Positions",
+    "TableColumns",
+    "Vectors",
+    "copy_spans",
+    "gather",
+    "is_ascending",
+    "lexicographic_order",
+    "read_coords",
+]
 
 Positions = npt.NDArray[np.int64]
 
+_MAX_NDIM: Final = 1024
 _FIELD_OFFSETS: Final = 4
 """Where the field offsets begin in a vtable, after its own size and the table's."""
 
@@ -153,6 +164,23 @@ class TableColumns:
         if (starts + counts * item_size).max() > buffer.size:
             raise buffer.fail(f"what field {slot} of a table points to ends past its end")
         return Vectors(column.rows, starts, counts)
+
+
+def read_coords(buffer: Buffer, starts: Positions, ndim: int) -> npt.NDArray[np.uint32]:
+    """Chunk coordinates, uint32[n, ndim], from vectors of that many items that begin at ``starts``.
+
+    Raises
+    ------
+    FormatError
+        If there are more than 1024 dimensions, or the vectors are not within the buffer.
+    """
+    if ndim > _MAX_NDIM:
+        raise buffer.fail(f"a chunk has {ndim} coordinates")
+    buffer.charge(4 * ndim * len(starts))
+    if not ndim:
+        return np.empty((len(starts), 0), np.uint32)
+    rows = gather(buffer, starts, f"V{4 * ndim}").view("<u4").reshape(len(starts), ndim)
+    return rows.astype(np.uint32, copy=False)
 
 
 def copy_spans(

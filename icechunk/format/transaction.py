@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from icechunk.errors import InvalidInputError
 from icechunk.format.envelope import FileType, seal, unseal
-from icechunk.format.flat_columns import TableColumns, gather, is_ascending, lexicographic_order
+from icechunk.format.flat_columns import TableColumns, gather, is_ascending, lexicographic_order, read_coords
 from icechunk.format.flat_reader import Buffer, Table, required
 from icechunk.format.flat_writer import FlatTable, FlatWriter, Items, Value, Written, id_struct, u8
 from icechunk.format.ids import NodeId, ObjectId, encode_id
@@ -180,7 +180,5 @@ def _updated(table: Table) -> tuple[NodeId, Coords]:
     ndim = int(vectors.counts[0])
     if (vectors.counts != ndim).any():
         raise buffer.fail(f"the updated chunks of array {encode_id(node)} differ in their number of dimensions")
-    buffer.charge(4 * ndim * count)
-    coords = gather(buffer, vectors.starts, f"V{4 * ndim}").view("<u4").reshape(count, ndim) if ndim else None
-    rows = np.empty((count, 0), np.uint32) if coords is None else coords.astype(np.uint32, copy=False)
+    rows = read_coords(buffer, vectors.starts, ndim)
     return node, rows if is_ascending(rows) else _sorted_unique(rows)
