@@ -65,12 +65,14 @@ class Hierarchy:
         Of the snapshot, in ascending order of paths.
     """
 
-    __slots__ = ("_added", "_base", "_base_paths", "overlay")
+    __slots__ = ("_added", "_base", "_base_ids", "_base_paths", "_moved", "overlay")
 
     def __init__(self, base: Mapping[str, NodeSnapshot]) -> None:
         self._base = base
         self._base_paths: list[str] | None = None
+        self._base_ids: dict[NodeId, str] | None = None
         self._added: list[str] = []
+        self._moved: dict[NodeId, str] = {}
         self.overlay: dict[str, NodeSnapshot | None] = {}
         """Paths where the session differs from the base: the node now, or None if it is gone."""
 
@@ -91,10 +93,12 @@ class Hierarchy:
             if path not in self.overlay:
                 insort(self._added, path)
             self.overlay[path] = node
+            self._moved[node.id] = path
         elif old == node:
             self.overlay.pop(path, None)
         else:
             self.overlay[path] = node
+            self._moved[node.id] = path
 
     def remove(self, path: str) -> None:
         """Remove the node at this path."""
@@ -150,11 +154,10 @@ class Hierarchy:
         node = self.get(hint)
         if node is not None and node.id == node_id:
             return hint
-        for candidate in self.overlay.values():
-            if candidate is not None and candidate.id == node_id:
-                return candidate.path
-        for path, candidate in self._base.items():
-            if candidate.id == node_id and path not in self.overlay:
+        if self._base_ids is None:
+            self._base_ids = {n.id: p for p, n in self._base.items()}
+        for path in (self._moved.get(node_id), self._base_ids.get(node_id)):
+            if path is not None and (node := self.get(path)) is not None and node.id == node_id:
                 return path
         return None
 

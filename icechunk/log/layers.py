@@ -43,14 +43,17 @@ class ArrayFold:
     ----------
     node_id
         Of the array.
+    path
+        Where it stood when the first row came.
     grid
         Chunks along each dimension, as the metadata says now.
     """
 
-    __slots__ = ("grid", "layers", "node_id", "rows")
+    __slots__ = ("grid", "layers", "node_id", "path", "rows")
 
-    def __init__(self, node_id: NodeId, grid: tuple[int, ...]) -> None:
+    def __init__(self, node_id: NodeId, path: str, grid: tuple[int, ...]) -> None:
         self.node_id = node_id
+        self.path = path
         self.grid = grid
         self.rows: dict[tuple[int, ...], ChunkRef | None] = {}
         self.layers: list[_Layer] = []
@@ -60,7 +63,7 @@ class ArrayFold:
 
     def find(self, coords: tuple[int, ...]) -> Found:
         """The newest row at these coordinates: a reference, None if deleted, False if the log says nothing."""
-        found = self.rows.get(coords, False)
+        found: Found = self.rows.get(coords, False)
         if found is not False or not self.layers:
             return found
         for layer in reversed(self.layers):
@@ -110,4 +113,4 @@ class ArrayFold:
 
 def inside(coords: npt.NDArray[np.uint32], grid: Sequence[int]) -> npt.NDArray[np.bool_]:
     """bool[n]: which coordinates lie in a grid of that many chunks along each dimension."""
-    return (coords < np.asarray(grid, np.uint64)).all(axis=1)
+    return np.asarray((coords < np.asarray(grid, np.uint64)).all(axis=1))

@@ -26,7 +26,8 @@ Rows = npt.NDArray[np.intp]
 def _widths(coords: Coords) -> tuple[int, ...]:
     if not len(coords):
         return (0,) * coords.shape[1]
-    return tuple(int(m).bit_length() for m in coords.max(axis=0))
+    most: list[int] = coords.max(axis=0).tolist()
+    return tuple(m.bit_length() for m in most)
 
 
 def _pack(coords: Coords, widths: Sequence[int]) -> npt.NDArray[Any]:
@@ -76,7 +77,7 @@ class CoordIndex:
         self._widths = _widths(coords)
         self.wide = sum(self._widths) > 64
         self._keys = _pack(coords, self._widths)
-        self._view: Any = self._keys if self.wide else memoryview(self._keys)
+        self._view: Any = self._keys if self.wide else memoryview(self._keys)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -134,7 +135,7 @@ def find(refs: ChunkRefs, coords: Sequence[int]) -> ChunkRef | None:
         return None
     low, high = 0, len(refs)
     for d, c in enumerate(coords):
-        column = memoryview(refs.coords[:, d])
+        column: Any = memoryview(refs.coords[:, d])  # type: ignore[arg-type]
         low = bisect_left(column, c, low, high)
         high = bisect_right(column, c, low, high)
         if low == high:

@@ -206,11 +206,11 @@ class SessionLog:
             if node is not None:
                 after[node.id] = node
         kept = [(before[i], after[i]) for i in before.keys() & after.keys()]
-        paths = self._array_paths(after)
         chunks = {}
         for node_id, fold in self._arrays.items():
-            if fold and (path_now := paths.get(node_id)) is not None:
-                chunks[node_id] = (path_now, self._flat(fold).coords)
+            if fold:
+                path = self._path_of(node_id, fold.path)
+                chunks[node_id] = (path, self._flat(fold).coords)
         return NetChanges(
             new=tuple(node for i, node in after.items() if i not in before),
             deleted=tuple(node for i, node in before.items() if i not in after),
@@ -610,7 +610,7 @@ class SessionLog:
                 now = self._tree.get(self._path_of(node.id, node.path))
             if now is None or now.kind != NodeKind.ARRAY:
                 raise InvalidInputError(f"{node.path} is not an array: it has no chunks", ErrorKind.NOT_AN_ARRAY)
-            fold = self._arrays[node.id] = ArrayFold(node.id, _grid(now))
+            fold = self._arrays[node.id] = ArrayFold(node.id, now.path, _grid(now))
         return fold
 
     def _fold_of_id(self, node_id: NodeId) -> ArrayFold:
@@ -624,17 +624,6 @@ class SessionLog:
         for fold in self._arrays.values():
             if fold.rows:
                 self._events += fold.seal()
-
-    def _array_paths(self, known: dict[NodeId, NodeSnapshot]) -> dict[NodeId, str]:
-        """Current paths of all arrays with rows; only those outside the overlay need a scan."""
-        missing = {i for i, fold in self._arrays.items() if fold and i not in known}
-        paths = {i: node.path for i, node in known.items()}
-        if missing:
-            overlay = self._tree.overlay
-            for path, node in self._base.nodes.items():
-                if node.id in missing and path not in overlay:
-                    paths[node.id] = path
-        return paths
 
 
 def _described(node: NodeSnapshot, user_data: bytes, meta: GroupMeta | ArrayMeta) -> NodeSnapshot:

@@ -101,11 +101,15 @@ def _parse_array(document: Mapping[str, Any], path: str) -> ArrayMeta:
 
 def _check_key_encoding(encoding: object, path: str) -> None:
     # Keys are stored as coordinates, so only one spelling of them can be given back.
+    name: object
+    configuration: Any
     if isinstance(encoding, str):
         name, configuration = encoding, None
     elif isinstance(encoding, dict):
         name, configuration = encoding.get("name"), encoding.get("configuration")
     else:
+        _bad(path, f"chunk_key_encoding is {encoding!r}")
+    if configuration is not None and not isinstance(configuration, dict):
         _bad(path, f"chunk_key_encoding is {encoding!r}")
     separator = "/" if configuration is None else configuration.get("separator", "/")
     if name != "default" or separator != "/":

@@ -1,0 +1,145 @@
+"""Geometry of chunk coordinates: bounding boxes, and cutting rows into disjoint ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.format.tables import Extents
+
+__all__ = ["around", "bounds", "by_tile", "clipped", "halved", "in_box", "overlap", "union", "volume"]
+
+Coords = npt.NDArray[np.uint32]
+Rows = npt.NDArray[np.intp]
+
+
+def bounds(coords: Coords) -> Extents:
+    """The smallest box that holds all coordinates; at least one of them."""
+    return tuple(zip(coords.min(axis=0).tolist(), (coords.max(axis=0).astype(np.int64) + 1).tolist(), strict=True))
+
+
+def volume(box: Extents) -> int:
+    """Chunks in a box; 0 if it is empty, 1 in no dimensions."""
+    return prod(max(0, b - a) for a, b in box)
+
+
+def overlap(one: Extents, other: Extents) -> bool:
+    """Whether two boxes share a chunk."""
+    return all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True))
+
+
+def union(boxes: Iterable[Extents]) -> Extents:
+    """The smallest box that holds all boxes; at least one of them."""
+    return tuple((min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*boxes, strict=True))
+
+
+def clipped(box: Extents, grid: Sequence[int]) -> Extents:
+    """The part of a box inside a grid of that many chunks along each dimension."""
+    return tuple((a, min(b, n)) for (a, b), n in zip(box, grid, strict=True))
+
+
+def in_box(coords: Coords, box: Extents) -> Rows:
+    """Rows, ascending, whose coordinates lie in the box; coordinates must be ascending lexicographically."""
+    if not box:
+        return np.arange(len(coords))
+    first, last = np.searchsorted(coords[:, 0], np.array(box[0], np.uint32)).tolist()
+    some = coords[first:last, 1:]
+    if not some.shape[1]:
+        return np.arange(first, last)
+    good = np.ones(len(some), np.bool_)
+    for d, (a, b) in enumerate(box[1:]):
+        column = some[:, d]
+        good &= (column >= a) & (column < b)
+    rows: Rows = np.flatnonzero(good) + first
+    return rows
+
+
+def halved(coords: Coords, most: int) -> list[Rows]:
+    """Cut rows into pieces of at most ``most`` rows whose bounding boxes are disjoint.
+
+    Cuts go across the longest side, at the row count that lets all pieces come out about equally full.
+
+    Parameters
+    ----------
+    coords
+        Unique, at least one row.
+    """
+    done: list[Rows] = []
+    todo = [np.arange(len(coords))]
+    while todo:
+        rows = todo.pop()
+        n = len(rows)
+        if n <= most:
+            done.append(rows)
+            continue
+        part = coords[rows]
+        box = bounds(part)
+        axis = max(range(len(box)), key=lambda d: box[d][1] - box[d][0])
+        pieces = -(-n // most)
+        column = part[:, axis]
+        at = n * (pieces // 2) // pieces
+        cut = int(np.partition(column, at)[at])
+        low = column < max(cut, box[axis][0] + 1)
+        todo += [rows[~low], rows[low]]
+    return done
+
+
+def around(coords: Coords, obstacles: Sequence[Extents]) -> list[Rows]:
+    """Cut rows into pieces whose bounding boxes meet no obstacle and not each other.
+
+    Every cut is the plane of an obstacle's face; a bounding box is tight, so a face inside it has rows on both sides,
+    and the recursion ends.
+
+    Parameters
+    ----------
+    coords
+        Unique, at least one row, none of them in an obstacle.
+    obstacles
+        Disjoint boxes.
+    """
+    done: list[Rows] = []
+    todo = [(np.arange(len(coords)), list(obstacles))]
+    while todo:
+        rows, near = todo.pop()
+        part = coords[rows]
+        box = bounds(part)
+        near = [o for o in near if overlap(o, box)]
+        if not near:
+            done.append(rows)
+            continue
+        best: tuple[int, npt.NDArray[np.bool_]] | None = None
+        for axis, ((a, b), (low, high)) in enumerate(zip(near[0], box, strict=True)):
+            column = part[:, axis]
+            for cut, clear_below in ((a, True), (b, False)):
+                if low < cut < high:
+                    below = column < cut
+                    clear = int(np.count_nonzero(below))
+                    clear = clear if clear_below else len(rows) - clear
+                    if best is None or clear > best[0]:
+                        best = clear, below
+        assert best is not None, "a row lies in an obstacle"
+        todo += [(rows[~best[1]], near), (rows[best[1]], near)]
+    return done
+
+
+def by_tile(coords: Coords, tile: Sequence[int]) -> list[Rows]:
+    """Group rows by the tile of a regular grid they lie in; rows keep their order, tiles ascend.
+
+    Parameters
+    ----------
+    tile
+        Chunks along each dimension of a tile.
+    """
+    index = coords // np.asarray(tile, np.uint64)
+    if not len(tile) or (index == index[0]).all():
+        return [np.arange(len(coords))]
+    _, inverse = np.unique(index, axis=0, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    order: npt.NDArray[Any] = np.argsort(inverse, kind="stable")
+    starts = np.flatnonzero(np.diff(inverse[order])) + 1
+    return [order[a:b] for a, b in pairwise([0, *starts.tolist(), len(order)])]

@@ -1,0 +1,82 @@
+"""What changed between two snapshots, from the transaction logs in between.
+
+Net, by node: a node that was created and deleted in between does not appear; one that was created
+and then changed is only new; one that moved twice moved once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.format.ids import NodeId
+from icechunk.format.tables import Move, NodeSnapshot, Snapshot, TransactionLog
+from icechunk.log.changes import Changes, NetChanges, move_order
+from icechunk.log.lookup import sort_last
+
+__all__ = ["diff", "net_diff"]
+
+
+def net_diff(transactions: Sequence[TransactionLog], from_snapshot: Snapshot, to_snapshot: Snapshot) -> NetChanges:
+    """The changes by node.
+
+    Parameters
+    ----------
+    transactions
+        Of every commit after ``from_snapshot`` up to ``to_snapshot``, oldest first.
+    from_snapshot, to_snapshot
+        The two ends; the first an ancestor of the second.
+    """
+    mentioned: set[NodeId] = set()
+    changed: set[NodeId] = set()
+    chunks: dict[NodeId, list[npt.NDArray[np.uint32]]] = {}
+    for log in transactions:
+        changed |= log.updated_groups | log.updated_arrays
+        mentioned |= log.new_groups | log.new_arrays | log.deleted_groups | log.deleted_arrays
+        mentioned |= {move.node_id for move in log.moved_nodes}
+        for node_id, coords in log.updated_chunks.items():
+            if len(coords):
+                chunks.setdefault(node_id, []).append(coords)
+    mentioned |= changed | chunks.keys()
+    before = _by_id(from_snapshot, mentioned)
+    after = _by_id(to_snapshot, mentioned)
+    kept = [(before[i], after[i]) for i in before.keys() & after.keys()]
+    return NetChanges(
+        new=tuple(n for i, n in after.items() if i not in before),
+        deleted=tuple(n for i, n in before.items() if i not in after),
+        updated=tuple(new for old, new in kept if new.id in changed),
+        moved=tuple(
+            sorted(
+                (Move(old.path, new.path, new.id, new.kind) for old, new in kept if old.path != new.path),
+                key=move_order,
+            )
+        ),
+        chunks={i: (after[i].path, _merged(parts)) for i, parts in chunks.items() if i in after},
+    )
+
+
+def diff(transactions: Sequence[TransactionLog], from_snapshot: Snapshot, to_snapshot: Snapshot) -> Changes:
+    """The changes by path: paths of deleted nodes as in ``from_snapshot``, all others as in ``to_snapshot``.
+
+    Parameters
+    ----------
+    transactions
+        Of every commit after ``from_snapshot`` up to ``to_snapshot``, oldest first.
+    from_snapshot, to_snapshot
+        The two ends; the first an ancestor of the second.
+    """
+    return net_diff(transactions, from_snapshot, to_snapshot).summary()
+
+
+def _by_id(snapshot: Snapshot, wanted: set[NodeId]) -> dict[NodeId, NodeSnapshot]:
+    return {node.id: node for node in snapshot.nodes.values() if node.id in wanted}
+
+
+def _merged(parts: list[npt.NDArray[np.uint32]]) -> npt.NDArray[np.uint32]:
+    # An array may have changed its rank; what is left are the coordinates of the rank it has now.
+    rank = parts[-1].shape[1]
+    coords = np.concatenate([p for p in parts if p.shape[1] == rank])
+    order = sort_last(coords)
+    return coords if order is None else coords[order]

@@ -1,0 +1,297 @@
+"""Which manifests a commit rewrites: the plan for one array.
+
+The references of an array live in *tiles*: one tile is what one manifest holds of the array, its
+box the manifest's extents. Boxes never overlap. A changed reference inside a tile's box makes the
+tile *dirty*: it is read, and written again. References outside all boxes become tiles of their
+own, so an append reads nothing.
+
+Two things keep the tiles well shaped.
+
+*Tiers.* A tile of n references is of tier ⌊log_f n⌋. Where neighbouring tiles of tier ≤ T hold
+f^(T+1) references together, they are merged: every reference then rises by a tier, so it is
+rewritten O(log n) times in its life, and fewer than f tiles of a tier lie side by side. Tiles that
+are half full take no part.
+
+*Absorption.* New rows whose bounding box crosses smaller tiles take them in (the cost is in
+proportion to the rows written); around larger tiles they are cut along the faces of those tiles.
+
+With a *tile grid* instead (configured splitting; the official library's default is a single tile)
+the boxes are given, and every tile with a change is rewritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.format.ids import ObjectId
+from icechunk.format.tables import Extents, ManifestFile, ManifestRef
+from icechunk.log.boxes import around, bounds, clipped, halved, in_box, overlap, union, volume
+
+__all__ = ["Tile", "TilePolicy", "plan_grid", "plan_tiles"]
+
+Coords = npt.NDArray[np.uint32]
+Rows = npt.NDArray[np.intp]
+
+_NONE = np.empty(0, np.intp)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TilePolicy:
+    """How large tiles are."""
+
+    max_refs: int
+    """No tile holds more references."""
+    fan_in: int
+    """f: how many tiles of a tier become one of the next."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tile:
+    """What will be, or stays, the content of one box."""
+
+    box: Extents
+    """Holds all its references."""
+    estimate: int
+    """References, at most; exact if no other array shares the manifest."""
+    sources: tuple[ManifestRef, ...] = ()
+    """Manifests its present references are in."""
+    written: Rows = field(default_factory=lambda: _NONE)
+    """Rows of the written references that go into it."""
+    deleted: Rows = field(default_factory=lambda: _NONE)
+    """Rows of the deleted coordinates that are taken from it."""
+    dirty: bool = False
+    """Whether it must be written."""
+    avoid: tuple[Extents, ...] = ()
+    """Boxes that lie within its box, and that its references must be cut around once they are known."""
+
+
+def plan_tiles(
+    present: Sequence[ManifestRef],
+    files: Mapping[ObjectId, ManifestFile],
+    grid: Sequence[int],
+    written: Coords,
+    deleted: Coords,
+    policy: TilePolicy,
+) -> list[Tile]:
+    """Decide what becomes of an array's tiles.
+
+    Parameters
+    ----------
+    present
+        The array's manifests.
+    files
+        Their sizes.
+    grid
+        Chunks along each dimension, now; what is outside goes.
+    written, deleted
+        uint32[n, ndim], ascending, inside the grid, disjoint.
+
+    Returns
+    -------
+    list of Tile
+        Clean ones stay as they are; dirty ones are written. Boxes are disjoint, but for `Tile.avoid`.
+    """
+    tiles, outside = _hit(present, files, grid, written, deleted)
+    if len(outside):
+        tiles += _place(tiles, written, outside, policy.max_refs)
+    if any(tile.dirty for tile in tiles):
+        tiles = _merge(tiles, policy)
+    return tiles
+
+
+def plan_grid(
+    present: Sequence[ManifestRef],
+    files: Mapping[ObjectId, ManifestFile],
+    grid: Sequence[int],
+    written: Coords,
+    deleted: Coords,
+    tile: Sequence[int],
+) -> list[Tile]:
+    """The same where tiles are the cells of a given grid.
+
+    Parameters
+    ----------
+    tile
+        Chunks along each dimension of a tile.
+
+    Returns
+    -------
+    list of Tile
+        Clean ones, and at most one dirty one, whose references are to be cut by the grid.
+    """
+    tiles, outside = _hit(present, files, grid, written, deleted)
+    dirty = [t for t in tiles if t.dirty]
+    if not dirty and not len(outside):
+        return tiles
+    size = np.asarray(tile, np.uint64)
+    cells = written[:1] // size if not len(tile) or not len(written) else np.unique(written // size, axis=0)
+    touched = [(cells, cells + np.uint64(1))]
+    touched += [_cells(t.box, size) for t in dirty]
+    clean = [t for t in tiles if not t.dirty]
+    # A manifest that reaches into a touched cell is taken apart; the other cells it reaches into are touched by that.
+    changed = True
+    while changed:
+        changed = False
+        for t in list(clean):
+            low, high = _cells(t.box, size)
+            if any(((low < b) & (a < high)).all(axis=1).any() for a, b in touched):
+                clean.remove(t)
+                dirty.append(t)
+                touched.append((low, high))
+                changed = True
+    boxes = [t.box for t in dirty]
+    if len(written):
+        boxes.append(bounds(written))
+    one = Tile(
+        box=union(boxes),
+        estimate=sum(t.estimate for t in dirty) + len(outside),
+        sources=tuple(s for t in dirty for s in t.sources),
+        written=np.arange(len(written)),
+        deleted=np.arange(len(deleted)),
+        dirty=True,
+    )
+    return [*clean, one]
+
+
+def _cells(box: Extents, size: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    low = np.array([[a for a, _ in box]], np.uint64)
+    last = np.array([[b - 1 for _, b in box]], np.uint64)
+    return low // size, last // size + np.uint64(1)
+
+
+def _hit(
+    present: Sequence[ManifestRef],
+    files: Mapping[ObjectId, ManifestFile],
+    grid: Sequence[int],
+    written: Coords,
+    deleted: Coords,
+) -> tuple[list[Tile], Rows]:
+    """Tiles that were there, dirty where they change, and the written rows outside all of them."""
+    tiles: list[Tile] = []
+    left = np.ones(len(written), np.bool_)
+    near = _near(present, written, deleted)
+    for i, ref in enumerate(present):
+        box = clipped(ref.extents, grid)
+        size = volume(box)
+        if not size:
+            continue
+        file = files.get(ref.object_id)
+        estimate = size if file is None else min(size, file.num_chunk_refs)
+        into = in_box(written, box) if near[i] else _NONE
+        out = in_box(deleted, box) if near[i] else _NONE
+        if not len(into) and not len(out) and box == ref.extents:
+            tiles.append(Tile(box=box, estimate=estimate, sources=(ref,)))
+            continue
+        left[into] = False
+        if len(into) + len(out) < size:
+            estimate = min(size - len(out), estimate + len(into))
+            tile = Tile(box=box, estimate=estimate, sources=(ref,), written=into, deleted=out, dirty=True)
+        elif len(into):
+            tile = Tile(box=bounds(written[into]), estimate=len(into), written=into, dirty=True)
+        else:
+            continue
+        tiles.append(tile)
+    return tiles, np.flatnonzero(left)
+
+
+def _near(present: Sequence[ManifestRef], written: Coords, deleted: Coords) -> list[bool]:
+    """Which manifests overlap the bounding box of the changes."""
+    both = [bounds(c) for c in (written, deleted) if len(c)]
+    if not both:
+        return [False] * len(present)
+    box = union(both)
+    return [overlap(ref.extents, box) for ref in present]
+
+
+def _place(tiles: list[Tile], written: Coords, outside: Rows, max_refs: int) -> list[Tile]:
+    """Tiles for rows outside all others; removes from ``tiles`` those that are absorbed."""
+    coords = written[outside]
+    box = bounds(coords)
+    crossed = [t for t in tiles if overlap(t.box, box)]
+    small = {id(t) for t in crossed if t.estimate <= len(outside)}
+    if small:
+        absorbed = [t for t in crossed if id(t) in small]
+        tiles[:] = [t for t in tiles if id(t) not in small]
+        whole = union([box, *(t.box for t in absorbed)])
+        return [
+            Tile(
+                box=whole,
+                estimate=sum(t.estimate for t in absorbed) + len(outside),
+                sources=tuple(s for t in absorbed for s in t.sources),
+                written=np.sort(np.concatenate([outside, *(t.written for t in absorbed)])),
+                deleted=np.sort(np.concatenate([_NONE, *(t.deleted for t in absorbed)])),
+                dirty=True,
+                avoid=tuple(t.box for t in tiles if overlap(t.box, whole)),
+            )
+        ]
+    placed = []
+    for piece in around(coords, [t.box for t in crossed]) if crossed else [np.arange(len(coords))]:
+        for rows in halved(coords[piece], max_refs):
+            own = outside[piece[rows]]
+            placed.append(Tile(box=bounds(written[own]), estimate=len(own), written=own, dirty=True))
+    return placed
+
+
+def _merge(tiles: list[Tile], policy: TilePolicy) -> list[Tile]:
+    tiles = sorted(tiles, key=_corner)
+    full = max(1, policy.max_refs // 2)
+    reach = policy.fan_in
+    # T = 0, 1, …: tiles below f^(T+1) references merge once they hold that many together.
+    while True:
+        tiles = _merge_tier(tiles, min(reach, full), full, policy.max_refs)
+        if reach >= full:
+            return tiles
+        reach *= policy.fan_in
+
+
+def _merge_tier(tiles: list[Tile], reach: int, full: int, max_refs: int) -> list[Tile]:
+    result: list[Tile] = []  # also stands for the boxes of earlier merges, which later ones must not meet
+    run: list[Tile] = []
+    held = 0
+
+    def close() -> None:
+        nonlocal run, held
+        result.extend(_joined(run, [*tiles, *result], reach))
+        run, held = [], 0
+
+    for tile in tiles:
+        if tile.estimate >= reach or tile.avoid:
+            close()
+            result.append(tile)
+            continue
+        if held + tile.estimate > max_refs:
+            close()
+        run.append(tile)
+        held += tile.estimate
+    close()
+    return result
+
+
+def _joined(run: list[Tile], tiles: list[Tile], reach: int) -> list[Tile]:
+    """A run as one tile, if it is large enough and its box meets no other tile; else the halves, if they are."""
+    total = sum(t.estimate for t in run)
+    if len(run) < 2 or total < reach:
+        return run
+    box = union(t.box for t in run)
+    own = {id(t) for t in run}
+    if any(overlap(box, t.box) for t in tiles if id(t) not in own):
+        middle = len(run) // 2
+        return _joined(run[:middle], tiles, reach) + _joined(run[middle:], tiles, reach)
+    return [
+        Tile(
+            box=box,
+            estimate=total,
+            sources=tuple(s for t in run for s in t.sources),
+            written=np.sort(np.concatenate([t.written for t in run])),
+            deleted=np.sort(np.concatenate([t.deleted for t in run])),
+            dirty=True,
+        )
+    ]
+
+
+def _corner(tile: Tile) -> tuple[int, ...]:
+    return tuple(a for a, _ in tile.box)
