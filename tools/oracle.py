@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["OFFICIAL_CURRENT", "OFFICIAL_FORMAT_1", "OracleError", "OracleUnavailable", "ensure", "run"]
+__all__ = ["OFFICIAL_CURRENT", "OFFICIAL_FORMAT_1", "OracleError", "OracleUnavailable", "ensure", "find", "run"]
 
 OFFICIAL_CURRENT = "2.3.0"
 """The version whose API and format we match."""
@@ -72,6 +72,16 @@ _RECIPES = {
 }
 
 
+def find(version: str = OFFICIAL_CURRENT) -> Path | None:
+    """The python of an environment with the official `version` that is there already, or None."""
+    given = os.environ.get(_RECIPES[version].override)
+    if given:
+        return Path(given) if _has(Path(given), version) else None
+    home = _home(version)
+    python = home / "bin" / "python"
+    return python if (home / "ready").exists() and python.exists() else None
+
+
 def ensure(version: str = OFFICIAL_CURRENT) -> Path:
     """The python of an environment with the official `version`, made now if there is none (about a minute).
 
@@ -91,19 +101,15 @@ def ensure(version: str = OFFICIAL_CURRENT) -> Path:
         if not _has(Path(given), version):
             raise OracleUnavailable(f"{recipe.override}={given} is no python with icechunk {version}")
         return Path(given)
-    cache = Path(os.environ.get("ICECHUNK_ORACLE_CACHE") or Path.home() / ".cache" / "aioicechunk" / "oracle")
-    cache.mkdir(parents=True, exist_ok=True)
-    home = cache / f"icechunk-{version}"
-    python = home / "bin" / "python"
-    ready = home / "ready"
-    with (cache / f"icechunk-{version}.lock").open("w") as lock:
+    home = _home(version)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with home.with_name(f"{home.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if ready.exists() and python.exists():
-            return python
-        shutil.rmtree(home, ignore_errors=True)
-        _make(home, version, recipe)
-        ready.touch()
-    return python
+        if not find(version):
+            shutil.rmtree(home, ignore_errors=True)
+            _make(home, version, recipe)
+            (home / "ready").touch()
+    return home / "bin" / "python"
 
 
 def run(version: str, module: str, *args: str, stdin: Any = None, timeout_s: float = 120.0) -> Any:
@@ -159,6 +165,11 @@ def environment() -> dict[str, str]:
     """The environment variables of a process of the official library: nothing of ours on its path, quiet logs."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
     return {**kept, "ICECHUNK_LOG": "error", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def _home(version: str) -> Path:
+    cache = os.environ.get("ICECHUNK_ORACLE_CACHE")
+    return (Path(cache) if cache else Path.home() / ".cache" / "aioicechunk" / "oracle") / f"icechunk-{version}"
 
 
 def _make(home: Path, version: str, recipe: _Recipe) -> None:

@@ -82,6 +82,7 @@ def tell(target: Target, progress: Progress) -> Report:
     with progress.step("tag v2, main moves to the correction"):
         repo.create_tag("v2", writer.last)
         repo.reset_branch("main", writer.last)
+        repo.checkpoint()
     written_s = time.perf_counter() - started
 
     with progress.step("reading every version back"):

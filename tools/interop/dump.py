@@ -1,8 +1,8 @@
 """Everything that a reader can see of a repository, as JSON: the same script on our library and on the official one.
 
-``python -m tools.interop.dump PATH`` prints one line: branches, tags, history, and for every snapshot its nodes with their Zarr
-metadata, the keys of their chunks and a digest of their values. Two libraries agree on a repository when the lines are
-equal. ``--mutate`` also tries every mutation and reports what became of each.
+``python -m tools.interop.dump PATH`` prints one line: branches, tags, history, and for every snapshot its nodes with
+their Zarr metadata, the keys of their chunks and a digest of their values. Two libraries agree on a repository when the
+lines are equal. ``--mutate`` also tries every mutation and reports what became of each.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import zarr
 import icechunk
 from tools.interop.dump import digest
 
-__all__ = ["every_dtype", "generate"]
+__all__ = ["every_dtype", "generate", "publish"]
 
 RNG_SEED = 20150101
 
@@ -151,7 +151,18 @@ def generate(storage: Any, inline_threshold: int | None = None, **create: Any) -
     repo.create_branch("also-gone", early)
     repo.delete_branch("also-gone")
     repo.set_metadata({"title": "generated", "n": 3, "nested": {"list": [1, 2.5, None, True, "é"]}})
+    publish(repo)
     return writer.expected
+
+
+def publish(repo: Any) -> None:
+    """Make everything that stands in `repo` visible to readers that know only the published format.
+
+    The official library's repositories always are; ours bring their `repo` object up to date in the background.
+    """
+    checkpoint = getattr(repo, "checkpoint", None)
+    if checkpoint is not None:
+        checkpoint()
 
 
 def _every_dtype(writer: _Writer) -> None:
