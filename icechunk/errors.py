@@ -29,6 +29,7 @@ __all__ = [
     "SessionStateError",
     "SnapshotNotFoundError",
     "StorageError",
+    "class_of",
 ]
 
 
@@ -291,14 +292,14 @@ class ConflictError(IcechunkError):
         self._actual_parent = actual_parent
 
     @property
-    def expected_parent(self) -> str:
+    def expected_parent(self) -> str | None:
         """Snapshot id that the session stands on."""
-        return self._expected_parent or ""
+        return self._expected_parent
 
     @property
-    def actual_parent(self) -> str:
-        """Snapshot id that the branch points to now; empty if the branch is gone."""
-        return self._actual_parent or ""
+    def actual_parent(self) -> str | None:
+        """Snapshot id that the branch points to now; None if the branch is gone."""
+        return self._actual_parent
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self._expected_parent, self._actual_parent, self._message, self._kind))
@@ -323,3 +324,43 @@ class CommitOutcomeUnknown(IcechunkError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self._message, self.token))
+
+
+def class_of(kind: str) -> type[IcechunkError]:
+    """The class under which the official library raises errors of this kind, and so do we.
+
+    Found by provoking them in 2.3.0 where that was possible; the others stand beside them in its list of kinds.
+    """
+    return _CLASS_OF_KIND.get(kind, InternalError)
+
+
+_FIRST_KIND_OF_CLASS: dict[ErrorKind, type[IcechunkError]] = {
+    # The kinds are declared class by class: each of these holds from here on, until the next one.
+    ErrorKind.COMMIT_CONFLICT: ConflictError,
+    ErrorKind.GC_DELETES_FAILING: StorageError,
+    ErrorKind.NODE_NOT_FOUND: NodeNotFoundError,
+    ErrorKind.SNAPSHOT_NOT_FOUND: SnapshotNotFoundError,
+    ErrorKind.REF_NOT_FOUND: RefNotFoundError,
+    ErrorKind.REPOSITORY_NOT_FOUND: RepositoryNotFoundError,
+    ErrorKind.MANIFEST_INFO_NOT_FOUND: NotFoundError,
+    ErrorKind.NODE_ALREADY_EXISTS: AlreadyExistsError,
+    ErrorKind.READ_ONLY_SESSION: ReadOnlyError,
+    ErrorKind.INVALID_KEY: InvalidInputError,
+    ErrorKind.COMMIT_NOT_ALLOWED: SessionStateError,
+    ErrorKind.OBJECT_NOT_FOUND: StorageError,
+    ErrorKind.SERIALIZATION: FormatError,
+    ErrorKind.CONCURRENCY: InternalError,
+    ErrorKind.COMMIT_OUTCOME_UNKNOWN: CommitOutcomeUnknown,
+}
+
+
+def _class_of_kind() -> dict[str, type[IcechunkError]]:
+    result: dict[str, type[IcechunkError]] = {}
+    current: type[IcechunkError] = InternalError
+    for kind in ErrorKind:
+        current = _FIRST_KIND_OF_CLASS.get(kind, current)
+        result[str(kind)] = current
+    return result
+
+
+_CLASS_OF_KIND = _class_of_kind()

@@ -40,6 +40,7 @@ __all__ = [
     "optional",
     "redacted_mapping",
     "redacted_url",
+    "signed",
     "text",
     "unsigned",
 ]
@@ -70,6 +71,25 @@ def unsigned(bits: int, *, minimum: int = 0) -> Check:
         if not minimum <= number <= limit:
             raise OutOfRangeError(f"{name} must be from {minimum} to {limit}, not {number}", ErrorKind.INVALID_SETTING)
         return number
+
+    return check
+
+
+def signed(bits: int) -> Check:
+    """A check for whole numbers that fit a signed integer of ``bits`` bits."""
+    limit = 1 << (bits - 1)
+    shifted = unsigned(bits)
+
+    def check(name: str, value: Any) -> int:
+        try:
+            shifted(name, operator.index(value) + limit)
+        except InvalidInputError:
+            raise OutOfRangeError(
+                f"{name} must be from {-limit} to {limit - 1}, not {value}", ErrorKind.INVALID_SETTING
+            ) from None
+        except TypeError:
+            raise TypeError(f"{name} must be a whole number, not {type(value).__name__}") from None
+        return operator.index(value)
 
     return check
 

@@ -1,7 +1,34 @@
-"""Configuration of repositories and of the storage under them."""
+"""Configuration of repositories and of the storage under them.
+
+Rooms: `storage` (object stores and requests to them), `containers` (virtual chunk containers), `manifest`
+(splitting, preloading), `repository` (the whole), `serialise` and `yaml_text` (the stored forms).
+"""
 
 from __future__ import annotations
 
+from icechunk.config.containers import VirtualChunkContainer
+from icechunk.config.manifest import (
+    ManifestConfig,
+    ManifestPreloadCondition,
+    ManifestPreloadConfig,
+    ManifestSplitCondition,
+    ManifestSplitDimCondition,
+    ManifestSplittingConfig,
+    ManifestSplitValues,
+    ManifestVirtualChunkLocationCompressionConfig,
+    SplitSizesDict,
+    from_dict,
+    to_dict,
+)
+from icechunk.config.repository import (
+    CachingConfig,
+    CompressionAlgorithm,
+    CompressionConfig,
+    EngineConfig,
+    RepositoryConfig,
+    RepoUpdateRetryConfig,
+)
+from icechunk.config.serialise import config_from_dict, config_to_dict
 from icechunk.config.storage import (
     AnyObjectStoreConfig,
     ChecksumAlgorithm,
@@ -12,14 +39,40 @@ from icechunk.config.storage import (
     StorageSettings,
     StorageTimeoutSettings,
 )
+from icechunk.config.yaml_text import config_from_yaml, config_to_yaml
+from icechunk.status import Attribution, FeatureFlag
 
 __all__ = [
     "AnyObjectStoreConfig",
+    "Attribution",
+    "CachingConfig",
     "ChecksumAlgorithm",
+    "CompressionAlgorithm",
+    "CompressionConfig",
+    "EngineConfig",
+    "FeatureFlag",
+    "ManifestConfig",
+    "ManifestPreloadCondition",
+    "ManifestPreloadConfig",
+    "ManifestSplitCondition",
+    "ManifestSplitDimCondition",
+    "ManifestSplitValues",
+    "ManifestSplittingConfig",
+    "ManifestVirtualChunkLocationCompressionConfig",
     "ObjectStoreConfig",
+    "RepoUpdateRetryConfig",
+    "RepositoryConfig",
     "S3Options",
+    "SplitSizesDict",
     "StorageConcurrencySettings",
     "StorageRetriesSettings",
     "StorageSettings",
     "StorageTimeoutSettings",
+    "VirtualChunkContainer",
+    "config_from_dict",
+    "config_from_yaml",
+    "config_to_dict",
+    "config_to_yaml",
+    "from_dict",
+    "to_dict",
 ]

@@ -88,9 +88,10 @@ class S3Options(Setting):
         return [(n, redacted_url(v) if n == "endpoint_url" and v is not None else v, d) for n, v, d in rows]
 
 
-def _options(name: str, value: Mapping[str, str] | None) -> dict[str, str] | None:
+def _options(name: str, value: Mapping[str, str] | None) -> dict[str, str]:
+    # None and {} are stored alike, so they are kept alike.
     if value is None:
-        return None
+        return {}
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a mapping of strings to strings, not {type(value).__name__}")
     for key, item in value.items():

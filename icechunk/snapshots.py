@@ -1,0 +1,150 @@
+"""What a snapshot is, and what lies between two of them."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, ClassVar, Protocol
+
+from icechunk.values import Represented
+
+__all__ = ["Changes", "Diff", "ManifestFileInfo", "SnapshotInfo"]
+
+
+@dataclass(frozen=True, slots=True, repr=False, kw_only=True)
+class SnapshotInfo(Represented):
+    """A snapshot as history lists it."""
+
+    _public_name: ClassVar[str] = "icechunk.snapshots.SnapshotInfo"
+
+    id: str
+    parent_id: str | None
+    """None for the first snapshot, and where the parent was expired."""
+    written_at: datetime
+    """With a time zone (UTC)."""
+    message: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """What the committer attached."""
+
+
+@dataclass(frozen=True, slots=True, repr=False, kw_only=True)
+class ManifestFileInfo(Represented):
+    """A manifest object of a snapshot."""
+
+    _public_name: ClassVar[str] = "icechunk.snapshots.ManifestFileInfo"
+    __hash__ = None  # type: ignore[assignment]
+
+    id: str
+    size_bytes: int
+    """Of the object."""
+    num_chunk_refs: int
+    """References in it."""
+
+
+class _Rows(Protocol):
+    """Chunk coordinates: an integer array of shape (n, ndim), or a list of lists."""
+
+    def __len__(self) -> int: ...
+
+
+class Changes(Protocol):
+    """What `Diff.of` reads; `icechunk.log.changes.Changes` is one. Paths begin with ``/``."""
+
+    @property
+    def new_groups(self) -> Collection[str]: ...
+    @property
+    def new_arrays(self) -> Collection[str]: ...
+    @property
+    def deleted_groups(self) -> Collection[str]: ...
+    @property
+    def deleted_arrays(self) -> Collection[str]: ...
+    @property
+    def updated_groups(self) -> Collection[str]: ...
+    @property
+    def updated_arrays(self) -> Collection[str]: ...
+    @property
+    def updated_chunks(self) -> Mapping[str, _Rows]: ...
+    @property
+    def moved_nodes(self) -> Sequence[tuple[str, str]]: ...
+
+
+_SETS = (
+    ("new_groups", "Groups created"),
+    ("new_arrays", "Arrays created"),
+    ("updated_groups", "Group definitions updated"),
+    ("updated_arrays", "Array definitions updated"),
+    ("deleted_groups", "Groups deleted"),
+    ("deleted_arrays", "Arrays deleted"),
+)
+_CHUNKS_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True, repr=False, kw_only=True)
+class Diff:
+    """What lies between two snapshots, or between a session and its base. Paths begin with ``/``."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    new_groups: set[str] = field(default_factory=set)
+    new_arrays: set[str] = field(default_factory=set)
+    deleted_groups: set[str] = field(default_factory=set)
+    deleted_arrays: set[str] = field(default_factory=set)
+    updated_groups: set[str] = field(default_factory=set)
+    """Groups whose attributes changed."""
+    updated_arrays: set[str] = field(default_factory=set)
+    """Arrays whose metadata changed."""
+    updated_chunks: dict[str, list[list[int]]] = field(default_factory=dict)
+    """By array, the ascending coordinates of chunks that were written or deleted."""
+    moved_nodes: list[tuple[str, str]] = field(default_factory=list)
+    """(from, to), every moved descendant included."""
+
+    @classmethod
+    def of(cls, changes: Changes) -> Diff:
+        """The same as plain Python values."""
+        return cls(
+            new_groups=set(changes.new_groups),
+            new_arrays=set(changes.new_arrays),
+            deleted_groups=set(changes.deleted_groups),
+            deleted_arrays=set(changes.deleted_arrays),
+            updated_groups=set(changes.updated_groups),
+            updated_arrays=set(changes.updated_arrays),
+            updated_chunks={path: _lists(rows) for path, rows in sorted(changes.updated_chunks.items())},
+            moved_nodes=[(source, target) for source, target in changes.moved_nodes],
+        )
+
+    def is_empty(self) -> bool:
+        """Nothing changed."""
+        return not (self.moved_nodes or self.updated_chunks or any(getattr(self, name) for name, _ in _SETS))
+
+    def _sections(self) -> Iterable[tuple[str, list[str]]]:
+        if self.moved_nodes:
+            yield "Nodes moved/renamed", [f"{source} -> {target}" for source, target in self.moved_nodes]
+        for name, title in _SETS:
+            if paths := getattr(self, name):
+                yield title, sorted(paths)
+        if self.updated_chunks:
+            lines = []
+            for path, rows in sorted(self.updated_chunks.items()):
+                lines.append(f"{path}:")
+                lines += [f"    {row}" for row in rows[:_CHUNKS_SHOWN]]
+                if len(rows) > _CHUNKS_SHOWN:
+                    lines.append(f"    ... {len(rows) - _CHUNKS_SHOWN} more")
+            yield "Chunks updated", lines
+
+    def __repr__(self) -> str:
+        blocks = ["\n".join([f"{title}:", *(f"    {line}" for line in lines)]) for title, lines in self._sections()]
+        return "\n\n".join(blocks) + "\n" if blocks else "No changes\n"
+
+    def _repr_html_(self) -> str:
+        blocks = [
+            f"<details open><summary>{html.escape(title)}</summary>"
+            f"<pre>{html.escape(chr(10).join(lines))}</pre></details>"
+            for title, lines in self._sections()
+        ]
+        return '<div class="icechunk-repr">' + ("".join(blocks) or "No changes") + "</div>"
+
+
+def _lists(rows: Any) -> list[list[int]]:
+    return rows.tolist() if hasattr(rows, "tolist") else [list(row) for row in rows]
