@@ -81,20 +81,27 @@ class TableColumns:
         If a table or its vtable is not within the buffer.
     """
 
-    __slots__ = ("_buffer", "_positions", "_table_sizes", "_vtable_sizes", "_vtables")
+    __slots__ = ("_buffer", "_common", "_positions", "_table_sizes", "_vtable_sizes", "_vtables")
 
     def __init__(self, buffer: Buffer, positions: Positions) -> None:
         self._buffer = buffer
         self._positions = positions
+        self._common: tuple[int, ...] | None = None
+        """The vtable of all, when they have but one, as in any file of one kind of reference."""
         vtables: Positions = positions - gather(buffer, positions, "<i4")
-        if len(vtables) and vtables.min() == vtables.max():
-            # One vtable for all, as in any file of one kind of reference: arrays of one element, which numpy stretches.
-            vtables = vtables[:1]
+        if not len(vtables):
+            self._common = (0,)
+            return
+        if vtables.min() == vtables.max():
+            self._common = buffer.vtable(int(vtables[0]))
+            if int(positions.max()) + self._common[0] > buffer.size:
+                raise buffer.fail("a table ends past its end")
+            return
         self._vtables = vtables
         head = gather(buffer, vtables, "<u4")
         self._vtable_sizes = (head & 0xFFFF).astype(np.int64)
         self._table_sizes = (head >> 16).astype(np.int64)
-        if len(head) and (
+        if (
             self._vtable_sizes.min() < _FIELD_OFFSETS
             or (vtables + self._vtable_sizes).max() > buffer.size
             or (positions + self._table_sizes).max() > buffer.size
@@ -113,6 +120,13 @@ class TableColumns:
             If it is not within its table.
         """
         buffer = self._buffer
+        if self._common is not None:
+            offset = self._common[slot + 1] if slot + 1 < len(self._common) else 0
+            if not offset:
+                return None
+            if offset < 4 or offset + size > self._common[0]:
+                raise buffer.fail(f"field {slot} of a table is outside it")
+            return Column(None, self._positions + offset)
         at = _FIELD_OFFSETS + 2 * slot
         known = self._vtable_sizes >= at + 2
         if not known.any():

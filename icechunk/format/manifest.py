@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -139,7 +140,8 @@ _KIND_FIELDS: Final = {INLINE: (_INLINE,), NATIVE: (_CHUNK_ID,), VIRTUAL: (_LOCA
 _CHECKSUM_FIELDS: Final = {NO_CHECKSUM: (), ETAG: (_ETAG,), LAST_MODIFIED: (_LAST_MODIFIED,)}
 
 
-def _layout(slots: Sequence[int], ndim: int) -> _Layout:
+@lru_cache(maxsize=256)
+def _layout(slots: tuple[int, ...], ndim: int) -> _Layout:
     # The table starts 8-aligned with its offset to the vtable and, as its first field, the offset to the coordinates;
     # numbers of 8 bytes follow, so that nothing needs padding.
     wide = [slot for slot in slots if _FIELD_TYPES[slot] == "<u8"]
