@@ -1,0 +1,124 @@
+"""``python -m tools.bench``: how fast we are, as ratios to the official library in the same run.
+
+    python -m tools.bench [--only small,commit,wire] [--repeat 3] [--json FILE] [--check]
+
+Each case runs in fresh processes, ours and the official one's in turn, and the best of the repeats counts: what the
+machine did besides is the same for both. With ``--check`` the exit code is 1 when a floor is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tools import oracle
+from tools.bench.workload import CASES
+
+FLOORS = {
+    ("small", "set"): 5.0,
+    ("small", "get uncommitted"): 5.0,
+    ("small", "get committed"): 5.0,
+    ("commit", "commit"): 0.5,
+    ("wire", "write and commit"): 1.0,
+    ("wire", "read"): 1.0,
+}
+"""How many times as fast as the official library we must be at least."""
+
+LATENCY_MS = 20
+
+
+def main() -> int:
+    """Run the benchmarks that the command line asks for and print a table."""
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", default=",".join(CASES), help=f"comma-separated, of {', '.join(CASES)}")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each case and library (default 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a floor is missed")
+    args = parser.parse_args()
+    cases = args.only.split(",")
+    unknown = set(cases) - set(CASES)
+    if unknown:
+        parser.error(f"no such case: {', '.join(sorted(unknown))}")
+    rows = [row for case in cases for row in _measure(case, args.repeat)]
+    print(_table(rows))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    return 1 if args.check and not all(row["ok"] for row in rows) else 0
+
+
+def _measure(case: str, repeat: int) -> list[dict[str, Any]]:
+    ours: dict[str, float] = {}
+    official: dict[str, float] = {}
+    with _options(case) as options:
+        for turn in range(repeat):
+            print(f"{case} {turn + 1}/{repeat}", file=sys.stderr, flush=True)
+            _best(ours, _ours(case, options))
+            _best(official, oracle.run(oracle.OFFICIAL_CURRENT, "tools.bench.workload", case, json.dumps(options)))
+    return [
+        {
+            "case": case,
+            "what": what,
+            "ours_s": ours[what],
+            "official_s": official[what],
+            "times_as_fast": official[what] / ours[what],
+            "floor": FLOORS.get((case, what)),
+            "ok": official[what] / ours[what] >= FLOORS.get((case, what), 0.0),
+        }
+        for what in ours
+    ]
+
+
+def _best(best: dict[str, float], seconds: Mapping[str, float]) -> None:
+    for what, value in seconds.items():
+        best[what] = min(best.get(what, value), value)
+
+
+def _ours(case: str, options: Mapping[str, Any]) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.bench.workload", case, json.dumps(options)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=oracle.PROJECT,
+        check=True,
+        timeout=300,
+    )
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@contextmanager
+def _options(case: str) -> Iterator[dict[str, Any]]:
+    """What the case needs: for the wire, a MinIO behind a proxy that adds latency."""
+    if case != "wire":
+        yield {}
+        return
+    from tools.bench.wire import slow_minio
+
+    with slow_minio(LATENCY_MS) as options:
+        yield options
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'case':8}{'what':26}{'ours':>12}{'official':>12}{'× as fast':>11}{'floor':>8}"]
+    for row in rows:
+        floor = "" if row["floor"] is None else f"{row['floor']:.1f}" + ("" if row["ok"] else " !")
+        lines.append(
+            f"{row['case']:8}{row['what']:26}{_seconds(row['ours_s']):>12}{_seconds(row['official_s']):>12}"
+            f"{row['times_as_fast']:>11.2f}{floor:>8}"
+        )
+    return "\n".join(lines)
+
+
+def _seconds(value: float) -> str:
+    if value < 1e-3:
+        return f"{value * 1e6:.1f} µs"
+    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

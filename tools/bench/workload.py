@@ -1,0 +1,160 @@
+"""What the benchmarks measure: one script, run with our library and with the official one.
+
+``python -m tools.bench.workload CASE JSON`` prints one JSON object of seconds by name. Both libraries get the same
+calls, through the public API at its defaults.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.core.buffer import default_buffer_prototype
+
+import icechunk
+
+__all__ = ["CASES"]
+
+SMALL_CALLS = 5_000
+SMALL_BYTES = 64
+COMMIT_REFS = 20_000
+WIRE_CHUNKS = 1_000
+WIRE_CHUNK_BYTES = 16 * 1024
+
+
+async def small(_: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds per call of the store's `set` and `get` with 64 bytes, in memory, one after the other."""
+    repo = await icechunk.Repository.create_async(icechunk.in_memory_storage())
+    session = await repo.writable_session_async("main")
+    store = session.store
+    await _array(store, "a", SMALL_CALLS, SMALL_BYTES)
+    value = default_buffer_prototype().buffer.from_bytes(b"x" * SMALL_BYTES)
+    keys = [f"a/c/{i}" for i in range(SMALL_CALLS)]
+    prototype = default_buffer_prototype()
+
+    started = time.perf_counter()
+    for key in keys:
+        await store.set(key, value)
+    set_s = time.perf_counter() - started
+
+    started = time.perf_counter()
+    for key in keys:
+        await store.get(key, prototype)
+    get_s = time.perf_counter() - started
+
+    await session.commit_async("small")
+    reader = (await repo.readonly_session_async("main")).store
+    await reader.get(keys[0], prototype)
+    started = time.perf_counter()
+    for key in keys:
+        await reader.get(key, prototype)
+    committed_s = time.perf_counter() - started
+    return {
+        "set": set_s / SMALL_CALLS,
+        "get uncommitted": get_s / SMALL_CALLS,
+        "get committed": committed_s / SMALL_CALLS,
+    }
+
+
+async def commit(_: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of a commit of 20 000 native references, and of reading one of them from a new repository object."""
+    config = icechunk.RepositoryConfig.default()
+    config.inline_chunk_threshold_bytes = 0
+    storage = icechunk.in_memory_storage()
+    repo = await icechunk.Repository.create_async(storage, config=config)
+    session = await repo.writable_session_async("main")
+    store = session.store
+    await _array(store, "a", COMMIT_REFS, 16)
+    value = default_buffer_prototype().buffer.from_bytes(b"x" * 16)
+    started = time.perf_counter()
+    for first in range(0, COMMIT_REFS, 1000):
+        await asyncio.gather(*(store.set(f"a/c/{i}", value) for i in range(first, first + 1000)))
+    write_s = time.perf_counter() - started
+    # whoever writes behind gets its chunks done first: the commit alone is measured
+    await asyncio.sleep(1.0)
+    started = time.perf_counter()
+    await session.commit_async("many references")
+    commit_s = time.perf_counter() - started
+    return {"write": write_s, "commit": commit_s, "write and commit": write_s + commit_s}
+
+
+def wire(options: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds to write and to read 1 000 chunks of 16 KiB through zarr's API at its defaults, on an S3 endpoint."""
+    storage_options = {
+        "bucket": options["bucket"],
+        "prefix": f"bench/{uuid.uuid4().hex}",
+        "region": "us-east-1",
+        "endpoint_url": options["endpoint"],
+        "allow_http": True,
+        "force_path_style": True,
+        "access_key_id": options["access_key_id"],
+        "secret_access_key": options["secret_access_key"],
+    }
+    repo = icechunk.Repository.create(icechunk.s3_storage(**storage_options))
+    data = np.random.default_rng(0).integers(0, 2**31, WIRE_CHUNKS * WIRE_CHUNK_BYTES // 4, dtype="i4")
+    session = repo.writable_session("main")
+    array = zarr.create_array(
+        store=session.store,
+        name="a",
+        shape=data.shape,
+        chunks=(WIRE_CHUNK_BYTES // 4,),
+        dtype="i4",
+        compressors=None,
+    )
+    seconds = {}
+    started = time.perf_counter()
+    array[:] = data
+    session.commit("chunks")
+    seconds["write and commit"] = time.perf_counter() - started
+
+    reopened = icechunk.Repository.open(icechunk.s3_storage(**storage_options))
+    store = reopened.readonly_session("main").store
+    started = time.perf_counter()
+    values = zarr.open_array(store, path="a", mode="r")[:]
+    seconds["read"] = time.perf_counter() - started
+    if not np.array_equal(values, data):
+        raise AssertionError("what was read is not what was written")
+
+    started = time.perf_counter()
+    cold = icechunk.Repository.open(icechunk.s3_storage(**storage_options)).readonly_session("main").store
+    zarr.open_array(cold, path="a", mode="r")[:1]
+    seconds["open to first chunk"] = time.perf_counter() - started
+
+    tries = 5
+    started = time.perf_counter()
+    for i in range(tries):
+        session = repo.writable_session("main")
+        zarr.open_array(session.store, path="a", mode="r+").attrs["i"] = i
+        session.commit("tiny")
+    seconds["tiny session and commit"] = (time.perf_counter() - started) / tries
+    return seconds
+
+
+async def _array(store: Any, path: str, n_chunks: int, chunk_bytes: int) -> None:
+    await zarr.api.asynchronous.create_array(
+        store=store, name=path, shape=(n_chunks * chunk_bytes,), chunks=(chunk_bytes,), dtype="u1", compressors=None
+    )
+
+
+CASES: dict[str, Callable[[Mapping[str, Any]], Any]] = {"small": small, "commit": commit, "wire": wire}
+
+
+def main(arguments: list[str]) -> None:
+    warnings.simplefilter("ignore")
+    case, options = arguments
+    result = CASES[case](json.loads(options))
+    if asyncio.iscoroutine(result):
+        result = asyncio.run(result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
