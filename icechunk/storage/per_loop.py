@@ -1,0 +1,172 @@
+"""One value per event loop: made at first use, closed with its loop, never touched after a fork.
+
+Clients, locks and pools belong to the loop they were made on, while one storage or store object is used from many: the
+user's, zarr's, one per thread or test. `PerLoop` keeps the value of each.
+
+How a value is closed in time: for each value an asynchronous generator is started on its loop, suspended at its only
+``yield``, whose ``finally`` closes the value. `asyncio.run` and `asyncio.Runner` end a loop with
+``shutdown_asyncgens()``, which runs that ``finally`` on the loop itself. Loops that still run, or lie idle, at the end of the process
+(daemon threads) are seen to by an ``atexit`` hook. After a fork the child forgets the parent's values without
+closing or finalising them: their sockets and selectors are shared with the parent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import inspect
+import os
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, Final, Generic, TypeVar, cast
+
+__all__ = ["PerLoop"]
+
+T = TypeVar("T")
+
+_EXIT_PATIENCE_S: Final = 2.0
+
+_everyone: weakref.WeakSet[PerLoop[Any]] = weakref.WeakSet()
+# Values of a parent process, kept so that they are never finalised here.
+_inherited: list[object] = []
+_guard = threading.Lock()
+_hooked = False
+
+
+class _Entry(Generic[T]):
+    __slots__ = ("keeper", "lock", "value")
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.keeper: AsyncGenerator[None, None] | None = None
+        self.value: T | None = None
+
+
+class PerLoop(Generic[T]):
+    """A value for each running event loop.
+
+    Parameters
+    ----------
+    factory
+        Makes the value, on the loop that it is for; may be a coroutine function. Must not return None.
+    close
+        Closes it, on the same loop. What it raises is not seen by anybody.
+    """
+
+    def __init__(
+        self, factory: Callable[[], T | Awaitable[T]], close: Callable[[T], Awaitable[None]] | None = None
+    ) -> None:
+        self._factory = factory
+        self._close = close
+        self._entries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Entry[T]] = weakref.WeakKeyDictionary()
+        self._pid = os.getpid()
+
+    def peek(self) -> T | None:
+        """The running loop's value, or None where none was made yet. Needs a running loop."""
+        if self._pid != os.getpid():
+            return None
+        entry = self._entries.get(asyncio.get_running_loop())
+        return None if entry is None else entry.value
+
+    async def get(self) -> T:
+        """The running loop's value, made now if need be. Concurrent callers get the same one."""
+        value = self.peek()
+        if value is not None:
+            return value
+        loop = asyncio.get_running_loop()
+        while True:
+            entry = self._entry(loop)
+            async with entry.lock:
+                if entry.value is not None:
+                    return entry.value
+                if self._entries.get(loop) is not entry:
+                    continue  # closed while we waited
+                made = self._factory()
+                value = cast(T, await made if inspect.isawaitable(made) else made)
+                entry.keeper = self._keep(value)
+                await anext(entry.keeper)
+                entry.value = value
+                return value
+
+    async def aclose(self) -> None:
+        """Close the running loop's value, if it has one. The next `get` makes a new one."""
+        if self._pid == os.getpid():
+            await self._aclose_on(asyncio.get_running_loop())
+
+    def _entry(self, loop: asyncio.AbstractEventLoop) -> _Entry[T]:
+        with _guard:
+            if self._pid != os.getpid():
+                _inherited.append(self._entries)
+                self._entries = weakref.WeakKeyDictionary()
+                self._pid = os.getpid()
+            for other in list(self._entries):
+                if other.is_closed():
+                    del self._entries[other]
+            entry = self._entries.get(loop)
+            if entry is None:
+                entry = self._entries[loop] = _Entry()
+            _everyone.add(self)
+            _hook_exit()
+            return entry
+
+    async def _keep(self, value: T) -> AsyncGenerator[None, None]:
+        try:
+            yield
+        finally:
+            loop = asyncio.get_running_loop()
+            with _guard:
+                entry = self._entries.get(loop)
+                if entry is not None and entry.value is value:
+                    del self._entries[loop]
+            if self._close is not None:
+                with contextlib.suppress(Exception):
+                    await self._close(value)
+
+    async def _aclose_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        entry = self._entries.get(loop)
+        if entry is not None and entry.keeper is not None:
+            await entry.keeper.aclose()
+
+
+def _hook_exit() -> None:
+    # Registered at first use, not at import: hooks run last in, first out, and this one must run before the loops'
+    # owners (zarr among them) stop their loops.
+    global _hooked
+    if not _hooked:
+        _hooked = True
+        atexit.register(_close_everything)
+
+
+def _close_everything() -> None:
+    for keeper in list(_everyone):
+        if keeper._pid != os.getpid():
+            continue
+        for loop in list(keeper._entries):
+            with contextlib.suppress(Exception):
+                _finish(keeper, loop)
+
+
+def _finish(keeper: PerLoop[Any], loop: asyncio.AbstractEventLoop) -> None:
+    if loop.is_closed():
+        return
+    closing = keeper._aclose_on(loop)
+    try:
+        if loop.is_running():
+            asyncio.run_coroutine_threadsafe(closing, loop).result(_EXIT_PATIENCE_S)
+        else:
+            loop.run_until_complete(closing)
+    finally:
+        closing.close()
+
+
+def _after_fork() -> None:
+    # The parent may have held the lock while it forked, and its values must outlive every finaliser here.
+    global _guard
+    _guard = threading.Lock()
+    _inherited.extend(list(keeper._entries.items()) for keeper in list(_everyone))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

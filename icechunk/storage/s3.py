@@ -1,0 +1,753 @@
+"""Objects in a bucket of S3 or of a service that speaks its protocol.
+
+Requests are signed and sent by `icechunk.storage.s3_client`; aiobotocore supplies the credential chain, the configuration and the rules
+for endpoints. Clients live per event loop and are shared by all storages that `S3Storage.with_settings` makes of one.
+
+**Conditional writes are verified.** Each carries a random id of its own in the object's user metadata. After 412, 409, and
+whenever no certain answer came, the object's metadata is read back: our id means that an earlier try landed and only its answer was
+lost. Otherwise:
+
+===========  ==========================  =====================================================
+condition    found                       outcome
+===========  ==========================  =====================================================
+Absent       another's object            `PreconditionFailedError`: a late try can only land in an empty place
+Absent       nothing                     the same bytes are sent again
+Matches      still that version          the same bytes are sent again
+Matches      anything else, every try    `PreconditionFailedError`
+             so far refused
+Matches      anything else, after a try  `StorageError`, uncertain: ours may have landed and been
+             without answer              replaced since
+===========  ==========================  =====================================================
+
+Where ``unsafe_use_metadata`` is off, contents are compared instead, and only after a try without answer.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+from urllib.parse import unquote_plus
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
+
+from icechunk.config import S3Options, StorageConcurrencySettings, StorageRetriesSettings, StorageSettings
+from icechunk.config.storage import (
+    DEFAULT_IDEAL_REQUEST_BYTES,
+    DEFAULT_INITIAL_BACKOFF_MS,
+    DEFAULT_MAX_BACKOFF_MS,
+    DEFAULT_MAX_REQUESTS_PER_OBJECT,
+    DEFAULT_MAX_TRIES,
+    DEFAULT_MULTIPART_BYTES,
+)
+from icechunk.credentials import AnyS3Credential, S3Credentials
+from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, PreconditionFailedError, StorageError
+from icechunk.sources import SYSTEM, Sources
+from icechunk.storage.base import (
+    ANY,
+    Absent,
+    ByteRange,
+    DeleteResult,
+    GetResult,
+    Matches,
+    ObjectInfo,
+    ObjectKind,
+    Precondition,
+    PutResult,
+    Range,
+    Storage,
+    Suffix,
+    Unchecked,
+    Version,
+)
+from icechunk.storage.keys import check_key, check_range, resolve_range
+from icechunk.storage.per_loop import PerLoop
+from icechunk.storage.s3_answers import (
+    Answer,
+    date_us,
+    is_transient,
+    parse_refusal,
+    parse_xml,
+    text_of,
+    version_of,
+)
+from icechunk.storage.s3_checksums import checksum_of, content_md5, header_name
+from icechunk.storage.s3_client import Request, S3Client, limits_of
+from icechunk.storage.s3_credentials import key_provider
+from icechunk.storage.s3_endpoint import resolve_endpoint
+from icechunk.storage.s3_multipart import abort_upload, completion_of, part_bytes, start_upload, upload_parts
+from icechunk.storage.s3_sigv4 import encode_key
+
+__all__ = ["S3Storage"]
+
+_WRITE_ID: Final = "x-amz-meta-icechunk-write-id"
+_CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_NOT_XML: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\r\n\t]")
+_DELETE_BATCH: Final = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What reading back found."""
+
+    ours: bool
+    version: Version
+    date_us: int | None
+
+
+class _Place:
+    """A bucket and prefix with everything that all storages on it share."""
+
+    def __init__(
+        self,
+        bucket: str,
+        root: str,
+        options: S3Options,
+        credentials: AnyS3Credential,
+        read_headers: Mapping[str, str],
+        write_headers: Mapping[str, str],
+        sources: Sources,
+    ) -> None:
+        self.bucket = bucket
+        self.root = root
+        self.options = options
+        self.credentials = credentials
+        payer = {"x-amz-request-payer": "requester"} if options.requester_pays else {}
+        self.given_headers = (dict(read_headers), dict(write_headers))
+        self.read_headers = {**payer, **{name.lower(): value for name, value in read_headers.items()}}
+        self.write_headers = {**payer, **{name.lower(): value for name, value in write_headers.items()}}
+        self.plain_headers = payer
+        self.sources = sources
+        self.keys = key_provider(credentials, sources)
+        self.clients: PerLoop[S3Client] = PerLoop(self._open_client, S3Client.aclose)
+
+    async def _open_client(self) -> S3Client:
+        endpoint = await resolve_endpoint(self.bucket, self.options)
+        return await S3Client.open(endpoint, self.keys, self.sources)
+
+
+class S3Storage(Storage):
+    """A storage in a bucket, below a prefix.
+
+    Parameters
+    ----------
+    bucket
+        Its name. It must exist.
+    prefix
+        Comes before every key, with a ``/`` between; None or empty for the whole bucket.
+    options
+        Region, endpoint and the like; copied.
+    credentials
+        One of `S3Credentials`; None: the environment, or none at all where ``options.anonymous`` is set.
+    settings
+        Tries, timeouts, storage classes; official defaults where silent.
+    read_headers, write_headers
+        Sent with every request that reads (GET, HEAD) or writes objects, as server-side encryption needs them:
+        ``{"x-amz-server-side-encryption": "aws:kms"}``.
+    rooted_keys
+        Keys in the bucket begin with ``/``, as very old repositories without prefix have them.
+    sources
+        Clock, randomness and pauses.
+
+    Raises
+    ------
+    InvalidInputError
+        No bucket, or headers that cannot be sent.
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str | None = None,
+        *,
+        options: S3Options | None = None,
+        credentials: AnyS3Credential | None = None,
+        settings: StorageSettings | None = None,
+        read_headers: Mapping[str, str] | None = None,
+        write_headers: Mapping[str, str] | None = None,
+        rooted_keys: bool = False,
+        sources: Sources = SYSTEM,
+    ) -> None:
+        options = S3Options() if options is None else copy.copy(options)
+        if not isinstance(bucket, str) or not bucket or "/" in bucket:
+            raise InvalidInputError(f"bad bucket {bucket!r}: give its name alone", ErrorKind.STORAGE_CONFIG)
+        if credentials is None:
+            credentials = S3Credentials.Anonymous() if options.anonymous else S3Credentials.FromEnv()
+        folder = (prefix or "").rstrip("/")
+        root = folder + "/" if folder else "/" if rooted_keys else ""
+        _require_sendable({**(read_headers or {}), **(write_headers or {})})
+        self._place = _Place(bucket, root, options, credentials, read_headers or {}, write_headers or {}, sources)
+        self._apply(settings)
+
+    def _apply(self, settings: StorageSettings | None) -> None:
+        self._settings = settings = copy.deepcopy(settings) if settings is not None else StorageSettings()
+        self._limits = limits_of(settings, self._place.options.network_stream_timeout_seconds)
+        self._use_metadata = settings.unsafe_use_metadata is not False
+        self._use_create = settings.unsafe_use_conditional_create is not False
+        self._use_update = settings.unsafe_use_conditional_update is not False
+        size = settings.minimum_size_for_multipart_upload
+        self._multipart_bytes = DEFAULT_MULTIPART_BYTES if size is None else size
+        concurrency = settings.concurrency or StorageConcurrencySettings()
+        self._part_ideal = concurrency.ideal_concurrent_request_size or DEFAULT_IDEAL_REQUEST_BYTES
+        self._part_concurrency = concurrency.max_concurrent_requests_for_object or DEFAULT_MAX_REQUESTS_PER_OBJECT
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
+        check_range(byte_range)
+        request = self._request("read", "GET", key, self._place.read_headers | _range_header(byte_range))
+        client = await self._client()
+        answer = await client.call(request, self._limits)
+        headers = answer.headers
+        if answer.status == 416:
+            return await self._get_empty(key, byte_range)
+        if answer.status >= 300:
+            raise self._missing(client, request, key, answer)
+        data, size = answer.body, len(answer.body)
+        if answer.status == 206:
+            match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
+            if match is None or int(match[2]) - int(match[1]) + 1 != len(data):
+                raise StorageError(
+                    f"cannot {request.what}: {len(data)} bytes came for the range {headers.get('Content-Range')!r}; "
+                    "something between here and the store changes answers",
+                    ErrorKind.OBJECT_STORE,
+                )
+            size = int(match[3])
+        elif byte_range is not None:
+            # A service that ignores ranges sends everything.
+            start, stop = resolve_range(byte_range, size, key)
+            data = data[start:stop]
+        return GetResult(
+            data=data,
+            size=size,
+            version=version_of(headers),
+            modified_us=date_us(headers, "Last-Modified") or 0,
+            date_us=date_us(headers),
+        )
+
+    async def _get_empty(self, key: str, byte_range: ByteRange) -> GetResult:
+        answer = await self._head_answer(key)
+        size = int(answer.headers.get("Content-Length", "0"))
+        if not isinstance(byte_range, Suffix) or size > 0:
+            raise InvalidInputError(
+                f"cannot read {byte_range} of {self._name(key)}: the object has {size} bytes",
+                ErrorKind.INVALID_BYTE_RANGE,
+            )
+        return GetResult(
+            data=b"",
+            size=0,
+            version=version_of(answer.headers),
+            modified_us=date_us(answer.headers, "Last-Modified") or 0,
+            date_us=date_us(answer.headers),
+        )
+
+    async def head(self, key: str) -> ObjectInfo:
+        headers = (await self._head_answer(key)).headers
+        return ObjectInfo(
+            key=key,
+            size=int(headers.get("Content-Length", "0")),
+            version=version_of(headers),
+            modified_us=date_us(headers, "Last-Modified") or 0,
+        )
+
+    async def _head_answer(self, key: str) -> Answer:
+        request = self._request("look at", "HEAD", key, self._place.read_headers)
+        client = await self._client()
+        answer = await client.call(request, self._limits)
+        if answer.status >= 300:
+            raise self._missing(client, request, key, answer)
+        return answer
+
+    async def list_pages(
+        self, prefix: str = "", *, start_after: str | None = None, page_size: int = 1000
+    ) -> AsyncIterator[list[ObjectInfo]]:
+        root = self._place.root
+        after = start_after
+        while True:
+            query = [
+                ("list-type", "2"),
+                ("max-keys", str(min(page_size, 1000))),
+                ("prefix", root + prefix),
+                ("encoding-type", "url"),
+            ]
+            if after is not None:
+                query.append(("start-after", root + after))
+            request = Request(
+                what=f"list {self._name(prefix)}",
+                method="GET",
+                query=tuple(query),
+                headers=self._place.plain_headers,
+            )
+            client = await self._client()
+            answer = await client.call(request, self._limits)
+            if answer.status >= 300:
+                raise client.failure(request, answer, 1)
+            try:
+                listing = parse_xml(answer.body)
+            except ElementTree.ParseError as error:
+                raise StorageError(
+                    f"cannot {request.what}: the answer is no listing ({error}); is the endpoint an S3 service?",
+                    ErrorKind.OBJECT_STORE,
+                ) from error
+            url_encoded = text_of(listing, "EncodingType") == "url"
+            page = [_object_info(element, len(root), url_encoded) for element in listing.iter("Contents")]
+            if page:
+                yield page
+            if text_of(listing, "IsTruncated") != "true" or not page:
+                return
+            after = page[-1].key
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    async def put(
+        self,
+        key: str,
+        data: bytes | bytearray | memoryview,
+        precondition: Precondition = ANY,
+        *,
+        kind: ObjectKind = "metadata",
+        metadata: Mapping[str, str] | None = None,
+    ) -> PutResult:
+        content = data if isinstance(data, bytes) else bytes(data)
+        precondition = await self._downgraded(key, precondition)
+        headers = dict(self._place.write_headers)
+        storage_class = self._settings.storage_class_of(kind)
+        if storage_class is not None:
+            headers["x-amz-storage-class"] = storage_class
+        if metadata and self._use_metadata:
+            _require_sendable(metadata)
+            headers.update({f"x-amz-meta-{name.lower()}": value for name, value in metadata.items()})
+        write_id = None
+        if not isinstance(precondition, Unchecked) and self._use_metadata:
+            write_id = headers[_WRITE_ID] = self._place.sources.random_bytes(16).hex()
+        check_key(key)
+        client = await self._client()
+        if len(content) >= max(1, self._multipart_bytes):
+            return await self._put_in_parts(client, key, content, precondition, headers, write_id)
+        checksum = self._place.options.checksum_algorithm
+        if checksum is not None:
+            headers[header_name(checksum)] = checksum_of(checksum, content)
+        headers.update(_condition_header(precondition))
+        request = self._request("write", "PUT", key, headers, content)
+        return await self._finish(client, key, request, content, precondition, write_id)
+
+    async def _put_in_parts(
+        self,
+        client: S3Client,
+        key: str,
+        data: bytes,
+        precondition: Precondition,
+        headers: Mapping[str, str],
+        write_id: str | None,
+    ) -> PutResult:
+        checksum = self._place.options.checksum_algorithm
+        path = self._path(key)
+        what = f"write {self._name(key)}"
+        # Parts need the customer's key of SSE-C again, and refuse the other headers of the object.
+        again = {n: v for n, v in headers.items() if "-customer-" in n or n == "x-amz-request-payer"}
+        upload = await start_upload(client, path, what, headers, checksum, self._limits)
+        try:
+            parts = await upload_parts(
+                client,
+                path,
+                what,
+                upload,
+                data,
+                size=part_bytes(len(data), self._part_ideal),
+                concurrency=self._part_concurrency,
+                headers=again,
+                checksum=checksum,
+                limits=self._limits,
+            )
+            request = Request(
+                what=what,
+                method="POST",
+                path=path,
+                query=(("uploadId", upload),),
+                headers={**again, **_condition_header(precondition), "content-type": "application/xml"},
+                body=completion_of(parts, checksum),
+            )
+            return await self._finish(client, key, request, data, precondition, write_id)
+        except BaseException:
+            await abort_upload(client, path, what, upload, self._limits)
+            raise
+
+    async def _finish(
+        self,
+        client: S3Client,
+        key: str,
+        request: Request,
+        data: bytes,
+        precondition: Precondition,
+        write_id: str | None,
+    ) -> PutResult:
+        """Send the request that makes an object visible, and find out what became of it."""
+        if isinstance(precondition, Unchecked) and request.method == "PUT":
+            return self._landed(client, request, await client.call(request, self._limits))
+        retrier = client.retrier(self._limits)
+        unsettled = False
+        while True:
+            outcome = await client.attempt(request, self._limits)
+            if isinstance(outcome, Answer):
+                if outcome.status < 300 and not _hidden_refusal(outcome):
+                    return self._landed(client, request, outcome)
+                code = parse_refusal(outcome).code
+                refused = outcome.status == 412 or (outcome.status == 404 and code == "NoSuchKey")
+                vanished = code == "NoSuchUpload" and retrier.tries > 1
+                throttled = outcome.status in (429, 503)
+                if not (refused or vanished or outcome.status in (200, 409) or is_transient(outcome)):
+                    error = client.failure(request, outcome, retrier.tries)
+                    raise self._uncertain(request, error) if unsettled else error
+                unsettled = unsettled or not (refused or outcome.status == 409)
+            else:
+                refused = throttled = False
+                unsettled = unsettled or outcome.connected
+            if not throttled and unsettled | refused | isinstance(outcome, Answer):
+                found = await self._try_read_back(key, data, write_id, unsettled)
+                settled = self._settle(key, precondition, found, refused, unsettled)
+                if settled is not None:
+                    return settled
+            if not await retrier.again(outcome):
+                error = client.failure(request, outcome, retrier.tries)
+                raise self._uncertain(request, error) if unsettled else error
+
+    def _settle(
+        self, key: str, precondition: Precondition, found: _Found | StorageError | None, refused: bool, unsettled: bool
+    ) -> PutResult | None:
+        """Judge what reading back found: the result, None to send again, or the error."""
+        if isinstance(found, StorageError):
+            if refused and not unsettled:
+                raise self._precondition_failed(key, precondition)
+            return None
+        if found is not None and found.ours:
+            return PutResult(version=found.version, date_us=found.date_us)
+        match precondition:
+            case Absent():
+                if found is not None or (refused and not unsettled):
+                    raise self._precondition_failed(key, precondition)
+            case Matches(version):
+                if refused and not unsettled:
+                    raise self._precondition_failed(key, precondition)
+                if found is None or found.version != version:
+                    if not unsettled:
+                        raise self._precondition_failed(key, precondition)
+                    raise StorageError(
+                        f"cannot tell whether the write of {self._name(key)} landed: its answer was lost, and the object has "
+                        "another version now; read it back before believing either",
+                        ErrorKind.OBJECT_STORE,
+                    )
+            case Unchecked():
+                pass
+        return None
+
+    async def _try_read_back(
+        self, key: str, data: bytes, write_id: str | None, unsettled: bool
+    ) -> _Found | StorageError | None:
+        try:
+            if write_id is not None or not unsettled:
+                headers = (await self._head_answer(key)).headers
+                ours = write_id is not None and headers.get(_WRITE_ID) == write_id
+                return _Found(ours=ours, version=version_of(headers), date_us=date_us(headers))
+            found = await self.get(key)
+            return _Found(ours=found.data == data, version=found.version, date_us=found.date_us)
+        except ObjectNotFoundError:
+            return None
+        except StorageError as error:
+            return error
+
+    async def _downgraded(self, key: str, precondition: Precondition) -> Precondition:
+        """Replace a condition that the settings say the service lacks by a look beforehand."""
+        match precondition:
+            case Absent() if not self._use_create:
+                try:
+                    await self.head(key)
+                except ObjectNotFoundError:
+                    return ANY
+                raise self._precondition_failed(key, precondition)
+            case Matches(version) if not self._use_update:
+                try:
+                    current = (await self.head(key)).version
+                except ObjectNotFoundError:
+                    raise self._precondition_failed(key, precondition) from None
+                if current != version:
+                    raise self._precondition_failed(key, precondition)
+                return ANY
+        return precondition
+
+    async def delete(self, keys: Iterable[str]) -> DeleteResult:
+        wanted = list(keys)
+        for key in wanted:
+            check_key(key)
+        single = wanted if len(wanted) == 1 else [key for key in wanted if _NOT_XML.search(self._place.root + key)]
+        many = [] if len(wanted) == 1 else [key for key in wanted if not _NOT_XML.search(self._place.root + key)]
+        deleted = 0
+        failures: list[tuple[str, str]] = []
+        for key in single:
+            deleted += await self._delete_one(key, failures)
+        for start in range(0, len(many), _DELETE_BATCH):
+            deleted += await self._delete_batch(many[start : start + _DELETE_BATCH], failures)
+        return DeleteResult(deleted=deleted, failures=tuple(failures))
+
+    async def _delete_one(self, key: str, failures: list[tuple[str, str]]) -> int:
+        client = await self._client()
+        request = self._request("delete", "DELETE", key, self._place.plain_headers)
+        answer = await client.call(request, self._limits)
+        if answer.status < 300:
+            return 1
+        refusal = parse_refusal(answer)
+        if answer.status == 404 and refusal.code != "NoSuchBucket":
+            return 1
+        if refusal.code == "NoSuchBucket":
+            raise client.failure(request, answer, 1)
+        failures.append((key, f"{refusal.code}: {refusal.message}"))
+        return 0
+
+    async def _delete_batch(self, keys: list[str], failures: list[tuple[str, str]]) -> int:
+        root = self._place.root
+        rows = "".join(f"<Object><Key>{escape(root + key)}</Key></Object>" for key in keys)
+        body = (f'<Delete xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Quiet>true</Quiet>{rows}</Delete>').encode()
+        request = Request(
+            what=f"delete {len(keys)} objects, {self._name(keys[0])} the first",
+            method="POST",
+            query=(("delete", ""),),
+            headers={
+                **self._place.plain_headers,
+                "content-md5": content_md5(body),
+                "content-type": "application/xml",
+            },
+            body=body,
+        )
+        client = await self._client()
+        answer = await client.call(request, self._limits)
+        if answer.status >= 300:
+            raise client.failure(request, answer, 1)
+        try:
+            errors = list(parse_xml(answer.body).iter("Error")) if answer.body.strip() else []
+        except ElementTree.ParseError as error:
+            raise StorageError(
+                f"cannot tell what was deleted: the answer to {request.what} is no XML", ErrorKind.OBJECT_STORE
+            ) from error
+        failed = [
+            (text_of(e, "Key")[len(root) :], f"{text_of(e, 'Code')}: {text_of(e, 'Message')}")
+            for e in errors
+            if text_of(e, "Code") != "NoSuchKey"
+        ]
+        failures += failed
+        return len(keys) - len(failed)
+
+    async def copy(self, source: str, target: str) -> PutResult:
+        check_key(source)
+        storage_class = self._settings.storage_class_of("metadata")
+        headers = {
+            **self._place.write_headers,
+            **({} if storage_class is None else {"x-amz-storage-class": storage_class}),
+            "x-amz-copy-source": encode_key(f"/{self._place.bucket}/{self._place.root}{source}"),
+        }
+        request = self._request(f"copy {self._name(source)} to", "PUT", target, headers)
+        client = await self._client()
+        retrier = client.retrier(self._limits)
+        while True:
+            answer = await client.call(request, self._limits)
+            if answer.status >= 300:
+                raise self._missing(client, request, source, answer)
+            # A copy that fails on the way says so in the body of a 200.
+            if not _hidden_refusal(answer):
+                break
+            if not await retrier.again(answer):
+                raise client.failure(request, answer, retrier.tries)
+        etag = text_of(parse_xml(answer.body), "ETag").strip('"')
+        return PutResult(version=Version(etag), date_us=date_us(answer.headers))
+
+    # -- the place -------------------------------------------------------------------------------------------------
+
+    async def aclose(self) -> None:
+        await self._place.clients.aclose()
+
+    @property
+    def supports_writes(self) -> bool:
+        return True
+
+    @property
+    def settings(self) -> StorageSettings:
+        """The settings in force; those that are None have the defaults of `default_settings`."""
+        return copy.deepcopy(self._settings)
+
+    def with_settings(self, settings: StorageSettings | None) -> Storage:
+        other = copy.copy(self)
+        other._apply(settings)
+        return other
+
+    def default_settings(self) -> StorageSettings:
+        return StorageSettings(
+            concurrency=StorageConcurrencySettings(
+                max_concurrent_requests_for_object=DEFAULT_MAX_REQUESTS_PER_OBJECT,
+                ideal_concurrent_request_size=DEFAULT_IDEAL_REQUEST_BYTES,
+            ),
+            retries=StorageRetriesSettings(
+                max_tries=DEFAULT_MAX_TRIES,
+                initial_backoff_ms=DEFAULT_INITIAL_BACKOFF_MS,
+                max_backoff_ms=DEFAULT_MAX_BACKOFF_MS,
+            ),
+            unsafe_use_conditional_create=True,
+            unsafe_use_conditional_update=True,
+            unsafe_use_metadata=True,
+            minimum_size_for_multipart_upload=DEFAULT_MULTIPART_BYTES,
+        )
+
+    def describe(self) -> str:
+        return f"s3://{self._place.bucket}/{self._place.root}"
+
+    def __repr__(self) -> str:
+        options = self._place.options
+        rows = [("type", "S3 (native)"), ("bucket", self._place.bucket)]
+        rows += [("prefix", self._place.root.rstrip("/"))] if self._place.root.rstrip("/") else []
+        rows += [("region", options.region)] if options.region else []
+        rows += [line.split(": ", 1) for line in repr(options).splitlines() if line.startswith("endpoint_url: ")]  # type: ignore[misc]
+        rows += [("force_path_style", "True")] if options.force_path_style else []
+        return "<icechunk.Storage>\n" + "".join(f"{name}: {value}\n" for name, value in rows if value != "None")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, S3Storage):
+            return NotImplemented
+        mine, theirs = self._place, other._place
+        return (mine.bucket, mine.root, mine.options) == (theirs.bucket, theirs.root, theirs.options)
+
+    def __hash__(self) -> int:
+        return hash((S3Storage, self._place.bucket, self._place.root))
+
+    def __reduce__(self) -> tuple[Callable[..., Storage], tuple[Any, ...]]:
+        place = self._place
+        return (
+            _unpickled,
+            (
+                place.bucket,
+                place.root,
+                place.options,
+                place.credentials,
+                place.given_headers,
+                self._settings,
+            ),
+        )
+
+    async def _client(self) -> S3Client:
+        return self._place.clients.peek() or await self._place.clients.get()
+
+    def _path(self, key: str) -> str:
+        check_key(key)
+        return "/" + encode_key(self._place.root + key)
+
+    def _name(self, key: str) -> str:
+        return f"s3://{self._place.bucket}/{self._place.root}{key}"
+
+    def _request(self, verb: str, method: str, key: str, headers: Mapping[str, str], body: bytes = b"") -> Request:
+        return Request(
+            what=f"{verb} {self._name(key)}", method=method, path=self._path(key), headers=headers, body=body
+        )
+
+    def _landed(self, client: S3Client, request: Request, answer: Answer) -> PutResult:
+        if answer.status >= 300:
+            raise client.failure(request, answer, 1)
+        version = version_of(answer.headers)
+        if request.method == "POST":
+            version = Version(text_of(parse_xml(answer.body), "ETag").strip('"'))
+        return PutResult(version=version, date_us=date_us(answer.headers))
+
+    def _missing(self, client: S3Client, request: Request, key: str, answer: Answer) -> Exception:
+        if answer.status == 404 and parse_refusal(answer).code != "NoSuchBucket":
+            return ObjectNotFoundError(f"no object {key!r} in {self.describe()}")
+        return client.failure(request, answer, 1)
+
+    def _precondition_failed(self, key: str, precondition: Precondition) -> PreconditionFailedError:
+        if isinstance(precondition, Matches):
+            return PreconditionFailedError(
+                f"cannot replace version {precondition.version} of {self._name(key)}: the object has another version now, "
+                "or is gone"
+            )
+        return PreconditionFailedError(f"cannot create {self._name(key)}: the object exists already")
+
+    def _uncertain(self, request: Request, error: Exception) -> StorageError:
+        uncertain = StorageError(
+            f"{error}; the outcome is uncertain: an earlier try may have landed, or may land later. Read the object back",
+            getattr(error, "kind", ErrorKind.OBJECT_STORE),
+        )
+        uncertain.__cause__ = error
+        return uncertain
+
+
+def _unpickled(
+    bucket: str,
+    root: str,
+    options: S3Options,
+    credentials: AnyS3Credential,
+    headers: tuple[Mapping[str, str], Mapping[str, str]],
+    settings: StorageSettings,
+) -> Storage:
+    return S3Storage(
+        bucket,
+        root.rstrip("/"),
+        options=options,
+        credentials=credentials,
+        settings=settings,
+        read_headers=headers[0],
+        write_headers=headers[1],
+        rooted_keys=root == "/",
+    )
+
+
+def _range_header(byte_range: ByteRange) -> dict[str, str]:
+    match byte_range:
+        case None:
+            return {}
+        case Range(start, None):
+            return {"range": f"bytes={start}-"}
+        case Range(start, end):
+            return {"range": f"bytes={start}-{(end or 0) - 1}"}
+        case Suffix(length):
+            return {"range": f"bytes=-{length}"}
+
+
+def _condition_header(precondition: Precondition) -> dict[str, str]:
+    match precondition:
+        case Absent():
+            return {"if-none-match": "*"}
+        case Matches(version):
+            return {"if-match": f'"{version}"'}
+        case Unchecked():
+            return {}
+
+
+def _hidden_refusal(answer: Answer) -> bool:
+    """True for a 200 whose body is an error document, as completing and copying may answer."""
+    head = answer.body[:300].lstrip()
+    return answer.status == 200 and (b"<Error>" in head or b"<Error " in head)
+
+
+def _object_info(element: ElementTree.Element, root_length: int, url_encoded: bool) -> ObjectInfo:
+    key = text_of(element, "Key")
+    return ObjectInfo(
+        key=(unquote_plus(key) if url_encoded else key)[root_length:],
+        size=int(text_of(element, "Size") or 0),
+        version=Version(text_of(element, "ETag").strip('"')),
+        modified_us=_iso_us(text_of(element, "LastModified")),
+    )
+
+
+def _iso_us(text: str) -> int:
+    try:
+        return int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp() * 1e6)
+    except ValueError:
+        return 0
+
+
+def _require_sendable(headers: Mapping[str, str]) -> None:
+    for name, value in headers.items():
+        if not name.isascii() or not value.isascii() or not name.replace("-", "").replace("_", "").isalnum():
+            raise InvalidInputError(
+                f"the header or metadata {name!r} cannot be sent: names and values are plain ASCII",
+                ErrorKind.STORAGE_CONFIG,
+            )
+        if any(ord(character) < 32 for character in value):
+            raise InvalidInputError(f"the value of {name!r} has control characters", ErrorKind.STORAGE_CONFIG)

@@ -1,0 +1,336 @@
+"""Requests to one bucket: signed, sent over aiohttp, tried again.
+
+One `S3Client` belongs to one event loop. A *try* ends in an `Answer` or in `Unanswered`. Refusals that certainly changed
+nothing and that we can mend ourselves (an expired token, a wrong clock, a guessed region) are mended inside the try.
+Everything else is left to `call`, which retries with full jitter, or to the caller, for conditional writes, where a
+second try must not be sent blindly.
+
+aiohttp repeats idempotent requests by itself when a kept connection turns out to be closed; that is switched
+off, so that one try is one request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import os
+import ssl
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import aiohttp
+from botocore.httpsession import get_cert_path
+from yarl import URL
+
+from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTimeoutSettings
+from icechunk.config.storage import DEFAULT_INITIAL_BACKOFF_MS, DEFAULT_MAX_BACKOFF_MS, DEFAULT_MAX_TRIES
+from icechunk.sources import Sources
+from icechunk.storage.s3_answers import Answer, Unanswered, date_us, is_transient, parse_refusal, to_error
+from icechunk.storage.s3_credentials import KeyProvider
+from icechunk.storage.s3_endpoint import Endpoint
+from icechunk.storage.s3_sigv4 import UNSIGNED_PAYLOAD, SigningKeys, encode_query, sign
+
+__all__ = ["Limits", "Request", "S3Client", "limits_of"]
+
+_EMPTY_HASH: Final = hashlib.sha256(b"").hexdigest()
+_CONNECTIONS: Final = 512
+_KEEPALIVE_S: Final = 15.0
+# A service that was never reached is more likely misspelt than restarting.
+_FIRST_CONTACT_TRIES: Final = 4
+_HASH_IN_THREAD_BYTES: Final = 8 * 1024 * 1024
+_PIECEWISE_BYTES: Final = 512 * 1024
+_SLOWEST_UPLOAD_BYTES_PER_S: Final = 64 * 1024
+_MENDABLE: Final = frozenset({301, 307, 400, 401, 403})
+_EXPIRED: Final = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Tries and timeouts of one storage's settings."""
+
+    max_tries: int
+    initial_backoff_s: float
+    max_backoff_s: float
+    connect_s: float
+    read_s: float
+    """For the next byte of an answer."""
+    attempt_s: float | None
+    """For one try; None: what the body's size makes reasonable."""
+    operation_s: float | None
+    """For all tries together; None: no limit."""
+
+
+def limits_of(settings: StorageSettings | None, stream_timeout_s: int | None) -> Limits:
+    """The limits that settings and options describe, official defaults where they are silent."""
+    settings = settings or StorageSettings()
+    retries = settings.retries or StorageRetriesSettings()
+    timeouts = settings.timeouts or StorageTimeoutSettings()
+
+    def seconds(value_ms: int | None, default_s: float) -> float:
+        return default_s if value_ms is None else value_ms / 1000
+
+    def backoff(value_ms: int | None, default_ms: int) -> float:
+        return (default_ms if value_ms is None else value_ms) / 1000
+
+    return Limits(
+        max_tries=DEFAULT_MAX_TRIES if retries.max_tries is None else retries.max_tries,
+        initial_backoff_s=backoff(retries.initial_backoff_ms, DEFAULT_INITIAL_BACKOFF_MS),
+        max_backoff_s=backoff(retries.max_backoff_ms, DEFAULT_MAX_BACKOFF_MS),
+        connect_s=seconds(timeouts.connect_timeout_ms, 10.0),
+        # 0 means no limit in the official library; a limit there has to be.
+        read_s=seconds(timeouts.read_timeout_ms, float(stream_timeout_s or 60)),
+        attempt_s=None
+        if timeouts.operation_attempt_timeout_ms is None
+        else timeouts.operation_attempt_timeout_ms / 1e3,
+        operation_s=None if timeouts.operation_timeout_ms is None else timeouts.operation_timeout_ms / 1e3,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One request, before it is signed."""
+
+    what: str
+    """What it attempts on which object, for messages: ``read s3://bucket/key``."""
+    method: str
+    path: str = ""
+    """Encoded, after the endpoint's own; empty or beginning with ``/``."""
+    query: tuple[tuple[str, str], ...] = ()
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Names in lower case."""
+    body: bytes | memoryview = b""
+
+
+class S3Client:
+    """Connections to a bucket, on one event loop.
+
+    Parameters
+    ----------
+    endpoint
+        Where requests go; replaced when a guessed region turns out wrong.
+    relocate
+        Resolves the endpoint for another region.
+    """
+
+    def __init__(self, endpoint: Endpoint, keys: KeyProvider, sources: Sources, session: aiohttp.ClientSession) -> None:
+        self.endpoint = endpoint
+        self._keys = keys
+        self._sources = sources
+        self._session = session
+        self._contacted = False
+        # The store's clock minus ours, µs; set when the store says that they differ too much.
+        self._skew_us = 0
+
+    @classmethod
+    async def open(cls, endpoint: Endpoint, keys: KeyProvider, sources: Sources) -> S3Client:
+        """A client on the running loop."""
+        tls: ssl.SSLContext | bool = True
+        if endpoint.scheme == "https":
+            tls = await asyncio.to_thread(_tls_context)
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=_CONNECTIONS, keepalive_timeout=_KEEPALIVE_S, ssl=tls),
+            auto_decompress=False,
+            skip_auto_headers=("Content-Type", "Accept-Encoding", "User-Agent"),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            # Also reads netrc, so only where a proxy is configured.
+            trust_env=any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY")),
+            requote_redirect_url=False,
+        )
+        session._retry_connection = False
+        return cls(endpoint, keys, sources, session)
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._session.close()
+
+    async def call(self, request: Request, limits: Limits) -> Answer:
+        """Send a request that may be sent again, until it is answered.
+
+        Returns
+        -------
+        Answer
+            Of status 2xx, 404, 412 or 416; what those mean is the caller's affair.
+
+        Raises
+        ------
+        StorageError
+            Refused, or not answered within the limits.
+        """
+        retrier = self.retrier(limits)
+        while True:
+            outcome = await self.attempt(request, limits)
+            if isinstance(outcome, Answer):
+                if outcome.status < 300 or (outcome.status in (404, 412, 416) and not is_transient(outcome)):
+                    return outcome
+                if not is_transient(outcome):
+                    raise to_error(request.what, outcome, 1, self.endpoint.url)
+            if not await retrier.again(outcome):
+                raise self.failure(request, outcome, retrier.tries)
+
+    def retrier(self, limits: Limits) -> Retrier:
+        """Counts the tries of one operation and makes the pauses between them."""
+        return Retrier(self, limits, self._sources)
+
+    def failure(self, request: Request, outcome: Answer | Unanswered, tries: int) -> Exception:
+        """The error for an operation whose tries are used up."""
+        error = to_error(request.what, outcome, tries, self.endpoint.url)
+        if isinstance(outcome, Unanswered):
+            error.__cause__ = outcome.cause
+        return error
+
+    @property
+    def contacted(self) -> bool:
+        """Whether this client ever had an answer from the service."""
+        return self._contacted
+
+    async def attempt(self, request: Request, limits: Limits) -> Answer | Unanswered:
+        """Send a request once, mending what certainly changed nothing: token, clock."""
+        mended: set[str] = set()
+        while True:
+            keys = await self._keys.get()
+            outcome = await self._send(request, keys, limits)
+            if isinstance(outcome, Unanswered) or outcome.status not in _MENDABLE:
+                return outcome
+            code = parse_refusal(outcome).code
+            if code in mended or not code:
+                return outcome
+            mended.add(code)
+            if code in _EXPIRED:
+                if not self._keys.expired(keys):
+                    return outcome
+            elif code == "RequestTimeTooSkewed":
+                theirs_us = date_us(outcome.headers)
+                if theirs_us is None:
+                    return outcome
+                self._skew_us = theirs_us - self._sources.wall_us()
+            elif not self._adopt_region(parse_refusal(outcome).region):
+                return outcome
+
+    def _adopt_region(self, region: str | None) -> bool:
+        endpoint = self.endpoint
+        if region is None or not endpoint.region_is_a_guess or region == endpoint.region:
+            return False
+        self.endpoint = Endpoint(
+            scheme=endpoint.scheme,
+            host=endpoint.host.replace(f".s3.{endpoint.region}.", f".s3.{region}.").replace(
+                ".s3.amazonaws.com", f".s3.{region}.amazonaws.com"
+            ),
+            path=endpoint.path,
+            region=region,
+            region_is_a_guess=False,
+        )
+        return True
+
+    async def _send(self, request: Request, keys: SigningKeys | None, limits: Limits) -> Answer | Unanswered:
+        endpoint = self.endpoint
+        path = endpoint.path + request.path or "/"
+        query = encode_query(request.query) if request.query else ""
+        headers = {"host": endpoint.host, **request.headers}
+        if keys is not None:
+            headers = sign(
+                request.method,
+                path,
+                query,
+                headers,
+                await self._payload_hash(request.body),
+                keys,
+                endpoint.region,
+                self._sources.wall_us() + self._skew_us,
+            )
+        headers["user-agent"] = "aioicechunk"
+        headers["accept-encoding"] = "identity"
+        text = f"{endpoint.scheme}://{endpoint.host}{path}"
+        size = len(request.body)
+        timeout = aiohttp.ClientTimeout(
+            # Time to write counts too, and nobody else bounds it.
+            total=limits.attempt_s
+            or (None if not size else limits.connect_s + 2 * limits.read_s + size / _SLOWEST_UPLOAD_BYTES_PER_S),
+            sock_connect=limits.connect_s,
+            sock_read=limits.read_s,
+        )
+        try:
+            async with self._session.request(
+                request.method,
+                URL(f"{text}?{query}" if query else text, encoded=True),
+                headers=headers,
+                data=_payload(request.body),
+                allow_redirects=False,
+                timeout=timeout,
+            ) as response:
+                self._contacted = True
+                body = await response.read()
+                expected = response.headers.get("Content-Length")
+                if expected is not None and request.method != "HEAD" and len(body) != int(expected):
+                    raise aiohttp.ClientPayloadError(f"{len(body)} bytes came instead of {expected}")
+                return Answer(response.status, response.headers, body)
+        except aiohttp.ClientConnectorError as error:
+            tls = isinstance(error, aiohttp.ClientSSLError)
+            return Unanswered(error, connected=False, final=tls)
+        except (aiohttp.ServerTimeoutError, aiohttp.ClientError, OSError, TimeoutError) as error:
+            return Unanswered(error, connected=True, final=isinstance(error, aiohttp.InvalidURL))
+        except ValueError as error:
+            return Unanswered(error, connected=True, final=True)
+
+    async def _payload_hash(self, body: bytes | memoryview) -> str:
+        if not body:
+            return _EMPTY_HASH
+        if self.endpoint.scheme == "https":
+            return UNSIGNED_PAYLOAD
+        if len(body) >= _HASH_IN_THREAD_BYTES:
+            return (await asyncio.to_thread(hashlib.sha256, body)).hexdigest()
+        return hashlib.sha256(body).hexdigest()
+
+
+class Retrier:
+    """The tries of one operation: how many there were, and whether there is another."""
+
+    def __init__(self, client: S3Client, limits: Limits, sources: Sources) -> None:
+        self.tries = 1
+        self._client = client
+        self._limits = limits
+        self._sources = sources
+        self._began_us = sources.elapsed_us()
+
+    async def again(self, outcome: Answer | Unanswered) -> bool:
+        """Pause, with full jitter, and return True; False where the tries or the time are used up."""
+        limits = self._limits
+        allowed = limits.max_tries
+        if isinstance(outcome, Unanswered):
+            if outcome.final:
+                return False
+            if not outcome.connected and not self._client.contacted:
+                allowed = min(allowed, _FIRST_CONTACT_TRIES)
+        if self.tries >= allowed:
+            return False
+        ceiling_s = min(limits.max_backoff_s, limits.initial_backoff_s * 2.0 ** (self.tries - 1))
+        pause_s = ceiling_s * _unit(self._sources.random_bytes(8))
+        if limits.operation_s is not None:
+            spent_s = (self._sources.elapsed_us() - self._began_us) / 1e6
+            if spent_s + pause_s >= limits.operation_s:
+                return False
+        await self._sources.sleep(pause_s)
+        self.tries += 1
+        return True
+
+
+def _payload(body: bytes | memoryview) -> bytes | io.BytesIO | None:
+    if not body:
+        return None
+    # A large body goes out in pieces, so that others have their turn in between.
+    return bytes(body) if len(body) < _PIECEWISE_BYTES else io.BytesIO(body)
+
+
+def _unit(random: bytes) -> float:
+    number: int = struct.unpack("<Q", random)[0]
+    return number / 2.0**64
+
+
+def _tls_context() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    bundle = os.environ.get("AWS_CA_BUNDLE") or get_cert_path(True)
+    if bundle:
+        context.load_verify_locations(bundle)
+    return context

@@ -1,0 +1,135 @@
+"""Large objects in parts: concurrent, invisible until completed, removed upon failure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
+
+import anyio
+
+from icechunk.config import ChecksumAlgorithm
+from icechunk.errors import IcechunkError, StorageError
+from icechunk.storage.s3_answers import parse_xml, text_of
+from icechunk.storage.s3_checksums import checksum_of, header_name, service_name
+from icechunk.storage.s3_client import Limits, Request, S3Client
+
+__all__ = ["abort_upload", "completion_of", "part_bytes", "start_upload", "upload_parts"]
+
+_LEAST_PART: Final = 5 * 1024 * 1024
+_MOST_PARTS: Final = 10_000
+_ABORT_PATIENCE_S: Final = 30.0
+
+
+def part_bytes(size: int, ideal: int) -> int:
+    """Size of each part but the last, within what S3 allows."""
+    return max(_LEAST_PART, ideal, -(-size // _MOST_PARTS))
+
+
+async def start_upload(
+    client: S3Client,
+    path: str,
+    what: str,
+    headers: Mapping[str, str],
+    checksum: ChecksumAlgorithm | None,
+    limits: Limits,
+) -> str:
+    """Begin an upload; returns its id. ``headers`` are those of the object to be."""
+    extra = {} if checksum is None else {"x-amz-checksum-algorithm": service_name(checksum)}
+    request = Request(
+        what=f"begin to {what}", method="POST", path=path, query=(("uploads", ""),), headers={**headers, **extra}
+    )
+    answer = await client.call(request, limits)
+    upload = ""
+    if answer.status < 300:
+        try:
+            upload = text_of(parse_xml(answer.body), "UploadId")
+        except ElementTree.ParseError:
+            upload = ""
+    if not upload:
+        raise client.failure(request, answer, 1)
+    return upload
+
+
+async def upload_parts(
+    client: S3Client,
+    path: str,
+    what: str,
+    upload: str,
+    data: bytes,
+    *,
+    size: int,
+    concurrency: int,
+    headers: Mapping[str, str],
+    checksum: ChecksumAlgorithm | None,
+    limits: Limits,
+) -> list[tuple[str, str | None]]:
+    """Send all parts, at most ``concurrency`` at once; returns ETag and checksum of each, in order."""
+    view = memoryview(data)
+    starts = range(0, len(data), size)
+    results: list[tuple[str, str | None]] = [("", None)] * len(starts)
+    slots = anyio.CapacityLimiter(concurrency)
+
+    async def send(n: int) -> None:
+        async with slots:
+            body = view[starts[n] : starts[n] + size]
+            value = None if checksum is None else checksum_of(checksum, body)
+            extra = {} if checksum is None or value is None else {header_name(checksum): value}
+            request = Request(
+                what=f"{what}, part {n + 1}",
+                method="PUT",
+                path=path,
+                query=(("partNumber", str(n + 1)), ("uploadId", upload)),
+                headers={**headers, **extra},
+                body=body,
+            )
+            answer = await client.call(request, limits)
+            if answer.status >= 300:
+                raise client.failure(request, answer, 1)
+            results[n] = (answer.headers.get("ETag", ""), value)
+
+    try:
+        async with anyio.create_task_group() as group:
+            for n in range(len(starts)):
+                group.start_soon(send, n)
+    except BaseExceptionGroup as errors:
+        first = _first(errors)
+        if first is None:
+            raise
+        raise first from errors
+    return results
+
+
+def completion_of(parts: list[tuple[str, str | None]], checksum: ChecksumAlgorithm | None) -> bytes:
+    """The document that completes an upload."""
+    rows = []
+    for number, (etag, value) in enumerate(parts, start=1):
+        name = "" if checksum is None else f"Checksum{service_name(checksum)}"
+        sum_ = "" if value is None else f"<{name}>{value}</{name}>"
+        rows.append(f"<Part><PartNumber>{number}</PartNumber><ETag>{escape(etag)}</ETag>{sum_}</Part>")
+    body = "".join(rows)
+    return (
+        f'<CompleteMultipartUpload xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{body}</CompleteMultipartUpload>'
+    ).encode()
+
+
+async def abort_upload(client: S3Client, path: str, what: str, upload: str, limits: Limits) -> None:
+    """Remove the parts of an upload that will not be completed; best effort, also for a cancelled caller."""
+    request = Request(what=f"abort to {what}", method="DELETE", path=path, query=(("uploadId", upload),))
+    with anyio.move_on_after(_ABORT_PATIENCE_S, shield=True):
+        try:
+            await client.call(request, limits)
+        except StorageError:
+            return  # a bucket rule removes parts that stay
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException | None:
+    for error in errors.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            inner = _first(error)
+            if inner is not None:
+                return inner
+        elif isinstance(error, IcechunkError):
+            return error
+    return None
