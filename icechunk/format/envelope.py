@@ -12,7 +12,7 @@ from icechunk.errors import ErrorKind, FormatError
 __all__ = ["CLIENT_NAME", "COMPRESSION_ZSTD", "HEADER_SIZE", "FileType", "seal", "unseal"]
 
 MAGIC: Final = "ICE🧊CHUNK".encode()
-CLIENT_NAME: Final = "aioicechunk 2.3.0"
+CLIENT_NAME: Final = "aioicechunk-2.3.0"
 """How we sign our files; at most 24 bytes of UTF-8."""
 HEADER_SIZE: Final = 39
 NEWEST_SPEC_VERSION: Final = 2
