@@ -53,8 +53,16 @@ class RepositoryLog(ABC):
     """The log of one repository, for one event loop."""
 
     layout: Layout
-    state: RepoState
-    """The newest folded state that this instance knows."""
+
+    @property
+    @abstractmethod
+    def state(self) -> RepoState:
+        """The newest folded state that this instance knows."""
+
+    @property
+    @abstractmethod
+    def store_time_us(self) -> int:
+        """The store's clock now, or a little less, µs: files written from now on are not older (rule 10)."""
 
     @property
     def spec_version(self) -> int:
@@ -103,6 +111,15 @@ class RepositoryLog(ABC):
             The deadline passed, or the log was closed, with the entry sent and not settled; see `settle`.
 
         A cancelled call leaves the queue if its entry has not been sent; afterwards the entry goes on without it.
+        """
+
+    async def prepare_writes(self) -> None:  # noqa: B027
+        """Do beforehand what the first `append` would have to wait for; call it while uploads are under way.
+
+        Raises
+        ------
+        StorageError
+            The store cannot be written to safely (kind ``storage-config``), or gives no answer.
         """
 
     @abstractmethod

@@ -1,0 +1,211 @@
+"""Writing ``repo``: checkpoints of the log, and moving between log and repo object (rules 7 and 8).
+
+Every write of ``repo`` compares first: it goes on only from an object whose contents are folded into what is
+written, and replaces exactly that version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import anyio.to_thread
+
+from icechunk.errors import ErrorKind, ObjectNotFoundError, PreconditionFailedError, StorageError
+from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name
+from icechunk.format.repo import encode_repo
+from icechunk.format.repo_values import RepoInfo
+from icechunk.refs.entry import new_epoch
+from icechunk.refs.log_reader import Head, Known, RepoObject, known_of, read_repo
+from icechunk.refs.marker import Kept, checkpoint_info, keep_updates, state_of, unmarked_info
+from icechunk.sources import Sources
+from icechunk.storage.base import Matches, Storage
+
+__all__ = [
+    "DEFAULT_UPDATES_PER_FILE",
+    "LostRepo",
+    "Written",
+    "checkpoint_is_due",
+    "convert_to_log",
+    "finish_conversion",
+    "write_checkpoint",
+]
+
+DEFAULT_UPDATES_PER_FILE: Final = 1000
+_SMALL_BYTES: Final = 64 * 1024
+_LONG_TAIL: Final = 64
+_HISTORY_SHARE: Final = 8
+_THREAD_FROM_SNAPSHOTS: Final = 2_000
+_ATTEMPTS: Final = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """``repo`` holds at least what was to be written."""
+
+    known: Known
+    """The object as it is now."""
+    kept: Kept | None
+    """How the ops log was divided, where it was this call that wrote it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LostRepo:
+    """``repo`` is no checkpoint of this log any more."""
+
+    found: RepoObject | None
+    """What it is instead; None: it is gone."""
+
+
+def checkpoint_is_due(head: Head, known: Known) -> bool:
+    """Whether the policy wants a checkpoint: always while ``repo`` is small, else when the tail is long."""
+    if known.marker is None or known.marker.epoch != head.epoch:
+        return False
+    tail = head.n - known.marker.n
+    if tail <= 0:
+        return False
+    return known.size_bytes < _SMALL_BYTES or tail > _LONG_TAIL or tail * _HISTORY_SHARE > len(head.state.snapshots)
+
+
+async def encode(info: RepoInfo) -> bytes:
+    """Encode ``repo``, in a thread where that takes long."""
+    if len(info.snapshots) < _THREAD_FROM_SNAPSHOTS:
+        return encode_repo(info)
+    return await anyio.to_thread.run_sync(encode_repo, info)
+
+
+async def write_checkpoint(
+    storage: Storage, sources: Sources, head: Head, known: Known, *, updates_per_file: int
+) -> Written | LostRepo:
+    """Bring ``repo`` forward to ``head``, if it is behind and still a checkpoint of the same log.
+
+    Parameters
+    ----------
+    known
+        The object as it was last seen; it is read again where that is not its version any more.
+
+    Raises
+    ------
+    StorageError
+        The store gives no answer; nothing is lost, the next checkpoint tries again.
+    """
+    current = known
+    for _ in range(_ATTEMPTS):
+        # Rule 7: our epoch, a smaller n, and If-Match on exactly the version that was compared.
+        if current.marker is None or current.marker.epoch != head.epoch or not current.read_only:
+            return LostRepo(found=await read_repo(storage, sources))
+        if current.marker.n >= head.n:
+            return Written(known=current, kept=None)
+        kept = await _divide_updates(storage, sources, head, current, updates_per_file)
+        if kept is not None:
+            info = checkpoint_info(head.state, epoch=head.epoch, n=head.n, kept=kept)
+            data = await encode(info)
+            try:
+                put = await storage.put(REPO_KEY, data, Matches(current.version))
+                return Written(known=known_of(info, put.version, len(data)), kept=kept)
+            except PreconditionFailedError:
+                pass
+            except StorageError:
+                await sources.sleep(0.05)
+        found = await read_repo(storage, sources)
+        if found is None:
+            return LostRepo(found=None)
+        current = found.known
+    raise StorageError(
+        f"cannot write the checkpoint of {storage.describe()}: no certain answer after {_ATTEMPTS} tries; the next "
+        "commit tries again, and nothing depends on it",
+        ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
+    )
+
+
+async def _divide_updates(
+    storage: Storage, sources: Sources, head: Head, current: Known, updates_per_file: int
+) -> Kept | None:
+    """Divide the ops log, and make the backup if it takes one; None where ``repo`` has changed meanwhile."""
+    kept = keep_updates(
+        head.state,
+        newest_us=current.newest_us,
+        count=current.count,
+        before=current.before,
+        limit=updates_per_file,
+        backup_name=overwritten_repo_name(sources.wall_us() // 1000, sources.random_bytes(12)),
+    )
+    if kept.needs_backup and kept.before is not None:
+        try:
+            # Of whatever version: if that is not the one replaced below, the PUT fails and nobody names this copy.
+            await storage.copy(REPO_KEY, overwritten_repo_key(kept.before))
+        except ObjectNotFoundError:
+            return None
+    return kept
+
+
+async def finish_conversion(
+    storage: Storage, sources: Sources, head: Head, *, updates_per_file: int
+) -> RepoObject | None:
+    """After a seal has been folded: make ``repo`` the truth, unless somebody did already (rule 8).
+
+    All helpers write the same state, so it does not matter whose write wins.
+
+    Returns
+    -------
+    RepoObject or None
+        ``repo`` as it is afterwards; None if it is gone.
+    """
+    for _ in range(_ATTEMPTS):
+        found = await read_repo(storage, sources)
+        if found is None or found.known.marker is None or found.known.marker.epoch != head.epoch:
+            return found
+        if not found.known.read_only:
+            return found
+        kept = await _divide_updates(storage, sources, head, found.known, updates_per_file)
+        if kept is None:
+            continue
+        data = await encode(unmarked_info(head.state, kept=kept))
+        try:
+            await storage.put(REPO_KEY, data, Matches(found.known.version))
+        except PreconditionFailedError:
+            continue
+        except StorageError:
+            await sources.sleep(0.05)
+    raise StorageError(
+        f"cannot finish the conversion of {storage.describe()}: no certain answer after {_ATTEMPTS} tries; opening the "
+        "repository tries again",
+        ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
+    )
+
+
+async def convert_to_log(storage: Storage, sources: Sources) -> str:
+    """Make a repository of the repo-object layout one of the log layout: one conditional write.
+
+    Returns
+    -------
+    str
+        The epoch: a new one, or the present one where it is a log already.
+
+    Raises
+    ------
+    ObjectNotFoundError
+        There is no ``repo``.
+    StorageError
+        No certain answer; call again.
+    """
+    epoch = new_epoch(sources.random_bytes(12), sources.wall_us())
+    for _ in range(_ATTEMPTS):
+        found = await read_repo(storage, sources)
+        if found is None:
+            raise ObjectNotFoundError(f"no object {REPO_KEY!r} in {storage.describe()}: nothing to convert")
+        if found.known.marker is not None and found.known.read_only:
+            return found.known.marker.epoch
+        state = state_of(found.info, None)
+        data = await encode(checkpoint_info(state, epoch=epoch, n=0))
+        try:
+            await storage.put(REPO_KEY, data, Matches(found.known.version))
+            return epoch
+        except PreconditionFailedError:
+            continue
+        except StorageError:
+            await sources.sleep(0.05)
+    raise StorageError(
+        f"cannot convert {storage.describe()} to the log layout: no certain answer after {_ATTEMPTS} tries; call again",
+        ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
+    )

@@ -1,0 +1,269 @@
+"""Reading the log: single slots, the tail, and opening at the head (rules 5 and 6).
+
+What is folded is always a checkpoint and a contiguous tail after it. A listing is only a hint for where
+the tail ends; a slot that is missing on the way means that the checkpoint has moved meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from icechunk.errors import ErrorKind, FormatError, ObjectNotFoundError, RepositoryNotFoundError
+from icechunk.format.keys import REFS_PREFIX, REPO_KEY
+from icechunk.format.repo import decode_repo
+from icechunk.format.repo_values import READ_ONLY, RepoInfo
+from icechunk.refs.concurrent import run_all, run_pair
+from icechunk.refs.entry import LOG_PREFIX, Entry, decode_entry, epoch_prefix, parse_slot_key, slot_key
+from icechunk.refs.marker import Marker, decode_marker, state_of
+from icechunk.refs.proof import Instant, still_proves
+from icechunk.refs.state import RepoState, try_apply_all
+from icechunk.sources import Sources
+from icechunk.storage.base import GetResult, ObjectInfo, Storage, Version
+
+__all__ = [
+    "Head",
+    "Known",
+    "Opened",
+    "RepoObject",
+    "fold_entry",
+    "instant",
+    "known_of",
+    "list_head",
+    "newest_epoch",
+    "open_head",
+    "read_repo",
+    "read_slot",
+    "read_tail",
+]
+
+_PAGE: Final = 50
+_OPEN_ATTEMPTS: Final = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """A place in the log, and what everything up to it folds to."""
+
+    epoch: str
+    n: int
+    state: RepoState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What is known of a ``repo`` object once it is folded: enough to replace it without reading it again."""
+
+    version: Version
+    marker: Marker | None
+    read_only: bool
+    """Whether it shows the read-only status that protects a log."""
+    size_bytes: int
+    newest_us: int
+    """Time of its newest update; 0: it has none."""
+    count: int
+    """Updates that it holds."""
+    before: str | None
+    """Its ``repo_before_updates``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepoObject:
+    """A ``repo`` object as read."""
+
+    info: RepoInfo
+    known: Known
+    asked: Instant
+    """Client clocks before the request, store time of the answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """The log, read up to its head."""
+
+    head: Head
+    proof: Instant
+    known: Known
+    tail: tuple[Entry, ...]
+    """Entries after the checkpoint, oldest first."""
+
+
+def instant(sources: Sources, date_us: int | None = None) -> Instant:
+    """Now, by the client's clocks."""
+    return Instant(date_us=date_us, elapsed_us=sources.elapsed_us(), wall_us=sources.wall_us())
+
+
+def known_of(info: RepoInfo, version: Version, size_bytes: int) -> Known:
+    """What to remember of a ``repo`` object."""
+    return Known(
+        version=version,
+        marker=decode_marker(info.extra),
+        read_only=info.status.availability == READ_ONLY,
+        size_bytes=size_bytes,
+        newest_us=info.updates[0].updated_at_us if info.updates else 0,
+        count=len(info.updates),
+        before=info.repo_before_updates,
+    )
+
+
+async def read_repo(storage: Storage, sources: Sources) -> RepoObject | None:
+    """GET ``repo``; None where there is none. Raises `FormatError` where it is not one."""
+    before = instant(sources)
+    try:
+        answer = await storage.get(REPO_KEY)
+    except ObjectNotFoundError:
+        return None
+    info = decode_repo(answer.data)
+    asked = Instant(date_us=answer.date_us, elapsed_us=before.elapsed_us, wall_us=before.wall_us)
+    return RepoObject(info=info, known=known_of(info, answer.version, len(answer.data)), asked=asked)
+
+
+async def read_slot(storage: Storage, epoch: str, n: int) -> tuple[Entry, GetResult] | None:
+    """GET a slot; None where it is empty. Raises `FormatError` where it holds no entry."""
+    key = slot_key(epoch, n)
+    try:
+        answer = await storage.get(key)
+    except ObjectNotFoundError:
+        return None
+    return decode_entry(answer.data, n=n, what=f"{key} in {storage.describe()}"), answer
+
+
+async def read_tail(storage: Storage, epoch: str, after: int, end: int) -> list[Entry]:
+    """GET the slots after ``after`` up to ``end`` (inclusive) at once; ends before the first one that is missing."""
+    jobs: list[Callable[[], Awaitable[tuple[Entry, GetResult] | None]]] = [
+        partial(read_slot, storage, epoch, n) for n in range(after + 1, end + 1)
+    ]
+    entries: list[Entry] = []
+    for found in await run_all(jobs):
+        if found is None:
+            break
+        entries.append(found[0])
+    return entries
+
+
+def fold_entry(head: Head, entry: Entry) -> Head:
+    """The head after the next entry; one with an event that does not apply changes nothing (rule 4)."""
+    if entry.n != head.n + 1:
+        raise ValueError(f"slot {entry.n} does not follow slot {head.n}")
+    state = try_apply_all(head.state, entry.events, time_us=entry.time_us, since_us=entry.since_us)
+    return Head(epoch=head.epoch, n=entry.n, state=head.state if state is None else state)
+
+
+async def _first_slot(storage: Storage, prefix: str, epoch: str | None) -> tuple[str, int] | None:
+    """The first key below the prefix that is a slot, of that epoch if one is given."""
+    pages = storage.list_pages(prefix, page_size=_PAGE)
+    try:
+        async for page in pages:
+            for item in page:
+                slot = parse_slot_key(item.key)
+                if slot is not None and (epoch is None or slot[0] == epoch):
+                    return slot
+    finally:
+        await _stop(pages)
+    return None
+
+
+async def _stop(pages: object) -> None:
+    aclose = getattr(pages, "aclose", None)
+    if aclose is not None:
+        await aclose()
+
+
+async def list_head(storage: Storage, epoch: str) -> int:
+    """The newest slot that a listing shows; 0: none."""
+    found = await _first_slot(storage, epoch_prefix(epoch), epoch)
+    return 0 if found is None else found[1]
+
+
+async def newest_epoch(storage: Storage) -> str | None:
+    """The life of the log that a listing of all of them shows first, usually the latest; None: there is no log."""
+    found = await _first_slot(storage, LOG_PREFIX, None)
+    return None if found is None else found[0]
+
+
+async def _list_newest(storage: Storage) -> list[ObjectInfo]:
+    """The first page of everything below ``log/``."""
+    pages = storage.list_pages(LOG_PREFIX, page_size=_PAGE)
+    try:
+        async for page in pages:
+            return page
+    finally:
+        await _stop(pages)
+    return []
+
+
+def _newest_on(page: list[ObjectInfo], epoch: str) -> int | None:
+    """The newest slot of an epoch by a page of all epochs; None if the page does not tell."""
+    slots = (parse_slot_key(item.key) for item in page)
+    found = next((slot[1] for slot in slots if slot is not None and slot[0] == epoch), None)
+    if found is not None:
+        return found
+    return 0 if len(page) < _PAGE else None
+
+
+async def open_head(storage: Storage, sources: Sources) -> Opened | RepoObject:
+    """Read ``repo`` and the newest keys at the same time, then the tail; fold it.
+
+    Returns
+    -------
+    Opened or RepoObject
+        The latter where ``repo`` has no marker of ours: another layout.
+
+    Raises
+    ------
+    RepositoryNotFoundError
+        There is no ``repo``.
+    FormatError
+        An object that cannot be read, or the same slot missing twice.
+    """
+    gap: tuple[str, int] | None = None
+    for _ in range(_OPEN_ATTEMPTS):
+        asked = instant(sources)
+        repo, page = await run_pair(partial(read_repo, storage, sources), partial(_list_newest, storage))
+        if repo is None:
+            raise await _not_found(storage)
+        marker = repo.known.marker
+        if marker is None or not repo.known.read_only:
+            return repo
+        listed = _newest_on(page, marker.epoch)
+        if listed is None:
+            listed = await list_head(storage, marker.epoch)
+        head = Head(epoch=marker.epoch, n=marker.n, state=state_of(repo.info, marker))
+        entries = await read_tail(storage, marker.epoch, marker.n, max(marker.n, listed))
+        for entry in entries:
+            head = fold_entry(head, entry)
+        proof = Instant(date_us=repo.asked.date_us, elapsed_us=asked.elapsed_us, wall_us=asked.wall_us)
+        if head.n < listed:
+            missing = (head.epoch, head.n + 1)
+            if gap == missing:
+                raise FormatError(
+                    f"slot {missing[1]} of the log is missing in {storage.describe()} "
+                    f"({slot_key(*missing)}), although slot {listed} exists: somebody deleted it. What was committed "
+                    "from there on cannot be read; restore the object"
+                )
+            gap = missing
+            continue
+        if not still_proves(proof, instant(sources)):
+            continue
+        return Opened(head=head, proof=proof, known=repo.known, tail=tuple(entries))
+    raise FormatError(
+        f"the log in {storage.describe()} changed faster than it could be read, {_OPEN_ATTEMPTS} times",
+        ErrorKind.CONCURRENCY,
+    )
+
+
+async def _not_found(storage: Storage) -> RepositoryNotFoundError:
+    pages = storage.list_pages(REFS_PREFIX, page_size=1)
+    try:
+        async for page in pages:
+            if page:
+                return RepositoryNotFoundError(
+                    f"no repository of format 2 in {storage.describe()}, but one of format 1: open it as such"
+                )
+    finally:
+        await _stop(pages)
+    return RepositoryNotFoundError(
+        f"no repository in {storage.describe()}: check bucket and prefix, or create one there"
+    )

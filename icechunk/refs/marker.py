@@ -1,0 +1,184 @@
+"""The ``repo`` object as a checkpoint of the log: what it shows to other readers, and what it tells us.
+
+Pure. Other readers of the format see a complete, read-only repository; our marker in ``extra`` says up to which
+slot the log is folded into it, and keeps what the format has no field for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+import orjson
+
+from icechunk.errors import ErrorKind, FormatError
+from icechunk.format.repo_values import READ_ONLY, RepoInfo, Status, Update
+from icechunk.refs.state import RepoState, from_repo_info, to_repo_info
+from icechunk.refs.updates import UpdateLog
+
+__all__ = [
+    "READ_ONLY_REASON",
+    "Kept",
+    "Marker",
+    "checkpoint_info",
+    "decode_marker",
+    "encode_marker",
+    "keep_updates",
+    "state_of",
+    "unmarked_info",
+    "with_kept_updates",
+]
+
+READ_ONLY_REASON: Final = (
+    "this repository is kept in aioicechunk's log layout: commits are objects under log/, and this object is a copy "
+    "for readers. Setting it online makes this copy the truth and abandons every commit that is only in the log; "
+    "convert the repository with aioicechunk instead"
+)
+"""What whoever is refused by the read-only status gets to read."""
+
+_NAME: Final = "aioicechunk-log"
+_VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Marker:
+    """What ``extra`` says."""
+
+    epoch: str
+    """Life of the log that the checkpoint belongs to."""
+    n: int
+    """Last slot folded into it; 0: none."""
+    status: Status
+    """The real one."""
+    gc_cutoff_us: int
+    """Of the last collection, store time in µs; 0: there was none."""
+    last_time_us: int
+    """Time of the last event folded in, µs."""
+
+
+def encode_marker(marker: Marker) -> bytes:
+    """The bytes of ``extra``."""
+    status = marker.status
+    return orjson.dumps(
+        {
+            _NAME: _VERSION,
+            "epoch": marker.epoch,
+            "n": marker.n,
+            "status": [status.availability, status.set_at_us, status.reason],
+            "gc": marker.gc_cutoff_us,
+            "time": marker.last_time_us,
+        }
+    )
+
+
+def decode_marker(extra: bytes | None) -> Marker | None:
+    """Our marker, or None where ``extra`` is absent or somebody else's.
+
+    Raises
+    ------
+    FormatError
+        A marker of ours that is corrupt, or, with kind ``unsupported-spec-version``, of a newer version.
+    """
+    if extra is None:
+        return None
+    try:
+        document = orjson.loads(extra)
+    except orjson.JSONDecodeError:
+        return None
+    if not isinstance(document, dict) or _NAME not in document:
+        return None
+    if document[_NAME] != _VERSION:
+        raise FormatError(
+            f"the log layout of this repository has version {document[_NAME]}, known is {_VERSION}; "
+            "upgrade aioicechunk",
+            ErrorKind.UNSUPPORTED_SPEC_VERSION,
+        )
+    try:
+        availability, set_at_us, reason = document["status"]
+        numbers = (availability, set_at_us, document["n"], document["gc"], document["time"])
+        if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+            raise ValueError("a number is out of range")
+        if not (reason is None or isinstance(reason, str)) or not isinstance(document["epoch"], str):
+            raise ValueError("a text is missing")
+        if not document["epoch"].isalnum():
+            raise ValueError("bad epoch")
+        return Marker(
+            epoch=document["epoch"],
+            n=document["n"],
+            status=Status(availability=availability, set_at_us=set_at_us, reason=reason),
+            gc_cutoff_us=document["gc"],
+            last_time_us=document["time"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"the marker of the log layout in 'repo' is corrupt: {error}") from error
+
+
+def state_of(info: RepoInfo, marker: Marker | None) -> RepoState:
+    """The repository's state as the object has it: the real status, the collection's cutoff."""
+    if marker is None:
+        return from_repo_info(info)
+    return from_repo_info(
+        info, status=marker.status, gc_cutoff_us=marker.gc_cutoff_us, last_time_us=marker.last_time_us
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What part of the ops log the next ``repo`` object holds."""
+
+    updates: tuple[Update, ...]
+    """Newest first."""
+    before: str | None
+    """Bare name of the backup that holds the updates before those."""
+    needs_backup: bool
+    """Whether ``before`` is a backup of the present object, to be made first."""
+
+
+def keep_updates(
+    state: RepoState, *, newest_us: int, count: int, before: str | None, limit: int, backup_name: str
+) -> Kept:
+    """Decide how the ops log is divided between the next ``repo`` object and backups.
+
+    As long as everything fits, the next object continues the present one's list. Otherwise the present one is
+    backed up and the next one starts a list of its own, so each update stands in exactly one place.
+
+    Parameters
+    ----------
+    newest_us, count, before
+        Of the present object: time of its newest update, how many it holds, its ``repo_before_updates``.
+    limit
+        Most updates that an object should hold.
+    """
+    fresh = state.updates.newer_than(newest_us)
+    if len(fresh) + count > limit and fresh and count:
+        return Kept(updates=fresh, before=backup_name, needs_backup=True)
+    kept = tuple(update for update, _ in zip(state.updates, range(len(fresh) + count), strict=False))
+    return Kept(updates=kept, before=before, needs_backup=False)
+
+
+def with_kept_updates(state: RepoState, kept: Kept) -> RepoState:
+    """The state that forgets the updates that are in a backup now; newer ones stay."""
+    newer = state.updates.newer_than(kept.updates[0].updated_at_us) if kept.updates else tuple(state.updates)
+    return replace(state, updates=UpdateLog.of((*newer, *kept.updates)), repo_before_updates=kept.before)
+
+
+def checkpoint_info(state: RepoState, *, epoch: str, n: int, kept: Kept | None = None) -> RepoInfo:
+    """The ``repo`` object that holds the log up to slot ``n``."""
+    marker = Marker(
+        epoch=epoch, n=n, status=state.status, gc_cutoff_us=state.gc_cutoff_us, last_time_us=state.last_time_us
+    )
+    shown = Status(availability=READ_ONLY, set_at_us=state.status.set_at_us, reason=READ_ONLY_REASON)
+    return to_repo_info(
+        state,
+        status=shown,
+        updates=kept.updates if kept else None,
+        repo_before_updates=kept.before if kept else None,
+        extra=encode_marker(marker),
+    )
+
+
+def unmarked_info(state: RepoState, *, kept: Kept | None = None) -> RepoInfo:
+    """The ``repo`` object that is the truth from now on: real status, no marker."""
+    return to_repo_info(
+        state, updates=kept.updates if kept else None, repo_before_updates=kept.before if kept else None
+    )

@@ -1,0 +1,58 @@
+"""What a client may still believe about the end of the log, and whether its clock may write (rules 5 and 13).
+
+Pure. A pruner waits `PRUNE_WAIT_US` between announcing and deleting; a client trusts what it knows for half
+of that, so it never takes a slot that was pruned and made again for the next one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["MAX_SKEW_US", "PRUNE_WAIT_US", "TRUST_US", "Instant", "clock_error_us", "still_proves"]
+
+PRUNE_WAIT_US: Final = 7 * 24 * 3600 * 1_000_000
+"""G of the rules; a constant of the layout."""
+TRUST_US: Final = PRUNE_WAIT_US // 2
+MAX_SKEW_US: Final = 600 * 1_000_000
+"""A writer further off than this from the store's clock does not write."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instant:
+    """A moment on the clocks that can be read of it."""
+
+    date_us: int | None
+    """Store time; None where the store does not say."""
+    elapsed_us: int
+    """The client's clock that never goes back."""
+    wall_us: int
+    """The client's wall clock."""
+
+
+def still_proves(proof: Instant, answer: Instant) -> bool:
+    """Whether an answer counts for a client whose knowledge of the end of the log is as old as ``proof``.
+
+    Parameters
+    ----------
+    proof
+        Client clocks of before the request, store time of its answer.
+    answer
+        Client clocks of after the answer.
+    """
+    if proof.date_us is not None and answer.date_us is not None:
+        return answer.date_us - proof.date_us <= TRUST_US
+    return max(answer.elapsed_us - proof.elapsed_us, answer.wall_us - proof.wall_us) <= TRUST_US
+
+
+def clock_error_us(seen: Instant, now: Instant) -> int:
+    """How far the client's wall clock is ahead of the store's (negative: behind), by the last answer with a date.
+
+    Parameters
+    ----------
+    seen
+        An answer; 0 is returned where it has no date.
+    """
+    if seen.date_us is None:
+        return 0
+    return now.wall_us - (seen.date_us + now.elapsed_us - seen.elapsed_us)

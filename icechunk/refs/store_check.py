@@ -1,0 +1,71 @@
+"""Seeing that a store honours ``If-None-Match`` before anything depends on it (the second half of rule 1)."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+
+from icechunk.errors import ErrorKind, PreconditionFailedError, StorageError
+from icechunk.storage.base import Absent, Storage
+
+__all__ = ["StoreCheck"]
+
+# Places that were seen to honour it, by this process.
+_checked: weakref.WeakSet[Storage] = weakref.WeakSet()
+
+
+class StoreCheck:
+    """One check of one storage, shared by whoever waits for it. Belongs to one event loop."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._done = False
+        self._lock = asyncio.Lock()
+
+    async def run(self, candidates: Sequence[str]) -> None:
+        """Write an existing object's own bytes to it, which the store must refuse.
+
+        Parameters
+        ----------
+        candidates
+            Keys of immutable objects; the first one that exists is used.
+
+        Raises
+        ------
+        StorageError
+            The store took the write (kind ``storage-config``), or gives no answer.
+        """
+        async with self._lock:
+            if self._done or self._known_good():
+                return
+            for _ in range(3):
+                key, data = await self._first_of(candidates)
+                try:
+                    await self._storage.put(key, data, Absent())
+                except PreconditionFailedError:
+                    self._done = True
+                    with suppress(TypeError):
+                        _checked.add(self._storage)
+                    return
+                # Deleted between the two requests, perhaps: now it is there for certain, with the same bytes.
+            raise StorageError(
+                f"{self._storage.describe()} ignores If-None-Match: {key!r} exists, and was written again. Concurrent "
+                "commits would overwrite each other there; nothing is committed. Use a store with conditional writes",
+                ErrorKind.STORAGE_CONFIG,
+            )
+
+    def _known_good(self) -> bool:
+        try:
+            return self._storage in _checked
+        except TypeError:  # unhashable: then each instance looks for itself
+            return False
+
+    async def _first_of(self, candidates: Sequence[str]) -> tuple[str, bytes]:
+        for key in candidates[:-1]:
+            try:
+                return key, (await self._storage.get(key)).data
+            except StorageError:
+                continue
+        return candidates[-1], (await self._storage.get(candidates[-1])).data
