@@ -31,7 +31,7 @@ def table(start: int = 0, n: int = 6) -> xr.Dataset:
     x = np.arange(start, start + n)
     return xr.Dataset(
         {"a": (("x", "y"), np.arange(start * 3.0, (start + n) * 3.0).reshape(n, 3)), "b": ("x", x * 2)},
-        coords={"x": x, "y": ["p", "q", "r"]},
+        coords={"x": x, "y": [10, 20, 30]},
         attrs={"title": "a table"},
     )
 

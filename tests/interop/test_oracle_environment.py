@@ -1,0 +1,46 @@
+"""`tools.oracle` finds the official library or says exactly what is missing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import oracle
+
+
+def test_an_override_without_the_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ICECHUNK_ORACLE_23", "/nowhere/bin/python")
+    assert oracle.find("2.3.0") is None
+    with pytest.raises(oracle.OracleUnavailable, match="ICECHUNK_ORACLE_23=/nowhere/bin/python"):
+        oracle.ensure("2.3.0")
+
+
+def test_a_machine_without_a_fitting_python_is_told_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("ICECHUNK_ORACLE_23", raising=False)
+    monkeypatch.setenv("ICECHUNK_ORACLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(oracle, "_candidates", lambda version: iter([Path("/nowhere/python")]))
+    with pytest.raises(oracle.OracleUnavailable, match=r"needs Python 3\.12 or 3\.13"):
+        oracle.ensure("2.3.0")
+    assert not (tmp_path / "cache" / "icechunk-2.3.0").exists()
+
+
+def test_an_environment_that_was_made_before_is_found_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("ICECHUNK_ORACLE_23", raising=False)
+    monkeypatch.setenv("ICECHUNK_ORACLE_CACHE", str(tmp_path))
+    home = tmp_path / "icechunk-2.3.0"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "python").symlink_to(sys.executable)
+    assert oracle.find("2.3.0") is None, "an environment that was left half made does not count"
+    (home / "ready").touch()
+    assert oracle.find("2.3.0") == oracle.ensure("2.3.0") == home / "bin" / "python"
+
+
+def test_nothing_of_ours_reaches_the_official_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/work/main")
+    monkeypatch.setenv("VIRTUAL_ENV", "/work/main/.venv")
+    assert not {"PYTHONPATH", "VIRTUAL_ENV"} & set(oracle.environment())
+    assert oracle.environment()["ICECHUNK_LOG"] == "error"
