@@ -31,9 +31,7 @@ def s3_storage_on(
     return S3Storage(
         bucket,
         prefix or uuid.uuid4().hex,
-        options=S3Options(
-            region=service.region, endpoint_url=service.endpoint, allow_http=True, force_path_style=True
-        ),
+        options=S3Options(region=service.region, endpoint_url=service.endpoint, allow_http=True, force_path_style=True),
         credentials=S3Credentials.Static(S3StaticCredentials(service.access_key, service.secret_key)),
         settings=settings or StorageSettings(retries=StorageRetriesSettings(initial_backoff_ms=10)),
     )

@@ -7,8 +7,9 @@ As a program it runs one until interrupted::
     python -m tools.services moto --bucket data
     python -m tools.services install minio toxiproxy
 
-Binaries are looked for on ``PATH``, then in ``$GOBIN`` and ``~/go/bin``; `install` builds them with Go (MinIO takes about three minutes).
-Where there is neither, MinIO runs in docker. Every server listens on a free port of 127.0.0.1 and ends with its context manager.
+Binaries are looked for on ``PATH``, then in ``$GOBIN`` and ``~/go/bin``; `install` builds them with Go (MinIO takes
+about three minutes). Where there is neither, MinIO runs in docker. Every server listens on a free port of 127.0.0.1
+and ends with its context manager.
 """
 
 from __future__ import annotations
@@ -103,7 +104,9 @@ def install(component: str) -> str:
         return found
     go = shutil.which("go")
     if go is None:
-        raise Unavailable(f"{component} is not installed, and there is no Go to build it: put it on PATH, or install Go")
+        raise Unavailable(
+            f"{component} is not installed, and there is no Go to build it: put it on PATH, or install Go"
+        )
     print(f"building {component} with Go, this takes some minutes", file=sys.stderr)
     done = subprocess.run([go, "install", _MODULES[component]], check=False)
     found = find_binary(component)
@@ -171,7 +174,9 @@ def minio(*, port: int | None = None, buckets: Iterable[str] = ()) -> Iterator[S
     binary = find_binary("minio")
     with contextlib.ExitStack() as stack:
         if binary is not None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="icechunk-minio-", ignore_cleanup_errors=True))
+            folder = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="icechunk-minio-", ignore_cleanup_errors=True)
+            )
             command = [binary, "server", folder, "--address", f"127.0.0.1:{port}", "--quiet"]
         elif docker := shutil.which("docker"):
             command = [docker, "run", "--rm", "-p", f"127.0.0.1:{port}:9000"]
@@ -180,7 +185,8 @@ def minio(*, port: int | None = None, buckets: Iterable[str] = ()) -> Iterator[S
             command += [MINIO_IMAGE, "server", "/data"]
         else:
             raise Unavailable(
-                f"no MinIO: put `minio` on PATH, or `go install {MINIO_MODULE}` (python -m tools.services install minio), "
+                f"no MinIO: put `minio` on PATH, or `go install {MINIO_MODULE}` (python -m tools.services install "
+                "minio), "
                 "or install docker"
             )
         stack.enter_context(
@@ -243,9 +249,7 @@ def toxiproxy(upstream: str, *, latency_ms: int = 0) -> Iterator[Proxy]:
     """
     binary = find_binary("toxiproxy")
     if binary is None:
-        raise Unavailable(
-            f"no toxiproxy: `go install {TOXIPROXY_MODULE}` (python -m tools.services install toxiproxy)"
-        )
+        raise Unavailable(f"no toxiproxy: `go install {TOXIPROXY_MODULE}` (python -m tools.services install toxiproxy)")
     control_port, port = free_port(), free_port()
     control = f"http://127.0.0.1:{control_port}"
     with _process([binary, "-host", "127.0.0.1", "-port", str(control_port)], f"{control}/version", "toxiproxy"):

@@ -2,8 +2,44 @@
 
 from __future__ import annotations
 
+from icechunk.config import (
+    AnyObjectStoreConfig,
+    ChecksumAlgorithm,
+    ObjectStoreConfig,
+    S3Options,
+    StorageConcurrencySettings,
+    StorageRetriesSettings,
+    StorageSettings,
+    StorageTimeoutSettings,
+)
 from icechunk.storage.base import Storage
-from icechunk.storage.constructors import in_memory_storage, local_filesystem_storage
+from icechunk.storage.constructors import (
+    in_memory_storage,
+    local_filesystem_storage,
+    local_filesystem_store,
+    r2_storage,
+    s3_storage,
+    s3_store,
+    tigris_storage,
+)
 from icechunk.storage.facade import StorageObjectInfo
 
-__all__ = ["Storage", "StorageObjectInfo", "in_memory_storage", "local_filesystem_storage"]
+__all__ = [
+    "AnyObjectStoreConfig",
+    "ChecksumAlgorithm",
+    "ObjectStoreConfig",
+    "S3Options",
+    "Storage",
+    "StorageConcurrencySettings",
+    "StorageObjectInfo",
+    "StorageRetriesSettings",
+    "StorageSettings",
+    "StorageTimeoutSettings",
+    "in_memory_storage",
+    "local_filesystem_storage",
+    "local_filesystem_store",
+    "r2_storage",
+    "s3_storage",
+    "s3_store",
+    "tigris_storage",
+]

@@ -5,9 +5,9 @@ user's, zarr's, one per thread or test. `PerLoop` keeps the value of each.
 
 How a value is closed in time: for each value an asynchronous generator is started on its loop, suspended at its only
 ``yield``, whose ``finally`` closes the value. `asyncio.run` and `asyncio.Runner` end a loop with
-``shutdown_asyncgens()``, which runs that ``finally`` on the loop itself. Loops that still run, or lie idle, at the end of the process
-(daemon threads) are seen to by an ``atexit`` hook. After a fork the child forgets the parent's values without
-closing or finalising them: their sockets and selectors are shared with the parent.
+``shutdown_asyncgens()``, which runs that ``finally`` on the loop itself. Loops that still run, or lie idle, at the end
+of the process (daemon threads) are seen to by an ``atexit`` hook. After a fork the child forgets the parent's values
+without closing or finalising them: their sockets and selectors are shared with the parent.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Objects in a bucket of S3 or of a service that speaks its protocol.
 
-Requests are signed and sent by `icechunk.storage.s3_client`; aiobotocore supplies the credential chain, the configuration and the rules
-for endpoints. Clients live per event loop and are shared by all storages that `S3Storage.with_settings` makes of one.
+Requests are signed and sent by `icechunk.storage.s3_client`; aiobotocore supplies the credential chain, the
+configuration and the rules for endpoints. Clients live per event loop and are shared by all storages that
+`S3Storage.with_settings` makes of one.
 
-**Conditional writes are verified.** Each carries a random id of its own in the object's user metadata. After 412, 409, and
-whenever no certain answer came, the object's metadata is read back: our id means that an earlier try landed and only its answer was
-lost. Otherwise:
+**Conditional writes are verified.** Each carries a random id of its own in the object's user metadata. After 412, 409,
+and whenever no certain answer came, the object's metadata is read back: our id means that an earlier try landed and
+only its answer was lost. Otherwise:
 
 ===========  ==========================  =====================================================
 condition    found                       outcome
@@ -84,7 +85,8 @@ from icechunk.storage.s3_sigv4 import encode_key
 __all__ = ["S3Storage"]
 
 _WRITE_ID: Final = "x-amz-meta-icechunk-write-id"
-_CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+# MinIO says "bytes 0--1/0" for an empty object.
+_CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(-?\d+)/(\d+)")
 _NOT_XML: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\r\n\t]")
 _DELETE_BATCH: Final = 1000
 
@@ -435,7 +437,8 @@ class S3Storage(Storage):
                     if not unsettled:
                         raise self._precondition_failed(key, precondition)
                     raise StorageError(
-                        f"cannot tell whether the write of {self._name(key)} landed: its answer was lost, and the object has "
+                        f"cannot tell whether the write of {self._name(key)} landed: its answer was lost, and the "
+                        "object has "
                         "another version now; read it back before believing either",
                         ErrorKind.OBJECT_STORE,
                     )
@@ -663,14 +666,16 @@ class S3Storage(Storage):
     def _precondition_failed(self, key: str, precondition: Precondition) -> PreconditionFailedError:
         if isinstance(precondition, Matches):
             return PreconditionFailedError(
-                f"cannot replace version {precondition.version} of {self._name(key)}: the object has another version now, "
+                f"cannot replace version {precondition.version} of {self._name(key)}: the object has another version "
+                "now, "
                 "or is gone"
             )
         return PreconditionFailedError(f"cannot create {self._name(key)}: the object exists already")
 
     def _uncertain(self, request: Request, error: Exception) -> StorageError:
         uncertain = StorageError(
-            f"{error}; the outcome is uncertain: an earlier try may have landed, or may land later. Read the object back",
+            f"{error}; the outcome is uncertain: an earlier try may have landed, or may land later. Read the object "
+            "back",
             getattr(error, "kind", ErrorKind.OBJECT_STORE),
         )
         uncertain.__cause__ = error

@@ -1,9 +1,9 @@
 """Requests to one bucket: signed, sent over aiohttp, tried again.
 
-One `S3Client` belongs to one event loop. A *try* ends in an `Answer` or in `Unanswered`. Refusals that certainly changed
-nothing and that we can mend ourselves (an expired token, a wrong clock, a guessed region) are mended inside the try.
-Everything else is left to `call`, which retries with full jitter, or to the caller, for conditional writes, where a
-second try must not be sent blindly.
+One `S3Client` belongs to one event loop. A *try* ends in an `Answer` or in `Unanswered`. Refusals that certainly
+changed nothing and that we can mend ourselves (an expired token, a wrong clock, a guessed region) are mended inside
+the try. Everything else is left to `call`, which retries with full jitter, or to the caller, for conditional writes,
+where a second try must not be sent blindly.
 
 aiohttp repeats idempotent requests by itself when a kept connection turns out to be closed; that is switched
 off, so that one try is one request.

@@ -106,9 +106,7 @@ class RefreshableKeys:
         if given.expires_after is None:
             self._current = (_signing_keys(given), None, 0)
             return
-        expires_us = int(
-            given.expires_after.replace(tzinfo=given.expires_after.tzinfo or UTC).timestamp() * 1e6
-        )
+        expires_us = int(given.expires_after.replace(tzinfo=given.expires_after.tzinfo or UTC).timestamp() * 1e6)
         lifetime_us = max(0, expires_us - self._wall_us())
         self._current = (_signing_keys(given), expires_us, min(_EARLY_US, lifetime_us // 4))
 
@@ -144,7 +142,7 @@ class ChainKeys:
 
 
 KeyProvider: TypeAlias = AnonymousKeys | StaticKeys | RefreshableKeys | ChainKeys
-"""``get`` returns the key to sign with; ``expired`` is told that the store refused it, and says if a new one may help."""
+"""``get`` returns the key to sign with; ``expired`` is told that it was refused, and says if a new one may help."""
 
 
 def key_provider(credentials: AnyS3Credential | None, sources: Sources) -> KeyProvider:

@@ -47,9 +47,9 @@ class Endpoint:
 async def resolve_endpoint(bucket: str, options: S3Options, region: str | None = None) -> Endpoint:
     """Find a bucket's endpoint.
 
-    With ``endpoint_url`` this is pure: the bucket goes into the host name, as the official library does it, unless path style is asked
-    for or the name cannot stand there. Otherwise botocore's rules decide (region and partition, dual stack,
-    FIPS, endpoints from the environment).
+    With ``endpoint_url`` this is pure: the bucket goes into the host name, as the official library does it, unless
+    path style is asked for or the name cannot stand there. Otherwise botocore's rules decide (region and partition,
+    dual stack, FIPS, endpoints from the environment).
 
     Raises
     ------
@@ -79,7 +79,8 @@ async def resolve_endpoint(bucket: str, options: S3Options, region: str | None =
         path = parts.path.rstrip("/")
     if parts.scheme == "http" and not options.allow_http:
         raise StorageError(
-            f"the endpoint of bucket {bucket!r} is plain http ({parts.scheme}://{parts.hostname}): set allow_http=True if "
+            f"the endpoint of bucket {bucket!r} is plain http ({parts.scheme}://{parts.hostname}): set "
+            "allow_http=True if "
             "that is meant, or use https",
             ErrorKind.STORAGE_CONFIG,
         )

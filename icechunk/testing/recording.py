@@ -1,0 +1,147 @@
+"""Counts requests, and the round trips that had to wait for one another.
+
+Between two requests of one operation lies a dependency if the second began after the first had ended.
+`Recording.rounds` is the longest chain of such requests: what the operation costs in latencies, however many requests
+fly at once. To make that exact without a clock, every request waits for all other tasks to have had their turn before
+it is answered, so that everything which does not depend on an answer has begun by then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from icechunk.storage.base import (
+    ANY,
+    ByteRange,
+    DeleteResult,
+    GetResult,
+    ObjectInfo,
+    ObjectKind,
+    Precondition,
+    PutResult,
+    Storage,
+)
+from icechunk.testing.wrapping import WrappingStorage
+
+__all__ = ["RecordedRequest", "RecordingStorage"]
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True, kw_only=True)
+class RecordedRequest:
+    """One request that a `RecordingStorage` saw."""
+
+    verb: str
+    """``get``, ``put``, ``head``, ``list`` (one for each page), ``delete``, ``copy``."""
+    key: str
+    """Key, prefix of a listing, first key of a deletion, or target of a copy."""
+    precondition: Precondition | None = None
+    """Of a put."""
+    size: int = 0
+    """Bytes of a put's body, or of a get's answer."""
+    started: int = 0
+    """Position in the order of all beginnings and ends."""
+    ended: int | None = None
+    """The same; None while it is under way."""
+    error: BaseException | None = None
+    """What it raised."""
+
+
+class RecordingStorage(WrappingStorage):
+    """Writes down every request to ``inner``.
+
+    Parameters
+    ----------
+    turns
+        How often other tasks get a turn before a request is answered.
+    """
+
+    def __init__(self, inner: Storage, *, turns: int = 50) -> None:
+        super().__init__(inner)
+        self.requests: list[RecordedRequest] = []
+        self._turns = turns
+        self._order = itertools.count()
+
+    def clear(self) -> None:
+        """Forget the requests so far."""
+        self.requests.clear()
+
+    def count(self, verb: str | None = None, prefix: str = "") -> int:
+        """Requests with this verb (None: any) whose key begins with ``prefix``."""
+        return sum(1 for r in self.requests if verb in (None, r.verb) and r.key.startswith(prefix))
+
+    def dependent_rounds(self) -> int:
+        """The longest chain of requests each of which began after the one before had ended."""
+        depth = 0
+        finished: list[tuple[int, int]] = []
+        for request in sorted(self.requests, key=lambda r: r.started):
+            before = max((d for ended, d in finished if ended < request.started), default=0)
+            depth = max(depth, before + 1)
+            if request.ended is not None:
+                finished.append((request.ended, before + 1))
+        return depth
+
+    async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
+        return await self._record(RecordedRequest(verb="get", key=key), lambda: self.inner.get(key, byte_range))
+
+    async def put(
+        self,
+        key: str,
+        data: bytes | bytearray | memoryview,
+        precondition: Precondition = ANY,
+        *,
+        kind: ObjectKind = "metadata",
+        metadata: Mapping[str, str] | None = None,
+    ) -> PutResult:
+        request = RecordedRequest(verb="put", key=key, precondition=precondition, size=len(data))
+        return await self._record(
+            request, lambda: self.inner.put(key, data, precondition, kind=kind, metadata=metadata)
+        )
+
+    async def head(self, key: str) -> ObjectInfo:
+        return await self._record(RecordedRequest(verb="head", key=key), lambda: self.inner.head(key))
+
+    async def list_pages(
+        self, prefix: str = "", *, start_after: str | None = None, page_size: int = 1000
+    ) -> AsyncIterator[list[ObjectInfo]]:
+        pages = self.inner.list_pages(prefix, start_after=start_after, page_size=page_size)
+
+        async def step() -> list[ObjectInfo]:
+            return await anext(pages, [])
+
+        while True:
+            page = await self._record(RecordedRequest(verb="list", key=prefix), step)
+            if page:
+                yield page
+            # A full page may be followed by another; a short one is the last, and the store says so in it.
+            if len(page) < page_size:
+                return
+
+    async def delete(self, keys: Iterable[str]) -> DeleteResult:
+        wanted = list(keys)
+        request = RecordedRequest(verb="delete", key=wanted[0] if wanted else "")
+        return await self._record(request, lambda: self.inner.delete(wanted))
+
+    async def copy(self, source: str, target: str) -> PutResult:
+        return await self._record(RecordedRequest(verb="copy", key=target), lambda: self.inner.copy(source, target))
+
+    async def _record(self, request: RecordedRequest, send: Callable[[], Awaitable[T]]) -> T:
+        self.requests.append(request)
+        request.started = next(self._order)
+        try:
+            for _ in range(self._turns):
+                await asyncio.sleep(0)
+            result = await send()
+            if isinstance(result, GetResult):
+                request.size = len(result.data)
+            return result
+        except BaseException as error:
+            request.error = error
+            raise
+        finally:
+            request.ended = next(self._order)

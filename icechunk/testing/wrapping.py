@@ -1,0 +1,68 @@
+"""A storage that hands everything on to another; base of the observing and the faulty ones."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Mapping
+
+from icechunk.storage.base import (
+    ANY,
+    ByteRange,
+    DeleteResult,
+    GetResult,
+    ObjectInfo,
+    ObjectKind,
+    Precondition,
+    PutResult,
+    Storage,
+)
+
+__all__ = ["WrappingStorage"]
+
+
+class WrappingStorage(Storage):
+    """The verbs of ``inner``, unchanged."""
+
+    def __init__(self, inner: Storage) -> None:
+        self.inner = inner
+
+    async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
+        return await self.inner.get(key, byte_range)
+
+    async def put(
+        self,
+        key: str,
+        data: bytes | bytearray | memoryview,
+        precondition: Precondition = ANY,
+        *,
+        kind: ObjectKind = "metadata",
+        metadata: Mapping[str, str] | None = None,
+    ) -> PutResult:
+        return await self.inner.put(key, data, precondition, kind=kind, metadata=metadata)
+
+    async def head(self, key: str) -> ObjectInfo:
+        return await self.inner.head(key)
+
+    async def list_pages(
+        self, prefix: str = "", *, start_after: str | None = None, page_size: int = 1000
+    ) -> AsyncIterator[list[ObjectInfo]]:
+        async for page in self.inner.list_pages(prefix, start_after=start_after, page_size=page_size):
+            yield page
+
+    async def delete(self, keys: Iterable[str]) -> DeleteResult:
+        return await self.inner.delete(keys)
+
+    async def copy(self, source: str, target: str) -> PutResult:
+        return await self.inner.copy(source, target)
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()
+
+    @property
+    def supports_writes(self) -> bool:
+        return self.inner.supports_writes
+
+    def describe(self) -> str:
+        return self.inner.describe()
+
+    def __repr__(self) -> str:
+        return repr(self.inner)
