@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import tempfile
@@ -105,6 +106,8 @@ def _embedded_s3() -> Iterator[Target]:
         from moto.server import ThreadedMotoServer
     except ImportError as error:
         raise CommandError("--s3 needs moto: pip install 'aioicechunk[demo]'") from error
+    # the demo's output is for people, not a request log
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
