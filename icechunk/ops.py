@@ -184,7 +184,6 @@ class GCSummary(Represented):
     """What a collection of garbage deleted (or would delete, on a dry run)."""
 
     _public_name: ClassVar[str] = "icechunk.ops.GCSummary"
-    __hash__ = None  # type: ignore[assignment]
 
     bytes_deleted: int = 0
     chunks_deleted: int = 0

@@ -34,7 +34,6 @@ class ManifestFileInfo(Represented):
     """A manifest object of a snapshot."""
 
     _public_name: ClassVar[str] = "icechunk.snapshots.ManifestFileInfo"
-    __hash__ = None  # type: ignore[assignment]
 
     id: str
     size_bytes: int
@@ -85,7 +84,6 @@ _CHUNKS_SHOWN = 10
 class Diff:
     """What lies between two snapshots, or between a session and its base. Paths begin with ``/``."""
 
-    __hash__ = None  # type: ignore[assignment]
 
     new_groups: set[str] = field(default_factory=set)
     new_arrays: set[str] = field(default_factory=set)

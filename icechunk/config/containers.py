@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 from urllib.parse import urlsplit
 
 from icechunk.config.storage import AnyObjectStoreConfig, ObjectStoreConfig
@@ -36,6 +36,9 @@ class VirtualChunkContainer(Setting):
     """The kind of object store, with its options."""
     name: str | None = field(default=None, metadata=checked(optional(text)))
     """Locations ``vcc://name/rest`` mean ``url_prefix + rest``."""
+
+    def _shown(self) -> list[tuple[str, Any, Any]]:
+        return [(n, redacted_url(v) if n == "url_prefix" else v, d) for n, v, d in Setting._shown(self)]
 
     def validate(self) -> None:
         """Refuse what cannot work, as `RepositoryConfig.set_virtual_chunk_container` does.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, TypeAlias
@@ -60,7 +61,6 @@ class ManifestPreloadCondition(_Condition):
     """Which manifests a session fetches ahead of need. Made by the static methods, combined with ``&`` and ``|``."""
 
     __slots__ = ()
-    __hash__ = None  # type: ignore[assignment]
 
     def __init__(self) -> None:
         raise TypeError("cannot create 'ManifestPreloadCondition' instances; use its static methods")
@@ -178,12 +178,10 @@ class PreloadNumRefs(ManifestPreloadCondition):
             check = optional(unsigned(32))
             object.__setattr__(self, name, check(f"ManifestPreloadCondition.num_refs: {name}", getattr(self, name)))
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "from":
-            return self.from_refs
-        if name == "to":
-            return self.to_refs
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+# ``from`` cannot be written as a field, yet the official library's attributes are called so.
+for _name in ("from", "to"):
+    setattr(PreloadNumRefs, _name, property(operator.attrgetter(f"{_name}_refs")))
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -18,7 +18,7 @@ from icechunk.config.storage import (
     StorageTimeoutSettings,
 )
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.values import IntLikeEnum, Setting, checked, instance_of, optional, text, unsigned
+from icechunk.values import IntLikeEnum, Setting, checked, instance_of, optional, redacted_url, text, unsigned
 
 __all__ = [
     "DEFAULT_COMPRESSION_LEVEL",
@@ -199,6 +199,11 @@ class RepositoryConfig(Setting):
     """Settings that only this implementation has."""
     previous_file: str | None = field(default=None, init=False, repr=False, metadata=checked(optional(text)))
     """Name of the copy of the configuration before this one, where the storage tells."""
+
+    def _shown(self) -> list[tuple[str, Any, Any]]:
+        # The containers' keys are URLs as a rule.
+        rows = Setting._shown(self)
+        return [(n, {redacted_url(k): c for k, c in v.items()} if isinstance(v, dict) else v, d) for n, v, d in rows]
 
     @staticmethod
     def default() -> RepositoryConfig:

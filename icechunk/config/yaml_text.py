@@ -13,7 +13,7 @@ from icechunk.errors import ErrorKind, FormatError
 
 __all__ = ["MAX_YAML_BYTES", "config_from_yaml", "config_to_yaml"]
 
-MAX_YAML_BYTES: Final = 1 << 20
+MAX_YAML_BYTES: Final = 1 << 18
 """Larger configuration files are refused unread."""
 
 
@@ -44,6 +44,8 @@ def _invalid(reason: str) -> FormatError:
     return FormatError(f"config.yaml is not the YAML of a configuration: {reason}", ErrorKind.CONFIG_DESERIALIZATION)
 
 
+_MAX_DEPTH: Final = 100
+
 # The official library's YAML is 1.2: of the plain scalars only these are no strings.
 _NULL: Final = re.compile(r"^(?:~|null|Null|NULL|)$")
 _BOOL: Final = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
@@ -55,6 +57,12 @@ class _Loader(yaml.SafeLoader):
     """Safe scalars and collections, `!tag`s as one-key maps, no aliases (they can make a small file huge)."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own attribute
+
+    def fetch_flow_collection_start(self, token_class: Any) -> None:
+        # PyYAML's effort grows with the square of this depth.
+        if self.flow_level >= _MAX_DEPTH:
+            raise yaml.YAMLError("too deep")
+        super().fetch_flow_collection_start(token_class)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -97,7 +105,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_str(dumper: _Dumper, value: str) -> yaml.Node:
-    style = None if _PLAIN.fullmatch(value) else '"'
+    style = None if _PLAIN.fullmatch(value) and not _BOOL.match(value) and not _NULL.match(value) else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 

@@ -1,0 +1,173 @@
+"""Compare the names, signatures and enum values of our package with the official wheel's.
+
+``python tools/parity.py /path/to/oracle/python [name ...]`` prints one line per difference. The official package
+is described by a script that runs in its own environment; ours by the same functions in this process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["MODULES", "compare", "describe", "describe_official"]
+
+MODULES = (
+    "icechunk.config",
+    "icechunk.conflicts",
+    "icechunk.credentials",
+    "icechunk.ops",
+    "icechunk.snapshots",
+    "icechunk.types",
+    "icechunk.virtual",
+    "icechunk._exceptions",
+)
+
+
+def describe(modules: Iterable[str]) -> dict[str, Any]:
+    """What the public names of ``modules`` are, as JSON values, by name; runs unchanged in either environment."""
+    result: dict[str, Any] = {}
+    for module in modules:
+        loaded = importlib.import_module(module)
+        names = getattr(loaded, "__all__", None) or [n for n in vars(loaded) if not n.startswith("_")]
+        for name in names:
+            if hasattr(loaded, name):
+                result[name] = _describe(getattr(loaded, name), 0)
+    return result
+
+
+def _describe(value: Any, depth: int) -> dict[str, Any]:
+    if inspect.ismodule(value):
+        return {"what": "module"}
+    if isinstance(value, type):
+        members: dict[str, Any] = {}
+        for name in sorted({*dir(value), *vars(value)}):
+            member = inspect.getattr_static(value, name)
+            if name.startswith("__") or (name.startswith("_") and name not in ("_0", "_1", "_repr_html_")):
+                continue
+            if isinstance(member, type):
+                # A member of a union inherits its siblings as attributes; nobody reaches them that way.
+                if depth == 0:
+                    members[name] = _describe(member, depth + 1)
+            elif isinstance(member, staticmethod | classmethod):
+                members[name] = {"what": "function", "parameters": _parameters(getattr(value, name))}
+            elif type(member).__name__ in ("builtin_function_or_method",):
+                members[name] = {"what": "function", "parameters": _parameters(member)}
+            elif inspect.isroutine(member):
+                members[name] = {"what": "method", "parameters": _parameters(member)}
+            elif type(getattr(value, name, None)) is value:
+                members[name] = {"what": "enum", "value": _number(getattr(value, name))}
+            else:
+                members[name] = {"what": "attribute"}
+        return {"what": "class", "parameters": _parameters(value), "members": members, "hashable": _hashable(value)}
+    if callable(value):
+        return {"what": "function", "parameters": _parameters(value)}
+    return {"what": "value"}
+
+
+def _hashable(value: type) -> bool:
+    return value.__hash__ is not None
+
+
+def _number(value: Any) -> int | str | None:
+    try:
+        return str(value) if isinstance(value, str) else int(value)
+    except TypeError:
+        return None
+
+
+def _parameters(value: Any) -> list[list[str]] | None:
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):
+        return None
+    result = []
+    for p in signature.parameters.values():
+        if p.name in ("self", "$self", "cls"):
+            continue
+        default = "" if p.default is p.empty else "..." if p.default is ... else _default(p.default)
+        result.append([p.name, p.kind.name, default])
+    return result
+
+
+def _default(value: Any) -> str:
+    return repr(value) if value is None or isinstance(value, bool | int | str) else "..."
+
+
+def describe_official(python: str, modules: Iterable[str]) -> dict[str, Any]:
+    """`describe` of the official package, in the environment of the interpreter ``python``."""
+    script = Path(__file__).read_text() + f"\nprint(json.dumps(describe({list(modules)!r})))\n"
+    script = script.replace('if __name__ == "__main__":', "if False:")
+    with tempfile.TemporaryDirectory() as folder:
+        # Not from the project's folder, where ``import icechunk`` would find ours.
+        answer = subprocess.run(
+            [python, "-c", script],
+            cwd=folder,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"ICECHUNK_LOG": "error"},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=100,
+        )
+    result: dict[str, Any] = json.loads(answer.stdout)
+    return result
+
+
+def compare(ours: Mapping[str, Any], official: Mapping[str, Any], where: str = "") -> list[str]:
+    """Differences that code written for the official package could meet, one line each; what we add is none."""
+    lines = []
+    for name, theirs in sorted(official.items()):
+        full = f"{where}{name}"
+        mine = ours.get(name)
+        if mine is None:
+            lines.append(f"{full}: missing")
+            continue
+        if mine["what"] != theirs["what"] and {mine["what"], theirs["what"]} != {"method", "function"}:
+            lines.append(f"{full}: is {mine['what']}, official {theirs['what']}")
+            continue
+        if theirs.get("value") is not None and mine.get("value") != theirs["value"]:
+            lines.append(f"{full}: value {mine.get('value')}, official {theirs['value']}")
+        lines += _compare_parameters(full, mine.get("parameters"), theirs.get("parameters"))
+        lines += compare(mine.get("members", {}), theirs.get("members", {}), f"{full}.")
+    return lines
+
+
+def _compare_parameters(full: str, mine: list[list[str]] | None, theirs: list[list[str]] | None) -> list[str]:
+    if theirs is None or mine is None or mine == theirs:
+        return []
+    lines = []
+    given = {p[0]: p for p in mine}
+    for position, (name, kind, default) in enumerate(theirs):
+        own = given.get(name)
+        if own is None:
+            if kind == "POSITIONAL_ONLY" or name.startswith("_"):
+                continue
+            if any(p[1] == "VAR_KEYWORD" for p in mine):
+                continue
+            lines.append(f"{full}: no parameter {name!r}")
+        elif kind != own[1] and not (kind == "KEYWORD_ONLY" and own[1] == "POSITIONAL_OR_KEYWORD"):
+            lines.append(f"{full}: parameter {name!r} is {own[1]}, official {kind}")
+        elif "..." not in (default, own[2]) and default and own[2] != default:
+            lines.append(f"{full}: parameter {name!r} defaults to {own[2] or 'nothing'}, official {default}")
+        elif kind != "KEYWORD_ONLY" and own[1] != "KEYWORD_ONLY" and mine.index(own) != position:
+            lines.append(f"{full}: parameter {name!r} is number {mine.index(own)}, official {position}")
+    return lines
+
+
+def main(arguments: list[str]) -> int:
+    """Print the differences."""
+    python, names = arguments[0], arguments[1:] or list(MODULES)
+    lines = compare(describe(names), describe_official(python, names))
+    print("\n".join(lines) or "no differences")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
