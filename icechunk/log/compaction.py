@@ -301,7 +301,7 @@ class _Packer:
         if j == len(self._streams):
             self._streams.append({})
             self._sizes.append(0)
-        if self._sizes[j] + len(refs) > self._policy.max_refs_per_manifest:
+        if self._streams[j] and self._sizes[j] + len(refs) > self._policy.max_refs_per_manifest:
             self._write(self._streams[j])
             self._streams[j], self._sizes[j] = {}, 0
         self._streams[j][node_id] = refs

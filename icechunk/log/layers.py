@@ -25,6 +25,8 @@ __all__ = ["OPEN_ROWS", "ArrayFold"]
 OPEN_ROWS: Final = 16_384
 """So many rows written one at a time become columns: a row of a dict takes ten times the memory."""
 
+_MOST: Final = 2**32 - 1
+
 Found: TypeAlias = ChunkRef | Literal[False] | None
 
 
@@ -113,4 +115,8 @@ class ArrayFold:
 
 def inside(coords: npt.NDArray[np.uint32], grid: Sequence[int]) -> npt.NDArray[np.bool_]:
     """bool[n]: which coordinates lie in a grid of that many chunks along each dimension."""
-    return np.asarray((coords < np.asarray(grid, np.uint64)).all(axis=1))
+    good = np.ones(len(coords), np.bool_)
+    for d, n in enumerate(grid):
+        if n <= _MOST:
+            good &= coords[:, d] < n
+    return good

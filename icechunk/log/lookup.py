@@ -26,8 +26,8 @@ Rows = npt.NDArray[np.intp]
 def _widths(coords: Coords) -> tuple[int, ...]:
     if not len(coords):
         return (0,) * coords.shape[1]
-    most: list[int] = coords.max(axis=0).tolist()
-    return tuple(m.bit_length() for m in most)
+    most: list[int] = [int(coords[:, d].max()) for d in range(coords.shape[1])]
+    return tuple([m.bit_length() for m in most])
 
 
 def _pack(coords: Coords, widths: Sequence[int]) -> npt.NDArray[Any]:

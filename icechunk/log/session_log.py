@@ -189,7 +189,9 @@ class SessionLog:
         refs = self._flat(fold)
         visible = inside(refs.coords, fold.grid)
         written = visible & (refs.kind != DELETED)
-        return (refs if written.all() else take(refs, written)), refs.coords[visible & ~written]
+        if written.all():
+            return refs, refs.coords[:0]
+        return take(refs, written), refs.coords[visible & ~written]
 
     def touched_arrays(self) -> frozenset[NodeId]:
         """Ids of arrays with chunk rows of this log."""

@@ -98,7 +98,7 @@ def plan_tiles(
     tiles, outside = _hit(present, files, grid, written, deleted)
     if len(outside):
         tiles += _place(tiles, written, outside, policy.max_refs)
-    if any(tile.dirty for tile in tiles):
+    if len(tiles) > 1 and any(tile.dirty for tile in tiles):
         tiles = _merge(tiles, policy)
     return tiles
 
@@ -183,7 +183,7 @@ def _hit(
         estimate = size if file is None else min(size, file.num_chunk_refs)
         into = in_box(written, box) if near[i] else _NONE
         out = in_box(deleted, box) if near[i] else _NONE
-        if not len(into) and not len(out) and box == ref.extents:
+        if not len(into) and not len(out) and box == tuple(ref.extents):
             tiles.append(Tile(box=box, estimate=estimate, sources=(ref,)))
             continue
         left[into] = False
@@ -200,6 +200,8 @@ def _hit(
 
 def _near(present: Sequence[ManifestRef], written: Coords, deleted: Coords) -> list[bool]:
     """Which manifests overlap the bounding box of the changes."""
+    if not present:
+        return []
     both = [bounds(c) for c in (written, deleted) if len(c)]
     if not both:
         return [False] * len(present)
@@ -209,8 +211,10 @@ def _near(present: Sequence[ManifestRef], written: Coords, deleted: Coords) -> l
 
 def _place(tiles: list[Tile], written: Coords, outside: Rows, max_refs: int) -> list[Tile]:
     """Tiles for rows outside all others; removes from ``tiles`` those that are absorbed."""
-    coords = written[outside]
+    coords = written if len(outside) == len(written) else written[outside]
     box = bounds(coords)
+    if not tiles and len(outside) <= max_refs:
+        return [Tile(box=box, estimate=len(outside), written=outside, dirty=True)]
     crossed = [t for t in tiles if overlap(t.box, box)]
     small = {id(t) for t in crossed if t.estimate <= len(outside)}
     if small:
