@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+import zstandard
+
+from icechunk.errors import ErrorKind, FormatError
+from icechunk.format.envelope import CLIENT_NAME, FileType, seal, unseal
+
+PAYLOAD = b"\x0c\0\0\0Ichk" + bytes(range(200))
+
+
+def test_a_sealed_payload_comes_back_with_its_spec_version() -> None:
+    data = seal(FileType.SNAPSHOT, 1, PAYLOAD)
+    assert unseal(data, FileType.SNAPSHOT) == (1, PAYLOAD)
+
+
+def test_the_header_is_laid_out_as_the_format_says() -> None:
+    data = seal(FileType.REPO_INFO, 2, PAYLOAD)
+    assert data[:12] == bytes.fromhex("494345f09fa78a4348554e4b")
+    assert data[12:36] == CLIENT_NAME.encode().ljust(24)
+    assert tuple(data[36:39]) == (2, 6, 1)
+
+
+def test_a_frame_without_its_content_size_is_read() -> None:
+    data = seal(FileType.MANIFEST, 2, PAYLOAD)
+    frame = zstandard.ZstdCompressor(write_content_size=False).compress(PAYLOAD)
+    assert unseal(data[:39] + frame, FileType.MANIFEST) == (2, PAYLOAD)
+
+
+@pytest.mark.parametrize("with_size", [True, False])
+def test_truncation_at_any_byte_is_a_format_error(with_size: bool) -> None:
+    header = seal(FileType.MANIFEST, 2, PAYLOAD)[:39]
+    data = header + zstandard.ZstdCompressor(write_content_size=with_size).compress(PAYLOAD)
+    for size in range(len(data)):
+        with pytest.raises(FormatError):
+            unseal(data[:size], FileType.MANIFEST)
+
+
+def test_a_foreign_file_is_a_format_error_that_names_the_object() -> None:
+    with pytest.raises(FormatError, match="snapshot ABC: not an Icechunk file"):
+        unseal(b"PK" + bytes(100), FileType.SNAPSHOT, what="snapshot ABC")
+
+
+def test_another_file_type_is_a_format_error() -> None:
+    with pytest.raises(FormatError, match="file type is 1, 2 expected"):
+        unseal(seal(FileType.SNAPSHOT, 2, PAYLOAD), FileType.MANIFEST)
+
+
+def test_a_newer_spec_version_has_a_kind_of_its_own() -> None:
+    with pytest.raises(FormatError, match="newer version of the library") as caught:
+        unseal(seal(FileType.SNAPSHOT, 3, PAYLOAD), FileType.SNAPSHOT)
+    assert caught.value.kind == ErrorKind.UNSUPPORTED_SPEC_VERSION
+
+
+def test_unknown_compression_is_a_format_error() -> None:
+    data = bytearray(seal(FileType.SNAPSHOT, 2, PAYLOAD))
+    data[38] = 0
+    with pytest.raises(FormatError, match="compression 0"):
+        unseal(bytes(data), FileType.SNAPSHOT)
+
+
+def test_a_payload_without_the_file_identifier_is_a_format_error() -> None:
+    with pytest.raises(FormatError, match="file identifier"):
+        unseal(seal(FileType.SNAPSHOT, 2, b"x" * 50), FileType.SNAPSHOT)
+
+
+@pytest.mark.parametrize("with_size", [True, False])
+def test_a_decompression_bomb_is_refused_before_it_fills_memory(with_size: bool) -> None:
+    compressor = zstandard.ZstdCompressor(write_content_size=with_size).compressobj()
+    zeros = bytes(2**20)
+    frame = b"".join([compressor.compress(zeros) for _ in range(256)]) + compressor.flush()
+    if with_size:
+        frame = zstandard.ZstdCompressor().compress(bytes(2**26))
+    assert len(frame) < 20_000
+    with pytest.raises(FormatError, match="decompress to"):
+        unseal(seal(FileType.MANIFEST, 2, PAYLOAD)[:39] + frame, FileType.MANIFEST)
+
+
+def test_a_frame_that_claims_an_absurd_size_is_refused_at_once() -> None:
+    # magic, descriptor of a frame with an 8-byte size, window, size
+    frame = bytes.fromhex("28b52ffd") + b"\xc0\x00" + (2**60).to_bytes(8, "little") + bytes(10)
+    with pytest.raises(FormatError, match="claim to decompress"):
+        unseal(seal(FileType.MANIFEST, 2, PAYLOAD)[:39] + frame, FileType.MANIFEST)
