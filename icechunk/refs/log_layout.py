@@ -258,9 +258,12 @@ class LogLayout(RepositoryLog):
             elif self._head.n == n:
                 self._proof = asked
             # Otherwise another task of this loop folded past it meanwhile, which includes all that was asked for.
-            if self.state.sealed and self._left is None:
+            if not self.state.sealed:
+                return self.state
+            # What was acknowledged after the seal is wherever the conversion led to.
+            if self._left is None:
                 await self._try_leave_sealed()
-            return self.state
+            return await self._refresh_left()
         return await self._refresh_left()
 
     async def _catch_up(self, asked: Instant) -> None:
