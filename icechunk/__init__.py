@@ -1,1 +1,255 @@
-"""Icechunk for asyncio: a transactional storage engine for Zarr."""
+"""Icechunk for asyncio: a transactional storage engine for Zarr on object storage.
+
+>>> import icechunk, zarr
+>>> repo = icechunk.Repository.create(icechunk.in_memory_storage())
+>>> session = repo.writable_session("main")
+>>> array = zarr.create_array(session.store, name="temperature", shape=(4,), chunks=(2,), dtype="f4")
+>>> array[:] = 20.5
+>>> snapshot_id = session.commit("first measurements")
+>>> float(zarr.open_array(repo.readonly_session("main").store, path="temperature")[0])
+20.5
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from icechunk.config import (
+    AnyObjectStoreConfig,
+    Attribution,
+    CachingConfig,
+    ChecksumAlgorithm,
+    CompressionAlgorithm,
+    CompressionConfig,
+    EngineConfig,
+    FeatureFlag,
+    ManifestConfig,
+    ManifestPreloadCondition,
+    ManifestPreloadConfig,
+    ManifestSplitCondition,
+    ManifestSplitDimCondition,
+    ManifestSplittingConfig,
+    ManifestVirtualChunkLocationCompressionConfig,
+    ObjectStoreConfig,
+    RepositoryConfig,
+    S3Options,
+    StorageConcurrencySettings,
+    StorageRetriesSettings,
+    StorageSettings,
+    StorageTimeoutSettings,
+    VirtualChunkContainer,
+)
+from icechunk.conflicts import (
+    BasicConflictSolver,
+    Conflict,
+    ConflictDetector,
+    ConflictSolver,
+    ConflictType,
+    RebaseFailedError,
+    VersionSelection,
+)
+from icechunk.credentials import (
+    AnyAzureCredential,
+    AnyAzureStaticCredential,
+    AnyCredential,
+    AnyGcsCredential,
+    AnyGcsStaticCredential,
+    AnyS3Credential,
+    AzureCredentials,
+    AzureRefreshableCredential,
+    AzureStaticCredentials,
+    Credentials,
+    GcsBearerCredential,
+    GcsCredentials,
+    GcsStaticCredentials,
+    S3Credentials,
+    S3StaticCredentials,
+    azure_anonymous_credentials,
+    azure_credentials,
+    azure_from_env_credentials,
+    azure_refreshable_credentials,
+    azure_static_credentials,
+    containers_credentials,
+    gcs_credentials,
+    gcs_from_env_credentials,
+    gcs_refreshable_credentials,
+    gcs_static_credentials,
+    s3_anonymous_credentials,
+    s3_credentials,
+    s3_from_env_credentials,
+    s3_refreshable_credentials,
+    s3_static_credentials,
+)
+from icechunk.errors import (
+    AlreadyExistsError,
+    CommitOutcomeUnknown,
+    ConflictError,
+    ErrorKind,
+    FormatError,
+    IcechunkError,
+    InternalError,
+    InvalidInputError,
+    NodeNotFoundError,
+    NotFoundError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    ReadOnlyError,
+    RefNotFoundError,
+    RepositoryNotFoundError,
+    SessionStateError,
+    SnapshotNotFoundError,
+    StorageError,
+)
+from icechunk.ops import (
+    GCSummary,
+    Update,
+    UpdateType,
+)
+from icechunk.repository import (
+    Repository,
+)
+from icechunk.session import (
+    Session,
+)
+from icechunk.snapshots import (
+    Diff,
+    ManifestFileInfo,
+    SnapshotInfo,
+)
+from icechunk.status import (
+    RepoAvailability,
+    RepoStatus,
+    SessionMode,
+    SpecVersion,
+)
+from icechunk.storage import (
+    Storage,
+    in_memory_storage,
+    local_filesystem_storage,
+)
+from icechunk.store import (
+    IcechunkStore,
+)
+from icechunk.virtual import (
+    ChunkType,
+    VirtualChunkSpec,
+)
+
+__all__ = [
+    "AlreadyExistsError",
+    "AnyAzureCredential",
+    "AnyAzureStaticCredential",
+    "AnyCredential",
+    "AnyGcsCredential",
+    "AnyGcsStaticCredential",
+    "AnyObjectStoreConfig",
+    "AnyS3Credential",
+    "Attribution",
+    "AzureCredentials",
+    "AzureRefreshableCredential",
+    "AzureStaticCredentials",
+    "BasicConflictSolver",
+    "CachingConfig",
+    "ChecksumAlgorithm",
+    "ChunkType",
+    "CommitOutcomeUnknown",
+    "CompressionAlgorithm",
+    "CompressionConfig",
+    "Conflict",
+    "ConflictDetector",
+    "ConflictError",
+    "ConflictSolver",
+    "ConflictType",
+    "Credentials",
+    "Diff",
+    "EngineConfig",
+    "ErrorKind",
+    "FeatureFlag",
+    "FormatError",
+    "GCSummary",
+    "GcsBearerCredential",
+    "GcsCredentials",
+    "GcsStaticCredentials",
+    "IcechunkError",
+    "IcechunkStore",
+    "InternalError",
+    "InvalidInputError",
+    "ManifestConfig",
+    "ManifestFileInfo",
+    "ManifestPreloadCondition",
+    "ManifestPreloadConfig",
+    "ManifestSplitCondition",
+    "ManifestSplitDimCondition",
+    "ManifestSplittingConfig",
+    "ManifestVirtualChunkLocationCompressionConfig",
+    "NodeNotFoundError",
+    "NotFoundError",
+    "ObjectNotFoundError",
+    "ObjectStoreConfig",
+    "PreconditionFailedError",
+    "ReadOnlyError",
+    "RebaseFailedError",
+    "RefNotFoundError",
+    "RepoAvailability",
+    "RepoStatus",
+    "Repository",
+    "RepositoryConfig",
+    "RepositoryNotFoundError",
+    "S3Credentials",
+    "S3Options",
+    "S3StaticCredentials",
+    "Session",
+    "SessionMode",
+    "SessionStateError",
+    "SnapshotInfo",
+    "SnapshotNotFoundError",
+    "SpecVersion",
+    "Storage",
+    "StorageConcurrencySettings",
+    "StorageError",
+    "StorageRetriesSettings",
+    "StorageSettings",
+    "StorageTimeoutSettings",
+    "Update",
+    "UpdateType",
+    "VersionSelection",
+    "VirtualChunkContainer",
+    "VirtualChunkSpec",
+    "__version__",
+    "azure_anonymous_credentials",
+    "azure_credentials",
+    "azure_from_env_credentials",
+    "azure_refreshable_credentials",
+    "azure_static_credentials",
+    "containers_credentials",
+    "gcs_credentials",
+    "gcs_from_env_credentials",
+    "gcs_refreshable_credentials",
+    "gcs_static_credentials",
+    "in_memory_storage",
+    "local_filesystem_storage",
+    "s3_anonymous_credentials",
+    "s3_credentials",
+    "s3_from_env_credentials",
+    "s3_refreshable_credentials",
+    "s3_static_credentials",
+    "spec_version",
+    "supported_spec_versions",
+]
+
+
+try:
+    __version__ = version("aioicechunk")
+    """The version of the official API that this package matches, and our own patch number."""
+except PackageNotFoundError:  # running from a source tree that is not installed
+    __version__ = "2.3.0"
+
+
+def spec_version() -> SpecVersion:
+    """The version of the on-disk format that new repositories get."""
+    return SpecVersion.current()
+
+
+def supported_spec_versions() -> list[SpecVersion]:
+    """Versions of the on-disk format that can be read and written."""
+    return [SpecVersion.v2]

@@ -97,7 +97,8 @@ async def _compact(core: Core, log: SessionLog, wanted: Commit) -> Compaction:
         manifests[id] = await core.assets.manifest(id)
 
     await run_each(read, todo.manifests_to_read, limit=core.settings.max_requests)
-    touched = todo.num_refs + sum(manifest.num_chunk_refs for manifest in manifests.values())
+    touched = sum(len(array.written) for array in todo.arrays)
+    touched += sum(manifest.num_chunk_refs for manifest in manifests.values())
     return await off_loop(
         touched * _BYTES_PER_REF,
         partial(

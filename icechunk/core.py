@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 
 from icechunk.config import Attribution, CachingConfig, RepositoryConfig, config_from_dict
 from icechunk.log.compaction import Policy
-from icechunk.refs import open_log
 from icechunk.refs.base import RepositoryLog
+from icechunk.refs.log_layout import LogLayout
 from icechunk.refs.state import RepoState
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Storage
@@ -64,7 +64,10 @@ class Core:
         self.attribution = attribution
         self.virtual_access = dict(virtual_access or {})
         self.default_metadata: dict[str, Any] = dict(default_metadata or {})
+        self.persisted_config: Any = None
+        """The configuration that was persisted when this core was opened, or that it has persisted since."""
         self._configure(storage, config)
+        self._created: RepositoryLog | None = None
         self._opened_us: WeakKeyDictionary[RepositoryLog, int] = WeakKeyDictionary()
         self._logs: PerLoop[RepositoryLog] = PerLoop(self._open_log, RepositoryLog.aclose)
 
@@ -83,9 +86,9 @@ class Core:
 
     async def load_config(self) -> None:
         """Merge the caller's configuration over the persisted one; for a core that nobody has used yet."""
-        persisted = (await self.log()).state.config
-        if persisted is not None:
-            self._configure(self.storage, config_from_dict(persisted).merge(self.config))
+        self.persisted_config = (await self.log()).state.config
+        if self.persisted_config is not None:
+            self._configure(self.storage, config_from_dict(self.persisted_config).merge(self.config))
 
     def __reduce__(self) -> tuple[Callable[..., Core], tuple[Any, ...]]:
         return (
@@ -95,9 +98,18 @@ class Core:
 
     async def _open_log(self) -> RepositoryLog:
         began_us = self.sources.elapsed_us()
-        log = await open_log(self.storage, self.sources)
+        log, self._created = self._created, None
+        if log is None:
+            log = await LogLayout.open(
+                self.storage, self.sources, updates_per_file=self.config.num_updates_per_repo_info_file
+            )
         self._opened_us[log] = began_us
         return log
+
+    async def adopt(self, log: RepositoryLog) -> None:
+        """Make the log that was just created on this loop its client, instead of opening it again."""
+        self._created = log
+        await self._logs.get()
 
     async def log(self) -> RepositoryLog:
         """This loop's client of the repository log. Raises `RepositoryNotFoundError` where there is none."""

@@ -56,8 +56,8 @@ async def read_chunk(core: Core, puts: PutPool | None, ref: ChunkRef, byte_range
     if ref.kind == NATIVE and ref.chunk_id is not None:
         if start >= end:
             return b""
-        if puts is not None and (data := puts.pending(chunk_key(ref.chunk_id))) is not None:
-            return data[ref.offset + start : ref.offset + end]
+        if puts is not None and (waiting := puts.pending(chunk_key(ref.chunk_id))) is not None:
+            return waiting[ref.offset + start : ref.offset + end]
         try:
             data = await core.assets.chunk(ref.chunk_id, Range(ref.offset + start, ref.offset + end))
         except ObjectNotFoundError as error:

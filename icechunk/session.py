@@ -37,10 +37,11 @@ from icechunk.format.keys import chunk_key
 from icechunk.format.tables import NATIVE, VIRTUAL, ChunkRef, ChunkRefs, NodeKind, NodeSnapshot, Snapshot
 from icechunk.log.session_log import ABSENT, IN_BASE, SessionLog
 from icechunk.reading import base_reference, base_references, read_chunk
-from icechunk.snapshots import Diff, to_diff
+from icechunk.snapshots import Diff
+from icechunk.status import SessionMode
 from icechunk.storage.base import ByteRange
 from icechunk.sync import run_sync
-from icechunk.types import ChunkType, SessionMode
+from icechunk.virtual import ChunkType
 
 if TYPE_CHECKING:
     from icechunk.store import IcechunkStore
@@ -114,7 +115,7 @@ class Session:
     def status(self) -> Diff:
         """What a commit would change."""
         with self._lock:
-            return to_diff(self._log.changes())
+            return Diff.of(self._log.changes())
 
     # -- ending it -----------------------------------------------------------------------------------------------
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from icechunk.config import config_to_dict
-from icechunk.ops import FeatureFlag, RepoStatus, list_feature_flags, to_repo_status
 from icechunk.refs.events import ConfigReplaced, Event, FeatureFlagSet, MetadataReplaced, MetadataUpdated, StatusSet
 from icechunk.repository.base import RepositoryBase
+from icechunk.repository.views import feature_flag_id, feature_flags, repo_status
+from icechunk.status import FeatureFlag, RepoStatus
 from icechunk.sync import run_sync
 
 __all__ = ["Administration"]
@@ -75,7 +76,7 @@ class Administration(RepositoryBase):
 
     async def get_status_async(self) -> RepoStatus:
         """Whether the repository takes writes: its real status, whatever other readers of the format are shown."""
-        return to_repo_status((await self._core.state()).status)
+        return repo_status((await self._core.state()).status)
 
     def get_status(self) -> RepoStatus:
         """Synchronous twin of `get_status_async`."""
@@ -97,7 +98,7 @@ class Administration(RepositoryBase):
     async def feature_flags_async(self) -> list[FeatureFlag]:
         """Every feature that can be switched, and how it is set."""
         state = await self._core.state()
-        return list_feature_flags(state.enabled_feature_flags or (), state.disabled_feature_flags or ())
+        return feature_flags(state.enabled_feature_flags or (), state.disabled_feature_flags or ())
 
     def feature_flags(self) -> list[FeatureFlag]:
         """Synchronous twin of `feature_flags_async`."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import html
 from typing import Self
 
-from icechunk.config import Attribution, RepositoryConfig
+from icechunk.config import RepositoryConfig
 from icechunk.core import Core
 from icechunk.format.ids import ObjectId, object_id_from_text
 from icechunk.refs.base import Layout
 from icechunk.refs.state import RepoState, require_snapshot
+from icechunk.status import Attribution, SpecVersion
 from icechunk.storage.base import Storage
 from icechunk.sync import run_sync
-from icechunk.types import SpecVersion
 
 __all__ = ["RepositoryBase"]
 

@@ -8,10 +8,11 @@ from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.ids import ObjectId, object_id_from_text
 from icechunk.format.tables import TransactionLog
 from icechunk.log.diff import diff as diff_transactions
-from icechunk.ops import Update, to_update
+from icechunk.ops import Update
 from icechunk.refs.state import require_snapshot
 from icechunk.repository.base import RepositoryBase, select
-from icechunk.snapshots import Diff, ManifestFileInfo, SnapshotInfo, to_diff, to_snapshot_info
+from icechunk.repository.views import manifest_file, snapshot_info, update
+from icechunk.snapshots import Diff, ManifestFileInfo, SnapshotInfo
 from icechunk.sync import iterate_sync, run_sync
 from icechunk.transfer.tasks import run_each
 
@@ -37,7 +38,7 @@ class History(RepositoryBase):
         """
         state = await self._core.state()
         for record in state.ancestry(select(state, branch=branch, tag=tag, snapshot_id=snapshot_id)):
-            yield to_snapshot_info(record)
+            yield snapshot_info(record)
 
     def ancestry(
         self, *, branch: str | None = None, tag: str | None = None, snapshot_id: str | None = None
@@ -49,8 +50,8 @@ class History(RepositoryBase):
         """Everything that ever happened to the repository, newest first."""
         log = await self._core.log()
         await log.refresh()
-        async for update in log.updates():
-            yield to_update(update)
+        async for entry in log.updates():
+            yield update(entry)
 
     def ops_log(self) -> Iterator[Update]:
         """Synchronous twin of `ops_log_async`."""
@@ -58,7 +59,7 @@ class History(RepositoryBase):
 
     async def lookup_snapshot_async(self, snapshot_id: str) -> SnapshotInfo:
         """What the history says of a snapshot. Raises `SnapshotNotFoundError`."""
-        return to_snapshot_info(require_snapshot(await self._core.state(), object_id_from_text(snapshot_id)))
+        return snapshot_info(require_snapshot(await self._core.state(), object_id_from_text(snapshot_id)))
 
     def lookup_snapshot(self, snapshot_id: str) -> SnapshotInfo:
         """Synchronous twin of `lookup_snapshot_async`."""
@@ -67,7 +68,7 @@ class History(RepositoryBase):
     async def list_manifest_files_async(self, snapshot_id: str) -> list[ManifestFileInfo]:
         """The manifest objects that a snapshot uses, ascending by id. Raises `SnapshotNotFoundError`."""
         snapshot = await self._core.assets.snapshot(object_id_from_text(snapshot_id))
-        return [ManifestFileInfo(*file) for file in snapshot.manifest_files.values()]
+        return [manifest_file(file) for file in snapshot.manifest_files.values()]
 
     def list_manifest_files(self, snapshot_id: str) -> list[ManifestFileInfo]:
         """Synchronous twin of `list_manifest_files_async`."""
@@ -116,7 +117,7 @@ class History(RepositoryBase):
         await run_each(read, wanted, limit=self._core.settings.max_requests)
         before = await self._core.assets.snapshot(start)
         after = await self._core.assets.snapshot(end)
-        return to_diff(diff_transactions([found[id] for id in reversed(wanted)], before, after))
+        return Diff.of(diff_transactions([found[id] for id in reversed(wanted)], before, after))
 
     def diff(
         self,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Self
 
-from icechunk import refs
 from icechunk.config import Attribution, RepositoryConfig, StorageSettings, config_from_dict, config_to_dict
 from icechunk.core import Core
 from icechunk.credentials import AnyCredential
-from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.errors import AlreadyExistsError, ErrorKind, InvalidInputError
 from icechunk.refs.base import Layout
+from icechunk.refs.create import create_log
+from icechunk.refs.detect import detect
+from icechunk.refs.log_layout import LogLayout
 from icechunk.repository.base import RepositoryBase
 from icechunk.sources import SYSTEM
+from icechunk.status import SpecVersion
 from icechunk.storage.base import Storage
 from icechunk.sync import run_sync
-from icechunk.types import SpecVersion
 
 __all__ = ["Opening"]
 
@@ -53,6 +55,8 @@ class Opening(RepositoryBase):
         ------
         InvalidInputError
             There is something there already (kind ``parent-directory-not-clean``), or arguments that do not fit.
+        AlreadyExistsError
+            Somebody else created a repository there at the same time.
         StorageError
             The place cannot be written, or does not have the conditional writes that the layout needs.
         """
@@ -63,12 +67,13 @@ class Opening(RepositoryBase):
             attribution=attribution,
             virtual_access=authorize_virtual_chunk_access,
         )
-        await refs.create_log(
+        log = await create_log(
             core.storage,
             core.sources,
             config=None if config is None else config_to_dict(config),
             check_clean_root=check_clean_root,
         )
+        await core.adopt(log)
         return cls(core)
 
     @classmethod
@@ -149,7 +154,7 @@ class Opening(RepositoryBase):
             return await cls.create_async(
                 storage, config, authorize_virtual_chunk_access, create_version, check_clean_root, attribution
             )
-        except InvalidInputError:
+        except (AlreadyExistsError, InvalidInputError):
             # Somebody else may have created it meanwhile.
             if not await cls.exists_async(storage):
                 raise
@@ -175,7 +180,7 @@ class Opening(RepositoryBase):
     @staticmethod
     async def exists_async(storage: Storage, storage_settings: StorageSettings | None = None) -> bool:
         """Whether there is a repository at this place."""
-        return await refs.detect_layout(_with(storage, storage_settings)) is not None
+        return await detect(_with(storage, storage_settings)) is not None
 
     @staticmethod
     def exists(storage: Storage, storage_settings: StorageSettings | None = None) -> bool:
@@ -187,7 +192,7 @@ class Opening(RepositoryBase):
         storage: Storage, storage_settings: StorageSettings | None = None
     ) -> SpecVersion | None:
         """Version of the format that a repository is in; None where there is none."""
-        layout = await refs.detect_layout(_with(storage, storage_settings))
+        layout = await detect(_with(storage, storage_settings))
         if layout is None:
             return None
         return SpecVersion.v1 if layout is Layout.REFS else SpecVersion.v2
@@ -200,9 +205,9 @@ class Opening(RepositoryBase):
     @staticmethod
     async def fetch_config_async(storage: Storage) -> RepositoryConfig | None:
         """The configuration persisted with a repository; None where none is, or there is no repository."""
-        if await refs.detect_layout(storage) is None:
+        if await detect(storage) is None:
             return None
-        log = await refs.open_log(storage, SYSTEM)
+        log = await LogLayout.open(storage, SYSTEM)
         try:
             return None if log.state.config is None else config_from_dict(log.state.config)
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 import anyio
@@ -12,7 +12,7 @@ __all__ = ["run_all", "run_each"]
 T = TypeVar("T")
 
 
-async def run_all(*work: Callable[[], Awaitable[Any]]) -> None:
+async def run_all(*work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
     """Run all at once; the first error cancels the others and is raised as itself, not in a group."""
     try:
         async with anyio.create_task_group() as group:
