@@ -214,8 +214,11 @@ class AlreadyExistsError(IcechunkError):
     default_kind = ErrorKind.NODE_ALREADY_EXISTS
 
 
-class ReadOnlyError(IcechunkError):
-    """A write to a read-only session, store, storage or repository; nothing was written."""
+class ReadOnlyError(IcechunkError, ValueError):
+    """A write to a read-only session, store, storage or repository; nothing was written.
+
+    A `ValueError`, as zarr's own stores raise.
+    """
 
     default_kind = ErrorKind.READ_ONLY_SESSION
 

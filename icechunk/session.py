@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import html
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -325,7 +325,7 @@ class Session:
             return await base_reference(self._core, node, coords)
         return None if found is ABSENT else found
 
-    async def chunk_references(self, node: NodeSnapshot) -> AsyncIterator[ChunkRefs]:
+    async def chunk_references(self, node: NodeSnapshot) -> AsyncGenerator[ChunkRefs, None]:
         """All references of an array: batches in no particular order, none twice."""
         with self._lock:
             written, deleted = self._log.overlay(node)

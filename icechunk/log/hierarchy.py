@@ -132,8 +132,8 @@ class Hierarchy:
             if found is not None and name != path:
                 yield found
 
-    def children(self, path: str) -> list[str]:
-        """Names of the nodes directly below, ascending; what is only an ancestor of nodes is not one."""
+    def children(self, path: str, *, implied: bool = False) -> list[str]:
+        """Names of the nodes directly below, ascending; with ``implied`` also of what is only an ancestor of nodes."""
         prefix = _prefix(path)
         names: set[str] = set()
         for paths in (self._paths(), self._added):
@@ -141,6 +141,8 @@ class Hierarchy:
             while i < end:
                 name, deeper, _ = paths[i][len(prefix) :].partition("/")
                 if deeper:
+                    if implied and next(self.subtree(prefix + name), None) is not None:
+                        names.add(name)
                     # Skip the whole subtree; the child itself, if it is a node, was met before.
                     i = bisect_left(paths, prefix + name + "0", i + 1, end)
                     continue

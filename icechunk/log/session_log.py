@@ -134,9 +134,10 @@ class SessionLog:
         """The group or array at this path, or None. Its manifests are those of the base."""
         return self._tree.get(path)
 
-    def children(self, path: str) -> list[str]:
-        """Names of the groups and arrays directly below ``path``, ascending; empty if there are none."""
-        return self._tree.children(path)
+    def children(self, path: str, *, implied: bool = False) -> list[str]:
+        """Names of the groups and arrays directly below ``path``, ascending; with ``implied`` also names at which there
+        is no node, but some below."""
+        return self._tree.children(path, implied=implied)
 
     def nodes(self, under: str = "/") -> Iterator[NodeSnapshot]:
         """The node at ``under`` and everything below it, in ascending order of the path's bytes."""
