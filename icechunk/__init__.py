@@ -126,6 +126,11 @@ from icechunk.storage import (
     Storage,
     in_memory_storage,
     local_filesystem_storage,
+    local_filesystem_store,
+    r2_storage,
+    s3_storage,
+    s3_store,
+    tigris_storage,
 )
 from icechunk.store import (
     IcechunkStore,
@@ -228,13 +233,18 @@ __all__ = [
     "gcs_static_credentials",
     "in_memory_storage",
     "local_filesystem_storage",
+    "local_filesystem_store",
+    "r2_storage",
     "s3_anonymous_credentials",
     "s3_credentials",
     "s3_from_env_credentials",
     "s3_refreshable_credentials",
     "s3_static_credentials",
+    "s3_storage",
+    "s3_store",
     "spec_version",
     "supported_spec_versions",
+    "tigris_storage",
 ]
 
 

@@ -77,10 +77,14 @@ def feature_flag_id(name: str) -> int:
 
 def update(entry: stored.Update) -> Update:
     """One line of the ops log."""
-    return Update(kind=_kind(entry.change), updated_at=moment(entry.updated_at_us), backup_path=entry.backup_path)
+    return Update(
+        kind=_kind(entry.change, entry.updated_at_us),
+        updated_at=moment(entry.updated_at_us),
+        backup_path=entry.backup_path,
+    )
 
 
-def _kind(change: stored.UpdateChange) -> AnyUpdateType:
+def _kind(change: stored.UpdateChange, entry_time_us: int) -> AnyUpdateType:
     match change:
         case stored.RepoInitialized():
             return UpdateType.RepoInitialized()
@@ -113,6 +117,7 @@ def _kind(change: stored.UpdateChange) -> AnyUpdateType:
         case stored.FeatureFlagChanged(id=number, new_value=value, is_set=is_set):
             return UpdateType.FeatureFlagChanged(number, value if is_set else None)
         case stored.StatusChanged(status=status):
-            return UpdateType.RepoStatusChanged(repo_status(status))
+            known = status or stored.Status(set_at_us=entry_time_us)
+            return UpdateType.RepoStatusChanged(repo_status(known))
         case _:
             assert_never(change)
