@@ -81,6 +81,7 @@ from icechunk.storage.s3_credentials import key_provider
 from icechunk.storage.s3_endpoint import resolve_endpoint
 from icechunk.storage.s3_multipart import abort_upload, completion_of, part_bytes, start_upload, upload_parts
 from icechunk.storage.s3_sigv4 import encode_key
+from icechunk.values import redacted_url
 
 __all__ = ["S3Storage"]
 
@@ -579,7 +580,9 @@ class S3Storage(Storage):
         return copy.deepcopy(self._settings)
 
     def with_settings(self, settings: StorageSettings | None) -> Storage:
-        other = copy.copy(self)
+        # Not copy.copy, which pickles, and so would make clients anew.
+        other = object.__new__(type(self))
+        other._place = self._place
         other._apply(settings)
         return other
 
@@ -608,9 +611,9 @@ class S3Storage(Storage):
         rows = [("type", "S3 (native)"), ("bucket", self._place.bucket)]
         rows += [("prefix", self._place.root.rstrip("/"))] if self._place.root.rstrip("/") else []
         rows += [("region", options.region)] if options.region else []
-        rows += [line.split(": ", 1) for line in repr(options).splitlines() if line.startswith("endpoint_url: ")]  # type: ignore[misc]
+        rows += [("endpoint_url", redacted_url(options.endpoint_url))] if options.endpoint_url else []
         rows += [("force_path_style", "True")] if options.force_path_style else []
-        return "<icechunk.Storage>\n" + "".join(f"{name}: {value}\n" for name, value in rows if value != "None")
+        return "<icechunk.Storage>\n" + "".join(f"{name}: {value}\n" for name, value in rows)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, S3Storage):

@@ -269,7 +269,9 @@ class S3Client:
         except aiohttp.ClientConnectorError as error:
             tls = isinstance(error, aiohttp.ClientSSLError)
             return Unanswered(error, connected=False, final=tls)
-        except (aiohttp.ServerTimeoutError, aiohttp.ClientError, OSError, TimeoutError) as error:
+        except aiohttp.ConnectionTimeoutError as error:
+            return Unanswered(error, connected=False, final=False)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
             return Unanswered(error, connected=True, final=isinstance(error, aiohttp.InvalidURL))
         except ValueError as error:
             return Unanswered(error, connected=True, final=True)

@@ -15,6 +15,7 @@ from botocore.exceptions import BotoCoreError
 
 from icechunk.config import S3Options
 from icechunk.errors import ErrorKind, StorageError
+from icechunk.values import redacted_url
 
 __all__ = ["Endpoint", "resolve_endpoint"]
 
@@ -73,7 +74,7 @@ async def resolve_endpoint(bucket: str, options: S3Options, region: str | None =
         parts = urlsplit(options.endpoint_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise StorageError(
-                f"bad endpoint_url {options.endpoint_url!r} for bucket {bucket!r}: give a URL like https://host:port",
+                f"bad endpoint_url {redacted_url(options.endpoint_url)!r} for bucket {bucket!r}: give a URL like https://host:port",
                 ErrorKind.CANNOT_PARSE_URL,
             )
         path = parts.path.rstrip("/")
@@ -109,7 +110,7 @@ def _in_path(bucket: str, options: S3Options, host: str, scheme: str) -> bool:
 
 async def _ask_botocore(session: Any, bucket: str, options: S3Options, region: str) -> str:
     config = AioConfig(
-        signature_version=UNSIGNED, s3={"addressing_style": "path" if options.force_path_style else "auto"}
+        signature_version=UNSIGNED, s3={"addressing_style": "path" if options.force_path_style else "virtual"}
     )
     try:
         # A presigned URL without a signature: botocore's public way to say where a request would go.

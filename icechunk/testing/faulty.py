@@ -2,8 +2,7 @@
 
 What happens to each request is decided by a plan, a function from the request to a `Fault`. `scripted` plans name the
 n-th request of a kind; `seeded` ones draw from a seeded generator, so that a failure is reproduced by its number. A
-write that is `LATE` lands when somebody calls `FaultyStorage.deliver`, or before a later request, when the plan says
-so.
+write that is `LATE` lands when somebody calls `FaultyStorage.deliver`.
 """
 
 from __future__ import annotations

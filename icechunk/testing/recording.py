@@ -1,9 +1,9 @@
 """Counts requests, and the round trips that had to wait for one another.
 
 Between two requests of one operation lies a dependency if the second began after the first had ended.
-`Recording.rounds` is the longest chain of such requests: what the operation costs in latencies, however many requests
-fly at once. To make that exact without a clock, every request waits for all other tasks to have had their turn before
-it is answered, so that everything which does not depend on an answer has begun by then.
+`RecordingStorage.dependent_rounds` is the longest chain of such requests: what the operation costs in latencies,
+however many requests fly at once. To make that exact without a clock, every request waits for all other tasks to have
+had their turn before it is answered, so that everything which does not depend on an answer has begun by then.
 """
 
 from __future__ import annotations

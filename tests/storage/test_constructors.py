@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import inspect
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import icechunk.storage as public
+from icechunk.config import ChecksumAlgorithm, ObjectStoreConfig, S3Options, StorageRetriesSettings, StorageSettings
+from icechunk.credentials import S3Credentials, S3StaticCredentials
+from icechunk.errors import InvalidInputError, StorageError
+from icechunk.storage.base import Storage
+from icechunk.storage.s3 import S3Storage
+from icechunk.storage.s3_endpoint import resolve_endpoint
+from tests.storage.faulty_s3 import serving
+
+
+def test_local_listings_are_those_of_the_official_class(tmp_path: Path) -> None:
+    import asyncio
+
+    storage = public.local_filesystem_storage(str(tmp_path))
+    asyncio.run(storage.put("snapshots/A", b"12"))
+    asyncio.run(storage.put("repo", b"1"))
+    assert storage.list_objects() == [("repo", 1), ("snapshots/A", 2)]
+    assert storage.list_objects(prefix="snapshots") == storage.list_objects(prefix="snapshots/") == [("A", 2)]
+    assert storage.list_objects(prefix="snap") == []
+    info = storage.list_objects_metadata(prefix="snapshots")[0]
+    assert (info.key, info.size_bytes) == ("A", 2)
+    assert info.created_at.tzinfo is not None
+
+
+def test_representations_say_where_and_show_no_secret() -> None:
+    storage = public.s3_storage(
+        bucket="b",
+        prefix="p/",
+        region="us-east-1",
+        endpoint_url="https://user:hush@example.com",
+        access_key_id="AKIA",
+        secret_access_key="hush",
+        session_token="hush",
+        headers={"authorization-extra": "hush"},
+    )
+    assert repr(storage).startswith("<icechunk.Storage>\ntype: S3 (native)\nbucket: b\nprefix: p\nregion: us-east-1\n")
+    assert "hush" not in repr(storage) + storage.describe() + storage._repr_html_()
+    assert repr(public.in_memory_storage()) == "<icechunk.Storage>\ntype: in-memory\n"
+
+
+def test_pickles_carry_credentials_settings_and_headers() -> None:
+    storage = S3Storage(
+        "b",
+        "p",
+        options=S3Options(region="r"),
+        credentials=S3Credentials.Static(S3StaticCredentials("AKIA", "hush")),
+        settings=StorageSettings(storage_class="STANDARD_IA"),
+        write_headers={"x-amz-server-side-encryption": "AES256"},
+    )
+    again = pickle.loads(pickle.dumps(storage))
+    assert again == storage
+    assert again._place.credentials == storage._place.credentials
+    assert again.settings == storage.settings
+    assert again._place.write_headers == {"x-amz-server-side-encryption": "AES256"}
+
+
+def test_other_settings_share_the_place_and_its_clients() -> None:
+    storage = S3Storage("b", options=S3Options(region="r"), credentials=S3Credentials.Anonymous())
+    other = storage.with_settings(StorageSettings(retries=StorageRetriesSettings(max_tries=1)))
+    assert isinstance(other, S3Storage)
+    assert other._place is storage._place
+    assert (other._limits.max_tries, storage._limits.max_tries) == (1, 10)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"anonymous": True, "access_key_id": "x"},
+        {"access_key_id": "x"},
+        {"from_env": True, "anonymous": True},
+        {"session_token": "x"},
+    ],
+)
+def test_conflicting_credentials_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInputError, match="conflicting"):
+        public.s3_storage(bucket="b", prefix=None, **arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"bucket": ""}, {"bucket": "a/b"}, {"bucket": "b", "headers": {"a": "é"}}])
+def test_bad_places_and_headers_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInputError):
+        public.s3_storage(prefix=None, **arguments)
+
+
+def test_rooted_keys_need_an_empty_prefix() -> None:
+    with pytest.raises(StorageError, match="legacy_rooted_keys"):
+        public.s3_storage(bucket="b", prefix="p", legacy_rooted_keys=True)
+    storage = public.s3_storage(bucket="b", prefix=None, legacy_rooted_keys=True)
+    assert storage._path("repo") == "//repo"  # type: ignore[attr-defined]
+    assert pickle.loads(pickle.dumps(storage))._path("repo") == "//repo"
+
+
+def test_stores_of_virtual_chunks() -> None:
+    assert isinstance(public.s3_store(region="r"), ObjectStoreConfig.S3)
+    assert isinstance(public.s3_store(s3_compatible=True), ObjectStoreConfig.S3Compatible)
+    assert public.local_filesystem_store("/data") == ObjectStoreConfig.LocalFileSystem(Path("/data"))
+
+
+def test_r2_and_tigris_are_s3_elsewhere() -> None:
+    assert "endpoint_url: https://acc.r2.cloudflarestorage.com" in repr(
+        public.r2_storage(prefix="b/p", account_id="acc")
+    )
+    assert "endpoint_url: https://t3.storage.dev" in repr(public.tigris_storage(bucket="b", prefix="p", region="iad"))
+    for attempt in (
+        lambda: public.r2_storage(bucket="b"),
+        lambda: public.r2_storage(account_id="acc"),
+        lambda: public.tigris_storage(bucket="b", prefix=None),
+    ):
+        with pytest.raises(StorageError):
+            attempt()
+
+
+@pytest.mark.parametrize(
+    ("bucket", "options", "url"),
+    [
+        ("data", {"endpoint_url": "https://s3.example.com"}, "https://data.s3.example.com"),
+        ("data", {"endpoint_url": "https://s3.example.com/", "force_path_style": True}, "https://s3.example.com/data"),
+        ("data.x", {"endpoint_url": "https://s3.example.com"}, "https://s3.example.com/data.x"),
+        ("data", {"endpoint_url": "http://127.0.0.1:9000", "allow_http": True}, "http://127.0.0.1:9000/data"),
+        ("data", {"endpoint_url": "http://minio:9000", "allow_http": True}, "http://minio:9000/data"),
+        ("data", {"endpoint_url": "http://[::1]:9000", "allow_http": True}, "http://[::1]:9000/data"),
+        ("data", {"endpoint_url": "https://x.org:443/base"}, "https://data.x.org/base"),
+        ("data", {"region": "eu-west-1"}, "https://data.s3.eu-west-1.amazonaws.com"),
+        ("data", {"region": "cn-north-1"}, "https://data.s3.cn-north-1.amazonaws.com.cn"),
+        ("da.ta", {"region": "eu-west-1"}, "https://s3.eu-west-1.amazonaws.com/da.ta"),
+    ],
+)
+async def test_endpoints(bucket: str, options: dict[str, Any], url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    found = await resolve_endpoint(bucket, S3Options(**options))
+    assert found.url == url
+    assert found.region == options.get("region", "us-east-1")
+
+
+@pytest.mark.parametrize("url", ["s3.example.com", "ftp://x", "https://"])
+async def test_bad_endpoints_are_refused(url: str) -> None:
+    with pytest.raises(StorageError, match="give a URL"):
+        await resolve_endpoint("b", S3Options(endpoint_url=url))
+
+
+async def test_options_and_headers_reach_the_service() -> None:
+    async with serving() as server:
+        storage = S3Storage(
+            "b",
+            options=S3Options(
+                region="us-east-1",
+                endpoint_url=server.endpoint,
+                allow_http=True,
+                force_path_style=True,
+                requester_pays=True,
+                checksum_algorithm=ChecksumAlgorithm.Crc32,
+            ),
+            credentials=S3Credentials.Anonymous(),
+            settings=StorageSettings(storage_class="STANDARD_IA", chunks_storage_class="GLACIER_IR"),
+            read_headers={"X-Read": "r"},
+            write_headers={"x-amz-server-side-encryption": "aws:kms"},
+        )
+        await storage.put("x", b"123456789", metadata={"a": "b"})
+        await storage.put("c", b"", kind="chunk")
+        await storage.get("x")
+        put, chunk, get = (seen.headers for seen in server.seen)
+    assert put["x-amz-request-payer"] == get["x-amz-request-payer"] == "requester"
+    assert put["x-amz-checksum-crc32"] == "y/Q5Jg=="
+    assert (put["x-amz-storage-class"], chunk["x-amz-storage-class"]) == ("STANDARD_IA", "GLACIER_IR")
+    assert put["x-amz-server-side-encryption"] == "aws:kms"
+    assert put["x-amz-meta-a"] == "b"
+    assert get["x-read"] == "r"
+    assert "x-read" not in put
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_signatures_have_the_official_names() -> None:
+    assert _parameters(public.s3_storage)[:4] == ["bucket", "prefix", "region", "endpoint_url"]
+    assert _parameters(public.s3_storage)[-4:] == ["legacy_rooted_keys", "read_headers", "write_headers", "headers"]
+    assert _parameters(Storage.new_s3) == [
+        "config",
+        "bucket",
+        "prefix",
+        "credentials",
+        "legacy_rooted_keys",
+        "read_headers",
+        "write_headers",
+        "headers",
+    ]

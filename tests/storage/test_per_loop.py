@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import weakref
+
+import pytest
+
+from icechunk.storage.per_loop import PerLoop
+
+
+class Client:
+    """Remembers its loop and that it was closed on it."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.closed = 0
+
+    async def aclose(self) -> None:
+        await asyncio.sleep(0)
+        assert asyncio.get_running_loop() is self.loop
+        self.closed += 1
+
+
+async def make() -> Client:
+    await asyncio.sleep(0)
+    return Client()
+
+
+def test_each_loop_has_its_own_value_and_closes_it() -> None:
+    clients = PerLoop(make, Client.aclose)
+
+    async def use() -> Client:
+        assert clients.peek() is None
+        first, second = await asyncio.gather(clients.get(), clients.get())
+        assert first is second is clients.peek()
+        assert first.closed == 0
+        return first
+
+    one, two = asyncio.run(use()), asyncio.run(use())
+    assert one is not two
+    assert (one.closed, two.closed) == (1, 1)
+    assert len(clients._entries) == 0
+
+
+async def test_closing_early_makes_a_new_value_next_time() -> None:
+    clients = PerLoop(make, Client.aclose)
+    first = await clients.get()
+    await clients.aclose()
+    await clients.aclose()
+    assert first.closed == 1
+    second = await clients.get()
+    assert second is not first
+    await clients.aclose()
+
+
+async def test_a_factory_that_fails_or_is_cancelled_is_called_again() -> None:
+    calls = 0
+
+    async def factory() -> Client:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise OSError("not now")
+        if calls == 2:
+            await asyncio.Event().wait()
+        return Client()
+
+    values = PerLoop(factory, Client.aclose)
+    with pytest.raises(OSError, match="not now"):
+        await values.get()
+    first = asyncio.create_task(values.get())
+    await asyncio.sleep(0)
+    second = asyncio.create_task(values.get())
+    await asyncio.sleep(0)
+    first.cancel()
+    assert isinstance(await second, Client)
+    assert calls == 3
+
+
+def test_loops_in_threads_do_not_meet() -> None:
+    clients = PerLoop(make, Client.aclose)
+    seen: list[Client] = []
+
+    async def use() -> None:
+        for _ in range(5):
+            seen.append(await clients.get())
+
+    threads = [threading.Thread(target=lambda: asyncio.run(use())) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(seen)) == 6
+    assert {client.closed for client in seen} == {1}
+
+
+def test_nothing_is_kept_of_a_loop_that_has_ended() -> None:
+    clients = PerLoop(make, Client.aclose)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(clients.get())
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+    ended = weakref.ref(loop)
+    del loop
+    gc.collect()
+    assert ended() is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_starts_anew_and_leaves_the_parents_value_alone() -> None:
+    script = """
+        import asyncio, os
+        from icechunk.storage.per_loop import PerLoop
+        class Value:
+            def __del__(self):
+                os.write(1, b"finalised in %s\\n" % (b"parent" if os.getpid() == parent else b"child"))
+        parent = os.getpid()
+        async def close(value):
+            os.write(1, b"closed in %s\\n" % (b"parent" if os.getpid() == parent else b"child"))
+        values = PerLoop(Value, close)
+        loop = asyncio.new_event_loop()
+        mine = id(loop.run_until_complete(values.get()))
+        pid = os.fork()
+        if pid == 0:
+            async def other():
+                assert values.peek() is None
+                assert id(await values.get()) != mine
+            asyncio.run(other())
+            os.write(1, b"child done\\n")
+            os._exit(0)
+        os.waitpid(pid, 0)
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+    """
+    lines = _run(script).splitlines()
+    assert lines == ["closed in child", "finalised in child", "child done", "closed in parent", "finalised in parent"]
+
+
+def test_values_of_loops_that_still_run_are_closed_at_exit() -> None:
+    script = """
+        import asyncio, threading
+        from icechunk.storage.per_loop import PerLoop
+        async def close(value):
+            await asyncio.sleep(0)
+            print("closed", value, flush=True)
+        names = iter("abc")
+        values = PerLoop(lambda: next(names), close)
+        running, idle = asyncio.new_event_loop(), asyncio.new_event_loop()
+        threading.Thread(target=running.run_forever, daemon=True).start()
+        asyncio.run_coroutine_threadsafe(values.get(), running).result()
+        idle.run_until_complete(values.get())
+    """
+    assert sorted(_run(script).splitlines()) == ["closed a", "closed b"]
+
+
+def _run(script: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "ignore::ResourceWarning", "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout
