@@ -469,6 +469,50 @@ def test_a_repo_of_ours_reads_with_the_tables_of_the_page() -> None:
     assert set(get_args(stored.UpdateChange)) == {type(change) for change in CHANGES}
 
 
+ROOTS = {
+    FileType.SNAPSHOT: "Snapshot",
+    FileType.MANIFEST: "Manifest",
+    FileType.TRANSACTION_LOG: "TransactionLog",
+    FileType.REPO_INFO: "Repo",
+}
+FIXTURES = ROOT / "tests/format/fixtures"
+OFFICIAL = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
+
+
+def official_files(folder: str) -> Iterator[tuple[str, bytes]]:
+    for path in sorted((FIXTURES / folder).rglob("*")):
+        if path.is_file() and path.name != "inspect.json":
+            yield path.relative_to(FIXTURES / folder).as_posix(), path.read_bytes()
+
+
+@pytest.mark.parametrize("folder", OFFICIAL)
+def test_every_file_of_the_official_library_reads_with_the_tables_of_the_page(folder: str) -> None:
+    met: set[str] = set()
+    for key, data in official_files(folder):
+        if data[:3] != b"ICE":
+            continue
+        _, payload = unseal(data, FileType(data[37]), what=key)
+        reader = Reader(payload)
+        read = reader.root(ROOTS[FileType(data[37])])
+        met |= reader.met
+        for name in ("nodes", "arrays", "branches", "tags", "snapshots", "updated_chunks", "manifest_files_v2"):
+            order = [
+                item.get("path", item.get("name", item.get("id", item.get("node_id")))) for item in read.get(name) or ()
+            ]
+            assert order == sorted(order, key=lambda key: key.encode() if isinstance(key, str) else key), (key, name)
+    assert {"Snapshot", "NodeSnapshot", "Manifest", "ChunkRef", "TransactionLog"} <= met
+    assert ("Repo" in met) == (folder == "v2")
+
+
+@pytest.mark.parametrize("folder", OFFICIAL)
+def test_every_key_of_the_official_library_is_listed(folder: str) -> None:
+    cells = " ".join(row[0] + row[3] for row in rows(page("objects.md"), "| key |"))
+    patterns = [re.sub(r"\\\{[^}]*\\\}", "[^/]+", re.escape(key)) for key in code(cells) if key != "{id}"]
+    for key, _ in official_files(folder):
+        key = key.removesuffix(".deleted")
+        assert any(re.fullmatch(pattern, key) for pattern in patterns), key
+
+
 # -- repository-log.md -------------------------------------------------------------------------------------------------
 
 RECORD = SnapshotRecord(id=A, parent=FIRST_SNAPSHOT, flushed_at_us=9, message="m")
@@ -596,6 +640,14 @@ def test_the_session_event_table_lists_every_event_with_its_tag() -> None:
 def test_the_phases_of_a_session_are_those_of_the_table() -> None:
     listed = {code(row[0])[0] for row in rows(page("session-log.md"), "| phase |")}
     assert listed == {phase.value for phase in _Phase}
+
+
+def test_the_diagram_of_the_session_shows_those_phases_too() -> None:
+    text = page("session-log.md")
+    diagram = text[text.index("stateDiagram") :].partition("```")[0]
+    aliases = {alias: name for name, alias in re.findall(r'state "([^"]+)" as (\w+)', diagram)}
+    ends = {end for pair in re.findall(r"(\S+) --> ([^\s:]+)", diagram) for end in pair} - {"[*]"}
+    assert {aliases.get(end, end) for end in ends} == {phase.value for phase in _Phase}
 
 
 def test_every_seal_names_its_spec_version_and_type_where_the_page_says() -> None:
