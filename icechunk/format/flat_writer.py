@@ -123,7 +123,12 @@ class FlatWriter:
                 continue
             if isinstance(value, Scalar):
                 packer = _FORMATS[value.format]
-                inline.append((packer.size, slot, packer.size, packer.pack(value.value)))
+                try:
+                    packed = packer.pack(value.value)
+                except struct.error as error:
+                    limit = f"a number of {packer.size} bytes"
+                    raise InvalidInputError(f"cannot encode {value.value}: the format holds {limit} there") from error
+                inline.append((packer.size, slot, packer.size, packed))
             elif isinstance(value, Inline):
                 inline.append((value.align, slot, len(value.data), value.data))
             else:

@@ -191,7 +191,7 @@ def _change_table(change: UpdateChange) -> tuple[int, FlatTable]:
         case FeatureFlagChanged(id=id, new_value=new_value, is_set=is_set):
             number, slots = 15, {0: Scalar("H", id), 1: u8(new_value), 2: u8(is_set)}
         case StatusChanged(status=status):
-            number, slots = 16, {0: None if status is None else _status_table(status)}
+            number, slots = 16, {0: _status_table(status)}
     return number, FlatTable(slots)
 
 
@@ -290,11 +290,6 @@ def _name(table: Table) -> str:
     return required(table.string(0), table, "name")
 
 
-def _status_changed(table: Table) -> StatusChanged:
-    status = table.table(0)
-    return StatusChanged(status=None if status is None else _status(status))
-
-
 _CHANGES: Final[Mapping[int, Callable[[Table], UpdateChange]]] = {
     1: lambda table: RepoInitialized(),
     2: lambda table: RepoMigrated(from_version=table.u8(0), to_version=table.u8(1)),
@@ -315,5 +310,5 @@ _CHANGES: Final[Mapping[int, Callable[[Table], UpdateChange]]] = {
     13: lambda table: GCRan(),
     14: lambda table: ExpirationRan(),
     15: lambda table: FeatureFlagChanged(id=table.u16(0), new_value=bool(table.u8(1)), is_set=bool(table.u8(2))),
-    16: _status_changed,
+    16: lambda table: StatusChanged(status=_status(required(table.table(0), table, "status"))),
 }

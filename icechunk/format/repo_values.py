@@ -177,8 +177,7 @@ class FeatureFlagChanged:
 class StatusChanged:
     """The repository's status was set."""
 
-    status: Status | None
-    """None only in files whose writer left it out."""
+    status: Status
 
 
 UpdateChange: TypeAlias = (

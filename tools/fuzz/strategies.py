@@ -153,8 +153,8 @@ def nodes(draw: st.DrawFn, path: str) -> NodeSnapshot:
     id = draw(node_ids)
     if draw(st.booleans()):
         return NodeSnapshot(id=id, path=path, kind=NodeKind.GROUP, user_data=draw(blobs))
-    lengths = draw(st.lists(st.tuples(st.integers(0, 2**40), st.integers(1, 2**20)), max_size=4))
-    shape = tuple(DimensionShape(n, min(-(-n // chunk), 2**32 - 1)) for n, chunk in lengths)
+    lengths = draw(st.lists(st.tuples(st.integers(0, 2**31), st.integers(1, 2**20)), max_size=4))
+    shape = tuple(DimensionShape(n, -(-n // chunk)) for n, chunk in lengths)
     chunks = [math.ceil(dim.array_length / dim.num_chunks) if dim.num_chunks else 1 for dim in shape]
     extents = st.tuples(*[st.tuples(u32s, u32s)] * len(shape))
     return NodeSnapshot(
@@ -223,7 +223,7 @@ changes = st.one_of(
     st.builds(GCRan),
     st.builds(ExpirationRan),
     st.builds(FeatureFlagChanged, id=st.integers(0, 2**16 - 1), new_value=st.booleans(), is_set=st.booleans()),
-    st.builds(StatusChanged, status=st.none() | statuses),
+    st.builds(StatusChanged, status=statuses),
 )
 updates = st.builds(Update, change=changes, updated_at_us=u64s, backup_path=st.none() | texts)
 

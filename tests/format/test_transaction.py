@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icechunk.errors import FormatError, InvalidInputError
+from icechunk.format.ids import NodeId, ObjectId
+from icechunk.format.tables import Move, NodeKind, TransactionLog
+from icechunk.format.transaction import decode_transaction_log, encode_transaction_log
+from tools.fuzz.strategies import transaction_logs
+
+A, B = NodeId(b"a" * 8), NodeId(b"b" * 8)
+EMPTY = TransactionLog(id=ObjectId(b"t" * 12))
+
+
+def comparable(log: TransactionLog) -> list[object]:
+    values = {field.name: getattr(log, field.name) for field in fields(log)}
+    values["updated_chunks"] = [(node, coords.tolist(), coords.shape) for node, coords in log.updated_chunks.items()]
+    return list(values.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.sampled_from((1, 2)))
+def test_transaction_logs_come_back_as_they_were(data: st.DataObject, spec_version: int) -> None:
+    log = data.draw(transaction_logs(spec_version))
+    again = decode_transaction_log(encode_transaction_log(log, spec_version), expected_id=log.id)
+    assert comparable(again) == comparable(log)
+
+
+def test_coordinates_are_written_sorted_and_once() -> None:
+    coords = np.array([[2, 0], [0, 5], [2, 0], [0, 1]], np.uint32)
+    again = decode_transaction_log(encode_transaction_log(replace(EMPTY, updated_chunks={B: coords, A: coords})))
+    assert list(again.updated_chunks) == [A, B]
+    assert again.updated_chunks[A].tolist() == [[0, 1], [0, 5], [2, 0]]
+
+
+def test_moves_are_sorted_segment_by_segment() -> None:
+    moves = [Move(path, path + "x", A, NodeKind.GROUP) for path in ("/a-b", "/a/b", "/a")]
+    again = decode_transaction_log(encode_transaction_log(replace(EMPTY, moved_nodes=tuple(moves))))
+    assert [move.source for move in again.moved_nodes] == ["/a", "/a/b", "/a-b"]
+
+
+def test_moves_are_refused_in_format_1() -> None:
+    log = replace(EMPTY, moved_nodes=(Move("/a", "/b", A, NodeKind.ARRAY),))
+    with pytest.raises(InvalidInputError, match="use format 2"):
+        encode_transaction_log(log, 1)
+
+
+def test_many_coordinates_come_back() -> None:
+    coords = np.stack(np.divmod(np.arange(100_000, dtype=np.uint32), 317), axis=1)
+    again = decode_transaction_log(encode_transaction_log(replace(EMPTY, updated_chunks={A: coords})))
+    assert np.array_equal(again.updated_chunks[A], coords)
+
+
+def test_another_id_than_expected_is_a_format_error() -> None:
+    with pytest.raises(FormatError, match="its id is"):
+        decode_transaction_log(encode_transaction_log(EMPTY), expected_id=ObjectId(bytes(12)))
