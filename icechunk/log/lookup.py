@@ -25,7 +25,7 @@ Rows = npt.NDArray[np.intp]
 
 def _widths(coords: Coords) -> tuple[int, ...]:
     if not len(coords):
-        return (0,) * coords.shape[1]
+        return (0,) * int(coords.shape[1])
     most: list[int] = [int(coords[:, d].max()) for d in range(coords.shape[1])]
     return tuple([m.bit_length() for m in most])
 

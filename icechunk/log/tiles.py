@@ -7,10 +7,11 @@ own, so an append reads nothing.
 
 Two things keep the tiles well shaped.
 
-*Tiers.* A tile of n references is of tier ⌊log_f n⌋. Where neighbouring tiles of tier ≤ T hold
-f^(T+1) references together, they are merged: every reference then rises by a tier, so it is
-rewritten O(log n) times in its life, and fewer than f tiles of a tier lie side by side. Tiles that
-are half full take no part.
+*Tiers.* A tile of n references is of tier ⌊log_f n⌋. Neighbouring tiles of tier ≤ T are merged once
+they hold f^(T+1) references together, and either f times the largest of them, or are 2f in number,
+or fill a manifest. Every reference then rises by a tier, so it is rewritten O(log n) times in its
+life; fewer than 2f tiles of a tier lie side by side; and appends of equal size read something only
+every f-th time. Tiles that are half full take no part.
 
 *Absorption.* New rows whose bounding box crosses smaller tiles take them in (the cost is in
 proportion to the rows written); around larger tiles they are cut along the faces of those tiles.
@@ -246,20 +247,49 @@ def _merge(tiles: list[Tile], policy: TilePolicy) -> list[Tile]:
     reach = policy.fan_in
     # T = 0, 1, …: tiles below f^(T+1) references merge once they hold that many together.
     while True:
-        tiles = _merge_tier(tiles, min(reach, full), full, policy.max_refs)
+        tiles = _merge_tier(tiles, min(reach, full), policy)
         if reach >= full:
-            return tiles
+            return _gathered(tiles, full, policy)
         reach *= policy.fan_in
 
 
-def _merge_tier(tiles: list[Tile], reach: int, full: int, max_refs: int) -> list[Tile]:
+def _gathered(tiles: list[Tile], full: int, policy: TilePolicy) -> list[Tile]:
+    """Where small tiles outnumber full ones because larger ones lie between them, merge them with those."""
+    small = sorted((t for t in tiles if t.estimate < full and not t.avoid), key=_corner)
+    if len(small) <= max(4 * policy.fan_in, len(tiles) - len(small)):
+        return tiles
+    for start in range(0, len(small), policy.fan_in):
+        group = {id(t) for t in small[start : start + policy.fan_in]}
+        members = [t for t in tiles if id(t) in group]
+        if len(members) < 2:
+            continue
+        while True:
+            box = union(t.box for t in members)
+            more = [t for t in tiles if overlap(t.box, box)]
+            if len(more) == len(members):
+                break
+            members = more
+        # One commit must not rewrite a large array because of this; the next ones try elsewhere.
+        if sum(t.estimate for t in members) > 8 * policy.max_refs or any(t.avoid for t in members):
+            continue
+        inside = {id(t) for t in members}
+        tiles = [t for t in tiles if id(t) not in inside]
+        tiles.append(_one(members, box))
+    return tiles
+
+
+def _merge_tier(tiles: list[Tile], reach: int, policy: TilePolicy) -> list[Tile]:
     result: list[Tile] = []  # also stands for the boxes of earlier merges, which later ones must not meet
     run: list[Tile] = []
     held = 0
 
-    def close() -> None:
+    def close(*, filled: bool = False) -> None:
         nonlocal run, held
-        result.extend(_joined(run, [*tiles, *result], reach))
+        if len(run) > 1 and held >= reach:
+            ripe = filled or len(run) >= 2 * policy.fan_in
+            if ripe or held >= policy.fan_in * max(t.estimate for t in run):
+                run = _joined(run, [*tiles, *result], reach)
+        result.extend(run)
         run, held = [], 0
 
     for tile in tiles:
@@ -267,8 +297,8 @@ def _merge_tier(tiles: list[Tile], reach: int, full: int, max_refs: int) -> list
             close()
             result.append(tile)
             continue
-        if held + tile.estimate > max_refs:
-            close()
+        if held + tile.estimate > policy.max_refs:
+            close(filled=True)
         run.append(tile)
         held += tile.estimate
     close()
@@ -285,16 +315,18 @@ def _joined(run: list[Tile], tiles: list[Tile], reach: int) -> list[Tile]:
     if any(overlap(box, t.box) for t in tiles if id(t) not in own):
         middle = len(run) // 2
         return _joined(run[:middle], tiles, reach) + _joined(run[middle:], tiles, reach)
-    return [
-        Tile(
-            box=box,
-            estimate=total,
-            sources=tuple(s for t in run for s in t.sources),
-            written=np.sort(np.concatenate([t.written for t in run])),
-            deleted=np.sort(np.concatenate([t.deleted for t in run])),
-            dirty=True,
-        )
-    ]
+    return [_one(run, box)]
+
+
+def _one(members: list[Tile], box: Extents) -> Tile:
+    return Tile(
+        box=box,
+        estimate=sum(t.estimate for t in members),
+        sources=tuple(s for t in members for s in t.sources),
+        written=np.sort(np.concatenate([t.written for t in members])),
+        deleted=np.sort(np.concatenate([t.deleted for t in members])),
+        dirty=True,
+    )
 
 
 def _corner(tile: Tile) -> tuple[int, ...]:

@@ -124,11 +124,14 @@ def _parse_grid(grid: object, shape: list[int], path: str) -> tuple[int, ...]:
     name, configuration = grid.get("name"), grid["configuration"]
     if name == "regular":
         chunks = configuration.get("chunk_shape")
-        if not isinstance(chunks, list) or not all(_is_length(c, 1) for c in chunks):
+        if not isinstance(chunks, list) or not all(_is_length(c, 0) for c in chunks):
             _bad(path, f"chunk_shape is {chunks!r}, expected a list of positive lengths")
         if len(chunks) != len(shape):
             _invalid(path, f"chunk_shape has {len(chunks)} dimensions, shape has {len(shape)}")
-        return tuple(-(-n // c) for n, c in zip(shape, chunks, strict=True))
+        # zarr writes chunks of length 0 along a dimension without elements, where there are no chunks anyway.
+        if any(n and not c for n, c in zip(shape, chunks, strict=True)):
+            _bad(path, f"chunk_shape is {chunks!r}, expected positive lengths wherever shape {shape!r} has elements")
+        return tuple(-(-n // c) if n else 0 for n, c in zip(shape, chunks, strict=True))
     if name == "rectilinear":
         chunks = configuration.get("chunk_shapes")
         if configuration.get("kind", "inline") != "inline" or not isinstance(chunks, list):
