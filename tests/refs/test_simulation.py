@@ -1,0 +1,65 @@
+"""A cluster under lost, late and doubled requests, crashes and pauses keeps every promise; see `tools.simulate`."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from icechunk.refs import log_layout, log_reader, swap
+from icechunk.testing.simulation import simulate
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog: pytest.LogCaptureFixture):
+    # Failing checkpoints are what the simulator is made of.
+    caplog.set_level(logging.CRITICAL)
+
+
+@pytest.mark.parametrize("seeds", [range(i, i + 5) for i in range(0, 20, 5)], ids=str)
+def test_every_acknowledged_commit_is_in_history_exactly_once_and_no_failed_one(seeds: range):
+    for seed in seeds:
+        report = simulate(seed)
+        assert not report.problems, f"seed {seed}: {report.problems}"
+        assert report.acknowledged
+
+
+@pytest.mark.parametrize("seeds", [range(i, i + 5) for i in range(1000, 1010, 5)], ids=str)
+def test_the_same_holds_while_the_repository_is_converted_there_and_back(seeds: range):
+    for seed in seeds:
+        report = simulate(seed, convert=True)
+        assert not report.problems, f"seed {seed}: {report.problems}"
+
+
+def test_a_seed_is_a_schedule():
+    first, second = simulate(7), simulate(7)
+    assert first == second
+    assert first.unknown + first.crashes + first.pruned > 0
+
+
+def test_without_faults_nothing_is_unknown_but_what_ran_into_its_deadline():
+    report = simulate(3, calm=True)
+    assert not report.problems
+    assert report.acknowledged
+
+
+def _problems(count: int) -> list[str]:
+    found: list[str] = []
+    for seed in range(count):
+        found += simulate(seed).problems
+        if found:
+            break
+    return found
+
+
+def test_the_simulator_notices_when_old_answers_are_believed(monkeypatch: pytest.MonkeyPatch):
+    for module in (swap, log_layout, log_reader):
+        monkeypatch.setattr(module, "still_proves", lambda proof, answer: True)
+    assert _problems(20)
+
+
+def test_the_simulator_notices_when_anybodys_entry_is_taken_for_ones_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        swap, "from_slot", lambda attempt, answer: swap.Landed() if answer.entry else swap.SendAgain(proof=answer.asked)
+    )
+    assert _problems(5)
