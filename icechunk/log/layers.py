@@ -18,7 +18,7 @@ from icechunk.format.ids import NodeId
 from icechunk.format.tables import ChunkRef, ChunkRefs
 from icechunk.log.columns import DELETED, concat, from_rows, normalized, take, tombstones
 from icechunk.log.events import ChunksDeleted, ChunksWritten
-from icechunk.log.lookup import CoordIndex
+from icechunk.log.lookup import RefTable
 
 __all__ = ["OPEN_ROWS", "ArrayFold"]
 
@@ -28,14 +28,6 @@ OPEN_ROWS: Final = 16_384
 _MOST: Final = 2**32 - 1
 
 Found: TypeAlias = ChunkRef | Literal[False] | None
-
-
-class _Layer:
-    __slots__ = ("index", "refs")
-
-    def __init__(self, refs: ChunkRefs) -> None:
-        self.refs = refs
-        self.index = CoordIndex(refs.coords)
 
 
 class ArrayFold:
@@ -58,7 +50,7 @@ class ArrayFold:
         self.path = path
         self.grid = grid
         self.rows: dict[tuple[int, ...], ChunkRef | None] = {}
-        self.layers: list[_Layer] = []
+        self.layers: list[RefTable] = []
 
     def __bool__(self) -> bool:
         return bool(self.rows or self.layers)
@@ -71,17 +63,17 @@ class ArrayFold:
         for layer in reversed(self.layers):
             row = layer.index.find(coords)
             if row >= 0:
-                return None if layer.refs.kind[row] == DELETED else layer.refs.row(row)
+                return None if layer.kind(row) == DELETED else layer.row(row)
         return False
 
     def push(self, refs: ChunkRefs) -> None:
         """Lay rows (ascending, unique; tombstones allowed) over everything known so far."""
         if not len(refs):
             return
-        layer = _Layer(refs)
+        layer = RefTable(refs)
         while self.layers and len(self.layers[-1].refs) < 2 * len(layer.refs):
             older = self.layers.pop()
-            layer = _Layer(normalized(concat([older.refs, layer.refs])))
+            layer = RefTable(normalized(concat([older.refs, layer.refs])))
         self.layers.append(layer)
 
     def push_deleted(self, coords: npt.NDArray[np.uint32]) -> None:
@@ -109,7 +101,7 @@ class ArrayFold:
         if not self.layers:
             return ChunkRefs.empty(len(self.grid))
         if len(self.layers) > 1:
-            self.layers = [_Layer(normalized(concat([layer.refs for layer in self.layers])))]
+            self.layers = [RefTable(normalized(concat([layer.refs for layer in self.layers])))]
         return self.layers[0].refs
 
 

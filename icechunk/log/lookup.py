@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from icechunk.format.tables import ChunkRef, ChunkRefs
+from icechunk.format.ids import ObjectId
+from icechunk.format.tables import NATIVE, ChunkRef, ChunkRefs
 
-__all__ = ["CoordIndex", "find", "sort_last"]
+__all__ = ["CoordIndex", "RefTable", "find", "sort_last"]
 
 Coords = npt.NDArray[np.uint32]
 Rows = npt.NDArray[np.intp]
@@ -77,7 +78,7 @@ class CoordIndex:
         self._widths = _widths(coords)
         self.wide = sum(self._widths) > 64
         self._keys = _pack(coords, self._widths)
-        self._view: Any = self._keys if self.wide else memoryview(self._keys)  # type: ignore[arg-type]
+        self._view: Any = self._keys if self.wide else _view(self._keys)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -119,6 +120,59 @@ class CoordIndex:
         keys = _pack(coords, self._widths)
         rows = np.minimum(self._keys.searchsorted(keys), len(self._keys) - 1)
         return np.where(known & (self._keys[rows] == keys), rows, -1)
+
+
+class RefTable:
+    """Columns prepared for many look-ups of one reference at a time; 8 bytes a row besides the columns.
+
+    Parameters
+    ----------
+    refs
+        Ascending and unique by coordinates, as in a manifest.
+    """
+
+    __slots__ = ("_ids", "_index", "_kind", "_length", "_offset", "refs")
+
+    def __init__(self, refs: ChunkRefs) -> None:
+        self.refs = refs
+        self._index: CoordIndex | None = None
+
+    @property
+    def index(self) -> CoordIndex:
+        """Made by the first look-up; most columns are never asked."""
+        if self._index is None:
+            refs = self.refs
+            # Items of a memoryview are Python integers, at a third of the cost of numpy's scalars.
+            self._kind: Any = _view(refs.kind)
+            self._offset: Any = _view(refs.offset)
+            self._length: Any = _view(refs.length)
+            self._ids: Any = _view(np.ascontiguousarray(refs.chunk_id).view(np.uint8)) if len(refs) else b""
+            self._index = CoordIndex(refs.coords)
+        return self._index
+
+    def __len__(self) -> int:
+        return len(self.refs)
+
+    def kind(self, row: int) -> int:
+        """The kind of a row that `index` found."""
+        kind: int = self._kind[row]
+        return kind
+
+    def row(self, row: int) -> ChunkRef:
+        """A row that `index` found, as a value of its own."""
+        if self._kind[row] != NATIVE:
+            return self.refs.row(row)
+        chunk_id = ObjectId(self._ids[12 * row : 12 * row + 12].tobytes())
+        return ChunkRef(NATIVE, None, chunk_id, None, self._offset[row], self._length[row])
+
+    def get(self, coords: Sequence[int]) -> ChunkRef | None:
+        """The reference at these coordinates, of the columns' rank, if there is one."""
+        row = self.index.find(coords)
+        return None if row < 0 else self.row(row)
+
+
+def _view(column: npt.NDArray[Any]) -> Any:
+    return memoryview(np.ascontiguousarray(column))  # type: ignore[arg-type]
 
 
 def find(refs: ChunkRefs, coords: Sequence[int]) -> ChunkRef | None:
