@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -80,12 +80,113 @@ def encode_manifest(manifest: Manifest, spec_version: int = 2, level: int = 3) -
     """
     if spec_version not in (1, 2):
         raise InvalidInputError(f"cannot encode a manifest in spec version {spec_version}")
-    arrays = [
-        FlatTable({_NODE: id_struct(node), _REFS: _written(_in_order(node, manifest.arrays[node]))})
-        for node in sorted(manifest.arrays)
-    ]
+    arrays = Written(lambda writer: _write_arrays(writer, dict(sorted(manifest.arrays.items()))))
     root: dict[int, Value] = {_ID: id_struct(manifest.id), _ARRAYS: arrays, _COMPRESSION: u8(_PLAIN)}
     return seal(FileType.MANIFEST, spec_version, FlatWriter().finish(FlatTable(root)), level)
+
+
+_ARRAY_TABLE: Final = np.dtype([("vtable", "<i4"), ("refs", "<u4"), ("node", "V8")])
+
+
+def _write_arrays(writer: FlatWriter, arrays: Mapping[NodeId, ChunkRefs]) -> int:
+    """Write the vector of arrays and all below it; returns its position.
+
+    Arrays of one rank are written as if they were one, so that a thousand small ones cost as much as a large one.
+    """
+    vtable = writer.vtable({_NODE: 8, _REFS: 4}, _ARRAY_TABLE.itemsize)
+    writer.align(4)
+    out = writer.out
+    start = len(out)
+    count = len(arrays)
+    fields = start + 4 + 4 * np.arange(count, dtype=np.int64)
+    tables = start + 4 + 4 * count + _ARRAY_TABLE.itemsize * np.arange(count, dtype=np.int64)
+    out += _U32.pack(count) + bytes((4 + _ARRAY_TABLE.itemsize) * count)
+    vectors = np.zeros(count, np.int64)
+    by_rank: dict[int, list[int]] = {}
+    everything = list(arrays.values())
+    for i, refs in enumerate(everything):
+        by_rank.setdefault(refs.ndim, []).append(i)
+    for members in by_rank.values():
+        batch = [everything[i] for i in members]
+        sizes = np.array([len(refs) for refs in batch], np.int64)
+        refs = _joined(batch)
+        if not is_ascending(refs.coords, _first_rows(sizes)):
+            refs = _joined([_in_order(list(arrays)[i], everything[i]) for i in members])
+        vectors[members] = _write_refs(writer, refs, sizes)
+    if count:
+        np.frombuffer(out, "<u4", count, start + 4)[:] = tables - fields
+        blocks = np.frombuffer(out, _ARRAY_TABLE, count, int(tables[0]))
+        blocks["vtable"] = tables - vtable
+        blocks["refs"] = vectors - (tables + 4)
+        blocks["node"] = np.frombuffer(b"".join(arrays), "V8")
+    return start
+
+
+def _first_rows(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_] | None:
+    """For each row of arrays of those sizes, one after another, whether it is the first of its array."""
+    if len(sizes) == 1:
+        return None
+    mask = np.zeros(int(sizes.sum()) + 1, np.bool_)
+    mask[np.cumsum(sizes) - sizes] = True
+    return mask[:-1]
+
+
+def _joined(batch: Sequence[ChunkRefs]) -> ChunkRefs:
+    """The rows of several arrays of one rank, one after another."""
+    if len(batch) == 1:
+        return batch[0]
+    locations, location_base = _pooled([refs.locations for refs in batch])
+    etags, etag_base = _pooled([refs.etags for refs in batch])
+    inline, inline_base = _pooled([refs.inline_data for refs in batch])
+    checked = any(refs.checksum_kind is not None for refs in batch)
+    return ChunkRefs(
+        coords=np.concatenate([refs.coords for refs in batch]),
+        kind=np.concatenate([refs.kind for refs in batch]),
+        offset=np.concatenate(
+            [
+                refs.offset + np.where(refs.kind == INLINE, base, 0).astype(np.uint64) if base else refs.offset
+                for refs, base in zip(batch, inline_base, strict=True)
+            ]
+        ),
+        length=np.concatenate([refs.length for refs in batch]),
+        chunk_id=np.concatenate([refs.chunk_id for refs in batch]),
+        location=np.concatenate([refs.location + base for refs, base in zip(batch, location_base, strict=True)]),
+        locations=tuple(text for part in locations for text in part),
+        checksum_kind=np.concatenate([_or_zeros(refs.checksum_kind, refs, np.uint8) for refs in batch])
+        if checked
+        else None,
+        checksum=np.concatenate(
+            [
+                _or_zeros(refs.checksum, refs, np.int64)
+                + np.where(_or_zeros(refs.checksum_kind, refs, np.uint8) == ETAG, base, 0)
+                for refs, base in zip(batch, etag_base, strict=True)
+            ]
+        )
+        if checked
+        else None,
+        etags=tuple(text for part in etags for text in part),
+        inline_data=b"".join(inline),
+    )
+
+
+_P = TypeVar("_P", tuple[str, ...], bytes)
+
+
+def _pooled(parts: Sequence[_P]) -> tuple[list[_P], list[int]]:
+    """The parts that differ in identity, and for each where its items begin among those of all."""
+    kept: list[_P] = []
+    begins: dict[int, int] = {}
+    total = 0
+    for part in parts:
+        if id(part) not in begins:
+            begins[id(part)] = total
+            kept.append(part)
+            total += len(part)
+    return kept, [begins[id(part)] for part in parts]
+
+
+def _or_zeros(column: npt.NDArray[Any] | None, refs: ChunkRefs, dtype: type) -> npt.NDArray[Any]:
+    return np.zeros(len(refs), dtype) if column is None else column
 
 
 def _in_order(node: NodeId, refs: ChunkRefs) -> ChunkRefs:
@@ -195,20 +296,19 @@ def _groups(refs: ChunkRefs) -> list[_Group]:
     return groups
 
 
-def _written(refs: ChunkRefs) -> Written:
-    return Written(lambda writer: _write_refs(writer, refs))
-
-
-def _write_refs(writer: FlatWriter, refs: ChunkRefs) -> int:
-    """Write the vector of references; returns its position."""
+def _write_refs(writer: FlatWriter, refs: ChunkRefs, sizes: npt.NDArray[np.int64]) -> Positions:
+    """Write a vector of references for each array, given the rows of all and their numbers; returns the positions."""
     groups = _groups(refs)
     layouts = [_layout(group.slots, refs.ndim) for group in groups]
     vtables = [writer.vtable(layout.vtable, layout.vector) for layout in layouts]
     out = writer.out
     writer.align(4)
     start = len(out)
-    first_field = start + 4
-    end = first_field + 4 * len(refs)
+    # A vector is its length and an offset for each row.
+    vectors = start + 4 * (np.cumsum(sizes) - sizes + np.arange(len(sizes)))
+    fields = start + 4 * (np.arange(len(refs), dtype=np.int64) + np.repeat(np.arange(1, len(sizes) + 1), sizes))
+    words = len(refs) + len(sizes)
+    end = start + 4 * words
     places: list[int] = []
     for layout, group in zip(layouts, groups, strict=True):
         places.append(end := end + -end % 8)
@@ -221,13 +321,14 @@ def _write_refs(writer: FlatWriter, refs: ChunkRefs) -> int:
         raise InvalidInputError(
             f"cannot encode a manifest of {inline_end} bytes: it holds at most {MAX_BYTES}; split it"
         )
-    out += _U32.pack(len(refs)) + bytes(inline_end - first_field)
-    offsets = np.frombuffer(out, "<u4", len(refs), first_field)
+    out += bytes(inline_end - start)
+    index = np.frombuffer(out, "<u4", words, start)
+    index[(vectors - start) >> 2] = sizes
+    at = (fields - start) >> 2
     for layout, group, vtable, place in zip(layouts, groups, vtables, places, strict=True):
         tables = place + layout.block.itemsize * np.arange(group.size, dtype=np.int64)
         rows = group.rows
-        numbers = np.arange(len(refs), dtype=np.int64)[rows]
-        offsets[rows] = tables - (first_field + 4 * numbers)
+        index[at[rows]] = tables - fields[rows]
         blocks = np.frombuffer(out, layout.block, group.size, place)
         blocks["vtable"] = tables - vtable
         blocks[str(_INDEX)] = layout.vector - layout.vtable[_INDEX]
@@ -239,7 +340,7 @@ def _write_refs(writer: FlatWriter, refs: ChunkRefs) -> int:
     out[end : end + len(locations)] = locations
     out[end + len(locations) : inline_start] = etags
     _fill_inline(out, refs, inline_at)
-    return start
+    return vectors
 
 
 def _field_values(

@@ -2,7 +2,7 @@
 
     python tools/bench/manifest_codec.py [--rows 1000000] [--case native] [--repeat 3]
 
-Times are the best of the repeats, whole calls (with zstd), on whatever core the process gets; the
+Times are CPU seconds of the best of the repeats, whole calls (with zstd), on one core; the
 peak is the process's resident set above what it was once the references were made. One case per
 process, since a peak cannot be reset.
 """
@@ -123,9 +123,9 @@ def best(function: Callable[[], object], repeat: int) -> float:
     """Seconds of the fastest of ``repeat`` calls."""
     times = []
     for _ in range(repeat):
-        start = time.perf_counter()
+        start = time.process_time()
         function()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
 
 
