@@ -21,7 +21,7 @@ from icechunk.log.session_log import SessionLog
 from icechunk.refs.events import CommitAdded, Event
 from icechunk.refs.state import RepoState
 from icechunk.transfer.assets import off_loop
-from icechunk.transfer.put import PutPool
+from icechunk.transfer.packs import Packs
 from icechunk.transfer.tasks import run_all, run_each
 
 __all__ = ["Commit", "commit"]
@@ -43,7 +43,7 @@ class Commit:
     """Called when the files are there and the swap begins: from then on a cancellation leaves the outcome open."""
 
 
-async def commit(core: Core, log: SessionLog, puts: PutPool, wanted: Commit) -> Snapshot:
+async def commit(core: Core, log: SessionLog, puts: Packs, wanted: Commit) -> Snapshot:
     """Write the session's files, all at once, and append the commit to the repository log.
 
     Two dependent round trips where no manifest must be read: the files, the swap.
@@ -115,7 +115,7 @@ async def _compact(core: Core, log: SessionLog, wanted: Commit) -> Compaction:
     )
 
 
-async def _write(core: Core, puts: PutPool, compaction: Compaction, spec_version: int) -> Snapshot:
+async def _write(core: Core, puts: Packs, compaction: Compaction, spec_version: int) -> Snapshot:
     level = core.settings.compression_level
     files: list[tuple[str, bytes]] = []
     sizes: dict[ObjectId, int] = {}

@@ -16,6 +16,7 @@ from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Storage
 from icechunk.storage.per_loop import PerLoop
 from icechunk.transfer.assets import Assets
+from icechunk.transfer.packs import Packs
 from icechunk.transfer.put import PutPool
 
 __all__ = ["Core", "Settings"]
@@ -35,6 +36,10 @@ class Settings:
     """Requests in flight, of reads and of writes, in each loop."""
     put_memory_bytes: int
     """Bytes on their way to storage that a session holds at the most."""
+    pack_threshold_bytes: int
+    """Chunks below this size share chunk objects; 0: none do."""
+    pack_size_bytes: int
+    """Size of such an object."""
     policy: Policy
     """How references are laid out in manifests."""
 
@@ -122,9 +127,16 @@ class Core:
         # What an open that began after this call has read is news enough.
         return log.state if self._opened_us[log] >= called_us else await log.refresh()
 
-    def put_pool(self) -> PutPool:
-        """A pool for the chunks of one writable session."""
-        return PutPool(self.storage, max_bytes=self.settings.put_memory_bytes, max_requests=self.settings.max_requests)
+    def packs(self) -> Packs:
+        """Where the chunks of one writable session go."""
+        settings = self.settings
+        pool = PutPool(self.storage, max_bytes=settings.put_memory_bytes, max_requests=settings.max_requests)
+        return Packs(
+            pool,
+            self.sources.new_object_id,
+            threshold_bytes=settings.pack_threshold_bytes,
+            size_bytes=settings.pack_size_bytes,
+        )
 
     async def aclose(self) -> None:
         """Write a last checkpoint where one is due, and close what this loop has open."""
@@ -150,6 +162,8 @@ def _resolve(config: RepositoryConfig) -> Settings:
         compression_level=_value(compression.level if compression is not None else None, 3),
         max_requests=_value(config.max_concurrent_requests, 256),
         put_memory_bytes=_value(engine.put_memory_bytes if engine is not None else None, _DEFAULT_PUT_MEMORY_BYTES),
+        pack_threshold_bytes=_value(engine.pack_threshold_bytes if engine is not None else None, 512 * 1024),
+        pack_size_bytes=_value(engine.pack_size_bytes if engine is not None else None, 4 * 1024 * 1024),
         policy=policy,
     )
 

@@ -10,12 +10,11 @@ import numpy.typing as npt
 from icechunk.core import Core
 from icechunk.errors import ErrorKind, FormatError, ObjectNotFoundError, StorageError
 from icechunk.format.ids import NodeId, ObjectId, encode_id
-from icechunk.format.keys import chunk_key
 from icechunk.format.tables import INLINE, NATIVE, ChunkRef, ChunkRefs, Extents, NodeSnapshot
 from icechunk.log.layers import inside
 from icechunk.log.lookup import find
 from icechunk.storage.base import ByteRange, Range, Suffix
-from icechunk.transfer.put import PutPool
+from icechunk.transfer.packs import Packs
 
 __all__ = ["base_reference", "base_references", "clip", "read_chunk"]
 
@@ -41,7 +40,7 @@ async def base_reference(core: Core, node: NodeSnapshot, coords: tuple[int, ...]
     return None
 
 
-async def read_chunk(core: Core, puts: PutPool | None, ref: ChunkRef, byte_range: ByteRange) -> bytes:
+async def read_chunk(core: Core, puts: Packs | None, ref: ChunkRef, byte_range: ByteRange) -> bytes:
     """The bytes that a reference points to, or a range of them, clamped as in `clip`.
 
     Raises
@@ -56,10 +55,10 @@ async def read_chunk(core: Core, puts: PutPool | None, ref: ChunkRef, byte_range
     if ref.kind == NATIVE and ref.chunk_id is not None:
         if start >= end:
             return b""
-        if puts is not None and (waiting := puts.pending(chunk_key(ref.chunk_id))) is not None:
-            return waiting[ref.offset + start : ref.offset + end]
+        if puts is not None and (waiting := puts.pending(ref.chunk_id, ref.offset, ref.length)) is not None:
+            return waiting[start:end]
         try:
-            data = await core.assets.chunk(ref.chunk_id, Range(ref.offset + start, ref.offset + end))
+            data = await core.assets.chunk(ref.chunk_id, ref.offset + start, ref.offset + end)
         except ObjectNotFoundError as error:
             raise StorageError(
                 f"chunk object {encode_id(ref.chunk_id)} is missing from {core.storage.describe()}, though a "

@@ -33,7 +33,6 @@ from icechunk.errors import (
     SessionStateError,
 )
 from icechunk.format.ids import encode_id
-from icechunk.format.keys import chunk_key
 from icechunk.format.tables import NATIVE, VIRTUAL, ChunkRef, ChunkRefs, NodeKind, NodeSnapshot, Snapshot
 from icechunk.log.session_log import ABSENT, IN_BASE, SessionLog
 from icechunk.reading import base_reference, base_references, read_chunk
@@ -70,7 +69,7 @@ class Session:
         self._branch = branch
         self._phase = _Phase.READ_ONLY if branch is None else _Phase.WRITABLE
         self._since_us = since_us
-        self._puts = core.put_pool()
+        self._puts = core.packs()
         self._lock = threading.Lock()
 
     # -- what it is ----------------------------------------------------------------------------------------------
@@ -289,13 +288,12 @@ class Session:
         with self._lock:
             self._require_writable()
             self._check_chunk(path, coords, data)
-        chunk_id = self._core.sources.new_object_id()
-        await self._puts.put(chunk_key(chunk_id), data)
+        chunk_id, offset = await self._puts.put(data)
         with self._lock:
             # While the pool was full the session may have been committed, or the array deleted.
             self._require_writable()
             node = self._check_chunk(path, coords, data)
-            self._log.set_native(node, coords, chunk_id, 0, len(data))
+            self._log.set_native(node, coords, chunk_id, offset, len(data))
 
     def _check_chunk(self, path: str, coords: tuple[int, ...], data: bytes) -> NodeSnapshot:
         node = self.require_array(path)

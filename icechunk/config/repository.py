@@ -134,6 +134,10 @@ class EngineConfig(Setting):
     """How the log of a *new* repository is persisted; existing ones are recognised. Never stored."""
     put_memory_bytes: int | None = field(default=None, metadata=checked(optional(unsigned(64, minimum=1))))
     """Bytes of chunks that may be on their way to the storage before writers wait."""
+    pack_threshold_bytes: int | None = field(default=None, metadata=checked(optional(unsigned(64))))
+    """Chunks below this size share chunk objects (512 KiB); 0: every chunk has an object of its own."""
+    pack_size_bytes: int | None = field(default=None, metadata=checked(optional(unsigned(64, minimum=1))))
+    """Size of an object that chunks share (4 MiB)."""
     max_refs_per_manifest: int | None = field(default=None, metadata=checked(optional(unsigned(32, minimum=1))))
     """Larger manifests are split into tiles, where no splitting is configured."""
     share_manifests_below_refs: int | None = field(default=None, metadata=checked(optional(unsigned(32))))

@@ -15,8 +15,9 @@ from icechunk.format.manifest import decode_manifest
 from icechunk.format.snapshot import decode_snapshot
 from icechunk.format.tables import Manifest, Snapshot, TransactionLog
 from icechunk.format.transaction import decode_transaction_log
-from icechunk.storage.base import ByteRange, Storage
+from icechunk.storage.base import Storage
 from icechunk.storage.per_loop import PerLoop
+from icechunk.transfer.blocks import BlockReader
 from icechunk.transfer.cache import WeightedCache
 from icechunk.transfer.fetch import FetchPool
 
@@ -58,9 +59,13 @@ class Assets:
         num_transaction_changes: int,
     ) -> None:
         self._pools: PerLoop[FetchPool] = PerLoop(lambda: FetchPool(storage, max_requests))
+        self._readers: PerLoop[BlockReader] = PerLoop(self._new_reader)
         self._snapshots: WeightedCache[ObjectId, Snapshot] = WeightedCache(num_snapshot_nodes)
         self._manifests: WeightedCache[ObjectId, Manifest] = WeightedCache(num_chunk_refs)
         self._transactions: WeightedCache[ObjectId, TransactionLog] = WeightedCache(num_transaction_changes)
+
+    async def _new_reader(self) -> BlockReader:
+        return BlockReader(await self._pools.get())
 
     async def snapshot(self, id: ObjectId) -> Snapshot:
         """A snapshot by its id. Raises `SnapshotNotFoundError`, or `FormatError` where the file is not one."""
@@ -92,10 +97,10 @@ class Assets:
             self._transactions.put(id, found, changes + 1)
         return found
 
-    async def chunk(self, id: ObjectId, byte_range: ByteRange) -> bytes:
-        """Bytes of a chunk object."""
-        pool = self._pools.peek() or await self._pools.get()
-        return await pool.get(chunk_key(id), byte_range)
+    async def chunk(self, id: ObjectId, start: int, end: int) -> bytes:
+        """Bytes ``start`` to ``end`` (exclusive) of a chunk object; fewer where it is shorter."""
+        reader = self._readers.peek() or await self._readers.get()
+        return await reader.read(chunk_key(id), start, end)
 
     def keep_snapshot(self, snapshot: Snapshot) -> None:
         """Cache a snapshot that this process just wrote or read."""

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import anyio
 
-from icechunk.storage.base import ByteRange, Storage
+from icechunk.storage.base import ByteRange, GetResult, Storage
 
 __all__ = ["FetchPool"]
 
@@ -62,6 +62,10 @@ class FetchPool:
         if self._flights.get(key) is flight:
             del self._flights[key]
 
-    async def _fetch(self, key: str, byte_range: ByteRange) -> bytes:
+    async def get_result(self, key: str, byte_range: ByteRange = None) -> GetResult:
+        """The same as `get`, with what the store said of the object; not shared."""
         async with self._limiter:
-            return (await self._storage.get(key, byte_range)).data
+            return await self._storage.get(key, byte_range)
+
+    async def _fetch(self, key: str, byte_range: ByteRange) -> bytes:
+        return (await self.get_result(key, byte_range)).data

@@ -87,12 +87,23 @@ class PutPool:
         StorageError
             An earlier upload failed for good. It is raised once here; the bytes are kept, and `flush` tries again.
         """
+        await self.wait_for_room(len(data))
+        self.take(key, data)
+
+    async def wait_for_room(self, size_bytes: int) -> None:
+        """Wait until so many bytes fit in. Raises as `put` does."""
         self._raise_news()
-        while (busy := self._oldest_if_full(len(data))) is not None:
+        while (busy := self._oldest_if_full(size_bytes)) is not None:
             await _wait(busy)
             self._raise_news()
-        loop = asyncio.get_running_loop()
-        item = _Pending(key, data, loop)
+
+    def is_full(self, size_bytes: int) -> bool:
+        """Whether that many bytes would have to wait."""
+        return self._bytes + size_bytes > self._max_bytes
+
+    def take(self, key: str, data: bytes) -> None:
+        """Take an object without waiting for room, and start its upload on the running loop."""
+        item = _Pending(key, data, asyncio.get_running_loop())
         with self._lock:
             self._pending[key] = item
             self._bytes += len(data)

@@ -1,0 +1,104 @@
+"""Packs: small chunks share chunk objects of a few MiB.
+
+One request for hundreds of chunks, in both directions: a native reference has an offset and a length, so every
+reader of the format understands a pack. A chunk's place is given when it is put; the pack travels when it is full, or
+at the flush before the commit. A chunk that is overwritten or deleted before the commit leaves its bytes behind in
+the pack, and nothing is moved for it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from icechunk.format.ids import ObjectId
+from icechunk.format.keys import chunk_key
+from icechunk.transfer.put import PutPool
+
+__all__ = ["Packs"]
+
+
+class _Pack:
+    __slots__ = ("id", "parts", "size")
+
+    def __init__(self, id: ObjectId) -> None:
+        self.id = id
+        self.parts: dict[int, bytes] = {}
+        self.size = 0
+
+
+class Packs:
+    """Chunks of one writable session on their way to storage, seen from every loop and thread.
+
+    Parameters
+    ----------
+    pool
+        Uploads the objects, in bounded memory.
+    new_object_id
+        Source of ids.
+    threshold_bytes
+        Chunks of this size and above get an object of their own; 0: all do.
+    size_bytes
+        A pack of this size travels.
+    """
+
+    def __init__(
+        self, pool: PutPool, new_object_id: Callable[[], ObjectId], *, threshold_bytes: int, size_bytes: int
+    ) -> None:
+        self._pool = pool
+        self._new_object_id = new_object_id
+        self._threshold_bytes = threshold_bytes
+        self._size_bytes = size_bytes
+        self._open: _Pack | None = None
+        self._lock = threading.Lock()
+
+    async def put(self, data: bytes) -> tuple[ObjectId, int]:
+        """Take a chunk, and say where it will be: object and offset. Waits, and raises, as `PutPool.put` does."""
+        if len(data) >= self._threshold_bytes:
+            id = self._new_object_id()
+            await self._pool.put(chunk_key(id), data)
+            return id, 0
+        if self._pool.is_full(len(data)):
+            # The open pack may be all that is left to make room with.
+            self._seal()
+        await self._pool.wait_for_room(len(data))
+        with self._lock:
+            pack = self._open
+            if pack is None:
+                pack = self._open = _Pack(self._new_object_id())
+            offset = pack.size
+            pack.parts[offset] = data
+            pack.size += len(data)
+            if pack.size >= self._size_bytes:
+                self._open = None
+                self._send(pack)
+        return pack.id, offset
+
+    async def flush(self) -> None:
+        """Return once everything taken so far is durable. Raises as `PutPool.flush` does."""
+        self._seal()
+        await self._pool.flush()
+
+    def pending(self, id: ObjectId, offset: int, length: int) -> bytes | None:
+        """The bytes of a chunk that is on its way, so that a session reads what it wrote; None once it is durable."""
+        with self._lock:
+            if self._open is not None and self._open.id == id:
+                return self._open.parts.get(offset)
+            data = self._pool.pending(chunk_key(id))
+        return None if data is None else data[offset : offset + length]
+
+    def discard(self) -> None:
+        """Forget what has not been uploaded."""
+        with self._lock:
+            self._open = None
+        self._pool.discard()
+
+    def _seal(self) -> None:
+        with self._lock:
+            pack, self._open = self._open, None
+            if pack is not None:
+                self._send(pack)
+
+    def _send(self, pack: _Pack) -> None:
+        # Under the lock: a reader finds the bytes in the open pack or in the pool.
+        self._pool.take(chunk_key(pack.id), b"".join(pack.parts.values()))
