@@ -36,12 +36,13 @@ _hooked = False
 
 
 class _Entry(Generic[T]):
-    __slots__ = ("keeper", "lock", "value")
+    __slots__ = ("closing", "keeper", "lock", "value")
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
         self.keeper: AsyncGenerator[None, None] | None = None
         self.value: T | None = None
+        self.closing: asyncio.Task[None] | None = None
 
 
 class PerLoop(Generic[T]):
@@ -62,6 +63,9 @@ class PerLoop(Generic[T]):
         self._close = close
         self._entries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Entry[T]] = weakref.WeakKeyDictionary()
         self._pid = os.getpid()
+        # Holds the values for as long as this object lives, and then until their loops have closed them: collected in
+        # one go with their keepers they would be finalised while open.
+        weakref.finalize(self, _abandon, self._entries, self._pid).atexit = False
 
     def peek(self) -> T | None:
         """The running loop's value, or None where none was made yet. Needs a running loop."""
@@ -85,7 +89,7 @@ class PerLoop(Generic[T]):
                     continue  # closed while we waited
                 made = self._factory()
                 value = cast(T, await made if inspect.isawaitable(made) else made)
-                entry.keeper = self._keep(value)
+                entry.keeper = _keep(value, self._entries, self._close)
                 await anext(entry.keeper)
                 entry.value = value
                 return value
@@ -101,6 +105,7 @@ class PerLoop(Generic[T]):
                 _inherited.append(self._entries)
                 self._entries = weakref.WeakKeyDictionary()
                 self._pid = os.getpid()
+                weakref.finalize(self, _abandon, self._entries, self._pid).atexit = False
             for other in list(self._entries):
                 if other.is_closed():
                     del self._entries[other]
@@ -111,23 +116,44 @@ class PerLoop(Generic[T]):
             _hook_exit()
             return entry
 
-    async def _keep(self, value: T) -> AsyncGenerator[None, None]:
-        try:
-            yield
-        finally:
-            loop = asyncio.get_running_loop()
-            with _guard:
-                entry = self._entries.get(loop)
-                if entry is not None and entry.value is value:
-                    del self._entries[loop]
-            if self._close is not None:
-                with contextlib.suppress(Exception):
-                    await self._close(value)
-
     async def _aclose_on(self, loop: asyncio.AbstractEventLoop) -> None:
         entry = self._entries.get(loop)
         if entry is not None and entry.keeper is not None:
             await entry.keeper.aclose()
+
+
+async def _keep(
+    value: T,
+    entries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Entry[T]],
+    close: Callable[[T], Awaitable[None]] | None,
+) -> AsyncGenerator[None, None]:
+    # A function, not a method: a reference to the `PerLoop` would keep it alive through its own finaliser.
+    try:
+        yield
+    finally:
+        loop = asyncio.get_running_loop()
+        with _guard:
+            entry = entries.get(loop)
+            if entry is not None and entry.value is value:
+                del entries[loop]
+        if close is not None:
+            with contextlib.suppress(Exception):
+                await close(value)
+
+
+def _abandon(entries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Entry[Any]], pid: int) -> None:
+    """Close what an object that is gone has left on loops that still run, on those loops."""
+    if pid != os.getpid():
+        return
+    for loop, entry in list(entries.items()):
+        if entry.keeper is not None and not loop.is_closed():
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(_close_soon, loop, entry)
+
+
+def _close_soon(loop: asyncio.AbstractEventLoop, entry: _Entry[Any]) -> None:
+    if entry.keeper is not None:
+        entry.closing = loop.create_task(entry.keeper.aclose())  # type: ignore[arg-type]
 
 
 def _hook_exit() -> None:
