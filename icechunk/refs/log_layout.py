@@ -61,7 +61,7 @@ from icechunk.refs.proof import MAX_SKEW_US, Instant, clock_error_us, still_prov
 from icechunk.refs.state import MAIN, RepoState
 from icechunk.refs.store_check import StoreCheck
 from icechunk.refs.swap import Landed, Lost, backoff_s, settle_attempt, unknown
-from icechunk.refs.takeover import Stranded, find_stranded, seal_log
+from icechunk.refs.takeover import Stranded, find_stranded, seal_abandoned, seal_log
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Absent, Storage
 
@@ -120,7 +120,8 @@ class LogLayout(RepositoryLog):
     ) -> LogLayout:
         """Read the log up to its head: ``repo`` and a listing at the same time, then the tail at once.
 
-        Where the log is found sealed, its conversion is finished first.
+        Where the log is found sealed, its conversion is finished first; where somebody took over ``repo``, the
+        abandoned log is sealed, and what is only in it is reported with the error.
 
         Raises
         ------
@@ -138,9 +139,11 @@ class LogLayout(RepositoryLog):
             )
             opened = await open_head(storage, sources)
         if isinstance(opened, RepoObject):
+            stranded = await seal_abandoned(storage, sources, opened) if storage.supports_writes else None
+            report = f"; {stranded.describe(storage.describe())}" if stranded is not None else ""
             raise SessionStateError(
                 f"the repository in {storage.describe()} is kept in its repo object, not in a log: open it with that "
-                "layout, or convert it",
+                f"layout, or convert it{report}",
                 ErrorKind.UNSUPPORTED_OPERATION_FOR_VERSION,
             )
         return cls(storage, sources, opened, updates_per_file=updates_per_file)

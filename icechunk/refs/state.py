@@ -426,12 +426,12 @@ def _with_flag(state: RepoState, flag: int, value: bool | None) -> RepoState:
 def _expired(state: RepoState, event: e.ExpirationRan) -> RepoState:
     released = frozenset(event.released)
     snapshots, branches, tags, deleted = state.snapshots, state.branches, state.tags, state.deleted_tags
-    for name in event.deleted_branches:
+    for name in frozenset(event.deleted_branches):
         if name == MAIN:
             raise SessionStateError("branch 'main' cannot be deleted", ErrorKind.CANNOT_DELETE_MAIN)
         state.branch_tip(name)
         branches = branches.delete(name)
-    for name in event.deleted_tags:
+    for name in frozenset(event.deleted_tags):
         state.tag_target(name)
         tags, deleted = tags.delete(name), deleted.set(name, None)
     for change in event.reparented:
@@ -440,7 +440,7 @@ def _expired(state: RepoState, event: e.ExpirationRan) -> RepoState:
             change.id,
             replace(record, parent=change.parent, pruned_ancestor_tx_logs=change.pruned_ancestor_tx_logs),
         )
-    for gone in event.released:
+    for gone in released:
         require_snapshot(state, gone)
         snapshots = snapshots.delete(gone)
     kept: Mapping[ObjectId, SnapshotRecord] = snapshots

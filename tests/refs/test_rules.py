@@ -796,6 +796,10 @@ async def test_a_takeover_is_found_when_opening(world: World):
     await take_over(world)
     found = await read_repo(world.store, world.clock.sources())
     assert found is not None
+    with pytest.raises(SessionStateError, match="1 entries after slot 1 are in the log only") as caught:
+        await LogLayout.open(world.store, world.clock.sources())
+    assert caught.value.kind == "unsupported-operation-for-version"
+    await world.store.delete([slot_key(epoch, 3)])
     stranded = await seal_abandoned(world.store, world.clock.sources(), found)
     assert stranded is not None
     assert (stranded.after, [entry.n for entry in stranded.entries]) == (1, [2])

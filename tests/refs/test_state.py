@@ -189,6 +189,15 @@ def test_an_expiration_reparents_survivors_and_lists_what_went():
     assert state.snapshots[an_id(3)].pruned_ancestor_tx_logs == (an_id(1), an_id(2))
 
 
+def test_an_expiration_may_name_things_twice():
+    state = after(
+        fresh(), e.DetachedSnapshotAdded(snapshot=record(1, None)), e.BranchCreated(name="b", snapshot=an_id(1))
+    )
+    state = after(state, e.ExpirationRan(released=(an_id(1), an_id(1)), deleted_branches=("b", "b")))
+    assert set(state.snapshots) == {FIRST_SNAPSHOT}
+    assert set(state.branches) == {"main"}
+
+
 def test_feature_flags_go_on_off_and_back_to_their_default():
     state = after(fresh(), e.FeatureFlagSet(flag=3, value=False), e.FeatureFlagSet(flag=4, value=True))
     assert (state.enabled_feature_flags, state.disabled_feature_flags) == (frozenset({4}), frozenset({3}))
@@ -196,7 +205,7 @@ def test_feature_flags_go_on_off_and_back_to_their_default():
     assert state.disabled_feature_flags == frozenset()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(EVENTS, max_size=12), st.integers(0, 9000))
 def test_any_sequence_folds_to_a_state_that_holds_together(events: list[e.Event], time_us: int):
     state = fresh()
