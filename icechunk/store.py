@@ -90,11 +90,7 @@ class IcechunkStore(Store, SyncMixin):
         parsed = parse_key(key)
         session = self._session
         if type(parsed) is ChunkKey:
-            node = session.hierarchy.node(parsed.path)
-            if node is None:
-                return None
-            _require_array(node)
-            return await session.get_chunk(node, parsed.coords, _range(byte_range))
+            return await session.get_chunk(parsed.path, parsed.coords, _range(byte_range))
         if type(parsed) is MetadataKey:
             node = session.hierarchy.node(parsed.path)
             if node is None:
@@ -140,7 +136,7 @@ class IcechunkStore(Store, SyncMixin):
         if node is None or isinstance(parsed, MetadataKey):
             return node is not None
         _require_array(node)
-        return await self._session.chunk_reference(node, parsed.coords) is not None
+        return await self._session.chunk_reference(parsed.path, parsed.coords) is not None
 
     async def getsize(self, key: str) -> int:
         """Bytes of a key's value, from its reference: nothing is fetched. Raises `FileNotFoundError`."""
@@ -150,7 +146,7 @@ class IcechunkStore(Store, SyncMixin):
         if node is not None:
             if isinstance(parsed, ChunkKey):
                 _require_array(node)
-                ref = await self._session.chunk_reference(node, parsed.coords)
+                ref = await self._session.chunk_reference(parsed.path, parsed.coords)
                 size = None if ref is None else ref.length
             else:
                 size = len(node.user_data)
@@ -169,7 +165,7 @@ class IcechunkStore(Store, SyncMixin):
         for node in self._session.hierarchy.nodes(path):
             total += len(node.user_data)
             if node.kind is NodeKind.ARRAY:
-                async for refs in self._session.chunk_references(node):
+                async for refs in self._session.chunk_references(node.path):
                     total += int(refs.length.sum())
         return total
 
@@ -224,6 +220,7 @@ class IcechunkStore(Store, SyncMixin):
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Write a key unless it has a value already."""
+        self._require_writable()
         if not await self.exists(key):
             await self.set(key, value)
 
@@ -326,13 +323,13 @@ class IcechunkStore(Store, SyncMixin):
         return node, leading
 
     async def _has_chunks(self, node: NodeSnapshot) -> bool:
-        async with aclosing(self._session.chunk_references(node)) as batches:
+        async with aclosing(self._session.chunk_references(node.path)) as batches:
             async for _ in batches:
                 return True
         return False
 
     async def _chunk_refs(self, node: NodeSnapshot, leading: tuple[int, ...]) -> AsyncIterator[ChunkRefs]:
-        async for refs in self._session.chunk_references(node):
+        async for refs in self._session.chunk_references(node.path):
             if leading:
                 below = (refs.coords[:, : len(leading)] == np.array(leading, np.uint32)).all(axis=1)
                 yield refs.take(np.flatnonzero(below))
