@@ -16,8 +16,7 @@ from icechunk.format.repo_values import SnapshotRecord
 from icechunk.format.snapshot import encode_snapshot
 from icechunk.format.tables import Manifest, Snapshot
 from icechunk.format.transaction import encode_transaction_log
-from icechunk.log.compaction import Compaction, Plan, compact, finish, plan
-from icechunk.log.session_log import SessionLog
+from icechunk.log.compaction import Compaction, Plan, compact, finish
 from icechunk.refs.events import CommitAdded, Event
 from icechunk.refs.state import RepoState
 from icechunk.transfer.assets import off_loop
@@ -43,10 +42,17 @@ class Commit:
     """Called when the files are there and the swap begins: from then on a cancellation leaves the outcome open."""
 
 
-async def commit(core: Core, log: SessionLog, puts: Packs, wanted: Commit) -> Snapshot:
+async def commit(core: Core, base: Snapshot, make_plan: Callable[[], Plan], puts: Packs, wanted: Commit) -> Snapshot:
     """Write the session's files, all at once, and append the commit to the repository log.
 
     Two dependent round trips where no manifest must be read: the files, the swap.
+
+    Parameters
+    ----------
+    base
+        What the session stands on.
+    make_plan
+        Plans the session's changes; called once nothing more is written to the session.
 
     Raises
     ------
@@ -58,21 +64,21 @@ async def commit(core: Core, log: SessionLog, puts: Packs, wanted: Commit) -> Sn
         Something could not be written; nothing of this commit is visible.
     """
     repository_log = await core.log()
-    base = log.base.id
-    # A branch that is known to have moved will not come back: no need to upload anything.
-    _require_tip(repository_log.state, wanted.branch, base)
-    compaction = await _compact(core, log, wanted)
+    if repository_log.state.branches.get(wanted.branch) != base.id:
+        # Perhaps this loop's client has only not looked for a while; if the branch did move, nothing need be uploaded.
+        _require_tip(await repository_log.refresh(), wanted.branch, base.id)
+    compaction = await _compact(core, make_plan(), wanted)
     snapshot = await _write(core, puts, compaction, repository_log.spec_version)
     record = SnapshotRecord(
         id=snapshot.id,
-        parent=base,
+        parent=base.id,
         flushed_at_us=snapshot.flushed_at_us,
         message=wanted.message,
         metadata=dict(wanted.metadata),
     )
 
     def propose(state: RepoState) -> Sequence[Event]:
-        _require_tip(state, wanted.branch, base)
+        _require_tip(state, wanted.branch, base.id)
         return [CommitAdded(branch=wanted.branch, snapshot=record)]
 
     wanted.on_swap()
@@ -89,8 +95,7 @@ def _require_tip(state: RepoState, branch: str, base: ObjectId) -> None:
         raise ConflictError(encode_id(base), None if tip is None else encode_id(tip))
 
 
-async def _compact(core: Core, log: SessionLog, wanted: Commit) -> Compaction:
-    todo: Plan = plan(log, core.settings.policy)
+async def _compact(core: Core, todo: Plan, wanted: Commit) -> Compaction:
     manifests: dict[ObjectId, Manifest] = {}
 
     async def read(id: ObjectId) -> None:
@@ -107,7 +112,7 @@ async def _compact(core: Core, log: SessionLog, wanted: Commit) -> Compaction:
             manifests,
             snapshot_id=core.sources.new_object_id(),
             parent_id=None,
-            flushed_at_us=max(core.sources.wall_us(), log.base.flushed_at_us + 1),
+            flushed_at_us=max(core.sources.wall_us(), todo.base.flushed_at_us + 1),
             message=wanted.message,
             metadata=wanted.metadata,
             new_object_id=core.sources.new_object_id,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import html
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import encode_id
 from icechunk.format.tables import NATIVE, VIRTUAL, ChunkRef, ChunkRefs, NodeKind, NodeSnapshot, Snapshot
+from icechunk.log.compaction import Plan, plan
 from icechunk.log.session_log import ABSENT, IN_BASE, SessionLog
 from icechunk.reading import base_reference, base_references, read_chunk
 from icechunk.snapshots import Diff
@@ -174,7 +176,7 @@ class Session:
             on_swap=self._begin_swap,
         )
         try:
-            snapshot = await commit(self._core, self._log, self._puts, wanted)
+            snapshot = await commit(self._core, self._log.base, self._plan, self._puts, wanted)
         except Exception as error:
             self._phase = _Phase.UNSETTLED if isinstance(error, CommitOutcomeUnknown) else _Phase.WRITABLE
             raise
@@ -209,6 +211,11 @@ class Session:
             self._phase = _Phase.COMMITTING
             return self._branch
 
+    def _plan(self) -> Plan:
+        # Planning merges the log's rows, which other threads must not see halfway.
+        with self._lock:
+            return plan(self._log, self._core.settings.policy)
+
     def _begin_swap(self) -> None:
         self._phase = _Phase.SWAPPING
 
@@ -230,8 +237,7 @@ class Session:
         node = self._log.node(path)
         if node is None:
             raise NodeNotFoundError(f"node not found at {path!r}; create the array before its chunks")
-        if node.kind is not NodeKind.ARRAY:
-            raise InvalidInputError(f"the node at {path!r} is a group, not an array", ErrorKind.NOT_AN_ARRAY)
+        _require_array(node)
         return node
 
     @property
@@ -308,24 +314,35 @@ class Session:
             )
         return node
 
-    async def get_chunk(self, node: NodeSnapshot, coords: tuple[int, ...], byte_range: ByteRange) -> bytes | None:
-        """Bytes of a chunk, or a clamped range of them; None where it was never written."""
-        ref = await self.chunk_reference(node, coords)
+    async def get_chunk(self, path: str, coords: tuple[int, ...], byte_range: ByteRange) -> bytes | None:
+        """Bytes of a chunk, or a clamped range of them; None where it was never written, or there is no array.
+
+        Raises `InvalidInputError` where the node is a group.
+        """
+        ref = await self.chunk_reference(path, coords)
         if ref is None:
             return None
         return await read_chunk(self._core, self._puts, ref, byte_range)
 
-    async def chunk_reference(self, node: NodeSnapshot, coords: tuple[int, ...]) -> ChunkRef | None:
-        """The reference of a chunk; None where it was never written."""
+    async def chunk_reference(self, path: str, coords: tuple[int, ...]) -> ChunkRef | None:
+        """The reference of a chunk; None and errors as in `get_chunk`."""
         with self._lock:
+            # Node and reference from the same log: a commit on another thread replaces it.
+            node = self._log.node(path)
+            if node is None:
+                return None
+            _require_array(node)
             found = self._log.chunk(node, coords)
         if found is IN_BASE:
             return await base_reference(self._core, node, coords)
         return None if found is ABSENT else found
 
-    async def chunk_references(self, node: NodeSnapshot) -> AsyncGenerator[ChunkRefs, None]:
-        """All references of an array: batches in no particular order, none twice."""
+    async def chunk_references(self, path: str) -> AsyncGenerator[ChunkRefs, None]:
+        """All references of an array: batches in no particular order, none twice; none where it is no array."""
         with self._lock:
+            node = self._log.node(path)
+            if node is None or node.kind is not NodeKind.ARRAY:
+                return
             written, deleted = self._log.overlay(node)
         if len(written):
             yield written
@@ -347,14 +364,16 @@ class Session:
 
     async def chunk_coordinates(self, array_path: str, batch_size: int = 1000) -> AsyncIterator[tuple[int, ...]]:
         """Coordinates of every chunk of an array that exists, in no particular order."""
-        async for refs in self.chunk_references(self.require_array(_absolute(array_path))):
-            for row in refs.coords.tolist():
-                yield tuple(row)
+        path = self.require_array(_absolute(array_path)).path
+        async with aclosing(self.chunk_references(path)) as batches:
+            async for refs in batches:
+                for row in refs.coords.tolist():
+                    yield tuple(row)
 
     async def chunk_type_async(self, array_path: str, chunk_coordinates: Sequence[int]) -> ChunkType:
         """How a chunk is kept: inline, native, virtual, or not at all (``uninitialized``)."""
-        node = self.require_array(_absolute(array_path))
-        ref = await self.chunk_reference(node, tuple(chunk_coordinates))
+        path = self.require_array(_absolute(array_path)).path
+        ref = await self.chunk_reference(path, tuple(chunk_coordinates))
         if ref is None:
             return ChunkType.uninitialized
         return {NATIVE: ChunkType.native, VIRTUAL: ChunkType.virtual}.get(ref.kind, ChunkType.inline)
@@ -405,6 +424,11 @@ class Session:
             for name, value in self._summary()
         )
         return f"<table><caption>icechunk.Session</caption>{rows}</table>"
+
+
+def _require_array(node: NodeSnapshot) -> None:
+    if node.kind is not NodeKind.ARRAY:
+        raise InvalidInputError(f"the node at {node.path!r} is a group, not an array", ErrorKind.NOT_AN_ARRAY)
 
 
 def _in_grid(node: NodeSnapshot, coords: tuple[int, ...]) -> bool:

@@ -21,7 +21,7 @@ from zarr.core.sync import SyncMixin
 
 from icechunk.errors import ErrorKind, InvalidInputError, ReadOnlyError, SessionStateError
 from icechunk.format.tables import ChunkRefs, NodeKind, NodeSnapshot
-from icechunk.keys import ChunkKey, MetadataKey, V2Key, chunk_key_text, metadata_key_text, parse_key, to_path
+from icechunk.keys import ChunkKey, MetadataKey, chunk_key_text, metadata_key_text, parse_key, to_path
 from icechunk.reading import clip
 from icechunk.storage.base import ByteRange, Range, Suffix
 from icechunk.sync import run_sync
@@ -130,26 +130,20 @@ class IcechunkStore(Store, SyncMixin):
     async def exists(self, key: str) -> bool:
         """Whether a key has a value; nothing is fetched but, maybe, a manifest."""
         parsed = parse_key(key)
-        if isinstance(parsed, V2Key):
-            return False
-        node = self._session.hierarchy.node(parsed.path)
-        if node is None or isinstance(parsed, MetadataKey):
-            return node is not None
-        _require_array(node)
-        return await self._session.chunk_reference(parsed.path, parsed.coords) is not None
+        if isinstance(parsed, ChunkKey):
+            return await self._session.chunk_reference(parsed.path, parsed.coords) is not None
+        return isinstance(parsed, MetadataKey) and self._session.hierarchy.node(parsed.path) is not None
 
     async def getsize(self, key: str) -> int:
         """Bytes of a key's value, from its reference: nothing is fetched. Raises `FileNotFoundError`."""
         parsed = parse_key(key)
-        node = None if isinstance(parsed, V2Key) else self._session.hierarchy.node(parsed.path)
         size: int | None = None
-        if node is not None:
-            if isinstance(parsed, ChunkKey):
-                _require_array(node)
-                ref = await self._session.chunk_reference(parsed.path, parsed.coords)
-                size = None if ref is None else ref.length
-            else:
-                size = len(node.user_data)
+        if isinstance(parsed, ChunkKey):
+            ref = await self._session.chunk_reference(parsed.path, parsed.coords)
+            size = None if ref is None else ref.length
+        elif isinstance(parsed, MetadataKey):
+            node = self._session.hierarchy.node(parsed.path)
+            size = None if node is None else len(node.user_data)
         if size is None:
             raise FileNotFoundError(f"no key {key!r} in this store")
         return size
@@ -392,11 +386,6 @@ class IcechunkStore(Store, SyncMixin):
             for name, value in self._summary()
         )
         return f"<table><caption>icechunk.IcechunkStore</caption>{rows}</table>"
-
-
-def _require_array(node: NodeSnapshot) -> None:
-    if node.kind is not NodeKind.ARRAY:
-        raise InvalidInputError(f"the node at {node.path!r} is a group, not an array", ErrorKind.NOT_AN_ARRAY)
 
 
 def _range(request: ByteRequest | None) -> ByteRange:

@@ -99,7 +99,11 @@ class TestIcechunkStore(StoreTests[IcechunkStore, cpu.Buffer]):
         assert not isinstance(parsed, str)
         node = session.hierarchy.node(parsed.path)  # type: ignore[union-attr]
         assert node is not None
-        data = await session.get_chunk(node, parsed.coords, None) if isinstance(parsed, ChunkKey) else node.user_data
+        data = (
+            await session.get_chunk(parsed.path, parsed.coords, None)
+            if isinstance(parsed, ChunkKey)
+            else node.user_data
+        )
         assert data is not None
         return self.buffer_cls.from_bytes(data)
 

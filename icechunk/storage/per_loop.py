@@ -153,7 +153,7 @@ def _abandon(entries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Entr
 
 def _close_soon(loop: asyncio.AbstractEventLoop, entry: _Entry[Any]) -> None:
     if entry.keeper is not None:
-        entry.closing = loop.create_task(entry.keeper.aclose())  # type: ignore[arg-type]
+        entry.closing = loop.create_task(entry.keeper.aclose())
 
 
 def _hook_exit() -> None:

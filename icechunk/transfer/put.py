@@ -39,8 +39,6 @@ class _Pending:
     """Resolves when the present attempt has ended; the pool's lock guards its replacement."""
     error: BaseException | None = None
     """Why the last attempt failed."""
-    told: bool = False
-    """Whether that error has been raised to somebody."""
 
 
 class PutPool:
@@ -66,6 +64,8 @@ class PutPool:
         self._lock = threading.Lock()
         self._limiters: dict[int, tuple[asyncio.AbstractEventLoop, anyio.CapacityLimiter]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._news: list[_Pending] = []
+        """Failures that nobody has been told of."""
 
     @property
     def in_flight(self) -> int:
@@ -123,13 +123,14 @@ class PutPool:
         while True:
             with self._lock:
                 items = [item for item in self._pending.values() if item not in tried]
-                adopted = [
+                adopted = {
                     item
                     for item in items
                     if item.loop is None or not item.loop.is_running() or (item.loop is blocked and blocked is not here)
-                ]
+                }
                 for item in adopted:
-                    item.loop, item.done, item.error, item.told = here, concurrent.futures.Future(), None, False
+                    item.loop, item.done, item.error = here, concurrent.futures.Future(), None
+                self._news = [item for item in self._news if item.error is not None]
             for item in adopted:
                 self._start(item)
             if not items:
@@ -140,8 +141,8 @@ class PutPool:
                     tried.add(item)
         failed = [item for item in tried if item.error is not None]
         if failed:
-            for item in failed:
-                item.told = True
+            with self._lock:
+                self._news.clear()
             raise StorageError(
                 f"{len(failed)} chunk objects could not be written, the first is {failed[0].key!r}: "
                 f"{failed[0].error}; nothing was committed, and committing again tries again"
@@ -151,6 +152,7 @@ class PutPool:
         """Forget what has not been uploaded, and every failure: the session that wanted it is gone."""
         with self._lock:
             self._pending.clear()
+            self._news.clear()
             self._bytes = 0
 
     def _start(self, item: _Pending) -> None:
@@ -186,6 +188,8 @@ class PutPool:
                 item.loop = None
                 # A cancelled task says nothing about the storage: the next flush simply uploads again.
                 item.error = None if isinstance(error, asyncio.CancelledError) else error
+                if item.error is not None:
+                    self._news.append(item)
         if not done.done():
             done.set_result(None)
 
@@ -204,11 +208,12 @@ class PutPool:
             return next((item for item in self._pending.values() if not item.done.done()), None)
 
     def _raise_news(self) -> None:
+        if not self._news:
+            return
         with self._lock:
-            failed = next((i for i in self._pending.values() if i.error is not None and not i.told), None)
-            if failed is None:
-                return
-            failed.told = True
+            failed = self._news.pop() if self._news else None
+        if failed is None:
+            return
         raise StorageError(
             f"an earlier chunk could not be written to {failed.key!r}: {failed.error}; "
             "it is kept and the commit tries again"
