@@ -17,6 +17,7 @@ from icechunk.format.snapshot import encode_snapshot
 from icechunk.format.tables import Manifest, Snapshot
 from icechunk.format.transaction import encode_transaction_log
 from icechunk.log.compaction import Compaction, Plan, compact, finish
+from icechunk.refs.base import RepositoryLog
 from icechunk.refs.events import CommitAdded, Event
 from icechunk.refs.state import RepoState
 from icechunk.transfer.assets import off_loop
@@ -68,7 +69,7 @@ async def commit(core: Core, base: Snapshot, make_plan: Callable[[], Plan], puts
         # Perhaps this loop's client has only not looked for a while; if the branch did move, nothing need be uploaded.
         _require_tip(await repository_log.refresh(), wanted.branch, base.id)
     compaction = await _compact(core, make_plan(), wanted)
-    snapshot = await _write(core, puts, compaction, repository_log.spec_version)
+    snapshot = await _write(core, repository_log, puts, compaction)
     record = SnapshotRecord(
         id=snapshot.id,
         parent=base.id,
@@ -120,8 +121,8 @@ async def _compact(core: Core, todo: Plan, wanted: Commit) -> Compaction:
     )
 
 
-async def _write(core: Core, puts: Packs, compaction: Compaction, spec_version: int) -> Snapshot:
-    level = core.settings.compression_level
+async def _write(core: Core, log: RepositoryLog, puts: Packs, compaction: Compaction) -> Snapshot:
+    level, spec_version = core.settings.compression_level, log.spec_version
     files: list[tuple[str, bytes]] = []
     sizes: dict[ObjectId, int] = {}
     for manifest in compaction.manifests:
@@ -136,5 +137,5 @@ async def _write(core: Core, puts: Packs, compaction: Compaction, spec_version: 
     async def put(file: tuple[str, bytes]) -> None:
         await core.storage.put(*file)
 
-    await run_all(puts.flush, partial(run_each, put, files, limit=core.settings.max_requests))
+    await run_all(log.prepare_writes, puts.flush, partial(run_each, put, files, limit=core.settings.max_requests))
     return snapshot
