@@ -105,7 +105,7 @@ async def filled(request: pytest.FixtureRequest) -> Any:
         await session.commit_async("end")
 
 
-# -- reading -----------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------------------------
 
 
 async def test_everything_reads_back_wherever_it_stands(filled: IcechunkStore) -> None:
@@ -274,7 +274,7 @@ async def test_chunks_of_a_group_are_refused(store: IcechunkStore, key: str) -> 
     assert await state_of(store) == EVERYTHING
 
 
-# -- writing -----------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ async def test_read_only_store_of_a_read_only_session_stays_so(store: IcechunkSt
     assert caught.value.kind == ErrorKind.READ_ONLY_SESSION
 
 
-# -- deleting ----------------------------------------------------------------------------------------------------
+# -- deleting --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["written", "committed"])
@@ -521,7 +521,7 @@ async def test_array_made_again_at_the_same_place_has_no_old_chunks(writable: Ic
     assert await state_of(writable) == without("a/c/")
 
 
-# -- listing -----------------------------------------------------------------------------------------------------
+# -- listing ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("directory", [
@@ -544,7 +544,7 @@ async def test_prefix_need_not_be_a_directory(filled: IcechunkStore, prefix: str
     assert await collect(filled.list_prefix(prefix)) == sorted(key for key in EVERYTHING if key.startswith(prefix))
 
 
-# -- what is gone or changed behind the session's back -------------------------------------------------------------
+# -- what is gone or changed behind the session's back ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("byte_range", [None, RangeByteRequest(1, 4)])

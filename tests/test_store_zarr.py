@@ -96,14 +96,12 @@ class TestIcechunkStore(StoreTests[IcechunkStore, cpu.Buffer]):
 
     async def get(self, store: IcechunkStore, key: str) -> Buffer:
         session, parsed = store.session, parse_key(translate(key))
-        assert not isinstance(parsed, str)
-        node = session.hierarchy.node(parsed.path)  # type: ignore[union-attr]
-        assert node is not None
-        data = (
-            await session.get_chunk(parsed.path, parsed.coords, None)
-            if isinstance(parsed, ChunkKey)
-            else node.user_data
-        )
+        if isinstance(parsed, ChunkKey):
+            data = await session.get_chunk(parsed.path, parsed.coords, None)
+        else:
+            assert isinstance(parsed, MetadataKey)
+            node = session.hierarchy.node(parsed.path)
+            data = None if node is None else node.user_data
         assert data is not None
         return self.buffer_cls.from_bytes(data)
 
