@@ -95,7 +95,9 @@ def values_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray[Any, A
             info = np.iinfo(dtype)
             flat = np.array([info.min, info.max, 0, 1] * n, dtype)[:n]
         case "f" | "c":
-            flat = np.array([0.0, -0.0, 1.5, np.nan, np.inf, -np.inf] * n, dtype)[:n]
+            # zarr leaves out chunks that are all fill value, and takes complex -0.0 for 0.0.
+            zero = -0.0 if dtype.kind == "f" else 2.5
+            flat = np.array([0.0, zero, 1.5, np.nan, np.inf, -np.inf] * n, dtype)[:n]
         case "M" | "m":
             flat = np.array([0, 1, -1, 12345, np.iinfo("i8").min] * n, "i8")[:n].view(dtype)
         case "U":
