@@ -74,7 +74,7 @@ class Core:
         self._configure(storage, config)
         self._created: RepositoryLog | None = None
         self._opened_us: WeakKeyDictionary[RepositoryLog, int] = WeakKeyDictionary()
-        self._logs: PerLoop[RepositoryLog] = PerLoop(self._open_log, lambda log: log.aclose())
+        self._logs: PerLoop[RepositoryLog] = PerLoop(self._open_log, lambda log: log.aclose(), rank=1)
 
     def _configure(self, storage: Storage, config: RepositoryConfig) -> None:
         self.storage = storage.with_settings(config.storage) if config.storage is not None else storage

@@ -8,6 +8,10 @@ How a value is closed in time: for each value an asynchronous generator is start
 ``shutdown_asyncgens()``, which runs that ``finally`` on the loop itself. Loops that still run, or lie idle, at the end
 of the process (daemon threads) are seen to by an ``atexit`` hook. After a fork the child forgets the parent's values
 without closing or finalising them: their sockets and selectors are shared with the parent.
+
+In which order: ``shutdown_asyncgens()`` ends all generators of a loop at once, but what closes may still need what lies
+below it (a repository log writes its last checkpoint through a storage's client). So each `PerLoop` has a rank, and
+where a loop ends, a value waits until those of higher ranks on this loop are closed.
 """
 
 from __future__ import annotations
@@ -26,9 +30,12 @@ __all__ = ["PerLoop"]
 
 T = TypeVar("T")
 
-_EXIT_PATIENCE_S: Final = 2.0
+_EXIT_PATIENCE_S: Final = 5.0
+_ORDER_PATIENCE_S: Final = 30.0
 
 _everyone: weakref.WeakSet[PerLoop[Any]] = weakref.WeakSet()
+# What is open on each loop, of every `PerLoop`.
+_open: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, list[_Entry[Any]]] = weakref.WeakKeyDictionary()
 # Values of a parent process, kept so that they are never finalised here.
 _inherited: list[object] = []
 _guard = threading.Lock()
@@ -36,9 +43,13 @@ _hooked = False
 
 
 class _Entry(Generic[T]):
-    __slots__ = ("closing", "keeper", "lock", "value")
+    __slots__ = ("closed", "closing", "keeper", "lock", "rank", "unordered", "value")
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.closed = asyncio.Event()
+        # Whether somebody closes just this value: then it waits for no other.
+        self.unordered = False
         self.lock = asyncio.Lock()
         self.keeper: AsyncGenerator[None, None] | None = None
         self.value: T | None = None
@@ -54,11 +65,18 @@ class PerLoop(Generic[T]):
         Makes the value, on the loop that it is for; may be a coroutine function. Must not return None.
     close
         Closes it, on the same loop. What it raises is not seen by anybody.
+    rank
+        At the end of a loop, or of the process, values with a higher rank are closed before those with a lower one.
     """
 
     def __init__(
-        self, factory: Callable[[], T | Awaitable[T]], close: Callable[[T], Awaitable[None]] | None = None
+        self,
+        factory: Callable[[], T | Awaitable[T]],
+        close: Callable[[T], Awaitable[None]] | None = None,
+        *,
+        rank: int = 0,
     ) -> None:
+        self._rank = rank
         self._factory = factory
         self._close = close
         self._entries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Entry[T]] = weakref.WeakKeyDictionary()
@@ -89,8 +107,10 @@ class PerLoop(Generic[T]):
                     continue  # closed while we waited
                 made = self._factory()
                 value = cast(T, await made if inspect.isawaitable(made) else made)
-                entry.keeper = _keep(value, self._entries, self._close)
+                entry.keeper = _keep(value, entry, self._entries, self._close)
                 await anext(entry.keeper)
+                with _guard:
+                    _open.setdefault(loop, []).append(entry)
                 entry.value = value
                 return value
 
@@ -111,7 +131,7 @@ class PerLoop(Generic[T]):
                     del self._entries[other]
             entry = self._entries.get(loop)
             if entry is None:
-                entry = self._entries[loop] = _Entry()
+                entry = self._entries[loop] = _Entry(self._rank)
             _everyone.add(self)
             _hook_exit()
             return entry
@@ -119,11 +139,13 @@ class PerLoop(Generic[T]):
     async def _aclose_on(self, loop: asyncio.AbstractEventLoop) -> None:
         entry = self._entries.get(loop)
         if entry is not None and entry.keeper is not None:
+            entry.unordered = True
             await entry.keeper.aclose()
 
 
 async def _keep(
     value: T,
+    own: _Entry[T],
     entries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Entry[T]],
     close: Callable[[T], Awaitable[None]] | None,
 ) -> AsyncGenerator[None, None]:
@@ -132,13 +154,29 @@ async def _keep(
         yield
     finally:
         loop = asyncio.get_running_loop()
-        with _guard:
-            entry = entries.get(loop)
-            if entry is not None and entry.value is value:
-                del entries[loop]
-        if close is not None:
-            with contextlib.suppress(Exception):
-                await close(value)
+        try:
+            if not own.unordered:
+                await _wait_for_higher(own, loop)
+            with _guard:
+                entry = entries.get(loop)
+                if entry is not None and entry.value is value:
+                    del entries[loop]
+            if close is not None:
+                with contextlib.suppress(Exception):
+                    await close(value)
+        finally:
+            with _guard:
+                _open[loop].remove(own)
+            own.closed.set()
+
+
+async def _wait_for_higher(own: _Entry[Any], loop: asyncio.AbstractEventLoop) -> None:
+    with _guard:
+        higher = [entry for entry in _open[loop] if entry.rank > own.rank]
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_ORDER_PATIENCE_S):
+            for entry in higher:
+                await entry.closed.wait()
 
 
 def _abandon(entries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Entry[Any]], pid: int) -> None:
@@ -153,6 +191,7 @@ def _abandon(entries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Entr
 
 def _close_soon(loop: asyncio.AbstractEventLoop, entry: _Entry[Any]) -> None:
     if entry.keeper is not None:
+        entry.unordered = True
         entry.closing = loop.create_task(entry.keeper.aclose())
 
 
@@ -166,7 +205,7 @@ def _hook_exit() -> None:
 
 
 def _close_everything() -> None:
-    for keeper in list(_everyone):
+    for keeper in sorted(_everyone, key=lambda keeper: keeper._rank, reverse=True):
         if keeper._pid != os.getpid():
             continue
         for loop in list(keeper._entries):

@@ -169,3 +169,40 @@ def _run(script: str) -> str:
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout
+
+
+def test_values_of_a_higher_rank_close_first_when_their_loop_ends() -> None:
+    order: list[str] = []
+
+    async def close_client(value: str) -> None:
+        order.append(value)
+
+    async def close_log(value: str) -> None:
+        await asyncio.sleep(0)
+        assert await clients.get() == "client"  # still open, and not made anew
+        order.append(value)
+
+    clients: PerLoop[str] = PerLoop(lambda: "client", close_client)
+    logs: PerLoop[str] = PerLoop(lambda: "log", close_log, rank=1)
+
+    async def use() -> None:
+        await clients.get()
+        await logs.get()
+
+    asyncio.run(use())
+    assert order == ["log", "client"]
+
+
+async def test_a_value_closed_by_hand_waits_for_no_other() -> None:
+    closed: list[str] = []
+
+    async def close(value: str) -> None:
+        closed.append(value)
+
+    low: PerLoop[str] = PerLoop(lambda: "low", close)
+    high: PerLoop[str] = PerLoop(lambda: "high", close, rank=1)
+    await low.get()
+    await high.get()
+    await low.aclose()
+    assert closed == ["low"]
+    await high.aclose()
