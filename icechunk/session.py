@@ -36,7 +36,7 @@ from icechunk.errors import (
 from icechunk.format.ids import encode_id
 from icechunk.format.tables import NATIVE, VIRTUAL, ChunkRef, ChunkRefs, NodeKind, NodeSnapshot, Snapshot
 from icechunk.log.compaction import Plan, plan
-from icechunk.log.session_log import ABSENT, IN_BASE, SessionLog
+from icechunk.log.session_log import ABSENT, IN_BASE, Savepoint, SessionLog
 from icechunk.reading import base_reference, base_references, read_chunk
 from icechunk.snapshots import Diff
 from icechunk.status import SessionMode
@@ -132,6 +132,32 @@ class Session:
             self._require_writable()
             self._log.discard()
             self._puts.discard()
+
+    def savepoint(self) -> Savepoint:
+        """Remember the changes as they are now, to return to with `rollback`.
+
+        Raises
+        ------
+        ReadOnlyError
+            The session is read-only.
+        """
+        with self._lock:
+            self._require_writable()
+            return self._log.savepoint()
+
+    def rollback(self, savepoint: Savepoint) -> None:
+        """Undo every change since a savepoint, which stays valid; later savepoints do not.
+
+        Raises
+        ------
+        SessionStateError
+            The savepoint is not of this session, or was rolled back itself.
+        ReadOnlyError
+            The session is read-only.
+        """
+        with self._lock:
+            self._require_writable()
+            self._log.rollback(savepoint)
 
     async def commit_async(
         self, message: str, metadata: Mapping[str, Any] | None = None, *, allow_empty: bool = False
