@@ -254,8 +254,10 @@ class IcechunkStore(Store, SyncMixin):
 
     async def is_empty(self, prefix: str) -> bool:
         """Whether no key starts with this directory."""
-        async for _ in self.list_dir(prefix):
-            return False
+        # Closed here: a generator left half-way is closed by a task of its own, sometime.
+        async with aclosing(self.list_dir(prefix)) as names:
+            async for _ in names:
+                return False
         return True
 
     def list(self) -> AsyncIterator[str]:
@@ -273,7 +275,7 @@ class IcechunkStore(Store, SyncMixin):
             if key.startswith(prefix):
                 yield key
 
-    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+    async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
         """Names directly below a directory: of keys and of directories alike, each once."""
         path = to_path(prefix)
         node = self._session.hierarchy.node(path)
