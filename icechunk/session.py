@@ -35,6 +35,7 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import encode_id
 from icechunk.format.tables import NATIVE, VIRTUAL, ChunkRef, ChunkRefs, NodeKind, NodeSnapshot, Snapshot
+from icechunk.inputs import json_metadata, require_text
 from icechunk.log.compaction import Plan, plan
 from icechunk.log.session_log import ABSENT, IN_BASE, Savepoint, SessionLog
 from icechunk.reading import base_reference, base_references, read_chunk
@@ -188,16 +189,20 @@ class Session:
         SessionStateError
             Nothing changed (kind ``no-changes-to-commit``), or the session is read-only or unsettled
             (kind ``commit-not-allowed``).
+        InvalidInputError
+            The message is not text, or the metadata not JSON.
         StorageError
             Something could not be written; committing again tries again.
         CommitOutcomeUnknown
             No certain answer came before a cancellation or close; `Repository.settle` tells.
         """
-        branch = self._begin_commit(message, metadata, allow_empty)
+        require_text("message", message)
+        described = self._core.default_metadata | json_metadata("metadata", metadata)
+        branch = self._begin_commit(allow_empty)
         wanted = Commit(
             branch=branch,
             message=message,
-            metadata={**self._core.default_metadata, **(metadata or {})},
+            metadata=described,
             since_us=self._since_us,
             on_swap=self._begin_swap,
         )
@@ -220,9 +225,7 @@ class Session:
         """Synchronous twin of `commit_async`."""
         return run_sync(self.commit_async(message, metadata, allow_empty=allow_empty))
 
-    def _begin_commit(self, message: str, metadata: Mapping[str, Any] | None, allow_empty: bool) -> str:
-        if not isinstance(message, str):
-            raise TypeError(f"a commit message must be a str, not {type(message).__name__}")
+    def _begin_commit(self, allow_empty: bool) -> str:
         with self._lock:
             if self._phase is not _Phase.WRITABLE or self._branch is None:
                 raise SessionStateError(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from icechunk.config import config_to_dict
+from icechunk.inputs import json_metadata, require_type
 from icechunk.refs.events import ConfigReplaced, Event, FeatureFlagSet, MetadataReplaced, MetadataUpdated, StatusSet
 from icechunk.repository.base import RepositoryBase
 from icechunk.repository.views import feature_flag_id, feature_flags, repo_status
@@ -38,7 +39,7 @@ class Administration(RepositoryBase):
 
     def set_default_commit_metadata(self, metadata: Mapping[str, Any]) -> None:
         """Metadata that every commit of this object gets, under what the commit itself brings."""
-        self._core.default_metadata = dict(metadata)
+        self._core.default_metadata = json_metadata("metadata", metadata)
 
     def default_commit_metadata(self) -> dict[str, Any]:
         """What `set_default_commit_metadata` set."""
@@ -59,7 +60,7 @@ class Administration(RepositoryBase):
 
     async def set_metadata_async(self, metadata: Mapping[str, Any]) -> None:
         """Replace the repository's metadata as a whole. Raises `ReadOnlyError` where its status is read-only."""
-        await self._happen(MetadataReplaced(metadata=dict(metadata)))
+        await self._happen(MetadataReplaced(metadata=json_metadata("metadata", metadata)))
 
     def set_metadata(self, metadata: Mapping[str, Any]) -> None:
         """Synchronous twin of `set_metadata_async`."""
@@ -67,8 +68,9 @@ class Administration(RepositoryBase):
 
     async def update_metadata_async(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Set some keys of the repository's metadata atomically, and return all of it."""
+        wanted = json_metadata("metadata", metadata)
         log = await self._core.log()
-        return dict((await log.append(lambda _: [MetadataUpdated(metadata=dict(metadata))])).metadata)
+        return dict((await log.append(lambda _: [MetadataUpdated(metadata=wanted)])).metadata)
 
     def update_metadata(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Synchronous twin of `update_metadata_async`."""
@@ -89,6 +91,7 @@ class Administration(RepositoryBase):
 
     async def set_status_async(self, status: RepoStatus) -> None:
         """Make the repository read-only for everybody, or writable again."""
+        require_type("status", status, RepoStatus)
         await self._happen(StatusSet(availability=int(status.availability), reason=status.limited_availability_reason))
 
     def set_status(self, status: RepoStatus) -> None:
@@ -128,6 +131,7 @@ class Administration(RepositoryBase):
         InvalidInputError
             There is no feature with this name (kind ``invalid-feature-flag``).
         """
+        require_type("setting", setting, bool, optional=True)
         await self._happen(FeatureFlagSet(flag=feature_flag_id(name), value=setting))
 
     def set_feature_flag(self, name: str, setting: bool | None) -> None:

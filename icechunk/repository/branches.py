@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from icechunk.format.ids import encode_id, object_id_from_text
 from icechunk.refs.events import BranchCreated, BranchDeleted, BranchReset, Event, TagCreated, TagDeleted
 from icechunk.refs.names import validate_branch_name, validate_tag_name
+from icechunk.refs.state import RepoState
 from icechunk.repository.base import RepositoryBase
+from icechunk.repository.views import require_feature
 from icechunk.sync import run_sync
 
 __all__ = ["Branches"]
@@ -92,6 +96,8 @@ class Branches(RepositoryBase):
 
         Raises
         ------
+        SessionStateError
+            The repository's owner switched that off (kind ``feature-flag-disabled``).
         AlreadyExistsError
             There is a tag with this name (kind ``tag-already-exists``), or was (``tag-previously-deleted``).
         SnapshotNotFoundError
@@ -100,7 +106,7 @@ class Branches(RepositoryBase):
             The name, or the id, is not one.
         """
         validate_tag_name(tag)
-        await self._append(TagCreated(name=tag, snapshot=object_id_from_text(snapshot_id)))
+        await self._append(TagCreated(name=tag, snapshot=object_id_from_text(snapshot_id)), feature="create_tag")
 
     def create_tag(self, tag: str, snapshot_id: str) -> None:
         """Synchronous twin of `create_tag_async`."""
@@ -123,13 +129,26 @@ class Branches(RepositoryBase):
         return run_sync(self.lookup_tag_async(tag))
 
     async def delete_tag_async(self, tag: str) -> None:
-        """Delete a tag; nobody can use its name again. Raises `RefNotFoundError`."""
-        await self._append(TagDeleted(name=tag))
+        """Delete a tag; nobody can use its name again.
+
+        Raises
+        ------
+        RefNotFoundError
+            There is no such tag.
+        SessionStateError
+            The repository's owner switched that off (kind ``feature-flag-disabled``).
+        """
+        await self._append(TagDeleted(name=tag), feature="delete_tag")
 
     def delete_tag(self, tag: str) -> None:
         """Synchronous twin of `delete_tag_async`."""
         run_sync(self.delete_tag_async(tag))
 
-    async def _append(self, event: Event) -> None:
+    async def _append(self, event: Event, *, feature: str | None = None) -> None:
+        def propose(state: RepoState) -> Sequence[Event]:
+            if feature is not None:
+                require_feature(state.disabled_feature_flags or (), feature)
+            return [event]
+
         log = await self._core.log()
-        await log.append(lambda _: [event])
+        await log.append(propose)

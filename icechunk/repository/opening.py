@@ -8,6 +8,7 @@ from icechunk.config import Attribution, RepositoryConfig, StorageSettings, conf
 from icechunk.core import Core
 from icechunk.credentials import AnyCredential
 from icechunk.errors import AlreadyExistsError, ErrorKind, InvalidInputError
+from icechunk.inputs import require_type
 from icechunk.refs.base import Layout
 from icechunk.refs.create import create_log
 from icechunk.refs.detect import detect
@@ -61,12 +62,7 @@ class Opening(RepositoryBase):
             The place cannot be written, or does not have the conditional writes that the layout needs.
         """
         _require_log_layout(spec_version)
-        core = Core(
-            storage,
-            config or RepositoryConfig(),
-            attribution=attribution,
-            virtual_access=authorize_virtual_chunk_access,
-        )
+        core = _new_core(storage, config, authorize_virtual_chunk_access, attribution)
         log = await create_log(
             core.storage,
             core.sources,
@@ -117,12 +113,7 @@ class Opening(RepositoryBase):
         FormatError
             What is there is not a repository that this version can read.
         """
-        core = Core(
-            storage,
-            config or RepositoryConfig(),
-            attribution=attribution,
-            virtual_access=authorize_virtual_chunk_access,
-        )
+        core = _new_core(storage, config, authorize_virtual_chunk_access, attribution)
         await core.load_config()
         return cls(core)
 
@@ -205,7 +196,7 @@ class Opening(RepositoryBase):
     @staticmethod
     async def fetch_config_async(storage: Storage) -> RepositoryConfig | None:
         """The configuration persisted with a repository; None where none is, or there is no repository."""
-        if await detect(storage) is None:
+        if await detect(_with(storage, None)) is None:
             return None
         log = await LogLayout.open(storage, SYSTEM)
         try:
@@ -225,6 +216,7 @@ class Opening(RepositoryBase):
     ) -> Self:
         """The same repository opened anew, with other options merged over the present ones."""
         access = self._core.virtual_access if authorize_virtual_chunk_access is None else authorize_virtual_chunk_access
+        _check_config(config)
         merged = self._core.config if config is None else self._core.config.merge(config)
         core = Core(
             self._core.storage,
@@ -246,7 +238,28 @@ class Opening(RepositoryBase):
         return run_sync(self.reopen_async(config, authorize_virtual_chunk_access))
 
 
+def _new_core(
+    storage: Storage,
+    config: RepositoryConfig | None,
+    virtual_access: dict[str, AnyCredential | None] | None,
+    attribution: Attribution | None,
+) -> Core:
+    require_type("storage", storage, Storage)
+    _check_config(config)
+    require_type("authorize_virtual_chunk_access", virtual_access, dict, optional=True)
+    require_type("attribution", attribution, Attribution, optional=True)
+    return Core(storage, config or RepositoryConfig(), attribution=attribution, virtual_access=virtual_access)
+
+
+def _check_config(config: RepositoryConfig | None) -> None:
+    require_type("config", config, RepositoryConfig, optional=True)
+    if config is not None:
+        config.validate()
+
+
 def _with(storage: Storage, settings: StorageSettings | None) -> Storage:
+    require_type("storage", storage, Storage)
+    require_type("storage_settings", settings, StorageSettings, optional=True)
     return storage if settings is None else storage.with_settings(settings)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from icechunk.errors import ErrorKind, ReadOnlyError, SnapshotNotFoundError
 from icechunk.format.ids import ObjectId
+from icechunk.inputs import WrongTypeError, require_type
 from icechunk.refs.base import SwapToken
 from icechunk.refs.state import ONLINE, RepoState
 from icechunk.repository.base import RepositoryBase, select
@@ -48,11 +49,12 @@ class Sessions(RepositoryBase):
         RefNotFoundError, SnapshotNotFoundError
             There is no such thing, or nothing as old as that (kind ``no-snapshot-at-time``).
         """
+        require_type("as_of", as_of, datetime, optional=True)
         if as_of is not None:
             if branch is None or tag is not None or snapshot_id is not None:
                 raise ValueError("as_of needs a branch, and nothing else with it")
             if as_of.tzinfo is None:
-                raise TypeError("as_of needs a time zone, for example datetime.now(timezone.utc)")
+                raise WrongTypeError("as_of needs a time zone, for example datetime.now(timezone.utc)")
         state = await self._core.state()
         base = select(state, branch=branch, tag=tag, snapshot_id=snapshot_id)
         if as_of is not None:
@@ -80,6 +82,7 @@ class Sessions(RepositoryBase):
         ReadOnlyError
             The repository's status is read-only.
         """
+        require_type("branch", branch, str)
         state = await self._core.state()
         _require_online(state)
         log = await self._core.log()

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from typing import Final, assert_never
 
-from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.errors import ErrorKind, InvalidInputError, SessionStateError
 from icechunk.format import repo_values as stored
 from icechunk.format.ids import encode_id
 from icechunk.format.tables import ManifestFile
@@ -14,7 +14,15 @@ from icechunk.ops import AnyUpdateType, Update, UpdateType
 from icechunk.snapshots import ManifestFileInfo, SnapshotInfo
 from icechunk.status import FeatureFlag, RepoAvailability, RepoStatus
 
-__all__ = ["feature_flag_id", "feature_flags", "manifest_file", "repo_status", "snapshot_info", "update"]
+__all__ = [
+    "feature_flag_id",
+    "feature_flags",
+    "manifest_file",
+    "repo_status",
+    "require_feature",
+    "snapshot_info",
+    "update",
+]
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _FLAGS: Final = {"move_node": 3, "create_tag": 4, "delete_tag": 5}
@@ -73,6 +81,15 @@ def feature_flag_id(name: str) -> int:
             f"there is no feature flag {name!r}; the flags are {', '.join(_FLAGS)}", ErrorKind.INVALID_FEATURE_FLAG
         )
     return number
+
+
+def require_feature(disabled: Collection[int], name: str) -> None:
+    """Refuse what the repository's owner has switched off. Raises `SessionStateError`."""
+    if _FLAGS[name] in disabled:
+        raise SessionStateError(
+            f"the feature {name!r} of this repository is switched off; Repository.set_feature_flag switches it on",
+            ErrorKind.FEATURE_FLAG_DISABLED,
+        )
 
 
 def update(entry: stored.Update) -> Update:
