@@ -17,7 +17,7 @@ from icechunk.format.repo_values import Update
 from icechunk.refs.events import Event
 from icechunk.refs.state import RepoState
 
-__all__ = ["Layout", "Propose", "RepositoryLog", "SwapToken"]
+__all__ = ["Layout", "OnSent", "Propose", "RepositoryLog", "SwapToken"]
 
 
 class Layout(StrEnum):
@@ -49,6 +49,10 @@ class SwapToken:
     """New snapshots of the caller's events: in the graph exactly if they landed."""
 
 
+OnSent: TypeAlias = Callable[[SwapToken | None], None]
+"""Told which entry carries a caller's events, and with None that it carries them no more."""
+
+
 class RepositoryLog(ABC):
     """The log of one repository, for one event loop."""
 
@@ -78,7 +82,12 @@ class RepositoryLog(ABC):
 
     @abstractmethod
     async def append(
-        self, propose: Propose, *, since_us: int | None = None, deadline_s: float | None = None
+        self,
+        propose: Propose,
+        *,
+        since_us: int | None = None,
+        deadline_s: float | None = None,
+        on_sent: OnSent | None = None,
     ) -> RepoState:
         """Make events happen, all or none.
 
@@ -96,6 +105,11 @@ class RepositoryLog(ABC):
             add no files.
         deadline_s
             Seconds until the caller wants to know; None: until it is certain.
+        on_sent
+            Called with the token just before an entry with these events is sent, and with None once that entry is
+            certainly lost, also after this call was cancelled or has raised. So whoever is cancelled knows
+            whether the outcome is open: None was the last call, or there was none: nothing landed, nor will (an
+            abandoned call is not sent again). Must be quick; what it raises is logged.
 
         Returns
         -------
@@ -110,7 +124,9 @@ class RepositoryLog(ABC):
         CommitOutcomeUnknown
             The deadline passed, or the log was closed, with the entry sent and not settled; see `settle`.
 
-        A cancelled call leaves the queue if its entry has not been sent; afterwards the entry goes on without it.
+        A refusal holds for the log as it was at some time after the call: where this instance has not looked since,
+        it looks before it refuses. A cancelled call leaves the queue if its entry has not been sent; afterwards the
+        entry goes on without it, and ``on_sent`` has been told its token.
         """
 
     async def prepare_writes(self) -> None:  # noqa: B027

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from icechunk.format.ids import ObjectId
 from icechunk.refs import events as e
-from icechunk.refs.base import Propose, SwapToken
+from icechunk.refs.base import OnSent, Propose, SwapToken
 from icechunk.refs.entry import EncodedEvents, decode_events, encode_entry, encode_events
 from icechunk.refs.proof import Instant
 from icechunk.refs.state import RepoState, apply
@@ -30,6 +30,10 @@ class Waiting:
     propose: Propose
     since_us: int | None
     outcome: asyncio.Future[RepoState]
+    asked: int
+    """Number of the call among the client's looks: a refusal counts only by a later look (rule 3)."""
+    on_sent: OnSent | None = None
+    """Told of ``token`` whenever it changes."""
     abandoned: bool = False
     """The caller has left; if its entry loses its slot it is not sent again."""
     token: SwapToken | None = None

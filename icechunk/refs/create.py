@@ -28,6 +28,7 @@ from icechunk.refs.log_reader import Head, Opened, instant, known_of, read_repo
 from icechunk.refs.marker import checkpoint_info
 from icechunk.refs.proof import Instant
 from icechunk.refs.state import initial_state
+from icechunk.refs.store_check import require_atomic
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Absent, Storage
 
@@ -66,12 +67,14 @@ async def create_log(
     ReadOnlyError
         The storage cannot be written to.
     StorageError
-        No certain answer: the repository may exist now; try to open it.
+        No certain answer: the repository may exist now; try to open it. Or the storage does without conditional
+        writes (kind ``storage-config``): nothing was written.
     """
     if not storage.supports_writes:
         raise ReadOnlyError(
             f"cannot create a repository: {storage.describe()} can only be read", ErrorKind.READ_ONLY_STORAGE
         )
+    require_atomic(storage)
     await require_clean(storage, everything=check_clean_root)
     root = await put_first_files(storage, sources)
     record = SnapshotRecord(

@@ -6,8 +6,10 @@ written, and replaces exactly that version.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from types import MappingProxyType
+from typing import Final, TypeAlias
 
 import anyio.to_thread
 
@@ -18,8 +20,9 @@ from icechunk.format.repo_values import RepoInfo
 from icechunk.refs.entry import new_epoch
 from icechunk.refs.log_reader import Head, Known, RepoObject, known_of, read_repo
 from icechunk.refs.marker import Kept, checkpoint_info, keep_updates, state_of, unmarked_info
+from icechunk.refs.store_check import require_atomic
 from icechunk.sources import Sources
-from icechunk.storage.base import Matches, Storage
+from icechunk.storage.base import Absent, Matches, Storage
 
 __all__ = [
     "DEFAULT_UPDATES_PER_FILE",
@@ -37,6 +40,9 @@ _LONG_TAIL: Final = 64
 _HISTORY_SHARE: Final = 8
 _THREAD_FROM_SNAPSHOTS: Final = 2_000
 _ATTEMPTS: Final = 20
+
+Carried: TypeAlias = Mapping[int, Mapping[str, bytes]]
+"""Files that ride in entries, by slot and key (rule 15)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +81,13 @@ async def encode(info: RepoInfo) -> bytes:
 
 
 async def write_checkpoint(
-    storage: Storage, sources: Sources, head: Head, known: Known, *, updates_per_file: int
+    storage: Storage,
+    sources: Sources,
+    head: Head,
+    known: Known,
+    *,
+    carried: Carried = MappingProxyType({}),
+    updates_per_file: int,
 ) -> Written | LostRepo:
     """Bring ``repo`` forward to ``head``, if it is behind and still a checkpoint of the same log.
 
@@ -83,6 +95,8 @@ async def write_checkpoint(
     ----------
     known
         The object as it was last seen; it is read again where that is not its version any more.
+    carried
+        Files that ride in the entries after the checkpoint; they are made to stand on their own first.
 
     Raises
     ------
@@ -96,6 +110,7 @@ async def write_checkpoint(
             return LostRepo(found=await read_repo(storage, sources))
         if current.marker.n >= head.n:
             return Written(known=current, kept=None)
+        await _put_carried(storage, carried, after=current.marker.n, end=head.n)
         kept = await _divide_updates(storage, sources, head, current, updates_per_file)
         if kept is not None:
             info = checkpoint_info(head.state, epoch=head.epoch, n=head.n, kept=kept)
@@ -139,12 +154,33 @@ async def _divide_updates(
     return kept
 
 
+async def _put_carried(storage: Storage, carried: Carried, *, after: int, end: int) -> None:
+    """Rule 15: what ``repo`` is about to refer to has to stand on its own."""
+    for n in sorted(carried):
+        if after < n <= end:
+            for key, data in carried[n].items():
+                try:
+                    await storage.put(key, data, Absent())
+                except PreconditionFailedError:
+                    continue
+
+
 async def finish_conversion(
-    storage: Storage, sources: Sources, head: Head, *, updates_per_file: int
+    storage: Storage,
+    sources: Sources,
+    head: Head,
+    *,
+    carried: Carried = MappingProxyType({}),
+    updates_per_file: int,
 ) -> RepoObject | None:
     """After a seal has been folded: make ``repo`` the truth, unless somebody did already (rule 8).
 
     All helpers write the same state, so it does not matter whose write wins.
+
+    Parameters
+    ----------
+    carried
+        As for `write_checkpoint`.
 
     Returns
     -------
@@ -157,6 +193,7 @@ async def finish_conversion(
             return found
         if not found.known.read_only:
             return found
+        await _put_carried(storage, carried, after=found.known.marker.n, end=head.n)
         kept = await _divide_updates(storage, sources, head, found.known, updates_per_file)
         if kept is None:
             continue
@@ -187,8 +224,9 @@ async def convert_to_log(storage: Storage, sources: Sources) -> str:
     ObjectNotFoundError
         There is no ``repo``.
     StorageError
-        No certain answer; call again.
+        No certain answer: call again; or a storage without conditional writes (kind ``storage-config``).
     """
+    require_atomic(storage)
     epoch = new_epoch(sources.random_bytes(12), sources.wall_us())
     for _ in range(_ATTEMPTS):
         found = await read_repo(storage, sources)

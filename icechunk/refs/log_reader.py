@@ -7,7 +7,7 @@ the tail ends; a slot that is missing on the way means that the checkpoint has m
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -50,6 +50,8 @@ class Head:
     epoch: str
     n: int
     state: RepoState
+    voided: frozenset[int] = frozenset()
+    """Slots folded since the log was opened whose entry changed nothing, since an event of it did not apply."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +150,9 @@ def fold_entry(head: Head, entry: Entry) -> Head:
     if entry.n != head.n + 1:
         raise ValueError(f"slot {entry.n} does not follow slot {head.n}")
     state = try_apply_all(head.state, entry.events, time_us=entry.time_us, since_us=entry.since_us)
-    return Head(epoch=head.epoch, n=entry.n, state=head.state if state is None else state)
+    if state is None:
+        return replace(head, n=entry.n, voided=head.voided | {entry.n})
+    return replace(head, n=entry.n, state=state)
 
 
 async def _first_slot(storage: Storage, prefix: str, epoch: str | None) -> tuple[str, int] | None:
@@ -183,24 +187,30 @@ async def newest_epoch(storage: Storage) -> str | None:
     return None if found is None else found[0]
 
 
-async def _list_newest(storage: Storage) -> list[ObjectInfo]:
-    """The first page of everything below ``log/``."""
+async def _list_newest(storage: Storage) -> tuple[list[ObjectInfo], bool]:
+    """The first keys below ``log/``, and whether those are all.
+
+    A store may end a page early although more keys follow, so only the end of the listing says that it is the end.
+    """
+    items: list[ObjectInfo] = []
     pages = storage.list_pages(LOG_PREFIX, page_size=_PAGE)
     try:
         async for page in pages:
-            return page
+            items += page
+            if len(items) >= _PAGE:
+                return items, False
     finally:
         await _stop(pages)
-    return []
+    return items, True
 
 
-def _newest_on(page: list[ObjectInfo], epoch: str) -> int | None:
-    """The newest slot of an epoch by a page of all epochs; None if the page does not tell."""
-    slots = (parse_slot_key(item.key) for item in page)
+def _newest_of(items: list[ObjectInfo], epoch: str, *, all_there_are: bool) -> int | None:
+    """The newest slot of an epoch by the first keys of all epochs; 0: it has none; None: they do not tell."""
+    slots = (parse_slot_key(item.key) for item in items)
     found = next((slot[1] for slot in slots if slot is not None and slot[0] == epoch), None)
     if found is not None:
         return found
-    return 0 if len(page) < _PAGE else None
+    return 0 if all_there_are else None
 
 
 async def open_head(storage: Storage, sources: Sources) -> Opened | RepoObject:
@@ -221,13 +231,15 @@ async def open_head(storage: Storage, sources: Sources) -> Opened | RepoObject:
     gap: tuple[str, int] | None = None
     for _ in range(_OPEN_ATTEMPTS):
         asked = instant(sources)
-        repo, page = await run_pair(partial(read_repo, storage, sources), partial(_list_newest, storage))
+        repo, (items, all_there_are) = await run_pair(
+            partial(read_repo, storage, sources), partial(_list_newest, storage)
+        )
         if repo is None:
             raise await _not_found(storage)
         marker = repo.known.marker
         if marker is None or not repo.known.read_only:
             return repo
-        listed = _newest_on(page, marker.epoch)
+        listed = _newest_of(items, marker.epoch, all_there_are=all_there_are)
         if listed is None:
             listed = await list_head(storage, marker.epoch)
         head = Head(epoch=marker.epoch, n=marker.n, state=state_of(repo.info, marker))

@@ -1,4 +1,4 @@
-"""Seeing that a store honours ``If-None-Match`` before anything depends on it (the second half of rule 1)."""
+"""Seeing that a store honours preconditions before anything depends on it (the second half of rule 1)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,35 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from icechunk.errors import ErrorKind, PreconditionFailedError, StorageError
-from icechunk.storage.base import Absent, Storage
+from icechunk.storage.base import Absent, Matches, Storage
 
-__all__ = ["StoreCheck"]
+__all__ = ["StoreCheck", "may_write", "require_atomic"]
 
 # Places that were seen to honour it, by this process.
 _checked: weakref.WeakSet[Storage] = weakref.WeakSet()
+
+
+def may_write(storage: Storage) -> bool:
+    """Whether the log there may be written to: it is no view for readers, and preconditions hold."""
+    return storage.supports_writes and {Absent, Matches} <= storage.atomic_preconditions
+
+
+def require_atomic(storage: Storage) -> None:
+    """Refuse to write where the storage is set to do without conditional writes.
+
+    Raises
+    ------
+    StorageError
+        Kind ``storage-config``.
+    """
+    if {Absent, Matches} <= storage.atomic_preconditions:
+        return
+    raise StorageError(
+        f"cannot write to the repository in {storage.describe()}: its settings turn conditional writes off "
+        "(unsafe_use_conditional_create or unsafe_use_conditional_update is False), so two commits at the same time "
+        "would overwrite each other. Leave these settings out; reading works with them",
+        ErrorKind.STORAGE_CONFIG,
+    )
 
 
 class StoreCheck:
@@ -35,8 +58,9 @@ class StoreCheck:
         Raises
         ------
         StorageError
-            The store took the write (kind ``storage-config``), or gives no answer.
+            The store took the write, or is set to do without conditions (kind ``storage-config``), or gives no answer.
         """
+        require_atomic(self._storage)
         async with self._lock:
             if self._done or self._known_good():
                 return

@@ -158,7 +158,7 @@ async def settle_attempt(
     attempt: Attempt,
     *,
     reopen: Callable[[], Awaitable[Opened | RepoObject]],
-    in_history: Callable[[Attempt], Awaitable[bool]],
+    in_history: Callable[[Attempt, Opened | RepoObject], Awaitable[bool]],
     saw: Callable[[Instant], None],
     first_look: bool = False,
 ) -> Landed | Lost:
@@ -169,7 +169,7 @@ async def settle_attempt(
     reopen
         Finds the end of the log anew.
     in_history
-        Whether the newest state or the ops log knows a snapshot of the attempt.
+        Whether the newest state, what was opened, or their ops logs know a snapshot of the attempt.
     saw
         Is told of every answer with a store time.
     first_look
@@ -209,7 +209,7 @@ async def settle_attempt(
         if isinstance(verdict, Reopen):
             try:
                 opened = await reopen()
-                known = await in_history(attempt)
+                known = await in_history(attempt, opened)
             except FormatError:
                 raise
             except (IcechunkError, OSError) as error:

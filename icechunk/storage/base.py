@@ -205,6 +205,14 @@ class Storage(StorageFacade, ABC):
     def supports_writes(self) -> bool:
         """False where the place can only be read."""
 
+    @property
+    def atomic_preconditions(self) -> frozenset[type[Precondition]]:
+        """Preconditions that hold at the very moment of the write, not only shortly before; all, unless said otherwise.
+
+        A storage may be set to replace one by a look before the write, for a service that does not know it.
+        """
+        return frozenset((Absent, Matches, Unchecked))
+
     @abstractmethod
     def describe(self) -> str:
         """Where this is, for error messages (``s3://bucket/prefix``); no secrets."""

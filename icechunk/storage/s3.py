@@ -603,6 +603,15 @@ class S3Storage(Storage):
             minimum_size_for_multipart_upload=DEFAULT_MULTIPART_BYTES,
         )
 
+    @property
+    def atomic_preconditions(self) -> frozenset[type[Precondition]]:
+        atomic: set[type[Precondition]] = {Unchecked}
+        if self._use_create:
+            atomic.add(Absent)
+        if self._use_update:
+            atomic.add(Matches)
+        return frozenset(atomic)
+
     def describe(self) -> str:
         return f"s3://{self._place.bucket}/{self._place.root}"
 

@@ -147,6 +147,10 @@ class ScriptedStorage(Storage):
     def supports_writes(self) -> bool:
         return True
 
+    @property
+    def atomic_preconditions(self) -> frozenset[type[Precondition]]:
+        return self.inner.atomic_preconditions
+
     def describe(self) -> str:
         return "scripted"
 

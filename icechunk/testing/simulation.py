@@ -351,7 +351,7 @@ class _Cluster:
             await asyncio.gather(*(self._commit(log, rng, sources) for _ in range(rng.choice((1, 1, 1, 3)))))
             if rng.random() < 0.1:
                 await self._quietly(log.checkpoint())
-            if log._left is not None or rng.random() < 0.05:
+            if log.ended is not None or rng.random() < 0.05:
                 await log.aclose()
                 log = await self.open(storage, sources)
         if log is not None:
@@ -398,9 +398,8 @@ class _Cluster:
 
     def _crash(self, log: LogLayout) -> None:
         self.report.crashes += 1
-        for task in (log._runner, log._checkpointer, log._sealer):
-            if task is not None:
-                task.cancel()
+        for task in log.tasks:
+            task.cancel()
 
     async def reader(self, looks: int) -> None:
         rng = random.Random(self.rng.getrandbits(64))

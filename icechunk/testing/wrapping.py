@@ -61,6 +61,10 @@ class WrappingStorage(Storage):
     def supports_writes(self) -> bool:
         return self.inner.supports_writes
 
+    @property
+    def atomic_preconditions(self) -> frozenset[type[Precondition]]:
+        return self.inner.atomic_preconditions
+
     def describe(self) -> str:
         return self.inner.describe()
 

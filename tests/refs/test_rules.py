@@ -31,7 +31,7 @@ from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.repo import decode_repo, encode_repo
 from icechunk.format.repo_values import NewCommit, Status
 from icechunk.refs import events as e
-from icechunk.refs import log_layout, log_reader, swap
+from icechunk.refs import log_layout, log_reader, log_view, swap, swapping
 from icechunk.refs.base import Layout, SwapToken
 from icechunk.refs.create import create_log
 from icechunk.refs.detect import detect
@@ -464,7 +464,7 @@ async def test_an_entry_of_a_newer_version_stops_readers_and_writers(world: Worl
 
 
 def without_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (swap, log_layout, log_reader):
+    for module in (swap, swapping, log_view, log_reader):
         monkeypatch.setattr(module, "still_proves", lambda proof, answer: True)
 
 
@@ -634,7 +634,7 @@ async def test_a_checkpoint_of_an_earlier_life_of_the_log_is_not_written(world: 
     for i in (1, 2, 3):
         await log.append(world.commit(i))
     await sleeper.refresh()
-    head, known = sleeper._head, sleeper._known
+    head, known = sleeper._view.head, sleeper._view.known
     await log.convert_to_repo_object()
     await convert_to_log(world.store, world.clock.sources())
     now = await world.store.get("repo")
@@ -764,7 +764,7 @@ async def test_a_takeover_is_found_at_the_next_checkpoint_sealed_and_reported(
     await log.checkpoint()
     storage.script = no_checkpoint
     await log.append(world.commit(2))
-    await until(lambda: log._checkpointer is None or log._checkpointer.done())
+    await until(lambda: all(task.done() for task in log.tasks))
     storage.script = None
     await take_over(world)
     taken = await world.store.get("repo")

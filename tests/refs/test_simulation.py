@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from icechunk.refs import log_layout, log_reader, swap
+from icechunk.refs import log_reader, log_view, swap, swapping
 from icechunk.testing.simulation import simulate
 
 
@@ -53,7 +53,7 @@ def _problems(count: int) -> list[str]:
 
 
 def test_the_simulator_notices_when_old_answers_are_believed(monkeypatch: pytest.MonkeyPatch):
-    for module in (swap, log_layout, log_reader):
+    for module in (swap, swapping, log_view, log_reader):
         monkeypatch.setattr(module, "still_proves", lambda proof, answer: True)
     assert _problems(20)
 

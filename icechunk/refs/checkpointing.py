@@ -1,0 +1,100 @@
+"""When checkpoints are written, and by whom: one at a time, in the background, as long as one is due.
+
+The task is one of asyncio, not of a caller: it outlives the swap that made it due, is held strongly, ends when
+nothing is due any more, and is awaited or cancelled by `Checkpointing.finish`. What is written, and on which
+condition, is `icechunk.refs.log_checkpoint`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final
+
+from icechunk.errors import IcechunkError
+from icechunk.refs.log_checkpoint import LostRepo, checkpoint_is_due, write_checkpoint
+from icechunk.refs.log_view import LogView
+from icechunk.refs.store_check import require_atomic
+
+__all__ = ["Checkpointing", "finish_task"]
+
+_LOG: Final = logging.getLogger(__name__)
+
+
+class Checkpointing:
+    """The checkpoints of one client. Owns the task that writes them in the background."""
+
+    def __init__(self, view: LogView) -> None:
+        self._view = view
+        self._one_at_a_time = asyncio.Lock()
+        self._stopped = False
+        self.task: asyncio.Task[None] | None = None
+        """Writes checkpoints while any is due."""
+
+    async def write(self) -> None:
+        """Bring ``repo`` up to the head now. `StorageError` where the store does not answer."""
+        view = self._view
+        async with self._one_at_a_time:
+            if view.left is not None:
+                return
+            require_atomic(view.storage)
+            head = view.head
+            if head.state.sealed:
+                await view.leave_sealed()
+                return
+            written = await write_checkpoint(
+                view.storage,
+                view.sources,
+                head,
+                view.known,
+                carried=view.carried,
+                updates_per_file=view.updates_per_file,
+            )
+            if isinstance(written, LostRepo):
+                await view.lost_repo(written.found)
+                if view.sealer is not None:
+                    await asyncio.wait({view.sealer})
+                return
+            view.checkpointed(head, written)
+
+    def spawn_if_due(self) -> None:
+        """Have a checkpoint written in the background if the policy wants one."""
+        if self._stopped or (self.task is not None and not self.task.done()):
+            return
+        if checkpoint_is_due(self._view.head, self._view.known):
+            self.task = asyncio.get_running_loop().create_task(self._write_while_due(), name="icechunk log checkpoint")
+
+    async def _write_while_due(self) -> None:
+        view = self._view
+        while not self._stopped and view.left is None and checkpoint_is_due(view.head, view.known):
+            if not await self.try_write():
+                return
+
+    async def try_write(self) -> bool:
+        """Write one where nobody waits for it: a failure is logged, and the next one does its work."""
+        where = self._view.storage.describe()
+        try:
+            await self.write()
+        except (IcechunkError, OSError) as error:
+            _LOG.warning("checkpoint of %s failed, the next one does its work: %s", where, error)
+        except Exception:
+            # Nothing is lost, but the log gets longer: somebody has to hear of it.
+            _LOG.exception("checkpoint of %s failed unexpectedly; please report this as a bug of icechunk", where)
+        else:
+            return True
+        return False
+
+    async def finish(self, grace_s: float) -> None:
+        """Start none any more; wait for the one under way."""
+        self._stopped = True
+        await finish_task(self.task, grace_s)
+
+
+async def finish_task(task: asyncio.Task[None] | None, grace_s: float) -> None:
+    """Wait for a task of the log, and cancel it where it takes too long."""
+    if task is None or task.done() or task is asyncio.current_task():
+        return
+    await asyncio.wait({task}, timeout=grace_s)
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})

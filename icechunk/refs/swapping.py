@@ -1,0 +1,344 @@
+"""Who waits for what, and the one entry in flight: rules 1 to 4 for one client.
+
+Theory: callers wait in a queue. One task, the runner, makes an entry of as many of them as it can, sends it, and
+settles it before it touches the next one. It is a task of asyncio, not of a caller: a PUT must outlive the caller who
+gave up on it (rule 3), and an anyio task group needs a scope that nobody here is in. It is spawned when somebody
+waits, held strongly, ends when nobody does, and is awaited or cancelled by `Swapping.finish`.
+
+Owns the queue, the runner, and at most one unsettled attempt. Whoever sends an entry holds ``_one_at_a_time``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final
+
+from icechunk.errors import (
+    CommitOutcomeUnknown,
+    ErrorKind,
+    InvalidInputError,
+    SessionStateError,
+    StorageError,
+)
+from icechunk.format.ids import FIRST_SNAPSHOT
+from icechunk.format.keys import snapshot_key
+from icechunk.refs import events as e
+from icechunk.refs.base import OnSent, Propose, SwapToken
+from icechunk.refs.checkpointing import Checkpointing, finish_task
+from icechunk.refs.commit_queue import Attempt, Group, Waiting, attempt_of, build
+from icechunk.refs.entry import encode_events, slot_key
+from icechunk.refs.log_reader import Opened, RepoObject, instant, read_slot
+from icechunk.refs.log_view import LogView
+from icechunk.refs.marker import state_of
+from icechunk.refs.ops_log import any_in_history
+from icechunk.refs.proof import MAX_SKEW_US, clock_error_us, still_proves
+from icechunk.refs.state import MAIN, RepoState
+from icechunk.refs.store_check import StoreCheck
+from icechunk.refs.swap import Landed, Lost, backoff_s, settle_attempt, unknown
+
+__all__ = ["Swapping"]
+
+_LOG: Final = logging.getLogger(__name__)
+
+
+class Swapping:
+    """The swaps of one client. Belongs to one event loop."""
+
+    def __init__(self, view: LogView, checkpointing: Checkpointing) -> None:
+        self._view = view
+        self._checkpointing = checkpointing
+        self._store_check = StoreCheck(view.storage)
+        self._waiting: list[Waiting] = []
+        self._unsettled: Attempt | None = None
+        self._losses = 0
+        self._one_at_a_time = asyncio.Lock()
+        self.runner: asyncio.Task[None] | None = None
+        """Swaps until nobody waits."""
+        self.wrote = False
+        """Whether an entry of this client has landed."""
+
+    # ----------------------------------------------------------------- callers
+
+    async def append(
+        self, propose: Propose, *, since_us: int | None, deadline_s: float | None, on_sent: OnSent | None
+    ) -> RepoState:
+        """As `RepositoryLog.append`."""
+        loop = asyncio.get_running_loop()
+        waiting = Waiting(
+            propose=propose,
+            since_us=since_us,
+            outcome=loop.create_future(),
+            on_sent=on_sent,
+            asked=self._view.begin_look(),
+        )
+        self._waiting.append(waiting)
+        if self.runner is None or self.runner.done():
+            self.runner = loop.create_task(self._run(), name="icechunk log swaps")
+        try:
+            # Not `wait_for`: the future is the runner's, a caller who leaves must not cancel it.
+            await asyncio.wait({waiting.outcome}, timeout=deadline_s)
+        finally:
+            if not waiting.outcome.done():
+                self._abandon(waiting)
+        if waiting.outcome.done():
+            return waiting.outcome.result()
+        where = self._view.storage.describe()
+        if waiting.token is None:
+            raise StorageError(
+                f"cannot append to the log in {where}: the deadline of {deadline_s} s passed before the entry was "
+                "sent; nothing landed",
+                ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
+            )
+        raise CommitOutcomeUnknown(
+            f"the deadline of {deadline_s} s passed with the entry sent to slot {waiting.token.n} of the log in "
+            f"{where} and not settled. Repository.settle_async(error.token) finds out, or makes failure certain",
+            waiting.token,
+        )
+
+    def _abandon(self, waiting: Waiting) -> None:
+        waiting.abandoned = True
+        if waiting in self._waiting:
+            self._waiting.remove(waiting)
+
+    async def finish(self, grace_s: float) -> None:
+        """Send none any more; wait for the one under way."""
+        for one in self._waiting:
+            _resolve(one, SessionStateError("the repository was closed before the entry was sent; nothing landed"))
+        self._waiting.clear()
+        await finish_task(self.runner, grace_s)
+
+    # ------------------------------------------------------------------ runner
+
+    async def _run(self) -> None:
+        """Swap until nobody waits."""
+        try:
+            while self._waiting:
+                async with self._one_at_a_time:
+                    await self._swap_next()
+        except asyncio.CancelledError:
+            self._fail_all(None)
+            raise
+        except Exception as error:
+            self._fail_all(error)
+
+    async def _swap_next(self) -> None:
+        await self.check_store()
+        await self._settle_unsettled()
+        if not still_proves(self._view.proof, instant(self._view.sources)):
+            await self._view.reopen()
+        await self._require_open()
+        self._check_clock()
+        group = await self._take_group()
+        if group.members:
+            await self._swap(group)
+
+    async def _require_open(self) -> None:
+        if self._view.state.sealed and self._view.left is None:
+            await self._view.leave_sealed()
+        if self._view.left is not None:
+            raise SessionStateError(self._view.left)
+
+    async def _take_group(self) -> Group:
+        """Validate those who wait, and make the attempt for those who stand."""
+        view = self._view
+        time_us = max(view.sources.wall_us(), 0)
+        group = build(view.state, self._waiting, time_us=time_us)
+        if any(one.asked > view.looked for one, _ in group.refused):
+            # Rule 3: what this client has not heard of yet may be what the caller builds upon, or wants gone.
+            await view.refresh()
+            await self._require_open()
+            time_us = max(view.sources.wall_us(), 0)
+            group = build(view.state, [one for one in self._waiting if one.asked < view.looked], time_us=time_us)
+        # Those who were looked at stand in front: who comes later has a higher number.
+        del self._waiting[: group.taken]
+        for waiting, error in group.refused:
+            _resolve(waiting, error)
+        for waiting in group.nothing:
+            _resolve(waiting, view.state)
+        if group.members:
+            self._unsettled = self._attempt(group, time_us)
+        return group
+
+    def _attempt(self, group: Group, time_us: int) -> Attempt:
+        return attempt_of(
+            group,
+            epoch=self._view.head.epoch,
+            n=self._view.head.n + 1,
+            nonce=self._view.sources.random_bytes(16),
+            time_us=time_us,
+            before=self._view.state,
+            proof=self._view.proof,
+        )
+
+    async def _swap(self, group: Group) -> None:
+        attempt = self._unsettled
+        assert attempt is not None
+        for member in group.members:
+            _tell_sent(member.waiting)
+        if await self._settle_attempt(attempt, first_look=False):
+            self._losses = 0
+            for member in group.members:
+                _resolve(member.waiting, self._view.state)
+            self._checkpointing.spawn_if_due()
+            return
+        # Lost for certain. Who has left was told a token of the lost slot, so it is not sent again.
+        self._waiting[:0] = [member.waiting for member in group.members if not member.waiting.abandoned]
+        self._losses += 1
+        if self._losses > 1 and self._view.left is None:
+            # Far behind, or in a crowd: learn the rest at once, and step aside for a moment.
+            await self._view.sources.sleep(backoff_s(self._view.sources, self._losses))
+            await self._view.refresh()
+
+    async def _settle_unsettled(self) -> None:
+        """No other bytes and no other slot before the last attempt is settled (rule 2)."""
+        if self._unsettled is not None:
+            await self._settle_attempt(self._unsettled, first_look=True)
+
+    async def _settle_attempt(self, attempt: Attempt, *, first_look: bool) -> bool:
+        """Whether the attempt landed; the slot is folded either way. `CommitOutcomeUnknown` leaves it unsettled."""
+        view = self._view
+        look = view.begin_look()
+        verdict = await settle_attempt(
+            view.storage,
+            view.sources,
+            attempt,
+            reopen=view.reopen,
+            in_history=self._in_history,
+            saw=view.saw,
+            first_look=first_look,
+        )
+        match verdict:
+            case Landed(proof=proof):
+                self.wrote = True
+                view.fold_own(
+                    epoch=attempt.epoch,
+                    n=attempt.n,
+                    data=attempt.data,
+                    before=attempt.before,
+                    after=attempt.state,
+                    proof=proof,
+                )
+                if proof is not None:
+                    view.end_look(look)
+            case Lost(taken_by=taken_by):
+                if taken_by is not None and view.head.epoch == attempt.epoch:
+                    view.advance(taken_by)
+                for member in attempt.members:
+                    member.waiting.token = None
+                    _tell_sent(member.waiting)
+        if self._unsettled is attempt:
+            self._unsettled = None
+        return isinstance(verdict, Landed)
+
+    async def _in_history(self, attempt: Attempt, opened: Opened | RepoObject) -> bool:
+        """Also in what was opened, which is not adopted where the log has ended."""
+        found = state_of(opened.info, None) if isinstance(opened, RepoObject) else opened.head.state
+        for state in (self._view.state, found):
+            if await any_in_history(self._view.storage, state, attempt.snapshots):
+                return True
+        return False
+
+    def _fail_all(self, error: Exception | None) -> None:
+        """The runner stops: everybody learns what is certain for them."""
+        attempt, waiting = self._unsettled, self._waiting[:]
+        self._waiting.clear()
+        if attempt is not None:
+            reason = str(error) if error is not None else "the repository was closed first"
+            for member in attempt.members:
+                _resolve(member.waiting, unknown(attempt, self._view.storage, reason, member.waiting.token))
+        for one in waiting:
+            if error is None or isinstance(error, CommitOutcomeUnknown):
+                why = f": {error}" if error is not None else ""
+                _resolve(one, SessionStateError(f"the entry was not sent, nothing landed; try again{why}"))
+            else:
+                _resolve(one, error)
+
+    # ------------------------------------------------------------------ checks
+
+    async def check_store(self) -> None:
+        """See that the store honours ``If-None-Match`` (rule 1); errors as `RepositoryLog.prepare_writes`."""
+        head = self._view.head
+        candidates = [snapshot_key(FIRST_SNAPSHOT)]
+        if head.n:
+            candidates.append(slot_key(head.epoch, head.n))
+        await self._store_check.run((*candidates, snapshot_key(head.state.branches[MAIN])))
+
+    def _check_clock(self) -> None:
+        error_us = clock_error_us(self._view.seen, instant(self._view.sources))
+        if abs(error_us) > MAX_SKEW_US:
+            raise SessionStateError(
+                f"this machine's clock is {abs(error_us) // 1_000_000} s {'ahead of' if error_us > 0 else 'behind'} "
+                f"the clock of {self._view.storage.describe()}; at most {MAX_SKEW_US // 1_000_000} s are accepted for "
+                "writing. Set the clock",
+                ErrorKind.SNAPSHOT_TIMESTAMP,
+            )
+
+    # ------------------------------------------------------------------ settle
+
+    async def settle(self, token: SwapToken) -> bool:
+        """As `RepositoryLog.settle`."""
+        view = self._view
+        async with self._one_at_a_time:
+            try:
+                await self._settle_unsettled()
+            except CommitOutcomeUnknown as error:
+                raise StorageError(f"cannot settle yet, call again: {error}") from error
+            await view.refresh()
+            while True:
+                if await any_in_history(view.storage, view.state, token.snapshots):
+                    return True
+                if token.epoch != view.head.epoch or view.left is not None or token.n <= view.head.n:
+                    return await self._settle_by_slot(token)
+                if token.n > view.head.n + 1:
+                    raise InvalidInputError(
+                        f"the token names slot {token.n}, but the log in {view.storage.describe()} ends at slot "
+                        f"{view.head.n}: it belongs to another repository"
+                    )
+                # The slot is next, and empty: fill it, and whatever is on its way finds it taken.
+                await self._fill_slot(token)
+
+    async def _settle_by_slot(self, token: SwapToken) -> bool:
+        """The slot is behind the head, or in a log that has ended: nothing new lands there."""
+        if token.snapshots:
+            # History has been asked, and knows none of them: another entry stands there, ours was void as a whole, or
+            # it is in a log that was taken over.
+            return False
+        found = await read_slot(self._view.storage, token.epoch, token.n)
+        if found is not None:
+            ours = found[0].nonce == token.nonce
+            return ours and not (token.epoch == self._view.head.epoch and token.n in self._view.head.voided)
+        raise CommitOutcomeUnknown(
+            f"slot {token.n} of the log in {self._view.storage.describe()} has been pruned; look whether the change "
+            "is there",
+            token,
+        )
+
+    async def _fill_slot(self, token: SwapToken) -> None:
+        """Put a void entry into the next slot, or see it taken; for holders of ``_one_at_a_time``."""
+        await self.check_store()
+        group = Group(state=self._view.state, events=encode_events((e.Void(nonce=token.nonce),)))
+        self._unsettled = self._attempt(group, max(self._view.sources.wall_us(), 0))
+        try:
+            await self._settle_attempt(self._unsettled, first_look=False)
+        except CommitOutcomeUnknown as error:
+            raise StorageError(f"cannot settle yet, call again: {error}") from error
+
+
+def _tell_sent(waiting: Waiting) -> None:
+    if waiting.on_sent is None:
+        return
+    try:
+        waiting.on_sent(waiting.token)
+    except Exception:
+        _LOG.exception("a callback of append failed")
+
+
+def _resolve(waiting: Waiting, outcome: RepoState | Exception) -> None:
+    if waiting.outcome.done():
+        return
+    if not isinstance(outcome, Exception):
+        waiting.outcome.set_result(outcome)
+    elif not waiting.abandoned:
+        waiting.outcome.set_exception(outcome)
+        waiting.outcome.exception()  # a caller who is cancelled at this very moment never looks: no complaint then
