@@ -16,7 +16,7 @@ PACKAGE = Path(icechunk.__file__).parent
 FLOORS = [
     {"errors", "sync"},
     {"values", "keys", "format"},
-    {"sources", "status", "snapshots", "conflicts", "log", "types"},
+    {"sources", "status", "snapshots", "conflicts", "log", "types", "inputs"},
     {"config", "credentials", "ops", "virtual", "_exceptions"},
     {"storage"},
     {"transfer", "refs"},
