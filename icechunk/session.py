@@ -39,6 +39,7 @@ from icechunk.inputs import json_metadata, require_text
 from icechunk.log.compaction import Plan, plan
 from icechunk.log.session_log import ABSENT, IN_BASE, Savepoint, SessionLog
 from icechunk.reading import base_reference, base_references, read_chunk
+from icechunk.refs.base import SwapToken
 from icechunk.snapshots import Diff
 from icechunk.status import SessionMode
 from icechunk.storage.base import ByteRange
@@ -72,6 +73,7 @@ class Session:
         self._branch = branch
         self._phase = _Phase.READ_ONLY if branch is None else _Phase.WRITABLE
         self._since_us = since_us
+        self._sent: SwapToken | None = None
         self._puts = core.packs()
         self._lock = threading.Lock()
 
@@ -98,9 +100,19 @@ class Session:
         return self._branch
 
     @property
+    def unsettled_commit(self) -> SwapToken | None:
+        """Token, for `Repository.settle`, of a commit whose outcome is not known; else None.
+
+        A commit that was cancelled, or interrupted, while its swap was under way leaves one. If it turns out that the
+        commit did not land, the session is writable again.
+        """
+        return self._sent if self._phase is _Phase.UNSETTLED else None
+
+    @property
     def has_uncommitted_changes(self) -> bool:
         """Whether a commit would have something to say."""
-        return not self._log.is_empty
+        with self._lock:
+            return not self._log.is_empty
 
     @property
     def config(self) -> RepositoryConfig:
@@ -166,7 +178,8 @@ class Session:
         """Make the changes a new snapshot of the branch, atomically.
 
         Waits for every chunk that is still on its way. Afterwards the session is read-only and stands on the new
-        snapshot. After a failure (but `CommitOutcomeUnknown`) nothing is visible and the session is as before.
+        snapshot. After a failure (but `CommitOutcomeUnknown`) nothing is visible and the session is as before; after
+        a cancellation that is so unless `unsettled_commit` is set.
 
         Parameters
         ----------
@@ -204,7 +217,7 @@ class Session:
             message=message,
             metadata=described,
             since_us=self._since_us,
-            on_swap=self._begin_swap,
+            on_sent=self._note_sent,
         )
         try:
             snapshot = await commit(self._core, self._log.base, self._plan, self._puts, wanted)
@@ -212,7 +225,7 @@ class Session:
             self._phase = _Phase.UNSETTLED if isinstance(error, CommitOutcomeUnknown) else _Phase.WRITABLE
             raise
         except BaseException:
-            # Cancelled: once the swap has begun it goes on without us, and may land.
+            # Cancelled: an entry that was sent goes on without us, and may land.
             self._phase = _Phase.UNSETTLED if self._phase is _Phase.SWAPPING else _Phase.WRITABLE
             raise
         with self._lock:
@@ -245,8 +258,16 @@ class Session:
         with self._lock:
             return plan(self._log, self._core.settings.policy)
 
-    def _begin_swap(self) -> None:
-        self._phase = _Phase.SWAPPING
+    def _note_sent(self, token: SwapToken | None) -> None:
+        # None: the entry is lost for certain. The log tells also those who are gone, who then may go on writing.
+        with self._lock:
+            self._sent = token
+            if token is not None:
+                self._phase = _Phase.SWAPPING
+            elif self._phase is _Phase.SWAPPING:
+                self._phase = _Phase.COMMITTING
+            elif self._phase is _Phase.UNSETTLED:
+                self._phase = _Phase.WRITABLE
 
     def _require_writable(self) -> None:
         match self._phase:
@@ -256,7 +277,8 @@ class Session:
                 raise SessionStateError("a commit of this session is running; wait for it before writing")
             case _Phase.UNSETTLED:
                 raise SessionStateError(
-                    "the outcome of this session's commit is not known; settle its token, then open a new session"
+                    "the outcome of this session's commit is not known: Repository.settle(session.unsettled_commit) "
+                    "finds out; then open a new session"
                 )
 
     # -- nodes and chunks: what the store is made of ------------------------------------------------------------
@@ -269,10 +291,19 @@ class Session:
         _require_array(node)
         return node
 
-    @property
-    def hierarchy(self) -> SessionLog:
-        """The fold of this session's changes over its snapshot, to look nodes up; change nothing through it."""
-        return self._log
+    def node(self, path: str) -> NodeSnapshot | None:
+        """The group or array at a path; None where there is none."""
+        return self._log.node(path)
+
+    def nodes(self, under: str) -> list[NodeSnapshot]:
+        """The node at a path and everything below it, ascending; as of one moment, whoever else is writing."""
+        with self._lock:
+            return list(self._log.nodes(under))
+
+    def children(self, path: str) -> list[str]:
+        """Names directly below a path, ascending: of nodes, and of what only has nodes below it; as of one moment."""
+        with self._lock:
+            return self._log.children(path, implied=True)
 
     def set_metadata(self, path: str, document: bytes) -> None:
         """Create a node, or replace its zarr.json."""
