@@ -291,6 +291,11 @@ class Session:
         _require_array(node)
         return node
 
+    @property
+    def hierarchy(self) -> SessionLog:
+        """The fold of this session's changes over its snapshot; change nothing through it, and nobody may meanwhile."""
+        return self._log
+
     def node(self, path: str) -> NodeSnapshot | None:
         """The group or array at a path; None where there is none."""
         return self._log.node(path)
