@@ -75,6 +75,7 @@ class Session:
         self._since_us = since_us
         self._sent: SwapToken | None = None
         self._puts = core.packs()
+        self._discards = 0
         self._lock = threading.Lock()
 
     # -- what it is ----------------------------------------------------------------------------------------------
@@ -145,6 +146,7 @@ class Session:
             self._require_writable()
             self._log.discard()
             self._puts.discard()
+            self._discards += 1
 
     def savepoint(self) -> Savepoint:
         """Remember the changes as they are now, to return to with `rollback`.
@@ -356,15 +358,20 @@ class Session:
                 node = self._check_chunk(path, coords, data)
                 self._log.set_inline(node, coords, data)
             return
-        with self._lock:
-            self._require_writable()
-            self._check_chunk(path, coords, data)
-        chunk_id, offset = await self._puts.put(data)
-        with self._lock:
-            # While the pool was full the session may have been committed, or the array deleted.
-            self._require_writable()
-            node = self._check_chunk(path, coords, data)
-            self._log.set_native(node, coords, chunk_id, offset, len(data))
+        while True:
+            with self._lock:
+                self._require_writable()
+                self._check_chunk(path, coords, data)
+                discards = self._discards
+            chunk_id, offset = await self._puts.put(data)
+            with self._lock:
+                # While the pool was full the session may have been committed, or the array deleted.
+                self._require_writable()
+                node = self._check_chunk(path, coords, data)
+                if self._discards == discards:
+                    self._log.set_native(node, coords, chunk_id, offset, len(data))
+                    return
+            # Another thread discarded the bytes with everything else: this write comes after that, so they go again.
 
     def _check_chunk(self, path: str, coords: tuple[int, ...], data: bytes) -> NodeSnapshot:
         node = self.require_array(path)

@@ -403,6 +403,33 @@ def test_upload_that_fails_on_one_loop_is_told_on_another_and_commits_later() ->
     assert run(look) == b"x" * 2_000_000
 
 
+@pytest.mark.parametrize("size", [100, 2_000_000], ids=["packed", "alone"])
+async def test_write_that_a_discard_in_another_thread_overtakes_keeps_its_bytes(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = MemoryStorage()
+    session = await open_session(storage, inline_bytes=0)
+    await session.store.set("zarr.json", buffer(array_document((1,))))
+    await session.commit_async("array")
+    repository = await Repository.open_async(storage)
+    session = await repository.writable_session_async("main")
+    put, discarded = session._puts.put, []
+
+    async def put_then_lose_it(data: bytes) -> Any:
+        place = await put(data)
+        if not discarded:
+            discarded.append(place)
+            session.discard_changes()
+        return place
+
+    monkeypatch.setattr(session._puts, "put", put_then_lose_it)
+    await session.store.set("c/0", buffer(b"x" * size))
+    assert discarded
+    await session.commit_async("acknowledged, so it is there")
+    found = (await (await Repository.open_async(storage)).readonly_session_async("main")).store
+    assert await read(found, "c/0") == b"x" * size
+
+
 def test_cancelled_readers_leave_nothing_behind(storage: Storage) -> None:
     async def work() -> list[str]:
         before = await other_tasks()
