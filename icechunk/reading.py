@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.core import Core
-from icechunk.errors import ErrorKind, FormatError, ObjectNotFoundError, StorageError
+from icechunk.errors import ErrorKind, FormatError, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.tables import INLINE, NATIVE, ChunkRef, ChunkRefs, Extents, NodeSnapshot
 from icechunk.log.layers import inside
@@ -65,11 +65,11 @@ async def read_chunk(core: Core, puts: Packs | None, ref: ChunkRef, byte_range: 
                 "manifest refers to it; restore it, or reset the branch to an older snapshot",
                 ErrorKind.OBJECT_NOT_FOUND,
             ) from error
+        except InvalidInputError as error:
+            # The range begins beyond the object's end.
+            raise _too_short(ref.chunk_id, ref, "none") from error
         if len(data) != end - start:
-            raise FormatError(
-                f"chunk object {encode_id(ref.chunk_id)} is shorter than its reference says: bytes "
-                f"{ref.offset + start} to {ref.offset + end} wanted, {len(data)} found"
-            )
+            raise _too_short(ref.chunk_id, ref, f"only {len(data)} of {end - start}")
         return data
     raise StorageError(
         f"virtual chunk at {ref.location!r} cannot be fetched: no virtual chunk container authorises its location",
@@ -99,6 +99,13 @@ async def base_references(core: Core, node: NodeSnapshot, hidden: npt.NDArray[np
             yield refs
         elif visible.any():
             yield refs.take(np.flatnonzero(visible))
+
+
+def _too_short(chunk_id: ObjectId, ref: ChunkRef, found: str) -> FormatError:
+    return FormatError(
+        f"chunk object {encode_id(chunk_id)} is shorter than its reference says: of bytes {ref.offset} to "
+        f"{ref.offset + ref.length} {found} were found; restore the object, or reset the branch to an older snapshot"
+    )
 
 
 def _covers(extents: Extents, coords: tuple[int, ...]) -> bool:
