@@ -870,6 +870,10 @@ async def test_opening_sees_through_pages_that_end_early_although_more_follow(wo
     log, _ = await world.create()
     for i in range(1, 6):
         await log.append(world.commit(i))
+    # After the checkpoint.
+    events = encode_events(world.commit(6)(log.state))
+    data = encode_entry(n=6, nonce=b"x" * 16, time_us=world.clock.now_us, since_us=None, events=events)
+    await world.store.put(slot_key(log.epoch, 6), data)
     # Of an older life that sorts first, so that our slots are on a later page.
     for n in range(1, 5):
         await world.store.put(slot_key("0" * 28, n), b"of another life")
@@ -884,7 +888,8 @@ async def test_opening_sees_through_pages_that_end_early_although_more_follow(wo
 
     storage.script = short
     opened = await LogLayout.open(storage, world.clock.sources())
-    assert opened.state == log.state
+    assert opened.state == await log.refresh()
+    assert opened.n == 6
 
 
 # ---------------------------------------------------------------- rule 7
@@ -1325,3 +1330,39 @@ async def test_a_checkpoint_that_fails_unexpectedly_is_reported_and_commits_go_o
     await log.append(world.commit(2))
     await until(lambda: all(task.done() for task in log.tasks))
     assert log.checkpoint_n == 2
+
+
+async def test_checkpoints_take_a_small_share_of_the_time_however_long_they_take(world: World):
+    log, storage = await settled(world)
+
+    async def slow(request: Request, send: Send) -> object:
+        if request.verb == "put" and request.key == "repo":
+            world.clock.move(0.1)
+        return await send()
+
+    storage.script = slow
+    began_us = world.clock.now_us
+    for i in range(1, 40):
+        await log.append(world.commit(i))
+        await asyncio.sleep(0)
+    await until(lambda: all(task.done() for task in log.tasks))
+    assert log.checkpoint_n == log.n == 39, "the last one is written, sooner or later"
+    checkpoints = len(storage.of("put", "repo")) - 1
+    assert checkpoints * 0.1 <= (world.clock.now_us - began_us) / 1e6 / 8
+
+
+async def test_closing_does_not_wait_for_a_pause_between_checkpoints(world: World):
+    _, storage = await settled(world)
+    clock = ManualClock(world.clock.now_us)
+
+    async def for_ever(seconds: float) -> None:
+        await asyncio.Event().wait()
+
+    patient = await LogLayout.open(storage, replace(clock.sources(), sleep=for_ever))
+    await patient.append(world.commit(1))
+    await until(lambda: patient.checkpoint_n == 1)
+    await patient.append(world.commit(2))
+    await asyncio.sleep(0)
+    assert not all(task.done() for task in patient.tasks)
+    await asyncio.wait_for(patient.aclose(), 5)
+    assert patient.checkpoint_n == 2
