@@ -38,7 +38,7 @@ from icechunk.format.tables import NATIVE, VIRTUAL, ChunkRef, ChunkRefs, NodeKin
 from icechunk.inputs import json_metadata, require_text
 from icechunk.log.compaction import Plan, plan
 from icechunk.log.session_log import ABSENT, IN_BASE, Savepoint, SessionLog
-from icechunk.reading import base_reference, base_references, read_chunk
+from icechunk.reading import base_references, read_chunk
 from icechunk.refs.base import SwapToken
 from icechunk.snapshots import Diff
 from icechunk.status import SessionMode
@@ -406,7 +406,7 @@ class Session:
             _require_array(node)
             found = self._log.chunk(node, coords)
         if found is IN_BASE:
-            return await base_reference(self._core, node, coords)
+            return await self._core.assets.reference(node, coords)
         return None if found is ABSENT else found
 
     async def chunk_references(self, path: str) -> AsyncGenerator[ChunkRefs, None]:
@@ -504,9 +504,12 @@ def _require_array(node: NodeSnapshot) -> None:
 
 
 def _in_grid(node: NodeSnapshot, coords: tuple[int, ...]) -> bool:
-    return len(coords) == len(node.shape) and all(
-        coord < dimension.num_chunks for coord, dimension in zip(coords, node.shape, strict=True)
-    )
+    if len(coords) != len(node.shape):
+        return False
+    for coord, dimension in zip(coords, node.shape, strict=True):  # noqa: SIM110  # for every chunk: all() costs twice
+        if coord >= dimension.num_chunks:
+            return False
+    return True
 
 
 def _absolute(path: str) -> str:
