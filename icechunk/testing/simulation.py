@@ -204,9 +204,12 @@ class SimulatedStorage(Storage):
         await self._way()
         fate = rng.random()
         if fate < faults.dropped + faults.late:
+            patience_s = rng.uniform(0.5, 3)
             if fate < faults.late:
-                self._store.write_later(rng.choice((0.5, 20, 3600)) * rng.random(), key, content, precondition)
-            await asyncio.sleep(rng.uniform(0.5, 3))
+                # Often just when the client, out of patience, reads the slot and sends again.
+                delay_s = patience_s + rng.choice((-0.5, 0.2, 0.2, 0.4, 20, 3600)) * rng.random()
+                self._store.write_later(delay_s, key, content, precondition)
+            await asyncio.sleep(patience_s)
             raise StorageError(f"PUT of {key!r} timed out")
         answer = self._store.write(key, content, precondition)
         if rng.random() < faults.doubled:
