@@ -1,0 +1,145 @@
+"""Who waits for a swap, and the task that swaps: the part of a repository log that does not know its layout.
+
+The task belongs to the queue, not to a caller, since a PUT must outlive the caller who gave up on it (rule 3). It is
+spawned when somebody waits, ends when nobody does, and is awaited or cancelled in `AppendQueue.aclose`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Final
+
+from icechunk.errors import CommitOutcomeUnknown, ErrorKind, IcechunkError, SessionStateError, StorageError
+from icechunk.refs.base import Propose
+from icechunk.refs.commit_queue import Member, Waiting
+from icechunk.refs.state import RepoState
+
+__all__ = ["AppendQueue", "resolve"]
+
+_CLOSE_GRACE_S: Final = 10.0
+
+
+class AppendQueue:
+    """Callers of ``append`` of one log on one event loop.
+
+    Parameters
+    ----------
+    swap_next
+        Carries out one swap for whoever is in `waiting`, and settles it. Whatever it raises ends the appends of
+        everybody: of those in `sent` with `CommitOutcomeUnknown`, of the others with this error.
+    describe
+        Where the log is, for messages.
+    """
+
+    def __init__(self, swap_next: Callable[[], Awaitable[None]], describe: Callable[[], str]) -> None:
+        self._swap_next = swap_next
+        self._describe = describe
+        self.waiting: list[Waiting] = []
+        self.sent: tuple[Member, ...] = ()
+        """Whose events are in the attempt that is not settled."""
+        self.swapping = asyncio.Lock()
+        """Held while an attempt is made and settled; at most one is under way."""
+        self.closed = False
+        self._runner: asyncio.Task[None] | None = None
+
+    async def append(self, propose: Propose, *, since_us: int | None, deadline_s: float | None) -> RepoState:
+        """As `RepositoryLog.append`."""
+        if self.closed:
+            raise SessionStateError("the repository is closed; open it again")
+        one = Waiting(propose=propose, since_us=since_us, outcome=asyncio.get_running_loop().create_future())
+        self.waiting.append(one)
+        if self._runner is None or self._runner.done():
+            self._runner = asyncio.get_running_loop().create_task(self._run(), name="icechunk swaps")
+        try:
+            # Not `wait_for`: the future is the runner's, a caller who leaves must not cancel it.
+            await asyncio.wait({one.outcome}, timeout=deadline_s)
+        finally:
+            if not one.outcome.done():
+                one.abandoned = True
+                if one in self.waiting:
+                    self.waiting.remove(one)
+        if one.outcome.done():
+            return one.outcome.result()
+        if one.token is None:
+            raise StorageError(
+                f"cannot change the repository in {self._describe()}: the deadline of {deadline_s} s passed before "
+                "anything was sent; nothing landed",
+                ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
+            )
+        raise self._unknown(one, f"the deadline of {deadline_s} s passed first")
+
+    def _unknown(self, one: Waiting, why: str) -> CommitOutcomeUnknown:
+        return CommitOutcomeUnknown(
+            f"it is not known whether a change of the repository in {self._describe()} landed: {why}. "
+            "Repository.settle_async(error.token) finds out, or makes failure certain",
+            one.token,
+        )
+
+    async def _run(self) -> None:
+        """Swap until nobody waits."""
+        try:
+            while self.waiting:
+                async with self.swapping:
+                    await self._swap_next()
+        except asyncio.CancelledError:
+            self._fail_all(None)
+            raise
+        except Exception as error:
+            self._fail_all(error)
+
+    def send_again(self, members: Iterable[Member]) -> None:
+        """Put those back in front whose attempt was lost for certain; who has left is not sent again."""
+        self.sent = ()
+        lost = [member.waiting for member in members]
+        for one in lost:
+            one.token = None
+        self.waiting[:0] = [one for one in lost if not one.abandoned]
+
+    def _fail_all(self, error: Exception | None) -> None:
+        why = str(error) if error is not None else "the repository was closed first"
+        for member in self.sent:
+            resolve(member.waiting, self._unknown(member.waiting, why))
+        self.sent = ()
+        waiting, self.waiting = self.waiting, []
+        for one in waiting:
+            if error is None or isinstance(error, CommitOutcomeUnknown):
+                resolve(one, SessionStateError(f"nothing was sent, nothing landed; try again: {why}"))
+            else:
+                resolve(one, error)
+
+    async def aclose(self) -> None:
+        """Stop: who was not sent is told so, who was sent and is not certain after a while as well."""
+        if self.closed:
+            return
+        self.closed = True
+        waiting, self.waiting = self.waiting, []
+        for one in waiting:
+            resolve(one, SessionStateError("the repository was closed before anything was sent; nothing landed"))
+        runner = self._runner
+        if runner is None or runner.done() or runner is asyncio.current_task():
+            return
+        await asyncio.wait({runner}, timeout=_CLOSE_GRACE_S)
+        if not runner.done():
+            runner.cancel()
+            await asyncio.wait({runner})
+
+
+def resolve(one: Waiting, outcome: RepoState | Exception) -> None:
+    """Tell a caller what became of his events, once."""
+    if one.outcome.done():
+        return
+    if not isinstance(outcome, Exception):
+        one.outcome.set_result(outcome)
+    elif not one.abandoned:
+        one.outcome.set_exception(_own(outcome))
+        one.outcome.exception()  # a caller who is cancelled at this very moment never looks: no complaint then
+
+
+def _own(error: Exception) -> Exception:
+    """An error of one's own for each caller: a raised one collects the traceback of whoever raises it."""
+    if not isinstance(error, IcechunkError):
+        return error
+    copy: Exception = error.__reduce__()[0](*error.__reduce__()[1])
+    copy.__cause__ = error.__cause__
+    return copy

@@ -1,0 +1,87 @@
+"""The ops log of the repo-object layout: what stands in ``repo``, and the chain of copies with what came before.
+
+An update that is not the newest names the copy of ``repo`` in which it was. ``repo_before_updates`` is that of
+the newest update that no longer fits: read from there, every update is found in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+
+from icechunk.errors import FormatError, ObjectNotFoundError
+from icechunk.format.keys import overwritten_repo_key
+from icechunk.format.repo import decode_repo
+from icechunk.format.repo_values import Update
+from icechunk.refs.state import RepoState
+from icechunk.storage.base import Storage
+
+__all__ = ["Window", "next_window", "walk_updates"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """The part of the ops log that one ``repo`` holds."""
+
+    updates: tuple[Update, ...]
+    """Newest first; those of the last swap have no copy yet."""
+    before: str | None
+    """Bare name of the copy with the updates before them; None: there are none."""
+
+
+def next_window(
+    fresh: Sequence[Update], stored: Sequence[Update], *, before: str | None, backup: str, limit: int
+) -> Window:
+    """The part that the next ``repo`` holds.
+
+    Parameters
+    ----------
+    fresh
+        Updates of this swap, newest first.
+    stored, before
+        Of the object that is replaced.
+    backup
+        Bare name of its copy.
+    limit
+        Most updates to hold; those of one swap stay together, even if they are more.
+    """
+    # Several updates of one swap share the copy that they stand in; only the first of them was ever "the newest".
+    settled = [update if update.backup_path is not None else replace(update, backup_path=backup) for update in stored]
+    room = max(0, limit - len(fresh))
+    if len(settled) <= room:
+        return Window(updates=(*fresh, *settled), before=before)
+    # What is left out begins where a copy begins, so nothing is told twice.
+    while room and settled[room].backup_path == settled[room - 1].backup_path:
+        room -= 1
+    return Window(updates=(*fresh, *settled[:room]), before=settled[room].backup_path)
+
+
+async def walk_updates(storage: Storage, state: RepoState) -> AsyncIterator[Update]:
+    """Everything that ever happened, newest first, each once, through the chain of copies.
+
+    Raises
+    ------
+    FormatError
+        A copy of the chain is missing or cannot be read.
+    """
+    last_us: int | None = None
+    updates: Sequence[Update] = tuple(state.updates)
+    before, seen = state.repo_before_updates, set[str]()
+    while True:
+        for update in updates:
+            # A list may reach into its copy's; times only ever rise.
+            if last_us is None or update.updated_at_us < last_us:
+                last_us = update.updated_at_us
+                yield update
+        if before is None or before in seen:
+            return
+        seen.add(before)
+        key = overwritten_repo_key(before)
+        try:
+            info = decode_repo((await storage.get(key)).data)
+        except ObjectNotFoundError as error:
+            raise FormatError(
+                f"the ops log of {storage.describe()} goes on in {key!r}, which does not exist; older lines are lost, "
+                "the data is not"
+            ) from error
+        updates, before = info.updates, info.repo_before_updates

@@ -1,0 +1,610 @@
+"""The repo-object layout: one object, replaced under If-Match, loses nothing that was acknowledged."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import random
+
+import pytest
+
+from icechunk.errors import (
+    AlreadyExistsError,
+    CommitOutcomeUnknown,
+    ConflictError,
+    FormatError,
+    IcechunkError,
+    InvalidInputError,
+    ReadOnlyError,
+    RefNotFoundError,
+    RepositoryNotFoundError,
+    SessionStateError,
+    StorageError,
+)
+from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
+from icechunk.format.repo import decode_repo
+from icechunk.format.repo_values import BranchCreated, NewCommit, RepoInitialized, TagCreated, Update
+from icechunk.refs import events as e
+from icechunk.refs.base import SwapToken
+from icechunk.refs.create_repo import create_repo_object
+from icechunk.refs.log_checkpoint import convert_to_log
+from icechunk.refs.repo_history import next_window
+from icechunk.refs.repo_layout import RepoObjectLayout, UpdateRetries
+from icechunk.sources import Sources
+from icechunk.storage.base import Storage
+from icechunk.storage.memory import MemoryStorage
+from icechunk.testing.scripted import ManualClock, Request, ScriptedStorage, Send, lost_answer
+from icechunk.testing.simulation import Faults, SimulatedStorage, SimulatedStore, VirtualLoop, commit_proposal
+from tests.refs.strategies import an_id
+
+
+class World:
+    """One store in memory, one clock, and as many clients as a test opens."""
+
+    def __init__(self) -> None:
+        self.clock = ManualClock()
+        self.store = MemoryStorage(self.clock.sources())
+        self.logs: list[RepoObjectLayout] = []
+
+    async def create(self, **options: object) -> tuple[RepoObjectLayout, ScriptedStorage]:
+        storage = ScriptedStorage(self.store)
+        log = await create_repo_object(storage, self.clock.sources(), **options)
+        self.logs.append(log)
+        return log, storage
+
+    async def open(self, *, skew_s: float = 0, **options: object) -> tuple[RepoObjectLayout, ScriptedStorage]:
+        storage = ScriptedStorage(self.store)
+        log = await RepoObjectLayout.open(storage, self.clock.sources(skew_s=skew_s), **options)
+        self.logs.append(log)
+        return log, storage
+
+    def commit(self, i: int, branch: str = "main", parent: ObjectId | None = None):
+        return commit_proposal(an_id(i), branch, parent=parent, now_us=self.clock.now_us)
+
+    async def history(self) -> list[ObjectId]:
+        log = await RepoObjectLayout.open(self.store, self.clock.sources())
+        return [update.change.snapshot async for update in log.updates() if isinstance(update.change, NewCommit)][::-1]
+
+
+@pytest.fixture
+async def world():
+    a_world = World()
+    yield a_world
+    for log in a_world.logs:
+        await log.aclose()
+    assert asyncio.all_tasks() == {asyncio.current_task()}, "the logs left tasks behind"
+
+
+async def settled(count: int = 200) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def replaces_repo(request: Request) -> bool:
+    return request.verb == "put" and request.key == "repo"
+
+
+# --------------------------------------------------------------- the swap
+
+
+async def test_a_commit_copies_the_object_and_replaces_exactly_that_version(world: World):
+    log, storage = await world.create()
+    await log.append(world.commit(1))
+    storage.requests.clear()
+    await log.append(world.commit(2))
+    assert [(request.verb, request.key) for request in storage.requests] == [("copy", "repo"), ("put", "repo")]
+
+
+async def test_a_commit_whose_copy_was_made_during_the_uploads_is_one_put(world: World):
+    log, storage = await world.create()
+    await log.prepare_writes()
+    storage.requests.clear()
+    await log.append(world.commit(1))
+    assert [(request.verb, request.key) for request in storage.requests] == [("put", "repo")]
+    await log.prepare_writes()
+    other, _ = await world.open()
+    await other.append(world.commit(2))
+    await log.append(world.commit(3))
+    assert await world.history() == [an_id(1), an_id(2), an_id(3)]
+
+
+async def test_callers_of_one_loop_share_a_put(world: World):
+    log, storage = await world.create()
+    await log.append(lambda _: [e.BranchCreated(name=str(i), snapshot=FIRST_SNAPSHOT) for i in range(20)])
+    storage.requests.clear()
+    await asyncio.gather(*(log.append(world.commit(100 + i, str(i))) for i in range(20)))
+    assert len([request for request in storage.requests if replaces_repo(request)]) == 1
+    assert set(await world.history()) == {an_id(100 + i) for i in range(20)}
+
+
+async def test_one_who_is_refused_does_not_touch_the_others_of_the_group(world: World):
+    log, _ = await world.create()
+    results = await asyncio.gather(
+        log.append(world.commit(1)),
+        log.append(world.commit(2, parent=FIRST_SNAPSHOT)),
+        log.append(lambda _: [e.TagCreated(name="t", snapshot=an_id(1))]),
+        return_exceptions=True,
+    )
+    assert isinstance(results[1], ConflictError)
+    assert (await log.refresh()).tags["t"] == an_id(1)
+    assert await world.history() == [an_id(1)]
+
+
+async def test_of_two_clients_one_conflicts_and_another_branch_does_not(world: World):
+    one, _ = await world.create()
+    two, _ = await world.open()
+    await one.append(lambda _: [e.BranchCreated(name="dev", snapshot=FIRST_SNAPSHOT)])
+    await one.append(world.commit(1))
+    with pytest.raises(ConflictError):
+        await two.append(world.commit(2, parent=FIRST_SNAPSHOT))
+    await two.append(world.commit(3, "dev", parent=FIRST_SNAPSHOT))
+    assert await world.history() == [an_id(1), an_id(3)]
+
+
+async def test_a_refusal_is_never_given_on_old_news(world: World):
+    one, _ = await world.create()
+    two, _ = await world.open()
+    await one.append(lambda _: [e.BranchCreated(name="dev", snapshot=FIRST_SNAPSHOT)])
+    await two.append(lambda state: [e.TagCreated(name="t", snapshot=state.branch_tip("dev"))])
+    with pytest.raises(RefNotFoundError):
+        await two.append(lambda state: [e.TagCreated(name="u", snapshot=state.branch_tip("nowhere"))])
+
+
+async def test_a_read_only_repository_takes_nothing_but_a_change_of_status(world: World):
+    log, _ = await world.create()
+    await log.append(lambda _: [e.StatusSet(availability=1, reason="audit")])
+    with pytest.raises(ReadOnlyError, match="audit"):
+        await log.append(world.commit(1))
+    await log.append(lambda _: [e.StatusSet(availability=0)])
+    await log.append(world.commit(1))
+
+
+async def test_everything_a_repository_keeps_survives_opening(world: World):
+    log, _ = await world.create(config={"inline_chunk_threshold_bytes": 7})
+    await log.append(world.commit(1))
+    await log.append(
+        lambda _: [
+            e.TagCreated(name="t", snapshot=an_id(1)),
+            e.TagCreated(name="gone", snapshot=an_id(1)),
+            e.TagDeleted(name="gone"),
+            e.BranchCreated(name="a/b", snapshot=FIRST_SNAPSHOT),
+            e.MetadataUpdated(metadata={"k": [1, None]}),
+            e.FeatureFlagSet(flag=3, value=False),
+        ]
+    )
+    other, _ = await world.open()
+    assert other.state == log.state
+    assert other.state.config == {"inline_chunk_threshold_bytes": 7}
+    with pytest.raises(AlreadyExistsError):
+        await other.append(lambda _: [e.TagCreated(name="gone", snapshot=an_id(1))])
+
+
+async def test_a_refresh_is_one_get_and_decodes_nothing_that_is_known(world: World, monkeypatch: pytest.MonkeyPatch):
+    log, storage = await world.create()
+    storage.requests.clear()
+    monkeypatch.setattr("icechunk.refs.repo_layout.decode_repo", None)
+    await log.refresh()
+    assert [(request.verb, request.key) for request in storage.requests] == [("get", "repo")]
+
+
+async def test_a_lost_race_is_tried_again_as_often_as_the_configuration_says(world: World):
+    log, storage = await world.create(retries=UpdateRetries(tries=3, first_pause_s=0.01))
+    other, _ = await world.open()
+    puts = 0
+
+    async def always_second(request: Request, send: Send) -> object:
+        nonlocal puts
+        if replaces_repo(request):
+            puts += 1
+            await other.append(lambda _: [e.MetadataUpdated(metadata={"n": puts})])
+        return await send()
+
+    storage.script = always_second
+    with pytest.raises(ConflictError, match="repo_update_retries") as refused:
+        await log.append(world.commit(1))
+    assert (puts, refused.value.kind) == (3, "update-attempts-exhausted")
+    storage.script = None
+    await log.append(world.commit(1))
+    assert await world.history() == [an_id(1)]
+
+
+# ---------------------------------------------------------- lost answers
+
+
+async def test_a_commit_that_landed_but_lost_its_answer_is_not_committed_twice(world: World):
+    log, storage = await world.create()
+
+    async def lose(request: Request, send: Send) -> object:
+        answer = await send()
+        if replaces_repo(request):
+            storage.script = None
+            raise lost_answer()
+        return answer
+
+    storage.script = lose
+    await log.append(world.commit(1))
+    assert await world.history() == [an_id(1)]
+
+
+@pytest.mark.parametrize("what", ["commit", "tag"])
+async def test_ones_own_write_is_recognised_under_that_of_another(world: World, what: str):
+    log, storage = await world.create()
+    other, _ = await world.open()
+
+    async def lose_and_be_overwritten(request: Request, send: Send) -> object:
+        answer = await send()
+        if replaces_repo(request):
+            storage.script = None
+            await other.append(lambda _: [e.MetadataUpdated(metadata={"by": "other"})])
+            raise lost_answer()
+        return answer
+
+    storage.script = lose_and_be_overwritten
+    if what == "commit":
+        await log.append(world.commit(1))
+    else:
+        await log.append(lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)])
+    updates = [type(update.change).__name__ async for update in log.updates()]
+    assert updates.count("NewCommit" if what == "commit" else "TagCreated") == 1
+
+
+async def test_the_same_tag_by_another_at_the_same_microsecond_is_not_taken_for_ones_own(world: World):
+    log, storage = await world.create()
+    other, _ = await world.open()
+
+    async def be_overtaken(request: Request, send: Send) -> object:
+        if replaces_repo(request):
+            storage.script = None
+            await other.append(lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)])
+            await other.append(lambda _: [e.MetadataUpdated(metadata={"by": "other"})])
+            raise lost_answer()
+        return await send()
+
+    storage.script = be_overtaken
+    with pytest.raises(AlreadyExistsError):
+        await log.append(lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)])
+
+
+async def test_the_same_bytes_are_sent_while_the_object_is_unchanged(world: World):
+    log, storage = await world.create()
+
+    async def drop(request: Request, send: Send) -> object:
+        if replaces_repo(request) and len([r for r in storage.requests if replaces_repo(r)]) < 3:
+            raise lost_answer()
+        return await send()
+
+    storage.script = drop
+    storage.requests.clear()
+    await log.append(world.commit(1))
+    puts = [request for request in storage.requests if replaces_repo(request)]
+    assert len(puts) == 3
+    assert len({(request.data, request.precondition) for request in puts}) == 1
+
+
+async def test_an_outcome_that_stays_unknown_is_called_so_and_settles_as_landed(world: World):
+    log, storage = await world.create()
+    late: list[Send] = []
+
+    async def hold(request: Request, send: Send) -> object:
+        if replaces_repo(request):
+            late.append(send)
+            raise lost_answer()
+        return await send()
+
+    storage.script = hold
+    with pytest.raises(CommitOutcomeUnknown) as unknown:
+        await log.append(world.commit(1))
+    token = pickle.loads(pickle.dumps(unknown.value.token))
+    storage.script = None
+    await late[0]()
+    other, _ = await world.open()
+    assert await other.settle(token)
+    assert await log.settle(token)
+    assert await world.history() == [an_id(1)]
+
+
+@pytest.mark.parametrize("what", ["commit", "tag"])
+async def test_settling_makes_failure_certain(world: World, what: str):
+    log, storage = await world.create()
+    late: list[Send] = []
+
+    async def hold(request: Request, send: Send) -> object:
+        if replaces_repo(request):
+            late.append(send)
+            raise lost_answer()
+        return await send()
+
+    storage.script = hold
+    propose = world.commit(1) if what == "commit" else lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)]
+    with pytest.raises(CommitOutcomeUnknown) as unknown:
+        await log.append(propose)
+    other, _ = await world.open()
+    assert not await other.settle(unknown.value.token)
+    for send in late:
+        with pytest.raises(StorageError):
+            await send()
+    assert await world.history() == []
+    assert not (await other.refresh()).tags
+    # and the client itself finds out before it sends anything else
+    storage.script = None
+    await log.append(world.commit(2))
+    assert await world.history() == [an_id(2)]
+
+
+async def test_settling_a_token_of_another_life_says_that_it_did_not_land(world: World):
+    log, _ = await world.create()
+    assert not await log.settle(SwapToken(epoch="repo:gone", n=5, nonce=b"x" * 16, snapshots=(an_id(9),)))
+
+
+async def test_a_caller_with_a_deadline_is_told_and_the_put_goes_on(world: World):
+    log, storage = await world.create()
+    go = asyncio.Event()
+
+    async def hold(request: Request, send: Send) -> object:
+        if replaces_repo(request):
+            await go.wait()
+        return await send()
+
+    storage.script = hold
+    with pytest.raises(CommitOutcomeUnknown) as unknown:
+        await log.append(world.commit(1), deadline_s=0.02)
+    go.set()
+    assert await log.settle(unknown.value.token)
+
+
+async def test_a_cancelled_caller_leaves_the_queue_and_not_the_swap(world: World):
+    log, storage = await world.create()
+    go = asyncio.Event()
+
+    async def hold(request: Request, send: Send) -> object:
+        if replaces_repo(request):
+            await go.wait()
+        return await send()
+
+    storage.script = hold
+    first = asyncio.create_task(log.append(world.commit(1)))
+    await settled()
+    second = asyncio.create_task(log.append(world.commit(2)))
+    await settled()
+    first.cancel()
+    second.cancel()
+    await asyncio.gather(first, second, return_exceptions=True)
+    go.set()
+    storage.script = None
+    await log.append(lambda _: [e.MetadataUpdated(metadata={"a": 1})])
+    assert await world.history() == [an_id(1)]
+
+
+async def test_a_copy_that_fails_fails_the_commit_with_nothing_landed(world: World):
+    log, storage = await world.create()
+
+    async def no_copy(request: Request, send: Send) -> object:
+        if request.verb == "copy":
+            raise StorageError("denied")
+        return await send()
+
+    storage.script = no_copy
+    storage.requests.clear()
+    with pytest.raises(StorageError, match="denied"):
+        await log.append(world.commit(1))
+    assert not storage.of("put", "repo")
+
+
+async def test_what_cannot_be_encoded_fails_alone(world: World):
+    log, _ = await world.create()
+    with pytest.raises(IcechunkError):
+        await log.append(lambda _: [e.TagCreated(name="\ud800", snapshot=FIRST_SNAPSHOT)])
+    await log.append(world.commit(1))
+
+
+async def test_closing_tells_who_waits_and_refuses_afterwards(world: World):
+    log, _ = await world.create()
+    await log.aclose()
+    with pytest.raises(SessionStateError, match="closed"):
+        await log.append(world.commit(1))
+
+
+# ------------------------------------------------------------- the store
+
+
+async def test_a_store_that_ignores_if_match_is_found_before_anything_is_replaced(world: World):
+    log, storage = await world.create()
+    before = (await world.store.get("repo")).data
+
+    async def ignore(request: Request, send: Send) -> object:
+        return await (world.store.put(request.key, request.data) if request.verb == "put" else send())
+
+    storage.script = ignore
+    with pytest.raises(StorageError, match="If-Match") as refused:
+        await log.append(world.commit(1))
+    assert refused.value.kind == "storage-config"
+    assert (await world.store.get("repo")).data == before
+
+
+async def test_a_clock_that_is_off_does_not_write(world: World):
+    await world.create()
+    log, _ = await world.open(skew_s=3600)
+    with pytest.raises(SessionStateError, match="clock"):
+        await log.append(world.commit(1))
+
+
+async def test_of_many_creators_one_wins(world: World):
+    results = await asyncio.gather(
+        *(create_repo_object(world.store, world.clock.sources(), check_clean_root=False) for _ in range(5)),
+        return_exceptions=True,
+    )
+    assert sum(isinstance(result, RepoObjectLayout) for result in results) == 1
+    assert sum(isinstance(result, AlreadyExistsError) for result in results) == 4
+
+
+async def test_creation_whose_answer_was_lost_is_recognised(world: World):
+    storage = ScriptedStorage(world.store)
+
+    async def lose(request: Request, send: Send) -> object:
+        answer = await send()
+        if replaces_repo(request):
+            storage.script = None
+            raise lost_answer()
+        return answer
+
+    storage.script = lose
+    log = await create_repo_object(storage, world.clock.sources())
+    await log.append(world.commit(1))
+
+
+async def test_what_is_no_repository_of_this_layout_is_refused(world: World):
+    with pytest.raises(RepositoryNotFoundError):
+        await world.open()
+    await world.create()
+    with pytest.raises(InvalidInputError):
+        await world.create()
+    await convert_to_log(world.store, world.clock.sources())
+    with pytest.raises(SessionStateError, match="log"):
+        await world.open()
+
+
+async def test_a_client_finds_that_the_repository_became_a_log(world: World):
+    log, _ = await world.create()
+    await log.append(world.commit(1))
+    await convert_to_log(world.store, world.clock.sources())
+    with pytest.raises(SessionStateError, match="open it again"):
+        await log.append(world.commit(2))
+    await log.refresh()
+    assert log.state.branches["main"] == an_id(1)
+
+
+async def test_a_commit_that_landed_before_the_conversion_is_recognised(world: World):
+    log, storage = await world.create()
+
+    async def convert(request: Request, send: Send) -> object:
+        answer = await send()
+        if replaces_repo(request):
+            storage.script = None
+            await convert_to_log(world.store, world.clock.sources())
+            raise lost_answer()
+        return answer
+
+    storage.script = convert
+    await log.append(world.commit(1))
+    assert decode_repo((await world.store.get("repo")).data).branches["main"] == an_id(1)
+
+
+# ----------------------------------------------------------- the ops log
+
+
+async def test_the_ops_log_is_whole_however_few_lines_an_object_holds(world: World):
+    log, _ = await world.create(updates_per_file=3)
+    for i in range(1, 8):
+        await log.append(world.commit(i))
+    await log.append(lambda _: [e.BranchCreated(name=str(i), snapshot=an_id(1)) for i in range(5)])
+    for i in range(8, 12):
+        await log.append(world.commit(i))
+    info = decode_repo((await world.store.get("repo")).data)
+    assert len(info.updates) == 3
+    assert info.updates[0].backup_path is None
+    assert all(update.backup_path for update in info.updates[1:])
+    other, _ = await world.open()
+    changes = [update.change async for update in other.updates()]
+    assert [type(change) for change in changes] == [NewCommit] * 4 + [BranchCreated] * 5 + [NewCommit] * 7 + [
+        RepoInitialized
+    ]
+
+
+async def test_a_missing_copy_of_the_ops_log_is_named(world: World):
+    log, _ = await world.create(updates_per_file=1)
+    for i in range(1, 5):
+        await log.append(world.commit(i))
+    keys = [info.key async for page in world.store.list_pages("overwritten/") for info in page]
+    await world.store.delete(keys)
+    with pytest.raises(FormatError, match="overwritten/repo"):
+        [update async for update in log.updates()]
+
+
+def _update(i: int, backup: str | None = None) -> Update:
+    return Update(change=TagCreated(name=str(i)), updated_at_us=i, backup_path=backup)
+
+
+def test_lines_of_one_swap_are_not_torn_apart():
+    stored = (_update(5), _update(4), _update(3, "b"), _update(2, "b"), _update(1, "a"))
+    window = next_window([_update(6)], stored, before=None, backup="c", limit=4)
+    assert [update.updated_at_us for update in window.updates] == [6, 5, 4]
+    assert [update.backup_path for update in window.updates] == [None, "c", "c"]
+    assert window.before == "b"
+    alone = next_window([_update(7), _update(6)], stored, before=None, backup="c", limit=1)
+    assert [update.updated_at_us for update in alone.updates] == [7, 6]
+    assert alone.before == "c"
+
+
+# --------------------------------------------------------------- a crowd
+
+
+def _crowd(seed: int) -> list[str]:
+    loop = VirtualLoop()
+    try:
+        return loop.run_until_complete(_crowd_on(loop, seed))
+    finally:
+        loop.close()
+
+
+async def _crowd_on(loop: VirtualLoop, seed: int) -> list[str]:
+    rng, store = random.Random(seed), SimulatedStore(loop)
+
+    def client(faults: Faults) -> tuple[Storage, Sources]:
+        own = random.Random(rng.getrandbits(64))
+        sources = Sources(
+            wall_us=loop.now_us,
+            elapsed_us=lambda: int(loop.time() * 1e6),
+            random_bytes=own.randbytes,
+            sleep=asyncio.sleep,
+        )
+        return SimulatedStorage(store, random.Random(rng.getrandbits(64)), faults), sources
+
+    calm = Faults(lost=0, late=0, doubled=0, dropped=0, pause=0)
+    creator = await create_repo_object(*client(calm), updates_per_file=4)
+    acknowledged, failed, unknown = set[ObjectId](), set[ObjectId](), dict[ObjectId, object]()
+
+    async def work(who: int) -> None:
+        storage, sources = client(Faults(pause=0.0))
+        while True:
+            try:
+                log = await RepoObjectLayout.open(storage, sources, updates_per_file=4)
+                break
+            except IcechunkError:
+                await asyncio.sleep(1)
+        for i in range(6):
+            id = ObjectId((who * 1000 + i + 1).to_bytes(12))
+            try:
+                await log.append(
+                    commit_proposal(id, "main", now_us=loop.now_us()), deadline_s=rng.choice([None, None, 3.0])
+                )
+                acknowledged.add(id)
+            except CommitOutcomeUnknown as error:
+                unknown[id] = error.token
+            except IcechunkError:
+                failed.add(id)
+            await asyncio.sleep(rng.random())
+        await log.aclose()
+
+    await asyncio.gather(*(work(who) for who in range(4)))
+    log = await RepoObjectLayout.open(*client(calm))
+    for id, token in unknown.items():
+        (acknowledged if await log.settle(token) else failed).add(id)
+    while store.travelling:
+        await asyncio.gather(*store.travelling)
+    state = await log.refresh()
+    told = [update.change.snapshot async for update in log.updates() if isinstance(update.change, NewCommit)]
+    linear = [record.id for record in state.ancestry(state.branches["main"])][:-1]
+    await creator.aclose()
+    await log.aclose()
+    return [
+        *(["a commit is in the ops log twice"] if len(told) != len(set(told)) else []),
+        *(["the branch is not its ops log"] if linear != told else []),
+        *(["acknowledged and lost"] if acknowledged - set(told) else []),
+        *(["failed and there"] if failed & set(told) else []),
+        *(["nothing happened"] if not acknowledged else []),
+    ]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_crowd_under_lost_late_and_doubled_requests_keeps_every_promise(seed: int):
+    assert _crowd(seed) == []
