@@ -7,15 +7,18 @@ spawned when somebody waits, ends when nobody does, and is awaited or cancelled 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 from icechunk.errors import CommitOutcomeUnknown, ErrorKind, IcechunkError, SessionStateError, StorageError
-from icechunk.refs.base import Propose
+from icechunk.refs.base import OnSent, Propose, SwapToken
 from icechunk.refs.commit_queue import Member, Waiting
 from icechunk.refs.state import RepoState
 
-__all__ = ["AppendQueue", "resolve"]
+__all__ = ["AppendQueue", "resolve", "tell_sent"]
+
+_LOG: Final = logging.getLogger(__name__)
 
 _CLOSE_GRACE_S: Final = 10.0
 
@@ -43,11 +46,25 @@ class AppendQueue:
         self.closed = False
         self._runner: asyncio.Task[None] | None = None
 
-    async def append(self, propose: Propose, *, since_us: int | None, deadline_s: float | None) -> RepoState:
-        """As `RepositoryLog.append`."""
+    async def append(
+        self,
+        propose: Propose,
+        *,
+        since_us: int | None,
+        deadline_s: float | None,
+        on_sent: OnSent | None,
+        asked: int,
+    ) -> RepoState:
+        """As `RepositoryLog.append`; ``asked`` numbers the call among the client's looks."""
         if self.closed:
             raise SessionStateError("the repository is closed; open it again")
-        one = Waiting(propose=propose, since_us=since_us, outcome=asyncio.get_running_loop().create_future())
+        one = Waiting(
+            propose=propose,
+            since_us=since_us,
+            outcome=asyncio.get_running_loop().create_future(),
+            on_sent=on_sent,
+            asked=asked,
+        )
         self.waiting.append(one)
         if self._runner is None or self._runner.done():
             self._runner = asyncio.get_running_loop().create_task(self._run(), name="icechunk swaps")
@@ -88,13 +105,15 @@ class AppendQueue:
         except Exception as error:
             self._fail_all(error)
 
-    def send_again(self, members: Iterable[Member]) -> None:
-        """Put those back in front whose attempt was lost for certain; who has left is not sent again."""
+    def lost(self, members: Iterable[Member]) -> None:
+        """The attempt is lost for certain: put those back in front who still wait; who has left is not sent again."""
         self.sent = ()
-        lost = [member.waiting for member in members]
-        for one in lost:
-            one.token = None
-        self.waiting[:0] = [one for one in lost if not one.abandoned]
+        members = tuple(members)
+        for member in members:
+            tell_sent(member.waiting, None)
+        self.waiting[:0] = [
+            member.waiting for member in members if not member.waiting.abandoned and not member.waiting.outcome.done()
+        ]
 
     def _fail_all(self, error: Exception | None) -> None:
         why = str(error) if error is not None else "the repository was closed first"
@@ -123,6 +142,17 @@ class AppendQueue:
         if not runner.done():
             runner.cancel()
             await asyncio.wait({runner})
+
+
+def tell_sent(one: Waiting, token: SwapToken | None) -> None:
+    """Note which attempt carries a caller's events, None for none, and tell him."""
+    one.token = token
+    if one.on_sent is None:
+        return
+    try:
+        one.on_sent(token)
+    except Exception:
+        _LOG.exception("a callback of append failed")
 
 
 def resolve(one: Waiting, outcome: RepoState | Exception) -> None:

@@ -7,7 +7,7 @@ Others read `RepositoryLog.state`; only `refresh` and `append` replace it, and i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
@@ -79,6 +79,19 @@ class RepositoryLog(ABC):
 
         Includes everything that was acknowledged to anybody before the call. One round trip where little happened.
         """
+
+    async def learn(self, snapshots: Iterable[ObjectId], *, ancestry: bool = False) -> RepoState:
+        """See to it that the state's graph has these snapshots, and with ``ancestry`` all that they descend from.
+
+        Where the graph is always whole nothing happens, and what is not in it is not looked for. In format 1 the
+        files are read.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is no such file.
+        """
+        return self.state
 
     @abstractmethod
     async def append(

@@ -17,8 +17,9 @@ from icechunk.format.repo import decode_repo, encode_repo
 from icechunk.format.repo_values import SnapshotRecord
 from icechunk.refs.create import put_first_files, require_clean
 from icechunk.refs.log_reader import RepoObject, read_repo
-from icechunk.refs.repo_layout import DEFAULT_RETRIES, RepoObjectLayout, UpdateRetries, write_mark
+from icechunk.refs.repo_layout import RepoObjectLayout, UpdateRetries, write_mark
 from icechunk.refs.state import initial_state, to_repo_info
+from icechunk.refs.store_check import require_atomic
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Absent, Storage
 
@@ -35,13 +36,14 @@ async def create_repo_object(
     config: Json | None = None,
     check_clean_root: bool = True,
     updates_per_file: int | None = None,
-    retries: UpdateRetries = DEFAULT_RETRIES,
+    retries: UpdateRetries | None = None,
 ) -> RepoObjectLayout:
     """Create a repository with one empty snapshot on ``main``; parameters and errors as `create_log`."""
     if not storage.supports_writes:
         raise ReadOnlyError(
             f"cannot create a repository: {storage.describe()} can only be read", ErrorKind.READ_ONLY_STORAGE
         )
+    require_atomic(storage)
     await require_clean(storage, everything=check_clean_root)
     root = await put_first_files(storage, sources)
     record = SnapshotRecord(

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Final
 
 from icechunk.errors import ErrorKind, PreconditionFailedError, StorageError
+from icechunk.refs.store_check import require_atomic
 from icechunk.storage.base import Matches, Storage, Version
 
 __all__ = ["MatchCheck"]
@@ -38,8 +39,9 @@ class MatchCheck:
         Raises
         ------
         StorageError
-            The store took the write (kind ``storage-config``), or gives no answer.
+            The store took the write, or is set to do without conditions (kind ``storage-config``), or gives no answer.
         """
+        require_atomic(self._storage)
         async with self._lock:
             if self._done or self._known_good():
                 return

@@ -6,17 +6,12 @@ the newest update that no longer fits: read from there, every update is found in
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from icechunk.errors import FormatError, ObjectNotFoundError
-from icechunk.format.keys import overwritten_repo_key
-from icechunk.format.repo import decode_repo
 from icechunk.format.repo_values import Update
-from icechunk.refs.state import RepoState
-from icechunk.storage.base import Storage
 
-__all__ = ["Window", "next_window", "walk_updates"]
+__all__ = ["Window", "next_window"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,34 +49,3 @@ def next_window(
     while room and settled[room].backup_path == settled[room - 1].backup_path:
         room -= 1
     return Window(updates=(*fresh, *settled[:room]), before=settled[room].backup_path)
-
-
-async def walk_updates(storage: Storage, state: RepoState) -> AsyncIterator[Update]:
-    """Everything that ever happened, newest first, each once, through the chain of copies.
-
-    Raises
-    ------
-    FormatError
-        A copy of the chain is missing or cannot be read.
-    """
-    last_us: int | None = None
-    updates: Sequence[Update] = tuple(state.updates)
-    before, seen = state.repo_before_updates, set[str]()
-    while True:
-        for update in updates:
-            # A list may reach into its copy's; times only ever rise.
-            if last_us is None or update.updated_at_us < last_us:
-                last_us = update.updated_at_us
-                yield update
-        if before is None or before in seen:
-            return
-        seen.add(before)
-        key = overwritten_repo_key(before)
-        try:
-            info = decode_repo((await storage.get(key)).data)
-        except ObjectNotFoundError as error:
-            raise FormatError(
-                f"the ops log of {storage.describe()} goes on in {key!r}, which does not exist; older lines are lost, "
-                "the data is not"
-            ) from error
-        updates, before = info.updates, info.repo_before_updates

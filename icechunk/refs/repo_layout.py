@@ -20,7 +20,7 @@ import itertools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import orjson
 
@@ -41,21 +41,22 @@ from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name, snapshot_key
 from icechunk.format.repo import decode_repo
 from icechunk.format.repo_values import CommitAmended, NewCommit, NewDetachedSnapshot, Update
-from icechunk.refs.append_queue import AppendQueue, resolve
-from icechunk.refs.base import Layout, Propose, RepositoryLog, SwapToken
+from icechunk.refs.append_queue import AppendQueue, resolve, tell_sent
+from icechunk.refs.base import Layout, OnSent, Propose, RepositoryLog, SwapToken
 from icechunk.refs.commit_queue import Group, Member, build, new_snapshots
 from icechunk.refs.entry import decode_events
 from icechunk.refs.log_checkpoint import DEFAULT_UPDATES_PER_FILE, encode
 from icechunk.refs.log_reader import RepoObject, instant, known_of, read_repo
 from icechunk.refs.match_check import MatchCheck
+from icechunk.refs.ops_log import updates_of
 from icechunk.refs.proof import MAX_SKEW_US, Instant, clock_error_us
-from icechunk.refs.repo_history import next_window, walk_updates
+from icechunk.refs.repo_history import next_window
 from icechunk.refs.state import MAIN, RepoState, from_repo_info, to_repo_info
 from icechunk.refs.updates import UpdateLog
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Matches, Storage, Version
 
-__all__ = ["DEFAULT_RETRIES", "RepoObjectLayout", "UpdateRetries", "is_repo_object", "write_mark"]
+__all__ = ["RepoObjectLayout", "UpdateRetries", "is_repo_object", "retries_of", "write_mark"]
 
 _MARK: Final = "aioicechunk-write"
 _SNAPSHOT_CHANGES: Final = (NewCommit, CommitAmended, NewDetachedSnapshot)
@@ -78,7 +79,18 @@ class UpdateRetries:
         return longest * (int.from_bytes(sources.random_bytes(4)) / 0x1_0000_0000)
 
 
-DEFAULT_RETRIES: Final = UpdateRetries()
+def retries_of(config: Any) -> UpdateRetries:
+    """What the persisted configuration says about lost races; the official library's defaults where it says nothing."""
+    tries, first_ms, longest_ms = 100, 50, 30_000
+    found = config.get("repo_update_retries") if isinstance(config, dict) else None
+    found = found.get("default") if isinstance(found, dict) else None
+    if isinstance(found, dict):
+        numbers = [found.get(name) for name in ("max_tries", "initial_backoff_ms", "max_backoff_ms")]
+        tries, first_ms, longest_ms = (
+            number if isinstance(number, int) else default
+            for number, default in zip(numbers, (tries, first_ms, longest_ms), strict=True)
+        )
+    return UpdateRetries(tries=max(1, tries), first_pause_s=first_ms / 1000, longest_pause_s=longest_ms / 1000)
 
 
 def is_repo_object(found: RepoObject) -> bool:
@@ -137,7 +149,7 @@ class RepoObjectLayout(RepositoryLog):
     updates_per_file
         Most entries of the ops log that ``repo`` holds; None: as the persisted configuration says, else 1000.
     retries
-        What to do about lost races.
+        What to do about lost races; None: as the persisted configuration says.
     """
 
     layout = Layout.REPO
@@ -149,16 +161,18 @@ class RepoObjectLayout(RepositoryLog):
         found: RepoObject,
         *,
         updates_per_file: int | None = None,
-        retries: UpdateRetries = DEFAULT_RETRIES,
+        retries: UpdateRetries | None = None,
     ) -> None:
         self._storage = storage
         self._sources = sources
         self._updates_per_file = updates_per_file
-        self._retries = retries
+        self._retries = retries if retries is not None else retries_of(found.info.config)
         self._tickets = itertools.count(1)
         self._seen = _Seen(
             version=found.known.version, state=from_repo_info(found.info), ticket=0, size_bytes=found.known.size_bytes
         )
+        # Number of the newest look at ``repo``: a refusal counts only by a look after the call (rule 3).
+        self._looked = 0
         self._clock = found.asked
         self._left: str | None = None
         self._unsettled: _Attempt | None = None
@@ -176,7 +190,7 @@ class RepoObjectLayout(RepositoryLog):
         sources: Sources = SYSTEM,
         *,
         updates_per_file: int | None = None,
-        retries: UpdateRetries = DEFAULT_RETRIES,
+        retries: UpdateRetries | None = None,
     ) -> RepoObjectLayout:
         """Read ``repo``.
 
@@ -249,6 +263,7 @@ class RepoObjectLayout(RepositoryLog):
                 f"the repository in {self._storage.describe()} is gone: its object 'repo' was deleted"
             ) from None
         self._saw(asked, answer.date_us)
+        self._looked = max(self._looked, ticket)
         if ticket < self._seen.ticket:
             return answer.data
         if answer.version == self._seen.version:
@@ -268,14 +283,21 @@ class RepoObjectLayout(RepositoryLog):
     # ---------------------------------------------------------------- append
 
     async def append(
-        self, propose: Propose, *, since_us: int | None = None, deadline_s: float | None = None
+        self,
+        propose: Propose,
+        *,
+        since_us: int | None = None,
+        deadline_s: float | None = None,
+        on_sent: OnSent | None = None,
     ) -> RepoState:
         if not self._storage.supports_writes:
             raise ReadOnlyError(
                 f"cannot change the repository: {self._storage.describe()} can only be read",
                 ErrorKind.READ_ONLY_STORAGE,
             )
-        return await self._queue.append(propose, since_us=since_us, deadline_s=deadline_s)
+        return await self._queue.append(
+            propose, since_us=since_us, deadline_s=deadline_s, on_sent=on_sent, asked=next(self._tickets)
+        )
 
     async def prepare_writes(self) -> None:
         """See that the store honours If-Match, and make the copy that the next swap needs, while uploads travel."""
@@ -314,6 +336,7 @@ class RepoObjectLayout(RepositoryLog):
         except Exception as error:
             # Something that cannot be encoded: nothing was sent, and those who come after must not suffer.
             for member in group.members:
+                tell_sent(member.waiting, None)
                 resolve(member.waiting, error)
             return
         self._queue.sent, self._unsettled = attempt.members, attempt
@@ -323,7 +346,6 @@ class RepoObjectLayout(RepositoryLog):
                 resolve(member.waiting, self.state)
             self._queue.sent = ()
             return
-        self._queue.send_again(attempt.members)
         self._losses += 1
         if self._losses >= self._retries.tries:
             raise ConflictError(
@@ -341,31 +363,38 @@ class RepoObjectLayout(RepositoryLog):
         Who is refused by what may be old news is asked again on new ones. Nothing waits between the last look at the
         queue and the tokens: who leaves later is told that something was sent.
         """
-        read = False
+        looked = False
         while True:
             version = self._seen.version
             if self._copied is None or self._copied[0] != version:
                 self._copied = (version, await self._copy())
                 continue
-            group = build(self.state, self._queue.waiting, time_us=max(self._sources.wall_us(), 0))
-            if read or not (group.refused or self._left is not None):
+            # Those who were looked for stand in front: who comes later has a higher number.
+            waiting = (
+                [one for one in self._queue.waiting if one.asked < self._looked] if looked else self._queue.waiting
+            )
+            group = build(self.state, waiting, time_us=max(self._sources.wall_us(), 0))
+            if self._left is None and all(one.asked < self._looked for one, _ in group.refused):
+                break
+            if looked and self._left is not None:
                 break
             await self._read()
-            read = True
+            looked = True
         if self._left is not None:
             raise SessionStateError(self._left)
         self._check_clock()
         (_, backup), self._copied = self._copied, None
         del self._queue.waiting[: group.taken]
-        for waiting, error in group.refused:
-            resolve(waiting, error)
-        for waiting in group.nothing:
-            resolve(waiting, self.state)
+        for one, error in group.refused:
+            resolve(one, error)
+        for one in group.nothing:
+            resolve(one, self.state)
         nonce = self._sources.random_bytes(16)
         for member in group.members:
-            member.waiting.token = SwapToken(
+            token = SwapToken(
                 epoch=f"repo:{version}", n=group.state.last_time_us, nonce=nonce, snapshots=member.snapshots
             )
+            tell_sent(member.waiting, token)
         return group, backup
 
     async def _attempt(self, group: Group, backup: str) -> _Attempt:
@@ -418,7 +447,7 @@ class RepoObjectLayout(RepositoryLog):
             if round_:
                 await self._sources.sleep(self._retries.pause_s(self._sources, round_))
             if round_ or not sent_before:
-                asked = instant(self._sources)
+                asked, look = instant(self._sources), next(self._tickets)
                 try:
                     put = await self._storage.put(REPO_KEY, attempt.data, Matches(attempt.base))
                 except (ObjectNotFoundError, PreconditionFailedError):
@@ -427,6 +456,8 @@ class RepoObjectLayout(RepositoryLog):
                     why = error
                 else:
                     self._saw(asked, put.date_us)
+                    self._looked = max(self._looked, look)
+                    # Whatever was read since it was sent may have been read before it landed.
                     self._seen = _Seen(
                         version=put.version,
                         state=attempt.state,
@@ -450,6 +481,8 @@ class RepoObjectLayout(RepositoryLog):
                 why = error
                 continue
             self._unsettled = None
+            if not landed:
+                self._queue.lost(attempt.members)
             return landed
         raise CommitOutcomeUnknown(
             f"no certain answer from {self._storage.describe()} after {_ROUNDS} tries ({why})", None
@@ -466,7 +499,7 @@ class RepoObjectLayout(RepositoryLog):
             return False
         if _nonce_of(current.info.extra) == nonce or any(id in current.info.snapshots for id in snapshots):
             return True
-        async for update in walk_updates(self._storage, from_repo_info(current.info)):
+        async for update in updates_of(self._storage, from_repo_info(current.info)):
             if update.updated_at_us < time_us:
                 return False
             if snapshots:
@@ -520,7 +553,7 @@ class RepoObjectLayout(RepositoryLog):
         """Nothing: ``repo`` is the truth itself."""
 
     def updates(self) -> AsyncIterator[Update]:
-        return walk_updates(self._storage, self.state)
+        return updates_of(self._storage, self.state)
 
     async def aclose(self) -> None:
         await self._queue.aclose()

@@ -12,7 +12,6 @@ from icechunk.errors import (
     AlreadyExistsError,
     CommitOutcomeUnknown,
     ConflictError,
-    FormatError,
     IcechunkError,
     InvalidInputError,
     ReadOnlyError,
@@ -516,7 +515,7 @@ async def test_a_missing_copy_of_the_ops_log_is_named(world: World):
         await log.append(world.commit(i))
     keys = [info.key async for page in world.store.list_pages("overwritten/") for info in page]
     await world.store.delete(keys)
-    with pytest.raises(FormatError, match="overwritten/repo"):
+    with pytest.raises(StorageError, match="overwritten/repo"):
         [update async for update in log.updates()]
 
 

@@ -1,0 +1,100 @@
+"""Format 1's keys of branches and tags.
+
+The official library writes a name as it is on S3 and in memory, and percent-encoded where it goes through a library
+that does so to every key: on local disk, GCS, Azure. Keys that do not parse are ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import unquote_to_bytes
+
+import orjson
+
+from icechunk.errors import ErrorKind, FormatError, InvalidInputError
+from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
+from icechunk.format.keys import REFS_PREFIX
+from icechunk.storage.base import Storage
+from icechunk.storage.local import LocalStorage
+
+__all__ = ["RefKey", "RefNames", "decode_ref", "encode_ref"]
+
+_BRANCH: Final = "branch."
+_TAG: Final = "tag."
+_FILE: Final = "ref.json"
+_TOMBSTONE: Final = "ref.json.deleted"
+_ENCODED: Final = frozenset(b'\\{^}%`]"[>~<#|\r\n*?') | frozenset(range(0x20)) | frozenset(range(0x7F, 0x100))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefKey:
+    """What a key below ``refs/`` stands for."""
+
+    is_tag: bool
+    name: str
+    tombstone: bool = False
+    """Whether it says that the tag was deleted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefNames:
+    """How names stand in keys in one place."""
+
+    encoded: bool
+    """Whether names are percent-encoded."""
+
+    @staticmethod
+    def of(storage: Storage) -> RefNames:
+        """As the official library does it in a storage of this kind."""
+        inner = storage
+        while hasattr(inner, "inner"):
+            inner = inner.inner
+        return RefNames(encoded=isinstance(inner, LocalStorage))
+
+    def branch_key(self, name: str) -> str:
+        """Key of a branch."""
+        return f"{REFS_PREFIX}{_BRANCH}{self._text(name)}/{_FILE}"
+
+    def tag_key(self, name: str) -> str:
+        """Key of a tag."""
+        return f"{REFS_PREFIX}{_TAG}{self._text(name)}/{_FILE}"
+
+    def tombstone_key(self, name: str) -> str:
+        """Key that says that a tag was deleted."""
+        return f"{REFS_PREFIX}{_TAG}{self._text(name)}/{_TOMBSTONE}"
+
+    def _text(self, name: str) -> str:
+        if not self.encoded:
+            return name
+        return "".join(f"%{byte:02X}" if byte in _ENCODED else chr(byte) for byte in name.encode())
+
+    def parse(self, key: str) -> RefKey | None:
+        """What a key stands for; None for one that is no ref."""
+        folder, _, file = key.removeprefix(REFS_PREFIX).partition("/")
+        tombstone = file == _TOMBSTONE
+        if not key.startswith(REFS_PREFIX) or not (file == _FILE or tombstone):
+            return None
+        kind = next((kind for kind in (_BRANCH, _TAG) if folder.startswith(kind)), None)
+        if kind is None or (tombstone and kind == _BRANCH):
+            return None
+        name = folder.removeprefix(kind)
+        if self.encoded:
+            try:
+                name = unquote_to_bytes(name).decode()
+            except UnicodeDecodeError:
+                return None
+        return RefKey(is_tag=kind == _TAG, name=name, tombstone=tombstone)
+
+
+def encode_ref(snapshot: ObjectId) -> bytes:
+    """The body of a ref."""
+    return orjson.dumps({"snapshot": encode_id(snapshot)})
+
+
+def decode_ref(data: bytes, what: str) -> ObjectId:
+    """The snapshot that a ref points to. Raises `FormatError` where it is none."""
+    try:
+        return object_id_from_text(orjson.loads(data)["snapshot"])
+    except (orjson.JSONDecodeError, KeyError, TypeError, InvalidInputError) as error:
+        raise FormatError(f"cannot read {what}: it does not name a snapshot", ErrorKind.DESERIALIZATION) from error
