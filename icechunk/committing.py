@@ -68,7 +68,9 @@ async def commit(core: Core, base: Snapshot, make_plan: Callable[[], Plan], puts
     if repository_log.state.branches.get(wanted.branch) != base.id:
         # Perhaps this loop's client has only not looked for a while; if the branch did move, nothing need be uploaded.
         _require_tip(await repository_log.refresh(), wanted.branch, base.id)
-    compaction = await _compact(core, make_plan(), wanted)
+    # Format 1 keeps ancestry in the snapshots.
+    parent_id = base.id if repository_log.spec_version == 1 else None
+    compaction = await _compact(core, make_plan(), wanted, parent_id)
     snapshot = await _write(core, repository_log, puts, compaction)
     record = SnapshotRecord(
         id=snapshot.id,
@@ -95,7 +97,7 @@ def _require_tip(state: RepoState, branch: str, base: ObjectId) -> None:
         raise ConflictError(encode_id(base), None if tip is None else encode_id(tip))
 
 
-async def _compact(core: Core, todo: Plan, wanted: Commit) -> Compaction:
+async def _compact(core: Core, todo: Plan, wanted: Commit, parent_id: ObjectId | None) -> Compaction:
     manifests: dict[ObjectId, Manifest] = {}
 
     async def read(id: ObjectId) -> None:
@@ -111,7 +113,7 @@ async def _compact(core: Core, todo: Plan, wanted: Commit) -> Compaction:
             todo,
             manifests,
             snapshot_id=core.sources.new_object_id(),
-            parent_id=None,
+            parent_id=parent_id,
             flushed_at_us=max(core.sources.wall_us(), todo.base.flushed_at_us + 1),
             message=wanted.message,
             metadata=wanted.metadata,

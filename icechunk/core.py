@@ -7,10 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from icechunk.config import Attribution, CachingConfig, RepositoryConfig, config_from_dict
+from icechunk.config import (
+    Attribution,
+    CachingConfig,
+    EngineConfig,
+    RepositoryConfig,
+    config_from_dict,
+    config_to_dict,
+)
+from icechunk.format.ids import ObjectId, object_id_from_text
 from icechunk.log.compaction import Policy
-from icechunk.refs.base import RepositoryLog
-from icechunk.refs.log_layout import LogLayout
+from icechunk.refs.base import Layout, RepositoryLog
+from icechunk.refs.convert import convert_log
+from icechunk.refs.open import open_repository
+from icechunk.refs.repo_layout import UpdateRetries, retries_of
 from icechunk.refs.state import RepoState
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Storage
@@ -64,8 +74,11 @@ class Core:
         attribution: Attribution | None = None,
         virtual_access: Mapping[str, Any] | None = None,
         default_metadata: Mapping[str, Any] | None = None,
+        layout: Layout = Layout.LOG,
     ) -> None:
         self.sources = sources
+        self.layout = layout
+        """How the repository log was persisted when it was last opened; decides about defaults of `settings`."""
         self.attribution = attribution
         self.virtual_access = dict(virtual_access or {})
         self.default_metadata: dict[str, Any] = dict(default_metadata or {})
@@ -74,12 +87,15 @@ class Core:
         self._configure(storage, config)
         self._created: RepositoryLog | None = None
         self._opened_us: WeakKeyDictionary[RepositoryLog, int] = WeakKeyDictionary()
-        self._logs: PerLoop[RepositoryLog] = PerLoop(self._open_log, lambda log: log.aclose(), rank=1)
+        self._logs = self._new_logs()
+
+    def _new_logs(self) -> PerLoop[RepositoryLog]:
+        return PerLoop(self._open_log, lambda log: log.aclose(), rank=1)
 
     def _configure(self, storage: Storage, config: RepositoryConfig) -> None:
         self.storage = storage.with_settings(config.storage) if config.storage is not None else storage
         self.config = config
-        self.settings = _resolve(config)
+        self.settings = _resolve(config, self.layout)
         caching = config.caching or CachingConfig()
         self.assets = Assets(
             self.storage,
@@ -91,22 +107,29 @@ class Core:
 
     async def load_config(self) -> None:
         """Merge the caller's configuration over the persisted one; for a core that nobody has used yet."""
-        self.persisted_config = (await self.log()).state.config
+        self._learn_from(await self.log(), self.config)
+
+    def _learn_from(self, log: RepositoryLog, config: RepositoryConfig) -> None:
+        self.persisted_config, self.layout = log.state.config, log.layout
         if self.persisted_config is not None:
-            self._configure(self.storage, config_from_dict(self.persisted_config).merge(self.config))
+            config = config_from_dict(self.persisted_config).merge(config)
+        self._configure(self.storage, config)
 
     def __reduce__(self) -> tuple[Callable[..., Core], tuple[Any, ...]]:
         return (
             _restore,
-            (self.storage, self.config, self.attribution, self.virtual_access, self.default_metadata),
+            (self.storage, self.config, self.attribution, self.virtual_access, self.default_metadata, self.layout),
         )
 
     async def _open_log(self) -> RepositoryLog:
         began_us = self.sources.elapsed_us()
         log, self._created = self._created, None
         if log is None:
-            log = await LogLayout.open(
-                self.storage, self.sources, updates_per_file=self.config.num_updates_per_repo_info_file
+            log = await open_repository(
+                self.storage,
+                self.sources,
+                updates_per_file=self.config.num_updates_per_repo_info_file,
+                retries=_retries(self.config),
             )
         self._opened_us[log] = began_us
         return log
@@ -115,17 +138,38 @@ class Core:
         """Make the log that was just created on this loop its client, instead of opening it again."""
         self._created = log
         await self._logs.get()
+        self.layout = log.layout
+        self._configure(self.storage, self.config)
+
+    async def convert(self, layout: Layout) -> None:
+        """Give the log another layout, and go on with that one; see `icechunk.refs.convert`."""
+        await convert_log(await self.log(), self.storage, self.sources, layout)
+        await self._logs.aclose()
+        # Clients of other loops find that their log has ended; new ones take their places.
+        self._logs = self._new_logs()
+        self._learn_from(await self.log(), self.config)
 
     async def log(self) -> RepositoryLog:
         """This loop's client of the repository log. Raises `RepositoryNotFoundError` where there is none."""
         return self._logs.peek() or await self._logs.get()
 
-    async def state(self) -> RepoState:
-        """Everything about the repository as of now: includes what anybody was acknowledged before the call."""
+    async def state(self, snapshot_id: str | None = None) -> RepoState:
+        """Everything about the repository as of now: includes what anybody was acknowledged before the call.
+
+        Parameters
+        ----------
+        snapshot_id
+            A snapshot that its graph should have, if it exists.
+        """
         called_us = self.sources.elapsed_us()
         log = await self.log()
         # What an open that began after this call has read is news enough.
-        return log.state if self._opened_us[log] >= called_us else await log.refresh()
+        state = log.state if self._opened_us[log] >= called_us else await log.refresh()
+        return state if snapshot_id is None else await log.learn([object_id_from_text(snapshot_id)])
+
+    async def learn(self, *snapshots: ObjectId, ancestry: bool = False) -> RepoState:
+        """The state as last read, with these snapshots in its graph, and with ``ancestry`` what they descend from."""
+        return await (await self.log()).learn(snapshots, ancestry=ancestry)
 
     def packs(self) -> Packs:
         """Where the chunks of one writable session go."""
@@ -148,22 +192,29 @@ def _value(setting: int | None, default: int) -> int:
     return default if setting is None else setting
 
 
-def _resolve(config: RepositoryConfig) -> Settings:
-    engine = config.engine
+def _retries(config: RepositoryConfig) -> UpdateRetries | None:
+    given = config.repo_update_retries
+    return None if given is None or given.default is None else retries_of(config_to_dict(config))
+
+
+def _resolve(config: RepositoryConfig, layout: Layout) -> Settings:
+    engine = config.engine or EngineConfig()
     compression = config.compression
-    policy = Policy()
-    if engine is not None:
+    # What is shared with the official library is laid out as it does it, unless asked for otherwise.
+    alone = layout is Layout.LOG
+    policy = Policy() if alone else Policy.explicit()
+    if alone or not (engine.max_refs_per_manifest is None and engine.share_manifests_below_refs is None):
         policy = Policy(
-            max_refs_per_manifest=_value(engine.max_refs_per_manifest, policy.max_refs_per_manifest),
-            share_below_refs=_value(engine.share_manifests_below_refs, policy.share_below_refs),
+            max_refs_per_manifest=_value(engine.max_refs_per_manifest, Policy().max_refs_per_manifest),
+            share_below_refs=_value(engine.share_manifests_below_refs, Policy().share_below_refs if alone else 0),
         )
     return Settings(
         inline_threshold_bytes=_value(config.inline_chunk_threshold_bytes, 512),
         compression_level=_value(compression.level if compression is not None else None, 3),
         max_requests=_value(config.max_concurrent_requests, 256),
-        put_memory_bytes=_value(engine.put_memory_bytes if engine is not None else None, _DEFAULT_PUT_MEMORY_BYTES),
-        pack_threshold_bytes=_value(engine.pack_threshold_bytes if engine is not None else None, 512 * 1024),
-        pack_size_bytes=_value(engine.pack_size_bytes if engine is not None else None, 4 * 1024 * 1024),
+        put_memory_bytes=_value(engine.put_memory_bytes, _DEFAULT_PUT_MEMORY_BYTES),
+        pack_threshold_bytes=_value(engine.pack_threshold_bytes, 512 * 1024 if alone else 0),
+        pack_size_bytes=_value(engine.pack_size_bytes, 4 * 1024 * 1024),
         policy=policy,
     )
 
@@ -174,6 +225,7 @@ def _restore(
     attribution: Attribution | None,
     virtual_access: Mapping[str, Any],
     default_metadata: Mapping[str, Any],
+    layout: Layout,
 ) -> Core:
     return Core(
         storage,
@@ -181,4 +233,5 @@ def _restore(
         attribution=attribution,
         virtual_access=virtual_access,
         default_metadata=default_metadata,
+        layout=layout,
     )

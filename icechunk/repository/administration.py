@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from icechunk.config import config_to_dict
+from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.inputs import json_metadata, require_type
+from icechunk.refs.base import Layout
 from icechunk.refs.events import ConfigReplaced, Event, FeatureFlagSet, MetadataReplaced, MetadataUpdated, StatusSet
 from icechunk.repository.base import RepositoryBase
 from icechunk.repository.views import feature_flag_id, feature_flags, repo_status
@@ -47,6 +49,7 @@ class Administration(RepositoryBase):
 
     async def get_metadata_async(self) -> dict[str, Any]:
         """The repository's own metadata."""
+        await self._require_format_2("read the repository's metadata")
         return dict((await self._core.state()).metadata)
 
     def get_metadata(self) -> dict[str, Any]:
@@ -78,6 +81,7 @@ class Administration(RepositoryBase):
 
     async def get_status_async(self) -> RepoStatus:
         """Whether the repository takes writes: its real status, whatever other readers of the format are shown."""
+        await self._require_format_2("read the repository's status")
         return repo_status((await self._core.state()).status)
 
     def get_status(self) -> RepoStatus:
@@ -100,6 +104,7 @@ class Administration(RepositoryBase):
 
     async def feature_flags_async(self) -> list[FeatureFlag]:
         """Every feature that can be switched, and how it is set."""
+        await self._require_format_2("read feature flags")
         state = await self._core.state()
         return feature_flags(state.enabled_feature_flags or (), state.disabled_feature_flags or ())
 
@@ -137,6 +142,36 @@ class Administration(RepositoryBase):
     def set_feature_flag(self, name: str, setting: bool | None) -> None:
         """Synchronous twin of `set_feature_flag_async`."""
         run_sync(self.set_feature_flag_async(name, setting))
+
+    async def convert_async(self, layout: Layout | str) -> None:
+        """Persist the repository log in another layout from now on, in O(1) writes, whoever else is writing.
+
+        Parameters
+        ----------
+        layout
+            ``"log"`` or ``"repo"``. Nothing happens where it is that already. Other objects open on the repository,
+            in this process or others, of either library, are told to open it again when they write; none of their
+            commits is lost.
+
+        Raises
+        ------
+        InvalidInputError
+            There is no such layout, or one of the two is format 1 (kind ``invalid-repository-migration``).
+        ReadOnlyError
+            The storage can only be read.
+        CommitOutcomeUnknown, StorageError
+            No certain answer; opening the repository finishes what was begun, or call again.
+        """
+        if layout not in tuple(Layout):
+            raise InvalidInputError(
+                f"cannot convert to layout {layout!r}: there are {', '.join(map(repr, map(str, Layout)))}",
+                ErrorKind.INVALID_SETTING,
+            )
+        await self._core.convert(Layout(layout))
+
+    def convert(self, layout: Layout | str) -> None:
+        """Synchronous twin of `convert_async`."""
+        run_sync(self.convert_async(layout))
 
     async def _happen(self, event: Event) -> None:
         await (await self._core.log()).append(lambda _: [event])

@@ -9,6 +9,7 @@ from icechunk.config import RepositoryConfig
 from icechunk.core import Core
 from icechunk.format.ids import ObjectId, object_id_from_text
 from icechunk.refs.base import Layout
+from icechunk.refs.ref_files_layout import needs_format_2
 from icechunk.refs.state import RepoState, require_snapshot
 from icechunk.status import Attribution, SpecVersion
 from icechunk.storage.base import Storage
@@ -52,6 +53,11 @@ class RepositoryBase:
     def spec_version(self) -> SpecVersion:
         """Version of the format that snapshots and manifests are written in."""
         return SpecVersion(run_sync(self._core.log()).spec_version)
+
+    async def _require_format_2(self, what: str) -> None:
+        """Refuse what format 1 does not have; ``what`` completes "cannot …"."""
+        if (await self._core.log()).layout is Layout.REFS:
+            raise needs_format_2(what)
 
     async def aclose(self) -> None:
         """Write a last checkpoint where one is due, and close what the running loop has open.

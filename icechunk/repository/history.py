@@ -36,8 +36,8 @@ class History(RepositoryBase):
         RefNotFoundError, SnapshotNotFoundError
             There is no such thing.
         """
-        state = await self._core.state()
-        for record in state.ancestry(select(state, branch=branch, tag=tag, snapshot_id=snapshot_id)):
+        tip = select(await self._core.state(snapshot_id), branch=branch, tag=tag, snapshot_id=snapshot_id)
+        for record in (await self._core.learn(tip, ancestry=True)).ancestry(tip):
             yield snapshot_info(record)
 
     def ancestry(
@@ -59,7 +59,7 @@ class History(RepositoryBase):
 
     async def lookup_snapshot_async(self, snapshot_id: str) -> SnapshotInfo:
         """What the history says of a snapshot. Raises `SnapshotNotFoundError`."""
-        return snapshot_info(require_snapshot(await self._core.state(), object_id_from_text(snapshot_id)))
+        return snapshot_info(require_snapshot(await self._core.state(snapshot_id), object_id_from_text(snapshot_id)))
 
     def lookup_snapshot(self, snapshot_id: str) -> SnapshotInfo:
         """Synchronous twin of `lookup_snapshot_async`."""
@@ -95,9 +95,12 @@ class History(RepositoryBase):
         ValueError, RefNotFoundError, SnapshotNotFoundError
             As in `async_ancestry`.
         """
-        state = await self._core.state()
+        state = await self._core.state(from_snapshot_id)
         start = select(state, branch=from_branch, tag=from_tag, snapshot_id=from_snapshot_id)
+        if to_snapshot_id is not None:
+            state = await self._core.learn(object_id_from_text(to_snapshot_id))
         end = select(state, branch=to_branch, tag=to_tag, snapshot_id=to_snapshot_id)
+        state = await self._core.learn(end, ancestry=True)
         wanted: list[ObjectId] = []
         for record in state.ancestry(end):
             if record.id == start:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import Self
 
 from icechunk.config import Attribution, RepositoryConfig, StorageSettings, config_from_dict, config_to_dict
 from icechunk.core import Core
 from icechunk.credentials import AnyCredential
-from icechunk.errors import AlreadyExistsError, ErrorKind, InvalidInputError
+from icechunk.errors import AlreadyExistsError, ErrorKind, InvalidInputError, RepositoryNotFoundError
 from icechunk.inputs import require_type
 from icechunk.refs.base import Layout
-from icechunk.refs.create import create_log
 from icechunk.refs.detect import detect
-from icechunk.refs.log_layout import LogLayout
+from icechunk.refs.open import create_repository, open_repository
 from icechunk.repository.base import RepositoryBase
 from icechunk.sources import SYSTEM
 from icechunk.status import SpecVersion
@@ -46,7 +46,8 @@ class Opening(RepositoryBase):
         authorize_virtual_chunk_access
             Credentials by the URL prefix of each virtual chunk container that may be read.
         spec_version
-            None for the log layout.
+            2: format 2.1 as the official library keeps it, so that it can write too; 1: format 1. None for the log
+            layout, unless ``config.engine.layout`` or the environment variable ``ICECHUNK_LAYOUT`` names another one.
         check_clean_root
             Refuse where anything at all is under the prefix already.
         attribution
@@ -61,10 +62,11 @@ class Opening(RepositoryBase):
         StorageError
             The place cannot be written, or does not have the conditional writes that the layout needs.
         """
-        _require_log_layout(spec_version)
+        layout = _layout(spec_version, config)
         core = _new_core(storage, config, authorize_virtual_chunk_access, attribution)
-        log = await create_log(
+        log = await create_repository(
             core.storage,
+            layout,
             core.sources,
             config=None if config is None else config_to_dict(config),
             check_clean_root=check_clean_root,
@@ -196,9 +198,10 @@ class Opening(RepositoryBase):
     @staticmethod
     async def fetch_config_async(storage: Storage) -> RepositoryConfig | None:
         """The configuration persisted with a repository; None where none is, or there is no repository."""
-        if await detect(_with(storage, None)) is None:
+        try:
+            log = await open_repository(_with(storage, None), SYSTEM)
+        except RepositoryNotFoundError:
             return None
-        log = await LogLayout.open(storage, SYSTEM)
         try:
             return None if log.state.config is None else config_from_dict(log.state.config)
         finally:
@@ -263,10 +266,29 @@ def _with(storage: Storage, settings: StorageSettings | None) -> Storage:
     return storage if settings is None else storage.with_settings(settings)
 
 
-def _require_log_layout(spec_version: SpecVersion | int | None) -> None:
-    if spec_version is not None:
+def _layout(spec_version: SpecVersion | int | None, config: RepositoryConfig | None) -> Layout:
+    """Which layout a new repository gets: what is asked for, and fits the version of the format."""
+    asked: str | None = config.engine.layout if config is not None and config.engine is not None else None
+    if spec_version is None and asked is None:
+        asked = os.environ.get("ICECHUNK_LAYOUT") or None
+    if asked is not None and asked not in tuple(Layout):
         raise InvalidInputError(
-            f"cannot create a repository with spec_version={int(spec_version)}: leave it out, and the repository gets "
-            "the log layout, whose files are of format 2.1",
+            f"ICECHUNK_LAYOUT must be 'log', 'repo' or 'refs', not {asked!r}", ErrorKind.INVALID_SETTING
+        )
+    if spec_version is None:
+        return Layout.LOG if asked is None else Layout(asked)
+    version = int(spec_version)
+    fitting = {1: (Layout.REFS,), 2: (Layout.REPO, Layout.LOG)}.get(version)
+    if fitting is None:
+        raise InvalidInputError(
+            f"cannot create a repository with spec_version={version}: the versions of the format are 1 and 2",
             ErrorKind.UNSUPPORTED_SPEC_VERSION,
         )
+    layout = fitting[0] if asked is None else Layout(asked)
+    if layout not in fitting:
+        raise InvalidInputError(
+            f"cannot create a repository with spec_version={version} and layout {layout.value!r}: that layout belongs "
+            "to the other version; leave one of them out",
+            ErrorKind.INVALID_SETTING,
+        )
+    return layout

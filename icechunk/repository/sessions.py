@@ -55,10 +55,10 @@ class Sessions(RepositoryBase):
                 raise ValueError("as_of needs a branch, and nothing else with it")
             if as_of.tzinfo is None:
                 raise WrongTypeError("as_of needs a time zone, for example datetime.now(timezone.utc)")
-        state = await self._core.state()
+        state = await self._core.state(snapshot_id)
         base = select(state, branch=branch, tag=tag, snapshot_id=snapshot_id)
         if as_of is not None:
-            base = _newest_at(state, base, as_of, f"branch {branch!r}")
+            base = _newest_at(await self._core.learn(base, ancestry=True), base, as_of, f"branch {branch!r}")
         return Session(self._core, await self._core.assets.snapshot(base))
 
     def readonly_session(
