@@ -63,7 +63,7 @@ def dump(repo: Any) -> dict[str, Any]:
         "tags": tags,
         "history": history,
         "snapshots": snapshots,
-        "metadata": dict(repo.get_metadata()),
+        "metadata": dict(repo.get_metadata()) if int(getattr(repo, "spec_version", 1)) >= 2 else None,
     }
 
 

@@ -7,9 +7,11 @@ that both readers are compared with. ``python -m tools.interop.generate PATH [in
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import sys
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ import zarr
 import icechunk
 from tools.interop.dump import digest
 
-__all__ = ["every_dtype", "generate", "publish"]
+__all__ = ["carry_on", "every_dtype", "generate", "has_format_2", "publish"]
 
 RNG_SEED = 20150101
 
@@ -112,7 +114,9 @@ class _Writer:
         }
 
 
-def generate(storage: Any, inline_threshold: int | None = None, **create: Any) -> dict[str, Any]:
+def generate(
+    storage: Any, inline_threshold: int | None = None, leave_out: Collection[str] = (), **create: Any
+) -> dict[str, Any]:
     """Create a repository at `storage` and fill it; what every snapshot must hold, by snapshot id and node path.
 
     Parameters
@@ -121,6 +125,8 @@ def generate(storage: Any, inline_threshold: int | None = None, **create: Any) -
         Where to create it; must be empty.
     inline_threshold
         Bytes up to which chunks stand in the manifest; the library's default where None, none at all where 0.
+    leave_out
+        Names of data types not to write: newer versions of zarr write some that older ones cannot read.
     create
         Passed on to ``Repository.create``.
     """
@@ -134,7 +140,7 @@ def generate(storage: Any, inline_threshold: int | None = None, **create: Any) -
     rng = np.random.default_rng(RNG_SEED)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zarr warns of data types that its specification does not have yet
-        _every_dtype(writer)
+        _every_dtype(writer, leave_out)
         early = _every_shape(writer, rng)
         repo.create_tag("v1", early)
         repo.create_branch("dev", early)
@@ -150,9 +156,15 @@ def generate(storage: Any, inline_threshold: int | None = None, **create: Any) -
     repo.delete_tag("gone")
     repo.create_branch("also-gone", early)
     repo.delete_branch("also-gone")
-    repo.set_metadata({"title": "generated", "n": 3, "nested": {"list": [1, 2.5, None, True, "é"]}})
+    if has_format_2(repo):
+        repo.set_metadata({"title": "generated", "n": 3, "nested": {"list": [1, 2.5, None, True, "é"]}})
     publish(repo)
     return writer.expected
+
+
+def has_format_2(repo: Any) -> bool:
+    """Whether the repository has what format 1 lacks: metadata, status, an ops log. Library 1.x knows no other."""
+    return hasattr(repo, "spec_version") and int(repo.spec_version) >= 2
 
 
 def publish(repo: Any) -> None:
@@ -165,11 +177,13 @@ def publish(repo: Any) -> None:
         checkpoint()
 
 
-def _every_dtype(writer: _Writer) -> None:
+def _every_dtype(writer: _Writer, leave_out: Collection[str]) -> None:
     writer.begin()
     writer.group("", title="something of everything", number=1, nothing=None, list=[1, "two", {"three": 3.5}])
     writer.group("dtypes", unicode="é日本")
     for name, values in every_dtype().items():
+        if name in leave_out:
+            continue
         dtype = str if values.dtype.kind == "T" else values.dtype
         writer.array(f"dtypes/{name}", values, (4,), dtype=dtype)
     writer.commit("every data type", {"author": "generator", "n": 1, "nested": {"a": [1, 2.5, None, True]}})
@@ -253,8 +267,9 @@ def _on_a_branch(writer: _Writer, rng: np.random.Generator, base: str) -> None:
         writer.array(f"dev/only_here_{step}", rng.random((5, 5)), (2, 2))
         writer.set("native", (slice(0, 3), slice(0, 3)), float(step))
         writer.commit(f"on dev {step}", {"branch": "dev"})
-    writer.begin("dev")
-    writer.commit("nothing changed", allow_empty=True)
+    if "allow_empty" in inspect.signature(writer.session.commit).parameters:
+        writer.begin("dev")
+        writer.commit("nothing changed", allow_empty=True)
 
 
 def _deleted(writer: _Writer, rng: np.random.Generator) -> None:
@@ -276,10 +291,52 @@ def _deleted(writer: _Writer, rng: np.random.Generator) -> None:
     writer.commit("other nodes at the same paths")
 
 
+def carry_on(repo: Any, branch: str, number: int) -> dict[str, Any]:
+    """One more commit on a branch of a generated repository, which appends, overwrites, creates and deletes.
+
+    Parameters
+    ----------
+    number
+        Makes its values and names; another one for each commit.
+
+    Returns
+    -------
+    dict
+        ``snapshot``: its id, and ``values``: what these arrays must hold in it, by path.
+    """
+    session = repo.writable_session(branch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        series = zarr.open_array(store=session.store, path="carried/series", mode="r+") if number else None
+        values = np.arange(12, dtype="f8").reshape(3, 4) + number
+        if series is None:
+            series = zarr.create_array(
+                store=session.store, name="carried/series", shape=(0, 4), chunks=(2, 4), dtype="f8", fill_value=0
+            )
+        kept = series[...]
+        series.append(values)
+        if number:
+            zarr.open_group(store=session.store, mode="r+").__delitem__(f"carried/only_{number - 1}")
+        large = np.full((40, 40), number, "i4")
+        zarr.create_array(
+            store=session.store, name=f"carried/only_{number}", shape=large.shape, chunks=(20, 40), dtype="i4"
+        )[...] = large
+    snapshot = session.commit(f"carried on {number}", {"number": number})
+    expected = {"/carried/series": np.concatenate([kept, values]), f"/carried/only_{number}": large}
+    return {"snapshot": snapshot, "values": {path: digest(values) for path, values in expected.items()}}
+
+
 def main(arguments: list[str]) -> None:
-    path, *threshold = arguments
+    """``PATH [threshold [spec version [left out...]]]`` generates; ``PATH --carry-on BRANCH NUMBER...`` adds to what is there."""
+    path, *options = arguments
     storage = icechunk.local_filesystem_storage(path)
-    print(json.dumps(generate(storage, int(threshold[0]) if threshold else None)))
+    if options and options[0] == "--carry-on":
+        repo = icechunk.Repository.open(storage)
+        print(json.dumps([carry_on(repo, options[1], int(number)) for number in options[2:]]))
+        return
+    threshold = int(options[0]) if options and options[0] != "-" else None
+    create = {"spec_version": int(options[1])} if len(options) > 1 and options[1] != "-" else {}
+    print(json.dumps(generate(storage, threshold, options[2:], **create)))
 
 
 if __name__ == "__main__":
