@@ -63,6 +63,7 @@ __all__ = ["RefFilesLayout", "create_ref_files", "needs_format_2"]
 
 Json: TypeAlias = Any
 _ROUNDS: Final = 8
+_TOKEN: Final = "refs:"
 _RETRIES: Final = UpdateRetries()
 
 
@@ -284,7 +285,7 @@ class RefFilesLayout(RepositoryLog):
         if one.abandoned:
             return
         self._drop(one)
-        tell_sent(one, SwapToken(epoch=_epoch(write), n=0, nonce=b"", snapshots=write.snapshots))
+        tell_sent(one, _token(write))
         self._queue.sent, self._unsettled = (write.member,), write
         if await self._settle_write(write, sent_before=False):
             self._queue.sent = ()
@@ -440,7 +441,7 @@ class RefFilesLayout(RepositoryLog):
         return True
 
     async def settle(self, token: SwapToken) -> bool:
-        key, _, base = token.epoch.removeprefix("refs:").rpartition(":")
+        key, base = token.epoch.removeprefix(_TOKEN), token.nonce.decode(errors="replace")
         async with self._queue.swapping:
             for _ in range(_RETRIES.tries):
                 answer = await self._get(key)
@@ -476,8 +477,8 @@ class RefFilesLayout(RepositoryLog):
         await self._queue.aclose()
 
 
-def _epoch(write: _Write) -> str:
-    return f"refs:{write.key}:{write.base or ''}"
+def _token(write: _Write) -> SwapToken:
+    return SwapToken(epoch=f"{_TOKEN}{write.key}", n=0, nonce=(write.base or "").encode(), snapshots=write.snapshots)
 
 
 def _plain(name: str, what: str) -> str:

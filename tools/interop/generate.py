@@ -327,7 +327,7 @@ def carry_on(repo: Any, branch: str, number: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    """``PATH [threshold [spec version [left out...]]]`` generates; ``PATH --carry-on BRANCH NUMBER...`` adds to what is there."""
+    """``PATH [threshold [version [left out...]]]`` generates; ``PATH --carry-on BRANCH NUMBER...`` adds commits."""
     path, *options = arguments
     storage = icechunk.local_filesystem_storage(path)
     if options and options[0] == "--carry-on":

@@ -1,0 +1,254 @@
+"""Repositories of every layout through the public API: created, found, converted, and the same to their users."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import zarr
+
+import icechunk
+from icechunk.config import EngineConfig
+from icechunk.format.keys import MANIFESTS_PREFIX, REPO_KEY
+from icechunk.format.repo import decode_repo, encode_repo
+from icechunk.format.repo_values import Status, StatusChanged, Update
+from icechunk.refs.base import Layout
+from icechunk.storage.base import Storage
+
+LAYOUTS = [(None, "log", 2), (2, "repo", 2), (1, "refs", 1)]
+by_layout = pytest.mark.parametrize(("asked", "layout", "version"), LAYOUTS, ids=[case[1] for case in LAYOUTS])
+
+
+async def write(repo: icechunk.Repository, name: str, *, size: int = 100, branch: str = "main") -> str:
+    """Commit an array of four chunks."""
+    session = await repo.writable_session_async(branch)
+    array = await zarr.api.asynchronous.create_array(
+        store=session.store, name=name, shape=(size,), chunks=(-(-size // 4),), dtype="f8", compressors=None
+    )
+    await array.setitem(slice(None), np.arange(size, dtype="f8"))
+    return await session.commit_async(f"wrote {name}", {"name": name})
+
+
+async def read(repo: icechunk.Repository, name: str, **version: str) -> np.ndarray:
+    session = await repo.readonly_session_async(**(version or {"branch": "main"}))
+    array = await zarr.api.asynchronous.open_array(store=session.store, path=name, mode="r")
+    return np.asarray(await array.getitem(slice(None)))
+
+
+async def messages(repo: icechunk.Repository) -> list[str]:
+    return [info.message async for info in repo.async_ancestry(branch="main")]
+
+
+@by_layout
+async def test_a_repository_of_each_layout_is_found_for_what_it_is(
+    storage: Storage, asked: int | None, layout: str, version: int
+):
+    made = await icechunk.Repository.create_async(storage, spec_version=asked)
+    first = await write(made, "a")
+    await made.create_tag_async("t", first)
+    await made.create_branch_async("dev", first)
+    await write(made, "b", branch="dev")
+    await made.aclose()
+    repo = await icechunk.Repository.open_async(storage)
+    assert (await icechunk.Repository.exists_async(storage), repo._core.layout) == (True, layout)
+    assert int(await icechunk.Repository.fetch_spec_version_async(storage)) == version
+    assert (await repo.list_branches_async(), await repo.list_tags_async()) == ({"main", "dev"}, {"t"})
+    np.testing.assert_array_equal(await read(repo, "b", branch="dev"), np.arange(100.0))
+    np.testing.assert_array_equal(await read(repo, "a", tag="t"), np.arange(100.0))
+    np.testing.assert_array_equal(await read(repo, "a", snapshot_id=first), np.arange(100.0))
+    assert await messages(repo) == ["wrote a", "Repository initialized"]
+    changes = await repo.diff_async(from_branch="main", to_branch="dev")
+    assert changes.new_arrays == {"/b"}
+    copy = pickle.loads(pickle.dumps(repo)) if not isinstance(storage, icechunk.storage.memory.MemoryStorage) else repo
+    assert copy._core.settings == repo._core.settings or layout != "log"
+    await repo.reset_branch_async("dev", first)
+    await repo.delete_branch_async("dev")
+    await repo.delete_tag_async("t")
+    assert (await repo.list_branches_async(), await repo.list_tags_async()) == ({"main"}, set())
+    stale = await repo.writable_session_async("main")
+    await write(repo, "c")
+    with pytest.raises(icechunk.ConflictError):
+        await stale.commit_async("too late", allow_empty=True)
+    await repo.aclose()
+
+
+@by_layout
+async def test_configuration_is_persisted_in_each(storage: Storage, asked: int | None, layout: str, version: int):
+    config = icechunk.RepositoryConfig(inline_chunk_threshold_bytes=9)
+    await (await icechunk.Repository.create_async(storage, config=config, spec_version=asked)).aclose()
+    found = await icechunk.Repository.fetch_config_async(storage)
+    assert found is not None
+    assert found.inline_chunk_threshold_bytes == 9
+    repo = await icechunk.Repository.open_async(storage, icechunk.RepositoryConfig(inline_chunk_threshold_bytes=10))
+    await repo.save_config_async()
+    again = await icechunk.Repository.open_async(storage)
+    assert again.config.inline_chunk_threshold_bytes == 10
+    stale = await icechunk.Repository.open_async(storage)
+    other = await again.reopen_async(icechunk.RepositoryConfig(inline_chunk_threshold_bytes=12))
+    await other.save_config_async()
+    with pytest.raises(icechunk.ConflictError):
+        await stale.save_config_async()
+    for each in (repo, again, stale, other):
+        await each.aclose()
+
+
+async def test_nothing_to_open_is_said_so(storage: Storage):
+    assert await icechunk.Repository.fetch_config_async(storage) is None
+    assert await icechunk.Repository.fetch_spec_version_async(storage) is None
+    with pytest.raises(icechunk.RepositoryNotFoundError):
+        await icechunk.Repository.open_async(storage)
+
+
+@pytest.mark.parametrize(("asked", "objects"), [(None, 1), (2, 4), (1, 4)])
+async def test_an_explicit_version_has_one_object_for_each_chunk_and_one_manifest_for_each_array(
+    asked: int | None, objects: int
+):
+    storage = icechunk.in_memory_storage()
+    repo = await icechunk.Repository.create_async(storage, spec_version=asked)
+    session = await repo.writable_session_async("main")
+    for name in ("a", "b"):
+        array = await zarr.api.asynchronous.create_array(
+            store=session.store, name=name, shape=(2000,), chunks=(1000,), dtype="f8", compressors=None
+        )
+        await array.setitem(slice(None), np.arange(2000.0))
+    await session.commit_async("two arrays of two chunks")
+    keys = [info.key async for page in storage.list_pages() for info in page]
+    assert len([key for key in keys if key.startswith("chunks/")]) == objects
+    assert len([key for key in keys if key.startswith(MANIFESTS_PREFIX)]) == (1 if asked is None else 2)
+    await repo.aclose()
+
+
+async def test_packs_can_be_asked_for_where_they_are_off_by_default():
+    storage = icechunk.in_memory_storage()
+    config = icechunk.RepositoryConfig(engine=EngineConfig(pack_threshold_bytes=1 << 20))
+    repo = await icechunk.Repository.create_async(storage, config=config, spec_version=2)
+    await write(repo, "a", size=4000)
+    assert len([info async for page in storage.list_pages("chunks/") for info in page]) == 1
+    await repo.aclose()
+
+
+async def test_configuration_and_environment_choose_the_layout(monkeypatch: pytest.MonkeyPatch):
+    async def layout(**arguments: object) -> Layout:
+        repo = await icechunk.Repository.create_async(icechunk.in_memory_storage(), **arguments)
+        await repo.aclose()
+        return repo._core.layout
+
+    def config(name: str) -> icechunk.RepositoryConfig:
+        return icechunk.RepositoryConfig(engine=EngineConfig(layout=name))
+
+    assert await layout(config=config("refs")) is Layout.REFS
+    assert await layout(config=config("log"), spec_version=2) is Layout.LOG
+    monkeypatch.setenv("ICECHUNK_LAYOUT", "repo")
+    assert await layout() is Layout.REPO
+    assert await layout(config=config("log")) is Layout.LOG
+    assert await layout(spec_version=1) is Layout.REFS
+    for arguments in (
+        {"config": config("refs"), "spec_version": 2},
+        {"config": config("repo"), "spec_version": 1},
+        {"spec_version": 3},
+    ):
+        with pytest.raises(icechunk.InvalidInputError):
+            await layout(**arguments)
+    monkeypatch.setenv("ICECHUNK_LAYOUT", "other")
+    with pytest.raises(icechunk.InvalidInputError, match="ICECHUNK_LAYOUT"):
+        await layout()
+
+
+async def test_converting_there_and_back_loses_nothing(storage: Storage):
+    repo = await icechunk.Repository.create_async(storage)
+    await write(repo, "a")
+    await repo.set_metadata_async({"k": 1})
+    for i, layout in enumerate(("repo", "log", "log", "repo")):
+        await repo.convert_async(layout)
+        assert repo._core.layout == layout
+        await write(repo, f"in_{layout}_{i}")
+    assert await messages(repo) == [
+        "wrote in_repo_3",
+        "wrote in_log_2",
+        "wrote in_log_1",
+        "wrote in_repo_0",
+        "wrote a",
+        "Repository initialized",
+    ]
+    assert await repo.get_metadata_async() == {"k": 1}
+    kinds = [type(entry.kind).__name__ async for entry in repo.ops_log_async()]
+    assert kinds.count("NewCommit") == 5
+    again = await icechunk.Repository.open_async(storage)
+    assert again._core.layout == "repo"
+    np.testing.assert_array_equal(await read(again, "in_log_1"), np.arange(100.0))
+    await again.aclose()
+    await repo.aclose()
+
+
+async def test_who_did_not_convert_is_told_to_open_again(storage: Storage):
+    repo = await icechunk.Repository.create_async(storage)
+    other = await icechunk.Repository.open_async(storage)
+    session = await other.writable_session_async("main")
+    await repo.convert_async("repo")
+    with pytest.raises(icechunk.SessionStateError, match="open it again"):
+        await session.commit_async("too late", allow_empty=True)
+    again = await icechunk.Repository.open_async(storage)
+    await write(again, "a")
+    for each in (repo, other, again):
+        await each.aclose()
+
+
+async def test_format_1_is_not_converted_and_nonsense_is_no_layout():
+    repo = await icechunk.Repository.create_async(icechunk.in_memory_storage(), spec_version=1)
+    with pytest.raises(icechunk.InvalidInputError, match="upgrad") as refused:
+        await repo.convert_async("log")
+    assert refused.value.kind == "invalid-repository-migration"
+    with pytest.raises(icechunk.InvalidInputError):
+        await repo.convert_async("zip")
+    await repo.aclose()
+
+
+async def test_format_1_refuses_what_it_does_not_have(storage: Storage):
+    repo = await icechunk.Repository.create_async(storage, spec_version=1)
+    for refused in (
+        repo.get_metadata_async(),
+        repo.set_metadata_async({"a": 1}),
+        repo.get_status_async(),
+        repo.set_status_async(icechunk.RepoStatus(icechunk.RepoAvailability.read_only)),
+        repo.feature_flags_async(),
+        repo.set_feature_flag_async("move_node", False),
+        anext(repo.ops_log_async()),
+    ):
+        with pytest.raises(icechunk.IcechunkError, match="format 1") as error:
+            await refused
+        assert error.value.kind == "unsupported-spec-version"
+    with pytest.raises(icechunk.InvalidInputError, match="/"):
+        await repo.create_branch_async("a/b", "1CECHNKREP0F1RSTCMT0")
+    await repo.aclose()
+
+
+async def test_a_log_that_was_taken_over_is_sealed_and_reported_by_the_next_who_opens(
+    storage: Storage, caplog: pytest.LogCaptureFixture
+):
+    repo = await icechunk.Repository.create_async(storage)
+    await repo.checkpoint_async()
+    before = (await storage.get(REPO_KEY)).data
+    stranded = await write(repo, "a")
+    await repo.aclose()
+    # As the official library's set_status does it: a copy, a line in the ops log, and nothing of ours kept.
+    info = decode_repo(before)
+    status = Status(availability=0, set_at_us=info.status.set_at_us, reason=None)
+    line = Update(
+        change=StatusChanged(status=status), updated_at_us=info.updates[0].updated_at_us + 1, backup_path=None
+    )
+    updates = (line, replace(info.updates[0], backup_path="repo.1.X"), *info.updates[1:])
+    await storage.put("overwritten/repo.1.X", before)
+    await storage.put(REPO_KEY, encode_repo(replace(info, status=status, extra=None, updates=updates)))
+    with caplog.at_level(logging.ERROR):
+        again = await icechunk.Repository.open_async(storage)
+    assert "taken over" in caplog.text
+    assert stranded in caplog.text
+    assert again._core.layout == "repo"
+    await write(again, "b")
+    caplog.clear()
+    await (await icechunk.Repository.open_async(storage)).aclose()
+    assert not caplog.records
+    await again.aclose()
