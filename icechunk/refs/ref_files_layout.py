@@ -441,6 +441,10 @@ class RefFilesLayout(RepositoryLog):
         return True
 
     async def settle(self, token: SwapToken) -> bool:
+        if not token.epoch.startswith(_TOKEN):
+            raise InvalidInputError(
+                f"the token belongs to another repository than that in {self._storage.describe()}, or to its later life"
+            )
         key, base = token.epoch.removeprefix(_TOKEN), token.nonce.decode(errors="replace")
         async with self._queue.swapping:
             for _ in range(_RETRIES.tries):

@@ -46,9 +46,9 @@ from icechunk.refs.base import Layout, OnSent, Propose, RepositoryLog, SwapToken
 from icechunk.refs.commit_queue import Group, Member, build, new_snapshots
 from icechunk.refs.entry import decode_events
 from icechunk.refs.log_checkpoint import DEFAULT_UPDATES_PER_FILE, encode
-from icechunk.refs.log_reader import RepoObject, instant, known_of, read_repo
+from icechunk.refs.log_reader import RepoObject, instant, known_of, read_repo, read_slot
 from icechunk.refs.match_check import MatchCheck
-from icechunk.refs.ops_log import updates_of
+from icechunk.refs.ops_log import any_in_history, updates_of
 from icechunk.refs.proof import MAX_SKEW_US, Instant, clock_error_us
 from icechunk.refs.repo_history import next_window
 from icechunk.refs.state import MAIN, RepoState, from_repo_info, to_repo_info
@@ -61,6 +61,7 @@ __all__ = ["RepoObjectLayout", "UpdateRetries", "is_repo_object", "retries_of", 
 _MARK: Final = "aioicechunk-write"
 _SNAPSHOT_CHANGES: Final = (NewCommit, CommitAmended, NewDetachedSnapshot)
 _ROUNDS: Final = 8
+_TOKEN: Final = "repo:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -392,7 +393,7 @@ class RepoObjectLayout(RepositoryLog):
         nonce = self._sources.random_bytes(16)
         for member in group.members:
             token = SwapToken(
-                epoch=f"repo:{version}", n=group.state.last_time_us, nonce=nonce, snapshots=member.snapshots
+                epoch=f"{_TOKEN}{version}", n=group.state.last_time_us, nonce=nonce, snapshots=member.snapshots
             )
             tell_sent(member.waiting, token)
         return group, backup
@@ -520,6 +521,8 @@ class RepoObjectLayout(RepositoryLog):
         return _nonce_of(decode_repo(copy.data).extra) == nonce
 
     async def settle(self, token: SwapToken) -> bool:
+        if not token.epoch.startswith(_TOKEN):
+            return await self._settle_in_log(token)
         async with self._queue.swapping:
             try:
                 await self._settle_unsettled()
@@ -527,13 +530,28 @@ class RepoObjectLayout(RepositoryLog):
                     await self._read()
                     if any(snapshot in self.state.snapshots for snapshot in token.snapshots):
                         return True
-                    if f"repo:{self._seen.version}" != token.epoch or self._left is not None:
+                    if f"{_TOKEN}{self._seen.version}" != token.epoch or self._left is not None:
                         return await self._happened(token.snapshots, token.n, token.nonce)
                     # Still the version that the write would replace: give it another one, and it never lands.
                     await self._touch()
             except CommitOutcomeUnknown as error:
                 raise StorageError(f"cannot settle yet, call again: {error}") from error
         raise StorageError(f"cannot settle yet, call again: {self._storage.describe()} gives no certain answer")
+
+    async def _settle_in_log(self, token: SwapToken) -> bool:
+        """The swap of a log that the repository was kept in before: it was sealed, nothing new lands there."""
+        if await any_in_history(self._storage, await self.refresh(), token.snapshots):
+            return True
+        if token.snapshots:
+            return False
+        found = await read_slot(self._storage, token.epoch, token.n)
+        if found is None:
+            raise CommitOutcomeUnknown(
+                f"slot {token.n} of the log that {self._storage.describe()} was kept in is empty; look whether the "
+                "change is there",
+                token,
+            )
+        return found[0].nonce == token.nonce
 
     async def _touch(self) -> None:
         """Replace ``repo`` by the same state with another mark; for holders of ``swapping``."""

@@ -144,3 +144,24 @@ def test_a_session_that_began_before_their_commit_conflicts(
     with pytest.raises(icechunk.ConflictError) as refused:
         session.commit("too late", allow_empty=True)
     assert (refused.value.expected_parent, refused.value.actual_parent) == (before, theirs["snapshot"])
+
+
+def test_a_converted_repository_is_theirs_to_write_until_it_is_converted_back(tmp_path: Path) -> None:
+    if oracle.find(oracle.OFFICIAL_CURRENT) is None:
+        pytest.skip("the official library has no environment here; `python tools/oracle.py 2.3.0` makes one")
+    official = Official(oracle.OFFICIAL_CURRENT, tmp_path)
+    repo = icechunk.Repository.create(icechunk.local_filesystem_storage(str(tmp_path)))
+    commits = [carry_on(repo, "main", 0)]
+    with pytest.raises(oracle.OracleError, match="read-only"):
+        official.carry_on("main", 1)
+    repo.convert("repo")
+    commits += official.carry_on("main", 1)
+    commits += [carry_on(repo, "main", 2)]
+    repo.convert("log")
+    with pytest.raises(oracle.OracleError, match="read-only"):
+        official.carry_on("main", 3)
+    commits += [carry_on(repo, "main", 3)]
+    repo.checkpoint()
+    read = official.dump()
+    assert read == dump(icechunk.Repository.open(icechunk.local_filesystem_storage(str(tmp_path))))
+    check_commits(read, commits)

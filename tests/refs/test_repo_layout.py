@@ -374,6 +374,31 @@ async def test_a_cancelled_caller_leaves_the_queue_and_not_the_swap(world: World
     assert await world.history() == [an_id(1)]
 
 
+async def test_whoever_is_cancelled_learns_whether_the_outcome_is_open(world: World):
+    log, storage = await world.create()
+    other, _ = await world.open()
+    told: list[SwapToken | None] = []
+    go = asyncio.Event()
+
+    async def hold(request: Request, send: Send) -> object:
+        if replaces_repo(request):
+            await go.wait()
+        return await send()
+
+    storage.script = hold
+    caller = asyncio.create_task(log.append(world.commit(1), on_sent=told.append))
+    await settled()
+    caller.cancel()
+    await asyncio.gather(caller, return_exceptions=True)
+    assert [token.snapshots for token in told if token] == [(an_id(1),)]
+    await other.append(world.commit(2))
+    go.set()
+    storage.script = None
+    await log.append(world.commit(3))
+    assert told[-1] is None
+    assert await world.history() == [an_id(2), an_id(3)]
+
+
 async def test_a_copy_that_fails_fails_the_commit_with_nothing_landed(world: World):
     log, storage = await world.create()
 
