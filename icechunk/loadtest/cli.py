@@ -104,9 +104,7 @@ def _measure(args: argparse.Namespace, command: str) -> Results:
         finally:
             progress.close()
     if len(measurements) < len(todo):
-        notes.append(
-            f"the time limit of {args.time_limit:g} s ended the test after {len(measurements)} of {len(todo)} measurements"
-        )
+        notes.append(f"the time limit ended the test after {len(measurements)} of {len(todo)} measurements")
     return Results(
         started=started.isoformat(timespec="seconds"),
         seconds=time.perf_counter() - began,
@@ -225,17 +223,15 @@ def _list() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Measure how fast chunks are written, read and committed — by this library, by the official one, and "
-        "by what lies beneath —, and verify every byte. Starts MinIO on this machine unless an endpoint is named; nothing "
+        description="Measure how fast chunks are written, read and committed — by this library, by the official one, "
+        "and by what lies beneath —, and verify every byte. Starts MinIO unless an endpoint is named; nothing "
         "else on the network is touched.",
         epilog="Exit codes: 0 all is well; 1 something failed, came back wrong or missed a threshold; 2 bad input.",
     )
     what = parser.add_argument_group("what to run")
     what.add_argument("--quick", action="store_true", help="small sizes and few systems: a minute and a half at most")
     what.add_argument("--workloads", metavar="NAMES", help="comma-separated (default: all; see --list)")
-    what.add_argument(
-        "--systems", metavar="NAMES", help="comma-separated (default: all that are installed; see --list)"
-    )
+    what.add_argument("--systems", metavar="NAMES", help="comma-separated (default: all there are; see --list)")
     what.add_argument(
         "--sweep",
         action="append",
@@ -264,8 +260,6 @@ def _parser() -> argparse.ArgumentParser:
     outcome.add_argument("--load", type=Path, metavar="FILE", help="measure nothing, take the results of --json")
     outcome.add_argument("--require", action="append", default=[], metavar="THRESHOLD", help="e.g. 'write_small>=2x'")
     outcome.add_argument("--check", type=Path, metavar="FILE", help="thresholds in YAML or JSON")
-    outcome.add_argument(
-        "--time-limit", type=float, default=3_600, metavar="SECONDS", help="begin nothing later (default 3600)"
-    )
+    outcome.add_argument("--time-limit", type=float, default=3_600, metavar="SECONDS", help="begin nothing later")
     outcome.add_argument("--quiet", action="store_true", help="no progress")
     return parser

@@ -11,6 +11,7 @@ from icechunk.loadtest.errors import LoadTestError
 
 __all__ = [
     "MAX_CASES",
+    "QUICK_SYSTEMS",
     "SYSTEMS",
     "WORKLOADS",
     "Case",
@@ -23,6 +24,7 @@ __all__ = [
     "parse_size",
     "parse_sweep",
     "pick",
+    "points",
 ]
 
 KIB = 1024
@@ -100,56 +102,56 @@ WORKLOADS: Mapping[str, Workload] = {
         about="Write a whole array of small chunks in one call, and commit it.",
         unit="chunks",
         full=Size(chunks=1_000, chunk_bytes=16 * KIB, latency_ms=20),
-        quick=Size(chunks=300, chunk_bytes=16 * KIB, latency_ms=20),
+        quick=Size(chunks=200, chunk_bytes=16 * KIB, latency_ms=20),
     ),
     "write_large": Workload(
         title="Ingest, large chunks",
         about="Write a whole array of large chunks in one call, and commit it.",
         unit="MiB",
         full=Size(chunks=256, chunk_bytes=4 * MIB),
-        quick=Size(chunks=12, chunk_bytes=4 * MIB),
+        quick=Size(chunks=8, chunk_bytes=4 * MIB),
     ),
     "read_small": Workload(
         title="Sequential read, small chunks",
         about="Open anew and read a whole array of small chunks in one call.",
         unit="chunks",
         full=Size(chunks=1_000, chunk_bytes=16 * KIB, latency_ms=20),
-        quick=Size(chunks=300, chunk_bytes=16 * KIB, latency_ms=20),
+        quick=Size(chunks=200, chunk_bytes=16 * KIB, latency_ms=20),
     ),
     "read_large": Workload(
         title="Sequential read, large chunks",
         about="Open anew and read a whole array of large chunks in one call.",
         unit="MiB",
         full=Size(chunks=256, chunk_bytes=4 * MIB),
-        quick=Size(chunks=12, chunk_bytes=4 * MIB),
+        quick=Size(chunks=8, chunk_bytes=4 * MIB),
     ),
     "read_random": Workload(
         title="Random reads",
         about="Read single chunks at random, one after the other unless a sweep says otherwise.",
         unit="chunks",
         full=Size(chunks=1_000, chunk_bytes=16 * KIB, ops=200, tasks=1, latency_ms=20),
-        quick=Size(chunks=300, chunk_bytes=16 * KIB, ops=40, tasks=1, latency_ms=20),
+        quick=Size(chunks=200, chunk_bytes=16 * KIB, ops=30, tasks=1, latency_ms=20),
     ),
     "mixed": Workload(
         title="Readers and a writer",
         about="Readers look up chunks of ever newer versions while a writer rewrites chunks and commits.",
         unit="chunks",
         full=Size(chunks=500, chunk_bytes=64 * KIB, ops=1_000, tasks=8),
-        quick=Size(chunks=60, chunk_bytes=64 * KIB, ops=160, tasks=8),
+        quick=Size(chunks=60, chunk_bytes=64 * KIB, ops=96, tasks=8),
     ),
     "append": Workload(
         title="Appends",
         about="Grow the array by one chunk, write it and commit, again and again.",
         unit="commits",
         full=Size(chunks=100, chunk_bytes=64 * KIB, ops=50, latency_ms=20),
-        quick=Size(chunks=20, chunk_bytes=64 * KIB, ops=8, latency_ms=20),
+        quick=Size(chunks=20, chunk_bytes=64 * KIB, ops=6, latency_ms=20),
     ),
     "commit": Workload(
         title="Tiny commits",
         about="Open a session, change one attribute and commit, again and again.",
         unit="commits",
         full=Size(chunks=1, chunk_bytes=KIB, ops=50, tasks=1, latency_ms=20),
-        quick=Size(chunks=1, chunk_bytes=KIB, ops=8, tasks=1, latency_ms=20),
+        quick=Size(chunks=1, chunk_bytes=KIB, ops=6, tasks=1, latency_ms=20),
         families=_COMMITTERS,
     ),
     "commit_tasks": Workload(
@@ -173,19 +175,19 @@ WORKLOADS: Mapping[str, Workload] = {
         about="Connect, open the newest version and read one chunk, with nothing cached.",
         unit="openings",
         full=Size(chunks=1_000, chunk_bytes=16 * KIB, ops=20, tasks=10, latency_ms=20),
-        quick=Size(chunks=300, chunk_bytes=16 * KIB, ops=6, tasks=10, latency_ms=20),
+        quick=Size(chunks=200, chunk_bytes=16 * KIB, ops=6, tasks=10, latency_ms=20),
     ),
     "soak": Workload(
         title="Soak",
         about="Readers read at random for a given time while a writer rewrites chunks and commits them.",
         unit="operations",
         full=Size(chunks=500, chunk_bytes=64 * KIB, tasks=8, seconds=30),
-        quick=Size(chunks=60, chunk_bytes=64 * KIB, tasks=8, seconds=3),
+        quick=Size(chunks=60, chunk_bytes=64 * KIB, tasks=8, seconds=2),
     ),
 }
 """By name, in the order in which they run."""
 
-QUICK_SYSTEMS = ("ours", "official", "obstore", "zarr-obstore")
+QUICK_SYSTEMS = ("ours", "official", "obstore")
 """What ``--quick`` compares, as far as it is there."""
 
 

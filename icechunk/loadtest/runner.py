@@ -61,7 +61,7 @@ def interpreters(systems: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         python = oracle.find(oracle.OFFICIAL_CURRENT)
         if python is None:
             notes.append(
-                "official was left out: `python -m icechunk.loadtest.oracle 2.3.0` makes an environment with the official library"
+                "official was left out: `python -m icechunk.loadtest.oracle 2.3.0` makes an environment with it"
             )
         else:
             found[system] = str(python)
@@ -202,7 +202,7 @@ class _Worker:
         if system != "official":
             # what this process imports, whether installed or not
             environment["PYTHONPATH"] = str(Path(icechunk.__file__).parent.parent)
-        log = tempfile.TemporaryFile()  # noqa: SIM115: closed by aclose
+        log = tempfile.TemporaryFile()  # noqa: SIM115
         process = await asyncio.create_subprocess_exec(
             python,
             "-m",

@@ -6,8 +6,6 @@ import math
 
 __all__ = ["bytes_text", "number_text", "rate_text", "ratio_text", "seconds_text"]
 
-_SINGULAR = {"chunks": "chunk", "commits": "commit", "openings": "opening", "operations": "op"}
-
 
 def number_text(value: float) -> str:
     """Three significant digits, thousands with a thin space."""
@@ -22,12 +20,11 @@ def number_text(value: float) -> str:
 
 def bytes_text(count: float) -> str:
     """Bytes with a binary unit."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(count) < 1024:
-            break
+    units = iter(("B", "KiB", "MiB"))
+    unit = next(units)
+    while abs(count) >= 1024 and unit != "GiB":
         count /= 1024
-    else:
-        unit = "GiB"
+        unit = next(units, "GiB")
     digits = f"{count:.1f}".removesuffix(".0") if count < 100 else f"{count:.0f}"
     return f"{digits} {unit}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
 from icechunk.loadtest.plan import SYSTEMS, WORKLOADS, Point
@@ -17,7 +17,8 @@ from icechunk.loadtest.units import bytes_text, number_text, rate_text, ratio_te
 
 __all__ = ["render"]
 
-_SWEPT = {
+_Text = Callable[[float], str]
+_SWEPT: Mapping[str, tuple[str, _Text]] = {
     "tasks": ("concurrency", lambda value: f"{value:g}"),
     "chunk_bytes": ("chunk size", bytes_text),
     "latency_ms": ("added latency", lambda value: f"{value:g} ms"),
@@ -70,7 +71,7 @@ def _head(results: Results) -> str:
         )
     when = results.started[:16].replace("T", " ")
     return (
-        f"<header><h1>Chunks, written and read</h1><p class='sub'>{escape(results.place)} · {when} UTC · "
+        f"<header><h1>Load test</h1><p class='sub'>{escape(results.place)} · {when} UTC · "
         f"{results.seconds:.0f} s · {escape(results.machine.get('processor', ''))}</p>"
         f"<div class='badges'>{''.join(badges)}</div></header>"
     )
@@ -88,10 +89,11 @@ def _glance(own: Sequence[Summary], summaries: list[Summary]) -> str:
             continue
         workload = WORKLOADS[summary.point.workload]
         official = next(each for each in own if each.point == summary.point and each.system == BASELINE)
+        figures = f"{number_text(summary.throughput)} against {number_text(official.throughput)} {workload.unit}/s"
         cards.append(
             f'<a class="card" href="#{summary.point.workload}"><div class="what">{escape(workload.title)}</div>'
             f'<div class="ratio {"ahead" if ratio >= 1 else "behind"}">{ratio_text(ratio)}</div>'
-            f'<div class="figures">{number_text(summary.throughput)} to {number_text(official.throughput)} {workload.unit}/s'
+            f'<div class="figures">{figures}'
             "</div></a>"
         )
     if not cards:
@@ -108,8 +110,8 @@ def _thresholds(results: Results) -> str:
         for verdict in results.verdicts
     )
     return (
-        "<h2>Thresholds</h2><div class='panel'><div class='scroll' style='margin:0'><table><tr><th>required</th><th>found</th><th></th></tr>"
-        f"{rows}</table></div></div>"
+        "<h2>Thresholds</h2><div class='panel'><div class='scroll' style='margin:0'><table>"
+        f"<tr><th>required</th><th>found</th><th></th></tr>{rows}</table></div></div>"
     )
 
 
@@ -124,8 +126,11 @@ def _workload(name: str, group: list[Summary]) -> str:
         plots.append(
             _figure(f"Latency of “{' / '.join(labels)}”, share of operations that took at most …", distribution)
         )
+    else:
+        plots.append(_figure("CPU time of the client", _cpu_bars(group)))
     return (
-        f"<section class='panel' id='{name}'><h3>{escape(workload.title)}</h3><p class='about'>{escape(workload.about)}</p>"
+        f"<section class='panel' id='{name}'><h3>{escape(workload.title)}</h3>"
+        f"<p class='about'>{escape(workload.about)}</p>"
         f"<p class='sizes'>{escape(point_text(group[0].point))}{_repeats(group)}</p>"
         f"<div class='plots'>{''.join(plots)}</div>{_table(group)}{_trouble(group)}</section>"
     )
@@ -164,6 +169,23 @@ def _bars(group: Sequence[Summary]) -> str:
     return svg.bars(rows, title=f"throughput of {WORKLOADS[group[0].point.workload].title}")
 
 
+def _cpu_bars(group: Sequence[Summary]) -> str:
+    rows = [
+        svg.Bar(
+            colour=f"var(--{each.system})",
+            label=each.system,
+            value=each.cpu_s,
+            low=min(run.cpu_s for run in each.runs),
+            high=max(run.cpu_s for run in each.runs),
+            text=seconds_text(each.cpu_s),
+            aside="" if math.isnan(each.requests) else f"{each.requests:.0f} requests",
+            failed=not each.ok,
+        )
+        for each in group
+    ]
+    return svg.bars(rows, title="CPU time")
+
+
 def _ecdf(group: Sequence[Summary]) -> str:
     lines = []
     for summary in group:
@@ -174,7 +196,7 @@ def _ecdf(group: Sequence[Summary]) -> str:
         lines.append(
             svg.Line(
                 colour=f"var(--{summary.system})",
-                label=f"{summary.system}: p50 {seconds_text(histogram.percentile(50))}, p99 {seconds_text(histogram.percentile(99))}",
+                label=f"{summary.system}: p50 {seconds_text(summary.percentile_s(50))}, p99 {seconds_text(summary.percentile_s(99))}",
                 points=list(_steps([(seconds, share * 100) for seconds, share in points])),
                 strong=summary.system == "ours",
             )
@@ -258,8 +280,10 @@ def _legend(group: Iterable[Summary]) -> str:
 
 def _table(group: Sequence[Summary]) -> str:
     contended = any(run.conflicts for summary in group for run in summary.runs)
-    heads = ["", "throughput", "p50", "p90", "p99", "max", "requests", "CPU", "CPU per MiB", "peak memory"]
-    heads += ["lost races"] * contended + ["verified", "errors"]
+    # of one or two calls there are no percentiles
+    percents = (50, 90, 99, 100) if any(each.latency.n >= MIN_SAMPLES for each in group) else (50,)
+    heads = ["", "throughput", *(("p50", "p90", "p99", "max") if len(percents) > 1 else ("took",))]
+    heads += ["requests", "CPU", "CPU per MiB", "peak memory", *["lost races"] * contended, "verified", "errors"]
     rows = []
     for summary in group:
         run = summary.runs[0]
@@ -268,14 +292,14 @@ def _table(group: Sequence[Summary]) -> str:
         cells = [
             f'<i style="background:var(--{summary.system})"></i>{escape(SYSTEMS[summary.system].title)}',
             rate_text(summary.throughput, unit),
-            *(seconds_text(summary.percentile_s(percent)) for percent in (50, 90, 99, 100)),
+            *(seconds_text(summary.percentile_s(percent)) for percent in percents),
             _requests(run, summary),
             seconds_text(summary.cpu_s),
             seconds_text(summary.cpu_s / moved) if moved else "–",
             bytes_text(summary.rss_peak_bytes),
         ]
         if contended:
-            cells.append(number_text(sum(each.conflicts for each in summary.runs)))
+            cells.append(str(sum(each.conflicts for each in summary.runs)))
         cells += [bytes_text(sum(each.bytes_verified for each in summary.runs)), str(summary.errors or "–")]
         rows.append(f"<tr class='{summary.system}'>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{name}</th>" for name in heads)
@@ -286,7 +310,7 @@ def _requests(run: Measurement, summary: Summary) -> str:
     if run.requests is None:
         return "–"
     names = ", ".join(f"{count} {name}" for name, count in sorted(run.requests.items()))
-    return f'<span title="{escape(names)}">{number_text(summary.requests)}</span>'
+    return f'<span title="{escape(names)}">{summary.requests:.0f}</span>'
 
 
 def _trouble(group: Iterable[Summary]) -> str:
@@ -306,14 +330,14 @@ def _sweeps(swept: Sequence[Summary]) -> str:
     kinds = dict.fromkeys((each.point.workload, str(each.point.swept)) for each in swept)
     for name, parameter in kinds:
         group = [each for each in swept if (each.point.workload, each.point.swept) == (name, parameter)]
-        workload, (what, text) = WORKLOADS[name], _SWEPT[parameter]
+        workload, what = WORKLOADS[name], _SWEPT[parameter][0]
         values = sorted({_value(each.point, parameter) for each in group})
         plots = [
             _figure(
                 f"Throughput, {workload.unit} per second"
                 if parameter != "chunk_bytes"
                 else "Throughput, MiB per second",
-                _sweep_lines(group, parameter, values, _rate(parameter), number_text, text, what),
+                _sweep_lines(group, parameter, values, _rate(parameter), number_text),
                 _legend(group),
             )
         ]
@@ -321,15 +345,14 @@ def _sweeps(swept: Sequence[Summary]) -> str:
             plots.append(
                 _figure(
                     "Median latency",
-                    _sweep_lines(
-                        group, parameter, values, lambda each: each.percentile_s(50), seconds_text, text, what
-                    ),
+                    _sweep_lines(group, parameter, values, lambda each: each.percentile_s(50), seconds_text),
                     _legend(group),
                 )
             )
         panels.append(
-            f"<section class='panel'><h3>{escape(workload.title)}, by {what}</h3><p class='about'>{escape(workload.about)}</p>"
-            f"<div class='plots'>{''.join(plots)}</div>{_sweep_table(group, parameter, values)}{_trouble(group)}</section>"
+            f"<section class='panel'><h3>{escape(workload.title)}, by {what}</h3>"
+            f"<p class='about'>{escape(workload.about)}</p><div class='plots'>{''.join(plots)}</div>"
+            f"{_sweep_table(group, parameter, values)}{_trouble(group)}</section>"
         )
     return f"<h2>Sweeps</h2>{''.join(panels)}"
 
@@ -338,18 +361,20 @@ def _value(point: Point, parameter: str) -> float:
     return float(getattr(point.size, parameter))
 
 
-def _rate(parameter: str):  # type: ignore[no-untyped-def]
+def _rate(parameter: str) -> Callable[[Summary], float]:
     """Over chunk sizes, chunks a second say little: what moves is compared."""
-    if parameter != "chunk_bytes":
-        return lambda each: each.throughput
-    return lambda each: (
-        (each.runs[0].bytes_read + each.runs[0].bytes_written) / 2**20 / each.runs[0].seconds
-        if each.runs[0].seconds
-        else 0
-    )
+    return _mib_per_second if parameter == "chunk_bytes" else lambda each: each.throughput
 
 
-def _sweep_lines(group, parameter, values, figure, y_text, x_text, what):  # type: ignore[no-untyped-def]
+def _mib_per_second(summary: Summary) -> float:
+    run = summary.runs[0]
+    return (run.bytes_read + run.bytes_written) / 2**20 / run.seconds if run.seconds else 0.0
+
+
+def _sweep_lines(
+    group: Sequence[Summary], parameter: str, values: Sequence[float], figure: Callable[[Summary], float], y_text: _Text
+) -> str:
+    what, x_text = _SWEPT[parameter]
     lines = [
         svg.Line(
             colour=f"var(--{system})",
@@ -401,7 +426,7 @@ def _about(results: Results) -> str:
     return (
         "<h2>How it was measured</h2><div class='panel'><dl>"
         + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows)
-        + "</dl></div><footer>Each system ran in a worker process of its own, one after the other, through its public API at "
-        "its defaults, on the same machine as the server: they share its processors. Requests are counted by the server. CPU and "
-        "memory are the worker's. Latencies are kept in buckets 1 % wide.</footer>"
+        + "</dl></div><footer>Each system ran in a worker process of its own, one after the other, through its public "
+        "API at its defaults. Where the server is on this machine, they share its processors. Requests are counted by the "
+        "server. CPU and memory are the worker's. Latencies are kept in buckets 1 % wide.</footer>"
     )

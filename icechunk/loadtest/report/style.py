@@ -21,7 +21,8 @@ def _variables(which: int) -> str:
 
 
 _LIGHT = f"""--page:#f6f7f9;--card:#fff;--ink:#171a21;--soft:#5b6372;--faint:#8a92a1;--line:#e3e6ec;--track:#f0f2f6;
---good:#1f8a5b;--good-soft:#e3f5ec;--bad:#c5303c;--bad-soft:#fdeaec;--shadow:0 1px 2px #1018280d,0 1px 3px #1018281a;{_variables(0)}"""
+--good:#1f8a5b;--good-soft:#e3f5ec;--bad:#c5303c;--bad-soft:#fdeaec;--shadow:0 1px 2px #1018280d,0 1px 3px #1018281a;
+{_variables(0)}"""
 _DARK = f"""--page:#0f1217;--card:#171b22;--ink:#e8ebf1;--soft:#a2abba;--faint:#727c8d;--line:#2a303b;--track:#20262f;
 --good:#4cc38a;--good-soft:#12301f;--bad:#ff8088;--bad-soft:#3a1a1e;--shadow:none;{_variables(1)}"""
 
@@ -32,7 +33,8 @@ CSS = (
 """
     + """
 *{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
+body{margin:0;background:var(--page);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
 font-variant-numeric:tabular-nums}
 main{max-width:1180px;margin:0 auto;padding:40px 24px 64px}
 h1{font-size:30px;letter-spacing:-.02em;margin:0 0 4px;line-height:1.2}
@@ -57,7 +59,8 @@ code{font:13px/1.4 ui-monospace,SFMono-Regular,Menlo,monospace;color:var(--soft)
 .card .ratio.behind{color:var(--official)}
 .card .figures{font-size:12.5px;color:var(--faint)}
 .panel{padding:20px 22px;margin:0 0 16px;scroll-margin-top:16px}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));gap:10px 36px;margin:16px 0 4px;align-items:start}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));gap:10px 36px;
+margin:16px 0 4px;align-items:start}
 figure{margin:0;min-width:0}
 figcaption{font-size:12.5px;font-weight:600;color:var(--soft);margin:0 0 6px}
 svg{display:block;width:100%;height:auto;max-width:620px;overflow:visible}
@@ -78,14 +81,15 @@ svg .mark{stroke:var(--card);stroke-width:1.2}
 .legend i{display:inline-block;width:14px;height:4px;border-radius:2px;margin-right:6px;vertical-align:middle}
 .scroll{overflow-x:auto;margin:12px 0 0}
 table{border-collapse:collapse;width:100%;font-size:13.5px}
-th,td{padding:6px 10px;text-align:right;white-space:nowrap;border-top:1px solid var(--line)}
+th,td{padding:6px 9px;text-align:right;white-space:nowrap;border-top:1px solid var(--line)}
 th{font-weight:500;color:var(--faint);font-size:12.5px;border-top:0}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 td.left{text-align:left;white-space:normal}
 tr.ours td{font-weight:600}
 td i{display:inline-block;width:9px;height:9px;border-radius:3px;margin-right:8px}
 .ok{color:var(--good);font-weight:600}.missed{color:var(--bad);font-weight:600}
-.trouble{margin:12px 0 0;padding:10px 14px;border-radius:8px;background:var(--bad-soft);color:var(--bad);font-size:13.5px;
+.trouble{margin:12px 0 0;padding:10px 14px;border-radius:8px;background:var(--bad-soft);color:var(--bad);
+font-size:13.5px;
 overflow-wrap:anywhere}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 20px;margin:0;font-size:13.5px}
 dt{color:var(--faint)}dd{margin:0;overflow-wrap:anywhere}

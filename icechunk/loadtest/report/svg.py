@@ -73,9 +73,8 @@ def bars(rows: Sequence[Bar], *, title: str) -> str:
         )
         if row.high > row.low:
             low, high = (start + value / longest * room for value in (row.low, row.high))
-            out.append(
-                f'<path class="whisker" d="M{_n(low)} {middle}H{_n(high)}M{_n(low)} {middle - 4}v8M{_n(high)} {middle - 4}v8"/>'
-            )
+            ends = f"M{_n(low)} {middle - 4}v8M{_n(high)} {middle - 4}v8"
+            out.append(f'<path class="whisker" d="M{_n(low)} {middle}H{_n(high)}{ends}"/>')
         out.append(
             f'<text class="value" x="{start + room + 10}" y="{middle}">{escape(row.text)}'
             f'<tspan class="aside" dx="7">{escape(row.aside)}</tspan></text>'
@@ -148,14 +147,10 @@ def curves(
             out.append(
                 f'<path class="{"base" if tick == 0 else "grid"}" d="M{_LEFT} {_n(at_y(tick))}H{WIDTH - _RIGHT}"/>'
             )
-            out.append(
-                f'<text class="tick" x="{_LEFT - 8}" y="{_n(at_y(tick))}" text-anchor="end">{escape(y_text(tick))}</text>'
-            )
+            out.append(_tick(_LEFT - 8, at_y(tick), y_text(tick), "end"))
     for tick in ticks_x:
         out.append(f'<path class="grid" d="M{_n(at_x(tick))} {_TOP}V{_n(floor)}"/>')
-        out.append(
-            f'<text class="tick" x="{_n(at_x(tick))}" y="{_n(floor + 14)}" text-anchor="middle">{escape(x_text(tick))}</text>'
-        )
+        out.append(_tick(at_x(tick), floor + 14, x_text(tick), "middle"))
     out.append(f'<text class="axis" x="{WIDTH - _RIGHT}" y="{height - 5}" text-anchor="end">{escape(x_label)}</text>')
     out.append(f'<text class="axis" x="{_LEFT}" y="{height - 5}">{escape(y_label)}</text>')
     for line in sorted(lines, key=lambda each: each.strong):
@@ -168,8 +163,9 @@ def curves(
         out.append(f'<path class="line" {style} d="{path}"><title>{escape(line.label)}</title></path>')
         if line.marks:
             for x, y in line.points:
+                radius = 3.6 if line.strong else 2.8
                 out.append(
-                    f'<circle cx="{_n(at_x(x))}" cy="{_n(at_y(y))}" r="{3.6 if line.strong else 2.8}" fill="{line.colour}" class="mark">'
+                    f'<circle cx="{_n(at_x(x))}" cy="{_n(at_y(y))}" r="{radius}" fill="{line.colour}" class="mark">'
                     f"<title>{escape(f'{line.label}: {y_text(y)} at {x_text(x)}')}</title></circle>"
                 )
     return _svg(out, height, title)
@@ -192,6 +188,10 @@ def log_ticks(low: float, high: float) -> list[float]:
         factors = (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)  # type: ignore[assignment]
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
+
+
+def _tick(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text class="tick" x="{_n(x)}" y="{_n(y)}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _n(value: float) -> str:

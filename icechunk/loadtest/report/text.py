@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 from icechunk.loadtest.plan import WORKLOADS
 from icechunk.loadtest.progress import point_text
 from icechunk.loadtest.results import Results, Summary, summarize
-from icechunk.loadtest.units import bytes_text, number_text, rate_text, ratio_text, seconds_text
+from icechunk.loadtest.units import bytes_text, rate_text, ratio_text, seconds_text
 
 __all__ = ["overview", "ratio_to"]
 
 BASELINE = "official"
+_HEADS = "".join(f"{name:>10}" for name in ("p50", "p99", "cpu", "peak", "requests")) + "  errors"
 
 
 def overview(results: Results) -> str:
@@ -22,9 +25,7 @@ def overview(results: Results) -> str:
             last = summary.point
             workload = WORKLOADS[summary.point.workload]
             lines += ["", f"{workload.title} ({point_text(summary.point)})"]
-            lines.append(
-                f"  {'':13}{'throughput':>20}{'× official':>12}{'p50':>10}{'p99':>10}{'cpu':>10}{'peak':>10}{'requests':>10}  errors"
-            )
+            lines.append("  " + " " * 13 + f"{'throughput':>20}{'× official':>12}" + _HEADS)
         lines.append(_row(summary, ratio_to(summary, summaries)))
     verified = sum(each.bytes_verified for each in results.measurements)
     bad = sum(not each.ok for each in results.measurements)
@@ -54,6 +55,10 @@ def _row(summary: Summary, ratio: float) -> str:
     return (
         f"  {summary.system:13}{rate_text(summary.throughput, unit):>20}{ratio_text(ratio):>12}"
         f"{seconds_text(summary.percentile_s(50)):>10}{seconds_text(summary.percentile_s(99)):>10}"
-        f"{seconds_text(summary.cpu_s):>10}{bytes_text(summary.rss_peak_bytes):>10}{number_text(summary.requests):>10}"
+        f"{seconds_text(summary.cpu_s):>10}{bytes_text(summary.rss_peak_bytes):>10}{_count(summary.requests):>10}"
         f"  {summary.errors or '–'}"
     )
+
+
+def _count(number: float) -> str:
+    return "–" if math.isnan(number) else f"{number:.0f}"

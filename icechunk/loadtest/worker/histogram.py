@@ -68,7 +68,7 @@ class Histogram:
         for bucket in sorted(self.counts):
             seen += self.counts[bucket]
             if seen >= wanted:
-                middle = _FLOOR_S * GROWTH ** (bucket + 0.5)
+                middle = _FLOOR_S * math.exp(_LOG_GROWTH * (bucket + 0.5))
                 return min(max(middle, self.min_s), self.max_s)
         return self.max_s
 

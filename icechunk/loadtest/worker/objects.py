@@ -100,7 +100,8 @@ class ObstoreTarget(_ObjectsTarget):
         import obstore
 
         answer = await obstore.get_async(self._store, name)
-        return np.frombuffer(await answer.bytes_async(), dtype="u1")
+        body: Any = await answer.bytes_async()
+        return np.frombuffer(body, dtype="u1")
 
 
 class AiobotocoreTarget(_ObjectsTarget):
@@ -137,7 +138,8 @@ class AiobotocoreTarget(_ObjectsTarget):
     async def _get(self, name: str) -> np.ndarray[Any, Any]:
         answer = await self._client.get_object(Bucket=self.place["bucket"], Key=self._key(name))
         async with answer["Body"] as body:
-            return np.frombuffer(await body.read(), dtype="u1")
+            read: bytes = await body.read()
+            return np.frombuffer(read, dtype="u1")
 
     def _key(self, name: str) -> str:
         return f"{self.place['prefix']}/{name}"

@@ -59,13 +59,13 @@ class Target(ABC):
     async def extend(self, data: np.ndarray[Any, Any]) -> None:
         """Append chunks to the end."""
 
-    async def begin(self) -> None:
+    async def begin(self) -> None:  # noqa: B027
         """Start a transaction where there are such."""
 
-    async def commit(self, message: str) -> None:
+    async def commit(self, message: str) -> None:  # noqa: B027
         """Make what was written visible, where that is not so already."""
 
-    async def aclose(self) -> None:
+    async def aclose(self) -> None:  # noqa: B027
         """Give connections back."""
 
 
@@ -272,4 +272,5 @@ def _only_s3(system: str, place: Mapping[str, Any]) -> None:
 
 def set_zarr_concurrency(tasks: int) -> contextlib.AbstractContextManager[Any]:
     """While the returned context lasts, zarr works on that many chunks of one call at a time (its default is 10)."""
-    return zarr.config.set({"async.concurrency": tasks})
+    made: contextlib.AbstractContextManager[Any] = zarr.config.set({"async.concurrency": tasks})
+    return made
