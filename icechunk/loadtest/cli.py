@@ -15,14 +15,14 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from icechunk.loadtest import place as places
 from icechunk.loadtest import plan
 from icechunk.loadtest.errors import LoadTestError
-from icechunk.loadtest.progress import Progress
+from icechunk.loadtest.progress import Progress, point_text
 from icechunk.loadtest.report.html import render
 from icechunk.loadtest.report.text import overview
 from icechunk.loadtest.results import Measurement, Results, summarize
@@ -32,6 +32,10 @@ from icechunk.loadtest.thresholds import judge, load_thresholds, parse_threshold
 __all__ = ["main"]
 
 PROGRAM = "icechunk-loadtest"
+LIMIT_S = 3_600.0
+"""Nothing begins later than that, unless the command line says otherwise."""
+QUICK_LIMIT_S = 75.0
+"""Likewise with ``--quick``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +62,12 @@ def _main(args: argparse.Namespace, command: str) -> int:
     for path in filter(None, (args.json, args.html)):
         if not path.absolute().parent.is_dir():
             raise LoadTestError(f"{path}: there is no folder {path.absolute().parent}")
-    results = Results.load(args.load) if args.load else _measure(args, command)
+    order = _order(args)
+    if args.dry_run:
+        for case in order.cases(order.systems):
+            print(f"{case.point.workload} {case.system} ({point_text(case.point)})")
+        return 0
+    results = Results.load(args.load) if args.load else _measure(args, order, command)
     verdicts = judge(thresholds, summarize(results.measurements))
     if thresholds:
         results = replace(results, verdicts=tuple(asdict(verdict) for verdict in verdicts))
@@ -73,33 +82,58 @@ def _main(args: argparse.Namespace, command: str) -> int:
     return 0 if sound and all(verdict["ok"] for verdict in results.verdicts) else 1
 
 
-def _measure(args: argparse.Namespace, command: str) -> Results:
-    started, began = datetime.now(UTC), time.perf_counter()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Order:
+    """What the command line asks for, checked."""
+
+    systems: tuple[str, ...]
+    """Names."""
+    points: list[plan.Point]
+    """What to run on each."""
+    repeats: int
+    """How often."""
+    kind: str
+    """Of storage."""
+    delayed: bool
+    """Latency was asked for, and is not just a workload's usual one."""
+
+    def cases(self, systems: Sequence[str]) -> list[plan.Case]:
+        """All measurements on `systems`."""
+        return plan.cases(self.points, systems, repeats=self.repeats, kind=self.kind)
+
+
+def _order(args: argparse.Namespace) -> _Order:
     overrides = _overrides(args)
-    systems = plan.pick(
-        args.systems or ("all" if not args.quick else ",".join(plan.QUICK_SYSTEMS)), plan.SYSTEMS, "system"
-    )
+    usual = ",".join(plan.QUICK_SYSTEMS) if args.quick else "all"
+    systems = plan.pick(args.systems or usual, plan.SYSTEMS, "system")
     workloads = plan.pick(args.workloads or "all", plan.WORKLOADS, "workload")
     sweeps = [plan.parse_sweep(text) for text in args.sweep]
     kind = "s3" if args.endpoint else args.on
-    if kind != "s3" and (overrides.get("latency_ms") or any(sweep.parameter == "latency_ms" for sweep in sweeps)):
+    delayed = bool(args.latency_ms) or any(sweep.parameter == "latency_ms" for sweep in sweeps)
+    if kind != "s3" and delayed:
         raise LoadTestError(f"latency can be added to S3 only, not with --on {kind}")
-    chosen = list(plan.points(workloads, sweeps, quick=args.quick, overrides=overrides))
-    repeats = args.repeat or 1
-    if args.dry_run:
-        for case in plan.cases(chosen, systems, repeats=repeats, kind=kind):
-            print(f"{case.point.workload} {case.system} {case.point.size}")
-        raise SystemExit(0)
-    pythons, notes = interpreters(systems)
-    with _place(args, kind, overrides, sweeps) as place:
-        chosen = _without_latency(chosen, place, args, notes)
-        todo = plan.cases(chosen, tuple(pythons), repeats=repeats, kind=kind)
+    return _Order(
+        systems=systems,
+        points=list(plan.points(workloads, sweeps, quick=args.quick, overrides=overrides)),
+        repeats=args.repeat or 1,
+        kind=kind,
+        delayed=delayed,
+    )
+
+
+def _measure(args: argparse.Namespace, order: _Order, command: str) -> Results:
+    started, began = datetime.now(UTC), time.perf_counter()
+    pythons, notes = interpreters(order.systems)
+    limit_s = args.time_limit or (QUICK_LIMIT_S if args.quick else LIMIT_S)
+    with _place(args, order) as place:
+        order = _without_latency(order, place, args, notes)
+        todo = order.cases(tuple(pythons))
         progress = Progress(len(todo), sys.stderr, quiet=args.quiet)
         for note in notes:
             progress.note(note)
         try:
             measurements, versions = asyncio.run(
-                _run(todo, place, pythons, progress, reuse=args.quick, limit_s=args.time_limit)
+                _run(todo, place, pythons, progress, reuse=args.quick, limit_s=limit_s)
             )
         finally:
             progress.close()
@@ -139,28 +173,24 @@ async def _run(
     return measurements, runner.versions
 
 
-def _place(
-    args: argparse.Namespace, kind: str, overrides: dict[str, float], sweeps: Sequence[plan.Sweep]
-) -> contextlib.AbstractContextManager[places.Place]:
-    if kind != "s3":
-        return places.memory_or_local(kind)
+def _place(args: argparse.Namespace, order: _Order) -> contextlib.AbstractContextManager[places.Place]:
+    if order.kind != "s3":
+        return places.memory_or_local(order.kind)
     if args.endpoint:
-        delay = bool(overrides.get("latency_ms")) or any(sweep.parameter == "latency_ms" for sweep in sweeps)
-        return places.named_endpoint(args.endpoint, args.bucket, region=args.region, delay=delay)
+        return places.named_endpoint(args.endpoint, args.bucket, region=args.region, delay=order.delayed)
     return places.own_minio()
 
 
-def _without_latency(
-    chosen: list[plan.Point], place: places.Place, args: argparse.Namespace, notes: list[str]
-) -> list[plan.Point]:
+def _without_latency(order: _Order, place: places.Place, args: argparse.Namespace, notes: list[str]) -> _Order:
     """Where none can be added, the usual latency of a workload is left out; one that was asked for is refused."""
-    if place.proxy is not None or not any(point.size.latency_ms for point in chosen):
-        return chosen
-    if args.latency_ms or any(point.swept == "latency_ms" for point in chosen):
-        raise LoadTestError("latency needs toxiproxy: python -m tools.services install toxiproxy")
+    if place.proxy is not None or not any(point.size.latency_ms for point in order.points):
+        return order
+    if order.delayed:
+        raise LoadTestError("latency needs toxiproxy: python -m icechunk.loadtest.services install toxiproxy")
     if place.kind == "s3" and not args.endpoint:
         notes.append("toxiproxy is not installed: all figures are without added latency")
-    return [replace(point, size=replace(point.size, latency_ms=0)) for point in chosen]
+    here = [replace(point, size=replace(point.size, latency_ms=0)) for point in order.points]
+    return replace(order, points=here)
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, float]:
@@ -188,7 +218,7 @@ def _overrides(args: argparse.Namespace) -> dict[str, float]:
         found["soak_s"] = args.soak
     if args.repeat is not None and not 1 <= args.repeat <= 100:
         raise LoadTestError(f"--repeat {args.repeat} is not between 1 and 100")
-    if args.time_limit <= 0:
+    if args.time_limit is not None and not args.time_limit > 0:
         raise LoadTestError(f"--time-limit {args.time_limit:g} is not more than 0 seconds")
     return found
 
@@ -260,6 +290,6 @@ def _parser() -> argparse.ArgumentParser:
     outcome.add_argument("--load", type=Path, metavar="FILE", help="measure nothing, take the results of --json")
     outcome.add_argument("--require", action="append", default=[], metavar="THRESHOLD", help="e.g. 'write_small>=2x'")
     outcome.add_argument("--check", type=Path, metavar="FILE", help="thresholds in YAML or JSON")
-    outcome.add_argument("--time-limit", type=float, default=3_600, metavar="SECONDS", help="begin nothing later")
+    outcome.add_argument("--time-limit", type=float, metavar="SECONDS", help="begin nothing later")
     outcome.add_argument("--quiet", action="store_true", help="no progress")
     return parser

@@ -193,10 +193,11 @@ def _ecdf(group: Sequence[Summary]) -> str:
         if histogram.n < MIN_SAMPLES:
             continue
         points = histogram.ecdf()
+        half, most = (seconds_text(histogram.percentile(percent)) for percent in (50, 99))
         lines.append(
             svg.Line(
                 colour=f"var(--{summary.system})",
-                label=f"{summary.system}: p50 {seconds_text(summary.percentile_s(50))}, p99 {seconds_text(summary.percentile_s(99))}",
+                label=f"{summary.system}: p50 {half}, p99 {most}",
                 points=list(_steps([(seconds, share * 100) for seconds, share in points])),
                 strong=summary.system == "ours",
             )
@@ -427,6 +428,6 @@ def _about(results: Results) -> str:
         "<h2>How it was measured</h2><div class='panel'><dl>"
         + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows)
         + "</dl></div><footer>Each system ran in a worker process of its own, one after the other, through its public "
-        "API at its defaults. Where the server is on this machine, they share its processors. Requests are counted by the "
-        "server. CPU and memory are the worker's. Latencies are kept in buckets 1 % wide.</footer>"
+        "API at its defaults. Where the server is on this machine, they share its processors. Requests are counted by "
+        "the server. CPU and memory are the worker's. Latencies are kept in buckets 1 % wide.</footer>"
     )
