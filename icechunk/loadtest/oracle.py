@@ -1,0 +1,1 @@
+../../tools/oracle.py

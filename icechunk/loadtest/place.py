@@ -1,0 +1,211 @@
+"""Where a load test stores its chunks: MinIO of our own or an endpoint that was named, with latency on request."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import urllib.request
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from icechunk.loadtest import services
+from icechunk.loadtest.errors import LoadTestError
+
+__all__ = ["BUCKET", "Place", "Requests", "memory_or_local", "named_endpoint", "own_minio"]
+
+BUCKET = "loadtest"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requests:
+    """What a server has counted since it began."""
+
+    by_name: Mapping[str, int] = field(default_factory=dict)
+    """Requests by the name of the S3 call, e.g. ``GetObject``."""
+    received_bytes: int = 0
+    """Bytes of bodies that came in."""
+    sent_bytes: int = 0
+    """Bytes of bodies that went out."""
+
+    def since(self, before: Requests) -> Requests:
+        """What was counted between `before` and this."""
+        return Requests(
+            by_name={
+                name: count - before.by_name.get(name, 0)
+                for name, count in self.by_name.items()
+                if count > before.by_name.get(name, 0)
+            },
+            received_bytes=self.received_bytes - before.received_bytes,
+            sent_bytes=self.sent_bytes - before.sent_bytes,
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class Place:
+    """Storage for the runs of one load test."""
+
+    kind: str
+    """``s3``, ``local`` or ``memory``."""
+    about: str
+    """For people."""
+    options: dict[str, Any]
+    """What a worker needs to get there, without a prefix."""
+    metrics: str | None = None
+    """URL of the server's counters (MinIO's), where they can be read."""
+    proxy: services.Proxy | None = None
+    """In front of the endpoint, where latency can be added."""
+    _latency_ms: int = 0
+
+    def at(self, latency_ms: int) -> dict[str, Any]:
+        """Options of a fresh prefix, with that much latency from now on.
+
+        Raises
+        ------
+        LoadTestError
+            Latency is wanted where none can be added.
+        """
+        options = {**self.options, "prefix": f"loadtest/{uuid.uuid4().hex}"}
+        if self.proxy is None:
+            if latency_ms:
+                raise LoadTestError(f"{self.about}: no latency can be added here")
+            return options
+        if latency_ms != self._latency_ms:
+            if self._latency_ms:
+                self.proxy.remove("latency")
+            if latency_ms:
+                self.proxy.add("latency", latency=latency_ms)
+            self._latency_ms = latency_ms
+        if latency_ms:
+            options["endpoint"] = self.proxy.endpoint
+        return options
+
+    def requests(self) -> Requests | None:
+        """What the server has counted so far; None where it does not tell."""
+        if self.metrics is None:
+            return None
+        try:
+            with urllib.request.urlopen(self.metrics, timeout=5) as response:
+                return parse_counters(response.read().decode())
+        except OSError:
+            return None
+
+
+def parse_counters(text: str) -> Requests:
+    """The counters in MinIO's answer (Prometheus text, ``/minio/metrics/v3/api/requests``)."""
+    by_name: dict[str, int] = {}
+    received = sent = 0
+    for line in text.splitlines():
+        name, _, value = line.rpartition(" ")
+        if name.startswith("minio_api_requests_total{"):
+            call = name.partition('name="')[2].partition('"')[0]
+            by_name[call] = by_name.get(call, 0) + int(float(value))
+        elif name.startswith("minio_api_requests_traffic_received_bytes"):
+            received += int(float(value))
+        elif name.startswith("minio_api_requests_traffic_sent_bytes"):
+            sent += int(float(value))
+    return Requests(by_name=by_name, received_bytes=received, sent_bytes=sent)
+
+
+@contextlib.contextmanager
+def own_minio() -> Iterator[Place]:
+    """A MinIO that lives as long as the context, with a proxy for latency where toxiproxy is installed.
+
+    Raises
+    ------
+    LoadTestError
+        No MinIO on this machine; the message says how to get it.
+    """
+    with contextlib.ExitStack() as stack:
+        # MinIO tells its request counters only to those who may know; here that is everybody on 127.0.0.1
+        stack.enter_context(_environment(MINIO_PROMETHEUS_AUTH_TYPE="public"))
+        try:
+            service = stack.enter_context(services.minio(buckets=[BUCKET]))
+        except services.Unavailable as error:
+            raise LoadTestError(f"{error}; or name an endpoint with --endpoint, or use --on local") from error
+        yield Place(
+            kind="s3",
+            about="MinIO on this machine",
+            options={
+                "kind": "s3",
+                "endpoint": service.endpoint,
+                "bucket": BUCKET,
+                "region": service.region,
+                "access_key_id": service.access_key,
+                "secret_access_key": service.secret_key,
+            },
+            metrics=f"{service.endpoint}/minio/metrics/v3/api/requests",
+            proxy=_proxy(stack, service.address),
+        )
+
+
+@contextlib.contextmanager
+def named_endpoint(endpoint: str, bucket: str, *, region: str, delay: bool) -> Iterator[Place]:
+    """An S3 endpoint that somebody else runs; the bucket must be there, credentials come from the environment.
+
+    Raises
+    ------
+    LoadTestError
+        No URL, no credentials, or latency is wanted (`delay`) and no toxiproxy or no plain HTTP.
+    """
+    parts = urlsplit(endpoint)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise LoadTestError(f"--endpoint {endpoint!r} is no URL like http://127.0.0.1:9000")
+    key, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
+    if not key or not secret:
+        raise LoadTestError("--endpoint needs AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment")
+    with contextlib.ExitStack() as stack:
+        proxy = None
+        if delay:
+            if parts.scheme != "http":
+                raise LoadTestError("latency can only be added to an endpoint that speaks plain http")
+            proxy = _proxy(stack, f"{parts.hostname}:{parts.port or 80}")
+            if proxy is None:
+                raise LoadTestError(f"latency needs toxiproxy: go install {services.TOXIPROXY_MODULE}")
+        yield Place(
+            kind="s3",
+            about=endpoint,
+            options={
+                "kind": "s3",
+                "endpoint": endpoint.rstrip("/"),
+                "bucket": bucket,
+                "region": region,
+                "access_key_id": key,
+                "secret_access_key": secret,
+            },
+            proxy=proxy,
+        )
+
+
+@contextlib.contextmanager
+def memory_or_local(kind: str) -> Iterator[Place]:
+    """The memory of each worker, or a temporary folder."""
+    if kind == "memory":
+        yield Place(kind=kind, about="memory of the worker", options={"kind": kind})
+        return
+    with tempfile.TemporaryDirectory(prefix="icechunk-loadtest-", ignore_cleanup_errors=True) as folder:
+        yield Place(kind=kind, about=f"local disk ({folder})", options={"kind": kind, "path": folder})
+
+
+def _proxy(stack: contextlib.ExitStack, upstream: str) -> services.Proxy | None:
+    try:
+        return stack.enter_context(services.toxiproxy(upstream))
+    except services.Unavailable:
+        return None
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

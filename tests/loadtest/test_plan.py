@@ -1,0 +1,82 @@
+"""The command line's sizes, sweeps and names become cases, or a sentence that says why not."""
+
+from __future__ import annotations
+
+import pytest
+
+from icechunk.loadtest.errors import LoadTestError
+from icechunk.loadtest.plan import SYSTEMS, WORKLOADS, cases, parse_size, parse_sweep, pick, points
+from icechunk.loadtest.worker.workloads import WORKLOADS as WORK
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("16KiB", 16384), ("4 MiB", 4 << 20), ("500", 500), ("1k", 1024), ("2GB", 2 << 30)]
+)
+def test_sizes_are_read_with_their_units(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "KiB", "a lot", "inf", "1e400"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(LoadTestError, match="is no size"):
+        parse_size(text)
+
+
+def test_sweeps_are_sorted_and_have_usual_values() -> None:
+    assert parse_sweep("concurrency=16,1,4,4").values == (1, 4, 16)
+    assert parse_sweep("chunk-size=1MiB,4KiB").values == (4096, 1 << 20)
+    assert parse_sweep("latency=20ms").values == (20,)
+    assert len(parse_sweep("latency").values) > 2
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("speed=1", "unknown parameter"),
+        ("latency=fast", "no value"),
+        ("concurrency=0", "not between"),
+        ("chunk-size=1", "not between"),
+    ],
+)
+def test_sweeps_of_nonsense_are_refused(text: str, why: str) -> None:
+    with pytest.raises(LoadTestError, match=why):
+        parse_sweep(text)
+
+
+def test_names_are_picked_in_the_order_of_the_catalogue() -> None:
+    assert pick("obstore, ours", SYSTEMS, "system") == ("ours", "obstore")
+    assert pick("all", SYSTEMS, "system") == tuple(SYSTEMS)
+    with pytest.raises(LoadTestError, match="no system is called 'hdf5'"):
+        pick("hdf5", SYSTEMS, "system")
+    with pytest.raises(LoadTestError, match="no system is named"):
+        pick(",", SYSTEMS, "system")
+
+
+def test_every_workload_of_the_catalogue_can_be_done() -> None:
+    assert set(WORKLOADS) == set(WORK)
+
+
+def test_only_icechunk_commits_and_only_s3_has_everything() -> None:
+    chosen = list(points(["commit", "read_small"], [], quick=True, overrides={}))
+    made = {(case.point.workload, case.system) for case in cases(chosen, tuple(SYSTEMS), repeats=1)}
+    assert {system for workload, system in made if workload == "commit"} == {"ours", "official"}
+    assert {system for workload, system in made if workload == "read_small"} == set(SYSTEMS)
+    local = {case.system for case in cases(chosen, tuple(SYSTEMS), repeats=1, kind="local")}
+    assert not local & {"aiobotocore", "zarr-fsspec"}
+
+
+def test_a_sweep_of_chunk_sizes_keeps_the_array_small() -> None:
+    swept = [
+        point.size
+        for point in points(["write_small"], [parse_sweep("chunk-size=4KiB,64MiB")], quick=False, overrides={})
+        if point.swept
+    ]
+    assert [size.chunks for size in swept] == [1000, 1]
+
+
+def test_no_cases_and_far_too_many_are_refused() -> None:
+    chosen = list(points(["commit"], [], quick=True, overrides={}))
+    with pytest.raises(LoadTestError, match="none of the chosen systems"):
+        cases(chosen, ("obstore",), repeats=1)
+    with pytest.raises(LoadTestError, match="5000 measurements"):
+        cases(chosen, ("ours",), repeats=5000)
