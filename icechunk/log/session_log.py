@@ -485,10 +485,17 @@ class SessionLog:
         self._savepoints.clear()
         self._refold(())
 
-    def rebased(self, base: Snapshot) -> SessionLog:
+    def rebased(self, base: Snapshot, events: Iterable[Event] | None = None) -> SessionLog:
         """A new log with the same events on another base; this one stays as it is.
 
         Whether the two bases allow that is the conflict check's business, beforehand.
+
+        Parameters
+        ----------
+        base
+            What the new log stands on.
+        events
+            To take instead of this log's own.
 
         Raises
         ------
@@ -498,7 +505,7 @@ class SessionLog:
             If an event creates a node where the other base has one.
         """
         log = SessionLog(base, self._new_node_id)
-        log._refold(self.events)
+        log._refold(self.events if events is None else events)
         return log
 
     def replay(self, events: Iterable[Event]) -> None:
