@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from icechunk.format.snapshot import encode_snapshot
 from icechunk.format.tables import Manifest, Snapshot
 from icechunk.format.transaction import encode_transaction_log
 from icechunk.log.compaction import Compaction, Plan, compact, finish
+from icechunk.log.reuse import reuse
 from icechunk.refs.base import RepositoryLog
 from icechunk.refs.events import CommitAdded, Event
 from icechunk.refs.state import RepoState
@@ -41,6 +42,8 @@ class Commit:
     """Store time, µs, not later than the first upload for this commit."""
     on_swap: Callable[[], None]
     """Called when the files are there and the swap begins: from then on a cancellation leaves the outcome open."""
+    written: dict[ObjectId, tuple[Manifest, int]] = field(default_factory=dict)
+    """Manifests that earlier tries of this commit have put, and their sizes; each try adds its own."""
 
 
 async def commit(core: Core, base: Snapshot, make_plan: Callable[[], Plan], puts: Packs, wanted: Commit) -> Snapshot:
@@ -69,7 +72,9 @@ async def commit(core: Core, base: Snapshot, make_plan: Callable[[], Plan], puts
         # Perhaps this loop's client has only not looked for a while; if the branch did move, nothing need be uploaded.
         _require_tip(await repository_log.refresh(), wanted.branch, base.id)
     compaction = await _compact(core, make_plan(), wanted)
-    snapshot = await _write(core, repository_log, puts, compaction)
+    if wanted.written:
+        compaction = reuse(compaction, [manifest for manifest, _ in wanted.written.values()])
+    snapshot = await _write(core, repository_log, puts, compaction, wanted.written)
     record = SnapshotRecord(
         id=snapshot.id,
         parent=base.id,
@@ -85,7 +90,7 @@ async def commit(core: Core, base: Snapshot, make_plan: Callable[[], Plan], puts
     wanted.on_swap()
     await repository_log.append(propose, since_us=wanted.since_us)
     core.assets.keep_snapshot(snapshot)
-    for manifest in compaction.manifests:
+    for manifest, _ in wanted.written.values():
         core.assets.keep_manifest(manifest)
     return snapshot
 
@@ -121,10 +126,16 @@ async def _compact(core: Core, todo: Plan, wanted: Commit) -> Compaction:
     )
 
 
-async def _write(core: Core, log: RepositoryLog, puts: Packs, compaction: Compaction) -> Snapshot:
+async def _write(
+    core: Core,
+    log: RepositoryLog,
+    puts: Packs,
+    compaction: Compaction,
+    written: dict[ObjectId, tuple[Manifest, int]],
+) -> Snapshot:
     level, spec_version = core.settings.compression_level, log.spec_version
     files: list[tuple[str, bytes]] = []
-    sizes: dict[ObjectId, int] = {}
+    sizes = {id: size for id, (_, size) in written.items()}
     for manifest in compaction.manifests:
         encode = partial(encode_manifest, manifest, spec_version, level)
         data = await off_loop(manifest.num_chunk_refs * _BYTES_PER_REF, encode)
@@ -138,4 +149,5 @@ async def _write(core: Core, log: RepositoryLog, puts: Packs, compaction: Compac
         await core.storage.put(*file)
 
     await run_all(log.prepare_writes, puts.flush, partial(run_each, put, files, limit=core.settings.max_requests))
+    written.update({manifest.id: (manifest, sizes[manifest.id]) for manifest in compaction.manifests})
     return snapshot

@@ -6,6 +6,8 @@ A writable session goes through these states::
        ▲                            │                            │ │
        └──── refused or failed ─────┴────────────────────────────┘ └─ outcome unknown ─▶ unsettled
 
+A rebase is a state of its own, between writable and writable; one that a commit does is part of the commit.
+
 Who owns what: the session owns its log and its put pool. State changes are short critical sections under one
 lock and never await, so loops and threads may share a session; what is written while a commit runs is refused,
 never silently left out.
@@ -14,6 +16,7 @@ never silently left out.
 from __future__ import annotations
 
 import html
+import itertools
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
@@ -24,9 +27,11 @@ import numpy as np
 
 from icechunk.committing import Commit, commit
 from icechunk.config import RepositoryConfig
+from icechunk.conflicts import ConflictSolver
 from icechunk.core import Core
 from icechunk.errors import (
     CommitOutcomeUnknown,
+    ConflictError,
     ErrorKind,
     InvalidInputError,
     NodeNotFoundError,
@@ -35,10 +40,12 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import encode_id
 from icechunk.format.tables import NATIVE, VIRTUAL, ChunkRef, ChunkRefs, NodeKind, NodeSnapshot, Snapshot
-from icechunk.inputs import json_metadata, require_text
+from icechunk.inputs import json_metadata, require_text, require_type
 from icechunk.log.compaction import Plan, plan
 from icechunk.log.session_log import ABSENT, IN_BASE, Savepoint, SessionLog
 from icechunk.reading import base_reference, base_references, read_chunk
+from icechunk.rebasing import rebase_onto_tip
+from icechunk.refs.swap import backoff_s
 from icechunk.snapshots import Diff
 from icechunk.status import SessionMode
 from icechunk.storage.base import ByteRange
@@ -50,6 +57,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Session"]
 
+_LONGEST_BACKOFF_ROUND = 4
+"""Pauses between tries of a commit grow up to this one: a longer one would only let more others pass."""
+
 
 class _Phase(Enum):
     READ_ONLY = "read-only"
@@ -57,6 +67,7 @@ class _Phase(Enum):
     COMMITTING = "committing"
     SWAPPING = "swapping"
     UNSETTLED = "unsettled"
+    REBASING = "rebasing"
 
 
 class Session:
@@ -161,7 +172,13 @@ class Session:
             self._log.rollback(savepoint)
 
     async def commit_async(
-        self, message: str, metadata: Mapping[str, Any] | None = None, *, allow_empty: bool = False
+        self,
+        message: str,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        rebase_with: ConflictSolver | None = None,
+        rebase_tries: int = 1000,
+        allow_empty: bool = False,
     ) -> str:
         """Make the changes a new snapshot of the branch, atomically.
 
@@ -174,6 +191,11 @@ class Session:
             For people, kept in the history.
         metadata
             JSON values kept with the snapshot, over the repository's default commit metadata.
+        rebase_with
+            Where the branch moved since the session began: rebase with this solver and commit again. Chunks are not
+            uploaded again, nor are manifests that come out the same.
+        rebase_tries
+            So many times at the most.
         allow_empty
             Commit even if nothing changed.
 
@@ -185,7 +207,10 @@ class Session:
         Raises
         ------
         ConflictError
-            The branch moved since the session began. Open a new session on it and repeat the work.
+            The branch moved since the session began, and no rebase was asked for, or no try is left. Rebase, or open
+            a new session on it and repeat the work.
+        RebaseFailedError
+            The solver does not settle all conflicts, as in `rebase`.
         SessionStateError
             Nothing changed (kind ``no-changes-to-commit``), or the session is read-only or unsettled
             (kind ``commit-not-allowed``).
@@ -198,6 +223,9 @@ class Session:
         """
         require_text("message", message)
         described = self._core.default_metadata | json_metadata("metadata", metadata)
+        require_type("rebase_with", rebase_with, ConflictSolver, optional=True)
+        if rebase_tries < 0:
+            raise InvalidInputError(f"rebase_tries is a number of tries, it cannot be {rebase_tries}")
         branch = self._begin_commit(allow_empty)
         wanted = Commit(
             branch=branch,
@@ -207,7 +235,7 @@ class Session:
             on_swap=self._begin_swap,
         )
         try:
-            snapshot = await commit(self._core, self._log.base, self._plan, self._puts, wanted)
+            snapshot = await self._commit(wanted, rebase_with, rebase_tries)
         except Exception as error:
             self._phase = _Phase.UNSETTLED if isinstance(error, CommitOutcomeUnknown) else _Phase.WRITABLE
             raise
@@ -221,9 +249,89 @@ class Session:
             self._phase = _Phase.READ_ONLY
         return self.snapshot_id
 
-    def commit(self, message: str, metadata: Mapping[str, Any] | None = None, *, allow_empty: bool = False) -> str:
+    def commit(
+        self,
+        message: str,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        rebase_with: ConflictSolver | None = None,
+        rebase_tries: int = 1000,
+        allow_empty: bool = False,
+    ) -> str:
         """Synchronous twin of `commit_async`."""
-        return run_sync(self.commit_async(message, metadata, allow_empty=allow_empty))
+        return run_sync(
+            self.commit_async(
+                message, metadata, rebase_with=rebase_with, rebase_tries=rebase_tries, allow_empty=allow_empty
+            )
+        )
+
+    async def rebase_async(self, solver: ConflictSolver) -> None:
+        """Put the session's changes on top of what was committed to its branch since.
+
+        Nothing is uploaded. The commits in between are gone through oldest first; where one conflicts in a way that
+        the solver does not settle, the session stands on the commit before it, and can be mended and rebased again.
+        Savepoints made before are not valid after it.
+
+        Parameters
+        ----------
+        solver
+            `ConflictDetector` settles nothing, `BasicConflictSolver` what its choices cover.
+
+        Raises
+        ------
+        RebaseFailedError
+            There are conflicts left; its ``conflicts`` say where.
+        ConflictError
+            The branch was reset to a snapshot that does not come after the session's.
+        RefNotFoundError
+            The branch is gone.
+        SessionStateError
+            The session is read-only or a fork (kind ``commit-not-allowed``), a commit of it is running, or a
+            transaction log is gone (``rebase-tx-log-pruned``).
+        """
+        require_type("solver", solver, ConflictSolver)
+        with self._lock:
+            if self._branch is None:
+                raise SessionStateError(
+                    f"cannot rebase {self._kind}: it goes to no branch; rebase the writable session that it belongs "
+                    "to, or open one",
+                    ErrorKind.COMMIT_NOT_ALLOWED,
+                )
+            self._require_writable()
+            branch, self._phase = self._branch, _Phase.REBASING
+        try:
+            await self._rebase(branch, solver)
+        finally:
+            self._phase = _Phase.WRITABLE
+
+    def rebase(self, solver: ConflictSolver) -> None:
+        """Synchronous twin of `rebase_async`."""
+        run_sync(self.rebase_async(solver))
+
+    async def _commit(self, wanted: Commit, solver: ConflictSolver | None, tries: int) -> Snapshot:
+        for tried in itertools.count():
+            try:
+                return await commit(self._core, self._log.base, self._plan, self._puts, wanted)
+            except ConflictError:
+                if solver is None or tried == tries:
+                    raise
+            self._phase = _Phase.COMMITTING
+            if tried:
+                # Two that lose to each other in turn would otherwise go on in step.
+                await self._core.sources.sleep(backoff_s(self._core.sources, min(tried, _LONGEST_BACKOFF_ROUND)))
+            await self._rebase(wanted.branch, solver)
+        raise AssertionError
+
+    async def _rebase(self, branch: str, solver: ConflictSolver) -> None:
+        def keep(log: SessionLog) -> None:
+            with self._lock:
+                self._log = log
+
+        await rebase_onto_tip(self._core, self._log, branch, solver, guard=self._lock, keep=keep)
+
+    @property
+    def _kind(self) -> str:
+        return "a read-only session"
 
     def _begin_commit(self, allow_empty: bool) -> str:
         with self._lock:
@@ -254,6 +362,8 @@ class Session:
                 raise ReadOnlyError("this session is read-only; open a writable session on a branch to change anything")
             case _Phase.COMMITTING | _Phase.SWAPPING:
                 raise SessionStateError("a commit of this session is running; wait for it before writing")
+            case _Phase.REBASING:
+                raise SessionStateError("a rebase of this session is running; wait for it before writing")
             case _Phase.UNSETTLED:
                 raise SessionStateError(
                     "the outcome of this session's commit is not known; settle its token, then open a new session"

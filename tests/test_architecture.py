@@ -21,7 +21,7 @@ FLOORS = [
     {"storage"},
     {"transfer", "refs"},
     {"core"},
-    {"committing", "reading"},
+    {"committing", "reading", "rebasing"},
     {"session"},
     {"store", "testing"},
     {"repository", "xarray", "cli"},

@@ -194,6 +194,11 @@ class SessionLog:
             return refs, refs.coords[:0]
         return take(refs, written), refs.coords[visible & ~written]
 
+    @property
+    def row_count(self) -> int:
+        """Chunk rows of the log, of which some may hide others."""
+        return sum(len(fold.rows) + sum(len(layer.refs) for layer in fold.layers) for fold in self._arrays.values())
+
     def touched_arrays(self) -> frozenset[NodeId]:
         """Ids of arrays with chunk rows of this log."""
         return frozenset(node_id for node_id, fold in self._arrays.items() if fold)
@@ -505,6 +510,8 @@ class SessionLog:
             If an event creates a node where the other base has one.
         """
         log = SessionLog(base, self._new_node_id)
+        # Savepoints of this log must not pass for the new one's.
+        log._serial = self._serial
         log._refold(self.events if events is None else events)
         return log
 

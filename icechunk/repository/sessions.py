@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from icechunk.conflicts import ConflictSolver
 from icechunk.errors import ErrorKind, ReadOnlyError, SnapshotNotFoundError
 from icechunk.format.ids import ObjectId
 from icechunk.inputs import WrongTypeError, require_type
@@ -96,21 +97,36 @@ class Sessions(RepositoryBase):
 
     @asynccontextmanager
     async def transaction_async(
-        self, branch: str, *, message: str, metadata: dict[str, Any] | None = None
+        self,
+        branch: str,
+        *,
+        message: str,
+        metadata: dict[str, Any] | None = None,
+        rebase_with: ConflictSolver | None = None,
+        rebase_tries: int = 1000,
     ) -> AsyncIterator[IcechunkStore]:
-        """A store whose changes are committed when the ``async with`` block ends without an error, else forgotten."""
+        """A store whose changes are committed when the ``async with`` block ends without an error, else forgotten.
+
+        Parameters and errors are those of `Session.commit_async`.
+        """
         session = await self.writable_session_async(branch)
         yield session.store
-        await session.commit_async(message, metadata)
+        await session.commit_async(message, metadata, rebase_with=rebase_with, rebase_tries=rebase_tries)
 
     @contextmanager
     def transaction(
-        self, branch: str, *, message: str, metadata: dict[str, Any] | None = None
+        self,
+        branch: str,
+        *,
+        message: str,
+        metadata: dict[str, Any] | None = None,
+        rebase_with: ConflictSolver | None = None,
+        rebase_tries: int = 1000,
     ) -> Iterator[IcechunkStore]:
         """Synchronous twin of `transaction_async`, for a ``with`` block."""
         session = self.writable_session(branch)
         yield session.store
-        session.commit(message, metadata)
+        session.commit(message, metadata, rebase_with=rebase_with, rebase_tries=rebase_tries)
 
     async def settle_async(self, token: SwapToken) -> bool:
         """Find out what became of a commit that ended with `CommitOutcomeUnknown`.
