@@ -10,14 +10,14 @@ from icechunk.conflicts import ConflictDetector, ConflictSolver, RebaseFailedErr
 from icechunk.core import Core
 from icechunk.errors import ConflictError, ErrorKind, ObjectNotFoundError, SessionStateError
 from icechunk.format.ids import ObjectId, encode_id
-from icechunk.format.tables import TransactionLog
-from icechunk.log.conflicts import Winner, rebase
-from icechunk.log.session_log import SessionLog
+from icechunk.format.tables import Snapshot, TransactionLog
+from icechunk.log.conflicts import Winner, find_conflicts, rebase
+from icechunk.log.session_log import Savepoint, SessionLog
 from icechunk.refs.state import RepoState
 from icechunk.transfer.assets import off_loop
 from icechunk.transfer.tasks import run_each
 
-__all__ = ["Step", "rebase_onto_tip", "steps_between", "winners_between"]
+__all__ = ["Step", "check_fork", "rebase_onto_tip", "steps_between", "winners_between"]
 
 _BYTES_PER_ROW = 64
 """About what a chunk row costs to carry over; decides whether that happens in a thread."""
@@ -145,3 +145,38 @@ async def rebase_onto_tip(
     for step in steps:
         log = await over(log, [step], solver)
         keep(log)
+
+
+async def check_fork(core: Core, log: SessionLog, origin: Savepoint, onto: Snapshot) -> None:
+    """Refuse a fork whose parent was rebased since, if it conflicts with what landed in between.
+
+    Parameters
+    ----------
+    log
+        The fork's.
+    origin
+        Where its own changes begin.
+    onto
+        What the session that shall merge it stands on, with the nodes that it has now: those that the fork inherited
+        are not in any snapshot.
+
+    Raises
+    ------
+    SessionStateError
+        Kind ``merge-failed``: the fork's base is not an ancestor of it.
+    RebaseFailedError
+        They conflict.
+    """
+    state = await core.state()
+    steps = steps_between(state, log.base.id, onto.id) if onto.id in state.snapshots else None
+    if steps is None:
+        raise SessionStateError(
+            f"cannot merge sessions: the fork stands on snapshot {encode_id(log.base.id)}, which is not in the history "
+            f"of this session's {encode_id(onto.id)}; merge it into the session that it was forked from",
+            ErrorKind.MERGE_FAILED,
+        )
+    transactions = await winners_between(core, steps)
+    winner = Winner(snapshot=onto, transactions=tuple(transactions[id] for step in steps for id in step.transactions))
+    conflicts = find_conflicts(log.since(origin), winner)
+    if conflicts:
+        raise RebaseFailedError(encode_id(onto.id), list(conflicts))

@@ -23,8 +23,11 @@ FLOORS = [
     {"core"},
     {"committing", "reading", "rebasing"},
     {"session"},
+    {"forking"},
     {"store", "testing"},
-    {"repository", "xarray", "cli"},
+    {"repository", "distributed", "cli"},
+    {"dask"},
+    {"xarray"},
 ]
 """Modules and packages from the ground up; each may import from its own floor and from those below."""
 IMPURE = {"anyio", "asyncio", "aiobotocore", "aiohttp", "time", "random", "secrets", "os", "threading"}

@@ -14,7 +14,7 @@ Worked example::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -38,7 +38,7 @@ from icechunk.log.hierarchy import Hierarchy, parent_of
 from icechunk.log.lookup import CoordIndex
 from icechunk.log.session_log import SessionLog
 
-__all__ = ["Winner", "find_conflicts", "rebase"]
+__all__ = ["Winner", "carried_over", "find_conflicts", "rebase"]
 
 Coords = npt.NDArray[np.uint32]
 
@@ -149,7 +149,14 @@ def rebase(log: SessionLog, winner: Winner, solver: ConflictSolver) -> SessionLo
             both = theirs.written(node_id, coords)
             if len(both):
                 lost[node_id] = CoordIndex(both)
-    return log.rebased(winner.snapshot, _carried_over(log, mine, theirs, lost))
+    events = carried_over(
+        log.events,
+        kept={node.id for node in mine.new},
+        alive=theirs.alive.__contains__,
+        taken=winner.snapshot.nodes.__contains__,
+        lost=lost,
+    )
+    return log.rebased(winner.snapshot, events)
 
 
 def _settles(solver: ConflictSolver, conflict: Conflict) -> bool:
@@ -266,22 +273,39 @@ def _deletions(log: SessionLog, mine: NetChanges, theirs: _Theirs) -> Iterator[C
                 break
 
 
-def _carried_over(
-    log: SessionLog, mine: NetChanges, theirs: _Theirs, lost: Mapping[NodeId, CoordIndex]
+def carried_over(
+    events: Sequence[Event],
+    *,
+    kept: Container[NodeId],
+    alive: Callable[[NodeId], bool],
+    taken: Callable[[str], bool],
+    lost: Mapping[NodeId, CoordIndex] | None = None,
 ) -> Iterator[Event]:
-    """The log's events, as far as they still mean something; ``lost`` are my chunks that give way to theirs."""
-    events: Sequence[Event] = log.events
+    """The events that still mean something where others have been at work.
+
+    Parameters
+    ----------
+    events
+        Oldest first.
+    kept
+        Ids of nodes that the events create, and leave.
+    alive
+        Whether a node of the base that the events began with is still there.
+    taken
+        Whether there is a node at a path.
+    lost
+        Chunks of these arrays that give way to those of others.
+    """
     created = {event.node_id: event.path for event in events if isinstance(event, GroupCreated | ArrayCreated)}
-    kept = {node.id for node in mine.new}
     # Created and deleted again, at a place that is taken now.
-    passing = {node_id for node_id, path in created.items() if node_id not in kept and path in theirs.onto.nodes}
+    passing = {node_id for node_id, path in created.items() if node_id not in kept and taken(path)}
     for event in events:
         if isinstance(event, HierarchyCleared):
             yield event
-        elif event.node_id in passing or (event.node_id not in created and event.node_id not in theirs.alive):
-            # Both deleted it: whatever else I did to it before is of no interest.
+        elif event.node_id in passing or (event.node_id not in created and not alive(event.node_id)):
+            # Both deleted it: whatever else was done to it before is of no interest.
             continue
-        elif isinstance(event, ChunksWritten | ChunksDeleted) and event.node_id in lost:
+        elif lost and isinstance(event, ChunksWritten | ChunksDeleted) and event.node_id in lost:
             yield from _without(event, lost[event.node_id])
         else:
             yield event
