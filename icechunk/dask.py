@@ -13,12 +13,14 @@ Worked example::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import dask
 import dask.array
+import numpy as np
 from dask.array import Array
 
 from icechunk.distributed import extract_session, merge_sessions
@@ -29,12 +31,32 @@ if TYPE_CHECKING:
     import zarr
     from zarr.core.metadata import ArrayV3Metadata
 
-__all__ = ["session_merge_reduction", "store_dask"]
+__all__ = ["computing_meta", "merge_sessions_array_kwargs", "session_merge_reduction", "store_dask"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _dask: Any = dask
 """Partly typed; as Any, so that it may be more or less so from version to version."""
 _SPLIT_EVERY = 8
 """Sessions that one task merges, where the caller does not say."""
+
+
+def computing_meta(func: Callable[P, R]) -> Callable[P, Any]:
+    """Make a function fit for reductions: when dask only asks what it returns, the answer is an array of one object."""
+
+    @wraps(func)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Any:
+        if kwargs.pop("computing_meta", False):
+            return np.array([object()], dtype=object)
+        return func(*args, **kwargs)
+
+    return wrapper
+
+
+def merge_sessions_array_kwargs(*sessions: Any, axis: Any = None, keepdims: Any = None) -> ForkSession:
+    """`merge_sessions` for reductions of array libraries, which pass ``axis`` and ``keepdims``."""
+    return merge_sessions(*sessions)
 
 
 def store_dask(

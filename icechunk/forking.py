@@ -15,7 +15,10 @@ Worked example::
 
 from __future__ import annotations
 
+import pickle
+import threading
 from typing import Any
+from weakref import WeakValueDictionary
 
 from icechunk.core import Core
 from icechunk.errors import ErrorKind, SessionStateError
@@ -33,6 +36,10 @@ _CARRIED_BYTES = 256 * 1024
 """A base up to this size travels with the fork; another process reads a larger one for itself."""
 _CARRIED_NODES = 10_000
 """Bases with more nodes are not even encoded to find out."""
+
+_lock = threading.Lock()
+_cores: WeakValueDictionary[bytes, Core] = WeakValueDictionary()
+"""What forks that arrived in this process use, by the bytes it arrived as: connections and caches are shared."""
 
 
 class ForkSession(Session):
@@ -80,7 +87,7 @@ class ForkSession(Session):
         with self._lock:
             base = self._log.base
             return {
-                "core": self._core,
+                "core": pickle.dumps(self._core),
                 "base": base.id,
                 "snapshot": _carried(base),
                 "log": self._log.to_bytes(),
@@ -89,14 +96,8 @@ class ForkSession(Session):
             }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        core: Core = state["core"]
-        base_id: ObjectId = state["base"]
-        carried: bytes | None = state["snapshot"]
-        if carried is None:
-            base = run_sync(core.assets.snapshot(base_id))
-        else:
-            base = decode_snapshot(carried, expected_id=base_id)
-            core.assets.keep_snapshot(base)
+        core = _shared_core(state["core"])
+        base = _arrived(core, state["base"], state["snapshot"])
         log = SessionLog.from_bytes(state["log"], base, core.sources.new_node_id)
         ForkSession.__init__(self, core, log, state["position"], since_us=state["since_us"])
 
@@ -105,6 +106,25 @@ class ForkSession(Session):
             "cannot commit a fork: merge it into the session that it was forked from, and commit that",
             ErrorKind.COMMIT_NOT_ALLOWED,
         )
+
+
+def _shared_core(data: bytes) -> Core:
+    with _lock:
+        core = _cores.get(data)
+        if core is None:
+            core = _cores[data] = pickle.loads(data)
+        return core
+
+
+def _arrived(core: Core, id: ObjectId, carried: bytes | None) -> Snapshot:
+    known = core.assets.known_snapshot(id)
+    if known is not None:
+        return known
+    if carried is None:
+        return run_sync(core.assets.snapshot(id))
+    base = decode_snapshot(carried, expected_id=id)
+    core.assets.keep_snapshot(base)
+    return base
 
 
 def _carried(base: Snapshot) -> bytes | None:

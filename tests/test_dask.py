@@ -19,7 +19,7 @@ from icechunk.xarray import to_icechunk
 dask = pytest.importorskip("dask")
 distributed = pytest.importorskip("distributed")
 
-from icechunk.dask import session_merge_reduction, store_dask  # noqa: E402
+from icechunk.dask import computing_meta, session_merge_reduction, store_dask  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,11 @@ def test_a_scheduler_can_be_named(repo: Repository) -> None:
     target = zarr.open_array(session.fork().store, path="a")
     session.merge(store_dask(sources=[numbers()], targets=[target], scheduler="synchronous"))
     assert zarr.open_array(session.store, path="a")[23, 7] == 191
+
+
+def test_functions_for_reductions_of_array_libraries() -> None:
+    assert computing_meta(len)([1, 2]) == 2
+    assert computing_meta(len)([1, 2], computing_meta=True).dtype == object
 
 
 def test_nothing_to_store_and_a_tree_without_branches_are_refused(repo: Repository) -> None:

@@ -280,6 +280,13 @@ def test_a_large_base_does_not_travel_but_is_read_on_arrival(repo: Repository, m
     assert get(travel(fork))[:3] == [0, 1, 2]
 
 
+def test_forks_that_arrive_in_one_process_share_their_connections(repo: Repository) -> None:
+    session = repo.writable_session("main")
+    one, two = travel(session.fork()), travel(session.fork())
+    assert one._core is two._core
+    assert one._core is not session._core
+
+
 def test_sessions_are_extracted_and_merged_however_they_are_nested(repo: Repository) -> None:
     session = repo.writable_session("main")
     forks = [session.fork() for _ in range(5)]

@@ -80,6 +80,10 @@ class Assets:
             self.keep_snapshot(found)
         return found
 
+    def known_snapshot(self, id: ObjectId) -> Snapshot | None:
+        """A snapshot that is in the cache; None where it is not."""
+        return self._snapshots.get(id)
+
     async def manifest(self, id: ObjectId) -> Manifest:
         """A manifest by its id. A missing one is an error: a snapshot promised it."""
         found = self._manifests.get(id)
