@@ -18,7 +18,7 @@ from icechunk.format.tables import Manifest, Snapshot
 from icechunk.format.transaction import encode_transaction_log
 from icechunk.log.compaction import Compaction, Plan, compact, finish
 from icechunk.log.reuse import reuse
-from icechunk.refs.base import RepositoryLog
+from icechunk.refs.base import OnSent, RepositoryLog
 from icechunk.refs.events import CommitAdded, Event
 from icechunk.refs.state import RepoState
 from icechunk.transfer.assets import off_loop
@@ -40,8 +40,8 @@ class Commit:
     metadata: Mapping[str, Any]
     since_us: int
     """Store time, µs, not later than the first upload for this commit."""
-    on_swap: Callable[[], None]
-    """Called when the files are there and the swap begins: from then on a cancellation leaves the outcome open."""
+    on_sent: OnSent
+    """Told when the swap is sent, and when it is certainly lost: in between a cancellation leaves the outcome open."""
     written: dict[ObjectId, tuple[Manifest, int]] = field(default_factory=dict)
     """Manifests that earlier tries of this commit have put, and their sizes; each try adds its own."""
 
@@ -87,8 +87,7 @@ async def commit(core: Core, base: Snapshot, make_plan: Callable[[], Plan], puts
         _require_tip(state, wanted.branch, base.id)
         return [CommitAdded(branch=wanted.branch, snapshot=record)]
 
-    wanted.on_swap()
-    await repository_log.append(propose, since_us=wanted.since_us)
+    await repository_log.append(propose, since_us=wanted.since_us, on_sent=wanted.on_sent)
     core.assets.keep_snapshot(snapshot)
     for manifest, _ in wanted.written.values():
         core.assets.keep_manifest(manifest)

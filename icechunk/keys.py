@@ -63,13 +63,11 @@ def parse_key(key: str) -> StoreKey:
     head, slash, tail = key.rpartition("/c/")
     if not slash and key.startswith("c/"):
         head, slash, tail = "", "/c/", key[2:]
-    if slash:
-        digits = tail.split("/")
-        if all(part.isascii() and part.isdigit() for part in digits):
-            coords = tuple([int(part) for part in digits])
-            if max(coords) < 1 << 32:
-                return ChunkKey(f"/{head}", coords)
-            raise _invalid(key)
+    if slash and tail.isascii() and tail.replace("/", "").isdigit() and tail[-1] != "/":
+        coords = tuple([int(part) for part in tail.split("/")])
+        if max(coords) < 1 << 32:
+            return ChunkKey(f"/{head}", coords)
+        raise _invalid(key)
     parent, _, name = key.rpartition("/")
     if name == _METADATA:
         return MetadataKey(f"/{parent}")

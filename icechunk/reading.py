@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 
 import numpy as np
 import numpy.typing as npt
 
 from icechunk.core import Core
-from icechunk.errors import ErrorKind, FormatError, ObjectNotFoundError, StorageError
-from icechunk.format.ids import NodeId, ObjectId, encode_id
-from icechunk.format.tables import INLINE, NATIVE, ChunkRef, ChunkRefs, Extents, NodeSnapshot
+from icechunk.errors import ErrorKind, FormatError, InvalidInputError, ObjectNotFoundError, StorageError
+from icechunk.format.ids import ObjectId, encode_id
+from icechunk.format.tables import INLINE, NATIVE, ChunkRef, ChunkRefs, NodeSnapshot
 from icechunk.log.layers import inside
-from icechunk.log.lookup import find
 from icechunk.storage.base import ByteRange, Range, Suffix
+from icechunk.transfer.assets import references_of
 from icechunk.transfer.packs import Packs
 
-__all__ = ["base_reference", "base_references", "clip", "read_chunk"]
+__all__ = ["base_references", "clip", "read_chunk"]
 
 
 def clip(byte_range: ByteRange, length: int) -> tuple[int, int]:
@@ -29,15 +29,6 @@ def clip(byte_range: ByteRange, length: int) -> tuple[int, int]:
             return min(start, stop), stop
         case Suffix(count):
             return max(0, length - count), length
-
-
-async def base_reference(core: Core, node: NodeSnapshot, coords: tuple[int, ...]) -> ChunkRef | None:
-    """The reference of a chunk in the manifests of a committed node; None where there is none."""
-    for manifest_ref in node.manifests:
-        if _covers(manifest_ref.extents, coords):
-            manifest = await core.assets.manifest(manifest_ref.object_id)
-            return find(_of_node(manifest.arrays, node, manifest_ref.object_id), coords)
-    return None
 
 
 async def read_chunk(core: Core, puts: Packs | None, ref: ChunkRef, byte_range: ByteRange) -> bytes:
@@ -65,11 +56,11 @@ async def read_chunk(core: Core, puts: Packs | None, ref: ChunkRef, byte_range: 
                 "manifest refers to it; restore it, or reset the branch to an older snapshot",
                 ErrorKind.OBJECT_NOT_FOUND,
             ) from error
+        except InvalidInputError as error:
+            # The range begins beyond the object's end.
+            raise _too_short(ref.chunk_id, ref, "none") from error
         if len(data) != end - start:
-            raise FormatError(
-                f"chunk object {encode_id(ref.chunk_id)} is shorter than its reference says: bytes "
-                f"{ref.offset + start} to {ref.offset + end} wanted, {len(data)} found"
-            )
+            raise _too_short(ref.chunk_id, ref, f"only {len(data)} of {end - start}")
         return data
     raise StorageError(
         f"virtual chunk at {ref.location!r} cannot be fetched: no virtual chunk container authorises its location",
@@ -91,7 +82,7 @@ async def base_references(core: Core, node: NodeSnapshot, hidden: npt.NDArray[np
     keys = _row_keys(hidden)
     for manifest_ref in node.manifests:
         manifest = await core.assets.manifest(manifest_ref.object_id)
-        refs = _of_node(manifest.arrays, node, manifest_ref.object_id)
+        refs = references_of(manifest, node)
         visible = inside(refs.coords, grid)
         if len(keys):
             visible &= ~np.isin(_row_keys(refs.coords), keys)
@@ -101,17 +92,11 @@ async def base_references(core: Core, node: NodeSnapshot, hidden: npt.NDArray[np
             yield refs.take(np.flatnonzero(visible))
 
 
-def _covers(extents: Extents, coords: tuple[int, ...]) -> bool:
-    return all(first <= coord < last for coord, (first, last) in zip(coords, extents, strict=True))
-
-
-def _of_node(arrays: Mapping[NodeId, ChunkRefs], node: NodeSnapshot, manifest_id: ObjectId) -> ChunkRefs:
-    refs = arrays.get(node.id)
-    if refs is None:
-        raise FormatError(
-            f"manifest {encode_id(manifest_id)} has no references of array {node.path!r}, though its snapshot says so"
-        )
-    return refs
+def _too_short(chunk_id: ObjectId, ref: ChunkRef, found: str) -> FormatError:
+    return FormatError(
+        f"chunk object {encode_id(chunk_id)} is shorter than its reference says: of bytes {ref.offset} to "
+        f"{ref.offset + ref.length} {found} were found; restore the object, or reset the branch to an older snapshot"
+    )
 
 
 def _row_keys(coords: npt.NDArray[np.uint32]) -> npt.NDArray[np.void]:

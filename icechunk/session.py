@@ -44,8 +44,9 @@ from icechunk.inputs import json_metadata, require_text, require_type
 from icechunk.log.compaction import Plan, plan
 from icechunk.log.merging import merge
 from icechunk.log.session_log import ABSENT, IN_BASE, Savepoint, SessionLog
-from icechunk.reading import base_reference, base_references, read_chunk
+from icechunk.reading import base_references, read_chunk
 from icechunk.rebasing import check_fork, rebase_onto_tip
+from icechunk.refs.base import SwapToken
 from icechunk.refs.swap import backoff_s
 from icechunk.snapshots import Diff
 from icechunk.status import SessionMode
@@ -86,7 +87,9 @@ class Session:
         self._branch = branch
         self._phase = _Phase.READ_ONLY if branch is None else _Phase.WRITABLE
         self._since_us = since_us
+        self._sent: SwapToken | None = None
         self._puts = core.packs()
+        self._discards = 0
         self._lock = threading.Lock()
 
     # -- what it is ----------------------------------------------------------------------------------------------
@@ -112,9 +115,19 @@ class Session:
         return self._branch
 
     @property
+    def unsettled_commit(self) -> SwapToken | None:
+        """Token, for `Repository.settle`, of a commit whose outcome is not known; else None.
+
+        A commit that was cancelled, or interrupted, while its swap was under way leaves one. If it turns out that the
+        commit did not land, the session is writable again.
+        """
+        return self._sent if self._phase is _Phase.UNSETTLED else None
+
+    @property
     def has_uncommitted_changes(self) -> bool:
         """Whether a commit would have something to say."""
-        return not self._log.is_empty
+        with self._lock:
+            return not self._log.is_empty
 
     @property
     def config(self) -> RepositoryConfig:
@@ -147,6 +160,7 @@ class Session:
             self._require_writable()
             self._log.discard()
             self._puts.discard()
+            self._discards += 1
 
     def savepoint(self) -> Savepoint:
         """Remember the changes as they are now, to return to with `rollback`.
@@ -186,7 +200,8 @@ class Session:
         """Make the changes a new snapshot of the branch, atomically.
 
         Waits for every chunk that is still on its way. Afterwards the session is read-only and stands on the new
-        snapshot. After a failure (but `CommitOutcomeUnknown`) nothing is visible and the session is as before.
+        snapshot. After a failure (but `CommitOutcomeUnknown`) nothing is visible and the session is as before; after
+        a cancellation that is so unless `unsettled_commit` is set.
 
         Parameters
         ----------
@@ -235,7 +250,7 @@ class Session:
             message=message,
             metadata=described,
             since_us=self._since_us,
-            on_swap=self._begin_swap,
+            on_sent=self._note_sent,
         )
         try:
             snapshot = await self._commit(wanted, rebase_with, rebase_tries)
@@ -243,7 +258,7 @@ class Session:
             self._phase = _Phase.UNSETTLED if isinstance(error, CommitOutcomeUnknown) else _Phase.WRITABLE
             raise
         except BaseException:
-            # Cancelled: once the swap has begun it goes on without us, and may land.
+            # Cancelled: an entry that was sent goes on without us, and may land.
             self._phase = _Phase.UNSETTLED if self._phase is _Phase.SWAPPING else _Phase.WRITABLE
             raise
         with self._lock:
@@ -453,8 +468,16 @@ class Session:
         with self._lock:
             return plan(self._log, self._core.settings.policy)
 
-    def _begin_swap(self) -> None:
-        self._phase = _Phase.SWAPPING
+    def _note_sent(self, token: SwapToken | None) -> None:
+        # None: the entry is lost for certain. The log tells also those who are gone, who then may go on writing.
+        with self._lock:
+            self._sent = token
+            if token is not None:
+                self._phase = _Phase.SWAPPING
+            elif self._phase is _Phase.SWAPPING:
+                self._phase = _Phase.COMMITTING
+            elif self._phase is _Phase.UNSETTLED:
+                self._phase = _Phase.WRITABLE
 
     def _require_writable(self) -> None:
         match self._phase:
@@ -466,7 +489,8 @@ class Session:
                 raise SessionStateError("a rebase of this session is running; wait for it before writing")
             case _Phase.UNSETTLED:
                 raise SessionStateError(
-                    "the outcome of this session's commit is not known; settle its token, then open a new session"
+                    "the outcome of this session's commit is not known: Repository.settle(session.unsettled_commit) "
+                    "finds out; then open a new session"
                 )
 
     # -- nodes and chunks: what the store is made of ------------------------------------------------------------
@@ -481,8 +505,22 @@ class Session:
 
     @property
     def hierarchy(self) -> SessionLog:
-        """The fold of this session's changes over its snapshot, to look nodes up; change nothing through it."""
+        """The fold of this session's changes over its snapshot; change nothing through it, and nobody may meanwhile."""
         return self._log
+
+    def node(self, path: str) -> NodeSnapshot | None:
+        """The group or array at a path; None where there is none."""
+        return self._log.node(path)
+
+    def nodes(self, under: str) -> list[NodeSnapshot]:
+        """The node at a path and everything below it, ascending; as of one moment, whoever else is writing."""
+        with self._lock:
+            return list(self._log.nodes(under))
+
+    def children(self, path: str) -> list[str]:
+        """Names directly below a path, ascending: of nodes, and of what only has nodes below it; as of one moment."""
+        with self._lock:
+            return self._log.children(path, implied=True)
 
     def set_metadata(self, path: str, document: bytes) -> None:
         """Create a node, or replace its zarr.json."""
@@ -530,15 +568,20 @@ class Session:
                 node = self._check_chunk(path, coords, data)
                 self._log.set_inline(node, coords, data)
             return
-        with self._lock:
-            self._require_writable()
-            self._check_chunk(path, coords, data)
-        chunk_id, offset = await self._puts.put(data)
-        with self._lock:
-            # While the pool was full the session may have been committed, or the array deleted.
-            self._require_writable()
-            node = self._check_chunk(path, coords, data)
-            self._log.set_native(node, coords, chunk_id, offset, len(data))
+        while True:
+            with self._lock:
+                self._require_writable()
+                self._check_chunk(path, coords, data)
+                discards = self._discards
+            chunk_id, offset = await self._puts.put(data)
+            with self._lock:
+                # While the pool was full the session may have been committed, or the array deleted.
+                self._require_writable()
+                node = self._check_chunk(path, coords, data)
+                if self._discards == discards:
+                    self._log.set_native(node, coords, chunk_id, offset, len(data))
+                    return
+            # Another thread discarded the bytes with everything else: this write comes after that, so they go again.
 
     def _check_chunk(self, path: str, coords: tuple[int, ...], data: bytes) -> NodeSnapshot:
         node = self.require_array(path)
@@ -573,7 +616,7 @@ class Session:
             _require_array(node)
             found = self._log.chunk(node, coords)
         if found is IN_BASE:
-            return await base_reference(self._core, node, coords)
+            return await self._core.assets.reference(node, coords)
         return None if found is ABSENT else found
 
     async def chunk_references(self, path: str) -> AsyncGenerator[ChunkRefs, None]:
@@ -671,9 +714,12 @@ def _require_array(node: NodeSnapshot) -> None:
 
 
 def _in_grid(node: NodeSnapshot, coords: tuple[int, ...]) -> bool:
-    return len(coords) == len(node.shape) and all(
-        coord < dimension.num_chunks for coord, dimension in zip(coords, node.shape, strict=True)
-    )
+    if len(coords) != len(node.shape):
+        return False
+    for coord, dimension in zip(coords, node.shape, strict=True):  # noqa: SIM110  # for every chunk: all() costs twice
+        if coord >= dimension.num_chunks:
+            return False
+    return True
 
 
 def _absolute(path: str) -> str:

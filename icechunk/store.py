@@ -92,7 +92,7 @@ class IcechunkStore(Store, SyncMixin):
         if type(parsed) is ChunkKey:
             return await session.get_chunk(parsed.path, parsed.coords, _range(byte_range))
         if type(parsed) is MetadataKey:
-            node = session.hierarchy.node(parsed.path)
+            node = session.node(parsed.path)
             if node is None:
                 return None
             if byte_range is None:
@@ -132,7 +132,7 @@ class IcechunkStore(Store, SyncMixin):
         parsed = parse_key(key)
         if isinstance(parsed, ChunkKey):
             return await self._session.chunk_reference(parsed.path, parsed.coords) is not None
-        return isinstance(parsed, MetadataKey) and self._session.hierarchy.node(parsed.path) is not None
+        return isinstance(parsed, MetadataKey) and self._session.node(parsed.path) is not None
 
     async def getsize(self, key: str) -> int:
         """Bytes of a key's value, from its reference: nothing is fetched. Raises `FileNotFoundError`."""
@@ -142,7 +142,7 @@ class IcechunkStore(Store, SyncMixin):
             ref = await self._session.chunk_reference(parsed.path, parsed.coords)
             size = None if ref is None else ref.length
         elif isinstance(parsed, MetadataKey):
-            node = self._session.hierarchy.node(parsed.path)
+            node = self._session.node(parsed.path)
             size = None if node is None else len(node.user_data)
         if size is None:
             raise FileNotFoundError(f"no key {key!r} in this store")
@@ -156,7 +156,7 @@ class IcechunkStore(Store, SyncMixin):
             async for refs in self._chunk_refs(*place):
                 total += int(refs.length.sum())
             return total
-        for node in self._session.hierarchy.nodes(path):
+        for node in self._session.nodes(path):
             total += len(node.user_data)
             if node.kind is NodeKind.ARRAY:
                 async for refs in self._session.chunk_references(node.path):
@@ -231,14 +231,14 @@ class IcechunkStore(Store, SyncMixin):
         """Delete everything under a group or array, itself included; below ``{array}/c``, those chunks."""
         self._require_writable()
         path = to_path(prefix)
-        if self._session.hierarchy.node(path) is not None:
+        if self._session.node(path) is not None:
             self._session.delete_node(path)
         elif (place := self._chunk_place(path)) is not None:
             node, coords = place
             async for found in self._chunk_coords(node, coords):
                 self._session.delete_chunk(node.path, found)
         else:
-            for node in list(self._session.hierarchy.nodes(path)):
+            for node in self._session.nodes(path):
                 self._session.delete_node(node.path)
 
     async def clear(self) -> None:
@@ -278,10 +278,10 @@ class IcechunkStore(Store, SyncMixin):
     async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
         """Names directly below a directory: of keys and of directories alike, each once."""
         path = to_path(prefix)
-        node = self._session.hierarchy.node(path)
+        node = self._session.node(path)
         if node is not None:
             yield "zarr.json"
-        names = set(self._session.hierarchy.children(path, implied=True))
+        names = set(self._session.children(path))
         if node is not None and node.kind is NodeKind.ARRAY:
             if await self._has_chunks(node):
                 names.add("c")
@@ -298,7 +298,7 @@ class IcechunkStore(Store, SyncMixin):
             async for found in self._chunk_coords(node, coords):
                 yield chunk_key_text(node.path, found)
             return
-        for node in list(self._session.hierarchy.nodes(path)):
+        for node in self._session.nodes(path):
             yield metadata_key_text(node.path)
             if node.kind is NodeKind.ARRAY:
                 async for found in self._chunk_coords(node, ()):
@@ -306,13 +306,13 @@ class IcechunkStore(Store, SyncMixin):
 
     def _chunk_place(self, path: str) -> tuple[NodeSnapshot, tuple[int, ...]] | None:
         """The array and leading coordinates that a directory such as ``/array/c/0`` means; None for any other."""
-        if self._session.hierarchy.node(path) is not None:
+        if self._session.node(path) is not None:
             return None
         head, slash, tail = f"{path}/".rpartition("/c/")
         digits = [part for part in tail.split("/") if part]
         if not slash or not all(part.isascii() and part.isdigit() for part in digits):
             return None
-        node = self._session.hierarchy.node(head or "/")
+        node = self._session.node(head or "/")
         leading = tuple(map(int, digits))
         if node is None or len(leading) >= len(node.shape) or max(leading, default=0) >> 32:
             return None

@@ -21,6 +21,7 @@ from icechunk import (
 from icechunk.errors import ErrorKind, IcechunkError, RefNotFoundError, SessionStateError
 from icechunk.format.ids import object_id_from_text
 from icechunk.format.keys import transaction_key
+from icechunk.refs.base import SwapToken
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.recording import RecordingStorage
 
@@ -210,15 +211,15 @@ def test_a_commit_that_lost_uploads_neither_chunks_nor_equal_manifests_again(
 
     session._rebase = rebase_and_count  # type: ignore[method-assign]
     # The branch moves between the look at it and the swap.
-    begin = session._begin_swap
+    note = session._note_sent
 
-    def overtaken() -> None:
-        begin()
+    def overtaken(token: SwapToken | None) -> None:
+        note(token)
         if not lost:
             lost.append("once")
             commit(Repository.open(storage), "b", 3, 33)
 
-    session._begin_swap = overtaken  # type: ignore[method-assign]
+    session._note_sent = overtaken  # type: ignore[method-assign]
     asyncio.run(session.commit_async("ours", rebase_with=DETECT))
     assert storage.count("put", "chunks/") == storage.count("put", "manifests/") == 0
     assert storage.count("put", "snapshots/") == 1

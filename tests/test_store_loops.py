@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import pickle
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,7 +31,7 @@ from icechunk import Repository
 from icechunk.errors import ErrorKind, ReadOnlyError, SessionStateError, StorageError
 from icechunk.storage.base import PutResult, Storage
 from icechunk.storage.memory import MemoryStorage
-from tests.store_builders import array_document, buffer, open_session, read
+from tests.store_builders import array_document, buffer, group_document, open_session, read
 
 T = TypeVar("T")
 
@@ -398,6 +403,33 @@ def test_upload_that_fails_on_one_loop_is_told_on_another_and_commits_later() ->
     assert run(look) == b"x" * 2_000_000
 
 
+@pytest.mark.parametrize("size", [100, 2_000_000], ids=["packed", "alone"])
+async def test_write_that_a_discard_in_another_thread_overtakes_keeps_its_bytes(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = MemoryStorage()
+    session = await open_session(storage, inline_bytes=0)
+    await session.store.set("zarr.json", buffer(array_document((1,))))
+    await session.commit_async("array")
+    repository = await Repository.open_async(storage)
+    session = await repository.writable_session_async("main")
+    put, discarded = session._puts.put, []
+
+    async def put_then_lose_it(data: bytes) -> Any:
+        place = await put(data)
+        if not discarded:
+            discarded.append(place)
+            session.discard_changes()
+        return place
+
+    monkeypatch.setattr(session._puts, "put", put_then_lose_it)
+    await session.store.set("c/0", buffer(b"x" * size))
+    assert discarded
+    await session.commit_async("acknowledged, so it is there")
+    found = (await (await Repository.open_async(storage)).readonly_session_async("main")).store
+    assert await read(found, "c/0") == b"x" * size
+
+
 def test_cancelled_readers_leave_nothing_behind(storage: Storage) -> None:
     async def work() -> list[str]:
         before = await other_tasks()
@@ -423,10 +455,53 @@ def test_cancelled_readers_leave_nothing_behind(storage: Storage) -> None:
     assert run(work) == []
 
 
-def test_nothing_is_started_by_an_import() -> None:
-    import subprocess
-    import sys
+def test_listings_are_consistent_while_other_threads_make_and_delete_nodes() -> None:
+    repository = new_repository(MemoryStorage())
+    session = repository.writable_session("main")
+    store = session.store
+    document = buffer(group_document())
+    sync(store.set("zarr.json", document))
+    for i in range(0, 200, 2):
+        sync(store.set(f"stays{i:03}/zarr.json", document))
+    staying = {f"stays{i:03}" for i in range(0, 200, 2)}
+    done = threading.Event()
 
+    def change() -> None:
+        async def work() -> None:
+            for _ in range(30):
+                for i in range(1, 200, 10):
+                    await store.set(f"stays{i:03}/zarr.json", document)
+                for i in range(1, 200, 10):
+                    await store.delete(f"stays{i:03}/zarr.json")
+
+        try:
+            run(work)
+        finally:
+            done.set()
+
+    def look() -> None:
+        async def work() -> None:
+            while not done.is_set():
+                names = [name async for name in store.list_dir("")]
+                assert len(names) == len(set(names))
+                assert staying <= set(names)
+                keys = [key async for key in store.list()]
+                assert len(keys) == len(set(keys))
+                assert {f"{name}/zarr.json" for name in staying} <= set(keys)
+                assert await store.getsize_prefix("") >= len(document) * (len(staying) + 1)
+                session.status()
+
+        run(work)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        in_threads(change, look, look)
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_nothing_is_started_by_an_import() -> None:
     code = (
         "import threading, asyncio, icechunk\n"
         "assert threading.active_count() == 1, threading.enumerate()\n"
@@ -438,10 +513,6 @@ def test_nothing_is_started_by_an_import() -> None:
 @pytest.mark.parametrize("interface", ["sync", "async", "zarr", "unclosed", "mixed"])
 def test_process_ends_without_a_word(tmp_path: Any, moto_storage: Storage, interface: str) -> None:
     """In a process of its own, on S3, where clients would complain of being left open."""
-    import pickle
-    import subprocess
-    import sys
-
     script = tmp_path / "script.py"
     script.write_text(_SCRIPT)
     (tmp_path / "storage.pickle").write_bytes(pickle.dumps(moto_storage))
@@ -451,9 +522,6 @@ def test_process_ends_without_a_word(tmp_path: Any, moto_storage: Storage, inter
 
 
 def _environment() -> dict[str, str]:
-    import os
-    from pathlib import Path
-
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 

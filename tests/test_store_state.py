@@ -1,9 +1,9 @@
 """zarr's state machines on our store, with commits between their steps.
 
 `ZarrHierarchyStateMachine` runs as it is, against zarr's own memory store; added are commits, reopening from a fresh
-repository, discarding, and comparisons of every chunk and document. Its `delete_dir` of zarr 3.1.6 forgets siblings
-whose name begins with the deleted one (``startswith`` without the slash, repaired in later versions), so here the
-machine's bookkeeping is read off its model.
+repository, discarding, savepoints, and comparisons of every chunk and document. Its `delete_dir` of zarr 3.1.6 forgets
+siblings whose name begins with the deleted one (``startswith`` without the slash, repaired in later versions), so here
+the machine's bookkeeping is read off its model.
 
 `ZarrStoreStateMachine` keeps any bytes under any key. Shaped to a hierarchy: keys are drawn from a few groups and
 arrays; values of zarr.json are documents; a chunk without its array is refused and changes nothing; deleting a
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from typing import Any
 
 import orjson
 import pytest
@@ -72,6 +73,7 @@ class HierarchyMachine(ZarrHierarchyStateMachine):
     def __init__(self) -> None:
         self.repo = Committing()
         self.committed: tuple[dict[str, Buffer], set[str], set[str]] | None = None
+        self.saved: tuple[Any, tuple[dict[str, Buffer], set[str], set[str]]] | None = None
         super().__init__(self.repo.session.store)
 
     @rule(data=st.data())
@@ -94,7 +96,16 @@ class HierarchyMachine(ZarrHierarchyStateMachine):
 
     def keep(self) -> None:
         self.check_bytes()
-        self.committed = (dict(self.model._store_dict), set(self.all_groups), set(self.all_arrays))
+        self.committed, self.saved = self.state(), None
+
+    def state(self) -> tuple[dict[str, Buffer], set[str], set[str]]:
+        return dict(self.model._store_dict), set(self.all_groups), set(self.all_arrays)
+
+    def restore(self, state: tuple[dict[str, Buffer], set[str], set[str]]) -> None:
+        model, groups, arrays = state
+        self.model._store_dict.clear()
+        self.model._store_dict.update(model)
+        self.all_groups, self.all_arrays = set(groups), set(arrays)
 
     @precondition(lambda self: self.committed is not None)
     @rule()
@@ -102,10 +113,20 @@ class HierarchyMachine(ZarrHierarchyStateMachine):
         assert self.committed is not None
         self.repo.session.discard_changes()
         assert not self.repo.session.has_uncommitted_changes
-        model, groups, arrays = self.committed
-        self.model._store_dict.clear()
-        self.model._store_dict.update(model)
-        self.all_groups, self.all_arrays = set(groups), set(arrays)
+        self.saved = None
+        self.restore(self.committed)
+
+    @rule()
+    def savepoint(self) -> None:
+        self.saved = (self.repo.session.savepoint(), self.state())
+
+    @precondition(lambda self: self.saved is not None)
+    @rule()
+    def rollback(self) -> None:
+        assert self.saved is not None
+        savepoint, state = self.saved
+        self.repo.session.rollback(savepoint)
+        self.restore(state)
 
     @invariant()
     def check_bytes(self) -> None:

@@ -80,12 +80,12 @@ class TestIcechunkStore(StoreTests[IcechunkStore, cpu.Buffer]):
     async def set(self, store: IcechunkStore, key: str, value: Buffer) -> None:
         session, parsed, data = store.session, parse_key(translate(key)), value.to_bytes()
         if isinstance(parsed, ChunkKey):
-            if session.hierarchy.node(parsed.path) is None:
+            if session.node(parsed.path) is None:
                 session.set_metadata(parsed.path, array_document((16,) * len(parsed.coords)))
             await session.set_chunk(parsed.path, parsed.coords, data)
         else:
             assert isinstance(parsed, MetadataKey)
-            node = session.hierarchy.node(parsed.path)
+            node = session.node(parsed.path)
             if not data.startswith(b"{"):
                 data = (
                     array_document((16,) * len(node.shape), attributes={"value": data.decode()})
@@ -100,7 +100,7 @@ class TestIcechunkStore(StoreTests[IcechunkStore, cpu.Buffer]):
             data = await session.get_chunk(parsed.path, parsed.coords, None)
         else:
             assert isinstance(parsed, MetadataKey)
-            node = session.hierarchy.node(parsed.path)
+            node = session.node(parsed.path)
             data = None if node is None else node.user_data
         assert data is not None
         return self.buffer_cls.from_bytes(data)

@@ -39,9 +39,12 @@ class FileType(IntEnum):
 
 
 def seal(file_type: FileType, spec_version: int, payload: bytes | bytearray | memoryview, level: int = 3) -> bytes:
-    """Compress ``payload`` with zstd at ``level`` and put the header before it."""
+    """Compress ``payload`` with zstd at ``level`` and put the header before it.
+
+    The frame ends with a checksum, which every zstd reader holds against the contents.
+    """
     header = MAGIC + _CLIENT_FIELD + bytes((spec_version, file_type, COMPRESSION_ZSTD))
-    return header + zstandard.ZstdCompressor(level=level).compress(payload)
+    return header + zstandard.ZstdCompressor(level=level, write_checksum=True).compress(payload)
 
 
 def unseal(data: bytes, file_type: FileType, *, what: str = "") -> tuple[int, bytes]:

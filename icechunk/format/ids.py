@@ -61,6 +61,10 @@ def object_id_from_text(text: str) -> ObjectId:
     InvalidInputError
         If it is not one.
     """
+    if not isinstance(text, str):
+        raise InvalidInputError(
+            f"invalid id {text!r}: text expected, not {type(text).__name__}", ErrorKind.INVALID_SNAPSHOT_ID
+        )
     return ObjectId(decode_id(text, 12))
 
 

@@ -1,5 +1,9 @@
 """When checkpoints are written, and by whom: one at a time, in the background, as long as one is due.
 
+A checkpoint costs time in proportion to the history. So after each there is a pause of ten times as long as it took,
+at most half a minute: however long the history, writing it down takes a small share of the time, and ``repo`` is never
+far behind for long.
+
 The task is one of asyncio, not of a caller: it outlives the swap that made it due, is held strongly, ends when
 nothing is due any more, and is awaited or cancelled by `Checkpointing.finish`. What is written, and on which
 condition, is `icechunk.refs.log_checkpoint`'s.
@@ -19,6 +23,8 @@ from icechunk.refs.store_check import require_atomic
 __all__ = ["Checkpointing", "finish_task"]
 
 _LOG: Final = logging.getLogger(__name__)
+_PAUSE_SHARE: Final = 10
+_LONGEST_PAUSE_S: Final = 30.0
 
 
 class Checkpointing:
@@ -28,6 +34,7 @@ class Checkpointing:
         self._view = view
         self._one_at_a_time = asyncio.Lock()
         self._stopped = False
+        self._pausing = False
         self.task: asyncio.Task[None] | None = None
         """Writes checkpoints while any is due."""
 
@@ -67,8 +74,15 @@ class Checkpointing:
     async def _write_while_due(self) -> None:
         view = self._view
         while not self._stopped and view.left is None and checkpoint_is_due(view.head, view.known):
+            began_us = view.sources.elapsed_us()
             if not await self.try_write():
                 return
+            took_s = max(0, view.sources.elapsed_us() - began_us) / 1e6
+            self._pausing = True
+            try:
+                await view.sources.sleep(min(_LONGEST_PAUSE_S, _PAUSE_SHARE * took_s))
+            finally:
+                self._pausing = False
 
     async def try_write(self) -> bool:
         """Write one where nobody waits for it: a failure is logged, and the next one does its work."""
@@ -87,6 +101,8 @@ class Checkpointing:
     async def finish(self, grace_s: float) -> None:
         """Start none any more; wait for the one under way."""
         self._stopped = True
+        if self._pausing and self.task is not None:
+            self.task.cancel()
         await finish_task(self.task, grace_s)
 
 

@@ -1,7 +1,7 @@
 """JSON that round-trips every value that metadata and configuration may hold.
 
-JSON has no bytes and no infinities; those are written as a map with one reserved key, and a user's map
-with such a key is escaped.
+JSON has no bytes, no infinities and no NaN; those are written as a map with one reserved key that begins with NUL,
+which no other key holds: FlexBuffers, in which checkpoints keep the same values, end keys there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ Json: TypeAlias = Any
 
 _BYTES: Final = "\x00bytes"
 _FLOAT: Final = "\x00float"
-_MAP: Final = "\x00map"
 _MAX_INT: Final = 2**64 - 1
 _MIN_INT: Final = -(2**63)
 _MAX_DEPTH: Final = 100
@@ -30,8 +29,8 @@ def pack(value: Json, depth: int = 0) -> Json:
     Raises
     ------
     InvalidInputError
-        A value that is no JSON and no bytes, an integer beyond 64 bits, a key that is not text, or nesting deeper
-        than 100.
+        A value that is no JSON and no bytes, an integer beyond 64 bits, text that is no UTF-8, a key that is not text
+        or holds a NUL character, or nesting deeper than 100.
     """
     if depth > _MAX_DEPTH:
         raise InvalidInputError(f"metadata is nested deeper than {_MAX_DEPTH} levels", ErrorKind.SERIALIZATION)
@@ -59,9 +58,8 @@ def pack(value: Json, depth: int = 0) -> Json:
         for key, _ in items:
             if not isinstance(key, str):
                 raise InvalidInputError(f"metadata key {key!r} is not text", ErrorKind.SERIALIZATION)
-            pack(key)
-        if any(key.startswith("\x00") for key, _ in items):
-            return {_MAP: [[key, item] for key, item in items]}
+            if "\x00" in pack(key):
+                raise InvalidInputError(f"metadata key {key!r} holds a NUL character", ErrorKind.SERIALIZATION)
         return dict(items)
     raise InvalidInputError(f"{type(value).__name__} cannot be written as JSON: {value!r}", ErrorKind.SERIALIZATION)
 
@@ -80,7 +78,5 @@ def unpack(value: Json) -> Json:
                     if inner not in ("nan", "inf", "-inf"):
                         raise ValueError(f"bad float {inner!r}")
                     return float(inner)
-                if key == _MAP:
-                    return {str(name): unpack(item) for name, item in inner}
             return {key: unpack(item) for key, item in value.items()}
     return value

@@ -38,7 +38,7 @@ DEFAULT_UPDATES_PER_FILE: Final = 1000
 _SMALL_BYTES: Final = 64 * 1024
 _LONG_TAIL: Final = 64
 _HISTORY_SHARE: Final = 8
-_THREAD_FROM_SNAPSHOTS: Final = 2_000
+_THREAD_FROM_SNAPSHOTS: Final = 200
 _ATTEMPTS: Final = 20
 
 Carried: TypeAlias = Mapping[int, Mapping[str, bytes]]

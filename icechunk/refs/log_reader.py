@@ -117,7 +117,10 @@ async def read_repo(storage: Storage, sources: Sources) -> RepoObject | None:
         answer = await storage.get(REPO_KEY)
     except ObjectNotFoundError:
         return None
-    info = decode_repo(answer.data)
+    try:
+        info = decode_repo(answer.data)
+    except FormatError as error:
+        raise FormatError(f"cannot read {REPO_KEY!r} in {storage.describe()}: {error.message}", error.kind) from error
     asked = Instant(date_us=answer.date_us, elapsed_us=before.elapsed_us, wall_us=before.wall_us)
     return RepoObject(info=info, known=known_of(info, answer.version, len(answer.data)), asked=asked)
 

@@ -28,6 +28,7 @@ from icechunk.format import repo_values as stored
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.repo_values import OFFLINE, ONLINE, READ_ONLY, RepoInfo, SnapshotRecord, Status
 from icechunk.refs import events as e
+from icechunk.refs.storable import require_storable, require_time
 from icechunk.refs.updates import UpdateLog
 
 __all__ = [
@@ -232,10 +233,13 @@ def apply(state: RepoState, event: e.Event, *, time_us: int, since_us: int | Non
         ``main`` would be deleted, the first snapshot amended, files are older than the last collection's cutoff,
         or the log is sealed.
     InvalidInputError
-        A new snapshot whose time is not later than its parent's, or whose id exists.
+        A new snapshot whose time is not later than its parent's, or whose id exists; or a value that a checkpoint
+        could not hold (`icechunk.refs.storable`).
     """
     _require_open(state, event)
+    require_storable(event)
     now = max(time_us, state.last_time_us + 1)
+    require_time("time of the event", now)
     match event:
         case e.Void():
             return state
@@ -382,7 +386,10 @@ def _require_new_snapshot(state: RepoState, snapshot: SnapshotRecord, since_us: 
         )
     if snapshot.parent is None:
         return
-    parent = require_snapshot(state, snapshot.parent)
+    _require_younger(snapshot, require_snapshot(state, snapshot.parent))
+
+
+def _require_younger(snapshot: SnapshotRecord, parent: SnapshotRecord) -> None:
     if snapshot.flushed_at_us <= parent.flushed_at_us:
         raise InvalidInputError(
             f"snapshot {encode_id(snapshot.id)} is not younger than its parent {encode_id(parent.id)} "
@@ -436,6 +443,9 @@ def _expired(state: RepoState, event: e.ExpirationRan) -> RepoState:
         tags, deleted = tags.delete(name), deleted.set(name, None)
     for change in event.reparented:
         record = require_snapshot(state, change.id)
+        if change.parent is not None:
+            # Also keeps history free of circles.
+            _require_younger(record, require_snapshot(state, change.parent))
         snapshots = snapshots.set(
             change.id,
             replace(record, parent=change.parent, pruned_ancestor_tx_logs=change.pruned_ancestor_tx_logs),

@@ -10,6 +10,11 @@ whose file clock stands still for milliseconds: an inode that is reused within t
 Who replaces or deletes an existing object holds the lock; who creates one needs none, since the name itself is
 exclusive. A `Matches` compares inside the lock.
 
+Three ways make a name exclusive (`icechunk.storage.local_files`). Links and exclusive renames exclude each other too,
+as the kernel decides both; a look and a rename under the lock exclude only others who do the same. So where some mount
+of a folder offers neither links nor exclusive renames, all who write to that folder have to come through such a mount:
+one that links may otherwise lose a file to one that only locks. Every process of one machine finds the same way.
+
 A reader that finds a file younger than two minutes syncs its folder once before it tells anybody: the writer may not
 have come to that yet, and what was seen must not vanish in a power failure.
 """

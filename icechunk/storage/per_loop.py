@@ -139,8 +139,16 @@ class PerLoop(Generic[T]):
     async def _aclose_on(self, loop: asyncio.AbstractEventLoop) -> None:
         entry = self._entries.get(loop)
         if entry is not None and entry.keeper is not None:
-            entry.unordered = True
-            await entry.keeper.aclose()
+            await _close_now(entry, entry.keeper)
+
+
+async def _close_now(entry: _Entry[Any], keeper: AsyncGenerator[None, None]) -> None:
+    """Close one value ahead of its loop; who comes second waits for who was first."""
+    if entry.unordered:
+        await entry.closed.wait()
+        return
+    entry.unordered = True
+    await keeper.aclose()
 
 
 async def _keep(
@@ -191,8 +199,7 @@ def _abandon(entries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Entr
 
 def _close_soon(loop: asyncio.AbstractEventLoop, entry: _Entry[Any]) -> None:
     if entry.keeper is not None:
-        entry.unordered = True
-        entry.closing = loop.create_task(entry.keeper.aclose())
+        entry.closing = loop.create_task(_close_now(entry, entry.keeper))
 
 
 def _hook_exit() -> None:

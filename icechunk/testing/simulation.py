@@ -29,6 +29,7 @@ from icechunk.errors import (
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.repo import decode_repo
 from icechunk.format.repo_values import NewCommit, SnapshotRecord, Update
+from icechunk.refs.base import SwapToken
 from icechunk.refs.create import create_log
 from icechunk.refs.entry import slot_key
 from icechunk.refs.events import CommitAdded, Event
@@ -203,9 +204,12 @@ class SimulatedStorage(Storage):
         await self._way()
         fate = rng.random()
         if fate < faults.dropped + faults.late:
+            patience_s = rng.uniform(0.5, 3)
             if fate < faults.late:
-                self._store.write_later(rng.choice((0.5, 20, 3600)) * rng.random(), key, content, precondition)
-            await asyncio.sleep(rng.uniform(0.5, 3))
+                # Often just when the client, out of patience, reads the slot and sends again.
+                delay_s = patience_s + rng.choice((-0.5, 0.2, 0.2, 0.4, 20, 3600)) * rng.random()
+                self._store.write_later(delay_s, key, content, precondition)
+            await asyncio.sleep(patience_s)
             raise StorageError(f"PUT of {key!r} timed out")
         answer = self._store.write(key, content, precondition)
         if rng.random() < faults.doubled:
@@ -362,7 +366,8 @@ class _Cluster:
         parent = log.state.branch_tip(branch) if rng.random() < 0.3 else None
         deadline_s = rng.choice((None, None, None, 0.05, 1.0))
         propose = commit_proposal(snapshot, branch, parent=parent, now_us=sources.wall_us())
-        task = asyncio.ensure_future(log.append(propose, deadline_s=deadline_s))
+        told: list[SwapToken | None] = []
+        task = asyncio.ensure_future(log.append(propose, deadline_s=deadline_s, on_sent=told.append))
         if rng.random() < 0.05:
             await asyncio.sleep(rng.uniform(0, 0.2))
             task.cancel()
@@ -373,13 +378,16 @@ class _Cluster:
             self.report.unknown += 1
             await self._settle(log, snapshot, error.token)
         except asyncio.CancelledError:
-            return
+            if told and told[-1] is not None:
+                await self._settle(log, snapshot, told[-1])
+            else:
+                self.report.failed.add(snapshot)
         except IcechunkError:
             self.report.failed.add(snapshot)
         else:
             self.report.acknowledged.add(snapshot)
 
-    async def _settle(self, log: LogLayout, snapshot: ObjectId, token: Any) -> None:
+    async def _settle(self, log: LogLayout, snapshot: ObjectId, token: SwapToken) -> None:
         await asyncio.sleep(1)
         for _ in range(5):
             try:

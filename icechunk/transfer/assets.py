@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TypeVar
 
 import anyio
 import anyio.to_thread
+import numpy as np
 
 from icechunk.errors import FormatError, ObjectNotFoundError, SnapshotNotFoundError
-from icechunk.format.ids import ObjectId, encode_id
+from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.keys import chunk_key, manifest_key, snapshot_key, transaction_key
 from icechunk.format.manifest import decode_manifest
 from icechunk.format.snapshot import decode_snapshot
-from icechunk.format.tables import Manifest, Snapshot, TransactionLog
+from icechunk.format.tables import (
+    ChunkRef,
+    ChunkRefs,
+    Manifest,
+    ManifestRef,
+    NodeSnapshot,
+    Snapshot,
+    TransactionLog,
+)
 from icechunk.format.transaction import decode_transaction_log
+from icechunk.log.lookup import RefTable, find
 from icechunk.storage.base import Storage
 from icechunk.storage.per_loop import PerLoop
 from icechunk.transfer.blocks import BlockReader
 from icechunk.transfer.cache import WeightedCache
 from icechunk.transfer.fetch import FetchPool
 
-__all__ = ["Assets", "off_loop"]
+__all__ = ["Assets", "off_loop", "references_of"]
 
 T = TypeVar("T")
+
+SEARCHES_BEFORE_INDEX = 16
+"""Look-ups in one array of a manifest that are answered without an index: making one reads all its rows."""
+FEW_MANIFESTS = 8
+"""Up to so many manifests of an array are looked through one by one."""
 
 OFF_LOOP_BYTES = 128 * 1024
 """Work on more bytes than this would hold up the event loop for milliseconds, and goes to a thread."""
@@ -34,6 +50,54 @@ async def off_loop(size_bytes: int, work: Callable[[], T]) -> T:
     if size_bytes < OFF_LOOP_BYTES:
         return work()
     return await anyio.to_thread.run_sync(work)
+
+
+_chunk_key = lru_cache(maxsize=4096)(chunk_key)
+
+
+class _Columns:
+    """References of one array in a cached manifest, with the index that frequent look-ups deserve."""
+
+    __slots__ = ("refs", "searches", "table")
+
+    def __init__(self, refs: ChunkRefs) -> None:
+        self.refs = refs
+        self.searches = 0
+        self.table: RefTable | None = None
+
+    def find(self, coords: tuple[int, ...]) -> ChunkRef | None:
+        if self.table is not None:
+            return self.table.get(coords)
+        self.searches += 1
+        if self.searches > SEARCHES_BEFORE_INDEX:
+            self.table = RefTable(self.refs)
+        return find(self.refs, coords)
+
+
+class _Held:
+    """A cached manifest."""
+
+    __slots__ = ("columns", "manifest")
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.columns: dict[NodeId, _Columns] = {}
+
+
+class _Boxes:
+    """Extents of an array's manifests as columns."""
+
+    __slots__ = ("first", "last", "manifests")
+
+    def __init__(self, manifests: tuple[ManifestRef, ...]) -> None:
+        self.manifests = manifests
+        extents = np.array([manifest.extents for manifest in manifests], np.int64)
+        self.first, self.last = extents[:, :, 0], extents[:, :, 1]
+
+    def find(self, coords: tuple[int, ...]) -> ManifestRef | None:
+        inside = np.all((self.first <= coords) & (self.last > coords), axis=1)
+        row = int(inside.argmax())
+        return self.manifests[row] if inside[row] else None
 
 
 class Assets:
@@ -61,7 +125,8 @@ class Assets:
         self._pools: PerLoop[FetchPool] = PerLoop(lambda: FetchPool(storage, max_requests))
         self._readers: PerLoop[BlockReader] = PerLoop(self._new_reader)
         self._snapshots: WeightedCache[ObjectId, Snapshot] = WeightedCache(num_snapshot_nodes)
-        self._manifests: WeightedCache[ObjectId, Manifest] = WeightedCache(num_chunk_refs)
+        self._manifests: WeightedCache[ObjectId, _Held] = WeightedCache(num_chunk_refs)
+        self._boxes: WeightedCache[int, _Boxes] = WeightedCache(num_chunk_refs)
         self._transactions: WeightedCache[ObjectId, TransactionLog] = WeightedCache(num_transaction_changes)
 
     async def _new_reader(self) -> BlockReader:
@@ -86,11 +151,43 @@ class Assets:
 
     async def manifest(self, id: ObjectId) -> Manifest:
         """A manifest by its id. A missing one is an error: a snapshot promised it."""
+        return (await self._manifest(id)).manifest
+
+    async def _manifest(self, id: ObjectId) -> _Held:
         found = self._manifests.get(id)
         if found is None:
-            found = await self._load(manifest_key(id), lambda data: decode_manifest(data, expected_id=id))
-            self.keep_manifest(found)
+            loaded = await self._load(manifest_key(id), lambda data: decode_manifest(data, expected_id=id))
+            found = self.keep_manifest(loaded)
         return found
+
+    async def reference(self, node: NodeSnapshot, coords: tuple[int, ...]) -> ChunkRef | None:
+        """The reference of a chunk in the manifests of a committed node; None where there is none.
+
+        Raises `FormatError` where the manifest that should have it knows nothing of the array.
+        """
+        manifest_ref = self._locate(node.manifests, coords)
+        if manifest_ref is None:
+            return None
+        held = await self._manifest(manifest_ref.object_id)
+        columns = held.columns.get(node.id)
+        if columns is None:
+            columns = held.columns[node.id] = _Columns(references_of(held.manifest, node))
+        return columns.find(coords)
+
+    def _locate(self, manifests: tuple[ManifestRef, ...], coords: tuple[int, ...]) -> ManifestRef | None:
+        if len(manifests) <= FEW_MANIFESTS:
+            for manifest in manifests:
+                for coord, (first, last) in zip(coords, manifest.extents, strict=True):
+                    if not first <= coord < last:
+                        break
+                else:
+                    return manifest
+            return None
+        boxes = self._boxes.get(id(manifests))
+        if boxes is None or boxes.manifests is not manifests:
+            boxes = _Boxes(manifests)
+            self._boxes.put(id(manifests), boxes, len(manifests))
+        return boxes.find(coords)
 
     async def transaction_log(self, id: ObjectId) -> TransactionLog:
         """What the commit of snapshot ``id`` changed."""
@@ -104,15 +201,17 @@ class Assets:
     async def chunk(self, id: ObjectId, start: int, end: int) -> bytes:
         """Bytes ``start`` to ``end`` (exclusive) of a chunk object; fewer where it is shorter."""
         reader = self._readers.peek() or await self._readers.get()
-        return await reader.read(chunk_key(id), start, end)
+        return await reader.read(_chunk_key(id), start, end)
 
     def keep_snapshot(self, snapshot: Snapshot) -> None:
         """Cache a snapshot that this process just wrote or read."""
         self._snapshots.put(snapshot.id, snapshot, len(snapshot.nodes) + 1)
 
-    def keep_manifest(self, manifest: Manifest) -> None:
+    def keep_manifest(self, manifest: Manifest) -> _Held:
         """Cache a manifest that this process just wrote or read."""
-        self._manifests.put(manifest.id, manifest, manifest.num_chunk_refs + 1)
+        held = _Held(manifest)
+        self._manifests.put(manifest.id, held, manifest.num_chunk_refs + 1)
+        return held
 
     async def _load(self, key: str, decode: Callable[[bytes], T]) -> T:
         pool = self._pools.peek() or await self._pools.get()
@@ -125,3 +224,13 @@ class Assets:
                 raise FormatError(f"cannot read {key!r}: {error.message}", error.kind) from error
 
         return await pool.share(("decoded", key), load)
+
+
+def references_of(manifest: Manifest, node: NodeSnapshot) -> ChunkRefs:
+    """The references of an array in one of its manifests. Raises `FormatError` where there are none."""
+    refs = manifest.arrays.get(node.id)
+    if refs is None:
+        raise FormatError(
+            f"manifest {encode_id(manifest.id)} has no references of array {node.path!r}, though its snapshot says so"
+        )
+    return refs

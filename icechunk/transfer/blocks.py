@@ -4,8 +4,9 @@ Reads that arrive in the same turn of the loop and lie near each other in one ob
 through an object in order is served ahead, in windows that double and are fetched before they are needed; who keeps
 hitting an object at random gets larger blocks of it. Objects never change, so what was fetched is never stale.
 
-The decisions are plain functions of what was wanted and what was seen (`merge`, `Track.plan`); `BlockReader` carries
-them out on one event loop.
+The decisions are plain functions of what was wanted and what was seen (`merge`, `Track`); `BlockReader` carries them
+out on one event loop. It holds at most ``cache_bytes`` of what nobody asked for, whether kept or still on its way;
+what was asked for is bounded by the fetch pool.
 """
 
 from __future__ import annotations
@@ -14,39 +15,45 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from icechunk.storage.base import GetResult, Range
 from icechunk.transfer.fetch import FetchPool
 
-__all__ = ["BlockReader", "Track", "merge"]
-
-MERGE_GAP_BYTES = 64 * 1024
-"""Bytes between two reads that are cheaper to fetch than another request."""
-MAX_REQUEST_BYTES = 4 * 1024 * 1024
-"""Largest merged request, and largest window."""
-FIRST_WINDOW_BYTES = 256 * 1024
-"""Window of the second read in order."""
-BLOCK_BYTES = 1024 * 1024
-"""Aligned block that random reads are promoted to."""
-PROMOTE_AFTER = 4
-"""Random requests of one object before that."""
-CACHE_BYTES = 64 * 1024 * 1024
-"""Bytes kept of windows and blocks, in each loop."""
-MAX_TRACKS = 4096
-"""Objects whose readers are remembered."""
+__all__ = ["BlockReader", "Limits", "Track", "merge"]
 
 
-def merge(wanted: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Sizes that decide what becomes one request."""
+
+    merge_gap_bytes: int = 64 * 1024
+    """Bytes between two reads that are cheaper to fetch than another request."""
+    max_request_bytes: int = 4 * 1024 * 1024
+    """Largest merged request, and largest window."""
+    first_window_bytes: int = 256 * 1024
+    """Window of the second read in order."""
+    block_bytes: int = 1024 * 1024
+    """Aligned block that random reads are promoted to; reads of that size and above go alone, as they are."""
+    promote_after: int = 4
+    """Random requests of one object before that."""
+    cache_bytes: int = 64 * 1024 * 1024
+    """Bytes of windows and blocks that are kept or on their way, in each loop."""
+    max_objects: int = 4096
+    """Objects whose readers are remembered."""
+
+
+def merge(wanted: Sequence[tuple[int, int]], limits: Limits) -> list[tuple[int, int]]:
     """Ranges that cover all wanted ones, joined where they lie near each other.
 
-    >>> merge([(0, 10), (70_000, 70_010), (10, 20), (9_000_000, 9_000_001)])
+    >>> merge([(0, 10), (70_000, 70_010), (10, 20), (9_000_000, 9_000_001)], Limits(merge_gap_bytes=70_000))
     [(0, 70010), (9000000, 9000001)]
     """
     merged: list[tuple[int, int]] = []
     for start, end in sorted(wanted):
         if merged:
             first, last = merged[-1]
-            if start <= last + MERGE_GAP_BYTES and max(last, end) - first <= MAX_REQUEST_BYTES:
+            if start <= last + limits.merge_gap_bytes and max(last, end) - first <= limits.max_request_bytes:
                 merged[-1] = (first, max(last, end))
                 continue
         merged.append((start, end))
@@ -63,35 +70,63 @@ class Track:
     """Size of the last window; 0 where reads are not in order."""
     hits: int = 0
     """Requests that were not in order."""
+    last_hit: int = 0
+    """Turn of the last one."""
     size: int | None = None
     """Bytes of the object, once an answer told."""
 
-    def plan(self, start: int, end: int) -> tuple[int, int]:
-        """The range to fetch for a wanted one: at least that, more where the reader shows a pattern."""
-        if self.next >= 0 and self.next - MERGE_GAP_BYTES <= start <= self.next + MERGE_GAP_BYTES:
-            self.window = min(MAX_REQUEST_BYTES, max(FIRST_WINDOW_BYTES, 2 * self.window, 2 * (end - start)))
+    def plan(self, start: int, end: int, limits: Limits, *, turn: int) -> tuple[int, int]:
+        """The range to fetch for a wanted one: at least that, more where the reader shows a pattern.
+
+        Parameters
+        ----------
+        turn
+            Counts the reader's requests of all objects: hits that lie so far apart that a block would not have
+            stayed in the cache from one to the next are no reason to fetch blocks.
+        """
+        if self.next >= 0 and abs(start - self.next) <= limits.merge_gap_bytes:
+            grown = max(limits.first_window_bytes, 2 * self.window, 2 * (end - start))
+            self.window = min(limits.max_request_bytes, grown)
             end = max(end, start + self.window)
         else:
             self.window = 0
+            if turn - self.last_hit > limits.cache_bytes // limits.block_bytes:
+                self.hits = 0
             self.hits += 1
-            if self.hits > PROMOTE_AFTER:
-                start -= start % BLOCK_BYTES
-                end += -end % BLOCK_BYTES
+            self.last_hit = turn
+            if self.hits > limits.promote_after:
+                start -= start % limits.block_bytes
+                end += -end % limits.block_bytes
         end = self.clamp(end)
         self.next = end
         return start, end
 
-    def ahead(self, end: int) -> tuple[int, int] | None:
+    def ahead(self, end: int, limits: Limits) -> tuple[int, int] | None:
         """The next window, once a reader in order is past the middle of the last one; None before that."""
         if not self.window or self.next - end > self.window // 2 or self.next == self.size:
             return None
-        self.window = min(MAX_REQUEST_BYTES, 2 * self.window)
-        start, self.next = self.next, self.clamp(self.next + self.window)
-        return start, self.next
+        return self.next, self.clamp(self.next + min(limits.max_request_bytes, 2 * self.window))
+
+    def went_ahead(self, end: int, limits: Limits) -> None:
+        """The next window, which ends there, is on its way."""
+        self.window = min(limits.max_request_bytes, 2 * self.window)
+        self.next = end
 
     def clamp(self, end: int) -> int:
         """``end``, or the end of the object where that is known and comes first."""
         return end if self.size is None else min(end, self.size)
+
+
+@dataclass(slots=True, eq=False)
+class _Want:
+    """A reader that waits."""
+
+    start: int
+    end: int
+    place: asyncio.Future[tuple[int, bytes]]
+    """Resolves to what its flight brought: where that starts, and its bytes."""
+    flight: _Flight | None = None
+    """The request that it waits for; None until the end of the turn."""
 
 
 @dataclass(slots=True, eq=False)
@@ -100,77 +135,121 @@ class _Flight:
 
     start: int
     end: int
-    task: asyncio.Task[GetResult]
-    waiters: int = 0
+    reserved: int
+    """Bytes of the cache that wait for it; 0: it will not be kept."""
+    wants: set[_Want] = field(default_factory=set)
+    task: asyncio.Task[GetResult] | None = None
 
-    async def join(self) -> GetResult:
-        """Wait for the answer; the request is cancelled with the last one who waits."""
-        self.waiters += 1
-        try:
-            return await asyncio.shield(self.task)
-        finally:
-            self.waiters -= 1
-            if not self.waiters:
-                self.task.cancel()
+    def covers(self, start: int) -> bool:
+        """Whether it brings that byte."""
+        return self.start <= start < self.end
+
+    def join(self, want: _Want) -> None:
+        """Let a reader wait for it."""
+        want.flight = self
+        self.wants.add(want)
 
 
 @dataclass(slots=True, eq=False)
 class _Object:
     track: Track = field(default_factory=Track)
     flights: list[_Flight] = field(default_factory=list)
-    segments: list[tuple[int, bytes]] = field(default_factory=list)
-    """Start and bytes of what is cached."""
-    wanted: list[tuple[int, int, asyncio.Future[_Flight]]] = field(default_factory=list)
+    kept: dict[int, bytes] = field(default_factory=dict)
+    """What is cached, by its start."""
+    wanted: list[_Want] = field(default_factory=list)
+    """Readers of this turn."""
 
 
 class BlockReader:
-    """Reads small parts of chunk objects on one event loop.
+    """Reads parts of chunk objects on one event loop.
 
     Parameters
     ----------
     pool
         Bounds and shares the requests.
-    cache_bytes
-        Bytes of windows and blocks that are kept.
+    limits
+        Sizes of requests, and of the cache.
     """
 
-    def __init__(self, pool: FetchPool, *, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, pool: FetchPool, limits: Limits | None = None) -> None:
         self._pool = pool
+        self._limits = limits or Limits()
         self._objects: OrderedDict[str, _Object] = OrderedDict()
         self._kept: OrderedDict[tuple[str, int], int] = OrderedDict()
         self._kept_bytes = 0
-        self._cache_bytes = cache_bytes
+        self._reserved_bytes = 0
         self._streamed = 0
+        """Window with which an object was read to its end in order; 0 where that was not the last that happened."""
+        self._turn = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes kept, and bytes on their way to be kept."""
+        return self._kept_bytes + self._reserved_bytes
 
     async def read(self, key: str, start: int, end: int) -> bytes:
-        """Bytes ``start`` to ``end`` (exclusive) of an object; fewer where it ends before. Raises as `Storage.get`."""
-        if end - start >= BLOCK_BYTES:
+        """Bytes ``start`` to ``end`` (exclusive) of an object; fewer where it ends before.
+
+        Raises
+        ------
+        ObjectNotFoundError, StorageError
+            As `Storage.get` does.
+        InvalidInputError
+            The object ends at or before ``start`` (kind ``invalid-byte-range``).
+        """
+        if end - start >= self._limits.block_bytes:
             return await self._pool.get(key, Range(start, end))
+        known, found = await self._part(key, start, end)
+        if len(found) == end - start:
+            return found
+        parts = [found]
+        # The rest lies beyond the window that the beginning was found in, or the object has ended: before the first
+        # byte, the storage shall say so.
+        while (start := start + len(parts[-1])) < end and (not parts[-1] or start != known.track.size):
+            known, found = await self._part(key, start, end)
+            parts.append(found)
+        return b"".join(parts)
+
+    async def _part(self, key: str, start: int, end: int) -> tuple[_Object, bytes]:
+        """The wanted bytes as far as one piece of the object has them, one at least."""
         known = self._object(key)
-        for first, data in known.segments:
+        for first, data in known.kept.items():
             if first <= start < first + len(data):
                 self._kept.move_to_end((key, first))
-                return await self._rest(key, known, data[start - first : end - first], start, end)
-        flight = next((f for f in known.flights if f.start <= start < f.end), None)
-        if flight is None:
-            if not known.wanted:
-                asyncio.get_running_loop().call_soon(self._dispatch, key, known)
-            place: asyncio.Future[_Flight] = asyncio.get_running_loop().create_future()
-            known.wanted.append((start, end, place))
-            flight = await place
-        data = (await flight.join()).data
-        return await self._rest(key, known, data[start - flight.start : end - flight.start], start, end)
+                break
+        else:
+            first, data = await self._fetched(key, known, start, end)
+        self._go_ahead(key, known, end)
+        return known, data[start - first : end - first]
 
-    async def _rest(self, key: str, known: _Object, found: bytes, start: int, end: int) -> bytes:
-        """What was found, with what lies beyond the window that it was found in."""
-        track = known.track
-        cut = start + len(found)
-        if cut < end and found and (track.size is None or cut < track.size):
-            return found + await self.read(key, cut, end)
-        window = track.ahead(end)
-        if window is not None:
-            self._fly(key, known, *window, keep=True)
-        return found
+    async def _fetched(self, key: str, known: _Object, start: int, end: int) -> tuple[int, bytes]:
+        loop = asyncio.get_running_loop()
+        want = _Want(start, end, loop.create_future())
+        for flight in known.flights:
+            if flight.covers(start):
+                flight.join(want)
+                break
+        else:
+            if not known.wanted:
+                loop.call_soon(self._dispatch, key, known)
+            known.wanted.append(want)
+        try:
+            return await want.place
+        except asyncio.CancelledError:
+            if want.place.done() and not want.place.cancelled():
+                want.place.exception()  # marks it as seen
+            self._leave(known, want)
+            raise
+
+    def _leave(self, known: _Object, want: _Want) -> None:
+        flight = want.flight
+        if flight is None or flight not in known.flights:
+            return
+        flight.wants.discard(want)
+        if not flight.wants and flight.task is not None:
+            # Nobody may join a flight that is being cancelled.
+            self._forget_flight(known, flight)
+            flight.task.cancel()
 
     def _object(self, key: str) -> _Object:
         known = self._objects.get(key)
@@ -181,53 +260,109 @@ class BlockReader:
         if self._streamed:
             # The object before was read to its end in order: its reader goes on at the start of this one.
             known.track.next, known.track.window = 0, self._streamed // 2
-        if len(self._objects) > MAX_TRACKS:
-            old, _ = self._objects.popitem(last=False)
-            for kept in [kept for kept in self._kept if kept[0] == old]:
-                self._kept_bytes -= self._kept.pop(kept)
+        if len(self._objects) > self._limits.max_objects:
+            old, forgotten = self._objects.popitem(last=False)
+            for first in forgotten.kept:
+                self._kept_bytes -= self._kept.pop((old, first))
         return known
 
     def _dispatch(self, key: str, known: _Object) -> None:
-        wanted = [want for want in known.wanted if not want[2].done()]
-        known.wanted = []
-        for start, end in merge([(start, end) for start, end, _ in wanted]):
-            first, last = known.track.plan(start, end)
-            if not known.track.window:
-                self._streamed = 0
-            flight = self._fly(key, known, first, last, keep=(first, last) != (start, end))
-            for begin, _, place in wanted:
-                if start <= begin < end:
-                    place.set_result(flight)
+        wanted, known.wanted = [want for want in known.wanted if not want.place.done()], []
+        try:
+            waiting = [want for want in wanted if not _join_one(known.flights, want)]
+            for start, end in merge([(want.start, want.end) for want in waiting], self._limits):
+                inside = [want for want in waiting if want.flight is None and start <= want.start < end]
+                # A block or window of the range before may reach into this one.
+                inside = [want for want in inside if not _join_one(known.flights, want)]
+                if inside:
+                    start, end = min(want.start for want in inside), max(want.end for want in inside)
+                    flight = self._start(key, known, start, end)
+                    for want in inside:
+                        flight.join(want)
+        except Exception as error:
+            # Nobody would ever wake them.
+            for want in wanted:
+                if want.flight is None and not want.place.done():
+                    want.place.set_exception(error)
 
-    def _fly(self, key: str, known: _Object, start: int, end: int, *, keep: bool) -> _Flight:
-        task = asyncio.ensure_future(self._pool.get_result(key, Range(start, end)))
-        flight = _Flight(start, end, task)
+    def _start(self, key: str, known: _Object, start: int, end: int) -> _Flight:
+        self._turn += 1
+        first, last = known.track.plan(start, end, self._limits, turn=self._turn)
+        if not known.track.window:
+            self._streamed = 0
+        size = last - first
+        if size <= end - start or not self._make_room(size):
+            return self._fly(key, known, start, end, 0)
+        return self._fly(key, known, first, last, size)
+
+    def _go_ahead(self, key: str, known: _Object, end: int) -> None:
+        window = known.track.ahead(end, self._limits)
+        if window is not None and self._make_room(window[1] - window[0]):
+            known.track.went_ahead(window[1], self._limits)
+            self._fly(key, known, *window, window[1] - window[0])
+
+    def _fly(self, key: str, known: _Object, start: int, end: int, reserved: int) -> _Flight:
+        flight = _Flight(start, end, reserved)
+        self._reserved_bytes += reserved
         known.flights.append(flight)
-        task.add_done_callback(lambda _: self._land(key, known, flight, keep))
+        flight.task = asyncio.ensure_future(self._pool.get_result(key, Range(start, end)))
+        flight.task.add_done_callback(partial(self._land, key, known, flight))
         return flight
 
-    def _land(self, key: str, known: _Object, flight: _Flight, keep: bool) -> None:
-        known.flights.remove(flight)
-        # Asking for the exception marks it as seen: a window that nobody came to want may fail unnoticed.
-        if flight.task.cancelled() or flight.task.exception() is not None:
-            known.track.window = 0
+    def _land(self, key: str, known: _Object, flight: _Flight, task: asyncio.Task[GetResult]) -> None:
+        self._forget_flight(known, flight)
+        if task.cancelled():
+            # By its last waiter, or from outside, as at the end of the loop.
+            for want in flight.wants:
+                want.place.cancel()
             return
-        result = flight.task.result()
+        # Asking for the exception marks it as seen: a window that nobody came to want may fail unnoticed.
+        error = task.exception()
+        if error is not None:
+            known.track.window = 0
+            for want in flight.wants:
+                if not want.place.done():
+                    want.place.set_exception(error)
+            return
+        result = task.result()
         track = known.track
         track.size = result.size
         track.next = track.clamp(track.next)
         if track.window and track.next == track.size:
             self._streamed = track.window
-        if keep and self._objects.get(key) is known:
+        if flight.reserved and self._objects.get(key) is known:
             self._keep(key, known, flight.start, result.data)
+        for want in flight.wants:
+            if not want.place.done():
+                want.place.set_result((flight.start, result.data))
+
+    def _forget_flight(self, known: _Object, flight: _Flight) -> None:
+        if flight in known.flights:
+            known.flights.remove(flight)
+            self._reserved_bytes -= flight.reserved
 
     def _keep(self, key: str, known: _Object, start: int, data: bytes) -> None:
-        if (key, start) in self._kept:
+        if len(known.kept.get(start, b"")) >= len(data):
             return
-        known.segments.append((start, data))
+        known.kept[start] = data
+        self._kept_bytes += len(data) - self._kept.pop((key, start), 0)
         self._kept[key, start] = len(data)
-        self._kept_bytes += len(data)
-        while self._kept_bytes > self._cache_bytes:
-            (old, first), size = self._kept.popitem(last=False)
-            self._kept_bytes -= size
-            self._objects[old].segments = [s for s in self._objects[old].segments if s[0] != first]
+
+    def _make_room(self, size: int) -> bool:
+        """Let go of what was used least recently until so many bytes could be kept; False if flights need them."""
+        most = self._limits.cache_bytes - self._reserved_bytes - size
+        if most < 0:
+            return False
+        while self._kept_bytes > most:
+            (old, first), gone = self._kept.popitem(last=False)
+            self._kept_bytes -= gone
+            del self._objects[old].kept[first]
+        return True
+
+
+def _join_one(flights: list[_Flight], want: _Want) -> bool:
+    for flight in flights:
+        if flight.covers(want.start):
+            flight.join(want)
+            return True
+    return False

@@ -7,13 +7,15 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-import anyio
-
-from icechunk.storage.base import ByteRange, GetResult, Storage
+from icechunk.storage.base import ByteRange, GetResult, Range, Storage
+from icechunk.transfer.gate import Gate
 
 __all__ = ["FetchPool"]
 
 T = TypeVar("T")
+
+MAX_BYTES = 512 * 1024 * 1024
+"""Bytes in flight at the most, of requests whose size is known before their answer."""
 
 
 class _Flight(Generic[T]):
@@ -27,13 +29,13 @@ class _Flight(Generic[T]):
 class FetchPool:
     """Reads of a repository on one event loop.
 
-    At most ``max_requests`` are in flight, and callers that want the same bytes at the same time share
-    one request: it is cancelled only when the last of them is.
+    At most ``max_requests`` are in flight, with at most ``max_bytes``, and callers that want the same bytes at the
+    same time share one request: it is cancelled only when the last of them is.
     """
 
-    def __init__(self, storage: Storage, max_requests: int) -> None:
+    def __init__(self, storage: Storage, max_requests: int, *, max_bytes: int = MAX_BYTES) -> None:
         self._storage = storage
-        self._limiter = anyio.CapacityLimiter(max_requests)
+        self._gate = Gate(max_requests, max_bytes)
         self._flights: dict[object, _Flight[Any]] = {}
 
     async def get(self, key: str, byte_range: ByteRange = None) -> bytes:
@@ -55,17 +57,27 @@ class FetchPool:
             flight.waiters -= 1
             if not flight.waiters and not flight.task.done():
                 # Nobody may join a flight that is being cancelled.
-                self._land(key, flight)
+                self._forget(key, flight)
                 flight.task.cancel()
-
-    def _land(self, key: object, flight: _Flight[Any], _: object = None) -> None:
-        if self._flights.get(key) is flight:
-            del self._flights[key]
 
     async def get_result(self, key: str, byte_range: ByteRange = None) -> GetResult:
         """The same as `get`, with what the store said of the object; not shared."""
-        async with self._limiter:
+        size = byte_range.end - byte_range.start if type(byte_range) is Range and byte_range.end is not None else 0
+        await self._gate.enter(size)
+        try:
             return await self._storage.get(key, byte_range)
+        finally:
+            self._gate.leave(size)
+
+    def _land(self, key: object, flight: _Flight[Any], task: asyncio.Future[Any]) -> None:
+        self._forget(key, flight)
+        if not task.cancelled():
+            # Marks it as seen: what fails while its last waiter is being cancelled is nobody's business.
+            task.exception()
+
+    def _forget(self, key: object, flight: _Flight[Any]) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
 
     async def _fetch(self, key: str, byte_range: ByteRange) -> bytes:
         return (await self.get_result(key, byte_range)).data

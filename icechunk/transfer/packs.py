@@ -2,15 +2,19 @@
 
 One request for hundreds of chunks, in both directions: a native reference has an offset and a length, so every
 reader of the format understands a pack. A chunk's place is given when it is put; the pack travels when it is full, or
-at the flush before the commit. A chunk that is overwritten or deleted before the commit leaves its bytes behind in
-the pack, and nothing is moved for it.
+at the flush before the commit, or when the put pool has nothing else left to make room with. A chunk that is
+overwritten or deleted before the commit leaves its bytes behind in the pack, and nothing is moved for it.
+
+A pack never crosses a fork: parent and child would fill one object with different bytes.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 
+from icechunk.errors import ErrorKind, SessionStateError
 from icechunk.format.ids import ObjectId
 from icechunk.format.keys import chunk_key
 from icechunk.transfer.put import PutPool
@@ -28,7 +32,7 @@ class _Pack:
 
 
 class Packs:
-    """Chunks of one writable session on their way to storage, seen from every loop and thread.
+    """Chunks of one writable session on their way to storage, seen from every loop and thread of one process.
 
     Parameters
     ----------
@@ -51,17 +55,22 @@ class Packs:
         self._size_bytes = size_bytes
         self._open: _Pack | None = None
         self._lock = threading.Lock()
+        self._pid = os.getpid()
 
     async def put(self, data: bytes) -> tuple[ObjectId, int]:
-        """Take a chunk, and say where it will be: object and offset. Waits, and raises, as `PutPool.put` does."""
+        """Take a chunk, and say where it will be: object and offset. Waits, and raises, as `PutPool.reserve` does.
+
+        Raises
+        ------
+        SessionStateError
+            This process was forked from the one that the session began in.
+        """
+        self._require_own_process()
         if len(data) >= self._threshold_bytes:
             id = self._new_object_id()
-            await self._pool.put(chunk_key(id), data)
+            await self._pool.put(chunk_key(id), data, make_room=self._seal)
             return id, 0
-        if self._pool.is_full(len(data)):
-            # The open pack may be all that is left to make room with.
-            self._seal()
-        await self._pool.wait_for_room(len(data))
+        await self._pool.reserve(len(data), make_room=self._seal)
         with self._lock:
             pack = self._open
             if pack is None:
@@ -69,7 +78,7 @@ class Packs:
             offset = pack.size
             pack.parts[offset] = data
             pack.size += len(data)
-            if pack.size >= self._size_bytes:
+            if pack.size >= self._size_bytes or self._pool.is_starving:
                 self._open = None
                 self._send(pack)
         return pack.id, offset
@@ -80,7 +89,8 @@ class Packs:
         return self._open is None and not self._pool.in_flight
 
     async def flush(self) -> None:
-        """Return once everything taken so far is durable. Raises as `PutPool.flush` does."""
+        """Return once everything taken so far is durable. Raises as `PutPool.flush` and `put` do."""
+        self._require_own_process()
         self._seal()
         await self._pool.flush()
 
@@ -89,13 +99,17 @@ class Packs:
         with self._lock:
             if self._open is not None and self._open.id == id:
                 return self._open.parts.get(offset)
+            if not self._pool.in_flight:
+                return None
             data = self._pool.pending(chunk_key(id))
         return None if data is None else data[offset : offset + length]
 
     def discard(self) -> None:
         """Forget what has not been uploaded."""
         with self._lock:
-            self._open = None
+            pack, self._open = self._open, None
+        if pack is not None:
+            self._pool.release(pack.size)
         self._pool.discard()
 
     def _seal(self) -> None:
@@ -107,3 +121,11 @@ class Packs:
     def _send(self, pack: _Pack) -> None:
         # Under the lock: a reader finds the bytes in the open pack or in the pool.
         self._pool.take(chunk_key(pack.id), b"".join(pack.parts.values()))
+
+    def _require_own_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise SessionStateError(
+                "a writable session does not cross a fork of its process: parent and child would write one object "
+                "with different bytes. Open a writable session in the child",
+                ErrorKind.COMMIT_NOT_ALLOWED,
+            )

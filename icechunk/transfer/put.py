@@ -5,26 +5,36 @@ promise changes. The commit calls `PutPool.flush`, which returns only when every
 
 Who owns what: an upload runs as a task of the loop on which it was put, but the *bytes* belong to the pool until
 they are durable. So a flush on another loop (zarr's synchronous API writes on zarr's loop, then the user commits
-from his) waits for what others started. Where that loop has stopped, the task was cancelled, or the loop is the very
-one whose thread waits for this flush, it uploads those bytes again itself: object ids are random, so the same bytes
-at the same key twice are harmless.
+from his) waits for what others started. Where that loop has stopped, the task was cancelled, or the loop does not
+answer because its very thread waits for this flush, it uploads those bytes again itself: object ids are random, so
+the same bytes at the same key twice are harmless.
+
+Memory: bytes are reserved before they are taken, first come, first served. Bytes of failed uploads stay; who finds
+the pool full of them tries them again, and fails with their error. So the bound holds on bad days too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-
-import anyio
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from icechunk.errors import StorageError
 from icechunk.storage.base import Storage
 from icechunk.sync import blocked_loop
+from icechunk.transfer.gate import Gate
 
 __all__ = ["PutPool"]
+
+PATIENCE_S = 1.0
+"""A loop that does not answer within this time is taken for one that waits for us."""
 
 
 @dataclass(slots=True, eq=False)
@@ -37,8 +47,19 @@ class _Pending:
     """The loop whose task uploads them; None when nobody does."""
     done: concurrent.futures.Future[None] = field(default_factory=concurrent.futures.Future)
     """Resolves when the present attempt has ended; the pool's lock guards its replacement."""
+    task: asyncio.Task[None] | None = None
+    """The present attempt."""
     error: BaseException | None = None
     """Why the last attempt failed."""
+
+
+@dataclass(slots=True, eq=False)
+class _Room:
+    """Somebody who waits for room."""
+
+    size: int
+    woken: concurrent.futures.Future[bool] = field(default_factory=concurrent.futures.Future)
+    """True: the room is reserved. False: something happened that the waiter should look at."""
 
 
 class PutPool:
@@ -49,21 +70,23 @@ class PutPool:
     storage
         Where objects go, with ``kind="chunk"``.
     max_bytes
-        Bytes held at the most; the next `put` waits while they are reached. One object larger than that
-        travels alone.
+        Bytes held at the most; who wants to put more waits. One object larger than that travels alone.
     max_requests
         Uploads in flight at the most, in each loop.
+    patience_s
+        How long another loop may take to show that it is alive.
     """
 
-    def __init__(self, storage: Storage, *, max_bytes: int, max_requests: int) -> None:
+    def __init__(self, storage: Storage, *, max_bytes: int, max_requests: int, patience_s: float = PATIENCE_S) -> None:
         self._storage = storage
         self._max_bytes = max_bytes
         self._max_requests = max_requests
+        self._patience_s = patience_s
         self._pending: dict[str, _Pending] = {}
         self._bytes = 0
         self._lock = threading.Lock()
-        self._limiters: dict[int, tuple[asyncio.AbstractEventLoop, anyio.CapacityLimiter]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._gates: WeakKeyDictionary[asyncio.AbstractEventLoop, Gate] = WeakKeyDictionary()
+        self._waiting: deque[_Room] = deque()
         self._news: list[_Pending] = []
         """Failures that nobody has been told of."""
 
@@ -72,71 +95,98 @@ class PutPool:
         """Objects that are not durable yet."""
         return len(self._pending)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that are not durable yet, and bytes reserved for more."""
+        return self._bytes
+
     def pending(self, key: str) -> bytes | None:
         """Bytes of an object on its way, so that a session can read what it wrote; None once it is durable."""
         item = self._pending.get(key)
         return item.data if item is not None else None
 
-    async def put(self, key: str, data: bytes) -> None:
-        """Take an object and upload it behind the caller's back.
+    @property
+    def is_starving(self) -> bool:
+        """Whether somebody waits for room while nothing is on its way that could make it."""
+        if not self._waiting:
+            return False
+        with self._lock:
+            return self._is_idle()
 
-        Waits only while the pool is full. After cancellation the object is either not taken or on its way.
+    async def put(self, key: str, data: bytes, *, make_room: Callable[[], None] = lambda: None) -> None:
+        """Take an object and upload it behind the caller's back. Waits, and raises, as `reserve` does.
+
+        After cancellation the object is either not taken or on its way.
+        """
+        await self.reserve(len(data), make_room=make_room)
+        self.take(key, data)
+
+    async def reserve(self, size_bytes: int, *, make_room: Callable[[], None] = lambda: None) -> None:
+        """Wait until so many bytes fit in, and keep that room for `take` or `release`.
+
+        Parameters
+        ----------
+        make_room
+            Called when nothing is on its way that could make room: takes what is held back.
 
         Raises
         ------
         StorageError
-            An earlier upload failed for good. It is raised once here; the bytes are kept, and `flush` tries again.
+            An earlier upload failed for good. It is raised once; the bytes are kept, and `flush` tries again, as
+            does a later call that finds the pool full. No room is reserved.
         """
-        await self.wait_for_room(len(data))
-        self.take(key, data)
-
-    async def wait_for_room(self, size_bytes: int) -> None:
-        """Wait until so many bytes fit in. Raises as `put` does."""
         self._raise_news()
-        while (busy := self._oldest_if_full(size_bytes)) is not None:
-            await _wait(busy)
-            self._raise_news()
-
-    def is_full(self, size_bytes: int) -> bool:
-        """Whether that many bytes would have to wait."""
-        return self._bytes + size_bytes > self._max_bytes
+        with self._lock:
+            if not self._waiting and self._fits(size_bytes):
+                self._bytes += size_bytes
+                return
+            room = _Room(size_bytes)
+            self._waiting.append(room)
+        try:
+            while not await self._woken(room, make_room):
+                with self._lock:
+                    if room in self._waiting:
+                        room.woken = concurrent.futures.Future()
+                self._raise_news()
+        except BaseException:
+            with self._lock:
+                if room in self._waiting:
+                    self._waiting.remove(room)
+                else:
+                    self._bytes -= size_bytes
+                self._let_in()
+            raise
 
     def take(self, key: str, data: bytes) -> None:
-        """Take an object without waiting for room, and start its upload on the running loop."""
+        """Take an object for which room is reserved, and start its upload on the running loop."""
         item = _Pending(key, data, asyncio.get_running_loop())
         with self._lock:
             self._pending[key] = item
-            self._bytes += len(data)
         self._start(item)
 
+    def release(self, size_bytes: int) -> None:
+        """Give reserved room back, of bytes that will not be taken."""
+        with self._lock:
+            self._bytes -= size_bytes
+            self._let_in()
+
     async def flush(self) -> None:
-        """Return once everything taken so far is durable.
+        """Return once everything taken before the call is durable.
 
         Raises
         ------
         StorageError
             Some object could not be written. All bytes are kept; a later flush tries again.
         """
-        here = asyncio.get_running_loop()
-        blocked = blocked_loop.get()
+        with self._lock:
+            wanted = list(self._pending.values())
+            self._news = [item for item in self._news if item.error is not None]
         tried: set[_Pending] = set()
-        while True:
-            with self._lock:
-                items = [item for item in self._pending.values() if item not in tried]
-                adopted = {
-                    item
-                    for item in items
-                    if item.loop is None or not item.loop.is_running() or (item.loop is blocked and blocked is not here)
-                }
-                for item in adopted:
-                    item.loop, item.done, item.error = here, concurrent.futures.Future(), None
-                self._news = [item for item in self._news if item.error is not None]
-            for item in adopted:
-                self._start(item)
-            if not items:
-                break
+        deaf: set[asyncio.AbstractEventLoop] = set()
+        while items := [item for item in wanted if self._is_pending(item) and item not in tried]:
+            adopted = self._adopt(items, deaf)
             for item in items:
-                await _wait(item)
+                await self._wait(item, deaf)
                 if item.error is not None and item in adopted:
                     tried.add(item)
         failed = [item for item in tried if item.error is not None]
@@ -151,76 +201,160 @@ class PutPool:
     def discard(self) -> None:
         """Forget what has not been uploaded, and every failure: the session that wanted it is gone."""
         with self._lock:
+            items = list(self._pending.values())
             self._pending.clear()
             self._news.clear()
-            self._bytes = 0
+            self._bytes -= sum(len(item.data) for item in items)
+            self._let_in()
+        for item in items:
+            if item.loop is not None and item.task is not None:
+                with contextlib.suppress(RuntimeError):  # its loop was closed
+                    item.loop.call_soon_threadsafe(item.task.cancel)
+
+    # -- uploads -------------------------------------------------------------------------------------------------
+
+    def _adopt(self, items: Iterable[_Pending], deaf: set[asyncio.AbstractEventLoop]) -> set[_Pending]:
+        """Upload on this loop what nobody else will."""
+        here = asyncio.get_running_loop()
+        blocked = blocked_loop.get()
+        with self._lock:
+            adopted = {
+                item
+                for item in items
+                if self._is_pending(item)
+                and (
+                    item.loop is None
+                    or not item.loop.is_running()
+                    or (item.loop is not here and (item.loop is blocked or item.loop in deaf))
+                )
+            }
+            for item in adopted:
+                item.loop, item.done, item.error = here, concurrent.futures.Future(), None
+        for item in adopted:
+            self._start(item)
+        return adopted
 
     def _start(self, item: _Pending) -> None:
-        task = asyncio.ensure_future(self._upload(item, item.done))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        item.task = asyncio.ensure_future(self._upload(item, item.done))
         # A task cancelled before its first step never runs its own clean-up.
-        task.add_done_callback(partial(self._end_if_cancelled, item, item.done))
+        item.task.add_done_callback(partial(self._end_if_cancelled, item, item.done))
 
     async def _upload(self, item: _Pending, done: concurrent.futures.Future[None]) -> None:
+        gate = self._gate()
+        await gate.enter()
         try:
-            async with self._limiter():
-                await self._storage.put(item.key, item.data, kind="chunk")
-        except asyncio.CancelledError as error:
-            self._end(item, done, error)
-            raise
-        except BaseException as error:
+            await self._storage.put(item.key, item.data, kind="chunk")
+        except Exception as error:
             self._end(item, done, error)
         else:
             self._end(item, done, None)
+        finally:
+            gate.leave()
 
-    def _end_if_cancelled(self, item: _Pending, done: concurrent.futures.Future[None], _: object) -> None:
+    def _end_if_cancelled(
+        self, item: _Pending, done: concurrent.futures.Future[None], task: asyncio.Task[None]
+    ) -> None:
         if not done.done():
             self._end(item, done, asyncio.CancelledError())
+        if not task.cancelled():
+            task.exception()  # marks it as seen: a KeyboardInterrupt has reached the loop itself
 
     def _end(self, item: _Pending, done: concurrent.futures.Future[None], error: BaseException | None) -> None:
         with self._lock:
-            if error is None:
-                if self._pending.get(item.key) is item:
-                    del self._pending[item.key]
-                    self._bytes -= len(item.data)
+            if not self._is_pending(item):
+                pass  # durable by another attempt, or discarded
+            elif error is None:
+                del self._pending[item.key]
+                self._bytes -= len(item.data)
             elif item.done is done:
                 item.loop = None
                 # A cancelled task says nothing about the storage: the next flush simply uploads again.
                 item.error = None if isinstance(error, asyncio.CancelledError) else error
                 if item.error is not None:
                     self._news.append(item)
+            self._let_in()
         if not done.done():
             done.set_result(None)
 
-    def _limiter(self) -> anyio.CapacityLimiter:
-        loop = asyncio.get_running_loop()
-        known = self._limiters.get(id(loop))
-        if known is None or known[0] is not loop:
-            known = self._limiters[id(loop)] = (loop, anyio.CapacityLimiter(self._max_requests))
-        return known[1]
+    def _is_pending(self, item: _Pending) -> bool:
+        return self._pending.get(item.key) is item
 
-    def _oldest_if_full(self, size: int) -> _Pending | None:
-        with self._lock:
-            if not self._pending or self._bytes + size <= self._max_bytes:
-                return None
-            # Failed and abandoned objects keep their bytes, but waiting for them would never end.
-            return next((item for item in self._pending.values() if not item.done.done()), None)
+    def _gate(self) -> Gate:
+        loop = asyncio.get_running_loop()
+        gate = self._gates.get(loop)
+        if gate is None:
+            gate = self._gates[loop] = Gate(self._max_requests)
+        return gate
+
+    # -- waiting -------------------------------------------------------------------------------------------------
+
+    def _fits(self, size_bytes: int) -> bool:
+        return not self._bytes or self._bytes + size_bytes <= self._max_bytes
+
+    def _let_in(self) -> None:
+        """Under the lock: reserve room for those who come next, and call the first if it has to help itself."""
+        while self._waiting and self._fits(self._waiting[0].size):
+            room = self._waiting.popleft()
+            self._bytes += room.size
+            if room.woken.done():
+                room.woken = concurrent.futures.Future()
+            room.woken.set_result(True)
+        if self._waiting and (self._news or self._is_idle()) and not self._waiting[0].woken.done():
+            self._waiting[0].woken.set_result(False)
+
+    def _is_idle(self) -> bool:
+        return all(item.loop is None for item in self._pending.values())
+
+    async def _woken(self, room: _Room, make_room: Callable[[], None]) -> bool:
+        deaf: set[asyncio.AbstractEventLoop] = set()
+        while not room.woken.done():
+            with self._lock:
+                idle, items = self._is_idle(), list(self._pending.values())
+            if idle:
+                make_room()
+            if idle or deaf:
+                self._adopt(items, deaf)
+            if not await self._within_patience(room.woken):
+                for loop in {item.loop for item in items} - {None, asyncio.get_running_loop()} - deaf:
+                    if loop is not None and not await self._answers(loop):
+                        deaf.add(loop)
+        return room.woken.result()
+
+    async def _wait(self, item: _Pending, deaf: set[asyncio.AbstractEventLoop]) -> None:
+        """Until the present attempt has ended, or the loop that makes it is found deaf."""
+        done, loop, here = item.done, item.loop, asyncio.get_running_loop()
+        while loop not in deaf and not await self._within_patience(done):
+            if loop is not None and loop is not here and not await self._answers(loop):
+                deaf.add(loop)
+
+    async def _within_patience(self, future: concurrent.futures.Future[Any]) -> bool:
+        if not future.done():
+            await asyncio.wait({asyncio.wrap_future(future)}, timeout=self._patience_s)
+        return future.done()
+
+    async def _answers(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Whether a loop of another thread is alive."""
+        if not loop.is_running():
+            return False
+        answer: concurrent.futures.Future[None] = concurrent.futures.Future()
+        try:
+            loop.call_soon_threadsafe(answer.set_result, None)
+        except RuntimeError:
+            return False  # it was closed
+        return await self._within_patience(answer)
 
     def _raise_news(self) -> None:
         if not self._news:
             return
         with self._lock:
-            failed = self._news.pop() if self._news else None
+            failed = None
+            while self._news and failed is None:
+                item = self._news.pop()
+                if item.error is not None and self._is_pending(item):
+                    failed = item
         if failed is None:
             return
         raise StorageError(
             f"an earlier chunk could not be written to {failed.key!r}: {failed.error}; "
             "it is kept and the commit tries again"
         ) from failed.error
-
-
-async def _wait(item: _Pending) -> None:
-    future = item.done
-    if not future.done():
-        await asyncio.shield(asyncio.wrap_future(future))

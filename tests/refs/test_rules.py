@@ -31,7 +31,7 @@ from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.repo import decode_repo, encode_repo
 from icechunk.format.repo_values import NewCommit, Status
 from icechunk.refs import events as e
-from icechunk.refs import log_layout, log_reader, log_view, swap, swapping
+from icechunk.refs import log_checkpoint, log_layout, log_reader, log_view, swap, swapping
 from icechunk.refs.base import Layout, SwapToken
 from icechunk.refs.create import create_log
 from icechunk.refs.detect import detect
@@ -208,6 +208,40 @@ async def test_the_store_is_checked_once(world: World):
     storage.requests.clear()
     await again.append(world.commit(2))
     assert [request.verb for request in storage.requests if request.key != "repo"] == ["put"]
+
+
+async def test_a_storage_that_is_set_to_do_without_conditional_writes_can_only_be_read(world: World):
+    log, _ = await world.create()
+    await log.append(world.commit(1))
+    sources = world.clock.sources()
+    for missing in (Absent, Matches):
+        storage = _Unconditional(world.store, missing)
+        reader = await LogLayout.open(storage, sources)
+        assert reader.state == log.state
+        assert await reader.refresh() == log.state
+        for refused in (
+            reader.append(world.commit(2)),
+            reader.prepare_writes(),
+            reader.checkpoint(),
+            create_log(_Unconditional(MemoryStorage(), missing), sources),
+            convert_to_log(storage, sources),
+        ):
+            with pytest.raises(StorageError, match="conditional writes") as caught:
+                await refused
+            assert caught.value.kind == "storage-config"
+        assert not storage.of("put")
+        await reader.aclose()
+    assert await world.history() == [an_id(1)]
+
+
+class _Unconditional(ScriptedStorage):
+    def __init__(self, inner: MemoryStorage, missing: type) -> None:
+        super().__init__(inner)
+        self.missing = missing
+
+    @property
+    def atomic_preconditions(self) -> frozenset[type]:
+        return super().atomic_preconditions - {self.missing}
 
 
 # ---------------------------------------------------------------- rule 2
@@ -408,6 +442,217 @@ async def test_closing_with_an_entry_in_flight_says_that_its_outcome_is_unknown(
         await log.append(world.commit(2))
 
 
+async def settled(world: World) -> tuple[LogLayout, ScriptedStorage]:
+    """A log whose store has been checked, so that only swaps are left to script."""
+    log, storage = await world.create()
+    await log.prepare_writes()
+    return log, storage
+
+
+STALE: dict[str, tuple[Callable[[World], object], Callable[[World], object]]] = {
+    "commit on a new tip": (lambda w: w.commit(1), lambda w: w.commit(2, parent=an_id(1))),
+    "tag on a new snapshot": (
+        lambda w: w.commit(1),
+        lambda w: lambda state: [e.TagCreated(name="t", snapshot=an_id(1))],
+    ),
+    "delete of a new branch": (
+        lambda w: lambda state: [e.BranchCreated(name="b", snapshot=FIRST_SNAPSHOT)],
+        lambda w: lambda state: [e.BranchDeleted(name="b")],
+    ),
+    "configuration that was changed": (
+        lambda w: lambda state: [e.ConfigReplaced(config={"a": 1})],
+        lambda w: lambda state: [e.ConfigReplaced(config={"a": 2}, expected={"a": 1}, check=True)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STALE)
+async def test_a_client_that_has_not_looked_for_a_while_looks_before_it_refuses(world: World, case: str):
+    log, storage = await settled(world)
+    other, _ = await world.open()
+    theirs, mine = STALE[case]
+    await other.append(theirs(world))
+    storage.requests.clear()
+    await log.append(mine(world))
+    assert len([r for r in storage.requests if slots(r)]) == 1, "what was bound to lose is not sent"
+
+
+async def test_a_refusal_costs_one_look_where_there_is_no_news_and_what_applies_none(world: World):
+    log, storage = await settled(world)
+    storage.requests.clear()
+    outcomes = await asyncio.gather(
+        *(log.append(world.commit(i, parent=an_id(9))) for i in range(3)), log.append(world.commit(5)),
+        return_exceptions=True,
+    )  # fmt: skip
+    assert [type(outcome) for outcome in outcomes[:3]] == [ConflictError] * 3
+    assert not isinstance(outcomes[3], BaseException)
+    assert len(storage.of("get")) == 1
+    storage.requests.clear()
+    await log.append(world.commit(6))
+    assert not [r for r in storage.of("get") if r.key != "repo"]
+
+
+async def test_callers_who_come_while_the_client_looks_are_neither_lost_nor_refused_by_that_look(world: World):
+    log, storage = await settled(world)
+    other, _ = await world.open()
+    late: list[asyncio.Future[object]] = []
+
+    async def more_come(request: Request, send: Send) -> object:
+        answer = None
+        try:
+            answer = await send()
+        finally:
+            if request.verb == "get" and request.key.startswith("log/") and not late:
+                # After the look found nothing.
+                await other.append(world.commit(1))
+                late.append(asyncio.ensure_future(log.append(world.commit(2, parent=an_id(1)))))
+                await asyncio.sleep(0)
+        return answer
+
+    storage.script = more_come
+    with pytest.raises(ConflictError):
+        await log.append(world.commit(3, parent=an_id(9)))
+    await late[0]
+    assert await world.history() == [an_id(1), an_id(2)]
+
+
+# ---------------------------------------------------------------- rule 3: who is told what was sent
+
+
+class Told(list):
+    """What a caller was told of its entry."""
+
+    @property
+    def open_(self) -> bool:
+        return bool(self) and self[-1] is not None
+
+
+async def test_who_is_cancelled_before_the_entry_is_sent_was_told_nothing_and_nothing_lands(world: World):
+    log, storage = await settled(world)
+    gate = asyncio.Event()
+
+    async def hold(request: Request, send: Send) -> object:
+        if slots(request):
+            await gate.wait()
+        return await send()
+
+    storage.script = hold
+    first = asyncio.ensure_future(log.append(world.commit(1)))
+    await until(lambda: any(slots(request) for request in storage.requests))
+    told = Told()
+    second = asyncio.ensure_future(log.append(world.commit(2), on_sent=told.append))
+    await asyncio.sleep(0)
+    second.cancel()
+    await asyncio.wait({second})
+    gate.set()
+    await first
+    assert told == []
+    assert await world.history() == [an_id(1)]
+
+
+async def test_who_is_cancelled_during_the_put_holds_the_token_that_settles_it(world: World):
+    log, storage = await settled(world)
+    gate, told = asyncio.Event(), Told()
+
+    async def hold(request: Request, send: Send) -> object:
+        if slots(request):
+            assert told.open_, "told before it is sent"
+            await gate.wait()
+        return await send()
+
+    storage.script = hold
+    caller = asyncio.ensure_future(log.append(world.commit(1), on_sent=told.append))
+    await until(lambda: any(slots(request) for request in storage.requests))
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert [(token.n, token.snapshots) for token in told] == [(1, (an_id(1),))]
+    gate.set()
+    assert await log.settle(told[-1])
+    assert told.open_, "landed: nobody takes the token back"
+    assert await world.history() == [an_id(1)]
+
+
+async def test_who_was_cancelled_during_a_put_that_lost_is_told_that_nothing_is_open_any_more(world: World):
+    log, storage = await settled(world)
+    other, _ = await world.open()
+    gate, told = asyncio.Event(), Told()
+
+    async def hold(request: Request, send: Send) -> object:
+        if slots(request):
+            await gate.wait()
+        return await send()
+
+    storage.script = hold
+    caller = asyncio.ensure_future(log.append(world.commit(1), on_sent=told.append))
+    await until(lambda: any(slots(request) for request in storage.requests))
+    caller.cancel()
+    await asyncio.wait({caller})
+    await other.append(world.commit(2))
+    gate.set()
+    await until(lambda: not told.open_)
+    assert [token is None for token in told] == [False, True]
+    await log.append(world.commit(3))
+    assert len(told) == 2, "it is not sent again"
+    assert await world.history() == [an_id(2), an_id(3)]
+
+
+async def test_who_waits_on_after_a_loss_is_told_of_the_next_entry(world: World):
+    log, _ = await settled(world)
+    other, _ = await world.open()
+    await other.append(world.commit(1))
+    told = Told()
+    await log.append(world.commit(2), on_sent=told.append)
+    assert [token and token.n for token in told] == [1, None, 2]
+    assert await log.settle(told[-1])
+
+
+async def test_a_token_left_open_by_silence_is_taken_back_when_the_next_swap_sees_the_loss(world: World):
+    log, storage = await settled(world)
+    other, _ = await world.open()
+    told = Told()
+
+    async def silence(request: Request, send: Send) -> object:
+        if request.key.startswith("log/"):
+            raise lost_answer()
+        return await send()
+
+    storage.script = silence
+    with pytest.raises(CommitOutcomeUnknown):
+        await log.append(world.commit(1), on_sent=told.append)
+    assert told.open_
+    storage.script = None
+    await other.append(world.commit(2))
+    await log.append(world.commit(3))
+    assert not told.open_
+
+
+async def test_a_callback_that_fails_harms_nobody(world: World, caplog: pytest.LogCaptureFixture):
+    log, _ = await world.create()
+
+    def fail(token: SwapToken | None) -> None:
+        raise KeyError("mine")
+
+    await log.append(world.commit(1), on_sent=fail)
+    assert "callback" in caplog.text
+    assert await world.history() == [an_id(1)]
+
+
+async def test_a_token_of_an_entry_that_is_void_as_a_whole_did_not_land(world: World):
+    log, _ = await settled(world)
+    tag = e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)
+    for n, events in ((1, [tag, tag]), (2, [tag, *world.commit(1, parent=an_id(7))(log.state)])):
+        data = encode_entry(
+            n=n, nonce=b"x" * 16, time_us=world.clock.now_us, since_us=None, events=encode_events(events)
+        )
+        await world.store.put(slot_key(log.epoch, n), data)
+    other, _ = await world.open()
+    for one in (log, other):
+        assert not await one.settle(SwapToken(epoch=log.epoch, n=1, nonce=b"x" * 16))
+        assert not await one.settle(SwapToken(epoch=log.epoch, n=2, nonce=b"x" * 16, snapshots=(an_id(1),)))
+        assert "t" not in one.state.tags
+
+
 # ---------------------------------------------------------------- rule 4
 
 
@@ -532,6 +777,27 @@ async def test_an_answer_that_came_too_late_but_landed_is_found_in_history(world
     assert await world.history() == [an_id(1), an_id(2)]
 
 
+async def test_a_commit_that_landed_before_a_conversion_and_a_prune_is_found_in_the_repo_object(world: World):
+    log, storage = await settled(world)
+    epoch = log.epoch
+
+    async def late(request: Request, send: Send) -> object:
+        answer = await send()
+        if slots(request) and request.key == slot_key(epoch, 1):
+            other, _ = await world.open()
+            await other.convert_to_repo_object()
+            world.clock.move(7.1 * DAY_S)
+            await world.store.delete([slot_key(epoch, 1), slot_key(epoch, 2)])
+            raise lost_answer()
+        return answer
+
+    storage.script = late
+    await log.append(world.commit(1))
+    found = await read_repo(world.store, world.clock.sources())
+    assert found is not None
+    assert found.info.branches["main"] == an_id(1)
+
+
 # ---------------------------------------------------------------- rule 6
 
 
@@ -597,6 +863,33 @@ async def test_keys_that_are_no_slots_are_ignored(world: World):
         await world.store.put(key, b"junk")
     other, _ = await world.open()
     assert other.state == log.state
+
+
+@pytest.mark.parametrize("page_size", [1, 3])
+async def test_opening_sees_through_pages_that_end_early_although_more_follow(world: World, page_size: int):
+    log, _ = await world.create()
+    for i in range(1, 6):
+        await log.append(world.commit(i))
+    # After the checkpoint.
+    events = encode_events(world.commit(6)(log.state))
+    data = encode_entry(n=6, nonce=b"x" * 16, time_us=world.clock.now_us, since_us=None, events=events)
+    await world.store.put(slot_key(log.epoch, 6), data)
+    # Of an older life that sorts first, so that our slots are on a later page.
+    for n in range(1, 5):
+        await world.store.put(slot_key("0" * 28, n), b"of another life")
+    storage = ScriptedStorage(world.store)
+
+    async def short(request: Request, send: Send) -> object:
+        answer = await send()
+        if request.verb == "list":
+            items = [item for page in answer for item in page]
+            return [items[i : i + page_size] for i in range(0, len(items), page_size)]
+        return answer
+
+    storage.script = short
+    opened = await LogLayout.open(storage, world.clock.sources())
+    assert opened.state == await log.refresh()
+    assert opened.n == 6
 
 
 # ---------------------------------------------------------------- rule 7
@@ -995,3 +1288,81 @@ async def test_a_store_without_a_clock_is_trusted_by_the_clients_own(world: Worl
     assert (await reader.refresh()).branch_tip("main") == an_id(1)
     await reader.append(world.commit(2))
     assert await world.history() == [an_id(1), an_id(2)]
+
+
+@pytest.mark.parametrize("who", ["converter", "opener"])
+async def test_files_that_ride_in_entries_stand_on_their_own_before_a_conversion_ends_the_log(world: World, who: str):
+    log, storage = await settled(world)
+    data = encode_entry(
+        n=1,
+        nonce=b"x" * 16,
+        time_us=world.clock.now_us,
+        since_us=None,
+        events=encode_events(world.commit(1)(log.state)),
+        objects={"snapshots/SMALL": b"small"},
+    )
+    await world.store.put(slot_key(log.epoch, 1), data)
+    if who == "converter":
+        await log.convert_to_repo_object()
+    else:
+        seal = encode_entry(n=2, nonce=b"y" * 16, time_us=1, since_us=None, events=encode_events([e.Sealed()]))
+        await world.store.put(slot_key(log.epoch, 2), seal)
+        storage = ScriptedStorage(world.store)
+        with pytest.raises(SessionStateError):
+            await LogLayout.open(storage, world.clock.sources())
+    assert [r.key for r in storage.of("put") if not slots(r)][-2:] == ["snapshots/SMALL", "repo"]
+    assert await detect(world.store) is Layout.REPO
+
+
+async def test_a_checkpoint_that_fails_unexpectedly_is_reported_and_commits_go_on(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    log, _ = await world.create()
+
+    def fail(info: object) -> bytes:
+        raise OverflowError("too much")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log_checkpoint, "encode_repo", fail)
+        await log.append(world.commit(1))
+        await until(lambda: all(task.done() for task in log.tasks))
+        assert "report this" in caplog.text
+    await log.append(world.commit(2))
+    await until(lambda: all(task.done() for task in log.tasks))
+    assert log.checkpoint_n == 2
+
+
+async def test_checkpoints_take_a_small_share_of_the_time_however_long_they_take(world: World):
+    log, storage = await settled(world)
+
+    async def slow(request: Request, send: Send) -> object:
+        if request.verb == "put" and request.key == "repo":
+            world.clock.move(0.1)
+        return await send()
+
+    storage.script = slow
+    began_us = world.clock.now_us
+    for i in range(1, 40):
+        await log.append(world.commit(i))
+        await asyncio.sleep(0)
+    await until(lambda: all(task.done() for task in log.tasks))
+    assert log.checkpoint_n == log.n == 39, "the last one is written, sooner or later"
+    checkpoints = len(storage.of("put", "repo")) - 1
+    assert checkpoints * 0.1 <= (world.clock.now_us - began_us) / 1e6 / 8
+
+
+async def test_closing_does_not_wait_for_a_pause_between_checkpoints(world: World):
+    _, storage = await settled(world)
+    clock = ManualClock(world.clock.now_us)
+
+    async def for_ever(seconds: float) -> None:
+        await asyncio.Event().wait()
+
+    patient = await LogLayout.open(storage, replace(clock.sources(), sleep=for_ever))
+    await patient.append(world.commit(1))
+    await until(lambda: patient.checkpoint_n == 1)
+    await patient.append(world.commit(2))
+    await asyncio.sleep(0)
+    assert not all(task.done() for task in patient.tasks)
+    await asyncio.wait_for(patient.aclose(), 5)
+    assert patient.checkpoint_n == 2

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import random
 
+import orjson
 import pytest
 
 from icechunk.refs import log_reader, log_view, swap, swapping
+from icechunk.refs.commit_queue import Attempt
 from icechunk.testing.simulation import simulate
 
 
@@ -63,3 +66,19 @@ def test_the_simulator_notices_when_anybodys_entry_is_taken_for_ones_own(monkeyp
         swap, "from_slot", lambda attempt, answer: swap.Landed() if answer.entry else swap.SendAgain(proof=answer.asked)
     )
     assert _problems(5)
+
+
+def test_the_simulator_notices_when_an_entry_is_rebuilt_while_its_first_bytes_may_still_arrive(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    decide, rng = swap.from_slot, random.Random(0)
+
+    def rebuild(attempt: Attempt, answer: swap.SlotAnswer) -> object:
+        verdict = decide(attempt, answer)
+        if isinstance(verdict, swap.SendAgain):
+            attempt.nonce = rng.randbytes(16)
+            attempt.data = orjson.dumps(orjson.loads(attempt.data) | {"nonce": attempt.nonce.hex()})
+        return verdict
+
+    monkeypatch.setattr(swap, "from_slot", rebuild)
+    assert _problems(20)

@@ -206,3 +206,41 @@ async def test_a_value_closed_by_hand_waits_for_no_other() -> None:
     await low.aclose()
     assert closed == ["low"]
     await high.aclose()
+
+
+async def test_a_value_that_is_being_closed_is_closed_once_and_everybody_waits_for_it() -> None:
+    gate = asyncio.Event()
+    closed: list[str] = []
+
+    async def close(value: str) -> None:
+        await gate.wait()
+        closed.append(value)
+
+    values: PerLoop[str] = PerLoop(lambda: "value", close)
+    await values.get()
+    # The loop's entry leaves the object when its closing begins, so the second caller finds it at the same moment.
+    callers = [asyncio.ensure_future(values.aclose()) for _ in range(2)]
+    await asyncio.sleep(0)
+    gate.set()
+    await asyncio.gather(*callers)
+    assert closed == ["value"]
+
+
+def test_an_abandoned_value_that_the_end_of_the_process_closes_too_makes_no_noise() -> None:
+    script = """
+import asyncio, threading
+from icechunk.storage import per_loop
+
+async def close(value):
+    await asyncio.sleep(0.01)
+
+loop = asyncio.new_event_loop()
+threading.Thread(target=loop.run_forever, daemon=True).start()
+values = per_loop.PerLoop(lambda: "value", close)
+asyncio.run_coroutine_threadsafe(values.get(), loop).result()
+
+per_loop._abandon(values._entries, __import__("os").getpid())
+per_loop._close_everything()
+"""
+    done = subprocess.run([sys.executable, "-X", "dev", "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

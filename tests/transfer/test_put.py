@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import anyio
@@ -29,7 +29,7 @@ class Gated(MemoryStorage):
 
     async def put(self, key: str, data: Any, *args: Any, **kwargs: Any) -> PutResult:
         self.started += 1
-        while not self.gate.is_set():
+        while not self.gate.is_set():  # noqa: ASYNC110  # of threads, not of one loop
             await anyio.sleep(0.001)
         if self.failures:
             self.failures -= 1
@@ -185,3 +185,183 @@ async def test_cancelled_flush_loses_nothing() -> None:
     storage.gate.set()
     await puts.flush()
     assert (await storage.get("a")).data == b"1"
+
+
+async def test_discarded_upload_that_fails_afterwards_is_nobodys_failure() -> None:
+    storage = Gated()
+    storage.failures = 1
+    puts = pool(storage)
+    await puts.put("a", b"1")
+    await until(lambda: storage.started == 1)
+    puts.discard()
+    storage.gate.set()
+    await anyio.sleep(0.01)
+    storage.failures = 0
+    await puts.put("b", b"2")
+    await puts.flush()
+    assert (await storage.get("b")).data == b"2"
+
+
+async def test_flush_waits_for_what_was_taken_before_it_however_much_follows() -> None:
+    storage = Gated()
+    puts = pool(storage)
+    await puts.put("a", b"1")
+    flushing = asyncio.ensure_future(puts.flush())
+    await anyio.lowlevel.checkpoint()
+    storage.gate.set()
+    await until(lambda: puts.in_flight == 0)
+    storage.gate.clear()
+    await puts.put("b", b"2")
+    await asyncio.wait_for(flushing, 5)
+    assert puts.in_flight == 1
+    storage.gate.set()
+    await puts.flush()
+
+
+async def test_one_slow_upload_does_not_keep_others_waiting_for_room_that_is_there() -> None:
+    release = asyncio.Event()
+
+    class OneSlow(MemoryStorage):
+        async def put(self, key: str, data: Any, *args: Any, **kwargs: Any) -> PutResult:
+            if key == "slow":
+                await release.wait()
+            return await super().put(key, data)
+
+    storage = OneSlow()
+    puts = pool(storage, max_bytes=10)
+    await puts.put("slow", b"x" * 2)
+    for n in range(20):
+        await asyncio.wait_for(puts.put(f"k{n}", b"y" * 5), 5)
+    release.set()
+    await puts.flush()
+
+
+async def test_who_waits_longest_gets_room_first() -> None:
+    storage = Gated()
+    puts = pool(storage, max_bytes=10, max_requests=1)
+    await puts.put("first", b"x" * 8)
+    order: list[str] = []
+
+    async def put(key: str, size: int) -> None:
+        await puts.put(key, b"x" * size)
+        order.append(key)
+
+    tasks = [asyncio.ensure_future(put(f"{n}", size)) for n, size in enumerate([9, 2, 10, 1])]
+    await anyio.lowlevel.checkpoint()
+    storage.gate.set()
+    await asyncio.wait_for(asyncio.gather(*tasks), 5)
+    assert order == ["0", "1", "2", "3"]
+    await puts.flush()
+    assert puts.held_bytes == 0
+
+
+async def test_cancelled_waiter_leaves_its_room_to_the_next() -> None:
+    storage = Gated()
+    puts = pool(storage, max_bytes=10)
+    await puts.put("a", b"x" * 8)
+    second, third = (asyncio.ensure_future(puts.put(key, b"x" * 8)) for key in "bc")
+    await anyio.lowlevel.checkpoint()
+    second.cancel()
+    storage.gate.set()
+    await asyncio.wait_for(third, 5)
+    await puts.flush()
+    assert puts.held_bytes == 0
+    assert (await storage.get("c")).size == 8
+
+
+@pytest.fixture
+def other_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """A loop that runs in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+
+
+@pytest.mark.parametrize("how", ["flush", "wait for room"])
+async def test_loop_whose_thread_is_blocked_is_not_waited_for(other_loop: asyncio.AbstractEventLoop, how: str) -> None:
+    storage = Gated()
+    puts = PutPool(storage, max_bytes=10, max_requests=4, patience_s=0.02)
+    asyncio.run_coroutine_threadsafe(puts.put("a", b"x" * 8), other_loop).result(5)
+    blocked = threading.Event()
+    other_loop.call_soon_threadsafe(blocked.wait, 30)
+    storage.gate.set()
+    try:
+        with anyio.fail_after(10):
+            if how == "flush":
+                await puts.flush()
+            else:
+                await puts.put("b", b"y" * 8)
+            assert (await storage.get("a")).data == b"x" * 8
+            await puts.flush()
+    finally:
+        blocked.set()
+
+
+async def test_loop_that_is_alive_is_waited_for_and_its_bytes_travel_once(
+    other_loop: asyncio.AbstractEventLoop,
+) -> None:
+    storage = Gated()
+    puts = PutPool(storage, max_bytes=10, max_requests=4, patience_s=0.02)
+    asyncio.run_coroutine_threadsafe(puts.put("a", b"x" * 8), other_loop).result(5)
+    flushing = asyncio.ensure_future(puts.flush())
+    waiting = asyncio.ensure_future(puts.put("b", b"y" * 8))
+    await anyio.sleep(0.1)
+    assert not flushing.done()
+    assert not waiting.done()
+    storage.gate.set()
+    await flushing
+    await waiting
+    await puts.flush()
+    assert storage.started == 2
+
+
+def test_loop_that_stopped_with_an_upload_under_way_does_not_fill_the_pool_for_ever() -> None:
+    storage = Gated()
+    puts = pool(storage, max_bytes=10)
+    stopped = asyncio.new_event_loop()
+    stopped.run_until_complete(puts.put("a", b"x" * 8))
+    storage.gate.set()
+
+    async def main() -> None:
+        with anyio.fail_after(10):
+            await puts.put("b", b"y" * 8)
+            await puts.flush()
+
+    asyncio.run(main())
+    assert asyncio.run(storage.get("a")).size == 8
+    for task in asyncio.all_tasks(stopped):
+        task.cancel()
+    stopped.run_until_complete(asyncio.sleep(0))
+    stopped.close()
+
+
+def test_interrupt_during_an_upload_reaches_the_program_and_the_bytes_stay() -> None:
+    class Interrupted(MemoryStorage):
+        interrupts = 1
+
+        async def put(self, key: str, data: Any, *args: Any, **kwargs: Any) -> PutResult:
+            if self.interrupts:
+                self.interrupts -= 1
+                raise KeyboardInterrupt
+            return await super().put(key, data)
+
+    storage = Interrupted()
+    puts = pool(storage)
+
+    async def main() -> None:
+        await puts.put("a", b"1")
+        await anyio.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+    assert puts.pending("a") == b"1"
+    asyncio.run(puts.flush())
+    assert asyncio.run(storage.get("a")).data == b"1"

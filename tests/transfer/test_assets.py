@@ -1,0 +1,80 @@
+"""Looking references up in manifests."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from icechunk.errors import FormatError
+from icechunk.format.ids import NodeId, ObjectId
+from icechunk.format.tables import (
+    ID12,
+    NATIVE,
+    ChunkRefs,
+    DimensionShape,
+    Manifest,
+    ManifestRef,
+    NodeKind,
+    NodeSnapshot,
+)
+from icechunk.storage.memory import MemoryStorage
+from icechunk.transfer.assets import Assets
+
+NODE = NodeId(b"nodenode")
+
+
+def refs_at(coords: list[tuple[int, int]]) -> ChunkRefs:
+    n = len(coords)
+    return ChunkRefs(
+        coords=np.array(coords, np.uint32).reshape(n, 2),
+        kind=np.full(n, NATIVE, np.uint8),
+        offset=np.array([100 * i + j for i, j in coords], np.uint64),
+        length=np.ones(n, np.uint64),
+        chunk_id=np.zeros(n, ID12),
+        location=np.full(n, -1, np.int32),
+    )
+
+
+def tiled(tiles: int, node_id: NodeId = NODE) -> tuple[Assets, NodeSnapshot]:
+    """An array of 4 tiles x 4 tiles of 3 x 3 chunks at the most, the diagonal of each tile written."""
+    assets = Assets(
+        MemoryStorage(), max_requests=4, num_snapshot_nodes=10, num_chunk_refs=10_000, num_transaction_changes=0
+    )
+    manifest_refs = []
+    for n, (i, j) in enumerate(itertools.islice(itertools.product(range(4), repeat=2), tiles)):
+        id = ObjectId(n.to_bytes(12))
+        coords = [(3 * i + k, 3 * j + k) for k in range(3)]
+        assets.keep_manifest(Manifest(id=id, arrays={node_id: refs_at(coords)}))
+        manifest_refs.append(ManifestRef(id, ((3 * i, 3 * i + 3), (3 * j, 3 * j + 3))))
+    node = NodeSnapshot(
+        id=NODE,
+        path="/a",
+        kind=NodeKind.ARRAY,
+        user_data=b"{}",
+        shape=(DimensionShape(12, 12), DimensionShape(12, 12)),
+        manifests=tuple(manifest_refs),
+    )
+    return assets, node
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 16])
+async def test_reference_is_found_in_the_manifest_that_covers_it_however_often_one_asks(tiles: int) -> None:
+    assets, node = tiled(tiles)
+    written = {
+        (3 * i + k, 3 * j + k)
+        for i, j in itertools.islice(itertools.product(range(4), repeat=2), tiles)
+        for k in range(3)
+    }
+    for _ in range(8):
+        for coords in itertools.product(range(12), repeat=2):
+            ref = await assets.reference(node, coords)
+            assert (ref is not None) == (coords in written)
+            assert ref is None or (ref.kind, ref.offset, ref.length) == (NATIVE, 100 * coords[0] + coords[1], 1)
+
+
+async def test_manifest_that_knows_nothing_of_its_array_is_a_damaged_file() -> None:
+    assets, node = tiled(1, NodeId(b"another!"))
+    with pytest.raises(FormatError, match="no references of array '/a'"):
+        await assets.reference(node, (0, 0))
