@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from icechunk.committing import Commit, commit
+from icechunk.committing import Commit, How, commit
 from icechunk.config import RepositoryConfig
 from icechunk.conflicts import ConflictSolver
 from icechunk.core import Core
@@ -239,33 +239,10 @@ class Session:
         CommitOutcomeUnknown
             No certain answer came before a cancellation or close; `Repository.settle` tells.
         """
-        require_text("message", message)
-        described = self._core.default_metadata | json_metadata("metadata", metadata)
         require_type("rebase_with", rebase_with, ConflictSolver, optional=True)
         if rebase_tries < 0:
             raise InvalidInputError(f"rebase_tries is a number of tries, it cannot be {rebase_tries}")
-        branch = self._begin_commit(allow_empty)
-        wanted = Commit(
-            branch=branch,
-            message=message,
-            metadata=described,
-            since_us=self._since_us,
-            on_sent=self._note_sent,
-        )
-        try:
-            snapshot = await self._commit(wanted, rebase_with, rebase_tries)
-        except Exception as error:
-            self._phase = _Phase.UNSETTLED if isinstance(error, CommitOutcomeUnknown) else _Phase.WRITABLE
-            raise
-        except BaseException:
-            # Cancelled: an entry that was sent goes on without us, and may land.
-            self._phase = _Phase.UNSETTLED if self._phase is _Phase.SWAPPING else _Phase.WRITABLE
-            raise
-        with self._lock:
-            self._log = SessionLog(snapshot, self._core.sources.new_node_id)
-            self._branch = None
-            self._phase = _Phase.READ_ONLY
-        return self.snapshot_id
+        return await self._write_snapshot(How.COMMIT, message, metadata, allow_empty, rebase_with, rebase_tries)
 
     def commit(
         self,
@@ -282,6 +259,74 @@ class Session:
                 message, metadata, rebase_with=rebase_with, rebase_tries=rebase_tries, allow_empty=allow_empty
             )
         )
+
+    async def amend_async(
+        self, message: str, *, metadata: Mapping[str, Any] | None = None, allow_empty: bool = False
+    ) -> str:
+        """Replace the branch's tip, on which the session stands, by a snapshot that has the session's changes as well.
+
+        Its parent is the tip's. What the tip changed counts as changed by the new snapshot. The old one stays readable
+        by its id until a collection. Parameters, errors and what holds after them are those of `commit_async`.
+
+        Raises
+        ------
+        SessionStateError
+            Kind ``no-amend-for-initial-commit``: the branch is at the repository's first snapshot.
+        ConflictError
+            The branch moved since the session began.
+        """
+        return await self._write_snapshot(How.AMEND, message, metadata, allow_empty)
+
+    def amend(self, message: str, *, metadata: Mapping[str, Any] | None = None, allow_empty: bool = False) -> str:
+        """Synchronous twin of `amend_async`."""
+        return run_sync(self.amend_async(message, metadata=metadata, allow_empty=allow_empty))
+
+    async def flush_async(self, message: str, *, metadata: Mapping[str, Any] | None = None) -> str:
+        """Make the changes, if there are any, a snapshot that no branch points to.
+
+        It can be read by its id, tagged, and branched from, until a collection removes it. The session is read-only
+        then and stands on it. Parameters and errors are those of `commit_async`, but that the branch may have moved.
+        """
+        return await self._write_snapshot(How.FLUSH, message, metadata, allow_empty=True)
+
+    def flush(self, message: str, *, metadata: Mapping[str, Any] | None = None) -> str:
+        """Synchronous twin of `flush_async`."""
+        return run_sync(self.flush_async(message, metadata=metadata))
+
+    async def _write_snapshot(
+        self,
+        how: How,
+        message: str,
+        metadata: Mapping[str, Any] | None,
+        allow_empty: bool,
+        solver: ConflictSolver | None = None,
+        tries: int = 0,
+    ) -> str:
+        require_text("message", message)
+        described = self._core.default_metadata | json_metadata("metadata", metadata)
+        branch = self._begin_commit(allow_empty)
+        wanted = Commit(
+            how=how,
+            branch=branch,
+            message=message,
+            metadata=described,
+            since_us=self._since_us,
+            on_sent=self._note_sent,
+        )
+        try:
+            snapshot = await self._commit(wanted, solver, tries)
+        except Exception as error:
+            self._phase = _Phase.UNSETTLED if isinstance(error, CommitOutcomeUnknown) else _Phase.WRITABLE
+            raise
+        except BaseException:
+            # Cancelled: an entry that was sent goes on without us, and may land.
+            self._phase = _Phase.UNSETTLED if self._phase is _Phase.SWAPPING else _Phase.WRITABLE
+            raise
+        with self._lock:
+            self._log = SessionLog(snapshot, self._core.sources.new_node_id)
+            self._branch = None
+            self._phase = _Phase.READ_ONLY
+        return self.snapshot_id
 
     async def rebase_async(self, solver: ConflictSolver) -> None:
         """Put the session's changes on top of what was committed to its branch since.
