@@ -48,8 +48,8 @@ class ForkSession(Session):
     Its status, and what `Session.discard_changes` forgets, are its own changes only.
     """
 
-    def __init__(self, core: Core, log: SessionLog, position: int, *, since_us: int) -> None:
-        super().__init__(core, log.base, since_us=since_us)
+    def __init__(self, core: Core, log: SessionLog, position: int, *, since_us: int, rearrange: bool) -> None:
+        super().__init__(core, log.base, since_us=since_us, rearrange=rearrange)
         self._adopt(log, position)
 
     def _adopt(self, log: SessionLog, position: int) -> None:
@@ -71,7 +71,7 @@ class ForkSession(Session):
     def discard_changes(self) -> None:
         """Forget all changes since it was forked."""
         with self._lock:
-            self._require_writable()
+            self._require_changeable()
             self._log.rollback(self._origin)
             self._puts.discard()
 
@@ -93,13 +93,16 @@ class ForkSession(Session):
                 "log": self._log.to_bytes(),
                 "position": self._origin.position,
                 "since_us": self._since_us,
+                "rearrange": self._rearrange,
             }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         core = _shared_core(state["core"])
         base = _arrived(core, state["base"], state["snapshot"])
         log = SessionLog.from_bytes(state["log"], base, core.sources.new_node_id)
-        ForkSession.__init__(self, core, log, state["position"], since_us=state["since_us"])
+        ForkSession.__init__(
+            self, core, log, state["position"], since_us=state["since_us"], rearrange=state["rearrange"]
+        )
 
     def _refuse_commit(self) -> None:
         raise SessionStateError(

@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import html
 import itertools
+import operator
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from icechunk.committing import Commit, How, commit
 from icechunk.config import RepositoryConfig
@@ -41,8 +43,10 @@ from icechunk.errors import (
 from icechunk.format.ids import encode_id
 from icechunk.format.tables import NATIVE, VIRTUAL, ChunkRef, ChunkRefs, NodeKind, NodeSnapshot, Snapshot
 from icechunk.inputs import json_metadata, require_text, require_type
+from icechunk.log.columns import concat, normalized
 from icechunk.log.compaction import Plan, plan
 from icechunk.log.merging import merge
+from icechunk.log.reindexing import Reindex, reindexed, shifted
 from icechunk.log.session_log import ABSENT, IN_BASE, Savepoint, SessionLog
 from icechunk.reading import base_references, read_chunk
 from icechunk.rebasing import check_fork, rebase_onto_tip
@@ -81,8 +85,17 @@ class Session:
     threads. A read-only session pickles; a writable one refuses.
     """
 
-    def __init__(self, core: Core, base: Snapshot, *, branch: str | None = None, since_us: int = 0) -> None:
+    def __init__(
+        self,
+        core: Core,
+        base: Snapshot,
+        *,
+        branch: str | None = None,
+        since_us: int = 0,
+        rearrange: bool = False,
+    ) -> None:
         self._core = core
+        self._rearrange = rearrange
         self._log = SessionLog(base, core.sources.new_node_id)
         self._branch = branch
         self._phase = _Phase.READ_ONLY if branch is None else _Phase.WRITABLE
@@ -101,8 +114,10 @@ class Session:
 
     @property
     def mode(self) -> SessionMode:
-        """Whether the session is for reading or for writing."""
-        return SessionMode.readonly if self.read_only else SessionMode.writable
+        """Whether the session is for reading, for writing, or for moving nodes only."""
+        if self.read_only:
+            return SessionMode.readonly
+        return SessionMode.rearrange if self._rearrange else SessionMode.writable
 
     @property
     def snapshot_id(self) -> str:
@@ -157,7 +172,7 @@ class Session:
             The session is read-only.
         """
         with self._lock:
-            self._require_writable()
+            self._require_changeable()
             self._log.discard()
             self._puts.discard()
             self._discards += 1
@@ -171,7 +186,7 @@ class Session:
             The session is read-only.
         """
         with self._lock:
-            self._require_writable()
+            self._require_changeable()
             return self._log.savepoint()
 
     def rollback(self, savepoint: Savepoint) -> None:
@@ -185,7 +200,7 @@ class Session:
             The session is read-only.
         """
         with self._lock:
-            self._require_writable()
+            self._require_changeable()
             self._log.rollback(savepoint)
 
     async def commit_async(
@@ -360,7 +375,7 @@ class Session:
                     "to, or open one",
                     ErrorKind.COMMIT_NOT_ALLOWED,
                 )
-            self._require_writable()
+            self._require_changeable()
             branch, self._phase = self._branch, _Phase.REBASING
         try:
             await self._rebase(branch, solver)
@@ -417,11 +432,11 @@ class Session:
                 raise SessionStateError(
                     "cannot fork a read-only session: it pickles as it is", ErrorKind.CANNOT_FORK_READ_ONLY_SESSION
                 )
-            self._require_writable()
+            self._require_changeable()
         self._land_chunks()
         with self._lock:
             log = self._log.rebased(self._log.base)
-        return ForkSession(self._core, log, len(log.events), since_us=self._since_us)
+        return ForkSession(self._core, log, len(log.events), since_us=self._since_us, rearrange=self._rearrange)
 
     async def merge_async(self, *others: Session) -> None:
         """Take over what forks changed.
@@ -449,7 +464,7 @@ class Session:
         for other in others:
             require_type("others", other, Session)
         with self._lock:
-            self._require_writable()
+            self._require_changeable()
         forks = [other for other in others if other is not self]
         await run_all(*(fork._puts.flush for fork in forks))
         parts = [fork._own_changes() for fork in forks]
@@ -459,7 +474,7 @@ class Session:
                     now = self._log.base.with_nodes({node.path: node for node in self._log.nodes()})
                 await check_fork(self._core, log, origin, now)
         with self._lock:
-            self._require_writable()
+            self._require_changeable()
             before = self._log.savepoint()
             try:
                 for log, origin in parts:
@@ -525,6 +540,15 @@ class Session:
                 self._phase = _Phase.WRITABLE
 
     def _require_writable(self) -> None:
+        self._require_changeable()
+        if self._rearrange:
+            raise SessionStateError(
+                "this session was opened to rearrange the hierarchy, and takes no other changes; commit it or leave "
+                "it, and open an ordinary writable session",
+                ErrorKind.REARRANGE_SESSION_ONLY,
+            )
+
+    def _require_changeable(self) -> None:
         match self._phase:
             case _Phase.READ_ONLY:
                 raise ReadOnlyError("this session is read-only; open a writable session on a branch to change anything")
@@ -579,6 +603,126 @@ class Session:
             self._require_writable()
             if self._log.node(path) is not None:
                 self._log.delete_node(path)
+
+    async def move_async(self, from_path: str, to_path: str) -> None:
+        """Move a node, with everything below it, to another path; no data moves.
+
+        Parameters
+        ----------
+        from_path, to_path
+            Absolute. There is nothing at the second yet, and it is not below the first; its parent is a group.
+
+        Raises
+        ------
+        SessionStateError
+            The session was not made by `Repository.rearrange_session` (kind ``non-rearrange-session``); or
+            ``move-into-self-or-descendant``, ``move-destination-parent-missing``, ``move-destination-parent-not-group``.
+        NodeNotFoundError
+            There is nothing at the first path.
+        AlreadyExistsError
+            There is something at the second (kind ``move-wont-overwrite``).
+        ReadOnlyError
+            The session is read-only.
+        """
+        self.move(from_path, to_path)
+
+    def move(self, from_path: str, to_path: str) -> None:
+        """Synchronous twin of `move_async`."""
+        with self._lock:
+            self._require_changeable()
+            if not self._rearrange:
+                raise SessionStateError(
+                    f"cannot move {from_path}: nodes are moved in sessions of their own; open one with "
+                    "Repository.rearrange_session",
+                    ErrorKind.NON_REARRANGE_SESSION,
+                )
+            self._log.move_node(_absolute(from_path), _absolute(to_path))
+
+    async def shift_array_async(self, array_path: str, chunk_offset: Iterable[int]) -> None:
+        """Move every chunk of an array by an offset; chunks that leave the grid are gone, and no data moves.
+
+        Parameters
+        ----------
+        array_path
+            Absolute.
+        chunk_offset
+            In chunks, for each dimension one number of either sign.
+
+        Raises
+        ------
+        InvalidInputError
+            Another number of dimensions (kind ``invalid-chunk-index``), or not an array (``not-an-array``).
+        NodeNotFoundError
+            There is nothing at this path.
+        ReadOnlyError
+            The session is read-only.
+        """
+        offset = tuple(operator.index(n) for n in chunk_offset)
+        node, refs = await self._all_references(array_path)
+        grid = [dimension.num_chunks for dimension in node.shape]
+        if len(offset) != len(grid):
+            raise InvalidInputError(
+                f"cannot shift array {node.path!r} by {list(offset)}: it has {len(grid)} dimensions",
+                ErrorKind.INVALID_CHUNK_INDEX,
+            )
+        if any(offset):
+            self._replace_chunks(node, *shifted(refs, grid, offset))
+
+    def shift_array(self, array_path: str, chunk_offset: Iterable[int]) -> None:
+        """Synchronous twin of `shift_array_async`."""
+        run_sync(self.shift_array_async(array_path, chunk_offset))
+
+    async def reindex_array_async(self, array_path: str, forward: Reindex, backward: Reindex | None = None) -> None:
+        """Move the chunks of an array to the places that a function says; no data moves.
+
+        Parameters
+        ----------
+        array_path
+            Absolute.
+        forward
+            Given the coordinates of a chunk, those that it moves to; None: nowhere.
+        backward
+            Given the coordinates of a chunk, those from which its place is filled: where there is nothing to fill it
+            with, and nothing moves there, the chunk is deleted. Without it, it stays there too.
+
+        Raises
+        ------
+        InvalidInputError
+            ``forward`` gave coordinates outside the grid (kind ``invalid-chunk-index``), or not an array
+            (``not-an-array``). Nothing has moved then, nor if one of the functions raises.
+        NodeNotFoundError
+            There is nothing at this path.
+        ReadOnlyError
+            The session is read-only.
+        """
+        node, refs = await self._all_references(array_path)
+        grid = [dimension.num_chunks for dimension in node.shape]
+        self._replace_chunks(node, *reindexed(refs, grid, forward, backward))
+
+    def reindex_array(self, array_path: str, forward: Reindex, backward: Reindex | None = None) -> None:
+        """Synchronous twin of `reindex_array_async`."""
+        run_sync(self.reindex_array_async(array_path, forward, backward))
+
+    async def _all_references(self, array_path: str) -> tuple[NodeSnapshot, ChunkRefs]:
+        with self._lock:
+            self._require_writable()
+        node = self.require_array(_absolute(array_path))
+        parts = [ChunkRefs.empty(len(node.shape))]
+        async with aclosing(self.chunk_references(node.path)) as batches:
+            async for refs in batches:
+                parts.append(refs)
+        return node, normalized(concat(parts))
+
+    def _replace_chunks(self, node: NodeSnapshot, refs: ChunkRefs, vacated: npt.NDArray[np.uint32]) -> None:
+        with self._lock:
+            self._require_writable()
+            before = self._log.savepoint()
+            try:
+                self._log.set_refs(node, refs)
+                self._log.delete_chunks(node, vacated)
+            except BaseException:
+                self._log.rollback(before)
+                raise
 
     def delete_chunk(self, path: str, coords: tuple[int, ...]) -> None:
         """Delete a chunk; one that does not exist, or lies outside the grid, is fine."""

@@ -14,6 +14,7 @@ from icechunk.inputs import WrongTypeError, require_type
 from icechunk.refs.base import SwapToken
 from icechunk.refs.state import ONLINE, RepoState
 from icechunk.repository.base import RepositoryBase, select
+from icechunk.repository.views import require_feature
 from icechunk.session import Session
 from icechunk.store import IcechunkStore
 from icechunk.sync import run_sync
@@ -83,17 +84,39 @@ class Sessions(RepositoryBase):
         ReadOnlyError
             The repository's status is read-only.
         """
+        return await self._session_on(branch, await self._core.state())
+
+    async def _session_on(self, branch: str, state: RepoState, *, rearrange: bool = False) -> Session:
         require_type("branch", branch, str)
-        state = await self._core.state()
         _require_online(state)
         log = await self._core.log()
         since_us = log.store_time_us
         base = await self._core.assets.snapshot(state.branch_tip(branch))
-        return Session(self._core, base, branch=branch, since_us=since_us)
+        return Session(self._core, base, branch=branch, since_us=since_us, rearrange=rearrange)
 
     def writable_session(self, branch: str) -> Session:
         """Synchronous twin of `writable_session_async`."""
         return run_sync(self.writable_session_async(branch))
+
+    async def rearrange_session_async(self, branch: str) -> Session:
+        """Begin moving nodes on top of a branch's newest version, with `Session.move`; nothing else can be changed.
+
+        Raises
+        ------
+        RefNotFoundError
+            There is no such branch.
+        ReadOnlyError
+            The repository's status is read-only.
+        SessionStateError
+            The feature flag ``move_node`` is off.
+        """
+        state = await self._core.state()
+        require_feature(state.disabled_feature_flags or (), "move_node")
+        return await self._session_on(branch, state, rearrange=True)
+
+    def rearrange_session(self, branch: str) -> Session:
+        """Synchronous twin of `rearrange_session_async`."""
+        return run_sync(self.rearrange_session_async(branch))
 
     @asynccontextmanager
     async def transaction_async(
