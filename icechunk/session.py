@@ -615,8 +615,9 @@ class Session:
         Raises
         ------
         SessionStateError
-            The session was not made by `Repository.rearrange_session` (kind ``non-rearrange-session``); or
-            ``move-into-self-or-descendant``, ``move-destination-parent-missing``, ``move-destination-parent-not-group``.
+            The session was not made by `Repository.rearrange_session` (kind ``non-rearrange-session``); or the
+            second path is below the first (``move-into-self-or-descendant``), or has no parent that is a group
+            (``move-destination-parent-missing``, ``move-destination-parent-not-group``).
         NodeNotFoundError
             There is nothing at the first path.
         AlreadyExistsError
