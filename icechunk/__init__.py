@@ -100,6 +100,7 @@ from icechunk.errors import (
     SnapshotNotFoundError,
     StorageError,
 )
+from icechunk.forking import ForkSession
 from icechunk.ops import (
     GCSummary,
     Update,
@@ -170,6 +171,7 @@ __all__ = [
     "EngineConfig",
     "ErrorKind",
     "FeatureFlag",
+    "ForkSession",
     "FormatError",
     "GCSummary",
     "GcsBearerCredential",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import partial
 from typing import Any
 
 from icechunk.core import Core
-from icechunk.errors import ConflictError
+from icechunk.errors import ConflictError, ErrorKind, SessionStateError
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.keys import manifest_key, snapshot_key, transaction_key
 from icechunk.format.manifest import encode_manifest
@@ -17,23 +18,37 @@ from icechunk.format.snapshot import encode_snapshot
 from icechunk.format.tables import Manifest, Snapshot
 from icechunk.format.transaction import encode_transaction_log
 from icechunk.log.compaction import Compaction, Plan, compact, finish
+from icechunk.log.diff import combined
+from icechunk.log.reuse import reuse
 from icechunk.refs.base import OnSent, RepositoryLog
-from icechunk.refs.events import CommitAdded, Event
-from icechunk.refs.state import RepoState
+from icechunk.refs.events import CommitAdded, CommitAmended, DetachedSnapshotAdded, Event
+from icechunk.refs.state import RepoState, require_snapshot
 from icechunk.transfer.assets import off_loop
 from icechunk.transfer.packs import Packs
 from icechunk.transfer.tasks import run_all, run_each
 
-__all__ = ["Commit", "commit"]
+__all__ = ["Commit", "How", "commit"]
 
 _BYTES_PER_REF = 64
 """About what a reference costs to encode; decides whether that happens in a thread."""
+
+
+class How(Enum):
+    """What becomes of the new snapshot."""
+
+    COMMIT = "commit"
+    """The branch's next tip."""
+    AMEND = "amend"
+    """The branch's tip, in place of the one that the session stands on."""
+    FLUSH = "flush"
+    """A child of the session's base that no branch points to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
     """What a caller wants committed."""
 
+    how: How = How.COMMIT
     branch: str
     message: str
     metadata: Mapping[str, Any]
@@ -41,6 +56,8 @@ class Commit:
     """Store time, µs, not later than the first upload for this commit."""
     on_sent: OnSent
     """Told when the swap is sent, and when it is certainly lost: in between a cancellation leaves the outcome open."""
+    written: dict[ObjectId, tuple[Manifest, int]] = field(default_factory=dict)
+    """Manifests that earlier tries of this commit have put, and their sizes; each try adds its own."""
 
 
 async def commit(core: Core, base: Snapshot, make_plan: Callable[[], Plan], puts: Packs, wanted: Commit) -> Snapshot:
@@ -57,6 +74,8 @@ async def commit(core: Core, base: Snapshot, make_plan: Callable[[], Plan], puts
 
     Raises
     ------
+    SessionStateError
+        To amend: the base is the first snapshot (kind ``no-amend-for-initial-commit``).
     ConflictError
         The branch is not at the session's base any more; nothing of this commit is visible.
     CommitOutcomeUnknown
@@ -65,28 +84,44 @@ async def commit(core: Core, base: Snapshot, make_plan: Callable[[], Plan], puts
         Something could not be written; nothing of this commit is visible.
     """
     repository_log = await core.log()
-    if repository_log.state.branches.get(wanted.branch) != base.id:
+    if wanted.how is not How.FLUSH and repository_log.state.branches.get(wanted.branch) != base.id:
         # Perhaps this loop's client has only not looked for a while; if the branch did move, nothing need be uploaded.
         _require_tip(await repository_log.refresh(), wanted.branch, base.id)
+    before = require_snapshot(repository_log.state, base.id)
+    if wanted.how is How.AMEND and before.parent is None:
+        raise SessionStateError(
+            "cannot amend: the branch is at the repository's first snapshot, which stays; commit instead",
+            ErrorKind.NO_AMEND_FOR_INITIAL_COMMIT,
+        )
     # Format 1 keeps ancestry in the snapshots.
     parent_id = base.id if repository_log.spec_version == 1 else None
     compaction = await _compact(core, make_plan(), wanted, parent_id)
-    snapshot = await _write(core, repository_log, puts, compaction)
+    if wanted.how is How.AMEND:
+        amended = await core.assets.transaction_log(base.id)
+        compaction = replace(compaction, transaction=combined(amended, compaction.transaction))
+    if wanted.written:
+        compaction = reuse(compaction, [manifest for manifest, _ in wanted.written.values()])
+    snapshot = await _write(core, repository_log, puts, compaction, wanted.written)
     record = SnapshotRecord(
         id=snapshot.id,
-        parent=base.id,
+        parent=before.parent if wanted.how is How.AMEND else base.id,
         flushed_at_us=snapshot.flushed_at_us,
         message=wanted.message,
         metadata=dict(wanted.metadata),
+        pruned_ancestor_tx_logs=before.pruned_ancestor_tx_logs if wanted.how is How.AMEND else (),
     )
 
     def propose(state: RepoState) -> Sequence[Event]:
+        if wanted.how is How.FLUSH:
+            return [DetachedSnapshotAdded(snapshot=record)]
         _require_tip(state, wanted.branch, base.id)
+        if wanted.how is How.AMEND:
+            return [CommitAmended(branch=wanted.branch, previous=base.id, snapshot=record)]
         return [CommitAdded(branch=wanted.branch, snapshot=record)]
 
     await repository_log.append(propose, since_us=wanted.since_us, on_sent=wanted.on_sent)
     core.assets.keep_snapshot(snapshot)
-    for manifest in compaction.manifests:
+    for manifest, _ in wanted.written.values():
         core.assets.keep_manifest(manifest)
     return snapshot
 
@@ -122,10 +157,16 @@ async def _compact(core: Core, todo: Plan, wanted: Commit, parent_id: ObjectId |
     )
 
 
-async def _write(core: Core, log: RepositoryLog, puts: Packs, compaction: Compaction) -> Snapshot:
+async def _write(
+    core: Core,
+    log: RepositoryLog,
+    puts: Packs,
+    compaction: Compaction,
+    written: dict[ObjectId, tuple[Manifest, int]],
+) -> Snapshot:
     level, spec_version = core.settings.compression_level, log.spec_version
     files: list[tuple[str, bytes]] = []
-    sizes: dict[ObjectId, int] = {}
+    sizes = {id: size for id, (_, size) in written.items()}
     for manifest in compaction.manifests:
         encode = partial(encode_manifest, manifest, spec_version, level)
         data = await off_loop(manifest.num_chunk_refs * _BYTES_PER_REF, encode)
@@ -139,4 +180,5 @@ async def _write(core: Core, log: RepositoryLog, puts: Packs, compaction: Compac
         await core.storage.put(*file)
 
     await run_all(log.prepare_writes, puts.flush, partial(run_each, put, files, limit=core.settings.max_requests))
+    written.update({manifest.id: (manifest, sizes[manifest.id]) for manifest in compaction.manifests})
     return snapshot

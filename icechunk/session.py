@@ -6,6 +6,8 @@ A writable session goes through these states::
        ▲                            │                            │ │
        └──── refused or failed ─────┴────────────────────────────┘ └─ outcome unknown ─▶ unsettled
 
+A rebase is a state of its own, between writable and writable; one that a commit does is part of the commit.
+
 Who owns what: the session owns its log and its put pool. State changes are short critical sections under one
 lock and never await, so loops and threads may share a session; what is written while a commit runs is refused,
 never silently left out.
@@ -14,19 +16,24 @@ never silently left out.
 from __future__ import annotations
 
 import html
+import itertools
+import operator
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
-from icechunk.committing import Commit, commit
+from icechunk.committing import Commit, How, commit
 from icechunk.config import RepositoryConfig
+from icechunk.conflicts import ConflictSolver
 from icechunk.core import Core
 from icechunk.errors import (
     CommitOutcomeUnknown,
+    ConflictError,
     ErrorKind,
     InvalidInputError,
     NodeNotFoundError,
@@ -35,21 +42,31 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import encode_id
 from icechunk.format.tables import NATIVE, VIRTUAL, ChunkRef, ChunkRefs, NodeKind, NodeSnapshot, Snapshot
-from icechunk.inputs import json_metadata, require_text
+from icechunk.inputs import json_metadata, require_text, require_type
+from icechunk.log.columns import concat, normalized
 from icechunk.log.compaction import Plan, plan
+from icechunk.log.merging import merge
+from icechunk.log.reindexing import Reindex, reindexed, shifted
 from icechunk.log.session_log import ABSENT, IN_BASE, Savepoint, SessionLog
 from icechunk.reading import base_references, read_chunk
+from icechunk.rebasing import check_fork, rebase_onto_tip
 from icechunk.refs.base import SwapToken
+from icechunk.refs.swap import backoff_s
 from icechunk.snapshots import Diff
 from icechunk.status import SessionMode
 from icechunk.storage.base import ByteRange
 from icechunk.sync import run_sync
+from icechunk.transfer.tasks import run_all
 from icechunk.virtual import ChunkType
 
 if TYPE_CHECKING:
+    from icechunk.forking import ForkSession
     from icechunk.store import IcechunkStore
 
 __all__ = ["Session"]
+
+_LONGEST_BACKOFF_ROUND = 4
+"""Pauses between tries of a commit grow up to this one: a longer one would only let more others pass."""
 
 
 class _Phase(Enum):
@@ -58,6 +75,7 @@ class _Phase(Enum):
     COMMITTING = "committing"
     SWAPPING = "swapping"
     UNSETTLED = "unsettled"
+    REBASING = "rebasing"
 
 
 class Session:
@@ -67,8 +85,17 @@ class Session:
     threads. A read-only session pickles; a writable one refuses.
     """
 
-    def __init__(self, core: Core, base: Snapshot, *, branch: str | None = None, since_us: int = 0) -> None:
+    def __init__(
+        self,
+        core: Core,
+        base: Snapshot,
+        *,
+        branch: str | None = None,
+        since_us: int = 0,
+        rearrange: bool = False,
+    ) -> None:
         self._core = core
+        self._rearrange = rearrange
         self._log = SessionLog(base, core.sources.new_node_id)
         self._branch = branch
         self._phase = _Phase.READ_ONLY if branch is None else _Phase.WRITABLE
@@ -87,8 +114,10 @@ class Session:
 
     @property
     def mode(self) -> SessionMode:
-        """Whether the session is for reading or for writing."""
-        return SessionMode.readonly if self.read_only else SessionMode.writable
+        """Whether the session is for reading, for writing, or for moving nodes only."""
+        if self.read_only:
+            return SessionMode.readonly
+        return SessionMode.rearrange if self._rearrange else SessionMode.writable
 
     @property
     def snapshot_id(self) -> str:
@@ -143,7 +172,7 @@ class Session:
             The session is read-only.
         """
         with self._lock:
-            self._require_writable()
+            self._require_changeable()
             self._log.discard()
             self._puts.discard()
             self._discards += 1
@@ -157,7 +186,7 @@ class Session:
             The session is read-only.
         """
         with self._lock:
-            self._require_writable()
+            self._require_changeable()
             return self._log.savepoint()
 
     def rollback(self, savepoint: Savepoint) -> None:
@@ -171,11 +200,17 @@ class Session:
             The session is read-only.
         """
         with self._lock:
-            self._require_writable()
+            self._require_changeable()
             self._log.rollback(savepoint)
 
     async def commit_async(
-        self, message: str, metadata: Mapping[str, Any] | None = None, *, allow_empty: bool = False
+        self,
+        message: str,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        rebase_with: ConflictSolver | None = None,
+        rebase_tries: int = 1000,
+        allow_empty: bool = False,
     ) -> str:
         """Make the changes a new snapshot of the branch, atomically.
 
@@ -189,6 +224,11 @@ class Session:
             For people, kept in the history.
         metadata
             JSON values kept with the snapshot, over the repository's default commit metadata.
+        rebase_with
+            Where the branch moved since the session began: rebase with this solver and commit again. Chunks are not
+            uploaded again, nor are manifests that come out the same.
+        rebase_tries
+            So many times at the most.
         allow_empty
             Commit even if nothing changed.
 
@@ -200,7 +240,10 @@ class Session:
         Raises
         ------
         ConflictError
-            The branch moved since the session began. Open a new session on it and repeat the work.
+            The branch moved since the session began, and no rebase was asked for, or no try is left. Rebase, or open
+            a new session on it and repeat the work.
+        RebaseFailedError
+            The solver does not settle all conflicts, as in `rebase`.
         SessionStateError
             Nothing changed (kind ``no-changes-to-commit``), or the session is read-only or unsettled
             (kind ``commit-not-allowed``).
@@ -211,10 +254,74 @@ class Session:
         CommitOutcomeUnknown
             No certain answer came before a cancellation or close; `Repository.settle` tells.
         """
+        require_type("rebase_with", rebase_with, ConflictSolver, optional=True)
+        if rebase_tries < 0:
+            raise InvalidInputError(f"rebase_tries is a number of tries, it cannot be {rebase_tries}")
+        return await self._write_snapshot(How.COMMIT, message, metadata, allow_empty, rebase_with, rebase_tries)
+
+    def commit(
+        self,
+        message: str,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        rebase_with: ConflictSolver | None = None,
+        rebase_tries: int = 1000,
+        allow_empty: bool = False,
+    ) -> str:
+        """Synchronous twin of `commit_async`."""
+        return run_sync(
+            self.commit_async(
+                message, metadata, rebase_with=rebase_with, rebase_tries=rebase_tries, allow_empty=allow_empty
+            )
+        )
+
+    async def amend_async(
+        self, message: str, *, metadata: Mapping[str, Any] | None = None, allow_empty: bool = False
+    ) -> str:
+        """Replace the branch's tip, on which the session stands, by a snapshot that has the session's changes as well.
+
+        Its parent is the tip's. What the tip changed counts as changed by the new snapshot. The old one stays readable
+        by its id until a collection. Parameters, errors and what holds after them are those of `commit_async`.
+
+        Raises
+        ------
+        SessionStateError
+            Kind ``no-amend-for-initial-commit``: the branch is at the repository's first snapshot.
+        ConflictError
+            The branch moved since the session began.
+        """
+        return await self._write_snapshot(How.AMEND, message, metadata, allow_empty)
+
+    def amend(self, message: str, *, metadata: Mapping[str, Any] | None = None, allow_empty: bool = False) -> str:
+        """Synchronous twin of `amend_async`."""
+        return run_sync(self.amend_async(message, metadata=metadata, allow_empty=allow_empty))
+
+    async def flush_async(self, message: str, *, metadata: Mapping[str, Any] | None = None) -> str:
+        """Make the changes, if there are any, a snapshot that no branch points to.
+
+        It can be read by its id, tagged, and branched from, until a collection removes it. The session is read-only
+        then and stands on it. Parameters and errors are those of `commit_async`, but that the branch may have moved.
+        """
+        return await self._write_snapshot(How.FLUSH, message, metadata, allow_empty=True)
+
+    def flush(self, message: str, *, metadata: Mapping[str, Any] | None = None) -> str:
+        """Synchronous twin of `flush_async`."""
+        return run_sync(self.flush_async(message, metadata=metadata))
+
+    async def _write_snapshot(
+        self,
+        how: How,
+        message: str,
+        metadata: Mapping[str, Any] | None,
+        allow_empty: bool,
+        solver: ConflictSolver | None = None,
+        tries: int = 0,
+    ) -> str:
         require_text("message", message)
         described = self._core.default_metadata | json_metadata("metadata", metadata)
         branch = self._begin_commit(allow_empty)
         wanted = Commit(
+            how=how,
             branch=branch,
             message=message,
             metadata=described,
@@ -222,7 +329,7 @@ class Session:
             on_sent=self._note_sent,
         )
         try:
-            snapshot = await commit(self._core, self._log.base, self._plan, self._puts, wanted)
+            snapshot = await self._commit(wanted, solver, tries)
         except Exception as error:
             self._phase = _Phase.UNSETTLED if isinstance(error, CommitOutcomeUnknown) else _Phase.WRITABLE
             raise
@@ -236,11 +343,172 @@ class Session:
             self._phase = _Phase.READ_ONLY
         return self.snapshot_id
 
-    def commit(self, message: str, metadata: Mapping[str, Any] | None = None, *, allow_empty: bool = False) -> str:
-        """Synchronous twin of `commit_async`."""
-        return run_sync(self.commit_async(message, metadata, allow_empty=allow_empty))
+    async def rebase_async(self, solver: ConflictSolver) -> None:
+        """Put the session's changes on top of what was committed to its branch since.
+
+        Nothing is uploaded. The commits in between are gone through oldest first; where one conflicts in a way that
+        the solver does not settle, the session stands on the commit before it, and can be mended and rebased again.
+        Savepoints made before are not valid after it.
+
+        Parameters
+        ----------
+        solver
+            `ConflictDetector` settles nothing, `BasicConflictSolver` what its choices cover.
+
+        Raises
+        ------
+        RebaseFailedError
+            There are conflicts left; its ``conflicts`` say where.
+        ConflictError
+            The branch was reset to a snapshot that does not come after the session's.
+        RefNotFoundError
+            The branch is gone.
+        SessionStateError
+            The session is read-only or a fork (kind ``commit-not-allowed``), a commit of it is running, or a
+            transaction log is gone (``rebase-tx-log-pruned``).
+        """
+        require_type("solver", solver, ConflictSolver)
+        with self._lock:
+            if self._branch is None:
+                raise SessionStateError(
+                    f"cannot rebase {self._kind}: it goes to no branch; rebase the writable session that it belongs "
+                    "to, or open one",
+                    ErrorKind.COMMIT_NOT_ALLOWED,
+                )
+            self._require_changeable()
+            branch, self._phase = self._branch, _Phase.REBASING
+        try:
+            await self._rebase(branch, solver)
+        finally:
+            self._phase = _Phase.WRITABLE
+
+    def rebase(self, solver: ConflictSolver) -> None:
+        """Synchronous twin of `rebase_async`."""
+        run_sync(self.rebase_async(solver))
+
+    async def _commit(self, wanted: Commit, solver: ConflictSolver | None, tries: int) -> Snapshot:
+        for tried in itertools.count():
+            try:
+                return await commit(self._core, self._log.base, self._plan, self._puts, wanted)
+            except ConflictError:
+                if solver is None or tried == tries:
+                    raise
+            self._phase = _Phase.COMMITTING
+            if tried:
+                # Two that lose to each other in turn would otherwise go on in step.
+                await self._core.sources.sleep(backoff_s(self._core.sources, min(tried, _LONGEST_BACKOFF_ROUND)))
+            await self._rebase(wanted.branch, solver)
+        raise AssertionError
+
+    async def _rebase(self, branch: str, solver: ConflictSolver) -> None:
+        def keep(log: SessionLog) -> None:
+            with self._lock:
+                self._log = log
+
+        await rebase_onto_tip(self._core, self._log, branch, solver, guard=self._lock, keep=keep)
+
+    @property
+    def _kind(self) -> str:
+        return "a read-only session"
+
+    # -- many writers of one session -----------------------------------------------------------------------------
+
+    def fork(self) -> ForkSession:
+        """A session that writes on this one's behalf, and can be sent to other processes.
+
+        It stands where this one stands, uncommitted changes included. Waits for the chunks that are on their way.
+
+        Raises
+        ------
+        SessionStateError
+            The session is read-only (kind ``cannot-fork-read-only-session``: send it as it is), or being committed.
+        StorageError
+            A chunk could not be written.
+        """
+        from icechunk.forking import ForkSession
+
+        with self._lock:
+            if self.read_only:
+                raise SessionStateError(
+                    "cannot fork a read-only session: it pickles as it is", ErrorKind.CANNOT_FORK_READ_ONLY_SESSION
+                )
+            self._require_changeable()
+        self._land_chunks()
+        with self._lock:
+            log = self._log.rebased(self._log.base)
+        return ForkSession(self._core, log, len(log.events), since_us=self._since_us, rearrange=self._rearrange)
+
+    async def merge_async(self, *others: Session) -> None:
+        """Take over what forks changed.
+
+        Where two wrote the same chunk, the one that is merged later wins. The forks stay as they are; merging one
+        again does no harm. After an error nothing is merged, of none of them.
+
+        Parameters
+        ----------
+        others
+            Forks of this session, or of one of its forks.
+
+        Raises
+        ------
+        SessionStateError
+            Kind ``merge-failed``: two created different nodes at one path, or gave one node two documents, or one
+            deleted what the other changed; or a fork stands on a snapshot that is not in this session's history.
+        RebaseFailedError
+            This session was rebased since, and a fork conflicts with what landed meanwhile.
+        ReadOnlyError
+            The session is read-only.
+        StorageError
+            A fork's chunk could not be written.
+        """
+        for other in others:
+            require_type("others", other, Session)
+        with self._lock:
+            self._require_changeable()
+        forks = [other for other in others if other is not self]
+        await run_all(*(fork._puts.flush for fork in forks))
+        parts = [fork._own_changes() for fork in forks]
+        for log, origin in parts:
+            if log.base.id != self._log.base.id:
+                with self._lock:
+                    now = self._log.base.with_nodes({node.path: node for node in self._log.nodes()})
+                await check_fork(self._core, log, origin, now)
+        with self._lock:
+            self._require_changeable()
+            before = self._log.savepoint()
+            try:
+                for log, origin in parts:
+                    merge(self._log, log, origin)
+            except BaseException:
+                self._log.rollback(before)
+                raise
+            self._since_us = min([self._since_us, *(fork._since_us for fork in forks)])
+
+    def merge(self, *others: Session) -> None:
+        """Synchronous twin of `merge_async`."""
+        run_sync(self.merge_async(*others))
+
+    def _own_changes(self) -> tuple[SessionLog, Savepoint]:
+        """A copy of the log, which others may merge without this session's lock, and where its own changes begin."""
+        with self._lock:
+            log = self._log.rebased(self._log.base)
+            return log, log.savepoint_at(self._own_position())
+
+    def _own_position(self) -> int:
+        return 0
+
+    def _land_chunks(self) -> None:
+        if not self._puts.is_idle:
+            run_sync(self._puts.flush())
+
+    def _begin_writing(self) -> None:
+        self._phase = _Phase.WRITABLE
+
+    def _refuse_commit(self) -> None:
+        """Raise where this is not a session that commits."""
 
     def _begin_commit(self, allow_empty: bool) -> str:
+        self._refuse_commit()
         with self._lock:
             if self._phase is not _Phase.WRITABLE or self._branch is None:
                 raise SessionStateError(
@@ -272,11 +540,22 @@ class Session:
                 self._phase = _Phase.WRITABLE
 
     def _require_writable(self) -> None:
+        self._require_changeable()
+        if self._rearrange:
+            raise SessionStateError(
+                "this session was opened to rearrange the hierarchy, and takes no other changes; commit it or leave "
+                "it, and open an ordinary writable session",
+                ErrorKind.REARRANGE_SESSION_ONLY,
+            )
+
+    def _require_changeable(self) -> None:
         match self._phase:
             case _Phase.READ_ONLY:
                 raise ReadOnlyError("this session is read-only; open a writable session on a branch to change anything")
             case _Phase.COMMITTING | _Phase.SWAPPING:
                 raise SessionStateError("a commit of this session is running; wait for it before writing")
+            case _Phase.REBASING:
+                raise SessionStateError("a rebase of this session is running; wait for it before writing")
             case _Phase.UNSETTLED:
                 raise SessionStateError(
                     "the outcome of this session's commit is not known: Repository.settle(session.unsettled_commit) "
@@ -324,6 +603,127 @@ class Session:
             self._require_writable()
             if self._log.node(path) is not None:
                 self._log.delete_node(path)
+
+    async def move_async(self, from_path: str, to_path: str) -> None:
+        """Move a node, with everything below it, to another path; no data moves.
+
+        Parameters
+        ----------
+        from_path, to_path
+            Absolute. There is nothing at the second yet, and it is not below the first; its parent is a group.
+
+        Raises
+        ------
+        SessionStateError
+            The session was not made by `Repository.rearrange_session` (kind ``non-rearrange-session``); or the
+            second path is below the first (``move-into-self-or-descendant``), or has no parent that is a group
+            (``move-destination-parent-missing``, ``move-destination-parent-not-group``).
+        NodeNotFoundError
+            There is nothing at the first path.
+        AlreadyExistsError
+            There is something at the second (kind ``move-wont-overwrite``).
+        ReadOnlyError
+            The session is read-only.
+        """
+        self.move(from_path, to_path)
+
+    def move(self, from_path: str, to_path: str) -> None:
+        """Synchronous twin of `move_async`."""
+        with self._lock:
+            self._require_changeable()
+            if not self._rearrange:
+                raise SessionStateError(
+                    f"cannot move {from_path}: nodes are moved in sessions of their own; open one with "
+                    "Repository.rearrange_session",
+                    ErrorKind.NON_REARRANGE_SESSION,
+                )
+            self._log.move_node(_absolute(from_path), _absolute(to_path))
+
+    async def shift_array_async(self, array_path: str, chunk_offset: Iterable[int]) -> None:
+        """Move every chunk of an array by an offset; chunks that leave the grid are gone, and no data moves.
+
+        Parameters
+        ----------
+        array_path
+            Absolute.
+        chunk_offset
+            In chunks, for each dimension one number of either sign.
+
+        Raises
+        ------
+        InvalidInputError
+            Another number of dimensions (kind ``invalid-chunk-index``), or not an array (``not-an-array``).
+        NodeNotFoundError
+            There is nothing at this path.
+        ReadOnlyError
+            The session is read-only.
+        """
+        offset = tuple(operator.index(n) for n in chunk_offset)
+        node, refs = await self._all_references(array_path)
+        grid = [dimension.num_chunks for dimension in node.shape]
+        if len(offset) != len(grid):
+            raise InvalidInputError(
+                f"cannot shift array {node.path!r} by {list(offset)}: it has {len(grid)} dimensions",
+                ErrorKind.INVALID_CHUNK_INDEX,
+            )
+        if any(offset):
+            self._replace_chunks(node, *shifted(refs, grid, offset))
+
+    def shift_array(self, array_path: str, chunk_offset: Iterable[int]) -> None:
+        """Synchronous twin of `shift_array_async`."""
+        run_sync(self.shift_array_async(array_path, chunk_offset))
+
+    async def reindex_array_async(self, array_path: str, forward: Reindex, backward: Reindex | None = None) -> None:
+        """Move the chunks of an array to the places that a function says; no data moves.
+
+        Parameters
+        ----------
+        array_path
+            Absolute.
+        forward
+            Given the coordinates of a chunk, those that it moves to; None: nowhere.
+        backward
+            Given the coordinates of a chunk, those from which its place is filled: where there is nothing to fill it
+            with, and nothing moves there, the chunk is deleted. Without it, it stays there too.
+
+        Raises
+        ------
+        InvalidInputError
+            ``forward`` gave coordinates outside the grid (kind ``invalid-chunk-index``), or not an array
+            (``not-an-array``). Nothing has moved then, nor if one of the functions raises.
+        NodeNotFoundError
+            There is nothing at this path.
+        ReadOnlyError
+            The session is read-only.
+        """
+        node, refs = await self._all_references(array_path)
+        grid = [dimension.num_chunks for dimension in node.shape]
+        self._replace_chunks(node, *reindexed(refs, grid, forward, backward))
+
+    def reindex_array(self, array_path: str, forward: Reindex, backward: Reindex | None = None) -> None:
+        """Synchronous twin of `reindex_array_async`."""
+        run_sync(self.reindex_array_async(array_path, forward, backward))
+
+    async def _all_references(self, array_path: str) -> tuple[NodeSnapshot, ChunkRefs]:
+        with self._lock:
+            self._require_writable()
+        node = self.require_array(_absolute(array_path))
+        parts = [ChunkRefs.empty(len(node.shape))]
+        async with aclosing(self.chunk_references(node.path)) as batches:
+            async for refs in batches:
+                parts.append(refs)
+        return node, normalized(concat(parts))
+
+    def _replace_chunks(self, node: NodeSnapshot, refs: ChunkRefs, vacated: npt.NDArray[np.uint32]) -> None:
+        with self._lock:
+            self._require_writable()
+            before = self._log.savepoint()
+            try:
+                self._log.set_refs(node, refs)
+                self._log.delete_chunks(node, vacated)
+            except BaseException:
+                self._log.rollback(before)
+                raise
 
     def delete_chunk(self, path: str, coords: tuple[int, ...]) -> None:
         """Delete a chunk; one that does not exist, or lies outside the grid, is fine."""

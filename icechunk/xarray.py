@@ -4,14 +4,13 @@
 encodings there are, and everything it writes stands in the session until ``commit``. Reading needs nothing of ours:
 ``xarray.open_zarr(session.store, consolidated=False)``.
 
-Dask arrays are computed here and now by dask's threads, whichever scheduler is the default: the session lives in this
-process, and its store takes writes from any number of threads.
+Dask arrays are computed here and now by whatever scheduler is the default, in other processes too: their tasks write to
+a fork of the session, which is merged when all are done.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, MutableMapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from icechunk.errors import ErrorKind, ReadOnlyError
@@ -70,8 +69,7 @@ def to_icechunk(
     chunkmanager_store_kwargs
         Passed on to the chunk manager's ``store`` (dask's).
     split_every
-        Width of the tree in which a distributed write merges its workers' changes; a write in one process merges
-        nothing, so it has no effect there.
+        Width of the tree in which the changes of dask's tasks are merged.
 
     Raises
     ------
@@ -99,28 +97,67 @@ def to_icechunk(
         )
     # typed as Any: xarray's overloads know nothing of a store that is not a path, a mapping or fsspec's
     source: Any = obj
-    with _local_threads(source):
-        source.to_zarr(
-            store=session.store,
-            group=group,
-            mode=mode,
-            encoding=encoding,
-            append_dim=append_dim,
-            region=region,
-            safe_chunks=safe_chunks,
-            align_chunks=align_chunks,
-            chunkmanager_store_kwargs=None if chunkmanager_store_kwargs is None else dict(chunkmanager_store_kwargs),
-            zarr_format=3,
-            # a second copy of all metadata would only go stale: the snapshot is the consolidation
-            consolidated=False,
+    dataset = _as_dataset(source) if isinstance(obj, DataArray) else source
+    how = {
+        "group": group,
+        "mode": mode,
+        "append_dim": append_dim,
+        "region": region,
+        "safe_chunks": safe_chunks,
+        "align_chunks": align_chunks,
+        "zarr_format": 3,
+        # a second copy of all metadata would only go stale: the snapshot is the consolidation
+        "consolidated": False,
+    }
+    if dataset.__dask_graph__() is None:
+        store_kwargs = None if chunkmanager_store_kwargs is None else dict(chunkmanager_store_kwargs)
+        dataset.to_zarr(session.store, encoding=encoding, chunkmanager_store_kwargs=store_kwargs, **how)
+    else:
+        _write_lazily(dataset, session, encoding, dict(chunkmanager_store_kwargs or {}), split_every, how)
+
+
+def _as_dataset(array: Any) -> Any:
+    """A Dataset of one variable, named so that xarray gives the DataArray back."""
+    from xarray.backends.api import DATAARRAY_NAME, DATAARRAY_VARIABLE
+
+    if array.name is None:
+        return array.to_dataset(name=DATAARRAY_VARIABLE)
+    if array.name not in array.coords and array.name not in array.dims:
+        return array.to_dataset()
+    dataset = array.to_dataset(name=DATAARRAY_VARIABLE)
+    dataset.attrs[DATAARRAY_NAME] = array.name
+    return dataset
+
+
+def _write_lazily(
+    dataset: Any,
+    session: Session,
+    encoding: Mapping[Any, Any] | None,
+    store_kwargs: dict[Any, Any],
+    split_every: int | None,
+    how: dict[str, Any],
+) -> None:
+    """Write metadata and what is in memory to the session, and dask arrays to a fork of it."""
+    import zarr
+    from xarray.backends import common, writers
+
+    from icechunk.dask import store_dask
+
+    # typed as Any: half of these are untyped
+    xarray_common: Any = common
+    xarray_writers: Any = writers
+    target = xarray_writers.get_writable_zarr_store(session.store, **how)
+    dataset = target._validate_and_autodetect_region(dataset)
+    target._validate_encoding(encoding or {})
+    writer = xarray_common.ArrayWriter()
+    xarray_writers.dump_to_store(dataset, target, writer, encoding=encoding or {})
+    if writer.sources:
+        store = session.fork().store
+        merged = store_dask(
+            sources=writer.sources,
+            targets=[zarr.open_array(store, path=array.path, mode="r+") for array in writer.targets],
+            regions=writer.regions,
+            split_every=split_every,
+            **store_kwargs,
         )
-
-
-def _local_threads(obj: Any) -> AbstractContextManager[Any]:
-    """Dask's threaded scheduler where `obj` holds dask arrays; nothing where it does not."""
-    if obj.__dask_graph__() is None:
-        return nullcontext()
-    import dask
-
-    threads: AbstractContextManager[Any] = dask.config.set(scheduler="threads")
-    return threads
+        session.merge(merged)

@@ -21,10 +21,13 @@ FLOORS = [
     {"storage"},
     {"transfer", "refs"},
     {"core"},
-    {"committing", "reading"},
+    {"committing", "reading", "rebasing"},
     {"session"},
+    {"forking"},
     {"store", "testing"},
-    {"repository", "xarray", "cli", "loadtest"},
+    {"repository", "distributed", "cli", "loadtest"},
+    {"dask"},
+    {"xarray"},
 ]
 """Modules and packages from the ground up; each may import from its own floor and from those below."""
 IMPURE = {"anyio", "asyncio", "aiobotocore", "aiohttp", "time", "random", "secrets", "os", "threading"}

@@ -16,7 +16,7 @@ from icechunk.format.tables import Move, NodeSnapshot, Snapshot, TransactionLog
 from icechunk.log.changes import Changes, NetChanges, move_order
 from icechunk.log.lookup import sort_last
 
-__all__ = ["diff", "net_diff"]
+__all__ = ["combined", "diff", "net_diff"]
 
 
 def net_diff(transactions: Sequence[TransactionLog], from_snapshot: Snapshot, to_snapshot: Snapshot) -> NetChanges:
@@ -68,6 +68,39 @@ def diff(transactions: Sequence[TransactionLog], from_snapshot: Snapshot, to_sna
         The two ends; the first an ancestor of the second.
     """
     return net_diff(transactions, from_snapshot, to_snapshot).summary()
+
+
+def combined(first: TransactionLog, second: TransactionLog) -> TransactionLog:
+    """One transaction log for two commits in a row, as if they had been one; its id is the second's."""
+    new = ((first.new_groups | first.new_arrays) - second.deleted_groups - second.deleted_arrays) | (
+        second.new_groups | second.new_arrays
+    )
+    gone = first.deleted_groups | first.deleted_arrays | second.deleted_groups | second.deleted_arrays
+    chunks: dict[NodeId, list[npt.NDArray[np.uint32]]] = {}
+    for log in (first, second):
+        for node_id, coords in log.updated_chunks.items():
+            if node_id not in gone and len(coords):
+                chunks.setdefault(node_id, []).append(coords)
+    return TransactionLog(
+        id=second.id,
+        new_groups=(first.new_groups - second.deleted_groups) | second.new_groups,
+        new_arrays=(first.new_arrays - second.deleted_arrays) | second.new_arrays,
+        deleted_groups=first.deleted_groups | (second.deleted_groups - first.new_groups),
+        deleted_arrays=first.deleted_arrays | (second.deleted_arrays - first.new_arrays),
+        updated_groups=(first.updated_groups | second.updated_groups) - new - gone,
+        updated_arrays=(first.updated_arrays | second.updated_arrays) - new - gone,
+        updated_chunks={node_id: _merged(chunks[node_id]) for node_id in sorted(chunks)},
+        moved_nodes=_moved_in_a_row(first.moved_nodes, second.moved_nodes, new | gone),
+    )
+
+
+def _moved_in_a_row(first: Sequence[Move], second: Sequence[Move], without: frozenset[NodeId]) -> tuple[Move, ...]:
+    moves = {move.node_id: move for move in first}
+    for move in second:
+        before = moves.get(move.node_id)
+        moves[move.node_id] = move if before is None else move._replace(source=before.source)
+    kept = (m for m in moves.values() if m.source != m.target and m.node_id not in without)
+    return tuple(sorted(kept, key=move_order))
 
 
 def _by_id(snapshot: Snapshot, wanted: set[NodeId]) -> dict[NodeId, NodeSnapshot]:

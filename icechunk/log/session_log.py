@@ -134,6 +134,11 @@ class SessionLog:
         """The group or array at this path, or None. Its manifests are those of the base."""
         return self._tree.get(path)
 
+    def node_of(self, node_id: NodeId, hint: str = "/") -> NodeSnapshot | None:
+        """The node with this id, wherever it stands; ``hint`` is tried first."""
+        path = self._tree.path_of(node_id, hint)
+        return None if path is None else self._tree.get(path)
+
     def children(self, path: str, *, implied: bool = False) -> list[str]:
         """Names of the groups and arrays directly below ``path``, ascending; with ``implied`` also names at which there
         is no node, but some below."""
@@ -193,6 +198,11 @@ class SessionLog:
         if written.all():
             return refs, refs.coords[:0]
         return take(refs, written), refs.coords[visible & ~written]
+
+    @property
+    def row_count(self) -> int:
+        """Chunk rows of the log, of which some may hide others."""
+        return sum(len(fold.rows) + sum(len(layer.refs) for layer in fold.layers) for fold in self._arrays.values())
 
     def touched_arrays(self) -> frozenset[NodeId]:
         """Ids of arrays with chunk rows of this log."""
@@ -473,22 +483,46 @@ class SessionLog:
         SessionStateError
             If the savepoint is not of this log, or was rolled back itself.
         """
-        if self._savepoints.get(savepoint.serial) != savepoint.position:
-            raise SessionStateError(
-                "cannot roll back: the savepoint belongs to another session, or was rolled back already"
-            )
+        self._require(savepoint)
         self._savepoints = {s: p for s, p in self._savepoints.items() if s <= savepoint.serial}
         self._refold(self._events[: savepoint.position])
+
+    def since(self, savepoint: Savepoint) -> SessionLog:
+        """The changes after a savepoint, as a log over the nodes that there were at it.
+
+        Its base has this log's base's id and manifests: it is for looking at changes, not for reading chunks.
+
+        Raises
+        ------
+        SessionStateError
+            As `rollback`.
+        """
+        self._require(savepoint)
+        then = self.at(savepoint)
+        nodes = {node.path: node for node in then.nodes()}
+        return then.rebased(self._base.with_nodes(nodes), self.events[savepoint.position :])
+
+    def at(self, savepoint: Savepoint) -> SessionLog:
+        """A log of its own that stands where this one stood at a savepoint. Raises as `rollback`."""
+        self._require(savepoint)
+        return self.rebased(self._base, self.events[: savepoint.position])
 
     def discard(self) -> None:
         """Forget every event and savepoint."""
         self._savepoints.clear()
         self._refold(())
 
-    def rebased(self, base: Snapshot) -> SessionLog:
+    def rebased(self, base: Snapshot, events: Iterable[Event] | None = None) -> SessionLog:
         """A new log with the same events on another base; this one stays as it is.
 
         Whether the two bases allow that is the conflict check's business, beforehand.
+
+        Parameters
+        ----------
+        base
+            What the new log stands on.
+        events
+            To take instead of this log's own.
 
         Raises
         ------
@@ -498,8 +532,18 @@ class SessionLog:
             If an event creates a node where the other base has one.
         """
         log = SessionLog(base, self._new_node_id)
-        log._refold(self.events)
+        # Savepoints of this log must not pass for the new one's.
+        log._serial = self._serial
+        log._refold(self.events if events is None else events)
         return log
+
+    def savepoint_at(self, position: int) -> Savepoint:
+        """A savepoint after so many events; of a log that was read back, whose own savepoints did not travel."""
+        savepoint = self.savepoint()
+        if not 0 <= position <= savepoint.position:
+            raise SessionStateError(f"no savepoint after {position} events: the log has {savepoint.position}")
+        self._savepoints[savepoint.serial] = position
+        return Savepoint(savepoint.serial, position)
 
     def replay(self, events: Iterable[Event]) -> None:
         """Append events of another log that started where this one stands.
@@ -540,6 +584,12 @@ class SessionLog:
         return decode_log(data, base, new_node_id)
 
     # -- the fold ----------------------------------------------------------------------------------
+
+    def _require(self, savepoint: Savepoint) -> None:
+        if self._savepoints.get(savepoint.serial) != savepoint.position:
+            raise SessionStateError(
+                "cannot roll back: the savepoint belongs to another session, or was rolled back already"
+            )
 
     def _refold(self, events: Iterable[Event]) -> None:
         self._events = []

@@ -7,12 +7,14 @@ from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from icechunk.conflicts import ConflictSolver
 from icechunk.errors import ErrorKind, ReadOnlyError, SnapshotNotFoundError
 from icechunk.format.ids import ObjectId
 from icechunk.inputs import WrongTypeError, require_type
 from icechunk.refs.base import SwapToken
 from icechunk.refs.state import ONLINE, RepoState
 from icechunk.repository.base import RepositoryBase, select
+from icechunk.repository.views import require_feature
 from icechunk.session import Session
 from icechunk.store import IcechunkStore
 from icechunk.sync import run_sync
@@ -82,35 +84,72 @@ class Sessions(RepositoryBase):
         ReadOnlyError
             The repository's status is read-only.
         """
+        return await self._session_on(branch, await self._core.state())
+
+    async def _session_on(self, branch: str, state: RepoState, *, rearrange: bool = False) -> Session:
         require_type("branch", branch, str)
-        state = await self._core.state()
         _require_online(state)
         log = await self._core.log()
         since_us = log.store_time_us
         base = await self._core.assets.snapshot(state.branch_tip(branch))
-        return Session(self._core, base, branch=branch, since_us=since_us)
+        return Session(self._core, base, branch=branch, since_us=since_us, rearrange=rearrange)
 
     def writable_session(self, branch: str) -> Session:
         """Synchronous twin of `writable_session_async`."""
         return run_sync(self.writable_session_async(branch))
 
+    async def rearrange_session_async(self, branch: str) -> Session:
+        """Begin moving nodes on top of a branch's newest version, with `Session.move`; nothing else can be changed.
+
+        Raises
+        ------
+        RefNotFoundError
+            There is no such branch.
+        ReadOnlyError
+            The repository's status is read-only.
+        SessionStateError
+            The feature flag ``move_node`` is off.
+        """
+        state = await self._core.state()
+        require_feature(state.disabled_feature_flags or (), "move_node")
+        return await self._session_on(branch, state, rearrange=True)
+
+    def rearrange_session(self, branch: str) -> Session:
+        """Synchronous twin of `rearrange_session_async`."""
+        return run_sync(self.rearrange_session_async(branch))
+
     @asynccontextmanager
     async def transaction_async(
-        self, branch: str, *, message: str, metadata: dict[str, Any] | None = None
+        self,
+        branch: str,
+        *,
+        message: str,
+        metadata: dict[str, Any] | None = None,
+        rebase_with: ConflictSolver | None = None,
+        rebase_tries: int = 1000,
     ) -> AsyncIterator[IcechunkStore]:
-        """A store whose changes are committed when the ``async with`` block ends without an error, else forgotten."""
+        """A store whose changes are committed when the ``async with`` block ends without an error, else forgotten.
+
+        Parameters and errors are those of `Session.commit_async`.
+        """
         session = await self.writable_session_async(branch)
         yield session.store
-        await session.commit_async(message, metadata)
+        await session.commit_async(message, metadata, rebase_with=rebase_with, rebase_tries=rebase_tries)
 
     @contextmanager
     def transaction(
-        self, branch: str, *, message: str, metadata: dict[str, Any] | None = None
+        self,
+        branch: str,
+        *,
+        message: str,
+        metadata: dict[str, Any] | None = None,
+        rebase_with: ConflictSolver | None = None,
+        rebase_tries: int = 1000,
     ) -> Iterator[IcechunkStore]:
         """Synchronous twin of `transaction_async`, for a ``with`` block."""
         session = self.writable_session(branch)
         yield session.store
-        session.commit(message, metadata)
+        session.commit(message, metadata, rebase_with=rebase_with, rebase_tries=rebase_tries)
 
     async def settle_async(self, token: SwapToken) -> bool:
         """Find out what became of a commit that ended with `CommitOutcomeUnknown`.

@@ -145,6 +145,10 @@ class Assets:
             self.keep_snapshot(found)
         return found
 
+    def known_snapshot(self, id: ObjectId) -> Snapshot | None:
+        """A snapshot that is in the cache; None where it is not."""
+        return self._snapshots.get(id)
+
     async def manifest(self, id: ObjectId) -> Manifest:
         """A manifest by its id. A missing one is an error: a snapshot promised it."""
         return (await self._manifest(id)).manifest

@@ -83,6 +83,11 @@ class Packs:
                 self._send(pack)
         return pack.id, offset
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything taken so far is durable, or forgotten."""
+        return self._open is None and not self._pool.in_flight
+
     async def flush(self) -> None:
         """Return once everything taken so far is durable. Raises as `PutPool.flush` and `put` do."""
         self._require_own_process()

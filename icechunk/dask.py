@@ -1,0 +1,144 @@
+"""Storing dask arrays from any scheduler: every task writes to a fork, and the forks are merged in a tree.
+
+``store_dask`` is to a fork what ``dask.array.store`` is to any target, but it returns the session in which all workers'
+changes stand; merge that into the writable session, and commit.
+
+Worked example::
+
+    fork = session.fork()
+    target = zarr.open_array(fork.store, path="temperature")
+    session.merge(store_dask(sources=[temperature], targets=[target]))
+    session.commit("computed by many")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from itertools import islice
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import dask
+import dask.array
+import numpy as np
+from dask.array import Array
+
+from icechunk.distributed import extract_session, merge_sessions
+from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.forking import ForkSession
+
+if TYPE_CHECKING:
+    import zarr
+    from zarr.core.metadata import ArrayV3Metadata
+
+__all__ = ["computing_meta", "merge_sessions_array_kwargs", "session_merge_reduction", "store_dask"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_dask: Any = dask
+"""Partly typed; as Any, so that it may be more or less so from version to version."""
+_SPLIT_EVERY = 8
+"""Sessions that one task merges, where the caller does not say."""
+
+
+def computing_meta(func: Callable[P, R]) -> Callable[P, Any]:
+    """Make a function fit for reductions: when dask only asks what it returns, the answer is an array of one object."""
+
+    @wraps(func)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Any:
+        if kwargs.pop("computing_meta", False):
+            return np.array([object()], dtype=object)
+        return func(*args, **kwargs)
+
+    return wrapper
+
+
+def merge_sessions_array_kwargs(*sessions: Any, axis: Any = None, keepdims: Any = None) -> ForkSession:
+    """`merge_sessions` for reductions of array libraries, which pass ``axis`` and ``keepdims``."""
+    return merge_sessions(*sessions)
+
+
+def store_dask(
+    *,
+    sources: list[Array],
+    targets: list[zarr.Array[ArrayV3Metadata]],
+    regions: list[tuple[slice, ...]] | None = None,
+    split_every: int | None = None,
+    **store_kwargs: Any,
+) -> ForkSession:
+    """Write dask arrays to zarr arrays of a fork, now, on whatever scheduler is the default.
+
+    Parameters
+    ----------
+    sources
+        What to write.
+    targets
+        As many zarr arrays, of one `ForkSession` (see `Session.fork`). No zarr chunk may be written by two tasks: align
+        the dask chunks to the zarr chunks.
+    regions
+        Where in its target each source goes; None: it fills it.
+    split_every
+        Sessions that one task merges.
+    store_kwargs
+        For ``dask.array.store``; ``scheduler`` is for ``dask.compute``.
+
+    Returns
+    -------
+    ForkSession
+        With every change; merge it into the session that was forked.
+
+    Raises
+    ------
+    InvalidInputError
+        There is nothing to store.
+    """
+    if not sources:
+        raise InvalidInputError("store_dask needs at least one source", ErrorKind.INVALID_SETTING)
+    compute_kwargs = {name: store_kwargs.pop(name) for name in ("scheduler",) if name in store_kwargs}
+    for name in ("compute", "return_stored", "load_stored"):
+        store_kwargs.pop(name, None)
+    stored = _dask.array.store(
+        sources=sources,
+        targets=targets,
+        regions=regions,
+        compute=False,
+        return_stored=True,
+        load_stored=False,
+        **{"lock": False, **store_kwargs},
+    )
+    return session_merge_reduction(
+        [stored] if isinstance(stored, Array) else list(stored), split_every=split_every, **compute_kwargs
+    )
+
+
+def session_merge_reduction(
+    arrays: Array | list[Array], *, split_every: int | None, **store_kwargs: Any
+) -> ForkSession:
+    """Compute arrays whose blocks are zarr arrays that were written to, and merge their sessions in a tree.
+
+    Parameters
+    ----------
+    arrays
+        What ``dask.array.store(…, return_stored=True, load_stored=False)`` returns.
+    split_every
+        Sessions that one task merges, at least 2; None: 8.
+    store_kwargs
+        For ``dask.compute``.
+    """
+    width = _SPLIT_EVERY if split_every is None else split_every
+    if width < 2:
+        raise InvalidInputError(f"split_every must be at least 2, not {split_every}", ErrorKind.INVALID_SETTING)
+    extract, merge = _dask.delayed(extract_session), _dask.delayed(merge_sessions)
+    listed: list[Any] = [arrays] if isinstance(arrays, Array) else arrays
+    level = [extract(block) for array in listed for block in array.to_delayed().ravel()]
+    while len(level) > 1:
+        level = [merge(group) if len(group) > 1 else group[0] for group in _groups(level, width)]
+    (result,) = _dask.compute(level[0], **store_kwargs)
+    return result  # type: ignore[no-any-return]
+
+
+def _groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    waiting = iter(items)
+    while group := list(islice(waiting, size)):
+        yield group
