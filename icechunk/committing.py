@@ -87,12 +87,15 @@ async def commit(core: Core, base: Snapshot, make_plan: Callable[[], Plan], puts
     if wanted.how is not How.FLUSH and repository_log.state.branches.get(wanted.branch) != base.id:
         # Perhaps this loop's client has only not looked for a while; if the branch did move, nothing need be uploaded.
         _require_tip(await repository_log.refresh(), wanted.branch, base.id)
-    before = require_snapshot(repository_log.state, base.id)
-    if wanted.how is How.AMEND and before.parent is None:
-        raise SessionStateError(
-            "cannot amend: the branch is at the repository's first snapshot, which stays; commit instead",
-            ErrorKind.NO_AMEND_FOR_INITIAL_COMMIT,
-        )
+    parent, pruned = base.id, tuple[ObjectId, ...]()
+    if wanted.how is How.AMEND:
+        before = require_snapshot(repository_log.state, base.id)
+        if before.parent is None:
+            raise SessionStateError(
+                "cannot amend: the branch is at the repository's first snapshot, which stays; commit instead",
+                ErrorKind.NO_AMEND_FOR_INITIAL_COMMIT,
+            )
+        parent, pruned = before.parent, before.pruned_ancestor_tx_logs
     # Format 1 keeps ancestry in the snapshots.
     parent_id = base.id if repository_log.spec_version == 1 else None
     compaction = await _compact(core, make_plan(), wanted, parent_id)
@@ -104,11 +107,11 @@ async def commit(core: Core, base: Snapshot, make_plan: Callable[[], Plan], puts
     snapshot = await _write(core, repository_log, puts, compaction, wanted.written)
     record = SnapshotRecord(
         id=snapshot.id,
-        parent=before.parent if wanted.how is How.AMEND else base.id,
+        parent=parent,
         flushed_at_us=snapshot.flushed_at_us,
         message=wanted.message,
         metadata=dict(wanted.metadata),
-        pruned_ancestor_tx_logs=before.pruned_ancestor_tx_logs if wanted.how is How.AMEND else (),
+        pruned_ancestor_tx_logs=pruned,
     )
 
     def propose(state: RepoState) -> Sequence[Event]:
