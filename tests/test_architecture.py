@@ -20,10 +20,11 @@ FLOORS = [
     {"config", "credentials", "ops", "virtual", "_exceptions"},
     {"storage"},
     {"transfer", "refs"},
+    {"virtual_access"},
     {"core"},
     {"committing", "reading"},
     {"session"},
-    {"store", "testing"},
+    {"store", "virtual_writing", "testing"},
     {"repository", "xarray", "cli"},
 ]
 """Modules and packages from the ground up; each may import from its own floor and from those below."""
