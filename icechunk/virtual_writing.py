@@ -325,17 +325,21 @@ class VirtualWriting:
         self, locations: Sequence[str], validate: bool, *, skip_empty: bool = False
     ) -> tuple[tuple[str, ...], npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
         """Distinct stored locations, the row of each given one, and which of them some container holds."""
-        numbers: dict[str, int] = dict.fromkeys(locations, -1)
-        table: dict[str, int] = {}
-        for location in numbers:
-            if location or not skip_empty:
-                numbers[location] = table.setdefault(checked_location(location), len(table))
-        rows = np.fromiter(map(numbers.__getitem__, locations), np.int32, len(locations))
-        if not validate:
-            return tuple(table), rows, np.ones(len(rows), np.bool_)
         prefixes = self._session.virtual_prefixes
-        held = np.fromiter(map(prefixes.holds, table), np.bool_, len(table))
-        good = np.ones(len(rows), np.bool_) if held.all() else held[np.maximum(rows, 0)]
+        distinct = dict.fromkeys(locations)
+        if skip_empty:
+            distinct.pop("", None)
+        table: dict[str, int] = {}
+        if all(map(prefixes.is_plain, distinct)):
+            numbers = table = dict(zip(distinct, range(len(distinct)), strict=True))
+            held = np.ones(len(table), np.bool_)
+        else:
+            numbers = {url: table.setdefault(checked_location(url), len(table)) for url in distinct}
+            held = np.fromiter((not validate or prefixes.holds(url) for url in table), np.bool_, len(table))
+        rows = np.fromiter((numbers.get(url, -1) for url in locations), np.int32, len(locations))
+        good = np.ones(len(rows), np.bool_)
+        if not held.all():
+            good = held[np.maximum(rows, 0)]
         return tuple(table), rows, good
 
     def _write(self, path: str, columns: ChunkRefs, good: npt.NDArray[np.bool_]) -> list[tuple[int, ...]] | None:

@@ -25,6 +25,7 @@ RELATIVE: Final = "vcc://"
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//([^/?#]*))?([^?#]*)(.*)", re.DOTALL)
 # Nearly every location: nothing in it that would have to be resolved.
 _ORDINARY: Final = re.compile(r"(?!file:|vcc:)[a-z][a-z0-9+-]*://[^/?#%\\]+(?:/[^/.?#%\\][^/?#%\\]*)+")
+_PLAIN_PREFIX: Final = re.compile(r"file:///|(?!file:|vcc:)[a-z][a-z0-9+-]*://[^/?#%\\]+/")
 _DOTS: Final = frozenset({".", "..", "%2e", ".%2e", "%2e.", "%2e%2e"})
 
 
@@ -92,6 +93,7 @@ class Prefixes:
     def __init__(self, containers: Iterable[VirtualChunkContainer]) -> None:
         found = list(containers)
         self._by_length = sorted(found, key=lambda container: -len(container.url_prefix))
+        self._starts = tuple(c.url_prefix for c in found if _PLAIN_PREFIX.match(c.url_prefix))
         self._by_name: Mapping[str, VirtualChunkContainer] = {c.name: c for c in found if c.name is not None}
 
     def absolute(self, location: str) -> str:
@@ -129,6 +131,15 @@ class Prefixes:
             f"no virtual chunk container of the repository's configuration holds {redacted_url(resolved)!r}: add one "
             "with RepositoryConfig.set_virtual_chunk_container, and authorize it when opening",
             ErrorKind.NO_CONTAINER_FOR_VIRTUAL_CHUNK,
+        )
+
+    def is_plain(self, location: str) -> bool:
+        """Whether a location is certainly stored as it stands, and held: millions of these come at once."""
+        return (
+            location.startswith(self._starts)
+            and "/." not in location
+            and "/%" not in location
+            and location.find("//", 8) < 0
         )
 
     def holds(self, location: str) -> bool:

@@ -110,7 +110,8 @@ SEGMENT = st.one_of(
 def test_no_reference_leaves_its_prefix(start: str, segments: list[str]) -> None:
     location = "/".join([start, *segments])
     try:
-        resolved, container = PREFIXES.resolve(stored_location(location))
+        stored = stored_location(location)
+        resolved, container = PREFIXES.resolve(stored)
         key = key_of(resolved)
     except InvalidInputError:
         return
@@ -119,3 +120,20 @@ def test_no_reference_leaves_its_prefix(start: str, segments: list[str]) -> None
     assert ".." not in parts
     assert "." not in parts
     assert key.startswith(container.url_prefix.split("/", 3)[3])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(["s3://data/pre", "file:///srv", "https://web/x", "S3://data/pre"]), st.lists(SEGMENT, max_size=4)
+)
+def test_a_plain_location_is_stored_as_it_stands_and_held(start: str, segments: list[str]) -> None:
+    location = "/".join([start, *segments])
+    if PREFIXES.is_plain(location):
+        assert stored_location(location) == location
+        assert PREFIXES.resolve(location)[0] == location
+        assert PREFIXES.holds(location)
+
+
+def test_ordinary_locations_are_plain() -> None:
+    for location in ("s3://data/pre/a/b.nc", "file:///srv/x/y.h5", "https://web/x/f%20g"):
+        assert PREFIXES.is_plain(location)
