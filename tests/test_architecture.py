@@ -25,7 +25,7 @@ FLOORS = [
     {"committing", "reading"},
     {"session"},
     {"store", "virtual_writing", "testing"},
-    {"repository", "xarray", "cli"},
+    {"repository", "xarray", "kerchunk", "cli"},
 ]
 """Modules and packages from the ground up; each may import from its own floor and from those below."""
 IMPURE = {"anyio", "asyncio", "aiobotocore", "aiohttp", "time", "random", "secrets", "os", "threading"}
