@@ -28,6 +28,7 @@ from icechunk.storage.per_loop import PerLoop
 from icechunk.transfer.assets import Assets
 from icechunk.transfer.packs import Packs
 from icechunk.transfer.put import PutPool
+from icechunk.virtual_access import VirtualAccess
 
 __all__ = ["Core", "Settings"]
 
@@ -103,6 +104,13 @@ class Core:
             num_snapshot_nodes=_value(caching.num_snapshot_nodes, 500_000),
             num_chunk_refs=_value(caching.num_chunk_refs, 15_000_000),
             num_transaction_changes=_value(caching.num_transaction_changes, 0),
+        )
+        self.virtual = VirtualAccess(
+            (config.virtual_chunk_containers or {}).values(),
+            self.virtual_access,
+            settings=config.storage,
+            max_requests=self.settings.max_requests,
+            sources=self.sources,
         )
 
     async def load_config(self) -> None:
@@ -185,6 +193,7 @@ class Core:
     async def aclose(self) -> None:
         """Write a last checkpoint where one is due, and close what this loop has open."""
         await self._logs.aclose()
+        await self.virtual.aclose()
         await self.storage.aclose()
 
 

@@ -38,6 +38,8 @@ async def read_chunk(core: Core, puts: Packs | None, ref: ChunkRef, byte_range: 
     ------
     StorageError
         The object is gone, or cannot be read: a chunk that was committed is never silently missing.
+    IcechunkError
+        As `VirtualAccess.read`, where it is virtual.
     """
     if ref.kind == INLINE:
         data = ref.data or b""
@@ -62,10 +64,7 @@ async def read_chunk(core: Core, puts: Packs | None, ref: ChunkRef, byte_range: 
         if len(data) != end - start:
             raise _too_short(ref.chunk_id, ref, f"only {len(data)} of {end - start}")
         return data
-    raise StorageError(
-        f"virtual chunk at {ref.location!r} cannot be fetched: no virtual chunk container authorises its location",
-        ErrorKind.UNAUTHORIZED_VIRTUAL_CHUNK_CONTAINER,
-    )
+    return await core.virtual.read(ref, start, end)
 
 
 async def base_references(core: Core, node: NodeSnapshot, hidden: npt.NDArray[np.uint32]) -> AsyncIterator[ChunkRefs]:

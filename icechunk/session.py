@@ -58,6 +58,7 @@ from icechunk.storage.base import ByteRange
 from icechunk.sync import run_sync
 from icechunk.transfer.tasks import run_all
 from icechunk.virtual import ChunkType
+from icechunk.virtual_access.locations import Prefixes
 
 if TYPE_CHECKING:
     from icechunk.forking import ForkSession
@@ -773,6 +774,20 @@ class Session:
                     return
             # Another thread discarded the bytes with everything else: this write comes after that, so they go again.
 
+    def set_references(self, path: str, refs: ChunkRefs) -> None:
+        """Write many references of an array at once; the columns belong to the session now.
+
+        Raises `InvalidInputError` where one is outside the grid, or `NodeNotFoundError`: nothing is written then.
+        """
+        with self._lock:
+            self._require_writable()
+            self._log.set_refs(self.require_array(path), refs)
+
+    @property
+    def virtual_prefixes(self) -> Prefixes:
+        """The virtual chunk containers, by what their locations begin with."""
+        return self._core.virtual.prefixes
+
     def _check_chunk(self, path: str, coords: tuple[int, ...], data: bytes) -> NodeSnapshot:
         node = self.require_array(path)
         if not _in_grid(node, coords):
@@ -833,6 +848,26 @@ class Session:
     def get_node_id(self, path: str) -> str:
         """Synchronous twin of `get_node_id_async`."""
         return run_sync(self.get_node_id_async(path))
+
+    async def all_virtual_chunk_locations_async(self) -> list[str]:
+        """The location of every virtual chunk in this session's view, one for each: those of one object repeat.
+
+        Locations relative to a container are resolved. Raises `InvalidInputError` where that container is not
+        configured (kind ``no-container-for-virtual-chunk``).
+        """
+        found: list[str] = []
+        for node in list(self._log.nodes()):
+            async with aclosing(self.chunk_references(node.path)) as batches:
+                async for refs in batches:
+                    # What of the table is not used need not resolve.
+                    rows = refs.location[refs.kind == VIRTUAL]
+                    urls = {row: self.virtual_prefixes.absolute(refs.locations[row]) for row in set(rows.tolist())}
+                    found += [urls[row] for row in rows.tolist()]
+        return found
+
+    def all_virtual_chunk_locations(self) -> list[str]:
+        """Synchronous twin of `all_virtual_chunk_locations_async`."""
+        return run_sync(self.all_virtual_chunk_locations_async())
 
     async def chunk_coordinates(self, array_path: str, batch_size: int = 1000) -> AsyncIterator[tuple[int, ...]]:
         """Coordinates of every chunk of an array that exists, in no particular order."""

@@ -26,6 +26,7 @@ from icechunk.reading import clip
 from icechunk.storage.base import ByteRange, Range, Suffix
 from icechunk.sync import run_sync
 from icechunk.transfer.tasks import run_each
+from icechunk.virtual_writing import VirtualWriting
 
 if TYPE_CHECKING:
     from icechunk.session import Session
@@ -35,7 +36,7 @@ __all__ = ["IcechunkStore"]
 _CONCURRENCY = 256
 
 
-class IcechunkStore(Store, SyncMixin):
+class IcechunkStore(VirtualWriting, Store, SyncMixin):
     """What a session sees and writes, as zarr-python wants to have it.
 
     Made by `Session.store`. Keys are those of one Zarr 3 hierarchy: ``{path}/zarr.json`` and ``{path}/c/0/1``;

@@ -5,6 +5,9 @@ from __future__ import annotations
 from icechunk.repository.administration import Administration
 from icechunk.repository.branches import Branches
 from icechunk.repository.history import History
+from icechunk.repository.none_credentials import (
+    warn_on_none_virtual_chunk_credentials as _warn_on_none_virtual_chunk_credentials,  # noqa: F401
+)
 from icechunk.repository.opening import Opening
 from icechunk.repository.sessions import Sessions
 

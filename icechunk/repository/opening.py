@@ -14,6 +14,7 @@ from icechunk.refs.base import Layout
 from icechunk.refs.detect import detect
 from icechunk.refs.open import create_repository, open_repository
 from icechunk.repository.base import RepositoryBase
+from icechunk.repository.none_credentials import announced, warn_on_none_virtual_chunk_credentials
 from icechunk.sources import SYSTEM
 from icechunk.status import SpecVersion
 from icechunk.storage.base import Storage
@@ -62,6 +63,7 @@ class Opening(RepositoryBase):
         StorageError
             The place cannot be written, or does not have the conditional writes that the layout needs.
         """
+        warn_on_none_virtual_chunk_credentials(authorize_virtual_chunk_access)
         layout = _layout(spec_version, config)
         core = _new_core(storage, config, authorize_virtual_chunk_access, attribution)
         log = await create_repository(
@@ -85,6 +87,7 @@ class Opening(RepositoryBase):
         attribution: Attribution | None = None,
     ) -> Self:
         """Synchronous twin of `create_async`."""
+        authorize_virtual_chunk_access = announced(authorize_virtual_chunk_access)
         return run_sync(
             cls.create_async(
                 storage, config, authorize_virtual_chunk_access, spec_version, check_clean_root, attribution
@@ -115,6 +118,7 @@ class Opening(RepositoryBase):
         FormatError
             What is there is not a repository that this version can read.
         """
+        warn_on_none_virtual_chunk_credentials(authorize_virtual_chunk_access)
         core = _new_core(storage, config, authorize_virtual_chunk_access, attribution)
         await core.load_config()
         return cls(core)
@@ -128,6 +132,7 @@ class Opening(RepositoryBase):
         attribution: Attribution | None = None,
     ) -> Self:
         """Synchronous twin of `open_async`."""
+        authorize_virtual_chunk_access = announced(authorize_virtual_chunk_access)
         return run_sync(cls.open_async(storage, config, authorize_virtual_chunk_access, attribution))
 
     @classmethod
@@ -141,6 +146,7 @@ class Opening(RepositoryBase):
         attribution: Attribution | None = None,
     ) -> Self:
         """Open the repository, or create it where there is none; arguments as in `open_async` and `create_async`."""
+        authorize_virtual_chunk_access = announced(authorize_virtual_chunk_access)
         if await cls.exists_async(storage):
             return await cls.open_async(storage, config, authorize_virtual_chunk_access, attribution)
         try:
@@ -164,6 +170,7 @@ class Opening(RepositoryBase):
         attribution: Attribution | None = None,
     ) -> Self:
         """Synchronous twin of `open_or_create_async`."""
+        authorize_virtual_chunk_access = announced(authorize_virtual_chunk_access)
         return run_sync(
             cls.open_or_create_async(
                 storage, config, authorize_virtual_chunk_access, create_version, check_clean_root, attribution
@@ -218,6 +225,7 @@ class Opening(RepositoryBase):
         authorize_virtual_chunk_access: dict[str, AnyCredential | None] | None = None,
     ) -> Self:
         """The same repository opened anew, with other options merged over the present ones."""
+        warn_on_none_virtual_chunk_credentials(authorize_virtual_chunk_access)
         access = self._core.virtual_access if authorize_virtual_chunk_access is None else authorize_virtual_chunk_access
         _check_config(config)
         merged = self._core.config if config is None else self._core.config.merge(config)
@@ -238,6 +246,7 @@ class Opening(RepositoryBase):
         authorize_virtual_chunk_access: dict[str, AnyCredential | None] | None = None,
     ) -> Self:
         """Synchronous twin of `reopen_async`."""
+        authorize_virtual_chunk_access = announced(authorize_virtual_chunk_access)
         return run_sync(self.reopen_async(config, authorize_virtual_chunk_access))
 
 

@@ -14,6 +14,9 @@ from icechunk.config import (
 )
 from icechunk.storage.base import Storage
 from icechunk.storage.constructors import (
+    azure_store,
+    gcs_store,
+    http_store,
     in_memory_storage,
     local_filesystem_storage,
     local_filesystem_store,
@@ -35,6 +38,9 @@ __all__ = [
     "StorageRetriesSettings",
     "StorageSettings",
     "StorageTimeoutSettings",
+    "azure_store",
+    "gcs_store",
+    "http_store",
     "in_memory_storage",
     "local_filesystem_storage",
     "local_filesystem_store",

@@ -13,6 +13,9 @@ from icechunk.storage.local import LocalStorage
 from icechunk.storage.memory import MemoryStorage
 
 __all__ = [
+    "azure_store",
+    "gcs_store",
+    "http_store",
     "in_memory_storage",
     "local_filesystem_storage",
     "local_filesystem_store",
@@ -42,6 +45,21 @@ def local_filesystem_storage(path: str) -> Storage:
 def local_filesystem_store(path: str) -> ObjectStoreConfig.LocalFileSystem:
     """The kind of store of virtual chunks that are files of this machine."""
     return ObjectStoreConfig.LocalFileSystem(path)  # type: ignore[arg-type]
+
+
+def http_store(opts: dict[str, str] | None = None, headers: dict[str, str] | None = None) -> ObjectStoreConfig.Http:
+    """The kind of store of virtual chunks on web servers; ``headers`` are sent with every request."""
+    return ObjectStoreConfig.Http(opts, headers)
+
+
+def gcs_store(opts: dict[str, str] | None = None) -> ObjectStoreConfig.Gcs:
+    """The kind of store of virtual chunks in Google Cloud Storage; ``opts`` are obstore's."""
+    return ObjectStoreConfig.Gcs(opts)
+
+
+def azure_store(*, account: str, config: dict[str, str] | None = None) -> ObjectStoreConfig.Azure:
+    """The kind of store of virtual chunks in an account of Azure Blob Storage; ``config`` is obstore's."""
+    return ObjectStoreConfig.Azure({"account": account, **(config or {})})
 
 
 def s3_store(

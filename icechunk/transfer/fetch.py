@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from icechunk.storage.base import ByteRange, GetResult, Range, Storage
+from icechunk.storage.base import ByteRange, GetResult, Range
 from icechunk.transfer.gate import Gate
 
 __all__ = ["FetchPool"]
@@ -26,6 +26,14 @@ class _Flight(Generic[T]):
         self.waiters = 0
 
 
+class Gettable(Protocol):
+    """What a pool reads from: a storage, or something else with its first verb."""
+
+    async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
+        """See `Storage.get`."""
+        ...
+
+
 class FetchPool:
     """Reads of a repository on one event loop.
 
@@ -33,7 +41,7 @@ class FetchPool:
     same time share one request: it is cancelled only when the last of them is.
     """
 
-    def __init__(self, storage: Storage, max_requests: int, *, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, storage: Gettable, max_requests: int, *, max_bytes: int = MAX_BYTES) -> None:
         self._storage = storage
         self._gate = Gate(max_requests, max_bytes)
         self._flights: dict[object, _Flight[Any]] = {}

@@ -1,0 +1,139 @@
+"""What a location means: normalisation, containers, and references that try to leave their container."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import icechunk
+from icechunk import ErrorKind, InvalidInputError, VirtualChunkContainer
+from icechunk.virtual_access.locations import Prefixes, key_of, stored_location
+
+S3 = icechunk.s3_store(region="us-east-1")
+FILES = icechunk.local_filesystem_store("/")
+PREFIXES = Prefixes(
+    [
+        VirtualChunkContainer("s3://data/pre/", S3, "pre"),
+        VirtualChunkContainer("s3://data/pre/deep/", S3, "deep"),
+        VirtualChunkContainer("file:///srv/", FILES),
+        VirtualChunkContainer("https://web/x/", icechunk.http_store()),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("s3://data/pre/f", "s3://data/pre/f"),
+        ("S3://data/pre/f", "s3://data/pre/f"),
+        ("s3://b/../c", "s3://b/../c"),
+        ("s3://b/sp ace%20é?x#y", "s3://b/sp ace%20é?x#y"),
+        ("FILE:///a/b", "file:///a/b"),
+        ("file:/a/b", "file:///a/b"),
+        ("file:///a/x/../b", "file:///a/b"),
+        ("file://localhost/a", "file:///a"),
+        ("vcc://pre/a/../f", "vcc://pre/a/../f"),
+        ("unknown://x/y", "unknown://x/y"),
+    ],
+)
+def test_locations_are_kept_as_they_were_given_but_for_scheme_and_dots_of_files(given: str, kept: str) -> None:
+    assert stored_location(given) == kept
+
+
+@pytest.mark.parametrize("bad", ["", "f", "/abs/f", "s3://", "s3:///f", "http:///x", "file://host/x", "file:///a//b"])
+def test_locations_that_are_no_urls_are_refused(bad: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        stored_location(bad)
+    assert caught.value.kind == ErrorKind.INVALID_VIRTUAL_REF
+
+
+@pytest.mark.parametrize(
+    ("location", "prefix", "key"),
+    [
+        ("s3://data/pre/f", "s3://data/pre/", "pre/f"),
+        ("s3://data/pre/deep/f", "s3://data/pre/deep/", "pre/deep/f"),
+        ("s3://data/pre/sp%20ace", "s3://data/pre/", "pre/sp ace"),
+        ("s3://data/pre/a%2520b", "s3://data/pre/", "pre/a%20b"),
+        ("vcc://pre/deep/f", "s3://data/pre/deep/", "pre/deep/f"),
+        ("vcc://deep/../f", "s3://data/pre/", "pre/f"),
+        ("file:///srv/./a/x/../b", "file:///srv/", "srv/a/b"),
+        ("https://web/x/f?token=1", "https://web/x/", "x/f"),
+    ],
+)
+def test_the_longest_prefix_of_the_resolved_location_wins(location: str, prefix: str, key: str) -> None:
+    resolved, container = PREFIXES.resolve(location)
+    assert container.url_prefix == prefix
+    assert key_of(resolved) == key
+    assert PREFIXES.holds(location)
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "s3://data/other/f",
+        "s3://data/pre",
+        "s3://data/pre/../other",
+        "s3://data/pre/%2e%2E/other",
+        "s3://DATA/pre/f",
+        "s3://data:80/pre/f",
+        "file:///srv/../etc/passwd",
+        "vcc://nobody/f",
+        "vcc://pre",
+        "https://web@evil/x/f",
+        "http://web/x/f",
+    ],
+)
+def test_what_no_container_holds_is_not_resolved(location: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        PREFIXES.resolve(location)
+    assert caught.value.kind == ErrorKind.NO_CONTAINER_FOR_VIRTUAL_CHUNK
+
+
+@pytest.mark.parametrize("tail", ["..%2fother", "a/..%2F..%2fother", "%00", "", "x%2f..%2f..%2fy", "a%2f.%2fb"])
+def test_decoding_never_brings_dots_back(tail: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        key_of(PREFIXES.resolve(f"file:///srv/{tail}")[0]) and key_of(f"file:///{tail}")
+    assert caught.value.kind == ErrorKind.INVALID_VIRTUAL_REF
+
+
+SEGMENT = st.one_of(
+    st.sampled_from(
+        ["..", ".", "%2e", "%2E%2e", ".%2e", "%2f", "..%2f", "%2f..", "", "a", "a.b", "...", "é", "%zz", "\\"]
+    ),
+    st.text(max_size=4),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(["s3://data/pre", "file:///srv", "https://web/x", "vcc://pre"]), st.lists(SEGMENT, max_size=6))
+def test_no_reference_leaves_its_prefix(start: str, segments: list[str]) -> None:
+    location = "/".join([start, *segments])
+    try:
+        stored = stored_location(location)
+        resolved, container = PREFIXES.resolve(stored)
+        key = key_of(resolved)
+    except InvalidInputError:
+        return
+    assert resolved.startswith(container.url_prefix)
+    parts = key.split("/")
+    assert ".." not in parts
+    assert "." not in parts
+    assert key.startswith(container.url_prefix.split("/", 3)[3])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(["s3://data/pre", "file:///srv", "https://web/x", "S3://data/pre"]), st.lists(SEGMENT, max_size=4)
+)
+def test_a_plain_location_is_stored_as_it_stands_and_held(start: str, segments: list[str]) -> None:
+    location = "/".join([start, *segments])
+    if PREFIXES.is_plain(location):
+        assert stored_location(location) == location
+        assert PREFIXES.resolve(location)[0] == location
+        assert PREFIXES.holds(location)
+
+
+def test_ordinary_locations_are_plain() -> None:
+    for location in ("s3://data/pre/a/b.nc", "file:///srv/x/y.h5", "https://web/x/f%20g"):
+        assert PREFIXES.is_plain(location)
