@@ -1,0 +1,43 @@
+"""Two sessions at once come to the same with the official library and with ours, but where it loses one side."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tools import oracle
+from tools.interop.conflicts import answers
+
+pytestmark = [pytest.mark.oracle, pytest.mark.timeout(600)]
+
+OURS_ALONE = {
+    # The official library lets these pass: then /h/y cannot be found from the root any more,
+    "new node in a deleted group": "NewNodeInInvalidGroup",
+    # their node cannot,
+    "new node, deleted group around it": "DeleteOfUpdatedGroup",
+    # one of the two arrays is overwritten,
+    "made anew, made anew": "NewNodeConflictsWithExistingNode",
+    # or the commit after the rebase fails.
+    "deleted array, move": "MoveOperationCannotBeRebased",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _official() -> None:
+    if os.environ.get("ICECHUNK_REQUIRE_ORACLE") == "1":
+        oracle.ensure(oracle.OFFICIAL_CURRENT)
+    elif oracle.find(oracle.OFFICIAL_CURRENT) is None:
+        pytest.skip("the official library has no environment here; `python tools/oracle.py 2.3.0` makes one")
+
+
+def test_conflicts_and_what_solvers_make_of_them_are_those_of_the_official_library(tmp_path: Path) -> None:
+    theirs = oracle.run(oracle.OFFICIAL_CURRENT, "tools.interop.conflicts", str(tmp_path / "official"), timeout_s=300)
+    ours = json.loads(json.dumps(answers(str(tmp_path / "ours"))))
+    assert ours.keys() == theirs.keys()
+    different = {name for name in ours if ours[name] != theirs[name]}
+    assert {name: (ours[name], theirs[name]) for name in different - OURS_ALONE.keys()} == {}
+    for name, conflict in OURS_ALONE.items():
+        assert [found[0] for found in ours[name]["detect"]] == [conflict]
