@@ -28,6 +28,8 @@ WORKER = "loadtest_worker"
 """The name under which a worker imports `icechunk.loadtest.worker`: not below ``icechunk``, which may be another's."""
 ANSWER_S = 120.0
 """Seconds that a worker may take for anything that is not the run itself."""
+CLOSE_S = 5.0
+"""Seconds that a worker may take to end before it is killed."""
 _LINE_BYTES = 2**26
 
 
@@ -277,7 +279,7 @@ class _Worker:
         if self.alive and self._process.stdin is not None:
             self._process.stdin.close()
             try:
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(CLOSE_S):
                     await self._process.wait()
             except TimeoutError:
                 self.kill()

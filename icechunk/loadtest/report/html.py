@@ -254,12 +254,13 @@ def _timeline(group: Sequence[Summary], what: str) -> str:
         y_text=lambda value: f"{value:g}",
         x_label="time since the beginning",
         y_label="",
+        y_log=what != "units",
         height=250,
     )
     caption = (
         "Operations per second, over time"
         if what == "units"
-        else "Latency in ms over time: median (solid), p99 (dotted)"
+        else "Latency in ms, logarithmic, over time: median (solid), p99 (dotted)"
     )
     return _figure(caption, drawing, _legend(group)) if drawing else ""
 
