@@ -36,7 +36,7 @@ __all__ = ["main"]
 PROGRAM = "icechunk-loadtest"
 LIMIT_S = 3_600.0
 """Nothing begins later than that, unless the command line says otherwise."""
-QUICK_LIMIT_S = 75.0
+QUICK_LIMIT_S = 60.0
 """Likewise with ``--quick``."""
 INTERRUPTED = "interrupted; what was measured until then is here"
 
