@@ -84,7 +84,6 @@ _CHUNKS_SHOWN = 10
 class Diff:
     """What lies between two snapshots, or between a session and its base. Paths begin with ``/``."""
 
-
     new_groups: set[str] = field(default_factory=set)
     new_arrays: set[str] = field(default_factory=set)
     deleted_groups: set[str] = field(default_factory=set)

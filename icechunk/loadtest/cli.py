@@ -12,7 +12,9 @@ import contextlib
 import os
 import platform
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,14 +36,18 @@ __all__ = ["main"]
 PROGRAM = "icechunk-loadtest"
 LIMIT_S = 3_600.0
 """Nothing begins later than that, unless the command line says otherwise."""
-QUICK_LIMIT_S = 75.0
+QUICK_LIMIT_S = 60.0
 """Likewise with ``--quick``."""
+INTERRUPTED = "interrupted; what was measured until then is here"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(arguments)
+    if threading.current_thread() is threading.main_thread():
+        # who is asked to end (by `timeout`, by CI) ends its servers and workers, as after Ctrl-C
+        signal.signal(signal.SIGTERM, _end)
     try:
         return _list() if args.list else _main(args, shlex.join([PROGRAM, *arguments]))
     except LoadTestError as error:
@@ -53,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\n{PROGRAM}: interrupted", file=sys.stderr)
         return 130
+
+
+def _end(number: int, _: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # `timeout` sends it twice; a second Ctrl-C would cut the clean-up short
+    signal.raise_signal(signal.SIGINT)
 
 
 def _main(args: argparse.Namespace, command: str) -> int:
@@ -78,6 +89,9 @@ def _main(args: argparse.Namespace, command: str) -> int:
     if args.html:
         args.html.write_text(render(results), encoding="utf-8")
         print(f"report: {args.html}")
+    if INTERRUPTED in results.notes and not args.load:
+        print(f"{PROGRAM}: {INTERRUPTED}", file=sys.stderr)
+        return 130
     sound = all(each.ok for each in results.measurements)
     return 0 if sound and all(verdict["ok"] for verdict in results.verdicts) else 1
 
@@ -131,38 +145,39 @@ def _measure(args: argparse.Namespace, order: _Order, command: str) -> Results:
         progress = Progress(len(todo), sys.stderr, quiet=args.quiet)
         for note in notes:
             progress.note(note)
+        measurements: list[Measurement] = []
+        runner = Runner(place, pythons, progress, reuse=args.quick)
         try:
-            measurements, versions = asyncio.run(
-                _run(todo, place, pythons, progress, reuse=args.quick, limit_s=limit_s)
-            )
+            asyncio.run(_run(todo, runner, progress, measurements, limit_s=limit_s))
+        except KeyboardInterrupt:
+            notes.append(INTERRUPTED)
         finally:
             progress.close()
     if len(measurements) < len(todo):
-        notes.append(f"the time limit ended the test after {len(measurements)} of {len(todo)} measurements")
+        notes.append(f"only {len(measurements)} of {len(todo)} measurements were made; the limit was {limit_s:g} s")
+    zarrs = {name: versions["zarr"] for name, versions in runner.versions.items() if "zarr" in versions}
+    if len({zarrs.get("ours"), zarrs.get("official")} - {None}) > 1:
+        notes.append(
+            f"ours ran on zarr {zarrs['ours']}, official on zarr {zarrs['official']}: part of the difference may be zarr's; "
+            "run the load test in an environment with the same zarr to compare the libraries alone"
+        )
     return Results(
         started=started.isoformat(timespec="seconds"),
         seconds=time.perf_counter() - began,
         command=command,
         place=place.about,
         machine=_machine(),
-        versions=versions,
+        versions=runner.versions,
         measurements=tuple(measurements),
         notes=tuple(notes),
     )
 
 
 async def _run(
-    todo: Sequence[plan.Case],
-    place: places.Place,
-    pythons: dict[str, str],
-    progress: Progress,
-    *,
-    reuse: bool,
-    limit_s: float,
-) -> tuple[list[Measurement], dict[str, dict[str, str]]]:
-    measurements = []
+    todo: Sequence[plan.Case], runner: Runner, progress: Progress, measurements: list[Measurement], *, limit_s: float
+) -> None:
     began = time.perf_counter()
-    async with Runner(place, pythons, progress, reuse=reuse) as runner:
+    async with runner:
         for case in todo:
             if time.perf_counter() - began > limit_s:
                 break
@@ -170,7 +185,6 @@ async def _run(
             measurement = await runner.measure(case)
             progress.finished(measurement)
             measurements.append(measurement)
-    return measurements, runner.versions
 
 
 def _place(args: argparse.Namespace, order: _Order) -> contextlib.AbstractContextManager[places.Place]:

@@ -85,7 +85,7 @@ class Workload:
     about: str
     """One sentence: what happens, and what is measured."""
     unit: str
-    """What throughput counts per second: ``chunks``, ``MiB``, ``commits``, ``openings``, ``operations``."""
+    """What throughput counts per second: ``chunks``, ``MiB``, ``commits``, ``openings``, ``ops``."""
     full: Size
     """Sizes of a full run."""
     quick: Size
@@ -180,7 +180,7 @@ WORKLOADS: Mapping[str, Workload] = {
     "soak": Workload(
         title="Soak",
         about="Readers read at random for a given time while a writer rewrites chunks and commits them.",
-        unit="operations",
+        unit="ops",
         full=Size(chunks=500, chunk_bytes=64 * KIB, tasks=8, seconds=30),
         quick=Size(chunks=60, chunk_bytes=64 * KIB, tasks=8, seconds=2),
     ),

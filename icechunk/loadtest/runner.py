@@ -28,6 +28,8 @@ WORKER = "loadtest_worker"
 """The name under which a worker imports `icechunk.loadtest.worker`: not below ``icechunk``, which may be another's."""
 ANSWER_S = 120.0
 """Seconds that a worker may take for anything that is not the run itself."""
+CLOSE_S = 5.0
+"""Seconds that a worker may take to end before it is killed."""
 _LINE_BYTES = 2**26
 
 
@@ -109,26 +111,29 @@ class Runner:
         """Run one case. Whatever goes wrong inside it is in the measurement, as an error."""
         size = case.point.size
         options = self._place.at(size.latency_ms)
-        async with self._workers(case) as workers:
-            try:
-                return await self._measure(case, options, workers)
-            except (WorkerFailed, TimeoutError, OSError) as error:
-                for worker in workers:
-                    worker.kill()
-                text = str(error) or f"gave no answer in time ({type(error).__name__})"
-                return Measurement(
-                    point=case.point,
-                    system=case.system,
-                    repeat=case.repeat,
-                    seconds=0.0,
-                    units=0,
-                    bytes_read=0,
-                    bytes_written=0,
-                    bytes_verified=0,
-                    errors=1,
-                    conflicts=0,
-                    messages=(text,),
-                )
+        try:
+            async with self._workers(case) as workers:
+                try:
+                    return await self._measure(case, options, workers)
+                except BaseException:
+                    for worker in workers:  # in the middle of something: not fit for another case
+                        worker.kill()
+                    raise
+        except (WorkerFailed, TimeoutError, OSError) as error:
+            text = str(error) or f"gave no answer in time ({type(error).__name__})"
+            return Measurement(
+                point=case.point,
+                system=case.system,
+                repeat=case.repeat,
+                seconds=0.0,
+                units=0,
+                bytes_read=0,
+                bytes_written=0,
+                bytes_verified=0,
+                errors=1,
+                conflicts=0,
+                messages=(text,),
+            )
 
     async def _measure(self, case: Case, options: Mapping[str, Any], workers: Sequence[_Worker]) -> Measurement:
         size = case.point.size
@@ -194,6 +199,7 @@ class _Worker:
         self._process = process
         self._log = log
         self._name = name
+        self._killed = False
         self.versions: dict[str, str] = {}
 
     @classmethod
@@ -225,7 +231,7 @@ class _Worker:
 
     @property
     def alive(self) -> bool:
-        return self._process.returncode is None
+        return not self._killed and self._process.returncode is None
 
     async def ask(
         self,
@@ -269,6 +275,7 @@ class _Worker:
 
     def kill(self) -> None:
         if self.alive:
+            self._killed = True
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
@@ -277,7 +284,7 @@ class _Worker:
         if self.alive and self._process.stdin is not None:
             self._process.stdin.close()
             try:
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(CLOSE_S):
                     await self._process.wait()
             except TimeoutError:
                 self.kill()

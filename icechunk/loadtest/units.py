@@ -33,6 +33,8 @@ def seconds_text(seconds: float) -> str:
     """Seconds with the unit that fits."""
     if math.isnan(seconds):
         return "–"
+    if seconds == 0:
+        return "0 s"
     if seconds < 1e-3:
         return f"{seconds * 1e6:.0f} µs"
     if seconds < 1:

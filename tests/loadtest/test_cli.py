@@ -127,3 +127,35 @@ def test_minio_is_started_counts_requests_and_latency_is_felt(tmp_path: Path) ->
     assert all(sum((each.requests or {}).values()) for each in found.measurements)
     if any(each.point.size.latency_ms for each in found.measurements):
         assert by_latency[30].latency.min_s > 0.03
+
+
+def test_who_is_asked_to_end_ends_its_workers_and_reports_what_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    command = [
+        sys.executable,
+        "-m",
+        "tools.loadtest",
+        "--on",
+        "memory",
+        "--systems",
+        "ours",
+        "--workloads",
+        "append,soak",
+    ]
+    with subprocess.Popen(
+        [*command, *SMALL[:-3], "--soak", "100", "--json", str(path)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("  ours"):  # appends are done, the soak is under way
+                process.terminate()
+                break
+        rest = process.stderr.read()
+        assert process.wait(60) == 130
+    assert "interrupted" in rest
+    (only,) = Results.load(path).measurements
+    assert only.point.workload == "append"

@@ -254,12 +254,13 @@ def _timeline(group: Sequence[Summary], what: str) -> str:
         y_text=lambda value: f"{value:g}",
         x_label="time since the beginning",
         y_label="",
+        y_log=what != "units",
         height=250,
     )
     caption = (
         "Operations per second, over time"
         if what == "units"
-        else "Latency in ms over time: median (solid), p99 (dotted)"
+        else "Latency in ms, logarithmic, over time: median (solid), p99 (dotted)"
     )
     return _figure(caption, drawing, _legend(group)) if drawing else ""
 
@@ -338,7 +339,7 @@ def _sweeps(swept: Sequence[Summary]) -> str:
                 f"Throughput, {workload.unit} per second"
                 if parameter != "chunk_bytes"
                 else "Throughput, MiB per second",
-                _sweep_lines(group, parameter, values, _rate(parameter), number_text),
+                _sweep_lines(group, parameter, values, _rate(parameter), _tick_text),
                 _legend(group),
             )
         ]
@@ -350,6 +351,9 @@ def _sweeps(swept: Sequence[Summary]) -> str:
                     _legend(group),
                 )
             )
+        else:
+            cpu = _sweep_lines(group, parameter, values, lambda each: each.cpu_s, seconds_text)
+            plots.append(_figure("CPU time of the client", cpu, _legend(group)))
         panels.append(
             f"<section class='panel'><h3>{escape(workload.title)}, by {what}</h3>"
             f"<p class='about'>{escape(workload.about)}</p><div class='plots'>{''.join(plots)}</div>"
@@ -370,6 +374,10 @@ def _rate(parameter: str) -> Callable[[Summary], float]:
 def _mib_per_second(summary: Summary) -> float:
     run = summary.runs[0]
     return (run.bytes_read + run.bytes_written) / 2**20 / run.seconds if run.seconds else 0.0
+
+
+def _tick_text(value: float) -> str:
+    return f"{value:g}" if value == round(value) and value < 1000 else number_text(value)
 
 
 def _sweep_lines(

@@ -81,7 +81,7 @@ svg .mark{stroke:var(--card);stroke-width:1.2}
 .legend i{display:inline-block;width:14px;height:4px;border-radius:2px;margin-right:6px;vertical-align:middle}
 .scroll{overflow-x:auto;margin:12px 0 0}
 table{border-collapse:collapse;width:100%;font-size:13.5px}
-th,td{padding:6px 9px;text-align:right;white-space:nowrap;border-top:1px solid var(--line)}
+th,td{padding:6px 8px;text-align:right;white-space:nowrap;border-top:1px solid var(--line)}
 th{font-weight:500;color:var(--faint);font-size:12.5px;border-top:0}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 td.left{text-align:left;white-space:normal}

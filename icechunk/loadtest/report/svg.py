@@ -93,6 +93,7 @@ def curves(
     x_log: bool = False,
     x_values: Sequence[float] | None = None,
     y_max: float | None = None,
+    y_log: bool = False,
     height: int = 230,
 ) -> str:
     """Lines in one frame, with ticks at round numbers.
@@ -107,13 +108,16 @@ def curves(
         The x axis is logarithmic; all x must be positive.
     y_max
         Upper end of the y axis; where None it follows from the data. The lower end is 0.
+    y_log
+        The y axis is logarithmic, from the least to the greatest value; all y must be positive.
     """
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     if not xs:
         return ""
-    ticks_y = nice_ticks(0, y_max if y_max is not None else max(ys) or 1)
-    top = y_max if y_max is not None else max(ticks_y[-1], max(ys))
+    bottom = min(ys) * 0.9 if y_log else 0.0
+    ticks_y = log_ticks(bottom, max(ys) * 1.1) if y_log else nice_ticks(0, y_max if y_max is not None else max(ys) or 1)
+    top = y_max if y_max is not None else max(ys) * 1.1 if y_log else max(ticks_y[-1], max(ys))
     inner_width, inner_height = WIDTH - _LEFT - _RIGHT, height - _TOP - _BOTTOM
 
     if x_values is not None:
@@ -138,6 +142,8 @@ def curves(
             return _LEFT + (scale(x) - scale(low)) / (scale(high) - scale(low)) * inner_width
 
     def at_y(y: float) -> float:
+        if y_log:
+            return _TOP + math.log(top / y) / math.log(top / bottom) * inner_height
         return _TOP + (1 - y / top) * inner_height
 
     floor = _TOP + inner_height
