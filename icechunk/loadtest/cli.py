@@ -158,13 +158,8 @@ def _measure(args: argparse.Namespace, order: _Order, command: str) -> Results:
     zarrs = {name: versions["zarr"] for name, versions in runner.versions.items() if "zarr" in versions}
     if len({zarrs.get("ours"), zarrs.get("official")} - {None}) > 1:
         notes.append(
-<<<<<<< HEAD
-            f"ours ran on zarr {zarrs['ours']}, official on zarr {zarrs['official']}: part of the difference may be "
-            "zarr's; run the load test in an environment with the same zarr to compare the libraries alone"
-=======
             f"ours ran on zarr {zarrs['ours']}, official on {zarrs['official']}: part of the difference may be zarr's; "
             "run the load test in an environment with the same zarr to compare the libraries alone"
->>>>>>> harness
         )
     return Results(
         started=started.isoformat(timespec="seconds"),
