@@ -449,6 +449,7 @@ def test_cancelled_readers_leave_nothing_behind(storage: Storage) -> None:
             assert isinstance(result, asyncio.CancelledError) if i % 2 == 0 else result == bytes([i % 8 + 1] * 3_000_00)
         assert await read(store, "c/0") == b"\x01" * 3_000_00
         await repository.aclose()
+        await session._core.aclose()
         await storage.aclose()
         return [task for task in await other_tasks() if task not in before]
 

@@ -49,5 +49,8 @@ def warn_on_none_virtual_chunk_credentials(
 
 def announced(access: dict[str, AnyCredential | None] | None) -> dict[str, AnyCredential | None] | None:
     """The same access after its warnings, which name the caller of the synchronous twin that calls this."""
+    if not isinstance(access, dict):
+        # None, or something that the engine refuses in words of its own.
+        return access
     warn_on_none_virtual_chunk_credentials(access)
-    return access if access is None else _Announced(access)
+    return _Announced(access)

@@ -63,9 +63,9 @@ class Opening(RepositoryBase):
         StorageError
             The place cannot be written, or does not have the conditional writes that the layout needs.
         """
-        warn_on_none_virtual_chunk_credentials(authorize_virtual_chunk_access)
-        layout = _layout(spec_version, config)
         core = _new_core(storage, config, authorize_virtual_chunk_access, attribution)
+        layout = _layout(spec_version, config)
+        warn_on_none_virtual_chunk_credentials(authorize_virtual_chunk_access)
         log = await create_repository(
             core.storage,
             layout,
