@@ -51,7 +51,7 @@ from icechunk.refs.entry import Entry, decode_entry, encode_entry, encode_events
 from icechunk.refs.marker import decode_marker, encode_marker
 from icechunk.refs.proof import MAX_SKEW_US, PRUNE_WAIT_US, TRUST_US
 from icechunk.refs.state import initial_state, try_apply_all
-from icechunk.session import _Phase
+from icechunk.session.base import Phase
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = ROOT / "spec"
@@ -639,7 +639,7 @@ def test_the_session_event_table_lists_every_event_with_its_tag() -> None:
 
 def test_the_phases_of_a_session_are_those_of_the_table() -> None:
     listed = {code(row[0])[0] for row in rows(page("session-log.md"), "| phase |")}
-    assert listed == {phase.value for phase in _Phase}
+    assert listed == {phase.value for phase in Phase}
 
 
 def test_the_diagram_of_the_session_shows_those_phases_too() -> None:
@@ -647,7 +647,7 @@ def test_the_diagram_of_the_session_shows_those_phases_too() -> None:
     diagram = text[text.index("stateDiagram") :].partition("```")[0]
     aliases = {alias: name for name, alias in re.findall(r'state "([^"]+)" as (\w+)', diagram)}
     ends = {end for pair in re.findall(r"(\S+) --> ([^\s:]+)", diagram) for end in pair} - {"[*]"}
-    assert {aliases.get(end, end) for end in ends} == {phase.value for phase in _Phase}
+    assert {aliases.get(end, end) for end in ends} == {phase.value for phase in Phase}
 
 
 def test_every_seal_names_its_spec_version_and_type_where_the_page_says() -> None:

@@ -1,0 +1,29 @@
+"""Sessions: one consistent view of a repository; writable ones collect changes until their commit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from icechunk.session.arranging import Arranging
+from icechunk.session.ending import Ending
+from icechunk.session.sharing import Sharing
+
+if TYPE_CHECKING:
+    from icechunk.store import IcechunkStore
+
+__all__ = ["Session"]
+
+
+class Session(Arranging, Ending, Sharing):
+    """One consistent view of a repository; writable ones collect changes until `commit`.
+
+    Made by `Repository.readonly_session` and `Repository.writable_session`. Safe to use from several loops and
+    threads. A read-only session pickles; a writable one refuses.
+    """
+
+    @property
+    def store(self) -> IcechunkStore:
+        """The Zarr store of this session: hand it to zarr or xarray."""
+        from icechunk.store import IcechunkStore
+
+        return IcechunkStore(self)

@@ -1,0 +1,243 @@
+"""Nodes and chunks: what the store of a session is made of."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+
+import numpy as np
+
+from icechunk.errors import (
+    ErrorKind,
+    InvalidInputError,
+    NodeNotFoundError,
+)
+from icechunk.format.ids import encode_id
+from icechunk.format.tables import NATIVE, VIRTUAL, ChunkRef, ChunkRefs, NodeKind, NodeSnapshot
+from icechunk.log.session_log import ABSENT, IN_BASE, SessionLog
+from icechunk.reading import base_references, read_chunk
+from icechunk.session.base import SessionBase, absolute
+from icechunk.storage.base import ByteRange
+from icechunk.sync import run_sync
+from icechunk.virtual import ChunkType
+from icechunk.virtual_access.locations import Prefixes
+
+__all__ = ["Content"]
+
+
+class Content(SessionBase):
+    """Reading and writing one node or chunk at a time."""
+
+    def require_array(self, path: str) -> NodeSnapshot:
+        """The array at a path, as this session sees it. Raises `NodeNotFoundError` or `InvalidInputError`."""
+        node = self._log.node(path)
+        if node is None:
+            raise NodeNotFoundError(f"node not found at {path!r}; create the array before its chunks")
+        require_array_node(node)
+        return node
+
+    @property
+    def hierarchy(self) -> SessionLog:
+        """The fold of this session's changes over its snapshot; change nothing through it, and nobody may meanwhile."""
+        return self._log
+
+    def node(self, path: str) -> NodeSnapshot | None:
+        """The group or array at a path; None where there is none."""
+        return self._log.node(path)
+
+    def nodes(self, under: str) -> list[NodeSnapshot]:
+        """The node at a path and everything below it, ascending; as of one moment, whoever else is writing."""
+        with self._lock:
+            return list(self._log.nodes(under))
+
+    def children(self, path: str) -> list[str]:
+        """Names directly below a path, ascending: of nodes, and of what only has nodes below it; as of one moment."""
+        with self._lock:
+            return self._log.children(path, implied=True)
+
+    def set_metadata(self, path: str, document: bytes) -> None:
+        """Create a node, or replace its zarr.json."""
+        with self._lock:
+            self._require_writable()
+            self._log.set_metadata(path, document)
+
+    def delete_node(self, path: str) -> None:
+        """Delete a node with all below it; a node that does not exist is fine."""
+        with self._lock:
+            self._require_writable()
+            if self._log.node(path) is not None:
+                self._log.delete_node(path)
+
+    def delete_chunk(self, path: str, coords: tuple[int, ...]) -> None:
+        """Delete a chunk; one that does not exist, or lies outside the grid, is fine."""
+        with self._lock:
+            self._require_writable()
+            node = self._log.node(path)
+            if node is not None and node.kind is NodeKind.ARRAY and in_grid(node, coords):
+                self._log.delete_chunk(node, coords)
+
+    def clear(self) -> None:
+        """Delete every node."""
+        with self._lock:
+            self._require_writable()
+            self._log.clear()
+
+    async def set_chunk(self, path: str, coords: tuple[int, ...], data: bytes) -> None:
+        """Write a chunk: small ones stand in the log, others are on their way when this returns.
+
+        Raises
+        ------
+        InvalidInputError
+            No such place in the array's grid (``invalid-chunk-index``), not an array (``not-an-array``), or no
+            bytes (``zero-length-chunk``).
+        NodeNotFoundError
+            No array at this path.
+        StorageError
+            An earlier chunk could not be written; see `PutPool.put`.
+        """
+        if len(data) <= self._core.settings.inline_threshold_bytes:
+            with self._lock:
+                self._require_writable()
+                node = self._check_chunk(path, coords, data)
+                self._log.set_inline(node, coords, data)
+            return
+        while True:
+            with self._lock:
+                self._require_writable()
+                self._check_chunk(path, coords, data)
+                discards = self._discards
+            chunk_id, offset = await self._puts.put(data)
+            with self._lock:
+                # While the pool was full the session may have been committed, or the array deleted.
+                self._require_writable()
+                node = self._check_chunk(path, coords, data)
+                if self._discards == discards:
+                    self._log.set_native(node, coords, chunk_id, offset, len(data))
+                    return
+
+    def set_references(self, path: str, refs: ChunkRefs) -> None:
+        """Write many references of an array at once; the columns belong to the session now.
+
+        Raises `InvalidInputError` where one is outside the grid, or `NodeNotFoundError`: nothing is written then.
+        """
+        with self._lock:
+            self._require_writable()
+            self._log.set_refs(self.require_array(path), refs)
+
+    @property
+    def virtual_prefixes(self) -> Prefixes:
+        """The virtual chunk containers, by what their locations begin with."""
+        return self._core.virtual.prefixes
+
+    def _check_chunk(self, path: str, coords: tuple[int, ...], data: bytes) -> NodeSnapshot:
+        node = self.require_array(path)
+        if not in_grid(node, coords):
+            raise InvalidInputError(
+                f"no chunk {list(coords)} in the grid of array {path!r}; resize the array before writing there",
+                ErrorKind.INVALID_CHUNK_INDEX,
+            )
+        if not data:
+            raise InvalidInputError(
+                f"chunk {list(coords)} of array {path!r} has no bytes; delete it instead", ErrorKind.ZERO_LENGTH_CHUNK
+            )
+        return node
+
+    async def get_chunk(self, path: str, coords: tuple[int, ...], byte_range: ByteRange) -> bytes | None:
+        """Bytes of a chunk, or a clamped range of them; None where it was never written, or there is no array.
+
+        Raises `InvalidInputError` where the node is a group.
+        """
+        ref = await self.chunk_reference(path, coords)
+        if ref is None:
+            return None
+        return await read_chunk(self._core, self._puts, ref, byte_range)
+
+    async def chunk_reference(self, path: str, coords: tuple[int, ...]) -> ChunkRef | None:
+        """The reference of a chunk; None and errors as in `get_chunk`."""
+        with self._lock:
+            # Node and reference from the same log: a commit on another thread replaces it.
+            node = self._log.node(path)
+            if node is None:
+                return None
+            require_array_node(node)
+            found = self._log.chunk(node, coords)
+        if found is IN_BASE:
+            return await self._core.assets.reference(node, coords)
+        return None if found is ABSENT else found
+
+    async def chunk_references(self, path: str) -> AsyncGenerator[ChunkRefs, None]:
+        """All references of an array: batches in no particular order, none twice; none where it is no array."""
+        with self._lock:
+            node = self._log.node(path)
+            if node is None or node.kind is not NodeKind.ARRAY:
+                return
+            written, deleted = self._log.overlay(node)
+        if len(written):
+            yield written
+        async for refs in base_references(self._core, node, np.concatenate([written.coords, deleted])):
+            yield refs
+
+    async def get_node_id_async(self, path: str) -> str:
+        """The id of the node at an absolute path, which it keeps for life. Raises `NodeNotFoundError`."""
+        node = self._log.node(absolute(path))
+        if node is None:
+            raise NodeNotFoundError(f"node not found at {path!r}")
+        return encode_id(node.id)
+
+    def get_node_id(self, path: str) -> str:
+        """Synchronous twin of `get_node_id_async`."""
+        return run_sync(self.get_node_id_async(path))
+
+    async def all_virtual_chunk_locations_async(self) -> list[str]:
+        """The location of every virtual chunk in this session's view, one for each: those of one object repeat.
+
+        Locations relative to a container are resolved. Raises `InvalidInputError` where that container is not
+        configured (kind ``no-container-for-virtual-chunk``).
+        """
+        found: list[str] = []
+        for node in list(self._log.nodes()):
+            async with aclosing(self.chunk_references(node.path)) as batches:
+                async for refs in batches:
+                    # What of the table is not used need not resolve.
+                    rows = refs.location[refs.kind == VIRTUAL]
+                    urls = {row: self.virtual_prefixes.absolute(refs.locations[row]) for row in set(rows.tolist())}
+                    found += [urls[row] for row in rows.tolist()]
+        return found
+
+    def all_virtual_chunk_locations(self) -> list[str]:
+        """Synchronous twin of `all_virtual_chunk_locations_async`."""
+        return run_sync(self.all_virtual_chunk_locations_async())
+
+    async def chunk_coordinates(self, array_path: str, batch_size: int = 1000) -> AsyncIterator[tuple[int, ...]]:
+        """Coordinates of every chunk of an array that exists, in no particular order."""
+        path = self.require_array(absolute(array_path)).path
+        async with aclosing(self.chunk_references(path)) as batches:
+            async for refs in batches:
+                for row in refs.coords.tolist():
+                    yield tuple(row)
+
+    async def chunk_type_async(self, array_path: str, chunk_coordinates: Sequence[int]) -> ChunkType:
+        """How a chunk is kept: inline, native, virtual, or not at all (``uninitialized``)."""
+        path = self.require_array(absolute(array_path)).path
+        ref = await self.chunk_reference(path, tuple(chunk_coordinates))
+        if ref is None:
+            return ChunkType.uninitialized
+        return {NATIVE: ChunkType.native, VIRTUAL: ChunkType.virtual}.get(ref.kind, ChunkType.inline)
+
+    def chunk_type(self, array_path: str, chunk_coordinates: Sequence[int]) -> ChunkType:
+        """Synchronous twin of `chunk_type_async`."""
+        return run_sync(self.chunk_type_async(array_path, chunk_coordinates))
+
+
+def require_array_node(node: NodeSnapshot) -> None:
+    if node.kind is not NodeKind.ARRAY:
+        raise InvalidInputError(f"the node at {node.path!r} is a group, not an array", ErrorKind.NOT_AN_ARRAY)
+
+
+def in_grid(node: NodeSnapshot, coords: tuple[int, ...]) -> bool:
+    if len(coords) != len(node.shape):
+        return False
+    for coord, dimension in zip(coords, node.shape, strict=True):  # noqa: SIM110  # for every chunk: all() costs twice
+        if coord >= dimension.num_chunks:
+            return False
+    return True
