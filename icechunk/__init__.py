@@ -270,4 +270,4 @@ def spec_version() -> SpecVersion:
 
 def supported_spec_versions() -> list[SpecVersion]:
     """Versions of the on-disk format that can be read and written."""
-    return [SpecVersion.v2]
+    return [SpecVersion.v1, SpecVersion.v2]
