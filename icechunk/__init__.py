@@ -269,5 +269,5 @@ def spec_version() -> SpecVersion:
 
 
 def supported_spec_versions() -> list[SpecVersion]:
-    """Versions of the on-disk format that can be read and written."""
-    return [SpecVersion.v1, SpecVersion.v2]
+    """Versions of the on-disk format that can be read and written, newest first."""
+    return [SpecVersion.v2, SpecVersion.v1]
