@@ -284,6 +284,8 @@ def test_twin_called_on_the_loop_that_is_uploading_does_not_wait_for_it() -> Non
         await session.store.set("c/0", buffer(b"x" * 2_000_000))
         await asyncio.sleep(0)
         session.commit("by a twin, while this loop stands still")
+        gc.collect()
+        await asyncio.sleep(0)
         assert await read(session.store, "c/0") == b"x" * 2_000_000
 
     run(work)

@@ -36,6 +36,10 @@ __all__ = ["PutPool"]
 PATIENCE_S = 1.0
 """A loop that does not answer within this time is taken for one that waits for us."""
 
+# A loop refers to its tasks weakly: an upload that another loop has taken over, or whose session is gone, would be
+# destroyed in the middle of its request.
+_uploads: set[asyncio.Task[None]] = set()
+
 
 @dataclass(slots=True, eq=False)
 class _Pending:
@@ -236,6 +240,8 @@ class PutPool:
 
     def _start(self, item: _Pending) -> None:
         item.task = asyncio.ensure_future(self._upload(item, item.done))
+        _uploads.add(item.task)
+        item.task.add_done_callback(_uploads.discard)
         # A task cancelled before its first step never runs its own clean-up.
         item.task.add_done_callback(partial(self._end_if_cancelled, item, item.done))
 
