@@ -144,7 +144,7 @@ def test_a_forked_child_starts_anew_and_leaves_the_parents_value_alone() -> None
 
 def test_values_of_loops_that_still_run_are_closed_at_exit() -> None:
     script = """
-        import asyncio, threading
+        import asyncio, atexit, threading
         from icechunk.storage.per_loop import PerLoop
         async def close(value):
             await asyncio.sleep(0)
@@ -152,6 +152,7 @@ def test_values_of_loops_that_still_run_are_closed_at_exit() -> None:
         names = iter("abc")
         values = PerLoop(lambda: next(names), close)
         running, idle = asyncio.new_event_loop(), asyncio.new_event_loop()
+        atexit.register(idle.close)  # runs after the hook, which is registered at first use
         threading.Thread(target=running.run_forever, daemon=True).start()
         asyncio.run_coroutine_threadsafe(values.get(), running).result()
         idle.run_until_complete(values.get())
