@@ -15,7 +15,7 @@ from icechunk.errors import ErrorKind, InvalidInputError, SessionStateError
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.tables import ETAG, ID12, INLINE, LAST_MODIFIED, NATIVE, NO_CHECKSUM, VIRTUAL, ChunkRefs
 from icechunk.keys import ChunkKey, parse_key, to_path
-from icechunk.log.columns import concat, take
+from icechunk.log.columns import concat
 from icechunk.sync import run_sync
 from icechunk.values import unsigned
 from icechunk.virtual import ChunkType, VirtualChunkSpec
@@ -256,7 +256,7 @@ class VirtualWriting:
         )
         present = rows >= 0
         if not present.all():
-            columns, good = take(columns, present), good[present]
+            columns, good = columns.take(present), good[present]
         return self._write(node.path, columns, good)
 
     def set_virtual_refs_arr(
@@ -346,7 +346,7 @@ class VirtualWriting:
         refused: list[tuple[int, ...]] | None = None
         if not good.all():
             refused = [tuple(row) for row in columns.coords[~good].tolist()]
-            columns = take(columns, good)
+            columns = columns.take(good)
         self._session.set_references(path, _checked(columns, path))
         return refused
 

@@ -114,8 +114,9 @@ class ChunkRefs:
             location=np.empty(0, np.int32),
         )
 
-    def take(self, rows: npt.NDArray[np.intp]) -> ChunkRefs:
-        """The references at these row numbers, in this order; string tables and inline data are shared."""
+    def take(self, rows: npt.NDArray[Any]) -> ChunkRefs:
+        """The references at these row numbers, in this order, or where this mask is true; tables and inline bytes are
+        shared, not copied."""
         return replace(
             self,
             coords=self.coords[rows],

@@ -25,26 +25,9 @@ from icechunk.format.tables import (
 )
 from icechunk.log.lookup import sort_last
 
-__all__ = ["DELETED", "concat", "from_rows", "normalized", "take", "tombstones", "trimmed"]
+__all__ = ["DELETED", "concat", "from_rows", "normalized", "tombstones", "trimmed"]
 
 DELETED: Final = 0
-
-
-def take(refs: ChunkRefs, rows: npt.NDArray[Any]) -> ChunkRefs:
-    """The rows at these positions (or where this mask is true); tables and inline bytes are shared, not copied."""
-    return ChunkRefs(
-        coords=refs.coords[rows],
-        kind=refs.kind[rows],
-        offset=refs.offset[rows],
-        length=refs.length[rows],
-        chunk_id=refs.chunk_id[rows],
-        location=refs.location[rows],
-        locations=refs.locations,
-        checksum_kind=None if refs.checksum_kind is None else refs.checksum_kind[rows],
-        checksum=None if refs.checksum is None else refs.checksum[rows],
-        etags=refs.etags,
-        inline_data=refs.inline_data,
-    )
 
 
 def tombstones(coords: npt.NDArray[np.uint32]) -> ChunkRefs:
@@ -115,7 +98,7 @@ def _joined(tables: Sequence[tuple[str, ...]], columns: Sequence[npt.NDArray[Any
 def normalized(refs: ChunkRefs) -> ChunkRefs:
     """Ascending and unique by coordinates; of several rows with the same ones the last counts."""
     order = sort_last(refs.coords)
-    return refs if order is None else take(refs, order)
+    return refs if order is None else refs.take(order)
 
 
 def trimmed(refs: ChunkRefs) -> ChunkRefs:

@@ -30,7 +30,7 @@ from icechunk.format.tables import (
 )
 from icechunk.log.boxes import around, bounds, by_tile, halved, in_box
 from icechunk.log.changes import NetChanges
-from icechunk.log.columns import concat, normalized, take, trimmed
+from icechunk.log.columns import concat, normalized, trimmed
 from icechunk.log.lookup import CoordIndex
 from icechunk.log.session_log import SessionLog
 from icechunk.log.tiles import Tile, TilePolicy, plan_grid, plan_tiles
@@ -236,7 +236,7 @@ def finish(compaction: Compaction, sizes: Mapping[ObjectId, int]) -> Snapshot:
 
 def _content(array: ArrayPlan, tile: Tile, manifests: Mapping[ObjectId, Manifest]) -> ChunkRefs:
     """The references of a dirty tile: those it had, without what was deleted or is out of the grid, and the written."""
-    written = array.written if len(tile.written) == len(array.written) else take(array.written, tile.written)
+    written = array.written if len(tile.written) == len(array.written) else array.written.take(tile.written)
     changed = np.concatenate([written.coords, array.deleted[tile.deleted]])
     parts = []
     for source in tile.sources:
@@ -256,7 +256,7 @@ def _content(array: ArrayPlan, tile: Tile, manifests: Mapping[ObjectId, Manifest
             gone[at[at >= 0]] = True
             rows = rows[~gone[rows]]
         if len(rows):
-            parts.append(old if len(rows) == len(old) else take(old, rows))
+            parts.append(old if len(rows) == len(old) else old.take(rows))
     if not parts:
         return written
     return normalized(concat([*parts, written])) if len(written) or len(parts) > 1 else parts[0]
@@ -271,7 +271,7 @@ def _pieces(content: ChunkRefs, array: ArrayPlan, tile: Tile, policy: Policy) ->
         whole = around(content.coords, tile.avoid) if tile.avoid else [np.arange(len(content))]
         cuts = [piece[rows] for piece in whole for rows in halved(content.coords[piece], policy.max_refs_per_manifest)]
     for rows in cuts:
-        yield trimmed(content if len(rows) == len(content) else take(content, rows))
+        yield trimmed(content if len(rows) == len(content) else content.take(rows))
 
 
 class _Packer:

@@ -32,7 +32,6 @@ from icechunk.conflicts import (
 from icechunk.format.ids import NodeId, encode_id
 from icechunk.format.tables import NodeKind, NodeSnapshot, Snapshot, TransactionLog
 from icechunk.log.changes import NetChanges
-from icechunk.log.columns import take
 from icechunk.log.events import ArrayCreated, ChunksDeleted, ChunksWritten, Event, GroupCreated, HierarchyCleared
 from icechunk.log.hierarchy import Hierarchy, parent_of
 from icechunk.log.lookup import CoordIndex
@@ -319,6 +318,6 @@ def _without(event: ChunksWritten | ChunksDeleted, lost: CoordIndex) -> Iterator
     elif not stay.any():
         return
     elif isinstance(event, ChunksWritten):
-        yield replace(event, refs=take(event.refs, stay))
+        yield replace(event, refs=event.refs.take(stay))
     else:
         yield replace(event, coords=coords[stay])

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from icechunk.format.ids import NodeId
 from icechunk.format.tables import ChunkRef, ChunkRefs
-from icechunk.log.columns import DELETED, concat, from_rows, normalized, take, tombstones
+from icechunk.log.columns import DELETED, concat, from_rows, normalized, tombstones
 from icechunk.log.events import ChunksDeleted, ChunksWritten
 from icechunk.log.lookup import RefTable
 
@@ -92,7 +92,7 @@ class ArrayFold:
             return [ChunksWritten(node_id=self.node_id, refs=refs)]
         events: list[ChunksWritten | ChunksDeleted] = []
         if not deleted.all():
-            events.append(ChunksWritten(node_id=self.node_id, refs=take(refs, ~deleted)))
+            events.append(ChunksWritten(node_id=self.node_id, refs=refs.take(~deleted)))
         events.append(ChunksDeleted(node_id=self.node_id, coords=refs.coords[deleted]))
         return events
 

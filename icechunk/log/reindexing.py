@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.tables import ChunkRefs
-from icechunk.log.columns import normalized, take
+from icechunk.log.columns import normalized
 from icechunk.log.lookup import CoordIndex
 
 __all__ = ["Reindex", "reindexed", "shifted"]
@@ -39,7 +39,7 @@ def shifted(refs: ChunkRefs, grid: Sequence[int], offset: Sequence[int]) -> tupl
     """
     coords = refs.coords.astype(np.int64) + np.array(offset, np.int64)
     stays: npt.NDArray[np.bool_] = np.all((coords >= 0) & (coords < np.array(grid, np.int64)), axis=1)
-    moved = _at(take(refs, stays), coords[stays].astype(np.uint32))
+    moved = _at(refs.take(stays), coords[stays].astype(np.uint32))
     return moved, _not_in(refs.coords, moved.coords)
 
 
@@ -79,7 +79,7 @@ def reindexed(
         if target is not None:
             rows.append(row)
             targets.append(_checked(target, grid, place))
-    moved = _at(take(refs, np.array(rows, np.intp)), np.array(targets, np.uint32).reshape(len(rows), len(grid)))
+    moved = _at(refs.take(np.array(rows, np.intp)), np.array(targets, np.uint32).reshape(len(rows), len(grid)))
     if backward is None:
         return moved, refs.coords[:0]
     known, taken = set(places), set(targets)

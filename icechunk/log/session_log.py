@@ -41,7 +41,7 @@ from icechunk.errors import AlreadyExistsError, ErrorKind, InvalidInputError, No
 from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.tables import INLINE, NATIVE, VIRTUAL, ChunkRef, ChunkRefs, Move, NodeKind, NodeSnapshot, Snapshot
 from icechunk.log.changes import Changes, NetChanges, move_order
-from icechunk.log.columns import DELETED, normalized, take
+from icechunk.log.columns import DELETED, normalized
 from icechunk.log.events import (
     ArrayCreated,
     ChunksDeleted,
@@ -197,7 +197,7 @@ class SessionLog:
         written = visible & (refs.kind != DELETED)
         if written.all():
             return refs, refs.coords[:0]
-        return take(refs, written), refs.coords[visible & ~written]
+        return refs.take(written), refs.coords[visible & ~written]
 
     @property
     def row_count(self) -> int:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from icechunk.format.tables import INLINE, NATIVE, VIRTUAL, ChunkRef, ChunkRefs
 from icechunk.log.boxes import around, bounds, by_tile, halved, in_box, overlap
-from icechunk.log.columns import concat, from_rows, normalized, take, trimmed
+from icechunk.log.columns import concat, from_rows, normalized, trimmed
 from icechunk.log.lookup import CoordIndex, find, sort_last
 from tests.log.builders import object_id
 
@@ -63,7 +63,7 @@ def test_rows_survive_columns_concatenation_selection_and_trimming(parts: list[d
     for part in parts:
         expected.update(part)
     assert {tuple(merged.coords[i].tolist()): merged.row(i) for i in range(len(merged))} == expected
-    some = trimmed(take(merged, np.arange(0, len(merged), 2)))
+    some = trimmed(merged.take(np.arange(0, len(merged), 2)))
     assert {tuple(some.coords[i].tolist()): some.row(i) for i in range(len(some))} == {
         c: expected[c] for c in sorted(expected)[::2]
     }
