@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import ClassVar
 
 from icechunk.errors import ErrorKind, PreconditionFailedError, StorageError
 from icechunk.storage.base import Absent, Matches, Storage
 
-__all__ = ["StoreCheck", "may_write", "require_atomic"]
-
-# Places that were seen to honour it, by this process.
-_checked: weakref.WeakSet[Storage] = weakref.WeakSet()
+__all__ = ["ConditionCheck", "StoreCheck", "may_write", "require_atomic"]
 
 
 def may_write(storage: Storage) -> bool:
@@ -39,8 +38,11 @@ def require_atomic(storage: Storage) -> None:
     )
 
 
-class StoreCheck:
+class ConditionCheck(ABC):
     """One check of one storage, shared by whoever waits for it. Belongs to one event loop."""
+
+    _checked: ClassVar[weakref.WeakSet[Storage]]
+    """Places that were seen to honour the condition, by this process."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
@@ -48,7 +50,7 @@ class StoreCheck:
         self._lock = asyncio.Lock()
 
     async def run(self, candidates: Sequence[str]) -> None:
-        """Write an existing object's own bytes to it, which the store must refuse.
+        """Write an existing object's own bytes to it, under a condition by which the store must refuse.
 
         Parameters
         ----------
@@ -64,25 +66,18 @@ class StoreCheck:
         async with self._lock:
             if self._done or self._known_good():
                 return
-            for _ in range(3):
-                key, data = await self._first_of(candidates)
-                try:
-                    await self._storage.put(key, data, Absent())
-                except PreconditionFailedError:
-                    self._done = True
-                    with suppress(TypeError):
-                        _checked.add(self._storage)
-                    return
-                # Deleted between the two requests, perhaps: now it is there for certain, with the same bytes.
-            raise StorageError(
-                f"{self._storage.describe()} ignores If-None-Match: {key!r} exists, and was written again. Concurrent "
-                "commits would overwrite each other there; nothing is committed. Use a store with conditional writes",
-                ErrorKind.STORAGE_CONFIG,
-            )
+            await self._try(candidates)
+            self._done = True
+            with suppress(TypeError):
+                self._checked.add(self._storage)
+
+    @abstractmethod
+    async def _try(self, candidates: Sequence[str]) -> None:
+        """Return where the store refused; raise where it took the write."""
 
     def _known_good(self) -> bool:
         try:
-            return self._storage in _checked
+            return self._storage in self._checked
         except TypeError:  # unhashable: then each instance looks for itself
             return False
 
@@ -93,3 +88,23 @@ class StoreCheck:
             except StorageError:
                 continue
         return candidates[-1], (await self._storage.get(candidates[-1])).data
+
+
+class StoreCheck(ConditionCheck):
+    """That the store honours ``If-None-Match: *``."""
+
+    _checked: ClassVar[weakref.WeakSet[Storage]] = weakref.WeakSet()
+
+    async def _try(self, candidates: Sequence[str]) -> None:
+        for _ in range(3):
+            key, data = await self._first_of(candidates)
+            try:
+                await self._storage.put(key, data, Absent())
+            except PreconditionFailedError:
+                return
+            # Deleted between the two requests, perhaps: now it is there for certain, with the same bytes.
+        raise StorageError(
+            f"{self._storage.describe()} ignores If-None-Match: {key!r} exists, and was written again. Concurrent "
+            "commits would overwrite each other there; nothing is committed. Use a store with conditional writes",
+            ErrorKind.STORAGE_CONFIG,
+        )
