@@ -19,13 +19,10 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from icechunk.config import StorageConcurrencySettings, StorageRetriesSettings, StorageSettings
+from icechunk.config import StorageConcurrencySettings, StorageSettings
 from icechunk.config.storage import (
     DEFAULT_IDEAL_REQUEST_BYTES,
-    DEFAULT_INITIAL_BACKOFF_MS,
-    DEFAULT_MAX_BACKOFF_MS,
     DEFAULT_MAX_REQUESTS_PER_OBJECT,
-    DEFAULT_MAX_TRIES,
     DEFAULT_MULTIPART_BYTES,
 )
 from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
@@ -46,6 +43,7 @@ from icechunk.storage.base import (
     Unchecked,
     Version,
 )
+from icechunk.storage.defaults import object_store_settings
 from icechunk.storage.keys import check_key, check_range, resolve_range
 from icechunk.storage.obstore_errors import failure_of, missing, storage_error
 from icechunk.storage.obstore_places import ObstorePlace
@@ -404,21 +402,7 @@ class ObstoreStorage(Storage):
         return other
 
     def default_settings(self) -> StorageSettings:
-        return StorageSettings(
-            concurrency=StorageConcurrencySettings(
-                max_concurrent_requests_for_object=DEFAULT_MAX_REQUESTS_PER_OBJECT,
-                ideal_concurrent_request_size=DEFAULT_IDEAL_REQUEST_BYTES,
-            ),
-            retries=StorageRetriesSettings(
-                max_tries=DEFAULT_MAX_TRIES,
-                initial_backoff_ms=DEFAULT_INITIAL_BACKOFF_MS,
-                max_backoff_ms=DEFAULT_MAX_BACKOFF_MS,
-            ),
-            unsafe_use_conditional_create=True,
-            unsafe_use_conditional_update=True,
-            unsafe_use_metadata=True,
-            minimum_size_for_multipart_upload=DEFAULT_MULTIPART_BYTES,
-        )
+        return object_store_settings()
 
     @property
     def atomic_preconditions(self) -> frozenset[type[Precondition]]:

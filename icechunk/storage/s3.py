@@ -23,13 +23,10 @@ from urllib.parse import unquote_plus
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
-from icechunk.config import S3Options, StorageConcurrencySettings, StorageRetriesSettings, StorageSettings
+from icechunk.config import S3Options, StorageConcurrencySettings, StorageSettings
 from icechunk.config.storage import (
     DEFAULT_IDEAL_REQUEST_BYTES,
-    DEFAULT_INITIAL_BACKOFF_MS,
-    DEFAULT_MAX_BACKOFF_MS,
     DEFAULT_MAX_REQUESTS_PER_OBJECT,
-    DEFAULT_MAX_TRIES,
     DEFAULT_MULTIPART_BYTES,
 )
 from icechunk.credentials import AnyS3Credential, S3Credentials
@@ -52,6 +49,7 @@ from icechunk.storage.base import (
     Unchecked,
     Version,
 )
+from icechunk.storage.defaults import object_store_settings
 from icechunk.storage.keys import check_key, check_range, resolve_range
 from icechunk.storage.per_loop import PerLoop
 from icechunk.storage.s3_answers import (
@@ -104,6 +102,7 @@ class _Place:
         self.write_headers = {**payer, **{name.lower(): value for name, value in write_headers.items()}}
         self.plain_headers = payer
         self.sources = sources
+        self.keeps_metadata = True
         self.keys = key_provider(credentials, sources)
         self.clients: PerLoop[S3Client] = PerLoop(self._open_client, S3Client.aclose)
 
@@ -130,6 +129,8 @@ class S3Storage(Storage):
     read_headers, write_headers
         Sent with every request that reads (GET, HEAD) or writes objects, as server-side encryption needs them:
         ``{"x-amz-server-side-encryption": "aws:kms"}``.
+    keeps_metadata
+        False: the service drops user metadata, so that lost answers are judged by contents instead.
     rooted_keys
         Keys in the bucket begin with ``/``, as very old repositories without prefix have them.
     sources
@@ -152,6 +153,7 @@ class S3Storage(Storage):
         read_headers: Mapping[str, str] | None = None,
         write_headers: Mapping[str, str] | None = None,
         rooted_keys: bool = False,
+        keeps_metadata: bool = True,
         sources: Sources = SYSTEM,
     ) -> None:
         options = S3Options() if options is None else copy.copy(options)
@@ -163,12 +165,13 @@ class S3Storage(Storage):
         root = folder + "/" if folder else "/" if rooted_keys else ""
         _require_sendable({**(read_headers or {}), **(write_headers or {})})
         self._place = _Place(bucket, root, options, credentials, read_headers or {}, write_headers or {}, sources)
+        self._place.keeps_metadata = keeps_metadata
         self._apply(settings)
 
     def _apply(self, settings: StorageSettings | None) -> None:
         self._settings = settings = copy.deepcopy(settings) if settings is not None else StorageSettings()
         self._limits = limits_of(settings, self._place.options.network_stream_timeout_seconds)
-        self._use_metadata = settings.unsafe_use_metadata is not False
+        self._use_metadata = settings.unsafe_use_metadata is not False and self._place.keeps_metadata
         self._use_create = settings.unsafe_use_conditional_create is not False
         self._use_update = settings.unsafe_use_conditional_update is not False
         size = settings.minimum_size_for_multipart_upload
@@ -537,21 +540,7 @@ class S3Storage(Storage):
         return other
 
     def default_settings(self) -> StorageSettings:
-        return StorageSettings(
-            concurrency=StorageConcurrencySettings(
-                max_concurrent_requests_for_object=DEFAULT_MAX_REQUESTS_PER_OBJECT,
-                ideal_concurrent_request_size=DEFAULT_IDEAL_REQUEST_BYTES,
-            ),
-            retries=StorageRetriesSettings(
-                max_tries=DEFAULT_MAX_TRIES,
-                initial_backoff_ms=DEFAULT_INITIAL_BACKOFF_MS,
-                max_backoff_ms=DEFAULT_MAX_BACKOFF_MS,
-            ),
-            unsafe_use_conditional_create=True,
-            unsafe_use_conditional_update=True,
-            unsafe_use_metadata=True,
-            minimum_size_for_multipart_upload=DEFAULT_MULTIPART_BYTES,
-        )
+        return object_store_settings()
 
     @property
     def atomic_preconditions(self) -> frozenset[type[Precondition]]:
@@ -594,6 +583,7 @@ class S3Storage(Storage):
                 place.credentials,
                 place.given_headers,
                 self._settings,
+                place.keeps_metadata,
             ),
         )
 
@@ -633,6 +623,7 @@ def _unpickled(
     credentials: AnyS3Credential,
     headers: tuple[Mapping[str, str], Mapping[str, str]],
     settings: StorageSettings,
+    keeps_metadata: bool = True,
 ) -> Storage:
     return S3Storage(
         bucket,
@@ -643,6 +634,7 @@ def _unpickled(
         read_headers=headers[0],
         write_headers=headers[1],
         rooted_keys=root == "/",
+        keeps_metadata=keeps_metadata,
     )
 
 

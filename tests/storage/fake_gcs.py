@@ -1,8 +1,8 @@
 """A Google Cloud Storage of the XML API in a thread: generations, conditions, listings, parts; and bad days on demand.
 
 Modelled on the published behaviour of the service: every write gives an object a new, greater generation; the ETag is
-the content's MD5; ``x-goog-if-generation-match`` refuses with 412, and 0 means that no object may exist; listings ascend
-by UTF-8 bytes; deleting what does not exist is 404.
+the content's MD5; ``x-goog-if-generation-match`` refuses with 412, and 0 means that no object may exist; listings
+ascend by UTF-8 bytes; deleting what does not exist is 404.
 """
 
 from __future__ import annotations
@@ -70,6 +70,11 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(ConnectionError):
             super().handle()
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("do_"):
+            return self._dispatch
+        raise AttributeError(name)
+
     def _dispatch(self) -> None:
         length = int(self.headers.get("content-length") or 0)
         body = self.rfile.read(length)
@@ -104,8 +109,6 @@ class _Handler(BaseHTTPRequestHandler):
             answer = _refusal(503, "ServiceUnavailable", "try again")
         self._send(*answer)
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _dispatch
-
     def _answer(
         self, key: str, query: dict[str, str], headers: dict[str, str], body: bytes
     ) -> tuple[int, dict[str, str], bytes]:
@@ -134,7 +137,9 @@ class _Handler(BaseHTTPRequestHandler):
             case "POST":
                 pieces = state.uploads.pop(query["uploadId"])
                 stored = self._store(key, b"".join(pieces[n] for n in sorted(pieces)), {})
-                xml = f"<CompleteMultipartUploadResult><ETag>{escape(stored.etag)}</ETag></CompleteMultipartUploadResult>"
+                xml = (
+                    f"<CompleteMultipartUploadResult><ETag>{escape(stored.etag)}</ETag></CompleteMultipartUploadResult>"
+                )
                 return 200, {"x-goog-generation": str(stored.generation)}, xml.encode()
         wanted = headers.get("x-goog-if-generation-match")
         if wanted is not None and wanted != str(0 if found is None else found.generation):
