@@ -123,7 +123,10 @@ from icechunk.ops import (
 )
 from icechunk.repository import (
     Repository,
+    upgrade_icechunk_repository,
+    upgrade_icechunk_repository_async,
 )
+from icechunk.repository.upgrading import _InvalidatedRepository, _upgrade_icechunk_repository  # noqa: F401
 from icechunk.session import (
     Session,
 )
@@ -277,6 +280,8 @@ __all__ = [
     "spec_version",
     "supported_spec_versions",
     "tigris_storage",
+    "upgrade_icechunk_repository",
+    "upgrade_icechunk_repository_async",
     "user_agent",
 ]
 

@@ -1,6 +1,6 @@
 """What ``inspect_*`` and the drawing of history say of a repository, as JSON: the same script on both libraries.
 
-``python -m tools.interop.inspections PATH`` prints one line about the repository there. With ``--make VERSION`` it makes
+``python -m tools.interop.inspections PATH`` prints one line about the repository there. ``--make VERSION`` makes
 one of that spec version before, with something of everything that the files can say.
 """
 
