@@ -108,7 +108,10 @@ from icechunk.ops import (
 )
 from icechunk.repository import (
     Repository,
+    upgrade_icechunk_repository,
+    upgrade_icechunk_repository_async,
 )
+from icechunk.repository.upgrading import _InvalidatedRepository, _upgrade_icechunk_repository  # noqa: F401
 from icechunk.session import (
     Session,
 )
@@ -253,6 +256,8 @@ __all__ = [
     "spec_version",
     "supported_spec_versions",
     "tigris_storage",
+    "upgrade_icechunk_repository",
+    "upgrade_icechunk_repository_async",
 ]
 
 

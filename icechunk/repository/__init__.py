@@ -10,8 +10,12 @@ from icechunk.repository.none_credentials import (
 )
 from icechunk.repository.opening import Opening
 from icechunk.repository.sessions import Sessions
+from icechunk.repository.upgrading import (
+    upgrade_icechunk_repository,
+    upgrade_icechunk_repository_async,
+)
 
-__all__ = ["Repository"]
+__all__ = ["Repository", "upgrade_icechunk_repository", "upgrade_icechunk_repository_async"]
 
 
 class Repository(Opening, Sessions, Branches, History, Administration):
