@@ -259,11 +259,10 @@ async def open_head(storage: Storage, sources: Sources) -> Opened | RepoObject:
         marker = repo.known.marker
         if marker is None or not repo.known.read_only:
             return repo
-        listed: int | None = marker.n
+        listed = marker.n
         if listing is not None:
-            listed = _newest_of(listing[0], marker.epoch, all_there_are=listing[1])
-            if listed is None:
-                listed = await list_head(storage, marker.epoch)
+            newest = _newest_of(listing[0], marker.epoch, all_there_are=listing[1])
+            listed = await list_head(storage, marker.epoch) if newest is None else newest
         head = Head(epoch=marker.epoch, n=marker.n, state=state_of(repo.info, marker))
         if listing is None:
             entries = await _read_until_absent(storage, marker.epoch, marker.n)
