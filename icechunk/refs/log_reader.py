@@ -38,7 +38,9 @@ __all__ = [
     "read_repo",
     "read_slot",
     "read_tail",
+    "read_until_absent",
     "ref_files_there",
+    "try_list_head",
 ]
 
 MAIN_REF_KEY: Final = f"{REFS_PREFIX}branch.main/ref.json"
@@ -152,7 +154,7 @@ async def read_tail(storage: Storage, epoch: str, after: int, end: int) -> list[
     return entries
 
 
-async def _read_until_absent(storage: Storage, epoch: str, after: int) -> list[Entry]:
+async def read_until_absent(storage: Storage, epoch: str, after: int) -> list[Entry]:
     """GET the slots after ``after``, ever more at once, until one is absent: for places without listings (rule 6)."""
     entries: list[Entry] = []
     ahead = 1
@@ -193,6 +195,14 @@ async def _stop(pages: object) -> None:
     aclose = getattr(pages, "aclose", None)
     if aclose is not None:
         await aclose()
+
+
+async def try_list_head(storage: Storage, epoch: str) -> int | None:
+    """As `list_head`; None where there are no listings."""
+    try:
+        return await list_head(storage, epoch)
+    except ListingUnsupportedError:
+        return None
 
 
 async def list_head(storage: Storage, epoch: str) -> int:
@@ -265,7 +275,7 @@ async def open_head(storage: Storage, sources: Sources) -> Opened | RepoObject:
             listed = await list_head(storage, marker.epoch) if newest is None else newest
         head = Head(epoch=marker.epoch, n=marker.n, state=state_of(repo.info, marker))
         if listing is None:
-            entries = await _read_until_absent(storage, marker.epoch, marker.n)
+            entries = await read_until_absent(storage, marker.epoch, marker.n)
         else:
             entries = await read_tail(storage, marker.epoch, marker.n, max(marker.n, listed))
         for entry in entries:

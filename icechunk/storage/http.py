@@ -124,7 +124,8 @@ class HttpStorage(ReadOnlyStorage):
         check_key(key)
         reader = self._readers.peek() or await self._readers.get()
         scheme, host, path, query, _ = self._parts
-        encoded = f"{scheme}://{host}{path.rstrip('/')}/{quote(key, safe=_SAFE)}{'?' if query else ''}{query}"
+        folder = quote(path.rstrip("/"), safe=_SAFE + "%")
+        encoded = f"{scheme}://{host}{folder}/{quote(key, safe=_SAFE)}{'?' if query else ''}{query}"
         try:
             return await reader.get(URL(encoded, encoded=True), byte_range, method=method)
         except ObjectNotFoundError as error:

@@ -121,8 +121,9 @@ class ObstoreStorage(Storage):
                 if size == 0:
                     return await self.get(key)
                 options = {"range": (max(0, size - length), size)}
+        store = self._store("read")
         try:
-            answer = await _obstore().get_async(self._store("read"), path, options=options)
+            answer = await _obstore().get_async(store, path, options=options)
             data = bytes(await answer.bytes_async())
         except Exception as error:
             raise await self._unread(key, byte_range, error) from error
@@ -150,8 +151,9 @@ class ObstoreStorage(Storage):
     async def _look(self, key: str) -> Any:
         """What a HEAD says: ``meta`` and ``attributes``."""
         path = self._path(key)
+        store = self._store("read")
         try:
-            return await _obstore().get_async(self._store("read"), path, options={"head": True})
+            return await _obstore().get_async(store, path, options={"head": True})
         except Exception as error:
             if missing(error):
                 raise self._not_found(key) from error
@@ -165,9 +167,10 @@ class ObstoreStorage(Storage):
         offset = _just_before(wanted)
         if start_after is not None:
             offset = max(offset or "", _plain_part(root + start_after), key=str.encode)
+        store = self._store("read")
         try:
             stream = _obstore().list(
-                self._store("read"),
+                store,
                 wanted.rpartition("/")[0] or None,
                 offset=offset or None,
                 chunk_size=page_size,
@@ -221,9 +224,10 @@ class ObstoreStorage(Storage):
             attributes.update({_metadata_name(name): value for name, value in metadata.items()})
         if not isinstance(precondition, Unchecked):
             return await self._put_conditionally(key, path, content, precondition, attributes)
+        store = self._store("write")
         try:
             put = await _obstore().put_async(
-                self._store("write"),
+                store,
                 path,
                 content,
                 attributes=attributes or None,
@@ -241,7 +245,7 @@ class ObstoreStorage(Storage):
         write_id = None
         if self._use_metadata:
             write_id = attributes[_WRITE_ID] = self._place.sources.random_bytes(16).hex()
-        name = self._name(key)
+        name, store = self._name(key), self._store("once")
         tries, unsettled = 0, False
         began_us = self._place.sources.elapsed_us()
         while True:
@@ -249,7 +253,7 @@ class ObstoreStorage(Storage):
             tries += 1
             try:
                 put = await _obstore().put_async(
-                    self._store("once"), path, content, attributes=attributes or None, mode=mode, use_multipart=False
+                    store, path, content, attributes=attributes or None, mode=mode, use_multipart=False
                 )
                 return PutResult(version=self._landed(key, put), date_us=None)
             except Exception as error:
@@ -344,10 +348,11 @@ class ObstoreStorage(Storage):
     async def delete(self, keys: Iterable[str]) -> DeleteResult:
         wanted = [(key, self._path(key)) for key in keys]
         failures: list[tuple[str, str]] = []
+        store = self._store("write")
         for start in range(0, len(wanted), _DELETE_BATCH):
             batch = wanted[start : start + _DELETE_BATCH]
             try:
-                await _obstore().delete_async(self._store("write"), [path for _, path in batch])
+                await _obstore().delete_async(store, [path for _, path in batch])
             except Exception:
                 # The first failure ends a batch, be it only that some object does not exist.
                 failures += await self._delete_each(batch)
@@ -355,12 +360,12 @@ class ObstoreStorage(Storage):
 
     async def _delete_each(self, batch: list[tuple[str, str]]) -> list[tuple[str, str]]:
         failures: list[tuple[str, str]] = []
-        slots = asyncio.Semaphore(_DELETES_AT_ONCE)
+        slots, store = asyncio.Semaphore(_DELETES_AT_ONCE), self._store("write")
 
         async def delete_one(key: str, path: str) -> None:
             async with slots:
                 try:
-                    await _obstore().delete_async(self._store("write"), path)
+                    await _obstore().delete_async(store, path)
                 except Exception as error:
                     if not missing(error):
                         failures.append((key, storage_error(f"delete {self._name(key)}", error).message))
@@ -372,8 +377,9 @@ class ObstoreStorage(Storage):
 
     async def copy(self, source: str, target: str) -> PutResult:
         paths = self._path(source), self._path(target)
+        store = self._store("write")
         try:
-            await _obstore().copy_async(self._store("write"), *paths)
+            await _obstore().copy_async(store, *paths)
         except Exception as error:
             if missing(error):
                 raise self._not_found(source) from error

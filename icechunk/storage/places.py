@@ -1,18 +1,20 @@
-"""The storages of named services, made from what users say of them."""
+"""The storages of named services, made from what users say of them.
+
+The adapters are imported when one is made: their libraries take longer to load than all else.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from icechunk.config import S3Options
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
 from icechunk.sources import SYSTEM
-from icechunk.storage.base import Storage
-from icechunk.storage.obstore_places import AzurePlace, GcsPlace, check_bucket, checked_config
-from icechunk.storage.obstore_storage import ObstoreStorage
-from icechunk.storage.s3 import S3Storage
+
+if TYPE_CHECKING:
+    from icechunk.storage.base import Storage
 
 __all__ = [
     "TIGRIS_ENDPOINT",
@@ -46,6 +48,8 @@ def s3_place(
     keeps_metadata: bool = True,
 ) -> Storage:
     """A storage of S3 or a service like it. Raises `StorageError` for ``legacy_rooted_keys`` with a prefix."""
+    from icechunk.storage.s3 import S3Storage
+
     if legacy_rooted_keys and prefix and prefix.strip("/"):
         raise StorageError(
             "storage error: legacy_rooted_keys is only valid with an empty prefix", ErrorKind.STORAGE_CONFIG
@@ -133,6 +137,9 @@ def gcs_place(
     headers: Headers,
 ) -> Storage:
     """A storage in a bucket of Google Cloud Storage."""
+    from icechunk.storage.obstore_places import GcsPlace, check_bucket, checked_config
+    from icechunk.storage.obstore_storage import ObstoreStorage
+
     return ObstoreStorage(
         GcsPlace(
             check_bucket("bucket", bucket),
@@ -150,6 +157,9 @@ def azure_place(
     account: str, container: str, prefix: str | None, credentials: Any, config: Mapping[str, str] | None
 ) -> Storage:
     """A storage in a container of Azure."""
+    from icechunk.storage.obstore_places import AzurePlace, check_bucket, checked_config
+    from icechunk.storage.obstore_storage import ObstoreStorage
+
     return ObstoreStorage(
         AzurePlace(
             check_bucket("account", account),
