@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import ssl
 import struct
@@ -21,6 +22,7 @@ from botocore.httpsession import get_cert_path
 
 from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTimeoutSettings
 from icechunk.config.storage import DEFAULT_INITIAL_BACKOFF_MS, DEFAULT_MAX_BACKOFF_MS, DEFAULT_MAX_TRIES
+from icechunk.format.envelope import CLIENT_NAME
 from icechunk.sources import Sources
 from icechunk.storage.http1 import Connections, NotConnectedError
 from icechunk.storage.http_proxied import ProxiedConnections, is_proxied
@@ -31,6 +33,7 @@ from icechunk.storage.s3_sigv4 import UNSIGNED_PAYLOAD, SigningKeys, encode_quer
 
 __all__ = ["Limits", "Request", "S3Client", "limits_of"]
 
+_LOG: Final = logging.getLogger(__name__)
 _EMPTY_HASH: Final = hashlib.sha256(b"").hexdigest()
 # A service that was never reached is more likely misspelt than restarting.
 _FIRST_CONTACT_TRIES: Final = 4
@@ -143,7 +146,7 @@ class S3Client:
         StorageError
             Refused, or not answered within the limits.
         """
-        retrier = self.retrier(limits)
+        retrier = self.retrier(limits, request)
         while True:
             outcome = await self.attempt(request, limits)
             if isinstance(outcome, Answer):
@@ -154,9 +157,9 @@ class S3Client:
             if not await retrier.again(outcome):
                 raise self.failure(request, outcome, retrier.tries)
 
-    def retrier(self, limits: Limits) -> Retrier:
+    def retrier(self, limits: Limits, request: Request) -> Retrier:
         """Counts the tries of one operation and makes the pauses between them."""
-        return Retrier(self, limits, self._sources)
+        return Retrier(self, limits, self._sources, request.what)
 
     def failure(self, request: Request, outcome: Answer | Unanswered, tries: int) -> Exception:
         """The error for an operation whose tries are used up."""
@@ -224,7 +227,7 @@ class S3Client:
                 endpoint.region,
                 self._sources.wall_us() + self._skew_us,
             )
-        headers["user-agent"] = "aioicechunk"
+        headers["user-agent"] = CLIENT_NAME
         headers["accept-encoding"] = "identity"
         size = len(request.body)
         try:
@@ -263,8 +266,9 @@ class S3Client:
 class Retrier:
     """The tries of one operation: how many there were, and whether there is another."""
 
-    def __init__(self, client: S3Client, limits: Limits, sources: Sources) -> None:
+    def __init__(self, client: S3Client, limits: Limits, sources: Sources, what: str) -> None:
         self.tries = 1
+        self._what = what
         self._client = client
         self._limits = limits
         self._sources = sources
@@ -287,9 +291,17 @@ class Retrier:
             spent_s = (self._sources.elapsed_us() - self._began_us) / 1e6
             if spent_s + pause_s >= limits.operation_s:
                 return False
+        _LOG.debug(
+            "trying again to %s in %.0f ms, after try %d: %s", self._what, pause_s * 1e3, self.tries, _reason(outcome)
+        )
         await self._sources.sleep(pause_s)
         self.tries += 1
         return True
+
+
+def _reason(outcome: Answer | Unanswered) -> str:
+    # What the service says is left out: it may quote what was sent, credentials included.
+    return f"HTTP {outcome.status}" if isinstance(outcome, Answer) else type(outcome.cause).__name__
 
 
 def _unit(random: bytes) -> float:
