@@ -171,7 +171,7 @@ async def _write(
     files: list[tuple[str, bytes]] = []
     sizes = {id: size for id, (_, size) in written.items()}
     for manifest in compaction.manifests:
-        encode = partial(encode_manifest, manifest, spec_version, level)
+        encode = partial(encode_manifest, manifest, spec_version, level, core.settings.locations)
         data = await off_loop(manifest.num_chunk_refs * _BYTES_PER_REF, encode)
         sizes[manifest.id] = len(data)
         files.append((manifest_key(manifest.id), data))

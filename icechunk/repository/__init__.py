@@ -9,12 +9,12 @@ from icechunk.repository.none_credentials import (
     warn_on_none_virtual_chunk_credentials as _warn_on_none_virtual_chunk_credentials,  # noqa: F401
 )
 from icechunk.repository.opening import Opening
-from icechunk.repository.sessions import Sessions
+from icechunk.repository.rewriting import Rewriting
 
 __all__ = ["Repository"]
 
 
-class Repository(Opening, Sessions, Branches, History, Administration):
+class Repository(Opening, Rewriting, Branches, History, Administration):
     """A transactional Zarr hierarchy with its history.
 
     Made by `create`, `open` or `open_or_create`. Methods that end in ``_async`` are the engine; their synchronous

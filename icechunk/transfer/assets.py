@@ -149,6 +149,10 @@ class Assets:
         """A snapshot that is in the cache; None where it is not."""
         return self._snapshots.get(id)
 
+    def knows_manifest(self, id: ObjectId) -> bool:
+        """Whether a manifest is in the cache."""
+        return self._manifests.get(id) is not None
+
     async def manifest(self, id: ObjectId) -> Manifest:
         """A manifest by its id. A missing one is an error: a snapshot promised it."""
         return (await self._manifest(id)).manifest
