@@ -57,6 +57,8 @@ class Settings:
     """Size of such an object."""
     policy: Policy
     """How references are laid out in manifests."""
+    commit_fetches: int
+    """Manifests that a commit reads at a time, at the most."""
     locations: LocationCompression
     """How locations of virtual references are compressed in them."""
 
@@ -110,6 +112,7 @@ class Core:
             num_snapshot_nodes=_value(caching.num_snapshot_nodes, 500_000),
             num_chunk_refs=_value(caching.num_chunk_refs, 15_000_000),
             num_transaction_changes=_value(caching.num_transaction_changes, 0),
+            max_decodes=_value(config.max_concurrent_decodes, 2),
         )
         self._preloaders = PerLoop(lambda: Preloader(self.assets, self.settings.max_requests), Preloader.aclose, rank=1)
         self._preloaded: ObjectId | None = None
@@ -245,14 +248,19 @@ def _resolve(config: RepositoryConfig, layout: Layout) -> Settings:
         )
     else:
         policy = Policy.explicit(shapes)
+    max_requests = _value(config.max_concurrent_requests, 256)
     return Settings(
         inline_threshold_bytes=_value(config.inline_chunk_threshold_bytes, 512),
         compression_level=_value(compression.level if compression is not None else None, 3),
-        max_requests=_value(config.max_concurrent_requests, 256),
+        max_requests=max_requests,
         put_memory_bytes=_value(engine.put_memory_bytes, _DEFAULT_PUT_MEMORY_BYTES),
         pack_threshold_bytes=_value(engine.pack_threshold_bytes, 512 * 1024 if alone else 0),
         pack_size_bytes=_value(engine.pack_size_bytes, 4 * 1024 * 1024),
         policy=policy,
+        commit_fetches=_value(
+            config.manifest.max_concurrent_manifest_fetches_during_commit if config.manifest is not None else None,
+            max_requests,
+        ),
         locations=_locations(config),
     )
 

@@ -487,4 +487,4 @@ class ManifestConfig(Setting):
     max_concurrent_manifest_fetches_during_commit: int | None = field(
         default=None, metadata=checked(optional(unsigned(16)), effective=1)
     )
-    """Kept for the official library; ours fetches as many as its pool allows."""
+    """Manifests that a commit reads at a time; unset, as many as there may be requests."""
