@@ -10,11 +10,12 @@ from icechunk.repository.none_credentials import (
 )
 from icechunk.repository.opening import Opening
 from icechunk.repository.sessions import Sessions
+from icechunk.repository.upkeep import Upkeep
 
 __all__ = ["Repository"]
 
 
-class Repository(Opening, Sessions, Branches, History, Administration):
+class Repository(Opening, Sessions, Branches, History, Administration, Upkeep):
     """A transactional Zarr hierarchy with its history.
 
     Made by `create`, `open` or `open_or_create`. Methods that end in ``_async`` are the engine; their synchronous
