@@ -97,7 +97,7 @@ async def collect_garbage(
         transaction_logs_deleted=swept.deleted.get(TRANSACTIONS_PREFIX, 0),
         objects_failed_to_delete=swept.failed,
         throttled_batches=swept.throttled,
-        delete_errors=tuple(swept.errors),
+        delete_errors=swept.errors,
     )
 
 
