@@ -48,9 +48,7 @@ def run_seed(seed: int) -> Report:
     """One schedule; odd seeds convert the repository there and back meanwhile, every third one collects garbage."""
     logging.disable(logging.CRITICAL)
     try:
-        return simulate(
-            seed, writers=2 + seed % 4, commits=6 + seed % 7, convert=bool(seed % 2), collect=seed % 3 == 0
-        )
+        return simulate(seed, writers=2 + seed % 4, commits=6 + seed % 7, convert=bool(seed % 2), collect=seed % 3 == 0)
     except Exception as error:
         return Report(seed=seed, problems=[f"{type(error).__name__}: {error}"])
 

@@ -50,7 +50,7 @@ async def test_virtual_ranges_count_once_and_inline_bytes_in_every_manifest(tmp_
     store = icechunk.local_filesystem_store(str(tmp_path))
     config.set_virtual_chunk_container(icechunk.VirtualChunkContainer(prefix, store))
     repo = await icechunk.Repository.create_async(
-        MemoryStorage(), config, authorize_virtual_chunk_access={prefix: LocalFileSystemAccess()}, spec_version=version
+        MemoryStorage(), config, authorize_virtual_chunk_access={prefix: LocalFileSystemAccess}, spec_version=version
     )
     azarr = zarr.api.asynchronous
     options = {"shape": (40,), "chunks": (10,), "dtype": "i1", "compressors": None, "fill_value": 0}
