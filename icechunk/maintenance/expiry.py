@@ -15,7 +15,7 @@ def expiration(
     """The event that expires every snapshot written before a time.
 
     What a branch or tag points to stays, unless the ref goes as well; so does the first snapshot. ``main``, and refs
-    to the first snapshot, never go.
+    to the first snapshot, never go. Survivors whose parent leaves stand on the first snapshot afterwards.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def expiration(
     released = old - kept
     return ExpirationRan(
         released=tuple(sorted(released)),
-        reparented=reparented(state.snapshots, released),
+        reparented=reparented(state.snapshots, released, onto_first=True),
         deleted_branches=tuple(sorted(gone_branches)),
         deleted_tags=tuple(sorted(gone_tags)),
     )

@@ -491,7 +491,7 @@ def _collected(state: RepoState, cutoff_us: int) -> RepoState:
         if record.id not in reached and record.parent is not None and record.flushed_at_us < cutoff_us
     }
     snapshots = state.snapshots
-    for change in reparented(snapshots, released):
+    for change in reparented(snapshots, released, onto_first=False):
         record = replace(
             snapshots[change.id], parent=change.parent, pruned_ancestor_tx_logs=change.pruned_ancestor_tx_logs
         )

@@ -32,8 +32,8 @@ class Upkeep(RepositoryBase):
     ) -> set[str]:
         """Take snapshots written before a time out of the history. Their data stays until `garbage_collect`.
 
-        What a branch or tag points to stays, and so does the first snapshot. Survivors become children of the nearest
-        ancestor that is left; in format 2 diffs and rebases over the gap still know what each commit changed.
+        What a branch or tag points to stays, and so does the first snapshot. Survivors whose parent leaves become
+        children of the first snapshot; in format 2 diffs and rebases over the gap still know what each commit changed.
 
         Parameters
         ----------
