@@ -396,6 +396,11 @@ class ObstoreStorage(Storage):
         return True
 
     @property
+    def lists_any_prefix_fast(self) -> bool:
+        # Obstore lists folders only.
+        return False
+
+    @property
     def settings(self) -> StorageSettings:
         """The settings in force; those that are None have the defaults of `default_settings`."""
         return copy.deepcopy(self._settings)
