@@ -1,4 +1,4 @@
-"""The features of the interop matrix: one small script each, which runs unchanged under our library and the official ones.
+"""The features of the interop matrix: one small script each, for our library and the official ones alike.
 
 A script is a function of a `World` and a step. Whoever begins runs step 0, then each library in turn runs the next
 step on what the other has left: so one script says how a feature is written, read and continued by both.
@@ -19,7 +19,7 @@ import zarr
 import icechunk
 from tools.interop.generate import every_dtype
 
-__all__ = ["FEATURES", "Feature", "OLD", "World"]
+__all__ = ["FEATURES", "OLD", "Feature", "World"]
 
 OLD: Final = "1.1.21"
 """The official library that knows format 1 alone."""
@@ -451,7 +451,9 @@ def status(world: World, step: int) -> None:
         world.repo.set_status(icechunk.RepoStatus(icechunk.RepoAvailability.online))
         world.marked(step)
         if step == 3:
-            world.repo.set_status(icechunk.RepoStatus(icechunk.RepoAvailability.read_only, limited_availability_reason=reason))
+            world.repo.set_status(
+                icechunk.RepoStatus(icechunk.RepoAvailability.read_only, limited_availability_reason=reason)
+            )
         return
     raise AssertionError("a read-only repository took a commit")
 

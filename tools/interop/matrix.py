@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from datetime import datetime
 from typing import Any
 
 import icechunk
@@ -135,12 +136,17 @@ def _diff(diff: Any) -> dict[str, Any]:
 def leaves(config: Any) -> list[str]:
     """The options of a configuration that have plain values; the libraries show them in different orders."""
     lines = [line.strip() for line in repr(config).splitlines()]
-    return sorted(re.sub(r"[()\[\],]", "", line) for line in lines if line[-1:] not in "({" and line != "engine=None,")
+    plain_lines = (re.sub(r"[()\[\]{},]", "", line) for line in lines if line[-1:] not in "({")
+    return sorted(line for line in plain_lines if line and not line.startswith(("engine=", "path=")))
 
 
 def plain(value: Any) -> Any:
     """The fields of a value of either library, as JSON; a value without fields as its text."""
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if hasattr(value, "__int__") and not isinstance(value, bool | float):
+        return int(value)
+    if value is None or isinstance(value, bool | float | str):
         return value
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
@@ -149,4 +155,4 @@ def plain(value: Any) -> Any:
     names = [name for name in dir(value) if not name.startswith("_") and name != "engine"]
     fields = {name: item for name in names if not callable(item := getattr(value, name)) and not isinstance(item, type)}
     fields = {name: item for name, item in fields.items() if type(item) is not type(value)}
-    return {"is": type(value).__name__, **{name: plain(item) for name, item in fields.items()}} or str(value)
+    return {"is": type(value).__name__, **{name: plain(item) for name, item in fields.items()}}
