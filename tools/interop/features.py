@@ -152,7 +152,7 @@ def structured(world: World, step: int) -> None:
 
 def codecs(world: World, step: int) -> None:
     session = world.session()
-    values = np.arange(400).reshape(20, 20) % (7 + step)
+    values = np.arange(120).reshape(20, 20) % (7 + step)
     for name, compressors in (
         ("raw", None),
         ("gzip", zarr.codecs.GzipCodec()),
@@ -305,15 +305,15 @@ def virtual(world: World, step: int) -> None:
 def compressed_locations(world: World, step: int) -> None:
     session = world.session()
     zarr.create_array(
-        store=session.store, name=f"v{step}", shape=(400,), chunks=(1,), dtype="u1", filters=None, compressors=None
+        store=session.store, name=f"v{step}", shape=(120,), chunks=(1,), dtype="u1", filters=None, compressors=None
     )
-    for i in range(400):
+    for i in range(120):
         folder = world.data / f"many/{i % 4}"
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "one-file-of-a-long-name").exists():
             (folder / "one-file-of-a-long-name").write_bytes(bytes(range(200)) * 2)
         session.store.set_virtual_ref(
-            f"v{step}/c/{i}", f"{world.prefix}many/{i % 4}/one-file-of-a-long-name", offset=i % 400, length=1
+            f"v{step}/c/{i}", f"{world.prefix}many/{i % 4}/one-file-of-a-long-name", offset=i, length=1
         )
     if step:
         session.store.set_virtual_ref(f"v{step - 1}/c/3", f"{world.prefix}f", offset=1, length=1)
@@ -505,7 +505,7 @@ def _splitting(world: World, config: Any) -> None:
 
 def _compressing(world: World, config: Any) -> None:
     config.manifest = icechunk.ManifestConfig(
-        virtual_chunk_location_compression=icechunk.ManifestVirtualChunkLocationCompressionConfig(min_num_chunks=100)
+        virtual_chunk_location_compression=icechunk.ManifestVirtualChunkLocationCompressionConfig(min_num_chunks=50)
     )
 
 
