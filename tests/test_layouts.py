@@ -44,6 +44,24 @@ async def messages(repo: icechunk.Repository) -> list[str]:
 
 
 @by_layout
+async def test_a_session_is_rebased_over_commits_of_another_client(
+    storage: Storage, asked: int | None, layout: str, version: int
+):
+    repo = await icechunk.Repository.create_async(storage, spec_version=asked)
+    await write(repo, "base")
+    session = await repo.writable_session_async("main")
+    array = await zarr.api.asynchronous.open_array(store=session.store, path="base", mode="r+")
+    await array.setitem(0, -1.0)
+    other = await icechunk.Repository.open_async(storage)
+    for name in ("a", "b"):
+        await write(other, name)
+    await session.commit_async("late", rebase_with=icechunk.ConflictDetector())
+    assert await messages(repo) == ["late", "wrote b", "wrote a", "wrote base", "Repository initialized"]
+    await repo.aclose()
+    await other.aclose()
+
+
+@by_layout
 async def test_a_repository_of_each_layout_is_found_for_what_it_is(
     storage: Storage, asked: int | None, layout: str, version: int
 ):
