@@ -15,6 +15,8 @@ from icechunk.errors import StorageError
 from icechunk.storage.base import PutResult, Version
 from icechunk.storage.memory import MemoryStorage
 from icechunk.sync import run_sync
+from icechunk.transfer.gate import Gates
+from icechunk.transfer.memory import PutMemory
 from icechunk.transfer.put import PutPool
 
 
@@ -38,8 +40,8 @@ class Gated(MemoryStorage):
         return PutResult(version=Version("1"), date_us=None)
 
 
-def pool(storage: MemoryStorage, **kwargs: int) -> PutPool:
-    return PutPool(storage, **{"max_bytes": 1000, "max_requests": 4, **kwargs})
+def pool(storage: MemoryStorage, *, max_bytes: int = 1000, max_requests: int = 4, patience_s: float = 1.0) -> PutPool:
+    return PutPool(storage, memory=PutMemory(max_bytes), gates=Gates(max_requests), patience_s=patience_s)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -288,7 +290,7 @@ def other_loop() -> Iterator[asyncio.AbstractEventLoop]:
 @pytest.mark.parametrize("how", ["flush", "wait for room"])
 async def test_loop_whose_thread_is_blocked_is_not_waited_for(other_loop: asyncio.AbstractEventLoop, how: str) -> None:
     storage = Gated()
-    puts = PutPool(storage, max_bytes=10, max_requests=4, patience_s=0.02)
+    puts = pool(storage, max_bytes=10, patience_s=0.02)
     asyncio.run_coroutine_threadsafe(puts.put("a", b"x" * 8), other_loop).result(5)
     blocked = threading.Event()
     other_loop.call_soon_threadsafe(blocked.wait, 30)
@@ -309,7 +311,7 @@ async def test_loop_that_is_alive_is_waited_for_and_its_bytes_travel_once(
     other_loop: asyncio.AbstractEventLoop,
 ) -> None:
     storage = Gated()
-    puts = PutPool(storage, max_bytes=10, max_requests=4, patience_s=0.02)
+    puts = pool(storage, max_bytes=10, patience_s=0.02)
     asyncio.run_coroutine_threadsafe(puts.put("a", b"x" * 8), other_loop).result(5)
     flushing = asyncio.ensure_future(puts.flush())
     waiting = asyncio.ensure_future(puts.put("b", b"y" * 8))
