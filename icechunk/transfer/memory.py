@@ -102,16 +102,18 @@ class PutMemory:
 
     def let_in(self) -> None:
         """Under the lock: reserve room for those who come next, and call the first if it has to help itself."""
+        self.admit()
+        if self.waiting and not self.waiting[0].woken.done() and (self.waiting[0].owner.has_news or self.is_still()):
+            self.waiting[0].woken.set_result(False)
+
+    def admit(self) -> None:
+        """Under the lock: reserve room for those who come next."""
         while self.waiting and self.fits(self.waiting[0].size):
             room = self.waiting.popleft()
             self.add(room.holding, room.size)
             if room.woken.done():
                 room.woken = concurrent.futures.Future()
             room.woken.set_result(True)
-        if not self.waiting or self.waiting[0].woken.done():
-            return
-        if self.waiting[0].owner.has_news or self.is_still():
-            self.waiting[0].woken.set_result(False)
 
     def _collect(self) -> None:
         while self._dropped:

@@ -290,7 +290,7 @@ class PutPool:
         while not room.woken.done():
             pools = [pool for pool in self._memory.holders() if isinstance(pool, PutPool)]
             with self._lock:
-                self._memory.let_in()
+                self._memory.admit()
                 still = self._memory.is_still()
                 items = {pool: list(pool._pending.values()) for pool in pools}
             if still:
@@ -299,9 +299,10 @@ class PutPool:
             if still or deaf:
                 for pool in pools:
                     helped |= pool._adopt(items[pool], deaf)
+            loops = {item.loop for some in items.values() for item in some} - {asyncio.get_running_loop()}
+            del pools, items  # whoever is dropped while we wait shall go
             if not await self._within_patience(room.woken):
-                loops = {item.loop for some in items.values() for item in some}
-                for loop in loops - {None, asyncio.get_running_loop()} - deaf:
+                for loop in loops - deaf:
                     if loop is not None and not await self._answers(loop):
                         deaf.add(loop)
         return room.woken.result()

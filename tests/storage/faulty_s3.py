@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import socket
 import re
+import socket
 import struct
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
