@@ -15,7 +15,7 @@ from typing import Final
 
 __all__ = ["Pace"]
 
-_UNBOUNDED: Final = 1024
+_UNBOUNDED: Final = 512
 _CALM_ROUNDS: Final = 8
 
 
