@@ -85,7 +85,7 @@ async def leaving_nothing(storage: S3Storage) -> AsyncIterator[None]:
     """No hang, and afterwards no task of ours and no connection that is neither idle nor closed."""
     async with asyncio.timeout(PATIENCE_S):
         yield
-        for _ in range(100):
+        for _ in range(1000):  # what is behind a put that failed has its tries as well
             if strangers() <= CHECKPOINTS:
                 break
             await asyncio.sleep(0.01)

@@ -288,24 +288,29 @@ class PutPool:
         """Wait for room, and where nothing moves send what there is, of every session; that is added to ``helped``."""
         deaf: set[asyncio.AbstractEventLoop] = set()
         while not room.woken.done():
-            pools = [pool for pool in self._memory.holders() if isinstance(pool, PutPool)]
-            with self._lock:
-                self._memory.admit()
-                still = self._memory.is_still()
-                items = {pool: list(pool._pending.values()) for pool in pools}
-            if still:
-                for pool in pools:
-                    pool.send_held_back()
-            if still or deaf:
-                for pool in pools:
-                    helped |= pool._adopt(items[pool], deaf)
-            loops = {item.loop for some in items.values() for item in some} - {asyncio.get_running_loop()}
-            del pools, items  # whoever is dropped while we wait shall go
+            loops = self._help(deaf, helped)
             if not await self._within_patience(room.woken):
                 for loop in loops - deaf:
-                    if loop is not None and not await self._answers(loop):
+                    if not await self._answers(loop):
                         deaf.add(loop)
         return room.woken.result()
+
+    def _help(self, deaf: set[asyncio.AbstractEventLoop], helped: set[_Pending]) -> set[asyncio.AbstractEventLoop]:
+        """Where nothing moves, send what there is; returns the other loops that have something on its way."""
+        # A function, so that nothing here keeps a session alive that is dropped while somebody waits.
+        pools = [pool for pool in self._memory.holders() if isinstance(pool, PutPool)]
+        with self._lock:
+            self._memory.admit()
+            still = self._memory.is_still()
+            items = {pool: list(pool._pending.values()) for pool in pools}
+        if still:
+            for pool in pools:
+                pool.send_held_back()
+        if still or deaf:
+            for pool in pools:
+                helped |= pool._adopt(items[pool], deaf)
+        here = asyncio.get_running_loop()
+        return {item.loop for some in items.values() for item in some if item.loop not in (None, here)}
 
     async def _wait(self, item: _Pending, deaf: set[asyncio.AbstractEventLoop]) -> None:
         """Until the present attempt has ended, or the loop that makes it is found deaf."""
