@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from icechunk.config import (
 )
 from icechunk.format.ids import ObjectId, object_id_from_text
 from icechunk.log.compaction import Policy
-from icechunk.refs.base import Layout, RepositoryLog
+from icechunk.refs.base import FILES_BYTES, Layout, RepositoryLog
 from icechunk.refs.convert import convert_log
 from icechunk.refs.open import open_repository
 from icechunk.refs.repo_layout import UpdateRetries, retries_of
@@ -26,12 +27,15 @@ from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Storage
 from icechunk.storage.per_loop import PerLoop
 from icechunk.transfer.assets import Assets
+from icechunk.transfer.cache import WeightedCache
 from icechunk.transfer.packs import Packs
 from icechunk.transfer.put import PutPool
 from icechunk.virtual_access import VirtualAccess
 
 __all__ = ["Core", "Settings"]
 
+_HEELS_US = 5_000
+"""A program that did not wait since it has opened a repository can hardly have heard of news within this time."""
 _DEFAULT_PUT_MEMORY_BYTES = 256 * 1024 * 1024
 
 
@@ -51,6 +55,8 @@ class Settings:
     """Chunks below this size share chunk objects; 0: none do."""
     pack_size_bytes: int
     """Size of such an object."""
+    small_commit_bytes: int
+    """Commits whose files are no larger together ride in the log."""
     policy: Policy
     """How references are laid out in manifests."""
 
@@ -85,7 +91,10 @@ class Core:
         self.default_metadata: dict[str, Any] = dict(default_metadata or {})
         self.persisted_config: Any = None
         """The configuration that was persisted when this core was opened, or that it has persisted since."""
+        self.files: WeightedCache[str, bytes] = WeightedCache(FILES_BYTES)
+        """Small metadata files that came with the log, by key; some have no object of their own yet."""
         self._configure(storage, config)
+        self._fresh: tuple[RepositoryLog, int] | None = None
         self._created: RepositoryLog | None = None
         self._opened_us: WeakKeyDictionary[RepositoryLog, int] = WeakKeyDictionary()
         self._logs = self._new_logs()
@@ -104,6 +113,8 @@ class Core:
             num_snapshot_nodes=_value(caching.num_snapshot_nodes, 500_000),
             num_chunk_refs=_value(caching.num_chunk_refs, 15_000_000),
             num_transaction_changes=_value(caching.num_transaction_changes, 0),
+            files=self.files,
+            find_file=self._find_file,
         )
         self.virtual = VirtualAccess(
             (config.virtual_chunk_containers or {}).values(),
@@ -115,7 +126,14 @@ class Core:
 
     async def load_config(self) -> None:
         """Merge the caller's configuration over the persisted one; for a core that nobody has used yet."""
-        self._learn_from(await self.log(), self.config)
+        log = await self.log()
+        self._learn_from(log, self.config)
+        # Until the loop turns, nobody here can have heard of anything that this open has not seen.
+        self._fresh = log, self.sources.elapsed_us()
+        asyncio.get_running_loop().call_soon(self._forget_fresh)
+
+    def _forget_fresh(self) -> None:
+        self._fresh = None
 
     def _learn_from(self, log: RepositoryLog, config: RepositoryConfig) -> None:
         self.persisted_config, self.layout = log.state.config, log.layout
@@ -139,6 +157,7 @@ class Core:
                 updates_per_file=self.config.num_updates_per_repo_info_file,
                 retries=_retries(self.config),
             )
+        log.share_files(self.files)
         self._opened_us[log] = began_us
         return log
 
@@ -172,8 +191,15 @@ class Core:
         called_us = self.sources.elapsed_us()
         log = await self.log()
         # What an open that began after this call has read is news enough.
-        state = log.state if self._opened_us[log] >= called_us else await log.refresh()
+        news = self._opened_us[log] >= called_us or self._just_opened(log, called_us)
+        state = log.state if news else await log.refresh()
         return state if snapshot_id is None else await log.learn([object_id_from_text(snapshot_id)])
+
+    def _just_opened(self, log: RepositoryLog, called_us: int) -> bool:
+        return self._fresh is not None and self._fresh[0] is log and called_us - self._fresh[1] < _HEELS_US
+
+    async def _find_file(self, key: str) -> bytes | None:
+        return await (await self.log()).find_file(key)
 
     async def learn(self, *snapshots: ObjectId, ancestry: bool = False) -> RepoState:
         """The state as last read, with these snapshots in its graph, and with ``ancestry`` what they descend from."""
@@ -224,6 +250,7 @@ def _resolve(config: RepositoryConfig, layout: Layout) -> Settings:
         put_memory_bytes=_value(engine.put_memory_bytes, _DEFAULT_PUT_MEMORY_BYTES),
         pack_threshold_bytes=_value(engine.pack_threshold_bytes, 512 * 1024 if alone else 0),
         pack_size_bytes=_value(engine.pack_size_bytes, 4 * 1024 * 1024),
+        small_commit_bytes=_value(engine.small_commit_bytes, 64 * 1024),
         policy=policy,
     )
 

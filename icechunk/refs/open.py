@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, assert_never
 
 from icechunk.errors import RepositoryNotFoundError
 from icechunk.refs.base import Layout, RepositoryLog
+from icechunk.refs.carried import stand_up
 from icechunk.refs.create import create_log
 from icechunk.refs.create_repo import create_repo_object
 from icechunk.refs.detect import has_ref_files
@@ -63,7 +64,7 @@ async def open_repository(
             storage,
             sources,
             opened.head,
-            carried={entry.n: entry.objects for entry in opened.tail},
+            stand=stand_up(storage, opened.tail),
             updates_per_file=updates_per_file or DEFAULT_UPDATES_PER_FILE,
         )
         opened = await open_head(storage, sources)

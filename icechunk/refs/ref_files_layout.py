@@ -15,10 +15,11 @@ recognised by its snapshot id, at the tip or below it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
 from immutables import Map
@@ -46,6 +47,7 @@ from icechunk.format.tables import Snapshot
 from icechunk.refs import events as e
 from icechunk.refs.append_queue import AppendQueue, resolve, tell_sent
 from icechunk.refs.base import Layout, OnSent, Propose, RepositoryLog, SwapToken
+from icechunk.refs.carried import put_once
 from icechunk.refs.commit_queue import Member, Waiting, new_snapshots
 from icechunk.refs.concurrent import run_all
 from icechunk.refs.create import FIRST_MESSAGE, FIRST_METADATA, require_clean
@@ -244,6 +246,8 @@ class RefFilesLayout(RepositoryLog):
         since_us: int | None = None,
         deadline_s: float | None = None,
         on_sent: OnSent | None = None,
+        files: Mapping[str, bytes] = MappingProxyType({}),
+        on_queued: Callable[[], None] | None = None,
     ) -> RepoState:
         """As `RepositoryLog.append`, for one event at a time: the format changes nothing together.
 
@@ -257,6 +261,10 @@ class RefFilesLayout(RepositoryLog):
                 f"cannot change the repository: {self._storage.describe()} can only be read",
                 ErrorKind.READ_ONLY_STORAGE,
             )
+        for key, data in files.items():
+            await put_once(self._storage, key, data)
+        if on_queued is not None:
+            on_queued()
         return await self._queue.append(
             propose, since_us=since_us, deadline_s=deadline_s, on_sent=on_sent, asked=next(self._tickets)
         )

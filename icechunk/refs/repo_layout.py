@@ -17,9 +17,10 @@ the only one that writes. Reads may overtake each other, so each takes a ticket,
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Final
 
 import orjson
@@ -43,6 +44,7 @@ from icechunk.format.repo import decode_repo
 from icechunk.format.repo_values import CommitAmended, NewCommit, NewDetachedSnapshot, Update
 from icechunk.refs.append_queue import AppendQueue, resolve, tell_sent
 from icechunk.refs.base import Layout, OnSent, Propose, RepositoryLog, SwapToken
+from icechunk.refs.carried import put_once
 from icechunk.refs.commit_queue import Group, Member, build, new_snapshots
 from icechunk.refs.entry import decode_events
 from icechunk.refs.log_checkpoint import DEFAULT_UPDATES_PER_FILE, encode
@@ -290,12 +292,18 @@ class RepoObjectLayout(RepositoryLog):
         since_us: int | None = None,
         deadline_s: float | None = None,
         on_sent: OnSent | None = None,
+        files: Mapping[str, bytes] = MappingProxyType({}),
+        on_queued: Callable[[], None] | None = None,
     ) -> RepoState:
         if not self._storage.supports_writes:
             raise ReadOnlyError(
                 f"cannot change the repository: {self._storage.describe()} can only be read",
                 ErrorKind.READ_ONLY_STORAGE,
             )
+        for key, data in files.items():
+            await put_once(self._storage, key, data)
+        if on_queued is not None:
+            on_queued()
         return await self._queue.append(
             propose, since_us=since_us, deadline_s=deadline_s, on_sent=on_sent, asked=next(self._tickets)
         )

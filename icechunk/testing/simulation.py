@@ -2,11 +2,13 @@
 
 Theory: an asyncio loop whose clock is virtual runs every client; an in-memory store between them delays, loses,
 repeats and postpones requests, and stops clients for days or for ever, all by one seeded generator. A seed
-therefore is a schedule, and reproduces what it found. A pruner deletes slots as rule 9 will allow it to.
+therefore is a schedule, and reproduces what it found. A pruner deletes slots as rule 9 will allow it to, and a
+collector detached snapshots as rule 10 does. Most commits carry a file (rule 15).
 
 What is checked: an acknowledged commit is in history exactly once; one that was reported as failed is not; each
 branch is linear; a reader never goes back and misses nothing that was acknowledged before it looked; a checkpoint
-never goes back within its epoch.
+never goes back within its epoch, and every file of every snapshot that it names is there, with its bytes; a reader
+finds the file of whatever is in the history that it sees.
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.format.ids import ObjectId, encode_id
+from icechunk.format.keys import snapshot_key
 from icechunk.format.repo import decode_repo
 from icechunk.format.repo_values import NewCommit, SnapshotRecord, Update
 from icechunk.refs.base import SwapToken
 from icechunk.refs.create import create_log
 from icechunk.refs.entry import slot_key
-from icechunk.refs.events import CommitAdded, Event
+from icechunk.refs.events import CollectionRan, CommitAdded, DetachedSnapshotAdded, Event
 from icechunk.refs.log_checkpoint import convert_to_log
 from icechunk.refs.log_layout import LogLayout
 from icechunk.refs.log_reader import read_repo
@@ -103,6 +106,8 @@ class SimulatedStore:
         self.loop = loop
         self.objects: dict[str, _Stored] = {}
         self.checkpoints: list[tuple[str, int]] = []
+        self.carried: dict[str, bytes] = {}
+        self.missing: list[str] = []
         self.travelling: set[asyncio.Task[None]] = set()
         self._writes = 0
 
@@ -122,9 +127,18 @@ class SimulatedStore:
         now_us = self.loop.now_us() // 1_000_000 * 1_000_000
         self.objects[key] = _Stored(data=data, version=Version(str(self._writes)), modified_us=now_us)
         if key == "repo":
-            marker = decode_marker(decode_repo(data).extra)
+            info = decode_repo(data)
+            marker = decode_marker(info.extra)
+            self.missing += [key for key in map(snapshot_key, info.snapshots) if not self.stands(key)]
             self.checkpoints.append(("", 0) if marker is None else (marker.epoch, marker.n))
         return PutResult(version=self.objects[key].version, date_us=now_us)
+
+    def stands(self, key: str) -> bool:
+        """Whether a file has an object, if it has ridden in an entry."""
+        if key not in self.carried:
+            return True
+        found = self.objects.get(key)
+        return found is not None and found.data == self.carried[key]
 
     def write_later(self, delay_s: float, key: str, data: bytes, precondition: Precondition) -> None:
         """Execute a PUT after a delay; nobody hears of it."""
@@ -274,19 +288,28 @@ class Report:
     seed: int
     acknowledged: set[ObjectId] = field(default_factory=set)
     failed: set[ObjectId] = field(default_factory=set)
+    detached: set[ObjectId] = field(default_factory=set)
+    """Of the acknowledged: in the graph, until they are collected, but not in the branch's history."""
     unknown: int = 0
     """Outcomes that were unknown at first."""
     conversions: int = 0
     crashes: int = 0
     pruned: int = 0
+    collected: int = 0
     problems: list[str] = field(default_factory=list)
     """Broken promises; none, it is hoped."""
 
 
 def commit_proposal(
-    snapshot: ObjectId, branch: str, *, parent: ObjectId | None = None, now_us: int
+    snapshot: ObjectId, branch: str, *, parent: ObjectId | None = None, now_us: int, detached: bool = False
 ) -> Callable[[RepoState], list[Event]]:
-    """A commit of an otherwise empty snapshot on the branch's tip, or on a parent that may be stale."""
+    """A commit of an otherwise empty snapshot on the branch's tip, or on a parent that may be stale.
+
+    Parameters
+    ----------
+    detached
+        Add it to the graph only, without moving the branch.
+    """
 
     def propose(state: RepoState) -> list[Event]:
         stands_on = parent if parent is not None else state.branch_tip(branch)
@@ -298,7 +321,7 @@ def commit_proposal(
             message=encode_id(snapshot),
             metadata={},
         )
-        return [CommitAdded(branch=branch, snapshot=record)]
+        return [DetachedSnapshotAdded(snapshot=record) if detached else CommitAdded(branch=branch, snapshot=record)]
 
     return propose
 
@@ -365,9 +388,15 @@ class _Cluster:
         snapshot, branch = ObjectId(rng.randbytes(12)), "main"
         parent = log.state.branch_tip(branch) if rng.random() < 0.3 else None
         deadline_s = rng.choice((None, None, None, 0.05, 1.0))
-        propose = commit_proposal(snapshot, branch, parent=parent, now_us=sources.wall_us())
+        detached = rng.random() < 0.1
+        if detached:
+            self.report.detached.add(snapshot)
+        propose = commit_proposal(snapshot, branch, parent=parent, now_us=sources.wall_us(), detached=detached)
+        files = self._files_of(snapshot) if rng.random() < 0.8 else {}
         told: list[SwapToken | None] = []
-        task = asyncio.ensure_future(log.append(propose, deadline_s=deadline_s, on_sent=told.append))
+        task = asyncio.ensure_future(
+            log.append(propose, deadline_s=deadline_s, on_sent=told.append, since_us=log.store_time_us, files=files)
+        )
         if rng.random() < 0.05:
             await asyncio.sleep(rng.uniform(0, 0.2))
             task.cancel()
@@ -386,6 +415,30 @@ class _Cluster:
             self.report.failed.add(snapshot)
         else:
             self.report.acknowledged.add(snapshot)
+
+    def _files_of(self, snapshot: ObjectId) -> dict[str, bytes]:
+        key = snapshot_key(snapshot)
+        self.store.carried[key] = b"the file of " + snapshot
+        return {key: self.store.carried[key]}
+
+    async def _check_file(self, storage: SimulatedStorage, log: LogLayout, snapshot: ObjectId) -> None:
+        """As `icechunk.transfer.assets` reads: the object, else what rides, else the object once more."""
+        key = snapshot_key(snapshot)
+        if key not in self.store.carried:
+            return
+        found: bytes | None = None
+        try:
+            for _ in range(2):
+                try:
+                    found = (await storage.get(key)).data
+                except ObjectNotFoundError:
+                    found = await log.find_file(key)
+                if found is not None:
+                    break
+        except StorageError:
+            return
+        if found != self.store.carried[key]:
+            self.report.problems.append("the file of a snapshot is nowhere")
 
     async def _settle(self, log: LogLayout, snapshot: ObjectId, token: SwapToken) -> None:
         await asyncio.sleep(1)
@@ -426,9 +479,11 @@ class _Cluster:
             history = _history(state)
             if history[: len(seen)] != seen:
                 self.report.problems.append("a reader went back")
-            if missing := acknowledged - set(history):
+            if missing := acknowledged - self.report.detached - set(history):
                 self.report.problems.append(f"a reader missed {len(missing)} acknowledged commits")
             seen = history
+            for snapshot in rng.sample(history, min(2, len(history))):
+                await self._check_file(storage, log, snapshot)
             if rng.random() < 0.1:
                 log = await self.open(storage, sources)
 
@@ -443,6 +498,29 @@ class _Cluster:
                     if self.store.objects.pop(slot_key(marker.epoch, n), None) is not None:
                         self.report.pruned += 1
             await asyncio.sleep(_DAY_S)
+
+    async def collector(self, rounds: int) -> None:
+        """Rule 10: the event, a checkpoint past it, and only then the deletes."""
+        rng = random.Random(self.rng.getrandbits(64))
+        for _ in range(rounds):
+            await asyncio.sleep(rng.uniform(0.1, 3) * _DAY_S)
+            storage, sources = self.reliable()
+            log = await self.open(storage, sources)
+            if log is None:
+                continue
+            cutoff_us = log.store_time_us - int(rng.uniform(0, 1) * _DAY_S * 1e6)
+            try:
+                state = await log.append(lambda _, at=cutoff_us: [CollectionRan(cutoff_us=at)])  # type: ignore[misc]
+                await log.checkpoint()
+            except IcechunkError:
+                continue
+            finally:
+                await log.aclose()
+            keep = {snapshot_key(snapshot) for snapshot in state.snapshots}
+            for key, found in list(self.store.objects.items()):
+                if key.startswith("snapshots/") and key not in keep and found.modified_us < cutoff_us:
+                    await storage.delete([key])
+                    self.report.collected += 1
 
     async def converter(self, rounds: int) -> None:
         rng = random.Random(self.rng.getrandbits(64))
@@ -475,6 +553,7 @@ class _Cluster:
         await created.aclose()
         actors = [self.writer(commits) for _ in range(writers)] + [self.reader(2 * commits) for _ in range(2)]
         actors.append(self.pruner(4))
+        actors.append(self.collector(4))
         if convert:
             actors.append(self.converter(2))
         await asyncio.gather(*actors)
@@ -495,11 +574,15 @@ class _Cluster:
         counted = set(history)
         if len(counted) < len(history):
             report.problems.append("a commit is in history twice")
-        if lost := report.acknowledged - counted:
+        if lost := report.acknowledged - report.detached - counted:
             report.problems.append(f"{len(lost)} acknowledged commits are lost")
-        if visible := report.failed & counted:
+        if visible := report.failed & (counted | set(log.state.snapshots)):
             report.problems.append(f"{len(visible)} commits that were reported as failed are in history")
         _check_linear(log.state, updates, report)
+        for snapshot in log.state.snapshots:
+            await self._check_file(storage, log, snapshot)
+        if self.store.missing:
+            report.problems.append(f"checkpoints named {len(self.store.missing)} files that were not there")
         times = [update.updated_at_us for update in updates]
         if times != sorted(set(times)):
             report.problems.append("times in the ops log do not increase")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import lru_cache
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -40,6 +40,9 @@ SEARCHES_BEFORE_INDEX = 16
 """Look-ups in one array of a manifest that are answered without an index: making one reads all its rows."""
 FEW_MANIFESTS = 8
 """Up to so many manifests of an array are looked through one by one."""
+
+FindFile: TypeAlias = Callable[[str], Awaitable[bytes | None]]
+"""A file by its key, from elsewhere; None where it is nowhere."""
 
 OFF_LOOP_BYTES = 128 * 1024
 """Work on more bytes than this would hold up the event loop for milliseconds, and goes to a thread."""
@@ -111,6 +114,10 @@ class Assets:
         Reads in flight at the most, in each loop.
     num_snapshot_nodes, num_chunk_refs, num_transaction_changes
         Bounds of the caches: nodes of snapshots, references of manifests, ids and coordinates of transaction logs.
+    files
+        Metadata files that are in memory as they stand on storage, by key; some may not stand there yet.
+    find_file
+        Asked for a metadata file that has no object, before it is called missing.
     """
 
     def __init__(
@@ -121,7 +128,11 @@ class Assets:
         num_snapshot_nodes: int,
         num_chunk_refs: int,
         num_transaction_changes: int,
+        files: WeightedCache[str, bytes] | None = None,
+        find_file: FindFile | None = None,
     ) -> None:
+        self._files = WeightedCache[str, bytes](0) if files is None else files
+        self._find_file = find_file
         self._pools: PerLoop[FetchPool] = PerLoop(lambda: FetchPool(storage, max_requests))
         self._readers: PerLoop[BlockReader] = PerLoop(self._new_reader)
         self._snapshots: WeightedCache[ObjectId, Snapshot] = WeightedCache(num_snapshot_nodes)
@@ -217,13 +228,23 @@ class Assets:
         pool = self._pools.peek() or await self._pools.get()
 
         async def load() -> T:
-            data = await pool.get(key)
+            data = self._files.get(key) or await self._read(pool, key)
             try:
                 return await off_loop(len(data), lambda: decode(data))
             except FormatError as error:
                 raise FormatError(f"cannot read {key!r}: {error.message}", error.kind) from error
 
         return await pool.share(("decoded", key), load)
+
+    async def _read(self, pool: FetchPool, key: str) -> bytes:
+        try:
+            return await pool.get(key)
+        except ObjectNotFoundError:
+            if self._find_file is None:
+                raise
+            found = await self._find_file(key)
+            # It may have been put meanwhile.
+            return await pool.get(key) if found is None else found
 
 
 def references_of(manifest: Manifest, node: NodeSnapshot) -> ChunkRefs:
