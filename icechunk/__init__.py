@@ -14,6 +14,10 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from icechunk.about import (
+    print_debug_info,
+    user_agent,
+)
 from icechunk.config import (
     AnyObjectStoreConfig,
     Attribution,
@@ -101,6 +105,17 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.forking import ForkSession
+from icechunk.inspection.graph import (
+    AncestryGraph,
+)
+from icechunk.logs import (
+    initialize_logs,
+    set_logs_filter,
+    shutdown_telemetry,
+)
+from icechunk.logs import (
+    initialize_on_import as _initialize_logs_on_import,
+)
 from icechunk.ops import (
     GCSummary,
     Update,
@@ -108,7 +123,10 @@ from icechunk.ops import (
 )
 from icechunk.repository import (
     Repository,
+    upgrade_icechunk_repository,
+    upgrade_icechunk_repository_async,
 )
+from icechunk.repository.upgrading import _InvalidatedRepository, _upgrade_icechunk_repository  # noqa: F401
 from icechunk.session import (
     Session,
 )
@@ -139,6 +157,9 @@ from icechunk.storage import (
 from icechunk.store import (
     IcechunkStore,
 )
+from icechunk.types import (
+    CommitMethod,
+)
 from icechunk.virtual import (
     ChunkType,
     VirtualChunkSpec,
@@ -146,6 +167,7 @@ from icechunk.virtual import (
 
 __all__ = [
     "AlreadyExistsError",
+    "AncestryGraph",
     "AnyAzureCredential",
     "AnyAzureStaticCredential",
     "AnyCredential",
@@ -161,6 +183,7 @@ __all__ = [
     "CachingConfig",
     "ChecksumAlgorithm",
     "ChunkType",
+    "CommitMethod",
     "CommitOutcomeUnknown",
     "CompressionAlgorithm",
     "CompressionConfig",
@@ -240,8 +263,10 @@ __all__ = [
     "gcs_store",
     "http_store",
     "in_memory_storage",
+    "initialize_logs",
     "local_filesystem_storage",
     "local_filesystem_store",
+    "print_debug_info",
     "r2_storage",
     "s3_anonymous_credentials",
     "s3_credentials",
@@ -250,9 +275,14 @@ __all__ = [
     "s3_static_credentials",
     "s3_storage",
     "s3_store",
+    "set_logs_filter",
+    "shutdown_telemetry",
     "spec_version",
     "supported_spec_versions",
     "tigris_storage",
+    "upgrade_icechunk_repository",
+    "upgrade_icechunk_repository_async",
+    "user_agent",
 ]
 
 
@@ -271,3 +301,6 @@ def spec_version() -> SpecVersion:
 def supported_spec_versions() -> list[SpecVersion]:
     """Versions of the on-disk format that can be read and written, newest first."""
     return [SpecVersion.v2, SpecVersion.v1]
+
+
+_initialize_logs_on_import()

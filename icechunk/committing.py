@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -29,6 +30,7 @@ from icechunk.transfer.tasks import run_all, run_each
 
 __all__ = ["Commit", "How", "commit"]
 
+_LOG = logging.getLogger(__name__)
 _BYTES_PER_REF = 64
 """About what a reference costs to encode; decides whether that happens in a thread."""
 
@@ -147,6 +149,9 @@ async def commit(
     await repository_log.append(
         propose, since_us=wanted.since_us, on_sent=wanted.on_sent, files=riding, on_queued=on_queued
     )
+    if _LOG.isEnabledFor(logging.INFO):
+        where = core.storage.describe()
+        _LOG.info("%s: %s of snapshot %s, branch %r", where, wanted.how.value, encode_id(snapshot.id), wanted.branch)
     return snapshot
 
 

@@ -165,7 +165,7 @@ class Core:
         """Make the log that was just created on this loop its client, instead of opening it again."""
         self._created = log
         await self._logs.get()
-        self.layout = log.layout
+        self.persisted_config, self.layout = log.state.config, log.layout
         self._configure(self.storage, self.config)
 
     async def convert(self, layout: Layout) -> None:

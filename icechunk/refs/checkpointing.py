@@ -71,6 +71,7 @@ class Checkpointing:
                 await self._lost(written.found)
                 return
             view.checkpointed(head, written)
+            _LOG.debug("checkpoint of %s written, up to slot %d", view.storage.describe(), head.n)
 
     async def _lost(self, found: RepoObject | None) -> None:
         await self._view.lost_repo(found)

@@ -5,16 +5,21 @@ from __future__ import annotations
 from icechunk.repository.administration import Administration
 from icechunk.repository.branches import Branches
 from icechunk.repository.history import History
+from icechunk.repository.inspection import Inspection
 from icechunk.repository.none_credentials import (
     warn_on_none_virtual_chunk_credentials as _warn_on_none_virtual_chunk_credentials,  # noqa: F401
 )
 from icechunk.repository.opening import Opening
 from icechunk.repository.sessions import Sessions
+from icechunk.repository.upgrading import (
+    upgrade_icechunk_repository,
+    upgrade_icechunk_repository_async,
+)
 
-__all__ = ["Repository"]
+__all__ = ["Repository", "upgrade_icechunk_repository", "upgrade_icechunk_repository_async"]
 
 
-class Repository(Opening, Sessions, Branches, History, Administration):
+class Repository(Opening, Sessions, Branches, History, Inspection, Administration):
     """A transactional Zarr hierarchy with its history.
 
     Made by `create`, `open` or `open_or_create`. Methods that end in ``_async`` are the engine; their synchronous

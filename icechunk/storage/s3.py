@@ -390,7 +390,7 @@ class S3Storage(Storage):
         """Send the request that makes an object visible, and find out what became of it."""
         if isinstance(precondition, Unchecked) and request.method == "PUT":
             return self._landed(client, request, await client.call(request, self._limits))
-        retrier = client.retrier(self._limits)
+        retrier = client.retrier(self._limits, request)
         unsettled = False
         while True:
             outcome = await client.attempt(request, self._limits)
@@ -552,7 +552,7 @@ class S3Storage(Storage):
         }
         request = self._request(f"copy {self._name(source)} to", "PUT", target, headers)
         client = await self._client()
-        retrier = client.retrier(self._limits)
+        retrier = client.retrier(self._limits, request)
         while True:
             answer = await client.call(request, self._limits)
             if answer.status >= 300:
