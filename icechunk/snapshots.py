@@ -136,7 +136,7 @@ class Diff:
 
     def _repr_html_(self) -> str:
         blocks = [
-            f"<details open><summary>{html.escape(title)}</summary>"
+            f'<details open="open"><summary>{html.escape(title)}</summary>'
             f"<pre>{html.escape(chr(10).join(lines))}</pre></details>"
             for title, lines in self._sections()
         ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import html
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from icechunk.reading import clip
 from icechunk.storage.base import ByteRange, Range, Suffix
 from icechunk.sync import run_sync
 from icechunk.transfer.tasks import run_each
+from icechunk.values import fields_html
 from icechunk.virtual_writing import VirtualWriting
 
 if TYPE_CHECKING:
@@ -384,11 +384,7 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
     __str__ = __repr__
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
-            for name, value in self._summary()
-        )
-        return f"<table><caption>icechunk.IcechunkStore</caption>{rows}</table>"
+        return fields_html("icechunk.IcechunkStore", self._summary())
 
 
 def _range(request: ByteRequest | None) -> ByteRange:

@@ -621,7 +621,11 @@ class S3Storage(Storage):
         rows += [("prefix", self._place.root.rstrip("/"))] if self._place.root.rstrip("/") else []
         rows += [("region", options.region)] if options.region else []
         rows += [("endpoint_url", redacted_url(options.endpoint_url))] if options.endpoint_url else []
-        rows += [("force_path_style", "True")] if options.force_path_style else []
+        rows += [
+            (name, "True")
+            for name in ("allow_http", "anonymous", "force_path_style", "requester_pays")
+            if getattr(options, name)
+        ]
         return "<icechunk.Storage>\n" + "".join(f"{name}: {value}\n" for name, value in rows)
 
     def __eq__(self, other: object) -> bool:
