@@ -224,6 +224,17 @@ class Assets:
             self._transactions.put(id, found, changes + 1)
         return found
 
+    async def file(self, key: str) -> bytes:
+        """The bytes of a metadata file, also of one that only rides in the log as yet.
+
+        Raises
+        ------
+        ObjectNotFoundError
+            It is nowhere.
+        """
+        pool = self._pools.peek() or await self._pools.get()
+        return self._files.get(key) or await self._read(pool, key)
+
     async def chunk(self, id: ObjectId, start: int, end: int) -> bytes:
         """Bytes ``start`` to ``end`` (exclusive) of a chunk object; fewer where it is shorter."""
         reader = self._readers.peek() or await self._readers.get()
@@ -243,7 +254,7 @@ class Assets:
         pool = self._pools.peek() or await self._pools.get()
 
         async def load() -> T:
-            data = self._files.get(key) or await self._read(pool, key)
+            data = await self.file(key)
             try:
                 return await off_loop(len(data), lambda: decode(data))
             except FormatError as error:
