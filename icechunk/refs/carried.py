@@ -118,6 +118,10 @@ class CarriedFiles:
         """A file that rides, and is not known to stand; None where none of that name does."""
         return next((files[key] for files in self._by_slot.values() if key in files), None)
 
+    def all(self) -> dict[str, bytes]:
+        """Everything that rides, and is not known to stand."""
+        return {key: data for files in self._by_slot.values() for key, data in files.items()}
+
     def _forget(self, n: int) -> None:
         self._bytes -= sum(map(len, self._by_slot.pop(n, {}).values()))
 

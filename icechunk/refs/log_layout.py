@@ -182,6 +182,10 @@ class LogLayout(RepositoryLog):
         """A file that rides in an entry after the checkpoint and may not stand on its own yet (rule 15)."""
         return self._view.carried.find(key)
 
+    def carried_files(self) -> dict[str, bytes]:
+        """All of those, by key."""
+        return self._view.carried.all()
+
     async def find_file(self, key: str) -> bytes | None:
         return await self._view.find_file(key)
 

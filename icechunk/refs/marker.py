@@ -20,6 +20,7 @@ from icechunk.format.repo_values import READ_ONLY, RepoInfo, Status, Update
 from icechunk.format.snapshot import decode_snapshot
 from icechunk.refs.state import MAIN, RepoState, from_repo_info, to_repo_info
 from icechunk.refs.updates import UpdateLog
+from icechunk.refs.write_mark import cutoff_of, write_mark
 
 __all__ = [
     "READ_ONLY_REASON",
@@ -128,7 +129,7 @@ def decode_marker(extra: bytes | None) -> Marker | None:
 def state_of(info: RepoInfo, marker: Marker | None) -> RepoState:
     """The repository's state as the object has it: the real status, the collection's cutoff."""
     if marker is None:
-        return from_repo_info(info)
+        return from_repo_info(info, gc_cutoff_us=cutoff_of(info.extra))
     return from_repo_info(
         info, status=marker.status, gc_cutoff_us=marker.gc_cutoff_us, last_time_us=marker.last_time_us
     )
@@ -220,5 +221,8 @@ def files_to_open_with(state: RepoState, known: Callable[[str], bytes | None]) -
 def unmarked_info(state: RepoState, *, kept: Kept | None = None) -> RepoInfo:
     """The ``repo`` object that is the truth from now on: real status, no marker."""
     return to_repo_info(
-        state, updates=kept.updates if kept else None, repo_before_updates=kept.before if kept else None
+        state,
+        updates=kept.updates if kept else None,
+        repo_before_updates=kept.before if kept else None,
+        extra=write_mark(b"", gc_cutoff_us=state.gc_cutoff_us) if state.gc_cutoff_us else None,
     )
