@@ -249,7 +249,7 @@ class LogView:
         for look in (False, True):
             if look:
                 await self.refresh()
-            found = self.files.get(key) or self.carried.find(key)
+            found = self.carried.find(key)
             if found is not None:
                 return found
         return await self.carried.find_dropped(self.head.epoch, self.checkpoint_n, key)

@@ -225,7 +225,7 @@ class Assets:
         return found
 
     async def file(self, key: str) -> bytes:
-        """The bytes of a metadata file, also of one that only rides in the log as yet.
+        """The bytes of a metadata file as it is on storage, or of one that only rides in the log as yet.
 
         Raises
         ------
@@ -233,7 +233,7 @@ class Assets:
             It is nowhere.
         """
         pool = self._pools.peek() or await self._pools.get()
-        return self._files.get(key) or await self._read(pool, key)
+        return await self._read(pool, key)
 
     async def chunk(self, id: ObjectId, start: int, end: int) -> bytes:
         """Bytes ``start`` to ``end`` (exclusive) of a chunk object; fewer where it is shorter."""
@@ -254,7 +254,7 @@ class Assets:
         pool = self._pools.peek() or await self._pools.get()
 
         async def load() -> T:
-            data = await self.file(key)
+            data = self._files.get(key) or await self._read(pool, key)
             try:
                 return await off_loop(len(data), lambda: decode(data))
             except FormatError as error:
