@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from icechunk.committing import Commit, How, commit
@@ -180,6 +181,15 @@ class Ending(SessionBase):
         """Synchronous twin of `flush_async`."""
         return run_sync(self.flush_async(message, metadata=metadata))
 
+    async def commit_rewritten(self, message: str, metadata: Mapping[str, Any] | None, *, amend: bool) -> str:
+        """Commit, or amend, with the manifests of all arrays written again as the configuration wants them now.
+
+        What the session changed is part of it. Parameters, errors and what holds after them are those of
+        `commit_async`.
+        """
+        how = How.AMEND if amend else How.COMMIT
+        return await self._write_snapshot(how, message, metadata, allow_empty=True, rewrite=True)
+
     async def _write_snapshot(
         self,
         how: How,
@@ -188,6 +198,8 @@ class Ending(SessionBase):
         allow_empty: bool,
         solver: ConflictSolver | None = None,
         tries: int = 0,
+        *,
+        rewrite: bool = False,
     ) -> str:
         require_text("message", message)
         described = self._core.default_metadata | json_metadata("metadata", metadata)
@@ -201,7 +213,7 @@ class Ending(SessionBase):
             on_sent=self._note_sent,
         )
         try:
-            snapshot = await self._commit(wanted, solver, tries)
+            snapshot = await self._commit(wanted, partial(self._plan, everything=rewrite), solver, tries)
         except Exception as error:
             self._phase = Phase.UNSETTLED if isinstance(error, CommitOutcomeUnknown) else Phase.WRITABLE
             raise
@@ -258,12 +270,14 @@ class Ending(SessionBase):
         """Synchronous twin of `rebase_async`."""
         run_sync(self.rebase_async(solver))
 
-    async def _commit(self, wanted: Commit, solver: ConflictSolver | None, tries: int) -> Snapshot:
+    async def _commit(
+        self, wanted: Commit, make_plan: Callable[[SessionLog], Plan], solver: ConflictSolver | None, tries: int
+    ) -> Snapshot:
         for tried in itertools.count():
             try:
                 if solver is not None and tries:
-                    return await self._commit_in_turn(wanted, solver)
-                return await commit(self._core, self._log.base, self._plan, self._puts, wanted)
+                    return await self._commit_in_turn(wanted, make_plan, solver)
+                return await commit(self._core, self._log.base, lambda: make_plan(self._log), self._puts, wanted)
             except ConflictError:
                 if solver is None or tried == tries:
                     raise
@@ -274,7 +288,9 @@ class Ending(SessionBase):
             await self._rebase(wanted.branch, solver)
         raise AssertionError
 
-    async def _commit_in_turn(self, wanted: Commit, solver: ConflictSolver) -> Snapshot:
+    async def _commit_in_turn(
+        self, wanted: Commit, make_plan: Callable[[SessionLog], Plan], solver: ConflictSolver
+    ) -> Snapshot:
         """Commit behind those of this process that wait to commit to the same branch, on top of what they commit.
 
         So they all go into one entry of the repository log, and none of them loses to another. The session itself is
@@ -283,7 +299,7 @@ class Ending(SessionBase):
         log = await self._core.log()
         turn = log.turn(wanted.branch)
         if turn is None:
-            return await commit(self._core, self._log.base, self._plan, self._puts, wanted)
+            return await commit(self._core, self._log.base, lambda: make_plan(self._log), self._puts, wanted)
         # Chunks do not depend on the base: nobody has to wait for them in the queue.
         await self._puts.flush()
         ahead = [self._log]
@@ -309,7 +325,7 @@ class Ending(SessionBase):
                     state=expected,
                 )
             return await commit(
-                self._core, ahead[-1].base, lambda: self._plan(ahead[-1]), self._puts, wanted, on_queued=release
+                self._core, ahead[-1].base, lambda: make_plan(ahead[-1]), self._puts, wanted, on_queued=release
             )
         except RebaseFailedError as error:
             # With what may never land, perhaps: the caller looks at what did.
@@ -346,10 +362,10 @@ class Ending(SessionBase):
             self._phase = Phase.COMMITTING
             return self._branch
 
-    def _plan(self, log: SessionLog | None = None) -> Plan:
+    def _plan(self, log: SessionLog, *, everything: bool) -> Plan:
         # Planning merges the log's rows, which other threads must not see halfway.
         with self._lock:
-            return plan(log or self._log, self._core.settings.policy)
+            return plan(log, self._core.settings.policy, everything=everything)
 
     def _note_sent(self, token: SwapToken | None) -> None:
         # None: the entry is lost for certain. The log tells also those who are gone, who then may go on writing.
