@@ -90,6 +90,8 @@ async def test_a_tail_after_the_checkpoint_costs_one_round_trip_more() -> None:
         await (await changed(repository, f"n{n}")).commit_async("x")
     recording.clear()
     await Repository.open_async(MemoryCopy(recording))
+    # What the writer still puts in the background is not of the open.
+    recording.requests = [request for request in recording.requests if request.verb != "put"]
     assert recording.dependent_rounds() == 2
 
 
