@@ -28,8 +28,8 @@ from icechunk.log.compaction import Policy
 from icechunk.refs.base import FILES_BYTES, Layout, RepositoryLog
 from icechunk.refs.convert import convert_log
 from icechunk.refs.open import open_repository
-from icechunk.refs.repo_layout import UpdateRetries, retries_of
 from icechunk.refs.state import RepoState
+from icechunk.refs.update_retries import UpdateRetries, retries_of
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Storage
 from icechunk.storage.per_loop import PerLoop

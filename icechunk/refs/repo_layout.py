@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 from icechunk.errors import (
     CommitOutcomeUnknown,
@@ -52,46 +52,17 @@ from icechunk.refs.ops_log import any_in_history, updates_of
 from icechunk.refs.proof import MAX_SKEW_US, Instant, clock_error_us, store_time_us
 from icechunk.refs.repo_history import next_window
 from icechunk.refs.state import MAIN, RepoState, from_repo_info, to_repo_info
+from icechunk.refs.update_retries import UpdateRetries, retries_of
 from icechunk.refs.updates import UpdateLog
 from icechunk.refs.write_mark import cutoff_of, nonce_of, write_mark
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Matches, Storage, Version
 
-__all__ = ["RepoObjectLayout", "UpdateRetries", "is_repo_object", "retries_of"]
+__all__ = ["RepoObjectLayout", "is_repo_object"]
 
 _SNAPSHOT_CHANGES: Final = (NewCommit, CommitAmended, NewDetachedSnapshot)
 _ROUNDS: Final = 8
 _TOKEN: Final = "repo:"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateRetries:
-    """How often and how soon a lost race for the repository is tried again (``repo_update_retries``)."""
-
-    tries: int = 100
-    """The first included."""
-    first_pause_s: float = 0.05
-    """Upper end of the first pause; it doubles from try to try."""
-    longest_pause_s: float = 30.0
-
-    def pause_s(self, sources: Sources, round_: int) -> float:
-        """A pause with full jitter before try ``round_`` + 1 (counted from 1)."""
-        longest: float = min(self.longest_pause_s, self.first_pause_s * 2.0 ** min(round_ - 1, 60))
-        return longest * (int.from_bytes(sources.random_bytes(4)) / 0x1_0000_0000)
-
-
-def retries_of(config: Any) -> UpdateRetries:
-    """What the persisted configuration says about lost races; the official library's defaults where it says nothing."""
-    tries, first_ms, longest_ms = 100, 50, 30_000
-    found = config.get("repo_update_retries") if isinstance(config, dict) else None
-    found = found.get("default") if isinstance(found, dict) else None
-    if isinstance(found, dict):
-        numbers = [found.get(name) for name in ("max_tries", "initial_backoff_ms", "max_backoff_ms")]
-        tries, first_ms, longest_ms = (
-            number if isinstance(number, int) else default
-            for number, default in zip(numbers, (tries, first_ms, longest_ms), strict=True)
-        )
-    return UpdateRetries(tries=max(1, tries), first_pause_s=first_ms / 1000, longest_pause_s=longest_ms / 1000)
 
 
 def is_repo_object(found: RepoObject) -> bool:
