@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from icechunk.config import (
@@ -242,6 +243,7 @@ __all__ = [
     "in_memory_storage",
     "local_filesystem_storage",
     "local_filesystem_store",
+    "print_debug_info",
     "r2_storage",
     "s3_anonymous_credentials",
     "s3_credentials",
@@ -253,6 +255,7 @@ __all__ = [
     "spec_version",
     "supported_spec_versions",
     "tigris_storage",
+    "user_agent",
 ]
 
 
@@ -271,3 +274,21 @@ def spec_version() -> SpecVersion:
 def supported_spec_versions() -> list[SpecVersion]:
     """Versions of the on-disk format that can be read and written, newest first."""
     return [SpecVersion.v2, SpecVersion.v1]
+
+
+def user_agent() -> str:
+    """Name and version under which this package introduces itself to services."""
+    return f"aioicechunk-{__version__}"
+
+
+def print_debug_info() -> None:
+    """Print the versions of this package and of what it works with, for reports of bugs."""
+    packages = ("icechunk", "zarr", "numcodecs", "xarray", "virtualizarr")
+    print("platform: ", platform.platform())
+    print("python: ", platform.python_version())
+    for name in packages:
+        try:
+            found = __version__ if name == "icechunk" else version(name)
+        except PackageNotFoundError:
+            continue
+        print(f"{name}: ", found)

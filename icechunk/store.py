@@ -6,7 +6,7 @@ import builtins
 import html
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from zarr.abc.store import (
@@ -17,6 +17,7 @@ from zarr.abc.store import (
     SuffixByteRequest,
 )
 from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.common import BytesLike
 from zarr.core.sync import SyncMixin
 
 from icechunk.errors import ErrorKind, InvalidInputError, ReadOnlyError, SessionStateError
@@ -29,6 +30,7 @@ from icechunk.transfer.tasks import run_each
 from icechunk.virtual_writing import VirtualWriting
 
 if TYPE_CHECKING:
+    from icechunk._icechunk_python.store import PyStore
     from icechunk.session import Session
 
 __all__ = ["IcechunkStore"]
@@ -59,6 +61,13 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
     def session(self) -> Session:
         """The session that this store reads and writes."""
         return self._session
+
+    @property
+    def _store(self) -> PyStore:
+        """This store in the shape of the official library's compiled class."""
+        from icechunk._icechunk_python.store import PyStore
+
+        return PyStore(self)
 
     @property
     def read_only(self) -> bool:
@@ -218,6 +227,17 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
         self._require_writable()
         if not await self.exists(key):
             await self.set(key, value)
+
+    @property
+    def supports_partial_writes(self) -> Literal[False]:
+        """Values are written as a whole."""
+        return False
+
+    async def set_partial_values(self, key_start_values: Iterable[tuple[str, int, BytesLike]]) -> None:
+        """Not something that this store does. Raises `SessionStateError` (kind ``unimplemented``)."""
+        raise SessionStateError(
+            "cannot write a part of a value: set the whole value, or write through zarr", ErrorKind.UNIMPLEMENTED
+        )
 
     async def delete(self, key: str) -> None:
         """Delete a key; one that has no value is fine. A node's metadata takes all below it along."""

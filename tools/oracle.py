@@ -62,7 +62,7 @@ _RECIPES = {
     OFFICIAL_CURRENT: _Recipe(
         override="ICECHUNK_ORACLE_23",
         pythons=("3.12", "3.13", "3.14"),
-        packages=("zarr==3.4.2", "xarray", "dask"),
+        packages=("zarr==3.4.2", "xarray", "dask", "hypothesis"),
     ),
     OFFICIAL_FORMAT_1: _Recipe(
         override="ICECHUNK_ORACLE_11",

@@ -9,6 +9,7 @@ from icechunk.session.ending import Ending
 from icechunk.session.sharing import Sharing
 
 if TYPE_CHECKING:
+    from icechunk._icechunk_python.session import PySession
     from icechunk.store import IcechunkStore
 
 __all__ = ["Session"]
@@ -27,3 +28,10 @@ class Session(Arranging, Ending, Sharing):
         from icechunk.store import IcechunkStore
 
         return IcechunkStore(self)
+
+    @property
+    def _session(self) -> PySession:
+        """This session in the shape of the official library's compiled class."""
+        from icechunk._icechunk_python.session import PySession
+
+        return PySession(self)
