@@ -12,9 +12,12 @@
 
 from __future__ import annotations
 
-import platform
 from importlib.metadata import PackageNotFoundError, version
 
+from icechunk.about import (
+    print_debug_info,
+    user_agent,
+)
 from icechunk.config import (
     AnyObjectStoreConfig,
     Attribution,
@@ -102,6 +105,17 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.forking import ForkSession
+from icechunk.inspection.graph import (
+    AncestryGraph,
+)
+from icechunk.logs import (
+    initialize_logs,
+    set_logs_filter,
+    shutdown_telemetry,
+)
+from icechunk.logs import (
+    initialize_on_import as _initialize_logs_on_import,
+)
 from icechunk.ops import (
     GCSummary,
     Update,
@@ -109,7 +123,10 @@ from icechunk.ops import (
 )
 from icechunk.repository import (
     Repository,
+    upgrade_icechunk_repository,
+    upgrade_icechunk_repository_async,
 )
+from icechunk.repository.upgrading import _InvalidatedRepository, _upgrade_icechunk_repository  # noqa: F401
 from icechunk.session import (
     Session,
 )
@@ -140,6 +157,9 @@ from icechunk.storage import (
 from icechunk.store import (
     IcechunkStore,
 )
+from icechunk.types import (
+    CommitMethod,
+)
 from icechunk.virtual import (
     ChunkType,
     VirtualChunkSpec,
@@ -147,6 +167,7 @@ from icechunk.virtual import (
 
 __all__ = [
     "AlreadyExistsError",
+    "AncestryGraph",
     "AnyAzureCredential",
     "AnyAzureStaticCredential",
     "AnyCredential",
@@ -162,6 +183,7 @@ __all__ = [
     "CachingConfig",
     "ChecksumAlgorithm",
     "ChunkType",
+    "CommitMethod",
     "CommitOutcomeUnknown",
     "CompressionAlgorithm",
     "CompressionConfig",
@@ -241,6 +263,7 @@ __all__ = [
     "gcs_store",
     "http_store",
     "in_memory_storage",
+    "initialize_logs",
     "local_filesystem_storage",
     "local_filesystem_store",
     "print_debug_info",
@@ -252,9 +275,13 @@ __all__ = [
     "s3_static_credentials",
     "s3_storage",
     "s3_store",
+    "set_logs_filter",
+    "shutdown_telemetry",
     "spec_version",
     "supported_spec_versions",
     "tigris_storage",
+    "upgrade_icechunk_repository",
+    "upgrade_icechunk_repository_async",
     "user_agent",
 ]
 
@@ -276,19 +303,4 @@ def supported_spec_versions() -> list[SpecVersion]:
     return [SpecVersion.v2, SpecVersion.v1]
 
 
-def user_agent() -> str:
-    """Name and version under which this package introduces itself to services."""
-    return f"aioicechunk-{__version__}"
-
-
-def print_debug_info() -> None:
-    """Print the versions of this package and of what it works with, for reports of bugs."""
-    packages = ("icechunk", "zarr", "numcodecs", "xarray", "virtualizarr")
-    print("platform: ", platform.platform())
-    print("python: ", platform.python_version())
-    for name in packages:
-        try:
-            found = __version__ if name == "icechunk" else version(name)
-        except PackageNotFoundError:
-            continue
-        print(f"{name}: ", found)
+_initialize_logs_on_import()

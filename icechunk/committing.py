@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -29,6 +30,7 @@ from icechunk.transfer.tasks import run_all, run_each
 
 __all__ = ["Commit", "How", "commit"]
 
+_LOG = logging.getLogger(__name__)
 _BYTES_PER_REF = 64
 """About what a reference costs to encode; decides whether that happens in a thread."""
 
@@ -123,6 +125,9 @@ async def commit(core: Core, base: Snapshot, make_plan: Callable[[], Plan], puts
         return [CommitAdded(branch=wanted.branch, snapshot=record)]
 
     await repository_log.append(propose, since_us=wanted.since_us, on_sent=wanted.on_sent)
+    if _LOG.isEnabledFor(logging.INFO):
+        where = core.storage.describe()
+        _LOG.info("%s: %s of snapshot %s, branch %r", where, wanted.how.value, encode_id(snapshot.id), wanted.branch)
     core.assets.keep_snapshot(snapshot)
     for manifest, _ in wanted.written.values():
         core.assets.keep_manifest(manifest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from icechunk.transfer.tasks import run_each
 
 __all__ = ["Step", "check_fork", "rebase_onto_tip", "steps_between", "winners_between"]
 
+_LOG = logging.getLogger(__name__)
 _BYTES_PER_ROW = 64
 """About what a chunk row costs to carry over; decides whether that happens in a thread."""
 _DETECTOR = ConflictDetector()
@@ -122,6 +124,7 @@ async def rebase_onto_tip(
         )
     if not steps:
         return
+    _LOG.info("rebasing branch %r over %d commits, from %s to %s", branch, len(steps), encode_id(base), encode_id(tip))
     transactions = await winners_between(core, steps)
 
     async def over(log: SessionLog, through: Sequence[Step], solver: ConflictSolver) -> SessionLog:

@@ -132,11 +132,11 @@ class Diff:
 
     def __repr__(self) -> str:
         blocks = ["\n".join([f"{title}:", *(f"    {line}" for line in lines)]) for title, lines in self._sections()]
-        return "\n\n".join(blocks) + "\n" if blocks else "No changes\n"
+        return "\n\n".join(blocks) + "\n\n" if blocks else "No changes\n"
 
     def _repr_html_(self) -> str:
         blocks = [
-            f"<details open><summary>{html.escape(title)}</summary>"
+            f'<details open="open"><summary>{html.escape(title)}</summary>'
             f"<pre>{html.escape(chr(10).join(lines))}</pre></details>"
             for title, lines in self._sections()
         ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import html
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +26,7 @@ from icechunk.reading import clip
 from icechunk.storage.base import ByteRange, Range, Suffix
 from icechunk.sync import run_sync
 from icechunk.transfer.tasks import run_each
+from icechunk.values import fields_html
 from icechunk.virtual_writing import VirtualWriting
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
 
     def __init__(self, session: Session, read_only: bool | None = None, *args: Any, **kwargs: Any) -> None:
         super().__init__(read_only=session.read_only if read_only is None else read_only)
+        # There is nothing to open: the session is.
+        self._is_open = True
         self._session = session
 
     @property
@@ -210,7 +212,10 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
         """
         self._require_writable()
         if not isinstance(value, Buffer):
-            raise TypeError(f"IcechunkStore.set needs a zarr Buffer as value, not {type(value).__name__}")
+            # In the words of zarr's own stores.
+            raise TypeError(
+                f"IcechunkStore.set(): `value` must be a Buffer instance. Got an instance of {type(value)} instead."
+            )
         parsed = parse_key(key)
         if type(parsed) is ChunkKey:
             await self._session.set_chunk(parsed.path, parsed.coords, value.to_bytes())
@@ -285,16 +290,9 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
         """All keys: of each node its metadata, then its chunks."""
         return self._keys_under("/")
 
-    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        """All keys that start with a prefix."""
-        if prefix == "" or prefix.endswith("/"):
-            async for key in self._keys_under(to_path(prefix)):
-                yield key
-            return
-        parent = to_path(prefix.rpartition("/")[0])
-        async for key in self._keys_under(parent):
-            if key.startswith(prefix):
-                yield key
+    def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        """All keys at or below a directory; ``foo`` is one, and does not mean ``foo-bar``."""
+        return self._keys_under(to_path(prefix))
 
     async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
         """Names directly below a directory: of keys and of directories alike, each once."""
@@ -404,11 +402,7 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
     __str__ = __repr__
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
-            for name, value in self._summary()
-        )
-        return f"<table><caption>icechunk.IcechunkStore</caption>{rows}</table>"
+        return fields_html("icechunk.IcechunkStore", self._summary())
 
 
 def _range(request: ByteRequest | None) -> ByteRange:

@@ -15,7 +15,7 @@ import json
 import operator
 import re
 from abc import ABCMeta
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from enum import Enum
 from pathlib import PurePath
@@ -35,6 +35,7 @@ __all__ = [
     "aware",
     "boolean",
     "checked",
+    "fields_html",
     "hidden",
     "instance_of",
     "optional",
@@ -249,6 +250,23 @@ _HTML_STYLE: Final = (
     ".icechunk-repr .icechunk-field-name,.icechunk-repr summary{font-weight:500;opacity:.7}"
     ".icechunk-repr details>.icechunk-repr{margin-left:12px}</style>\n"
 )
+
+
+def fields_html(title: str, fields: Iterable[tuple[str, object]]) -> str:
+    """Names and values under a title, for ``_repr_html_``; a `Represented` value can be folded out.
+
+    Everything is escaped.
+    """
+    rows = [f'<div class="icechunk-header">{html.escape(title)}</div>']
+    for name, value in fields:
+        if isinstance(value, Represented):
+            rows.append(f"<details><summary>{html.escape(name)}</summary>{value._html()}</details>")
+        else:
+            rows.append(
+                f'<div class="icechunk-field"><span class="icechunk-field-name">{html.escape(name)}:</span> '
+                f'<span class="icechunk-field-value">{html.escape(str(value))}</span></div>'
+            )
+    return _HTML_STYLE + '<div class="icechunk-repr">' + "\n".join(rows) + "</div>\n"
 
 
 def _indented(block: str) -> str:

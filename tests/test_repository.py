@@ -522,7 +522,7 @@ async def test_a_closed_repository_opens_again_when_it_is_used_again() -> None:
 def test_representations_name_the_place(memory: Repository) -> None:
     assert "icechunk.Repository" in repr(memory)
     assert memory.storage.describe() in str(memory)
-    assert "<table>" in memory._repr_html_()
+    assert "icechunk-repr" in memory._repr_html_()
 
 
 def test_what_another_client_has_made_possible_meanwhile_is_not_refused() -> None:

@@ -224,4 +224,4 @@ def test_representations_name_what_matters(repository: Repository) -> None:
     session = changed(repository)
     assert session.snapshot_id in repr(session)
     assert "main" in str(session)
-    assert "<table>" in session._repr_html_()
+    assert "icechunk-repr" in session._repr_html_()

@@ -193,7 +193,17 @@ def _make(home: Path, version: str, recipe: _Recipe) -> None:
         raise OracleUnavailable(f"{home} was made, but has no working icechunk {version}")
 
 
+_SEEN: set[tuple[Path, str]] = set()
+"""Pythons that had the version: nobody takes it away while tests run, and asking takes a second."""
+
+
 def _has(python: Path, version: str) -> bool:
+    if (python, version) not in _SEEN and _imports(python, version):
+        _SEEN.add((python, version))
+    return (python, version) in _SEEN
+
+
+def _imports(python: Path, version: str) -> bool:
     try:
         done = subprocess.run(
             [str(python), "-c", "import icechunk; print(icechunk.__version__)"],

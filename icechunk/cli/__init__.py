@@ -1,14 +1,20 @@
 """The `icechunk` command.
 
-Exit codes: 0 done, 1 the demo's check failed, 2 bad input or an environment that does not fit (one line says what to
-do), 130 interrupted. What a command needs is imported when it runs, so ``--help`` and ``--version`` answer at once.
+Exit codes: 0 done, 1 what was asked for could not be done (one line says why), or the demo's check failed, 2 bad
+input or, for the demo, an environment that does not fit, 130 interrupted. What a command needs is imported when it
+runs, so ``--help`` and ``--version`` answer at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
+
+from icechunk.cli.failure import Failure
+from icechunk.cli.repositories import add_commands
 
 __all__ = ["main"]
 
@@ -36,8 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             from icechunk.cli.demo import run
 
             return run(args)
+        if args.run is not None:
+            code: int = args.run(args)
+            return code
         _parser().print_help()
         return 2
+    except Failure as error:
+        return _refuse(str(error), code=1)
+    except BrokenPipeError:
+        # Whoever read has seen enough; the interpreter shall not complain about it when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except CommandError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
@@ -55,9 +70,9 @@ def _is_expected(error: Exception) -> bool:
     return isinstance(error, IcechunkError | OSError)
 
 
-def _refuse(message: str) -> int:
+def _refuse(message: str, *, code: int = 2) -> int:
     print("icechunk: " + " ".join(message.split()), file=sys.stderr)
-    return 2
+    return code
 
 
 def _version() -> str:
@@ -76,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="icechunk", description="A transactional storage engine for Zarr on object storage."
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.set_defaults(run=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
@@ -90,4 +106,17 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--endpoint-url", metavar="URL", help="with --storage: the endpoint, e.g. http://127.0.0.1:9000")
     demo.add_argument("--region", metavar="NAME", help="with --storage: the region (default: us-east-1)")
     demo.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    add_commands(commands)
+    _add_help(commands, parser)
     return parser
+
+
+def _add_help(commands: Any, parser: argparse.ArgumentParser) -> None:
+    def run(args: argparse.Namespace) -> int:
+        # Parsing prints the help of what was named and ends the program with code 0, or with 2 where there is no such.
+        parser.parse_args([*args.of, "--help"])
+        return 0
+
+    asked = commands.add_parser("help", help="print this message or the help of a subcommand")
+    asked.add_argument("of", nargs="*", metavar="COMMAND")
+    asked.set_defaults(run=run)

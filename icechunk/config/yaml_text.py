@@ -11,7 +11,7 @@ from icechunk.config.repository import RepositoryConfig
 from icechunk.config.serialise import Tag, config_from_dict, config_tree
 from icechunk.errors import ErrorKind, FormatError
 
-__all__ = ["MAX_YAML_BYTES", "config_from_yaml", "config_to_yaml"]
+__all__ = ["MAX_YAML_BYTES", "config_from_yaml", "config_to_yaml", "dump_yaml", "load_yaml"]
 
 MAX_YAML_BYTES: Final = 1 << 18
 """Larger configuration files are refused unread."""
@@ -19,8 +19,23 @@ MAX_YAML_BYTES: Final = 1 << 18
 
 def config_to_yaml(config: RepositoryConfig) -> bytes:
     """The form for ``config.yaml``, UTF-8. Pure."""
-    text: str = yaml.dump(config_tree(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    return text.encode()
+    return dump_yaml(config_tree(config)).encode()
+
+
+def dump_yaml(tree: Any) -> str:
+    """Dicts, lists, plain scalars and `Tag`s as YAML. Pure."""
+    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def load_yaml(data: bytes) -> Any:
+    """The same back; tags are one-key maps. Raises `ValueError` with the reason where it is not such YAML."""
+    if len(data) > MAX_YAML_BYTES:
+        raise ValueError(f"{len(data)} bytes, more than the {MAX_YAML_BYTES} that a configuration may have")
+    try:
+        return yaml.load(data, Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(type(error).__name__) from error
 
 
 def config_from_yaml(data: bytes) -> RepositoryConfig:
@@ -31,12 +46,10 @@ def config_from_yaml(data: bytes) -> RepositoryConfig:
     FormatError
         Not YAML, larger than `MAX_YAML_BYTES`, with aliases, or no configuration (kind ``config-deserialization``).
     """
-    if len(data) > MAX_YAML_BYTES:
-        raise _invalid(f"{len(data)} bytes, more than the {MAX_YAML_BYTES} that a configuration may have")
     try:
-        value = yaml.load(data, Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError, RecursionError) as error:
-        raise _invalid(type(error).__name__) from error
+        value = load_yaml(data)
+    except ValueError as error:
+        raise _invalid(str(error)) from error
     return config_from_dict({} if value is None else value)
 
 

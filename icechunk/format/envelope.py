@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
@@ -9,7 +10,7 @@ import zstandard
 
 from icechunk.errors import ErrorKind, FormatError
 
-__all__ = ["CLIENT_NAME", "COMPRESSION_ZSTD", "HEADER_SIZE", "FileType", "seal", "unseal"]
+__all__ = ["CLIENT_NAME", "COMPRESSION_ZSTD", "HEADER_SIZE", "FileHeader", "FileType", "read_header", "seal", "unseal"]
 
 MAGIC: Final = "ICE🧊CHUNK".encode()
 CLIENT_NAME: Final = "aioicechunk-2.3.0"
@@ -72,6 +73,27 @@ def unseal(data: bytes, file_type: FileType, *, what: str = "") -> tuple[int, by
         (16 MiB for small files, never more than 2 GiB).
     """
     name = what or file_type.name.lower().replace("_", " ")
+    header = read_header(data, file_type, what=name)
+    payload = _decompress(memoryview(data)[HEADER_SIZE:], name)
+    if len(payload) < 8 or payload[4:8] != FILE_IDENTIFIER:
+        raise FormatError(f"cannot read {name}: the payload's file identifier is not {FILE_IDENTIFIER.decode()!r}")
+    return header.spec_version, payload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileHeader:
+    """What stands in front of a metadata file's contents."""
+
+    written_by: str
+    """Name and version of the program that wrote it."""
+    spec_version: int
+    """1 or 2."""
+    file_type: FileType
+
+
+def read_header(data: bytes, file_type: FileType, *, what: str = "") -> FileHeader:
+    """Check the header and read it; parameters and errors as `unseal`, which looks at the rest as well."""
+    name = what or file_type.name.lower().replace("_", " ")
     if len(data) < HEADER_SIZE or data[:12] != MAGIC:
         raise FormatError(f"cannot read {name}: not an Icechunk file ({len(data)} bytes, no magic number)")
     spec_version, found, compression = data[36], data[37], data[38]
@@ -85,10 +107,8 @@ def unseal(data: bytes, file_type: FileType, *, what: str = "") -> tuple[int, by
         )
     if compression != COMPRESSION_ZSTD:
         raise FormatError(f"cannot read {name}: unknown compression {compression}")
-    payload = _decompress(memoryview(data)[HEADER_SIZE:], name)
-    if len(payload) < 8 or payload[4:8] != FILE_IDENTIFIER:
-        raise FormatError(f"cannot read {name}: the payload's file identifier is not {FILE_IDENTIFIER.decode()!r}")
-    return spec_version, payload
+    written_by = data[12:36].decode(errors="replace").rstrip(" \0")
+    return FileHeader(written_by=written_by, spec_version=spec_version, file_type=FileType(found))
 
 
 def _decompress(frame: memoryview, name: str) -> bytes:

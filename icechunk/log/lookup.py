@@ -18,7 +18,7 @@ import numpy.typing as npt
 from icechunk.format.ids import ObjectId
 from icechunk.format.tables import NATIVE, ChunkRef, ChunkRefs
 
-__all__ = ["CoordIndex", "RefTable", "find", "sort_last"]
+__all__ = ["CoordIndex", "RefTable", "find", "find_row", "sort_last"]
 
 Coords = npt.NDArray[np.uint32]
 Rows = npt.NDArray[np.intp]
@@ -175,8 +175,8 @@ def _view(column: npt.NDArray[Any]) -> Any:
     return memoryview(np.ascontiguousarray(column))  # type: ignore[arg-type]
 
 
-def find(refs: ChunkRefs, coords: Sequence[int]) -> ChunkRef | None:
-    """The reference at these coordinates, if there is one; O(ndim · log n), and nothing to prepare.
+def find_row(refs: ChunkRefs, coords: Sequence[int]) -> int:
+    """The row with these coordinates, or −1; O(ndim · log n), and nothing to prepare.
 
     Parameters
     ----------
@@ -186,12 +186,18 @@ def find(refs: ChunkRefs, coords: Sequence[int]) -> ChunkRef | None:
         One per dimension; others than `refs.ndim` find nothing.
     """
     if len(coords) != refs.ndim:
-        return None
+        return -1
     low, high = 0, len(refs)
     for d, c in enumerate(coords):
         column: Any = memoryview(refs.coords[:, d])  # type: ignore[arg-type]
         low = bisect_left(column, c, low, high)
         high = bisect_right(column, c, low, high)
         if low == high:
-            return None
-    return refs.row(low) if low < high else None
+            return -1
+    return low if low < high else -1
+
+
+def find(refs: ChunkRefs, coords: Sequence[int]) -> ChunkRef | None:
+    """The reference at these coordinates, if there is one; see `find_row`."""
+    row = find_row(refs, coords)
+    return None if row < 0 else refs.row(row)

@@ -63,6 +63,7 @@ class Checkpointing:
                     await asyncio.wait({view.sealer})
                 return
             view.checkpointed(head, written)
+            _LOG.debug("checkpoint of %s written, up to slot %d", view.storage.describe(), head.n)
 
     def spawn_if_due(self) -> None:
         """Have a checkpoint written in the background if the policy wants one."""

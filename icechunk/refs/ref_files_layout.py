@@ -49,10 +49,10 @@ from icechunk.refs.base import Layout, OnSent, Propose, RepositoryLog, SwapToken
 from icechunk.refs.commit_queue import Member, Waiting, new_snapshots
 from icechunk.refs.concurrent import run_all
 from icechunk.refs.create import FIRST_MESSAGE, FIRST_METADATA, require_clean
-from icechunk.refs.log_reader import instant
+from icechunk.refs.log_reader import instant, read_repo
 from icechunk.refs.match_check import MatchCheck
 from icechunk.refs.proof import MAX_SKEW_US, Instant
-from icechunk.refs.ref_names import RefNames, decode_ref, encode_ref
+from icechunk.refs.ref_names import RefNames, decode_ref, encode_ref, read_ref
 from icechunk.refs.repo_layout import UpdateRetries
 from icechunk.refs.state import MAIN, RepoState, apply, initial_state
 from icechunk.refs.store_check import require_atomic
@@ -184,6 +184,7 @@ class RefFilesLayout(RepositoryLog):
             elif name not in deleted:
                 tags[name] = snapshot
         if MAIN not in branches:
+            await self._refuse_upgraded()
             raise RepositoryNotFoundError(
                 f"no repository of format 1 in {self._storage.describe()}: it has no branch {MAIN!r}"
             )
@@ -415,9 +416,16 @@ class RefFilesLayout(RepositoryLog):
             return None
         if answer is not None and answer.data == write.data:
             return True
-        if not write.snapshots or answer is None:
+        if not write.snapshots:
             return False
-        return await self._is_below(decode_ref(answer.data, write.key), write.snapshots)
+        if answer is None:
+            return await self._was_taken_over(write.snapshots)
+        return await self._is_below(read_ref(answer.data, write.key), write.snapshots)
+
+    async def _was_taken_over(self, snapshots: tuple[ObjectId, ...]) -> bool:
+        """Whether the ref is gone because of an upgrade, to whose history one of the snapshots belongs."""
+        upgraded = await read_repo(self._storage, self._sources)
+        return upgraded is not None and any(id in upgraded.info.snapshots for id in snapshots)
 
     async def _is_below(self, tip: ObjectId, snapshots: tuple[ObjectId, ...]) -> bool:
         """Whether one of the snapshots is the tip or an ancestor of it."""
@@ -450,7 +458,7 @@ class RefFilesLayout(RepositoryLog):
             for _ in range(_RETRIES.tries):
                 answer = await self._get(key)
                 if answer is not None and token.snapshots:
-                    if await self._is_below(decode_ref(answer.data, key), token.snapshots):
+                    if await self._is_below(read_ref(answer.data, key), token.snapshots):
                         return True
                     if answer.version == base:
                         # Still what the write would replace: other bytes that say the same, and it never lands.
@@ -459,7 +467,7 @@ class RefFilesLayout(RepositoryLog):
                         continue
                     return False
                 if token.snapshots:
-                    return False
+                    return await self._was_taken_over(token.snapshots)
                 break
         raise CommitOutcomeUnknown(
             f"the change of {key!r} in {self._storage.describe()} has nothing to recognise it by in format 1; look "

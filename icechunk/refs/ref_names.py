@@ -18,12 +18,13 @@ from icechunk.format.keys import REFS_PREFIX
 from icechunk.storage.base import Storage
 from icechunk.storage.local import LocalStorage
 
-__all__ = ["RefKey", "RefNames", "decode_ref", "encode_ref"]
+__all__ = ["RefKey", "RefNames", "close_ref", "decode_ref", "encode_ref", "is_closed", "read_ref"]
 
 _BRANCH: Final = "branch."
 _TAG: Final = "tag."
 _FILE: Final = "ref.json"
 _TOMBSTONE: Final = "ref.json.deleted"
+_CLOSED: Final = "upgraded_to_format_2"
 _ENCODED: Final = frozenset(b'\\{^}%`]"[>~<#|\r\n*?') | frozenset(range(0x20)) | frozenset(range(0x7F, 0x100))
 
 
@@ -92,9 +93,35 @@ def encode_ref(snapshot: ObjectId) -> bytes:
     return orjson.dumps({"snapshot": encode_id(snapshot)})
 
 
+def close_ref(snapshot: ObjectId) -> bytes:
+    """The body of a branch's ref during an upgrade: for whoever upgrades, and unreadable to clients of format 1."""
+    return orjson.dumps({_CLOSED: encode_id(snapshot)})
+
+
+def is_closed(data: bytes) -> bool:
+    """Whether it is the body of a ref that was closed by an upgrade."""
+    return data.startswith(b'{"' + _CLOSED.encode())
+
+
 def decode_ref(data: bytes, what: str) -> ObjectId:
-    """The snapshot that a ref points to. Raises `FormatError` where it is none."""
+    """The snapshot that a ref points to.
+
+    Raises
+    ------
+    FormatError
+        It names none, or it was closed by an upgrade (kind ``unsupported-spec-version``).
+    """
+    if is_closed(data):
+        raise FormatError(
+            f"cannot read {what}: the repository is being upgraded to format 2; open it again",
+            ErrorKind.UNSUPPORTED_SPEC_VERSION,
+        )
+    return read_ref(data, what)
+
+
+def read_ref(data: bytes, what: str) -> ObjectId:
+    """The snapshot that a ref points to, closed or not. Raises `FormatError` where it names none."""
     try:
-        return object_id_from_text(orjson.loads(data)["snapshot"])
+        return object_id_from_text(orjson.loads(data)[_CLOSED if is_closed(data) else "snapshot"])
     except (orjson.JSONDecodeError, KeyError, TypeError, InvalidInputError) as error:
         raise FormatError(f"cannot read {what}: it does not name a snapshot", ErrorKind.DESERIALIZATION) from error

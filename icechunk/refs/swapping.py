@@ -222,6 +222,7 @@ class Swapping:
                 if proof is not None:
                     view.end_look(look)
             case Lost(taken_by=taken_by):
+                _LOG.debug("slot %d of %s went to another writer", attempt.n, view.storage.describe())
                 if taken_by is not None and view.head.epoch == attempt.epoch:
                     view.advance(taken_by)
                 for member in attempt.members:

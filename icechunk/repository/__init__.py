@@ -5,6 +5,7 @@ from __future__ import annotations
 from icechunk.repository.administration import Administration
 from icechunk.repository.branches import Branches
 from icechunk.repository.history import History
+from icechunk.repository.inspection import Inspection
 from icechunk.repository.none_credentials import (
     _none_credential_guidance,  # noqa: F401
 )
@@ -13,11 +14,15 @@ from icechunk.repository.none_credentials import (
 )
 from icechunk.repository.opening import Opening
 from icechunk.repository.sessions import Sessions
+from icechunk.repository.upgrading import (
+    upgrade_icechunk_repository,
+    upgrade_icechunk_repository_async,
+)
 
-__all__ = ["Repository"]
+__all__ = ["Repository", "upgrade_icechunk_repository", "upgrade_icechunk_repository_async"]
 
 
-class Repository(Opening, Sessions, Branches, History, Administration):
+class Repository(Opening, Sessions, Branches, History, Inspection, Administration):
     """A transactional Zarr hierarchy with its history.
 
     Made by `create`, `open` or `open_or_create`. Methods that end in ``_async`` are the engine; their synchronous

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from typing import TYPE_CHECKING, Self, cast
 
 from icechunk.config import RepositoryConfig
@@ -14,6 +13,7 @@ from icechunk.refs.state import RepoState, require_snapshot
 from icechunk.status import Attribution, SpecVersion
 from icechunk.storage.base import Storage
 from icechunk.sync import run_sync
+from icechunk.values import fields_html
 
 if TYPE_CHECKING:
     from icechunk._icechunk_python.repository import PyRepository
@@ -91,13 +91,21 @@ class RepositoryBase:
         self._core = state
 
     def __repr__(self) -> str:
-        return f"<icechunk.Repository>\nstorage: {self._core.storage.describe()}"
+        # Nothing here waits for storage: a debugger may ask at any time.
+        core = self._core
+        place = "".join(f"\n    {line}" for line in repr(core.storage).splitlines())
+        return f"<{self._title()}>\nlayout: {core.layout.value}\nstorage:{place}\nconfig: <RepositoryConfig ...>"
 
     __str__ = __repr__
 
     def _repr_html_(self) -> str:
-        place = html.escape(self._core.storage.describe())
-        return f"<table><caption>icechunk.Repository</caption><tr><th>storage</th><td>{place}</td></tr></table>"
+        core = self._core
+        place = [line.partition(": ") for line in repr(core.storage).splitlines()[1:]]
+        rows = [(f"storage {name}", value) for name, _, value in place]
+        return fields_html(self._title(), [("layout", core.layout.value), *rows, ("config", core.config)])
+
+    def _title(self) -> str:
+        return f"icechunk.Repository (v{1 if self._core.layout is Layout.REFS else 2})"
 
 
 def select(

@@ -15,7 +15,6 @@ never silently left out.
 
 from __future__ import annotations
 
-import html
 import threading
 from enum import Enum
 from typing import Any
@@ -34,6 +33,7 @@ from icechunk.log.session_log import SessionLog
 from icechunk.refs.base import SwapToken
 from icechunk.snapshots import Diff
 from icechunk.status import SessionMode
+from icechunk.values import fields_html
 
 __all__ = ["Phase", "SessionBase", "absolute"]
 
@@ -181,11 +181,7 @@ class SessionBase:
     __str__ = __repr__
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
-            for name, value in self._summary()
-        )
-        return f"<table><caption>icechunk.Session</caption>{rows}</table>"
+        return fields_html("icechunk.Session", self._summary())
 
 
 def absolute(path: str) -> str:

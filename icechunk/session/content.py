@@ -147,13 +147,13 @@ class Content(SessionBase):
 
         Raises `InvalidInputError` where the node is a group.
         """
-        ref = await self.chunk_reference(path, coords)
+        ref = await self.chunk_reference(path, coords, reading=True)
         if ref is None:
             return None
         return await read_chunk(self._core, self._puts, ref, byte_range)
 
-    async def chunk_reference(self, path: str, coords: tuple[int, ...]) -> ChunkRef | None:
-        """The reference of a chunk; None and errors as in `get_chunk`."""
+    async def chunk_reference(self, path: str, coords: tuple[int, ...], *, reading: bool = False) -> ChunkRef | None:
+        """The reference of a chunk, whose bytes are wanted next if ``reading``; None and errors as in `get_chunk`."""
         with self._lock:
             # Node and reference from the same log: a commit on another thread replaces it.
             node = self._log.node(path)
@@ -162,7 +162,7 @@ class Content(SessionBase):
             require_array_node(node)
             found = self._log.chunk(node, coords)
         if found is IN_BASE:
-            return await self._core.assets.reference(node, coords)
+            return await self._core.assets.reference(node, coords, reading=reading)
         return None if found is ABSENT else found
 
     async def chunk_references(self, path: str) -> AsyncGenerator[ChunkRefs, None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from icechunk.committing import Commit, How, commit
@@ -269,6 +270,8 @@ class Ending(SessionBase):
                 # Two that lose to each other in turn would otherwise go on in step.
                 await self._core.sources.sleep(backoff_s(self._core.sources, min(tried, _LONGEST_BACKOFF_ROUND)))
             await self._rebase(wanted.branch, solver)
+            rebased = {"__icechunk": {"rebase_attempts": tried + 1}}
+            wanted = replace(wanted, metadata={**wanted.metadata, **rebased})
         raise AssertionError
 
     async def _rebase(self, branch: str, solver: ConflictSolver) -> None:
@@ -294,7 +297,7 @@ class Ending(SessionBase):
                 )
             if self._log.is_empty and not allow_empty:
                 raise SessionStateError(
-                    "cannot commit: nothing changed in this session (allow_empty=True commits anyway)",
+                    "cannot commit: no changes made to the session (allow_empty=True commits anyway)",
                     ErrorKind.NO_CHANGES_TO_COMMIT,
                 )
             self._phase = Phase.COMMITTING

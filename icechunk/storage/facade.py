@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from html import escape
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from icechunk.errors import ErrorKind, StorageError
+from icechunk.values import Represented, fields_html
 
 if TYPE_CHECKING:
     from icechunk.config import S3Options, StorageSettings
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 __all__ = ["StorageFacade", "StorageObjectInfo"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
-class StorageObjectInfo:
+@dataclass(frozen=True, slots=True, kw_only=True, order=True, repr=False)
+class StorageObjectInfo(Represented):
     """An object that `Storage.list_objects_metadata` found."""
+
+    _public_name: ClassVar[str] = "icechunk.storage.StorageObjectInfo"
 
     key: str
     """Relative to the listed prefix."""
@@ -110,7 +112,9 @@ class StorageFacade:
         return run_sync(self.list_objects_async(settings, prefix))
 
     def _repr_html_(self) -> str:
-        return f"<pre>{escape(repr(self))}</pre>"
+        title, *lines = repr(self).splitlines()
+        rows = [line.partition(": ") for line in lines]
+        return fields_html(title.strip("<>"), [(name, value) for name, _, value in rows])
 
     @classmethod
     def new_in_memory(cls) -> Storage:

@@ -390,7 +390,7 @@ class S3Storage(Storage):
         """Send the request that makes an object visible, and find out what became of it."""
         if isinstance(precondition, Unchecked) and request.method == "PUT":
             return self._landed(client, request, await client.call(request, self._limits))
-        retrier = client.retrier(self._limits)
+        retrier = client.retrier(self._limits, request)
         unsettled = False
         while True:
             outcome = await client.attempt(request, self._limits)
@@ -552,7 +552,7 @@ class S3Storage(Storage):
         }
         request = self._request(f"copy {self._name(source)} to", "PUT", target, headers)
         client = await self._client()
-        retrier = client.retrier(self._limits)
+        retrier = client.retrier(self._limits, request)
         while True:
             answer = await client.call(request, self._limits)
             if answer.status >= 300:
@@ -621,7 +621,11 @@ class S3Storage(Storage):
         rows += [("prefix", self._place.root.rstrip("/"))] if self._place.root.rstrip("/") else []
         rows += [("region", options.region)] if options.region else []
         rows += [("endpoint_url", redacted_url(options.endpoint_url))] if options.endpoint_url else []
-        rows += [("force_path_style", "True")] if options.force_path_style else []
+        rows += [
+            (name, "True")
+            for name in ("allow_http", "anonymous", "force_path_style", "requester_pays")
+            if getattr(options, name)
+        ]
         return "<icechunk.Storage>\n" + "".join(f"{name}: {value}\n" for name, value in rows)
 
     def __eq__(self, other: object) -> bool:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import calendar
 import errno
 import re
+import socket
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_tz
 from functools import lru_cache
 from typing import Final
 from xml.etree import ElementTree
-
-import aiohttp
 
 from icechunk.errors import ErrorKind, StorageError
 from icechunk.storage.base import Version
@@ -147,25 +147,26 @@ def to_error(what: str, outcome: Answer | Unanswered, tries: int, endpoint: str)
     """
     times = "" if tries <= 1 else f" ({tries} tries)"
     if isinstance(outcome, Unanswered):
-        reason, kind = _connection_trouble(outcome.cause, endpoint)
+        reason, kind = _connection_trouble(outcome.cause, outcome.connected, endpoint)
         return StorageError(f"cannot {what}: {reason}{times}", kind)
     refusal = parse_refusal(outcome)
     reason, kind = _refusal_trouble(outcome.status, refusal, endpoint)
     return StorageError(f"cannot {what}: {reason}{times}", kind)
 
 
-def _connection_trouble(cause: Exception, endpoint: str) -> tuple[str, ErrorKind]:
+def _connection_trouble(cause: Exception, connected: bool, endpoint: str) -> tuple[str, ErrorKind]:
     kind = ErrorKind.OBJECT_STORE
-    if isinstance(cause, aiohttp.ClientSSLError) or "SSL" in type(cause).__name__:
+    if isinstance(cause, ssl.SSLError):
         return (
             f"no TLS connection to {endpoint} ({cause}); if the endpoint speaks plain http, write http:// and set "
             "allow_http=True, else check its certificate and AWS_CA_BUNDLE"
         ), kind
-    if isinstance(cause, aiohttp.ClientConnectorDNSError):
+    if isinstance(cause, socket.gaierror):
         return f"no such host: {endpoint} cannot be resolved; check endpoint_url, region, bucket and DNS", kind
-    if isinstance(cause, aiohttp.ClientConnectorError):
-        refused = cause.os_error is not None and cause.os_error.errno == errno.ECONNREFUSED
-        problem = "the connection was refused" if refused else f"no connection ({cause.strerror})"
+    if isinstance(cause, OSError) and not connected and not isinstance(cause, TimeoutError):
+        # asyncio sums the failures of several addresses up in one text.
+        refused = isinstance(cause, ConnectionRefusedError) or f"[Errno {errno.ECONNREFUSED}]" in str(cause)
+        problem = "the connection was refused" if refused else f"no connection ({cause.strerror or cause})"
         return f"{problem} by {endpoint}; check endpoint_url and that the service runs", kind
     if isinstance(cause, TimeoutError):
         return f"{endpoint} did not answer in time; check the network, or raise the timeouts", kind

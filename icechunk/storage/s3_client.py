@@ -1,19 +1,16 @@
-"""Requests to one bucket: signed, sent over aiohttp, tried again.
+"""Requests to one bucket: signed, sent, tried again.
 
 One `S3Client` belongs to one event loop. A *try* ends in an `Answer` or in `Unanswered`. Refusals that certainly
 changed nothing and that we can mend ourselves (an expired token, a wrong clock, a guessed region) are mended inside
 the try. Everything else is left to `call`, which retries with full jitter, or to the caller, for conditional writes,
 where a second try must not be sent blindly.
-
-aiohttp repeats idempotent requests by itself when a kept connection turns out to be closed; that is switched
-off, so that one try is one request.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
+import logging
 import os
 import ssl
 import struct
@@ -21,13 +18,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-import aiohttp
 from botocore.httpsession import get_cert_path
-from yarl import URL
 
 from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTimeoutSettings
 from icechunk.config.storage import DEFAULT_INITIAL_BACKOFF_MS, DEFAULT_MAX_BACKOFF_MS, DEFAULT_MAX_TRIES
+from icechunk.format.envelope import CLIENT_NAME
 from icechunk.sources import Sources
+from icechunk.storage.http1 import Connections, NotConnectedError
+from icechunk.storage.http_proxied import ProxiedConnections, is_proxied
 from icechunk.storage.s3_answers import Answer, Unanswered, date_us, is_transient, parse_refusal, to_error
 from icechunk.storage.s3_credentials import KeyProvider
 from icechunk.storage.s3_endpoint import Endpoint
@@ -35,13 +33,12 @@ from icechunk.storage.s3_sigv4 import UNSIGNED_PAYLOAD, SigningKeys, encode_quer
 
 __all__ = ["Limits", "Request", "S3Client", "limits_of"]
 
+_LOG: Final = logging.getLogger(__name__)
 _EMPTY_HASH: Final = hashlib.sha256(b"").hexdigest()
-_CONNECTIONS: Final = 512
-_KEEPALIVE_S: Final = 15.0
 # A service that was never reached is more likely misspelt than restarting.
 _FIRST_CONTACT_TRIES: Final = 4
-_HASH_IN_THREAD_BYTES: Final = 8 * 1024 * 1024
-_PIECEWISE_BYTES: Final = 512 * 1024
+# Hashing this much takes longer than handing it to a thread.
+_HASH_IN_THREAD_BYTES: Final = 512 * 1024
 _SLOWEST_UPLOAD_BYTES_PER_S: Final = 64 * 1024
 _MENDABLE: Final = frozenset({301, 307, 400, 401, 403})
 _EXPIRED: Final = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"})
@@ -115,11 +112,13 @@ class S3Client:
         Resolves the endpoint for another region.
     """
 
-    def __init__(self, endpoint: Endpoint, keys: KeyProvider, sources: Sources, session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self, endpoint: Endpoint, keys: KeyProvider, sources: Sources, connections: Connections | ProxiedConnections
+    ) -> None:
         self.endpoint = endpoint
         self._keys = keys
         self._sources = sources
-        self._session = session
+        self._connections = connections
         self._contacted = False
         # The store's clock minus ours, µs; set when the store says that they differ too much.
         self._skew_us = 0
@@ -127,24 +126,12 @@ class S3Client:
     @classmethod
     async def open(cls, endpoint: Endpoint, keys: KeyProvider, sources: Sources) -> S3Client:
         """A client on the running loop."""
-        tls: ssl.SSLContext | bool = True
-        if endpoint.scheme == "https":
-            tls = await asyncio.to_thread(_tls_context)
-        session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=_CONNECTIONS, keepalive_timeout=_KEEPALIVE_S, ssl=tls),
-            auto_decompress=False,
-            skip_auto_headers=("Content-Type", "Accept-Encoding", "User-Agent"),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            # Also reads netrc, so only where a proxy is configured.
-            trust_env=any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY")),
-            requote_redirect_url=False,
-        )
-        session._retry_connection = False
-        return cls(endpoint, keys, sources, session)
+        tls = await asyncio.to_thread(_tls_context) if endpoint.scheme == "https" else None
+        return cls(endpoint, keys, sources, ProxiedConnections(tls) if is_proxied() else Connections(tls))
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._session.close()
+        await self._connections.aclose()
 
     async def call(self, request: Request, limits: Limits) -> Answer:
         """Send a request that may be sent again, until it is answered.
@@ -159,7 +146,7 @@ class S3Client:
         StorageError
             Refused, or not answered within the limits.
         """
-        retrier = self.retrier(limits)
+        retrier = self.retrier(limits, request)
         while True:
             outcome = await self.attempt(request, limits)
             if isinstance(outcome, Answer):
@@ -170,9 +157,9 @@ class S3Client:
             if not await retrier.again(outcome):
                 raise self.failure(request, outcome, retrier.tries)
 
-    def retrier(self, limits: Limits) -> Retrier:
+    def retrier(self, limits: Limits, request: Request) -> Retrier:
         """Counts the tries of one operation and makes the pauses between them."""
-        return Retrier(self, limits, self._sources)
+        return Retrier(self, limits, self._sources, request.what)
 
     def failure(self, request: Request, outcome: Answer | Unanswered, tries: int) -> Exception:
         """The error for an operation whose tries are used up."""
@@ -240,41 +227,31 @@ class S3Client:
                 endpoint.region,
                 self._sources.wall_us() + self._skew_us,
             )
-        headers["user-agent"] = "aioicechunk"
+        headers["user-agent"] = CLIENT_NAME
         headers["accept-encoding"] = "identity"
-        text = f"{endpoint.scheme}://{endpoint.host}{path}"
         size = len(request.body)
-        timeout = aiohttp.ClientTimeout(
-            # Time to write counts too, and nobody else bounds it.
-            total=limits.attempt_s
-            or (None if not size else limits.connect_s + 2 * limits.read_s + size / _SLOWEST_UPLOAD_BYTES_PER_S),
-            sock_connect=limits.connect_s,
-            sock_read=limits.read_s,
-        )
         try:
-            async with self._session.request(
+            response = await self._connections.exchange(
+                endpoint.origin,
                 request.method,
-                URL(f"{text}?{query}" if query else text, encoded=True),
-                headers=headers,
-                data=_payload(request.body),
-                allow_redirects=False,
-                timeout=timeout,
-            ) as response:
-                self._contacted = True
-                body = await response.read()
-                expected = response.headers.get("Content-Length")
-                if expected is not None and request.method != "HEAD" and len(body) != int(expected):
-                    raise aiohttp.ClientPayloadError(f"{len(body)} bytes came instead of {expected}")
-                return Answer(response.status, response.headers, body)
-        except aiohttp.ClientConnectorError as error:
-            tls = isinstance(error, aiohttp.ClientSSLError)
-            return Unanswered(error, connected=False, final=tls)
-        except aiohttp.ConnectionTimeoutError as error:
-            return Unanswered(error, connected=False, final=False)
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            return Unanswered(error, connected=True, final=isinstance(error, aiohttp.InvalidURL))
+                f"{path}?{query}" if query else path,
+                headers,
+                request.body,
+                connect_s=limits.connect_s,
+                read_s=limits.read_s,
+                # Without a limit of the user's, a large body may take the time that a slow line needs.
+                total_s=limits.attempt_s
+                or (None if not size else limits.connect_s + 2 * limits.read_s + size / _SLOWEST_UPLOAD_BYTES_PER_S),
+            )
+        except NotConnectedError as error:
+            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            return Unanswered(cause, connected=False, final=isinstance(cause, ssl.SSLError))
+        except (OSError, TimeoutError) as error:
+            return Unanswered(error, connected=True, final=False)
         except ValueError as error:
             return Unanswered(error, connected=True, final=True)
+        self._contacted = True
+        return Answer(response.status, response.headers, response.body)
 
     async def _payload_hash(self, body: bytes | memoryview) -> str:
         if not body:
@@ -289,8 +266,9 @@ class S3Client:
 class Retrier:
     """The tries of one operation: how many there were, and whether there is another."""
 
-    def __init__(self, client: S3Client, limits: Limits, sources: Sources) -> None:
+    def __init__(self, client: S3Client, limits: Limits, sources: Sources, what: str) -> None:
         self.tries = 1
+        self._what = what
         self._client = client
         self._limits = limits
         self._sources = sources
@@ -313,16 +291,17 @@ class Retrier:
             spent_s = (self._sources.elapsed_us() - self._began_us) / 1e6
             if spent_s + pause_s >= limits.operation_s:
                 return False
+        _LOG.debug(
+            "trying again to %s in %.0f ms, after try %d: %s", self._what, pause_s * 1e3, self.tries, _reason(outcome)
+        )
         await self._sources.sleep(pause_s)
         self.tries += 1
         return True
 
 
-def _payload(body: bytes | memoryview) -> bytes | io.BytesIO | None:
-    if not body:
-        return None
-    # A large body goes out in pieces, so that others have their turn in between.
-    return bytes(body) if len(body) < _PIECEWISE_BYTES else io.BytesIO(body)
+def _reason(outcome: Answer | Unanswered) -> str:
+    # What the service says is left out: it may quote what was sent, credentials included.
+    return f"HTTP {outcome.status}" if isinstance(outcome, Answer) else type(outcome.cause).__name__
 
 
 def _unit(random: bytes) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,6 +16,7 @@ from botocore.exceptions import BotoCoreError
 
 from icechunk.config import S3Options
 from icechunk.errors import ErrorKind, StorageError
+from icechunk.storage.http1 import Origin
 from icechunk.values import redacted_url
 
 __all__ = ["Endpoint", "resolve_endpoint"]
@@ -43,6 +45,17 @@ class Endpoint:
     def url(self) -> str:
         """Scheme, host and path, for messages."""
         return f"{self.scheme}://{self.host}{self.path}"
+
+    @property
+    def origin(self) -> Origin:
+        """Where connections go."""
+        return _origin(self.scheme, self.host)
+
+
+@lru_cache(maxsize=64)
+def _origin(scheme: str, host: str) -> Origin:
+    parts = urlsplit(f"{scheme}://{host}")
+    return Origin(scheme, parts.hostname or "", parts.port or (443 if scheme == "https" else 80))
 
 
 async def resolve_endpoint(bucket: str, options: S3Options, region: str | None = None) -> Endpoint:

@@ -25,12 +25,13 @@ from icechunk.format.tables import (
     TransactionLog,
 )
 from icechunk.format.transaction import decode_transaction_log
-from icechunk.log.lookup import RefTable, find
+from icechunk.log.lookup import RefTable, find_row
 from icechunk.storage.base import Storage
 from icechunk.storage.per_loop import PerLoop
 from icechunk.transfer.blocks import BlockReader
 from icechunk.transfer.cache import WeightedCache
 from icechunk.transfer.fetch import FetchPool
+from icechunk.transfer.walk import Walk, Walks
 
 __all__ = ["Assets", "off_loop", "references_of"]
 
@@ -58,20 +59,25 @@ _chunk_key = lru_cache(maxsize=4096)(chunk_key)
 class _Columns:
     """References of one array in a cached manifest, with the index that frequent look-ups deserve."""
 
-    __slots__ = ("refs", "searches", "table")
+    __slots__ = ("refs", "searches", "table", "walks")
 
     def __init__(self, refs: ChunkRefs) -> None:
         self.refs = refs
         self.searches = 0
         self.table: RefTable | None = None
+        self.walks = Walks()
 
-    def find(self, coords: tuple[int, ...]) -> ChunkRef | None:
-        if self.table is not None:
-            return self.table.get(coords)
-        self.searches += 1
-        if self.searches > SEARCHES_BEFORE_INDEX:
+    def find(self, coords: tuple[int, ...]) -> int:
+        """The row, or −1."""
+        if self.table is None:
+            self.searches += 1
+            if self.searches <= SEARCHES_BEFORE_INDEX:
+                return find_row(self.refs, coords)
             self.table = RefTable(self.refs)
-        return find(self.refs, coords)
+        return self.table.index.find(coords)
+
+    def row(self, row: int) -> ChunkRef:
+        return self.refs.row(row) if self.table is None else self.table.row(row)
 
 
 class _Held:
@@ -157,11 +163,14 @@ class Assets:
         found = self._manifests.get(id)
         if found is None:
             loaded = await self._load(manifest_key(id), lambda data: decode_manifest(data, expected_id=id))
-            found = self.keep_manifest(loaded)
+            # Others waited for it too: all shall share what is learned about its rows.
+            found = self._manifests.get(id) or self.keep_manifest(loaded)
         return found
 
-    async def reference(self, node: NodeSnapshot, coords: tuple[int, ...]) -> ChunkRef | None:
+    async def reference(self, node: NodeSnapshot, coords: tuple[int, ...], *, reading: bool = False) -> ChunkRef | None:
         """The reference of a chunk in the manifests of a committed node; None where there is none.
+
+        Where the caller goes on to read the chunk, and has read those before it, the next ones are fetched ahead.
 
         Raises `FormatError` where the manifest that should have it knows nothing of the array.
         """
@@ -172,7 +181,13 @@ class Assets:
         columns = held.columns.get(node.id)
         if columns is None:
             columns = held.columns[node.id] = _Columns(references_of(held.manifest, node))
-        return columns.find(coords)
+        row = columns.find(coords)
+        if row < 0:
+            return None
+        if reading and (walk := columns.walks.step(row)) is not None:
+            reader = self._readers.peek() or await self._readers.get()
+            _fetch_ahead(reader, columns.refs, walk)
+        return columns.row(row)
 
     def _locate(self, manifests: tuple[ManifestRef, ...], coords: tuple[int, ...]) -> ManifestRef | None:
         if len(manifests) <= FEW_MANIFESTS:
@@ -224,6 +239,15 @@ class Assets:
                 raise FormatError(f"cannot read {key!r}: {error.message}", error.kind) from error
 
         return await pool.share(("decoded", key), load)
+
+
+def _fetch_ahead(reader: BlockReader, refs: ChunkRefs, walk: Walk) -> None:
+    if walk.wants_more():
+        row, max_bytes = walk.grow()
+        ranges, end = reader.upcoming(refs, row, max_bytes)
+        walk.fetched_to(end)
+        for chunk_id, first, last in ranges:
+            reader.prefetch(_chunk_key(chunk_id), first, last)
 
 
 def references_of(manifest: Manifest, node: NodeSnapshot) -> ChunkRefs:

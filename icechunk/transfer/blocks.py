@@ -17,8 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from icechunk.format.ids import ObjectId
+from icechunk.format.tables import ChunkRefs
 from icechunk.storage.base import GetResult, Range
 from icechunk.transfer.fetch import FetchPool
+from icechunk.transfer.walk import upcoming
 
 __all__ = ["BlockReader", "Limits", "Track", "merge"]
 
@@ -210,6 +213,31 @@ class BlockReader:
             parts.append(found)
         return b"".join(parts)
 
+    def upcoming(self, refs: ChunkRefs, row: int, max_bytes: int) -> tuple[list[tuple[ObjectId, int, int]], int]:
+        """What to `prefetch` for the rows from ``row`` on, within this reader's limits; see `walk.upcoming`."""
+        limits = self._limits
+        return upcoming(
+            refs,
+            row,
+            min(max_bytes, limits.cache_bytes // 4),
+            largest_bytes=limits.block_bytes,
+            gap_bytes=limits.merge_gap_bytes,
+        )
+
+    def prefetch(self, key: str, start: int, end: int) -> None:
+        """Fetch a range of an object that will be wanted soon, where it is not here yet and the cache has room."""
+        known = self._object(key)
+        # Whoever prefetches knows better what comes next than the track of this one object.
+        known.track.window = 0
+        known.track.next = end
+        start = _after(known, start)
+        while start < end:
+            stop = min(end, start + self._limits.max_request_bytes)
+            if not self._make_room(stop - start):
+                return
+            self._fly(key, known, start, stop, stop - start)
+            start = _after(known, stop)
+
     async def _part(self, key: str, start: int, end: int) -> tuple[_Object, bytes]:
         """The wanted bytes as far as one piece of the object has them, one at least."""
         known = self._object(key)
@@ -358,6 +386,16 @@ class BlockReader:
             self._kept_bytes -= gone
             del self._objects[old].kept[first]
         return True
+
+
+def _after(known: _Object, start: int) -> int:
+    """The first byte from ``start`` on that is neither kept nor on its way."""
+    while True:
+        ends = [first + len(data) for first, data in known.kept.items() if first <= start < first + len(data)]
+        ends += [flight.end for flight in known.flights if flight.covers(start)]
+        if not ends:
+            return start
+        start = max(ends)
 
 
 def _join_one(flights: list[_Flight], want: _Want) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -80,6 +81,18 @@ async def test_reads_are_tried_again(server: FaultyS3, storage: S3Storage, pause
     server.behaviours = [fault, fault, OK]
     assert (await storage.get("x")).data == b"content"
     assert pauses.lengths == pytest.approx([0.05, 0.1])
+
+
+async def test_what_is_tried_again_is_logged_with_its_object_and_without_secrets(
+    server: FaultyS3, storage: S3Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "icechunk")
+    server.behaviours = [SLOW_DOWN, RESET, OK]
+    await storage.put("x", b"new")
+    told = [record.getMessage() for record in caplog.records if record.name == "icechunk.storage.s3_client"]
+    assert len(told) == 2
+    assert told[0].startswith("trying again to write s3://b/p/x in 50 ms, after try 1: HTTP 503")
+    assert not [line for line in told if "AKID" in line or "secret" in line]
 
 
 @pytest.mark.parametrize("fault", [RESET, LOSE, SLOW_DOWN, HANG])

@@ -1,0 +1,211 @@
+"""The subcommands of the official ``icechunk`` command: aliases, repositories, history, branches and tags."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from icechunk.cli.failure import Failure
+from icechunk.cli.places import KINDS, Places, new_entry, places_path, shown
+from icechunk.cli.prompts import ask, choose
+from icechunk.errors import IcechunkError, NotFoundError
+
+__all__ = ["add_commands"]
+
+_QUESTIONS: Final = {
+    "Local": ("path",),
+    "S3": ("bucket", "prefix", "region"),
+    "Tigris": ("bucket", "prefix", "region", "endpoint_url"),
+    "GCS": ("bucket", "prefix"),
+    "Azure": ("account", "container", "prefix"),
+}
+
+
+def add_commands(commands: Any) -> None:
+    """Add the subcommands to a parser's; each sets ``run``, which takes the parsed arguments."""
+    config = _group(commands, "config", "manage the aliases of repositories")
+    init = _command(config, "init", "create a new file of aliases, interactively", _init)
+    init.add_argument("-f", "--force", action="store_true", help="overwrite an existing one")
+    add = _command(config, "add", "add a repository to the file, interactively; the file is created if need be", _add)
+    _alias(add)
+    _command(config, "list", "print the file", _list_config)
+
+    repo = _group(commands, "repo", "manage repositories")
+    _alias(_command(repo, "create", "create a repository", _create_repo))
+
+    ancestry = _command(commands, "ancestry", "show the ancestry of a branch, tag or snapshot", _ancestry)
+    _alias(ancestry)
+    ancestry.add_argument("reference", nargs="?", default="main", help="branch, tag or snapshot id (default: main)")
+    ancestry.add_argument("-n", metavar="N", type=_count, default=10, help="number of snapshots (default: 10)")
+
+    for kind, start in (("branch", "from"), ("tag", "target")):
+        group = _group(commands, kind, f"manage {kind}es" if kind == "branch" else "manage tags")
+        _alias(_command(group, "list", f"list {'branches' if kind == 'branch' else 'tags'}", _list_refs, kind))
+        create = _command(group, "create", f"create a {kind}", _create_ref, kind)
+        _alias(create)
+        create.add_argument("name", metavar=kind, help=f"name of the new {kind}")
+        create.add_argument("target", metavar=start, help="branch, tag or snapshot id that it shall point to")
+        delete = _command(group, "delete", f"delete a {kind}", _delete_ref, kind)
+        _alias(delete)
+        delete.add_argument("name", metavar=kind, help=f"name of the {kind}")
+
+
+def _group(commands: Any, name: str, help: str) -> Any:
+    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    return parser.add_subparsers(dest=f"{name}_command", metavar="COMMAND", required=True)
+
+
+def _command(
+    commands: Any, name: str, help: str, run: Callable[[argparse.Namespace], int], kind: str | None = None
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    parser.set_defaults(run=run, kind=kind)
+    return parser
+
+
+def _alias(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("alias", help="alias of the repository, see `icechunk config`")
+
+
+def _count(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of snapshots")
+    return number
+
+
+# --- aliases --------------------------------------------------------------------------------------------------
+
+
+def _init(args: argparse.Namespace) -> int:
+    path = places_path()
+    # With --force a file that cannot be read is no obstacle.
+    if args.force:
+        path.unlink(missing_ok=True)
+    places = Places(path)
+    if len(places):
+        raise Failure("Config already exists and contains repositories. Use --force to overwrite.")
+    _ask_and_save(places, ask("alias"))
+    return 0
+
+
+def _add(args: argparse.Namespace) -> int:
+    places = Places(places_path())
+    if args.alias in places:
+        raise Failure(f"Repository {shown(args.alias)} already exists")
+    _ask_and_save(places, args.alias)
+    return 0
+
+
+def _ask_and_save(places: Places, alias: str) -> None:
+    kind = choose("repository type", KINDS)
+    answers = {name: ask(name.replace("_url", " URL"), required=name != "prefix") for name in _QUESTIONS[kind]}
+    places.add(alias, new_entry(kind, answers))
+    places.save()
+    print(f"Added {shown(alias)} to {places.path}", file=sys.stderr)
+
+
+def _list_config(args: argparse.Namespace) -> int:
+    print(Places(places_path()).text())
+    return 0
+
+
+# --- repositories ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _telling(what: str) -> Iterator[None]:
+    """Errors of the block end the command with what it was doing, and why it could not."""
+    try:
+        yield
+    except (IcechunkError, OSError, ValueError) as error:
+        raise Failure(f"{what}: {' '.join(str(error).split())}") from error
+
+
+def _open(alias: str) -> Any:
+    import icechunk
+
+    place = Places(places_path()).find(alias)
+    with _telling(f"Failed to open repository {shown(alias)}"):
+        return icechunk.Repository.open(place.storage, place.config)
+
+
+def _create_repo(args: argparse.Namespace) -> int:
+    import icechunk
+
+    place = Places(places_path()).find(args.alias)
+    with _telling(f"❌ Failed to create repository {shown(args.alias)}"):
+        icechunk.Repository.create(place.storage, place.config)
+    print(f"✅ Created repository {shown(args.alias)}")
+    return 0
+
+
+def _resolve(repo: Any, reference: str) -> str:
+    """The snapshot that a branch, a tag or an id names, tried in this order."""
+    for look in (repo.lookup_branch, repo.lookup_tag):
+        try:
+            found: str = look(reference)
+        except NotFoundError:
+            continue
+        return found
+    try:
+        found = repo.lookup_snapshot(reference).id
+    except (NotFoundError, ValueError) as error:
+        raise Failure(f"`{reference}` is not a valid snapshot id, branch, or tag") from error
+    return found
+
+
+def _ancestry(args: argparse.Namespace) -> int:
+    repo = _open(args.alias)
+    with _telling(f"Failed to read the history of {shown(args.alias)}"):
+        tip = _resolve(repo, args.reference)
+        for info in itertools.islice(repo.ancestry(snapshot_id=tip), args.n):
+            written_at = info.written_at.astimezone()
+            print(f"Snapshot: {info.id}\nDate: {written_at:%B} {written_at.day} {written_at:%Y  %H:%M:%S}\n")
+            print("".join(f"  {line}\n" for line in _printable(info.message).split("\n")))
+    return 0
+
+
+def _list_refs(args: argparse.Namespace) -> int:
+    repo = _open(args.alias)
+    names, look = (
+        (repo.list_branches, repo.lookup_branch) if args.kind == "branch" else (repo.list_tags, repo.lookup_tag)
+    )
+    with _telling(f"Failed to list {'branches' if args.kind == 'branch' else 'tags'}"):
+        for name in sorted(names()):
+            print(f"{look(name)}  {_printable(name)}")
+    return 0
+
+
+def _create_ref(args: argparse.Namespace) -> int:
+    repo = _open(args.alias)
+    with _telling(f'Failed to create {args.kind} "{args.name}" from "{args.target}"'):
+        tip = _resolve(repo, args.target)
+        if args.kind == "branch":
+            repo.create_branch(args.name, tip)
+            done = f'✅ Created branch "{args.name}" from "{args.target}"'
+        else:
+            repo.create_tag(args.name, tip)
+            done = f'✅ Created tag "{args.name}" for {tip}'
+    print(f"{done} in repository {shown(args.alias)}")
+    return 0
+
+
+def _delete_ref(args: argparse.Namespace) -> int:
+    repo = _open(args.alias)
+    with _telling(f'Failed to delete {args.kind} "{args.name}"'):
+        (repo.delete_branch if args.kind == "branch" else repo.delete_tag)(args.name)
+    print(f'✅ Deleted {args.kind} "{args.name}" in repository {shown(args.alias)}')
+    return 0
+
+
+def _printable(text: str) -> str:
+    """Without characters that act on the terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)

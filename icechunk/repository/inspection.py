@@ -1,0 +1,192 @@
+"""Looking into a repository's files, and drawings of its history."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from icechunk.errors import ObjectNotFoundError, SnapshotNotFoundError
+from icechunk.format.envelope import FileType, read_header
+from icechunk.format.ids import ObjectId, object_id_from_text
+from icechunk.format.keys import REPO_KEY, manifest_key, snapshot_key, transaction_key
+from icechunk.inspection.files import describe_manifest, describe_snapshot, describe_transaction_log
+from icechunk.inspection.graph import AncestryGraph
+from icechunk.inspection.layout import lay_out
+from icechunk.inspection.repo_info import describe_repo_info
+from icechunk.refs.state import MAIN, to_repo_info
+from icechunk.repository.base import RepositoryBase, select
+from icechunk.sync import run_sync
+from icechunk.transfer.assets import off_loop
+
+__all__ = ["Inspection"]
+
+
+class Inspection(RepositoryBase):
+    """For those who want to know what is really stored.
+
+    Each ``inspect_*`` method reads the file itself, past all caches, and returns values that `json.dumps` takes. They
+    have a ``header`` with what stands in front of the file's contents: ``written_by``, ``app_name``,
+    ``app_version``, ``spec_version``, ``file_type`` and ``compression``. All work on every layout, except where said.
+    """
+
+    async def inspect_snapshot_async(self, snapshot_id: str) -> dict[str, Any]:
+        """What is stored as a snapshot: its message and metadata, nodes, and manifests.
+
+        Returns
+        -------
+        dict
+            ``id``, ``header``, ``flushed_at``, ``commit_message``, ``metadata``, ``manifests``, ``nodes``.
+
+        Raises
+        ------
+        InvalidInputError
+            This is no id.
+        SnapshotNotFoundError
+            There is no such file.
+        """
+        return await self._inspect("snapshot", snapshot_id, snapshot_key, describe_snapshot, SnapshotNotFoundError)
+
+    def inspect_snapshot(self, snapshot_id: str) -> dict[str, Any]:
+        """Synchronous twin of `inspect_snapshot_async`."""
+        return run_sync(self.inspect_snapshot_async(snapshot_id))
+
+    async def inspect_manifest_async(self, manifest_id: str) -> dict[str, Any]:
+        """How many chunk references of which kind are in a manifest, and how it is compressed.
+
+        The ids of a snapshot's manifests are in `inspect_snapshot` and `list_manifest_files`.
+
+        Returns
+        -------
+        dict
+            ``id``, ``header``, ``size_bytes`` (before compression), ``num_arrays``, ``total_chunk_refs``,
+            ``total_inline``, ``total_native``, ``total_virtual``, ``arrays``, ``compression``.
+
+        Raises
+        ------
+        InvalidInputError, ObjectNotFoundError
+            As in `inspect_snapshot_async`.
+        """
+        return await self._inspect("manifest", manifest_id, manifest_key, describe_manifest, ObjectNotFoundError)
+
+    def inspect_manifest(self, manifest_id: str) -> dict[str, Any]:
+        """Synchronous twin of `inspect_manifest_async`."""
+        return run_sync(self.inspect_manifest_async(manifest_id))
+
+    async def inspect_transaction_log_async(self, snapshot_id: str) -> dict[str, Any]:
+        """What the commit of a snapshot changed, by the ids of nodes.
+
+        Returns
+        -------
+        dict
+            ``header``, ``new_groups``, ``new_arrays``, ``deleted_groups``, ``deleted_arrays``, ``updated_groups``,
+            ``updated_arrays``, ``updated_chunks``, ``moved_nodes``.
+
+        Raises
+        ------
+        InvalidInputError, ObjectNotFoundError
+            As in `inspect_snapshot_async`. The first snapshot of a repository of format 1 has no such file.
+        """
+        return await self._inspect(
+            "transaction log", snapshot_id, transaction_key, describe_transaction_log, ObjectNotFoundError
+        )
+
+    def inspect_transaction_log(self, snapshot_id: str) -> dict[str, Any]:
+        """Synchronous twin of `inspect_transaction_log_async`."""
+        return run_sync(self.inspect_transaction_log_async(snapshot_id))
+
+    async def _inspect(
+        self,
+        what: str,
+        text: str,
+        key: Callable[[ObjectId], str],
+        describe: Callable[[bytes, ObjectId], dict[str, Any]],
+        missing: type[SnapshotNotFoundError] | type[ObjectNotFoundError],
+    ) -> dict[str, Any]:
+        id = object_id_from_text(text)
+        try:
+            data = (await self._core.storage.get(key(id))).data
+        except ObjectNotFoundError as error:
+            raise missing(
+                f"there is no {what} {text} in {self._core.storage.describe()} (no object {key(id)!r}); it never "
+                "existed here, or was collected"
+            ) from error
+        return await off_loop(len(data), lambda: describe(data, id))
+
+    async def inspect_repo_info_async(self) -> dict[str, Any]:
+        """The repository as a whole: branches, tags, every snapshot, and the newest lines of the ops log.
+
+        Where the history is a log, of which the object ``repo`` is a copy that lags behind, the newest state is
+        described; ``header`` is the object's.
+
+        Returns
+        -------
+        dict
+            ``header``, ``spec_version``, ``branches``, ``tags``, ``deleted_tags``, ``snapshots``, ``metadata``,
+            ``latest_updates``, and ``repo_before_updates`` where older lines of the ops log are in that object.
+
+        Raises
+        ------
+        FormatError
+            The repository is of format 1, which has no such object (kind ``unsupported-spec-version``).
+        """
+        await self._require_format_2("inspect the repo object")
+        state = await self._core.state()
+        data = (await self._core.storage.get(REPO_KEY)).data
+        header = read_header(data, FileType.REPO_INFO, what=f"object {REPO_KEY!r}")
+        return describe_repo_info(header, to_repo_info(state))
+
+    def inspect_repo_info(self) -> dict[str, Any]:
+        """Synchronous twin of `inspect_repo_info_async`."""
+        return run_sync(self.inspect_repo_info_async())
+
+    async def ancestry_graph_async(
+        self,
+        *,
+        branch: str | None = None,
+        tag: str | None = None,
+        snapshot_id: str | None = None,
+        plain: bool = False,
+    ) -> AncestryGraph:
+        """A drawing of history: of everything that branches and tags lead to, or of one line.
+
+        Parameters
+        ----------
+        branch, tag, snapshot_id
+            At most one of them: draw this snapshot and its ancestors only. A snapshot that was flushed, and is on no
+            branch, is drawn that way.
+        plain
+            Without colours: for logs, files and pipes.
+
+        Returns
+        -------
+        AncestryGraph
+            `print` it, or show it in a notebook.
+
+        Raises
+        ------
+        ValueError
+            More than one of the three is given.
+        RefNotFoundError, SnapshotNotFoundError
+            There is no such thing.
+        """
+        state = await self._core.state(snapshot_id)
+        main = None
+        if branch is None and tag is None and snapshot_id is None:
+            main = state.branches.get(MAIN)
+            tips = [*state.branches.values(), *state.tags.values()]
+        else:
+            tips = [select(state, branch=branch, tag=tag, snapshot_id=snapshot_id)]
+        state = await self._core.learn(*tips, ancestry=True)
+        drawing = lay_out(state.snapshots, tips, branches=state.branches, tags=state.tags, main=main)
+        return AncestryGraph(drawing, plain=plain)
+
+    def ancestry_graph(
+        self,
+        *,
+        branch: str | None = None,
+        tag: str | None = None,
+        snapshot_id: str | None = None,
+        plain: bool = False,
+    ) -> AncestryGraph:
+        """Synchronous twin of `ancestry_graph_async`."""
+        return run_sync(self.ancestry_graph_async(branch=branch, tag=tag, snapshot_id=snapshot_id, plain=plain))

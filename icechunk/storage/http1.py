@@ -1,0 +1,455 @@
+"""HTTP/1.1 as an object store speaks it: kept connections, one request at a time on each, whole answers.
+
+The general client of aiohttp spends three quarters of its time on what these exchanges never use (cookies, redirects,
+compression, streams, tracing), and copies each byte of an answer three times on the loop's thread. Here a request is
+written as one piece where it is small, and in pieces that wait for the peer where it is large; the pieces of an answer
+are joined once, when the last has come.
+
+One request is one try: nothing is sent again, no redirect is followed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, cast
+
+from multidict import CIMultiDict
+
+__all__ = ["BadAnswerError", "Connections", "NotConnectedError", "Origin", "Response"]
+
+_CONNECTIONS: Final = 512
+_KEEPALIVE_S: Final = 15.0
+_LARGEST_HEAD_BYTES: Final = 64 * 1024
+_ONE_WRITE_BYTES: Final = 64 * 1024
+# Small enough for others to have their turn in between.
+_PIECE_BYTES: Final = 256 * 1024
+_HAPPY_EYEBALLS_S: Final = 0.25
+
+
+class NotConnectedError(Exception):
+    """No connection could be made: the request certainly never left. The cause is the `OSError`."""
+
+
+class BadAnswerError(ConnectionError):
+    """What came is no complete answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where requests go."""
+
+    scheme: str
+    """``http`` or ``https``."""
+    host: str
+    """Name or address, an IPv6 address without brackets."""
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A complete answer."""
+
+    status: int
+    headers: CIMultiDict[str]
+    body: bytes
+
+
+class Connections:
+    """The connections of one event loop.
+
+    Parameters
+    ----------
+    tls
+        For origins of scheme ``https``.
+    """
+
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
+        self._room = asyncio.Semaphore(_CONNECTIONS)
+        self._idle: dict[Origin, deque[tuple[_Connection, float]]] = {}
+        self._open: set[_Connection] = set()
+
+    async def exchange(
+        self,
+        origin: Origin,
+        method: str,
+        target: str,
+        headers: Mapping[str, str],
+        body: bytes | memoryview = b"",
+        *,
+        connect_s: float,
+        read_s: float,
+        total_s: float | None = None,
+    ) -> Response:
+        """Send a request and wait for its whole answer. After cancellation the connection is closed.
+
+        Parameters
+        ----------
+        target
+            Path and query, encoded.
+        headers
+            All but ``content-length``; ``host`` included.
+        connect_s, read_s, total_s
+            Limits: for a connection, for the next sign of life of the peer, and for everything after connecting.
+
+        Raises
+        ------
+        NotConnectedError
+            No connection.
+        BadAnswerError, OSError
+            The connection broke, or what came is no answer.
+        TimeoutError
+            A limit passed.
+        """
+        async with self._room:
+            connection = self._kept(origin) or await self._connect(origin, connect_s)
+            try:
+                response = await connection.request(
+                    _head(method, target, headers, len(body)), body, method == "HEAD", read_s, total_s
+                )
+            except BaseException:
+                connection.abort()
+                raise
+            self._keep(origin, connection)
+            return response
+
+    async def aclose(self) -> None:
+        """Close all connections; exchanges under way fail."""
+        self._idle.clear()
+        connections = tuple(self._open)
+        for connection in connections:
+            connection.abort()
+        for connection in connections:
+            await connection.closed
+
+    def _kept(self, origin: Origin) -> _Connection | None:
+        idle = self._idle.get(origin)
+        now = asyncio.get_running_loop().time()
+        while idle:
+            connection, since = idle.pop()
+            if connection.reusable and now - since < _KEEPALIVE_S:
+                return connection
+            connection.abort()
+        return None
+
+    def _keep(self, origin: Origin, connection: _Connection) -> None:
+        idle = self._idle.setdefault(origin, deque())
+        now = asyncio.get_running_loop().time()
+        if connection.reusable:
+            idle.append((connection, now))
+        else:
+            connection.abort()
+        while idle and now - idle[0][1] >= _KEEPALIVE_S:
+            idle.popleft()[0].abort()
+
+    async def _connect(self, origin: Origin, connect_s: float) -> _Connection:
+        loop = asyncio.get_running_loop()
+        secure = origin.scheme == "https"
+        try:
+            async with asyncio.timeout(connect_s):
+                _, connection = await loop.create_connection(
+                    lambda: _Connection(loop, self._open),
+                    origin.host,
+                    origin.port,
+                    ssl=(self._tls or ssl.create_default_context()) if secure else None,
+                    happy_eyeballs_delay=_HAPPY_EYEBALLS_S,
+                )
+        except OSError as error:  # also TimeoutError
+            raise NotConnectedError(str(error)) from error
+        return connection
+
+
+class _Connection(asyncio.Protocol):
+    """One connection; `request` may be called again once it has returned and `reusable` is true."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, open_connections: set[_Connection]) -> None:
+        self._loop = loop
+        self._open = open_connections
+        self._transport: asyncio.Transport
+        self.closed: asyncio.Future[None] = loop.create_future()
+        self._answer: asyncio.Future[Response] | None = None
+        self._writable: asyncio.Future[None] | None = None
+        self._paused = False
+        self.reusable = False
+
+    # -- of the caller ---------------------------------------------------------------------------------------------
+
+    async def request(
+        self, head: bytes, body: bytes | memoryview, bodiless: bool, read_s: float, total_s: float | None
+    ) -> Response:
+        """Send one request and wait for its answer; see `Connections.exchange`."""
+        loop, transport = self._loop, self._transport
+        answer: asyncio.Future[Response] = loop.create_future()
+        self._answer = answer
+        self._reading = _Reading(bodiless)
+        self._heard = now = loop.time()
+        self._read_s = read_s
+        self._deadline = None if total_s is None else now + total_s
+        self.reusable = False
+        if self.closed.done():
+            self._fail(BadAnswerError("the connection was closed before the request"))
+        timer = self._watch()
+        try:
+            if len(body) <= _ONE_WRITE_BYTES:
+                transport.write(head + bytes(body) if body else head)
+            else:
+                transport.write(head)
+                if not await self._write(memoryview(body)):
+                    return await answer
+            response = await answer
+            self.reusable = self._reading.keep and not transport.is_closing()
+            return response
+        finally:
+            self._answer = None
+            (self._timer or timer).cancel()
+
+    def abort(self) -> None:
+        """Close at once."""
+        self.reusable = False
+        self._transport.abort()
+
+    async def _write(self, body: memoryview) -> bool:
+        """Send a large body; False where the answer came first, so that the rest was not sent."""
+        answer = self._answer
+        for start in range(0, len(body), _PIECE_BYTES):
+            if answer is None or answer.done():
+                return False
+            self._transport.write(body[start : start + _PIECE_BYTES])
+            if self._paused:
+                self._writable = self._loop.create_future()
+                await self._writable
+                self._writable = None
+            else:
+                await asyncio.sleep(0)
+        return True
+
+    def _watch(self) -> asyncio.TimerHandle:
+        quiet_until = self._heard + self._read_s
+        at = quiet_until if self._deadline is None else min(quiet_until, self._deadline)
+        self._timer: asyncio.TimerHandle = self._loop.call_at(at, self._look)
+        return self._timer
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        if self._deadline is not None and now >= self._deadline:
+            self._fail(TimeoutError("no complete answer in time"))
+        elif now >= self._heard + self._read_s:
+            self._fail(TimeoutError(f"no sign of life for {self._read_s:g} s"))
+        else:
+            self._watch()
+
+    def _fail(self, error: Exception) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(error)
+        self._go_on_writing()
+
+    # -- of the transport ------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._open.add(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._open.discard(self)
+        self.reusable = False
+        if self._answer is not None and not self._answer.done():
+            response = None if error is not None else self._reading.at_end()
+            if response is not None:
+                self._answer.set_result(response)
+            else:
+                self._fail(error or BadAnswerError(self._reading.missing()))
+        self._go_on_writing()
+        self.closed.set_result(None)
+
+    def data_received(self, data: bytes) -> None:
+        answer = self._answer
+        if answer is None or answer.done():
+            # Nobody asked: whatever it is, the next answer cannot be told from it.
+            self.abort()
+            return
+        self._heard = self._loop.time()
+        try:
+            response = self._reading.feed(data)
+        except (BadAnswerError, ValueError) as error:
+            self._fail(error if isinstance(error, BadAnswerError) else BadAnswerError(f"no HTTP answer: {error}"))
+            self.abort()
+            return
+        if response is not None:
+            answer.set_result(response)
+            self._go_on_writing()
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._heard = self._loop.time()
+        self._go_on_writing()
+
+    def _go_on_writing(self) -> None:
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+
+
+class _Reading:
+    """An answer as it comes in."""
+
+    __slots__ = ("_bodiless", "_chunks", "_head", "_headers", "_left", "_parts", "_size", "_status", "keep")
+
+    def __init__(self, bodiless: bool) -> None:
+        self._bodiless = bodiless
+        self._head: bytes | None = b""
+        self._status = 0
+        self._headers: CIMultiDict[str] = CIMultiDict()
+        self._parts: list[bytes] = []
+        self._size: int | None = None
+        self._left = 0
+        self._chunks: _Chunks | None = None
+        self.keep = False
+        """Whether the connection may be used again after this answer."""
+
+    def feed(self, data: bytes) -> Response | None:
+        """Take bytes; the answer once it is complete. Raises ValueError where it is none."""
+        if self._head is not None:
+            rest = self._feed_head(data)
+            if rest is None:
+                return None
+            data = rest
+        if self._chunks is not None:
+            body = self._chunks.feed(data)
+            if body is None:
+                return None
+            self.keep = self.keep and not self._chunks.rest
+            return Response(self._status, self._headers, body)
+        if data:
+            self._parts.append(data)
+            self._left -= len(data)
+        if self._size is None or self._left > 0:
+            return None
+        if self._left < 0:
+            self.keep = False
+            self._parts[-1] = self._parts[-1][: self._left]
+        return self._response()
+
+    def at_end(self) -> Response | None:
+        """The answer where the end of the connection is its end; None where it is incomplete."""
+        if self._head is None and self._size is None and self._chunks is None:
+            return self._response()
+        return None
+
+    def missing(self) -> str:
+        """What an incomplete answer lacks, for a message."""
+        if self._head is not None:
+            return "the connection was closed without an answer" if not self._head else "the answer broke off"
+        if self._chunks is not None or self._size is None:
+            return "the answer broke off"
+        return f"{self._size - self._left} bytes came instead of {self._size}"
+
+    def _response(self) -> Response:
+        parts, self._parts = self._parts, []
+        return Response(self._status, self._headers, parts[0] if len(parts) == 1 else b"".join(parts))
+
+    def _feed_head(self, data: bytes) -> bytes | None:
+        """Take bytes of the head; what comes after it once it is complete."""
+        while True:
+            data = self._head + data if self._head else data
+            end = data.find(b"\r\n\r\n")
+            if end < 0:
+                if len(data) > _LARGEST_HEAD_BYTES or not b"HTTP/1."[: len(data)] == data[:7]:
+                    raise ValueError(f"it begins with {data[:40]!r}")
+                self._head = data
+                return None
+            head, data = data[:end], data[end + 4 :]
+            self._head = b""
+            self._parse_head(head)
+            if self._status >= 200:
+                self._head = None
+                return data
+            # 100 Continue and its like come before the answer.
+            if not data:
+                return None
+
+    def _parse_head(self, head: bytes) -> None:
+        first, *lines = head.decode("latin-1").split("\r\n")
+        version, _, rest = first.partition(" ")
+        if version not in ("HTTP/1.1", "HTTP/1.0") or not rest[:3].isdigit():
+            raise ValueError(f"it begins with {first[:40]!r}")
+        self._status = int(rest[:3])
+        headers = self._headers = CIMultiDict()
+        for line in lines:
+            name, colon, value = line.partition(":")
+            if not colon or not name or name[-1].isspace() or name[0].isspace():
+                raise ValueError(f"bad header {line[:80]!r}")
+            headers.add(name, value.strip(" \t"))
+        connection = headers.get("connection", "").lower()
+        self.keep = version == "HTTP/1.1" and "close" not in connection
+        if self._bodiless or self._status in (204, 304):
+            self._size = self._left = 0
+        elif "transfer-encoding" in headers:
+            if headers["transfer-encoding"].lower() != "chunked":
+                raise ValueError(f"unknown transfer-encoding {headers['transfer-encoding']!r}")
+            self._chunks = _Chunks()
+        elif (length := headers.get("content-length")) is not None:
+            if not length.isdigit() or len(set(headers.getall("content-length"))) > 1:
+                raise ValueError(f"bad content-length {length!r}")
+            self._size = self._left = int(length)
+        else:
+            self.keep = False
+
+
+class _Chunks:
+    """A body in chunks of HTTP."""
+
+    def __init__(self) -> None:
+        self.rest = bytearray()
+        """What has not been understood yet; after the end, what does not belong to the body."""
+        self._parts: list[bytes] = []
+        self._last = False
+
+    def feed(self, data: bytes) -> bytes | None:
+        """Take bytes; the whole body once the last chunk has come. Raises ValueError on nonsense."""
+        rest = self.rest
+        rest += data
+        at = 0
+        while (end := rest.find(b"\r\n", at)) >= 0:
+            line = bytes(rest[at:end])
+            if self._last:
+                # Trailers, up to an empty line.
+                at = end + 2
+                if not line:
+                    del rest[:at]
+                    return b"".join(self._parts)
+                continue
+            digits = line.split(b";", 1)[0].strip()
+            if not digits or digits.strip(b"0123456789abcdefABCDEF"):
+                raise ValueError(f"bad chunk size {digits[:20]!r}")
+            start, stop = end + 2, end + 2 + int(digits, 16)
+            if start == stop:
+                self._last, at = True, start
+                continue
+            if len(rest) < stop + 2:
+                break
+            if rest[stop : stop + 2] != b"\r\n":
+                raise ValueError("a chunk is longer than it says")
+            self._parts.append(bytes(rest[start:stop]))
+            at = stop + 2
+        else:
+            if len(rest) - at > _LARGEST_HEAD_BYTES:
+                raise ValueError("a chunk's size does not end")
+        del rest[:at]
+        return None
+
+
+def _head(method: str, target: str, headers: Mapping[str, str], size: int) -> bytes:
+    lines = [f"{method} {target} HTTP/1.1"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    if size or method in ("PUT", "POST"):
+        lines.append(f"content-length: {size}")
+    text = "\r\n".join(lines)
+    if text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1:
+        raise ValueError("a header has a line break")
+    return (text + "\r\n\r\n").encode("latin-1")
