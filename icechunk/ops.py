@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import ClassVar, TypeAlias, final
 
@@ -195,9 +195,9 @@ class GCSummary(Represented):
     """Still there; the next collection tries again."""
     throttled_batches: int = 0
     """Batches that the storage asked to slow down."""
-    delete_errors: tuple[str, ...] = ()
+    delete_errors: list[str] = field(default_factory=list)
     """Why objects could not be deleted."""
-    skipped_phases: tuple[str, ...] = ()
+    skipped_phases: list[str] = field(default_factory=list)
     """Kinds of object that were not collected, for the safety of others."""
 
 

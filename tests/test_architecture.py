@@ -22,7 +22,7 @@ FLOORS = [
     {"storage"},
     {"transfer", "refs"},
     {"virtual_access"},
-    {"core"},
+    {"core", "maintenance"},
     {"committing", "reading", "rebasing"},
     {"session"},
     {"forking"},

@@ -27,6 +27,7 @@ class Totals:
     crashes: int = 0
     conversions: int = 0
     pruned: int = 0
+    collected: int = 0
     broken: list[int] = field(default_factory=list)
 
     def add(self, report: Report) -> None:
@@ -38,15 +39,16 @@ class Totals:
         self.crashes += report.crashes
         self.conversions += report.conversions
         self.pruned += report.pruned
+        self.collected += report.collected
         if report.problems:
             self.broken.append(report.seed)
 
 
 def run_seed(seed: int) -> Report:
-    """One schedule; odd seeds convert the repository there and back meanwhile."""
+    """One schedule; odd seeds convert the repository there and back meanwhile, every third one collects garbage."""
     logging.disable(logging.CRITICAL)
     try:
-        return simulate(seed, writers=2 + seed % 4, commits=6 + seed % 7, convert=bool(seed % 2))
+        return simulate(seed, writers=2 + seed % 4, commits=6 + seed % 7, convert=bool(seed % 2), collect=seed % 3 == 0)
     except Exception as error:
         return Report(seed=seed, problems=[f"{type(error).__name__}: {error}"])
 
@@ -74,7 +76,8 @@ def main() -> int:
     print(
         f"{totals.runs} schedules: {totals.acknowledged} commits acknowledged, {totals.failed} refused, "
         f"{totals.unknown} outcomes unknown at first, {totals.crashes} crashes, {totals.conversions} conversions, "
-        f"{totals.pruned} slots pruned; {len(totals.broken)} schedules broke a promise"
+        f"{totals.pruned} slots pruned, {totals.collected} objects collected; "
+        f"{len(totals.broken)} schedules broke a promise"
     )
     return 1 if totals.broken else 0
 

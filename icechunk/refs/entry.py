@@ -30,7 +30,10 @@ __all__ = [
     "encode_entry",
     "encode_events",
     "epoch_prefix",
+    "floor_key",
+    "floor_prefix",
     "new_epoch",
+    "parse_floor_key",
     "parse_slot_key",
     "slot_key",
 ]
@@ -80,6 +83,24 @@ def parse_slot_key(key: str) -> tuple[str, int] | None:
         return None
     try:
         return parts[1], _LAST - int.from_bytes(decode_id(parts[2], 5))
+    except InvalidInputError:
+        return None
+
+
+def floor_prefix(epoch: str) -> str:
+    """Where a pruner announces which slots of an epoch will go (rule 9); no reader looks there."""
+    return f"{LOG_PREFIX}{epoch}.floor/"
+
+
+def floor_key(epoch: str, floor: int) -> str:
+    """Key of the announcement that slots up to ``floor`` (inclusive) will go."""
+    return floor_prefix(epoch) + encode_id(floor.to_bytes(5))
+
+
+def parse_floor_key(epoch: str, key: str) -> int | None:
+    """The floor that a key announces, or None where it announces none."""
+    try:
+        return int.from_bytes(decode_id(key.removeprefix(floor_prefix(epoch)), 5))
     except InvalidInputError:
         return None
 

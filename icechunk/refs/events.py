@@ -161,7 +161,7 @@ class Reparented:
 
     id: ObjectId
     parent: ObjectId | None
-    """The nearest ancestor that is left."""
+    """An ancestor that is left."""
     pruned_ancestor_tx_logs: tuple[ObjectId, ...]
     """Transaction logs of the ancestors that went, oldest first, before those already listed."""
 

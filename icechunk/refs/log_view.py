@@ -32,7 +32,7 @@ from icechunk.refs.log_reader import (
     read_tail,
 )
 from icechunk.refs.marker import state_of, with_kept_updates
-from icechunk.refs.proof import MAX_SKEW_US, Instant, still_proves
+from icechunk.refs.proof import Instant, still_proves, store_time_us
 from icechunk.refs.state import RepoState
 from icechunk.refs.store_check import may_write
 from icechunk.refs.takeover import Stranded, find_stranded, seal_log
@@ -92,12 +92,8 @@ class LogView:
     @property
     def store_time_us(self) -> int:
         """The store's clock now, or a little less, µs (rule 10)."""
-        seen, now = self.seen, instant(self.sources)
-        if seen.date_us is None:
-            return max(0, now.wall_us - MAX_SKEW_US)
-        # Last-Modified comes in whole seconds, and may be that of the request's beginning.
-        estimate = seen.date_us + max(0, now.elapsed_us - seen.elapsed_us)
-        return max(0, estimate // 1_000_000 * 1_000_000 - 1_000_000)
+        now = instant(self.sources)
+        return store_time_us(self.seen, now, resolution_us=self.storage.clock_resolution_us)
 
     @property
     def updates_per_file(self) -> int:

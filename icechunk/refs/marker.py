@@ -15,6 +15,7 @@ from icechunk.errors import ErrorKind, FormatError
 from icechunk.format.repo_values import READ_ONLY, RepoInfo, Status, Update
 from icechunk.refs.state import RepoState, from_repo_info, to_repo_info
 from icechunk.refs.updates import UpdateLog
+from icechunk.refs.write_mark import cutoff_of, write_mark
 
 __all__ = [
     "READ_ONLY_REASON",
@@ -116,7 +117,7 @@ def decode_marker(extra: bytes | None) -> Marker | None:
 def state_of(info: RepoInfo, marker: Marker | None) -> RepoState:
     """The repository's state as the object has it: the real status, the collection's cutoff."""
     if marker is None:
-        return from_repo_info(info)
+        return from_repo_info(info, gc_cutoff_us=cutoff_of(info.extra))
     return from_repo_info(
         info, status=marker.status, gc_cutoff_us=marker.gc_cutoff_us, last_time_us=marker.last_time_us
     )
@@ -180,5 +181,8 @@ def checkpoint_info(state: RepoState, *, epoch: str, n: int, kept: Kept | None =
 def unmarked_info(state: RepoState, *, kept: Kept | None = None) -> RepoInfo:
     """The ``repo`` object that is the truth from now on: real status, no marker."""
     return to_repo_info(
-        state, updates=kept.updates if kept else None, repo_before_updates=kept.before if kept else None
+        state,
+        updates=kept.updates if kept else None,
+        repo_before_updates=kept.before if kept else None,
+        extra=write_mark(b"", gc_cutoff_us=state.gc_cutoff_us) if state.gc_cutoff_us else None,
     )

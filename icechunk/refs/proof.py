@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["MAX_SKEW_US", "PRUNE_WAIT_US", "TRUST_US", "Instant", "clock_error_us", "still_proves"]
+__all__ = ["MAX_SKEW_US", "PRUNE_WAIT_US", "TRUST_US", "Instant", "clock_error_us", "still_proves", "store_time_us"]
 
 PRUNE_WAIT_US: Final = 7 * 24 * 3600 * 1_000_000
 """G of the rules; a constant of the layout."""
@@ -56,3 +56,20 @@ def clock_error_us(seen: Instant, now: Instant) -> int:
     if seen.date_us is None:
         return 0
     return now.wall_us - (seen.date_us + now.elapsed_us - seen.elapsed_us)
+
+
+def store_time_us(seen: Instant, now: Instant, *, resolution_us: int) -> int:
+    """The store's clock now, or a little less, µs: what is written from now on is not older (rule 10).
+
+    Parameters
+    ----------
+    seen
+        The last answer; without a date of the store, the wall clock counts, as far off as it may be.
+    resolution_us
+        Steps in which the store tells the time of an object.
+    """
+    if seen.date_us is None:
+        return max(0, now.wall_us - MAX_SKEW_US)
+    # Last-Modified is rounded down, and may be that of the request's beginning.
+    estimate = seen.date_us + max(0, now.elapsed_us - seen.elapsed_us)
+    return max(0, estimate // resolution_us * resolution_us - resolution_us)

@@ -51,7 +51,7 @@ from icechunk.refs.concurrent import run_all
 from icechunk.refs.create import FIRST_MESSAGE, FIRST_METADATA, require_clean
 from icechunk.refs.log_reader import instant, read_repo
 from icechunk.refs.match_check import MatchCheck
-from icechunk.refs.proof import MAX_SKEW_US, Instant
+from icechunk.refs.proof import Instant, store_time_us
 from icechunk.refs.ref_names import RefNames, decode_ref, encode_ref, read_ref
 from icechunk.refs.repo_layout import UpdateRetries
 from icechunk.refs.state import MAIN, RepoState, apply, initial_state
@@ -142,11 +142,8 @@ class RefFilesLayout(RepositoryLog):
 
     @property
     def store_time_us(self) -> int:
-        seen, now = self._clock, instant(self._sources)
-        if seen.date_us is None:
-            return max(0, now.wall_us - MAX_SKEW_US)
-        estimate = seen.date_us + max(0, now.elapsed_us - seen.elapsed_us)
-        return max(0, estimate // 1_000_000 * 1_000_000 - 1_000_000)
+        now = instant(self._sources)
+        return store_time_us(self._clock, now, resolution_us=self._storage.clock_resolution_us)
 
     async def _get(self, key: str) -> GetResult | None:
         asked = instant(self._sources)
@@ -208,12 +205,34 @@ class RefFilesLayout(RepositoryLog):
 
     async def learn(self, snapshots: Iterable[ObjectId], *, ancestry: bool = False) -> RepoState:
         for id in snapshots:
+            child: SnapshotRecord | None = None
             current: ObjectId | None = id
             while current is not None:
-                record = await self._record(current)
-                current = record.parent if ancestry else None
+                try:
+                    record = await self._record(current)
+                except SnapshotNotFoundError:
+                    if child is None or (current := await self._new_parent(child)) is None:
+                        raise
+                    continue
+                child, current = record, record.parent if ancestry else None
         self._state = replace(self.state, snapshots=self._records)
         return self.state
+
+    async def _new_parent(self, child: SnapshotRecord) -> ObjectId | None:
+        """The parent that a snapshot has by now, where the one that was known is gone; None where it has no other.
+
+        Expiration in this format writes a snapshot again with an older parent.
+        """
+        self.forget([child.id])
+        parent = (await self._record(child.id)).parent
+        return None if parent == child.parent else parent
+
+    def forget(self, snapshots: Iterable[ObjectId]) -> None:
+        """Read these snapshots' parents again when they are asked for: their files were replaced."""
+        for id in snapshots:
+            if id in self._records:
+                self._records = self._records.delete(id)
+        self._state = replace(self.state, snapshots=self._records)
 
     async def _record(self, id: ObjectId) -> SnapshotRecord:
         known = self._records.get(id)

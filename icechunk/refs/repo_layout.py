@@ -22,8 +22,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-import orjson
-
 from icechunk.errors import (
     CommitOutcomeUnknown,
     ConflictError,
@@ -49,16 +47,16 @@ from icechunk.refs.log_checkpoint import DEFAULT_UPDATES_PER_FILE, encode
 from icechunk.refs.log_reader import RepoObject, instant, known_of, read_repo, read_slot
 from icechunk.refs.match_check import MatchCheck
 from icechunk.refs.ops_log import any_in_history, updates_of
-from icechunk.refs.proof import MAX_SKEW_US, Instant, clock_error_us
+from icechunk.refs.proof import MAX_SKEW_US, Instant, clock_error_us, store_time_us
 from icechunk.refs.repo_history import next_window
 from icechunk.refs.state import MAIN, RepoState, from_repo_info, to_repo_info
 from icechunk.refs.updates import UpdateLog
+from icechunk.refs.write_mark import cutoff_of, nonce_of, write_mark
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Matches, Storage, Version
 
-__all__ = ["RepoObjectLayout", "UpdateRetries", "is_repo_object", "retries_of", "write_mark"]
+__all__ = ["RepoObjectLayout", "UpdateRetries", "is_repo_object", "retries_of"]
 
-_MARK: Final = "aioicechunk-write"
 _SNAPSHOT_CHANGES: Final = (NewCommit, CommitAmended, NewDetachedSnapshot)
 _ROUNDS: Final = 8
 _TOKEN: Final = "repo:"
@@ -97,21 +95,6 @@ def retries_of(config: Any) -> UpdateRetries:
 def is_repo_object(found: RepoObject) -> bool:
     """Whether a ``repo`` object is the truth itself, and not the checkpoint of a log."""
     return found.known.marker is None or not found.known.read_only
-
-
-def write_mark(nonce: bytes, touch: bytes = b"") -> bytes:
-    """What ``extra`` says: whose write this is, and, where the state was written once more, something to tell it by."""
-    return orjson.dumps({_MARK: nonce.hex(), **({"touch": touch.hex()} if touch else {})})
-
-
-def _nonce_of(extra: bytes | None) -> bytes | None:
-    if extra is None:
-        return None
-    try:
-        document = orjson.loads(extra)
-        return bytes.fromhex(document[_MARK]) if isinstance(document, dict) and _MARK in document else None
-    except (ValueError, TypeError):
-        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -170,7 +153,10 @@ class RepoObjectLayout(RepositoryLog):
         self._retries = retries if retries is not None else retries_of(found.info.config)
         self._tickets = itertools.count(1)
         self._seen = _Seen(
-            version=found.known.version, state=from_repo_info(found.info), ticket=0, size_bytes=found.known.size_bytes
+            version=found.known.version,
+            state=from_repo_info(found.info, gc_cutoff_us=cutoff_of(found.info.extra)),
+            ticket=0,
+            size_bytes=found.known.size_bytes,
         )
         # Number of the newest look at ``repo``: a refusal counts only by a look after the call (rule 3).
         self._looked = 0
@@ -228,12 +214,8 @@ class RepoObjectLayout(RepositoryLog):
 
     @property
     def store_time_us(self) -> int:
-        seen, now = self._clock, instant(self._sources)
-        if seen.date_us is None:
-            return max(0, now.wall_us - MAX_SKEW_US)
-        # Last-Modified comes in whole seconds, and may be that of the request's beginning.
-        estimate = seen.date_us + max(0, now.elapsed_us - seen.elapsed_us)
-        return max(0, estimate // 1_000_000 * 1_000_000 - 1_000_000)
+        now = instant(self._sources)
+        return store_time_us(self._clock, now, resolution_us=self._storage.clock_resolution_us)
 
     @property
     def updates_per_file(self) -> int:
@@ -276,8 +258,13 @@ class RepoObjectLayout(RepositoryLog):
             self._left = f"the repository in {self._storage.describe()} is kept in a log now; open it again"
             return None
         self._left = None
+        # The official library drops what it does not know: then this client still knows the fence, others do not.
+        cutoff_us = max(cutoff_of(info.extra), self._seen.state.gc_cutoff_us)
         self._seen = _Seen(
-            version=answer.version, state=from_repo_info(info), ticket=ticket, size_bytes=len(answer.data)
+            version=answer.version,
+            state=from_repo_info(info, gc_cutoff_us=cutoff_us),
+            ticket=ticket,
+            size_bytes=len(answer.data),
         )
         return answer.data
 
@@ -409,12 +396,10 @@ class RepoObjectLayout(RepositoryLog):
             backup=backup,
             limit=self.updates_per_file,
         )
-        state = replace(
-            group.state, updates=UpdateLog.of(window.updates), repo_before_updates=window.before, gc_cutoff_us=0
-        )
+        state = replace(group.state, updates=UpdateLog.of(window.updates), repo_before_updates=window.before)
         return _Attempt(
             base=before.version,
-            data=await encode(to_repo_info(state, extra=write_mark(token.nonce))),
+            data=await encode(to_repo_info(state, extra=write_mark(token.nonce, gc_cutoff_us=state.gc_cutoff_us))),
             nonce=token.nonce,
             time_us=token.n,
             snapshots=tuple(new_snapshots(decode_events(group.events))),
@@ -498,7 +483,7 @@ class RepoObjectLayout(RepositoryLog):
         current = await read_repo(self._storage, self._sources)
         if current is None:
             return False
-        if _nonce_of(current.info.extra) == nonce or any(id in current.info.snapshots for id in snapshots):
+        if nonce_of(current.info.extra) == nonce or any(id in current.info.snapshots for id in snapshots):
             return True
         async for update in updates_of(self._storage, from_repo_info(current.info)):
             if update.updated_at_us < time_us:
@@ -518,7 +503,7 @@ class RepoObjectLayout(RepositoryLog):
             copy = await self._storage.get(overwritten_repo_key(name))
         except ObjectNotFoundError:
             return False
-        return _nonce_of(decode_repo(copy.data).extra) == nonce
+        return nonce_of(decode_repo(copy.data).extra) == nonce
 
     async def settle(self, token: SwapToken) -> bool:
         if not token.epoch.startswith(_TOKEN):
@@ -559,7 +544,11 @@ class RepoObjectLayout(RepositoryLog):
         found = await read_repo(self._storage, self._sources)
         if found is None or found.known.version != self._seen.version:
             return
-        mark = write_mark(_nonce_of(found.info.extra) or b"", self._sources.random_bytes(16))
+        mark = write_mark(
+            nonce_of(found.info.extra) or b"",
+            self._sources.random_bytes(16),
+            gc_cutoff_us=max(cutoff_of(found.info.extra), self.state.gc_cutoff_us),
+        )
         with suppress(PreconditionFailedError):
             await self._storage.put(
                 REPO_KEY, await encode(replace(found.info, extra=mark)), Matches(found.known.version)

@@ -28,6 +28,7 @@ from icechunk.format import repo_values as stored
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.repo_values import OFFLINE, ONLINE, READ_ONLY, RepoInfo, SnapshotRecord, Status
 from icechunk.refs import events as e
+from icechunk.refs.releasing import reparented
 from icechunk.refs.storable import require_storable, require_time
 from icechunk.refs.updates import UpdateLog
 
@@ -93,6 +94,20 @@ class RepoState:
         while record is not None:
             yield record
             record = None if record.parent is None else self.snapshots.get(record.parent)
+
+    def tips(self) -> set[ObjectId]:
+        """The snapshots that branches and tags point to."""
+        return {*self.branches.values(), *self.tags.values()}
+
+    def reachable(self) -> set[ObjectId]:
+        """Every snapshot that a branch or tag reaches."""
+        reached: set[ObjectId] = set()
+        for start in self.tips():
+            current: ObjectId | None = start
+            while current is not None and current not in reached and current in self.snapshots:
+                reached.add(current)
+                current = self.snapshots[current].parent
+        return reached
 
     def branch_tip(self, name: str) -> ObjectId:
         """Where a branch points to. Raises `RefNotFoundError`."""
@@ -470,15 +485,19 @@ def _expired(state: RepoState, event: e.ExpirationRan) -> RepoState:
 
 
 def _collected(state: RepoState, cutoff_us: int) -> RepoState:
-    """Keep what a branch or tag reaches, and younger detached snapshots with their ancestors."""
-    reached: set[ObjectId] = set()
-    young = (record.id for record in state.snapshots.values() if record.flushed_at_us >= cutoff_us)
-    for start in (*state.branches.values(), *state.tags.values(), *young):
-        current: ObjectId | None = start
-        while current is not None and current not in reached and current in state.snapshots:
-            reached.add(current)
-            current = state.snapshots[current].parent
+    """Keep what a branch or tag reaches, the first snapshot, and younger detached snapshots."""
+    reached = state.reachable()
+    released = {
+        record.id
+        for record in state.snapshots.values()
+        if record.id not in reached and record.parent is not None and record.flushed_at_us < cutoff_us
+    }
     snapshots = state.snapshots
-    for gone in [known for known in state.snapshots if known not in reached]:
+    for change in reparented(snapshots, released, onto_first=False):
+        record = replace(
+            snapshots[change.id], parent=change.parent, pruned_ancestor_tx_logs=change.pruned_ancestor_tx_logs
+        )
+        snapshots = snapshots.set(change.id, record)
+    for gone in released:
         snapshots = snapshots.delete(gone)
     return replace(state, snapshots=snapshots, gc_cutoff_us=max(state.gc_cutoff_us, cutoff_us))

@@ -52,9 +52,9 @@ from icechunk.refs.match_check import MatchCheck
 from icechunk.refs.migration import RefValues, migrated_info
 from icechunk.refs.ops_log import updates_of
 from icechunk.refs.ref_names import RefKey, RefNames, close_ref, is_closed, read_ref
-from icechunk.refs.repo_layout import write_mark
 from icechunk.refs.state import MAIN, from_repo_info
 from icechunk.refs.store_check import require_atomic
+from icechunk.refs.write_mark import write_mark
 from icechunk.sources import Sources
 from icechunk.storage.base import Absent, Matches, Storage, Version
 

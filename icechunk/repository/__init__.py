@@ -18,11 +18,12 @@ from icechunk.repository.upgrading import (
     upgrade_icechunk_repository,
     upgrade_icechunk_repository_async,
 )
+from icechunk.repository.upkeep import Upkeep
 
 __all__ = ["Repository", "upgrade_icechunk_repository", "upgrade_icechunk_repository_async"]
 
 
-class Repository(Opening, Sessions, Branches, History, Inspection, Administration):
+class Repository(Opening, Sessions, Branches, History, Inspection, Administration, Upkeep):
     """A transactional Zarr hierarchy with its history.
 
     Made by `create`, `open` or `open_or_create`. Methods that end in ``_async`` are the engine; their synchronous

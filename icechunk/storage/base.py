@@ -213,6 +213,16 @@ class Storage(StorageFacade, ABC):
         """
         return frozenset((Absent, Matches, Unchecked))
 
+    @property
+    def clock_resolution_us(self) -> int:
+        """Steps in which ``modified_us`` tells the time, µs, rounded down."""
+        return 1_000_000
+
+    @property
+    def lists_any_prefix_fast(self) -> bool:
+        """Whether a listing of part of a folder, by the beginning of names, costs no more than what it returns."""
+        return True
+
     @abstractmethod
     def describe(self) -> str:
         """Where this is, for error messages (``s3://bucket/prefix``); no secrets."""

@@ -144,6 +144,10 @@ class MemoryStorage(Storage):
     def supports_writes(self) -> bool:
         return True
 
+    @property
+    def clock_resolution_us(self) -> int:
+        return 1
+
     def describe(self) -> str:
         return "memory"
 

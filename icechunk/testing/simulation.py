@@ -2,16 +2,18 @@
 
 Theory: an asyncio loop whose clock is virtual runs every client; an in-memory store between them delays, loses,
 repeats and postpones requests, and stops clients for days or for ever, all by one seeded generator. A seed
-therefore is a schedule, and reproduces what it found. A pruner deletes slots as rule 9 will allow it to.
+therefore is a schedule, and reproduces what it found. A pruner prunes the log; on request commits have files, and
+somebody expires snapshots and collects garbage.
 
 What is checked: an acknowledged commit is in history exactly once; one that was reported as failed is not; each
 branch is linear; a reader never goes back and misses nothing that was acknowledged before it looked; a checkpoint
-never goes back within its epoch.
+never goes back within its epoch. Where garbage is collected meanwhile: whatever the history refers to is there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import selectors
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
@@ -26,18 +28,20 @@ from icechunk.errors import (
     SessionStateError,
     StorageError,
 )
-from icechunk.format.ids import ObjectId, encode_id
+from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id
 from icechunk.format.repo import decode_repo
 from icechunk.format.repo_values import NewCommit, SnapshotRecord, Update
+from icechunk.format.tables import ManifestFile
+from icechunk.maintenance.collect import collect_garbage
+from icechunk.maintenance.expire import expire
+from icechunk.maintenance.limits import Limits
+from icechunk.maintenance.prune import prune_log
 from icechunk.refs.base import SwapToken
 from icechunk.refs.create import create_log
-from icechunk.refs.entry import slot_key
 from icechunk.refs.events import CommitAdded, Event
 from icechunk.refs.log_checkpoint import convert_to_log
 from icechunk.refs.log_layout import LogLayout
-from icechunk.refs.log_reader import read_repo
 from icechunk.refs.marker import decode_marker
-from icechunk.refs.proof import PRUNE_WAIT_US
 from icechunk.refs.state import RepoState
 from icechunk.sources import Sources
 from icechunk.storage.base import (
@@ -54,6 +58,7 @@ from icechunk.storage.base import (
     Storage,
     Version,
 )
+from icechunk.testing.simulated_files import commit_files, missing_files
 
 __all__ = ["Report", "SimulatedStorage", "SimulatedStore", "VirtualLoop", "commit_proposal", "simulate"]
 
@@ -125,6 +130,10 @@ class SimulatedStore:
             marker = decode_marker(decode_repo(data).extra)
             self.checkpoints.append(("", 0) if marker is None else (marker.epoch, marker.n))
         return PutResult(version=self.objects[key].version, date_us=now_us)
+
+    def contents(self) -> dict[str, bytes]:
+        """What is there, by key."""
+        return {key: stored.data for key, stored in self.objects.items()}
 
     def write_later(self, delay_s: float, key: str, data: bytes, precondition: Precondition) -> None:
         """Execute a PUT after a delay; nobody hears of it."""
@@ -245,9 +254,14 @@ class SimulatedStorage(Storage):
             after = page[-1].key
 
     async def delete(self, keys: Iterable[str]) -> DeleteResult:
+        wanted = list(keys)
+        await self._read_fault()
+        for key in wanted:
+            self._store.objects.pop(key, None)
         await self._way()
-        gone = [self._store.objects.pop(key, None) for key in keys]
-        return DeleteResult(deleted=len(gone))
+        if self._rng.random() < self.faults.lost:
+            raise StorageError("the answer to a deletion was lost")
+        return DeleteResult(deleted=len(wanted))
 
     async def copy(self, source: str, target: str) -> PutResult:
         await self._way()
@@ -279,6 +293,8 @@ class Report:
     conversions: int = 0
     crashes: int = 0
     pruned: int = 0
+    collected: int = 0
+    """Objects deleted by collections."""
     problems: list[str] = field(default_factory=list)
     """Broken promises; none, it is hoped."""
 
@@ -304,8 +320,10 @@ def commit_proposal(
 
 
 class _Cluster:
-    def __init__(self, loop: VirtualLoop, seed: int, *, calm: bool) -> None:
+    def __init__(self, loop: VirtualLoop, seed: int, *, calm: bool, collect: bool) -> None:
         self.loop = loop
+        self.collect = collect
+        self.manifests: dict[ObjectId, tuple[ManifestFile, ...]] = {FIRST_SNAPSHOT: ()}
         self.rng = random.Random(seed)
         self.store = SimulatedStore(loop)
         self.report = Report(seed=seed)
@@ -352,7 +370,7 @@ class _Cluster:
                 continue
             if rng.random() < 0.15:
                 await asyncio.sleep(rng.choice((1, 4, 20)) * rng.random() * _DAY_S)
-            await asyncio.gather(*(self._commit(log, rng, sources) for _ in range(rng.choice((1, 1, 1, 3)))))
+            await asyncio.gather(*(self._commit(log, rng, storage, sources) for _ in range(rng.choice((1, 1, 1, 3)))))
             if rng.random() < 0.1:
                 await self._quietly(log.checkpoint())
             if log.ended is not None or rng.random() < 0.05:
@@ -361,13 +379,19 @@ class _Cluster:
         if log is not None:
             await log.aclose()
 
-    async def _commit(self, log: LogLayout, rng: random.Random, sources: Sources) -> None:
+    async def _commit(self, log: LogLayout, rng: random.Random, storage: SimulatedStorage, sources: Sources) -> None:
         snapshot, branch = ObjectId(rng.randbytes(12)), "main"
         parent = log.state.branch_tip(branch) if rng.random() < 0.3 else None
         deadline_s = rng.choice((None, None, None, 0.05, 1.0))
+        since_us: int | None = None
+        if self.collect:
+            since_us = log.store_time_us
+            if not await self._upload(storage, rng, snapshot, parent):
+                self.report.failed.add(snapshot)
+                return
         propose = commit_proposal(snapshot, branch, parent=parent, now_us=sources.wall_us())
         told: list[SwapToken | None] = []
-        task = asyncio.ensure_future(log.append(propose, deadline_s=deadline_s, on_sent=told.append))
+        task = asyncio.ensure_future(log.append(propose, since_us=since_us, deadline_s=deadline_s, on_sent=told.append))
         if rng.random() < 0.05:
             await asyncio.sleep(rng.uniform(0, 0.2))
             task.cancel()
@@ -386,6 +410,32 @@ class _Cluster:
             self.report.failed.add(snapshot)
         else:
             self.report.acknowledged.add(snapshot)
+
+    async def _upload(
+        self, storage: SimulatedStorage, rng: random.Random, snapshot: ObjectId, parent: ObjectId | None
+    ) -> bool:
+        """What a session does before its swap; it may take days, and what is not answered is sent again."""
+        inherited = self.manifests.get(parent, ())[:3] if parent is not None else ()
+        made = commit_files(
+            snapshot,
+            manifest=ObjectId(rng.randbytes(12)),
+            chunk=ObjectId(rng.randbytes(12)),
+            inherited=inherited,
+            flushed_at_us=self.loop.now_us(),
+        )
+        self.manifests[snapshot] = (made.manifest, *inherited)
+        for key, data in made.files:
+            if rng.random() < 0.1:
+                await asyncio.sleep(rng.choice((1, 2000, _DAY_S, 4 * _DAY_S)) * rng.random())
+            for _ in range(4):
+                try:
+                    await storage.put(key, data)
+                    break
+                except StorageError:
+                    await asyncio.sleep(1)
+            else:
+                return False
+        return True
 
     async def _settle(self, log: LogLayout, snapshot: ObjectId, token: SwapToken) -> None:
         await asyncio.sleep(1)
@@ -424,25 +474,84 @@ class _Cluster:
             except StorageError:
                 continue
             history = _history(state)
-            if history[: len(seen)] != seen:
+            if not self.collect and history[: len(seen)] != seen:
                 self.report.problems.append("a reader went back")
-            if missing := acknowledged - set(history):
+            if not self.collect and (missing := acknowledged - set(history)):
                 self.report.problems.append(f"a reader missed {len(missing)} acknowledged commits")
             seen = history
             if rng.random() < 0.1:
                 log = await self.open(storage, sources)
 
     async def pruner(self, rounds: int) -> None:
-        storage, sources = self.reliable()
         for _ in range(rounds):
-            found = await read_repo(storage, sources)
-            if found is not None and found.known.marker is not None:
-                marker = found.known.marker
-                await asyncio.sleep(PRUNE_WAIT_US / 1e6 + 60)
-                for n in range(1, marker.n + 1):
-                    if self.store.objects.pop(slot_key(marker.epoch, n), None) is not None:
-                        self.report.pruned += 1
-            await asyncio.sleep(_DAY_S)
+            storage, sources = self.client()
+            log = await self.open(storage, sources)
+            if log is not None:
+                with contextlib.suppress(IcechunkError):
+                    self.report.pruned += await prune_log(log, storage, sources)
+                await log.aclose()
+            await asyncio.sleep(self.rng.choice((0.5, 3, 7.5)) * _DAY_S)
+
+    async def collector(self, rounds: int) -> None:
+        rng = random.Random(self.rng.getrandbits(64))
+        limits = Limits(max_concurrent_deletes=2, max_concurrent_manifest_fetches=4, max_snapshots_in_memory=4)
+        for _ in range(rounds):
+            await asyncio.sleep(rng.choice((5, 3600, 2 * _DAY_S)) * rng.random())
+            storage, sources = self.client()
+            log = await self.open(storage, sources)
+            if log is None:
+                continue
+            age_s = rng.choice((0, 5, 600, _DAY_S, 5 * _DAY_S))
+            if rng.random() < 0.6:
+                old_us = self.loop.now_us() - int(age_s * 1e6)
+                await self._quietly(
+                    expire(
+                        log,
+                        storage,
+                        older_than_us=old_us,
+                        delete_expired_branches=False,
+                        delete_expired_tags=False,
+                        level=1,
+                    )
+                )
+            task = asyncio.ensure_future(
+                collect_garbage(
+                    log,
+                    storage,
+                    sources,
+                    older_than_us=self.loop.now_us() - int(age_s * 1e6),
+                    limits=limits,
+                    dry_run=False,
+                )
+            )
+            if rng.random() < 0.2:
+                # It dies on the way.
+                await asyncio.sleep(rng.uniform(0, 3))
+                task.cancel()
+            await asyncio.wait({task})
+            if not task.cancelled() and task.exception() is None:
+                result = task.result()
+                self.report.collected += result.snapshots_deleted + result.chunks_deleted
+            elif not task.cancelled() and not isinstance(task.exception(), IcechunkError):
+                self.report.problems.append(f"a collection failed: {task.exception()!r}")
+            await log.aclose()
+
+    async def auditor(self, rounds: int) -> None:
+        """Looks whether what history needs is there, also between collections."""
+        rng = random.Random(self.rng.getrandbits(64))
+        for _ in range(rounds):
+            await asyncio.sleep(rng.choice((5, 3600, 2 * _DAY_S)) * rng.random())
+            storage, sources = self.reliable()
+            log = await self.open(storage, sources)
+            if log is None:
+                continue
+            missing = missing_files(log.state, self.store.contents())
+            if missing:
+                # Unless they left the history in the meantime.
+                state = await log.refresh()
+                still = {key for _, key in missing_files(state, self.store.contents())}
+                if lost := still & {key for _, key in missing}:
+                    self.report.problems.append(f"{len(lost)} files are lost that history needs")
 
     async def converter(self, rounds: int) -> None:
         rng = random.Random(self.rng.getrandbits(64))
@@ -474,7 +583,9 @@ class _Cluster:
         created = await create_log(storage, sources, updates_per_file=20)
         await created.aclose()
         actors = [self.writer(commits) for _ in range(writers)] + [self.reader(2 * commits) for _ in range(2)]
-        actors.append(self.pruner(4))
+        actors.append(self.pruner(8))
+        if self.collect:
+            actors += [self.collector(2 * commits), self.collector(commits), self.auditor(commits)]
         if convert:
             actors.append(self.converter(2))
         await asyncio.gather(*actors)
@@ -499,7 +610,10 @@ class _Cluster:
             report.problems.append(f"{len(lost)} acknowledged commits are lost")
         if visible := report.failed & counted:
             report.problems.append(f"{len(visible)} commits that were reported as failed are in history")
-        _check_linear(log.state, updates, report)
+        if not self.collect:
+            _check_linear(log.state, updates, report)
+        elif missing := missing_files(log.state, self.store.contents()):
+            report.problems.append(f"{len(missing)} files are lost that history needs in the end")
         times = [update.updated_at_us for update in updates]
         if times != sorted(set(times)):
             report.problems.append("times in the ops log do not increase")
@@ -520,7 +634,9 @@ def _check_linear(state: RepoState, updates: list[Update], report: Report) -> No
         report.problems.append("history is not linear: the branch's ancestry is not its commits in order")
 
 
-def simulate(seed: int, *, writers: int = 3, commits: int = 8, convert: bool = False, calm: bool = False) -> Report:
+def simulate(
+    seed: int, *, writers: int = 3, commits: int = 8, convert: bool = False, calm: bool = False, collect: bool = False
+) -> Report:
     """Run a cluster under one schedule.
 
     Parameters
@@ -531,6 +647,8 @@ def simulate(seed: int, *, writers: int = 3, commits: int = 8, convert: bool = F
         Whether somebody converts the repository to a repo object and back meanwhile.
     calm
         No faults; only interleavings.
+    collect
+        Whether commits upload files, and snapshots are expired and garbage collected meanwhile.
 
     Returns
     -------
@@ -539,7 +657,7 @@ def simulate(seed: int, *, writers: int = 3, commits: int = 8, convert: bool = F
     """
     loop = VirtualLoop()
     try:
-        cluster = _Cluster(loop, seed, calm=calm)
+        cluster = _Cluster(loop, seed, calm=calm, collect=collect)
         loop.run_until_complete(cluster.run(writers=writers, commits=commits, convert=convert))
         pending = asyncio.all_tasks(loop)
         for task in pending:

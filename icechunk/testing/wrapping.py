@@ -65,6 +65,14 @@ class WrappingStorage(Storage):
     def atomic_preconditions(self) -> frozenset[type[Precondition]]:
         return self.inner.atomic_preconditions
 
+    @property
+    def clock_resolution_us(self) -> int:
+        return self.inner.clock_resolution_us
+
+    @property
+    def lists_any_prefix_fast(self) -> bool:
+        return self.inner.lists_any_prefix_fast
+
     def describe(self) -> str:
         return self.inner.describe()
 

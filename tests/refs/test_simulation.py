@@ -8,7 +8,9 @@ import random
 import orjson
 import pytest
 
-from icechunk.refs import log_reader, log_view, swap, swapping
+from icechunk.maintenance import collect, prune
+from icechunk.refs import log_reader, log_view, state, swap, swapping
+from icechunk.refs.base import RepositoryLog
 from icechunk.refs.commit_queue import Attempt
 from icechunk.testing.simulation import simulate
 
@@ -34,6 +36,18 @@ def test_the_same_holds_while_the_repository_is_converted_there_and_back(seeds: 
         assert not report.problems, f"seed {seed}: {report.problems}"
 
 
+@pytest.mark.parametrize("seeds", [range(i, i + 4) for i in range(2000, 2012, 4)], ids=str)
+def test_no_file_that_history_needs_is_lost_while_garbage_is_collected(seeds: range):
+    collected = pruned = 0
+    for seed in seeds:
+        report = simulate(seed, collect=True, convert=seed % 4 == 3)
+        assert not report.problems, f"seed {seed}: {report.problems}"
+        collected += report.collected
+        pruned += report.pruned
+    assert collected
+    assert pruned
+
+
 def test_a_seed_is_a_schedule():
     first, second = simulate(7), simulate(7)
     assert first == second
@@ -46,10 +60,10 @@ def test_without_faults_nothing_is_unknown_but_what_ran_into_its_deadline():
     assert report.acknowledged
 
 
-def _problems(count: int) -> list[str]:
+def _problems(count: int, *, collect: bool = False) -> list[str]:
     found: list[str] = []
     for seed in range(count):
-        found += simulate(seed).problems
+        found += simulate(seed, collect=collect).problems
         if found:
             break
     return found
@@ -81,4 +95,23 @@ def test_the_simulator_notices_when_an_entry_is_rebuilt_while_its_first_bytes_ma
         return verdict
 
     monkeypatch.setattr(swap, "from_slot", rebuild)
+    assert _problems(20)
+
+
+def test_the_simulator_notices_when_commits_with_old_files_are_valid(monkeypatch: pytest.MonkeyPatch):
+    require = state._require_new_snapshot
+    monkeypatch.setattr(state, "_require_new_snapshot", lambda now, snapshot, since_us: require(now, snapshot, 1 << 62))
+    assert _problems(10, collect=True)
+
+
+def test_the_simulator_notices_when_a_collection_is_no_entry(monkeypatch: pytest.MonkeyPatch):
+    async def unannounced(log: RepositoryLog, *_: object, dry_run: bool) -> state.RepoState:
+        return log.state
+
+    monkeypatch.setattr(collect, "_collected", unannounced)
+    assert _problems(10, collect=True)
+
+
+def test_the_simulator_notices_when_slots_are_deleted_as_soon_as_they_are_announced(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prune, "PRUNE_WAIT_US", 0)
     assert _problems(20)

@@ -1,0 +1,1 @@
+"""Looking after a repository: expiration, collection of garbage, pruning of the log, storage statistics."""

@@ -1,0 +1,177 @@
+"""Collecting garbage: what nothing refers to, and is old enough, goes.
+
+Theory: in the log layout a collection is an entry with a cutoff (rule 10). Once it is folded, snapshots that nothing
+reaches have left the graph, and no commit whose oldest file may be older than the cutoff is valid any more. So a
+commit before the entry is in the graph that is read, and one after it adds younger files only, and refers besides to
+what its parent refers to: no pause and no clock of a writer's makes a file go that is needed.
+
+In the repo-object layout the same event is one replacement of ``repo``, and the cutoff stands in its ``extra`` for
+other clients of ours; the official library neither minds it nor keeps it. In format 1 there is no such event. So in
+every layout the collector also looks at the repository again, about once a second, before it deletes, and keeps what
+new snapshots refer to.
+
+Order: the event; a checkpoint, so that other readers of the format forget what is about to go; everything that is
+reachable is read, and anything unreadable ends the collection; only then are objects listed and deleted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import anyio
+
+from icechunk.errors import ErrorKind, ReadOnlyError
+from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
+from icechunk.format.keys import CHUNKS_PREFIX, MANIFESTS_PREFIX, SNAPSHOTS_PREFIX, TRANSACTIONS_PREFIX
+from icechunk.format.tables import NATIVE, Manifest, ManifestFile
+from icechunk.maintenance.limits import Limits
+from icechunk.maintenance.reachability import Files, Walked, read_manifests, walk
+from icechunk.maintenance.row_set import RowSet
+from icechunk.maintenance.sweep import Listed, sweep
+from icechunk.ops import GCSummary
+from icechunk.refs.base import Layout, RepositoryLog
+from icechunk.refs.events import CollectionRan
+from icechunk.refs.state import RepoState, apply
+from icechunk.sources import Sources
+from icechunk.storage.base import Storage
+from icechunk.transfer.assets import off_loop
+
+__all__ = ["collect_garbage"]
+
+_LOOK_EVERY_US: Final = 1_000_000
+_ID_BYTES: Final = 12
+_BYTES_PER_REF: Final = 32
+
+
+async def collect_garbage(
+    log: RepositoryLog, storage: Storage, sources: Sources, *, older_than_us: int, limits: Limits, dry_run: bool
+) -> GCSummary:
+    """Delete snapshots, transaction logs, manifests and chunk objects that nothing refers to.
+
+    Parameters
+    ----------
+    older_than_us
+        Only objects whose Last-Modified is before this, µs since the epoch. It is brought down to a little before the
+        store's present time, so that whoever begins now is not in its way.
+    dry_run
+        Change nothing; count what a collection would delete.
+
+    Raises
+    ------
+    ReadOnlyError
+        The repository's status is read-only (also on a dry run), or the storage can only be read.
+    FormatError, StorageError
+        Something that is reachable is missing or cannot be read: nothing was deleted. Or, with kind
+        ``gc-deletes-failing``, deleting fails again and again.
+    """
+    if not dry_run and not storage.supports_writes:
+        raise ReadOnlyError(
+            f"cannot collect garbage: {storage.describe()} can only be read", ErrorKind.READ_ONLY_STORAGE
+        )
+    await log.refresh()
+    # Whoever begins now has a `since` that is not before this, also where his clock is a step behind ours.
+    now_us = max(0, log.store_time_us - 2 * storage.clock_resolution_us)
+    cutoff_us = max(0, min(older_than_us, now_us))
+    state = await _collected(log, sources, cutoff_us, dry_run=dry_run)
+    reachable = _Reachable(log, Files(storage, log), sources, limits, state)
+    await reachable.grow(state)
+    swept = await sweep(
+        storage,
+        [
+            (SNAPSHOTS_PREFIX, reachable.snapshots_not_in),
+            (TRANSACTIONS_PREFIX, reachable.transactions_not_in),
+            (MANIFESTS_PREFIX, reachable.manifests_not_in),
+            (CHUNKS_PREFIX, reachable.chunks_not_in),
+        ],
+        older_than_us=cutoff_us,
+        limits=limits,
+        dry_run=dry_run,
+        guard=reachable.look_again,
+    )
+    return GCSummary(
+        bytes_deleted=swept.bytes_deleted,
+        chunks_deleted=swept.deleted.get(CHUNKS_PREFIX, 0),
+        manifests_deleted=swept.deleted.get(MANIFESTS_PREFIX, 0),
+        snapshots_deleted=swept.deleted.get(SNAPSHOTS_PREFIX, 0),
+        transaction_logs_deleted=swept.deleted.get(TRANSACTIONS_PREFIX, 0),
+        objects_failed_to_delete=swept.failed,
+        throttled_batches=swept.throttled,
+        delete_errors=swept.errors,
+    )
+
+
+async def _collected(log: RepositoryLog, sources: Sources, cutoff_us: int, *, dry_run: bool) -> RepoState:
+    """The state after the event of this collection, or on a dry run after one that did not happen."""
+    if log.layout is Layout.REFS:
+        return log.state
+    event = CollectionRan(cutoff_us=cutoff_us)
+    if dry_run:
+        return apply(log.state, event, time_us=max(sources.wall_us(), 0), since_us=None)
+    state = await log.append(lambda _: [event])
+    await log.checkpoint()
+    return state
+
+
+class _Reachable:
+    """What must stay: grows when there are new snapshots, never shrinks."""
+
+    def __init__(self, log: RepositoryLog, files: Files, sources: Sources, limits: Limits, state: RepoState) -> None:
+        self._log = log
+        self._files = files
+        self._sources = sources
+        self._limits = limits
+        self._walked = Walked()
+        self._transactions: set[ObjectId] = {FIRST_SNAPSHOT}
+        self._chunks = RowSet(_ID_BYTES)
+        self._looked_us = sources.elapsed_us()
+        self._state = state
+        self._growing = anyio.Lock()
+
+    async def grow(self, state: RepoState) -> None:
+        """Add what a state reaches. Raises where something of it cannot be read."""
+        in_files = self._log.layout is Layout.REFS
+        start = state.tips() if in_files else set(state.snapshots)
+        manifests = await walk(self._files, start, self._walked, self._limits, follow_parents=in_files)
+        self._transactions |= self._walked.snapshots
+        if not in_files:
+            for record in state.snapshots.values():
+                self._transactions.update(record.pruned_ancestor_tx_logs)
+        await self._read(manifests)
+
+    async def _read(self, manifests: dict[ObjectId, ManifestFile]) -> None:
+        adding = anyio.Lock()
+
+        def add(manifest: Manifest) -> None:
+            for refs in manifest.arrays.values():
+                self._chunks.add(refs.chunk_id[refs.kind == NATIVE])
+
+        async def visit(manifest: Manifest) -> None:
+            async with adding:
+                await off_loop(manifest.num_chunk_refs * _BYTES_PER_REF, lambda: add(manifest))
+
+        await read_manifests(self._files, manifests.values(), self._limits, visit)
+
+    async def look_again(self) -> None:
+        """See, about once a second, whether there are new snapshots, and keep what they refer to."""
+        async with self._growing:
+            if self._sources.elapsed_us() - self._looked_us < _LOOK_EVERY_US:
+                return
+            before, self._state = self._state, await self._log.refresh()
+            if self._state.snapshots is not before.snapshots or self._state.tips() != before.tips():
+                await self.grow(self._state)
+            self._looked_us = self._sources.elapsed_us()
+
+    def snapshots_not_in(self, listed: Sequence[Listed]) -> list[Listed]:
+        kept = self._walked.snapshots
+        return [one for one in listed if one.id not in kept and one.id != FIRST_SNAPSHOT]
+
+    def transactions_not_in(self, listed: Sequence[Listed]) -> list[Listed]:
+        return [one for one in listed if one.id not in self._transactions]
+
+    def manifests_not_in(self, listed: Sequence[Listed]) -> list[Listed]:
+        return [one for one in listed if one.id not in self._walked.manifests]
+
+    def chunks_not_in(self, listed: Sequence[Listed]) -> list[Listed]:
+        absent = self._chunks.missing(one.id for one in listed)
+        return [one for one, gone in zip(listed, absent, strict=True) if gone]

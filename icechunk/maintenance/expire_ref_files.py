@@ -1,0 +1,194 @@
+"""Expiration in format 1: there is no graph, so the youngest snapshot that loses its history is written again.
+
+For each branch and tag: the oldest snapshot that is young enough (or the tip, where none is) gets the first snapshot
+as its parent. Nothing else changes before a collection. Each step leaves a repository whose refs all lead to the first
+snapshot, so an expiration that was interrupted is finished by the next one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from icechunk.errors import (
+    ErrorKind,
+    FormatError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    ReadOnlyError,
+    StorageError,
+)
+from icechunk.format.ids import ObjectId, encode_id
+from icechunk.format.keys import snapshot_key
+from icechunk.format.snapshot import decode_snapshot, encode_snapshot
+from icechunk.format.tables import Snapshot
+from icechunk.refs.events import BranchDeleted, TagDeleted
+from icechunk.refs.ref_files_layout import RefFilesLayout
+from icechunk.refs.state import MAIN
+from icechunk.storage.base import Matches, Storage, Version
+from icechunk.transfer.tasks import run_each
+
+__all__ = ["Link", "Shortening", "expire_ref_files", "shorten"]
+
+_CONCURRENT = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """A snapshot of format 1, as far as its place in history goes."""
+
+    id: ObjectId
+    parent: ObjectId | None
+    flushed_at_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shortening:
+    """What expiration does to the history of one ref."""
+
+    edited: ObjectId | None
+    """The snapshot that gets the first one as its parent; None: nothing changes."""
+    root: ObjectId
+    released: frozenset[ObjectId]
+    tip_is_old: bool
+
+
+def shorten(chain: list[Link], older_than_us: int) -> Shortening:
+    """Decide about the history of a ref. Pure.
+
+    Parameters
+    ----------
+    chain
+        Its snapshots, newest first, the first snapshot of the repository last.
+    older_than_us
+        µs since the epoch, exclusive.
+    """
+    root = chain[-1].id
+    young = 0
+    while young < len(chain) and chain[young].flushed_at_us >= older_than_us:
+        young += 1
+    tip_is_old = young == 0
+    edited = chain[max(young - 1, 0)]
+    if edited.parent is None or edited.parent == root or young == len(chain):
+        return Shortening(edited=None, root=root, released=frozenset(), tip_is_old=tip_is_old)
+    released = frozenset(link.id for link in chain[young:-1])
+    return Shortening(edited=edited.id, root=root, released=released, tip_is_old=tip_is_old)
+
+
+async def expire_ref_files(
+    log: RefFilesLayout,
+    storage: Storage,
+    *,
+    older_than_us: int,
+    delete_expired_branches: bool,
+    delete_expired_tags: bool,
+    level: int,
+) -> set[ObjectId]:
+    """Expire; parameters as `icechunk.maintenance.expiry.expiration`.
+
+    Here the refs that are deleted include those to the first snapshot, as the official library has it in this format.
+
+    Parameters
+    ----------
+    level
+        Of zstd, for the snapshots that are written again.
+
+    Returns
+    -------
+    set
+        Snapshots that left the history of some ref, those among them that another ref still points to included.
+    """
+    if not storage.supports_writes:
+        raise ReadOnlyError(
+            f"cannot expire snapshots: {storage.describe()} can only be read", ErrorKind.READ_ONLY_STORAGE
+        )
+    state = await log.refresh()
+    reader = _Reader(storage)
+    chains: dict[ObjectId, list[Link]] = {}
+
+    async def read(tip: ObjectId) -> None:
+        chains[tip] = await reader.chain(tip)
+
+    await run_each(read, state.tips(), limit=_CONCURRENT)
+    fates = {tip: shorten(chain, older_than_us) for tip, chain in chains.items()}
+    released: set[ObjectId] = set()
+    edits: dict[ObjectId, ObjectId] = {}
+    for fate in fates.values():
+        released |= fate.released
+        if fate.edited is not None:
+            edits[fate.edited] = fate.root
+
+    async def edit(id: ObjectId) -> None:
+        await reader.set_parent(id, edits[id], level)
+
+    await run_each(edit, edits, limit=_CONCURRENT)
+    log.forget(edits)
+    if delete_expired_branches:
+        for name, tip in state.branches.items():
+            if fates[tip].tip_is_old and name != MAIN:
+                await _delete_branch(log, name, tip)
+    if delete_expired_tags:
+        for name, tip in state.tags.items():
+            if fates[tip].tip_is_old:
+                await _delete_tag(log, name)
+    return released
+
+
+async def _delete_branch(log: RefFilesLayout, name: str, tip: ObjectId) -> None:
+    # Somebody may have committed to it meanwhile, or deleted it.
+    await log.append(lambda state: [BranchDeleted(name=name)] if state.branches.get(name) == tip else [])
+
+
+async def _delete_tag(log: RefFilesLayout, name: str) -> None:
+    await log.append(lambda state: [TagDeleted(name=name)] if name in state.tags else [])
+
+
+class _Reader:
+    """Reads snapshots as they are now, each once."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._links: dict[ObjectId, Link] = {}
+
+    async def chain(self, tip: ObjectId) -> list[Link]:
+        links: list[Link] = []
+        current: ObjectId | None = tip
+        while current is not None:
+            link = self._links.get(current)
+            if link is None:
+                snapshot, _ = await self._get(current)
+                link = self._links[current] = Link(
+                    id=current, parent=snapshot.parent_id, flushed_at_us=snapshot.flushed_at_us
+                )
+            links.append(link)
+            current = link.parent
+        return links
+
+    async def set_parent(self, id: ObjectId, parent: ObjectId, level: int) -> None:
+        for _ in range(3):
+            snapshot, version = await self._get(id)
+            if snapshot.parent_id == parent:
+                return
+            data = encode_snapshot(replace(snapshot, parent_id=parent), 1, level)
+            try:
+                await self._storage.put(snapshot_key(id), data, Matches(version))
+                return
+            except PreconditionFailedError:
+                # Somebody else expires as well.
+                continue
+        raise StorageError(
+            f"cannot expire: {snapshot_key(id)!r} in {self._storage.describe()} is changed by somebody else again and "
+            "again; expire again",
+            ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
+        )
+
+    async def _get(self, id: ObjectId) -> tuple[Snapshot, Version]:
+        key = snapshot_key(id)
+        try:
+            answer = await self._storage.get(key)
+        except ObjectNotFoundError as error:
+            raise FormatError(
+                f"cannot expire: {key!r} is missing in {self._storage.describe()}, though a branch or tag descends "
+                f"from snapshot {encode_id(id)}; restore it, or delete what descends from it",
+                ErrorKind.OBJECT_NOT_FOUND,
+            ) from error
+        return decode_snapshot(answer.data, expected_id=id), answer.version

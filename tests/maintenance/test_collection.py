@@ -1,0 +1,459 @@
+"""Collection: what nothing refers to goes, what is reachable stays, whoever writes meanwhile and wherever it stops."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import icechunk
+from icechunk.errors import FormatError, InvalidInputError, ReadOnlyError, SessionStateError, StorageError
+from icechunk.format.ids import object_id_from_text
+from icechunk.format.keys import chunk_key
+from icechunk.format.repo import decode_repo
+from icechunk.storage.base import DeleteResult, Storage
+from icechunk.storage.memory import MemoryStorage
+from icechunk.testing.faulty import Fault, FaultyStorage, PlannedRequest
+from icechunk.testing.recording import RecordingStorage
+from icechunk.testing.wrapping import WrappingStorage
+from tests.maintenance.helpers import AgedStorage, History, ago, by_layout, folders, read, sizes
+
+
+async def with_garbage(storage: Storage, version: int | None) -> History:
+    """main: first, c1; an abandoned branch of two commits; a branch that was reset; half a commit."""
+    history = await History.create(storage, version)
+    await history.repo.create_branch_async("gone", history.ids["first"])
+    await history.commit("g1", 1, branch="gone")
+    await history.commit("g2", 2, branch="gone")
+    await history.repo.delete_branch_async("gone")
+    await history.commit("c1", 3)
+    session = await history.repo.writable_session_async("main")
+    array = await zarr.api.asynchronous.open_array(store=session.store, path="a", mode="r+")
+    await array.setitem(slice(0, 2), 99)
+    await session._puts.flush()
+    return history
+
+
+@by_layout
+async def test_a_collection_deletes_what_nothing_reaches_and_says_what(storage: Storage, version: int | None):
+    aged = AgedStorage(storage)
+    history = await with_garbage(aged, version)
+    c1 = await history.repo.lookup_snapshot_async(history.ids["c1"])
+    await history.repo.expire_snapshots_async(c1.written_at)
+    before = await sizes(aged)
+    dry = await history.repo.garbage_collect_async(ago(hours=-1), dry_run=True)
+    assert await sizes(aged) == before
+    done = await history.repo.garbage_collect_async(ago(hours=-1))
+    after = await sizes(aged)
+    gone = {key: before[key] for key in before.keys() - after.keys()}
+    assert dry == done
+    assert not after.keys() - before.keys()
+    assert folders(gone) == {
+        "snapshots": done.snapshots_deleted,
+        "transactions": done.transaction_logs_deleted,
+        "manifests": done.manifests_deleted,
+        "chunks": done.chunks_deleted,
+    }
+    assert sum(gone.values()) == done.bytes_deleted
+    assert (done.objects_failed_to_delete, done.delete_errors) == (0, [])
+    # Two abandoned commits and an expired one, whose transaction log is still listed where there are lists.
+    logs = 3 if version == 1 else 2
+    assert folders(gone) == {"snapshots": 3, "transactions": logs, "manifests": 3, "chunks": 4}
+    await history.check({"c1"})
+    await history.commit("c2", 4)
+    await history.check({"c1", "c2"})
+
+
+@by_layout
+async def test_young_objects_stay(version: int | None):
+    storage = MemoryStorage()
+    history = await with_garbage(storage, version)
+    before = await sizes(storage)
+    assert (await history.repo.garbage_collect_async(ago(hours=1))).bytes_deleted == 0
+    assert await sizes(storage) == before
+
+
+@by_layout
+async def test_names_that_are_no_ids_and_other_folders_are_left_alone(version: int | None):
+    storage = AgedStorage(MemoryStorage())
+    history = await History.create(storage, version)
+    others = ["chunks/README", "chunks/0000000000000000000G.bak", "sessions/x/1", "attributes/0000000000000000000G"]
+    for key in (*others, "chunks/0000000000000000000G"):
+        await storage.put(key, b"?")
+    assert (await history.repo.garbage_collect_async(ago())).chunks_deleted == 1
+    for key in others:
+        await storage.head(key)
+
+
+@pytest.mark.parametrize("version", [None, 2], ids=["log", "repo"])
+async def test_a_pack_stays_as_long_as_one_of_its_chunks_is_needed(version: int | None):
+    storage = MemoryStorage()
+    history = await History.create(storage, version, pack_threshold_bytes=1 << 20)
+    assert folders(await sizes(storage))["chunks"] == 1
+    assert (await history.repo.chunk_storage_stats_async()).native_bytes == 80
+    for chunk in range(9):
+        await history.commit(f"c{chunk}", chunk)
+    await history.repo.expire_snapshots_async(ago(days=-1))
+    assert (await history.repo.garbage_collect_async(ago())).chunks_deleted == 0
+    # One chunk of the first pack is left, and nine packs of one chunk each.
+    assert (await history.repo.chunk_storage_stats_async()).native_bytes == 80
+    await history.check({"c8"})
+    await history.commit("last", 9)
+    await history.repo.expire_snapshots_async(ago(days=-1))
+    assert (await history.repo.garbage_collect_async(ago())).chunks_deleted == 1
+    await history.check({"last"})
+
+
+@pytest.mark.parametrize("version", [None, 2], ids=["log", "repo"])
+async def test_a_session_that_began_before_the_cutoff_is_told_to_repeat_its_work(version: int | None):
+    storage = AgedStorage(MemoryStorage())
+    history = await History.create(storage, version)
+    stale = await history.repo.writable_session_async("main")
+    array = await zarr.api.asynchronous.open_array(store=stale.store, path="a", mode="r+")
+    await array.setitem(slice(0, 2), 5)
+    fork = stale.fork()
+    await history.repo.garbage_collect_async(ago())
+    other = await icechunk.Repository.open_async(storage)
+    for session in (stale, fork):
+        session._core = other._core if session is stale else session._core
+    with pytest.raises(SessionStateError, match="repeat the work"):
+        await stale.commit_async("late")
+    with pytest.raises(SessionStateError, match="repeat the work"):
+        await stale.flush_async("late")
+    with pytest.raises(SessionStateError, match="repeat the work"):
+        await stale.amend_async("late")
+    fresh = await history.repo.writable_session_async("main")
+    array = await zarr.api.asynchronous.open_array(store=fresh.store, path="a", mode="r+")
+    await array.setitem(slice(2, 4), 5)
+    await fresh.merge_async(fork)
+    # The oldest of all parts decides.
+    with pytest.raises(SessionStateError, match="repeat the work"):
+        await fresh.commit_async("merged")
+    await history.commit("c1", 1)
+    await history.check({"first", "c1"})
+
+
+async def test_the_fence_of_the_repo_object_survives_a_conversion_there_and_back():
+    history = await History.create(MemoryStorage(), 2)
+    await history.repo.garbage_collect_async(ago(hours=1))
+    cutoff = (await history.repo._core.log()).state.gc_cutoff_us
+    assert cutoff
+    await history.repo.convert_async("log")
+    assert (await history.repo._core.log()).state.gc_cutoff_us == cutoff
+    await history.repo.convert_async("repo")
+    assert (await history.repo._core.log()).state.gc_cutoff_us == cutoff
+    await history.commit("c1", 1)
+    reader = await icechunk.Repository.open_async(history.repo.storage)
+    assert (await reader._core.log()).state.gc_cutoff_us == cutoff
+
+
+@by_layout
+async def test_what_is_committed_while_garbage_is_collected_stays(version: int | None):
+    inner = MemoryStorage()
+    history = await with_garbage(AgedStorage(inner), version)
+
+    class Meanwhile(AgedStorage):
+        """Commits when the first listing begins, files of which look old."""
+
+        done = False
+
+        async def list_pages(self, prefix: str = "", **options: object):  # type: ignore[no-untyped-def, override]
+            if prefix == "chunks/" and not self.done:
+                self.done = True
+                await history.commit("c2", 5)
+            async for page in super().list_pages(prefix, **options):  # type: ignore[arg-type]
+                yield page
+
+    collector = await icechunk.Repository.open_async(Meanwhile(inner))
+    core = collector._core
+    elapsed = core.sources.elapsed_us
+    # Every deletion looks again: a second passes between any two readings of this clock.
+    ticks = iter(range(1, 10**9))
+    log = await core.log()
+    from dataclasses import replace
+
+    from icechunk.maintenance.collect import collect_garbage
+    from icechunk.maintenance.limits import Limits
+
+    sources = replace(core.sources, elapsed_us=lambda: elapsed() + next(ticks) * 2_000_000)
+    await collect_garbage(
+        log,
+        core.storage,
+        sources,
+        older_than_us=int(ago().timestamp() * 1e6),
+        limits=Limits(),
+        dry_run=False,
+    )
+    await history.check({"first", "c1", "c2"})
+
+
+@by_layout
+@pytest.mark.parametrize("kind", ["snapshots", "manifests"])
+async def test_nothing_is_deleted_where_something_reachable_cannot_be_read(version: int | None, kind: str):
+    storage = AgedStorage(MemoryStorage())
+    history = await with_garbage(storage, version)
+    session = await history.repo.readonly_session_async("main")
+    snapshot = session._log.base
+    id = snapshot.id if kind == "snapshots" else next(iter(snapshot.manifest_files))
+    key = chunk_key(id).replace("chunks/", f"{kind}/")
+    for damage in ("corrupt", "missing"):
+        if damage == "missing":
+            await storage.delete([key])
+        else:
+            await storage.put(key, b"not a file of ours")
+        before = await sizes(storage)
+        repo = await icechunk.Repository.open_async(storage)
+        with pytest.raises(FormatError, match=object_text(key)):
+            await repo.garbage_collect_async(ago(hours=-1))
+        with pytest.raises(FormatError, match=object_text(key)):
+            await repo.chunk_storage_stats_async()
+        assert await sizes(storage) == before
+
+
+def object_text(key: str) -> str:
+    return key.rpartition("/")[2]
+
+
+@by_layout
+async def test_a_collection_that_dies_at_any_step_leaves_everything_readable_and_the_next_one_finishes(
+    version: int | None,
+):
+    clean = AgedStorage(MemoryStorage())
+    history = await with_garbage(clean, version)
+    await history.repo.garbage_collect_async(ago(hours=-1))
+    expected = folders(await sizes(clean))
+    steps = 0
+    while True:
+        inner = MemoryStorage()
+        history = await with_garbage(AgedStorage(inner), version)
+        await history.repo.aclose()
+        count = 0
+
+        def dies(request: PlannedRequest, at: int = steps) -> Fault:
+            nonlocal count
+            count += 1
+            return Fault.FAIL_BEFORE if count > at else Fault.NONE
+
+        faulty = FaultyStorage(AgedStorage(inner))
+        repo = await icechunk.Repository.open_async(faulty)
+        await repo.list_branches_async()
+        repo._core.sources = type(repo._core.sources)(sleep=lambda _: asyncio.sleep(0))
+        faulty.plan = dies
+        died = True
+        try:
+            summary = await repo.garbage_collect_async(ago(hours=-1))
+            died = summary.objects_failed_to_delete > 0
+        except (StorageError, FormatError, icechunk.IcechunkError):
+            pass
+        faulty.plan = lambda request: Fault.NONE
+        await repo.aclose()
+        survivor = History(await icechunk.Repository.open_async(AgedStorage(inner)))
+        survivor.ids, survivor.values = history.ids, history.values
+        await survivor.check({"first", "c1"})
+        await survivor.repo.garbage_collect_async(ago(hours=-1))
+        assert folders(await sizes(inner)) == expected
+        await survivor.check({"first", "c1"})
+        if not died:
+            break
+        steps += 1
+    assert steps > 5
+
+
+class Undeletable(WrappingStorage):
+    """Deletes nothing: all fail, or every second object."""
+
+    def __init__(self, inner: Storage, *, raises: bool) -> None:
+        super().__init__(inner)
+        self.raises = raises
+        self.asked = 0
+
+    async def delete(self, keys):  # type: ignore[no-untyped-def]
+        wanted = list(keys)
+        self.asked += 1
+        if self.raises:
+            raise StorageError("no such luck")
+        done = await self.inner.delete(wanted[::2])
+        return DeleteResult(deleted=done.deleted, failures=tuple((key, "it is stuck") for key in wanted[1::2]))
+
+
+@pytest.mark.parametrize("version", [None, 1], ids=["log", "refs"])
+async def test_objects_that_cannot_be_deleted_are_counted_and_told(version: int | None):
+    storage = Undeletable(AgedStorage(MemoryStorage()), raises=False)
+    history = await with_garbage(storage, version)
+    before = await sizes(storage)
+    summary = await history.repo.garbage_collect_async(ago(hours=-1))
+    left = (await sizes(storage)).keys()
+    gone = before.keys() - left
+    assert summary.objects_failed_to_delete == 4
+    assert len(summary.delete_errors) == 4
+    assert "it is stuck" in summary.delete_errors[0]
+    assert summary.bytes_deleted == sum(before[key] for key in gone)
+    assert len(gone) == 5
+
+
+async def test_deleting_stops_after_too_many_failures_in_a_row():
+    storage = Undeletable(AgedStorage(MemoryStorage()), raises=True)
+    history = await with_garbage(storage, None)
+    with pytest.raises(StorageError, match="no such luck") as raised:
+        await history.repo.garbage_collect_async(
+            ago(hours=-1), max_consecutive_delete_failures=2, max_concurrent_deletes=1
+        )
+    assert raised.value.kind == "gc-deletes-failing"
+    assert storage.asked == 2
+    await history.check({"first", "c1"})
+
+
+async def test_a_large_folder_is_listed_in_parts_and_deleted_in_batches():
+    storage = RecordingStorage(AgedStorage(MemoryStorage()), turns=0)
+    history = await History.create(storage, None)
+    ids = np.random.default_rng(0).bytes(12 * 2500)
+    for i in range(2500):
+        await storage.inner.put(chunk_key(object_id_from_text_bytes(ids[12 * i : 12 * i + 12])), b"x")
+    storage.clear()
+    summary = await history.repo.garbage_collect_async(ago(), max_concurrent_deletes=2)
+    assert (summary.chunks_deleted, summary.bytes_deleted) == (2500, 2500)
+    listings = {request.key for request in storage.requests if request.verb == "list"}
+    assert {"chunks/", "chunks/Z"} <= listings
+    assert storage.count("delete", "chunks/") >= 3
+    again = await History.create(RecordingStorage(AgedStorage(MemoryStorage()), turns=0), None)
+    assert (await again.repo.garbage_collect_async(ago(), max_concurrent_listings=1)).bytes_deleted == 0
+
+
+def object_id_from_text_bytes(raw: bytes):  # type: ignore[no-untyped-def]
+    from icechunk.format.ids import ObjectId
+
+    return ObjectId(raw)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "max_snapshots_in_memory",
+        "max_compressed_manifest_mem_bytes",
+        "max_decoded_manifest_mem_bytes",
+        "max_concurrent_manifest_fetches",
+        "max_concurrent_deletes",
+        "max_consecutive_delete_failures",
+        "max_concurrent_listings",
+    ],
+)
+async def test_bounds_below_one_are_refused(name: str):
+    history = await History.create(MemoryStorage(), None)
+    for value in (0, -1, 1.5, "7", True):
+        with pytest.raises((InvalidInputError, TypeError), match=name):
+            await history.repo.garbage_collect_async(ago(), **{name: value})  # type: ignore[arg-type]
+    await history.repo.garbage_collect_async(ago(), **{name: 1})  # type: ignore[arg-type]
+
+
+@by_layout
+async def test_a_storage_that_can_only_be_read_is_left_alone(version: int | None):
+    class ReadOnly(WrappingStorage):
+        @property
+        def supports_writes(self) -> bool:
+            return False
+
+    inner = AgedStorage(MemoryStorage())
+    history = await with_garbage(inner, version)
+    await history.repo.aclose()
+    repo = await icechunk.Repository.open_async(ReadOnly(inner))
+    with pytest.raises(ReadOnlyError):
+        await repo.garbage_collect_async(ago())
+    with pytest.raises(ReadOnlyError):
+        await repo.expire_snapshots_async(ago(days=-1))
+    assert (await repo.garbage_collect_async(ago(hours=-1), dry_run=True)).bytes_deleted > 0
+
+
+async def test_the_checkpoint_forgets_the_snapshots_before_they_are_deleted():
+    storage = AgedStorage(MemoryStorage())
+    history = await with_garbage(storage, None)
+    await history.repo.garbage_collect_async(ago(hours=-1))
+    info = decode_repo((await storage.get("repo")).data)
+    assert len(info.snapshots) == 3
+
+
+ACTIONS = st.lists(
+    st.tuples(st.sampled_from(["commit", "branch", "delete", "tag", "flush", "expire", "collect"]), st.integers(0, 9)),
+    max_size=14,
+)
+
+
+@given(ACTIONS, st.sampled_from([None, 2, 1]))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_after_any_history_everything_reachable_reads_back_and_no_garbage_is_left(
+    actions: list[tuple[str, int]], version: int | None
+):
+    async def run() -> None:
+        storage = MemoryStorage()
+        history = await History.create(storage, version)
+        repo = history.repo
+        for i, (action, choice) in enumerate(actions):
+            branches = sorted(await repo.list_branches_async())
+            branch = branches[choice % len(branches)]
+            tip = await repo.lookup_branch_async(branch)
+            match action:
+                case "commit" | "flush":
+                    if tip in history.values:
+                        await history.commit(f"s{i}", choice, branch=branch, how=action)
+                case "branch":
+                    await repo.create_branch_async(f"b{i}", tip)
+                case "delete":
+                    if branch != "main":
+                        await repo.delete_branch_async(branch)
+                case "tag":
+                    await repo.create_tag_async(f"t{i}", tip)
+                case "expire":
+                    info = await repo.lookup_snapshot_async(tip)
+                    await repo.expire_snapshots_async(
+                        info.written_at,
+                        delete_expired_branches=choice > 4,
+                        delete_expired_tags=choice % 2 == 0,
+                    )
+                case _:
+                    await repo.garbage_collect_async(ago())
+        await history.check()
+        await repo.garbage_collect_async(ago(minutes=-1))
+        await history.check()
+        fresh = await icechunk.Repository.open_async(storage)
+        reached, manifests, chunks = {"1CECHNKREP0F1RSTCMT0"}, set(), set()
+        refs = [{"branch": b} for b in await fresh.list_branches_async()]
+        refs += [{"tag": t} for t in await fresh.list_tags_async()]
+        for ref in refs:
+            async for info in fresh.async_ancestry(**ref):
+                reached.add(info.id)
+        for id in reached:
+            for file in await fresh.list_manifest_files_async(id):
+                manifests.add(file.id)
+                manifest = await fresh._core.assets.manifest(object_id_from_text(file.id))
+                for refs_of in manifest.arrays.values():
+                    chunks |= {chunk_key(row.tobytes()) for row in refs_of.chunk_id}
+        keys = (await sizes(storage)).keys()
+        assert {key for key in keys if key.startswith("snapshots/")} == {f"snapshots/{id}" for id in reached}
+        assert {key for key in keys if key.startswith("manifests/")} == {f"manifests/{id}" for id in manifests}
+        assert {key for key in keys if key.startswith("chunks/")} == chunks
+        assert (await fresh.chunk_storage_stats_async()).native_bytes == 8 * len(chunks)
+        await fresh.aclose()
+        await repo.aclose()
+
+    asyncio.run(run())
+
+
+@pytest.mark.minio
+@by_layout
+async def test_on_minio(minio_storage: Storage, version: int | None):
+    aged = AgedStorage(minio_storage)
+    history = await with_garbage(aged, version)
+    before = await sizes(aged)
+    await history.repo.expire_snapshots_async(ago(minutes=-1))
+    done = await history.repo.garbage_collect_async(ago() + timedelta(days=1))
+    gone = before.keys() - (await sizes(aged)).keys()
+    # Two abandoned commits, and the first one, whose chunks but one are still those of c1.
+    assert folders(gone)["snapshots"] == done.snapshots_deleted == 3
+    assert folders(gone)["chunks"] == done.chunks_deleted == 4
+    assert (await history.repo.chunk_storage_stats_async()).native_bytes == 80
+    await history.check({"c1"})
+    np.testing.assert_array_equal(await read(history.repo), history.values[history.ids["c1"]])

@@ -1,0 +1,174 @@
+"""Pruning the log (rule 9): announce, wait, delete; never past the checkpoint, never what was taken over."""
+
+from __future__ import annotations
+
+import pytest
+
+from icechunk.errors import ReadOnlyError, StorageError
+from icechunk.format.repo import decode_repo, encode_repo
+from icechunk.format.repo_values import ONLINE, Status
+from icechunk.maintenance.prune import prune_log
+from icechunk.refs.base import Layout
+from icechunk.refs.convert import convert_log
+from icechunk.refs.create import create_log
+from icechunk.refs.entry import floor_key, parse_floor_key, parse_slot_key, slot_key
+from icechunk.refs.log_layout import LogLayout
+from icechunk.refs.open import open_repository
+from icechunk.refs.takeover import seal_log
+from icechunk.sources import Sources
+from icechunk.storage.base import ANY, DeleteResult, Storage
+from icechunk.storage.memory import MemoryStorage
+from icechunk.testing.scripted import ManualClock
+from icechunk.testing.simulation import commit_proposal
+from icechunk.testing.wrapping import WrappingStorage
+from tests.refs.strategies import an_id
+
+DAY_S = 24 * 3600.0
+
+
+class World:
+    def __init__(self) -> None:
+        self.clock = ManualClock()
+        self.storage: Storage = MemoryStorage(self.clock.sources())
+
+    @property
+    def sources(self) -> Sources:
+        return self.clock.sources()
+
+    async def log(self, commits: int) -> LogLayout:
+        log = await create_log(self.storage, self.sources)
+        await self.commit(log, *range(1, commits + 1))
+        await log.checkpoint()
+        return log
+
+    async def commit(self, log: LogLayout, *numbers: int) -> None:
+        for i in numbers:
+            self.clock.move(1)
+            await log.append(commit_proposal(an_id(i), "main", now_us=self.clock.now_us))
+
+    async def keys(self) -> list[str]:
+        return [item.key async for page in self.storage.list_pages("log/") for item in page]
+
+    async def slots(self) -> list[int]:
+        return sorted(slot[1] for key in await self.keys() if (slot := parse_slot_key(key)) is not None)
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+async def test_slots_go_a_week_after_they_were_announced(world: World):
+    log = await world.log(5)
+    assert await prune_log(log, world.storage, world.sources) == 0
+    assert floor_key(log.epoch, 5) in await world.keys()
+    await world.commit(log, 6, 7)
+    await log.checkpoint()
+    world.clock.move(6.9 * DAY_S)
+    assert await prune_log(log, world.storage, world.sources) == 0
+    assert await world.slots() == [1, 2, 3, 4, 5, 6, 7]
+    world.clock.move(0.2 * DAY_S)
+    assert await prune_log(log, world.storage, world.sources) == 5
+    assert await world.slots() == [6, 7]
+    # Nothing is left of the announcement but that of the slots that came later.
+    assert [key for key in await world.keys() if ".floor/" in key] == [floor_key(log.epoch, 7)]
+    opened = await LogLayout.open(world.storage, world.sources)
+    assert opened.state.branch_tip("main") == an_id(7)
+    await world.commit(opened, 8)
+    assert (await log.refresh()).branch_tip("main") == an_id(8)
+    await log.aclose()
+    await opened.aclose()
+
+
+async def test_slots_after_the_checkpoint_are_never_announced(world: World):
+    log = await world.log(3)
+    other = await LogLayout.open(world.storage, world.sources)
+    other._checkpointing._stopped = True
+    await world.commit(other, 4, 5)
+    await prune_log(log, world.storage, world.sources)
+    assert floor_key(log.epoch, 3) in await world.keys()
+    world.clock.move(8 * DAY_S)
+    await prune_log(log, world.storage, world.sources)
+    assert await world.slots() == [4, 5]
+    assert (await LogLayout.open(world.storage, world.sources)).state.branch_tip("main") == an_id(5)
+
+
+async def test_announcements_are_few_however_often_a_pruner_runs(world: World):
+    log = await world.log(1)
+    for i in range(2, 80):
+        await world.commit(log, i)
+        await log.checkpoint()
+        await prune_log(log, world.storage, world.sources)
+        world.clock.move(0.25 * DAY_S)
+        assert len([key for key in await world.keys() if ".floor/" in key]) <= 9
+    assert len(await world.slots()) < 40
+    await log.aclose()
+
+
+async def test_a_log_that_was_converted_goes_as_a_whole(world: World):
+    log = await world.log(3)
+    await convert_log(log, world.storage, world.sources, Layout.REPO)
+    repo = await open_repository(world.storage, world.sources)
+    await prune_log(repo, world.storage, world.sources)
+    assert await world.slots() == [1, 2, 3, 4]
+    world.clock.move(8 * DAY_S)
+    assert await prune_log(repo, world.storage, world.sources) == 4
+    assert await world.keys() == []
+    assert (await repo.refresh()).branch_tip("main") == an_id(3)
+
+
+async def test_a_log_that_was_taken_over_stays(world: World):
+    log = await world.log(3)
+    answer = await world.storage.get("repo")
+    info = decode_repo(answer.data)
+    online = Status(availability=ONLINE, set_at_us=info.status.set_at_us + 1, reason=None)
+    from dataclasses import replace
+
+    await world.storage.put("repo", encode_repo(replace(info, status=online, extra=None)), ANY)
+    await seal_log(world.storage, world.sources, log.epoch, 3)
+    repo = await open_repository(world.storage, world.sources)
+    for _ in range(2):
+        assert await prune_log(repo, world.storage, world.sources) == 0
+        world.clock.move(8 * DAY_S)
+    assert await world.slots() == [1, 2, 3, 4]
+
+
+async def test_a_pruner_that_is_stopped_on_the_way_is_continued_by_the_next(world: World):
+    log = await world.log(4)
+    await prune_log(log, world.storage, world.sources)
+    world.clock.move(8 * DAY_S)
+
+    class Stuck(WrappingStorage):
+        async def delete(self, keys):  # type: ignore[no-untyped-def]
+            wanted = list(keys)
+            slots = [key for key in wanted if parse_slot_key(key) is not None]
+            if not slots:
+                return await self.inner.delete(wanted)
+            # Oldest first.
+            assert slots == [slot_key(log.epoch, n) for n in range(1, len(slots) + 1)]
+            await self.inner.delete(wanted[:2])
+            return DeleteResult(deleted=2, failures=((wanted[2], "enough"),))
+
+    with pytest.raises(StorageError, match="enough"):
+        await prune_log(log, Stuck(world.storage), world.sources)
+    assert await world.slots() == [3, 4]
+    assert (await LogLayout.open(world.storage, world.sources)).state.branch_tip("main") == an_id(4)
+    assert await prune_log(log, world.storage, world.sources) == 2
+
+
+async def test_a_storage_that_can_only_be_read_is_not_pruned(world: World):
+    class ReadOnly(WrappingStorage):
+        @property
+        def supports_writes(self) -> bool:
+            return False
+
+    log = await world.log(1)
+    with pytest.raises(ReadOnlyError):
+        await prune_log(log, ReadOnly(world.storage), world.sources)
+
+
+def test_floors_have_keys_of_their_own_that_no_reader_takes_for_slots():
+    key = floor_key("E" * 28, 77)
+    assert parse_floor_key("E" * 28, key) == 77
+    assert parse_slot_key(key) is None
+    assert parse_floor_key("E" * 28, f"log/{'E' * 28}.floor/now.abc") is None

@@ -1,0 +1,173 @@
+"""Storage statistics: every byte once."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import anyio
+import anyio.lowlevel
+import numpy as np
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import icechunk
+from icechunk.credentials import LocalFileSystemAccess
+from icechunk.format.ids import NodeId, ObjectId
+from icechunk.format.tables import INLINE, NATIVE, ChunkRefs, Manifest
+from icechunk.maintenance.limits import Budget, Limits
+from icechunk.maintenance.reachability import Files, read_manifests
+from icechunk.maintenance.row_set import RowSet
+from icechunk.maintenance.stats import _Counter
+from icechunk.storage.memory import MemoryStorage
+from icechunk.testing.wrapping import WrappingStorage
+from tests.maintenance.helpers import History, by_layout
+
+
+@by_layout
+async def test_native_bytes_are_those_of_distinct_objects_that_refs_reach(version: int | None):
+    history = await History.create(MemoryStorage(), version)
+    assert (await history.repo.chunk_storage_stats_async()).native_bytes == 80
+    await history.commit("c1", 0)
+    await history.repo.create_branch_async("b", history.ids["first"])
+    await history.commit("b1", 1, branch="b")
+    await history.commit("detached", 2, how="flush")
+    stats = await history.repo.chunk_storage_stats_async()
+    assert (stats.native_bytes, stats.virtual_bytes, stats.inlined_bytes) == (96, 0, 0)
+    assert (stats.total_bytes(), stats.non_virtual_bytes()) == (96, 96)
+    await history.repo.delete_branch_async("b")
+    assert (await history.repo.chunk_storage_stats_async()).native_bytes == 88
+
+
+@by_layout
+async def test_virtual_ranges_count_once_and_inline_bytes_in_every_manifest(tmp_path: Path, version: int | None):
+    file = tmp_path / "x"
+    file.write_bytes(b"0" * 1000)
+    config = icechunk.RepositoryConfig.default()
+    config.inline_chunk_threshold_bytes = 100
+    prefix = f"file://{tmp_path}/"
+    store = icechunk.local_filesystem_store(str(tmp_path))
+    config.set_virtual_chunk_container(icechunk.VirtualChunkContainer(prefix, store))
+    repo = await icechunk.Repository.create_async(
+        MemoryStorage(), config, authorize_virtual_chunk_access={prefix: LocalFileSystemAccess}, spec_version=version
+    )
+    azarr = zarr.api.asynchronous
+    options = {"shape": (40,), "chunks": (10,), "dtype": "i1", "compressors": None, "fill_value": 0}
+    session = await repo.writable_session_async("main")
+    await azarr.create_array(store=session.store, name="v", **options)
+    for i, offset in enumerate((0, 10, 0, 5)):
+        session.store.set_virtual_ref(f"v/c/{i}", f"file://{file}", offset=offset, length=10)
+    await session.commit_async("virtual")
+    session = await repo.writable_session_async("main")
+    inline = await azarr.create_array(store=session.store, name="i", **options)
+    await inline.setitem(slice(None), 1)
+    await session.commit_async("inline")
+    stats = await repo.chunk_storage_stats_async(max_snapshots_in_memory=1, max_concurrent_manifest_fetches=1)
+    assert (stats.native_bytes, stats.virtual_bytes, stats.inlined_bytes) == (0, 30, 40)
+
+
+SPANS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 30), st.integers(0, 12)), max_size=30)
+
+
+@given(SPANS)
+@settings(max_examples=100, deadline=None)
+def test_bytes_of_shared_objects_count_once_however_ranges_overlap(spans: list[tuple[int, int, int]]):
+    counter = _Counter()
+    for part in (spans[::2], spans[1::2]):
+        if not part:
+            continue
+        refs = ChunkRefs(
+            coords=np.arange(len(part), dtype=np.uint32)[:, None],
+            kind=np.full(len(part), NATIVE, np.uint8),
+            offset=np.array([span[1] for span in part], np.uint64),
+            length=np.array([span[2] for span in part], np.uint64),
+            chunk_id=np.frombuffer(b"".join(bytes([span[0]]) + b"\0" * 11 for span in part), "V12"),
+            location=np.full(len(part), -1, np.int32),
+        )
+        counter.add(Manifest(id=ObjectId(b"m" * 12), arrays={NodeId(b"n" * 8): refs}))
+    expected = {(id, byte) for id, offset, length in spans for byte in range(offset, offset + length)}
+    assert counter.result().native_bytes == len(expected)
+
+
+@given(st.lists(st.lists(st.binary(min_size=3, max_size=3))), st.lists(st.binary(min_size=3, max_size=3)))
+def test_a_set_of_rows_is_a_set(parts: list[list[bytes]], asked: list[bytes]):
+    rows = RowSet(3)
+    for part in parts:
+        rows.add(np.frombuffer(b"".join(part), "V3"))
+    model = {row for part in parts for row in part}
+    assert len(rows) == len(model)
+    assert rows.missing(asked) == [row not in model for row in asked]
+
+
+async def test_a_budget_lends_no_more_than_it_has_and_everything_to_who_wants_more():
+    budget, held, most = Budget(10), 0, 0
+
+    async def borrow(amount: int) -> None:
+        nonlocal held, most
+        async with budget.take(amount):
+            held += min(amount, 10)
+            most = max(most, held)
+            await anyio.lowlevel.checkpoint()
+            held -= min(amount, 10)
+
+    await asyncio.gather(*(borrow(amount) for amount in (3, 8, 100, 1, 10, 4, 0)))
+    assert most == 10
+
+
+async def test_manifests_are_read_within_the_bounds():
+    class Counting(WrappingStorage):
+        now = most = 0
+
+        async def get(self, key, byte_range=None):  # type: ignore[no-untyped-def]
+            self.now += 1
+            try:
+                for _ in range(50):
+                    await asyncio.sleep(0)
+                self.most = max(self.most, self.now)
+                return await self.inner.get(key, byte_range)
+            finally:
+                self.now -= 1
+
+    history = await History.create(MemoryStorage(), None)
+    for i in range(8):
+        await history.commit(f"c{i}", i)
+    log = await history.repo._core.log()
+    files = {
+        file.object_id: file
+        for id in log.state.snapshots
+        for file in (await history.repo._core.assets.snapshot(id)).manifest_files.values()
+    }
+    assert len(files) > 6
+
+    async def most(limits: Limits) -> int:
+        storage = Counting(history.repo.storage)
+        seen: list[Manifest] = []
+
+        async def visit(manifest: Manifest) -> None:
+            seen.append(manifest)
+
+        await read_manifests(Files(storage, log), files.values(), limits, visit)
+        assert {manifest.id for manifest in seen} == set(files)
+        return storage.most
+
+    assert await most(Limits()) == len(files)
+    assert await most(Limits(max_concurrent_manifest_fetches=2)) == 2
+    assert await most(Limits(max_compressed_manifest_mem_bytes=1)) == 1
+    assert await most(Limits(max_decoded_manifest_mem_bytes=1)) == 1
+
+
+def test_inline_bytes_are_those_of_the_rows():
+    refs = ChunkRefs(
+        coords=np.arange(2, dtype=np.uint32)[:, None],
+        kind=np.full(2, INLINE, np.uint8),
+        offset=np.array([0, 3], np.uint64),
+        length=np.array([3, 4], np.uint64),
+        chunk_id=np.zeros(2, "V12"),
+        location=np.full(2, -1, np.int32),
+        inline_data=b"abcdefg",
+    )
+    counter = _Counter()
+    for _ in range(2):
+        counter.add(Manifest(id=ObjectId(b"m" * 12), arrays={NodeId(b"n" * 8): refs}))
+    assert counter.result().inlined_bytes == 14
