@@ -67,11 +67,11 @@ def merge_sessions_array_kwargs(*sessions: Any, axis: Any = None, keepdims: Any 
 
 def _assert_correct_dask_version() -> None:
     """Raise `ValueError` where dask is older than what `store_dask` works with."""
-    numbers = tuple(int(part) for part in dask.__version__.split(".")[:3] if part.isdigit())
+    numbers = tuple(int(part) for part in _dask.__version__.split(".")[:3] if part.isdigit())
     if numbers < _OLDEST_DASK:
         wanted = ".".join(map(str, _OLDEST_DASK))
         raise InvalidInputError(
-            f"writing dask arrays needs dask>={wanted}, and this is {dask.__version__}: install a newer one",
+            f"writing dask arrays needs dask>={wanted}, and this is {_dask.__version__}: install a newer one",
             ErrorKind.INVALID_SETTING,
         )
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 from icechunk.values import Represented
 
-__all__ = ["Changes", "Diff", "ManifestFileInfo", "SnapshotInfo"]
+__all__ = ["AncestryGraph", "Changes", "Diff", "ManifestFileInfo", "SnapshotInfo"]  # noqa: F822 - see `__getattr__`
 
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
@@ -145,3 +145,12 @@ class Diff:
 
 def _lists(rows: Any) -> list[list[int]]:
     return rows.tolist() if hasattr(rows, "tolist") else [list(row) for row in rows]
+
+
+def __getattr__(name: str) -> object:
+    # The official library has it in this module; ours draws with what stands on top of it.
+    if name == "AncestryGraph":
+        from icechunk.inspection.graph import AncestryGraph
+
+        return AncestryGraph
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -55,8 +55,6 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
 
     def __init__(self, session: Session, read_only: bool | None = None, *args: Any, **kwargs: Any) -> None:
         super().__init__(read_only=session.read_only if read_only is None else read_only)
-        # There is nothing to open: the session is.
-        self._is_open = True
         self._session = session
 
     @property
@@ -290,9 +288,16 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
         """All keys: of each node its metadata, then its chunks."""
         return self._keys_under("/")
 
-    def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        """All keys at or below a directory; ``foo`` is one, and does not mean ``foo-bar``."""
-        return self._keys_under(to_path(prefix))
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        """All keys that start with a prefix."""
+        if prefix == "" or prefix.endswith("/"):
+            async for key in self._keys_under(to_path(prefix)):
+                yield key
+            return
+        parent = to_path(prefix.rpartition("/")[0])
+        async for key in self._keys_under(parent):
+            if key.startswith(prefix):
+                yield key
 
     async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
         """Names directly below a directory: of keys and of directories alike, each once."""
@@ -403,6 +408,18 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
 
     def _repr_html_(self) -> str:
         return fields_html("icechunk.IcechunkStore", self._summary())
+
+
+def _byte_request_to_tuple(byte_request: ByteRequest | None) -> tuple[int | None, int | None]:
+    """A request as `PyStore.get` takes it: start and end, either None."""
+    match byte_request:
+        case RangeByteRequest(start, end):
+            return start, end
+        case OffsetByteRequest(offset):
+            return offset, None
+        case SuffixByteRequest(suffix):
+            return None, suffix
+    return None, None
 
 
 def _range(request: ByteRequest | None) -> ByteRange:

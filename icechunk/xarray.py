@@ -138,13 +138,13 @@ class LazyArrayWriter(common.ArrayWriter):
     """Takes what xarray wants to have written, and writes it when it is told: first arrays in memory, then dask's."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._eager: list[tuple[Any, Any, Any]] = []
 
     def add(self, source: Any, target: Any, region: Any = None) -> Any:
         """Remember to write ``source`` to ``target``, or to a region of it."""
         if is_dask_collection(source):
-            super().add(source, target, region)
+            super().add(source, target, region)  # type: ignore[no-untyped-call]
         else:
             self._eager.append((source, target, region))
 

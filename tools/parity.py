@@ -66,7 +66,7 @@ def _is_own(module: Any, name: str) -> bool:
         return False
     home = getattr(value, "__module__", None)
     if isinstance(value, type) or inspect.isroutine(value):
-        return home == module.__name__
+        return home is not None and f"{home}.".startswith(f"{module.__name__}.")
     # Constants and aliases have no home, or that of what they are made of.
     return home is None or name.startswith("_") or home.startswith("hypothesis")
 
@@ -84,6 +84,10 @@ def _describe(value: Any, depth: int) -> dict[str, Any]:
                 # A member of a union inherits its siblings as attributes; nobody reaches them that way.
                 if depth == 0:
                     members[name] = _describe(member, depth + 1)
+                    # A union of ours says so by `issubclass`, without being a base.
+                    members[name]["bases"] += [value.__name__] if issubclass(member, value) else []
+            elif isinstance(getattr(value, name, None), property):
+                members[name] = {"what": "attribute"}
             elif isinstance(member, staticmethod | classmethod):
                 members[name] = {
                     "what": "function",
@@ -101,7 +105,7 @@ def _describe(value: Any, depth: int) -> dict[str, Any]:
                 members[name] = {"what": "enum", "value": _number(getattr(value, name))}
             else:
                 members[name] = {"what": "attribute"}
-        bases = [base.__name__ for base in value.__mro__[1:] if base.__module__ != "icechunk.values"]
+        bases = [base.__name__ for base in value.__mro__[1:]]
         return {
             "what": "class",
             "parameters": _parameters(value),

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
 from icechunk import (
+    AncestryGraph,
     Attribution,
     AzureCredentials,
     AzureRefreshableCredential,
@@ -45,6 +46,7 @@ from icechunk import (
     ObjectStoreConfig,
     RebaseFailedError,
     RepoAvailability,
+    Repository,
     RepositoryConfig,
     RepoStatus,
     S3Credentials,
@@ -64,7 +66,11 @@ from icechunk import (
     VirtualChunkContainer,
     VirtualChunkSpec,
     __version__,
+    initialize_logs,
+    set_logs_filter,
+    shutdown_telemetry,
     spec_version,
+    upgrade_icechunk_repository,
     user_agent,
 )
 from icechunk._icechunk_python.repository import PyRepository
@@ -77,6 +83,7 @@ from icechunk.storage.facade import StorageObjectInfo
 from icechunk.testing.latency import LatencyStorage
 
 __all__ = [
+    "AncestryGraph",
     "AsyncCloseableIterator",
     "Attribution",
     "AzureCredentials",
@@ -139,7 +146,11 @@ __all__ = [
     "VirtualChunkSpec",
     "__version__",
     "_all_error_kinds",
+    "_upgrade_icechunk_repository",
     "cli_entrypoint",
+    "initialize_logs",
+    "set_logs_filter",
+    "shutdown_telemetry",
     "spec_version",
     "user_agent",
 ]
@@ -172,3 +183,19 @@ def cli_entrypoint() -> int:
 
 def _all_error_kinds() -> list[str]:
     return [str(kind) for kind in ErrorKind]
+
+
+def _upgrade_icechunk_repository(
+    repo: PyRepository,
+    *,
+    dry_run: bool = True,
+    delete_unused_v1_files: bool = True,
+    prefetch_concurrency: int | None = None,
+) -> PyRepository:
+    upgraded = upgrade_icechunk_repository(
+        Repository(repo),
+        dry_run=dry_run,
+        delete_unused_v1_files=delete_unused_v1_files,
+        prefetch_concurrency=prefetch_concurrency,
+    )
+    return PyRepository(upgraded)

@@ -312,16 +312,16 @@ class SessionLog:
         node = self._existing(source, "move")
         if self._tree.get(target) is not None:
             raise AlreadyExistsError(
-                f"cannot move {source} to {target}: it would overwrite existing node {target}; delete that first, or choose "
-                "another path",
+                f"cannot move {source} to {target}: it would overwrite existing node {target}; delete that first, or "
+                "choose another path",
                 ErrorKind.MOVE_WONT_OVERWRITE,
             )
         above = parent_of(target)
         parent = self._tree.get(above)
         if parent is None:
             raise SessionStateError(
-                f"cannot move {source} to {target}: the destination's parent group {above} does not exist; create it in an "
-                "ordinary session first",
+                f"cannot move {source} to {target}: the destination's parent group {above} does not exist; create it "
+                "in an ordinary session first",
                 ErrorKind.MOVE_DESTINATION_PARENT_MISSING,
             )
         if parent.kind != NodeKind.GROUP:

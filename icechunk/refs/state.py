@@ -301,8 +301,8 @@ def apply(state: RepoState, event: e.Event, *, time_us: int, since_us: int | Non
                 raise ConflictError(
                     encode_id(expected),
                     encode_id(tip),
-                    f"branch update conflict: cannot reset branch {name!r}: expected at {encode_id(expected)}, it is at "
-                    f"{encode_id(tip)}; look at it again",
+                    f"branch update conflict: cannot reset branch {name!r}: expected at {encode_id(expected)}, it is "
+                    f"at {encode_id(tip)}; look at it again",
                     ErrorKind.BRANCH_UPDATE_CONFLICT,
                 )
             require_snapshot(state, target)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from icechunk.session.arranging import Arranging
 from icechunk.session.ending import Ending
 from icechunk.session.sharing import Sharing
+from icechunk.status import SessionMode
 
 if TYPE_CHECKING:
     from icechunk._icechunk_python.session import PySession
     from icechunk.store import IcechunkStore
 
-__all__ = ["Session"]
+__all__ = ["ForkSession", "Session", "SessionMode"]  # noqa: F822 - see `__getattr__`
 
 
 class Session(Arranging, Ending, Sharing):
@@ -35,3 +36,12 @@ class Session(Arranging, Ending, Sharing):
         from icechunk._icechunk_python.session import PySession
 
         return PySession(self)
+
+
+def __getattr__(name: str) -> object:
+    # The official library has forks in this module; ours stand on top of it.
+    if name == "ForkSession":
+        from icechunk.forking import ForkSession
+
+        return ForkSession
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -34,6 +34,9 @@ class LatencyStorage(WrappingStorage):
     Both can be set anew at any time.
     """
 
+    write_latency_ms: int = 0
+    read_latency_ms: int = 0
+
     def __init__(self, inner: Storage, *, write_latency_ms: int = 0, read_latency_ms: int = 0) -> None:
         super().__init__(inner)
         self.write_latency_ms = write_latency_ms

@@ -86,9 +86,11 @@ class VirtualAccess:
     ) -> None:
         found = list(containers)
         self.prefixes = Prefixes(found)
-        _check(found, _by_container(found, authorized))
+        authorized = _by_container(found, authorized)
+        _check(found, authorized)
         self._desks: PerLoop[_Desk] = PerLoop(
-            partial(_Desk, self.prefixes, _by_container(found, authorized), settings, max_requests, sources), _Desk.aclose
+            partial(_Desk, self.prefixes, authorized, settings, max_requests, sources),
+            _Desk.aclose,
         )
 
     async def read(self, ref: ChunkRef, start: int, end: int) -> bytes:
@@ -228,7 +230,7 @@ def _by_container(
     """What is authorised, by the prefixes of the containers; those may be given without their last slash."""
     whole = {container.url_prefix for container in containers}
     return {
-        f"{prefix}/" if isinstance(prefix, str) and f"{prefix}/" in whole and prefix not in whole else prefix: credential
+        f"{prefix}/" if f"{prefix}/" in whole and prefix not in whole else prefix: credential
         for prefix, credential in authorized.items()
     }
 
