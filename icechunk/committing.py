@@ -146,7 +146,7 @@ async def _compact(core: Core, todo: Plan, wanted: Commit, parent_id: ObjectId |
     async def read(id: ObjectId) -> None:
         manifests[id] = await core.assets.manifest(id)
 
-    await run_each(read, todo.manifests_to_read, limit=core.settings.max_requests)
+    await run_each(read, todo.manifests_to_read, limit=max(1, core.settings.commit_fetches))
     touched = sum(len(array.written) for array in todo.arrays)
     touched += sum(manifest.num_chunk_refs for manifest in manifests.values())
     return await off_loop(
@@ -176,7 +176,7 @@ async def _write(
     files: list[tuple[str, bytes]] = []
     sizes = {id: size for id, (_, size) in written.items()}
     for manifest in compaction.manifests:
-        encode = partial(encode_manifest, manifest, spec_version, level)
+        encode = partial(encode_manifest, manifest, spec_version, level, core.settings.locations)
         data = await off_loop(manifest.num_chunk_refs * _BYTES_PER_REF, encode)
         sizes[manifest.id] = len(data)
         files.append((manifest_key(manifest.id), data))

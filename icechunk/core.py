@@ -15,7 +15,10 @@ from icechunk.config import (
     config_from_dict,
     config_to_dict,
 )
+from icechunk.config.manifest_rules import manifests_to_preload, tile_shapes
 from icechunk.format.ids import ObjectId, object_id_from_text
+from icechunk.format.location_compression import LocationCompression
+from icechunk.format.tables import Snapshot
 from icechunk.log.compaction import Policy
 from icechunk.refs.base import Layout, RepositoryLog
 from icechunk.refs.convert import convert_log
@@ -27,6 +30,7 @@ from icechunk.storage.base import Storage
 from icechunk.storage.per_loop import PerLoop
 from icechunk.transfer.assets import Assets
 from icechunk.transfer.packs import Packs
+from icechunk.transfer.preloading import Preloader
 from icechunk.transfer.put import PutPool
 from icechunk.virtual_access import VirtualAccess
 
@@ -53,6 +57,10 @@ class Settings:
     """Size of such an object."""
     policy: Policy
     """How references are laid out in manifests."""
+    commit_fetches: int
+    """Manifests that a commit reads at a time, at the most."""
+    locations: LocationCompression
+    """How locations of virtual references are compressed in them."""
 
 
 class Core:
@@ -104,7 +112,10 @@ class Core:
             num_snapshot_nodes=_value(caching.num_snapshot_nodes, 500_000),
             num_chunk_refs=_value(caching.num_chunk_refs, 15_000_000),
             num_transaction_changes=_value(caching.num_transaction_changes, 0),
+            max_decodes=_value(config.max_concurrent_decodes, 2),
         )
+        self._preloaders = PerLoop(lambda: Preloader(self.assets, self.settings.max_requests), Preloader.aclose, rank=1)
+        self._preloaded: ObjectId | None = None
         self.virtual = VirtualAccess(
             (config.virtual_chunk_containers or {}).values(),
             self.virtual_access,
@@ -191,8 +202,25 @@ class Core:
             size_bytes=settings.pack_size_bytes,
         )
 
+    async def preload(self, snapshot: Snapshot) -> None:
+        """Begin to fetch the manifests that the configuration wants ahead of need; does not wait for them."""
+        if self._preloaded == snapshot.id:
+            return
+        self._preloaded = snapshot.id
+        config = self.config.manifest.preload if self.config.manifest is not None else None
+        wanted = [id for id in manifests_to_preload(config, snapshot) if not self.assets.knows_manifest(id)]
+        if wanted:
+            (await self._preloaders.get()).start(wanted)
+
+    async def preloaded(self) -> None:
+        """Wait for what `preload` has begun on this loop."""
+        preloader = self._preloaders.peek()
+        if preloader is not None:
+            await preloader.wait()
+
     async def aclose(self) -> None:
         """Write a last checkpoint where one is due, and close what this loop has open."""
+        await self._preloaders.aclose()
         await self._logs.aclose()
         await self.virtual.aclose()
         await self.storage.aclose()
@@ -212,20 +240,42 @@ def _resolve(config: RepositoryConfig, layout: Layout) -> Settings:
     compression = config.compression
     # What is shared with the official library is laid out as it does it, unless asked for otherwise.
     alone = layout is Layout.LOG
-    policy = Policy() if alone else Policy.explicit()
+    shapes = tile_shapes(config.manifest.splitting if config.manifest is not None else None)
     if alone or not (engine.max_refs_per_manifest is None and engine.share_manifests_below_refs is None):
         policy = Policy(
             max_refs_per_manifest=_value(engine.max_refs_per_manifest, Policy().max_refs_per_manifest),
             share_below_refs=_value(engine.share_manifests_below_refs, Policy().share_below_refs if alone else 0),
+            tile_shape=shapes,
         )
+    else:
+        policy = Policy.explicit(shapes)
+    max_requests = _value(config.max_concurrent_requests, 256)
     return Settings(
         inline_threshold_bytes=_value(config.inline_chunk_threshold_bytes, 512),
         compression_level=_value(compression.level if compression is not None else None, 3),
-        max_requests=_value(config.max_concurrent_requests, 256),
+        max_requests=max_requests,
         put_memory_bytes=_value(engine.put_memory_bytes, _DEFAULT_PUT_MEMORY_BYTES),
         pack_threshold_bytes=_value(engine.pack_threshold_bytes, 512 * 1024 if alone else 0),
         pack_size_bytes=_value(engine.pack_size_bytes, 4 * 1024 * 1024),
         policy=policy,
+        commit_fetches=_value(
+            config.manifest.max_concurrent_manifest_fetches_during_commit if config.manifest is not None else None,
+            max_requests,
+        ),
+        locations=_locations(config),
+    )
+
+
+def _locations(config: RepositoryConfig) -> LocationCompression:
+    given = config.manifest.virtual_chunk_location_compression if config.manifest is not None else None
+    default = LocationCompression()
+    if given is None:
+        return default
+    return LocationCompression(
+        min_refs=_value(given.min_num_chunks, default.min_refs),
+        samples=_value(given.dictionary_max_training_samples, default.samples),
+        dictionary_bytes=_value(given.dictionary_max_size_bytes, default.dictionary_bytes),
+        level=_value(given.compression_level, default.level),
     )
 
 

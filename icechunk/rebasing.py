@@ -52,6 +52,16 @@ def steps_between(state: RepoState, base: ObjectId, tip: ObjectId) -> list[Step]
     return None
 
 
+async def _with_history(core: Core, state: RepoState, base: ObjectId, tip: ObjectId) -> RepoState:
+    """The state with the snapshots between two in its graph: format 1 reads them one by one, from child to parent."""
+    current: ObjectId | None = tip
+    while current is not None and current != base:
+        if current not in state.snapshots:
+            state = await core.learn(current)
+        current = state.snapshots[current].parent if current in state.snapshots else None
+    return state
+
+
 async def winners_between(core: Core, steps: Sequence[Step]) -> dict[ObjectId, TransactionLog]:
     """The transaction logs of some steps, by id, all read at the same time.
 
@@ -114,7 +124,7 @@ async def rebase_onto_tip(
     """
     state = await core.state()
     base, tip = log.base.id, state.branch_tip(branch)
-    steps = steps_between(state, base, tip)
+    steps = steps_between(await _with_history(core, state, base, tip), base, tip)
     if steps is None:
         raise ConflictError(
             encode_id(base),

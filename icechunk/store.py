@@ -121,7 +121,8 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
             key, byte_range = wanted[i]
             found[i] = await self.get(key, prototype, byte_range)
 
-        await run_each(fetch, range(len(wanted)), limit=min(len(wanted), _CONCURRENCY))
+        most = self._session.config.get_partial_values_concurrency or _CONCURRENCY
+        await run_each(fetch, range(len(wanted)), limit=min(len(wanted), most))
         return found
 
     async def _get_many(

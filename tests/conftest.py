@@ -69,6 +69,25 @@ def minio() -> Iterator[services.S3Service]:
         starting.__exit__(None, None, None)
 
 
+@pytest.fixture(scope="session")
+def azurite() -> Iterator[services.AzureService]:
+    """An Azurite, one for each xdist worker, with the container `BUCKET`; skips where there is none.
+
+    With ``ICECHUNK_REQUIRE_SERVICES=1`` it fails instead.
+    """
+    try:
+        starting = services.azurite(containers=[BUCKET])
+        service = starting.__enter__()
+    except services.Unavailable as error:
+        if os.environ.get("ICECHUNK_REQUIRE_SERVICES") == "1":
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+    try:
+        yield service
+    finally:
+        starting.__exit__(None, None, None)
+
+
 @pytest.fixture
 def moto_storage(moto_service: services.S3Service) -> S3Storage:
     """An empty storage on moto."""

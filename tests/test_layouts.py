@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import pickle
 from dataclasses import replace
@@ -40,6 +41,24 @@ async def read(repo: icechunk.Repository, name: str, **version: str) -> np.ndarr
 
 async def messages(repo: icechunk.Repository) -> list[str]:
     return [info.message async for info in repo.async_ancestry(branch="main")]
+
+
+@by_layout
+async def test_a_session_is_rebased_over_commits_of_another_client(
+    storage: Storage, asked: int | None, layout: str, version: int
+):
+    repo = await icechunk.Repository.create_async(storage, spec_version=asked)
+    await write(repo, "base")
+    session = await repo.writable_session_async("main")
+    array = await zarr.api.asynchronous.open_array(store=session.store, path="base", mode="r+")
+    await array.setitem(0, -1.0)
+    other = await icechunk.Repository.open_async(storage)
+    for name in ("a", "b"):
+        await write(other, name)
+    await session.commit_async("late", rebase_with=icechunk.ConflictDetector())
+    assert await messages(repo) == ["late", "wrote b", "wrote a", "wrote base", "Repository initialized"]
+    await repo.aclose()
+    await other.aclose()
 
 
 @by_layout
@@ -252,3 +271,34 @@ async def test_a_log_that_was_taken_over_is_sealed_and_reported_by_the_next_who_
     await (await icechunk.Repository.open_async(storage)).aclose()
     assert not caplog.records
     await again.aclose()
+
+
+@pytest.mark.parametrize("layout", ["log", "repo", "refs"])
+async def test_configuration_can_be_saved_again_by_whoever_created_the_repository(layout: str) -> None:
+    options = icechunk.RepositoryConfig(engine=icechunk.config.EngineConfig(layout=layout))
+    storage = icechunk.in_memory_storage()
+    repo = await icechunk.Repository.create_async(storage, options)
+    repo.config.max_concurrent_requests = 9
+    await repo.save_config_async()
+    stored = await icechunk.Repository.fetch_config_async(storage)
+    assert stored is not None
+    assert stored.max_concurrent_requests == 9
+
+
+async def test_no_more_partial_values_are_fetched_at_a_time_than_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    running = most = 0
+
+    async def counted(store: icechunk.IcechunkStore, key: str, *_: object) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0)
+        running -= 1
+
+    options = icechunk.RepositoryConfig(get_partial_values_concurrency=3)
+    repo = await icechunk.Repository.create_async(icechunk.in_memory_storage(), options)
+    store = (await repo.readonly_session_async("main")).store
+    monkeypatch.setattr(icechunk.IcechunkStore, "get", counted)
+    prototype = zarr.core.buffer.default_buffer_prototype()
+    await store.get_partial_values(prototype, [(f"a/c/{i}", None) for i in range(20)])
+    assert most == 3

@@ -28,7 +28,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["OFFICIAL_CURRENT", "OFFICIAL_FORMAT_1", "OracleError", "OracleUnavailable", "ensure", "find", "run"]
+__all__ = [
+    "OFFICIAL_CURRENT",
+    "OFFICIAL_FORMAT_1",
+    "OracleError",
+    "OracleUnavailable",
+    "Resident",
+    "ensure",
+    "find",
+    "run",
+]
 
 OFFICIAL_CURRENT = "2.3.0"
 """The version whose API and format we match."""
@@ -159,6 +168,60 @@ def run(version: str, module: str, *args: str, stdin: Any = None, timeout_s: flo
         return json.loads(lines[-1])
     except (IndexError, ValueError) as error:
         raise OracleError(f"{what} printed no JSON:\n{done.stdout[-2000:]}") from error
+
+
+class Resident:
+    """The official library in a process that stays, for many small calls. Close it, or use it as a context.
+
+    Parameters
+    ----------
+    version
+        As in `ensure`, with its errors.
+    """
+
+    def __init__(self, version: str = OFFICIAL_CURRENT) -> None:
+        self.version = version
+        self._folder = tempfile.TemporaryDirectory(prefix="oracle-")
+        (Path(self._folder.name) / "tools").symlink_to(PROJECT / "tools")
+        self._log = (Path(self._folder.name) / "log").open("w+")
+        self._process = subprocess.Popen(
+            [str(ensure(version)), "-m", "tools.interop.serve"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            cwd=self._folder.name,
+            env=environment(),
+        )
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        """Call ``module:function`` there; arguments and result are JSON values. Raises `OracleError` if it fails."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"call": function, "arguments": arguments}) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            raise OracleError(f"{function} ended the process of icechunk {self.version}:\n{self._log.read()[-4000:]}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise OracleError(f"{function} with icechunk {self.version}: {answer['type']}\n{answer['error']}")
+        return answer["result"]
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._log.close()
+        self._folder.cleanup()
 
 
 def environment() -> dict[str, str]:

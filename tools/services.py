@@ -1,14 +1,16 @@
-"""Real components for tests and benchmarks: MinIO, toxiproxy, and a moto server.
+"""Real components for tests and benchmarks: MinIO, toxiproxy, Azurite, and a moto server.
 
 As a program it runs one until interrupted::
 
     python -m tools.services minio --port 9000 --bucket data
     python -m tools.services toxiproxy --upstream 127.0.0.1:9000 --latency-ms 20
     python -m tools.services moto --bucket data
-    python -m tools.services install minio toxiproxy
+    python -m tools.services azurite --container data
+    python -m tools.services install minio toxiproxy azurite
 
 Binaries are looked for on ``PATH``, then in ``$GOBIN`` and ``~/go/bin``; `install` builds them with Go (MinIO takes
-about three minutes). Where there is neither, MinIO runs in docker. Every server listens on a free port of 127.0.0.1
+about three minutes). Azurite comes from npm, into a folder of its own below ``~/.cache``. Where there is no binary,
+MinIO runs in docker. Every server listens on a free port of 127.0.0.1
 and ends with its context manager.
 """
 
@@ -16,7 +18,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
+import hashlib
+import hmac
 import http.client
 import json
 import os
@@ -30,11 +35,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from email.utils import formatdate
 from pathlib import Path
 
 MINIO_MODULE = "github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c"
 TOXIPROXY_MODULE = "github.com/Shopify/toxiproxy/v2/cmd/server@v2.5.0"
 MINIO_IMAGE = "minio/minio"
+AZURITE_VERSION = "3.35.0"
 _MODULES = {"minio": MINIO_MODULE, "toxiproxy": TOXIPROXY_MODULE}
 # What `go install` calls the binary; "toxiproxy-server" is what distributions call it.
 _BINARIES = {"minio": ("minio",), "toxiproxy": ("toxiproxy-server", "server")}
@@ -210,6 +217,95 @@ def moto(*, port: int | None = None, buckets: Iterable[str] = ()) -> Iterator[S3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AzureService:
+    """A running Azure Blob Storage."""
+
+    endpoint: str
+    """URL of the account, ``http://127.0.0.1:port/account``."""
+    account: str = "devstoreaccount1"
+    # Azurite's published key, the same for everybody.
+    access_key: str = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+
+    def make_container(self, name: str, *, public: bool = False) -> None:
+        """Create a container; ``public``: whoever has no credentials may read it."""
+        extra = {"x-ms-blob-public-access": "container"} if public else {}
+        rows = {**extra, "x-ms-date": formatdate(usegmt=True), "x-ms-version": "2021-12-02"}
+        signed = "".join(f"{header}:{value}\n" for header, value in sorted(rows.items()))
+        text = f"PUT{chr(10) * 12}{signed}/{self.account}/{self.account}/{name}\nrestype:container"
+        digest = hmac.new(base64.b64decode(self.access_key), text.encode(), hashlib.sha256).digest()
+        rows["Authorization"] = f"SharedKey {self.account}:{base64.b64encode(digest).decode()}"
+        host = self.endpoint.removeprefix("http://").partition("/")[0]
+        connection = http.client.HTTPConnection(host, timeout=30)
+        try:
+            connection.putrequest("PUT", f"/{self.account}/{name}?restype=container", skip_accept_encoding=True)
+            for header, value in {**rows, "Content-Length": "0"}.items():
+                connection.putheader(header, value)
+            connection.endheaders()
+            answer = connection.getresponse()
+            if answer.status not in (201, 409):
+                raise Unavailable(f"Azurite refused to make a container: {answer.status} {answer.read(300)!r}")
+        finally:
+            connection.close()
+
+
+def _azurite_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / f"icechunk-azurite-{AZURITE_VERSION}"
+
+
+def find_azurite() -> str | None:
+    """Path of Azurite's blob service, or None."""
+    place = _azurite_folder() / "node_modules" / ".bin"
+    return shutil.which("azurite-blob", path=str(place)) or shutil.which("azurite-blob")
+
+
+def install_azurite() -> str:
+    """Get Azurite from npm unless it is there; returns the program's path.
+
+    Raises
+    ------
+    Unavailable
+        No npm, or it fails.
+    """
+    found = find_azurite()
+    if found:
+        return found
+    npm = shutil.which("npm")
+    if npm is None:
+        raise Unavailable("azurite is not installed, and there is no npm to get it: install Node.js")
+    folder = _azurite_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"getting azurite {AZURITE_VERSION} from npm", file=sys.stderr)
+    command = [npm, "install", "--no-audit", "--no-fund", "--silent", "--prefix", str(folder)]
+    done = subprocess.run([*command, f"azurite@{AZURITE_VERSION}"], check=False)
+    found = find_azurite()
+    if done.returncode != 0 or found is None:
+        raise Unavailable(f"`npm install azurite@{AZURITE_VERSION}` failed with code {done.returncode}")
+    return found
+
+
+@contextlib.contextmanager
+def azurite(*, port: int | None = None, containers: Iterable[str] = ()) -> Iterator[AzureService]:
+    """An empty Azurite, Microsoft's emulator of Azure Blob Storage.
+
+    Raises
+    ------
+    Unavailable
+        It is not installed, or does not start.
+    """
+    program = find_azurite()
+    if program is None:
+        raise Unavailable("no Azurite: python -m tools.services install azurite (needs npm)")
+    port = port or free_port()
+    service = AzureService(endpoint=f"http://127.0.0.1:{port}/devstoreaccount1")
+    command = [program, "--silent", "--skipApiVersionCheck", "--inMemoryPersistence", "--disableTelemetry"]
+    command += ["--blobHost", "127.0.0.1", "--blobPort", str(port)]
+    with _process(command, f"http://127.0.0.1:{port}/", "Azurite"):
+        for container in containers:
+            service.make_container(container)
+        yield service
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Proxy:
     """A toxiproxy in front of a service."""
 
@@ -268,20 +364,26 @@ def main(arguments: list[str] | None = None) -> int:
         command = commands.add_parser(name)
         command.add_argument("--port", type=int)
         command.add_argument("--bucket", action="append", default=[])
+    blobs = commands.add_parser("azurite")
+    blobs.add_argument("--port", type=int)
+    blobs.add_argument("--container", action="append", default=[])
     proxy = commands.add_parser("toxiproxy")
     proxy.add_argument("--upstream", required=True, metavar="HOST:PORT")
     proxy.add_argument("--latency-ms", type=int, default=0)
     building = commands.add_parser("install")
-    building.add_argument("component", nargs="+", choices=sorted(_MODULES))
+    building.add_argument("component", nargs="+", choices=sorted([*_MODULES, "azurite"]))
     options = parser.parse_args(arguments)
     try:
         if options.command == "install":
             for component in options.component:
-                print(install(component))
+                print(install_azurite() if component == "azurite" else install(component))
             return 0
         with contextlib.ExitStack() as stack:
             if options.command == "toxiproxy":
                 print(stack.enter_context(toxiproxy(options.upstream, latency_ms=options.latency_ms)).endpoint)
+            elif options.command == "azurite":
+                blob = stack.enter_context(azurite(port=options.port, containers=options.container))
+                print(f"{blob.endpoint} account {blob.account}, access key {blob.access_key}")
             else:
                 start = minio if options.command == "minio" else moto
                 service = stack.enter_context(start(port=options.port, buckets=options.bucket))

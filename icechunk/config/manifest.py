@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Final, TypeAlias
 from icechunk.values import Setting, TupleVariant, VariantMeta, checked, instance_of, optional, signed, text, unsigned
 
 __all__ = [
+    "DEFAULT_MAX_ARRAYS_TO_SCAN",
     "DEFAULT_MAX_TOTAL_REFS",
     "DEFAULT_SPLIT_SIZE",
     "ManifestConfig",
@@ -23,6 +24,7 @@ __all__ = [
     "SplitSizesDict",
 ]
 
+DEFAULT_MAX_ARRAYS_TO_SCAN: Final = 50
 DEFAULT_MAX_TOTAL_REFS: Final = 10_000
 DEFAULT_SPLIT_SIZE: Final = 2**32 - 1
 
@@ -230,7 +232,9 @@ class ManifestPreloadConfig(Setting):
         default=None, metadata=checked(optional(instance_of(ManifestPreloadCondition)))
     )
     """None: coordinate-like arrays, the official default."""
-    max_arrays_to_scan: int | None = field(default=None, metadata=checked(optional(unsigned(32)), effective=50))
+    max_arrays_to_scan: int | None = field(
+        default=None, metadata=checked(optional(unsigned(32)), effective=DEFAULT_MAX_ARRAYS_TO_SCAN)
+    )
     """Arrays looked at when choosing."""
 
 
@@ -483,4 +487,4 @@ class ManifestConfig(Setting):
     max_concurrent_manifest_fetches_during_commit: int | None = field(
         default=None, metadata=checked(optional(unsigned(16)), effective=1)
     )
-    """Kept for the official library; ours fetches as many as its pool allows."""
+    """Manifests that a commit reads at a time; unset, as many as there may be requests."""

@@ -164,7 +164,7 @@ class RepositoryConfig(Setting):
     get_partial_values_concurrency: int | None = field(
         default=None, metadata=checked(optional(unsigned(16)), effective=10)
     )
-    """Requests in flight for one call of ``get_partial_values``."""
+    """Requests in flight for one call of ``get_partial_values``; unset, as many as for the whole repository."""
     compression: CompressionConfig | None = field(
         default=None, metadata=checked(optional(instance_of(CompressionConfig)), effective=CompressionConfig())
     )
@@ -196,7 +196,7 @@ class RepositoryConfig(Setting):
     )
     """Entries of the operations log that a ``repo`` object keeps itself."""
     max_concurrent_decodes: int | None = field(default=None, metadata=checked(optional(unsigned(16)), effective=2))
-    """Metadata files decoded at a time."""
+    """Large metadata files decoded at a time, in threads, for each event loop."""
     engine: EngineConfig | None = field(
         default=None, metadata=checked(optional(instance_of(EngineConfig))), kw_only=True
     )

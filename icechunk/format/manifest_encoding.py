@@ -20,12 +20,13 @@ from icechunk.format import manifest_slots as at_slot
 from icechunk.format.envelope import FileType, seal
 from icechunk.format.flat_columns import (
     Positions,
-    copy_spans,
     is_ascending,
     lexicographic_order,
 )
 from icechunk.format.flat_writer import MAX_BYTES, FlatTable, FlatWriter, Value, Written, id_struct, u8
 from icechunk.format.ids import NodeId, encode_id
+from icechunk.format.location_compression import LocationCompression, LocationDictionary, trained
+from icechunk.format.manifest_texts import fill_inline, frames, inline_places, strings
 from icechunk.format.tables import (
     ETAG,
     INLINE,
@@ -42,7 +43,9 @@ __all__ = ["encode_manifest"]
 _U32: Final = struct.Struct("<I")
 
 
-def encode_manifest(manifest: Manifest, spec_version: int = 2, level: int = 3) -> bytes:
+def encode_manifest(
+    manifest: Manifest, spec_version: int = 2, level: int = 3, locations: LocationCompression | None = None
+) -> bytes:
     """The whole file of a manifest.
 
     Parameters
@@ -53,6 +56,8 @@ def encode_manifest(manifest: Manifest, spec_version: int = 2, level: int = 3) -
         1 or 2.
     level
         Of zstd.
+    locations
+        How locations of virtual references are compressed; None: they are not, nor are they in format 1.
 
     Raises
     ------
@@ -62,19 +67,22 @@ def encode_manifest(manifest: Manifest, spec_version: int = 2, level: int = 3) -
     """
     if spec_version not in (1, 2):
         raise InvalidInputError(f"cannot encode a manifest in spec version {spec_version}")
-    arrays = Written(lambda writer: _write_arrays(writer, dict(sorted(manifest.arrays.items()))))
+    dictionary = None if locations is None or spec_version == 1 else trained(manifest.arrays, locations)
+    arrays = Written(lambda writer: _write_arrays(writer, dict(sorted(manifest.arrays.items())), dictionary))
     root: dict[int, Value] = {
         at_slot.ID: id_struct(manifest.id),
         at_slot.ARRAYS: arrays,
-        at_slot.COMPRESSION: u8(at_slot.PLAIN),
+        at_slot.COMPRESSION: u8(at_slot.PLAIN if dictionary is None else at_slot.WITH_DICTIONARY),
     }
+    if dictionary is not None:
+        root[at_slot.DICTIONARY] = dictionary.content
     return seal(FileType.MANIFEST, spec_version, FlatWriter().finish(FlatTable(root)), level)
 
 
 _ARRAY_TABLE: Final = np.dtype([("vtable", "<i4"), ("refs", "<u4"), ("node", "V8")])
 
 
-def _write_arrays(writer: FlatWriter, arrays: Mapping[NodeId, ChunkRefs]) -> int:
+def _write_arrays(writer: FlatWriter, arrays: Mapping[NodeId, ChunkRefs], dictionary: LocationDictionary | None) -> int:
     """Write the vector of arrays and all below it; returns its position.
 
     Arrays of one rank are written as if they were one, so that a thousand small ones cost as much as a large one.
@@ -98,7 +106,7 @@ def _write_arrays(writer: FlatWriter, arrays: Mapping[NodeId, ChunkRefs]) -> int
         refs = _joined(batch)
         if not is_ascending(refs.coords, _first_rows(sizes)):
             refs = _joined([_in_order(list(arrays)[i], everything[i]) for i in members])
-        vectors[members] = _write_refs(writer, refs, sizes)
+        vectors[members] = _write_refs(writer, refs, sizes, dictionary)
     if count:
         np.frombuffer(out, "<u4", count, start + 4)[:] = tables - fields
         blocks = np.frombuffer(out, _ARRAY_TABLE, count, int(tables[0]))
@@ -206,8 +214,8 @@ _FIELD_TYPES: Final = {
     at_slot.LOCATION: "<u4",
     at_slot.ETAG: "<u4",
     at_slot.LAST_MODIFIED: "<u4",
+    at_slot.COMPRESSED: "<u4",
 }
-_KIND_FIELDS: Final = {INLINE: (at_slot.INLINE,), NATIVE: (at_slot.CHUNK_ID,), VIRTUAL: (at_slot.LOCATION,)}
 _CHECKSUM_FIELDS: Final = {NO_CHECKSUM: (), ETAG: (at_slot.ETAG,), LAST_MODIFIED: (at_slot.LAST_MODIFIED,)}
 
 
@@ -244,8 +252,9 @@ class _Group(NamedTuple):
     slots: tuple[int, ...]
 
 
-def _groups(refs: ChunkRefs) -> list[_Group]:
+def _groups(refs: ChunkRefs, location_slot: int) -> list[_Group]:
     """Rows by kind, checksum, and whether offset and length differ from their default, 0."""
+    kind_fields = {INLINE: (at_slot.INLINE,), NATIVE: (at_slot.CHUNK_ID,), VIRTUAL: (location_slot,)}
     code = refs.kind.astype(np.uint8) << 4
     has_span = refs.kind != INLINE
     code |= ((refs.offset != 0) & has_span).astype(np.uint8) << 3
@@ -256,9 +265,9 @@ def _groups(refs: ChunkRefs) -> list[_Group]:
     groups = []
     for value in np.flatnonzero(counts).tolist():
         kind, checksum = value >> 4, value & 3
-        if kind not in _KIND_FIELDS or checksum not in _CHECKSUM_FIELDS:
+        if kind not in kind_fields or checksum not in _CHECKSUM_FIELDS:
             raise InvalidInputError(f"cannot encode a reference of kind {kind} with checksum kind {checksum}")
-        slots = _KIND_FIELDS[kind] + _CHECKSUM_FIELDS[checksum]
+        slots = kind_fields[kind] + _CHECKSUM_FIELDS[checksum]
         slots += (at_slot.OFFSET,) * (value >> 3 & 1) + (at_slot.LENGTH,) * (value >> 2 & 1)
         count = int(counts[value])
         rows = slice(None) if count == len(refs) else np.flatnonzero(code == value)
@@ -266,9 +275,11 @@ def _groups(refs: ChunkRefs) -> list[_Group]:
     return groups
 
 
-def _write_refs(writer: FlatWriter, refs: ChunkRefs, sizes: npt.NDArray[np.int64]) -> Positions:
+def _write_refs(
+    writer: FlatWriter, refs: ChunkRefs, sizes: npt.NDArray[np.int64], dictionary: LocationDictionary | None
+) -> Positions:
     """Write a vector of references for each array, given the rows of all and their numbers; returns the positions."""
-    groups = _groups(refs)
+    groups = _groups(refs, at_slot.LOCATION if dictionary is None else at_slot.COMPRESSED)
     layouts = [_layout(group.slots, refs.ndim) for group in groups]
     vtables = [writer.vtable(layout.vtable, layout.vector) for layout in layouts]
     out = writer.out
@@ -283,10 +294,14 @@ def _write_refs(writer: FlatWriter, refs: ChunkRefs, sizes: npt.NDArray[np.int64
     for layout, group in zip(layouts, groups, strict=True):
         places.append(end := end + -end % 8)
         end += layout.block.itemsize * group.size
-    locations, location_at = _strings(refs.locations, refs.location[refs.kind == VIRTUAL], end)
-    etags, etag_at = _strings(refs.etags, _etag_rows(refs), end + len(locations))
+    used = refs.location[refs.kind == VIRTUAL]
+    if dictionary is None:
+        locations, location_at = strings(refs.locations, used, end)
+    else:
+        locations, location_at = frames(refs.locations, used, end, dictionary)
+    etags, etag_at = strings(refs.etags, _etag_rows(refs), end + len(locations))
     inline_start = end + len(locations) + len(etags)
-    inline_at, inline_end = _inline_places(refs, inline_start)
+    inline_at, inline_end = inline_places(refs, inline_start)
     if inline_end > MAX_BYTES:
         raise InvalidInputError(
             f"cannot encode a manifest of {inline_end} bytes: it holds at most {MAX_BYTES}; split it"
@@ -309,7 +324,7 @@ def _write_refs(writer: FlatWriter, refs: ChunkRefs, sizes: npt.NDArray[np.int64
             blocks[str(slot)] = _field_values(refs, rows, slot, field, location_at, etag_at, inline_at)
     out[end : end + len(locations)] = locations
     out[end + len(locations) : inline_start] = etags
-    _fill_inline(out, refs, inline_at)
+    fill_inline(out, refs, inline_at)
     return vectors
 
 
@@ -328,7 +343,7 @@ def _field_values(
         return refs.offset[rows]
     if slot == at_slot.LENGTH:
         return refs.length[rows]
-    if slot == at_slot.LOCATION:
+    if slot in (at_slot.LOCATION, at_slot.COMPRESSED):
         places: Positions = location_at[refs.location[rows]]
         return places - field
     if slot == at_slot.INLINE:
@@ -345,41 +360,3 @@ def _etag_rows(refs: ChunkRefs) -> npt.NDArray[np.int64]:
         return np.empty(0, np.int64)
     numbers: npt.NDArray[np.int64] = refs.checksum[refs.checksum_kind == ETAG]
     return numbers
-
-
-def _strings(texts: Sequence[str], used: npt.NDArray[Any], start: int) -> tuple[bytes, Positions]:
-    """The strings that are used, to stand at ``start``, and the position of each of all; padded to 4 bytes."""
-    at = np.zeros(len(texts), np.int64)
-    mask = np.zeros(len(texts), np.bool_)
-    mask[used] = True
-    parts: list[bytes] = []
-    position = start
-    for i in np.flatnonzero(mask).tolist():
-        try:
-            data = texts[i].encode()
-        except UnicodeEncodeError as error:
-            raise InvalidInputError(f"cannot encode {texts[i]!r}: not valid Unicode") from error
-        padding = 4 - len(data) % 4  # at least the NUL
-        at[i] = position
-        parts += (_U32.pack(len(data)), data, b"\0\0\0\0"[:padding])
-        position += 4 + len(data) + padding
-    return b"".join(parts), at
-
-
-def _inline_places(refs: ChunkRefs, start: int) -> tuple[Positions, int]:
-    """Position of the vector of each inline row, and where the last one ends."""
-    sizes = refs.length[refs.kind == INLINE].astype(np.int64)
-    ends = start + np.cumsum(4 + sizes + -sizes % 4)
-    at = ends - (4 + sizes + -sizes % 4)
-    return at, int(ends[-1]) if len(ends) else start
-
-
-def _fill_inline(out: bytearray, refs: ChunkRefs, at: Positions) -> None:
-    if not len(at):
-        return
-    inline = refs.kind == INLINE
-    sizes = refs.length[inline].astype(np.int64)
-    octets = np.frombuffer(out, np.uint8)
-    heads: npt.NDArray[Any] = np.ndarray((len(octets) - 3,), "<u4", octets, strides=(1,))
-    heads[at] = sizes
-    copy_spans(octets, at + 4, refs.inline_data, refs.offset[inline].astype(np.int64), sizes)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from math import prod
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from icechunk.format.tables import Extents
+from icechunk.log.lookup import packed
 
 __all__ = ["around", "bounds", "by_tile", "clipped", "halved", "in_box", "overlap", "union", "volume"]
 
@@ -139,11 +139,12 @@ def by_tile(coords: Coords, tile: Sequence[int]) -> list[Rows]:
     tile
         Chunks along each dimension of a tile.
     """
-    index = coords // np.asarray(tile, np.uint64)
-    if not len(tile) or (index == index[0]).all():
+    if not len(tile):
         return [np.arange(len(coords))]
-    _, inverse = np.unique(index, axis=0, return_inverse=True)
-    inverse = inverse.reshape(-1)
-    order: npt.NDArray[Any] = np.argsort(inverse, kind="stable")
-    starts = np.flatnonzero(np.diff(inverse[order])) + 1
+    keys = packed((coords // np.asarray(tile, np.uint64)).astype(np.uint32))
+    order: Rows = np.arange(len(keys))
+    if (keys[1:] < keys[:-1]).any():
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+    starts = np.flatnonzero(keys[1:] != keys[:-1]) + 1
     return [order[a:b] for a, b in pairwise([0, *starts.tolist(), len(order)])]

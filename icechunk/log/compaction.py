@@ -15,7 +15,6 @@ from typing import Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from icechunk.errors import ErrorKind, FormatError
 from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.tables import (
     ChunkRefs,
@@ -28,18 +27,18 @@ from icechunk.format.tables import (
     Snapshot,
     TransactionLog,
 )
-from icechunk.log.boxes import around, bounds, by_tile, halved, in_box
+from icechunk.log.boxes import bounds
 from icechunk.log.changes import NetChanges
-from icechunk.log.columns import concat, normalized, trimmed
-from icechunk.log.lookup import CoordIndex
+from icechunk.log.pieces import ArrayPlan, pieces
 from icechunk.log.session_log import SessionLog
-from icechunk.log.tiles import Tile, TilePolicy, plan_grid, plan_tiles
+from icechunk.log.tiles import TilePolicy, plan_anew, plan_grid, plan_tiles
 
-__all__ = ["Compaction", "Plan", "Policy", "compact", "finish", "plan"]
+__all__ = ["EVERYTHING", "Compaction", "Plan", "Policy", "compact", "finish", "plan"]
 
 TileShape: TypeAlias = Callable[[NodeSnapshot], tuple[int, ...] | None]
 
-_EVERYTHING: Final = 2**32 - 1
+EVERYTHING: Final = 2**32 - 1
+"""Chunks along a dimension that no configuration splits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +48,8 @@ class Policy:
     max_refs_per_manifest: int = 65_536
     """References of one array in one manifest, and of all arrays in a shared one; tiles are cut to it."""
     share_below_refs: int = 4_096
-    """Tiles with fewer references share manifests with those of other arrays; 0: none does."""
+    """Tiles with fewer references share manifests with those of other arrays; 0, and with configured splitting: none
+    does."""
     fan_in: int = 8
     """So many small neighbours of an array merge into one."""
     tile_shape: TileShape | None = None
@@ -63,25 +63,9 @@ class Policy:
 
         def shape(node: NodeSnapshot) -> tuple[int, ...]:
             own = None if tile_shape is None else tile_shape(node)
-            return (_EVERYTHING,) * len(node.shape) if own is None else own
+            return (EVERYTHING,) * len(node.shape) if own is None else own
 
         return Policy(share_below_refs=0, tile_shape=shape)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ArrayPlan:
-    """What becomes of one array's references."""
-
-    node: NodeSnapshot
-    """As it is now, with the base's manifests."""
-    tiles: tuple[Tile, ...]
-    """All of them; the dirty ones are written."""
-    written: ChunkRefs
-    """References of the log inside the grid, ascending."""
-    deleted: npt.NDArray[np.uint32]
-    """uint32[n, ndim]: deleted inside the grid, ascending."""
-    tile_shape: tuple[int, ...] | None
-    """If the tiles are those of a given grid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -114,10 +98,15 @@ class Compaction:
     """What changed."""
 
 
-def plan(log: SessionLog, policy: Policy) -> Plan:
+def plan(log: SessionLog, policy: Policy, *, everything: bool = False) -> Plan:
     """Decide what to rewrite.
 
     Cost is in proportion to the nodes of the hierarchy, the log's rows and the changed arrays' manifests.
+
+    Parameters
+    ----------
+    everything
+        Rewrite the manifests of all arrays, as the policy would lay them out from the start.
     """
     changes = log.net_changes()
     nodes = {node.path: node for node in log.nodes()}
@@ -125,10 +114,10 @@ def plan(log: SessionLog, policy: Policy) -> Plan:
     resized = {node.id for node in changes.updated}
     arrays = []
     for node in nodes.values():
-        if node.kind != NodeKind.ARRAY or (node.id not in touched and node.id not in resized):
+        if node.kind != NodeKind.ARRAY or not (everything or node.id in touched or node.id in resized):
             continue
         written, deleted = log.overlay(node)
-        array = _plan_array(node, log.base.manifest_files, written, deleted, policy)
+        array = _plan_array(node, log.base.manifest_files, written, deleted, policy, everything=everything)
         if len(array.tiles) != len(node.manifests) or any(tile.dirty for tile in array.tiles):
             arrays.append(array)
     needed = {s.object_id for array in arrays for tile in array.tiles if tile.dirty for s in tile.sources}
@@ -148,15 +137,19 @@ def _plan_array(
     written: ChunkRefs,
     deleted: npt.NDArray[np.uint32],
     policy: Policy,
+    *,
+    everything: bool,
 ) -> ArrayPlan:
     grid = [dimension.num_chunks for dimension in node.shape]
     shape = None if policy.tile_shape is None else policy.tile_shape(node)
-    if shape is None:
+    if everything:
+        tiles = plan_anew(node.manifests, files, grid, written.coords, deleted)
+    elif shape is None:
         limits = TilePolicy(max_refs=policy.max_refs_per_manifest, fan_in=policy.fan_in)
         tiles = plan_tiles(node.manifests, files, grid, written.coords, deleted, limits)
     else:
         tiles = plan_grid(node.manifests, files, grid, written.coords, deleted, shape)
-    return ArrayPlan(node=node, tiles=tuple(tiles), written=written, deleted=deleted, tile_shape=shape)
+    return ArrayPlan(node=node, tiles=tuple(tiles), written=written, deleted=deleted, tile_shape=shape, anew=everything)
 
 
 def compact(
@@ -196,10 +189,8 @@ def compact(
         for tile in array.tiles:
             if not tile.dirty:
                 refs.extend(tile.sources)
-                continue
-            content = _content(array, tile, manifests)
-            for piece in _pieces(content, array, tile, plan.policy):
-                packer.add(array.node.id, piece)
+        for piece in pieces(array, manifests, plan.policy.max_refs_per_manifest):
+            packer.add(array.node.id, piece, alone=array.tile_shape is not None)
     new = packer.close()
     for node_id, refs in packer.placed.items():
         kept[node_id] += refs
@@ -234,46 +225,6 @@ def finish(compaction: Compaction, sizes: Mapping[ObjectId, int]) -> Snapshot:
     return replace(compaction.snapshot, manifest_files=files)
 
 
-def _content(array: ArrayPlan, tile: Tile, manifests: Mapping[ObjectId, Manifest]) -> ChunkRefs:
-    """The references of a dirty tile: those it had, without what was deleted or is out of the grid, and the written."""
-    written = array.written if len(tile.written) == len(array.written) else array.written.take(tile.written)
-    changed = np.concatenate([written.coords, array.deleted[tile.deleted]])
-    parts = []
-    for source in tile.sources:
-        manifest = manifests[source.object_id]
-        old = manifest.arrays.get(array.node.id)
-        if old is None or old.ndim != len(array.node.shape):
-            raise FormatError(
-                f"manifest {source.object_id.hex()} holds no references of the array {array.node.path}, "
-                "although the snapshot says so",
-                ErrorKind.INCONSISTENT_MANIFESTS,
-            )
-        box = tuple((a, min(b, d.num_chunks)) for (a, b), d in zip(source.extents, array.node.shape, strict=True))
-        rows = in_box(old.coords, box)
-        if len(changed):
-            gone = np.zeros(len(old), np.bool_)
-            at = CoordIndex(old.coords).find_rows(changed)
-            gone[at[at >= 0]] = True
-            rows = rows[~gone[rows]]
-        if len(rows):
-            parts.append(old if len(rows) == len(old) else old.take(rows))
-    if not parts:
-        return written
-    return normalized(concat([*parts, written])) if len(written) or len(parts) > 1 else parts[0]
-
-
-def _pieces(content: ChunkRefs, array: ArrayPlan, tile: Tile, policy: Policy) -> Iterable[ChunkRefs]:
-    if not len(content):
-        return
-    if array.tile_shape is not None:
-        cuts = by_tile(content.coords, array.tile_shape)
-    else:
-        whole = around(content.coords, tile.avoid) if tile.avoid else [np.arange(len(content))]
-        cuts = [piece[rows] for piece in whole for rows in halved(content.coords[piece], policy.max_refs_per_manifest)]
-    for rows in cuts:
-        yield trimmed(content if len(rows) == len(content) else content.take(rows))
-
-
 class _Packer:
     """Puts pieces into manifests.
 
@@ -291,9 +242,9 @@ class _Packer:
         self.placed: dict[NodeId, list[ManifestRef]] = {}
         """Where the pieces are; complete after `close`."""
 
-    def add(self, node_id: NodeId, refs: ChunkRefs) -> None:
-        """Place a piece, not empty."""
-        if len(refs) >= self._policy.share_below_refs:
+    def add(self, node_id: NodeId, refs: ChunkRefs, *, alone: bool) -> None:
+        """Place a piece, not empty; ``alone``: in a manifest of its own."""
+        if alone or len(refs) >= self._policy.share_below_refs:
             self._write({node_id: refs})
             return
         j = self._ordinals.get(node_id, 0)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from icechunk.format.ids import ObjectId
 from icechunk.format.tables import NATIVE, ChunkRef, ChunkRefs
 
-__all__ = ["CoordIndex", "RefTable", "find", "find_row", "sort_last"]
+__all__ = ["CoordIndex", "RefTable", "find", "find_row", "packed", "sort_last"]
 
 Coords = npt.NDArray[np.uint32]
 Rows = npt.NDArray[np.intp]
@@ -43,6 +43,11 @@ def _pack(coords: Coords, widths: Sequence[int]) -> npt.NDArray[Any]:
     return keys
 
 
+def packed(coords: Coords) -> npt.NDArray[Any]:
+    """One key for each row; keys compare as the coordinates do, among these rows."""
+    return _pack(coords, _widths(coords))
+
+
 def sort_last(coords: Coords) -> Rows | None:
     """Rows in ascending order of coordinates, of equal ones only the last.
 
@@ -53,7 +58,7 @@ def sort_last(coords: Coords) -> Rows | None:
     """
     if len(coords) < 2:
         return None
-    keys = _pack(coords, _widths(coords))
+    keys = packed(coords)
     if bool((keys[1:] > keys[:-1]).all()):
         return None
     order = np.argsort(keys, kind="stable")

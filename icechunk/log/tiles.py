@@ -16,8 +16,11 @@ every f-th time. Tiles that are half full take no part.
 *Absorption.* New rows whose bounding box crosses smaller tiles take them in (the cost is in
 proportion to the rows written); around larger tiles they are cut along the faces of those tiles.
 
-With a *tile grid* instead (configured splitting; the official library's default is a single tile)
-the boxes are given, and every tile with a change is rewritten.
+With a *tile grid* instead (configured splitting; the official library's default is a single cell)
+the boxes are given. Of an array that changes, what lies in a changed cell is gathered into one manifest;
+a manifest elsewhere stays if it is inside the array and one cell, and else is cut into a piece for each
+cell it reaches into. A cell may so hold several manifests until a change gathers them, as it may with
+the official library.
 """
 
 from __future__ import annotations
@@ -30,9 +33,9 @@ import numpy.typing as npt
 
 from icechunk.format.ids import ObjectId
 from icechunk.format.tables import Extents, ManifestFile, ManifestRef
-from icechunk.log.boxes import around, bounds, clipped, halved, in_box, overlap, union, volume
+from icechunk.log.boxes import around, bounds, by_tile, clipped, halved, in_box, overlap, union, volume
 
-__all__ = ["Tile", "TilePolicy", "plan_grid", "plan_tiles"]
+__all__ = ["Tile", "TilePolicy", "plan_anew", "plan_grid", "plan_tiles"]
 
 Coords = npt.NDArray[np.uint32]
 Rows = npt.NDArray[np.intp]
@@ -122,35 +125,35 @@ def plan_grid(
     Returns
     -------
     list of Tile
-        Clean ones, and at most one dirty one, whose references are to be cut by the grid.
+        Clean ones, and at most one dirty one, whose references are to be cut by the grid: those of a cell in which
+        something is written or deleted are one piece, those of other cells one for each manifest they come from.
     """
-    tiles, outside = _hit(present, files, grid, written, deleted)
-    dirty = [t for t in tiles if t.dirty]
-    if not dirty and not len(outside):
-        return tiles
     size = np.asarray(tile, np.uint64)
-    cells = written[:1] // size if not len(tile) or not len(written) else np.unique(written // size, axis=0)
-    touched = [(cells, cells + np.uint64(1))]
-    touched += [_cells(t.box, size) for t in dirty]
-    clean = [t for t in tiles if not t.dirty]
-    # A manifest that reaches into a touched cell is taken apart; the other cells it reaches into are touched by that.
-    changed = True
-    while changed:
-        changed = False
-        for t in list(clean):
-            low, high = _cells(t.box, size)
-            if any(((low < b) & (a < high)).all(axis=1).any() for a, b in touched):
-                clean.remove(t)
-                dirty.append(t)
-                touched.append((low, high))
-                changed = True
-    boxes = [t.box for t in dirty]
+    cells = (np.concatenate([written, deleted]) // size).astype(np.uint32)
+    touched = cells[[rows[0] for rows in by_tile(cells, (1,) * len(tile))]] if len(cells) else cells
+    near = _near(present, written, deleted)
+    clean: list[Tile] = []
+    apart: list[Tile] = []
+    for i, ref in enumerate(present):
+        box = clipped(ref.extents, grid)
+        chunks = volume(box)
+        if not chunks or (near[i] and len(in_box(written, box)) + len(in_box(deleted, box)) == chunks):
+            continue
+        file = files.get(ref.object_id)
+        known = Tile(box=box, estimate=chunks if file is None else min(chunks, file.num_chunk_refs), sources=(ref,))
+        around_cells = tuple((a // n, (b - 1) // n + 1) for (a, b), n in zip(box, tile, strict=True))
+        one_cell = all(b - a == 1 for a, b in around_cells)
+        stays = one_cell and box == tuple(ref.extents) and not len(in_box(touched, around_cells))
+        (clean if stays else apart).append(known)
+    if not apart and not len(written):
+        return clean
+    boxes = [t.box for t in apart]
     if len(written):
         boxes.append(bounds(written))
     one = Tile(
         box=union(boxes),
-        estimate=sum(t.estimate for t in dirty) + len(outside),
-        sources=tuple(s for t in dirty for s in t.sources),
+        estimate=sum(t.estimate for t in apart) + len(written),
+        sources=tuple(s for t in apart for s in t.sources),
         written=np.arange(len(written)),
         deleted=np.arange(len(deleted)),
         dirty=True,
@@ -158,10 +161,31 @@ def plan_grid(
     return [*clean, one]
 
 
-def _cells(box: Extents, size: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    low = np.array([[a for a, _ in box]], np.uint64)
-    last = np.array([[b - 1 for _, b in box]], np.uint64)
-    return low // size, last // size + np.uint64(1)
+def plan_anew(
+    present: Sequence[ManifestRef],
+    files: Mapping[ObjectId, ManifestFile],
+    grid: Sequence[int],
+    written: Coords,
+    deleted: Coords,
+) -> list[Tile]:
+    """The same where everything is written again: at most one tile, which is dirty."""
+    inside = [ref for ref in present if volume(clipped(ref.extents, grid))]
+    boxes = [clipped(ref.extents, grid) for ref in inside]
+    if len(written):
+        boxes.append(bounds(written))
+    if not boxes:
+        return []
+    known = [files[ref.object_id].num_chunk_refs for ref in inside if ref.object_id in files]
+    return [
+        Tile(
+            box=union(boxes),
+            estimate=sum(known) + len(written),
+            sources=tuple(inside),
+            written=np.arange(len(written)),
+            deleted=np.arange(len(deleted)),
+            dirty=True,
+        )
+    ]
 
 
 def _hit(

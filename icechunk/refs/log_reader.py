@@ -21,9 +21,10 @@ from icechunk.refs.marker import Marker, decode_marker, state_of
 from icechunk.refs.proof import Instant, still_proves
 from icechunk.refs.state import RepoState, try_apply_all
 from icechunk.sources import Sources
-from icechunk.storage.base import GetResult, ObjectInfo, Storage, Version
+from icechunk.storage.base import GetResult, ListingUnsupportedError, ObjectInfo, Storage, Version
 
 __all__ = [
+    "MAIN_REF_KEY",
     "Head",
     "Known",
     "Opened",
@@ -37,8 +38,13 @@ __all__ = [
     "read_repo",
     "read_slot",
     "read_tail",
+    "read_until_absent",
+    "ref_files_there",
+    "try_list_head",
 ]
 
+MAIN_REF_KEY: Final = f"{REFS_PREFIX}branch.main/ref.json"
+"""The branch that every repository of format 1 has."""
 _PAGE: Final = 50
 _OPEN_ATTEMPTS: Final = 10
 
@@ -148,6 +154,19 @@ async def read_tail(storage: Storage, epoch: str, after: int, end: int) -> list[
     return entries
 
 
+async def read_until_absent(storage: Storage, epoch: str, after: int) -> list[Entry]:
+    """GET the slots after ``after``, ever more at once, until one is absent: for places without listings (rule 6)."""
+    entries: list[Entry] = []
+    ahead = 1
+    while True:
+        first = after + len(entries)
+        found = await read_tail(storage, epoch, first, first + ahead)
+        entries += found
+        if len(found) < ahead:
+            return entries
+        ahead = min(2 * ahead, _PAGE)
+
+
 def fold_entry(head: Head, entry: Entry) -> Head:
     """The head after the next entry; one with an event that does not apply changes nothing (rule 4)."""
     if entry.n != head.n + 1:
@@ -178,6 +197,14 @@ async def _stop(pages: object) -> None:
         await aclose()
 
 
+async def try_list_head(storage: Storage, epoch: str) -> int | None:
+    """As `list_head`; None where there are no listings."""
+    try:
+        return await list_head(storage, epoch)
+    except ListingUnsupportedError:
+        return None
+
+
 async def list_head(storage: Storage, epoch: str) -> int:
     """The newest slot that a listing shows; 0: none."""
     found = await _first_slot(storage, epoch_prefix(epoch), epoch)
@@ -190,8 +217,8 @@ async def newest_epoch(storage: Storage) -> str | None:
     return None if found is None else found[0]
 
 
-async def _list_newest(storage: Storage) -> tuple[list[ObjectInfo], bool]:
-    """The first keys below ``log/``, and whether those are all.
+async def _list_newest(storage: Storage) -> tuple[list[ObjectInfo], bool] | None:
+    """The first keys below ``log/``, and whether those are all; None where there are no listings.
 
     A store may end a page early although more keys follow, so only the end of the listing says that it is the end.
     """
@@ -202,6 +229,8 @@ async def _list_newest(storage: Storage) -> tuple[list[ObjectInfo], bool]:
             items += page
             if len(items) >= _PAGE:
                 return items, False
+    except ListingUnsupportedError:
+        return None
     finally:
         await _stop(pages)
     return items, True
@@ -234,19 +263,21 @@ async def open_head(storage: Storage, sources: Sources) -> Opened | RepoObject:
     gap: tuple[str, int] | None = None
     for _ in range(_OPEN_ATTEMPTS):
         asked = instant(sources)
-        repo, (items, all_there_are) = await run_pair(
-            partial(read_repo, storage, sources), partial(_list_newest, storage)
-        )
+        repo, listing = await run_pair(partial(read_repo, storage, sources), partial(_list_newest, storage))
         if repo is None:
             raise await _not_found(storage)
         marker = repo.known.marker
         if marker is None or not repo.known.read_only:
             return repo
-        listed = _newest_of(items, marker.epoch, all_there_are=all_there_are)
-        if listed is None:
-            listed = await list_head(storage, marker.epoch)
+        listed = marker.n
+        if listing is not None:
+            newest = _newest_of(listing[0], marker.epoch, all_there_are=listing[1])
+            listed = await list_head(storage, marker.epoch) if newest is None else newest
         head = Head(epoch=marker.epoch, n=marker.n, state=state_of(repo.info, marker))
-        entries = await read_tail(storage, marker.epoch, marker.n, max(marker.n, listed))
+        if listing is None:
+            entries = await read_until_absent(storage, marker.epoch, marker.n)
+        else:
+            entries = await read_tail(storage, marker.epoch, marker.n, max(marker.n, listed))
         for entry in entries:
             head = fold_entry(head, entry)
         proof = Instant(date_us=repo.asked.date_us, elapsed_us=asked.elapsed_us, wall_us=asked.wall_us)
@@ -270,15 +301,28 @@ async def open_head(storage: Storage, sources: Sources) -> Opened | RepoObject:
 
 
 async def _not_found(storage: Storage) -> RepositoryNotFoundError:
+    if await ref_files_there(storage):
+        return RepositoryNotFoundError(
+            f"no repository of format 2 in {storage.describe()}, but one of format 1: open it as such"
+        )
+    return RepositoryNotFoundError(
+        f"no repository in {storage.describe()}: check bucket and prefix, or create one there"
+    )
+
+
+async def ref_files_there(storage: Storage) -> bool:
+    """Whether there are branches or tags of format 1 in this place; without listings, whether ``main`` is there."""
     pages = storage.list_pages(REFS_PREFIX, page_size=1)
     try:
         async for page in pages:
             if page:
-                return RepositoryNotFoundError(
-                    f"no repository of format 2 in {storage.describe()}, but one of format 1: open it as such"
-                )
+                return True
+    except ListingUnsupportedError:
+        try:
+            await storage.get(MAIN_REF_KEY)
+        except ObjectNotFoundError:
+            return False
+        return True
     finally:
         await _stop(pages)
-    return RepositoryNotFoundError(
-        f"no repository in {storage.describe()}: check bucket and prefix, or create one there"
-    )
+    return False

@@ -26,10 +26,11 @@ from icechunk.refs.log_reader import (
     RepoObject,
     fold_entry,
     instant,
-    list_head,
     open_head,
     read_slot,
     read_tail,
+    read_until_absent,
+    try_list_head,
 )
 from icechunk.refs.marker import state_of, with_kept_updates
 from icechunk.refs.proof import Instant, still_proves, store_time_us
@@ -217,10 +218,14 @@ class LogView:
         """Fold the rest of a tail that is known to have grown."""
         epoch, n, proof = self.head.epoch, self.head.n, self.proof
         listed, following = await run_pair(
-            partial(list_head, self.storage, epoch), partial(read_slot, self.storage, epoch, n + 1)
+            partial(try_list_head, self.storage, epoch), partial(read_slot, self.storage, epoch, n + 1)
         )
         if following is not None:
             self.advance(following[0])
+        if listed is None:
+            for entry in await read_until_absent(self.storage, epoch, self.head.n):
+                self.advance(entry)
+            listed = self.head.n
         for entry in await read_tail(self.storage, epoch, self.head.n, listed):
             self.advance(entry)
         if self.head.epoch != epoch or not still_proves(proof, instant(self.sources)) or self.head.n < listed:

@@ -9,10 +9,9 @@ from icechunk.errors import RepositoryNotFoundError
 from icechunk.refs.base import Layout, RepositoryLog
 from icechunk.refs.create import create_log
 from icechunk.refs.create_repo import create_repo_object
-from icechunk.refs.detect import has_ref_files
 from icechunk.refs.log_checkpoint import DEFAULT_UPDATES_PER_FILE, finish_conversion
 from icechunk.refs.log_layout import LogLayout
-from icechunk.refs.log_reader import Opened, RepoObject, open_head
+from icechunk.refs.log_reader import Opened, RepoObject, open_head, ref_files_there
 from icechunk.refs.ref_files_layout import RefFilesLayout, create_ref_files
 from icechunk.refs.repo_layout import RepoObjectLayout, UpdateRetries
 from icechunk.refs.store_check import may_write
@@ -55,7 +54,7 @@ async def open_repository(
     try:
         opened = await open_head(storage, sources)
     except RepositoryNotFoundError:
-        if not await has_ref_files(storage):
+        if not await ref_files_there(storage):
             raise
         return await RefFilesLayout.open(storage, sources)
     if isinstance(opened, Opened) and opened.head.state.sealed and may_write(storage):

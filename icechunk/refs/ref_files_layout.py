@@ -49,7 +49,7 @@ from icechunk.refs.base import Layout, OnSent, Propose, RepositoryLog, SwapToken
 from icechunk.refs.commit_queue import Member, Waiting, new_snapshots
 from icechunk.refs.concurrent import run_all
 from icechunk.refs.create import FIRST_MESSAGE, FIRST_METADATA, require_clean
-from icechunk.refs.log_reader import instant, read_repo
+from icechunk.refs.log_reader import MAIN_REF_KEY, instant, read_repo
 from icechunk.refs.match_check import MatchCheck
 from icechunk.refs.proof import Instant, store_time_us
 from icechunk.refs.ref_names import RefNames, decode_ref, encode_ref, read_ref
@@ -57,7 +57,7 @@ from icechunk.refs.repo_layout import UpdateRetries
 from icechunk.refs.state import MAIN, RepoState, apply, initial_state
 from icechunk.refs.store_check import require_atomic
 from icechunk.sources import SYSTEM, Sources
-from icechunk.storage.base import Absent, GetResult, Matches, Precondition, Storage, Version
+from icechunk.storage.base import Absent, GetResult, ListingUnsupportedError, Matches, Precondition, Storage, Version
 
 __all__ = ["RefFilesLayout", "create_ref_files", "needs_format_2"]
 
@@ -155,20 +155,26 @@ class RefFilesLayout(RepositoryLog):
             self._clock = Instant(date_us=answer.date_us, elapsed_us=asked.elapsed_us, wall_us=asked.wall_us)
         return answer
 
+    async def _list_refs(self) -> list[str]:
+        """Keys of all refs; where there are no listings, of ``main`` alone."""
+        try:
+            return [item.key async for page in self._storage.list_pages(REFS_PREFIX) for item in page]
+        except ListingUnsupportedError:
+            return [MAIN_REF_KEY]
+
     async def refresh(self) -> RepoState:
         """List the refs, and read those whose version is not known."""
         ticket = next(self._tickets)
         branches, tags, deleted = dict[str, ObjectId](), dict[str, ObjectId](), set[str]()
         wanted: list[tuple[str, bool, str]] = []
-        async for page in self._storage.list_pages(REFS_PREFIX):
-            for item in page:
-                ref = self._names.parse(item.key)
-                if ref is None:
-                    continue
-                if ref.tombstone:
-                    deleted.add(ref.name)
-                else:
-                    wanted.append((item.key, ref.is_tag, ref.name))
+        for key in await self._list_refs():
+            ref = self._names.parse(key)
+            if ref is None:
+                continue
+            if ref.tombstone:
+                deleted.add(ref.name)
+            else:
+                wanted.append((key, ref.is_tag, ref.name))
         answers = await run_all([partial(self._get, key) for key, _, _ in wanted]) if wanted else []
         versions: dict[str, Version] = {}
         for (key, is_tag, name), answer in zip(wanted, answers, strict=True):

@@ -13,7 +13,7 @@ from icechunk.repository.none_credentials import (
     warn_on_none_virtual_chunk_credentials as _warn_on_none_virtual_chunk_credentials,  # noqa: F401
 )
 from icechunk.repository.opening import Opening
-from icechunk.repository.sessions import Sessions
+from icechunk.repository.rewriting import Rewriting
 from icechunk.repository.upgrading import (
     upgrade_icechunk_repository,
     upgrade_icechunk_repository_async,
@@ -23,7 +23,7 @@ from icechunk.repository.upkeep import Upkeep
 __all__ = ["Repository", "upgrade_icechunk_repository", "upgrade_icechunk_repository_async"]
 
 
-class Repository(Opening, Sessions, Branches, History, Inspection, Administration, Upkeep):
+class Repository(Opening, Rewriting, Branches, History, Inspection, Administration, Upkeep):
     """A transactional Zarr hierarchy with its history.
 
     Made by `create`, `open` or `open_or_create`. Methods that end in ``_async`` are the engine; their synchronous

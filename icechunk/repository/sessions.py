@@ -61,7 +61,9 @@ class Sessions(RepositoryBase):
         base = select(state, branch=branch, tag=tag, snapshot_id=snapshot_id)
         if as_of is not None:
             base = _newest_at(await self._core.learn(base, ancestry=True), base, as_of, f"branch {branch!r}")
-        return Session(self._core, await self._core.assets.snapshot(base))
+        snapshot = await self._core.assets.snapshot(base)
+        await self._core.preload(snapshot)
+        return Session(self._core, snapshot)
 
     def readonly_session(
         self,
@@ -92,6 +94,7 @@ class Sessions(RepositoryBase):
         log = await self._core.log()
         since_us = log.store_time_us
         base = await self._core.assets.snapshot(state.branch_tip(branch))
+        await self._core.preload(base)
         return Session(self._core, base, branch=branch, since_us=since_us, rearrange=rearrange)
 
     def writable_session(self, branch: str) -> Session:

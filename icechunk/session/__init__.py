@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from icechunk._icechunk_python.session import PySession
     from icechunk.store import IcechunkStore
 
-__all__ = ["ForkSession", "Session", "SessionMode"]  # noqa: F822 - see `__getattr__`
+__all__ = ["ForkSession", "Session", "SessionMode"]
 
 
 class Session(Arranging, Ending, Sharing):

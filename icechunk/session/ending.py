@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from icechunk.committing import Commit, How, commit
@@ -180,6 +181,15 @@ class Ending(SessionBase):
         """Synchronous twin of `flush_async`."""
         return run_sync(self.flush_async(message, metadata=metadata))
 
+    async def commit_rewritten(self, message: str, metadata: Mapping[str, Any] | None, *, amend: bool) -> str:
+        """Commit, or amend, with the manifests of all arrays written again as the configuration wants them now.
+
+        What the session changed is part of it. Parameters, errors and what holds after them are those of
+        `commit_async`.
+        """
+        how = How.AMEND if amend else How.COMMIT
+        return await self._write_snapshot(how, message, metadata, allow_empty=True, rewrite=True)
+
     async def _write_snapshot(
         self,
         how: How,
@@ -188,6 +198,8 @@ class Ending(SessionBase):
         allow_empty: bool,
         solver: ConflictSolver | None = None,
         tries: int = 0,
+        *,
+        rewrite: bool = False,
     ) -> str:
         require_text("message", message)
         described = self._core.default_metadata | json_metadata("metadata", metadata)
@@ -201,7 +213,7 @@ class Ending(SessionBase):
             on_sent=self._note_sent,
         )
         try:
-            snapshot = await self._commit(wanted, solver, tries)
+            snapshot = await self._commit(wanted, partial(self._plan, everything=rewrite), solver, tries)
         except Exception as error:
             self._phase = Phase.UNSETTLED if isinstance(error, CommitOutcomeUnknown) else Phase.WRITABLE
             raise
@@ -258,10 +270,12 @@ class Ending(SessionBase):
         """Synchronous twin of `rebase_async`."""
         run_sync(self.rebase_async(solver))
 
-    async def _commit(self, wanted: Commit, solver: ConflictSolver | None, tries: int) -> Snapshot:
+    async def _commit(
+        self, wanted: Commit, make_plan: Callable[[], Plan], solver: ConflictSolver | None, tries: int
+    ) -> Snapshot:
         for tried in itertools.count():
             try:
-                return await commit(self._core, self._log.base, self._plan, self._puts, wanted)
+                return await commit(self._core, self._log.base, make_plan, self._puts, wanted)
             except ConflictError:
                 if solver is None or tried == tries:
                     raise
@@ -303,10 +317,10 @@ class Ending(SessionBase):
             self._phase = Phase.COMMITTING
             return self._branch
 
-    def _plan(self) -> Plan:
+    def _plan(self, *, everything: bool) -> Plan:
         # Planning merges the log's rows, which other threads must not see halfway.
         with self._lock:
-            return plan(self._log, self._core.settings.policy)
+            return plan(self._log, self._core.settings.policy, everything=everything)
 
     def _note_sent(self, token: SwapToken | None) -> None:
         # None: the entry is lost for certain. The log tells also those who are gone, who then may go on writing.

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NewType, TypeAlias
 
+from icechunk.errors import StorageError
 from icechunk.storage.facade import StorageFacade
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ByteRange",
     "DeleteResult",
     "GetResult",
+    "ListingUnsupportedError",
     "Matches",
     "ObjectInfo",
     "Precondition",
@@ -125,6 +127,10 @@ class DeleteResult:
     """Key and reason of each that may still exist."""
 
 
+class ListingUnsupportedError(StorageError):
+    """The place cannot be listed, as web servers cannot; objects whose keys are known can still be read."""
+
+
 ObjectKind: TypeAlias = Literal["metadata", "chunk"]
 
 
@@ -186,6 +192,11 @@ class Storage(StorageFacade, ABC):
         """List objects whose key starts with ``prefix`` (a plain string prefix), ascending by key bytes, page by page.
 
         A caller that stops early pays only for the pages it took. ``start_after`` is exclusive.
+
+        Raises
+        ------
+        ListingUnsupportedError
+            The place has no listings; the only verb that some places lack beside those that write.
         """
 
     @abstractmethod

@@ -6,26 +6,37 @@ from collections.abc import Callable
 from datetime import datetime
 
 from icechunk.config import ChecksumAlgorithm, ObjectStoreConfig, S3Options
-from icechunk.credentials import S3StaticCredentials, s3_credentials
+from icechunk.credentials import (
+    GcsBearerCredential,
+    S3StaticCredentials,
+    azure_credentials,
+    gcs_credentials,
+    s3_credentials,
+)
 from icechunk.errors import ErrorKind, StorageError
 from icechunk.storage.base import Storage
 from icechunk.storage.local import LocalStorage
 from icechunk.storage.memory import MemoryStorage
+from icechunk.storage.places import TIGRIS_ENDPOINT, r2_bucket, r2_endpoint, tigris_headers
 
 __all__ = [
+    "azure_storage",
     "azure_store",
+    "gcs_storage",
     "gcs_store",
+    "hf_storage",
+    "http_storage",
     "http_store",
     "in_memory_storage",
     "local_filesystem_storage",
     "local_filesystem_store",
     "r2_storage",
+    "redirect_storage",
+    "s3_object_store_storage",
     "s3_storage",
     "s3_store",
     "tigris_storage",
 ]
-
-_TIGRIS = "https://t3.storage.dev"
 
 
 def in_memory_storage() -> Storage:
@@ -213,21 +224,12 @@ def tigris_storage(
     StorageError
         Neither a region nor ``use_weak_consistency``.
     """
-    if region is None and not use_weak_consistency:
-        raise StorageError(
-            "a Tigris storage needs the bucket's region to be consistent: give region, or for reading possibly old "
-            "states "
-            "use_weak_consistency=True",
-            ErrorKind.STORAGE_CONFIG,
-        )
-    strong = (
-        {} if use_weak_consistency or region is None else {"X-Tigris-Consistent": "true", "X-Tigris-Regions": region}
-    )
+    strong = tigris_headers(region, use_weak_consistency)
     return s3_storage(
         bucket=bucket,
         prefix=prefix,
         region=region,
-        endpoint_url=endpoint_url or _TIGRIS,
+        endpoint_url=endpoint_url or TIGRIS_ENDPOINT,
         allow_http=allow_http,
         access_key_id=access_key_id,
         secret_access_key=secret_access_key,
@@ -285,17 +287,12 @@ def r2_storage(
     """
     if endpoint_url is None and account_id is None:
         raise StorageError("an R2 storage needs endpoint_url or account_id", ErrorKind.STORAGE_CONFIG)
-    if bucket is None:
-        bucket, _, prefix = (prefix or "").strip("/").partition("/")
-        if not bucket:
-            raise StorageError(
-                "an R2 storage needs a bucket: give bucket, or a prefix that begins with it", ErrorKind.STORAGE_CONFIG
-            )
+    bucket, prefix = r2_bucket(bucket, prefix)
     return s3_storage(
         bucket=bucket,
         prefix=prefix,
         region=region or "auto",
-        endpoint_url=endpoint_url or f"https://{account_id}.r2.cloudflarestorage.com",
+        endpoint_url=endpoint_url or r2_endpoint(account_id or ""),
         allow_http=allow_http,
         access_key_id=access_key_id,
         secret_access_key=secret_access_key,
@@ -313,3 +310,246 @@ def r2_storage(
         write_headers=write_headers,
         headers=headers,
     )
+
+
+def s3_object_store_storage(
+    *,
+    bucket: str,
+    prefix: str | None,
+    region: str | None = None,
+    endpoint_url: str | None = None,
+    allow_http: bool = False,
+    access_key_id: str | None = None,
+    secret_access_key: str | None = None,
+    session_token: str | None = None,
+    expires_after: datetime | None = None,
+    anonymous: bool | None = None,
+    from_env: bool | None = None,
+    force_path_style: bool = False,
+    read_headers: dict[str, str] | None = None,
+    write_headers: dict[str, str] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Storage:
+    """The same as `s3_storage`: there is one way to S3 here, where the official library has two."""
+    return s3_storage(
+        bucket=bucket,
+        prefix=prefix,
+        region=region,
+        endpoint_url=endpoint_url,
+        allow_http=allow_http,
+        access_key_id=access_key_id,
+        secret_access_key=secret_access_key,
+        session_token=session_token,
+        expires_after=expires_after,
+        anonymous=anonymous,
+        from_env=from_env,
+        force_path_style=force_path_style,
+        read_headers=read_headers,
+        write_headers=write_headers,
+        headers=headers,
+    )
+
+
+def hf_storage(
+    *,
+    bucket: str,
+    prefix: str | None,
+    namespace: str,
+    access_key_id: str | None = None,
+    secret_access_key: str | None = None,
+    session_token: str | None = None,
+    expires_after: datetime | None = None,
+    from_env: bool | None = None,
+    get_credentials: Callable[[], S3StaticCredentials] | None = None,
+    scatter_initial_credentials: bool = False,
+    network_stream_timeout_seconds: int = 60,
+    legacy_rooted_keys: bool | None = None,
+    read_headers: dict[str, str] | None = None,
+    write_headers: dict[str, str] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Storage:
+    """A storage in a bucket of Hugging Face, through its S3 gateway; see `s3_storage` for the other parameters.
+
+    The gateway drops user metadata. A conditional write whose answer is lost is therefore recognised by its contents.
+
+    Parameters
+    ----------
+    namespace
+        The user or organization that owns the bucket.
+    access_key_id, secret_access_key
+        An S3 key made from a Hugging Face token, not the token itself.
+
+    Raises
+    ------
+    InvalidInputError
+        No namespace, or conflicting credentials.
+    """
+    return Storage.new_hf(
+        S3Options(network_stream_timeout_seconds=network_stream_timeout_seconds),
+        bucket,
+        prefix,
+        namespace,
+        s3_credentials(
+            access_key_id=access_key_id,
+            secret_access_key=secret_access_key,
+            session_token=session_token,
+            expires_after=expires_after,
+            from_env=from_env,
+            get_credentials=get_credentials,
+            scatter_initial_credentials=scatter_initial_credentials,
+        ),
+        legacy_rooted_keys,
+        read_headers=read_headers,
+        write_headers=write_headers,
+        headers=headers,
+    )
+
+
+def gcs_storage(
+    *,
+    bucket: str,
+    prefix: str | None,
+    service_account_file: str | None = None,
+    service_account_key: str | None = None,
+    application_credentials: str | None = None,
+    bearer_token: str | None = None,
+    anonymous: bool | None = None,
+    from_env: bool | None = None,
+    config: dict[str, str] | None = None,
+    get_credentials: Callable[[], GcsBearerCredential] | None = None,
+    scatter_initial_credentials: bool = False,
+    read_headers: dict[str, str] | None = None,
+    write_headers: dict[str, str] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Storage:
+    """A storage in a bucket of Google Cloud Storage. Needs the extra ``obstore``.
+
+    Parameters
+    ----------
+    bucket, prefix
+        The bucket must exist. The prefix comes before all keys; None or empty for the whole bucket.
+    service_account_file, service_account_key
+        A service account's JSON key: the file's path, or the text itself.
+    application_credentials
+        Path of a file of application default credentials.
+    bearer_token
+        An OAuth token, never refreshed.
+    anonymous, from_env
+        Requests without credentials, which can only read; or what the environment has (the default).
+    config
+        Options as obstore's `GCSStore` and its HTTP client name them, such as ``google_base_url``.
+    get_credentials, scatter_initial_credentials
+        A function, picklable by name, that returns `icechunk.GcsBearerCredential` and is called again shortly before
+        they expire; its first result travels with pickles where the second argument is True.
+    read_headers, write_headers, headers
+        Sent with requests that read, that write, and with both.
+
+    Raises
+    ------
+    InvalidInputError
+        Conflicting credentials, or no bucket's name.
+    """
+    return Storage.new_gcs(
+        bucket,
+        prefix,
+        gcs_credentials(
+            service_account_file=service_account_file,
+            service_account_key=service_account_key,
+            application_credentials=application_credentials,
+            bearer_token=bearer_token,
+            from_env=from_env,
+            anonymous=anonymous,
+            get_credentials=get_credentials,
+            scatter_initial_credentials=scatter_initial_credentials,
+        ),
+        config=config,
+        read_headers=read_headers,
+        write_headers=write_headers,
+        headers=headers,
+    )
+
+
+def azure_storage(
+    *,
+    account: str,
+    container: str,
+    prefix: str,
+    access_key: str | None = None,
+    sas_token: str | None = None,
+    bearer_token: str | None = None,
+    from_env: bool | None = None,
+    anonymous: bool | None = None,
+    config: dict[str, str] | None = None,
+) -> Storage:
+    """A storage in a container of Azure Blob Storage. Needs the extra ``obstore``.
+
+    For credentials that are refreshed, see `Storage.new_azure_blob` with `icechunk.azure_refreshable_credentials`.
+
+    Parameters
+    ----------
+    account, container, prefix
+        The container must exist. The prefix comes before all keys; empty for the whole container.
+    access_key, sas_token, bearer_token
+        The account's key, a shared access signature, or an OAuth token.
+    from_env, anonymous
+        What the environment has (the default), or no credentials, for containers that are public.
+    config
+        Options as obstore's `AzureStore` and its HTTP client name them, such as ``endpoint``.
+
+    Raises
+    ------
+    InvalidInputError
+        Conflicting credentials, or no names.
+    """
+    return Storage.new_azure_blob(
+        account,
+        container,
+        prefix,
+        azure_credentials(
+            access_key=access_key,
+            sas_token=sas_token,
+            bearer_token=bearer_token,
+            from_env=from_env,
+            anonymous=anonymous,
+        ),
+        config=config,
+    )
+
+
+def http_storage(base_url: str, opts: dict[str, str] | None = None, headers: dict[str, str] | None = None) -> Storage:
+    """A read-only storage on a web server, below a URL.
+
+    Parameters
+    ----------
+    base_url
+        The repository's root, ``http:`` or ``https:``.
+    opts
+        Options of the HTTP client: ``timeout``, ``connect_timeout``, ``read_timeout`` (``30s``, ``500ms``),
+        ``allow_http``, ``allow_invalid_certificates``, ``proxy_url``, ``user_agent``.
+    headers
+        Sent with every request to that server: ``{"authorization": "Bearer …"}``.
+
+    Raises
+    ------
+    InvalidInputError
+        No such URL, or an option that is none.
+    """
+    return Storage.new_http(base_url, opts, headers)
+
+
+def redirect_storage(base_url: str) -> Storage:
+    """A read-only storage that a web server names, by redirecting to it; asked for at first use.
+
+    Parameters
+    ----------
+    base_url
+        Its answer is a redirect to ``s3://bucket/prefix?region=…``, ``gs://bucket/prefix``,
+        ``r2://bucket/prefix?account_id=…``, ``tigris://bucket/prefix``, ``http+icechunk://host/path`` or
+        ``https+icechunk://host/path``. What is there must be readable without credentials.
+
+    Raises
+    ------
+    InvalidInputError
+        Not a URL of the web.
+    """
+    return Storage.new_redirect(base_url)

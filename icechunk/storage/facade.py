@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from icechunk.errors import ErrorKind, StorageError
 from icechunk.values import Represented, fields_html
 
 if TYPE_CHECKING:
@@ -144,18 +143,143 @@ class StorageFacade:
         headers: dict[str, str] | None = None,
     ) -> Storage:
         """See `icechunk.s3_storage`; ``credentials`` is one of `icechunk.S3Credentials`."""
-        from icechunk.storage.s3 import S3Storage
+        from icechunk.storage.places import s3_place
 
-        if legacy_rooted_keys and prefix and prefix.strip("/"):
-            raise StorageError(
-                "storage error: legacy_rooted_keys is only valid with an empty prefix", ErrorKind.STORAGE_CONFIG
-            )
-        return S3Storage(
+        return s3_place(config, bucket, prefix, credentials, legacy_rooted_keys, read_headers, write_headers, headers)
+
+    @classmethod
+    def new_s3_object_store(
+        cls,
+        config: S3Options,
+        bucket: str,
+        prefix: str | None,
+        credentials: Any = None,
+        *,
+        read_headers: dict[str, str] | None = None,
+        write_headers: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Storage:
+        """The same storage as `new_s3`: there is one way to S3 here, where the official library has two."""
+        from icechunk.storage.places import s3_place
+
+        return s3_place(config, bucket, prefix, credentials, None, read_headers, write_headers, headers)
+
+    @classmethod
+    def new_tigris(
+        cls,
+        config: S3Options,
+        bucket: str,
+        prefix: str | None,
+        use_weak_consistency: bool,
+        credentials: Any = None,
+        legacy_rooted_keys: bool | None = None,
+        *,
+        read_headers: dict[str, str] | None = None,
+        write_headers: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Storage:
+        """See `icechunk.tigris_storage`."""
+        from icechunk.storage.places import s3_place, tigris_headers, tigris_options
+
+        headers = {**tigris_headers(config.region, use_weak_consistency), **(headers or {})}
+        options = tigris_options(config)
+        return s3_place(options, bucket, prefix, credentials, legacy_rooted_keys, read_headers, write_headers, headers)
+
+    @classmethod
+    def new_r2(
+        cls,
+        config: S3Options,
+        bucket: str | None = None,
+        prefix: str | None = None,
+        account_id: str | None = None,
+        credentials: Any = None,
+        legacy_rooted_keys: bool | None = None,
+        *,
+        read_headers: dict[str, str] | None = None,
+        write_headers: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Storage:
+        """See `icechunk.r2_storage`."""
+        from icechunk.storage.places import r2_bucket, r2_options, s3_place
+
+        options = r2_options(config, account_id)
+        bucket, prefix = r2_bucket(bucket, prefix)
+        return s3_place(options, bucket, prefix, credentials, legacy_rooted_keys, read_headers, write_headers, headers)
+
+    @classmethod
+    def new_hf(
+        cls,
+        config: S3Options,
+        bucket: str,
+        prefix: str | None,
+        namespace: str,
+        credentials: Any = None,
+        legacy_rooted_keys: bool | None = None,
+        *,
+        read_headers: dict[str, str] | None = None,
+        write_headers: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Storage:
+        """See `icechunk.hf_storage`."""
+        from icechunk.storage.places import hf_options, s3_place
+
+        options = hf_options(config, namespace)
+        return s3_place(
+            options,
             bucket,
             prefix,
-            options=config,
-            credentials=credentials,
-            rooted_keys=bool(legacy_rooted_keys),
-            read_headers={**(headers or {}), **(read_headers or {})},
-            write_headers={**(headers or {}), **(write_headers or {})},
+            credentials,
+            legacy_rooted_keys,
+            read_headers,
+            write_headers,
+            headers,
+            keeps_metadata=False,
         )
+
+    @classmethod
+    def new_gcs(
+        cls,
+        bucket: str,
+        prefix: str | None,
+        credentials: Any = None,
+        *,
+        config: dict[str, str] | None = None,
+        read_headers: dict[str, str] | None = None,
+        write_headers: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Storage:
+        """See `icechunk.gcs_storage`; ``credentials`` is one of `icechunk.GcsCredentials`."""
+        from icechunk.storage.places import gcs_place
+
+        return gcs_place(bucket, prefix, credentials, config, read_headers, write_headers, headers)
+
+    @classmethod
+    def new_azure_blob(
+        cls,
+        account: str,
+        container: str,
+        prefix: str,
+        credentials: Any = None,
+        *,
+        config: dict[str, str] | None = None,
+    ) -> Storage:
+        """See `icechunk.azure_storage`; ``credentials`` is one of `icechunk.AzureCredentials`."""
+        from icechunk.storage.places import azure_place
+
+        return azure_place(account, container, prefix, credentials, config)
+
+    @classmethod
+    def new_http(
+        cls, base_url: str, config: dict[str, str] | None = None, headers: dict[str, str] | None = None
+    ) -> Storage:
+        """See `icechunk.http_storage`."""
+        from icechunk.storage.http import HttpStorage
+
+        return HttpStorage(base_url, config, headers)
+
+    @classmethod
+    def new_redirect(cls, base_url: str) -> Storage:
+        """See `icechunk.redirect_storage`."""
+        from icechunk.storage.redirect import RedirectStorage
+
+        return RedirectStorage(base_url)

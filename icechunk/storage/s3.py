@@ -6,19 +6,8 @@ configuration and the rules for endpoints. Clients live per event loop and are s
 
 **Conditional writes are verified.** Each carries a random id of its own in the object's user metadata. After 412, 409,
 and whenever no certain answer came, the object's metadata is read back: our id means that an earlier try landed and
-only its answer was lost. Otherwise:
-
-===========  ==========================  =====================================================
-condition    found                       outcome
-===========  ==========================  =====================================================
-Absent       another's object            `PreconditionFailedError`: a late try can only land in an empty place
-Absent       nothing                     the same bytes are sent again
-Matches      still that version          the same bytes are sent again
-Matches      anything else, every try    `PreconditionFailedError`
-             so far refused
-Matches      anything else, after a try  `StorageError`, uncertain: ours may have landed and been
-             without answer              replaced since
-===========  ==========================  =====================================================
+only its answer was lost. Otherwise `icechunk.storage.settling` says
+what follows from what is found.
 
 Where ``unsafe_use_metadata`` is off, contents are compared instead, and only after a try without answer.
 """
@@ -28,24 +17,20 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import unquote_plus
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
-from icechunk.config import S3Options, StorageConcurrencySettings, StorageRetriesSettings, StorageSettings
+from icechunk.config import S3Options, StorageConcurrencySettings, StorageSettings
 from icechunk.config.storage import (
     DEFAULT_IDEAL_REQUEST_BYTES,
-    DEFAULT_INITIAL_BACKOFF_MS,
-    DEFAULT_MAX_BACKOFF_MS,
     DEFAULT_MAX_REQUESTS_PER_OBJECT,
-    DEFAULT_MAX_TRIES,
     DEFAULT_MULTIPART_BYTES,
 )
 from icechunk.credentials import AnyS3Credential, S3Credentials
-from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, PreconditionFailedError, StorageError
+from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import (
     ANY,
@@ -64,6 +49,7 @@ from icechunk.storage.base import (
     Unchecked,
     Version,
 )
+from icechunk.storage.defaults import object_store_settings
 from icechunk.storage.keys import check_key, check_range, resolve_range
 from icechunk.storage.per_loop import PerLoop
 from icechunk.storage.s3_answers import (
@@ -81,6 +67,7 @@ from icechunk.storage.s3_credentials import key_provider
 from icechunk.storage.s3_endpoint import resolve_endpoint
 from icechunk.storage.s3_multipart import abort_upload, completion_of, part_bytes, start_upload, upload_parts
 from icechunk.storage.s3_sigv4 import encode_key
+from icechunk.storage.settling import Found, precondition_failed, settle, uncertain
 from icechunk.values import redacted_url
 
 __all__ = ["S3Storage"]
@@ -90,15 +77,6 @@ _WRITE_ID: Final = "x-amz-meta-icechunk-write-id"
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(-?\d+)/(\d+)")
 _NOT_XML: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\r\n\t]")
 _DELETE_BATCH: Final = 1000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
-    """What reading back found."""
-
-    ours: bool
-    version: Version
-    date_us: int | None
 
 
 class _Place:
@@ -124,6 +102,7 @@ class _Place:
         self.write_headers = {**payer, **{name.lower(): value for name, value in write_headers.items()}}
         self.plain_headers = payer
         self.sources = sources
+        self.keeps_metadata = True
         self.keys = key_provider(credentials, sources)
         self.clients: PerLoop[S3Client] = PerLoop(self._open_client, S3Client.aclose)
 
@@ -150,6 +129,8 @@ class S3Storage(Storage):
     read_headers, write_headers
         Sent with every request that reads (GET, HEAD) or writes objects, as server-side encryption needs them:
         ``{"x-amz-server-side-encryption": "aws:kms"}``.
+    keeps_metadata
+        False: the service drops user metadata, so that lost answers are judged by contents instead.
     rooted_keys
         Keys in the bucket begin with ``/``, as very old repositories without prefix have them.
     sources
@@ -172,6 +153,7 @@ class S3Storage(Storage):
         read_headers: Mapping[str, str] | None = None,
         write_headers: Mapping[str, str] | None = None,
         rooted_keys: bool = False,
+        keeps_metadata: bool = True,
         sources: Sources = SYSTEM,
     ) -> None:
         options = S3Options() if options is None else copy.copy(options)
@@ -183,12 +165,13 @@ class S3Storage(Storage):
         root = folder + "/" if folder else "/" if rooted_keys else ""
         _require_sendable({**(read_headers or {}), **(write_headers or {})})
         self._place = _Place(bucket, root, options, credentials, read_headers or {}, write_headers or {}, sources)
+        self._place.keeps_metadata = keeps_metadata
         self._apply(settings)
 
     def _apply(self, settings: StorageSettings | None) -> None:
         self._settings = settings = copy.deepcopy(settings) if settings is not None else StorageSettings()
         self._limits = limits_of(settings, self._place.options.network_stream_timeout_seconds)
-        self._use_metadata = settings.unsafe_use_metadata is not False
+        self._use_metadata = settings.unsafe_use_metadata is not False and self._place.keeps_metadata
         self._use_create = settings.unsafe_use_conditional_create is not False
         self._use_update = settings.unsafe_use_conditional_update is not False
         size = settings.minimum_size_for_multipart_upload
@@ -403,60 +386,30 @@ class S3Storage(Storage):
                 throttled = outcome.status in (429, 503)
                 if not (refused or vanished or outcome.status in (200, 409) or is_transient(outcome)):
                     error = client.failure(request, outcome, retrier.tries)
-                    raise self._uncertain(request, error) if unsettled else error
+                    raise uncertain(error) if unsettled else error
                 unsettled = unsettled or not (refused or outcome.status == 409)
             else:
                 refused = throttled = False
                 unsettled = unsettled or outcome.connected
             if not throttled and unsettled | refused | isinstance(outcome, Answer):
                 found = await self._try_read_back(key, data, write_id, unsettled)
-                settled = self._settle(key, precondition, found, refused, unsettled)
+                settled = settle(self._name(key), precondition, found, refused=refused, unsettled=unsettled)
                 if settled is not None:
                     return settled
             if not await retrier.again(outcome):
                 error = client.failure(request, outcome, retrier.tries)
-                raise self._uncertain(request, error) if unsettled else error
-
-    def _settle(
-        self, key: str, precondition: Precondition, found: _Found | StorageError | None, refused: bool, unsettled: bool
-    ) -> PutResult | None:
-        """Judge what reading back found: the result, None to send again, or the error."""
-        if isinstance(found, StorageError):
-            if refused and not unsettled:
-                raise self._precondition_failed(key, precondition)
-            return None
-        if found is not None and found.ours:
-            return PutResult(version=found.version, date_us=found.date_us)
-        match precondition:
-            case Absent():
-                if found is not None or (refused and not unsettled):
-                    raise self._precondition_failed(key, precondition)
-            case Matches(version):
-                if refused and not unsettled:
-                    raise self._precondition_failed(key, precondition)
-                if found is None or found.version != version:
-                    if not unsettled:
-                        raise self._precondition_failed(key, precondition)
-                    raise StorageError(
-                        f"cannot tell whether the write of {self._name(key)} landed: its answer was lost, and the "
-                        "object has "
-                        "another version now; read it back before believing either",
-                        ErrorKind.OBJECT_STORE,
-                    )
-            case Unchecked():
-                pass
-        return None
+                raise uncertain(error) if unsettled else error
 
     async def _try_read_back(
         self, key: str, data: bytes, write_id: str | None, unsettled: bool
-    ) -> _Found | StorageError | None:
+    ) -> Found | StorageError | None:
         try:
             if write_id is not None or not unsettled:
                 headers = (await self._head_answer(key)).headers
                 ours = write_id is not None and headers.get(_WRITE_ID) == write_id
-                return _Found(ours=ours, version=version_of(headers), date_us=date_us(headers))
+                return Found(ours=ours, version=version_of(headers), date_us=date_us(headers))
             found = await self.get(key)
-            return _Found(ours=found.data == data, version=found.version, date_us=found.date_us)
+            return Found(ours=found.data == data, version=found.version, date_us=found.date_us)
         except ObjectNotFoundError:
             return None
         except StorageError as error:
@@ -470,14 +423,14 @@ class S3Storage(Storage):
                     await self.head(key)
                 except ObjectNotFoundError:
                     return ANY
-                raise self._precondition_failed(key, precondition)
+                raise precondition_failed(self._name(key), precondition)
             case Matches(version) if not self._use_update:
                 try:
                     current = (await self.head(key)).version
                 except ObjectNotFoundError:
-                    raise self._precondition_failed(key, precondition) from None
+                    raise precondition_failed(self._name(key), precondition) from None
                 if current != version:
-                    raise self._precondition_failed(key, precondition)
+                    raise precondition_failed(self._name(key), precondition)
                 return ANY
         return precondition
 
@@ -587,21 +540,7 @@ class S3Storage(Storage):
         return other
 
     def default_settings(self) -> StorageSettings:
-        return StorageSettings(
-            concurrency=StorageConcurrencySettings(
-                max_concurrent_requests_for_object=DEFAULT_MAX_REQUESTS_PER_OBJECT,
-                ideal_concurrent_request_size=DEFAULT_IDEAL_REQUEST_BYTES,
-            ),
-            retries=StorageRetriesSettings(
-                max_tries=DEFAULT_MAX_TRIES,
-                initial_backoff_ms=DEFAULT_INITIAL_BACKOFF_MS,
-                max_backoff_ms=DEFAULT_MAX_BACKOFF_MS,
-            ),
-            unsafe_use_conditional_create=True,
-            unsafe_use_conditional_update=True,
-            unsafe_use_metadata=True,
-            minimum_size_for_multipart_upload=DEFAULT_MULTIPART_BYTES,
-        )
+        return object_store_settings()
 
     @property
     def atomic_preconditions(self) -> frozenset[type[Precondition]]:
@@ -648,6 +587,7 @@ class S3Storage(Storage):
                 place.credentials,
                 place.given_headers,
                 self._settings,
+                place.keeps_metadata,
             ),
         )
 
@@ -679,24 +619,6 @@ class S3Storage(Storage):
             return ObjectNotFoundError(f"no object {key!r} in {self.describe()}")
         return client.failure(request, answer, 1)
 
-    def _precondition_failed(self, key: str, precondition: Precondition) -> PreconditionFailedError:
-        if isinstance(precondition, Matches):
-            return PreconditionFailedError(
-                f"cannot replace version {precondition.version} of {self._name(key)}: the object has another version "
-                "now, "
-                "or is gone"
-            )
-        return PreconditionFailedError(f"cannot create {self._name(key)}: the object exists already")
-
-    def _uncertain(self, request: Request, error: Exception) -> StorageError:
-        uncertain = StorageError(
-            f"{error}; the outcome is uncertain: an earlier try may have landed, or may land later. Read the object "
-            "back",
-            getattr(error, "kind", ErrorKind.OBJECT_STORE),
-        )
-        uncertain.__cause__ = error
-        return uncertain
-
 
 def _unpickled(
     bucket: str,
@@ -705,6 +627,7 @@ def _unpickled(
     credentials: AnyS3Credential,
     headers: tuple[Mapping[str, str], Mapping[str, str]],
     settings: StorageSettings,
+    keeps_metadata: bool = True,
 ) -> Storage:
     return S3Storage(
         bucket,
@@ -715,6 +638,7 @@ def _unpickled(
         read_headers=headers[0],
         write_headers=headers[1],
         rooted_keys=root == "/",
+        keeps_metadata=keeps_metadata,
     )
 
 

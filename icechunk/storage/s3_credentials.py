@@ -1,26 +1,20 @@
-"""Where the access key of a request comes from, and when a new one is fetched.
-
-A key is replaced some time before it expires, by one caller while the others go on with the old one, so that no request
-waits or fails at the change; after the store has said that a token expired it is replaced at once.
-"""
+"""Where the access key of a request comes from."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from datetime import UTC
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 from aiobotocore.session import AioSession, get_session
 
 from icechunk.credentials import AnyS3Credential, S3Credentials, S3StaticCredentials
-from icechunk.errors import ErrorKind, IcechunkError, StorageError
+from icechunk.errors import ErrorKind, StorageError
 from icechunk.sources import Sources
+from icechunk.storage.refreshing import Refreshed
 from icechunk.storage.s3_sigv4 import SigningKeys
 
 __all__ = ["KeyProvider", "key_provider"]
-
-_EARLY_US: Final = 5 * 60 * 1_000_000
 
 
 class AnonymousKeys:
@@ -46,69 +40,11 @@ class StaticKeys:
         return False
 
 
-class RefreshableKeys:
-    """Keys of the user's function; one call at a time for each event loop, the result shared by all."""
+class RefreshableKeys(Refreshed[SigningKeys]):
+    """Keys of the user's function."""
 
     def __init__(self, given: S3Credentials.Refreshable, sources: Sources) -> None:
-        self._given = given
-        self._wall_us = sources.wall_us
-        self._current: tuple[SigningKeys, int | None, int] | None = None
-        self._pid = os.getpid()
-        self._calls: dict[asyncio.AbstractEventLoop, asyncio.Future[None]] = {}
-        if given.current is not None:
-            self._keep(given.current)
-
-    async def get(self) -> SigningKeys | None:
-        while True:
-            current = self._current
-            now_us = self._wall_us()
-            if current is not None:
-                keys, expires_us, early_us = current
-                if expires_us is None or now_us < expires_us - early_us:
-                    return keys
-                if now_us < expires_us and self._call_under_way() is not None:
-                    return keys
-            try:
-                await self._refresh()
-            except IcechunkError:
-                if current is not None and current[1] is not None and self._wall_us() < current[1]:
-                    return current[0]
-                raise
-            if self._current is not None and self._current is not current:
-                # Whatever its age: a function that returns expired keys is not called in a circle.
-                return self._current[0]
-
-    def expired(self, keys: SigningKeys | None) -> bool:
-        current = self._current
-        if current is not None and current[0] is keys:
-            self._current = None
-        return True
-
-    def _call_under_way(self) -> asyncio.Future[None] | None:
-        call = self._calls.get(asyncio.get_running_loop())
-        return None if call is None or call.done() or self._pid != os.getpid() else call
-
-    async def _refresh(self) -> None:
-        call = self._call_under_way()
-        if call is None:
-            loop = asyncio.get_running_loop()
-            self._pid = os.getpid()
-            self._calls = {other: future for other, future in self._calls.items() if not other.is_closed()}
-            # A task of its own: the caller that happens to be first may be cancelled.
-            call = self._calls[loop] = asyncio.ensure_future(self._fetch())
-            call.add_done_callback(lambda done: done.cancelled() or done.exception())
-        await asyncio.shield(call)
-
-    async def _fetch(self) -> None:
-        self._keep(await asyncio.to_thread(self._given.refreshed))
-
-    def _keep(self, given: S3StaticCredentials) -> None:
-        if given.expires_after is None:
-            self._current = (_signing_keys(given), None, 0)
-            return
-        expires_us = int(given.expires_after.replace(tzinfo=given.expires_after.tzinfo or UTC).timestamp() * 1e6)
-        lifetime_us = max(0, expires_us - self._wall_us())
-        self._current = (_signing_keys(given), expires_us, min(_EARLY_US, lifetime_us // 4))
+        super().__init__(given, _signing_keys, sources)
 
 
 class ChainKeys:

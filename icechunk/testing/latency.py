@@ -1,10 +1,11 @@
-"""A storage whose every request takes a little longer: what a far object store feels like, on this machine."""
+"""A storage that is as far away as one says."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
 
+from icechunk.errors import InvalidInputError
 from icechunk.storage.base import (
     ANY,
     ByteRange,
@@ -22,41 +23,61 @@ __all__ = ["LatencyStorage"]
 
 
 class LatencyStorage(WrappingStorage):
-    """Waits before every request to ``inner``; many may wait at once.
+    """The verbs of ``inner``, each after a pause. The pauses may be changed at any time.
 
     Parameters
     ----------
+    inner
+        What is behind the pauses.
     write_latency_ms
-        Before a put, a copy or a deletion.
+        Before each PUT, copy and deletion.
     read_latency_ms
-        Before a get, a head or a page of a listing.
+        Before each GET and HEAD, and before each page of a listing.
 
-    Both can be set anew at any time.
+    Raises
+    ------
+    InvalidInputError
+        A negative pause.
     """
-
-    write_latency_ms: int = 0
-    read_latency_ms: int = 0
 
     def __init__(self, inner: Storage, *, write_latency_ms: int = 0, read_latency_ms: int = 0) -> None:
         super().__init__(inner)
         self.write_latency_ms = write_latency_ms
         self.read_latency_ms = read_latency_ms
 
+    @property
+    def write_latency_ms(self) -> int:
+        """Pause before what writes, ms."""
+        return self._write_ms
+
+    @write_latency_ms.setter
+    def write_latency_ms(self, ms: int) -> None:
+        self._write_ms = _checked("write_latency_ms", ms)
+
+    @property
+    def read_latency_ms(self) -> int:
+        """Pause before what reads, ms."""
+        return self._read_ms
+
+    @read_latency_ms.setter
+    def read_latency_ms(self, ms: int) -> None:
+        self._read_ms = _checked("read_latency_ms", ms)
+
     async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
-        await asyncio.sleep(self.read_latency_ms / 1000)
+        await asyncio.sleep(self._read_ms / 1000)
         return await super().get(key, byte_range)
 
     async def head(self, key: str) -> ObjectInfo:
-        await asyncio.sleep(self.read_latency_ms / 1000)
+        await asyncio.sleep(self._read_ms / 1000)
         return await super().head(key)
 
     async def list_pages(
         self, prefix: str = "", *, start_after: str | None = None, page_size: int = 1000
     ) -> AsyncIterator[list[ObjectInfo]]:
-        await asyncio.sleep(self.read_latency_ms / 1000)
+        await asyncio.sleep(self._read_ms / 1000)
         async for page in super().list_pages(prefix, start_after=start_after, page_size=page_size):
             yield page
-            await asyncio.sleep(self.read_latency_ms / 1000)
+            await asyncio.sleep(self._read_ms / 1000)
 
     async def put(
         self,
@@ -67,16 +88,20 @@ class LatencyStorage(WrappingStorage):
         kind: ObjectKind = "metadata",
         metadata: Mapping[str, str] | None = None,
     ) -> PutResult:
-        await asyncio.sleep(self.write_latency_ms / 1000)
-        return await super().put(key, data, precondition, kind=kind, metadata=metadata)
+        content = bytes(data)
+        await asyncio.sleep(self._write_ms / 1000)
+        return await super().put(key, content, precondition, kind=kind, metadata=metadata)
 
     async def delete(self, keys: Iterable[str]) -> DeleteResult:
-        await asyncio.sleep(self.write_latency_ms / 1000)
+        await asyncio.sleep(self._write_ms / 1000)
         return await super().delete(keys)
 
     async def copy(self, source: str, target: str) -> PutResult:
-        await asyncio.sleep(self.write_latency_ms / 1000)
+        await asyncio.sleep(self._write_ms / 1000)
         return await super().copy(source, target)
 
-    def __repr__(self) -> str:
-        return f"LatencyStorage(write_latency_ms={self.write_latency_ms}, read_latency_ms={self.read_latency_ms})"
+
+def _checked(name: str, ms: int) -> int:
+    if isinstance(ms, bool) or not isinstance(ms, int) or ms < 0:
+        raise InvalidInputError(f"bad {name} {ms!r}: give a number of milliseconds, 0 or more")
+    return ms

@@ -46,11 +46,11 @@ OFF_LOOP_BYTES = 128 * 1024
 """Work on more bytes than this would hold up the event loop for milliseconds, and goes to a thread."""
 
 
-async def off_loop(size_bytes: int, work: Callable[[], T]) -> T:
-    """Run CPU-bound work: at once where it is small, in a thread where it would hold up the loop."""
+async def off_loop(size_bytes: int, work: Callable[[], T], limiter: anyio.CapacityLimiter | None = None) -> T:
+    """Run CPU-bound work: at once where it is small, in a thread, under the limit, where it would hold up the loop."""
     if size_bytes < OFF_LOOP_BYTES:
         return work()
-    return await anyio.to_thread.run_sync(work)
+    return await anyio.to_thread.run_sync(work, limiter=limiter)
 
 
 _chunk_key = lru_cache(maxsize=4096)(chunk_key)
@@ -117,6 +117,8 @@ class Assets:
         Reads in flight at the most, in each loop.
     num_snapshot_nodes, num_chunk_refs, num_transaction_changes
         Bounds of the caches: nodes of snapshots, references of manifests, ids and coordinates of transaction logs.
+    max_decodes
+        Files that are decoded in threads at the same time, for each loop.
     """
 
     def __init__(
@@ -127,7 +129,9 @@ class Assets:
         num_snapshot_nodes: int,
         num_chunk_refs: int,
         num_transaction_changes: int,
+        max_decodes: int = 2,
     ) -> None:
+        self._decoders: PerLoop[anyio.CapacityLimiter] = PerLoop(lambda: anyio.CapacityLimiter(max_decodes))
         self._pools: PerLoop[FetchPool] = PerLoop(lambda: FetchPool(storage, max_requests))
         self._readers: PerLoop[BlockReader] = PerLoop(self._new_reader)
         self._snapshots: WeightedCache[ObjectId, Snapshot] = WeightedCache(num_snapshot_nodes)
@@ -154,6 +158,10 @@ class Assets:
     def known_snapshot(self, id: ObjectId) -> Snapshot | None:
         """A snapshot that is in the cache; None where it is not."""
         return self._snapshots.get(id)
+
+    def knows_manifest(self, id: ObjectId) -> bool:
+        """Whether a manifest is in the cache."""
+        return self._manifests.get(id) is not None
 
     async def manifest(self, id: ObjectId) -> Manifest:
         """A manifest by its id. A missing one is an error: a snapshot promised it."""
@@ -234,7 +242,7 @@ class Assets:
         async def load() -> T:
             data = await pool.get(key)
             try:
-                return await off_loop(len(data), lambda: decode(data))
+                return await off_loop(len(data), lambda: decode(data), await self._decoders.get())
             except FormatError as error:
                 raise FormatError(f"cannot read {key!r}: {error.message}", error.kind) from error
 

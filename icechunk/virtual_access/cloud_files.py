@@ -89,7 +89,7 @@ class ObstoreFiles:
 
 def gcs_files(url_prefix: str, options: Mapping[str, str], credential: Any) -> ObstoreFiles:
     """Objects of a bucket of Google Cloud Storage. Raises `StorageError` where obstore is not installed."""
-    from icechunk.virtual_access.obstore_credentials import gcs_options
+    from icechunk.storage.obstore_credentials import gcs_options
 
     stores = _obstore("Google Cloud Storage")
     given, provider = gcs_options(credential)
@@ -100,7 +100,7 @@ def gcs_files(url_prefix: str, options: Mapping[str, str], credential: Any) -> O
 
 def azure_files(url_prefix: str, options: Mapping[str, str], credential: Any) -> ObstoreFiles:
     """Blobs of a container of Azure. Raises `StorageError` where obstore is not installed."""
-    from icechunk.virtual_access.obstore_credentials import azure_options
+    from icechunk.storage.obstore_credentials import azure_options
 
     stores = _obstore("Azure Blob Storage")
     given, provider = azure_options(credential)

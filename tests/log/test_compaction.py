@@ -177,10 +177,44 @@ def test_configured_tiles_are_kept_and_only_those_with_changes_rewritten() -> No
     write(repo, np.array([[15, 1], [77, 0]]), first=1000)
     assert len(repo.read) == 2
     assert manifests_of(repo) == 10
-    repo.policy = Policy.explicit(lambda node: (15, 4))
-    write(repo, np.array([[15, 1]]), first=2000)
-    assert len(repo.read) == 3
     assert check_snapshot(repo) == 400
+
+
+def first_axis(repo: Repo) -> list[tuple[int, int]]:
+    return [ref.extents[0] for ref in repo.snapshot.nodes["/a"].manifests]
+
+
+def test_of_another_grid_a_changed_cell_is_gathered_and_what_straddles_elsewhere_is_cut_as_official() -> None:
+    repo = with_array((10, 4), Policy.explicit(lambda node: (5, 4)))
+    write(repo, box((0, 10), (0, 4)))
+    repo.policy = Policy.explicit(lambda node: (3, 4))
+    write(repo, np.array([[0, 0]]), first=1000)
+    assert first_axis(repo) == [(0, 3), (3, 5), (5, 6), (6, 9), (9, 10)]
+    write(repo, np.array([[4, 0]]), first=1001)
+    assert len(repo.read) == 2
+    assert first_axis(repo) == [(0, 3), (3, 6), (6, 9), (9, 10)]
+    repo.policy = Policy.explicit()
+    write(repo, np.array([[9, 0]]), first=1002)
+    assert first_axis(repo) == [(0, 10)]
+    assert check_snapshot(repo) == 40
+
+
+def test_a_cell_that_is_overwritten_whole_is_not_read() -> None:
+    repo = with_array((100, 4), Policy.explicit(lambda node: (10, 4)))
+    write(repo, box((0, 100), (0, 4)))
+    write(repo, box((10, 30), (0, 4)), first=1000)
+    assert repo.read == ()
+    assert check_snapshot(repo) == 400
+
+
+def test_a_scalar_keeps_its_manifest_when_only_its_metadata_change() -> None:
+    repo = with_array((), Policy.explicit(lambda node: ()))
+    write(repo, np.empty((1, 0), np.uint32))
+    (before,) = repo.snapshot.nodes["/a"].manifests
+    log = repo.log()
+    log.set_metadata("/a", array_json((), units="m"))
+    repo.commit(log)
+    assert repo.snapshot.nodes["/a"].manifests == (before,)
 
 
 def test_a_million_references_are_one_commit_of_bounded_tiles() -> None:

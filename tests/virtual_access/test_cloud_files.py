@@ -12,8 +12,8 @@ import pytest
 import icechunk
 from icechunk.errors import InvalidInputError, ObjectNotFoundError
 from icechunk.storage.base import Range
+from icechunk.storage.obstore_credentials import azure_options, gcs_options
 from icechunk.virtual_access.cloud_files import ObstoreFiles, azure_files, gcs_files
-from icechunk.virtual_access.obstore_credentials import azure_options, gcs_options
 from tests.virtual_builders import FILE_BYTES
 
 LATER = datetime.now(UTC) + timedelta(hours=1)

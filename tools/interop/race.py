@@ -1,7 +1,8 @@
 """Commit to one branch again and again, whoever else does: the same script on our library and on the official one.
 
 ``python -m tools.interop.race ENDPOINT ACCESS SECRET BUCKET PREFIX NAME COUNT`` commits COUNT times to ``main``, begins
-again after each conflict, and prints the ids of its snapshots as JSON.
+again after each conflict, and prints the ids of its snapshots as JSON. With ``until-refused`` in place of COUNT it goes
+on until it is refused for another reason than a conflict.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import zarr
 
 import icechunk
 
-__all__ = ["commits", "storage_on"]
+__all__ = ["commits", "commits_until_refused", "storage_on"]
 
 _TRIES = 200
 
@@ -50,10 +51,29 @@ def commits(repo: Any, name: str, count: int) -> list[str]:
     raise RuntimeError(f"{name} had {len(done)} of {count} commits after {_TRIES} tries")
 
 
+def commits_until_refused(repo: Any, name: str) -> list[str]:
+    """The ids of the snapshots that were acknowledged before the repository took no more of this client."""
+    done: list[str] = []
+    lost = 0
+    while lost < _TRIES and len(done) < _TRIES:
+        try:
+            session = repo.writable_session("main")
+            zarr.create_group(store=session.store, path=f"{name}_{len(done)}")
+            done.append(session.commit(f"{name} {len(done)}"))
+            lost = 0
+        except icechunk.ConflictError:
+            lost += 1
+        except (icechunk.IcechunkError, ValueError):
+            return done
+    return done
+
+
 def main(arguments: list[str]) -> None:
     warnings.simplefilter("ignore")
     *place, name, count = arguments
-    print(json.dumps(commits(icechunk.Repository.open(storage_on(*place)), name, int(count))))
+    repo = icechunk.Repository.open(storage_on(*place))
+    done = commits_until_refused(repo, name) if count == "until-refused" else commits(repo, name, int(count))
+    print(json.dumps(done))
 
 
 if __name__ == "__main__":

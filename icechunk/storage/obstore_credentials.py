@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
-
-import anyio.to_thread
+from typing import Any, TypeAlias
 
 from icechunk.credentials import AzureCredentials, AzureStaticCredentials, GcsCredentials, GcsStaticCredentials
 from icechunk.credentials.azure import AzureRefreshableCredential
+from icechunk.sources import SYSTEM, Sources
+from icechunk.storage.refreshing import Refreshed
 
-__all__ = ["azure_options", "gcs_options"]
+__all__ = ["Access", "azure_options", "gcs_options"]
 
-Provider = Callable[[], Awaitable[Mapping[str, Any]]]
+Provider: TypeAlias = Callable[[], Awaitable[Mapping[str, Any]]]
+Access: TypeAlias = tuple[dict[str, str], Provider | None]
+"""Options of a store, and what it asks for credentials."""
 
 
-def gcs_options(credential: Any) -> tuple[dict[str, str], Provider | None]:
+def gcs_options(credential: Any, sources: Sources = SYSTEM) -> Access:
     """Options and credential provider of a `GCSStore`; None: as the environment says."""
     match credential:
         case GcsCredentials.Anonymous():
@@ -29,16 +31,11 @@ def gcs_options(credential: Any) -> tuple[dict[str, str], Provider | None]:
         case GcsCredentials.Static(GcsStaticCredentials.BearerToken(token)):
             return {}, _constant({"token": token, "expires_at": None})
         case GcsCredentials.Refreshable():
-
-            async def refresh() -> Mapping[str, Any]:
-                found = await anyio.to_thread.run_sync(credential.refreshed)
-                return {"token": found.bearer, "expires_at": found.expires_after}
-
-            return {}, refresh
+            return {}, Refreshed(credential, _gcs_token, sources).get
     return {}, None
 
 
-def azure_options(credential: Any) -> tuple[dict[str, str], Provider | None]:
+def azure_options(credential: Any, sources: Sources = SYSTEM) -> Access:
     """Options and credential provider of an `AzureStore`; None: as the environment says."""
     match credential:
         case AzureCredentials.Anonymous():
@@ -50,18 +47,21 @@ def azure_options(credential: Any) -> tuple[dict[str, str], Provider | None]:
         case AzureCredentials.Static(AzureStaticCredentials.BearerToken(token)):
             return {"bearer_token": token}, None
         case AzureCredentials.Refreshable():
-
-            async def refresh() -> Mapping[str, Any]:
-                found = await anyio.to_thread.run_sync(credential.refreshed)
-                match found:
-                    case AzureRefreshableCredential.AccessKey(key, expires):
-                        return {"access_key": key, "expires_at": expires}
-                    case AzureRefreshableCredential.SasToken(token, expires):
-                        return {"sas_token": token, "expires_at": expires}
-                return {"token": found.bearer, "expires_at": found.expires_after}
-
-            return {}, refresh
+            return {}, Refreshed(credential, _azure_secret, sources).get
     return {}, None
+
+
+def _gcs_token(found: Any) -> dict[str, Any]:
+    return {"token": found.bearer, "expires_at": found.expires_after}
+
+
+def _azure_secret(found: Any) -> dict[str, Any]:
+    match found:
+        case AzureRefreshableCredential.AccessKey(key, expires):
+            return {"access_key": key, "expires_at": expires}
+        case AzureRefreshableCredential.SasToken(token, expires):
+            return {"sas_token": token, "expires_at": expires}
+    return {"token": found.bearer, "expires_at": found.expires_after}
 
 
 def _constant(value: Mapping[str, Any]) -> Provider:

@@ -1,0 +1,139 @@
+"""The references that a commit writes: what dirty tiles hold now, cut into what single manifests shall hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.errors import ErrorKind, FormatError
+from icechunk.format.ids import ObjectId
+from icechunk.format.tables import ChunkRefs, Manifest, ManifestRef, NodeSnapshot
+from icechunk.log.boxes import around, by_tile, halved, in_box
+from icechunk.log.columns import concat, normalized, trimmed
+from icechunk.log.lookup import CoordIndex
+from icechunk.log.tiles import Tile
+
+__all__ = ["ArrayPlan", "pieces"]
+
+Coords = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ArrayPlan:
+    """What becomes of one array's references."""
+
+    node: NodeSnapshot
+    """As it is now, with the base's manifests."""
+    tiles: tuple[Tile, ...]
+    """All of them; the dirty ones are written."""
+    written: ChunkRefs
+    """References of the log inside the grid, ascending."""
+    deleted: Coords
+    """uint32[n, ndim]: deleted inside the grid, ascending."""
+    tile_shape: tuple[int, ...] | None
+    """If the tiles are those of a given grid."""
+    anew: bool = False
+    """Whether cells of the grid without a change are gathered from several manifests as well."""
+
+
+def pieces(array: ArrayPlan, manifests: Mapping[ObjectId, Manifest], max_refs: int) -> Iterator[ChunkRefs]:
+    """What the dirty tiles of an array hold now; each piece goes into one manifest, and their boxes are disjoint.
+
+    Parameters
+    ----------
+    manifests
+        At least the sources of the dirty tiles.
+    max_refs
+        References in a piece, where the tiles are not those of a given grid.
+
+    Raises
+    ------
+    FormatError
+        If a manifest lacks the array that the base says it holds.
+    """
+    for tile in array.tiles:
+        if not tile.dirty:
+            continue
+        if array.tile_shape is not None:
+            yield from _cut_by_grid(array, tile, array.tile_shape, manifests)
+            continue
+        content = _content(array, tile, manifests)
+        if not len(content):
+            continue
+        whole = around(content.coords, tile.avoid) if tile.avoid else [np.arange(len(content))]
+        for part in whole:
+            for rows in halved(content.coords[part], max_refs):
+                yield trimmed(content if len(rows) == len(content) else content.take(part[rows]))
+
+
+def _content(array: ArrayPlan, tile: Tile, manifests: Mapping[ObjectId, Manifest]) -> ChunkRefs:
+    """The references of a dirty tile: those it had, without what was deleted or is out of the grid, and the written."""
+    written = _written(array, tile)
+    changed = np.concatenate([written.coords, array.deleted[tile.deleted]])
+    parts = [refs for source in tile.sources if len(refs := _kept(array, source, manifests, changed))]
+    if not parts:
+        return written
+    return normalized(concat([*parts, written])) if len(written) or len(parts) > 1 else parts[0]
+
+
+def _cut_by_grid(
+    array: ArrayPlan, tile: Tile, shape: tuple[int, ...], manifests: Mapping[ObjectId, Manifest]
+) -> Iterator[ChunkRefs]:
+    written = _written(array, tile)
+    deleted = array.deleted[tile.deleted]
+    changed = np.concatenate([written.coords, deleted])
+    gathered: dict[tuple[int, ...], list[ChunkRefs]] = {
+        _cell(changed[rows], shape): [] for rows in _cells(changed, shape)
+    }
+    for source in tile.sources:
+        refs = _kept(array, source, manifests, changed)
+        for rows in _cells(refs.coords, shape):
+            part = refs if len(rows) == len(refs) else refs.take(rows)
+            cell = _cell(part.coords, shape)
+            into = gathered.setdefault(cell, []) if array.anew else gathered.get(cell)
+            if into is None:
+                yield trimmed(part)
+            else:
+                # Trimmed now: the manifests of an array may share no table, and joining tables costs all their strings.
+                into.append(trimmed(part))
+    for rows in _cells(written.coords, shape):
+        part = written if len(rows) == len(written) else written.take(rows)
+        gathered[_cell(part.coords, shape)].append(trimmed(part))
+    for cell in sorted(gathered):
+        if parts := gathered.pop(cell):
+            yield trimmed(normalized(concat(parts)))
+
+
+def _cells(coords: Coords, shape: tuple[int, ...]) -> list[npt.NDArray[np.intp]]:
+    return by_tile(coords, shape) if len(coords) else []
+
+
+def _cell(coords: Coords, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(c // n for c, n in zip(coords[0].tolist(), shape, strict=True))
+
+
+def _written(array: ArrayPlan, tile: Tile) -> ChunkRefs:
+    return array.written if len(tile.written) == len(array.written) else array.written.take(tile.written)
+
+
+def _kept(array: ArrayPlan, source: ManifestRef, manifests: Mapping[ObjectId, Manifest], changed: Coords) -> ChunkRefs:
+    """References of one manifest that are inside the grid still, and not among the changed ones."""
+    manifest = manifests[source.object_id]
+    old = manifest.arrays.get(array.node.id)
+    if old is None or old.ndim != len(array.node.shape):
+        raise FormatError(
+            f"manifest {source.object_id.hex()} holds no references of the array {array.node.path}, "
+            "although the snapshot says so",
+            ErrorKind.INCONSISTENT_MANIFESTS,
+        )
+    box = tuple((a, min(b, d.num_chunks)) for (a, b), d in zip(source.extents, array.node.shape, strict=True))
+    rows = in_box(old.coords, box)
+    if len(changed):
+        gone = np.zeros(len(old), np.bool_)
+        at = CoordIndex(old.coords).find_rows(changed)
+        gone[at[at >= 0]] = True
+        rows = rows[~gone[rows]]
+    return old if len(rows) == len(old) else old.take(rows)

@@ -1,0 +1,217 @@
+"""Reading files from web servers: redirects, ranges, tries, and what the answers mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+import aiohttp
+from yarl import URL
+
+from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
+from icechunk.sources import Sources
+from icechunk.storage.base import ByteRange, GetResult, Range, Suffix
+from icechunk.storage.keys import resolve_range
+from icechunk.storage.s3_answers import date_us, version_of
+from icechunk.storage.s3_client import Limits
+from icechunk.values import redacted_url
+
+__all__ = ["MOST_REDIRECTS", "REDIRECTS", "HttpReader"]
+
+REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+MOST_REDIRECTS: Final = 10
+_CONTENT_RANGE: Final = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
+_TRANSIENT: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+class HttpReader:
+    """Connections to web servers, on one event loop.
+
+    Parameters
+    ----------
+    headers
+        Sent with every request to the server that was asked; a redirect to another one goes without them.
+    limits
+        Tries and timeouts.
+    serves_ranges
+        Refuse servers that send a whole file where a range was asked for; else the range is cut out here.
+    proxy
+        URL of a proxy; None: as the environment says.
+    tls
+        False: take any certificate.
+    """
+
+    def __init__(
+        self,
+        headers: Mapping[str, str],
+        limits: Limits,
+        sources: Sources,
+        *,
+        serves_ranges: bool,
+        proxy: str | None = None,
+        tls: bool = True,
+    ) -> None:
+        self._headers = dict(headers)
+        self._limits = limits
+        self._sources = sources
+        self._serves_ranges = serves_ranges
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ssl=tls),
+            timeout=aiohttp.ClientTimeout(
+                total=limits.attempt_s, sock_connect=limits.connect_s, sock_read=limits.read_s
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            trust_env=True,
+            proxy=proxy,
+        )
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._session.close()
+
+    async def get(self, url: URL, wanted: ByteRange, *, method: str = "GET") -> GetResult:
+        """Bytes of a file, clamped to its size; with ``method`` ``HEAD`` none, but all else.
+
+        Raises
+        ------
+        ObjectNotFoundError
+            404 or 410.
+        InvalidInputError
+            The range begins beyond the file's end (kind ``invalid-byte-range``).
+        StorageError
+            Anything else, after the tries that the settings allow.
+        """
+        shown = redacted_url(str(url))
+        limits = self._limits
+        began_us = self._sources.elapsed_us()
+        tries = 0
+        while True:
+            tries += 1
+            times = f" ({tries} tries)" if tries > 1 else ""
+            try:
+                found = await self._try(url, shown, wanted, method)
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                if isinstance(error, aiohttp.InvalidURL | aiohttp.ClientSSLError):
+                    raise StorageError(f"cannot read {shown!r}: {error}", ErrorKind.OBJECT_STORE) from error
+                failure = StorageError(f"cannot read {shown!r}: {error!r}{times}", ErrorKind.OBJECT_STORE)
+                failure.__cause__ = error
+            else:
+                if isinstance(found, GetResult):
+                    return found
+                failure = StorageError(f"cannot read {shown!r}: {found}{times}", ErrorKind.OBJECT_STORE)
+            if tries >= limits.max_tries:
+                raise failure
+            ceiling_s = min(limits.max_backoff_s, limits.initial_backoff_s * 2.0 ** (tries - 1))
+            pause_s = ceiling_s * int.from_bytes(self._sources.random_bytes(4), "big") / 2**32
+            if limits.operation_s is not None:
+                spent_s = (self._sources.elapsed_us() - began_us) / 1e6
+                if spent_s + pause_s >= limits.operation_s:
+                    raise failure
+            await self._sources.sleep(pause_s)
+
+    async def location(self, url: URL) -> str | None:
+        """Where one GET is redirected to, as the server wrote it; None: it is not. Raises aiohttp's errors."""
+        async with self._session.get(url, headers=self._headers, allow_redirects=False) as response:
+            return response.headers.get("Location") if response.status in REDIRECTS else None
+
+    async def _try(self, url: URL, shown: str, wanted: ByteRange, method: str) -> GetResult | str:
+        """One request with its redirects: the bytes, or why to try again."""
+        origin = url.origin()
+        for _ in range(MOST_REDIRECTS):
+            headers = {"accept-encoding": "identity", **_range_header(wanted)}
+            if url.origin() == origin:
+                headers = {**self._headers, **headers}
+            async with self._session.request(method, url, headers=headers, allow_redirects=False) as response:
+                if response.status in REDIRECTS and "Location" in response.headers:
+                    onward = url.join(URL(response.headers["Location"]))
+                    if onward.scheme not in ("http", "https") or (url.scheme, onward.scheme) == ("https", "http"):
+                        raise StorageError(
+                            f"cannot read {shown!r}: the server redirects to {onward.scheme}:", ErrorKind.BAD_REDIRECT
+                        )
+                    url = onward
+                    continue
+                if response.status in _TRANSIENT:
+                    return f"the server answered {response.status}"
+                return await self._result(response, shown, wanted, method)
+        raise StorageError(f"cannot read {shown!r}: more than {MOST_REDIRECTS} redirects", ErrorKind.BAD_REDIRECT)
+
+    async def _result(
+        self, response: aiohttp.ClientResponse, shown: str, wanted: ByteRange, method: str
+    ) -> GetResult | str:
+        headers = response.headers
+        status = response.status
+        if status in (404, 410):
+            raise ObjectNotFoundError(f"there is nothing at {shown!r} ({status})")
+        if status in (401, 403):
+            raise StorageError(
+                f"cannot read {shown!r}: the server answered {status}; check the headers that it is sent. Some servers "
+                "say so of files that do not exist: let this one answer 404 for these",
+                ErrorKind.OBJECT_STORE,
+            )
+        match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
+        if status == 416:
+            if isinstance(wanted, Suffix) and match is not None and match[3] == "0":
+                return _found(headers, b"", 0)
+            start = wanted.start if isinstance(wanted, Range) else 0
+            raise InvalidInputError(f"{shown!r} has no bytes from {start} on", ErrorKind.INVALID_BYTE_RANGE)
+        if status == 200 and (wanted is None or not self._serves_ranges):
+            if method == "HEAD":
+                return _found(headers, b"", int(headers.get("Content-Length", "0")))
+            data = await response.read()
+            expected = headers.get("Content-Length")
+            if expected is not None and len(data) != int(expected):
+                return f"{len(data)} bytes came instead of {expected}"
+            start, stop = resolve_range(wanted, len(data), shown)
+            return _found(headers, data[start:stop], len(data))
+        if status == 200:
+            raise StorageError(
+                f"cannot read {shown!r}: the server does not serve ranges of files; use another server, or copy the "
+                "file",
+                ErrorKind.OBJECT_STORE,
+            )
+        if status != 206 or match is None or match[1] is None or not _begins_there(wanted, match):
+            raise StorageError(
+                f"cannot read {shown!r}: the server answered {status} (Content-Range: {headers.get('Content-Range')})",
+                ErrorKind.OBJECT_STORE,
+            )
+        expected_bytes = int(match[2]) - int(match[1]) + 1
+        most = wanted.end - wanted.start if isinstance(wanted, Range) and wanted.end is not None else None
+        if most is not None and expected_bytes > most:
+            raise StorageError(f"cannot read {shown!r}: more came than was asked for", ErrorKind.OBJECT_STORE)
+        data = await response.read()
+        if len(data) != expected_bytes:
+            return f"{len(data)} bytes came instead of {expected_bytes}"
+        return _found(headers, data, int(match[3]))
+
+
+def _begins_there(wanted: ByteRange, match: re.Match[str]) -> bool:
+    match wanted:
+        case Range(start, _):
+            return int(match[1]) == start
+        case Suffix(length):
+            return int(match[1]) == max(0, int(match[3]) - length)
+    return False
+
+
+def _found(headers: Mapping[str, str], data: bytes, size: int) -> GetResult:
+    return GetResult(
+        data=data,
+        size=size,
+        version=version_of(headers),
+        modified_us=date_us(headers, "Last-Modified") or 0,
+        date_us=date_us(headers),
+    )
+
+
+def _range_header(wanted: ByteRange) -> dict[str, str]:
+    match wanted:
+        case None:
+            return {}
+        case Range(start, None):
+            return {"range": f"bytes={start}-"}
+        case Range(start, end):
+            return {"range": f"bytes={start}-{(end or 0) - 1}"}
+        case Suffix(length):
+            return {"range": f"bytes=-{length}"}
