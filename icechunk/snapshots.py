@@ -95,7 +95,7 @@ class Diff:
     updated_chunks: dict[str, list[list[int]]] = field(default_factory=dict)
     """By array, the ascending coordinates of chunks that were written or deleted."""
     moved_nodes: list[tuple[str, str]] = field(default_factory=list)
-    """(from, to), every moved descendant included."""
+    """(from, to), every moved descendant included; ascending by where they lead to, name by name."""
 
     @classmethod
     def of(cls, changes: Changes) -> Diff:
@@ -108,7 +108,7 @@ class Diff:
             updated_groups=set(changes.updated_groups),
             updated_arrays=set(changes.updated_arrays),
             updated_chunks={path: _lists(rows) for path, rows in sorted(changes.updated_chunks.items())},
-            moved_nodes=[(source, target) for source, target in changes.moved_nodes],
+            moved_nodes=sorted(((s, t) for s, t in changes.moved_nodes), key=lambda move: move[1].split("/")),
         )
 
     def is_empty(self) -> bool:

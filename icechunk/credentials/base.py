@@ -92,10 +92,9 @@ class RefreshableCredential(Credential):
         try:
             value = pickle.loads(self.pickled_function)()
         except Exception as error:
-            # Only the function's author can tell what went wrong, and hears of it here even where causes are not shown.
+            # The cause is chained; its text stays out of ours, which may end up in a log beside no secret.
             raise InvalidInputError(
-                f"refreshing {type(self).__qualname__} failed with {type(error).__name__}: {error}; check the function "
-                "given",
+                f"refreshing {type(self).__qualname__} failed with {type(error).__name__}: check the function given",
                 ErrorKind.INVALID_CREDENTIALS,
             ) from error
         try:
