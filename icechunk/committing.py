@@ -185,7 +185,7 @@ async def _write(
     files.append((transaction_key(snapshot.id), encode_transaction_log(compaction.transaction, spec_version, level)))
 
     async def put(file: tuple[str, bytes]) -> None:
-        await core.storage.put(*file)
+        await core.put(*file)
 
     await run_all(log.prepare_writes, puts.flush, partial(run_each, put, files, limit=core.settings.max_requests))
     written.update({manifest.id: (manifest, sizes[manifest.id]) for manifest in compaction.manifests})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,10 +13,13 @@ from icechunk.config import (
     CachingConfig,
     EngineConfig,
     RepositoryConfig,
+    StorageConcurrencySettings,
+    StorageSettings,
     config_from_dict,
     config_to_dict,
 )
 from icechunk.config.manifest_rules import manifests_to_preload, tile_shapes
+from icechunk.config.storage import DEFAULT_MAX_REQUESTS_PER_OBJECT
 from icechunk.format.ids import ObjectId, object_id_from_text
 from icechunk.format.location_compression import LocationCompression
 from icechunk.format.tables import Snapshot
@@ -29,14 +33,20 @@ from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Storage
 from icechunk.storage.per_loop import PerLoop
 from icechunk.transfer.assets import Assets
+from icechunk.transfer.blocks import Limits
+from icechunk.transfer.fetch import Splitting
+from icechunk.transfer.gate import MAX_BYTES, WRITE, Gates
+from icechunk.transfer.memory import PutMemory
 from icechunk.transfer.packs import Packs
 from icechunk.transfer.preloading import Preloader
 from icechunk.transfer.put import PutPool
+from icechunk.transfer.reads import Reads
 from icechunk.virtual_access import VirtualAccess
 
 __all__ = ["Core", "Settings"]
 
 _DEFAULT_PUT_MEMORY_BYTES = 256 * 1024 * 1024
+_DEFAULT_VALUES_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +58,13 @@ class Settings:
     compression_level: int
     """zstd level of metadata files."""
     max_requests: int
-    """Requests in flight, of reads and of writes, in each loop."""
+    """Requests in flight, of reads and writes together, in each loop."""
+    max_bytes_in_flight: int
+    """Their bytes, where they are known beforehand."""
+    partial_values_at_once: int
+    """Values that one call for several fetches at the same time."""
     put_memory_bytes: int
-    """Bytes on their way to storage that a session holds at the most."""
+    """Bytes on their way to storage that all sessions hold at the most."""
     pack_threshold_bytes: int
     """Chunks below this size share chunk objects; 0: none do."""
     pack_size_bytes: int
@@ -61,6 +75,8 @@ class Settings:
     """Manifests that a commit reads at a time, at the most."""
     locations: LocationCompression
     """How locations of virtual references are compressed in them."""
+    reads: Reads
+    """How requests are made of reads."""
 
 
 class Core:
@@ -93,6 +109,8 @@ class Core:
         self.default_metadata: dict[str, Any] = dict(default_metadata or {})
         self.persisted_config: Any = None
         """The configuration that was persisted when this core was opened, or that it has persisted since."""
+        self.gates = Gates(0)
+        self._put_memory: tuple[int, PutMemory] | None = None
         self._configure(storage, config)
         self._created: RepositoryLog | None = None
         self._opened_us: WeakKeyDictionary[RepositoryLog, int] = WeakKeyDictionary()
@@ -104,11 +122,14 @@ class Core:
     def _configure(self, storage: Storage, config: RepositoryConfig) -> None:
         self.storage = storage.with_settings(config.storage) if config.storage is not None else storage
         self.config = config
-        self.settings = _resolve(config, self.layout)
+        self.settings = settings = _resolve(config, self.layout, getattr(self.storage, "settings", config.storage))
+        if (self.gates.max_requests, self.gates.max_bytes) != (settings.max_requests, settings.max_bytes_in_flight):
+            self.gates = Gates(settings.max_requests, settings.max_bytes_in_flight)
         caching = config.caching or CachingConfig()
         self.assets = Assets(
             self.storage,
-            max_requests=self.settings.max_requests,
+            gates=self.gates,
+            reads=settings.reads,
             num_snapshot_nodes=_value(caching.num_snapshot_nodes, 500_000),
             num_chunk_refs=_value(caching.num_chunk_refs, 15_000_000),
             num_transaction_changes=_value(caching.num_transaction_changes, 0),
@@ -120,7 +141,8 @@ class Core:
             (config.virtual_chunk_containers or {}).values(),
             self.virtual_access,
             settings=config.storage,
-            max_requests=self.settings.max_requests,
+            gates=self.gates,
+            reads=settings.reads,
             sources=self.sources,
         )
 
@@ -194,13 +216,29 @@ class Core:
     def packs(self) -> Packs:
         """Where the chunks of one writable session go."""
         settings = self.settings
-        pool = PutPool(self.storage, max_bytes=settings.put_memory_bytes, max_requests=settings.max_requests)
+        pool = PutPool(self.storage, memory=self._memory(), gates=self.gates)
         return Packs(
             pool,
             self.sources.new_object_id,
             threshold_bytes=settings.pack_threshold_bytes,
             size_bytes=settings.pack_size_bytes,
         )
+
+    def _memory(self) -> PutMemory:
+        """Of this process: what a parent had on its way when it forked is not ours to wait for."""
+        kept, most = self._put_memory, self.settings.put_memory_bytes
+        if kept is None or kept[0] != os.getpid() or kept[1].max_bytes != most:
+            kept = self._put_memory = (os.getpid(), PutMemory(most))
+        return kept[1]
+
+    async def put(self, key: str, data: bytes) -> None:
+        """Write a metadata file, within the bounds of what is in flight. Raises as `Storage.put`."""
+        gate = self.gates.here()
+        await gate.enter(len(data), WRITE)
+        try:
+            await self.storage.put(key, data)
+        finally:
+            gate.leave(len(data))
 
     async def preload(self, snapshot: Snapshot) -> None:
         """Begin to fetch the manifests that the configuration wants ahead of need; does not wait for them."""
@@ -235,7 +273,7 @@ def _retries(config: RepositoryConfig) -> UpdateRetries | None:
     return None if given is None or given.default is None else retries_of(config_to_dict(config))
 
 
-def _resolve(config: RepositoryConfig, layout: Layout) -> Settings:
+def _resolve(config: RepositoryConfig, layout: Layout, storage: StorageSettings | None) -> Settings:
     engine = config.engine or EngineConfig()
     compression = config.compression
     # What is shared with the official library is laid out as it does it, unless asked for otherwise.
@@ -254,10 +292,13 @@ def _resolve(config: RepositoryConfig, layout: Layout) -> Settings:
         inline_threshold_bytes=_value(config.inline_chunk_threshold_bytes, 512),
         compression_level=_value(compression.level if compression is not None else None, 3),
         max_requests=max_requests,
+        max_bytes_in_flight=_value(engine.max_bytes_in_flight, MAX_BYTES),
+        partial_values_at_once=_value(config.get_partial_values_concurrency, _DEFAULT_VALUES_AT_ONCE),
         put_memory_bytes=_value(engine.put_memory_bytes, _DEFAULT_PUT_MEMORY_BYTES),
         pack_threshold_bytes=_value(engine.pack_threshold_bytes, 512 * 1024 if alone else 0),
         pack_size_bytes=_value(engine.pack_size_bytes, 4 * 1024 * 1024),
         policy=policy,
+        reads=_reads(config.caching or CachingConfig(), engine, storage),
         commit_fetches=_value(
             config.manifest.max_concurrent_manifest_fetches_during_commit if config.manifest is not None else None,
             max_requests,
@@ -277,6 +318,20 @@ def _locations(config: RepositoryConfig) -> LocationCompression:
         dictionary_bytes=_value(given.dictionary_max_size_bytes, default.dictionary_bytes),
         level=_value(given.compression_level, default.level),
     )
+
+
+def _reads(caching: CachingConfig, engine: EngineConfig, storage: StorageSettings | None) -> Reads:
+    limits = Limits()
+    if caching.num_bytes_chunks is not None:
+        limits = replace(limits, cache_bytes=caching.num_bytes_chunks, keep_wanted=True)
+    concurrency = (storage.concurrency if storage is not None else None) or StorageConcurrencySettings()
+    splitting = None
+    if concurrency.ideal_concurrent_request_size is not None:
+        splitting = Splitting(
+            part_bytes=concurrency.ideal_concurrent_request_size,
+            max_requests=_value(concurrency.max_concurrent_requests_for_object, DEFAULT_MAX_REQUESTS_PER_OBJECT),
+        )
+    return Reads(limits=limits, splitting=splitting, hedge_percentile=engine.hedge_percentile)
 
 
 def _restore(

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["IcechunkStore"]
 
-_CONCURRENCY = 256
-
 
 class IcechunkStore(VirtualWriting, Store, SyncMixin):
     """What a session sees and writes, as zarr-python wants to have it.
@@ -121,8 +119,7 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
             key, byte_range = wanted[i]
             found[i] = await self.get(key, prototype, byte_range)
 
-        most = self._session.config.get_partial_values_concurrency or _CONCURRENCY
-        await run_each(fetch, range(len(wanted)), limit=min(len(wanted), most))
+        await run_each(fetch, range(len(wanted)), limit=self._session.values_at_once)
         return found
 
     async def _get_many(
@@ -134,7 +131,7 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
         async def fetch(i: int) -> None:
             found[i] = await self.get(*wanted[i])
 
-        await run_each(fetch, range(len(wanted)), limit=min(len(wanted), _CONCURRENCY))
+        await run_each(fetch, range(len(wanted)), limit=self._session.values_at_once)
         for (key, _, _), buffer in zip(wanted, found, strict=True):
             yield key, buffer
 

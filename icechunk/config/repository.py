@@ -124,6 +124,13 @@ def _layout(name: str, value: Any) -> LayoutName:
     raise InvalidInputError(f"{name} must be 'log', 'repo' or 'refs', not {value!r}", ErrorKind.INVALID_SETTING)
 
 
+def _percentile(name: str, value: Any) -> int:
+    number: int = unsigned(8)(name, value)
+    if not 50 <= number <= 99:
+        raise InvalidInputError(f"{name} must be from 50 to 99, not {number}", ErrorKind.INVALID_SETTING)
+    return number
+
+
 @dataclass(slots=True, repr=False, kw_only=True)
 class EngineConfig(Setting):
     """Settings that only this implementation has. None leaves the choice to the engine."""
@@ -133,7 +140,11 @@ class EngineConfig(Setting):
     layout: LayoutName | None = field(default=None, metadata=checked(optional(_layout)))
     """How the log of a *new* repository is persisted; existing ones are recognised. Never stored."""
     put_memory_bytes: int | None = field(default=None, metadata=checked(optional(unsigned(64, minimum=1))))
-    """Bytes of chunks that may be on their way to the storage before writers wait."""
+    """Bytes of chunks that may be on their way to the storage, of all sessions, before writers wait (256 MiB)."""
+    max_bytes_in_flight: int | None = field(default=None, metadata=checked(optional(unsigned(64, minimum=1))))
+    """Bytes of requests in flight for the whole repository, in each event loop (512 MiB)."""
+    hedge_percentile: int | None = field(default=None, metadata=checked(optional(_percentile)))
+    """Reads slower than so many percent (50 to 99) of recent ones are sent a second time; None: none are."""
     pack_threshold_bytes: int | None = field(default=None, metadata=checked(optional(unsigned(64))))
     """Chunks below this size share chunk objects (512 KiB); 0: every chunk has an object of its own."""
     pack_size_bytes: int | None = field(default=None, metadata=checked(optional(unsigned(64, minimum=1))))

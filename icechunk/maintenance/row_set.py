@@ -35,7 +35,8 @@ class RowSet:
         """Add rows, an array of any type of ``width`` bytes."""
         if not len(rows):
             return
-        fresh = np.unique(np.ascontiguousarray(rows).view(self._type))
+        # A copy: a view would keep alive what the rows were taken from.
+        fresh = np.array(rows).view(self._type)
         with self._lock:
             self._fresh.append(fresh)
             self._fresh_count += len(fresh)

@@ -125,6 +125,11 @@ class Content(SessionBase):
             self._log.set_refs(self.require_array(path), refs)
 
     @property
+    def values_at_once(self) -> int:
+        """Values that a call for several of them fetches at the same time."""
+        return self._core.settings.partial_values_at_once
+
+    @property
     def virtual_prefixes(self) -> Prefixes:
         """The virtual chunk containers, by what their locations begin with."""
         return self._core.virtual.prefixes

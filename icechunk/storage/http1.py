@@ -11,10 +11,12 @@ One request is one try: nothing is sent again, no redirect is followed.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import ssl
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, cast
 
 from multidict import CIMultiDict
@@ -156,11 +158,21 @@ class Connections:
                     origin.host,
                     origin.port,
                     ssl=(self._tls or ssl.create_default_context()) if secure else None,
-                    happy_eyeballs_delay=_HAPPY_EYEBALLS_S,
+                    # Racing leaves a socket unclosed where it is cancelled at its end, and one address needs none.
+                    happy_eyeballs_delay=None if _is_address(origin.host) else _HAPPY_EYEBALLS_S,
                 )
         except OSError as error:  # also TimeoutError
             raise NotConnectedError(str(error)) from error
         return connection
+
+
+@lru_cache(maxsize=64)
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 class _Connection(asyncio.Protocol):

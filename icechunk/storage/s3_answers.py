@@ -22,9 +22,11 @@ __all__ = [
     "Refusal",
     "Unanswered",
     "date_us",
+    "is_throttled",
     "is_transient",
     "parse_refusal",
     "parse_xml",
+    "retry_after_s",
     "text_of",
     "to_error",
     "version_of",
@@ -114,6 +116,25 @@ def is_transient(answer: Answer) -> bool:
     if answer.status in _TRANSIENT_STATUSES:
         return True
     return answer.status >= 400 and parse_refusal(answer).code in _TRANSIENT_CODES
+
+
+def is_throttled(outcome: Answer | Unanswered) -> bool | None:
+    """Whether the service asked to slow down; None where it did not answer."""
+    if isinstance(outcome, Unanswered):
+        return None
+    if outcome.status < 400:
+        return False
+    return outcome.status in (429, 503) or parse_refusal(outcome).code in _THROTTLING_CODES
+
+
+def retry_after_s(answer: Answer) -> float:
+    """How long the service wants to be left alone, seconds; 0 where it does not say."""
+    text = answer.headers.get("Retry-After", "").strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    until_us = date_us(answer.headers, "Retry-After") if text else None
+    now_us = date_us(answer.headers)
+    return 0.0 if until_us is None or now_us is None else max(0.0, (until_us - now_us) / 1e6)
 
 
 @lru_cache(maxsize=256)

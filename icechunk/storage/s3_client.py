@@ -26,7 +26,17 @@ from icechunk.format.envelope import CLIENT_NAME
 from icechunk.sources import Sources
 from icechunk.storage.http1 import Connections, NotConnectedError
 from icechunk.storage.http_proxied import ProxiedConnections, is_proxied
-from icechunk.storage.s3_answers import Answer, Unanswered, date_us, is_transient, parse_refusal, to_error
+from icechunk.storage.pace import Pace
+from icechunk.storage.s3_answers import (
+    Answer,
+    Unanswered,
+    date_us,
+    is_throttled,
+    is_transient,
+    parse_refusal,
+    retry_after_s,
+    to_error,
+)
 from icechunk.storage.s3_credentials import KeyProvider
 from icechunk.storage.s3_endpoint import Endpoint
 from icechunk.storage.s3_sigv4 import UNSIGNED_PAYLOAD, SigningKeys, encode_query, sign
@@ -120,6 +130,7 @@ class S3Client:
         self._sources = sources
         self._connections = connections
         self._contacted = False
+        self.pace = Pace()
         # The store's clock minus ours, µs; set when the store says that they differ too much.
         self._skew_us = 0
 
@@ -178,7 +189,12 @@ class S3Client:
         mended: set[str] = set()
         while True:
             keys = await self._keys.get()
-            outcome = await self._send(request, keys, limits)
+            epoch, refused = await self.pace.enter(), None
+            try:
+                outcome = await self._send(request, keys, limits)
+                refused = is_throttled(outcome)
+            finally:
+                self.pace.leave(epoch, refused)
             if isinstance(outcome, Unanswered) or outcome.status not in _MENDABLE:
                 return outcome
             code = parse_refusal(outcome).code
@@ -275,7 +291,9 @@ class Retrier:
         self._began_us = sources.elapsed_us()
 
     async def again(self, outcome: Answer | Unanswered) -> bool:
-        """Pause, with full jitter, and return True; False where the tries or the time are used up."""
+        """Pause, as long as the service asks and with full jitter on top, and return True; False where the tries or the
+        time are used up.
+        """
         limits = self._limits
         allowed = limits.max_tries
         if isinstance(outcome, Unanswered):
@@ -287,6 +305,8 @@ class Retrier:
             return False
         ceiling_s = min(limits.max_backoff_s, limits.initial_backoff_s * 2.0 ** (self.tries - 1))
         pause_s = ceiling_s * _unit(self._sources.random_bytes(8))
+        if isinstance(outcome, Answer):
+            pause_s += min(limits.max_backoff_s, retry_after_s(outcome))
         if limits.operation_s is not None:
             spent_s = (self._sources.elapsed_us() - self._began_us) / 1e6
             if spent_s + pause_s >= limits.operation_s:

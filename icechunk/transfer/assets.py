@@ -31,6 +31,8 @@ from icechunk.storage.per_loop import PerLoop
 from icechunk.transfer.blocks import BlockReader
 from icechunk.transfer.cache import WeightedCache
 from icechunk.transfer.fetch import FetchPool
+from icechunk.transfer.gate import Gates
+from icechunk.transfer.reads import Reads
 from icechunk.transfer.walk import Walk, Walks
 
 __all__ = ["Assets", "off_loop", "references_of"]
@@ -113,8 +115,10 @@ class Assets:
     ----------
     storage
         Where the repository is.
-    max_requests
-        Reads in flight at the most, in each loop.
+    gates
+        Bound what is in flight, in each loop.
+    reads
+        How requests are made of reads.
     num_snapshot_nodes, num_chunk_refs, num_transaction_changes
         Bounds of the caches: nodes of snapshots, references of manifests, ids and coordinates of transaction logs.
     max_decodes
@@ -125,14 +129,16 @@ class Assets:
         self,
         storage: Storage,
         *,
-        max_requests: int,
+        gates: Gates,
+        reads: Reads | None = None,
         num_snapshot_nodes: int,
         num_chunk_refs: int,
         num_transaction_changes: int,
         max_decodes: int = 2,
     ) -> None:
         self._decoders: PerLoop[anyio.CapacityLimiter] = PerLoop(lambda: anyio.CapacityLimiter(max_decodes))
-        self._pools: PerLoop[FetchPool] = PerLoop(lambda: FetchPool(storage, max_requests))
+        self._reads = reads = reads or Reads()
+        self._pools: PerLoop[FetchPool] = PerLoop(lambda: reads.pool(storage, gates.here()))
         self._readers: PerLoop[BlockReader] = PerLoop(self._new_reader)
         self._snapshots: WeightedCache[ObjectId, Snapshot] = WeightedCache(num_snapshot_nodes)
         self._manifests: WeightedCache[ObjectId, _Held] = WeightedCache(num_chunk_refs)
@@ -140,7 +146,7 @@ class Assets:
         self._transactions: WeightedCache[ObjectId, TransactionLog] = WeightedCache(num_transaction_changes)
 
     async def _new_reader(self) -> BlockReader:
-        return BlockReader(await self._pools.get())
+        return BlockReader(await self._pools.get(), self._reads.limits)
 
     async def snapshot(self, id: ObjectId) -> Snapshot:
         """A snapshot by its id. Raises `SnapshotNotFoundError`, or `FormatError` where the file is not one."""

@@ -42,6 +42,8 @@ class Limits:
     """Random requests of one object before that."""
     cache_bytes: int = 64 * 1024 * 1024
     """Bytes of windows and blocks that are kept or on their way, in each loop."""
+    keep_wanted: bool = False
+    """Also keep what was asked for, and not only what was fetched besides."""
     max_objects: int = 4096
     """Objects whose readers are remembered."""
 
@@ -200,7 +202,7 @@ class BlockReader:
         InvalidInputError
             The object ends at or before ``start`` (kind ``invalid-byte-range``).
         """
-        if end - start >= self._limits.block_bytes:
+        if end - start >= self._limits.block_bytes and not self._limits.keep_wanted:
             return await self._pool.get(key, Range(start, end))
         known, found = await self._part(key, start, end)
         if len(found) == end - start:
@@ -319,9 +321,9 @@ class BlockReader:
         if not known.track.window:
             self._streamed = 0
         size = last - first
-        if size <= end - start or not self._make_room(size):
-            return self._fly(key, known, start, end, 0)
-        return self._fly(key, known, first, last, size)
+        if (size > end - start or self._limits.keep_wanted) and self._make_room(size):
+            return self._fly(key, known, first, last, size)
+        return self._fly(key, known, start, end, 0)
 
     def _go_ahead(self, key: str, known: _Object, end: int) -> None:
         window = known.track.ahead(end, self._limits)

@@ -4,18 +4,40 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
+from icechunk.errors import ErrorKind, InvalidInputError, StorageError
 from icechunk.storage.base import ByteRange, GetResult, Range
 from icechunk.transfer.gate import Gate
+from icechunk.transfer.hedge import Latencies, hedged
+from icechunk.transfer.tasks import run_each
 
-__all__ = ["FetchPool"]
+__all__ = ["FetchPool", "Splitting"]
 
 T = TypeVar("T")
 
-MAX_BYTES = 512 * 1024 * 1024
-"""Bytes in flight at the most, of requests whose size is known before their answer."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Splitting:
+    """How a long range becomes several requests."""
+
+    part_bytes: int
+    """Ranges longer than this are fetched in parts of about this size, all equal."""
+    max_requests: int
+    """Parts of one range in flight at the most."""
+
+    def parts(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Ranges that make up the bytes from ``start`` to ``end``.
+
+        >>> Splitting(part_bytes=10, max_requests=4).parts(5, 30)
+        [(5, 14), (14, 23), (23, 30)]
+        """
+        size = end - start
+        count = max(1, -(-size // self.part_bytes))
+        each = max(1, -(-size // count))
+        return [(first, min(first + each, end)) for first in range(start, end, each)]
 
 
 class _Flight(Generic[T]):
@@ -37,13 +59,33 @@ class Gettable(Protocol):
 class FetchPool:
     """Reads of a repository on one event loop.
 
-    At most ``max_requests`` are in flight, with at most ``max_bytes``, and callers that want the same bytes at the
-    same time share one request: it is cancelled only when the last of them is.
+    Callers that want the same bytes at the same time share one request: it is cancelled only when the last of them
+    is.
+
+    Parameters
+    ----------
+    storage
+        Read from.
+    gate
+        Bounds the requests, and those of everybody else who uses it.
+    splitting
+        How long ranges are split; None: they are not.
+    hedge_percentile
+        Send a request again that takes longer than so many percent of recent ones; None: never.
     """
 
-    def __init__(self, storage: Gettable, max_requests: int, *, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self,
+        storage: Gettable,
+        gate: Gate,
+        *,
+        splitting: Splitting | None = None,
+        hedge_percentile: int | None = None,
+    ) -> None:
         self._storage = storage
-        self._gate = Gate(max_requests, max_bytes)
+        self._gate = gate
+        self._splitting = splitting
+        self._latencies = None if hedge_percentile is None else Latencies(hedge_percentile)
         self._flights: dict[object, _Flight[Any]] = {}
 
     async def get(self, key: str, byte_range: ByteRange = None) -> bytes:
@@ -69,13 +111,74 @@ class FetchPool:
                 flight.task.cancel()
 
     async def get_result(self, key: str, byte_range: ByteRange = None) -> GetResult:
-        """The same as `get`, with what the store said of the object; not shared."""
-        size = byte_range.end - byte_range.start if type(byte_range) is Range and byte_range.end is not None else 0
+        """The same as `get`, with what the store said of the object; not shared.
+
+        Raises
+        ------
+        StorageError
+            Also where an object that is read in parts changed meanwhile.
+        """
+        if type(byte_range) is not Range or byte_range.end is None:
+            return await self._request(key, byte_range, 0)
+        size = byte_range.end - byte_range.start
+        if self._splitting is None or size <= self._splitting.part_bytes:
+            return await self._request(key, byte_range, size)
+        return await self._in_parts(key, byte_range.start, byte_range.end, self._splitting)
+
+    async def _in_parts(self, key: str, start: int, end: int, splitting: Splitting) -> GetResult:
+        found: dict[int, GetResult] = {}
+
+        async def fetch(part: tuple[int, int]) -> None:
+            try:
+                found[part[0]] = await self._request(key, Range(*part), part[1] - part[0])
+            except InvalidInputError as error:
+                # Only the first part says that the object ends before it.
+                if part[0] == start or error.kind != ErrorKind.INVALID_BYTE_RANGE:
+                    raise
+
+        await run_each(fetch, splitting.parts(start, end), limit=splitting.max_requests)
+        parts = [found[first] for first in sorted(found)]
+        head = parts[0]
+        if any((part.version, part.size) != (head.version, head.size) for part in parts):
+            raise StorageError(
+                f"cannot read {key!r}: the object changed while it was read in {len(parts)} parts; read it again",
+                ErrorKind.OBJECT_STORE,
+            )
+        data = b"".join([part.data for part in parts])
+        if len(data) != min(end, head.size) - start:
+            raise StorageError(
+                f"cannot read {key!r}: {len(data)} of {min(end, head.size) - start} bytes came in {len(parts)} parts; "
+                "something between here and the store changes answers",
+                ErrorKind.OBJECT_STORE,
+            )
+        return GetResult(
+            data=data, size=head.size, version=head.version, modified_us=head.modified_us, date_us=head.date_us
+        )
+
+    async def _request(self, key: str, byte_range: ByteRange, size: int) -> GetResult:
         await self._gate.enter(size)
-        try:
-            return await self._storage.get(key, byte_range)
-        finally:
-            self._gate.leave(size)
+        if self._latencies is None:
+            try:
+                return await self._storage.get(key, byte_range)
+            finally:
+                self._gate.leave(size)
+        clock, latencies = asyncio.get_running_loop().time, self._latencies
+        started = clock()
+        patience_s = latencies.patience_s(size)
+        result = await hedged(
+            partial(self._start, key, byte_range, size),
+            patience_s,
+            lambda: self._start(key, byte_range, size) if self._gate.try_enter(size) else None,
+        )
+        # Of both together: what was given up for its slowness has to count as slow.
+        latencies.add(size, clock() - started)
+        return result
+
+    def _start(self, key: str, byte_range: ByteRange, size: int) -> asyncio.Future[GetResult]:
+        """A request whose place is taken already; given back also where it is cancelled before its first step."""
+        task = asyncio.ensure_future(self._storage.get(key, byte_range))
+        task.add_done_callback(lambda _: self._gate.leave(size))
+        return task
 
     def _land(self, key: object, flight: _Flight[Any], task: asyncio.Future[Any]) -> None:
         self._forget(key, flight)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable
 
 from icechunk.errors import ErrorKind, SessionStateError
@@ -50,6 +51,9 @@ class Packs:
         self, pool: PutPool, new_object_id: Callable[[], ObjectId], *, threshold_bytes: int, size_bytes: int
     ) -> None:
         self._pool = pool
+        # Weakly: a session that is dropped goes at once, not with the next collection of cycles.
+        sealing = weakref.WeakMethod(self._seal)
+        pool.send_held_back = lambda: seal() if (seal := sealing()) is not None else None
         self._new_object_id = new_object_id
         self._threshold_bytes = threshold_bytes
         self._size_bytes = size_bytes
@@ -68,9 +72,9 @@ class Packs:
         self._require_own_process()
         if len(data) >= self._threshold_bytes:
             id = self._new_object_id()
-            await self._pool.put(chunk_key(id), data, make_room=self._seal)
+            await self._pool.put(chunk_key(id), data)
             return id, 0
-        await self._pool.reserve(len(data), make_room=self._seal)
+        await self._pool.reserve(len(data))
         with self._lock:
             pack = self._open
             if pack is None:

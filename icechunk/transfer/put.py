@@ -9,8 +9,9 @@ from his) waits for what others started. Where that loop has stopped, the task w
 answer because its very thread waits for this flush, it uploads those bytes again itself: object ids are random, so
 the same bytes at the same key twice are harmless.
 
-Memory: bytes are reserved before they are taken, first come, first served. Bytes of failed uploads stay; who finds
-the pool full of them tries them again, and fails with their error. So the bound holds on bad days too.
+Memory: bytes are reserved before they are taken, from a bound that all sessions of a repository share. Bytes of failed
+uploads stay; who finds the memory full of them, or of packs that nobody sends, sends them, whosever they are, and fails
+with their error. So the bound holds on bad days too.
 """
 
 from __future__ import annotations
@@ -18,18 +19,16 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from icechunk.errors import StorageError
 from icechunk.storage.base import Storage
 from icechunk.sync import blocked_loop
-from icechunk.transfer.gate import Gate
+from icechunk.transfer.gate import WRITE, Gates
+from icechunk.transfer.memory import PutMemory, Room
 
 __all__ = ["PutPool"]
 
@@ -57,15 +56,6 @@ class _Pending:
     """Why the last attempt failed."""
 
 
-@dataclass(slots=True, eq=False)
-class _Room:
-    """Somebody who waits for room."""
-
-    size: int
-    woken: concurrent.futures.Future[bool] = field(default_factory=concurrent.futures.Future)
-    """True: the room is reserved. False: something happened that the waiter should look at."""
-
-
 class PutPool:
     """Uploads in flight for one writable session, seen from every loop and thread.
 
@@ -73,26 +63,26 @@ class PutPool:
     ----------
     storage
         Where objects go, with ``kind="chunk"``.
-    max_bytes
-        Bytes held at the most; who wants to put more waits. One object larger than that travels alone.
-    max_requests
-        Uploads in flight at the most, in each loop.
+    memory
+        Bounds the bytes held; who wants to put more waits.
+    gates
+        Bound the uploads in flight, in each loop.
     patience_s
         How long another loop may take to show that it is alive.
     """
 
-    def __init__(self, storage: Storage, *, max_bytes: int, max_requests: int, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, storage: Storage, *, memory: PutMemory, gates: Gates, patience_s: float = PATIENCE_S) -> None:
         self._storage = storage
-        self._max_bytes = max_bytes
-        self._max_requests = max_requests
+        self._memory = memory
+        self._gates = gates
         self._patience_s = patience_s
         self._pending: dict[str, _Pending] = {}
-        self._bytes = 0
-        self._lock = threading.Lock()
-        self._gates: WeakKeyDictionary[asyncio.AbstractEventLoop, Gate] = WeakKeyDictionary()
-        self._waiting: deque[_Room] = deque()
+        self._holding = memory.join(self)
+        self._lock = memory.lock
         self._news: list[_Pending] = []
         """Failures that nobody has been told of."""
+        self.send_held_back: Callable[[], None] = _nothing
+        """Called on the running loop when nothing is on its way that could make room: takes what is held back."""
 
     @property
     def in_flight(self) -> int:
@@ -102,7 +92,17 @@ class PutPool:
     @property
     def held_bytes(self) -> int:
         """Bytes that are not durable yet, and bytes reserved for more."""
-        return self._bytes
+        return self._holding.bytes
+
+    @property
+    def has_news(self) -> bool:
+        """Whether an upload failed that nobody has been told of."""
+        return bool(self._news)
+
+    @property
+    def is_still(self) -> bool:
+        """Whether nothing is being uploaded; under the memory's lock."""
+        return all(item.loop is None for item in self._pending.values())
 
     def pending(self, key: str) -> bytes | None:
         """Bytes of an object on its way, so that a session can read what it wrote; None once it is durable."""
@@ -112,53 +112,50 @@ class PutPool:
     @property
     def is_starving(self) -> bool:
         """Whether somebody waits for room while nothing is on its way that could make it."""
-        if not self._waiting:
+        if not self._memory.waiting:
             return False
         with self._lock:
-            return self._is_idle()
+            return self._memory.is_still()
 
-    async def put(self, key: str, data: bytes, *, make_room: Callable[[], None] = lambda: None) -> None:
+    async def put(self, key: str, data: bytes) -> None:
         """Take an object and upload it behind the caller's back. Waits, and raises, as `reserve` does.
 
         After cancellation the object is either not taken or on its way.
         """
-        await self.reserve(len(data), make_room=make_room)
+        await self.reserve(len(data))
         self.take(key, data)
 
-    async def reserve(self, size_bytes: int, *, make_room: Callable[[], None] = lambda: None) -> None:
+    async def reserve(self, size_bytes: int) -> None:
         """Wait until so many bytes fit in, and keep that room for `take` or `release`.
-
-        Parameters
-        ----------
-        make_room
-            Called when nothing is on its way that could make room: takes what is held back.
 
         Raises
         ------
         StorageError
             An earlier upload failed for good. It is raised once; the bytes are kept, and `flush` tries again, as
-            does a later call that finds the pool full. No room is reserved.
+            does a later call that finds the memory full. No room is reserved.
         """
         self._raise_news()
+        memory = self._memory
         with self._lock:
-            if not self._waiting and self._fits(size_bytes):
-                self._bytes += size_bytes
+            if not memory.waiting and memory.fits(size_bytes):
+                memory.add(self._holding, size_bytes)
                 return
-            room = _Room(size_bytes)
-            self._waiting.append(room)
+            room = Room(size_bytes, self._holding, self)
+            memory.waiting.append(room)
+        helped: set[_Pending] = set()
         try:
-            while not await self._woken(room, make_room):
+            while not await self._woken(room, helped):
                 with self._lock:
-                    if room in self._waiting:
+                    if room in memory.waiting:
                         room.woken = concurrent.futures.Future()
-                self._raise_news()
+                self._raise_news(helped)
         except BaseException:
             with self._lock:
-                if room in self._waiting:
-                    self._waiting.remove(room)
+                if room in memory.waiting:
+                    memory.waiting.remove(room)
                 else:
-                    self._bytes -= size_bytes
-                self._let_in()
+                    memory.add(self._holding, -size_bytes)
+                memory.let_in()
             raise
 
     def take(self, key: str, data: bytes) -> None:
@@ -171,8 +168,8 @@ class PutPool:
     def release(self, size_bytes: int) -> None:
         """Give reserved room back, of bytes that will not be taken."""
         with self._lock:
-            self._bytes -= size_bytes
-            self._let_in()
+            self._memory.add(self._holding, -size_bytes)
+            self._memory.let_in()
 
     async def flush(self) -> None:
         """Return once everything taken before the call is durable.
@@ -208,8 +205,8 @@ class PutPool:
             items = list(self._pending.values())
             self._pending.clear()
             self._news.clear()
-            self._bytes -= sum(len(item.data) for item in items)
-            self._let_in()
+            self._memory.add(self._holding, -sum(len(item.data) for item in items))
+            self._memory.let_in()
         for item in items:
             if item.loop is not None and item.task is not None:
                 with contextlib.suppress(RuntimeError):  # its loop was closed
@@ -246,8 +243,8 @@ class PutPool:
         item.task.add_done_callback(partial(self._end_if_cancelled, item, item.done))
 
     async def _upload(self, item: _Pending, done: concurrent.futures.Future[None]) -> None:
-        gate = self._gate()
-        await gate.enter()
+        gate, size = self._gates.here(), len(item.data)
+        await gate.enter(size, WRITE)
         try:
             await self._storage.put(item.key, item.data, kind="chunk")
         except Exception as error:
@@ -255,7 +252,7 @@ class PutPool:
         else:
             self._end(item, done, None)
         finally:
-            gate.leave()
+            gate.leave(size)
 
     def _end_if_cancelled(
         self, item: _Pending, done: concurrent.futures.Future[None], task: asyncio.Task[None]
@@ -271,60 +268,49 @@ class PutPool:
                 pass  # durable by another attempt, or discarded
             elif error is None:
                 del self._pending[item.key]
-                self._bytes -= len(item.data)
+                self._memory.add(self._holding, -len(item.data))
             elif item.done is done:
                 item.loop = None
                 # A cancelled task says nothing about the storage: the next flush simply uploads again.
                 item.error = None if isinstance(error, asyncio.CancelledError) else error
                 if item.error is not None:
                     self._news.append(item)
-            self._let_in()
+            self._memory.let_in()
         if not done.done():
             done.set_result(None)
 
     def _is_pending(self, item: _Pending) -> bool:
         return self._pending.get(item.key) is item
 
-    def _gate(self) -> Gate:
-        loop = asyncio.get_running_loop()
-        gate = self._gates.get(loop)
-        if gate is None:
-            gate = self._gates[loop] = Gate(self._max_requests)
-        return gate
-
     # -- waiting -------------------------------------------------------------------------------------------------
 
-    def _fits(self, size_bytes: int) -> bool:
-        return not self._bytes or self._bytes + size_bytes <= self._max_bytes
-
-    def _let_in(self) -> None:
-        """Under the lock: reserve room for those who come next, and call the first if it has to help itself."""
-        while self._waiting and self._fits(self._waiting[0].size):
-            room = self._waiting.popleft()
-            self._bytes += room.size
-            if room.woken.done():
-                room.woken = concurrent.futures.Future()
-            room.woken.set_result(True)
-        if self._waiting and (self._news or self._is_idle()) and not self._waiting[0].woken.done():
-            self._waiting[0].woken.set_result(False)
-
-    def _is_idle(self) -> bool:
-        return all(item.loop is None for item in self._pending.values())
-
-    async def _woken(self, room: _Room, make_room: Callable[[], None]) -> bool:
+    async def _woken(self, room: Room, helped: set[_Pending]) -> bool:
+        """Wait for room, and where nothing moves send what there is, of every session; that is added to ``helped``."""
         deaf: set[asyncio.AbstractEventLoop] = set()
         while not room.woken.done():
-            with self._lock:
-                idle, items = self._is_idle(), list(self._pending.values())
-            if idle:
-                make_room()
-            if idle or deaf:
-                self._adopt(items, deaf)
+            loops = self._help(deaf, helped)
             if not await self._within_patience(room.woken):
-                for loop in {item.loop for item in items} - {None, asyncio.get_running_loop()} - deaf:
-                    if loop is not None and not await self._answers(loop):
+                for loop in loops - deaf:
+                    if not await self._answers(loop):
                         deaf.add(loop)
         return room.woken.result()
+
+    def _help(self, deaf: set[asyncio.AbstractEventLoop], helped: set[_Pending]) -> set[asyncio.AbstractEventLoop]:
+        """Where nothing moves, send what there is; returns the other loops that have something on its way."""
+        # A function, so that nothing here keeps a session alive that is dropped while somebody waits.
+        pools = [pool for pool in self._memory.holders() if isinstance(pool, PutPool)]
+        with self._lock:
+            self._memory.admit()
+            still = self._memory.is_still()
+            items = {pool: list(pool._pending.values()) for pool in pools}
+        if still:
+            for pool in pools:
+                pool.send_held_back()
+        if still or deaf:
+            for pool in pools:
+                helped |= pool._adopt(items[pool], deaf)
+        here = asyncio.get_running_loop()
+        return {item.loop for some in items.values() for item in some if item.loop not in (None, here)}
 
     async def _wait(self, item: _Pending, deaf: set[asyncio.AbstractEventLoop]) -> None:
         """Until the present attempt has ended, or the loop that makes it is found deaf."""
@@ -349,18 +335,22 @@ class PutPool:
             return False  # it was closed
         return await self._within_patience(answer)
 
-    def _raise_news(self) -> None:
-        if not self._news:
-            return
-        with self._lock:
-            failed = None
-            while self._news and failed is None:
-                item = self._news.pop()
-                if item.error is not None and self._is_pending(item):
-                    failed = item
+    def _raise_news(self, helped: Collection[_Pending] = ()) -> None:
+        failed = next((item for item in helped if item.error is not None), None)
+        if self._news:
+            with self._lock:
+                while self._news:
+                    item = self._news.pop()
+                    if item.error is not None and self._is_pending(item):
+                        failed = item
+                        break
         if failed is None:
             return
         raise StorageError(
             f"an earlier chunk could not be written to {failed.key!r}: {failed.error}; "
             "it is kept and the commit tries again"
         ) from failed.error
+
+
+def _nothing() -> None:
+    return None

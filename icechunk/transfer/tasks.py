@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
-
-import anyio
 
 __all__ = ["run_all", "run_each"]
 
@@ -15,9 +14,10 @@ T = TypeVar("T")
 async def run_all(*work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
     """Run all at once; the first error cancels the others and is raised as itself, not in a group."""
     try:
-        async with anyio.create_task_group() as group:
+        # Not anyio's: its wrapper leaves a coroutine never awaited where it is cancelled before its first step.
+        async with asyncio.TaskGroup() as group:
             for item in work:
-                group.start_soon(item)
+                group.create_task(item())
     except BaseExceptionGroup as errors:
         raise _first(errors) from None
 

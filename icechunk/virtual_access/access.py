@@ -19,8 +19,8 @@ from icechunk.format.tables import ChunkRef
 from icechunk.sources import Sources
 from icechunk.storage.base import ByteRange, GetResult, Range
 from icechunk.storage.per_loop import PerLoop
-from icechunk.transfer.blocks import BlockReader
-from icechunk.transfer.fetch import FetchPool
+from icechunk.transfer.gate import Gates
+from icechunk.transfer.reads import Reads
 from icechunk.transfer.tasks import run_all
 from icechunk.values import redacted_url
 from icechunk.virtual_access.cloud_files import BucketFiles, azure_files, gcs_files
@@ -64,8 +64,10 @@ class VirtualAccess:
         container has are kept for one that is configured later.
     settings
         Tries and timeouts.
-    max_requests
-        Reads in flight, in each loop.
+    gates
+        Bound what is in flight, in each loop.
+    reads
+        How requests are made of reads.
 
     Raises
     ------
@@ -81,7 +83,8 @@ class VirtualAccess:
         authorized: Mapping[str, AnyCredential | None],
         *,
         settings: StorageSettings | None,
-        max_requests: int,
+        gates: Gates,
+        reads: Reads,
         sources: Sources,
     ) -> None:
         found = list(containers)
@@ -89,8 +92,7 @@ class VirtualAccess:
         authorized = _by_container(found, authorized)
         _check(found, authorized)
         self._desks: PerLoop[_Desk] = PerLoop(
-            partial(_Desk, self.prefixes, authorized, settings, max_requests, sources),
-            _Desk.aclose,
+            partial(_Desk, self.prefixes, authorized, settings, gates, reads, sources), _Desk.aclose
         )
 
     async def read(self, ref: ChunkRef, start: int, end: int) -> bytes:
@@ -120,7 +122,8 @@ class _Desk:
         prefixes: Prefixes,
         authorized: Mapping[str, AnyCredential | None],
         settings: StorageSettings | None,
-        max_requests: int,
+        gates: Gates,
+        reads: Reads,
         sources: Sources,
     ) -> None:
         self._prefixes = prefixes
@@ -129,7 +132,7 @@ class _Desk:
         self._sources = sources
         self._resolved: dict[str, tuple[str, VirtualChunkContainer]] = {}
         self._readers: dict[str, Reader] = {}
-        self._blocks = BlockReader(FetchPool(self, max_requests))
+        self._blocks = reads.blocks(self, gates.here())
 
     async def read(self, ref: ChunkRef, start: int, end: int) -> bytes:
         location = ref.location or ""

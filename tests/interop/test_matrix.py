@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import icechunk
 from icechunk.format.manifest import decode_manifest, encode_manifest
 from icechunk.format.repo import decode_repo, encode_repo
 from icechunk.format.snapshot import decode_snapshot, encode_snapshot
@@ -117,11 +116,8 @@ def check_files(path: Path) -> None:
         assert decode_repo(encode_repo(info)) == info
 
 
-OURS = [one for one in FEATURES if one.name != "rewritten" or hasattr(icechunk.Repository, "rewrite_manifests")]
-
-
 def cells() -> Iterator[Any]:
-    for feature in OURS:
+    for feature in FEATURES:
         for name, (version, spec_version) in OFFICIALS.items():
             if version in feature.unable or spec_version < feature.format or version in feature.reads_only:
                 continue
@@ -150,7 +146,7 @@ def test_what_one_writes_the_other_reads_and_continues(
     check_files(path)
 
 
-@pytest.mark.parametrize("feature", OURS, ids=lambda feature: feature.name)
+@pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.name)
 def test_what_we_write_in_a_log_the_official_library_reads(
     feature: Feature, officials: Callable[[str], oracle.Resident], tmp_path: Path
 ) -> None:

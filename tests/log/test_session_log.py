@@ -247,7 +247,7 @@ def test_the_newest_of_single_and_bulk_writes_counts(repo: Repo) -> None:
 
 
 def test_many_single_writes_become_columns(monkeypatch: pytest.MonkeyPatch, repo: Repo) -> None:
-    monkeypatch.setattr("icechunk.log.session_log.OPEN_ROWS", 64)
+    monkeypatch.setattr("icechunk.log.commands.OPEN_ROWS", 64)
     log = repo.log()
     log.set_metadata("/big", array_json((1000,)))
     node = at(log, "/big")

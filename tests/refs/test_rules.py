@@ -30,6 +30,8 @@ from icechunk.errors import (
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.repo import decode_repo, encode_repo
 from icechunk.format.repo_values import NewCommit, Status
+from icechunk.maintenance.collect import collect_garbage
+from icechunk.maintenance.limits import Limits
 from icechunk.refs import events as e
 from icechunk.refs import log_checkpoint, log_layout, log_reader, log_view, swap, swapping
 from icechunk.refs.base import Layout, SwapToken
@@ -1366,3 +1368,34 @@ async def test_closing_does_not_wait_for_a_pause_between_checkpoints(world: Worl
     assert not all(task.done() for task in patient.tasks)
     await asyncio.wait_for(patient.aclose(), 5)
     assert patient.checkpoint_n == 2
+
+
+# --------------------------------------------------------------------------- rule 10: collection is an entry
+
+
+async def test_a_commit_with_files_older_than_the_cutoff_is_refused_and_void_for_everybody(world: World):
+    log, _ = await world.create()
+    await log.append(world.commit(1))
+    cutoff_us = log.store_time_us
+    await log.append(lambda state: [e.CollectionRan(cutoff_us=cutoff_us)])
+    for since_us in (None, cutoff_us - 1):
+        with pytest.raises(SessionStateError, match="repeat the work"):
+            await log.append(world.commit(2), since_us=since_us)
+    # Somebody who did not look sends it all the same.
+    events = encode_events(world.commit(2)(log.state))
+    data = encode_entry(n=log.n + 1, nonce=b"n" * 16, time_us=world.clock.now_us, since_us=cutoff_us - 1, events=events)
+    await world.store.put(slot_key(log.epoch, log.n + 1), data, Absent())
+    other, _ = await world.open()
+    assert other.state.branch_tip("main") == an_id(1) == (await log.refresh()).branch_tip("main")
+    await log.append(world.commit(3), since_us=cutoff_us)
+    assert (await other.refresh()).branch_tip("main") == an_id(3)
+
+
+async def test_a_session_that_begins_after_a_collection_is_not_in_its_way(world: World):
+    log, _ = await world.create()
+    await collect_garbage(
+        log, world.store, world.clock.sources(), older_than_us=1 << 60, limits=Limits(), dry_run=False
+    )
+    other, _ = await world.open(skew_s=-3)
+    await other.append(world.commit(1), since_us=other.store_time_us)
+    assert (await log.refresh()).branch_tip("main") == an_id(1)

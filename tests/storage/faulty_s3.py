@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import re
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from email.utils import formatdate
 from typing import Any
+from urllib.parse import parse_qsl, quote, unquote
 
 OK = "ok"
 RESET = "reset"
@@ -51,7 +54,22 @@ class FaultyS3:
     def __init__(self) -> None:
         self.objects: dict[str, tuple[bytes, dict[str, str]]] = {}
         self.behaviours: list[str | Say] = []
+        self.faulty: Callable[[Seen], str | Say] | None = None
+        """Decides instead of ``behaviours``, where it is set."""
+        self.most_at_once: int | None = None
+        """More requests than this at a time are answered with SlowDown."""
+        self.hold_s = 0.0
+        """How long an answer takes."""
         self.seen: list[Seen] = []
+        self.at_once = 0
+        self.peak = 0
+        """Requests that were there at the same time at the most."""
+        self.refused = 0
+        """Requests answered with SlowDown for being too many."""
+        self.connections = 0
+        """Open now."""
+        self.clock_s: float | None = 1e9
+        """The service's clock, seconds since 1970; None: this machine's."""
         self.port = 0
         self.arrived = asyncio.Event()
         self._hanging = asyncio.Event()
@@ -82,7 +100,23 @@ class FaultyS3:
                     return
 
     async def behave(self, seen: Seen, writer: asyncio.StreamWriter) -> bool:
-        behaviour = self.behaviours.pop(0) if self.behaviours else OK
+        self.at_once += 1
+        self.peak = max(self.peak, self.at_once)
+        try:
+            too_many = self.most_at_once is not None and self.at_once > self.most_at_once
+            self.refused += too_many
+            if self.hold_s:
+                await asyncio.sleep(self.hold_s)
+            return await self._behave(seen, writer, Say(503, "SlowDown") if too_many else self.next_behaviour(seen))
+        finally:
+            self.at_once -= 1
+
+    def next_behaviour(self, seen: Seen) -> str | Say:
+        if self.faulty is not None:
+            return self.faulty(seen)
+        return self.behaviours.pop(0) if self.behaviours else OK
+
+    async def _behave(self, seen: Seen, writer: asyncio.StreamWriter, behaviour: str | Say) -> bool:
         if isinstance(behaviour, Say):
             if behaviour.carry_out:
                 self.carry_out(seen)
@@ -113,6 +147,8 @@ class FaultyS3:
         return True
 
     def carry_out(self, seen: Seen) -> tuple[int, bytes, dict[str, str]]:
+        if seen.method == "GET" and "list-type=2" in seen.path:
+            return 200, self.listing(seen.path), {}
         current = self.objects.get(seen.path)
         etag = None if current is None else f'"{hashlib.md5(current[0]).hexdigest()}"'
         if seen.method == "PUT":
@@ -124,9 +160,39 @@ class FaultyS3:
                 return 412, b"<Error><Code>PreconditionFailed</Code></Error>", {}
             self.objects[seen.path] = (seen.body, {n: v for n, v in seen.headers.items() if "x-amz-meta" in n})
             return 200, b"", {"ETag": f'"{hashlib.md5(seen.body).hexdigest()}"'}
+        if seen.method == "DELETE":
+            self.objects.pop(seen.path, None)
+            return 204, b"", {}
         if current is None or etag is None:
             return 404, b"<Error><Code>NoSuchKey</Code></Error>", {}
-        return 200, current[0], {"ETag": etag, "Last-Modified": formatdate(1e9, usegmt=True), **current[1]}
+        headers = {"ETag": etag, "Last-Modified": formatdate(self.clock_s, usegmt=True), **current[1]}
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", seen.headers.get("range", ""))
+        if match is None or seen.method != "GET":
+            return 200, current[0], headers
+        start, size = int(match[1]), len(current[0])
+        if start >= size:
+            return 416, b"<Error><Code>InvalidRange</Code></Error>", {}
+        part = current[0][start : int(match[2]) + 1 if match[2] else size]
+        return 206, part, {**headers, "Content-Range": f"bytes {start}-{start + len(part) - 1}/{size}"}
+
+    def listing(self, path: str) -> bytes:
+        place, _, query = path.partition("?")
+        asked = dict(parse_qsl(query, keep_blank_values=True))
+        after, most = asked.get("start-after", ""), int(asked.get("max-keys", "1000"))
+        inside = place.rstrip("/") + "/"
+        keys = sorted(unquote(found.removeprefix(inside)) for found in self.objects if found.startswith(inside))
+        keys = [key for key in keys if key.startswith(asked.get("prefix", "")) and key > after]
+        rows = "".join(
+            f"<Contents><Key>{quote(key)}</Key><Size>{len(self.objects[inside + quote(key)][0])}</Size>"
+            f'<ETag>"{hashlib.md5(self.objects[inside + quote(key)][0]).hexdigest()}"</ETag>'
+            f"<LastModified>{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}</LastModified></Contents>"
+            for key in keys[:most]
+        )
+        cut = "true" if len(keys) > most else "false"
+        return (
+            f"<ListBucketResult><EncodingType>url</EncodingType><IsTruncated>{cut}</IsTruncated>{rows}"
+            "</ListBucketResult>"
+        ).encode()
 
     def answer(
         self,
@@ -137,7 +203,7 @@ class FaultyS3:
         headers: dict[str, str],
         only: int | None = None,
     ) -> None:
-        rows = {"Content-Length": str(len(body)), "Date": formatdate(1e9, usegmt=True), **headers}
+        rows = {"Content-Length": str(len(body)), "Date": formatdate(self.clock_s, usegmt=True), **headers}
         text = "".join(f"{name}: {value}\r\n" for name, value in rows.items())
         writer.write(f"HTTP/1.1 {status} X\r\n{text}\r\n".encode())
         if seen.method != "HEAD":
@@ -159,12 +225,14 @@ async def serving() -> AsyncIterator[FaultyS3]:
         task = asyncio.current_task()
         assert task is not None
         tasks.add(task)
+        faulty.connections += 1
         try:
             await faulty.handle(reader, writer)
         except asyncio.CancelledError:
             pass
         finally:
             tasks.discard(task)
+            faulty.connections -= 1
             writer.close()
 
     server = await asyncio.start_server(handle, "127.0.0.1", 0)

@@ -21,6 +21,7 @@ from icechunk.format.tables import (
 )
 from icechunk.storage.memory import MemoryStorage
 from icechunk.transfer.assets import Assets
+from icechunk.transfer.gate import Gates
 
 NODE = NodeId(b"nodenode")
 
@@ -40,7 +41,7 @@ def refs_at(coords: list[tuple[int, int]]) -> ChunkRefs:
 def tiled(tiles: int, node_id: NodeId = NODE) -> tuple[Assets, NodeSnapshot]:
     """An array of 4 tiles x 4 tiles of 3 x 3 chunks at the most, the diagonal of each tile written."""
     assets = Assets(
-        MemoryStorage(), max_requests=4, num_snapshot_nodes=10, num_chunk_refs=10_000, num_transaction_changes=0
+        MemoryStorage(), gates=Gates(4), num_snapshot_nodes=10, num_chunk_refs=10_000, num_transaction_changes=0
     )
     manifest_refs = []
     for n, (i, j) in enumerate(itertools.islice(itertools.product(range(4), repeat=2), tiles)):

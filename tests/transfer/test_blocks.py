@@ -18,6 +18,7 @@ from icechunk.storage.base import ByteRange, GetResult, Range
 from icechunk.storage.memory import MemoryStorage
 from icechunk.transfer.blocks import BlockReader, Limits, Track, merge
 from icechunk.transfer.fetch import FetchPool
+from icechunk.transfer.gate import Gate
 
 KIB = 1024
 SMALL = Limits(
@@ -66,7 +67,7 @@ async def storage_with(**objects: bytes) -> Turns:
 
 
 def reader(storage: MemoryStorage, limits: Limits | None = None) -> BlockReader:
-    return BlockReader(FetchPool(storage, 64), limits)
+    return BlockReader(FetchPool(storage, Gate(64)), limits)
 
 
 def pattern(size: int, seed: int = 0) -> bytes:

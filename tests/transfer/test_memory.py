@@ -12,6 +12,8 @@ PROGRAM = """
 import asyncio, resource, sys
 from icechunk.sources import SYSTEM
 from icechunk.storage.local import LocalStorage
+from icechunk.transfer.gate import Gates
+from icechunk.transfer.memory import PutMemory
 from icechunk.transfer.packs import Packs
 from icechunk.transfer.put import PutPool
 
@@ -23,7 +25,7 @@ def peak():
 
 async def main():
     chunk_bytes = int(sys.argv[2])
-    pool = PutPool(LocalStorage(sys.argv[1]), max_bytes=16 * MIB, max_requests=256)
+    pool = PutPool(LocalStorage(sys.argv[1]), memory=PutMemory(16 * MIB), gates=Gates(256))
     packs = Packs(pool, SYSTEM.new_object_id, threshold_bytes=512 * 1024, size_bytes=4 * MIB)
     before = peak()
     todo = iter(range(256 * MIB // chunk_bytes))

@@ -18,6 +18,8 @@ from icechunk.format.ids import ObjectId
 from icechunk.format.keys import chunk_key
 from icechunk.storage.base import PutResult, Range
 from icechunk.storage.memory import MemoryStorage
+from icechunk.transfer.gate import Gates
+from icechunk.transfer.memory import PutMemory
 from icechunk.transfer.packs import Packs
 from icechunk.transfer.put import PutPool
 
@@ -44,7 +46,7 @@ def packs_on(
     storage: MemoryStorage, *, max_bytes: int = 10**9, threshold: int = 100, size: int = 256
 ) -> tuple[Packs, PutPool]:
     ids = itertools.count(1)
-    pool = PutPool(storage, max_bytes=max_bytes, max_requests=4, patience_s=60)
+    pool = PutPool(storage, memory=PutMemory(max_bytes), gates=Gates(4), patience_s=60)
     packs = Packs(pool, lambda: ObjectId(next(ids).to_bytes(12)), threshold_bytes=threshold, size_bytes=size)
     return packs, pool
 

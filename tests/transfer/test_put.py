@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,8 @@ from icechunk.errors import StorageError
 from icechunk.storage.base import PutResult, Version
 from icechunk.storage.memory import MemoryStorage
 from icechunk.sync import run_sync
+from icechunk.transfer.gate import READ, WRITE, Gates
+from icechunk.transfer.memory import PutMemory
 from icechunk.transfer.put import PutPool
 
 
@@ -38,8 +41,8 @@ class Gated(MemoryStorage):
         return PutResult(version=Version("1"), date_us=None)
 
 
-def pool(storage: MemoryStorage, **kwargs: int) -> PutPool:
-    return PutPool(storage, **{"max_bytes": 1000, "max_requests": 4, **kwargs})
+def pool(storage: MemoryStorage, *, max_bytes: int = 1000, max_requests: int = 4, patience_s: float = 1.0) -> PutPool:
+    return PutPool(storage, memory=PutMemory(max_bytes), gates=Gates(max_requests), patience_s=patience_s)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -288,7 +291,7 @@ def other_loop() -> Iterator[asyncio.AbstractEventLoop]:
 @pytest.mark.parametrize("how", ["flush", "wait for room"])
 async def test_loop_whose_thread_is_blocked_is_not_waited_for(other_loop: asyncio.AbstractEventLoop, how: str) -> None:
     storage = Gated()
-    puts = PutPool(storage, max_bytes=10, max_requests=4, patience_s=0.02)
+    puts = pool(storage, max_bytes=10, patience_s=0.02)
     asyncio.run_coroutine_threadsafe(puts.put("a", b"x" * 8), other_loop).result(5)
     blocked = threading.Event()
     other_loop.call_soon_threadsafe(blocked.wait, 30)
@@ -309,7 +312,7 @@ async def test_loop_that_is_alive_is_waited_for_and_its_bytes_travel_once(
     other_loop: asyncio.AbstractEventLoop,
 ) -> None:
     storage = Gated()
-    puts = PutPool(storage, max_bytes=10, max_requests=4, patience_s=0.02)
+    puts = pool(storage, max_bytes=10, patience_s=0.02)
     asyncio.run_coroutine_threadsafe(puts.put("a", b"x" * 8), other_loop).result(5)
     flushing = asyncio.ensure_future(puts.flush())
     waiting = asyncio.ensure_future(puts.put("b", b"y" * 8))
@@ -365,3 +368,115 @@ def test_interrupt_during_an_upload_reaches_the_program_and_the_bytes_stay() -> 
     assert puts.pending("a") == b"1"
     asyncio.run(puts.flush())
     assert asyncio.run(storage.get("a")).data == b"1"
+
+
+# -- several sessions of one repository --------------------------------------------------------------------------------
+
+
+def shared(storage: MemoryStorage, n: int, *, max_bytes: int) -> list[PutPool]:
+    memory, gates = PutMemory(max_bytes), Gates(4)
+    return [PutPool(storage, memory=memory, gates=gates, patience_s=0.02) for _ in range(n)]
+
+
+async def test_sessions_share_one_bound_on_bytes() -> None:
+    storage = Gated()
+    first, second = shared(storage, 2, max_bytes=10)
+    await first.put("a", b"x" * 8)
+    waiting = asyncio.ensure_future(second.put("b", b"y" * 8))
+    await anyio.sleep(0.01)
+    assert not waiting.done()
+    assert (first.held_bytes, second.held_bytes) == (8, 0)
+    storage.gate.set()
+    await waiting
+    await second.flush()
+    assert first.held_bytes == second.held_bytes == 0
+
+
+async def test_sessions_share_one_bound_on_requests() -> None:
+    storage = Gated()
+    pools = shared(storage, 3, max_bytes=1000)
+    for n, puts in enumerate(pools):
+        for i in range(4):
+            await puts.put(f"{n}/{i}", b"x")
+    await anyio.sleep(0.01)
+    assert storage.started == 4
+    storage.gate.set()
+    for puts in pools:
+        await puts.flush()
+
+
+async def test_what_another_session_holds_back_is_sent_when_room_is_needed() -> None:
+    storage = Gated()
+    storage.gate.set()
+    idle, busy = shared(storage, 2, max_bytes=10)
+    await idle.reserve(8)
+    idle.send_held_back = lambda: idle.take("held back", b"x" * 8)
+    with anyio.fail_after(5):
+        await busy.put("b", b"y" * 8)
+    assert (await storage.get("held back")).size == 8
+    await busy.flush()
+
+
+async def test_what_another_session_could_not_write_is_tried_again_and_then_says_why_there_is_no_room() -> None:
+    storage = Gated()
+    storage.gate.set()
+    storage.failures = 2
+    unlucky, other = shared(storage, 2, max_bytes=10)
+    await unlucky.put("a", b"x" * 8)
+    await until(lambda: storage.failures == 1)
+    with anyio.fail_after(5), pytest.raises(StorageError, match=r"'a'.*no luck"):
+        await other.put("b", b"y" * 8)
+    with anyio.fail_after(5):
+        await other.put("b", b"y" * 8)
+    await unlucky.flush()
+    await other.flush()
+    assert (await storage.get("a")).size == (await storage.get("b")).size == 8
+
+
+async def test_failure_of_another_session_is_not_told_to_one_that_finds_room() -> None:
+    storage = Gated()
+    storage.gate.set()
+    storage.failures = 1
+    unlucky, other = shared(storage, 2, max_bytes=100)
+    await unlucky.put("a", b"x" * 8)
+    await until(lambda: unlucky.has_news)
+    await other.put("b", b"y" * 8)
+    await other.flush()
+    with pytest.raises(StorageError, match="'a'"):
+        await unlucky.put("c", b"z")
+    await unlucky.flush()
+
+
+async def test_room_of_a_session_that_was_dropped_comes_back() -> None:
+    storage = Gated()
+    storage.gate.set()
+    dropped, other = shared(storage, 2, max_bytes=10)
+    await dropped.reserve(8)
+    waiting = asyncio.ensure_future(other.put("b", b"y" * 8))
+    await anyio.sleep(0.01)
+    assert not waiting.done()
+    del dropped
+    gc.collect()
+    with anyio.fail_after(20):
+        await waiting
+    await other.flush()
+
+
+async def test_reads_go_in_by_turns_with_a_queue_of_writes() -> None:
+    gates = Gates(1)
+    gate = gates.here()
+    assert gate.try_enter()
+    order: list[str] = []
+
+    async def visit(name: str, kind: int) -> None:
+        await gate.enter(1, kind)
+        order.append(name)
+        gate.leave(1)
+
+    writes = [asyncio.ensure_future(visit("write", WRITE)) for _ in range(5)]
+    await anyio.lowlevel.checkpoint()
+    read = asyncio.ensure_future(visit("read", READ))
+    await anyio.lowlevel.checkpoint()
+    gate.leave()
+    await asyncio.gather(*writes, read)
+    assert order.index("read") <= 1

@@ -25,6 +25,8 @@ FLOORS = {
     ("small", "get uncommitted"): 5.0,
     ("small", "get committed"): 5.0,
     ("commit", "commit"): 0.5,
+    ("references", "1 M set and commit"): 1.5,
+    ("references", "append 1 000 to 1 M"): 20.0,
     ("wire", "write and commit"): 1.0,
     ("wire", "read"): 1.0,
 }

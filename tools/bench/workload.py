@@ -26,6 +26,8 @@ __all__ = ["CASES"]
 SMALL_CALLS = 5_000
 SMALL_BYTES = 64
 COMMIT_REFS = 20_000
+REFERENCES = 1_000_000
+SMALL_ARRAYS = 5_000
 WIRE_CHUNKS = 1_000
 WIRE_CHUNK_BYTES = 16 * 1024
 
@@ -138,13 +140,79 @@ def wire(options: Mapping[str, Any]) -> dict[str, float]:
     return seconds
 
 
+async def references(_: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds to set and commit a million virtual references of 10 000 objects, then to append 1 000 to them."""
+    config = icechunk.RepositoryConfig.default()
+    container = icechunk.VirtualChunkContainer("s3://bucket/", icechunk.s3_store(region="us-east-1"))
+    config.set_virtual_chunk_container(container)
+    repo = await icechunk.Repository.create_async(icechunk.in_memory_storage(), config=config)
+    seconds = {}
+    first = 0
+    for what, count in (("1 M set and commit", REFERENCES), ("append 1 000 to 1 M", 1_000)):
+        session = await repo.writable_session_async("main")
+        places = np.arange(first, first + count)
+        locations = [f"s3://bucket/era5/air_temperature_at_2_metres/{i // 12}/{i % 12:02d}.nc" for i in places // 100]
+        started = time.perf_counter()
+        if first:
+            array = await zarr.api.asynchronous.open_array(store=session.store, path="a", mode="r+")
+            await array.resize((first + count,))
+        else:
+            await _array(session.store, "a", count, 1)
+        session.store.set_virtual_refs_arr(
+            "a",
+            (count,),
+            locations,
+            (places % 100 * 1000).astype(np.uint64),
+            np.full(count, 1000, np.uint64),
+            arr_offset=(first,),
+            validate_containers=True,
+        )
+        await session.commit_async(what)
+        seconds[what] = time.perf_counter() - started
+        first += count
+    return seconds
+
+
+async def arrays(_: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of the commits that create 5 000 arrays of two chunks, and that replace a chunk in each of them."""
+    config = icechunk.RepositoryConfig.default()
+    config.inline_chunk_threshold_bytes = 0
+    repo = await icechunk.Repository.create_async(icechunk.in_memory_storage(), config=config)
+    prototype = default_buffer_prototype().buffer
+    session = await repo.writable_session_async("main")
+    await _array(session.store, "a", 2, 16)
+    found = await session.store.get("a/zarr.json", default_buffer_prototype())
+    document, value = prototype.from_bytes(found.to_bytes()), prototype.from_bytes(b"x" * 16)
+    seconds = {}
+    for what, keys in (("create and commit", ("zarr.json", "c/0", "c/1")), ("update and commit", ("c/0",))):
+        started = time.perf_counter()
+        for first in range(0, SMALL_ARRAYS, 500):
+            for key in keys:
+                put = document if key == "zarr.json" else value
+                await asyncio.gather(*(session.store.set(f"a{i}/{key}", put) for i in range(first, first + 500)))
+        written = time.perf_counter()
+        # whoever writes behind gets its chunks done first, as in `commit`
+        await asyncio.sleep(1.0)
+        began = time.perf_counter()
+        await session.commit_async(what)
+        seconds[what] = written - started + time.perf_counter() - began
+        session = await repo.writable_session_async("main")
+    return seconds
+
+
 async def _array(store: Any, path: str, n_chunks: int, chunk_bytes: int) -> None:
     await zarr.api.asynchronous.create_array(
         store=store, name=path, shape=(n_chunks * chunk_bytes,), chunks=(chunk_bytes,), dtype="u1", compressors=None
     )
 
 
-CASES: dict[str, Callable[[Mapping[str, Any]], Any]] = {"small": small, "commit": commit, "wire": wire}
+CASES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "small": small,
+    "commit": commit,
+    "references": references,
+    "arrays": arrays,
+    "wire": wire,
+}
 
 
 def main(arguments: list[str]) -> None:

@@ -1,0 +1,177 @@
+"""Every setting of transfers shows: in requests at a time, in their sizes, and in what stays in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from zarr.core.buffer import default_buffer_prototype
+
+from icechunk.config import (
+    CachingConfig,
+    EngineConfig,
+    RepositoryConfig,
+    StorageConcurrencySettings,
+    StorageSettings,
+)
+from icechunk.errors import InvalidInputError
+from icechunk.repository import Repository
+from icechunk.session import Session
+from icechunk.storage.base import ByteRange, GetResult, PutResult, Range
+from icechunk.storage.memory import MemoryStorage
+from icechunk.testing.wrapping import WrappingStorage
+
+ARRAY = (
+    b'{"zarr_format": 3, "node_type": "array", "shape": [64], "data_type": "int8", "chunk_grid": {"name": "regular", '
+    b'"configuration": {"chunk_shape": [1]}}, "chunk_key_encoding": {"name": "default"}, "fill_value": 0, '
+    b'"codecs": [{"name": "bytes"}], "attributes": {}}'
+)
+ALONE = EngineConfig(pack_threshold_bytes=0)
+
+
+class Counting(WrappingStorage):
+    """Counts requests for chunks, and how many there are at a time; each takes a few turns of the loop."""
+
+    def __init__(self) -> None:
+        super().__init__(MemoryStorage())
+        self.now = self.most = self.bytes = self.most_bytes = 0
+        self.read: list[int] = []
+        """Bytes of each read."""
+
+    async def _hold(self, size: int, work: Any) -> Any:
+        self.now, self.bytes = self.now + 1, self.bytes + size
+        self.most, self.most_bytes = max(self.most, self.now), max(self.most_bytes, self.bytes)
+        try:
+            for _ in range(20):
+                await asyncio.sleep(0)
+            return await work
+        finally:
+            self.now, self.bytes = self.now - 1, self.bytes - size
+
+    async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
+        if not key.startswith("chunks/") or not isinstance(byte_range, Range) or byte_range.end is None:
+            return await super().get(key, byte_range)
+        self.read.append(byte_range.end - byte_range.start)
+        found: GetResult = await self._hold(self.read[-1], super().get(key, byte_range))
+        return found
+
+    async def put(self, key: str, data: Any, *args: Any, **kwargs: Any) -> PutResult:
+        if not key.startswith("chunks/"):
+            return await super().put(key, data, *args, **kwargs)
+        done: PutResult = await self._hold(len(data), super().put(key, data, *args, **kwargs))
+        return done
+
+
+async def filled(config: RepositoryConfig, size: int = 1000) -> tuple[Counting, Repository, Session]:
+    """A repository with 32 chunks of so many bytes, and a session that reads them."""
+    storage = Counting()
+    repository = await Repository.create_async(storage, config)
+    session = await repository.writable_session_async("main")
+    session.set_metadata("/a", ARRAY)
+    for n in range(32):
+        await session.set_chunk("/a", (n,), bytes([n]) * size)
+    await session.commit_async("x")
+    return storage, repository, await repository.readonly_session_async("main")
+
+
+async def read_all(session: Session) -> None:
+    found = await asyncio.gather(*(session.get_chunk("/a", (n,), None) for n in range(32)))
+    assert [data[0] for data in found if data] == list(range(32))
+
+
+async def test_requests_of_all_sessions_reads_and_writes_are_bounded_together() -> None:
+    storage, repository, reader = await filled(RepositoryConfig(max_concurrent_requests=4, engine=ALONE))
+    assert storage.most == 4
+    writers = [await repository.writable_session_async("main") for _ in range(3)]
+
+    async def write(session: Session) -> None:
+        for n in range(32):
+            await session.set_chunk("/a", (n,), bytes(1000))
+        await session.flush_async("x")
+
+    async with asyncio.timeout(30):
+        await asyncio.gather(read_all(reader), *map(write, writers))
+    assert storage.most == 4
+
+
+async def test_bytes_in_flight_are_bounded() -> None:
+    config = RepositoryConfig(engine=EngineConfig(pack_threshold_bytes=0, max_bytes_in_flight=2500))
+    storage, _, reader = await filled(config)
+    await read_all(reader)
+    assert storage.most_bytes == 2000
+
+
+async def test_chunk_bytes_on_their_way_are_bounded_for_all_sessions_together() -> None:
+    config = RepositoryConfig(engine=EngineConfig(pack_threshold_bytes=0, put_memory_bytes=5000))
+    storage, repository, _ = await filled(config)
+    sessions = [await repository.writable_session_async("main") for _ in range(4)]
+
+    async def write(session: Session) -> None:
+        for n in range(32):
+            await session.set_chunk("/a", (n,), bytes(1000))
+            assert sum(other._puts._pool.held_bytes for other in sessions) <= 5000
+
+    async with asyncio.timeout(30):
+        await asyncio.gather(*map(write, sessions))
+        for session in sessions:
+            await session.flush_async("x")
+    assert storage.most_bytes <= 5000
+
+
+@pytest.mark.parametrize(("most", "expected"), [(3, 3), (None, 32)])
+async def test_values_of_one_call_are_fetched_so_many_at_a_time(most: int | None, expected: int) -> None:
+    storage, _, reader = await filled(RepositoryConfig(get_partial_values_concurrency=most, engine=ALONE))
+    storage.most = 0
+    # Not in order: who walks along an array is served ahead, beside what was asked for.
+    wanted = [(f"a/c/{n * 13 % 32}", None) for n in range(32)]
+    found = await reader.store.get_partial_values(default_buffer_prototype(), wanted)
+    assert all(found)
+    assert storage.most == expected
+
+
+async def test_long_reads_are_split_where_the_size_of_a_request_is_set() -> None:
+    size = 3_000_000
+    whole = RepositoryConfig(engine=ALONE)
+    split = RepositoryConfig(
+        engine=ALONE,
+        storage=StorageSettings(
+            concurrency=StorageConcurrencySettings(
+                ideal_concurrent_request_size=400_000, max_concurrent_requests_for_object=3
+            )
+        ),
+    )
+    storage, _, reader = await filled(whole, size)
+    assert await reader.get_chunk("/a", (7,), None) == b"\7" * size
+    assert storage.read == [size]
+    storage, _, reader = await filled(split, size)
+    storage.most = 0
+    assert await reader.get_chunk("/a", (7,), None) == b"\7" * size
+    assert storage.read == [375_000] * 8
+    assert storage.most == 3
+
+
+@pytest.mark.parametrize(("kept", "reads"), [(None, 2), (0, 2), (10_000_000, 1)])
+async def test_chunks_are_kept_where_there_is_room_set_for_them(kept: int | None, reads: int) -> None:
+    config = RepositoryConfig(engine=ALONE, caching=CachingConfig(num_bytes_chunks=kept))
+    storage, _, reader = await filled(config)
+    for _ in range(2):
+        assert await reader.get_chunk("/a", (7,), None) == b"\7" * 1000
+    assert len(storage.read) == reads
+
+
+async def test_caches_of_metadata_are_bounded() -> None:
+    config = RepositoryConfig(caching=CachingConfig(num_snapshot_nodes=0, num_chunk_refs=0, num_transaction_changes=0))
+    _, repository, reader = await filled(config)
+    await read_all(reader)
+    assets = repository._core.assets
+    assert (len(assets._snapshots), len(assets._manifests), len(assets._transactions)) == (0, 0, 0)
+    _, repository, reader = await filled(RepositoryConfig())
+    await read_all(reader)
+    assert (len(repository._core.assets._snapshots), len(repository._core.assets._manifests)) > (0, 0)
+
+
+@pytest.mark.parametrize("value", [0, 49, 100])
+def test_percentile_that_makes_no_sense_is_refused(value: int) -> None:
+    with pytest.raises(InvalidInputError, match="hedge_percentile"):
+        EngineConfig(hedge_percentile=value)
