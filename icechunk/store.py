@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 __all__ = ["IcechunkStore"]
 
 
+_COPIED_LATE_BYTES = 64 * 1024
+
+
 class IcechunkStore(VirtualWriting, Store, SyncMixin):
     """What a session sees and writes, as zarr-python wants to have it.
 
@@ -214,7 +217,10 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
             )
         parsed = parse_key(key)
         if type(parsed) is ChunkKey:
-            await self._session.set_chunk(parsed.path, parsed.coords, value.to_bytes())
+            # Large values are copied once there is room for the copy, not while they wait.
+            large = len(value) >= _COPIED_LATE_BYTES
+            data = value.as_numpy_array().data.cast("B") if large else value.to_bytes()
+            await self._session.set_chunk(parsed.path, parsed.coords, data)
         elif type(parsed) is MetadataKey:
             self._session.set_metadata(parsed.path, value.to_bytes())
         else:

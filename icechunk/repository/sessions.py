@@ -93,6 +93,7 @@ class Sessions(RepositoryBase):
         _require_online(state)
         log = await self._core.log()
         since_us = log.store_time_us
+        log.prepare_writes_soon()
         base = await self._core.assets.snapshot(state.branch_tip(branch))
         await self._core.preload(base)
         return Session(self._core, base, branch=branch, since_us=since_us, rearrange=rearrange)
