@@ -30,6 +30,7 @@ from icechunk.sync import run_sync
 
 __all__ = ["Ending"]
 
+_REBASED = "__icechunk"
 _LONGEST_BACKOFF_ROUND = 4
 """Pauses between tries of a commit grow up to this one: a longer one would only let more others pass."""
 
@@ -287,8 +288,7 @@ class Ending(SessionBase):
                 # Two that lose to each other in turn would otherwise go on in step.
                 await self._core.sources.sleep(backoff_s(self._core.sources, min(tried, _LONGEST_BACKOFF_ROUND)))
             await self._rebase(wanted.branch, solver)
-            rebased = {"__icechunk": {"rebase_attempts": tried + 1}}
-            wanted = replace(wanted, metadata={**wanted.metadata, **rebased})
+            wanted = _once_more_rebased(wanted)
         raise AssertionError
 
     async def _commit_in_turn(
@@ -327,6 +327,8 @@ class Ending(SessionBase):
                     keep=ahead.append,
                     state=expected,
                 )
+            if len(ahead) > 1:
+                wanted = _once_more_rebased(wanted)
             return await commit(
                 self._core, ahead[-1].base, lambda: make_plan(ahead[-1]), self._puts, wanted, on_queued=release
             )
@@ -380,3 +382,9 @@ class Ending(SessionBase):
                 self._phase = Phase.COMMITTING
             elif self._phase is Phase.UNSETTLED:
                 self._phase = Phase.WRITABLE
+
+
+def _once_more_rebased(wanted: Commit) -> Commit:
+    """The same commit, whose metadata says how often it was rebased, under the official library's name for it."""
+    before = wanted.metadata.get(_REBASED, {}).get("rebase_attempts", 0)
+    return replace(wanted, metadata={**wanted.metadata, _REBASED: {"rebase_attempts": before + 1}})
