@@ -386,5 +386,7 @@ class Ending(SessionBase):
 
 def _once_more_rebased(wanted: Commit) -> Commit:
     """The same commit, whose metadata says how often it was rebased, under the official library's name for it."""
-    before = wanted.metadata.get(_REBASED, {}).get("rebase_attempts", 0)
-    return replace(wanted, metadata={**wanted.metadata, _REBASED: {"rebase_attempts": before + 1}})
+    noted = wanted.metadata.get(_REBASED)
+    noted = noted if isinstance(noted, dict) else {}
+    noted = {**noted, "rebase_attempts": noted.get("rebase_attempts", 0) + 1}
+    return replace(wanted, metadata={**wanted.metadata, _REBASED: noted})
