@@ -121,7 +121,9 @@ class RepoState:
 def _ref(refs: Map[str, ObjectId], what: str, name: str) -> ObjectId:
     found = refs.get(name)
     if found is None:
-        raise RefNotFoundError(f"no {what} {name!r} in this repository; check the name, or list those that exist")
+        raise RefNotFoundError(
+            f"ref not found: no {what} {name!r} in this repository; check the name, or list those that exist"
+        )
     return found
 
 
@@ -299,8 +301,8 @@ def apply(state: RepoState, event: e.Event, *, time_us: int, since_us: int | Non
                 raise ConflictError(
                     encode_id(expected),
                     encode_id(tip),
-                    f"cannot reset branch {name!r}: expected at {encode_id(expected)}, it is at {encode_id(tip)}; "
-                    "look at it again",
+                    f"branch update conflict: cannot reset branch {name!r}: expected at {encode_id(expected)}, it is "
+                    f"at {encode_id(tip)}; look at it again",
                     ErrorKind.BRANCH_UPDATE_CONFLICT,
                 )
             require_snapshot(state, target)
