@@ -132,7 +132,7 @@ class Diff:
 
     def __repr__(self) -> str:
         blocks = ["\n".join([f"{title}:", *(f"    {line}" for line in lines)]) for title, lines in self._sections()]
-        return "\n\n".join(blocks) + "\n\n" if blocks else "No changes\n"
+        return "\n\n".join(blocks) + ("\n" if self.updated_chunks else "\n\n") if blocks else "No changes\n"
 
     def _repr_html_(self) -> str:
         blocks = [

@@ -378,7 +378,7 @@ def _require_open(state: RepoState, event: e.Event) -> None:
     if state.status.availability != ONLINE and not isinstance(event, e.StatusSet | e.Sealed | e.Void):
         reason = f": {state.status.reason}" if state.status.reason else ""
         raise ReadOnlyError(
-            f"the repository's status is {'read-only' if state.status.availability == READ_ONLY else 'offline'}"
+            f"the repository status is {'read-only' if state.status.availability == READ_ONLY else 'offline'}"
             f"{reason}; set its status to online first",
             ErrorKind.READ_ONLY_REPOSITORY,
         )
