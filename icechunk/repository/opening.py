@@ -8,7 +8,7 @@ from typing import Self
 from icechunk.config import Attribution, RepositoryConfig, StorageSettings, config_from_dict, config_to_dict
 from icechunk.core import Core
 from icechunk.credentials import AnyCredential
-from icechunk.errors import AlreadyExistsError, ErrorKind, InvalidInputError, RepositoryNotFoundError
+from icechunk.errors import AlreadyExistsError, ErrorKind, InvalidInputError
 from icechunk.inputs import require_type
 from icechunk.refs.base import Layout
 from icechunk.refs.detect import detect
@@ -204,11 +204,14 @@ class Opening(RepositoryBase):
 
     @staticmethod
     async def fetch_config_async(storage: Storage) -> RepositoryConfig | None:
-        """The configuration persisted with a repository; None where none is, or there is no repository."""
-        try:
-            log = await open_repository(_with(storage, None), SYSTEM)
-        except RepositoryNotFoundError:
-            return None
+        """The configuration persisted with a repository; None where none is.
+
+        Raises
+        ------
+        RepositoryNotFoundError
+            There is no repository.
+        """
+        log = await open_repository(_with(storage, None), SYSTEM)
         try:
             return None if log.state.config is None else config_from_dict(log.state.config)
         finally:

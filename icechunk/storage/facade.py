@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from icechunk.values import Represented, fields_html
+from icechunk.values import Described, fields_html
 
 if TYPE_CHECKING:
     from icechunk.config import S3Options, StorageSettings
@@ -16,7 +16,7 @@ __all__ = ["StorageFacade", "StorageObjectInfo"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True, repr=False)
-class StorageObjectInfo(Represented):
+class StorageObjectInfo(Described):
     """An object that `Storage.list_objects_metadata` found."""
 
     _public_name: ClassVar[str] = "icechunk.storage.StorageObjectInfo"
