@@ -148,7 +148,11 @@ async def _close_now(entry: _Entry[Any], keeper: AsyncGenerator[None, None]) -> 
         await entry.closed.wait()
         return
     entry.unordered = True
-    await keeper.aclose()
+    try:
+        await keeper.aclose()
+    except RuntimeError:
+        # The loop, at its end, is at it already.
+        await entry.closed.wait()
 
 
 async def _keep(
