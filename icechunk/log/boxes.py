@@ -51,6 +51,11 @@ def in_box(coords: Coords, box: Extents) -> Rows:
     """Rows, ascending, whose coordinates lie in the box; coordinates must be ascending lexicographically."""
     if not box:
         return np.arange(len(coords))
+    if len(coords) <= 16:
+        rows = [
+            i for i, row in enumerate(coords.tolist()) if all(a <= c < b for c, (a, b) in zip(row, box, strict=True))
+        ]
+        return np.array(rows, np.intp)
     first, last = np.searchsorted(coords[:, 0], np.array(box[0], np.uint32)).tolist()
     some = coords[first:last, 1:]
     if not some.shape[1]:

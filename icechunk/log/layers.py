@@ -82,9 +82,10 @@ class ArrayFold:
 
     def seal(self) -> list[ChunksWritten | ChunksDeleted]:
         """End the open rows: they become a layer, and the events returned."""
-        if not self.rows:
-            return []
-        refs = from_rows(self.rows, len(self.grid))
+        return self.seal_as(from_rows(self.rows, len(self.grid))) if self.rows else []
+
+    def seal_as(self, refs: ChunkRefs) -> list[ChunksWritten | ChunksDeleted]:
+        """The same, given the open rows as columns."""
         self.rows = {}
         self.push(refs)
         deleted = refs.kind == DELETED
