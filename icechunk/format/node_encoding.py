@@ -91,10 +91,10 @@ class _Head:
 _head = lru_cache(maxsize=4096)(_Head)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=64)
 def _offsets(count: int, size: int) -> bytes:
     """A vector's length, and its offsets to tables of that many bytes behind it, one after another."""
-    return np.r_[count, 4 * count + (size - 4) * np.arange(count)].astype("<u4").tobytes()
+    return struct.pack(f"<{count + 1}I", count, *range(4 * count, 4 * count + (size - 4) * count, max(size - 4, 1)))
 
 
 class _Nodes:
