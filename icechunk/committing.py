@@ -62,10 +62,19 @@ class Commit:
     """Manifests that earlier tries of this commit have put, and their sizes; each try adds its own."""
 
 
-async def commit(core: Core, base: Snapshot, make_plan: Callable[[], Plan], puts: Packs, wanted: Commit) -> Snapshot:
+async def commit(
+    core: Core,
+    base: Snapshot,
+    make_plan: Callable[[], Plan],
+    puts: Packs,
+    wanted: Commit,
+    *,
+    on_queued: Callable[[], None] | None = None,
+) -> Snapshot:
     """Write the session's files, all at once, and append the commit to the repository log.
 
-    Two dependent round trips where no manifest must be read: the files, the swap.
+    Where no manifest must be read, and no chunk is on its way, a small commit costs one round trip, since its files
+    ride in the entry; others cost two: the files, the swap.
 
     Parameters
     ----------
@@ -73,6 +82,9 @@ async def commit(core: Core, base: Snapshot, make_plan: Callable[[], Plan], puts
         What the session stands on.
     make_plan
         Plans the session's changes; called once nothing more is written to the session.
+    on_queued
+        Given by who holds the branch's turn: the base is the branch's tip once all that waits has landed. Called as
+        soon as this commit waits too.
 
     Raises
     ------
@@ -86,7 +98,11 @@ async def commit(core: Core, base: Snapshot, make_plan: Callable[[], Plan], puts
         Something could not be written; nothing of this commit is visible.
     """
     repository_log = await core.log()
-    if wanted.how is not How.FLUSH and repository_log.state.branches.get(wanted.branch) != base.id:
+    if (
+        on_queued is None
+        and wanted.how is not How.FLUSH
+        and repository_log.state.branches.get(wanted.branch) != base.id
+    ):
         # Perhaps this loop's client has only not looked for a while; if the branch did move, nothing need be uploaded.
         _require_tip(await repository_log.refresh(), wanted.branch, base.id)
     parent, pruned = base.id, tuple[ObjectId, ...]()
@@ -106,7 +122,7 @@ async def commit(core: Core, base: Snapshot, make_plan: Callable[[], Plan], puts
         compaction = replace(compaction, transaction=combined(amended, compaction.transaction))
     if wanted.written:
         compaction = reuse(compaction, [manifest for manifest, _ in wanted.written.values()])
-    snapshot = await _write(core, repository_log, puts, compaction, wanted.written)
+    snapshot, riding = await _write(core, repository_log, puts, compaction, wanted.written)
     record = SnapshotRecord(
         id=snapshot.id,
         parent=parent,
@@ -124,13 +140,18 @@ async def commit(core: Core, base: Snapshot, make_plan: Callable[[], Plan], puts
             return [CommitAmended(branch=wanted.branch, previous=base.id, snapshot=record)]
         return [CommitAdded(branch=wanted.branch, snapshot=record)]
 
-    await repository_log.append(propose, since_us=wanted.since_us, on_sent=wanted.on_sent)
+    # Before it has landed: whoever comes next in the queue builds upon it. If it does not land, nobody asks for it.
+    core.assets.keep_snapshot(snapshot)
+    for manifest in (*compaction.manifests, *(manifest for manifest, _ in wanted.written.values())):
+        core.assets.keep_manifest(manifest)
+    for key, data in riding.items():
+        core.files.put(key, data, len(data))
+    await repository_log.append(
+        propose, since_us=wanted.since_us, on_sent=wanted.on_sent, files=riding, on_queued=on_queued
+    )
     if _LOG.isEnabledFor(logging.INFO):
         where = core.storage.describe()
         _LOG.info("%s: %s of snapshot %s, branch %r", where, wanted.how.value, encode_id(snapshot.id), wanted.branch)
-    core.assets.keep_snapshot(snapshot)
-    for manifest, _ in wanted.written.values():
-        core.assets.keep_manifest(manifest)
     return snapshot
 
 
@@ -171,7 +192,8 @@ async def _write(
     puts: Packs,
     compaction: Compaction,
     written: dict[ObjectId, tuple[Manifest, int]],
-) -> Snapshot:
+) -> tuple[Snapshot, Mapping[str, bytes]]:
+    """Write the files; those that are returned instead are for the entry to carry."""
     level, spec_version = core.settings.compression_level, log.spec_version
     files: list[tuple[str, bytes]] = []
     sizes = {id: size for id, (_, size) in written.items()}
@@ -184,9 +206,15 @@ async def _write(
     files.append((snapshot_key(snapshot.id), encode_snapshot(snapshot, spec_version, level)))
     files.append((transaction_key(snapshot.id), encode_transaction_log(compaction.transaction, spec_version, level)))
 
+    small = min(core.settings.small_commit_bytes, log.carry_limit_bytes)
+    if sum(len(data) for _, data in files) <= small:
+        # Chunks are not carried: what the entry refers to must be there before it.
+        await run_all(log.prepare_writes, puts.flush)
+        return snapshot, dict(files)
+
     async def put(file: tuple[str, bytes]) -> None:
         await core.put(*file)
 
     await run_all(log.prepare_writes, puts.flush, partial(run_each, put, files, limit=core.settings.max_requests))
     written.update({manifest.id: (manifest, sizes[manifest.id]) for manifest in compaction.manifests})
-    return snapshot
+    return snapshot, {}

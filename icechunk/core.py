@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -24,16 +25,17 @@ from icechunk.format.ids import ObjectId, object_id_from_text
 from icechunk.format.location_compression import LocationCompression
 from icechunk.format.tables import Snapshot
 from icechunk.log.compaction import Policy
-from icechunk.refs.base import Layout, RepositoryLog
+from icechunk.refs.base import FILES_BYTES, Layout, RepositoryLog
 from icechunk.refs.convert import convert_log
 from icechunk.refs.open import open_repository
-from icechunk.refs.repo_layout import UpdateRetries, retries_of
 from icechunk.refs.state import RepoState
+from icechunk.refs.update_retries import UpdateRetries, retries_of
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Storage
 from icechunk.storage.per_loop import PerLoop
 from icechunk.transfer.assets import Assets
 from icechunk.transfer.blocks import Limits
+from icechunk.transfer.cache import WeightedCache
 from icechunk.transfer.fetch import Splitting
 from icechunk.transfer.gate import MAX_BYTES, WRITE, Gates
 from icechunk.transfer.memory import PutMemory
@@ -45,6 +47,8 @@ from icechunk.virtual_access import VirtualAccess
 
 __all__ = ["Core", "Settings"]
 
+_HEELS_US = 5_000
+"""A program that did not wait since it has opened a repository can hardly have heard of news within this time."""
 _DEFAULT_PUT_MEMORY_BYTES = 256 * 1024 * 1024
 _DEFAULT_VALUES_AT_ONCE = 256
 
@@ -69,6 +73,8 @@ class Settings:
     """Chunks below this size share chunk objects; 0: none do."""
     pack_size_bytes: int
     """Size of such an object."""
+    small_commit_bytes: int
+    """Commits whose files are no larger together ride in the log."""
     policy: Policy
     """How references are laid out in manifests."""
     commit_fetches: int
@@ -109,9 +115,12 @@ class Core:
         self.default_metadata: dict[str, Any] = dict(default_metadata or {})
         self.persisted_config: Any = None
         """The configuration that was persisted when this core was opened, or that it has persisted since."""
+        self.files: WeightedCache[str, bytes] = WeightedCache(FILES_BYTES)
+        """Small metadata files that came with the log, by key; some have no object of their own yet."""
         self.gates = Gates(0)
         self._put_memory: tuple[int, PutMemory] | None = None
         self._configure(storage, config)
+        self._fresh: tuple[RepositoryLog, int] | None = None
         self._created: RepositoryLog | None = None
         self._opened_us: WeakKeyDictionary[RepositoryLog, int] = WeakKeyDictionary()
         self._logs = self._new_logs()
@@ -133,6 +142,8 @@ class Core:
             num_snapshot_nodes=_value(caching.num_snapshot_nodes, 500_000),
             num_chunk_refs=_value(caching.num_chunk_refs, 15_000_000),
             num_transaction_changes=_value(caching.num_transaction_changes, 0),
+            files=self.files,
+            find_file=self._find_file,
             max_decodes=_value(config.max_concurrent_decodes, 2),
         )
         self._preloaders = PerLoop(lambda: Preloader(self.assets, self.settings.max_requests), Preloader.aclose, rank=1)
@@ -148,7 +159,14 @@ class Core:
 
     async def load_config(self) -> None:
         """Merge the caller's configuration over the persisted one; for a core that nobody has used yet."""
-        self._learn_from(await self.log(), self.config)
+        log = await self.log()
+        self._learn_from(log, self.config)
+        # Until the loop turns, nobody here can have heard of anything that this open has not seen.
+        self._fresh = log, self.sources.elapsed_us()
+        asyncio.get_running_loop().call_soon(self._forget_fresh)
+
+    def _forget_fresh(self) -> None:
+        self._fresh = None
 
     def _learn_from(self, log: RepositoryLog, config: RepositoryConfig) -> None:
         self.persisted_config, self.layout = log.state.config, log.layout
@@ -172,12 +190,14 @@ class Core:
                 updates_per_file=self.config.num_updates_per_repo_info_file,
                 retries=_retries(self.config),
             )
+        log.share_files(self.files)
         self._opened_us[log] = began_us
         return log
 
     async def adopt(self, log: RepositoryLog) -> None:
         """Make the log that was just created on this loop its client, instead of opening it again."""
         self._created = log
+        self.persisted_config = log.state.config
         await self._logs.get()
         self.persisted_config, self.layout = log.state.config, log.layout
         self._configure(self.storage, self.config)
@@ -205,8 +225,15 @@ class Core:
         called_us = self.sources.elapsed_us()
         log = await self.log()
         # What an open that began after this call has read is news enough.
-        state = log.state if self._opened_us[log] >= called_us else await log.refresh()
+        news = self._opened_us[log] >= called_us or self._just_opened(log, called_us)
+        state = log.state if news else await log.refresh()
         return state if snapshot_id is None else await log.learn([object_id_from_text(snapshot_id)])
+
+    def _just_opened(self, log: RepositoryLog, called_us: int) -> bool:
+        return self._fresh is not None and self._fresh[0] is log and called_us - self._fresh[1] < _HEELS_US
+
+    async def _find_file(self, key: str) -> bytes | None:
+        return await (await self.log()).find_file(key)
 
     async def learn(self, *snapshots: ObjectId, ancestry: bool = False) -> RepoState:
         """The state as last read, with these snapshots in its graph, and with ``ancestry`` what they descend from."""
@@ -296,6 +323,7 @@ def _resolve(config: RepositoryConfig, layout: Layout, storage: StorageSettings 
         put_memory_bytes=_value(engine.put_memory_bytes, _DEFAULT_PUT_MEMORY_BYTES),
         pack_threshold_bytes=_value(engine.pack_threshold_bytes, 512 * 1024 if alone else 0),
         pack_size_bytes=_value(engine.pack_size_bytes, 4 * 1024 * 1024),
+        small_commit_bytes=_value(engine.small_commit_bytes, 64 * 1024),
         policy=policy,
         reads=_reads(config.caching or CachingConfig(), engine, storage),
         commit_fetches=_value(

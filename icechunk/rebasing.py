@@ -95,6 +95,7 @@ async def rebase_onto_tip(
     *,
     guard: AbstractContextManager[object],
     keep: Callable[[SessionLog], None],
+    state: RepoState | None = None,
 ) -> None:
     """Put a session's changes on top of its branch.
 
@@ -110,6 +111,8 @@ async def rebase_onto_tip(
         Held while the log is read, which merges its rows.
     keep
         Called with the log as it stands after each step; after an error, the last one it got is the session's.
+    state
+        Where the branch is; None: as the repository is now.
 
     Raises
     ------
@@ -122,7 +125,8 @@ async def rebase_onto_tip(
     SessionStateError
         Kind ``rebase-tx-log-pruned``.
     """
-    state = await core.state()
+    if state is None:
+        state = await core.state()
     base, tip = log.base.id, state.branch_tip(branch)
     steps = steps_between(await _with_history(core, state, base, tip), base, tip)
     if steps is None:

@@ -11,7 +11,7 @@ import pytest
 import zarr
 
 import icechunk
-from icechunk.config import RepositoryConfig
+from icechunk.config import EngineConfig, RepositoryConfig
 from icechunk.errors import (
     AlreadyExistsError,
     ErrorKind,
@@ -176,7 +176,9 @@ def put(storage: Storage, key: str, data: bytes) -> None:
 def filled() -> MemoryStorage:
     """A repository whose history takes every kind of file to read, with an entry that no checkpoint holds."""
     storage = MemoryStorage()
-    repository = Repository.create(storage, RepositoryConfig(inline_chunk_threshold_bytes=0))
+    # No file rides in the log, and so none is copied into repo: damage to the objects would not be noticed.
+    config = RepositoryConfig(inline_chunk_threshold_bytes=0, engine=EngineConfig(small_commit_bytes=0))
+    repository = Repository.create(storage, config)
     session = repository.writable_session("main")
     array = zarr.create_array(session.store, name="a", shape=(64, 64), chunks=(16, 64), dtype="f8", compressors=None)
     array[:] = 1

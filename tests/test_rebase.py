@@ -37,7 +37,10 @@ def storage() -> RecordingStorage:
 
 @pytest.fixture
 def repo(storage: RecordingStorage) -> Repository:
-    config = icechunk.RepositoryConfig(inline_chunk_threshold_bytes=0)
+    # Files that ride in the log could not be counted, nor lost.
+    config = icechunk.RepositoryConfig(
+        inline_chunk_threshold_bytes=0, engine=icechunk.EngineConfig(small_commit_bytes=0)
+    )
     repo = Repository.create(storage, config)
     session = repo.writable_session("main")
     for name in ("a", "b"):

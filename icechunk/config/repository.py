@@ -149,6 +149,9 @@ class EngineConfig(Setting):
     """Chunks below this size share chunk objects (512 KiB); 0: every chunk has an object of its own."""
     pack_size_bytes: int | None = field(default=None, metadata=checked(optional(unsigned(64, minimum=1))))
     """Size of an object that chunks share (4 MiB)."""
+    small_commit_bytes: int | None = field(default=None, metadata=checked(optional(unsigned(32))))
+    """A commit whose metadata files are together no larger (64 KiB) rides in the log, which saves a round trip; 0: none
+    does. At most 512 KiB count."""
     max_refs_per_manifest: int | None = field(default=None, metadata=checked(optional(unsigned(32, minimum=1))))
     """Larger manifests are split into tiles, where no splitting is configured."""
     share_manifests_below_refs: int | None = field(default=None, metadata=checked(optional(unsigned(32))))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 from icechunk.errors import FormatError, InvalidInputError
 from icechunk.format import flexbuffers
 from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.flat_reader import Buffer, Table, required
-from icechunk.format.flat_writer import FlatTable, FlatWriter, Items, Scalar, Value, id_struct, u8, u64
-from icechunk.format.ids import ObjectId
+from icechunk.format.flat_writer import FlatTable, FlatWriter, Items, Scalar, Value, Written, id_struct, u8, u64
+from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.metadata import metadata_from_tables, metadata_tables
 from icechunk.format.repo_values import (
     OFFLINE,
@@ -98,7 +100,7 @@ def encode_repo(info: RepoInfo, level: int = 3) -> bytes:
         _TAGS: _ref_tables("tag", info.tags, index),
         _BRANCHES: _ref_tables("branch", info.branches, index),
         _DELETED_TAGS: sorted(info.deleted_tags, key=_utf8),
-        _SNAPSHOTS: [_snapshot_table(info.snapshots[id], index) for id in ids],
+        _SNAPSHOTS: Written(partial(_write_snapshots, [info.snapshots[id] for id in ids], index)),
         _STATUS: _status_table(info.status),
         _METADATA: metadata_tables(info.metadata, 2),
         _UPDATES: [_update_table(update) for update in info.updates],
@@ -125,6 +127,43 @@ def _ref_tables(what: str, refs: Mapping[str, ObjectId], index: Mapping[ObjectId
             )
         tables.append(FlatTable({0: name, 1: Scalar("I", position)}))
     return tables
+
+
+def _write_snapshots(records: Sequence[SnapshotRecord], index: Mapping[ObjectId, int], writer: FlatWriter) -> int:
+    """The vector of snapshots.
+
+    Every checkpoint writes all of history: those that have no metadata, as most have none, are laid out by hand, in
+    a tenth of the time that a table takes.
+    """
+    writer.align(4)
+    out = writer.out
+    vector = len(out)
+    out += len(records).to_bytes(4, "little") + bytes(4 * len(records))
+    positions = []
+    plain = writer.vtable({0: 20, 1: 12, 2: 4, 3: 16, 4: 32}, 36)
+    for i, record in enumerate(records):
+        if record.metadata or record.pruned_ancestor_tx_logs:
+            start = writer.table(_snapshot_table(record, index))
+        else:
+            # The 8-byte field follows the first word of the table.
+            out += bytes((4 - len(out)) % 8)
+            start = len(out)
+            try:
+                message = record.message.encode()
+                parent = _NO_PARENT if record.parent is None else index.get(record.parent, _NO_PARENT)
+                # The message is behind the table and the empty vector of metadata, to which they point.
+                out += _PLAIN.pack(start - plain, record.flushed_at_us, parent, 24, record.id, 4, 0, len(message))
+            except (struct.error, UnicodeEncodeError) as error:
+                raise InvalidInputError(f"cannot encode snapshot {encode_id(record.id)}: {error}") from error
+            out += message
+            out += b"\0"
+        positions.append(start - (vector + 4 + 4 * i))
+    struct.pack_into(f"<{len(records)}I", out, vector + 4, *positions)
+    return vector
+
+
+_PLAIN: Final = struct.Struct("<iQiI12sIII")
+"""A snapshot's table: its vtable, time, parent, message, id, metadata; then an empty vector, and a string's length."""
 
 
 def _snapshot_table(record: SnapshotRecord, index: Mapping[ObjectId, int]) -> FlatTable:

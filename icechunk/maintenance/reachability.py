@@ -37,7 +37,14 @@ class Files:
     async def get(self, key: str) -> bytes:
         """The whole file. Raises `ObjectNotFoundError`."""
         carried = self._log.carried_object(key) if isinstance(self._log, LogLayout) else None
-        return carried if carried is not None else (await self.storage.get(key)).data
+        if carried is not None:
+            return carried
+        try:
+            return (await self.storage.get(key)).data
+        except ObjectNotFoundError:
+            found = await self._log.find_file(key)
+            # It may have been put meanwhile.
+            return (await self.storage.get(key)).data if found is None else found
 
     async def require(self, key: str, wanted_by: str) -> bytes:
         """The whole file, which something promises. Raises `FormatError` where it is missing."""

@@ -6,18 +6,24 @@ Others read `RepositoryLog.state`; only `refresh` and `append` replace it, and i
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 from typing import TypeAlias
 
 from icechunk.format.ids import ObjectId
 from icechunk.format.repo_values import Update
 from icechunk.refs.events import Event
 from icechunk.refs.state import RepoState
+from icechunk.transfer.cache import WeightedCache
 
-__all__ = ["Layout", "OnSent", "Propose", "RepositoryLog", "SwapToken"]
+__all__ = ["FILES_BYTES", "Layout", "OnSent", "Propose", "RepositoryLog", "SwapToken"]
+
+FILES_BYTES = 16 * 1024 * 1024
+"""Of small files that are kept in memory for a repository."""
 
 
 class Layout(StrEnum):
@@ -73,6 +79,18 @@ class RepositoryLog(ABC):
         """Version of the format that snapshots and manifests of this repository are written in: 1 or 2."""
         return 1 if self.layout is Layout.REFS else 2
 
+    @property
+    def carry_limit_bytes(self) -> int:
+        """So many bytes of files may go with one `append` at no cost; 0: they are better written before."""
+        return 0
+
+    def share_files(self, files: WeightedCache[str, bytes]) -> None:  # noqa: B027
+        """Keep small files that come with the log there, by key, for all loops and threads of the repository."""
+
+    async def find_file(self, key: str) -> bytes | None:
+        """A file that has no object of its own yet; None where there is none of that name either."""
+        return None
+
     @abstractmethod
     async def refresh(self) -> RepoState:
         """Learn everything up to the end of the log as it is now, and return the state there.
@@ -101,6 +119,8 @@ class RepositoryLog(ABC):
         since_us: int | None = None,
         deadline_s: float | None = None,
         on_sent: OnSent | None = None,
+        files: Mapping[str, bytes] = MappingProxyType({}),
+        on_queued: Callable[[], None] | None = None,
     ) -> RepoState:
         """Make events happen, all or none.
 
@@ -123,6 +143,11 @@ class RepositoryLog(ABC):
             certainly lost, also after this call was cancelled or has raised. So whoever is cancelled knows
             whether the outcome is open: None was the last call, or there was none: nothing landed, nor will (an
             abandoned call is not sent again). Must be quick; what it raises is logged.
+        files
+            Immutable files that the events add and that nobody has written yet, by key. The log sees to it that they
+            are as durable as the events; up to `carry_limit_bytes` of them that costs no round trip.
+        on_queued
+            Called once the events stand in the queue, so that `expected` shows them. Must be quick.
 
         Returns
         -------
@@ -141,6 +166,21 @@ class RepositoryLog(ABC):
         it looks before it refuses. A cancelled call leaves the queue if its entry has not been sent; afterwards the
         entry goes on without it, and ``on_sent`` has been told its token.
         """
+
+    def turn(self, branch: str) -> asyncio.Lock | None:
+        """To be held while a commit is built upon `expected`, until it is queued; None: this log has no such queue."""
+        return None
+
+    def expected(self) -> RepoState:
+        """The state in which everything that waits in the queue has landed.
+
+        For building upon, so that commits of one process follow one another in one entry. It may never come about;
+        what was built is refused then.
+        """
+        return self.state
+
+    def prepare_writes_soon(self) -> None:  # noqa: B027
+        """Begin with `prepare_writes` in the background, where it is likely that somebody will write."""
 
     async def prepare_writes(self) -> None:  # noqa: B027
         """Do beforehand what the first `append` would have to wait for; call it while uploads are under way.

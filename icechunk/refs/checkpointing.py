@@ -16,11 +16,13 @@ import logging
 from typing import Final
 
 from icechunk.errors import IcechunkError
+from icechunk.refs.concurrent import finish_task
 from icechunk.refs.log_checkpoint import LostRepo, checkpoint_is_due, write_checkpoint
+from icechunk.refs.log_reader import RepoObject, read_repo
 from icechunk.refs.log_view import LogView
 from icechunk.refs.store_check import require_atomic
 
-__all__ = ["Checkpointing", "finish_task"]
+__all__ = ["Checkpointing"]
 
 _LOG: Final = logging.getLogger(__name__)
 _PAUSE_SHARE: Final = 10
@@ -49,21 +51,32 @@ class Checkpointing:
             if head.state.sealed:
                 await view.leave_sealed()
                 return
+            if view.rides_much:
+                # Most of it may stand by a checkpoint of somebody else's.
+                found = await read_repo(view.storage, view.sources)
+                if found is None or found.known.marker is None or found.known.marker.epoch != head.epoch:
+                    await self._lost(found)
+                    return
+                view.repo_is(found.known)
             written = await write_checkpoint(
                 view.storage,
                 view.sources,
                 head,
                 view.known,
-                carried=view.carried,
+                stand=view.stand,
+                files=view.files_to_open_with(head.state),
                 updates_per_file=view.updates_per_file,
             )
             if isinstance(written, LostRepo):
-                await view.lost_repo(written.found)
-                if view.sealer is not None:
-                    await asyncio.wait({view.sealer})
+                await self._lost(written.found)
                 return
             view.checkpointed(head, written)
             _LOG.debug("checkpoint of %s written, up to slot %d", view.storage.describe(), head.n)
+
+    async def _lost(self, found: RepoObject | None) -> None:
+        await self._view.lost_repo(found)
+        if self._view.sealer is not None:
+            await asyncio.wait({self._view.sealer})
 
     def spawn_if_due(self) -> None:
         """Have a checkpoint written in the background if the policy wants one."""
@@ -105,13 +118,3 @@ class Checkpointing:
         if self._pausing and self.task is not None:
             self.task.cancel()
         await finish_task(self.task, grace_s)
-
-
-async def finish_task(task: asyncio.Task[None] | None, grace_s: float) -> None:
-    """Wait for a task of the log, and cancel it where it takes too long."""
-    if task is None or task.done() or task is asyncio.current_task():
-        return
-    await asyncio.wait({task}, timeout=grace_s)
-    if not task.done():
-        task.cancel()
-        await asyncio.wait({task})

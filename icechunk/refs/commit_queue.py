@@ -7,7 +7,7 @@ before it, on the events as every reader will decode them, and drops the refused
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from icechunk.format.ids import ObjectId
@@ -20,7 +20,10 @@ from icechunk.refs.state import RepoState, apply
 __all__ = ["Attempt", "Group", "Member", "Waiting", "attempt_of", "build", "new_snapshots"]
 
 MAX_MEMBERS = 1_000
-MAX_EVENTS_BYTES = 1 << 20
+MAX_ENTRY_BYTES = 1 << 20
+"""About; one member alone may have a little more."""
+MAX_CARRIED_BYTES = 512 * 1024
+"""Of one member."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -32,6 +35,8 @@ class Waiting:
     outcome: asyncio.Future[RepoState]
     asked: int
     """Number of the call among the client's looks: a refusal counts only by a later look (rule 3)."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """That the events add and that ride in the entry, by key (rule 15)."""
     on_sent: OnSent | None = None
     """Told of ``token`` whenever it changes."""
     abandoned: bool = False
@@ -56,6 +61,8 @@ class Group:
     members: list[Member] = field(default_factory=list)
     """In the order of their events."""
     events: EncodedEvents = field(default_factory=list)
+    files: dict[str, bytes] = field(default_factory=dict)
+    """Of the members."""
     since_us: int | None = None
     state: RepoState
     """After all of the events."""
@@ -78,6 +85,8 @@ class Attempt:
     """Sent again unchanged until the slot is seen taken."""
     events: tuple[e.Event, ...]
     """As every reader decodes them."""
+    files: dict[str, bytes]
+    """That ride in the entry."""
     before: RepoState
     """That the events were validated against."""
     state: RepoState
@@ -121,7 +130,10 @@ def build(state: RepoState, waiting: Sequence[Waiting], *, time_us: int) -> Grou
     group = Group(state=state)
     size = 0
     for one in waiting:
-        if len(group.members) >= MAX_MEMBERS or size >= MAX_EVENTS_BYTES:
+        riding = sum(map(len, one.files.values())) * 4 // 3
+        if len(group.members) >= MAX_MEMBERS or size >= MAX_ENTRY_BYTES:
+            break
+        if group.members and riding and size + riding > MAX_ENTRY_BYTES:
             break
         try:
             encoded = encode_events(one.propose(group.state))
@@ -142,7 +154,8 @@ def build(state: RepoState, waiting: Sequence[Waiting], *, time_us: int) -> Grou
         group.members.append(Member(waiting=one, snapshots=tuple(new_snapshots(events))))
         group.events += encoded
         group.state = after
-        size += sum(len(repr(event)) for event in encoded)
+        group.files.update(one.files)
+        size += riding + sum(len(repr(event)) for event in encoded)
         if one.since_us is not None:
             group.since_us = one.since_us if group.since_us is None else min(group.since_us, one.since_us)
         if _stands_alone(events):
@@ -154,7 +167,9 @@ def attempt_of(
     group: Group, *, epoch: str, n: int, nonce: bytes, time_us: int, before: RepoState, proof: Instant
 ) -> Attempt:
     """The entry for a group that has members, and the token of each of them."""
-    data = encode_entry(n=n, nonce=nonce, time_us=time_us, since_us=group.since_us, events=group.events)
+    data = encode_entry(
+        n=n, nonce=nonce, time_us=time_us, since_us=group.since_us, events=group.events, objects=group.files
+    )
     for member in group.members:
         member.waiting.token = SwapToken(epoch=epoch, n=n, nonce=nonce, snapshots=member.snapshots)
     return Attempt(
@@ -163,6 +178,7 @@ def attempt_of(
         nonce=nonce,
         data=data,
         events=decode_events(group.events),
+        files=group.files,
         before=before,
         state=group.state,
         members=group.members,

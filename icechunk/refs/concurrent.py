@@ -1,13 +1,14 @@
-"""Running several reads at once, with the first error as it was raised."""
+"""Running several reads at once, with the first error as it was raised; and waiting for tasks to end."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import anyio
 
-__all__ = ["run_all", "run_pair"]
+__all__ = ["finish_task", "run_all", "run_pair"]
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -55,3 +56,13 @@ async def run_pair(first: Callable[[], Awaitable[T]], second: Callable[[], Await
 
     await run_all([run_first, run_second])
     return firsts[0], seconds[0]
+
+
+async def finish_task(task: asyncio.Task[None] | None, grace_s: float) -> None:
+    """Wait for a task of the log, and cancel it where it takes too long."""
+    if task is None or task.done() or task is asyncio.current_task():
+        return
+    await asyncio.wait({task}, timeout=grace_s)
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})

@@ -17,9 +17,10 @@ from icechunk.format.repo import decode_repo, encode_repo
 from icechunk.format.repo_values import SnapshotRecord
 from icechunk.refs.create import put_first_files, require_clean
 from icechunk.refs.log_reader import RepoObject, read_repo
-from icechunk.refs.repo_layout import RepoObjectLayout, UpdateRetries
+from icechunk.refs.repo_layout import RepoObjectLayout
 from icechunk.refs.state import initial_state, to_repo_info
 from icechunk.refs.store_check import require_atomic
+from icechunk.refs.update_retries import UpdateRetries
 from icechunk.refs.write_mark import write_mark
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Absent, Storage

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Final, TypeAlias
+from typing import Final
 
 import anyio.to_thread
 
@@ -17,12 +16,13 @@ from icechunk.errors import ErrorKind, ObjectNotFoundError, PreconditionFailedEr
 from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name
 from icechunk.format.repo import encode_repo
 from icechunk.format.repo_values import RepoInfo
+from icechunk.refs.carried import Stand, nothing_carried
 from icechunk.refs.entry import new_epoch
 from icechunk.refs.log_reader import Head, Known, RepoObject, known_of, read_repo
-from icechunk.refs.marker import Kept, checkpoint_info, keep_updates, state_of, unmarked_info
+from icechunk.refs.marker import NO_FILES, Kept, checkpoint_info, keep_updates, state_of, unmarked_info
 from icechunk.refs.store_check import require_atomic
 from icechunk.sources import Sources
-from icechunk.storage.base import Absent, Matches, Storage
+from icechunk.storage.base import Matches, Storage
 
 __all__ = [
     "DEFAULT_UPDATES_PER_FILE",
@@ -40,9 +40,6 @@ _LONG_TAIL: Final = 64
 _HISTORY_SHARE: Final = 8
 _THREAD_FROM_SNAPSHOTS: Final = 200
 _ATTEMPTS: Final = 20
-
-Carried: TypeAlias = Mapping[int, Mapping[str, bytes]]
-"""Files that ride in entries, by slot and key (rule 15)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +83,8 @@ async def write_checkpoint(
     head: Head,
     known: Known,
     *,
-    carried: Carried = MappingProxyType({}),
+    stand: Stand = nothing_carried,
+    files: Mapping[str, bytes] = NO_FILES,
     updates_per_file: int,
 ) -> Written | LostRepo:
     """Bring ``repo`` forward to ``head``, if it is behind and still a checkpoint of the same log.
@@ -95,8 +93,10 @@ async def write_checkpoint(
     ----------
     known
         The object as it was last seen; it is read again where that is not its version any more.
-    carried
-        Files that ride in the entries after the checkpoint; they are made to stand on their own first.
+    stand
+        Makes the files that ride in the entries after the checkpoint stand on their own, first of all (rule 15).
+    files
+        Copies for those who open the repository to begin with.
 
     Raises
     ------
@@ -110,10 +110,10 @@ async def write_checkpoint(
             return LostRepo(found=await read_repo(storage, sources))
         if current.marker.n >= head.n:
             return Written(known=current, kept=None)
-        await _put_carried(storage, carried, after=current.marker.n, end=head.n)
+        await stand(current.marker.n, head.n)
         kept = await _divide_updates(storage, sources, head, current, updates_per_file)
         if kept is not None:
-            info = checkpoint_info(head.state, epoch=head.epoch, n=head.n, kept=kept)
+            info = checkpoint_info(head.state, epoch=head.epoch, n=head.n, kept=kept, files=files)
             data = await encode(info)
             try:
                 put = await storage.put(REPO_KEY, data, Matches(current.version))
@@ -154,23 +154,12 @@ async def _divide_updates(
     return kept
 
 
-async def _put_carried(storage: Storage, carried: Carried, *, after: int, end: int) -> None:
-    """Rule 15: what ``repo`` is about to refer to has to stand on its own."""
-    for n in sorted(carried):
-        if after < n <= end:
-            for key, data in carried[n].items():
-                try:
-                    await storage.put(key, data, Absent())
-                except PreconditionFailedError:
-                    continue
-
-
 async def finish_conversion(
     storage: Storage,
     sources: Sources,
     head: Head,
     *,
-    carried: Carried = MappingProxyType({}),
+    stand: Stand = nothing_carried,
     updates_per_file: int,
 ) -> RepoObject | None:
     """After a seal has been folded: make ``repo`` the truth, unless somebody did already (rule 8).
@@ -179,7 +168,7 @@ async def finish_conversion(
 
     Parameters
     ----------
-    carried
+    stand
         As for `write_checkpoint`.
 
     Returns
@@ -193,7 +182,7 @@ async def finish_conversion(
             return found
         if not found.known.read_only:
             return found
-        await _put_carried(storage, carried, after=found.known.marker.n, end=head.n)
+        await stand(found.known.marker.n, head.n)
         kept = await _divide_updates(storage, sources, head, found.known, updates_per_file)
         if kept is None:
             continue

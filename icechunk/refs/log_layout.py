@@ -15,14 +15,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
+from types import MappingProxyType
 from typing import Final
 
 from icechunk.errors import ErrorKind, ReadOnlyError, SessionStateError
 from icechunk.format.repo_values import Update
 from icechunk.refs import events as e
-from icechunk.refs.base import Layout, OnSent, Propose, RepositoryLog, SwapToken
-from icechunk.refs.checkpointing import Checkpointing, finish_task
+from icechunk.refs.base import FILES_BYTES, Layout, OnSent, Propose, RepositoryLog, SwapToken
+from icechunk.refs.carried import stand_up
+from icechunk.refs.checkpointing import Checkpointing
+from icechunk.refs.commit_queue import MAX_CARRIED_BYTES
+from icechunk.refs.concurrent import finish_task
 from icechunk.refs.log_checkpoint import DEFAULT_UPDATES_PER_FILE, finish_conversion
 from icechunk.refs.log_reader import Opened, RepoObject, open_head
 from icechunk.refs.log_view import LogView
@@ -33,6 +37,7 @@ from icechunk.refs.swapping import Swapping
 from icechunk.refs.takeover import Stranded, seal_abandoned
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Storage
+from icechunk.transfer.cache import WeightedCache
 
 __all__ = ["LogLayout"]
 
@@ -56,9 +61,11 @@ class LogLayout(RepositoryLog):
         self, storage: Storage, sources: Sources, opened: Opened, *, updates_per_file: int | None = None
     ) -> None:
         self._storage = storage
-        self._view = LogView(storage, sources, opened, updates_per_file=updates_per_file)
+        files: WeightedCache[str, bytes] = WeightedCache(FILES_BYTES)
+        self._view = LogView(storage, sources, opened, updates_per_file=updates_per_file, files=files)
         self._checkpointing = Checkpointing(self._view)
         self._swapping = Swapping(self._view, self._checkpointing)
+        self._turns: dict[str, asyncio.Lock] = {}
         self._closed = False
 
     @classmethod
@@ -86,7 +93,7 @@ class LogLayout(RepositoryLog):
                 storage,
                 sources,
                 opened.head,
-                carried={entry.n: entry.objects for entry in opened.tail},
+                stand=stand_up(storage, opened.tail),
                 updates_per_file=updates_per_file or DEFAULT_UPDATES_PER_FILE,
             )
             opened = await open_head(storage, sources)
@@ -148,13 +155,39 @@ class LogLayout(RepositoryLog):
 
     @property
     def tasks(self) -> tuple[asyncio.Task[None], ...]:
-        """The newest task of each kind (swaps, checkpoints, seal), done or not; for tests that stop a client dead."""
-        tasks = (self._swapping.runner, self._checkpointing.task, self._view.sealer)
+        """The newest task of each kind, done or not; for tests that stop a client dead."""
+        tasks = (
+            self._swapping.runner,
+            self._swapping.preparation,
+            self._view.carried.task,
+            self._checkpointing.task,
+            self._view.sealer,
+        )
         return tuple(task for task in tasks if task is not None)
+
+    @property
+    def carry_limit_bytes(self) -> int:
+        return MAX_CARRIED_BYTES
+
+    @property
+    def files(self) -> WeightedCache[str, bytes]:
+        return self._view.files
+
+    def share_files(self, files: WeightedCache[str, bytes]) -> None:
+        for key, data in self._view.files.items():
+            files.put(key, data, len(data))
+        self._view.files = files
 
     def carried_object(self, key: str) -> bytes | None:
         """A file that rides in an entry after the checkpoint and may not stand on its own yet (rule 15)."""
-        return next((objects[key] for objects in self._view.carried.values() if key in objects), None)
+        return self._view.carried.find(key)
+
+    def carried_files(self) -> dict[str, bytes]:
+        """All of those, by key."""
+        return self._view.carried.all()
+
+    async def find_file(self, key: str) -> bytes | None:
+        return await self._view.find_file(key)
 
     # ----------------------------------------------------------------- verbs
 
@@ -168,6 +201,8 @@ class LogLayout(RepositoryLog):
         since_us: int | None = None,
         deadline_s: float | None = None,
         on_sent: OnSent | None = None,
+        files: Mapping[str, bytes] = MappingProxyType({}),
+        on_queued: Callable[[], None] | None = None,
     ) -> RepoState:
         if self._closed:
             raise SessionStateError("the repository is closed; open it again")
@@ -178,7 +213,18 @@ class LogLayout(RepositoryLog):
                 f"cannot change the repository: {self._storage.describe()} can only be read",
                 ErrorKind.READ_ONLY_STORAGE,
             )
-        return await self._swapping.append(propose, since_us=since_us, deadline_s=deadline_s, on_sent=on_sent)
+        return await self._swapping.append(
+            propose, since_us=since_us, deadline_s=deadline_s, on_sent=on_sent, files=files, on_queued=on_queued
+        )
+
+    def turn(self, branch: str) -> asyncio.Lock:
+        return self._turns.setdefault(branch, asyncio.Lock())
+
+    def expected(self) -> RepoState:
+        return self._swapping.expected()
+
+    def prepare_writes_soon(self) -> None:
+        self._swapping.prepare_soon()
 
     async def prepare_writes(self) -> None:
         """See that the store honours ``If-None-Match`` (rule 1): two round trips, once per process and storage.
@@ -220,6 +266,7 @@ class LogLayout(RepositoryLog):
             return
         self._closed = True
         await self._swapping.finish(_CLOSE_GRACE_S)
+        await self._view.carried.finish(_CLOSE_GRACE_S)
         await self._checkpointing.finish(_CLOSE_GRACE_S)
         # A reader leaves `repo` alone, which it may not even be allowed to write.
         if self._view.left is None and self._swapping.wrote and self.n > self.checkpoint_n:

@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from icechunk.errors import IcechunkError
+from icechunk.errors import FormatError, IcechunkError
+from icechunk.format.ids import ObjectId
+from icechunk.refs.carried import CarriedFiles
 from icechunk.refs.concurrent import run_pair
 from icechunk.refs.entry import Entry, decode_entry
 from icechunk.refs.log_checkpoint import DEFAULT_UPDATES_PER_FILE, Written, finish_conversion
 from icechunk.refs.log_reader import (
     Head,
+    Known,
     Opened,
     RepoObject,
     fold_entry,
@@ -32,17 +36,19 @@ from icechunk.refs.log_reader import (
     read_until_absent,
     try_list_head,
 )
-from icechunk.refs.marker import state_of, with_kept_updates
+from icechunk.refs.marker import NO_FILES, files_to_open_with, state_of, with_kept_updates
 from icechunk.refs.proof import Instant, still_proves, store_time_us
-from icechunk.refs.state import RepoState
+from icechunk.refs.state import MAIN, RepoState
 from icechunk.refs.store_check import may_write
 from icechunk.refs.takeover import Stranded, find_stranded, seal_log
 from icechunk.sources import Sources
 from icechunk.storage.base import Storage
+from icechunk.transfer.cache import WeightedCache
 
 __all__ = ["LogView"]
 
 _LOG: Final = logging.getLogger(__name__)
+_MANY_FILES: Final = 64
 
 
 class LogView:
@@ -52,9 +58,19 @@ class LogView:
     ----------
     updates_per_file
         As of `LogView.updates_per_file`; None: as the persisted configuration says, else 1000.
+    files
+        Where small files of the repository are kept in memory.
     """
 
-    def __init__(self, storage: Storage, sources: Sources, opened: Opened, *, updates_per_file: int | None) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        sources: Sources,
+        opened: Opened,
+        *,
+        updates_per_file: int | None,
+        files: WeightedCache[str, bytes],
+    ) -> None:
         self.storage = storage
         self.sources = sources
         self.head = opened.head
@@ -62,23 +78,30 @@ class LogView:
         """How old the knowledge is that nothing follows the head."""
         self.known = opened.known
         """``repo`` as it was last seen."""
+        self.standing: Mapping[str, bytes] = NO_FILES
+        """Files that ``repo`` had copies of when it was read, so they exist as objects."""
         self.seen = Instant(date_us=None, elapsed_us=0, wall_us=0)
         """The last answer that came with a store time."""
         self.left: str | None = None
         """Why nothing can be appended any more, once the log has ended."""
         self.stranded: Stranded | None = None
         """What somebody who lifted the read-only status left behind; None where nobody did."""
-        self.carried: dict[int, dict[str, bytes]] = {}
-        """Files that ride in the entries after the checkpoint, by slot (rule 15)."""
+        self.carried = CarriedFiles(storage, sources)
+        """Files that ride in the entries after the checkpoint, as far as they are not known to stand (rule 15)."""
+        self.files = files
+        """Small files of the repository, to be read from memory."""
         self.sealer: asyncio.Task[None] | None = None
         """Seals the log after a takeover."""
         self.looked = 0
         """Number of the newest look that has shown where the log ends."""
         self._looks = 0
+        self._looking: asyncio.Future[None] | None = None
         self._updates_per_file = updates_per_file
+        self._to_open_with: tuple[ObjectId, Mapping[str, bytes]] | None = None
         self.saw(opened.proof)
+        self._keep_copies(opened.known)
         for entry in opened.tail:
-            self._remember_objects(entry)
+            self._remember(entry.n, entry.objects)
 
     @property
     def state(self) -> RepoState:
@@ -129,15 +152,25 @@ class LogView:
         """Fold the next entry; one that is folded already changes nothing."""
         if entry.n == self.head.n + 1:
             self.head = fold_entry(self.head, entry)
-            self._remember_objects(entry)
+            self._remember(entry.n, entry.objects)
 
     def fold_own(
-        self, *, epoch: str, n: int, data: bytes, before: RepoState, after: RepoState, proof: Instant | None
+        self,
+        *,
+        epoch: str,
+        n: int,
+        data: bytes,
+        files: Mapping[str, bytes],
+        before: RepoState,
+        after: RepoState,
+        proof: Instant | None,
     ) -> None:
         """Fold an entry of our own that has landed.
 
         Parameters
         ----------
+        files
+            That ride in it.
         before, after
             States before and after it, as it was validated.
         proof
@@ -150,6 +183,7 @@ class LogView:
             self.head = replace(self.head, n=n, state=after)
         else:
             self.head = fold_entry(self.head, decode_entry(data, n=n))
+        self._remember(n, files)
         if proof is not None:
             self.proof = proof
 
@@ -159,22 +193,67 @@ class LogView:
             return
         self.head, self.proof, self.known = opened.head, opened.proof, opened.known
         self.carried.clear()
+        self._keep_copies(opened.known)
         for entry in opened.tail:
-            self._remember_objects(entry)
+            self._remember(entry.n, entry.objects)
 
     def checkpointed(self, head: Head, written: Written) -> None:
         """``repo`` holds at least ``head``."""
         if self.head.epoch != head.epoch:
             return
-        self.known = written.known
-        for n in [n for n in self.carried if n <= self.checkpoint_n]:
-            del self.carried[n]
+        self.repo_is(written.known)
         if written.kept is not None and written.kept.before != self.state.repo_before_updates:
             self.head = replace(self.head, state=with_kept_updates(self.state, written.kept))
 
-    def _remember_objects(self, entry: Entry) -> None:
-        if entry.objects:
-            self.carried[entry.n] = dict(entry.objects)
+    def repo_is(self, known: Known) -> None:
+        """``repo`` has been seen, a checkpoint of this log."""
+        self.known = known
+        self.carried.forget_through(self.checkpoint_n)
+
+    def _remember(self, n: int, files: Mapping[str, bytes]) -> None:
+        if n in self.head.voided:
+            return
+        self.carried.remember(n, files)
+        for key, data in files.items():
+            self.files.put(key, data, len(data))
+
+    def _keep_copies(self, known: Known) -> None:
+        self.standing = NO_FILES if known.marker is None else known.marker.files
+        for key, data in self.standing.items():
+            self.files.put(key, data, len(data))
+
+    # ------------------------------------------------------------------ files that ride
+
+    def files_to_open_with(self, state: RepoState) -> Mapping[str, bytes]:
+        """As `icechunk.refs.marker.files_to_open_with`; looked for once for each tip."""
+        tip = state.branches[MAIN]
+        if self._to_open_with is None or self._to_open_with[0] != tip:
+            try:
+                found = files_to_open_with(state, self.files.get)
+            except FormatError:  # somebody's entry carries it, and nobody has read it yet
+                found = {}
+            self._to_open_with = tip, found
+        return self._to_open_with[1]
+
+    @property
+    def rides_much(self) -> bool:
+        """Whether there is more to put before a checkpoint than looking at ``repo`` first costs."""
+        return len(self.carried) > _MANY_FILES or self.carried.dropped > self.checkpoint_n
+
+    async def stand(self, after: int, end: int) -> None:
+        """As `icechunk.refs.carried.Stand`."""
+        await self.carried.stand_dropped(self.head.epoch, after, end)
+        await self.carried.stand(after, end)
+
+    async def find_file(self, key: str) -> bytes | None:
+        """A file that rides somewhere up to the end of the log as it is now; None where none of that name does."""
+        for look in (False, True):
+            if look:
+                await self.refresh()
+            found = self.carried.find(key)
+            if found is not None:
+                return found
+        return await self.carried.find_dropped(self.head.epoch, self.checkpoint_n, key)
 
     # ------------------------------------------------------------------ looking
 
@@ -184,11 +263,23 @@ class LogView:
         Steady state: one GET of the slot after the head, which is empty. An empty slot is as consistent as a listing
         and an order of magnitude cheaper; only where it is taken, a listing says how far there is to go, while the
         slot after it is read: being one entry behind costs two round trips, being far behind three.
+
+        Those who ask while a look is under way share the next one: theirs has to begin after they asked.
         """
-        number = self.begin_look()
-        state = await self._refresh()
-        self.end_look(number)
-        return state
+        asked = self.begin_look()
+        while (looking := self._looking) is not None:
+            await asyncio.shield(looking)
+            if self.looked > asked:
+                return self.state
+        looking = self._looking = asyncio.get_running_loop().create_future()
+        try:
+            number = self.begin_look()
+            state = await self._refresh()
+            self.end_look(number)
+            return state
+        finally:
+            self._looking = None
+            looking.set_result(None)
 
     async def _refresh(self) -> RepoState:
         while self.left is None:
@@ -281,7 +372,7 @@ class LogView:
     async def leave_sealed(self) -> None:
         """A seal has been folded: finish the conversion for whoever began it (rule 8)."""
         await finish_conversion(
-            self.storage, self.sources, self.head, carried=self.carried, updates_per_file=self.updates_per_file
+            self.storage, self.sources, self.head, stand=self.stand, updates_per_file=self.updates_per_file
         )
         if self.left is None:
             self.left = f"the repository in {self.storage.describe()} has another layout now; open it again"

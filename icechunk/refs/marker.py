@@ -6,14 +6,19 @@ slot the log is folded into it, and keeps what the format has no field for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import base64
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Final
 
 import orjson
 
 from icechunk.errors import ErrorKind, FormatError
+from icechunk.format.keys import manifest_key, snapshot_key
 from icechunk.format.repo_values import READ_ONLY, RepoInfo, Status, Update
-from icechunk.refs.state import RepoState, from_repo_info, to_repo_info
+from icechunk.format.snapshot import decode_snapshot
+from icechunk.refs.state import MAIN, RepoState, from_repo_info, to_repo_info
 from icechunk.refs.updates import UpdateLog
 from icechunk.refs.write_mark import cutoff_of, write_mark
 
@@ -24,6 +29,7 @@ __all__ = [
     "checkpoint_info",
     "decode_marker",
     "encode_marker",
+    "files_to_open_with",
     "keep_updates",
     "state_of",
     "unmarked_info",
@@ -39,6 +45,8 @@ READ_ONLY_REASON: Final = (
 
 _NAME: Final = "aioicechunk-log"
 _VERSION: Final = 1
+_FILES_BYTES: Final = 24 * 1024
+NO_FILES: Final[Mapping[str, bytes]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,21 +63,24 @@ class Marker:
     """Of the last collection, store time in µs; 0: there was none."""
     last_time_us: int
     """Time of the last event folded in, µs."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Copies of small files that whoever opens the repository needs first, by key; only ever to save reading them."""
 
 
 def encode_marker(marker: Marker) -> bytes:
     """The bytes of ``extra``."""
     status = marker.status
-    return orjson.dumps(
-        {
-            _NAME: _VERSION,
-            "epoch": marker.epoch,
-            "n": marker.n,
-            "status": [status.availability, status.set_at_us, status.reason],
-            "gc": marker.gc_cutoff_us,
-            "time": marker.last_time_us,
-        }
-    )
+    document: dict[str, object] = {
+        _NAME: _VERSION,
+        "epoch": marker.epoch,
+        "n": marker.n,
+        "status": [status.availability, status.set_at_us, status.reason],
+        "gc": marker.gc_cutoff_us,
+        "time": marker.last_time_us,
+    }
+    if marker.files:
+        document["files"] = {key: base64.b64encode(data).decode() for key, data in marker.files.items()}
+    return orjson.dumps(document)
 
 
 def decode_marker(extra: bytes | None) -> Marker | None:
@@ -109,8 +120,9 @@ def decode_marker(extra: bytes | None) -> Marker | None:
             status=Status(availability=availability, set_at_us=set_at_us, reason=reason),
             gc_cutoff_us=document["gc"],
             last_time_us=document["time"],
+            files={key: base64.b64decode(data, validate=True) for key, data in document.get("files", {}).items()},
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FormatError(f"the marker of the log layout in 'repo' is corrupt: {error}") from error
 
 
@@ -163,10 +175,17 @@ def with_kept_updates(state: RepoState, kept: Kept) -> RepoState:
     return replace(state, updates=UpdateLog.of((*newer, *kept.updates)), repo_before_updates=kept.before)
 
 
-def checkpoint_info(state: RepoState, *, epoch: str, n: int, kept: Kept | None = None) -> RepoInfo:
-    """The ``repo`` object that holds the log up to slot ``n``."""
+def checkpoint_info(
+    state: RepoState, *, epoch: str, n: int, kept: Kept | None = None, files: Mapping[str, bytes] = NO_FILES
+) -> RepoInfo:
+    """The ``repo`` object that holds the log up to slot ``n``, with copies of these files."""
     marker = Marker(
-        epoch=epoch, n=n, status=state.status, gc_cutoff_us=state.gc_cutoff_us, last_time_us=state.last_time_us
+        epoch=epoch,
+        n=n,
+        status=state.status,
+        gc_cutoff_us=state.gc_cutoff_us,
+        last_time_us=state.last_time_us,
+        files=files,
     )
     shown = Status(availability=READ_ONLY, set_at_us=state.status.set_at_us, reason=READ_ONLY_REASON)
     return to_repo_info(
@@ -176,6 +195,27 @@ def checkpoint_info(state: RepoState, *, epoch: str, n: int, kept: Kept | None =
         repo_before_updates=kept.before if kept else None,
         extra=encode_marker(marker),
     )
+
+
+def files_to_open_with(state: RepoState, known: Callable[[str], bytes | None]) -> dict[str, bytes]:
+    """The files of ``main``'s tip, as far as they are known and small: what most who open will read first.
+
+    Parameters
+    ----------
+    known
+        The bytes of a file that is in memory; None where it is not.
+    """
+    tip = state.branches[MAIN]
+    data = known(snapshot_key(tip))
+    if data is None or len(data) > _FILES_BYTES:
+        return {}
+    found, size = {snapshot_key(tip): data}, len(data)
+    for id, manifest in decode_snapshot(data, expected_id=tip).manifest_files.items():
+        key = manifest_key(id)
+        data = known(key) if manifest.size_bytes <= _FILES_BYTES - size else None
+        if data is not None and len(data) <= _FILES_BYTES - size:
+            found[key], size = data, size + len(data)
+    return found
 
 
 def unmarked_info(state: RepoState, *, kept: Kept | None = None) -> RepoInfo:

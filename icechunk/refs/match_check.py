@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Final
 
 from icechunk.errors import ErrorKind, PreconditionFailedError, StorageError
@@ -20,8 +20,8 @@ class MatchCheck(ConditionCheck):
 
     _checked: ClassVar[weakref.WeakSet[Storage]] = weakref.WeakSet()
 
-    async def _try(self, candidates: Sequence[str]) -> None:
-        key, data = await self._first_of(candidates)
+    async def _try(self, candidates: Sequence[str], known: Mapping[str, bytes]) -> None:
+        key, data = await self._first_of(candidates, known)
         try:
             await self._storage.put(key, data, Matches(_NO_VERSION))
         except PreconditionFailedError:

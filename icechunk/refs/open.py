@@ -7,15 +7,18 @@ from typing import Any, TypeAlias, assert_never
 
 from icechunk.errors import RepositoryNotFoundError
 from icechunk.refs.base import Layout, RepositoryLog
+from icechunk.refs.carried import stand_up
 from icechunk.refs.create import create_log
+from icechunk.refs.create_refs import create_ref_files
 from icechunk.refs.create_repo import create_repo_object
 from icechunk.refs.log_checkpoint import DEFAULT_UPDATES_PER_FILE, finish_conversion
 from icechunk.refs.log_layout import LogLayout
 from icechunk.refs.log_reader import Opened, RepoObject, open_head, ref_files_there
-from icechunk.refs.ref_files_layout import RefFilesLayout, create_ref_files
-from icechunk.refs.repo_layout import RepoObjectLayout, UpdateRetries
+from icechunk.refs.ref_files_layout import RefFilesLayout
+from icechunk.refs.repo_layout import RepoObjectLayout
 from icechunk.refs.store_check import may_write
 from icechunk.refs.takeover import seal_abandoned
+from icechunk.refs.update_retries import UpdateRetries
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Storage
 
@@ -62,7 +65,7 @@ async def open_repository(
             storage,
             sources,
             opened.head,
-            carried={entry.n: entry.objects for entry in opened.tail},
+            stand=stand_up(storage, opened.tail),
             updates_per_file=updates_per_file or DEFAULT_UPDATES_PER_FILE,
         )
         opened = await open_head(storage, sources)

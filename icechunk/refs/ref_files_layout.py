@@ -15,17 +15,17 @@ recognised by its snapshot id, at the tip or below it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
 from immutables import Map
 
 from icechunk.config import config_from_dict, config_from_yaml, config_to_dict, config_to_yaml
 from icechunk.errors import (
-    AlreadyExistsError,
     CommitOutcomeUnknown,
     ErrorKind,
     FormatError,
@@ -41,25 +41,23 @@ from icechunk.errors import (
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id
 from icechunk.format.keys import CONFIG_KEY, REFS_PREFIX, REPO_KEY, overwritten_config_key, snapshot_key
 from icechunk.format.repo_values import SnapshotRecord, Update
-from icechunk.format.snapshot import decode_snapshot, encode_snapshot
-from icechunk.format.tables import Snapshot
+from icechunk.format.snapshot import decode_snapshot
 from icechunk.refs import events as e
 from icechunk.refs.append_queue import AppendQueue, resolve, tell_sent
 from icechunk.refs.base import Layout, OnSent, Propose, RepositoryLog, SwapToken
+from icechunk.refs.carried import put_once
 from icechunk.refs.commit_queue import Member, Waiting, new_snapshots
 from icechunk.refs.concurrent import run_all
-from icechunk.refs.create import FIRST_MESSAGE, FIRST_METADATA, require_clean
 from icechunk.refs.log_reader import MAIN_REF_KEY, instant, read_repo
 from icechunk.refs.match_check import MatchCheck
 from icechunk.refs.proof import Instant, store_time_us
 from icechunk.refs.ref_names import RefNames, decode_ref, encode_ref, read_ref
-from icechunk.refs.repo_layout import UpdateRetries
 from icechunk.refs.state import MAIN, RepoState, apply, initial_state
-from icechunk.refs.store_check import require_atomic
+from icechunk.refs.update_retries import UpdateRetries
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Absent, GetResult, ListingUnsupportedError, Matches, Precondition, Storage, Version
 
-__all__ = ["RefFilesLayout", "create_ref_files", "needs_format_2"]
+__all__ = ["RefFilesLayout", "needs_format_2"]
 
 Json: TypeAlias = Any
 _ROUNDS: Final = 8
@@ -96,7 +94,7 @@ class _Write:
 
 
 class RefFilesLayout(RepositoryLog):
-    """A repository of format 1. Made by `RefFilesLayout.open` or `create_ref_files`."""
+    """A repository of format 1. Made by `RefFilesLayout.open` or `icechunk.refs.create_refs`."""
 
     layout = Layout.REFS
 
@@ -270,6 +268,8 @@ class RefFilesLayout(RepositoryLog):
         since_us: int | None = None,
         deadline_s: float | None = None,
         on_sent: OnSent | None = None,
+        files: Mapping[str, bytes] = MappingProxyType({}),
+        on_queued: Callable[[], None] | None = None,
     ) -> RepoState:
         """As `RepositoryLog.append`, for one event at a time: the format changes nothing together.
 
@@ -283,6 +283,10 @@ class RefFilesLayout(RepositoryLog):
                 f"cannot change the repository: {self._storage.describe()} can only be read",
                 ErrorKind.READ_ONLY_STORAGE,
             )
+        for key, data in files.items():
+            await put_once(self._storage, key, data)
+        if on_queued is not None:
+            on_queued()
         return await self._queue.append(
             propose, since_us=since_us, deadline_s=deadline_s, on_sent=on_sent, asked=next(self._tickets)
         )
@@ -526,47 +530,3 @@ def _plain(name: str, what: str) -> str:
             ErrorKind.INVALID_REF_NAME,
         )
     return name
-
-
-async def create_ref_files(
-    storage: Storage, sources: Sources = SYSTEM, *, config: Json | None = None, check_clean_root: bool = True
-) -> RefFilesLayout:
-    """Create a repository of format 1 with one empty snapshot on ``main``; parameters and errors as `create_log`.
-
-    The branch is created last, if it is absent: of several creators one wins.
-    """
-    if not storage.supports_writes:
-        raise ReadOnlyError(
-            f"cannot create a repository: {storage.describe()} can only be read", ErrorKind.READ_ONLY_STORAGE
-        )
-    require_atomic(storage)
-    await require_clean(storage, everything=check_clean_root)
-    if not check_clean_root:
-        with suppress(ObjectNotFoundError):
-            await storage.head(REPO_KEY)
-            raise _exists(storage)
-    root = Snapshot(
-        id=FIRST_SNAPSHOT,
-        nodes={},
-        flushed_at_us=max(sources.wall_us(), 1),
-        message=FIRST_MESSAGE,
-        metadata=FIRST_METADATA,
-    )
-    with suppress(PreconditionFailedError):
-        await storage.put(snapshot_key(FIRST_SNAPSHOT), encode_snapshot(root, 1), Absent())
-    if config is not None:
-        with suppress(PreconditionFailedError):
-            await storage.put(CONFIG_KEY, config_to_yaml(config_from_dict(config)), Absent())
-    names = RefNames.of(storage)
-    try:
-        await storage.put(names.branch_key(MAIN), encode_ref(FIRST_SNAPSHOT), Absent())
-    except PreconditionFailedError:
-        raise _exists(storage) from None
-    return await RefFilesLayout.open(storage, sources)
-
-
-def _exists(storage: Storage) -> AlreadyExistsError:
-    return AlreadyExistsError(
-        f"cannot create a repository in {storage.describe()}: there is one already; open it, or choose another prefix",
-        ErrorKind.PARENT_DIRECTORY_NOT_CLEAN,
-    )

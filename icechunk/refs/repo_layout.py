@@ -17,10 +17,11 @@ the only one that writes. Reads may overtake each other, so each takes a ticket,
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Final
 
 from icechunk.errors import (
     CommitOutcomeUnknown,
@@ -41,6 +42,7 @@ from icechunk.format.repo import decode_repo
 from icechunk.format.repo_values import CommitAmended, NewCommit, NewDetachedSnapshot, Update
 from icechunk.refs.append_queue import AppendQueue, resolve, tell_sent
 from icechunk.refs.base import Layout, OnSent, Propose, RepositoryLog, SwapToken
+from icechunk.refs.carried import put_once
 from icechunk.refs.commit_queue import Group, Member, build, new_snapshots
 from icechunk.refs.entry import decode_events
 from icechunk.refs.log_checkpoint import DEFAULT_UPDATES_PER_FILE, encode
@@ -50,46 +52,17 @@ from icechunk.refs.ops_log import any_in_history, updates_of
 from icechunk.refs.proof import MAX_SKEW_US, Instant, clock_error_us, store_time_us
 from icechunk.refs.repo_history import next_window
 from icechunk.refs.state import MAIN, RepoState, from_repo_info, to_repo_info
+from icechunk.refs.update_retries import UpdateRetries, retries_of
 from icechunk.refs.updates import UpdateLog
 from icechunk.refs.write_mark import cutoff_of, nonce_of, write_mark
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Matches, Storage, Version
 
-__all__ = ["RepoObjectLayout", "UpdateRetries", "is_repo_object", "retries_of"]
+__all__ = ["RepoObjectLayout", "is_repo_object"]
 
 _SNAPSHOT_CHANGES: Final = (NewCommit, CommitAmended, NewDetachedSnapshot)
 _ROUNDS: Final = 8
 _TOKEN: Final = "repo:"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateRetries:
-    """How often and how soon a lost race for the repository is tried again (``repo_update_retries``)."""
-
-    tries: int = 100
-    """The first included."""
-    first_pause_s: float = 0.05
-    """Upper end of the first pause; it doubles from try to try."""
-    longest_pause_s: float = 30.0
-
-    def pause_s(self, sources: Sources, round_: int) -> float:
-        """A pause with full jitter before try ``round_`` + 1 (counted from 1)."""
-        longest: float = min(self.longest_pause_s, self.first_pause_s * 2.0 ** min(round_ - 1, 60))
-        return longest * (int.from_bytes(sources.random_bytes(4)) / 0x1_0000_0000)
-
-
-def retries_of(config: Any) -> UpdateRetries:
-    """What the persisted configuration says about lost races; the official library's defaults where it says nothing."""
-    tries, first_ms, longest_ms = 100, 50, 30_000
-    found = config.get("repo_update_retries") if isinstance(config, dict) else None
-    found = found.get("default") if isinstance(found, dict) else None
-    if isinstance(found, dict):
-        numbers = [found.get(name) for name in ("max_tries", "initial_backoff_ms", "max_backoff_ms")]
-        tries, first_ms, longest_ms = (
-            number if isinstance(number, int) else default
-            for number, default in zip(numbers, (tries, first_ms, longest_ms), strict=True)
-        )
-    return UpdateRetries(tries=max(1, tries), first_pause_s=first_ms / 1000, longest_pause_s=longest_ms / 1000)
 
 
 def is_repo_object(found: RepoObject) -> bool:
@@ -277,12 +250,18 @@ class RepoObjectLayout(RepositoryLog):
         since_us: int | None = None,
         deadline_s: float | None = None,
         on_sent: OnSent | None = None,
+        files: Mapping[str, bytes] = MappingProxyType({}),
+        on_queued: Callable[[], None] | None = None,
     ) -> RepoState:
         if not self._storage.supports_writes:
             raise ReadOnlyError(
                 f"cannot change the repository: {self._storage.describe()} can only be read",
                 ErrorKind.READ_ONLY_STORAGE,
             )
+        for key, data in files.items():
+            await put_once(self._storage, key, data)
+        if on_queued is not None:
+            on_queued()
         return await self._queue.append(
             propose, since_us=since_us, deadline_s=deadline_s, on_sent=on_sent, asked=next(self._tickets)
         )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import ClassVar
 
 from icechunk.errors import ErrorKind, PreconditionFailedError, StorageError
+from icechunk.refs.marker import NO_FILES
 from icechunk.storage.base import Absent, Matches, Storage
 
 __all__ = ["ConditionCheck", "StoreCheck", "may_write", "require_atomic"]
@@ -49,13 +50,15 @@ class ConditionCheck(ABC):
         self._done = False
         self._lock = asyncio.Lock()
 
-    async def run(self, candidates: Sequence[str]) -> None:
+    async def run(self, candidates: Sequence[str], known: Mapping[str, bytes] = NO_FILES) -> None:
         """Write an existing object's own bytes to it, under a condition by which the store must refuse.
 
         Parameters
         ----------
         candidates
             Keys of immutable objects; the first one that exists is used.
+        known
+            Immutable objects whose bytes are known: one of them saves reading another.
 
         Raises
         ------
@@ -64,16 +67,21 @@ class ConditionCheck(ABC):
         """
         require_atomic(self._storage)
         async with self._lock:
-            if self._done or self._known_good():
+            if self.done:
                 return
-            await self._try(candidates)
+            await self._try(candidates, known)
             self._done = True
             with suppress(TypeError):
                 self._checked.add(self._storage)
 
     @abstractmethod
-    async def _try(self, candidates: Sequence[str]) -> None:
+    async def _try(self, candidates: Sequence[str], known: Mapping[str, bytes]) -> None:
         """Return where the store refused; raise where it took the write."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the storage was seen to honour the condition."""
+        return self._done or self._known_good()
 
     def _known_good(self) -> bool:
         try:
@@ -81,7 +89,9 @@ class ConditionCheck(ABC):
         except TypeError:  # unhashable: then each instance looks for itself
             return False
 
-    async def _first_of(self, candidates: Sequence[str]) -> tuple[str, bytes]:
+    async def _first_of(self, candidates: Sequence[str], known: Mapping[str, bytes]) -> tuple[str, bytes]:
+        if known:
+            return next(iter(known.items()))
         for key in candidates[:-1]:
             try:
                 return key, (await self._storage.get(key)).data
@@ -95,9 +105,9 @@ class StoreCheck(ConditionCheck):
 
     _checked: ClassVar[weakref.WeakSet[Storage]] = weakref.WeakSet()
 
-    async def _try(self, candidates: Sequence[str]) -> None:
+    async def _try(self, candidates: Sequence[str], known: Mapping[str, bytes]) -> None:
         for _ in range(3):
-            key, data = await self._first_of(candidates)
+            key, data = await self._first_of(candidates, known)
             try:
                 await self._storage.put(key, data, Absent())
             except PreconditionFailedError:

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Final
 
 from icechunk.errors import (
     CommitOutcomeUnknown,
     ErrorKind,
+    IcechunkError,
     InvalidInputError,
     SessionStateError,
     StorageError,
@@ -25,16 +28,17 @@ from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.format.keys import snapshot_key
 from icechunk.refs import events as e
 from icechunk.refs.base import OnSent, Propose, SwapToken
-from icechunk.refs.checkpointing import Checkpointing, finish_task
+from icechunk.refs.checkpointing import Checkpointing
 from icechunk.refs.commit_queue import Attempt, Group, Waiting, attempt_of, build
+from icechunk.refs.concurrent import finish_task
 from icechunk.refs.entry import encode_events, slot_key
 from icechunk.refs.log_reader import Opened, RepoObject, instant, read_slot
 from icechunk.refs.log_view import LogView
 from icechunk.refs.marker import state_of
 from icechunk.refs.ops_log import any_in_history
 from icechunk.refs.proof import MAX_SKEW_US, clock_error_us, still_proves
-from icechunk.refs.state import MAIN, RepoState
-from icechunk.refs.store_check import StoreCheck
+from icechunk.refs.state import MAIN, RepoState, apply
+from icechunk.refs.store_check import StoreCheck, may_write
 from icechunk.refs.swap import Landed, Lost, backoff_s, settle_attempt, unknown
 
 __all__ = ["Swapping"]
@@ -53,6 +57,9 @@ class Swapping:
         self._unsettled: Attempt | None = None
         self._losses = 0
         self._one_at_a_time = asyncio.Lock()
+        self._expected: tuple[RepoState, list[Waiting], RepoState] = (view.state, [], view.state)
+        self.preparation: asyncio.Task[None] | None = None
+        """Checks the store before anybody swaps."""
         self.runner: asyncio.Task[None] | None = None
         """Swaps until nobody waits."""
         self.wrote = False
@@ -61,7 +68,14 @@ class Swapping:
     # ----------------------------------------------------------------- callers
 
     async def append(
-        self, propose: Propose, *, since_us: int | None, deadline_s: float | None, on_sent: OnSent | None
+        self,
+        propose: Propose,
+        *,
+        since_us: int | None,
+        deadline_s: float | None,
+        on_sent: OnSent | None,
+        files: Mapping[str, bytes],
+        on_queued: Callable[[], None] | None,
     ) -> RepoState:
         """As `RepositoryLog.append`."""
         loop = asyncio.get_running_loop()
@@ -70,9 +84,12 @@ class Swapping:
             since_us=since_us,
             outcome=loop.create_future(),
             on_sent=on_sent,
+            files=files,
             asked=self._view.begin_look(),
         )
         self._waiting.append(waiting)
+        if on_queued is not None:
+            on_queued()
         if self.runner is None or self.runner.done():
             self.runner = loop.create_task(self._run(), name="icechunk log swaps")
         try:
@@ -96,6 +113,31 @@ class Swapping:
             waiting.token,
         )
 
+    def prepare_soon(self) -> None:
+        """Check the store in the background, where that was not done yet and may be."""
+        if self.preparation is None and not self._store_check.done and may_write(self._view.storage):
+            self.preparation = asyncio.get_running_loop().create_task(self._prepare(), name="icechunk store check")
+
+    async def _prepare(self) -> None:
+        # A head start only: the first swap tells what is wrong.
+        with suppress(IcechunkError, OSError):
+            await self.check_store()
+
+    def expected(self) -> RepoState:
+        """The state in which everything that waits, or is under way, has landed; for building upon only."""
+        base = self._view.state if self._unsettled is None else self._unsettled.state
+        known_base, done, state = self._expected
+        if known_base is not base or self._waiting[: len(done)] != done:
+            done, state = [], base
+        for one in self._waiting[len(done) :]:
+            with suppress(Exception):  # refused: whoever proposed it is told when its turn comes
+                after = state
+                for event in one.propose(state):
+                    after = apply(after, event, time_us=0, since_us=one.since_us)
+                state = after
+        self._expected = base, self._waiting[:], state
+        return state
+
     def _abandon(self, waiting: Waiting) -> None:
         waiting.abandoned = True
         if waiting in self._waiting:
@@ -107,6 +149,7 @@ class Swapping:
             _resolve(one, SessionStateError("the repository was closed before the entry was sent; nothing landed"))
         self._waiting.clear()
         await finish_task(self.runner, grace_s)
+        await finish_task(self.preparation, grace_s)
 
     # ------------------------------------------------------------------ runner
 
@@ -215,10 +258,12 @@ class Swapping:
                     epoch=attempt.epoch,
                     n=attempt.n,
                     data=attempt.data,
+                    files=attempt.files,
                     before=attempt.before,
                     after=attempt.state,
                     proof=proof,
                 )
+                view.carried.put_soon(attempt.n)
                 if proof is not None:
                     view.end_look(look)
             case Lost(taken_by=taken_by):
@@ -263,7 +308,7 @@ class Swapping:
         candidates = [snapshot_key(FIRST_SNAPSHOT)]
         if head.n:
             candidates.append(slot_key(head.epoch, head.n))
-        await self._store_check.run((*candidates, snapshot_key(head.state.branches[MAIN])))
+        await self._store_check.run((*candidates, snapshot_key(head.state.branches[MAIN])), self._view.standing)
 
     def _check_clock(self) -> None:
         error_us = clock_error_us(self._view.seen, instant(self._view.sources))

@@ -104,7 +104,7 @@ class Inspection(RepositoryBase):
     ) -> dict[str, Any]:
         id = object_id_from_text(text)
         try:
-            data = (await self._core.storage.get(key(id))).data
+            data = await self._core.assets.file(key(id))
         except ObjectNotFoundError as error:
             raise missing(
                 f"there is no {what} {text} in {self._core.storage.describe()} (no object {key(id)!r}); it never "

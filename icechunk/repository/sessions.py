@@ -93,6 +93,7 @@ class Sessions(RepositoryBase):
         _require_online(state)
         log = await self._core.log()
         since_us = log.store_time_us
+        log.prepare_writes_soon()
         base = await self._core.assets.snapshot(state.branch_tip(branch))
         await self._core.preload(base)
         return Session(self._core, base, branch=branch, since_us=since_us, rearrange=rearrange)
@@ -181,7 +182,7 @@ def _require_online(state: RepoState) -> None:
     if state.status.availability != ONLINE:
         reason = f": {state.status.reason}" if state.status.reason else ""
         raise ReadOnlyError(
-            f"cannot begin a writable session: the repository's status is read-only{reason}; "
+            f"cannot begin a writable session: repository status is read-only{reason}; "
             "Repository.set_status makes it writable again",
             ErrorKind.READ_ONLY_REPOSITORY,
         )

@@ -82,7 +82,7 @@ class Content(SessionBase):
             self._require_writable()
             self._log.clear()
 
-    async def set_chunk(self, path: str, coords: tuple[int, ...], data: bytes) -> None:
+    async def set_chunk(self, path: str, coords: tuple[int, ...], data: bytes | memoryview) -> None:
         """Write a chunk: small ones stand in the log, others are on their way when this returns.
 
         Raises
@@ -99,7 +99,7 @@ class Content(SessionBase):
             with self._lock:
                 self._require_writable()
                 node = self._check_chunk(path, coords, data)
-                self._log.set_inline(node, coords, data)
+                self._log.set_inline(node, coords, bytes(data))
             return
         while True:
             with self._lock:
@@ -134,7 +134,7 @@ class Content(SessionBase):
         """The virtual chunk containers, by what their locations begin with."""
         return self._core.virtual.prefixes
 
-    def _check_chunk(self, path: str, coords: tuple[int, ...], data: bytes) -> NodeSnapshot:
+    def _check_chunk(self, path: str, coords: tuple[int, ...], data: bytes | memoryview) -> NodeSnapshot:
         node = self.require_array(path)
         if not in_grid(node, coords):
             raise InvalidInputError(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from icechunk.committing import Commit, How, commit
-from icechunk.conflicts import ConflictSolver
+from icechunk.conflicts import ConflictSolver, RebaseFailedError
 from icechunk.errors import (
     CommitOutcomeUnknown,
     ConflictError,
@@ -16,6 +17,7 @@ from icechunk.errors import (
     InvalidInputError,
     SessionStateError,
 )
+from icechunk.format.ids import encode_id
 from icechunk.format.tables import Snapshot
 from icechunk.inputs import json_metadata, require_text, require_type
 from icechunk.log.compaction import Plan, plan
@@ -28,6 +30,7 @@ from icechunk.sync import run_sync
 
 __all__ = ["Ending"]
 
+_REBASED = "__icechunk"
 _LONGEST_BACKOFF_ROUND = 4
 """Pauses between tries of a commit grow up to this one: a longer one would only let more others pass."""
 
@@ -270,11 +273,13 @@ class Ending(SessionBase):
         run_sync(self.rebase_async(solver))
 
     async def _commit(
-        self, wanted: Commit, make_plan: Callable[[], Plan], solver: ConflictSolver | None, tries: int
+        self, wanted: Commit, make_plan: Callable[[SessionLog], Plan], solver: ConflictSolver | None, tries: int
     ) -> Snapshot:
         for tried in itertools.count():
             try:
-                return await commit(self._core, self._log.base, make_plan, self._puts, wanted)
+                if solver is not None and tries:
+                    return await self._commit_in_turn(wanted, make_plan, solver)
+                return await commit(self._core, self._log.base, lambda: make_plan(self._log), self._puts, wanted)
             except ConflictError:
                 if solver is None or tried == tries:
                     raise
@@ -283,7 +288,55 @@ class Ending(SessionBase):
                 # Two that lose to each other in turn would otherwise go on in step.
                 await self._core.sources.sleep(backoff_s(self._core.sources, min(tried, _LONGEST_BACKOFF_ROUND)))
             await self._rebase(wanted.branch, solver)
+            wanted = _once_more_rebased(wanted)
         raise AssertionError
+
+    async def _commit_in_turn(
+        self, wanted: Commit, make_plan: Callable[[SessionLog], Plan], solver: ConflictSolver
+    ) -> Snapshot:
+        """Commit behind those of this process that wait to commit to the same branch, on top of what they commit.
+
+        So they all go into one entry of the repository log, and none of them loses to another. The session itself is
+        not rebased: what it would stand on may not land.
+        """
+        log = await self._core.log()
+        turn = log.turn(wanted.branch)
+        if turn is None:
+            return await commit(self._core, self._log.base, lambda: make_plan(self._log), self._puts, wanted)
+        # Chunks do not depend on the base: nobody has to wait for them in the queue.
+        await self._puts.flush()
+        ahead = [self._log]
+        held = True
+
+        def release() -> None:
+            nonlocal held
+            if held:
+                held = False
+                turn.release()
+
+        await turn.acquire()
+        try:
+            expected = log.expected()
+            if wanted.branch in expected.branches:
+                await rebase_onto_tip(
+                    self._core,
+                    self._log,
+                    wanted.branch,
+                    solver,
+                    guard=self._lock,
+                    keep=ahead.append,
+                    state=expected,
+                )
+            if len(ahead) > 1:
+                wanted = _once_more_rebased(wanted)
+            return await commit(
+                self._core, ahead[-1].base, lambda: make_plan(ahead[-1]), self._puts, wanted, on_queued=release
+            )
+        except RebaseFailedError as error:
+            # With what may never land, perhaps: the caller looks at what did.
+            raise ConflictError(encode_id(self._log.base.id), None) from error
+        finally:
+            release()
 
     async def _rebase(self, branch: str, solver: ConflictSolver) -> None:
         def keep(log: SessionLog) -> None:
@@ -308,16 +361,16 @@ class Ending(SessionBase):
                 )
             if self._log.is_empty and not allow_empty:
                 raise SessionStateError(
-                    "cannot commit: nothing changed in this session (allow_empty=True commits anyway)",
+                    "cannot commit: no changes made to the session (allow_empty=True commits anyway)",
                     ErrorKind.NO_CHANGES_TO_COMMIT,
                 )
             self._phase = Phase.COMMITTING
             return self._branch
 
-    def _plan(self, *, everything: bool) -> Plan:
+    def _plan(self, log: SessionLog, *, everything: bool) -> Plan:
         # Planning merges the log's rows, which other threads must not see halfway.
         with self._lock:
-            return plan(self._log, self._core.settings.policy, everything=everything)
+            return plan(log, self._core.settings.policy, everything=everything)
 
     def _note_sent(self, token: SwapToken | None) -> None:
         # None: the entry is lost for certain. The log tells also those who are gone, who then may go on writing.
@@ -329,3 +382,11 @@ class Ending(SessionBase):
                 self._phase = Phase.COMMITTING
             elif self._phase is Phase.UNSETTLED:
                 self._phase = Phase.WRITABLE
+
+
+def _once_more_rebased(wanted: Commit) -> Commit:
+    """The same commit, whose metadata says how often it was rebased, under the official library's name for it."""
+    noted = wanted.metadata.get(_REBASED)
+    noted = noted if isinstance(noted, dict) else {}
+    noted = {**noted, "rebase_attempts": noted.get("rebase_attempts", 0) + 1}
+    return replace(wanted, metadata={**wanted.metadata, _REBASED: noted})

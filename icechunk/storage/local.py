@@ -59,7 +59,7 @@ from icechunk.storage.base import (
     Unchecked,
     Version,
 )
-from icechunk.storage.keys import check_key, resolve_range
+from icechunk.storage.keys import resolve_range
 from icechunk.storage.local_files import (
     Exclusion,
     fsync_file,
@@ -68,17 +68,16 @@ from icechunk.storage.local_files import (
     publish_new,
     temporary_name,
 )
+from icechunk.storage.local_folders import Folders
+from icechunk.storage.local_listing import info_of, try_stat, version_of, walk
+from icechunk.storage.local_names import RESERVED, path_of
 
 __all__ = ["RESERVED", "LocalStorage"]
 
 T = TypeVar("T")
 
-RESERVED: Final = ".aioicechunk"
-"""First segment that keys may not have: the folder of unfinished files and the lock."""
 _THREADS: Final = 32
 _ABANDONED_AFTER_S: Final = 24 * 3600
-_SETTLED_AFTER_NS: Final = 120 * 1_000_000_000
-_CLOCK_GRAIN_NS: Final = 20_000_000
 _DELETE_BATCH: Final = 1000
 
 
@@ -104,10 +103,7 @@ class LocalStorage(Storage):
     def _start(self) -> None:
         self._lock_path = os.path.join(self._root, RESERVED, "lock")
         self._exclusion = Exclusion.LINK
-        # Folders of which this process knows that they and their parents are durable.
-        self._durable: set[str] = set()
-        # When this process last began to sync a folder, ns.
-        self._synced_ns: dict[str, int] = {}
+        self._folders = Folders(self._root)
         self._swept = False
         self._threads: tuple[int, ThreadPoolExecutor] | None = None
         self._threads_lock = threading.Lock()
@@ -226,20 +222,7 @@ class LocalStorage(Storage):
     # -- blocking work ---------------------------------------------------------------------------------------------
 
     def _path(self, key: str) -> str:
-        check_key(key)
-        segments = key.split("/")
-        if segments[0] == RESERVED:
-            raise InvalidInputError(
-                f"bad storage key {key!r}: {RESERVED!r} is kept for unfinished files", ErrorKind.INVALID_KEY
-            )
-        if os.name == "nt":
-            _check_windows_names(key, segments)
-        for segment in segments:
-            if len(segment) > 63 and len(segment.encode()) > 255:
-                raise InvalidInputError(
-                    f"bad storage key {key!r}: a file name has at most 255 bytes", ErrorKind.INVALID_KEY
-                )
-        return os.path.join(self._root, *segments)
+        return path_of(self._root, key)
 
     def _get(self, key: str, byte_range: ByteRange) -> GetResult:
         path = self._path(key)
@@ -257,7 +240,7 @@ class LocalStorage(Storage):
                 status = os.fstat(descriptor)
                 if not stat.S_ISREG(status.st_mode):
                     raise self._not_found(key)
-                self._settle_name(path, status)
+                self._folders.settle(path, status)
                 start, stop = resolve_range(byte_range, status.st_size, key)
                 data = _read(descriptor, start, stop - start)
             finally:
@@ -271,7 +254,7 @@ class LocalStorage(Storage):
         return GetResult(
             data=data,
             size=status.st_size,
-            version=_version(status),
+            version=version_of(status),
             modified_us=status.st_mtime_ns // 1000,
             date_us=self._sources.wall_us(),
         )
@@ -279,11 +262,11 @@ class LocalStorage(Storage):
     def _head(self, key: str) -> ObjectInfo:
         path = self._path(key)
         with self._translated("look at", key):
-            status = _try_stat(path)
+            status = try_stat(path)
             if status is None:
                 raise self._not_found(key)
-            self._settle_name(path, status)
-        return _info(key, status)
+            self._folders.settle(path, status)
+        return info_of(key, status)
 
     def _put(self, key: str, data: bytes, precondition: Precondition) -> PutResult:
         path = self._path(key)
@@ -314,7 +297,7 @@ class LocalStorage(Storage):
         try:
             descriptor = os.open(path, flags, 0o666)
         except FileNotFoundError:
-            self._make_durable_folder(folder)
+            self._folders.make(folder)
             descriptor = os.open(path, flags, 0o666)
         if not self._swept:
             self._swept = True
@@ -335,12 +318,11 @@ class LocalStorage(Storage):
             with contextlib.suppress(OSError):
                 os.unlink(path)
             raise
-        return path, PutResult(version=_version(status), date_us=self._sources.wall_us())
+        return path, PutResult(version=version_of(status), date_us=self._sources.wall_us())
 
     def _publish(self, key: str, path: str, temporary: str, precondition: Precondition) -> None:
         folder = os.path.dirname(path)
-        if folder not in self._durable:
-            self._make_durable_folder(folder)
+        self._folders.make(folder)
         if isinstance(precondition, Matches):
             with locked(self._lock_path):
                 self._require_version(key, path, precondition.version)
@@ -359,58 +341,23 @@ class LocalStorage(Storage):
             self._exclusion = publish_new(temporary, path, self._exclusion, self._lock_path)
         except FileNotFoundError:
             # Somebody removed the folder that we knew.
-            self._durable.clear()
-            self._make_durable_folder(os.path.dirname(path))
+            self._folders.forget()
+            self._folders.make(os.path.dirname(path))
             self._exclusion = publish_new(temporary, path, self._exclusion, self._lock_path)
 
-    def _make_durable_folder(self, folder: str) -> None:
-        """Make a folder and its parents, and sync every name from the root down, whoever made it."""
-        existed = os.path.dirname(folder)
-        while not os.path.isdir(existed):
-            existed = os.path.dirname(existed)
-        os.makedirs(folder, exist_ok=True)
-        level = folder
-        while level not in self._durable:
-            parent = os.path.dirname(level)
-            inside = len(parent) >= len(self._root)
-            try:
-                fsync_folder(parent)
-            except PermissionError:
-                if inside:
-                    raise
-            if not inside and len(parent) <= len(existed):
-                break
-            level = parent
-        self._durable.add(folder)
-
     def _sync_after_landing(self, key: str, folder: str) -> None:
-        began_ns = time.time_ns()
         try:
-            fsync_folder(folder)
+            self._folders.sync(folder)
         except OSError as error:
             raise StorageError(
                 f"cannot tell whether the write of {key!r} to {self.describe()} is durable ({error.strerror}): the "
                 "object is there now, but may be gone after a power failure; check the disk and read it back",
                 ErrorKind.IO,
             ) from error
-        self._synced_ns[folder] = began_ns
-
-    def _settle_name(self, path: str, status: os.stat_result) -> None:
-        now_ns = time.time_ns()
-        if now_ns - status.st_ctime_ns > _SETTLED_AFTER_NS:
-            return
-        folder = os.path.dirname(path)
-        # The change time is that of the link or rename, by the kernel's coarse clock.
-        if status.st_ctime_ns + _CLOCK_GRAIN_NS < self._synced_ns.get(folder, 0):
-            return
-        # A reader without the right to sync has a read-only view; whoever wrote it has synced it.
-        with contextlib.suppress(OSError):
-            fsync_folder(folder)
-        self._synced_ns[folder] = now_ns
 
     def _require_version(self, key: str, path: str, version: Version) -> None:
-        status = _try_stat(path)
-        found = None if status is None else _version(status)
+        status = try_stat(path)
+        found = None if status is None else version_of(status)
         if found != version:
             state = "it does not exist" if found is None else f"it is at version {found}"
             raise PreconditionFailedError(f"cannot replace version {version} of {key!r} in {self.describe()}: {state}")
@@ -465,48 +412,8 @@ class LocalStorage(Storage):
         return self._put(target, self._get(source, None).data, ANY)
 
     def _walk(self, prefix: str, start_after: str | None) -> Iterator[ObjectInfo]:
-        folder_key = prefix.rpartition("/")[0]
-        segments = folder_key.split("/") if folder_key else []
-        if "\0" in prefix or any(segment in ("", ".", "..") for segment in segments) or segments[:1] == [RESERVED]:
-            return
         with self._translated("list", prefix):
-            yield from self._walk_folder(
-                os.path.join(self._root, *segments),
-                folder_key + "/" if segments else "",
-                prefix,
-                start_after,
-                frozenset(),
-            )
-
-    def _walk_folder(
-        self, path: str, key: str, prefix: str, start_after: str | None, above: frozenset[tuple[int, int]]
-    ) -> Iterator[ObjectInfo]:
-        try:
-            status = os.stat(path)
-            with os.scandir(path) as entries:
-                # A folder sorts with its slash, so that "a-b" comes before "a/b" as whole keys do.
-                names = sorted(
-                    (entry.name + "/" if entry.is_dir() else entry.name, entry.path)
-                    for entry in entries
-                    if _is_utf8(entry.name) and not (key == "" and entry.name == RESERVED)
-                )
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        identity = (status.st_dev, status.st_ino)
-        if identity in above:
-            return  # a symbolic link that leads back up
-        for name, entry_path in names:
-            full = key + name
-            if name.endswith("/"):
-                if not (full.startswith(prefix) or prefix.startswith(full)):
-                    continue
-                if start_after is not None and full < start_after and not start_after.startswith(full):
-                    continue
-                yield from self._walk_folder(entry_path, full, prefix, start_after, above | {identity})
-            elif full.startswith(prefix) and (start_after is None or full > start_after):
-                found = _try_stat(entry_path)
-                if found is not None:
-                    yield _info(full, found)
+            yield from walk(self._root, prefix, start_after)
 
     def _not_found(self, key: str) -> ObjectNotFoundError:
         return ObjectNotFoundError(f"no object {key!r} in {self.describe()}")
@@ -547,30 +454,6 @@ def _read_some(descriptor: int, size: int, offset: int) -> bytes:
     return os.pread(descriptor, size, offset)
 
 
-def _try_stat(path: str) -> os.stat_result | None:
-    try:
-        status = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return status if stat.S_ISREG(status.st_mode) else None
-
-
-def _version(status: os.stat_result) -> Version:
-    return Version(f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}")
-
-
-def _info(key: str, status: os.stat_result) -> ObjectInfo:
-    return ObjectInfo(key=key, size=status.st_size, version=_version(status), modified_us=status.st_mtime_ns // 1000)
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _pools_are_closed() -> bool:
     from concurrent.futures import thread
 
@@ -593,17 +476,3 @@ def _remedy(code: int | None) -> str:
             return "; the whole folder has to be on one file system"
         case _:
             return ""
-
-
-def _check_windows_names(key: str, segments: list[str]) -> None:
-    devices = {"CON", "PRN", "AUX", "NUL", *(f"{name}{n}" for name in ("COM", "LPT") for n in range(1, 10))}
-    for segment in segments:
-        if any(character in '<>:"|?*\\' or ord(character) < 32 for character in segment):
-            reason = "it has a character that Windows does not allow in file names"
-        elif segment[-1] in ". ":
-            reason = "Windows drops a final dot or space of a file name"
-        elif segment.split(".")[0].upper() in devices:
-            reason = "Windows keeps that name for a device"
-        else:
-            continue
-        raise InvalidInputError(f"bad storage key {key!r}: {reason}", ErrorKind.INVALID_KEY)

@@ -17,11 +17,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from datetime import UTC, datetime
 from typing import Any, Final
-from urllib.parse import unquote_plus
-from xml.etree import ElementTree
-from xml.sax.saxutils import escape
 
 from icechunk.config import S3Options, StorageConcurrencySettings, StorageSettings
 from icechunk.config.storage import (
@@ -43,7 +39,6 @@ from icechunk.storage.base import (
     ObjectKind,
     Precondition,
     PutResult,
-    Range,
     Storage,
     Suffix,
     Unchecked,
@@ -51,7 +46,6 @@ from icechunk.storage.base import (
 )
 from icechunk.storage.defaults import object_store_settings
 from icechunk.storage.keys import check_key, check_range, resolve_range
-from icechunk.storage.per_loop import PerLoop
 from icechunk.storage.s3_answers import (
     Answer,
     date_us,
@@ -61,11 +55,11 @@ from icechunk.storage.s3_answers import (
     text_of,
     version_of,
 )
-from icechunk.storage.s3_checksums import checksum_of, content_md5, header_name
+from icechunk.storage.s3_bulk import delete, list_pages
+from icechunk.storage.s3_checksums import checksum_of, header_name
 from icechunk.storage.s3_client import Request, S3Client, limits_of
-from icechunk.storage.s3_credentials import key_provider
-from icechunk.storage.s3_endpoint import resolve_endpoint
 from icechunk.storage.s3_multipart import abort_upload, completion_of, part_bytes, start_upload, upload_parts
+from icechunk.storage.s3_place import Place, condition_header, range_header, require_sendable
 from icechunk.storage.s3_sigv4 import encode_key
 from icechunk.storage.settling import Found, precondition_failed, settle, uncertain
 from icechunk.values import redacted_url
@@ -75,40 +69,6 @@ __all__ = ["S3Storage"]
 _WRITE_ID: Final = "x-amz-meta-icechunk-write-id"
 # MinIO says "bytes 0--1/0" for an empty object.
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(-?\d+)/(\d+)")
-_NOT_XML: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\r\n\t]")
-_DELETE_BATCH: Final = 1000
-
-
-class _Place:
-    """A bucket and prefix with everything that all storages on it share."""
-
-    def __init__(
-        self,
-        bucket: str,
-        root: str,
-        options: S3Options,
-        credentials: AnyS3Credential,
-        read_headers: Mapping[str, str],
-        write_headers: Mapping[str, str],
-        sources: Sources,
-    ) -> None:
-        self.bucket = bucket
-        self.root = root
-        self.options = options
-        self.credentials = credentials
-        payer = {"x-amz-request-payer": "requester"} if options.requester_pays else {}
-        self.given_headers = (dict(read_headers), dict(write_headers))
-        self.read_headers = {**payer, **{name.lower(): value for name, value in read_headers.items()}}
-        self.write_headers = {**payer, **{name.lower(): value for name, value in write_headers.items()}}
-        self.plain_headers = payer
-        self.sources = sources
-        self.keeps_metadata = True
-        self.keys = key_provider(credentials, sources)
-        self.clients: PerLoop[S3Client] = PerLoop(self._open_client, S3Client.aclose)
-
-    async def _open_client(self) -> S3Client:
-        endpoint = await resolve_endpoint(self.bucket, self.options)
-        return await S3Client.open(endpoint, self.keys, self.sources)
 
 
 class S3Storage(Storage):
@@ -163,8 +123,8 @@ class S3Storage(Storage):
             credentials = S3Credentials.Anonymous() if options.anonymous else S3Credentials.FromEnv()
         folder = (prefix or "").rstrip("/")
         root = folder + "/" if folder else "/" if rooted_keys else ""
-        _require_sendable({**(read_headers or {}), **(write_headers or {})})
-        self._place = _Place(bucket, root, options, credentials, read_headers or {}, write_headers or {}, sources)
+        require_sendable({**(read_headers or {}), **(write_headers or {})})
+        self._place = Place(bucket, root, options, credentials, read_headers or {}, write_headers or {}, sources)
         self._place.keeps_metadata = keeps_metadata
         self._apply(settings)
 
@@ -184,8 +144,8 @@ class S3Storage(Storage):
 
     async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
         check_range(byte_range)
-        request = self._request("read", "GET", key, self._place.read_headers | _range_header(byte_range))
-        client = await self._client()
+        request = self._place.request("read", "GET", key, self._place.read_headers | range_header(byte_range))
+        client = await self._place.client()
         answer = await client.call(request, self._limits)
         headers = answer.headers
         if answer.status == 416:
@@ -219,7 +179,7 @@ class S3Storage(Storage):
         size = int(answer.headers.get("Content-Length", "0"))
         if not isinstance(byte_range, Suffix) or size > 0:
             raise InvalidInputError(
-                f"cannot read {byte_range} of {self._name(key)}: the object has {size} bytes",
+                f"cannot read {byte_range} of {self._place.name(key)}: the object has {size} bytes",
                 ErrorKind.INVALID_BYTE_RANGE,
             )
         return GetResult(
@@ -240,51 +200,17 @@ class S3Storage(Storage):
         )
 
     async def _head_answer(self, key: str) -> Answer:
-        request = self._request("look at", "HEAD", key, self._place.read_headers)
-        client = await self._client()
+        request = self._place.request("look at", "HEAD", key, self._place.read_headers)
+        client = await self._place.client()
         answer = await client.call(request, self._limits)
         if answer.status >= 300:
             raise self._missing(client, request, key, answer)
         return answer
 
-    async def list_pages(
+    def list_pages(
         self, prefix: str = "", *, start_after: str | None = None, page_size: int = 1000
     ) -> AsyncIterator[list[ObjectInfo]]:
-        root = self._place.root
-        after = start_after
-        while True:
-            query = [
-                ("list-type", "2"),
-                ("max-keys", str(min(page_size, 1000))),
-                ("prefix", root + prefix),
-                ("encoding-type", "url"),
-            ]
-            if after is not None:
-                query.append(("start-after", root + after))
-            request = Request(
-                what=f"list {self._name(prefix)}",
-                method="GET",
-                query=tuple(query),
-                headers=self._place.plain_headers,
-            )
-            client = await self._client()
-            answer = await client.call(request, self._limits)
-            if answer.status >= 300:
-                raise client.failure(request, answer, 1)
-            try:
-                listing = parse_xml(answer.body)
-            except ElementTree.ParseError as error:
-                raise StorageError(
-                    f"cannot {request.what}: the answer is no listing ({error}); is the endpoint an S3 service?",
-                    ErrorKind.OBJECT_STORE,
-                ) from error
-            url_encoded = text_of(listing, "EncodingType") == "url"
-            page = [_object_info(element, len(root), url_encoded) for element in listing.iter("Contents")]
-            if page:
-                yield page
-            if text_of(listing, "IsTruncated") != "true" or not page:
-                return
-            after = page[-1].key
+        return list_pages(self._place, self._limits, prefix, start_after, page_size)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -304,20 +230,20 @@ class S3Storage(Storage):
         if storage_class is not None:
             headers["x-amz-storage-class"] = storage_class
         if metadata and self._use_metadata:
-            _require_sendable(metadata)
+            require_sendable(metadata)
             headers.update({f"x-amz-meta-{name.lower()}": value for name, value in metadata.items()})
         write_id = None
         if not isinstance(precondition, Unchecked) and self._use_metadata:
             write_id = headers[_WRITE_ID] = self._place.sources.random_bytes(16).hex()
         check_key(key)
-        client = await self._client()
+        client = await self._place.client()
         if len(content) >= max(1, self._multipart_bytes):
             return await self._put_in_parts(client, key, content, precondition, headers, write_id)
         checksum = self._place.options.checksum_algorithm
         if checksum is not None:
             headers[header_name(checksum)] = checksum_of(checksum, content)
-        headers.update(_condition_header(precondition))
-        request = self._request("write", "PUT", key, headers, content)
+        headers.update(condition_header(precondition))
+        request = self._place.request("write", "PUT", key, headers, content)
         return await self._finish(client, key, request, content, precondition, write_id)
 
     async def _put_in_parts(
@@ -330,8 +256,8 @@ class S3Storage(Storage):
         write_id: str | None,
     ) -> PutResult:
         checksum = self._place.options.checksum_algorithm
-        path = self._path(key)
-        what = f"write {self._name(key)}"
+        path = self._place.path(key)
+        what = f"write {self._place.name(key)}"
         # Parts need the customer's key of SSE-C again, and refuse the other headers of the object.
         again = {n: v for n, v in headers.items() if "-customer-" in n or n == "x-amz-request-payer"}
         upload = await start_upload(client, path, what, headers, checksum, self._limits)
@@ -353,7 +279,7 @@ class S3Storage(Storage):
                 method="POST",
                 path=path,
                 query=(("uploadId", upload),),
-                headers={**again, **_condition_header(precondition), "content-type": "application/xml"},
+                headers={**again, **condition_header(precondition), "content-type": "application/xml"},
                 body=completion_of(parts, checksum),
             )
             return await self._finish(client, key, request, data, precondition, write_id)
@@ -393,7 +319,7 @@ class S3Storage(Storage):
                 unsettled = unsettled or outcome.connected
             if not throttled and unsettled | refused | isinstance(outcome, Answer):
                 found = await self._try_read_back(key, data, write_id, unsettled)
-                settled = settle(self._name(key), precondition, found, refused=refused, unsettled=unsettled)
+                settled = settle(self._place.name(key), precondition, found, refused=refused, unsettled=unsettled)
                 if settled is not None:
                     return settled
             if not await retrier.again(outcome):
@@ -423,77 +349,19 @@ class S3Storage(Storage):
                     await self.head(key)
                 except ObjectNotFoundError:
                     return ANY
-                raise precondition_failed(self._name(key), precondition)
+                raise precondition_failed(self._place.name(key), precondition)
             case Matches(version) if not self._use_update:
                 try:
                     current = (await self.head(key)).version
                 except ObjectNotFoundError:
-                    raise precondition_failed(self._name(key), precondition) from None
+                    raise precondition_failed(self._place.name(key), precondition) from None
                 if current != version:
-                    raise precondition_failed(self._name(key), precondition)
+                    raise precondition_failed(self._place.name(key), precondition)
                 return ANY
         return precondition
 
     async def delete(self, keys: Iterable[str]) -> DeleteResult:
-        wanted = list(keys)
-        for key in wanted:
-            check_key(key)
-        single = wanted if len(wanted) == 1 else [key for key in wanted if _NOT_XML.search(self._place.root + key)]
-        many = [] if len(wanted) == 1 else [key for key in wanted if not _NOT_XML.search(self._place.root + key)]
-        deleted = 0
-        failures: list[tuple[str, str]] = []
-        for key in single:
-            deleted += await self._delete_one(key, failures)
-        for start in range(0, len(many), _DELETE_BATCH):
-            deleted += await self._delete_batch(many[start : start + _DELETE_BATCH], failures)
-        return DeleteResult(deleted=deleted, failures=tuple(failures))
-
-    async def _delete_one(self, key: str, failures: list[tuple[str, str]]) -> int:
-        client = await self._client()
-        request = self._request("delete", "DELETE", key, self._place.plain_headers)
-        answer = await client.call(request, self._limits)
-        if answer.status < 300:
-            return 1
-        refusal = parse_refusal(answer)
-        if answer.status == 404 and refusal.code != "NoSuchBucket":
-            return 1
-        if refusal.code == "NoSuchBucket":
-            raise client.failure(request, answer, 1)
-        failures.append((key, f"{refusal.code}: {refusal.message}"))
-        return 0
-
-    async def _delete_batch(self, keys: list[str], failures: list[tuple[str, str]]) -> int:
-        root = self._place.root
-        rows = "".join(f"<Object><Key>{escape(root + key)}</Key></Object>" for key in keys)
-        body = (f'<Delete xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Quiet>true</Quiet>{rows}</Delete>').encode()
-        request = Request(
-            what=f"delete {len(keys)} objects, {self._name(keys[0])} the first",
-            method="POST",
-            query=(("delete", ""),),
-            headers={
-                **self._place.plain_headers,
-                "content-md5": content_md5(body),
-                "content-type": "application/xml",
-            },
-            body=body,
-        )
-        client = await self._client()
-        answer = await client.call(request, self._limits)
-        if answer.status >= 300:
-            raise client.failure(request, answer, 1)
-        try:
-            errors = list(parse_xml(answer.body).iter("Error")) if answer.body.strip() else []
-        except ElementTree.ParseError as error:
-            raise StorageError(
-                f"cannot tell what was deleted: the answer to {request.what} is no XML", ErrorKind.OBJECT_STORE
-            ) from error
-        failed = [
-            (text_of(e, "Key")[len(root) :], f"{text_of(e, 'Code')}: {text_of(e, 'Message')}")
-            for e in errors
-            if text_of(e, "Code") != "NoSuchKey"
-        ]
-        failures += failed
-        return len(keys) - len(failed)
+        return await delete(self._place, self._limits, keys)
 
     async def copy(self, source: str, target: str) -> PutResult:
         check_key(source)
@@ -503,8 +371,8 @@ class S3Storage(Storage):
             **({} if storage_class is None else {"x-amz-storage-class": storage_class}),
             "x-amz-copy-source": encode_key(f"/{self._place.bucket}/{self._place.root}{source}"),
         }
-        request = self._request(f"copy {self._name(source)} to", "PUT", target, headers)
-        client = await self._client()
+        request = self._place.request(f"copy {self._place.name(source)} to", "PUT", target, headers)
+        client = await self._place.client()
         retrier = client.retrier(self._limits, request)
         while True:
             answer = await client.call(request, self._limits)
@@ -591,21 +459,6 @@ class S3Storage(Storage):
             ),
         )
 
-    async def _client(self) -> S3Client:
-        return self._place.clients.peek() or await self._place.clients.get()
-
-    def _path(self, key: str) -> str:
-        check_key(key)
-        return "/" + encode_key(self._place.root + key)
-
-    def _name(self, key: str) -> str:
-        return f"s3://{self._place.bucket}/{self._place.root}{key}"
-
-    def _request(self, verb: str, method: str, key: str, headers: Mapping[str, str], body: bytes = b"") -> Request:
-        return Request(
-            what=f"{verb} {self._name(key)}", method=method, path=self._path(key), headers=headers, body=body
-        )
-
     def _landed(self, client: S3Client, request: Request, answer: Answer) -> PutResult:
         if answer.status >= 300:
             raise client.failure(request, answer, 1)
@@ -642,57 +495,7 @@ def _unpickled(
     )
 
 
-def _range_header(byte_range: ByteRange) -> dict[str, str]:
-    match byte_range:
-        case None:
-            return {}
-        case Range(start, None):
-            return {"range": f"bytes={start}-"}
-        case Range(start, end):
-            return {"range": f"bytes={start}-{(end or 0) - 1}"}
-        case Suffix(length):
-            return {"range": f"bytes=-{length}"}
-
-
-def _condition_header(precondition: Precondition) -> dict[str, str]:
-    match precondition:
-        case Absent():
-            return {"if-none-match": "*"}
-        case Matches(version):
-            return {"if-match": f'"{version}"'}
-        case Unchecked():
-            return {}
-
-
 def _hidden_refusal(answer: Answer) -> bool:
     """True for a 200 whose body is an error document, as completing and copying may answer."""
     head = answer.body[:300].lstrip()
     return answer.status == 200 and (b"<Error>" in head or b"<Error " in head)
-
-
-def _object_info(element: ElementTree.Element, root_length: int, url_encoded: bool) -> ObjectInfo:
-    key = text_of(element, "Key")
-    return ObjectInfo(
-        key=(unquote_plus(key) if url_encoded else key)[root_length:],
-        size=int(text_of(element, "Size") or 0),
-        version=Version(text_of(element, "ETag").strip('"')),
-        modified_us=_iso_us(text_of(element, "LastModified")),
-    )
-
-
-def _iso_us(text: str) -> int:
-    try:
-        return int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp() * 1e6)
-    except ValueError:
-        return 0
-
-
-def _require_sendable(headers: Mapping[str, str]) -> None:
-    for name, value in headers.items():
-        if not name.isascii() or not value.isascii() or not name.replace("-", "").replace("_", "").isalnum():
-            raise InvalidInputError(
-                f"the header or metadata {name!r} cannot be sent: names and values are plain ASCII",
-                ErrorKind.STORAGE_CONFIG,
-            )
-        if any(ord(character) < 32 for character in value):
-            raise InvalidInputError(f"the value of {name!r} has control characters", ErrorKind.STORAGE_CONFIG)

@@ -2,12 +2,13 @@
 
 Theory: an asyncio loop whose clock is virtual runs every client; an in-memory store between them delays, loses,
 repeats and postpones requests, and stops clients for days or for ever, all by one seeded generator. A seed
-therefore is a schedule, and reproduces what it found. A pruner prunes the log; on request commits have files, and
-somebody expires snapshots and collects garbage.
+therefore is a schedule, and reproduces what it found. A pruner prunes the log; most commits carry files (rule 15), and
+on request they have chunks and manifests too, and somebody expires snapshots and collects garbage.
 
 What is checked: an acknowledged commit is in history exactly once; one that was reported as failed is not; each
 branch is linear; a reader never goes back and misses nothing that was acknowledged before it looked; a checkpoint
-never goes back within its epoch. Where garbage is collected meanwhile: whatever the history refers to is there.
+never goes back within its epoch, and what it names stands; a reader finds the files of the history that it sees.
+Where garbage is collected meanwhile: whatever the history refers to is there.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id
+from icechunk.format.keys import snapshot_key, transaction_key
 from icechunk.format.repo import decode_repo
 from icechunk.format.repo_values import NewCommit, SnapshotRecord, Update
 from icechunk.format.tables import ManifestFile
@@ -108,6 +110,10 @@ class SimulatedStore:
         self.loop = loop
         self.objects: dict[str, _Stored] = {}
         self.checkpoints: list[tuple[str, int]] = []
+        self.carried: dict[str, bytes] = {}
+        """Every file that was ever to ride in an entry."""
+        self.missing: list[str] = []
+        """Of those, what a ``repo`` object named when there was no such object."""
         self.travelling: set[asyncio.Task[None]] = set()
         self._writes = 0
 
@@ -127,9 +133,16 @@ class SimulatedStore:
         now_us = self.loop.now_us() // 1_000_000 * 1_000_000
         self.objects[key] = _Stored(data=data, version=Version(str(self._writes)), modified_us=now_us)
         if key == "repo":
-            marker = decode_marker(decode_repo(data).extra)
+            info = decode_repo(data)
+            marker = decode_marker(info.extra)
+            named = [key(id) for id in info.snapshots for key in (snapshot_key, transaction_key)]
+            self.missing += [key for key in named if key in self.carried and not self._stands(key)]
             self.checkpoints.append(("", 0) if marker is None else (marker.epoch, marker.n))
         return PutResult(version=self.objects[key].version, date_us=now_us)
+
+    def _stands(self, key: str) -> bool:
+        found = self.objects.get(key)
+        return found is not None and found.data == self.carried[key]
 
     def contents(self) -> dict[str, bytes]:
         """What is there, by key."""
@@ -384,14 +397,22 @@ class _Cluster:
         parent = log.state.branch_tip(branch) if rng.random() < 0.3 else None
         deadline_s = rng.choice((None, None, None, 0.05, 1.0))
         since_us: int | None = None
+        files = {snapshot_key(snapshot): b"the file of " + snapshot}
         if self.collect:
             since_us = log.store_time_us
-            if not await self._upload(storage, rng, snapshot, parent):
+            riding = await self._upload(storage, rng, snapshot, parent)
+            if riding is None:
                 self.report.failed.add(snapshot)
                 return
+            files = riding
+        elif rng.random() < 0.2:
+            files = {}
+        self.store.carried.update(files)
         propose = commit_proposal(snapshot, branch, parent=parent, now_us=sources.wall_us())
         told: list[SwapToken | None] = []
-        task = asyncio.ensure_future(log.append(propose, since_us=since_us, deadline_s=deadline_s, on_sent=told.append))
+        task = asyncio.ensure_future(
+            log.append(propose, since_us=since_us, deadline_s=deadline_s, on_sent=told.append, files=files)
+        )
         if rng.random() < 0.05:
             await asyncio.sleep(rng.uniform(0, 0.2))
             task.cancel()
@@ -413,8 +434,11 @@ class _Cluster:
 
     async def _upload(
         self, storage: SimulatedStorage, rng: random.Random, snapshot: ObjectId, parent: ObjectId | None
-    ) -> bool:
-        """What a session does before its swap; it may take days, and what is not answered is sent again."""
+    ) -> dict[str, bytes] | None:
+        """What a session does before its swap; it may take days, and what is not answered is sent again.
+
+        Returns the files that shall ride instead; None where something could not be put.
+        """
         inherited = self.manifests.get(parent, ())[:3] if parent is not None else ()
         made = commit_files(
             snapshot,
@@ -424,7 +448,11 @@ class _Cluster:
             flushed_at_us=self.loop.now_us(),
         )
         self.manifests[snapshot] = (made.manifest, *inherited)
+        rides = rng.random() < 0.6
+        riding = {key: data for key, data in made.files if rides and not key.startswith("chunks/")}
         for key, data in made.files:
+            if key in riding:
+                continue
             if rng.random() < 0.1:
                 await asyncio.sleep(rng.choice((1, 2000, _DAY_S, 4 * _DAY_S)) * rng.random())
             for _ in range(4):
@@ -434,8 +462,27 @@ class _Cluster:
                 except StorageError:
                     await asyncio.sleep(1)
             else:
-                return False
-        return True
+                return None
+        return riding
+
+    async def _check_file(self, storage: SimulatedStorage, log: LogLayout, snapshot: ObjectId) -> None:
+        """As `icechunk.transfer.assets` reads: the object, else what rides, else the object once more."""
+        key = snapshot_key(snapshot)
+        if key not in self.store.carried:
+            return
+        found: bytes | None = None
+        try:
+            for _ in range(2):
+                try:
+                    found = (await storage.get(key)).data
+                except ObjectNotFoundError:
+                    found = await log.find_file(key)
+                if found is not None:
+                    break
+        except StorageError:
+            return
+        if found != self.store.carried[key]:
+            self.report.problems.append("the file of a snapshot is nowhere")
 
     async def _settle(self, log: LogLayout, snapshot: ObjectId, token: SwapToken) -> None:
         await asyncio.sleep(1)
@@ -479,6 +526,9 @@ class _Cluster:
             if not self.collect and (missing := acknowledged - set(history)):
                 self.report.problems.append(f"a reader missed {len(missing)} acknowledged commits")
             seen = history
+            if not self.collect:
+                for snapshot in rng.sample(history, min(2, len(history))):
+                    await self._check_file(storage, log, snapshot)
             if rng.random() < 0.1:
                 log = await self.open(storage, sources)
 
@@ -545,11 +595,11 @@ class _Cluster:
             log = await self.open(storage, sources)
             if log is None:
                 continue
-            missing = missing_files(log.state, self.store.contents())
+            missing = missing_files(log.state, self.store.contents() | log.carried_files())
             if missing:
                 # Unless they left the history in the meantime.
                 state = await log.refresh()
-                still = {key for _, key in missing_files(state, self.store.contents())}
+                still = {key for _, key in missing_files(state, self.store.contents() | log.carried_files())}
                 if lost := still & {key for _, key in missing}:
                     self.report.problems.append(f"{len(lost)} files are lost that history needs")
 
@@ -612,8 +662,10 @@ class _Cluster:
             report.problems.append(f"{len(visible)} commits that were reported as failed are in history")
         if not self.collect:
             _check_linear(log.state, updates, report)
-        elif missing := missing_files(log.state, self.store.contents()):
+        elif missing := missing_files(log.state, self.store.contents() | log.carried_files()):
             report.problems.append(f"{len(missing)} files are lost that history needs in the end")
+        if self.store.missing:
+            report.problems.append(f"checkpoints named {len(self.store.missing)} files that were not there")
         times = [update.updated_at_us for update in updates]
         if times != sorted(set(times)):
             report.problems.append("times in the ops log do not increase")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import lru_cache
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -43,6 +43,9 @@ SEARCHES_BEFORE_INDEX = 16
 """Look-ups in one array of a manifest that are answered without an index: making one reads all its rows."""
 FEW_MANIFESTS = 8
 """Up to so many manifests of an array are looked through one by one."""
+
+FindFile: TypeAlias = Callable[[str], Awaitable[bytes | None]]
+"""A file by its key, from elsewhere; None where it is nowhere."""
 
 OFF_LOOP_BYTES = 128 * 1024
 """Work on more bytes than this would hold up the event loop for milliseconds, and goes to a thread."""
@@ -123,6 +126,10 @@ class Assets:
         Bounds of the caches: nodes of snapshots, references of manifests, ids and coordinates of transaction logs.
     max_decodes
         Files that are decoded in threads at the same time, for each loop.
+    files
+        Metadata files that are in memory as they stand on storage, by key; some may not stand there yet.
+    find_file
+        Asked for a metadata file that has no object, before it is called missing.
     """
 
     def __init__(
@@ -135,7 +142,11 @@ class Assets:
         num_chunk_refs: int,
         num_transaction_changes: int,
         max_decodes: int = 2,
+        files: WeightedCache[str, bytes] | None = None,
+        find_file: FindFile | None = None,
     ) -> None:
+        self._files = WeightedCache[str, bytes](0) if files is None else files
+        self._find_file = find_file
         self._decoders: PerLoop[anyio.CapacityLimiter] = PerLoop(lambda: anyio.CapacityLimiter(max_decodes))
         self._reads = reads = reads or Reads()
         self._pools: PerLoop[FetchPool] = PerLoop(lambda: reads.pool(storage, gates.here()))
@@ -227,6 +238,17 @@ class Assets:
             self._transactions.put(id, found, changes + 1)
         return found
 
+    async def file(self, key: str) -> bytes:
+        """The bytes of a metadata file as it is on storage, or of one that only rides in the log as yet.
+
+        Raises
+        ------
+        ObjectNotFoundError
+            It is nowhere.
+        """
+        pool = self._pools.peek() or await self._pools.get()
+        return await self._read(pool, key)
+
     async def chunk(self, id: ObjectId, start: int, end: int) -> bytes:
         """Bytes ``start`` to ``end`` (exclusive) of a chunk object; fewer where it is shorter."""
         reader = self._readers.peek() or await self._readers.get()
@@ -246,13 +268,23 @@ class Assets:
         pool = self._pools.peek() or await self._pools.get()
 
         async def load() -> T:
-            data = await pool.get(key)
+            data = self._files.get(key) or await self._read(pool, key)
             try:
                 return await off_loop(len(data), lambda: decode(data), await self._decoders.get())
             except FormatError as error:
                 raise FormatError(f"cannot read {key!r}: {error.message}", error.kind) from error
 
         return await pool.share(("decoded", key), load)
+
+    async def _read(self, pool: FetchPool, key: str) -> bytes:
+        try:
+            return await pool.get(key)
+        except ObjectNotFoundError:
+            if self._find_file is None:
+                raise
+            found = await self._find_file(key)
+            # It may have been put meanwhile.
+            return await pool.get(key) if found is None else found
 
 
 def _fetch_ahead(reader: BlockReader, refs: ChunkRefs, walk: Walk) -> None:

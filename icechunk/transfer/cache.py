@@ -45,6 +45,11 @@ class WeightedCache(Generic[K, V]):
             self._items.move_to_end(key)
             return item[0]
 
+    def items(self) -> list[tuple[K, V]]:
+        """What is kept now, the least recently used first."""
+        with self._lock:
+            return [(key, value) for key, (value, _) in self._items.items()]
+
     def put(self, key: K, value: V, weight: int) -> None:
         """Keep a value, and let go of the least recently used ones to make room."""
         if weight > self._max_weight:

@@ -61,7 +61,7 @@ class Packs:
         self._lock = threading.Lock()
         self._pid = os.getpid()
 
-    async def put(self, data: bytes) -> tuple[ObjectId, int]:
+    async def put(self, data: bytes | memoryview) -> tuple[ObjectId, int]:
         """Take a chunk, and say where it will be: object and offset. Waits, and raises, as `PutPool.reserve` does.
 
         Raises
@@ -72,7 +72,8 @@ class Packs:
         self._require_own_process()
         if len(data) >= self._threshold_bytes:
             id = self._new_object_id()
-            await self._pool.put(chunk_key(id), data)
+            await self._pool.reserve(len(data))
+            self._pool.take(chunk_key(id), bytes(data))
             return id, 0
         await self._pool.reserve(len(data))
         with self._lock:
@@ -80,7 +81,7 @@ class Packs:
             if pack is None:
                 pack = self._open = _Pack(self._new_object_id())
             offset = pack.size
-            pack.parts[offset] = data
+            pack.parts[offset] = bytes(data)
             pack.size += len(data)
             if pack.size >= self._size_bytes or self._pool.is_starving:
                 self._open = None

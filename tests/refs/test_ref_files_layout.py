@@ -27,10 +27,11 @@ from icechunk.format.snapshot import encode_snapshot
 from icechunk.format.tables import Snapshot
 from icechunk.refs import events as e
 from icechunk.refs.base import Layout
+from icechunk.refs.create_refs import create_ref_files
 from icechunk.refs.create_repo import create_repo_object
 from icechunk.refs.detect import detect
 from icechunk.refs.open import create_repository, open_repository
-from icechunk.refs.ref_files_layout import RefFilesLayout, create_ref_files
+from icechunk.refs.ref_files_layout import RefFilesLayout
 from icechunk.refs.ref_names import RefKey, RefNames, decode_ref
 from icechunk.refs.state import RepoState
 from icechunk.storage.local import LocalStorage

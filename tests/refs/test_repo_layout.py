@@ -28,7 +28,8 @@ from icechunk.refs.base import SwapToken
 from icechunk.refs.create_repo import create_repo_object
 from icechunk.refs.log_checkpoint import convert_to_log
 from icechunk.refs.repo_history import next_window
-from icechunk.refs.repo_layout import RepoObjectLayout, UpdateRetries
+from icechunk.refs.repo_layout import RepoObjectLayout
+from icechunk.refs.update_retries import UpdateRetries
 from icechunk.sources import Sources
 from icechunk.storage.base import Storage
 from icechunk.storage.memory import MemoryStorage

@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from icechunk.maintenance import collect, prune
-from icechunk.refs import log_reader, log_view, state, swap, swapping
+from icechunk.refs import carried, log_reader, log_view, state, swap, swapping
 from icechunk.refs.base import RepositoryLog
 from icechunk.refs.commit_queue import Attempt
 from icechunk.testing.simulation import simulate
@@ -73,6 +73,26 @@ def test_the_simulator_notices_when_old_answers_are_believed(monkeypatch: pytest
     for module in (swap, swapping, log_view, log_reader):
         monkeypatch.setattr(module, "still_proves", lambda proof, answer: True)
     assert _problems(20)
+
+
+async def _no_stand(self: object, after: int, end: int) -> None:
+    return None
+
+
+async def _no_file(self: object, key: str) -> None:
+    return None
+
+
+def test_the_simulator_notices_when_a_checkpoint_passes_files_that_do_not_stand(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(log_view.LogView, "stand", _no_stand)
+    assert _problems(5)
+
+
+def test_the_simulator_notices_when_files_are_looked_for_in_objects_only(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(carried.CarriedFiles, "put_soon", lambda self, n: None)
+    assert not _problems(3)
+    monkeypatch.setattr(log_view.LogView, "find_file", _no_file)
+    assert _problems(10)
 
 
 def test_the_simulator_notices_when_anybodys_entry_is_taken_for_ones_own(monkeypatch: pytest.MonkeyPatch):

@@ -133,7 +133,7 @@ BAD = [
 def test_what_a_checkpoint_cannot_hold_is_refused_before_an_entry_is_built(event: e.Event):
     with pytest.raises(InvalidInputError):
         apply(fresh(), event, time_us=1, since_us=None)
-    waiting = SimpleNamespace(propose=lambda state: [event], since_us=None)
+    waiting = SimpleNamespace(propose=lambda state: [event], since_us=None, files={})
     group = build(fresh(), [waiting], time_us=1)
     assert not group.members
     assert isinstance(group.refused[0][1], InvalidInputError)

@@ -96,8 +96,8 @@ def test_rooted_keys_need_an_empty_prefix() -> None:
     with pytest.raises(StorageError, match="legacy_rooted_keys"):
         public.s3_storage(bucket="b", prefix="p", legacy_rooted_keys=True)
     storage = public.s3_storage(bucket="b", prefix=None, legacy_rooted_keys=True)
-    assert storage._path("repo") == "//repo"  # type: ignore[attr-defined]
-    assert pickle.loads(pickle.dumps(storage))._path("repo") == "//repo"
+    assert storage._place.path("repo") == "//repo"  # type: ignore[attr-defined]
+    assert pickle.loads(pickle.dumps(storage))._place.path("repo") == "//repo"
 
 
 def test_stores_of_virtual_chunks() -> None:
