@@ -227,6 +227,8 @@ def write_nodes(
     InvalidInputError
         If a text is not Unicode, a number does not fit its field, or the snapshot exceeds 2 GiB.
     """
+    if not nodes:
+        return writer.items(b"", 0, 4)
     nodes_of = _Nodes(writer, shapes_v1 is None)
     start, at = _start(writer, len(nodes))
     pieces: list[bytes] = []
@@ -256,6 +258,8 @@ def write_files(writer: FlatWriter, files: Sequence[ManifestFile]) -> int:
     InvalidInputError
         If a number does not fit its field.
     """
+    if not files:
+        return writer.items(b"", 0, 4)
     vtable = writer.vtable({0: 16, 1: 4, 2: 12}, 28)
     start, at = _start(writer, len(files))
     try:
@@ -283,9 +287,8 @@ def _start(writer: FlatWriter, count: int) -> tuple[int, int]:
 
 def _link(writer: FlatWriter, start: int, tables: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
     count = len(tables)
-    if count:
-        fields = start + 4 + 4 * np.arange(count, dtype=np.int64)
-        np.frombuffer(writer.out, "<u4", count, start + 4)[:] = tables - fields
+    fields = start + 4 + 4 * np.arange(count, dtype=np.int64)
+    np.frombuffer(writer.out, "<u4", count, start + 4)[:] = tables - fields
 
 
 def _utf8(text: str) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -96,6 +96,8 @@ def _write_updated(writer: FlatWriter, chunks: Mapping[NodeId, Coords]) -> int:
 
     Arrays of one rank are written as if they were one, so that a thousand small ones cost as much as a large one.
     """
+    if not chunks:
+        return writer.items(b"", 0, 4)
     vtable = writer.vtable({0: 8, 1: 4}, _UPDATED.itemsize)
     writer.align(4)
     out, start, count = writer.out, len(writer.out), len(chunks)
@@ -109,22 +111,23 @@ def _write_updated(writer: FlatWriter, chunks: Mapping[NodeId, Coords]) -> int:
         by_rank.setdefault(chunks[node].shape[1], []).append(i)
     for members in by_rank.values():
         batch = [chunks[nodes[i]] for i in members]
-        rows = np.concatenate(batch)
-        sizes = np.fromiter(map(len, batch), np.int64, len(batch))
+        rows, sizes = _behind_each_other(batch)
         first = np.zeros(len(rows) + 1, np.bool_)
         first[np.cumsum(sizes) - sizes] = True
         if not is_ascending(rows, first[:-1]):
-            batch = [_sorted_unique(coords) for coords in batch]
-            rows = np.concatenate(batch)
-            sizes = np.fromiter(map(len, batch), np.int64, len(batch))
+            rows, sizes = _behind_each_other([_sorted_unique(coords) for coords in batch])
         vectors[members] = _write_chunk_indices(writer, rows, sizes)
-    if count:
-        np.frombuffer(out, "<u4", count, start + 4)[:] = tables - fields
-        blocks = np.frombuffer(out, _UPDATED, count, int(tables[0]))
-        blocks["vtable"] = tables - vtable
-        blocks["chunks"] = vectors - (tables + 4)
-        blocks["node"] = np.frombuffer(b"".join(nodes), "V8")
+    np.frombuffer(out, "<u4", count, start + 4)[:] = tables - fields
+    blocks = np.frombuffer(out, _UPDATED, count, int(tables[0]))
+    blocks["vtable"] = tables - vtable
+    blocks["chunks"] = vectors - (tables + 4)
+    blocks["node"] = np.frombuffer(b"".join(nodes), "V8")
     return start
+
+
+def _behind_each_other(batch: Sequence[Coords]) -> tuple[Coords, Positions]:
+    rows = batch[0] if len(batch) == 1 else np.concatenate(batch)
+    return rows, np.fromiter(map(len, batch), np.int64, len(batch))
 
 
 def _write_chunk_indices(writer: FlatWriter, rows: Coords, sizes: Positions) -> Positions:
