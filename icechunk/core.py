@@ -197,6 +197,7 @@ class Core:
     async def adopt(self, log: RepositoryLog) -> None:
         """Make the log that was just created on this loop its client, instead of opening it again."""
         self._created = log
+        self.persisted_config = log.state.config
         await self._logs.get()
         self.persisted_config, self.layout = log.state.config, log.layout
         self._configure(self.storage, self.config)

@@ -13,10 +13,10 @@ Worked example::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import wraps
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, TypeVar
 
 import dask
 import dask.array
@@ -26,6 +26,7 @@ from dask.array import Array
 from icechunk.distributed import extract_session, merge_sessions
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.forking import ForkSession
+from icechunk.inputs import WrongTypeError
 
 if TYPE_CHECKING:
     import zarr
@@ -36,10 +37,15 @@ __all__ = ["computing_meta", "merge_sessions_array_kwargs", "session_merge_reduc
 P = ParamSpec("P")
 R = TypeVar("R")
 
+SimpleGraph: TypeAlias = Mapping[tuple[str, int], tuple[Any, ...]]
+"""What dask once took for a graph: tasks by key."""
+
 _dask: Any = dask
 """Partly typed; as Any, so that it may be more or less so from version to version."""
 _SPLIT_EVERY = 8
 """Sessions that one task merges, where the caller does not say."""
+_OLDEST_DASK: Final = (2025, 2, 0)
+"""From here on ``dask.array.store`` returns stored arrays without loading them."""
 
 
 def computing_meta(func: Callable[P, R]) -> Callable[P, Any]:
@@ -57,6 +63,24 @@ def computing_meta(func: Callable[P, R]) -> Callable[P, Any]:
 def merge_sessions_array_kwargs(*sessions: Any, axis: Any = None, keepdims: Any = None) -> ForkSession:
     """`merge_sessions` for reductions of array libraries, which pass ``axis`` and ``keepdims``."""
     return merge_sessions(*sessions)
+
+
+def _assert_correct_dask_version() -> None:
+    """Raise `ValueError` where dask is older than what `store_dask` works with."""
+    numbers = tuple(int(part) for part in _dask.__version__.split(".")[:3] if part.isdigit())
+    if numbers < _OLDEST_DASK:
+        wanted = ".".join(map(str, _OLDEST_DASK))
+        raise InvalidInputError(
+            f"writing dask arrays needs dask>={wanted}, and this is {_dask.__version__}: install a newer one",
+            ErrorKind.INVALID_SETTING,
+        )
+
+
+def _reduction_for(arr: Any) -> Any:
+    """The function that reduces arrays of this kind. Raises `TypeError` for what is no dask array."""
+    if not isinstance(arr, Array):
+        raise WrongTypeError(f"a dask array is needed, not {type(arr).__name__}", ErrorKind.INVALID_SETTING)
+    return _dask.array.reduction
 
 
 def store_dask(
@@ -93,6 +117,7 @@ def store_dask(
     InvalidInputError
         There is nothing to store.
     """
+    _assert_correct_dask_version()
     if not sources:
         raise InvalidInputError("store_dask needs at least one source", ErrorKind.INVALID_SETTING)
     compute_kwargs = {name: store_kwargs.pop(name) for name in ("scheduler",) if name in store_kwargs}

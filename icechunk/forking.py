@@ -106,7 +106,7 @@ class ForkSession(Session):
 
     def _refuse_commit(self) -> None:
         raise SessionStateError(
-            "cannot commit a fork: merge it into the session that it was forked from, and commit that",
+            "commits are not allowed in a fork: merge it into the session that it was forked from, and commit that",
             ErrorKind.COMMIT_NOT_ALLOWED,
         )
 

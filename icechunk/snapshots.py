@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 from icechunk.values import Represented
 
-__all__ = ["Changes", "Diff", "ManifestFileInfo", "SnapshotInfo"]
+__all__ = ["AncestryGraph", "Changes", "Diff", "ManifestFileInfo", "SnapshotInfo"]  # noqa: F822 - see `__getattr__`
 
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
@@ -95,7 +95,7 @@ class Diff:
     updated_chunks: dict[str, list[list[int]]] = field(default_factory=dict)
     """By array, the ascending coordinates of chunks that were written or deleted."""
     moved_nodes: list[tuple[str, str]] = field(default_factory=list)
-    """(from, to), every moved descendant included."""
+    """(from, to), every moved descendant included; ascending by where they lead to, name by name."""
 
     @classmethod
     def of(cls, changes: Changes) -> Diff:
@@ -108,7 +108,7 @@ class Diff:
             updated_groups=set(changes.updated_groups),
             updated_arrays=set(changes.updated_arrays),
             updated_chunks={path: _lists(rows) for path, rows in sorted(changes.updated_chunks.items())},
-            moved_nodes=[(source, target) for source, target in changes.moved_nodes],
+            moved_nodes=sorted(((s, t) for s, t in changes.moved_nodes), key=lambda move: move[1].split("/")),
         )
 
     def is_empty(self) -> bool:
@@ -132,7 +132,7 @@ class Diff:
 
     def __repr__(self) -> str:
         blocks = ["\n".join([f"{title}:", *(f"    {line}" for line in lines)]) for title, lines in self._sections()]
-        return "\n\n".join(blocks) + "\n" if blocks else "No changes\n"
+        return "\n\n".join(blocks) + ("\n" if self.updated_chunks else "\n\n") if blocks else "No changes\n"
 
     def _repr_html_(self) -> str:
         blocks = [
@@ -145,3 +145,12 @@ class Diff:
 
 def _lists(rows: Any) -> list[list[int]]:
     return rows.tolist() if hasattr(rows, "tolist") else [list(row) for row in rows]
+
+
+def __getattr__(name: str) -> object:
+    # The official library has it in this module; ours draws with what stands on top of it.
+    if name == "AncestryGraph":
+        from icechunk.inspection.graph import AncestryGraph
+
+        return AncestryGraph
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

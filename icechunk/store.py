@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from zarr.abc.store import (
@@ -16,6 +16,7 @@ from zarr.abc.store import (
     SuffixByteRequest,
 )
 from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.common import BytesLike
 from zarr.core.sync import SyncMixin
 
 from icechunk.errors import ErrorKind, InvalidInputError, ReadOnlyError, SessionStateError
@@ -29,6 +30,7 @@ from icechunk.values import fields_html
 from icechunk.virtual_writing import VirtualWriting
 
 if TYPE_CHECKING:
+    from icechunk._icechunk_python.store import PyStore
     from icechunk.session import Session
 
 __all__ = ["IcechunkStore"]
@@ -60,6 +62,13 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
     def session(self) -> Session:
         """The session that this store reads and writes."""
         return self._session
+
+    @property
+    def _store(self) -> PyStore:
+        """This store in the shape of the official library's compiled class."""
+        from icechunk._icechunk_python.store import PyStore
+
+        return PyStore(self)
 
     @property
     def read_only(self) -> bool:
@@ -202,7 +211,10 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
         """
         self._require_writable()
         if not isinstance(value, Buffer):
-            raise TypeError(f"IcechunkStore.set needs a zarr Buffer as value, not {type(value).__name__}")
+            # In the words of zarr's own stores.
+            raise TypeError(
+                f"IcechunkStore.set(): `value` must be a Buffer instance. Got an instance of {type(value)} instead."
+            )
         parsed = parse_key(key)
         if type(parsed) is ChunkKey:
             # Large values are copied once there is room for the copy, not while they wait.
@@ -222,6 +234,17 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
         self._require_writable()
         if not await self.exists(key):
             await self.set(key, value)
+
+    @property
+    def supports_partial_writes(self) -> Literal[False]:
+        """Values are written as a whole."""
+        return False
+
+    async def set_partial_values(self, key_start_values: Iterable[tuple[str, int, BytesLike]]) -> None:
+        """Not something that this store does. Raises `SessionStateError` (kind ``unimplemented``)."""
+        raise SessionStateError(
+            "cannot write a part of a value: set the whole value, or write through zarr", ErrorKind.UNIMPLEMENTED
+        )
 
     async def delete(self, key: str) -> None:
         """Delete a key; one that has no value is fine. A node's metadata takes all below it along."""
@@ -389,6 +412,18 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
 
     def _repr_html_(self) -> str:
         return fields_html("icechunk.IcechunkStore", self._summary())
+
+
+def _byte_request_to_tuple(byte_request: ByteRequest | None) -> tuple[int | None, int | None]:
+    """A request as `PyStore.get` takes it: start and end, either None."""
+    match byte_request:
+        case RangeByteRequest(start, end):
+            return start, end
+        case OffsetByteRequest(offset):
+            return offset, None
+        case SuffixByteRequest(suffix):
+            return None, suffix
+    return None, None
 
 
 def _range(request: ByteRequest | None) -> ByteRange:

@@ -11,19 +11,28 @@ a fork of the session, which is merged when all are done.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
-from icechunk.errors import ErrorKind, ReadOnlyError
+import zarr
+from xarray import DataArray, Dataset
+from xarray.backends import api, common, writers
 
-if TYPE_CHECKING:
-    from xarray import DataArray, Dataset
-
-    from icechunk.session import Session
+from icechunk.errors import ErrorKind, InvalidInputError, ReadOnlyError
+from icechunk.forking import ForkSession
+from icechunk.inputs import WrongTypeError
+from icechunk.session import Session
+from icechunk.store import IcechunkStore
+from icechunk.vendor.xarray import ZarrWriteModes, _choose_default_mode
 
 __all__ = ["to_icechunk"]
 
 Region: TypeAlias = "Mapping[str, slice | Literal['auto']] | Literal['auto'] | None"
-ZarrWriteModes: TypeAlias = Literal["w", "w-", "a", "a-", "r+", "r"]
+
+# As Any: half of these have no types, and it changes from version to version which.
+_api: Any = api
+_common: Any = common
+_writers: Any = writers
 
 
 def to_icechunk(
@@ -85,79 +94,160 @@ def to_icechunk(
     A write that fails or is interrupted may leave part of it in the session: `Session.discard_changes` drops it. The
     repository is never touched before the commit.
     """
-    from xarray import DataArray, Dataset
-
     if not isinstance(obj, DataArray | Dataset):
-        raise TypeError(f"to_icechunk writes a Dataset or a DataArray, not {type(obj).__name__}")
+        raise WrongTypeError(
+            f"to_icechunk writes a Dataset or a DataArray, not {type(obj).__name__}", ErrorKind.INVALID_SETTING
+        )
     if session.read_only:
         raise ReadOnlyError(
             f"cannot write to group {group or '/'!r}: the session is read-only; open one with "
             "repo.writable_session(branch)",
             ErrorKind.READ_ONLY_SESSION,
         )
-    # typed as Any: xarray's overloads know nothing of a store that is not a path, a mapping or fsspec's
-    source: Any = obj
-    dataset = _as_dataset(source) if isinstance(obj, DataArray) else source
-    how = {
-        "group": group,
-        "mode": mode,
-        "append_dim": append_dim,
-        "region": region,
-        "safe_chunks": safe_chunks,
-        "align_chunks": align_chunks,
-        "zarr_format": 3,
-        # a second copy of all metadata would only go stale: the snapshot is the consolidation
-        "consolidated": False,
-    }
+    dataset: Any = _make_dataset(obj)
     if dataset.__dask_graph__() is None:
-        store_kwargs = None if chunkmanager_store_kwargs is None else dict(chunkmanager_store_kwargs)
-        dataset.to_zarr(session.store, encoding=encoding, chunkmanager_store_kwargs=store_kwargs, **how)
-    else:
-        _write_lazily(dataset, session, encoding, dict(chunkmanager_store_kwargs or {}), split_every, how)
-
-
-def _as_dataset(array: Any) -> Any:
-    """A Dataset of one variable, named so that xarray gives the DataArray back."""
-    from xarray.backends.api import DATAARRAY_NAME, DATAARRAY_VARIABLE
-
-    if array.name is None:
-        return array.to_dataset(name=DATAARRAY_VARIABLE)
-    if array.name not in array.coords and array.name not in array.dims:
-        return array.to_dataset()
-    dataset = array.to_dataset(name=DATAARRAY_VARIABLE)
-    dataset.attrs[DATAARRAY_NAME] = array.name
-    return dataset
-
-
-def _write_lazily(
-    dataset: Any,
-    session: Session,
-    encoding: Mapping[Any, Any] | None,
-    store_kwargs: dict[Any, Any],
-    split_every: int | None,
-    how: dict[str, Any],
-) -> None:
-    """Write metadata and what is in memory to the session, and dask arrays to a fork of it."""
-    import zarr
-    from xarray.backends import common, writers
-
-    from icechunk.dask import store_dask
-
-    # typed as Any: half of these are untyped
-    xarray_common: Any = common
-    xarray_writers: Any = writers
-    target = xarray_writers.get_writable_zarr_store(session.store, **how)
-    dataset = target._validate_and_autodetect_region(dataset)
-    target._validate_encoding(encoding or {})
-    writer = xarray_common.ArrayWriter()
-    xarray_writers.dump_to_store(dataset, target, writer, encoding=encoding or {})
-    if writer.sources:
-        store = session.fork().store
-        merged = store_dask(
-            sources=writer.sources,
-            targets=[zarr.open_array(store, path=array.path, mode="r+") for array in writer.targets],
-            regions=writer.regions,
-            split_every=split_every,
-            **store_kwargs,
+        dataset.to_zarr(
+            session.store,
+            group=group,
+            mode=mode,
+            append_dim=append_dim,
+            region=region,
+            safe_chunks=safe_chunks,
+            align_chunks=align_chunks,
+            encoding=encoding,
+            chunkmanager_store_kwargs=None if chunkmanager_store_kwargs is None else dict(chunkmanager_store_kwargs),
+            **_FORMAT,
         )
-        session.merge(merged)
+        return
+    writer = _XarrayDatasetWriter(dataset, store=session.store, safe_chunks=safe_chunks, align_chunks=align_chunks)
+    writer._open_group(group=group, mode=mode, append_dim=append_dim, region=region)
+    writer.write_metadata(encoding)
+    writer.write_eager()
+    if writer.writer.sources:
+        session.merge(writer.write_lazy(chunkmanager_store_kwargs, split_every))
+
+
+_FORMAT = {
+    "zarr_format": 3,
+    # a second copy of all metadata would only go stale: the snapshot is the consolidation
+    "consolidated": False,
+}
+
+
+class LazyArrayWriter(common.ArrayWriter):
+    """Takes what xarray wants to have written, and writes it when it is told: first arrays in memory, then dask's."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._eager: list[tuple[Any, Any, Any]] = []
+
+    def add(self, source: Any, target: Any, region: Any = None) -> Any:
+        """Remember to write ``source`` to ``target``, or to a region of it."""
+        if is_dask_collection(source):
+            super().add(source, target, region)  # type: ignore[no-untyped-call]
+        else:
+            self._eager.append((source, target, region))
+
+    def write_eager(self) -> None:
+        """Write the arrays that are in memory."""
+        waiting, self._eager = self._eager, []
+        for source, target, region in waiting:
+            target[... if region is None else region] = source
+
+
+@dataclass
+class _XarrayDatasetWriter:
+    """Writes a dataset in three steps: metadata, arrays in memory, and dask's arrays through a fork."""
+
+    dataset: Dataset = field(repr=False)
+    store: IcechunkStore = field(kw_only=True)
+    safe_chunks: bool = field(kw_only=True, default=True)
+    align_chunks: bool = field(kw_only=True, default=False)
+    _initialized: bool = field(default=False, repr=False)
+    xarray_store: Any = field(init=False, repr=False)
+    """xarray's own view of the group that is written to."""
+    writer: LazyArrayWriter = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.store, IcechunkStore):
+            raise WrongTypeError(
+                f"an IcechunkStore is needed to write to, not {type(self.store).__name__}", ErrorKind.INVALID_SETTING
+            )
+
+    def _open_group(
+        self, *, group: str | None, mode: ZarrWriteModes | None, append_dim: Hashable | None, region: Region
+    ) -> None:
+        mode = _choose_default_mode(mode=mode, append_dim=append_dim, region=region)
+        self.xarray_store = _writers.get_writable_zarr_store(
+            self.store,
+            group=group,
+            mode=mode,
+            append_dim=append_dim,
+            region=region,
+            safe_chunks=self.safe_chunks,
+            align_chunks=self.align_chunks,
+            **_FORMAT,
+        )
+        self.dataset = self.xarray_store._validate_and_autodetect_region(self.dataset)
+
+    def write_metadata(self, encoding: Mapping[Any, Any] | None = None) -> None:
+        """Create the group and its arrays, with attributes and coordinates of their own."""
+        self.xarray_store._validate_encoding(encoding or {})
+        self.writer = LazyArrayWriter()
+        _writers.dump_to_store(self.dataset, self.xarray_store, self.writer, encoding=encoding or {})
+        self._initialized = True
+
+    def write_eager(self) -> None:
+        """Write the arrays that are in memory."""
+        self._require_metadata()
+        self.writer.write_eager()
+
+    def write_lazy(
+        self, chunkmanager_store_kwargs: MutableMapping[Any, Any] | None = None, split_every: int | None = None
+    ) -> ForkSession:
+        """Compute and write dask's arrays; returns the session with their changes, to be merged.
+
+        Parameters
+        ----------
+        chunkmanager_store_kwargs, split_every
+            As in `to_icechunk`.
+        """
+        self._require_metadata()
+        if not self.writer.sources:
+            raise WrongTypeError(
+                "there is nothing to write lazily: no variable is a dask array", ErrorKind.INVALID_SETTING
+            )
+        from icechunk.dask import store_dask
+
+        session = self.store.session
+        store = session.store if isinstance(session, ForkSession) else session.fork().store
+        return store_dask(
+            sources=self.writer.sources,
+            targets=[zarr.open_array(store, path=array.path, mode="r+") for array in self.writer.targets],
+            regions=self.writer.regions,
+            split_every=split_every,
+            **dict(chunkmanager_store_kwargs or {}),
+        )
+
+    def _require_metadata(self) -> None:
+        if not self._initialized:
+            raise InvalidInputError("write_metadata must be called before", ErrorKind.INVALID_SETTING)
+
+
+def is_dask_collection(x: Any) -> bool:
+    """Whether something is computed by dask."""
+    graph = getattr(x, "__dask_graph__", None)
+    return callable(graph) and graph() is not None
+
+
+def _make_dataset(obj: DataArray | Dataset) -> Dataset:
+    """The dataset itself, or one of one variable, named so that xarray gives the DataArray back."""
+    if isinstance(obj, Dataset):
+        return obj
+    if obj.name is None:
+        return obj.to_dataset(name=_api.DATAARRAY_VARIABLE)
+    if obj.name not in obj.coords and obj.name not in obj.dims:
+        return obj.to_dataset()
+    dataset = obj.to_dataset(name=_api.DATAARRAY_VARIABLE)
+    dataset.attrs[_api.DATAARRAY_NAME] = obj.name
+    return dataset

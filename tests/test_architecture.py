@@ -16,7 +16,7 @@ import icechunk
 PACKAGE = Path(icechunk.__file__).parent
 FLOORS = [
     {"errors", "sync", "logs"},
-    {"values", "keys", "format", "about"},
+    {"values", "keys", "format", "about", "vendor"},
     {"sources", "status", "snapshots", "conflicts", "log", "types", "inputs"},
     {"config", "credentials", "ops", "virtual", "_exceptions", "inspection"},
     {"storage"},
@@ -26,10 +26,10 @@ FLOORS = [
     {"committing", "reading", "rebasing"},
     {"session"},
     {"forking"},
-    {"store", "virtual_writing", "testing"},
-    {"repository", "distributed", "kerchunk", "cli", "loadtest"},
+    {"store", "virtual_writing"},
+    {"repository", "distributed", "kerchunk", "cli", "loadtest", "testing"},
     {"dask"},
-    {"xarray"},
+    {"xarray", "_icechunk_python"},
 ]
 """Modules and packages from the ground up; each may import from its own floor and from those below."""
 IMPURE = {"anyio", "asyncio", "aiobotocore", "aiohttp", "time", "random", "secrets", "os", "threading"}

@@ -71,7 +71,7 @@ _RECIPES = {
     OFFICIAL_CURRENT: _Recipe(
         override="ICECHUNK_ORACLE_23",
         pythons=("3.12", "3.13", "3.14"),
-        packages=("zarr==3.4.2", "xarray", "dask"),
+        packages=("zarr==3.4.2", "xarray", "dask", "hypothesis"),
     ),
     OFFICIAL_FORMAT_1: _Recipe(
         override="ICECHUNK_ORACLE_11",
@@ -88,7 +88,13 @@ def find(version: str = OFFICIAL_CURRENT) -> Path | None:
         return Path(given) if _has(Path(given), version) else None
     home = _home(version)
     python = home / "bin" / "python"
-    return python if (home / "ready").exists() and python.exists() else None
+    return python if _is_ready(home, _RECIPES[version]) and python.exists() else None
+
+
+def _is_ready(home: Path, recipe: _Recipe) -> bool:
+    """Whether the environment was made to its end, with all that the recipe asks for today."""
+    ready = home / "ready"
+    return ready.exists() and ready.read_text() == " ".join(recipe.packages)
 
 
 def ensure(version: str = OFFICIAL_CURRENT) -> Path:
@@ -115,9 +121,10 @@ def ensure(version: str = OFFICIAL_CURRENT) -> Path:
     with home.with_name(f"{home.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not find(version):
-            shutil.rmtree(home, ignore_errors=True)
+            if not (home / "ready").exists():
+                shutil.rmtree(home, ignore_errors=True)
             _make(home, version, recipe)
-            (home / "ready").touch()
+            (home / "ready").write_text(" ".join(recipe.packages))
     return home / "bin" / "python"
 
 

@@ -20,27 +20,55 @@ from typing import Any
 __all__ = ["MODULES", "compare", "describe", "describe_official"]
 
 MODULES = (
+    "icechunk",
+    "icechunk._exceptions",
+    "icechunk._icechunk_python",
     "icechunk.config",
     "icechunk.conflicts",
     "icechunk.credentials",
+    "icechunk.dask",
+    "icechunk.distributed",
     "icechunk.ops",
+    "icechunk.repository",
+    "icechunk.session",
     "icechunk.snapshots",
+    "icechunk.storage",
+    "icechunk.store",
+    "icechunk.testing",
+    "icechunk.testing.invariants",
+    "icechunk.testing.models",
+    "icechunk.testing.strategies",
+    "icechunk.testing.trees",
+    "icechunk.testing.utils",
     "icechunk.types",
+    "icechunk.vendor.xarray",
     "icechunk.virtual",
-    "icechunk._exceptions",
+    "icechunk.xarray",
 )
 
 
 def describe(modules: Iterable[str]) -> dict[str, Any]:
-    """What the public names of ``modules`` are, as JSON values, by name; runs unchanged in either environment."""
+    """What the names of ``modules`` are, as JSON values, by module and name; runs unchanged in either environment."""
     result: dict[str, Any] = {}
     for module in modules:
         loaded = importlib.import_module(module)
-        names = getattr(loaded, "__all__", None) or [n for n in vars(loaded) if not n.startswith("_")]
-        for name in names:
+        listed = set(getattr(loaded, "__all__", ()))
+        for name in sorted(listed | {n for n in vars(loaded) if _is_own(loaded, n)}):
             if hasattr(loaded, name):
-                result[name] = _describe(getattr(loaded, name), 0)
+                result[f"{module}.{name}"] = _describe(getattr(loaded, name), 0)
     return result
+
+
+def _is_own(module: Any, name: str) -> bool:
+    """Whether a name that no ``__all__`` lists is the module's own, and not something that it works with."""
+    value = vars(module)[name]
+    if name.startswith("__") or inspect.ismodule(value):
+        return False
+    home = getattr(value, "__module__", None)
+    if isinstance(value, type) or inspect.isroutine(value):
+        return home is not None and f"{home}.".startswith(f"{module.__name__}.")
+    # Constants and aliases have no home, or that of what they are made of.
+    return home is None or name.startswith("_") or home.startswith("hypothesis")
 
 
 def _describe(value: Any, depth: int) -> dict[str, Any]:
@@ -56,20 +84,44 @@ def _describe(value: Any, depth: int) -> dict[str, Any]:
                 # A member of a union inherits its siblings as attributes; nobody reaches them that way.
                 if depth == 0:
                     members[name] = _describe(member, depth + 1)
+                    # A union of ours says so by `issubclass`, without being a base.
+                    members[name]["bases"] += [value.__name__] if issubclass(member, value) else []
+            elif isinstance(getattr(value, name, None), property):
+                members[name] = {"what": "attribute"}
             elif isinstance(member, staticmethod | classmethod):
-                members[name] = {"what": "function", "parameters": _parameters(getattr(value, name))}
+                members[name] = {
+                    "what": "function",
+                    "parameters": _parameters(getattr(value, name)),
+                    "awaited": _awaited(member.__func__),
+                }
             elif type(member).__name__ in ("builtin_function_or_method",):
                 members[name] = {"what": "function", "parameters": _parameters(member)}
             elif inspect.isroutine(member):
-                members[name] = {"what": "method", "parameters": _parameters(member)}
+                members[name] = {"what": "method", "parameters": _parameters(member), "awaited": _awaited(member)}
+            elif inspect.isfunction(getattr(value, name, None)):
+                shown = getattr(value, name)
+                members[name] = {"what": "method", "parameters": _parameters(shown), "awaited": _awaited(shown)}
             elif type(getattr(value, name, None)) is value:
                 members[name] = {"what": "enum", "value": _number(getattr(value, name))}
             else:
                 members[name] = {"what": "attribute"}
-        return {"what": "class", "parameters": _parameters(value), "members": members, "hashable": _hashable(value)}
+        bases = [base.__name__ for base in value.__mro__[1:]]
+        return {
+            "what": "class",
+            "parameters": _parameters(value),
+            "members": members,
+            "hashable": _hashable(value),
+            "bases": bases,
+        }
     if callable(value):
-        return {"what": "function", "parameters": _parameters(value)}
+        return {"what": "function", "parameters": _parameters(value), "awaited": _awaited(value)}
     return {"what": "value"}
+
+
+def _awaited(value: Any) -> bool | None:
+    """Whether a call gives something to await; None where the function does not tell."""
+    plain = getattr(value, "__func__", value)
+    return inspect.iscoroutinefunction(plain) if inspect.isfunction(plain) else None
 
 
 def _hashable(value: type) -> bool:
@@ -134,6 +186,11 @@ def compare(ours: Mapping[str, Any], official: Mapping[str, Any], where: str = "
             continue
         if theirs.get("value") is not None and mine.get("value") != theirs["value"]:
             lines.append(f"{full}: value {mine.get('value')}, official {theirs['value']}")
+        if None not in (mine.get("awaited"), theirs.get("awaited")) and mine["awaited"] != theirs["awaited"]:
+            lines.append(f"{full}: is {'' if mine['awaited'] else 'not '}awaited")
+        for base in theirs.get("bases", ()):
+            if base not in mine.get("bases", ()) and base not in ("object", "BaseException"):
+                lines.append(f"{full}: is no {base}")
         lines += _compare_parameters(full, mine.get("parameters"), theirs.get("parameters"))
         lines += compare(mine.get("members", {}), theirs.get("members", {}), f"{full}.")
     return lines

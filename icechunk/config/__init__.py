@@ -40,6 +40,7 @@ from icechunk.config.storage import (
     StorageTimeoutSettings,
 )
 from icechunk.config.yaml_text import config_from_yaml, config_to_yaml
+from icechunk.logs import initialize_logs, set_logs_filter, shutdown_telemetry
 from icechunk.status import Attribution, FeatureFlag
 
 __all__ = [
@@ -74,5 +75,8 @@ __all__ = [
     "config_to_dict",
     "config_to_yaml",
     "from_dict",
+    "initialize_logs",
+    "set_logs_filter",
+    "shutdown_telemetry",
     "to_dict",
 ]

@@ -96,25 +96,27 @@ class Commands(Fold):
         check_path(target)
         if source == target or is_below(target, source):
             raise SessionStateError(
-                f"cannot move {source} to {target}: a node cannot move into itself",
+                f"cannot move {source} to {target}: a node cannot move into itself or its own descendant",
                 ErrorKind.MOVE_INTO_SELF_OR_DESCENDANT,
             )
         node = self._existing(source, "move")
         if self._tree.get(target) is not None:
             raise AlreadyExistsError(
-                f"cannot move {source} to {target}: there is a node; delete it first, or choose another path",
+                f"cannot move {source} to {target}: it would overwrite existing node {target}; delete that first, or "
+                "choose another path",
                 ErrorKind.MOVE_WONT_OVERWRITE,
             )
         above = parent_of(target)
         parent = self._tree.get(above)
         if parent is None:
             raise SessionStateError(
-                f"cannot move {source} to {target}: there is no group {above}; create it in an ordinary session first",
+                f"cannot move {source} to {target}: the destination's parent group {above} does not exist; create it "
+                "in an ordinary session first",
                 ErrorKind.MOVE_DESTINATION_PARENT_MISSING,
             )
         if parent.kind != NodeKind.GROUP:
             raise SessionStateError(
-                f"cannot move {source} to {target}: {above} is an array, and only groups hold nodes",
+                f"cannot move {source} to {target}: {above} is an array, not a group, and only groups hold nodes",
                 ErrorKind.MOVE_DESTINATION_PARENT_NOT_GROUP,
             )
         if next((n for n in self._tree.subtree(target)), None) is not None:

@@ -256,7 +256,7 @@ class Fold:
     def _existing(self, path: str, verb: str) -> NodeSnapshot:
         node = self._tree.get(path)
         if node is None:
-            raise NodeNotFoundError(f"cannot {verb} {path}: there is no such group or array")
+            raise NodeNotFoundError(f"cannot {verb} {path}: node not found")
         return node
 
     def _fold_of(self, node: NodeSnapshot) -> ArrayFold:

@@ -121,7 +121,9 @@ class RepoState:
 def _ref(refs: Map[str, ObjectId], what: str, name: str) -> ObjectId:
     found = refs.get(name)
     if found is None:
-        raise RefNotFoundError(f"no {what} {name!r} in this repository; check the name, or list those that exist")
+        raise RefNotFoundError(
+            f"ref not found: no {what} {name!r} in this repository; check the name, or list those that exist"
+        )
     return found
 
 
@@ -299,8 +301,8 @@ def apply(state: RepoState, event: e.Event, *, time_us: int, since_us: int | Non
                 raise ConflictError(
                     encode_id(expected),
                     encode_id(tip),
-                    f"cannot reset branch {name!r}: expected at {encode_id(expected)}, it is at {encode_id(tip)}; "
-                    "look at it again",
+                    f"branch update conflict: cannot reset branch {name!r}: expected at {encode_id(expected)}, it is "
+                    f"at {encode_id(tip)}; look at it again",
                     ErrorKind.BRANCH_UPDATE_CONFLICT,
                 )
             require_snapshot(state, target)
@@ -376,7 +378,7 @@ def _require_open(state: RepoState, event: e.Event) -> None:
     if state.status.availability != ONLINE and not isinstance(event, e.StatusSet | e.Sealed | e.Void):
         reason = f": {state.status.reason}" if state.status.reason else ""
         raise ReadOnlyError(
-            f"the repository's status is {'read-only' if state.status.availability == READ_ONLY else 'offline'}"
+            f"the repository status is {'read-only' if state.status.availability == READ_ONLY else 'offline'}"
             f"{reason}; set its status to online first",
             ErrorKind.READ_ONLY_REPOSITORY,
         )

@@ -7,6 +7,9 @@ from icechunk.repository.branches import Branches
 from icechunk.repository.history import History
 from icechunk.repository.inspection import Inspection
 from icechunk.repository.none_credentials import (
+    _none_credential_guidance,  # noqa: F401
+)
+from icechunk.repository.none_credentials import (
     warn_on_none_virtual_chunk_credentials as _warn_on_none_virtual_chunk_credentials,  # noqa: F401
 )
 from icechunk.repository.opening import Opening

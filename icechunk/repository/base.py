@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING, Self, cast
 
 from icechunk.config import RepositoryConfig
 from icechunk.core import Core
@@ -15,14 +15,25 @@ from icechunk.storage.base import Storage
 from icechunk.sync import run_sync
 from icechunk.values import fields_html
 
+if TYPE_CHECKING:
+    from icechunk._icechunk_python.repository import PyRepository
+
 __all__ = ["RepositoryBase"]
 
 
 class RepositoryBase:
     """Holds the core, says what it is, and closes it."""
 
-    def __init__(self, core: Core) -> None:
-        self._core = core
+    def __init__(self, repository: Core | PyRepository) -> None:
+        self._core: Core = repository if isinstance(repository, Core) else repository._wrapped._core
+
+    @property
+    def _repository(self) -> PyRepository:
+        """This repository in the shape of the official library's compiled class."""
+        from icechunk._icechunk_python.repository import PyRepository
+        from icechunk.repository import Repository
+
+        return PyRepository(cast(Repository, self))
 
     @property
     def config(self) -> RepositoryConfig:

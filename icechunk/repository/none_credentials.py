@@ -10,14 +10,29 @@ from icechunk.credentials import AnyCredential
 
 __all__ = ["announced", "warn_on_none_virtual_chunk_credentials"]
 
+_S3: Final = "icechunk.Credentials.S3(icechunk.S3Credentials.FromEnv())"
+_GCS: Final = "icechunk.Credentials.Gcs(icechunk.GcsCredentials.FromEnv())"
+_AZURE: Final = "icechunk.Credentials.Azure(icechunk.AzureCredentials.FromEnv())"
+_HTTP: Final = "icechunk.credentials.HttpAccess"
 _INSTEAD: Final = {
     "file": "icechunk.credentials.LocalFileSystemAccess",
-    "http": "icechunk.credentials.HttpAccess",
-    "https": "icechunk.credentials.HttpAccess",
-    "s3": "icechunk.Credentials.S3(icechunk.S3Credentials.FromEnv())",
-    "gs": "icechunk.Credentials.Gcs(icechunk.GcsCredentials.FromEnv())",
-    "az": "icechunk.Credentials.Azure(icechunk.AzureCredentials.FromEnv())",
+    "http": _HTTP,
+    "https": _HTTP,
+    "s3": _S3,
+    "tigris": _S3,
+    "gs": _GCS,
+    "gcs": _GCS,
+    "az": _AZURE,
+    "azure": _AZURE,
+    "abfs": _AZURE,
 }
+_FROM_ENVIRONMENT: Final = ", because it takes credentials from the environment without saying so"
+
+
+def _none_credential_guidance(scheme: str) -> tuple[str, str]:
+    """What to pass instead of None for containers of a URL scheme, and what is dangerous about None there."""
+    instead = _INSTEAD.get(scheme, "explicit credentials")
+    return instead, _FROM_ENVIRONMENT if ".FromEnv" in instead else ""
 
 
 class _Announced(dict[str, "AnyCredential | None"]):
@@ -38,10 +53,10 @@ def warn_on_none_virtual_chunk_credentials(
         return
     for prefix, credential in authorize_virtual_chunk_access.items():
         if credential is None:
-            instead = _INSTEAD.get(prefix.partition(":")[0], "explicit credentials")
+            instead, why = _none_credential_guidance(prefix.partition(":")[0])
             warnings.warn(
-                f"None in authorize_virtual_chunk_access for the container {prefix!r} is deprecated, because it takes "
-                f"credentials from the environment without saying so: pass {instead}",
+                f"None in authorize_virtual_chunk_access for the container {prefix!r} is deprecated{why}: "
+                f"pass {instead}",
                 DeprecationWarning,
                 stacklevel=stacklevel + 1,
             )

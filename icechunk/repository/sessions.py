@@ -182,7 +182,7 @@ def _require_online(state: RepoState) -> None:
     if state.status.availability != ONLINE:
         reason = f": {state.status.reason}" if state.status.reason else ""
         raise ReadOnlyError(
-            f"cannot begin a writable session: the repository's status is read-only{reason}; "
+            f"cannot begin a writable session: repository status is read-only{reason}; "
             "Repository.set_status makes it writable again",
             ErrorKind.READ_ONLY_REPOSITORY,
         )

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 from icechunk.session.arranging import Arranging
 from icechunk.session.ending import Ending
 from icechunk.session.sharing import Sharing
+from icechunk.status import SessionMode
 
 if TYPE_CHECKING:
+    from icechunk._icechunk_python.session import PySession
     from icechunk.store import IcechunkStore
 
-__all__ = ["Session"]
+__all__ = ["ForkSession", "Session", "SessionMode"]
 
 
 class Session(Arranging, Ending, Sharing):
@@ -27,3 +29,19 @@ class Session(Arranging, Ending, Sharing):
         from icechunk.store import IcechunkStore
 
         return IcechunkStore(self)
+
+    @property
+    def _session(self) -> PySession:
+        """This session in the shape of the official library's compiled class."""
+        from icechunk._icechunk_python.session import PySession
+
+        return PySession(self)
+
+
+def __getattr__(name: str) -> object:
+    # The official library has forks in this module; ours stand on top of it.
+    if name == "ForkSession":
+        from icechunk.forking import ForkSession
+
+        return ForkSession
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Iterable
 from contextlib import aclosing
@@ -131,6 +132,14 @@ class Arranging(Content):
         with self._lock:
             self._require_writable()
         node = self.require_array(absolute(array_path))
+        grid = json.loads(node.user_data)["chunk_grid"]["name"]
+        if grid != "regular":
+            # Chunks of other sizes would land in places that their bytes do not fit.
+            raise InvalidInputError(
+                f"cannot rearrange the chunks of array {node.path!r}: that needs a regular chunk grid, and this is "
+                f"{grid}",
+                ErrorKind.INVALID_ARRAY_METADATA,
+            )
         parts = [ChunkRefs.empty(len(node.shape))]
         async with aclosing(self.chunk_references(node.path)) as batches:
             async for refs in batches:

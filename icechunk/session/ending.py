@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ from icechunk.sync import run_sync
 
 __all__ = ["Ending"]
 
+_REBASED = "__icechunk"
 _LONGEST_BACKOFF_ROUND = 4
 """Pauses between tries of a commit grow up to this one: a longer one would only let more others pass."""
 
@@ -286,6 +288,7 @@ class Ending(SessionBase):
                 # Two that lose to each other in turn would otherwise go on in step.
                 await self._core.sources.sleep(backoff_s(self._core.sources, min(tried, _LONGEST_BACKOFF_ROUND)))
             await self._rebase(wanted.branch, solver)
+            wanted = _once_more_rebased(wanted)
         raise AssertionError
 
     async def _commit_in_turn(
@@ -324,6 +327,8 @@ class Ending(SessionBase):
                     keep=ahead.append,
                     state=expected,
                 )
+            if len(ahead) > 1:
+                wanted = _once_more_rebased(wanted)
             return await commit(
                 self._core, ahead[-1].base, lambda: make_plan(ahead[-1]), self._puts, wanted, on_queued=release
             )
@@ -356,7 +361,7 @@ class Ending(SessionBase):
                 )
             if self._log.is_empty and not allow_empty:
                 raise SessionStateError(
-                    "cannot commit: nothing changed in this session (allow_empty=True commits anyway)",
+                    "cannot commit: no changes made to the session (allow_empty=True commits anyway)",
                     ErrorKind.NO_CHANGES_TO_COMMIT,
                 )
             self._phase = Phase.COMMITTING
@@ -377,3 +382,11 @@ class Ending(SessionBase):
                 self._phase = Phase.COMMITTING
             elif self._phase is Phase.UNSETTLED:
                 self._phase = Phase.WRITABLE
+
+
+def _once_more_rebased(wanted: Commit) -> Commit:
+    """The same commit, whose metadata says how often it was rebased, under the official library's name for it."""
+    noted = wanted.metadata.get(_REBASED)
+    noted = noted if isinstance(noted, dict) else {}
+    noted = {**noted, "rebase_attempts": noted.get("rebase_attempts", 0) + 1}
+    return replace(wanted, metadata={**wanted.metadata, _REBASED: noted})

@@ -32,10 +32,12 @@ from icechunk.storage.constructors import (
     tigris_storage,
 )
 from icechunk.storage.facade import StorageObjectInfo
+from icechunk.virtual import ChunkType
 
 __all__ = [
     "AnyObjectStoreConfig",
     "ChecksumAlgorithm",
+    "ChunkType",
     "ObjectStoreConfig",
     "S3Options",
     "Storage",

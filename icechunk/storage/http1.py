@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import socket
 import ssl
 from collections import deque
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, cast
 
+from aiohappyeyeballs import start_connection
 from multidict import CIMultiDict
 
 __all__ = ["BadAnswerError", "Connections", "NotConnectedError", "Origin", "Response"]
@@ -150,17 +152,23 @@ class Connections:
 
     async def _connect(self, origin: Origin, connect_s: float) -> _Connection:
         loop = asyncio.get_running_loop()
-        secure = origin.scheme == "https"
+        tls = (self._tls or ssl.create_default_context()) if origin.scheme == "https" else None
         try:
             async with asyncio.timeout(connect_s):
-                _, connection = await loop.create_connection(
-                    lambda: _Connection(loop, self._open),
-                    origin.host,
-                    origin.port,
-                    ssl=(self._tls or ssl.create_default_context()) if secure else None,
-                    # Racing leaves a socket unclosed where it is cancelled at its end, and one address needs none.
-                    happy_eyeballs_delay=None if _is_address(origin.host) else _HAPPY_EYEBALLS_S,
-                )
+                if _is_address(origin.host):
+                    _, connection = await loop.create_connection(
+                        lambda: _Connection(loop, self._open), origin.host, origin.port, ssl=tls
+                    )
+                else:
+                    # asyncio's own race of addresses leaves a socket unclosed where it is cancelled at its end.
+                    addresses = await loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+                    connected = await start_connection(addresses, happy_eyeballs_delay=_HAPPY_EYEBALLS_S)
+                    _, connection = await loop.create_connection(
+                        lambda: _Connection(loop, self._open),
+                        sock=connected,
+                        ssl=tls,
+                        server_hostname=origin.host if tls else None,
+                    )
         except OSError as error:  # also TimeoutError
             raise NotConnectedError(str(error)) from error
         return connection

@@ -1,4 +1,8 @@
-"""Helpers for tests of this package and of what is built on it: contract suites, recording and faulty storages."""
+"""Helpers for tests of this package and of what is built on it.
+
+Simulations: contract suites; recording, faulty and slow storages. For property tests with hypothesis: `strategies`,
+`trees`, `models`, `invariants` and `utils`, under the names that the official library gives them.
+"""
 
 from __future__ import annotations
 

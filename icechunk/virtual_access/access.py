@@ -89,9 +89,10 @@ class VirtualAccess:
     ) -> None:
         found = list(containers)
         self.prefixes = Prefixes(found)
+        authorized = _by_container(found, authorized)
         _check(found, authorized)
         self._desks: PerLoop[_Desk] = PerLoop(
-            partial(_Desk, self.prefixes, dict(authorized), settings, gates, reads, sources), _Desk.aclose
+            partial(_Desk, self.prefixes, authorized, settings, gates, reads, sources), _Desk.aclose
         )
 
     async def read(self, ref: ChunkRef, start: int, end: int) -> bytes:
@@ -224,6 +225,17 @@ class _Desk:
 
 
 _KEPT_KINDS: Final = frozenset({str(ErrorKind.VIRTUAL_CHUNK_MODIFIED), str(ErrorKind.INVALID_VIRTUAL_REF)})
+
+
+def _by_container(
+    containers: Iterable[VirtualChunkContainer], authorized: Mapping[str, AnyCredential | None]
+) -> dict[str, AnyCredential | None]:
+    """What is authorised, by the prefixes of the containers; those may be given without their last slash."""
+    whole = {container.url_prefix for container in containers}
+    return {
+        f"{prefix}/" if f"{prefix}/" in whole and prefix not in whole else prefix: credential
+        for prefix, credential in authorized.items()
+    }
 
 
 def _check(containers: Iterable[VirtualChunkContainer], authorized: Mapping[str, AnyCredential | None]) -> None:

@@ -35,7 +35,7 @@ def test_an_environment_that_was_made_before_is_found_again(monkeypatch: pytest.
     (home / "bin").mkdir(parents=True)
     (home / "bin" / "python").symlink_to(sys.executable)
     assert oracle.find("2.3.0") is None, "an environment that was left half made does not count"
-    (home / "ready").touch()
+    (home / "ready").write_text(" ".join(oracle._RECIPES[oracle.OFFICIAL_CURRENT].packages))
     assert oracle.find("2.3.0") == oracle.ensure("2.3.0") == home / "bin" / "python"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -198,6 +199,15 @@ async def test_nobody_there_is_told_apart_from_a_broken_connection() -> None:
         with pytest.raises(NotConnectedError) as caught:
             await made.exchange(origin, "GET", "/", {"host": "h"}, **LIMITS)
     assert isinstance(caught.value.__cause__, ConnectionRefusedError)
+
+
+async def test_hosts_are_reached_by_name_and_unknown_ones_said_to_be() -> None:
+    async with serving(saying(OK)) as origin, connections() as made:
+        by_name = Origin("http", "localhost", origin.port)
+        assert (await made.exchange(by_name, "GET", "/", {"host": "h"}, **LIMITS)).body == b"hello"
+        with pytest.raises(NotConnectedError) as caught:
+            await made.exchange(Origin("http", "no-such-host.invalid", 80), "GET", "/", {"host": "h"}, **LIMITS)
+        assert isinstance(caught.value.__cause__, socket.gaierror)
 
 
 async def test_cancelling_closes_the_connection() -> None:

@@ -186,12 +186,17 @@ async def test_a_file_that_was_rewritten_is_noticed_by_whoever_opens_the_reposit
 
 async def test_chunks_are_not_read_without_authorisation(folder: Path) -> None:
     other = {f"file://{folder.parent}/": LocalFileSystemAccess, "local": LocalFileSystemAccess}
-    for authorized in ({}, other, {prefix_of(folder)[:-1]: LocalFileSystemAccess}):
+    for authorized in ({}, other):
         session = await session_on(folder, authorized=authorized)
         kind = ErrorKind.UNAUTHORIZED_VIRTUAL_CHUNK_CONTAINER
         error = await fails(session, prefix_of(folder) + "f", kind)
         assert isinstance(error, InvalidInputError)
         assert "authorize_virtual_chunk_access" in error.message
+
+
+async def test_a_prefix_is_authorised_without_its_last_slash_too(folder: Path) -> None:
+    session = await session_on(folder, authorized={prefix_of(folder)[:-1]: LocalFileSystemAccess})
+    await fails(session, prefix_of(folder) + "none", ErrorKind.VIRTUAL_CHUNK_FETCH)
 
 
 async def test_the_longer_prefix_needs_its_own_authorisation(folder: Path) -> None:

@@ -1,0 +1,116 @@
+"""What code written for the official library leans on: private names, testing helpers, and habits."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import icechunk
+from icechunk._icechunk_python import AsyncCloseableIterator, PyRepository, PySession
+from icechunk.testing.invariants import assert_ancestry_invariants, assert_moves_sorted_by_final_path
+from icechunk.testing.models import GroupNode
+from icechunk.testing.trees import tree_and_mixed_moves, wrap_tolerant
+from icechunk.testing.utils import precommit_postcommit_readonly, tree_to_model_and_icechunk
+
+
+def new_repo() -> icechunk.Repository:
+    return icechunk.Repository.create(icechunk.in_memory_storage())
+
+
+def test_the_compiled_classes_work_on_the_same_repository() -> None:
+    repo = new_repo()
+    inner = repo._repository
+    assert isinstance(inner, PyRepository)
+    session = inner.writable_session("main")
+    zarr.create_array(repo.writable_session("main").store, name="unused", shape=(1,), dtype="i4")
+    assert isinstance(session, PySession)
+    assert not session.is_fork
+    assert session.fork().is_fork
+    inner.create_branch("dev", session.snapshot_id)
+    assert repo.list_branches() == {"main", "dev"}
+    assert icechunk.Repository(inner).list_branches() == {"main", "dev"}
+    assert json.loads(inner.inspect_snapshot(session.snapshot_id))
+    assert isinstance(repo.async_ancestry(branch="main"), AsyncCloseableIterator)
+
+
+async def test_the_compiled_store_takes_and_gives_bytes() -> None:
+    session = new_repo().writable_session("main")
+    zarr.create_array(session.store, name="a", shape=(4,), chunks=(4,), dtype="i1", compressors=None)
+    store = session.store._store
+    await store.set("a/c/0", b"0123")
+    assert await store.get("a/c/0") == b"0123"
+    assert await store.get("a/c/0", (1, 3)) == b"12"
+    assert await store.get_partial_values([("a/c/0", (2, None)), ("a/c/1", (None, None))]) == [b"23", None]
+    with pytest.raises(icechunk.NotFoundError):
+        await store.get("a/c/1")
+    assert session._session.status().updated_chunks == {"/a": [[0]]}
+
+
+def test_a_fork_travels_as_bytes() -> None:
+    session = new_repo().writable_session("main")
+    fork = session.fork()
+    with pytest.raises(ValueError, match="fork"):
+        session._session.as_bytes()
+    assert fork._session.is_fork
+
+
+def test_a_configuration_given_at_creation_can_be_saved_again() -> None:
+    repo = icechunk.Repository.create(
+        icechunk.in_memory_storage(), config=icechunk.RepositoryConfig(inline_chunk_threshold_bytes=7)
+    )
+    repo.save_config()
+    assert repo.reopen().config.inline_chunk_threshold_bytes == 7
+
+
+def test_a_commit_says_how_often_it_was_rebased() -> None:
+    repo = new_repo()
+    with repo.transaction("main", message="root") as store:
+        zarr.create_group(store)
+    first, second = repo.writable_session("main"), repo.writable_session("main")
+    zarr.create_group(first.store, path="a")
+    zarr.create_group(second.store, path="b")
+    first.commit("a")
+    second.commit("b", rebase_with=icechunk.ConflictDetector())
+    newest = next(iter(repo.ancestry(branch="main")))
+    assert newest.metadata["__icechunk"] == {"rebase_attempts": 1}
+
+
+@pytest.mark.skipif("array.rectilinear_chunks" not in zarr.config, reason="needs a zarr with rectilinear grids")
+def test_chunks_of_a_rectilinear_grid_are_not_shifted() -> None:
+    session = new_repo().writable_session("main")
+    with zarr.config.set({"array.rectilinear_chunks": True}):
+        array = zarr.create_array(session.store, name="a", shape=(3,), chunks=((1, 2),), dtype="i4")  # type: ignore
+        array[:] = [1, 2, 3]
+        before = session.status()
+        with pytest.raises(icechunk.IcechunkError, match="rectilinear"):
+            session.shift_array("/a", (1,))
+        assert session.status() == before
+        np.testing.assert_array_equal(zarr.open_array(session.store, path="a")[:], [1, 2, 3])
+
+
+@settings(max_examples=15, deadline=None)
+@given(tree_and_mixed_moves(max_leaves=st.just(12), n_moves=st.integers(1, 5)))
+def test_moves_of_the_official_strategies_do_what_the_model_says(
+    tree_moves: tuple[GroupNode, list[tuple[str, str, str | None]]],
+) -> None:
+    tree, moves = tree_moves
+    model, session, repo = tree_to_model_and_icechunk(tree)
+    start = session.commit("tree")
+    rearrange = repo.rearrange_session("main")
+    for source, target, pattern in moves:
+        if pattern is not None:
+            with pytest.raises(icechunk.IcechunkError, match=wrap_tolerant(pattern)):
+                rearrange.move(source, target)
+        else:
+            zarr.core.sync.sync(model.move(source, target))
+            rearrange.move(source, target)
+    expected = GroupNode.from_store(model)
+    for stage, store in precommit_postcommit_readonly(rearrange, repo, allow_empty=True):
+        assert GroupNode.from_store(store) == expected, stage
+    assert_ancestry_invariants(list(repo.ancestry(branch="main")))
+    assert_moves_sorted_by_final_path(repo.diff(from_snapshot_id=start, to_branch="main").moved_nodes)
