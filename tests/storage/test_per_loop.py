@@ -49,6 +49,29 @@ def test_each_loop_has_its_own_value_and_closes_it() -> None:
     assert len(clients._entries) == 0
 
 
+async def test_closing_while_the_loop_ends_waits_for_it() -> None:
+    first, second = asyncio.Event(), asyncio.Event()
+
+    async def close(client: Client) -> None:
+        first.set()
+        await second.wait()
+        await client.aclose()
+
+    clients = PerLoop(make, close)
+    client = await clients.get()
+    entry = clients._entries[asyncio.get_running_loop()]
+    assert entry.keeper is not None
+    # What `loop.shutdown_asyncgens` does.
+    ending = asyncio.create_task(entry.keeper.aclose())
+    await first.wait()
+    closing = asyncio.create_task(clients.aclose())
+    await asyncio.sleep(0)
+    assert not closing.done()
+    second.set()
+    await asyncio.gather(ending, closing)
+    assert client.closed == 1
+
+
 async def test_closing_early_makes_a_new_value_next_time() -> None:
     clients = PerLoop(make, Client.aclose)
     first = await clients.get()
