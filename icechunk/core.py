@@ -21,6 +21,7 @@ from icechunk.config import (
 )
 from icechunk.config.manifest_rules import manifests_to_preload, tile_shapes
 from icechunk.config.storage import DEFAULT_MAX_REQUESTS_PER_OBJECT
+from icechunk.format.envelope import CLIENT_NAME
 from icechunk.format.ids import ObjectId, object_id_from_text
 from icechunk.format.location_compression import LocationCompression
 from icechunk.format.tables import Snapshot
@@ -119,6 +120,8 @@ class Core:
         """Small metadata files that came with the log, by key; some have no object of their own yet."""
         self.gates = Gates(0)
         self._put_memory: tuple[int, PutMemory] | None = None
+        if attribution is not None and attribution != Attribution():
+            storage = storage.with_user_agent(attribution.user_agent(CLIENT_NAME))
         self._configure(storage, config)
         self._fresh: tuple[RepositoryLog, int] | None = None
         self._created: RepositoryLog | None = None

@@ -120,7 +120,7 @@ _CLIENT: Final = re.compile(f"{_TOKEN}(/{_TOKEN})?")
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
 class Attribution(Represented):
-    """Who works with the repository; sent along with requests, for the storage's access logs."""
+    """Who works with the repository; sent in the ``User-Agent`` of requests to S3 and web servers, for their logs."""
 
     _public_name: ClassVar[str] = "icechunk.Attribution"
 
@@ -145,6 +145,15 @@ class Attribution(Represented):
                 for char in value:
                     if not " " <= char <= "~" or char in '"();=\\':
                         raise _refused(name, f"contains the forbidden character {char!r}")
+
+    def user_agent(self, program: str) -> str:
+        """The header of requests by ``program``: ``client program (workload=…; principal=…)``."""
+        about = "; ".join(
+            f"{name}={value}"
+            for name, value in (("workload", self.workload), ("principal", self.principal))
+            if value is not None
+        )
+        return " ".join(part for part in (self.client, program, f"({about})" if about else None) if part)
 
 
 def _refused(name: str, reason: str) -> InvalidInputError:

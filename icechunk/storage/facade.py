@@ -47,6 +47,10 @@ class StorageFacade:
         """
         return cast("Storage", self)
 
+    def with_user_agent(self, user_agent: str) -> Storage:
+        """The same place, whose requests name themselves so; storages that send no such header return themselves."""
+        return cast("Storage", self)
+
     async def list_objects_metadata_async(
         self,
         settings: StorageSettings | None = None,

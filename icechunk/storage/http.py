@@ -106,6 +106,11 @@ class HttpStorage(ReadOnlyStorage):
     def with_settings(self, settings: StorageSettings | None) -> Storage:
         return HttpStorage(self._base_url, self._options, self._headers, settings=settings, sources=self._sources)
 
+    def with_user_agent(self, user_agent: str) -> Storage:
+        # What the caller asked for as a header or an option stays.
+        options = {"user_agent": user_agent, **self._options}
+        return HttpStorage(self._base_url, options, self._headers, settings=self._settings, sources=self._sources)
+
     def default_settings(self) -> StorageSettings:
         return object_store_settings()
 
