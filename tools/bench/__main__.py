@@ -35,12 +35,18 @@ FLOORS = {
 """How many times as fast as the official library we must be at least."""
 
 LATENCY_MS = 20
+ON_DEMAND = ("huge",)
+"""Cases that run only when they are asked for: they take minutes and gigabytes."""
 
 
 def main() -> int:
     """Run the benchmarks that the command line asks for and print a table."""
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", default=",".join(CASES), help=f"comma-separated, of {', '.join(CASES)}")
+    parser.add_argument(
+        "--only",
+        default=",".join(case for case in CASES if case not in ON_DEMAND),
+        help=f"comma-separated, of {', '.join(CASES)}",
+    )
     parser.add_argument("--repeat", type=int, default=3, help="runs of each case and library (default 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a floor is missed")
@@ -123,10 +129,14 @@ def _table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         floor = "" if row["floor"] is None else f"{row['floor']:.1f}" + ("" if row["ok"] else " !")
         lines.append(
-            f"{row['case']:8}{row['what']:26}{_seconds(row['ours_s']):>12}{_seconds(row['official_s']):>12}"
+            f"{row['case']:8}{row['what']:26}{_amount(row, 'ours_s'):>12}{_amount(row, 'official_s'):>12}"
             f"{row['times_as_fast']:>11.2f}{floor:>8}"
         )
     return "\n".join(lines)
+
+
+def _amount(row: Mapping[str, Any], which: str) -> str:
+    return f"{row[which]:.2f} GiB" if row["what"].endswith("GiB") else _seconds(row[which])
 
 
 def _seconds(value: float) -> str:
