@@ -35,6 +35,7 @@ FLOORS = {
 """How many times as fast as the official library we must be at least."""
 
 LATENCY_MS = 20
+TIMEOUT_S = 300.0
 ON_DEMAND = ("huge",)
 """Cases that run only when they are asked for: they take minutes and gigabytes."""
 
@@ -92,7 +93,8 @@ def _best(best: dict[str, float], seconds: Mapping[str, float]) -> None:
 def _official(case: str, options: Mapping[str, Any]) -> Any:
     for tries_left in (2, 1, 0):
         try:
-            return oracle.run(oracle.OFFICIAL_CURRENT, "tools.bench.workload", case, json.dumps(options))
+            words = ("tools.bench.workload", case, json.dumps(options))
+            return oracle.run(oracle.OFFICIAL_CURRENT, *words, timeout_s=TIMEOUT_S)
         except oracle.OracleError as error:
             # The official library sometimes dies of a segmentation fault at the end of a process.
             if not tries_left or "ended with -11" not in str(error):
@@ -107,7 +109,7 @@ def _ours(case: str, options: Mapping[str, Any]) -> Any:
         text=True,
         cwd=oracle.PROJECT,
         check=True,
-        timeout=300,
+        timeout=TIMEOUT_S,
     )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
