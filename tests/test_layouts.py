@@ -234,6 +234,7 @@ async def test_format_1_refuses_what_it_does_not_have(storage: Storage):
         repo.set_status_async(icechunk.RepoStatus(icechunk.RepoAvailability.read_only)),
         repo.feature_flags_async(),
         repo.set_feature_flag_async("move_node", False),
+        repo.rearrange_session_async("main"),
         anext(repo.ops_log_async()),
     ):
         with pytest.raises(icechunk.IcechunkError, match="format 1") as error:

@@ -9,6 +9,7 @@ and a look-up is one dict access and a few bisections.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import lt
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
@@ -82,9 +83,10 @@ class ArrayFold:
 
     def seal(self) -> list[ChunksWritten | ChunksDeleted]:
         """End the open rows: they become a layer, and the events returned."""
-        if not self.rows:
-            return []
-        refs = from_rows(self.rows, len(self.grid))
+        return self.seal_as(from_rows(self.rows, len(self.grid))) if self.rows else []
+
+    def seal_as(self, refs: ChunkRefs) -> list[ChunksWritten | ChunksDeleted]:
+        """The same, given the open rows as columns."""
         self.rows = {}
         self.push(refs)
         deleted = refs.kind == DELETED
@@ -107,6 +109,8 @@ class ArrayFold:
 
 def inside(coords: npt.NDArray[np.uint32], grid: Sequence[int]) -> npt.NDArray[np.bool_]:
     """bool[n]: which coordinates lie in a grid of that many chunks along each dimension."""
+    if len(coords) <= 16:
+        return np.array([all(map(lt, row, grid)) for row in coords.tolist()], np.bool_)
     good = np.ones(len(coords), np.bool_)
     for d, n in enumerate(grid):
         if n <= _MOST:

@@ -59,7 +59,15 @@ def local_filesystem_store(path: str) -> ObjectStoreConfig.LocalFileSystem:
 
 
 def http_store(opts: dict[str, str] | None = None, headers: dict[str, str] | None = None) -> ObjectStoreConfig.Http:
-    """The kind of store of virtual chunks on web servers; ``headers`` are sent with every request."""
+    """The kind of store of virtual chunks on web servers.
+
+    Parameters
+    ----------
+    opts
+        Options of the HTTP client, as `http_storage` takes them.
+    headers
+        Sent with every request to that server.
+    """
     return ObjectStoreConfig.Http(opts, headers)
 
 

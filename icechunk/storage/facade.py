@@ -36,18 +36,9 @@ class StorageFacade:
 
     def default_settings(self) -> StorageSettings:
         """Settings that this kind of storage uses where the configuration gives none."""
-        from icechunk.config import StorageConcurrencySettings, StorageRetriesSettings, StorageSettings
+        from icechunk.storage.defaults import place_settings
 
-        return StorageSettings(
-            concurrency=StorageConcurrencySettings(
-                max_concurrent_requests_for_object=5, ideal_concurrent_request_size=4096
-            ),
-            retries=StorageRetriesSettings(max_tries=1, initial_backoff_ms=0, max_backoff_ms=0),
-            unsafe_use_conditional_create=True,
-            unsafe_use_conditional_update=True,
-            unsafe_use_metadata=True,
-            minimum_size_for_multipart_upload=100 * 1024 * 1024,
-        )
+        return place_settings(ideal_request_bytes=4096)
 
     def with_settings(self, settings: StorageSettings | None) -> Storage:
         """The same place under other settings; shares the clients and caches of this one.

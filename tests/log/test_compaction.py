@@ -255,3 +255,30 @@ def test_a_manifest_without_the_array_that_the_snapshot_promises_is_a_format_err
             metadata={},
             new_object_id=repo.new_object_id,
         )
+
+
+def test_five_thousand_small_arrays_share_a_handful_of_manifests_when_they_are_made_and_when_they_change() -> None:
+    repo = Repo()
+    log = repo.log()
+    document = array_json((2,))
+    for i in range(5000):
+        log.set_metadata(f"/a{i}", document)
+    for c in range(2):
+        for i in range(5000):
+            node = log.node(f"/a{i}")
+            assert node is not None
+            log.set_native(node, (c,), object_id(2 * i + c), 0, 7)
+    assert len(repo.commit(log).manifests) == 1
+    assert check_snapshot(repo) == 10_000
+    log = repo.log()
+    for i in range(5000):
+        log.set_native(repo.snapshot.nodes[f"/a{i}"], (1,), object_id(20_000 + i), 0, 7)
+    assert len(repo.commit(log).manifests) == 1
+    assert len(repo.read) == 1
+    assert check_snapshot(repo) == 10_000
+    for i in (0, 17, 4999):
+        node = repo.snapshot.nodes[f"/a{i}"]
+        for c, id in ((0, 2 * i), (1, 20_000 + i)):
+            ref = repo.committed(node, (c,))
+            assert ref is not None
+            assert ref.chunk_id == object_id(id)

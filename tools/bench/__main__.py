@@ -27,6 +27,8 @@ FLOORS = {
     ("commit", "commit"): 0.5,
     ("references", "1 M set and commit"): 1.5,
     ("references", "append 1 000 to 1 M"): 20.0,
+    ("arrays", "create: commit"): 2.0,
+    ("arrays", "update: commit"): 2.0,
     ("wire", "write and commit"): 1.0,
     ("wire", "read"): 1.0,
 }
