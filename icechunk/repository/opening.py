@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Self
+from typing import Any, Self
 
 from icechunk.config import Attribution, RepositoryConfig, StorageSettings, config_from_dict, config_to_dict
 from icechunk.core import Core
@@ -43,7 +43,7 @@ class Opening(RepositoryBase):
         storage
             Where; of several that create there at the same time exactly one succeeds.
         config
-            Persisted with the repository.
+            Persisted with the repository, where it sets anything.
         authorize_virtual_chunk_access
             Credentials by the URL prefix of each virtual chunk container that may be read.
         spec_version
@@ -70,7 +70,7 @@ class Opening(RepositoryBase):
             core.storage,
             layout,
             core.sources,
-            config=None if config is None else config_to_dict(config),
+            config=_worth_persisting(config),
             check_clean_root=check_clean_root,
         )
         await core.adopt(log)
@@ -261,6 +261,11 @@ def _new_core(
     require_type("authorize_virtual_chunk_access", virtual_access, dict, optional=True)
     require_type("attribution", attribution, Attribution, optional=True)
     return Core(storage, config or RepositoryConfig(), attribution=attribution, virtual_access=virtual_access)
+
+
+def _worth_persisting(config: RepositoryConfig | None) -> dict[str, Any] | None:
+    found = None if config is None else config_to_dict(config)
+    return None if found == config_to_dict(RepositoryConfig()) else found
 
 
 def _check_config(config: RepositoryConfig | None) -> None:
