@@ -1,9 +1,13 @@
 """``python -m tools.bench``: how fast we are, as ratios to the official library in the same run.
 
     python -m tools.bench [--only small,commit,wire] [--repeat 3] [--json FILE] [--check]
+    python -m tools.bench --only growth [--commits 10000]
 
 Each case runs in fresh processes, ours and the official one's in turn, and the best of the repeats counts: what the
 machine did besides is the same for both. With ``--check`` the exit code is 1 when a floor is missed.
+
+``growth`` takes minutes, has no official counterpart, and runs on request only: ours at the beginning of a long history
+beside ours at its end, as `tools.bench.growth` tells.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import oracle
+from tools.bench import growth
 from tools.bench.workload import CASES
 
 FLOORS = {
@@ -43,21 +48,28 @@ ON_DEMAND = ("huge",)
 def main() -> int:
     """Run the benchmarks that the command line asks for and print a table."""
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.split("\n\n")[0])
+    known = [*CASES, growth.CASE]
     parser.add_argument(
         "--only",
         default=",".join(case for case in CASES if case not in ON_DEMAND),
-        help=f"comma-separated, of {', '.join(CASES)}",
+        help=f"comma-separated, of {', '.join(known)}",
     )
     parser.add_argument("--repeat", type=int, default=3, help="runs of each case and library (default 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a floor is missed")
+    parser.add_argument("--commits", type=int, default=10_000, help="length of the history of growth (default 10000)")
     args = parser.parse_args()
     cases = args.only.split(",")
-    unknown = set(cases) - set(CASES)
+    unknown = set(cases) - set(known)
     if unknown:
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
-    rows = [row for case in cases for row in _measure(case, args.repeat)]
-    print(_table(rows))
+    rows = [row for case in cases if case in CASES for row in _measure(case, args.repeat)]
+    if rows:
+        print(_table(rows))
+    if growth.CASE in cases:
+        grown = growth.rows(args.commits)
+        print(growth.table(grown))
+        rows += grown
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return 1 if args.check and not all(row["ok"] for row in rows) else 0
