@@ -141,7 +141,7 @@ class Core:
         self.assets = Assets(
             self.storage,
             gates=self.gates,
-            reads=settings.reads,
+            reads=settings.reads if self.storage.gains_from_split_reads else replace(settings.reads, splitting=None),
             num_snapshot_nodes=_value(caching.num_snapshot_nodes, 500_000),
             num_chunk_refs=_value(caching.num_chunk_refs, 15_000_000),
             num_transaction_changes=_value(caching.num_transaction_changes, 0),

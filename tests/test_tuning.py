@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from icechunk.config import (
 from icechunk.errors import InvalidInputError
 from icechunk.repository import Repository
 from icechunk.session import Session
-from icechunk.storage.base import ByteRange, GetResult, PutResult, Range
+from icechunk.storage.base import ByteRange, GetResult, PutResult, Range, Storage
+from icechunk.storage.local import LocalStorage
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.wrapping import WrappingStorage
 
@@ -33,8 +35,8 @@ ALONE = EngineConfig(pack_threshold_bytes=0)
 class Counting(WrappingStorage):
     """Counts requests for chunks, and how many there are at a time; each takes a few turns of the loop."""
 
-    def __init__(self) -> None:
-        super().__init__(MemoryStorage())
+    def __init__(self, inner: Storage | None = None) -> None:
+        super().__init__(inner or MemoryStorage())
         self.now = self.most = self.bytes = self.most_bytes = 0
         self.read: list[int] = []
         """Bytes of each read."""
@@ -63,9 +65,11 @@ class Counting(WrappingStorage):
         return done
 
 
-async def filled(config: RepositoryConfig, size: int = 1000) -> tuple[Counting, Repository, Session]:
+async def filled(
+    config: RepositoryConfig, size: int = 1000, inner: Storage | None = None
+) -> tuple[Counting, Repository, Session]:
     """A repository with 32 chunks of so many bytes, and a session that reads them."""
-    storage = Counting()
+    storage = Counting(inner)
     repository = await Repository.create_async(storage, config)
     session = await repository.writable_session_async("main")
     session.set_metadata("/a", ARRAY)
@@ -149,6 +153,15 @@ async def test_long_reads_are_split_where_the_size_of_a_request_is_set() -> None
     assert await reader.get_chunk("/a", (7,), None) == b"\7" * size
     assert storage.read == [375_000] * 8
     assert storage.most == 3
+
+
+async def test_files_of_a_local_disk_are_read_whole_whatever_size_of_request_is_set(tmp_path: Path) -> None:
+    """The official library persists 4 KiB for them."""
+    concurrency = StorageConcurrencySettings(ideal_concurrent_request_size=4096)
+    config = RepositoryConfig(engine=ALONE, storage=StorageSettings(concurrency=concurrency))
+    storage, _, reader = await filled(config, 3_000_000, LocalStorage(tmp_path))
+    assert await reader.get_chunk("/a", (7,), None) == b"\7" * 3_000_000
+    assert storage.read == [3_000_000]
 
 
 @pytest.mark.parametrize(("kept", "reads"), [(None, 2), (0, 2), (10_000_000, 1)])

@@ -234,6 +234,11 @@ class Storage(StorageFacade, ABC):
         """Whether a listing of part of a folder, by the beginning of names, costs no more than what it returns."""
         return True
 
+    @property
+    def gains_from_split_reads(self) -> bool:
+        """Whether parts of one object that are read at the same time can come sooner than the whole."""
+        return True
+
     @abstractmethod
     def describe(self) -> str:
         """Where this is, for error messages (``s3://bucket/prefix``); no secrets."""

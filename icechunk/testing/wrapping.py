@@ -73,6 +73,10 @@ class WrappingStorage(Storage):
     def lists_any_prefix_fast(self) -> bool:
         return self.inner.lists_any_prefix_fast
 
+    @property
+    def gains_from_split_reads(self) -> bool:
+        return self.inner.gains_from_split_reads
+
     def describe(self) -> str:
         return self.inner.describe()
 
