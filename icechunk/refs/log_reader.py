@@ -306,7 +306,7 @@ async def _not_found(storage: Storage) -> RepositoryNotFoundError:
             f"no repository of format 2 in {storage.describe()}, but one of format 1: open it as such"
         )
     return RepositoryNotFoundError(
-        f"no repository in {storage.describe()}: check bucket and prefix, or create one there"
+        f"the repository doesn't exist: none in {storage.describe()}; check bucket and prefix, or create one there"
     )
 
 
