@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from icechunk.errors import ConflictError, ErrorKind
-from icechunk.values import IntLikeEnum, Represented, boolean, instance_of, text
+from icechunk.values import Described, IntLikeEnum, boolean, instance_of, text
 
 __all__ = [
     "BasicConflictSolver",
@@ -61,7 +61,7 @@ class ConflictType(_ByIdentity):
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Conflict(Represented):
+class Conflict(Described):
     """One conflict between a session and the commits it is to be rebased on."""
 
     _public_name: ClassVar[str] = "icechunk.conflicts.Conflict"

@@ -21,11 +21,12 @@ from icechunk.config import (
 )
 from icechunk.config.manifest_rules import manifests_to_preload, tile_shapes
 from icechunk.config.storage import DEFAULT_MAX_REQUESTS_PER_OBJECT
+from icechunk.format.envelope import CLIENT_NAME
 from icechunk.format.ids import ObjectId, object_id_from_text
 from icechunk.format.location_compression import LocationCompression
 from icechunk.format.tables import Snapshot
 from icechunk.log.compaction import Policy
-from icechunk.refs.base import FILES_BYTES, Layout, RepositoryLog
+from icechunk.refs.base import FILES_BYTES, MAX_FILES, Layout, RepositoryLog
 from icechunk.refs.convert import convert_log
 from icechunk.refs.open import open_repository
 from icechunk.refs.state import RepoState
@@ -115,10 +116,12 @@ class Core:
         self.default_metadata: dict[str, Any] = dict(default_metadata or {})
         self.persisted_config: Any = None
         """The configuration that was persisted when this core was opened, or that it has persisted since."""
-        self.files: WeightedCache[str, bytes] = WeightedCache(FILES_BYTES)
+        self.files: WeightedCache[str, bytes] = WeightedCache(FILES_BYTES, MAX_FILES)
         """Small metadata files that came with the log, by key; some have no object of their own yet."""
         self.gates = Gates(0)
         self._put_memory: tuple[int, PutMemory] | None = None
+        if attribution is not None and attribution != Attribution():
+            storage = storage.with_user_agent(attribution.user_agent(CLIENT_NAME))
         self._configure(storage, config)
         self._fresh: tuple[RepositoryLog, int] | None = None
         self._created: RepositoryLog | None = None

@@ -203,9 +203,16 @@ class RefNotFoundError(NotFoundError):
 
 
 class RepositoryNotFoundError(NotFoundError):
-    """No repository at this place of the storage. Check bucket and prefix, or create one there."""
+    """No repository at this place of the storage. Check bucket and prefix, or create one there.
+
+    A note of it (``__notes__``) tells what was looked for.
+    """
 
     default_kind = ErrorKind.REPOSITORY_NOT_FOUND
+
+    def __init__(self, message: str, kind: str | None = None) -> None:
+        super().__init__(message, kind)
+        self.add_note("A repository has an object 'repo' (format 2) or a branch 'main' below 'refs/' (format 1).")
 
 
 class AlreadyExistsError(IcechunkError):

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import ClassVar, TypeAlias, final
 
 from icechunk.status import RepoStatus
-from icechunk.values import Represented, VariantMeta
+from icechunk.values import Described, Represented, VariantMeta
 
 __all__ = ["AnyUpdateType", "ChunkStorageStats", "GCSummary", "Update", "UpdateType"]
 
@@ -167,7 +167,7 @@ AnyUpdateType: TypeAlias = (
 
 @final
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
-class Update(Represented):
+class Update(Described):
     """One entry of a repository's operations log."""
 
     _public_name: ClassVar[str] = "icechunk.ops.Update"
@@ -180,7 +180,7 @@ class Update(Represented):
 
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
-class GCSummary(Represented):
+class GCSummary(Described):
     """What a collection of garbage deleted (or would delete, on a dry run)."""
 
     _public_name: ClassVar[str] = "icechunk.ops.GCSummary"
@@ -202,7 +202,7 @@ class GCSummary(Represented):
 
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
-class ChunkStorageStats(Represented):
+class ChunkStorageStats(Described):
     """Bytes of a repository's chunks, by where they are."""
 
     _public_name: ClassVar[str] = "icechunk.stats.ChunkStorageStats"

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, ClassVar, Protocol
 
-from icechunk.values import Represented
+from icechunk.values import Described
 
 __all__ = ["AncestryGraph", "Changes", "Diff", "ManifestFileInfo", "SnapshotInfo"]  # noqa: F822 - see `__getattr__`
 
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
-class SnapshotInfo(Represented):
+class SnapshotInfo(Described):
     """A snapshot as history lists it."""
 
     _public_name: ClassVar[str] = "icechunk.snapshots.SnapshotInfo"
@@ -30,7 +30,7 @@ class SnapshotInfo(Represented):
 
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
-class ManifestFileInfo(Represented):
+class ManifestFileInfo(Described):
     """A manifest object of a snapshot."""
 
     _public_name: ClassVar[str] = "icechunk.snapshots.ManifestFileInfo"
@@ -140,7 +140,8 @@ class Diff:
             f"<pre>{html.escape(chr(10).join(lines))}</pre></details>"
             for title, lines in self._sections()
         ]
-        return '<div class="icechunk-repr">' + ("".join(blocks) or "No changes") + "</div>"
+        header = '<div class="icechunk-header">icechunk.snapshots.Diff</div>'
+        return f'<div class="icechunk-repr">{header}{"".join(blocks) or "No changes"}</div>'
 
 
 def _lists(rows: Any) -> list[list[int]]:

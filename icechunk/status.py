@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Final
 
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.values import IntLikeEnum, Represented, aware, boolean, instance_of, optional, text, unsigned
+from icechunk.values import Described, IntLikeEnum, Represented, aware, boolean, instance_of, optional, text, unsigned
 
 __all__ = ["Attribution", "FeatureFlag", "RepoAvailability", "RepoStatus", "SessionMode", "SpecVersion"]
 
@@ -73,7 +74,7 @@ def _now() -> datetime:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class RepoStatus(Represented):
+class RepoStatus(Described):
     """Availability of a repository, since when and why."""
 
     _public_name: ClassVar[str] = "icechunk.repository.RepoStatus"
@@ -92,7 +93,7 @@ class RepoStatus(Represented):
 
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
-class FeatureFlag(Represented):
+class FeatureFlag(Described):
     """A feature that the repository's owner can switch off."""
 
     _public_name: ClassVar[str] = "icechunk.config.FeatureFlag"
@@ -119,16 +120,16 @@ _CLIENT: Final = re.compile(f"{_TOKEN}(/{_TOKEN})?")
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
 class Attribution(Represented):
-    """Who works with the repository; sent along with requests, for the storage's access logs."""
+    """Who works with the repository; sent in the ``User-Agent`` of requests to S3 and web servers, for their logs."""
 
     _public_name: ClassVar[str] = "icechunk.Attribution"
 
     client: str | None = None
     """Program, ``name`` or ``name/version``."""
     workload: str | None = None
-    """Job, in printable ASCII without parentheses."""
+    """Job, in printable ASCII without any of ``"();=\\``."""
     principal: str | None = None
-    """Person or service, in printable ASCII without parentheses."""
+    """Person or service, in printable ASCII without any of ``"();=\\``."""
 
     def __post_init__(self) -> None:
         for name in ("client", "workload", "principal"):
@@ -139,11 +140,20 @@ class Attribution(Represented):
             if len(value.encode(errors="surrogatepass")) > _MAX_ATTRIBUTION_BYTES:
                 raise _refused(name, f"is longer than {_MAX_ATTRIBUTION_BYTES} bytes")
             if name == "client" and not _CLIENT.fullmatch(value):
-                raise _refused(name, f"must be `name` or `name/version` in token characters, got {value!r}")
+                raise _refused(name, f"must be `name` or `name/version` in token characters, got {json.dumps(value)}")
             if name != "client":
                 for char in value:
-                    if not " " <= char <= "~" or char in "()\\":
+                    if not " " <= char <= "~" or char in '"();=\\':
                         raise _refused(name, f"contains the forbidden character {char!r}")
+
+    def user_agent(self, program: str) -> str:
+        """The header of requests by ``program``: ``client program (workload=…; principal=…)``."""
+        about = "; ".join(
+            f"{name}={value}"
+            for name, value in (("workload", self.workload), ("principal", self.principal))
+            if value is not None
+        )
+        return " ".join(part for part in (self.client, program, f"({about})" if about else None) if part)
 
 
 def _refused(name: str, reason: str) -> InvalidInputError:

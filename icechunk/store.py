@@ -311,8 +311,8 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
             yield "zarr.json"
         names = set(self._session.children(path))
         if node is not None and node.kind is NodeKind.ARRAY:
-            if await self._has_chunks(node):
-                names.add("c")
+            # Whether it has chunks or not, as other implementations list it: to know, manifests would have to be read.
+            names.add("c")
         elif (place := self._chunk_place(path)) is not None:
             array, leading = place
             async for refs in self._chunk_refs(array, leading):
@@ -345,12 +345,6 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
         if node is None or len(leading) >= len(node.shape) or max(leading, default=0) >> 32:
             return None
         return node, leading
-
-    async def _has_chunks(self, node: NodeSnapshot) -> bool:
-        async with aclosing(self._session.chunk_references(node.path)) as batches:
-            async for _ in batches:
-                return True
-        return False
 
     async def _chunk_refs(self, node: NodeSnapshot, leading: tuple[int, ...]) -> AsyncIterator[ChunkRefs]:
         async for refs in self._session.chunk_references(node.path):

@@ -26,6 +26,7 @@ from icechunk.errors import ErrorKind, InvalidInputError
 
 __all__ = [
     "Check",
+    "Described",
     "IntLikeEnum",
     "OutOfRangeError",
     "Represented",
@@ -35,6 +36,7 @@ __all__ = [
     "aware",
     "boolean",
     "checked",
+    "code",
     "fields_html",
     "hidden",
     "instance_of",
@@ -190,7 +192,8 @@ def redacted_mapping(options: Mapping[str, str] | None, *, everything: bool = Fa
 class Represented:
     """Mixin: ``repr``, ``str`` and ``_repr_html_`` from `_shown`.
 
-    Subclasses set ``_public_name`` (the dotted name users know) and may override `_shown`.
+    Subclasses set ``_public_name`` (the dotted name users know) and may override `_shown`. What a constructor
+    takes has the call that makes it as its ``repr``; facts that a repository tells are `Described`.
     """
 
     __slots__ = ()
@@ -212,7 +215,7 @@ class Represented:
         rows = self._shown()
         if not rows:
             return f"{self._public_name}()"
-        body = "".join(f"{name}={_code(value)},\n" for name, value, _ in rows)
+        body = "".join(f"{name}={code(value)},\n" for name, value, _ in rows)
         return f"{self._public_name}(\n{_indented(body)})"
 
     def __str__(self) -> str:
@@ -220,11 +223,15 @@ class Represented:
         for name, value, effective in self._shown():
             shown = effective if value is None and effective is not None else value
             mark = " (default)" if value is None and effective is not None else ""
-            if isinstance(shown, Represented):
-                lines.append(f"{name}:{mark}\n{_indented(str(shown))}".rstrip("\n"))
+            if isinstance(shown, Represented) and "\n" in (block := str(shown)):
+                lines.append(f"{name}:{mark}\n{_indented(block)}".rstrip("\n"))
             else:
-                lines.append(f"{name}: {_code(shown)}{mark}")
+                lines.append(f"{name}: {self._word(shown)}{mark}")
         return "\n".join(lines) + "\n"
+
+    def _word(self, value: Any) -> str:
+        """A field's value in ``str`` and HTML."""
+        return code(value)
 
     def _repr_html_(self) -> str:
         return _HTML_STYLE + self._html()
@@ -239,9 +246,27 @@ class Represented:
             else:
                 rows.append(
                     f'<div class="icechunk-field"><span class="icechunk-field-name">{html.escape(name)}:</span> '
-                    f'<span class="icechunk-field-value">{html.escape(_code(shown))}{mark}</span></div>'
+                    f'<span class="icechunk-field-value">{html.escape(self._word(shown))}{mark}</span></div>'
                 )
         return '<div class="icechunk-repr">' + "\n".join(rows) + "</div>\n"
+
+
+class Described(Represented):
+    """Mixin: both ``repr`` and ``str`` are a description, since no call makes such a value."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _word(self, value: Any) -> str:
+        match value:
+            case Enum():
+                return "".join(word[:1].upper() + word[1:] for word in value.name.split("_"))
+            case str() if value.isprintable():
+                return value
+            case _:
+                return code(value)
 
 
 _HTML_STYLE: Final = (
@@ -273,7 +298,8 @@ def _indented(block: str) -> str:
     return "".join(f"    {line}\n" for line in block.splitlines())
 
 
-def _code(value: Any) -> str:
+def code(value: Any) -> str:
+    """A value as the source text that makes it, as far as there is one."""
     match value:
         case Represented() | _Verbatim():
             return repr(value).rstrip("\n")
@@ -288,10 +314,10 @@ def _code(value: Any) -> str:
         case Mapping():
             if not value:
                 return "{}"
-            return "{\n" + _indented("".join(f"{_code(k)}: {_code(v)},\n" for k, v in value.items())) + "}"
+            return "{\n" + _indented("".join(f"{code(k)}: {code(v)},\n" for k, v in value.items())) + "}"
         case list() | tuple() | set() | frozenset():
             items = sorted(value) if isinstance(value, set | frozenset) else value
-            return "[" + ", ".join(_code(v) for v in items) + "]"
+            return "[" + ", ".join(code(v) for v in items) + "]"
         case _:
             return repr(value)
 

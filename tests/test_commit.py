@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import icechunk
@@ -115,6 +116,31 @@ async def test_a_session_begins_in_one_round_trip_and_commits_in_one_more_or_two
         assert of_the_commit(recording).dependent_rounds() == rounds  # files?, swap
         assert recording.count("put") == (1 if config is None else 3)
         assert recording.count("get") == recording.count("list") == recording.count("head") == 0
+
+
+async def test_an_append_to_a_large_array_reads_no_manifest_and_puts_one() -> None:
+    recording = RecordingStorage(MemoryStorage())
+    repository = await Repository.create_async(recording)
+    most = 200_000
+    for first, last in ((0, most), (most, most + 1000)):
+        await settled(recording, repository)
+        # Another repository object: nothing is cached that the append could read without a request.
+        opened = await Repository.open_async(MemoryCopy(recording))
+        session = await opened.writable_session_async("main")
+        session.set_metadata("/a", ARRAY % last)
+        recording.clear()
+        session.store.set_virtual_refs_arr(
+            "a",
+            (last - first,),
+            ["s3://bucket/object"] * (last - first),
+            np.arange(first, last, dtype=np.uint64),
+            np.full(last - first, 7, np.uint64),
+            arr_offset=(first,),
+            validate_containers=False,
+        )
+        await session.commit_async("references")
+        verbs = [request.verb for request in recording.requests if request.key.startswith("manifests/")]
+        assert verbs == ["put"] * (4 if last == most else 1)
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["repo has a file", "repo has none"])

@@ -115,10 +115,13 @@ async def test_configuration_is_persisted_in_each(storage: Storage, asked: int |
 
 
 async def test_nothing_to_open_is_said_so(storage: Storage):
-    assert await icechunk.Repository.fetch_config_async(storage) is None
-    assert await icechunk.Repository.fetch_spec_version_async(storage) is None
     with pytest.raises(icechunk.RepositoryNotFoundError):
+        await icechunk.Repository.fetch_config_async(storage)
+    assert await icechunk.Repository.fetch_spec_version_async(storage) is None
+    with pytest.raises(icechunk.RepositoryNotFoundError, match="the repository doesn't exist") as error:
         await icechunk.Repository.open_async(storage)
+    for found in (error.value, pickle.loads(pickle.dumps(error.value))):
+        assert ["'repo'" in note for note in found.__notes__] == [True]
 
 
 @pytest.mark.parametrize(("asked", "objects"), [(None, 1), (2, 4), (1, 4)])
@@ -234,6 +237,7 @@ async def test_format_1_refuses_what_it_does_not_have(storage: Storage):
         repo.set_status_async(icechunk.RepoStatus(icechunk.RepoAvailability.read_only)),
         repo.feature_flags_async(),
         repo.set_feature_flag_async("move_node", False),
+        repo.rearrange_session_async("main"),
         anext(repo.ops_log_async()),
     ):
         with pytest.raises(icechunk.IcechunkError, match="format 1") as error:

@@ -9,6 +9,7 @@ import pytest
 import zarr
 
 import icechunk
+from icechunk.config import EngineConfig
 from icechunk.config.manifest_rules import manifests_to_preload
 from icechunk.format.ids import ObjectId
 from icechunk.format.tables import DimensionShape, ManifestFile, ManifestRef, NodeKind, NodeSnapshot, Snapshot
@@ -87,7 +88,8 @@ def test_limits_of_references_and_arrays_hold() -> None:
 async def written(storage: Storage) -> str:
     options = icechunk.RepositoryConfig.default()
     options.inline_chunk_threshold_bytes = 0
-    options.engine = icechunk.config.EngineConfig(share_manifests_below_refs=0)
+    # Files that `repo` or the log brings along are not fetched at all.
+    options.engine = EngineConfig(share_manifests_below_refs=0, small_commit_bytes=0)
     repo = await icechunk.Repository.create_async(storage, options)
     session = await repo.writable_session_async("main")
     for name in ("time", "values"):

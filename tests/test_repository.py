@@ -91,7 +91,8 @@ def test_what_one_client_does_another_sees_at_its_next_call(storage: Storage) ->
 
 
 def test_the_callers_options_take_precedence_over_the_persisted_ones(storage: Storage) -> None:
-    assert Repository.fetch_config(storage) is None
+    with pytest.raises(RepositoryNotFoundError, match="the repository doesn't exist"):
+        Repository.fetch_config(storage)
     created = Repository.create(storage, RepositoryConfig(inline_chunk_threshold_bytes=7, max_concurrent_requests=3))
     assert created.config.inline_chunk_threshold_bytes == 7
     fetched = Repository.fetch_config(storage)

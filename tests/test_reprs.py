@@ -47,7 +47,13 @@ SHOWN: dict[str, tuple[Make, tuple[str, ...]]] = {
     "repository": (lambda r: r, ("icechunk.Repository (v2)", "layout: log", "type: in-memory", "config")),
     "session": (
         lambda r: r.writable_session("main"),
-        ("icechunk.Session", "read_only: False", "snapshot_id: ", "branch: main", "has_uncommitted_changes: False"),
+        (
+            "icechunk.session.Session",
+            "read_only: False",
+            "snapshot_id: ",
+            "branch: main",
+            "has_uncommitted_changes: False",
+        ),
     ),
     "read-only session": (lambda r: r.readonly_session("main"), ("read_only: True", "snapshot_id: ")),
     "fork": (lambda r: r.writable_session("main").fork(), ("read_only: False", "snapshot_id: ")),
@@ -81,7 +87,10 @@ SHOWN: dict[str, tuple[Make, tuple[str, ...]]] = {
         ),
     ),
     "settings": (lambda r: on_s3().default_settings(), ("concurrency", "retries", "max_tries", "storage_class")),
-    "status": (lambda r: r.get_status(), ("availability", "online", "set_at", "limited_availability_reason")),
+    "status": (
+        lambda r: r.get_status(),
+        ("icechunk.repository.RepoStatus", "availability: Online", "set_at", "limited_availability_reason"),
+    ),
     "flag": (lambda r: r.feature_flags()[0], ("id", "name", "move_node", "default_enabled", "setting", "enabled")),
     "update": (lambda r: next(iter(r.ops_log())), ("NewCommit", "branch", "main", "updated_at", "backup_path")),
     "object": (
@@ -91,7 +100,7 @@ SHOWN: dict[str, tuple[Make, tuple[str, ...]]] = {
     "attribution": (lambda r: icechunk.Attribution(client="c/1"), ("client", "c/1", "workload", "principal")),
     "conflict": (
         lambda r: icechunk.Conflict(icechunk.ConflictType.ChunkDoubleUpdate, "/a", [[0]]),
-        ("conflict_type", "path", "/a", "conflicted_chunks", "[[0]]"),
+        ("icechunk.conflicts.Conflict", "conflict_type: ChunkDoubleUpdate", "path: /a", "conflicted_chunks: [[0]]"),
     ),
     "container": (
         lambda r: icechunk.VirtualChunkContainer("s3://foo/", icechunk.s3_store(region="us-east-1")),
@@ -114,6 +123,52 @@ def test_objects_show_what_they_are_as_text_and_as_html(repo: icechunk.Repositor
     for word in words:
         for part in word.rstrip(":").split(": "):
             assert part in text
+
+
+TOLD = ("snapshot", "status", "flag", "update", "object", "conflict")
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_facts_are_described_one_to_a_line(repo: icechunk.Repository, name: str):
+    value = SHOWN[name][0](repo)
+    title, *lines = repr(value).splitlines()
+    assert title == f"<{type(value)._public_name}>"
+    assert repr(value) == str(value)
+    assert all(": " in line for line in lines if line[0] not in " }")
+    assert not [line for line in lines if line.endswith('"')]
+
+
+def test_a_message_with_lines_of_its_own_stays_on_one_line(repo: icechunk.Repository):
+    id = repo.writable_session("main").commit("one\nid: two", allow_empty=True)
+    assert 'message: "one\\nid: two"' in repr(repo.lookup_snapshot(id)).splitlines()
+
+
+def test_a_session_that_only_reads_has_neither_a_branch_nor_changes_to_show(repo: icechunk.Repository):
+    for session in (repo.readonly_session("main"), repo.readonly_session(snapshot_id=repo.lookup_branch("main"))):
+        assert repr(session).splitlines()[0] == "<icechunk.session.Session>"
+        for shown in (repr(session), session._repr_html_()):
+            assert "branch" not in shown
+            assert "has_uncommitted_changes" not in shown
+
+
+OPTIONS = icechunk.S3Options(region="us-east-1", allow_http=True)
+STORES = (
+    icechunk.ObjectStoreConfig.InMemory(),
+    icechunk.ObjectStoreConfig.LocalFileSystem("/tmp/a b"),
+    icechunk.ObjectStoreConfig.S3(OPTIONS),
+    icechunk.ObjectStoreConfig.S3Compatible(OPTIONS),
+    icechunk.ObjectStoreConfig.Tigris(OPTIONS),
+    icechunk.ObjectStoreConfig.Gcs({"application": "a"}),
+    icechunk.ObjectStoreConfig.Azure({"account": "a"}),
+    icechunk.ObjectStoreConfig.Http({"timeout": "5s"}, None),
+)
+
+
+@pytest.mark.parametrize("store", STORES, ids=lambda store: type(store).__name__)
+def test_a_store_and_what_holds_it_are_shown_as_the_call_that_makes_them(store: Any):
+    container = icechunk.VirtualChunkContainer("s3://foo/", store, name="b")
+    for value in (store, container):
+        assert eval(repr(value), {"icechunk": icechunk}) == value
 
 
 CREDENTIALS: list[Callable[[], Any]] = [

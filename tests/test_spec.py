@@ -43,7 +43,7 @@ from icechunk.format.tables import (
 from icechunk.format.transaction import decode_transaction_log, encode_transaction_log
 from icechunk.log import events as session_events
 from icechunk.log.compaction import Policy
-from icechunk.log.layers import OPEN_ROWS
+from icechunk.log.layers import LARGE_LAYER, MANY_LAYERS, OPEN_ROWS
 from icechunk.log.session_log import SessionLog
 from icechunk.refs import events as e
 from icechunk.refs.commit_queue import MAX_MEMBERS
@@ -146,6 +146,8 @@ def test_every_rule_that_code_cites_is_on_the_page() -> None:
         ("repository-log.md", "more than 10 minutes off", MAX_SKEW_US == 600_000_000),
         ("repository-log.md", "up to 1000 of them", MAX_MEMBERS == 1000),
         ("session-log.md", "at 16 384 rows", OPEN_ROWS == 16_384),
+        ("session-log.md", "more than 1 048 576 rows together", LARGE_LAYER == 1_048_576),
+        ("session-log.md", "fewer than 64", MANY_LAYERS == 64),
         ("session-log.md", "at most 65 536 references", Policy().max_refs_per_manifest == 65_536),
         ("session-log.md", "fewer than 4096 references", Policy().share_below_refs == 4096),
         ("session-log.md", "With *f* = 8", Policy().fan_in == 8),

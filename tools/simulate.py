@@ -13,7 +13,8 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from icechunk.testing.simulation import Report, simulate
+from icechunk.testing.simulated_clients import Report
+from icechunk.testing.simulation import simulate
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ from icechunk.values import (
     VariantMeta,
     boolean,
     checked,
+    code,
     instance_of,
     optional,
     redacted_mapping,
@@ -110,6 +111,17 @@ class _StoreVariant(TupleVariant):
         if len(fields) == 1 and isinstance(fields[0], S3Options):
             return fields[0]._shown()
         return Represented._shown(self)
+
+    def __repr__(self) -> str:
+        # By position: the names shown by `str` are those of the options, which the constructor does not take.
+        return f"{self._public_name}({', '.join(code(value) for value in self._masked())})"
+
+    def _masked(self) -> tuple[Any, ...]:
+        """The fields in the order of the constructor, without their secrets."""
+        fields = self._fields()
+        return (
+            fields if len(fields) == 1 and isinstance(fields[0], S3Options) else tuple(row[1] for row in self._shown())
+        )
 
 
 class ObjectStoreConfig(metaclass=VariantMeta):

@@ -16,6 +16,7 @@ from icechunk.format.tables import VIRTUAL, ChunkRefs
 __all__ = ["LocationCompression", "LocationDictionary", "trained"]
 
 _LEVELS: Final = (-(2**17), zstandard.MAX_COMPRESSION_LEVEL)
+_NO_ROWS: Final = np.empty(0, np.intp)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,7 @@ def trained(arrays: Mapping[NodeId, ChunkRefs], how: LocationCompression) -> Loc
 
     They also do where zstd makes no dictionary of the samples, because they are too few, too short, or all the same.
     """
-    rows = [np.flatnonzero(refs.kind == VIRTUAL) for refs in arrays.values()]
+    rows = [np.flatnonzero(refs.kind == VIRTUAL) if refs.locations else _NO_ROWS for refs in arrays.values()]
     ends = np.cumsum([len(r) for r in rows])
     total = int(ends[-1]) if len(ends) else 0
     if not total or total < how.min_refs:

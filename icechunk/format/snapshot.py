@@ -11,9 +11,10 @@ import orjson
 from icechunk.errors import InvalidInputError
 from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.flat_reader import Buffer, Table, required
-from icechunk.format.flat_writer import FlatTable, FlatWriter, Items, Scalar, Value, id_struct, u8, u64
+from icechunk.format.flat_writer import FlatTable, FlatWriter, Items, Value, Written, id_struct, u64
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.metadata import metadata_from_tables, metadata_tables
+from icechunk.format.node_encoding import write_files, write_nodes
 from icechunk.format.tables import (
     DimensionShape,
     Extents,
@@ -59,17 +60,18 @@ def encode_snapshot(snapshot: Snapshot, spec_version: int = 2, level: int = 3) -
     newer = spec_version == 2
     files = [snapshot.manifest_files[id] for id in sorted(snapshot.manifest_files)]
     nodes = sorted(snapshot.nodes.values(), key=_path_bytes)
+    shapes_v1 = None if newer else [_shape_v1(node) for node in nodes]
     root: dict[int, Value] = {
         _ID: id_struct(snapshot.id),
         _PARENT: None if newer or snapshot.parent_id is None else id_struct(snapshot.parent_id),
-        _NODES: [_node_table(node, newer) for node in nodes],
+        _NODES: Written(lambda writer: write_nodes(writer, nodes, shapes_v1)),
         _FLUSHED_AT: u64(snapshot.flushed_at_us),
         _MESSAGE: snapshot.message,
         _METADATA: metadata_tables(snapshot.metadata, spec_version),
         _FILES_V1: Items(
             b"" if newer else b"".join(_FILE_V1.pack(*file) for file in files), 0 if newer else len(files), 8
         ),
-        _FILES: [_file_table(file) for file in files] if newer else None,
+        _FILES: Written(lambda writer: write_files(writer, files)) if newer else None,
         _EXTRA: snapshot.extra if newer else None,
     }
     return seal(FileType.SNAPSHOT, spec_version, FlatWriter().finish(FlatTable(root)), level)
@@ -79,53 +81,15 @@ def _path_bytes(node: NodeSnapshot) -> bytes:
     return node.path.encode("utf-8", "surrogatepass")
 
 
-def _file_table(file: ManifestFile) -> FlatTable:
-    return FlatTable({0: id_struct(file.object_id), 1: u64(file.size_bytes), 2: Scalar("I", file.num_chunk_refs)})
-
-
-def _node_table(node: NodeSnapshot, newer: bool) -> FlatTable:
-    is_array = node.kind is NodeKind.ARRAY
-    return FlatTable(
-        {
-            0: id_struct(node.id),
-            1: node.path,
-            2: node.user_data,
-            3: u8(_ARRAY if is_array else _GROUP),
-            4: _array_table(node, newer) if is_array else FlatTable({}),
-            5: node.extra if newer else None,
-        }
-    )
-
-
-def _array_table(node: NodeSnapshot, newer: bool) -> FlatTable:
-    shape_v1 = b"" if newer else _shape_v1(node)
-    names = node.dimension_names
-    return FlatTable(
-        {
-            0: Items(shape_v1, len(shape_v1) // _DIMENSION_V1.size, 8),
-            1: None if names is None else [FlatTable({0: name}) for name in names],
-            2: [_manifest_ref_table(ref) for ref in node.manifests],
-            3: [FlatTable({0: u64(dim.array_length), 1: Scalar("I", dim.num_chunks)}) for dim in node.shape]
-            if newer
-            else None,
-        }
-    )
-
-
-def _manifest_ref_table(ref: ManifestRef) -> FlatTable:
-    ranges = b"".join([_RANGE.pack(*extent) for extent in ref.extents])
-    return FlatTable({0: id_struct(ref.object_id), 1: Items(ranges, len(ref.extents), 4)})
-
-
-def _shape_v1(node: NodeSnapshot) -> bytes:
+def _shape_v1(node: NodeSnapshot) -> list[tuple[int, int]]:
+    if node.kind is not NodeKind.ARRAY:
+        return []
     lengths = _regular_chunk_lengths(node)
     if len(lengths) != len(node.shape):
         raise InvalidInputError(
             f"cannot encode {node.path}: {len(lengths)} chunk lengths for {len(node.shape)} dimensions"
         )
-    return b"".join(
-        [_DIMENSION_V1.pack(dim.array_length, length) for dim, length in zip(node.shape, lengths, strict=True)]
-    )
+    return [(dim.array_length, length) for dim, length in zip(node.shape, lengths, strict=True)]
 
 
 def _regular_chunk_lengths(node: NodeSnapshot) -> list[int]:

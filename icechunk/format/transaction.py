@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -9,7 +10,14 @@ import numpy.typing as npt
 
 from icechunk.errors import InvalidInputError
 from icechunk.format.envelope import FileType, seal, unseal
-from icechunk.format.flat_columns import TableColumns, gather, is_ascending, lexicographic_order, read_coords
+from icechunk.format.flat_columns import (
+    Positions,
+    TableColumns,
+    gather,
+    is_ascending,
+    lexicographic_order,
+    read_coords,
+)
 from icechunk.format.flat_reader import Buffer, Table, required
 from icechunk.format.flat_writer import FlatTable, FlatWriter, Items, Value, Written, id_struct, u8
 from icechunk.format.ids import NodeId, ObjectId, encode_id
@@ -23,6 +31,7 @@ _UPDATED_ARRAYS, _UPDATED_GROUPS, _UPDATED_CHUNKS, _MOVES, _EXTRA = range(5, 10)
 
 _ID_SIZE: Final = 12
 _NODE_ID_SIZE: Final = 8
+_UPDATED: Final = np.dtype([("vtable", "<i4"), ("chunks", "<u4"), ("node", "V8")])
 
 Coords = npt.NDArray[np.uint32]
 
@@ -58,10 +67,7 @@ def encode_transaction_log(log: TransactionLog, spec_version: int = 2, level: in
         _DELETED_ARRAYS: _ids(log.deleted_arrays),
         _UPDATED_ARRAYS: _ids(log.updated_arrays),
         _UPDATED_GROUPS: _ids(log.updated_groups),
-        _UPDATED_CHUNKS: [
-            FlatTable({0: id_struct(node), 1: _chunk_indices(log.updated_chunks[node])})
-            for node in sorted(log.updated_chunks)
-        ],
+        _UPDATED_CHUNKS: Written(lambda writer: _write_updated(writer, log.updated_chunks)),
         _MOVES: [_move_table(move) for move in moves] if newer else None,
         _EXTRA: log.extra if newer else None,
     }
@@ -85,28 +91,69 @@ def _sorted_unique(coords: Coords) -> Coords:
     return coords[keep]
 
 
-def _chunk_indices(coords: Coords) -> Written:
-    def write(writer: FlatWriter) -> int:
-        rows = _sorted_unique(coords)
-        count, ndim = rows.shape
-        vtable = writer.vtable({0: 4}, 8)
-        writer.align(4)
-        start = len(writer.out)
-        # A row is its table (offset to the vtable, offset to the vector), and the vector: length, coordinates.
-        block = np.dtype([("vtable", "<i4"), ("vector", "<u4"), ("ndim", "<u4"), ("coords", "<u4", (ndim,))])
-        blocks_start = start + 4 + 4 * count
-        tables = blocks_start + block.itemsize * np.arange(count, dtype=np.int64)
-        writer.out += count.to_bytes(4, "little") + bytes((4 + block.itemsize) * count)
-        fields = start + 4 + 4 * np.arange(count, dtype=np.int64)
-        np.frombuffer(writer.out, "<u4", count, start + 4)[:] = tables - fields
-        blocks = np.frombuffer(writer.out, block, count, blocks_start)
-        blocks["vtable"] = tables - vtable
-        blocks["vector"] = 4
-        blocks["ndim"] = ndim
-        blocks["coords"] = rows
-        return start
+def _write_updated(writer: FlatWriter, chunks: Mapping[NodeId, Coords]) -> int:
+    """Write the vector of arrays with updated chunks and all below it; returns its position.
 
-    return Written(write)
+    Arrays of one rank are written as if they were one, so that a thousand small ones cost as much as a large one.
+    """
+    if not chunks:
+        return writer.items(b"", 0, 4)
+    vtable = writer.vtable({0: 8, 1: 4}, _UPDATED.itemsize)
+    writer.align(4)
+    out, start, count = writer.out, len(writer.out), len(chunks)
+    fields = start + 4 + 4 * np.arange(count, dtype=np.int64)
+    tables = start + 4 + 4 * count + _UPDATED.itemsize * np.arange(count, dtype=np.int64)
+    out += count.to_bytes(4, "little") + bytes((4 + _UPDATED.itemsize) * count)
+    nodes = sorted(chunks)
+    vectors = np.zeros(count, np.int64)
+    by_rank: dict[int, list[int]] = {}
+    for i, node in enumerate(nodes):
+        by_rank.setdefault(chunks[node].shape[1], []).append(i)
+    for members in by_rank.values():
+        batch = [chunks[nodes[i]] for i in members]
+        rows, sizes = _behind_each_other(batch)
+        first = np.zeros(len(rows) + 1, np.bool_)
+        first[np.cumsum(sizes) - sizes] = True
+        if not is_ascending(rows, first[:-1]):
+            rows, sizes = _behind_each_other([_sorted_unique(coords) for coords in batch])
+        vectors[members] = _write_chunk_indices(writer, rows, sizes)
+    np.frombuffer(out, "<u4", count, start + 4)[:] = tables - fields
+    blocks = np.frombuffer(out, _UPDATED, count, int(tables[0]))
+    blocks["vtable"] = tables - vtable
+    blocks["chunks"] = vectors - (tables + 4)
+    blocks["node"] = np.frombuffer(b"".join(nodes), "V8")
+    return start
+
+
+def _behind_each_other(batch: Sequence[Coords]) -> tuple[Coords, Positions]:
+    rows = batch[0] if len(batch) == 1 else np.concatenate(batch)
+    return rows, np.fromiter(map(len, batch), np.int64, len(batch))
+
+
+def _write_chunk_indices(writer: FlatWriter, rows: Coords, sizes: Positions) -> Positions:
+    """Write a vector of coordinates for each array, given the rows of all and their numbers; returns the positions."""
+    count, ndim = rows.shape
+    vtable = writer.vtable({0: 4}, 8)
+    writer.align(4)
+    start = len(writer.out)
+    # A row is its table (offset to the vtable, offset to the vector), and the vector: length, coordinates.
+    block = np.dtype([("vtable", "<i4"), ("vector", "<u4"), ("ndim", "<u4"), ("coords", "<u4", (ndim,))])
+    words = count + len(sizes)
+    tables = start + 4 * words + block.itemsize * np.arange(count, dtype=np.int64)
+    writer.out += bytes(4 * words + block.itemsize * count)
+    # A vector is its length and an offset for each row.
+    heads = np.cumsum(sizes) - sizes + np.arange(len(sizes))
+    at = np.arange(count, dtype=np.int64) + np.repeat(np.arange(1, len(sizes) + 1), sizes)
+    index = np.frombuffer(writer.out, "<u4", words, start)
+    index[heads] = sizes
+    index[at] = tables - (start + 4 * at)
+    blocks = np.frombuffer(writer.out, block, count, start + 4 * words)
+    blocks["vtable"] = tables - vtable
+    blocks["vector"] = 4
+    blocks["ndim"] = ndim
+    blocks["coords"] = rows
+    vectors: Positions = start + 4 * heads
+    return vectors
 
 
 def decode_transaction_log(data: bytes, *, expected_id: ObjectId | None = None) -> TransactionLog:

@@ -39,11 +39,12 @@ def json_value(value: Any) -> Any:
 
 def describe_header(header: FileHeader) -> Json:
     """The binary header of a metadata file."""
-    name, _, version = header.written_by.rpartition("-")
+    # At the first dash: the versions of pre-releases have dashes of their own.
+    name, _, version = header.written_by.partition("-")
     return {
         "written_by": header.written_by,
-        "app_name": name or version,
-        "app_version": version if name else "",
+        "app_name": name,
+        "app_version": version,
         "spec_version": spec_version(header.spec_version),
         "file_type": header.file_type.name.lower().replace("_", "-"),
         "compression": "zstd",

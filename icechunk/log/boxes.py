@@ -47,10 +47,21 @@ def clipped(box: Extents, grid: Sequence[int]) -> Extents:
     return tuple((a, min(b, n)) for (a, b), n in zip(box, grid, strict=True))
 
 
+def _within(row: Sequence[int], box: Extents) -> bool:
+    # A plain loop: for a single row a generator would cost more than the comparisons.
+    for c, (a, b) in zip(row, box):  # noqa: B905, SIM110
+        if not a <= c < b:
+            return False
+    return True
+
+
 def in_box(coords: Coords, box: Extents) -> Rows:
     """Rows, ascending, whose coordinates lie in the box; coordinates must be ascending lexicographically."""
-    if not box:
+    if not box or not len(coords):
         return np.arange(len(coords))
+    if len(coords) <= 16:
+        few = coords.tolist()
+        return np.array([i for i, row in enumerate(few) if _within(row, box)], np.intp)
     first, last = np.searchsorted(coords[:, 0], np.array(box[0], np.uint32)).tolist()
     some = coords[first:last, 1:]
     if not some.shape[1]:

@@ -27,6 +27,7 @@ from icechunk.format.tables import (
     Snapshot,
     TransactionLog,
 )
+from icechunk.log.batches import pieces_of_small
 from icechunk.log.boxes import bounds
 from icechunk.log.changes import NetChanges
 from icechunk.log.pieces import ArrayPlan, pieces
@@ -183,13 +184,17 @@ def compact(
     """
     packer = _Packer(plan.policy, new_object_id)
     kept: dict[NodeId, list[ManifestRef]] = {}
+    most = plan.policy.max_refs_per_manifest
+    small = pieces_of_small(plan.arrays, manifests, most)
     for array in plan.arrays:
         refs: list[ManifestRef] = []
         kept[array.node.id] = refs
         for tile in array.tiles:
             if not tile.dirty:
                 refs.extend(tile.sources)
-        for piece in pieces(array, manifests, plan.policy.max_refs_per_manifest):
+        ready = small.get(array.node.id)
+        own = pieces(array, manifests, most) if ready is None else [ready] if len(ready) else []
+        for piece in own:
             packer.add(array.node.id, piece, alone=array.tile_shape is not None)
     new = packer.close()
     for node_id, refs in packer.placed.items():

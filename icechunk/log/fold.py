@@ -17,6 +17,7 @@ import numpy.typing as npt
 from icechunk.errors import AlreadyExistsError, ErrorKind, InvalidInputError, NodeNotFoundError
 from icechunk.format.ids import NodeId
 from icechunk.format.tables import ChunkRef, ChunkRefs, Move, NodeKind, NodeSnapshot, Snapshot
+from icechunk.log.batches import columns_of_many
 from icechunk.log.changes import Changes, NetChanges, move_order
 from icechunk.log.columns import DELETED
 from icechunk.log.events import (
@@ -162,6 +163,7 @@ class Fold:
 
     def net_changes(self) -> NetChanges:
         """What the fold changed, by node."""
+        self._seal_all()
         before: dict[NodeId, NodeSnapshot] = {}
         after: dict[NodeId, NodeSnapshot] = {}
         for path, node in self._tree.overlay.items():
@@ -278,9 +280,13 @@ class Fold:
         return fold.flat()
 
     def _seal_all(self) -> None:
+        by_rank: dict[int, list[ArrayFold]] = {}
         for fold in self._arrays.values():
             if fold.rows:
-                self._events += fold.seal()
+                by_rank.setdefault(len(fold.grid), []).append(fold)
+        for ndim, folds in by_rank.items():
+            for fold, refs in zip(folds, columns_of_many([fold.rows for fold in folds], ndim), strict=True):
+                self._events += fold.seal_as(refs)
 
 
 def _described(node: NodeSnapshot, user_data: bytes, meta: GroupMeta | ArrayMeta) -> NodeSnapshot:

@@ -3,12 +3,14 @@
 Rows written one at a time gather in a dict; bulk rows, and dicts that were sealed, are layers of
 sorted columns, newest last. A new layer is merged with its predecessor until every layer is at
 least twice as large as the next, so there are O(log n) of them, a row is merged O(log n) times,
-and a look-up is one dict access and a few bisections.
+and a look-up is one dict access and a few bisections. Large layers stay apart until there are many:
+they share their columns with the events, and merging would copy them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import lt
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
@@ -20,10 +22,14 @@ from icechunk.log.columns import DELETED, concat, from_rows, normalized, tombsto
 from icechunk.log.events import ChunksDeleted, ChunksWritten
 from icechunk.log.lookup import RefTable
 
-__all__ = ["OPEN_ROWS", "ArrayFold"]
+__all__ = ["LARGE_LAYER", "MANY_LAYERS", "OPEN_ROWS", "ArrayFold", "inside"]
 
 OPEN_ROWS: Final = 16_384
 """So many rows written one at a time become columns: a row of a dict takes ten times the memory."""
+
+LARGE_LAYER: Final = 2**20
+"""Rows of a layer that is not merged with its neighbours before there are `MANY_LAYERS`."""
+MANY_LAYERS: Final = 64
 
 _MOST: Final = 2**32 - 1
 
@@ -72,6 +78,9 @@ class ArrayFold:
             return
         layer = RefTable(refs)
         while self.layers and len(self.layers[-1].refs) < 2 * len(layer.refs):
+            apart = len(self.layers[-1].refs) + len(layer.refs) > LARGE_LAYER
+            if apart and len(self.layers) < MANY_LAYERS:
+                break
             older = self.layers.pop()
             layer = RefTable(normalized(concat([older.refs, layer.refs])))
         self.layers.append(layer)
@@ -82,9 +91,10 @@ class ArrayFold:
 
     def seal(self) -> list[ChunksWritten | ChunksDeleted]:
         """End the open rows: they become a layer, and the events returned."""
-        if not self.rows:
-            return []
-        refs = from_rows(self.rows, len(self.grid))
+        return self.seal_as(from_rows(self.rows, len(self.grid))) if self.rows else []
+
+    def seal_as(self, refs: ChunkRefs) -> list[ChunksWritten | ChunksDeleted]:
+        """The same, given the open rows as columns."""
         self.rows = {}
         self.push(refs)
         deleted = refs.kind == DELETED
@@ -107,6 +117,8 @@ class ArrayFold:
 
 def inside(coords: npt.NDArray[np.uint32], grid: Sequence[int]) -> npt.NDArray[np.bool_]:
     """bool[n]: which coordinates lie in a grid of that many chunks along each dimension."""
+    if len(coords) <= 16:
+        return np.array([all(map(lt, row, grid)) for row in coords.tolist()], np.bool_)
     good = np.ones(len(coords), np.bool_)
     for d, n in enumerate(grid):
         if n <= _MOST:

@@ -16,7 +16,7 @@ from icechunk.log.columns import concat, normalized, trimmed
 from icechunk.log.lookup import CoordIndex
 from icechunk.log.tiles import Tile
 
-__all__ = ["ArrayPlan", "pieces"]
+__all__ = ["ArrayPlan", "pieces", "references"]
 
 Coords = npt.NDArray[np.uint32]
 
@@ -121,14 +121,7 @@ def _written(array: ArrayPlan, tile: Tile) -> ChunkRefs:
 
 def _kept(array: ArrayPlan, source: ManifestRef, manifests: Mapping[ObjectId, Manifest], changed: Coords) -> ChunkRefs:
     """References of one manifest that are inside the grid still, and not among the changed ones."""
-    manifest = manifests[source.object_id]
-    old = manifest.arrays.get(array.node.id)
-    if old is None or old.ndim != len(array.node.shape):
-        raise FormatError(
-            f"manifest {source.object_id.hex()} holds no references of the array {array.node.path}, "
-            "although the snapshot says so",
-            ErrorKind.INCONSISTENT_MANIFESTS,
-        )
+    old = references(array, source, manifests)
     box = tuple((a, min(b, d.num_chunks)) for (a, b), d in zip(source.extents, array.node.shape, strict=True))
     rows = in_box(old.coords, box)
     if len(changed):
@@ -137,3 +130,21 @@ def _kept(array: ArrayPlan, source: ManifestRef, manifests: Mapping[ObjectId, Ma
         gone[at[at >= 0]] = True
         rows = rows[~gone[rows]]
     return old if len(rows) == len(old) else old.take(rows)
+
+
+def references(array: ArrayPlan, source: ManifestRef, manifests: Mapping[ObjectId, Manifest]) -> ChunkRefs:
+    """All that a manifest holds of the array.
+
+    Raises
+    ------
+    FormatError
+        If that is nothing, although the base says otherwise.
+    """
+    old = manifests[source.object_id].arrays.get(array.node.id)
+    if old is None or old.ndim != len(array.node.shape):
+        raise FormatError(
+            f"manifest {source.object_id.hex()} holds no references of the array {array.node.path}, "
+            "although the snapshot says so",
+            ErrorKind.INCONSISTENT_MANIFESTS,
+        )
+    return old

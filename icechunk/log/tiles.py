@@ -225,8 +225,8 @@ def _hit(
 
 def _near(present: Sequence[ManifestRef], written: Coords, deleted: Coords) -> list[bool]:
     """Which manifests overlap the bounding box of the changes."""
-    if not present:
-        return []
+    if len(present) < 2:
+        return [True] * len(present)
     both = [bounds(c) for c in (written, deleted) if len(c)]
     if not both:
         return [False] * len(present)

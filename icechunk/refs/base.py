@@ -20,9 +20,10 @@ from icechunk.refs.events import Event
 from icechunk.refs.state import RepoState
 from icechunk.transfer.cache import WeightedCache
 
-__all__ = ["FILES_BYTES", "Layout", "OnSent", "Propose", "RepositoryLog", "SwapToken"]
+__all__ = ["FILES_BYTES", "MAX_FILES", "Layout", "OnSent", "Propose", "RepositoryLog", "SwapToken"]
 
 FILES_BYTES = 16 * 1024 * 1024
+MAX_FILES = 8192
 """Of small files that are kept in memory for a repository."""
 
 

@@ -22,7 +22,7 @@ from typing import Final
 from icechunk.errors import ErrorKind, ReadOnlyError, SessionStateError
 from icechunk.format.repo_values import Update
 from icechunk.refs import events as e
-from icechunk.refs.base import FILES_BYTES, Layout, OnSent, Propose, RepositoryLog, SwapToken
+from icechunk.refs.base import FILES_BYTES, MAX_FILES, Layout, OnSent, Propose, RepositoryLog, SwapToken
 from icechunk.refs.carried import stand_up
 from icechunk.refs.checkpointing import Checkpointing
 from icechunk.refs.commit_queue import MAX_CARRIED_BYTES
@@ -61,7 +61,7 @@ class LogLayout(RepositoryLog):
         self, storage: Storage, sources: Sources, opened: Opened, *, updates_per_file: int | None = None
     ) -> None:
         self._storage = storage
-        files: WeightedCache[str, bytes] = WeightedCache(FILES_BYTES)
+        files: WeightedCache[str, bytes] = WeightedCache(FILES_BYTES, MAX_FILES)
         self._view = LogView(storage, sources, opened, updates_per_file=updates_per_file, files=files)
         self._checkpointing = Checkpointing(self._view)
         self._swapping = Swapping(self._view, self._checkpointing)

@@ -303,7 +303,7 @@ async def open_head(storage: Storage, sources: Sources) -> Opened | RepoObject:
 async def _not_found(storage: Storage) -> RepositoryNotFoundError:
     if await ref_files_there(storage):
         return RepositoryNotFoundError(
-            f"no repository of format 2 in {storage.describe()}, but one of format 1: open it as such"
+            f"the repository doesn't exist in format 2 in {storage.describe()}, but in format 1: open it as such"
         )
     return RepositoryNotFoundError(
         f"the repository doesn't exist: none in {storage.describe()}; check bucket and prefix, or create one there"

@@ -187,7 +187,7 @@ class RefFilesLayout(RepositoryLog):
         if MAIN not in branches:
             await self._refuse_upgraded()
             raise RepositoryNotFoundError(
-                f"no repository of format 1 in {self._storage.describe()}: it has no branch {MAIN!r}"
+                f"the repository doesn't exist: no branch {MAIN!r} of format 1 in {self._storage.describe()}"
             )
         if ticket > self._ticket:
             self._ticket, self._versions = ticket, versions

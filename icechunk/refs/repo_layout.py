@@ -165,7 +165,9 @@ class RepoObjectLayout(RepositoryLog):
         """
         found = await read_repo(storage, sources)
         if found is None:
-            raise RepositoryNotFoundError(f"no repository of format 2 in {storage.describe()}: check bucket and prefix")
+            raise RepositoryNotFoundError(
+                f"the repository doesn't exist: none of format 2 in {storage.describe()}; check bucket and prefix"
+            )
         if not is_repo_object(found):
             raise SessionStateError(
                 f"the repository in {storage.describe()} is kept in a log, not in its repo object: open it with that "

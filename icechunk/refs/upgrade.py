@@ -177,7 +177,9 @@ class _Upgrade:
         """What ``repo`` has to say; with a reason it is read-only and carries our mark."""
         values = _values(refs)
         if MAIN not in values.branches:
-            raise RepositoryNotFoundError(f"no repository of format 1 in {self._where}: it has no branch {MAIN!r}")
+            raise RepositoryNotFoundError(
+                f"the repository doesn't exist: no branch {MAIN!r} of format 1 in {self._where}"
+            )
         await self._read_records(values)
         return migrated_info(
             values,

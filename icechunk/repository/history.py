@@ -108,7 +108,7 @@ class History(RepositoryBase):
             wanted += [record.id, *reversed(record.pruned_ancestor_tx_logs)]
         else:
             raise InvalidInputError(
-                "cannot compare: the snapshot to start from is not an ancestor of the other one; swap them, or "
+                "cannot compare: the ancestry of the second snapshot doesn't include the first; swap them, or "
                 "compare with a common ancestor",
                 ErrorKind.BAD_SNAPSHOT_CHAIN_FOR_DIFF,
             )

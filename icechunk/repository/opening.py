@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Self
+from typing import Any, Self
 
 from icechunk.config import Attribution, RepositoryConfig, StorageSettings, config_from_dict, config_to_dict
 from icechunk.core import Core
 from icechunk.credentials import AnyCredential
-from icechunk.errors import AlreadyExistsError, ErrorKind, InvalidInputError, RepositoryNotFoundError
+from icechunk.errors import AlreadyExistsError, ErrorKind, InvalidInputError
 from icechunk.inputs import require_type
 from icechunk.refs.base import Layout
 from icechunk.refs.detect import detect
@@ -43,7 +43,7 @@ class Opening(RepositoryBase):
         storage
             Where; of several that create there at the same time exactly one succeeds.
         config
-            Persisted with the repository.
+            Persisted with the repository, where it sets anything.
         authorize_virtual_chunk_access
             Credentials by the URL prefix of each virtual chunk container that may be read.
         spec_version
@@ -70,7 +70,7 @@ class Opening(RepositoryBase):
             core.storage,
             layout,
             core.sources,
-            config=None if config is None else config_to_dict(config),
+            config=_worth_persisting(config),
             check_clean_root=check_clean_root,
         )
         await core.adopt(log)
@@ -204,11 +204,14 @@ class Opening(RepositoryBase):
 
     @staticmethod
     async def fetch_config_async(storage: Storage) -> RepositoryConfig | None:
-        """The configuration persisted with a repository; None where none is, or there is no repository."""
-        try:
-            log = await open_repository(_with(storage, None), SYSTEM)
-        except RepositoryNotFoundError:
-            return None
+        """The configuration persisted with a repository; None where none is.
+
+        Raises
+        ------
+        RepositoryNotFoundError
+            There is no repository.
+        """
+        log = await open_repository(_with(storage, None), SYSTEM)
         try:
             return None if log.state.config is None else config_from_dict(log.state.config)
         finally:
@@ -261,6 +264,11 @@ def _new_core(
     require_type("authorize_virtual_chunk_access", virtual_access, dict, optional=True)
     require_type("attribution", attribution, Attribution, optional=True)
     return Core(storage, config or RepositoryConfig(), attribution=attribution, virtual_access=virtual_access)
+
+
+def _worth_persisting(config: RepositoryConfig | None) -> dict[str, Any] | None:
+    found = None if config is None else config_to_dict(config)
+    return None if found == config_to_dict(RepositoryConfig()) else found
 
 
 def _check_config(config: RepositoryConfig | None) -> None:

@@ -113,7 +113,10 @@ class Sessions(RepositoryBase):
             The repository's status is read-only.
         SessionStateError
             The feature flag ``move_node`` is off.
+        FormatError
+            The repository is of format 1, which knows no moves (kind ``unsupported-spec-version``).
         """
+        await self._require_format_2("rearrange nodes")
         state = await self._core.state()
         require_feature(state.disabled_feature_flags or (), "move_node")
         return await self._session_on(branch, state, rearrange=True)

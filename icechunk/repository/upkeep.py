@@ -255,7 +255,7 @@ class Upkeep(RepositoryBase):
 
         Parameters and errors as there.
         """
-        _warn_of_total_chunks_storage()
+        _warn_of_total_chunks_storage("total_chunks_storage_async", "chunk_storage_stats_async")
         stats = await self.chunk_storage_stats_async(
             max_snapshots_in_memory=max_snapshots_in_memory,
             max_compressed_manifest_mem_bytes=max_compressed_manifest_mem_bytes,
@@ -273,7 +273,7 @@ class Upkeep(RepositoryBase):
         max_concurrent_manifest_fetches: int = 500,
     ) -> int:
         """Synchronous twin of `total_chunks_storage_async`, deprecated as well."""
-        _warn_of_total_chunks_storage()
+        _warn_of_total_chunks_storage("total_chunks_storage", "chunk_storage_stats")
         return self.chunk_storage_stats(
             max_snapshots_in_memory=max_snapshots_in_memory,
             max_compressed_manifest_mem_bytes=max_compressed_manifest_mem_bytes,
@@ -282,9 +282,9 @@ class Upkeep(RepositoryBase):
         ).native_bytes
 
 
-def _warn_of_total_chunks_storage() -> None:
+def _warn_of_total_chunks_storage(name: str, better: str) -> None:
     warnings.warn(
-        "total_chunks_storage is deprecated: chunk_storage_stats() also counts inline and virtual chunks, and its "
+        f"{name} is deprecated: {better}() also counts inline and virtual chunks, and its "
         "native_bytes are what this returns",
         DeprecationWarning,
         stacklevel=3,

@@ -171,17 +171,20 @@ class SessionBase:
         return [
             ("read_only", self.read_only),
             ("snapshot_id", self.snapshot_id),
-            *([] if self._branch is None else [("branch", self._branch)]),
-            ("has_uncommitted_changes", self.has_uncommitted_changes),
+            *(
+                []
+                if self.read_only
+                else [("branch", self._branch), ("has_uncommitted_changes", self.has_uncommitted_changes)]
+            ),
         ]
 
     def __repr__(self) -> str:
-        return "\n".join(["<icechunk.Session>", *(f"{name}: {value}" for name, value in self._summary())])
+        return "\n".join(["<icechunk.session.Session>", *(f"{name}: {value}" for name, value in self._summary())])
 
     __str__ = __repr__
 
     def _repr_html_(self) -> str:
-        return fields_html("icechunk.Session", self._summary())
+        return fields_html("icechunk.session.Session", self._summary())
 
 
 def absolute(path: str) -> str:

@@ -18,20 +18,22 @@ from icechunk.storage.constructors import (
     azure_store,
     gcs_storage,
     gcs_store,
-    hf_storage,
     http_storage,
     http_store,
     in_memory_storage,
     local_filesystem_storage,
     local_filesystem_store,
-    r2_storage,
     redirect_storage,
+)
+from icechunk.storage.facade import StorageObjectInfo
+from icechunk.storage.s3_constructors import (
+    hf_storage,
+    r2_storage,
     s3_object_store_storage,
     s3_storage,
     s3_store,
     tigris_storage,
 )
-from icechunk.storage.facade import StorageObjectInfo
 from icechunk.virtual import ChunkType
 
 __all__ = [

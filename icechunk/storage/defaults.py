@@ -1,4 +1,4 @@
-"""The settings that object stores use where the configuration gives none."""
+"""The settings that storages use where the configuration gives none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from icechunk.config.storage import (
     DEFAULT_MULTIPART_BYTES,
 )
 
-__all__ = ["object_store_settings"]
+__all__ = ["object_store_settings", "place_settings"]
 
 
 def object_store_settings() -> StorageSettings:
@@ -31,4 +31,20 @@ def object_store_settings() -> StorageSettings:
         unsafe_use_conditional_update=True,
         unsafe_use_metadata=True,
         minimum_size_for_multipart_upload=DEFAULT_MULTIPART_BYTES,
+    )
+
+
+def place_settings(*, ideal_request_bytes: int) -> StorageSettings:
+    """A new value with the official library's defaults for memory and local file systems: one try, no pauses.
+
+    Parameters
+    ----------
+    ideal_request_bytes
+        Of one request, bytes.
+    """
+    return StorageSettings(
+        concurrency=StorageConcurrencySettings(
+            max_concurrent_requests_for_object=5, ideal_concurrent_request_size=ideal_request_bytes
+        ),
+        retries=StorageRetriesSettings(max_tries=1, initial_backoff_ms=0, max_backoff_ms=0),
     )

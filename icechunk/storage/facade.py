@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from icechunk.values import Represented, fields_html
+from icechunk.values import Described, fields_html
 
 if TYPE_CHECKING:
     from icechunk.config import S3Options, StorageSettings
@@ -16,7 +16,7 @@ __all__ = ["StorageFacade", "StorageObjectInfo"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True, repr=False)
-class StorageObjectInfo(Represented):
+class StorageObjectInfo(Described):
     """An object that `Storage.list_objects_metadata` found."""
 
     _public_name: ClassVar[str] = "icechunk.storage.StorageObjectInfo"
@@ -36,24 +36,19 @@ class StorageFacade:
 
     def default_settings(self) -> StorageSettings:
         """Settings that this kind of storage uses where the configuration gives none."""
-        from icechunk.config import StorageConcurrencySettings, StorageRetriesSettings, StorageSettings
+        from icechunk.storage.defaults import place_settings
 
-        return StorageSettings(
-            concurrency=StorageConcurrencySettings(
-                max_concurrent_requests_for_object=5, ideal_concurrent_request_size=4096
-            ),
-            retries=StorageRetriesSettings(max_tries=1, initial_backoff_ms=0, max_backoff_ms=0),
-            unsafe_use_conditional_create=True,
-            unsafe_use_conditional_update=True,
-            unsafe_use_metadata=True,
-            minimum_size_for_multipart_upload=100 * 1024 * 1024,
-        )
+        return place_settings(ideal_request_bytes=4096)
 
     def with_settings(self, settings: StorageSettings | None) -> Storage:
         """The same place under other settings; shares the clients and caches of this one.
 
         Storages without settings of their own (memory, local file systems) return themselves.
         """
+        return cast("Storage", self)
+
+    def with_user_agent(self, user_agent: str) -> Storage:
+        """The same place, whose requests name themselves so; storages that send no such header return themselves."""
         return cast("Storage", self)
 
     async def list_objects_metadata_async(

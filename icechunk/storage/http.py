@@ -7,9 +7,7 @@ opens repositories goes from file to file instead.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import AsyncIterator, Callable, Mapping
-from functools import partial
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
@@ -20,42 +18,16 @@ from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, S
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import ByteRange, GetResult, ListingUnsupportedError, ObjectInfo, Storage
 from icechunk.storage.defaults import object_store_settings
+from icechunk.storage.http_options import check_options, reader_maker
 from icechunk.storage.http_reading import HttpReader
 from icechunk.storage.keys import check_key, check_range
 from icechunk.storage.per_loop import PerLoop
 from icechunk.storage.reading_only import ReadOnlyStorage
-from icechunk.storage.s3_client import Limits, limits_of
 from icechunk.values import redacted_url
 
 __all__ = ["HttpStorage"]
 
 _SAFE: Final = "/~!$&'()*+,;=:@-._"
-_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h)?")
-_SECONDS: Final = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
-_USED: Final = (
-    "allow_http",
-    "allow_invalid_certificates",
-    "connect_timeout",
-    "proxy_url",
-    "read_timeout",
-    "timeout",
-    "user_agent",
-)
-# Options of the official library's HTTP client that tune it, and mean nothing to ours.
-_IGNORED: Final = frozenset(
-    {
-        "default_content_type",
-        "http1_only",
-        "http2_keep_alive_interval",
-        "http2_keep_alive_timeout",
-        "http2_keep_alive_while_idle",
-        "http2_max_frame_size",
-        "http2_only",
-        "pool_idle_timeout",
-        "pool_max_idle_per_host",
-        "randomize_addresses",
-    }
-)
 
 
 class HttpStorage(ReadOnlyStorage):
@@ -95,21 +67,8 @@ class HttpStorage(ReadOnlyStorage):
         self._parts = _checked_url(base_url, self._options)
         self._sources = sources
         self._settings = copy.deepcopy(settings)
-        limits = _limits(settings, self._options)
-        sent = dict(self._headers)
-        if "user_agent" in self._options:
-            sent.setdefault("user-agent", self._options["user_agent"])
         self._readers: PerLoop[HttpReader] = PerLoop(
-            partial(
-                HttpReader,
-                sent,
-                limits,
-                sources,
-                serves_ranges=False,
-                proxy=self._options.get("proxy_url"),
-                tls=self._options.get("allow_invalid_certificates", "false").lower() != "true",
-            ),
-            HttpReader.aclose,
+            reader_maker(self._options, self._headers, settings, sources, serves_ranges=False), HttpReader.aclose
         )
 
     async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
@@ -147,6 +106,11 @@ class HttpStorage(ReadOnlyStorage):
     def with_settings(self, settings: StorageSettings | None) -> Storage:
         return HttpStorage(self._base_url, self._options, self._headers, settings=settings, sources=self._sources)
 
+    def with_user_agent(self, user_agent: str) -> Storage:
+        # What the caller asked for as a header or an option stays.
+        options = {"user_agent": user_agent, **self._options}
+        return HttpStorage(self._base_url, options, self._headers, settings=self._settings, sources=self._sources)
+
     def default_settings(self) -> StorageSettings:
         return object_store_settings()
 
@@ -181,44 +145,10 @@ def _checked_url(base_url: str, options: Mapping[str, str]) -> Any:
             f"bad URL {redacted_url(base_url)!r} of a repository on a web server: it begins with http:// or https://",
             ErrorKind.CANNOT_PARSE_URL,
         )
-    unknown = sorted(set(options) - set(_USED) - _IGNORED)
-    if unknown:
-        raise InvalidInputError(
-            f"unknown options {unknown} of a repository on a web server; there are {list(_USED)}",
-            ErrorKind.STORAGE_CONFIG,
-        )
+    check_options(options)
     if parts.scheme == "http" and options.get("allow_http", "true").lower() == "false":
         raise StorageError(
             f"the repository {redacted_url(base_url)!r} is on plain http, which allow_http forbids; use https",
             ErrorKind.STORAGE_CONFIG,
         )
     return parts
-
-
-def _limits(settings: StorageSettings | None, options: Mapping[str, str]) -> Limits:
-    found = limits_of(settings, None)
-    timeouts = None if settings is None else settings.timeouts
-
-    def seconds(name: str, given: float | None, overridden: bool) -> float | None:
-        if overridden or name not in options:
-            return given
-        match = _DURATION.fullmatch(options[name].strip())
-        if match is None:
-            raise InvalidInputError(
-                f"bad option {name}={options[name]!r}: durations are like 30s, 500ms or 2m", ErrorKind.STORAGE_CONFIG
-            )
-        return float(match[1]) * _SECONDS[match[2]]
-
-    connect_s = seconds(
-        "connect_timeout", found.connect_s, timeouts is not None and timeouts.connect_timeout_ms is not None
-    )
-    read_s = seconds("read_timeout", found.read_s, timeouts is not None and timeouts.read_timeout_ms is not None)
-    return Limits(
-        max_tries=found.max_tries,
-        initial_backoff_s=found.initial_backoff_s,
-        max_backoff_s=found.max_backoff_s,
-        connect_s=connect_s or found.connect_s,
-        read_s=read_s or found.read_s,
-        attempt_s=seconds("timeout", found.attempt_s, found.attempt_s is not None),
-        operation_s=found.operation_s,
-    )

@@ -93,6 +93,12 @@ class HttpReader:
             try:
                 found = await self._try(url, shown, wanted, method)
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                if isinstance(error, aiohttp.ClientConnectorCertificateError):
+                    raise StorageError(
+                        f"cannot read {shown!r}: {error}; where the server's certificate is to be trusted, let "
+                        "SSL_CERT_FILE name a file with that of its authority before the process starts",
+                        ErrorKind.OBJECT_STORE,
+                    ) from error
                 if isinstance(error, aiohttp.InvalidURL | aiohttp.ClientSSLError):
                     raise StorageError(f"cannot read {shown!r}: {error}", ErrorKind.OBJECT_STORE) from error
                 failure = StorageError(f"cannot read {shown!r}: {error!r}{times}", ErrorKind.OBJECT_STORE)

@@ -36,6 +36,7 @@ from typing import Any, Final, TypeVar
 
 import anyio
 
+from icechunk.config import StorageSettings
 from icechunk.errors import (
     ErrorKind,
     InvalidInputError,
@@ -59,6 +60,7 @@ from icechunk.storage.base import (
     Unchecked,
     Version,
 )
+from icechunk.storage.defaults import place_settings
 from icechunk.storage.keys import resolve_range
 from icechunk.storage.local_files import (
     Exclusion,
@@ -166,6 +168,12 @@ class LocalStorage(Storage):
     @property
     def lists_any_prefix_fast(self) -> bool:
         return False
+
+    def default_settings(self) -> StorageSettings:
+        """The official library's: conditions hold here all the same, whatever they say of them."""
+        settings = place_settings(ideal_request_bytes=4096)
+        settings.unsafe_use_conditional_update = settings.unsafe_use_metadata = False
+        return settings
 
     def describe(self) -> str:
         return f"file://{self._root}"

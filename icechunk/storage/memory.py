@@ -11,6 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import NoReturn
 
+from icechunk.config import StorageSettings
 from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, PreconditionFailedError
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import (
@@ -28,6 +29,7 @@ from icechunk.storage.base import (
     Unchecked,
     Version,
 )
+from icechunk.storage.defaults import place_settings
 from icechunk.storage.keys import check_key, resolve_range
 
 __all__ = ["MemoryStorage"]
@@ -147,6 +149,9 @@ class MemoryStorage(Storage):
     @property
     def clock_resolution_us(self) -> int:
         return 1
+
+    def default_settings(self) -> StorageSettings:
+        return place_settings(ideal_request_bytes=1)
 
     def describe(self) -> str:
         return "memory"

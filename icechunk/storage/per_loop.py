@@ -12,6 +12,10 @@ without closing or finalising them: their sockets and selectors are shared with 
 In which order: ``shutdown_asyncgens()`` ends all generators of a loop at once, but what closes may still need what lies
 below it (a repository log writes its last checkpoint through a storage's client). So each `PerLoop` has a rank, and
 where a loop ends, a value waits until those of higher ranks on this loop are closed.
+
+Who closes: several may want to at once, the loop's end among them, while a generator that is being ended may not be
+ended again. So closing is the entry's affair: whoever comes first does it, in their own task, the others wait for it,
+and a generator that is left over finds nothing to do.
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, Final, Generic, TypeVar, cast
+from types import AsyncGeneratorType
+from typing import Any, Final, Generic, TypeAlias, TypeVar, cast
 
 __all__ = ["PerLoop"]
 
@@ -43,17 +48,22 @@ _hooked = False
 
 
 class _Entry(Generic[T]):
-    __slots__ = ("closed", "closing", "keeper", "lock", "rank", "unordered", "value")
+    __slots__ = ("close", "closed", "closer", "closing", "home", "keeper", "lock", "rank", "value")
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, home: _Entries[T], close: Callable[[T], Awaitable[None]] | None) -> None:
+        # These instead of the `PerLoop`: a reference to that would keep it alive through its own finaliser.
+        self.home = home
+        self.close = close
         self.rank = rank
         self.closed = asyncio.Event()
-        # Whether somebody closes just this value: then it waits for no other.
-        self.unordered = False
+        self.closer: asyncio.Task[Any] | None = None
         self.lock = asyncio.Lock()
         self.keeper: AsyncGenerator[None, None] | None = None
         self.value: T | None = None
         self.closing: asyncio.Task[None] | None = None
+
+
+_Entries: TypeAlias = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Entry[T]]
 
 
 class PerLoop(Generic[T]):
@@ -79,7 +89,7 @@ class PerLoop(Generic[T]):
         self._rank = rank
         self._factory = factory
         self._close = close
-        self._entries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Entry[T]] = weakref.WeakKeyDictionary()
+        self._entries: _Entries[T] = weakref.WeakKeyDictionary()
         self._pid = os.getpid()
         # Holds the values for as long as this object lives, and then until their loops have closed them: collected in
         # one go with their keepers they would be finalised while open.
@@ -101,13 +111,13 @@ class PerLoop(Generic[T]):
         while True:
             entry = self._entry(loop)
             async with entry.lock:
-                if entry.value is not None:
-                    return entry.value
                 if self._entries.get(loop) is not entry:
                     continue  # closed while we waited
+                if entry.value is not None:
+                    return entry.value
                 made = self._factory()
                 value = cast(T, await made if inspect.isawaitable(made) else made)
-                entry.keeper = _keep(value, entry, self._entries, self._close)
+                entry.keeper = _keep(entry)
                 await anext(entry.keeper)
                 with _guard:
                     _open.setdefault(loop, []).append(entry)
@@ -115,7 +125,7 @@ class PerLoop(Generic[T]):
                 return value
 
     async def aclose(self) -> None:
-        """Close the running loop's value, if it has one. The next `get` makes a new one."""
+        """Close the running loop's value, if it has one; return once it is closed. The next `get` makes a new one."""
         if self._pid == os.getpid():
             await self._aclose_on(asyncio.get_running_loop())
 
@@ -131,51 +141,59 @@ class PerLoop(Generic[T]):
                     del self._entries[other]
             entry = self._entries.get(loop)
             if entry is None:
-                entry = self._entries[loop] = _Entry(self._rank)
+                entry = self._entries[loop] = _Entry(self._rank, self._entries, self._close)
             _everyone.add(self)
             _hook_exit()
             return entry
 
     async def _aclose_on(self, loop: asyncio.AbstractEventLoop) -> None:
-        entry = self._entries.get(loop)
-        if entry is not None and entry.keeper is not None:
-            await _close_now(entry, entry.keeper)
+        with _guard:
+            mine = [entry for entry in _open.get(loop, ()) if entry.home is self._entries]
+        for entry in mine:
+            await _close_now(entry)
 
 
-async def _close_now(entry: _Entry[Any], keeper: AsyncGenerator[None, None]) -> None:
-    """Close one value ahead of its loop; who comes second waits for who was first."""
-    if entry.unordered:
-        await entry.closed.wait()
+async def _close_now(entry: _Entry[Any]) -> None:
+    """Close one value ahead of its loop, whatever its rank."""
+    try:
+        await _close_once(entry)
+    finally:
+        keeper = entry.keeper
+        # Does not suspend, since there is nothing left to do.
+        if entry.closed.is_set() and isinstance(keeper, AsyncGeneratorType) and not keeper.ag_running:
+            await keeper.aclose()
+
+
+async def _close_once(entry: _Entry[Any]) -> None:
+    """Close a value; who comes second waits for who was first, unless the first is who asks."""
+    task = asyncio.current_task()
+    if entry.closer is not None:
+        if entry.closer is not task:
+            await entry.closed.wait()
         return
-    entry.unordered = True
-    await keeper.aclose()
+    entry.closer = task
+    loop = asyncio.get_running_loop()
+    try:
+        with _guard:
+            if entry.home.get(loop) is entry:
+                del entry.home[loop]
+        if entry.close is not None:
+            with contextlib.suppress(Exception):
+                await entry.close(entry.value)
+    finally:
+        with _guard:
+            _open[loop].remove(entry)
+        entry.closed.set()
 
 
-async def _keep(
-    value: T,
-    own: _Entry[T],
-    entries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Entry[T]],
-    close: Callable[[T], Awaitable[None]] | None,
-) -> AsyncGenerator[None, None]:
-    # A function, not a method: a reference to the `PerLoop` would keep it alive through its own finaliser.
+async def _keep(own: _Entry[Any]) -> AsyncGenerator[None, None]:
     try:
         yield
     finally:
-        loop = asyncio.get_running_loop()
-        try:
-            if not own.unordered:
-                await _wait_for_higher(own, loop)
-            with _guard:
-                entry = entries.get(loop)
-                if entry is not None and entry.value is value:
-                    del entries[loop]
-            if close is not None:
-                with contextlib.suppress(Exception):
-                    await close(value)
-        finally:
-            with _guard:
-                _open[loop].remove(own)
-            own.closed.set()
+        if own.closer is None:
+            await _wait_for_higher(own, asyncio.get_running_loop())
+        if not own.closed.is_set():
+            await _close_once(own)
 
 
 async def _wait_for_higher(own: _Entry[Any], loop: asyncio.AbstractEventLoop) -> None:
@@ -187,7 +205,7 @@ async def _wait_for_higher(own: _Entry[Any], loop: asyncio.AbstractEventLoop) ->
                 await entry.closed.wait()
 
 
-def _abandon(entries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Entry[Any]], pid: int) -> None:
+def _abandon(entries: _Entries[Any], pid: int) -> None:
     """Close what an object that is gone has left on loops that still run, on those loops."""
     if pid != os.getpid():
         return
@@ -199,7 +217,7 @@ def _abandon(entries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Entr
 
 def _close_soon(loop: asyncio.AbstractEventLoop, entry: _Entry[Any]) -> None:
     if entry.keeper is not None:
-        entry.closing = loop.create_task(_close_now(entry, entry.keeper))
+        entry.closing = loop.create_task(_close_now(entry))
 
 
 def _hook_exit() -> None:

@@ -407,6 +407,14 @@ class S3Storage(Storage):
         other._apply(settings)
         return other
 
+    def with_user_agent(self, user_agent: str) -> Storage:
+        if user_agent == self._place.user_agent:
+            return self
+        other = object.__new__(type(self))
+        other._place = self._place.named(user_agent)
+        other._apply(self._settings)
+        return other
+
     def default_settings(self) -> StorageSettings:
         return object_store_settings()
 

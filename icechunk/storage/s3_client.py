@@ -123,22 +123,30 @@ class S3Client:
     """
 
     def __init__(
-        self, endpoint: Endpoint, keys: KeyProvider, sources: Sources, connections: Connections | ProxiedConnections
+        self,
+        endpoint: Endpoint,
+        keys: KeyProvider,
+        sources: Sources,
+        connections: Connections | ProxiedConnections,
+        user_agent: str = CLIENT_NAME,
     ) -> None:
         self.endpoint = endpoint
         self._keys = keys
         self._sources = sources
         self._connections = connections
+        self._user_agent = user_agent
         self._contacted = False
         self.pace = Pace()
         # The store's clock minus ours, µs; set when the store says that they differ too much.
         self._skew_us = 0
 
     @classmethod
-    async def open(cls, endpoint: Endpoint, keys: KeyProvider, sources: Sources) -> S3Client:
+    async def open(
+        cls, endpoint: Endpoint, keys: KeyProvider, sources: Sources, user_agent: str = CLIENT_NAME
+    ) -> S3Client:
         """A client on the running loop."""
         tls = await asyncio.to_thread(_tls_context) if endpoint.scheme == "https" else None
-        return cls(endpoint, keys, sources, ProxiedConnections(tls) if is_proxied() else Connections(tls))
+        return cls(endpoint, keys, sources, ProxiedConnections(tls) if is_proxied() else Connections(tls), user_agent)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -243,7 +251,7 @@ class S3Client:
                 endpoint.region,
                 self._sources.wall_us() + self._skew_us,
             )
-        headers["user-agent"] = CLIENT_NAME
+        headers["user-agent"] = self._user_agent
         headers["accept-encoding"] = "identity"
         size = len(request.body)
         try:

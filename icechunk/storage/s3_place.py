@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from icechunk.config import S3Options
 from icechunk.credentials import AnyS3Credential
 from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.format.envelope import CLIENT_NAME
 from icechunk.sources import Sources
 from icechunk.storage.base import Absent, ByteRange, Matches, Precondition, Range, Suffix, Unchecked
 from icechunk.storage.keys import check_key
@@ -31,6 +32,7 @@ class Place:
         read_headers: Mapping[str, str],
         write_headers: Mapping[str, str],
         sources: Sources,
+        user_agent: str = CLIENT_NAME,
     ) -> None:
         self.bucket = bucket
         self.root = root
@@ -42,13 +44,22 @@ class Place:
         self.write_headers = {**payer, **{name.lower(): value for name, value in write_headers.items()}}
         self.plain_headers = payer
         self.sources = sources
+        self.user_agent = user_agent
         self.keeps_metadata = True
         self.keys = key_provider(credentials, sources)
         self.clients: PerLoop[S3Client] = PerLoop(self._open_client, S3Client.aclose)
 
+    def named(self, user_agent: str) -> Place:
+        """The same, with connections of its own whose requests name themselves so."""
+        place = Place(
+            self.bucket, self.root, self.options, self.credentials, *self.given_headers, self.sources, user_agent
+        )
+        place.keeps_metadata = self.keeps_metadata
+        return place
+
     async def _open_client(self) -> S3Client:
         endpoint = await resolve_endpoint(self.bucket, self.options)
-        return await S3Client.open(endpoint, self.keys, self.sources)
+        return await S3Client.open(endpoint, self.keys, self.sources, self.user_agent)
 
     async def client(self) -> S3Client:
         """The running loop's connections."""

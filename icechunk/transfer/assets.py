@@ -44,6 +44,10 @@ SEARCHES_BEFORE_INDEX = 16
 FEW_MANIFESTS = 8
 """Up to so many manifests of an array are looked through one by one."""
 
+_MAX_COMMITS = 1024
+_MAX_MANIFESTS = 8192
+"""Values that are kept however small they are: tiny ones of a long history weigh little and take room all the same."""
+
 FindFile: TypeAlias = Callable[[str], Awaitable[bytes | None]]
 """A file by its key, from elsewhere; None where it is nowhere."""
 
@@ -151,10 +155,12 @@ class Assets:
         self._reads = reads = reads or Reads()
         self._pools: PerLoop[FetchPool] = PerLoop(lambda: reads.pool(storage, gates.here()))
         self._readers: PerLoop[BlockReader] = PerLoop(self._new_reader)
-        self._snapshots: WeightedCache[ObjectId, Snapshot] = WeightedCache(num_snapshot_nodes)
-        self._manifests: WeightedCache[ObjectId, _Held] = WeightedCache(num_chunk_refs)
-        self._boxes: WeightedCache[int, _Boxes] = WeightedCache(num_chunk_refs)
-        self._transactions: WeightedCache[ObjectId, TransactionLog] = WeightedCache(num_transaction_changes)
+        self._snapshots: WeightedCache[ObjectId, Snapshot] = WeightedCache(num_snapshot_nodes, _MAX_COMMITS)
+        self._manifests: WeightedCache[ObjectId, _Held] = WeightedCache(num_chunk_refs, _MAX_MANIFESTS)
+        self._boxes: WeightedCache[int, _Boxes] = WeightedCache(num_chunk_refs, _MAX_COMMITS)
+        self._transactions: WeightedCache[ObjectId, TransactionLog] = WeightedCache(
+            num_transaction_changes, _MAX_COMMITS
+        )
 
     async def _new_reader(self) -> BlockReader:
         return BlockReader(await self._pools.get(), self._reads.limits)

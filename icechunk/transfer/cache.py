@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -20,10 +21,13 @@ class WeightedCache(Generic[K, V]):
     ----------
     max_weight
         Sum of weights kept, in whatever unit the caller counts. A value heavier than all of it is not kept.
+    max_items
+        Number of values kept, however light: each takes room that its weight does not count.
     """
 
-    def __init__(self, max_weight: int) -> None:
+    def __init__(self, max_weight: int, max_items: int | None = None) -> None:
         self._max_weight = max_weight
+        self._max_items = sys.maxsize if max_items is None else max_items
         self._items: OrderedDict[K, tuple[V, int]] = OrderedDict()
         self._weight = 0
         self._lock = threading.Lock()
@@ -60,6 +64,6 @@ class WeightedCache(Generic[K, V]):
                 self._weight -= old[1]
             self._items[key] = (value, weight)
             self._weight += weight
-            while self._weight > self._max_weight:
+            while self._weight > self._max_weight or len(self._items) > self._max_items:
                 _, (_, gone) = self._items.popitem(last=False)
                 self._weight -= gone

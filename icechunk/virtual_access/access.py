@@ -209,16 +209,16 @@ class _Desk:
         match container.store:
             case ObjectStoreConfig.LocalFileSystem():
                 return LocalFiles()
-            case ObjectStoreConfig.Http(_, headers):
-                return WebFiles(headers or {}, self._settings, self._sources)
+            case ObjectStoreConfig.Http(options, headers):
+                return WebFiles(options or {}, headers or {}, self._settings, self._sources)
             case ObjectStoreConfig.S3(options) | ObjectStoreConfig.S3Compatible(options):
                 return BucketFiles(prefix, options, given, self._settings, self._sources)
             case ObjectStoreConfig.Tigris(options):
                 return BucketFiles(prefix, options, given, self._settings, self._sources)
             case ObjectStoreConfig.Gcs(options):
-                return gcs_files(prefix, options or {}, given)
+                return gcs_files(prefix, options or {}, given, self._settings, self._sources)
             case ObjectStoreConfig.Azure(options):
-                return azure_files(prefix, options or {}, given)
+                return azure_files(prefix, options or {}, given, self._settings, self._sources)
         raise StorageError(
             f"virtual chunks cannot be kept in {type(container.store).__name__} ({prefix!r})", ErrorKind.STORAGE_CONFIG
         )

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from icechunk.config import S3Options, StorageSettings
 from icechunk.credentials import AnyS3Credential
-from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
-from icechunk.sources import Sources
+from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError, ObjectNotFoundError, StorageError
+from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import GetResult, Range, Version
+from icechunk.storage.keys import resolve_range
+from icechunk.storage.obstore_errors import missing, storage_error
+from icechunk.storage.obstore_places import AzurePlace, GcsPlace, ObstorePlace, stores_of_obstore
 from icechunk.storage.s3 import S3Storage
+from icechunk.storage.s3_client import limits_of
+from icechunk.values import redacted_url
 from icechunk.virtual_access.locations import key_of
 
 __all__ = ["BucketFiles", "ObstoreFiles", "azure_files", "gcs_files"]
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_ACCOUNT: Final = ("account", "account_name", "azure_storage_account_name")
 
 
 class BucketFiles:
@@ -53,7 +60,13 @@ class BucketFiles:
 
 
 class ObstoreFiles:
-    """Reads objects through one of obstore's stores."""
+    """Reads objects through one of obstore's stores.
+
+    Parameters
+    ----------
+    store
+        Its own tries and timeouts are in force.
+    """
 
     def __init__(self, store: Any) -> None:
         self._store = store
@@ -61,20 +74,18 @@ class ObstoreFiles:
     async def get(self, location: str, wanted: Range) -> GetResult:
         """As `Reader.get`."""
         import obstore
-        from obstore import exceptions
 
         key = key_of(location)
         span: Any = {"offset": wanted.start} if wanted.end is None else (wanted.start, wanted.end)
         try:
             answer = await obstore.get_async(self._store, key, options={"range": span})
             data = bytes(await answer.bytes_async())
-        except (FileNotFoundError, exceptions.NotFoundError) as error:
-            raise ObjectNotFoundError(f"there is no object at {location!r}") from error
-        except exceptions.BaseError as error:
-            raise StorageError(f"cannot read {location!r}: {error}", ErrorKind.OBJECT_STORE) from error
+        except Exception as error:
+            if missing(error):
+                raise ObjectNotFoundError(f"there is no object at {redacted_url(location)!r}") from error
+            raise await self._unread(location, key, wanted, error) from error
         meta = answer.meta
-        if wanted.start >= meta["size"]:
-            raise InvalidInputError(f"{location!r} has {meta['size']} bytes only", ErrorKind.INVALID_BYTE_RANGE)
+        resolve_range(wanted, meta["size"], redacted_url(location))
         return GetResult(
             data=data,
             size=meta["size"],
@@ -83,39 +94,75 @@ class ObstoreFiles:
             date_us=None,
         )
 
+    async def _unread(self, location: str, key: str, wanted: Range, error: Exception) -> IcechunkError:
+        """The error to raise for one while reading: stores and obstore say in many ways that an object is shorter."""
+        import obstore
+
+        shown = redacted_url(location)
+        try:
+            meta = await obstore.head_async(self._store, key)
+            resolve_range(wanted, meta["size"], shown)
+        except InvalidInputError as refusal:
+            return refusal
+        except Exception:
+            pass
+        return storage_error(f"read {shown!r}", error)
+
     async def aclose(self) -> None:
         """Obstore's connections close with the store."""
 
 
-def gcs_files(url_prefix: str, options: Mapping[str, str], credential: Any) -> ObstoreFiles:
-    """Objects of a bucket of Google Cloud Storage. Raises `StorageError` where obstore is not installed."""
-    from icechunk.storage.obstore_credentials import gcs_options
+def gcs_files(
+    url_prefix: str,
+    options: Mapping[str, str],
+    credential: Any,
+    settings: StorageSettings | None = None,
+    sources: Sources = SYSTEM,
+) -> ObstoreFiles:
+    """Objects of a bucket of Google Cloud Storage.
 
-    stores = _obstore("Google Cloud Storage")
-    given, provider = gcs_options(credential)
-    return ObstoreFiles(
-        stores.GCSStore(urlsplit(url_prefix).netloc, config={**options, **given}, credential_provider=provider)
+    Raises
+    ------
+    StorageError
+        Obstore is not installed, or does not take the options.
+    """
+    bucket = urlsplit(url_prefix).netloc
+    place = GcsPlace(
+        bucket, "", credentials=credential, sources=sources, config=options, read_headers={}, write_headers={}
     )
+    return _files(place, "Google Cloud Storage", settings)
 
 
-def azure_files(url_prefix: str, options: Mapping[str, str], credential: Any) -> ObstoreFiles:
-    """Blobs of a container of Azure. Raises `StorageError` where obstore is not installed."""
-    from icechunk.storage.obstore_credentials import azure_options
+def azure_files(
+    url_prefix: str,
+    options: Mapping[str, str],
+    credential: Any,
+    settings: StorageSettings | None = None,
+    sources: Sources = SYSTEM,
+) -> ObstoreFiles:
+    """Blobs of a container of Azure, of the account that the options name as ``account``.
 
-    stores = _obstore("Azure Blob Storage")
-    given, provider = azure_options(credential)
-    named = {"account_name" if name == "account" else name: value for name, value in options.items()}
-    return ObstoreFiles(
-        stores.AzureStore(urlsplit(url_prefix).netloc, config={**named, **given}, credential_provider=provider)
-    )
-
-
-def _obstore(what: str) -> Any:
-    try:
-        from obstore import store
-    except ImportError as error:
+    Raises
+    ------
+    StorageError
+        Obstore is not installed, or does not take the options; no account.
+    """
+    account = next((value for name, value in options.items() if name.lower() in _ACCOUNT), None)
+    account = account or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")
+    if account is None:
         raise StorageError(
-            f"reading virtual chunks from {what} needs obstore: install it with pip install 'aioicechunk[obstore]'",
-            ErrorKind.UNIMPLEMENTED,
-        ) from error
-    return store
+            f"the virtual chunk container {url_prefix!r} does not say in which account it is: give its store as "
+            'icechunk.azure_store(account="…")',
+            ErrorKind.STORAGE_CONFIG,
+        )
+    config = {name: value for name, value in options.items() if name.lower() not in _ACCOUNT}
+    bucket = urlsplit(url_prefix).netloc
+    place = AzurePlace(
+        account, bucket, "", credentials=credential, sources=sources, config=config, read_headers={}, write_headers={}
+    )
+    return _files(place, "Azure Blob Storage", settings)
+
+
+def _files(place: ObstorePlace, service: str, settings: StorageSettings | None) -> ObstoreFiles:
+    stores_of_obstore(f"reading virtual chunks from {service}")
+    return ObstoreFiles(place.open(limits_of(settings, None), role="read"))

@@ -9,8 +9,7 @@ from yarl import URL
 from icechunk.config import StorageSettings
 from icechunk.sources import Sources
 from icechunk.storage.base import GetResult, Range
-from icechunk.storage.http_reading import HttpReader
-from icechunk.storage.s3_client import limits_of
+from icechunk.storage.http_options import check_options, reader_maker
 from icechunk.virtual_access.locations import key_of
 
 __all__ = ["WebFiles"]
@@ -21,14 +20,29 @@ class WebFiles:
 
     Parameters
     ----------
+    options
+        Of the HTTP client, as `icechunk.http_storage` takes them.
     headers
         Sent with every request to the container's own server; a redirect to another one goes without them.
     settings
         Tries and timeouts.
+
+    Raises
+    ------
+    InvalidInputError
+        An option that is none.
     """
 
-    def __init__(self, headers: Mapping[str, str], settings: StorageSettings | None, sources: Sources) -> None:
-        self._reader = HttpReader(headers, limits_of(settings, None), sources, serves_ranges=True)
+    def __init__(
+        self,
+        options: Mapping[str, str],
+        headers: Mapping[str, str],
+        settings: StorageSettings | None,
+        sources: Sources,
+    ) -> None:
+        options = {name.lower(): value for name, value in options.items()}
+        check_options(options)
+        self._reader = reader_maker(options, headers, settings, sources, serves_ranges=True)()
 
     async def aclose(self) -> None:
         """Close the connections."""

@@ -38,6 +38,17 @@ def test_coordinates_are_written_sorted_and_once() -> None:
     assert again.updated_chunks[A].tolist() == [[0, 1], [0, 5], [2, 0]]
 
 
+def test_updated_chunks_of_arrays_of_several_ranks_come_back_with_their_arrays() -> None:
+    rng = np.random.default_rng(0)
+    chunks = {
+        NodeId(rng.bytes(8)): np.unique(rng.integers(0, 9, (n, ndim)), axis=0).astype(np.uint32)
+        for n, ndim in [(5, 2), (0, 1), (1, 1), (7, 1), (3, 3), (4, 2)]
+    }
+    again = decode_transaction_log(encode_transaction_log(replace(EMPTY, updated_chunks=chunks))).updated_chunks
+    assert list(again) == sorted(chunks)
+    assert all(again[node].tolist() == coords.tolist() for node, coords in chunks.items())
+
+
 def test_moves_are_sorted_segment_by_segment() -> None:
     moves = [Move(path, path + "x", A, NodeKind.GROUP) for path in ("/a-b", "/a/b", "/a")]
     again = decode_transaction_log(encode_transaction_log(replace(EMPTY, moved_nodes=tuple(moves))))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from icechunk.errors import FormatError
-from icechunk.format.tables import Manifest
+from icechunk.format.tables import Manifest, ManifestFile, ManifestRef
 from icechunk.log.compaction import Policy, compact, plan
 from tests.log.builders import Repo, array_json, check_snapshot, native, object_id
 
@@ -255,3 +257,56 @@ def test_a_manifest_without_the_array_that_the_snapshot_promises_is_a_format_err
             metadata={},
             new_object_id=repo.new_object_id,
         )
+
+
+def test_five_thousand_small_arrays_share_a_handful_of_manifests_when_they_are_made_and_when_they_change() -> None:
+    repo = Repo()
+    log = repo.log()
+    document = array_json((2,))
+    for i in range(5000):
+        log.set_metadata(f"/a{i}", document)
+    for c in range(2):
+        for i in range(5000):
+            node = log.node(f"/a{i}")
+            assert node is not None
+            log.set_native(node, (c,), object_id(2 * i + c), 0, 7)
+    assert len(repo.commit(log).manifests) == 1
+    assert check_snapshot(repo) == 10_000
+    log = repo.log()
+    for i in range(5000):
+        log.set_native(repo.snapshot.nodes[f"/a{i}"], (1,), object_id(20_000 + i), 0, 7)
+    assert len(repo.commit(log).manifests) == 1
+    assert len(repo.read) == 1
+    assert check_snapshot(repo) == 10_000
+    for i in (0, 17, 4999):
+        node = repo.snapshot.nodes[f"/a{i}"]
+        for c, id in ((0, 2 * i), (1, 20_000 + i)):
+            ref = repo.committed(node, (c,))
+            assert ref is not None
+            assert ref.chunk_id == object_id(id)
+
+
+def test_appends_of_a_thousand_to_ten_million_read_and_write_none_of_those() -> None:
+    count, size = 153, 65_536
+    repo = with_array((count * size + 20_000,))
+    large = [object_id(10**6 + i) for i in range(count)]
+    node = replace(
+        repo.snapshot.nodes["/a"],
+        manifests=tuple(ManifestRef(id, ((i * size, (i + 1) * size),)) for i, id in enumerate(large)),
+    )
+    # The manifests themselves do not exist: whoever asks for one fails.
+    repo.snapshot = replace(
+        repo.snapshot,
+        nodes={**repo.snapshot.nodes, "/a": node},
+        manifest_files={id: ManifestFile(id, 10**6, size) for id in large},
+    )
+    assert sum(file.num_chunk_refs for file in repo.snapshot.manifest_files.values()) > 10**7
+    for k in range(20):
+        before = repo.written_refs
+        first = count * size + 1000 * k
+        write(repo, np.arange(first, first + 1000)[:, None], first=10**7 + 1000 * k)
+        assert len(repo.last.manifests if repo.last else ()) == 1
+        assert repo.written_refs - before in (1000, 8000)  # its own, or with those of the seven before
+        assert (repo.written_refs - before == 1000) == (repo.read == ())
+        assert not set(repo.read) & set(large)
+    assert set(large) <= set(repo.snapshot.manifest_files)

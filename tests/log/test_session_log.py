@@ -15,6 +15,7 @@ from icechunk.errors import (
 )
 from icechunk.format.tables import NATIVE, ChunkRef, ChunkRefs, NodeSnapshot
 from icechunk.log import layers
+from icechunk.log.events import ChunksWritten
 from icechunk.log.session_log import ABSENT, IN_BASE, SessionLog
 from tests.log.builders import GROUP, Repo, array_json, check_snapshot, group_json, native, object_id
 
@@ -261,6 +262,29 @@ def test_many_single_writes_become_columns(monkeypatch: pytest.MonkeyPatch, repo
         found = log.chunk(node, (i * 7 % 1000,))
         assert isinstance(found, ChunkRef)
         assert found.chunk_id == object_id(i)
+
+
+def test_large_layers_share_their_columns_with_the_events_until_there_are_many(
+    monkeypatch: pytest.MonkeyPatch, repo: Repo
+) -> None:
+    monkeypatch.setattr(layers, "LARGE_LAYER", 100)
+    monkeypatch.setattr(layers, "MANY_LAYERS", 4)
+    log = repo.log()
+    log.set_metadata("/big", array_json((1000,)))
+    node = at(log, "/big")
+    for k in range(4):
+        log.set_refs(node, native(np.arange(50 * k, 50 * k + 80)[:, None], first=1000 * k + 1))
+    fold = log._arrays[node.id]
+    assert [len(layer) for layer in fold.layers] == [80] * 4
+    written = [event.refs for event in log.events if isinstance(event, ChunksWritten)]
+    assert all(layer.refs is refs for layer, refs in zip(fold.layers, written, strict=True))
+    for k in range(4, 18):
+        log.set_refs(node, native(np.arange(50 * k, 50 * k + 80)[:, None], first=1000 * k + 1))
+        assert len(fold.layers) <= 4 + k.bit_length()
+    for c in range(17 * 50):
+        found = log.chunk(node, (c,))
+        assert isinstance(found, ChunkRef)
+        assert found.chunk_id == object_id(1000 * (c // 50) + 1 + c % 50)  # of the last that wrote it
 
 
 def test_a_refused_command_leaves_the_log_as_it_was(repo: Repo) -> None:

@@ -22,7 +22,8 @@ from icechunk.refs.open import open_repository
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Storage
 from icechunk.storage.memory import MemoryStorage
-from icechunk.testing.simulation import Faults, SimulatedStorage, SimulatedStore, VirtualLoop, commit_proposal
+from icechunk.testing.simulated_storage import Faults, SimulatedStorage, SimulatedStore, VirtualLoop
+from icechunk.testing.simulation import commit_proposal
 
 CALM = Faults(lost=0, late=0, doubled=0, dropped=0, pause=0)
 

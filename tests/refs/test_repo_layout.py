@@ -34,7 +34,8 @@ from icechunk.sources import Sources
 from icechunk.storage.base import Storage
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.scripted import ManualClock, Request, ScriptedStorage, Send, lost_answer
-from icechunk.testing.simulation import Faults, SimulatedStorage, SimulatedStore, VirtualLoop, commit_proposal
+from icechunk.testing.simulated_storage import Faults, SimulatedStorage, SimulatedStore, VirtualLoop
+from icechunk.testing.simulation import commit_proposal
 from tests.refs.strategies import an_id
 
 

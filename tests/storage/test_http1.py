@@ -8,7 +8,6 @@ import itertools
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icechunk.storage.http1 import BadAnswerError, Connections, NotConnectedError, Origin, _Reading
+from tests.storage.certificates import tls_contexts
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 OK = b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\nETag: "x"\r\n\r\nhello'
@@ -254,7 +254,7 @@ async def test_a_line_break_in_a_header_is_refused_before_anything_is_sent() -> 
 
 
 async def test_over_tls(tmp_path: Path) -> None:
-    server, client = _tls(tmp_path)
+    server, client = tls_contexts(tmp_path)
     body = b"z" * 3_000_000
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 3000000\r\n\r\n" + body
     async with serving(saying(answer, answer), server) as origin, connections(client) as made:
@@ -291,35 +291,3 @@ def test_an_answer_is_the_same_however_it_is_cut(whole: bytes, cuts: list[int]) 
 def test_nonsense_is_refused_or_waits_for_more(data: bytes, after: bytes) -> None:
     with contextlib.suppress(ValueError, BadAnswerError):
         _Reading(bodiless=False).feed(after + data)
-
-
-def _tls(folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """Contexts for a server on 127.0.0.1 and for a client that trusts it."""
-    import ipaddress
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
-        .sign(key, hashes.SHA256())
-    )
-    (folder / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    (folder / "key.pem").write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(folder / "cert.pem", folder / "key.pem")
-    return server, ssl.create_default_context(cafile=str(folder / "cert.pem"))

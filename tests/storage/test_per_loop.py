@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import weakref
+from collections.abc import Coroutine
 
 import pytest
 
@@ -46,6 +47,29 @@ def test_each_loop_has_its_own_value_and_closes_it() -> None:
     assert one is not two
     assert (one.closed, two.closed) == (1, 1)
     assert len(clients._entries) == 0
+
+
+async def test_closing_while_the_loop_ends_waits_for_it() -> None:
+    first, second = asyncio.Event(), asyncio.Event()
+
+    async def close(client: Client) -> None:
+        first.set()
+        await second.wait()
+        await client.aclose()
+
+    clients = PerLoop(make, close)
+    client = await clients.get()
+    entry = clients._entries[asyncio.get_running_loop()]
+    assert entry.keeper is not None
+    # What `loop.shutdown_asyncgens` does.
+    ending = asyncio.create_task(entry.keeper.aclose())
+    await first.wait()
+    closing = asyncio.create_task(clients.aclose())
+    await asyncio.sleep(0)
+    assert not closing.done()
+    second.set()
+    await asyncio.gather(ending, closing)
+    assert client.closed == 1
 
 
 async def test_closing_early_makes_a_new_value_next_time() -> None:
@@ -245,3 +269,104 @@ per_loop._close_everything()
 """
     done = subprocess.run([sys.executable, "-X", "dev", "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def end_of_loop_complaints(main: Coroutine[None, None, None]) -> list[str]:
+    """What a loop says about the generators that it ends."""
+    said: list[str] = []
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda _, context: said.append(f"{context['message']}: {context.get('exception')}"))
+    loop.run_until_complete(main)
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+    return said
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_loop_that_ends_while_a_value_is_being_closed_waits_for_that(turns: int) -> None:
+    closed: list[str] = []
+
+    async def close(value: str) -> None:
+        await asyncio.sleep(0.001)
+        closed.append(value)
+
+    values: PerLoop[str] = PerLoop(lambda: "value", close)
+    tasks: list[asyncio.Task[None]] = []
+
+    async def use() -> None:
+        await values.get()
+        tasks.append(asyncio.ensure_future(values.aclose()))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+
+    assert end_of_loop_complaints(use()) == []
+    assert closed == ["value"]
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_an_object_that_goes_as_its_loop_ends_is_closed_without_noise(turns: int) -> None:
+    closed: list[str] = []
+
+    async def close(value: str) -> None:
+        await asyncio.sleep(0.001)
+        closed.append(value)
+
+    async def use() -> None:
+        values: PerLoop[str] = PerLoop(lambda: "value", close)
+        await values.get()
+        del values
+        for _ in range(turns):
+            await asyncio.sleep(0)
+
+    assert end_of_loop_complaints(use()) == []
+    assert closed == ["value"]
+
+
+def test_what_closes_at_the_end_of_a_loop_may_close_what_lies_below_it() -> None:
+    closed: list[str] = []
+
+    async def close_low(value: str) -> None:
+        await asyncio.sleep(0)
+        closed.append(value)
+
+    async def close_high(value: str) -> None:
+        await asyncio.sleep(0)
+        await low.aclose()
+        closed.append(value)
+
+    low: PerLoop[str] = PerLoop(lambda: "low", close_low)
+    high: PerLoop[str] = PerLoop(lambda: "high", close_high, rank=1)
+
+    async def use() -> None:
+        await low.get()
+        await high.get()
+
+    assert end_of_loop_complaints(use()) == []
+    assert closed == ["low", "high"]
+
+
+async def test_who_closes_second_returns_when_the_value_is_closed() -> None:
+    gate = asyncio.Event()
+
+    async def close(value: str) -> None:
+        await gate.wait()
+
+    values: PerLoop[str] = PerLoop(lambda: "value", close)
+    await values.get()
+    first = asyncio.ensure_future(values.aclose())
+    await asyncio.sleep(0)
+    second = asyncio.ensure_future(values.aclose())
+    await asyncio.sleep(0)
+    assert not second.done()
+    gate.set()
+    await asyncio.gather(first, second)
+
+
+async def test_a_value_may_close_its_own_object_while_it_is_closed() -> None:
+    async def close(value: str) -> None:
+        await values.aclose()
+
+    values: PerLoop[str] = PerLoop(lambda: "value", close)
+    await values.get()
+    async with asyncio.timeout(5):
+        await values.aclose()

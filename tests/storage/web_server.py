@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ssl
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -97,11 +98,14 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def serving_files(folder: Path) -> Iterator[WebServer]:
-    """The files of a folder on a free port of 127.0.0.1."""
+def serving_files(folder: Path, tls: ssl.SSLContext | None = None) -> Iterator[WebServer]:
+    """The files of a folder on a free port of 127.0.0.1, by https where there is a context for it."""
     state = WebServer(folder=folder)
     server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_state": state}))
-    state.url = f"http://127.0.0.1:{server.server_port}"
+    if tls is not None:
+        # The handshake is left to the connection's own thread.
+        server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    state.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

@@ -18,6 +18,14 @@ def test_least_recently_used_leaves_first() -> None:
     assert cache.get("a") == ord("a")
 
 
+def test_values_that_weigh_next_to_nothing_are_bounded_by_their_number() -> None:
+    cache = WeightedCache[int, str](10**9, 3)
+    for key in range(5):
+        cache.put(key, "x", 1)
+    assert [key for key, _ in cache.items()] == [2, 3, 4]
+    assert cache.weight == 3
+
+
 def test_value_heavier_than_the_bound_is_not_kept_and_pushes_nothing_out() -> None:
     cache: WeightedCache[str, int] = WeightedCache(3)
     cache.put("a", 1, 3)

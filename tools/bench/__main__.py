@@ -1,9 +1,13 @@
 """``python -m tools.bench``: how fast we are, as ratios to the official library in the same run.
 
     python -m tools.bench [--only small,commit,wire] [--repeat 3] [--json FILE] [--check]
+    python -m tools.bench --only growth [--commits 10000]
 
 Each case runs in fresh processes, ours and the official one's in turn, and the best of the repeats counts: what the
 machine did besides is the same for both. With ``--check`` the exit code is 1 when a floor is missed.
+
+``growth`` takes minutes, has no official counterpart, and runs on request only: ours at the beginning of a long history
+beside ours at its end, as `tools.bench.growth` tells.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import oracle
+from tools.bench import growth
 from tools.bench.workload import CASES
 
 FLOORS = {
@@ -27,28 +32,44 @@ FLOORS = {
     ("commit", "commit"): 0.5,
     ("references", "1 M set and commit"): 1.5,
     ("references", "append 1 000 to 1 M"): 20.0,
+    ("arrays", "create: commit"): 1.0,
+    ("arrays", "update: commit"): 1.5,
     ("wire", "write and commit"): 1.0,
     ("wire", "read"): 1.0,
 }
 """How many times as fast as the official library we must be at least."""
 
 LATENCY_MS = 20
+TIMEOUT_S = 300.0
+ON_DEMAND = ("huge",)
+"""Cases that run only when they are asked for: they take minutes and gigabytes."""
 
 
 def main() -> int:
     """Run the benchmarks that the command line asks for and print a table."""
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", default=",".join(CASES), help=f"comma-separated, of {', '.join(CASES)}")
+    known = [*CASES, growth.CASE]
+    parser.add_argument(
+        "--only",
+        default=",".join(case for case in CASES if case not in ON_DEMAND),
+        help=f"comma-separated, of {', '.join(known)}",
+    )
     parser.add_argument("--repeat", type=int, default=3, help="runs of each case and library (default 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a floor is missed")
+    parser.add_argument("--commits", type=int, default=10_000, help="length of the history of growth (default 10000)")
     args = parser.parse_args()
     cases = args.only.split(",")
-    unknown = set(cases) - set(CASES)
+    unknown = set(cases) - set(known)
     if unknown:
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
-    rows = [row for case in cases for row in _measure(case, args.repeat)]
-    print(_table(rows))
+    rows = [row for case in cases if case in CASES for row in _measure(case, args.repeat)]
+    if rows:
+        print(_table(rows))
+    if growth.CASE in cases:
+        grown = growth.rows(args.commits)
+        print(growth.table(grown))
+        rows += grown
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return 1 if args.check and not all(row["ok"] for row in rows) else 0
@@ -84,7 +105,8 @@ def _best(best: dict[str, float], seconds: Mapping[str, float]) -> None:
 def _official(case: str, options: Mapping[str, Any]) -> Any:
     for tries_left in (2, 1, 0):
         try:
-            return oracle.run(oracle.OFFICIAL_CURRENT, "tools.bench.workload", case, json.dumps(options))
+            words = ("tools.bench.workload", case, json.dumps(options))
+            return oracle.run(oracle.OFFICIAL_CURRENT, *words, timeout_s=TIMEOUT_S)
         except oracle.OracleError as error:
             # The official library sometimes dies of a segmentation fault at the end of a process.
             if not tries_left or "ended with -11" not in str(error):
@@ -99,7 +121,7 @@ def _ours(case: str, options: Mapping[str, Any]) -> Any:
         text=True,
         cwd=oracle.PROJECT,
         check=True,
-        timeout=300,
+        timeout=TIMEOUT_S,
     )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -121,10 +143,14 @@ def _table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         floor = "" if row["floor"] is None else f"{row['floor']:.1f}" + ("" if row["ok"] else " !")
         lines.append(
-            f"{row['case']:8}{row['what']:26}{_seconds(row['ours_s']):>12}{_seconds(row['official_s']):>12}"
+            f"{row['case']:8}{row['what']:26}{_amount(row, 'ours_s'):>12}{_amount(row, 'official_s'):>12}"
             f"{row['times_as_fast']:>11.2f}{floor:>8}"
         )
     return "\n".join(lines)
+
+
+def _amount(row: Mapping[str, Any], which: str) -> str:
+    return f"{row[which]:.2f} GiB" if row["what"].endswith("GiB") else _seconds(row[which])
 
 
 def _seconds(value: float) -> str:

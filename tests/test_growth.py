@@ -1,0 +1,161 @@
+"""What commits and openings ask of storage does not grow with the history; counted, not timed."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from icechunk.format.repo import decode_repo
+from icechunk.refs.log_layout import LogLayout
+from icechunk.refs.marker import decode_marker
+from icechunk.repository import Repository
+from icechunk.storage.base import ANY, ObjectKind, Precondition, PutResult, Storage
+from icechunk.storage.memory import MemoryStorage
+from icechunk.testing.recording import RecordingStorage
+from icechunk.testing.wrapping import WrappingStorage
+
+ARRAY = (
+    b'{"zarr_format": 3, "node_type": "array", "shape": [4], "data_type": "int8", "chunk_grid": {"name": "regular", '
+    b'"configuration": {"chunk_shape": [1]}}, "chunk_key_encoding": {"name": "default"}, "fill_value": 0, '
+    b'"codecs": [{"name": "bytes"}], "attributes": {}}'
+)
+SHORT, LONG, WINDOW = 50, 1500, 20
+SMALL_REPO_BYTES = 64 * 1024
+"""Below this every commit may have its checkpoint."""
+LONG_TAIL = 64
+HISTORY_SHARE = 8
+
+
+class KeepsCheckpoints(WrappingStorage):
+    """Remembers what was written to ``repo``."""
+
+    def __init__(self, inner: Storage) -> None:
+        super().__init__(inner)
+        self.checkpoints: list[bytes] = []
+
+    async def put(
+        self,
+        key: str,
+        data: bytes | bytearray | memoryview,
+        precondition: Precondition = ANY,
+        *,
+        kind: ObjectKind = "metadata",
+        metadata: Mapping[str, str] | None = None,
+    ) -> PutResult:
+        put = await super().put(key, data, precondition, kind=kind, metadata=metadata)
+        if key == "repo":
+            self.checkpoints.append(bytes(data))
+        return put
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """At one length of the history."""
+
+    puts: dict[str, int]
+    """Of `WINDOW` commits, by kind of object; without checkpoints."""
+    other_requests: int
+    bytes_put: int
+    open_and_read: list[str]
+    """Requests of who opens right after a checkpoint, and reads a chunk; sorted, since some fly at once."""
+    tail_gets: int
+    """GETs of who opens when the checkpoint is at most `WINDOW` commits old."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Life:
+    """One repository and the writer who makes it long."""
+
+    storage: KeepsCheckpoints = field(default_factory=lambda: KeepsCheckpoints(MemoryStorage()))
+    rng: random.Random = field(default_factory=lambda: random.Random(7))
+    commits: int = 0
+
+    async def commit(self, repository: Repository, count: int) -> None:
+        for _ in range(count):
+            session = await repository.writable_session_async("main")
+            await session.set_chunk("/a", (self.commits % 4,), b"x%04d" % self.commits)
+            # A text that does not compress, so that `repo` soon is large.
+            await session.commit_async(self.rng.randbytes(64).hex())
+            self.commits += 1
+
+    async def opened(self, *, read: bool) -> RecordingStorage:
+        recording = RecordingStorage(WrappingStorage(self.storage.inner), turns=0)
+        repository = await Repository.open_async(recording)
+        if read:
+            assert await (await repository.readonly_session_async("main")).get_chunk("/a", (0,), None) is not None
+        await repository.aclose()
+        return recording
+
+
+async def log_of(repository: Repository) -> LogLayout:
+    log = await repository._core.log()
+    assert isinstance(log, LogLayout)
+    return log
+
+
+async def quiet(log: LogLayout) -> None:
+    """Wait until nothing is under way but a checkpoint, which may be in the pause after the last one."""
+    while tasks := [task for task in log.tasks if not task.done() and task.get_name() != "icechunk log checkpoint"]:
+        await asyncio.wait(tasks)
+
+
+async def costs(life: Life, repository: Repository, recording: RecordingStorage) -> Costs:
+    log = await log_of(repository)
+    await quiet(log)
+    await log.checkpoint()
+    recording.clear()
+    await life.commit(repository, WINDOW)
+    await quiet(log)
+    puts: dict[str, int] = {}
+    requests = [request for request in recording.requests if request.key != "repo"]
+    for request in requests:
+        if request.verb == "put":
+            kind = request.key.split("/")[0]
+            puts[kind] = puts.get(kind, 0) + 1
+    behind = await life.opened(read=False)
+    await log.checkpoint()
+    fresh = await life.opened(read=True)
+    return Costs(
+        puts=puts,
+        other_requests=len(requests) - sum(puts.values()),
+        bytes_put=sum(request.size for request in requests if request.verb == "put"),
+        open_and_read=sorted(f"{request.verb} {request.key.split('/')[0]}" for request in fresh.requests),
+        tail_gets=behind.count("get"),
+    )
+
+
+async def test_a_long_history_makes_neither_commits_nor_openings_ask_for_more() -> None:
+    life = Life()
+    recording = RecordingStorage(life.storage, turns=0)
+    repository = await Repository.create_async(recording)
+    session = await repository.writable_session_async("main")
+    session.set_metadata("/a", ARRAY)
+    await session.commit_async("the array")
+    await life.commit(repository, SHORT)
+    short = await costs(life, repository, recording)
+    life.storage.checkpoints.clear()
+    await life.commit(repository, LONG - life.commits - WINDOW)
+    unasked = life.storage.checkpoints[:]
+    long = await costs(life, repository, recording)
+    await repository.aclose()
+
+    assert short.puts == {"log": WINDOW, "snapshots": WINDOW, "manifests": WINDOW, "transactions": WINDOW}
+    assert long.puts == short.puts
+    assert (short.other_requests, long.other_requests) == (WINDOW, WINDOW)  # the look for news before each
+    assert abs(long.bytes_put - short.bytes_put) < 0.1 * short.bytes_put
+    assert long.open_and_read == short.open_and_read
+    assert len(long.open_and_read) < 8
+    # The checkpoint, the slots after it, and a look past their end.
+    assert max(short.tail_gets, long.tail_gets) <= 1 + WINDOW + 4
+
+    marked = [decode_repo(data) for data in unasked if len(data) >= SMALL_REPO_BYTES]
+    assert marked
+    for before, after in itertools.pairwise(marked):
+        old, new = decode_marker(before.extra), decode_marker(after.extra)
+        assert old is not None
+        assert new is not None
+        # However fast the writer is, a large `repo` is written once in so many commits, not with each.
+        assert new.n - old.n >= min(LONG_TAIL, len(after.snapshots) // HISTORY_SHARE - 1)
