@@ -248,7 +248,7 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
 
     async def delete(self, key: str) -> None:
         """Delete a key; one that has no value is fine. A node's metadata takes all below it along."""
-        self._require_writable(ErrorKind.READ_ONLY_SESSION)
+        self._require_writable()
         parsed = parse_key(key)
         if isinstance(parsed, MetadataKey):
             self._session.delete_node(parsed.path)
@@ -271,7 +271,7 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
 
     async def clear(self) -> None:
         """Delete everything."""
-        self._require_writable(ErrorKind.READ_ONLY_SESSION)
+        self._require_writable()
         self._session.clear()
 
     def sync_clear(self) -> None:
@@ -361,18 +361,18 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
 
     # -- Python's protocols --------------------------------------------------------------------------------------
 
-    def _require_writable(self, kind: ErrorKind = ErrorKind.READ_ONLY_STORE) -> None:
+    def _require_writable(self) -> None:
         # The words before the colon are those of zarr's own stores: its tests, and others' handlers, know them.
         if self._read_only:
             raise ReadOnlyError(
                 "store was opened in read-only mode and does not support writing: take one from a writable session",
-                kind,
+                ErrorKind.READ_ONLY_STORE,
             )
         if self._session.read_only:
             raise ReadOnlyError(
                 "store was opened in read-only mode and does not support writing: its session was committed; open "
                 "another writable session on the branch",
-                kind,
+                ErrorKind.READ_ONLY_STORE,
             )
 
     def __eq__(self, other: object) -> bool:

@@ -132,7 +132,7 @@ def test_a_tree_replaces_and_joins_others(repo: Repository) -> None:
     session = repo.writable_session("main")
     smaller = xr.DataTree.from_dict({"/three": weather()})
     smaller.to_zarr(session.store, mode="w", **FORMAT)
-    xr.DataTree(weather(range(2))).to_zarr(session.store, group="four", mode="a", **FORMAT)
+    to_icechunk(weather(range(2)), session, group="four")
     session.commit("another")
     found = xr.open_datatree(repo.readonly_session("main").store, engine="zarr", consolidated=False)
     assert set(found.children) == {"three", "four"}

@@ -16,6 +16,8 @@ pytestmark = [pytest.mark.oracle, pytest.mark.timeout(300)]
 VERSION = oracle.OFFICIAL_CURRENT
 
 DIFFERENT = {
+    "delete in a read-only store": "the session refuses there; here the store does, as it refuses every other write",
+    "clear a read-only store": "as for delete",
     "flush a read-only session": "nothing happens there; here it is told, as by a commit",
     "merge something else": "an attribute that is missing there; a TypeError here",
     "commit to a deleted branch": "a missing branch there; here a conflict like any other, whose actual_parent is None",
