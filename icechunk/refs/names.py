@@ -7,13 +7,14 @@ string included). Format 1 writes them into keys, where ``/`` would name another
 from __future__ import annotations
 
 from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.inputs import WrongTypeError
 
 __all__ = ["validate_branch_name", "validate_tag_name"]
 
 
 def _validate(what: str, name: object, spec_version: int) -> None:
     if not isinstance(name, str):
-        raise InvalidInputError(
+        raise WrongTypeError(
             f"invalid {what} name {name!r}: a str expected, not {type(name).__name__}", ErrorKind.INVALID_REF_NAME
         )
     try:

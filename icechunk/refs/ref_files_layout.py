@@ -245,7 +245,8 @@ class RefFilesLayout(RepositoryLog):
         answer = await self._get(snapshot_key(id))
         if answer is None:
             raise SnapshotNotFoundError(
-                f"no snapshot {encode_id(id)} in this repository; it never existed, was expired, or was collected"
+                f"snapshot id not found: {encode_id(id)} is not in this repository; it never existed, was expired, or "
+                "was collected"
             )
         snapshot = decode_snapshot(answer.data, expected_id=id)
         record = SnapshotRecord(

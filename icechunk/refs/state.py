@@ -132,7 +132,8 @@ def require_snapshot(state: RepoState, snapshot: ObjectId) -> SnapshotRecord:
     record = state.snapshots.get(snapshot)
     if record is None:
         raise SnapshotNotFoundError(
-            f"no snapshot {encode_id(snapshot)} in this repository; it never existed, was expired, or was collected"
+            f"snapshot id not found: {encode_id(snapshot)} is not in this repository; it never existed, was expired, "
+            "or was collected"
         )
     return record
 
@@ -288,8 +289,8 @@ def apply(state: RepoState, event: e.Event, *, time_us: int, since_us: int | Non
         case e.BranchCreated(name=name, snapshot=target):
             if name in state.branches:
                 raise AlreadyExistsError(
-                    f"cannot create branch {name!r}: it exists and points to {encode_id(state.branches[name])}; "
-                    "choose another name, or reset it",
+                    f"branch already exists: {name!r} points to {encode_id(state.branches[name])}; choose another "
+                    "name, or reset it",
                     ErrorKind.BRANCH_ALREADY_EXISTS,
                 )
             require_snapshot(state, target)
@@ -426,7 +427,7 @@ def _require_same_parent(state: RepoState, previous: ObjectId, snapshot: Snapsho
 def _require_fresh_tag(state: RepoState, name: str) -> None:
     if name in state.tags:
         raise AlreadyExistsError(
-            f"cannot create tag {name!r}: it exists and points to {encode_id(state.tags[name])}; choose another name",
+            f"tag already exists: {name!r} points to {encode_id(state.tags[name])}; choose another name",
             ErrorKind.TAG_ALREADY_EXISTS,
         )
     if name in state.deleted_tags:
