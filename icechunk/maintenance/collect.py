@@ -52,8 +52,9 @@ async def collect_garbage(
     Parameters
     ----------
     older_than_us
-        Only objects whose Last-Modified is before this, µs since the epoch. It is brought down to a little before the
-        store's present time, so that whoever begins now is not in its way.
+        Only objects whose Last-Modified is before this, µs since the epoch. Where that is the present or the future,
+        the collection waits for some steps of the store's clock (seconds on S3, 40 ms on a local disk), and then takes
+        what stood when it was asked for.
     dry_run
         Change nothing; count what a collection would delete.
 
@@ -70,9 +71,7 @@ async def collect_garbage(
             f"cannot collect garbage: {storage.describe()} can only be read", ErrorKind.READ_ONLY_STORAGE
         )
     await log.refresh()
-    # Whoever begins now has a `since` that is not before this, also where his clock is a step behind ours.
-    now_us = max(0, log.store_time_us - 2 * storage.clock_resolution_us)
-    cutoff_us = max(0, min(older_than_us, now_us))
+    cutoff_us = await _cutoff_us(log, storage, sources, older_than_us, dry_run=dry_run)
     state = await _collected(log, sources, cutoff_us, dry_run=dry_run)
     reachable = _Reachable(log, Files(storage, log), sources, limits, state)
     await reachable.grow(state)
@@ -99,6 +98,24 @@ async def collect_garbage(
         throttled_batches=swept.throttled,
         delete_errors=swept.errors,
     )
+
+
+async def _cutoff_us(
+    log: RepositoryLog, storage: Storage, sources: Sources, older_than_us: int, *, dry_run: bool
+) -> int:
+    """The time before which objects go: the one asked for, but none at which somebody may be beginning a session.
+
+    Whoever begins later has a `since` that is not before it, also where his clock is a step behind ours. Who asks for
+    the present shall have what stands now collected: for that the store's clock has to move on by a few steps.
+    """
+    steps_us = 2 * storage.clock_resolution_us
+    if older_than_us > log.store_time_us - steps_us:
+        if log.layout is Layout.LOG and not dry_run:
+            # Files of small commits that are still on their way would be younger.
+            await log.checkpoint()
+        await sources.sleep(2 * steps_us / 1e6)
+        await log.refresh()
+    return max(0, min(older_than_us, log.store_time_us - steps_us))
 
 
 async def _collected(log: RepositoryLog, sources: Sources, cutoff_us: int, *, dry_run: bool) -> RepoState:

@@ -152,7 +152,7 @@ def structured(world: World, step: int) -> None:
 
 def codecs(world: World, step: int) -> None:
     session = world.session()
-    values = np.arange(120).reshape(20, 20) % (7 + step)
+    values = np.arange(400).reshape(20, 20) % (7 + step)
     for name, compressors in (
         ("raw", None),
         ("gzip", zarr.codecs.GzipCodec()),
