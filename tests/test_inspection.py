@@ -9,6 +9,7 @@ import pytest
 import zarr
 
 import icechunk
+from icechunk.config import EngineConfig
 from icechunk.errors import FormatError, InvalidInputError, ObjectNotFoundError, RefNotFoundError, SnapshotNotFoundError
 from icechunk.format.ids import object_id_from_text
 from icechunk.format.keys import manifest_key, snapshot_key, transaction_key
@@ -117,6 +118,30 @@ def test_values_that_json_does_not_have_are_still_json():
     assert repo.inspect_snapshot(tip)["metadata"] == expected
     snapshots = {snapshot["id"]: snapshot["metadata"] for snapshot in repo.inspect_repo_info()["snapshots"]}
     assert snapshots[tip] == expected
+
+
+@pytest.mark.parametrize("asked", [None, 2])
+async def test_changes_of_expired_ancestors_are_told_with_those_of_the_snapshot_after_them(asked: int | None):
+    storage = MemoryStorage()
+    config = icechunk.RepositoryConfig(engine=EngineConfig(small_commit_bytes=0))
+    repo = await icechunk.Repository.create_async(storage, config, spec_version=asked)
+    expired = [await write(repo, name) for name in "abc"]
+    before = [await repo.inspect_transaction_log_async(id) for id in expired]
+    tip = await write(repo, "d")
+    own = await repo.inspect_transaction_log_async(tip)
+    [newest, *_] = [info async for info in repo.async_ancestry(branch="main")]
+    assert set(await repo.expire_snapshots_async(newest.written_at)) == set(expired)
+    told = await repo.inspect_transaction_log_async(tip)
+    assert told["header"] == own["header"]
+    assert set(told["new_arrays"]) == {array for changes in (*before, own) for array in changes["new_arrays"]}
+    assert len(told["updated_chunks"]) == 4
+    assert told["synthetic_composite"]["merged_pruned_ancestor_tx_logs"] == expired
+    assert told["synthetic_composite"]["missing_tx_logs"] == []
+    await storage.delete([transaction_key(object_id_from_text(expired[1]))])
+    again = await icechunk.Repository.open_async(storage)
+    told = await again.inspect_transaction_log_async(tip)
+    assert told["synthetic_composite"]["missing_tx_logs"] == [expired[1]]
+    assert len(told["updated_chunks"]) == 3
 
 
 @by_layout

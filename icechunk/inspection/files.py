@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.manifest import decode_manifest
 from icechunk.format.manifest_facts import manifest_facts
 from icechunk.format.snapshot import decode_snapshot
-from icechunk.format.tables import INLINE, NATIVE, VIRTUAL, ChunkRefs, NodeKind, NodeSnapshot
+from icechunk.format.tables import INLINE, NATIVE, VIRTUAL, ChunkRefs, NodeKind, NodeSnapshot, TransactionLog
 from icechunk.format.transaction import decode_transaction_log
 from icechunk.inspection.json_values import Json, describe_header, json_value, timestamp
+from icechunk.log.diff import combined
 
-__all__ = ["describe_manifest", "describe_snapshot", "describe_transaction_log"]
+__all__ = ["describe_collapsed_log", "describe_manifest", "describe_snapshot", "describe_transaction_log"]
 
 
 def describe_snapshot(data: bytes, id: ObjectId) -> Json:
@@ -105,7 +107,36 @@ def describe_transaction_log(data: bytes, id: ObjectId) -> Json:
 
     Raises `FormatError` where it is none, or another one.
     """
-    log = decode_transaction_log(data, expected_id=id)
+    return _describe_changes(data, decode_transaction_log(data, expected_id=id))
+
+
+def describe_collapsed_log(
+    data: bytes, id: ObjectId, ancestors: Sequence[tuple[ObjectId, TransactionLog | None]]
+) -> Json:
+    """A transaction log together with those of the ancestors that expiration took out of the history before it.
+
+    Parameters
+    ----------
+    ancestors
+        Oldest first; None for a log that is missing.
+    """
+    log: TransactionLog | None = None
+    for found in (*(ancestor for _, ancestor in ancestors), decode_transaction_log(data, expected_id=id)):
+        if found is not None:
+            log = found if log is None else combined(log, found)
+    assert log is not None
+    return {
+        **_describe_changes(data, log),
+        "synthetic_composite": {
+            "note": "These are the changes of this snapshot together with those of the ancestors that expiration took "
+            "out of its history; `header` is that of the snapshot's own log.",
+            "merged_pruned_ancestor_tx_logs": [encode_id(id) for id, found in ancestors if found is not None],
+            "missing_tx_logs": [encode_id(id) for id, found in ancestors if found is None],
+        },
+    }
+
+
+def _describe_changes(data: bytes, log: TransactionLog) -> Json:
     sets: dict[str, Any] = {
         name: [encode_id(node) for node in sorted(getattr(log, name))]
         for name in (

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from icechunk.errors import ObjectNotFoundError, SnapshotNotFoundError
 from icechunk.format.envelope import FileType, read_header
 from icechunk.format.ids import ObjectId, object_id_from_text
 from icechunk.format.keys import REPO_KEY, manifest_key, snapshot_key, transaction_key
-from icechunk.inspection.files import describe_manifest, describe_snapshot, describe_transaction_log
+from icechunk.format.tables import TransactionLog
+from icechunk.inspection.files import (
+    describe_collapsed_log,
+    describe_manifest,
+    describe_snapshot,
+    describe_transaction_log,
+)
 from icechunk.inspection.graph import AncestryGraph
 from icechunk.inspection.layout import lay_out
 from icechunk.inspection.repo_info import describe_repo_info
@@ -79,16 +86,26 @@ class Inspection(RepositoryBase):
         -------
         dict
             ``header``, ``new_groups``, ``new_arrays``, ``deleted_groups``, ``deleted_arrays``, ``updated_groups``,
-            ``updated_arrays``, ``updated_chunks``, ``moved_nodes``.
+            ``updated_arrays``, ``updated_chunks``, ``moved_nodes``. Where expiration took ancestors of the snapshot out
+            of history, their changes are among these, and ``synthetic_composite`` names them.
 
         Raises
         ------
         InvalidInputError, ObjectNotFoundError
             As in `inspect_snapshot_async`. The first snapshot of a repository of format 1 has no such file.
         """
-        return await self._inspect(
-            "transaction log", snapshot_id, transaction_key, describe_transaction_log, ObjectNotFoundError
-        )
+        record = (await self._core.state()).snapshots.get(object_id_from_text(snapshot_id))
+        describe = describe_transaction_log
+        if record is not None and record.pruned_ancestor_tx_logs:
+            ancestors = [(id, await self._transaction_log(id)) for id in record.pruned_ancestor_tx_logs]
+            describe = partial(describe_collapsed_log, ancestors=ancestors)
+        return await self._inspect("transaction log", snapshot_id, transaction_key, describe, ObjectNotFoundError)
+
+    async def _transaction_log(self, id: ObjectId) -> TransactionLog | None:
+        try:
+            return await self._core.assets.transaction_log(id)
+        except ObjectNotFoundError:
+            return None
 
     def inspect_transaction_log(self, snapshot_id: str) -> dict[str, Any]:
         """Synchronous twin of `inspect_transaction_log_async`."""
