@@ -76,6 +76,7 @@ class Connections:
         self._room = asyncio.Semaphore(_CONNECTIONS)
         self._idle: dict[Origin, deque[tuple[_Connection, float]]] = {}
         self._open: set[_Connection] = set()
+        self._closed = False
 
     async def exchange(
         self,
@@ -111,6 +112,10 @@ class Connections:
         """
         async with self._room:
             connection = self._kept(origin) or await self._connect(origin, connect_s)
+            if self._closed:
+                # It was being made while all others were closed.
+                connection.abort()
+                raise BadAnswerError("the connections were closed before the request")
             try:
                 response = await connection.request(
                     _head(method, target, headers, len(body)), body, method == "HEAD", read_s, total_s
@@ -123,6 +128,7 @@ class Connections:
 
     async def aclose(self) -> None:
         """Close all connections; exchanges under way fail."""
+        self._closed = True
         self._idle.clear()
         connections = tuple(self._open)
         for connection in connections:
@@ -143,7 +149,7 @@ class Connections:
     def _keep(self, origin: Origin, connection: _Connection) -> None:
         idle = self._idle.setdefault(origin, deque())
         now = asyncio.get_running_loop().time()
-        if connection.reusable:
+        if connection.reusable and not self._closed:
             idle.append((connection, now))
         else:
             connection.abort()

@@ -247,6 +247,28 @@ async def test_closing_ends_exchanges_under_way() -> None:
             await task
 
 
+async def test_a_connection_that_is_being_made_while_all_are_closed_is_closed_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with serving(saying(OK)) as origin, connections() as made:
+        connect, connected, closed = made._connect, asyncio.Event(), asyncio.Event()
+
+        async def slowly(origin: Origin, connect_s: float) -> object:
+            connection = await connect(origin, connect_s)
+            connected.set()
+            await closed.wait()
+            return connection
+
+        monkeypatch.setattr(made, "_connect", slowly)
+        task = asyncio.create_task(made.exchange(origin, "GET", "/", {"host": "h"}, **LIMITS))
+        await connected.wait()
+        made._open.clear()  # as if it had been made a moment later
+        await made.aclose()
+        closed.set()
+        with pytest.raises(BadAnswerError, match="were closed"):
+            await task
+
+
 async def test_a_line_break_in_a_header_is_refused_before_anything_is_sent() -> None:
     async with serving(saying(OK)) as origin, connections() as made:
         with pytest.raises(ValueError, match="line break"):
