@@ -107,6 +107,8 @@ class RefFilesLayout(RepositoryLog):
         self._versions: dict[str, Version] = {}
         self._tickets = itertools.count(1)
         self._ticket = 0
+        # Ticket of the newest change of ours that landed.
+        self._landing = 0
         self._state: RepoState | None = None
         self._clock = Instant(date_us=None, elapsed_us=0, wall_us=0)
         self._unsettled: _Write | None = None
@@ -161,7 +163,16 @@ class RefFilesLayout(RepositoryLog):
             return [MAIN_REF_KEY]
 
     async def refresh(self) -> RepoState:
-        """List the refs, and read those whose version is not known."""
+        """List the refs and read them, again where a change of this client's landed meanwhile.
+
+        What was read may be from before that change, or from after what others made of it since.
+        """
+        while not await self._read_refs():
+            pass
+        return self.state
+
+    async def _read_refs(self) -> bool:
+        """Read the refs; whether that tells the newest state."""
         ticket = next(self._tickets)
         branches, tags, deleted = dict[str, ObjectId](), dict[str, ObjectId](), set[str]()
         wanted: list[tuple[str, bool, str]] = []
@@ -189,10 +200,13 @@ class RefFilesLayout(RepositoryLog):
             raise RepositoryNotFoundError(
                 f"the repository doesn't exist: no branch {MAIN!r} of format 1 in {self._storage.describe()}"
             )
-        if ticket > self._ticket:
-            self._ticket, self._versions = ticket, versions
-            self._state = self._fold(branches, tags, deleted)
-        return self.state
+        if ticket < self._landing:
+            return False
+        if ticket < self._ticket:
+            return True
+        self._ticket, self._versions = ticket, versions
+        self._state = self._fold(branches, tags, deleted)
+        return True
 
     def _fold(self, branches: dict[str, ObjectId], tags: dict[str, ObjectId], deleted: set[str]) -> RepoState:
         root = SnapshotRecord(
@@ -468,14 +482,17 @@ class RefFilesLayout(RepositoryLog):
 
     def _landed(self, write: _Write) -> bool:
         self._unsettled = None
-        self._ticket = next(self._tickets)
-        # The ops log is no part of this format; versions are read again before the next change.
-        empty = self._fold({}, {}, set())
-        self._state = replace(write.state, updates=empty.updates, last_time_us=0, snapshots=self._records)
         for snapshot in write.snapshots:
             self._records = self._records.set(snapshot, write.state.snapshots[snapshot])
-            self._state = replace(self._state, snapshots=self._records)
         self._config = write.state.config
+        if self._versions.get(write.key) == write.base:
+            # Whatever is being read now may be from before.
+            self._ticket = self._landing = next(self._tickets)
+            # The ops log is no part of this format; versions are read again before the next change.
+            empty = self._fold({}, {}, set())
+            self._state = replace(write.state, updates=empty.updates, last_time_us=0)
+        # Otherwise a look since has seen the ref replaced: by this write, and perhaps by others after it.
+        self._state = replace(self.state, config=self._config, snapshots=self._records)
         return True
 
     async def settle(self, token: SwapToken) -> bool:

@@ -133,6 +133,8 @@ class RepoObjectLayout(RepositoryLog):
         )
         # Number of the newest look at ``repo``: a refusal counts only by a look after the call (rule 3).
         self._looked = 0
+        # Ticket of the newest change of ours that landed.
+        self._landing = 0
         self._clock = found.asked
         self._left: str | None = None
         self._unsettled: _Attempt | None = None
@@ -213,15 +215,18 @@ class RepoObjectLayout(RepositoryLog):
 
     async def _read(self) -> bytes | None:
         """GET ``repo`` and adopt it; its bytes, or None where the repository has another layout by now."""
-        ticket, asked = next(self._tickets), instant(self._sources)
-        try:
-            answer = await self._storage.get(REPO_KEY)
-        except ObjectNotFoundError:
-            raise RepositoryNotFoundError(
-                f"the repository in {self._storage.describe()} is gone: its object 'repo' was deleted"
-            ) from None
-        self._saw(asked, answer.date_us)
-        self._looked = max(self._looked, ticket)
+        ticket = -1
+        while ticket < self._landing:
+            # Again where a change of this client's landed meanwhile: the answer may be older than that, or newer.
+            ticket, asked = next(self._tickets), instant(self._sources)
+            try:
+                answer = await self._storage.get(REPO_KEY)
+            except ObjectNotFoundError:
+                raise RepositoryNotFoundError(
+                    f"the repository in {self._storage.describe()} is gone: its object 'repo' was deleted"
+                ) from None
+            self._saw(asked, answer.date_us)
+            self._looked = max(self._looked, ticket)
         if ticket < self._seen.ticket:
             return answer.data
         if answer.version == self._seen.version:
@@ -424,13 +429,16 @@ class RepoObjectLayout(RepositoryLog):
                 else:
                     self._saw(asked, put.date_us)
                     self._looked = max(self._looked, look)
-                    # Whatever was read since it was sent may have been read before it landed.
-                    self._seen = _Seen(
-                        version=put.version,
-                        state=attempt.state,
-                        ticket=next(self._tickets),
-                        size_bytes=len(attempt.data),
-                    )
+                    if self._seen.version == attempt.base:
+                        # Whatever is being read now may be from before it landed.
+                        self._landing = next(self._tickets)
+                        self._seen = _Seen(
+                            version=put.version,
+                            state=attempt.state,
+                            ticket=self._landing,
+                            size_bytes=len(attempt.data),
+                        )
+                    # Otherwise a look since has seen `repo` replaced: by this, and perhaps by others after it.
                     self._unsettled = None
                     return True
             try:

@@ -292,6 +292,47 @@ async def test_ones_own_commit_is_recognised_below_that_of_another(world: World)
     assert await world.tip() == an_id(2)
 
 
+async def test_an_answer_that_comes_late_does_not_take_back_what_was_seen_since(world: World):
+    log, storage = await world.create()
+    other, _ = await world.open()
+    first, second = await world.commit(1), await world.commit(2, an_id(1))
+
+    async def answer_late(request: Request, send: Send) -> object:
+        answer = await send()
+        if request.verb == "put" and request.key == MAIN_KEY:
+            storage.script = None
+            await other.append(second)
+            assert (await log.refresh()).branches["main"] == an_id(2)
+        return answer
+
+    storage.script = answer_late
+    await log.append(first)
+    assert log.state.branches["main"] == an_id(2)
+    assert an_id(1) in log.state.snapshots
+
+
+async def test_a_look_during_which_a_change_lands_is_repeated(world: World):
+    log, storage = await world.create()
+    other, _ = await world.open()
+    first, second = await world.commit(1), await world.commit(2, an_id(1))
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold_the_first_look(request: Request, send: Send) -> object:
+        answer = await send()
+        if request.verb == "get" and request.key == MAIN_KEY and not asked.is_set():
+            asked.set()
+            await go_on.wait()
+        return answer
+
+    storage.script = hold_the_first_look
+    look = asyncio.create_task(log.refresh())
+    await asked.wait()
+    await log.append(first)
+    await other.append(second)
+    go_on.set()
+    assert (await look).branches["main"] == an_id(2)
+
+
 async def test_the_same_bytes_are_sent_while_the_branch_is_unchanged(world: World):
     log, storage = await world.create()
 
