@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 import time
+import weakref
 from typing import Final
 
 from icechunk.storage.local_files import fsync_folder
@@ -49,6 +50,10 @@ class Folders:
         self._durable: set[str] = set()
         # When this process last began to sync a folder, ns.
         self._synced_ns: dict[str, int] = {}
+        self._start()
+        _everyone.add(self)
+
+    def _start(self) -> None:
         self._syncs: dict[str, _Syncs] = {}
         self._changed = threading.Condition()
 
@@ -141,3 +146,16 @@ class Folders:
         with contextlib.suppress(OSError):
             self.sync(folder)
         self._synced_ns[folder] = now_ns
+
+
+_everyone: weakref.WeakSet[Folders] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    # The threads that were syncing do not exist in the child, and would be waited for.
+    for folders in _everyone:
+        folders._start()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

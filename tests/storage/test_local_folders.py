@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -95,3 +97,30 @@ async def test_a_batch_of_objects_costs_fewer_syncs_than_objects(
     monkeypatch.setattr(local_folders, "fsync_folder", counted)
     await asyncio.gather(*(storage.put(f"chunks/{n}", b"1") for n in range(64)))
     assert calls < 48
+
+
+def test_a_child_does_not_wait_for_the_syncs_of_its_parents_threads(tmp_path: Path) -> None:
+    script = """
+import os, signal, sys, threading
+from icechunk.storage import local_folders
+real, begun, go = local_folders.fsync_folder, threading.Event(), threading.Event()
+def slow(path):
+    begun.set()
+    go.wait()
+folders = local_folders.Folders(sys.argv[1])
+local_folders.fsync_folder = slow
+thread = threading.Thread(target=folders.sync, args=(sys.argv[1],))
+thread.start()
+begun.wait()
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    local_folders.fsync_folder = real
+    folders.sync(sys.argv[1])
+    os._exit(0)
+status = os.waitpid(child, 0)[1]
+go.set()
+thread.join()
+sys.exit(status != 0)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path)], check=True, timeout=60)
