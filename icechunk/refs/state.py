@@ -7,7 +7,7 @@ the logarithm of the history, except for expirations and collections, which look
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, assert_never
 
@@ -17,6 +17,7 @@ from icechunk.errors import (
     AlreadyExistsError,
     ConflictError,
     ErrorKind,
+    FormatError,
     IcechunkError,
     InvalidInputError,
     ReadOnlyError,
@@ -27,6 +28,9 @@ from icechunk.errors import (
 from icechunk.format import repo_values as stored
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.repo_values import OFFLINE, ONLINE, READ_ONLY, RepoInfo, SnapshotRecord, Status
+from icechunk.format.snapshot_graph import SnapshotGraph
+from icechunk.format.stored_snapshots import StoredSnapshots
+from icechunk.format.update_list import UpdateList
 from icechunk.refs import events as e
 from icechunk.refs.releasing import reparented
 from icechunk.refs.storable import require_storable, require_time
@@ -42,6 +46,7 @@ __all__ = [
     "from_repo_info",
     "initial_state",
     "require_snapshot",
+    "resting_on",
     "to_repo_info",
     "try_apply_all",
 ]
@@ -61,7 +66,7 @@ class RepoState:
     """Name → snapshot."""
     deleted_tags: Map[str, None]
     """Names that no tag may ever have again (a set)."""
-    snapshots: Map[ObjectId, SnapshotRecord]
+    snapshots: SnapshotGraph
     """The graph: every snapshot that exists, by id; each one's parent is in it too."""
     status: Status
     """The real status, also where the ``repo`` object shows read-only for the sake of other readers."""
@@ -90,10 +95,8 @@ class RepoState:
         SnapshotNotFoundError
             If it is not in the graph.
         """
-        record: SnapshotRecord | None = require_snapshot(self, snapshot)
-        while record is not None:
-            yield record
-            record = None if record.parent is None else self.snapshots.get(record.parent)
+        require_snapshot(self, snapshot)
+        yield from self.snapshots.lineage(snapshot)
 
     def tips(self) -> set[ObjectId]:
         """The snapshots that branches and tags point to."""
@@ -101,12 +104,13 @@ class RepoState:
 
     def reachable(self) -> set[ObjectId]:
         """Every snapshot that a branch or tag reaches."""
+        parents = dict(self.snapshots.parents())
         reached: set[ObjectId] = set()
         for start in self.tips():
             current: ObjectId | None = start
-            while current is not None and current not in reached and current in self.snapshots:
+            while current is not None and current not in reached and current in parents:
                 reached.add(current)
-                current = self.snapshots[current].parent
+                current = parents[current]
         return reached
 
     def branch_tip(self, name: str) -> ObjectId:
@@ -145,7 +149,7 @@ def initial_state(root: SnapshotRecord, *, time_us: int, config: Json | None, sp
         branches=Map({MAIN: root.id}),
         tags=Map(),
         deleted_tags=Map(),
-        snapshots=Map({root.id: root}),
+        snapshots=SnapshotGraph.of({root.id: root}),
         status=Status(availability=ONLINE, set_at_us=time_us, reason=None),
         metadata=Map(),
         config=config,
@@ -179,7 +183,7 @@ def from_repo_info(
         branches=Map(info.branches),
         tags=Map(info.tags),
         deleted_tags=Map(dict.fromkeys(info.deleted_tags)),
-        snapshots=Map(info.snapshots),
+        snapshots=SnapshotGraph.of(info.snapshots),
         status=status if status is not None else info.status,
         metadata=Map(info.metadata),
         config=info.config,
@@ -197,7 +201,7 @@ def to_repo_info(
     state: RepoState,
     *,
     status: Status | None = None,
-    updates: tuple[stored.Update, ...] | None = None,
+    updates: Sequence[stored.Update] | None = None,
     repo_before_updates: str | None = None,
     extra: bytes | None = None,
 ) -> RepoInfo:
@@ -215,15 +219,32 @@ def to_repo_info(
         tags=dict(state.tags),
         branches=dict(state.branches),
         deleted_tags=frozenset(state.deleted_tags),
-        snapshots=dict(state.snapshots),
+        snapshots=state.snapshots,
         status=status if status is not None else state.status,
         metadata=dict(state.metadata),
-        updates=tuple(state.updates) if updates is None else updates,
+        updates=state.updates.newest() if updates is None else updates,
         repo_before_updates=state.repo_before_updates if updates is None else repo_before_updates,
         config=state.config,
         enabled_feature_flags=state.enabled_feature_flags,
         disabled_feature_flags=state.disabled_feature_flags,
         extra=extra,
+    )
+
+
+def resting_on(state: RepoState, info: RepoInfo) -> RepoState:
+    """The same state in less memory: what a newer ``repo`` object of its history holds stands in that one's bytes.
+
+    Parameters
+    ----------
+    info
+        As read or encoded, and not newer than the state. The ops log begins where its list does.
+    """
+    snapshots = info.snapshots
+    return replace(
+        state,
+        snapshots=state.snapshots.based_on(snapshots) if isinstance(snapshots, StoredSnapshots) else state.snapshots,
+        updates=state.updates.resting_on(UpdateList.of(info.updates)),
+        repo_before_updates=info.repo_before_updates,
     )
 
 
@@ -356,16 +377,24 @@ def apply(state: RepoState, event: e.Event, *, time_us: int, since_us: int | Non
         case _:
             assert_never(event)
     update = stored.Update(change=change, updated_at_us=now, backup_path=None)
-    return replace(state, updates=state.updates.pushed(update), last_time_us=now)
+    # In format 1 only the parents that somebody asked for are known, so the graph is not one that a file could hold.
+    snapshots = state.snapshots.compacted() if state.spec_version >= 2 else state.snapshots
+    return replace(state, snapshots=snapshots, updates=state.updates.pushed(update), last_time_us=now)
 
 
 def try_apply_all(
     state: RepoState, events: tuple[e.Event, ...], *, time_us: int, since_us: int | None
 ) -> RepoState | None:
-    """The state after all of the events, each applied after the ones before; None if one does not apply (rule 4)."""
+    """The state after all of the events, each applied after the ones before; None if one does not apply (rule 4).
+
+    Raises `FormatError` where the state stands in a file that turns out to be corrupt: whether an event applies is not
+    known then.
+    """
     try:
         for event in events:
             state = apply(state, event, time_us=time_us, since_us=since_us)
+    except FormatError:
+        raise
     except IcechunkError:
         return None
     return state
@@ -471,9 +500,9 @@ def _expired(state: RepoState, event: e.ExpirationRan) -> RepoState:
     for gone in released:
         require_snapshot(state, gone)
         snapshots = snapshots.delete(gone)
-    kept: Mapping[ObjectId, SnapshotRecord] = snapshots
+    parents = dict(snapshots.parents())
     if released & {*branches.values(), *tags.values()} or any(
-        record.parent is not None and record.parent not in kept for record in kept.values()
+        parent is not None and parent not in parents for parent in parents.values()
     ):
         raise ConflictError(
             None,
