@@ -87,9 +87,15 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
         buffer = Buffer(bytes(writer.out), "repo info")
         return SnapshotGraph.of(StoredSnapshots(buffer, start + 4, self._count))
 
-    def based_on(self, stored: StoredSnapshots) -> SnapshotGraph:
-        """The same graph over what a newer file of the same history holds, which is some of what has changed here."""
-        newer = {id: record for id, record in self._changed.items() if stored.get(id) != record}
+    def based_on(self, stored: StoredSnapshots, before: SnapshotGraph) -> SnapshotGraph:
+        """The same graph over the file that ``before``, an earlier version of it, was written to.
+
+        Where this one has been compacted since it is returned as it is.
+        """
+        if before._stored is not self._stored:
+            return self
+        known = before._changed
+        newer = {id: one for id, one in self._changed.items() if id not in known or known[id] is not one}
         return SnapshotGraph(stored, Map(newer), self._count)
 
     def lineage(self, id: ObjectId) -> Iterator[SnapshotRecord]:

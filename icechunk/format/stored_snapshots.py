@@ -8,6 +8,7 @@ the file, in a tenth of the memory that objects would take.
 from __future__ import annotations
 
 import struct
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence, ValuesView
 from itertools import pairwise
@@ -93,7 +94,7 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         If a table is not within the buffer, an id is missing or stands in it twice, or a parent's number is wrong.
     """
 
-    __slots__ = ("_by_id", "_ids", "tables")
+    __slots__ = ("_by_id", "_heads", "_ids", "_parents", "tables")
 
     def __init__(self, buffer: Buffer, start: int, count: int) -> None:
         self.tables = LazyTables(buffer, start, count)
@@ -102,6 +103,10 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         """Rows in the order of their ids, where the file has another."""
         self._ids = b""
         """Of all rows, one after another."""
+        self._heads = array("Q")
+        """The first 8 bytes of all ids as numbers, ascending."""
+        self._parents = array("i")
+        """The row of each row's parent, or `NO_PARENT`."""
         if not count:
             return
         own, columns = self.tables.columns()
@@ -115,16 +120,18 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
                 twice = next(id for id, after in pairwise(map(self.id, self._by_id)) if id == after)
                 raise own.fail(f"snapshot {twice.hex()} stands in it twice")
         parents = columns.numbers(PARENT, "<i4")
+        self._parents.frombytes(parents.astype(np.int32).tobytes())
         lowest, highest = int(parents.min()), int(parents.max())
         if lowest < NO_PARENT or highest >= count:
             wrong = int(np.flatnonzero((parents < NO_PARENT) | (parents >= count))[0])
             raise own.fail(f"snapshot {self.id(wrong).hex()} has parent number {parents[wrong]} of {count}")
 
     def _ascends(self, rows: Sequence[int]) -> bool:
-        """Whether the ids of these rows, which are all there are, ascend without one being there twice."""
+        """Search in this order of all rows; whether their ids ascend in it without one being there twice."""
         heads = np.ndarray((len(rows),), ">u8", self._ids, strides=(_ID_SIZE,)).astype(np.uint64)
         if not isinstance(rows, range):
             heads = heads[rows]
+        self._heads = array("Q", heads.tobytes())
         if (heads[1:] > heads[:-1]).all():
             return True
         # Ids are random, so hardly ever do eight of their bytes agree.
@@ -150,22 +157,26 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
 
     def parent_row(self, row: int) -> int | None:
         """The row of a row's parent; None where it has none."""
-        parent = self.tables.table(row).i32(PARENT)
+        parent = self._parents[row]
         return None if parent == NO_PARENT else parent
 
     def parents(self) -> Iterator[tuple[ObjectId, ObjectId | None]]:
         """Every snapshot's id and that of its parent, by row; nothing else is decoded for it."""
-        _, columns = self.tables.columns()
-        for row, parent in enumerate(columns.numbers(PARENT, "<i4").tolist()):
+        for row, parent in enumerate(self._parents):
             yield self.id(row), None if parent == NO_PARENT else self.id(parent)
 
     def find(self, id: object) -> int | None:
         """The row of an id; None where there is none."""
         if not isinstance(id, bytes):
             return None
-        rows = self._by_id if self._by_id is not None else range(len(self.tables))
-        place = bisect_left(rows, id, key=self.id)
-        return rows[place] if place < len(rows) and self.id(rows[place]) == id else None
+        head = int.from_bytes(id[:8])
+        place = bisect_left(self._heads, head)
+        while place < len(self._heads) and self._heads[place] == head:
+            row = place if self._by_id is None else self._by_id[place]
+            if self.id(row) == id:
+                return row
+            place += 1
+        return None
 
     def at(self, row: int) -> SnapshotRecord:
         """The snapshot of a row. Raises `FormatError` where its table is corrupt."""

@@ -50,6 +50,8 @@ class Written:
     """The object as it is now."""
     info: RepoInfo | None
     """What it holds, in the least memory; None where it was written before and not read now."""
+    by_us: bool
+    """Whether it was this call that wrote it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,14 +111,16 @@ async def write_checkpoint(
         if current.marker is None or current.marker.epoch != head.epoch or not current.read_only:
             return LostRepo(found=await read_repo(storage, sources))
         if current.marker.n >= head.n:
-            return Written(known=current, info=info)
+            return Written(known=current, info=info, by_us=False)
         await stand(current.marker.n, head.n)
         kept = await _divide_updates(storage, sources, head, current, updates_per_file)
         if kept is not None:
             encoded = await encode(checkpoint_info(head.state, epoch=head.epoch, n=head.n, kept=kept, files=files))
             try:
                 put = await storage.put(REPO_KEY, encoded.data, Matches(current.version))
-                return Written(known=known_of(encoded.info, put.version, len(encoded.data)), info=encoded.info)
+                return Written(
+                    known=known_of(encoded.info, put.version, len(encoded.data)), info=encoded.info, by_us=True
+                )
             except PreconditionFailedError:
                 pass
             except StorageError:

@@ -203,7 +203,9 @@ class LogView:
             return
         self.repo_is(written.known)
         if written.info is not None and self.checkpoint_n <= self.head.n:
-            self.head = replace(self.head, state=resting_on(self.state, written.info))
+            self.head = replace(
+                self.head, state=resting_on(self.state, written.info, head.state if written.by_us else None)
+            )
 
     def repo_is(self, known: Known) -> None:
         """``repo`` has been seen, a checkpoint of this log."""

@@ -392,7 +392,7 @@ class RepoObjectLayout(RepositoryLog):
             time_us=token.n,
             snapshots=tuple(new_snapshots(decode_events(group.events))),
             members=tuple(group.members),
-            state=resting_on(state, encoded.info),
+            state=resting_on(state, encoded.info, state),
         )
 
     def _check_clock(self) -> None:

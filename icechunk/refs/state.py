@@ -231,18 +231,22 @@ def to_repo_info(
     )
 
 
-def resting_on(state: RepoState, info: RepoInfo) -> RepoState:
+def resting_on(state: RepoState, info: RepoInfo, written: RepoState | None) -> RepoState:
     """The same state in less memory: what a newer ``repo`` object of its history holds stands in that one's bytes.
 
     Parameters
     ----------
     info
         As read or encoded, and not newer than the state. The ops log begins where its list does.
+    written
+        The state that was encoded, or None where the object is somebody else's: then the snapshots stay as they are.
     """
-    snapshots = info.snapshots
+    snapshots = state.snapshots
+    if written is not None and isinstance(info.snapshots, StoredSnapshots):
+        snapshots = snapshots.based_on(info.snapshots, written.snapshots)
     return replace(
         state,
-        snapshots=state.snapshots.based_on(snapshots) if isinstance(snapshots, StoredSnapshots) else state.snapshots,
+        snapshots=snapshots,
         updates=state.updates.resting_on(UpdateList.of(info.updates)),
         repo_before_updates=info.repo_before_updates,
     )
