@@ -80,6 +80,8 @@ __all__ = [
 _SPEC_VERSION, _TAGS, _BRANCHES, _DELETED_TAGS, _SNAPSHOTS, _STATUS, _METADATA = range(7)
 _UPDATES, _BEFORE_UPDATES, _CONFIG, _ENABLED, _DISABLED, _EXTRA = range(7, 13)
 
+_FEW = 64
+
 
 class EncodedRepo(NamedTuple):
     """A repo info and its file."""
@@ -87,7 +89,8 @@ class EncodedRepo(NamedTuple):
     data: bytes
     """The whole file."""
     info: RepoInfo
-    """Equal to what was encoded; snapshots and updates stand in the file's own bytes, not as an object each."""
+    """Equal to what was encoded; unless they are few, snapshots and updates stand in the file's own bytes, not as an
+    object each."""
 
 
 def encode_repo(info: RepoInfo, level: int = 3) -> bytes:
@@ -113,6 +116,8 @@ def encode_repo(info: RepoInfo, level: int = 3) -> bytes:
 def encode_and_keep(info: RepoInfo, level: int = 3) -> EncodedRepo:
     """As `encode_repo`, together with the same repo info in the least memory."""
     payload = bytes(_payload(info))
+    if len(info.snapshots) <= _FEW and len(info.updates) <= _FEW:
+        return EncodedRepo(seal(FileType.REPO_INFO, 2, payload, level), info)
     root = Buffer(payload, "repo info").root()
     return EncodedRepo(
         seal(FileType.REPO_INFO, 2, payload, level),

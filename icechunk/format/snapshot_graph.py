@@ -24,6 +24,7 @@ __all__ = ["SnapshotGraph"]
 
 _MANY: Final = 256
 _SHARE: Final = 64
+_NONE: Final = StoredSnapshots(Buffer(bytes(4), "repo info"), 4, 0)
 
 
 class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
@@ -44,7 +45,7 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
             return snapshots
         if isinstance(snapshots, StoredSnapshots):
             return SnapshotGraph(snapshots, Map(), len(snapshots))
-        return SnapshotGraph(StoredSnapshots.none(), Map(snapshots), len(snapshots))
+        return SnapshotGraph(_NONE, Map(snapshots), len(snapshots))
 
     @property
     def stored(self) -> StoredSnapshots:

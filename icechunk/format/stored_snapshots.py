@@ -137,11 +137,6 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         # Ids are random, so hardly ever do eight of their bytes agree.
         return all(id < after for id, after in pairwise(map(self.id, rows)))
 
-    @staticmethod
-    def none() -> StoredSnapshots:
-        """No snapshots at all."""
-        return StoredSnapshots(Buffer(bytes(4), "repo info"), 4, 0)
-
     @property
     def ids(self) -> npt.NDArray[np.bytes_]:
         """S12[n], by row; such items compare as ids do, but lose trailing zero bytes when taken out one by one."""

@@ -18,6 +18,8 @@ __all__ = ["write_update_blocks"]
 _TYPE, _CHANGE, _UPDATED_AT, _BACKUP = range(4)
 _BRANCH, _SNAPSHOT = range(2)
 _ID_BYTES: Final = 12
+_FEW = 12
+"""As many are written one by one in less time than columns take."""
 _UPDATE: Final = np.dtype(
     [
         ("vtable", "<i4"),
@@ -53,9 +55,11 @@ def write_update_blocks(writer: FlatWriter, tables: LazyTables, rows: range, bac
         The older file is corrupt.
     """
     numbers = np.arange(rows.start, rows.stop)
-    _, columns = tables.columns(numbers)
-    commits = columns.numbers(_TYPE, "u1") == NEW_COMMIT
     positions = np.zeros(len(rows), np.int64)
+    commits = np.zeros(len(rows), np.bool_)
+    if len(rows) > _FEW:
+        _, columns = tables.columns(numbers)
+        commits = columns.numbers(_TYPE, "u1") == NEW_COMMIT
     if commits.any():
         positions[commits] = _write_commits(writer, tables, numbers[commits], backup)
     for i in np.flatnonzero(~commits).tolist():
