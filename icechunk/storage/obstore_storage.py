@@ -33,7 +33,8 @@ from icechunk.storage.base import (
 )
 from icechunk.storage.defaults import object_store_settings
 from icechunk.storage.obstore_errors import failure_of, missing, storage_error
-from icechunk.storage.obstore_reading import ObstoreReading, obstore_module, version_of_meta
+from icechunk.storage.obstore_reading import ObstoreReading, version_of_meta
+from icechunk.storage.obstore_runtime import obstore_module
 from icechunk.storage.settling import Found, precondition_failed, settle, uncertain
 
 __all__ = ["ObstoreStorage"]

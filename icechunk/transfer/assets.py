@@ -186,6 +186,10 @@ class Assets:
         """Whether a manifest is in the cache."""
         return self._manifests.get(id) is not None
 
+    def has_room_for(self, num_chunk_refs: int) -> bool:
+        """Whether manifests of so many references fit into the cache, if everything else leaves it."""
+        return num_chunk_refs <= self._manifests.max_weight
+
     async def manifest(self, id: ObjectId) -> Manifest:
         """A manifest by its id. A missing one is an error: a snapshot promised it."""
         return (await self._manifest(id)).manifest
