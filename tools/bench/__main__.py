@@ -2,12 +2,13 @@
 
     python -m tools.bench [--only small,commit,wire] [--repeat 3] [--json FILE] [--check]
     python -m tools.bench --only growth [--commits 10000]
+    python -m tools.bench --only large
 
 Each case runs in fresh processes, ours and the official one's in turn, and the best of the repeats counts: what the
 machine did besides is the same for both. With ``--check`` the exit code is 1 when a floor is missed.
 
 ``growth`` takes minutes, has no official counterpart, and runs on request only: ours at the beginning of a long history
-beside ours at its end, as `tools.bench.growth` tells.
+beside ours at its end, as `tools.bench.growth` tells. ``large`` runs on request too: `tools.bench.large`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import oracle
-from tools.bench import growth
+from tools.bench import growth, large
 from tools.bench.workload import CASES
 
 FLOORS = {
@@ -48,7 +49,7 @@ ON_DEMAND = ("huge",)
 def main() -> int:
     """Run the benchmarks that the command line asks for and print a table."""
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.split("\n\n")[0])
-    known = [*CASES, growth.CASE]
+    known = [*CASES, growth.CASE, large.CASE]
     parser.add_argument(
         "--only",
         default=",".join(case for case in CASES if case not in ON_DEMAND),
@@ -70,6 +71,10 @@ def main() -> int:
         grown = growth.rows(args.commits)
         print(growth.table(grown))
         rows += grown
+    if large.CASE in cases:
+        measured = large.rows(args.repeat)
+        print(large.table(measured))
+        rows += measured
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return 1 if args.check and not all(row["ok"] for row in rows) else 0
