@@ -79,8 +79,9 @@ def _timed(figures: Figures, what: str) -> Iterator[None]:
 
 def write(place: Mapping[str, str], chunks: int, codec: str) -> Figures:
     """Seconds to write the array into a new repository, and to commit it."""
-    import icechunk
     import zarr
+
+    import icechunk
 
     figures: Figures = {}
     data = _data(chunks)
@@ -97,8 +98,9 @@ def write(place: Mapping[str, str], chunks: int, codec: str) -> Figures:
 
 def read(place: Mapping[str, str], chunks: int, codec: str) -> Figures:
     """Seconds to read the whole array, of a repository that is open already."""
-    import icechunk
     import zarr
+
+    import icechunk
 
     figures: Figures = {}
     session = icechunk.Repository.open(_storage(place)).readonly_session("main")
