@@ -23,7 +23,7 @@ from icechunk.errors import ErrorKind, InvalidInputError, ReadOnlyError, Session
 from icechunk.format.tables import ChunkRefs, NodeKind, NodeSnapshot
 from icechunk.keys import ChunkKey, MetadataKey, chunk_key_text, metadata_key_text, parse_key, to_path
 from icechunk.reading import clip
-from icechunk.storage.base import ByteRange, Range, Suffix
+from icechunk.storage.base import ByteRange, Octets, Range, Suffix
 from icechunk.sync import run_sync
 from icechunk.transfer.tasks import run_each
 from icechunk.values import fields_html
@@ -97,7 +97,7 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
         data = await self._get(key, byte_range)
         return None if data is None else prototype.buffer.from_bytes(data)
 
-    async def _get(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
+    async def _get(self, key: str, byte_range: ByteRequest | None) -> Octets | None:
         parsed = parse_key(key)
         session = self._session
         if type(parsed) is ChunkKey:
