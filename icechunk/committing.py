@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import Any
 
+from icechunk.commit_files import CommitFiles, File
 from icechunk.core import Core
 from icechunk.errors import ConflictError, ErrorKind, SessionStateError
 from icechunk.format.ids import ObjectId, encode_id
-from icechunk.format.keys import manifest_key, snapshot_key, transaction_key
-from icechunk.format.manifest import encode_manifest
 from icechunk.format.repo_values import SnapshotRecord
-from icechunk.format.snapshot import encode_snapshot
-from icechunk.format.tables import Manifest, Snapshot
-from icechunk.format.transaction import encode_transaction_log
-from icechunk.log.compaction import Compaction, Plan, compact, finish
-from icechunk.log.diff import combined
-from icechunk.log.reuse import reuse
+from icechunk.format.tables import Snapshot
+from icechunk.log.compaction import Plan
+from icechunk.log.reuse import Earlier
 from icechunk.refs.base import OnSent, RepositoryLog
 from icechunk.refs.events import CommitAdded, CommitAmended, DetachedSnapshotAdded, Event
 from icechunk.refs.state import RepoState, require_snapshot
-from icechunk.transfer.assets import off_loop
 from icechunk.transfer.packs import Packs
-from icechunk.transfer.tasks import run_all, run_each
+from icechunk.transfer.tasks import run_all, run_stream
 
 __all__ = ["Commit", "How", "commit"]
 
 _LOG = logging.getLogger(__name__)
-_BYTES_PER_REF = 64
-"""About what a reference costs to encode; decides whether that happens in a thread."""
 
 
 class How(Enum):
@@ -58,8 +52,8 @@ class Commit:
     """Store time, µs, not later than the first upload for this commit."""
     on_sent: OnSent
     """Told when the swap is sent, and when it is certainly lost: in between a cancellation leaves the outcome open."""
-    written: dict[ObjectId, tuple[Manifest, int]] = field(default_factory=dict)
-    """Manifests that earlier tries of this commit have put, and their sizes; each try adds its own."""
+    earlier: Earlier | None = None
+    """Manifests that earlier tries of this commit have put; each try adds its own. None: there is but one try."""
 
 
 async def commit(
@@ -114,15 +108,16 @@ async def commit(
                 ErrorKind.NO_AMEND_FOR_INITIAL_COMMIT,
             )
         parent, pruned = before.parent, before.pruned_ancestor_tx_logs
-    # Format 1 keeps ancestry in the snapshots.
-    parent_id = base.id if repository_log.spec_version == 1 else None
-    compaction = await _compact(core, make_plan(), wanted, parent_id)
-    if wanted.how is How.AMEND:
-        amended = await core.assets.transaction_log(base.id)
-        compaction = replace(compaction, transaction=combined(amended, compaction.transaction))
-    if wanted.written:
-        compaction = reuse(compaction, [manifest for manifest, _ in wanted.written.values()])
-    snapshot, riding = await _write(core, repository_log, puts, compaction, wanted.written)
+    files = CommitFiles(
+        core=core,
+        plan=make_plan(),
+        spec_version=repository_log.spec_version,
+        message=wanted.message,
+        metadata=wanted.metadata,
+        amended=await core.assets.transaction_log(base.id) if wanted.how is How.AMEND else None,
+        earlier=wanted.earlier,
+    )
+    snapshot, riding = await _write(core, repository_log, puts, files)
     record = SnapshotRecord(
         id=snapshot.id,
         parent=parent,
@@ -142,8 +137,6 @@ async def commit(
 
     # Before it has landed: whoever comes next in the queue builds upon it. If it does not land, nobody asks for it.
     core.assets.keep_snapshot(snapshot)
-    for manifest in (*compaction.manifests, *(manifest for manifest, _ in wanted.written.values())):
-        core.assets.keep_manifest(manifest)
     for key, data in riding.items():
         core.files.put(key, data, len(data))
     await repository_log.append(
@@ -161,60 +154,44 @@ def _require_tip(state: RepoState, branch: str, base: ObjectId) -> None:
         raise ConflictError(encode_id(base), None if tip is None else encode_id(tip))
 
 
-async def _compact(core: Core, todo: Plan, wanted: Commit, parent_id: ObjectId | None) -> Compaction:
-    manifests: dict[ObjectId, Manifest] = {}
-
-    async def read(id: ObjectId) -> None:
-        manifests[id] = await core.assets.manifest(id)
-
-    await run_each(read, todo.manifests_to_read, limit=max(1, core.settings.commit_fetches))
-    touched = sum(len(array.written) for array in todo.arrays)
-    touched += sum(manifest.num_chunk_refs for manifest in manifests.values())
-    return await off_loop(
-        touched * _BYTES_PER_REF,
-        partial(
-            compact,
-            todo,
-            manifests,
-            snapshot_id=core.sources.new_object_id(),
-            parent_id=parent_id,
-            flushed_at_us=max(core.sources.wall_us(), todo.base.flushed_at_us + 1),
-            message=wanted.message,
-            metadata=wanted.metadata,
-            new_object_id=core.sources.new_object_id,
-        ),
-    )
-
-
 async def _write(
-    core: Core,
-    log: RepositoryLog,
-    puts: Packs,
-    compaction: Compaction,
-    written: dict[ObjectId, tuple[Manifest, int]],
+    core: Core, log: RepositoryLog, puts: Packs, files: CommitFiles
 ) -> tuple[Snapshot, Mapping[str, bytes]]:
     """Write the files; those that are returned instead are for the entry to carry."""
-    level, spec_version = core.settings.compression_level, log.spec_version
-    files: list[tuple[str, bytes]] = []
-    sizes = {id: size for id, (_, size) in written.items()}
-    for manifest in compaction.manifests:
-        encode = partial(encode_manifest, manifest, spec_version, level, core.settings.locations)
-        data = await off_loop(manifest.num_chunk_refs * _BYTES_PER_REF, encode)
-        sizes[manifest.id] = len(data)
-        files.append((manifest_key(manifest.id), data))
-    snapshot = finish(compaction, sizes)
-    files.append((snapshot_key(snapshot.id), encode_snapshot(snapshot, spec_version, level)))
-    files.append((transaction_key(snapshot.id), encode_transaction_log(compaction.transaction, spec_version, level)))
-
     small = min(core.settings.small_commit_bytes, log.carry_limit_bytes)
-    if sum(len(data) for _, data in files) <= small:
-        # Chunks are not carried: what the entry refers to must be there before it.
-        await run_all(log.prepare_writes, puts.flush)
-        return snapshot, dict(files)
+    made: list[File] = []
+    held_bytes = 0
+    async with aclosing(files.make()) as coming:
+        async for file in coming:
+            made.append(file)
+            held_bytes += len(file.data)
+            if held_bytes > small:
+                break
+        if held_bytes <= small:
+            # Chunks are not carried: what the entry refers to must be there before it.
+            await run_all(log.prepare_writes, puts.flush)
+            assert files.snapshot is not None
+            return files.snapshot, dict(made)
 
-    async def put(file: tuple[str, bytes]) -> None:
-        await core.put(*file)
+        async def all_files() -> AsyncGenerator[File, None]:
+            while made:
+                yield made.pop(0)
+            async for file in coming:
+                yield file
 
-    await run_all(log.prepare_writes, puts.flush, partial(run_each, put, files, limit=core.settings.max_requests))
-    written.update({manifest.id: (manifest, sizes[manifest.id]) for manifest in compaction.manifests})
-    return snapshot, {}
+        async def put(file: File) -> None:
+            await core.put(file.key, file.data)
+
+        settings = core.settings
+        stream = partial(
+            run_stream, put, all_files(), _size, limit=settings.max_requests, max_weight=settings.put_memory_bytes
+        )
+        await run_all(log.prepare_writes, puts.flush, stream)
+    if files.earlier is not None:
+        files.earlier.add(files.new)
+    assert files.snapshot is not None
+    return files.snapshot, {}
+
+
+def _size(file: File) -> int:
+    return len(file.data)

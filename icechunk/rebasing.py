@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 
 from icechunk.conflicts import ConflictDetector, ConflictSolver, RebaseFailedError
 from icechunk.core import Core
-from icechunk.errors import ConflictError, ErrorKind, ObjectNotFoundError, SessionStateError
+from icechunk.errors import ConflictError, ErrorKind, ObjectNotFoundError, SessionStateError, SnapshotNotFoundError
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.tables import Snapshot, TransactionLog
 from icechunk.log.conflicts import Winner, find_conflicts, rebase
@@ -40,15 +40,18 @@ def steps_between(state: RepoState, base: ObjectId, tip: ObjectId) -> list[Step]
 
     A base that was expired meanwhile is found among the ancestors that the surviving snapshots name.
     """
+    if tip == base:
+        return []
     steps: list[Step] = []
     for record in state.ancestry(tip):
-        if record.id == base:
-            return steps[::-1]
         pruned = record.pruned_ancestor_tx_logs
         if base in pruned:
             steps.append(Step(snapshot=record.id, transactions=(*pruned[pruned.index(base) + 1 :], record.id)))
             return steps[::-1]
         steps.append(Step(snapshot=record.id, transactions=(*pruned, record.id)))
+        # The base itself need not be in the graph: format 1 has only what somebody asked for.
+        if record.parent == base:
+            return steps[::-1]
     return None
 
 
@@ -185,6 +188,8 @@ async def check_fork(core: Core, log: SessionLog, origin: Savepoint, onto: Snaps
         They conflict.
     """
     state = await core.state()
+    with suppress(SnapshotNotFoundError):
+        state = await _with_history(core, state, log.base.id, onto.id)
     steps = steps_between(state, log.base.id, onto.id) if onto.id in state.snapshots else None
     if steps is None:
         raise SessionStateError(

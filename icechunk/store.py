@@ -94,22 +94,15 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Bytes of a key, or a range of them clamped to its size; None where there is nothing."""
-        data = await self._get(key, byte_range)
-        return None if data is None else prototype.buffer.from_bytes(data)
-
-    async def _get(self, key: str, byte_range: ByteRequest | None) -> Octets | None:
         parsed = parse_key(key)
-        session = self._session
+        data: Octets | None = None
         if type(parsed) is ChunkKey:
-            return await session.get_chunk(parsed.path, parsed.coords, _range(byte_range))
-        if type(parsed) is MetadataKey:
-            node = session.node(parsed.path)
-            if node is None:
-                return None
-            if byte_range is None:
-                return node.user_data
-            return node.user_data[slice(*clip(_range(byte_range), len(node.user_data)))]
-        return None
+            data = await self._session.get_chunk(parsed.path, parsed.coords, _range(byte_range))
+        elif type(parsed) is MetadataKey and (node := self._session.node(parsed.path)) is not None:
+            data = node.user_data
+            if byte_range is not None:
+                data = data[slice(*clip(_range(byte_range), len(data)))]
+        return None if data is None else prototype.buffer.from_bytes(data)
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
@@ -218,8 +211,7 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
         parsed = parse_key(key)
         if type(parsed) is ChunkKey:
             # Large values are copied once there is room for the copy, not while they wait.
-            large = len(value) >= _COPIED_LATE_BYTES
-            data = value.as_numpy_array().data.cast("B") if large else value.to_bytes()
+            data = _content(value) if len(value) >= _COPIED_LATE_BYTES else value.to_bytes()
             await self._session.set_chunk(parsed.path, parsed.coords, data)
         elif type(parsed) is MetadataKey:
             self._session.set_metadata(parsed.path, value.to_bytes())
@@ -406,6 +398,19 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
 
     def _repr_html_(self) -> str:
         return fields_html("icechunk.IcechunkStore", self._summary())
+
+
+def _content(value: Buffer) -> bytes | memoryview:
+    """What a buffer holds: the very bytes where it is made of nothing else, as codecs' results are, which nobody can
+    change; else a view of memory that may be the user's array.
+    """
+    array = value.as_numpy_array()
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if type(base) is bytes and len(base) == array.nbytes and array.flags.c_contiguous:
+        return base
+    return array.data.cast("B")
 
 
 def _byte_request_to_tuple(byte_request: ByteRequest | None) -> tuple[int | None, int | None]:

@@ -23,7 +23,7 @@ FLOORS = [
     {"transfer", "refs"},
     {"virtual_access"},
     {"core", "maintenance"},
-    {"committing", "reading", "rebasing"},
+    {"commit_files", "committing", "reading", "rebasing"},
     {"session"},
     {"forking"},
     {"store", "virtual_writing"},

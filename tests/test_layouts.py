@@ -62,6 +62,28 @@ async def test_a_session_is_rebased_over_commits_of_another_client(
 
 
 @by_layout
+async def test_a_client_that_has_only_opened_rebases_and_merges_over_commits_of_another(
+    storage: Storage, asked: int | None, layout: str, version: int
+):
+    repo = await icechunk.Repository.create_async(storage, spec_version=asked)
+    await write(repo, "base")
+    other = await icechunk.Repository.open_async(storage)
+    session = await other.writable_session_async("main")
+    fork = session.fork()
+    array = await zarr.api.asynchronous.open_array(store=fork.store, path="base", mode="r+")
+    await array.setitem(0, -1.0)
+    await write(repo, "a")
+    await session.rebase_async(icechunk.ConflictDetector())
+    await session.merge_async(fork)
+    await write(repo, "b")
+    await session.commit_async("late", rebase_with=icechunk.ConflictDetector())
+    assert await messages(repo) == ["late", "wrote b", "wrote a", "wrote base", "Repository initialized"]
+    assert (await read(repo, "base"))[0] == -1.0
+    await repo.aclose()
+    await other.aclose()
+
+
+@by_layout
 async def test_a_repository_of_each_layout_is_found_for_what_it_is(
     storage: Storage, asked: int | None, layout: str, version: int
 ):

@@ -12,7 +12,7 @@ import icechunk
 from icechunk.config.manifest_rules import tile_shapes
 from icechunk.format.tables import DimensionShape, NodeKind, NodeSnapshot
 from icechunk.log.compaction import EVERYTHING, Policy
-from tests.log.builders import Repo, array_json, check_snapshot, native
+from tests.log.builders import Repo, array_json, check_snapshot, compacted, native
 
 Condition = icechunk.ManifestSplitCondition
 Dim = icechunk.ManifestSplitDimCondition
@@ -109,7 +109,7 @@ STEPS = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(STEPS)
 def test_whatever_the_splitting_and_its_changes_the_same_is_read(steps: list) -> None:  # type: ignore[type-arg]
-    from icechunk.log.compaction import compact, finish, plan
+    from icechunk.log.compaction import plan
 
     repo = Repo(Policy.explicit())
     log = repo.log()
@@ -136,17 +136,8 @@ def test_whatever_the_splitting_and_its_changes_the_same_is_read(steps: list) ->
             grid = size
             model = {c: i for c, i in model.items() if c[0] < grid[0] and c[1] < grid[1]}
         planned = plan(log, repo.policy, everything=what == "rewrite")
-        done = compact(
-            planned,
-            {i: repo.manifests[i] for i in planned.manifests_to_read},
-            snapshot_id=repo.new_object_id(),
-            parent_id=None,
-            flushed_at_us=repo.snapshot.flushed_at_us + 1,
-            message="m",
-            metadata={},
-            new_object_id=repo.new_object_id,
-        )
-        repo.snapshot = finish(done, {m.id: 100 + m.num_chunk_refs for m in done.manifests})
+        done = compacted(planned, {i: repo.manifests[i] for i in planned.manifests_to_read}, repo.new_object_id)
+        repo.snapshot = done.snapshot
         repo.manifests.update({m.id: m for m in done.manifests})
         assert check_snapshot(repo) == len(model)
         now = repo.snapshot.nodes["/a"]

@@ -20,6 +20,7 @@ __all__ = [
     "TableColumns",
     "Vectors",
     "copy_spans",
+    "first_rows",
     "gather",
     "is_ascending",
     "lexicographic_order",
@@ -242,8 +243,16 @@ def is_ascending(rows: npt.NDArray[np.uint32], first_of_group: npt.NDArray[np.bo
     return bool(greater.all())
 
 
-def lexicographic_order(rows: npt.NDArray[np.uint32]) -> npt.NDArray[np.intp]:
-    """Numbers of the rows (n × ndim) in ascending lexicographic order; equal rows keep their order."""
-    if not rows.shape[1]:
-        return np.arange(len(rows))
-    return np.lexsort(rows.T[::-1])
+def first_rows(edges: Positions) -> npt.NDArray[np.bool_]:
+    """For rows of several groups, one behind the other, whether each is the first of its group; ``edges`` tell where
+    the rows of each begin and where the last one's end."""
+    mask = np.zeros(int(edges[-1]) + 1, np.bool_)
+    mask[edges] = True
+    return mask[:-1]
+
+
+def lexicographic_order(rows: npt.NDArray[np.uint32], owner: Positions | None = None) -> npt.NDArray[np.intp]:
+    """Numbers of the rows (n × ndim) in ascending lexicographic order, of ``owner`` first if there is one; equal rows
+    keep their order."""
+    keys = [*rows.T[::-1]] if owner is None else [*rows.T[::-1], owner]
+    return np.lexsort(keys) if keys else np.arange(len(rows))

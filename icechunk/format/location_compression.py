@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from icechunk.format.ids import NodeId
 from icechunk.format.tables import VIRTUAL, ChunkRefs
 
 __all__ = ["LocationCompression", "LocationDictionary", "trained"]
@@ -54,22 +53,21 @@ class LocationDictionary:
         return b"".join(parts), np.fromiter(map(len, parts), np.int64, len(parts))
 
 
-def trained(arrays: Mapping[NodeId, ChunkRefs], how: LocationCompression) -> LocationDictionary | None:
-    """The dictionary for the locations of a manifest; None where they are to stay plain.
+def trained(arrays: Sequence[ChunkRefs], how: LocationCompression) -> LocationDictionary | None:
+    """The dictionary for the locations of all references of a manifest; None where they are to stay plain.
 
     They also do where zstd makes no dictionary of the samples, because they are too few, too short, or all the same.
     """
-    rows = [np.flatnonzero(refs.kind == VIRTUAL) if refs.locations else _NO_ROWS for refs in arrays.values()]
+    rows = [np.flatnonzero(refs.kind == VIRTUAL) if refs.locations else _NO_ROWS for refs in arrays]
     ends = np.cumsum([len(r) for r in rows])
     total = int(ends[-1]) if len(ends) else 0
     if not total or total < how.min_refs:
         return None
     chosen = np.unique(np.linspace(0, total - 1, min(how.samples, total)).astype(np.int64))
-    everything = list(arrays.values())
     samples = []
     for row in chosen.tolist():
         i = int(np.searchsorted(ends, row, side="right"))
-        refs = everything[i]
+        refs = arrays[i]
         at = rows[i][row - (int(ends[i - 1]) if i else 0)]
         samples.append(refs.locations[int(refs.location[at])].encode("utf-8", "surrogatepass"))
     lowest, highest = _LEVELS

@@ -14,12 +14,14 @@ import numpy.typing as npt
 import zstandard
 
 from icechunk.format import manifest_slots as at_slot
+from icechunk.format.by_node import ByNode, Part, owners
 from icechunk.format.envelope import FileType, unseal
 from icechunk.format.flat_columns import (
     Positions,
     TableColumns,
     Vectors,
     copy_spans,
+    first_rows,
     gather,
     is_ascending,
     lexicographic_order,
@@ -27,6 +29,7 @@ from icechunk.format.flat_columns import (
 )
 from icechunk.format.flat_reader import Buffer, Table, required
 from icechunk.format.ids import NodeId, ObjectId, encode_id
+from icechunk.format.refs_by_node import refs_by_node
 from icechunk.format.tables import (
     ETAG,
     ID12,
@@ -74,15 +77,29 @@ def decode_manifest(data: bytes, *, expected_id: ObjectId | None = None) -> Mani
     id = ObjectId(required(root.inline(at_slot.ID, _ID_SIZE), root, "id"))
     if expected_id is not None and id != expected_id:
         raise buffer.fail(f"its id is {encode_id(id)}")
-    nodes: list[NodeId] = []
-    spans: list[tuple[int, int]] = []
-    for table in required(root.tables(at_slot.ARRAYS), root, "arrays"):
-        nodes.append(NodeId(required(table.inline(at_slot.NODE, _NODE_ID_SIZE), table, "node_id")))
-        spans.append(required(table.vector(at_slot.REFS, 4), table, "refs"))
-    if len(set(nodes)) != len(nodes):
+    nodes, starts, counts = _arrays(root)
+    return Manifest(id=id, arrays=_decode_rows(buffer, nodes, starts, counts, _dictionary(root)))
+
+
+def _arrays(root: Table) -> tuple[list[NodeId], Positions, Positions]:
+    """Ids of the arrays, where the vector of references of each has its first item, and how many items."""
+    buffer = root.buffer
+    start, count = required(root.vector(at_slot.ARRAYS, 4), root, "arrays")
+    buffer.charge_tables(count)
+    fields = start + 4 * np.arange(count, dtype=np.int64)
+    tables = TableColumns(buffer, fields + gather(buffer, fields, "<u4"))
+    if not count:
+        return [], fields, fields
+    ids, vectors = tables.column(at_slot.NODE, _NODE_ID_SIZE), tables.vectors(at_slot.REFS, 4)
+    if ids is None or ids.rows is not None:
+        raise buffer.fail("an array in it lacks the required field 'node_id'")
+    if vectors is None or vectors.rows is not None:
+        raise buffer.fail("an array in it lacks the required field 'refs'")
+    raw = gather(buffer, ids.positions, f"V{_NODE_ID_SIZE}").tobytes()
+    nodes = [NodeId(raw[i : i + _NODE_ID_SIZE]) for i in range(0, len(raw), _NODE_ID_SIZE)]
+    if len(set(nodes)) != count:
         raise buffer.fail("an array stands in it twice")
-    columns = _decode_rows(buffer, spans, _dictionary(root))
-    return Manifest(id=id, arrays=dict(sorted(zip(nodes, columns, strict=True), key=lambda item: item[0])))
+    return nodes, vectors.starts, vectors.counts
 
 
 def _dictionary(root: Table) -> zstandard.ZstdDecompressor | None:
@@ -99,15 +116,20 @@ def _dictionary(root: Table) -> zstandard.ZstdDecompressor | None:
 
 
 def _decode_rows(
-    buffer: Buffer, spans: Sequence[tuple[int, int]], dictionary: zstandard.ZstdDecompressor | None
-) -> list[ChunkRefs]:
-    """Columns of each vector of references, given where its items begin and how many they are."""
-    counts = [count for _, count in spans]
-    total = sum(counts)
+    buffer: Buffer,
+    nodes: Sequence[NodeId],
+    starts: Positions,
+    counts: Positions,
+    dictionary: zstandard.ZstdDecompressor | None,
+) -> ByNode[ChunkRefs]:
+    """Columns of the arrays, given where the references of each begin and how many they are."""
+    total = int(counts.sum())
     buffer.charge_tables(total)
+    edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
     if not total:
-        return [ChunkRefs.empty(0) for _ in spans]
-    fields = np.concatenate([start + 4 * np.arange(count, dtype=np.int64) for start, count in spans])
+        return refs_by_node([Part(tuple(nodes), edges, ChunkRefs.empty(0))] if nodes else [])
+    owner = owners(edges)
+    fields = (starts - 4 * edges[:-1])[owner] + 4 * np.arange(total, dtype=np.int64)
     tables = TableColumns(buffer, fields + gather(buffer, fields, "<u4"))
     del fields
     inline = tables.vectors(at_slot.INLINE, 1)
@@ -139,52 +161,49 @@ def _decode_rows(
         length[rows] = inline.counts
     checksum_kind, checksum, etags = _checksums(buffer, tables, kind)
     chunk_ids = tables.numbers(at_slot.CHUNK_ID, ID12)
-    coords = _coords(buffer, tables, counts)
-    locations = texts.all()
-    result = []
-    first = 0
-    for count, array_coords in zip(counts, coords, strict=True):
-        rows = slice(first, first + count)
-        first += count
-        refs = ChunkRefs(
-            coords=array_coords,
-            kind=kind[rows],
-            offset=offset[rows],
-            length=length[rows],
-            chunk_id=chunk_ids[rows],
-            location=location_rows[rows],
-            locations=locations,
-            checksum_kind=None if checksum_kind is None else checksum_kind[rows],
-            checksum=None if checksum is None else checksum[rows],
-            etags=etags,
-            inline_data=inline_data,
-        )
-        if not is_ascending(array_coords):
-            refs = refs.take(lexicographic_order(array_coords))
-            if not is_ascending(refs.coords):
-                raise buffer.fail("an array has two references for one chunk")
-        result.append(refs)
-    return result
-
-
-def _coords(buffer: Buffer, tables: TableColumns, counts: Sequence[int]) -> list[npt.NDArray[np.uint32]]:
-    """Coordinates of each array's references."""
     vectors = tables.vectors(at_slot.INDEX, 4)
     if vectors is None or vectors.rows is not None:
         raise buffer.fail("a reference lacks the required field 'index'")
-    if vectors.counts.min() == vectors.counts.max():
-        everything = read_coords(buffer, vectors.starts, int(vectors.counts[0]))
-        return np.split(everything, np.cumsum(counts)[:-1]) if len(counts) > 1 else [everything]
-    result = []
-    first = 0
-    for count in counts:
-        ranks = vectors.counts[first : first + count]
-        ndim = int(ranks[0]) if count else 0
-        if (ranks != ndim).any():
-            raise buffer.fail("the references of one array differ in their number of dimensions")
-        result.append(read_coords(buffer, vectors.starts[first : first + count], ndim))
-        first += count
-    return result
+    # An array without references is of any rank, and counts as one of rank 0.
+    ranks = np.zeros(len(nodes), np.int64)
+    ranks[owner] = vectors.counts
+    if (ranks[owner] != vectors.counts).any():
+        raise buffer.fail("the references of one array differ in their number of dimensions")
+    locations = texts.all()
+    parts = []
+    for ndim in np.unique(ranks).tolist():
+        own = ranks == ndim
+        rows = slice(None) if own.all() else own[owner]
+        part = Part(
+            tuple(nodes) if own.all() else tuple([nodes[i] for i in np.flatnonzero(own).tolist()]),
+            edges if own.all() else np.concatenate([np.zeros(1, np.int64), np.cumsum(counts[own])]),
+            ChunkRefs(
+                coords=read_coords(buffer, vectors.starts[rows], ndim),
+                kind=kind[rows],
+                offset=offset[rows],
+                length=length[rows],
+                chunk_id=chunk_ids[rows],
+                location=location_rows[rows],
+                locations=locations,
+                checksum_kind=None if checksum_kind is None else checksum_kind[rows],
+                checksum=None if checksum is None else checksum[rows],
+                etags=etags,
+                inline_data=inline_data,
+            ),
+        )
+        parts.append(_in_order(buffer, part))
+    return refs_by_node(parts)
+
+
+def _in_order(buffer: Buffer, part: Part[ChunkRefs]) -> Part[ChunkRefs]:
+    """The same with the rows of each array in ascending order."""
+    first = first_rows(part.edges)
+    if is_ascending(part.rows.coords, first):
+        return part
+    refs = part.rows.take(lexicographic_order(part.rows.coords, owners(part.edges)))
+    if not is_ascending(refs.coords, first):
+        raise buffer.fail("an array has two references for one chunk")
+    return Part(part.nodes, part.edges, refs)
 
 
 def _inline_bytes(buffer: Buffer, inline: Vectors) -> tuple[bytes, Positions]:

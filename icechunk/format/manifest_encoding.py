@@ -8,25 +8,23 @@ What has variable length, strings and inline chunks, follows behind.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format import manifest_slots as at_slot
+from icechunk.format.by_node import ByNode, Part, owners
 from icechunk.format.envelope import FileType, seal
-from icechunk.format.flat_columns import (
-    Positions,
-    is_ascending,
-    lexicographic_order,
-)
+from icechunk.format.flat_columns import Positions, first_rows, is_ascending, lexicographic_order
 from icechunk.format.flat_writer import MAX_BYTES, FlatTable, FlatWriter, Value, Written, id_struct, u8
-from icechunk.format.ids import NodeId, encode_id
+from icechunk.format.ids import encode_id
 from icechunk.format.location_compression import LocationCompression, LocationDictionary, trained
 from icechunk.format.manifest_texts import fill_inline, frames, inline_places, strings
+from icechunk.format.refs_by_node import grouped_refs
 from icechunk.format.tables import (
     ETAG,
     INLINE,
@@ -67,8 +65,11 @@ def encode_manifest(
     """
     if spec_version not in (1, 2):
         raise InvalidInputError(f"cannot encode a manifest in spec version {spec_version}")
-    dictionary = None if locations is None or spec_version == 1 else trained(manifest.arrays, locations)
-    arrays = Written(lambda writer: _write_arrays(writer, dict(sorted(manifest.arrays.items())), dictionary))
+    columns = grouped_refs(manifest.arrays)
+    dictionary = None
+    if locations is not None and spec_version == 2:
+        dictionary = trained([part.rows for part in columns.parts], locations)
+    arrays = Written(lambda writer: _write_arrays(writer, columns, dictionary))
     root: dict[int, Value] = {
         at_slot.ID: id_struct(manifest.id),
         at_slot.ARRAYS: arrays,
@@ -82,7 +83,7 @@ def encode_manifest(
 _ARRAY_TABLE: Final = np.dtype([("vtable", "<i4"), ("refs", "<u4"), ("node", "V8")])
 
 
-def _write_arrays(writer: FlatWriter, arrays: Mapping[NodeId, ChunkRefs], dictionary: LocationDictionary | None) -> int:
+def _write_arrays(writer: FlatWriter, arrays: ByNode[ChunkRefs], dictionary: LocationDictionary | None) -> int:
     """Write the vector of arrays and all below it; returns its position.
 
     Arrays of one rank are written as if they were one, so that a thousand small ones cost as much as a large one.
@@ -96,103 +97,35 @@ def _write_arrays(writer: FlatWriter, arrays: Mapping[NodeId, ChunkRefs], dictio
     tables = start + 4 + 4 * count + _ARRAY_TABLE.itemsize * np.arange(count, dtype=np.int64)
     out += _U32.pack(count) + bytes((4 + _ARRAY_TABLE.itemsize) * count)
     vectors = np.zeros(count, np.int64)
-    by_rank: dict[int, list[int]] = {}
-    everything = list(arrays.values())
-    for i, refs in enumerate(everything):
-        by_rank.setdefault(refs.ndim, []).append(i)
-    for members in by_rank.values():
-        batch = [everything[i] for i in members]
-        sizes = np.array([len(refs) for refs in batch], np.int64)
-        refs = _joined(batch)
-        if not is_ascending(refs.coords, _first_rows(sizes)):
-            refs = _joined([_in_order(list(arrays)[i], everything[i]) for i in members])
-        vectors[members] = _write_refs(writer, refs, sizes, dictionary)
+    ids = np.zeros(count, "V8")
+    for part, ranks in zip(arrays.parts, arrays.ranks(), strict=True):
+        vectors[ranks] = _write_refs(writer, _in_order(part), np.diff(part.edges), dictionary)
+        ids[ranks] = np.frombuffer(b"".join(part.nodes), "V8")
     if count:
         np.frombuffer(out, "<u4", count, start + 4)[:] = tables - fields
         blocks = np.frombuffer(out, _ARRAY_TABLE, count, int(tables[0]))
         blocks["vtable"] = tables - vtable
         blocks["refs"] = vectors - (tables + 4)
-        blocks["node"] = np.frombuffer(b"".join(arrays), "V8")
+        blocks["node"] = ids
     return start
 
 
-def _first_rows(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_] | None:
-    """For each row of arrays of those sizes, one after another, whether it is the first of its array."""
-    if len(sizes) == 1:
-        return None
-    mask = np.zeros(int(sizes.sum()) + 1, np.bool_)
-    mask[np.cumsum(sizes) - sizes] = True
-    return mask[:-1]
-
-
-def _joined(batch: Sequence[ChunkRefs]) -> ChunkRefs:
-    """The rows of several arrays of one rank, one after another."""
-    if len(batch) == 1:
-        return batch[0]
-    locations, location_base = _pooled([refs.locations for refs in batch])
-    etags, etag_base = _pooled([refs.etags for refs in batch])
-    inline, inline_base = _pooled([refs.inline_data for refs in batch])
-    checked = any(refs.checksum_kind is not None for refs in batch)
-    return ChunkRefs(
-        coords=np.concatenate([refs.coords for refs in batch]),
-        kind=np.concatenate([refs.kind for refs in batch]),
-        offset=np.concatenate(
-            [
-                refs.offset + np.where(refs.kind == INLINE, base, 0).astype(np.uint64) if base else refs.offset
-                for refs, base in zip(batch, inline_base, strict=True)
-            ]
-        ),
-        length=np.concatenate([refs.length for refs in batch]),
-        chunk_id=np.concatenate([refs.chunk_id for refs in batch]),
-        location=np.concatenate([refs.location + base for refs, base in zip(batch, location_base, strict=True)]),
-        locations=tuple(text for part in locations for text in part),
-        checksum_kind=np.concatenate([_or_zeros(refs.checksum_kind, refs, np.uint8) for refs in batch])
-        if checked
-        else None,
-        checksum=np.concatenate(
-            [
-                _or_zeros(refs.checksum, refs, np.int64)
-                + np.where(_or_zeros(refs.checksum_kind, refs, np.uint8) == ETAG, base, 0)
-                for refs, base in zip(batch, etag_base, strict=True)
-            ]
-        )
-        if checked
-        else None,
-        etags=tuple(text for part in etags for text in part),
-        inline_data=b"".join(inline),
-    )
-
-
-_P = TypeVar("_P", tuple[str, ...], bytes)
-
-
-def _pooled(parts: Sequence[_P]) -> tuple[list[_P], list[int]]:
-    """The parts that differ in identity, and for each where its items begin among those of all."""
-    kept: list[_P] = []
-    begins: dict[int, int] = {}
-    total = 0
-    for part in parts:
-        if id(part) not in begins:
-            begins[id(part)] = total
-            kept.append(part)
-            total += len(part)
-    return kept, [begins[id(part)] for part in parts]
-
-
-def _or_zeros(column: npt.NDArray[Any] | None, refs: ChunkRefs, dtype: type) -> npt.NDArray[Any]:
-    return np.zeros(len(refs), dtype) if column is None else column
-
-
-def _in_order(node: NodeId, refs: ChunkRefs) -> ChunkRefs:
-    if is_ascending(refs.coords):
+def _in_order(part: Part[ChunkRefs]) -> ChunkRefs:
+    """The rows, those of each array in ascending order."""
+    refs = part.rows
+    first = first_rows(part.edges)
+    if is_ascending(refs.coords, first):
         return refs
-    ordered = refs.take(lexicographic_order(refs.coords))
-    if not is_ascending(ordered.coords):
+    owner = owners(part.edges)
+    refs = refs.take(lexicographic_order(refs.coords, owner))
+    if not is_ascending(refs.coords, first):
+        same = (refs.coords[1:] == refs.coords[:-1]).all(axis=1) & ~first[1:]
+        node = part.nodes[int(owner[int(same.argmax())])]
         raise InvalidInputError(
             f"cannot encode the manifest: array {encode_id(node)} has two references for one chunk",
             ErrorKind.INVALID_CHUNK_INDEX,
         )
-    return ordered
+    return refs
 
 
 class _Layout(NamedTuple):

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from icechunk.format.by_node import ByNode
 from icechunk.format.ids import NodeId, ObjectId
 
 __all__ = [
@@ -114,19 +115,21 @@ class ChunkRefs:
             location=np.empty(0, np.int32),
         )
 
-    def take(self, rows: npt.NDArray[Any]) -> ChunkRefs:
-        """The references at these row numbers, in this order, or where this mask is true; tables and inline bytes are
-        shared, not copied."""
-        return replace(
-            self,
+    def take(self, rows: npt.NDArray[Any] | slice) -> ChunkRefs:
+        """The references at these row numbers, in this order, or where this mask is true, or in this span; tables and
+        inline bytes are shared, not copied."""
+        return ChunkRefs(
             coords=self.coords[rows],
             kind=self.kind[rows],
             offset=self.offset[rows],
             length=self.length[rows],
             chunk_id=self.chunk_id[rows],
             location=self.location[rows],
+            locations=self.locations,
             checksum_kind=None if self.checksum_kind is None else self.checksum_kind[rows],
             checksum=None if self.checksum is None else self.checksum[rows],
+            etags=self.etags,
+            inline_data=self.inline_data,
         )
 
     def row(self, i: int) -> ChunkRef:
@@ -233,6 +236,8 @@ class Manifest:
     @property
     def num_chunk_refs(self) -> int:
         """References of all arrays."""
+        if isinstance(self.arrays, ByNode):
+            return self.arrays.num_rows
         return sum(len(refs) for refs in self.arrays.values())
 
 

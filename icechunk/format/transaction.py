@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from icechunk.errors import InvalidInputError
+from icechunk.format.by_node import ByNode, Coords, Part, coords_by_node, grouped_coords, owners
 from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.flat_columns import (
     Positions,
     TableColumns,
+    first_rows,
     gather,
     is_ascending,
     lexicographic_order,
@@ -32,8 +32,6 @@ _UPDATED_ARRAYS, _UPDATED_GROUPS, _UPDATED_CHUNKS, _MOVES, _EXTRA = range(5, 10)
 _ID_SIZE: Final = 12
 _NODE_ID_SIZE: Final = 8
 _UPDATED: Final = np.dtype([("vtable", "<i4"), ("chunks", "<u4"), ("node", "V8")])
-
-Coords = npt.NDArray[np.uint32]
 
 
 def encode_transaction_log(log: TransactionLog, spec_version: int = 2, level: int = 3) -> bytes:
@@ -67,7 +65,7 @@ def encode_transaction_log(log: TransactionLog, spec_version: int = 2, level: in
         _DELETED_ARRAYS: _ids(log.deleted_arrays),
         _UPDATED_ARRAYS: _ids(log.updated_arrays),
         _UPDATED_GROUPS: _ids(log.updated_groups),
-        _UPDATED_CHUNKS: Written(lambda writer: _write_updated(writer, log.updated_chunks)),
+        _UPDATED_CHUNKS: Written(lambda writer: _write_updated(writer, grouped_coords(log.updated_chunks))),
         _MOVES: [_move_table(move) for move in moves] if newer else None,
         _EXTRA: log.extra if newer else None,
     }
@@ -82,16 +80,21 @@ def _move_table(move: Move) -> FlatTable:
     return FlatTable({0: move.source, 1: move.target, 2: id_struct(move.node_id), 3: u8(move.kind)})
 
 
-def _sorted_unique(coords: Coords) -> Coords:
-    if is_ascending(coords):
-        return coords
-    coords = coords[lexicographic_order(coords)]
-    keep = np.ones(len(coords), np.bool_)
-    keep[1:] = (coords[1:] != coords[:-1]).any(axis=1)
-    return coords[keep]
+def _sorted_unique(part: Part[Coords]) -> Part[Coords]:
+    """The same with the rows of each array in ascending order, and each of them once."""
+    rows, edges = part.rows, part.edges
+    first = first_rows(edges)
+    if is_ascending(rows, first):
+        return part
+    owner = owners(edges)
+    rows = rows[lexicographic_order(rows, owner)]
+    keep = first.copy()
+    keep[1:] |= (rows[1:] != rows[:-1]).any(axis=1)
+    sizes = np.bincount(owner[keep], minlength=len(part.nodes))
+    return Part(part.nodes, np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]), rows[keep])
 
 
-def _write_updated(writer: FlatWriter, chunks: Mapping[NodeId, Coords]) -> int:
+def _write_updated(writer: FlatWriter, chunks: ByNode[Coords]) -> int:
     """Write the vector of arrays with updated chunks and all below it; returns its position.
 
     Arrays of one rank are written as if they were one, so that a thousand small ones cost as much as a large one.
@@ -104,30 +107,18 @@ def _write_updated(writer: FlatWriter, chunks: Mapping[NodeId, Coords]) -> int:
     fields = start + 4 + 4 * np.arange(count, dtype=np.int64)
     tables = start + 4 + 4 * count + _UPDATED.itemsize * np.arange(count, dtype=np.int64)
     out += count.to_bytes(4, "little") + bytes((4 + _UPDATED.itemsize) * count)
-    nodes = sorted(chunks)
     vectors = np.zeros(count, np.int64)
-    by_rank: dict[int, list[int]] = {}
-    for i, node in enumerate(nodes):
-        by_rank.setdefault(chunks[node].shape[1], []).append(i)
-    for members in by_rank.values():
-        batch = [chunks[nodes[i]] for i in members]
-        rows, sizes = _behind_each_other(batch)
-        first = np.zeros(len(rows) + 1, np.bool_)
-        first[np.cumsum(sizes) - sizes] = True
-        if not is_ascending(rows, first[:-1]):
-            rows, sizes = _behind_each_other([_sorted_unique(coords) for coords in batch])
-        vectors[members] = _write_chunk_indices(writer, rows, sizes)
+    ids = np.zeros(count, "V8")
+    for part, ranks in zip(chunks.parts, chunks.ranks(), strict=True):
+        ordered = _sorted_unique(part)
+        vectors[ranks] = _write_chunk_indices(writer, ordered.rows, np.diff(ordered.edges))
+        ids[ranks] = np.frombuffer(b"".join(part.nodes), "V8")
     np.frombuffer(out, "<u4", count, start + 4)[:] = tables - fields
     blocks = np.frombuffer(out, _UPDATED, count, int(tables[0]))
     blocks["vtable"] = tables - vtable
     blocks["chunks"] = vectors - (tables + 4)
-    blocks["node"] = np.frombuffer(b"".join(nodes), "V8")
+    blocks["node"] = ids
     return start
-
-
-def _behind_each_other(batch: Sequence[Coords]) -> tuple[Coords, Positions]:
-    rows = batch[0] if len(batch) == 1 else np.concatenate(batch)
-    return rows, np.fromiter(map(len, batch), np.int64, len(batch))
 
 
 def _write_chunk_indices(writer: FlatWriter, rows: Coords, sizes: Positions) -> Positions:
@@ -178,10 +169,6 @@ def decode_transaction_log(data: bytes, *, expected_id: ObjectId | None = None) 
     id = ObjectId(required(root.inline(_ID, _ID_SIZE), root, "id"))
     if expected_id is not None and id != expected_id:
         raise buffer.fail(f"its id is {encode_id(id)}")
-    chunks = [_updated(table) for table in required(root.tables(_UPDATED_CHUNKS), root, "updated_chunks")]
-    updated_chunks = dict(sorted(chunks, key=lambda item: item[0]))
-    if len(updated_chunks) != len(chunks):
-        raise buffer.fail("an array stands in its updated chunks twice")
     return TransactionLog(
         id=id,
         new_groups=_id_set(root, _NEW_GROUPS, "new_groups"),
@@ -190,7 +177,7 @@ def decode_transaction_log(data: bytes, *, expected_id: ObjectId | None = None) 
         deleted_arrays=_id_set(root, _DELETED_ARRAYS, "deleted_arrays"),
         updated_groups=_id_set(root, _UPDATED_GROUPS, "updated_groups"),
         updated_arrays=_id_set(root, _UPDATED_ARRAYS, "updated_arrays"),
-        updated_chunks=updated_chunks,
+        updated_chunks=_updated(root),
         moved_nodes=tuple([_move(table) for table in root.tables(_MOVES) or ()]),
         extra=root.blob(_EXTRA),
     )
@@ -213,19 +200,45 @@ def _move(table: Table) -> Move:
     )
 
 
-def _updated(table: Table) -> tuple[NodeId, Coords]:
-    node = NodeId(required(table.inline(0, _NODE_ID_SIZE), table, "node_id"))
-    buffer = table.buffer
-    start, count = required(table.vector(1, 4), table, "chunks")
+def _updated(root: Table) -> ByNode[Coords]:
+    """Coordinates by array, those of all arrays of one rank at once."""
+    buffer = root.buffer
+    start, count = required(root.vector(_UPDATED_CHUNKS, 4), root, "updated_chunks")
     buffer.charge_tables(count)
     if not count:
-        return node, np.empty((0, 0), np.uint32)
+        return coords_by_node([])
     fields = start + 4 * np.arange(count, dtype=np.int64)
-    vectors = TableColumns(buffer, fields + gather(buffer, fields, "<u4")).vectors(0, 4)
+    arrays = TableColumns(buffer, fields + gather(buffer, fields, "<u4"))
+    ids, vectors = arrays.column(0, _NODE_ID_SIZE), arrays.vectors(1, 4)
+    if ids is None or ids.rows is not None:
+        raise buffer.fail("an array with updated chunks lacks the required field 'node_id'")
     if vectors is None or vectors.rows is not None:
+        raise buffer.fail("an array with updated chunks lacks the required field 'chunks'")
+    raw = gather(buffer, ids.positions, "V8").tobytes()
+    nodes = [NodeId(raw[i : i + _NODE_ID_SIZE]) for i in range(0, len(raw), _NODE_ID_SIZE)]
+    if len(set(nodes)) != len(nodes):
+        raise buffer.fail("an array stands in its updated chunks twice")
+    sizes = vectors.counts
+    buffer.charge_tables(int(sizes.sum()))
+    edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    owner = owners(edges)
+    places = vectors.starts[owner] + 4 * (np.arange(len(owner)) - edges[:-1][owner])
+    coords = TableColumns(buffer, places + gather(buffer, places, "<u4")).vectors(0, 4)
+    if not len(owner):
+        return coords_by_node([_sorted_unique(Part(tuple(nodes), edges, np.empty((0, 0), np.uint32)))])
+    if coords is None or coords.rows is not None:
         raise buffer.fail("an updated chunk lacks its coordinates")
-    ndim = int(vectors.counts[0])
-    if (vectors.counts != ndim).any():
-        raise buffer.fail(f"the updated chunks of array {encode_id(node)} differ in their number of dimensions")
-    rows = read_coords(buffer, vectors.starts, ndim)
-    return node, rows if is_ascending(rows) else _sorted_unique(rows)
+    # An array without chunks is of any rank, and counts as one of rank 0.
+    ranks = np.zeros(count, np.int64)
+    ranks[owner] = coords.counts
+    if (ranks[owner] != coords.counts).any():
+        i = int(owner[int((ranks[owner] != coords.counts).argmax())])
+        raise buffer.fail(f"the updated chunks of array {encode_id(nodes[i])} differ in their number of dimensions")
+    parts = []
+    for ndim in np.unique(ranks).tolist():
+        members = np.flatnonzero(ranks == ndim)
+        whole = len(members) == count
+        rows = read_coords(buffer, coords.starts if whole else coords.starts[ranks[owner] == ndim], ndim)
+        own_edges = edges if whole else np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[members])])
+        parts.append(_sorted_unique(Part(tuple([nodes[i] for i in members.tolist()]), own_edges, rows)))
+    return coords_by_node(parts)

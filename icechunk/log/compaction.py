@@ -1,14 +1,14 @@
 """From a session's fold to the files of a commit: manifests, snapshot, transaction log.
 
-`plan` decides, without any I/O, which manifests must be read; `compact` builds the new ones from
-them and from the log; `finish` fills in the sizes once they have been encoded. Only what changed is
-touched: a manifest that no changed array needs rewritten stays, and one that serves other arrays
-too goes on serving them.
+`plan` decides, without any I/O, which manifests must be read; `new_manifests` builds the new ones
+from them and from the log, one at a time; `new_snapshot` joins them, once they have been encoded, to
+those that stay. Only what changed is touched: a manifest that no changed array needs rewritten stays,
+and one that serves other arrays too goes on serving them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.tables import (
     ChunkRefs,
+    Extents,
     Json,
     Manifest,
     ManifestFile,
@@ -25,7 +26,6 @@ from icechunk.format.tables import (
     NodeKind,
     NodeSnapshot,
     Snapshot,
-    TransactionLog,
 )
 from icechunk.log.batches import pieces_of_small
 from icechunk.log.boxes import bounds
@@ -34,7 +34,7 @@ from icechunk.log.pieces import ArrayPlan, pieces
 from icechunk.log.session_log import SessionLog
 from icechunk.log.tiles import TilePolicy, plan_anew, plan_grid, plan_tiles
 
-__all__ = ["EVERYTHING", "Compaction", "Plan", "Policy", "compact", "finish", "plan"]
+__all__ = ["EVERYTHING", "Placed", "Plan", "Policy", "new_manifests", "new_snapshot", "placed", "plan"]
 
 TileShape: TypeAlias = Callable[[NodeSnapshot], tuple[int, ...] | None]
 
@@ -88,15 +88,12 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Compaction:
-    """The files of a commit."""
+class Placed:
+    """What a snapshot knows of a new manifest."""
 
-    snapshot: Snapshot
-    """New manifests have ``size_bytes`` 0 until `finish`."""
-    manifests: tuple[Manifest, ...]
-    """New ones only, in ascending order of id."""
-    transaction: TransactionLog
-    """What changed."""
+    file: ManifestFile
+    extents: Mapping[NodeId, Extents]
+    """Bounding boxes of the references of each of its arrays."""
 
 
 def plan(log: SessionLog, policy: Policy, *, everything: bool = False) -> Plan:
@@ -153,29 +150,17 @@ def _plan_array(
     return ArrayPlan(node=node, tiles=tuple(tiles), written=written, deleted=deleted, tile_shape=shape, anew=everything)
 
 
-def compact(
-    plan: Plan,
-    manifests: Mapping[ObjectId, Manifest],
-    *,
-    snapshot_id: ObjectId,
-    parent_id: ObjectId | None,
-    flushed_at_us: int,
-    message: str,
-    metadata: Mapping[str, Json],
-    new_object_id: Callable[[], ObjectId],
-) -> Compaction:
-    """Build the files.
+def new_manifests(
+    plan: Plan, manifests: Mapping[ObjectId, Manifest], new_object_id: Callable[[], ObjectId]
+) -> Iterator[Manifest]:
+    """The new manifests, one after another, each made when it is asked for: none is kept here.
 
     Parameters
     ----------
     manifests
         At least `Plan.manifests_to_read`.
-    parent_id
-        Stored in format 1 only; pass None otherwise.
-    flushed_at_us
-        µs since the epoch.
     new_object_id
-        Source of ids of the new manifests.
+        Source of their ids.
 
     Raises
     ------
@@ -183,51 +168,68 @@ def compact(
         If a manifest lacks the array that the base says it holds.
     """
     packer = _Packer(plan.policy, new_object_id)
-    kept: dict[NodeId, list[ManifestRef]] = {}
     most = plan.policy.max_refs_per_manifest
     small = pieces_of_small(plan.arrays, manifests, most)
     for array in plan.arrays:
-        refs: list[ManifestRef] = []
-        kept[array.node.id] = refs
+        ready = small.pop(array.node.id, None)
+        own = pieces(array, manifests, most) if ready is None else [ready] if len(ready) else []
+        for piece in own:
+            yield from packer.add(array.node.id, piece, alone=array.tile_shape is not None)
+    yield from packer.close()
+
+
+def placed(manifest: Manifest, size_bytes: int) -> Placed:
+    """What is to be known of a new manifest once it is encoded, in so many bytes."""
+    return Placed(
+        file=ManifestFile(manifest.id, size_bytes, manifest.num_chunk_refs),
+        extents={node_id: bounds(refs.coords) for node_id, refs in manifest.arrays.items()},
+    )
+
+
+def new_snapshot(
+    plan: Plan,
+    new: Iterable[Placed],
+    *,
+    snapshot_id: ObjectId,
+    parent_id: ObjectId | None,
+    flushed_at_us: int,
+    message: str,
+    metadata: Mapping[str, Json],
+) -> Snapshot:
+    """The snapshot that the new manifests, and those that stay, belong to.
+
+    Parameters
+    ----------
+    new
+        All that `new_manifests` gives, in any order; or others that hold the same references.
+    parent_id
+        Stored in format 1 only; pass None otherwise.
+    flushed_at_us
+        µs since the epoch.
+    """
+    kept: dict[NodeId, list[ManifestRef]] = {}
+    for array in plan.arrays:
+        refs = kept[array.node.id] = []
         for tile in array.tiles:
             if not tile.dirty:
                 refs.extend(tile.sources)
-        ready = small.get(array.node.id)
-        own = pieces(array, manifests, most) if ready is None else [ready] if len(ready) else []
-        for piece in own:
-            packer.add(array.node.id, piece, alone=array.tile_shape is not None)
-    new = packer.close()
-    for node_id, refs in packer.placed.items():
-        kept[node_id] += refs
+    files: dict[ObjectId, ManifestFile] = {}
+    for manifest in new:
+        files[manifest.file.object_id] = manifest.file
+        for node_id, extents in manifest.extents.items():
+            kept[node_id].append(ManifestRef(manifest.file.object_id, extents))
     nodes = dict(plan.nodes)
     for array in plan.arrays:
-        refs = sorted(kept[array.node.id], key=_by_extents)
-        nodes[array.node.path] = replace(array.node, manifests=tuple(refs))
-    snapshot = Snapshot(
+        nodes[array.node.path] = replace(array.node, manifests=tuple(sorted(kept[array.node.id], key=_by_extents)))
+    return Snapshot(
         id=snapshot_id,
         parent_id=parent_id,
         nodes=nodes,
         flushed_at_us=flushed_at_us,
         message=message,
         metadata=metadata,
-        manifest_files=_files(nodes.values(), plan.base.manifest_files, new),
+        manifest_files=_files(nodes.values(), plan.base.manifest_files, files),
     )
-    return Compaction(snapshot=snapshot, manifests=new, transaction=plan.changes.transaction(snapshot_id))
-
-
-def finish(compaction: Compaction, sizes: Mapping[ObjectId, int]) -> Snapshot:
-    """The snapshot with the sizes of its new manifests.
-
-    Parameters
-    ----------
-    sizes
-        Bytes of each encoded new manifest.
-    """
-    files = {
-        i: file._replace(size_bytes=sizes[i]) if i in sizes else file
-        for i, file in compaction.snapshot.manifest_files.items()
-    }
-    return replace(compaction.snapshot, manifest_files=files)
 
 
 class _Packer:
@@ -240,17 +242,14 @@ class _Packer:
     def __init__(self, policy: Policy, new_object_id: Callable[[], ObjectId]) -> None:
         self._policy = policy
         self._new_object_id = new_object_id
-        self._done: list[Manifest] = []
         self._streams: list[dict[NodeId, ChunkRefs]] = []
         self._sizes: list[int] = []
         self._ordinals: dict[NodeId, int] = {}
-        self.placed: dict[NodeId, list[ManifestRef]] = {}
-        """Where the pieces are; complete after `close`."""
 
-    def add(self, node_id: NodeId, refs: ChunkRefs, *, alone: bool) -> None:
-        """Place a piece, not empty; ``alone``: in a manifest of its own."""
+    def add(self, node_id: NodeId, refs: ChunkRefs, *, alone: bool) -> Iterator[Manifest]:
+        """Place a piece, not empty; ``alone``: in a manifest of its own. Gives the manifest that is full by it."""
         if alone or len(refs) >= self._policy.share_below_refs:
-            self._write({node_id: refs})
+            yield self._manifest({node_id: refs})
             return
         j = self._ordinals.get(node_id, 0)
         self._ordinals[node_id] = j + 1
@@ -258,37 +257,26 @@ class _Packer:
             self._streams.append({})
             self._sizes.append(0)
         if self._streams[j] and self._sizes[j] + len(refs) > self._policy.max_refs_per_manifest:
-            self._write(self._streams[j])
-            self._streams[j], self._sizes[j] = {}, 0
+            full, self._streams[j], self._sizes[j] = self._streams[j], {}, 0
+            yield self._manifest(full)
         self._streams[j][node_id] = refs
         self._sizes[j] += len(refs)
 
-    def close(self) -> tuple[Manifest, ...]:
-        """Write what is open; all manifests, in ascending order of id."""
-        for stream in self._streams:
-            if stream:
-                self._write(stream)
-        self._streams = []
-        return tuple(sorted(self._done, key=_by_id))
+    def close(self) -> Iterator[Manifest]:
+        """The manifests that are open still."""
+        while self._streams:
+            yield self._manifest(self._streams.pop(0))
 
-    def _write(self, arrays: Mapping[NodeId, ChunkRefs]) -> None:
-        manifest = Manifest(id=self._new_object_id(), arrays={i: arrays[i] for i in sorted(arrays)})
-        self._done.append(manifest)
-        for node_id, refs in arrays.items():
-            self.placed.setdefault(node_id, []).append(ManifestRef(manifest.id, bounds(refs.coords)))
+    def _manifest(self, arrays: Mapping[NodeId, ChunkRefs]) -> Manifest:
+        return Manifest(id=self._new_object_id(), arrays={i: arrays[i] for i in sorted(arrays)})
 
 
 def _files(
-    nodes: Iterable[NodeSnapshot], base: Mapping[ObjectId, ManifestFile], new: Sequence[Manifest]
+    nodes: Iterable[NodeSnapshot], base: Mapping[ObjectId, ManifestFile], new: Mapping[ObjectId, ManifestFile]
 ) -> dict[ObjectId, ManifestFile]:
     used = {ref.object_id for node in nodes for ref in node.manifests}
-    fresh = {m.id: ManifestFile(m.id, 0, m.num_chunk_refs) for m in new}
-    return {i: fresh[i] if i in fresh else base[i] for i in sorted(used)}
+    return {i: new[i] if i in new else base[i] for i in sorted(used)}
 
 
 def _by_extents(ref: ManifestRef) -> tuple[tuple[int, int], ...]:
     return ref.extents
-
-
-def _by_id(manifest: Manifest) -> ObjectId:
-    return manifest.id

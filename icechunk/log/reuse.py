@@ -1,4 +1,4 @@
-"""Manifests of an earlier attempt at the same commit that serve the next one too.
+"""Manifests of an earlier try of the same commit that serve the next one too.
 
 A commit that lost the race is compacted again, over another base. What the winner did not touch comes out the same, but
 for its random id: then the manifest that is on storage already is taken, and not written again.
@@ -6,70 +6,83 @@ for its random id: then the manifest that is on storage already is taken, and no
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from icechunk.format.ids import NodeId, ObjectId
+from icechunk.format.ids import NodeId
 from icechunk.format.tables import ChunkRefs, Manifest
-from icechunk.log.compaction import Compaction
+from icechunk.log.compaction import Placed
 
-__all__ = ["reuse"]
+__all__ = ["Earlier", "Remembered"]
+
+Remembered: TypeAlias = "tuple[Manifest | bytes, Placed]"
+"""A manifest, or the digest of one, and where it is."""
 
 
-def reuse(compaction: Compaction, earlier: Iterable[Manifest]) -> Compaction:
-    """The same commit, with earlier manifests in place of new ones that hold the same references.
+class Earlier:
+    """Manifests that are on storage since earlier tries of a commit, and no older than the first of them.
 
     Parameters
     ----------
-    compaction
-        Not finished yet: `finish` needs the sizes of reused manifests as well.
-    earlier
-        On storage already, and no older than this commit's first attempt.
+    keep_refs
+        So many references are kept as they are, to be compared if it comes to that; of more, only digests.
     """
-    known: dict[tuple[NodeId, ...], list[Manifest]] = {}
-    for manifest in earlier:
-        known.setdefault(tuple(manifest.arrays), []).append(manifest)
-    renamed: dict[ObjectId, ObjectId] = {}
-    for manifest in compaction.manifests:
-        for old in known.get(tuple(manifest.arrays), ()):
-            if all(_same(old.arrays[i], refs) for i, refs in manifest.arrays.items()):
-                renamed[manifest.id] = old.id
-                break
-    if not renamed:
-        return compaction
-    nodes = {
-        path: replace(
-            node,
-            manifests=tuple(
-                ref._replace(object_id=renamed.get(ref.object_id, ref.object_id)) for ref in node.manifests
-            ),
-        )
-        if any(ref.object_id in renamed for ref in node.manifests)
-        else node
-        for path, node in compaction.snapshot.nodes.items()
-    }
-    files = (f._replace(object_id=renamed.get(i, i)) for i, f in compaction.snapshot.manifest_files.items())
-    snapshot = replace(
-        compaction.snapshot,
-        nodes=nodes,
-        manifest_files={f.object_id: f for f in sorted(files, key=lambda file: file.object_id)},
-    )
-    return replace(
-        compaction, snapshot=snapshot, manifests=tuple(m for m in compaction.manifests if m.id not in renamed)
-    )
+
+    def __init__(self, keep_refs: int = 2**20) -> None:
+        self._known: dict[tuple[NodeId, ...], list[Remembered]] = {}
+        self._left = keep_refs
+
+    def remembered(self, manifest: Manifest, placed: Placed) -> Remembered:
+        """What is to be added once the manifest is on storage for certain."""
+        self._left -= manifest.num_chunk_refs
+        return (manifest if self._left >= 0 else _digest(manifest)), placed
+
+    def add(self, manifests: Iterable[Remembered]) -> None:
+        """Manifests that are on storage now."""
+        for what, placed in manifests:
+            self._known.setdefault(tuple(placed.extents), []).append((what, placed))
+
+    def find(self, manifest: Manifest) -> Placed | None:
+        """One that holds the same references."""
+        own: bytes | None = None
+        for what, placed in self._known.get(tuple(manifest.arrays), ()):
+            if placed.file.num_chunk_refs != manifest.num_chunk_refs:
+                continue
+            if isinstance(what, Manifest):
+                if all(_same(what.arrays[i], refs) for i, refs in manifest.arrays.items()):
+                    return placed
+            else:
+                own = own or _digest(manifest)
+                if own == what:
+                    return placed
+        return None
+
+
+def _digest(manifest: Manifest) -> bytes:
+    """Differs where any column of any array does."""
+    found = hashlib.blake2b(digest_size=32)
+    for node_id, refs in manifest.arrays.items():
+        found.update(node_id)
+        found.update(repr((refs.coords.shape, refs.locations, refs.etags, len(refs.inline_data))).encode())
+        found.update(refs.inline_data)
+        for column in _columns(refs):
+            found.update(np.ascontiguousarray(column).view(np.uint8).data if column.size else b"")
+    return found.digest()
 
 
 def _same(a: ChunkRefs, b: ChunkRefs) -> bool:
     """Whether two lists of references are equal, column by column."""
     if len(a) != len(b) or (a.locations, a.etags, a.inline_data) != (b.locations, b.etags, b.inline_data):
         return False
-    if (a.checksum is None) is not (b.checksum is None):
-        return False
-    pairs: list[tuple[Any, Any]] = [(a.coords, b.coords), (a.kind, b.kind), (a.offset, b.offset), (a.length, b.length)]
-    pairs += [(a.chunk_id, b.chunk_id), (a.location, b.location)]
-    if a.checksum is not None and b.checksum is not None:
-        pairs += [(a.checksum_kind, b.checksum_kind), (a.checksum, b.checksum)]
-    return all(np.array_equal(x, y) for x, y in pairs)
+    ours, theirs = _columns(a), _columns(b)
+    return len(ours) == len(theirs) and all(np.array_equal(x, y) for x, y in zip(ours, theirs, strict=True))
+
+
+def _columns(refs: ChunkRefs) -> list[Any]:
+    columns: list[Any] = [refs.coords, refs.kind, refs.offset, refs.length, refs.chunk_id, refs.location]
+    if refs.checksum is not None:
+        columns += [refs.checksum_kind, refs.checksum]
+    return columns

@@ -194,6 +194,10 @@ class LogLayout(RepositoryLog):
     async def refresh(self) -> RepoState:
         return await self._view.refresh()
 
+    def is_current(self) -> bool:
+        view = self._view
+        return view.left is None and view.recency.spares_look(view.sources.elapsed_us())
+
     async def append(
         self,
         propose: Propose,

@@ -38,6 +38,7 @@ from icechunk.refs.log_reader import (
 )
 from icechunk.refs.marker import NO_FILES, files_to_open_with, state_of, with_kept_updates
 from icechunk.refs.proof import Instant, still_proves, store_time_us
+from icechunk.refs.recency import Recency
 from icechunk.refs.state import MAIN, RepoState
 from icechunk.refs.store_check import may_write
 from icechunk.refs.takeover import Stranded, find_stranded, seal_log
@@ -94,6 +95,8 @@ class LogView:
         """Seals the log after a takeover."""
         self.looked = 0
         """Number of the newest look that has shown where the log ends."""
+        self.recency = Recency()
+        """How soon after a change of this client's own there can be no newer one."""
         self._looks = 0
         self._looking: asyncio.Future[None] | None = None
         self._updates_per_file = updates_per_file
@@ -186,6 +189,8 @@ class LogView:
         self._remember(n, files)
         if proof is not None:
             self.proof = proof
+            now_us = self.sources.elapsed_us()
+            self.recency.landed(sent_us=proof.elapsed_us, answered_us=now_us, size_bytes=len(data))
 
     def adopt(self, opened: Opened) -> None:
         """Take over what opening the log anew has shown; never behind what is known."""
@@ -296,6 +301,7 @@ class LogView:
                 await self._catch_up(asked)
             elif self.head.n == n:
                 self.proof = asked
+                self.recency.looked(answered.elapsed_us - asked.elapsed_us)
             # Otherwise another task of this loop folded past it meanwhile, which includes all that was asked for.
             if not self.state.sealed:
                 return self.state

@@ -21,6 +21,7 @@ from icechunk.format.ids import encode_id
 from icechunk.format.tables import Snapshot
 from icechunk.inputs import json_metadata, require_text, require_type
 from icechunk.log.compaction import Plan, plan
+from icechunk.log.reuse import Earlier
 from icechunk.log.session_log import Savepoint, SessionLog
 from icechunk.rebasing import rebase_onto_tip
 from icechunk.refs.base import SwapToken
@@ -213,6 +214,7 @@ class Ending(SessionBase):
             metadata=described,
             since_us=self._since_us,
             on_sent=self._note_sent,
+            earlier=Earlier() if solver is not None and tries else None,
         )
         try:
             snapshot = await self._commit(wanted, partial(self._plan, everything=rewrite), solver, tries)

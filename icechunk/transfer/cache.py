@@ -36,6 +36,11 @@ class WeightedCache(Generic[K, V]):
         return len(self._items)
 
     @property
+    def max_weight(self) -> int:
+        """The bound."""
+        return self._max_weight
+
+    @property
     def weight(self) -> int:
         """Sum of the weights of what is kept."""
         return self._weight

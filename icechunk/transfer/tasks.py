@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
+from contextlib import aclosing
 from typing import Any, TypeVar
 
-__all__ = ["run_all", "run_each"]
+__all__ = ["run_all", "run_each", "run_stream"]
 
 T = TypeVar("T")
 
@@ -32,6 +33,36 @@ async def run_each(work: Callable[[T], Awaitable[Any]], items: Iterable[T], *, l
             await work(item)
 
     await run_all(*[worker] * min(limit, len(todo)))
+
+
+async def run_stream(
+    work: Callable[[T], Coroutine[Any, Any, Any]],
+    items: AsyncGenerator[T, None],
+    weigh: Callable[[T], int],
+    *,
+    limit: int,
+    max_weight: int,
+) -> None:
+    """Run ``work`` for every item as it comes; errors as in `run_all`.
+
+    At most ``limit`` run at once, which weigh ``max_weight`` together at the most, or are one that is heavier; the next
+    but one is asked for only then.
+    """
+    running: dict[asyncio.Task[Any], int] = {}
+    try:
+        async with asyncio.TaskGroup() as group, aclosing(items):
+            async for item in items:
+                weight = weigh(item)
+                while running and (len(running) >= limit or sum(running.values()) + weight > max_weight):
+                    done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        del running[task]
+                running[group.create_task(work(item))] = weight
+                del item
+                # What was started shall be sent while the next item is made.
+                await asyncio.sleep(0)
+    except BaseExceptionGroup as errors:
+        raise _first(errors) from None
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

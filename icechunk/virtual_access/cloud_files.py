@@ -16,8 +16,9 @@ from icechunk.storage.base import GetResult, Range, Version
 from icechunk.storage.keys import resolve_range
 from icechunk.storage.obstore_errors import missing, storage_error
 from icechunk.storage.obstore_places import AzurePlace, GcsPlace, ObstorePlace, stores_of_obstore
+from icechunk.storage.obstore_runtime import obstore_module
 from icechunk.storage.s3 import S3Storage
-from icechunk.storage.s3_client import limits_of
+from icechunk.storage.tries import limits_of
 from icechunk.values import redacted_url
 from icechunk.virtual_access.locations import key_of
 
@@ -73,12 +74,10 @@ class ObstoreFiles:
 
     async def get(self, location: str, wanted: Range) -> GetResult:
         """As `Reader.get`."""
-        import obstore
-
         key = key_of(location)
         span: Any = {"offset": wanted.start} if wanted.end is None else (wanted.start, wanted.end)
         try:
-            answer = await obstore.get_async(self._store, key, options={"range": span})
+            answer = await obstore_module().get_async(self._store, key, options={"range": span})
             data = bytes(await answer.bytes_async())
         except Exception as error:
             if missing(error):
@@ -96,11 +95,9 @@ class ObstoreFiles:
 
     async def _unread(self, location: str, key: str, wanted: Range, error: Exception) -> IcechunkError:
         """The error to raise for one while reading: stores and obstore say in many ways that an object is shorter."""
-        import obstore
-
         shown = redacted_url(location)
         try:
-            meta = await obstore.head_async(self._store, key)
+            meta = await obstore_module().head_async(self._store, key)
             resolve_range(wanted, meta["size"], shown)
         except InvalidInputError as refusal:
             return refusal
@@ -165,4 +162,4 @@ def azure_files(
 
 def _files(place: ObstorePlace, service: str, settings: StorageSettings | None) -> ObstoreFiles:
     stores_of_obstore(f"reading virtual chunks from {service}")
-    return ObstoreFiles(place.open(limits_of(settings, None), role="read"))
+    return ObstoreFiles(place.open(limits_of(settings), role="read"))

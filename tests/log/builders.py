@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from icechunk.format.ids import FIRST_SNAPSHOT, NodeId, ObjectId
-from icechunk.format.tables import NATIVE, ChunkRef, ChunkRefs, Manifest, NodeSnapshot, Snapshot
-from icechunk.log.compaction import Compaction, Policy, compact, finish, plan
+from icechunk.format.tables import NATIVE, ChunkRef, ChunkRefs, Manifest, NodeSnapshot, Snapshot, TransactionLog
+from icechunk.log.compaction import Plan, Policy, new_manifests, new_snapshot, placed, plan
 from icechunk.log.lookup import find
+from icechunk.log.reuse import Earlier
 from icechunk.log.session_log import ABSENT, IN_BASE, SessionLog
 
 GROUP = b'{"zarr_format":3,"node_type":"group","attributes":{}}'
@@ -64,6 +66,40 @@ def native(coords: np.ndarray, first: int = 1) -> ChunkRefs:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Compaction:
+    """The files of a commit, all at once."""
+
+    snapshot: Snapshot
+    manifests: tuple[Manifest, ...]
+    transaction: TransactionLog
+
+
+def compacted(
+    planned: Plan,
+    manifests: Mapping[ObjectId, Manifest],
+    new_object_id: Callable[[], ObjectId],
+    earlier: Earlier | None = None,
+) -> Compaction:
+    """What a commit of the plan makes; those that were there earlier are left out."""
+    new, places = [], []
+    for manifest in new_manifests(planned, manifests, new_object_id):
+        known = None if earlier is None else earlier.find(manifest)
+        places.append(placed(manifest, 100 + manifest.num_chunk_refs) if known is None else known)
+        if known is None:
+            new.append(manifest)
+    snapshot = new_snapshot(
+        planned,
+        places,
+        snapshot_id=new_object_id(),
+        parent_id=None,
+        flushed_at_us=planned.base.flushed_at_us + 1,
+        message="m",
+        metadata={},
+    )
+    return Compaction(snapshot=snapshot, manifests=tuple(new), transaction=planned.changes.transaction(snapshot.id))
+
+
 class Repo:
     """Snapshots and manifests in dicts, and how much every commit read and wrote."""
 
@@ -83,17 +119,8 @@ class Repo:
     def commit(self, log: SessionLog) -> Compaction:
         planned = plan(log, self.policy)
         self.read = planned.manifests_to_read
-        done = compact(
-            planned,
-            {i: self.manifests[i] for i in self.read},
-            snapshot_id=self.new_object_id(),
-            parent_id=None,
-            flushed_at_us=self.snapshot.flushed_at_us + 1,
-            message="m",
-            metadata={},
-            new_object_id=self.new_object_id,
-        )
-        self.snapshot = finish(done, {m.id: 100 + m.num_chunk_refs for m in done.manifests})
+        done = compacted(planned, {i: self.manifests[i] for i in self.read}, self.new_object_id)
+        self.snapshot = done.snapshot
         self.manifests.update({m.id: m for m in done.manifests})
         self.written_refs += sum(m.num_chunk_refs for m in done.manifests)
         self.last = done

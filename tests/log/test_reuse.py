@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from icechunk.log.compaction import Compaction, Policy, compact, finish, plan
-from icechunk.log.reuse import reuse
+from icechunk.log.compaction import Policy, placed, plan
+from icechunk.log.reuse import Earlier
 from icechunk.log.session_log import SessionLog
-from tests.log.builders import Repo, array_json, check_snapshot, native
+from tests.log.builders import Compaction, Repo, array_json, check_snapshot, compacted, native
 
 
 def two_arrays() -> Repo:
@@ -27,34 +28,26 @@ def writing(repo: Repo, path: str, first: int) -> SessionLog:
     return log
 
 
-def test_a_manifest_that_comes_out_the_same_is_taken_and_one_that_does_not_is_written() -> None:
+@pytest.mark.parametrize("kept", [0, 100], ids=["digests", "references"])
+def test_a_manifest_that_comes_out_the_same_is_taken_and_one_that_does_not_is_written(kept: int) -> None:
     repo = two_arrays()
     log = writing(repo, "/a", 10)
     node = log.node("/b")
     assert node is not None
     log.set_refs(node, native(np.array([[5]]), 30))
 
-    def attempt(log: SessionLog) -> Compaction:
+    def attempt(log: SessionLog, earlier: Earlier) -> Compaction:
         done = plan(log, repo.policy)
-        return compact(
-            done,
-            {i: repo.manifests[i] for i in done.manifests_to_read},
-            snapshot_id=repo.new_object_id(),
-            parent_id=None,
-            flushed_at_us=9,
-            message="m",
-            metadata={},
-            new_object_id=repo.new_object_id,
-        )
+        return compacted(done, {i: repo.manifests[i] for i in done.manifests_to_read}, repo.new_object_id, earlier)
 
-    first = attempt(log)
+    earlier = Earlier(kept)
+    first = attempt(log, earlier)
+    earlier.add([earlier.remembered(m, placed(m, 100 + m.num_chunk_refs)) for m in first.manifests])
     repo.commit(writing(repo, "/b", 50))
-    second = reuse(attempt(log.rebased(repo.snapshot)), first.manifests)
+    second = attempt(log.rebased(repo.snapshot), earlier)
     of_a = {m.id for m in first.manifests if repo.snapshot.nodes["/a"].id in m.arrays}
     assert not of_a & {m.id for m in second.manifests}
     assert {ref.object_id for ref in second.snapshot.nodes["/a"].manifests} == of_a
-    sizes = {m.id: 100 + m.num_chunk_refs for m in (*first.manifests, *second.manifests)}
     repo.manifests.update({m.id: m for m in (*first.manifests, *second.manifests)})
-    repo.snapshot = finish(second, sizes)
+    repo.snapshot = second.snapshot
     check_snapshot(repo)
-    assert reuse(second, ()) is second

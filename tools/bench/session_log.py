@@ -16,7 +16,7 @@ import numpy as np
 
 from icechunk.format.ids import FIRST_SNAPSHOT, NodeId, ObjectId
 from icechunk.format.tables import NATIVE, ChunkRefs, Manifest, Snapshot
-from icechunk.log.compaction import Policy, compact, finish, plan
+from icechunk.log.compaction import Placed, Policy, new_manifests, new_snapshot, placed, plan
 from icechunk.log.lookup import find
 from icechunk.log.session_log import SessionLog
 
@@ -62,18 +62,20 @@ class Bench:
 
     def commit(self, log: SessionLog) -> None:
         planned = plan(log, Policy())
-        done = compact(
+        places: list[Placed] = []
+        found = {i: self.manifests[i] for i in planned.manifests_to_read}
+        for manifest in new_manifests(planned, found, lambda: ObjectId(os.urandom(12))):
+            self.manifests[manifest.id] = manifest
+            places.append(placed(manifest, 1))
+        self.base = new_snapshot(
             planned,
-            {i: self.manifests[i] for i in planned.manifests_to_read},
+            places,
             snapshot_id=ObjectId(os.urandom(12)),
             parent_id=None,
             flushed_at_us=self.base.flushed_at_us + 1,
             message="",
             metadata={},
-            new_object_id=lambda: ObjectId(os.urandom(12)),
         )
-        self.manifests.update({m.id: m for m in done.manifests})
-        self.base = finish(done, {m.id: 1 for m in done.manifests})
 
 
 def report(name: str, seconds: float, calls: int = 1) -> None:

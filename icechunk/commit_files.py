@@ -1,0 +1,119 @@
+"""The files of a commit, one after another: no more of them are held than are on their way.
+
+Manifests come first, since the snapshot names them and their sizes. Each is made, encoded, and forgotten once it is
+put, so that a commit of many references needs little more memory than the session's log of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+from icechunk.core import Core
+from icechunk.format.ids import ObjectId
+from icechunk.format.keys import manifest_key, snapshot_key, transaction_key
+from icechunk.format.manifest import encode_manifest
+from icechunk.format.snapshot import encode_snapshot
+from icechunk.format.tables import Manifest, Snapshot, TransactionLog
+from icechunk.format.transaction import encode_transaction_log
+from icechunk.log.compaction import Placed, Plan, new_manifests, new_snapshot, placed
+from icechunk.log.diff import combined
+from icechunk.log.reuse import Earlier, Remembered
+from icechunk.transfer.assets import off_loop
+from icechunk.transfer.tasks import run_each
+
+__all__ = ["CommitFiles", "File"]
+
+_BYTES_PER_REF = 64
+"""About what a reference costs to encode; decides whether that happens in a thread."""
+
+
+class File(NamedTuple):
+    """A metadata file."""
+
+    key: str
+    data: bytes
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class CommitFiles:
+    """Makes the files of one try of a commit."""
+
+    core: Core
+    plan: Plan
+    spec_version: int
+    message: str
+    metadata: Mapping[str, Any]
+    amended: TransactionLog | None
+    """Of the snapshot that this one takes the place of."""
+    earlier: Earlier | None
+    """What earlier tries have put; None where no other try can follow."""
+    snapshot: Snapshot | None = None
+    """Known once its file was made."""
+    new: list[Remembered] = field(default_factory=list)
+    """Manifests whose files were made, for the next try, if there can be one."""
+
+    async def make(self) -> AsyncGenerator[File, None]:
+        """All files; the caches get to know what is in them. Raises as `new_manifests` and the encoders do."""
+        core, plan = self.core, self.plan
+        found: dict[ObjectId, Manifest] = {}
+
+        async def read(id: ObjectId) -> None:
+            found[id] = await core.assets.manifest(id)
+
+        await run_each(read, plan.manifests_to_read, limit=max(1, core.settings.commit_fetches))
+        touched = sum(len(array.written) for array in plan.arrays)
+        touched += sum(manifest.num_chunk_refs for manifest in found.values())
+        manifests = new_manifests(plan, found, core.sources.new_object_id)
+        keep = core.assets.has_room_for(touched)
+        places: list[Placed] = []
+        while True:
+            step = await off_loop(touched * _BYTES_PER_REF, partial(self._encode_next, manifests))
+            if step is None:
+                break
+            manifest, place, data = step
+            places.append(place)
+            if data is None:
+                continue
+            if keep:
+                # Before the commit has landed: whoever comes next in the queue builds upon it. If it does not land,
+                # nobody asks for it.
+                core.assets.keep_manifest(manifest)
+            del manifest, step
+            yield File(manifest_key(place.file.object_id), data)
+            del data
+        self.snapshot = new_snapshot(
+            plan,
+            places,
+            snapshot_id=core.sources.new_object_id(),
+            # Format 1 keeps ancestry in the snapshots.
+            parent_id=plan.base.id if self.spec_version == 1 else None,
+            flushed_at_us=max(core.sources.wall_us(), plan.base.flushed_at_us + 1),
+            message=self.message,
+            metadata=self.metadata,
+        )
+        level = core.settings.compression_level
+        yield File(snapshot_key(self.snapshot.id), encode_snapshot(self.snapshot, self.spec_version, level))
+        transaction = plan.changes.transaction(self.snapshot.id)
+        if self.amended is not None:
+            transaction = combined(self.amended, transaction)
+        rows = sum(len(coords) for coords in transaction.updated_chunks.values())
+        encode = partial(encode_transaction_log, transaction, self.spec_version, level)
+        yield File(transaction_key(self.snapshot.id), await off_loop(rows * _BYTES_PER_REF, encode))
+
+    def _encode_next(self, manifests: Iterator[Manifest]) -> tuple[Manifest, Placed, bytes | None] | None:
+        """The next manifest, where it is, and its file, if there is none yet that holds the same."""
+        settings = self.core.settings
+        manifest = next(manifests, None)
+        if manifest is None:
+            return None
+        known = None if self.earlier is None else self.earlier.find(manifest)
+        if known is not None:
+            return manifest, known, None
+        data = encode_manifest(manifest, self.spec_version, settings.compression_level, settings.locations)
+        place = placed(manifest, len(data))
+        if self.earlier is not None:
+            self.new.append(self.earlier.remembered(manifest, place))
+        return manifest, place, data

@@ -1,0 +1,134 @@
+"""Rows of many arrays as a few columns, and yet a mapping from each array's id to its own rows.
+
+What numpy costs for two rows it costs for ten thousand, and five thousand small arrays are five thousand times that
+cost. Arrays of one rank therefore stand one behind the other in columns that are filled, merged and encoded at once; an
+array's own rows are cut out when somebody asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.format.ids import NodeId
+
+__all__ = ["ByNode", "Coords", "Part", "coords_by_node", "grouped_coords", "owners"]
+
+T = TypeVar("T")
+
+Coords = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part(Generic[T]):
+    """Rows of several arrays of one rank, those of each behind those of the one before."""
+
+    nodes: tuple[NodeId, ...]
+    """Each once, in any order; at least one."""
+    edges: npt.NDArray[np.int64]
+    """int64[len(nodes) + 1]: where the rows of each begin, and where the last one's end."""
+    rows: T
+    """Columns, of as many rows as the last edge says."""
+
+
+class ByNode(Mapping[NodeId, T]):
+    """A mapping, in ascending order of node ids, whose values are cut out of columns.
+
+    Parameters
+    ----------
+    parts
+        No node stands in two of them.
+    cut
+        Takes consecutive rows out of columns.
+    """
+
+    __slots__ = ("_cut", "_order", "_places", "parts")
+
+    def __init__(self, parts: Iterable[Part[T]], cut: Callable[[T, slice], T]) -> None:
+        self.parts = tuple(parts)
+        """The columns."""
+        self._cut = cut
+        self._order: list[NodeId] | None = None
+        self._places: dict[NodeId, tuple[Part[T], int]] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Of all arrays."""
+        return sum(int(part.edges[-1]) for part in self.parts)
+
+    def ranks(self) -> list[npt.NDArray[np.int64]]:
+        """For each part, where each of its nodes stands among all nodes in ascending order."""
+        if not self.parts:
+            return []
+        ids = b"".join([node for part in self.parts for node in part.nodes])
+        order = np.argsort(np.frombuffer(ids, ">u8"), kind="stable")
+        ranks = np.empty(len(order), np.int64)
+        ranks[order] = np.arange(len(order))
+        return np.split(ranks, np.cumsum([len(part.nodes) for part in self.parts])[:-1])
+
+    def where(self, node: NodeId) -> tuple[Part[T], int] | None:
+        """The part in which an array's rows stand, and its number there; None where there are none."""
+        if self._places is None:
+            self._places = {node: (part, i) for part in self.parts for i, node in enumerate(part.nodes)}
+        return self._places.get(node)
+
+    def __len__(self) -> int:
+        return sum(len(part.nodes) for part in self.parts)
+
+    def __iter__(self) -> Iterator[NodeId]:
+        if self._order is None:
+            self._order = sorted([node for part in self.parts for node in part.nodes])
+        return iter(self._order)
+
+    def __contains__(self, node: object) -> bool:
+        return self.where(node) is not None  # type: ignore[arg-type]
+
+    def __getitem__(self, node: NodeId) -> T:
+        found = self.where(node)
+        if found is None:
+            raise KeyError(node)
+        part, i = found
+        return self._cut(part.rows, slice(int(part.edges[i]), int(part.edges[i + 1])))
+
+    def __repr__(self) -> str:
+        return f"ByNode({dict(self)!r})"
+
+
+def owners(edges: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """For each row the number of the array that it belongs to, given the edges of a part."""
+    return np.repeat(np.arange(len(edges) - 1), np.diff(edges))
+
+
+def coords_by_node(parts: Iterable[Part[Coords]]) -> ByNode[Coords]:
+    """Coordinates, uint32[n, ndim], of many arrays."""
+    return ByNode(parts, _cut_coords)
+
+
+def grouped_coords(chunks: Mapping[NodeId, Coords]) -> ByNode[Coords]:
+    """The same from those of each array; at once where they are columns already."""
+    if isinstance(chunks, ByNode):
+        return chunks
+    by_rank: dict[int, list[NodeId]] = {}
+    for node, coords in chunks.items():
+        by_rank.setdefault(coords.shape[1], []).append(node)
+    return coords_by_node([coords_part(nodes, [chunks[node] for node in nodes]) for nodes in by_rank.values()])
+
+
+def coords_part(nodes: Sequence[NodeId], batch: Sequence[Coords]) -> Part[Coords]:
+    """One part of the coordinates of arrays of one rank, at least one."""
+    return Part(tuple(nodes), edges_of(batch), batch[0] if len(batch) == 1 else np.concatenate(batch))
+
+
+def edges_of(batch: Sequence[object]) -> npt.NDArray[np.int64]:
+    """Edges of a part that consists of these, one behind the other."""
+    edges = np.zeros(len(batch) + 1, np.int64)
+    np.cumsum(np.fromiter(map(len, batch), np.int64, len(batch)), out=edges[1:])  # type: ignore[arg-type]
+    return edges
+
+
+def _cut_coords(rows: Coords, span: slice) -> Coords:
+    return rows[span]
