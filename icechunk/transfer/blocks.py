@@ -226,7 +226,7 @@ class BlockReader:
                 self._kept.move_to_end((key, first))
                 if known.track.window:
                     self._go_ahead(key, known, end)
-                return data[start - first : end - first]
+                return bytes(data[start - first : end - first])
         return None
 
     def upcoming(self, refs: ChunkRefs, row: int, max_bytes: int) -> tuple[list[tuple[ObjectId, int, int]], int]:
