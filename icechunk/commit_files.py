@@ -15,12 +15,13 @@ from icechunk.core import Core
 from icechunk.format.by_node import num_rows
 from icechunk.format.ids import ObjectId
 from icechunk.format.keys import manifest_key, snapshot_key, transaction_key
-from icechunk.format.manifest import encode_manifest
+from icechunk.format.manifest import encode_manifest, max_refs
 from icechunk.format.snapshot import encode_snapshot
 from icechunk.format.tables import Manifest, Snapshot, TransactionLog
 from icechunk.format.transaction import encode_transaction_log, require_room
 from icechunk.log.compaction import Placed, Plan, new_manifests, new_snapshot, placed
 from icechunk.log.diff import combined
+from icechunk.log.pieces import require_fit
 from icechunk.log.reuse import Earlier, Remembered
 from icechunk.log.transaction_parts import in_parts
 from icechunk.transfer.assets import off_loop
@@ -67,6 +68,8 @@ class CommitFiles:
         core, plan = self.core, self.plan
         snapshot_id = core.sources.new_object_id()
         transactions = self._transactions(snapshot_id)
+        for array in plan.arrays:
+            require_fit(array, max_refs(len(array.node.shape)))
         found: dict[ObjectId, Manifest] = {}
 
         async def read(id: ObjectId) -> None:

@@ -19,18 +19,26 @@ from icechunk.format.flat_columns import (
     read_coords,
 )
 from icechunk.format.flat_reader import Buffer, Table, required
-from icechunk.format.flat_writer import MAX_BYTES, FlatTable, FlatWriter, Items, Value, Written, id_struct, u8
+from icechunk.format.flat_writer import (
+    MAX_BYTES,
+    MAX_TABLES,
+    FlatTable,
+    FlatWriter,
+    Items,
+    Value,
+    Written,
+    id_struct,
+    u8,
+)
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.tables import Move, NodeKind, TransactionLog
 
-__all__ = ["MAX_TABLES", "decode_transaction_log", "encode_transaction_log", "require_room"]
+__all__ = ["decode_transaction_log", "encode_transaction_log", "require_room"]
 
 # Slots of the table TransactionLog.
 _ID, _NEW_GROUPS, _NEW_ARRAYS, _DELETED_GROUPS, _DELETED_ARRAYS = range(5)
 _UPDATED_ARRAYS, _UPDATED_GROUPS, _UPDATED_CHUNKS, _MOVES, _EXTRA = range(5, 10)
 
-MAX_TABLES: Final = 50_000_000
-"""The official library refuses to read a file with more; each changed chunk is one."""
 _CHUNK_BYTES: Final = 16
 """Of a changed chunk, besides its coordinates."""
 _SURELY_FEW: Final = 100_000

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from icechunk.errors import ErrorKind, FormatError
+from icechunk.errors import ErrorKind, FormatError, InvalidInputError
 from icechunk.format.ids import ObjectId
 from icechunk.format.tables import ChunkRefs, Manifest, ManifestRef, NodeSnapshot
 from icechunk.log.boxes import around, by_tile, halved, in_box
@@ -17,7 +17,7 @@ from icechunk.log.layered import Rows
 from icechunk.log.lookup import CoordIndex
 from icechunk.log.tiles import Tile
 
-__all__ = ["ArrayPlan", "pieces", "references", "written_of"]
+__all__ = ["ArrayPlan", "pieces", "references", "require_fit", "written_of"]
 
 Coords = npt.NDArray[np.uint32]
 
@@ -68,6 +68,24 @@ def pieces(array: ArrayPlan, manifests: Mapping[ObjectId, Manifest], max_refs: i
         for part in whole:
             for rows in halved(content.coords[part], max_refs):
                 yield trimmed(content if len(rows) == len(content) else content.take(part[rows]))
+
+
+def require_fit(array: ArrayPlan, max_refs: int) -> None:
+    """Refuse a cell of a given grid into which more references are written than a manifest can hold.
+
+    Raises
+    ------
+    InvalidInputError
+        It names the array, and what to do.
+    """
+    if array.tile_shape is None or len(array.written) <= max_refs:
+        return
+    most = max(map(len, _cells(array.written.coords, array.tile_shape)))
+    if most > max_refs:
+        raise InvalidInputError(
+            f"cannot write {most} references of array {array.node.path!r} into one manifest, which holds at most "
+            f"{max_refs}: split the array's manifests (ManifestConfig.splitting); nothing was written"
+        )
 
 
 def _content(array: ArrayPlan, tile: Tile, manifests: Mapping[ObjectId, Manifest]) -> ChunkRefs:
