@@ -2,7 +2,7 @@
 
 A node is half a dozen small tables. What only its sizes decide stands at places known beforehand, so that a node
 is one `struct.pack` (`_Head`) with its manifests and the names of its dimensions behind it. Lengths of texts are
-rounded up to words: a hierarchy needs few such layouts.
+rounded up to words: a hierarchy needs few such layouts, and many nodes of one are columns (`node_columns`).
 
 Every node starts 4 bytes before an 8-byte boundary, as a table must whose first field has 8 bytes.
 """
@@ -19,6 +19,7 @@ import numpy as np
 
 from icechunk.errors import InvalidInputError
 from icechunk.format.flat_writer import MAX_BYTES, FlatWriter
+from icechunk.format.node_columns import FEW, Layout, alike, block
 from icechunk.format.tables import ManifestFile, ManifestRef, NodeKind, NodeSnapshot
 
 __all__ = ["write_files", "write_nodes"]
@@ -172,6 +173,35 @@ class _Nodes:
             pieces.append(bytes(-size % 8))
         return pieces
 
+    def layout(self, node: NodeSnapshot, path: bytes, ndim: int) -> Layout:
+        """Where in the bytes of a node without ``extra`` stands what other nodes have there as well."""
+        names = node.dimension_names if node.kind is NodeKind.ARRAY else None
+        is_array = node.kind is NodeKind.ARRAY
+        path_words, data_words = len(path) // 4 + 1, -(-len(node.user_data) // 4)
+        head = _head(self._newer, ndim if is_array else -1, path_words, data_words, -1, names is not None)
+        tables = [0, head.array_at]
+        refs_at = head.size
+        if is_array:
+            if self._newer:
+                tables += [head.dimensions_at + 16 * i for i in range(ndim)]
+            count = len(node.manifests)
+            size = _ref_packer(len(node.manifests[0].extents)).size if count else 0
+            refs_at += 4 + 4 * count
+            tables += [refs_at + size * i for i in range(count)]
+            place = refs_at + size * count + 4 + 4 * len(names or ())
+            for name in names or ():
+                tables.append(place)
+                place += len(self._name_table(name, 0))
+        return Layout(
+            tables=tuple(tables),
+            path_at=head.node_links[0] + 4,
+            path_bytes=4 * path_words,
+            data_at=head.node_links[1] + 8,
+            data_bytes=4 * data_words,
+            dimensions_at=head.dimensions_at + (0 if self._newer else 4),
+            refs_at=refs_at,
+        )
+
     def _refs(self, refs: Sequence[ManifestRef], at: int) -> list[bytes]:
         count = len(refs)
         if not count:
@@ -195,14 +225,15 @@ class _Nodes:
         tables: list[bytes] = []
         for i, name in enumerate(names):
             links.append(place - (at + 4 + 4 * i))
-            if name is None:
-                table = (place - self._no_name).to_bytes(4, "little")
-            else:
-                text = _utf8(name)
-                table = _NAME.pack(place - self._name, 4, len(text)) + text + bytes(4 - len(text) % 4)
-            tables.append(table)
-            place += len(table)
+            tables.append(self._name_table(name, place))
+            place += len(tables[-1])
         return [struct.pack(f"<{len(links)}I", *links), *tables]
+
+    def _name_table(self, name: str | None, at: int) -> bytes:
+        if name is None:
+            return (at - self._no_name).to_bytes(4, "little", signed=True)
+        text = _utf8(name)
+        return _NAME.pack(at - self._name, 4, len(text)) + text + bytes(4 - len(text) % 4)
 
 
 @lru_cache(maxsize=1024)
@@ -231,10 +262,20 @@ def write_nodes(
         return writer.items(b"", 0, 4)
     nodes_of = _Nodes(writer, shapes_v1 is None)
     start, at = _start(writer, len(nodes))
-    pieces: list[bytes] = []
-    places: list[int] = []
-    for i, node in enumerate(nodes):
-        places.append(at)
+    paths = _encoded(nodes)
+    pieces: list[bytes | memoryview] = []
+    places = np.full(len(nodes), -1, np.int64)
+    for group in alike(nodes, paths):
+        if len(group) < FEW or at > MAX_BYTES:
+            continue
+        many = _together(nodes_of, group.tolist(), nodes, paths, shapes_v1, at)
+        if many is not None:
+            places[group] = at + many.shape[1] * np.arange(len(group))
+            pieces.append(many.data)
+            at += many.size
+    for i in np.flatnonzero(places < 0).tolist():
+        node = nodes[i]
+        places[i] = at
         try:
             own = nodes_of.pack(node, () if shapes_v1 is None else shapes_v1[i], at)
         except struct.error as error:
@@ -245,9 +286,30 @@ def write_nodes(
         at += sum(map(len, own))
     if at > MAX_BYTES:
         raise InvalidInputError(f"cannot encode {at} bytes: a metadata file holds at most {MAX_BYTES}")
-    _link(writer, start, np.array(places, np.int64))
+    _link(writer, start, places)
     writer.out += b"".join(pieces)
     return start
+
+
+def _together(
+    nodes_of: _Nodes,
+    members: Sequence[int],
+    nodes: Sequence[NodeSnapshot],
+    paths: Sequence[bytes],
+    shapes_v1: Sequence[Sequence[tuple[int, int]]] | None,
+    at: int,
+) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]] | None:
+    """The bytes of nodes of one layout from that position on, uint8[n, size]; None where one of them is to be refused,
+    which who writes them one by one does."""
+    own = [nodes[i] for i in members]
+    shapes = None if shapes_v1 is None else [shapes_v1[i] for i in members]
+    ndim = len(own[0].shape if shapes is None else shapes[0])
+    try:
+        template = b"".join(nodes_of.pack(own[0], () if shapes is None else shapes[0], at))
+    except (struct.error, InvalidInputError):
+        return None
+    layout = nodes_of.layout(own[0], paths[members[0]], ndim)
+    return block(template, layout, own, [paths[i] for i in members], shapes)
 
 
 def write_files(writer: FlatWriter, files: Sequence[ManifestFile]) -> int:
@@ -289,6 +351,14 @@ def _link(writer: FlatWriter, start: int, tables: np.ndarray[tuple[int], np.dtyp
     count = len(tables)
     fields = start + 4 + 4 * np.arange(count, dtype=np.int64)
     np.frombuffer(writer.out, "<u4", count, start + 4)[:] = tables - fields
+
+
+def _encoded(nodes: Sequence[NodeSnapshot]) -> list[bytes]:
+    """Their paths."""
+    try:
+        return [node.path.encode() for node in nodes]
+    except UnicodeEncodeError:
+        return [_utf8(node.path) for node in nodes]
 
 
 def _utf8(text: str) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any, Final
 
 import orjson
@@ -59,7 +60,8 @@ def encode_snapshot(snapshot: Snapshot, spec_version: int = 2, level: int = 3) -
         raise InvalidInputError(f"cannot encode a snapshot in spec version {spec_version}")
     newer = spec_version == 2
     files = [snapshot.manifest_files[id] for id in sorted(snapshot.manifest_files)]
-    nodes = sorted(snapshot.nodes.values(), key=_path_bytes)
+    # Text compares by code point, which is the order of its UTF-8 bytes.
+    nodes = sorted(snapshot.nodes.values(), key=_path)
     shapes_v1 = None if newer else [_shape_v1(node) for node in nodes]
     root: dict[int, Value] = {
         _ID: id_struct(snapshot.id),
@@ -77,8 +79,7 @@ def encode_snapshot(snapshot: Snapshot, spec_version: int = 2, level: int = 3) -
     return seal(FileType.SNAPSHOT, spec_version, FlatWriter().finish(FlatTable(root)), level)
 
 
-def _path_bytes(node: NodeSnapshot) -> bytes:
-    return node.path.encode("utf-8", "surrogatepass")
+_path: Final = attrgetter("path")
 
 
 def _shape_v1(node: NodeSnapshot) -> list[tuple[int, int]]:
@@ -161,7 +162,7 @@ def _nodes(tables: Iterable[Table], buffer: Buffer) -> dict[str, NodeSnapshot]:
         last = path
         nodes[node.path] = node
     if not in_order:
-        nodes = {node.path: node for node in sorted(nodes.values(), key=_path_bytes)}
+        nodes = {node.path: node for node in sorted(nodes.values(), key=_path)}
     return nodes
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -9,8 +10,8 @@ from hypothesis import strategies as st
 from icechunk.errors import FormatError, InvalidInputError
 from icechunk.format.ids import FIRST_SNAPSHOT, NodeId, ObjectId
 from icechunk.format.snapshot import decode_snapshot, encode_snapshot
-from icechunk.format.tables import DimensionShape, NodeKind, NodeSnapshot, Snapshot
-from tools.fuzz.strategies import snapshots
+from icechunk.format.tables import DimensionShape, ManifestRef, NodeKind, NodeSnapshot, Snapshot
+from tools.fuzz.strategies import nodes, snapshots
 
 EMPTY = Snapshot(id=FIRST_SNAPSHOT, flushed_at_us=1, message="")
 
@@ -23,6 +24,70 @@ def test_snapshots_come_back_as_they_were(data: st.DataObject, spec_version: int
     assert again == snapshot
     assert list(again.nodes) == list(snapshot.nodes)
     assert list(again.manifest_files) == list(snapshot.manifest_files)
+
+
+@st.composite
+def many_nodes(draw: st.DrawFn, spec_version: int) -> dict[str, NodeSnapshot]:
+    """Up to a hundred nodes, of which many share a layout: what differs are ids, texts of one length, and numbers."""
+    found: dict[str, NodeSnapshot] = {}
+    for like in draw(st.lists(nodes("/like"), min_size=1, max_size=3)):
+        extra = draw(st.none() | st.just(b"extra")) if spec_version == 2 else None
+        for _ in range(draw(st.integers(1, 33))):
+            n = len(found)
+            dims = tuple(replace_number(dim, n) for dim in like.shape)
+            chunks = [-(-dim.array_length // dim.num_chunks) if dim.num_chunks else 1 for dim in dims]
+            grid = f'{{"chunk_grid":{{"name":"regular","configuration":{{"chunk_shape":{chunks}}}}}}}'.encode()
+            refs = [
+                ManifestRef(ObjectId((7 * n + i).to_bytes(12)), tuple([(a, (b + n) % 2**32) for a, b in ref.extents]))
+                for i, ref in enumerate(like.manifests)
+            ]
+            found[f"/{n}"] = replace(
+                like,
+                id=NodeId((2**64 // 3 * n % 2**64).to_bytes(8)),
+                path=f"/{n}",
+                user_data=grid if like.kind is NodeKind.ARRAY else like.user_data + b"\0" * (n % 3),
+                shape=dims,
+                manifests=tuple(refs),
+                extra=extra if n % 5 == 0 else None,
+            )
+    return dict(sorted(found.items()))
+
+
+def replace_number(dim: DimensionShape, n: int) -> DimensionShape:
+    return DimensionShape(dim.num_chunks * (n + 1), dim.num_chunks)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), st.sampled_from((1, 2)))
+def test_many_nodes_come_back_as_they_were(data: st.DataObject, spec_version: int) -> None:
+    snapshot = EMPTY.with_nodes(data.draw(many_nodes(spec_version)))
+    assert decode_snapshot(encode_snapshot(snapshot, spec_version)) == snapshot
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"shape": (DimensionShape(2**64, 1),)}, "/17: the format holds lengths of 8 bytes"),
+        ({"shape": (DimensionShape(1, 2**32),)}, "/17: the format holds lengths of 8 bytes"),
+        ({"manifests": (ManifestRef(ObjectId(bytes(12)), ((0, 2**32),)),)}, "/17: a manifest's extents"),
+        ({"dimension_names": ("\ud800",)}, "not valid Unicode"),
+    ],
+)
+def test_one_of_many_nodes_that_cannot_be_written_is_named(changes: dict[str, Any], refused: str) -> None:
+    found = {}
+    for n in range(20):
+        found[f"/{n:02}"] = NodeSnapshot(
+            id=NodeId(n.to_bytes(8)),
+            path=f"/{n:02}",
+            kind=NodeKind.ARRAY,
+            user_data=b"{}",
+            shape=(DimensionShape(1, 1),),
+            dimension_names=("x",),
+            manifests=(ManifestRef(ObjectId(bytes(12)), ((0, 1),)),),
+        )
+    found["/17"] = replace(found["/17"], **changes)
+    with pytest.raises(InvalidInputError, match=refused):
+        encode_snapshot(EMPTY.with_nodes(found))
 
 
 def test_nodes_are_written_in_the_order_of_their_path_bytes() -> None:
