@@ -36,8 +36,13 @@ FLOORS = {
     ("references", "append 1 000 to 1 M"): 20.0,
     ("arrays", "create: commit"): 1.0,
     ("arrays", "update: commit"): 1.5,
-    ("wire", "write and commit"): 1.0,
-    ("wire", "read"): 1.0,
+    ("wire", "write and commit"): 6.0,
+    ("wire", "read"): 5.0,
+    ("wire", "open to first chunk"): 1.3,
+    ("wire", "random reads"): 3.0,
+    ("wire", "tiny session and commit"): 4.0,
+    ("wire", "tiny commit"): 4.0,
+    ("wire", "the same after a pause"): 2.5,
 }
 """How many times as fast as the official library we must be at least."""
 

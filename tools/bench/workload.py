@@ -30,6 +30,7 @@ REFERENCES = 1_000_000
 SMALL_ARRAYS = 5_000
 WIRE_CHUNKS = 1_000
 WIRE_CHUNK_BYTES = 16 * 1024
+RANDOM_READS = 200
 
 
 async def small(_: Mapping[str, Any]) -> dict[str, float]:
@@ -91,8 +92,9 @@ async def commit(_: Mapping[str, Any]) -> dict[str, float]:
 def wire(options: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of what users do through zarr's API at its defaults, on an S3 endpoint.
 
-    To write and to read 1 000 chunks of 16 KiB; to open and to read one; to open a session, change an attribute and
-    commit, one right after the other, and again with pauses between; of the latter the commits alone.
+    To write and to read 1 000 chunks of 16 KiB; to open and to read one; to read 200 at random, one at a time; to
+    open a session, change an attribute and commit, one right after the other, and again with pauses between; of the
+    latter the commits alone.
     """
     storage_options = {
         "bucket": options["bucket"],
@@ -134,7 +136,18 @@ def wire(options: Mapping[str, Any]) -> dict[str, float]:
     zarr.open_array(cold, path="a", mode="r")[:1]
     seconds["open to first chunk"] = time.perf_counter() - started
 
-    tries = 5
+    chosen = np.random.default_rng(1).integers(0, WIRE_CHUNKS, RANDOM_READS).tolist()
+    again = icechunk.Repository.open(icechunk.s3_storage(**storage_options)).readonly_session("main").store
+    array = zarr.open_array(again, path="a", mode="r")
+    each = WIRE_CHUNK_BYTES // 4
+    started = time.perf_counter()
+    for i in chosen:
+        values = array[i * each : (i + 1) * each]
+        if values[0] != data[i * each]:
+            raise AssertionError("what was read is not what was written")
+    seconds["random reads"] = time.perf_counter() - started
+
+    tries = 10
     for what, pause_s in (("tiny session and commit", 0.0), ("the same after a pause", 0.1)):
         seconds |= {what: 0.0, "tiny commit": 0.0}
         for i in range(tries):
