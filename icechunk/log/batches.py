@@ -19,7 +19,7 @@ from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.tables import INLINE, VIRTUAL, ChunkRef, ChunkRefs, Manifest
 from icechunk.log.columns import DELETED, concat, from_rows, tombstones, trimmed
 from icechunk.log.lookup import sort_last
-from icechunk.log.pieces import ArrayPlan, references
+from icechunk.log.pieces import ArrayPlan, references, written_of
 
 __all__ = ["columns_of_many", "pieces_of_small"]
 
@@ -84,7 +84,7 @@ def _merged(arrays: Sequence[ArrayPlan], manifests: Mapping[ObjectId, Manifest],
         old = [references(array, source, manifests) for source in tile.sources]
         if any(refs.locations or refs.checksum_kind is not None for refs in old):
             continue
-        written = array.written if len(tile.written) == len(array.written) else array.written.take(tile.written)
+        written = written_of(array, tile)
         new = [written] if len(written) else []
         if len(tile.deleted):
             new.append(tombstones(array.deleted[tile.deleted]))

@@ -30,6 +30,7 @@ from icechunk.format.tables import (
 from icechunk.log.batches import pieces_of_small
 from icechunk.log.boxes import bounds
 from icechunk.log.changes import NetChanges
+from icechunk.log.layered import Rows
 from icechunk.log.pieces import ArrayPlan, pieces
 from icechunk.log.session_log import SessionLog
 from icechunk.log.tiles import TilePolicy, plan_anew, plan_grid, plan_tiles
@@ -114,7 +115,7 @@ def plan(log: SessionLog, policy: Policy, *, everything: bool = False) -> Plan:
     for node in nodes.values():
         if node.kind != NodeKind.ARRAY or not (everything or node.id in touched or node.id in resized):
             continue
-        written, deleted = log.overlay(node)
+        written, deleted = log.overlay_rows(node)
         array = _plan_array(node, log.base.manifest_files, written, deleted, policy, everything=everything)
         if len(array.tiles) != len(node.manifests) or any(tile.dirty for tile in array.tiles):
             arrays.append(array)
@@ -132,7 +133,7 @@ def plan(log: SessionLog, policy: Policy, *, everything: bool = False) -> Plan:
 def _plan_array(
     node: NodeSnapshot,
     files: Mapping[ObjectId, ManifestFile],
-    written: ChunkRefs,
+    written: Rows,
     deleted: npt.NDArray[np.uint32],
     policy: Policy,
     *,

@@ -32,6 +32,7 @@ from icechunk.log.events import (
     NodeMoved,
 )
 from icechunk.log.hierarchy import Hierarchy
+from icechunk.log.layered import Layered, Rows
 from icechunk.log.layers import ArrayFold, inside
 from icechunk.log.zarr_metadata import ArrayMeta, GroupMeta, parse_node
 
@@ -79,8 +80,8 @@ class Fold:
 
     @property
     def events(self) -> tuple[Event, ...]:
-        """Everything that happened, oldest first; open rows are sealed by asking."""
-        self._seal_all()
+        """Everything that happened, oldest first; what is fresh becomes events by asking."""
+        self._tell_all()
         return tuple(self._events)
 
     def node(self, path: str) -> NodeSnapshot | None:
@@ -145,12 +146,26 @@ class Fold:
         if fold is None:
             ndim = len(node.shape)
             return ChunkRefs.empty(ndim), np.empty((0, ndim), np.uint32)
-        refs = self._flat(fold)
+        rows = self._rows(fold)
+        refs = rows if isinstance(rows, ChunkRefs) else rows.take(np.arange(len(rows)))
         visible = inside(refs.coords, fold.grid)
         written = visible & (refs.kind != DELETED)
         if written.all():
             return refs, refs.coords[:0]
         return refs.take(written), refs.coords[visible & ~written]
+
+    def overlay_rows(self, node: NodeSnapshot) -> tuple[Rows, npt.NDArray[np.uint32]]:
+        """The same as `overlay`; where there are many rows they are not copied."""
+        fold = self._arrays.get(node.id)
+        rows = None if fold is None else self._rows(fold)
+        if fold is None or not isinstance(rows, Layered):
+            return self.overlay(node)
+        visible = inside(rows.coords, fold.grid)
+        written = rows.kinds() != DELETED
+        written &= visible
+        if written.all():
+            return rows, rows.coords[:0]
+        return rows.where(written), rows.coords[visible & ~written]
 
     @property
     def row_count(self) -> int:
@@ -163,7 +178,7 @@ class Fold:
 
     def net_changes(self) -> NetChanges:
         """What the fold changed, by node."""
-        self._seal_all()
+        self._close_all()
         before: dict[NodeId, NodeSnapshot] = {}
         after: dict[NodeId, NodeSnapshot] = {}
         for path, node in self._tree.overlay.items():
@@ -177,7 +192,7 @@ class Fold:
         for node_id, fold in self._arrays.items():
             if fold:
                 path = self._path_of(node_id, fold.path)
-                chunks[node_id] = (path, self._flat(fold).coords)
+                chunks[node_id] = (path, self._rows(fold).coords)
         return NetChanges(
             new=tuple(node for i, node in after.items() if i not in before),
             deleted=tuple(node for i, node in before.items() if i not in after),
@@ -214,11 +229,11 @@ class Fold:
                         f"chunk coordinates of rank {coords.shape[1]} for an array of rank {len(fold.grid)}",
                         ErrorKind.INVALID_CHUNK_INDEX,
                     )
-                self._events += fold.seal()
+                self._events += fold.tell()
                 if isinstance(event, ChunksWritten):
-                    fold.push(event.refs)
+                    fold.push(event.refs, told=True)
                 else:
-                    fold.push_deleted(coords)
+                    fold.push_deleted(coords, told=True)
             case GroupCreated() | ArrayCreated():
                 if self._tree.get(event.path) is not None:
                     raise AlreadyExistsError(f"cannot create {event.path}: there is a node already")
@@ -275,18 +290,28 @@ class Fold:
     def _fold_of_id(self, node_id: NodeId) -> ArrayFold:
         return self._fold_of(self._existing(self._path_of(node_id, ""), "write chunks of"))
 
-    def _flat(self, fold: ArrayFold) -> ChunkRefs:
-        self._events += fold.seal()
+    def _rows(self, fold: ArrayFold) -> Layered | ChunkRefs:
+        """All rows of an array, tombstones too, ascending and unique."""
+        fold.close()
+        if fold.is_large:
+            return fold.spread()
+        if fold.is_mixed:
+            self._events += fold.tell()
         return fold.flat()
 
-    def _seal_all(self) -> None:
+    def _close_all(self) -> None:
         by_rank: dict[int, list[ArrayFold]] = {}
         for fold in self._arrays.values():
             if fold.rows:
                 by_rank.setdefault(len(fold.grid), []).append(fold)
         for ndim, folds in by_rank.items():
             for fold, refs in zip(folds, columns_of_many([fold.rows for fold in folds], ndim), strict=True):
-                self._events += fold.seal_as(refs)
+                fold.close_as(refs)
+
+    def _tell_all(self) -> None:
+        self._close_all()
+        for fold in self._arrays.values():
+            self._events += fold.tell()
 
 
 def _described(node: NodeSnapshot, user_data: bytes, meta: GroupMeta | ArrayMeta) -> NodeSnapshot:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import resource
 import sys
-import tempfile
 import time
 import uuid
 import warnings
@@ -29,7 +27,6 @@ SMALL_CALLS = 5_000
 SMALL_BYTES = 64
 COMMIT_REFS = 20_000
 REFERENCES = 1_000_000
-HUGE_REFERENCES = 10 * REFERENCES
 SMALL_ARRAYS = 5_000
 WIRE_CHUNKS = 1_000
 WIRE_CHUNK_BYTES = 16 * 1024
@@ -231,37 +228,6 @@ async def arrays(_: Mapping[str, Any]) -> dict[str, float]:
     return seconds
 
 
-async def huge(_: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds to set ten million virtual references of one object, a million at a time, and to commit them to local
-    files; and the most memory that the process took, in GiB."""
-    config = icechunk.RepositoryConfig.default()
-    container = icechunk.VirtualChunkContainer("s3://bucket/", icechunk.s3_store(region="us-east-1"))
-    config.set_virtual_chunk_container(container)
-    with tempfile.TemporaryDirectory() as folder:
-        storage = icechunk.local_filesystem_storage(folder)
-        repo = await icechunk.Repository.create_async(storage, config=config)
-        session = await repo.writable_session_async("main")
-        await _array(session.store, "a", HUGE_REFERENCES, 1)
-        locations = ["s3://bucket/object"] * REFERENCES
-        seconds = {"10 M set": 0.0}
-        for first in range(0, HUGE_REFERENCES, REFERENCES):
-            offsets = np.arange(first, first + REFERENCES, dtype=np.uint64) * np.uint64(1000)
-            lengths = np.full(REFERENCES, 1000, np.uint64)
-            started = time.perf_counter()
-            session.store.set_virtual_refs_arr(
-                "a", (REFERENCES,), locations, offsets, lengths, arr_offset=(first,), validate_containers=True
-            )
-            seconds["10 M set"] += time.perf_counter() - started
-        started = time.perf_counter()
-        await session.commit_async("many references")
-        seconds["10 M commit"] = time.perf_counter() - started
-        # whoever still writes behind the commit does so before the folder goes
-        await asyncio.sleep(1.0)
-    # Linux counts in KiB.
-    seconds["10 M peak memory, GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return seconds
-
-
 async def _array(store: Any, path: str, n_chunks: int, chunk_bytes: int) -> None:
     await zarr.api.asynchronous.create_array(
         store=store, name=path, shape=(n_chunks * chunk_bytes,), chunks=(chunk_bytes,), dtype="u1", compressors=None
@@ -274,7 +240,6 @@ CASES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "references": references,
     "arrays": arrays,
     "wire": wire,
-    "huge": huge,
 }
 
 
