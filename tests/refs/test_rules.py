@@ -1277,7 +1277,7 @@ async def test_a_store_without_a_clock_is_trusted_by_the_clients_own(world: Worl
             return PutResult(version=answer.version, date_us=None)
         if isinstance(answer, GetResult):
             return GetResult(
-                data=answer.data, size=answer.size, version=answer.version, modified_us=answer.modified_us, date_us=None
+                body=answer.data, size=answer.size, version=answer.version, modified_us=answer.modified_us, date_us=None
             )
         return answer
 
