@@ -6,12 +6,13 @@ put, so that a commit of many references needs little more memory than the sessi
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 from icechunk.core import Core
+from icechunk.format.by_node import grouped_coords
 from icechunk.format.ids import ObjectId
 from icechunk.format.keys import manifest_key, snapshot_key, transaction_key
 from icechunk.format.manifest import encode_manifest
@@ -28,6 +29,8 @@ __all__ = ["CommitFiles", "File"]
 
 _BYTES_PER_REF = 64
 """About what a reference costs to encode; decides whether that happens in a thread."""
+_BYTES_PER_NODE = 256
+"""The same for a node of the snapshot."""
 
 
 class File(NamedTuple):
@@ -64,8 +67,7 @@ class CommitFiles:
             found[id] = await core.assets.manifest(id)
 
         await run_each(read, plan.manifests_to_read, limit=max(1, core.settings.commit_fetches))
-        touched = sum(len(array.written) for array in plan.arrays)
-        touched += sum(manifest.num_chunk_refs for manifest in found.values())
+        touched = plan.num_rows + sum(manifest.num_chunk_refs for manifest in found.values())
         manifests = new_manifests(plan, found, core.sources.new_object_id)
         keep = core.assets.has_room_for(touched)
         places: list[Placed] = []
@@ -84,24 +86,37 @@ class CommitFiles:
             del manifest, step
             yield File(manifest_key(place.file.object_id), data)
             del data
-        self.snapshot = new_snapshot(
-            plan,
+        make = partial(
+            self._encode_snapshot,
             places,
             snapshot_id=core.sources.new_object_id(),
-            # Format 1 keeps ancestry in the snapshots.
-            parent_id=plan.base.id if self.spec_version == 1 else None,
             flushed_at_us=max(core.sources.wall_us(), plan.base.flushed_at_us + 1),
+        )
+        snapshot, encoded = await off_loop(len(plan.nodes) * _BYTES_PER_NODE, make)
+        self.snapshot = snapshot
+        yield File(snapshot_key(snapshot.id), encoded)
+        transaction = plan.changes.transaction(snapshot.id)
+        if self.amended is not None:
+            transaction = combined(self.amended, transaction)
+        rows = grouped_coords(transaction.updated_chunks).num_rows
+        level = core.settings.compression_level
+        encode = partial(encode_transaction_log, transaction, self.spec_version, level)
+        yield File(transaction_key(self.snapshot.id), await off_loop(rows * _BYTES_PER_REF, encode))
+
+    def _encode_snapshot(
+        self, places: Sequence[Placed], *, snapshot_id: ObjectId, flushed_at_us: int
+    ) -> tuple[Snapshot, bytes]:
+        snapshot = new_snapshot(
+            self.plan,
+            places,
+            snapshot_id=snapshot_id,
+            # Format 1 keeps ancestry in the snapshots.
+            parent_id=self.plan.base.id if self.spec_version == 1 else None,
+            flushed_at_us=flushed_at_us,
             message=self.message,
             metadata=self.metadata,
         )
-        level = core.settings.compression_level
-        yield File(snapshot_key(self.snapshot.id), encode_snapshot(self.snapshot, self.spec_version, level))
-        transaction = plan.changes.transaction(self.snapshot.id)
-        if self.amended is not None:
-            transaction = combined(self.amended, transaction)
-        rows = sum(len(coords) for coords in transaction.updated_chunks.values())
-        encode = partial(encode_transaction_log, transaction, self.spec_version, level)
-        yield File(transaction_key(self.snapshot.id), await off_loop(rows * _BYTES_PER_REF, encode))
+        return snapshot, encode_snapshot(snapshot, self.spec_version, self.core.settings.compression_level)
 
     def _encode_next(self, manifests: Iterator[Manifest]) -> tuple[Manifest, Placed, bytes | None] | None:
         """The next manifest, where it is, and its file, if there is none yet that holds the same."""

@@ -22,7 +22,7 @@ from icechunk.log.columns import DELETED, concat, from_rows, normalized, tombsto
 from icechunk.log.events import ChunksDeleted, ChunksWritten
 from icechunk.log.lookup import RefTable
 
-__all__ = ["LARGE_LAYER", "MANY_LAYERS", "OPEN_ROWS", "ArrayFold", "inside"]
+__all__ = ["FEW_ROWS", "LARGE_LAYER", "MANY_LAYERS", "OPEN_ROWS", "ArrayFold", "in_view", "inside"]
 
 OPEN_ROWS: Final = 16_384
 """So many rows written one at a time become columns: a row of a dict takes ten times the memory."""
@@ -30,6 +30,9 @@ OPEN_ROWS: Final = 16_384
 LARGE_LAYER: Final = 2**20
 """Rows of a layer that is not merged with its neighbours before there are `MANY_LAYERS`."""
 MANY_LAYERS: Final = 64
+
+FEW_ROWS: Final = 256
+"""Rows: an array with more is worth numpy calls of its own."""
 
 _MOST: Final = 2**32 - 1
 
@@ -89,6 +92,14 @@ class ArrayFold:
         """Lay tombstones (ascending, unique) over everything known so far."""
         self.push(tombstones(coords))
 
+    @property
+    def is_small(self) -> bool:
+        """Whether its rows are so few that they are worked on together with those of other arrays."""
+        count = len(self.rows)
+        for layer in self.layers:
+            count += len(layer.refs)
+        return count <= FEW_ROWS
+
     def seal(self) -> list[ChunksWritten | ChunksDeleted]:
         """End the open rows: they become a layer, and the events returned."""
         return self.seal_as(from_rows(self.rows, len(self.grid))) if self.rows else []
@@ -124,3 +135,12 @@ def inside(coords: npt.NDArray[np.uint32], grid: Sequence[int]) -> npt.NDArray[n
         if n <= _MOST:
             good &= coords[:, d] < n
     return good
+
+
+def in_view(refs: ChunkRefs, grid: Sequence[int]) -> tuple[ChunkRefs, npt.NDArray[np.uint32]]:
+    """Of rows with tombstones, those inside a grid: the references, and the coordinates of the tombstones."""
+    visible = inside(refs.coords, grid)
+    written = visible & (refs.kind != DELETED)
+    if written.all():
+        return refs, refs.coords[:0]
+    return refs.take(written), refs.coords[visible & ~written]
