@@ -12,16 +12,18 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from icechunk.core import Core
-from icechunk.format.by_node import grouped_coords
+from icechunk.format.by_node import num_rows
 from icechunk.format.ids import ObjectId
 from icechunk.format.keys import manifest_key, snapshot_key, transaction_key
-from icechunk.format.manifest import encode_manifest
+from icechunk.format.manifest import encode_manifest, max_refs
 from icechunk.format.snapshot import encode_snapshot
 from icechunk.format.tables import Manifest, Snapshot, TransactionLog
-from icechunk.format.transaction import encode_transaction_log
+from icechunk.format.transaction import encode_transaction_log, require_room
 from icechunk.log.compaction import Placed, Plan, new_manifests, new_snapshot, placed
 from icechunk.log.diff import combined
+from icechunk.log.pieces import require_fit
 from icechunk.log.reuse import Earlier, Remembered
+from icechunk.log.transaction_parts import in_parts
 from icechunk.transfer.assets import off_loop
 from icechunk.transfer.tasks import run_each
 
@@ -55,12 +57,21 @@ class CommitFiles:
     """What earlier tries have put; None where no other try can follow."""
     snapshot: Snapshot | None = None
     """Known once its file was made."""
+    further_transactions: tuple[ObjectId, ...] = ()
+    """Of transaction logs that the snapshot is to name, oldest first: they tell the rest of what it changed."""
     new: list[Remembered] = field(default_factory=list)
     """Manifests whose files were made, for the next try, if there can be one."""
 
     async def make(self) -> AsyncGenerator[File, None]:
-        """All files; the caches get to know what is in them. Raises as `new_manifests` and the encoders do."""
+        """All files; the caches get to know what is in them.
+
+        Raises as `new_manifests` and the encoders do; what is larger than a file can be is found before the first one.
+        """
         core, plan = self.core, self.plan
+        snapshot_id = core.sources.new_object_id()
+        transactions = self._transactions(snapshot_id)
+        for array in plan.arrays:
+            require_fit(array, max_refs(len(array.node.shape)))
         found: dict[ObjectId, Manifest] = {}
 
         async def read(id: ObjectId) -> None:
@@ -89,19 +100,28 @@ class CommitFiles:
         make = partial(
             self._encode_snapshot,
             places,
-            snapshot_id=core.sources.new_object_id(),
+            snapshot_id=snapshot_id,
             flushed_at_us=max(core.sources.wall_us(), plan.base.flushed_at_us + 1),
         )
-        snapshot, encoded = await off_loop(len(plan.nodes) * _BYTES_PER_NODE, make)
-        self.snapshot = snapshot
-        yield File(snapshot_key(snapshot.id), encoded)
-        transaction = plan.changes.transaction(snapshot.id)
-        if self.amended is not None:
-            transaction = combined(self.amended, transaction)
-        rows = grouped_coords(transaction.updated_chunks).num_rows
+        self.snapshot, encoded = await off_loop(len(plan.nodes) * _BYTES_PER_NODE, make)
+        yield File(snapshot_key(snapshot_id), encoded)
         level = core.settings.compression_level
-        encode = partial(encode_transaction_log, transaction, self.spec_version, level)
-        yield File(transaction_key(self.snapshot.id), await off_loop(rows * _BYTES_PER_REF, encode))
+        for transaction in transactions:
+            rows = num_rows(transaction.updated_chunks)
+            encode = partial(encode_transaction_log, transaction, self.spec_version, level)
+            yield File(transaction_key(transaction.id), await off_loop(rows * _BYTES_PER_REF, encode))
+
+    def _transactions(self, snapshot_id: ObjectId) -> list[TransactionLog]:
+        log = self.plan.changes.transaction(snapshot_id)
+        if self.amended is not None:
+            log = combined(self.amended, log)
+        others: list[TransactionLog] = []
+        # Snapshots of format 1 can name no further logs.
+        if self.spec_version != 1:
+            log, others = in_parts(log, self.core.sources.new_object_id)
+        require_room(log)
+        self.further_transactions = tuple(other.id for other in others)
+        return [*others, log]
 
     def _encode_snapshot(
         self, places: Sequence[Placed], *, snapshot_id: ObjectId, flushed_at_us: int

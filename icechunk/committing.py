@@ -124,7 +124,7 @@ async def commit(
         flushed_at_us=snapshot.flushed_at_us,
         message=wanted.message,
         metadata=dict(wanted.metadata),
-        pruned_ancestor_tx_logs=pruned,
+        pruned_ancestor_tx_logs=(*pruned, *files.further_transactions),
     )
 
     def propose(state: RepoState) -> Sequence[Event]:

@@ -20,7 +20,7 @@ from icechunk.config import (
     config_to_dict,
 )
 from icechunk.config.manifest_rules import manifests_to_preload, tile_shapes
-from icechunk.config.storage import DEFAULT_MAX_REQUESTS_PER_OBJECT
+from icechunk.config.storage import DEFAULT_IDEAL_REQUEST_BYTES, DEFAULT_MAX_REQUESTS_PER_OBJECT
 from icechunk.format.envelope import CLIENT_NAME
 from icechunk.format.ids import ObjectId, object_id_from_text
 from icechunk.format.location_compression import LocationCompression
@@ -358,12 +358,10 @@ def _reads(caching: CachingConfig, engine: EngineConfig, storage: StorageSetting
     if caching.num_bytes_chunks is not None:
         limits = replace(limits, cache_bytes=caching.num_bytes_chunks, keep_wanted=True)
     concurrency = (storage.concurrency if storage is not None else None) or StorageConcurrencySettings()
-    splitting = None
-    if concurrency.ideal_concurrent_request_size is not None:
-        splitting = Splitting(
-            part_bytes=concurrency.ideal_concurrent_request_size,
-            max_requests=_value(concurrency.max_concurrent_requests_for_object, DEFAULT_MAX_REQUESTS_PER_OBJECT),
-        )
+    splitting = Splitting(
+        part_bytes=_value(concurrency.ideal_concurrent_request_size, DEFAULT_IDEAL_REQUEST_BYTES),
+        max_requests=_value(concurrency.max_concurrent_requests_for_object, DEFAULT_MAX_REQUESTS_PER_OBJECT),
+    )
     return Reads(limits=limits, splitting=splitting, hedge_percentile=engine.hedge_percentile)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from icechunk.errors import ErrorKind, InvalidInputError
 
@@ -29,8 +29,7 @@ class MetadataKey:
     path: str
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkKey:
+class ChunkKey(NamedTuple):
     """``{path}/c/0/1``: a chunk of the array at ``path``."""
 
     path: str
@@ -63,11 +62,17 @@ def parse_key(key: str) -> StoreKey:
     head, slash, tail = key.rpartition("/c/")
     if not slash and key.startswith("c/"):
         head, slash, tail = "", "/c/", key[2:]
-    if slash and tail.isascii() and tail.replace("/", "").isdigit() and tail[-1] != "/":
-        coords = tuple([int(part) for part in tail.split("/")])
-        if max(coords) < 1 << 32:
-            return ChunkKey(f"/{head}", coords)
-        raise _invalid(key)
+    if slash and tail.isascii():
+        if tail.isdigit():
+            coords: tuple[int, ...] = (int(tail),)
+        elif tail.replace("/", "").isdigit() and tail[-1] != "/":
+            coords = tuple([int(part) for part in tail.split("/")])
+        else:
+            coords = ()
+        if coords:
+            if max(coords) >= 1 << 32:
+                raise _invalid(key)
+            return ChunkKey("/" + head, coords)
     parent, _, name = key.rpartition("/")
     if name == _METADATA:
         return MetadataKey(f"/{parent}")

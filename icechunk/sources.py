@@ -42,6 +42,10 @@ class Sources:
     sleep: Callable[[float], Awaitable[None]] = anyio.sleep
     """Pause for that many seconds."""
 
+    def fraction(self) -> float:
+        """A number from 0 up to 1, every one as likely: the jitter of a pause."""
+        return int.from_bytes(self.random_bytes(8)) / 2.0**64
+
     def new_object_id(self) -> ObjectId:
         """A fresh id for a snapshot, manifest or chunk."""
         return ObjectId(self.random_bytes(12))

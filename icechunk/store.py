@@ -94,22 +94,15 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Bytes of a key, or a range of them clamped to its size; None where there is nothing."""
-        data = await self._get(key, byte_range)
-        return None if data is None else prototype.buffer.from_bytes(data)
-
-    async def _get(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
         parsed = parse_key(key)
-        session = self._session
+        data: bytes | None = None
         if type(parsed) is ChunkKey:
-            return await session.get_chunk(parsed.path, parsed.coords, _range(byte_range))
-        if type(parsed) is MetadataKey:
-            node = session.node(parsed.path)
-            if node is None:
-                return None
-            if byte_range is None:
-                return node.user_data
-            return node.user_data[slice(*clip(_range(byte_range), len(node.user_data)))]
-        return None
+            data = await self._session.get_chunk(parsed.path, parsed.coords, _range(byte_range))
+        elif type(parsed) is MetadataKey and (node := self._session.node(parsed.path)) is not None:
+            data = node.user_data
+            if byte_range is not None:
+                data = data[slice(*clip(_range(byte_range), len(data)))]
+        return None if data is None else prototype.buffer.from_bytes(data)
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]

@@ -378,12 +378,13 @@ def _columns(
     etags: tuple[str, ...],
 ) -> ChunkRefs:
     count = len(coords)
+    # Columns of one value take no room.
     return ChunkRefs(
         coords=coords,
-        kind=np.full(count, VIRTUAL, np.uint8),
+        kind=np.broadcast_to(np.uint8(VIRTUAL), count),
         offset=offset,
         length=length,
-        chunk_id=np.zeros(count, ID12),
+        chunk_id=np.broadcast_to(np.zeros((), ID12), count),
         location=rows,
         locations=table,
         checksum_kind=checksum_kind,
@@ -400,8 +401,9 @@ def _one_checksum(checksum: str | datetime | None, count: int) -> _Checksums:
     if checksum is None:
         return None, None, ()
     if isinstance(checksum, str):
-        return np.full(count, ETAG, np.uint8), np.zeros(count, np.int64), (_etag(checksum),)
-    return np.full(count, LAST_MODIFIED, np.uint8), np.full(count, _seconds(checksum), np.int64), ()
+        return np.broadcast_to(np.uint8(ETAG), count), np.broadcast_to(np.int64(0), count), (_etag(checksum),)
+    kind = np.broadcast_to(np.uint8(LAST_MODIFIED), count)
+    return kind, np.broadcast_to(np.int64(_seconds(checksum)), count), ()
 
 
 def _many_checksums(specs: Iterable[VirtualChunkSpec]) -> _Checksums:

@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import socket
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -396,6 +397,52 @@ async def test_disk_that_is_full_fails_the_commit_and_nothing_is_lost_once_there
     assert await chunk(found, 0) == bytes(600)
     assert await chunk(found, 1) == bytes([1]) * 600
     await again.aclose()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for 2 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+async def test_a_really_full_disk_loses_nothing_that_was_acknowledged(small_disk: Path) -> None:
+    fill = small_disk / "filler"
+    await asyncio.to_thread(fill.write_bytes, bytes(400_000))
+    repository = await repository_on(LocalStorage(small_disk / "repo"))
+    refusal = ""
+    for committed in range(100):
+        session = await repository.writable_session_async("main")
+        try:
+            # Noise, so that nothing is shared; each commit alone takes some twentieth of the disk.
+            await session.set_chunk("/a", (committed % 10,), os.urandom(60_000) + bytes([committed]))
+            await session.commit_async(f"commit {committed}")
+        except StorageError as error:
+            refusal = str(error)
+            break
+    assert re.search(r"No space left on device.*Free some space", refusal)
+    assert 5 < committed < 99
+    again = await Repository.open_async(LocalStorage(small_disk / "repo"))
+    history = [info.message async for info in again.async_ancestry(branch="main")]
+    assert history[0] == f"commit {committed - 1}"
+    found = await again.readonly_session_async("main")
+    for n in range(max(0, committed - 10), committed):
+        assert (await chunk(found, n % 10) or b"")[-1:] == bytes([n])
+    await again.aclose()
+
+    await asyncio.to_thread(fill.unlink)
+    await session.commit_async("after all")
+    found = await repository.readonly_session_async("main")
+    assert (await chunk(found, committed % 10) or b"")[-1:] == bytes([committed])
+    await repository.aclose()
 
 
 # -- a real service behind a bad line ---------------------------------------------------------------------------------

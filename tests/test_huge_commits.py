@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +16,17 @@ import pytest
 import icechunk
 from icechunk import commit_files
 from icechunk.config import EngineConfig, RepositoryConfig
-from icechunk.errors import StorageError
+from icechunk.errors import InvalidInputError, StorageError
+from icechunk.format import transaction
+from icechunk.format.ids import object_id_from_text
 from icechunk.format.manifest import encode_manifest
+from icechunk.log import layers, tiles
+from icechunk.log.transaction_parts import in_parts
 from icechunk.repository import Repository
 from icechunk.storage.base import Storage
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.faulty import Fault, FaultyStorage, PlannedRequest
+from icechunk.testing.recording import RecordingStorage
 from icechunk.testing.wrapping import WrappingStorage
 
 ARRAY = (
@@ -28,8 +37,9 @@ ARRAY = (
 BUCKET = "s3://bucket/"
 
 
-async def repository(storage: Storage, **engine: Any) -> Repository:
+async def repository(storage: Storage, *, cached_refs: int | None = None, **engine: Any) -> Repository:
     config = RepositoryConfig.default()
+    config.caching = icechunk.CachingConfig(num_chunk_refs=cached_refs)
     config.engine = EngineConfig(**engine)
     config.set_virtual_chunk_container(icechunk.VirtualChunkContainer(BUCKET, icechunk.s3_store(region="us-east-1")))
     return await Repository.create_async(storage, config)
@@ -129,3 +139,115 @@ async def test_a_put_that_fails_amid_the_manifests_commits_nothing_and_a_later_t
     await session.commit_async("works")
     await check_rows(await Repository.open_async(faulty), (100, 100), [1, 99, 100, 5_000, 9_999])
     assert await (await repo.readonly_session_async("main")).chunk_reference("/a", (0, 0)) is None
+
+
+async def test_a_commit_takes_less_memory_than_the_references_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "LARGE_LAYER", 2**15)
+    monkeypatch.setattr(tiles, "_SLAB", 2**16)
+    monkeypatch.setattr(transaction, "_BLOCK", 2**15)
+    monkeypatch.setattr(commit_files, "in_parts", partial(in_parts, max_chunks=2**16))
+    repo = await repository(
+        icechunk.local_filesystem_storage(str(tmp_path)), cached_refs=500_000, max_refs_per_manifest=8192
+    )
+    session = await repo.writable_session_async("main")
+    tracemalloc.start()
+    try:
+        began = tracemalloc.get_traced_memory()[0]
+        write_blocks(session, (1000, 600), 50)
+        held = tracemalloc.get_traced_memory()[0] - began
+        tracemalloc.reset_peak()
+        await session.commit_async("many")
+        peak = tracemalloc.get_traced_memory()[1] - began
+    finally:
+        tracemalloc.stop()
+    # Once each: coordinates, where the reference leads to, its offset and length.
+    assert held < 600_000 * (8 + 4 + 8 + 8) * 1.2
+    # Coordinates and the numbers of rows once more, and what a manifest and a transaction log take.
+    assert peak < held * 1.9
+    await check_rows(repo, (1000, 600), [0, 1, 599, 600, 300_000, 599_999])
+
+
+@pytest.mark.parametrize("spec_version", [None, 2])
+async def test_changes_that_stand_in_several_transaction_logs_are_all_known(
+    spec_version: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit_files, "in_parts", partial(in_parts, max_chunks=30))
+    storage = MemoryStorage()
+    repo = await Repository.create_async(storage, spec_version=spec_version)
+    session = await repo.writable_session_async("main")
+    session.set_metadata("/a", ARRAY % (10, 10))
+    session.set_metadata("/b", ARRAY % (10, 10))
+    base = await session.commit_async("two arrays")
+    others = [await repo.writable_session_async("main") for _ in range(3)]
+    session = await repo.writable_session_async("main")
+    for i in range(100):
+        await session.set_chunk("/a", divmod(i, 10), b"x")
+        await session.set_chunk("/b", divmod(i, 10), b"y")
+    tip = await session.commit_async("two hundred chunks")
+    record = (await repo._core.state()).snapshots[object_id_from_text(tip)]
+    assert len(record.pruned_ancestor_tx_logs) == 6
+    diff = await repo.diff_async(from_snapshot_id=base, to_snapshot_id=tip)
+    assert {path: len(rows) for path, rows in diff.updated_chunks.items()} == {"/a": 100, "/b": 100}
+    for other, coords in zip(others, [(0, 0), (4, 9), (9, 9)], strict=True):
+        await other.set_chunk("/b", coords, b"z")
+        with pytest.raises(icechunk.RebaseFailedError):
+            await other.commit_async("conflicts", rebase_with=icechunk.ConflictDetector())
+    # Another client, after a collection of everything that nobody refers to.
+    again = await Repository.open_async(storage)
+    await again.garbage_collect_async(datetime.now(UTC) + timedelta(days=1))
+    diff = await again.diff_async(from_snapshot_id=base, to_branch="main")
+    assert {path: len(rows) for path, rows in diff.updated_chunks.items()} == {"/a": 100, "/b": 100}
+
+
+async def test_more_changes_than_a_transaction_log_of_format_1_holds_are_refused_and_nothing_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transaction, "MAX_TABLES", 50)
+    monkeypatch.setattr(transaction, "_SURELY_FEW", 0)
+    storage = RecordingStorage(MemoryStorage(), turns=0)
+    repo = await Repository.create_async(storage, spec_version=1)
+    session = await repo.writable_session_async("main")
+    session.set_metadata("/a", ARRAY % (10, 10))
+    storage.clear()
+    for i in range(60):
+        await session.set_chunk("/a", divmod(i, 10), b"x")
+    with pytest.raises(InvalidInputError, match=r"60 changed chunks.*several steps"):
+        await session.commit_async("too many")
+    assert not storage.count("put")
+    for i in range(30):
+        session.delete_chunk("/a", divmod(i, 10))
+    assert session.has_uncommitted_changes
+
+
+async def test_more_references_than_a_manifest_holds_are_refused_and_splitting_helps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(commit_files, "max_refs", lambda ndim: 50)
+    recording = RecordingStorage(MemoryStorage(), turns=0)
+    repo = await Repository.create_async(recording, spec_version=2)
+    session = await repo.writable_session_async("main")
+    session.set_metadata("/a", ARRAY % (10, 10))
+    session.set_metadata("/few", ARRAY % (10, 10))
+    for i in range(60):
+        await session.set_chunk("/a", divmod(i, 10), b"x")
+    await session.set_chunk("/few", (0, 0), b"x")
+    recording.clear()
+    with pytest.raises(InvalidInputError, match=r"60 references of array '/a'.*ManifestConfig.splitting"):
+        await session.commit_async("too many")
+    assert not [request for request in recording.requests if request.verb == "put"]
+
+    config = RepositoryConfig.default()
+    config.manifest = icechunk.ManifestConfig(
+        splitting=icechunk.ManifestSplittingConfig.from_dict(
+            {icechunk.ManifestSplitCondition.AnyArray(): {icechunk.ManifestSplitDimCondition.Axis(0): 5}}
+        )
+    )
+    split = await Repository.open_async(recording, config)
+    session = await split.writable_session_async("main")
+    session.set_metadata("/a", ARRAY % (10, 10))
+    for i in range(60):
+        await session.set_chunk("/a", divmod(i, 10), b"x")
+    await session.commit_async("split")
+    assert len(split.list_manifest_files(session.snapshot_id)) == 2

@@ -18,6 +18,7 @@ from flatbuffers.table import Table
 from icechunk.format import keys
 from icechunk.format import repo_values as stored
 from icechunk.format.envelope import COMPRESSION_ZSTD, HEADER_SIZE, FileType, seal, unseal
+from icechunk.format.flat_writer import MAX_TABLES
 from icechunk.format.flexbuffers import MAX_DEPTH
 from icechunk.format.ids import FIRST_SNAPSHOT, NodeId, ObjectId, encode_id
 from icechunk.format.manifest import encode_manifest
@@ -45,6 +46,7 @@ from icechunk.log import events as session_events
 from icechunk.log.compaction import Policy
 from icechunk.log.layers import LARGE_LAYER, MANY_LAYERS, OPEN_ROWS
 from icechunk.log.session_log import SessionLog
+from icechunk.log.transaction_parts import MAX_CHUNKS
 from icechunk.refs import events as e
 from icechunk.refs.commit_queue import MAX_MEMBERS
 from icechunk.refs.entry import Entry, decode_entry, encode_entry, encode_events, new_epoch, parse_slot_key, slot_key
@@ -147,8 +149,10 @@ def test_every_rule_that_code_cites_is_on_the_page() -> None:
         ("repository-log.md", "up to 1000 of them", MAX_MEMBERS == 1000),
         ("session-log.md", "at 16 384 rows", OPEN_ROWS == 16_384),
         ("session-log.md", "more than 1 048 576 rows together", LARGE_LAYER == 1_048_576),
-        ("session-log.md", "fewer than 64", MANY_LAYERS == 64),
+        ("session-log.md", "of more than 64", MANY_LAYERS == 64),
         ("session-log.md", "at most 65 536 references", Policy().max_refs_per_manifest == 65_536),
+        ("session-log.md", "8 388 608 chunks", MAX_CHUNKS == 8_388_608),
+        ("session-log.md", "50 million tables", MAX_TABLES == 50_000_000),
         ("session-log.md", "fewer than 4096 references", Policy().share_below_refs == 4096),
         ("session-log.md", "With *f* = 8", Policy().fan_in == 8),
         ("tables.md", "| FlexBuffers | 100 levels", MAX_DEPTH == 100),

@@ -41,6 +41,10 @@ class Counting(WrappingStorage):
         self.read: list[int] = []
         """Bytes of each read."""
 
+    @property
+    def gains_from_split_reads(self) -> bool:
+        return isinstance(self.inner, MemoryStorage) or super().gains_from_split_reads
+
     async def _hold(self, size: int, work: Any) -> Any:
         self.now, self.bytes = self.now + 1, self.bytes + size
         self.most, self.most_bytes = max(self.most, self.now), max(self.most_bytes, self.bytes)
@@ -153,6 +157,26 @@ async def test_long_reads_are_split_where_the_size_of_a_request_is_set() -> None
     assert await reader.get_chunk("/a", (7,), None) == b"\7" * size
     assert storage.read == [375_000] * 8
     assert storage.most == 3
+
+
+async def test_long_reads_are_split_unless_enough_requests_are_on_their_way() -> None:
+    size = 400_000
+    settings = StorageSettings(concurrency=StorageConcurrencySettings(5, 200_000))
+    storage, _, reader = await filled(RepositoryConfig(engine=ALONE, storage=settings), size)
+    await read_all(reader)
+    assert storage.read.count(size) > 20
+    assert storage.read.count(size // 2) == 2 * (32 - storage.read.count(size)) > 0
+
+
+async def test_what_is_longer_than_a_request_should_be_is_split_by_default_where_that_can_help() -> None:
+    size = 13 << 20
+    storage, repository, _ = await filled(RepositoryConfig(engine=ALONE), 10)
+    session = await repository.writable_session_async("main")
+    await session.set_chunk("/a", (7,), bytes(size))
+    await session.commit_async("x")
+    reader = await repository.readonly_session_async("main")
+    assert await reader.get_chunk("/a", (7,), None) == bytes(size)
+    assert storage.read == [size // 2] * 2
 
 
 async def test_files_of_a_local_disk_are_read_whole_whatever_size_of_request_is_set(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from icechunk.format.ids import NodeId
 
-__all__ = ["ByNode", "Coords", "Part", "coords_by_node", "grouped_coords", "owners"]
+__all__ = ["ByNode", "Coords", "Part", "coords_by_node", "grouped_coords", "num_rows", "owners"]
 
 T = TypeVar("T")
 
@@ -116,6 +116,11 @@ def grouped_coords(chunks: Mapping[NodeId, Coords]) -> ByNode[Coords]:
     for node, coords in chunks.items():
         by_rank.setdefault(coords.shape[1], []).append(node)
     return coords_by_node([coords_part(nodes, [chunks[node] for node in nodes]) for nodes in by_rank.values()])
+
+
+def num_rows(chunks: Mapping[NodeId, Coords]) -> int:
+    """Coordinates of all arrays."""
+    return chunks.num_rows if isinstance(chunks, ByNode) else sum(map(len, chunks.values()))
 
 
 def coords_part(nodes: Sequence[NodeId], batch: Sequence[Coords]) -> Part[Coords]:

@@ -24,10 +24,24 @@ from typing import Final, NamedTuple, TypeAlias
 
 from icechunk.errors import InvalidInputError
 
-__all__ = ["MAX_BYTES", "FlatTable", "FlatWriter", "Inline", "Items", "Scalar", "Written", "id_struct", "u8", "u64"]
+__all__ = [
+    "MAX_BYTES",
+    "MAX_TABLES",
+    "FlatTable",
+    "FlatWriter",
+    "Inline",
+    "Items",
+    "Scalar",
+    "Written",
+    "id_struct",
+    "u8",
+    "u64",
+]
 
 MAX_BYTES: Final = 2**31 - 1
 """No FlatBuffers payload may be larger."""
+MAX_TABLES: Final = 50_000_000
+"""The official library refuses to read a payload with more: each chunk reference, and each changed chunk, is one."""
 
 _U32: Final = struct.Struct("<I")
 _FORMATS: Final = {code: struct.Struct("<" + code) for code in "BHIiQ"}

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from icechunk.format.manifest_decoding import decode_manifest
-from icechunk.format.manifest_encoding import encode_manifest
+from icechunk.format.manifest_encoding import encode_manifest, max_refs
 
-__all__ = ["decode_manifest", "encode_manifest"]
+__all__ = ["decode_manifest", "encode_manifest", "max_refs"]

@@ -20,7 +20,7 @@ from icechunk.format import manifest_slots as at_slot
 from icechunk.format.by_node import ByNode, Part, owners
 from icechunk.format.envelope import FileType, seal
 from icechunk.format.flat_columns import Positions, first_rows, is_ascending, lexicographic_order
-from icechunk.format.flat_writer import MAX_BYTES, FlatTable, FlatWriter, Value, Written, id_struct, u8
+from icechunk.format.flat_writer import MAX_BYTES, MAX_TABLES, FlatTable, FlatWriter, Value, Written, id_struct, u8
 from icechunk.format.ids import encode_id
 from icechunk.format.location_compression import LocationCompression, LocationDictionary, trained
 from icechunk.format.manifest_texts import fill_inline, frames, inline_places, strings
@@ -36,7 +36,7 @@ from icechunk.format.tables import (
     Manifest,
 )
 
-__all__ = ["encode_manifest"]
+__all__ = ["encode_manifest", "max_refs"]
 
 _U32: Final = struct.Struct("<I")
 
@@ -61,7 +61,7 @@ def encode_manifest(
     ------
     InvalidInputError
         If an array has two references for one chunk, a row is of no known kind, or the manifest exceeds 2 GiB
-        before compression.
+        before compression or 50 million references.
     """
     if spec_version not in (1, 2):
         raise InvalidInputError(f"cannot encode a manifest in spec version {spec_version}")
@@ -78,6 +78,12 @@ def encode_manifest(
     if dictionary is not None:
         root[at_slot.DICTIONARY] = dictionary.content
     return seal(FileType.MANIFEST, spec_version, FlatWriter().finish(FlatTable(root)), level)
+
+
+def max_refs(ndim: int) -> int:
+    """So many references of an array of that rank may fit into a manifest, if they are small; more never do."""
+    smallest = _layout((at_slot.LOCATION, at_slot.LENGTH), ndim).block.itemsize + 4
+    return min(MAX_TABLES, MAX_BYTES // smallest)
 
 
 _ARRAY_TABLE: Final = np.dtype([("vtable", "<i4"), ("refs", "<u4"), ("node", "V8")])
@@ -235,9 +241,10 @@ def _write_refs(
     etags, etag_at = strings(refs.etags, _etag_rows(refs), end + len(locations))
     inline_start = end + len(locations) + len(etags)
     inline_at, inline_end = inline_places(refs, inline_start)
-    if inline_end > MAX_BYTES:
+    if inline_end > MAX_BYTES or len(refs) > MAX_TABLES:
         raise InvalidInputError(
-            f"cannot encode a manifest of {inline_end} bytes: it holds at most {MAX_BYTES}; split it"
+            f"cannot encode a manifest of {len(refs)} references in {inline_end} bytes: no reader takes more than "
+            f"{MAX_TABLES}, or {MAX_BYTES} bytes; split the array's manifests (ManifestConfig.splitting)"
         )
     out += bytes(inline_end - start)
     index = np.frombuffer(out, "<u4", words, start)

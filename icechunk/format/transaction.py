@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from icechunk.errors import InvalidInputError
-from icechunk.format.by_node import ByNode, Coords, Part, coords_by_node, grouped_coords, owners
+from icechunk.format.by_node import ByNode, Coords, Part, coords_by_node, grouped_coords, num_rows, owners
 from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.flat_columns import (
     Positions,
@@ -19,16 +19,32 @@ from icechunk.format.flat_columns import (
     read_coords,
 )
 from icechunk.format.flat_reader import Buffer, Table, required
-from icechunk.format.flat_writer import FlatTable, FlatWriter, Items, Value, Written, id_struct, u8
+from icechunk.format.flat_writer import (
+    MAX_BYTES,
+    MAX_TABLES,
+    FlatTable,
+    FlatWriter,
+    Items,
+    Value,
+    Written,
+    id_struct,
+    u8,
+)
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.tables import Move, NodeKind, TransactionLog
 
-__all__ = ["decode_transaction_log", "encode_transaction_log"]
+__all__ = ["decode_transaction_log", "encode_transaction_log", "require_room"]
 
 # Slots of the table TransactionLog.
 _ID, _NEW_GROUPS, _NEW_ARRAYS, _DELETED_GROUPS, _DELETED_ARRAYS = range(5)
 _UPDATED_ARRAYS, _UPDATED_GROUPS, _UPDATED_CHUNKS, _MOVES, _EXTRA = range(5, 10)
 
+_CHUNK_BYTES: Final = 16
+"""Of a changed chunk, besides its coordinates."""
+_SURELY_FEW: Final = 100_000
+_ROOM: Final = 2**26
+"""For everything that is not a changed chunk."""
+_BLOCK: Final = 2**20
 _ID_SIZE: Final = 12
 _NODE_ID_SIZE: Final = 8
 _UPDATED: Final = np.dtype([("vtable", "<i4"), ("chunks", "<u4"), ("node", "V8")])
@@ -49,10 +65,11 @@ def encode_transaction_log(log: TransactionLog, spec_version: int = 2, level: in
     Raises
     ------
     InvalidInputError
-        If a path is not Unicode, or format 1 is asked for and there are moves.
+        If a path is not Unicode, format 1 is asked for and there are moves, or more chunks changed than readers take.
     """
     if spec_version not in (1, 2):
         raise InvalidInputError(f"cannot encode a transaction log in spec version {spec_version}")
+    require_room(log)
     newer = spec_version == 2
     if log.moved_nodes and not newer:
         raise InvalidInputError("cannot encode moves in a transaction log of format 1; use format 2")
@@ -70,6 +87,25 @@ def encode_transaction_log(log: TransactionLog, spec_version: int = 2, level: in
         _EXTRA: log.extra if newer else None,
     }
     return seal(FileType.TRANSACTION_LOG, spec_version, FlatWriter().finish(FlatTable(root)), level)
+
+
+def require_room(log: TransactionLog) -> None:
+    """Refuse a log that would be larger than what readers take.
+
+    Raises
+    ------
+    InvalidInputError
+        It names the number of chunks that changed.
+    """
+    chunks = num_rows(log.updated_chunks)
+    if chunks < _SURELY_FEW:
+        return
+    size = sum(coords.size * 4 + len(coords) * _CHUNK_BYTES for coords in log.updated_chunks.values())
+    if chunks + len(log.updated_chunks) >= MAX_TABLES or size > MAX_BYTES - _ROOM:
+        raise InvalidInputError(
+            f"cannot write a transaction log of {chunks} changed chunks: no reader takes more than {MAX_TABLES}, or "
+            f"{MAX_BYTES} bytes, in one; commit the changes in several steps, of fewer chunks each"
+        )
 
 
 def _ids(ids: frozenset[NodeId]) -> Items:
@@ -130,19 +166,24 @@ def _write_chunk_indices(writer: FlatWriter, rows: Coords, sizes: Positions) -> 
     # A row is its table (offset to the vtable, offset to the vector), and the vector: length, coordinates.
     block = np.dtype([("vtable", "<i4"), ("vector", "<u4"), ("ndim", "<u4"), ("coords", "<u4", (ndim,))])
     words = count + len(sizes)
-    tables = start + 4 * words + block.itemsize * np.arange(count, dtype=np.int64)
+    first = start + 4 * words
     writer.out += bytes(4 * words + block.itemsize * count)
     # A vector is its length and an offset for each row.
-    heads = np.cumsum(sizes) - sizes + np.arange(len(sizes))
-    at = np.arange(count, dtype=np.int64) + np.repeat(np.arange(1, len(sizes) + 1), sizes)
+    ends = np.cumsum(sizes)
+    heads = ends - sizes + np.arange(len(sizes))
     index = np.frombuffer(writer.out, "<u4", words, start)
     index[heads] = sizes
-    index[at] = tables - (start + 4 * at)
-    blocks = np.frombuffer(writer.out, block, count, start + 4 * words)
-    blocks["vtable"] = tables - vtable
+    blocks = np.frombuffer(writer.out, block, count, first)
     blocks["vector"] = 4
     blocks["ndim"] = ndim
     blocks["coords"] = rows
+    # A block at a time: positions take several times the memory of what is written.
+    for begin in range(0, count, _BLOCK):
+        numbers = np.arange(begin, min(begin + _BLOCK, count), dtype=np.int64)
+        tables = first + block.itemsize * numbers
+        at = numbers + np.searchsorted(ends, numbers, side="right") + 1
+        index[at] = tables - (start + 4 * at)
+        blocks["vtable"][begin : begin + _BLOCK] = tables - vtable
     vectors: Positions = start + 4 * heads
     return vectors
 

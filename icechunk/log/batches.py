@@ -18,6 +18,7 @@ from icechunk.format.by_node import ByNode, Part
 from icechunk.format.ids import NodeId
 from icechunk.format.tables import INLINE, VIRTUAL, ChunkRef, ChunkRefs, NodeSnapshot
 from icechunk.log.columns import concat, from_rows, from_values
+from icechunk.log.layered import Rows as RowsOfOne
 from icechunk.log.layers import ArrayFold
 from icechunk.log.lookup import sort_last
 
@@ -30,10 +31,12 @@ Rows = Mapping[tuple[int, ...], ChunkRef | None]
 class LogRows:
     """What a log says of chunks."""
 
-    refs: ByNode[ChunkRefs]
-    """Tombstones too; those of each array ascending and unique by coordinates. Small arrays of a rank are one part."""
+    small: ByNode[ChunkRefs]
+    """Of small arrays, tombstones too, ascending and unique by coordinates; all of a rank are one part."""
+    large: Mapping[NodeId, RowsOfOne]
+    """The same of the others, one by one."""
     nodes: Mapping[NodeId, NodeSnapshot]
-    """Those arrays as they are now, in ascending order of path."""
+    """All those arrays as they are now, in ascending order of path."""
 
 
 def rows_of_many(folds: Sequence[ArrayFold], ndim: int) -> Part[ChunkRefs]:

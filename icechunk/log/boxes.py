@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from math import prod
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +14,12 @@ import numpy.typing as npt
 from icechunk.format.tables import Extents
 from icechunk.log.lookup import packed
 
-__all__ = ["around", "bounds", "by_tile", "clipped", "halved", "in_box", "overlap", "union", "volume"]
+__all__ = ["around", "bounds", "by_tile", "clipped", "halved", "in_box", "overlap", "slabs", "union", "volume"]
 
 Coords = npt.NDArray[np.uint32]
 Rows = npt.NDArray[np.intp]
+
+_BLOCK: Final = 2**20
 
 
 def bounds(coords: Coords) -> Extents:
@@ -104,6 +108,34 @@ def halved(coords: Coords, most: int) -> list[Rows]:
     return done
 
 
+def slabs(coords: Coords, most: int) -> list[slice]:
+    """Cut ascending rows into runs of at most ``most`` rows whose bounding boxes are disjoint.
+
+    Parameters
+    ----------
+    coords
+        Ascending lexicographically, unique.
+    """
+    done: list[slice] = []
+    todo = [(0, len(coords), 0)]
+    while todo:
+        first, last, axis = todo.pop()
+        if last - first <= most:
+            done.append(slice(first, last))
+            continue
+        column: Any = memoryview(coords[:, axis])  # type: ignore[arg-type]
+        value = column[first + most]
+        cut = bisect_left(column, value, first, last)
+        if cut > first:
+            todo.append((cut, last, axis))
+            done.append(slice(first, cut))
+            continue
+        # More rows than that lie in one plane.
+        cut = bisect_right(column, value, first, last)
+        todo += [(cut, last, axis), (first, cut, axis + 1)] if cut < last else [(first, last, axis + 1)]
+    return done
+
+
 def around(coords: Coords, obstacles: Sequence[Extents]) -> list[Rows]:
     """Cut rows into pieces whose bounding boxes meet no obstacle and not each other.
 
@@ -152,10 +184,28 @@ def by_tile(coords: Coords, tile: Sequence[int]) -> list[Rows]:
     """
     if not len(tile):
         return [np.arange(len(coords))]
-    keys = packed((coords // np.asarray(tile, np.uint64)).astype(np.uint32))
+    keys = _cells(coords, tile)
     order: Rows = np.arange(len(keys))
     if (keys[1:] < keys[:-1]).any():
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
     starts = np.flatnonzero(keys[1:] != keys[:-1]) + 1
     return [order[a:b] for a, b in pairwise([0, *starts.tolist(), len(order)])]
+
+
+def _cells(coords: Coords, tile: Sequence[int]) -> npt.NDArray[Any]:
+    """For each row a key of the tile it lies in; keys compare as tiles do."""
+    box = bounds(coords)
+    widths = [((last - 1) // n).bit_length() for (_, last), n in zip(box, tile, strict=True)]
+    if sum(widths) > 64:
+        return packed((coords // np.asarray(tile, np.uint64)).astype(np.uint32))
+    keys = np.zeros(len(coords), np.uint32 if sum(widths) <= 32 else np.uint64)
+    # A block at a time: of many rows, what is in between would take gigabytes.
+    for first in range(0, len(coords), _BLOCK):
+        rows = slice(first, first + _BLOCK)
+        key = np.zeros(len(coords[rows]), np.uint64)
+        for d, (n, width) in enumerate(zip(tile, widths, strict=True)):
+            if width:
+                key = key << np.uint64(width) | (coords[rows, d] // np.uint64(n)).astype(np.uint64)
+        keys[rows] = key
+    return keys

@@ -67,14 +67,14 @@ def concat(parts: Sequence[ChunkRefs]) -> ChunkRefs:
         etags, rows = _joined(
             [p.etags for p in parts], [np.where(k == ETAG, s, -1) for k, s in zip(kinds, sums, strict=True)]
         )
-        checksum_kind = np.concatenate(kinds)
+        checksum_kind = _column(kinds)
         checksum = np.where(checksum_kind == ETAG, rows, np.concatenate(sums))
     return ChunkRefs(
         coords=np.concatenate([p.coords for p in parts]),
-        kind=np.concatenate([p.kind for p in parts]),
+        kind=_column([p.kind for p in parts]),
         offset=np.concatenate(offsets),
         length=np.concatenate([p.length for p in parts]),
-        chunk_id=np.concatenate([p.chunk_id for p in parts]),
+        chunk_id=_column([p.chunk_id for p in parts]),
         location=location.astype(np.int32, copy=False),
         locations=locations,
         checksum_kind=checksum_kind,
@@ -82,6 +82,14 @@ def concat(parts: Sequence[ChunkRefs]) -> ChunkRefs:
         etags=etags,
         inline_data=b"".join([p.inline_data for p in parts]),
     )
+
+
+def _column(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """The parts one after another; of one value that takes no room, as in virtual references, that stays so."""
+    first = parts[0]
+    if all(part.strides == (0,) and len(part) and part[0] == first[0] for part in parts):
+        return np.broadcast_to(first[0], sum(map(len, parts)))
+    return np.concatenate(parts)
 
 
 def _joined(tables: Sequence[tuple[str, ...]], columns: Sequence[npt.NDArray[Any]]) -> tuple[tuple[str, ...], Any]:

@@ -11,8 +11,6 @@ from icechunk.format.tables import INLINE, NATIVE, VIRTUAL, ChunkRef, ChunkRefs,
 from icechunk.log.columns import normalized
 from icechunk.log.events import (
     ArrayCreated,
-    ChunksDeleted,
-    ChunksWritten,
     GroupCreated,
     HierarchyCleared,
     MetadataReplaced,
@@ -144,7 +142,7 @@ class Commands(Fold):
         rows = fold.rows
         rows[coords] = _new_ref(ChunkRef, (INLINE, data, None, None, 0, n, None, None))
         if len(rows) >= OPEN_ROWS:
-            self._events += fold.seal()
+            fold.close()
 
     def set_native(
         self, node: NodeSnapshot, coords: tuple[int, ...], chunk_id: ObjectId, offset: int, length: int
@@ -166,7 +164,7 @@ class Commands(Fold):
         rows = fold.rows
         rows[coords] = _new_ref(ChunkRef, (NATIVE, None, chunk_id, None, offset, length, None, None))
         if len(rows) >= OPEN_ROWS:
-            self._events += fold.seal()
+            fold.close()
 
     def set_virtual(
         self,
@@ -197,7 +195,7 @@ class Commands(Fold):
             raise _outside(node, coords, fold.grid)
         fold.rows[coords] = ChunkRef(VIRTUAL, None, None, location, offset, length, etag, last_modified)
         if len(fold.rows) >= OPEN_ROWS:
-            self._events += fold.seal()
+            fold.close()
 
     def set_refs(self, node: NodeSnapshot, refs: ChunkRefs) -> None:
         """Write many chunks.
@@ -217,7 +215,8 @@ class Commands(Fold):
         fold = self._arrays.get(node.id) or self._fold_of(node)
         _check_all_inside(node, refs.coords, fold.grid)
         if len(refs):
-            self._append(ChunksWritten(node_id=node.id, refs=normalized(refs)))
+            fold.close()
+            fold.push(normalized(refs))
 
     def delete_chunk(self, node: NodeSnapshot, coords: tuple[int, ...]) -> None:
         """Delete a chunk, whether it exists or not; nothing happens outside the grid.
@@ -233,7 +232,7 @@ class Commands(Fold):
         if in_grid(coords, fold.grid):
             fold.rows[coords] = None
             if len(fold.rows) >= OPEN_ROWS:
-                self._events += fold.seal()
+                fold.close()
 
     def delete_chunks(self, node: NodeSnapshot, coords: npt.NDArray[np.uint32]) -> None:
         """Delete many chunks, whether they exist or not; those outside the grid are passed over.
@@ -256,7 +255,8 @@ class Commands(Fold):
         coords = coords[inside(coords, fold.grid)]
         order = sort_last(coords)
         if len(coords):
-            self._append(ChunksDeleted(node_id=node.id, coords=coords if order is None else coords[order]))
+            fold.close()
+            fold.push_deleted(coords if order is None else coords[order])
 
 
 def _check_all_inside(node: NodeSnapshot, coords: npt.NDArray[np.uint32], grid: tuple[int, ...]) -> None:

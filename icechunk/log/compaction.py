@@ -31,6 +31,7 @@ from icechunk.format.tables import (
 )
 from icechunk.log.boxes import bounds
 from icechunk.log.changes import NetChanges
+from icechunk.log.layered import Rows
 from icechunk.log.layers import FEW_ROWS, in_view
 from icechunk.log.pieces import ArrayPlan, pieces
 from icechunk.log.session_log import SessionLog
@@ -131,8 +132,11 @@ def plan(log: SessionLog, policy: Policy, *, everything: bool = False) -> Plan:
     for node in nodes.values() if wanted or everything else ():
         if node.kind != NodeKind.ARRAY or not (everything or node.id in wanted):
             continue
-        refs = rows.refs.get(node.id) or ChunkRefs.empty(len(node.shape))
-        written, deleted = in_view(refs, [dimension.num_chunks for dimension in node.shape])
+        small = rows.small.get(node.id)
+        if small is None:
+            written, deleted = log.overlay_rows(node)
+        else:
+            written, deleted = in_view(small, [dimension.num_chunks for dimension in node.shape])
         array = _plan_array(node, log.base.manifest_files, written, deleted, policy, everything=everything)
         if len(array.tiles) != len(node.manifests) or any(tile.dirty for tile in array.tiles):
             arrays.append(array)
@@ -152,7 +156,7 @@ def plan(log: SessionLog, policy: Policy, *, everything: bool = False) -> Plan:
 def _plan_array(
     node: NodeSnapshot,
     files: Mapping[ObjectId, ManifestFile],
-    written: ChunkRefs,
+    written: Rows,
     deleted: npt.NDArray[np.uint32],
     policy: Policy,
     *,

@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.errors import AlreadyExistsError, ErrorKind, InvalidInputError, NodeNotFoundError
-from icechunk.format.by_node import Part, coords_by_node
+from icechunk.format.by_node import Part, coords_by_node, coords_part
 from icechunk.format.ids import NodeId
 from icechunk.format.refs_by_node import refs_by_node
 from icechunk.format.tables import ChunkRef, ChunkRefs, Move, NodeKind, NodeSnapshot, Snapshot
 from icechunk.log.batches import LogRows, columns_of_many, rows_of_many
 from icechunk.log.changes import Changes, NetChanges, move_order
+from icechunk.log.columns import DELETED
 from icechunk.log.events import (
     ArrayCreated,
     ChunksDeleted,
@@ -33,7 +34,8 @@ from icechunk.log.events import (
     NodeMoved,
 )
 from icechunk.log.hierarchy import Hierarchy
-from icechunk.log.layers import ArrayFold, in_view
+from icechunk.log.layered import Layered, Rows
+from icechunk.log.layers import ArrayFold, in_view, inside
 from icechunk.log.zarr_metadata import ArrayMeta, GroupMeta, parse_node
 
 __all__ = ["ABSENT", "IN_BASE", "Absent", "Fold", "InBase", "in_grid"]
@@ -80,8 +82,8 @@ class Fold:
 
     @property
     def events(self) -> tuple[Event, ...]:
-        """Everything that happened, oldest first; open rows are sealed by asking."""
-        self._seal_all()
+        """Everything that happened, oldest first; what is fresh becomes events by asking."""
+        self._tell_all()
         return tuple(self._events)
 
     def node(self, path: str) -> NodeSnapshot | None:
@@ -150,7 +152,21 @@ class Fold:
         if fold is None:
             ndim = len(node.shape)
             return ChunkRefs.empty(ndim), np.empty((0, ndim), np.uint32)
-        return in_view(self._flat(fold), fold.grid)
+        rows = self._rows(fold)
+        return in_view(rows if isinstance(rows, ChunkRefs) else rows.take(np.arange(len(rows))), fold.grid)
+
+    def overlay_rows(self, node: NodeSnapshot) -> tuple[Rows, npt.NDArray[np.uint32]]:
+        """The same as `overlay`; where there are many rows they are not copied."""
+        fold = self._arrays.get(node.id)
+        rows = None if fold is None else self._rows(fold)
+        if fold is None or not isinstance(rows, Layered):
+            return self.overlay(node)
+        visible = inside(rows.coords, fold.grid)
+        written = rows.kinds() != DELETED
+        written &= visible
+        if written.all():
+            return rows, rows.coords[:0]
+        return rows.where(written), rows.coords[visible & ~written]
 
     @property
     def row_count(self) -> int:
@@ -166,17 +182,15 @@ class Fold:
                 assert node is not None, "who removes an array removes its rows"
                 found.append((node.path, node, fold))
         found.sort(key=_first)
-        parts = [
-            Part((node.id,), np.array([0, len(refs)], np.int64), refs)
-            for _, node, fold in found
-            if not fold.is_small and len(refs := self._flat(fold))
-        ]
         by_rank: dict[int, list[ArrayFold]] = {}
         for _, _, fold in found:
             if fold.is_small:
                 by_rank.setdefault(len(fold.grid), []).append(fold)
-        parts += [rows_of_many(folds, ndim) for ndim, folds in by_rank.items()]
-        return LogRows(refs=refs_by_node(parts), nodes={node.id: node for _, node, _ in found})
+        return LogRows(
+            small=refs_by_node([rows_of_many(folds, ndim) for ndim, folds in by_rank.items()]),
+            large={node.id: self._rows(fold) for _, node, fold in found if not fold.is_small},
+            nodes={node.id: node for _, node, _ in found},
+        )
 
     def net_changes(self, rows: LogRows | None = None) -> NetChanges:
         """What the fold changed, by node; ``rows`` are what `rows` gives, if that is known."""
@@ -200,7 +214,12 @@ class Fold:
                     key=move_order,
                 )
             ),
-            chunks=coords_by_node([Part(part.nodes, part.edges, part.rows.coords) for part in rows.refs.parts]),
+            chunks=coords_by_node(
+                [
+                    *[Part(part.nodes, part.edges, part.rows.coords) for part in rows.small.parts],
+                    *[coords_part([node_id], [large.coords]) for node_id, large in rows.large.items()],
+                ]
+            ),
             paths={node_id: node.path for node_id, node in rows.nodes.items()},
         )
 
@@ -227,11 +246,11 @@ class Fold:
                         f"chunk coordinates of rank {coords.shape[1]} for an array of rank {len(fold.grid)}",
                         ErrorKind.INVALID_CHUNK_INDEX,
                     )
-                self._events += fold.seal()
+                self._events += fold.tell()
                 if isinstance(event, ChunksWritten):
-                    fold.push(event.refs)
+                    fold.push(event.refs, told=True)
                 else:
-                    fold.push_deleted(coords)
+                    fold.push_deleted(coords, told=True)
             case GroupCreated() | ArrayCreated():
                 if self._tree.get(event.path) is not None:
                     raise AlreadyExistsError(f"cannot create {event.path}: there is a node already")
@@ -288,18 +307,28 @@ class Fold:
     def _fold_of_id(self, node_id: NodeId) -> ArrayFold:
         return self._fold_of(self._existing(self._path_of(node_id, ""), "write chunks of"))
 
-    def _flat(self, fold: ArrayFold) -> ChunkRefs:
-        self._events += fold.seal()
+    def _rows(self, fold: ArrayFold) -> Layered | ChunkRefs:
+        """All rows of an array, tombstones too, ascending and unique."""
+        fold.close()
+        if fold.is_large:
+            return fold.spread()
+        if fold.is_mixed:
+            self._events += fold.tell()
         return fold.flat()
 
-    def _seal_all(self) -> None:
+    def _close_all(self) -> None:
         by_rank: dict[int, list[ArrayFold]] = {}
         for fold in self._arrays.values():
             if fold.rows:
                 by_rank.setdefault(len(fold.grid), []).append(fold)
         for ndim, folds in by_rank.items():
             for fold, refs in zip(folds, columns_of_many([fold.rows for fold in folds], ndim), strict=True):
-                self._events += fold.seal_as(refs)
+                fold.close_as(refs)
+
+    def _tell_all(self) -> None:
+        self._close_all()
+        for fold in self._arrays.values():
+            self._events += fold.tell()
 
 
 def _first(found: tuple[str, NodeSnapshot, ArrayFold]) -> str:

@@ -1,10 +1,13 @@
 """The fold of one array's chunk events.
 
-Rows written one at a time gather in a dict; bulk rows, and dicts that were sealed, are layers of
+Rows written one at a time gather in a dict; bulk rows, and dicts that were closed, are layers of
 sorted columns, newest last. A new layer is merged with its predecessor until every layer is at
 least twice as large as the next, so there are O(log n) of them, a row is merged O(log n) times,
-and a look-up is one dict access and a few bisections. Large layers stay apart until there are many:
-they share their columns with the events, and merging would copy them.
+and a look-up is one dict access and a few bisections. Large layers stay apart until there are many,
+and then a few neighbours are merged at a time.
+
+Layers are *fresh* until the log asks for them as events: only then do the events hold columns, those of
+the layers. What was merged before that is in memory once.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from icechunk.format.ids import NodeId
 from icechunk.format.tables import ChunkRef, ChunkRefs
 from icechunk.log.columns import DELETED, concat, from_rows, normalized, tombstones
 from icechunk.log.events import ChunksDeleted, ChunksWritten
+from icechunk.log.layered import Layered, layered
 from icechunk.log.lookup import RefTable
 
 __all__ = ["FEW_ROWS", "LARGE_LAYER", "MANY_LAYERS", "OPEN_ROWS", "ArrayFold", "in_view", "inside"]
@@ -30,6 +34,8 @@ OPEN_ROWS: Final = 16_384
 LARGE_LAYER: Final = 2**20
 """Rows of a layer that is not merged with its neighbours before there are `MANY_LAYERS`."""
 MANY_LAYERS: Final = 64
+_MERGED_LAYERS: Final = 8
+"""So many are then made one."""
 
 FEW_ROWS: Final = 256
 """Rows: an array with more is worth numpy calls of its own."""
@@ -52,7 +58,7 @@ class ArrayFold:
         Chunks along each dimension, as the metadata says now.
     """
 
-    __slots__ = ("grid", "layers", "node_id", "path", "rows")
+    __slots__ = ("_fresh", "_spread", "grid", "layers", "node_id", "path", "rows")
 
     def __init__(self, node_id: NodeId, path: str, grid: tuple[int, ...]) -> None:
         self.node_id = node_id
@@ -60,6 +66,8 @@ class ArrayFold:
         self.grid = grid
         self.rows: dict[tuple[int, ...], ChunkRef | None] = {}
         self.layers: list[RefTable] = []
+        self._fresh = 0
+        self._spread: Layered | None = None
 
     def __bool__(self) -> bool:
         return bool(self.rows or self.layers)
@@ -75,22 +83,57 @@ class ArrayFold:
                 return None if layer.kind(row) == DELETED else layer.row(row)
         return False
 
-    def push(self, refs: ChunkRefs) -> None:
-        """Lay rows (ascending, unique; tombstones allowed) over everything known so far."""
+    def push(self, refs: ChunkRefs, *, told: bool = False) -> None:
+        """Lay rows (ascending, unique; tombstones allowed) over everything known so far.
+
+        Parameters
+        ----------
+        told
+            They are those of an event, and nothing is fresh.
+        """
         if not len(refs):
             return
-        layer = RefTable(refs)
-        while self.layers and len(self.layers[-1].refs) < 2 * len(layer.refs):
-            apart = len(self.layers[-1].refs) + len(layer.refs) > LARGE_LAYER
-            if apart and len(self.layers) < MANY_LAYERS:
-                break
-            older = self.layers.pop()
-            layer = RefTable(normalized(concat([older.refs, layer.refs])))
-        self.layers.append(layer)
+        self._spread = None
+        self.layers.append(RefTable(refs))
+        if told:
+            self._settle(0)
+            return
+        self._fresh += 1
+        before = len(self.layers)
+        self._settle(before - self._fresh)
+        self._fresh -= before - len(self.layers)
 
-    def push_deleted(self, coords: npt.NDArray[np.uint32]) -> None:
-        """Lay tombstones (ascending, unique) over everything known so far."""
-        self.push(tombstones(coords))
+    def push_deleted(self, coords: npt.NDArray[np.uint32], *, told: bool = False) -> None:
+        """Lay tombstones (ascending, unique) over everything known so far; ``told`` as in `push`."""
+        self.push(tombstones(coords), told=told)
+
+    def close(self) -> None:
+        """End the open rows: they become a layer."""
+        if self.rows:
+            self.close_as(from_rows(self.rows, len(self.grid)))
+
+    def close_as(self, refs: ChunkRefs) -> None:
+        """The same, given the open rows as columns."""
+        self.rows = {}
+        self.push(refs)
+
+    def tell(self) -> list[ChunksWritten | ChunksDeleted]:
+        """What is fresh, open rows too, as events; it is not afterwards."""
+        self.close()
+        events: list[ChunksWritten | ChunksDeleted] = []
+        for layer in self.layers[len(self.layers) - self._fresh :]:
+            refs = layer.refs
+            deleted = refs.kind == DELETED
+            if not deleted.any():
+                events.append(ChunksWritten(node_id=self.node_id, refs=refs))
+                continue
+            if not deleted.all():
+                events.append(ChunksWritten(node_id=self.node_id, refs=refs.take(~deleted)))
+            events.append(ChunksDeleted(node_id=self.node_id, coords=refs.coords[deleted]))
+        if self._fresh:
+            self._fresh = 0
+            self._settle(0)
+        return events
 
     @property
     def is_small(self) -> bool:
@@ -100,30 +143,45 @@ class ArrayFold:
             count += len(layer.refs)
         return count <= FEW_ROWS
 
-    def seal(self) -> list[ChunksWritten | ChunksDeleted]:
-        """End the open rows: they become a layer, and the events returned."""
-        return self.seal_as(from_rows(self.rows, len(self.grid))) if self.rows else []
-
-    def seal_as(self, refs: ChunkRefs) -> list[ChunksWritten | ChunksDeleted]:
-        """The same, given the open rows as columns."""
-        self.rows = {}
-        self.push(refs)
-        deleted = refs.kind == DELETED
-        if not deleted.any():
-            return [ChunksWritten(node_id=self.node_id, refs=refs)]
-        events: list[ChunksWritten | ChunksDeleted] = []
-        if not deleted.all():
-            events.append(ChunksWritten(node_id=self.node_id, refs=refs.take(~deleted)))
-        events.append(ChunksDeleted(node_id=self.node_id, coords=refs.coords[deleted]))
-        return events
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some layers are fresh and others are not."""
+        return 0 < self._fresh < len(self.layers)
 
     def flat(self) -> ChunkRefs:
-        """All rows, tombstones too, ascending and unique; the open rows must have been sealed."""
+        """All rows, tombstones too, ascending and unique, which are one layer then; there are no open rows, and either
+        all layers are fresh or none is."""
         if not self.layers:
             return ChunkRefs.empty(len(self.grid))
         if len(self.layers) > 1:
             self.layers = [RefTable(normalized(concat([layer.refs for layer in self.layers])))]
+            self._fresh = min(self._fresh, 1)
         return self.layers[0].refs
+
+    @property
+    def is_large(self) -> bool:
+        """Whether to make one layer of all would copy many rows."""
+        return len(self.layers) > 1 and sum(len(layer.refs) for layer in self.layers) > LARGE_LAYER
+
+    def spread(self) -> Layered:
+        """The same rows as `flat`, where they are; there are several layers, and no open rows."""
+        if self._spread is None:
+            self._spread = layered([layer.refs for layer in self.layers])
+        return self._spread
+
+    def _settle(self, first: int) -> None:
+        """Merge the newest layers, of those from ``first`` on, until each is twice as large as the next."""
+        layers = self.layers
+        while len(layers) > first + 1:
+            older, newer = layers[-2].refs, layers[-1].refs
+            if len(older) >= 2 * len(newer) or len(older) + len(newer) > LARGE_LAYER:
+                break
+            layers[-2:] = [RefTable(normalized(concat([older, newer])))]
+        if len(layers) > MANY_LAYERS and len(layers) - first >= _MERGED_LAYERS:
+            ends = np.cumsum([0, *(len(layer.refs) for layer in layers[first:])])
+            start = first + int(np.argmin(ends[_MERGED_LAYERS:] - ends[:-_MERGED_LAYERS]))
+            run = slice(start, start + _MERGED_LAYERS)
+            layers[run] = [RefTable(normalized(concat([layer.refs for layer in layers[run]])))]
 
 
 def inside(coords: npt.NDArray[np.uint32], grid: Sequence[int]) -> npt.NDArray[np.bool_]:

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from icechunk.errors import ErrorKind, FormatError
+from icechunk.errors import ErrorKind, FormatError, InvalidInputError
 from icechunk.format.ids import ObjectId
 from icechunk.format.tables import ChunkRefs, Manifest, ManifestRef, NodeSnapshot
 from icechunk.log.boxes import around, by_tile, halved, in_box
 from icechunk.log.columns import concat, normalized, trimmed
+from icechunk.log.layered import Rows
 from icechunk.log.lookup import CoordIndex
 from icechunk.log.tiles import Tile
 
-__all__ = ["ArrayPlan", "pieces", "references"]
+__all__ = ["ArrayPlan", "pieces", "references", "require_fit", "written_of"]
 
 Coords = npt.NDArray[np.uint32]
 
@@ -29,7 +30,7 @@ class ArrayPlan:
     """As it is now, with the base's manifests."""
     tiles: tuple[Tile, ...]
     """All of them; the dirty ones are written."""
-    written: ChunkRefs
+    written: Rows
     """References of the log inside the grid, ascending."""
     deleted: Coords
     """uint32[n, ndim]: deleted inside the grid, ascending."""
@@ -69,9 +70,27 @@ def pieces(array: ArrayPlan, manifests: Mapping[ObjectId, Manifest], max_refs: i
                 yield trimmed(content if len(rows) == len(content) else content.take(part[rows]))
 
 
+def require_fit(array: ArrayPlan, max_refs: int) -> None:
+    """Refuse a cell of a given grid into which more references are written than a manifest can hold.
+
+    Raises
+    ------
+    InvalidInputError
+        It names the array, and what to do.
+    """
+    if array.tile_shape is None or len(array.written) <= max_refs:
+        return
+    most = max(map(len, _cells(array.written.coords, array.tile_shape)))
+    if most > max_refs:
+        raise InvalidInputError(
+            f"cannot write {most} references of array {array.node.path!r} into one manifest, which holds at most "
+            f"{max_refs}: split the array's manifests (ManifestConfig.splitting); nothing was written"
+        )
+
+
 def _content(array: ArrayPlan, tile: Tile, manifests: Mapping[ObjectId, Manifest]) -> ChunkRefs:
     """The references of a dirty tile: those it had, without what was deleted or is out of the grid, and the written."""
-    written = _written(array, tile)
+    written = written_of(array, tile)
     changed = np.concatenate([written.coords, array.deleted[tile.deleted]])
     parts = [refs for source in tile.sources if len(refs := _kept(array, source, manifests, changed))]
     if not parts:
@@ -82,28 +101,30 @@ def _content(array: ArrayPlan, tile: Tile, manifests: Mapping[ObjectId, Manifest
 def _cut_by_grid(
     array: ArrayPlan, tile: Tile, shape: tuple[int, ...], manifests: Mapping[ObjectId, Manifest]
 ) -> Iterator[ChunkRefs]:
-    written = _written(array, tile)
+    coords = array.written.coords[tile.written] if len(tile.written) != len(array.written) else array.written.coords
     deleted = array.deleted[tile.deleted]
-    changed = np.concatenate([written.coords, deleted])
-    gathered: dict[tuple[int, ...], list[ChunkRefs]] = {
-        _cell(changed[rows], shape): [] for rows in _cells(changed, shape)
-    }
+    # Row numbers only: a cell's references are taken when it is its turn.
+    written = {_cell(coords[rows[0]], shape): rows for rows in _cells(coords, shape)}
+    gathered: dict[tuple[int, ...], list[ChunkRefs]] = {cell: [] for cell in written}
+    for rows in _cells(deleted, shape):
+        gathered.setdefault(_cell(deleted[rows[0]], shape), [])
+    changed = np.concatenate([coords, deleted]) if tile.sources else deleted
     for source in tile.sources:
         refs = _kept(array, source, manifests, changed)
         for rows in _cells(refs.coords, shape):
             part = refs if len(rows) == len(refs) else refs.take(rows)
-            cell = _cell(part.coords, shape)
+            cell = _cell(part.coords[0], shape)
             into = gathered.setdefault(cell, []) if array.anew else gathered.get(cell)
             if into is None:
                 yield trimmed(part)
             else:
                 # Trimmed now: the manifests of an array may share no table, and joining tables costs all their strings.
                 into.append(trimmed(part))
-    for rows in _cells(written.coords, shape):
-        part = written if len(rows) == len(written) else written.take(rows)
-        gathered[_cell(part.coords, shape)].append(trimmed(part))
     for cell in sorted(gathered):
-        if parts := gathered.pop(cell):
+        parts = gathered.pop(cell)
+        if cell in written:
+            parts.append(trimmed(array.written.take(tile.written[written.pop(cell)])))
+        if parts:
             yield trimmed(normalized(concat(parts)))
 
 
@@ -111,12 +132,14 @@ def _cells(coords: Coords, shape: tuple[int, ...]) -> list[npt.NDArray[np.intp]]
     return by_tile(coords, shape) if len(coords) else []
 
 
-def _cell(coords: Coords, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(c // n for c, n in zip(coords[0].tolist(), shape, strict=True))
+def _cell(coords: npt.NDArray[np.uint32], shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(c // n for c, n in zip(coords.tolist(), shape, strict=True))
 
 
-def _written(array: ArrayPlan, tile: Tile) -> ChunkRefs:
-    return array.written if len(tile.written) == len(array.written) else array.written.take(tile.written)
+def written_of(array: ArrayPlan, tile: Tile) -> ChunkRefs:
+    """The references of the log that go into a tile."""
+    refs = array.written
+    return refs if isinstance(refs, ChunkRefs) and len(tile.written) == len(refs) else refs.take(tile.written)
 
 
 def _kept(array: ArrayPlan, source: ManifestRef, manifests: Mapping[ObjectId, Manifest], changed: Coords) -> ChunkRefs:

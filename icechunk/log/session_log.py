@@ -6,12 +6,12 @@ A session never changes its base; it appends events. What the session sees is th
 events over the base, kept up to date with every event, so that a read never replays.
 
 A command (`SessionLog.set_metadata`, `SessionLog.set_native`, …) checks its arguments against the
-fold, then appends the event and folds it: a command that raises has changed nothing. Chunks written
-one at a time do not become an event each. They gather in the *open rows* of their array, and
-become one event when the array is sealed: at a savepoint, before a bulk write, when the log is
-serialised, or when there are many. This is sound because chunk events of one array commute with
-all other events but two: the creation of the array, which comes first anyway, and its deletion,
-which makes them void (open rows are simply dropped then).
+fold, then appends the event and folds it: a command that raises has changed nothing. Chunks do not
+become events as they are written. They gather in their array's fold, single ones in its *open rows*,
+and become few events when somebody asks for them: at a savepoint, or when the log is serialised,
+forked or rebased. This is sound because chunk events of one array commute with all other events but
+two: the creation of the array, which comes first anyway, and its deletion, which makes them void
+(they are simply dropped then).
 
 Chunks are looked up by coordinates under the array's current grid. After a shrink the chunks
 outside are out of sight, and in sight again if the array grows in the same session; the commit
@@ -72,7 +72,7 @@ class SessionLog(Commands):
 
     def savepoint(self) -> Savepoint:
         """Remember this position."""
-        self._seal_all()
+        self._tell_all()
         self._serial += 1
         self._savepoints[self._serial] = len(self._events)
         return Savepoint(self._serial, len(self._events))
@@ -155,7 +155,7 @@ class SessionLog(Commands):
         NodeNotFoundError, AlreadyExistsError
             As `rebased`; the log is then as it was before.
         """
-        self._seal_all()
+        self._tell_all()
         before = list(self._events)
         try:
             for event in events:

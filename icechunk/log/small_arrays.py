@@ -61,7 +61,7 @@ def plan_batches(rows: LogRows, limit: int) -> tuple[list[Batch], frozenset[Node
     """
     batches: list[Batch] = []
     done: set[NodeId] = set()
-    for part in rows.refs.parts:
+    for part in rows.small.parts:
         nodes = [rows.nodes[i] for i in part.nodes]
         if len(nodes) < MANY or (traits := _traits(part, nodes)) is None:
             continue

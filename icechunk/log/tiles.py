@@ -27,20 +27,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from icechunk.format.ids import ObjectId
 from icechunk.format.tables import Extents, ManifestFile, ManifestRef
-from icechunk.log.boxes import around, bounds, by_tile, clipped, halved, in_box, overlap, union, volume
+from icechunk.log.boxes import around, bounds, clipped, halved, in_box, overlap, slabs, union, volume
+from icechunk.log.lookup import sort_last
 
 __all__ = ["Tile", "TilePolicy", "plan_anew", "plan_grid", "plan_tiles"]
 
 Coords = npt.NDArray[np.uint32]
-Rows = npt.NDArray[np.intp]
+Rows = npt.NDArray[Any]
+"""Row numbers; uint32 where there may be very many."""
 
 _NONE = np.empty(0, np.intp)
+_SLAB: Final = 2**22
+"""So many rows are looked at together: to halve them takes ten times the memory of their coordinates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +105,9 @@ def plan_tiles(
         Clean ones stay as they are; dirty ones are written. Boxes are disjoint, but for `Tile.avoid`.
     """
     tiles, outside = _hit(present, files, grid, written, deleted)
-    if len(outside):
+    if outside is None:
+        tiles += _placed_anew(written, policy.max_refs)
+    elif len(outside):
         tiles += _place(tiles, written, outside, policy.max_refs)
     if len(tiles) > 1 and any(tile.dirty for tile in tiles):
         tiles = _merge(tiles, policy)
@@ -128,9 +135,7 @@ def plan_grid(
         Clean ones, and at most one dirty one, whose references are to be cut by the grid: those of a cell in which
         something is written or deleted are one piece, those of other cells one for each manifest they come from.
     """
-    size = np.asarray(tile, np.uint64)
-    cells = (np.concatenate([written, deleted]) // size).astype(np.uint32)
-    touched = cells[[rows[0] for rows in by_tile(cells, (1,) * len(tile))]] if len(cells) else cells
+    touched = _cells(written, deleted, tile) if present else written[:0]
     near = _near(present, written, deleted)
     clean: list[Tile] = []
     apart: list[Tile] = []
@@ -154,8 +159,8 @@ def plan_grid(
         box=union(boxes),
         estimate=sum(t.estimate for t in apart) + len(written),
         sources=tuple(s for t in apart for s in t.sources),
-        written=np.arange(len(written)),
-        deleted=np.arange(len(deleted)),
+        written=_all(written),
+        deleted=_all(deleted),
         dirty=True,
     )
     return [*clean, one]
@@ -181,8 +186,8 @@ def plan_anew(
             box=union(boxes),
             estimate=sum(known) + len(written),
             sources=tuple(inside),
-            written=np.arange(len(written)),
-            deleted=np.arange(len(deleted)),
+            written=_all(written),
+            deleted=_all(deleted),
             dirty=True,
         )
     ]
@@ -194,9 +199,12 @@ def _hit(
     grid: Sequence[int],
     written: Coords,
     deleted: Coords,
-) -> tuple[list[Tile], Rows]:
-    """Tiles that were there, dirty where they change, and the written rows outside all of them."""
+) -> tuple[list[Tile], Rows | None]:
+    """Tiles that were there, dirty where they change, and the written rows outside all of them; None: where there are
+    no tiles, all."""
     tiles: list[Tile] = []
+    if not present:
+        return tiles, None
     left = np.ones(len(written), np.bool_)
     near = _near(present, written, deleted)
     for i, ref in enumerate(present):
@@ -223,6 +231,26 @@ def _hit(
     return tiles, np.flatnonzero(left)
 
 
+def _all(coords: Coords) -> Rows:
+    return np.arange(len(coords), dtype=np.uint32)
+
+
+def _cells(written: Coords, deleted: Coords, tile: Sequence[int]) -> Coords:
+    """The cells of a grid that rows lie in, ascending."""
+    size = np.asarray(tile, np.uint64)
+    parts = [
+        _distinct((coords[first : first + _SLAB] // size).astype(np.uint32))
+        for coords in (written, deleted)
+        for first in range(0, len(coords), _SLAB)
+    ]
+    return _distinct(np.concatenate(parts)) if parts else written[:0]
+
+
+def _distinct(cells: Coords) -> Coords:
+    order = sort_last(cells)
+    return cells if order is None else cells[order]
+
+
 def _near(present: Sequence[ManifestRef], written: Coords, deleted: Coords) -> list[bool]:
     """Which manifests overlap the bounding box of the changes."""
     if len(present) < 2:
@@ -232,6 +260,17 @@ def _near(present: Sequence[ManifestRef], written: Coords, deleted: Coords) -> l
         return [False] * len(present)
     box = union(both)
     return [overlap(ref.extents, box) for ref in present]
+
+
+def _placed_anew(written: Coords, max_refs: int) -> list[Tile]:
+    """Tiles for rows of an array that has none."""
+    placed = []
+    for run in slabs(written, max(_SLAB, max_refs)):
+        part = written[run]
+        for rows in halved(part, max_refs) if len(part) else ():
+            own = (rows + run.start).astype(np.uint32)
+            placed.append(Tile(box=bounds(part[rows]), estimate=len(own), written=own, dirty=True))
+    return placed
 
 
 def _place(tiles: list[Tile], written: Coords, outside: Rows, max_refs: int) -> list[Tile]:

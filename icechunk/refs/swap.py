@@ -139,7 +139,7 @@ def after_reopen(attempt: Attempt, opened: Opened, *, in_history: bool) -> Verdi
 def backoff_s(sources: Sources, round_: int) -> float:
     """A pause with full jitter before try ``round_`` (counted from 1)."""
     longest: float = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0**round_)
-    return longest * (int.from_bytes(sources.random_bytes(4)) / 0x1_0000_0000)
+    return longest * sources.fraction()
 
 
 def unknown(attempt: Attempt, storage: Storage, why: str, token: object) -> CommitOutcomeUnknown:

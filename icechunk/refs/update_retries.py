@@ -23,7 +23,7 @@ class UpdateRetries:
     def pause_s(self, sources: Sources, round_: int) -> float:
         """A pause with full jitter before try ``round_`` + 1 (counted from 1)."""
         longest: float = min(self.longest_pause_s, self.first_pause_s * 2.0 ** min(round_ - 1, 60))
-        return longest * (int.from_bytes(sources.random_bytes(4)) / 0x1_0000_0000)
+        return longest * sources.fraction()
 
 
 def retries_of(config: Any) -> UpdateRetries:

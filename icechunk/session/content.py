@@ -14,11 +14,12 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import encode_id
 from icechunk.format.tables import NATIVE, VIRTUAL, ChunkRef, ChunkRefs, NodeKind, NodeSnapshot
-from icechunk.log.session_log import ABSENT, IN_BASE, SessionLog
+from icechunk.log.session_log import ABSENT, IN_BASE, Absent, InBase, SessionLog
 from icechunk.reading import base_references, read_chunk
 from icechunk.session.base import SessionBase, absolute
 from icechunk.storage.base import ByteRange
 from icechunk.sync import run_sync
+from icechunk.transfer.assets import UNKNOWN
 from icechunk.virtual import ChunkType
 from icechunk.virtual_access.locations import Prefixes
 
@@ -104,7 +105,11 @@ class Content(SessionBase):
         while True:
             with self._lock:
                 self._require_writable()
-                self._check_chunk(path, coords, data)
+                node = self._check_chunk(path, coords, data)
+                place = self._puts.put_nowait(data)
+                if place is not None:
+                    self._log.set_native(node, coords, *place, len(data))
+                    return
                 discards = self._discards
             chunk_id, offset = await self._puts.put(data)
             with self._lock:
@@ -152,23 +157,39 @@ class Content(SessionBase):
 
         Raises `InvalidInputError` where the node is a group.
         """
-        ref = await self.chunk_reference(path, coords, reading=True)
-        if ref is None:
-            return None
-        return await read_chunk(self._core, self._puts, ref, byte_range)
+        node, found = self._look_up(path, coords)
+        if found is IN_BASE:
+            assert node is not None
+            assets = self._core.assets
+            ref = assets.reference_nowait(node, coords)
+            if ref is UNKNOWN:
+                ref = await assets.reference(node, coords, reading=True)
+            elif ref is not None and ref.kind == NATIVE and byte_range is None:
+                # Most chunks of who reads in order are here already.
+                assert ref.chunk_id is not None
+                data = assets.chunk_nowait(ref.chunk_id, ref.offset, ref.offset + ref.length)
+                if data is not None:
+                    return data
+        else:
+            ref = None if found is ABSENT else found
+        return None if ref is None else await read_chunk(self._core, self._puts, ref, byte_range)
 
-    async def chunk_reference(self, path: str, coords: tuple[int, ...], *, reading: bool = False) -> ChunkRef | None:
-        """The reference of a chunk, whose bytes are wanted next if ``reading``; None and errors as in `get_chunk`."""
+    async def chunk_reference(self, path: str, coords: tuple[int, ...]) -> ChunkRef | None:
+        """The reference of a chunk; None and errors as in `get_chunk`."""
+        node, found = self._look_up(path, coords)
+        if found is IN_BASE:
+            assert node is not None
+            return await self._core.assets.reference(node, coords)
+        return None if found is ABSENT else found
+
+    def _look_up(self, path: str, coords: tuple[int, ...]) -> tuple[NodeSnapshot | None, ChunkRef | Absent | InBase]:
         with self._lock:
             # Node and reference from the same log: a commit on another thread replaces it.
             node = self._log.node(path)
             if node is None:
-                return None
+                return None, ABSENT
             require_array_node(node)
-            found = self._log.chunk(node, coords)
-        if found is IN_BASE:
-            return await self._core.assets.reference(node, coords, reading=reading)
-        return None if found is ABSENT else found
+            return node, self._log.chunk(node, coords)
 
     async def chunk_references(self, path: str) -> AsyncGenerator[ChunkRefs, None]:
         """All references of an array: batches in no particular order, none twice; none where it is no array."""

@@ -12,7 +12,7 @@ from icechunk.config import StorageSettings, StorageTimeoutSettings
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.sources import Sources
 from icechunk.storage.http_reading import HttpReader
-from icechunk.storage.s3_client import Limits, limits_of
+from icechunk.storage.tries import Limits, limits_of
 
 __all__ = ["check_options", "reader_maker"]
 
@@ -96,7 +96,7 @@ def reader_maker(
 
 
 def _limits(settings: StorageSettings | None, options: Mapping[str, str]) -> Limits:
-    found = limits_of(settings, None)
+    found = limits_of(settings)
     given = (None if settings is None else settings.timeouts) or StorageTimeoutSettings()
     connect_s = _seconds(options, "connect_timeout") if given.connect_timeout_ms is None else None
     read_s = _seconds(options, "read_timeout") if given.read_timeout_ms is None else None

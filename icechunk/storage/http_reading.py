@@ -14,7 +14,7 @@ from icechunk.sources import Sources
 from icechunk.storage.base import ByteRange, GetResult, Range, Suffix
 from icechunk.storage.keys import resolve_range
 from icechunk.storage.s3_answers import date_us, version_of
-from icechunk.storage.s3_client import Limits
+from icechunk.storage.tries import Limits, Tries
 from icechunk.values import redacted_url
 
 __all__ = ["MOST_REDIRECTS", "REDIRECTS", "HttpReader"]
@@ -58,9 +58,7 @@ class HttpReader:
         self._serves_ranges = serves_ranges
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ssl=tls),
-            timeout=aiohttp.ClientTimeout(
-                total=limits.attempt_s, sock_connect=limits.connect_s, sock_read=limits.read_s
-            ),
+            timeout=_timeout(limits),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             trust_env=True,
@@ -84,14 +82,10 @@ class HttpReader:
             Anything else, after the tries that the settings allow.
         """
         shown = redacted_url(str(url))
-        limits = self._limits
-        began_us = self._sources.elapsed_us()
-        tries = 0
+        tries = Tries(self._limits, self._sources)
         while True:
-            tries += 1
-            times = f" ({tries} tries)" if tries > 1 else ""
             try:
-                found = await self._try(url, shown, wanted, method)
+                found = await self._try(url, shown, wanted, method, tries.limits)
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
                 if isinstance(error, aiohttp.ClientConnectorCertificateError):
                     raise StorageError(
@@ -101,35 +95,32 @@ class HttpReader:
                     ) from error
                 if isinstance(error, aiohttp.InvalidURL | aiohttp.ClientSSLError):
                     raise StorageError(f"cannot read {shown!r}: {error}", ErrorKind.OBJECT_STORE) from error
-                failure = StorageError(f"cannot read {shown!r}: {error!r}{times}", ErrorKind.OBJECT_STORE)
+                failure = StorageError(f"cannot read {shown!r}: {error!r}{tries}", ErrorKind.OBJECT_STORE)
                 failure.__cause__ = error
             else:
                 if isinstance(found, GetResult):
                     return found
-                failure = StorageError(f"cannot read {shown!r}: {found}{times}", ErrorKind.OBJECT_STORE)
-            if tries >= limits.max_tries:
+                failure = StorageError(f"cannot read {shown!r}: {found}{tries}", ErrorKind.OBJECT_STORE)
+            if not await tries.again():
                 raise failure
-            ceiling_s = min(limits.max_backoff_s, limits.initial_backoff_s * 2.0 ** (tries - 1))
-            pause_s = ceiling_s * int.from_bytes(self._sources.random_bytes(4), "big") / 2**32
-            if limits.operation_s is not None:
-                spent_s = (self._sources.elapsed_us() - began_us) / 1e6
-                if spent_s + pause_s >= limits.operation_s:
-                    raise failure
-            await self._sources.sleep(pause_s)
 
-    async def location(self, url: URL) -> str | None:
+    async def location(self, url: URL, limits: Limits) -> str | None:
         """Where one GET is redirected to, as the server wrote it; None: it is not. Raises aiohttp's errors."""
-        async with self._session.get(url, headers=self._headers, allow_redirects=False) as response:
+        async with self._session.get(
+            url, headers=self._headers, allow_redirects=False, timeout=_timeout(limits)
+        ) as response:
             return response.headers.get("Location") if response.status in REDIRECTS else None
 
-    async def _try(self, url: URL, shown: str, wanted: ByteRange, method: str) -> GetResult | str:
+    async def _try(self, url: URL, shown: str, wanted: ByteRange, method: str, limits: Limits) -> GetResult | str:
         """One request with its redirects: the bytes, or why to try again."""
         origin = url.origin()
         for _ in range(MOST_REDIRECTS):
             headers = {"accept-encoding": "identity", **_range_header(wanted)}
             if url.origin() == origin:
                 headers = {**self._headers, **headers}
-            async with self._session.request(method, url, headers=headers, allow_redirects=False) as response:
+            async with self._session.request(
+                method, url, headers=headers, allow_redirects=False, timeout=_timeout(limits)
+            ) as response:
                 if response.status in REDIRECTS and "Location" in response.headers:
                     onward = url.join(URL(response.headers["Location"]))
                     if onward.scheme not in ("http", "https") or (url.scheme, onward.scheme) == ("https", "http"):
@@ -221,3 +212,7 @@ def _range_header(wanted: ByteRange) -> dict[str, str]:
             return {"range": f"bytes={start}-{(end or 0) - 1}"}
         case Suffix(length):
             return {"range": f"bytes=-{length}"}
+
+
+def _timeout(limits: Limits) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=limits.attempt_s, sock_connect=limits.connect_s, sock_read=limits.read_s)

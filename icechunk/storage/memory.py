@@ -147,6 +147,10 @@ class MemoryStorage(Storage):
         return True
 
     @property
+    def gains_from_split_reads(self) -> bool:
+        return False
+
+    @property
     def clock_resolution_us(self) -> int:
         return 1
 

@@ -16,7 +16,7 @@ from icechunk.credentials import AzureCredentials, GcsCredentials
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.obstore_credentials import Access, azure_options, gcs_options
-from icechunk.storage.s3_client import Limits
+from icechunk.storage.tries import Limits
 
 __all__ = ["AzurePlace", "GcsPlace", "ObstorePlace", "check_bucket", "checked_config", "stores_of_obstore"]
 
@@ -123,8 +123,10 @@ class ObstorePlace(ABC):
             obstore is not installed (kind ``unimplemented``), or does not take the configuration (``storage-config``).
         """
         stores = stores_of_obstore(f"a repository in {self.describe()}")
+        # No try is longer than all of them together may be.
+        longest_s = min((s for s in (limits.attempt_s, limits.operation_s) if s is not None), default=None)
         client: dict[str, Any] = {
-            "timeout": _LONGEST_REQUEST if limits.attempt_s is None else timedelta(seconds=limits.attempt_s),
+            "timeout": _LONGEST_REQUEST if longest_s is None else timedelta(seconds=longest_s),
             "connect_timeout": timedelta(seconds=limits.connect_s),
             "read_timeout": timedelta(seconds=limits.read_s),
         }

@@ -25,7 +25,7 @@ from icechunk.storage.keys import check_key, check_range, resolve_range
 from icechunk.storage.obstore_errors import missing, storage_error
 from icechunk.storage.obstore_places import ObstorePlace
 from icechunk.storage.obstore_runtime import obstore_module
-from icechunk.storage.s3_client import limits_of
+from icechunk.storage.tries import limits_of
 
 __all__ = ["ObstoreReading", "version_of_meta"]
 
@@ -53,7 +53,7 @@ class ObstoreReading(Storage):
 
     def _apply(self, settings: StorageSettings | None) -> None:
         self._settings = settings = copy.deepcopy(settings) if settings is not None else StorageSettings()
-        self._limits = limits_of(settings, None)
+        self._limits = limits_of(settings)
         self._use_metadata = settings.unsafe_use_metadata is not False
         self._use_create = settings.unsafe_use_conditional_create is not False
         self._use_update = settings.unsafe_use_conditional_update is not False

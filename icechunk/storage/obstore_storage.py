@@ -36,6 +36,7 @@ from icechunk.storage.obstore_errors import failure_of, missing, storage_error
 from icechunk.storage.obstore_reading import ObstoreReading, version_of_meta
 from icechunk.storage.obstore_runtime import obstore_module
 from icechunk.storage.settling import Found, precondition_failed, settle, uncertain
+from icechunk.storage.tries import Tries
 
 __all__ = ["ObstoreStorage"]
 
@@ -44,7 +45,6 @@ _WRITE_ID: Final = "icechunk_write_id"
 _IDENTIFIER: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _DELETE_BATCH: Final = 256
 _DELETES_AT_ONCE: Final = 16
-_FIRST_CONTACT_TRIES: Final = 4
 
 
 class ObstoreStorage(ObstoreReading):
@@ -92,15 +92,14 @@ class ObstoreStorage(ObstoreReading):
         if self._use_metadata:
             write_id = attributes[_WRITE_ID] = self._place.sources.random_bytes(16).hex()
         name, store = self._name(key), self._store("once")
-        tries, unsettled = 0, False
-        began_us = self._place.sources.elapsed_us()
+        tries, unsettled = Tries(self._limits, self._place.sources), False
         while True:
             mode, guessed = await self._mode(key, precondition, unsettled)
-            tries += 1
             try:
-                put = await obstore_module().put_async(
-                    store, path, content, attributes=attributes or None, mode=mode, use_multipart=False
-                )
+                async with asyncio.timeout(tries.limits.attempt_s):
+                    put = await obstore_module().put_async(
+                        store, path, content, attributes=attributes or None, mode=mode, use_multipart=False
+                    )
                 return PutResult(version=self._landed(key, put), date_us=None)
             except Exception as error:
                 failure = failure_of(error)
@@ -119,7 +118,7 @@ class ObstoreStorage(ObstoreReading):
                     if settled is not None:
                         return settled
                 contacted = unsettled or failure.throttled
-                if not await self._again(tries, began_us, contacted=contacted):
+                if not await tries.again(contacted=contacted):
                     raise (uncertain(trouble) if unsettled else trouble) from error
 
     async def _mode(self, key: str, precondition: Precondition, unsettled: bool) -> tuple[Any, bool]:
@@ -142,20 +141,6 @@ class ObstoreStorage(ObstoreReading):
                 settle(name, precondition, None, refused=False, unsettled=True)
             raise precondition_failed(name, precondition)
         return {"e_tag": f'"{version}"', "version": meta["version"]}, False
-
-    async def _again(self, tries: int, began_us: int, *, contacted: bool) -> bool:
-        """Pause, with full jitter, and return True; False where the tries or the time are used up."""
-        limits, sources = self._limits, self._place.sources
-        if tries >= (limits.max_tries if contacted else min(limits.max_tries, _FIRST_CONTACT_TRIES)):
-            return False
-        ceiling_s = min(limits.max_backoff_s, limits.initial_backoff_s * 2.0 ** (tries - 1))
-        pause_s = ceiling_s * int.from_bytes(sources.random_bytes(4), "big") / 2**32
-        if limits.operation_s is not None:
-            spent_s = (sources.elapsed_us() - began_us) / 1e6
-            if spent_s + pause_s >= limits.operation_s:
-                return False
-        await sources.sleep(pause_s)
-        return True
 
     async def _try_read_back(
         self, key: str, content: bytes, write_id: str | None, unsettled: bool

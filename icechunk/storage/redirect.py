@@ -26,7 +26,7 @@ from icechunk.storage.http_reading import MOST_REDIRECTS, HttpReader
 from icechunk.storage.places import gcs_place, r2_options, tigris_options
 from icechunk.storage.reading_only import ReadOnlyStorage
 from icechunk.storage.s3 import S3Storage
-from icechunk.storage.s3_client import limits_of
+from icechunk.storage.tries import Tries, limits_of
 from icechunk.values import redacted_url
 
 __all__ = ["RedirectStorage", "storage_of_url"]
@@ -112,12 +112,12 @@ class RedirectStorage(ReadOnlyStorage):
 async def _follow(base_url: str, settings: StorageSettings | None) -> str:
     """The first URL on the way that is not one of the web's."""
     shown = redacted_url(base_url)
-    limits = limits_of(settings, None)
+    limits = limits_of(settings)
     reader = HttpReader({}, limits, SYSTEM, serves_ranges=False)
     try:
         url = URL(base_url)
         for _ in range(MOST_REDIRECTS):
-            location = await _ask(reader, url, shown, limits.max_tries, limits.initial_backoff_s)
+            location = await _ask(reader, url, shown, Tries(limits, SYSTEM))
             if location is None:
                 raise StorageError(
                     f"cannot find the storage that {shown!r} stands for: the answer is no redirect",
@@ -141,19 +141,15 @@ async def _follow(base_url: str, settings: StorageSettings | None) -> str:
     )
 
 
-async def _ask(reader: HttpReader, url: URL, shown: str, max_tries: int, backoff_s: float) -> str | None:
-    tries = 0
+async def _ask(reader: HttpReader, url: URL, shown: str, tries: Tries) -> str | None:
     while True:
-        tries += 1
         try:
-            return await reader.location(url)
+            return await reader.location(url, tries.limits)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            if tries >= max_tries or tries >= 4:
+            if not await tries.again(contacted=False):
                 raise StorageError(
-                    f"cannot find the storage that {shown!r} stands for: {error!r} ({tries} tries)",
-                    ErrorKind.BAD_REDIRECT,
+                    f"cannot find the storage that {shown!r} stands for: {error!r}{tries}", ErrorKind.BAD_REDIRECT
                 ) from error
-        await SYSTEM.sleep(backoff_s * 2.0 ** (tries - 1))
 
 
 def storage_of_url(url: str, *, asked: str) -> Storage:

@@ -57,11 +57,12 @@ from icechunk.storage.s3_answers import (
 )
 from icechunk.storage.s3_bulk import delete, list_pages
 from icechunk.storage.s3_checksums import checksum_of, header_name
-from icechunk.storage.s3_client import Request, S3Client, limits_of
+from icechunk.storage.s3_client import Request, S3Client
 from icechunk.storage.s3_multipart import abort_upload, completion_of, part_bytes, start_upload, upload_parts
 from icechunk.storage.s3_place import Place, condition_header, range_header, require_sendable
 from icechunk.storage.s3_sigv4 import encode_key
 from icechunk.storage.settling import Found, precondition_failed, settle, uncertain
+from icechunk.storage.tries import limits_of
 from icechunk.values import redacted_url
 
 __all__ = ["S3Storage"]
@@ -302,7 +303,7 @@ class S3Storage(Storage):
         retrier = client.retrier(self._limits, request)
         unsettled = False
         while True:
-            outcome = await client.attempt(request, self._limits)
+            outcome = await client.attempt(request, retrier.limits)
             if isinstance(outcome, Answer):
                 if outcome.status < 300 and not _hidden_refusal(outcome):
                     return self._landed(client, request, outcome)
@@ -375,7 +376,7 @@ class S3Storage(Storage):
         client = await self._place.client()
         retrier = client.retrier(self._limits, request)
         while True:
-            answer = await client.call(request, self._limits)
+            answer = await client.call(request, retrier.limits)
             if answer.status >= 300:
                 raise self._missing(client, request, source, answer)
             # A copy that fails on the way says so in the body of a 200.

@@ -15,8 +15,9 @@ from icechunk.storage.base import DeleteResult, ObjectInfo, Version
 from icechunk.storage.keys import check_key
 from icechunk.storage.s3_answers import parse_refusal, parse_xml, text_of
 from icechunk.storage.s3_checksums import content_md5
-from icechunk.storage.s3_client import Limits, Request
+from icechunk.storage.s3_client import Request
 from icechunk.storage.s3_place import Place
+from icechunk.storage.tries import Limits
 
 __all__ = ["delete", "list_pages"]
 

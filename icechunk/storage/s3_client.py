@@ -13,15 +13,12 @@ import hashlib
 import logging
 import os
 import ssl
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from botocore.httpsession import get_cert_path
 
-from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTimeoutSettings
-from icechunk.config.storage import DEFAULT_INITIAL_BACKOFF_MS, DEFAULT_MAX_BACKOFF_MS, DEFAULT_MAX_TRIES
 from icechunk.format.envelope import CLIENT_NAME
 from icechunk.sources import Sources
 from icechunk.storage.http1 import Connections, NotConnectedError
@@ -40,60 +37,16 @@ from icechunk.storage.s3_answers import (
 from icechunk.storage.s3_credentials import KeyProvider
 from icechunk.storage.s3_endpoint import Endpoint
 from icechunk.storage.s3_sigv4 import UNSIGNED_PAYLOAD, SigningKeys, encode_query, sign
+from icechunk.storage.tries import Limits, Tries
 
-__all__ = ["Limits", "Request", "S3Client", "limits_of"]
+__all__ = ["Request", "S3Client"]
 
 _LOG: Final = logging.getLogger(__name__)
 _EMPTY_HASH: Final = hashlib.sha256(b"").hexdigest()
-# A service that was never reached is more likely misspelt than restarting.
-_FIRST_CONTACT_TRIES: Final = 4
-# Hashing this much takes longer than handing it to a thread.
 _HASH_IN_THREAD_BYTES: Final = 512 * 1024
 _SLOWEST_UPLOAD_BYTES_PER_S: Final = 64 * 1024
 _MENDABLE: Final = frozenset({301, 307, 400, 401, 403})
 _EXPIRED: Final = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Tries and timeouts of one storage's settings."""
-
-    max_tries: int
-    initial_backoff_s: float
-    max_backoff_s: float
-    connect_s: float
-    read_s: float
-    """For the next byte of an answer."""
-    attempt_s: float | None
-    """For one try; None: what the body's size makes reasonable."""
-    operation_s: float | None
-    """For all tries together; None: no limit."""
-
-
-def limits_of(settings: StorageSettings | None, stream_timeout_s: int | None) -> Limits:
-    """The limits that settings and options describe, official defaults where they are silent."""
-    settings = settings or StorageSettings()
-    retries = settings.retries or StorageRetriesSettings()
-    timeouts = settings.timeouts or StorageTimeoutSettings()
-
-    def seconds(value_ms: int | None, default_s: float) -> float:
-        return default_s if value_ms is None else value_ms / 1000
-
-    def backoff(value_ms: int | None, default_ms: int) -> float:
-        return (default_ms if value_ms is None else value_ms) / 1000
-
-    return Limits(
-        max_tries=DEFAULT_MAX_TRIES if retries.max_tries is None else retries.max_tries,
-        initial_backoff_s=backoff(retries.initial_backoff_ms, DEFAULT_INITIAL_BACKOFF_MS),
-        max_backoff_s=backoff(retries.max_backoff_ms, DEFAULT_MAX_BACKOFF_MS),
-        connect_s=seconds(timeouts.connect_timeout_ms, 10.0),
-        # 0 means no limit in the official library; a limit there has to be.
-        read_s=seconds(timeouts.read_timeout_ms, float(stream_timeout_s or 60)),
-        attempt_s=None
-        if timeouts.operation_attempt_timeout_ms is None
-        else timeouts.operation_attempt_timeout_ms / 1e3,
-        operation_s=None if timeouts.operation_timeout_ms is None else timeouts.operation_timeout_ms / 1e3,
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +120,7 @@ class S3Client:
         """
         retrier = self.retrier(limits, request)
         while True:
-            outcome = await self.attempt(request, limits)
+            outcome = await self.attempt(request, retrier.limits)
             if isinstance(outcome, Answer):
                 if outcome.status < 300 or (outcome.status in (404, 412, 416) and not is_transient(outcome)):
                     return outcome
@@ -288,53 +241,45 @@ class S3Client:
 
 
 class Retrier:
-    """The tries of one operation: how many there were, and whether there is another."""
+    """The tries of one operation of a client."""
 
     def __init__(self, client: S3Client, limits: Limits, sources: Sources, what: str) -> None:
-        self.tries = 1
+        self._tries = Tries(limits, sources)
         self._what = what
         self._client = client
-        self._limits = limits
-        self._sources = sources
-        self._began_us = sources.elapsed_us()
+
+    @property
+    def tries(self) -> int:
+        """So many so far."""
+        return self._tries.count
+
+    @property
+    def limits(self) -> Limits:
+        """Those of the next try."""
+        return self._tries.limits
 
     async def again(self, outcome: Answer | Unanswered) -> bool:
         """Pause, as long as the service asks and with full jitter on top, and return True; False where the tries or the
         time are used up.
         """
-        limits = self._limits
-        allowed = limits.max_tries
-        if isinstance(outcome, Unanswered):
-            if outcome.final:
-                return False
-            if not outcome.connected and not self._client.contacted:
-                allowed = min(allowed, _FIRST_CONTACT_TRIES)
-        if self.tries >= allowed:
-            return False
-        ceiling_s = min(limits.max_backoff_s, limits.initial_backoff_s * 2.0 ** (self.tries - 1))
-        pause_s = ceiling_s * _unit(self._sources.random_bytes(8))
         if isinstance(outcome, Answer):
-            pause_s += min(limits.max_backoff_s, retry_after_s(outcome))
-        if limits.operation_s is not None:
-            spent_s = (self._sources.elapsed_us() - self._began_us) / 1e6
-            if spent_s + pause_s >= limits.operation_s:
-                return False
+            pause_s = self._tries.pause_s(asked_s=retry_after_s(outcome))
+        elif outcome.final:
+            return False
+        else:
+            pause_s = self._tries.pause_s(contacted=outcome.connected or self._client.contacted)
+        if pause_s is None:
+            return False
         _LOG.debug(
             "trying again to %s in %.0f ms, after try %d: %s", self._what, pause_s * 1e3, self.tries, _reason(outcome)
         )
-        await self._sources.sleep(pause_s)
-        self.tries += 1
+        await self._tries.after(pause_s)
         return True
 
 
 def _reason(outcome: Answer | Unanswered) -> str:
     # What the service says is left out: it may quote what was sent, credentials included.
     return f"HTTP {outcome.status}" if isinstance(outcome, Answer) else type(outcome.cause).__name__
-
-
-def _unit(random: bytes) -> float:
-    number: int = struct.unpack("<Q", random)[0]
-    return number / 2.0**64
 
 
 def _tls_context() -> ssl.SSLContext:

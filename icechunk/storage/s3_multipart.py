@@ -13,7 +13,8 @@ from icechunk.config import ChecksumAlgorithm
 from icechunk.errors import IcechunkError, StorageError
 from icechunk.storage.s3_answers import parse_xml, text_of
 from icechunk.storage.s3_checksums import checksum_of, header_name, service_name
-from icechunk.storage.s3_client import Limits, Request, S3Client
+from icechunk.storage.s3_client import Request, S3Client
+from icechunk.storage.tries import Limits
 
 __all__ = ["abort_upload", "completion_of", "part_bytes", "start_upload", "upload_parts"]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from enum import Enum
 from functools import lru_cache
-from typing import TypeAlias, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -35,7 +36,7 @@ from icechunk.transfer.gate import Gates
 from icechunk.transfer.reads import Reads
 from icechunk.transfer.walk import Walk, Walks
 
-__all__ = ["Assets", "off_loop", "references_of"]
+__all__ = ["UNKNOWN", "Assets", "Unknown", "off_loop", "references_of"]
 
 T = TypeVar("T")
 
@@ -61,6 +62,15 @@ async def off_loop(size_bytes: int, work: Callable[[], T], limiter: anyio.Capaci
         return work()
     return await anyio.to_thread.run_sync(work, limiter=limiter)
 
+
+class Unknown(Enum):
+    """The type of `UNKNOWN`."""
+
+    UNKNOWN = "unknown"
+    """It has to be read to know."""
+
+
+UNKNOWN: Final = Unknown.UNKNOWN
 
 _chunk_key = lru_cache(maxsize=4096)(chunk_key)
 
@@ -213,14 +223,26 @@ class Assets:
         if manifest_ref is None:
             return None
         held = await self._manifest(manifest_ref.object_id)
+        if reading and self._readers.peek() is None:
+            await self._readers.get()
+        return self._reference_in(held, node, coords, reading)
+
+    def reference_nowait(self, node: NodeSnapshot, coords: tuple[int, ...]) -> ChunkRef | Unknown | None:
+        """The same, `reading`, where the manifest is in the cache; `UNKNOWN` where it is not."""
+        manifest_ref = self._locate(node.manifests, coords)
+        if manifest_ref is None:
+            return None
+        held = self._manifests.get(manifest_ref.object_id)
+        return UNKNOWN if held is None else self._reference_in(held, node, coords, True)
+
+    def _reference_in(self, held: _Held, node: NodeSnapshot, coords: tuple[int, ...], reading: bool) -> ChunkRef | None:
         columns = held.columns.get(node.id)
         if columns is None:
             columns = held.columns[node.id] = _Columns(references_of(held.manifest, node))
         row = columns.find(coords)
         if row < 0:
             return None
-        if reading and (walk := columns.walks.step(row)) is not None:
-            reader = self._readers.peek() or await self._readers.get()
+        if reading and (walk := columns.walks.step(row)) is not None and (reader := self._readers.peek()) is not None:
             _fetch_ahead(reader, columns.refs, walk)
         return columns.row(row)
 
@@ -263,6 +285,11 @@ class Assets:
         """Bytes ``start`` to ``end`` (exclusive) of a chunk object; fewer where it is shorter."""
         reader = self._readers.peek() or await self._readers.get()
         return await reader.read(_chunk_key(id), start, end)
+
+    def chunk_nowait(self, id: ObjectId, start: int, end: int) -> bytes | None:
+        """The same where all of it was fetched before it was asked for; None where it was not."""
+        reader = self._readers.peek()
+        return None if reader is None else reader.read_nowait(_chunk_key(id), start, end)
 
     def keep_snapshot(self, snapshot: Snapshot) -> None:
         """Cache a snapshot that this process just wrote or read."""

@@ -215,6 +215,20 @@ class BlockReader:
             parts.append(found)
         return b"".join(parts)
 
+    def read_nowait(self, key: str, start: int, end: int) -> bytes | None:
+        """The same where all of it is in the cache, and None where it is not: nothing is waited for."""
+        known = self._objects.get(key)
+        if known is None:
+            return None
+        for first, data in known.kept.items():
+            if first <= start and end <= first + len(data):
+                self._objects.move_to_end(key)
+                self._kept.move_to_end((key, first))
+                if known.track.window:
+                    self._go_ahead(key, known, end)
+                return data[start - first : end - first]
+        return None
+
     def upcoming(self, refs: ChunkRefs, row: int, max_bytes: int) -> tuple[list[tuple[ObjectId, int, int]], int]:
         """What to `prefetch` for the rows from ``row`` on, within this reader's limits; see `walk.upcoming`."""
         limits = self._limits

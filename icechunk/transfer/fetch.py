@@ -26,7 +26,7 @@ class Splitting:
     part_bytes: int
     """Ranges longer than this are fetched in parts of about this size, all equal."""
     max_requests: int
-    """Parts of one range in flight at the most."""
+    """Parts of one range in flight at the most; while there are so many requests anyway, nothing is split."""
 
     def parts(self, start: int, end: int) -> list[tuple[int, int]]:
         """Ranges that make up the bytes from ``start`` to ``end``.
@@ -85,6 +85,8 @@ class FetchPool:
         self._storage = storage
         self._gate = gate
         self._splitting = splitting
+        # Of all ranges that are being read in parts; most have not entered the gate yet.
+        self._parts = 0
         self._latencies = None if hedge_percentile is None else Latencies(hedge_percentile)
         self._flights: dict[object, _Flight[Any]] = {}
 
@@ -121,9 +123,13 @@ class FetchPool:
         if type(byte_range) is not Range or byte_range.end is None:
             return await self._request(key, byte_range, 0)
         size = byte_range.end - byte_range.start
-        if self._splitting is None or size <= self._splitting.part_bytes:
+        if self._splitting is None or size <= self._splitting.part_bytes or self._busy(self._splitting):
             return await self._request(key, byte_range, size)
         return await self._in_parts(key, byte_range.start, byte_range.end, self._splitting)
+
+    def _busy(self, splitting: Splitting) -> bool:
+        # Enough connections carry something already; parts would only cost requests.
+        return max(self._gate.requests, self._parts) >= splitting.max_requests
 
     async def _in_parts(self, key: str, start: int, end: int, splitting: Splitting) -> GetResult:
         found: dict[int, GetResult] = {}
@@ -136,7 +142,12 @@ class FetchPool:
                 if part[0] == start or error.kind != ErrorKind.INVALID_BYTE_RANGE:
                     raise
 
-        await run_each(fetch, splitting.parts(start, end), limit=splitting.max_requests)
+        planned = splitting.parts(start, end)
+        self._parts += len(planned)
+        try:
+            await run_each(fetch, planned, limit=splitting.max_requests)
+        finally:
+            self._parts -= len(planned)
         parts = [found[first] for first in sorted(found)]
         head = parts[0]
         if any((part.version, part.size) != (head.version, head.size) for part in parts):

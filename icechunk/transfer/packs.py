@@ -76,6 +76,18 @@ class Packs:
             self._pool.take(chunk_key(id), bytes(data))
             return id, 0
         await self._pool.reserve(len(data))
+        return self._pack(data)
+
+    def put_nowait(self, data: bytes | memoryview) -> tuple[ObjectId, int] | None:
+        """The same for a chunk that is packed, where there is room at once and no failure to tell; else None."""
+        if len(data) >= self._threshold_bytes or not self._pool.reserve_nowait(len(data)):
+            return None
+        if os.getpid() != self._pid:
+            self._pool.release(len(data))
+            return None
+        return self._pack(data)
+
+    def _pack(self, data: bytes | memoryview) -> tuple[ObjectId, int]:
         with self._lock:
             pack = self._open
             if pack is None:

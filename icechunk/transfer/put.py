@@ -135,11 +135,10 @@ class PutPool:
             does a later call that finds the memory full. No room is reserved.
         """
         self._raise_news()
+        if self.reserve_nowait(size_bytes):
+            return
         memory = self._memory
         with self._lock:
-            if not memory.waiting and memory.fits(size_bytes):
-                memory.add(self._holding, size_bytes)
-                return
             room = Room(size_bytes, self._holding, self)
             memory.waiting.append(room)
         helped: set[_Pending] = set()
@@ -157,6 +156,17 @@ class PutPool:
                     memory.add(self._holding, -size_bytes)
                 memory.let_in()
             raise
+
+    def reserve_nowait(self, size_bytes: int) -> bool:
+        """Whether that room could be kept at once; never where a failure is to be told, which `reserve` does."""
+        memory = self._memory
+        if self._news:
+            return False
+        with self._lock:
+            if memory.waiting or not memory.fits(size_bytes):
+                return False
+            memory.add(self._holding, size_bytes)
+            return True
 
     def take(self, key: str, data: bytes) -> None:
         """Take an object for which room is reserved, and start its upload on the running loop."""

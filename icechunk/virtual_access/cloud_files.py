@@ -18,7 +18,7 @@ from icechunk.storage.obstore_errors import missing, storage_error
 from icechunk.storage.obstore_places import AzurePlace, GcsPlace, ObstorePlace, stores_of_obstore
 from icechunk.storage.obstore_runtime import obstore_module
 from icechunk.storage.s3 import S3Storage
-from icechunk.storage.s3_client import limits_of
+from icechunk.storage.tries import limits_of
 from icechunk.values import redacted_url
 from icechunk.virtual_access.locations import key_of
 
@@ -162,4 +162,4 @@ def azure_files(
 
 def _files(place: ObstorePlace, service: str, settings: StorageSettings | None) -> ObstoreFiles:
     stores_of_obstore(f"reading virtual chunks from {service}")
-    return ObstoreFiles(place.open(limits_of(settings, None), role="read"))
+    return ObstoreFiles(place.open(limits_of(settings), role="read"))

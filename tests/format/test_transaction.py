@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icechunk.errors import FormatError, InvalidInputError
+from icechunk.format import transaction
 from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.tables import Move, NodeKind, TransactionLog
 from icechunk.format.transaction import decode_transaction_log, encode_transaction_log
@@ -70,3 +71,26 @@ def test_many_coordinates_come_back() -> None:
 def test_another_id_than_expected_is_a_format_error() -> None:
     with pytest.raises(FormatError, match="its id is"):
         decode_transaction_log(encode_transaction_log(EMPTY), expected_id=ObjectId(bytes(12)))
+
+
+def test_logs_are_filled_a_block_at_a_time_whatever_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    chunks = {
+        NodeId(rng.bytes(8)): np.unique(rng.integers(0, 9, (n, 2)), axis=0).astype(np.uint32) for n in (5, 0, 1, 20, 3)
+    }
+    log = replace(EMPTY, updated_chunks=chunks)
+    at_once = encode_transaction_log(log)
+    monkeypatch.setattr(transaction, "_BLOCK", 3)
+    assert encode_transaction_log(log) == at_once
+
+
+@pytest.mark.parametrize("limit", ["MAX_TABLES", "MAX_BYTES"])
+def test_a_log_that_no_reader_would_take_is_refused(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transaction, "_SURELY_FEW", 0)
+    monkeypatch.setattr(transaction, "_ROOM", 0)
+    monkeypatch.setattr(transaction, limit, {"MAX_TABLES": 100, "MAX_BYTES": 2000}[limit])
+    few = replace(EMPTY, updated_chunks={A: np.arange(99, dtype=np.uint32)[:, None][:98]})
+    assert decode_transaction_log(encode_transaction_log(few)).updated_chunks[A].shape == (98, 1)
+    many = replace(EMPTY, updated_chunks={A: np.arange(101, dtype=np.uint32)[:, None]})
+    with pytest.raises(InvalidInputError, match=r"of 101 changed chunks.*several steps"):
+        encode_transaction_log(many)

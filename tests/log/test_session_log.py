@@ -278,13 +278,19 @@ def test_large_layers_share_their_columns_with_the_events_until_there_are_many(
     assert [len(layer) for layer in fold.layers] == [80] * 4
     written = [event.refs for event in log.events if isinstance(event, ChunksWritten)]
     assert all(layer.refs is refs for layer, refs in zip(fold.layers, written, strict=True))
-    for k in range(4, 18):
-        log.set_refs(node, native(np.arange(50 * k, 50 * k + 80)[:, None], first=1000 * k + 1))
-        assert len(fold.layers) <= 4 + k.bit_length()
-    for c in range(17 * 50):
+    for k in range(4, 60):
+        log.set_refs(node, native(np.arange(15 * k, 15 * k + 80)[:, None], first=1000 * k + 1))
+        assert len(fold.layers) <= 4 + 8
+    # What was merged before anybody asked is in memory once.
+    shared = {id(event.refs) for event in log.events if isinstance(event, ChunksWritten)}
+    assert len(log.events) < 20
+    assert sum(id(layer.refs) in shared for layer in fold.layers) >= len(fold.layers) - 1
+    for c in range(60 * 15):
         found = log.chunk(node, (c,))
         assert isinstance(found, ChunkRef)
-        assert found.chunk_id == object_id(1000 * (c // 50) + 1 + c % 50)  # of the last that wrote it
+        last = 50 * (c // 50) if c < 60 else 15 * (c // 15)  # of the last that wrote it
+        k = last // 50 if c < 60 else c // 15
+        assert found.chunk_id == object_id(1000 * k + 1 + c - last)
 
 
 def test_a_refused_command_leaves_the_log_as_it_was(repo: Repo) -> None:

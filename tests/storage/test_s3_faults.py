@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -69,7 +70,7 @@ def storage_on(server: FaultyS3, pauses: Pauses, **settings: object) -> S3Storag
             **settings,  # type: ignore[arg-type]
         ),
         # Half of each ceiling, always.
-        sources=Sources(sleep=pauses, random_bytes=lambda n: b"\0" * (n - 1) + b"\x80"),
+        sources=Sources(sleep=pauses, random_bytes=lambda n: b"\x80" + b"\0" * (n - 1)),
     )
 
 
@@ -271,6 +272,62 @@ async def test_a_service_that_is_not_there_is_given_up_soon(pauses: Pauses) -> N
     with pytest.raises(StorageError, match=r"cannot read s3://b/p/x: the connection was refused .*\(4 tries\)"):
         await storage.get("x")
     assert len(pauses.lengths) == 3
+
+
+async def test_a_try_takes_no_longer_than_its_limit(server: FaultyS3, storage: S3Storage) -> None:
+    server.objects[PATH] = (b"content", {})
+    server.behaviours = [HANG, STALL, OK]
+    hurried = storage.with_settings(
+        StorageSettings(timeouts=StorageTimeoutSettings(operation_attempt_timeout_ms=100, read_timeout_ms=60_000))
+    )
+    assert (await hurried.get("x")).data == b"content"
+    assert len(server.seen) == 3
+
+
+@pytest.mark.parametrize("fault", [HANG, STALL])
+async def test_all_tries_together_take_no_longer_than_their_limit(
+    server: FaultyS3, storage: S3Storage, fault: str
+) -> None:
+    server.objects[PATH] = (b"content", {})
+    server.behaviours = [fault] * 100
+    limit = StorageTimeoutSettings(operation_timeout_ms=150, read_timeout_ms=60_000)
+    hurried = storage.with_settings(StorageSettings(timeouts=limit))
+    with pytest.raises(StorageError, match="cannot read s3://b/p/x"):
+        await hurried.get("x")
+    assert len(server.seen) == 1
+    if fault == HANG:
+        with pytest.raises(StorageError, match=r"cannot write s3://b/p/x.*uncertain"):
+            await hurried.put("x", b"new", Absent())
+        assert [seen.method for seen in server.seen].count("PUT") == 1
+
+
+async def test_a_connection_that_is_not_made_is_given_up_after_its_limit(pauses: Pauses) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as silent:
+        address = silent.getsockname()
+        # The queue of a listener that accepts nobody: who comes next is not even refused.
+        waiting = [socket.socket() for _ in range(4)]
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(address)
+        storage = S3Storage(
+            "b",
+            "p",
+            options=S3Options(
+                region="us-east-1",
+                endpoint_url=f"http://127.0.0.1:{address[1]}",
+                allow_http=True,
+                force_path_style=True,
+            ),
+            credentials=S3Credentials.Static(S3StaticCredentials("AKID", "secret")),
+            settings=StorageSettings(timeouts=StorageTimeoutSettings(connect_timeout_ms=50)),
+            sources=Sources(sleep=pauses),
+        )
+        with pytest.raises(StorageError, match="cannot read s3://b/p/x"):
+            await storage.get("x")
+        assert len(pauses.lengths) == 3
+        await storage.aclose()
+        for one in waiting:
+            one.close()
 
 
 async def test_tls_to_a_plain_port_names_the_remedy(server: FaultyS3, pauses: Pauses) -> None:

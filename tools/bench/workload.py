@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import resource
 import sys
-import tempfile
 import time
 import uuid
 import warnings
@@ -29,10 +27,10 @@ SMALL_CALLS = 5_000
 SMALL_BYTES = 64
 COMMIT_REFS = 20_000
 REFERENCES = 1_000_000
-HUGE_REFERENCES = 10 * REFERENCES
 SMALL_ARRAYS = 5_000
 WIRE_CHUNKS = 1_000
 WIRE_CHUNK_BYTES = 16 * 1024
+RANDOM_READS = 200
 
 
 async def small(_: Mapping[str, Any]) -> dict[str, float]:
@@ -94,8 +92,9 @@ async def commit(_: Mapping[str, Any]) -> dict[str, float]:
 def wire(options: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of what users do through zarr's API at its defaults, on an S3 endpoint.
 
-    To write and to read 1 000 chunks of 16 KiB; to open and to read one; to open a session, change an attribute and
-    commit, one right after the other, and again with pauses between; of the latter the commits alone.
+    To write and to read 1 000 chunks of 16 KiB; to open and to read one; to read 200 at random, one at a time; to
+    open a session, change an attribute and commit, one right after the other, and again with pauses between; of the
+    latter the commits alone.
     """
     storage_options = {
         "bucket": options["bucket"],
@@ -137,7 +136,18 @@ def wire(options: Mapping[str, Any]) -> dict[str, float]:
     zarr.open_array(cold, path="a", mode="r")[:1]
     seconds["open to first chunk"] = time.perf_counter() - started
 
-    tries = 5
+    chosen = np.random.default_rng(1).integers(0, WIRE_CHUNKS, RANDOM_READS).tolist()
+    again = icechunk.Repository.open(icechunk.s3_storage(**storage_options)).readonly_session("main").store
+    array = zarr.open_array(again, path="a", mode="r")
+    each = WIRE_CHUNK_BYTES // 4
+    started = time.perf_counter()
+    for i in chosen:
+        values = array[i * each : (i + 1) * each]
+        if values[0] != data[i * each]:
+            raise AssertionError("what was read is not what was written")
+    seconds["random reads"] = time.perf_counter() - started
+
+    tries = 10
     for what, pause_s in (("tiny session and commit", 0.0), ("the same after a pause", 0.1)):
         seconds |= {what: 0.0, "tiny commit": 0.0}
         for i in range(tries):
@@ -218,37 +228,6 @@ async def arrays(_: Mapping[str, Any]) -> dict[str, float]:
     return seconds
 
 
-async def huge(_: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds to set ten million virtual references of one object, a million at a time, and to commit them to local
-    files; and the most memory that the process took, in GiB."""
-    config = icechunk.RepositoryConfig.default()
-    container = icechunk.VirtualChunkContainer("s3://bucket/", icechunk.s3_store(region="us-east-1"))
-    config.set_virtual_chunk_container(container)
-    with tempfile.TemporaryDirectory() as folder:
-        storage = icechunk.local_filesystem_storage(folder)
-        repo = await icechunk.Repository.create_async(storage, config=config)
-        session = await repo.writable_session_async("main")
-        await _array(session.store, "a", HUGE_REFERENCES, 1)
-        locations = ["s3://bucket/object"] * REFERENCES
-        seconds = {"10 M set": 0.0}
-        for first in range(0, HUGE_REFERENCES, REFERENCES):
-            offsets = np.arange(first, first + REFERENCES, dtype=np.uint64) * np.uint64(1000)
-            lengths = np.full(REFERENCES, 1000, np.uint64)
-            started = time.perf_counter()
-            session.store.set_virtual_refs_arr(
-                "a", (REFERENCES,), locations, offsets, lengths, arr_offset=(first,), validate_containers=True
-            )
-            seconds["10 M set"] += time.perf_counter() - started
-        started = time.perf_counter()
-        await session.commit_async("many references")
-        seconds["10 M commit"] = time.perf_counter() - started
-        # whoever still writes behind the commit does so before the folder goes
-        await asyncio.sleep(1.0)
-    # Linux counts in KiB.
-    seconds["10 M peak memory, GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return seconds
-
-
 async def _array(store: Any, path: str, n_chunks: int, chunk_bytes: int) -> None:
     await zarr.api.asynchronous.create_array(
         store=store, name=path, shape=(n_chunks * chunk_bytes,), chunks=(chunk_bytes,), dtype="u1", compressors=None
@@ -261,7 +240,6 @@ CASES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "references": references,
     "arrays": arrays,
     "wire": wire,
-    "huge": huge,
 }
 
 
