@@ -141,7 +141,7 @@ class ArrayFold:
         count = len(self.rows)
         for layer in self.layers:
             count += len(layer.refs)
-        return count <= FEW_ROWS
+        return count <= min(FEW_ROWS, LARGE_LAYER)
 
     @property
     def is_mixed(self) -> bool:
