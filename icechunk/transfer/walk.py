@@ -42,8 +42,11 @@ class Walk:
     """Bytes that it was allowed."""
 
     def wants_more(self) -> bool:
-        """Whether it is a walk, and past the middle of what was fetched for it."""
-        return self.steps >= STEPS and self.fetched - self.next <= self.ahead // 2
+        """Whether it is a walk, and past the first quarter of what was fetched for it last.
+
+        A quarter, since the first windows are small: what follows them has to be under way before they are used up.
+        """
+        return self.steps >= STEPS and self.fetched - self.next <= self.ahead * 3 // 4
 
     def grow(self) -> tuple[int, int]:
         """The first row to fetch next, and how many bytes."""

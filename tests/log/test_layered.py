@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -61,6 +62,17 @@ def test_what_is_taken_does_not_keep_the_layer_it_was_in() -> None:
     taken = spread([part, later]).take(np.arange(990, 1010))
     assert taken.coords[:, 0].tolist() == list(range(990, 1010))
     assert not any(np.shares_memory(taken.offset, column) for column in (part.offset, later.offset))
+
+
+def test_a_column_of_one_value_takes_no_room_however_rows_are_taken_and_joined() -> None:
+    parts = []
+    for first in (0, 100):
+        part = native(np.arange(first, first + 100, dtype=np.uint32)[:, None], first=1)
+        parts.append(replace(part, chunk_id=np.broadcast_to(part.chunk_id[0], 100)))
+    for refs in (concat(parts), spread(parts).take(np.arange(50, 150)), parts[0].take(np.array([3, 1]))):
+        assert refs.chunk_id.strides == (0,)
+        assert len(refs.chunk_id) == len(refs)
+        assert refs.row(1).chunk_id == parts[0].row(0).chunk_id
 
 
 @settings(max_examples=80, deadline=None)
