@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, cast
 
-import numpy as np
 from aiohappyeyeballs import start_connection
 from multidict import CIMultiDict
 
+from icechunk.storage.buffers import Buffers
 from icechunk.storage.http1_large import LARGE_BYTES, Move, Threads
 
 __all__ = ["BadAnswerError", "Connections", "NotConnectedError", "Origin", "Response"]
@@ -87,6 +87,7 @@ class Connections:
         self._idle: dict[Origin, deque[tuple[_Connection, float]]] = {}
         self._open: set[_Connection] = set()
         self._threads = Threads(_THREADS)
+        self._buffers = Buffers()
         self._closed = False
 
     async def exchange(
@@ -174,14 +175,17 @@ class Connections:
             async with asyncio.timeout(connect_s):
                 if _is_address(origin.host):
                     _, connection = await loop.create_connection(
-                        lambda: _Connection(loop, self._open, self._threads), origin.host, origin.port, ssl=tls
+                        lambda: _Connection(loop, self._open, self._threads, self._buffers),
+                        origin.host,
+                        origin.port,
+                        ssl=tls,
                     )
                 else:
                     # asyncio's own race of addresses leaves a socket unclosed where it is cancelled at its end.
                     addresses = await loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
                     connected = await start_connection(addresses, happy_eyeballs_delay=_HAPPY_EYEBALLS_S)
                     _, connection = await loop.create_connection(
-                        lambda: _Connection(loop, self._open, self._threads),
+                        lambda: _Connection(loop, self._open, self._threads, self._buffers),
                         sock=connected,
                         ssl=tls,
                         server_hostname=origin.host if tls else None,
@@ -203,9 +207,16 @@ def _is_address(host: str) -> bool:
 class _Connection(asyncio.Protocol):
     """One connection; `request` may be called again once it has returned and `reusable` is true."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, open_connections: set[_Connection], threads: Threads) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        open_connections: set[_Connection],
+        threads: Threads,
+        buffers: Buffers,
+    ) -> None:
         self._loop = loop
         self._threads = threads
+        self._buffers = buffers
         self._sending: Move | None = None
         self._receiving: Move | None = None
         self._open = open_connections
@@ -226,7 +237,7 @@ class _Connection(asyncio.Protocol):
         loop, transport = self._loop, self._transport
         answer: asyncio.Future[Response] = loop.create_future()
         self._answer = answer
-        self._reading = _Reading(bodiless)
+        self._reading = _Reading(bodiless, self._buffers)
         self._heard = now = loop.time()
         self._read_s = read_s
         self._deadline = None if total_s is None else now + total_s
@@ -402,10 +413,23 @@ class _Connection(asyncio.Protocol):
 class _Reading:
     """An answer as it comes in."""
 
-    __slots__ = ("_bodiless", "_chunks", "_head", "_headers", "_left", "_parts", "_size", "_status", "_whole", "keep")
+    __slots__ = (
+        "_bodiless",
+        "_buffers",
+        "_chunks",
+        "_head",
+        "_headers",
+        "_left",
+        "_parts",
+        "_size",
+        "_status",
+        "_whole",
+        "keep",
+    )
 
-    def __init__(self, bodiless: bool) -> None:
+    def __init__(self, bodiless: bool, buffers: Buffers) -> None:
         self._bodiless = bodiless
+        self._buffers = buffers
         self._head: bytes | None = b""
         self._status = 0
         self._headers: CIMultiDict[str] = CIMultiDict()
@@ -522,7 +546,7 @@ class _Reading:
                 raise ValueError(f"bad content-length {length!r}")
             self._size = self._left = int(length)
             if LARGE_BYTES <= self._size <= _LARGEST_IN_PLACE_BYTES:
-                self._whole = np.empty(self._size, np.uint8).data
+                self._whole = self._buffers.take(self._size)
         else:
             self.keep = False
 

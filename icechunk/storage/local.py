@@ -54,12 +54,14 @@ from icechunk.storage.base import (
     Matches,
     ObjectInfo,
     ObjectKind,
+    Octets,
     Precondition,
     PutResult,
     Storage,
     Unchecked,
     Version,
 )
+from icechunk.storage.buffers import Buffers
 from icechunk.storage.defaults import place_settings
 from icechunk.storage.keys import resolve_range
 from icechunk.storage.local_files import (
@@ -79,6 +81,7 @@ __all__ = ["RESERVED", "LocalStorage"]
 T = TypeVar("T")
 
 _THREADS: Final = 32
+_LARGE_BYTES: Final = 512 * 1024
 _ABANDONED_AFTER_S: Final = 24 * 3600
 _DELETE_BATCH: Final = 1000
 
@@ -109,6 +112,7 @@ class LocalStorage(Storage):
         self._swept = False
         self._threads: tuple[int, ThreadPoolExecutor] | None = None
         self._threads_lock = threading.Lock()
+        self._buffers = Buffers()
 
     async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
         return await self._in_thread(self._get, key, byte_range)
@@ -255,7 +259,7 @@ class LocalStorage(Storage):
                     raise self._not_found(key)
                 self._folders.settle(path, status)
                 start, stop = resolve_range(byte_range, status.st_size, key)
-                data = _read(descriptor, start, stop - start)
+                data = self._read(descriptor, start, stop - start)
             finally:
                 os.close(descriptor)
         if len(data) != stop - start:
@@ -271,6 +275,15 @@ class LocalStorage(Storage):
             modified_us=status.st_mtime_ns // 1000,
             date_us=self._sources.wall_us(),
         )
+
+    def _read(self, descriptor: int, start: int, length: int) -> Octets:
+        if length < _LARGE_BYTES or not hasattr(os, "preadv"):
+            return _read(descriptor, start, length)
+        view = self._buffers.take(length)
+        done = 0
+        while done < length and (count := os.preadv(descriptor, [view[done:]], start + done)):
+            done += count
+        return view[:done].toreadonly()
 
     def _head(self, key: str) -> ObjectInfo:
         path = self._path(key)

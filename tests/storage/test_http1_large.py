@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icechunk.storage import http1
+from icechunk.storage.buffers import Buffers
 from icechunk.storage.http1 import BadAnswerError, Connections, _Reading
 from icechunk.storage.http1_large import LARGE_BYTES
 from tests.storage.test_http1 import LIMITS, OK, connections, saying, serving
@@ -245,7 +246,7 @@ def test_a_body_is_put_together_wherever_its_pieces_end(cuts: list[int], thread:
     stream = b"HTTP/1.1 200 OK\r\nContent-Length: 32\r\n\r\n" + body + surplus
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(http1, "LARGE_BYTES", 16)
-        reading, at, response = _Reading(bodiless=False), 0, None
+        reading, at, response = _Reading(bodiless=False, buffers=Buffers()), 0, None
         for cut in [*sorted(min(cut, len(stream)) for cut in cuts), len(stream)]:
             if response is None and cut > at:
                 response = reading.feed(stream[at:cut])
