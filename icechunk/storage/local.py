@@ -27,7 +27,6 @@ import errno
 import itertools
 import os
 import stat
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
@@ -54,7 +53,6 @@ from icechunk.storage.base import (
     Matches,
     ObjectInfo,
     ObjectKind,
-    Octets,
     Precondition,
     PutResult,
     Storage,
@@ -70,6 +68,7 @@ from icechunk.storage.local_files import (
     fsync_folder,
     locked,
     publish_new,
+    read_file,
     temporary_name,
 )
 from icechunk.storage.local_folders import Folders
@@ -81,7 +80,6 @@ __all__ = ["RESERVED", "LocalStorage"]
 T = TypeVar("T")
 
 _THREADS: Final = 32
-_LARGE_BYTES: Final = 512 * 1024
 _ABANDONED_AFTER_S: Final = 24 * 3600
 _DELETE_BATCH: Final = 1000
 
@@ -259,7 +257,7 @@ class LocalStorage(Storage):
                     raise self._not_found(key)
                 self._folders.settle(path, status)
                 start, stop = resolve_range(byte_range, status.st_size, key)
-                data = self._read(descriptor, start, stop - start)
+                data = read_file(descriptor, start, stop - start, self._buffers)
             finally:
                 os.close(descriptor)
         if len(data) != stop - start:
@@ -275,15 +273,6 @@ class LocalStorage(Storage):
             modified_us=status.st_mtime_ns // 1000,
             date_us=self._sources.wall_us(),
         )
-
-    def _read(self, descriptor: int, start: int, length: int) -> Octets:
-        if length < _LARGE_BYTES or not hasattr(os, "preadv"):
-            return _read(descriptor, start, length)
-        view = self._buffers.take(length)
-        done = 0
-        while done < length and (count := os.preadv(descriptor, [view[done:]], start + done)):
-            done += count
-        return view[:done].toreadonly()
 
     def _head(self, key: str) -> ObjectInfo:
         path = self._path(key)
@@ -457,27 +446,6 @@ class LocalStorage(Storage):
 
 def _take(found: Iterator[ObjectInfo], count: int) -> list[ObjectInfo]:
     return list(itertools.islice(found, count))
-
-
-def _read(descriptor: int, start: int, length: int) -> bytes:
-    data = _read_some(descriptor, length, start)
-    if len(data) == length:
-        return data
-    # One call moves at most 2 GiB, and signals may cut it short.
-    parts = [data]
-    done = len(data)
-    while done < length and data:
-        data = _read_some(descriptor, length - done, start + done)
-        parts.append(data)
-        done += len(data)
-    return b"".join(parts)
-
-
-def _read_some(descriptor: int, size: int, offset: int) -> bytes:
-    if sys.platform == "win32":
-        os.lseek(descriptor, offset, os.SEEK_SET)
-        return os.read(descriptor, size)
-    return os.pread(descriptor, size, offset)
 
 
 def _pools_are_closed() -> bool:
