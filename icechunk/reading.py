@@ -12,7 +12,7 @@ from icechunk.errors import ErrorKind, FormatError, InvalidInputError, ObjectNot
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.tables import INLINE, NATIVE, ChunkRef, ChunkRefs, NodeSnapshot
 from icechunk.log.layers import inside
-from icechunk.storage.base import ByteRange, Range, Suffix
+from icechunk.storage.base import ByteRange, Octets, Range, Suffix
 from icechunk.transfer.assets import references_of
 from icechunk.transfer.packs import Packs
 
@@ -31,7 +31,7 @@ def clip(byte_range: ByteRange, length: int) -> tuple[int, int]:
             return max(0, length - count), length
 
 
-async def read_chunk(core: Core, puts: Packs | None, ref: ChunkRef, byte_range: ByteRange) -> bytes:
+async def read_chunk(core: Core, puts: Packs | None, ref: ChunkRef, byte_range: ByteRange) -> Octets:
     """The bytes that a reference points to, or a range of them, clamped as in `clip`.
 
     Raises
@@ -51,7 +51,7 @@ async def read_chunk(core: Core, puts: Packs | None, ref: ChunkRef, byte_range: 
         if puts is not None and (waiting := puts.pending(ref.chunk_id, ref.offset, ref.length)) is not None:
             return waiting[start:end]
         try:
-            data = await core.assets.chunk(ref.chunk_id, ref.offset + start, ref.offset + end)
+            found = await core.assets.chunk(ref.chunk_id, ref.offset + start, ref.offset + end)
         except ObjectNotFoundError as error:
             raise StorageError(
                 f"chunk object {encode_id(ref.chunk_id)} is missing from {core.storage.describe()}, though a "
@@ -61,9 +61,9 @@ async def read_chunk(core: Core, puts: Packs | None, ref: ChunkRef, byte_range: 
         except InvalidInputError as error:
             # The range begins beyond the object's end.
             raise _too_short(ref.chunk_id, ref, "none") from error
-        if len(data) != end - start:
-            raise _too_short(ref.chunk_id, ref, f"only {len(data)} of {end - start}")
-        return data
+        if len(found) != end - start:
+            raise _too_short(ref.chunk_id, ref, f"only {len(found)} of {end - start}")
+        return found
     return await core.virtual.read(ref, start, end)
 
 

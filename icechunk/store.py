@@ -23,7 +23,7 @@ from icechunk.errors import ErrorKind, InvalidInputError, ReadOnlyError, Session
 from icechunk.format.tables import ChunkRefs, NodeKind, NodeSnapshot
 from icechunk.keys import ChunkKey, MetadataKey, chunk_key_text, metadata_key_text, parse_key, to_path
 from icechunk.reading import clip
-from icechunk.storage.base import ByteRange, Range, Suffix
+from icechunk.storage.base import ByteRange, Octets, Range, Suffix
 from icechunk.sync import run_sync
 from icechunk.transfer.tasks import run_each
 from icechunk.values import fields_html
@@ -95,7 +95,7 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Bytes of a key, or a range of them clamped to its size; None where there is nothing."""
         parsed = parse_key(key)
-        data: bytes | None = None
+        data: Octets | None = None
         if type(parsed) is ChunkKey:
             data = await self._session.get_chunk(parsed.path, parsed.coords, _range(byte_range))
         elif type(parsed) is MetadataKey and (node := self._session.node(parsed.path)) is not None:
@@ -211,8 +211,7 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
         parsed = parse_key(key)
         if type(parsed) is ChunkKey:
             # Large values are copied once there is room for the copy, not while they wait.
-            large = len(value) >= _COPIED_LATE_BYTES
-            data = value.as_numpy_array().data.cast("B") if large else value.to_bytes()
+            data = _content(value) if len(value) >= _COPIED_LATE_BYTES else value.to_bytes()
             await self._session.set_chunk(parsed.path, parsed.coords, data)
         elif type(parsed) is MetadataKey:
             self._session.set_metadata(parsed.path, value.to_bytes())
@@ -399,6 +398,19 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
 
     def _repr_html_(self) -> str:
         return fields_html("icechunk.IcechunkStore", self._summary())
+
+
+def _content(value: Buffer) -> bytes | memoryview:
+    """What a buffer holds: the very bytes where it is made of nothing else, as codecs' results are, which nobody can
+    change; else a view of memory that may be the user's array.
+    """
+    array = value.as_numpy_array()
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if type(base) is bytes and len(base) == array.nbytes and array.flags.c_contiguous:
+        return base
+    return array.data.cast("B")
 
 
 def _byte_request_to_tuple(byte_request: ByteRequest | None) -> tuple[int | None, int | None]:

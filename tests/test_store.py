@@ -25,6 +25,7 @@ from icechunk import (
 from icechunk.errors import ErrorKind, IcechunkError, ObjectNotFoundError, StorageError
 from icechunk.storage.base import GetResult, PutResult
 from icechunk.storage.memory import MemoryStorage
+from icechunk.store import _content
 from tests.store_builders import (
     PROTOTYPE,
     array_document,
@@ -562,3 +563,29 @@ async def test_chunk_object_that_is_gone_is_an_error_and_never_fill_values(byte_
     assert caught.value.kind == ErrorKind.OBJECT_NOT_FOUND
     assert isinstance(caught.value.__cause__, ObjectNotFoundError)
     assert await read(store, "a/c/0/0", byte_range) is not None
+
+
+@pytest.mark.parametrize("size", [10, 1_000, 100_000, 2_000_000])
+async def test_what_was_set_stays_whatever_becomes_of_the_array_that_it_came_from(size: int) -> None:
+    repo = await Repository.create_async(MemoryStorage())
+    session = await repo.writable_session_async("main")
+    await session.store.set("a/zarr.json", buffer(array_document((1,))))
+    array = np.random.default_rng(0).integers(1, 256, size, dtype=np.uint8)
+    kept = array.tobytes()
+    await session.store.set("a/c/0", cpu.Buffer.from_array_like(array.view("B")))
+    array[:] = 0
+    assert await read(session.store, "a/c/0") == kept
+    await session.commit_async("changed afterwards")
+    array[:] = 1
+    reopened = (await repo.readonly_session_async("main")).store
+    assert await read(reopened, "a/c/0") == kept
+
+
+def test_bytes_that_nobody_can_change_are_taken_as_they_are_and_no_others() -> None:
+    data = bytes(range(256)) * 4
+    assert _content(cpu.Buffer.from_bytes(data)) is data
+    whole = np.frombuffer(data, "B")
+    for other in (whole[1:], np.frombuffer(bytearray(data), "B"), whole.copy(), np.frombuffer(data * 2, "B")[:1024]):
+        found = _content(cpu.Buffer.from_array_like(other))
+        assert found is not data
+        assert bytes(found) == other.tobytes()

@@ -17,7 +17,7 @@ from icechunk.format.tables import NATIVE, VIRTUAL, ChunkRef, ChunkRefs, NodeKin
 from icechunk.log.session_log import ABSENT, IN_BASE, Absent, InBase, SessionLog
 from icechunk.reading import base_references, read_chunk
 from icechunk.session.base import SessionBase, absolute
-from icechunk.storage.base import ByteRange
+from icechunk.storage.base import ByteRange, Octets
 from icechunk.sync import run_sync
 from icechunk.transfer.assets import UNKNOWN
 from icechunk.virtual import ChunkType
@@ -152,7 +152,7 @@ class Content(SessionBase):
             )
         return node
 
-    async def get_chunk(self, path: str, coords: tuple[int, ...], byte_range: ByteRange) -> bytes | None:
+    async def get_chunk(self, path: str, coords: tuple[int, ...], byte_range: ByteRange) -> Octets | None:
         """Bytes of a chunk, or a clamped range of them; None where it was never written, or there is no array.
 
         Raises `InvalidInputError` where the node is a group.

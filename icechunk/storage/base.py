@@ -28,6 +28,7 @@ __all__ = [
     "ListingUnsupportedError",
     "Matches",
     "ObjectInfo",
+    "Octets",
     "Precondition",
     "PutResult",
     "Range",
@@ -79,6 +80,7 @@ class Suffix:
 
 
 ByteRange: TypeAlias = Range | Suffix | None
+Octets: TypeAlias = bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +100,19 @@ class ObjectInfo:
 class GetResult:
     """The bytes asked for, and what the store said with them."""
 
-    data: bytes
-    """Exactly the bytes of the (clamped) range."""
+    body: Octets
+    """Exactly the bytes of the (clamped) range. Large ones may be a view of memory that nobody changes any more."""
     size: int
     """Bytes of the whole object."""
     version: Version
     modified_us: int
     date_us: int | None
     """The store's clock when it answered (its ``Date`` header), µs; None where the store does not say."""
+
+    @property
+    def data(self) -> bytes:
+        """The same as `body`, as bytes: a copy where that is a view."""
+        return bytes(self.body)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

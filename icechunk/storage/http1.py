@@ -2,8 +2,9 @@
 
 The general client of aiohttp spends three quarters of its time on what these exchanges never use (cookies, redirects,
 compression, streams, tracing), and copies each byte of an answer three times on the loop's thread. Here a request is
-written as one piece where it is small, and in pieces that wait for the peer where it is large; the pieces of an answer
-are joined once, when the last has come.
+written as one piece where it is small, and in pieces that wait for the peer where it is large; the pieces of a small
+answer are joined once, when the last has come, and a large one is received into its final place. Megabytes are moved by
+threads beside the loop where the connection is plain (`icechunk.storage.http1_large`).
 
 One request is one try: nothing is sent again, no redirect is followed.
 """
@@ -20,8 +21,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, cast
 
+import numpy as np
 from aiohappyeyeballs import start_connection
 from multidict import CIMultiDict
+
+from icechunk.storage.http1_large import LARGE_BYTES, Move, Threads
 
 __all__ = ["BadAnswerError", "Connections", "NotConnectedError", "Origin", "Response"]
 
@@ -32,6 +36,11 @@ _ONE_WRITE_BYTES: Final = 64 * 1024
 # Small enough for others to have their turn in between.
 _PIECE_BYTES: Final = 256 * 1024
 _HAPPY_EYEBALLS_S: Final = 0.25
+_THREADS: Final = 16
+# Room is made for no more than this on the word of a header.
+_LARGEST_IN_PLACE_BYTES: Final = 256 * 1024 * 1024
+# What an answer to a request that was read to its end leaves to the thread that sent it: to notice.
+_LAST_SEND_S: Final = 0.1
 
 
 class NotConnectedError(Exception):
@@ -59,7 +68,8 @@ class Response:
 
     status: int
     headers: CIMultiDict[str]
-    body: bytes
+    body: bytes | memoryview
+    """A view, of bytes that nobody changes any more, where it is large."""
 
 
 class Connections:
@@ -76,6 +86,7 @@ class Connections:
         self._room = asyncio.Semaphore(_CONNECTIONS)
         self._idle: dict[Origin, deque[tuple[_Connection, float]]] = {}
         self._open: set[_Connection] = set()
+        self._threads = Threads(_THREADS)
         self._closed = False
 
     async def exchange(
@@ -163,14 +174,14 @@ class Connections:
             async with asyncio.timeout(connect_s):
                 if _is_address(origin.host):
                     _, connection = await loop.create_connection(
-                        lambda: _Connection(loop, self._open), origin.host, origin.port, ssl=tls
+                        lambda: _Connection(loop, self._open, self._threads), origin.host, origin.port, ssl=tls
                     )
                 else:
                     # asyncio's own race of addresses leaves a socket unclosed where it is cancelled at its end.
                     addresses = await loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
                     connected = await start_connection(addresses, happy_eyeballs_delay=_HAPPY_EYEBALLS_S)
                     _, connection = await loop.create_connection(
-                        lambda: _Connection(loop, self._open),
+                        lambda: _Connection(loop, self._open, self._threads),
                         sock=connected,
                         ssl=tls,
                         server_hostname=origin.host if tls else None,
@@ -192,14 +203,18 @@ def _is_address(host: str) -> bool:
 class _Connection(asyncio.Protocol):
     """One connection; `request` may be called again once it has returned and `reusable` is true."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, open_connections: set[_Connection]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, open_connections: set[_Connection], threads: Threads) -> None:
         self._loop = loop
+        self._threads = threads
+        self._sending: Move | None = None
+        self._receiving: Move | None = None
         self._open = open_connections
         self._transport: asyncio.Transport
         self.closed: asyncio.Future[None] = loop.create_future()
         self._answer: asyncio.Future[Response] | None = None
         self._writable: asyncio.Future[None] | None = None
         self._paused = False
+        self._lost = False
         self.reusable = False
 
     # -- of the caller ---------------------------------------------------------------------------------------------
@@ -227,7 +242,8 @@ class _Connection(asyncio.Protocol):
                 if not await self._write(memoryview(body)):
                     return await answer
             response = await answer
-            self.reusable = self._reading.keep and not transport.is_closing()
+            sent = self._sending is None or (response.status < 300 and await self._sent())
+            self.reusable = sent and self._reading.keep and not transport.is_closing()
             return response
         finally:
             self._answer = None
@@ -236,11 +252,21 @@ class _Connection(asyncio.Protocol):
     def abort(self) -> None:
         """Close at once."""
         self.reusable = False
+        self._stop_moves()
         self._transport.abort()
 
+    def _stop_moves(self) -> None:
+        for move in (self._sending, self._receiving):
+            if move is not None:
+                move.stop()
+
     async def _write(self, body: memoryview) -> bool:
-        """Send a large body; False where the answer came first, so that the rest was not sent."""
+        """Send a large body; False where the answer came first, so that the rest was not sent. True too where a
+        thread sends it."""
         answer = self._answer
+        self._sending = self._threads.try_send(self._transport, body, self._read_s, self._end_of_send)
+        if self._sending is not None:
+            return True
         for start in range(0, len(body), _PIECE_BYTES):
             if answer is None or answer.done():
                 return False
@@ -253,6 +279,46 @@ class _Connection(asyncio.Protocol):
                 await asyncio.sleep(0)
         return True
 
+    async def _sent(self) -> bool:
+        """Whether a thread that sends has sent everything, of a request that was answered."""
+        move = self._sending
+        if move is not None and not move.is_complete:
+            # Its last bytes were read before it could say so.
+            ended = self._writable = self._loop.create_future()
+            await asyncio.wait([ended], timeout=_LAST_SEND_S)
+            self._writable = None
+        return move is None or move.is_complete
+
+    def _end_of_send(self, move: Move) -> None:
+        if self._sending is move:
+            self._sending = None
+        self._heard = self._loop.time()
+        if isinstance(move.error, TimeoutError):
+            self._fail(TimeoutError(f"no sign of life for {self._read_s:g} s"))
+        # Of every other error the reading side hears too, maybe after an answer.
+        self._go_on_writing()
+        self._end_if_closed()
+
+    def _end_of_receive(self, move: Move) -> None:
+        self._receiving = None
+        self._heard = self._loop.time()
+        response = self._reading.fill(move.moved)
+        if response is not None:
+            self._transport.resume_reading()
+            if self._answer is not None and not self._answer.done():
+                self._answer.set_result(response)
+        else:
+            late = isinstance(move.error, TimeoutError)
+            gone = TimeoutError(f"no sign of life for {self._read_s:g} s") if late else move.error
+            self._fail(gone or BadAnswerError(self._reading.missing()))
+            self._transport.abort()
+        self._go_on_writing()
+        self._end_if_closed()
+
+    def _end_if_closed(self) -> None:
+        if self._lost and self._sending is None and self._receiving is None and not self.closed.done():
+            self.closed.set_result(None)
+
     def _watch(self) -> asyncio.TimerHandle:
         quiet_until = self._heard + self._read_s
         at = quiet_until if self._deadline is None else min(quiet_until, self._deadline)
@@ -263,6 +329,10 @@ class _Connection(asyncio.Protocol):
         now = self._loop.time()
         if self._deadline is not None and now >= self._deadline:
             self._fail(TimeoutError("no complete answer in time"))
+        elif self._sending is not None or self._receiving is not None:
+            # The threads watch the line themselves.
+            self._heard = now
+            self._watch()
         elif now >= self._heard + self._read_s:
             self._fail(TimeoutError(f"no sign of life for {self._read_s:g} s"))
         else:
@@ -289,7 +359,9 @@ class _Connection(asyncio.Protocol):
             else:
                 self._fail(error or BadAnswerError(self._reading.missing()))
         self._go_on_writing()
-        self.closed.set_result(None)
+        self._lost = True
+        self._stop_moves()
+        self._end_if_closed()
 
     def data_received(self, data: bytes) -> None:
         answer = self._answer
@@ -307,6 +379,12 @@ class _Connection(asyncio.Protocol):
         if response is not None:
             answer.set_result(response)
             self._go_on_writing()
+        elif (rest := self._reading.rest) is not None and len(rest) >= LARGE_BYTES and self._threads.are_free:
+            # Never both: the loop reads no more until the thread has ended.
+            self._transport.pause_reading()
+            self._receiving = self._threads.try_receive(self._transport, rest, self._read_s, self._end_of_receive)
+            if self._receiving is None:
+                self._transport.resume_reading()
 
     def pause_writing(self) -> None:
         self._paused = True
@@ -324,7 +402,7 @@ class _Connection(asyncio.Protocol):
 class _Reading:
     """An answer as it comes in."""
 
-    __slots__ = ("_bodiless", "_chunks", "_head", "_headers", "_left", "_parts", "_size", "_status", "keep")
+    __slots__ = ("_bodiless", "_chunks", "_head", "_headers", "_left", "_parts", "_size", "_status", "_whole", "keep")
 
     def __init__(self, bodiless: bool) -> None:
         self._bodiless = bodiless
@@ -335,6 +413,8 @@ class _Reading:
         self._size: int | None = None
         self._left = 0
         self._chunks: _Chunks | None = None
+        # A large body, of which all but the last `_left` bytes are there.
+        self._whole: memoryview | None = None
         self.keep = False
         """Whether the connection may be used again after this answer."""
 
@@ -351,6 +431,12 @@ class _Reading:
                 return None
             self.keep = self.keep and not self._chunks.rest
             return Response(self._status, self._headers, body)
+        if self._whole is not None:
+            count = min(len(data), self._left)
+            at = len(self._whole) - self._left
+            self._whole[at : at + count] = memoryview(data)[:count]
+            self.keep = self.keep and count == len(data)
+            return self.fill(count)
         if data:
             self._parts.append(data)
             self._left -= len(data)
@@ -360,6 +446,16 @@ class _Reading:
             self.keep = False
             self._parts[-1] = self._parts[-1][: self._left]
         return self._response()
+
+    @property
+    def rest(self) -> memoryview | None:
+        """Where the rest of a large body belongs, for whoever receives it; `fill` has to follow."""
+        return None if self._whole is None else self._whole[len(self._whole) - self._left :]
+
+    def fill(self, count: int) -> Response | None:
+        """So many bytes of `rest` are there; the answer once it is complete."""
+        self._left -= count
+        return None if self._left else self._response()
 
     def at_end(self) -> Response | None:
         """The answer where the end of the connection is its end; None where it is incomplete."""
@@ -376,6 +472,8 @@ class _Reading:
         return f"{self._size - self._left} bytes came instead of {self._size}"
 
     def _response(self) -> Response:
+        if self._whole is not None:
+            return Response(self._status, self._headers, self._whole.toreadonly())
         parts, self._parts = self._parts, []
         return Response(self._status, self._headers, parts[0] if len(parts) == 1 else b"".join(parts))
 
@@ -423,6 +521,8 @@ class _Reading:
             if not length.isdigit() or len(set(headers.getall("content-length"))) > 1:
                 raise ValueError(f"bad content-length {length!r}")
             self._size = self._left = int(length)
+            if LARGE_BYTES <= self._size <= _LARGEST_IN_PLACE_BYTES:
+                self._whole = np.empty(self._size, np.uint8).data
         else:
             self.keep = False
 

@@ -194,7 +194,7 @@ def _begins_there(wanted: ByteRange, match: re.Match[str]) -> bool:
 
 def _found(headers: Mapping[str, str], data: bytes, size: int) -> GetResult:
     return GetResult(
-        data=data,
+        body=data,
         size=size,
         version=version_of(headers),
         modified_us=date_us(headers, "Last-Modified") or 0,

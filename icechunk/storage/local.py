@@ -265,7 +265,7 @@ class LocalStorage(Storage):
                 ErrorKind.IO,
             )
         return GetResult(
-            data=data,
+            body=data,
             size=status.st_size,
             version=version_of(status),
             modified_us=status.st_mtime_ns // 1000,

@@ -61,7 +61,7 @@ class MemoryStorage(Storage):
             start, stop = resolve_range(byte_range, info.size, key)
             data = data[start:stop]
         return GetResult(
-            data=data, size=info.size, version=info.version, modified_us=info.modified_us, date_us=self._wall_us()
+            body=data, size=info.size, version=info.version, modified_us=info.modified_us, date_us=self._wall_us()
         )
 
     async def put(

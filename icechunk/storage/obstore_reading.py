@@ -98,7 +98,7 @@ class ObstoreReading(Storage):
             raise await self._unread(key, byte_range, error) from error
         meta = answer.meta
         info = self._info(key, meta)
-        return GetResult(data=data, size=info.size, version=info.version, modified_us=info.modified_us, date_us=None)
+        return GetResult(body=data, size=info.size, version=info.version, modified_us=info.modified_us, date_us=None)
 
     async def _unread(self, key: str, byte_range: ByteRange, error: Exception) -> Exception:
         """The error to raise for one while reading."""

@@ -153,7 +153,7 @@ class S3Storage(Storage):
             return await self._get_empty(key, byte_range)
         if answer.status >= 300:
             raise self._missing(client, request, key, answer)
-        data, size = answer.body, len(answer.body)
+        data, size = answer.content, len(answer.content)
         if answer.status == 206:
             match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
             if match is None or int(match[2]) - int(match[1]) + 1 != len(data):
@@ -168,7 +168,7 @@ class S3Storage(Storage):
             start, stop = resolve_range(byte_range, size, key)
             data = data[start:stop]
         return GetResult(
-            data=data,
+            body=data,
             size=size,
             version=version_of(headers),
             modified_us=date_us(headers, "Last-Modified") or 0,
@@ -184,7 +184,7 @@ class S3Storage(Storage):
                 ErrorKind.INVALID_BYTE_RANGE,
             )
         return GetResult(
-            data=b"",
+            body=b"",
             size=0,
             version=version_of(answer.headers),
             modified_us=date_us(answer.headers, "Last-Modified") or 0,
@@ -506,5 +506,7 @@ def _unpickled(
 
 def _hidden_refusal(answer: Answer) -> bool:
     """True for a 200 whose body is an error document, as completing and copying may answer."""
+    if answer.status != 200:
+        return False
     head = answer.body[:300].lstrip()
-    return answer.status == 200 and (b"<Error>" in head or b"<Error " in head)
+    return b"<Error>" in head or b"<Error " in head

@@ -63,7 +63,12 @@ class Answer:
     status: int
     headers: Mapping[str, str]
     """Names in any case."""
-    body: bytes
+    content: bytes | memoryview
+
+    @property
+    def body(self) -> bytes:
+        """The same as `content`, as bytes: a copy where that is a view of a large body."""
+        return bytes(self.content)
 
 
 @dataclass(frozen=True, slots=True)

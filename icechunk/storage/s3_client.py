@@ -92,6 +92,8 @@ class S3Client:
         self.pace = Pace()
         # The store's clock minus ours, µs; set when the store says that they differ too much.
         self._skew_us = 0
+        # The service refused a body that was sent without its hash over plain http.
+        self._wants_hashes = False
 
     @classmethod
     async def open(
@@ -158,6 +160,9 @@ class S3Client:
                 self.pace.leave(epoch, refused)
             if isinstance(outcome, Unanswered) or outcome.status not in _MENDABLE:
                 return outcome
+            if outcome.status in (400, 403) and self.endpoint.scheme == "http" and self._leaves_unsigned(request.body):
+                self._wants_hashes = True
+                continue
             code = parse_refusal(outcome).code
             if code in mended or not code:
                 return outcome
@@ -233,11 +238,17 @@ class S3Client:
     async def _payload_hash(self, body: bytes | memoryview) -> str:
         if not body:
             return _EMPTY_HASH
-        if self.endpoint.scheme == "https":
+        if self._leaves_unsigned(body):
             return UNSIGNED_PAYLOAD
         if len(body) >= _HASH_IN_THREAD_BYTES:
             return (await asyncio.to_thread(hashlib.sha256, body)).hexdigest()
         return hashlib.sha256(body).hexdigest()
+
+    def _leaves_unsigned(self, body: bytes | memoryview) -> bool:
+        """Whether a body goes without its hash: TLS keeps it whole, or it never leaves this machine and is large."""
+        if self.endpoint.scheme == "https":
+            return bool(body)
+        return len(body) >= _HASH_IN_THREAD_BYTES and not self._wants_hashes and self.endpoint.is_this_machine
 
 
 class Retrier:

@@ -47,6 +47,11 @@ class Endpoint:
         return f"{self.scheme}://{self.host}{self.path}"
 
     @property
+    def is_this_machine(self) -> bool:
+        """Whether nobody stands between here and the service: a loopback address."""
+        return _is_loopback(self.origin.host)
+
+    @property
     def origin(self) -> Origin:
         """Where connections go."""
         return _origin(self.scheme, self.host)
@@ -56,6 +61,16 @@ class Endpoint:
 def _origin(scheme: str, host: str) -> Origin:
     parts = urlsplit(f"{scheme}://{host}")
     return Origin(scheme, parts.hostname or "", parts.port or (443 if scheme == "https" else 80))
+
+
+@lru_cache(maxsize=64)
+def _is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 async def resolve_endpoint(bucket: str, options: S3Options, region: str | None = None) -> Endpoint:

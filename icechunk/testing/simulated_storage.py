@@ -171,7 +171,7 @@ class SimulatedStorage(Storage):
         if found is None:
             raise ObjectNotFoundError(f"no object {key!r}")
         return GetResult(
-            data=found.data,
+            body=found.data,
             size=len(found.data),
             version=found.version,
             modified_us=found.modified_us,

@@ -27,7 +27,7 @@ from icechunk.format.tables import (
 )
 from icechunk.format.transaction import decode_transaction_log
 from icechunk.log.lookup import RefTable, find_row
-from icechunk.storage.base import Storage
+from icechunk.storage.base import Octets, Storage
 from icechunk.storage.per_loop import PerLoop
 from icechunk.transfer.blocks import BlockReader
 from icechunk.transfer.cache import WeightedCache
@@ -281,7 +281,7 @@ class Assets:
         pool = self._pools.peek() or await self._pools.get()
         return await self._read(pool, key)
 
-    async def chunk(self, id: ObjectId, start: int, end: int) -> bytes:
+    async def chunk(self, id: ObjectId, start: int, end: int) -> Octets:
         """Bytes ``start`` to ``end`` (exclusive) of a chunk object; fewer where it is shorter."""
         reader = self._readers.peek() or await self._readers.get()
         return await reader.read(_chunk_key(id), start, end)

@@ -19,7 +19,7 @@ from functools import partial
 
 from icechunk.format.ids import ObjectId
 from icechunk.format.tables import ChunkRefs
-from icechunk.storage.base import GetResult, Range
+from icechunk.storage.base import GetResult, Octets, Range
 from icechunk.transfer.fetch import FetchPool
 from icechunk.transfer.walk import upcoming
 
@@ -128,7 +128,7 @@ class _Want:
 
     start: int
     end: int
-    place: asyncio.Future[tuple[int, bytes]]
+    place: asyncio.Future[tuple[int, Octets]]
     """Resolves to what its flight brought: where that starts, and its bytes."""
     flight: _Flight | None = None
     """The request that it waits for; None until the end of the turn."""
@@ -159,7 +159,7 @@ class _Flight:
 class _Object:
     track: Track = field(default_factory=Track)
     flights: list[_Flight] = field(default_factory=list)
-    kept: dict[int, bytes] = field(default_factory=dict)
+    kept: dict[int, Octets] = field(default_factory=dict)
     """What is cached, by its start."""
     wanted: list[_Want] = field(default_factory=list)
     """Readers of this turn."""
@@ -192,8 +192,8 @@ class BlockReader:
         """Bytes kept, and bytes on their way to be kept."""
         return self._kept_bytes + self._reserved_bytes
 
-    async def read(self, key: str, start: int, end: int) -> bytes:
-        """Bytes ``start`` to ``end`` (exclusive) of an object; fewer where it ends before.
+    async def read(self, key: str, start: int, end: int) -> Octets:
+        """Bytes ``start`` to ``end`` (exclusive) of an object; fewer where it ends before. Many may come as a view.
 
         Raises
         ------
@@ -203,7 +203,7 @@ class BlockReader:
             The object ends at or before ``start`` (kind ``invalid-byte-range``).
         """
         if end - start >= self._limits.block_bytes and not self._limits.keep_wanted:
-            return await self._pool.get(key, Range(start, end))
+            return await self._pool.view(key, Range(start, end))
         known, found = await self._part(key, start, end)
         if len(found) == end - start:
             return found
@@ -226,7 +226,7 @@ class BlockReader:
                 self._kept.move_to_end((key, first))
                 if known.track.window:
                     self._go_ahead(key, known, end)
-                return data[start - first : end - first]
+                return bytes(data[start - first : end - first])
         return None
 
     def upcoming(self, refs: ChunkRefs, row: int, max_bytes: int) -> tuple[list[tuple[ObjectId, int, int]], int]:
@@ -264,9 +264,10 @@ class BlockReader:
         else:
             first, data = await self._fetched(key, known, start, end)
         self._go_ahead(key, known, end)
-        return known, data[start - first : end - first]
+        # Of a view too: who keeps a small part shall not keep all of it.
+        return known, bytes(data[start - first : end - first])
 
-    async def _fetched(self, key: str, known: _Object, start: int, end: int) -> tuple[int, bytes]:
+    async def _fetched(self, key: str, known: _Object, start: int, end: int) -> tuple[int, Octets]:
         loop = asyncio.get_running_loop()
         want = _Want(start, end, loop.create_future())
         for flight in known.flights:
@@ -375,17 +376,17 @@ class BlockReader:
         if track.window and track.next == track.size:
             self._streamed = track.window
         if flight.reserved and self._objects.get(key) is known:
-            self._keep(key, known, flight.start, result.data)
+            self._keep(key, known, flight.start, result.body)
         for want in flight.wants:
             if not want.place.done():
-                want.place.set_result((flight.start, result.data))
+                want.place.set_result((flight.start, result.body))
 
     def _forget_flight(self, known: _Object, flight: _Flight) -> None:
         if flight in known.flights:
             known.flights.remove(flight)
             self._reserved_bytes -= flight.reserved
 
-    def _keep(self, key: str, known: _Object, start: int, data: bytes) -> None:
+    def _keep(self, key: str, known: _Object, start: int, data: Octets) -> None:
         if len(known.kept.get(start, b"")) >= len(data):
             return
         known.kept[start] = data

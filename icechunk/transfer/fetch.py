@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
-from icechunk.storage.base import ByteRange, GetResult, Range
+from icechunk.storage.base import ByteRange, GetResult, Octets, Range
 from icechunk.transfer.gate import Gate
 from icechunk.transfer.hedge import Latencies, hedged
 from icechunk.transfer.tasks import run_each
@@ -92,6 +92,10 @@ class FetchPool:
 
     async def get(self, key: str, byte_range: ByteRange = None) -> bytes:
         """Bytes of an object, or of a range of it. Raises as `Storage.get` does."""
+        return bytes(await self.view(key, byte_range))
+
+    async def view(self, key: str, byte_range: ByteRange = None) -> Octets:
+        """The same as `get`, without a copy where they were received as a view."""
         return await self.share((key, byte_range), lambda: self._fetch(key, byte_range))
 
     async def share(self, key: object, work: Callable[[], Awaitable[T]]) -> T:
@@ -155,7 +159,7 @@ class FetchPool:
                 f"cannot read {key!r}: the object changed while it was read in {len(parts)} parts; read it again",
                 ErrorKind.OBJECT_STORE,
             )
-        data = b"".join([part.data for part in parts])
+        data = b"".join([part.body for part in parts])
         if len(data) != min(end, head.size) - start:
             raise StorageError(
                 f"cannot read {key!r}: {len(data)} of {min(end, head.size) - start} bytes came in {len(parts)} parts; "
@@ -163,7 +167,7 @@ class FetchPool:
                 ErrorKind.OBJECT_STORE,
             )
         return GetResult(
-            data=data, size=head.size, version=head.version, modified_us=head.modified_us, date_us=head.date_us
+            body=data, size=head.size, version=head.version, modified_us=head.modified_us, date_us=head.date_us
         )
 
     async def _request(self, key: str, byte_range: ByteRange, size: int) -> GetResult:
@@ -201,5 +205,5 @@ class FetchPool:
         if self._flights.get(key) is flight:
             del self._flights[key]
 
-    async def _fetch(self, key: str, byte_range: ByteRange) -> bytes:
-        return (await self.get_result(key, byte_range)).data
+    async def _fetch(self, key: str, byte_range: ByteRange) -> Octets:
+        return (await self.get_result(key, byte_range)).body

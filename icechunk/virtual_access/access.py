@@ -17,7 +17,7 @@ from icechunk.credentials import AnyCredential, Credentials
 from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.format.tables import ChunkRef
 from icechunk.sources import Sources
-from icechunk.storage.base import ByteRange, GetResult, Range
+from icechunk.storage.base import ByteRange, GetResult, Octets, Range
 from icechunk.storage.per_loop import PerLoop
 from icechunk.transfer.gate import Gates
 from icechunk.transfer.reads import Reads
@@ -95,7 +95,7 @@ class VirtualAccess:
             partial(_Desk, self.prefixes, authorized, settings, gates, reads, sources), _Desk.aclose
         )
 
-    async def read(self, ref: ChunkRef, start: int, end: int) -> bytes:
+    async def read(self, ref: ChunkRef, start: int, end: int) -> Octets:
         """Bytes ``start`` to ``end`` (exclusive) of a virtual chunk, all of them.
 
         Raises
@@ -134,7 +134,7 @@ class _Desk:
         self._readers: dict[str, Reader] = {}
         self._blocks = reads.blocks(self, gates.here())
 
-    async def read(self, ref: ChunkRef, start: int, end: int) -> bytes:
+    async def read(self, ref: ChunkRef, start: int, end: int) -> Octets:
         location = ref.location or ""
         resolved, container = self._resolve(location)
         if container.url_prefix not in self._authorized:

@@ -86,7 +86,7 @@ class ObstoreFiles:
         meta = answer.meta
         resolve_range(wanted, meta["size"], redacted_url(location))
         return GetResult(
-            data=data,
+            body=data,
             size=meta["size"],
             version=Version((meta["e_tag"] or "").strip('"')),
             modified_us=(meta["last_modified"] - _EPOCH) // timedelta(microseconds=1),

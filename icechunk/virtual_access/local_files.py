@@ -52,7 +52,7 @@ def _read(path: str, wanted: Range) -> GetResult:
     if wanted.start >= found.st_size:
         raise InvalidInputError(f"{path!r} has {found.st_size} bytes only", ErrorKind.INVALID_BYTE_RANGE)
     return GetResult(
-        data=data,
+        body=data,
         size=found.st_size,
         version=Version(f"{found.st_ino:x}-{found.st_mtime_ns // 1000:x}-{found.st_size:x}"),
         modified_us=found.st_mtime_ns // 1000,

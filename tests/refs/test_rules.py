@@ -1277,7 +1277,7 @@ async def test_a_store_without_a_clock_is_trusted_by_the_clients_own(world: Worl
             return PutResult(version=answer.version, date_us=None)
         if isinstance(answer, GetResult):
             return GetResult(
-                data=answer.data, size=answer.size, version=answer.version, modified_us=answer.modified_us, date_us=None
+                body=answer.data, size=answer.size, version=answer.version, modified_us=answer.modified_us, date_us=None
             )
         return answer
 
@@ -1325,7 +1325,7 @@ async def test_a_checkpoint_that_fails_unexpectedly_is_reported_and_commits_go_o
         raise OverflowError("too much")
 
     with monkeypatch.context() as patch:
-        patch.setattr(log_checkpoint, "encode_repo", fail)
+        patch.setattr(log_checkpoint, "encode_and_keep", fail)
         await log.append(world.commit(1))
         await until(lambda: all(task.done() for task in log.tasks))
         assert "report this" in caplog.text

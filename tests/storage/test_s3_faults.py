@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import socket
 from collections.abc import AsyncIterator
@@ -16,6 +17,7 @@ from icechunk.errors import PreconditionFailedError, StorageError
 from icechunk.sources import Sources
 from icechunk.storage.base import Absent, Matches, Version
 from icechunk.storage.s3 import S3Storage
+from icechunk.storage.s3_endpoint import Endpoint
 from tests.storage.faulty_s3 import (
     HANG,
     LOSE,
@@ -130,6 +132,40 @@ async def test_no_expect_header_and_a_signed_payload_over_http(server: FaultyS3,
     assert "expect" not in sent
     assert sent["x-amz-content-sha256"] == "3a6eb0790f39ac87c94f3856b2dd2c5d110e6811602261a9a923d3bb23adc8b7"
     assert sent["authorization"].startswith("AWS4-HMAC-SHA256 Credential=AKID/")
+
+
+async def test_a_large_body_that_stays_on_this_machine_goes_without_its_hash(
+    server: FaultyS3, storage: S3Storage
+) -> None:
+    data = b"x" * 600_000
+    await storage.put("x", data)
+    assert server.seen[0].headers["x-amz-content-sha256"] == "UNSIGNED-PAYLOAD"
+    assert server.objects[PATH][0] == data
+
+
+async def test_a_service_that_wants_the_hash_gets_it_from_then_on(server: FaultyS3, storage: S3Storage) -> None:
+    data = b"x" * 600_000
+    server.behaviours = [Say(400, "InvalidRequest")]
+    await storage.put("x", data)
+    await storage.put("x", data)
+    sent = [seen.headers["x-amz-content-sha256"] for seen in server.seen]
+    assert sent == ["UNSIGNED-PAYLOAD", *[hashlib.sha256(data).hexdigest()] * 2]
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [
+        ("127.0.0.1:9000", True),
+        ("[::1]:9000", True),
+        ("localhost", True),
+        ("minio.localhost", True),
+        ("192.168.0.2", False),
+        ("localhost.example.org", False),
+    ],
+)
+def test_this_machine_is_told_from_others(host: str, here: bool) -> None:
+    endpoint = Endpoint(scheme="http", host=host, path="/b", region="r", region_is_a_guess=False)
+    assert endpoint.is_this_machine is here
 
 
 @pytest.mark.parametrize(

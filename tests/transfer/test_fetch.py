@@ -145,7 +145,7 @@ async def test_parts_that_lack_bytes_are_an_error() -> None:
     class Short(MemoryStorage):
         async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
             found = await super().get(key, byte_range)
-            return replace(found, data=found.data[:-1])
+            return replace(found, body=found.data[:-1])
 
     storage = Short()
     await storage.put("a", b"x" * 30)

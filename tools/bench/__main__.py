@@ -3,13 +3,14 @@
     python -m tools.bench [--only small,commit,wire] [--repeat 3] [--json FILE] [--check]
     python -m tools.bench --only growth [--commits 10000]
     python -m tools.bench --only huge [--references 100000000]
+    python -m tools.bench --only large
 
 Each case runs in fresh processes, ours and the official one's in turn, and the best of the repeats counts: what the
 machine did besides is the same for both. With ``--check`` the exit code is 1 when a floor is missed.
 
 ``growth`` and ``huge`` take minutes, have no official counterpart, and run on request only: ours at the beginning of a
 long history beside ours at its end, as `tools.bench.growth` tells, and the memory of a commit of very many references,
-as `tools.bench.huge` tells.
+as `tools.bench.huge` tells. ``large`` runs on request too: large chunks, as `tools.bench.large` tells.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import oracle
-from tools.bench import growth, huge
+from tools.bench import growth, huge, large
 from tools.bench.workload import CASES
 
 FLOORS = {
@@ -53,7 +54,7 @@ TIMEOUT_S = 300.0
 def main() -> int:
     """Run the benchmarks that the command line asks for and print a table."""
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.split("\n\n")[0])
-    known = [*CASES, growth.CASE, huge.CASE]
+    known = [*CASES, growth.CASE, huge.CASE, large.CASE]
     parser.add_argument(
         "--only",
         default=",".join(CASES),
@@ -77,9 +78,13 @@ def main() -> int:
         print(growth.table(grown))
         rows += grown
     if huge.CASE in cases:
-        large = huge.rows(args.references)
-        print(huge.table(large))
-        rows += large
+        committed = huge.rows(args.references)
+        print(huge.table(committed))
+        rows += committed
+    if large.CASE in cases:
+        measured = large.rows(args.repeat)
+        print(large.table(measured))
+        rows += measured
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return 1 if args.check and not all(row["ok"] for row in rows) else 0
