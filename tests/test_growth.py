@@ -8,9 +8,12 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import pytest
+
 from icechunk.format.repo import decode_repo
 from icechunk.refs.log_layout import LogLayout
 from icechunk.refs.marker import decode_marker
+from icechunk.refs.state import RepoState
 from icechunk.repository import Repository
 from icechunk.storage.base import ANY, ObjectKind, Precondition, PutResult, Storage
 from icechunk.storage.memory import MemoryStorage
@@ -63,6 +66,9 @@ class Costs:
     """Requests of who opens right after a checkpoint, and reads a chunk; sorted, since some fly at once."""
     tail_gets: int
     """GETs of who opens when the checkpoint is at most `WINDOW` commits old."""
+    decoded: tuple[int, int]
+    """Snapshots and updates that are decoded for who opens right after a checkpoint, and reads a chunk."""
+    ancestors: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,13 +87,14 @@ class Life:
             await session.commit_async(self.rng.randbytes(64).hex())
             self.commits += 1
 
-    async def opened(self, *, read: bool) -> RecordingStorage:
+    async def opened(self, *, read: bool) -> tuple[RecordingStorage, RepoState]:
         recording = RecordingStorage(WrappingStorage(self.storage.inner), turns=0)
         repository = await Repository.open_async(recording)
         if read:
             assert await (await repository.readonly_session_async("main")).get_chunk("/a", (0,), None) is not None
+        state = (await log_of(repository)).state
         await repository.aclose()
-        return recording
+        return recording, state
 
 
 async def log_of(repository: Repository) -> LogLayout:
@@ -115,15 +122,18 @@ async def costs(life: Life, repository: Repository, recording: RecordingStorage)
         if request.verb == "put":
             kind = request.key.split("/")[0]
             puts[kind] = puts.get(kind, 0) + 1
-    behind = await life.opened(read=False)
+    behind, _ = await life.opened(read=False)
     await log.checkpoint()
-    fresh = await life.opened(read=True)
+    fresh, state = await life.opened(read=True)
+    decoded = state.snapshots.stored.tables.read_count, state.updates.stored.read_count
     return Costs(
         puts=puts,
         other_requests=len(requests) - sum(puts.values()),
         bytes_put=sum(request.size for request in requests if request.verb == "put"),
         open_and_read=sorted(f"{request.verb} {request.key.split('/')[0]}" for request in fresh.requests),
         tail_gets=behind.count("get"),
+        decoded=decoded,
+        ancestors=sum(1 for _ in state.ancestry(state.branch_tip("main"))),
     )
 
 
@@ -148,6 +158,9 @@ async def test_a_long_history_makes_neither_commits_nor_openings_ask_for_more() 
     assert abs(long.bytes_put - short.bytes_put) < 0.1 * short.bytes_put
     assert long.open_and_read == short.open_and_read
     assert len(long.open_and_read) < 8
+    assert (short.ancestors, long.ancestors) == (SHORT + WINDOW + 2, LONG + 2)
+    assert long.decoded == short.decoded
+    assert max(long.decoded) <= 2
     # The checkpoint, the slots after it, and a look past their end.
     assert max(short.tail_gets, long.tail_gets) <= 1 + WINDOW + 4
 
@@ -159,3 +172,45 @@ async def test_a_long_history_makes_neither_commits_nor_openings_ask_for_more() 
         assert new is not None
         # However fast the writer is, a large `repo` is written once in so many commits, not with each.
         assert new.n - old.n >= min(LONG_TAIL, len(after.snapshots) // HISTORY_SHARE - 1)
+
+
+@pytest.mark.parametrize("spec_version", [1, 2])
+async def test_in_the_published_formats_the_tenth_commit_asks_for_what_the_hundredth_does(spec_version: int) -> None:
+    storage = MemoryStorage()
+    recording = RecordingStorage(storage, turns=0)
+    repository = await Repository.create_async(recording, spec_version=spec_version)
+    session = await repository.writable_session_async("main")
+    session.set_metadata("/a", ARRAY)
+    await session.commit_async("the array")
+    asked: list[list[str]] = []
+    for i in range(1, 101):
+        recording.clear()
+        session = await repository.writable_session_async("main")
+        await session.set_chunk("/a", (i % 4,), b"x%04d" % i)
+        await session.commit_async("one more")
+        if i in (10, 100):
+            requests = sorted(f"{request.verb} {request.key.split('/')[0]}" for request in recording.requests)
+            opening = RecordingStorage(WrappingStorage(storage), turns=0)
+            other = await Repository.open_async(opening)
+            await (await other.readonly_session_async("main")).get_chunk("/a", (0,), None)
+            await other.aclose()
+            asked.append(requests + sorted(f"{one.verb} {one.key.split('/')[0]}" for one in opening.requests))
+    await repository.aclose()
+    assert asked[0] == asked[1]
+
+
+async def test_a_writer_holds_its_history_in_the_bytes_of_a_file_and_not_as_objects() -> None:
+    repository = await Repository.create_async(MemoryStorage())
+    session = await repository.writable_session_async("main")
+    session.set_metadata("/a", ARRAY)
+    await session.commit_async("the array")
+    life = Life()
+    objects = []
+    for _ in range(8):
+        await life.commit(repository, 100)
+        state = (await log_of(repository)).state
+        assert len(state.snapshots) == life.commits + 2
+        objects.append((state.snapshots.changed_count, len(state.updates.fresh)))
+    await repository.aclose()
+    assert max(snapshots for snapshots, _ in objects) <= 300
+    assert max(updates for _, updates in objects) <= 600

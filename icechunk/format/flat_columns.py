@@ -24,6 +24,7 @@ __all__ = [
     "gather",
     "is_ascending",
     "lexicographic_order",
+    "put",
     "read_coords",
 ]
 
@@ -224,6 +225,14 @@ def copy_spans(
             reading: npt.NDArray[Any] = np.ndarray((len(octets) - size + 1,), item, octets, strides=(1,))
             writing: npt.NDArray[Any] = np.ndarray((len(target) - size + 1,), item, target, strides=(1,))
             writing[target_starts[first:last]] = reading[source_starts[first:last]]
+
+
+def put(target: npt.NDArray[np.uint8], at: Positions, values: npt.NDArray[Any]) -> None:
+    """Write each of the values into the bytes at its place, which need not be aligned but must be within them."""
+    if len(at):
+        last = len(target) - values.dtype.itemsize
+        everywhere: npt.NDArray[Any] = np.ndarray((last + 1,), values.dtype, target, strides=(1,))
+        everywhere[at] = values
 
 
 def is_ascending(rows: npt.NDArray[np.uint32], first_of_group: npt.NDArray[np.bool_] | None = None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
@@ -222,7 +222,7 @@ class RepoInfo:
     snapshots: Mapping[ObjectId, SnapshotRecord] = field(default_factory=dict)
     status: Status
     metadata: Mapping[str, Json] = field(default_factory=dict)
-    updates: tuple[Update, ...] = ()
+    updates: Sequence[Update] = ()
     """Newest first."""
     repo_before_updates: str | None = None
     """Bare name of the copy of `repo` that holds the updates older than these."""

@@ -118,16 +118,18 @@ class ChunkRefs:
     def take(self, rows: npt.NDArray[Any] | slice) -> ChunkRefs:
         """The references at these row numbers, in this order, or where this mask is true, or in this span; tables and
         inline bytes are shared, not copied."""
+        coords = self.coords[rows]
+        count = len(coords)
         return ChunkRefs(
-            coords=self.coords[rows],
-            kind=self.kind[rows],
+            coords=coords,
+            kind=_taken(self.kind, rows, count),
             offset=self.offset[rows],
             length=self.length[rows],
-            chunk_id=self.chunk_id[rows],
+            chunk_id=_taken(self.chunk_id, rows, count),
             location=self.location[rows],
             locations=self.locations,
-            checksum_kind=None if self.checksum_kind is None else self.checksum_kind[rows],
-            checksum=None if self.checksum is None else self.checksum[rows],
+            checksum_kind=None if self.checksum_kind is None else _taken(self.checksum_kind, rows, count),
+            checksum=None if self.checksum is None else _taken(self.checksum, rows, count),
             etags=self.etags,
             inline_data=self.inline_data,
         )
@@ -147,6 +149,11 @@ class ChunkRefs:
                 last_modified = int(self.checksum[i])
         location = self.locations[int(self.location[i])]
         return ChunkRef(VIRTUAL, None, None, location, offset, length, etag, last_modified)
+
+
+def _taken(column: npt.NDArray[Any], rows: npt.NDArray[Any] | slice, count: int) -> npt.NDArray[Any]:
+    # A column of one value that takes no room goes on taking none.
+    return np.broadcast_to(column[0], count) if column.strides == (0,) and len(column) else column[rows]
 
 
 Extents: TypeAlias = tuple[tuple[int, int], ...]
@@ -201,6 +208,19 @@ class NodeSnapshot:
     manifests: tuple[ManifestRef, ...] = ()
     """Of an array; together they hold all its references."""
     extra: bytes | None = None
+
+    def with_manifests(self, manifests: tuple[ManifestRef, ...]) -> NodeSnapshot:
+        """The same node with its references in other manifests."""
+        return NodeSnapshot(
+            id=self.id,
+            path=self.path,
+            kind=self.kind,
+            user_data=self.user_data,
+            shape=self.shape,
+            dimension_names=self.dimension_names,
+            manifests=manifests,
+            extra=self.extra,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

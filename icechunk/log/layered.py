@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Final, Protocol
 
@@ -99,7 +98,7 @@ class Layered:
         for a, b in pairwise([0, *edges.tolist(), len(numbers)]):
             if a < b:
                 part = int(of_part[a])
-                found.append(trimmed(_taken(self._parts[part], numbers[a:b] - self._starts[part])))
+                found.append(trimmed(self._parts[part].take(numbers[a:b] - self._starts[part])))
         if not found:
             return ChunkRefs.empty(int(self.coords.shape[1]))
         refs = concat(found)
@@ -157,25 +156,6 @@ def _sorted_axis(layers: Sequence[ChunkRefs]) -> int:
         if len(ends) > 1:
             return axis
     return 0
-
-
-def _taken(part: ChunkRefs, rows: npt.NDArray[Any]) -> ChunkRefs:
-    first, last = int(rows[0]), int(rows[-1])
-    if last - first + 1 != len(rows) or (rows[1:] <= rows[:-1]).any():
-        return part.take(rows)
-    run = slice(first, last + 1)
-    # Copied: whoever keeps them must not keep the whole layer.
-    return replace(
-        part,
-        coords=part.coords[run].copy(),
-        kind=part.kind[run].copy(),
-        offset=part.offset[run].copy(),
-        length=part.length[run].copy(),
-        chunk_id=part.chunk_id[run].copy(),
-        location=part.location[run].copy(),
-        checksum_kind=None if part.checksum_kind is None else part.checksum_kind[run].copy(),
-        checksum=None if part.checksum is None else part.checksum[run].copy(),
-    )
 
 
 def _first(part: ChunkRefs) -> tuple[int, ...]:

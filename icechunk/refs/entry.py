@@ -378,7 +378,8 @@ def encode_entry(
     }
     if objects:
         document["objects"] = {key: base64.b64encode(data).decode() for key, data in objects.items()}
-    return orjson.dumps(document)
+    # A copy: what orjson returns holds on to several times its length.
+    return bytes(memoryview(orjson.dumps(document)))
 
 
 def decode_entry(data: bytes, *, n: int, what: str = "") -> Entry:

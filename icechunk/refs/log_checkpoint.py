@@ -14,7 +14,7 @@ import anyio.to_thread
 
 from icechunk.errors import ErrorKind, ObjectNotFoundError, PreconditionFailedError, StorageError
 from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name
-from icechunk.format.repo import encode_repo
+from icechunk.format.repo import EncodedRepo, encode_and_keep
 from icechunk.format.repo_values import RepoInfo
 from icechunk.refs.carried import Stand, nothing_carried
 from icechunk.refs.entry import new_epoch
@@ -48,8 +48,10 @@ class Written:
 
     known: Known
     """The object as it is now."""
-    kept: Kept | None
-    """How the ops log was divided, where it was this call that wrote it."""
+    info: RepoInfo | None
+    """What it holds, in the least memory; None where it was written before and not read now."""
+    by_us: bool
+    """Whether it was this call that wrote it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +72,11 @@ def checkpoint_is_due(head: Head, known: Known) -> bool:
     return known.size_bytes < _SMALL_BYTES or tail > _LONG_TAIL or tail * _HISTORY_SHARE > len(head.state.snapshots)
 
 
-async def encode(info: RepoInfo) -> bytes:
+async def encode(info: RepoInfo) -> EncodedRepo:
     """Encode ``repo``, in a thread where that takes long."""
     if len(info.snapshots) < _THREAD_FROM_SNAPSHOTS:
-        return encode_repo(info)
-    return await anyio.to_thread.run_sync(encode_repo, info)
+        return encode_and_keep(info)
+    return await anyio.to_thread.run_sync(encode_and_keep, info)
 
 
 async def write_checkpoint(
@@ -103,21 +105,22 @@ async def write_checkpoint(
     StorageError
         The store gives no answer; nothing is lost, the next checkpoint tries again.
     """
-    current = known
+    current, info = known, None
     for _ in range(_ATTEMPTS):
         # Rule 7: our epoch, a smaller n, and If-Match on exactly the version that was compared.
         if current.marker is None or current.marker.epoch != head.epoch or not current.read_only:
             return LostRepo(found=await read_repo(storage, sources))
         if current.marker.n >= head.n:
-            return Written(known=current, kept=None)
+            return Written(known=current, info=info, by_us=False)
         await stand(current.marker.n, head.n)
         kept = await _divide_updates(storage, sources, head, current, updates_per_file)
         if kept is not None:
-            info = checkpoint_info(head.state, epoch=head.epoch, n=head.n, kept=kept, files=files)
-            data = await encode(info)
+            encoded = await encode(checkpoint_info(head.state, epoch=head.epoch, n=head.n, kept=kept, files=files))
             try:
-                put = await storage.put(REPO_KEY, data, Matches(current.version))
-                return Written(known=known_of(info, put.version, len(data)), kept=kept)
+                put = await storage.put(REPO_KEY, encoded.data, Matches(current.version))
+                return Written(
+                    known=known_of(encoded.info, put.version, len(encoded.data)), info=encoded.info, by_us=True
+                )
             except PreconditionFailedError:
                 pass
             except StorageError:
@@ -125,7 +128,7 @@ async def write_checkpoint(
         found = await read_repo(storage, sources)
         if found is None:
             return LostRepo(found=None)
-        current = found.known
+        current, info = found.known, found.info
     raise StorageError(
         f"cannot write the checkpoint of {storage.describe()}: no certain answer after {_ATTEMPTS} tries; the next "
         "commit tries again, and nothing depends on it",
@@ -186,9 +189,9 @@ async def finish_conversion(
         kept = await _divide_updates(storage, sources, head, found.known, updates_per_file)
         if kept is None:
             continue
-        data = await encode(unmarked_info(head.state, kept=kept))
+        encoded = await encode(unmarked_info(head.state, kept=kept))
         try:
-            await storage.put(REPO_KEY, data, Matches(found.known.version))
+            await storage.put(REPO_KEY, encoded.data, Matches(found.known.version))
         except PreconditionFailedError:
             continue
         except StorageError:
@@ -224,9 +227,9 @@ async def convert_to_log(storage: Storage, sources: Sources) -> str:
         if found.known.marker is not None and found.known.read_only:
             return found.known.marker.epoch
         state = state_of(found.info, None)
-        data = await encode(checkpoint_info(state, epoch=epoch, n=0))
+        encoded = await encode(checkpoint_info(state, epoch=epoch, n=0))
         try:
-            await storage.put(REPO_KEY, data, Matches(found.known.version))
+            await storage.put(REPO_KEY, encoded.data, Matches(found.known.version))
             return epoch
         except PreconditionFailedError:
             continue

@@ -36,10 +36,10 @@ from icechunk.refs.log_reader import (
     read_until_absent,
     try_list_head,
 )
-from icechunk.refs.marker import NO_FILES, files_to_open_with, state_of, with_kept_updates
+from icechunk.refs.marker import NO_FILES, files_to_open_with, state_of
 from icechunk.refs.proof import Instant, still_proves, store_time_us
 from icechunk.refs.recency import Recency
-from icechunk.refs.state import MAIN, RepoState
+from icechunk.refs.state import MAIN, RepoState, resting_on
 from icechunk.refs.store_check import may_write
 from icechunk.refs.takeover import Stranded, find_stranded, seal_log
 from icechunk.sources import Sources
@@ -156,6 +156,7 @@ class LogView:
         if entry.n == self.head.n + 1:
             self.head = fold_entry(self.head, entry)
             self._remember(entry.n, entry.objects)
+            self.recency.met_others()
 
     def fold_own(
         self,
@@ -197,6 +198,7 @@ class LogView:
         if opened.head.epoch == self.head.epoch and opened.head.n < self.head.n:
             return
         self.head, self.proof, self.known = opened.head, opened.proof, opened.known
+        self.recency.met_others()
         self.carried.clear()
         self._keep_copies(opened.known)
         for entry in opened.tail:
@@ -207,8 +209,10 @@ class LogView:
         if self.head.epoch != head.epoch:
             return
         self.repo_is(written.known)
-        if written.kept is not None and written.kept.before != self.state.repo_before_updates:
-            self.head = replace(self.head, state=with_kept_updates(self.state, written.kept))
+        if written.info is not None and self.checkpoint_n <= self.head.n:
+            self.head = replace(
+                self.head, state=resting_on(self.state, written.info, head.state if written.by_us else None)
+            )
 
     def repo_is(self, known: Known) -> None:
         """``repo`` has been seen, a checkpoint of this log."""

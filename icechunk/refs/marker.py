@@ -7,8 +7,8 @@ slot the log is folded into it, and keeps what the format has no field for.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
 
@@ -19,7 +19,6 @@ from icechunk.format.keys import manifest_key, snapshot_key
 from icechunk.format.repo_values import READ_ONLY, RepoInfo, Status, Update
 from icechunk.format.snapshot import decode_snapshot
 from icechunk.refs.state import MAIN, RepoState, from_repo_info, to_repo_info
-from icechunk.refs.updates import UpdateLog
 from icechunk.refs.write_mark import cutoff_of, write_mark
 
 __all__ = [
@@ -33,7 +32,6 @@ __all__ = [
     "keep_updates",
     "state_of",
     "unmarked_info",
-    "with_kept_updates",
 ]
 
 READ_ONLY_REASON: Final = (
@@ -139,7 +137,7 @@ def state_of(info: RepoInfo, marker: Marker | None) -> RepoState:
 class Kept:
     """What part of the ops log the next ``repo`` object holds."""
 
-    updates: tuple[Update, ...]
+    updates: Sequence[Update]
     """Newest first."""
     before: str | None
     """Bare name of the backup that holds the updates before those."""
@@ -165,14 +163,7 @@ def keep_updates(
     fresh = state.updates.newer_than(newest_us)
     if len(fresh) + count > limit and fresh and count:
         return Kept(updates=fresh, before=backup_name, needs_backup=True)
-    kept = tuple(update for update, _ in zip(state.updates, range(len(fresh) + count), strict=False))
-    return Kept(updates=kept, before=before, needs_backup=False)
-
-
-def with_kept_updates(state: RepoState, kept: Kept) -> RepoState:
-    """The state that forgets the updates that are in a backup now; newer ones stay."""
-    newer = state.updates.newer_than(kept.updates[0].updated_at_us) if kept.updates else tuple(state.updates)
-    return replace(state, updates=UpdateLog.of((*newer, *kept.updates)), repo_before_updates=kept.before)
+    return Kept(updates=state.updates.newest(len(fresh) + count), before=before, needs_backup=False)
 
 
 def checkpoint_info(

@@ -42,6 +42,7 @@ from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id
 from icechunk.format.keys import CONFIG_KEY, REFS_PREFIX, REPO_KEY, overwritten_config_key, snapshot_key
 from icechunk.format.repo_values import SnapshotRecord, Update
 from icechunk.format.snapshot import decode_snapshot
+from icechunk.format.snapshot_graph import SnapshotGraph
 from icechunk.refs import events as e
 from icechunk.refs.append_queue import AppendQueue, resolve, tell_sent
 from icechunk.refs.base import Layout, OnSent, Propose, RepositoryLog, SwapToken
@@ -103,7 +104,7 @@ class RefFilesLayout(RepositoryLog):
         self._sources = sources
         self._names = RefNames.of(storage)
         self._config = config
-        self._records: Map[ObjectId, SnapshotRecord] = Map()
+        self._records = SnapshotGraph.of({})
         self._versions: dict[str, Version] = {}
         self._tickets = itertools.count(1)
         self._ticket = 0

@@ -7,9 +7,10 @@ the newest update that no longer fits: read from there, every update is found in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from icechunk.format.repo_values import Update
+from icechunk.format.update_list import UpdateList
 
 __all__ = ["Window", "next_window"]
 
@@ -18,7 +19,7 @@ __all__ = ["Window", "next_window"]
 class Window:
     """The part of the ops log that one ``repo`` holds."""
 
-    updates: tuple[Update, ...]
+    updates: UpdateList
     """Newest first; those of the last swap have no copy yet."""
     before: str | None
     """Bare name of the copy with the updates before them; None: there are none."""
@@ -41,11 +42,11 @@ def next_window(
         Most updates to hold; those of one swap stay together, even if they are more.
     """
     # Several updates of one swap share the copy that they stand in; only the first of them was ever "the newest".
-    settled = [update if update.backup_path is not None else replace(update, backup_path=backup) for update in stored]
+    settled = UpdateList.of(stored).settled(backup)
     room = max(0, limit - len(fresh))
     if len(settled) <= room:
-        return Window(updates=(*fresh, *settled), before=before)
+        return Window(updates=settled.after(fresh), before=before)
     # What is left out begins where a copy begins, so nothing is told twice.
     while room and settled[room].backup_path == settled[room - 1].backup_path:
         room -= 1
-    return Window(updates=(*fresh, *settled[:room]), before=settled[room].backup_path)
+    return Window(updates=settled[:room].after(fresh), before=settled[room].backup_path)

@@ -51,7 +51,7 @@ from icechunk.refs.match_check import MatchCheck
 from icechunk.refs.ops_log import any_in_history, updates_of
 from icechunk.refs.proof import MAX_SKEW_US, Instant, clock_error_us, store_time_us
 from icechunk.refs.repo_history import next_window
-from icechunk.refs.state import MAIN, RepoState, from_repo_info, to_repo_info
+from icechunk.refs.state import MAIN, RepoState, from_repo_info, resting_on, to_repo_info
 from icechunk.refs.update_retries import UpdateRetries, retries_of
 from icechunk.refs.updates import UpdateLog
 from icechunk.refs.write_mark import cutoff_of, nonce_of, write_mark
@@ -374,7 +374,7 @@ class RepoObjectLayout(RepositoryLog):
     async def _attempt(self, group: Group, backup: str) -> _Attempt:
         before, token = self._seen, group.members[0].waiting.token
         assert token is not None
-        stored = tuple(before.state.updates)
+        stored = before.state.updates.newest()
         window = next_window(
             group.state.updates.newer_than(stored[0].updated_at_us if stored else 0),
             stored,
@@ -383,14 +383,16 @@ class RepoObjectLayout(RepositoryLog):
             limit=self.updates_per_file,
         )
         state = replace(group.state, updates=UpdateLog.of(window.updates), repo_before_updates=window.before)
+        mark = write_mark(token.nonce, gc_cutoff_us=state.gc_cutoff_us)
+        encoded = await encode(to_repo_info(state, extra=mark))
         return _Attempt(
             base=before.version,
-            data=await encode(to_repo_info(state, extra=write_mark(token.nonce, gc_cutoff_us=state.gc_cutoff_us))),
+            data=encoded.data,
             nonce=token.nonce,
             time_us=token.n,
             snapshots=tuple(new_snapshots(decode_events(group.events))),
             members=tuple(group.members),
-            state=state,
+            state=resting_on(state, encoded.info, state),
         )
 
     def _check_clock(self) -> None:
@@ -539,9 +541,8 @@ class RepoObjectLayout(RepositoryLog):
             gc_cutoff_us=max(cutoff_of(found.info.extra), self.state.gc_cutoff_us),
         )
         with suppress(PreconditionFailedError):
-            await self._storage.put(
-                REPO_KEY, await encode(replace(found.info, extra=mark)), Matches(found.known.version)
-            )
+            encoded = await encode(replace(found.info, extra=mark))
+            await self._storage.put(REPO_KEY, encoded.data, Matches(found.known.version))
 
     # ------------------------------------------------------------- the rest
 

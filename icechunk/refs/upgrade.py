@@ -248,7 +248,7 @@ class _Upgrade:
     async def _announce(self, info: RepoInfo) -> None:
         """Create ``repo``, read-only; whoever else did so meanwhile did the same."""
         why: StorageError | None = None
-        data = await encode(info)
+        data = (await encode(info)).data
         for attempt in range(_ATTEMPTS):
             if attempt:
                 await self._sources.sleep(min(1.0, 0.02 * 2**attempt))
@@ -282,7 +282,7 @@ class _Upgrade:
                 if not any(ref.key == self._names.branch_key(MAIN) for ref in refs):
                     continue  # somebody else has finished
                 info = await self._info(refs, reason=None, nonce=nonce)
-                await self._storage.put(REPO_KEY, await encode(info), Matches(found.known.version))
+                await self._storage.put(REPO_KEY, (await encode(info)).data, Matches(found.known.version))
             except (PreconditionFailedError, ObjectNotFoundError) as error:
                 why = error
             except (RepositoryNotFoundError, SnapshotNotFoundError, FormatError):

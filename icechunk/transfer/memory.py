@@ -77,6 +77,8 @@ class PutMemory:
         """Count a session's bytes from now on, and for as long as ``holder`` lives."""
         holding = Holding()
         with self.lock:
+            # Sessions that write nothing large never ask for room, where the notes are read otherwise.
+            self._collect()
             self._holders.add(holder)
         weakref.finalize(holder, self._dropped.append, holding).atexit = False
         return holding

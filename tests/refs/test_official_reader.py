@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import icechunk
 from icechunk.format.ids import encode_id
 from icechunk.format.keys import snapshot_key, transaction_key
 from icechunk.format.repo_values import SnapshotRecord
@@ -21,6 +22,7 @@ from icechunk.refs.log_checkpoint import convert_to_log
 from icechunk.refs.log_layout import LogLayout
 from icechunk.refs.log_reader import read_repo
 from icechunk.refs.takeover import seal_abandoned
+from icechunk.repository import Repository
 from icechunk.sources import SYSTEM
 from icechunk.storage.local import LocalStorage
 from tools import oracle
@@ -181,3 +183,66 @@ async def test_a_converted_repository_is_written_by_the_official_library_and_com
     await again.aclose()
     assert history == [ours_again, theirs, ours, "1CECHNKREP0F1RSTCMT0"]
     assert json.loads(run(READ, tmp_path / "repo"))["session"] == ours_again
+
+
+CONTINUE = """
+import json, sys
+import icechunk as ic
+repo = ic.Repository.open(ic.local_filesystem_storage(sys.argv[1]))
+def told():
+    return {
+        "history": [[s.id, s.message, s.metadata] for s in repo.ancestry(branch="main")],
+        "updates": [
+            [type(u.kind).__name__, getattr(u.kind, "branch", None), getattr(u.kind, "new_snap_id", None)]
+            for u in repo.ops_log()
+        ],
+    }
+before = told()
+import zarr
+for i in range(40):
+    session = repo.writable_session("main")
+    zarr.create_group(session.store, attributes={"by": "them", "i": i}, overwrite=True)
+    session.commit(f"theirs {i}", metadata={"i": i} if i % 2 else None)
+print(json.dumps({"before": before, "after": told()}))
+"""
+
+
+async def _told(repository: Repository) -> dict[str, list[list[object]]]:
+    updates = [update async for update in repository.ops_log_async()]
+    return {
+        "history": [[s.id, s.message, s.metadata] async for s in repository.async_ancestry(branch="main")],
+        "updates": [
+            [type(u.kind).__name__, getattr(u.kind, "branch", None), getattr(u.kind, "new_snap_id", None)]
+            for u in updates
+        ],
+    }
+
+
+async def test_a_long_history_is_copied_by_columns_from_file_to_file_of_both_libraries(tmp_path: Path):
+    path = tmp_path / "repo"
+    repository = await Repository.create_async(icechunk.local_filesystem_storage(str(path)), spec_version=2)
+
+    async def work(count: int) -> None:
+        for i in range(count):
+            session = await repository.writable_session_async("main")
+            session.set_metadata("/", b'{"zarr_format": 3, "node_type": "group", "attributes": {"i": %d}}' % i)
+            metadata = {"i": i, "é": ["x" * i, None]} if i % 3 else None
+            await session.commit_async(f"ours {i} " + "ü" * (i % 5), metadata=metadata)
+        await repository.create_branch_async(f"b{count}", await repository.lookup_branch_async("main"))
+
+    await work(60)
+    middle = [s async for s in repository.async_ancestry(branch="main")][30]
+    await repository.expire_snapshots_async(middle.written_at)
+    ours = await _told(repository)
+    await work(3)
+    assert (await _told(repository))["history"][3:] == ours["history"]
+    ours = await _told(repository)
+    seen = json.loads(run(CONTINUE, path))
+    assert seen["before"] == ours
+    assert await _told(repository) == seen["after"]
+    await work(5)
+    ours = await _told(repository)
+    await repository.aclose()
+    assert ours["history"][5:] == seen["after"]["history"]
+    assert ours["updates"][6:] == seen["after"]["updates"]
+    assert json.loads(run(CONTINUE, path))["before"] == ours

@@ -1325,7 +1325,7 @@ async def test_a_checkpoint_that_fails_unexpectedly_is_reported_and_commits_go_o
         raise OverflowError("too much")
 
     with monkeypatch.context() as patch:
-        patch.setattr(log_checkpoint, "encode_repo", fail)
+        patch.setattr(log_checkpoint, "encode_and_keep", fail)
         await log.append(world.commit(1))
         await until(lambda: all(task.done() for task in log.tasks))
         assert "report this" in caplog.text

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from icechunk.errors import (
     AlreadyExistsError,
     ConflictError,
+    FormatError,
     IcechunkError,
     InvalidInputError,
     ReadOnlyError,
@@ -19,7 +20,9 @@ from icechunk.errors import (
     SnapshotNotFoundError,
 )
 from icechunk.format import repo_values as stored
+from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
+from icechunk.format.repo import decode_repo, encode_and_keep, encode_repo
 from icechunk.format.repo_values import SnapshotRecord
 from icechunk.refs import events as e
 from icechunk.refs.state import (
@@ -28,6 +31,7 @@ from icechunk.refs.state import (
     apply,
     from_repo_info,
     initial_state,
+    resting_on,
     to_repo_info,
     try_apply_all,
 )
@@ -223,6 +227,36 @@ def test_any_sequence_folds_to_a_state_that_holds_together(events: list[e.Event]
     assert times == sorted(set(times), reverse=True)
     assert not set(state.tags) & set(state.deleted_tags)
     assert from_repo_info(to_repo_info(state)) == replace(state, gc_cutoff_us=0)
+
+
+def test_an_entry_is_not_void_because_a_file_is_damaged():
+    """Whether its events apply is not known then, and two readers must not differ."""
+    state = after(fresh(), commit(1, FIRST_SNAPSHOT))
+    version, payload = unseal(encode_repo(to_repo_info(state)), FileType.REPO_INFO)
+    at = payload.index(b"m1")
+    damaged = from_repo_info(decode_repo(seal(FileType.REPO_INFO, version, payload[:at] + b"\xff" + payload[at + 1 :])))
+    with pytest.raises(FormatError):
+        try_apply_all(damaged, (commit(2, an_id(1)),), time_us=9000, since_us=None)
+
+
+def test_a_state_that_rests_on_its_file_is_the_same_and_forgets_what_is_in_a_backup():
+    state = after(fresh(), commit(1, FIRST_SNAPSHOT))
+    written = encode_and_keep(to_repo_info(state, updates=state.updates.newest(1), repo_before_updates="repo.x"))
+    later = after(state, commit(2, an_id(1)))
+    for by_us in (state, None):
+        resting = resting_on(later, written.info, by_us)
+        assert resting.snapshots == later.snapshots
+        assert [*resting.updates] == [*later.updates][:2]
+        assert replace(resting, updates=later.updates, repo_before_updates=None) == later
+        assert resting.repo_before_updates == "repo.x"
+
+
+def test_updates_are_packed_before_they_are_many():
+    log = UpdateLog.of()
+    for i in range(2000):
+        log = log.pushed(stored.Update(change=stored.GCRan(), updated_at_us=i))
+        assert len(log.fresh) < 600
+    assert [update.updated_at_us for update in log] == list(range(1999, -1, -1))
 
 
 @given(st.integers(0, 40), st.integers(0, 40))

@@ -10,6 +10,8 @@ the frame. Every failure prints its seed number and the bytes, in hexadecimal, t
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import random
 import resource
 import sys
@@ -17,12 +19,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from icechunk.errors import FormatError
-from icechunk.format import flexbuffers
+from icechunk.errors import FormatError, InvalidInputError
+from icechunk.format import flexbuffers, snapshot_rows, update_blocks
 from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.manifest import decode_manifest
-from icechunk.format.repo import decode_repo
+from icechunk.format.repo import decode_repo, encode_repo
 from icechunk.format.snapshot import decode_snapshot
 from icechunk.format.transaction import decode_transaction_log
 
@@ -32,11 +35,39 @@ SLOW_S = 5.0
 MEMORY_MB = 2048
 """The whole run may not grow beyond."""
 
+
+def read_repo(data: bytes) -> None:
+    """Decode a repo info and all that is in it, whichever way it is asked for; what can be read can be written."""
+    info = decode_repo(data)
+    for id in itertools.islice(info.snapshots, 100):
+        assert info.snapshots[id].id == id
+    read = [*info.snapshots.values(), *info.updates]
+    try:
+        again = encode_repo(info)
+    except InvalidInputError:
+        return
+    try:
+        same = decode_repo(again)
+        assert len([*same.snapshots.values(), *same.updates]) == len(read)
+    except FormatError as error:
+        raise AssertionError(f"what was written cannot be read: {error}") from error
+
+
+def copy_repo(data: bytes) -> None:
+    """Decode a repo info and write it again without a look at what is in it."""
+    with (
+        contextlib.suppress(InvalidInputError),
+        mock.patch.object(snapshot_rows, "_FEW", 0),
+        mock.patch.object(update_blocks, "_FEW", 0),
+    ):
+        encode_repo(decode_repo(data))
+
+
 DECODERS: dict[FileType, Callable[[bytes], Any]] = {
     FileType.SNAPSHOT: decode_snapshot,
     FileType.MANIFEST: decode_manifest,
     FileType.TRANSACTION_LOG: decode_transaction_log,
-    FileType.REPO_INFO: decode_repo,
+    FileType.REPO_INFO: read_repo,
 }
 
 _NUMBERS = (0, 1, 2, 3, 4, 7, 8, 0x7F, 0xFF, 0x100, 0x7FFF, 0xFFFF, 2**20, 2**28, 2**31 - 1, 2**31, 2**32 - 1, 2**60)
@@ -105,6 +136,7 @@ def targets() -> dict[str, tuple[Callable[[bytes], Any], Callable[[random.Random
     found: dict[str, Any] = {
         file_type.name.lower(): (decoder, mutate_file, fixtures(file_type)) for file_type, decoder in DECODERS.items()
     }
+    found["repo_info copied"] = (copy_repo, mutate_file, fixtures(FileType.REPO_INFO))
     found["flexbuffers"] = (flexbuffers.loads, mutate, FLEXBUFFERS)
     return found
 

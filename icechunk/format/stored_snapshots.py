@@ -1,0 +1,239 @@
+"""The snapshots of a repo info, each decoded when it is asked for.
+
+A repository with ten thousand commits is opened to read one of them. So what is done for all is done with numpy, in
+a fraction of a microsecond each: ids and the numbers of parents are read and checked. The rest stays in the bytes of
+the file, in a tenth of the memory that objects would take.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence, ValuesView
+from itertools import pairwise
+from typing import Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.format.flat_reader import Buffer, Table, required
+from icechunk.format.ids import ObjectId
+from icechunk.format.lazy_tables import LazyTables
+from icechunk.format.metadata import metadata_from_tables
+from icechunk.format.repo_values import SnapshotRecord
+
+__all__ = [
+    "FLUSHED_AT",
+    "ID",
+    "MESSAGE",
+    "MESSAGE_AT",
+    "METADATA",
+    "METADATA_AT",
+    "NO_PARENT",
+    "PARENT",
+    "PLAIN",
+    "PRUNED",
+    "TABLE_BYTES",
+    "TABLE_OFFSETS",
+    "RecordsView",
+    "StoredSnapshots",
+]
+
+ID, PARENT, FLUSHED_AT, MESSAGE, METADATA, PRUNED = range(6)
+"""Slots of the table SnapshotInfo."""
+NO_PARENT: Final = -1
+TABLE_OFFSETS: Final = {FLUSHED_AT: 4, PARENT: 12, MESSAGE: 16, ID: 20, METADATA: 32}
+"""Where we put the fields of a snapshot's table, by slot."""
+TABLE_BYTES: Final = 36
+PLAIN: Final = struct.Struct("<iQiI12sIII")
+"""A table of ours without metadata: its vtable, time, parent, message, id, metadata; then the empty vector of metadata,
+and the length of the message, which follows."""
+MESSAGE_AT, METADATA_AT = 24, 4
+"""What the fields of such a table say of where message and metadata are."""
+_PLAIN_FIELDS: Final = (TABLE_BYTES, *(TABLE_OFFSETS[slot] for slot in (ID, PARENT, FLUSHED_AT, MESSAGE, METADATA)))
+_ID_SIZE: Final = 12
+
+
+class _HasRecords(Protocol):
+    def records(self) -> Iterator[SnapshotRecord]: ...
+    def __len__(self) -> int: ...
+
+
+class RecordsView(ValuesView[SnapshotRecord]):
+    """The values of a mapping that can give all of them faster than one by one."""
+
+    def __init__(self, owner: _HasRecords) -> None:
+        self._owner = owner
+
+    def __len__(self) -> int:
+        return len(self._owner)
+
+    def __iter__(self) -> Iterator[SnapshotRecord]:
+        return self._owner.records()
+
+    def __contains__(self, record: object) -> bool:
+        return any(one == record for one in self)
+
+
+class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
+    """Snapshots by id, in the order of the file, which is that of their ids.
+
+    Reading one raises `FormatError` where its table is corrupt.
+
+    Parameters
+    ----------
+    buffer
+        The payload.
+    start, count
+        Of the vector of tables, as `Table.vector` tells.
+
+    Raises
+    ------
+    FormatError
+        If a table is not within the buffer, an id is missing or stands in it twice, or a parent's number is wrong.
+    """
+
+    __slots__ = ("_by_id", "_heads", "_ids", "_parents", "tables")
+
+    def __init__(self, buffer: Buffer, start: int, count: int) -> None:
+        self.tables = LazyTables(buffer, start, count)
+        """In the order of the file: what is called a row here is the number of one of them."""
+        self._by_id: list[int] | None = None
+        """Rows in the order of their ids, where the file has another."""
+        self._ids = b""
+        """Of all rows, one after another."""
+        self._heads = array("Q")
+        """The first 8 bytes of all ids as numbers, ascending."""
+        self._parents = array("i")
+        """The row of each row's parent, or `NO_PARENT`."""
+        if not count:
+            return
+        own, columns = self.tables.columns()
+        column = columns.column(ID, _ID_SIZE)
+        if column is None or column.rows is not None:
+            raise own.fail("a snapshot has no id")
+        self._ids = columns.numbers(ID, f"V{_ID_SIZE}").tobytes()
+        if not self._ascends(range(count)):
+            self._by_id = np.argsort(self.ids, kind="stable").tolist()
+            if not self._ascends(self._by_id):
+                twice = next(id for id, after in pairwise(map(self.id, self._by_id)) if id == after)
+                raise own.fail(f"snapshot {twice.hex()} stands in it twice")
+        parents = columns.numbers(PARENT, "<i4")
+        self._parents.frombytes(parents.astype(np.int32).tobytes())
+        lowest, highest = int(parents.min()), int(parents.max())
+        if lowest < NO_PARENT or highest >= count:
+            wrong = int(np.flatnonzero((parents < NO_PARENT) | (parents >= count))[0])
+            raise own.fail(f"snapshot {self.id(wrong).hex()} has parent number {parents[wrong]} of {count}")
+
+    def _ascends(self, rows: Sequence[int]) -> bool:
+        """Search in this order of all rows; whether their ids ascend in it without one being there twice."""
+        heads = np.ndarray((len(rows),), ">u8", self._ids, strides=(_ID_SIZE,)).astype(np.uint64)
+        if not isinstance(rows, range):
+            heads = heads[rows]
+        self._heads = array("Q", heads.tobytes())
+        if (heads[1:] > heads[:-1]).all():
+            return True
+        # Ids are random, so hardly ever do eight of their bytes agree.
+        return all(id < after for id, after in pairwise(map(self.id, rows)))
+
+    @property
+    def ids(self) -> npt.NDArray[np.bytes_]:
+        """S12[n], by row; such items compare as ids do, but lose trailing zero bytes when taken out one by one."""
+        return np.frombuffer(self._ids, f"S{_ID_SIZE}")
+
+    def id(self, row: int) -> ObjectId:
+        """The id of a row."""
+        return ObjectId(self._ids[_ID_SIZE * row : _ID_SIZE * row + _ID_SIZE])
+
+    def rows_by_id(self) -> npt.NDArray[np.intp]:
+        """All rows in the order of their ids."""
+        return np.arange(len(self.tables)) if self._by_id is None else np.array(self._by_id, np.intp)
+
+    def parent_row(self, row: int) -> int | None:
+        """The row of a row's parent; None where it has none."""
+        parent = self._parents[row]
+        return None if parent == NO_PARENT else parent
+
+    def parents(self) -> Iterator[tuple[ObjectId, ObjectId | None]]:
+        """Every snapshot's id and that of its parent, by row; nothing else is decoded for it."""
+        for row, parent in enumerate(self._parents):
+            yield self.id(row), None if parent == NO_PARENT else self.id(parent)
+
+    def find(self, id: object) -> int | None:
+        """The row of an id; None where there is none."""
+        if not isinstance(id, bytes):
+            return None
+        head = int.from_bytes(id[:8])
+        place = bisect_left(self._heads, head)
+        while place < len(self._heads) and self._heads[place] == head:
+            row = place if self._by_id is None else self._by_id[place]
+            if self.id(row) == id:
+                return row
+            place += 1
+        return None
+
+    def at(self, row: int) -> SnapshotRecord:
+        """The snapshot of a row. Raises `FormatError` where its table is corrupt."""
+        table = self.tables.table(row)
+        if table.fields == _PLAIN_FIELDS:
+            record = self._plain(row, table)
+            if record is not None:
+                return record
+        parent = table.i32(PARENT)
+        pruned = table.items(PRUNED, _ID_SIZE) or b""
+        return SnapshotRecord(
+            id=self.id(row),
+            parent=None if parent == NO_PARENT else self.id(parent),
+            flushed_at_us=table.u64(FLUSHED_AT),
+            message=required(table.string(MESSAGE), table, "message"),
+            metadata=metadata_from_tables(table.tables(METADATA) or (), 2),
+            pruned_ancestor_tx_logs=tuple(ObjectId(pruned[i : i + _ID_SIZE]) for i in range(0, len(pruned), _ID_SIZE)),
+        )
+
+    def _plain(self, row: int, table: Table) -> SnapshotRecord | None:
+        """The snapshot, where its table is laid out as we write those without metadata; None where it is not."""
+        data, pos = table.buffer.data, table.pos
+        if pos + PLAIN.size > len(data):
+            return None
+        _, flushed_at_us, parent, message, _, metadata, count, nbytes = PLAIN.unpack_from(data, pos)
+        end = pos + PLAIN.size + nbytes
+        if (message, metadata, count) != (MESSAGE_AT, METADATA_AT, 0) or end > len(data):
+            return None
+        table.buffer.charge(nbytes)
+        try:
+            text = data[pos + PLAIN.size : end].decode()
+        except UnicodeDecodeError:
+            return None
+        return SnapshotRecord(
+            id=self.id(row),
+            parent=None if parent == NO_PARENT else self.id(parent),
+            flushed_at_us=flushed_at_us,
+            message=text,
+        )
+
+    def records(self) -> Iterator[SnapshotRecord]:
+        """All of them, by row."""
+        return map(self.at, range(len(self.tables)))
+
+    def values(self) -> ValuesView[SnapshotRecord]:
+        """All of them, without a search for each."""
+        return RecordsView(self)
+
+    def __len__(self) -> int:
+        return len(self.tables)
+
+    def __iter__(self) -> Iterator[ObjectId]:
+        return map(self.id, range(len(self.tables)))
+
+    def __contains__(self, id: object) -> bool:
+        return self.find(id) is not None
+
+    def __getitem__(self, id: ObjectId) -> SnapshotRecord:
+        row = self.find(id)
+        if row is None:
+            raise KeyError(id)
+        return self.at(row)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} stored snapshots>"
