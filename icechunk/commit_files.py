@@ -6,7 +6,7 @@ put, so that a commit of many references needs little more memory than the sessi
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,6 +31,8 @@ __all__ = ["CommitFiles", "File"]
 
 _BYTES_PER_REF = 64
 """About what a reference costs to encode; decides whether that happens in a thread."""
+_BYTES_PER_NODE = 256
+"""The same for a node of the snapshot."""
 
 
 class File(NamedTuple):
@@ -76,8 +78,7 @@ class CommitFiles:
             found[id] = await core.assets.manifest(id)
 
         await run_each(read, plan.manifests_to_read, limit=max(1, core.settings.commit_fetches))
-        touched = sum(len(array.written) for array in plan.arrays)
-        touched += sum(manifest.num_chunk_refs for manifest in found.values())
+        touched = plan.num_rows + sum(manifest.num_chunk_refs for manifest in found.values())
         manifests = new_manifests(plan, found, core.sources.new_object_id)
         keep = core.assets.has_room_for(touched)
         places: list[Placed] = []
@@ -96,18 +97,15 @@ class CommitFiles:
             del manifest, step
             yield File(manifest_key(place.file.object_id), data)
             del data
-        self.snapshot = new_snapshot(
-            plan,
+        make = partial(
+            self._encode_snapshot,
             places,
             snapshot_id=snapshot_id,
-            # Format 1 keeps ancestry in the snapshots.
-            parent_id=plan.base.id if self.spec_version == 1 else None,
             flushed_at_us=max(core.sources.wall_us(), plan.base.flushed_at_us + 1),
-            message=self.message,
-            metadata=self.metadata,
         )
+        self.snapshot, encoded = await off_loop(len(plan.nodes) * _BYTES_PER_NODE, make)
+        yield File(snapshot_key(snapshot_id), encoded)
         level = core.settings.compression_level
-        yield File(snapshot_key(self.snapshot.id), encode_snapshot(self.snapshot, self.spec_version, level))
         for transaction in transactions:
             rows = num_rows(transaction.updated_chunks)
             encode = partial(encode_transaction_log, transaction, self.spec_version, level)
@@ -124,6 +122,21 @@ class CommitFiles:
         require_room(log)
         self.further_transactions = tuple(other.id for other in others)
         return [*others, log]
+
+    def _encode_snapshot(
+        self, places: Sequence[Placed], *, snapshot_id: ObjectId, flushed_at_us: int
+    ) -> tuple[Snapshot, bytes]:
+        snapshot = new_snapshot(
+            self.plan,
+            places,
+            snapshot_id=snapshot_id,
+            # Format 1 keeps ancestry in the snapshots.
+            parent_id=self.plan.base.id if self.spec_version == 1 else None,
+            flushed_at_us=flushed_at_us,
+            message=self.message,
+            metadata=self.metadata,
+        )
+        return snapshot, encode_snapshot(snapshot, self.spec_version, self.core.settings.compression_level)
 
     def _encode_next(self, manifests: Iterator[Manifest]) -> tuple[Manifest, Placed, bytes | None] | None:
         """The next manifest, where it is, and its file, if there is none yet that holds the same."""

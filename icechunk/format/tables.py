@@ -209,6 +209,19 @@ class NodeSnapshot:
     """Of an array; together they hold all its references."""
     extra: bytes | None = None
 
+    def with_manifests(self, manifests: tuple[ManifestRef, ...]) -> NodeSnapshot:
+        """The same node with its references in other manifests."""
+        return NodeSnapshot(
+            id=self.id,
+            path=self.path,
+            kind=self.kind,
+            user_data=self.user_data,
+            shape=self.shape,
+            dimension_names=self.dimension_names,
+            manifests=manifests,
+            extra=self.extra,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:

@@ -1,32 +1,77 @@
-"""Many small arrays at once: their rows are columns of their own, filled and merged together.
+"""Many small arrays at once: their rows are columns of their own, filled together.
 
 What numpy costs for two rows it costs for ten thousand. Rows of arrays of one rank are therefore laid one behind the
-other, with the number of the array as a first coordinate, worked on as one, and cut apart again. Virtual references
-stay out: their tables of strings would have to be cut apart as well.
+other, and worked on as one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import chain, pairwise
-from typing import Final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from icechunk.format.ids import NodeId, ObjectId
-from icechunk.format.tables import INLINE, VIRTUAL, ChunkRef, ChunkRefs, Manifest
-from icechunk.log.columns import DELETED, concat, from_rows, tombstones, trimmed
+from icechunk.format.by_node import ByNode, Part
+from icechunk.format.ids import NodeId
+from icechunk.format.tables import INLINE, VIRTUAL, ChunkRef, ChunkRefs, NodeSnapshot
+from icechunk.log.columns import concat, from_rows, from_values
+from icechunk.log.layered import Rows as RowsOfOne
+from icechunk.log.layers import ArrayFold
 from icechunk.log.lookup import sort_last
-from icechunk.log.pieces import ArrayPlan, references, written_of
 
-__all__ = ["columns_of_many", "pieces_of_small"]
-
-_SMALL: Final = 256
-"""References: an array with more is worth numpy calls of its own."""
+__all__ = ["LogRows", "columns_of_many", "edges_of_owners", "rows_of_many", "sorted_by_owner"]
 
 Rows = Mapping[tuple[int, ...], ChunkRef | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LogRows:
+    """What a log says of chunks."""
+
+    small: ByNode[ChunkRefs]
+    """Of small arrays, tombstones too, ascending and unique by coordinates; all of a rank are one part."""
+    large: Mapping[NodeId, RowsOfOne]
+    """The same of the others, one by one."""
+    nodes: Mapping[NodeId, NodeSnapshot]
+    """All those arrays as they are now, in ascending order of path."""
+
+
+def rows_of_many(folds: Sequence[ArrayFold], ndim: int) -> Part[ChunkRefs]:
+    """All rows of arrays of one rank; the folds stay as they are.
+
+    Parameters
+    ----------
+    folds
+        At least one, none of them empty.
+    """
+    open_rows = from_values(
+        [coords for fold in folds for coords in fold.rows], [ref for fold in folds for ref in fold.rows.values()], ndim
+    )
+    owner = np.repeat(np.arange(len(folds), dtype=np.uint32), [len(fold.rows) for fold in folds])
+    layers = [(i, layer.refs) for i, fold in enumerate(folds) for layer in fold.layers]
+    refs = open_rows
+    if layers:
+        refs = concat([*[layer for _, layer in layers], open_rows])
+        sizes = [len(layer) for _, layer in layers]
+        owner = np.concatenate([np.repeat(np.array([i for i, _ in layers], np.uint32), sizes), owner])
+    refs, owner = sorted_by_owner(refs, owner)
+    return Part(tuple([fold.node_id for fold in folds]), edges_of_owners(owner, len(folds)), refs)
+
+
+def sorted_by_owner(refs: ChunkRefs, owner: npt.NDArray[Any]) -> tuple[ChunkRefs, npt.NDArray[Any]]:
+    """Rows ascending by owner and coordinates; of several with the same ones the last counts."""
+    order = sort_last(np.column_stack([owner.astype(np.uint32, copy=False), refs.coords]))
+    return (refs, owner) if order is None else (refs.take(order), owner[order])
+
+
+def edges_of_owners(owner: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:
+    """Where the rows of each of so many owners begin, and where the last one's end; ``owner`` is ascending."""
+    edges = np.zeros(count + 1, np.int64)
+    np.cumsum(np.bincount(owner, minlength=count), out=edges[1:])
+    return edges
 
 
 def columns_of_many(many: Sequence[Rows], ndim: int) -> list[ChunkRefs]:
@@ -35,90 +80,6 @@ def columns_of_many(many: Sequence[Rows], ndim: int) -> list[ChunkRefs]:
         return [from_rows(rows, ndim) for rows in many]
     refs = from_rows({(i, *coords): ref for i, rows in enumerate(many) for coords, ref in rows.items()}, ndim + 1)
     return _split(replace(refs, coords=np.ascontiguousarray(refs.coords[:, 1:])), [len(rows) for rows in many])
-
-
-def pieces_of_small(
-    arrays: Iterable[ArrayPlan], manifests: Mapping[ObjectId, Manifest], max_refs: int
-) -> dict[NodeId, ChunkRefs]:
-    """What `icechunk.log.pieces.pieces` makes of arrays with few references; arrays that it must see to are left out.
-
-    Parameters
-    ----------
-    manifests
-        At least the sources of the dirty tiles.
-    max_refs
-        References in a piece.
-
-    Returns
-    -------
-    dict
-        The only piece of each array, which may be empty.
-
-    Raises
-    ------
-    FormatError
-        If a manifest lacks the array that the base says it holds.
-    """
-    limit = min(_SMALL, max_refs)
-    by_rank: dict[int, list[ArrayPlan]] = {}
-    for array in arrays:
-        if array.tile_shape is not None or array.written.locations:
-            continue
-        dirty = [tile for tile in array.tiles if tile.dirty]
-        if len(dirty) == 1 and not dirty[0].avoid and dirty[0].estimate <= limit:
-            by_rank.setdefault(len(array.node.shape), []).append(array)
-    found: dict[NodeId, ChunkRefs] = {}
-    for ndim, members in by_rank.items():
-        found |= _merged(members, manifests, ndim)
-    return found
-
-
-def _merged(arrays: Sequence[ArrayPlan], manifests: Mapping[ObjectId, Manifest], ndim: int) -> dict[NodeId, ChunkRefs]:
-    parts: list[ChunkRefs] = []
-    owners: list[int] = []
-    boxes: list[tuple[tuple[int, int], ...]] = []
-    everywhere = ((0, 2**32),) * ndim
-    nodes: list[NodeId] = []
-    for array in arrays:
-        tile = next(tile for tile in array.tiles if tile.dirty)
-        old = [references(array, source, manifests) for source in tile.sources]
-        if any(refs.locations or refs.checksum_kind is not None for refs in old):
-            continue
-        written = written_of(array, tile)
-        new = [written] if len(written) else []
-        if len(tile.deleted):
-            new.append(tombstones(array.deleted[tile.deleted]))
-        parts += old
-        parts += new
-        owners += [len(nodes)] * (len(old) + len(new))
-        shape = array.node.shape
-        boxes += [
-            tuple([(a, min(b, d.num_chunks)) for (a, b), d in zip(source.extents, shape, strict=True)])
-            for source in tile.sources
-        ]
-        boxes += [everywhere] * len(new)
-        nodes.append(array.node.id)
-    if not parts:
-        return dict.fromkeys(nodes, ChunkRefs.empty(ndim))
-    sizes = np.fromiter(map(len, parts), np.int64, len(parts))
-    refs = concat(parts)
-    owner = np.repeat(np.array(owners, np.uint32), sizes)
-    inside = np.ones(len(refs), np.bool_)
-    # int64[parts, ndim, 2]
-    limits = np.fromiter(chain.from_iterable(chain.from_iterable(boxes)), np.int64).reshape(len(parts), ndim, 2)
-    for d in range(ndim):
-        of_row = np.repeat(limits[:, d], sizes, axis=0)
-        inside &= (refs.coords[:, d] >= of_row[:, 0]) & (refs.coords[:, d] < of_row[:, 1])
-    if not inside.all():
-        refs, owner = refs.take(inside), owner[inside]
-    order = sort_last(np.column_stack([owner, refs.coords]))
-    if order is not None:
-        refs, owner = refs.take(order), owner[order]
-    live = refs.kind != DELETED
-    if not live.all():
-        refs, owner = refs.take(live), owner[live]
-    pieces = _split(trimmed(refs), np.bincount(owner, minlength=len(nodes)).tolist())
-    return dict(zip(nodes, pieces, strict=True))
 
 
 def _split(refs: ChunkRefs, sizes: Sequence[int]) -> list[ChunkRefs]:

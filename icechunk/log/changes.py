@@ -63,8 +63,10 @@ class NetChanges:
     """As they are now."""
     moved: tuple[Move, ...] = ()
     """Nodes that are neither new nor deleted, ordered by the segments of their source."""
-    chunks: Mapping[NodeId, tuple[str, npt.NDArray[np.uint32]]] = field(default_factory=dict)
-    """For each live array: its path now, uint32[n, ndim] ascending."""
+    chunks: Mapping[NodeId, npt.NDArray[np.uint32]] = field(default_factory=dict)
+    """uint32[n, ndim] by live array, ascending: chunks added, replaced or deleted."""
+    paths: Mapping[NodeId, str] = field(default_factory=dict)
+    """Of those arrays, now."""
 
     def transaction(self, snapshot_id: ObjectId) -> TransactionLog:
         """The transaction log of a commit that changes just this."""
@@ -76,7 +78,7 @@ class NetChanges:
             deleted_arrays=_ids(self.deleted, NodeKind.ARRAY),
             updated_groups=_ids(self.updated, NodeKind.GROUP),
             updated_arrays=_ids(self.updated, NodeKind.ARRAY),
-            updated_chunks={node_id: self.chunks[node_id][1] for node_id in sorted(self.chunks)},
+            updated_chunks=self.chunks,
             moved_nodes=self.moved,
         )
 
@@ -89,7 +91,7 @@ class NetChanges:
             deleted_arrays=_paths(self.deleted, NodeKind.ARRAY),
             updated_groups=_paths(self.updated, NodeKind.GROUP),
             updated_arrays=_paths(self.updated, NodeKind.ARRAY),
-            updated_chunks=dict(sorted(self.chunks.values(), key=_first)),
+            updated_chunks=dict(sorted([(self.paths[i], coords) for i, coords in self.chunks.items()], key=_first)),
             moved_nodes=tuple((m.source, m.target) for m in self.moved),
         )
 

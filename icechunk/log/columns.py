@@ -7,11 +7,13 @@ rows never leave the log.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from icechunk.format.ids import ObjectId
 from icechunk.format.tables import (
     ETAG,
     ID12,
@@ -25,9 +27,12 @@ from icechunk.format.tables import (
 )
 from icechunk.log.lookup import sort_last
 
-__all__ = ["DELETED", "concat", "from_rows", "normalized", "tombstones", "trimmed"]
+__all__ = ["DELETED", "concat", "from_rows", "from_values", "normalized", "tombstones", "trimmed"]
 
 DELETED: Final = 0
+
+_TOMBSTONE: Final = ChunkRef(DELETED)
+_NO_ID: Final = ObjectId(bytes(12))
 
 
 def tombstones(coords: npt.NDArray[np.uint32]) -> ChunkRefs:
@@ -163,34 +168,42 @@ def _used(table: tuple[str, ...], column: npt.NDArray[Any]) -> tuple[tuple[str, 
 def from_rows(rows: Mapping[tuple[int, ...], ChunkRef | None], ndim: int) -> ChunkRefs:
     """Columns, ascending by coordinates, from rows by coordinates; None is a tombstone."""
     ordered = sorted(rows.items(), key=_coords_of)
-    refs = [ref for _, ref in ordered]
-    n = len(refs)
+    return from_values([coords for coords, _ in ordered], [ref for _, ref in ordered], ndim)
+
+
+def from_values(coords: Sequence[tuple[int, ...]], refs: Iterable[ChunkRef | None], ndim: int) -> ChunkRefs:
+    """Columns in the order of the coordinates, from one reference, or None for a tombstone, for each of them."""
+    n = len(coords)
+    if not n:
+        return ChunkRefs.empty(ndim)
+    fields = zip(*[_TOMBSTONE if ref is None else ref for ref in refs], strict=True)
+    kinds, inline, chunk_ids, urls, offsets, lengths, tags, modified = fields
+    kind = np.array(kinds, np.uint8)
+    length, offset = np.array(lengths, np.uint64), np.array(offsets, np.uint64)
+    chunk_id = np.zeros(n, ID12)
+    if (kind == NATIVE).any():
+        chunk_id = np.frombuffer(b"".join([id or _NO_ID for id in chunk_ids]), ID12)
+    data = b""
+    if (rows := kind == INLINE).any():
+        data = b"".join([part for part in inline if part is not None])
+        sizes = length[rows]
+        offset[rows] = np.cumsum(sizes, dtype=np.uint64) - sizes
+    location = np.full(n, -1, np.int32)
     locations: dict[str, int] = {}
     etags: dict[str, int] = {}
-    kind = np.fromiter((DELETED if r is None else r.kind for r in refs), np.uint8, n)
-    length = np.fromiter((0 if r is None else r.length for r in refs), np.uint64, n)
-    chunk_id = np.frombuffer(b"".join([_id_of(r) for r in refs]), ID12) if (kind == NATIVE).any() else np.zeros(n, ID12)
-    offset = np.fromiter((0 if r is None else r.offset for r in refs), np.uint64, n)
-    location = np.full(n, -1, np.int32)
     checksum_kind = checksum = None
-    data = b""
-    if (kind == INLINE).any():
-        inline = kind == INLINE
-        data = b"".join([r.data for r in refs if r is not None and r.data is not None])
-        lengths = length[inline]
-        offset[inline] = np.cumsum(lengths, dtype=np.uint64) - lengths
     if (kind == VIRTUAL).any():
         checksum_kind, checksum = np.full(n, NO_CHECKSUM, np.uint8), np.zeros(n, np.int64)
-        for i, r in enumerate(refs):
-            if r is None or r.location is None:
+        for i, url in enumerate(urls):
+            if url is None:
                 continue
-            location[i] = locations.setdefault(r.location, len(locations))
-            if r.etag is not None:
-                checksum_kind[i], checksum[i] = ETAG, etags.setdefault(r.etag, len(etags))
-            elif r.last_modified is not None:
-                checksum_kind[i], checksum[i] = LAST_MODIFIED, r.last_modified
+            location[i] = locations.setdefault(url, len(locations))
+            if tags[i] is not None:
+                checksum_kind[i], checksum[i] = ETAG, etags.setdefault(tags[i], len(etags))
+            elif modified[i] is not None:
+                checksum_kind[i], checksum[i] = LAST_MODIFIED, modified[i]
     return ChunkRefs(
-        coords=coords_array((c for c, _ in ordered), ndim),
+        coords=np.fromiter(chain.from_iterable(coords), np.uint32, n * ndim).reshape(n, ndim),
         kind=kind,
         offset=offset,
         length=length,
@@ -204,15 +217,5 @@ def from_rows(rows: Mapping[tuple[int, ...], ChunkRef | None], ndim: int) -> Chu
     )
 
 
-def coords_array(coords: Iterable[tuple[int, ...]], ndim: int) -> npt.NDArray[np.uint32]:
-    """uint32[n, ndim] from tuples."""
-    rows = list(coords)
-    return np.array(rows, np.uint32).reshape(len(rows), ndim)
-
-
 def _coords_of(item: tuple[tuple[int, ...], ChunkRef | None]) -> tuple[int, ...]:
     return item[0]
-
-
-def _id_of(ref: ChunkRef | None) -> bytes:
-    return ref.chunk_id if ref is not None and ref.chunk_id is not None else bytes(12)

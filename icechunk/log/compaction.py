@@ -9,13 +9,15 @@ and one that serves other arrays too goes on serving them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from icechunk.format.by_node import ByNode, Part
 from icechunk.format.ids import NodeId, ObjectId
+from icechunk.format.refs_by_node import grouped_refs, refs_by_node
 from icechunk.format.tables import (
     ChunkRefs,
     Extents,
@@ -27,12 +29,13 @@ from icechunk.format.tables import (
     NodeSnapshot,
     Snapshot,
 )
-from icechunk.log.batches import pieces_of_small
 from icechunk.log.boxes import bounds
 from icechunk.log.changes import NetChanges
 from icechunk.log.layered import Rows
+from icechunk.log.layers import FEW_ROWS, in_view
 from icechunk.log.pieces import ArrayPlan, pieces
 from icechunk.log.session_log import SessionLog
+from icechunk.log.small_arrays import Batch, boxes_of, cut, merged, plan_batches
 from icechunk.log.tiles import TilePolicy, plan_anew, plan_grid, plan_tiles
 
 __all__ = ["EVERYTHING", "Placed", "Plan", "Policy", "new_manifests", "new_snapshot", "placed", "plan"]
@@ -79,13 +82,21 @@ class Plan:
     nodes: Mapping[str, NodeSnapshot]
     """All nodes now, in ascending order of path, still with the base's manifests."""
     arrays: tuple[ArrayPlan, ...]
-    """Arrays whose references change, in ascending order of path."""
+    """Arrays whose references change, in ascending order of path, but those in the batches."""
+    batches: tuple[Batch, ...]
+    """Small arrays whose references change."""
     changes: NetChanges
     """For the transaction log."""
     policy: Policy
     """By which it was made."""
     manifests_to_read: tuple[ObjectId, ...]
     """Ascending."""
+
+    @property
+    def num_rows(self) -> int:
+        """References that it writes, without those that are in manifests already."""
+        written = sum(len(array.written) for array in self.arrays)
+        return written + sum(len(batch.rows.rows) for batch in self.batches)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -107,23 +118,35 @@ def plan(log: SessionLog, policy: Policy, *, everything: bool = False) -> Plan:
     everything
         Rewrite the manifests of all arrays, as the policy would lay them out from the start.
     """
-    changes = log.net_changes()
-    nodes = {node.path: node for node in log.nodes()}
-    touched = log.touched_arrays()
+    rows = log.rows()
+    changes = log.net_changes(rows)
+    nodes = log.hierarchy()
+    batches: list[Batch] = []
+    done: frozenset[NodeId] = frozenset()
+    limit = min(FEW_ROWS, policy.share_below_refs - 1, policy.max_refs_per_manifest)
+    if policy.tile_shape is None and not everything and limit > 0:
+        batches, done = plan_batches(rows, limit)
     resized = {node.id for node in changes.updated}
+    wanted = (resized | rows.nodes.keys()) - done
     arrays = []
-    for node in nodes.values():
-        if node.kind != NodeKind.ARRAY or not (everything or node.id in touched or node.id in resized):
+    for node in nodes.values() if wanted or everything else ():
+        if node.kind != NodeKind.ARRAY or not (everything or node.id in wanted):
             continue
-        written, deleted = log.overlay_rows(node)
+        small = rows.small.get(node.id)
+        if small is None:
+            written, deleted = log.overlay_rows(node)
+        else:
+            written, deleted = in_view(small, [dimension.num_chunks for dimension in node.shape])
         array = _plan_array(node, log.base.manifest_files, written, deleted, policy, everything=everything)
         if len(array.tiles) != len(node.manifests) or any(tile.dirty for tile in array.tiles):
             arrays.append(array)
     needed = {s.object_id for array in arrays for tile in array.tiles if tile.dirty for s in tile.sources}
+    needed.update(source for batch in batches for source in batch.sources if source is not None)
     return Plan(
         base=log.base,
         nodes=nodes,
         arrays=tuple(arrays),
+        batches=tuple(batches),
         changes=changes,
         policy=policy,
         manifests_to_read=tuple(sorted(needed)),
@@ -170,21 +193,25 @@ def new_manifests(
     """
     packer = _Packer(plan.policy, new_object_id)
     most = plan.policy.max_refs_per_manifest
-    small = pieces_of_small(plan.arrays, manifests, most)
+    for batch in plan.batches:
+        part = merged(batch, manifests)
+        if part is not None:
+            yield from packer.add_many(part)
     for array in plan.arrays:
-        ready = small.pop(array.node.id, None)
-        own = pieces(array, manifests, most) if ready is None else [ready] if len(ready) else []
-        for piece in own:
+        for piece in pieces(array, manifests, most):
             yield from packer.add(array.node.id, piece, alone=array.tile_shape is not None)
     yield from packer.close()
 
 
 def placed(manifest: Manifest, size_bytes: int) -> Placed:
     """What is to be known of a new manifest once it is encoded, in so many bytes."""
-    return Placed(
-        file=ManifestFile(manifest.id, size_bytes, manifest.num_chunk_refs),
-        extents={node_id: bounds(refs.coords) for node_id, refs in manifest.arrays.items()},
-    )
+    arrays = manifest.arrays
+    if isinstance(arrays, ByNode):
+        found = {node_id: box for part in arrays.parts for node_id, box in zip(part.nodes, boxes_of(part), strict=True)}
+        extents: Mapping[NodeId, Extents] = {node_id: found[node_id] for node_id in arrays}
+    else:
+        extents = {node_id: bounds(refs.coords) for node_id, refs in arrays.items()}
+    return Placed(file=ManifestFile(manifest.id, size_bytes, manifest.num_chunk_refs), extents=extents)
 
 
 def new_snapshot(
@@ -215,13 +242,21 @@ def new_snapshot(
             if not tile.dirty:
                 refs.extend(tile.sources)
     files: dict[ObjectId, ManifestFile] = {}
+    alone: dict[NodeId, tuple[ManifestRef, ...]] = {}
     for manifest in new:
         files[manifest.file.object_id] = manifest.file
         for node_id, extents in manifest.extents.items():
-            kept[node_id].append(ManifestRef(manifest.file.object_id, extents))
+            ref = ManifestRef(manifest.file.object_id, extents)
+            if (several := kept.get(node_id)) is None:
+                alone[node_id] = (ref,)
+            else:
+                several.append(ref)
     nodes = dict(plan.nodes)
     for array in plan.arrays:
-        nodes[array.node.path] = replace(array.node, manifests=tuple(sorted(kept[array.node.id], key=_by_extents)))
+        nodes[array.node.path] = array.node.with_manifests(tuple(sorted(kept[array.node.id], key=_by_extents)))
+    for batch in plan.batches:
+        for node in batch.nodes:
+            nodes[node.path] = node.with_manifests(alone.get(node.id, ()))
     return Snapshot(
         id=snapshot_id,
         parent_id=parent_id,
@@ -243,33 +278,61 @@ class _Packer:
     def __init__(self, policy: Policy, new_object_id: Callable[[], ObjectId]) -> None:
         self._policy = policy
         self._new_object_id = new_object_id
-        self._streams: list[dict[NodeId, ChunkRefs]] = []
-        self._sizes: list[int] = []
+        self._streams: list[_Stream] = []
         self._ordinals: dict[NodeId, int] = {}
 
     def add(self, node_id: NodeId, refs: ChunkRefs, *, alone: bool) -> Iterator[Manifest]:
         """Place a piece, not empty; ``alone``: in a manifest of its own. Gives the manifest that is full by it."""
         if alone or len(refs) >= self._policy.share_below_refs:
-            yield self._manifest({node_id: refs})
+            yield Manifest(id=self._new_object_id(), arrays={node_id: refs})
             return
         j = self._ordinals.get(node_id, 0)
         self._ordinals[node_id] = j + 1
         if j == len(self._streams):
-            self._streams.append({})
-            self._sizes.append(0)
-        if self._streams[j] and self._sizes[j] + len(refs) > self._policy.max_refs_per_manifest:
-            full, self._streams[j], self._sizes[j] = self._streams[j], {}, 0
-            yield self._manifest(full)
-        self._streams[j][node_id] = refs
-        self._sizes[j] += len(refs)
+            self._streams.append(_Stream())
+        stream = self._streams[j]
+        if stream.size and stream.size + len(refs) > self._policy.max_refs_per_manifest:
+            yield self._emptied(stream)
+        stream.arrays[node_id] = refs
+        stream.size += len(refs)
+
+    def add_many(self, part: Part[ChunkRefs]) -> Iterator[Manifest]:
+        """Place the only pieces of many arrays, each smaller than a manifest. Gives the manifests that are full."""
+        if not self._streams:
+            self._streams.append(_Stream())
+        stream, edges, first = self._streams[0], part.edges, 0
+        while first < len(part.nodes):
+            room = self._policy.max_refs_per_manifest - stream.size
+            last = int(np.searchsorted(edges, edges[first] + room, side="right")) - 1
+            if last == first:
+                yield self._emptied(stream)
+                continue
+            stream.parts.append(cut(part, first, last))
+            stream.size += int(edges[last] - edges[first])
+            first = last
 
     def close(self) -> Iterator[Manifest]:
         """The manifests that are open still."""
         while self._streams:
-            yield self._manifest(self._streams.pop(0))
+            yield self._emptied(self._streams.pop(0))
 
-    def _manifest(self, arrays: Mapping[NodeId, ChunkRefs]) -> Manifest:
-        return Manifest(id=self._new_object_id(), arrays={i: arrays[i] for i in sorted(arrays)})
+    def _emptied(self, stream: _Stream) -> Manifest:
+        arrays: Mapping[NodeId, ChunkRefs] = {i: stream.arrays[i] for i in sorted(stream.arrays)}
+        if stream.parts:
+            arrays = refs_by_node([*stream.parts, *grouped_refs(arrays).parts])
+        stream.arrays, stream.parts, stream.size = {}, [], 0
+        return Manifest(id=self._new_object_id(), arrays=arrays)
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """A manifest in the making."""
+
+    arrays: dict[NodeId, ChunkRefs] = field(default_factory=dict)
+    parts: list[Part[ChunkRefs]] = field(default_factory=list)
+    """Of other arrays."""
+    size: int = 0
+    """References of all of them."""
 
 
 def _files(

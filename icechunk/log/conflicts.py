@@ -144,7 +144,7 @@ def rebase(log: SessionLog, winner: Winner, solver: ConflictSolver) -> SessionLo
         raise RebaseFailedError(encode_id(winner.snapshot.id), list(conflicts))
     lost: dict[NodeId, CoordIndex] = {}
     if isinstance(solver, BasicConflictSolver) and solver.on_chunk_conflict is VersionSelection.UseTheirs:
-        for node_id, (_, coords) in mine.chunks.items():
+        for node_id, coords in mine.chunks.items():
             both = theirs.written(node_id, coords)
             if len(both):
                 lost[node_id] = CoordIndex(both)
@@ -232,9 +232,10 @@ def _documents(mine: NetChanges, theirs: _Theirs) -> Iterator[Conflict]:
 
 def _chunks(mine: NetChanges, theirs: _Theirs) -> Iterator[Conflict]:
     new = {node.id for node in mine.new}
-    for node_id, (path, coords) in mine.chunks.items():
+    for node_id, coords in mine.chunks.items():
         if node_id in new:
             continue
+        path = mine.paths[node_id]
         if node_id not in theirs.alive:
             yield Conflict(ConflictType.ChunksUpdatedInDeletedArray, path)
             continue

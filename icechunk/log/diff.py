@@ -53,7 +53,8 @@ def net_diff(transactions: Sequence[TransactionLog], from_snapshot: Snapshot, to
                 key=move_order,
             )
         ),
-        chunks={i: (after[i].path, _merged(parts)) for i, parts in chunks.items() if i in after},
+        chunks={i: _merged(parts) for i, parts in chunks.items() if i in after},
+        paths={i: after[i].path for i in chunks if i in after},
     )
 
 

@@ -6,7 +6,7 @@ Kept up to date with every event, so that a read never replays. Commands that ap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from enum import Enum
 from typing import Final, Literal, TypeAlias
@@ -15,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.errors import AlreadyExistsError, ErrorKind, InvalidInputError, NodeNotFoundError
+from icechunk.format.by_node import Part, coords_by_node, coords_part
 from icechunk.format.ids import NodeId
+from icechunk.format.refs_by_node import refs_by_node
 from icechunk.format.tables import ChunkRef, ChunkRefs, Move, NodeKind, NodeSnapshot, Snapshot
-from icechunk.log.batches import columns_of_many
+from icechunk.log.batches import LogRows, columns_of_many, rows_of_many
 from icechunk.log.changes import Changes, NetChanges, move_order
 from icechunk.log.columns import DELETED
 from icechunk.log.events import (
@@ -33,7 +35,7 @@ from icechunk.log.events import (
 )
 from icechunk.log.hierarchy import Hierarchy
 from icechunk.log.layered import Layered, Rows
-from icechunk.log.layers import ArrayFold, inside
+from icechunk.log.layers import ArrayFold, in_view, inside
 from icechunk.log.zarr_metadata import ArrayMeta, GroupMeta, parse_node
 
 __all__ = ["ABSENT", "IN_BASE", "Absent", "Fold", "InBase", "in_grid"]
@@ -102,6 +104,10 @@ class Fold:
         """The node at ``under`` and everything below it, in ascending order of the path's bytes."""
         return iter(list(self._tree.subtree(under)))
 
+    def hierarchy(self) -> Mapping[str, NodeSnapshot]:
+        """All nodes by path, in ascending order of the path's bytes; good until the next event."""
+        return self._tree.everything()
+
     def chunk(self, node: NodeSnapshot, coords: tuple[int, ...]) -> ChunkRef | Absent | InBase:
         """Where a chunk is.
 
@@ -147,12 +153,7 @@ class Fold:
             ndim = len(node.shape)
             return ChunkRefs.empty(ndim), np.empty((0, ndim), np.uint32)
         rows = self._rows(fold)
-        refs = rows if isinstance(rows, ChunkRefs) else rows.take(np.arange(len(rows)))
-        visible = inside(refs.coords, fold.grid)
-        written = visible & (refs.kind != DELETED)
-        if written.all():
-            return refs, refs.coords[:0]
-        return refs.take(written), refs.coords[visible & ~written]
+        return in_view(rows if isinstance(rows, ChunkRefs) else rows.take(np.arange(len(rows))), fold.grid)
 
     def overlay_rows(self, node: NodeSnapshot) -> tuple[Rows, npt.NDArray[np.uint32]]:
         """The same as `overlay`; where there are many rows they are not copied."""
@@ -172,13 +173,28 @@ class Fold:
         """Chunk rows of the log, of which some may hide others."""
         return sum(len(fold.rows) + sum(len(layer.refs) for layer in fold.layers) for fold in self._arrays.values())
 
-    def touched_arrays(self) -> frozenset[NodeId]:
-        """Ids of arrays with chunk rows of this log."""
-        return frozenset(node_id for node_id, fold in self._arrays.items() if fold)
+    def rows(self) -> LogRows:
+        """Everything that the log says of chunks."""
+        found = []
+        for node_id, fold in self._arrays.items():
+            if fold:
+                node = self._tree.node_of(node_id, fold.path)
+                assert node is not None, "who removes an array removes its rows"
+                found.append((node.path, node, fold))
+        found.sort(key=_first)
+        by_rank: dict[int, list[ArrayFold]] = {}
+        for _, _, fold in found:
+            if fold.is_small:
+                by_rank.setdefault(len(fold.grid), []).append(fold)
+        return LogRows(
+            small=refs_by_node([rows_of_many(folds, ndim) for ndim, folds in by_rank.items()]),
+            large={node.id: self._rows(fold) for _, node, fold in found if not fold.is_small},
+            nodes={node.id: node for _, node, _ in found},
+        )
 
-    def net_changes(self) -> NetChanges:
-        """What the fold changed, by node."""
-        self._close_all()
+    def net_changes(self, rows: LogRows | None = None) -> NetChanges:
+        """What the fold changed, by node; ``rows`` are what `rows` gives, if that is known."""
+        rows = rows or self.rows()
         before: dict[NodeId, NodeSnapshot] = {}
         after: dict[NodeId, NodeSnapshot] = {}
         for path, node in self._tree.overlay.items():
@@ -188,22 +204,23 @@ class Fold:
             if node is not None:
                 after[node.id] = node
         kept = [(before[i], after[i]) for i in before.keys() & after.keys()]
-        chunks = {}
-        for node_id, fold in self._arrays.items():
-            if fold:
-                path = self._path_of(node_id, fold.path)
-                chunks[node_id] = (path, self._rows(fold).coords)
         return NetChanges(
-            new=tuple(node for i, node in after.items() if i not in before),
-            deleted=tuple(node for i, node in before.items() if i not in after),
-            updated=tuple(new for old, new in kept if old.user_data != new.user_data),
+            new=tuple([node for i, node in after.items() if i not in before]),
+            deleted=tuple([node for i, node in before.items() if i not in after]),
+            updated=tuple([new for old, new in kept if old.user_data != new.user_data]),
             moved=tuple(
                 sorted(
                     (Move(old.path, new.path, new.id, new.kind) for old, new in kept if old.path != new.path),
                     key=move_order,
                 )
             ),
-            chunks=chunks,
+            chunks=coords_by_node(
+                [
+                    *[Part(part.nodes, part.edges, part.rows.coords) for part in rows.small.parts],
+                    *[coords_part([node_id], [large.coords]) for node_id, large in rows.large.items()],
+                ]
+            ),
+            paths={node_id: node.path for node_id, node in rows.nodes.items()},
         )
 
     def changes(self) -> Changes:
@@ -312,6 +329,10 @@ class Fold:
         self._close_all()
         for fold in self._arrays.values():
             self._events += fold.tell()
+
+
+def _first(found: tuple[str, NodeSnapshot, ArrayFold]) -> str:
+    return found[0]
 
 
 def _described(node: NodeSnapshot, user_data: bytes, meta: GroupMeta | ArrayMeta) -> NodeSnapshot:

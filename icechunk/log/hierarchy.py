@@ -114,6 +114,15 @@ class Hierarchy:
             self.remove(node.path)
             self.put(replace(node, path=target + node.path[len(source) :]))
 
+    def everything(self) -> Mapping[str, NodeSnapshot]:
+        """All nodes by path, in ascending order; good until the next change."""
+        if not self.overlay:
+            return self._base
+        known: dict[str, NodeSnapshot | None] = {**self._base, **self.overlay}
+        # Two runs in order: what the base has, and what it has not.
+        paths = sorted([*self._paths(), *self._added]) if self._added else known
+        return {path: node for path in paths if (node := known[path]) is not None}
+
     def subtree(self, path: str) -> Iterator[NodeSnapshot]:
         """The node and everything below it, in ascending order of paths; not to be changed meanwhile."""
         node = self.get(path)
@@ -153,14 +162,19 @@ class Hierarchy:
 
     def path_of(self, node_id: NodeId, hint: str) -> str | None:
         """Where a node stands now; ``hint`` is tried first."""
+        node = self.node_of(node_id, hint)
+        return None if node is None else node.path
+
+    def node_of(self, node_id: NodeId, hint: str) -> NodeSnapshot | None:
+        """The node with this id, wherever it stands; ``hint`` is tried first."""
         node = self.get(hint)
         if node is not None and node.id == node_id:
-            return hint
+            return node
         if self._base_ids is None:
             self._base_ids = {n.id: p for p, n in self._base.items()}
         for path in (self._moved.get(node_id), self._base_ids.get(node_id)):
             if path is not None and (node := self.get(path)) is not None and node.id == node_id:
-                return path
+                return node
         return None
 
     def _paths(self) -> list[str]:

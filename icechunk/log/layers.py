@@ -26,7 +26,7 @@ from icechunk.log.events import ChunksDeleted, ChunksWritten
 from icechunk.log.layered import Layered, layered
 from icechunk.log.lookup import RefTable
 
-__all__ = ["LARGE_LAYER", "MANY_LAYERS", "OPEN_ROWS", "ArrayFold", "inside"]
+__all__ = ["FEW_ROWS", "LARGE_LAYER", "MANY_LAYERS", "OPEN_ROWS", "ArrayFold", "in_view", "inside"]
 
 OPEN_ROWS: Final = 16_384
 """So many rows written one at a time become columns: a row of a dict takes ten times the memory."""
@@ -36,6 +36,9 @@ LARGE_LAYER: Final = 2**20
 MANY_LAYERS: Final = 64
 _MERGED_LAYERS: Final = 8
 """So many are then made one."""
+
+FEW_ROWS: Final = 256
+"""Rows: an array with more is worth numpy calls of its own."""
 
 _MOST: Final = 2**32 - 1
 
@@ -133,6 +136,14 @@ class ArrayFold:
         return events
 
     @property
+    def is_small(self) -> bool:
+        """Whether its rows are so few that they are worked on together with those of other arrays."""
+        count = len(self.rows)
+        for layer in self.layers:
+            count += len(layer.refs)
+        return count <= min(FEW_ROWS, LARGE_LAYER)
+
+    @property
     def is_mixed(self) -> bool:
         """Whether some layers are fresh and others are not."""
         return 0 < self._fresh < len(self.layers)
@@ -182,3 +193,12 @@ def inside(coords: npt.NDArray[np.uint32], grid: Sequence[int]) -> npt.NDArray[n
         if n <= _MOST:
             good &= coords[:, d] < n
     return good
+
+
+def in_view(refs: ChunkRefs, grid: Sequence[int]) -> tuple[ChunkRefs, npt.NDArray[np.uint32]]:
+    """Of rows with tombstones, those inside a grid: the references, and the coordinates of the tombstones."""
+    visible = inside(refs.coords, grid)
+    written = visible & (refs.kind != DELETED)
+    if written.all():
+        return refs, refs.coords[:0]
+    return refs.take(written), refs.coords[visible & ~written]

@@ -70,7 +70,7 @@ def merge(target: SessionLog, fork: SessionLog, origin: Savepoint) -> None:
 
 def _compared(target: SessionLog, before: SessionLog, own: NetChanges, fresh: set[NodeId]) -> list[str]:
     gone = {node.path for node in own.updated if target.node_of(node.id, node.path) is None}
-    for node_id, (path, _) in own.chunks.items():
+    for node_id, path in own.paths.items():
         if node_id not in fresh and target.node_of(node_id, path) is None:
             gone.add(path)
     return _refusals(

@@ -12,7 +12,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from icechunk.format.by_node import ByNode
 from icechunk.format.ids import NodeId
+from icechunk.format.refs_by_node import grouped_refs
 from icechunk.format.tables import ChunkRefs, Manifest
 from icechunk.log.compaction import Placed
 
@@ -52,7 +54,7 @@ class Earlier:
             if placed.file.num_chunk_refs != manifest.num_chunk_refs:
                 continue
             if isinstance(what, Manifest):
-                if all(_same(what.arrays[i], refs) for i, refs in manifest.arrays.items()):
+                if _same_arrays(grouped_refs(what.arrays), grouped_refs(manifest.arrays)):
                     return placed
             else:
                 own = own or _digest(manifest)
@@ -64,13 +66,23 @@ class Earlier:
 def _digest(manifest: Manifest) -> bytes:
     """Differs where any column of any array does."""
     found = hashlib.blake2b(digest_size=32)
-    for node_id, refs in manifest.arrays.items():
-        found.update(node_id)
+    for part in grouped_refs(manifest.arrays).parts:
+        refs = part.rows
+        found.update(b"".join(part.nodes))
         found.update(repr((refs.coords.shape, refs.locations, refs.etags, len(refs.inline_data))).encode())
         found.update(refs.inline_data)
-        for column in _columns(refs):
+        for column in (part.edges, *_columns(refs)):
             found.update(np.ascontiguousarray(column).view(np.uint8).data if column.size else b"")
     return found.digest()
+
+
+def _same_arrays(ours: ByNode[ChunkRefs], theirs: ByNode[ChunkRefs]) -> bool:
+    """Whether two manifests hold the same; that they are said to differ, where only the order of arrays does, costs a
+    manifest and nothing else."""
+    return len(ours.parts) == len(theirs.parts) and all(
+        a.nodes == b.nodes and np.array_equal(a.edges, b.edges) and _same(a.rows, b.rows)
+        for a, b in zip(ours.parts, theirs.parts, strict=True)
+    )
 
 
 def _same(a: ChunkRefs, b: ChunkRefs) -> bool:
