@@ -221,7 +221,7 @@ class Core:
         """Everything about the repository as of now: includes what anybody was acknowledged before the call.
 
         Looks at the store, unless this loop's client has just opened the log, or changed it: see
-        `RepositoryLog.is_current`.
+        `RepositoryLog.spare_look`.
 
         Parameters
         ----------
@@ -231,7 +231,7 @@ class Core:
         called_us = self.sources.elapsed_us()
         log = await self.log()
         # What an open that began after this call has read is news enough.
-        news = self._opened_us[log] >= called_us or self._just_opened(log, called_us) or log.is_current()
+        news = self._opened_us[log] >= called_us or self._just_opened(log, called_us) or log.spare_look()
         state = log.state if news else await log.refresh()
         return state if snapshot_id is None else await log.learn([object_id_from_text(snapshot_id)])
 

@@ -99,11 +99,11 @@ class RepositoryLog(ABC):
         Includes everything that was acknowledged to anybody before the call. One round trip where little happened.
         """
 
-    def is_current(self) -> bool:
-        """Whether `state` is what `refresh` would return as far as anybody can know, so that it need not look.
+    def spare_look(self) -> bool:
+        """Whether `state` is what `refresh` would return as far as anybody can know, so that nobody need look now.
 
-        True for a moment after a change of this client's own where the store is some way off, in layouts that can
-        tell: nobody who has heard of that change has been told yet that his own landed.
+        At times true for a moment after a change of this client's own, where the store is some way off and the layout
+        can tell: nobody who has heard of that change has been told yet that his own landed.
         """
         return False
 

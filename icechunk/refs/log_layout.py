@@ -194,9 +194,9 @@ class LogLayout(RepositoryLog):
     async def refresh(self) -> RepoState:
         return await self._view.refresh()
 
-    def is_current(self) -> bool:
+    def spare_look(self) -> bool:
         view = self._view
-        return view.left is None and view.recency.spares_look(view.sources.elapsed_us())
+        return view.left is None and view.recency.spare_look(view.sources.elapsed_us())
 
     async def append(
         self,

@@ -156,6 +156,7 @@ class LogView:
         if entry.n == self.head.n + 1:
             self.head = fold_entry(self.head, entry)
             self._remember(entry.n, entry.objects)
+            self.recency.met_others()
 
     def fold_own(
         self,
@@ -197,6 +198,7 @@ class LogView:
         if opened.head.epoch == self.head.epoch and opened.head.n < self.head.n:
             return
         self.head, self.proof, self.known = opened.head, opened.proof, opened.known
+        self.recency.met_others()
         self.carried.clear()
         self._keep_copies(opened.known)
         for entry in opened.tail:

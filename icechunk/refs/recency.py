@@ -8,6 +8,9 @@ store has to tell us of it, which takes about as long as our own answer took, an
 we also stop soon after the answer.
 
 An answer that took longer than usual, for whatever reason, leaves no time over, so the next look is made.
+
+Who spares looks is quick enough to leave nobody else a slot. So only who has been alone for some entries spares any,
+and of three looks he makes one: others then find the slot empty for as long as they need, once in every four turns.
 """
 
 from __future__ import annotations
@@ -19,6 +22,10 @@ __all__ = ["Recency"]
 
 _SAMPLES: Final = 3
 """So many exchanges of each kind before the quickest counts: the first ones also make connections."""
+_ALONE: Final = 3
+"""Entries of our own in a row that make us the only writer."""
+_IN_A_ROW: Final = 2
+"""Looks that are spared one after the other."""
 _LIKE_A_LOOK_BYTES: Final = 16 * 1024
 """Swaps of more than that show how broad the line is, not how long."""
 _LEAST_US: Final = 4_000
@@ -44,10 +51,13 @@ class Recency:
     _swaps: _Quickest = field(default_factory=_Quickest)
     _sent_us: int = 0
     _answered_us: int | None = None
+    _alone: int = 0
+    _spared: int = 0
 
     def looked(self, took_us: int) -> None:
         """A look has shown, in this time, that nothing follows the head."""
         self._looks.add(took_us)
+        self._spared = 0
 
     def landed(self, *, sent_us: int, answered_us: int, size_bytes: int) -> None:
         """The store has answered that an entry of our own landed.
@@ -60,16 +70,28 @@ class Recency:
             By the same clock, after the answer.
         """
         self._sent_us, self._answered_us = sent_us, answered_us
+        self._alone += 1
         if size_bytes <= _LIKE_A_LOOK_BYTES:
             self._swaps.add(answered_us - sent_us)
 
-    def spares_look(self, now_us: int) -> bool:
-        """Whether nobody can have been told of a change that this client has not folded."""
-        if self._answered_us is None or min(self._looks.samples, self._swaps.samples) < _SAMPLES:
-            return False
+    def met_others(self) -> None:
+        """An entry that is not our own was folded."""
+        self._alone = 0
+
+    def spare_look(self, now_us: int) -> bool:
+        """Whether nobody can have been told of a change that this client has not folded, so that it need not look now.
+
+        Whoever is told so does not look: that counts.
+        """
         both_us = self._looks.us + self._swaps.us
-        return (
-            both_us >= _LEAST_US
+        spared = (
+            self._answered_us is not None
+            and min(self._looks.samples, self._swaps.samples) >= _SAMPLES
+            and both_us >= _LEAST_US
             and 0 <= now_us - self._answered_us < _LEAST_US
             and now_us - self._sent_us < both_us * 3 // 4
+            and self._alone >= _ALONE
+            and self._spared < _IN_A_ROW
         )
+        self._spared += spared
+        return spared

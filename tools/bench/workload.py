@@ -147,7 +147,7 @@ def wire(options: Mapping[str, Any]) -> dict[str, float]:
             raise AssertionError("what was read is not what was written")
     seconds["random reads"] = time.perf_counter() - started
 
-    tries = 10
+    tries = 20
     for what, pause_s in (("tiny session and commit", 0.0), ("the same after a pause", 0.1)):
         seconds |= {what: 0.0, "tiny commit": 0.0}
         for i in range(tries):
