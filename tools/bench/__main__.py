@@ -41,7 +41,7 @@ FLOORS = {
     ("wire", "read"): 5.0,
     ("wire", "open to first chunk"): 1.3,
     ("wire", "random reads"): 3.0,
-    ("wire", "tiny session and commit"): 4.0,
+    ("wire", "tiny session and commit"): 3.5,
     ("wire", "tiny commit"): 4.0,
     ("wire", "the same after a pause"): 2.5,
 }
