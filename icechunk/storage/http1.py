@@ -21,34 +21,27 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, cast
 
-import numpy as np
 from aiohappyeyeballs import start_connection
-from multidict import CIMultiDict
 
-from icechunk.storage.http1_large import LARGE_BYTES, Move, Threads
+from icechunk.storage.buffers import Buffers
+from icechunk.storage.http1_large import Move, Threads
+from icechunk.storage.http1_messages import LARGE_BYTES, BadAnswerError, Reading, Response, request_head
 
 __all__ = ["BadAnswerError", "Connections", "NotConnectedError", "Origin", "Response"]
 
 _CONNECTIONS: Final = 512
 _KEEPALIVE_S: Final = 15.0
-_LARGEST_HEAD_BYTES: Final = 64 * 1024
 _ONE_WRITE_BYTES: Final = 64 * 1024
 # Small enough for others to have their turn in between.
 _PIECE_BYTES: Final = 256 * 1024
 _HAPPY_EYEBALLS_S: Final = 0.25
 _THREADS: Final = 16
-# Room is made for no more than this on the word of a header.
-_LARGEST_IN_PLACE_BYTES: Final = 256 * 1024 * 1024
 # What an answer to a request that was read to its end leaves to the thread that sent it: to notice.
 _LAST_SEND_S: Final = 0.1
 
 
 class NotConnectedError(Exception):
     """No connection could be made: the request certainly never left. The cause is the `OSError`."""
-
-
-class BadAnswerError(ConnectionError):
-    """What came is no complete answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +53,6 @@ class Origin:
     host: str
     """Name or address, an IPv6 address without brackets."""
     port: int
-
-
-@dataclass(frozen=True, slots=True)
-class Response:
-    """A complete answer."""
-
-    status: int
-    headers: CIMultiDict[str]
-    body: bytes | memoryview
-    """A view, of bytes that nobody changes any more, where it is large."""
 
 
 class Connections:
@@ -87,6 +70,7 @@ class Connections:
         self._idle: dict[Origin, deque[tuple[_Connection, float]]] = {}
         self._open: set[_Connection] = set()
         self._threads = Threads(_THREADS)
+        self._buffers = Buffers()
         self._closed = False
 
     async def exchange(
@@ -129,7 +113,7 @@ class Connections:
                 raise BadAnswerError("the connections were closed before the request")
             try:
                 response = await connection.request(
-                    _head(method, target, headers, len(body)), body, method == "HEAD", read_s, total_s
+                    request_head(method, target, headers, len(body)), body, method == "HEAD", read_s, total_s
                 )
             except BaseException:
                 connection.abort()
@@ -174,14 +158,17 @@ class Connections:
             async with asyncio.timeout(connect_s):
                 if _is_address(origin.host):
                     _, connection = await loop.create_connection(
-                        lambda: _Connection(loop, self._open, self._threads), origin.host, origin.port, ssl=tls
+                        lambda: _Connection(loop, self._open, self._threads, self._buffers),
+                        origin.host,
+                        origin.port,
+                        ssl=tls,
                     )
                 else:
                     # asyncio's own race of addresses leaves a socket unclosed where it is cancelled at its end.
                     addresses = await loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
                     connected = await start_connection(addresses, happy_eyeballs_delay=_HAPPY_EYEBALLS_S)
                     _, connection = await loop.create_connection(
-                        lambda: _Connection(loop, self._open, self._threads),
+                        lambda: _Connection(loop, self._open, self._threads, self._buffers),
                         sock=connected,
                         ssl=tls,
                         server_hostname=origin.host if tls else None,
@@ -203,9 +190,16 @@ def _is_address(host: str) -> bool:
 class _Connection(asyncio.Protocol):
     """One connection; `request` may be called again once it has returned and `reusable` is true."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, open_connections: set[_Connection], threads: Threads) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        open_connections: set[_Connection],
+        threads: Threads,
+        buffers: Buffers,
+    ) -> None:
         self._loop = loop
         self._threads = threads
+        self._buffers = buffers
         self._sending: Move | None = None
         self._receiving: Move | None = None
         self._open = open_connections
@@ -226,7 +220,7 @@ class _Connection(asyncio.Protocol):
         loop, transport = self._loop, self._transport
         answer: asyncio.Future[Response] = loop.create_future()
         self._answer = answer
-        self._reading = _Reading(bodiless)
+        self._reading = Reading(bodiless, self._buffers)
         self._heard = now = loop.time()
         self._read_s = read_s
         self._deadline = None if total_s is None else now + total_s
@@ -397,185 +391,3 @@ class _Connection(asyncio.Protocol):
     def _go_on_writing(self) -> None:
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
-
-
-class _Reading:
-    """An answer as it comes in."""
-
-    __slots__ = ("_bodiless", "_chunks", "_head", "_headers", "_left", "_parts", "_size", "_status", "_whole", "keep")
-
-    def __init__(self, bodiless: bool) -> None:
-        self._bodiless = bodiless
-        self._head: bytes | None = b""
-        self._status = 0
-        self._headers: CIMultiDict[str] = CIMultiDict()
-        self._parts: list[bytes] = []
-        self._size: int | None = None
-        self._left = 0
-        self._chunks: _Chunks | None = None
-        # A large body, of which all but the last `_left` bytes are there.
-        self._whole: memoryview | None = None
-        self.keep = False
-        """Whether the connection may be used again after this answer."""
-
-    def feed(self, data: bytes) -> Response | None:
-        """Take bytes; the answer once it is complete. Raises ValueError where it is none."""
-        if self._head is not None:
-            rest = self._feed_head(data)
-            if rest is None:
-                return None
-            data = rest
-        if self._chunks is not None:
-            body = self._chunks.feed(data)
-            if body is None:
-                return None
-            self.keep = self.keep and not self._chunks.rest
-            return Response(self._status, self._headers, body)
-        if self._whole is not None:
-            count = min(len(data), self._left)
-            at = len(self._whole) - self._left
-            self._whole[at : at + count] = memoryview(data)[:count]
-            self.keep = self.keep and count == len(data)
-            return self.fill(count)
-        if data:
-            self._parts.append(data)
-            self._left -= len(data)
-        if self._size is None or self._left > 0:
-            return None
-        if self._left < 0:
-            self.keep = False
-            self._parts[-1] = self._parts[-1][: self._left]
-        return self._response()
-
-    @property
-    def rest(self) -> memoryview | None:
-        """Where the rest of a large body belongs, for whoever receives it; `fill` has to follow."""
-        return None if self._whole is None else self._whole[len(self._whole) - self._left :]
-
-    def fill(self, count: int) -> Response | None:
-        """So many bytes of `rest` are there; the answer once it is complete."""
-        self._left -= count
-        return None if self._left else self._response()
-
-    def at_end(self) -> Response | None:
-        """The answer where the end of the connection is its end; None where it is incomplete."""
-        if self._head is None and self._size is None and self._chunks is None:
-            return self._response()
-        return None
-
-    def missing(self) -> str:
-        """What an incomplete answer lacks, for a message."""
-        if self._head is not None:
-            return "the connection was closed without an answer" if not self._head else "the answer broke off"
-        if self._chunks is not None or self._size is None:
-            return "the answer broke off"
-        return f"{self._size - self._left} bytes came instead of {self._size}"
-
-    def _response(self) -> Response:
-        if self._whole is not None:
-            return Response(self._status, self._headers, self._whole.toreadonly())
-        parts, self._parts = self._parts, []
-        return Response(self._status, self._headers, parts[0] if len(parts) == 1 else b"".join(parts))
-
-    def _feed_head(self, data: bytes) -> bytes | None:
-        """Take bytes of the head; what comes after it once it is complete."""
-        while True:
-            data = self._head + data if self._head else data
-            end = data.find(b"\r\n\r\n")
-            if end < 0:
-                if len(data) > _LARGEST_HEAD_BYTES or not b"HTTP/1."[: len(data)] == data[:7]:
-                    raise ValueError(f"it begins with {data[:40]!r}")
-                self._head = data
-                return None
-            head, data = data[:end], data[end + 4 :]
-            self._head = b""
-            self._parse_head(head)
-            if self._status >= 200:
-                self._head = None
-                return data
-            # 100 Continue and its like come before the answer.
-            if not data:
-                return None
-
-    def _parse_head(self, head: bytes) -> None:
-        first, *lines = head.decode("latin-1").split("\r\n")
-        version, _, rest = first.partition(" ")
-        if version not in ("HTTP/1.1", "HTTP/1.0") or not rest[:3].isdigit():
-            raise ValueError(f"it begins with {first[:40]!r}")
-        self._status = int(rest[:3])
-        headers = self._headers = CIMultiDict()
-        for line in lines:
-            name, colon, value = line.partition(":")
-            if not colon or not name or name[-1].isspace() or name[0].isspace():
-                raise ValueError(f"bad header {line[:80]!r}")
-            headers.add(name, value.strip(" \t"))
-        connection = headers.get("connection", "").lower()
-        self.keep = version == "HTTP/1.1" and "close" not in connection
-        if self._bodiless or self._status in (204, 304):
-            self._size = self._left = 0
-        elif "transfer-encoding" in headers:
-            if headers["transfer-encoding"].lower() != "chunked":
-                raise ValueError(f"unknown transfer-encoding {headers['transfer-encoding']!r}")
-            self._chunks = _Chunks()
-        elif (length := headers.get("content-length")) is not None:
-            if not length.isdigit() or len(set(headers.getall("content-length"))) > 1:
-                raise ValueError(f"bad content-length {length!r}")
-            self._size = self._left = int(length)
-            if LARGE_BYTES <= self._size <= _LARGEST_IN_PLACE_BYTES:
-                self._whole = np.empty(self._size, np.uint8).data
-        else:
-            self.keep = False
-
-
-class _Chunks:
-    """A body in chunks of HTTP."""
-
-    def __init__(self) -> None:
-        self.rest = bytearray()
-        """What has not been understood yet; after the end, what does not belong to the body."""
-        self._parts: list[bytes] = []
-        self._last = False
-
-    def feed(self, data: bytes) -> bytes | None:
-        """Take bytes; the whole body once the last chunk has come. Raises ValueError on nonsense."""
-        rest = self.rest
-        rest += data
-        at = 0
-        while (end := rest.find(b"\r\n", at)) >= 0:
-            line = bytes(rest[at:end])
-            if self._last:
-                # Trailers, up to an empty line.
-                at = end + 2
-                if not line:
-                    del rest[:at]
-                    return b"".join(self._parts)
-                continue
-            digits = line.split(b";", 1)[0].strip()
-            if not digits or digits.strip(b"0123456789abcdefABCDEF"):
-                raise ValueError(f"bad chunk size {digits[:20]!r}")
-            start, stop = end + 2, end + 2 + int(digits, 16)
-            if start == stop:
-                self._last, at = True, start
-                continue
-            if len(rest) < stop + 2:
-                break
-            if rest[stop : stop + 2] != b"\r\n":
-                raise ValueError("a chunk is longer than it says")
-            self._parts.append(bytes(rest[start:stop]))
-            at = stop + 2
-        else:
-            if len(rest) - at > _LARGEST_HEAD_BYTES:
-                raise ValueError("a chunk's size does not end")
-        del rest[:at]
-        return None
-
-
-def _head(method: str, target: str, headers: Mapping[str, str], size: int) -> bytes:
-    lines = [f"{method} {target} HTTP/1.1"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    if size or method in ("PUT", "POST"):
-        lines.append(f"content-length: {size}")
-    text = "\r\n".join(lines)
-    if text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1:
-        raise ValueError("a header has a line break")
-    return (text + "\r\n\r\n").encode("latin-1")

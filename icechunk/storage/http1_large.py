@@ -20,10 +20,9 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-__all__ = ["LARGE_BYTES", "Move", "Threads"]
+from icechunk.storage.http1_messages import LARGE_BYTES
 
-LARGE_BYTES: Final = 1024 * 1024
-"""Bodies of this size and above are worth a thread."""
+__all__ = ["Move", "Threads"]
 
 # Each wake-up of a thread waits for the interpreter's lock: few of them, with much to take.
 _LEAST_RECEIVED: Final = 512 * 1024

@@ -27,7 +27,6 @@ import errno
 import itertools
 import os
 import stat
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
@@ -60,6 +59,7 @@ from icechunk.storage.base import (
     Unchecked,
     Version,
 )
+from icechunk.storage.buffers import Buffers
 from icechunk.storage.defaults import place_settings
 from icechunk.storage.keys import resolve_range
 from icechunk.storage.local_files import (
@@ -68,6 +68,7 @@ from icechunk.storage.local_files import (
     fsync_folder,
     locked,
     publish_new,
+    read_file,
     temporary_name,
 )
 from icechunk.storage.local_folders import Folders
@@ -109,6 +110,7 @@ class LocalStorage(Storage):
         self._swept = False
         self._threads: tuple[int, ThreadPoolExecutor] | None = None
         self._threads_lock = threading.Lock()
+        self._buffers = Buffers()
 
     async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
         return await self._in_thread(self._get, key, byte_range)
@@ -255,7 +257,7 @@ class LocalStorage(Storage):
                     raise self._not_found(key)
                 self._folders.settle(path, status)
                 start, stop = resolve_range(byte_range, status.st_size, key)
-                data = _read(descriptor, start, stop - start)
+                data = read_file(descriptor, start, stop - start, self._buffers)
             finally:
                 os.close(descriptor)
         if len(data) != stop - start:
@@ -444,27 +446,6 @@ class LocalStorage(Storage):
 
 def _take(found: Iterator[ObjectInfo], count: int) -> list[ObjectInfo]:
     return list(itertools.islice(found, count))
-
-
-def _read(descriptor: int, start: int, length: int) -> bytes:
-    data = _read_some(descriptor, length, start)
-    if len(data) == length:
-        return data
-    # One call moves at most 2 GiB, and signals may cut it short.
-    parts = [data]
-    done = len(data)
-    while done < length and data:
-        data = _read_some(descriptor, length - done, start + done)
-        parts.append(data)
-        done += len(data)
-    return b"".join(parts)
-
-
-def _read_some(descriptor: int, size: int, offset: int) -> bytes:
-    if sys.platform == "win32":
-        os.lseek(descriptor, offset, os.SEEK_SET)
-        return os.read(descriptor, size)
-    return os.pread(descriptor, size, offset)
 
 
 def _pools_are_closed() -> bool:

@@ -1,4 +1,4 @@
-"""Durable, exclusive and locked file operations: the blocking half of `LocalStorage`.
+"""Reading, and durable, exclusive and locked file operations: the blocking half of `LocalStorage`.
 
 The rules (protocol-rules.md, rule 12): a file appears under its name whole or not at all, and is durable before
 its writer is told so. Three ways to make a name exclusive, tried in this order and remembered per folder:
@@ -25,19 +25,30 @@ from enum import Enum, auto
 from typing import Final
 
 from icechunk.errors import ErrorKind, StorageError
+from icechunk.storage.buffers import Buffers
 
 if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
 
-__all__ = ["Exclusion", "LockedOut", "fsync_file", "fsync_folder", "locked", "publish_new", "temporary_name"]
+__all__ = [
+    "Exclusion",
+    "LockedOut",
+    "fsync_file",
+    "fsync_folder",
+    "locked",
+    "publish_new",
+    "read_file",
+    "temporary_name",
+]
 
 _NO_LINKS: Final = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EINVAL})
 _AT_FDCWD: Final = -100
 _RENAME_NOREPLACE: Final = 1
 _RENAME_EXCL: Final = 4
 _LOCK_PATIENCE_S: Final = 60.0
+_LARGE_BYTES: Final = 512 * 1024
 
 
 class Exclusion(Enum):
@@ -82,6 +93,38 @@ def fsync_folder(path: str) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def read_file(descriptor: int, start: int, length: int, buffers: Buffers) -> bytes | memoryview:
+    """Bytes of an open file, from ``start`` on; fewer where it ends before. Many come as a view of a buffer."""
+    if length < _LARGE_BYTES or sys.platform == "win32" or not hasattr(os, "preadv"):
+        return _read_pieces(descriptor, start, length)
+    view = buffers.take(length)
+    done = 0
+    while done < length and (count := os.preadv(descriptor, [view[done:]], start + done)):
+        done += count
+    return view[:done].toreadonly()
+
+
+def _read_pieces(descriptor: int, start: int, length: int) -> bytes:
+    data = _read_some(descriptor, length, start)
+    if len(data) == length:
+        return data
+    # One call moves at most 2 GiB, and signals may cut it short.
+    parts = [data]
+    done = len(data)
+    while done < length and data:
+        data = _read_some(descriptor, length - done, start + done)
+        parts.append(data)
+        done += len(data)
+    return b"".join(parts)
+
+
+def _read_some(descriptor: int, size: int, offset: int) -> bytes:
+    if sys.platform == "win32":
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, size)
+    return os.pread(descriptor, size, offset)
 
 
 def publish_new(temporary: str, target: str, exclusion: Exclusion, lock: str) -> Exclusion:

@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icechunk.storage.http1 import BadAnswerError, Connections, NotConnectedError, Origin, _Reading
+from icechunk.storage.buffers import Buffers
+from icechunk.storage.http1 import BadAnswerError, Connections, NotConnectedError, Origin
+from icechunk.storage.http1_messages import Reading
 from tests.storage.certificates import tls_contexts
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -300,7 +302,7 @@ CHUNKED = (
 @given(cuts=st.lists(st.integers(0, 200), max_size=12))
 def test_an_answer_is_the_same_however_it_is_cut(whole: bytes, cuts: list[int]) -> None:
     edges = [0, *sorted(cut % len(whole) for cut in cuts), len(whole)]
-    reading = _Reading(bodiless=False)
+    reading = Reading(bodiless=False, buffers=Buffers())
     answers = [reading.feed(whole[a:b]) for a, b in itertools.pairwise(edges) if a < b]
     assert answers[:-1] == [None] * (len(answers) - 1)
     assert answers[-1] is not None
@@ -312,4 +314,4 @@ def test_an_answer_is_the_same_however_it_is_cut(whole: bytes, cuts: list[int]) 
 @given(data=st.binary(max_size=300), after=st.sampled_from([b"", b"HTTP/1.1 200 OK\r\n", CHUNKED[:80], OK[:40]]))
 def test_nonsense_is_refused_or_waits_for_more(data: bytes, after: bytes) -> None:
     with contextlib.suppress(ValueError, BadAnswerError):
-        _Reading(bodiless=False).feed(after + data)
+        Reading(bodiless=False, buffers=Buffers()).feed(after + data)

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icechunk.storage import http1
-from icechunk.storage.http1 import BadAnswerError, Connections, _Reading
-from icechunk.storage.http1_large import LARGE_BYTES
+from icechunk.storage import http1, http1_messages
+from icechunk.storage.buffers import Buffers
+from icechunk.storage.http1 import BadAnswerError, Connections
+from icechunk.storage.http1_messages import LARGE_BYTES, Reading
 from tests.storage.test_http1 import LIMITS, OK, connections, saying, serving
 
 SIZE = 3 * LARGE_BYTES + 17
@@ -244,8 +245,8 @@ def test_a_body_is_put_together_wherever_its_pieces_end(cuts: list[int], thread:
     body = bytes(range(32))
     stream = b"HTTP/1.1 200 OK\r\nContent-Length: 32\r\n\r\n" + body + surplus
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(http1, "LARGE_BYTES", 16)
-        reading, at, response = _Reading(bodiless=False), 0, None
+        patch.setattr(http1_messages, "LARGE_BYTES", 16)
+        reading, at, response = Reading(bodiless=False, buffers=Buffers()), 0, None
         for cut in [*sorted(min(cut, len(stream)) for cut in cuts), len(stream)]:
             if response is None and cut > at:
                 response = reading.feed(stream[at:cut])

@@ -1,0 +1,59 @@
+"""Memory for large answers, used again once nobody holds any of it.
+
+The first touch of fresh memory costs more than what is then copied into it: the system clears each page, one fault at
+a time, and takes all of them back with the next `free`. A reader of many chunks drops each as soon as it is decoded, so
+a few buffers serve it from then on.
+
+Who holds a view, a slice of one, or an array made of either, holds the buffer. It comes back when the last of them is
+gone, on whatever thread that happens.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Buffers"]
+
+_KEPT: Final = 12
+"""Buffers that wait for their next use at the most; as many as zarr reads at a time, and two."""
+_LARGEST_KEPT_BYTES: Final = 8 * 1024 * 1024
+_STEP_BYTES: Final = 256 * 1024
+
+
+class _Lease(np.ndarray[Any, np.dtype[np.uint8]]):
+    """What the views of one use hold. A class of its own, so that no array made of it holds its memory alone."""
+
+
+class Buffers:
+    """Buffers of one owner; safe among threads."""
+
+    def __init__(self) -> None:
+        self._idle: deque[npt.NDArray[np.uint8]] = deque(maxlen=_KEPT)
+
+    def take(self, size_bytes: int) -> memoryview:
+        """Writable memory of that size, with anything in it."""
+        if size_bytes > _LARGEST_KEPT_BYTES:
+            return np.empty(size_bytes, np.uint8).data
+        memory = self._fitting(size_bytes)
+        if memory is None:
+            memory = np.empty(-(-size_bytes // _STEP_BYTES) * _STEP_BYTES, np.uint8)
+        lease = memory[:size_bytes].view(_Lease)
+        weakref.finalize(lease, self._idle.append, memory).atexit = False
+        return lease.data
+
+    def _fitting(self, size_bytes: int) -> npt.NDArray[np.uint8] | None:
+        """A buffer that is large enough and not more than twice that; others are put back."""
+        for _ in range(len(self._idle)):
+            try:
+                memory = self._idle.pop()
+            except IndexError:
+                break
+            if size_bytes <= memory.nbytes <= 2 * size_bytes + _STEP_BYTES:
+                return memory
+            self._idle.appendleft(memory)
+        return None
