@@ -21,6 +21,7 @@ from icechunk import (
 from icechunk.errors import ErrorKind, IcechunkError, RefNotFoundError, SessionStateError
 from icechunk.format.ids import object_id_from_text
 from icechunk.format.keys import transaction_key
+from icechunk.log.reuse import Earlier
 from icechunk.refs.base import SwapToken
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.recording import RecordingStorage
@@ -200,9 +201,11 @@ async def test_writers_at_once_all_land_with_rebase_and_nothing_is_lost(repo: Re
         assert await reader.get_chunk("/a", (i,), None) == b"\1\0\0\0"
 
 
+@pytest.mark.parametrize("kept_refs", [0, 100], ids=["digests", "references"])
 def test_a_commit_that_lost_uploads_neither_chunks_nor_equal_manifests_again(
-    repo: Repository, storage: RecordingStorage
+    repo: Repository, storage: RecordingStorage, kept_refs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("icechunk.session.ending.Earlier", lambda: Earlier(kept_refs))
     session = repo.writable_session("main")
     put(session, "a", 1, 101)
     lost: list[str] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any, Final
 
@@ -13,14 +12,12 @@ from icechunk.errors import InvalidInputError
 from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.flat_reader import Buffer, Table, required
 from icechunk.format.flat_writer import FlatTable, FlatWriter, Items, Value, Written, id_struct, u64
-from icechunk.format.ids import NodeId, ObjectId, encode_id
+from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.metadata import metadata_from_tables, metadata_tables
+from icechunk.format.node_decoding import decode_nodes
 from icechunk.format.node_encoding import write_files, write_nodes
 from icechunk.format.tables import (
-    DimensionShape,
-    Extents,
     ManifestFile,
-    ManifestRef,
     NodeKind,
     NodeSnapshot,
     Snapshot,
@@ -129,7 +126,7 @@ def decode_snapshot(data: bytes, *, expected_id: ObjectId | None = None) -> Snap
     return Snapshot(
         id=id,
         parent_id=None if parent is None else ObjectId(parent),
-        nodes=_nodes(required(root.tables(_NODES), root, "nodes"), buffer),
+        nodes=decode_nodes(root, _NODES),
         flushed_at_us=root.u64(_FLUSHED_AT),
         message=required(root.string(_MESSAGE), root, "message"),
         metadata=metadata_from_tables(required(root.tables(_METADATA), root, "metadata"), version),
@@ -145,66 +142,3 @@ def _files(root: Table) -> dict[ObjectId, ManifestFile]:
         id = ObjectId(required(table.inline(0, _ID_SIZE), table, "id"))
         files.append(ManifestFile(id, table.u64(1), table.u32(2)))
     return {file.object_id: file for file in files}
-
-
-def _nodes(tables: Iterable[Table], buffer: Buffer) -> dict[str, NodeSnapshot]:
-    nodes: dict[str, NodeSnapshot] = {}
-    in_order = True
-    last = b""
-    for table in tables:
-        node = _node(table)
-        if not node.path.startswith("/"):
-            raise buffer.fail(f"the path {node.path!r} is not absolute")
-        if node.path in nodes:
-            raise buffer.fail(f"{node.path} stands in it twice")
-        path = node.path.encode()
-        in_order = in_order and last < path
-        last = path
-        nodes[node.path] = node
-    if not in_order:
-        nodes = {node.path: node for node in sorted(nodes.values(), key=_path)}
-    return nodes
-
-
-def _node(table: Table) -> NodeSnapshot:
-    kind = table.u8(3)
-    id = NodeId(required(table.inline(0, _NODE_ID_SIZE), table, "id"))
-    path = required(table.string(1), table, "path")
-    user_data = required(table.blob(2), table, "user_data")
-    extra = table.blob(5)
-    if kind == _GROUP:
-        return NodeSnapshot(id=id, path=path, kind=NodeKind.GROUP, user_data=user_data, extra=extra)
-    if kind != _ARRAY:
-        raise table.buffer.fail(f"the node {path!r} is of unknown kind {kind}")
-    array = required(table.table(4), table, "node_data")
-    names = array.tables(1)
-    return NodeSnapshot(
-        id=id,
-        path=path,
-        kind=NodeKind.ARRAY,
-        user_data=user_data,
-        shape=_shape(array),
-        dimension_names=None if names is None else tuple([name.string(0) for name in names]),
-        manifests=tuple([_manifest_ref(ref) for ref in required(array.tables(2), array, "manifests")]),
-        extra=extra,
-    )
-
-
-def _shape(array: Table) -> tuple[DimensionShape, ...]:
-    newer = array.tables(3)
-    if newer is not None:
-        return tuple([DimensionShape(dim.u64(0), dim.u32(1)) for dim in newer])
-    items: bytes = required(array.items(0, _DIMENSION_V1.size), array, "shape")
-    # A chunk length of 0 can only belong to a dimension that has no chunks.
-    return tuple(
-        [
-            DimensionShape(length, -(-length // chunk_length) if chunk_length else 0)
-            for length, chunk_length in _DIMENSION_V1.iter_unpack(items)
-        ]
-    )
-
-
-def _manifest_ref(table: Table) -> ManifestRef:
-    id = ObjectId(required(table.inline(0, _ID_SIZE), table, "object_id"))
-    extents: Extents = tuple(_RANGE.iter_unpack(required(table.items(1, _RANGE.size), table, "extents")))
-    return ManifestRef(id, extents)

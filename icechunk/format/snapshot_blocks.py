@@ -120,18 +120,13 @@ def write_blocks(
     tables["id"] = columns.numbers(ID, f"V{_ID_BYTES}")
     tables["metadata"] = count_at - TABLE_OFFSETS[METADATA]
     tables["pruned"] = pruned_at - TABLE_BYTES
-    without = tables.view(np.uint8).reshape(-1, _TABLE.itemsize)[~has_pruned, :TABLE_BYTES]
-    put(block, starts[~has_pruned], np.ascontiguousarray(without).view(f"V{TABLE_BYTES}").reshape(-1))
-    put(block, starts[has_pruned], tables[has_pruned])
+    # The last field of those that do not have it is written over by what stands behind the table.
+    put(block, starts, tables)
     put(block, starts + count_at, metadata.counts.astype("<u4"))
     _put_spans(block, starts + message_at, buffer, messages, 1)
-    _put_spans(
-        block,
-        (starts + pruned_at)[has_pruned],
-        buffer,
-        _Spans(pruned.starts[has_pruned], pruned.counts[has_pruned]),
-        _ID_BYTES,
-    )
+    if has_pruned.any():
+        logs = _Spans(pruned.starts[has_pruned], pruned.counts[has_pruned])
+        _put_spans(block, (starts + pruned_at)[has_pruned], buffer, logs, _ID_BYTES)
     if len(items.owners):
         fields = (starts + count_at + 4)[items.owners] + 4 * items.within
         at = (starts + items_at)[items.owners] + _ITEM.itemsize * items.within
@@ -180,7 +175,7 @@ def _items(buffer: Buffer, metadata: _Spans) -> _Items:
 
 
 def _padded(sizes: Positions, align: int) -> Positions:
-    return (sizes + (align - 1)) // align * align
+    return (sizes + (align - 1)) & -align
 
 
 def _put_spans(block: npt.NDArray[np.uint8], at: Positions, buffer: Buffer, spans: _Spans, item_bytes: int) -> None:

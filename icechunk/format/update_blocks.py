@@ -92,7 +92,7 @@ def _write_commits(writer: FlatWriter, tables: LazyTables, rows: npt.NDArray[np.
 
     branch_at = np.full(len(rows), _UPDATE.itemsize, np.int64)
     path_at = branch_at + _string_bytes(branches.counts)
-    sizes = (path_at + np.where(given, _string_bytes(path_bytes), 0) + 7) // 8 * 8
+    sizes = (path_at + np.where(given, _string_bytes(path_bytes), 0) + 7) & -8
     starts = np.cumsum(sizes) - sizes
     vtable = writer.vtable(_OFFSETS, _UPDATE_BYTES)
     change_vtable = writer.vtable({_BRANCH: 4, _SNAPSHOT: 8}, _CHANGE_BYTES)
@@ -134,4 +134,4 @@ def _backups(found: Vectors | None, count: int) -> tuple[Positions, Positions, n
 
 def _string_bytes(counts: Positions) -> Positions:
     """A string with its length before and a zero byte behind it, up to a multiple of 4."""
-    return (counts + 8) // 4 * 4
+    return (counts + 8) & -4

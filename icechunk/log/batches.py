@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -47,11 +47,11 @@ def rows_of_many(folds: Sequence[ArrayFold], ndim: int) -> Part[ChunkRefs]:
     folds
         At least one, none of them empty.
     """
-    open_rows = from_values(
-        [coords for fold in folds for coords in fold.rows], [ref for fold in folds for ref in fold.rows.values()], ndim
-    )
-    owner = np.repeat(np.arange(len(folds), dtype=np.uint32), [len(fold.rows) for fold in folds])
-    layers = [(i, layer.refs) for i, fold in enumerate(folds) for layer in fold.layers]
+    rows = [fold.rows for fold in folds]
+    values = list(chain.from_iterable([own.values() for own in rows]))
+    open_rows = from_values(list(chain.from_iterable(rows)), values, ndim)
+    owner = np.repeat(np.arange(len(folds), dtype=np.uint32), list(map(len, rows)))
+    layers = [(i, layer.refs) for i, fold in enumerate(folds) if fold.layers for layer in fold.layers]
     refs = open_rows
     if layers:
         refs = concat([*[layer for _, layer in layers], open_rows])

@@ -174,7 +174,7 @@ def around(coords: Coords, obstacles: Sequence[Extents]) -> list[Rows]:
     return done
 
 
-def by_tile(coords: Coords, tile: Sequence[int]) -> list[Rows]:
+def by_tile(coords: Coords, tile: Sequence[int]) -> list[npt.NDArray[Any]]:
     """Group rows by the tile of a regular grid they lie in; rows keep their order, tiles ascend.
 
     Parameters
@@ -185,9 +185,9 @@ def by_tile(coords: Coords, tile: Sequence[int]) -> list[Rows]:
     if not len(tile):
         return [np.arange(len(coords))]
     keys = _cells(coords, tile)
-    order: Rows = np.arange(len(keys))
+    order: npt.NDArray[Any] = np.arange(len(keys), dtype=np.uint32)
     if (keys[1:] < keys[:-1]).any():
-        order = np.argsort(keys, kind="stable")
+        order = np.argsort(keys, kind="stable").astype(np.uint32)
         keys = keys[order]
     starts = np.flatnonzero(keys[1:] != keys[:-1]) + 1
     return [order[a:b] for a, b in pairwise([0, *starts.tolist(), len(order)])]

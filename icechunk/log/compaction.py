@@ -244,13 +244,18 @@ def new_snapshot(
     files: dict[ObjectId, ManifestFile] = {}
     alone: dict[NodeId, tuple[ManifestRef, ...]] = {}
     for manifest in new:
-        files[manifest.file.object_id] = manifest.file
+        id = manifest.file.object_id
+        files[id] = manifest.file
+        # Small arrays often have the same box: thousands then have the same tuple.
+        known: dict[Extents, tuple[ManifestRef, ...]] = {}
         for node_id, extents in manifest.extents.items():
-            ref = ManifestRef(manifest.file.object_id, extents)
+            refs_of = known.get(extents)
+            if refs_of is None:
+                refs_of = known[extents] = (ManifestRef(id, extents),)
             if (several := kept.get(node_id)) is None:
-                alone[node_id] = (ref,)
+                alone[node_id] = refs_of
             else:
-                several.append(ref)
+                several += refs_of
     nodes = dict(plan.nodes)
     for array in plan.arrays:
         nodes[array.node.path] = array.node.with_manifests(tuple(sorted(kept[array.node.id], key=_by_extents)))

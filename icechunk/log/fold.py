@@ -175,21 +175,27 @@ class Fold:
 
     def rows(self) -> LogRows:
         """Everything that the log says of chunks."""
-        found = []
-        for node_id, fold in self._arrays.items():
-            if fold:
-                node = self._tree.node_of(node_id, fold.path)
-                assert node is not None, "who removes an array removes its rows"
-                found.append((node.path, node, fold))
-        found.sort(key=_first)
+        touched = [fold for fold in self._arrays.values() if fold.rows or fold.layers]
+        nodes = [self._tree.node_of(fold.node_id, fold.path) for fold in touched]
+        # Who removes an array removes its rows.
+        paths = [node.path for node in nodes if node is not None]
+        large: dict[NodeId, ArrayFold] = {}
         by_rank: dict[int, list[ArrayFold]] = {}
-        for _, _, fold in found:
-            if fold.is_small:
-                by_rank.setdefault(len(fold.grid), []).append(fold)
+        ordered: dict[NodeId, NodeSnapshot] = {}
+        for i in sorted(range(len(paths)), key=paths.__getitem__):
+            fold, node = touched[i], nodes[i]
+            assert node is not None
+            ordered[node.id] = node
+            if not fold.is_small:
+                large[node.id] = fold
+            elif (known := by_rank.get(len(fold.grid))) is not None:
+                known.append(fold)
+            else:
+                by_rank[len(fold.grid)] = [fold]
         return LogRows(
             small=refs_by_node([rows_of_many(folds, ndim) for ndim, folds in by_rank.items()]),
-            large={node.id: self._rows(fold) for _, node, fold in found if not fold.is_small},
-            nodes={node.id: node for _, node, _ in found},
+            large={node_id: self._rows(fold) for node_id, fold in large.items()},
+            nodes=ordered,
         )
 
     def net_changes(self, rows: LogRows | None = None) -> NetChanges:
@@ -329,10 +335,6 @@ class Fold:
         self._close_all()
         for fold in self._arrays.values():
             self._events += fold.tell()
-
-
-def _first(found: tuple[str, NodeSnapshot, ArrayFold]) -> str:
-    return found[0]
 
 
 def _described(node: NodeSnapshot, user_data: bytes, meta: GroupMeta | ArrayMeta) -> NodeSnapshot:

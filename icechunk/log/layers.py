@@ -139,9 +139,9 @@ class ArrayFold:
     def is_small(self) -> bool:
         """Whether its rows are so few that they are worked on together with those of other arrays."""
         count = len(self.rows)
-        for layer in self.layers:
-            count += len(layer.refs)
-        return count <= min(FEW_ROWS, LARGE_LAYER)
+        if self.layers:
+            count += sum([len(layer.refs) for layer in self.layers])
+        return count <= FEW_ROWS and count <= LARGE_LAYER
 
     @property
     def is_mixed(self) -> bool:

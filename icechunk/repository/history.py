@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.ids import ObjectId, object_id_from_text
+from icechunk.format.repo_values import SnapshotRecord
 from icechunk.format.tables import TransactionLog
 from icechunk.log.diff import diff as diff_transactions
 from icechunk.ops import Update
@@ -36,15 +37,19 @@ class History(RepositoryBase):
         RefNotFoundError, SnapshotNotFoundError
             There is no such thing.
         """
-        tip = select(await self._core.state(snapshot_id), branch=branch, tag=tag, snapshot_id=snapshot_id)
-        for record in (await self._core.learn(tip, ancestry=True)).ancestry(tip):
+        for record in await self._lineage(branch, tag, snapshot_id):
             yield snapshot_info(record)
+
+    async def _lineage(self, branch: str | None, tag: str | None, snapshot_id: str | None) -> Iterator[SnapshotRecord]:
+        tip = select(await self._core.state(snapshot_id), branch=branch, tag=tag, snapshot_id=snapshot_id)
+        return (await self._core.learn(tip, ancestry=True)).ancestry(tip)
 
     def ancestry(
         self, *, branch: str | None = None, tag: str | None = None, snapshot_id: str | None = None
     ) -> Iterator[SnapshotInfo]:
         """Synchronous twin of `async_ancestry`."""
-        return iterate_sync(self.async_ancestry(branch=branch, tag=tag, snapshot_id=snapshot_id))
+        # Nothing waits once the history is known, so no item has to come from the other thread.
+        yield from map(snapshot_info, run_sync(self._lineage(branch, tag, snapshot_id)))
 
     async def ops_log_async(self) -> AsyncIterator[Update]:
         """Everything that ever happened to the repository, newest first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 import stat
 from collections.abc import Iterator
@@ -48,18 +49,19 @@ def _walk_folder(
         status = os.stat(path)
         with os.scandir(path) as entries:
             # A folder sorts with its slash, so that "a-b" comes before "a/b" as whole keys do.
-            names = sorted(
-                (entry.name + "/" if entry.is_dir() else entry.name, entry.path)
-                for entry in entries
-                if _is_utf8(entry.name) and not (key == "" and entry.name == RESERVED)
-            )
+            names = [entry.name + "/" if entry.is_dir() else entry.name for entry in entries]
     except (FileNotFoundError, NotADirectoryError):
         return
     identity = (status.st_dev, status.st_ino)
     if identity in above:
         return  # a symbolic link that leads back up
-    for name, entry_path in names:
-        full = key + name
+    # Who lists a long log wants its first few keys: no others are put in order, or looked at.
+    heapq.heapify(names)
+    while names:
+        name = heapq.heappop(names)
+        if not _is_utf8(name) or (key == "" and name.rstrip("/") == RESERVED):
+            continue
+        full, entry_path = key + name, os.path.join(path, name.rstrip("/"))
         if name.endswith("/"):
             if not (full.startswith(prefix) or prefix.startswith(full)):
                 continue

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from icechunk.transfer.memory import PutMemory
 
 PROGRAM = """
 import asyncio, resource, sys
@@ -56,3 +59,15 @@ def test_writing_much_more_than_the_bound_takes_no_more_memory_than_the_bound_an
         check=True,
     )
     assert int(done.stdout) < (16 + 100) * 1024 * 1024
+
+
+def test_sessions_that_never_ask_for_room_leave_nothing_behind() -> None:
+    class Session:
+        has_news, is_still = False, True
+
+    memory = PutMemory(1000)
+    for _ in range(1000):
+        memory.join(Session())
+    gc.collect()
+    assert not memory.holders()
+    assert len(memory._dropped) <= 1
