@@ -31,6 +31,8 @@ __all__ = ["CommitFiles", "File"]
 
 _BYTES_PER_REF = 64
 """About what a reference costs to encode; decides whether that happens in a thread."""
+_BYTES_PER_CHANGE = 16
+"""The same for a changed chunk in a transaction log."""
 _BYTES_PER_NODE = 256
 """The same for a node of the snapshot."""
 
@@ -109,7 +111,7 @@ class CommitFiles:
         for transaction in transactions:
             rows = num_rows(transaction.updated_chunks)
             encode = partial(encode_transaction_log, transaction, self.spec_version, level)
-            yield File(transaction_key(transaction.id), await off_loop(rows * _BYTES_PER_REF, encode))
+            yield File(transaction_key(transaction.id), await off_loop(rows * _BYTES_PER_CHANGE, encode))
 
     def _transactions(self, snapshot_id: ObjectId) -> list[TransactionLog]:
         log = self.plan.changes.transaction(snapshot_id)

@@ -260,9 +260,7 @@ class Fold:
             case GroupCreated() | ArrayCreated():
                 if self._tree.get(event.path) is not None:
                     raise AlreadyExistsError(f"cannot create {event.path}: there is a node already")
-                kind = NodeKind.ARRAY if isinstance(event, ArrayCreated) else NodeKind.GROUP
-                node = NodeSnapshot(id=event.node_id, path=event.path, kind=kind, user_data=event.user_data)
-                self._tree.put(_described(node, event.user_data, meta or parse_node(event.user_data, event.path)))
+                self._tree.put(_created(event, meta or parse_node(event.user_data, event.path)))
             case MetadataReplaced():
                 path = self._path_of(event.node_id, event.path)
                 node = self._existing(path, "replace the metadata of")
@@ -338,20 +336,36 @@ class Fold:
 
 
 def _described(node: NodeSnapshot, user_data: bytes, meta: GroupMeta | ArrayMeta) -> NodeSnapshot:
+    """The node with another document."""
     if isinstance(meta, GroupMeta):
         return replace(node, user_data=user_data)
     shape = meta.dimensions
-    return replace(
-        node,
+    return NodeSnapshot(
+        id=node.id,
+        path=node.path,
+        kind=node.kind,
         user_data=user_data,
         shape=shape,
         dimension_names=meta.dimension_names,
         manifests=node.manifests if len(shape) == len(node.shape) else (),
+        extra=node.extra,
+    )
+
+
+def _created(event: GroupCreated | ArrayCreated, meta: GroupMeta | ArrayMeta) -> NodeSnapshot:
+    """The node that an event makes."""
+    return NodeSnapshot(
+        id=event.node_id,
+        path=event.path,
+        kind=NodeKind.ARRAY if isinstance(event, ArrayCreated) else NodeKind.GROUP,
+        user_data=event.user_data,
+        shape=meta.dimensions if isinstance(meta, ArrayMeta) else (),
+        dimension_names=meta.dimension_names if isinstance(meta, ArrayMeta) else None,
     )
 
 
 def _grid(node: NodeSnapshot) -> tuple[int, ...]:
-    return tuple(dimension.num_chunks for dimension in node.shape)
+    return tuple([dimension.num_chunks for dimension in node.shape])
 
 
 def in_grid(coords: tuple[int, ...], grid: tuple[int, ...]) -> bool:

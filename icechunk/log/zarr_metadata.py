@@ -131,7 +131,7 @@ def _parse_grid(grid: object, shape: list[int], path: str) -> tuple[int, ...]:
         # zarr writes chunks of length 0 along a dimension without elements, where there are no chunks anyway.
         if any(n and not c for n, c in zip(shape, chunks, strict=True)):
             _bad(path, f"chunk_shape is {chunks!r}, expected positive lengths wherever shape {shape!r} has elements")
-        return tuple(-(-n // c) if n else 0 for n, c in zip(shape, chunks, strict=True))
+        return tuple([-(-n // c) if n else 0 for n, c in zip(shape, chunks, strict=True)])
     if name == "rectilinear":
         chunks = configuration.get("chunk_shapes")
         if configuration.get("kind", "inline") != "inline" or not isinstance(chunks, list):
