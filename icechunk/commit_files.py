@@ -24,8 +24,8 @@ from icechunk.log.diff import combined
 from icechunk.log.pieces import require_fit
 from icechunk.log.reuse import Earlier, Remembered
 from icechunk.log.transaction_parts import in_parts
+from icechunk.tasks import run_each
 from icechunk.transfer.assets import off_loop
-from icechunk.transfer.tasks import run_each
 
 __all__ = ["CommitFiles", "File"]
 

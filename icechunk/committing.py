@@ -21,8 +21,8 @@ from icechunk.log.reuse import Earlier
 from icechunk.refs.base import OnSent, RepositoryLog
 from icechunk.refs.events import CommitAdded, CommitAmended, DetachedSnapshotAdded, Event
 from icechunk.refs.state import RepoState, require_snapshot
+from icechunk.tasks import run_all, run_stream
 from icechunk.transfer.packs import Packs
-from icechunk.transfer.tasks import run_all, run_stream
 
 __all__ = ["Commit", "How", "commit"]
 

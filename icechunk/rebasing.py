@@ -15,8 +15,8 @@ from icechunk.format.tables import Snapshot, TransactionLog
 from icechunk.log.conflicts import Winner, find_conflicts, rebase
 from icechunk.log.session_log import Savepoint, SessionLog
 from icechunk.refs.state import RepoState
+from icechunk.tasks import run_each
 from icechunk.transfer.assets import off_loop
-from icechunk.transfer.tasks import run_each
 
 __all__ = ["Step", "check_fork", "rebase_onto_tip", "steps_between", "winners_between"]
 

@@ -25,7 +25,7 @@ from icechunk.keys import ChunkKey, MetadataKey, chunk_key_text, metadata_key_te
 from icechunk.reading import clip
 from icechunk.storage.base import ByteRange, Octets, Range, Suffix
 from icechunk.sync import run_sync
-from icechunk.transfer.tasks import run_each
+from icechunk.tasks import run_each
 from icechunk.values import fields_html
 from icechunk.virtual_writing import VirtualWriting
 

@@ -17,7 +17,7 @@ PACKAGE = Path(icechunk.__file__).parent
 FLOORS = [
     {"errors", "sync", "logs"},
     {"values", "keys", "format", "about", "vendor"},
-    {"sources", "status", "snapshots", "conflicts", "log", "types", "inputs"},
+    {"sources", "status", "snapshots", "conflicts", "log", "types", "inputs", "tasks"},
     {"config", "credentials", "ops", "virtual", "_exceptions", "inspection"},
     {"storage"},
     {"transfer", "refs"},

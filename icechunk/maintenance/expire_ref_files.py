@@ -25,7 +25,7 @@ from icechunk.refs.events import BranchDeleted, TagDeleted
 from icechunk.refs.ref_files_layout import RefFilesLayout
 from icechunk.refs.state import MAIN
 from icechunk.storage.base import Matches, Storage, Version
-from icechunk.transfer.tasks import run_each
+from icechunk.tasks import run_each
 
 __all__ = ["Link", "Shortening", "expire_ref_files", "shorten"]
 

@@ -18,8 +18,8 @@ from icechunk.maintenance.limits import Budget, Limits
 from icechunk.refs.base import RepositoryLog
 from icechunk.refs.log_layout import LogLayout
 from icechunk.storage.base import Storage
+from icechunk.tasks import run_each
 from icechunk.transfer.assets import off_loop
-from icechunk.transfer.tasks import run_each
 
 __all__ = ["Files", "Walked", "read_manifests", "read_snapshot", "walk"]
 

@@ -13,7 +13,7 @@ from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError, Storage
 from icechunk.format.ids import ObjectId, object_id_from_text
 from icechunk.maintenance.limits import Limits
 from icechunk.storage.base import ObjectInfo, Storage
-from icechunk.transfer.tasks import run_each
+from icechunk.tasks import run_each
 
 __all__ = ["IsGarbage", "Listed", "Swept", "sweep"]
 

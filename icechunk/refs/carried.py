@@ -20,11 +20,11 @@ from functools import partial
 from typing import Final, TypeAlias
 
 from icechunk.errors import IcechunkError, PreconditionFailedError
-from icechunk.refs.concurrent import finish_task, run_all
 from icechunk.refs.entry import Entry
 from icechunk.refs.log_reader import read_slot
 from icechunk.sources import Sources
 from icechunk.storage.base import Absent, Storage
+from icechunk.tasks import finish_task, run_jobs
 
 __all__ = ["CarriedFiles", "Stand", "nothing_carried", "put_once", "stand_up"]
 
@@ -47,7 +47,7 @@ def stand_up(storage: Storage, tail: Iterable[Entry]) -> Stand:
     by_slot = {entry.n: entry.objects for entry in tail}
 
     async def stand(after: int, end: int) -> None:
-        await run_all(
+        await run_jobs(
             [
                 partial(put_once, storage, key, data)
                 for n, objects in by_slot.items()
@@ -196,7 +196,7 @@ class CarriedFiles:
     async def _put(self, slots: Iterable[int]) -> None:
         files = [(n, key, data) for n in slots for key, data in self._by_slot.get(n, {}).items()]
         if files:
-            await run_all([partial(self._put_one, *file) for file in files], limit=_AT_ONCE)
+            await run_jobs([partial(self._put_one, *file) for file in files], limit=_AT_ONCE)
 
     async def _put_one(self, n: int, key: str, data: bytes) -> None:
         await put_once(self._storage, key, data)

@@ -16,11 +16,11 @@ import logging
 from typing import Final
 
 from icechunk.errors import IcechunkError
-from icechunk.refs.concurrent import finish_task
 from icechunk.refs.log_checkpoint import LostRepo, checkpoint_is_due, write_checkpoint
 from icechunk.refs.log_reader import RepoObject, read_repo
 from icechunk.refs.log_view import LogView
 from icechunk.refs.store_check import require_atomic
+from icechunk.tasks import finish_task
 
 __all__ = ["Checkpointing"]
 

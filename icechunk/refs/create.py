@@ -21,7 +21,6 @@ from icechunk.format.repo_values import SnapshotRecord
 from icechunk.format.snapshot import decode_snapshot, encode_snapshot
 from icechunk.format.tables import Snapshot, TransactionLog
 from icechunk.format.transaction import encode_transaction_log
-from icechunk.refs.concurrent import run_all
 from icechunk.refs.entry import new_epoch
 from icechunk.refs.log_layout import LogLayout
 from icechunk.refs.log_reader import Head, Opened, instant, known_of, read_repo
@@ -31,6 +30,7 @@ from icechunk.refs.state import initial_state
 from icechunk.refs.store_check import require_atomic
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Absent, Storage
+from icechunk.tasks import run_jobs
 
 __all__ = ["FIRST_MESSAGE", "FIRST_METADATA", "create_log", "put_first_files", "require_clean"]
 
@@ -159,7 +159,7 @@ async def put_first_files(storage: Storage, sources: Sources) -> Snapshot:
     )
     snapshot_bytes = encode_snapshot(root)
     log_bytes = encode_transaction_log(TransactionLog(id=FIRST_SNAPSHOT))
-    found = await run_all(
+    found = await run_jobs(
         [
             partial(_put_or_read, storage, sources, snapshot_key(FIRST_SNAPSHOT), snapshot_bytes),
             partial(_put_or_read, storage, sources, transaction_key(FIRST_SNAPSHOT), log_bytes),

@@ -26,7 +26,6 @@ from icechunk.refs.base import FILES_BYTES, MAX_FILES, Layout, OnSent, Propose, 
 from icechunk.refs.carried import stand_up
 from icechunk.refs.checkpointing import Checkpointing
 from icechunk.refs.commit_queue import MAX_CARRIED_BYTES
-from icechunk.refs.concurrent import finish_task
 from icechunk.refs.log_checkpoint import DEFAULT_UPDATES_PER_FILE, finish_conversion
 from icechunk.refs.log_reader import Opened, RepoObject, open_head
 from icechunk.refs.log_view import LogView
@@ -37,6 +36,7 @@ from icechunk.refs.swapping import Swapping
 from icechunk.refs.takeover import Stranded, seal_abandoned
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Storage
+from icechunk.tasks import finish_task
 from icechunk.transfer.cache import WeightedCache
 
 __all__ = ["LogLayout"]

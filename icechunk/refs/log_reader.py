@@ -15,13 +15,13 @@ from icechunk.errors import ErrorKind, FormatError, ObjectNotFoundError, Reposit
 from icechunk.format.keys import REFS_PREFIX, REPO_KEY
 from icechunk.format.repo import decode_repo
 from icechunk.format.repo_values import READ_ONLY, RepoInfo
-from icechunk.refs.concurrent import run_all, run_pair
 from icechunk.refs.entry import LOG_PREFIX, Entry, decode_entry, epoch_prefix, parse_slot_key, slot_key
 from icechunk.refs.marker import Marker, decode_marker, state_of
 from icechunk.refs.proof import Instant, still_proves
 from icechunk.refs.state import RepoState, try_apply_all
 from icechunk.sources import Sources
 from icechunk.storage.base import GetResult, ListingUnsupportedError, ObjectInfo, Storage, Version
+from icechunk.tasks import run_jobs, run_pair
 
 __all__ = [
     "MAIN_REF_KEY",
@@ -147,7 +147,7 @@ async def read_tail(storage: Storage, epoch: str, after: int, end: int) -> list[
         partial(read_slot, storage, epoch, n) for n in range(after + 1, end + 1)
     ]
     entries: list[Entry] = []
-    for found in await run_all(jobs):
+    for found in await run_jobs(jobs):
         if found is None:
             break
         entries.append(found[0])

@@ -20,7 +20,6 @@ from typing import Final
 from icechunk.errors import FormatError, IcechunkError
 from icechunk.format.ids import ObjectId
 from icechunk.refs.carried import CarriedFiles
-from icechunk.refs.concurrent import run_pair
 from icechunk.refs.entry import Entry, decode_entry
 from icechunk.refs.log_checkpoint import DEFAULT_UPDATES_PER_FILE, Written, finish_conversion
 from icechunk.refs.log_reader import (
@@ -44,6 +43,7 @@ from icechunk.refs.store_check import may_write
 from icechunk.refs.takeover import Stranded, find_stranded, seal_log
 from icechunk.sources import Sources
 from icechunk.storage.base import Storage
+from icechunk.tasks import run_pair
 from icechunk.transfer.cache import WeightedCache
 
 __all__ = ["LogView"]

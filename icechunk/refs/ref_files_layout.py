@@ -48,7 +48,6 @@ from icechunk.refs.append_queue import AppendQueue, resolve, tell_sent
 from icechunk.refs.base import Layout, OnSent, Propose, RepositoryLog, SwapToken
 from icechunk.refs.carried import put_once
 from icechunk.refs.commit_queue import Member, Waiting, new_snapshots
-from icechunk.refs.concurrent import run_all
 from icechunk.refs.log_reader import MAIN_REF_KEY, instant, read_repo
 from icechunk.refs.match_check import MatchCheck
 from icechunk.refs.proof import Instant, store_time_us
@@ -57,6 +56,7 @@ from icechunk.refs.state import MAIN, RepoState, apply, initial_state
 from icechunk.refs.update_retries import UpdateRetries
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Absent, GetResult, ListingUnsupportedError, Matches, Precondition, Storage, Version
+from icechunk.tasks import run_jobs
 
 __all__ = ["RefFilesLayout", "needs_format_2"]
 
@@ -185,7 +185,7 @@ class RefFilesLayout(RepositoryLog):
                 deleted.add(ref.name)
             else:
                 wanted.append((key, ref.is_tag, ref.name))
-        answers = await run_all([partial(self._get, key) for key, _, _ in wanted]) if wanted else []
+        answers = await run_jobs([partial(self._get, key) for key, _, _ in wanted]) if wanted else []
         versions: dict[str, Version] = {}
         for (key, is_tag, name), answer in zip(wanted, answers, strict=True):
             if answer is None:

@@ -30,7 +30,6 @@ from icechunk.refs import events as e
 from icechunk.refs.base import OnSent, Propose, SwapToken
 from icechunk.refs.checkpointing import Checkpointing
 from icechunk.refs.commit_queue import Attempt, Group, Waiting, attempt_of, build
-from icechunk.refs.concurrent import finish_task
 from icechunk.refs.entry import encode_events, slot_key
 from icechunk.refs.log_reader import Opened, RepoObject, instant, read_slot
 from icechunk.refs.log_view import LogView
@@ -40,6 +39,7 @@ from icechunk.refs.proof import MAX_SKEW_US, clock_error_us, still_proves
 from icechunk.refs.state import MAIN, RepoState, apply
 from icechunk.refs.store_check import StoreCheck, may_write
 from icechunk.refs.swap import Landed, Lost, backoff_s, settle_attempt, unknown
+from icechunk.tasks import finish_task
 
 __all__ = ["Swapping"]
 

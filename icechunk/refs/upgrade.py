@@ -45,7 +45,6 @@ from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id, object_id_f
 from icechunk.format.keys import CONFIG_KEY, REFS_PREFIX, REPO_KEY, SNAPSHOTS_PREFIX, snapshot_key
 from icechunk.format.repo_values import RepoInfo, RepoMigrated, SnapshotRecord
 from icechunk.format.snapshot import decode_snapshot
-from icechunk.refs.concurrent import run_all
 from icechunk.refs.log_checkpoint import encode
 from icechunk.refs.log_reader import RepoObject, read_repo
 from icechunk.refs.match_check import MatchCheck
@@ -57,6 +56,7 @@ from icechunk.refs.store_check import require_atomic
 from icechunk.refs.write_mark import write_mark
 from icechunk.sources import Sources
 from icechunk.storage.base import Absent, Matches, Storage, Version
+from icechunk.tasks import run_jobs
 
 __all__ = ["DEFAULT_PREFETCH", "upgrade"]
 
@@ -159,7 +159,7 @@ class _Upgrade:
 
     async def _read_refs(self) -> tuple[_Ref, ...]:
         keys = [item.key async for page in self._storage.list_pages(REFS_PREFIX) for item in page]
-        found = await run_all([partial(self._read_ref, key) for key in sorted(keys)])
+        found = await run_jobs([partial(self._read_ref, key) for key in sorted(keys)])
         return tuple(ref for ref in found if ref is not None)
 
     async def _read_ref(self, key: str) -> _Ref | None:
@@ -203,7 +203,7 @@ class _Upgrade:
             keys = [item.key async for page in self._storage.list_pages(SNAPSHOTS_PREFIX) for item in page]
             # All at once: from child to parent each read would wait for the one before. What nothing reaches may be
             # broken, or go meanwhile.
-            await run_all([partial(self._try_record, key) for key in keys], limit=self._prefetch)
+            await run_jobs([partial(self._try_record, key) for key in keys], limit=self._prefetch)
         for tip in (*values.branches.values(), *values.tags.values()):
             current: ObjectId | None = tip
             while current is not None:
@@ -296,7 +296,7 @@ class _Upgrade:
     async def _close(self, refs: tuple[_Ref, ...]) -> tuple[_Ref, ...]:
         """Replace the refs of branches, so that nobody commits to them any more; raises where one has changed."""
         open_ = [ref for ref in refs if not ref.what.is_tag and not ref.closed]
-        await run_all([partial(self._close_one, ref) for ref in open_])
+        await run_jobs([partial(self._close_one, ref) for ref in open_])
         return await self._read_refs() if open_ else refs
 
     async def _close_one(self, ref: _Ref) -> None:

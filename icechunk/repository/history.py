@@ -15,7 +15,7 @@ from icechunk.repository.base import RepositoryBase, select
 from icechunk.repository.views import manifest_file, snapshot_info, update
 from icechunk.snapshots import Diff, ManifestFileInfo, SnapshotInfo
 from icechunk.sync import iterate_sync, run_sync
-from icechunk.transfer.tasks import run_each
+from icechunk.tasks import run_each
 
 __all__ = ["History"]
 

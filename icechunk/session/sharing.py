@@ -14,7 +14,7 @@ from icechunk.log.session_log import Savepoint, SessionLog
 from icechunk.rebasing import check_fork
 from icechunk.session.base import SessionBase
 from icechunk.sync import run_sync
-from icechunk.transfer.tasks import run_all
+from icechunk.tasks import run_all
 
 if TYPE_CHECKING:
     from icechunk.forking import ForkSession

@@ -10,11 +10,12 @@ from xml.sax.saxutils import escape
 import anyio
 
 from icechunk.config import ChecksumAlgorithm
-from icechunk.errors import IcechunkError, StorageError
+from icechunk.errors import StorageError
 from icechunk.storage.s3_answers import parse_xml, text_of
 from icechunk.storage.s3_checksums import checksum_of, header_name, service_name
 from icechunk.storage.s3_client import Request, S3Client
 from icechunk.storage.tries import Limits
+from icechunk.tasks import run_each
 
 __all__ = ["abort_upload", "completion_of", "part_bytes", "start_upload", "upload_parts"]
 
@@ -70,35 +71,25 @@ async def upload_parts(
     view = memoryview(data)
     starts = range(0, len(data), size)
     results: list[tuple[str, str | None]] = [("", None)] * len(starts)
-    slots = anyio.CapacityLimiter(concurrency)
 
     async def send(n: int) -> None:
-        async with slots:
-            body = view[starts[n] : starts[n] + size]
-            value = None if checksum is None else checksum_of(checksum, body)
-            extra = {} if checksum is None or value is None else {header_name(checksum): value}
-            request = Request(
-                what=f"{what}, part {n + 1}",
-                method="PUT",
-                path=path,
-                query=(("partNumber", str(n + 1)), ("uploadId", upload)),
-                headers={**headers, **extra},
-                body=body,
-            )
-            answer = await client.call(request, limits)
-            if answer.status >= 300:
-                raise client.failure(request, answer, 1)
-            results[n] = (answer.headers.get("ETag", ""), value)
+        body = view[starts[n] : starts[n] + size]
+        value = None if checksum is None else checksum_of(checksum, body)
+        extra = {} if checksum is None or value is None else {header_name(checksum): value}
+        request = Request(
+            what=f"{what}, part {n + 1}",
+            method="PUT",
+            path=path,
+            query=(("partNumber", str(n + 1)), ("uploadId", upload)),
+            headers={**headers, **extra},
+            body=body,
+        )
+        answer = await client.call(request, limits)
+        if answer.status >= 300:
+            raise client.failure(request, answer, 1)
+        results[n] = (answer.headers.get("ETag", ""), value)
 
-    try:
-        async with anyio.create_task_group() as group:
-            for n in range(len(starts)):
-                group.start_soon(send, n)
-    except BaseExceptionGroup as errors:
-        first = _first(errors)
-        if first is None:
-            raise
-        raise first from errors
+    await run_each(send, range(len(starts)), limit=concurrency)
     return results
 
 
@@ -123,14 +114,3 @@ async def abort_upload(client: S3Client, path: str, what: str, upload: str, limi
             await client.call(request, limits)
         except StorageError:
             return  # a bucket rule removes parts that stay
-
-
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException | None:
-    for error in errors.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            inner = _first(error)
-            if inner is not None:
-                return inner
-        elif isinstance(error, IcechunkError):
-            return error
-    return None

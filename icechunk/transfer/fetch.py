@@ -10,9 +10,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
 from icechunk.storage.base import ByteRange, GetResult, Octets, Range
+from icechunk.tasks import run_each
 from icechunk.transfer.gate import Gate
 from icechunk.transfer.hedge import Latencies, hedged
-from icechunk.transfer.tasks import run_each
 
 __all__ = ["FetchPool", "Splitting"]
 

@@ -13,8 +13,8 @@ from typing import Final
 
 from icechunk.errors import IcechunkError
 from icechunk.format.ids import ObjectId, encode_id
+from icechunk.tasks import run_each
 from icechunk.transfer.assets import Assets
-from icechunk.transfer.tasks import run_each
 
 __all__ = ["Preloader"]
 

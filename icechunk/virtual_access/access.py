@@ -19,9 +19,9 @@ from icechunk.format.tables import ChunkRef
 from icechunk.sources import Sources
 from icechunk.storage.base import ByteRange, GetResult, Octets, Range
 from icechunk.storage.per_loop import PerLoop
+from icechunk.tasks import run_all
 from icechunk.transfer.gate import Gates
 from icechunk.transfer.reads import Reads
-from icechunk.transfer.tasks import run_all
 from icechunk.values import redacted_url
 from icechunk.virtual_access.cloud_files import BucketFiles, azure_files, gcs_files
 from icechunk.virtual_access.local_files import LocalFiles

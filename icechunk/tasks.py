@@ -1,15 +1,16 @@
-"""Running a few coroutines at once, with one plain exception at the end."""
+"""Running a few coroutines at once, with one plain exception at the end; and waiting for tasks to end."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-__all__ = ["run_all", "run_each", "run_stream"]
+__all__ = ["finish_task", "run_all", "run_each", "run_jobs", "run_pair", "run_stream"]
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 async def run_all(*work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
@@ -33,6 +34,34 @@ async def run_each(work: Callable[[T], Awaitable[Any]], items: Iterable[T], *, l
             await work(item)
 
     await run_all(*[worker] * min(limit, len(todo)))
+
+
+async def run_jobs(jobs: Sequence[Callable[[], Awaitable[T]]], *, limit: int = 32) -> list[T]:
+    """Results of the jobs, in their order, at most ``limit`` at once; errors as in `run_all`."""
+    if len(jobs) == 1:
+        return [await jobs[0]()]
+    results: dict[int, T] = {}
+
+    async def work(i: int) -> None:
+        results[i] = await jobs[i]()
+
+    await run_each(work, range(len(jobs)), limit=limit)
+    return [results[i] for i in range(len(jobs))]
+
+
+async def run_pair(first: Callable[[], Awaitable[T]], second: Callable[[], Awaitable[U]]) -> tuple[T, U]:
+    """Results of two jobs of different types, run at once; errors as in `run_all`."""
+    firsts: list[T] = []
+    seconds: list[U] = []
+
+    async def run_first() -> None:
+        firsts.append(await first())
+
+    async def run_second() -> None:
+        seconds.append(await second())
+
+    await run_all(run_first, run_second)
+    return firsts[0], seconds[0]
 
 
 async def run_stream(
@@ -63,6 +92,16 @@ async def run_stream(
                 await asyncio.sleep(0)
     except BaseExceptionGroup as errors:
         raise _first(errors) from None
+
+
+async def finish_task(task: asyncio.Task[None] | None, grace_s: float) -> None:
+    """Wait for a task, and cancel it where it takes too long."""
+    if task is None or task.done() or task is asyncio.current_task():
+        return
+    await asyncio.wait({task}, timeout=grace_s)
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
