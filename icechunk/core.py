@@ -50,7 +50,7 @@ __all__ = ["Core", "Settings"]
 
 _HEELS_US = 5_000
 """A program that did not wait since it has opened a repository can hardly have heard of news within this time."""
-_DEFAULT_PUT_MEMORY_BYTES = 256 * 1024 * 1024
+_DEFAULT_PUT_MEMORY_BYTES = 128 * 1024 * 1024
 _DEFAULT_VALUES_AT_ONCE = 256
 
 

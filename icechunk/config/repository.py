@@ -140,7 +140,7 @@ class EngineConfig(Setting):
     layout: LayoutName | None = field(default=None, metadata=checked(optional(_layout)))
     """How the log of a *new* repository is persisted; existing ones are recognised. Never stored."""
     put_memory_bytes: int | None = field(default=None, metadata=checked(optional(unsigned(64, minimum=1))))
-    """Bytes of chunks that may be on their way to the storage, of all sessions, before writers wait (256 MiB)."""
+    """Bytes of chunks that may be on their way to the storage, of all sessions, before writers wait (128 MiB)."""
     max_bytes_in_flight: int | None = field(default=None, metadata=checked(optional(unsigned(64, minimum=1))))
     """Bytes of requests in flight for the whole repository, in each event loop (512 MiB)."""
     hedge_percentile: int | None = field(default=None, metadata=checked(optional(_percentile)))

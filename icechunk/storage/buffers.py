@@ -47,13 +47,13 @@ class Buffers:
         return lease.data
 
     def _fitting(self, size_bytes: int) -> npt.NDArray[np.uint8] | None:
-        """A buffer that is large enough and not more than twice that; others are put back."""
+        """A buffer that is large enough and little larger: who keeps a view keeps all of it. Others are put back."""
         for _ in range(len(self._idle)):
             try:
                 memory = self._idle.pop()
             except IndexError:
                 break
-            if size_bytes <= memory.nbytes <= 2 * size_bytes + _STEP_BYTES:
+            if size_bytes <= memory.nbytes <= size_bytes + size_bytes // 4 + _STEP_BYTES:
                 return memory
             self._idle.appendleft(memory)
         return None

@@ -26,6 +26,7 @@ __all__ = ["Move", "Threads"]
 
 # Each wake-up of a thread waits for the interpreter's lock: few of them, with much to take.
 _LEAST_RECEIVED: Final = 512 * 1024
+_NOTHING: Final = memoryview(b"")
 _POSSIBLE: Final = sys.platform != "win32"
 
 
@@ -105,7 +106,7 @@ class Threads:
 class Move:
     """Bytes on their way in one direction."""
 
-    __slots__ = ("_data", "_end", "_lock", "_loop", "_socket", "error", "moved")
+    __slots__ = ("_data", "_end", "_lock", "_loop", "_size", "_socket", "error", "moved")
 
     def __init__(
         self,
@@ -116,6 +117,7 @@ class Move:
     ) -> None:
         self._socket = duplicate
         self._data = data
+        self._size = len(data)
         self._loop = loop
         self._end = end
         self._lock = threading.Lock()
@@ -127,7 +129,7 @@ class Move:
     @property
     def is_complete(self) -> bool:
         """Whether all bytes were moved."""
-        return self.moved == len(self._data)
+        return self.moved == self._size
 
     def stop(self) -> None:
         """Make the thread end at once; the connection is of no use afterwards."""
@@ -149,7 +151,8 @@ class Move:
         try:
             work()
         except Exception as error:
-            self.error = error
+            self.error = error.with_traceback(None)
+        self._data = _NOTHING
         with self._lock:
             self._socket.close()
         # A loop that is closed waits for nothing any more.
@@ -157,12 +160,16 @@ class Move:
             self._loop.call_soon_threadsafe(self._end)
 
     def _send(self) -> None:
-        while self.moved < len(self._data):
-            self.moved += self._socket.send(self._data[self.moved :])
+        while self.moved < self._size:
+            count = self._socket.send(self._data[self.moved :])
+            if self.moved + count == self._size:
+                # Whoever sees that all is sent counts its memory as free.
+                self._data = _NOTHING
+            self.moved += count
 
     def _receive(self) -> None:
         least, most = 1, _LEAST_RECEIVED
-        while (left := len(self._data) - self.moved) > 0:
+        while (left := self._size - self.moved) > 0:
             if least != min(left, most):
                 least = min(left, most)
                 self._wake_at(least)

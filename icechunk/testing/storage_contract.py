@@ -72,6 +72,18 @@ class StorageContract:
         assert got.size == len(data)
         assert (await storage.head("x")).size == len(data)
 
+    async def test_large_objects_come_whole_and_are_not_changed_by_the_next_answers(self, storage: Storage) -> None:
+        contents = [bytes([n]) * (3 * 2**20 + n) for n in (1, 2)]
+        for n, data in enumerate(contents):
+            await storage.put(str(n), data)
+        first = (await storage.get("0")).body
+        part = (await storage.get("0", Range(7, 2**21 + 7))).body
+        for _ in range(3):
+            assert (await storage.get("1")).body == contents[1]
+        assert (first, part) == (contents[0], contents[0][: 2**21])
+        assert memoryview(first).readonly
+        assert memoryview(part).readonly
+
     async def test_bytearray_and_memoryview_are_taken_as_they_are_now(self, storage: Storage) -> None:
         changing = bytearray(b"abc")
         await storage.put("x", changing)

@@ -33,7 +33,8 @@ def peak_mib() -> float:
 def place(kind: str) -> Iterator[icechunk.Storage]:
     """An empty storage."""
     if kind == "local":
-        with tempfile.TemporaryDirectory() as folder:
+        # Files may follow a commit for a moment.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             yield icechunk.local_filesystem_storage(folder)
         return
     with services.minio(buckets=["bench"]) as minio:
