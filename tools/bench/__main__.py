@@ -39,12 +39,12 @@ FLOORS = {
     ("arrays", "create: commit, CPU"): 8.0,
     ("arrays", "update: commit"): 5.0,
     ("arrays", "update: commit, CPU"): 8.0,
-    ("wire", "write and commit"): 6.0,
-    ("wire", "read"): 5.0,
-    ("wire", "open to first chunk"): 1.3,
+    ("wire", "write and commit"): 4.0,
+    ("wire", "read"): 4.0,
+    ("wire", "open to first chunk"): 1.1,
     ("wire", "random reads"): 3.0,
-    ("wire", "tiny session and commit"): 3.5,
-    ("wire", "tiny commit"): 4.0,
+    ("wire", "tiny session and commit"): 3.3,
+    ("wire", "tiny commit"): 3.5,
     ("wire", "the same after a pause"): 2.5,
 }
 """How many times as fast as the official library we must be at least."""
