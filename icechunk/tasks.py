@@ -7,7 +7,10 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iter
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-__all__ = ["finish_task", "run_all", "run_each", "run_jobs", "run_pair", "run_stream"]
+import anyio
+import anyio.to_thread
+
+__all__ = ["finish_task", "in_thread", "run_all", "run_each", "run_jobs", "run_pair", "run_stream"]
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -92,6 +95,23 @@ async def run_stream(
                 await asyncio.sleep(0)
     except BaseExceptionGroup as errors:
         raise _first(errors) from None
+
+
+async def in_thread(work: Callable[[], T], *, limiter: anyio.CapacityLimiter | None = None) -> T:
+    """Run CPU-bound work beside the loop, or here where the process is ending and starts no threads any more."""
+    begun = False
+
+    def run() -> T:
+        nonlocal begun
+        begun = True
+        return work()
+
+    try:
+        return await anyio.to_thread.run_sync(run, limiter=limiter)
+    except RuntimeError:
+        if begun:
+            raise
+    return work()
 
 
 async def finish_task(task: asyncio.Task[None] | None, grace_s: float) -> None:

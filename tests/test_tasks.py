@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator
 from functools import partial
 
 import pytest
 
-from icechunk.tasks import finish_task, run_all, run_jobs, run_pair, run_stream
+from icechunk.tasks import finish_task, in_thread, run_all, run_jobs, run_pair, run_stream
 
 
 async def test_no_more_is_asked_for_than_has_room() -> None:
@@ -137,3 +138,27 @@ async def test_a_task_that_takes_too_long_to_finish_is_cancelled(takes_s: float,
     assert task.done()
     assert task.cancelled() == cancelled
     await finish_task(None, 0.01)
+
+
+async def test_work_goes_to_a_thread_and_stays_here_where_no_thread_can_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert await in_thread(threading.get_ident) != threading.get_ident()
+
+    async def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr("anyio.to_thread.run_sync", refuse)
+    assert await in_thread(threading.get_ident) == threading.get_ident()
+
+
+async def test_an_error_of_the_work_itself_is_raised_and_it_is_not_done_twice() -> None:
+    calls: list[int] = []
+
+    def fail() -> None:
+        calls.append(1)
+        raise RuntimeError("of the work")
+
+    with pytest.raises(RuntimeError, match="of the work"):
+        await in_thread(fail)
+    assert calls == [1]

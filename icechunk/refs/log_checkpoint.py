@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
-
-import anyio.to_thread
 
 from icechunk.errors import ErrorKind, ObjectNotFoundError, PreconditionFailedError, StorageError
 from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name
@@ -23,6 +22,7 @@ from icechunk.refs.marker import NO_FILES, Kept, checkpoint_info, keep_updates, 
 from icechunk.refs.store_check import require_atomic
 from icechunk.sources import Sources
 from icechunk.storage.base import Matches, Storage
+from icechunk.tasks import in_thread
 
 __all__ = [
     "DEFAULT_UPDATES_PER_FILE",
@@ -76,7 +76,7 @@ async def encode(info: RepoInfo) -> EncodedRepo:
     """Encode ``repo``, in a thread where that takes long."""
     if len(info.snapshots) < _THREAD_FROM_SNAPSHOTS:
         return encode_and_keep(info)
-    return await anyio.to_thread.run_sync(encode_and_keep, info)
+    return await in_thread(partial(encode_and_keep, info))
 
 
 async def write_checkpoint(

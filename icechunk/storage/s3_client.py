@@ -8,13 +8,13 @@ where a second try must not be sent blindly.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 import os
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from botocore.httpsession import get_cert_path
@@ -38,6 +38,7 @@ from icechunk.storage.s3_credentials import KeyProvider
 from icechunk.storage.s3_endpoint import Endpoint
 from icechunk.storage.s3_sigv4 import UNSIGNED_PAYLOAD, SigningKeys, encode_query, sign
 from icechunk.storage.tries import Limits, Tries
+from icechunk.tasks import in_thread
 
 __all__ = ["Request", "S3Client"]
 
@@ -100,7 +101,7 @@ class S3Client:
         cls, endpoint: Endpoint, keys: KeyProvider, sources: Sources, user_agent: str = CLIENT_NAME
     ) -> S3Client:
         """A client on the running loop."""
-        tls = await asyncio.to_thread(_tls_context) if endpoint.scheme == "https" else None
+        tls = await in_thread(_tls_context) if endpoint.scheme == "https" else None
         return cls(endpoint, keys, sources, ProxiedConnections(tls) if is_proxied() else Connections(tls), user_agent)
 
     async def aclose(self) -> None:
@@ -241,7 +242,7 @@ class S3Client:
         if self._leaves_unsigned(body):
             return UNSIGNED_PAYLOAD
         if len(body) >= _HASH_IN_THREAD_BYTES:
-            return (await asyncio.to_thread(hashlib.sha256, body)).hexdigest()
+            return (await in_thread(partial(hashlib.sha256, body))).hexdigest()
         return hashlib.sha256(body).hexdigest()
 
     def _leaves_unsigned(self, body: bytes | memoryview) -> bool:

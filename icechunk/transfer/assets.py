@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import Final, TypeAlias, TypeVar
 
 import anyio
-import anyio.to_thread
 import numpy as np
 
 from icechunk.errors import FormatError, ObjectNotFoundError, SnapshotNotFoundError
@@ -29,6 +28,7 @@ from icechunk.format.transaction import decode_transaction_log
 from icechunk.log.lookup import RefTable, find_row
 from icechunk.storage.base import Octets, Storage
 from icechunk.storage.per_loop import PerLoop
+from icechunk.tasks import in_thread
 from icechunk.transfer.blocks import BlockReader
 from icechunk.transfer.cache import WeightedCache
 from icechunk.transfer.fetch import FetchPool
@@ -60,7 +60,7 @@ async def off_loop(size_bytes: int, work: Callable[[], T], limiter: anyio.Capaci
     """Run CPU-bound work: at once where it is small, in a thread, under the limit, where it would hold up the loop."""
     if size_bytes < OFF_LOOP_BYTES:
         return work()
-    return await anyio.to_thread.run_sync(work, limiter=limiter)
+    return await in_thread(work, limiter=limiter)
 
 
 class Unknown(Enum):
