@@ -220,9 +220,6 @@ class Core:
     async def state(self, snapshot_id: str | None = None) -> RepoState:
         """Everything about the repository as of now: includes what anybody was acknowledged before the call.
 
-        Looks at the store, unless this loop's client has just opened the log, or changed it: see
-        `RepositoryLog.spare_look`.
-
         Parameters
         ----------
         snapshot_id
@@ -231,7 +228,7 @@ class Core:
         called_us = self.sources.elapsed_us()
         log = await self.log()
         # What an open that began after this call has read is news enough.
-        news = self._opened_us[log] >= called_us or self._just_opened(log, called_us) or log.spare_look()
+        news = self._opened_us[log] >= called_us or self._just_opened(log, called_us)
         state = log.state if news else await log.refresh()
         return state if snapshot_id is None else await log.learn([object_id_from_text(snapshot_id)])
 

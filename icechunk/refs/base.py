@@ -99,14 +99,6 @@ class RepositoryLog(ABC):
         Includes everything that was acknowledged to anybody before the call. One round trip where little happened.
         """
 
-    def spare_look(self) -> bool:
-        """Whether `state` is what `refresh` would return as far as anybody can know, so that nobody need look now.
-
-        At times true for a moment after a change of this client's own, where the store is some way off and the layout
-        can tell: nobody who has heard of that change has been told yet that his own landed.
-        """
-        return False
-
     async def learn(self, snapshots: Iterable[ObjectId], *, ancestry: bool = False) -> RepoState:
         """See to it that the state's graph has these snapshots, and with ``ancestry`` all that they descend from.
 

