@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
@@ -16,6 +16,7 @@ from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.tables import ETAG, ID12, INLINE, LAST_MODIFIED, NATIVE, NO_CHECKSUM, VIRTUAL, ChunkRefs
 from icechunk.keys import ChunkKey, parse_key, to_path
 from icechunk.log.columns import concat
+from icechunk.moments import us_of
 from icechunk.sync import run_sync
 from icechunk.values import unsigned
 from icechunk.virtual import ChunkType, VirtualChunkSpec
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ChunkBatch", "VirtualWriting"]
 
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _U64: Final = unsigned(64)
 _U32: Final = unsigned(32)
 _TYPES: Final = np.zeros(256, np.uint8)
@@ -437,7 +437,7 @@ def _seconds(moment: Any) -> int:
         raise TypeError(f"a checksum is an ETag (str) or a datetime, not {type(moment).__name__}")
     if moment.tzinfo is None:
         raise TypeError("a datetime as checksum needs a time zone, for example datetime.now(timezone.utc)")
-    seconds = (moment - _EPOCH) // timedelta(seconds=1)
+    seconds = us_of(moment) // 1_000_000
     if not 0 < seconds < 2**32:
         raise InvalidInputError(
             f"the checksum {moment.isoformat()} is outside of what the format can keep, 1970 to 2106",

@@ -15,7 +15,7 @@ import icechunk
 
 PACKAGE = Path(icechunk.__file__).parent
 FLOORS = [
-    {"errors", "sync", "logs"},
+    {"errors", "sync", "logs", "moments"},
     {"values", "keys", "format", "about", "vendor"},
     {"sources", "status", "snapshots", "conflicts", "log", "types", "inputs", "tasks"},
     {"config", "credentials", "ops", "virtual", "_exceptions", "inspection"},

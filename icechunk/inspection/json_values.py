@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from datetime import UTC, datetime, timedelta
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 from icechunk.format.envelope import FileHeader
+from icechunk.moments import moment
 
 __all__ = ["Json", "describe_header", "json_value", "timestamp"]
 
 Json: TypeAlias = dict[str, Any]
 
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-
 
 def timestamp(us: int) -> str:
     """µs since the epoch as text in UTC, with as many decimals of the second as are needed: none, three or six."""
-    moment = _EPOCH + timedelta(microseconds=us)
     precision = "microseconds" if us % 1000 else "milliseconds" if us % 1_000_000 else "seconds"
-    return moment.replace(tzinfo=None).isoformat(timespec=precision) + "Z"
+    return moment(us).replace(tzinfo=None).isoformat(timespec=precision) + "Z"
 
 
 def json_value(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Final
 
 from icechunk.format.ids import encode_id
@@ -13,13 +13,13 @@ from icechunk.maintenance.expire import expire
 from icechunk.maintenance.limits import Limits
 from icechunk.maintenance.prune import prune_log
 from icechunk.maintenance.stats import chunk_storage_stats
+from icechunk.moments import us_of
 from icechunk.ops import ChunkStorageStats, GCSummary
 from icechunk.repository.base import RepositoryBase
 from icechunk.sync import run_sync
 
 __all__ = ["Upkeep"]
 
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MIB: Final = 1024 * 1024
 _GIB: Final = 1024 * _MIB
 
@@ -296,4 +296,4 @@ def _instant_us(name: str, value: datetime) -> int:
     require_type(name, value, datetime)
     if value.tzinfo is None or value.utcoffset() is None:
         raise WrongTypeError(f"{name} needs a time zone, for example datetime.now(timezone.utc)")
-    return (value - _EPOCH) // timedelta(microseconds=1)
+    return us_of(value)

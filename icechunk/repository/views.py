@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from datetime import UTC, datetime, timedelta
 from typing import Final, assert_never
 
 from icechunk.errors import ErrorKind, InvalidInputError, SessionStateError
 from icechunk.format import repo_values as stored
 from icechunk.format.ids import encode_id
 from icechunk.format.tables import ManifestFile
+from icechunk.moments import moment
 from icechunk.ops import AnyUpdateType, Update, UpdateType
 from icechunk.snapshots import ManifestFileInfo, SnapshotInfo
 from icechunk.status import FeatureFlag, RepoAvailability, RepoStatus
@@ -24,14 +24,8 @@ __all__ = [
     "update",
 ]
 
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _FLAGS: Final = {"move_node": 3, "create_tag": 4, "delete_tag": 5}
 """Numbers of the format; all of them are on by default."""
-
-
-def moment(us: int) -> datetime:
-    """µs since the epoch as a datetime in UTC."""
-    return _EPOCH + timedelta(microseconds=us)
 
 
 def snapshot_info(record: stored.SnapshotRecord) -> SnapshotInfo:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from icechunk.moments import moment
 from icechunk.values import Described, fields_html
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class StorageFacade:
             StorageObjectInfo(
                 key=info.key[len(folder) :],
                 size_bytes=info.size,
-                created_at=datetime.fromtimestamp(info.modified_us / 1e6, tz=UTC),
+                created_at=moment(info.modified_us),
             )
             async for page in storage.list_pages(folder)
             for info in page

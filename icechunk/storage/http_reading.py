@@ -12,8 +12,8 @@ from yarl import URL
 from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.sources import Sources
 from icechunk.storage.base import ByteRange, GetResult, Range, Suffix
+from icechunk.storage.http_headers import range_header, result_of
 from icechunk.storage.keys import resolve_range
-from icechunk.storage.s3_answers import date_us, version_of
 from icechunk.storage.tries import Limits, Tries
 from icechunk.values import redacted_url
 
@@ -115,7 +115,7 @@ class HttpReader:
         """One request with its redirects: the bytes, or why to try again."""
         origin = url.origin()
         for _ in range(MOST_REDIRECTS):
-            headers = {"accept-encoding": "identity", **_range_header(wanted)}
+            headers = {"accept-encoding": "identity", **range_header(wanted)}
             if url.origin() == origin:
                 headers = {**self._headers, **headers}
             async with self._session.request(
@@ -150,18 +150,18 @@ class HttpReader:
         match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
         if status == 416:
             if isinstance(wanted, Suffix) and match is not None and match[3] == "0":
-                return _found(headers, b"", 0)
+                return result_of(headers, b"", 0)
             start = wanted.start if isinstance(wanted, Range) else 0
             raise InvalidInputError(f"{shown!r} has no bytes from {start} on", ErrorKind.INVALID_BYTE_RANGE)
         if status == 200 and (wanted is None or not self._serves_ranges):
             if method == "HEAD":
-                return _found(headers, b"", int(headers.get("Content-Length", "0")))
+                return result_of(headers, b"", int(headers.get("Content-Length", "0")))
             data = await response.read()
             expected = headers.get("Content-Length")
             if expected is not None and len(data) != int(expected):
                 return f"{len(data)} bytes came instead of {expected}"
             start, stop = resolve_range(wanted, len(data), shown)
-            return _found(headers, data[start:stop], len(data))
+            return result_of(headers, data[start:stop], len(data))
         if status == 200:
             raise StorageError(
                 f"cannot read {shown!r}: the server does not serve ranges of files; use another server, or copy the "
@@ -180,7 +180,7 @@ class HttpReader:
         data = await response.read()
         if len(data) != expected_bytes:
             return f"{len(data)} bytes came instead of {expected_bytes}"
-        return _found(headers, data, int(match[3]))
+        return result_of(headers, data, int(match[3]))
 
 
 def _begins_there(wanted: ByteRange, match: re.Match[str]) -> bool:
@@ -190,28 +190,6 @@ def _begins_there(wanted: ByteRange, match: re.Match[str]) -> bool:
         case Suffix(length):
             return int(match[1]) == max(0, int(match[3]) - length)
     return False
-
-
-def _found(headers: Mapping[str, str], data: bytes, size: int) -> GetResult:
-    return GetResult(
-        body=data,
-        size=size,
-        version=version_of(headers),
-        modified_us=date_us(headers, "Last-Modified") or 0,
-        date_us=date_us(headers),
-    )
-
-
-def _range_header(wanted: ByteRange) -> dict[str, str]:
-    match wanted:
-        case None:
-            return {}
-        case Range(start, None):
-            return {"range": f"bytes={start}-"}
-        case Range(start, end):
-            return {"range": f"bytes={start}-{(end or 0) - 1}"}
-        case Suffix(length):
-            return {"range": f"bytes=-{length}"}
 
 
 def _timeout(limits: Limits) -> aiohttp.ClientTimeout:

@@ -6,30 +6,23 @@ the last answer. Obstore does not say when the store answered, so ``date_us`` is
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections.abc import AsyncIterator, Mapping
-from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from icechunk.config import StorageConcurrencySettings, StorageSettings
-from icechunk.config.storage import (
-    DEFAULT_IDEAL_REQUEST_BYTES,
-    DEFAULT_MAX_REQUESTS_PER_OBJECT,
-    DEFAULT_MULTIPART_BYTES,
-)
+from icechunk.config import StorageSettings
 from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
+from icechunk.moments import us_of
 from icechunk.storage.base import ByteRange, GetResult, ObjectInfo, Range, Storage, Suffix, Version
+from icechunk.storage.effective import Effective
 from icechunk.storage.keys import check_key, check_range, resolve_range
 from icechunk.storage.obstore_errors import missing, storage_error
 from icechunk.storage.obstore_places import ObstorePlace
 from icechunk.storage.obstore_runtime import obstore_module
-from icechunk.storage.tries import limits_of
 
 __all__ = ["ObstoreReading", "version_of_meta"]
 
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _GENERATIONS: Final = 256
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_./=-]*")
 
@@ -49,19 +42,10 @@ class ObstoreReading(Storage):
         self._place = place
         # ETag and generation of objects seen last, oldest first.
         self._generations: dict[str, tuple[str, str]] = {}
-        self._apply(settings)
+        self._use(Effective(settings))
 
-    def _apply(self, settings: StorageSettings | None) -> None:
-        self._settings = settings = copy.deepcopy(settings) if settings is not None else StorageSettings()
-        self._limits = limits_of(settings)
-        self._use_metadata = settings.unsafe_use_metadata is not False
-        self._use_create = settings.unsafe_use_conditional_create is not False
-        self._use_update = settings.unsafe_use_conditional_update is not False
-        size = settings.minimum_size_for_multipart_upload
-        self._multipart_bytes = DEFAULT_MULTIPART_BYTES if size is None else size
-        concurrency = settings.concurrency or StorageConcurrencySettings()
-        self._part_bytes = max(5 << 20, concurrency.ideal_concurrent_request_size or DEFAULT_IDEAL_REQUEST_BYTES)
-        self._parts_at_once = concurrency.max_concurrent_requests_for_object or DEFAULT_MAX_REQUESTS_PER_OBJECT
+    def _use(self, effective: Effective) -> None:
+        self._effective = effective
         self._stores: tuple[int, dict[str, Any]] = (os.getpid(), {})
 
     def _store(self, role: str) -> Any:
@@ -71,7 +55,7 @@ class ObstoreReading(Storage):
             self._stores = (os.getpid(), stores := {})
         found = stores.get(role)
         if found is None:
-            found = stores[role] = self._place.open(self._limits, role=role)
+            found = stores[role] = self._place.open(self._effective.limits, role=role)
         return found
 
     async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
@@ -196,7 +180,7 @@ class ObstoreReading(Storage):
             key=key,
             size=meta["size"],
             version=version_of_meta(meta),
-            modified_us=(meta["last_modified"] - _EPOCH) // timedelta(microseconds=1),
+            modified_us=us_of(meta["last_modified"]),
         )
 
     def _remember(self, key: str, meta: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ the last answer, or asked for first. Obstore does not say when the store answere
 from __future__ import annotations
 
 import asyncio
-import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
@@ -21,7 +20,6 @@ from icechunk.config import StorageSettings
 from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.storage.base import (
     ANY,
-    Absent,
     DeleteResult,
     Matches,
     ObjectKind,
@@ -32,6 +30,7 @@ from icechunk.storage.base import (
     Version,
 )
 from icechunk.storage.defaults import object_store_settings
+from icechunk.storage.effective import Effective
 from icechunk.storage.obstore_errors import failure_of, missing, storage_error
 from icechunk.storage.obstore_reading import ObstoreReading, version_of_meta
 from icechunk.storage.obstore_runtime import obstore_module
@@ -43,6 +42,7 @@ __all__ = ["ObstoreStorage"]
 # Azure takes only names of identifiers.
 _WRITE_ID: Final = "icechunk_write_id"
 _IDENTIFIER: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_LEAST_PART_BYTES: Final = 5 << 20
 _DELETE_BATCH: Final = 256
 _DELETES_AT_ONCE: Final = 16
 
@@ -61,12 +61,12 @@ class ObstoreStorage(ObstoreReading):
     ) -> PutResult:
         path = self._path(key)
         content = data if isinstance(data, bytes) else bytes(data)
-        precondition = await self._downgraded(key, precondition)
+        precondition = await self._effective.condition_of(self, key, self._name(key), precondition)
         attributes: dict[str, str] = {}
-        storage_class = self._settings.storage_class_of(kind)
+        storage_class = self._effective.storage_class(kind)
         if storage_class is not None:
             attributes["Storage-Class"] = storage_class
-        if metadata and self._use_metadata:
+        if metadata and self._effective.uses_metadata:
             attributes.update({_metadata_name(name): value for name, value in metadata.items()})
         if not isinstance(precondition, Unchecked):
             return await self._put_conditionally(key, path, content, precondition, attributes)
@@ -77,9 +77,9 @@ class ObstoreStorage(ObstoreReading):
                 path,
                 content,
                 attributes=attributes or None,
-                use_multipart=len(content) >= max(1, self._multipart_bytes),
-                chunk_size=self._part_bytes,
-                max_concurrency=self._parts_at_once,
+                use_multipart=len(content) >= self._effective.multipart_bytes,
+                chunk_size=max(_LEAST_PART_BYTES, self._effective.part_bytes),
+                max_concurrency=self._effective.parts_at_once,
             )
         except Exception as error:
             raise storage_error(f"write {self._name(key)}", error) from error
@@ -89,10 +89,10 @@ class ObstoreStorage(ObstoreReading):
         self, key: str, path: str, content: bytes, precondition: Precondition, attributes: dict[str, str]
     ) -> PutResult:
         write_id = None
-        if self._use_metadata:
+        if self._effective.uses_metadata:
             write_id = attributes[_WRITE_ID] = self._place.sources.random_bytes(16).hex()
         name, store = self._name(key), self._store("once")
-        tries, unsettled = Tries(self._limits, self._place.sources), False
+        tries, unsettled = Tries(self._effective.limits, self._place.sources), False
         while True:
             mode, guessed = await self._mode(key, precondition, unsettled)
             try:
@@ -157,25 +157,6 @@ class ObstoreStorage(ObstoreReading):
         except StorageError as error:
             return error
 
-    async def _downgraded(self, key: str, precondition: Precondition) -> Precondition:
-        """Replace a condition that the settings turn off by a look beforehand."""
-        match precondition:
-            case Absent() if not self._use_create:
-                try:
-                    await self.head(key)
-                except ObjectNotFoundError:
-                    return ANY
-                raise precondition_failed(self._name(key), precondition)
-            case Matches(version) if not self._use_update:
-                try:
-                    current = (await self.head(key)).version
-                except ObjectNotFoundError:
-                    raise precondition_failed(self._name(key), precondition) from None
-                if current != version:
-                    raise precondition_failed(self._name(key), precondition)
-                return ANY
-        return precondition
-
     async def delete(self, keys: Iterable[str]) -> DeleteResult:
         wanted = [(key, self._path(key)) for key in keys]
         failures: list[tuple[str, str]] = []
@@ -238,13 +219,13 @@ class ObstoreStorage(ObstoreReading):
     @property
     def settings(self) -> StorageSettings:
         """The settings in force; those that are None have the defaults of `default_settings`."""
-        return copy.deepcopy(self._settings)
+        return self._effective.settings
 
     def with_settings(self, settings: StorageSettings | None) -> Storage:
         other = object.__new__(type(self))
         other._place = self._place
         other._generations = self._generations
-        other._apply(settings)
+        other._use(Effective(settings))
         return other
 
     def default_settings(self) -> StorageSettings:
@@ -252,12 +233,7 @@ class ObstoreStorage(ObstoreReading):
 
     @property
     def atomic_preconditions(self) -> frozenset[type[Precondition]]:
-        atomic: set[type[Precondition]] = {Unchecked}
-        if self._use_create:
-            atomic.add(Absent)
-        if self._use_update:
-            atomic.add(Matches)
-        return frozenset(atomic)
+        return self._effective.atomic_preconditions
 
     def __repr__(self) -> str:
         place = self._place
@@ -274,7 +250,7 @@ class ObstoreStorage(ObstoreReading):
         return hash(self._place.identity())
 
     def __reduce__(self) -> tuple[Callable[..., Storage], tuple[Any, ...]]:
-        return ObstoreStorage, (self._place, self._settings)
+        return ObstoreStorage, (self._place, self._effective.settings)
 
 
 def _metadata_name(name: str) -> str:

@@ -19,22 +19,15 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any, Final
 
-from icechunk.config import S3Options, StorageConcurrencySettings, StorageSettings
-from icechunk.config.storage import (
-    DEFAULT_IDEAL_REQUEST_BYTES,
-    DEFAULT_MAX_REQUESTS_PER_OBJECT,
-    DEFAULT_MULTIPART_BYTES,
-)
+from icechunk.config import S3Options, StorageSettings
 from icechunk.credentials import AnyS3Credential, S3Credentials
 from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import (
     ANY,
-    Absent,
     ByteRange,
     DeleteResult,
     GetResult,
-    Matches,
     ObjectInfo,
     ObjectKind,
     Precondition,
@@ -45,24 +38,23 @@ from icechunk.storage.base import (
     Version,
 )
 from icechunk.storage.defaults import object_store_settings
+from icechunk.storage.effective import Effective
+from icechunk.storage.http_headers import date_us, range_header, result_of, version_of
 from icechunk.storage.keys import check_key, check_range, resolve_range
 from icechunk.storage.s3_answers import (
     Answer,
-    date_us,
     is_transient,
     parse_refusal,
     parse_xml,
     text_of,
-    version_of,
 )
 from icechunk.storage.s3_bulk import delete, list_pages
 from icechunk.storage.s3_checksums import checksum_of, header_name
 from icechunk.storage.s3_client import Request, S3Client
 from icechunk.storage.s3_multipart import abort_upload, completion_of, part_bytes, start_upload, upload_parts
-from icechunk.storage.s3_place import Place, condition_header, range_header, require_sendable
+from icechunk.storage.s3_place import Place, condition_header, require_sendable
 from icechunk.storage.s3_sigv4 import encode_key
-from icechunk.storage.settling import Found, precondition_failed, settle, uncertain
-from icechunk.storage.tries import limits_of
+from icechunk.storage.settling import Found, settle, uncertain
 from icechunk.values import redacted_url
 
 __all__ = ["S3Storage"]
@@ -127,19 +119,15 @@ class S3Storage(Storage):
         require_sendable({**(read_headers or {}), **(write_headers or {})})
         self._place = Place(bucket, root, options, credentials, read_headers or {}, write_headers or {}, sources)
         self._place.keeps_metadata = keeps_metadata
-        self._apply(settings)
+        self._use(settings)
 
-    def _apply(self, settings: StorageSettings | None) -> None:
-        self._settings = settings = copy.deepcopy(settings) if settings is not None else StorageSettings()
-        self._limits = limits_of(settings, self._place.options.network_stream_timeout_seconds)
-        self._use_metadata = settings.unsafe_use_metadata is not False and self._place.keeps_metadata
-        self._use_create = settings.unsafe_use_conditional_create is not False
-        self._use_update = settings.unsafe_use_conditional_update is not False
-        size = settings.minimum_size_for_multipart_upload
-        self._multipart_bytes = DEFAULT_MULTIPART_BYTES if size is None else size
-        concurrency = settings.concurrency or StorageConcurrencySettings()
-        self._part_ideal = concurrency.ideal_concurrent_request_size or DEFAULT_IDEAL_REQUEST_BYTES
-        self._part_concurrency = concurrency.max_concurrent_requests_for_object or DEFAULT_MAX_REQUESTS_PER_OBJECT
+    def _use(self, settings: StorageSettings | None) -> None:
+        place = self._place
+        self._effective = Effective(
+            settings,
+            default_read_s=place.options.network_stream_timeout_seconds,
+            keeps_metadata=place.keeps_metadata,
+        )
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -147,7 +135,7 @@ class S3Storage(Storage):
         check_range(byte_range)
         request = self._place.request("read", "GET", key, self._place.read_headers | range_header(byte_range))
         client = await self._place.client()
-        answer = await client.call(request, self._limits)
+        answer = await client.call(request, self._effective.limits)
         headers = answer.headers
         if answer.status == 416:
             return await self._get_empty(key, byte_range)
@@ -167,13 +155,7 @@ class S3Storage(Storage):
             # A service that ignores ranges sends everything.
             start, stop = resolve_range(byte_range, size, key)
             data = data[start:stop]
-        return GetResult(
-            body=data,
-            size=size,
-            version=version_of(headers),
-            modified_us=date_us(headers, "Last-Modified") or 0,
-            date_us=date_us(headers),
-        )
+        return result_of(headers, data, size)
 
     async def _get_empty(self, key: str, byte_range: ByteRange) -> GetResult:
         answer = await self._head_answer(key)
@@ -183,13 +165,7 @@ class S3Storage(Storage):
                 f"cannot read {byte_range} of {self._place.name(key)}: the object has {size} bytes",
                 ErrorKind.INVALID_BYTE_RANGE,
             )
-        return GetResult(
-            body=b"",
-            size=0,
-            version=version_of(answer.headers),
-            modified_us=date_us(answer.headers, "Last-Modified") or 0,
-            date_us=date_us(answer.headers),
-        )
+        return result_of(answer.headers, b"", 0)
 
     async def head(self, key: str) -> ObjectInfo:
         headers = (await self._head_answer(key)).headers
@@ -203,7 +179,7 @@ class S3Storage(Storage):
     async def _head_answer(self, key: str) -> Answer:
         request = self._place.request("look at", "HEAD", key, self._place.read_headers)
         client = await self._place.client()
-        answer = await client.call(request, self._limits)
+        answer = await client.call(request, self._effective.limits)
         if answer.status >= 300:
             raise self._missing(client, request, key, answer)
         return answer
@@ -211,7 +187,7 @@ class S3Storage(Storage):
     def list_pages(
         self, prefix: str = "", *, start_after: str | None = None, page_size: int = 1000
     ) -> AsyncIterator[list[ObjectInfo]]:
-        return list_pages(self._place, self._limits, prefix, start_after, page_size)
+        return list_pages(self._place, self._effective.limits, prefix, start_after, page_size)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -225,20 +201,20 @@ class S3Storage(Storage):
         metadata: Mapping[str, str] | None = None,
     ) -> PutResult:
         content = data if isinstance(data, bytes) else bytes(data)
-        precondition = await self._downgraded(key, precondition)
+        precondition = await self._effective.condition_of(self, key, self._place.name(key), precondition)
         headers = dict(self._place.write_headers)
-        storage_class = self._settings.storage_class_of(kind)
+        storage_class = self._effective.storage_class(kind)
         if storage_class is not None:
             headers["x-amz-storage-class"] = storage_class
-        if metadata and self._use_metadata:
+        if metadata and self._effective.uses_metadata:
             require_sendable(metadata)
             headers.update({f"x-amz-meta-{name.lower()}": value for name, value in metadata.items()})
         write_id = None
-        if not isinstance(precondition, Unchecked) and self._use_metadata:
+        if not isinstance(precondition, Unchecked) and self._effective.uses_metadata:
             write_id = headers[_WRITE_ID] = self._place.sources.random_bytes(16).hex()
         check_key(key)
         client = await self._place.client()
-        if len(content) >= max(1, self._multipart_bytes):
+        if len(content) >= self._effective.multipart_bytes:
             return await self._put_in_parts(client, key, content, precondition, headers, write_id)
         checksum = self._place.options.checksum_algorithm
         if checksum is not None:
@@ -261,7 +237,7 @@ class S3Storage(Storage):
         what = f"write {self._place.name(key)}"
         # Parts need the customer's key of SSE-C again, and refuse the other headers of the object.
         again = {n: v for n, v in headers.items() if "-customer-" in n or n == "x-amz-request-payer"}
-        upload = await start_upload(client, path, what, headers, checksum, self._limits)
+        upload = await start_upload(client, path, what, headers, checksum, self._effective.limits)
         try:
             parts = await upload_parts(
                 client,
@@ -269,11 +245,11 @@ class S3Storage(Storage):
                 what,
                 upload,
                 data,
-                size=part_bytes(len(data), self._part_ideal),
-                concurrency=self._part_concurrency,
+                size=part_bytes(len(data), self._effective.part_bytes),
+                concurrency=self._effective.parts_at_once,
                 headers=again,
                 checksum=checksum,
-                limits=self._limits,
+                limits=self._effective.limits,
             )
             request = Request(
                 what=what,
@@ -285,7 +261,7 @@ class S3Storage(Storage):
             )
             return await self._finish(client, key, request, data, precondition, write_id)
         except BaseException:
-            await abort_upload(client, path, what, upload, self._limits)
+            await abort_upload(client, path, what, upload, self._effective.limits)
             raise
 
     async def _finish(
@@ -299,8 +275,8 @@ class S3Storage(Storage):
     ) -> PutResult:
         """Send the request that makes an object visible, and find out what became of it."""
         if isinstance(precondition, Unchecked) and request.method == "PUT":
-            return self._landed(client, request, await client.call(request, self._limits))
-        retrier = client.retrier(self._limits, request)
+            return self._landed(client, request, await client.call(request, self._effective.limits))
+        retrier = client.retrier(self._effective.limits, request)
         unsettled = False
         while True:
             outcome = await client.attempt(request, retrier.limits)
@@ -342,31 +318,12 @@ class S3Storage(Storage):
         except StorageError as error:
             return error
 
-    async def _downgraded(self, key: str, precondition: Precondition) -> Precondition:
-        """Replace a condition that the settings say the service lacks by a look beforehand."""
-        match precondition:
-            case Absent() if not self._use_create:
-                try:
-                    await self.head(key)
-                except ObjectNotFoundError:
-                    return ANY
-                raise precondition_failed(self._place.name(key), precondition)
-            case Matches(version) if not self._use_update:
-                try:
-                    current = (await self.head(key)).version
-                except ObjectNotFoundError:
-                    raise precondition_failed(self._place.name(key), precondition) from None
-                if current != version:
-                    raise precondition_failed(self._place.name(key), precondition)
-                return ANY
-        return precondition
-
     async def delete(self, keys: Iterable[str]) -> DeleteResult:
-        return await delete(self._place, self._limits, keys)
+        return await delete(self._place, self._effective.limits, keys)
 
     async def copy(self, source: str, target: str) -> PutResult:
         check_key(source)
-        storage_class = self._settings.storage_class_of("metadata")
+        storage_class = self._effective.storage_class("metadata")
         headers = {
             **self._place.write_headers,
             **({} if storage_class is None else {"x-amz-storage-class": storage_class}),
@@ -374,7 +331,7 @@ class S3Storage(Storage):
         }
         request = self._place.request(f"copy {self._place.name(source)} to", "PUT", target, headers)
         client = await self._place.client()
-        retrier = client.retrier(self._limits, request)
+        retrier = client.retrier(self._effective.limits, request)
         while True:
             answer = await client.call(request, retrier.limits)
             if answer.status >= 300:
@@ -399,13 +356,13 @@ class S3Storage(Storage):
     @property
     def settings(self) -> StorageSettings:
         """The settings in force; those that are None have the defaults of `default_settings`."""
-        return copy.deepcopy(self._settings)
+        return self._effective.settings
 
     def with_settings(self, settings: StorageSettings | None) -> Storage:
         # Not copy.copy, which pickles, and so would make clients anew.
         other = object.__new__(type(self))
         other._place = self._place
-        other._apply(settings)
+        other._use(settings)
         return other
 
     def with_user_agent(self, user_agent: str) -> Storage:
@@ -413,7 +370,7 @@ class S3Storage(Storage):
             return self
         other = object.__new__(type(self))
         other._place = self._place.named(user_agent)
-        other._apply(self._settings)
+        other._effective = self._effective
         return other
 
     def default_settings(self) -> StorageSettings:
@@ -421,12 +378,7 @@ class S3Storage(Storage):
 
     @property
     def atomic_preconditions(self) -> frozenset[type[Precondition]]:
-        atomic: set[type[Precondition]] = {Unchecked}
-        if self._use_create:
-            atomic.add(Absent)
-        if self._use_update:
-            atomic.add(Matches)
-        return frozenset(atomic)
+        return self._effective.atomic_preconditions
 
     def describe(self) -> str:
         return f"s3://{self._place.bucket}/{self._place.root}"
@@ -463,7 +415,7 @@ class S3Storage(Storage):
                 place.options,
                 place.credentials,
                 place.given_headers,
-                self._settings,
+                self._effective.settings,
                 place.keeps_metadata,
             ),
         )

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import calendar
 import errno
 import re
 import socket
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
-from email.utils import parsedate_tz
-from functools import lru_cache
 from typing import Final
 from xml.etree import ElementTree
 
 from icechunk.errors import ErrorKind, StorageError
-from icechunk.storage.base import Version
+from icechunk.storage.http_headers import date_us
 
 __all__ = [
     "Answer",
     "Refusal",
     "Unanswered",
-    "date_us",
     "is_throttled",
     "is_transient",
     "parse_refusal",
@@ -29,7 +25,6 @@ __all__ = [
     "retry_after_s",
     "text_of",
     "to_error",
-    "version_of",
 ]
 
 _TRANSIENT_STATUSES: Final = frozenset({408, 425, 429, 500, 502, 503, 504, 509})
@@ -140,25 +135,6 @@ def retry_after_s(answer: Answer) -> float:
     until_us = date_us(answer.headers, "Retry-After") if text else None
     now_us = date_us(answer.headers)
     return 0.0 if until_us is None or now_us is None else max(0.0, (until_us - now_us) / 1e6)
-
-
-@lru_cache(maxsize=256)
-def _parse_date(text: str) -> int | None:
-    parsed = parsedate_tz(text)
-    if parsed is None:
-        return None
-    return (calendar.timegm(parsed[:9]) - (parsed[9] or 0)) * 1_000_000
-
-
-def date_us(headers: Mapping[str, str], name: str = "Date") -> int | None:
-    """A date header, µs since the epoch; None where it is missing or no date."""
-    text = headers.get(name)
-    return None if text is None else _parse_date(text)
-
-
-def version_of(headers: Mapping[str, str]) -> Version:
-    """The ETag without its quotes."""
-    return Version(headers.get("ETag", "").strip('"'))
 
 
 def to_error(what: str, outcome: Answer | Unanswered, tries: int, endpoint: str) -> StorageError:

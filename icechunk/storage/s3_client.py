@@ -22,12 +22,12 @@ from botocore.httpsession import get_cert_path
 from icechunk.format.envelope import CLIENT_NAME
 from icechunk.sources import Sources
 from icechunk.storage.http1 import Connections, NotConnectedError
+from icechunk.storage.http_headers import date_us
 from icechunk.storage.http_proxied import ProxiedConnections, is_proxied
 from icechunk.storage.pace import Pace
 from icechunk.storage.s3_answers import (
     Answer,
     Unanswered,
-    date_us,
     is_throttled,
     is_transient,
     parse_refusal,

@@ -9,7 +9,7 @@ from icechunk.credentials import AnyS3Credential
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.envelope import CLIENT_NAME
 from icechunk.sources import Sources
-from icechunk.storage.base import Absent, ByteRange, Matches, Precondition, Range, Suffix, Unchecked
+from icechunk.storage.base import Absent, Matches, Precondition, Unchecked
 from icechunk.storage.keys import check_key
 from icechunk.storage.per_loop import PerLoop
 from icechunk.storage.s3_client import Request, S3Client
@@ -17,7 +17,7 @@ from icechunk.storage.s3_credentials import key_provider
 from icechunk.storage.s3_endpoint import resolve_endpoint
 from icechunk.storage.s3_sigv4 import encode_key
 
-__all__ = ["Place", "condition_header", "range_header", "require_sendable"]
+__all__ = ["Place", "condition_header", "require_sendable"]
 
 
 class Place:
@@ -77,19 +77,6 @@ class Place:
     def request(self, verb: str, method: str, key: str, headers: Mapping[str, str], body: bytes = b"") -> Request:
         """A request for one object."""
         return Request(what=f"{verb} {self.name(key)}", method=method, path=self.path(key), headers=headers, body=body)
-
-
-def range_header(byte_range: ByteRange) -> dict[str, str]:
-    """The header that asks for a range."""
-    match byte_range:
-        case None:
-            return {}
-        case Range(start, None):
-            return {"range": f"bytes={start}-"}
-        case Range(start, end):
-            return {"range": f"bytes={start}-{(end or 0) - 1}"}
-        case Suffix(length):
-            return {"range": f"bytes=-{length}"}
 
 
 def condition_header(precondition: Precondition) -> dict[str, str]:

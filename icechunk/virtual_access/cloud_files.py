@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 from icechunk.config import S3Options, StorageSettings
 from icechunk.credentials import AnyS3Credential
 from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError, ObjectNotFoundError, StorageError
+from icechunk.moments import us_of
 from icechunk.sources import SYSTEM, Sources
-from icechunk.storage.base import GetResult, Range, Version
+from icechunk.storage.base import GetResult, Range
 from icechunk.storage.keys import resolve_range
 from icechunk.storage.obstore_errors import missing, storage_error
 from icechunk.storage.obstore_places import AzurePlace, GcsPlace, ObstorePlace, stores_of_obstore
+from icechunk.storage.obstore_reading import version_of_meta
 from icechunk.storage.obstore_runtime import obstore_module
 from icechunk.storage.s3 import S3Storage
 from icechunk.storage.tries import limits_of
@@ -24,7 +25,6 @@ from icechunk.virtual_access.locations import key_of
 
 __all__ = ["BucketFiles", "ObstoreFiles", "azure_files", "gcs_files"]
 
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _ACCOUNT: Final = ("account", "account_name", "azure_storage_account_name")
 
 
@@ -88,8 +88,8 @@ class ObstoreFiles:
         return GetResult(
             body=data,
             size=meta["size"],
-            version=Version((meta["e_tag"] or "").strip('"')),
-            modified_us=(meta["last_modified"] - _EPOCH) // timedelta(microseconds=1),
+            version=version_of_meta(meta),
+            modified_us=us_of(meta["last_modified"]),
             date_us=None,
         )
 

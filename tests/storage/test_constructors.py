@@ -69,7 +69,7 @@ def test_other_settings_share_the_place_and_its_clients() -> None:
     other = storage.with_settings(StorageSettings(retries=StorageRetriesSettings(max_tries=1)))
     assert isinstance(other, S3Storage)
     assert other._place is storage._place
-    assert (other._limits.max_tries, storage._limits.max_tries) == (1, 10)
+    assert (other._effective.limits.max_tries, storage._effective.limits.max_tries) == (1, 10)
 
 
 @pytest.mark.parametrize(
