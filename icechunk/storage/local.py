@@ -64,7 +64,6 @@ from icechunk.storage.defaults import place_settings
 from icechunk.storage.keys import resolve_range
 from icechunk.storage.local_files import (
     Exclusion,
-    fsync_file,
     fsync_folder,
     locked,
     publish_new,
@@ -74,6 +73,7 @@ from icechunk.storage.local_files import (
 from icechunk.storage.local_folders import Folders
 from icechunk.storage.local_listing import info_of, try_stat, version_of, walk
 from icechunk.storage.local_names import RESERVED, path_of
+from icechunk.storage.local_writing import write_new
 
 __all__ = ["RESERVED", "LocalStorage"]
 
@@ -308,31 +308,14 @@ class LocalStorage(Storage):
     def _write_temporary(self, data: bytes) -> tuple[str, PutResult]:
         folder = os.path.join(self._root, RESERVED)
         path = os.path.join(folder, temporary_name())
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         try:
-            descriptor = os.open(path, flags, 0o666)
+            status = write_new(path, data)
         except FileNotFoundError:
             self._folders.make(folder)
-            descriptor = os.open(path, flags, 0o666)
+            status = write_new(path, data)
         if not self._swept:
             self._swept = True
             self._sweep(folder)
-        try:
-            try:
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[os.write(descriptor, rest) :]
-                if os.utime in os.supports_fd:
-                    now_ns = time.time_ns()
-                    os.utime(descriptor, ns=(now_ns, now_ns))
-                fsync_file(descriptor)
-                status = os.fstat(descriptor)
-            finally:
-                os.close(descriptor)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-            raise
         return path, PutResult(version=version_of(status), date_us=self._sources.wall_us())
 
     def _publish(self, key: str, path: str, temporary: str, precondition: Precondition) -> None:

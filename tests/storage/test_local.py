@@ -132,11 +132,12 @@ async def test_files_of_writers_that_died_long_ago_are_swept(tmp_path: Path) -> 
     assert sorted(os.listdir(folder)) == ["young"]
 
 
-def test_a_writer_killed_at_any_step_leaves_the_object_whole_or_absent(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [100_000, 2 * 1024 * 1024 + 100], ids=["small", "large"])
+def test_a_writer_killed_at_any_step_leaves_the_object_whole_or_absent(tmp_path: Path, size: int) -> None:
     script = textwrap.dedent(
         """
         import asyncio, os, signal, sys
-        from icechunk.storage import local, local_files, local_folders
+        from icechunk.storage import local, local_folders, local_writing
         from icechunk.storage.base import Absent
         top = sys.argv[1]
         calls = step = 0
@@ -151,25 +152,25 @@ def test_a_writer_killed_at_any_step_leaves_the_object_whole_or_absent(tmp_path:
         for name in ("write", "utime", "link", "unlink", "replace"):
             setattr(os, name, dying(getattr(os, name)))
         os.supports_fd.add(os.utime)
-        local.fsync_file = dying(local.fsync_file)
+        local_writing.fsync_file = dying(local_writing.fsync_file)
         local_folders.fsync_folder = dying(local_folders.fsync_folder)
         status = None
         while status != 0:
             step += 1
             child = os.fork()
             if not child:
-                asyncio.run(local.LocalStorage(f"{top}/{step}").put("log/1", b"x" * 100_000, Absent()))
+                asyncio.run(local.LocalStorage(f"{top}/{step}").put("log/1", b"x" * int(sys.argv[2]), Absent()))
                 os._exit(0)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             assert status in (0, -signal.SIGKILL), status
         """
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path), str(size)], check=True, timeout=100)
     states: list[bool] = []
     for step in range(1, 1 + len(os.listdir(tmp_path))):
         storage = LocalStorage(tmp_path / str(step))
         found = {info.key: info.size for info in asyncio.run(list_all(storage))}
-        assert found in ({}, {"log/1": 100_000})
+        assert found in ({}, {"log/1": size})
         states.append(bool(found))
         # Whatever was left behind, the slot can be taken by the next writer, or is taken already.
         if not found:
@@ -255,13 +256,14 @@ async def test_a_full_disk_names_the_object_and_leaves_nothing(tmp_path: Path, m
 
     def full(descriptor: int, data: Any) -> int:
         if len(data) > 10:
-            return real(descriptor, data[:10])
+            return real(descriptor, data[: len(data) // 8192 * 4096 or 10])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", full)
     for key in ("new", "old"):
-        with pytest.raises(StorageError, match=f"'{key}'.*No space left.*Free some space"):
-            await storage.put(key, b"x" * 15)
+        for size in (15, 3_000_005):
+            with pytest.raises(StorageError, match=f"'{key}'.*No space left.*Free some space"):
+                await storage.put(key, b"x" * size)
     monkeypatch.undo()
     assert os.listdir(tmp_path / RESERVED) == []
     assert [(info.key, info.size) for info in await list_all(storage)] == [("old", 3)]
