@@ -29,22 +29,22 @@ from tools.bench import growth, huge, large
 from tools.bench.workload import CASES
 
 FLOORS = {
-    ("small", "set"): 5.0,
-    ("small", "get uncommitted"): 5.0,
-    ("small", "get committed"): 5.0,
+    ("small", "set"): 10.0,
+    ("small", "get uncommitted"): 10.0,
+    ("small", "get committed"): 10.0,
     ("commit", "commit"): 0.5,
     ("references", "1 M set and commit"): 1.5,
     ("references", "append 1 000 to 1 M"): 20.0,
-    ("arrays", "create: commit"): 6.0,
+    ("arrays", "create: commit"): 8.0,
     ("arrays", "create: commit, CPU"): 8.0,
-    ("arrays", "update: commit"): 5.0,
+    ("arrays", "update: commit"): 8.0,
     ("arrays", "update: commit, CPU"): 8.0,
-    ("wire", "write and commit"): 4.0,
-    ("wire", "read"): 4.0,
-    ("wire", "open to first chunk"): 1.1,
+    ("wire", "write and commit"): 8.0,
+    ("wire", "read"): 8.0,
+    ("wire", "open to first chunk"): 1.5,
     ("wire", "random reads"): 3.0,
     ("wire", "tiny session and commit"): 2.5,
-    ("wire", "tiny commit"): 3.5,
+    ("wire", "tiny commit"): 4.0,
 }
 """How many times as fast as the official library we must be at least."""
 
