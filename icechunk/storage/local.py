@@ -308,14 +308,15 @@ class LocalStorage(Storage):
     def _write_temporary(self, data: bytes) -> tuple[str, PutResult]:
         folder = os.path.join(self._root, RESERVED)
         path = os.path.join(folder, temporary_name())
+        if not self._swept:
+            # First of all: on a full disk this is what may make room.
+            self._swept = True
+            self._sweep(folder)
         try:
             status = write_new(path, data)
         except FileNotFoundError:
             self._folders.make(folder)
             status = write_new(path, data)
-        if not self._swept:
-            self._swept = True
-            self._sweep(folder)
         return path, PutResult(version=version_of(status), date_us=self._sources.wall_us())
 
     def _publish(self, key: str, path: str, temporary: str, precondition: Precondition) -> None:

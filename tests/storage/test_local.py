@@ -132,6 +132,21 @@ async def test_files_of_writers_that_died_long_ago_are_swept(tmp_path: Path) -> 
     assert sorted(os.listdir(folder)) == ["young"]
 
 
+async def test_they_are_swept_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / RESERVED
+    folder.mkdir()
+    (folder / "old").write_bytes(b"all the room that there was")
+    os.utime(folder / "old", (1, 1))
+
+    def full(path: str, data: bytes) -> None:
+        assert os.listdir(folder) == []
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(local, "write_new", full)
+    with pytest.raises(StorageError, match="No space left"):
+        await LocalStorage(tmp_path).put("x", b"1")
+
+
 @pytest.mark.parametrize("size", [100_000, 2 * 1024 * 1024 + 100], ids=["small", "large"])
 def test_a_writer_killed_at_any_step_leaves_the_object_whole_or_absent(tmp_path: Path, size: int) -> None:
     script = textwrap.dedent(
