@@ -15,6 +15,7 @@ from icechunk.errors import CommitOutcomeUnknown, ErrorKind, IcechunkError, Sess
 from icechunk.refs.base import OnSent, Propose, SwapToken
 from icechunk.refs.commit_queue import Member, Waiting
 from icechunk.refs.state import RepoState
+from icechunk.tasks import finish_task
 
 __all__ = ["AppendQueue", "resolve", "tell_sent"]
 
@@ -135,13 +136,7 @@ class AppendQueue:
         waiting, self.waiting = self.waiting, []
         for one in waiting:
             resolve(one, SessionStateError("the repository was closed before anything was sent; nothing landed"))
-        runner = self._runner
-        if runner is None or runner.done() or runner is asyncio.current_task():
-            return
-        await asyncio.wait({runner}, timeout=_CLOSE_GRACE_S)
-        if not runner.done():
-            runner.cancel()
-            await asyncio.wait({runner})
+        await finish_task(self._runner, _CLOSE_GRACE_S)
 
 
 def tell_sent(one: Waiting, token: SwapToken | None) -> None:
