@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import oracle
-from tools.bench import growth, huge, large
+from tools.bench import growth, huge, large, wire
 from tools.bench.workload import CASES
 
 FLOORS = {
@@ -148,9 +148,7 @@ def _options(case: str) -> Iterator[dict[str, Any]]:
     if case != "wire":
         yield {}
         return
-    from tools.bench.wire import slow_minio
-
-    with slow_minio(LATENCY_MS) as options:
+    with wire.minio(LATENCY_MS) as options:
         yield options
 
 

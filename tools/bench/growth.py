@@ -32,7 +32,7 @@ from icechunk.storage.memory import MemoryStorage
 from icechunk.tasks import run_jobs
 from icechunk.testing.wrapping import WrappingStorage
 from tools import oracle
-from tools.bench.wire import slow_minio
+from tools.bench import wire
 
 __all__ = ["CASE", "measure", "rows", "table"]
 
@@ -169,19 +169,7 @@ async def _copy(source: Storage, target: Storage) -> None:
 
 
 async def _measure_wire(options: Mapping[str, str], commits: int) -> dict[str, float]:
-    def storage(prefix: str) -> Storage:
-        return icechunk.s3_storage(
-            bucket=options["bucket"],
-            prefix=prefix,
-            region="us-east-1",
-            endpoint_url=options["endpoint"],
-            access_key_id=options["access_key_id"],
-            secret_access_key=options["secret_access_key"],
-            allow_http=True,
-            force_path_style=True,
-        )
-
-    short, long = storage("short"), storage("long")
+    short, long = wire.storage_at(options, "short"), wire.storage_at(options, "long")
     await _copy(await _history(SHORT), short)
     await _copy(await _history(commits), long)
     opened = await _opens(short, long, clock=time.perf_counter)
@@ -198,7 +186,7 @@ async def _measure_wire(options: Mapping[str, str], commits: int) -> dict[str, f
 def measure(kind: str, commits: int) -> dict[str, float]:
     """Make ``commits`` small commits; seconds as this module tells, but for the resident memory."""
     if kind == "wire":
-        with slow_minio(LATENCY_MS) as options:
+        with wire.minio(LATENCY_MS) as options:
             return asyncio.run(_measure_wire(options, commits))
     return asyncio.run(_measure(kind, commits))
 

@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from tools import oracle, services
+from tools import oracle
+from tools.bench import wire
 
 __all__ = ["CASE", "rows", "table"]
 
@@ -55,20 +56,11 @@ def _data(chunks: int) -> Any:
 
 
 def _storage(place: Mapping[str, str]) -> Any:
-    import icechunk
-
     if "folder" in place:
+        import icechunk
+
         return icechunk.local_filesystem_storage(place["folder"])
-    return icechunk.s3_storage(
-        bucket="bench",
-        prefix="large",
-        region="us-east-1",
-        endpoint_url=place["endpoint"],
-        access_key_id=place["access_key_id"],
-        secret_access_key=place["secret_access_key"],
-        allow_http=True,
-        force_path_style=True,
-    )
+    return wire.storage_at(place, "large")
 
 
 @contextlib.contextmanager
@@ -123,7 +115,7 @@ def raw(place: Mapping[str, str], chunks: int, codec: str) -> Figures:
     figures: Figures = {}
     data = _data(chunks)
     store = S3Store(
-        "bench",
+        place["bucket"],
         prefix="raw",
         region="us-east-1",
         endpoint=place["endpoint"],
@@ -172,12 +164,8 @@ def _place(kind: str) -> Iterator[dict[str, str]]:
         with tempfile.TemporaryDirectory(prefix="large-") as folder:
             yield {"folder": folder}
         return
-    with services.minio(buckets=["bench"]) as minio:
-        yield {
-            "endpoint": minio.endpoint,
-            "access_key_id": minio.access_key,
-            "secret_access_key": minio.secret_key,
-        }
+    with wire.minio() as place:
+        yield place
 
 
 def _run(who: str, verb: str, place: Mapping[str, str], chunks: int, codec: str) -> Figures:

@@ -19,7 +19,7 @@ import numpy as np
 import zarr
 
 import icechunk
-from tools import services
+from tools.bench import wire
 
 MIB = 1024 * 1024
 
@@ -37,17 +37,8 @@ def place(kind: str) -> Iterator[icechunk.Storage]:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             yield icechunk.local_filesystem_storage(folder)
         return
-    with services.minio(buckets=["bench"]) as minio:
-        yield icechunk.s3_storage(
-            bucket="bench",
-            prefix="put-memory",
-            region=minio.region,
-            endpoint_url=minio.endpoint,
-            allow_http=True,
-            force_path_style=True,
-            access_key_id=minio.access_key,
-            secret_access_key=minio.secret_key,
-        )
+    with wire.minio() as options:
+        yield wire.storage_at(options, "put-memory")
 
 
 def measure(mib: int, chunk_mib: int, bound_mib: int, kind: str) -> dict[str, float]:

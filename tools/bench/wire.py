@@ -1,33 +1,51 @@
-"""A MinIO that answers as if it were some way off."""
+"""A MinIO, that answers as if it were some way off where that is wanted, and storages on it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from tools import services
 
-__all__ = ["slow_minio"]
+__all__ = ["minio", "storage_at"]
 
 BUCKET = "bench"
 
 
 @contextmanager
-def slow_minio(latency_ms: int) -> Iterator[dict[str, str]]:
-    """Start MinIO and a proxy before it that adds `latency_ms` to every answer; the options of the wire workload.
+def minio(latency_ms: int = 0) -> Iterator[dict[str, str]]:
+    """Start MinIO, and before it a proxy that adds `latency_ms` to every answer, none for 0; what `storage_at` takes.
 
     Raises
     ------
     services.Unavailable
         One of them is not on this machine; the message says how to get it.
     """
-    with (
-        services.minio(buckets=[BUCKET]) as minio,
-        services.toxiproxy(minio.address, latency_ms=latency_ms) as proxy,
-    ):
+    with ExitStack() as stack:
+        server = stack.enter_context(services.minio(buckets=[BUCKET]))
+        endpoint = server.endpoint
+        if latency_ms:
+            endpoint = stack.enter_context(services.toxiproxy(server.address, latency_ms=latency_ms)).endpoint
         yield {
-            "endpoint": proxy.endpoint,
+            "endpoint": endpoint,
             "bucket": BUCKET,
-            "access_key_id": minio.access_key,
-            "secret_access_key": minio.secret_key,
+            "access_key_id": server.access_key,
+            "secret_access_key": server.secret_key,
         }
+
+
+def storage_at(place: Mapping[str, str], prefix: str) -> Any:
+    """A storage there, of whichever library the environment has as ``icechunk``."""
+    import icechunk
+
+    return icechunk.s3_storage(
+        bucket=place["bucket"],
+        prefix=prefix,
+        region="us-east-1",
+        endpoint_url=place["endpoint"],
+        access_key_id=place["access_key_id"],
+        secret_access_key=place["secret_access_key"],
+        allow_http=True,
+        force_path_style=True,
+    )

@@ -20,6 +20,7 @@ import zarr
 from zarr.core.buffer import default_buffer_prototype
 
 import icechunk
+from tools.bench.wire import storage_at
 
 __all__ = ["CASES"]
 
@@ -95,17 +96,8 @@ def wire(options: Mapping[str, Any]) -> dict[str, float]:
     To write and to read 1 000 chunks of 16 KiB; to open and to read one; to read 200 at random, one at a time; to
     open a session, change an attribute and commit; of that the commit alone.
     """
-    storage_options = {
-        "bucket": options["bucket"],
-        "prefix": f"bench/{uuid.uuid4().hex}",
-        "region": "us-east-1",
-        "endpoint_url": options["endpoint"],
-        "allow_http": True,
-        "force_path_style": True,
-        "access_key_id": options["access_key_id"],
-        "secret_access_key": options["secret_access_key"],
-    }
-    repo = icechunk.Repository.create(icechunk.s3_storage(**storage_options))
+    prefix = f"bench/{uuid.uuid4().hex}"
+    repo = icechunk.Repository.create(storage_at(options, prefix))
     data = np.random.default_rng(0).integers(0, 2**31, WIRE_CHUNKS * WIRE_CHUNK_BYTES // 4, dtype="i4")
     session = repo.writable_session("main")
     array = zarr.create_array(
@@ -122,7 +114,7 @@ def wire(options: Mapping[str, Any]) -> dict[str, float]:
     session.commit("chunks")
     seconds["write and commit"] = time.perf_counter() - started
 
-    reopened = icechunk.Repository.open(icechunk.s3_storage(**storage_options))
+    reopened = icechunk.Repository.open(storage_at(options, prefix))
     store = reopened.readonly_session("main").store
     started = time.perf_counter()
     values = zarr.open_array(store, path="a", mode="r")[:]
@@ -131,12 +123,12 @@ def wire(options: Mapping[str, Any]) -> dict[str, float]:
         raise AssertionError("what was read is not what was written")
 
     started = time.perf_counter()
-    cold = icechunk.Repository.open(icechunk.s3_storage(**storage_options)).readonly_session("main").store
+    cold = icechunk.Repository.open(storage_at(options, prefix)).readonly_session("main").store
     zarr.open_array(cold, path="a", mode="r")[:1]
     seconds["open to first chunk"] = time.perf_counter() - started
 
     chosen = np.random.default_rng(1).integers(0, WIRE_CHUNKS, RANDOM_READS).tolist()
-    again = icechunk.Repository.open(icechunk.s3_storage(**storage_options)).readonly_session("main").store
+    again = icechunk.Repository.open(storage_at(options, prefix)).readonly_session("main").store
     array = zarr.open_array(again, path="a", mode="r")
     each = WIRE_CHUNK_BYTES // 4
     started = time.perf_counter()
