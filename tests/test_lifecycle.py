@@ -33,12 +33,15 @@ def write(repository, name, branch="main"):
     array[:] = 1
     return session.commit(name)
 
-async def write_async(repository, name):
+async def uncommitted(repository, name):
     session = await repository.writable_session_async("main")
     group = await zarr.api.asynchronous.open_group(session.store, mode="a")
     array = await group.require_array(name, shape=(8, 1000), chunks=(1, 1000), dtype="f8")
     await array.setitem(slice(None), 1)
-    return await session.commit_async(name)
+    return session
+
+async def write_async(repository, name):
+    return await (await uncommitted(repository, name)).commit_async(name)
 """
 
 # From here on every warning is an error, but that of Python 3.12 and later about forks in processes with threads.
@@ -107,11 +110,14 @@ except LookupError:
 async def main():
     repository = await icechunk.Repository.create_async(storage)
     await write_async(repository, "a")
-    writing = asyncio.ensure_future(write_async(repository, "b"))
-    for _ in range(30):
-        await asyncio.sleep(0)
-    writing.cancel()
-    await asyncio.wait({writing})
+    for steps in (0, 1, 3, 10, 30):
+        # zarr leaves coroutines behind where it is cancelled itself.
+        session = await uncommitted(repository, "b")
+        committing = asyncio.ensure_future(session.commit_async("b"))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        committing.cancel()
+        await asyncio.wait({committing})
 
 asyncio.run(main())
 """,
