@@ -6,7 +6,7 @@ the tail ends; a slot that is missing on the way means that the checkpoint has m
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -46,6 +46,8 @@ __all__ = [
 MAIN_REF_KEY: Final = f"{REFS_PREFIX}branch.main/ref.json"
 """The branch that every repository of format 1 has."""
 _PAGE: Final = 50
+_LOOK_BEYOND: Final = 2
+"""Slots that have to be absent one after the other where no listing says how far the log goes."""
 _OPEN_ATTEMPTS: Final = 10
 
 
@@ -143,28 +145,43 @@ async def read_slot(storage: Storage, epoch: str, n: int) -> tuple[Entry, GetRes
 
 async def read_tail(storage: Storage, epoch: str, after: int, end: int) -> list[Entry]:
     """GET the slots after ``after`` up to ``end`` (inclusive) at once; ends before the first one that is missing."""
+    return list(_unbroken(await _read_slots(storage, epoch, after, end)))
+
+
+async def read_until_absent(storage: Storage, epoch: str, after: int) -> tuple[list[Entry], int]:
+    """GET the slots after ``after``, ever more at once, until some are absent: rule 6 without a listing.
+
+    Returns
+    -------
+    list of Entry
+        Those before the first absent slot.
+    int
+        The newest slot seen: beyond the last entry where one is missing in between.
+    """
+    entries: list[Entry] = []
+    ahead = 1 + _LOOK_BEYOND
+    while True:
+        first = after + len(entries)
+        slots = await _read_slots(storage, epoch, first, first + ahead)
+        found = list(_unbroken(slots))
+        entries += found
+        if len(found) + _LOOK_BEYOND <= ahead:
+            return entries, max((entry.n for entry in slots if entry is not None), default=first)
+        ahead = min(2 * ahead, _PAGE)
+
+
+async def _read_slots(storage: Storage, epoch: str, after: int, end: int) -> list[Entry | None]:
     jobs: list[Callable[[], Awaitable[tuple[Entry, GetResult] | None]]] = [
         partial(read_slot, storage, epoch, n) for n in range(after + 1, end + 1)
     ]
-    entries: list[Entry] = []
-    for found in await run_jobs(jobs):
-        if found is None:
-            break
-        entries.append(found[0])
-    return entries
+    return [None if found is None else found[0] for found in await run_jobs(jobs)]
 
 
-async def read_until_absent(storage: Storage, epoch: str, after: int) -> list[Entry]:
-    """GET the slots after ``after``, ever more at once, until one is absent: for places without listings (rule 6)."""
-    entries: list[Entry] = []
-    ahead = 1
-    while True:
-        first = after + len(entries)
-        found = await read_tail(storage, epoch, first, first + ahead)
-        entries += found
-        if len(found) < ahead:
-            return entries
-        ahead = min(2 * ahead, _PAGE)
+def _unbroken(slots: Iterable[Entry | None]) -> Iterator[Entry]:
+    for entry in slots:
+        if entry is None:
+            return
+        yield entry
 
 
 def fold_entry(head: Head, entry: Entry) -> Head:
@@ -198,7 +215,9 @@ async def _stop(pages: object) -> None:
 
 
 async def try_list_head(storage: Storage, epoch: str) -> int | None:
-    """As `list_head`; None where there are no listings."""
+    """As `list_head`; None where there are no listings, or none that cost no more than what is taken of them."""
+    if not storage.lists_first_keys_fast:
+        return None
     try:
         return await list_head(storage, epoch)
     except ListingUnsupportedError:
@@ -218,10 +237,12 @@ async def newest_epoch(storage: Storage) -> str | None:
 
 
 async def _list_newest(storage: Storage) -> tuple[list[ObjectInfo], bool] | None:
-    """The first keys below ``log/``, and whether those are all; None where there are no listings.
+    """The first keys below ``log/``, and whether those are all; None as `try_list_head`.
 
     A store may end a page early although more keys follow, so only the end of the listing says that it is the end.
     """
+    if not storage.lists_first_keys_fast:
+        return None
     items: list[ObjectInfo] = []
     pages = storage.list_pages(LOG_PREFIX, page_size=_PAGE)
     try:
@@ -269,24 +290,22 @@ async def open_head(storage: Storage, sources: Sources) -> Opened | RepoObject:
         marker = repo.known.marker
         if marker is None or not repo.known.read_only:
             return repo
-        listed = marker.n
-        if listing is not None:
-            newest = _newest_of(listing[0], marker.epoch, all_there_are=listing[1])
-            listed = await list_head(storage, marker.epoch) if newest is None else newest
-        head = Head(epoch=marker.epoch, n=marker.n, state=state_of(repo.info, marker))
         if listing is None:
-            entries = await read_until_absent(storage, marker.epoch, marker.n)
+            entries, newest = await read_until_absent(storage, marker.epoch, marker.n)
         else:
-            entries = await read_tail(storage, marker.epoch, marker.n, max(marker.n, listed))
+            listed = _newest_of(listing[0], marker.epoch, all_there_are=listing[1])
+            newest = await list_head(storage, marker.epoch) if listed is None else listed
+            entries = await read_tail(storage, marker.epoch, marker.n, max(marker.n, newest))
+        head = Head(epoch=marker.epoch, n=marker.n, state=state_of(repo.info, marker))
         for entry in entries:
             head = fold_entry(head, entry)
         proof = Instant(date_us=repo.asked.date_us, elapsed_us=asked.elapsed_us, wall_us=asked.wall_us)
-        if head.n < listed:
+        if head.n < newest:
             missing = (head.epoch, head.n + 1)
             if gap == missing:
                 raise FormatError(
                     f"slot {missing[1]} of the log is missing in {storage.describe()} "
-                    f"({slot_key(*missing)}), although slot {listed} exists: somebody deleted it. What was committed "
+                    f"({slot_key(*missing)}), although slot {newest} exists: somebody deleted it. What was committed "
                     "from there on cannot be read; restore the object"
                 )
             gap = missing

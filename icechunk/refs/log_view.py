@@ -316,9 +316,9 @@ class LogView:
         if following is not None:
             self.advance(following[0])
         if listed is None:
-            for entry in await read_until_absent(self.storage, epoch, self.head.n):
+            entries, listed = await read_until_absent(self.storage, epoch, self.head.n)
+            for entry in entries:
                 self.advance(entry)
-            listed = self.head.n
         for entry in await read_tail(self.storage, epoch, self.head.n, listed):
             self.advance(entry)
         if self.head.epoch != epoch or not still_proves(proof, instant(self.sources)) or self.head.n < listed:

@@ -242,6 +242,11 @@ class Storage(StorageFacade, ABC):
         return True
 
     @property
+    def lists_first_keys_fast(self) -> bool:
+        """Whether the first page of a listing costs the same however many keys come after it."""
+        return True
+
+    @property
     def gains_from_split_reads(self) -> bool:
         """Whether parts of one object that are read at the same time can come sooner than the whole."""
         return True

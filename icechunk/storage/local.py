@@ -171,6 +171,11 @@ class LocalStorage(Storage):
     def lists_any_prefix_fast(self) -> bool:
         return False
 
+    @property
+    def lists_first_keys_fast(self) -> bool:
+        # A folder tells its names in no order.
+        return False
+
     def default_settings(self) -> StorageSettings:
         """The official library's: conditions hold here all the same, whatever they say of them."""
         settings = place_settings(ideal_request_bytes=4096)

@@ -49,8 +49,9 @@ class MemoryStorage(Storage):
         self._objects: dict[str, tuple[ObjectInfo, bytes]] = {}
         self._writes = 0
         self._lock = threading.Lock()
-        # Keys in ascending order, brought up to date by the next listing; None once a key was added or removed.
+        # Keys in ascending order, brought up to date by the next listing; None once a key was removed.
         self._sorted: list[str] | None = []
+        self._added: list[str] = []
 
     async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
         found = self._objects.get(key)
@@ -96,7 +97,7 @@ class MemoryStorage(Storage):
             info = ObjectInfo(key=key, size=len(content), version=version, modified_us=now_us)
             self._objects[key] = (info, content)
             if current is None:
-                self._sorted = None
+                self._added.append(key)
         return PutResult(version=version, date_us=now_us)
 
     async def head(self, key: str) -> ObjectInfo:
@@ -111,9 +112,7 @@ class MemoryStorage(Storage):
         after = start_after
         while True:
             with self._lock:
-                if self._sorted is None:
-                    self._sorted = sorted(self._objects)
-                keys = self._sorted
+                keys = self._sorted_keys()
                 first = bisect_left(keys, prefix)
                 if after is not None:
                     first = max(first, bisect_right(keys, after))
@@ -124,6 +123,16 @@ class MemoryStorage(Storage):
             if len(page) < page_size:
                 return
             after = page[-1].key
+
+    def _sorted_keys(self) -> list[str]:
+        if self._sorted is None:
+            self._sorted = sorted(self._objects)
+        elif self._added:
+            # Two runs in order, which sorting merges.
+            self._sorted += sorted(self._added)
+            self._sorted.sort()
+        self._added.clear()
+        return self._sorted
 
     async def delete(self, keys: Iterable[str]) -> DeleteResult:
         count = 0

@@ -151,6 +151,10 @@ class ScriptedStorage(Storage):
     def atomic_preconditions(self) -> frozenset[type[Precondition]]:
         return self.inner.atomic_preconditions
 
+    @property
+    def lists_first_keys_fast(self) -> bool:
+        return self.inner.lists_first_keys_fast
+
     def describe(self) -> str:
         return "scripted"
 

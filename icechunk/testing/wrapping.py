@@ -74,6 +74,10 @@ class WrappingStorage(Storage):
         return self.inner.lists_any_prefix_fast
 
     @property
+    def lists_first_keys_fast(self) -> bool:
+        return self.inner.lists_first_keys_fast
+
+    @property
     def gains_from_split_reads(self) -> bool:
         return self.inner.gains_from_split_reads
 
