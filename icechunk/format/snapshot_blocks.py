@@ -35,10 +35,10 @@ __all__ = ["write_blocks"]
 _TABLE: Final = np.dtype(
     [
         ("vtable", "<i4"),
-        ("flushed_at", "<u8"),
         ("parent", "<i4"),
-        ("message", "<u4"),
         ("id", "V12"),
+        ("flushed_at", "<u8"),
+        ("message", "<u4"),
         ("metadata", "<u4"),
         ("pruned", "<u4"),
     ]

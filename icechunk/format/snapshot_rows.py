@@ -130,7 +130,7 @@ class SnapshotRows:
             if record.metadata or record.pruned_ancestor_tx_logs:
                 positions.append(writer.table(_table(record, parent)))
                 continue
-            # The 8-byte field follows the first word of the table.
+            # The 8-byte field follows five words of the table.
             out += bytes((4 - len(out)) % 8)
             start = len(out)
             try:
@@ -138,10 +138,10 @@ class SnapshotRows:
                 # The message is behind the table and the empty vector of metadata, to which they point.
                 out += PLAIN.pack(
                     start - plain,
-                    record.flushed_at_us,
                     parent,
-                    MESSAGE_AT,
                     record.id,
+                    record.flushed_at_us,
+                    MESSAGE_AT,
                     METADATA_AT,
                     0,
                     len(message),

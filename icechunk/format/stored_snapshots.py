@@ -1,8 +1,8 @@
 """The snapshots of a repo info, each decoded when it is asked for.
 
-A repository with ten thousand commits is opened to read one of them. So what is done for all is done with numpy, in
-a fraction of a microsecond each: ids and the numbers of parents are read and checked. The rest stays in the bytes of
-the file, in a tenth of the memory that objects would take.
+A repository with ten thousand commits is opened to read one of them. So nothing is done for all before somebody looks
+for one by its id, and then with numpy, in a fraction of a microsecond each: ids and the numbers of parents are read and
+checked. The rest stays in the bytes of the file, in a tenth of the memory that objects would take.
 """
 
 from __future__ import annotations
@@ -43,13 +43,14 @@ __all__ = [
 ID, PARENT, FLUSHED_AT, MESSAGE, METADATA, PRUNED = range(6)
 """Slots of the table SnapshotInfo."""
 NO_PARENT: Final = -1
-TABLE_OFFSETS: Final = {FLUSHED_AT: 4, PARENT: 12, MESSAGE: 16, ID: 20, METADATA: 32}
-"""Where we put the fields of a snapshot's table, by slot."""
+TABLE_OFFSETS: Final = {PARENT: 4, ID: 8, FLUSHED_AT: 20, MESSAGE: 28, METADATA: 32}
+"""Where we put the fields of a snapshot's table, by slot: first what differs among snapshots, then what does not, so
+that zstd finds one stretch to repeat in each."""
 TABLE_BYTES: Final = 36
-PLAIN: Final = struct.Struct("<iQiI12sIII")
-"""A table of ours without metadata: its vtable, time, parent, message, id, metadata; then the empty vector of metadata,
+PLAIN: Final = struct.Struct("<ii12sQIIII")
+"""A table of ours without metadata: its vtable, parent, id, time, message, metadata; then the empty vector of metadata,
 and the length of the message, which follows."""
-MESSAGE_AT, METADATA_AT = 24, 4
+MESSAGE_AT, METADATA_AT = 12, 4
 """What the fields of such a table say of where message and metadata are."""
 _PLAIN_FIELDS: Final = (TABLE_BYTES, *(TABLE_OFFSETS[slot] for slot in (ID, PARENT, FLUSHED_AT, MESSAGE, METADATA)))
 _ID_SIZE: Final = 12
@@ -76,10 +77,71 @@ class RecordsView(ValuesView[SnapshotRecord]):
         return any(one == record for one in self)
 
 
+class _Index:
+    """Ids and parents of all snapshots of a file.
+
+    Raises
+    ------
+    FormatError
+        If a table is not within the buffer, an id is missing or stands in it twice, or a parent's number is wrong.
+    """
+
+    __slots__ = ("by_id", "heads", "ids", "parents")
+
+    def __init__(self, tables: LazyTables) -> None:
+        self.by_id: list[int] | None = None
+        """Rows in the order of their ids, where the file has another."""
+        self.ids = b""
+        """Of all rows, one after another."""
+        self.heads = array("Q")
+        """The first 8 bytes of all ids as numbers, ascending."""
+        self.parents = array("i")
+        """The row of each row's parent, or `NO_PARENT`."""
+        count = len(tables)
+        if not count:
+            return
+        own, columns = tables.columns()
+        column = columns.column(ID, _ID_SIZE)
+        if column is None or column.rows is not None:
+            raise own.fail("a snapshot has no id")
+        self.ids = columns.numbers(ID, f"V{_ID_SIZE}").tobytes()
+        if not self._ascends(range(count)):
+            self.by_id = np.argsort(self.in_order(), kind="stable").tolist()
+            if not self._ascends(self.by_id):
+                twice = next(id for id, after in pairwise(map(self.id, self.by_id)) if id == after)
+                raise own.fail(f"snapshot {twice.hex()} stands in it twice")
+        parents = columns.numbers(PARENT, "<i4")
+        self.parents.frombytes(parents.astype(np.int32).tobytes())
+        lowest, highest = int(parents.min()), int(parents.max())
+        if lowest < NO_PARENT or highest >= count:
+            wrong = int(np.flatnonzero((parents < NO_PARENT) | (parents >= count))[0])
+            raise own.fail(f"snapshot {self.id(wrong).hex()} has parent number {parents[wrong]} of {count}")
+
+    def _ascends(self, rows: Sequence[int]) -> bool:
+        """Search in this order of all rows; whether their ids ascend in it without one being there twice."""
+        heads = np.ndarray((len(rows),), ">u8", self.ids, strides=(_ID_SIZE,)).astype(np.uint64)
+        if not isinstance(rows, range):
+            heads = heads[rows]
+        self.heads = array("Q", heads.tobytes())
+        if (heads[1:] > heads[:-1]).all():
+            return True
+        # Ids are random, so hardly ever do eight of their bytes agree.
+        return all(id < after for id, after in pairwise(map(self.id, rows)))
+
+    def in_order(self) -> npt.NDArray[np.bytes_]:
+        """S12[n], by row; such items compare as ids do, but lose trailing zero bytes when taken out one by one."""
+        return np.frombuffer(self.ids, f"S{_ID_SIZE}")
+
+    def id(self, row: int) -> ObjectId:
+        """The id of a row."""
+        return ObjectId(self.ids[_ID_SIZE * row : _ID_SIZE * row + _ID_SIZE])
+
+
 class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
     """Snapshots by id, in the order of the file, which is that of their ids.
 
-    Reading one raises `FormatError` where its table is corrupt.
+    Whatever looks for an id, or goes through all of them, reads the ids and parents of all first, once. Everything but
+    the length raises `FormatError` where what it reads is corrupt.
 
     Parameters
     ----------
@@ -91,125 +153,85 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
     Raises
     ------
     FormatError
-        If a table is not within the buffer, an id is missing or stands in it twice, or a parent's number is wrong.
+        If there are more than the buffer has room for.
     """
 
-    __slots__ = ("_by_id", "_heads", "_ids", "_parents", "tables")
+    __slots__ = ("_known", "tables")
 
     def __init__(self, buffer: Buffer, start: int, count: int) -> None:
         self.tables = LazyTables(buffer, start, count)
         """In the order of the file: what is called a row here is the number of one of them."""
-        self._by_id: list[int] | None = None
-        """Rows in the order of their ids, where the file has another."""
-        self._ids = b""
-        """Of all rows, one after another."""
-        self._heads = array("Q")
-        """The first 8 bytes of all ids as numbers, ascending."""
-        self._parents = array("i")
-        """The row of each row's parent, or `NO_PARENT`."""
-        if not count:
-            return
-        own, columns = self.tables.columns()
-        column = columns.column(ID, _ID_SIZE)
-        if column is None or column.rows is not None:
-            raise own.fail("a snapshot has no id")
-        self._ids = columns.numbers(ID, f"V{_ID_SIZE}").tobytes()
-        if not self._ascends(range(count)):
-            self._by_id = np.argsort(self.ids, kind="stable").tolist()
-            if not self._ascends(self._by_id):
-                twice = next(id for id, after in pairwise(map(self.id, self._by_id)) if id == after)
-                raise own.fail(f"snapshot {twice.hex()} stands in it twice")
-        parents = columns.numbers(PARENT, "<i4")
-        self._parents.frombytes(parents.astype(np.int32).tobytes())
-        lowest, highest = int(parents.min()), int(parents.max())
-        if lowest < NO_PARENT or highest >= count:
-            wrong = int(np.flatnonzero((parents < NO_PARENT) | (parents >= count))[0])
-            raise own.fail(f"snapshot {self.id(wrong).hex()} has parent number {parents[wrong]} of {count}")
+        self._known: _Index | None = None
 
-    def _ascends(self, rows: Sequence[int]) -> bool:
-        """Search in this order of all rows; whether their ids ascend in it without one being there twice."""
-        heads = np.ndarray((len(rows),), ">u8", self._ids, strides=(_ID_SIZE,)).astype(np.uint64)
-        if not isinstance(rows, range):
-            heads = heads[rows]
-        self._heads = array("Q", heads.tobytes())
-        if (heads[1:] > heads[:-1]).all():
-            return True
-        # Ids are random, so hardly ever do eight of their bytes agree.
-        return all(id < after for id, after in pairwise(map(self.id, rows)))
+    @property
+    def _index(self) -> _Index:
+        if self._known is None:
+            self._known = _Index(self.tables)
+        return self._known
+
+    def read_ids(self) -> None:
+        """Read ids and parents of all now. Raises `FormatError` where they are corrupt."""
+        _ = self._index
 
     @property
     def ids(self) -> npt.NDArray[np.bytes_]:
         """S12[n], by row; such items compare as ids do, but lose trailing zero bytes when taken out one by one."""
-        return np.frombuffer(self._ids, f"S{_ID_SIZE}")
+        return self._index.in_order()
 
     def id(self, row: int) -> ObjectId:
         """The id of a row."""
-        return ObjectId(self._ids[_ID_SIZE * row : _ID_SIZE * row + _ID_SIZE])
+        if self._known is not None:
+            return self._known.id(row)
+        # Who opens a repository wants a branch's, and no other.
+        table = self.tables.table(row)
+        return ObjectId(required(table.inline(ID, _ID_SIZE), table, "id"))
 
     def rows_by_id(self) -> npt.NDArray[np.intp]:
         """All rows in the order of their ids."""
-        return np.arange(len(self.tables)) if self._by_id is None else np.array(self._by_id, np.intp)
+        by_id = self._index.by_id
+        return np.arange(len(self.tables)) if by_id is None else np.array(by_id, np.intp)
 
     def parent_row(self, row: int) -> int | None:
         """The row of a row's parent; None where it has none."""
-        parent = self._parents[row]
+        parent = self._index.parents[row]
         return None if parent == NO_PARENT else parent
 
     def parents(self) -> Iterator[tuple[ObjectId, ObjectId | None]]:
         """Every snapshot's id and that of its parent, by row; nothing else is decoded for it."""
-        for row, parent in enumerate(self._parents):
-            yield self.id(row), None if parent == NO_PARENT else self.id(parent)
+        index = self._index
+        for row, parent in enumerate(index.parents):
+            yield index.id(row), None if parent == NO_PARENT else index.id(parent)
 
     def find(self, id: object) -> int | None:
         """The row of an id; None where there is none."""
         if not isinstance(id, bytes):
             return None
+        index = self._index
         head = int.from_bytes(id[:8])
-        place = bisect_left(self._heads, head)
-        while place < len(self._heads) and self._heads[place] == head:
-            row = place if self._by_id is None else self._by_id[place]
-            if self.id(row) == id:
+        place = bisect_left(index.heads, head)
+        while place < len(index.heads) and index.heads[place] == head:
+            row = place if index.by_id is None else index.by_id[place]
+            if index.id(row) == id:
                 return row
             place += 1
         return None
 
     def at(self, row: int) -> SnapshotRecord:
         """The snapshot of a row. Raises `FormatError` where its table is corrupt."""
-        table = self.tables.table(row)
+        index, table = self._index, self.tables.table(row)
         if table.fields == _PLAIN_FIELDS:
-            record = self._plain(row, table)
+            record = _plain(index, row, table)
             if record is not None:
                 return record
         parent = table.i32(PARENT)
         pruned = table.items(PRUNED, _ID_SIZE) or b""
         return SnapshotRecord(
-            id=self.id(row),
-            parent=None if parent == NO_PARENT else self.id(parent),
+            id=index.id(row),
+            parent=None if parent == NO_PARENT else index.id(parent),
             flushed_at_us=table.u64(FLUSHED_AT),
             message=required(table.string(MESSAGE), table, "message"),
             metadata=metadata_from_tables(table.tables(METADATA) or (), 2),
             pruned_ancestor_tx_logs=tuple(ObjectId(pruned[i : i + _ID_SIZE]) for i in range(0, len(pruned), _ID_SIZE)),
-        )
-
-    def _plain(self, row: int, table: Table) -> SnapshotRecord | None:
-        """The snapshot, where its table is laid out as we write those without metadata; None where it is not."""
-        data, pos = table.buffer.data, table.pos
-        if pos + PLAIN.size > len(data):
-            return None
-        _, flushed_at_us, parent, message, _, metadata, count, nbytes = PLAIN.unpack_from(data, pos)
-        end = pos + PLAIN.size + nbytes
-        if (message, metadata, count) != (MESSAGE_AT, METADATA_AT, 0) or end > len(data):
-            return None
-        table.buffer.charge(nbytes)
-        try:
-            text = data[pos + PLAIN.size : end].decode()
-        except UnicodeDecodeError:
-            return None
-        return SnapshotRecord(
-            id=self.id(row),
-            parent=None if parent == NO_PARENT else self.id(parent),
-            flushed_at_us=flushed_at_us,
-            message=text,
         )
 
     def records(self) -> Iterator[SnapshotRecord]:
@@ -224,7 +246,7 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         return len(self.tables)
 
     def __iter__(self) -> Iterator[ObjectId]:
-        return map(self.id, range(len(self.tables)))
+        return map(self._index.id, range(len(self.tables)))
 
     def __contains__(self, id: object) -> bool:
         return self.find(id) is not None
@@ -237,3 +259,25 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
 
     def __repr__(self) -> str:
         return f"<{len(self)} stored snapshots>"
+
+
+def _plain(index: _Index, row: int, table: Table) -> SnapshotRecord | None:
+    """The snapshot, where its table is laid out as we write those without metadata; None where it is not."""
+    data, pos = table.buffer.data, table.pos
+    if pos + PLAIN.size > len(data):
+        return None
+    _, parent, _, flushed_at_us, message, metadata, count, nbytes = PLAIN.unpack_from(data, pos)
+    end = pos + PLAIN.size + nbytes
+    if (message, metadata, count) != (MESSAGE_AT, METADATA_AT, 0) or end > len(data):
+        return None
+    table.buffer.charge(nbytes)
+    try:
+        text = data[pos + PLAIN.size : end].decode()
+    except UnicodeDecodeError:
+        return None
+    return SnapshotRecord(
+        id=index.id(row),
+        parent=None if parent == NO_PARENT else index.id(parent),
+        flushed_at_us=flushed_at_us,
+        message=text,
+    )

@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import pytest
@@ -54,12 +54,13 @@ def test_only_what_is_asked_for_is_decoded() -> None:
     info = RepoInfo(branches={"main": an_id(2999)}, snapshots=records, status=STATUS)
     found = decode_repo(encode_repo(info)).snapshots
     assert isinstance(found, StoredSnapshots)
-    assert (len(found), read_count(found)) == (3000, 0)
+    # Where the branch is.
+    assert (len(found), read_count(found)) == (3000, 1)
     assert an_id(17) in found
     assert an_id(3000) not in found
     assert found.get(an_id(3000)) is None
     assert list(found) == list(records)
-    assert read_count(found) == 0
+    assert read_count(found) == 1
     assert found[an_id(2999)] == records[an_id(2999)]
     assert found[an_id(2999)] == records[an_id(2999)]
     assert read_count(found) == 1
@@ -160,6 +161,17 @@ def test_a_lineage_ends_where_a_parent_is_not_known() -> None:
 
 # -------------------------------------------------------------------------- damaged files
 
+LOOKS: list[Callable[[RepoInfo], object]] = [
+    lambda info: an_id(7) in info.snapshots,
+    lambda info: info.snapshots.get(an_id(7)),
+    lambda info: list(info.snapshots),
+    lambda info: list(SnapshotGraph.of(info.snapshots).parents()),
+    lambda info: list(SnapshotGraph.of(info.snapshots).lineage(an_id(1))),
+    lambda info: SnapshotGraph.of(info.snapshots).set(an_id(7), record(7, None)),
+    lambda info: list(info.snapshots.values()),
+    encode_repo,
+]
+
 
 def table_of(i: int, parent: int = -1, message: object = "m") -> FlatTable:
     return FlatTable({0: id_struct(an_id(i)), 1: Scalar("i", parent), 2: u64(i), 3: message, 4: []})  # type: ignore[dict-item]
@@ -193,15 +205,35 @@ def test_ids_that_begin_alike_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("order", [[1, 1], [3, 1, 3]])
-def test_an_id_that_stands_in_it_twice_is_refused_at_once(order: list[int]) -> None:
-    with pytest.raises(FormatError, match="stands in it twice"):
-        decode_repo(file_of([table_of(i) for i in order]))
+def test_an_id_that_stands_in_it_twice_is_refused_whatever_is_looked_for(order: list[int]) -> None:
+    for look in LOOKS:
+        info = decode_repo(file_of([table_of(i) for i in order]))
+        for _ in range(2):
+            with pytest.raises(FormatError, match="stands in it twice"):
+                look(info)
 
 
 @pytest.mark.parametrize("parent", [-2, 2, 2**31 - 1])
-def test_a_parent_that_is_not_there_is_refused_at_once(parent: int) -> None:
-    with pytest.raises(FormatError, match=f"parent number {parent} of 2"):
-        decode_repo(file_of([table_of(1), table_of(2, parent=parent)]))
+def test_a_parent_that_is_not_there_is_refused_whatever_is_looked_for(parent: int) -> None:
+    for look in LOOKS:
+        info = decode_repo(file_of([table_of(1), table_of(2, parent=parent)]))
+        with pytest.raises(FormatError, match=f"parent number {parent} of 2"):
+            look(info)
+
+
+def test_who_reads_where_branches_are_reads_nothing_of_other_snapshots() -> None:
+    status = FlatTable({0: u8(0), 1: u64(0)})
+    branches = [FlatTable({0: "main", 1: Scalar("I", 1)})]
+    tables = [table_of(1), table_of(2), FlatTable({3: "no id"})]
+    root = FlatTable({0: u8(2), 1: [], 2: branches, 3: [], 4: tables, 5: status, 7: []})
+    info = decode_repo(seal(FileType.REPO_INFO, 2, FlatWriter().finish(root)))
+    assert info.branches == {"main": an_id(2)}
+    assert len(info.snapshots) == 3
+    for look in LOOKS:
+        with pytest.raises(FormatError, match="a snapshot has no id"):
+            look(info)
+    with pytest.raises(FormatError, match="id"):
+        info.snapshots.id(2)  # type: ignore[attr-defined]
 
 
 def test_a_history_that_goes_round_in_a_circle_ends_with_an_error() -> None:

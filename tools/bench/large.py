@@ -7,6 +7,9 @@ on MinIO without added latency and on local disk. Each run is a process of its o
 CPU time is the process's own, all threads together. The bare requests put and get the same bytes, as many at a time as
 zarr does. Once they stop there (``read, bytes alone``); the other time what they bring is copied into one array, as
 whoever reads an array has to, and that is what ours is held against.
+
+Each process reads the array a few times, the first time into memory that the machine may have to fetch from its host
+page by page: for a GiB that takes 0.1 s or 3 s on a virtual machine, whoever reads. So the best time counts here too.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,6 +41,8 @@ COLD_CHUNKS = 8
 CHUNK_BYTES = 4 * 1024 * 1024
 AT_ONCE = 10
 """zarr's own default."""
+READS = 3
+"""Of one process."""
 TIMEOUT_S = 300.0
 FLOORS = {
     ("minio", "write", "official"): 1.1,
@@ -69,8 +75,9 @@ def _timed(figures: Figures, what: str) -> Iterator[None]:
     os.sync()
     wall, cpu = time.perf_counter(), time.process_time()
     yield
-    figures[what] = time.perf_counter() - wall
-    figures[f"{what}, CPU"] = time.process_time() - cpu
+    found = {what: time.perf_counter() - wall, f"{what}, CPU": time.process_time() - cpu}
+    if found[what] < figures.get(what, float("inf")):
+        figures.update(found)
 
 
 def write(place: Mapping[str, str], chunks: int, codec: str) -> Figures:
@@ -93,7 +100,7 @@ def write(place: Mapping[str, str], chunks: int, codec: str) -> Figures:
 
 
 def read(place: Mapping[str, str], chunks: int, codec: str) -> Figures:
-    """Seconds to read the whole array, of a repository that is open already."""
+    """Seconds to read the whole array once, of a repository that is open already."""
     import zarr
 
     import icechunk
@@ -101,8 +108,11 @@ def read(place: Mapping[str, str], chunks: int, codec: str) -> Figures:
     figures: Figures = {}
     session = icechunk.Repository.open(_storage(place)).readonly_session("main")
     array = zarr.open_array(session.store, path="a", mode="r")
-    with _timed(figures, "read"):
-        found = array[:]
+    found = None
+    for _ in range(READS):
+        del found
+        with _timed(figures, "read"):
+            found = array[:]
     if not np.array_equal(found, _data(chunks)):
         raise AssertionError("what was read is not what was written")
     return figures
@@ -148,11 +158,14 @@ def raw(place: Mapping[str, str], chunks: int, codec: str) -> Figures:
 
     with _timed(figures, "write"):
         asyncio.run(each(put))
-    with _timed(figures, "read, bytes alone"):
-        asyncio.run(each(get))
-    with _timed(figures, "read"):
-        found = np.empty_like(data)
-        asyncio.run(each(lambda n: get_into(found, n)))
+    found = None
+    for _ in range(READS):
+        del found
+        with _timed(figures, "read, bytes alone"):
+            asyncio.run(each(get))
+        with _timed(figures, "read"):
+            found = np.empty_like(data)
+            asyncio.run(each(partial(get_into, found)))
     if not np.array_equal(found, data):
         raise AssertionError("what was read is not what was written")
     return figures
