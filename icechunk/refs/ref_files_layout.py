@@ -14,17 +14,13 @@ recognised by its snapshot id, at the tip or below it.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
-from immutables import Map
-
-from icechunk.config import config_from_dict, config_from_yaml, config_to_dict, config_to_yaml
+from icechunk.config import config_from_dict, config_to_yaml
 from icechunk.errors import (
     CommitOutcomeUnknown,
     ErrorKind,
@@ -34,29 +30,23 @@ from icechunk.errors import (
     ObjectNotFoundError,
     PreconditionFailedError,
     ReadOnlyError,
-    RepositoryNotFoundError,
-    SnapshotNotFoundError,
     StorageError,
 )
-from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id
-from icechunk.format.keys import CONFIG_KEY, REFS_PREFIX, REPO_KEY, overwritten_config_key, snapshot_key
-from icechunk.format.repo_values import SnapshotRecord, Update
-from icechunk.format.snapshot import decode_snapshot
-from icechunk.format.snapshot_graph import SnapshotGraph
+from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
+from icechunk.format.keys import CONFIG_KEY, overwritten_config_key, snapshot_key
+from icechunk.format.repo_values import Update
 from icechunk.refs import events as e
 from icechunk.refs.append_queue import AppendQueue, resolve, tell_sent
 from icechunk.refs.base import Layout, OnSent, Propose, RepositoryLog, SwapToken
 from icechunk.refs.carried import put_once
 from icechunk.refs.commit_queue import Member, Waiting, new_snapshots
-from icechunk.refs.log_reader import MAIN_REF_KEY, instant, read_repo
 from icechunk.refs.match_check import MatchCheck
-from icechunk.refs.proof import Instant, store_time_us
-from icechunk.refs.ref_names import RefNames, decode_ref, encode_ref, read_ref
-from icechunk.refs.state import MAIN, RepoState, apply, initial_state
+from icechunk.refs.ref_files_view import RefFilesView
+from icechunk.refs.ref_names import encode_ref, read_ref
+from icechunk.refs.state import MAIN, RepoState, apply
 from icechunk.refs.update_retries import UpdateRetries
 from icechunk.sources import SYSTEM, Sources
-from icechunk.storage.base import Absent, GetResult, ListingUnsupportedError, Matches, Precondition, Storage, Version
-from icechunk.tasks import run_jobs
+from icechunk.storage.base import Absent, Matches, Precondition, Storage, Version
 
 __all__ = ["RefFilesLayout", "needs_format_2"]
 
@@ -99,19 +89,10 @@ class RefFilesLayout(RepositoryLog):
 
     layout = Layout.REFS
 
-    def __init__(self, storage: Storage, sources: Sources, config: Json | None) -> None:
+    def __init__(self, storage: Storage, sources: Sources) -> None:
         self._storage = storage
         self._sources = sources
-        self._names = RefNames.of(storage)
-        self._config = config
-        self._records = SnapshotGraph.of({})
-        self._versions: dict[str, Version] = {}
-        self._tickets = itertools.count(1)
-        self._ticket = 0
-        # Ticket of the newest change of ours that landed.
-        self._landing = 0
-        self._state: RepoState | None = None
-        self._clock = Instant(date_us=None, elapsed_us=0, wall_us=0)
+        self._view = RefFilesView(storage, sources)
         self._unsettled: _Write | None = None
         self._check = MatchCheck(storage)
         self._queue = AppendQueue(self._swap_next, storage.describe)
@@ -127,9 +108,8 @@ class RefFilesLayout(RepositoryLog):
         FormatError
             A ref or the configuration cannot be read.
         """
-        log = cls(storage, sources, None)
-        config = await log._read_config()
-        log._config = None if config is None else config[0]
+        log = cls(storage, sources)
+        await log._view.read_config()
         await log.refresh()
         return log
 
@@ -138,142 +118,21 @@ class RefFilesLayout(RepositoryLog):
     @property
     def state(self) -> RepoState:
         """Branches and tags as last read; of the graph, what was asked for so far (`learn`)."""
-        assert self._state is not None
-        return self._state
+        return self._view.state
 
     @property
     def store_time_us(self) -> int:
-        now = instant(self._sources)
-        return store_time_us(self._clock, now, resolution_us=self._storage.clock_resolution_us)
-
-    async def _get(self, key: str) -> GetResult | None:
-        asked = instant(self._sources)
-        try:
-            answer = await self._storage.get(key)
-        except ObjectNotFoundError:
-            return None
-        if answer.date_us is not None:
-            self._clock = Instant(date_us=answer.date_us, elapsed_us=asked.elapsed_us, wall_us=asked.wall_us)
-        return answer
-
-    async def _list_refs(self) -> list[str]:
-        """Keys of all refs; where there are no listings, of ``main`` alone."""
-        try:
-            return [item.key async for page in self._storage.list_pages(REFS_PREFIX) for item in page]
-        except ListingUnsupportedError:
-            return [MAIN_REF_KEY]
+        return self._view.store_time_us
 
     async def refresh(self) -> RepoState:
-        """List the refs and read them, again where a change of this client's landed meanwhile.
-
-        What was read may be from before that change, or from after what others made of it since.
-        """
-        while not await self._read_refs():
-            pass
-        return self.state
-
-    async def _read_refs(self) -> bool:
-        """Read the refs; whether that tells the newest state."""
-        ticket = next(self._tickets)
-        branches, tags, deleted = dict[str, ObjectId](), dict[str, ObjectId](), set[str]()
-        wanted: list[tuple[str, bool, str]] = []
-        for key in await self._list_refs():
-            ref = self._names.parse(key)
-            if ref is None:
-                continue
-            if ref.tombstone:
-                deleted.add(ref.name)
-            else:
-                wanted.append((key, ref.is_tag, ref.name))
-        answers = await run_jobs([partial(self._get, key) for key, _, _ in wanted]) if wanted else []
-        versions: dict[str, Version] = {}
-        for (key, is_tag, name), answer in zip(wanted, answers, strict=True):
-            if answer is None:
-                continue
-            snapshot = decode_ref(answer.data, f"{key} in {self._storage.describe()}")
-            versions[key] = answer.version
-            if not is_tag:
-                branches[name] = snapshot
-            elif name not in deleted:
-                tags[name] = snapshot
-        if MAIN not in branches:
-            await self._refuse_upgraded()
-            raise RepositoryNotFoundError(
-                f"the repository doesn't exist: no branch {MAIN!r} of format 1 in {self._storage.describe()}"
-            )
-        if ticket < self._landing:
-            return False
-        if ticket < self._ticket:
-            return True
-        self._ticket, self._versions = ticket, versions
-        self._state = self._fold(branches, tags, deleted)
-        return True
-
-    def _fold(self, branches: dict[str, ObjectId], tags: dict[str, ObjectId], deleted: set[str]) -> RepoState:
-        root = SnapshotRecord(
-            id=FIRST_SNAPSHOT, parent=None, flushed_at_us=0, message="", metadata={}, pruned_ancestor_tx_logs=()
-        )
-        empty = initial_state(root, time_us=0, config=self._config, spec_version=1)
-        return replace(
-            empty,
-            branches=Map(branches),
-            tags=Map(tags),
-            deleted_tags=Map(dict.fromkeys(deleted)),
-            snapshots=self._records,
-        )
+        return await self._view.refresh()
 
     async def learn(self, snapshots: Iterable[ObjectId], *, ancestry: bool = False) -> RepoState:
-        for id in snapshots:
-            child: SnapshotRecord | None = None
-            current: ObjectId | None = id
-            while current is not None:
-                try:
-                    record = await self._record(current)
-                except SnapshotNotFoundError:
-                    if child is None or (current := await self._new_parent(child)) is None:
-                        raise
-                    continue
-                child, current = record, record.parent if ancestry else None
-        self._state = replace(self.state, snapshots=self._records)
-        return self.state
-
-    async def _new_parent(self, child: SnapshotRecord) -> ObjectId | None:
-        """The parent that a snapshot has by now, where the one that was known is gone; None where it has no other.
-
-        Expiration in this format writes a snapshot again with an older parent.
-        """
-        self.forget([child.id])
-        parent = (await self._record(child.id)).parent
-        return None if parent == child.parent else parent
+        return await self._view.learn(snapshots, ancestry=ancestry)
 
     def forget(self, snapshots: Iterable[ObjectId]) -> None:
         """Read these snapshots' parents again when they are asked for: their files were replaced."""
-        for id in snapshots:
-            if id in self._records:
-                self._records = self._records.delete(id)
-        self._state = replace(self.state, snapshots=self._records)
-
-    async def _record(self, id: ObjectId) -> SnapshotRecord:
-        known = self._records.get(id)
-        if known is not None:
-            return known
-        answer = await self._get(snapshot_key(id))
-        if answer is None:
-            raise SnapshotNotFoundError(
-                f"snapshot id not found: {encode_id(id)} is not in this repository; it never existed, was expired, or "
-                "was collected"
-            )
-        snapshot = decode_snapshot(answer.data, expected_id=id)
-        record = SnapshotRecord(
-            id=id,
-            parent=snapshot.parent_id,
-            flushed_at_us=snapshot.flushed_at_us,
-            message=snapshot.message,
-            metadata=snapshot.metadata,
-            pruned_ancestor_tx_logs=(),
-        )
-        self._records = self._records.set(id, record)
-        return record
+        self._view.forget(snapshots)
 
     # ---------------------------------------------------------------- append
 
@@ -304,7 +163,7 @@ class RefFilesLayout(RepositoryLog):
         if on_queued is not None:
             on_queued()
         return await self._queue.append(
-            propose, since_us=since_us, deadline_s=deadline_s, on_sent=on_sent, asked=next(self._tickets)
+            propose, since_us=since_us, deadline_s=deadline_s, on_sent=on_sent, asked=self._view.next_ticket()
         )
 
     async def prepare_writes(self) -> None:
@@ -314,7 +173,7 @@ class RefFilesLayout(RepositoryLog):
         await self.prepare_writes()
         if self._unsettled is not None:
             await self._settle_write(self._unsettled, sent_before=True)
-        await self._refuse_upgraded()
+        await self._view.refuse_upgraded()
         if not self._queue.waiting:
             return
         one = self._queue.waiting[0]
@@ -341,13 +200,6 @@ class RefFilesLayout(RepositoryLog):
         with suppress(ValueError):
             self._queue.waiting.remove(one)
 
-    async def _refuse_upgraded(self) -> None:
-        if await self._get(REPO_KEY) is not None:
-            raise FormatError(
-                f"the repository in {self._storage.describe()} was upgraded to format 2; open it again",
-                ErrorKind.UNSUPPORTED_SPEC_VERSION,
-            )
-
     async def _take(self, one: Waiting) -> _Write | None:
         """Validate a proposal on the newest refs, and say which object it changes; None: nothing is to happen."""
         await self.refresh()
@@ -366,14 +218,14 @@ class RefFilesLayout(RepositoryLog):
         return _Write(
             key=key,
             data=data,
-            base=self._versions.get(key),
+            base=self._view.version(key),
             snapshots=ids,
             member=Member(waiting=one, snapshots=ids),
             state=state,
         )
 
     async def _change(self, event: e.Event) -> tuple[str, bytes | None]:
-        names = self._names
+        names = self._view.names
         match event:
             case e.CommitAdded(branch=branch, snapshot=snapshot):
                 if snapshot.parent is not None and self.state.branches.get(branch) == snapshot.parent:
@@ -394,16 +246,8 @@ class RefFilesLayout(RepositoryLog):
             case _:
                 raise needs_format_2(f"record {type(event).__name__}")
 
-    async def _read_config(self) -> tuple[Json, Version] | None:
-        answer = await self._get(CONFIG_KEY)
-        return None if answer is None else (config_to_dict(config_from_yaml(answer.data)), answer.version)
-
     async def _config_change(self, config: Json | None) -> tuple[str, bytes]:
-        found = await self._read_config()
-        self._config = None if found is None else found[0]
-        self._state = replace(self.state, config=self._config)
-        if found is not None:
-            self._versions[CONFIG_KEY] = found[1]
+        if await self._view.read_config():
             now_ms = max(self._sources.wall_us(), 0) // 1000
             await self._storage.copy(CONFIG_KEY, overwritten_config_key(now_ms, self._sources.random_bytes(12)))
         return CONFIG_KEY, config_to_yaml(config_from_dict(config or {}))
@@ -453,7 +297,7 @@ class RefFilesLayout(RepositoryLog):
 
     async def _look(self, write: _Write) -> bool | None:
         """Whether the write landed; None while its object is as it was, and it may still land."""
-        answer = await self._get(write.key)
+        answer = await self._view.get(write.key)
         if write.data is None:
             return True if answer is None else None
         version = None if answer is None else answer.version
@@ -464,36 +308,12 @@ class RefFilesLayout(RepositoryLog):
         if not write.snapshots:
             return False
         if answer is None:
-            return await self._was_taken_over(write.snapshots)
-        return await self._is_below(read_ref(answer.data, write.key), write.snapshots)
-
-    async def _was_taken_over(self, snapshots: tuple[ObjectId, ...]) -> bool:
-        """Whether the ref is gone because of an upgrade, to whose history one of the snapshots belongs."""
-        upgraded = await read_repo(self._storage, self._sources)
-        return upgraded is not None and any(id in upgraded.info.snapshots for id in snapshots)
-
-    async def _is_below(self, tip: ObjectId, snapshots: tuple[ObjectId, ...]) -> bool:
-        """Whether one of the snapshots is the tip or an ancestor of it."""
-        current: ObjectId | None = tip
-        while current is not None:
-            if current in snapshots:
-                return True
-            current = (await self._record(current)).parent
-        return False
+            return await self._view.was_taken_over(write.snapshots)
+        return await self._view.is_below(read_ref(answer.data, write.key), write.snapshots)
 
     def _landed(self, write: _Write) -> bool:
         self._unsettled = None
-        for snapshot in write.snapshots:
-            self._records = self._records.set(snapshot, write.state.snapshots[snapshot])
-        self._config = write.state.config
-        if self._versions.get(write.key) == write.base:
-            # Whatever is being read now may be from before.
-            self._ticket = self._landing = next(self._tickets)
-            # The ops log is no part of this format; versions are read again before the next change.
-            empty = self._fold({}, {}, set())
-            self._state = replace(write.state, updates=empty.updates, last_time_us=0)
-        # Otherwise a look since has seen the ref replaced: by this write, and perhaps by others after it.
-        self._state = replace(self.state, config=self._config, snapshots=self._records)
+        self._view.landed(write.key, base=write.base, snapshots=write.snapshots, state=write.state)
         return True
 
     async def settle(self, token: SwapToken) -> bool:
@@ -504,9 +324,9 @@ class RefFilesLayout(RepositoryLog):
         key, base = token.epoch.removeprefix(_TOKEN), token.nonce.decode(errors="replace")
         async with self._queue.swapping:
             for _ in range(_RETRIES.tries):
-                answer = await self._get(key)
+                answer = await self._view.get(key)
                 if answer is not None and token.snapshots:
-                    if await self._is_below(read_ref(answer.data, key), token.snapshots):
+                    if await self._view.is_below(read_ref(answer.data, key), token.snapshots):
                         return True
                     if answer.version == base:
                         # Still what the write would replace: other bytes that say the same, and it never lands.
@@ -515,7 +335,7 @@ class RefFilesLayout(RepositoryLog):
                         continue
                     return False
                 if token.snapshots:
-                    return await self._was_taken_over(token.snapshots)
+                    return await self._view.was_taken_over(token.snapshots)
                 break
         raise CommitOutcomeUnknown(
             f"the change of {key!r} in {self._storage.describe()} has nothing to recognise it by in format 1; look "

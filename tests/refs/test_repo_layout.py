@@ -183,7 +183,7 @@ async def test_everything_a_repository_keeps_survives_opening(world: World):
 async def test_a_refresh_is_one_get_and_decodes_nothing_that_is_known(world: World, monkeypatch: pytest.MonkeyPatch):
     log, storage = await world.create()
     storage.requests.clear()
-    monkeypatch.setattr("icechunk.refs.repo_layout.decode_repo", None)
+    monkeypatch.setattr("icechunk.refs.repo_view.decode_repo", None)
     await log.refresh()
     assert [(request.verb, request.key) for request in storage.requests] == [("get", "repo")]
 
