@@ -34,6 +34,9 @@ _KEEPALIVE_S: Final = 15.0
 _ONE_WRITE_BYTES: Final = 64 * 1024
 # Small enough for others to have their turn in between.
 _PIECE_BYTES: Final = 256 * 1024
+# asyncio's own would be new memory for each piece, whose first touch costs more than copying out of this. What begins a
+# large answer comes here too; the more of it is left to a thread, the better.
+_INBOX_BYTES: Final = 64 * 1024
 _HAPPY_EYEBALLS_S: Final = 0.25
 _THREADS: Final = 16
 # What an answer to a request that was read to its end leaves to the thread that sent it: to notice.
@@ -71,6 +74,7 @@ class Connections:
         self._open: set[_Connection] = set()
         self._threads = Threads(_THREADS)
         self._buffers = Buffers()
+        self._inbox = memoryview(bytearray(_INBOX_BYTES))
         self._closed = False
 
     async def exchange(
@@ -151,6 +155,9 @@ class Connections:
         while idle and now - idle[0][1] >= _KEEPALIVE_S:
             idle.popleft()[0].abort()
 
+    def _new_connection(self) -> _Connection:
+        return _Connection(asyncio.get_running_loop(), self._open, self._threads, self._buffers, self._inbox)
+
     async def _connect(self, origin: Origin, connect_s: float) -> _Connection:
         loop = asyncio.get_running_loop()
         tls = (self._tls or ssl.create_default_context()) if origin.scheme == "https" else None
@@ -158,7 +165,7 @@ class Connections:
             async with asyncio.timeout(connect_s):
                 if _is_address(origin.host):
                     _, connection = await loop.create_connection(
-                        lambda: _Connection(loop, self._open, self._threads, self._buffers),
+                        self._new_connection,
                         origin.host,
                         origin.port,
                         ssl=tls,
@@ -168,7 +175,7 @@ class Connections:
                     addresses = await loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
                     connected = await start_connection(addresses, happy_eyeballs_delay=_HAPPY_EYEBALLS_S)
                     _, connection = await loop.create_connection(
-                        lambda: _Connection(loop, self._open, self._threads, self._buffers),
+                        self._new_connection,
                         sock=connected,
                         ssl=tls,
                         server_hostname=origin.host if tls else None,
@@ -187,8 +194,14 @@ def _is_address(host: str) -> bool:
     return True
 
 
-class _Connection(asyncio.Protocol):
-    """One connection; `request` may be called again once it has returned and `reusable` is true."""
+class _Connection(asyncio.BufferedProtocol):
+    """One connection; `request` may be called again once it has returned and `reusable` is true.
+
+    Parameters
+    ----------
+    inbox
+        Shared by the connections of the loop: what comes stays in it for the length of one call.
+    """
 
     def __init__(
         self,
@@ -196,8 +209,11 @@ class _Connection(asyncio.Protocol):
         open_connections: set[_Connection],
         threads: Threads,
         buffers: Buffers,
+        inbox: memoryview,
     ) -> None:
         self._loop = loop
+        self._inbox = inbox
+        self._in_place = False
         self._threads = threads
         self._buffers = buffers
         self._sending: Move | None = None
@@ -357,7 +373,12 @@ class _Connection(asyncio.Protocol):
         self._stop_moves()
         self._end_if_closed()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        rest = None if self._answer is None else self._reading.rest
+        self._in_place = bool(rest)
+        return rest or self._inbox
+
+    def buffer_updated(self, nbytes: int) -> None:
         answer = self._answer
         if answer is None or answer.done():
             # Nobody asked: whatever it is, the next answer cannot be told from it.
@@ -365,7 +386,8 @@ class _Connection(asyncio.Protocol):
             return
         self._heard = self._loop.time()
         try:
-            response = self._reading.feed(data)
+            reading = self._reading
+            response = reading.fill(nbytes) if self._in_place else reading.feed(bytes(self._inbox[:nbytes]))
         except (BadAnswerError, ValueError) as error:
             self._fail(error if isinstance(error, BadAnswerError) else BadAnswerError(f"no HTTP answer: {error}"))
             self.abort()

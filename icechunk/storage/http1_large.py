@@ -25,7 +25,7 @@ from icechunk.storage.http1_messages import LARGE_BYTES
 __all__ = ["Move", "Threads"]
 
 # Each wake-up of a thread waits for the interpreter's lock: few of them, with much to take.
-_LEAST_RECEIVED: Final = 512 * 1024
+_LEAST_RECEIVED: Final = 2 * 1024 * 1024
 _NOTHING: Final = memoryview(b"")
 _POSSIBLE: Final = sys.platform != "win32"
 
