@@ -3,7 +3,7 @@
 The general client of aiohttp spends three quarters of its time on what these exchanges never use (cookies, redirects,
 compression, streams, tracing), and copies each byte of an answer three times on the loop's thread. Here a request is
 written as one piece where it is small, and in pieces that wait for the peer where it is large; the pieces of a small
-answer are joined once, when the last has come, and a large one is received into its final place. Megabytes are moved by
+answer are joined once, when the last has come, and a large one is received into its final place. Megabytes are sent by
 threads beside the loop where the connection is plain (`icechunk.storage.http1_large`).
 
 One request is one try: nothing is sent again, no redirect is followed.
@@ -25,7 +25,7 @@ from aiohappyeyeballs import start_connection
 
 from icechunk.storage.buffers import Buffers
 from icechunk.storage.http1_large import Move, Threads
-from icechunk.storage.http1_messages import LARGE_BYTES, BadAnswerError, Reading, Response, request_head
+from icechunk.storage.http1_messages import BadAnswerError, Reading, Response, request_head
 
 __all__ = ["BadAnswerError", "Connections", "NotConnectedError", "Origin", "Response"]
 
@@ -35,8 +35,10 @@ _ONE_WRITE_BYTES: Final = 64 * 1024
 # Small enough for others to have their turn in between.
 _PIECE_BYTES: Final = 256 * 1024
 # asyncio's own would be new memory for each piece, whose first touch costs more than copying out of this. What begins a
-# large answer comes here too; the more of it is left to a thread, the better.
+# large answer comes here too; the more of it goes to its final place, the better.
 _INBOX_BYTES: Final = 64 * 1024
+# A quarter of a millisecond.
+_TURN_BYTES: Final = 1024 * 1024
 _HAPPY_EYEBALLS_S: Final = 0.25
 _THREADS: Final = 16
 # What an answer to a request that was read to its end leaves to the thread that sent it: to notice.
@@ -217,7 +219,6 @@ class _Connection(asyncio.BufferedProtocol):
         self._threads = threads
         self._buffers = buffers
         self._sending: Move | None = None
-        self._receiving: Move | None = None
         self._open = open_connections
         self._transport: asyncio.Transport
         self.closed: asyncio.Future[None] = loop.create_future()
@@ -262,13 +263,12 @@ class _Connection(asyncio.BufferedProtocol):
     def abort(self) -> None:
         """Close at once."""
         self.reusable = False
-        self._stop_moves()
+        self._stop_sending()
         self._transport.abort()
 
-    def _stop_moves(self) -> None:
-        for move in (self._sending, self._receiving):
-            if move is not None:
-                move.stop()
+    def _stop_sending(self) -> None:
+        if self._sending is not None:
+            self._sending.stop()
 
     async def _write(self, body: memoryview) -> bool:
         """Send a large body; False where the answer came first, so that the rest was not sent. True too where a
@@ -309,24 +309,8 @@ class _Connection(asyncio.BufferedProtocol):
         self._go_on_writing()
         self._end_if_closed()
 
-    def _end_of_receive(self, move: Move) -> None:
-        self._receiving = None
-        self._heard = self._loop.time()
-        response = self._reading.fill(move.moved)
-        if response is not None:
-            self._transport.resume_reading()
-            if self._answer is not None and not self._answer.done():
-                self._answer.set_result(response)
-        else:
-            late = isinstance(move.error, TimeoutError)
-            gone = TimeoutError(f"no sign of life for {self._read_s:g} s") if late else move.error
-            self._fail(gone or BadAnswerError(self._reading.missing()))
-            self._transport.abort()
-        self._go_on_writing()
-        self._end_if_closed()
-
     def _end_if_closed(self) -> None:
-        if self._lost and self._sending is None and self._receiving is None and not self.closed.done():
+        if self._lost and self._sending is None and not self.closed.done():
             self.closed.set_result(None)
 
     def _watch(self) -> asyncio.TimerHandle:
@@ -339,8 +323,8 @@ class _Connection(asyncio.BufferedProtocol):
         now = self._loop.time()
         if self._deadline is not None and now >= self._deadline:
             self._fail(TimeoutError("no complete answer in time"))
-        elif self._sending is not None or self._receiving is not None:
-            # The threads watch the line themselves.
+        elif self._sending is not None:
+            # The thread watches the line itself.
             self._heard = now
             self._watch()
         elif now >= self._heard + self._read_s:
@@ -370,13 +354,13 @@ class _Connection(asyncio.BufferedProtocol):
                 self._fail(error or BadAnswerError(self._reading.missing()))
         self._go_on_writing()
         self._lost = True
-        self._stop_moves()
+        self._stop_sending()
         self._end_if_closed()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         rest = None if self._answer is None else self._reading.rest
         self._in_place = bool(rest)
-        return rest or self._inbox
+        return rest[:_TURN_BYTES] if rest else self._inbox
 
     def buffer_updated(self, nbytes: int) -> None:
         answer = self._answer
@@ -395,12 +379,6 @@ class _Connection(asyncio.BufferedProtocol):
         if response is not None:
             answer.set_result(response)
             self._go_on_writing()
-        elif (rest := self._reading.rest) is not None and len(rest) >= LARGE_BYTES and self._threads.are_free:
-            # Never both: the loop reads no more until the thread has ended.
-            self._transport.pause_reading()
-            self._receiving = self._threads.try_receive(self._transport, rest, self._read_s, self._end_of_receive)
-            if self._receiving is None:
-                self._transport.resume_reading()
 
     def pause_writing(self) -> None:
         self._paused = True

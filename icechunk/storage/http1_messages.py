@@ -17,7 +17,7 @@ from icechunk.storage.buffers import Buffers
 __all__ = ["LARGE_BYTES", "BadAnswerError", "Reading", "Response", "request_head"]
 
 LARGE_BYTES: Final = 1024 * 1024
-"""Bodies of this size and above are worth a thread, and are received in place."""
+"""Bodies of this size and above are sent by a thread, and received in place."""
 
 _LARGEST_HEAD_BYTES: Final = 64 * 1024
 # Room is made for no more than this on the word of a header.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -279,7 +280,7 @@ async def test_a_line_break_in_a_header_is_refused_before_anything_is_sent() -> 
 
 async def test_over_tls(tmp_path: Path) -> None:
     server, client = tls_contexts(tmp_path)
-    body = b"z" * 3_000_000
+    body = os.urandom(3_000_000)
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 3000000\r\n\r\n" + body
     async with serving(saying(answer, answer), server) as origin, connections(client) as made:
         for _ in range(2):
@@ -289,6 +290,26 @@ async def test_over_tls(tmp_path: Path) -> None:
         with pytest.raises(NotConnectedError) as caught:
             await strangers.exchange(origin, "GET", "/", {"host": "h"}, **LIMITS)
     assert isinstance(caught.value.__cause__, ssl.SSLError)
+
+
+async def test_answers_that_come_in_pieces_at_the_same_time_are_not_mixed_up() -> None:
+    bodies = [os.urandom(size) for size in (10, 5_000, 100_000, 700_000, 1_500_000)]
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        number = int((await reader.readuntil(b"\r\n\r\n")).split()[1][1:])
+        answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(bodies[number]) + bodies[number]
+        step = max(1, len(answer) // 20)
+        for start in range(0, len(answer), step):
+            writer.write(answer[start : start + step])
+            await asyncio.sleep(0.001)
+        await reader.read()
+
+    async with serving(talk) as origin, connections() as made:
+        numbers = [*range(len(bodies))] * 4
+        found = await asyncio.gather(
+            *(made.exchange(origin, "GET", f"/{number}", {"host": "h"}, **LIMITS) for number in numbers)
+        )
+    assert all(response.body == bodies[number] for number, response in zip(numbers, found, strict=True))
 
 
 CHUNKED = (

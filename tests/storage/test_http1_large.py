@@ -1,4 +1,4 @@
-"""Large bodies over plain HTTP/1.1: moved by threads, or by the loop where there is no thread to be had."""
+"""Large bodies over plain HTTP/1.1: received in place, and sent by threads, or by the loop where there is none."""
 
 from __future__ import annotations
 
@@ -240,8 +240,8 @@ async def test_no_room_is_made_on_the_word_of_an_absurd_header() -> None:
 
 
 @settings(max_examples=60)
-@given(cuts=st.lists(st.integers(0, 120), max_size=12), thread=st.integers(0, 40), surplus=st.binary(max_size=9))
-def test_a_body_is_put_together_wherever_its_pieces_end(cuts: list[int], thread: int, surplus: bytes) -> None:
+@given(cuts=st.lists(st.integers(0, 120), max_size=12), placed=st.integers(0, 40), surplus=st.binary(max_size=9))
+def test_a_body_is_put_together_wherever_its_pieces_end(cuts: list[int], placed: int, surplus: bytes) -> None:
     body = bytes(range(32))
     stream = b"HTTP/1.1 200 OK\r\nContent-Length: 32\r\n\r\n" + body + surplus
     with pytest.MonkeyPatch.context() as patch:
@@ -253,8 +253,8 @@ def test_a_body_is_put_together_wherever_its_pieces_end(cuts: list[int], thread:
                 at = cut
                 rest = reading.rest
                 if response is None and rest is not None:
-                    # What a thread does: it receives into the place itself.
-                    count = min(thread, len(rest))
+                    # What a connection does: it receives into the place itself.
+                    count = min(placed, len(rest))
                     rest[:count] = stream[at : at + count]
                     at += count
                     response = reading.fill(count)

@@ -6,6 +6,8 @@ import pickle
 import threading
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from icechunk.errors import InvalidInputError, PreconditionFailedError
 from icechunk.sources import Sources
@@ -31,6 +33,26 @@ async def test_a_version_never_comes_back_with_its_content() -> None:
     assert again.version != first.version
     with pytest.raises(PreconditionFailedError):
         await storage.put("x", b"c", Matches(first.version))
+
+
+KEYS = st.sampled_from(["a", "a/b", "b", "ab", "é"])
+
+
+@given(st.lists(st.tuples(st.sampled_from(["put", "delete", "list"]), KEYS)))
+def test_a_listing_is_in_order_whatever_was_written_since_the_last(steps: list[tuple[str, str]]) -> None:
+    async def run() -> None:
+        storage, expected = MemoryStorage(), set[str]()
+        for verb, key in [*steps, ("list", "")]:
+            if verb == "put":
+                await storage.put(key, b"")
+                expected.add(key)
+            elif verb == "delete":
+                await storage.delete([key])
+                expected.discard(key)
+            else:
+                assert [item.key async for page in storage.list_pages() for item in page] == sorted(expected)
+
+    asyncio.run(run())
 
 
 async def test_its_clock_is_the_injected_one() -> None:
