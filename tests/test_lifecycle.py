@@ -118,6 +118,8 @@ async def main():
             await asyncio.sleep(0)
         committing.cancel()
         await asyncio.wait({committing})
+    # Comes after whatever of those is still on its way.
+    await repository.create_branch_async("done", await repository.lookup_branch_async("main"))
 
 asyncio.run(main())
 """,
