@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 from icechunk.format.ids import ObjectId
-from icechunk.format.tables import Json
+from icechunk.format.tables import Json, Snapshot
 
 __all__ = [
     "OFFLINE",
@@ -66,6 +66,17 @@ class SnapshotRecord:
     metadata: Mapping[str, Json] = field(default_factory=dict)
     pruned_ancestor_tx_logs: tuple[ObjectId, ...] = ()
     """Transaction logs of expired ancestors between the parent and this one, oldest first."""
+
+    @staticmethod
+    def of(snapshot: Snapshot) -> SnapshotRecord:
+        """What a snapshot's own file says of it."""
+        return SnapshotRecord(
+            id=snapshot.id,
+            parent=snapshot.parent_id,
+            flushed_at_us=snapshot.flushed_at_us,
+            message=snapshot.message,
+            metadata=snapshot.metadata,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

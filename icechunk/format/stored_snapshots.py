@@ -106,7 +106,7 @@ class _Index:
             raise own.fail("a snapshot has no id")
         self.ids = columns.numbers(ID, f"V{_ID_SIZE}").tobytes()
         if not self._ascends(range(count)):
-            self.by_id = np.argsort(self.in_order(), kind="stable").tolist()
+            self.by_id = np.argsort(self.column(), kind="stable").tolist()
             if not self._ascends(self.by_id):
                 twice = next(id for id, after in pairwise(map(self.id, self.by_id)) if id == after)
                 raise own.fail(f"snapshot {twice.hex()} stands in it twice")
@@ -128,7 +128,7 @@ class _Index:
         # Ids are random, so hardly ever do eight of their bytes agree.
         return all(id < after for id, after in pairwise(map(self.id, rows)))
 
-    def in_order(self) -> npt.NDArray[np.bytes_]:
+    def column(self) -> npt.NDArray[np.bytes_]:
         """S12[n], by row; such items compare as ids do, but lose trailing zero bytes when taken out one by one."""
         return np.frombuffer(self.ids, f"S{_ID_SIZE}")
 
@@ -176,7 +176,7 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
     @property
     def ids(self) -> npt.NDArray[np.bytes_]:
         """S12[n], by row; such items compare as ids do, but lose trailing zero bytes when taken out one by one."""
-        return self._index.in_order()
+        return self._index.column()
 
     def id(self, row: int) -> ObjectId:
         """The id of a row."""

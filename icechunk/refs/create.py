@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -108,7 +109,7 @@ async def create_log(
                 ) from None
             proof, known = found.asked, found.known
             break
-        proof = Instant(date_us=put.date_us, elapsed_us=asked.elapsed_us, wall_us=asked.wall_us)
+        proof = replace(asked, date_us=put.date_us)
         known = known_of(info, put.version, len(data))
         break
     if proof is None:

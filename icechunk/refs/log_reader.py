@@ -129,7 +129,7 @@ async def read_repo(storage: Storage, sources: Sources) -> RepoObject | None:
         info = decode_repo(answer.data)
     except FormatError as error:
         raise FormatError(f"cannot read {REPO_KEY!r} in {storage.describe()}: {error.message}", error.kind) from error
-    asked = Instant(date_us=answer.date_us, elapsed_us=before.elapsed_us, wall_us=before.wall_us)
+    asked = replace(before, date_us=answer.date_us)
     return RepoObject(info=info, known=known_of(info, answer.version, len(answer.data)), asked=asked)
 
 
@@ -299,7 +299,7 @@ async def open_head(storage: Storage, sources: Sources) -> Opened | RepoObject:
         head = Head(epoch=marker.epoch, n=marker.n, state=state_of(repo.info, marker))
         for entry in entries:
             head = fold_entry(head, entry)
-        proof = Instant(date_us=repo.asked.date_us, elapsed_us=asked.elapsed_us, wall_us=asked.wall_us)
+        proof = replace(asked, date_us=repo.asked.date_us)
         if head.n < newest:
             missing = (head.epoch, head.n + 1)
             if gap == missing:

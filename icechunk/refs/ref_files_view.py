@@ -86,7 +86,7 @@ class RefFilesView:
         except ObjectNotFoundError:
             return None
         if answer.date_us is not None:
-            self._clock = Instant(date_us=answer.date_us, elapsed_us=asked.elapsed_us, wall_us=asked.wall_us)
+            self._clock = replace(asked, date_us=answer.date_us)
         return answer
 
     async def _list_refs(self) -> list[str]:
@@ -198,15 +198,7 @@ class RefFilesView:
                 f"snapshot id not found: {encode_id(id)} is not in this repository; it never existed, was expired, or "
                 "was collected"
             )
-        snapshot = decode_snapshot(answer.data, expected_id=id)
-        record = SnapshotRecord(
-            id=id,
-            parent=snapshot.parent_id,
-            flushed_at_us=snapshot.flushed_at_us,
-            message=snapshot.message,
-            metadata=snapshot.metadata,
-            pruned_ancestor_tx_logs=(),
-        )
+        record = SnapshotRecord.of(decode_snapshot(answer.data, expected_id=id))
         self._records = self._records.set(id, record)
         return record
 

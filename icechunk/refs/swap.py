@@ -8,7 +8,7 @@ PUT may still arrive, so the same bytes are sent to the same slot again, and not
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeAlias, assert_never
 
 from icechunk.errors import CommitOutcomeUnknown, FormatError, IcechunkError, PreconditionFailedError
@@ -101,7 +101,7 @@ def from_put(attempt: Attempt, *, asked: Instant, answered: Instant) -> Landed |
     """What a 200 means: it counts only while the knowledge that the slot was next is fresh (rule 5)."""
     if not still_proves(attempt.proof, answered):
         return Reopen()
-    return Landed(proof=Instant(date_us=answered.date_us, elapsed_us=asked.elapsed_us, wall_us=asked.wall_us))
+    return Landed(proof=replace(asked, date_us=answered.date_us))
 
 
 def from_slot(attempt: Attempt, answer: SlotAnswer) -> Landed | Lost | SendAgain | Reopen:

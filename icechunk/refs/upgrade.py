@@ -224,14 +224,7 @@ class _Upgrade:
                 f"cannot upgrade the repository in {self._where}: snapshot {encode_id(id)}, which a branch or tag "
                 "needs, is missing; delete or reset what needs it"
             ) from None
-        snapshot = decode_snapshot(answer.data, expected_id=id)
-        record = SnapshotRecord(
-            id=id,
-            parent=snapshot.parent_id,
-            flushed_at_us=snapshot.flushed_at_us,
-            message=snapshot.message,
-            metadata=snapshot.metadata,
-        )
+        record = SnapshotRecord.of(decode_snapshot(answer.data, expected_id=id))
         self._records[id] = record
         return record
 

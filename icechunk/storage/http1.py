@@ -215,7 +215,6 @@ class _Connection(asyncio.BufferedProtocol):
     ) -> None:
         self._loop = loop
         self._inbox = inbox
-        self._in_place = False
         self._threads = threads
         self._buffers = buffers
         self._sending: Move | None = None
@@ -359,7 +358,6 @@ class _Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         rest = None if self._answer is None else self._reading.rest
-        self._in_place = bool(rest)
         return rest[:_TURN_BYTES] if rest else self._inbox
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -371,7 +369,8 @@ class _Connection(asyncio.BufferedProtocol):
         self._heard = self._loop.time()
         try:
             reading = self._reading
-            response = reading.fill(nbytes) if self._in_place else reading.feed(bytes(self._inbox[:nbytes]))
+            # In between nothing has changed: as in `get_buffer`.
+            response = reading.fill(nbytes) if reading.rest else reading.feed(bytes(self._inbox[:nbytes]))
         except (BadAnswerError, ValueError) as error:
             self._fail(error if isinstance(error, BadAnswerError) else BadAnswerError(f"no HTTP answer: {error}"))
             self.abort()

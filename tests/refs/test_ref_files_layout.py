@@ -36,31 +36,18 @@ from icechunk.refs.ref_names import RefKey, RefNames, decode_ref
 from icechunk.refs.state import RepoState
 from icechunk.storage.local import LocalStorage
 from icechunk.storage.memory import MemoryStorage
-from icechunk.testing.scripted import ManualClock, Request, ScriptedStorage, Send, lost_answer
+from icechunk.testing.scripted import Request, Send, lost_answer
 from tests.refs.strategies import an_id
+from tests.refs.world import World
 
 MAIN_KEY = "refs/branch.main/ref.json"
 
 
-class World:
-    """One store in memory, one clock, and as many clients as a test opens."""
+class RefFilesWorld(World):
+    """The same for format 1, where a snapshot is known by its file."""
 
     def __init__(self) -> None:
-        self.clock = ManualClock()
-        self.store = MemoryStorage(self.clock.sources())
-        self.logs: list[RefFilesLayout] = []
-
-    async def create(self, **options: object) -> tuple[RefFilesLayout, ScriptedStorage]:
-        storage = ScriptedStorage(self.store)
-        log = await create_ref_files(storage, self.clock.sources(), **options)
-        self.logs.append(log)
-        return log, storage
-
-    async def open(self) -> tuple[RefFilesLayout, ScriptedStorage]:
-        storage = ScriptedStorage(self.store)
-        log = await RefFilesLayout.open(storage, self.clock.sources())
-        self.logs.append(log)
-        return log, storage
+        super().__init__(create_ref_files, RefFilesLayout)
 
     async def commit(self, i: int, parent: ObjectId = FIRST_SNAPSHOT, branch: str = "main"):
         """Write a snapshot, and propose it on a branch."""
@@ -88,11 +75,9 @@ class World:
 
 @pytest.fixture
 async def world():
-    a_world = World()
+    a_world = RefFilesWorld()
     yield a_world
-    for log in a_world.logs:
-        await log.aclose()
-    assert asyncio.all_tasks() == {asyncio.current_task()}, "the logs left tasks behind"
+    await a_world.aclose()
 
 
 def replaces(key: str):
@@ -102,7 +87,7 @@ def replaces(key: str):
 # ------------------------------------------------------------ what is written
 
 
-async def test_the_files_are_those_of_the_official_library(world: World):
+async def test_the_files_are_those_of_the_official_library(world: RefFilesWorld):
     log, _ = await world.create(config={"inline_chunk_threshold_bytes": 7})
     await log.append(lambda _: [e.BranchCreated(name="dev", snapshot=FIRST_SNAPSHOT)])
     await log.append(lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)])
@@ -128,7 +113,7 @@ async def test_the_files_are_those_of_the_official_library(world: World):
     assert other.state.config["inline_chunk_threshold_bytes"] == 8
 
 
-async def test_opening_shows_branches_tags_and_ancestry(world: World):
+async def test_opening_shows_branches_tags_and_ancestry(world: RefFilesWorld):
     log, _ = await world.create()
     await log.append(await world.commit(1))
     await log.append(await world.commit(2, an_id(1)))
@@ -143,7 +128,7 @@ async def test_opening_shows_branches_tags_and_ancestry(world: World):
     ]
 
 
-async def test_snapshots_are_read_once(world: World):
+async def test_snapshots_are_read_once(world: RefFilesWorld):
     log, _ = await world.create()
     await log.append(await world.commit(1))
     other, storage = await world.open()
@@ -155,7 +140,7 @@ async def test_snapshots_are_read_once(world: World):
         await other.learn([an_id(9)])
 
 
-async def test_it_is_detected_opened_and_created_like_the_others(world: World):
+async def test_it_is_detected_opened_and_created_like_the_others(world: RefFilesWorld):
     log = await create_repository(world.store, Layout.REFS, world.clock.sources())
     assert await detect(world.store) is Layout.REFS
     opened = await open_repository(world.store, world.clock.sources())
@@ -167,7 +152,7 @@ async def test_it_is_detected_opened_and_created_like_the_others(world: World):
 # ------------------------------------------------------------------- refusals
 
 
-async def test_of_two_commits_on_a_branch_one_conflicts(world: World):
+async def test_of_two_commits_on_a_branch_one_conflicts(world: RefFilesWorld):
     one, _ = await world.create()
     two, _ = await world.open()
     await one.append(await world.commit(1))
@@ -176,7 +161,7 @@ async def test_of_two_commits_on_a_branch_one_conflicts(world: World):
     assert await world.tip() == an_id(1)
 
 
-async def test_a_race_between_look_and_put_is_lost_for_certain(world: World):
+async def test_a_race_between_look_and_put_is_lost_for_certain(world: RefFilesWorld):
     one, storage = await world.create()
     two, _ = await world.open()
     other_commit = await world.commit(1)
@@ -193,7 +178,7 @@ async def test_a_race_between_look_and_put_is_lost_for_certain(world: World):
     assert await world.tip() == an_id(1)
 
 
-async def test_names_are_taken_and_given_up_as_in_the_other_layouts(world: World):
+async def test_names_are_taken_and_given_up_as_in_the_other_layouts(world: RefFilesWorld):
     log, _ = await world.create()
     await log.append(lambda _: [e.BranchCreated(name="dev", snapshot=FIRST_SNAPSHOT)])
     await log.append(lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)])
@@ -216,7 +201,7 @@ async def test_names_are_taken_and_given_up_as_in_the_other_layouts(world: World
     assert (set((await log.refresh()).branches), set(log.state.tags)) == ({"main"}, set())
 
 
-async def test_what_format_1_does_not_have_is_refused_and_nothing_is_written(world: World):
+async def test_what_format_1_does_not_have_is_refused_and_nothing_is_written(world: RefFilesWorld):
     log, storage = await world.create()
     await log.prepare_writes()
     storage.requests.clear()
@@ -234,7 +219,7 @@ async def test_what_format_1_does_not_have_is_refused_and_nothing_is_written(wor
     assert not storage.of("put")
 
 
-async def test_a_configuration_that_was_changed_meanwhile_is_not_replaced(world: World):
+async def test_a_configuration_that_was_changed_meanwhile_is_not_replaced(world: RefFilesWorld):
     log, _ = await world.create(config={"inline_chunk_threshold_bytes": 7})
     known = log.state.config
     await log.append(
@@ -245,7 +230,7 @@ async def test_a_configuration_that_was_changed_meanwhile_is_not_replaced(world:
     assert refused.value.kind == "config-updated"
 
 
-async def test_a_repository_that_was_upgraded_meanwhile_is_not_written_to(world: World):
+async def test_a_repository_that_was_upgraded_meanwhile_is_not_written_to(world: RefFilesWorld):
     log, _ = await world.create()
     commit = await world.commit(1)
     elsewhere = MemoryStorage(world.clock.sources())
@@ -259,7 +244,7 @@ async def test_a_repository_that_was_upgraded_meanwhile_is_not_written_to(world:
 # --------------------------------------------------------------- lost answers
 
 
-async def test_a_commit_that_landed_but_lost_its_answer_is_recognised(world: World):
+async def test_a_commit_that_landed_but_lost_its_answer_is_recognised(world: RefFilesWorld):
     log, storage = await world.create()
 
     async def lose(request: Request, send: Send) -> object:
@@ -274,7 +259,7 @@ async def test_a_commit_that_landed_but_lost_its_answer_is_recognised(world: Wor
     assert await world.tip() == an_id(1)
 
 
-async def test_ones_own_commit_is_recognised_below_that_of_another(world: World):
+async def test_ones_own_commit_is_recognised_below_that_of_another(world: RefFilesWorld):
     log, storage = await world.create()
     other, _ = await world.open()
     first, second = await world.commit(1), await world.commit(2, an_id(1))
@@ -292,7 +277,7 @@ async def test_ones_own_commit_is_recognised_below_that_of_another(world: World)
     assert await world.tip() == an_id(2)
 
 
-async def test_an_answer_that_comes_late_does_not_take_back_what_was_seen_since(world: World):
+async def test_an_answer_that_comes_late_does_not_take_back_what_was_seen_since(world: RefFilesWorld):
     log, storage = await world.create()
     other, _ = await world.open()
     first, second = await world.commit(1), await world.commit(2, an_id(1))
@@ -311,7 +296,7 @@ async def test_an_answer_that_comes_late_does_not_take_back_what_was_seen_since(
     assert an_id(1) in log.state.snapshots
 
 
-async def test_a_look_during_which_a_change_lands_is_repeated(world: World):
+async def test_a_look_during_which_a_change_lands_is_repeated(world: RefFilesWorld):
     log, storage = await world.create()
     other, _ = await world.open()
     first, second = await world.commit(1), await world.commit(2, an_id(1))
@@ -333,7 +318,7 @@ async def test_a_look_during_which_a_change_lands_is_repeated(world: World):
     assert (await look).branches["main"] == an_id(2)
 
 
-async def test_the_same_bytes_are_sent_while_the_branch_is_unchanged(world: World):
+async def test_the_same_bytes_are_sent_while_the_branch_is_unchanged(world: RefFilesWorld):
     log, storage = await world.create()
 
     async def drop(request: Request, send: Send) -> object:
@@ -352,7 +337,7 @@ async def test_the_same_bytes_are_sent_while_the_branch_is_unchanged(world: Worl
 
 
 @pytest.mark.parametrize("late_lands", [True, False])
-async def test_an_unknown_outcome_is_settled_either_way(world: World, late_lands: bool):
+async def test_an_unknown_outcome_is_settled_either_way(world: RefFilesWorld, late_lands: bool):
     log, storage = await world.create()
     late: list[Send] = []
 
@@ -384,7 +369,7 @@ async def test_an_unknown_outcome_is_settled_either_way(world: World, late_lands
 # ----------------------------------------------------------------- places
 
 
-async def test_of_many_creators_one_wins(world: World):
+async def test_of_many_creators_one_wins(world: RefFilesWorld):
     results = await asyncio.gather(
         *(create_ref_files(world.store, world.clock.sources(), check_clean_root=False) for _ in range(4)),
         return_exceptions=True,
@@ -393,7 +378,7 @@ async def test_of_many_creators_one_wins(world: World):
     assert sum(isinstance(result, AlreadyExistsError | InvalidInputError) for result in results) == 3
 
 
-async def test_nothing_is_created_over_something_and_nothing_opened_where_nothing_is(world: World):
+async def test_nothing_is_created_over_something_and_nothing_opened_where_nothing_is(world: RefFilesWorld):
     with pytest.raises(RepositoryNotFoundError):
         await world.open()
     await (await create_repo_object(world.store, world.clock.sources())).aclose()
@@ -403,7 +388,7 @@ async def test_nothing_is_created_over_something_and_nothing_opened_where_nothin
         await world.create(check_clean_root=False)
 
 
-async def test_a_ref_that_names_no_snapshot_is_an_error_that_names_the_file(world: World):
+async def test_a_ref_that_names_no_snapshot_is_an_error_that_names_the_file(world: RefFilesWorld):
     await world.create()
     await world.store.put(MAIN_KEY, b'{"snapshot": 7}')
     with pytest.raises(FormatError, match=MAIN_KEY):

@@ -32,48 +32,18 @@ from icechunk.refs.repo_layout import RepoObjectLayout
 from icechunk.refs.update_retries import UpdateRetries
 from icechunk.sources import Sources
 from icechunk.storage.base import Storage
-from icechunk.storage.memory import MemoryStorage
-from icechunk.testing.scripted import ManualClock, Request, ScriptedStorage, Send, lost_answer
+from icechunk.testing.scripted import Request, ScriptedStorage, Send, lost_answer
 from icechunk.testing.simulated_storage import Faults, SimulatedStorage, SimulatedStore, VirtualLoop
 from icechunk.testing.simulation import commit_proposal
 from tests.refs.strategies import an_id
-
-
-class World:
-    """One store in memory, one clock, and as many clients as a test opens."""
-
-    def __init__(self) -> None:
-        self.clock = ManualClock()
-        self.store = MemoryStorage(self.clock.sources())
-        self.logs: list[RepoObjectLayout] = []
-
-    async def create(self, **options: object) -> tuple[RepoObjectLayout, ScriptedStorage]:
-        storage = ScriptedStorage(self.store)
-        log = await create_repo_object(storage, self.clock.sources(), **options)
-        self.logs.append(log)
-        return log, storage
-
-    async def open(self, *, skew_s: float = 0, **options: object) -> tuple[RepoObjectLayout, ScriptedStorage]:
-        storage = ScriptedStorage(self.store)
-        log = await RepoObjectLayout.open(storage, self.clock.sources(skew_s=skew_s), **options)
-        self.logs.append(log)
-        return log, storage
-
-    def commit(self, i: int, branch: str = "main", parent: ObjectId | None = None):
-        return commit_proposal(an_id(i), branch, parent=parent, now_us=self.clock.now_us)
-
-    async def history(self) -> list[ObjectId]:
-        log = await RepoObjectLayout.open(self.store, self.clock.sources())
-        return [update.change.snapshot async for update in log.updates() if isinstance(update.change, NewCommit)][::-1]
+from tests.refs.world import World
 
 
 @pytest.fixture
 async def world():
-    a_world = World()
+    a_world = World(create_repo_object, RepoObjectLayout)
     yield a_world
-    for log in a_world.logs:
-        await log.aclose()
-    assert asyncio.all_tasks() == {asyncio.current_task()}, "the logs left tasks behind"
+    await a_world.aclose()
 
 
 async def settled(count: int = 200) -> None:

@@ -32,7 +32,7 @@ from icechunk.refs.takeover import seal_abandoned
 from icechunk.storage.base import GetResult, Matches, PutResult
 from icechunk.testing.scripted import ManualClock, Request, ScriptedStorage, Send, lost_answer
 from tests.refs.strategies import an_id
-from tests.refs.world import World, settled, slots, until
+from tests.refs.world import World, put_entry, settled, slots, until
 
 # ---------------------------------------------------------------- rule 7
 
@@ -220,14 +220,7 @@ async def test_a_takeover_is_found_when_opening(world: World):
     await log.append(world.commit(1))
     await log.aclose()
     epoch = log.epoch
-    data = encode_entry(
-        n=2,
-        nonce=b"x" * 16,
-        time_us=world.clock.now_us,
-        since_us=None,
-        events=encode_events(world.commit(2)(log.state)),
-    )
-    await world.store.put(slot_key(epoch, 2), data)
+    await put_entry(world.store, epoch, 2, *world.commit(2)(log.state), time_us=world.clock.now_us)
     await take_over(world)
     found = await read_repo(world.store, world.clock.sources())
     assert found is not None
@@ -260,17 +253,15 @@ async def test_a_long_ops_log_goes_on_in_backups_and_is_told_once(world: World):
     assert len(other.state.updates) <= 3
 
 
+async def put_carrying(world: World, log: LogLayout) -> None:
+    """Somebody else's first entry, with a small file in it."""
+    events, objects = world.commit(1)(log.state), {"snapshots/SMALL": b"small"}
+    await put_entry(world.store, log.epoch, 1, *events, time_us=world.clock.now_us, objects=objects)
+
+
 async def test_files_that_ride_in_entries_stand_on_their_own_before_a_checkpoint_passes_them(world: World):
     log, storage = await world.create()
-    data = encode_entry(
-        n=1,
-        nonce=b"x" * 16,
-        time_us=world.clock.now_us,
-        since_us=None,
-        events=encode_events(world.commit(1)(log.state)),
-        objects={"snapshots/SMALL": b"small"},
-    )
-    await world.store.put(slot_key(log.epoch, 1), data)
+    await put_carrying(world, log)
     await log.refresh()
     assert log.carried_object("snapshots/SMALL") == b"small"
     storage.requests.clear()
@@ -308,15 +299,7 @@ async def test_a_store_without_a_clock_is_trusted_by_the_clients_own(world: Worl
 @pytest.mark.parametrize("who", ["converter", "opener"])
 async def test_files_that_ride_in_entries_stand_on_their_own_before_a_conversion_ends_the_log(world: World, who: str):
     log, storage = await settled(world)
-    data = encode_entry(
-        n=1,
-        nonce=b"x" * 16,
-        time_us=world.clock.now_us,
-        since_us=None,
-        events=encode_events(world.commit(1)(log.state)),
-        objects={"snapshots/SMALL": b"small"},
-    )
-    await world.store.put(slot_key(log.epoch, 1), data)
+    await put_carrying(world, log)
     if who == "converter":
         await log.convert_to_repo_object()
     else:

@@ -20,7 +20,7 @@ from icechunk.refs.log_layout import LogLayout
 from icechunk.refs.log_reader import read_repo
 from icechunk.testing.scripted import Request, ScriptedStorage, Send, lost_answer
 from tests.refs.strategies import an_id
-from tests.refs.world import DAY_S, World, settled, slots
+from tests.refs.world import DAY_S, World, put_entry, settled, slots
 
 # ---------------------------------------------------------------- rule 5
 
@@ -162,8 +162,7 @@ async def test_a_slot_that_is_missing_for_good_is_an_error_that_names_it(world: 
     await log.checkpoint()
     epoch = log.epoch
     for n in (3, 4):
-        data = encode_entry(n=n, nonce=b"x" * 16, time_us=1, since_us=None, events=encode_events([e.Void()]))
-        await world.store.put(slot_key(epoch, n), data)
+        await put_entry(world.store, epoch, n, e.Void())
     with pytest.raises(FormatError, match="slot 2 of the log is missing"):
         await LogLayout.open(world.store, world.clock.sources())
 

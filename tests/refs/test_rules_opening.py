@@ -10,14 +10,13 @@ import pytest
 from icechunk.errors import FormatError
 from icechunk.refs import events as e
 from icechunk.refs.create import create_log
-from icechunk.refs.entry import encode_entry, encode_events, slot_key
+from icechunk.refs.entry import slot_key
 from icechunk.refs.log_layout import LogLayout
 from icechunk.refs.log_reader import read_until_absent
-from icechunk.storage.base import Storage
 from icechunk.storage.local import LocalStorage
 from icechunk.testing.scripted import Request, ScriptedStorage, Send
 from tests.refs.strategies import an_id
-from tests.refs.world import DAY_S, World
+from tests.refs.world import DAY_S, World, put_entry
 
 
 class Unlisted(ScriptedStorage):
@@ -28,16 +27,11 @@ class Unlisted(ScriptedStorage):
         return False
 
 
-async def put_void(storage: Storage, epoch: str, n: int) -> None:
-    data = encode_entry(n=n, nonce=b"x" * 16, time_us=1, since_us=None, events=encode_events([e.Void()]))
-    await storage.put(slot_key(epoch, n), data)
-
-
 @pytest.mark.parametrize("tail", [*range(10), 60, 131])
 async def test_a_tail_of_any_length_is_read_to_its_end_without_a_listing(world: World, tail: int):
     log, _ = await world.create()
     for n in range(1, tail + 1):
-        await put_void(world.store, log.epoch, n)
+        await put_entry(world.store, log.epoch, n, e.Void())
     storage = Unlisted(world.store)
     opened = await LogLayout.open(storage, world.clock.sources())
     assert (opened.epoch, opened.n) == (log.epoch, tail)
@@ -67,7 +61,7 @@ async def test_a_missing_slot_is_an_error_that_names_it_without_a_listing_too(wo
     log, _ = await world.create()
     for n in range(1, after + 3):
         if n != after + 1:
-            await put_void(world.store, log.epoch, n)
+            await put_entry(world.store, log.epoch, n, e.Void())
     with pytest.raises(FormatError, match=f"slot {after + 1} of the log is missing"):
         await LogLayout.open(Unlisted(world.store), world.clock.sources())
 
@@ -79,8 +73,8 @@ async def test_slots_written_while_the_end_is_looked_for_are_no_gap(world: World
     async def write_in_between(request: Request, send: Send) -> object:
         # The first slot is seen absent, and the second there.
         if request.key == slot_key(log.epoch, 2) and len(storage.of("get", request.key)) == 1:
-            await put_void(world.store, log.epoch, 1)
-            await put_void(world.store, log.epoch, 2)
+            await put_entry(world.store, log.epoch, 1, e.Void())
+            await put_entry(world.store, log.epoch, 2, e.Void())
         return await send()
 
     storage.script = write_in_between

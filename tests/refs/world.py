@@ -1,4 +1,4 @@
-"""A store, a clock and clients of the log layout, for tests of its rules."""
+"""A store, a clock and clients of a layout, for tests of its rules."""
 
 from __future__ import annotations
 
@@ -7,44 +7,55 @@ from collections.abc import Callable
 
 from icechunk.format.ids import ObjectId
 from icechunk.format.repo_values import NewCommit
+from icechunk.refs import events as e
+from icechunk.refs.base import RepositoryLog
 from icechunk.refs.create import create_log
-from icechunk.refs.entry import slot_key
+from icechunk.refs.entry import encode_entry, encode_events, slot_key
 from icechunk.refs.log_layout import LogLayout
+from icechunk.storage.base import Storage
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.scripted import ManualClock, Request, ScriptedStorage
 from icechunk.testing.simulation import commit_proposal
 from tests.refs.strategies import an_id
 
-__all__ = ["DAY_S", "World", "settled", "slots", "until"]
+__all__ = ["DAY_S", "World", "put_entry", "settled", "slots", "until"]
 
 DAY_S = 24 * 3600.0
 
 
 class World:
-    """One store in memory, one clock, and as many clients as a test opens."""
+    """One store in memory, one clock, and as many clients of a layout as a test opens."""
 
-    def __init__(self) -> None:
+    def __init__(self, create=create_log, layout=LogLayout) -> None:
+        self._create = create
+        self._layout = layout
         self.clock = ManualClock()
         self.store = MemoryStorage(self.clock.sources())
-        self.logs: list[LogLayout] = []
+        self.logs: list[RepositoryLog] = []
 
-    async def create(self, **options: object) -> tuple[LogLayout, ScriptedStorage]:
+    async def create(self, **options: object):
         storage = ScriptedStorage(self.store)
-        log = await create_log(storage, self.clock.sources(), **options)
+        log = await self._create(storage, self.clock.sources(), **options)
         self.logs.append(log)
         return log, storage
 
-    async def open(self, *, skew_s: float = 0) -> tuple[LogLayout, ScriptedStorage]:
+    async def open(self, *, skew_s: float = 0, **options: object):
         storage = ScriptedStorage(self.store)
-        log = await LogLayout.open(storage, self.clock.sources(skew_s=skew_s))
+        log = await self._layout.open(storage, self.clock.sources(skew_s=skew_s), **options)
         self.logs.append(log)
         return log, storage
+
+    async def aclose(self) -> None:
+        """End all clients; nothing of them may be left."""
+        for log in self.logs:
+            await log.aclose()
+        assert asyncio.all_tasks() == {asyncio.current_task()}, "the logs left tasks behind"
 
     def commit(self, i: int, branch: str = "main", parent: ObjectId | None = None):
         return commit_proposal(an_id(i), branch, parent=parent, now_us=self.clock.now_us)
 
     async def history(self) -> list[ObjectId]:
-        log = await LogLayout.open(self.store, self.clock.sources())
+        log = await self._layout.open(self.store, self.clock.sources())
         return [update.change.snapshot async for update in log.updates() if isinstance(update.change, NewCommit)][::-1]
 
     async def prune(self, epoch: str, last: int) -> None:
@@ -70,3 +81,9 @@ async def settled(world: World) -> tuple[LogLayout, ScriptedStorage]:
     log, storage = await world.create()
     await log.prepare_writes()
     return log, storage
+
+
+async def put_entry(store: Storage, epoch: str, n: int, *events: e.Event, time_us: int = 1, **options: object) -> None:
+    """Write the entry of somebody else into a slot."""
+    data = encode_entry(n=n, nonce=b"x" * 16, time_us=time_us, since_us=None, events=encode_events(events), **options)
+    await store.put(slot_key(epoch, n), data)
