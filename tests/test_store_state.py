@@ -84,6 +84,14 @@ class HierarchyMachine(ZarrHierarchyStateMachine):
         there = {key.removesuffix("/zarr.json") for key in self.model._store_dict if key.endswith("/zarr.json")}
         self.all_groups, self.all_arrays = groups & there, arrays & there
 
+    @precondition(lambda self: bool(self.all_groups))
+    @rule(data=st.data())
+    def check_list_dir(self, data: DataObject) -> None:
+        path = self.draw_directory(data)
+        # An array has a directory of chunks whether it has chunks or not, as in the official library.
+        expected = set(self._sync_iter(self.model.list_dir(path))) | ({"c"} if path in self.all_arrays else set())
+        assert sorted(self._sync_iter(self.store.list_dir(path))) == sorted(expected)
+
     @rule()
     def commit(self) -> None:
         self.store = self.repo.commit()
@@ -208,6 +216,10 @@ class StoreMachine(ZarrStoreStateMachine):
         directory = prefix.rstrip("/") + "/" if prefix else ""
         below = [key.removeprefix(directory) for key in self.model if key.startswith(directory)]
         names = {key.split("/")[0] for key in below}
+        if directory.rstrip("/") in ARRAYS and f"{directory}zarr.json" in self.model:
+            names.add(
+                "c"
+            )  # an array has a directory of chunks whether it has chunks or not, as in the official library
         assert sorted(self.store._sync_iter(store.list_dir(prefix))) == sorted(names)
         assert self.store.is_empty(prefix) == (not names)
         found = sorted(self.store._sync_iter(store.list_prefix(prefix)))
