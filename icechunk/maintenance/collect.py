@@ -17,11 +17,12 @@ reachable is read, and anything unreadable ends the collection; only then are ob
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 import anyio
 
-from icechunk.errors import ErrorKind, ReadOnlyError
+from icechunk.errors import ErrorKind, ReadOnlyError, StorageError
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.keys import CHUNKS_PREFIX, MANIFESTS_PREFIX, SNAPSHOTS_PREFIX, TRANSACTIONS_PREFIX
 from icechunk.format.tables import NATIVE, Manifest, ManifestFile
@@ -56,7 +57,7 @@ async def collect_garbage(
         the collection waits for some steps of the store's clock (seconds on S3, 40 ms on a local disk), and then takes
         what stood when it was asked for.
     dry_run
-        Change nothing; count what a collection would delete.
+        Delete nothing; count what a collection would delete.
 
     Raises
     ------
@@ -110,9 +111,10 @@ async def _cutoff_us(
     """
     steps_us = 2 * storage.clock_resolution_us
     if older_than_us > log.store_time_us - steps_us:
-        if log.layout is Layout.LOG and not dry_run:
-            # Files of small commits that are still on their way would be younger.
-            await log.checkpoint()
+        if log.layout is Layout.LOG and storage.supports_writes:
+            # Files of small commits that are still on their way would be younger. Who may only look looks without.
+            with suppress(*((StorageError,) if dry_run else ())):
+                await log.checkpoint()
         await sources.sleep(2 * steps_us / 1e6)
         await log.refresh()
     return max(0, min(older_than_us, log.store_time_us - steps_us))

@@ -36,6 +36,8 @@ async def with_garbage(storage: Storage, version: int | None) -> History:
     array = await zarr.api.asynchronous.open_array(store=session.store, path="a", mode="r+")
     await array.setitem(slice(0, 2), 99)
     await session._puts.flush()
+    # The small objects of a log's commits are put behind them; here they stand.
+    await history.repo.checkpoint_async()
     return history
 
 
@@ -67,6 +69,25 @@ async def test_a_collection_deletes_what_nothing_reaches_and_says_what(storage: 
     await history.check({"c1"})
     await history.commit("c2", 4)
     await history.check({"c1", "c2"})
+
+
+class SlowManifests(WrappingStorage):
+    """The manifests of small commits are long on their way."""
+
+    async def put(self, key, data, precondition=None, **kwargs):  # type: ignore[no-untyped-def]
+        if key.startswith("manifests/"):
+            await asyncio.sleep(0.2)
+        return await self.inner.put(key, data, precondition, **kwargs)
+
+
+async def test_a_dry_run_counts_what_small_commits_are_still_putting():
+    history = await History.create(SlowManifests(MemoryStorage()), None)
+    await history.repo.create_branch_async("gone", history.ids["first"])
+    await history.commit("g1", 1, branch="gone")
+    await history.repo.delete_branch_async("gone")
+    dry = await history.repo.garbage_collect_async(ago(hours=-1), dry_run=True)
+    assert dry.manifests_deleted == 1
+    assert dry == await history.repo.garbage_collect_async(ago(hours=-1))
 
 
 @by_layout

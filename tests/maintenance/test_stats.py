@@ -132,6 +132,7 @@ async def test_manifests_are_read_within_the_bounds():
     history = await History.create(MemoryStorage(), None)
     for i in range(8):
         await history.commit(f"c{i}", i)
+    await history.repo.checkpoint_async()  # so that all of them are read from storage, none from the log's entries
     log = await history.repo._core.log()
     files = {
         file.object_id: file
