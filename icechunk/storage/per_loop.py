@@ -11,7 +11,9 @@ without closing or finalising them: their sockets and selectors are shared with 
 
 In which order: ``shutdown_asyncgens()`` ends all generators of a loop at once, but what closes may still need what lies
 below it (a repository log writes its last checkpoint through a storage's client). So each `PerLoop` has a rank, and
-where a loop ends, a value waits until those of higher ranks on this loop are closed.
+where a loop ends, a value waits until those of higher ranks on this loop are closed. One that is made anew for such a
+close, because somebody had closed it by hand, gets no generator, which nobody would end: whoever closes last on the
+loop closes it too.
 
 Who closes: several may want to at once, the loop's end among them, while a generator that is being ended may not be
 ended again. So closing is the entry's affair: whoever comes first does it, in their own task, the others wait for it,
@@ -41,6 +43,8 @@ _ORDER_PATIENCE_S: Final = 30.0
 _everyone: weakref.WeakSet[PerLoop[Any]] = weakref.WeakSet()
 # What is open on each loop, of every `PerLoop`.
 _open: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, list[_Entry[Any]]] = weakref.WeakKeyDictionary()
+# Loops whose generators are being ended.
+_ending: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
 # Values of a parent process, kept so that they are never finalised here.
 _inherited: list[object] = []
 _guard = threading.Lock()
@@ -117,8 +121,9 @@ class PerLoop(Generic[T]):
                     return entry.value
                 made = self._factory()
                 value = cast(T, await made if inspect.isawaitable(made) else made)
-                entry.keeper = _keep(entry)
-                await anext(entry.keeper)
+                if loop not in _ending:
+                    entry.keeper = _keep(entry)
+                    await anext(entry.keeper)
                 with _guard:
                     _open.setdefault(loop, []).append(entry)
                 entry.value = value
@@ -190,10 +195,22 @@ async def _keep(own: _Entry[Any]) -> AsyncGenerator[None, None]:
     try:
         yield
     finally:
+        loop = asyncio.get_running_loop()
         if own.closer is None:
-            await _wait_for_higher(own, asyncio.get_running_loop())
+            _ending.add(loop)
+            await _wait_for_higher(own, loop)
         if not own.closed.is_set():
             await _close_once(own)
+        await _close_late(loop)
+
+
+async def _close_late(loop: asyncio.AbstractEventLoop) -> None:
+    """Close what was made while the loop ended, once nothing else is open that may use it."""
+    with _guard:
+        left = _open.get(loop, [])[:]
+    if loop in _ending and all(entry.keeper is None for entry in left):
+        for entry in sorted(left, key=lambda entry: entry.rank, reverse=True):
+            await _close_once(entry)
 
 
 async def _wait_for_higher(own: _Entry[Any], loop: asyncio.AbstractEventLoop) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 import weakref
 from collections.abc import Coroutine
 
@@ -343,6 +344,35 @@ def test_what_closes_at_the_end_of_a_loop_may_close_what_lies_below_it() -> None
 
     assert end_of_loop_complaints(use()) == []
     assert closed == ["low", "high"]
+
+
+def test_what_is_made_anew_while_a_loop_ends_is_closed_with_it() -> None:
+    order: list[str] = []
+
+    async def close_client(value: str) -> None:
+        order.append(value)
+
+    async def close_log(value: str) -> None:
+        await clients.get()
+        await asyncio.sleep(0)
+        assert clients.peek() == "client", "it is closed only when nobody may need it any more"
+        order.append(value)
+
+    clients: PerLoop[str] = PerLoop(lambda: "client", close_client)
+    logs: PerLoop[str] = PerLoop(lambda: "log", close_log, rank=1)
+    other: PerLoop[str] = PerLoop(lambda: "other", close_client)
+
+    async def use() -> None:
+        await clients.get()
+        await logs.get()
+        await other.get()
+        await clients.aclose()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert end_of_loop_complaints(use()) == []
+    assert order[:2] == ["client", "log"]
+    assert sorted(order[2:]) == ["client", "other"]
 
 
 async def test_who_closes_second_returns_when_the_value_is_closed() -> None:
