@@ -1,17 +1,20 @@
 """Who waits for a swap, and the task that swaps: the part of a repository log that does not know its layout.
 
-The task belongs to the queue, not to a caller, since a PUT must outlive the caller who gave up on it (rule 3). It is
-spawned when somebody waits, ends when nobody does, and is awaited or cancelled in `AppendQueue.aclose`.
+The task belongs to the queue, not to a caller, since a PUT must outlive the caller who gave up on it (rule 3), and an
+anyio task group needs a scope that nobody here is in. It is spawned when somebody waits, held strongly, ends when
+nobody does, and is awaited or cancelled in `AppendQueue.aclose`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Final
 
 from icechunk.errors import CommitOutcomeUnknown, ErrorKind, IcechunkError, SessionStateError, StorageError
+from icechunk.format.ids import encode_id
 from icechunk.refs.base import OnSent, Propose, SwapToken
 from icechunk.refs.commit_queue import Member, Waiting
 from icechunk.refs.state import RepoState
@@ -45,7 +48,8 @@ class AppendQueue:
         self.swapping = asyncio.Lock()
         """Held while an attempt is made and settled; at most one is under way."""
         self.closed = False
-        self._runner: asyncio.Task[None] | None = None
+        self.runner: asyncio.Task[None] | None = None
+        """Swaps until nobody waits."""
 
     async def append(
         self,
@@ -55,6 +59,8 @@ class AppendQueue:
         deadline_s: float | None,
         on_sent: OnSent | None,
         asked: int,
+        files: Mapping[str, bytes] = MappingProxyType({}),
+        on_queued: Callable[[], None] | None = None,
     ) -> RepoState:
         """As `RepositoryLog.append`; ``asked`` numbers the call among the client's looks."""
         if self.closed:
@@ -64,11 +70,14 @@ class AppendQueue:
             since_us=since_us,
             outcome=asyncio.get_running_loop().create_future(),
             on_sent=on_sent,
+            files=files,
             asked=asked,
         )
         self.waiting.append(one)
-        if self._runner is None or self._runner.done():
-            self._runner = asyncio.get_running_loop().create_task(self._run(), name="icechunk swaps")
+        if on_queued is not None:
+            on_queued()
+        if self.runner is None or self.runner.done():
+            self.runner = asyncio.get_running_loop().create_task(self._run(), name="icechunk swaps")
         try:
             # Not `wait_for`: the future is the runner's, a caller who leaves must not cancel it.
             await asyncio.wait({one.outcome}, timeout=deadline_s)
@@ -88,8 +97,10 @@ class AppendQueue:
         raise self._unknown(one, f"the deadline of {deadline_s} s passed first")
 
     def _unknown(self, one: Waiting, why: str) -> CommitOutcomeUnknown:
+        snapshots = () if one.token is None else one.token.snapshots
+        what = ", ".join(encode_id(snapshot) for snapshot in snapshots) or "a change"
         return CommitOutcomeUnknown(
-            f"it is not known whether a change of the repository in {self._describe()} landed: {why}. "
+            f"it is not known whether {what} landed in the repository in {self._describe()}: {why}. "
             "Repository.settle_async(error.token) finds out, or makes failure certain",
             one.token,
         )
@@ -136,7 +147,7 @@ class AppendQueue:
         waiting, self.waiting = self.waiting, []
         for one in waiting:
             resolve(one, SessionStateError("the repository was closed before anything was sent; nothing landed"))
-        await finish_task(self._runner, _CLOSE_GRACE_S)
+        await finish_task(self.runner, _CLOSE_GRACE_S)
 
 
 def tell_sent(one: Waiting, token: SwapToken | None) -> None:

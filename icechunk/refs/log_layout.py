@@ -157,7 +157,7 @@ class LogLayout(RepositoryLog):
     def tasks(self) -> tuple[asyncio.Task[None], ...]:
         """The newest task of each kind, done or not; for tests that stop a client dead."""
         tasks = (
-            self._swapping.runner,
+            self._swapping.queue.runner,
             self._swapping.preparation,
             self._view.carried.task,
             self._checkpointing.task,
@@ -204,8 +204,6 @@ class LogLayout(RepositoryLog):
         files: Mapping[str, bytes] = MappingProxyType({}),
         on_queued: Callable[[], None] | None = None,
     ) -> RepoState:
-        if self._closed:
-            raise SessionStateError("the repository is closed; open it again")
         if self._view.left is not None:
             raise SessionStateError(self._view.left)
         if not self._storage.supports_writes:
@@ -213,8 +211,14 @@ class LogLayout(RepositoryLog):
                 f"cannot change the repository: {self._storage.describe()} can only be read",
                 ErrorKind.READ_ONLY_STORAGE,
             )
-        return await self._swapping.append(
-            propose, since_us=since_us, deadline_s=deadline_s, on_sent=on_sent, files=files, on_queued=on_queued
+        return await self._swapping.queue.append(
+            propose,
+            since_us=since_us,
+            deadline_s=deadline_s,
+            on_sent=on_sent,
+            asked=self._view.begin_look(),
+            files=files,
+            on_queued=on_queued,
         )
 
     def turn(self, branch: str) -> asyncio.Lock:

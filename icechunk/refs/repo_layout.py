@@ -197,10 +197,13 @@ class RepoObjectLayout(RepositoryLog):
             )
         for key, data in files.items():
             await put_once(self._storage, key, data)
-        if on_queued is not None:
-            on_queued()
         return await self._queue.append(
-            propose, since_us=since_us, deadline_s=deadline_s, on_sent=on_sent, asked=self._view.next_ticket()
+            propose,
+            since_us=since_us,
+            deadline_s=deadline_s,
+            on_sent=on_sent,
+            asked=self._view.next_ticket(),
+            on_queued=on_queued,
         )
 
     async def prepare_writes(self) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Final, TypeAlias, assert_never
 
 from icechunk.errors import CommitOutcomeUnknown, FormatError, IcechunkError, PreconditionFailedError
-from icechunk.format.ids import encode_id
 from icechunk.refs.commit_queue import Attempt
 from icechunk.refs.entry import Entry, slot_key
 from icechunk.refs.log_reader import Opened, RepoObject, instant, read_slot
@@ -34,7 +33,6 @@ __all__ = [
     "from_put",
     "from_slot",
     "settle_attempt",
-    "unknown",
 ]
 
 _ROUNDS: Final = 8
@@ -142,16 +140,6 @@ def backoff_s(sources: Sources, round_: int) -> float:
     return longest * sources.fraction()
 
 
-def unknown(attempt: Attempt, storage: Storage, why: str, token: object) -> CommitOutcomeUnknown:
-    """The error for a caller whose entry was sent and not settled."""
-    what = ", ".join(encode_id(snapshot) for snapshot in attempt.snapshots) or "a change"
-    return CommitOutcomeUnknown(
-        f"it is not known whether {what} landed in slot {attempt.n} of the log in {storage.describe()}: {why}. "
-        "Repository.settle_async(error.token) finds out, or makes failure certain",
-        token,
-    )
-
-
 async def settle_attempt(
     storage: Storage,
     sources: Sources,
@@ -202,7 +190,7 @@ async def settle_attempt(
             try:
                 verdict = from_slot(attempt, await _look(storage, sources, attempt, saw))
             except FormatError as error:
-                raise unknown(attempt, storage, f"what stands in the slot cannot be read ({error})", None) from error
+                raise CommitOutcomeUnknown(f"what stands in slot {attempt.n} cannot be read ({error})", None) from error
             except (IcechunkError, OSError) as error:
                 why = error
                 continue
@@ -225,12 +213,12 @@ async def settle_attempt(
             case SendAgain(proof=proof):
                 attempt.proof = proof
             case Undecidable():
-                raise unknown(attempt, storage, "the answer came after the slot may have been pruned", None)
+                raise CommitOutcomeUnknown(f"the answer came after slot {attempt.n} may have been pruned", None)
             case Reopen():
                 continue
             case _:
                 assert_never(verdict)
-    raise unknown(attempt, storage, f"no certain answer after {_ROUNDS} tries ({why})", None) from why
+    raise CommitOutcomeUnknown(f"no certain answer about slot {attempt.n} after {_ROUNDS} tries ({why})", None) from why
 
 
 async def _look(storage: Storage, sources: Sources, attempt: Attempt, saw: Callable[[Instant], None]) -> SlotAnswer:

@@ -1,18 +1,15 @@
-"""Who waits for what, and the one entry in flight: rules 1 to 4 for one client.
+"""The one entry in flight: rules 1 to 4 for one client.
 
-Theory: callers wait in a queue. One task, the runner, makes an entry of as many of them as it can, sends it, and
-settles it before it touches the next one. It is a task of asyncio, not of a caller: a PUT must outlive the caller who
-gave up on it (rule 3), and an anyio task group needs a scope that nobody here is in. It is spawned when somebody
-waits, held strongly, ends when nobody does, and is awaited or cancelled by `Swapping.finish`.
+Theory: callers wait in an `AppendQueue`. Its task makes an entry of as many of them as it can, sends it, and settles
+it before it touches the next one.
 
-Owns the queue, the runner, and at most one unsettled attempt. Whoever sends an entry holds ``_one_at_a_time``.
+Owns the queue, and at most one unsettled attempt. Whoever sends an entry holds ``queue.swapping``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Final
 
@@ -27,7 +24,8 @@ from icechunk.errors import (
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.format.keys import snapshot_key
 from icechunk.refs import events as e
-from icechunk.refs.base import OnSent, Propose, SwapToken
+from icechunk.refs.append_queue import AppendQueue, resolve, tell_sent
+from icechunk.refs.base import SwapToken
 from icechunk.refs.checkpointing import Checkpointing
 from icechunk.refs.commit_queue import Attempt, Group, Waiting, attempt_of, build
 from icechunk.refs.entry import encode_events, slot_key
@@ -38,7 +36,7 @@ from icechunk.refs.ops_log import any_in_history
 from icechunk.refs.proof import MAX_SKEW_US, clock_error_us, still_proves
 from icechunk.refs.state import MAIN, RepoState, apply
 from icechunk.refs.store_check import StoreCheck, may_write
-from icechunk.refs.swap import Landed, Lost, backoff_s, settle_attempt, unknown
+from icechunk.refs.swap import Landed, Lost, backoff_s, settle_attempt
 from icechunk.tasks import finish_task
 
 __all__ = ["Swapping"]
@@ -53,65 +51,14 @@ class Swapping:
         self._view = view
         self._checkpointing = checkpointing
         self._store_check = StoreCheck(view.storage)
-        self._waiting: list[Waiting] = []
+        self.queue = AppendQueue(self._swap_next, view.storage.describe)
         self._unsettled: Attempt | None = None
         self._losses = 0
-        self._one_at_a_time = asyncio.Lock()
         self._expected: tuple[RepoState, list[Waiting], RepoState] = (view.state, [], view.state)
         self.preparation: asyncio.Task[None] | None = None
         """Checks the store before anybody swaps."""
-        self.runner: asyncio.Task[None] | None = None
-        """Swaps until nobody waits."""
         self.wrote = False
         """Whether an entry of this client has landed."""
-
-    # ----------------------------------------------------------------- callers
-
-    async def append(
-        self,
-        propose: Propose,
-        *,
-        since_us: int | None,
-        deadline_s: float | None,
-        on_sent: OnSent | None,
-        files: Mapping[str, bytes],
-        on_queued: Callable[[], None] | None,
-    ) -> RepoState:
-        """As `RepositoryLog.append`."""
-        loop = asyncio.get_running_loop()
-        waiting = Waiting(
-            propose=propose,
-            since_us=since_us,
-            outcome=loop.create_future(),
-            on_sent=on_sent,
-            files=files,
-            asked=self._view.begin_look(),
-        )
-        self._waiting.append(waiting)
-        if on_queued is not None:
-            on_queued()
-        if self.runner is None or self.runner.done():
-            self.runner = loop.create_task(self._run(), name="icechunk log swaps")
-        try:
-            # Not `wait_for`: the future is the runner's, a caller who leaves must not cancel it.
-            await asyncio.wait({waiting.outcome}, timeout=deadline_s)
-        finally:
-            if not waiting.outcome.done():
-                self._abandon(waiting)
-        if waiting.outcome.done():
-            return waiting.outcome.result()
-        where = self._view.storage.describe()
-        if waiting.token is None:
-            raise StorageError(
-                f"cannot append to the log in {where}: the deadline of {deadline_s} s passed before the entry was "
-                "sent; nothing landed",
-                ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
-            )
-        raise CommitOutcomeUnknown(
-            f"the deadline of {deadline_s} s passed with the entry sent to slot {waiting.token.n} of the log in "
-            f"{where} and not settled. Repository.settle_async(error.token) finds out, or makes failure certain",
-            waiting.token,
-        )
 
     def prepare_soon(self) -> None:
         """Check the store in the background, where that was not done yet and may be."""
@@ -126,44 +73,25 @@ class Swapping:
     def expected(self) -> RepoState:
         """The state in which everything that waits, or is under way, has landed; for building upon only."""
         base = self._view.state if self._unsettled is None else self._unsettled.state
+        waiting = self.queue.waiting
         known_base, done, state = self._expected
-        if known_base is not base or self._waiting[: len(done)] != done:
+        if known_base is not base or waiting[: len(done)] != done:
             done, state = [], base
-        for one in self._waiting[len(done) :]:
+        for one in waiting[len(done) :]:
             with suppress(Exception):  # refused: whoever proposed it is told when its turn comes
                 after = state
                 for event in one.propose(state):
                     after = apply(after, event, time_us=0, since_us=one.since_us)
                 state = after
-        self._expected = base, self._waiting[:], state
+        self._expected = base, waiting[:], state
         return state
-
-    def _abandon(self, waiting: Waiting) -> None:
-        waiting.abandoned = True
-        if waiting in self._waiting:
-            self._waiting.remove(waiting)
 
     async def finish(self, grace_s: float) -> None:
         """Send none any more; wait for the one under way."""
-        for one in self._waiting:
-            _resolve(one, SessionStateError("the repository was closed before the entry was sent; nothing landed"))
-        self._waiting.clear()
-        await finish_task(self.runner, grace_s)
+        await self.queue.aclose()
         await finish_task(self.preparation, grace_s)
 
-    # ------------------------------------------------------------------ runner
-
-    async def _run(self) -> None:
-        """Swap until nobody waits."""
-        try:
-            while self._waiting:
-                async with self._one_at_a_time:
-                    await self._swap_next()
-        except asyncio.CancelledError:
-            self._fail_all(None)
-            raise
-        except Exception as error:
-            self._fail_all(error)
+    # ------------------------------------------------------------------ swaps
 
     async def _swap_next(self) -> None:
         await self.check_store()
@@ -186,21 +114,21 @@ class Swapping:
         """Validate those who wait, and make the attempt for those who stand."""
         view = self._view
         time_us = max(view.sources.wall_us(), 0)
-        group = build(view.state, self._waiting, time_us=time_us)
+        group = build(view.state, self.queue.waiting, time_us=time_us)
         if any(one.asked > view.looked for one, _ in group.refused):
             # Rule 3: what this client has not heard of yet may be what the caller builds upon, or wants gone.
             await view.refresh()
             await self._require_open()
             time_us = max(view.sources.wall_us(), 0)
-            group = build(view.state, [one for one in self._waiting if one.asked < view.looked], time_us=time_us)
+            group = build(view.state, [one for one in self.queue.waiting if one.asked < view.looked], time_us=time_us)
         # Those who were looked at stand in front: who comes later has a higher number.
-        del self._waiting[: group.taken]
-        for waiting, error in group.refused:
-            _resolve(waiting, error)
-        for waiting in group.nothing:
-            _resolve(waiting, view.state)
         if group.members:
             self._unsettled = self._attempt(group, time_us)
+        del self.queue.waiting[: group.taken]
+        for waiting, error in group.refused:
+            resolve(waiting, error)
+        for waiting in group.nothing:
+            resolve(waiting, view.state)
         return group
 
     def _attempt(self, group: Group, time_us: int) -> Attempt:
@@ -217,16 +145,16 @@ class Swapping:
     async def _swap(self, group: Group) -> None:
         attempt = self._unsettled
         assert attempt is not None
+        self.queue.sent = tuple(group.members)
         for member in group.members:
-            _tell_sent(member.waiting)
+            tell_sent(member.waiting, member.waiting.token)
         if await self._settle_attempt(attempt, first_look=False):
             self._losses = 0
             for member in group.members:
-                _resolve(member.waiting, self._view.state)
+                resolve(member.waiting, self._view.state)
+            self.queue.sent = ()
             self._checkpointing.spawn_if_due()
             return
-        # Lost for certain. Who has left was told a token of the lost slot, so it is not sent again.
-        self._waiting[:0] = [member.waiting for member in group.members if not member.waiting.abandoned]
         self._losses += 1
         if self._losses > 1 and self._view.left is None:
             # Far behind, or in a crowd: learn the rest at once, and step aside for a moment.
@@ -270,9 +198,7 @@ class Swapping:
                 _LOG.debug("slot %d of %s went to another writer", attempt.n, view.storage.describe())
                 if taken_by is not None and view.head.epoch == attempt.epoch:
                     view.advance(taken_by)
-                for member in attempt.members:
-                    member.waiting.token = None
-                    _tell_sent(member.waiting)
+                self.queue.lost(attempt.members)
         if self._unsettled is attempt:
             self._unsettled = None
         return isinstance(verdict, Landed)
@@ -284,21 +210,6 @@ class Swapping:
             if await any_in_history(self._view.storage, state, attempt.snapshots):
                 return True
         return False
-
-    def _fail_all(self, error: Exception | None) -> None:
-        """The runner stops: everybody learns what is certain for them."""
-        attempt, waiting = self._unsettled, self._waiting[:]
-        self._waiting.clear()
-        if attempt is not None:
-            reason = str(error) if error is not None else "the repository was closed first"
-            for member in attempt.members:
-                _resolve(member.waiting, unknown(attempt, self._view.storage, reason, member.waiting.token))
-        for one in waiting:
-            if error is None or isinstance(error, CommitOutcomeUnknown):
-                why = f": {error}" if error is not None else ""
-                _resolve(one, SessionStateError(f"the entry was not sent, nothing landed; try again{why}"))
-            else:
-                _resolve(one, error)
 
     # ------------------------------------------------------------------ checks
 
@@ -325,7 +236,7 @@ class Swapping:
     async def settle(self, token: SwapToken) -> bool:
         """As `RepositoryLog.settle`."""
         view = self._view
-        async with self._one_at_a_time:
+        async with self.queue.swapping:
             try:
                 await self._settle_unsettled()
             except CommitOutcomeUnknown as error:
@@ -369,22 +280,3 @@ class Swapping:
             await self._settle_attempt(self._unsettled, first_look=False)
         except CommitOutcomeUnknown as error:
             raise StorageError(f"cannot settle yet, call again: {error}") from error
-
-
-def _tell_sent(waiting: Waiting) -> None:
-    if waiting.on_sent is None:
-        return
-    try:
-        waiting.on_sent(waiting.token)
-    except Exception:
-        _LOG.exception("a callback of append failed")
-
-
-def _resolve(waiting: Waiting, outcome: RepoState | Exception) -> None:
-    if waiting.outcome.done():
-        return
-    if not isinstance(outcome, Exception):
-        waiting.outcome.set_result(outcome)
-    elif not waiting.abandoned:
-        waiting.outcome.set_exception(outcome)
-        waiting.outcome.exception()  # a caller who is cancelled at this very moment never looks: no complaint then
