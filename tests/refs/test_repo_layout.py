@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
-import random
 
 import pytest
 
 from icechunk.errors import (
     AlreadyExistsError,
-    CommitOutcomeUnknown,
     ConflictError,
-    IcechunkError,
     InvalidInputError,
     ReadOnlyError,
     RefNotFoundError,
@@ -20,23 +16,18 @@ from icechunk.errors import (
     SessionStateError,
     StorageError,
 )
-from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
+from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.format.repo import decode_repo
 from icechunk.format.repo_values import BranchCreated, NewCommit, RepoInitialized, TagCreated, Update
 from icechunk.refs import events as e
-from icechunk.refs.base import SwapToken
 from icechunk.refs.create_repo import create_repo_object
 from icechunk.refs.log_checkpoint import convert_to_log
 from icechunk.refs.repo_history import next_window
 from icechunk.refs.repo_layout import RepoObjectLayout
 from icechunk.refs.update_retries import UpdateRetries
-from icechunk.sources import Sources
-from icechunk.storage.base import Storage
 from icechunk.testing.scripted import Request, ScriptedStorage, Send, lost_answer
-from icechunk.testing.simulated_storage import Faults, SimulatedStorage, SimulatedStore, VirtualLoop
-from icechunk.testing.simulation import commit_proposal
 from tests.refs.strategies import an_id
-from tests.refs.world import World
+from tests.refs.world import World, replaces_repo
 
 
 @pytest.fixture
@@ -44,18 +35,6 @@ async def world():
     a_world = World(create_repo_object, RepoObjectLayout)
     yield a_world
     await a_world.aclose()
-
-
-async def settled(count: int = 200) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
-
-
-def replaces_repo(request: Request) -> bool:
-    return request.verb == "put" and request.key == "repo"
-
-
-# --------------------------------------------------------------- the swap
 
 
 async def test_a_commit_copies_the_object_and_replaces_exactly_that_version(world: World):
@@ -177,268 +156,6 @@ async def test_a_lost_race_is_tried_again_as_often_as_the_configuration_says(wor
     storage.script = None
     await log.append(world.commit(1))
     assert await world.history() == [an_id(1)]
-
-
-# ---------------------------------------------------------- lost answers
-
-
-async def test_a_commit_that_landed_but_lost_its_answer_is_not_committed_twice(world: World):
-    log, storage = await world.create()
-
-    async def lose(request: Request, send: Send) -> object:
-        answer = await send()
-        if replaces_repo(request):
-            storage.script = None
-            raise lost_answer()
-        return answer
-
-    storage.script = lose
-    await log.append(world.commit(1))
-    assert await world.history() == [an_id(1)]
-
-
-@pytest.mark.parametrize("what", ["commit", "tag"])
-async def test_ones_own_write_is_recognised_under_that_of_another(world: World, what: str):
-    log, storage = await world.create()
-    other, _ = await world.open()
-
-    async def lose_and_be_overwritten(request: Request, send: Send) -> object:
-        answer = await send()
-        if replaces_repo(request):
-            storage.script = None
-            await other.append(lambda _: [e.MetadataUpdated(metadata={"by": "other"})])
-            raise lost_answer()
-        return answer
-
-    storage.script = lose_and_be_overwritten
-    if what == "commit":
-        await log.append(world.commit(1))
-    else:
-        await log.append(lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)])
-    updates = [type(update.change).__name__ async for update in log.updates()]
-    assert updates.count("NewCommit" if what == "commit" else "TagCreated") == 1
-
-
-async def test_an_answer_that_comes_late_does_not_take_back_what_was_seen_since(world: World):
-    log, storage = await world.create()
-    other, _ = await world.open()
-    first, second = world.commit(1), world.commit(2, parent=an_id(1))
-
-    async def answer_late(request: Request, send: Send) -> object:
-        answer = await send()
-        if request.verb == "put" and request.key == "repo":
-            storage.script = None
-            await other.append(second)
-            assert (await log.refresh()).branches["main"] == an_id(2)
-        return answer
-
-    storage.script = answer_late
-    await log.append(first)
-    assert log.state.branches["main"] == an_id(2)
-    assert an_id(1) in log.state.snapshots
-
-
-async def test_a_look_during_which_a_change_lands_is_repeated(world: World):
-    log, storage = await world.create()
-    other, _ = await world.open()
-    first, second = world.commit(1), world.commit(2, parent=an_id(1))
-    asked, go_on = asyncio.Event(), asyncio.Event()
-
-    async def hold_the_first_look(request: Request, send: Send) -> object:
-        answer = await send()
-        if request.verb == "get" and request.key == "repo" and not asked.is_set():
-            asked.set()
-            await go_on.wait()
-        return answer
-
-    storage.script = hold_the_first_look
-    look = asyncio.create_task(log.refresh())
-    await asked.wait()
-    await log.append(first)
-    await other.append(second)
-    go_on.set()
-    assert (await look).branches["main"] == an_id(2)
-
-
-async def test_the_same_tag_by_another_at_the_same_microsecond_is_not_taken_for_ones_own(world: World):
-    log, storage = await world.create()
-    other, _ = await world.open()
-
-    async def be_overtaken(request: Request, send: Send) -> object:
-        if replaces_repo(request):
-            storage.script = None
-            await other.append(lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)])
-            await other.append(lambda _: [e.MetadataUpdated(metadata={"by": "other"})])
-            raise lost_answer()
-        return await send()
-
-    storage.script = be_overtaken
-    with pytest.raises(AlreadyExistsError):
-        await log.append(lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)])
-
-
-async def test_the_same_bytes_are_sent_while_the_object_is_unchanged(world: World):
-    log, storage = await world.create()
-
-    async def drop(request: Request, send: Send) -> object:
-        if replaces_repo(request) and len([r for r in storage.requests if replaces_repo(r)]) < 3:
-            raise lost_answer()
-        return await send()
-
-    storage.script = drop
-    storage.requests.clear()
-    await log.append(world.commit(1))
-    puts = [request for request in storage.requests if replaces_repo(request)]
-    assert len(puts) == 3
-    assert len({(request.data, request.precondition) for request in puts}) == 1
-
-
-async def test_an_outcome_that_stays_unknown_is_called_so_and_settles_as_landed(world: World):
-    log, storage = await world.create()
-    late: list[Send] = []
-
-    async def hold(request: Request, send: Send) -> object:
-        if replaces_repo(request):
-            late.append(send)
-            raise lost_answer()
-        return await send()
-
-    storage.script = hold
-    with pytest.raises(CommitOutcomeUnknown) as unknown:
-        await log.append(world.commit(1))
-    token = pickle.loads(pickle.dumps(unknown.value.token))
-    storage.script = None
-    await late[0]()
-    other, _ = await world.open()
-    assert await other.settle(token)
-    assert await log.settle(token)
-    assert await world.history() == [an_id(1)]
-
-
-@pytest.mark.parametrize("what", ["commit", "tag"])
-async def test_settling_makes_failure_certain(world: World, what: str):
-    log, storage = await world.create()
-    late: list[Send] = []
-
-    async def hold(request: Request, send: Send) -> object:
-        if replaces_repo(request):
-            late.append(send)
-            raise lost_answer()
-        return await send()
-
-    storage.script = hold
-    propose = world.commit(1) if what == "commit" else lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)]
-    with pytest.raises(CommitOutcomeUnknown) as unknown:
-        await log.append(propose)
-    other, _ = await world.open()
-    assert not await other.settle(unknown.value.token)
-    for send in late:
-        with pytest.raises(StorageError):
-            await send()
-    assert await world.history() == []
-    assert not (await other.refresh()).tags
-    # and the client itself finds out before it sends anything else
-    storage.script = None
-    await log.append(world.commit(2))
-    assert await world.history() == [an_id(2)]
-
-
-async def test_settling_a_token_of_another_life_says_that_it_did_not_land(world: World):
-    log, _ = await world.create()
-    assert not await log.settle(SwapToken(epoch="repo:gone", n=5, nonce=b"x" * 16, snapshots=(an_id(9),)))
-
-
-async def test_a_caller_with_a_deadline_is_told_and_the_put_goes_on(world: World):
-    log, storage = await world.create()
-    go = asyncio.Event()
-
-    async def hold(request: Request, send: Send) -> object:
-        if replaces_repo(request):
-            await go.wait()
-        return await send()
-
-    storage.script = hold
-    with pytest.raises(CommitOutcomeUnknown) as unknown:
-        await log.append(world.commit(1), deadline_s=0.02)
-    go.set()
-    assert await log.settle(unknown.value.token)
-
-
-async def test_a_cancelled_caller_leaves_the_queue_and_not_the_swap(world: World):
-    log, storage = await world.create()
-    go = asyncio.Event()
-
-    async def hold(request: Request, send: Send) -> object:
-        if replaces_repo(request):
-            await go.wait()
-        return await send()
-
-    storage.script = hold
-    first = asyncio.create_task(log.append(world.commit(1)))
-    await settled()
-    second = asyncio.create_task(log.append(world.commit(2)))
-    await settled()
-    first.cancel()
-    second.cancel()
-    await asyncio.gather(first, second, return_exceptions=True)
-    go.set()
-    storage.script = None
-    await log.append(lambda _: [e.MetadataUpdated(metadata={"a": 1})])
-    assert await world.history() == [an_id(1)]
-
-
-async def test_whoever_is_cancelled_learns_whether_the_outcome_is_open(world: World):
-    log, storage = await world.create()
-    other, _ = await world.open()
-    told: list[SwapToken | None] = []
-    go = asyncio.Event()
-
-    async def hold(request: Request, send: Send) -> object:
-        if replaces_repo(request):
-            await go.wait()
-        return await send()
-
-    storage.script = hold
-    caller = asyncio.create_task(log.append(world.commit(1), on_sent=told.append))
-    await settled()
-    caller.cancel()
-    await asyncio.gather(caller, return_exceptions=True)
-    assert [token.snapshots for token in told if token] == [(an_id(1),)]
-    await other.append(world.commit(2))
-    go.set()
-    storage.script = None
-    await log.append(world.commit(3))
-    assert told[-1] is None
-    assert await world.history() == [an_id(2), an_id(3)]
-
-
-async def test_a_copy_that_fails_fails_the_commit_with_nothing_landed(world: World):
-    log, storage = await world.create()
-
-    async def no_copy(request: Request, send: Send) -> object:
-        if request.verb == "copy":
-            raise StorageError("denied")
-        return await send()
-
-    storage.script = no_copy
-    storage.requests.clear()
-    with pytest.raises(StorageError, match="denied"):
-        await log.append(world.commit(1))
-    assert not storage.of("put", "repo")
-
-
-async def test_what_cannot_be_encoded_fails_alone(world: World):
-    log, _ = await world.create()
-    with pytest.raises(IcechunkError):
-        await log.append(lambda _: [e.TagCreated(name="\ud800", snapshot=FIRST_SNAPSHOT)])
-    await log.append(world.commit(1))
-
-
-async def test_closing_tells_who_waits_and_refuses_afterwards(world: World):
-    log, _ = await world.create()
-    await log.aclose()
-    with pytest.raises(SessionStateError, match="closed"):
-        await log.append(world.commit(1))
 
 
 # ------------------------------------------------------------- the store
@@ -570,78 +287,3 @@ def test_lines_of_one_swap_are_not_torn_apart():
     alone = next_window([_update(7), _update(6)], stored, before=None, backup="c", limit=1)
     assert [update.updated_at_us for update in alone.updates] == [7, 6]
     assert alone.before == "c"
-
-
-# --------------------------------------------------------------- a crowd
-
-
-def _crowd(seed: int) -> list[str]:
-    loop = VirtualLoop()
-    try:
-        return loop.run_until_complete(_crowd_on(loop, seed))
-    finally:
-        loop.close()
-
-
-async def _crowd_on(loop: VirtualLoop, seed: int) -> list[str]:
-    rng, store = random.Random(seed), SimulatedStore(loop)
-
-    def client(faults: Faults) -> tuple[Storage, Sources]:
-        own = random.Random(rng.getrandbits(64))
-        sources = Sources(
-            wall_us=loop.now_us,
-            elapsed_us=lambda: int(loop.time() * 1e6),
-            random_bytes=own.randbytes,
-            sleep=asyncio.sleep,
-        )
-        return SimulatedStorage(store, random.Random(rng.getrandbits(64)), faults), sources
-
-    calm = Faults(lost=0, late=0, doubled=0, dropped=0, pause=0)
-    creator = await create_repo_object(*client(calm), updates_per_file=4)
-    acknowledged, failed, unknown = set[ObjectId](), set[ObjectId](), dict[ObjectId, object]()
-
-    async def work(who: int) -> None:
-        storage, sources = client(Faults(pause=0.0))
-        while True:
-            try:
-                log = await RepoObjectLayout.open(storage, sources, updates_per_file=4)
-                break
-            except IcechunkError:
-                await asyncio.sleep(1)
-        for i in range(6):
-            id = ObjectId((who * 1000 + i + 1).to_bytes(12))
-            try:
-                await log.append(
-                    commit_proposal(id, "main", now_us=loop.now_us()), deadline_s=rng.choice([None, None, 3.0])
-                )
-                acknowledged.add(id)
-            except CommitOutcomeUnknown as error:
-                unknown[id] = error.token
-            except IcechunkError:
-                failed.add(id)
-            await asyncio.sleep(rng.random())
-        await log.aclose()
-
-    await asyncio.gather(*(work(who) for who in range(4)))
-    log = await RepoObjectLayout.open(*client(calm))
-    for id, token in unknown.items():
-        (acknowledged if await log.settle(token) else failed).add(id)
-    while store.travelling:
-        await asyncio.gather(*store.travelling)
-    state = await log.refresh()
-    told = [update.change.snapshot async for update in log.updates() if isinstance(update.change, NewCommit)]
-    linear = [record.id for record in state.ancestry(state.branches["main"])][:-1]
-    await creator.aclose()
-    await log.aclose()
-    return [
-        *(["a commit is in the ops log twice"] if len(told) != len(set(told)) else []),
-        *(["the branch is not its ops log"] if linear != told else []),
-        *(["acknowledged and lost"] if acknowledged - set(told) else []),
-        *(["failed and there"] if failed & set(told) else []),
-        *(["nothing happened"] if not acknowledged else []),
-    ]
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_a_crowd_under_lost_late_and_doubled_requests_keeps_every_promise(seed: int):
-    assert _crowd(seed) == []

@@ -18,7 +18,7 @@ from icechunk.testing.scripted import ManualClock, Request, ScriptedStorage
 from icechunk.testing.simulation import commit_proposal
 from tests.refs.strategies import an_id
 
-__all__ = ["DAY_S", "World", "put_entry", "settled", "slots", "until"]
+__all__ = ["DAY_S", "World", "put_entry", "replaces_repo", "settled", "slots", "until"]
 
 DAY_S = 24 * 3600.0
 
@@ -74,6 +74,11 @@ async def until(happened: Callable[[], bool]) -> None:
 
 def slots(request: Request) -> bool:
     return request.verb == "put" and request.key.startswith("log/")
+
+
+def replaces_repo(request: Request) -> bool:
+    """Whether it is a PUT of ``repo``."""
+    return request.verb == "put" and request.key == "repo"
 
 
 async def settled(world: World) -> tuple[LogLayout, ScriptedStorage]:

@@ -11,7 +11,7 @@ from icechunk.format.repo_values import SnapshotRecord
 from icechunk.refs.migration import RefValues, migrated_info
 from icechunk.refs.ref_names import close_ref, decode_ref, encode_ref, is_closed, read_ref
 from icechunk.refs.state import READ_ONLY
-from tests.test_spec import block, code, page, rows
+from tests.spec.pages import block, code, page, rows
 
 PAGE = "format-1.md"
 ONE, TWO, THREE = (ObjectId(bytes([i]) * 12) for i in (1, 2, 3))

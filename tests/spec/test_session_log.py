@@ -1,0 +1,68 @@
+"""``spec/session-log.md``: its events and phases are ours, and its example byte for byte what we write."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from itertools import count
+from typing import get_args
+
+import orjson
+
+from icechunk.format.envelope import FileType, seal
+from icechunk.format.ids import FIRST_SNAPSHOT, NodeId
+from icechunk.format.tables import Snapshot
+from icechunk.log import events as session_events
+from icechunk.log.session_log import SessionLog
+from icechunk.session.base import Phase
+from tests.spec.pages import ROOT, ZARR_ARRAY, ZARR_GROUP, block, code, page, rows
+
+
+def counted_ids() -> Iterator[NodeId]:
+    return (NodeId(bytes(range(start, start + 8))) for start in count(1, 10))
+
+
+def test_the_serialised_session_log_of_the_page_is_what_we_write() -> None:
+    base = Snapshot(id=FIRST_SNAPSHOT, flushed_at_us=1, message="Repository initialized")
+    ids = counted_ids()
+    log = SessionLog(base, lambda: next(ids))
+    log.set_metadata("/", ZARR_GROUP)
+    header = orjson.loads(block("session-log.md", "json session-log"))
+    size = header["events"][1]["blobs"][0]
+    document = orjson.loads(ZARR_ARRAY)
+    document["shape"], document["chunk_grid"]["configuration"]["chunk_shape"] = [4], [2]
+    log.set_metadata("/t", orjson.dumps(document).ljust(size))
+    node = log.node("/t")
+    assert node is not None
+    log.set_inline(node, (1,), b"\x07\x08")
+    data = log.to_bytes()
+    magic, version, length = struct.unpack_from("<8sHI", data)
+    assert (magic, version, (14 + length) % 8) == (b"ICESLOG\n", 1, 0)
+    assert orjson.loads(data[14 : 14 + length]) == header
+    assert SessionLog.from_bytes(data, base, lambda: next(ids)).to_bytes() == data
+
+
+def test_the_session_event_table_lists_every_event_with_its_tag() -> None:
+    listed = {row[1]: code(row[0])[0] for row in rows(page("session-log.md"), "| tag | event |")}
+    assert set(listed) == {event.__name__ for event in get_args(session_events.Event)}
+    source = (ROOT / "icechunk/log/wire.py").read_text("utf-8")
+    assert set(listed.values()) == set(re.findall(r'^_[A-Z_]+: Final = "([a-z-]+)"$', source, re.MULTILINE))
+
+
+def test_the_phases_of_a_session_are_those_of_the_table() -> None:
+    listed = {code(row[0])[0] for row in rows(page("session-log.md"), "| phase |")}
+    assert listed == {phase.value for phase in Phase}
+
+
+def test_the_diagram_of_the_session_shows_those_phases_too() -> None:
+    text = page("session-log.md")
+    diagram = text[text.index("stateDiagram") :].partition("```")[0]
+    aliases = {alias: name for name, alias in re.findall(r'state "([^"]+)" as (\w+)', diagram)}
+    ends = {end for pair in re.findall(r"(\S+) --> ([^\s:]+)", diagram) for end in pair} - {"[*]"}
+    assert {aliases.get(end, end) for end in ends} == {phase.value for phase in Phase}
+
+
+def test_every_seal_names_its_spec_version_and_type_where_the_page_says() -> None:
+    data = seal(FileType.MANIFEST, 1, b"\0\0\0\0Ichk")
+    assert (data[36], data[37], data[38]) == (1, 2, 1)
