@@ -14,7 +14,7 @@ import icechunk
 from icechunk.config import EngineConfig, RepositoryConfig
 from icechunk.core import Core
 from icechunk.errors import CommitOutcomeUnknown, ConflictError, SessionStateError, StorageError
-from icechunk.refs.create import create_log
+from icechunk.refs.create_log import create_log
 from icechunk.repository import Repository
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.base import Storage

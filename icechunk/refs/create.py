@@ -1,8 +1,7 @@
-"""Creating a repository of the log layout: exactly one creator wins (rule 11)."""
+"""What creators do in every layout: see that the place is free, put the first files, say who was first (rule 11)."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -16,110 +15,43 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
-from icechunk.format.keys import REFS_PREFIX, REPO_KEY, snapshot_key, transaction_key
-from icechunk.format.repo import encode_repo
+from icechunk.format.keys import REFS_PREFIX, snapshot_key, transaction_key
 from icechunk.format.repo_values import SnapshotRecord
 from icechunk.format.snapshot import decode_snapshot, encode_snapshot
 from icechunk.format.tables import Snapshot, TransactionLog
 from icechunk.format.transaction import encode_transaction_log
-from icechunk.refs.entry import new_epoch
-from icechunk.refs.log_layout import LogLayout
-from icechunk.refs.log_reader import Head, Opened, instant, known_of, read_repo
-from icechunk.refs.marker import checkpoint_info
-from icechunk.refs.proof import Instant
-from icechunk.refs.state import initial_state
+from icechunk.refs.state import RepoState, initial_state
 from icechunk.refs.store_check import require_atomic
-from icechunk.sources import SYSTEM, Sources
+from icechunk.sources import Sources
 from icechunk.storage.base import Absent, Storage
 from icechunk.tasks import run_jobs
 
-__all__ = ["FIRST_MESSAGE", "FIRST_METADATA", "create_log", "put_first_files", "require_clean"]
+__all__ = [
+    "ATTEMPTS",
+    "Json",
+    "already_there",
+    "first_snapshot",
+    "first_state",
+    "pause_before",
+    "require_clean",
+    "require_place",
+    "unsure",
+]
 
 Json: TypeAlias = Any
 
-FIRST_MESSAGE: Final = "Repository initialized"
-FIRST_METADATA: Final = {"__icechunk": {"is_root": True}}
-_ATTEMPTS: Final = 10
+ATTEMPTS: Final = 10
+"""Of a creator at a certain answer."""
 
 
-async def create_log(
-    storage: Storage,
-    sources: Sources = SYSTEM,
-    *,
-    config: Json | None = None,
-    check_clean_root: bool = True,
-    updates_per_file: int | None = None,
-) -> LogLayout:
-    """Create a repository with one empty snapshot on ``main``.
-
-    Parameters
-    ----------
-    config
-        The configuration to persist, as the format keeps it (snake_case keys); None: none.
-    check_clean_root
-        Refuse where anything at all is below the prefix.
-
-    Raises
-    ------
-    InvalidInputError
-        Something is there already (kind ``parent-directory-not-clean``).
-    AlreadyExistsError
-        Another creator was first, or the root was not checked and there is a repository.
-    ReadOnlyError
-        The storage cannot be written to.
-    StorageError
-        No certain answer: the repository may exist now; try to open it. Or the storage does without conditional
-        writes (kind ``storage-config``): nothing was written.
-    """
+async def require_place(storage: Storage, *, check_clean_root: bool) -> None:
+    """Refuse a place where no repository can be created. Errors as those of `create_log`."""
     if not storage.supports_writes:
         raise ReadOnlyError(
             f"cannot create a repository: {storage.describe()} can only be read", ErrorKind.READ_ONLY_STORAGE
         )
     require_atomic(storage)
     await require_clean(storage, everything=check_clean_root)
-    root = await put_first_files(storage, sources)
-    record = SnapshotRecord(
-        id=root.id, parent=None, flushed_at_us=root.flushed_at_us, message=root.message, metadata=root.metadata
-    )
-    now_us = max(sources.wall_us(), root.flushed_at_us + 1)
-    epoch = new_epoch(sources.random_bytes(12), sources.wall_us())
-    head = Head(epoch=epoch, n=0, state=initial_state(record, time_us=now_us, config=config))
-    info = checkpoint_info(head.state, epoch=epoch, n=0)
-    data = encode_repo(info)
-    proof: Instant | None = None
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            await sources.sleep(min(1.0, 0.02 * 2**attempt))
-        asked = instant(sources)
-        try:
-            put = await storage.put(REPO_KEY, data, Absent())
-        except (PreconditionFailedError, StorageError):
-            # Settled as a slot is: a marker with our epoch is our own success, whatever the answer was.
-            try:
-                found = await read_repo(storage, sources)
-            except StorageError:
-                continue
-            if found is None:
-                continue
-            if found.known.marker is None or found.known.marker.epoch != epoch:
-                raise AlreadyExistsError(
-                    f"cannot create a repository in {storage.describe()}: there is one already; open it, or choose "
-                    "another prefix",
-                    ErrorKind.PARENT_DIRECTORY_NOT_CLEAN,
-                ) from None
-            proof, known = found.asked, found.known
-            break
-        proof = replace(asked, date_us=put.date_us)
-        known = known_of(info, put.version, len(data))
-        break
-    if proof is None:
-        raise StorageError(
-            f"it is not known whether a repository was created in {storage.describe()}: no certain answer after "
-            f"{_ATTEMPTS} tries; try to open it"
-        )
-    await require_clean(storage, everything=False)
-    opened = Opened(head=head, proof=proof, known=known, tail=())
-    return LogLayout(storage, sources, opened, updates_per_file=updates_per_file)
 
 
 async def require_clean(storage: Storage, *, everything: bool) -> None:
@@ -146,18 +78,23 @@ async def require_clean(storage: Storage, *, everything: bool) -> None:
             await aclose()
 
 
-async def put_first_files(storage: Storage, sources: Sources) -> Snapshot:
-    """Create the first snapshot and its transaction log, or use those of a creator who was first.
-
-    The key is a constant, so a loser must not replace what the winner's ``repo`` describes.
-    """
-    root = Snapshot(
+def first_snapshot(sources: Sources) -> Snapshot:
+    """The empty snapshot with which every history begins, written now."""
+    return Snapshot(
         id=FIRST_SNAPSHOT,
         nodes={},
         flushed_at_us=max(sources.wall_us(), 1),
-        message=FIRST_MESSAGE,
-        metadata=FIRST_METADATA,
+        message="Repository initialized",
+        metadata={"__icechunk": {"is_root": True}},
     )
+
+
+async def first_state(storage: Storage, sources: Sources, *, config: Json | None) -> RepoState:
+    """The state of a new repository of format 2, whose first snapshot and transaction log stand.
+
+    Their keys are constants, so who is not first must not replace what the winner's ``repo`` describes, and uses his.
+    """
+    root = first_snapshot(sources)
     snapshot_bytes = encode_snapshot(root)
     log_bytes = encode_transaction_log(TransactionLog(id=FIRST_SNAPSHOT))
     found = await run_jobs(
@@ -166,15 +103,23 @@ async def put_first_files(storage: Storage, sources: Sources) -> Snapshot:
             partial(_put_or_read, storage, sources, transaction_key(FIRST_SNAPSHOT), log_bytes),
         ]
     )
-    return root if found[0] == snapshot_bytes else decode_snapshot(found[0], expected_id=FIRST_SNAPSHOT)
+    if found[0] != snapshot_bytes:
+        root = decode_snapshot(found[0], expected_id=FIRST_SNAPSHOT)
+    now_us = max(sources.wall_us(), root.flushed_at_us + 1)
+    return initial_state(SnapshotRecord.of(root), time_us=now_us, config=config)
+
+
+async def pause_before(sources: Sources, attempt: int) -> None:
+    """Wait before one of the `ATTEMPTS` at a certain answer, counted from 0."""
+    if attempt:
+        await sources.sleep(min(1.0, 0.02 * 2**attempt))
 
 
 async def _put_or_read(storage: Storage, sources: Sources, key: str, data: bytes) -> bytes:
     """The bytes that stand at the key: these, if nothing stood there before."""
     why: StorageError | None = None
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            await sources.sleep(min(1.0, 0.02 * 2**attempt))
+    for attempt in range(ATTEMPTS):
+        await pause_before(sources, attempt)
         try:
             await storage.put(key, data, Absent())
             return data
@@ -187,3 +132,19 @@ async def _put_or_read(storage: Storage, sources: Sources, key: str, data: bytes
         except StorageError as error:
             why = error
     raise StorageError(f"cannot create {key!r} in {storage.describe()}: no certain answer") from why
+
+
+def already_there(storage: Storage) -> AlreadyExistsError:
+    """Another creator was first."""
+    return AlreadyExistsError(
+        f"cannot create a repository in {storage.describe()}: there is one already; open it, or choose another prefix",
+        ErrorKind.PARENT_DIRECTORY_NOT_CLEAN,
+    )
+
+
+def unsure(storage: Storage) -> StorageError:
+    """The store has not said for certain who was first."""
+    return StorageError(
+        f"it is not known whether a repository was created in {storage.describe()}: no certain answer after "
+        f"{ATTEMPTS} tries; try to open it"
+    )

@@ -46,7 +46,7 @@ _CLOSE_GRACE_S: Final = 10.0
 
 
 class LogLayout(RepositoryLog):
-    """A repository log with one object per entry. Made by `LogLayout.open` or `icechunk.refs.create.create_log`.
+    """A repository log with one object per entry. Made by `LogLayout.open` or `icechunk.refs.create_log.create_log`.
 
     Parameters
     ----------

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, assert_never
 from icechunk.errors import RepositoryNotFoundError
 from icechunk.refs.base import Layout, RepositoryLog
 from icechunk.refs.carried import stand_up
-from icechunk.refs.create import create_log
+from icechunk.refs.create_log import create_log
 from icechunk.refs.create_refs import create_ref_files
 from icechunk.refs.create_repo import create_repo_object
 from icechunk.refs.log_checkpoint import DEFAULT_UPDATES_PER_FILE, finish_conversion

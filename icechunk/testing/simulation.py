@@ -28,7 +28,7 @@ from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.keys import snapshot_key
 from icechunk.format.repo_values import NewCommit, SnapshotRecord, Update
 from icechunk.refs.base import SwapToken
-from icechunk.refs.create import create_log
+from icechunk.refs.create_log import create_log
 from icechunk.refs.events import CommitAdded, Event
 from icechunk.refs.log_checkpoint import convert_to_log
 from icechunk.refs.log_layout import LogLayout

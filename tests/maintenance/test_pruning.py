@@ -10,7 +10,7 @@ from icechunk.format.repo_values import ONLINE, Status
 from icechunk.maintenance.prune import prune_log
 from icechunk.refs.base import Layout
 from icechunk.refs.convert import convert_log
-from icechunk.refs.create import create_log
+from icechunk.refs.create_log import create_log
 from icechunk.refs.entry import floor_key, parse_floor_key, parse_slot_key, slot_key
 from icechunk.refs.log_layout import LogLayout
 from icechunk.refs.open import open_repository

@@ -13,7 +13,7 @@ from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.repo_values import NewCommit
 from icechunk.refs.base import Layout, RepositoryLog, SwapToken
 from icechunk.refs.convert import convert_log
-from icechunk.refs.create import create_log
+from icechunk.refs.create_log import create_log
 from icechunk.refs.create_repo import create_repo_object
 from icechunk.refs.events import TagCreated
 from icechunk.refs.log_layout import LogLayout

@@ -17,7 +17,7 @@ from icechunk.format.snapshot import encode_snapshot
 from icechunk.format.tables import Snapshot, TransactionLog
 from icechunk.format.transaction import encode_transaction_log
 from icechunk.refs import events as e
-from icechunk.refs.create import create_log
+from icechunk.refs.create_log import create_log
 from icechunk.refs.log_checkpoint import convert_to_log
 from icechunk.refs.log_layout import LogLayout
 from icechunk.refs.log_reader import read_repo

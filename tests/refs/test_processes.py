@@ -11,7 +11,7 @@ from pathlib import Path
 from icechunk.errors import ConflictError
 from icechunk.format.ids import encode_id
 from icechunk.format.repo_values import NewCommit
-from icechunk.refs.create import create_log
+from icechunk.refs.create_log import create_log
 from icechunk.refs.log_layout import LogLayout
 from icechunk.sources import SYSTEM
 from icechunk.storage.local import LocalStorage

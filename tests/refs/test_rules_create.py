@@ -20,7 +20,7 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.refs.base import Layout
-from icechunk.refs.create import create_log
+from icechunk.refs.create_log import create_log
 from icechunk.refs.detect import detect
 from icechunk.refs.log_layout import LogLayout
 from icechunk.storage.memory import MemoryStorage

@@ -9,7 +9,7 @@ import pytest
 
 from icechunk.errors import FormatError
 from icechunk.refs import events as e
-from icechunk.refs.create import create_log
+from icechunk.refs.create_log import create_log
 from icechunk.refs.entry import slot_key
 from icechunk.refs.log_layout import LogLayout
 from icechunk.refs.log_reader import read_until_absent

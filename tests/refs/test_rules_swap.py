@@ -20,7 +20,7 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.refs import log_reader, swap
-from icechunk.refs.create import create_log
+from icechunk.refs.create_log import create_log
 from icechunk.refs.entry import decode_entry, slot_key
 from icechunk.refs.log_checkpoint import convert_to_log
 from icechunk.refs.log_layout import LogLayout

@@ -9,7 +9,7 @@ from icechunk.format.ids import ObjectId
 from icechunk.format.repo_values import NewCommit
 from icechunk.refs import events as e
 from icechunk.refs.base import RepositoryLog
-from icechunk.refs.create import create_log
+from icechunk.refs.create_log import create_log
 from icechunk.refs.entry import encode_entry, encode_events, slot_key
 from icechunk.refs.log_layout import LogLayout
 from icechunk.storage.base import Storage

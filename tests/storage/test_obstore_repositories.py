@@ -14,7 +14,7 @@ from icechunk.credentials import azure_credentials, gcs_credentials
 from icechunk.errors import ConflictError
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.refs import log_reader, log_view, swap, swapping
-from icechunk.refs.create import create_log
+from icechunk.refs.create_log import create_log
 from icechunk.refs.entry import slot_key
 from icechunk.refs.log_layout import LogLayout
 from icechunk.sources import Sources
