@@ -120,7 +120,7 @@ _CLIENT: Final = re.compile(f"{_TOKEN}(/{_TOKEN})?")
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
 class Attribution(Represented):
-    """Who works with the repository; sent in the ``User-Agent`` of requests to S3 and web servers, for their logs."""
+    """Who works with the repository; sent in the ``User-Agent`` of every request to a store, for its logs."""
 
     _public_name: ClassVar[str] = "icechunk.Attribution"
 

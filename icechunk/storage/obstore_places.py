@@ -7,13 +7,15 @@ first what became of it.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Self
 
 from icechunk.credentials import AzureCredentials, GcsCredentials
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
+from icechunk.format.envelope import CLIENT_NAME
 from icechunk.sources import SYSTEM, Sources
 from icechunk.storage.obstore_credentials import Access, azure_options, gcs_options
 from icechunk.storage.tries import Limits
@@ -82,6 +84,7 @@ class ObstorePlace(ABC):
         self.read_headers = dict(read_headers)
         self.write_headers = dict(write_headers)
         self.sources = sources
+        self.user_agent = CLIENT_NAME
         self._access: Access | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,6 +93,12 @@ class ObstorePlace(ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, sources=SYSTEM, _access=None)
+
+    def named(self, user_agent: str) -> Self:
+        """The same place, whose requests name themselves so where the options do not say otherwise."""
+        other = copy.copy(self)
+        other.sources, other._access, other.user_agent = self.sources, self._access, user_agent
+        return other
 
     @property
     def access(self) -> Access:
@@ -129,6 +138,7 @@ class ObstorePlace(ABC):
             "timeout": _LONGEST_REQUEST if longest_s is None else timedelta(seconds=longest_s),
             "connect_timeout": timedelta(seconds=limits.connect_s),
             "read_timeout": timedelta(seconds=limits.read_s),
+            "user_agent": self.user_agent,
         }
         config: dict[str, str] = {}
         for name, value in self.config.items():

@@ -32,6 +32,7 @@ from icechunk.storage.base import (
 from icechunk.storage.defaults import object_store_settings
 from icechunk.storage.effective import Effective
 from icechunk.storage.obstore_errors import failure_of, missing, storage_error
+from icechunk.storage.obstore_places import ObstorePlace
 from icechunk.storage.obstore_reading import ObstoreReading, version_of_meta
 from icechunk.storage.obstore_runtime import obstore_module
 from icechunk.storage.settling import Found, precondition_failed, settle, uncertain
@@ -222,10 +223,16 @@ class ObstoreStorage(ObstoreReading):
         return self._effective.settings
 
     def with_settings(self, settings: StorageSettings | None) -> Storage:
+        return self._with(self._place, Effective(settings))
+
+    def with_user_agent(self, user_agent: str) -> Storage:
+        return self._with(self._place.named(user_agent), self._effective)
+
+    def _with(self, place: ObstorePlace, effective: Effective) -> Storage:
         other = object.__new__(type(self))
-        other._place = self._place
+        other._place = place
         other._generations = self._generations
-        other._use(Effective(settings))
+        other._use(effective)
         return other
 
     def default_settings(self) -> StorageSettings:

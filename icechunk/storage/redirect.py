@@ -41,9 +41,11 @@ class RedirectStorage(ReadOnlyStorage):
         Where to ask, ``http:`` or ``https:``.
     settings
         Tries and timeouts.
+    user_agent
+        What requests to the storage that is found name themselves; None: as they do by themselves.
     """
 
-    def __init__(self, base_url: str, settings: StorageSettings | None = None) -> None:
+    def __init__(self, base_url: str, settings: StorageSettings | None = None, user_agent: str | None = None) -> None:
         if urlsplit(base_url).scheme not in ("http", "https"):
             raise InvalidInputError(
                 f"bad URL {redacted_url(base_url)!r} of a redirect storage: it begins with http:// or https://",
@@ -51,6 +53,7 @@ class RedirectStorage(ReadOnlyStorage):
             )
         self._base_url = base_url
         self._settings = settings
+        self._user_agent = user_agent
         self._found: Storage | None = None
 
     async def target(self) -> Storage:
@@ -64,7 +67,8 @@ class RedirectStorage(ReadOnlyStorage):
         # Two callers that are first ask twice, for the same answer.
         if self._found is None:
             url = await _follow(self._base_url, self._settings)
-            self._found = storage_of_url(url, asked=self._base_url).with_settings(self._settings)
+            found = storage_of_url(url, asked=self._base_url).with_settings(self._settings)
+            self._found = found if self._user_agent is None else found.with_user_agent(self._user_agent)
         return self._found
 
     async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
@@ -85,7 +89,10 @@ class RedirectStorage(ReadOnlyStorage):
             await self._found.aclose()
 
     def with_settings(self, settings: StorageSettings | None) -> Storage:
-        return RedirectStorage(self._base_url, settings)
+        return RedirectStorage(self._base_url, settings, self._user_agent)
+
+    def with_user_agent(self, user_agent: str) -> Storage:
+        return RedirectStorage(self._base_url, self._settings, user_agent)
 
     def default_settings(self) -> StorageSettings:
         return object_store_settings()
@@ -106,7 +113,7 @@ class RedirectStorage(ReadOnlyStorage):
         return hash((RedirectStorage, self._base_url))
 
     def __reduce__(self) -> tuple[Callable[..., Storage], tuple[Any, ...]]:
-        return RedirectStorage, (self._base_url, self._settings)
+        return RedirectStorage, (self._base_url, self._settings, self._user_agent)
 
 
 async def _follow(base_url: str, settings: StorageSettings | None) -> str:

@@ -15,6 +15,7 @@ from icechunk.status import Attribution
 from icechunk.storage.http import HttpStorage
 from icechunk.storage.http1 import Connections
 from icechunk.storage.s3 import S3Storage
+from tests.storage.fake_gcs import serving_gcs
 from tests.storage.web_server import serving_files
 
 WHO = Attribution(client="weather/0.9", workload="nightly run", principal="u_1")
@@ -66,3 +67,37 @@ async def test_requests_to_a_web_server_are_attributed_unless_the_caller_names_a
             with contextlib.suppress(icechunk.RepositoryNotFoundError):
                 await icechunk.Repository.open_async(storage, attribution=WHO)
             assert {headers["user-agent"] for _, _, headers in server.seen} == {sent}
+
+
+async def test_requests_through_obstore_are_attributed_unless_the_caller_names_another_header():
+    pytest.importorskip("obstore", reason="the extra obstore")
+    with serving_gcs() as server:
+        for options, sent in (({}, SENT), ({"user_agent": "mine"}, "mine")):
+            storage = icechunk.gcs_storage(
+                bucket="bucket", prefix=sent[:4], bearer_token="token", config={**server.config(), **options}
+            )
+            server.requests.clear()
+            repo = await icechunk.Repository.create_async(storage, attribution=WHO)
+            copy = pickle.loads(pickle.dumps(repo))
+            for each in (repo, copy):
+                session = await each.writable_session_async("main")
+                await session.commit_async("nothing", allow_empty=True)
+                await each.aclose()
+            assert len(server.requests) > 5
+            assert {headers["user-agent"] for _, _, headers in server.requests} == {sent}
+            server.requests.clear()
+            await icechunk.Repository.exists_async(storage)
+            ours = sent if options else icechunk.user_agent()
+            assert {headers["user-agent"] for _, _, headers in server.requests} == {ours}
+
+
+async def test_requests_to_where_a_redirect_points_are_attributed(tmp_path: Path):
+    with serving_files(tmp_path) as server:
+        server.redirects["/ask"] = f"http+icechunk://{server.url.removeprefix('http://')}/r"
+        storage = icechunk.redirect_storage(f"{server.url}/ask")
+        for each in (storage, storage.with_settings(StorageSettings())):
+            server.seen.clear()
+            with contextlib.suppress(icechunk.RepositoryNotFoundError):
+                await icechunk.Repository.open_async(each, attribution=WHO)
+            sent = [headers["user-agent"] for _, path, headers in server.seen if path.startswith("/r/")]
+            assert set(sent) == {SENT}
