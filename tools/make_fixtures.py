@@ -1,6 +1,6 @@
 """Make tests/format/fixtures: files written by the official library, and what it says is in them.
 
-    python tools/make_fixtures.py [--into tests/format/fixtures] [--chunks]
+    python -m tools.make_fixtures [--into tests/format/fixtures] [--chunks]
 
 Runs itself in the official library's environments (`tools/oracle.py`). Ids and times differ in each
 run, so the fixtures are made once and committed, not compared with a new run.
@@ -12,7 +12,6 @@ import argparse
 import json
 import shutil
 import subprocess
-import sys
 import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -52,7 +51,7 @@ def make_repository(folder: Path, spec_version: int | None) -> None:
     session = repository.writable_session("main")
     root = zarr.group(session.store, attributes={"title": "fixtures"})
     root.create_group("nested/deeper/ünïcode")
-    for name, dtype in {
+    dtypes: dict[str, Any] = {
         "i1": "i1",
         "u8": "u8",
         "f4": "f4",
@@ -60,7 +59,8 @@ def make_repository(folder: Path, spec_version: int | None) -> None:
         "b": "?",
         "str": str,
         "time": "M8[ns]",
-    }.items():
+    }
+    for name, dtype in dtypes.items():
         array = root.create_array(f"types/{name}", shape=(6,), chunks=(4,), dtype=dtype)
         array[:] = np.arange(6).astype(str) if dtype is str else np.arange(6).astype(dtype)
     root.create_array("scalar", shape=(), dtype="f8")[...] = 1.5
@@ -102,7 +102,7 @@ def make_repository(folder: Path, spec_version: int | None) -> None:
         **({"validate_containers": False} if newer or spec_version else {}),
     )
     del root["types/b"]
-    native = root["native"]
+    native = zarr.open_array(session.store, path="native")
     native[0] = -1.0
     native.attrs["changed"] = True
     session.commit("many virtual, deleted, overwritten")
@@ -166,6 +166,7 @@ def read_everything(folder: Path) -> dict[str, Any]:
     import hashlib
 
     import icechunk as ic  # isort: skip
+    import numpy as np
     import zarr
 
     repository = ic.Repository.open(ic.local_filesystem_storage(str(folder)))
@@ -181,12 +182,9 @@ def read_everything(folder: Path) -> dict[str, Any]:
                     nodes[path] = [dict(node.attrs)]
                     if isinstance(node, zarr.Array):
                         # the virtual chunks are nowhere by now
-                        values = {"many": lambda: None, "mixed": lambda a=node: a[:10]}.get(
-                            path, lambda a=node: a[...]
-                        )()
-                        nodes[path].append(
-                            hashlib.sha256(repr(None if values is None else values.tolist()).encode()).hexdigest()
-                        )
+                        part = slice(10) if path == "mixed" else ...
+                        values = None if path == "many" else np.asarray(node[part]).tolist()
+                        nodes[path].append(hashlib.sha256(repr(values).encode()).hexdigest())
             seen[f"{branch} {info.id}"] = [line, nodes]
     return {
         "views": describe(folder),
@@ -215,7 +213,7 @@ def main() -> None:
             json.dumps(describe(Path(folder)), default=str, separators=(",", ":"))
         )
         return
-    import oracle
+    from tools import oracle
 
     for kind, (version, _) in KINDS.items():
         with tempfile.TemporaryDirectory() as scratch:
@@ -233,4 +231,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -195,7 +195,8 @@ def measure(kind: str, rank: int, references: int, interleaved: bool) -> dict[st
         found = asyncio.run(_measure(work, folder))
         command = [sys.executable, *_arguments(kind, rank, references, interleaved), "--check", folder]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=oracle.PROJECT, check=True, timeout=600)
-        return found | json.loads(done.stdout.strip().splitlines()[-1])
+        looked: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+        return found | looked
 
 
 def _arguments(kind: str, rank: int, references: int, interleaved: bool) -> list[str]:

@@ -149,7 +149,7 @@ def raw(place: Mapping[str, str], chunks: int, codec: str) -> Samples:
 
     async def get_into(found: Any, n: int) -> None:
         answer = await store.get_async(str(n))
-        found[n] = np.frombuffer(await answer.bytes_async(), found.dtype)
+        found[n] = np.frombuffer(memoryview(await answer.bytes_async()), found.dtype)
 
     async def each(work: Any) -> None:
         waiting = iter(range(chunks))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from icechunk.format.ids import FIRST_SNAPSHOT, NodeId, ObjectId
-from icechunk.format.tables import NATIVE, ChunkRefs, Manifest, Snapshot
+from icechunk.format.tables import NATIVE, ChunkRefs, Manifest, NodeSnapshot, Snapshot
 from icechunk.log.compaction import Placed, Policy, new_manifests, new_snapshot, placed, plan
 from icechunk.log.lookup import find
 from icechunk.log.session_log import SessionLog
@@ -100,9 +100,17 @@ def single_calls() -> None:
     assert node is not None
     n = len(spots)
     report("node", best(lambda: [log.node("/g/a") for _ in spots]), n)
-    report("set_inline", best(lambda: [log.set_inline(node, c, b"12345678") for c in spots]), n)
-    chunk_id = ObjectId(bytes(12))
-    report("set_native", best(lambda: [log.set_native(node, c, chunk_id, 0, 9) for c in spots]), n)
+
+    def set_inline() -> None:
+        for c in spots:
+            log.set_inline(node, c, b"12345678")
+
+    def set_native() -> None:
+        for c in spots:
+            log.set_native(node, c, ObjectId(bytes(12)), 0, 9)
+
+    report("set_inline", best(set_inline), n)
+    report("set_native", best(set_native), n)
     report("chunk, written one at a time", best(lambda: [log.chunk(node, c) for c in spots]), n)
 
 
@@ -116,9 +124,10 @@ def million() -> None:
         log.set_metadata("/a", array_json(2000, 1000))
         node = log.node("/a")
         assert node is not None
-        report(f"set_refs of 1 M, {name}", best(lambda: log.set_refs(node, columns), 1))  # noqa: B023
+        array: NodeSnapshot = node
+        report(f"set_refs of 1 M, {name}", best(lambda: log.set_refs(array, columns), 1))  # noqa: B023
         spots = [tuple(r) for r in rng.integers(0, 1000, (20_000, 2)).tolist()]
-        report("chunk, written in bulk", best(lambda: [log.chunk(node, c) for c in spots]), len(spots))  # noqa: B023
+        report("chunk, written in bulk", best(lambda: [log.chunk(array, c) for c in spots]), len(spots))  # noqa: B023
         report("commit of 1 M (plan and compact)", best(lambda: bench.commit(log), 1))  # noqa: B023
     manifest = next(iter(bench.manifests.values()))
     ((_, held),) = manifest.arrays.items()

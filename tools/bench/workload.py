@@ -108,7 +108,7 @@ def wire(options: Mapping[str, Any]) -> dict[str, float]:
         dtype="i4",
         compressors=None,
     )
-    seconds = {}
+    seconds: dict[str, float] = {}
     started = time.perf_counter()
     array[:] = data
     session.commit("chunks")
@@ -133,8 +133,8 @@ def wire(options: Mapping[str, Any]) -> dict[str, float]:
     each = WIRE_CHUNK_BYTES // 4
     started = time.perf_counter()
     for i in chosen:
-        values = array[i * each : (i + 1) * each]
-        if values[0] != data[i * each]:
+        part = np.asarray(array[i * each : (i + 1) * each])
+        if part[0] != data[i * each]:
             raise AssertionError("what was read is not what was written")
     seconds["random reads"] = time.perf_counter() - started
 
@@ -158,7 +158,7 @@ async def references(_: Mapping[str, Any]) -> dict[str, float]:
     container = icechunk.VirtualChunkContainer("s3://bucket/", icechunk.s3_store(region="us-east-1"))
     config.set_virtual_chunk_container(container)
     repo = await icechunk.Repository.create_async(icechunk.in_memory_storage(), config=config)
-    seconds = {}
+    seconds: dict[str, float] = {}
     first = 0
     for what, count in (("1 M set and commit", REFERENCES), ("append 1 000 to 1 M", 1_000)):
         session = await repo.writable_session_async("main")
@@ -198,8 +198,9 @@ async def arrays(_: Mapping[str, Any]) -> dict[str, float]:
     session = await repo.writable_session_async("main")
     await _array(session.store, "a", 2, 16)
     found = await session.store.get("a/zarr.json", default_buffer_prototype())
+    assert found is not None
     document, value = prototype.from_bytes(found.to_bytes()), prototype.from_bytes(b"x" * 16)
-    seconds = {}
+    seconds: dict[str, float] = {}
     for what, keys in (("create", ("zarr.json", "c/0", "c/1")), ("update", ("c/0",))):
         started = time.perf_counter()
         for first in range(0, SMALL_ARRAYS, 500):

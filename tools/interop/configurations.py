@@ -11,6 +11,7 @@ VERSION is 2, 1, or ``log`` (ours only).
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import tempfile
@@ -23,11 +24,8 @@ import icechunk
 __all__ = ["defaults", "read", "save", "scenarios", "write"]
 
 OURS = hasattr(icechunk.Repository, "checkpoint_async")
-if OURS:
-    from icechunk.config import RepoUpdateRetryConfig
-else:
-    # Not public there.
-    RepoUpdateRetryConfig = icechunk._icechunk_python.RepoUpdateRetryConfig
+# Not public in the official library.
+RepoUpdateRetryConfig: Any = importlib.import_module("icechunk._icechunk_python").RepoUpdateRetryConfig
 
 Values = dict[str, Any]
 
@@ -157,7 +155,7 @@ def _others() -> Any:
     return config
 
 
-def _version(version: str) -> dict[str, int]:
+def _version(version: str) -> dict[str, Any]:
     return {} if version == "log" else {"spec_version": int(version)}
 
 
@@ -167,7 +165,7 @@ def scenarios(version: str) -> dict[str, list[dict[str, Any]]]:
     starts = {"none": None, "empty": icechunk.RepositoryConfig.default(), "some": _some(), "everything": _everything()}
     for name, start in starts.items():
         storage = icechunk.in_memory_storage()
-        created: Any = icechunk.Repository.create(storage, config=start, **_version(version))  # type: ignore[arg-type]
+        created: Any = icechunk.Repository.create(storage, config=start, **_version(version))
         steps = out[name] = [_look(created, storage)]
         opened = icechunk.Repository.open(storage)
         steps.append(_look(opened, storage))
@@ -199,7 +197,7 @@ def defaults() -> dict[str, Values]:
 def write(folder: Path, version: str) -> dict[str, Any]:
     """A repository in ``folder``, and some commits beyond what one ``repo`` object keeps of its log."""
     storage = icechunk.local_filesystem_storage(str(folder))
-    repo: Any = icechunk.Repository.create(storage, config=_everything(), **_version(version))  # type: ignore[arg-type]
+    repo: Any = icechunk.Repository.create(storage, config=_everything(), **_version(version))
     return _continue(repo, folder)
 
 

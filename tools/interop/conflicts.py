@@ -174,7 +174,7 @@ def outcome(repo: Any, branch: str, theirs: Change, ours: Change, solver: Any) -
         return type(error).__name__
     root = zarr.open_group(repo.readonly_session(branch).store, mode="r")
     return {
-        path: [node[:].tolist() if isinstance(node, zarr.Array) else None, dict(node.attrs)]
+        path: [np.asarray(node[:]).tolist() if isinstance(node, zarr.Array) else None, dict(node.attrs)]
         for path, node in sorted(root.members(max_depth=None))
     }
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 import zarr
+import zarr.codecs
 
 import icechunk
 from tools.interop.generate import every_dtype
@@ -58,7 +59,7 @@ class World:
     def create(self, spec_version: int | None) -> None:
         """Begin it, in a version of the format; None: as the library does it by itself."""
         storage = icechunk.local_filesystem_storage(self.path)
-        version = {} if spec_version is None else {"spec_version": spec_version}
+        version: dict[str, Any] = {} if spec_version is None else {"spec_version": spec_version}
         self.repo = icechunk.Repository.create(storage, **self._options, **version)
 
     def open(self) -> None:

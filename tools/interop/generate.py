@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import zarr
+import zarr.codecs
 
 import icechunk
 from tools.interop.dump import digest

@@ -37,12 +37,12 @@ OURS = hasattr(icechunk.Repository, "checkpoint_async")
 def _config(rules: Mapping[Any, Any] | None, **manifest: Any) -> icechunk.RepositoryConfig:
     config = icechunk.RepositoryConfig.default()
     config.inline_chunk_threshold_bytes = 0
-    splitting = None if rules is None else icechunk.ManifestSplittingConfig.from_dict(rules)  # type: ignore[arg-type]
+    splitting = None if rules is None else icechunk.ManifestSplittingConfig.from_dict(rules)
     config.manifest = icechunk.ManifestConfig(splitting=splitting, **manifest)
     return config
 
 
-def _version(version: str) -> dict[str, int]:
+def _version(version: str) -> dict[str, Any]:
     if version == "log" or "spec_version" not in inspect.signature(icechunk.Repository.create).parameters:
         return {}
     return {"spec_version": int(version)}
@@ -65,7 +65,7 @@ def _outline(repo: icechunk.Repository) -> list[tuple[str, str, int, list[list[i
             for ref in node.manifests
         ]
         return sorted([(p, i, n, [list(e) for e in extents]) for p, i, n, extents in rows], key=_place)
-    found: Any = repo.inspect_snapshot(tip)  # type: ignore[attr-defined]
+    found: Any = repo.inspect_snapshot(tip)
     found = json.loads(found) if isinstance(found, str) else found
     sizes = {m["id"]: m["num_chunk_refs"] for m in found["manifests"]}
     return sorted(

@@ -106,7 +106,7 @@ def read(session: Any) -> dict[str, Any]:
     for name in sorted(zarr.open_group(store, mode="r").array_keys()):
         references = asyncio.run(_references(store, name))
         try:
-            values = zarr.open_array(store, path=name, mode="r")[...].tobytes().hex()
+            values = np.asarray(zarr.open_array(store, path=name, mode="r")[...]).tobytes().hex()
         except icechunk.IcechunkError as error:
             values = f"{type(error).__name__} {error.kind}"
         result[name] = {"references": references, "values": values}
