@@ -214,7 +214,7 @@ async def test_a_transfer_that_is_given_up_leaves_no_thread_and_no_connection(
 
 async def test_more_transfers_than_threads_all_come_through() -> None:
     count = 2 * http1._THREADS + 3
-    async with serving(saying(HEAD + BODY)) as origin, connections() as made:
+    async with serving(saying(*[HEAD + BODY] * count)) as origin, connections() as made:
         answers = await asyncio.gather(
             *(made.exchange(origin, "PUT", "/", {"host": "h"}, BODY, connect_s=30.0, read_s=30.0) for _ in range(count))
         )
