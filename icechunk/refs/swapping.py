@@ -121,9 +121,9 @@ class Swapping:
             await self._require_open()
             time_us = max(view.sources.wall_us(), 0)
             group = build(view.state, [one for one in self.queue.waiting if one.asked < view.looked], time_us=time_us)
-        # Those who were looked at stand in front: who comes later has a higher number.
         if group.members:
             self._unsettled = self._attempt(group, time_us)
+        # Those who were looked at stand in front: who comes later has a higher number.
         del self.queue.waiting[: group.taken]
         for waiting, error in group.refused:
             resolve(waiting, error)
