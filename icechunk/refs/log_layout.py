@@ -5,7 +5,8 @@ one instance on one event loop:
 
 - `icechunk.refs.log_view.LogView`: the head (the newest folded state), the proof of how old its knowledge of the
   end is, ``repo`` as last seen, and whether the log has ended;
-- `icechunk.refs.swapping.Swapping`: who waits, the task that swaps, and at most one unsettled attempt;
+- `icechunk.refs.append_queue.AppendQueue`: who waits, and the task that swaps, as in the other layouts;
+- `icechunk.refs.swapping.Swapping`: the entry in flight, at most one of which is unsettled;
 - `icechunk.refs.checkpointing.Checkpointing`: the task that writes checkpoints.
 
 This module puts them together and says when they begin and end.
