@@ -296,13 +296,13 @@ async def test_answers_that_come_in_pieces_at_the_same_time_are_not_mixed_up() -
     bodies = [os.urandom(size) for size in (10, 5_000, 100_000, 700_000, 1_500_000)]
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        number = int((await reader.readuntil(b"\r\n\r\n")).split()[1][1:])
-        answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(bodies[number]) + bodies[number]
-        step = max(1, len(answer) // 20)
-        for start in range(0, len(answer), step):
-            writer.write(answer[start : start + step])
-            await asyncio.sleep(0.001)
-        await reader.read()
+        while True:  # until the client closes
+            number = int((await reader.readuntil(b"\r\n\r\n")).split()[1][1:])
+            answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(bodies[number]) + bodies[number]
+            step = max(1, len(answer) // 20)
+            for start in range(0, len(answer), step):
+                writer.write(answer[start : start + step])
+                await asyncio.sleep(0.001)
 
     async with serving(talk) as origin, connections() as made:
         numbers = [*range(len(bodies))] * 4
