@@ -9,7 +9,6 @@ had their turn before it is answered, so that everything which does not depend o
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -65,7 +64,11 @@ class RecordingStorage(WrappingStorage):
         super().__init__(inner)
         self.requests: list[RecordedRequest] = []
         self._turns = turns
-        self._order = itertools.count()
+        self._moment = 0
+
+    def _next_moment(self) -> int:
+        self._moment += 1
+        return self._moment
 
     def clear(self) -> None:
         """Forget the requests so far."""
@@ -132,7 +135,7 @@ class RecordingStorage(WrappingStorage):
 
     async def _record(self, request: RecordedRequest, send: Callable[[], Awaitable[T]]) -> T:
         self.requests.append(request)
-        request.started = next(self._order)
+        request.started = self._next_moment()
         try:
             for _ in range(self._turns):
                 await asyncio.sleep(0)
@@ -144,4 +147,4 @@ class RecordingStorage(WrappingStorage):
             request.error = error
             raise
         finally:
-            request.ended = next(self._order)
+            request.ended = self._next_moment()
