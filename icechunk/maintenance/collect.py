@@ -17,12 +17,11 @@ reachable is read, and anything unreadable ends the collection; only then are ob
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Final
 
 import anyio
 
-from icechunk.errors import ErrorKind, ReadOnlyError, StorageError
+from icechunk.errors import StorageError
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.keys import CHUNKS_PREFIX, MANIFESTS_PREFIX, SNAPSHOTS_PREFIX, TRANSACTIONS_PREFIX
 from icechunk.format.tables import NATIVE, Manifest, ManifestFile
@@ -34,6 +33,7 @@ from icechunk.ops import GCSummary
 from icechunk.refs.base import Layout, RepositoryLog
 from icechunk.refs.events import CollectionRan
 from icechunk.refs.state import RepoState, apply
+from icechunk.refs.store_check import require_writable
 from icechunk.sources import Sources
 from icechunk.storage.base import Storage
 from icechunk.transfer.assets import off_loop
@@ -67,10 +67,8 @@ async def collect_garbage(
         Something that is reachable is missing or cannot be read: nothing was deleted. Or, with kind
         ``gc-deletes-failing``, deleting fails again and again.
     """
-    if not dry_run and not storage.supports_writes:
-        raise ReadOnlyError(
-            f"cannot collect garbage: {storage.describe()} can only be read", ErrorKind.READ_ONLY_STORAGE
-        )
+    if not dry_run:
+        require_writable(storage, "collect garbage")
     await log.refresh()
     cutoff_us = await _cutoff_us(log, storage, sources, older_than_us, dry_run=dry_run)
     state = await _collected(log, sources, cutoff_us, dry_run=dry_run)
@@ -113,8 +111,11 @@ async def _cutoff_us(
     if older_than_us > log.store_time_us - steps_us:
         if log.layout is Layout.LOG and storage.supports_writes:
             # Files of small commits that are still on their way would be younger. Who may only look looks without.
-            with suppress(*((StorageError,) if dry_run else ())):
+            try:
                 await log.checkpoint()
+            except StorageError:
+                if not dry_run:
+                    raise
         await sources.sleep(2 * steps_us / 1e6)
         await log.refresh()
     return max(0, min(older_than_us, log.store_time_us - steps_us))

@@ -14,7 +14,6 @@ from icechunk.errors import (
     FormatError,
     ObjectNotFoundError,
     PreconditionFailedError,
-    ReadOnlyError,
     StorageError,
 )
 from icechunk.format.ids import ObjectId, encode_id
@@ -24,6 +23,7 @@ from icechunk.format.tables import Snapshot
 from icechunk.refs.events import BranchDeleted, TagDeleted
 from icechunk.refs.ref_files_layout import RefFilesLayout
 from icechunk.refs.state import MAIN
+from icechunk.refs.store_check import require_writable
 from icechunk.storage.base import Matches, Storage, Version
 from icechunk.tasks import run_each
 
@@ -97,10 +97,7 @@ async def expire_ref_files(
     set
         Snapshots that left the history of some ref, those among them that another ref still points to included.
     """
-    if not storage.supports_writes:
-        raise ReadOnlyError(
-            f"cannot expire snapshots: {storage.describe()} can only be read", ErrorKind.READ_ONLY_STORAGE
-        )
+    require_writable(storage, "expire snapshots")
     state = await log.refresh()
     reader = _Reader(storage)
     chains: dict[ObjectId, list[Link]] = {}

@@ -16,12 +16,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from icechunk.errors import ErrorKind, PreconditionFailedError, ReadOnlyError, StorageError
+from icechunk.errors import PreconditionFailedError, StorageError
 from icechunk.refs.base import Layout, RepositoryLog
 from icechunk.refs.entry import LOG_PREFIX, epoch_prefix, floor_key, floor_prefix, parse_floor_key, slot_key
 from icechunk.refs.events import Sealed
 from icechunk.refs.log_reader import list_head, read_repo, read_slot
 from icechunk.refs.proof import PRUNE_WAIT_US
+from icechunk.refs.store_check import require_writable
 from icechunk.sources import Sources
 from icechunk.storage.base import Absent, Storage
 
@@ -56,8 +57,7 @@ async def prune_log(log: RepositoryLog, storage: Storage, sources: Sources) -> i
     """
     if log.layout is Layout.REFS:
         return 0
-    if not storage.supports_writes:
-        raise ReadOnlyError(f"cannot prune the log: {storage.describe()} can only be read", ErrorKind.READ_ONLY_STORAGE)
+    require_writable(storage, "prune the log")
     # The order matters: what is announced or deleted below was folded into `repo` when it was read here.
     found = await read_repo(storage, sources)
     if found is None:

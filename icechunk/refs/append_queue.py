@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from types import MappingProxyType
 from typing import Final
 
 from icechunk.errors import CommitOutcomeUnknown, ErrorKind, IcechunkError, SessionStateError, StorageError
 from icechunk.format.ids import encode_id
 from icechunk.refs.base import OnSent, Propose, SwapToken
+from icechunk.refs.carried import put_once
 from icechunk.refs.commit_queue import Member, Waiting
 from icechunk.refs.state import RepoState
+from icechunk.refs.store_check import require_writable
+from icechunk.storage.base import Storage
 from icechunk.tasks import finish_task
 
 __all__ = ["AppendQueue", "resolve", "tell_sent"]
@@ -35,13 +37,26 @@ class AppendQueue:
     swap_next
         Carries out one swap for whoever is in `waiting`, and settles it. Whatever it raises ends the appends of
         everybody: of those in `sent` with `CommitOutcomeUnknown`, of the others with this error.
-    describe
-        Where the log is, for messages.
+    storage
+        Where the log is.
+    begin_look
+        Numbers a call among the client's looks.
+    files_ride
+        Whether the files of a call ride in its entry. Else they are put before it waits.
     """
 
-    def __init__(self, swap_next: Callable[[], Awaitable[None]], describe: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        swap_next: Callable[[], Awaitable[None]],
+        storage: Storage,
+        begin_look: Callable[[], int],
+        *,
+        files_ride: bool = False,
+    ) -> None:
         self._swap_next = swap_next
-        self._describe = describe
+        self._storage = storage
+        self._begin_look = begin_look
+        self._files_ride = files_ride
         self.waiting: list[Waiting] = []
         self.sent: tuple[Member, ...] = ()
         """Whose events are in the attempt that is not settled."""
@@ -58,11 +73,14 @@ class AppendQueue:
         since_us: int | None,
         deadline_s: float | None,
         on_sent: OnSent | None,
-        asked: int,
-        files: Mapping[str, bytes] = MappingProxyType({}),
-        on_queued: Callable[[], None] | None = None,
+        files: Mapping[str, bytes],
+        on_queued: Callable[[], None] | None,
     ) -> RepoState:
-        """As `RepositoryLog.append`; ``asked`` numbers the call among the client's looks."""
+        """As `RepositoryLog.append`."""
+        require_writable(self._storage, "change the repository")
+        if not self._files_ride:
+            for key, data in files.items():
+                await put_once(self._storage, key, data)
         if self.closed:
             raise SessionStateError("the repository is closed; open it again")
         one = Waiting(
@@ -70,8 +88,8 @@ class AppendQueue:
             since_us=since_us,
             outcome=asyncio.get_running_loop().create_future(),
             on_sent=on_sent,
-            files=files,
-            asked=asked,
+            files=files if self._files_ride else {},
+            asked=self._begin_look(),
         )
         self.waiting.append(one)
         if on_queued is not None:
@@ -90,8 +108,8 @@ class AppendQueue:
             return one.outcome.result()
         if one.token is None:
             raise StorageError(
-                f"cannot change the repository in {self._describe()}: the deadline of {deadline_s} s passed before "
-                "anything was sent; nothing landed",
+                f"cannot change the repository in {self._storage.describe()}: the deadline of {deadline_s} s passed "
+                "before anything was sent; nothing landed",
                 ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
             )
         raise self._unknown(one, f"the deadline of {deadline_s} s passed first")
@@ -100,7 +118,7 @@ class AppendQueue:
         snapshots = () if one.token is None else one.token.snapshots
         what = ", ".join(encode_id(snapshot) for snapshot in snapshots) or "a change"
         return CommitOutcomeUnknown(
-            f"it is not known whether {what} landed in the repository in {self._describe()}: {why}. "
+            f"it is not known whether {what} landed in the repository in {self._storage.describe()}: {why}. "
             "Repository.settle_async(error.token) finds out, or makes failure certain",
             one.token,
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from icechunk.errors import ErrorKind, InvalidInputError, ReadOnlyError
+from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.refs.base import Layout, RepositoryLog
 from icechunk.refs.log_checkpoint import convert_to_log
 from icechunk.refs.log_layout import LogLayout
 from icechunk.refs.repo_layout import RepoObjectLayout
+from icechunk.refs.store_check import require_writable
 from icechunk.sources import Sources
 from icechunk.storage.base import Storage
 
@@ -33,10 +34,7 @@ async def convert_log(log: RepositoryLog, storage: Storage, sources: Sources, la
     await log.refresh()
     if log.layout is layout:
         return
-    if not storage.supports_writes:
-        raise ReadOnlyError(
-            f"cannot convert the repository: {storage.describe()} can only be read", ErrorKind.READ_ONLY_STORAGE
-        )
+    require_writable(storage, "convert the repository")
     match log, layout:
         case LogLayout(), Layout.REPO:
             await log.convert_to_repo_object()

@@ -11,7 +11,6 @@ from icechunk.errors import (
     InvalidInputError,
     ObjectNotFoundError,
     PreconditionFailedError,
-    ReadOnlyError,
     StorageError,
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
@@ -21,7 +20,7 @@ from icechunk.format.snapshot import decode_snapshot, encode_snapshot
 from icechunk.format.tables import Snapshot, TransactionLog
 from icechunk.format.transaction import encode_transaction_log
 from icechunk.refs.state import RepoState, initial_state
-from icechunk.refs.store_check import require_atomic
+from icechunk.refs.store_check import require_atomic, require_writable
 from icechunk.sources import Sources
 from icechunk.storage.base import Absent, Storage
 from icechunk.tasks import run_jobs
@@ -46,10 +45,7 @@ ATTEMPTS: Final = 10
 
 async def require_place(storage: Storage, *, check_clean_root: bool) -> None:
     """Refuse a place where no repository can be created. Errors as those of `create_log`."""
-    if not storage.supports_writes:
-        raise ReadOnlyError(
-            f"cannot create a repository: {storage.describe()} can only be read", ErrorKind.READ_ONLY_STORAGE
-        )
+    require_writable(storage, "create a repository")
     require_atomic(storage)
     await require_clean(storage, everything=check_clean_root)
 

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 
-from icechunk.errors import ErrorKind, ReadOnlyError, SessionStateError
+from icechunk.errors import ErrorKind, SessionStateError
 from icechunk.format.repo_values import Update
 from icechunk.refs import events as e
 from icechunk.refs.base import FILES_BYTES, MAX_FILES, Layout, OnSent, Propose, RepositoryLog, SwapToken
@@ -67,7 +67,6 @@ class LogLayout(RepositoryLog):
         self._checkpointing = Checkpointing(self._view)
         self._swapping = Swapping(self._view, self._checkpointing)
         self._turns: dict[str, asyncio.Lock] = {}
-        self._closed = False
 
     @classmethod
     async def open(
@@ -207,19 +206,8 @@ class LogLayout(RepositoryLog):
     ) -> RepoState:
         if self._view.left is not None:
             raise SessionStateError(self._view.left)
-        if not self._storage.supports_writes:
-            raise ReadOnlyError(
-                f"cannot change the repository: {self._storage.describe()} can only be read",
-                ErrorKind.READ_ONLY_STORAGE,
-            )
         return await self._swapping.queue.append(
-            propose,
-            since_us=since_us,
-            deadline_s=deadline_s,
-            on_sent=on_sent,
-            asked=self._view.begin_look(),
-            files=files,
-            on_queued=on_queued,
+            propose, since_us=since_us, deadline_s=deadline_s, on_sent=on_sent, files=files, on_queued=on_queued
         )
 
     def turn(self, branch: str) -> asyncio.Lock:
@@ -267,9 +255,8 @@ class LogLayout(RepositoryLog):
         return updates_of(self._storage, self.state)
 
     async def aclose(self) -> None:
-        if self._closed:
+        if self._swapping.queue.closed:
             return
-        self._closed = True
         await self._swapping.finish(_CLOSE_GRACE_S)
         await self._view.carried.finish(_CLOSE_GRACE_S)
         await self._checkpointing.finish(_CLOSE_GRACE_S)

@@ -29,7 +29,6 @@ from icechunk.errors import (
     InvalidInputError,
     ObjectNotFoundError,
     PreconditionFailedError,
-    ReadOnlyError,
     StorageError,
 )
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
@@ -38,7 +37,6 @@ from icechunk.format.repo_values import Update
 from icechunk.refs import events as e
 from icechunk.refs.append_queue import AppendQueue, resolve, tell_sent
 from icechunk.refs.base import Layout, OnSent, Propose, RepositoryLog, SwapToken
-from icechunk.refs.carried import put_once
 from icechunk.refs.commit_queue import Member, Waiting, new_snapshots
 from icechunk.refs.match_check import MatchCheck
 from icechunk.refs.ref_files_view import RefFilesView
@@ -95,7 +93,7 @@ class RefFilesLayout(RepositoryLog):
         self._view = RefFilesView(storage, sources)
         self._unsettled: _Write | None = None
         self._check = MatchCheck(storage)
-        self._queue = AppendQueue(self._swap_next, storage.describe)
+        self._queue = AppendQueue(self._swap_next, storage, self._view.next_ticket)
 
     @classmethod
     async def open(cls, storage: Storage, sources: Sources = SYSTEM) -> RefFilesLayout:
@@ -153,20 +151,8 @@ class RefFilesLayout(RepositoryLog):
         FormatError
             Several events, or one that the format does not have (kind ``unsupported-spec-version``).
         """
-        if not self._storage.supports_writes:
-            raise ReadOnlyError(
-                f"cannot change the repository: {self._storage.describe()} can only be read",
-                ErrorKind.READ_ONLY_STORAGE,
-            )
-        for key, data in files.items():
-            await put_once(self._storage, key, data)
         return await self._queue.append(
-            propose,
-            since_us=since_us,
-            deadline_s=deadline_s,
-            on_sent=on_sent,
-            asked=self._view.next_ticket(),
-            on_queued=on_queued,
+            propose, since_us=since_us, deadline_s=deadline_s, on_sent=on_sent, files=files, on_queued=on_queued
         )
 
     async def prepare_writes(self) -> None:

@@ -30,7 +30,6 @@ from icechunk.errors import (
     IcechunkError,
     ObjectNotFoundError,
     PreconditionFailedError,
-    ReadOnlyError,
     RepositoryNotFoundError,
     SessionStateError,
     StorageError,
@@ -40,7 +39,6 @@ from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_rep
 from icechunk.format.repo_values import Update
 from icechunk.refs.append_queue import AppendQueue, resolve, tell_sent
 from icechunk.refs.base import Layout, OnSent, Propose, RepositoryLog, SwapToken
-from icechunk.refs.carried import put_once
 from icechunk.refs.commit_queue import Group, Member, build, new_snapshots
 from icechunk.refs.entry import decode_events
 from icechunk.refs.log_checkpoint import DEFAULT_UPDATES_PER_FILE, encode
@@ -113,7 +111,7 @@ class RepoObjectLayout(RepositoryLog):
         self._preparing = False
         self._check = MatchCheck(storage)
         self._losses = 0
-        self._queue = AppendQueue(self._swap_next, storage.describe)
+        self._queue = AppendQueue(self._swap_next, storage, self._view.next_ticket)
 
     @classmethod
     async def open(
@@ -190,20 +188,8 @@ class RepoObjectLayout(RepositoryLog):
         files: Mapping[str, bytes] = MappingProxyType({}),
         on_queued: Callable[[], None] | None = None,
     ) -> RepoState:
-        if not self._storage.supports_writes:
-            raise ReadOnlyError(
-                f"cannot change the repository: {self._storage.describe()} can only be read",
-                ErrorKind.READ_ONLY_STORAGE,
-            )
-        for key, data in files.items():
-            await put_once(self._storage, key, data)
         return await self._queue.append(
-            propose,
-            since_us=since_us,
-            deadline_s=deadline_s,
-            on_sent=on_sent,
-            asked=self._view.next_ticket(),
-            on_queued=on_queued,
+            propose, since_us=since_us, deadline_s=deadline_s, on_sent=on_sent, files=files, on_queued=on_queued
         )
 
     async def prepare_writes(self) -> None:

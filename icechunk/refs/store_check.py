@@ -9,16 +9,28 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import ClassVar
 
-from icechunk.errors import ErrorKind, PreconditionFailedError, StorageError
+from icechunk.errors import ErrorKind, PreconditionFailedError, ReadOnlyError, StorageError
 from icechunk.refs.marker import NO_FILES
 from icechunk.storage.base import Absent, Matches, Storage
 
-__all__ = ["ConditionCheck", "StoreCheck", "may_write", "require_atomic"]
+__all__ = ["ConditionCheck", "StoreCheck", "may_write", "require_atomic", "require_writable"]
 
 
 def may_write(storage: Storage) -> bool:
     """Whether the log there may be written to: it is no view for readers, and preconditions hold."""
     return storage.supports_writes and {Absent, Matches} <= storage.atomic_preconditions
+
+
+def require_writable(storage: Storage, what: str) -> None:
+    """Refuse to do something, such as to "create a repository", where the place can only be read.
+
+    Raises
+    ------
+    ReadOnlyError
+        Kind ``read-only-storage``.
+    """
+    if not storage.supports_writes:
+        raise ReadOnlyError(f"cannot {what}: {storage.describe()} can only be read", ErrorKind.READ_ONLY_STORAGE)
 
 
 def require_atomic(storage: Storage) -> None:

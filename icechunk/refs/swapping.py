@@ -51,7 +51,7 @@ class Swapping:
         self._view = view
         self._checkpointing = checkpointing
         self._store_check = StoreCheck(view.storage)
-        self.queue = AppendQueue(self._swap_next, view.storage.describe)
+        self.queue = AppendQueue(self._swap_next, view.storage, view.begin_look, files_ride=True)
         self._unsettled: Attempt | None = None
         self._losses = 0
         self._expected: tuple[RepoState, list[Waiting], RepoState] = (view.state, [], view.state)

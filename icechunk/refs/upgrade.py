@@ -35,7 +35,6 @@ from icechunk.errors import (
     InvalidInputError,
     ObjectNotFoundError,
     PreconditionFailedError,
-    ReadOnlyError,
     RepositoryNotFoundError,
     SessionStateError,
     SnapshotNotFoundError,
@@ -52,7 +51,7 @@ from icechunk.refs.migration import RefValues, migrated_info
 from icechunk.refs.ops_log import updates_of
 from icechunk.refs.ref_names import RefKey, RefNames, close_ref, is_closed, read_ref
 from icechunk.refs.state import MAIN, from_repo_info
-from icechunk.refs.store_check import require_atomic
+from icechunk.refs.store_check import require_atomic, require_writable
 from icechunk.refs.write_mark import write_mark
 from icechunk.sources import Sources
 from icechunk.storage.base import Absent, Matches, Storage, Version
@@ -231,10 +230,7 @@ class _Upgrade:
     # ------------------------------------------------------------------- writing
 
     async def _check_writable(self) -> None:
-        if not self._storage.supports_writes:
-            raise ReadOnlyError(
-                f"cannot upgrade the repository: {self._where} can only be read", ErrorKind.READ_ONLY_STORAGE
-            )
+        require_writable(self._storage, "upgrade the repository")
         require_atomic(self._storage)
         await MatchCheck(self._storage).run([snapshot_key(id) for id in (FIRST_SNAPSHOT, *list(self._records)[:1])])
 
