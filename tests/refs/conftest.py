@@ -8,7 +8,8 @@ from tests.refs.world import World
 
 
 @pytest.fixture
-async def world():
-    a_world = World()
+async def world(request: pytest.FixtureRequest):
+    """Of the log layout, or what the test's module calls ``new_world``."""
+    a_world = getattr(request.module, "new_world", World)()
     yield a_world
     await a_world.aclose()

@@ -38,7 +38,7 @@ from icechunk.storage.local import LocalStorage
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.scripted import Request, Send, lost_answer
 from tests.refs.strategies import an_id
-from tests.refs.world import World
+from tests.refs.world import World, held_back
 
 MAIN_KEY = "refs/branch.main/ref.json"
 
@@ -56,13 +56,7 @@ class RefFilesWorld(World):
             id=an_id(i), parent_id=parent, flushed_at_us=self.clock.now_us, message=str(i), metadata={"i": i}
         )
         await self.store.put(snapshot_key(snapshot.id), encode_snapshot(snapshot, 1))
-        record = SnapshotRecord(
-            id=snapshot.id,
-            parent=parent,
-            flushed_at_us=snapshot.flushed_at_us,
-            message=snapshot.message,
-            metadata=snapshot.metadata,
-        )
+        record = SnapshotRecord.of(snapshot)
 
         def propose(state: RepoState) -> list[e.Event]:
             return [e.CommitAdded(branch=branch, snapshot=record)]
@@ -73,11 +67,7 @@ class RefFilesWorld(World):
         return decode_ref((await self.store.get(key)).data, key)
 
 
-@pytest.fixture
-async def world():
-    a_world = RefFilesWorld()
-    yield a_world
-    await a_world.aclose()
+new_world = RefFilesWorld
 
 
 def replaces(key: str):
@@ -341,14 +331,8 @@ async def test_an_unknown_outcome_is_settled_either_way(world: RefFilesWorld, la
     log, storage = await world.create()
     late: list[Send] = []
 
-    async def hold(request: Request, send: Send) -> object:
-        if replaces(MAIN_KEY)(request):
-            late.append(send)
-            raise lost_answer()
-        return await send()
-
     commit = await world.commit(1)
-    storage.script = hold
+    storage.script = held_back(late, replaces(MAIN_KEY))
     with pytest.raises(CommitOutcomeUnknown) as unknown:
         await log.append(commit)
     token = pickle.loads(pickle.dumps(unknown.value.token))

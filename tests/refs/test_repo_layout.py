@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import pytest
 
@@ -27,14 +28,9 @@ from icechunk.refs.repo_layout import RepoObjectLayout
 from icechunk.refs.update_retries import UpdateRetries
 from icechunk.testing.scripted import Request, ScriptedStorage, Send, lost_answer
 from tests.refs.strategies import an_id
-from tests.refs.world import World, replaces_repo
+from tests.refs.world import World, losing_the_answer, replaces_repo
 
-
-@pytest.fixture
-async def world():
-    a_world = World(create_repo_object, RepoObjectLayout)
-    yield a_world
-    await a_world.aclose()
+new_world = partial(World, create_repo_object, RepoObjectLayout)
 
 
 async def test_a_commit_copies_the_object_and_replaces_exactly_that_version(world: World):
@@ -194,14 +190,7 @@ async def test_of_many_creators_one_wins(world: World):
 async def test_creation_whose_answer_was_lost_is_recognised(world: World):
     storage = ScriptedStorage(world.store)
 
-    async def lose(request: Request, send: Send) -> object:
-        answer = await send()
-        if replaces_repo(request):
-            storage.script = None
-            raise lost_answer()
-        return answer
-
-    storage.script = lose
+    storage.script = losing_the_answer(storage, replaces_repo)
     log = await create_repo_object(storage, world.clock.sources())
     await log.append(world.commit(1))
 

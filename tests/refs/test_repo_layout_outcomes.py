@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+from functools import partial
 
 import pytest
 
@@ -21,14 +22,9 @@ from icechunk.refs.create_repo import create_repo_object
 from icechunk.refs.repo_layout import RepoObjectLayout
 from icechunk.testing.scripted import Request, Send, lost_answer
 from tests.refs.strategies import an_id
-from tests.refs.world import World, replaces_repo
+from tests.refs.world import World, held_back, losing_the_answer, replaces_repo, waiting_for
 
-
-@pytest.fixture
-async def world():
-    a_world = World(create_repo_object, RepoObjectLayout)
-    yield a_world
-    await a_world.aclose()
+new_world = partial(World, create_repo_object, RepoObjectLayout)
 
 
 async def turns(count: int = 200) -> None:
@@ -39,14 +35,7 @@ async def turns(count: int = 200) -> None:
 async def test_a_commit_that_landed_but_lost_its_answer_is_not_committed_twice(world: World):
     log, storage = await world.create()
 
-    async def lose(request: Request, send: Send) -> object:
-        answer = await send()
-        if replaces_repo(request):
-            storage.script = None
-            raise lost_answer()
-        return answer
-
-    storage.script = lose
+    storage.script = losing_the_answer(storage, replaces_repo)
     await log.append(world.commit(1))
     assert await world.history() == [an_id(1)]
 
@@ -80,7 +69,7 @@ async def test_an_answer_that_comes_late_does_not_take_back_what_was_seen_since(
 
     async def answer_late(request: Request, send: Send) -> object:
         answer = await send()
-        if request.verb == "put" and request.key == "repo":
+        if replaces_repo(request):
             storage.script = None
             await other.append(second)
             assert (await log.refresh()).branches["main"] == an_id(2)
@@ -151,13 +140,7 @@ async def test_an_outcome_that_stays_unknown_is_called_so_and_settles_as_landed(
     log, storage = await world.create()
     late: list[Send] = []
 
-    async def hold(request: Request, send: Send) -> object:
-        if replaces_repo(request):
-            late.append(send)
-            raise lost_answer()
-        return await send()
-
-    storage.script = hold
+    storage.script = held_back(late, replaces_repo)
     with pytest.raises(CommitOutcomeUnknown) as unknown:
         await log.append(world.commit(1))
     token = pickle.loads(pickle.dumps(unknown.value.token))
@@ -174,13 +157,7 @@ async def test_settling_makes_failure_certain(world: World, what: str):
     log, storage = await world.create()
     late: list[Send] = []
 
-    async def hold(request: Request, send: Send) -> object:
-        if replaces_repo(request):
-            late.append(send)
-            raise lost_answer()
-        return await send()
-
-    storage.script = hold
+    storage.script = held_back(late, replaces_repo)
     propose = world.commit(1) if what == "commit" else lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)]
     with pytest.raises(CommitOutcomeUnknown) as unknown:
         await log.append(propose)
@@ -206,12 +183,7 @@ async def test_a_caller_with_a_deadline_is_told_and_the_put_goes_on(world: World
     log, storage = await world.create()
     go = asyncio.Event()
 
-    async def hold(request: Request, send: Send) -> object:
-        if replaces_repo(request):
-            await go.wait()
-        return await send()
-
-    storage.script = hold
+    storage.script = waiting_for(go, replaces_repo)
     with pytest.raises(CommitOutcomeUnknown) as unknown:
         await log.append(world.commit(1), deadline_s=0.02)
     go.set()
@@ -222,12 +194,7 @@ async def test_a_cancelled_caller_leaves_the_queue_and_not_the_swap(world: World
     log, storage = await world.create()
     go = asyncio.Event()
 
-    async def hold(request: Request, send: Send) -> object:
-        if replaces_repo(request):
-            await go.wait()
-        return await send()
-
-    storage.script = hold
+    storage.script = waiting_for(go, replaces_repo)
     first = asyncio.create_task(log.append(world.commit(1)))
     await turns()
     second = asyncio.create_task(log.append(world.commit(2)))
@@ -247,12 +214,7 @@ async def test_whoever_is_cancelled_learns_whether_the_outcome_is_open(world: Wo
     told: list[SwapToken | None] = []
     go = asyncio.Event()
 
-    async def hold(request: Request, send: Send) -> object:
-        if replaces_repo(request):
-            await go.wait()
-        return await send()
-
-    storage.script = hold
+    storage.script = waiting_for(go, replaces_repo)
     caller = asyncio.create_task(log.append(world.commit(1), on_sent=told.append))
     await turns()
     caller.cancel()

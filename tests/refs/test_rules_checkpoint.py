@@ -32,7 +32,7 @@ from icechunk.refs.takeover import seal_abandoned
 from icechunk.storage.base import GetResult, Matches, PutResult
 from icechunk.testing.scripted import ManualClock, Request, ScriptedStorage, Send, lost_answer
 from tests.refs.strategies import an_id
-from tests.refs.world import World, put_entry, settled, slots, until
+from tests.refs.world import World, put_entry, replaces_repo, settled, slots, until
 
 # ---------------------------------------------------------------- rule 7
 
@@ -191,7 +191,7 @@ async def test_a_takeover_is_found_at_the_next_checkpoint_sealed_and_reported(
     log, storage = await world.create()
 
     async def no_checkpoint(request: Request, send: Send) -> object:
-        if request.key == "repo" and request.verb == "put":
+        if replaces_repo(request):
             raise lost_answer()
         return await send()
 
@@ -334,7 +334,7 @@ async def test_checkpoints_take_a_small_share_of_the_time_however_long_they_take
     log, storage = await settled(world)
 
     async def slow(request: Request, send: Send) -> object:
-        if request.verb == "put" and request.key == "repo":
+        if replaces_repo(request):
             world.clock.move(0.1)
         return await send()
 

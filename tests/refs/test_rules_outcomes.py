@@ -25,7 +25,7 @@ from icechunk.refs.base import SwapToken
 from icechunk.refs.entry import encode_entry, encode_events, slot_key
 from icechunk.testing.scripted import Request, Send, lost_answer
 from tests.refs.strategies import an_id
-from tests.refs.world import World, settled, slots, until
+from tests.refs.world import World, settled, slots, until, waiting_for
 
 # ---------------------------------------------------------------- rule 3
 
@@ -34,12 +34,7 @@ async def test_a_deadline_gives_an_outcome_that_is_unknown_and_a_token_that_sett
     log, storage = await world.create()
     gate = asyncio.Event()
 
-    async def hold(request: Request, send: Send) -> object:
-        if slots(request):
-            await gate.wait()
-        return await send()
-
-    storage.script = hold
+    storage.script = waiting_for(gate, slots)
     with pytest.raises(CommitOutcomeUnknown) as caught:
         await log.append(world.commit(1), deadline_s=0.05)
     token = pickle.loads(pickle.dumps(caught.value.token))
@@ -80,12 +75,7 @@ async def test_a_cancelled_caller_leaves_and_the_group_goes_on(world: World):
     await log.prepare_writes()
     gate = asyncio.Event()
 
-    async def hold(request: Request, send: Send) -> object:
-        if slots(request):
-            await gate.wait()
-        return await send()
-
-    storage.script = hold
+    storage.script = waiting_for(gate, slots)
     first = asyncio.ensure_future(log.append(world.commit(1)))
     second = asyncio.ensure_future(log.append(lambda state: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)]))
     await until(lambda: any(slots(request) for request in storage.requests))
@@ -208,12 +198,7 @@ async def test_who_is_cancelled_before_the_entry_is_sent_was_told_nothing_and_no
     log, storage = await settled(world)
     gate = asyncio.Event()
 
-    async def hold(request: Request, send: Send) -> object:
-        if slots(request):
-            await gate.wait()
-        return await send()
-
-    storage.script = hold
+    storage.script = waiting_for(gate, slots)
     first = asyncio.ensure_future(log.append(world.commit(1)))
     await until(lambda: any(slots(request) for request in storage.requests))
     told = Told()
@@ -255,12 +240,7 @@ async def test_who_was_cancelled_during_a_put_that_lost_is_told_that_nothing_is_
     other, _ = await world.open()
     gate, told = asyncio.Event(), Told()
 
-    async def hold(request: Request, send: Send) -> object:
-        if slots(request):
-            await gate.wait()
-        return await send()
-
-    storage.script = hold
+    storage.script = waiting_for(gate, slots)
     caller = asyncio.ensure_future(log.append(world.commit(1), on_sent=told.append))
     await until(lambda: any(slots(request) for request in storage.requests))
     caller.cancel()

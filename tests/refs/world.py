@@ -14,11 +14,22 @@ from icechunk.refs.entry import encode_entry, encode_events, slot_key
 from icechunk.refs.log_layout import LogLayout
 from icechunk.storage.base import Storage
 from icechunk.storage.memory import MemoryStorage
-from icechunk.testing.scripted import ManualClock, Request, ScriptedStorage
+from icechunk.testing.scripted import ManualClock, Request, Script, ScriptedStorage, Send, lost_answer
 from icechunk.testing.simulation import commit_proposal
 from tests.refs.strategies import an_id
 
-__all__ = ["DAY_S", "World", "put_entry", "replaces_repo", "settled", "slots", "until"]
+__all__ = [
+    "DAY_S",
+    "World",
+    "held_back",
+    "losing_the_answer",
+    "put_entry",
+    "replaces_repo",
+    "settled",
+    "slots",
+    "until",
+    "waiting_for",
+]
 
 DAY_S = 24 * 3600.0
 
@@ -79,6 +90,42 @@ def slots(request: Request) -> bool:
 def replaces_repo(request: Request) -> bool:
     """Whether it is a PUT of ``repo``."""
     return request.verb == "put" and request.key == "repo"
+
+
+def waiting_for(gate: asyncio.Event, matches: Callable[[Request], bool]) -> Script:
+    """Requests that match wait at the gate."""
+
+    async def script(request: Request, send: Send) -> object:
+        if matches(request):
+            await gate.wait()
+        return await send()
+
+    return script
+
+
+def held_back(late: list[Send], matches: Callable[[Request], bool]) -> Script:
+    """Requests that match get no answer; what is in ``late`` sends them after all."""
+
+    async def script(request: Request, send: Send) -> object:
+        if matches(request):
+            late.append(send)
+            raise lost_answer()
+        return await send()
+
+    return script
+
+
+def losing_the_answer(storage: ScriptedStorage, matches: Callable[[Request], bool]) -> Script:
+    """The first request that matches is carried out, and its answer lost; then all goes through."""
+
+    async def script(request: Request, send: Send) -> object:
+        answer = await send()
+        if matches(request):
+            storage.script = None
+            raise lost_answer()
+        return answer
+
+    return script
 
 
 async def settled(world: World) -> tuple[LogLayout, ScriptedStorage]:
