@@ -12,9 +12,8 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-
 from icechunk.about import (
+    API_VERSION,
     print_debug_info,
     user_agent,
 )
@@ -253,6 +252,7 @@ __all__ = [
     "VersionSelection",
     "VirtualChunkContainer",
     "VirtualChunkSpec",
+    "__api_version__",
     "__version__",
     "azure_anonymous_credentials",
     "azure_credentials",
@@ -296,11 +296,13 @@ __all__ = [
 ]
 
 
-try:
-    __version__ = version("aioicechunk")
-    """The version of the official API that this package matches, and our own patch number."""
-except PackageNotFoundError:  # running from a source tree that is not installed
-    __version__ = "2.3.0"
+__api_version__ = API_VERSION
+"""The version of the official library whose names and semantics this package offers."""
+__version__ = API_VERSION
+"""The same: other packages compare it with versions of the official library.
+
+The version of this distribution is ``importlib.metadata.version("aioicechunk")``.
+"""
 
 
 def spec_version() -> SpecVersion:

@@ -1,26 +1,45 @@
-"""What this package is, and what it runs with."""
+"""What this package is, which official API it matches, and what it runs with."""
 
 from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import Final
 
-from icechunk.format.envelope import CLIENT_NAME
+__all__ = ["API_VERSION", "CLIENT_NAME", "DISTRIBUTION", "VERSION", "print_debug_info", "user_agent"]
 
-__all__ = ["print_debug_info", "user_agent"]
+DISTRIBUTION: Final = "aioicechunk"
+"""The name under which package indexes know this package."""
+VERSION = "0.9.0"  # the only place: the build reads this line (pyproject.toml, tool.hatch.version)
+"""The version of the distribution, which says what changed in this implementation."""
+API_VERSION: Final = "2.3.0"
+"""The version of the official library whose names and semantics the package offers: ``icechunk.__version__``."""
+CLIENT_NAME: Final = f"{DISTRIBUTION}-{VERSION}"
+"""The name of this program in the files that it writes and in its requests; at most 24 bytes of UTF-8."""
 
-_DISTRIBUTIONS = ("aioicechunk", "zarr", "numcodecs", "numpy", "aiobotocore", "xarray", "virtualizarr", "obstore")
+_SHOWN: Final = ("zarr", "numcodecs", "numpy", "aiobotocore", "xarray", "virtualizarr", "obstore")
 
 
 def user_agent() -> str:
-    """How the package names itself in requests to storage, and in the files that it writes."""
+    """How the package names itself in requests to storage, and in the files that it writes.
+
+    The version in it is the distribution's, not that of the official API.
+    """
     return CLIENT_NAME
 
 
 def print_debug_info() -> None:
-    """Print the versions that a report of a problem should name."""
-    rows = [("platform", platform.platform()), ("python", platform.python_version()), ("icechunk", user_agent())]
-    for name in _DISTRIBUTIONS:
+    """Print the versions that a report of a problem should name.
+
+    ``icechunk`` is the official API that is matched, ``aioicechunk`` the distribution that matches it.
+    """
+    rows = [
+        ("platform", platform.platform()),
+        ("python", platform.python_version()),
+        (DISTRIBUTION, VERSION),
+        ("icechunk", f"{API_VERSION} (the official API that is matched)"),
+    ]
+    for name in _SHOWN:
         try:
             rows.append((name, version(name)))
         except PackageNotFoundError:

@@ -9,6 +9,7 @@ import pytest
 import zarr
 
 import icechunk
+from icechunk.about import VERSION
 from icechunk.config import EngineConfig
 from icechunk.errors import FormatError, InvalidInputError, ObjectNotFoundError, RefNotFoundError, SnapshotNotFoundError
 from icechunk.format.ids import object_id_from_text
@@ -34,7 +35,7 @@ async def test_files_of_every_layout_are_described(storage: Storage, asked: int 
     assert described["header"] == {
         "written_by": icechunk.user_agent(),
         "app_name": "aioicechunk",
-        "app_version": "2.3.0",
+        "app_version": VERSION,
         "spec_version": f"{version}.0",
         "file_type": "snapshot",
         "compression": "zstd",

@@ -18,8 +18,6 @@ from icechunk.cli.repositories import add_commands
 
 __all__ = ["main"]
 
-DISTRIBUTION = "aioicechunk"
-
 
 class CommandError(Exception):
     """Ends the command with exit code 2 and this one line."""
@@ -76,14 +74,9 @@ def _refuse(message: str, *, code: int = 2) -> int:
 
 
 def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
+    from icechunk.about import API_VERSION, DISTRIBUTION, VERSION
 
-    try:
-        return f"{DISTRIBUTION} {version(DISTRIBUTION)}"
-    except PackageNotFoundError:
-        from icechunk import __version__
-
-        return f"{DISTRIBUTION} {__version__}"
+    return f"{DISTRIBUTION} {VERSION} (icechunk API {API_VERSION})"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,13 +8,12 @@ from typing import Final
 
 import zstandard
 
+from icechunk.about import CLIENT_NAME
 from icechunk.errors import ErrorKind, FormatError
 
 __all__ = ["CLIENT_NAME", "COMPRESSION_ZSTD", "HEADER_SIZE", "FileHeader", "FileType", "read_header", "seal", "unseal"]
 
 MAGIC: Final = "ICE🧊CHUNK".encode()
-CLIENT_NAME: Final = "aioicechunk-2.3.0"
-"""How we sign our files; at most 24 bytes of UTF-8."""
 HEADER_SIZE: Final = 39
 NEWEST_SPEC_VERSION: Final = 2
 COMPRESSION_ZSTD: Final = 1

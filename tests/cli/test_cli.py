@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import icechunk
+from icechunk.about import VERSION
 from icechunk.cli import main
 from icechunk.cli.progress import Progress
 
@@ -20,9 +22,9 @@ def _demo_extra() -> None:
     pytest.importorskip("netCDF4", reason="reads the data of the demo extra")
 
 
-def test_version_names_the_distribution(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_names_the_distribution_and_the_api_that_it_matches(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out.startswith("aioicechunk 2.3.")
+    assert capsys.readouterr().out == f"aioicechunk {VERSION} (icechunk API {icechunk.__version__})\n"
 
 
 def test_no_command_prints_the_help_and_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

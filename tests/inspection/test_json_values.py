@@ -12,7 +12,7 @@ from icechunk.inspection.json_values import describe_header
     ("written_by", "name", "version"),
     [
         ("ic-2.0.0-alpha.3", "ic", "2.0.0-alpha.3"),
-        ("aioicechunk-2.3.0", "aioicechunk", "2.3.0"),
+        ("aioicechunk-0.9.0", "aioicechunk", "0.9.0"),
         ("other", "other", ""),
     ],
 )
