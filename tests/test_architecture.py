@@ -27,7 +27,7 @@ FLOORS = [
     {"session"},
     {"forking"},
     {"store", "virtual_writing"},
-    {"repository", "distributed", "kerchunk", "cli", "loadtest", "testing"},
+    {"repository", "distributed", "kerchunk", "cli", "testing"},
     {"dask"},
     {"xarray", "_icechunk_python"},
 ]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -14,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import icechunk
-from icechunk.loadtest import oracle
-from icechunk.loadtest.errors import LoadTestError
-from icechunk.loadtest.place import Place
-from icechunk.loadtest.plan import SYSTEMS, Case
-from icechunk.loadtest.progress import Progress
-from icechunk.loadtest.results import Bin, Measurement
-from icechunk.loadtest.worker.histogram import Histogram
+from icechunk_loadtest import oracle
+from icechunk_loadtest.errors import LoadTestError
+from icechunk_loadtest.place import Place
+from icechunk_loadtest.plan import SYSTEMS, Case
+from icechunk_loadtest.progress import Progress
+from icechunk_loadtest.results import Bin, Measurement
+from icechunk_loadtest.worker.histogram import Histogram
 
 __all__ = ["Runner", "interpreters"]
 
 WORKER = "loadtest_worker"
-"""The name under which a worker imports `icechunk.loadtest.worker`: not below ``icechunk``, which may be another's."""
+"""The name under which a worker imports `icechunk_loadtest.worker`: not below ``icechunk``, which may be another's."""
 ANSWER_S = 120.0
 """Seconds that a worker may take for anything that is not the run itself."""
 CLOSE_S = 5.0
@@ -53,7 +54,7 @@ def interpreters(systems: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         missing = [name for name in SYSTEMS[system].needs if importlib.util.find_spec(name) is None]
         if missing:
             notes.append(
-                f"{system} was left out: pip install 'aioicechunk[loadtest]' ({', '.join(missing)} is missing)"
+                f"{system} was left out: pip install 'icechunk-loadtest[compare]' ({', '.join(missing)} is missing)"
             )
             continue
         if system != "official":
@@ -63,7 +64,7 @@ def interpreters(systems: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         python = oracle.find(oracle.OFFICIAL_CURRENT)
         if python is None:
             notes.append(
-                "official was left out: `python -m icechunk.loadtest.oracle 2.3.0` makes an environment with it"
+                "official was left out: `python -m icechunk_loadtest.oracle 2.3.0` makes an environment with it"
             )
         else:
             found[system] = str(python)
@@ -101,7 +102,9 @@ class Runner:
     async def __aenter__(self) -> Runner:
         # a folder with nothing but the worker: python puts it on sys.path, and ours holds our own icechunk too
         self._folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="icechunk-loadtest-worker-"))
-        (Path(self._folder) / WORKER).symlink_to(Path(__file__).parent / "worker")
+        shutil.copytree(
+            Path(__file__).parent / "worker", Path(self._folder) / WORKER, ignore=shutil.ignore_patterns("__pycache__")
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -364,4 +364,4 @@ WORKLOADS = {
     "cold_open": Workload(_fill, _cold_open),
     "soak": Workload(_fill, _soak),
 }
-"""By name; the catalogue of `icechunk.loadtest.plan` describes them."""
+"""By name; the catalogue of `icechunk_loadtest.plan` describes them."""

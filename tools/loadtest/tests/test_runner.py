@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from icechunk.loadtest.place import memory_or_local
-from icechunk.loadtest.plan import Case, Point, Size
-from icechunk.loadtest.progress import Progress
-from icechunk.loadtest.runner import Runner
+from icechunk_loadtest.place import memory_or_local
+from icechunk_loadtest.plan import Case, Point, Size
+from icechunk_loadtest.progress import Progress
+from icechunk_loadtest.runner import Runner
 
 
 def case(system: str = "ours", **size: int) -> Case:

@@ -21,15 +21,15 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from icechunk.loadtest import place as places
-from icechunk.loadtest import plan
-from icechunk.loadtest.errors import LoadTestError
-from icechunk.loadtest.progress import Progress, point_text
-from icechunk.loadtest.report.html import render
-from icechunk.loadtest.report.text import overview
-from icechunk.loadtest.results import Measurement, Results, summarize
-from icechunk.loadtest.runner import Runner, interpreters
-from icechunk.loadtest.thresholds import judge, load_thresholds, parse_threshold
+from icechunk_loadtest import place as places
+from icechunk_loadtest import plan
+from icechunk_loadtest.errors import LoadTestError
+from icechunk_loadtest.progress import Progress, point_text
+from icechunk_loadtest.report.html import render
+from icechunk_loadtest.report.text import overview
+from icechunk_loadtest.results import Measurement, Results, summarize
+from icechunk_loadtest.runner import Runner, interpreters
+from icechunk_loadtest.thresholds import judge, load_thresholds, parse_threshold
 
 __all__ = ["main"]
 
@@ -200,7 +200,7 @@ def _without_latency(order: _Order, place: places.Place, args: argparse.Namespac
     if place.proxy is not None or not any(point.size.latency_ms for point in order.points):
         return order
     if order.delayed:
-        raise LoadTestError("latency needs toxiproxy: python -m icechunk.loadtest.services install toxiproxy")
+        raise LoadTestError("latency needs toxiproxy: python -m icechunk_loadtest.services install toxiproxy")
     if place.kind == "s3" and not args.endpoint:
         notes.append("toxiproxy is not installed: all figures are without added latency")
     here = [replace(point, size=replace(point.size, latency_ms=0)) for point in order.points]

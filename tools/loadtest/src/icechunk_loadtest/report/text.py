@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from icechunk.loadtest.plan import WORKLOADS
-from icechunk.loadtest.progress import point_text
-from icechunk.loadtest.results import Results, Summary, summarize
-from icechunk.loadtest.units import bytes_text, rate_text, ratio_text, seconds_text
+from icechunk_loadtest.plan import WORKLOADS
+from icechunk_loadtest.progress import point_text
+from icechunk_loadtest.results import Results, Summary, summarize
+from icechunk_loadtest.units import bytes_text, rate_text, ratio_text, seconds_text
 
 __all__ = ["overview", "ratio_to"]
 

@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from icechunk.loadtest.plan import WORKLOADS, Case, Point
-from icechunk.loadtest.results import Measurement
-from icechunk.loadtest.units import bytes_text, rate_text, seconds_text
+from icechunk_loadtest.plan import WORKLOADS, Case, Point
+from icechunk_loadtest.results import Measurement
+from icechunk_loadtest.units import bytes_text, rate_text, seconds_text
 
 __all__ = ["Progress", "point_text"]
 

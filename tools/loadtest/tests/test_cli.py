@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,11 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from icechunk.loadtest.cli import main
-from icechunk.loadtest.results import Results
-from tests.loadtest.builders import measurement, results
+import icechunk
+import icechunk_loadtest
+from icechunk_loadtest.cli import main
+from icechunk_loadtest.results import Results
+from tools.loadtest.tests.builders import measurement, results
 
-ROOT = Path(__file__).parents[2]
+PROGRAM = [sys.executable, "-m", "icechunk_loadtest", "--on", "memory", "--systems", "ours"]
+# a fresh interpreter finds both packages where this one found them
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join(str(Path(package.__path__[0]).parent) for package in (icechunk_loadtest, icechunk)),
+}
 SMALL = [
     "--quick",
     "--chunks",
@@ -99,10 +107,10 @@ def test_every_workload_runs_from_end_to_end_without_a_server(kind: str, tmp_pat
 
 
 def test_on_something_that_is_no_terminal_progress_is_plain_lines(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tools.loadtest", "--on", "memory", "--systems", "ours", "--workloads", "append"]
+    command = [*PROGRAM, "--workloads", "append"]
     done = subprocess.run(
         [*command, *SMALL[:-1], "--json", str(tmp_path / "r.json")],
-        cwd=ROOT,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=100,
@@ -131,20 +139,10 @@ def test_minio_is_started_counts_requests_and_latency_is_felt(tmp_path: Path) ->
 
 def test_who_is_asked_to_end_ends_its_workers_and_reports_what_it_has(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    command = [
-        sys.executable,
-        "-m",
-        "tools.loadtest",
-        "--on",
-        "memory",
-        "--systems",
-        "ours",
-        "--workloads",
-        "append,soak",
-    ]
+    command = [*PROGRAM, "--workloads", "append,soak"]
     with subprocess.Popen(
         [*command, *SMALL[:-3], "--soak", "100", "--json", str(path)],
-        cwd=ROOT,
+        env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from icechunk.loadtest.worker.content import Content, Corrupt
+from icechunk_loadtest.worker.content import Content, Corrupt
 
 
 def test_every_chunk_and_version_has_bytes_of_its_own_that_check() -> None:

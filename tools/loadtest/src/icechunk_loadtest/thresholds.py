@@ -27,10 +27,10 @@ from typing import Any
 
 import yaml
 
-from icechunk.loadtest.errors import LoadTestError
-from icechunk.loadtest.plan import SYSTEMS, WORKLOADS, parse_size
-from icechunk.loadtest.results import Summary
-from icechunk.loadtest.units import bytes_text, number_text, ratio_text, seconds_text
+from icechunk_loadtest.errors import LoadTestError
+from icechunk_loadtest.plan import SYSTEMS, WORKLOADS, parse_size
+from icechunk_loadtest.results import Summary
+from icechunk_loadtest.units import bytes_text, number_text, ratio_text, seconds_text
 
 __all__ = ["Threshold", "Verdict", "judge", "load_thresholds", "parse_threshold"]
 

@@ -1,10 +1,10 @@
-"""``python -m icechunk.loadtest``."""
+"""``python -m icechunk_loadtest``."""
 
 from __future__ import annotations
 
 import sys
 
-from icechunk.loadtest.cli import main
+from icechunk_loadtest.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

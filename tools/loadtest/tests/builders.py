@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-from icechunk.loadtest.plan import WORKLOADS, Point, Size
-from icechunk.loadtest.results import Bin, Measurement, Results
-from icechunk.loadtest.worker.histogram import Histogram
+from icechunk_loadtest.plan import WORKLOADS, Point, Size
+from icechunk_loadtest.results import Bin, Measurement, Results
+from icechunk_loadtest.worker.histogram import Histogram
 
 
 def measurement(

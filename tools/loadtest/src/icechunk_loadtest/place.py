@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from icechunk.loadtest import services
-from icechunk.loadtest.errors import LoadTestError
+from icechunk_loadtest import services
+from icechunk_loadtest.errors import LoadTestError
 
 __all__ = ["BUCKET", "Place", "Requests", "memory_or_local", "named_endpoint", "own_minio"]
 

@@ -1,13 +1,14 @@
-"""`tools.oracle` finds the official library or says exactly what is missing."""
+"""An environment with the official library is found, or the message says what is missing; locks are optional."""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
-from tools import oracle
+from icechunk_loadtest import oracle
 
 
 def test_an_override_without_the_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,3 +45,21 @@ def test_nothing_of_ours_reaches_the_official_process(monkeypatch: pytest.Monkey
     monkeypatch.setenv("VIRTUAL_ENV", "/work/main/.venv")
     assert not {"PYTHONPATH", "VIRTUAL_ENV"} & set(oracle.environment())
     assert oracle.environment()["ICECHUNK_LOG"] == "error"
+
+
+def test_a_system_without_file_locks_has_environments_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows: importing it fails
+    spec = importlib.util.spec_from_file_location("oracle_without_locks", oracle.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    without = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, without)
+    spec.loader.exec_module(without)
+    assert without.fcntl is None
+    monkeypatch.delenv("ICECHUNK_ORACLE_23", raising=False)
+    monkeypatch.setenv("ICECHUNK_ORACLE_CACHE", str(tmp_path))
+    monkeypatch.setattr(without, "_candidates", lambda version: iter(()))
+    with pytest.raises(without.OracleUnavailable, match="needs Python"):
+        without.ensure("2.3.0")

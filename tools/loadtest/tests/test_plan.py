@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from icechunk.loadtest.errors import LoadTestError
-from icechunk.loadtest.plan import SYSTEMS, WORKLOADS, cases, parse_size, parse_sweep, pick, points
-from icechunk.loadtest.worker.workloads import WORKLOADS as WORK
+from icechunk_loadtest.errors import LoadTestError
+from icechunk_loadtest.plan import SYSTEMS, WORKLOADS, cases, parse_size, parse_sweep, pick, points
+from icechunk_loadtest.worker.workloads import WORKLOADS as WORK
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from icechunk.loadtest.errors import LoadTestError
-from icechunk.loadtest.plan import Size
-from icechunk.loadtest.results import summarize
-from icechunk.loadtest.thresholds import judge, load_thresholds, parse_threshold
-from tests.loadtest.builders import measurement
+from icechunk_loadtest.errors import LoadTestError
+from icechunk_loadtest.plan import Size
+from icechunk_loadtest.results import summarize
+from icechunk_loadtest.thresholds import judge, load_thresholds, parse_threshold
+from tools.loadtest.tests.builders import measurement
 
 MEASURED = summarize(
     [

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from icechunk.loadtest.errors import LoadTestError
+from icechunk_loadtest.errors import LoadTestError
 
 __all__ = [
     "MAX_CASES",
@@ -78,7 +78,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """Something to measure; `icechunk.loadtest.worker.workloads` does it."""
+    """Something to measure; `icechunk_loadtest.worker.workloads` does it."""
 
     title: str
     """For people; a few words."""

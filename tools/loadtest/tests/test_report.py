@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from icechunk.loadtest.errors import LoadTestError
-from icechunk.loadtest.plan import WORKLOADS, Size
-from icechunk.loadtest.report.html import render
-from icechunk.loadtest.report.svg import log_ticks, nice_ticks
-from icechunk.loadtest.report.text import overview
-from icechunk.loadtest.results import Results
-from tests.loadtest.builders import measurement, results
+from icechunk_loadtest.errors import LoadTestError
+from icechunk_loadtest.plan import WORKLOADS, Size
+from icechunk_loadtest.report.html import render
+from icechunk_loadtest.report.svg import log_ticks, nice_ticks
+from icechunk_loadtest.report.text import overview
+from icechunk_loadtest.results import Results
+from tools.loadtest.tests.builders import measurement, results
 
 
 def everything() -> Results:

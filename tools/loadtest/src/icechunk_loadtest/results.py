@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from icechunk.loadtest.errors import LoadTestError
-from icechunk.loadtest.plan import WORKLOADS, Point, Size
-from icechunk.loadtest.worker.histogram import Histogram
+from icechunk_loadtest.errors import LoadTestError
+from icechunk_loadtest.plan import WORKLOADS, Point, Size
+from icechunk_loadtest.worker.histogram import Histogram
 
 __all__ = ["Bin", "Measurement", "Results", "Summary", "summarize"]
 
@@ -49,7 +49,7 @@ class Measurement:
     seconds: float
     """From the first operation to the last."""
     units: float
-    """What throughput counts (see `icechunk.loadtest.plan.Workload.unit`), except that MiB are still chunks here."""
+    """What throughput counts (see `icechunk_loadtest.plan.Workload.unit`), except that MiB are still chunks here."""
     bytes_read: int
     """Of array data."""
     bytes_written: int

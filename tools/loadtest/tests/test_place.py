@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from icechunk.loadtest.errors import LoadTestError
-from icechunk.loadtest.place import memory_or_local, named_endpoint, parse_counters
+from icechunk_loadtest.errors import LoadTestError
+from icechunk_loadtest.place import memory_or_local, named_endpoint, parse_counters
 
 ANSWER = """# HELP minio_api_requests_total Total number of requests
 minio_api_requests_total{name="GetObject",server="127.0.0.1:1",type="s3"} 20

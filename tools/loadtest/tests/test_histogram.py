@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icechunk.loadtest.worker.histogram import GROWTH, Histogram
+from icechunk_loadtest.worker.histogram import GROWTH, Histogram
 
 DURATIONS = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=60)
 

@@ -7,13 +7,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
-from icechunk.loadtest.plan import SYSTEMS, WORKLOADS, Point
-from icechunk.loadtest.progress import point_text
-from icechunk.loadtest.report import svg
-from icechunk.loadtest.report.style import COLOURS, CSS
-from icechunk.loadtest.report.text import BASELINE, ratio_to
-from icechunk.loadtest.results import Measurement, Results, Summary, summarize
-from icechunk.loadtest.units import bytes_text, number_text, rate_text, ratio_text, seconds_text
+from icechunk_loadtest.plan import SYSTEMS, WORKLOADS, Point
+from icechunk_loadtest.progress import point_text
+from icechunk_loadtest.report import svg
+from icechunk_loadtest.report.style import COLOURS, CSS
+from icechunk_loadtest.report.text import BASELINE, ratio_to
+from icechunk_loadtest.results import Measurement, Results, Summary, summarize
+from icechunk_loadtest.units import bytes_text, number_text, rate_text, ratio_text, seconds_text
 
 __all__ = ["render"]
 
