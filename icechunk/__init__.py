@@ -12,11 +12,6 @@
 
 from __future__ import annotations
 
-from icechunk.about import (
-    API_VERSION,
-    print_debug_info,
-    user_agent,
-)
 from icechunk.config import (
     AnyObjectStoreConfig,
     Attribution,
@@ -103,42 +98,26 @@ from icechunk.errors import (
     SnapshotNotFoundError,
     StorageError,
 )
-from icechunk.forking import ForkSession
-from icechunk.inspection.graph import (
-    AncestryGraph,
-)
-from icechunk.logs import (
-    initialize_logs,
-    set_logs_filter,
-    shutdown_telemetry,
-)
-from icechunk.logs import (
-    initialize_on_import as _initialize_logs_on_import,
-)
+from icechunk.inspection.drawing import AncestryGraph
 from icechunk.ops import (
     GCSummary,
-    Update,
-    UpdateType,
-)
-from icechunk.repository import (
-    Repository,
-    upgrade_icechunk_repository,
-    upgrade_icechunk_repository_async,
-)
-from icechunk.repository.upgrading import _InvalidatedRepository, _upgrade_icechunk_repository  # noqa: F401
-from icechunk.session import (
-    Session,
-)
-from icechunk.snapshots import (
-    Diff,
-    ManifestFileInfo,
-    SnapshotInfo,
-)
-from icechunk.status import (
     RepoAvailability,
     RepoStatus,
     SessionMode,
     SpecVersion,
+    Update,
+    UpdateType,
+)
+from icechunk.repository import Repository, upgrade_icechunk_repository, upgrade_icechunk_repository_async
+from icechunk.repository.upkeep import _InvalidatedRepository  # noqa: F401
+from icechunk.runtime.about import API_VERSION, print_debug_info, user_agent
+from icechunk.runtime.logging import initialize_logs, set_logs_filter, shutdown_telemetry
+from icechunk.runtime.logging import initialize_on_import as _initialize_logs_on_import
+from icechunk.session import ForkSession, Session
+from icechunk.snapshots import (
+    Diff,
+    ManifestFileInfo,
+    SnapshotInfo,
 )
 from icechunk.storage import (
     Storage,
@@ -158,9 +137,7 @@ from icechunk.storage import (
     s3_store,
     tigris_storage,
 )
-from icechunk.store import (
-    IcechunkStore,
-)
+from icechunk.store import IcechunkStore
 from icechunk.types import (
     CommitMethod,
 )

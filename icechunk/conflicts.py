@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from icechunk.errors import ConflictError, ErrorKind
-from icechunk.values import Described, IntLikeEnum, boolean, instance_of, text
+from icechunk.runtime.representation import Described, IntLikeEnum, boolean, instance_of, text
 
 __all__ = [
     "BasicConflictSolver",

@@ -25,8 +25,8 @@ from dask.array import Array
 
 from icechunk.distributed import extract_session, merge_sessions
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.forking import ForkSession
-from icechunk.inputs import WrongTypeError
+from icechunk.runtime.checks import WrongTypeError
+from icechunk.session import ForkSession
 
 if TYPE_CHECKING:
     import zarr

@@ -10,9 +10,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from icechunk.errors import ErrorKind
-from icechunk.forking import ForkSession
-from icechunk.inputs import WrongTypeError
-from icechunk.session import Session
+from icechunk.runtime.checks import WrongTypeError
+from icechunk.session import ForkSession, Session
 from icechunk.store import IcechunkStore
 
 if TYPE_CHECKING:

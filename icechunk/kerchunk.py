@@ -24,11 +24,11 @@ from zarr.core.buffer import cpu
 from zarr.registry import get_codec_class
 
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.format.tables import NodeKind
-from icechunk.keys import chunk_key_text, metadata_key_text, to_path
+from icechunk.format.values import NodeKind
+from icechunk.runtime.loops import run_sync
 from icechunk.session import Session
 from icechunk.store import IcechunkStore
-from icechunk.sync import run_sync
+from icechunk.store.zarr_keys import chunk_key_text, metadata_key_text, to_path
 from icechunk.virtual import ChunkType, VirtualChunkSpec
 
 __all__ = ["from_kerchunk", "from_kerchunk_async", "read_kerchunk_parquet", "to_kerchunk", "to_kerchunk_async"]

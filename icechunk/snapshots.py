@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, ClassVar, Protocol
 
-from icechunk.values import Described
+from icechunk.runtime.representation import Described
 
 __all__ = ["AncestryGraph", "Changes", "Diff", "ManifestFileInfo", "SnapshotInfo"]  # noqa: F822 - see `__getattr__`
 
@@ -49,7 +49,7 @@ class _Rows(Protocol):
 
 
 class Changes(Protocol):
-    """What `Diff.of` reads; `icechunk.log.changes.Changes` is one. Paths begin with ``/``."""
+    """What `Diff.of` reads; `icechunk.log.session.merge.diff.Changes` is one. Paths begin with ``/``."""
 
     @property
     def new_groups(self) -> Collection[str]: ...
@@ -151,7 +151,7 @@ def _lists(rows: Any) -> list[list[int]]:
 def __getattr__(name: str) -> object:
     # The official library has it in this module; ours draws with what stands on top of it.
     if name == "AncestryGraph":
-        from icechunk.inspection.graph import AncestryGraph
+        from icechunk.inspection.drawing import AncestryGraph
 
         return AncestryGraph
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, ClassVar
 
 from icechunk.config.containers import VirtualChunkContainer
-from icechunk.values import IntLikeEnum, Represented, aware, optional, redacted_url, text, unsigned
+from icechunk.runtime.representation import IntLikeEnum, Represented, aware, optional, redacted_url, text, unsigned
 
 __all__ = ["ChunkType", "VirtualChunkContainer", "VirtualChunkSpec"]
 

@@ -19,14 +19,13 @@ from xarray import DataArray, Dataset
 from xarray.backends import api, common, writers
 
 from icechunk.errors import ErrorKind, InvalidInputError, ReadOnlyError
-from icechunk.forking import ForkSession
-from icechunk.inputs import WrongTypeError
-from icechunk.session import Session
+from icechunk.runtime.checks import WrongTypeError
+from icechunk.session import ForkSession, Session
 from icechunk.store import IcechunkStore
-from icechunk.vendor.xarray import ZarrWriteModes, _choose_default_mode
 
 __all__ = ["to_icechunk"]
 
+ZarrWriteModes: TypeAlias = Literal["w", "w-", "a", "a-", "r+", "r"]
 Region: TypeAlias = "Mapping[str, slice | Literal['auto']] | Literal['auto'] | None"
 
 # As Any: half of these have no types, and it changes from version to version which.
@@ -251,3 +250,28 @@ def _make_dataset(obj: DataArray | Dataset) -> Dataset:
     dataset = obj.to_dataset(name=_api.DATAARRAY_VARIABLE)
     dataset.attrs[_api.DATAARRAY_NAME] = obj.name
     return dataset
+
+
+_WRITING = ("w", "w-", "a", "a-", "r+")
+
+
+def _choose_default_mode(
+    *,
+    mode: ZarrWriteModes | None,
+    append_dim: Hashable | None,
+    region: Mapping[str, slice | Literal["auto"]] | Literal["auto"] | None,
+) -> ZarrWriteModes:
+    """The mode that a write has where none is given; raises `ValueError` for one that does not fit."""
+    if mode is None:
+        return "a" if append_dim is not None else "w-" if region is None else "r+"
+    if append_dim is not None and mode not in ("a", "a-"):
+        raise _refused(f"append_dim goes with mode 'a', 'a-' or None, not with mode={mode!r}")
+    if region is not None and mode not in ("a", "a-", "r+"):
+        raise _refused(f"region goes with mode 'a', 'a-', 'r+' or None, not with mode={mode!r}")
+    if mode not in _WRITING:
+        raise _refused(f"mode must be one of {', '.join(map(repr, _WRITING))}, not {mode!r}")
+    return mode
+
+
+def _refused(reason: str) -> InvalidInputError:
+    return InvalidInputError(reason, ErrorKind.INVALID_SETTING)

@@ -11,10 +11,10 @@ import pytest
 
 from icechunk.config import S3Options, StorageRetriesSettings, StorageSettings
 from icechunk.credentials import S3Credentials, S3StaticCredentials
-from icechunk.storage.base import Storage
-from icechunk.storage.local import LocalStorage
+from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.memory import MemoryStorage
-from icechunk.storage.s3 import S3Storage
+from icechunk.storage.port import Storage
+from icechunk.storage.s3.storage import S3Storage
 from tools import services
 
 BUCKET = "icechunk-tests"

@@ -20,10 +20,10 @@ from icechunk.credentials import S3Credentials, S3StaticCredentials, s3_refresha
 from icechunk.errors import CommitOutcomeUnknown, IcechunkError, StorageError
 from icechunk.repository import Repository
 from icechunk.session import Session
-from icechunk.storage.http1 import Connections
-from icechunk.storage.local import LocalStorage
-from icechunk.storage.s3 import S3Storage
-from tests.storage.faulty_s3 import HANG, LOSE, OK, RESET, STALL, TRUNCATE, FaultyS3, Say, Seen, serving
+from icechunk.storage.http.connections import Connections
+from icechunk.storage.local.storage import LocalStorage
+from icechunk.storage.s3.storage import S3Storage
+from tests.storage.s3.faulty_s3 import HANG, LOSE, OK, RESET, STALL, TRUNCATE, FaultyS3, Say, Seen, serving
 from tools import services
 
 ARRAY = (

@@ -24,9 +24,9 @@ from icechunk.errors import (
 from icechunk.format.ids import FIRST_SNAPSHOT, encode_id
 from icechunk.format.keys import transaction_key
 from icechunk.repository import Repository
-from icechunk.storage.base import Storage
+from icechunk.runtime.loops import run_sync
 from icechunk.storage.memory import MemoryStorage
-from icechunk.sync import run_sync
+from icechunk.storage.port import Storage
 from tests.conftest import s3_storage_on
 from tools import services
 

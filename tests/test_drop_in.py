@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import zarr
@@ -11,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import icechunk
-from icechunk._icechunk_python import AsyncCloseableIterator, PyRepository, PySession
 from icechunk.testing.invariants import assert_ancestry_invariants, assert_moves_sorted_by_final_path
 from icechunk.testing.models import GroupNode
 from icechunk.testing.trees import tree_and_mixed_moves, wrap_tolerant
@@ -20,43 +17,6 @@ from icechunk.testing.utils import precommit_postcommit_readonly, tree_to_model_
 
 def new_repo() -> icechunk.Repository:
     return icechunk.Repository.create(icechunk.in_memory_storage())
-
-
-def test_the_compiled_classes_work_on_the_same_repository() -> None:
-    repo = new_repo()
-    inner = repo._repository
-    assert isinstance(inner, PyRepository)
-    session = inner.writable_session("main")
-    zarr.create_array(repo.writable_session("main").store, name="unused", shape=(1,), dtype="i4")
-    assert isinstance(session, PySession)
-    assert not session.is_fork
-    assert session.fork().is_fork
-    inner.create_branch("dev", session.snapshot_id)
-    assert repo.list_branches() == {"main", "dev"}
-    assert icechunk.Repository(inner).list_branches() == {"main", "dev"}
-    assert json.loads(inner.inspect_snapshot(session.snapshot_id))
-    assert isinstance(repo.async_ancestry(branch="main"), AsyncCloseableIterator)
-
-
-async def test_the_compiled_store_takes_and_gives_bytes() -> None:
-    session = new_repo().writable_session("main")
-    zarr.create_array(session.store, name="a", shape=(4,), chunks=(4,), dtype="i1", compressors=None)
-    store = session.store._store
-    await store.set("a/c/0", b"0123")
-    assert await store.get("a/c/0") == b"0123"
-    assert await store.get("a/c/0", (1, 3)) == b"12"
-    assert await store.get_partial_values([("a/c/0", (2, None)), ("a/c/1", (None, None))]) == [b"23", None]
-    with pytest.raises(icechunk.NotFoundError):
-        await store.get("a/c/1")
-    assert session._session.status().updated_chunks == {"/a": [[0]]}
-
-
-def test_a_fork_travels_as_bytes() -> None:
-    session = new_repo().writable_session("main")
-    fork = session.fork()
-    with pytest.raises(ValueError, match="fork"):
-        session._session.as_bytes()
-    assert fork._session.is_fork
 
 
 def test_a_configuration_given_at_creation_can_be_saved_again() -> None:

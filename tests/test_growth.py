@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from icechunk.format.repo import decode_repo
-from icechunk.refs.log_layout import LogLayout
-from icechunk.refs.marker import decode_marker
-from icechunk.refs.state import RepoState
+from icechunk.format.repo.codec import decode_repo
+from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.marker import decode_marker
+from icechunk.log.repository.state import RepoState
 from icechunk.repository import Repository
-from icechunk.storage.base import ANY, ObjectKind, Precondition, PutResult, Storage
 from icechunk.storage.memory import MemoryStorage
+from icechunk.storage.port import ANY, ObjectKind, Precondition, PutResult, Storage
 from icechunk.testing.recording import RecordingStorage
 from icechunk.testing.wrapping import WrappingStorage
 

@@ -14,17 +14,18 @@ import numpy as np
 import pytest
 
 import icechunk
-from icechunk import commit_files
 from icechunk.config import EngineConfig, RepositoryConfig
 from icechunk.errors import InvalidInputError, StorageError
 from icechunk.format import transaction
 from icechunk.format.ids import object_id_from_text
 from icechunk.format.manifest import encode_manifest
-from icechunk.log import layers, tiles
-from icechunk.log.transaction_parts import in_parts
+from icechunk.log.session import array_fold
+from icechunk.log.session.plan import tiles
+from icechunk.log.session.plan.transaction_parts import in_parts
 from icechunk.repository import Repository
-from icechunk.storage.base import Storage
+from icechunk.session import commit
 from icechunk.storage.memory import MemoryStorage
+from icechunk.storage.port import Storage
 from icechunk.testing.faulty import Fault, FaultyStorage, PlannedRequest
 from icechunk.testing.recording import RecordingStorage
 from icechunk.testing.wrapping import WrappingStorage
@@ -75,7 +76,7 @@ class SlowManifests(WrappingStorage):
         self.sizes: list[int] = []
         self.on_the_way = self.most_bytes = self.put_manifests = 0
 
-    async def put(self, key, data, precondition=icechunk.storage.base.ANY, *, kind="metadata", metadata=None):  # type: ignore[no-untyped-def]
+    async def put(self, key, data, precondition=icechunk.storage.port.ANY, *, kind="metadata", metadata=None):  # type: ignore[no-untyped-def]
         if not key.startswith("manifests/"):
             return await self.inner.put(key, data, precondition, kind=kind, metadata=metadata)
         self.on_the_way += len(data)
@@ -102,7 +103,7 @@ async def test_manifests_are_encoded_as_those_before_them_are_put(monkeypatch: p
         most_held = max(most_held, sum(encoded) - sum(slow.sizes[: slow.put_manifests]))
         return data
 
-    monkeypatch.setattr(commit_files, "encode_manifest", counting)
+    monkeypatch.setattr(commit, "encode_manifest", counting)
     session = await repo.writable_session_async("main")
     write_blocks(session, (200, 200), 4)
     await session.commit_async("many")
@@ -144,10 +145,10 @@ async def test_a_put_that_fails_amid_the_manifests_commits_nothing_and_a_later_t
 async def test_a_commit_takes_less_memory_than_the_references_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers, "LARGE_LAYER", 2**15)
+    monkeypatch.setattr(array_fold, "LARGE_LAYER", 2**15)
     monkeypatch.setattr(tiles, "_SLAB", 2**16)
     monkeypatch.setattr(transaction, "_BLOCK", 2**15)
-    monkeypatch.setattr(commit_files, "in_parts", partial(in_parts, max_chunks=2**16))
+    monkeypatch.setattr(commit, "in_parts", partial(in_parts, max_chunks=2**16))
     repo = await repository(
         icechunk.local_filesystem_storage(str(tmp_path)), cached_refs=500_000, max_refs_per_manifest=8192
     )
@@ -173,7 +174,7 @@ async def test_a_commit_takes_less_memory_than_the_references_themselves(
 async def test_changes_that_stand_in_several_transaction_logs_are_all_known(
     spec_version: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commit_files, "in_parts", partial(in_parts, max_chunks=30))
+    monkeypatch.setattr(commit, "in_parts", partial(in_parts, max_chunks=30))
     storage = MemoryStorage()
     repo = await Repository.create_async(storage, spec_version=spec_version)
     session = await repo.writable_session_async("main")
@@ -224,7 +225,7 @@ async def test_more_changes_than_a_transaction_log_of_format_1_holds_are_refused
 async def test_more_references_than_a_manifest_holds_are_refused_and_splitting_helps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(commit_files, "max_refs", lambda ndim: 50)
+    monkeypatch.setattr(commit, "max_refs", lambda ndim: 50)
     recording = RecordingStorage(MemoryStorage(), turns=0)
     repo = await Repository.create_async(recording, spec_version=2)
     session = await repo.writable_session_async("main")

@@ -14,10 +14,10 @@ import zarr
 import icechunk
 from icechunk.config import EngineConfig
 from icechunk.format.keys import MANIFESTS_PREFIX, REPO_KEY
-from icechunk.format.repo import decode_repo, encode_repo
-from icechunk.format.repo_values import Status, StatusChanged, Update
-from icechunk.refs.base import Layout
-from icechunk.storage.base import Storage
+from icechunk.format.repo.codec import decode_repo, encode_repo
+from icechunk.format.repo.values import Status, StatusChanged, Update
+from icechunk.log.repository.port import Layout
+from icechunk.storage.port import Storage
 
 LAYOUTS = [(None, "log", 2), (2, "repo", 2), (1, "refs", 1)]
 by_layout = pytest.mark.parametrize(("asked", "layout", "version"), LAYOUTS, ids=[case[1] for case in LAYOUTS])

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import pytest
 
 import icechunk
-from icechunk.refs.store_check import StoreCheck
-from icechunk.storage.base import Storage
+from icechunk.log.repository.store_check import StoreCheck
+from icechunk.storage.port import Storage
 from tests.conftest import BUCKET
-from tests.storage.fake_gcs import serving_gcs
+from tests.storage.obstore.fake_gcs import serving_gcs
 from tests.test_layouts import LAYOUTS, by_layout, messages, read, write
 from tools import services
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from icechunk.config import EngineConfig, StorageConcurrencySettings, config_from_yaml, config_to_yaml
-from tests.test_config_stored import official_config
+from tests.config.test_config_stored import official_config
 from tools import oracle
 from tools.parity import MODULES, compare, describe, describe_official
 
@@ -25,9 +25,6 @@ KNOWN = {
     "icechunk.ManifestSplittingConfig.to_dict: no parameter 'config'": TO_DICT,
     "icechunk.ObjectStoreConfig._repr_html_: missing": UNION,
     "icechunk.Session: no parameter 'session'": MADE,
-    "icechunk._exceptions.ErrorKind: no parameter 'values'": "as in icechunk",
-    "icechunk._icechunk_python.ManifestSplittingConfig.to_dict: no parameter 'config'": TO_DICT,
-    "icechunk._icechunk_python.ObjectStoreConfig._repr_html_: missing": UNION,
     "icechunk.config.ManifestSplittingConfig.to_dict: no parameter 'config'": TO_DICT,
     "icechunk.config.ObjectStoreConfig._repr_html_: missing": UNION,
     "icechunk.session.ForkSession: no parameter 'session'": MADE,

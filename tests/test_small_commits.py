@@ -16,14 +16,14 @@ from icechunk.config import EngineConfig, RepositoryConfig
 from icechunk.errors import IcechunkError, ObjectNotFoundError, StorageError
 from icechunk.format.ids import object_id_from_text
 from icechunk.format.keys import transaction_key
-from icechunk.format.repo import decode_repo
-from icechunk.refs import carried
-from icechunk.refs.entry import decode_entry, parse_slot_key
-from icechunk.refs.events import CollectionRan
-from icechunk.refs.log_layout import LogLayout
+from icechunk.format.repo.codec import decode_repo
+from icechunk.log.repository.entries import embedded
+from icechunk.log.repository.entries.entry import decode_entry, parse_slot_key
+from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.events import CollectionRan
 from icechunk.repository import Repository
-from icechunk.storage.base import ANY, Storage
 from icechunk.storage.memory import MemoryStorage
+from icechunk.storage.port import ANY, Storage
 from icechunk.testing.faulty import Fault, FaultyStorage, PlannedRequest
 from icechunk.testing.recording import RecordingStorage
 from icechunk.testing.wrapping import WrappingStorage
@@ -293,7 +293,7 @@ async def test_one_who_only_reads_lets_go_of_old_files_and_finds_them_again(monk
     reader = await Repository.open_async(Elsewhere(memory))
     log = await reader._core.log()
     assert isinstance(log, LogLayout)
-    monkeypatch.setattr(carried, "_MAX_BYTES", 4_000)
+    monkeypatch.setattr(embedded, "_MAX_BYTES", 4_000)
     made = await dead_after_its_commits(memory, *"abcdefgh")
     await reader.lookup_branch_async("main")
     reader._core.files = type(reader._core.files)(0)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import icechunk
 from icechunk.config.manifest_rules import tile_shapes
-from icechunk.format.tables import DimensionShape, NodeKind, NodeSnapshot
-from icechunk.log.compaction import EVERYTHING, Policy
-from tests.log.builders import Repo, array_json, check_snapshot, compacted, native
+from icechunk.format.values import DimensionShape, NodeKind, NodeSnapshot
+from icechunk.log.session.plan.compaction import EVERYTHING, Policy
+from tests.log.session.builders import Repo, array_json, check_snapshot, compacted, native
 
 Condition = icechunk.ManifestSplitCondition
 Dim = icechunk.ManifestSplitDimCondition
@@ -109,7 +109,7 @@ STEPS = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(STEPS)
 def test_whatever_the_splitting_and_its_changes_the_same_is_read(steps: list) -> None:  # type: ignore[type-arg]
-    from icechunk.log.compaction import plan
+    from icechunk.log.session.plan.compaction import plan
 
     repo = Repo(Policy.explicit())
     log = repo.log()

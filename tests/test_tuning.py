@@ -19,9 +19,9 @@ from icechunk.config import (
 from icechunk.errors import InvalidInputError
 from icechunk.repository import Repository
 from icechunk.session import Session
-from icechunk.storage.base import ByteRange, GetResult, PutResult, Range, Storage
-from icechunk.storage.local import LocalStorage
+from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.memory import MemoryStorage
+from icechunk.storage.port import ByteRange, GetResult, PutResult, Range, Storage
 from icechunk.testing.wrapping import WrappingStorage
 
 ARRAY = (

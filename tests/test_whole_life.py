@@ -9,7 +9,7 @@ import pytest
 import zarr
 
 import icechunk
-from icechunk.storage.s3 import S3Storage
+from icechunk.storage.s3.storage import S3Storage
 
 pytestmark = [pytest.mark.minio, pytest.mark.timeout(120)]
 LAYOUTS = {"log": None, "repo": 2, "refs": 1}

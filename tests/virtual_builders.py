@@ -15,7 +15,7 @@ import zarr
 import icechunk
 from icechunk import IcechunkStore, Repository, Session, VirtualChunkContainer
 from icechunk.credentials import HttpAccess, LocalFileSystemAccess
-from icechunk.storage.base import Storage
+from icechunk.storage.port import Storage
 
 __all__ = ["FILE_BYTES", "WebServer", "array", "config_of", "local_repository", "prefix_of", "serve", "session_on"]
 

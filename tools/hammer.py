@@ -22,7 +22,7 @@ import zarr.api.asynchronous as zarr
 
 import icechunk
 from icechunk.storage import Storage
-from icechunk.storage.base import ANY, ObjectKind, Precondition, PutResult
+from icechunk.storage.port import ANY, ObjectKind, Precondition, PutResult
 from icechunk.testing.wrapping import WrappingStorage
 
 

@@ -15,11 +15,11 @@ from collections.abc import Awaitable, Callable
 from functools import wraps
 from typing import Any
 
-from icechunk.refs.carried import CarriedFiles
-from icechunk.refs.checkpointing import Checkpointing
-from icechunk.sources import SYSTEM
-from icechunk.storage.http1 import Connections
-from icechunk.storage.local import LocalStorage
+from icechunk.log.repository.entries.checkpoint_schedule import Checkpointing
+from icechunk.log.repository.entries.embedded import CarriedFiles
+from icechunk.runtime.clock import SYSTEM
+from icechunk.storage.http.connections import Connections
+from icechunk.storage.local.storage import LocalStorage
 
 __all__ = ["pytest_configure"]
 

@@ -21,8 +21,6 @@ __all__ = ["MODULES", "compare", "describe", "describe_official"]
 
 MODULES = (
     "icechunk",
-    "icechunk._exceptions",
-    "icechunk._icechunk_python",
     "icechunk.config",
     "icechunk.conflicts",
     "icechunk.credentials",
@@ -41,7 +39,6 @@ MODULES = (
     "icechunk.testing.trees",
     "icechunk.testing.utils",
     "icechunk.types",
-    "icechunk.vendor.xarray",
     "icechunk.virtual",
     "icechunk.xarray",
 )

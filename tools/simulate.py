@@ -13,8 +13,8 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from icechunk.testing.simulated_clients import Report
-from icechunk.testing.simulation import simulate
+from tools.simulator.clients import Report
+from tools.simulator.simulation import simulate
 
 
 @dataclass(slots=True)

@@ -13,14 +13,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from icechunk.cli.failure import Failure
 from icechunk.cli.repositories import add_commands
+from icechunk.cli.terminal import CommandError, Failure
 
 __all__ = ["main"]
-
-
-class CommandError(Exception):
-    """Ends the command with exit code 2 and this one line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +70,7 @@ def _refuse(message: str, *, code: int = 2) -> int:
 
 
 def _version() -> str:
-    from icechunk.about import API_VERSION, DISTRIBUTION, VERSION
+    from icechunk.runtime.about import API_VERSION, DISTRIBUTION, VERSION
 
     return f"{DISTRIBUTION} {VERSION} (icechunk API {API_VERSION})"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from icechunk.cli import CommandError
+from icechunk.cli.terminal import CommandError
 
 __all__ = ["MONTHS", "SCENARIOS", "SEA_SURFACE", "compare", "corrected", "joined", "load"]
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import icechunk
 from icechunk.cli import dataset
-from icechunk.cli.progress import Progress
 from icechunk.cli.report import Report, Version, as_json, as_text
 from icechunk.cli.targets import Target, open_target
+from icechunk.cli.terminal import Progress
 
 __all__ = ["run", "tell"]
 

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from icechunk.cli.failure import Failure
-from icechunk.cli.places import KINDS, Places, new_entry, places_path, shown
-from icechunk.cli.prompts import ask, choose
+from icechunk.cli.aliases import KINDS, Places, new_entry, places_path, shown
+from icechunk.cli.terminal import Failure, ask, choose
 from icechunk.errors import IcechunkError, NotFoundError
 
 __all__ = ["add_commands"]

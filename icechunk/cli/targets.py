@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import icechunk
-from icechunk.cli import CommandError
+from icechunk.cli.terminal import CommandError
 
 __all__ = ["Target", "open_target"]
 

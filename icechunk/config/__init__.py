@@ -40,8 +40,8 @@ from icechunk.config.storage import (
     StorageTimeoutSettings,
 )
 from icechunk.config.yaml_text import config_from_yaml, config_to_yaml
-from icechunk.logs import initialize_logs, set_logs_filter, shutdown_telemetry
-from icechunk.status import Attribution, FeatureFlag
+from icechunk.ops import Attribution, FeatureFlag
+from icechunk.runtime.logging import initialize_logs, set_logs_filter, shutdown_telemetry
 
 __all__ = [
     "AnyObjectStoreConfig",

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from icechunk.config.storage import AnyObjectStoreConfig, ObjectStoreConfig
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.values import Setting, checked, instance_of, optional, redacted_url, text
+from icechunk.runtime.representation import Setting, checked, instance_of, optional, redacted_url, text
 
 __all__ = ["VirtualChunkContainer"]
 

@@ -7,7 +7,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, TypeAlias
 
-from icechunk.values import Setting, TupleVariant, VariantMeta, checked, instance_of, optional, signed, text, unsigned
+from icechunk.runtime.representation import (
+    Setting,
+    TupleVariant,
+    VariantMeta,
+    checked,
+    instance_of,
+    optional,
+    signed,
+    text,
+    unsigned,
+)
 
 __all__ = [
     "DEFAULT_MAX_ARRAYS_TO_SCAN",

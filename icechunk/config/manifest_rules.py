@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias
 
 from icechunk.config import manifest as m
 from icechunk.format.ids import ObjectId
-from icechunk.format.tables import NodeKind, NodeSnapshot, Snapshot
+from icechunk.format.values import NodeKind, NodeSnapshot, Snapshot
 
 __all__ = ["manifests_to_preload", "tile_shapes"]
 

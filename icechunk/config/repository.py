@@ -18,7 +18,16 @@ from icechunk.config.storage import (
     StorageTimeoutSettings,
 )
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.values import IntLikeEnum, Setting, checked, instance_of, optional, redacted_url, text, unsigned
+from icechunk.runtime.representation import (
+    IntLikeEnum,
+    Setting,
+    checked,
+    instance_of,
+    optional,
+    redacted_url,
+    text,
+    unsigned,
+)
 
 __all__ = [
     "DEFAULT_COMPRESSION_LEVEL",

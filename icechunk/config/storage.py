@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias
 
-from icechunk.values import (
+from icechunk.runtime.representation import (
     IntLikeEnum,
     Represented,
     Setting,

@@ -47,7 +47,7 @@ from icechunk.credentials.s3 import (
     s3_static_credentials,
 )
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.values import VariantMeta, instance_of
+from icechunk.runtime.representation import VariantMeta, instance_of
 
 __all__ = [
     "AnyAzureCredential",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.values import TupleVariant, hidden, instance_of, text
+from icechunk.runtime.representation import TupleVariant, hidden, instance_of, text
 
 __all__ = [
     "Credential",

@@ -15,7 +15,7 @@ from icechunk.credentials.base import (
     conflicting_arguments,
     refreshable,
 )
-from icechunk.values import VariantMeta, aware, hidden, instance_of, optional, text
+from icechunk.runtime.representation import VariantMeta, aware, hidden, instance_of, optional, text
 
 __all__ = [
     "AnyGcsCredential",

@@ -13,7 +13,7 @@ from icechunk.credentials.base import (
     conflicting_arguments,
     refreshable,
 )
-from icechunk.values import Setting, VariantMeta, aware, checked, instance_of, optional, text
+from icechunk.runtime.representation import Setting, VariantMeta, aware, checked, instance_of, optional, text
 
 __all__ = [
     "AnyS3Credential",

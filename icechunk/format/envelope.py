@@ -8,8 +8,8 @@ from typing import Final
 
 import zstandard
 
-from icechunk.about import CLIENT_NAME
 from icechunk.errors import ErrorKind, FormatError
+from icechunk.runtime.about import CLIENT_NAME
 
 __all__ = ["CLIENT_NAME", "COMPRESSION_ZSTD", "HEADER_SIZE", "FileHeader", "FileType", "read_header", "seal", "unseal"]
 

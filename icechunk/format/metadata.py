@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 import msgpack
 
 from icechunk.errors import ErrorKind, FormatError, InvalidInputError
-from icechunk.format import flexbuffers
-from icechunk.format.flat_reader import Table, required
-from icechunk.format.flat_writer import FlatTable
-from icechunk.format.tables import Json
+from icechunk.format.flat import flexbuffers
+from icechunk.format.flat.reader import Table, required
+from icechunk.format.flat.writer import FlatTable
+from icechunk.format.values import Json
 
 __all__ = ["metadata_from_tables", "metadata_tables"]
 

@@ -9,7 +9,7 @@ import numpy as np
 from icechunk.errors import InvalidInputError
 from icechunk.format.by_node import ByNode, Coords, Part, coords_by_node, grouped_coords, num_rows, owners
 from icechunk.format.envelope import FileType, seal, unseal
-from icechunk.format.flat_columns import (
+from icechunk.format.flat.columns import (
     Positions,
     TableColumns,
     first_rows,
@@ -18,8 +18,8 @@ from icechunk.format.flat_columns import (
     lexicographic_order,
     read_coords,
 )
-from icechunk.format.flat_reader import Buffer, Table, required
-from icechunk.format.flat_writer import (
+from icechunk.format.flat.reader import Buffer, Table, required
+from icechunk.format.flat.writer import (
     MAX_BYTES,
     MAX_TABLES,
     FlatTable,
@@ -31,7 +31,7 @@ from icechunk.format.flat_writer import (
     u8,
 )
 from icechunk.format.ids import NodeId, ObjectId, encode_id
-from icechunk.format.tables import Move, NodeKind, TransactionLog
+from icechunk.format.values import Move, NodeKind, TransactionLog
 
 __all__ = ["decode_transaction_log", "encode_transaction_log", "require_room"]
 

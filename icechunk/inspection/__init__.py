@@ -2,7 +2,7 @@
 
 `files` and `repo_info` describe single files in the structure that the official library prints. `layout` decides
 where the snapshots and lines of a history go, `text_drawing` and `svg_drawing` draw that, and
-`icechunk.inspection.graph.AncestryGraph` is what users get.
+`icechunk.inspection.drawing.AncestryGraph` is what users get.
 """
 
 from __future__ import annotations

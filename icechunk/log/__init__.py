@@ -1,1 +1,1 @@
-"""The session log: events, their fold, and what commits, diffs and checkpoints make of it. No I/O at all."""
+"""The two logs of the engine: `session` (changes before a commit) and `repository` (what happened to a repository)."""

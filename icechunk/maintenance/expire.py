@@ -1,19 +1,236 @@
-"""Expiring snapshots, in whatever layout."""
+"""Expiring snapshots, in whatever layout.
+
+Expiration where the repository keeps a graph: old snapshots leave it, in one event. Pure.
+
+Expiration in format 1: there is no graph, so the youngest snapshot that loses its history is written again.
+
+For each branch and tag: the oldest snapshot that is young enough (or the tip, where none is) gets the first snapshot
+as its parent. Nothing else changes before a collection. Each step leaves a repository whose refs all lead to the first
+snapshot, so an expiration that was interrupted is finished by the next one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from icechunk.format.ids import ObjectId
-from icechunk.maintenance.expire_ref_files import expire_ref_files
-from icechunk.maintenance.expiry import expiration
-from icechunk.refs.base import RepositoryLog
-from icechunk.refs.events import Event
-from icechunk.refs.ref_files_layout import RefFilesLayout
-from icechunk.refs.state import RepoState
-from icechunk.storage.base import Storage
+from icechunk.errors import (
+    ErrorKind,
+    FormatError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    StorageError,
+)
+from icechunk.format.ids import ObjectId, encode_id
+from icechunk.format.keys import snapshot_key
+from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
+from icechunk.format.values import Snapshot
+from icechunk.log.repository.events import BranchDeleted, Event, ExpirationRan, TagDeleted
+from icechunk.log.repository.port import RepositoryLog
+from icechunk.log.repository.ref_files.layout import RefFilesLayout
+from icechunk.log.repository.state import MAIN, RepoState, reparented
+from icechunk.log.repository.store_check import require_writable
+from icechunk.runtime.tasks import run_each
+from icechunk.storage.port import Matches, Storage, Version
 
-__all__ = ["expire"]
+__all__ = ["Link", "Shortening", "expiration", "expire", "expire_ref_files", "shorten"]
+
+
+def expiration(
+    state: RepoState, *, older_than_us: int, delete_expired_branches: bool, delete_expired_tags: bool
+) -> ExpirationRan:
+    """The event that expires every snapshot written before a time.
+
+    What a branch or tag points to stays, unless the ref goes as well; so does the first snapshot. ``main``, and refs
+    to the first snapshot, never go. Survivors whose parent leaves stand on the first snapshot afterwards.
+
+    Parameters
+    ----------
+    older_than_us
+        µs since the epoch, exclusive.
+    delete_expired_branches, delete_expired_tags
+        Whether refs that point to an old snapshot are deleted.
+    """
+    old = {
+        record.id
+        for record in state.snapshots.values()
+        if record.flushed_at_us < older_than_us and record.parent is not None
+    }
+    branches = {name for name, tip in state.branches.items() if tip in old and name != MAIN}
+    tags = {name for name, target in state.tags.items() if target in old}
+    gone_branches = branches if delete_expired_branches else set[str]()
+    gone_tags = tags if delete_expired_tags else set[str]()
+    kept = {tip for name, tip in state.branches.items() if name not in gone_branches}
+    kept |= {target for name, target in state.tags.items() if name not in gone_tags}
+    released = old - kept
+    return ExpirationRan(
+        released=tuple(sorted(released)),
+        reparented=reparented(state.snapshots, released, onto_first=True),
+        deleted_branches=tuple(sorted(gone_branches)),
+        deleted_tags=tuple(sorted(gone_tags)),
+    )
+
+
+_CONCURRENT = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """A snapshot of format 1, as far as its place in history goes."""
+
+    id: ObjectId
+    parent: ObjectId | None
+    flushed_at_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shortening:
+    """What expiration does to the history of one ref."""
+
+    edited: ObjectId | None
+    """The snapshot that gets the first one as its parent; None: nothing changes."""
+    root: ObjectId
+    released: frozenset[ObjectId]
+    tip_is_old: bool
+
+
+def shorten(chain: list[Link], older_than_us: int) -> Shortening:
+    """Decide about the history of a ref. Pure.
+
+    Parameters
+    ----------
+    chain
+        Its snapshots, newest first, the first snapshot of the repository last.
+    older_than_us
+        µs since the epoch, exclusive.
+    """
+    root = chain[-1].id
+    young = 0
+    while young < len(chain) and chain[young].flushed_at_us >= older_than_us:
+        young += 1
+    tip_is_old = young == 0
+    edited = chain[max(young - 1, 0)]
+    if edited.parent is None or edited.parent == root or young == len(chain):
+        return Shortening(edited=None, root=root, released=frozenset(), tip_is_old=tip_is_old)
+    released = frozenset(link.id for link in chain[young:-1])
+    return Shortening(edited=edited.id, root=root, released=released, tip_is_old=tip_is_old)
+
+
+async def expire_ref_files(
+    log: RefFilesLayout,
+    storage: Storage,
+    *,
+    older_than_us: int,
+    delete_expired_branches: bool,
+    delete_expired_tags: bool,
+    level: int,
+) -> set[ObjectId]:
+    """Expire; parameters as `icechunk.maintenance.expire.expiration`.
+
+    Here the refs that are deleted include those to the first snapshot, as the official library has it in this format.
+
+    Parameters
+    ----------
+    level
+        Of zstd, for the snapshots that are written again.
+
+    Returns
+    -------
+    set
+        Snapshots that left the history of some ref, those among them that another ref still points to included.
+    """
+    require_writable(storage, "expire snapshots")
+    state = await log.refresh()
+    reader = _Reader(storage)
+    chains: dict[ObjectId, list[Link]] = {}
+
+    async def read(tip: ObjectId) -> None:
+        chains[tip] = await reader.chain(tip)
+
+    await run_each(read, state.tips(), limit=_CONCURRENT)
+    fates = {tip: shorten(chain, older_than_us) for tip, chain in chains.items()}
+    released: set[ObjectId] = set()
+    edits: dict[ObjectId, ObjectId] = {}
+    for fate in fates.values():
+        released |= fate.released
+        if fate.edited is not None:
+            edits[fate.edited] = fate.root
+
+    async def edit(id: ObjectId) -> None:
+        await reader.set_parent(id, edits[id], level)
+
+    await run_each(edit, edits, limit=_CONCURRENT)
+    log.forget(edits)
+    if delete_expired_branches:
+        for name, tip in state.branches.items():
+            if fates[tip].tip_is_old and name != MAIN:
+                await _delete_branch(log, name, tip)
+    if delete_expired_tags:
+        for name, tip in state.tags.items():
+            if fates[tip].tip_is_old:
+                await _delete_tag(log, name)
+    return released
+
+
+async def _delete_branch(log: RefFilesLayout, name: str, tip: ObjectId) -> None:
+    # Somebody may have committed to it meanwhile, or deleted it.
+    await log.append(lambda state: [BranchDeleted(name=name)] if state.branches.get(name) == tip else [])
+
+
+async def _delete_tag(log: RefFilesLayout, name: str) -> None:
+    await log.append(lambda state: [TagDeleted(name=name)] if name in state.tags else [])
+
+
+class _Reader:
+    """Reads snapshots as they are now, each once."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._links: dict[ObjectId, Link] = {}
+
+    async def chain(self, tip: ObjectId) -> list[Link]:
+        links: list[Link] = []
+        current: ObjectId | None = tip
+        while current is not None:
+            link = self._links.get(current)
+            if link is None:
+                snapshot, _ = await self._get(current)
+                link = self._links[current] = Link(
+                    id=current, parent=snapshot.parent_id, flushed_at_us=snapshot.flushed_at_us
+                )
+            links.append(link)
+            current = link.parent
+        return links
+
+    async def set_parent(self, id: ObjectId, parent: ObjectId, level: int) -> None:
+        for _ in range(3):
+            snapshot, version = await self._get(id)
+            if snapshot.parent_id == parent:
+                return
+            data = encode_snapshot(replace(snapshot, parent_id=parent), 1, level)
+            try:
+                await self._storage.put(snapshot_key(id), data, Matches(version))
+                return
+            except PreconditionFailedError:
+                # Somebody else expires as well.
+                continue
+        raise StorageError(
+            f"cannot expire: {snapshot_key(id)!r} in {self._storage.describe()} is changed by somebody else again and "
+            "again; expire again",
+            ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
+        )
+
+    async def _get(self, id: ObjectId) -> tuple[Snapshot, Version]:
+        key = snapshot_key(id)
+        try:
+            answer = await self._storage.get(key)
+        except ObjectNotFoundError as error:
+            raise FormatError(
+                f"cannot expire: {key!r} is missing in {self._storage.describe()}, though a branch or tag descends "
+                f"from snapshot {encode_id(id)}; restore it, or delete what descends from it",
+                ErrorKind.OBJECT_NOT_FOUND,
+            ) from error
+        return decode_snapshot(answer.data, expected_id=id), answer.version
 
 
 async def expire(

@@ -17,14 +17,20 @@ from dataclasses import dataclass
 from typing import Final
 
 from icechunk.errors import PreconditionFailedError, StorageError
-from icechunk.refs.base import Layout, RepositoryLog
-from icechunk.refs.entry import LOG_PREFIX, epoch_prefix, floor_key, floor_prefix, parse_floor_key, slot_key
-from icechunk.refs.events import Sealed
-from icechunk.refs.log_reader import list_head, read_repo, read_slot
-from icechunk.refs.proof import PRUNE_WAIT_US
-from icechunk.refs.store_check import require_writable
-from icechunk.sources import Sources
-from icechunk.storage.base import Absent, Storage
+from icechunk.log.repository.entries.entry import (
+    LOG_PREFIX,
+    epoch_prefix,
+    floor_key,
+    floor_prefix,
+    parse_floor_key,
+    slot_key,
+)
+from icechunk.log.repository.entries.reader import PRUNE_WAIT_US, list_head, read_repo, read_slot
+from icechunk.log.repository.events import Sealed
+from icechunk.log.repository.port import Layout, RepositoryLog
+from icechunk.log.repository.store_check import require_writable
+from icechunk.runtime.clock import Sources
+from icechunk.storage.port import Absent, Storage
 
 __all__ = ["prune_log"]
 

@@ -1,27 +1,94 @@
 """What snapshots refer to, read from their files in bounded memory.
 
 Anything that cannot be read ends the walk with an error: what is not known to be garbage is none.
+
+A set of fixed-width byte strings in numpy columns: a million 12-byte ids in 12 MB.
+
+How much a collection may do at a time, and the budget that sees to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterable
-from dataclasses import dataclass, field
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-from icechunk.errors import ErrorKind, FormatError, ObjectNotFoundError
+import anyio
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.errors import ErrorKind, FormatError, InvalidInputError, ObjectNotFoundError
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.keys import manifest_key, snapshot_key
 from icechunk.format.manifest import decode_manifest
-from icechunk.format.snapshot import decode_snapshot
-from icechunk.format.tables import Manifest, ManifestFile, Snapshot
-from icechunk.maintenance.limits import Budget, Limits
-from icechunk.refs.base import RepositoryLog
-from icechunk.refs.log_layout import LogLayout
-from icechunk.storage.base import Storage
-from icechunk.tasks import run_each
+from icechunk.format.snapshot.codec import decode_snapshot
+from icechunk.format.values import Manifest, ManifestFile, Snapshot
+from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.port import RepositoryLog
+from icechunk.runtime.checks import require_type
+from icechunk.runtime.tasks import run_each
+from icechunk.storage.port import Storage
 from icechunk.transfer.assets import off_loop
 
-__all__ = ["Files", "Walked", "read_manifests", "read_snapshot", "walk"]
+__all__ = ["Budget", "Files", "Limits", "RowSet", "Walked", "read_manifests", "read_snapshot", "walk"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds of memory and of requests in flight. Raises `InvalidInputError` for what is no number above zero."""
+
+    max_snapshots_in_memory: int = 50
+    """Snapshot files read at a time."""
+    max_compressed_manifest_mem_bytes: int = 512 * 1024 * 1024
+    """Bytes of manifest files in memory at a time."""
+    max_decoded_manifest_mem_bytes: int = 4 * 1024 * 1024 * 1024
+    """Bytes of decoded manifests in memory at a time, as estimated from their references."""
+    max_concurrent_manifest_fetches: int = 500
+    max_concurrent_deletes: int = 10
+    """Requests that delete, each up to a thousand objects."""
+    max_consecutive_delete_failures: int = 50
+    """After so many failed requests in a row nothing more is deleted."""
+    max_concurrent_listings: int | None = None
+    """Listings under way at a time; None: 16."""
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            optional = limit.name == "max_concurrent_listings"
+            require_type(limit.name, value, int, optional=optional)
+            if isinstance(value, bool) or (value is not None and value < 1):
+                raise InvalidInputError(f"{limit.name} must be at least 1, not {value!r}", ErrorKind.INVALID_SETTING)
+
+
+class Budget:
+    """An amount that is lent out and given back; who wants more than all of it gets all of it, alone.
+
+    Belongs to one event loop.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._free = total
+        self._changed = anyio.Condition()
+
+    @asynccontextmanager
+    async def take(self, amount: int) -> AsyncIterator[None]:
+        """Hold ``amount`` for as long as the block runs; waits until there is enough."""
+        held = min(max(amount, 0), self._total)
+        async with self._changed:
+            while self._free < held:
+                await self._changed.wait()
+            self._free -= held
+        try:
+            yield
+        finally:
+            with anyio.CancelScope(shield=True):
+                async with self._changed:
+                    self._free += held
+                    self._changed.notify_all()
+
 
 _DECODED_BYTES_PER_REF = 160
 """About what a reference takes while a manifest is decoded."""
@@ -144,3 +211,64 @@ async def read_manifests(
     # Sorted also so that the order of requests does not depend on chance.
     ordered = sorted(manifests, key=lambda file: (-file.num_chunk_refs, encode_id(file.object_id)))
     await run_each(read, ordered, limit=limits.max_concurrent_manifest_fetches)
+
+
+_MERGE_FROM = 1 << 16
+
+
+class RowSet:
+    """Grows by whole columns, keeps each row once, and answers for many rows at a time. Threads may share it.
+
+    Parameters
+    ----------
+    width
+        Bytes of a row.
+    """
+
+    def __init__(self, width: int) -> None:
+        # Of one width all rows, so that it does not matter that numpy compares without zeros at the end.
+        self._type = np.dtype(f"S{width}")
+        self._rows = np.empty(0, self._type)
+        self._fresh: list[npt.NDArray[Any]] = []
+        self._fresh_count = 0
+        self._lock = threading.Lock()
+
+    def add(self, rows: npt.NDArray[Any]) -> None:
+        """Add rows, an array of any type of ``width`` bytes."""
+        if not len(rows):
+            return
+        # A copy: a view would keep alive what the rows were taken from.
+        fresh = np.array(rows).view(self._type)
+        with self._lock:
+            self._fresh.append(fresh)
+            self._fresh_count += len(fresh)
+            if self._fresh_count > max(_MERGE_FROM, len(self._rows)):
+                self._merge()
+
+    def _merge(self) -> None:
+        if self._fresh:
+            self._rows = np.unique(np.concatenate([self._rows, *self._fresh]))
+            self._fresh.clear()
+            self._fresh_count = 0
+
+    @property
+    def rows(self) -> npt.NDArray[Any]:
+        """``S{width}[n]``: all rows, ascending."""
+        with self._lock:
+            self._merge()
+            return self._rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def missing(self, wanted: Iterable[bytes]) -> list[bool]:
+        """For each row, in order, whether it is not in the set."""
+        asked = np.array(list(wanted), self._type)
+        if not len(asked):
+            return []
+        rows = self.rows
+        if not len(rows):
+            return [True] * len(asked)
+        found = np.minimum(np.searchsorted(rows, asked), len(rows) - 1)
+        absent: list[bool] = (rows[found] != asked).tolist()
+        return absent

@@ -8,13 +8,11 @@ import anyio
 import numpy as np
 import numpy.typing as npt
 
-from icechunk.format.tables import INLINE, NATIVE, VIRTUAL, ChunkRefs, Manifest
-from icechunk.maintenance.limits import Limits
-from icechunk.maintenance.reachability import Files, Walked, read_manifests, walk
-from icechunk.maintenance.row_set import RowSet
+from icechunk.format.values import INLINE, NATIVE, VIRTUAL, ChunkRefs, Manifest
+from icechunk.log.repository.port import Layout, RepositoryLog
+from icechunk.maintenance.reachability import Files, Limits, RowSet, Walked, read_manifests, walk
 from icechunk.ops import ChunkStorageStats
-from icechunk.refs.base import Layout, RepositoryLog
-from icechunk.storage.base import Storage
+from icechunk.storage.port import Storage
 from icechunk.transfer.assets import off_loop
 
 __all__ = ["chunk_storage_stats"]

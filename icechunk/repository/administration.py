@@ -7,13 +7,20 @@ from typing import Any
 
 from icechunk.config import config_to_dict
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.inputs import json_metadata, require_type
-from icechunk.refs.base import Layout
-from icechunk.refs.events import ConfigReplaced, Event, FeatureFlagSet, MetadataReplaced, MetadataUpdated, StatusSet
+from icechunk.log.repository.events import (
+    ConfigReplaced,
+    Event,
+    FeatureFlagSet,
+    MetadataReplaced,
+    MetadataUpdated,
+    StatusSet,
+)
+from icechunk.log.repository.port import Layout
+from icechunk.ops import FeatureFlag, RepoStatus
 from icechunk.repository.base import RepositoryBase
 from icechunk.repository.views import feature_flag_id, feature_flags, repo_status
-from icechunk.status import FeatureFlag, RepoStatus
-from icechunk.sync import run_sync
+from icechunk.runtime.checks import json_metadata, require_type
+from icechunk.runtime.loops import run_sync
 
 __all__ = ["Administration"]
 

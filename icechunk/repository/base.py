@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self, cast
+from typing import Self
 
 from icechunk.config import RepositoryConfig
-from icechunk.core import Core
 from icechunk.format.ids import ObjectId, object_id_from_text
-from icechunk.refs.base import Layout
-from icechunk.refs.ref_files_layout import needs_format_2
-from icechunk.refs.state import RepoState, require_snapshot
-from icechunk.status import Attribution, SpecVersion
-from icechunk.storage.base import Storage
-from icechunk.sync import run_sync
-from icechunk.values import fields_html
-
-if TYPE_CHECKING:
-    from icechunk._icechunk_python.repository import PyRepository
+from icechunk.log.repository.port import Layout
+from icechunk.log.repository.ref_files.layout import needs_format_2
+from icechunk.log.repository.state import RepoState, require_snapshot
+from icechunk.ops import Attribution, SpecVersion
+from icechunk.runtime.loops import run_sync
+from icechunk.runtime.representation import fields_html
+from icechunk.session.core import Core
+from icechunk.storage.port import Storage
 
 __all__ = ["RepositoryBase"]
 
@@ -24,16 +21,8 @@ __all__ = ["RepositoryBase"]
 class RepositoryBase:
     """Holds the core, says what it is, and closes it."""
 
-    def __init__(self, repository: Core | PyRepository) -> None:
-        self._core: Core = repository if isinstance(repository, Core) else repository._wrapped._core
-
-    @property
-    def _repository(self) -> PyRepository:
-        """This repository in the shape of the official library's compiled class."""
-        from icechunk._icechunk_python.repository import PyRepository
-        from icechunk.repository import Repository
-
-        return PyRepository(cast(Repository, self))
+    def __init__(self, core: Core) -> None:
+        self._core = core
 
     @property
     def config(self) -> RepositoryConfig:

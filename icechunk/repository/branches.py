@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from icechunk.format.ids import encode_id, object_id_from_text
-from icechunk.refs.events import BranchCreated, BranchDeleted, BranchReset, Event, TagCreated, TagDeleted
-from icechunk.refs.names import validate_branch_name, validate_tag_name
-from icechunk.refs.state import RepoState
+from icechunk.log.repository.events import (
+    BranchCreated,
+    BranchDeleted,
+    BranchReset,
+    Event,
+    TagCreated,
+    TagDeleted,
+    validate_branch_name,
+    validate_tag_name,
+)
+from icechunk.log.repository.state import RepoState
 from icechunk.repository.base import RepositoryBase
 from icechunk.repository.views import require_feature
-from icechunk.sync import run_sync
+from icechunk.runtime.loops import run_sync
 
 __all__ = ["Branches"]
 

@@ -6,16 +6,16 @@ from collections.abc import AsyncIterator, Iterator
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.ids import ObjectId, object_id_from_text
-from icechunk.format.repo_values import SnapshotRecord
-from icechunk.format.tables import TransactionLog
-from icechunk.log.diff import diff as diff_transactions
+from icechunk.format.repo.values import SnapshotRecord
+from icechunk.format.values import TransactionLog
+from icechunk.log.repository.state import require_snapshot
+from icechunk.log.session.merge.diff import diff as diff_transactions
 from icechunk.ops import Update
-from icechunk.refs.state import require_snapshot
 from icechunk.repository.base import RepositoryBase, select
 from icechunk.repository.views import manifest_file, snapshot_info, update
+from icechunk.runtime.loops import iterate_sync, run_sync
+from icechunk.runtime.tasks import run_each
 from icechunk.snapshots import Diff, ManifestFileInfo, SnapshotInfo
-from icechunk.sync import iterate_sync, run_sync
-from icechunk.tasks import run_each
 
 __all__ = ["History"]
 

@@ -10,19 +10,18 @@ from icechunk.errors import ObjectNotFoundError, SnapshotNotFoundError
 from icechunk.format.envelope import FileType, read_header
 from icechunk.format.ids import ObjectId, object_id_from_text
 from icechunk.format.keys import REPO_KEY, manifest_key, snapshot_key, transaction_key
-from icechunk.format.tables import TransactionLog
-from icechunk.inspection.files import (
+from icechunk.format.values import TransactionLog
+from icechunk.inspection.description import (
     describe_collapsed_log,
     describe_manifest,
+    describe_repo_info,
     describe_snapshot,
     describe_transaction_log,
 )
-from icechunk.inspection.graph import AncestryGraph
-from icechunk.inspection.layout import lay_out
-from icechunk.inspection.repo_info import describe_repo_info
-from icechunk.refs.state import MAIN, to_repo_info
+from icechunk.inspection.drawing import AncestryGraph, lay_out
+from icechunk.log.repository.state import MAIN, to_repo_info
 from icechunk.repository.base import RepositoryBase, select
-from icechunk.sync import run_sync
+from icechunk.runtime.loops import run_sync
 from icechunk.transfer.assets import off_loop
 
 __all__ = ["Inspection"]

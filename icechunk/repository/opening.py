@@ -1,26 +1,89 @@
-"""Creating, finding and opening repositories."""
+"""Creating, finding and opening repositories.
+
+A warning about virtual chunk containers that are authorised without saying how.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import Any, Self
+import warnings
+from collections.abc import Mapping
+from typing import Any, Final, Self
 
 from icechunk.config import Attribution, RepositoryConfig, StorageSettings, config_from_dict, config_to_dict
-from icechunk.core import Core
 from icechunk.credentials import AnyCredential
 from icechunk.errors import AlreadyExistsError, ErrorKind, InvalidInputError
-from icechunk.inputs import require_type
-from icechunk.refs.base import Layout
-from icechunk.refs.detect import detect
-from icechunk.refs.open import create_repository, open_repository
+from icechunk.log.repository.open import create_repository, detect, open_repository
+from icechunk.log.repository.port import Layout
+from icechunk.ops import SpecVersion
 from icechunk.repository.base import RepositoryBase
-from icechunk.repository.none_credentials import announced, warn_on_none_virtual_chunk_credentials
-from icechunk.sources import SYSTEM
-from icechunk.status import SpecVersion
-from icechunk.storage.base import Storage
-from icechunk.sync import run_sync
+from icechunk.runtime.checks import require_type
+from icechunk.runtime.clock import SYSTEM
+from icechunk.runtime.loops import run_sync
+from icechunk.session.core import Core
+from icechunk.storage.port import Storage
 
-__all__ = ["Opening"]
+__all__ = ["Opening", "announced", "warn_on_none_virtual_chunk_credentials"]
+
+_S3: Final = "icechunk.Credentials.S3(icechunk.S3Credentials.FromEnv())"
+_GCS: Final = "icechunk.Credentials.Gcs(icechunk.GcsCredentials.FromEnv())"
+_AZURE: Final = "icechunk.Credentials.Azure(icechunk.AzureCredentials.FromEnv())"
+_HTTP: Final = "icechunk.credentials.HttpAccess"
+_INSTEAD: Final = {
+    "file": "icechunk.credentials.LocalFileSystemAccess",
+    "http": _HTTP,
+    "https": _HTTP,
+    "s3": _S3,
+    "tigris": _S3,
+    "gs": _GCS,
+    "gcs": _GCS,
+    "az": _AZURE,
+    "azure": _AZURE,
+    "abfs": _AZURE,
+}
+_FROM_ENVIRONMENT: Final = ", because it takes credentials from the environment without saying so"
+
+
+def _none_credential_guidance(scheme: str) -> tuple[str, str]:
+    """What to pass instead of None for containers of a URL scheme, and what is dangerous about None there."""
+    instead = _INSTEAD.get(scheme, "explicit credentials")
+    return instead, _FROM_ENVIRONMENT if ".FromEnv" in instead else ""
+
+
+class _Announced(dict[str, "AnyCredential | None"]):
+    """Access whose warnings have been given."""
+
+
+def warn_on_none_virtual_chunk_credentials(
+    authorize_virtual_chunk_access: Mapping[str, AnyCredential | None] | None, *, stacklevel: int = 3
+) -> None:
+    """Give a `DeprecationWarning` for each container whose credentials are None.
+
+    Parameters
+    ----------
+    stacklevel
+        Of the user's call, counted from here.
+    """
+    if authorize_virtual_chunk_access is None or isinstance(authorize_virtual_chunk_access, _Announced):
+        return
+    for prefix, credential in authorize_virtual_chunk_access.items():
+        if credential is None:
+            instead, why = _none_credential_guidance(prefix.partition(":")[0])
+            warnings.warn(
+                f"None in authorize_virtual_chunk_access for the container {prefix!r} is deprecated{why}: "
+                f"pass {instead}",
+                DeprecationWarning,
+                stacklevel=stacklevel + 1,
+            )
+
+
+def announced(access: dict[str, AnyCredential | None] | None) -> dict[str, AnyCredential | None] | None:
+    """The same access after its warnings, which name the caller of the synchronous twin that calls this."""
+    if not isinstance(access, dict):
+        # None, or something that the engine refuses in words of its own.
+        return access
+    warn_on_none_virtual_chunk_credentials(access)
+    return _Announced(access)
 
 
 class Opening(RepositoryBase):

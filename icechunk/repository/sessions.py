@@ -10,14 +10,14 @@ from typing import Any
 from icechunk.conflicts import ConflictSolver
 from icechunk.errors import ErrorKind, ReadOnlyError, SnapshotNotFoundError
 from icechunk.format.ids import ObjectId
-from icechunk.inputs import WrongTypeError, require_type
-from icechunk.refs.base import SwapToken
-from icechunk.refs.state import ONLINE, RepoState
+from icechunk.log.repository.port import SwapToken
+from icechunk.log.repository.state import ONLINE, RepoState
 from icechunk.repository.base import RepositoryBase, select
 from icechunk.repository.views import require_feature
+from icechunk.runtime.checks import WrongTypeError, require_type
+from icechunk.runtime.loops import run_sync
 from icechunk.session import Session
 from icechunk.store import IcechunkStore
-from icechunk.sync import run_sync
 
 __all__ = ["Sessions"]
 

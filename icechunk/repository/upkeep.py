@@ -1,24 +1,51 @@
-"""Looking after a repository: expiration, collection of garbage, pruning of the log, storage statistics."""
+"""Looking after a repository: expiration, collection of garbage, pruning of the log, storage statistics.
+
+Writing manifests again.
+
+Leaving format 1 for format 2.
+"""
 
 from __future__ import annotations
 
 import warnings
 from datetime import datetime
-from typing import Final
+from typing import Any, Final, NoReturn, TypeVar, cast, get_args
 
+from icechunk.config import (
+    ManifestConfig,
+    ManifestSplitCondition,
+    ManifestSplitDimCondition,
+    ManifestSplittingConfig,
+    RepositoryConfig,
+    config_to_dict,
+)
+from icechunk.config.manifest import DEFAULT_SPLIT_SIZE
 from icechunk.format.ids import encode_id
-from icechunk.inputs import WrongTypeError, require_type
+from icechunk.log.repository.port import Layout
+from icechunk.log.repository.ref_files.layout import needs_format_2
+from icechunk.log.repository.ref_files.upgrade import DEFAULT_PREFETCH, upgrade
 from icechunk.maintenance.collect import collect_garbage
 from icechunk.maintenance.expire import expire
-from icechunk.maintenance.limits import Limits
 from icechunk.maintenance.prune import prune_log
+from icechunk.maintenance.reachability import Limits
 from icechunk.maintenance.stats import chunk_storage_stats
-from icechunk.moments import us_of
 from icechunk.ops import ChunkStorageStats, GCSummary
 from icechunk.repository.base import RepositoryBase
-from icechunk.sync import run_sync
+from icechunk.repository.opening import Opening
+from icechunk.repository.sessions import Sessions
+from icechunk.runtime.checks import WrongTypeError, json_metadata, require_type
+from icechunk.runtime.clock import us_of
+from icechunk.runtime.loops import run_sync
+from icechunk.session.core import Core
+from icechunk.types import CommitMethod
 
-__all__ = ["Upkeep"]
+__all__ = [
+    "Rewriting",
+    "Upkeep",
+    "_InvalidatedRepository",
+    "upgrade_icechunk_repository",
+    "upgrade_icechunk_repository_async",
+]
 
 _MIB: Final = 1024 * 1024
 _GIB: Final = 1024 * _MIB
@@ -297,3 +324,178 @@ def _instant_us(name: str, value: datetime) -> int:
     if value.tzinfo is None or value.utcoffset() is None:
         raise WrongTypeError(f"{name} needs a time zone, for example datetime.now(timezone.utc)")
     return us_of(value)
+
+
+_UNSPLIT: Final = ManifestSplittingConfig.from_dict(
+    {ManifestSplitCondition.path_matches(".*"): {ManifestSplitDimCondition.Any(): DEFAULT_SPLIT_SIZE}}
+)
+"""What the official library calls the absence of splitting."""
+
+
+class Rewriting(Sessions):
+    """Gives existing references the manifests that new ones would get."""
+
+    async def rewrite_manifests_async(
+        self,
+        message: str,
+        *,
+        branch: str,
+        metadata: dict[str, Any] | None = None,
+        commit_method: CommitMethod = "new_commit",
+    ) -> str:
+        """Write the manifests of all arrays again, as the present configuration wants them, and commit that.
+
+        Values, chunks and nodes stay as they are; no chunk is read or written. A commit otherwise only rewrites
+        manifests of arrays that it changes, so this is what applies a changed splitting or compression of locations
+        to everything, or puts together what many small commits have left.
+
+        Parameters
+        ----------
+        message
+            Of the commit.
+        branch
+            To commit to.
+        metadata
+            JSON values kept with the commit. The splitting configuration is added under ``__icechunk``,
+            ``splitting_config`` (None where the engine chooses).
+        commit_method
+            ``new_commit``, or ``amend`` to replace the branch's newest commit.
+
+        Returns
+        -------
+        str
+            The new snapshot's id.
+
+        Raises
+        ------
+        RefNotFoundError
+            There is no such branch.
+        ReadOnlyError
+            The repository's status is read-only.
+        ConflictError
+            Somebody committed to the branch meanwhile; nothing is visible of this, and it can be called again.
+        FormatError
+            To amend in a repository of format 1.
+        ValueError
+            Another commit method.
+        """
+        if commit_method not in get_args(CommitMethod):
+            raise ValueError(f"commit_method must be 'new_commit' or 'amend', not {commit_method!r}")
+        described = json_metadata("metadata", metadata)
+        session = await self.writable_session_async(branch)
+        amend = commit_method == "amend"
+        if amend and (await self._core.log()).spec_version == 1:
+            raise needs_format_2("amend a commit with rewritten manifests")
+        described |= {"__icechunk": {"splitting_config": self._splitting()}}
+        return await session.commit_rewritten(message, described, amend=amend)
+
+    def rewrite_manifests(
+        self,
+        message: str,
+        *,
+        branch: str,
+        metadata: dict[str, Any] | None = None,
+        commit_method: CommitMethod = "new_commit",
+    ) -> str:
+        """Synchronous twin of `rewrite_manifests_async`."""
+        return run_sync(
+            self.rewrite_manifests_async(message, branch=branch, metadata=metadata, commit_method=commit_method)
+        )
+
+    def _splitting(self) -> Any:
+        """The splitting configuration as it is persisted."""
+        manifest = self._core.config.manifest
+        splitting = manifest.splitting if manifest is not None else None
+        if splitting is None and self._core.layout is not Layout.LOG:
+            splitting = _UNSPLIT
+        stored = config_to_dict(RepositoryConfig(manifest=ManifestConfig(splitting=splitting)))
+        return stored["manifest"]["splitting"]
+
+
+R = TypeVar("R", bound=Opening)
+
+
+class _InvalidatedRepository:
+    """Stands in a `Repository` object that was upgraded; whoever uses that gets ``RuntimeError``."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise RuntimeError(
+            "this Repository object was invalidated by upgrade_icechunk_repository(); use the one that the call "
+            "returned, or open the repository again"
+        )
+
+
+async def upgrade_icechunk_repository_async(
+    repo: R, *, dry_run: bool, delete_unused_v1_files: bool = True, prefetch_concurrency: int | None = None
+) -> R:
+    """Bring a repository of format 1 to format 2: its refs become one ``repo`` object, all else stays as it is.
+
+    Snapshots, manifests and chunks keep their ids and bytes; history, branches, tags, names of deleted tags and the
+    persisted configuration are the same afterwards. Interrupted at any step nothing is lost, and the same call
+    finishes it; until then the repository can be read and not written. A commit that somebody makes meanwhile, with
+    either library, is taken over or refused, on a storage with conditional writes; branches and tags that an official
+    1.x client creates or deletes in the same moment may be left behind (a warning is logged).
+
+    Parameters
+    ----------
+    repo
+        Open on the repository. Cannot be used afterwards, unless it was a dry run or an error was raised.
+    dry_run
+        Read all that is needed, log what would happen (logger
+        ``icechunk.log.repository.ref_files.upgrade``), and change nothing.
+    delete_unused_v1_files
+        Delete the refs and ``config.yaml`` in the end. Without that, commits that are made meanwhile may be lost: see
+        to it that there are none.
+    prefetch_concurrency
+        Snapshot files to read at a time, at least 1; None: 64.
+
+    Returns
+    -------
+    Repository
+        A new object on the repository, with the same configuration and credentials.
+
+    Raises
+    ------
+    SessionStateError
+        It has format 2 already, in whatever layout (kind ``invalid-repository-migration``).
+    SnapshotNotFoundError, FormatError
+        A file that belongs to it is missing or cannot be read. Nothing was changed.
+    ReadOnlyError
+        The storage can only be read.
+    StorageError
+        No certain answer from the storage; nothing is lost, call again.
+    """
+    upgraded = await _upgraded(repo, dry_run, delete_unused_v1_files, prefetch_concurrency)
+    if not dry_run:
+        repo._core = cast("Core", _InvalidatedRepository())
+    return upgraded
+
+
+async def _upgraded(repo: R, dry_run: bool, delete_unused_v1_files: bool, prefetch_concurrency: int | None) -> R:
+    require_type("repo", repo, Opening)
+    require_type("dry_run", dry_run, bool)
+    require_type("delete_unused_v1_files", delete_unused_v1_files, bool)
+    require_type("prefetch_concurrency", prefetch_concurrency, int, optional=True)
+    core = repo._core
+    await upgrade(
+        core.storage,
+        core.sources,
+        dry_run=dry_run,
+        delete_ref_files=delete_unused_v1_files,
+        prefetch=DEFAULT_PREFETCH if prefetch_concurrency is None else prefetch_concurrency,
+    )
+    return await repo.reopen_async()
+
+
+def upgrade_icechunk_repository(
+    repo: R, *, dry_run: bool, delete_unused_v1_files: bool = True, prefetch_concurrency: int | None = None
+) -> R:
+    """Synchronous twin of `upgrade_icechunk_repository_async`."""
+    return run_sync(
+        upgrade_icechunk_repository_async(
+            repo,
+            dry_run=dry_run,
+            delete_unused_v1_files=delete_unused_v1_files,
+            prefetch_concurrency=prefetch_concurrency,
+        )
+    )

@@ -6,13 +6,12 @@ from collections.abc import Collection
 from typing import Final, assert_never
 
 from icechunk.errors import ErrorKind, InvalidInputError, SessionStateError
-from icechunk.format import repo_values as stored
 from icechunk.format.ids import encode_id
-from icechunk.format.tables import ManifestFile
-from icechunk.moments import moment
-from icechunk.ops import AnyUpdateType, Update, UpdateType
+from icechunk.format.repo import values as stored
+from icechunk.format.values import ManifestFile
+from icechunk.ops import AnyUpdateType, FeatureFlag, RepoAvailability, RepoStatus, Update, UpdateType
+from icechunk.runtime.clock import moment
 from icechunk.snapshots import ManifestFileInfo, SnapshotInfo
-from icechunk.status import FeatureFlag, RepoAvailability, RepoStatus
 
 __all__ = [
     "feature_flag_id",

@@ -1,4 +1,4 @@
-"""Storages: one small async port (`icechunk.storage.base`), its adapters, and the official constructors."""
+"""Storages: one small async port (`icechunk.storage.port`), its adapters, and the official constructors."""
 
 from __future__ import annotations
 
@@ -12,28 +12,25 @@ from icechunk.config import (
     StorageSettings,
     StorageTimeoutSettings,
 )
-from icechunk.storage.base import Storage
 from icechunk.storage.constructors import (
     azure_storage,
     azure_store,
     gcs_storage,
     gcs_store,
+    hf_storage,
     http_storage,
     http_store,
     in_memory_storage,
     local_filesystem_storage,
     local_filesystem_store,
-    redirect_storage,
-)
-from icechunk.storage.facade import StorageObjectInfo
-from icechunk.storage.s3_constructors import (
-    hf_storage,
     r2_storage,
+    redirect_storage,
     s3_object_store_storage,
     s3_storage,
     s3_store,
     tigris_storage,
 )
+from icechunk.storage.port import Storage, StorageObjectInfo
 from icechunk.virtual import ChunkType
 
 __all__ = [

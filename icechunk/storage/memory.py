@@ -13,8 +13,8 @@ from typing import NoReturn
 
 from icechunk.config import StorageSettings
 from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, PreconditionFailedError
-from icechunk.sources import SYSTEM, Sources
-from icechunk.storage.base import (
+from icechunk.runtime.clock import SYSTEM, Sources
+from icechunk.storage.port import (
     ANY,
     Absent,
     ByteRange,
@@ -28,9 +28,10 @@ from icechunk.storage.base import (
     Storage,
     Unchecked,
     Version,
+    check_key,
+    resolve_range,
 )
-from icechunk.storage.defaults import place_settings
-from icechunk.storage.keys import check_key, resolve_range
+from icechunk.storage.settings import place_settings
 
 __all__ = ["MemoryStorage"]
 

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import TypeAlias
 
 from icechunk.errors import ErrorKind, ObjectNotFoundError, PreconditionFailedError, StorageError
-from icechunk.storage.base import (
+from icechunk.storage.port import (
     ANY,
     ByteRange,
     DeleteResult,

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
 
 from icechunk.errors import InvalidInputError
-from icechunk.storage.base import (
+from icechunk.storage.port import (
     ANY,
     ByteRange,
     DeleteResult,

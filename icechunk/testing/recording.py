@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from dataclasses import dataclass
 from typing import TypeVar
 
-from icechunk.storage.base import (
+from icechunk.storage.port import (
     ANY,
     ByteRange,
     DeleteResult,

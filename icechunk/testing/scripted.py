@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from dataclasses import dataclass
 
 from icechunk.errors import StorageError
-from icechunk.sources import Sources
-from icechunk.storage.base import (
+from icechunk.runtime.clock import Sources
+from icechunk.storage.memory import MemoryStorage
+from icechunk.storage.port import (
     ANY,
     ByteRange,
     DeleteResult,
@@ -20,7 +21,6 @@ from icechunk.storage.base import (
     PutResult,
     Storage,
 )
-from icechunk.storage.memory import MemoryStorage
 
 __all__ = ["ManualClock", "Request", "ScriptedStorage"]
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 import pytest
 
 from icechunk.errors import InvalidInputError, ObjectNotFoundError, PreconditionFailedError
-from icechunk.storage.base import Absent, ByteRange, Matches, ObjectInfo, Range, Storage, Suffix, Version
+from icechunk.storage.port import Absent, ByteRange, Matches, ObjectInfo, Range, Storage, Suffix, Version
 
 __all__ = ["StorageContract"]
 

@@ -17,7 +17,7 @@ from icechunk.config import (
     RepositoryConfig,
 )
 from icechunk.repository import Repository
-from icechunk.storage.base import Storage
+from icechunk.storage.port import Storage
 
 if TYPE_CHECKING:
     import zarr

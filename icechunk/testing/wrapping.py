@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Mapping
 
-from icechunk.storage.base import (
+from icechunk.storage.port import (
     ANY,
     ByteRange,
     DeleteResult,

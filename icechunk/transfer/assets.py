@@ -1,8 +1,19 @@
-"""Reading and writing the immutable files of a repository, through the fetch pool and the caches."""
+"""Reading and writing the immutable files of a repository, through the fetch pool and the caches.
+
+Manifests that sessions will probably need, fetched in the background as soon as a session begins.
+
+A task is one of asyncio, held here, and belongs to the loop it runs on: it ends by itself, or is cancelled when the
+repository or its loop is closed. What fails is fetched again, and then reported, by whoever needs it.
+
+How requests are made of reads: one value of settings for all pools of a repository.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
 from typing import Final, TypeAlias, TypeVar
@@ -10,33 +21,44 @@ from typing import Final, TypeAlias, TypeVar
 import anyio
 import numpy as np
 
-from icechunk.errors import FormatError, ObjectNotFoundError, SnapshotNotFoundError
+from icechunk.errors import FormatError, IcechunkError, ObjectNotFoundError, SnapshotNotFoundError
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.keys import chunk_key, manifest_key, snapshot_key, transaction_key
 from icechunk.format.manifest import decode_manifest
-from icechunk.format.snapshot import decode_snapshot
-from icechunk.format.tables import (
-    ChunkRef,
-    ChunkRefs,
-    Manifest,
-    ManifestRef,
-    NodeSnapshot,
-    Snapshot,
-    TransactionLog,
-)
+from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.format.transaction import decode_transaction_log
-from icechunk.log.lookup import RefTable, find_row
-from icechunk.storage.base import Octets, Storage
-from icechunk.storage.per_loop import PerLoop
-from icechunk.tasks import in_thread
-from icechunk.transfer.blocks import BlockReader
+from icechunk.format.values import ChunkRef, ChunkRefs, Manifest, ManifestRef, NodeSnapshot, Snapshot, TransactionLog
+from icechunk.log.session.columns import RefTable, find_row
+from icechunk.runtime.loops import PerLoop
+from icechunk.runtime.tasks import in_thread, run_each
+from icechunk.storage.port import Octets, Storage
+from icechunk.transfer.blocks import BlockReader, Limits, Walk, Walks
 from icechunk.transfer.cache import WeightedCache
-from icechunk.transfer.fetch import FetchPool
-from icechunk.transfer.gate import Gates
-from icechunk.transfer.reads import Reads
-from icechunk.transfer.walk import Walk, Walks
+from icechunk.transfer.fetch import FetchPool, Gettable, Splitting
+from icechunk.transfer.limiter import Gate, Gates
 
-__all__ = ["UNKNOWN", "Assets", "Unknown", "off_loop", "references_of"]
+__all__ = ["UNKNOWN", "Assets", "Preloader", "Reads", "Unknown", "off_loop", "references_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reads:
+    """Settings of the pools and block readers of one repository."""
+
+    limits: Limits = field(default_factory=Limits)
+    """Merging, reading ahead, and what is kept."""
+    splitting: Splitting | None = None
+    """Of long ranges; None: they are one request."""
+    hedge_percentile: int | None = None
+    """Requests slower than so many percent of recent ones are sent again; None: none are."""
+
+    def pool(self, storage: Gettable, gate: Gate) -> FetchPool:
+        """A pool on the loop that ``gate`` belongs to."""
+        return FetchPool(storage, gate, splitting=self.splitting, hedge_percentile=self.hedge_percentile)
+
+    def blocks(self, storage: Gettable, gate: Gate) -> BlockReader:
+        """A block reader with a pool of its own."""
+        return BlockReader(self.pool(storage, gate), self.limits)
+
 
 T = TypeVar("T")
 
@@ -341,3 +363,49 @@ def references_of(manifest: Manifest, node: NodeSnapshot) -> ChunkRefs:
             f"manifest {encode_id(manifest.id)} has no references of array {node.path!r}, though its snapshot says so"
         )
     return refs
+
+
+_LOG: Final = logging.getLogger(__name__)
+
+
+class Preloader:
+    """Preloads of one event loop.
+
+    Parameters
+    ----------
+    assets
+        Whose cache takes the manifests.
+    max_requests
+        Of one preload at a time.
+    """
+
+    def __init__(self, assets: Assets, max_requests: int) -> None:
+        self._assets = assets
+        self._max_requests = max_requests
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, manifests: Sequence[ObjectId]) -> None:
+        """Begin to fetch these, and return."""
+        task = asyncio.get_running_loop().create_task(self._fetch(manifests), name="icechunk manifest preload")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def wait(self) -> None:
+        """Wait for everything that was started."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    async def aclose(self) -> None:
+        """Cancel what is under way, and wait until it has ended."""
+        for task in self._tasks:
+            task.cancel()
+        await self.wait()
+
+    async def _fetch(self, manifests: Sequence[ObjectId]) -> None:
+        await run_each(self._fetch_one, manifests, limit=self._max_requests)
+
+    async def _fetch_one(self, id: ObjectId) -> None:
+        try:
+            await self._assets.manifest(id)
+        except (IcechunkError, OSError) as error:
+            _LOG.info("manifest %s could not be preloaded, whoever needs it tries again: %s", encode_id(id), error)

@@ -15,19 +15,16 @@ from typing import Any, Final
 from icechunk.config import ObjectStoreConfig, StorageSettings, VirtualChunkContainer
 from icechunk.credentials import AnyCredential, Credentials
 from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError, ObjectNotFoundError, StorageError
-from icechunk.format.tables import ChunkRef
-from icechunk.sources import Sources
-from icechunk.storage.base import ByteRange, GetResult, Octets, Range
-from icechunk.storage.per_loop import PerLoop
-from icechunk.tasks import run_all
-from icechunk.transfer.gate import Gates
-from icechunk.transfer.reads import Reads
-from icechunk.values import redacted_url
-from icechunk.virtual_access.cloud_files import BucketFiles, azure_files, gcs_files
-from icechunk.virtual_access.local_files import LocalFiles
+from icechunk.format.values import ChunkRef
+from icechunk.runtime.clock import Sources
+from icechunk.runtime.loops import PerLoop
+from icechunk.runtime.representation import redacted_url
+from icechunk.runtime.tasks import run_all
+from icechunk.storage.port import ByteRange, GetResult, Octets, Range
+from icechunk.transfer.assets import Reads
+from icechunk.transfer.limiter import Gates
 from icechunk.virtual_access.locations import Prefixes
-from icechunk.virtual_access.port import Reader
-from icechunk.virtual_access.web_files import WebFiles
+from icechunk.virtual_access.readers import BucketFiles, LocalFiles, Reader, WebFiles, azure_files, gcs_files
 
 __all__ = ["TRUST_S", "VirtualAccess"]
 

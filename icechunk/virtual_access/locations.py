@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 from icechunk.config import VirtualChunkContainer
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.values import redacted_url
+from icechunk.runtime.representation import redacted_url
 
 __all__ = ["RELATIVE", "Prefixes", "checked_location", "key_of", "stored_location"]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import icechunk
-from icechunk.about import VERSION
 from icechunk.cli import main
-from icechunk.cli.progress import Progress
+from icechunk.cli.terminal import Progress
+from icechunk.runtime.about import VERSION
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from icechunk.format.by_node import grouped_coords
 from icechunk.format.ids import NodeId
 from icechunk.format.manifest import decode_manifest, encode_manifest
-from icechunk.format.refs_by_node import grouped_refs
-from icechunk.format.tables import Manifest
+from icechunk.format.manifest.refs_by_node import grouped_refs
+from icechunk.format.values import Manifest
 from tools.fuzz.strategies import contents, manifests, node_ids, rows
 
 Coordinates = st.dictionaries(

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from icechunk.errors import FormatError
 from icechunk.format.envelope import FileType, seal, unseal
-from icechunk.format.flat_reader import Buffer
-from icechunk.format.flat_writer import FlatTable, FlatWriter, Items, id_struct
+from icechunk.format.flat.reader import Buffer
+from icechunk.format.flat.writer import FlatTable, FlatWriter, Items, id_struct
 from icechunk.format.manifest import decode_manifest
 from icechunk.format.metadata import metadata_from_tables
-from icechunk.format.repo import decode_repo
-from icechunk.format.snapshot import decode_snapshot
+from icechunk.format.repo.codec import decode_repo
+from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.format.transaction import decode_transaction_log
 from tools.fuzz.decoders import DECODERS, FLEXBUFFERS, attempt, fixtures, mutate, mutate_file, targets
 

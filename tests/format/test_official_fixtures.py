@@ -12,10 +12,10 @@ import pytest
 
 from icechunk.format.ids import encode_id, object_id_from_text
 from icechunk.format.manifest import decode_manifest, encode_manifest
-from icechunk.format.repo import decode_repo, encode_repo
-from icechunk.format.snapshot import decode_snapshot, encode_snapshot
-from icechunk.format.tables import INLINE, NATIVE, VIRTUAL, NodeKind
+from icechunk.format.repo.codec import decode_repo, encode_repo
+from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
 from icechunk.format.transaction import decode_transaction_log, encode_transaction_log
+from icechunk.format.values import INLINE, NATIVE, VIRTUAL, NodeKind
 from tools.fuzz.strategies import contents
 
 FIXTURES = Path(__file__).parent / "fixtures"

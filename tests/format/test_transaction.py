@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from icechunk.errors import FormatError, InvalidInputError
 from icechunk.format import transaction
 from icechunk.format.ids import NodeId, ObjectId
-from icechunk.format.tables import Move, NodeKind, TransactionLog
 from icechunk.format.transaction import decode_transaction_log, encode_transaction_log
+from icechunk.format.values import Move, NodeKind, TransactionLog
 from tools.fuzz.strategies import transaction_logs
 
 A, B = NodeId(b"a" * 8), NodeId(b"b" * 8)

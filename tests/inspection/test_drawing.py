@@ -9,11 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icechunk.format.ids import ObjectId, encode_id
-from icechunk.format.repo_values import SnapshotRecord
-from icechunk.inspection.graph import AncestryGraph
-from icechunk.inspection.layout import Drawing, lay_out
-from icechunk.inspection.svg_drawing import draw_svg
-from icechunk.inspection.text_drawing import draw_text
+from icechunk.format.repo.values import SnapshotRecord
+from icechunk.inspection.drawing import AncestryGraph, Drawing, draw_svg, draw_text, lay_out
 
 SVG = "{http://www.w3.org/2000/svg}"
 

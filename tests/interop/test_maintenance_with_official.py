@@ -11,7 +11,7 @@ import pytest
 
 import icechunk
 from icechunk.format.ids import object_id_from_text
-from icechunk.format.snapshot import decode_snapshot
+from icechunk.format.snapshot.codec import decode_snapshot
 from tools import oracle
 from tools.interop.dump import dump
 from tools.interop.generate import carry_on, generate, publish

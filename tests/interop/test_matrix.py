@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from icechunk.format.manifest import decode_manifest, encode_manifest
-from icechunk.format.repo import decode_repo, encode_repo
-from icechunk.format.snapshot import decode_snapshot, encode_snapshot
-from icechunk.format.tables import ChunkRefs
+from icechunk.format.repo.codec import decode_repo, encode_repo
+from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
 from icechunk.format.transaction import decode_transaction_log, encode_transaction_log
+from icechunk.format.values import ChunkRefs
 from tools import oracle
 from tools.interop import matrix
 from tools.interop.features import FEATURES, Feature

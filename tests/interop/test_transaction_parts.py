@@ -13,8 +13,8 @@ import pytest
 import zarr
 
 import icechunk
-from icechunk import commit_files
-from icechunk.log.transaction_parts import in_parts
+from icechunk.log.session.plan.transaction_parts import in_parts
+from icechunk.session import commit as commit_files
 from tools import oracle
 from tools.interop.parts import known
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import icechunk
-from icechunk.core import Core
 from icechunk.format.ids import object_id_from_text
+from icechunk.runtime.loops import run_sync
 from icechunk.session import Session
-from icechunk.sync import run_sync
+from icechunk.session.core import Core
 from tests.virtual_builders import FILE_BYTES
 from tools import oracle
 from tools.interop.virtual import MANY, access, config, read, write

@@ -12,7 +12,7 @@ import zarr
 
 import icechunk
 from icechunk.config import EngineConfig
-from icechunk.storage.base import ObjectInfo, Storage
+from icechunk.storage.port import ObjectInfo, Storage
 from icechunk.testing.wrapping import WrappingStorage
 
 LAYOUTS = [(None, "log"), (2, "repo"), (1, "refs")]

@@ -15,9 +15,9 @@ import icechunk
 from icechunk.errors import FormatError, InvalidInputError, ReadOnlyError, SessionStateError, StorageError
 from icechunk.format.ids import object_id_from_text
 from icechunk.format.keys import chunk_key
-from icechunk.format.repo import decode_repo
-from icechunk.storage.base import DeleteResult, Storage
+from icechunk.format.repo.codec import decode_repo
 from icechunk.storage.memory import MemoryStorage
+from icechunk.storage.port import DeleteResult, Storage
 from icechunk.testing.faulty import Fault, FaultyStorage, PlannedRequest
 from icechunk.testing.recording import RecordingStorage
 from icechunk.testing.wrapping import WrappingStorage
@@ -199,7 +199,7 @@ async def test_what_is_committed_while_garbage_is_collected_stays(version: int |
     from dataclasses import replace
 
     from icechunk.maintenance.collect import collect_garbage
-    from icechunk.maintenance.limits import Limits
+    from icechunk.maintenance.reachability import Limits
 
     sources = replace(core.sources, elapsed_us=lambda: elapsed() + next(ticks) * 2_000_000)
     await collect_garbage(

@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 import icechunk
 from icechunk.errors import ReadOnlyError, SnapshotNotFoundError
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
-from icechunk.format.repo_values import SnapshotRecord
-from icechunk.maintenance.expire_ref_files import Link, shorten
-from icechunk.maintenance.expiry import expiration
-from icechunk.refs.events import BranchCreated, CollectionRan, CommitAdded, DetachedSnapshotAdded, TagCreated
-from icechunk.refs.state import RepoState, apply, initial_state
-from icechunk.status import RepoAvailability, RepoStatus
-from icechunk.storage.base import Storage
+from icechunk.format.repo.values import SnapshotRecord
+from icechunk.log.repository.events import BranchCreated, CollectionRan, CommitAdded, DetachedSnapshotAdded, TagCreated
+from icechunk.log.repository.state import RepoState, apply, initial_state
+from icechunk.maintenance.expire import Link, expiration, shorten
+from icechunk.ops import RepoAvailability, RepoStatus
 from icechunk.storage.memory import MemoryStorage
+from icechunk.storage.port import Storage
 from tests.maintenance.helpers import History, ago, by_layout
 
 

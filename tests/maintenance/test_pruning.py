@@ -5,23 +5,23 @@ from __future__ import annotations
 import pytest
 
 from icechunk.errors import ReadOnlyError, StorageError
-from icechunk.format.repo import decode_repo, encode_repo
-from icechunk.format.repo_values import ONLINE, Status
+from icechunk.format.repo.codec import decode_repo, encode_repo
+from icechunk.format.repo.values import ONLINE, Status
+from icechunk.log.repository.convert import convert_log
+from icechunk.log.repository.create import create_log
+from icechunk.log.repository.entries.entry import floor_key, parse_floor_key, parse_slot_key, slot_key
+from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.entries.takeover import seal_log
+from icechunk.log.repository.open import open_repository
+from icechunk.log.repository.port import Layout
 from icechunk.maintenance.prune import prune_log
-from icechunk.refs.base import Layout
-from icechunk.refs.convert import convert_log
-from icechunk.refs.create_log import create_log
-from icechunk.refs.entry import floor_key, parse_floor_key, parse_slot_key, slot_key
-from icechunk.refs.log_layout import LogLayout
-from icechunk.refs.open import open_repository
-from icechunk.refs.takeover import seal_log
-from icechunk.sources import Sources
-from icechunk.storage.base import ANY, DeleteResult, Storage
+from icechunk.runtime.clock import Sources
 from icechunk.storage.memory import MemoryStorage
+from icechunk.storage.port import ANY, DeleteResult, Storage
 from icechunk.testing.scripted import ManualClock
-from icechunk.testing.simulation import commit_proposal
 from icechunk.testing.wrapping import WrappingStorage
-from tests.refs.strategies import an_id
+from tests.log.repository.strategies import an_id
+from tools.simulator.simulation import commit_proposal
 
 DAY_S = 24 * 3600.0
 

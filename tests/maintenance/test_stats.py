@@ -15,10 +15,8 @@ from hypothesis import strategies as st
 import icechunk
 from icechunk.credentials import LocalFileSystemAccess
 from icechunk.format.ids import NodeId, ObjectId
-from icechunk.format.tables import INLINE, NATIVE, ChunkRefs, Manifest
-from icechunk.maintenance.limits import Budget, Limits
-from icechunk.maintenance.reachability import Files, read_manifests
-from icechunk.maintenance.row_set import RowSet
+from icechunk.format.values import INLINE, NATIVE, ChunkRefs, Manifest
+from icechunk.maintenance.reachability import Budget, Files, Limits, RowSet, read_manifests
 from icechunk.maintenance.stats import _Counter
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.wrapping import WrappingStorage

@@ -7,10 +7,10 @@ import json
 from icechunk.config import RepositoryConfig, config_from_yaml, config_to_yaml
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.metadata import metadata_tables
-from icechunk.format.repo_values import SnapshotRecord
-from icechunk.refs.migration import RefValues, migrated_info
-from icechunk.refs.ref_names import close_ref, decode_ref, encode_ref, is_closed, read_ref
-from icechunk.refs.state import READ_ONLY
+from icechunk.format.repo.values import SnapshotRecord
+from icechunk.log.repository.ref_files.names import close_ref, decode_ref, encode_ref, is_closed, read_ref
+from icechunk.log.repository.ref_files.upgrade import RefValues, migrated_info
+from icechunk.log.repository.state import READ_ONLY
 from tests.spec.pages import block, code, page, rows
 
 PAGE = "format-1.md"

@@ -7,9 +7,9 @@ import re
 from icechunk.format import keys
 from icechunk.format.envelope import COMPRESSION_ZSTD, HEADER_SIZE, FileType, unseal
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id
-from icechunk.format.tables import TransactionLog
 from icechunk.format.transaction import decode_transaction_log, encode_transaction_log
-from icechunk.refs.entry import slot_key
+from icechunk.format.values import TransactionLog
+from icechunk.log.repository.entries.entry import slot_key
 from tests.spec.pages import block, hexdump, page, rows
 
 A = ObjectId(bytes([1]) * 12)

@@ -8,11 +8,19 @@ from typing import get_args
 import orjson
 
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
-from icechunk.format.repo_values import SnapshotRecord
-from icechunk.refs import events as e
-from icechunk.refs.entry import Entry, decode_entry, encode_entry, encode_events, new_epoch, parse_slot_key, slot_key
-from icechunk.refs.marker import decode_marker, encode_marker
-from icechunk.refs.state import initial_state, try_apply_all
+from icechunk.format.repo.values import SnapshotRecord
+from icechunk.log.repository import events as e
+from icechunk.log.repository.entries.entry import (
+    Entry,
+    decode_entry,
+    encode_entry,
+    encode_events,
+    new_epoch,
+    parse_slot_key,
+    slot_key,
+)
+from icechunk.log.repository.marker import decode_marker, encode_marker
+from icechunk.log.repository.state import initial_state, try_apply_all
 from tests.spec.pages import block, code, page, rows
 
 A, B = (ObjectId(bytes([i]) * 12) for i in (1, 2))

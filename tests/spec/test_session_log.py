@@ -12,10 +12,10 @@ import orjson
 
 from icechunk.format.envelope import FileType, seal
 from icechunk.format.ids import FIRST_SNAPSHOT, NodeId
-from icechunk.format.tables import Snapshot
-from icechunk.log import events as session_events
-from icechunk.log.session_log import SessionLog
-from icechunk.session.base import Phase
+from icechunk.format.values import Snapshot
+from icechunk.log.session import events as session_events
+from icechunk.log.session.log import SessionLog
+from icechunk.session.content import Phase
 from tests.spec.pages import ROOT, ZARR_ARRAY, ZARR_GROUP, block, code, page, rows
 
 

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from flatbuffers.table import Table
 
-from icechunk.format import repo_values as stored
 from icechunk.format.envelope import FileType, unseal
 from icechunk.format.ids import FIRST_SNAPSHOT, NodeId, ObjectId
 from icechunk.format.manifest import encode_manifest
-from icechunk.format.repo import encode_repo
-from icechunk.format.repo_values import SnapshotRecord, Status
-from icechunk.format.snapshot import encode_snapshot
-from icechunk.format.tables import (
+from icechunk.format.repo import values as stored
+from icechunk.format.repo.codec import encode_repo
+from icechunk.format.repo.values import SnapshotRecord, Status
+from icechunk.format.snapshot.codec import encode_snapshot
+from icechunk.format.transaction import encode_transaction_log
+from icechunk.format.values import (
     ID12,
     INLINE,
     NATIVE,
@@ -35,7 +36,6 @@ from icechunk.format.tables import (
     Snapshot,
     TransactionLog,
 )
-from icechunk.format.transaction import encode_transaction_log
 from tests.spec.pages import ROOT, ZARR_ARRAY, ZARR_GROUP, code, page, rows
 
 A, B, C = (ObjectId(bytes([i]) * 12) for i in (1, 2, 3))

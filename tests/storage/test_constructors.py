@@ -12,10 +12,10 @@ import icechunk.storage as public
 from icechunk.config import ChecksumAlgorithm, ObjectStoreConfig, S3Options, StorageRetriesSettings, StorageSettings
 from icechunk.credentials import S3Credentials, S3StaticCredentials
 from icechunk.errors import InvalidInputError, StorageError
-from icechunk.storage.base import Storage
-from icechunk.storage.s3 import S3Storage
-from icechunk.storage.s3_endpoint import resolve_endpoint
-from tests.storage.faulty_s3 import serving
+from icechunk.storage.port import Storage
+from icechunk.storage.s3.endpoint import resolve_endpoint
+from icechunk.storage.s3.storage import S3Storage
+from tests.storage.s3.faulty_s3 import serving
 
 
 def test_local_listings_are_those_of_the_official_class(tmp_path: Path) -> None:

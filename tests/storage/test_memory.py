@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icechunk.errors import InvalidInputError, PreconditionFailedError
-from icechunk.sources import Sources
-from icechunk.storage.base import Absent, Matches
+from icechunk.runtime.clock import Sources
 from icechunk.storage.memory import MemoryStorage
+from icechunk.storage.port import Absent, Matches
 from icechunk.testing.storage_contract import StorageContract
 
 

@@ -7,7 +7,7 @@ import asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icechunk.storage.pace import Pace
+from icechunk.storage.retry import Pace
 
 
 async def test_nothing_is_bounded_until_the_service_asks_for_it() -> None:

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from icechunk.errors import PreconditionFailedError, StorageError
-from icechunk.storage.base import Absent, Storage
 from icechunk.storage.memory import MemoryStorage
+from icechunk.storage.port import Absent, Storage
 from icechunk.testing.faulty import Fault, FaultyStorage, scripted, seeded
 from icechunk.testing.recording import RecordingStorage
 from icechunk.testing.storage_contract import StorageContract, list_all

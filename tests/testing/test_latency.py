@@ -5,8 +5,8 @@ import time
 import pytest
 
 from icechunk.errors import InvalidInputError
-from icechunk.storage.base import Storage
 from icechunk.storage.memory import MemoryStorage
+from icechunk.storage.port import Storage
 from icechunk.testing.latency import LatencyStorage
 from icechunk.testing.storage_contract import StorageContract
 

@@ -9,7 +9,7 @@ import pytest
 
 from icechunk.errors import FormatError
 from icechunk.format.ids import NodeId, ObjectId
-from icechunk.format.tables import (
+from icechunk.format.values import (
     ID12,
     NATIVE,
     ChunkRefs,
@@ -21,7 +21,7 @@ from icechunk.format.tables import (
 )
 from icechunk.storage.memory import MemoryStorage
 from icechunk.transfer.assets import Assets
-from icechunk.transfer.gate import Gates
+from icechunk.transfer.limiter import Gates
 
 NODE = NodeId(b"nodenode")
 

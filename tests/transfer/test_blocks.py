@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icechunk.errors import InvalidInputError, ObjectNotFoundError, StorageError
-from icechunk.storage.base import ByteRange, GetResult, Range
 from icechunk.storage.memory import MemoryStorage
+from icechunk.storage.port import ByteRange, GetResult, Range
 from icechunk.transfer.blocks import BlockReader, Limits, Track, merge
 from icechunk.transfer.fetch import FetchPool
-from icechunk.transfer.gate import Gate
+from icechunk.transfer.limiter import Gate
 
 KIB = 1024
 SMALL = Limits(

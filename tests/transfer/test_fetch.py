@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icechunk.errors import InvalidInputError, ObjectNotFoundError, StorageError
-from icechunk.storage.base import ByteRange, GetResult, Range
 from icechunk.storage.memory import MemoryStorage
+from icechunk.storage.port import ByteRange, GetResult, Range
 from icechunk.transfer.fetch import FetchPool, Splitting
-from icechunk.transfer.gate import Gate
+from icechunk.transfer.limiter import Gate
 
 
 class Slow(MemoryStorage):

@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icechunk.errors import StorageError
-from icechunk.storage.base import GetResult, Range
 from icechunk.storage.memory import MemoryStorage
-from icechunk.transfer.fetch import FetchPool
-from icechunk.transfer.gate import Gate
-from icechunk.transfer.hedge import Latencies, hedged
+from icechunk.storage.port import GetResult, Range
+from icechunk.transfer.fetch import FetchPool, Latencies, hedged
+from icechunk.transfer.limiter import Gate
 
 
 class Uneven(MemoryStorage):

@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from icechunk.errors import SessionStateError, StorageError
 from icechunk.format.ids import ObjectId
 from icechunk.format.keys import chunk_key
-from icechunk.storage.base import PutResult, Range
 from icechunk.storage.memory import MemoryStorage
-from icechunk.transfer.gate import Gates
-from icechunk.transfer.memory import PutMemory
+from icechunk.storage.port import PutResult, Range
+from icechunk.transfer.limiter import Gates
 from icechunk.transfer.packs import Packs
-from icechunk.transfer.put import PutPool
+from icechunk.transfer.put import PutMemory, PutPool
 
 
 class Unreliable(MemoryStorage):

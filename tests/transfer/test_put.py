@@ -13,12 +13,11 @@ import anyio.lowlevel
 import pytest
 
 from icechunk.errors import StorageError
-from icechunk.storage.base import PutResult, Version
+from icechunk.runtime.loops import run_sync
 from icechunk.storage.memory import MemoryStorage
-from icechunk.sync import run_sync
-from icechunk.transfer.gate import READ, WRITE, Gates
-from icechunk.transfer.memory import PutMemory
-from icechunk.transfer.put import PutPool
+from icechunk.storage.port import PutResult, Version
+from icechunk.transfer.limiter import READ, WRITE, Gates
+from icechunk.transfer.put import PutMemory, PutPool
 
 
 class Gated(MemoryStorage):

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 import icechunk
 from icechunk.config import EngineConfig
 from icechunk.format.ids import ObjectId
-from icechunk.format.tables import ID12, INLINE, NATIVE, ChunkRefs
+from icechunk.format.values import ID12, INLINE, NATIVE, ChunkRefs
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.recording import RecordingStorage
-from icechunk.transfer.walk import FIRST_AHEAD_BYTES, MOST_AHEAD_BYTES, STEPS, Walks, upcoming
+from icechunk.transfer.blocks import FIRST_AHEAD_BYTES, MOST_AHEAD_BYTES, STEPS, Walks, upcoming
 
 KIB = 1024
 

@@ -19,15 +19,15 @@ import icechunk
 from icechunk import ErrorKind, IcechunkError, Repository, VirtualChunkContainer
 from icechunk.config.storage import AnyObjectStoreConfig
 from icechunk.credentials import HttpAccess
-from icechunk.sources import SYSTEM
-from icechunk.storage.base import Storage
-from icechunk.storage.http import HttpStorage
-from icechunk.storage.local import LocalStorage
-from icechunk.storage.obstore_places import AzurePlace, GcsPlace
-from icechunk.storage.obstore_storage import ObstoreStorage
+from icechunk.runtime.clock import SYSTEM
+from icechunk.storage.http.storage import HttpStorage
+from icechunk.storage.local.storage import LocalStorage
+from icechunk.storage.obstore.buckets import AzurePlace, GcsPlace
+from icechunk.storage.obstore.storage import ObstoreStorage
+from icechunk.storage.port import Storage
 from tests.conftest import BUCKET
-from tests.storage.fake_gcs import serving_gcs
-from tests.storage.web_server import serving_files
+from tests.storage.http.web_server import serving_files
+from tests.storage.obstore.fake_gcs import serving_gcs
 from tests.virtual_builders import FILE_BYTES, array, config_of
 from tools import services
 

@@ -19,7 +19,7 @@ import icechunk
 from icechunk import ErrorKind, IcechunkError, InvalidInputError, Repository, StorageError, VirtualChunkContainer
 from icechunk.credentials import HttpAccess, LocalFileSystemAccess
 from tests.conftest import BUCKET, s3_storage_on
-from tests.store_builders import read
+from tests.store.store_builders import read
 from tests.virtual_builders import (
     FILE_BYTES,
     WebServer,

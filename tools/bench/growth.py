@@ -27,9 +27,9 @@ from typing import Any
 
 import icechunk
 from icechunk.repository import Repository
-from icechunk.storage.base import Storage
+from icechunk.runtime.tasks import run_jobs
 from icechunk.storage.memory import MemoryStorage
-from icechunk.tasks import run_jobs
+from icechunk.storage.port import Storage
 from icechunk.testing.wrapping import WrappingStorage
 from tools import oracle
 from tools.bench import wire

@@ -26,7 +26,7 @@ import numpy as np
 
 import icechunk
 from icechunk.format.ids import encode_id
-from icechunk.format.tables import ID12, NATIVE, ChunkRefs
+from icechunk.format.values import ID12, NATIVE, ChunkRefs
 from icechunk.repository import Repository
 from tools import oracle
 

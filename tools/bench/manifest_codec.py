@@ -20,7 +20,7 @@ import numpy as np
 
 from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.manifest import decode_manifest, encode_manifest
-from icechunk.format.tables import ETAG, ID12, INLINE, NATIVE, VIRTUAL, ChunkRefs, Manifest
+from icechunk.format.values import ETAG, ID12, INLINE, NATIVE, VIRTUAL, ChunkRefs, Manifest
 
 
 def grid(rows: int) -> np.ndarray:

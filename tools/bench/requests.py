@@ -17,7 +17,7 @@ from aiobotocore.session import get_session
 
 from icechunk.config import S3Options
 from icechunk.credentials import S3Credentials, S3StaticCredentials
-from icechunk.storage.s3 import S3Storage
+from icechunk.storage.s3.storage import S3Storage
 from tools import services
 
 BUCKET = "bench"

@@ -15,10 +15,10 @@ from collections.abc import Callable
 import numpy as np
 
 from icechunk.format.ids import FIRST_SNAPSHOT, NodeId, ObjectId
-from icechunk.format.tables import NATIVE, ChunkRefs, Manifest, NodeSnapshot, Snapshot
-from icechunk.log.compaction import Placed, Policy, new_manifests, new_snapshot, placed, plan
-from icechunk.log.lookup import find
-from icechunk.log.session_log import SessionLog
+from icechunk.format.values import NATIVE, ChunkRefs, Manifest, NodeSnapshot, Snapshot
+from icechunk.log.session.columns import find
+from icechunk.log.session.log import SessionLog
+from icechunk.log.session.plan.compaction import Placed, Policy, new_manifests, new_snapshot, placed, plan
 
 EMPTY = Snapshot(id=FIRST_SNAPSHOT, flushed_at_us=1, message="")
 

@@ -22,11 +22,12 @@ from typing import Any
 from unittest import mock
 
 from icechunk.errors import FormatError, InvalidInputError
-from icechunk.format import flexbuffers, snapshot_rows, update_blocks
 from icechunk.format.envelope import FileType, seal, unseal
+from icechunk.format.flat import flexbuffers
 from icechunk.format.manifest import decode_manifest
-from icechunk.format.repo import decode_repo, encode_repo
-from icechunk.format.snapshot import decode_snapshot
+from icechunk.format.repo import snapshot_encoding, update_encoding
+from icechunk.format.repo.codec import decode_repo, encode_repo
+from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.format.transaction import decode_transaction_log
 
 FIXTURES = Path(__file__).parent.parent.parent / "tests/format/fixtures"
@@ -57,8 +58,8 @@ def copy_repo(data: bytes) -> None:
     """Decode a repo info and write it again without a look at what is in it."""
     with (
         contextlib.suppress(InvalidInputError),
-        mock.patch.object(snapshot_rows, "_FEW", 0),
-        mock.patch.object(update_blocks, "_FEW", 0),
+        mock.patch.object(snapshot_encoding, "_FEW", 0),
+        mock.patch.object(update_encoding, "_FEW", 0),
     ):
         encode_repo(decode_repo(data))
 

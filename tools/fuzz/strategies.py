@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from icechunk.format.ids import NodeId, ObjectId
-from icechunk.format.repo import (
+from icechunk.format.repo.codec import (
     BranchCreated,
     BranchDeleted,
     BranchReset,
@@ -31,7 +31,7 @@ from icechunk.format.repo import (
     TagDeleted,
     Update,
 )
-from icechunk.format.tables import (
+from icechunk.format.values import (
     ETAG,
     ID12,
     INLINE,

@@ -1,0 +1,23 @@
+"""Public names under the module path of the official library's compiled module.
+
+Code that imports from ``icechunk._icechunk_python`` (VirtualiZarr and older notebooks import configuration classes and
+error kinds from there) finds the same objects as in `icechunk`. Nothing else lives here.
+"""
+
+from __future__ import annotations
+
+import icechunk
+from icechunk.config.repository import RepoUpdateRetryConfig
+from icechunk.errors import ErrorKind
+
+__all__ = ["RepoUpdateRetryConfig", "_all_error_kinds"]
+
+
+def _all_error_kinds() -> list[str]:
+    return [str(kind) for kind in ErrorKind]
+
+
+def __getattr__(name: str) -> object:
+    if name in icechunk.__all__:
+        return getattr(icechunk, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""FlatBuffers and FlexBuffers: single tables, and whole vectors of tables as numpy columns."""

@@ -1,0 +1,267 @@
+"""Many FlatBuffers tables at once: fields of a whole vector of tables as numpy columns.
+
+The rules are those of `flat_reader`; every position is checked before it is read, and nothing here
+loops over rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.format.flat.reader import Buffer
+
+__all__ = [
+    "Column",
+    "Positions",
+    "TableColumns",
+    "Vectors",
+    "copy_spans",
+    "first_rows",
+    "gather",
+    "is_ascending",
+    "lexicographic_order",
+    "put",
+    "read_coords",
+]
+
+Positions = npt.NDArray[np.int64]
+
+_MAX_NDIM: Final = 1024
+_FIELD_OFFSETS: Final = 4
+"""Where the field offsets begin in a vtable, after its own size and the table's."""
+
+
+def gather(buffer: Buffer, positions: Positions, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """The values of ``dtype`` at ``positions``, which need not be aligned.
+
+    Raises
+    ------
+    FormatError
+        If one of them is not within the buffer.
+    """
+    kind = np.dtype(dtype)
+    if not len(positions) or not kind.itemsize:
+        return np.zeros(len(positions), kind)
+    last = buffer.size - kind.itemsize
+    lowest, highest = int(positions.min()), int(positions.max())
+    if lowest < 0 or highest > last:
+        raise buffer.fail(f"offsets lead to {lowest} to {highest}, outside its {buffer.size} bytes")
+    everywhere: npt.NDArray[Any] = np.ndarray((last + 1,), kind, buffer.data, strides=(1,))
+    return everywhere[positions]
+
+
+class Column(NamedTuple):
+    """An inline field of many tables, where it is present."""
+
+    rows: npt.NDArray[np.intp] | None
+    """Numbers of the tables that have it; None when all do."""
+    positions: Positions
+    """Where it stands in each of those."""
+
+
+class Vectors(NamedTuple):
+    """What an offset field of many tables points to: vectors or strings."""
+
+    rows: npt.NDArray[np.intp] | None
+    """Numbers of the tables that have it; None when all do."""
+    starts: Positions
+    """Position of the first item of each."""
+    counts: Positions
+    """Number of items of each."""
+
+
+class TableColumns:
+    """The tables at ``positions``, whose vtables may differ.
+
+    Raises
+    ------
+    FormatError
+        If a table or its vtable is not within the buffer.
+    """
+
+    __slots__ = ("_buffer", "_common", "_positions", "_table_sizes", "_vtable_sizes", "_vtables")
+
+    def __init__(self, buffer: Buffer, positions: Positions) -> None:
+        self._buffer = buffer
+        self._positions = positions
+        self._common: tuple[int, ...] | None = None
+        """The vtable of all, when they have but one, as in any file of one kind of reference."""
+        vtables: Positions = positions - gather(buffer, positions, "<i4")
+        if not len(vtables):
+            self._common = (0,)
+            return
+        if vtables.min() == vtables.max():
+            self._common = buffer.vtable(int(vtables[0]))
+            if int(positions.max()) + self._common[0] > buffer.size:
+                raise buffer.fail("a table ends past its end")
+            return
+        self._vtables = vtables
+        head = gather(buffer, vtables, "<u4")
+        self._vtable_sizes = (head & 0xFFFF).astype(np.int64)
+        self._table_sizes = (head >> 16).astype(np.int64)
+        if (
+            self._vtable_sizes.min() < _FIELD_OFFSETS
+            or (vtables + self._vtable_sizes).max() > buffer.size
+            or (positions + self._table_sizes).max() > buffer.size
+        ):
+            raise buffer.fail("a table or its vtable ends past its end")
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def column(self, slot: int, size: int) -> Column | None:
+        """Where the field of ``size`` bytes at ``slot`` stands; None when no table has it.
+
+        Raises
+        ------
+        FormatError
+            If it is not within its table.
+        """
+        buffer = self._buffer
+        if self._common is not None:
+            offset = self._common[slot + 1] if slot + 1 < len(self._common) else 0
+            if not offset:
+                return None
+            if offset < 4 or offset + size > self._common[0]:
+                raise buffer.fail(f"field {slot} of a table is outside it")
+            return Column(None, self._positions + offset)
+        at = _FIELD_OFFSETS + 2 * slot
+        known = self._vtable_sizes >= at + 2
+        if not known.any():
+            return None
+        if known.all():
+            offsets = gather(buffer, self._vtables + at, "<u2").astype(np.int64)
+        else:
+            offsets = np.zeros(len(known), np.int64)
+            offsets[known] = gather(buffer, self._vtables[known] + at, "<u2")
+        present = offsets != 0
+        if not present.any():
+            return None
+        ends = offsets + size
+        if ((present & (offsets < 4)) | (present & (ends > self._table_sizes))).any():
+            raise buffer.fail(f"field {slot} of a table is outside it")
+        if present.all():
+            return Column(None, self._positions + offsets)
+        rows = np.flatnonzero(present)
+        return Column(rows, self._positions[rows] + offsets[rows])
+
+    def numbers(self, slot: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """A column of numbers or structs, zero where absent; errors as `column`."""
+        kind = np.dtype(dtype)
+        column = self.column(slot, kind.itemsize)
+        if column is None:
+            return np.zeros(len(self), kind)
+        values = gather(self._buffer, column.positions, kind)
+        if column.rows is None:
+            return values
+        full = np.zeros(len(self), kind)
+        full[column.rows] = values
+        return full
+
+    def vectors(self, slot: int, item_size: int) -> Vectors | None:
+        """What the offset field at ``slot`` points to, vectors of items of that many bytes; None when no table has it.
+
+        Raises
+        ------
+        FormatError
+            If the field is not within its table or a vector not within the buffer.
+        """
+        column = self.column(slot, 4)
+        if column is None:
+            return None
+        buffer = self._buffer
+        heads: Positions = column.positions + gather(buffer, column.positions, "<u4")
+        counts = gather(buffer, heads, "<u4").astype(np.int64)
+        starts = heads + 4
+        if (starts + counts * item_size).max() > buffer.size:
+            raise buffer.fail(f"what field {slot} of a table points to ends past its end")
+        return Vectors(column.rows, starts, counts)
+
+
+def read_coords(buffer: Buffer, starts: Positions, ndim: int) -> npt.NDArray[np.uint32]:
+    """Chunk coordinates, uint32[n, ndim], from vectors of that many items that begin at ``starts``.
+
+    Raises
+    ------
+    FormatError
+        If there are more than 1024 dimensions, or the vectors are not within the buffer.
+    """
+    if ndim > _MAX_NDIM:
+        raise buffer.fail(f"a chunk has {ndim} coordinates")
+    buffer.charge(4 * ndim * len(starts))
+    if not ndim:
+        return np.empty((len(starts), 0), np.uint32)
+    rows = gather(buffer, starts, f"V{4 * ndim}").view("<u4").reshape(len(starts), ndim)
+    return rows.astype(np.uint32, copy=False)
+
+
+def copy_spans(
+    target: npt.NDArray[np.uint8],
+    target_starts: Positions,
+    source: bytes | memoryview | npt.NDArray[np.uint8],
+    source_starts: Positions,
+    lengths: Positions,
+) -> None:
+    """Copy many byte ranges, ``lengths[i]`` bytes from ``source_starts[i]`` to ``target_starts[i]``.
+
+    All ranges lie within source and target. Loops over distinct lengths, not over ranges.
+    """
+    octets = np.frombuffer(source, np.uint8)
+    if not len(lengths):
+        return
+    order = np.argsort(lengths, kind="stable") if lengths.min() != lengths.max() else None
+    if order is not None:
+        lengths, target_starts, source_starts = lengths[order], target_starts[order], source_starts[order]
+    edges = np.flatnonzero(np.diff(lengths)) + 1
+    bounds = [0, *edges.tolist(), len(lengths)]
+    for first, last in itertools.pairwise(bounds):
+        size = int(lengths[first])
+        if size:
+            item = f"V{size}"
+            reading: npt.NDArray[Any] = np.ndarray((len(octets) - size + 1,), item, octets, strides=(1,))
+            writing: npt.NDArray[Any] = np.ndarray((len(target) - size + 1,), item, target, strides=(1,))
+            writing[target_starts[first:last]] = reading[source_starts[first:last]]
+
+
+def put(target: npt.NDArray[np.uint8], at: Positions, values: npt.NDArray[Any]) -> None:
+    """Write each of the values into the bytes at its place, which need not be aligned but must be within them."""
+    if len(at):
+        last = len(target) - values.dtype.itemsize
+        everywhere: npt.NDArray[Any] = np.ndarray((last + 1,), values.dtype, target, strides=(1,))
+        everywhere[at] = values
+
+
+def is_ascending(rows: npt.NDArray[np.uint32], first_of_group: npt.NDArray[np.bool_] | None = None) -> bool:
+    """Whether ``rows`` (n × ndim) are strictly ascending lexicographically.
+
+    ``first_of_group[i]`` exempts row ``i`` from being compared with the one before it.
+    """
+    if len(rows) < 2:
+        return True
+    before, after = rows[:-1], rows[1:]
+    greater = np.zeros(len(before), np.bool_) if first_of_group is None else first_of_group[1:].copy()
+    equal = np.ones(len(before), np.bool_)
+    for axis in range(rows.shape[1]):
+        left, right = before[:, axis], after[:, axis]
+        greater |= equal & (right > left)
+        equal &= right == left
+    return bool(greater.all())
+
+
+def first_rows(edges: Positions) -> npt.NDArray[np.bool_]:
+    """For rows of several groups, one behind the other, whether each is the first of its group; ``edges`` tell where
+    the rows of each begin and where the last one's end."""
+    mask = np.zeros(int(edges[-1]) + 1, np.bool_)
+    mask[edges] = True
+    return mask[:-1]
+
+
+def lexicographic_order(rows: npt.NDArray[np.uint32], owner: Positions | None = None) -> npt.NDArray[np.intp]:
+    """Numbers of the rows (n × ndim) in ascending lexicographic order, of ``owner`` first if there is one; equal rows
+    keep their order."""
+    keys = [*rows.T[::-1]] if owner is None else [*rows.T[::-1], owner]
+    return np.lexsort(keys) if keys else np.arange(len(rows))

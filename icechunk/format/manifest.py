@@ -1,8 +1,0 @@
-"""Manifests: chunk references of one or several arrays, as a file and as columns."""
-
-from __future__ import annotations
-
-from icechunk.format.manifest_decoding import decode_manifest
-from icechunk.format.manifest_encoding import encode_manifest, max_refs
-
-__all__ = ["decode_manifest", "encode_manifest", "max_refs"]

@@ -1,0 +1,275 @@
+"""Decoding manifests, formats 1 and 2, without a Python step per reference.
+
+Nothing is assumed about the layout: `flat_columns` gathers each field of all references of all arrays of the
+manifest at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from icechunk.format.by_node import ByNode, Part, owners
+from icechunk.format.envelope import FileType, unseal
+from icechunk.format.flat.columns import (
+    Positions,
+    TableColumns,
+    Vectors,
+    copy_spans,
+    first_rows,
+    gather,
+    is_ascending,
+    lexicographic_order,
+    read_coords,
+)
+from icechunk.format.flat.reader import Buffer, Table, required
+from icechunk.format.ids import NodeId, ObjectId, encode_id
+from icechunk.format.manifest import tables as at_slot
+from icechunk.format.manifest.refs_by_node import refs_by_node
+from icechunk.format.values import ETAG, ID12, INLINE, LAST_MODIFIED, NATIVE, NO_CHECKSUM, VIRTUAL, ChunkRefs, Manifest
+
+__all__ = ["decode_manifest"]
+
+_ID_SIZE: Final = 12
+_NODE_ID_SIZE: Final = 8
+_MAX_LOCATION: Final = 2**16
+"""Bytes that one compressed location may decompress to."""
+
+
+def decode_manifest(data: bytes, *, expected_id: ObjectId | None = None) -> Manifest:
+    """Read a manifest of format 1 or 2.
+
+    Parameters
+    ----------
+    data
+        The whole file.
+    expected_id
+        What the id within must be.
+
+    Returns
+    -------
+    Manifest
+        Its arrays share one table of locations, one of etags, and the bytes of inline chunks.
+
+    Raises
+    ------
+    FormatError
+        If the file is not a manifest, is corrupt, or has another id.
+    """
+    name = "manifest" if expected_id is None else f"manifest {encode_id(expected_id)}"
+    _, payload = unseal(data, FileType.MANIFEST, what=name)
+    buffer = Buffer(payload, name)
+    root = buffer.root()
+    id = ObjectId(required(root.inline(at_slot.ID, _ID_SIZE), root, "id"))
+    if expected_id is not None and id != expected_id:
+        raise buffer.fail(f"its id is {encode_id(id)}")
+    nodes, starts, counts = _arrays(root)
+    return Manifest(id=id, arrays=_decode_rows(buffer, nodes, starts, counts, _dictionary(root)))
+
+
+def _arrays(root: Table) -> tuple[list[NodeId], Positions, Positions]:
+    """Ids of the arrays, where the vector of references of each has its first item, and how many items."""
+    buffer = root.buffer
+    start, count = required(root.vector(at_slot.ARRAYS, 4), root, "arrays")
+    buffer.charge_tables(count)
+    fields = start + 4 * np.arange(count, dtype=np.int64)
+    tables = TableColumns(buffer, fields + gather(buffer, fields, "<u4"))
+    if not count:
+        return [], fields, fields
+    ids, vectors = tables.column(at_slot.NODE, _NODE_ID_SIZE), tables.vectors(at_slot.REFS, 4)
+    if ids is None or ids.rows is not None:
+        raise buffer.fail("an array in it lacks the required field 'node_id'")
+    if vectors is None or vectors.rows is not None:
+        raise buffer.fail("an array in it lacks the required field 'refs'")
+    raw = gather(buffer, ids.positions, f"V{_NODE_ID_SIZE}").tobytes()
+    nodes = [NodeId(raw[i : i + _NODE_ID_SIZE]) for i in range(0, len(raw), _NODE_ID_SIZE)]
+    if len(set(nodes)) != count:
+        raise buffer.fail("an array stands in it twice")
+    return nodes, vectors.starts, vectors.counts
+
+
+def _dictionary(root: Table) -> zstandard.ZstdDecompressor | None:
+    algorithm = root.u8(at_slot.COMPRESSION, at_slot.WITH_DICTIONARY)
+    dictionary = root.blob(at_slot.DICTIONARY)
+    if algorithm not in (at_slot.PLAIN, at_slot.WITH_DICTIONARY):
+        raise root.buffer.fail(f"its locations are compressed by algorithm {algorithm}, which is unknown")
+    if algorithm == at_slot.PLAIN or not dictionary:
+        return None
+    try:
+        return zstandard.ZstdDecompressor(dict_data=zstandard.ZstdCompressionDict(dictionary))
+    except (zstandard.ZstdError, ValueError) as error:
+        raise root.buffer.fail(f"its dictionary of locations is corrupt ({error})") from error
+
+
+def _decode_rows(
+    buffer: Buffer,
+    nodes: Sequence[NodeId],
+    starts: Positions,
+    counts: Positions,
+    dictionary: zstandard.ZstdDecompressor | None,
+) -> ByNode[ChunkRefs]:
+    """Columns of the arrays, given where the references of each begin and how many they are."""
+    total = int(counts.sum())
+    buffer.charge_tables(total)
+    edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    if not total:
+        return refs_by_node([Part(tuple(nodes), edges, ChunkRefs.empty(0))] if nodes else [])
+    owner = owners(edges)
+    fields = (starts - 4 * edges[:-1])[owner] + 4 * np.arange(total, dtype=np.int64)
+    tables = TableColumns(buffer, fields + gather(buffer, fields, "<u4"))
+    del fields
+    inline = tables.vectors(at_slot.INLINE, 1)
+    chunk_id = tables.column(at_slot.CHUNK_ID, _ID_SIZE)
+    location = tables.vectors(at_slot.LOCATION, 1)
+    compressed = tables.vectors(at_slot.COMPRESSED, 1)
+    kind = np.zeros(total, np.uint8)
+    members = np.zeros(total, np.uint8)
+    for number, found in ((INLINE, inline), (NATIVE, chunk_id), (VIRTUAL, location), (VIRTUAL, compressed)):
+        if found is not None:
+            rows = slice(None) if found.rows is None else found.rows
+            kind[rows] = number
+            members[rows] += 1
+    if (members != 1).any():
+        raise buffer.fail("a reference is not exactly one of inline, native and virtual")
+    texts = _Texts(buffer)
+    location_rows = np.full(total, -1, np.int32)
+    if location is not None:
+        location_rows[slice(None) if location.rows is None else location.rows] = texts.plain(location)
+    if compressed is not None:
+        rows = slice(None) if compressed.rows is None else compressed.rows
+        location_rows[rows] = texts.compressed(compressed, dictionary)
+    offset = tables.numbers(at_slot.OFFSET, "<u8")
+    length = tables.numbers(at_slot.LENGTH, "<u8")
+    inline_data = b""
+    if inline is not None:
+        rows = slice(None) if inline.rows is None else inline.rows
+        inline_data, offset[rows] = _inline_bytes(buffer, inline)
+        length[rows] = inline.counts
+    checksum_kind, checksum, etags = _checksums(buffer, tables, kind)
+    chunk_ids = tables.numbers(at_slot.CHUNK_ID, ID12)
+    vectors = tables.vectors(at_slot.INDEX, 4)
+    if vectors is None or vectors.rows is not None:
+        raise buffer.fail("a reference lacks the required field 'index'")
+    # An array without references is of any rank, and counts as one of rank 0.
+    ranks = np.zeros(len(nodes), np.int64)
+    ranks[owner] = vectors.counts
+    if (ranks[owner] != vectors.counts).any():
+        raise buffer.fail("the references of one array differ in their number of dimensions")
+    locations = texts.all()
+    parts = []
+    for ndim in np.unique(ranks).tolist():
+        own = ranks == ndim
+        rows = slice(None) if own.all() else own[owner]
+        part = Part(
+            tuple(nodes) if own.all() else tuple([nodes[i] for i in np.flatnonzero(own).tolist()]),
+            edges if own.all() else np.concatenate([np.zeros(1, np.int64), np.cumsum(counts[own])]),
+            ChunkRefs(
+                coords=read_coords(buffer, vectors.starts[rows], ndim),
+                kind=kind[rows],
+                offset=offset[rows],
+                length=length[rows],
+                chunk_id=chunk_ids[rows],
+                location=location_rows[rows],
+                locations=locations,
+                checksum_kind=None if checksum_kind is None else checksum_kind[rows],
+                checksum=None if checksum is None else checksum[rows],
+                etags=etags,
+                inline_data=inline_data,
+            ),
+        )
+        parts.append(_in_order(buffer, part))
+    return refs_by_node(parts)
+
+
+def _in_order(buffer: Buffer, part: Part[ChunkRefs]) -> Part[ChunkRefs]:
+    """The same with the rows of each array in ascending order."""
+    first = first_rows(part.edges)
+    if is_ascending(part.rows.coords, first):
+        return part
+    refs = part.rows.take(lexicographic_order(part.rows.coords, owners(part.edges)))
+    if not is_ascending(refs.coords, first):
+        raise buffer.fail("an array has two references for one chunk")
+    return Part(part.nodes, part.edges, refs)
+
+
+def _inline_bytes(buffer: Buffer, inline: Vectors) -> tuple[bytes, Positions]:
+    """All inline chunks in one piece, and where each begins in it."""
+    ends = np.cumsum(inline.counts)
+    buffer.charge(int(ends[-1]))
+    starts = ends - inline.counts
+    octets = np.empty(int(ends[-1]), np.uint8)
+    copy_spans(octets, starts, buffer.data, inline.starts, inline.counts)
+    return octets.tobytes(), starts
+
+
+def _checksums(
+    buffer: Buffer, tables: TableColumns, kind: npt.NDArray[np.uint8]
+) -> tuple[npt.NDArray[np.uint8] | None, npt.NDArray[np.int64] | None, tuple[str, ...]]:
+    etag = tables.vectors(at_slot.ETAG, 1)
+    modified = tables.numbers(at_slot.LAST_MODIFIED, "<u4").astype(np.int64)
+    if etag is None and not modified.any():
+        return None, None, ()
+    checksum_kind = np.where(modified != 0, LAST_MODIFIED, NO_CHECKSUM).astype(np.uint8)
+    checksum: npt.NDArray[np.int64] = modified
+    texts = _Texts(buffer)
+    if etag is not None:
+        rows = slice(None) if etag.rows is None else etag.rows
+        checksum_kind[rows] = ETAG
+        checksum[rows] = texts.plain(etag)
+    checksum_kind[kind != VIRTUAL] = NO_CHECKSUM
+    checksum[kind != VIRTUAL] = 0
+    return checksum_kind, checksum, texts.all()
+
+
+class _Texts:
+    """The distinct strings of a column."""
+
+    __slots__ = ("_buffer", "_numbers")
+
+    def __init__(self, buffer: Buffer) -> None:
+        self._buffer = buffer
+        self._numbers: dict[bytes, int] = {}
+
+    def all(self) -> tuple[str, ...]:
+        """Every string, by number."""
+        try:
+            return tuple([raw.decode() for raw in self._numbers])
+        except UnicodeDecodeError as error:
+            raise self._buffer.fail("a location or etag is not UTF-8") from error
+
+    def plain(self, strings: Vectors) -> npt.NDArray[np.int32]:
+        """The number of each string."""
+        data, numbers = self._buffer.data, self._numbers
+        starts = strings.starts.tolist()
+        known: dict[int, int] = {}
+        # Writers may share a string among rows: read each place once. Equal strings at several places become one.
+        sizes = dict(zip(starts, strings.counts.tolist(), strict=True))
+        self._buffer.charge(sum(sizes.values()))
+        for start, size in sizes.items():
+            known[start] = numbers.setdefault(data[start : start + size], len(numbers))
+        return np.fromiter(map(known.__getitem__, starts), np.int32, len(starts))
+
+    def compressed(self, blobs: Vectors, dictionary: zstandard.ZstdDecompressor | None) -> npt.NDArray[np.int32]:
+        """The number of each string that is a zstd frame."""
+        buffer, numbers = self._buffer, self._numbers
+        if dictionary is None:
+            raise buffer.fail("its locations are compressed but it has no dictionary")
+        starts = blobs.starts.tolist()
+        sizes = dict(zip(starts, blobs.counts.tolist(), strict=True))
+        known: dict[int, int] = {}
+        try:
+            for start, size in sizes.items():
+                frame = buffer.data[start : start + size]
+                if zstandard.frame_content_size(frame) > _MAX_LOCATION:
+                    raise buffer.fail("a compressed location is too long")
+                raw = dictionary.decompress(frame, max_output_size=_MAX_LOCATION)
+                # A few bytes may stand for many: counted here, not by what the frames take.
+                buffer.charge(len(raw) // 8)
+                known[start] = numbers.setdefault(raw, len(numbers))
+        except zstandard.ZstdError as error:
+            raise buffer.fail(f"a compressed location is corrupt ({error})") from error
+        return np.fromiter(map(known.__getitem__, starts), np.int32, len(starts))

@@ -1,0 +1,361 @@
+"""Encoding manifests, formats 1 and 2, without a Python step per reference.
+
+References of one kind, rank and set of fields have one fixed layout, so a vector of a million
+tables is one structured array (`_Layout`); references of other kinds are other arrays beside it.
+What has variable length, strings and inline chunks, follows behind.
+
+What has variable length in a manifest: locations, etags and inline chunks, behind the tables that point to them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.format.by_node import ByNode, Part, owners
+from icechunk.format.envelope import FileType, seal
+from icechunk.format.flat.columns import Positions, copy_spans, first_rows, is_ascending, lexicographic_order
+from icechunk.format.flat.writer import MAX_BYTES, MAX_TABLES, FlatTable, FlatWriter, Value, Written, id_struct, u8
+from icechunk.format.ids import encode_id
+from icechunk.format.manifest import tables as at_slot
+from icechunk.format.manifest.location_compression import LocationCompression, LocationDictionary, trained
+from icechunk.format.manifest.refs_by_node import grouped_refs
+from icechunk.format.values import ETAG, INLINE, LAST_MODIFIED, NATIVE, NO_CHECKSUM, VIRTUAL, ChunkRefs, Manifest
+
+__all__ = ["encode_manifest", "fill_inline", "frames", "inline_places", "max_refs", "strings"]
+
+_U32: Final = struct.Struct("<I")
+
+
+def strings(texts: Sequence[str], used: npt.NDArray[Any], start: int) -> tuple[bytes, Positions]:
+    """The strings that are used, to stand at ``start``, and the position of each of all; padded to 4 bytes."""
+    at = np.zeros(len(texts), np.int64)
+    mask = np.zeros(len(texts), np.bool_)
+    mask[used] = True
+    parts: list[bytes] = []
+    position = start
+    for i in np.flatnonzero(mask).tolist():
+        data = _utf8(texts[i])
+        padding = 4 - len(data) % 4  # at least the NUL
+        at[i] = position
+        parts += (_U32.pack(len(data)), data, b"\0\0\0\0"[:padding])
+        position += 4 + len(data) + padding
+    return b"".join(parts), at
+
+
+def frames(
+    texts: Sequence[str], used: npt.NDArray[Any], start: int, dictionary: LocationDictionary
+) -> tuple[bytes, Positions]:
+    """The same as vectors of bytes that are zstd frames."""
+    mask = np.zeros(len(texts), np.bool_)
+    mask[used] = True
+    rows = np.flatnonzero(mask)
+    data, sizes = dictionary.frames([_utf8(texts[i]) for i in rows.tolist()])
+    ends = np.cumsum(4 + sizes + -sizes % 4)
+    places = ends - (4 + sizes + -sizes % 4)
+    at = np.zeros(len(texts), np.int64)
+    at[rows] = start + places
+    out = bytearray(int(ends[-1]) if len(ends) else 0)
+    if len(places):
+        _fill_vectors(out, places, data, np.cumsum(sizes) - sizes, sizes)
+    return bytes(out), at
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(f"cannot encode {text!r}: not valid Unicode") from error
+
+
+def inline_places(refs: ChunkRefs, start: int) -> tuple[Positions, int]:
+    """Position of the vector of each inline row, and where the last one ends."""
+    sizes = refs.length[refs.kind == INLINE].astype(np.int64)
+    ends = start + np.cumsum(4 + sizes + -sizes % 4)
+    at = ends - (4 + sizes + -sizes % 4)
+    return at, int(ends[-1]) if len(ends) else start
+
+
+def fill_inline(out: bytearray, refs: ChunkRefs, at: Positions) -> None:
+    if not len(at):
+        return
+    inline = refs.kind == INLINE
+    sizes = refs.length[inline].astype(np.int64)
+    _fill_vectors(out, at, refs.inline_data, refs.offset[inline].astype(np.int64), sizes)
+
+
+def _fill_vectors(
+    out: bytearray, at: Positions, data: bytes, starts: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]
+) -> None:
+    """Vectors of bytes at these positions: spans of ``data``."""
+    octets = np.frombuffer(out, np.uint8)
+    heads: npt.NDArray[Any] = np.ndarray((len(octets) - 3,), "<u4", octets, strides=(1,))
+    heads[at] = sizes
+    copy_spans(octets, at + 4, data, starts, sizes)
+
+
+def encode_manifest(
+    manifest: Manifest, spec_version: int = 2, level: int = 3, locations: LocationCompression | None = None
+) -> bytes:
+    """The whole file of a manifest.
+
+    Parameters
+    ----------
+    manifest
+        What to write; rows of an array that are not in ascending order of coordinates are sorted.
+    spec_version
+        1 or 2.
+    level
+        Of zstd.
+    locations
+        How locations of virtual references are compressed; None: they are not, nor are they in format 1.
+
+    Raises
+    ------
+    InvalidInputError
+        If an array has two references for one chunk, a row is of no known kind, or the manifest exceeds 2 GiB
+        before compression or 50 million references.
+    """
+    if spec_version not in (1, 2):
+        raise InvalidInputError(f"cannot encode a manifest in spec version {spec_version}")
+    columns = grouped_refs(manifest.arrays)
+    dictionary = None
+    if locations is not None and spec_version == 2:
+        dictionary = trained([part.rows for part in columns.parts], locations)
+    arrays = Written(lambda writer: _write_arrays(writer, columns, dictionary))
+    root: dict[int, Value] = {
+        at_slot.ID: id_struct(manifest.id),
+        at_slot.ARRAYS: arrays,
+        at_slot.COMPRESSION: u8(at_slot.PLAIN if dictionary is None else at_slot.WITH_DICTIONARY),
+    }
+    if dictionary is not None:
+        root[at_slot.DICTIONARY] = dictionary.content
+    return seal(FileType.MANIFEST, spec_version, FlatWriter().finish(FlatTable(root)), level)
+
+
+def max_refs(ndim: int) -> int:
+    """So many references of an array of that rank may fit into a manifest, if they are small; more never do."""
+    smallest = _layout((at_slot.LOCATION, at_slot.LENGTH), ndim).block.itemsize + 4
+    return min(MAX_TABLES, MAX_BYTES // smallest)
+
+
+_ARRAY_TABLE: Final = np.dtype([("vtable", "<i4"), ("refs", "<u4"), ("node", "V8")])
+
+
+def _write_arrays(writer: FlatWriter, arrays: ByNode[ChunkRefs], dictionary: LocationDictionary | None) -> int:
+    """Write the vector of arrays and all below it; returns its position.
+
+    Arrays of one rank are written as if they were one, so that a thousand small ones cost as much as a large one.
+    """
+    vtable = writer.vtable({at_slot.NODE: 8, at_slot.REFS: 4}, _ARRAY_TABLE.itemsize)
+    writer.align(4)
+    out = writer.out
+    start = len(out)
+    count = len(arrays)
+    fields = start + 4 + 4 * np.arange(count, dtype=np.int64)
+    tables = start + 4 + 4 * count + _ARRAY_TABLE.itemsize * np.arange(count, dtype=np.int64)
+    out += _U32.pack(count) + bytes((4 + _ARRAY_TABLE.itemsize) * count)
+    vectors = np.zeros(count, np.int64)
+    ids = np.zeros(count, "V8")
+    for part, ranks in zip(arrays.parts, arrays.ranks(), strict=True):
+        vectors[ranks] = _write_refs(writer, _in_order(part), np.diff(part.edges), dictionary)
+        ids[ranks] = np.frombuffer(b"".join(part.nodes), "V8")
+    if count:
+        np.frombuffer(out, "<u4", count, start + 4)[:] = tables - fields
+        blocks = np.frombuffer(out, _ARRAY_TABLE, count, int(tables[0]))
+        blocks["vtable"] = tables - vtable
+        blocks["refs"] = vectors - (tables + 4)
+        blocks["node"] = ids
+    return start
+
+
+def _in_order(part: Part[ChunkRefs]) -> ChunkRefs:
+    """The rows, those of each array in ascending order."""
+    refs = part.rows
+    first = first_rows(part.edges)
+    if is_ascending(refs.coords, first):
+        return refs
+    owner = owners(part.edges)
+    refs = refs.take(lexicographic_order(refs.coords, owner))
+    if not is_ascending(refs.coords, first):
+        same = (refs.coords[1:] == refs.coords[:-1]).all(axis=1) & ~first[1:]
+        node = part.nodes[int(owner[int(same.argmax())])]
+        raise InvalidInputError(
+            f"cannot encode the manifest: array {encode_id(node)} has two references for one chunk",
+            ErrorKind.INVALID_CHUNK_INDEX,
+        )
+    return refs
+
+
+class _Layout(NamedTuple):
+    """How the references of one kind, rank and set of fields stand in the file, vector of coordinates included."""
+
+    block: np.dtype[Any]
+    """Fields named by slot number, and ``vtable``, ``ndim``, ``coords``."""
+    vector: int
+    """Where in the block the vector of coordinates begins."""
+    vtable: Mapping[int, int]
+    """Field offsets by slot."""
+
+
+_FIELD_TYPES: Final = {
+    at_slot.INLINE: "<u4",
+    at_slot.OFFSET: "<u8",
+    at_slot.LENGTH: "<u8",
+    at_slot.CHUNK_ID: "V12",
+    at_slot.LOCATION: "<u4",
+    at_slot.ETAG: "<u4",
+    at_slot.LAST_MODIFIED: "<u4",
+    at_slot.COMPRESSED: "<u4",
+}
+_CHECKSUM_FIELDS: Final = {NO_CHECKSUM: (), ETAG: (at_slot.ETAG,), LAST_MODIFIED: (at_slot.LAST_MODIFIED,)}
+
+
+@lru_cache(maxsize=256)
+def _layout(slots: tuple[int, ...], ndim: int) -> _Layout:
+    # The table starts 8-aligned with its offset to the vtable and, as its first field, the offset to the coordinates;
+    # numbers of 8 bytes follow, so that nothing needs padding.
+    wide = [slot for slot in slots if _FIELD_TYPES[slot] == "<u8"]
+    order = [at_slot.INDEX, *wide, *[slot for slot in slots if slot not in wide]]
+    names, formats, offsets = ["vtable"], ["<i4"], [0]
+    end = 4
+    for slot in order:
+        names.append(str(slot))
+        formats.append(_FIELD_TYPES.get(slot, "<u4"))
+        offsets.append(end)
+        end += np.dtype(formats[-1]).itemsize
+    size = end + 4 + 4 * ndim
+    block: np.dtype[Any] = np.dtype(
+        {
+            "names": [*names, "ndim", "coords"],
+            "formats": [*formats, "<u4", ("<u4", (ndim,))],
+            "offsets": [*offsets, end, end + 4],
+            "itemsize": size + -size % 8,
+        }
+    )
+    return _Layout(block, end, dict(zip(order, offsets[1:], strict=True)))
+
+
+class _Group(NamedTuple):
+    """References that share a layout."""
+
+    rows: npt.NDArray[np.intp] | slice
+    size: int
+    slots: tuple[int, ...]
+
+
+def _groups(refs: ChunkRefs, location_slot: int) -> list[_Group]:
+    """Rows by kind, checksum, and whether offset and length differ from their default, 0."""
+    kind_fields = {INLINE: (at_slot.INLINE,), NATIVE: (at_slot.CHUNK_ID,), VIRTUAL: (location_slot,)}
+    code = refs.kind.astype(np.uint8) << 4
+    has_span = refs.kind != INLINE
+    code |= ((refs.offset != 0) & has_span).astype(np.uint8) << 3
+    code |= ((refs.length != 0) & has_span).astype(np.uint8) << 2
+    if refs.checksum_kind is not None:
+        code |= np.where(refs.kind == VIRTUAL, refs.checksum_kind, NO_CHECKSUM).astype(np.uint8)
+    counts = np.bincount(code, minlength=256)
+    groups = []
+    for value in np.flatnonzero(counts).tolist():
+        kind, checksum = value >> 4, value & 3
+        if kind not in kind_fields or checksum not in _CHECKSUM_FIELDS:
+            raise InvalidInputError(f"cannot encode a reference of kind {kind} with checksum kind {checksum}")
+        slots = kind_fields[kind] + _CHECKSUM_FIELDS[checksum]
+        slots += (at_slot.OFFSET,) * (value >> 3 & 1) + (at_slot.LENGTH,) * (value >> 2 & 1)
+        count = int(counts[value])
+        rows = slice(None) if count == len(refs) else np.flatnonzero(code == value)
+        groups.append(_Group(rows, count, slots))
+    return groups
+
+
+def _write_refs(
+    writer: FlatWriter, refs: ChunkRefs, sizes: npt.NDArray[np.int64], dictionary: LocationDictionary | None
+) -> Positions:
+    """Write a vector of references for each array, given the rows of all and their numbers; returns the positions."""
+    groups = _groups(refs, at_slot.LOCATION if dictionary is None else at_slot.COMPRESSED)
+    layouts = [_layout(group.slots, refs.ndim) for group in groups]
+    vtables = [writer.vtable(layout.vtable, layout.vector) for layout in layouts]
+    out = writer.out
+    writer.align(4)
+    start = len(out)
+    # A vector is its length and an offset for each row.
+    vectors = start + 4 * (np.cumsum(sizes) - sizes + np.arange(len(sizes)))
+    fields = start + 4 * (np.arange(len(refs), dtype=np.int64) + np.repeat(np.arange(1, len(sizes) + 1), sizes))
+    words = len(refs) + len(sizes)
+    end = start + 4 * words
+    places: list[int] = []
+    for layout, group in zip(layouts, groups, strict=True):
+        places.append(end := end + -end % 8)
+        end += layout.block.itemsize * group.size
+    used = refs.location[refs.kind == VIRTUAL]
+    if dictionary is None:
+        locations, location_at = strings(refs.locations, used, end)
+    else:
+        locations, location_at = frames(refs.locations, used, end, dictionary)
+    etags, etag_at = strings(refs.etags, _etag_rows(refs), end + len(locations))
+    inline_start = end + len(locations) + len(etags)
+    inline_at, inline_end = inline_places(refs, inline_start)
+    if inline_end > MAX_BYTES or len(refs) > MAX_TABLES:
+        raise InvalidInputError(
+            f"cannot encode a manifest of {len(refs)} references in {inline_end} bytes: no reader takes more than "
+            f"{MAX_TABLES}, or {MAX_BYTES} bytes; split the array's manifests (ManifestConfig.splitting)"
+        )
+    out += bytes(inline_end - start)
+    index = np.frombuffer(out, "<u4", words, start)
+    index[(vectors - start) >> 2] = sizes
+    at = (fields - start) >> 2
+    for layout, group, vtable, place in zip(layouts, groups, vtables, places, strict=True):
+        tables = place + layout.block.itemsize * np.arange(group.size, dtype=np.int64)
+        rows = group.rows
+        index[at[rows]] = tables - fields[rows]
+        blocks = np.frombuffer(out, layout.block, group.size, place)
+        blocks["vtable"] = tables - vtable
+        blocks[str(at_slot.INDEX)] = layout.vector - layout.vtable[at_slot.INDEX]
+        blocks["ndim"] = refs.ndim
+        blocks["coords"] = refs.coords[rows]
+        for slot in group.slots:
+            field = tables + layout.vtable[slot]
+            blocks[str(slot)] = _field_values(refs, rows, slot, field, location_at, etag_at, inline_at)
+    out[end : end + len(locations)] = locations
+    out[end + len(locations) : inline_start] = etags
+    fill_inline(out, refs, inline_at)
+    return vectors
+
+
+def _field_values(
+    refs: ChunkRefs,
+    rows: npt.NDArray[np.intp] | slice,
+    slot: int,
+    field: Positions,
+    location_at: Positions,
+    etag_at: Positions,
+    inline_at: Positions,
+) -> npt.NDArray[Any]:
+    if slot == at_slot.CHUNK_ID:
+        return refs.chunk_id[rows]
+    if slot == at_slot.OFFSET:
+        return refs.offset[rows]
+    if slot == at_slot.LENGTH:
+        return refs.length[rows]
+    if slot in (at_slot.LOCATION, at_slot.COMPRESSED):
+        places: Positions = location_at[refs.location[rows]]
+        return places - field
+    if slot == at_slot.INLINE:
+        numbers: npt.NDArray[np.intp] = np.cumsum(refs.kind == INLINE)[rows] - 1
+        vectors: Positions = inline_at[numbers]
+        return vectors - field
+    assert refs.checksum is not None
+    checksums = refs.checksum[rows]
+    return etag_at[checksums] - field if slot == at_slot.ETAG else checksums
+
+
+def _etag_rows(refs: ChunkRefs) -> npt.NDArray[np.int64]:
+    if refs.checksum is None or refs.checksum_kind is None:
+        return np.empty(0, np.int64)
+    numbers: npt.NDArray[np.int64] = refs.checksum[refs.checksum_kind == ETAG]
+    return numbers

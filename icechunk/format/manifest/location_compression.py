@@ -1,0 +1,78 @@
+"""Compressing the locations of a manifest's virtual references, each by itself, with a dictionary that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from icechunk.format.values import VIRTUAL, ChunkRefs
+
+__all__ = ["LocationCompression", "LocationDictionary", "trained"]
+
+_LEVELS: Final = (-(2**17), zstandard.MAX_COMPRESSION_LEVEL)
+_NO_ROWS: Final = np.empty(0, np.intp)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocationCompression:
+    """When locations are compressed, and how. Format 2 only."""
+
+    min_refs: int = 1000
+    """Manifests with fewer virtual references stay plain."""
+    samples: int = 100
+    """Locations that the dictionary is trained on, at the most."""
+    dictionary_bytes: int = 2048
+    """Size of the dictionary, at the most."""
+    level: int = 3
+    """Of zstd; what is beyond its levels is taken as the nearest of them."""
+
+
+class LocationDictionary:
+    """A trained dictionary, and what compresses with it."""
+
+    __slots__ = ("_compressor", "content")
+
+    def __init__(self, dictionary: zstandard.ZstdCompressionDict, level: int) -> None:
+        self.content: bytes = dictionary.as_bytes()
+        self._compressor = zstandard.ZstdCompressor(level=level, dict_data=dictionary, write_content_size=True)
+
+    def frames(self, texts: Sequence[bytes]) -> tuple[bytes, npt.NDArray[np.int64]]:
+        """A zstd frame for each text, one behind the other, and their lengths."""
+        if not texts:
+            return b"", np.empty(0, np.int64)
+        if "multi_compress_to_buffer" in zstandard.backend_features:
+            frames: Any = self._compressor.multi_compress_to_buffer(list(texts))
+            parts = [frames[i] for i in range(len(frames))]
+        else:
+            parts = [self._compressor.compress(text) for text in texts]
+        return b"".join(parts), np.fromiter(map(len, parts), np.int64, len(parts))
+
+
+def trained(arrays: Sequence[ChunkRefs], how: LocationCompression) -> LocationDictionary | None:
+    """The dictionary for the locations of all references of a manifest; None where they are to stay plain.
+
+    They also do where zstd makes no dictionary of the samples, because they are too few, too short, or all the same.
+    """
+    rows = [np.flatnonzero(refs.kind == VIRTUAL) if refs.locations else _NO_ROWS for refs in arrays]
+    ends = np.cumsum([len(r) for r in rows])
+    total = int(ends[-1]) if len(ends) else 0
+    if not total or total < how.min_refs:
+        return None
+    chosen = np.unique(np.linspace(0, total - 1, min(how.samples, total)).astype(np.int64))
+    samples = []
+    for row in chosen.tolist():
+        i = int(np.searchsorted(ends, row, side="right"))
+        refs = arrays[i]
+        at = rows[i][row - (int(ends[i - 1]) if i else 0)]
+        samples.append(refs.locations[int(refs.location[at])].encode("utf-8", "surrogatepass"))
+    lowest, highest = _LEVELS
+    try:
+        dictionary = zstandard.train_dictionary(how.dictionary_bytes, [s for s in samples if s])
+        return LocationDictionary(dictionary, min(max(how.level, lowest), highest))
+    except (zstandard.ZstdError, ValueError):
+        return None

@@ -1,0 +1,63 @@
+"""Slots of the manifest's FlatBuffers tables, shared by both directions of the codec.
+
+What a manifest's file says of itself, beside the references in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from icechunk.format.envelope import FileType, unseal
+from icechunk.format.flat.columns import TableColumns, gather
+from icechunk.format.flat.reader import Buffer, required
+
+__all__ = ["ManifestFacts", "manifest_facts"]
+
+ID, ARRAYS, DICTIONARY, COMPRESSION = range(4)
+"""Of Manifest."""
+NODE, REFS = range(2)
+"""Of ArrayManifest."""
+(INDEX, INLINE, OFFSET, LENGTH, CHUNK_ID, LOCATION, ETAG, LAST_MODIFIED, COMPRESSED) = range(9)
+"""Of ChunkRef."""
+PLAIN, WITH_DICTIONARY = 0, 1
+"""Values of Manifest.compression_algorithm."""
+
+
+_NAME: Final = "manifest"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestFacts:
+    """How a manifest is stored."""
+
+    payload_size_bytes: int
+    """Of its FlatBuffers contents, before compression."""
+    dictionary_size_bytes: int | None
+    """Of the dictionary that locations are compressed with; None where they are not."""
+    num_compressed_refs: int
+    """Virtual references whose location is compressed."""
+
+
+def manifest_facts(data: bytes) -> ManifestFacts:
+    """Read them from the whole file. Raises `FormatError` where it is no manifest."""
+    _, payload = unseal(data, FileType.MANIFEST, what=_NAME)
+    buffer = Buffer(payload, _NAME)
+    root = buffer.root()
+    dictionary = root.blob(DICTIONARY)
+    algorithm = root.u8(COMPRESSION, WITH_DICTIONARY)
+    compressed = 0
+    for table in required(root.tables(ARRAYS), root, "arrays"):
+        start, count = required(table.vector(REFS, 4), table, "refs")
+        if not count:
+            continue
+        fields = start + 4 * np.arange(count, dtype=np.int64)
+        locations = TableColumns(buffer, fields + gather(buffer, fields, "<u4")).vectors(COMPRESSED, 1)
+        compressed += 0 if locations is None else len(locations.counts)
+    return ManifestFacts(
+        payload_size_bytes=len(payload),
+        dictionary_size_bytes=len(dictionary) if dictionary and algorithm != PLAIN else None,
+        num_compressed_refs=compressed,
+    )

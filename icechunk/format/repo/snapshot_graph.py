@@ -1,0 +1,163 @@
+"""The snapshots of a repository as a persistent value: those of a file, and what has changed since.
+
+Adding a snapshot costs as much as the logarithm of what was added since the file was written; the file's own are
+shared by all versions, and none of them is decoded for it. What was added is an object each, hence a few hundred
+bytes: `SnapshotGraph.compacted` puts them into the file's form before they are many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, ValuesView
+from typing import Final
+
+from immutables import Map
+
+from icechunk.errors import FormatError
+from icechunk.format.flat.reader import Buffer
+from icechunk.format.flat.writer import FlatWriter
+from icechunk.format.ids import ObjectId
+from icechunk.format.repo.snapshot_encoding import SnapshotRows
+from icechunk.format.repo.stored_snapshots import RecordsView, StoredSnapshots
+from icechunk.format.repo.values import SnapshotRecord
+
+__all__ = ["SnapshotGraph"]
+
+_MANY: Final = 256
+_SHARE: Final = 64
+_NONE: Final = StoredSnapshots(Buffer(bytes(4), "repo info"), 4, 0)
+
+
+class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
+    """Snapshots by id. Immutable; made by `SnapshotGraph.of`. Reading one may raise `FormatError`."""
+
+    __slots__ = ("_changed", "_count", "_stored")
+
+    def __init__(self, stored: StoredSnapshots, changed: Map[ObjectId, SnapshotRecord | None], count: int) -> None:
+        self._stored = stored
+        self._changed = changed
+        """What is not as it is stored; None: it is gone."""
+        self._count = count
+
+    @staticmethod
+    def of(snapshots: Mapping[ObjectId, SnapshotRecord]) -> SnapshotGraph:
+        """These snapshots."""
+        if isinstance(snapshots, SnapshotGraph):
+            return snapshots
+        if isinstance(snapshots, StoredSnapshots):
+            return SnapshotGraph(snapshots, Map(), len(snapshots))
+        return SnapshotGraph(_NONE, Map(snapshots), len(snapshots))
+
+    @property
+    def stored(self) -> StoredSnapshots:
+        """Those that were read from a file, as they were there."""
+        return self._stored
+
+    @property
+    def changed_count(self) -> int:
+        """How many have another value since, or are gone."""
+        return len(self._changed)
+
+    def set(self, id: ObjectId, record: SnapshotRecord) -> SnapshotGraph:
+        """The graph with this snapshot, in place of one of the same id."""
+        return SnapshotGraph(self._stored, self._changed.set(id, record), self._count + (id not in self))
+
+    def delete(self, id: ObjectId) -> SnapshotGraph:
+        """The graph without a snapshot that it has. Raises `KeyError` where it has none of that id."""
+        if id not in self:
+            raise KeyError(id)
+        return SnapshotGraph(self._stored, self._changed.set(id, None), self._count - 1)
+
+    def rows(self) -> SnapshotRows:
+        """What is to be written of them in a file."""
+        return SnapshotRows(self._stored, self._changed)
+
+    def compacted(self) -> SnapshotGraph:
+        """The same graph, in less memory where many have changed.
+
+        Every parent must be in it. Done whenever it is due, this costs each change as much as writing 64 snapshots
+        that are stored.
+        """
+        if len(self._changed) <= max(_MANY, len(self._stored) // _SHARE):
+            return self
+        writer = FlatWriter()
+        try:
+            start = self.rows().write(writer)
+        except FormatError:
+            # Somewhere in the file something is corrupt: no concern of who only adds to it.
+            return self
+        buffer = Buffer(bytes(writer.out), "repo info")
+        return SnapshotGraph.of(StoredSnapshots(buffer, start + 4, self._count))
+
+    def based_on(self, stored: StoredSnapshots, before: SnapshotGraph) -> SnapshotGraph:
+        """The same graph over the file that ``before``, an earlier version of it, was written to.
+
+        Where this one has been compacted since it is returned as it is.
+        """
+        if before._stored is not self._stored:
+            return self
+        known = before._changed
+        newer = {id: one for id, one in self._changed.items() if id not in known or known[id] is not one}
+        return SnapshotGraph(stored, Map(newer), self._count)
+
+    def lineage(self, id: ObjectId) -> Iterator[SnapshotRecord]:
+        """A snapshot and its ancestors, newest first, as far as they are here."""
+        stored, changed = self._stored, self._changed
+        row: int | None = None
+        for _ in range(self._count):
+            if id in changed:
+                record, row = changed[id], None
+            else:
+                row = stored.find(id) if row is None else row
+                record = None if row is None else stored.at(row)
+            if record is None:
+                return
+            yield record
+            if record.parent is None:
+                return
+            # Most of history is read from the file, where a parent is told by its row.
+            row, id = None if row is None else stored.parent_row(row), record.parent
+        if id in self:
+            raise FormatError(f"cannot read the history: the ancestors of snapshot {id.hex()} go round in a circle")
+
+    def parents(self) -> Iterator[tuple[ObjectId, ObjectId | None]]:
+        """Every snapshot's id and that of its parent, in any order; less work than reading every snapshot."""
+        changed = self._changed
+        yield from (one for one in self._stored.parents() if one[0] not in changed)
+        yield from ((id, record.parent) for id, record in changed.items() if record is not None)
+
+    def records(self) -> Iterator[SnapshotRecord]:
+        """All of them, in any order."""
+        changed = self._changed
+        for row, id in enumerate(self._stored):
+            if id not in changed:
+                yield self._stored.at(row)
+        yield from (record for record in changed.values() if record is not None)
+
+    def values(self) -> ValuesView[SnapshotRecord]:
+        """All of them, without a search for each."""
+        return RecordsView(self)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[ObjectId]:
+        changed = self._changed
+        yield from (id for id in self._stored if id not in changed) if changed else self._stored
+        yield from (id for id, record in changed.items() if record is not None)
+
+    def __contains__(self, id: object) -> bool:
+        if not isinstance(id, bytes):
+            return False
+        key = ObjectId(id)
+        return self._changed[key] is not None if key in self._changed else key in self._stored
+
+    def __getitem__(self, id: ObjectId) -> SnapshotRecord:
+        if id in self._changed:
+            record = self._changed[id]
+            if record is None:
+                raise KeyError(id)
+            return record
+        return self._stored[id]
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} snapshots, {len(self._changed)} of them changed since they were stored>"

@@ -1,0 +1,283 @@
+"""The snapshots of a repo info, each decoded when it is asked for.
+
+A repository with ten thousand commits is opened to read one of them. So nothing is done for all before somebody looks
+for one by its id, and then with numpy, in a fraction of a microsecond each: ids and the numbers of parents are read and
+checked. The rest stays in the bytes of the file, in a tenth of the memory that objects would take.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence, ValuesView
+from itertools import pairwise
+from typing import Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.format.flat.lazy_tables import LazyTables
+from icechunk.format.flat.reader import Buffer, Table, required
+from icechunk.format.ids import ObjectId
+from icechunk.format.metadata import metadata_from_tables
+from icechunk.format.repo.values import SnapshotRecord
+
+__all__ = [
+    "FLUSHED_AT",
+    "ID",
+    "MESSAGE",
+    "MESSAGE_AT",
+    "METADATA",
+    "METADATA_AT",
+    "NO_PARENT",
+    "PARENT",
+    "PLAIN",
+    "PRUNED",
+    "TABLE_BYTES",
+    "TABLE_OFFSETS",
+    "RecordsView",
+    "StoredSnapshots",
+]
+
+ID, PARENT, FLUSHED_AT, MESSAGE, METADATA, PRUNED = range(6)
+"""Slots of the table SnapshotInfo."""
+NO_PARENT: Final = -1
+TABLE_OFFSETS: Final = {PARENT: 4, ID: 8, FLUSHED_AT: 20, MESSAGE: 28, METADATA: 32}
+"""Where we put the fields of a snapshot's table, by slot: first what differs among snapshots, then what does not, so
+that zstd finds one stretch to repeat in each."""
+TABLE_BYTES: Final = 36
+PLAIN: Final = struct.Struct("<ii12sQIIII")
+"""A table of ours without metadata: its vtable, parent, id, time, message, metadata; then the empty vector of metadata,
+and the length of the message, which follows."""
+MESSAGE_AT, METADATA_AT = 12, 4
+"""What the fields of such a table say of where message and metadata are."""
+_PLAIN_FIELDS: Final = (TABLE_BYTES, *(TABLE_OFFSETS[slot] for slot in (ID, PARENT, FLUSHED_AT, MESSAGE, METADATA)))
+_ID_SIZE: Final = 12
+
+
+class _HasRecords(Protocol):
+    def records(self) -> Iterator[SnapshotRecord]: ...
+    def __len__(self) -> int: ...
+
+
+class RecordsView(ValuesView[SnapshotRecord]):
+    """The values of a mapping that can give all of them faster than one by one."""
+
+    def __init__(self, owner: _HasRecords) -> None:
+        self._owner = owner
+
+    def __len__(self) -> int:
+        return len(self._owner)
+
+    def __iter__(self) -> Iterator[SnapshotRecord]:
+        return self._owner.records()
+
+    def __contains__(self, record: object) -> bool:
+        return any(one == record for one in self)
+
+
+class _Index:
+    """Ids and parents of all snapshots of a file.
+
+    Raises
+    ------
+    FormatError
+        If a table is not within the buffer, an id is missing or stands in it twice, or a parent's number is wrong.
+    """
+
+    __slots__ = ("by_id", "heads", "ids", "parents")
+
+    def __init__(self, tables: LazyTables) -> None:
+        self.by_id: list[int] | None = None
+        """Rows in the order of their ids, where the file has another."""
+        self.ids = b""
+        """Of all rows, one after another."""
+        self.heads = array("Q")
+        """The first 8 bytes of all ids as numbers, ascending."""
+        self.parents = array("i")
+        """The row of each row's parent, or `NO_PARENT`."""
+        count = len(tables)
+        if not count:
+            return
+        own, columns = tables.columns()
+        column = columns.column(ID, _ID_SIZE)
+        if column is None or column.rows is not None:
+            raise own.fail("a snapshot has no id")
+        self.ids = columns.numbers(ID, f"V{_ID_SIZE}").tobytes()
+        if not self._ascends(range(count)):
+            self.by_id = np.argsort(self.column(), kind="stable").tolist()
+            if not self._ascends(self.by_id):
+                twice = next(id for id, after in pairwise(map(self.id, self.by_id)) if id == after)
+                raise own.fail(f"snapshot {twice.hex()} stands in it twice")
+        parents = columns.numbers(PARENT, "<i4")
+        self.parents.frombytes(parents.astype(np.int32).tobytes())
+        lowest, highest = int(parents.min()), int(parents.max())
+        if lowest < NO_PARENT or highest >= count:
+            wrong = int(np.flatnonzero((parents < NO_PARENT) | (parents >= count))[0])
+            raise own.fail(f"snapshot {self.id(wrong).hex()} has parent number {parents[wrong]} of {count}")
+
+    def _ascends(self, rows: Sequence[int]) -> bool:
+        """Search in this order of all rows; whether their ids ascend in it without one being there twice."""
+        heads = np.ndarray((len(rows),), ">u8", self.ids, strides=(_ID_SIZE,)).astype(np.uint64)
+        if not isinstance(rows, range):
+            heads = heads[rows]
+        self.heads = array("Q", heads.tobytes())
+        if (heads[1:] > heads[:-1]).all():
+            return True
+        # Ids are random, so hardly ever do eight of their bytes agree.
+        return all(id < after for id, after in pairwise(map(self.id, rows)))
+
+    def column(self) -> npt.NDArray[np.bytes_]:
+        """S12[n], by row; such items compare as ids do, but lose trailing zero bytes when taken out one by one."""
+        return np.frombuffer(self.ids, f"S{_ID_SIZE}")
+
+    def id(self, row: int) -> ObjectId:
+        """The id of a row."""
+        return ObjectId(self.ids[_ID_SIZE * row : _ID_SIZE * row + _ID_SIZE])
+
+
+class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
+    """Snapshots by id, in the order of the file, which is that of their ids.
+
+    Whatever looks for an id, or goes through all of them, reads the ids and parents of all first, once. Everything but
+    the length raises `FormatError` where what it reads is corrupt.
+
+    Parameters
+    ----------
+    buffer
+        The payload.
+    start, count
+        Of the vector of tables, as `Table.vector` tells.
+
+    Raises
+    ------
+    FormatError
+        If there are more than the buffer has room for.
+    """
+
+    __slots__ = ("_known", "tables")
+
+    def __init__(self, buffer: Buffer, start: int, count: int) -> None:
+        self.tables = LazyTables(buffer, start, count)
+        """In the order of the file: what is called a row here is the number of one of them."""
+        self._known: _Index | None = None
+
+    @property
+    def _index(self) -> _Index:
+        if self._known is None:
+            self._known = _Index(self.tables)
+        return self._known
+
+    def read_ids(self) -> None:
+        """Read ids and parents of all now. Raises `FormatError` where they are corrupt."""
+        _ = self._index
+
+    @property
+    def ids(self) -> npt.NDArray[np.bytes_]:
+        """S12[n], by row; such items compare as ids do, but lose trailing zero bytes when taken out one by one."""
+        return self._index.column()
+
+    def id(self, row: int) -> ObjectId:
+        """The id of a row."""
+        if self._known is not None:
+            return self._known.id(row)
+        # Who opens a repository wants a branch's, and no other.
+        table = self.tables.table(row)
+        return ObjectId(required(table.inline(ID, _ID_SIZE), table, "id"))
+
+    def rows_by_id(self) -> npt.NDArray[np.intp]:
+        """All rows in the order of their ids."""
+        by_id = self._index.by_id
+        return np.arange(len(self.tables)) if by_id is None else np.array(by_id, np.intp)
+
+    def parent_row(self, row: int) -> int | None:
+        """The row of a row's parent; None where it has none."""
+        parent = self._index.parents[row]
+        return None if parent == NO_PARENT else parent
+
+    def parents(self) -> Iterator[tuple[ObjectId, ObjectId | None]]:
+        """Every snapshot's id and that of its parent, by row; nothing else is decoded for it."""
+        index = self._index
+        for row, parent in enumerate(index.parents):
+            yield index.id(row), None if parent == NO_PARENT else index.id(parent)
+
+    def find(self, id: object) -> int | None:
+        """The row of an id; None where there is none."""
+        if not isinstance(id, bytes):
+            return None
+        index = self._index
+        head = int.from_bytes(id[:8])
+        place = bisect_left(index.heads, head)
+        while place < len(index.heads) and index.heads[place] == head:
+            row = place if index.by_id is None else index.by_id[place]
+            if index.id(row) == id:
+                return row
+            place += 1
+        return None
+
+    def at(self, row: int) -> SnapshotRecord:
+        """The snapshot of a row. Raises `FormatError` where its table is corrupt."""
+        index, table = self._index, self.tables.table(row)
+        if table.fields == _PLAIN_FIELDS:
+            record = _plain(index, row, table)
+            if record is not None:
+                return record
+        parent = table.i32(PARENT)
+        pruned = table.items(PRUNED, _ID_SIZE) or b""
+        return SnapshotRecord(
+            id=index.id(row),
+            parent=None if parent == NO_PARENT else index.id(parent),
+            flushed_at_us=table.u64(FLUSHED_AT),
+            message=required(table.string(MESSAGE), table, "message"),
+            metadata=metadata_from_tables(table.tables(METADATA) or (), 2),
+            pruned_ancestor_tx_logs=tuple(ObjectId(pruned[i : i + _ID_SIZE]) for i in range(0, len(pruned), _ID_SIZE)),
+        )
+
+    def records(self) -> Iterator[SnapshotRecord]:
+        """All of them, by row."""
+        return map(self.at, range(len(self.tables)))
+
+    def values(self) -> ValuesView[SnapshotRecord]:
+        """All of them, without a search for each."""
+        return RecordsView(self)
+
+    def __len__(self) -> int:
+        return len(self.tables)
+
+    def __iter__(self) -> Iterator[ObjectId]:
+        return map(self._index.id, range(len(self.tables)))
+
+    def __contains__(self, id: object) -> bool:
+        return self.find(id) is not None
+
+    def __getitem__(self, id: ObjectId) -> SnapshotRecord:
+        row = self.find(id)
+        if row is None:
+            raise KeyError(id)
+        return self.at(row)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} stored snapshots>"
+
+
+def _plain(index: _Index, row: int, table: Table) -> SnapshotRecord | None:
+    """The snapshot, where its table is laid out as we write those without metadata; None where it is not."""
+    data, pos = table.buffer.data, table.pos
+    if pos + PLAIN.size > len(data):
+        return None
+    _, parent, _, flushed_at_us, message, metadata, count, nbytes = PLAIN.unpack_from(data, pos)
+    end = pos + PLAIN.size + nbytes
+    if (message, metadata, count) != (MESSAGE_AT, METADATA_AT, 0) or end > len(data):
+        return None
+    table.buffer.charge(nbytes)
+    try:
+        text = data[pos + PLAIN.size : end].decode()
+    except UnicodeDecodeError:
+        return None
+    return SnapshotRecord(
+        id=index.id(row),
+        parent=None if parent == NO_PARENT else index.id(parent),
+        flushed_at_us=flushed_at_us,
+        message=text,
+    )

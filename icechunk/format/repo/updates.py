@@ -1,0 +1,183 @@
+"""The ops log that a repo info holds: a sequence of updates, newest first, decoded as far as it is read.
+
+It is put together from parts: a few updates as objects, and stretches of what stands in a file. So the log of the next
+file is the new updates and the old file's, of which none is decoded for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.format.flat.lazy_tables import LazyTables
+from icechunk.format.flat.reader import Buffer
+from icechunk.format.flat.writer import FlatWriter
+from icechunk.format.repo.update_encoding import read_update, update_table, write_update_blocks
+from icechunk.format.repo.values import Update
+
+__all__ = ["UpdateList"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Stretch:
+    """Some updates of a file, one after another."""
+
+    tables: LazyTables
+    rows: range
+    """Their numbers in the file."""
+    backup: str | None = None
+    """The backup path of those that have none of their own."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Update]:
+        return map(self.at, range(len(self.rows)))
+
+    def at(self, i: int) -> Update:
+        update = read_update(self.tables.table(self.rows[i]))
+        if update.backup_path is None and self.backup is not None:
+            return replace(update, backup_path=self.backup)
+        return update
+
+
+_Part: TypeAlias = "tuple[Update, ...] | _Stretch"
+
+
+class UpdateList(Sequence[Update]):
+    """Updates, newest first. Immutable; reading one raises `FormatError` where the file it is in is corrupt."""
+
+    __slots__ = ("_length", "_parts")
+
+    def __init__(self, parts: Iterable[_Part]) -> None:
+        self._parts = tuple(part for part in parts if len(part))
+        self._length = sum(map(len, self._parts))
+
+    @staticmethod
+    def of(updates: Iterable[Update]) -> UpdateList:
+        """These updates."""
+        return updates if isinstance(updates, UpdateList) else UpdateList((tuple(updates),))
+
+    @staticmethod
+    def stored(buffer: Buffer, start: int, count: int) -> UpdateList:
+        """The updates of a file.
+
+        Parameters
+        ----------
+        buffer
+            The payload.
+        start, count
+            Of the vector of tables, as `Table.vector` tells.
+
+        Raises
+        ------
+        FormatError
+            If there are more than the buffer has room for.
+        """
+        return UpdateList((_Stretch(tables=LazyTables(buffer, start, count), rows=range(count)),))
+
+    @property
+    def read_count(self) -> int:
+        """How many of the updates in files have been decoded."""
+        return sum(part.tables.read_count for part in self._parts if isinstance(part, _Stretch))
+
+    def after(self, newer: Iterable[Update]) -> UpdateList:
+        """These with newer ones before them."""
+        return UpdateList((*UpdateList.of(newer)._parts, *self._parts))
+
+    def settled(self, backup: str) -> UpdateList:
+        """The same, where those without a backup path have this one."""
+        parts: list[_Part] = []
+        for part in self._parts:
+            if isinstance(part, _Stretch):
+                parts.append(part if part.backup is not None else replace(part, backup=backup))
+            else:
+                parts.append(
+                    tuple(one if one.backup_path is not None else replace(one, backup_path=backup) for one in part)
+                )
+        return UpdateList(parts)
+
+    def packed(self, count: int) -> UpdateList:
+        """The same, with the newest so many in the form of a file, in less memory than objects take."""
+        writer = FlatWriter()
+        newest = self[:count]
+        start = newest.write(writer)
+        return UpdateList(
+            (
+                *UpdateList.stored(Buffer(bytes(writer.out), "updates"), start + 4, len(newest))._parts,
+                *self[count:]._parts,
+            )
+        )
+
+    def write(self, writer: FlatWriter) -> int:
+        """Write the vector of all of them; returns its position.
+
+        Raises
+        ------
+        InvalidInputError
+            A value that cannot be encoded.
+        FormatError
+            A file that some of them are in is corrupt.
+        """
+        writer.align(4)
+        out = writer.out
+        vector = len(out)
+        out += len(self).to_bytes(4, "little") + bytes(4 * len(self))
+        positions: list[npt.NDArray[np.int64]] = []
+        for part in self._parts:
+            if isinstance(part, _Stretch):
+                positions.append(write_update_blocks(writer, part.tables, part.rows, part.backup))
+            else:
+                positions.append(np.array([writer.table(update_table(update)) for update in part], np.int64))
+        if positions:
+            fields = vector + 4 + 4 * np.arange(len(self), dtype=np.int64)
+            out[vector + 4 : vector + 4 + 4 * len(self)] = (np.concatenate(positions) - fields).astype("<u4").tobytes()
+        return vector
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Update]:
+        for part in self._parts:
+            yield from part
+
+    @overload
+    def __getitem__(self, which: int) -> Update: ...
+
+    @overload
+    def __getitem__(self, which: slice) -> UpdateList: ...
+
+    def __getitem__(self, which: int | slice) -> Update | UpdateList:
+        if isinstance(which, slice):
+            rows = range(len(self))[which]
+            if rows.step != 1:
+                return UpdateList.of(self[i] for i in rows)
+            return UpdateList(self._parts_of(rows))
+        i = which + len(self) if which < 0 else which
+        for part in self._parts:
+            if 0 <= i < len(part):
+                return part.at(i) if isinstance(part, _Stretch) else part[i]
+            i -= len(part)
+        raise IndexError(f"update {which} of {len(self)}")
+
+    def _parts_of(self, rows: range) -> Iterator[_Part]:
+        begins = 0
+        for part in self._parts:
+            inside = slice(max(0, rows.start - begins), max(0, rows.stop - begins))
+            yield replace(part, rows=part.rows[inside]) if isinstance(part, _Stretch) else part[inside]
+            begins += len(part)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, UpdateList | tuple | list):
+            return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+        return NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} updates>"

@@ -1,0 +1,1 @@
+"""Snapshots and their nodes: bytes to values and back."""

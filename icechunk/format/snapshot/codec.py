@@ -1,0 +1,139 @@
+"""Snapshots: encode and decode, formats 1 and 2."""
+
+from __future__ import annotations
+
+import struct
+from operator import attrgetter
+from typing import Any, Final
+
+import orjson
+
+from icechunk.errors import InvalidInputError
+from icechunk.format.envelope import FileType, seal, unseal
+from icechunk.format.flat.reader import Buffer, Table, required
+from icechunk.format.flat.writer import FlatTable, FlatWriter, Items, Value, Written, id_struct, u64
+from icechunk.format.ids import ObjectId, encode_id
+from icechunk.format.metadata import metadata_from_tables, metadata_tables
+from icechunk.format.snapshot.node_decoding import decode_nodes
+from icechunk.format.snapshot.node_encoding import write_files, write_nodes
+from icechunk.format.values import ManifestFile, NodeKind, NodeSnapshot, Snapshot
+
+__all__ = ["decode_snapshot", "encode_snapshot"]
+
+# Slots of the table Snapshot.
+_ID, _PARENT, _NODES, _FLUSHED_AT, _MESSAGE, _METADATA, _FILES_V1, _FILES, _EXTRA = range(9)
+
+_ARRAY, _GROUP = 1, 2
+_ID_SIZE: Final = 12
+_NODE_ID_SIZE: Final = 8
+_DIMENSION_V1: Final = struct.Struct("<QQ")
+_FILE_V1: Final = struct.Struct("<12s4xQI4x")
+_RANGE: Final = struct.Struct("<II")
+
+
+def encode_snapshot(snapshot: Snapshot, spec_version: int = 2, level: int = 3) -> bytes:
+    """The whole file of a snapshot.
+
+    Parameters
+    ----------
+    snapshot
+        What to write; order of its mappings has no meaning.
+    spec_version
+        1 or 2. Format 1 keeps ``parent_id`` and has no ``extra``; format 2 the other way round.
+    level
+        Of zstd.
+
+    Raises
+    ------
+    InvalidInputError
+        If a value cannot be encoded; in format 1 also for an array without a regular chunk grid.
+    """
+    if spec_version not in (1, 2):
+        raise InvalidInputError(f"cannot encode a snapshot in spec version {spec_version}")
+    newer = spec_version == 2
+    files = [snapshot.manifest_files[id] for id in sorted(snapshot.manifest_files)]
+    # Text compares by code point, which is the order of its UTF-8 bytes.
+    nodes = sorted(snapshot.nodes.values(), key=_path)
+    shapes_v1 = None if newer else [_shape_v1(node) for node in nodes]
+    root: dict[int, Value] = {
+        _ID: id_struct(snapshot.id),
+        _PARENT: None if newer or snapshot.parent_id is None else id_struct(snapshot.parent_id),
+        _NODES: Written(lambda writer: write_nodes(writer, nodes, shapes_v1)),
+        _FLUSHED_AT: u64(snapshot.flushed_at_us),
+        _MESSAGE: snapshot.message,
+        _METADATA: metadata_tables(snapshot.metadata, spec_version),
+        _FILES_V1: Items(
+            b"" if newer else b"".join(_FILE_V1.pack(*file) for file in files), 0 if newer else len(files), 8
+        ),
+        _FILES: Written(lambda writer: write_files(writer, files)) if newer else None,
+        _EXTRA: snapshot.extra if newer else None,
+    }
+    return seal(FileType.SNAPSHOT, spec_version, FlatWriter().finish(FlatTable(root)), level)
+
+
+_path: Final = attrgetter("path")
+
+
+def _shape_v1(node: NodeSnapshot) -> list[tuple[int, int]]:
+    if node.kind is not NodeKind.ARRAY:
+        return []
+    lengths = _regular_chunk_lengths(node)
+    if len(lengths) != len(node.shape):
+        raise InvalidInputError(
+            f"cannot encode {node.path}: {len(lengths)} chunk lengths for {len(node.shape)} dimensions"
+        )
+    return [(dim.array_length, length) for dim, length in zip(node.shape, lengths, strict=True)]
+
+
+def _regular_chunk_lengths(node: NodeSnapshot) -> list[int]:
+    try:
+        grid: Any = orjson.loads(node.user_data)["chunk_grid"]
+        if grid["name"] == "regular":
+            return [int(length) for length in grid["configuration"]["chunk_shape"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidInputError(f"cannot encode {node.path}: its metadata names no chunk grid") from error
+    raise InvalidInputError(f"cannot encode {node.path}: format 1 has only regular chunk grids; use format 2")
+
+
+def decode_snapshot(data: bytes, *, expected_id: ObjectId | None = None) -> Snapshot:
+    """Read a snapshot of format 1 or 2.
+
+    Parameters
+    ----------
+    data
+        The whole file.
+    expected_id
+        What the id within must be.
+
+    Raises
+    ------
+    FormatError
+        If the file is not a snapshot, is corrupt, or has another id.
+    """
+    name = "snapshot" if expected_id is None else f"snapshot {encode_id(expected_id)}"
+    version, payload = unseal(data, FileType.SNAPSHOT, what=name)
+    buffer = Buffer(payload, name)
+    root = buffer.root()
+    id = ObjectId(required(root.inline(_ID, _ID_SIZE), root, "id"))
+    if expected_id is not None and id != expected_id:
+        raise buffer.fail(f"its id is {encode_id(id)}")
+    parent = root.inline(_PARENT, _ID_SIZE)
+    return Snapshot(
+        id=id,
+        parent_id=None if parent is None else ObjectId(parent),
+        nodes=decode_nodes(root, _NODES),
+        flushed_at_us=root.u64(_FLUSHED_AT),
+        message=required(root.string(_MESSAGE), root, "message"),
+        metadata=metadata_from_tables(required(root.tables(_METADATA), root, "metadata"), version),
+        manifest_files=_files(root),
+        extra=root.blob(_EXTRA),
+    )
+
+
+def _files(root: Table) -> dict[ObjectId, ManifestFile]:
+    old: bytes = required(root.items(_FILES_V1, _FILE_V1.size), root, "manifest_files")
+    files = [ManifestFile(ObjectId(id), size, count) for id, size, count in _FILE_V1.iter_unpack(old)]
+    for table in root.tables(_FILES) or ():
+        id = ObjectId(required(table.inline(0, _ID_SIZE), table, "id"))
+        files.append(ManifestFile(id, table.u64(1), table.u32(2)))
+    return {file.object_id: file for file in files}

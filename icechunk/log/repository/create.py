@@ -1,0 +1,310 @@
+"""What creators do in every layout: see that the place is free, put the first files, say who was first (rule 11).
+
+Creating a repository of the log layout: exactly one creator wins (rule 11).
+
+Creating a repository of the ref-files layout: exactly one creator wins (rule 11).
+
+Creating a repository of the repo-object layout: exactly one creator wins (rule 11).
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final, TypeAlias
+
+from icechunk.config import config_from_dict, config_to_yaml
+from icechunk.errors import (
+    AlreadyExistsError,
+    ErrorKind,
+    InvalidInputError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    StorageError,
+)
+from icechunk.format.ids import FIRST_SNAPSHOT
+from icechunk.format.keys import CONFIG_KEY, REFS_PREFIX, REPO_KEY, overwritten_repo_key, snapshot_key, transaction_key
+from icechunk.format.repo.codec import decode_repo, encode_repo
+from icechunk.format.repo.values import RepoInfo, SnapshotRecord
+from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
+from icechunk.format.transaction import encode_transaction_log
+from icechunk.format.values import Snapshot, TransactionLog
+from icechunk.log.repository.entries.entry import new_epoch
+from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.entries.reader import (
+    Head,
+    Instant,
+    Known,
+    Opened,
+    RepoObject,
+    instant,
+    known_of,
+    read_repo,
+)
+from icechunk.log.repository.marker import checkpoint_info, write_mark
+from icechunk.log.repository.queue import UpdateRetries
+from icechunk.log.repository.ref_files.layout import RefFilesLayout
+from icechunk.log.repository.ref_files.names import RefNames, encode_ref
+from icechunk.log.repository.repo_object.layout import RepoObjectLayout
+from icechunk.log.repository.state import MAIN, RepoState, initial_state, to_repo_info
+from icechunk.log.repository.store_check import require_atomic, require_writable
+from icechunk.runtime.clock import SYSTEM, Sources
+from icechunk.runtime.tasks import run_jobs
+from icechunk.storage.port import Absent, Storage
+
+__all__ = [
+    "ATTEMPTS",
+    "Json",
+    "already_there",
+    "create_log",
+    "create_ref_files",
+    "create_repo_object",
+    "first_snapshot",
+    "first_state",
+    "pause_before",
+    "require_clean",
+    "require_place",
+    "unsure",
+]
+
+Json: TypeAlias = Any
+
+ATTEMPTS: Final = 10
+"""Of a creator at a certain answer."""
+
+
+async def require_place(storage: Storage, *, check_clean_root: bool) -> None:
+    """Refuse a place where no repository can be created. Errors as those of `create_log`."""
+    require_writable(storage, "create a repository")
+    require_atomic(storage)
+    await require_clean(storage, everything=check_clean_root)
+
+
+async def require_clean(storage: Storage, *, everything: bool) -> None:
+    """Refuse a place where a repository of format 1 is, or, if asked, anything.
+
+    Raises
+    ------
+    InvalidInputError
+        Kind ``parent-directory-not-clean``.
+    """
+    prefix = "" if everything else REFS_PREFIX
+    pages = storage.list_pages(prefix, page_size=1)
+    try:
+        async for page in pages:
+            if page:
+                raise InvalidInputError(
+                    f"cannot create a repository in {storage.describe()}: {page[0].key!r} is there already; choose an "
+                    "empty prefix, or open the repository that is there",
+                    ErrorKind.PARENT_DIRECTORY_NOT_CLEAN,
+                )
+    finally:
+        aclose = getattr(pages, "aclose", None)
+        if aclose is not None:
+            await aclose()
+
+
+def first_snapshot(sources: Sources) -> Snapshot:
+    """The empty snapshot with which every history begins, written now."""
+    return Snapshot(
+        id=FIRST_SNAPSHOT,
+        nodes={},
+        flushed_at_us=max(sources.wall_us(), 1),
+        message="Repository initialized",
+        metadata={"__icechunk": {"is_root": True}},
+    )
+
+
+async def first_state(storage: Storage, sources: Sources, *, config: Json | None) -> RepoState:
+    """The state of a new repository of format 2, whose first snapshot and transaction log stand.
+
+    Their keys are constants, so who is not first must not replace what the winner's ``repo`` describes, and uses his.
+    """
+    root = first_snapshot(sources)
+    snapshot_bytes = encode_snapshot(root)
+    log_bytes = encode_transaction_log(TransactionLog(id=FIRST_SNAPSHOT))
+    found = await run_jobs(
+        [
+            partial(_put_or_read, storage, sources, snapshot_key(FIRST_SNAPSHOT), snapshot_bytes),
+            partial(_put_or_read, storage, sources, transaction_key(FIRST_SNAPSHOT), log_bytes),
+        ]
+    )
+    if found[0] != snapshot_bytes:
+        root = decode_snapshot(found[0], expected_id=FIRST_SNAPSHOT)
+    now_us = max(sources.wall_us(), root.flushed_at_us + 1)
+    return initial_state(SnapshotRecord.of(root), time_us=now_us, config=config)
+
+
+async def pause_before(sources: Sources, attempt: int) -> None:
+    """Wait before one of the `ATTEMPTS` at a certain answer, counted from 0."""
+    if attempt:
+        await sources.sleep(min(1.0, 0.02 * 2**attempt))
+
+
+async def _put_or_read(storage: Storage, sources: Sources, key: str, data: bytes) -> bytes:
+    """The bytes that stand at the key: these, if nothing stood there before."""
+    why: StorageError | None = None
+    for attempt in range(ATTEMPTS):
+        await pause_before(sources, attempt)
+        try:
+            await storage.put(key, data, Absent())
+            return data
+        except (PreconditionFailedError, StorageError) as error:
+            why = error
+        try:
+            return (await storage.get(key)).data
+        except ObjectNotFoundError:
+            continue
+        except StorageError as error:
+            why = error
+    raise StorageError(f"cannot create {key!r} in {storage.describe()}: no certain answer") from why
+
+
+def already_there(storage: Storage) -> AlreadyExistsError:
+    """Another creator was first."""
+    return AlreadyExistsError(
+        f"cannot create a repository in {storage.describe()}: there is one already; open it, or choose another prefix",
+        ErrorKind.PARENT_DIRECTORY_NOT_CLEAN,
+    )
+
+
+def unsure(storage: Storage) -> StorageError:
+    """The store has not said for certain who was first."""
+    return StorageError(
+        f"it is not known whether a repository was created in {storage.describe()}: no certain answer after "
+        f"{ATTEMPTS} tries; try to open it"
+    )
+
+
+async def create_log(
+    storage: Storage,
+    sources: Sources = SYSTEM,
+    *,
+    config: Json | None = None,
+    check_clean_root: bool = True,
+    updates_per_file: int | None = None,
+) -> LogLayout:
+    """Create a repository with one empty snapshot on ``main``.
+
+    Parameters
+    ----------
+    config
+        The configuration to persist, as the format keeps it (snake_case keys); None: none.
+    check_clean_root
+        Refuse where anything at all is below the prefix.
+
+    Raises
+    ------
+    InvalidInputError
+        Something is there already (kind ``parent-directory-not-clean``).
+    AlreadyExistsError
+        Another creator was first, or the root was not checked and there is a repository.
+    ReadOnlyError
+        The storage cannot be written to.
+    StorageError
+        No certain answer: the repository may exist now; try to open it. Or the storage does without conditional
+        writes (kind ``storage-config``): nothing was written.
+    """
+    await require_place(storage, check_clean_root=check_clean_root)
+    state = await first_state(storage, sources, config=config)
+    epoch = new_epoch(sources.random_bytes(12), sources.wall_us())
+    head = Head(epoch=epoch, n=0, state=state)
+    info = checkpoint_info(state, epoch=epoch, n=0)
+    proof, known = await _swap_in(storage, sources, epoch, info)
+    await require_clean(storage, everything=False)
+    opened = Opened(head=head, proof=proof, known=known, tail=())
+    return LogLayout(storage, sources, opened, updates_per_file=updates_per_file)
+
+
+async def _swap_in(storage: Storage, sources: Sources, epoch: str, info: RepoInfo) -> tuple[Instant, Known]:
+    """Make ``repo`` the marker of this log, and say since when it is, and what stands there."""
+    data = encode_repo(info)
+    for attempt in range(ATTEMPTS):
+        await pause_before(sources, attempt)
+        asked = instant(sources)
+        try:
+            put = await storage.put(REPO_KEY, data, Absent())
+        except (PreconditionFailedError, StorageError):
+            # Settled as a slot is: a marker with our epoch is our own success, whatever the answer was.
+            try:
+                found = await read_repo(storage, sources)
+            except StorageError:
+                continue
+            if found is None:
+                continue
+            if found.known.marker is None or found.known.marker.epoch != epoch:
+                raise already_there(storage) from None
+            return found.asked, found.known
+        return replace(asked, date_us=put.date_us), known_of(info, put.version, len(data))
+    raise unsure(storage)
+
+
+async def create_ref_files(
+    storage: Storage, sources: Sources = SYSTEM, *, config: Json | None = None, check_clean_root: bool = True
+) -> RefFilesLayout:
+    """Create a repository of format 1 with one empty snapshot on ``main``; parameters and errors as `create_log`.
+
+    The branch is created last, if it is absent: of several creators one wins.
+    """
+    await require_place(storage, check_clean_root=check_clean_root)
+    if not check_clean_root:
+        with suppress(ObjectNotFoundError):
+            await storage.head(REPO_KEY)
+            raise already_there(storage)
+    with suppress(PreconditionFailedError):
+        await storage.put(snapshot_key(FIRST_SNAPSHOT), encode_snapshot(first_snapshot(sources), 1), Absent())
+    if config is not None:
+        with suppress(PreconditionFailedError):
+            await storage.put(CONFIG_KEY, config_to_yaml(config_from_dict(config)), Absent())
+    names = RefNames.of(storage)
+    try:
+        await storage.put(names.branch_key(MAIN), encode_ref(FIRST_SNAPSHOT), Absent())
+    except PreconditionFailedError:
+        raise already_there(storage) from None
+    return await RefFilesLayout.open(storage, sources)
+
+
+async def create_repo_object(
+    storage: Storage,
+    sources: Sources = SYSTEM,
+    *,
+    config: Json | None = None,
+    check_clean_root: bool = True,
+    updates_per_file: int | None = None,
+    retries: UpdateRetries | None = None,
+) -> RepoObjectLayout:
+    """Create a repository with one empty snapshot on ``main``; parameters and errors as `create_log`."""
+    await require_place(storage, check_clean_root=check_clean_root)
+    state = await first_state(storage, sources, config=config)
+    mark = write_mark(sources.random_bytes(16))
+    data = encode_repo(to_repo_info(state, extra=mark))
+    acknowledged = False
+    for attempt in range(ATTEMPTS):
+        await pause_before(sources, attempt)
+        with suppress(PreconditionFailedError, StorageError):
+            await storage.put(REPO_KEY, data, Absent())
+            acknowledged = True
+        try:
+            found = await read_repo(storage, sources)
+        except StorageError:
+            continue
+        if found is None:
+            continue
+        # Settled as a swap is: the mark is our own success, whatever the answer was.
+        if not acknowledged and found.info.extra != mark and not await _grew_from(storage, found, mark):
+            raise already_there(storage)
+        await require_clean(storage, everything=False)
+        return RepoObjectLayout(storage, sources, found, updates_per_file=updates_per_file, retries=retries)
+    raise unsure(storage)
+
+
+async def _grew_from(storage: Storage, found: RepoObject, mark: bytes) -> bool:
+    """Whether somebody has replaced ours already: then the oldest copy is ours."""
+    oldest = found.info.updates[-1].backup_path if found.info.updates else None
+    if oldest is None or found.info.repo_before_updates is not None:
+        return False
+    try:
+        return decode_repo((await storage.get(overwritten_repo_key(oldest))).data).extra == mark
+    except StorageError:
+        return False

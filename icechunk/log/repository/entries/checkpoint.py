@@ -1,0 +1,241 @@
+"""Writing ``repo``: checkpoints of the log, and moving between log and repo object (rules 7 and 8).
+
+Every write of ``repo`` compares first: it goes on only from an object whose contents are folded into what is
+written, and replaces exactly that version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from icechunk.errors import ErrorKind, ObjectNotFoundError, PreconditionFailedError, StorageError
+from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name
+from icechunk.format.repo.codec import EncodedRepo, encode_and_keep
+from icechunk.format.repo.values import RepoInfo
+from icechunk.log.repository.entries.embedded import Stand, nothing_carried
+from icechunk.log.repository.entries.entry import new_epoch
+from icechunk.log.repository.entries.reader import Head, Known, RepoObject, known_of, read_repo
+from icechunk.log.repository.marker import NO_FILES, Kept, checkpoint_info, keep_updates, state_of, unmarked_info
+from icechunk.log.repository.store_check import require_atomic
+from icechunk.runtime.clock import Sources
+from icechunk.runtime.tasks import in_thread
+from icechunk.storage.port import Matches, Storage
+
+__all__ = [
+    "DEFAULT_UPDATES_PER_FILE",
+    "LostRepo",
+    "Written",
+    "checkpoint_is_due",
+    "convert_to_log",
+    "finish_conversion",
+    "write_checkpoint",
+]
+
+DEFAULT_UPDATES_PER_FILE: Final = 1000
+_SMALL_BYTES: Final = 64 * 1024
+_LONG_TAIL: Final = 64
+_HISTORY_SHARE: Final = 8
+_THREAD_FROM_SNAPSHOTS: Final = 200
+_ATTEMPTS: Final = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """``repo`` holds at least what was to be written."""
+
+    known: Known
+    """The object as it is now."""
+    info: RepoInfo | None
+    """What it holds, in the least memory; None where it was written before and not read now."""
+    by_us: bool
+    """Whether it was this call that wrote it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LostRepo:
+    """``repo`` is no checkpoint of this log any more."""
+
+    found: RepoObject | None
+    """What it is instead; None: it is gone."""
+
+
+def checkpoint_is_due(head: Head, known: Known) -> bool:
+    """Whether the policy wants a checkpoint: always while ``repo`` is small, else when the tail is long."""
+    if known.marker is None or known.marker.epoch != head.epoch:
+        return False
+    tail = head.n - known.marker.n
+    if tail <= 0:
+        return False
+    return known.size_bytes < _SMALL_BYTES or tail > _LONG_TAIL or tail * _HISTORY_SHARE > len(head.state.snapshots)
+
+
+async def encode(info: RepoInfo) -> EncodedRepo:
+    """Encode ``repo``, in a thread where that takes long."""
+    if len(info.snapshots) < _THREAD_FROM_SNAPSHOTS:
+        return encode_and_keep(info)
+    return await in_thread(partial(encode_and_keep, info))
+
+
+async def write_checkpoint(
+    storage: Storage,
+    sources: Sources,
+    head: Head,
+    known: Known,
+    *,
+    stand: Stand = nothing_carried,
+    files: Mapping[str, bytes] = NO_FILES,
+    updates_per_file: int,
+) -> Written | LostRepo:
+    """Bring ``repo`` forward to ``head``, if it is behind and still a checkpoint of the same log.
+
+    Parameters
+    ----------
+    known
+        The object as it was last seen; it is read again where that is not its version any more.
+    stand
+        Makes the files that ride in the entries after the checkpoint stand on their own, first of all (rule 15).
+    files
+        Copies for those who open the repository to begin with.
+
+    Raises
+    ------
+    StorageError
+        The store gives no answer; nothing is lost, the next checkpoint tries again.
+    """
+    current, info = known, None
+    for _ in range(_ATTEMPTS):
+        # Rule 7: our epoch, a smaller n, and If-Match on exactly the version that was compared.
+        if current.marker is None or current.marker.epoch != head.epoch or not current.read_only:
+            return LostRepo(found=await read_repo(storage, sources))
+        if current.marker.n >= head.n:
+            return Written(known=current, info=info, by_us=False)
+        await stand(current.marker.n, head.n)
+        kept = await _divide_updates(storage, sources, head, current, updates_per_file)
+        if kept is not None:
+            encoded = await encode(checkpoint_info(head.state, epoch=head.epoch, n=head.n, kept=kept, files=files))
+            try:
+                put = await storage.put(REPO_KEY, encoded.data, Matches(current.version))
+                return Written(
+                    known=known_of(encoded.info, put.version, len(encoded.data)), info=encoded.info, by_us=True
+                )
+            except PreconditionFailedError:
+                pass
+            except StorageError:
+                await sources.sleep(0.05)
+        found = await read_repo(storage, sources)
+        if found is None:
+            return LostRepo(found=None)
+        current, info = found.known, found.info
+    raise StorageError(
+        f"cannot write the checkpoint of {storage.describe()}: no certain answer after {_ATTEMPTS} tries; the next "
+        "commit tries again, and nothing depends on it",
+        ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
+    )
+
+
+async def _divide_updates(
+    storage: Storage, sources: Sources, head: Head, current: Known, updates_per_file: int
+) -> Kept | None:
+    """Divide the ops log, and make the backup if it takes one; None where ``repo`` has changed meanwhile."""
+    kept = keep_updates(
+        head.state,
+        newest_us=current.newest_us,
+        count=current.count,
+        before=current.before,
+        limit=updates_per_file,
+        backup_name=overwritten_repo_name(sources.wall_us() // 1000, sources.random_bytes(12)),
+    )
+    if kept.needs_backup and kept.before is not None:
+        try:
+            # Of whatever version: if that is not the one replaced below, the PUT fails and nobody names this copy.
+            await storage.copy(REPO_KEY, overwritten_repo_key(kept.before))
+        except ObjectNotFoundError:
+            return None
+    return kept
+
+
+async def finish_conversion(
+    storage: Storage,
+    sources: Sources,
+    head: Head,
+    *,
+    stand: Stand = nothing_carried,
+    updates_per_file: int,
+) -> RepoObject | None:
+    """After a seal has been folded: make ``repo`` the truth, unless somebody did already (rule 8).
+
+    All helpers write the same state, so it does not matter whose write wins.
+
+    Parameters
+    ----------
+    stand
+        As for `write_checkpoint`.
+
+    Returns
+    -------
+    RepoObject or None
+        ``repo`` as it is afterwards; None if it is gone.
+    """
+    for _ in range(_ATTEMPTS):
+        found = await read_repo(storage, sources)
+        if found is None or found.known.marker is None or found.known.marker.epoch != head.epoch:
+            return found
+        if not found.known.read_only:
+            return found
+        await stand(found.known.marker.n, head.n)
+        kept = await _divide_updates(storage, sources, head, found.known, updates_per_file)
+        if kept is None:
+            continue
+        encoded = await encode(unmarked_info(head.state, kept=kept))
+        try:
+            await storage.put(REPO_KEY, encoded.data, Matches(found.known.version))
+        except PreconditionFailedError:
+            continue
+        except StorageError:
+            await sources.sleep(0.05)
+    raise StorageError(
+        f"cannot finish the conversion of {storage.describe()}: no certain answer after {_ATTEMPTS} tries; opening the "
+        "repository tries again",
+        ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
+    )
+
+
+async def convert_to_log(storage: Storage, sources: Sources) -> str:
+    """Make a repository of the repo-object layout one of the log layout: one conditional write.
+
+    Returns
+    -------
+    str
+        The epoch: a new one, or the present one where it is a log already.
+
+    Raises
+    ------
+    ObjectNotFoundError
+        There is no ``repo``.
+    StorageError
+        No certain answer: call again; or a storage without conditional writes (kind ``storage-config``).
+    """
+    require_atomic(storage)
+    epoch = new_epoch(sources.random_bytes(12), sources.wall_us())
+    for _ in range(_ATTEMPTS):
+        found = await read_repo(storage, sources)
+        if found is None:
+            raise ObjectNotFoundError(f"no object {REPO_KEY!r} in {storage.describe()}: nothing to convert")
+        if found.known.marker is not None and found.known.read_only:
+            return found.known.marker.epoch
+        state = state_of(found.info, None)
+        encoded = await encode(checkpoint_info(state, epoch=epoch, n=0))
+        try:
+            await storage.put(REPO_KEY, encoded.data, Matches(found.known.version))
+            return epoch
+        except PreconditionFailedError:
+            continue
+        except StorageError:
+            await sources.sleep(0.05)
+    raise StorageError(
+        f"cannot convert {storage.describe()} to the log layout: no certain answer after {_ATTEMPTS} tries; call again",
+        ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
+    )

@@ -1,0 +1,120 @@
+"""When checkpoints are written, and by whom: one at a time, in the background, as long as one is due.
+
+A checkpoint costs time in proportion to the history. So after each there is a pause of ten times as long as it took,
+at most half a minute: however long the history, writing it down takes a small share of the time, and ``repo`` is never
+far behind for long.
+
+The task is one of asyncio, not of a caller: it outlives the swap that made it due, is held strongly, ends when
+nothing is due any more, and is awaited or cancelled by `Checkpointing.finish`. What is written, and on which
+condition, is `icechunk.log.repository.entries.checkpoint`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final
+
+from icechunk.errors import IcechunkError
+from icechunk.log.repository.entries.checkpoint import LostRepo, checkpoint_is_due, write_checkpoint
+from icechunk.log.repository.entries.client import LogView
+from icechunk.log.repository.entries.reader import RepoObject, read_repo
+from icechunk.log.repository.store_check import require_atomic
+from icechunk.runtime.tasks import finish_task
+
+__all__ = ["Checkpointing"]
+
+_LOG: Final = logging.getLogger(__name__)
+_PAUSE_SHARE: Final = 10
+_LONGEST_PAUSE_S: Final = 30.0
+
+
+class Checkpointing:
+    """The checkpoints of one client. Owns the task that writes them in the background."""
+
+    def __init__(self, view: LogView) -> None:
+        self._view = view
+        self._one_at_a_time = asyncio.Lock()
+        self._stopped = False
+        self._pausing = False
+        self.task: asyncio.Task[None] | None = None
+        """Writes checkpoints while any is due."""
+
+    async def write(self) -> None:
+        """Bring ``repo`` up to the head now. `StorageError` where the store does not answer."""
+        view = self._view
+        async with self._one_at_a_time:
+            if view.left is not None:
+                return
+            require_atomic(view.storage)
+            head = view.head
+            if head.state.sealed:
+                await view.leave_sealed()
+                return
+            if view.rides_much:
+                # Most of it may stand by a checkpoint of somebody else's.
+                found = await read_repo(view.storage, view.sources)
+                if found is None or found.known.marker is None or found.known.marker.epoch != head.epoch:
+                    await self._lost(found)
+                    return
+                view.repo_is(found.known)
+            written = await write_checkpoint(
+                view.storage,
+                view.sources,
+                head,
+                view.known,
+                stand=view.stand,
+                files=view.files_to_open_with(head.state),
+                updates_per_file=view.updates_per_file,
+            )
+            if isinstance(written, LostRepo):
+                await self._lost(written.found)
+                return
+            view.checkpointed(head, written)
+            _LOG.debug("checkpoint of %s written, up to slot %d", view.storage.describe(), head.n)
+
+    async def _lost(self, found: RepoObject | None) -> None:
+        await self._view.lost_repo(found)
+        if self._view.sealer is not None:
+            await asyncio.wait({self._view.sealer})
+
+    def spawn_if_due(self) -> None:
+        """Have a checkpoint written in the background if the policy wants one."""
+        if self._stopped or (self.task is not None and not self.task.done()):
+            return
+        if checkpoint_is_due(self._view.head, self._view.known):
+            self.task = asyncio.get_running_loop().create_task(self._write_while_due(), name="icechunk log checkpoint")
+
+    async def _write_while_due(self) -> None:
+        view = self._view
+        while not self._stopped and view.left is None and checkpoint_is_due(view.head, view.known):
+            began_us = view.sources.elapsed_us()
+            if not await self.try_write():
+                return
+            took_s = max(0, view.sources.elapsed_us() - began_us) / 1e6
+            self._pausing = True
+            try:
+                await view.sources.sleep(min(_LONGEST_PAUSE_S, _PAUSE_SHARE * took_s))
+            finally:
+                self._pausing = False
+
+    async def try_write(self) -> bool:
+        """Write one where nobody waits for it: a failure is logged, and the next one does its work."""
+        where = self._view.storage.describe()
+        try:
+            await self.write()
+        except (IcechunkError, OSError) as error:
+            _LOG.warning("checkpoint of %s failed, the next one does its work: %s", where, error)
+        except Exception:
+            # Nothing is lost, but the log gets longer: somebody has to hear of it.
+            _LOG.exception("checkpoint of %s failed unexpectedly; please report this as a bug of icechunk", where)
+        else:
+            return True
+        return False
+
+    async def finish(self, grace_s: float) -> None:
+        """Start none any more; wait for the one under way."""
+        self._stopped = True
+        if self._pausing and self.task is not None:
+            self.task.cancel()
+        await finish_task(self.task, grace_s)

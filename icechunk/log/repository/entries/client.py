@@ -1,0 +1,419 @@
+"""What one client knows of a log: the newest folded state, where it ends, and how old that knowledge is.
+
+Theory: rules 5, 6 and 8. The view owns the head, the proof of the end of the log, what is known of ``repo``, and
+whether the log has ended. The head moves only in `LogView.advance`, `LogView.fold_own` and `LogView.adopt`, which
+never await and never go back, so a refresh and the task that swaps may both learn of the same slot.
+
+Looks are numbered in the order in which they begin. `LogView.looked` is the newest one that has shown where the log
+ends, so whoever asked before it began can be answered by what it found, refusals included (rule 3).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Final
+
+from icechunk.errors import FormatError, IcechunkError
+from icechunk.format.ids import ObjectId
+from icechunk.log.repository.entries.checkpoint import DEFAULT_UPDATES_PER_FILE, Written, finish_conversion
+from icechunk.log.repository.entries.embedded import CarriedFiles
+from icechunk.log.repository.entries.entry import Entry, decode_entry
+from icechunk.log.repository.entries.reader import (
+    Head,
+    Instant,
+    Known,
+    Opened,
+    RepoObject,
+    fold_entry,
+    instant,
+    open_head,
+    read_slot,
+    read_tail,
+    read_until_absent,
+    still_proves,
+    store_time_us,
+    try_list_head,
+)
+from icechunk.log.repository.entries.takeover import Stranded, find_stranded, seal_log
+from icechunk.log.repository.marker import NO_FILES, files_to_open_with, state_of
+from icechunk.log.repository.state import MAIN, RepoState, resting_on
+from icechunk.log.repository.store_check import may_write
+from icechunk.runtime.clock import Sources
+from icechunk.runtime.tasks import run_pair
+from icechunk.storage.port import Storage
+from icechunk.transfer.cache import WeightedCache
+
+__all__ = ["LogView"]
+
+_LOG: Final = logging.getLogger(__name__)
+_MANY_FILES: Final = 64
+
+
+class LogView:
+    """What one client knows of a log. Belongs to one event loop.
+
+    Parameters
+    ----------
+    updates_per_file
+        As of `LogView.updates_per_file`; None: as the persisted configuration says, else 1000.
+    files
+        Where small files of the repository are kept in memory.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        sources: Sources,
+        opened: Opened,
+        *,
+        updates_per_file: int | None,
+        files: WeightedCache[str, bytes],
+    ) -> None:
+        self.storage = storage
+        self.sources = sources
+        self.head = opened.head
+        self.proof = opened.proof
+        """How old the knowledge is that nothing follows the head."""
+        self.known = opened.known
+        """``repo`` as it was last seen."""
+        self.standing: Mapping[str, bytes] = NO_FILES
+        """Files that ``repo`` had copies of when it was read, so they exist as objects."""
+        self.seen = Instant(date_us=None, elapsed_us=0, wall_us=0)
+        """The last answer that came with a store time."""
+        self.left: str | None = None
+        """Why nothing can be appended any more, once the log has ended."""
+        self.stranded: Stranded | None = None
+        """What somebody who lifted the read-only status left behind; None where nobody did."""
+        self.carried = CarriedFiles(storage, sources)
+        """Files that ride in the entries after the checkpoint, as far as they are not known to stand (rule 15)."""
+        self.files = files
+        """Small files of the repository, to be read from memory."""
+        self.sealer: asyncio.Task[None] | None = None
+        """Seals the log after a takeover."""
+        self.looked = 0
+        """Number of the newest look that has shown where the log ends."""
+        self._looks = 0
+        self._looking: asyncio.Future[None] | None = None
+        self._updates_per_file = updates_per_file
+        self._to_open_with: tuple[ObjectId, Mapping[str, bytes]] | None = None
+        self.saw(opened.proof)
+        self._keep_copies(opened.known)
+        for entry in opened.tail:
+            self._remember(entry.n, entry.objects)
+
+    @property
+    def state(self) -> RepoState:
+        """The newest folded state."""
+        return self.head.state
+
+    @property
+    def checkpoint_n(self) -> int:
+        """The last slot known to be folded into ``repo``."""
+        return 0 if self.known.marker is None else self.known.marker.n
+
+    @property
+    def store_time_us(self) -> int:
+        """The store's clock now, or a little less, µs (rule 10)."""
+        now = instant(self.sources)
+        return store_time_us(self.seen, now, resolution_us=self.storage.clock_resolution_us)
+
+    @property
+    def updates_per_file(self) -> int:
+        """Most entries of the ops log that one ``repo`` object holds."""
+        if self._updates_per_file is not None:
+            return max(1, self._updates_per_file)
+        config = self.state.config
+        persisted = config.get("num_updates_per_repo_info_file") if isinstance(config, dict) else None
+        return persisted if isinstance(persisted, int) and persisted > 0 else DEFAULT_UPDATES_PER_FILE
+
+    @updates_per_file.setter
+    def updates_per_file(self, value: int | None) -> None:
+        self._updates_per_file = value
+
+    # --------------------------------------------------- moving on; none of these waits
+
+    def begin_look(self) -> int:
+        """A number for a look that begins now, or for a question that only later looks can answer."""
+        self._looks += 1
+        return self._looks
+
+    def end_look(self, number: int) -> None:
+        """That look has shown where the log ends."""
+        self.looked = max(self.looked, number)
+
+    def saw(self, answered: Instant) -> None:
+        """An answer came."""
+        if answered.date_us is not None:
+            self.seen = answered
+
+    def advance(self, entry: Entry) -> None:
+        """Fold the next entry; one that is folded already changes nothing."""
+        if entry.n == self.head.n + 1:
+            self.head = fold_entry(self.head, entry)
+            self._remember(entry.n, entry.objects)
+
+    def fold_own(
+        self,
+        *,
+        epoch: str,
+        n: int,
+        data: bytes,
+        files: Mapping[str, bytes],
+        before: RepoState,
+        after: RepoState,
+        proof: Instant | None,
+    ) -> None:
+        """Fold an entry of our own that has landed.
+
+        Parameters
+        ----------
+        files
+            That ride in it.
+        before, after
+            States before and after it, as it was validated.
+        proof
+            The new proof of the end of the log, if the answer is one.
+        """
+        if self.head.epoch != epoch or self.head.n != n - 1:
+            return
+        if self.head.state is before:
+            # Validated on exactly this state, by the same fold, on the events as decoded: no need to fold them again.
+            self.head = replace(self.head, n=n, state=after)
+        else:
+            self.head = fold_entry(self.head, decode_entry(data, n=n))
+        self._remember(n, files)
+        if proof is not None:
+            self.proof = proof
+
+    def adopt(self, opened: Opened) -> None:
+        """Take over what opening the log anew has shown; never behind what is known."""
+        if opened.head.epoch == self.head.epoch and opened.head.n < self.head.n:
+            return
+        self.head, self.proof, self.known = opened.head, opened.proof, opened.known
+        self.carried.clear()
+        self._keep_copies(opened.known)
+        for entry in opened.tail:
+            self._remember(entry.n, entry.objects)
+
+    def checkpointed(self, head: Head, written: Written) -> None:
+        """``repo`` holds at least ``head``."""
+        if self.head.epoch != head.epoch:
+            return
+        self.repo_is(written.known)
+        if written.info is not None and self.checkpoint_n <= self.head.n:
+            self.head = replace(
+                self.head, state=resting_on(self.state, written.info, head.state if written.by_us else None)
+            )
+
+    def repo_is(self, known: Known) -> None:
+        """``repo`` has been seen, a checkpoint of this log."""
+        self.known = known
+        self.carried.forget_through(self.checkpoint_n)
+
+    def _remember(self, n: int, files: Mapping[str, bytes]) -> None:
+        if n in self.head.voided:
+            return
+        self.carried.remember(n, files)
+        for key, data in files.items():
+            self.files.put(key, data, len(data))
+
+    def _keep_copies(self, known: Known) -> None:
+        self.standing = NO_FILES if known.marker is None else known.marker.files
+        for key, data in self.standing.items():
+            self.files.put(key, data, len(data))
+
+    # ------------------------------------------------------------------ files that ride
+
+    def files_to_open_with(self, state: RepoState) -> Mapping[str, bytes]:
+        """As `icechunk.log.repository.marker.files_to_open_with`; looked for once for each tip."""
+        tip = state.branches[MAIN]
+        if self._to_open_with is None or self._to_open_with[0] != tip:
+            try:
+                found = files_to_open_with(state, self.files.get)
+            except FormatError:  # somebody's entry carries it, and nobody has read it yet
+                found = {}
+            self._to_open_with = tip, found
+        return self._to_open_with[1]
+
+    @property
+    def rides_much(self) -> bool:
+        """Whether there is more to put before a checkpoint than looking at ``repo`` first costs."""
+        return len(self.carried) > _MANY_FILES or self.carried.dropped > self.checkpoint_n
+
+    async def stand(self, after: int, end: int) -> None:
+        """As `icechunk.log.repository.entries.embedded.Stand`."""
+        await self.carried.stand_dropped(self.head.epoch, after, end)
+        await self.carried.stand(after, end)
+
+    async def find_file(self, key: str) -> bytes | None:
+        """A file that rides somewhere up to the end of the log as it is now; None where none of that name does."""
+        for look in (False, True):
+            if look:
+                await self.refresh()
+            found = self.carried.find(key)
+            if found is not None:
+                return found
+        return await self.carried.find_dropped(self.head.epoch, self.checkpoint_n, key)
+
+    # ------------------------------------------------------------------ looking
+
+    async def refresh(self) -> RepoState:
+        """Learn everything up to the end of the log as it is now; see `RepositoryLog.refresh`.
+
+        Steady state: one GET of the slot after the head, which is empty. An empty slot is as consistent as a listing
+        and an order of magnitude cheaper; only where it is taken, a listing says how far there is to go, while the
+        slot after it is read: being one entry behind costs two round trips, being far behind three.
+
+        Those who ask while a look is under way share the next one: theirs has to begin after they asked.
+        """
+        asked = self.begin_look()
+        while (looking := self._looking) is not None:
+            await asyncio.shield(looking)
+            if self.looked > asked:
+                return self.state
+        looking = self._looking = asyncio.get_running_loop().create_future()
+        try:
+            number = self.begin_look()
+            state = await self._refresh()
+            self.end_look(number)
+            return state
+        finally:
+            self._looking = None
+            looking.set_result(None)
+
+    async def _refresh(self) -> RepoState:
+        while self.left is None:
+            proof, n, asked = self.proof, self.head.n, instant(self.sources)
+            found = await read_slot(self.storage, self.head.epoch, n + 1)
+            answered = instant(self.sources, None if found is None else found[1].date_us)
+            self.saw(answered)
+            if not still_proves(proof, answered):
+                # Rule 5: the slot may have been pruned, and "empty" would be no news.
+                await self.reopen()
+                continue
+            if found is not None:
+                self.advance(found[0])
+                await self._catch_up(asked)
+            elif self.head.n == n:
+                self.proof = asked
+            # Otherwise another task of this loop folded past it meanwhile, which includes all that was asked for.
+            if not self.state.sealed:
+                return self.state
+            # What was acknowledged after the seal is wherever the conversion led to.
+            if self.left is None:
+                await self._try_leave_sealed()
+            return await self._refresh_left()
+        return await self._refresh_left()
+
+    async def _catch_up(self, asked: Instant) -> None:
+        """Fold the rest of a tail that is known to have grown."""
+        epoch, n, proof = self.head.epoch, self.head.n, self.proof
+        listed, following = await run_pair(
+            partial(try_list_head, self.storage, epoch), partial(read_slot, self.storage, epoch, n + 1)
+        )
+        if following is not None:
+            self.advance(following[0])
+        if listed is None:
+            entries, listed = await read_until_absent(self.storage, epoch, self.head.n)
+            for entry in entries:
+                self.advance(entry)
+        for entry in await read_tail(self.storage, epoch, self.head.n, listed):
+            self.advance(entry)
+        if self.head.epoch != epoch or not still_proves(proof, instant(self.sources)) or self.head.n < listed:
+            await self.reopen()
+        elif self.head.n == listed:
+            self.proof = asked
+
+    async def reopen(self) -> Opened | RepoObject:
+        """Find the end of the log anew, from ``repo``; what was found may not be what is adopted."""
+        opened = await open_head(self.storage, self.sources)
+        if isinstance(opened, RepoObject):
+            await self.lost_repo(opened)
+        elif opened.head.epoch == self.head.epoch:
+            self.adopt(opened)
+        else:
+            await self._change_epoch(opened)
+        return opened
+
+    async def _change_epoch(self, opened: Opened) -> None:
+        """The log was converted there and back: the new one goes on from what ``repo`` held in between."""
+        await self._fold_to_end()
+        if self._goes_on(opened.head.state):
+            self.adopt(opened)
+        else:
+            # Its history is not ours: somebody took over in between. A reader never goes back.
+            await self.lost_repo(None)
+
+    def _goes_on(self, state: RepoState) -> bool:
+        return all(tip in state.snapshots for tip in self.state.branches.values())
+
+    async def _fold_to_end(self) -> None:
+        while not self.state.sealed:
+            found = await read_slot(self.storage, self.head.epoch, self.head.n + 1)
+            if found is None:
+                return
+            self.advance(found[0])
+
+    # ------------------------------------------------------------------ leaving
+
+    async def _refresh_left(self) -> RepoState:
+        """After the log's end ``repo`` is the truth."""
+        found = await open_head(self.storage, self.sources)
+        if isinstance(found, Opened):
+            if found.head.epoch != self.head.epoch and self.stranded is None and self._goes_on(found.head.state):
+                self.left = None
+                self.adopt(found)
+            return self.state
+        state = state_of(found.info, None)
+        if self.stranded is None and state.last_time_us >= self.state.last_time_us and self._goes_on(state):
+            self.head = replace(self.head, state=replace(state, sealed=True))
+        return self.state
+
+    async def leave_sealed(self) -> None:
+        """A seal has been folded: finish the conversion for whoever began it (rule 8)."""
+        await finish_conversion(
+            self.storage, self.sources, self.head, stand=self.stand, updates_per_file=self.updates_per_file
+        )
+        if self.left is None:
+            self.left = f"the repository in {self.storage.describe()} has another layout now; open it again"
+
+    async def _try_leave_sealed(self) -> None:
+        # Helping is nobody's duty who only reads; whoever opens the repository next tries again.
+        if not may_write(self.storage):
+            return
+        try:
+            await self.leave_sealed()
+        except (IcechunkError, OSError) as error:
+            _LOG.warning("%s", error)
+
+    async def lost_repo(self, found: RepoObject | None) -> None:
+        """``repo`` is not our checkpoint: converted, which a seal in the log says, or taken over (rule 8)."""
+        if self.left is not None:
+            return
+        await self._fold_to_end()
+        if self.state.sealed:
+            await self.leave_sealed()
+            return
+        self.left = f"the repository in {self.storage.describe()} was taken over by another client; open it again"
+        # As a client of its own: it may be the swap in flight, or a checkpoint, that has found out.
+        sealing = self._seal(self.head, self.checkpoint_n, found)
+        self.sealer = asyncio.get_running_loop().create_task(sealing, name="icechunk log seal")
+
+    async def _seal(self, head: Head, checkpoint_n: int, found: RepoObject | None) -> None:
+        """Take the slot that every writer of the abandoned log needs next, and report what is only in the log."""
+        try:
+            last = await seal_log(self.storage, self.sources, head.epoch, head.n)
+            stranded = await find_stranded(
+                self.storage, epoch=head.epoch, last=last, found=found, fallback_n=checkpoint_n
+            )
+        except (IcechunkError, OSError) as error:
+            _LOG.error("%s; sealing its log failed, opening it again tries again: %s", self.left, error)
+            return
+        report = stranded.describe(self.storage.describe())
+        _LOG.error("%s", report)
+        if self.head.epoch == head.epoch:
+            self.stranded, self.left = stranded, report

@@ -1,0 +1,208 @@
+"""Files that ride in entries, and making them stand on their own (rule 15).
+
+A small commit's files are in its entry, which alone makes them durable: whoever folds the entry has them. As objects
+they are needed from the moment that a checkpoint passes the entry, since then nobody need fold it any more. So:
+
+- the writer puts them in the background, as soon as its entry has landed;
+- whoever writes a checkpoint, or ends the log, first puts those after the marker that it has not seen standing.
+
+Both put with ``If-None-Match: *``, so neither disturbs the other, and a 412 says that the object is there. An object
+that comes late, after a collection even, has the bytes that its random name stands for: at worst it is garbage again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
+from typing import Final, TypeAlias
+
+from icechunk.errors import IcechunkError, PreconditionFailedError
+from icechunk.log.repository.entries.entry import Entry
+from icechunk.log.repository.entries.reader import read_slot
+from icechunk.runtime.clock import Sources
+from icechunk.runtime.tasks import finish_task, run_jobs
+from icechunk.storage.port import Absent, Storage
+
+__all__ = ["CarriedFiles", "Stand", "nothing_carried", "put_once", "stand_up"]
+
+_LOG: Final = logging.getLogger(__name__)
+_MAX_BYTES: Final = 32 * 1024 * 1024
+_ATTEMPTS: Final = 4
+_FIRST_PAUSE_S: Final = 0.1
+_AT_ONCE: Final = 16
+
+Stand: TypeAlias = Callable[[int, int], Awaitable[None]]
+"""See to it that the files of the entries after a slot, up to another one (inclusive), exist as objects."""
+
+
+async def nothing_carried(after: int, end: int) -> None:
+    """The `Stand` of a log whose entries carry nothing."""
+
+
+def stand_up(storage: Storage, tail: Iterable[Entry]) -> Stand:
+    """The `Stand` of somebody who has just read the whole tail, and has put nothing yet."""
+    by_slot = {entry.n: entry.objects for entry in tail}
+
+    async def stand(after: int, end: int) -> None:
+        await run_jobs(
+            [
+                partial(put_once, storage, key, data)
+                for n, objects in by_slot.items()
+                if after < n <= end
+                for key, data in objects.items()
+            ],
+            limit=_AT_ONCE,
+        )
+
+    return stand
+
+
+async def put_once(storage: Storage, key: str, data: bytes) -> None:
+    """Put an immutable file where it is absent; that it is there already is as good."""
+    try:
+        await storage.put(key, data, Absent())
+    except PreconditionFailedError:
+        return
+
+
+class CarriedFiles:
+    """The files that one client has seen riding, and does not know to stand. Belongs to one event loop.
+
+    Bounded: past 32 MiB the oldest bytes go, and are read again from their slots should a checkpoint of this client
+    need them. (One who only reads never writes one.)
+    """
+
+    def __init__(self, storage: Storage, sources: Sources) -> None:
+        self._storage = storage
+        self._sources = sources
+        self._by_slot: dict[int, dict[str, bytes]] = {}
+        self._bytes = 0
+        self.dropped = 0
+        """The last slot whose bytes were let go; 0: none."""
+        self._own: deque[int] = deque()
+        self._progress = asyncio.Event()
+        self._closing = False
+        self.task: asyncio.Task[None] | None = None
+        """Puts the files of this client's own entries."""
+
+    def __len__(self) -> int:
+        return sum(len(files) for files in self._by_slot.values())
+
+    # -------------------------------------------------------------- knowing
+
+    def remember(self, n: int, files: Mapping[str, bytes]) -> None:
+        """An entry has been folded that carries these."""
+        if not files or n in self._by_slot:
+            return
+        self._by_slot[n] = dict(files)
+        self._bytes += sum(map(len, files.values()))
+        while self._bytes > _MAX_BYTES and len(self._by_slot) > 1:
+            oldest = min(self._by_slot)
+            self.dropped = max(self.dropped, oldest)
+            self._forget(oldest)
+
+    def forget_through(self, n: int) -> None:
+        """A checkpoint holds the entries up to this one."""
+        for slot in [slot for slot in self._by_slot if slot <= n]:
+            self._forget(slot)
+
+    def clear(self) -> None:
+        """Another log, or another tail of it."""
+        self._by_slot.clear()
+        self._bytes = self.dropped = 0
+
+    def find(self, key: str) -> bytes | None:
+        """A file that rides, and is not known to stand; None where none of that name does."""
+        return next((files[key] for files in self._by_slot.values() if key in files), None)
+
+    def all(self) -> dict[str, bytes]:
+        """Everything that rides, and is not known to stand."""
+        return {key: data for files in self._by_slot.values() for key, data in files.items()}
+
+    def _forget(self, n: int) -> None:
+        self._bytes -= sum(map(len, self._by_slot.pop(n, {}).values()))
+
+    def _stands(self, n: int, key: str) -> None:
+        files = self._by_slot.get(n, {})
+        self._bytes -= len(files.pop(key, b""))
+        if not files:
+            self._by_slot.pop(n, None)
+
+    # -------------------------------------------------------------- putting
+
+    def put_soon(self, n: int) -> None:
+        """An entry of this client's own has landed: put its files in the background."""
+        if n not in self._by_slot or self._closing:
+            return
+        self._own.append(n)
+        if self.task is None or self.task.done():
+            self.task = asyncio.get_running_loop().create_task(self._put_own(), name="icechunk log files")
+
+    async def _put_own(self) -> None:
+        why: Exception | None = None
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                await self._sources.sleep(_FIRST_PAUSE_S * 2**attempt)
+            try:
+                while self._own:
+                    slots = list(self._own)
+                    await self._put(slots)
+                    for _ in slots:
+                        self._own.popleft()
+                    self._progress.set()
+                    self._progress = asyncio.Event()
+                return
+            except (IcechunkError, OSError) as error:
+                why = error
+        # Nothing is lost: they stay in their entries, and whoever writes a checkpoint puts them first.
+        self._own.clear()
+        _LOG.warning("files of commits to %s are not put yet, a checkpoint will: %s", self._storage.describe(), why)
+
+    async def stand(self, after: int, end: int) -> None:
+        """See to it that the files of the entries after slot ``after`` up to ``end`` exist as objects.
+
+        Raises
+        ------
+        StorageError
+            One of them could not be put.
+        """
+        while self.task is not None and not self.task.done() and any(after < n <= end for n in self._own):
+            # They are on their way.
+            progress = asyncio.ensure_future(self._progress.wait())
+            try:
+                await asyncio.wait({self.task, progress}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                progress.cancel()
+        await self._put([n for n in sorted(self._by_slot) if after < n <= end])
+
+    async def stand_dropped(self, epoch: str, after: int, end: int) -> None:
+        """The same for those whose bytes were let go: they are read again."""
+        for n in range(after + 1, min(end, self.dropped) + 1):
+            found = await read_slot(self._storage, epoch, n)
+            if found is not None:
+                await stand_up(self._storage, [found[0]])(after, end)
+
+    async def find_dropped(self, epoch: str, after: int, key: str) -> bytes | None:
+        """Look for a file in the entries whose bytes were let go."""
+        for n in range(self.dropped, after, -1):
+            found = await read_slot(self._storage, epoch, n)
+            if found is not None and key in found[0].objects:
+                return found[0].objects[key]
+        return None
+
+    async def _put(self, slots: Iterable[int]) -> None:
+        files = [(n, key, data) for n in slots for key, data in self._by_slot.get(n, {}).items()]
+        if files:
+            await run_jobs([partial(self._put_one, *file) for file in files], limit=_AT_ONCE)
+
+    async def _put_one(self, n: int, key: str, data: bytes) -> None:
+        await put_once(self._storage, key, data)
+        self._stands(n, key)
+
+    async def finish(self, grace_s: float) -> None:
+        """Begin no more; wait for those under way."""
+        self._closing = True
+        await finish_task(self.task, grace_s)

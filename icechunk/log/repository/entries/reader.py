@@ -1,0 +1,429 @@
+"""Reading the log: single slots, the tail, and opening at the head (rules 5 and 6).
+
+What is folded is always a checkpoint and a contiguous tail after it. A listing is only a hint for where
+the tail ends; a slot that is missing on the way means that the checkpoint has moved meanwhile.
+
+What a client may still believe about the end of the log, and whether its clock may write (rules 5 and 13).
+
+Pure. A pruner waits `PRUNE_WAIT_US` between announcing and deleting; a client trusts what it knows for half
+of that, so it never takes a slot that was pruned and made again for the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final
+
+from icechunk.errors import ErrorKind, FormatError, ObjectNotFoundError, RepositoryNotFoundError
+from icechunk.format.keys import REFS_PREFIX, REPO_KEY
+from icechunk.format.repo.codec import decode_repo
+from icechunk.format.repo.values import READ_ONLY, RepoInfo
+from icechunk.log.repository.entries.entry import (
+    LOG_PREFIX,
+    Entry,
+    decode_entry,
+    epoch_prefix,
+    parse_slot_key,
+    slot_key,
+)
+from icechunk.log.repository.marker import Marker, decode_marker, state_of
+from icechunk.log.repository.state import RepoState, try_apply_all
+from icechunk.runtime.clock import Sources
+from icechunk.runtime.tasks import run_jobs, run_pair
+from icechunk.storage.port import GetResult, ListingUnsupportedError, ObjectInfo, Storage, Version
+
+__all__ = [
+    "MAIN_REF_KEY",
+    "MAX_SKEW_US",
+    "PRUNE_WAIT_US",
+    "TRUST_US",
+    "Head",
+    "Instant",
+    "Known",
+    "Opened",
+    "RepoObject",
+    "clock_error_us",
+    "fold_entry",
+    "instant",
+    "known_of",
+    "list_head",
+    "newest_epoch",
+    "open_head",
+    "read_repo",
+    "read_slot",
+    "read_tail",
+    "read_until_absent",
+    "ref_files_there",
+    "still_proves",
+    "store_time_us",
+    "try_list_head",
+]
+
+PRUNE_WAIT_US: Final = 7 * 24 * 3600 * 1_000_000
+"""G of the rules; a constant of the layout."""
+TRUST_US: Final = PRUNE_WAIT_US // 2
+MAX_SKEW_US: Final = 600 * 1_000_000
+"""A writer further off than this from the store's clock does not write."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instant:
+    """A moment on the clocks that can be read of it."""
+
+    date_us: int | None
+    """Store time; None where the store does not say."""
+    elapsed_us: int
+    """The client's clock that never goes back."""
+    wall_us: int
+    """The client's wall clock."""
+
+
+def still_proves(proof: Instant, answer: Instant) -> bool:
+    """Whether an answer counts for a client whose knowledge of the end of the log is as old as ``proof``.
+
+    Parameters
+    ----------
+    proof
+        Client clocks of before the request, store time of its answer.
+    answer
+        Client clocks of after the answer.
+    """
+    if proof.date_us is not None and answer.date_us is not None:
+        return answer.date_us - proof.date_us <= TRUST_US
+    return max(answer.elapsed_us - proof.elapsed_us, answer.wall_us - proof.wall_us) <= TRUST_US
+
+
+def clock_error_us(seen: Instant, now: Instant) -> int:
+    """How far the client's wall clock is ahead of the store's (negative: behind), by the last answer with a date.
+
+    Parameters
+    ----------
+    seen
+        An answer; 0 is returned where it has no date.
+    """
+    if seen.date_us is None:
+        return 0
+    return now.wall_us - (seen.date_us + now.elapsed_us - seen.elapsed_us)
+
+
+def store_time_us(seen: Instant, now: Instant, *, resolution_us: int) -> int:
+    """The store's clock now, or a little less, µs: what is written from now on is not older (rule 10).
+
+    Parameters
+    ----------
+    seen
+        The last answer; without a date of the store, the wall clock counts, as far off as it may be.
+    resolution_us
+        Steps in which the store tells the time of an object.
+    """
+    if seen.date_us is None:
+        return max(0, now.wall_us - MAX_SKEW_US)
+    # Last-Modified is rounded down, and may be that of the request's beginning.
+    estimate = seen.date_us + max(0, now.elapsed_us - seen.elapsed_us)
+    return max(0, estimate // resolution_us * resolution_us - resolution_us)
+
+
+MAIN_REF_KEY: Final = f"{REFS_PREFIX}branch.main/ref.json"
+"""The branch that every repository of format 1 has."""
+_PAGE: Final = 50
+_LOOK_BEYOND: Final = 2
+"""Slots that have to be absent one after the other where no listing says how far the log goes."""
+_OPEN_ATTEMPTS: Final = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """A place in the log, and what everything up to it folds to."""
+
+    epoch: str
+    n: int
+    state: RepoState
+    voided: frozenset[int] = frozenset()
+    """Slots folded since the log was opened whose entry changed nothing, since an event of it did not apply."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What is known of a ``repo`` object once it is folded: enough to replace it without reading it again."""
+
+    version: Version
+    marker: Marker | None
+    read_only: bool
+    """Whether it shows the read-only status that protects a log."""
+    size_bytes: int
+    newest_us: int
+    """Time of its newest update; 0: it has none."""
+    count: int
+    """Updates that it holds."""
+    before: str | None
+    """Its ``repo_before_updates``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepoObject:
+    """A ``repo`` object as read."""
+
+    info: RepoInfo
+    known: Known
+    asked: Instant
+    """Client clocks before the request, store time of the answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """The log, read up to its head."""
+
+    head: Head
+    proof: Instant
+    known: Known
+    tail: tuple[Entry, ...]
+    """Entries after the checkpoint, oldest first."""
+
+
+def instant(sources: Sources, date_us: int | None = None) -> Instant:
+    """Now, by the client's clocks."""
+    return Instant(date_us=date_us, elapsed_us=sources.elapsed_us(), wall_us=sources.wall_us())
+
+
+def known_of(info: RepoInfo, version: Version, size_bytes: int) -> Known:
+    """What to remember of a ``repo`` object."""
+    return Known(
+        version=version,
+        marker=decode_marker(info.extra),
+        read_only=info.status.availability == READ_ONLY,
+        size_bytes=size_bytes,
+        newest_us=info.updates[0].updated_at_us if info.updates else 0,
+        count=len(info.updates),
+        before=info.repo_before_updates,
+    )
+
+
+async def read_repo(storage: Storage, sources: Sources) -> RepoObject | None:
+    """GET ``repo``; None where there is none. Raises `FormatError` where it is not one."""
+    before = instant(sources)
+    try:
+        answer = await storage.get(REPO_KEY)
+    except ObjectNotFoundError:
+        return None
+    try:
+        info = decode_repo(answer.data)
+    except FormatError as error:
+        raise FormatError(f"cannot read {REPO_KEY!r} in {storage.describe()}: {error.message}", error.kind) from error
+    asked = replace(before, date_us=answer.date_us)
+    return RepoObject(info=info, known=known_of(info, answer.version, len(answer.data)), asked=asked)
+
+
+async def read_slot(storage: Storage, epoch: str, n: int) -> tuple[Entry, GetResult] | None:
+    """GET a slot; None where it is empty. Raises `FormatError` where it holds no entry."""
+    key = slot_key(epoch, n)
+    try:
+        answer = await storage.get(key)
+    except ObjectNotFoundError:
+        return None
+    return decode_entry(answer.data, n=n, what=f"{key} in {storage.describe()}"), answer
+
+
+async def read_tail(storage: Storage, epoch: str, after: int, end: int) -> list[Entry]:
+    """GET the slots after ``after`` up to ``end`` (inclusive) at once; ends before the first one that is missing."""
+    return list(_unbroken(await _read_slots(storage, epoch, after, end)))
+
+
+async def read_until_absent(storage: Storage, epoch: str, after: int) -> tuple[list[Entry], int]:
+    """GET the slots after ``after``, ever more at once, until some are absent: rule 6 without a listing.
+
+    Returns
+    -------
+    list of Entry
+        Those before the first absent slot.
+    int
+        The newest slot seen: beyond the last entry where one is missing in between.
+    """
+    entries: list[Entry] = []
+    ahead = 1 + _LOOK_BEYOND
+    while True:
+        first = after + len(entries)
+        slots = await _read_slots(storage, epoch, first, first + ahead)
+        found = list(_unbroken(slots))
+        entries += found
+        if len(found) + _LOOK_BEYOND <= ahead:
+            return entries, max((entry.n for entry in slots if entry is not None), default=first)
+        ahead = min(2 * ahead, _PAGE)
+
+
+async def _read_slots(storage: Storage, epoch: str, after: int, end: int) -> list[Entry | None]:
+    jobs: list[Callable[[], Awaitable[tuple[Entry, GetResult] | None]]] = [
+        partial(read_slot, storage, epoch, n) for n in range(after + 1, end + 1)
+    ]
+    return [None if found is None else found[0] for found in await run_jobs(jobs)]
+
+
+def _unbroken(slots: Iterable[Entry | None]) -> Iterator[Entry]:
+    for entry in slots:
+        if entry is None:
+            return
+        yield entry
+
+
+def fold_entry(head: Head, entry: Entry) -> Head:
+    """The head after the next entry; one with an event that does not apply changes nothing (rule 4)."""
+    if entry.n != head.n + 1:
+        raise ValueError(f"slot {entry.n} does not follow slot {head.n}")
+    state = try_apply_all(head.state, entry.events, time_us=entry.time_us, since_us=entry.since_us)
+    if state is None:
+        return replace(head, n=entry.n, voided=head.voided | {entry.n})
+    return replace(head, n=entry.n, state=state)
+
+
+async def _first_slot(storage: Storage, prefix: str, epoch: str | None) -> tuple[str, int] | None:
+    """The first key below the prefix that is a slot, of that epoch if one is given."""
+    pages = storage.list_pages(prefix, page_size=_PAGE)
+    try:
+        async for page in pages:
+            for item in page:
+                slot = parse_slot_key(item.key)
+                if slot is not None and (epoch is None or slot[0] == epoch):
+                    return slot
+    finally:
+        await _stop(pages)
+    return None
+
+
+async def _stop(pages: object) -> None:
+    aclose = getattr(pages, "aclose", None)
+    if aclose is not None:
+        await aclose()
+
+
+async def try_list_head(storage: Storage, epoch: str) -> int | None:
+    """As `list_head`; None where there are no listings, or none that cost no more than what is taken of them."""
+    if not storage.lists_first_keys_fast:
+        return None
+    try:
+        return await list_head(storage, epoch)
+    except ListingUnsupportedError:
+        return None
+
+
+async def list_head(storage: Storage, epoch: str) -> int:
+    """The newest slot that a listing shows; 0: none."""
+    found = await _first_slot(storage, epoch_prefix(epoch), epoch)
+    return 0 if found is None else found[1]
+
+
+async def newest_epoch(storage: Storage) -> str | None:
+    """The life of the log that a listing of all of them shows first, usually the latest; None: there is no log."""
+    found = await _first_slot(storage, LOG_PREFIX, None)
+    return None if found is None else found[0]
+
+
+async def _list_newest(storage: Storage) -> tuple[list[ObjectInfo], bool] | None:
+    """The first keys below ``log/``, and whether those are all; None as `try_list_head`.
+
+    A store may end a page early although more keys follow, so only the end of the listing says that it is the end.
+    """
+    if not storage.lists_first_keys_fast:
+        return None
+    items: list[ObjectInfo] = []
+    pages = storage.list_pages(LOG_PREFIX, page_size=_PAGE)
+    try:
+        async for page in pages:
+            items += page
+            if len(items) >= _PAGE:
+                return items, False
+    except ListingUnsupportedError:
+        return None
+    finally:
+        await _stop(pages)
+    return items, True
+
+
+def _newest_of(items: list[ObjectInfo], epoch: str, *, all_there_are: bool) -> int | None:
+    """The newest slot of an epoch by the first keys of all epochs; 0: it has none; None: they do not tell."""
+    slots = (parse_slot_key(item.key) for item in items)
+    found = next((slot[1] for slot in slots if slot is not None and slot[0] == epoch), None)
+    if found is not None:
+        return found
+    return 0 if all_there_are else None
+
+
+async def open_head(storage: Storage, sources: Sources) -> Opened | RepoObject:
+    """Read ``repo`` and the newest keys at the same time, then the tail; fold it.
+
+    Returns
+    -------
+    Opened or RepoObject
+        The latter where ``repo`` has no marker of ours: another layout.
+
+    Raises
+    ------
+    RepositoryNotFoundError
+        There is no ``repo``.
+    FormatError
+        An object that cannot be read, or the same slot missing twice.
+    """
+    gap: tuple[str, int] | None = None
+    for _ in range(_OPEN_ATTEMPTS):
+        asked = instant(sources)
+        repo, listing = await run_pair(partial(read_repo, storage, sources), partial(_list_newest, storage))
+        if repo is None:
+            raise await _not_found(storage)
+        marker = repo.known.marker
+        if marker is None or not repo.known.read_only:
+            return repo
+        if listing is None:
+            entries, newest = await read_until_absent(storage, marker.epoch, marker.n)
+        else:
+            listed = _newest_of(listing[0], marker.epoch, all_there_are=listing[1])
+            newest = await list_head(storage, marker.epoch) if listed is None else listed
+            entries = await read_tail(storage, marker.epoch, marker.n, max(marker.n, newest))
+        head = Head(epoch=marker.epoch, n=marker.n, state=state_of(repo.info, marker))
+        for entry in entries:
+            head = fold_entry(head, entry)
+        proof = replace(asked, date_us=repo.asked.date_us)
+        if head.n < newest:
+            missing = (head.epoch, head.n + 1)
+            if gap == missing:
+                raise FormatError(
+                    f"slot {missing[1]} of the log is missing in {storage.describe()} "
+                    f"({slot_key(*missing)}), although slot {newest} exists: somebody deleted it. What was committed "
+                    "from there on cannot be read; restore the object"
+                )
+            gap = missing
+            continue
+        if not still_proves(proof, instant(sources)):
+            continue
+        return Opened(head=head, proof=proof, known=repo.known, tail=tuple(entries))
+    raise FormatError(
+        f"the log in {storage.describe()} changed faster than it could be read, {_OPEN_ATTEMPTS} times",
+        ErrorKind.CONCURRENCY,
+    )
+
+
+async def _not_found(storage: Storage) -> RepositoryNotFoundError:
+    if await ref_files_there(storage):
+        return RepositoryNotFoundError(
+            f"the repository doesn't exist in format 2 in {storage.describe()}, but in format 1: open it as such"
+        )
+    return RepositoryNotFoundError(
+        f"the repository doesn't exist: none in {storage.describe()}; check bucket and prefix, or create one there"
+    )
+
+
+async def ref_files_there(storage: Storage) -> bool:
+    """Whether there are branches or tags of format 1 in this place; without listings, whether ``main`` is there."""
+    pages = storage.list_pages(REFS_PREFIX, page_size=1)
+    try:
+        async for page in pages:
+            if page:
+                return True
+    except ListingUnsupportedError:
+        try:
+            await storage.get(MAIN_REF_KEY)
+        except ObjectNotFoundError:
+            return False
+        return True
+    finally:
+        await _stop(pages)
+    return False

@@ -1,0 +1,149 @@
+"""What is left behind when somebody lifts the read-only status of a log's ``repo`` (the limit of rule 8).
+
+No rule without a read per commit can prevent it: ``repo`` becomes the truth as it stands, and entries after its
+checkpoint are in the log only. They are reported, never deleted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from icechunk.errors import FormatError, ObjectNotFoundError, PreconditionFailedError, StorageError
+from icechunk.format.ids import encode_id
+from icechunk.format.keys import overwritten_repo_key
+from icechunk.format.repo.codec import decode_repo
+from icechunk.log.repository.entries.entry import Entry, encode_entry, encode_events, epoch_prefix, slot_key
+from icechunk.log.repository.entries.reader import RepoObject, list_head, newest_epoch, read_slot, read_tail
+from icechunk.log.repository.events import Sealed, Void
+from icechunk.log.repository.marker import decode_marker
+from icechunk.log.repository.queue import new_snapshots
+from icechunk.runtime.clock import Sources
+from icechunk.storage.port import Absent, Storage
+
+__all__ = ["Stranded", "find_stranded", "seal_abandoned", "seal_log"]
+
+_BACKUPS = 32
+_ATTEMPTS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stranded:
+    """Entries that are in the log only."""
+
+    epoch: str
+    after: int
+    """Last slot that the object that was taken over holds."""
+    entries: tuple[Entry, ...]
+    """Those after it, oldest first."""
+
+    def describe(self, where: str) -> str:
+        """A report for people: what happened, what is only in the log, and where."""
+        what = (
+            f"the repository in {where} was taken over: somebody set its status online with another library, so its "
+            "'repo' object is the truth now, and the log was sealed"
+        )
+        if not self.entries:
+            return f"{what}. Nothing was left behind; open it again"
+        snapshots = ", ".join(encode_id(snapshot) for entry in self.entries for snapshot in new_snapshots(entry.events))
+        return (
+            f"{what}. {len(self.entries)} entries after slot {self.after} are in the log only "
+            f"({epoch_prefix(self.epoch)}, slots {self.entries[0].n} to {self.entries[-1].n}), with the snapshots "
+            f"{snapshots or 'none'}; they were not deleted. Open the repository again, and repeat them from there"
+        )
+
+
+async def seal_log(storage: Storage, sources: Sources, epoch: str, after: int) -> int:
+    """See to it that an abandoned log ends with a seal.
+
+    Parameters
+    ----------
+    after
+        A slot that is known to be taken; 0: none is.
+
+    Returns
+    -------
+    int
+        The last slot before the seal.
+
+    Raises
+    ------
+    StorageError
+        The store gave no certain answer; call again.
+    """
+    n, failures = after, 0
+    nonce = sources.random_bytes(16)
+    events = encode_events((Sealed(reason="takeover"),))
+    while True:
+        found = await read_slot(storage, epoch, n + 1)
+        if found is not None:
+            if any(isinstance(event, Sealed) for event in found[0].events):
+                return n
+            n += 1
+            continue
+        data = encode_entry(n=n + 1, nonce=nonce, time_us=max(sources.wall_us(), 0), since_us=None, events=events)
+        try:
+            await storage.put(slot_key(epoch, n + 1), data, Absent())
+        except PreconditionFailedError:
+            continue
+        except StorageError:
+            failures += 1
+            if failures > _ATTEMPTS:
+                raise
+            await sources.sleep(0.05)
+
+
+async def find_stranded(
+    storage: Storage, *, epoch: str, last: int, found: RepoObject | None, fallback_n: int
+) -> Stranded:
+    """Find the entries after the checkpoint that was taken over.
+
+    Parameters
+    ----------
+    last
+        Last slot before the seal.
+    found
+        ``repo`` as it is now.
+    fallback_n
+        Last checkpoint known otherwise.
+    """
+    after = fallback_n
+    if found is not None:
+        # The official library backs up what it overwrites: the newest copy with our marker is what it took over.
+        for update in found.info.updates[:_BACKUPS]:
+            if update.backup_path is None:
+                continue
+            try:
+                copy = await storage.get(overwritten_repo_key(update.backup_path))
+                marker = decode_marker(decode_repo(copy.data).extra)
+            except (ObjectNotFoundError, FormatError):
+                continue
+            if marker is not None and marker.epoch == epoch:
+                after = marker.n
+                break
+    entries = await read_tail(storage, epoch, after, last)
+    return Stranded(
+        epoch=epoch,
+        after=after,
+        entries=tuple(entry for entry in entries if not all(isinstance(event, Void) for event in entry.events)),
+    )
+
+
+async def seal_abandoned(storage: Storage, sources: Sources, found: RepoObject) -> Stranded | None:
+    """Look for a log beside a ``repo`` object that is the truth, and seal it where nobody has.
+
+    For whoever opens a repository of the repo-object layout.
+
+    Returns
+    -------
+    Stranded or None
+        What is in that log only; None where there is no log, or it was sealed before.
+    """
+    epoch = await newest_epoch(storage)
+    if epoch is None:
+        return None
+    newest = await list_head(storage, epoch)
+    last = await read_slot(storage, epoch, newest)
+    if last is not None and any(isinstance(event, Sealed) for event in last[0].events):
+        return None
+    before_seal = await seal_log(storage, sources, epoch, newest)
+    return await find_stranded(storage, epoch=epoch, last=before_seal, found=found, fallback_n=before_seal)

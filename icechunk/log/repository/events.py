@@ -1,0 +1,353 @@
+"""What can happen to a repository: events, as values.
+
+An event is a past-tense fact. It becomes one by standing in a log entry whose preconditions hold where it
+stands; `icechunk.log.repository.state.apply` says what they are and what the event does.
+
+JSON that round-trips every value that metadata and configuration may hold.
+
+JSON has no bytes, no infinities and no NaN; those are written as a map with one reserved key that begins with NUL,
+which no other key holds: FlexBuffers, in which checkpoints keep the same values, end keys there.
+
+Which names branches and tags may have.
+
+Format 2 keeps names in a table and takes any text, as the official library does (``..``, ``/`` and the empty
+string included). Format 1 writes them into keys, where ``/`` would name another object.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.format.ids import ObjectId
+from icechunk.format.repo.values import SnapshotRecord
+from icechunk.runtime.checks import WrongTypeError
+
+__all__ = [
+    "BranchCreated",
+    "BranchDeleted",
+    "BranchReset",
+    "CollectionRan",
+    "CommitAdded",
+    "CommitAmended",
+    "ConfigReplaced",
+    "DetachedSnapshotAdded",
+    "Event",
+    "ExpirationRan",
+    "FeatureFlagSet",
+    "MetadataReplaced",
+    "MetadataUpdated",
+    "Reparented",
+    "RepositoryMigrated",
+    "Sealed",
+    "StatusSet",
+    "TagCreated",
+    "TagDeleted",
+    "Void",
+    "pack",
+    "unpack",
+    "validate_branch_name",
+    "validate_tag_name",
+]
+
+Json: TypeAlias = Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitAdded:
+    """A branch moved from its tip to a new snapshot whose parent is that tip."""
+
+    branch: str
+    snapshot: SnapshotRecord
+    """New to the graph; ``parent`` is the branch's tip, ``flushed_at_us`` is later than the parent's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitAmended:
+    """A branch's tip was replaced by a new snapshot with the tip's parent."""
+
+    branch: str
+    previous: ObjectId
+    """The tip that was replaced; it stays in the graph until a collection."""
+    snapshot: SnapshotRecord
+    """New to the graph; ``parent`` is the parent of ``previous``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetachedSnapshotAdded:
+    """A snapshot was added to the graph that no branch points to."""
+
+    snapshot: SnapshotRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BranchCreated:
+    """A new branch."""
+
+    name: str
+    snapshot: ObjectId
+    """In the graph."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BranchReset:
+    """A branch was pointed to another snapshot."""
+
+    name: str
+    snapshot: ObjectId
+    """In the graph."""
+    expected: ObjectId | None
+    """The tip that the caller knew; None: whatever it was."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BranchDeleted:
+    """A branch other than ``main`` is gone; its snapshots stay in the graph until a collection."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TagCreated:
+    """A new tag; its name was never used before."""
+
+    name: str
+    snapshot: ObjectId
+    """In the graph."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TagDeleted:
+    """A tag is gone, and its name with it for ever."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigReplaced:
+    """The persisted configuration was replaced as a whole."""
+
+    config: Json | None
+    """snake_case keys, as the format keeps it; None: none is persisted."""
+    expected: Json | None = None
+    """What the caller believed was persisted; only compared where ``check`` is set."""
+    check: bool = False
+    """Whether the event is refused where the persisted configuration is not ``expected``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetadataReplaced:
+    """The repository's metadata was replaced as a whole."""
+
+    metadata: Mapping[str, Json]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetadataUpdated:
+    """Keys of the repository's metadata were set; others stayed."""
+
+    metadata: Mapping[str, Json]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusSet:
+    """The repository's real status changed."""
+
+    availability: int
+    """0 online, 1 read-only, 2 offline."""
+    reason: str | None = None
+    """Why it is limited, for whoever meets it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureFlagSet:
+    """A feature flag was switched, or returned to its default."""
+
+    flag: int
+    """The format's number of the feature."""
+    value: bool | None
+    """None: back to the default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reparented:
+    """A snapshot that survived an expiration that took its parent."""
+
+    id: ObjectId
+    parent: ObjectId | None
+    """An ancestor that is left."""
+    pruned_ancestor_tx_logs: tuple[ObjectId, ...]
+    """Transaction logs of the ancestors that went, oldest first, before those already listed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpirationRan:
+    """Old snapshots left the history."""
+
+    released: tuple[ObjectId, ...]
+    """Snapshots that leave the graph."""
+    reparented: tuple[Reparented, ...] = ()
+    """Survivors whose parent was among them."""
+    deleted_branches: tuple[str, ...] = ()
+    deleted_tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectionRan:
+    """What nothing refers to left the graph, and no commit with older files is valid any more (rule 10)."""
+
+    cutoff_us: int
+    """Store time, µs: files older than this that nothing refers to are deleted after this event has folded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepositoryMigrated:
+    """The repository came from another version of the format."""
+
+    from_version: int
+    to_version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sealed:
+    """The log ended: nothing may follow it, and ``repo`` becomes the truth (rule 8)."""
+
+    reason: str = ""
+    """``convert``, or ``takeover`` where somebody lifted the read-only status."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Void:
+    """Nothing happened; the slot is filled so that no late entry can land there (rule 3)."""
+
+    nonce: bytes = field(default=b"")
+    """Of the entry that was kept out."""
+
+
+Event: TypeAlias = (
+    CommitAdded
+    | CommitAmended
+    | DetachedSnapshotAdded
+    | BranchCreated
+    | BranchReset
+    | BranchDeleted
+    | TagCreated
+    | TagDeleted
+    | ConfigReplaced
+    | MetadataReplaced
+    | MetadataUpdated
+    | StatusSet
+    | FeatureFlagSet
+    | ExpirationRan
+    | CollectionRan
+    | RepositoryMigrated
+    | Sealed
+    | Void
+)
+"""Anything that can stand in an entry of the repository log."""
+
+
+_BYTES: Final = "\x00bytes"
+_FLOAT: Final = "\x00float"
+_MAX_INT: Final = 2**64 - 1
+_MIN_INT: Final = -(2**63)
+_MAX_DEPTH: Final = 100
+
+
+def pack(value: Json, depth: int = 0) -> Json:
+    """A value that orjson writes without loss.
+
+    Raises
+    ------
+    InvalidInputError
+        A value that is no JSON and no bytes, an integer beyond 64 bits, text that is no UTF-8, a key that is not text
+        or holds a NUL character, or nesting deeper than 100.
+    """
+    if depth > _MAX_DEPTH:
+        raise InvalidInputError(f"metadata is nested deeper than {_MAX_DEPTH} levels", ErrorKind.SERIALIZATION)
+    match value:
+        case None | bool():
+            return value
+        case str():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise InvalidInputError(f"text {value!r} cannot be written as UTF-8", ErrorKind.SERIALIZATION) from None
+            return str(value)
+        case int():
+            if not _MIN_INT <= value <= _MAX_INT:
+                raise InvalidInputError(f"integer {value} does not fit into 64 bits", ErrorKind.SERIALIZATION)
+            return int(value)
+        case float():
+            return float(value) if math.isfinite(value) else {_FLOAT: repr(float(value))}
+        case bytes():
+            return {_BYTES: base64.b64encode(value).decode()}
+        case list() | tuple():
+            return [pack(item, depth + 1) for item in value]
+    if hasattr(value, "items"):
+        items = [(key, pack(item, depth + 1)) for key, item in value.items()]
+        for key, _ in items:
+            if not isinstance(key, str):
+                raise InvalidInputError(f"metadata key {key!r} is not text", ErrorKind.SERIALIZATION)
+            if "\x00" in pack(key):
+                raise InvalidInputError(f"metadata key {key!r} holds a NUL character", ErrorKind.SERIALIZATION)
+        return dict(items)
+    raise InvalidInputError(f"{type(value).__name__} cannot be written as JSON: {value!r}", ErrorKind.SERIALIZATION)
+
+
+def unpack(value: Json) -> Json:
+    """Read `pack` back. Raises ValueError on a reserved key with a foreign value."""
+    match value:
+        case list():
+            return [unpack(item) for item in value]
+        case dict():
+            if len(value) == 1:
+                ((key, inner),) = value.items()
+                if key == _BYTES:
+                    return base64.b64decode(inner, validate=True)
+                if key == _FLOAT:
+                    if inner not in ("nan", "inf", "-inf"):
+                        raise ValueError(f"bad float {inner!r}")
+                    return float(inner)
+            return {key: unpack(item) for key, item in value.items()}
+    return value
+
+
+def _validate(what: str, name: object, spec_version: int) -> None:
+    if not isinstance(name, str):
+        raise WrongTypeError(
+            f"invalid {what} name {name!r}: a str expected, not {type(name).__name__}", ErrorKind.INVALID_REF_NAME
+        )
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(
+            f"invalid {what} name {name!r}: it cannot be written as UTF-8 ({error.reason}); choose another name",
+            ErrorKind.INVALID_REF_NAME,
+        ) from None
+    if spec_version == 1 and "/" in name:
+        raise InvalidInputError(
+            f"invalid {what} name {name!r}: a repository of format 1 takes no '/' in names; choose another name, "
+            "or upgrade the repository",
+            ErrorKind.INVALID_REF_NAME,
+        )
+
+
+def validate_branch_name(name: str, *, spec_version: int = 2) -> None:
+    """Refuse a name that no branch can have.
+
+    Raises
+    ------
+    InvalidInputError
+        Kind ``invalid-ref-name``: not text, not UTF-8, or with ``/`` in a repository of format 1.
+    """
+    _validate("branch", name, spec_version)
+
+
+def validate_tag_name(name: str, *, spec_version: int = 2) -> None:
+    """Refuse a name that no tag can have; as `validate_branch_name`."""
+    _validate("tag", name, spec_version)

@@ -1,0 +1,272 @@
+"""The ``repo`` object as a checkpoint of the log: what it shows to other readers, and what it tells us.
+
+Pure. Other readers of the format see a complete, read-only repository; our marker in ``extra`` says up to which
+slot the log is folded into it, and keeps what the format has no field for.
+
+What ``extra`` of a ``repo`` object says where the object is the truth itself: whose write it is, and the fence.
+
+Pure. The official library drops ``extra`` whenever it rewrites ``repo``; nothing is wrong then, it is only unknown.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final
+
+import orjson
+
+from icechunk.errors import ErrorKind, FormatError
+from icechunk.format.keys import manifest_key, snapshot_key
+from icechunk.format.repo.values import READ_ONLY, RepoInfo, Status, Update
+from icechunk.format.snapshot.codec import decode_snapshot
+from icechunk.log.repository.state import MAIN, RepoState, from_repo_info, to_repo_info
+
+__all__ = [
+    "READ_ONLY_REASON",
+    "Kept",
+    "Marker",
+    "checkpoint_info",
+    "cutoff_of",
+    "decode_marker",
+    "encode_marker",
+    "files_to_open_with",
+    "keep_updates",
+    "nonce_of",
+    "state_of",
+    "unmarked_info",
+    "write_mark",
+]
+
+_OBJECT_NAME: Final = "aioicechunk-write"
+
+
+def write_mark(nonce: bytes, touch: bytes = b"", *, gc_cutoff_us: int = 0) -> bytes:
+    """The bytes of ``extra``.
+
+    Parameters
+    ----------
+    nonce
+        Of the write.
+    touch
+        Where the same state is written once more, something to tell it by.
+    gc_cutoff_us
+        Of the last collection, store time in µs; 0: none is known.
+    """
+    document: dict[str, Any] = {_OBJECT_NAME: nonce.hex()}
+    if touch:
+        document["touch"] = touch.hex()
+    if gc_cutoff_us:
+        document["gc"] = gc_cutoff_us
+    return orjson.dumps(document)
+
+
+def _document(extra: bytes | None) -> dict[str, Any]:
+    if extra is None:
+        return {}
+    try:
+        document = orjson.loads(extra)
+    except orjson.JSONDecodeError:
+        return {}
+    return document if isinstance(document, dict) and _OBJECT_NAME in document else {}
+
+
+def nonce_of(extra: bytes | None) -> bytes | None:
+    """The nonce of the write, or None where ``extra`` is absent or somebody else's."""
+    try:
+        return bytes.fromhex(_document(extra)[_OBJECT_NAME])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def cutoff_of(extra: bytes | None) -> int:
+    """The cutoff of the last collection, store time in µs; 0 where none is known."""
+    cutoff = _document(extra).get("gc", 0)
+    return cutoff if type(cutoff) is int and 0 <= cutoff < 1 << 63 else 0
+
+
+READ_ONLY_REASON: Final = (
+    "this repository is kept in aioicechunk's log layout: commits are objects under log/, and this object is a copy "
+    "for readers. Setting it online makes this copy the truth and abandons every commit that is only in the log; "
+    "convert the repository with aioicechunk instead"
+)
+"""What whoever is refused by the read-only status gets to read."""
+
+_NAME: Final = "aioicechunk-log"
+_VERSION: Final = 1
+_FILES_BYTES: Final = 24 * 1024
+NO_FILES: Final[Mapping[str, bytes]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Marker:
+    """What ``extra`` says."""
+
+    epoch: str
+    """Life of the log that the checkpoint belongs to."""
+    n: int
+    """Last slot folded into it; 0: none."""
+    status: Status
+    """The real one."""
+    gc_cutoff_us: int
+    """Of the last collection, store time in µs; 0: there was none."""
+    last_time_us: int
+    """Time of the last event folded in, µs."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Copies of small files that whoever opens the repository needs first, by key; only ever to save reading them."""
+
+
+def encode_marker(marker: Marker) -> bytes:
+    """The bytes of ``extra``."""
+    status = marker.status
+    document: dict[str, object] = {
+        _NAME: _VERSION,
+        "epoch": marker.epoch,
+        "n": marker.n,
+        "status": [status.availability, status.set_at_us, status.reason],
+        "gc": marker.gc_cutoff_us,
+        "time": marker.last_time_us,
+    }
+    if marker.files:
+        document["files"] = {key: base64.b64encode(data).decode() for key, data in marker.files.items()}
+    return orjson.dumps(document)
+
+
+def decode_marker(extra: bytes | None) -> Marker | None:
+    """Our marker, or None where ``extra`` is absent or somebody else's.
+
+    Raises
+    ------
+    FormatError
+        A marker of ours that is corrupt, or, with kind ``unsupported-spec-version``, of a newer version.
+    """
+    if extra is None:
+        return None
+    try:
+        document = orjson.loads(extra)
+    except orjson.JSONDecodeError:
+        return None
+    if not isinstance(document, dict) or _NAME not in document:
+        return None
+    if document[_NAME] != _VERSION:
+        raise FormatError(
+            f"the log layout of this repository has version {document[_NAME]}, known is {_VERSION}; "
+            "upgrade aioicechunk",
+            ErrorKind.UNSUPPORTED_SPEC_VERSION,
+        )
+    try:
+        availability, set_at_us, reason = document["status"]
+        numbers = (availability, set_at_us, document["n"], document["gc"], document["time"])
+        if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+            raise ValueError("a number is out of range")
+        if not (reason is None or isinstance(reason, str)) or not isinstance(document["epoch"], str):
+            raise ValueError("a text is missing")
+        if not document["epoch"].isalnum():
+            raise ValueError("bad epoch")
+        return Marker(
+            epoch=document["epoch"],
+            n=document["n"],
+            status=Status(availability=availability, set_at_us=set_at_us, reason=reason),
+            gc_cutoff_us=document["gc"],
+            last_time_us=document["time"],
+            files={key: base64.b64decode(data, validate=True) for key, data in document.get("files", {}).items()},
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"the marker of the log layout in 'repo' is corrupt: {error}") from error
+
+
+def state_of(info: RepoInfo, marker: Marker | None) -> RepoState:
+    """The repository's state as the object has it: the real status, the collection's cutoff."""
+    if marker is None:
+        return from_repo_info(info, gc_cutoff_us=cutoff_of(info.extra))
+    return from_repo_info(
+        info, status=marker.status, gc_cutoff_us=marker.gc_cutoff_us, last_time_us=marker.last_time_us
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What part of the ops log the next ``repo`` object holds."""
+
+    updates: Sequence[Update]
+    """Newest first."""
+    before: str | None
+    """Bare name of the backup that holds the updates before those."""
+    needs_backup: bool
+    """Whether ``before`` is a backup of the present object, to be made first."""
+
+
+def keep_updates(
+    state: RepoState, *, newest_us: int, count: int, before: str | None, limit: int, backup_name: str
+) -> Kept:
+    """Decide how the ops log is divided between the next ``repo`` object and backups.
+
+    As long as everything fits, the next object continues the present one's list. Otherwise the present one is
+    backed up and the next one starts a list of its own, so each update stands in exactly one place.
+
+    Parameters
+    ----------
+    newest_us, count, before
+        Of the present object: time of its newest update, how many it holds, its ``repo_before_updates``.
+    limit
+        Most updates that an object should hold.
+    """
+    fresh = state.updates.newer_than(newest_us)
+    if len(fresh) + count > limit and fresh and count:
+        return Kept(updates=fresh, before=backup_name, needs_backup=True)
+    return Kept(updates=state.updates.newest(len(fresh) + count), before=before, needs_backup=False)
+
+
+def checkpoint_info(
+    state: RepoState, *, epoch: str, n: int, kept: Kept | None = None, files: Mapping[str, bytes] = NO_FILES
+) -> RepoInfo:
+    """The ``repo`` object that holds the log up to slot ``n``, with copies of these files."""
+    marker = Marker(
+        epoch=epoch,
+        n=n,
+        status=state.status,
+        gc_cutoff_us=state.gc_cutoff_us,
+        last_time_us=state.last_time_us,
+        files=files,
+    )
+    shown = Status(availability=READ_ONLY, set_at_us=state.status.set_at_us, reason=READ_ONLY_REASON)
+    return to_repo_info(
+        state,
+        status=shown,
+        updates=kept.updates if kept else None,
+        repo_before_updates=kept.before if kept else None,
+        extra=encode_marker(marker),
+    )
+
+
+def files_to_open_with(state: RepoState, known: Callable[[str], bytes | None]) -> dict[str, bytes]:
+    """The files of ``main``'s tip, as far as they are known and small: what most who open will read first.
+
+    Parameters
+    ----------
+    known
+        The bytes of a file that is in memory; None where it is not.
+    """
+    tip = state.branches[MAIN]
+    data = known(snapshot_key(tip))
+    if data is None or len(data) > _FILES_BYTES:
+        return {}
+    found, size = {snapshot_key(tip): data}, len(data)
+    for id, manifest in decode_snapshot(data, expected_id=tip).manifest_files.items():
+        key = manifest_key(id)
+        data = known(key) if manifest.size_bytes <= _FILES_BYTES - size else None
+        if data is not None and len(data) <= _FILES_BYTES - size:
+            found[key], size = data, size + len(data)
+    return found
+
+
+def unmarked_info(state: RepoState, *, kept: Kept | None = None) -> RepoInfo:
+    """The ``repo`` object that is the truth from now on: real status, no marker."""
+    return to_repo_info(
+        state,
+        updates=kept.updates if kept else None,
+        repo_before_updates=kept.before if kept else None,
+        extra=write_mark(b"", gc_cutoff_us=state.gc_cutoff_us) if state.gc_cutoff_us else None,
+    )

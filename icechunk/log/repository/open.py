@@ -1,0 +1,125 @@
+"""Opening and creating repositories of whatever layout.
+
+Which layout is this?
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, TypeAlias, assert_never
+
+from icechunk.errors import RepositoryNotFoundError
+from icechunk.log.repository.create import create_log, create_ref_files, create_repo_object
+from icechunk.log.repository.entries.checkpoint import DEFAULT_UPDATES_PER_FILE, finish_conversion
+from icechunk.log.repository.entries.embedded import stand_up
+from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.entries.reader import Opened, RepoObject, open_head, read_repo, ref_files_there
+from icechunk.log.repository.entries.takeover import seal_abandoned
+from icechunk.log.repository.port import Layout, RepositoryLog
+from icechunk.log.repository.queue import UpdateRetries
+from icechunk.log.repository.ref_files.layout import RefFilesLayout
+from icechunk.log.repository.repo_object.layout import RepoObjectLayout
+from icechunk.log.repository.store_check import may_write
+from icechunk.runtime.clock import SYSTEM, Sources
+from icechunk.storage.port import Storage
+
+__all__ = ["create_repository", "detect", "exists", "open_repository"]
+
+Json: TypeAlias = Any
+_LOG = logging.getLogger(__name__)
+
+
+async def open_repository(
+    storage: Storage,
+    sources: Sources = SYSTEM,
+    *,
+    updates_per_file: int | None = None,
+    retries: UpdateRetries | None = None,
+) -> RepositoryLog:
+    """Find out how the repository is kept, and read it to its head.
+
+    One GET of ``repo``, with a listing of the log at the same time, decides. A log that was left behind by somebody
+    who set its ``repo`` online is sealed, and what is only in it is reported to the logger.
+
+    Parameters
+    ----------
+    updates_per_file
+        Most entries of the ops log in one ``repo`` object; None: as the persisted configuration says.
+    retries
+        What to do about lost races for ``repo``; None: as the persisted configuration says.
+
+    Raises
+    ------
+    RepositoryNotFoundError
+        There is none.
+    FormatError
+        An object that cannot be read.
+    """
+    try:
+        opened = await open_head(storage, sources)
+    except RepositoryNotFoundError:
+        if not await ref_files_there(storage):
+            raise
+        return await RefFilesLayout.open(storage, sources)
+    if isinstance(opened, Opened) and opened.head.state.sealed and may_write(storage):
+        await finish_conversion(
+            storage,
+            sources,
+            opened.head,
+            stand=stand_up(storage, opened.tail),
+            updates_per_file=updates_per_file or DEFAULT_UPDATES_PER_FILE,
+        )
+        opened = await open_head(storage, sources)
+    if isinstance(opened, Opened):
+        return LogLayout(storage, sources, opened, updates_per_file=updates_per_file)
+    await _report_abandoned(storage, sources, opened)
+    return RepoObjectLayout(storage, sources, opened, updates_per_file=updates_per_file, retries=retries)
+
+
+async def _report_abandoned(storage: Storage, sources: Sources, found: RepoObject) -> None:
+    if not may_write(storage):
+        return
+    stranded = await seal_abandoned(storage, sources, found)
+    if stranded is not None:
+        _LOG.error("%s", stranded.describe(storage.describe()))
+
+
+async def create_repository(
+    storage: Storage,
+    layout: Layout,
+    sources: Sources = SYSTEM,
+    *,
+    config: Json | None = None,
+    check_clean_root: bool = True,
+) -> RepositoryLog:
+    """Create a repository of that layout; parameters and errors as `create_log`."""
+    match layout:
+        case Layout.LOG:
+            return await create_log(storage, sources, config=config, check_clean_root=check_clean_root)
+        case Layout.REPO:
+            return await create_repo_object(storage, sources, config=config, check_clean_root=check_clean_root)
+        case Layout.REFS:
+            return await create_ref_files(storage, sources, config=config, check_clean_root=check_clean_root)
+        case _:
+            assert_never(layout)
+
+
+async def detect(storage: Storage, sources: Sources = SYSTEM) -> Layout | None:
+    """How the repository in this place is kept; None where there is none.
+
+    Raises
+    ------
+    FormatError
+        There is a ``repo`` object that is not one.
+    StorageError
+        The place cannot be read.
+    """
+    found = await read_repo(storage, sources)
+    if found is not None:
+        return Layout.LOG if found.known.marker is not None and found.known.read_only else Layout.REPO
+    return Layout.REFS if await ref_files_there(storage) else None
+
+
+async def exists(storage: Storage, sources: Sources = SYSTEM) -> bool:
+    """Whether there is a repository of any layout in this place. Errors as `detect`."""
+    return await detect(storage, sources) is not None

@@ -1,0 +1,221 @@
+"""What every layout of the repository log offers: the newest folded state, and one way to add to it.
+
+One instance belongs to one repository and one event loop, and owns the newest state that this loop knows.
+Others read `RepositoryLog.state`; only `refresh` and `append` replace it, and it never goes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import TypeAlias
+
+from icechunk.format.ids import ObjectId
+from icechunk.format.repo.values import Update
+from icechunk.log.repository.events import Event
+from icechunk.log.repository.state import RepoState
+from icechunk.transfer.cache import WeightedCache
+
+__all__ = ["FILES_BYTES", "MAX_FILES", "Layout", "OnSent", "Propose", "RepositoryLog", "SwapToken"]
+
+FILES_BYTES = 16 * 1024 * 1024
+MAX_FILES = 8192
+"""Of small files that are kept in memory for a repository."""
+
+
+class Layout(StrEnum):
+    """How the repository log is persisted."""
+
+    LOG = "log"
+    """One new object per entry; ``repo`` is a checkpoint that the official library opens read-only."""
+    REPO = "repo"
+    """Format 2.1 as published: every change replaces ``repo``."""
+    REFS = "refs"
+    """Format 1: one ``ref.json`` per branch and tag."""
+
+
+Propose: TypeAlias = Callable[[RepoState], Sequence[Event]]
+"""Pure: the newest state to what should happen next; what it raises ends the append with nothing landed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapToken:
+    """Names one swap whose outcome is not known; picklable, and valid in any process."""
+
+    epoch: str
+    """Life of the log that the entry belongs to."""
+    n: int
+    """Slot that the entry was sent to."""
+    nonce: bytes
+    """16 bytes: the entry's own."""
+    snapshots: tuple[ObjectId, ...] = ()
+    """New snapshots of the caller's events: in the graph exactly if they landed."""
+
+
+OnSent: TypeAlias = Callable[[SwapToken | None], None]
+"""Told which entry carries a caller's events, and with None that it carries them no more."""
+
+
+class RepositoryLog(ABC):
+    """The log of one repository, for one event loop."""
+
+    layout: Layout
+
+    @property
+    @abstractmethod
+    def state(self) -> RepoState:
+        """The newest folded state that this instance knows."""
+
+    @property
+    @abstractmethod
+    def store_time_us(self) -> int:
+        """The store's clock now, or a little less, µs: files written from now on are not older (rule 10)."""
+
+    @property
+    def spec_version(self) -> int:
+        """Version of the format that snapshots and manifests of this repository are written in: 1 or 2."""
+        return 1 if self.layout is Layout.REFS else 2
+
+    @property
+    def carry_limit_bytes(self) -> int:
+        """So many bytes of files may go with one `append` at no cost; 0: they are better written before."""
+        return 0
+
+    def share_files(self, files: WeightedCache[str, bytes]) -> None:  # noqa: B027
+        """Keep small files that come with the log there, by key, for all loops and threads of the repository."""
+
+    async def find_file(self, key: str) -> bytes | None:
+        """A file that has no object of its own yet; None where there is none of that name either."""
+        return None
+
+    @abstractmethod
+    async def refresh(self) -> RepoState:
+        """Learn everything up to the end of the log as it is now, and return the state there.
+
+        Includes everything that was acknowledged to anybody before the call. One round trip where little happened.
+        """
+
+    async def learn(self, snapshots: Iterable[ObjectId], *, ancestry: bool = False) -> RepoState:
+        """See to it that the state's graph has these snapshots, and with ``ancestry`` all that they descend from.
+
+        Where the graph is always whole nothing happens, and what is not in it is not looked for. In format 1 the
+        files are read.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is no such file.
+        """
+        return self.state
+
+    @abstractmethod
+    async def append(
+        self,
+        propose: Propose,
+        *,
+        since_us: int | None = None,
+        deadline_s: float | None = None,
+        on_sent: OnSent | None = None,
+        files: Mapping[str, bytes] = MappingProxyType({}),
+        on_queued: Callable[[], None] | None = None,
+    ) -> RepoState:
+        """Make events happen, all or none.
+
+        ``propose`` is called on the newest known state, and again whenever another writer was first; the
+        events must apply one after the other (`icechunk.log.repository.state.apply`). An empty sequence lands nothing.
+        Calls that wait at the same time share one entry; each is validated after the ones before, and one that
+        is refused does not touch the others.
+
+        Parameters
+        ----------
+        propose
+            Pure; quick; may be called any number of times.
+        since_us
+            Store time, µs, not later than the Last-Modified of anything that the events add; None where they
+            add no files.
+        deadline_s
+            Seconds until the caller wants to know; None: until it is certain.
+        on_sent
+            Called with the token just before an entry with these events is sent, and with None once that entry is
+            certainly lost, also after this call was cancelled or has raised. So whoever is cancelled knows
+            whether the outcome is open: None was the last call, or there was none: nothing landed, nor will (an
+            abandoned call is not sent again). Must be quick; what it raises is logged.
+        files
+            Immutable files that the events add and that nobody has written yet, by key. The log sees to it that they
+            are as durable as the events; up to `carry_limit_bytes` of them that costs no round trip.
+        on_queued
+            Called once the events stand in the queue, so that `expected` shows them. Must be quick.
+
+        Returns
+        -------
+        RepoState
+            The state in which these events, and everything before them, have been folded.
+
+        Raises
+        ------
+        IcechunkError
+            What ``propose`` raised, or the precondition that did not hold (`ConflictError`, `AlreadyExistsError`,
+            `RefNotFoundError`, `SnapshotNotFoundError`, `ReadOnlyError` …): nothing landed, nor will.
+        CommitOutcomeUnknown
+            The deadline passed, or the log was closed, with the entry sent and not settled; see `settle`.
+
+        A refusal holds for the log as it was at some time after the call: where this instance has not looked since,
+        it looks before it refuses. A cancelled call leaves the queue if its entry has not been sent; afterwards the
+        entry goes on without it, and ``on_sent`` has been told its token.
+        """
+
+    def turn(self, branch: str) -> asyncio.Lock | None:
+        """To be held while a commit is built upon `expected`, until it is queued; None: this log has no such queue."""
+        return None
+
+    def expected(self) -> RepoState:
+        """The state in which everything that waits in the queue has landed.
+
+        For building upon, so that commits of one process follow one another in one entry. It may never come about;
+        what was built is refused then.
+        """
+        return self.state
+
+    def prepare_writes_soon(self) -> None:  # noqa: B027
+        """Begin with `prepare_writes` in the background, where it is likely that somebody will write."""
+
+    async def prepare_writes(self) -> None:  # noqa: B027
+        """Do beforehand what the first `append` would have to wait for; call it while uploads are under way.
+
+        Raises
+        ------
+        StorageError
+            The store cannot be written to safely (kind ``storage-config``), or gives no answer.
+        """
+
+    @abstractmethod
+    async def settle(self, token: SwapToken) -> bool:
+        """Find out whether the swap landed (True), or make it certain that it never will (False).
+
+        Raises
+        ------
+        StorageError
+            The store gives no certain answer; call again.
+        """
+
+    @abstractmethod
+    async def checkpoint(self) -> None:
+        """Write the folded state for other readers of the format, where it is newer than what they have.
+
+        Never needed for correctness. In layouts that have none, nothing happens.
+        """
+
+    @abstractmethod
+    def updates(self) -> AsyncIterator[Update]:
+        """Everything that ever happened to the repository, newest first (the ops log)."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Try a last checkpoint and stop. Appends that are not certain end with `CommitOutcomeUnknown`.
+
+        No task is left. The instance refuses to append afterwards; its state stays readable.
+        """

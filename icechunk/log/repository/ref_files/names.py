@@ -1,0 +1,127 @@
+"""Format 1's keys of branches and tags.
+
+The official library writes a name as it is on S3 and in memory, and percent-encoded where it goes through a library
+that does so to every key: on local disk, GCS, Azure. Keys that do not parse are ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import unquote_to_bytes
+
+import orjson
+
+from icechunk.errors import ErrorKind, FormatError, InvalidInputError
+from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
+from icechunk.format.keys import REFS_PREFIX
+from icechunk.storage.local.storage import LocalStorage
+from icechunk.storage.port import Storage
+
+__all__ = ["RefKey", "RefNames", "close_ref", "decode_ref", "encode_ref", "is_closed", "read_ref"]
+
+_BRANCH: Final = "branch."
+_TAG: Final = "tag."
+_FILE: Final = "ref.json"
+_TOMBSTONE: Final = "ref.json.deleted"
+_CLOSED: Final = "upgraded_to_format_2"
+_ENCODED: Final = frozenset(b'\\{^}%`]"[>~<#|\r\n*?') | frozenset(range(0x20)) | frozenset(range(0x7F, 0x100))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefKey:
+    """What a key below ``refs/`` stands for."""
+
+    is_tag: bool
+    name: str
+    tombstone: bool = False
+    """Whether it says that the tag was deleted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefNames:
+    """How names stand in keys in one place."""
+
+    encoded: bool
+    """Whether names are percent-encoded."""
+
+    @staticmethod
+    def of(storage: Storage) -> RefNames:
+        """As the official library does it in a storage of this kind."""
+        inner = storage
+        while hasattr(inner, "inner"):
+            inner = inner.inner
+        return RefNames(encoded=isinstance(inner, LocalStorage))
+
+    def branch_key(self, name: str) -> str:
+        """Key of a branch."""
+        return f"{REFS_PREFIX}{_BRANCH}{self._text(name)}/{_FILE}"
+
+    def tag_key(self, name: str) -> str:
+        """Key of a tag."""
+        return f"{REFS_PREFIX}{_TAG}{self._text(name)}/{_FILE}"
+
+    def tombstone_key(self, name: str) -> str:
+        """Key that says that a tag was deleted."""
+        return f"{REFS_PREFIX}{_TAG}{self._text(name)}/{_TOMBSTONE}"
+
+    def _text(self, name: str) -> str:
+        if not self.encoded:
+            return name
+        return "".join(f"%{byte:02X}" if byte in _ENCODED else chr(byte) for byte in name.encode())
+
+    def parse(self, key: str) -> RefKey | None:
+        """What a key stands for; None for one that is no ref."""
+        folder, _, file = key.removeprefix(REFS_PREFIX).partition("/")
+        tombstone = file == _TOMBSTONE
+        if not key.startswith(REFS_PREFIX) or not (file == _FILE or tombstone):
+            return None
+        kind = next((kind for kind in (_BRANCH, _TAG) if folder.startswith(kind)), None)
+        if kind is None or (tombstone and kind == _BRANCH):
+            return None
+        name = folder.removeprefix(kind)
+        if self.encoded:
+            try:
+                name = unquote_to_bytes(name).decode()
+            except UnicodeDecodeError:
+                return None
+        return RefKey(is_tag=kind == _TAG, name=name, tombstone=tombstone)
+
+
+def encode_ref(snapshot: ObjectId) -> bytes:
+    """The body of a ref."""
+    return orjson.dumps({"snapshot": encode_id(snapshot)})
+
+
+def close_ref(snapshot: ObjectId) -> bytes:
+    """The body of a branch's ref during an upgrade: for whoever upgrades, and unreadable to clients of format 1."""
+    return orjson.dumps({_CLOSED: encode_id(snapshot)})
+
+
+def is_closed(data: bytes) -> bool:
+    """Whether it is the body of a ref that was closed by an upgrade."""
+    return data.startswith(b'{"' + _CLOSED.encode())
+
+
+def decode_ref(data: bytes, what: str) -> ObjectId:
+    """The snapshot that a ref points to.
+
+    Raises
+    ------
+    FormatError
+        It names none, or it was closed by an upgrade (kind ``unsupported-spec-version``).
+    """
+    if is_closed(data):
+        raise FormatError(
+            f"cannot read {what}: the repository is being upgraded to format 2; open it again",
+            ErrorKind.UNSUPPORTED_SPEC_VERSION,
+        )
+    return read_ref(data, what)
+
+
+def read_ref(data: bytes, what: str) -> ObjectId:
+    """The snapshot that a ref points to, closed or not. Raises `FormatError` where it names none."""
+    try:
+        return object_id_from_text(orjson.loads(data)[_CLOSED if is_closed(data) else "snapshot"])
+    except (orjson.JSONDecodeError, KeyError, TypeError, InvalidInputError) as error:
+        raise FormatError(f"cannot read {what}: it does not name a snapshot", ErrorKind.DESERIALIZATION) from error

@@ -1,0 +1,524 @@
+"""From format 1 to format 2: refs become one ``repo`` object, while snapshots and all else stay as they are.
+
+The official library writes ``repo`` and deletes the refs; a commit that reaches a ref in between is lost, though it
+was acknowledged. Here the refs are closed first:
+
+1. ``repo`` is created, if absent, and read-only: new sessions of format 1 are refused from now on, by either library,
+   and everything can be read. It carries our mark.
+2. Each branch's ref is replaced, under If-Match on what was just read, by one that names the same snapshot in words
+   that no client of format 1 understands. A commit lands before and is in what was read, or it fails.
+3. ``repo`` is replaced, under If-Match, by what the closed refs say, and online. This is the upgrade.
+4. The refs and ``config.yaml`` are deleted, closed branches last, ``main`` last of all.
+
+Whoever finds our mark, or a closed ref, goes on from there, so an upgrade that was interrupted is finished by running
+it again, also by two at once. Until step 3 everything is in the refs, from then on in ``repo``. Creating and deleting
+branches and tags has no condition in format 1: what an official 1.x client does of that between the steps is left
+where it is, and told.
+
+What the ``repo`` object says of a repository that comes from format 1. Pure.
+
+Format 1 has no ops log, so one is told from what is known: each commit at its time, under the branch that has it
+(``main`` before the others, these in the order of their names), a branch or tag 1 ms after the snapshot that it
+points to, the deletion of a tag 2 ms after. The order is that of the official library, so both tell the same story.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, TypeAlias
+
+import orjson
+
+from icechunk.config import config_from_yaml, config_to_dict
+from icechunk.errors import (
+    ErrorKind,
+    FormatError,
+    IcechunkError,
+    InvalidInputError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    RepositoryNotFoundError,
+    SessionStateError,
+    SnapshotNotFoundError,
+    StorageError,
+)
+from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id, object_id_from_text
+from icechunk.format.keys import CONFIG_KEY, REFS_PREFIX, REPO_KEY, SNAPSHOTS_PREFIX, snapshot_key
+from icechunk.format.repo import values as stored
+from icechunk.format.repo.values import RepoInfo, RepoMigrated, SnapshotRecord, Status
+from icechunk.format.snapshot.codec import decode_snapshot
+from icechunk.log.repository.entries.checkpoint import encode
+from icechunk.log.repository.entries.reader import RepoObject, read_repo
+from icechunk.log.repository.marker import write_mark
+from icechunk.log.repository.ops_log import updates_of
+from icechunk.log.repository.ref_files.names import RefKey, RefNames, close_ref, is_closed, read_ref
+from icechunk.log.repository.state import MAIN, ONLINE, READ_ONLY, from_repo_info
+from icechunk.log.repository.store_check import MatchCheck, require_atomic, require_writable
+from icechunk.runtime.clock import Sources
+from icechunk.runtime.tasks import run_jobs
+from icechunk.storage.port import Absent, Matches, Storage, Version
+
+__all__ = ["DEFAULT_PREFETCH", "RefValues", "lineage", "migrated_info", "upgrade"]
+
+Json: TypeAlias = Any
+_CREATED_AFTER_US: Final = 1_000
+_DELETED_AFTER_US: Final = 2_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefValues:
+    """All refs of a repository of format 1."""
+
+    branches: Mapping[str, ObjectId]
+    """Name → tip."""
+    tags: Mapping[str, ObjectId]
+    """Name → snapshot; without the deleted ones."""
+    deleted_tags: Mapping[str, ObjectId | None]
+    """Name → snapshot that it pointed to; None where that is not known any more."""
+
+
+def lineage(records: Mapping[ObjectId, SnapshotRecord], tip: ObjectId) -> Iterator[SnapshotRecord]:
+    """A snapshot and its ancestors, youngest first; all of them must be in ``records``."""
+    current: ObjectId | None = tip
+    while current is not None:
+        record = records[current]
+        yield record
+        current = record.parent
+
+
+def migrated_info(
+    refs: RefValues,
+    records: Mapping[ObjectId, SnapshotRecord],
+    *,
+    config: Json | None,
+    now_us: int,
+    read_only_reason: str | None = None,
+    extra: bytes | None = None,
+) -> RepoInfo:
+    """The ``repo`` object after the upgrade.
+
+    Parameters
+    ----------
+    records
+        At least the snapshots that branches and tags reach; others are left out.
+    now_us
+        Time of the upgrade, µs; later than that where the history ends later.
+    read_only_reason
+        For the object that stands there during the upgrade: its status is read-only, and it does not say yet that it
+        was migrated. None: as it is afterwards.
+    """
+    reached: dict[ObjectId, SnapshotRecord] = {}
+    branch_of: dict[ObjectId, str] = {}
+    for name in sorted(refs.branches, key=lambda name: (name != MAIN, name)):
+        for record in lineage(records, refs.branches[name]):
+            if record.id in branch_of:
+                break
+            branch_of[record.id] = name
+            reached[record.id] = record
+    for target in refs.tags.values():
+        for record in lineage(records, target):
+            if record.id in reached:
+                break
+            reached[record.id] = record
+    first_us = min(record.flushed_at_us for record in reached.values())
+    told = _ordered(_story(refs, reached, branch_of, records, first_us))
+    migrated_us = max(now_us, told[-1].updated_at_us + 1)
+    migrated = stored.Update(
+        change=stored.RepoMigrated(from_version=1, to_version=2), updated_at_us=migrated_us, backup_path=None
+    )
+    told.reverse()
+    if read_only_reason is None:
+        status = Status(availability=ONLINE, set_at_us=first_us, reason=None)
+        told.insert(0, migrated)
+    else:
+        status = Status(availability=READ_ONLY, set_at_us=migrated_us, reason=read_only_reason)
+    return RepoInfo(
+        spec_version=2,
+        tags=dict(refs.tags),
+        branches=dict(refs.branches),
+        deleted_tags=frozenset(refs.deleted_tags),
+        snapshots=reached,
+        status=status,
+        metadata={},
+        updates=tuple(told),
+        repo_before_updates=None,
+        config=config,
+        enabled_feature_flags=None,
+        disabled_feature_flags=None,
+        extra=extra,
+    )
+
+
+def _story(
+    refs: RefValues,
+    reached: Mapping[ObjectId, SnapshotRecord],
+    branch_of: Mapping[ObjectId, str],
+    records: Mapping[ObjectId, SnapshotRecord],
+    first_us: int,
+) -> Iterator[tuple[int, stored.UpdateChange]]:
+    """Changes with their times, those of one time in the order in which they are told."""
+    yield first_us, stored.RepoInitialized()
+    for id, name in branch_of.items():
+        if reached[id].parent is not None:
+            yield reached[id].flushed_at_us, stored.NewCommit(branch=name, snapshot=id)
+    for name, tip in sorted(refs.branches.items()):
+        if name != MAIN:
+            yield reached[tip].flushed_at_us + _CREATED_AFTER_US, stored.BranchCreated(name=name)
+    for name, target in sorted(refs.tags.items()):
+        yield reached[target].flushed_at_us + _CREATED_AFTER_US, stored.TagCreated(name=name)
+    for name, gone in sorted(refs.deleted_tags.items()):
+        if gone is not None:
+            at_us = records[gone].flushed_at_us if gone in records else first_us
+            yield at_us + _CREATED_AFTER_US, stored.TagCreated(name=name)
+            yield at_us + _DELETED_AFTER_US, stored.TagDeleted(name=name, previous_snapshot=gone)
+
+
+def _ordered(story: Iterator[tuple[int, stored.UpdateChange]]) -> list[stored.Update]:
+    """Oldest first, each later than the one before."""
+    updates: list[stored.Update] = []
+    last_us = 0
+    for time_us, change in sorted(story, key=lambda one: one[0]):
+        last_us = max(time_us, last_us + 1)
+        updates.append(stored.Update(change=change, updated_at_us=last_us, backup_path=None))
+    return updates
+
+
+Records: TypeAlias = dict[ObjectId, SnapshotRecord]
+
+DEFAULT_PREFETCH: Final = 64
+"""Snapshot files that are read at a time."""
+_LOG: Final = logging.getLogger(__name__)
+_MARK: Final = "aioicechunk-upgrade"
+_ATTEMPTS: Final = 20
+_REASON: Final = (
+    "This repository is being upgraded from format 1. If that was interrupted, run upgrade_icechunk_repository again; "
+    "setting the status online instead may lose what older clients committed meanwhile."
+)
+
+
+async def upgrade(
+    storage: Storage, sources: Sources, *, dry_run: bool, delete_ref_files: bool, prefetch: int = DEFAULT_PREFETCH
+) -> None:
+    """Upgrade a repository of format 1 to format 2, or finish doing so.
+
+    Parameters
+    ----------
+    dry_run
+        Read everything that the upgrade reads, log what it would do, and write nothing.
+    delete_ref_files
+        Delete what only format 1 needs. Without it branches are not closed either, so nobody may commit meanwhile.
+    prefetch
+        Snapshot files to read at a time, at least 1.
+
+    Raises
+    ------
+    SessionStateError
+        The repository has format 2 already (kind ``invalid-repository-migration``); or somebody put it online in the
+        middle of an upgrade, and branches hold commits that it does not have.
+    RepositoryNotFoundError, SnapshotNotFoundError, FormatError
+        There is none, or a file that belongs to it is missing or cannot be read. Nothing was written.
+    ReadOnlyError
+        The storage can only be read.
+    StorageError
+        No certain answer. Nothing is lost; run it again.
+    """
+    if prefetch < 1:
+        raise InvalidInputError(f"prefetch_concurrency must be at least 1, not {prefetch}", ErrorKind.INVALID_SETTING)
+    await _Upgrade(storage, sources, delete_ref_files=delete_ref_files, prefetch=prefetch).run(dry_run=dry_run)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ref:
+    """A file below ``refs/``."""
+
+    key: str
+    what: RefKey
+    snapshot: ObjectId | None
+    """None for a tombstone."""
+    version: Version
+    closed: bool
+
+
+class _Upgrade:
+    def __init__(self, storage: Storage, sources: Sources, *, delete_ref_files: bool, prefetch: int) -> None:
+        self._storage = storage
+        self._sources = sources
+        self._names = RefNames.of(storage)
+        self._delete = delete_ref_files
+        self._prefetch = prefetch
+        self._records: Records = {}
+        self._where = storage.describe()
+
+    async def run(self, *, dry_run: bool) -> None:
+        _LOG.info("%s: upgrading from format 1 to format 2%s", self._where, " (dry run)" if dry_run else "")
+        found = await read_repo(self._storage, self._sources)
+        refs = await self._read_refs()
+        if found is not None and not _is_ours(found):
+            await self._finish(found, refs, dry_run=dry_run)
+            return
+        info = await self._info(refs)
+        _LOG.info(
+            "%s: found %d branches, %d tags, %d deleted tags and %d snapshots; the ops log has %d entries",
+            self._where,
+            len(info.branches),
+            len(info.tags),
+            len(info.deleted_tags),
+            len(info.snapshots),
+            len(info.updates) + 1,
+        )
+        if dry_run:
+            _LOG.info("%s: dry run, nothing was written; run it with dry_run=False to upgrade", self._where)
+            return
+        await self._check_writable()
+        if found is None:
+            await self._announce(info)
+        await self._settle()
+        if self._delete:
+            await self._clean_up(await self._read_refs())
+        _LOG.info("%s: has format 2 now", self._where)
+
+    # ------------------------------------------------------------------- reading
+
+    async def _read_refs(self) -> tuple[_Ref, ...]:
+        keys = [item.key async for page in self._storage.list_pages(REFS_PREFIX) for item in page]
+        found = await run_jobs([partial(self._read_ref, key) for key in sorted(keys)])
+        return tuple(ref for ref in found if ref is not None)
+
+    async def _read_ref(self, key: str) -> _Ref | None:
+        what = self._names.parse(key)
+        if what is None:
+            return None
+        try:
+            answer = await self._storage.get(key)
+        except ObjectNotFoundError:
+            return None
+        snapshot = None if what.tombstone else read_ref(answer.data, f"{key} in {self._where}")
+        return _Ref(key=key, what=what, snapshot=snapshot, version=answer.version, closed=is_closed(answer.data))
+
+    async def _info(self, refs: Iterable[_Ref], *, reason: str | None = _REASON, nonce: bytes = b"") -> RepoInfo:
+        """What ``repo`` has to say; with a reason it is read-only and carries our mark."""
+        values = _values(refs)
+        if MAIN not in values.branches:
+            raise RepositoryNotFoundError(
+                f"the repository doesn't exist: no branch {MAIN!r} of format 1 in {self._where}"
+            )
+        await self._read_records(values)
+        return migrated_info(
+            values,
+            self._records,
+            config=await self._config(),
+            now_us=max(self._sources.wall_us(), 0),
+            read_only_reason=reason,
+            extra=write_mark(nonce) if reason is None else orjson.dumps({_MARK: nonce.hex()}),
+        )
+
+    async def _config(self) -> Json | None:
+        try:
+            answer = await self._storage.get(CONFIG_KEY)
+        except ObjectNotFoundError:
+            return None
+        return config_to_dict(config_from_yaml(answer.data))
+
+    async def _read_records(self, values: RefValues) -> None:
+        """Records of everything that branches and tags reach, and of what deleted tags pointed to, where it is left."""
+        if not self._records:
+            keys = [item.key async for page in self._storage.list_pages(SNAPSHOTS_PREFIX) for item in page]
+            # All at once: from child to parent each read would wait for the one before. What nothing reaches may be
+            # broken, or go meanwhile.
+            await run_jobs([partial(self._try_record, key) for key in keys], limit=self._prefetch)
+        for tip in (*values.branches.values(), *values.tags.values()):
+            current: ObjectId | None = tip
+            while current is not None:
+                current = (await self._record(current)).parent
+
+    async def _try_record(self, key: str) -> None:
+        with suppress(IcechunkError):
+            await self._record(object_id_from_text(key.removeprefix(SNAPSHOTS_PREFIX)))
+
+    async def _record(self, id: ObjectId) -> SnapshotRecord:
+        known = self._records.get(id)
+        if known is not None:
+            return known
+        try:
+            answer = await self._storage.get(snapshot_key(id))
+        except ObjectNotFoundError:
+            raise SnapshotNotFoundError(
+                f"cannot upgrade the repository in {self._where}: snapshot {encode_id(id)}, which a branch or tag "
+                "needs, is missing; delete or reset what needs it"
+            ) from None
+        record = SnapshotRecord.of(decode_snapshot(answer.data, expected_id=id))
+        self._records[id] = record
+        return record
+
+    # ------------------------------------------------------------------- writing
+
+    async def _check_writable(self) -> None:
+        require_writable(self._storage, "upgrade the repository")
+        require_atomic(self._storage)
+        await MatchCheck(self._storage).run([snapshot_key(id) for id in (FIRST_SNAPSHOT, *list(self._records)[:1])])
+
+    async def _announce(self, info: RepoInfo) -> None:
+        """Create ``repo``, read-only; whoever else did so meanwhile did the same."""
+        why: StorageError | None = None
+        data = (await encode(info)).data
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                await self._sources.sleep(min(1.0, 0.02 * 2**attempt))
+            try:
+                await self._storage.put(REPO_KEY, data, Absent())
+            except PreconditionFailedError:
+                return
+            except StorageError as error:
+                why = error
+            else:
+                return
+        raise self._no_answer() from why
+
+    async def _settle(self) -> None:
+        """Close the branches, and put ``repo`` online with what they say."""
+        why: IcechunkError | None = None
+        nonce = self._sources.random_bytes(16)
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                await self._sources.sleep(min(1.0, 0.02 * 2**attempt))
+            try:
+                found = await read_repo(self._storage, self._sources)
+                if found is None:
+                    raise RepositoryNotFoundError(f"the object 'repo' in {self._where} was deleted during its upgrade")
+                if not _is_ours(found):
+                    # Ours, whose answer was lost, or that of somebody who upgraded at the same time.
+                    return
+                refs = await self._read_refs()
+                if self._delete:
+                    refs = await self._close(refs)
+                if not any(ref.key == self._names.branch_key(MAIN) for ref in refs):
+                    continue  # somebody else has finished
+                info = await self._info(refs, reason=None, nonce=nonce)
+                await self._storage.put(REPO_KEY, (await encode(info)).data, Matches(found.known.version))
+            except (PreconditionFailedError, ObjectNotFoundError) as error:
+                why = error
+            except (RepositoryNotFoundError, SnapshotNotFoundError, FormatError):
+                raise
+            except StorageError as error:
+                why = error
+            else:
+                return
+        raise self._no_answer() from why
+
+    async def _close(self, refs: tuple[_Ref, ...]) -> tuple[_Ref, ...]:
+        """Replace the refs of branches, so that nobody commits to them any more; raises where one has changed."""
+        open_ = [ref for ref in refs if not ref.what.is_tag and not ref.closed]
+        await run_jobs([partial(self._close_one, ref) for ref in open_])
+        return await self._read_refs() if open_ else refs
+
+    async def _close_one(self, ref: _Ref) -> None:
+        assert ref.snapshot is not None
+        await self._storage.put(ref.key, close_ref(ref.snapshot), Matches(ref.version))
+
+    def _no_answer(self) -> StorageError:
+        return StorageError(
+            f"cannot finish the upgrade of {self._where}: no certain answer after {_ATTEMPTS} tries; nothing is lost, "
+            "run it again",
+            ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
+        )
+
+    # ------------------------------------------------------------------ cleaning up
+
+    async def _finish(self, found: RepoObject, refs: tuple[_Ref, ...], *, dry_run: bool) -> None:
+        """For a repository of format 2: delete what an interrupted upgrade has left."""
+        closed = [ref for ref in refs if ref.closed]
+        if not closed:
+            raise SessionStateError(
+                f"the repository in {self._where} has format {found.info.spec_version} already: only a repository of "
+                "format 1 can be upgraded",
+                ErrorKind.INVALID_REPOSITORY_MIGRATION,
+            )
+        stranded = {
+            ref.what.name: encode_id(ref.snapshot)
+            for ref in closed
+            if ref.snapshot is not None and ref.snapshot not in found.info.snapshots
+        }
+        if stranded and not await self._was_finished(found):
+            raise SessionStateError(
+                f"the upgrade of {self._where} was interrupted, and its status was set online by hand: these branches "
+                f"have commits that it does not have: {_listed(stranded)}. Nothing was deleted; bring them over, then "
+                "delete the objects below refs/",
+                ErrorKind.INVALID_REPOSITORY_MIGRATION,
+            )
+        if not dry_run and self._delete:
+            await self._check_writable()
+            await self._clean_up(refs)
+
+    async def _was_finished(self, found: RepoObject) -> bool:
+        """Whether all commits were taken over, so that a tip may be gone for good reasons since."""
+        async for update in updates_of(self._storage, from_repo_info(found.info)):
+            if isinstance(update.change, RepoMigrated):
+                return True
+        return False
+
+    async def _clean_up(self, refs: tuple[_Ref, ...]) -> None:
+        """Delete what only format 1 needs; what nobody has brought over stays."""
+        found = await read_repo(self._storage, self._sources)
+        if found is None or _is_ours(found):
+            raise self._no_answer()
+        info = found.info
+        kept = {ref.key for ref in refs if not _is_settled(ref, info.tags, info.deleted_tags)}
+        if kept:
+            _LOG.warning(
+                "%s: left where they are, since they came while the repository was upgraded: %s; create them again "
+                "where they are wanted, and delete these objects",
+                self._where,
+                ", ".join(sorted(kept)),
+            )
+        main_key = self._names.branch_key(MAIN)
+        gone = [ref.key for ref in refs if ref.key not in kept]
+        branches = [ref.key for ref in refs if ref.closed and ref.key != main_key]
+        # Closed branches last: as long as one is there, running the upgrade again finds what is left to do.
+        first = [key for key in gone if key not in branches and key != main_key]
+        for keys in ([*first, CONFIG_KEY], branches, [main_key] if main_key in gone else []):
+            if not keys:
+                continue
+            failures = (await self._storage.delete(keys)).failures
+            if failures:
+                raise StorageError(
+                    f"{self._where} has format 2 now, but {failures[0][0]!r} could not be deleted: {failures[0][1]}; "
+                    "run the upgrade again to delete what is left"
+                )
+
+
+def _is_ours(found: RepoObject) -> bool:
+    """Whether ``repo`` is that of an upgrade that is not finished."""
+    extra = found.info.extra
+    if extra is None or not found.known.read_only:
+        return False
+    try:
+        document = orjson.loads(extra)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(document, dict) and _MARK in document
+
+
+def _values(refs: Iterable[_Ref]) -> RefValues:
+    deleted = {ref.what.name for ref in refs if ref.what.tombstone}
+    named = [(ref.what, ref.snapshot) for ref in refs if ref.snapshot is not None]
+    tags = {what.name: snapshot for what, snapshot in named if what.is_tag}
+    return RefValues(
+        branches={what.name: snapshot for what, snapshot in named if not what.is_tag},
+        tags={name: snapshot for name, snapshot in tags.items() if name not in deleted},
+        deleted_tags={name: tags.get(name) for name in deleted},
+    )
+
+
+def _is_settled(ref: _Ref, tags: Mapping[str, ObjectId], deleted_tags: Iterable[str]) -> bool:
+    """Whether ``repo`` knows what the file says, or has said so once."""
+    if not ref.what.is_tag:
+        return ref.closed
+    return ref.what.name in tags or ref.what.name in deleted_tags
+
+
+def _listed(stranded: Mapping[str, str]) -> str:
+    return ", ".join(f"{name!r} at {snapshot}" for name, snapshot in sorted(stranded.items()))

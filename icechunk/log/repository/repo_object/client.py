@@ -1,0 +1,252 @@
+"""``repo`` as one client knows it, where it is the truth itself, and what became of a replacement of it.
+
+Reads may overtake each other, so each takes a ticket, and the later one is believed. A client's own change that landed
+takes one too: whatever was being read then may be from before.
+
+The ops log of the repo-object layout: what stands in ``repo``, and the chain of copies with what came before.
+
+An update that is not the newest names the copy of ``repo`` in which it was. ``repo_before_updates`` is that of
+the newest update that no longer fits: read from there, every update is found in order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from icechunk.errors import ErrorKind, ObjectNotFoundError, RepositoryNotFoundError, SessionStateError
+from icechunk.format.ids import ObjectId
+from icechunk.format.keys import REPO_KEY, overwritten_repo_key
+from icechunk.format.repo.codec import decode_repo
+from icechunk.format.repo.updates import UpdateList
+from icechunk.format.repo.values import CommitAmended, NewCommit, NewDetachedSnapshot, Update
+from icechunk.log.repository.entries.reader import (
+    MAX_SKEW_US,
+    Instant,
+    RepoObject,
+    clock_error_us,
+    instant,
+    known_of,
+    read_repo,
+    store_time_us,
+)
+from icechunk.log.repository.marker import cutoff_of, nonce_of
+from icechunk.log.repository.ops_log import updates_of
+from icechunk.log.repository.state import RepoState, from_repo_info
+from icechunk.runtime.clock import Sources
+from icechunk.storage.port import PutResult, Storage, Version
+
+__all__ = ["RepoView", "Window", "happened", "is_repo_object", "next_window"]
+
+_SNAPSHOT_CHANGES: Final = (NewCommit, CommitAmended, NewDetachedSnapshot)
+
+
+def is_repo_object(found: RepoObject) -> bool:
+    """Whether a ``repo`` object is the truth itself, and not the checkpoint of a log."""
+    return found.known.marker is None or not found.known.read_only
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """A version of ``repo``, folded."""
+
+    version: Version
+    state: RepoState
+    ticket: int
+
+
+class RepoView:
+    """The newest version of ``repo`` that a client has seen.
+
+    Parameters
+    ----------
+    found
+        ``repo`` as read.
+    """
+
+    def __init__(self, storage: Storage, sources: Sources, found: RepoObject) -> None:
+        self._storage = storage
+        self._sources = sources
+        self._tickets = itertools.count(1)
+        self._seen = _Seen(
+            version=found.known.version,
+            state=from_repo_info(found.info, gc_cutoff_us=cutoff_of(found.info.extra)),
+            ticket=0,
+        )
+        # Ticket of the newest change of ours that landed.
+        self._landing = 0
+        self._clock = found.asked
+        self.looked = 0
+        """Ticket of the newest look at ``repo``: a refusal counts only by a look after the call (rule 3)."""
+        self.left: str | None = None
+        """Why the repository is not kept in ``repo`` any more; None: it is."""
+
+    @property
+    def state(self) -> RepoState:
+        """The newest state."""
+        return self._seen.state
+
+    @property
+    def version(self) -> Version:
+        """The version that it is the state of."""
+        return self._seen.version
+
+    @property
+    def store_time_us(self) -> int:
+        """As `RepositoryLog.store_time_us`."""
+        now = instant(self._sources)
+        return store_time_us(self._clock, now, resolution_us=self._storage.clock_resolution_us)
+
+    def next_ticket(self) -> int:
+        """A number that is higher than those of all looks and changes so far."""
+        return next(self._tickets)
+
+    async def read(self) -> bytes | None:
+        """GET ``repo`` and adopt it; its bytes, or None where the repository has another layout by now.
+
+        Raises
+        ------
+        RepositoryNotFoundError
+            It is gone.
+        FormatError
+            It cannot be read.
+        """
+        ticket = -1
+        while ticket < self._landing:
+            # Again where a change of this client's landed meanwhile: the answer may be older than that, or newer.
+            ticket, asked = self.next_ticket(), instant(self._sources)
+            try:
+                answer = await self._storage.get(REPO_KEY)
+            except ObjectNotFoundError:
+                raise RepositoryNotFoundError(
+                    f"the repository in {self._storage.describe()} is gone: its object 'repo' was deleted"
+                ) from None
+            self._saw(asked, answer.date_us)
+            self.looked = max(self.looked, ticket)
+        if ticket < self._seen.ticket:
+            return answer.data
+        if answer.version == self._seen.version:
+            self._seen = replace(self._seen, ticket=ticket)
+            return answer.data
+        info = decode_repo(answer.data)
+        known = known_of(info, answer.version, len(answer.data))
+        if known.marker is not None and known.read_only:
+            self.left = f"the repository in {self._storage.describe()} is kept in a log now; open it again"
+            return None
+        self.left = None
+        # The official library drops what it does not know: then this client still knows the fence, others do not.
+        cutoff_us = max(cutoff_of(info.extra), self._seen.state.gc_cutoff_us)
+        self._seen = _Seen(version=answer.version, state=from_repo_info(info, gc_cutoff_us=cutoff_us), ticket=ticket)
+        return answer.data
+
+    def landed(self, put: PutResult, asked: Instant, look: int, *, base: Version, state: RepoState) -> None:
+        """A replacement of ``base`` by this state was acknowledged.
+
+        Parameters
+        ----------
+        asked, look
+            The client's clocks and the ticket of before the request.
+        """
+        self._saw(asked, put.date_us)
+        self.looked = max(self.looked, look)
+        if self._seen.version == base:
+            # Whatever is being read now may be from before it landed.
+            self._landing = self.next_ticket()
+            self._seen = _Seen(version=put.version, state=state, ticket=self._landing)
+        # Otherwise a look since has seen `repo` replaced: by this, and perhaps by others after it.
+
+    def _saw(self, asked: Instant, date_us: int | None) -> None:
+        if date_us is not None:
+            self._clock = replace(asked, date_us=date_us)
+
+    def check_clock(self) -> None:
+        """Refuse to write with a clock that is far off (rule 13). Raises `SessionStateError`."""
+        error_us = clock_error_us(self._clock, instant(self._sources))
+        if abs(error_us) > MAX_SKEW_US:
+            raise SessionStateError(
+                f"this machine's clock is {abs(error_us) // 1_000_000} s {'ahead of' if error_us > 0 else 'behind'} "
+                f"the clock of {self._storage.describe()}; at most {MAX_SKEW_US // 1_000_000} s are accepted for "
+                "writing. Set the clock",
+                ErrorKind.SNAPSHOT_TIMESTAMP,
+            )
+
+
+async def happened(
+    storage: Storage, sources: Sources, snapshots: Sequence[ObjectId], *, time_us: int, nonce: bytes
+) -> bool:
+    """Whether a replacement is part of history, given that ``repo`` has another version than the one it replaced.
+
+    A snapshot of it in the graph, or in the ops log, says so. Where it has none its newest update is looked for, and
+    the copy that its successor made of it: that has our nonce exactly if it was ours.
+
+    Parameters
+    ----------
+    snapshots
+        That the replacement adds.
+    time_us, nonce
+        Of its newest update, and of its mark.
+    """
+    current = await read_repo(storage, sources)
+    if current is None:
+        return False
+    if nonce_of(current.info.extra) == nonce or any(id in current.info.snapshots for id in snapshots):
+        return True
+    async for update in updates_of(storage, from_repo_info(current.info)):
+        if update.updated_at_us < time_us:
+            return False
+        if snapshots:
+            if isinstance(update.change, _SNAPSHOT_CHANGES) and update.change.snapshot in snapshots:
+                return True
+        elif update.updated_at_us == time_us:
+            if update.backup_path is None:
+                # Whoever writes makes a copy of what he replaces, but for a conversion to the log layout.
+                return not is_repo_object(current)
+            return await _is_copy_of(storage, update.backup_path, nonce)
+    return False
+
+
+async def _is_copy_of(storage: Storage, name: str, nonce: bytes) -> bool:
+    try:
+        copy = await storage.get(overwritten_repo_key(name))
+    except ObjectNotFoundError:
+        return False
+    return nonce_of(decode_repo(copy.data).extra) == nonce
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """The part of the ops log that one ``repo`` holds."""
+
+    updates: UpdateList
+    """Newest first; those of the last swap have no copy yet."""
+    before: str | None
+    """Bare name of the copy with the updates before them; None: there are none."""
+
+
+def next_window(
+    fresh: Sequence[Update], stored: Sequence[Update], *, before: str | None, backup: str, limit: int
+) -> Window:
+    """The part that the next ``repo`` holds.
+
+    Parameters
+    ----------
+    fresh
+        Updates of this swap, newest first.
+    stored, before
+        Of the object that is replaced.
+    backup
+        Bare name of its copy.
+    limit
+        Most updates to hold; those of one swap stay together, even if they are more.
+    """
+    # Several updates of one swap share the copy that they stand in; only the first of them was ever "the newest".
+    settled = UpdateList.of(stored).settled(backup)
+    room = max(0, limit - len(fresh))
+    if len(settled) <= room:
+        return Window(updates=settled.after(fresh), before=before)
+    # What is left out begins where a copy begins, so nothing is told twice.
+    while room and settled[room].backup_path == settled[room - 1].backup_path:
+        room -= 1
+    return Window(updates=settled[:room].after(fresh), before=settled[room].backup_path)

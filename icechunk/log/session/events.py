@@ -1,0 +1,124 @@
+"""The facts a session's log consists of.
+
+An event names nodes by id, which survives moves and changes of metadata; the path beside it is
+where the node stood when the event happened.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.format.ids import NodeId
+from icechunk.format.values import ChunkRefs
+
+__all__ = [
+    "ArrayCreated",
+    "ChunksDeleted",
+    "ChunksWritten",
+    "Event",
+    "GroupCreated",
+    "HierarchyCleared",
+    "MetadataReplaced",
+    "NodeDeleted",
+    "NodeMoved",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupCreated:
+    """A group appeared at a free path."""
+
+    node_id: NodeId
+    """Fresh, for the whole life of the group."""
+    path: str
+    """Absolute."""
+    user_data: bytes
+    """Its zarr.json."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrayCreated:
+    """An array without chunks appeared at a free path."""
+
+    node_id: NodeId
+    """Fresh, for the whole life of the array."""
+    path: str
+    """Absolute."""
+    user_data: bytes
+    """Its zarr.json."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetadataReplaced:
+    """A node of the same kind has another zarr.json now."""
+
+    node_id: NodeId
+    """Of the node."""
+    path: str
+    """Where it stood."""
+    user_data: bytes
+    """The new zarr.json. Chunks outside its grid are out of sight, and dropped by the commit; a change of rank drops
+    all chunks at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeDeleted:
+    """A node, and everything below it, is gone."""
+
+    node_id: NodeId
+    """Of the topmost node."""
+    path: str
+    """Where it stood."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HierarchyCleared:
+    """Every node is gone, the root too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeMoved:
+    """A node, with everything below it, stands at another path."""
+
+    node_id: NodeId
+    """Of the topmost node."""
+    source: str
+    """Path before."""
+    target: str
+    """Path after; it was free."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ChunksWritten:
+    """Chunks of one array were added or replaced."""
+
+    node_id: NodeId
+    """Of the array."""
+    refs: ChunkRefs
+    """Ascending and unique by coordinates."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ChunksDeleted:
+    """Chunks of one array are gone, whether they existed or not."""
+
+    node_id: NodeId
+    """Of the array."""
+    coords: npt.NDArray[np.uint32]
+    """uint32[n, ndim], ascending and unique."""
+
+
+Event: TypeAlias = (
+    GroupCreated
+    | ArrayCreated
+    | MetadataReplaced
+    | NodeDeleted
+    | HierarchyCleared
+    | NodeMoved
+    | ChunksWritten
+    | ChunksDeleted
+)

@@ -1,0 +1,446 @@
+"""The session log: a base snapshot, an append-only list of events, and their fold.
+
+Theory
+------
+A session never changes its base; it appends events. What the session sees is the fold of the
+events over the base, kept up to date with every event, so that a read never replays.
+
+A command (`SessionLog.set_metadata`, `SessionLog.set_native`, …) checks its arguments against the
+fold, then appends the event and folds it: a command that raises has changed nothing. Chunks do not
+become events as they are written. They gather in their array's fold, single ones in its *open rows*,
+and become few events when somebody asks for them: at a savepoint, or when the log is serialised,
+forked or rebased. This is sound because chunk events of one array commute with all other events but
+two: the creation of the array, which comes first anyway, and its deletion, which makes them void
+(they are simply dropped then).
+
+Chunks are looked up by coordinates under the array's current grid. After a shrink the chunks
+outside are out of sight, and in sight again if the array grows in the same session; the commit
+drops what is outside then, as the official library does.
+
+Worked example::
+
+    log = SessionLog(snapshot, sources.new_node_id)
+    log.set_metadata("/a", zarr_json)
+    node = log.node("/a")
+    log.set_native(node, (0, 0), chunk_id, 0, 1000)
+    log.chunk(node, (0, 0))      # ChunkRef(kind=NATIVE, …)
+    log.chunk(node, (0, 1))      # ABSENT: the array is new
+
+What can be done to a session: checked against its fold, then appended to its log as an event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.errors import AlreadyExistsError, ErrorKind, InvalidInputError, SessionStateError
+from icechunk.format.ids import NodeId, ObjectId
+from icechunk.format.values import INLINE, NATIVE, VIRTUAL, ChunkRef, ChunkRefs, NodeKind, NodeSnapshot, Snapshot
+from icechunk.log.session.array_fold import OPEN_ROWS, inside
+from icechunk.log.session.columns import normalized, sort_last
+from icechunk.log.session.events import (
+    ArrayCreated,
+    Event,
+    GroupCreated,
+    HierarchyCleared,
+    MetadataReplaced,
+    NodeDeleted,
+    NodeMoved,
+)
+from icechunk.log.session.fold import ABSENT, IN_BASE, Absent, Fold, InBase, in_grid
+from icechunk.log.session.hierarchy import check_path, is_below, parent_of
+from icechunk.log.session.zarr_metadata import ArrayMeta, parse_node
+
+__all__ = ["ABSENT", "IN_BASE", "Absent", "Commands", "InBase", "Savepoint", "SessionLog"]
+
+_new_ref = tuple.__new__
+
+
+class Commands(Fold):
+    """A command that raises has changed nothing."""
+
+    def set_metadata(self, path: str, user_data: bytes) -> None:
+        """Create a group or array, or replace the metadata of the one that is there.
+
+        Nothing happens if the document is byte for byte the current one. Groups above it need not exist.
+
+        Raises
+        ------
+        InvalidInputError
+            If the path or the document is refused (see `parse_node`).
+        AlreadyExistsError
+            If a group stands where an array shall, or the other way round: delete it first.
+        """
+        check_path(path)
+        node = self._tree.get(path)
+        if node is not None and node.user_data == user_data:
+            return
+        meta = parse_node(user_data, path)
+        kind = NodeKind.ARRAY if isinstance(meta, ArrayMeta) else NodeKind.GROUP
+        if node is None:
+            created = ArrayCreated if kind is NodeKind.ARRAY else GroupCreated
+            self._append(created(node_id=self._new_node_id(), path=path, user_data=user_data), meta)
+        elif node.kind != kind:
+            raise AlreadyExistsError(
+                f"cannot set the metadata of {path} to that of {_an(kind)}: there is {_an(node.kind)}; delete it first",
+                ErrorKind.NODE_ALREADY_EXISTS,
+            )
+        else:
+            self._append(MetadataReplaced(node_id=node.id, path=path, user_data=user_data), meta)
+
+    def delete_node(self, path: str) -> None:
+        """Delete a node and everything below it.
+
+        Raises
+        ------
+        NodeNotFoundError
+            If there is none.
+        """
+        self._append(NodeDeleted(node_id=self._existing(path, "delete").id, path=path))
+
+    def clear(self) -> None:
+        """Delete every node, the root too; nothing happens if there is none."""
+        if next(self._tree.subtree("/"), None) is not None:
+            self._append(HierarchyCleared())
+
+    def move_node(self, source: str, target: str) -> None:
+        """Move a node and everything below it; no data moves.
+
+        Raises
+        ------
+        NodeNotFoundError
+            If there is nothing at ``source``.
+        AlreadyExistsError
+            Kind ``move-wont-overwrite`` if there is something at ``target``.
+        SessionStateError
+            Kind ``move-into-self-or-descendant``, ``move-destination-parent-missing`` or
+            ``move-destination-parent-not-group``.
+        InvalidInputError
+            If a path is malformed.
+        """
+        check_path(source)
+        check_path(target)
+        if source == target or is_below(target, source):
+            raise SessionStateError(
+                f"cannot move {source} to {target}: a node cannot move into itself or its own descendant",
+                ErrorKind.MOVE_INTO_SELF_OR_DESCENDANT,
+            )
+        node = self._existing(source, "move")
+        if self._tree.get(target) is not None:
+            raise AlreadyExistsError(
+                f"cannot move {source} to {target}: it would overwrite existing node {target}; delete that first, or "
+                "choose another path",
+                ErrorKind.MOVE_WONT_OVERWRITE,
+            )
+        above = parent_of(target)
+        parent = self._tree.get(above)
+        if parent is None:
+            raise SessionStateError(
+                f"cannot move {source} to {target}: the destination's parent group {above} does not exist; create it "
+                "in an ordinary session first",
+                ErrorKind.MOVE_DESTINATION_PARENT_MISSING,
+            )
+        if parent.kind != NodeKind.GROUP:
+            raise SessionStateError(
+                f"cannot move {source} to {target}: {above} is an array, not a group, and only groups hold nodes",
+                ErrorKind.MOVE_DESTINATION_PARENT_NOT_GROUP,
+            )
+        if next((n for n in self._tree.subtree(target)), None) is not None:
+            raise AlreadyExistsError(
+                f"cannot move {source} to {target}: there are nodes below it", ErrorKind.MOVE_WONT_OVERWRITE
+            )
+        self._append(NodeMoved(node_id=node.id, source=source, target=target))
+
+    def set_inline(self, node: NodeSnapshot, coords: tuple[int, ...], data: bytes) -> None:
+        """Write a chunk whose bytes travel in the manifest.
+
+        Raises
+        ------
+        InvalidInputError
+            ``invalid-chunk-index`` outside the grid, ``zero-length-chunk``, ``not-an-array``.
+        NodeNotFoundError
+            If the node is there no more.
+        """
+        n = len(data)
+        if not n:
+            raise _zero_length(node, coords)
+        fold = self._arrays.get(node.id) or self._fold_of(node)
+        if not in_grid(coords, fold.grid):
+            raise _outside(node, coords, fold.grid)
+        rows = fold.rows
+        rows[coords] = _new_ref(ChunkRef, (INLINE, data, None, None, 0, n, None, None))
+        if len(rows) >= OPEN_ROWS:
+            fold.close()
+
+    def set_native(
+        self, node: NodeSnapshot, coords: tuple[int, ...], chunk_id: ObjectId, offset: int, length: int
+    ) -> None:
+        """Write a chunk that is a range of bytes of a chunk object.
+
+        Raises
+        ------
+        InvalidInputError
+            ``invalid-chunk-index`` outside the grid, ``zero-length-chunk``, ``not-an-array``.
+        NodeNotFoundError
+            If the node is there no more.
+        """
+        if length <= 0:
+            raise _zero_length(node, coords)
+        fold = self._arrays.get(node.id) or self._fold_of(node)
+        if not in_grid(coords, fold.grid):
+            raise _outside(node, coords, fold.grid)
+        rows = fold.rows
+        rows[coords] = _new_ref(ChunkRef, (NATIVE, None, chunk_id, None, offset, length, None, None))
+        if len(rows) >= OPEN_ROWS:
+            fold.close()
+
+    def set_virtual(
+        self,
+        node: NodeSnapshot,
+        coords: tuple[int, ...],
+        location: str,
+        offset: int,
+        length: int,
+        etag: str | None = None,
+        last_modified: int | None = None,
+    ) -> None:
+        """Write a chunk that is a range of bytes of somebody else's object.
+
+        Parameters
+        ----------
+        etag, last_modified
+            What the object must still have, or not be newer than (seconds since the epoch), when it is read.
+
+        Raises
+        ------
+        InvalidInputError
+            ``invalid-chunk-index`` outside the grid, ``not-an-array``.
+        NodeNotFoundError
+            If the node is there no more.
+        """
+        fold = self._arrays.get(node.id) or self._fold_of(node)
+        if not in_grid(coords, fold.grid):
+            raise _outside(node, coords, fold.grid)
+        fold.rows[coords] = ChunkRef(VIRTUAL, None, None, location, offset, length, etag, last_modified)
+        if len(fold.rows) >= OPEN_ROWS:
+            fold.close()
+
+    def set_refs(self, node: NodeSnapshot, refs: ChunkRefs) -> None:
+        """Write many chunks.
+
+        Parameters
+        ----------
+        refs
+            In any order; of several rows with the same coordinates the last counts. The columns belong to the log now.
+
+        Raises
+        ------
+        InvalidInputError
+            ``invalid-chunk-index`` if any of them is outside the grid, ``not-an-array``.
+        NodeNotFoundError
+            If the node is there no more.
+        """
+        fold = self._arrays.get(node.id) or self._fold_of(node)
+        _check_all_inside(node, refs.coords, fold.grid)
+        if len(refs):
+            fold.close()
+            fold.push(normalized(refs))
+
+    def delete_chunk(self, node: NodeSnapshot, coords: tuple[int, ...]) -> None:
+        """Delete a chunk, whether it exists or not; nothing happens outside the grid.
+
+        Raises
+        ------
+        InvalidInputError
+            ``not-an-array``.
+        NodeNotFoundError
+            If the node is there no more.
+        """
+        fold = self._arrays.get(node.id) or self._fold_of(node)
+        if in_grid(coords, fold.grid):
+            fold.rows[coords] = None
+            if len(fold.rows) >= OPEN_ROWS:
+                fold.close()
+
+    def delete_chunks(self, node: NodeSnapshot, coords: npt.NDArray[np.uint32]) -> None:
+        """Delete many chunks, whether they exist or not; those outside the grid are passed over.
+
+        Parameters
+        ----------
+        coords
+            uint32[n, ndim], in any order.
+
+        Raises
+        ------
+        InvalidInputError
+            ``invalid-chunk-index`` if the rank is another one, ``not-an-array``.
+        NodeNotFoundError
+            If the node is there no more.
+        """
+        fold = self._arrays.get(node.id) or self._fold_of(node)
+        if coords.ndim != 2 or coords.shape[1] != len(fold.grid):
+            raise _outside(node, coords.shape, fold.grid)
+        coords = coords[inside(coords, fold.grid)]
+        order = sort_last(coords)
+        if len(coords):
+            fold.close()
+            fold.push_deleted(coords if order is None else coords[order])
+
+
+def _check_all_inside(node: NodeSnapshot, coords: npt.NDArray[np.uint32], grid: tuple[int, ...]) -> None:
+    if coords.ndim != 2 or coords.shape[1] != len(grid):
+        raise _outside(node, coords.shape, grid)
+    good = inside(coords, grid)
+    if not good.all():
+        raise _outside(node, coords[int(np.argmin(good))].tolist(), grid)
+
+
+def _outside(node: NodeSnapshot, coords: object, grid: tuple[int, ...]) -> InvalidInputError:
+    return InvalidInputError(
+        f"cannot write chunk {coords} of the array {node.path}: it is outside the grid of {grid} chunks",
+        ErrorKind.INVALID_CHUNK_INDEX,
+    )
+
+
+def _zero_length(node: NodeSnapshot, coords: tuple[int, ...]) -> InvalidInputError:
+    return InvalidInputError(
+        f"cannot write chunk {coords} of the array {node.path}: it has no bytes, and no chunk encodes to none",
+        ErrorKind.ZERO_LENGTH_CHUNK,
+    )
+
+
+def _an(kind: NodeKind) -> str:
+    return "an array" if kind == NodeKind.ARRAY else "a group"
+
+
+@dataclass(frozen=True, slots=True)
+class Savepoint:
+    """A position of one log."""
+
+    serial: int
+    """Identifies the savepoint within its log."""
+    position: int
+    """Events before it."""
+
+
+class SessionLog(Commands):
+    """Events over a base snapshot, and their fold.
+
+    Not safe for threads by itself: every method is one short critical section that its owner guards.
+
+    Parameters
+    ----------
+    base
+        What the session stands on.
+    new_node_id
+        Source of fresh ids.
+    """
+
+    def __init__(self, base: Snapshot, new_node_id: Callable[[], NodeId]) -> None:
+        super().__init__(base, new_node_id)
+        self._savepoints: dict[int, int] = {}
+        self._serial = 0
+
+    def savepoint(self) -> Savepoint:
+        """Remember this position."""
+        self._tell_all()
+        self._serial += 1
+        self._savepoints[self._serial] = len(self._events)
+        return Savepoint(self._serial, len(self._events))
+
+    def rollback(self, savepoint: Savepoint) -> None:
+        """Return to a savepoint, which stays valid; later ones do not.
+
+        Raises
+        ------
+        SessionStateError
+            If the savepoint is not of this log, or was rolled back itself.
+        """
+        self._require(savepoint)
+        self._savepoints = {s: p for s, p in self._savepoints.items() if s <= savepoint.serial}
+        self._refold(self._events[: savepoint.position])
+
+    def since(self, savepoint: Savepoint) -> SessionLog:
+        """The changes after a savepoint, as a log over the nodes that there were at it.
+
+        Its base has this log's base's id and manifests: it is for looking at changes, not for reading chunks.
+
+        Raises
+        ------
+        SessionStateError
+            As `rollback`.
+        """
+        self._require(savepoint)
+        then = self.at(savepoint)
+        nodes = {node.path: node for node in then.nodes()}
+        return then.rebased(self._base.with_nodes(nodes), self.events[savepoint.position :])
+
+    def at(self, savepoint: Savepoint) -> SessionLog:
+        """A log of its own that stands where this one stood at a savepoint. Raises as `rollback`."""
+        self._require(savepoint)
+        return self.rebased(self._base, self.events[: savepoint.position])
+
+    def discard(self) -> None:
+        """Forget every event and savepoint."""
+        self._savepoints.clear()
+        self._refold(())
+
+    def rebased(self, base: Snapshot, events: Iterable[Event] | None = None) -> SessionLog:
+        """A new log with the same events on another base; this one stays as it is.
+
+        Whether the two bases allow that is the conflict check's business, beforehand.
+
+        Parameters
+        ----------
+        base
+            What the new log stands on.
+        events
+            To take instead of this log's own.
+
+        Raises
+        ------
+        NodeNotFoundError
+            If an event names a node that the other base does not have.
+        AlreadyExistsError
+            If an event creates a node where the other base has one.
+        """
+        log = SessionLog(base, self._new_node_id)
+        # Savepoints of this log must not pass for the new one's.
+        log._serial = self._serial
+        log._refold(self.events if events is None else events)
+        return log
+
+    def savepoint_at(self, position: int) -> Savepoint:
+        """A savepoint after so many events; of a log that was read back, whose own savepoints did not travel."""
+        savepoint = self.savepoint()
+        if not 0 <= position <= savepoint.position:
+            raise SessionStateError(f"no savepoint after {position} events: the log has {savepoint.position}")
+        self._savepoints[savepoint.serial] = position
+        return Savepoint(savepoint.serial, position)
+
+    def replay(self, events: Iterable[Event]) -> None:
+        """Append events of another log that started where this one stands.
+
+        Raises
+        ------
+        NodeNotFoundError, AlreadyExistsError
+            As `rebased`; the log is then as it was before.
+        """
+        self._tell_all()
+        before = list(self._events)
+        try:
+            for event in events:
+                self._append(event)
+        except BaseException:
+            self._refold(before)
+            raise
+
+    def _require(self, savepoint: Savepoint) -> None:
+        if self._savepoints.get(savepoint.serial) != savepoint.position:
+            raise SessionStateError(
+                "cannot roll back: the savepoint belongs to another session, or was rolled back already"
+            )

@@ -1,0 +1,1 @@
+"""Changes of several sessions side by side: conflicts, merging of forks, differences between snapshots."""

@@ -1,0 +1,217 @@
+"""What changed between two snapshots, from the transaction logs in between.
+
+Net, by node: a node that was created and deleted in between does not appear; one that was created
+and then changed is only new; one that moved twice moved once.
+
+What a session, a commit or a span of history changed, by node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.format.ids import NodeId, ObjectId
+from icechunk.format.values import Move, NodeKind, NodeSnapshot, Snapshot, TransactionLog
+from icechunk.log.session.columns import sort_last
+
+__all__ = ["Changes", "NetChanges", "combined", "diff", "move_order", "net_diff"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Changes:
+    """A summary for people: paths with a leading ``/``."""
+
+    new_groups: frozenset[str] = frozenset()
+    """Groups that did not exist before."""
+    new_arrays: frozenset[str] = frozenset()
+    """Arrays that did not exist before; also one that replaces another at the same path."""
+    deleted_groups: frozenset[str] = frozenset()
+    """Groups that exist no more, under their path before."""
+    deleted_arrays: frozenset[str] = frozenset()
+    """Arrays that exist no more, under their path before."""
+    updated_groups: frozenset[str] = frozenset()
+    """Groups with other metadata; never new ones."""
+    updated_arrays: frozenset[str] = frozenset()
+    """Arrays with other metadata; never new ones."""
+    updated_chunks: Mapping[str, npt.NDArray[np.uint32]] = field(default_factory=dict)
+    """uint32[n, ndim] by array, ascending: chunks added, replaced or deleted; ascending by path."""
+    moved_nodes: tuple[tuple[str, str], ...] = ()
+    """(before, after) of every node that stands elsewhere, descendants of a moved group too, ordered by the segments of
+    the path before."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no change at all."""
+        return not (
+            self.new_groups
+            or self.new_arrays
+            or self.deleted_groups
+            or self.deleted_arrays
+            or self.updated_groups
+            or self.updated_arrays
+            or self.updated_chunks
+            or self.moved_nodes
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class NetChanges:
+    """The same by node: an id stands in at most one of new, deleted and updated."""
+
+    new: tuple[NodeSnapshot, ...] = ()
+    """As they are now."""
+    deleted: tuple[NodeSnapshot, ...] = ()
+    """As they were."""
+    updated: tuple[NodeSnapshot, ...] = ()
+    """As they are now."""
+    moved: tuple[Move, ...] = ()
+    """Nodes that are neither new nor deleted, ordered by the segments of their source."""
+    chunks: Mapping[NodeId, npt.NDArray[np.uint32]] = field(default_factory=dict)
+    """uint32[n, ndim] by live array, ascending: chunks added, replaced or deleted."""
+    paths: Mapping[NodeId, str] = field(default_factory=dict)
+    """Of those arrays, now."""
+
+    def transaction(self, snapshot_id: ObjectId) -> TransactionLog:
+        """The transaction log of a commit that changes just this."""
+        return TransactionLog(
+            id=snapshot_id,
+            new_groups=_ids(self.new, NodeKind.GROUP),
+            new_arrays=_ids(self.new, NodeKind.ARRAY),
+            deleted_groups=_ids(self.deleted, NodeKind.GROUP),
+            deleted_arrays=_ids(self.deleted, NodeKind.ARRAY),
+            updated_groups=_ids(self.updated, NodeKind.GROUP),
+            updated_arrays=_ids(self.updated, NodeKind.ARRAY),
+            updated_chunks=self.chunks,
+            moved_nodes=self.moved,
+        )
+
+    def summary(self) -> Changes:
+        """The same by path."""
+        return Changes(
+            new_groups=_paths(self.new, NodeKind.GROUP),
+            new_arrays=_paths(self.new, NodeKind.ARRAY),
+            deleted_groups=_paths(self.deleted, NodeKind.GROUP),
+            deleted_arrays=_paths(self.deleted, NodeKind.ARRAY),
+            updated_groups=_paths(self.updated, NodeKind.GROUP),
+            updated_arrays=_paths(self.updated, NodeKind.ARRAY),
+            updated_chunks=dict(sorted([(self.paths[i], coords) for i, coords in self.chunks.items()], key=_first)),
+            moved_nodes=tuple((m.source, m.target) for m in self.moved),
+        )
+
+
+def move_order(move: Move) -> list[str]:
+    """Sort key of moves: segment by segment (``/a`` < ``/a/b`` < ``/a-b``)."""
+    return move.source.split("/")
+
+
+def _first(item: tuple[str, npt.NDArray[np.uint32]]) -> str:
+    return item[0]
+
+
+def _ids(nodes: tuple[NodeSnapshot, ...], kind: NodeKind) -> frozenset[NodeId]:
+    return frozenset(n.id for n in nodes if n.kind == kind)
+
+
+def _paths(nodes: tuple[NodeSnapshot, ...], kind: NodeKind) -> frozenset[str]:
+    return frozenset(n.path for n in nodes if n.kind == kind)
+
+
+def net_diff(transactions: Sequence[TransactionLog], from_snapshot: Snapshot, to_snapshot: Snapshot) -> NetChanges:
+    """The changes by node.
+
+    Parameters
+    ----------
+    transactions
+        Of every commit after ``from_snapshot`` up to ``to_snapshot``, oldest first.
+    from_snapshot, to_snapshot
+        The two ends; the first an ancestor of the second.
+    """
+    mentioned: set[NodeId] = set()
+    changed: set[NodeId] = set()
+    chunks: dict[NodeId, list[npt.NDArray[np.uint32]]] = {}
+    for log in transactions:
+        changed |= log.updated_groups | log.updated_arrays
+        mentioned |= log.new_groups | log.new_arrays | log.deleted_groups | log.deleted_arrays
+        mentioned |= {move.node_id for move in log.moved_nodes}
+        for node_id, coords in log.updated_chunks.items():
+            if len(coords):
+                chunks.setdefault(node_id, []).append(coords)
+    mentioned |= changed | chunks.keys()
+    before = _by_id(from_snapshot, mentioned)
+    after = _by_id(to_snapshot, mentioned)
+    kept = [(before[i], after[i]) for i in before.keys() & after.keys()]
+    return NetChanges(
+        new=tuple(n for i, n in after.items() if i not in before),
+        deleted=tuple(n for i, n in before.items() if i not in after),
+        updated=tuple(new for old, new in kept if new.id in changed),
+        moved=tuple(
+            sorted(
+                (Move(old.path, new.path, new.id, new.kind) for old, new in kept if old.path != new.path),
+                key=move_order,
+            )
+        ),
+        chunks={i: _merged(parts) for i, parts in chunks.items() if i in after},
+        paths={i: after[i].path for i in chunks if i in after},
+    )
+
+
+def diff(transactions: Sequence[TransactionLog], from_snapshot: Snapshot, to_snapshot: Snapshot) -> Changes:
+    """The changes by path: paths of deleted nodes as in ``from_snapshot``, all others as in ``to_snapshot``.
+
+    Parameters
+    ----------
+    transactions
+        Of every commit after ``from_snapshot`` up to ``to_snapshot``, oldest first.
+    from_snapshot, to_snapshot
+        The two ends; the first an ancestor of the second.
+    """
+    return net_diff(transactions, from_snapshot, to_snapshot).summary()
+
+
+def combined(first: TransactionLog, second: TransactionLog) -> TransactionLog:
+    """One transaction log for two commits in a row, as if they had been one; its id is the second's."""
+    new = ((first.new_groups | first.new_arrays) - second.deleted_groups - second.deleted_arrays) | (
+        second.new_groups | second.new_arrays
+    )
+    gone = first.deleted_groups | first.deleted_arrays | second.deleted_groups | second.deleted_arrays
+    chunks: dict[NodeId, list[npt.NDArray[np.uint32]]] = {}
+    for log in (first, second):
+        for node_id, coords in log.updated_chunks.items():
+            if node_id not in gone and len(coords):
+                chunks.setdefault(node_id, []).append(coords)
+    return TransactionLog(
+        id=second.id,
+        new_groups=(first.new_groups - second.deleted_groups) | second.new_groups,
+        new_arrays=(first.new_arrays - second.deleted_arrays) | second.new_arrays,
+        deleted_groups=first.deleted_groups | (second.deleted_groups - first.new_groups),
+        deleted_arrays=first.deleted_arrays | (second.deleted_arrays - first.new_arrays),
+        updated_groups=(first.updated_groups | second.updated_groups) - new - gone,
+        updated_arrays=(first.updated_arrays | second.updated_arrays) - new - gone,
+        updated_chunks={node_id: _merged(chunks[node_id]) for node_id in sorted(chunks)},
+        moved_nodes=_moved_in_a_row(first.moved_nodes, second.moved_nodes, new | gone),
+    )
+
+
+def _moved_in_a_row(first: Sequence[Move], second: Sequence[Move], without: frozenset[NodeId]) -> tuple[Move, ...]:
+    moves = {move.node_id: move for move in first}
+    for move in second:
+        before = moves.get(move.node_id)
+        moves[move.node_id] = move if before is None else move._replace(source=before.source)
+    kept = (m for m in moves.values() if m.source != m.target and m.node_id not in without)
+    return tuple(sorted(kept, key=move_order))
+
+
+def _by_id(snapshot: Snapshot, wanted: set[NodeId]) -> dict[NodeId, NodeSnapshot]:
+    return {node.id: node for node in snapshot.nodes.values() if node.id in wanted}
+
+
+def _merged(parts: list[npt.NDArray[np.uint32]]) -> npt.NDArray[np.uint32]:
+    # An array may have changed its rank; what is left are the coordinates of the rank it has now.
+    rank = parts[-1].shape[1]
+    coords = np.concatenate([p for p in parts if p.shape[1] == rank])
+    order = sort_last(coords)
+    return coords if order is None else coords[order]

@@ -1,0 +1,172 @@
+"""The references that a commit writes: what dirty tiles hold now, cut into what single manifests shall hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.errors import ErrorKind, FormatError, InvalidInputError
+from icechunk.format.ids import ObjectId
+from icechunk.format.values import ChunkRefs, Manifest, ManifestRef, NodeSnapshot
+from icechunk.log.session.array_fold import Rows
+from icechunk.log.session.columns import CoordIndex, concat, normalized, trimmed
+from icechunk.log.session.extents import around, by_tile, halved, in_box
+from icechunk.log.session.plan.tiles import Tile
+
+__all__ = ["ArrayPlan", "pieces", "references", "require_fit", "written_of"]
+
+Coords = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ArrayPlan:
+    """What becomes of one array's references."""
+
+    node: NodeSnapshot
+    """As it is now, with the base's manifests."""
+    tiles: tuple[Tile, ...]
+    """All of them; the dirty ones are written."""
+    written: Rows
+    """References of the log inside the grid, ascending."""
+    deleted: Coords
+    """uint32[n, ndim]: deleted inside the grid, ascending."""
+    tile_shape: tuple[int, ...] | None
+    """If the tiles are those of a given grid."""
+    anew: bool = False
+    """Whether cells of the grid without a change are gathered from several manifests as well."""
+
+
+def pieces(array: ArrayPlan, manifests: Mapping[ObjectId, Manifest], max_refs: int) -> Iterator[ChunkRefs]:
+    """What the dirty tiles of an array hold now; each piece goes into one manifest, and their boxes are disjoint.
+
+    Parameters
+    ----------
+    manifests
+        At least the sources of the dirty tiles.
+    max_refs
+        References in a piece, where the tiles are not those of a given grid.
+
+    Raises
+    ------
+    FormatError
+        If a manifest lacks the array that the base says it holds.
+    """
+    for tile in array.tiles:
+        if not tile.dirty:
+            continue
+        if array.tile_shape is not None:
+            yield from _cut_by_grid(array, tile, array.tile_shape, manifests)
+            continue
+        content = _content(array, tile, manifests)
+        if not len(content):
+            continue
+        whole = around(content.coords, tile.avoid) if tile.avoid else [np.arange(len(content))]
+        for part in whole:
+            for rows in halved(content.coords[part], max_refs):
+                yield trimmed(content if len(rows) == len(content) else content.take(part[rows]))
+
+
+def require_fit(array: ArrayPlan, max_refs: int) -> None:
+    """Refuse a cell of a given grid into which more references are written than a manifest can hold.
+
+    Raises
+    ------
+    InvalidInputError
+        It names the array, and what to do.
+    """
+    if array.tile_shape is None or len(array.written) <= max_refs:
+        return
+    most = max(map(len, _cells(array.written.coords, array.tile_shape)))
+    if most > max_refs:
+        raise InvalidInputError(
+            f"cannot write {most} references of array {array.node.path!r} into one manifest, which holds at most "
+            f"{max_refs}: split the array's manifests (ManifestConfig.splitting); nothing was written"
+        )
+
+
+def _content(array: ArrayPlan, tile: Tile, manifests: Mapping[ObjectId, Manifest]) -> ChunkRefs:
+    """The references of a dirty tile: those it had, without what was deleted or is out of the grid, and the written."""
+    written = written_of(array, tile)
+    changed = np.concatenate([written.coords, array.deleted[tile.deleted]])
+    parts = [refs for source in tile.sources if len(refs := _kept(array, source, manifests, changed))]
+    if not parts:
+        return written
+    return normalized(concat([*parts, written])) if len(written) or len(parts) > 1 else parts[0]
+
+
+def _cut_by_grid(
+    array: ArrayPlan, tile: Tile, shape: tuple[int, ...], manifests: Mapping[ObjectId, Manifest]
+) -> Iterator[ChunkRefs]:
+    coords = array.written.coords[tile.written] if len(tile.written) != len(array.written) else array.written.coords
+    deleted = array.deleted[tile.deleted]
+    # Row numbers only: a cell's references are taken when it is its turn.
+    written = {_cell(coords[rows[0]], shape): rows for rows in _cells(coords, shape)}
+    gathered: dict[tuple[int, ...], list[ChunkRefs]] = {cell: [] for cell in written}
+    for rows in _cells(deleted, shape):
+        gathered.setdefault(_cell(deleted[rows[0]], shape), [])
+    changed = np.concatenate([coords, deleted]) if tile.sources else deleted
+    for source in tile.sources:
+        refs = _kept(array, source, manifests, changed)
+        for rows in _cells(refs.coords, shape):
+            part = refs if len(rows) == len(refs) else refs.take(rows)
+            cell = _cell(part.coords[0], shape)
+            into = gathered.setdefault(cell, []) if array.anew else gathered.get(cell)
+            if into is None:
+                yield trimmed(part)
+            else:
+                # Trimmed now: the manifests of an array may share no table, and joining tables costs all their strings.
+                into.append(trimmed(part))
+    for cell in sorted(gathered):
+        parts = gathered.pop(cell)
+        if cell in written:
+            parts.append(trimmed(array.written.take(tile.written[written.pop(cell)])))
+        if parts:
+            yield trimmed(normalized(concat(parts)))
+
+
+def _cells(coords: Coords, shape: tuple[int, ...]) -> list[npt.NDArray[np.intp]]:
+    return by_tile(coords, shape) if len(coords) else []
+
+
+def _cell(coords: npt.NDArray[np.uint32], shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(c // n for c, n in zip(coords.tolist(), shape, strict=True))
+
+
+def written_of(array: ArrayPlan, tile: Tile) -> ChunkRefs:
+    """The references of the log that go into a tile."""
+    refs = array.written
+    return refs if isinstance(refs, ChunkRefs) and len(tile.written) == len(refs) else refs.take(tile.written)
+
+
+def _kept(array: ArrayPlan, source: ManifestRef, manifests: Mapping[ObjectId, Manifest], changed: Coords) -> ChunkRefs:
+    """References of one manifest that are inside the grid still, and not among the changed ones."""
+    old = references(array, source, manifests)
+    box = tuple((a, min(b, d.num_chunks)) for (a, b), d in zip(source.extents, array.node.shape, strict=True))
+    rows = in_box(old.coords, box)
+    if len(changed):
+        gone = np.zeros(len(old), np.bool_)
+        at = CoordIndex(old.coords).find_rows(changed)
+        gone[at[at >= 0]] = True
+        rows = rows[~gone[rows]]
+    return old if len(rows) == len(old) else old.take(rows)
+
+
+def references(array: ArrayPlan, source: ManifestRef, manifests: Mapping[ObjectId, Manifest]) -> ChunkRefs:
+    """All that a manifest holds of the array.
+
+    Raises
+    ------
+    FormatError
+        If that is nothing, although the base says otherwise.
+    """
+    old = manifests[source.object_id].arrays.get(array.node.id)
+    if old is None or old.ndim != len(array.node.shape):
+        raise FormatError(
+            f"manifest {source.object_id.hex()} holds no references of the array {array.node.path}, "
+            "although the snapshot says so",
+            ErrorKind.INCONSISTENT_MANIFESTS,
+        )
+    return old

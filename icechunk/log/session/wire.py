@@ -1,0 +1,258 @@
+"""The session log as bytes: for workers, and for a session's own checkpoints.
+
+Layout: magic, version u16, header length u32 (little-endian), header (JSON), then blobs, each padded
+with zeros to 8 bytes. The header names the base snapshot and lists the events; an event carries a
+stable tag, and the lengths of its blobs, which follow each other in the order of events. Columns
+are raw little-endian arrays.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from icechunk.errors import ErrorKind, FormatError, IcechunkError, SessionStateError
+from icechunk.format.ids import NodeId, ObjectId, encode_id
+from icechunk.format.values import ETAG, ID12, INLINE, LAST_MODIFIED, NO_CHECKSUM, VIRTUAL, ChunkRefs, Snapshot
+from icechunk.log.session.columns import sort_last
+from icechunk.log.session.events import (
+    ArrayCreated,
+    ChunksDeleted,
+    ChunksWritten,
+    Event,
+    GroupCreated,
+    HierarchyCleared,
+    MetadataReplaced,
+    NodeDeleted,
+    NodeMoved,
+)
+from icechunk.log.session.log import SessionLog
+
+__all__ = ["decode_log", "encode_log"]
+
+_MAGIC: Final = b"ICESLOG\n"
+_VERSION: Final = 1
+_HEAD: Final = struct.Struct("<8sHI")
+
+_GROUP_CREATED: Final = "group-created"
+_ARRAY_CREATED: Final = "array-created"
+_METADATA_REPLACED: Final = "metadata-replaced"
+_NODE_DELETED: Final = "node-deleted"
+_HIERARCHY_CLEARED: Final = "hierarchy-cleared"
+_NODE_MOVED: Final = "node-moved"
+_CHUNKS_WRITTEN: Final = "chunks-written"
+_CHUNKS_DELETED: Final = "chunks-deleted"
+
+Blob = bytes | memoryview | npt.NDArray[Any]
+
+
+def encode_log(base: ObjectId, events: Sequence[Event]) -> bytes:
+    """The events of a log that stands on the snapshot ``base``."""
+    blobs: list[bytes] = []
+    listed = []
+    for event in events:
+        record, own = _encode_event(event)
+        raw = [bytes(b) if isinstance(b, bytes | memoryview) else np.ascontiguousarray(b).tobytes() for b in own]
+        record["blobs"] = [len(b) for b in raw]
+        listed.append(record)
+        for b in raw:
+            blobs += (b, bytes(-len(b) % 8))
+    header = orjson.dumps({"base": base.hex(), "events": listed})
+    header += b" " * (-(len(header) + _HEAD.size) % 8)
+    return b"".join([_HEAD.pack(_MAGIC, _VERSION, len(header)), header, *blobs])
+
+
+def decode_log(data: bytes, base: Snapshot, new_node_id: Callable[[], NodeId]) -> SessionLog:
+    """Read `encode_log` back and fold it over its base.
+
+    Raises
+    ------
+    FormatError
+        If the bytes are not those of a log, or its events do not fold.
+    SessionStateError
+        If the log stands on another snapshot than ``base``.
+    """
+    try:
+        magic, version, size = _HEAD.unpack_from(data)
+        if magic != _MAGIC:
+            raise ValueError("it does not begin like one")
+        if version != _VERSION:
+            raise ValueError(f"it has version {version}, this library reads {_VERSION}")
+        header = orjson.loads(data[_HEAD.size : _HEAD.size + size])
+        stands_on = bytes.fromhex(header["base"])
+        reader = _Blobs(data, _HEAD.size + size)
+        events = [_decode_event(record, reader.next(record["blobs"])) for record in header["events"]]
+        if reader.at != len(data):
+            raise ValueError("it goes on after its last event")
+        if stands_on != base.id:
+            raise SessionStateError(
+                f"cannot read the session log: it stands on snapshot {encode_id(stands_on)}, not on "
+                f"{encode_id(base.id)}; read it over its own base, then rebase"
+            )
+        log = SessionLog(base, new_node_id)
+        log.replay(events)
+    except SessionStateError:
+        raise
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        struct.error,
+        OverflowError,
+        IcechunkError,
+    ) as error:
+        raise FormatError(f"cannot read the session log: {error}", ErrorKind.DESERIALIZATION) from error
+    return log
+
+
+class _Blobs:
+    """Hands out the blobs in order."""
+
+    def __init__(self, data: bytes, at: int) -> None:
+        self._data = memoryview(data)
+        self.at = at
+
+    def next(self, sizes: Sequence[int]) -> list[memoryview]:
+        """The next blobs, of these lengths."""
+        out = []
+        for size in sizes:
+            if type(size) is not int or size < 0 or self.at + size > len(self._data):
+                raise ValueError("it is truncated")
+            out.append(self._data[self.at : self.at + size])
+            self.at += size + -size % 8
+        return out
+
+
+def _encode_event(event: Event) -> tuple[dict[str, Any], list[Blob]]:
+    match event:
+        case GroupCreated() | ArrayCreated() | MetadataReplaced():
+            tag = {GroupCreated: _GROUP_CREATED, ArrayCreated: _ARRAY_CREATED}.get(type(event), _METADATA_REPLACED)
+            return {"tag": tag, "v": 1, "node": event.node_id.hex(), "path": event.path}, [event.user_data]
+        case NodeDeleted():
+            return {"tag": _NODE_DELETED, "v": 1, "node": event.node_id.hex(), "path": event.path}, []
+        case HierarchyCleared():
+            return {"tag": _HIERARCHY_CLEARED, "v": 1}, []
+        case NodeMoved():
+            where = {"source": event.source, "target": event.target}
+            return {"tag": _NODE_MOVED, "v": 1, "node": event.node_id.hex(), **where}, []
+        case ChunksDeleted():
+            shape = list(event.coords.shape)
+            coords = event.coords.astype("<u4", copy=False)
+            return {"tag": _CHUNKS_DELETED, "v": 1, "node": event.node_id.hex(), "shape": shape}, [coords]
+        case ChunksWritten():
+            shape = list(event.refs.coords.shape)
+            record = {"tag": _CHUNKS_WRITTEN, "v": 1, "node": event.node_id.hex(), "shape": shape}
+            return record, _encode_refs(event.refs)
+
+
+def _encode_refs(refs: ChunkRefs) -> list[Blob]:
+    sums: list[Blob] = [b"", b""]
+    if refs.checksum_kind is not None and refs.checksum is not None:
+        sums = [refs.checksum_kind, refs.checksum.astype("<i8", copy=False)]
+    return [
+        refs.coords.astype("<u4", copy=False),
+        refs.kind,
+        refs.offset.astype("<u8", copy=False),
+        refs.length.astype("<u8", copy=False),
+        refs.chunk_id,
+        refs.location.astype("<i4", copy=False),
+        *sums,
+        orjson.dumps(refs.locations),
+        orjson.dumps(refs.etags),
+        refs.inline_data,
+    ]
+
+
+def _decode_event(record: dict[str, Any], blobs: list[memoryview]) -> Event:
+    tag, version = record["tag"], record["v"]
+    if version != 1:
+        raise ValueError(f"event {tag!r} has version {version!r}, this library reads 1")
+    if tag == _HIERARCHY_CLEARED:
+        return HierarchyCleared()
+    node_id = NodeId(bytes.fromhex(record["node"]))
+    if len(node_id) != 8:
+        raise ValueError("a node id is not of 8 bytes")
+    match tag:
+        case "group-created":
+            return GroupCreated(node_id=node_id, path=_text(record["path"]), user_data=bytes(blobs[0]))
+        case "array-created":
+            return ArrayCreated(node_id=node_id, path=_text(record["path"]), user_data=bytes(blobs[0]))
+        case "metadata-replaced":
+            return MetadataReplaced(node_id=node_id, path=_text(record["path"]), user_data=bytes(blobs[0]))
+        case "node-deleted":
+            return NodeDeleted(node_id=node_id, path=_text(record["path"]))
+        case "node-moved":
+            return NodeMoved(node_id=node_id, source=_text(record["source"]), target=_text(record["target"]))
+        case "chunks-deleted":
+            return ChunksDeleted(node_id=node_id, coords=_coords(blobs[0], *record["shape"]))
+        case "chunks-written":
+            return ChunksWritten(node_id=node_id, refs=_decode_refs(blobs, *record["shape"]))
+        case _:
+            raise ValueError(f"unknown event {tag!r}")
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a path is not text")
+    return value
+
+
+def _coords(blob: memoryview, n: int, ndim: int) -> npt.NDArray[np.uint32]:
+    # A column that claims rows without bytes would cost memory that the file did not pay for.
+    if n < 0 or ndim < 0 or len(blob) != 4 * n * ndim or (ndim == 0 and n > 1):
+        raise ValueError("coordinates are not of the shape that it says")
+    coords = np.frombuffer(blob, "<u4").astype(np.uint32, copy=False).reshape(n, ndim)
+    if sort_last(coords) is not None:
+        raise ValueError("coordinates are not ascending")
+    return coords
+
+
+def _column(blob: memoryview, dtype: str | np.dtype[Any], n: int) -> npt.NDArray[Any]:
+    column = np.frombuffer(blob, dtype)
+    if len(column) != n:
+        raise ValueError("columns differ in length")
+    return column.astype(column.dtype.newbyteorder("="), copy=False)
+
+
+def _decode_refs(blobs: list[memoryview], n: int, ndim: int) -> ChunkRefs:
+    coords = _coords(blobs[0], n, ndim)
+    kind = _column(blobs[1], "u1", n)
+    locations, etags = (tuple(map(_text, orjson.loads(blobs[i]))) for i in (8, 9))
+    refs = ChunkRefs(
+        coords=coords,
+        kind=kind,
+        offset=_column(blobs[2], "<u8", n),
+        length=_column(blobs[3], "<u8", n),
+        chunk_id=_column(blobs[4], ID12, n),
+        location=_column(blobs[5], "<i4", n),
+        locations=locations,
+        checksum_kind=_column(blobs[6], "u1", n) if blobs[6] else None,
+        checksum=_column(blobs[7], "<i8", n) if blobs[6] else None,
+        etags=etags,
+        inline_data=bytes(blobs[10]),
+    )
+    if n and not ((kind >= INLINE) & (kind <= VIRTUAL)).all():
+        raise ValueError("a reference is of no known kind")
+    inline = kind == INLINE
+    room = np.uint64(len(refs.inline_data))
+    offset, length = refs.offset[inline], refs.length[inline]
+    if (offset > room).any() or (length > room - offset).any():
+        raise ValueError("an inline chunk reaches out of the inline bytes")
+    _check_rows(refs.location[kind == VIRTUAL], len(locations))
+    if refs.checksum_kind is not None and refs.checksum is not None:
+        if not np.isin(refs.checksum_kind, (NO_CHECKSUM, ETAG, LAST_MODIFIED)).all():
+            raise ValueError("a checksum is of no known kind")
+        _check_rows(refs.checksum[refs.checksum_kind == ETAG], len(etags))
+    return refs
+
+
+def _check_rows(rows: npt.NDArray[Any], size: int) -> None:
+    if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= size):
+        raise ValueError("a reference points out of a table")

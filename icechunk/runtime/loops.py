@@ -1,0 +1,364 @@
+"""One value per event loop: made at first use, closed with its loop, never touched after a fork.
+
+Clients, locks and pools belong to the loop they were made on, while one storage or store object is used from many: the
+user's, zarr's, one per thread or test. `PerLoop` keeps the value of each.
+
+How a value is closed in time: for each value an asynchronous generator is started on its loop, suspended at its only
+``yield``, whose ``finally`` closes the value. `asyncio.run` and `asyncio.Runner` end a loop with
+``shutdown_asyncgens()``, which runs that ``finally`` on the loop itself. Loops that still run, or lie idle, at the end
+of the process (daemon threads) are seen to by an ``atexit`` hook. After a fork the child forgets the parent's values
+without closing or finalising them: their sockets and selectors are shared with the parent.
+
+In which order: ``shutdown_asyncgens()`` ends all generators of a loop at once, but what closes may still need what lies
+below it (a repository log writes its last checkpoint through a storage's client). So each `PerLoop` has a rank, and
+where a loop ends, a value waits until those of higher ranks on this loop are closed. One that is made anew for such a
+close, because somebody had closed it by hand, gets no generator, which nobody would end: whoever closes last on the
+loop closes it too.
+
+Who closes: several may want to at once, the loop's end among them, while a generator that is being ended may not be
+ended again. So closing is the entry's affair: whoever comes first does it, in their own task, the others wait for it,
+and a generator that is left over finds nothing to do.
+
+The one background loop that synchronous twins run on.
+
+Each twin is a line: ``return run_sync(self.commit_async(...))``. The loop lives in a daemon thread, is
+made at the first call, and never crosses a fork: a child makes its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import contextvars
+import inspect
+import os
+import threading
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from types import AsyncGeneratorType
+from typing import Any, Final, Generic, TypeAlias, TypeVar, cast
+
+__all__ = ["PerLoop", "background_loop", "blocked_loop", "iterate_sync", "run_sync"]
+
+T = TypeVar("T")
+
+_EXIT_PATIENCE_S: Final = 5.0
+_ORDER_PATIENCE_S: Final = 30.0
+
+_everyone: weakref.WeakSet[PerLoop[Any]] = weakref.WeakSet()
+# What is open on each loop, of every `PerLoop`.
+_open: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, list[_Entry[Any]]] = weakref.WeakKeyDictionary()
+# Loops whose generators are being ended.
+_ending: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+# Values of a parent process, kept so that they are never finalised here.
+_inherited: list[object] = []
+_guard = threading.Lock()
+_hooked = False
+
+
+class _Entry(Generic[T]):
+    __slots__ = ("close", "closed", "closer", "closing", "home", "keeper", "lock", "rank", "value")
+
+    def __init__(self, rank: int, home: _Entries[T], close: Callable[[T], Awaitable[None]] | None) -> None:
+        # These instead of the `PerLoop`: a reference to that would keep it alive through its own finaliser.
+        self.home = home
+        self.close = close
+        self.rank = rank
+        self.closed = asyncio.Event()
+        self.closer: asyncio.Task[Any] | None = None
+        self.lock = asyncio.Lock()
+        self.keeper: AsyncGenerator[None, None] | None = None
+        self.value: T | None = None
+        self.closing: asyncio.Task[None] | None = None
+
+
+_Entries: TypeAlias = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Entry[T]]
+
+
+class PerLoop(Generic[T]):
+    """A value for each running event loop.
+
+    Parameters
+    ----------
+    factory
+        Makes the value, on the loop that it is for; may be a coroutine function. Must not return None.
+    close
+        Closes it, on the same loop. What it raises is not seen by anybody.
+    rank
+        At the end of a loop, or of the process, values with a higher rank are closed before those with a lower one.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[], T | Awaitable[T]],
+        close: Callable[[T], Awaitable[None]] | None = None,
+        *,
+        rank: int = 0,
+    ) -> None:
+        self._rank = rank
+        self._factory = factory
+        self._close = close
+        self._entries: _Entries[T] = weakref.WeakKeyDictionary()
+        self._pid = os.getpid()
+        # Holds the values for as long as this object lives, and then until their loops have closed them: collected in
+        # one go with their keepers they would be finalised while open.
+        weakref.finalize(self, _abandon, self._entries, self._pid).atexit = False
+
+    def peek(self) -> T | None:
+        """The running loop's value, or None where none was made yet. Needs a running loop."""
+        if self._pid != os.getpid():
+            return None
+        entry = self._entries.get(asyncio.get_running_loop())
+        return None if entry is None else entry.value
+
+    async def get(self) -> T:
+        """The running loop's value, made now if need be. Concurrent callers get the same one."""
+        value = self.peek()
+        if value is not None:
+            return value
+        loop = asyncio.get_running_loop()
+        while True:
+            entry = self._entry(loop)
+            async with entry.lock:
+                if self._entries.get(loop) is not entry:
+                    continue  # closed while we waited
+                if entry.value is not None:
+                    return entry.value
+                made = self._factory()
+                value = cast(T, await made if inspect.isawaitable(made) else made)
+                if loop not in _ending:
+                    entry.keeper = _keep(entry)
+                    await anext(entry.keeper)
+                with _guard:
+                    _open.setdefault(loop, []).append(entry)
+                entry.value = value
+                return value
+
+    async def aclose(self) -> None:
+        """Close the running loop's value, if it has one; return once it is closed. The next `get` makes a new one."""
+        if self._pid == os.getpid():
+            await self._aclose_on(asyncio.get_running_loop())
+
+    def _entry(self, loop: asyncio.AbstractEventLoop) -> _Entry[T]:
+        with _guard:
+            if self._pid != os.getpid():
+                _inherited.append(self._entries)
+                self._entries = weakref.WeakKeyDictionary()
+                self._pid = os.getpid()
+                weakref.finalize(self, _abandon, self._entries, self._pid).atexit = False
+            for other in list(self._entries):
+                if other.is_closed():
+                    del self._entries[other]
+            entry = self._entries.get(loop)
+            if entry is None:
+                entry = self._entries[loop] = _Entry(self._rank, self._entries, self._close)
+            _everyone.add(self)
+            _hook_exit()
+            return entry
+
+    async def _aclose_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        with _guard:
+            mine = [entry for entry in _open.get(loop, ()) if entry.home is self._entries]
+        for entry in mine:
+            await _close_now(entry)
+
+
+async def _close_now(entry: _Entry[Any]) -> None:
+    """Close one value ahead of its loop, whatever its rank."""
+    try:
+        await _close_once(entry)
+    finally:
+        keeper = entry.keeper
+        # Does not suspend, since there is nothing left to do.
+        if entry.closed.is_set() and isinstance(keeper, AsyncGeneratorType) and not keeper.ag_running:
+            await keeper.aclose()
+
+
+async def _close_once(entry: _Entry[Any]) -> None:
+    """Close a value; who comes second waits for who was first, unless the first is who asks."""
+    task = asyncio.current_task()
+    if entry.closer is not None:
+        if entry.closer is not task:
+            await entry.closed.wait()
+        return
+    entry.closer = task
+    loop = asyncio.get_running_loop()
+    try:
+        with _guard:
+            if entry.home.get(loop) is entry:
+                del entry.home[loop]
+        if entry.close is not None:
+            with contextlib.suppress(Exception):
+                await entry.close(entry.value)
+    finally:
+        with _guard:
+            _open[loop].remove(entry)
+        entry.closed.set()
+
+
+async def _keep(own: _Entry[Any]) -> AsyncGenerator[None, None]:
+    try:
+        yield
+    finally:
+        loop = asyncio.get_running_loop()
+        if own.closer is None:
+            _ending.add(loop)
+            await _wait_for_higher(own, loop)
+        if not own.closed.is_set():
+            await _close_once(own)
+        await _close_late(loop)
+
+
+async def _close_late(loop: asyncio.AbstractEventLoop) -> None:
+    """Close what was made while the loop ended, once nothing else is open that may use it."""
+    with _guard:
+        left = _open.get(loop, [])[:]
+    if loop in _ending and all(entry.keeper is None for entry in left):
+        for entry in sorted(left, key=lambda entry: entry.rank, reverse=True):
+            await _close_once(entry)
+
+
+async def _wait_for_higher(own: _Entry[Any], loop: asyncio.AbstractEventLoop) -> None:
+    with _guard:
+        higher = [entry for entry in _open[loop] if entry.rank > own.rank]
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_ORDER_PATIENCE_S):
+            for entry in higher:
+                await entry.closed.wait()
+
+
+def _abandon(entries: _Entries[Any], pid: int) -> None:
+    """Close what an object that is gone has left on loops that still run, on those loops."""
+    if pid != os.getpid():
+        return
+    for loop, entry in list(entries.items()):
+        if entry.keeper is not None and not loop.is_closed():
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(_close_soon, loop, entry)
+
+
+def _close_soon(loop: asyncio.AbstractEventLoop, entry: _Entry[Any]) -> None:
+    if entry.keeper is not None:
+        entry.closing = loop.create_task(_close_now(entry))
+
+
+def _hook_exit() -> None:
+    # Registered at first use, not at import: hooks run last in, first out, and this one must run before the loops'
+    # owners (zarr among them) stop their loops.
+    global _hooked
+    if not _hooked:
+        _hooked = True
+        atexit.register(_close_everything)
+
+
+def _close_everything() -> None:
+    for keeper in sorted(_everyone, key=lambda keeper: keeper._rank, reverse=True):
+        if keeper._pid != os.getpid():
+            continue
+        for loop in list(keeper._entries):
+            with contextlib.suppress(Exception):
+                _finish(keeper, loop)
+
+
+def _finish(keeper: PerLoop[Any], loop: asyncio.AbstractEventLoop) -> None:
+    if loop.is_closed():
+        return
+    closing = keeper._aclose_on(loop)
+    try:
+        if loop.is_running():
+            asyncio.run_coroutine_threadsafe(closing, loop).result(_EXIT_PATIENCE_S)
+        else:
+            loop.run_until_complete(closing)
+    finally:
+        closing.close()
+
+
+def _after_fork() -> None:
+    # The parent may have held the lock while it forked, and its values must outlive every finaliser here.
+    global _guard
+    _guard = threading.Lock()
+    _inherited.extend(list(keeper._entries.items()) for keeper in list(_everyone))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+_lock = threading.Lock()
+_loop: asyncio.AbstractEventLoop | None = None
+_thread: threading.Thread | None = None
+_pid = 0
+
+blocked_loop: contextvars.ContextVar[asyncio.AbstractEventLoop | None] = contextvars.ContextVar(
+    "icechunk_blocked_loop", default=None
+)
+"""Inside a synchronous twin: the loop whose thread waits for it, and so cannot make progress meanwhile."""
+
+
+def background_loop() -> asyncio.AbstractEventLoop:
+    """The loop of this process's background thread, started if need be."""
+    global _loop, _thread, _pid
+    with _lock:
+        if _loop is None or _pid != os.getpid() or _loop.is_closed():
+            _loop = asyncio.new_event_loop()
+            _thread = threading.Thread(target=_loop.run_forever, name="icechunk-sync", daemon=True)
+            _thread.start()
+            _pid = os.getpid()
+        return _loop
+
+
+def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on the background loop, and wait for its result in this thread.
+
+    Raises
+    ------
+    RuntimeError
+        When called on the background loop itself, where waiting would never end.
+    """
+    loop = background_loop()
+    if threading.current_thread() is _thread:
+        coroutine.close()
+        raise RuntimeError("a synchronous method was called on icechunk's own event loop; await its *_async twin")
+    try:
+        blocked: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+    except RuntimeError:
+        blocked = None
+    token = blocked_loop.set(blocked)
+    try:
+        future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+    finally:
+        blocked_loop.reset(token)
+    try:
+        return future.result()
+    except BaseException:
+        # KeyboardInterrupt reaches the waiting thread only: the work must not go on behind the user's back.
+        future.cancel()
+        raise
+
+
+def iterate_sync(source: AsyncIterator[T]) -> Iterator[T]:
+    """Walk an asynchronous iterator from synchronous code, an item at a time."""
+
+    async def step() -> tuple[bool, T | None]:
+        try:
+            return True, await anext(source)
+        except StopAsyncIteration:
+            return False, None
+
+    while True:
+        more, item = run_sync(step())
+        if not more:
+            return
+        yield item  # type: ignore[misc]
+
+
+def _forget_background_loop() -> None:
+    # The parent may have held the lock while it forked.
+    global _lock, _loop, _thread
+    _lock = threading.Lock()
+    _loop = _thread = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_background_loop)

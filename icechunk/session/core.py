@@ -1,0 +1,377 @@
+"""What a repository's sessions share: storage, configuration, caches, and one log client for each event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from icechunk.config import (
+    Attribution,
+    CachingConfig,
+    EngineConfig,
+    RepositoryConfig,
+    StorageConcurrencySettings,
+    StorageSettings,
+    config_from_dict,
+    config_to_dict,
+)
+from icechunk.config.manifest_rules import manifests_to_preload, tile_shapes
+from icechunk.config.storage import DEFAULT_IDEAL_REQUEST_BYTES, DEFAULT_MAX_REQUESTS_PER_OBJECT
+from icechunk.format.envelope import CLIENT_NAME
+from icechunk.format.ids import ObjectId, object_id_from_text
+from icechunk.format.manifest.location_compression import LocationCompression
+from icechunk.format.values import Snapshot
+from icechunk.log.repository.convert import convert_log
+from icechunk.log.repository.open import open_repository
+from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Layout, RepositoryLog
+from icechunk.log.repository.queue import UpdateRetries, retries_of
+from icechunk.log.repository.state import RepoState
+from icechunk.log.session.plan.compaction import Policy
+from icechunk.runtime.clock import SYSTEM, Sources
+from icechunk.runtime.loops import PerLoop
+from icechunk.storage.port import Storage
+from icechunk.transfer.assets import Assets, Preloader, Reads
+from icechunk.transfer.blocks import Limits
+from icechunk.transfer.cache import WeightedCache
+from icechunk.transfer.fetch import Splitting
+from icechunk.transfer.limiter import MAX_BYTES, WRITE, Gates
+from icechunk.transfer.packs import Packs
+from icechunk.transfer.put import PutMemory, PutPool
+from icechunk.virtual_access import VirtualAccess
+
+__all__ = ["Core", "Settings"]
+
+_HEELS_US = 5_000
+"""A program that did not wait since it has opened a repository can hardly have heard of news within this time."""
+_DEFAULT_PUT_MEMORY_BYTES = 128 * 1024 * 1024
+_DEFAULT_VALUES_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The configuration as the engine uses it: every option with its value."""
+
+    inline_threshold_bytes: int
+    """Chunks up to this size stand in manifests."""
+    compression_level: int
+    """zstd level of metadata files."""
+    max_requests: int
+    """Requests in flight, of reads and writes together, in each loop."""
+    max_bytes_in_flight: int
+    """Their bytes, where they are known beforehand."""
+    partial_values_at_once: int
+    """Values that one call for several fetches at the same time."""
+    put_memory_bytes: int
+    """Bytes on their way to storage that all sessions hold at the most."""
+    pack_threshold_bytes: int
+    """Chunks below this size share chunk objects; 0: none do."""
+    pack_size_bytes: int
+    """Size of such an object."""
+    small_commit_bytes: int
+    """Commits whose files are no larger together ride in the log."""
+    policy: Policy
+    """How references are laid out in manifests."""
+    commit_fetches: int
+    """Manifests that a commit reads at a time, at the most."""
+    locations: LocationCompression
+    """How locations of virtual references are compressed in them."""
+    reads: Reads
+    """How requests are made of reads."""
+
+
+class Core:
+    """One open repository. Safe to share among loops and threads; picklable, opening again where it arrives.
+
+    Parameters
+    ----------
+    storage
+        Where it is.
+    config
+        The caller's configuration; `load_config` merges it over the persisted one.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        config: RepositoryConfig,
+        *,
+        sources: Sources = SYSTEM,
+        attribution: Attribution | None = None,
+        virtual_access: Mapping[str, Any] | None = None,
+        default_metadata: Mapping[str, Any] | None = None,
+        layout: Layout = Layout.LOG,
+    ) -> None:
+        self.sources = sources
+        self.layout = layout
+        """How the repository log was persisted when it was last opened; decides about defaults of `settings`."""
+        self.attribution = attribution
+        self.virtual_access = dict(virtual_access or {})
+        self.default_metadata: dict[str, Any] = dict(default_metadata or {})
+        self.persisted_config: Any = None
+        """The configuration that was persisted when this core was opened, or that it has persisted since."""
+        self.files: WeightedCache[str, bytes] = WeightedCache(FILES_BYTES, MAX_FILES)
+        """Small metadata files that came with the log, by key; some have no object of their own yet."""
+        self.gates = Gates(0)
+        self._put_memory: tuple[int, PutMemory] | None = None
+        if attribution is not None and attribution != Attribution():
+            storage = storage.with_user_agent(attribution.user_agent(CLIENT_NAME))
+        self._configure(storage, config)
+        self._fresh: tuple[RepositoryLog, int] | None = None
+        self._created: RepositoryLog | None = None
+        self._opened_us: WeakKeyDictionary[RepositoryLog, int] = WeakKeyDictionary()
+        self._logs = self._new_logs()
+
+    def _new_logs(self) -> PerLoop[RepositoryLog]:
+        return PerLoop(self._open_log, lambda log: log.aclose(), rank=1)
+
+    def _configure(self, storage: Storage, config: RepositoryConfig) -> None:
+        self.storage = storage.with_settings(config.storage) if config.storage is not None else storage
+        self.config = config
+        self.settings = settings = _resolve(config, self.layout, getattr(self.storage, "settings", config.storage))
+        if (self.gates.max_requests, self.gates.max_bytes) != (settings.max_requests, settings.max_bytes_in_flight):
+            self.gates = Gates(settings.max_requests, settings.max_bytes_in_flight)
+        caching = config.caching or CachingConfig()
+        self.assets = Assets(
+            self.storage,
+            gates=self.gates,
+            reads=settings.reads if self.storage.gains_from_split_reads else replace(settings.reads, splitting=None),
+            num_snapshot_nodes=_value(caching.num_snapshot_nodes, 500_000),
+            num_chunk_refs=_value(caching.num_chunk_refs, 15_000_000),
+            num_transaction_changes=_value(caching.num_transaction_changes, 0),
+            files=self.files,
+            find_file=self._find_file,
+            max_decodes=_value(config.max_concurrent_decodes, 2),
+        )
+        self._preloaders = PerLoop(lambda: Preloader(self.assets, self.settings.max_requests), Preloader.aclose, rank=1)
+        self._preloaded: ObjectId | None = None
+        self.virtual = VirtualAccess(
+            (config.virtual_chunk_containers or {}).values(),
+            self.virtual_access,
+            settings=config.storage,
+            gates=self.gates,
+            reads=settings.reads,
+            sources=self.sources,
+        )
+
+    async def load_config(self) -> None:
+        """Merge the caller's configuration over the persisted one; for a core that nobody has used yet."""
+        log = await self.log()
+        self._learn_from(log, self.config)
+        # Until the loop turns, nobody here can have heard of anything that this open has not seen.
+        self._fresh = log, self.sources.elapsed_us()
+        asyncio.get_running_loop().call_soon(self._forget_fresh)
+
+    def _forget_fresh(self) -> None:
+        self._fresh = None
+
+    def _learn_from(self, log: RepositoryLog, config: RepositoryConfig) -> None:
+        self.persisted_config, self.layout = log.state.config, log.layout
+        if self.persisted_config is not None:
+            config = config_from_dict(self.persisted_config).merge(config)
+        self._configure(self.storage, config)
+
+    def __reduce__(self) -> tuple[Callable[..., Core], tuple[Any, ...]]:
+        return (
+            _restore,
+            (self.storage, self.config, self.attribution, self.virtual_access, self.default_metadata, self.layout),
+        )
+
+    async def _open_log(self) -> RepositoryLog:
+        began_us = self.sources.elapsed_us()
+        log, self._created = self._created, None
+        if log is None:
+            log = await open_repository(
+                self.storage,
+                self.sources,
+                updates_per_file=self.config.num_updates_per_repo_info_file,
+                retries=_retries(self.config),
+            )
+        log.share_files(self.files)
+        self._opened_us[log] = began_us
+        return log
+
+    async def adopt(self, log: RepositoryLog) -> None:
+        """Make the log that was just created on this loop its client, instead of opening it again."""
+        self._created = log
+        self.persisted_config = log.state.config
+        await self._logs.get()
+        self.persisted_config, self.layout = log.state.config, log.layout
+        self._configure(self.storage, self.config)
+
+    async def convert(self, layout: Layout) -> None:
+        """Give the log another layout, and go on with that one; see `icechunk.log.repository.convert`."""
+        await convert_log(await self.log(), self.storage, self.sources, layout)
+        await self._logs.aclose()
+        # Clients of other loops find that their log has ended; new ones take their places.
+        self._logs = self._new_logs()
+        self._learn_from(await self.log(), self.config)
+
+    async def log(self) -> RepositoryLog:
+        """This loop's client of the repository log. Raises `RepositoryNotFoundError` where there is none."""
+        return self._logs.peek() or await self._logs.get()
+
+    async def state(self, snapshot_id: str | None = None) -> RepoState:
+        """Everything about the repository as of now: includes what anybody was acknowledged before the call.
+
+        Parameters
+        ----------
+        snapshot_id
+            A snapshot that its graph should have, if it exists.
+        """
+        called_us = self.sources.elapsed_us()
+        log = await self.log()
+        # What an open that began after this call has read is news enough.
+        news = self._opened_us[log] >= called_us or self._just_opened(log, called_us)
+        state = log.state if news else await log.refresh()
+        return state if snapshot_id is None else await log.learn([object_id_from_text(snapshot_id)])
+
+    def _just_opened(self, log: RepositoryLog, called_us: int) -> bool:
+        return self._fresh is not None and self._fresh[0] is log and called_us - self._fresh[1] < _HEELS_US
+
+    async def _find_file(self, key: str) -> bytes | None:
+        return await (await self.log()).find_file(key)
+
+    async def learn(self, *snapshots: ObjectId, ancestry: bool = False) -> RepoState:
+        """The state as last read, with these snapshots in its graph, and with ``ancestry`` what they descend from."""
+        return await (await self.log()).learn(snapshots, ancestry=ancestry)
+
+    def packs(self) -> Packs:
+        """Where the chunks of one writable session go."""
+        settings = self.settings
+        pool = PutPool(self.storage, memory=self._memory(), gates=self.gates)
+        return Packs(
+            pool,
+            self.sources.new_object_id,
+            threshold_bytes=settings.pack_threshold_bytes,
+            size_bytes=settings.pack_size_bytes,
+        )
+
+    def _memory(self) -> PutMemory:
+        """Of this process: what a parent had on its way when it forked is not ours to wait for."""
+        kept, most = self._put_memory, self.settings.put_memory_bytes
+        if kept is None or kept[0] != os.getpid() or kept[1].max_bytes != most:
+            kept = self._put_memory = (os.getpid(), PutMemory(most))
+        return kept[1]
+
+    async def put(self, key: str, data: bytes) -> None:
+        """Write a metadata file, within the bounds of what is in flight. Raises as `Storage.put`."""
+        gate = self.gates.here()
+        await gate.enter(len(data), WRITE)
+        try:
+            await self.storage.put(key, data)
+        finally:
+            gate.leave(len(data))
+
+    async def preload(self, snapshot: Snapshot) -> None:
+        """Begin to fetch the manifests that the configuration wants ahead of need; does not wait for them."""
+        if self._preloaded == snapshot.id:
+            return
+        self._preloaded = snapshot.id
+        config = self.config.manifest.preload if self.config.manifest is not None else None
+        wanted = [id for id in manifests_to_preload(config, snapshot) if not self.assets.knows_manifest(id)]
+        if wanted:
+            (await self._preloaders.get()).start(wanted)
+
+    async def preloaded(self) -> None:
+        """Wait for what `preload` has begun on this loop."""
+        preloader = self._preloaders.peek()
+        if preloader is not None:
+            await preloader.wait()
+
+    async def aclose(self) -> None:
+        """Write a last checkpoint where one is due, and close what this loop has open."""
+        await self._preloaders.aclose()
+        await self._logs.aclose()
+        await self.virtual.aclose()
+        await self.storage.aclose()
+
+
+def _value(setting: int | None, default: int) -> int:
+    return default if setting is None else setting
+
+
+def _retries(config: RepositoryConfig) -> UpdateRetries | None:
+    given = config.repo_update_retries
+    return None if given is None or given.default is None else retries_of(config_to_dict(config))
+
+
+def _resolve(config: RepositoryConfig, layout: Layout, storage: StorageSettings | None) -> Settings:
+    engine = config.engine or EngineConfig()
+    compression = config.compression
+    # What is shared with the official library is laid out as it does it, unless asked for otherwise.
+    alone = layout is Layout.LOG
+    shapes = tile_shapes(config.manifest.splitting if config.manifest is not None else None)
+    if alone or not (engine.max_refs_per_manifest is None and engine.share_manifests_below_refs is None):
+        policy = Policy(
+            max_refs_per_manifest=_value(engine.max_refs_per_manifest, Policy().max_refs_per_manifest),
+            share_below_refs=_value(engine.share_manifests_below_refs, Policy().share_below_refs if alone else 0),
+            tile_shape=shapes,
+        )
+    else:
+        policy = Policy.explicit(shapes)
+    max_requests = _value(config.max_concurrent_requests, 256)
+    return Settings(
+        inline_threshold_bytes=_value(config.inline_chunk_threshold_bytes, 512),
+        compression_level=_value(compression.level if compression is not None else None, 3),
+        max_requests=max_requests,
+        max_bytes_in_flight=_value(engine.max_bytes_in_flight, MAX_BYTES),
+        partial_values_at_once=_value(config.get_partial_values_concurrency, _DEFAULT_VALUES_AT_ONCE),
+        put_memory_bytes=_value(engine.put_memory_bytes, _DEFAULT_PUT_MEMORY_BYTES),
+        pack_threshold_bytes=_value(engine.pack_threshold_bytes, 512 * 1024 if alone else 0),
+        pack_size_bytes=_value(engine.pack_size_bytes, 4 * 1024 * 1024),
+        small_commit_bytes=_value(engine.small_commit_bytes, 64 * 1024),
+        policy=policy,
+        reads=_reads(config.caching or CachingConfig(), engine, storage),
+        commit_fetches=_value(
+            config.manifest.max_concurrent_manifest_fetches_during_commit if config.manifest is not None else None,
+            max_requests,
+        ),
+        locations=_locations(config),
+    )
+
+
+def _locations(config: RepositoryConfig) -> LocationCompression:
+    given = config.manifest.virtual_chunk_location_compression if config.manifest is not None else None
+    default = LocationCompression()
+    if given is None:
+        return default
+    return LocationCompression(
+        min_refs=_value(given.min_num_chunks, default.min_refs),
+        samples=_value(given.dictionary_max_training_samples, default.samples),
+        dictionary_bytes=_value(given.dictionary_max_size_bytes, default.dictionary_bytes),
+        level=_value(given.compression_level, default.level),
+    )
+
+
+def _reads(caching: CachingConfig, engine: EngineConfig, storage: StorageSettings | None) -> Reads:
+    limits = Limits()
+    if caching.num_bytes_chunks is not None:
+        limits = replace(limits, cache_bytes=caching.num_bytes_chunks, keep_wanted=True)
+    concurrency = (storage.concurrency if storage is not None else None) or StorageConcurrencySettings()
+    splitting = Splitting(
+        part_bytes=_value(concurrency.ideal_concurrent_request_size, DEFAULT_IDEAL_REQUEST_BYTES),
+        max_requests=_value(concurrency.max_concurrent_requests_for_object, DEFAULT_MAX_REQUESTS_PER_OBJECT),
+    )
+    return Reads(limits=limits, splitting=splitting, hedge_percentile=engine.hedge_percentile)
+
+
+def _restore(
+    storage: Storage,
+    config: RepositoryConfig,
+    attribution: Attribution | None,
+    virtual_access: Mapping[str, Any],
+    default_metadata: Mapping[str, Any],
+    layout: Layout,
+) -> Core:
+    return Core(
+        storage,
+        config,
+        attribution=attribution,
+        virtual_access=virtual_access,
+        default_metadata=default_metadata,
+        layout=layout,
+    )

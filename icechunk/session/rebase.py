@@ -1,0 +1,204 @@
+"""Rebasing a session's log: reading what landed on the branch since, and putting the same changes on top of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+
+from icechunk.conflicts import ConflictDetector, ConflictSolver, RebaseFailedError
+from icechunk.errors import ConflictError, ErrorKind, ObjectNotFoundError, SessionStateError, SnapshotNotFoundError
+from icechunk.format.ids import ObjectId, encode_id
+from icechunk.format.values import Snapshot, TransactionLog
+from icechunk.log.repository.state import RepoState
+from icechunk.log.session.log import Savepoint, SessionLog
+from icechunk.log.session.merge.conflicts import Winner, find_conflicts, rebase
+from icechunk.runtime.tasks import run_each
+from icechunk.session.core import Core
+from icechunk.transfer.assets import off_loop
+
+__all__ = ["Step", "check_fork", "rebase_onto_tip", "steps_between", "winners_between"]
+
+_LOG = logging.getLogger(__name__)
+_BYTES_PER_ROW = 64
+"""About what a chunk row costs to carry over; decides whether that happens in a thread."""
+_DETECTOR = ConflictDetector()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A commit on the way from one snapshot to another."""
+
+    snapshot: ObjectId
+    transactions: tuple[ObjectId, ...]
+    """Ids of transaction logs, oldest first: those of expired ancestors, then its own."""
+
+
+def steps_between(state: RepoState, base: ObjectId, tip: ObjectId) -> list[Step] | None:
+    """Commits after ``base`` up to and with ``tip``, oldest first; None where ``base`` is not in the tip's history.
+
+    A base that was expired meanwhile is found among the ancestors that the surviving snapshots name.
+    """
+    if tip == base:
+        return []
+    steps: list[Step] = []
+    for record in state.ancestry(tip):
+        pruned = record.pruned_ancestor_tx_logs
+        if base in pruned:
+            steps.append(Step(snapshot=record.id, transactions=(*pruned[pruned.index(base) + 1 :], record.id)))
+            return steps[::-1]
+        steps.append(Step(snapshot=record.id, transactions=(*pruned, record.id)))
+        # The base itself need not be in the graph: format 1 has only what somebody asked for.
+        if record.parent == base:
+            return steps[::-1]
+    return None
+
+
+async def _with_history(core: Core, state: RepoState, base: ObjectId, tip: ObjectId) -> RepoState:
+    """The state with the snapshots between two in its graph: format 1 reads them one by one, from child to parent."""
+    current: ObjectId | None = tip
+    while current is not None and current != base:
+        if current not in state.snapshots:
+            state = await core.learn(current)
+        current = state.snapshots[current].parent if current in state.snapshots else None
+    return state
+
+
+async def winners_between(core: Core, steps: Sequence[Step]) -> dict[ObjectId, TransactionLog]:
+    """The transaction logs of some steps, by id, all read at the same time.
+
+    Raises
+    ------
+    SessionStateError
+        Kind ``rebase-tx-log-pruned``: one of them is gone.
+    """
+    found: dict[ObjectId, TransactionLog] = {}
+
+    async def read(id: ObjectId) -> None:
+        try:
+            found[id] = await core.assets.transaction_log(id)
+        except ObjectNotFoundError as error:
+            raise SessionStateError(
+                f"cannot rebase: the transaction log of snapshot {encode_id(id)} is gone from "
+                f"{core.storage.describe()}, so what it changed is not known; open a new session on the branch and "
+                "repeat the work there",
+                ErrorKind.REBASE_TX_LOG_PRUNED,
+            ) from error
+
+    await run_each(read, [id for step in steps for id in step.transactions], limit=core.settings.max_requests)
+    return found
+
+
+async def rebase_onto_tip(
+    core: Core,
+    log: SessionLog,
+    branch: str,
+    solver: ConflictSolver,
+    *,
+    guard: AbstractContextManager[object],
+    keep: Callable[[SessionLog], None],
+    state: RepoState | None = None,
+) -> None:
+    """Put a session's changes on top of its branch.
+
+    One look at all winners together is enough where nothing conflicts. Otherwise they are gone through one by one,
+    oldest first, so that the conflicts are those with the first commit that has any, and a solver decides about each
+    commit by itself.
+
+    Parameters
+    ----------
+    log
+        The session's; nobody changes it meanwhile.
+    guard
+        Held while the log is read, which merges its rows.
+    keep
+        Called with the log as it stands after each step; after an error, the last one it got is the session's.
+    state
+        Where the branch is; None: as the repository is now.
+
+    Raises
+    ------
+    RebaseFailedError
+        There are conflicts that the solver does not settle.
+    RefNotFoundError
+        The branch is gone.
+    ConflictError
+        The branch was reset: the session's base is not in its history any more.
+    SessionStateError
+        Kind ``rebase-tx-log-pruned``.
+    """
+    if state is None:
+        state = await core.state()
+    base, tip = log.base.id, state.branch_tip(branch)
+    steps = steps_between(await _with_history(core, state, base, tip), base, tip)
+    if steps is None:
+        raise ConflictError(
+            encode_id(base),
+            encode_id(tip),
+            f"cannot rebase: branch {branch!r} was reset to snapshot {encode_id(tip)}, whose history does not contain "
+            f"the session's {encode_id(base)}; open a new session on the branch and repeat the work there",
+        )
+    if not steps:
+        return
+    _LOG.info("rebasing branch %r over %d commits, from %s to %s", branch, len(steps), encode_id(base), encode_id(tip))
+    transactions = await winners_between(core, steps)
+
+    async def over(log: SessionLog, through: Sequence[Step], solver: ConflictSolver) -> SessionLog:
+        winner = Winner(
+            snapshot=await core.assets.snapshot(through[-1].snapshot),
+            transactions=tuple(transactions[id] for step in through for id in step.transactions),
+        )
+
+        def work() -> SessionLog:
+            with guard:
+                return rebase(log, winner, solver)
+
+        return await off_loop(log.row_count * _BYTES_PER_ROW, work)
+
+    if len(steps) > 1:
+        try:
+            keep(await over(log, steps, _DETECTOR))
+            return
+        except RebaseFailedError:
+            pass
+    for step in steps:
+        log = await over(log, [step], solver)
+        keep(log)
+
+
+async def check_fork(core: Core, log: SessionLog, origin: Savepoint, onto: Snapshot) -> None:
+    """Refuse a fork whose parent was rebased since, if it conflicts with what landed in between.
+
+    Parameters
+    ----------
+    log
+        The fork's.
+    origin
+        Where its own changes begin.
+    onto
+        What the session that shall merge it stands on, with the nodes that it has now: those that the fork inherited
+        are not in any snapshot.
+
+    Raises
+    ------
+    SessionStateError
+        Kind ``merge-failed``: the fork's base is not an ancestor of it.
+    RebaseFailedError
+        They conflict.
+    """
+    state = await core.state()
+    with suppress(SnapshotNotFoundError):
+        state = await _with_history(core, state, log.base.id, onto.id)
+    steps = steps_between(state, log.base.id, onto.id) if onto.id in state.snapshots else None
+    if steps is None:
+        raise SessionStateError(
+            f"cannot merge sessions: the fork stands on snapshot {encode_id(log.base.id)}, which is not in the history "
+            f"of this session's {encode_id(onto.id)}; merge it into the session that it was forked from",
+            ErrorKind.MERGE_FAILED,
+        )
+    transactions = await winners_between(core, steps)
+    winner = Winner(snapshot=onto, transactions=tuple(transactions[id] for step in steps for id in step.transactions))
+    conflicts = find_conflicts(log.since(origin), winner)
+    if conflicts:
+        raise RebaseFailedError(encode_id(onto.id), list(conflicts))

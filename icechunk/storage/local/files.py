@@ -1,0 +1,301 @@
+"""Reading, and durable, exclusive and locked file operations: the blocking half of `LocalStorage`.
+
+The rules (protocol-rules.md, rule 12): a file appears under its name whole or not at all, and is durable before
+its writer is told so. Three ways to make a name exclusive, tried in this order and remembered per folder:
+
+1. ``link(2)`` from a complete temporary file;
+2. an exclusive rename: ``renameat2(RENAME_NOREPLACE)``, ``renamex_np(RENAME_EXCL)``, and ``rename`` on Windows;
+3. a look and a rename under the folder's ``flock``. The kernel drops that lock with its owner, so a writer that sleeps
+   is never taken for a dead one.
+
+A place that offers none of these is refused.
+
+Which file a key of `LocalStorage` names, and which keys cannot name one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from enum import Enum, auto
+from typing import Final
+
+from icechunk.errors import ErrorKind, InvalidInputError, StorageError
+from icechunk.storage.http.buffers import Buffers
+from icechunk.storage.port import check_key
+
+__all__ = [
+    "RESERVED",
+    "Exclusion",
+    "LockedOut",
+    "fsync_file",
+    "fsync_folder",
+    "locked",
+    "path_of",
+    "publish_new",
+    "read_file",
+    "temporary_name",
+]
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+
+_NO_LINKS: Final = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EINVAL})
+_AT_FDCWD: Final = -100
+_RENAME_NOREPLACE: Final = 1
+_RENAME_EXCL: Final = 4
+_LOCK_PATIENCE_S: Final = 60.0
+_LARGE_BYTES: Final = 512 * 1024
+
+
+class Exclusion(Enum):
+    """How a folder makes a name exclusive."""
+
+    LINK = auto()
+    RENAME = auto()
+    LOCK = auto()
+
+
+class LockedOut(StorageError):
+    """Somebody else held the folder's lock for longer than anybody should."""
+
+
+def temporary_name() -> str:
+    """A name that no other writer uses."""
+    return f"{os.getpid():x}-{secrets.token_hex(12)}"
+
+
+def fsync_file(descriptor: int) -> None:
+    """Wait until the file's bytes and metadata are on the medium."""
+    if sys.platform == "darwin":
+        # fsync only hands the bytes to the drive there.
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+        except OSError:
+            pass
+    os.fsync(descriptor)
+
+
+def fsync_folder(path: str) -> None:
+    """Wait until the names in a folder are on the medium. Windows has no such call; NTFS journals names."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fsync_file(descriptor)
+    except OSError as error:
+        # Some network and FUSE mounts cannot sync a folder; they have nothing better to offer either.
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def read_file(descriptor: int, start: int, length: int, buffers: Buffers) -> bytes | memoryview:
+    """Bytes of an open file, from ``start`` on; fewer where it ends before. Many come as a view of a buffer."""
+    if length < _LARGE_BYTES or sys.platform == "win32" or not hasattr(os, "preadv"):
+        return _read_pieces(descriptor, start, length)
+    view = buffers.take(length)
+    done = 0
+    while done < length and (count := os.preadv(descriptor, [view[done:]], start + done)):
+        done += count
+    return view[:done].toreadonly()
+
+
+def _read_pieces(descriptor: int, start: int, length: int) -> bytes:
+    data = _read_some(descriptor, length, start)
+    if len(data) == length:
+        return data
+    # One call moves at most 2 GiB, and signals may cut it short.
+    parts = [data]
+    done = len(data)
+    while done < length and data:
+        data = _read_some(descriptor, length - done, start + done)
+        parts.append(data)
+        done += len(data)
+    return b"".join(parts)
+
+
+def _read_some(descriptor: int, size: int, offset: int) -> bytes:
+    if sys.platform == "win32":
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, size)
+    return os.pread(descriptor, size, offset)
+
+
+def publish_new(temporary: str, target: str, exclusion: Exclusion, lock: str) -> Exclusion:
+    """Give a complete file its name, unless the name is taken.
+
+    Parameters
+    ----------
+    exclusion
+        The way known to work here; weaker ones are tried only after it turned out not to exist.
+    lock
+        Path of the folder's lock file.
+
+    Returns
+    -------
+    Exclusion
+        The way that worked.
+
+    Raises
+    ------
+    FileExistsError
+        The name is taken; nothing changed.
+    """
+    if exclusion is Exclusion.LINK:
+        try:
+            os.link(temporary, target)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            exclusion = Exclusion.RENAME
+        else:
+            # The object has its name; a temporary name that stays is swept later.
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            return exclusion
+    if exclusion is Exclusion.RENAME:
+        if _rename_exclusively(temporary, target):
+            return exclusion
+        exclusion = Exclusion.LOCK
+    with locked(lock):
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
+        os.replace(temporary, target)
+    return exclusion
+
+
+def _rename_exclusively(source: str, target: str) -> bool:
+    """Rename unless ``target`` exists (`FileExistsError`). False where the system has no such operation."""
+    if sys.platform == "win32":
+        os.rename(source, target)
+        return True
+    library = ctypes.CDLL(None, use_errno=True)
+    if sys.platform == "darwin":
+        rename = getattr(library, "renamex_np", None)
+        arguments: tuple[object, ...] = (os.fsencode(source), os.fsencode(target), ctypes.c_uint(_RENAME_EXCL))
+    else:
+        rename = getattr(library, "renameat2", None)
+        arguments = (
+            _AT_FDCWD,
+            os.fsencode(source),
+            _AT_FDCWD,
+            os.fsencode(target),
+            ctypes.c_uint(_RENAME_NOREPLACE),
+        )
+    if rename is None:
+        return False
+    if rename(*arguments) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), target)
+
+
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Hold the lock file at ``path`` exclusively, against threads and processes alike.
+
+    Raises
+    ------
+    LockedOut
+        Not had within a minute. Nothing was changed.
+    StorageError
+        The mount has no locks (kind ``storage-config``).
+    """
+    # Opened anew each time: flock belongs to the open file, so two threads exclude each other too.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+    try:
+        _acquire(descriptor, path)
+        try:
+            yield
+        finally:
+            # Unlocked by name: closing is not enough while a forked child holds a copy of the descriptor.
+            _release(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _acquire(descriptor: int, path: str) -> None:
+    deadline = time.monotonic() + _LOCK_PATIENCE_S
+    pause = 0.0002
+    while True:
+        try:
+            if sys.platform == "win32":
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EINTR, errno.EDEADLK):
+                raise StorageError(
+                    f"cannot lock {path!r} ({error.strerror}): this file system has neither exclusive names nor locks, "
+                    "so concurrent writers could overwrite each other; keep the repository on another one",
+                    ErrorKind.STORAGE_CONFIG,
+                ) from error
+        if time.monotonic() > deadline:
+            raise LockedOut(
+                f"waited {_LOCK_PATIENCE_S:.0f} s for the lock {path!r}; nothing was written. Look for a stopped "
+                "process that holds it",
+                ErrorKind.IO,
+            )
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.02)
+
+
+def _release(descriptor: int) -> None:
+    if sys.platform == "win32":
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+RESERVED: Final = ".aioicechunk"
+"""First segment that keys may not have: the folder of unfinished files and the lock."""
+
+
+def path_of(root: str, key: str) -> str:
+    """The path of a key's file. Raises `InvalidInputError` (``invalid-key``) where a file system has no such name."""
+    check_key(key)
+    segments = key.split("/")
+    if segments[0] == RESERVED:
+        raise InvalidInputError(
+            f"bad storage key {key!r}: {RESERVED!r} is kept for unfinished files", ErrorKind.INVALID_KEY
+        )
+    if os.name == "nt":
+        check_windows_names(key, segments)
+    for segment in segments:
+        if len(segment) > 63 and len(segment.encode()) > 255:
+            raise InvalidInputError(
+                f"bad storage key {key!r}: a file name has at most 255 bytes", ErrorKind.INVALID_KEY
+            )
+    return os.path.join(root, *segments)
+
+
+def check_windows_names(key: str, segments: list[str]) -> None:
+    """Raise `InvalidInputError` where Windows would refuse a segment, or take it for something else."""
+    devices = {"CON", "PRN", "AUX", "NUL", *(f"{name}{n}" for name in ("COM", "LPT") for n in range(1, 10))}
+    for segment in segments:
+        if any(character in '<>:"|?*\\' or ord(character) < 32 for character in segment):
+            reason = "it has a character that Windows does not allow in file names"
+        elif segment[-1] in ". ":
+            reason = "Windows drops a final dot or space of a file name"
+        elif segment.split(".")[0].upper() in devices:
+            reason = "Windows keeps that name for a device"
+        else:
+            continue
+        raise InvalidInputError(f"bad storage key {key!r}: {reason}", ErrorKind.INVALID_KEY)

@@ -1,0 +1,462 @@
+"""Objects as files below a folder.
+
+A file is never changed in place: every write makes a new one and gives it its name in one step, so a reader has
+either the old object or the new one, whole. Unfinished files and the lock live in `RESERVED`, a folder that no key can
+name and no listing shows.
+
+Versions are ``inode-mtime-size``. The time is set by the writer from the nanosecond clock, not left to the kernel,
+whose file clock stands still for milliseconds: an inode that is reused within them would bring an old version back.
+
+Who replaces or deletes an existing object holds the lock; who creates one needs none, since the name itself is
+exclusive. A `Matches` compares inside the lock.
+
+Three ways make a name exclusive (`icechunk.storage.local.files`). Links and exclusive renames exclude each other too,
+as the kernel decides both; a look and a rename under the lock exclude only others who do the same. So where some mount
+of a folder offers neither links nor exclusive renames, all who write to that folder have to come through such a mount:
+one that links may otherwise lose a file to one that only locks. Every process of one machine finds the same way.
+
+A reader that finds a file younger than two minutes syncs its folder once before it tells anybody: the writer may not
+have come to that yet, and what was seen must not vanish in a power failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import itertools
+import os
+import stat
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
+
+import anyio
+
+from icechunk.config import StorageSettings
+from icechunk.errors import (
+    ErrorKind,
+    InvalidInputError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    StorageError,
+)
+from icechunk.runtime.clock import SYSTEM, Sources
+from icechunk.storage.http.buffers import Buffers
+from icechunk.storage.local.files import (
+    RESERVED,
+    Exclusion,
+    fsync_folder,
+    locked,
+    path_of,
+    publish_new,
+    read_file,
+    temporary_name,
+)
+from icechunk.storage.local.folders import Folders
+from icechunk.storage.local.listing import info_of, try_stat, version_of, walk
+from icechunk.storage.local.writing import write_new
+from icechunk.storage.port import (
+    ANY,
+    Absent,
+    ByteRange,
+    DeleteResult,
+    GetResult,
+    Matches,
+    ObjectInfo,
+    ObjectKind,
+    Precondition,
+    PutResult,
+    Storage,
+    Unchecked,
+    Version,
+    resolve_range,
+)
+from icechunk.storage.settings import place_settings
+
+__all__ = ["RESERVED", "LocalStorage"]
+
+T = TypeVar("T")
+
+_THREADS: Final = 32
+_ABANDONED_AFTER_S: Final = 24 * 3600
+_DELETE_BATCH: Final = 1000
+
+
+class LocalStorage(Storage):
+    """A storage below a folder of a file system; safe among threads, forks and processes.
+
+    Parameters
+    ----------
+    path
+        The root folder; made by the first write. Relative paths are resolved now.
+    sources
+        Its wall clock is the store's clock.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], sources: Sources = SYSTEM) -> None:
+        text = os.fspath(path)
+        if not isinstance(text, str) or not text or "\0" in text:
+            raise InvalidInputError(f"bad path {path!r} of a local storage: give a folder", ErrorKind.BAD_PREFIX)
+        self._root = os.path.abspath(text)
+        self._sources = sources
+        self._start()
+
+    def _start(self) -> None:
+        self._lock_path = os.path.join(self._root, RESERVED, "lock")
+        self._exclusion = Exclusion.LINK
+        self._folders = Folders(self._root)
+        self._swept = False
+        self._threads: tuple[int, ThreadPoolExecutor] | None = None
+        self._threads_lock = threading.Lock()
+        self._buffers = Buffers()
+
+    async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
+        return await self._in_thread(self._get, key, byte_range)
+
+    async def put(
+        self,
+        key: str,
+        data: bytes | bytearray | memoryview,
+        precondition: Precondition = ANY,
+        *,
+        kind: ObjectKind = "metadata",
+        metadata: Mapping[str, str] | None = None,
+    ) -> PutResult:
+        # A bytearray may change while the thread writes it.
+        content = data if isinstance(data, bytes) else bytes(data)
+        return await self._in_thread(self._put, key, content, precondition)
+
+    async def head(self, key: str) -> ObjectInfo:
+        return await self._in_thread(self._head, key)
+
+    async def list_pages(
+        self, prefix: str = "", *, start_after: str | None = None, page_size: int = 1000
+    ) -> AsyncIterator[list[ObjectInfo]]:
+        found = self._walk(prefix, start_after)
+        while True:
+            page = await self._in_thread(_take, found, page_size)
+            if page:
+                yield page
+            if len(page) < page_size:
+                return
+
+    async def delete(self, keys: Iterable[str]) -> DeleteResult:
+        wanted = list(keys)
+        deleted = 0
+        failures: list[tuple[str, str]] = []
+        for start in range(0, len(wanted), _DELETE_BATCH):
+            count, failed = await self._in_thread(self._delete, wanted[start : start + _DELETE_BATCH])
+            deleted += count
+            failures += failed
+        return DeleteResult(deleted=deleted, failures=tuple(failures))
+
+    async def copy(self, source: str, target: str) -> PutResult:
+        return await self._in_thread(self._copy, source, target)
+
+    async def aclose(self) -> None:
+        return None
+
+    @property
+    def supports_writes(self) -> bool:
+        return True
+
+    @property
+    def clock_resolution_us(self) -> int:
+        # File systems take the time of the system's last tick, which comes at least a hundred times a second.
+        return 10_000
+
+    @property
+    def lists_any_prefix_fast(self) -> bool:
+        return False
+
+    @property
+    def lists_first_keys_fast(self) -> bool:
+        # A folder tells its names in no order.
+        return False
+
+    def default_settings(self) -> StorageSettings:
+        """The official library's: conditions hold here all the same, whatever they say of them."""
+        settings = place_settings(ideal_request_bytes=4096)
+        settings.unsafe_use_conditional_update = settings.unsafe_use_metadata = False
+        return settings
+
+    @property
+    def gains_from_split_reads(self) -> bool:
+        # The official library keeps a request size of 4 KiB for local disks, which was never meant to be acted on.
+        return False
+
+    def describe(self) -> str:
+        return f"file://{self._root}"
+
+    def __repr__(self) -> str:
+        return f"<icechunk.Storage>\ntype: local filesystem\npath: {self._root}\n"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LocalStorage) and other._root == self._root
+
+    def __hash__(self) -> int:
+        return hash((LocalStorage, self._root))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self._root}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._root = state["root"]
+        self._sources = SYSTEM
+        self._start()
+
+    # -- threads ---------------------------------------------------------------------------------------------------
+
+    async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Run blocking work in a thread and wait for its end, also when cancelled: nothing lands afterwards."""
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self._executor(), work, *arguments)
+        except RuntimeError:
+            if not _pools_are_closed():
+                raise
+            # The interpreter is shutting down and starts no threads; the last checkpoint still has to be written.
+            return work(*arguments)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            with anyio.CancelScope(shield=True):
+                while not future.done():
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.wait([future])
+            if not future.cancelled():
+                future.exception()  # seen, so that nobody logs it
+            raise
+
+    def _executor(self) -> ThreadPoolExecutor:
+        current = self._threads
+        if current is not None and current[0] == os.getpid():
+            return current[1]
+        with self._threads_lock:
+            if self._threads is None or self._threads[0] != os.getpid():
+                # After a fork the parent's threads do not exist here; the old pool is left alone.
+                self._threads = (os.getpid(), ThreadPoolExecutor(_THREADS, thread_name_prefix="icechunk-files"))
+            return self._threads[1]
+
+    # -- blocking work ---------------------------------------------------------------------------------------------
+
+    def _path(self, key: str) -> str:
+        return path_of(self._root, key)
+
+    def _get(self, key: str, byte_range: ByteRange) -> GetResult:
+        path = self._path(key)
+        with self._translated("read", key):
+            try:
+                # O_NONBLOCK: a named pipe must not stop us.
+                descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise self._not_found(key) from None
+            except PermissionError:
+                if os.name == "nt" and os.path.isdir(path):
+                    raise self._not_found(key) from None
+                raise
+            try:
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode):
+                    raise self._not_found(key)
+                self._folders.settle(path, status)
+                start, stop = resolve_range(byte_range, status.st_size, key)
+                data = read_file(descriptor, start, stop - start, self._buffers)
+            finally:
+                os.close(descriptor)
+        if len(data) != stop - start:
+            raise StorageError(
+                f"cannot read {key!r} of {self.describe()}: {len(data)} bytes came instead of {stop - start}; "
+                "the file was cut short by something else than icechunk",
+                ErrorKind.IO,
+            )
+        return GetResult(
+            body=data,
+            size=status.st_size,
+            version=version_of(status),
+            modified_us=status.st_mtime_ns // 1000,
+            date_us=self._sources.wall_us(),
+        )
+
+    def _head(self, key: str) -> ObjectInfo:
+        path = self._path(key)
+        with self._translated("look at", key):
+            status = try_stat(path)
+            if status is None:
+                raise self._not_found(key)
+            self._folders.settle(path, status)
+        return info_of(key, status)
+
+    def _put(self, key: str, data: bytes, precondition: Precondition) -> PutResult:
+        path = self._path(key)
+        with self._translated("write", key):
+            match precondition:
+                case Absent():
+                    if os.path.lexists(path):
+                        raise self._taken(key, path)
+                case Matches(version):
+                    # Looked at before any byte is written; decided inside the lock.
+                    self._require_version(key, path, version)
+                case Unchecked():
+                    pass
+            temporary, result = self._write_temporary(data)
+            try:
+                self._publish(key, path, temporary, precondition)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+            self._sync_after_landing(key, os.path.dirname(path))
+        return result
+
+    def _write_temporary(self, data: bytes) -> tuple[str, PutResult]:
+        folder = os.path.join(self._root, RESERVED)
+        path = os.path.join(folder, temporary_name())
+        if not self._swept:
+            # First of all: on a full disk this is what may make room.
+            self._swept = True
+            self._sweep(folder)
+        try:
+            status = write_new(path, data)
+        except FileNotFoundError:
+            self._folders.make(folder)
+            status = write_new(path, data)
+        return path, PutResult(version=version_of(status), date_us=self._sources.wall_us())
+
+    def _publish(self, key: str, path: str, temporary: str, precondition: Precondition) -> None:
+        folder = os.path.dirname(path)
+        self._folders.make(folder)
+        if isinstance(precondition, Matches):
+            with locked(self._lock_path):
+                self._require_version(key, path, precondition.version)
+                os.replace(temporary, path)
+            return
+        try:
+            self._publish_new(temporary, path)
+        except FileExistsError:
+            if isinstance(precondition, Absent) or os.path.isdir(path):
+                raise self._taken(key, path) from None
+            with locked(self._lock_path):
+                os.replace(temporary, path)
+
+    def _publish_new(self, temporary: str, path: str) -> None:
+        try:
+            self._exclusion = publish_new(temporary, path, self._exclusion, self._lock_path)
+        except FileNotFoundError:
+            # Somebody removed the folder that we knew.
+            self._folders.forget()
+            self._folders.make(os.path.dirname(path))
+            self._exclusion = publish_new(temporary, path, self._exclusion, self._lock_path)
+
+    def _sync_after_landing(self, key: str, folder: str) -> None:
+        try:
+            self._folders.sync(folder)
+        except OSError as error:
+            raise StorageError(
+                f"cannot tell whether the write of {key!r} to {self.describe()} is durable ({error.strerror}): the "
+                "object is there now, but may be gone after a power failure; check the disk and read it back",
+                ErrorKind.IO,
+            ) from error
+
+    def _require_version(self, key: str, path: str, version: Version) -> None:
+        status = try_stat(path)
+        found = None if status is None else version_of(status)
+        if found != version:
+            state = "it does not exist" if found is None else f"it is at version {found}"
+            raise PreconditionFailedError(f"cannot replace version {version} of {key!r} in {self.describe()}: {state}")
+
+    def _taken(self, key: str, path: str) -> StorageError:
+        if os.path.isdir(path):
+            return StorageError(
+                f"cannot write {key!r} to {self.describe()}: a folder of that name holds other objects", ErrorKind.IO
+            )
+        return PreconditionFailedError(f"cannot create {key!r} in {self.describe()}: the object exists already")
+
+    def _sweep(self, folder: str) -> None:
+        """Remove what writers that died long ago left unfinished."""
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    if entry.name != "lock" and time.time() - entry.stat().st_mtime > _ABANDONED_AFTER_S:
+                        os.unlink(entry.path)
+
+    def _delete(self, keys: list[str]) -> tuple[int, list[tuple[str, str]]]:
+        deleted = 0
+        failures: list[tuple[str, str]] = []
+        folders: set[str] = set()
+        existing: list[tuple[str, str]] = []
+        for key in keys:
+            path = self._path(key)
+            if os.path.isfile(path) or os.path.islink(path):
+                existing.append((key, path))
+            else:
+                deleted += 1
+        if existing:
+            with self._translated("delete", existing[0][0]):
+                os.makedirs(os.path.dirname(self._lock_path), exist_ok=True)
+                # The lock keeps a `Matches` from bringing back what it compared before we came.
+                with locked(self._lock_path):
+                    for key, path in existing:
+                        try:
+                            os.unlink(path)
+                        except FileNotFoundError:
+                            pass
+                        except OSError as error:
+                            failures.append((key, error.strerror or str(error)))
+                            continue
+                        deleted += 1
+                        folders.add(os.path.dirname(path))
+                for folder in folders:
+                    with contextlib.suppress(FileNotFoundError):
+                        fsync_folder(folder)
+        return deleted, failures
+
+    def _copy(self, source: str, target: str) -> PutResult:
+        return self._put(target, self._get(source, None).data, ANY)
+
+    def _walk(self, prefix: str, start_after: str | None) -> Iterator[ObjectInfo]:
+        with self._translated("list", prefix):
+            yield from walk(self._root, prefix, start_after)
+
+    def _not_found(self, key: str) -> ObjectNotFoundError:
+        return ObjectNotFoundError(f"no object {key!r} in {self.describe()}")
+
+    @contextlib.contextmanager
+    def _translated(self, verb: str, key: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"cannot {verb} {key!r} in {self.describe()}: {error.strerror or error}{_remedy(error.errno)}",
+                ErrorKind.IO,
+            ) from error
+
+
+def _take(found: Iterator[ObjectInfo], count: int) -> list[ObjectInfo]:
+    return list(itertools.islice(found, count))
+
+
+def _pools_are_closed() -> bool:
+    from concurrent.futures import thread
+
+    return bool(getattr(thread, "_shutdown", False))
+
+
+def _remedy(code: int | None) -> str:
+    match code:
+        case errno.ENOSPC | errno.EDQUOT:
+            return "; nothing of it is visible. Free some space and try again"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return "; check the permissions of the folder and how it is mounted"
+        case errno.ENOTDIR:
+            return "; an object stands where the key has a folder"
+        case errno.ENAMETOOLONG:
+            return "; choose a root folder with a shorter path"
+        case errno.EMFILE | errno.ENFILE:
+            return "; raise the limit of open files (ulimit -n)"
+        case errno.EXDEV:
+            return "; the whole folder has to be on one file system"
+        case _:
+            return ""

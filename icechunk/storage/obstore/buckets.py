@@ -1,0 +1,273 @@
+"""Buckets of Google and containers of Azure: how obstore's stores for them are made.
+
+A place makes up to three stores for the settings of one storage: to read, to write what may be written twice, and to
+write under a condition. The last never repeats a request by itself: whoever sends a conditional write again has to look
+first what became of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, ClassVar, Final, Self
+
+from icechunk.credentials import AzureCredentials, GcsCredentials
+from icechunk.errors import ErrorKind, InvalidInputError, StorageError
+from icechunk.format.envelope import CLIENT_NAME
+from icechunk.runtime.clock import SYSTEM, Sources
+from icechunk.storage.obstore.credentials import Access, azure_options, gcs_options
+from icechunk.storage.retry import Limits
+
+__all__ = ["AzurePlace", "GcsPlace", "ObstorePlace", "check_bucket", "checked_config", "stores_of_obstore"]
+
+# Options of the HTTP client, which obstore takes beside those of the service.
+_CLIENT_OPTIONS: Final = frozenset(
+    {
+        "allow_http",
+        "allow_invalid_certificates",
+        "connect_timeout",
+        "default_content_type",
+        "http1_only",
+        "http2_keep_alive_interval",
+        "http2_keep_alive_timeout",
+        "http2_keep_alive_while_idle",
+        "http2_only",
+        "pool_idle_timeout",
+        "pool_max_idle_per_host",
+        "proxy_ca_certificate",
+        "proxy_excludes",
+        "proxy_url",
+        "randomize_addresses",
+        "read_timeout",
+        "timeout",
+        "user_agent",
+    }
+)
+_LONGEST_REQUEST: Final = timedelta(hours=1)
+_LONGEST_OPERATION: Final = timedelta(minutes=5)
+
+
+class ObstorePlace(ABC):
+    """A bucket and prefix, with what all storages on it share.
+
+    Parameters
+    ----------
+    root
+        Comes before every key; empty, or ends with ``/``.
+    config
+        Options as obstore names them, of the service or of the HTTP client.
+    """
+
+    kind: ClassVar[str]
+    """What representations call it."""
+    scheme: ClassVar[str]
+    """Of URLs of its objects."""
+    refused_characters: ClassVar[str] = ""
+    """Characters that the service silently changes in keys."""
+    versions_are_generations: ClassVar[bool] = False
+    """Conditions are on a generation number, not on the ETag."""
+
+    def __init__(
+        self,
+        bucket: str,
+        root: str,
+        config: Mapping[str, str],
+        read_headers: Mapping[str, str],
+        write_headers: Mapping[str, str],
+        sources: Sources,
+    ) -> None:
+        self.bucket = bucket
+        self.root = root
+        self.config = dict(config)
+        self.read_headers = dict(read_headers)
+        self.write_headers = dict(write_headers)
+        self.sources = sources
+        self.user_agent = CLIENT_NAME
+        self._access: Access | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Clocks and what is being refreshed belong to a process.
+        return {name: value for name, value in self.__dict__.items() if name not in ("sources", "_access")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, sources=SYSTEM, _access=None)
+
+    def named(self, user_agent: str) -> Self:
+        """The same place, whose requests name themselves so where the options do not say otherwise."""
+        other = copy.copy(self)
+        other.sources, other._access, other.user_agent = self.sources, self._access, user_agent
+        return other
+
+    @property
+    def access(self) -> Access:
+        """Options and credential provider, one for all stores, so that they refresh credentials together."""
+        if self._access is None:
+            self._access = self._make_access()
+        return self._access
+
+    @abstractmethod
+    def _make_access(self) -> Access:
+        """What the credentials are to obstore."""
+
+    @abstractmethod
+    def rows(self) -> list[tuple[str, str]]:
+        """What a representation says beside the kind."""
+
+    @abstractmethod
+    def identity(self) -> tuple[Any, ...]:
+        """Equal for places with the same objects."""
+
+    @abstractmethod
+    def _make(self, stores: Any, config: dict[str, str], common: dict[str, Any]) -> Any:
+        """One of obstore's stores."""
+
+    def open(self, limits: Limits, *, role: str) -> Any:
+        """A store to read (``read``), write (``write``), or write under conditions (``once``).
+
+        Raises
+        ------
+        StorageError
+            obstore is not installed (kind ``unimplemented``), or does not take the configuration (``storage-config``).
+        """
+        stores = stores_of_obstore(f"a repository in {self.describe()}")
+        # No try is longer than all of them together may be.
+        longest_s = min((s for s in (limits.attempt_s, limits.operation_s) if s is not None), default=None)
+        client: dict[str, Any] = {
+            "timeout": _LONGEST_REQUEST if longest_s is None else timedelta(seconds=longest_s),
+            "connect_timeout": timedelta(seconds=limits.connect_s),
+            "read_timeout": timedelta(seconds=limits.read_s),
+            "user_agent": self.user_agent,
+        }
+        config: dict[str, str] = {}
+        for name, value in self.config.items():
+            (client if name.lower() in _CLIENT_OPTIONS else config)[name.lower()] = value
+        headers = self.read_headers if role == "read" else self.write_headers
+        if headers:
+            client["default_headers"] = dict(headers)
+        retry = {
+            "max_retries": 0 if role == "once" else max(0, limits.max_tries - 1),
+            "backoff": {
+                "init_backoff": timedelta(seconds=limits.initial_backoff_s),
+                "max_backoff": timedelta(seconds=max(limits.max_backoff_s, limits.initial_backoff_s)),
+                "base": 2,
+            },
+            "retry_timeout": _LONGEST_OPERATION
+            if limits.operation_s is None
+            else timedelta(seconds=limits.operation_s),
+        }
+        try:
+            return self._make(stores, config, {"client_options": client, "retry_config": retry})
+        except Exception as error:
+            # Obstore's text may quote the configuration, and with it a secret.
+            raise StorageError(
+                f"cannot open {self.describe()}: obstore does not take its configuration or credentials "
+                f"({type(error).__name__}); check the options {sorted(self.config)} and the credentials",
+                ErrorKind.STORAGE_CONFIG,
+            ) from error
+
+    def describe(self) -> str:
+        """URL of the place."""
+        return f"{self.scheme}://{self.bucket}/{self.root}"
+
+
+class GcsPlace(ObstorePlace):
+    """A bucket of Google Cloud Storage. Parameters as `ObstorePlace`; credentials None: as the environment says."""
+
+    kind = "GCS"
+    scheme = "gs"
+    versions_are_generations = True
+
+    def __init__(self, bucket: str, root: str, *, credentials: Any, sources: Sources, **options: Any) -> None:
+        super().__init__(bucket, root, sources=sources, **options)
+        self.credentials = GcsCredentials.FromEnv() if credentials is None else credentials
+        if not isinstance(self.credentials, GcsCredentials):
+            raise _wrong_credentials("Google Cloud Storage", self.credentials)
+
+    def rows(self) -> list[tuple[str, str]]:
+        return [("bucket", self.bucket)]
+
+    def identity(self) -> tuple[Any, ...]:
+        base = next((v for n, v in self.config.items() if n.lower() in ("base_url", "google_base_url")), "")
+        return ("gs", base, self.bucket, self.root)
+
+    def _make_access(self) -> Access:
+        return gcs_options(self.credentials, self.sources)
+
+    def _make(self, stores: Any, config: dict[str, str], common: dict[str, Any]) -> Any:
+        given, provider = self.access
+        return stores.GCSStore(self.bucket, config={**config, **given}, credential_provider=provider, **common)
+
+
+class AzurePlace(ObstorePlace):
+    """A container of Azure Blob Storage. Parameters as `ObstorePlace`; credentials None: as the environment says."""
+
+    kind = "Azure"
+    scheme = "az"
+    # Azure takes it for a slash.
+    refused_characters = "\\"
+
+    def __init__(
+        self, account: str, bucket: str, root: str, *, credentials: Any, sources: Sources, **options: Any
+    ) -> None:
+        super().__init__(bucket, root, sources=sources, **options)
+        self.account = account
+        self.credentials = AzureCredentials.FromEnv() if credentials is None else credentials
+        if not isinstance(self.credentials, AzureCredentials):
+            raise _wrong_credentials("Azure", self.credentials)
+
+    def rows(self) -> list[tuple[str, str]]:
+        return [("account", self.account), ("container", self.bucket)]
+
+    def identity(self) -> tuple[Any, ...]:
+        return ("az", self.account, self.bucket, self.root)
+
+    def _make_access(self) -> Access:
+        return azure_options(self.credentials, self.sources)
+
+    def _make(self, stores: Any, config: dict[str, str], common: dict[str, Any]) -> Any:
+        given, provider = self.access
+        options = {**config, "account_name": self.account, **given}
+        return stores.AzureStore(self.bucket, config=options, credential_provider=provider, **common)
+
+    def describe(self) -> str:
+        return f"az://{self.account}/{self.bucket}/{self.root}"
+
+
+def stores_of_obstore(what: str) -> Any:
+    """The module of obstore's stores.
+
+    Raises
+    ------
+    StorageError
+        It is not installed; says how to mend that (kind ``unimplemented``).
+    """
+    try:
+        from obstore import store
+    except ImportError as error:
+        raise StorageError(
+            f"{what} needs obstore: install it with pip install 'aioicechunk[obstore]'", ErrorKind.UNIMPLEMENTED
+        ) from error
+    return store
+
+
+def check_bucket(what: str, name: Any) -> str:
+    """A bucket's, container's or account's name. Raises `InvalidInputError` for anything else."""
+    if not isinstance(name, str) or not name or "/" in name:
+        raise InvalidInputError(f"bad {what} {name!r}: give its name alone", ErrorKind.STORAGE_CONFIG)
+    return name
+
+
+def checked_config(config: Mapping[str, str] | None) -> dict[str, str]:
+    """A copy of options, which are strings. Raises `InvalidInputError` where they are not."""
+    for name, value in (config or {}).items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise InvalidInputError(
+                f"bad option {name!r} of a storage: names and values are strings", ErrorKind.STORAGE_CONFIG
+            )
+    return dict(config or {})
+
+
+def _wrong_credentials(service: str, given: Any) -> InvalidInputError:
+    return InvalidInputError(f"{type(given).__name__} are no credentials for {service}", ErrorKind.INVALID_CREDENTIALS)

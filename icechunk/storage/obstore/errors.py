@@ -1,0 +1,139 @@
+"""What obstore's errors mean.
+
+Obstore's functions, and an end of the process that its threads survive.
+
+A request is answered by a thread of obstore's runtime, which wakes the event loop while it holds the interpreter, and
+has to have it again afterwards to let go of what it held. A program that ends meanwhile takes the interpreter away:
+before Python 3.14 (gh-87135) the thread is then made to exit, which compiled code does not survive, and the process
+dies of SIGABRT with its work done. Nothing tells when those threads are through, so the end of the process waits for
+them a little: without the interpreter, which is then theirs at once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import re
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+
+from icechunk.errors import ErrorKind, StorageError
+
+__all__ = ["Failure", "failure_of", "missing", "obstore_module", "storage_error"]
+
+_STATUS: Final = re.compile(r"Server returned non-2xx status code: (\d{3})")
+_ELAPSED: Final = re.compile(r" in [\d.]+(?:ns|µs|ms|s)\b")
+_URL_QUERY: Final = re.compile(r"(https?://[^\s?]+)\?\S+")
+_TRANSIENT: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+_NO_BUCKET: Final = re.compile(r"<Code>(?:NoSuchBucket|ContainerNotFound|ContainerBeingDeleted)</Code>")
+_FINAL_NAMES: Final = frozenset(
+    {
+        "FileNotFoundError",
+        "InvalidPathError",
+        "NotFoundError",
+        "NotSupportedError",
+        "PermissionDeniedError",
+        "UnauthenticatedError",
+        "UnknownConfigurationKeyError",
+    }
+)
+_NEVER_SENT: Final = re.compile(r"client error \(Connect\)|dns error|builder error|failed to lookup address")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """One failed request."""
+
+    refused: bool
+    """Because its condition does not hold."""
+    missing: bool
+    """There is no such object."""
+    transient: bool
+    """Another try may go better."""
+    certain: bool
+    """Nothing of it landed, nor will."""
+    throttled: bool
+    """The service asks to slow down."""
+
+
+def missing(error: BaseException) -> bool:
+    """Whether an error says that there is no such object; that there is no such bucket is another matter."""
+    if not (isinstance(error, FileNotFoundError) or type(error).__name__ == "NotFoundError"):
+        return False
+    return _NO_BUCKET.search(str(error)) is None
+
+
+def failure_of(error: BaseException) -> Failure:
+    """Judge the error of a request that was sent at most once."""
+    name = type(error).__name__
+    match = _STATUS.search(str(error))
+    status = None if match is None else int(match[1])
+    refused = name in ("AlreadyExistsError", "PreconditionError") or isinstance(error, FileExistsError)
+    gone = missing(error)
+    if refused or gone or name in _FINAL_NAMES:
+        return Failure(refused=refused, missing=gone, transient=False, certain=True, throttled=False)
+    if status is None:
+        never_sent = _NEVER_SENT.search(str(error)) is not None
+        return Failure(refused=False, missing=False, transient=True, certain=never_sent, throttled=False)
+    throttled = status in (429, 503)
+    return Failure(
+        refused=False,
+        missing=False,
+        transient=status in _TRANSIENT,
+        certain=status < 500 and status != 408,
+        throttled=throttled,
+    )
+
+
+def storage_error(what: str, error: BaseException) -> StorageError:
+    """The error to raise for one of obstore's: its first line, without what may be signed or secret in a URL.
+
+    Parameters
+    ----------
+    what
+        What was attempted on which object: ``read gs://bucket/key``.
+    """
+    lines = [line.strip() for line in str(error).split("\n\nDebug source:")[0].splitlines() if line.strip()]
+    said = _URL_QUERY.sub(r"\1?…", _ELAPSED.sub("", " ".join(lines)))[:600]
+    name = type(error).__name__
+    hint, kind = "", ErrorKind.OBJECT_STORE
+    if name in ("PermissionDeniedError", "UnauthenticatedError"):
+        hint = "; check the credentials, and what they may do there"
+    elif name == "UnknownConfigurationKeyError":
+        hint, kind = "; check the names of the options", ErrorKind.STORAGE_CONFIG
+    elif isinstance(error, FileNotFoundError) or name == "NotFoundError":
+        hint = "; create the bucket or container, or check its name"
+    elif "429" in said:
+        kind = ErrorKind.THROTTLED
+    result = StorageError(f"cannot {what}: {said}{hint}", kind)
+    result.__cause__ = error
+    return result
+
+
+_TURNS: Final = 25
+_TURN_S: Final = 0.004
+
+_used = False
+
+
+def obstore_module() -> Any:
+    """The module of obstore's functions; where it is not installed, making a store has said so before."""
+    global _used
+    import obstore
+
+    _used = True
+    return obstore
+
+
+def _let_threads_finish() -> None:
+    # Many short turns: on a machine that is busy each takes longer, and so does what is waited for.
+    if _used:
+        for _ in range(_TURNS):
+            time.sleep(_TURN_S)
+
+
+if sys.version_info < (3, 14):
+    # At import, before anything of the package is in use: hooks run last in, first out, and those of `PerLoop` still
+    # make requests.
+    atexit.register(_let_threads_finish)

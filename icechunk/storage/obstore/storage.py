@@ -1,0 +1,267 @@
+"""Objects in Google Cloud Storage and Azure Blob Storage, through obstore.
+
+Obstore keeps its connections and its event loop in threads of its own, so that one storage serves all loops of a
+process. It repeats by itself what may be repeated. Conditional writes it is told to send once only: they carry a random
+id in the object's metadata, and what became of one that was refused or not answered is found out as
+`icechunk.storage.outcome` describes.
+
+Versions are ETags. Google's conditions are on generations instead: the one that belongs to an ETag is remembered from
+the last answer, or asked for first. Obstore does not say when the store answered, so ``date_us`` is None throughout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
+from icechunk.config import StorageSettings
+from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
+from icechunk.storage.obstore.buckets import ObstorePlace
+from icechunk.storage.obstore.errors import failure_of, missing, obstore_module, storage_error
+from icechunk.storage.obstore.reading import ObstoreReading, version_of_meta
+from icechunk.storage.outcome import Found, precondition_failed, settle, uncertain
+from icechunk.storage.port import (
+    ANY,
+    DeleteResult,
+    Matches,
+    ObjectKind,
+    Precondition,
+    PutResult,
+    Storage,
+    Unchecked,
+    Version,
+)
+from icechunk.storage.retry import Tries
+from icechunk.storage.settings import Effective, object_store_settings
+
+__all__ = ["ObstoreStorage"]
+
+# Azure takes only names of identifiers.
+_WRITE_ID: Final = "icechunk_write_id"
+_IDENTIFIER: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_LEAST_PART_BYTES: Final = 5 << 20
+_DELETE_BATCH: Final = 256
+_DELETES_AT_ONCE: Final = 16
+
+
+class ObstoreStorage(ObstoreReading):
+    """A storage in a bucket, below a prefix; parameters as `ObstoreReading`."""
+
+    async def put(
+        self,
+        key: str,
+        data: bytes | bytearray | memoryview,
+        precondition: Precondition = ANY,
+        *,
+        kind: ObjectKind = "metadata",
+        metadata: Mapping[str, str] | None = None,
+    ) -> PutResult:
+        path = self._path(key)
+        content = data if isinstance(data, bytes) else bytes(data)
+        precondition = await self._effective.condition_of(self, key, self._name(key), precondition)
+        attributes: dict[str, str] = {}
+        storage_class = self._effective.storage_class(kind)
+        if storage_class is not None:
+            attributes["Storage-Class"] = storage_class
+        if metadata and self._effective.uses_metadata:
+            attributes.update({_metadata_name(name): value for name, value in metadata.items()})
+        if not isinstance(precondition, Unchecked):
+            return await self._put_conditionally(key, path, content, precondition, attributes)
+        store = self._store("write")
+        try:
+            put = await obstore_module().put_async(
+                store,
+                path,
+                content,
+                attributes=attributes or None,
+                use_multipart=len(content) >= self._effective.multipart_bytes,
+                chunk_size=max(_LEAST_PART_BYTES, self._effective.part_bytes),
+                max_concurrency=self._effective.parts_at_once,
+            )
+        except Exception as error:
+            raise storage_error(f"write {self._name(key)}", error) from error
+        return PutResult(version=self._landed(key, put), date_us=None)
+
+    async def _put_conditionally(
+        self, key: str, path: str, content: bytes, precondition: Precondition, attributes: dict[str, str]
+    ) -> PutResult:
+        write_id = None
+        if self._effective.uses_metadata:
+            write_id = attributes[_WRITE_ID] = self._place.sources.random_bytes(16).hex()
+        name, store = self._name(key), self._store("once")
+        tries, unsettled = Tries(self._effective.limits, self._place.sources), False
+        while True:
+            mode, guessed = await self._mode(key, precondition, unsettled)
+            try:
+                async with asyncio.timeout(tries.limits.attempt_s):
+                    put = await obstore_module().put_async(
+                        store, path, content, attributes=attributes or None, mode=mode, use_multipart=False
+                    )
+                return PutResult(version=self._landed(key, put), date_us=None)
+            except Exception as error:
+                failure = failure_of(error)
+                refused = failure.refused or (failure.missing and isinstance(precondition, Matches))
+                if refused and guessed:
+                    # The generation that we remembered may be an older one of the same bytes.
+                    self._generations.pop(key, None)
+                    continue
+                trouble = storage_error(f"write {name}", error)
+                if not (refused or failure.transient):
+                    raise (uncertain(trouble) if unsettled else trouble) from error
+                unsettled = unsettled or not failure.certain
+                if refused or unsettled:
+                    found = await self._try_read_back(key, content, write_id, unsettled)
+                    settled = settle(name, precondition, found, refused=refused, unsettled=unsettled)
+                    if settled is not None:
+                        return settled
+                contacted = unsettled or failure.throttled
+                if not await tries.again(contacted=contacted):
+                    raise (uncertain(trouble) if unsettled else trouble) from error
+
+    async def _mode(self, key: str, precondition: Precondition, unsettled: bool) -> tuple[Any, bool]:
+        """Obstore's word for a condition, and whether it rests on a generation that we only remember."""
+        if not isinstance(precondition, Matches):
+            return "create", False
+        version = precondition.version
+        if not self._place.versions_are_generations:
+            return {"e_tag": f'"{version}"'}, False
+        known = self._generations.get(key)
+        if known is not None and known[0] == version:
+            return {"e_tag": f'"{version}"', "version": known[1]}, True
+        try:
+            meta = (await self._look(key)).meta
+        except ObjectNotFoundError:
+            meta = None
+        if meta is None or version_of_meta(meta) != version:
+            name = self._name(key)
+            if unsettled:
+                settle(name, precondition, None, refused=False, unsettled=True)
+            raise precondition_failed(name, precondition)
+        return {"e_tag": f'"{version}"', "version": meta["version"]}, False
+
+    async def _try_read_back(
+        self, key: str, content: bytes, write_id: str | None, unsettled: bool
+    ) -> Found | StorageError | None:
+        try:
+            if write_id is not None or not unsettled:
+                answer = await self._look(key)
+                ours = write_id is not None and dict(answer.attributes).get(_WRITE_ID) == write_id
+                return Found(ours=ours, version=self._info(key, answer.meta).version, date_us=None)
+            found = await self.get(key)
+            return Found(ours=found.data == content, version=found.version, date_us=None)
+        except ObjectNotFoundError:
+            return None
+        except StorageError as error:
+            return error
+
+    async def delete(self, keys: Iterable[str]) -> DeleteResult:
+        wanted = [(key, self._path(key)) for key in keys]
+        failures: list[tuple[str, str]] = []
+        store = self._store("write")
+        for start in range(0, len(wanted), _DELETE_BATCH):
+            batch = wanted[start : start + _DELETE_BATCH]
+            try:
+                await obstore_module().delete_async(store, [path for _, path in batch])
+            except Exception:
+                # The first failure ends a batch, be it only that some object does not exist.
+                failures += await self._delete_each(batch)
+        return DeleteResult(deleted=len(wanted) - len(failures), failures=tuple(failures))
+
+    async def _delete_each(self, batch: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        failures: list[tuple[str, str]] = []
+        slots, store = asyncio.Semaphore(_DELETES_AT_ONCE), self._store("write")
+
+        async def delete_one(key: str, path: str) -> None:
+            async with slots:
+                try:
+                    await obstore_module().delete_async(store, path)
+                except Exception as error:
+                    if not missing(error):
+                        failures.append((key, storage_error(f"delete {self._name(key)}", error).message))
+
+        async with asyncio.TaskGroup() as tasks:
+            for key, path in batch:
+                tasks.create_task(delete_one(key, path))
+        return failures
+
+    async def copy(self, source: str, target: str) -> PutResult:
+        paths = self._path(source), self._path(target)
+        store = self._store("write")
+        try:
+            await obstore_module().copy_async(store, *paths)
+        except Exception as error:
+            if missing(error):
+                raise self._not_found(source) from error
+            raise storage_error(f"copy {self._name(source)} to {self._name(target)}", error) from error
+        return PutResult(version=(await self.head(target)).version, date_us=None)
+
+    def _landed(self, key: str, put: Mapping[str, Any]) -> Version:
+        self._remember(key, put)
+        return version_of_meta(put)
+
+    # -- the place -------------------------------------------------------------------------------------------------
+
+    async def aclose(self) -> None:
+        return None
+
+    @property
+    def supports_writes(self) -> bool:
+        return True
+
+    @property
+    def lists_any_prefix_fast(self) -> bool:
+        # Obstore lists folders only.
+        return False
+
+    @property
+    def settings(self) -> StorageSettings:
+        """The settings in force; those that are None have the defaults of `default_settings`."""
+        return self._effective.settings
+
+    def with_settings(self, settings: StorageSettings | None) -> Storage:
+        return self._with(self._place, Effective(settings))
+
+    def with_user_agent(self, user_agent: str) -> Storage:
+        return self._with(self._place.named(user_agent), self._effective)
+
+    def _with(self, place: ObstorePlace, effective: Effective) -> Storage:
+        other = object.__new__(type(self))
+        other._place = place
+        other._generations = self._generations
+        other._use(effective)
+        return other
+
+    def default_settings(self) -> StorageSettings:
+        return object_store_settings()
+
+    @property
+    def atomic_preconditions(self) -> frozenset[type[Precondition]]:
+        return self._effective.atomic_preconditions
+
+    def __repr__(self) -> str:
+        place = self._place
+        rows = [("type", place.kind), *place.rows()]
+        rows += [("prefix", place.root.rstrip("/"))] if place.root else []
+        return "<icechunk.Storage>\n" + "".join(f"{name}: {value}\n" for name, value in rows)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ObstoreStorage):
+            return NotImplemented
+        return self._place.identity() == other._place.identity()
+
+    def __hash__(self) -> int:
+        return hash(self._place.identity())
+
+    def __reduce__(self) -> tuple[Callable[..., Storage], tuple[Any, ...]]:
+        return ObstoreStorage, (self._place, self._effective.settings)
+
+
+def _metadata_name(name: str) -> str:
+    changed = name.lower().replace("-", "_")
+    if not _IDENTIFIER.fullmatch(changed):
+        raise InvalidInputError(
+            f"the metadata {name!r} cannot be kept: names are letters, digits and dashes", ErrorKind.STORAGE_CONFIG
+        )
+    return changed

@@ -1,0 +1,655 @@
+"""The port to object storage: few verbs, and preconditions that are values.
+
+A `Storage` is a picklable description of a place (a bucket and prefix, a folder, a dictionary), and the
+verbs on it. Whatever belongs to an event loop (clients, locks) is made lazily for each loop, closed with
+it, and never touched after a fork. Keys are relative to the root prefix, ``/``-separated, and never leave it.
+
+What the engine demands of every adapter: a GET after an acknowledged PUT sees it; `Absent` and `Matches`
+are atomic per key; an object is whole or absent, also after a crash; ``modified_us`` and ``date_us`` come from
+one clock, within minutes.
+
+What users of the official package expect on a `Storage`: settings, listings, representation, constructors.
+
+Which keys and byte ranges are well formed, the same on every back end.
+
+What storages that can only be read share.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NewType, TypeAlias, cast
+
+from icechunk.errors import ErrorKind, InvalidInputError, ReadOnlyError, StorageError
+from icechunk.runtime.clock import moment
+from icechunk.runtime.representation import Described, fields_html
+
+if TYPE_CHECKING:
+    from icechunk.config import S3Options, StorageSettings
+
+__all__ = [
+    "ANY",
+    "MAX_KEY_BYTES",
+    "Absent",
+    "ByteRange",
+    "DeleteResult",
+    "GetResult",
+    "ListingUnsupportedError",
+    "Matches",
+    "ObjectInfo",
+    "Octets",
+    "Precondition",
+    "PutResult",
+    "Range",
+    "ReadOnlyStorage",
+    "Storage",
+    "StorageFacade",
+    "StorageObjectInfo",
+    "Suffix",
+    "Unchecked",
+    "Version",
+    "check_key",
+    "check_range",
+    "resolve_range",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True, repr=False)
+class StorageObjectInfo(Described):
+    """An object that `Storage.list_objects_metadata` found."""
+
+    _public_name: ClassVar[str] = "icechunk.storage.StorageObjectInfo"
+
+    key: str
+    """Relative to the listed prefix."""
+    size_bytes: int
+    """Size of the object."""
+    created_at: datetime
+    """Last-Modified by the store's clock, UTC."""
+
+
+class StorageFacade:
+    """Public methods that every storage shares; synchronous twins run on the background loop."""
+
+    __slots__ = ()
+
+    def default_settings(self) -> StorageSettings:
+        """Settings that this kind of storage uses where the configuration gives none."""
+        from icechunk.storage.settings import place_settings
+
+        return place_settings(ideal_request_bytes=4096)
+
+    def with_settings(self, settings: StorageSettings | None) -> Storage:
+        """The same place under other settings; shares the clients and caches of this one.
+
+        Storages without settings of their own (memory, local file systems) return themselves.
+        """
+        return cast("Storage", self)
+
+    def with_user_agent(self, user_agent: str) -> Storage:
+        """The same place, whose requests name themselves so; storages that send no such header return themselves."""
+        return cast("Storage", self)
+
+    async def list_objects_metadata_async(
+        self,
+        settings: StorageSettings | None = None,
+        prefix: str | None = None,
+    ) -> list[StorageObjectInfo]:
+        """Every object below the folder ``prefix``, with keys relative to that folder, ascending.
+
+        Parameters
+        ----------
+        settings
+            Used for this listing instead of the storage's own.
+        prefix
+            A folder, with or without its final ``/``; None for all objects of the storage.
+        """
+        folder = prefix.rstrip("/") + "/" if prefix and prefix.rstrip("/") else ""
+        storage = cast("Storage", self) if settings is None else self.with_settings(settings)
+        return [
+            StorageObjectInfo(
+                key=info.key[len(folder) :],
+                size_bytes=info.size,
+                created_at=moment(info.modified_us),
+            )
+            async for page in storage.list_pages(folder)
+            for info in page
+        ]
+
+    def list_objects_metadata(
+        self,
+        settings: StorageSettings | None = None,
+        prefix: str | None = None,
+    ) -> list[StorageObjectInfo]:
+        """Synchronous twin of `list_objects_metadata_async`."""
+        from icechunk.runtime.loops import run_sync
+
+        return run_sync(self.list_objects_metadata_async(settings, prefix))
+
+    async def list_objects_async(
+        self,
+        settings: StorageSettings | None = None,
+        prefix: str | None = None,
+    ) -> list[tuple[str, int]]:
+        """Key (relative to the folder ``prefix``) and size in bytes of every object below it, ascending."""
+        return [(info.key, info.size_bytes) for info in await self.list_objects_metadata_async(settings, prefix)]
+
+    def list_objects(
+        self,
+        settings: StorageSettings | None = None,
+        prefix: str | None = None,
+    ) -> list[tuple[str, int]]:
+        """Synchronous twin of `list_objects_async`."""
+        from icechunk.runtime.loops import run_sync
+
+        return run_sync(self.list_objects_async(settings, prefix))
+
+    def _repr_html_(self) -> str:
+        title, *lines = repr(self).splitlines()
+        rows = [line.partition(": ") for line in lines]
+        return fields_html(title.strip("<>"), [(name, value) for name, _, value in rows])
+
+    @classmethod
+    def new_in_memory(cls) -> Storage:
+        """See `icechunk.in_memory_storage`."""
+        from icechunk.storage.memory import MemoryStorage
+
+        return MemoryStorage()
+
+    @classmethod
+    def new_local_filesystem(cls, path: str) -> Storage:
+        """See `icechunk.local_filesystem_storage`."""
+        from icechunk.storage.local.storage import LocalStorage
+
+        return LocalStorage(path)
+
+    @classmethod
+    def new_s3(
+        cls,
+        config: S3Options,
+        bucket: str,
+        prefix: str | None,
+        credentials: Any = None,
+        legacy_rooted_keys: bool | None = None,
+        *,
+        read_headers: dict[str, str] | None = None,
+        write_headers: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Storage:
+        """See `icechunk.s3_storage`; ``credentials`` is one of `icechunk.S3Credentials`."""
+        from icechunk.storage.constructors import s3_place
+
+        return s3_place(config, bucket, prefix, credentials, legacy_rooted_keys, read_headers, write_headers, headers)
+
+    @classmethod
+    def new_s3_object_store(
+        cls,
+        config: S3Options,
+        bucket: str,
+        prefix: str | None,
+        credentials: Any = None,
+        *,
+        read_headers: dict[str, str] | None = None,
+        write_headers: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Storage:
+        """The same storage as `new_s3`: there is one way to S3 here, where the official library has two."""
+        from icechunk.storage.constructors import s3_place
+
+        return s3_place(config, bucket, prefix, credentials, None, read_headers, write_headers, headers)
+
+    @classmethod
+    def new_tigris(
+        cls,
+        config: S3Options,
+        bucket: str,
+        prefix: str | None,
+        use_weak_consistency: bool,
+        credentials: Any = None,
+        legacy_rooted_keys: bool | None = None,
+        *,
+        read_headers: dict[str, str] | None = None,
+        write_headers: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Storage:
+        """See `icechunk.tigris_storage`."""
+        from icechunk.storage.constructors import s3_place, tigris_headers, tigris_options
+
+        headers = {**tigris_headers(config.region, use_weak_consistency), **(headers or {})}
+        options = tigris_options(config)
+        return s3_place(options, bucket, prefix, credentials, legacy_rooted_keys, read_headers, write_headers, headers)
+
+    @classmethod
+    def new_r2(
+        cls,
+        config: S3Options,
+        bucket: str | None = None,
+        prefix: str | None = None,
+        account_id: str | None = None,
+        credentials: Any = None,
+        legacy_rooted_keys: bool | None = None,
+        *,
+        read_headers: dict[str, str] | None = None,
+        write_headers: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Storage:
+        """See `icechunk.r2_storage`."""
+        from icechunk.storage.constructors import r2_bucket, r2_options, s3_place
+
+        options = r2_options(config, account_id)
+        bucket, prefix = r2_bucket(bucket, prefix)
+        return s3_place(options, bucket, prefix, credentials, legacy_rooted_keys, read_headers, write_headers, headers)
+
+    @classmethod
+    def new_hf(
+        cls,
+        config: S3Options,
+        bucket: str,
+        prefix: str | None,
+        namespace: str,
+        credentials: Any = None,
+        legacy_rooted_keys: bool | None = None,
+        *,
+        read_headers: dict[str, str] | None = None,
+        write_headers: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Storage:
+        """See `icechunk.hf_storage`."""
+        from icechunk.storage.constructors import hf_options, s3_place
+
+        options = hf_options(config, namespace)
+        return s3_place(
+            options,
+            bucket,
+            prefix,
+            credentials,
+            legacy_rooted_keys,
+            read_headers,
+            write_headers,
+            headers,
+            keeps_metadata=False,
+        )
+
+    @classmethod
+    def new_gcs(
+        cls,
+        bucket: str,
+        prefix: str | None,
+        credentials: Any = None,
+        *,
+        config: dict[str, str] | None = None,
+        read_headers: dict[str, str] | None = None,
+        write_headers: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Storage:
+        """See `icechunk.gcs_storage`; ``credentials`` is one of `icechunk.GcsCredentials`."""
+        from icechunk.storage.constructors import gcs_place
+
+        return gcs_place(bucket, prefix, credentials, config, read_headers, write_headers, headers)
+
+    @classmethod
+    def new_azure_blob(
+        cls,
+        account: str,
+        container: str,
+        prefix: str,
+        credentials: Any = None,
+        *,
+        config: dict[str, str] | None = None,
+    ) -> Storage:
+        """See `icechunk.azure_storage`; ``credentials`` is one of `icechunk.AzureCredentials`."""
+        from icechunk.storage.constructors import azure_place
+
+        return azure_place(account, container, prefix, credentials, config)
+
+    @classmethod
+    def new_http(
+        cls, base_url: str, config: dict[str, str] | None = None, headers: dict[str, str] | None = None
+    ) -> Storage:
+        """See `icechunk.http_storage`."""
+        from icechunk.storage.http.storage import HttpStorage
+
+        return HttpStorage(base_url, config, headers)
+
+    @classmethod
+    def new_redirect(cls, base_url: str) -> Storage:
+        """See `icechunk.redirect_storage`."""
+        from icechunk.storage.http.redirect import RedirectStorage
+
+        return RedirectStorage(base_url)
+
+
+Version = NewType("Version", str)
+"""Opaque version of an object (an ETag, without quotes where the store quotes it); equal versions have equal bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """The PUT succeeds only where no object exists at the key (``If-None-Match: *``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matches:
+    """The PUT succeeds only where the object's version is still this one (``If-Match``)."""
+
+    version: Version
+
+
+@dataclass(frozen=True, slots=True)
+class Unchecked:
+    """The PUT succeeds whatever is at the key."""
+
+
+Precondition: TypeAlias = Absent | Matches | Unchecked
+ANY = Unchecked()
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Bytes ``start`` (inclusive) to ``end`` (exclusive); an end beyond the object is clamped to its size."""
+
+    start: int
+    end: int | None = None
+    """None: to the end of the object."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suffix:
+    """The last ``length`` bytes; the whole object where it is shorter."""
+
+    length: int
+
+
+ByteRange: TypeAlias = Range | Suffix | None
+Octets: TypeAlias = bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectInfo:
+    """What a listing or HEAD says of an object."""
+
+    key: str
+    """Relative to the root prefix."""
+    size: int
+    """Bytes."""
+    version: Version
+    modified_us: int
+    """Last-Modified by the store's clock, µs since the epoch (whole seconds on most stores)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetResult:
+    """The bytes asked for, and what the store said with them."""
+
+    body: Octets
+    """Exactly the bytes of the (clamped) range. Large ones may be a view of memory that nobody changes any more."""
+    size: int
+    """Bytes of the whole object."""
+    version: Version
+    modified_us: int
+    date_us: int | None
+    """The store's clock when it answered (its ``Date`` header), µs; None where the store does not say."""
+
+    @property
+    def data(self) -> bytes:
+        """The same as `body`, as bytes: a copy where that is a view."""
+        return bytes(self.body)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PutResult:
+    """Answer to a PUT that landed."""
+
+    version: Version
+    date_us: int | None
+    """As in `GetResult`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeleteResult:
+    """Answer to a deletion of many objects."""
+
+    deleted: int
+    """Objects that do not exist any more (one that did not exist before counts)."""
+    failures: tuple[tuple[str, str], ...] = ()
+    """Key and reason of each that may still exist."""
+
+
+class ListingUnsupportedError(StorageError):
+    """The place cannot be listed, as web servers cannot; objects whose keys are known can still be read."""
+
+
+ObjectKind: TypeAlias = Literal["metadata", "chunk"]
+
+
+class Storage(StorageFacade, ABC):
+    """A place that holds a repository, and the verbs on it. Picklable; safe to use from several loops and threads.
+
+    All verbs raise `StorageError` (with the key, and what to do) once bounded retries are used up.
+    Cancellation of any verb leaves no task and no half-read connection behind.
+    """
+
+    @abstractmethod
+    async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
+        """Read an object, or a range of it.
+
+        Raises
+        ------
+        ObjectNotFoundError
+            Nothing at this key.
+        InvalidInputError
+            A range that starts at or beyond the end of the object (kind ``invalid-byte-range``).
+        """
+
+    @abstractmethod
+    async def put(
+        self,
+        key: str,
+        data: bytes | bytearray | memoryview,
+        precondition: Precondition = ANY,
+        *,
+        kind: ObjectKind = "metadata",
+        metadata: Mapping[str, str] | None = None,
+    ) -> PutResult:
+        """Write a whole object atomically and durably.
+
+        Parameters
+        ----------
+        kind
+            Chooses the storage class, where the settings distinguish them.
+        metadata
+            User metadata to keep with the object, where the store has such a thing.
+
+        Raises
+        ------
+        PreconditionFailedError
+            Refused for certain: not by this call nor by a hidden retry of it did the bytes land.
+        StorageError
+            No certain answer (or a refusal that retrying cannot mend). With a precondition the write
+            **may have landed, or may land later**: read back before believing either.
+        """
+
+    @abstractmethod
+    async def head(self, key: str) -> ObjectInfo:
+        """Say what is at a key, without its bytes. Raises `ObjectNotFoundError` where nothing is."""
+
+    @abstractmethod
+    def list_pages(
+        self, prefix: str = "", *, start_after: str | None = None, page_size: int = 1000
+    ) -> AsyncIterator[list[ObjectInfo]]:
+        """List objects whose key starts with ``prefix`` (a plain string prefix), ascending by key bytes, page by page.
+
+        A caller that stops early pays only for the pages it took. ``start_after`` is exclusive.
+
+        Raises
+        ------
+        ListingUnsupportedError
+            The place has no listings; the only verb that some places lack beside those that write.
+        """
+
+    @abstractmethod
+    async def delete(self, keys: Iterable[str]) -> DeleteResult:
+        """Delete objects; keys that do not exist are fine. One key's failure does not stop the others."""
+
+    @abstractmethod
+    async def copy(self, source: str, target: str) -> PutResult:
+        """Copy an object within the storage, replacing what is at ``target``. Raises `ObjectNotFoundError`."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Close what this storage has open in the running loop. It opens again when used again."""
+
+    @property
+    @abstractmethod
+    def supports_writes(self) -> bool:
+        """False where the place can only be read."""
+
+    @property
+    def atomic_preconditions(self) -> frozenset[type[Precondition]]:
+        """Preconditions that hold at the very moment of the write, not only shortly before; all, unless said otherwise.
+
+        A storage may be set to replace one by a look before the write, for a service that does not know it.
+        """
+        return frozenset((Absent, Matches, Unchecked))
+
+    @property
+    def clock_resolution_us(self) -> int:
+        """Steps in which ``modified_us`` tells the time, µs, rounded down."""
+        return 1_000_000
+
+    @property
+    def lists_any_prefix_fast(self) -> bool:
+        """Whether a listing of part of a folder, by the beginning of names, costs no more than what it returns."""
+        return True
+
+    @property
+    def lists_first_keys_fast(self) -> bool:
+        """Whether the first page of a listing costs the same however many keys come after it."""
+        return True
+
+    @property
+    def gains_from_split_reads(self) -> bool:
+        """Whether parts of one object that are read at the same time can come sooner than the whole."""
+        return True
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Where this is, for error messages (``s3://bucket/prefix``); no secrets."""
+
+
+MAX_KEY_BYTES = 1024
+"""Longest key in UTF-8, as in S3; the root prefix counts too where the store is S3."""
+
+# Nearly every key the engine makes; anything else takes the slow road below.
+_ORDINARY = re.compile(r"[A-Za-z0-9_=+-][A-Za-z0-9_.=+-]*(?:/[A-Za-z0-9_=+-][A-Za-z0-9_.=+-]*)*")
+
+
+def check_key(key: str) -> None:
+    """Refuse a key that could leave the root prefix, or that some back end could not hold.
+
+    Raises
+    ------
+    InvalidInputError
+        Empty, absolute, with empty, ``.`` or ``..`` segments, NUL, not encodable as UTF-8, or longer than
+        `MAX_KEY_BYTES`.
+    """
+    if len(key) <= 255 and _ORDINARY.fullmatch(key):
+        return
+    reason = _why_bad(key)
+    if reason is not None:
+        raise InvalidInputError(f"bad storage key {key!r}: {reason}", ErrorKind.INVALID_KEY)
+
+
+def _why_bad(key: str) -> str | None:
+    if not key:
+        return "it is empty"
+    if "\0" in key:
+        return "it contains a NUL character"
+    try:
+        encoded = key.encode("utf-8")
+    except UnicodeEncodeError:
+        return "it cannot be encoded as UTF-8"
+    if len(encoded) > MAX_KEY_BYTES:
+        return f"it has {len(encoded)} bytes, and {MAX_KEY_BYTES} is the most a store takes"
+    if key.startswith("/"):
+        return "keys are relative to the root prefix and do not start with '/'"
+    for segment in key.split("/"):
+        if segment in ("", ".", ".."):
+            return f"the segment {segment!r} is not allowed"
+    return None
+
+
+def check_range(byte_range: ByteRange) -> None:
+    """Refuse a range that is empty or negative whatever the object's size. Raises `InvalidInputError`."""
+    match byte_range:
+        case Range(start, end):
+            bad = start < 0 or (end is not None and end <= start)
+        case Suffix(length):
+            bad = length <= 0
+        case None:
+            bad = False
+    if bad:
+        raise InvalidInputError(
+            f"bad byte range {byte_range}: it must name at least one byte, counted from 0", ErrorKind.INVALID_BYTE_RANGE
+        )
+
+
+def resolve_range(byte_range: ByteRange, size: int, key: str) -> tuple[int, int]:
+    """Clamp a range to an object's size.
+
+    Returns
+    -------
+    tuple
+        First byte (inclusive) and last (exclusive).
+
+    Raises
+    ------
+    InvalidInputError
+        The range is malformed, or starts at or beyond the end of the object (kind ``invalid-byte-range``).
+    """
+    if byte_range is None:
+        return 0, size
+    check_range(byte_range)
+    if isinstance(byte_range, Suffix):
+        return max(0, size - byte_range.length), size
+    if byte_range.start >= size:
+        raise InvalidInputError(
+            f"cannot read bytes from {byte_range.start} of {key!r}: the object has {size} bytes",
+            ErrorKind.INVALID_BYTE_RANGE,
+        )
+    return byte_range.start, size if byte_range.end is None else min(byte_range.end, size)
+
+
+class ReadOnlyStorage(Storage):
+    """A storage whose verbs that write are refused before anything is sent."""
+
+    async def put(
+        self,
+        key: str,
+        data: bytes | bytearray | memoryview,
+        precondition: Precondition = ANY,
+        *,
+        kind: ObjectKind = "metadata",
+        metadata: Mapping[str, str] | None = None,
+    ) -> PutResult:
+        raise self._read_only(f"write {key!r}")
+
+    async def delete(self, keys: Iterable[str]) -> DeleteResult:
+        raise self._read_only("delete objects")
+
+    async def copy(self, source: str, target: str) -> PutResult:
+        raise self._read_only(f"copy {source!r} to {target!r}")
+
+    @property
+    def supports_writes(self) -> bool:
+        return False
+
+    def _read_only(self, attempt: str) -> ReadOnlyError:
+        return ReadOnlyError(
+            f"cannot {attempt}: {self.describe()} can only be read; open the repository where it is kept to change it",
+            ErrorKind.READ_ONLY_STORAGE,
+        )

@@ -1,0 +1,211 @@
+"""How often, how soon and how long one operation on a store is tried.
+
+How many requests at once a service takes: learned from its refusals, on one event loop.
+
+Unbounded until the service asks to slow down (503, 429, ``SlowDown``). Then at most half of what was in flight may be,
+and again half for each refusal of a request that was sent under the new bound: refusals of those that were on their way
+already say nothing new. Answers raise the bound by one for each round of it, and once many rounds went well by one for
+each answer, until nothing is left of it. Who waits for a turn is not counted as a try, so a storm of refusals costs
+time, and not requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Final
+
+from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTimeoutSettings
+from icechunk.config.storage import DEFAULT_INITIAL_BACKOFF_MS, DEFAULT_MAX_BACKOFF_MS, DEFAULT_MAX_TRIES
+from icechunk.runtime.clock import Sources
+
+__all__ = ["Limits", "Pace", "Tries", "limits_of"]
+
+_FIRST_CONTACT_TRIES: Final = 4
+"""Tries for a service that never answered: more likely a wrong address than a bad day."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Tries and timeouts of one storage's settings."""
+
+    max_tries: int
+    initial_backoff_s: float
+    max_backoff_s: float
+    connect_s: float
+    read_s: float
+    """For the next byte of an answer."""
+    attempt_s: float | None
+    """For one try; None: what the body's size makes reasonable."""
+    operation_s: float | None
+    """For all tries together; None: no limit."""
+
+
+def limits_of(settings: StorageSettings | None, stream_timeout_s: int | None = None) -> Limits:
+    """The limits that settings and options describe, official defaults where they are silent."""
+    settings = settings or StorageSettings()
+    retries = settings.retries or StorageRetriesSettings()
+    timeouts = settings.timeouts or StorageTimeoutSettings()
+
+    def seconds(value_ms: int | None, default_s: float) -> float:
+        return default_s if value_ms is None else value_ms / 1000
+
+    def backoff(value_ms: int | None, default_ms: int) -> float:
+        return (default_ms if value_ms is None else value_ms) / 1000
+
+    return Limits(
+        max_tries=DEFAULT_MAX_TRIES if retries.max_tries is None else retries.max_tries,
+        initial_backoff_s=backoff(retries.initial_backoff_ms, DEFAULT_INITIAL_BACKOFF_MS),
+        max_backoff_s=backoff(retries.max_backoff_ms, DEFAULT_MAX_BACKOFF_MS),
+        connect_s=seconds(timeouts.connect_timeout_ms, 10.0),
+        # 0 means no limit in the official library; a limit there has to be.
+        read_s=seconds(timeouts.read_timeout_ms, float(stream_timeout_s or 60)),
+        attempt_s=None
+        if timeouts.operation_attempt_timeout_ms is None
+        else timeouts.operation_attempt_timeout_ms / 1e3,
+        operation_s=None if timeouts.operation_timeout_ms is None else timeouts.operation_timeout_ms / 1e3,
+    )
+
+
+class Tries:
+    """The tries of one operation: how many there were, whether there is another, and how long it may take.
+
+    Parameters
+    ----------
+    limits
+        Of the storage.
+    sources
+        Clock, pauses, and the chance in them.
+    """
+
+    def __init__(self, limits: Limits, sources: Sources) -> None:
+        self.count = 1
+        """Tries so far, with the one that is being made."""
+        self._limits = limits
+        self._sources = sources
+        self._began_us = sources.elapsed_us()
+
+    def __str__(self) -> str:
+        """What a message about them ends with: `` (3 tries)``, nothing of a single one."""
+        return f" ({self.count} tries)" if self.count > 1 else ""
+
+    @property
+    def limits(self) -> Limits:
+        """Those of the next try, which ends when the time of the operation is up."""
+        limits = self._limits
+        left_s = self._left_s
+        if left_s is None or (limits.attempt_s is not None and limits.attempt_s <= left_s):
+            return limits
+        return replace(limits, attempt_s=max(left_s, 0.001))
+
+    def pause_s(self, *, asked_s: float = 0.0, contacted: bool = True) -> float | None:
+        """How long to wait before the next try, with full jitter; None where the tries or the time are used up.
+
+        Parameters
+        ----------
+        asked_s
+            What the service asks for; comes on top, within the longest pause.
+        contacted
+            Whether the service ever answered.
+        """
+        limits = self._limits
+        if self.count >= (limits.max_tries if contacted else min(limits.max_tries, _FIRST_CONTACT_TRIES)):
+            return None
+        pause_s = min(limits.max_backoff_s, limits.initial_backoff_s * 2.0 ** (self.count - 1))
+        pause_s = pause_s * self._sources.fraction() + min(limits.max_backoff_s, asked_s)
+        left_s = self._left_s
+        return None if left_s is not None and pause_s >= left_s else pause_s
+
+    async def again(self, *, contacted: bool = True) -> bool:
+        """Pause, and return True; False where the tries or the time are used up."""
+        pause_s = self.pause_s(contacted=contacted)
+        if pause_s is None:
+            return False
+        await self.after(pause_s)
+        return True
+
+    async def after(self, pause_s: float) -> None:
+        """Wait, and count the next try."""
+        await self._sources.sleep(pause_s)
+        self.count += 1
+
+    @property
+    def _left_s(self) -> float | None:
+        if self._limits.operation_s is None:
+            return None
+        spent_s = (self._sources.elapsed_us() - self._began_us) / 1e6
+        return self._limits.operation_s - spent_s
+
+
+_UNBOUNDED: Final = 512
+_CALM_ROUNDS: Final = 8
+
+
+class Pace:
+    """Requests in flight to one service."""
+
+    def __init__(self) -> None:
+        self._limit: float | None = None
+        self._in_flight = 0
+        self._epoch = 0
+        self._calm = 0.0
+        """Rounds of good answers since the last refusal that counted."""
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def limit(self) -> int | None:
+        """Requests that may be in flight; None: as many as there are."""
+        return None if self._limit is None else int(self._limit)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests sent and not answered yet."""
+        return self._in_flight
+
+    async def enter(self) -> int:
+        """Wait for a turn. Returns what `leave` wants to have; after cancellation nothing is to be left."""
+        if self._limit is not None and (self._waiting or self._in_flight >= int(self._limit)):
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            try:
+                await turn
+            except BaseException:
+                if turn in self._waiting:
+                    self._waiting.remove(turn)
+                elif not turn.cancelled():
+                    self._in_flight -= 1
+                    self._call()
+                raise
+        else:
+            self._in_flight += 1
+        return self._epoch
+
+    def leave(self, epoch: int, refused: bool | None) -> None:
+        """The request has ended.
+
+        Parameters
+        ----------
+        refused
+            True: the service asked to slow down. False: it answered. None: neither.
+        """
+        if refused:
+            if epoch == self._epoch:
+                self._limit = max(1.0, self._in_flight / 2)
+                self._epoch += 1
+                self._calm = 0.0
+        elif self._limit is not None and refused is False:
+            self._calm += 1 / self._limit
+            self._limit += 1 if self._calm > _CALM_ROUNDS else 1 / self._limit
+            if self._limit >= _UNBOUNDED:
+                self._limit = None
+        self._in_flight -= 1
+        if self._waiting:
+            self._call()
+
+    def _call(self) -> None:
+        while self._waiting and (self._limit is None or self._in_flight < int(self._limit)):
+            turn = self._waiting.popleft()
+            if not turn.done():
+                self._in_flight += 1
+                turn.set_result(None)

@@ -1,0 +1,202 @@
+"""What the answers of an S3 service mean: which to try again, and what to tell the user about the others."""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+from xml.etree import ElementTree
+
+from icechunk.errors import ErrorKind, StorageError
+from icechunk.storage.http.headers import date_us
+
+__all__ = [
+    "Answer",
+    "Refusal",
+    "Unanswered",
+    "is_throttled",
+    "is_transient",
+    "parse_refusal",
+    "parse_xml",
+    "retry_after_s",
+    "text_of",
+    "to_error",
+]
+
+_TRANSIENT_STATUSES: Final = frozenset({408, 425, 429, 500, 502, 503, 504, 509})
+_TRANSIENT_CODES: Final = frozenset(
+    {
+        "BandwidthLimitExceeded",
+        "ConditionalRequestConflict",
+        "InternalError",
+        "OperationAborted",
+        "PriorRequestNotComplete",
+        "RequestLimitExceeded",
+        "RequestThrottled",
+        "RequestTimeout",
+        "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequests",
+        "TransactionInProgress",
+        "XMinioServerNotInitialized",
+    }
+)
+_THROTTLING_CODES: Final = frozenset({"SlowDown", "Throttling", "TooManyRequests", "RequestLimitExceeded"})
+_NAMESPACE: Final = re.compile(r"\{[^}]*\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A complete answer."""
+
+    status: int
+    headers: Mapping[str, str]
+    """Names in any case."""
+    content: bytes | memoryview
+
+    @property
+    def body(self) -> bytes:
+        """The same as `content`, as bytes: a copy where that is a view of a large body."""
+        return bytes(self.content)
+
+
+@dataclass(frozen=True, slots=True)
+class Unanswered:
+    """A try that brought no complete answer; the request may have been carried out nevertheless."""
+
+    cause: Exception
+    connected: bool
+    """False where the request certainly never left: no connection could be made."""
+    final: bool
+    """True where trying again cannot help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The error document of an answer."""
+
+    code: str
+    message: str
+    region: str | None = None
+    """The region that the bucket is in, where the service says so."""
+
+
+def parse_xml(body: bytes) -> ElementTree.Element:
+    """An answer's document, without name spaces. Raises `ElementTree.ParseError`."""
+    root = ElementTree.fromstring(body)
+    for element in root.iter():
+        element.tag = _NAMESPACE.sub("", element.tag)
+    return root
+
+
+def text_of(element: ElementTree.Element, name: str) -> str:
+    """Text of a child; empty where there is none."""
+    return element.findtext(name) or ""
+
+
+def parse_refusal(answer: Answer) -> Refusal:
+    """What an error answer says; answers to HEAD have only headers."""
+    region = answer.headers.get("x-amz-bucket-region")
+    try:
+        root = parse_xml(answer.body)
+    except ElementTree.ParseError:
+        text = answer.body[:200].decode("utf-8", "replace").strip()
+        return Refusal("", text, region)
+    return Refusal(text_of(root, "Code"), text_of(root, "Message"), region or text_of(root, "Region") or None)
+
+
+def is_transient(answer: Answer) -> bool:
+    """True for an answer that another try may mend."""
+    if answer.status in _TRANSIENT_STATUSES:
+        return True
+    return answer.status >= 400 and parse_refusal(answer).code in _TRANSIENT_CODES
+
+
+def is_throttled(outcome: Answer | Unanswered) -> bool | None:
+    """Whether the service asked to slow down; None where it did not answer."""
+    if isinstance(outcome, Unanswered):
+        return None
+    if outcome.status < 400:
+        return False
+    return outcome.status in (429, 503) or parse_refusal(outcome).code in _THROTTLING_CODES
+
+
+def retry_after_s(answer: Answer) -> float:
+    """How long the service wants to be left alone, seconds; 0 where it does not say."""
+    text = answer.headers.get("Retry-After", "").strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    until_us = date_us(answer.headers, "Retry-After") if text else None
+    now_us = date_us(answer.headers)
+    return 0.0 if until_us is None or now_us is None else max(0.0, (until_us - now_us) / 1e6)
+
+
+def to_error(what: str, outcome: Answer | Unanswered, tries: int, endpoint: str) -> StorageError:
+    """The error for a request that failed for good.
+
+    Parameters
+    ----------
+    what
+        What was attempted on which object, as in ``read s3://bucket/key``.
+    endpoint
+        Where requests went, for messages about connections.
+    """
+    times = "" if tries <= 1 else f" ({tries} tries)"
+    if isinstance(outcome, Unanswered):
+        reason, kind = _connection_trouble(outcome.cause, outcome.connected, endpoint)
+        return StorageError(f"cannot {what}: {reason}{times}", kind)
+    refusal = parse_refusal(outcome)
+    reason, kind = _refusal_trouble(outcome.status, refusal, endpoint)
+    return StorageError(f"cannot {what}: {reason}{times}", kind)
+
+
+def _connection_trouble(cause: Exception, connected: bool, endpoint: str) -> tuple[str, ErrorKind]:
+    kind = ErrorKind.OBJECT_STORE
+    if isinstance(cause, ssl.SSLError):
+        return (
+            f"no TLS connection to {endpoint} ({cause}); if the endpoint speaks plain http, write http:// and set "
+            "allow_http=True, else check its certificate and AWS_CA_BUNDLE"
+        ), kind
+    if isinstance(cause, socket.gaierror):
+        return f"no such host: {endpoint} cannot be resolved; check endpoint_url, region, bucket and DNS", kind
+    if isinstance(cause, OSError) and not connected and not isinstance(cause, TimeoutError):
+        # asyncio sums the failures of several addresses up in one text.
+        refused = isinstance(cause, ConnectionRefusedError) or f"[Errno {errno.ECONNREFUSED}]" in str(cause)
+        problem = "the connection was refused" if refused else f"no connection ({cause.strerror or cause})"
+        return f"{problem} by {endpoint}; check endpoint_url and that the service runs", kind
+    if isinstance(cause, TimeoutError):
+        return f"{endpoint} did not answer in time; check the network, or raise the timeouts", kind
+    return f"the connection to {endpoint} broke ({type(cause).__name__}: {cause})", kind
+
+
+def _refusal_trouble(status: int, refusal: Refusal, endpoint: str) -> tuple[str, ErrorKind]:
+    said = f"{refusal.code or f'HTTP {status}'}{': ' + refusal.message if refusal.message else ''}"
+    kind = ErrorKind.OBJECT_STORE
+    match refusal.code:
+        case "NoSuchBucket":
+            return f"the bucket does not exist at {endpoint}; create it, or check its name and the endpoint", kind
+        case "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "InvalidToken" | "ExpiredToken" | "TokenRefreshRequired":
+            return f"the credentials were not accepted ({said}); check access key, secret and session token", kind
+        case "RequestTimeTooSkewed":
+            return f"this machine's clock is wrong ({said}); set it", kind
+        case "AuthorizationHeaderMalformed" | "PermanentRedirect" | "IllegalLocationConstraintException":
+            where = f"it is in {refusal.region!r}" if refusal.region else "the service does not say which"
+            return f"the bucket is in another region ({said}); set region: {where}", ErrorKind.BAD_REDIRECT
+        case "EntityTooLarge":
+            return f"the object is too large for one request ({said})", kind
+    if refusal.code in _THROTTLING_CODES or status == 429:
+        return f"the service asks to slow down ({said}); send fewer requests at once", ErrorKind.THROTTLED
+    if status in (301, 302, 307, 308):
+        where = f"; set region to {refusal.region!r}" if refusal.region else "; check region and endpoint_url"
+        return f"the service redirects elsewhere ({said}){where}", ErrorKind.BAD_REDIRECT
+    if status == 403:
+        return f"access denied ({said}); check credentials and the bucket's policy", kind
+    if status == 400 and "HTTPS server" in refusal.message:
+        return f"{endpoint} speaks TLS; write https:// in endpoint_url", kind
+    return f"the service answered {status} ({said})", kind

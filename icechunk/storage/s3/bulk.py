@@ -1,0 +1,147 @@
+"""Requests to a bucket for many objects at once: listing and deleting."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Iterable
+from datetime import UTC, datetime
+from typing import Final
+from urllib.parse import unquote_plus
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
+
+from icechunk.errors import ErrorKind, StorageError
+from icechunk.storage.port import DeleteResult, ObjectInfo, Version, check_key
+from icechunk.storage.retry import Limits
+from icechunk.storage.s3.answers import parse_refusal, parse_xml, text_of
+from icechunk.storage.s3.bucket import Place
+from icechunk.storage.s3.client import Request
+from icechunk.storage.s3.uploads import content_md5
+
+__all__ = ["delete", "list_pages"]
+
+_NOT_XML: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\r\n\t]")
+_DELETE_BATCH: Final = 1000
+
+
+async def list_pages(
+    place: Place, limits: Limits, prefix: str, start_after: str | None, page_size: int
+) -> AsyncIterator[list[ObjectInfo]]:
+    """Objects whose keys begin with ``prefix`` and come after ``start_after``, in pages of at most 1000."""
+    root = place.root
+    after = start_after
+    while True:
+        query = [
+            ("list-type", "2"),
+            ("max-keys", str(min(page_size, 1000))),
+            ("prefix", root + prefix),
+            ("encoding-type", "url"),
+        ]
+        if after is not None:
+            query.append(("start-after", root + after))
+        request = Request(
+            what=f"list {place.name(prefix)}",
+            method="GET",
+            query=tuple(query),
+            headers=place.plain_headers,
+        )
+        client = await place.client()
+        answer = await client.call(request, limits)
+        if answer.status >= 300:
+            raise client.failure(request, answer, 1)
+        try:
+            listing = parse_xml(answer.body)
+        except ElementTree.ParseError as error:
+            raise StorageError(
+                f"cannot {request.what}: the answer is no listing ({error}); is the endpoint an S3 service?",
+                ErrorKind.OBJECT_STORE,
+            ) from error
+        url_encoded = text_of(listing, "EncodingType") == "url"
+        page = [_object_info(element, len(root), url_encoded) for element in listing.iter("Contents")]
+        if page:
+            yield page
+        if text_of(listing, "IsTruncated") != "true" or not page:
+            return
+        after = page[-1].key
+
+
+async def delete(place: Place, limits: Limits, keys: Iterable[str]) -> DeleteResult:
+    """Delete objects, a thousand at a time; those that XML cannot name one by one."""
+    wanted = list(keys)
+    for key in wanted:
+        check_key(key)
+    single = wanted if len(wanted) == 1 else [key for key in wanted if _NOT_XML.search(place.root + key)]
+    many = [] if len(wanted) == 1 else [key for key in wanted if not _NOT_XML.search(place.root + key)]
+    deleted = 0
+    failures: list[tuple[str, str]] = []
+    for key in single:
+        deleted += await _delete_one(place, limits, key, failures)
+    for start in range(0, len(many), _DELETE_BATCH):
+        deleted += await _delete_batch(place, limits, many[start : start + _DELETE_BATCH], failures)
+    return DeleteResult(deleted=deleted, failures=tuple(failures))
+
+
+async def _delete_one(place: Place, limits: Limits, key: str, failures: list[tuple[str, str]]) -> int:
+    client = await place.client()
+    request = place.request("delete", "DELETE", key, place.plain_headers)
+    answer = await client.call(request, limits)
+    if answer.status < 300:
+        return 1
+    refusal = parse_refusal(answer)
+    if answer.status == 404 and refusal.code != "NoSuchBucket":
+        return 1
+    if refusal.code == "NoSuchBucket":
+        raise client.failure(request, answer, 1)
+    failures.append((key, f"{refusal.code}: {refusal.message}"))
+    return 0
+
+
+async def _delete_batch(place: Place, limits: Limits, keys: list[str], failures: list[tuple[str, str]]) -> int:
+    root = place.root
+    rows = "".join(f"<Object><Key>{escape(root + key)}</Key></Object>" for key in keys)
+    body = (f'<Delete xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Quiet>true</Quiet>{rows}</Delete>').encode()
+    request = Request(
+        what=f"delete {len(keys)} objects, {place.name(keys[0])} the first",
+        method="POST",
+        query=(("delete", ""),),
+        headers={
+            **place.plain_headers,
+            "content-md5": content_md5(body),
+            "content-type": "application/xml",
+        },
+        body=body,
+    )
+    client = await place.client()
+    answer = await client.call(request, limits)
+    if answer.status >= 300:
+        raise client.failure(request, answer, 1)
+    try:
+        errors = list(parse_xml(answer.body).iter("Error")) if answer.body.strip() else []
+    except ElementTree.ParseError as error:
+        raise StorageError(
+            f"cannot tell what was deleted: the answer to {request.what} is no XML", ErrorKind.OBJECT_STORE
+        ) from error
+    failed = [
+        (text_of(e, "Key")[len(root) :], f"{text_of(e, 'Code')}: {text_of(e, 'Message')}")
+        for e in errors
+        if text_of(e, "Code") != "NoSuchKey"
+    ]
+    failures += failed
+    return len(keys) - len(failed)
+
+
+def _object_info(element: ElementTree.Element, root_length: int, url_encoded: bool) -> ObjectInfo:
+    key = text_of(element, "Key")
+    return ObjectInfo(
+        key=(unquote_plus(key) if url_encoded else key)[root_length:],
+        size=int(text_of(element, "Size") or 0),
+        version=Version(text_of(element, "ETag").strip('"')),
+        modified_us=_iso_us(text_of(element, "LastModified")),
+    )
+
+
+def _iso_us(text: str) -> int:
+    try:
+        return int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp() * 1e6)
+    except ValueError:
+        return 0

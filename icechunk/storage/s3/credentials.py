@@ -1,0 +1,102 @@
+"""Where the access key of a request comes from."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any, TypeAlias
+
+from aiobotocore.session import AioSession, get_session
+
+from icechunk.credentials import AnyS3Credential, S3Credentials, S3StaticCredentials
+from icechunk.errors import ErrorKind, StorageError
+from icechunk.runtime.clock import Sources
+from icechunk.storage.credentials import Refreshed
+from icechunk.storage.s3.sigv4 import SigningKeys
+
+__all__ = ["KeyProvider", "key_provider"]
+
+
+class AnonymousKeys:
+    """Requests go unsigned."""
+
+    async def get(self) -> SigningKeys | None:
+        return None
+
+    def expired(self, keys: SigningKeys | None) -> bool:
+        return False
+
+
+class StaticKeys:
+    """One key for good."""
+
+    def __init__(self, given: S3StaticCredentials) -> None:
+        self._keys = _signing_keys(given)
+
+    async def get(self) -> SigningKeys | None:
+        return self._keys
+
+    def expired(self, keys: SigningKeys | None) -> bool:
+        return False
+
+
+class RefreshableKeys(Refreshed[SigningKeys]):
+    """Keys of the user's function."""
+
+    def __init__(self, given: S3Credentials.Refreshable, sources: Sources) -> None:
+        super().__init__(given, _signing_keys, sources)
+
+
+class ChainKeys:
+    """Keys of botocore's credential chain: environment, profiles, web identity, SSO, container and instance roles."""
+
+    def __init__(self) -> None:
+        self._found: dict[asyncio.AbstractEventLoop, tuple[int, AioSession, Any]] = {}
+
+    async def get(self) -> SigningKeys | None:
+        loop = asyncio.get_running_loop()
+        found = self._found.get(loop)
+        if found is None or found[0] != os.getpid():
+            session = get_session()
+            credentials = await session.get_credentials()
+            if credentials is None:
+                raise StorageError(
+                    "no AWS credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile, or give "
+                    "access_key_id, get_credentials or anonymous=True",
+                    ErrorKind.INVALID_CREDENTIALS,
+                )
+            self._found = {o: f for o, f in self._found.items() if not o.is_closed() and f[0] == os.getpid()}
+            found = self._found[loop] = (os.getpid(), session, credentials)
+        frozen = await found[2].get_frozen_credentials()
+        return SigningKeys(
+            access_key_id=frozen.access_key, secret_access_key=frozen.secret_key, session_token=frozen.token
+        )
+
+    def expired(self, keys: SigningKeys | None) -> bool:
+        self._found.pop(asyncio.get_running_loop(), None)
+        return True
+
+
+KeyProvider: TypeAlias = AnonymousKeys | StaticKeys | RefreshableKeys | ChainKeys
+"""``get`` returns the key to sign with; ``expired`` is told that it was refused, and says if a new one may help."""
+
+
+def key_provider(credentials: AnyS3Credential | None, sources: Sources) -> KeyProvider:
+    """The provider that a credentials value describes; None means the environment."""
+    match credentials:
+        case None | S3Credentials.FromEnv():
+            return ChainKeys()
+        case S3Credentials.Anonymous():
+            return AnonymousKeys()
+        case S3Credentials.Static():
+            return StaticKeys(credentials.credentials)
+        case S3Credentials.Refreshable():
+            return RefreshableKeys(credentials, sources)
+
+
+def _signing_keys(given: S3StaticCredentials) -> SigningKeys:
+    return SigningKeys(
+        access_key_id=given.access_key_id,
+        secret_access_key=given.secret_access_key,
+        session_token=given.session_token,
+    )

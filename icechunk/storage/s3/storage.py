@@ -1,0 +1,466 @@
+"""Objects in a bucket of S3 or of a service that speaks its protocol.
+
+Requests are signed and sent by `icechunk.storage.s3.client`; aiobotocore supplies the credential chain, the
+configuration and the rules for endpoints. Clients live per event loop and are shared by all storages that
+`S3Storage.with_settings` makes of one.
+
+**Conditional writes are verified.** Each carries a random id of its own in the object's user metadata. After 412, 409,
+and whenever no certain answer came, the object's metadata is read back: our id means that an earlier try landed and
+only its answer was lost. Otherwise `icechunk.storage.outcome` says
+what follows from what is found.
+
+Where ``unsafe_use_metadata`` is off, contents are compared instead, and only after a try without answer.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from typing import Any, Final
+
+from icechunk.config import S3Options, StorageSettings
+from icechunk.credentials import AnyS3Credential, S3Credentials
+from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
+from icechunk.runtime.clock import SYSTEM, Sources
+from icechunk.runtime.representation import redacted_url
+from icechunk.storage.http.headers import date_us, range_header, result_of, version_of
+from icechunk.storage.outcome import Found, settle, uncertain
+from icechunk.storage.port import (
+    ANY,
+    ByteRange,
+    DeleteResult,
+    GetResult,
+    ObjectInfo,
+    ObjectKind,
+    Precondition,
+    PutResult,
+    Storage,
+    Suffix,
+    Unchecked,
+    Version,
+    check_key,
+    check_range,
+    resolve_range,
+)
+from icechunk.storage.s3.answers import Answer, is_transient, parse_refusal, parse_xml, text_of
+from icechunk.storage.s3.bucket import Place, condition_header, require_sendable
+from icechunk.storage.s3.bulk import delete, list_pages
+from icechunk.storage.s3.client import Request, S3Client
+from icechunk.storage.s3.sigv4 import encode_key
+from icechunk.storage.s3.uploads import (
+    abort_upload,
+    checksum_of,
+    completion_of,
+    header_name,
+    part_bytes,
+    start_upload,
+    upload_parts,
+)
+from icechunk.storage.settings import Effective, object_store_settings
+
+__all__ = ["S3Storage"]
+
+_WRITE_ID: Final = "x-amz-meta-icechunk-write-id"
+# MinIO says "bytes 0--1/0" for an empty object.
+_CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(-?\d+)/(\d+)")
+
+
+class S3Storage(Storage):
+    """A storage in a bucket, below a prefix.
+
+    Parameters
+    ----------
+    bucket
+        Its name. It must exist.
+    prefix
+        Comes before every key, with a ``/`` between; None or empty for the whole bucket.
+    options
+        Region, endpoint and the like; copied.
+    credentials
+        One of `S3Credentials`; None: the environment, or none at all where ``options.anonymous`` is set.
+    settings
+        Tries, timeouts, storage classes; official defaults where silent.
+    read_headers, write_headers
+        Sent with every request that reads (GET, HEAD) or writes objects, as server-side encryption needs them:
+        ``{"x-amz-server-side-encryption": "aws:kms"}``.
+    keeps_metadata
+        False: the service drops user metadata, so that lost answers are judged by contents instead.
+    rooted_keys
+        Keys in the bucket begin with ``/``, as very old repositories without prefix have them.
+    sources
+        Clock, randomness and pauses.
+
+    Raises
+    ------
+    InvalidInputError
+        No bucket, or headers that cannot be sent.
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str | None = None,
+        *,
+        options: S3Options | None = None,
+        credentials: AnyS3Credential | None = None,
+        settings: StorageSettings | None = None,
+        read_headers: Mapping[str, str] | None = None,
+        write_headers: Mapping[str, str] | None = None,
+        rooted_keys: bool = False,
+        keeps_metadata: bool = True,
+        sources: Sources = SYSTEM,
+    ) -> None:
+        options = S3Options() if options is None else copy.copy(options)
+        if not isinstance(bucket, str) or not bucket or "/" in bucket:
+            raise InvalidInputError(f"bad bucket {bucket!r}: give its name alone", ErrorKind.STORAGE_CONFIG)
+        if credentials is None:
+            credentials = S3Credentials.Anonymous() if options.anonymous else S3Credentials.FromEnv()
+        folder = (prefix or "").rstrip("/")
+        root = folder + "/" if folder else "/" if rooted_keys else ""
+        require_sendable({**(read_headers or {}), **(write_headers or {})})
+        self._place = Place(bucket, root, options, credentials, read_headers or {}, write_headers or {}, sources)
+        self._place.keeps_metadata = keeps_metadata
+        self._use(settings)
+
+    def _use(self, settings: StorageSettings | None) -> None:
+        place = self._place
+        self._effective = Effective(
+            settings,
+            default_read_s=place.options.network_stream_timeout_seconds,
+            keeps_metadata=place.keeps_metadata,
+        )
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
+        check_range(byte_range)
+        request = self._place.request("read", "GET", key, self._place.read_headers | range_header(byte_range))
+        client = await self._place.client()
+        answer = await client.call(request, self._effective.limits)
+        headers = answer.headers
+        if answer.status == 416:
+            return await self._get_empty(key, byte_range)
+        if answer.status >= 300:
+            raise self._missing(client, request, key, answer)
+        data, size = answer.content, len(answer.content)
+        if answer.status == 206:
+            match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
+            if match is None or int(match[2]) - int(match[1]) + 1 != len(data):
+                raise StorageError(
+                    f"cannot {request.what}: {len(data)} bytes came for the range {headers.get('Content-Range')!r}; "
+                    "something between here and the store changes answers",
+                    ErrorKind.OBJECT_STORE,
+                )
+            size = int(match[3])
+        elif byte_range is not None:
+            # A service that ignores ranges sends everything.
+            start, stop = resolve_range(byte_range, size, key)
+            data = data[start:stop]
+        return result_of(headers, data, size)
+
+    async def _get_empty(self, key: str, byte_range: ByteRange) -> GetResult:
+        answer = await self._head_answer(key)
+        size = int(answer.headers.get("Content-Length", "0"))
+        if not isinstance(byte_range, Suffix) or size > 0:
+            raise InvalidInputError(
+                f"cannot read {byte_range} of {self._place.name(key)}: the object has {size} bytes",
+                ErrorKind.INVALID_BYTE_RANGE,
+            )
+        return result_of(answer.headers, b"", 0)
+
+    async def head(self, key: str) -> ObjectInfo:
+        headers = (await self._head_answer(key)).headers
+        return ObjectInfo(
+            key=key,
+            size=int(headers.get("Content-Length", "0")),
+            version=version_of(headers),
+            modified_us=date_us(headers, "Last-Modified") or 0,
+        )
+
+    async def _head_answer(self, key: str) -> Answer:
+        request = self._place.request("look at", "HEAD", key, self._place.read_headers)
+        client = await self._place.client()
+        answer = await client.call(request, self._effective.limits)
+        if answer.status >= 300:
+            raise self._missing(client, request, key, answer)
+        return answer
+
+    def list_pages(
+        self, prefix: str = "", *, start_after: str | None = None, page_size: int = 1000
+    ) -> AsyncIterator[list[ObjectInfo]]:
+        return list_pages(self._place, self._effective.limits, prefix, start_after, page_size)
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    async def put(
+        self,
+        key: str,
+        data: bytes | bytearray | memoryview,
+        precondition: Precondition = ANY,
+        *,
+        kind: ObjectKind = "metadata",
+        metadata: Mapping[str, str] | None = None,
+    ) -> PutResult:
+        content = data if isinstance(data, bytes) else bytes(data)
+        precondition = await self._effective.condition_of(self, key, self._place.name(key), precondition)
+        headers = dict(self._place.write_headers)
+        storage_class = self._effective.storage_class(kind)
+        if storage_class is not None:
+            headers["x-amz-storage-class"] = storage_class
+        if metadata and self._effective.uses_metadata:
+            require_sendable(metadata)
+            headers.update({f"x-amz-meta-{name.lower()}": value for name, value in metadata.items()})
+        write_id = None
+        if not isinstance(precondition, Unchecked) and self._effective.uses_metadata:
+            write_id = headers[_WRITE_ID] = self._place.sources.random_bytes(16).hex()
+        check_key(key)
+        client = await self._place.client()
+        if len(content) >= self._effective.multipart_bytes:
+            return await self._put_in_parts(client, key, content, precondition, headers, write_id)
+        checksum = self._place.options.checksum_algorithm
+        if checksum is not None:
+            headers[header_name(checksum)] = checksum_of(checksum, content)
+        headers.update(condition_header(precondition))
+        request = self._place.request("write", "PUT", key, headers, content)
+        return await self._finish(client, key, request, content, precondition, write_id)
+
+    async def _put_in_parts(
+        self,
+        client: S3Client,
+        key: str,
+        data: bytes,
+        precondition: Precondition,
+        headers: Mapping[str, str],
+        write_id: str | None,
+    ) -> PutResult:
+        checksum = self._place.options.checksum_algorithm
+        path = self._place.path(key)
+        what = f"write {self._place.name(key)}"
+        # Parts need the customer's key of SSE-C again, and refuse the other headers of the object.
+        again = {n: v for n, v in headers.items() if "-customer-" in n or n == "x-amz-request-payer"}
+        upload = await start_upload(client, path, what, headers, checksum, self._effective.limits)
+        try:
+            parts = await upload_parts(
+                client,
+                path,
+                what,
+                upload,
+                data,
+                size=part_bytes(len(data), self._effective.part_bytes),
+                concurrency=self._effective.parts_at_once,
+                headers=again,
+                checksum=checksum,
+                limits=self._effective.limits,
+            )
+            request = Request(
+                what=what,
+                method="POST",
+                path=path,
+                query=(("uploadId", upload),),
+                headers={**again, **condition_header(precondition), "content-type": "application/xml"},
+                body=completion_of(parts, checksum),
+            )
+            return await self._finish(client, key, request, data, precondition, write_id)
+        except BaseException:
+            await abort_upload(client, path, what, upload, self._effective.limits)
+            raise
+
+    async def _finish(
+        self,
+        client: S3Client,
+        key: str,
+        request: Request,
+        data: bytes,
+        precondition: Precondition,
+        write_id: str | None,
+    ) -> PutResult:
+        """Send the request that makes an object visible, and find out what became of it."""
+        if isinstance(precondition, Unchecked) and request.method == "PUT":
+            return self._landed(client, request, await client.call(request, self._effective.limits))
+        retrier = client.retrier(self._effective.limits, request)
+        unsettled = False
+        while True:
+            outcome = await client.attempt(request, retrier.limits)
+            if isinstance(outcome, Answer):
+                if outcome.status < 300 and not _hidden_refusal(outcome):
+                    return self._landed(client, request, outcome)
+                code = parse_refusal(outcome).code
+                refused = outcome.status == 412 or (outcome.status == 404 and code == "NoSuchKey")
+                vanished = code == "NoSuchUpload" and retrier.tries > 1
+                throttled = outcome.status in (429, 503)
+                if not (refused or vanished or outcome.status in (200, 409) or is_transient(outcome)):
+                    error = client.failure(request, outcome, retrier.tries)
+                    raise uncertain(error) if unsettled else error
+                unsettled = unsettled or not (refused or outcome.status == 409)
+            else:
+                refused = throttled = False
+                unsettled = unsettled or outcome.connected
+            if not throttled and unsettled | refused | isinstance(outcome, Answer):
+                found = await self._try_read_back(key, data, write_id, unsettled)
+                settled = settle(self._place.name(key), precondition, found, refused=refused, unsettled=unsettled)
+                if settled is not None:
+                    return settled
+            if not await retrier.again(outcome):
+                error = client.failure(request, outcome, retrier.tries)
+                raise uncertain(error) if unsettled else error
+
+    async def _try_read_back(
+        self, key: str, data: bytes, write_id: str | None, unsettled: bool
+    ) -> Found | StorageError | None:
+        try:
+            if write_id is not None or not unsettled:
+                headers = (await self._head_answer(key)).headers
+                ours = write_id is not None and headers.get(_WRITE_ID) == write_id
+                return Found(ours=ours, version=version_of(headers), date_us=date_us(headers))
+            found = await self.get(key)
+            return Found(ours=found.data == data, version=found.version, date_us=found.date_us)
+        except ObjectNotFoundError:
+            return None
+        except StorageError as error:
+            return error
+
+    async def delete(self, keys: Iterable[str]) -> DeleteResult:
+        return await delete(self._place, self._effective.limits, keys)
+
+    async def copy(self, source: str, target: str) -> PutResult:
+        check_key(source)
+        storage_class = self._effective.storage_class("metadata")
+        headers = {
+            **self._place.write_headers,
+            **({} if storage_class is None else {"x-amz-storage-class": storage_class}),
+            "x-amz-copy-source": encode_key(f"/{self._place.bucket}/{self._place.root}{source}"),
+        }
+        request = self._place.request(f"copy {self._place.name(source)} to", "PUT", target, headers)
+        client = await self._place.client()
+        retrier = client.retrier(self._effective.limits, request)
+        while True:
+            answer = await client.call(request, retrier.limits)
+            if answer.status >= 300:
+                raise self._missing(client, request, source, answer)
+            # A copy that fails on the way says so in the body of a 200.
+            if not _hidden_refusal(answer):
+                break
+            if not await retrier.again(answer):
+                raise client.failure(request, answer, retrier.tries)
+        etag = text_of(parse_xml(answer.body), "ETag").strip('"')
+        return PutResult(version=Version(etag), date_us=date_us(answer.headers))
+
+    # -- the place -------------------------------------------------------------------------------------------------
+
+    async def aclose(self) -> None:
+        await self._place.clients.aclose()
+
+    @property
+    def supports_writes(self) -> bool:
+        return True
+
+    @property
+    def settings(self) -> StorageSettings:
+        """The settings in force; those that are None have the defaults of `default_settings`."""
+        return self._effective.settings
+
+    def with_settings(self, settings: StorageSettings | None) -> Storage:
+        # Not copy.copy, which pickles, and so would make clients anew.
+        other = object.__new__(type(self))
+        other._place = self._place
+        other._use(settings)
+        return other
+
+    def with_user_agent(self, user_agent: str) -> Storage:
+        if user_agent == self._place.user_agent:
+            return self
+        other = object.__new__(type(self))
+        other._place = self._place.named(user_agent)
+        other._effective = self._effective
+        return other
+
+    def default_settings(self) -> StorageSettings:
+        return object_store_settings()
+
+    @property
+    def atomic_preconditions(self) -> frozenset[type[Precondition]]:
+        return self._effective.atomic_preconditions
+
+    def describe(self) -> str:
+        return f"s3://{self._place.bucket}/{self._place.root}"
+
+    def __repr__(self) -> str:
+        options = self._place.options
+        rows = [("type", "S3 (native)"), ("bucket", self._place.bucket)]
+        rows += [("prefix", self._place.root.rstrip("/"))] if self._place.root.rstrip("/") else []
+        rows += [("region", options.region)] if options.region else []
+        rows += [("endpoint_url", redacted_url(options.endpoint_url))] if options.endpoint_url else []
+        rows += [
+            (name, "True")
+            for name in ("allow_http", "anonymous", "force_path_style", "requester_pays")
+            if getattr(options, name)
+        ]
+        return "<icechunk.Storage>\n" + "".join(f"{name}: {value}\n" for name, value in rows)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, S3Storage):
+            return NotImplemented
+        mine, theirs = self._place, other._place
+        return (mine.bucket, mine.root, mine.options) == (theirs.bucket, theirs.root, theirs.options)
+
+    def __hash__(self) -> int:
+        return hash((S3Storage, self._place.bucket, self._place.root))
+
+    def __reduce__(self) -> tuple[Callable[..., Storage], tuple[Any, ...]]:
+        place = self._place
+        return (
+            _unpickled,
+            (
+                place.bucket,
+                place.root,
+                place.options,
+                place.credentials,
+                place.given_headers,
+                self._effective.settings,
+                place.keeps_metadata,
+            ),
+        )
+
+    def _landed(self, client: S3Client, request: Request, answer: Answer) -> PutResult:
+        if answer.status >= 300:
+            raise client.failure(request, answer, 1)
+        version = version_of(answer.headers)
+        if request.method == "POST":
+            version = Version(text_of(parse_xml(answer.body), "ETag").strip('"'))
+        return PutResult(version=version, date_us=date_us(answer.headers))
+
+    def _missing(self, client: S3Client, request: Request, key: str, answer: Answer) -> Exception:
+        if answer.status == 404 and parse_refusal(answer).code != "NoSuchBucket":
+            return ObjectNotFoundError(f"no object {key!r} in {self.describe()}")
+        return client.failure(request, answer, 1)
+
+
+def _unpickled(
+    bucket: str,
+    root: str,
+    options: S3Options,
+    credentials: AnyS3Credential,
+    headers: tuple[Mapping[str, str], Mapping[str, str]],
+    settings: StorageSettings,
+    keeps_metadata: bool = True,
+) -> Storage:
+    return S3Storage(
+        bucket,
+        root.rstrip("/"),
+        options=options,
+        credentials=credentials,
+        settings=settings,
+        read_headers=headers[0],
+        write_headers=headers[1],
+        rooted_keys=root == "/",
+        keeps_metadata=keeps_metadata,
+    )
+
+
+def _hidden_refusal(answer: Answer) -> bool:
+    """True for a 200 whose body is an error document, as completing and copying may answer."""
+    if answer.status != 200:
+        return False
+    head = answer.body[:300].lstrip()
+    return b"<Error>" in head or b"<Error " in head

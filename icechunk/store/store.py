@@ -1,0 +1,422 @@
+"""The Zarr store of a session."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from zarr.abc.store import (
+    ByteRequest,
+    OffsetByteRequest,
+    RangeByteRequest,
+    Store,
+    SuffixByteRequest,
+)
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.common import BytesLike
+from zarr.core.sync import SyncMixin
+
+from icechunk.errors import ErrorKind, InvalidInputError, ReadOnlyError, SessionStateError
+from icechunk.format.values import ChunkRefs, NodeKind, NodeSnapshot
+from icechunk.runtime.loops import run_sync
+from icechunk.runtime.representation import fields_html
+from icechunk.runtime.tasks import run_each
+from icechunk.session.read import clip
+from icechunk.storage.port import ByteRange, Octets, Range, Suffix
+from icechunk.store.virtual_refs import VirtualWriting
+from icechunk.store.zarr_keys import ChunkKey, MetadataKey, chunk_key_text, metadata_key_text, parse_key, to_path
+
+if TYPE_CHECKING:
+    from icechunk.session.session import Session
+
+__all__ = ["IcechunkStore"]
+
+
+_COPIED_LATE_BYTES = 64 * 1024
+
+
+class IcechunkStore(VirtualWriting, Store, SyncMixin):
+    """What a session sees and writes, as zarr-python wants to have it.
+
+    Made by `Session.store`. Keys are those of one Zarr 3 hierarchy: ``{path}/zarr.json`` and ``{path}/c/0/1``;
+    anything else is refused with `InvalidInputError`. Deleting a node's ``zarr.json`` deletes the node and all
+    below it. Safe to use from several event loops and threads.
+
+    Parameters
+    ----------
+    session
+        Where reads and writes go.
+    read_only
+        Refuse writes here even if the session takes them; None: as the session.
+    """
+
+    def __init__(self, session: Session, read_only: bool | None = None, *args: Any, **kwargs: Any) -> None:
+        super().__init__(read_only=session.read_only if read_only is None else read_only)
+        self._session = session
+
+    @property
+    def session(self) -> Session:
+        """The session that this store reads and writes."""
+        return self._session
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writes are refused; true from the session's commit on."""
+        return self._read_only or self._session.read_only
+
+    def with_read_only(self, read_only: bool = False) -> IcechunkStore:
+        """A store on the same session that does, or does not, take writes.
+
+        Raises
+        ------
+        ReadOnlyError
+            Writes are asked for, but the session is read-only.
+        """
+        if not read_only and self._session.read_only:
+            raise ReadOnlyError(
+                "the session of this store is read-only; open a writable session on a branch to write",
+                ErrorKind.READ_ONLY_SESSION,
+            )
+        return type(self)(self._session, read_only)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """Bytes of a key, or a range of them clamped to its size; None where there is nothing."""
+        parsed = parse_key(key)
+        data: Octets | None = None
+        if type(parsed) is ChunkKey:
+            data = await self._session.get_chunk(parsed.path, parsed.coords, _range(byte_range))
+        elif type(parsed) is MetadataKey and (node := self._session.node(parsed.path)) is not None:
+            data = node.user_data
+            if byte_range is not None:
+                data = data[slice(*clip(_range(byte_range), len(data)))]
+        return None if data is None else prototype.buffer.from_bytes(data)
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> builtins.list[Buffer | None]:
+        """Several keys or ranges at once, in the order asked for."""
+        wanted = list(key_ranges)
+        found: builtins.list[Buffer | None] = [None] * len(wanted)
+
+        async def fetch(i: int) -> None:
+            key, byte_range = wanted[i]
+            found[i] = await self.get(key, prototype, byte_range)
+
+        await run_each(fetch, range(len(wanted)), limit=self._session.values_at_once)
+        return found
+
+    async def _get_many(
+        self, requests: Iterable[tuple[str, BufferPrototype, ByteRequest | None]]
+    ) -> AsyncGenerator[tuple[str, Buffer | None], None]:
+        wanted = list(requests)
+        found: builtins.list[Buffer | None] = [None] * len(wanted)
+
+        async def fetch(i: int) -> None:
+            found[i] = await self.get(*wanted[i])
+
+        await run_each(fetch, range(len(wanted)), limit=self._session.values_at_once)
+        for (key, _, _), buffer in zip(wanted, found, strict=True):
+            yield key, buffer
+
+    async def exists(self, key: str) -> bool:
+        """Whether a key has a value; nothing is fetched but, maybe, a manifest."""
+        parsed = parse_key(key)
+        if isinstance(parsed, ChunkKey):
+            return await self._session.chunk_reference(parsed.path, parsed.coords) is not None
+        return isinstance(parsed, MetadataKey) and self._session.node(parsed.path) is not None
+
+    async def getsize(self, key: str) -> int:
+        """Bytes of a key's value, from its reference: nothing is fetched. Raises `FileNotFoundError`."""
+        parsed = parse_key(key)
+        size: int | None = None
+        if isinstance(parsed, ChunkKey):
+            ref = await self._session.chunk_reference(parsed.path, parsed.coords)
+            size = None if ref is None else ref.length
+        elif isinstance(parsed, MetadataKey):
+            node = self._session.node(parsed.path)
+            size = None if node is None else len(node.user_data)
+        if size is None:
+            raise FileNotFoundError(f"no key {key!r} in this store")
+        return size
+
+    async def getsize_prefix(self, prefix: str) -> int:
+        """Bytes of all values below a directory: metadata and chunks, from references only."""
+        total = 0
+        path = to_path(prefix)
+        if (place := self._chunk_place(path)) is not None:
+            async for refs in self._chunk_refs(*place):
+                total += int(refs.length.sum())
+            return total
+        for node in self._session.nodes(path):
+            total += len(node.user_data)
+            if node.kind is NodeKind.ARRAY:
+                async for refs in self._session.chunk_references(node.path):
+                    total += int(refs.length.sum())
+        return total
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    @property
+    def supports_writes(self) -> bool:
+        """Stores of this kind take writes; see `read_only` for this one."""
+        return True
+
+    @property
+    def supports_deletes(self) -> bool:
+        """Keys can be deleted."""
+        return True
+
+    @property
+    def supports_listing(self) -> bool:
+        """Keys can be listed."""
+        return True
+
+    @property
+    def supports_consolidated_metadata(self) -> bool:
+        """Consolidated metadata would only repeat what a snapshot is already."""
+        return False
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write a key. Returns when the bytes are taken; they are durable after the commit.
+
+        Raises
+        ------
+        InvalidInputError
+            The key does not belong to a Zarr 3 hierarchy, the metadata is not Zarr 3 metadata, or the chunk is
+            not in the array's grid. Nothing is written.
+        NodeNotFoundError
+            A chunk of an array that does not exist.
+        ReadOnlyError
+            The store, or its session, is read-only.
+        """
+        self._require_writable()
+        if not isinstance(value, Buffer):
+            # In the words of zarr's own stores.
+            raise TypeError(
+                f"IcechunkStore.set(): `value` must be a Buffer instance. Got an instance of {type(value)} instead."
+            )
+        parsed = parse_key(key)
+        if type(parsed) is ChunkKey:
+            # Large values are copied once there is room for the copy, not while they wait.
+            data = _content(value) if len(value) >= _COPIED_LATE_BYTES else value.to_bytes()
+            await self._session.set_chunk(parsed.path, parsed.coords, data)
+        elif type(parsed) is MetadataKey:
+            self._session.set_metadata(parsed.path, value.to_bytes())
+        else:
+            raise SessionStateError(
+                f"cannot write {key!r}: only the Zarr 3 format is kept here, pass zarr_format=3",
+                ErrorKind.UNIMPLEMENTED,
+            )
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        """Write a key unless it has a value already."""
+        self._require_writable()
+        if not await self.exists(key):
+            await self.set(key, value)
+
+    @property
+    def supports_partial_writes(self) -> Literal[False]:
+        """Values are written as a whole."""
+        return False
+
+    async def set_partial_values(self, key_start_values: Iterable[tuple[str, int, BytesLike]]) -> None:
+        """Not something that this store does. Raises `SessionStateError` (kind ``unimplemented``)."""
+        raise SessionStateError(
+            "cannot write a part of a value: set the whole value, or write through zarr", ErrorKind.UNIMPLEMENTED
+        )
+
+    async def delete(self, key: str) -> None:
+        """Delete a key; one that has no value is fine. A node's metadata takes all below it along."""
+        self._require_writable()
+        parsed = parse_key(key)
+        if isinstance(parsed, MetadataKey):
+            self._session.delete_node(parsed.path)
+        elif isinstance(parsed, ChunkKey):
+            self._session.delete_chunk(parsed.path, parsed.coords)
+
+    async def delete_dir(self, prefix: str) -> None:
+        """Delete everything under a group or array, itself included; below ``{array}/c``, those chunks."""
+        self._require_writable()
+        path = to_path(prefix)
+        if self._session.node(path) is not None:
+            self._session.delete_node(path)
+        elif (place := self._chunk_place(path)) is not None:
+            node, coords = place
+            async for found in self._chunk_coords(node, coords):
+                self._session.delete_chunk(node.path, found)
+        else:
+            for node in self._session.nodes(path):
+                self._session.delete_node(node.path)
+
+    async def clear(self) -> None:
+        """Delete everything."""
+        self._require_writable()
+        self._session.clear()
+
+    def sync_clear(self) -> None:
+        """Synchronous twin of `clear`."""
+        run_sync(self.clear())
+
+    # -- listing -------------------------------------------------------------------------------------------------
+
+    async def is_empty(self, prefix: str) -> bool:
+        """Whether no key starts with this directory."""
+        # Closed here: a generator left half-way is closed by a task of its own, sometime.
+        async with aclosing(self.list_dir(prefix)) as names:
+            async for _ in names:
+                return False
+        return True
+
+    def list(self) -> AsyncIterator[str]:
+        """All keys: of each node its metadata, then its chunks."""
+        return self._keys_under("/")
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        """All keys that start with a prefix."""
+        if prefix == "" or prefix.endswith("/"):
+            async for key in self._keys_under(to_path(prefix)):
+                yield key
+            return
+        parent = to_path(prefix.rpartition("/")[0])
+        async for key in self._keys_under(parent):
+            if key.startswith(prefix):
+                yield key
+
+    async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
+        """Names directly below a directory: of keys and of directories alike, each once."""
+        path = to_path(prefix)
+        node = self._session.node(path)
+        if node is not None:
+            yield "zarr.json"
+        names = set(self._session.children(path))
+        if node is not None and node.kind is NodeKind.ARRAY:
+            # Whether it has chunks or not, as other implementations list it: to know, manifests would have to be read.
+            names.add("c")
+        elif (place := self._chunk_place(path)) is not None:
+            array, leading = place
+            async for refs in self._chunk_refs(array, leading):
+                names.update(map(str, np.unique(refs.coords[:, len(leading)]).tolist()))
+        for name in sorted(names):
+            yield name
+
+    async def _keys_under(self, path: str) -> AsyncIterator[str]:
+        if (place := self._chunk_place(path)) is not None:
+            node, coords = place
+            async for found in self._chunk_coords(node, coords):
+                yield chunk_key_text(node.path, found)
+            return
+        for node in self._session.nodes(path):
+            yield metadata_key_text(node.path)
+            if node.kind is NodeKind.ARRAY:
+                async for found in self._chunk_coords(node, ()):
+                    yield chunk_key_text(node.path, found)
+
+    def _chunk_place(self, path: str) -> tuple[NodeSnapshot, tuple[int, ...]] | None:
+        """The array and leading coordinates that a directory such as ``/array/c/0`` means; None for any other."""
+        if self._session.node(path) is not None:
+            return None
+        head, slash, tail = f"{path}/".rpartition("/c/")
+        digits = [part for part in tail.split("/") if part]
+        if not slash or not all(part.isascii() and part.isdigit() for part in digits):
+            return None
+        node = self._session.node(head or "/")
+        leading = tuple(map(int, digits))
+        if node is None or len(leading) >= len(node.shape) or max(leading, default=0) >> 32:
+            return None
+        return node, leading
+
+    async def _chunk_refs(self, node: NodeSnapshot, leading: tuple[int, ...]) -> AsyncIterator[ChunkRefs]:
+        async for refs in self._session.chunk_references(node.path):
+            if leading:
+                below = (refs.coords[:, : len(leading)] == np.array(leading, np.uint32)).all(axis=1)
+                yield refs.take(np.flatnonzero(below))
+            else:
+                yield refs
+
+    async def _chunk_coords(self, node: NodeSnapshot, leading: tuple[int, ...]) -> AsyncIterator[tuple[int, ...]]:
+        async for refs in self._chunk_refs(node, leading):
+            for row in refs.coords.tolist():
+                yield tuple(row)
+
+    # -- Python's protocols --------------------------------------------------------------------------------------
+
+    def _require_writable(self) -> None:
+        # The words before the colon are those of zarr's own stores: its tests, and others' handlers, know them.
+        if self._read_only:
+            raise ReadOnlyError(
+                "store was opened in read-only mode and does not support writing: take one from a writable session",
+                ErrorKind.READ_ONLY_STORE,
+            )
+        if self._session.read_only:
+            raise ReadOnlyError(
+                "store was opened in read-only mode and does not support writing: its session was committed; open "
+                "another writable session on the branch",
+                ErrorKind.READ_ONLY_STORE,
+            )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, IcechunkStore):
+            return NotImplemented
+        return self._session is other._session or (
+            self._session.read_only and other._session.read_only and self._session == other._session
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The session's own refusal says what to do with a writable one.
+        return {"session": self._session, "read_only": self._read_only}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        IcechunkStore.__init__(self, state["session"], state["read_only"])
+
+    def _summary(self) -> Sequence[tuple[str, object]]:
+        session = self._session
+        return (
+            ("read_only", self.read_only),
+            ("snapshot_id", session.snapshot_id),
+            ("branch", session.branch),
+        )
+
+    def __repr__(self) -> str:
+        return "\n".join(["<icechunk.IcechunkStore>", *(f"{name}: {value}" for name, value in self._summary())])
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        return fields_html("icechunk.IcechunkStore", self._summary())
+
+
+def _content(value: Buffer) -> bytes | memoryview:
+    """What a buffer holds: the very bytes where it is made of nothing else, as codecs' results are, which nobody can
+    change; else a view of memory that may be the user's array.
+    """
+    array = value.as_numpy_array()
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if type(base) is bytes and len(base) == array.nbytes and array.flags.c_contiguous:
+        return base
+    return array.data.cast("B")
+
+
+def _range(request: ByteRequest | None) -> ByteRange:
+    match request:
+        case None:
+            return None
+        case RangeByteRequest(start, end) if start >= 0:
+            return Range(start, max(start, end))
+        case OffsetByteRequest(offset) if offset >= 0:
+            return Range(offset)
+        case SuffixByteRequest(suffix) if suffix >= 0:
+            return Suffix(suffix)
+    raise InvalidInputError(
+        f"Unexpected byte_range, got {request!r}: one of zarr.abc.store's three requests, with no negative numbers, "
+        "is needed",
+        ErrorKind.INVALID_BYTE_RANGE,
+    )

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+
+from icechunk.errors import InvalidInputError
+from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
+from icechunk.format.repo.codec import RepoInfo, SnapshotRecord, Status, decode_repo, encode_repo
+from tools.fuzz.strategies import repo_infos
+
+OTHER = ObjectId(b"o" * 12)
+
+
+@settings(max_examples=80, deadline=None)
+@given(repo_infos())
+def test_repo_infos_come_back_as_they_were(info: RepoInfo) -> None:
+    again = decode_repo(encode_repo(info))
+    assert again == info
+    assert list(again.snapshots) == list(info.snapshots)
+    assert list(again.branches) == sorted(info.branches, key=str.encode)
+
+
+def record(id: ObjectId, parent: ObjectId | None) -> SnapshotRecord:
+    return SnapshotRecord(id=id, parent=parent, flushed_at_us=1, message="m")
+
+
+def test_a_branch_without_its_snapshot_is_refused() -> None:
+    info = RepoInfo(branches={"main": OTHER}, snapshots={}, status=Status(set_at_us=0))
+    with pytest.raises(InvalidInputError, match="branch 'main' points to a snapshot that is not in it"):
+        encode_repo(info)
+
+
+def test_a_parent_that_is_gone_becomes_none() -> None:
+    info = RepoInfo(snapshots={OTHER: record(OTHER, FIRST_SNAPSHOT)}, status=Status(set_at_us=0))
+    assert decode_repo(encode_repo(info)).snapshots[OTHER].parent is None
+
+
+def test_absent_flags_and_empty_flags_stay_different() -> None:
+    info = RepoInfo(status=Status(set_at_us=0), enabled_feature_flags=frozenset())
+    again = decode_repo(encode_repo(info))
+    assert again.enabled_feature_flags == frozenset()
+    assert again.disabled_feature_flags is None

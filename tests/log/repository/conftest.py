@@ -1,0 +1,15 @@
+"""Fixtures of the tests of the repository log."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.log.repository.world import World
+
+
+@pytest.fixture
+async def world(request: pytest.FixtureRequest):
+    """Of the log layout, or what the test's module calls ``new_world``."""
+    a_world = getattr(request.module, "new_world", World)()
+    yield a_world
+    await a_world.aclose()

@@ -1,0 +1,366 @@
+"""Rules 7 and 8 of the log layout: checkpoints, conversions, and the ops log that they carry.
+
+Each test fails where its rule is left out. Where the loss can be shown, the test runs a second time with the rule
+switched off, and sees the loss.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from icechunk.errors import (
+    ReadOnlyError,
+    SessionStateError,
+    StorageError,
+)
+from icechunk.format.ids import FIRST_SNAPSHOT
+from icechunk.format.repo.codec import decode_repo, encode_repo
+from icechunk.format.repo.values import NewCommit, Status
+from icechunk.log.repository import events as e
+from icechunk.log.repository.entries import checkpoint as log_checkpoint
+from icechunk.log.repository.entries.checkpoint import convert_to_log, write_checkpoint
+from icechunk.log.repository.entries.entry import decode_entry, encode_entry, encode_events, slot_key
+from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.entries.reader import read_repo
+from icechunk.log.repository.entries.takeover import seal_abandoned
+from icechunk.log.repository.marker import decode_marker
+from icechunk.log.repository.open import detect
+from icechunk.log.repository.port import Layout
+from icechunk.storage.port import GetResult, Matches, PutResult
+from icechunk.testing.scripted import ManualClock, Request, ScriptedStorage, Send, lost_answer
+from tests.log.repository.strategies import an_id
+from tests.log.repository.world import World, put_entry, replaces_repo, settled, slots, until
+
+# ---------------------------------------------------------------- rule 7
+
+
+async def test_an_older_checkpoint_never_replaces_a_newer_one(world: World):
+    log, _ = await world.create()
+    old, storage = await world.open()
+    await log.append(world.commit(1))
+    behind = await world.store.get("repo")
+
+    await log.append(world.commit(2))
+    await log.checkpoint()
+    await old.refresh()
+    await log.append(world.commit(3))
+    await log.checkpoint()
+    newest = await world.store.get("repo")
+
+    async def trust_what_it_once_read(request: Request, send: Send) -> object:
+        return (
+            behind
+            if request.key == "repo" and request.verb == "get" and len(storage.of("get", "repo")) == 2
+            else await send()
+        )
+
+    storage.script = trust_what_it_once_read
+    await old.checkpoint()
+    assert await world.store.get("repo") == newest
+    assert all(isinstance(request.precondition, Matches) for request in storage.of("put", "repo"))
+
+
+async def test_a_checkpoint_of_an_earlier_life_of_the_log_is_not_written(world: World):
+    log, _ = await world.create()
+    sleeper, _ = await world.open()
+    for i in (1, 2, 3):
+        await log.append(world.commit(i))
+    await sleeper.refresh()
+    head, known = sleeper._view.head, sleeper._view.known
+    await log.convert_to_repo_object()
+    await convert_to_log(world.store, world.clock.sources())
+    now = await world.store.get("repo")
+    marker = decode_marker(decode_repo(now.data).extra)
+    assert marker is not None
+    assert marker.n == 0 < head.n
+    await write_checkpoint(world.store, world.clock.sources(), head, known, updates_per_file=1000)
+    await sleeper.checkpoint()
+    assert await world.store.get("repo") == now
+
+
+async def test_the_marker_carries_what_the_format_has_no_field_for(world: World):
+    log, _ = await world.create()
+    await log.append(lambda state: [e.StatusSet(availability=1, reason="frozen"), e.StatusSet(availability=0)])
+    await log.append(lambda state: [e.CollectionRan(cutoff_us=12345)])
+    await log.checkpoint()
+    info = decode_repo((await world.store.get("repo")).data)
+    assert info.status.availability == 1
+    assert "log/" in (info.status.reason or "")
+    other, _ = await world.open()
+    assert other.state == log.state
+    assert other.state.status.availability == 0
+    assert other.state.gc_cutoff_us == 12345
+
+
+async def test_a_real_read_only_status_survives_checkpoint_and_open(world: World):
+    log, _ = await world.create()
+    await log.append(lambda state: [e.StatusSet(availability=1, reason="frozen")])
+    await log.aclose()
+    other, _ = await world.open()
+    with pytest.raises(ReadOnlyError, match="frozen"):
+        await other.append(world.commit(1))
+
+
+# ---------------------------------------------------------------- rule 8
+
+
+async def test_a_conversion_leaves_a_repo_object_without_marker_and_nothing_lands_after_it(world: World):
+    log, _ = await world.create()
+    other, _ = await world.open()
+    await log.append(world.commit(1))
+    await log.convert_to_repo_object()
+    with pytest.raises(SessionStateError, match="open it again"):
+        await other.append(world.commit(2))
+    info = decode_repo((await world.store.get("repo")).data)
+    assert info.extra is None
+    assert info.status.availability == 0
+    assert set(info.snapshots) == {FIRST_SNAPSHOT, an_id(1)}
+    assert await detect(world.store) is Layout.REPO
+
+
+@pytest.mark.parametrize("who", ["opener", "writer", "reader"])
+async def test_whoever_folds_a_seal_finishes_the_conversion(world: World, who: str):
+    log, storage = await world.create()
+    other, _ = await world.open()
+    await log.append(world.commit(1))
+
+    async def die_after_the_seal(request: Request, send: Send) -> object:
+        if request.key == "repo":
+            raise lost_answer()
+        return await send()
+
+    storage.script = die_after_the_seal
+    with pytest.raises(StorageError):
+        await log.convert_to_repo_object()
+    assert await detect(world.store) is Layout.LOG
+    match who:
+        case "opener":
+            with pytest.raises(SessionStateError):
+                await LogLayout.open(world.store, world.clock.sources())
+        case "writer":
+            with pytest.raises(SessionStateError):
+                await other.append(world.commit(2))
+        case "reader":
+            assert (await other.refresh()).branch_tip("main") == an_id(1)
+    assert await detect(world.store) is Layout.REPO
+    found = await read_repo(world.store, world.clock.sources())
+    assert found is not None
+    assert found.info.branches["main"] == an_id(1)
+    storage.script = None
+
+
+async def test_after_there_and_back_a_reader_follows_into_the_new_log(world: World):
+    log, _ = await world.create()
+    reader, _ = await world.open()
+    await log.append(world.commit(1))
+    await log.convert_to_repo_object()
+    await convert_to_log(world.store, world.clock.sources())
+    new, _ = await world.open()
+    await new.append(world.commit(2))
+    assert (await reader.refresh()).branch_tip("main") == an_id(2)
+
+
+async def take_over(world: World) -> None:
+    """What the official library does when somebody sets the status online: back up, drop `extra`."""
+    info = decode_repo((await world.store.get("repo")).data)
+    await world.store.copy("repo", "overwritten/repo.taken")
+    newest = info.updates[0]
+    await world.store.put(
+        "repo",
+        encode_repo(
+            replace(
+                info,
+                extra=None,
+                status=Status(availability=0, set_at_us=newest.updated_at_us + 1, reason=None),
+                updates=(
+                    replace(newest, updated_at_us=newest.updated_at_us + 1),
+                    replace(newest, backup_path="repo.taken"),
+                    *info.updates[1:],
+                ),
+            )
+        ),
+    )
+
+
+async def test_a_takeover_is_found_at_the_next_checkpoint_sealed_and_reported(
+    world: World, caplog: pytest.LogCaptureFixture
+):
+    log, storage = await world.create()
+
+    async def no_checkpoint(request: Request, send: Send) -> object:
+        if replaces_repo(request):
+            raise lost_answer()
+        return await send()
+
+    await log.append(world.commit(1))
+    await log.checkpoint()
+    storage.script = no_checkpoint
+    await log.append(world.commit(2))
+    await until(lambda: all(task.done() for task in log.tasks))
+    storage.script = None
+    await take_over(world)
+    taken = await world.store.get("repo")
+    await log.checkpoint()
+    assert log.stranded is not None
+    assert [entry.n for entry in log.stranded.entries] == [2]
+    with pytest.raises(SessionStateError, match="taken over") as caught:
+        await log.append(world.commit(3))
+    assert "only" in str(caught.value)
+    assert await world.store.get("repo") == taken
+    last = decode_entry((await world.store.get(slot_key(log.epoch, 3))).data, n=3)
+    assert last.events == (e.Sealed(reason="takeover"),)
+    await world.store.get(slot_key(log.epoch, 2))
+
+
+async def test_a_takeover_is_found_when_opening(world: World):
+    log, _ = await world.create()
+    await log.append(world.commit(1))
+    await log.aclose()
+    epoch = log.epoch
+    await put_entry(world.store, epoch, 2, *world.commit(2)(log.state), time_us=world.clock.now_us)
+    await take_over(world)
+    found = await read_repo(world.store, world.clock.sources())
+    assert found is not None
+    with pytest.raises(SessionStateError, match="1 entries after slot 1 are in the log only") as caught:
+        await LogLayout.open(world.store, world.clock.sources())
+    assert caught.value.kind == "unsupported-operation-for-version"
+    await world.store.delete([slot_key(epoch, 3)])
+    stranded = await seal_abandoned(world.store, world.clock.sources(), found)
+    assert stranded is not None
+    assert (stranded.after, [entry.n for entry in stranded.entries]) == (1, [2])
+    assert await seal_abandoned(world.store, world.clock.sources(), found) is None
+
+
+# ---------------------------------------------------------------- ops log
+
+
+async def test_a_long_ops_log_goes_on_in_backups_and_is_told_once(world: World):
+    log, _ = await world.create(updates_per_file=3)
+    for i in range(1, 12):
+        await log.append(world.commit(i))
+        await log.checkpoint()
+    info = decode_repo((await world.store.get("repo")).data)
+    assert len(info.updates) <= 3
+    assert info.repo_before_updates is not None
+    other, _ = await world.open()
+    for one in (log, other):
+        assert [u.change.snapshot async for u in one.updates() if isinstance(u.change, NewCommit)] == [
+            an_id(i) for i in range(11, 0, -1)
+        ]
+    assert len(other.state.updates) <= 3
+
+
+async def put_carrying(world: World, log: LogLayout) -> None:
+    """Somebody else's first entry, with a small file in it."""
+    events, objects = world.commit(1)(log.state), {"snapshots/SMALL": b"small"}
+    await put_entry(world.store, log.epoch, 1, *events, time_us=world.clock.now_us, objects=objects)
+
+
+async def test_files_that_ride_in_entries_stand_on_their_own_before_a_checkpoint_passes_them(world: World):
+    log, storage = await world.create()
+    await put_carrying(world, log)
+    await log.refresh()
+    assert log.carried_object("snapshots/SMALL") == b"small"
+    storage.requests.clear()
+    await log.checkpoint()
+    assert [request.key for request in storage.of("put")] == ["snapshots/SMALL", "repo"]
+    assert isinstance(await world.store.get("snapshots/SMALL"), GetResult)
+    assert log.carried_object("snapshots/SMALL") is None
+
+
+async def test_a_store_without_a_clock_is_trusted_by_the_clients_own(world: World):
+    log, _ = await world.create()
+    storage = ScriptedStorage(world.store)
+
+    async def no_date(request: Request, send: Send) -> object:
+        answer = await send()
+        if isinstance(answer, PutResult):
+            return PutResult(version=answer.version, date_us=None)
+        if isinstance(answer, GetResult):
+            return GetResult(
+                body=answer.data, size=answer.size, version=answer.version, modified_us=answer.modified_us, date_us=None
+            )
+        return answer
+
+    storage.script = no_date
+    reader = await LogLayout.open(storage, world.clock.sources())
+    world.logs.append(reader)
+    await log.append(world.commit(1))
+    await log.checkpoint()
+    await world.prune(log.epoch, 1)
+    assert (await reader.refresh()).branch_tip("main") == an_id(1)
+    await reader.append(world.commit(2))
+    assert await world.history() == [an_id(1), an_id(2)]
+
+
+@pytest.mark.parametrize("who", ["converter", "opener"])
+async def test_files_that_ride_in_entries_stand_on_their_own_before_a_conversion_ends_the_log(world: World, who: str):
+    log, storage = await settled(world)
+    await put_carrying(world, log)
+    if who == "converter":
+        await log.convert_to_repo_object()
+    else:
+        seal = encode_entry(n=2, nonce=b"y" * 16, time_us=1, since_us=None, events=encode_events([e.Sealed()]))
+        await world.store.put(slot_key(log.epoch, 2), seal)
+        storage = ScriptedStorage(world.store)
+        with pytest.raises(SessionStateError):
+            await LogLayout.open(storage, world.clock.sources())
+    assert [r.key for r in storage.of("put") if not slots(r)][-2:] == ["snapshots/SMALL", "repo"]
+    assert await detect(world.store) is Layout.REPO
+
+
+async def test_a_checkpoint_that_fails_unexpectedly_is_reported_and_commits_go_on(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    log, _ = await world.create()
+
+    def fail(info: object) -> bytes:
+        raise OverflowError("too much")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log_checkpoint, "encode_and_keep", fail)
+        await log.append(world.commit(1))
+        await until(lambda: all(task.done() for task in log.tasks))
+        assert "report this" in caplog.text
+    await log.append(world.commit(2))
+    await until(lambda: all(task.done() for task in log.tasks))
+    assert log.checkpoint_n == 2
+
+
+async def test_checkpoints_take_a_small_share_of_the_time_however_long_they_take(world: World):
+    log, storage = await settled(world)
+
+    async def slow(request: Request, send: Send) -> object:
+        if replaces_repo(request):
+            world.clock.move(0.1)
+        return await send()
+
+    storage.script = slow
+    began_us = world.clock.now_us
+    for i in range(1, 40):
+        await log.append(world.commit(i))
+        await asyncio.sleep(0)
+    await until(lambda: all(task.done() for task in log.tasks))
+    assert log.checkpoint_n == log.n == 39, "the last one is written, sooner or later"
+    checkpoints = len(storage.of("put", "repo")) - 1
+    assert checkpoints * 0.1 <= (world.clock.now_us - began_us) / 1e6 / 8
+
+
+async def test_closing_does_not_wait_for_a_pause_between_checkpoints(world: World):
+    _, storage = await settled(world)
+    clock = ManualClock(world.clock.now_us)
+
+    async def for_ever(seconds: float) -> None:
+        await asyncio.Event().wait()
+
+    patient = await LogLayout.open(storage, replace(clock.sources(), sleep=for_ever))
+    await patient.append(world.commit(1))
+    await until(lambda: patient.checkpoint_n == 1)
+    await patient.append(world.commit(2))
+    await asyncio.sleep(0)
+    assert not all(task.done() for task in patient.tasks)
+    await asyncio.wait_for(patient.aclose(), 5)
+    assert patient.checkpoint_n == 2

@@ -1,0 +1,135 @@
+"""Rules 4, 10 and 13 of the log layout: an entry is one unit, a collection is an entry, times only grow.
+
+Each test fails where its rule is left out. Where the loss can be shown, the test runs a second time with the rule
+switched off, and sees the loss.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from icechunk.errors import (
+    ConflictError,
+    FormatError,
+    IcechunkError,
+    SessionStateError,
+)
+from icechunk.format.ids import FIRST_SNAPSHOT
+from icechunk.log.repository import events as e
+from icechunk.log.repository.entries.entry import encode_entry, encode_events, slot_key
+from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.maintenance.collect import collect_garbage
+from icechunk.maintenance.reachability import Limits
+from icechunk.storage.port import Absent
+from tests.log.repository.strategies import an_id
+from tests.log.repository.world import World
+
+# ---------------------------------------------------------------- rule 4
+
+
+async def test_in_a_group_each_is_validated_after_the_ones_before(world: World):
+    log, _ = await world.create()
+    await log.prepare_writes()
+    stale = [log.append(world.commit(i, parent=FIRST_SNAPSHOT)) for i in (1, 2)]
+    tag = log.append(lambda state: [e.TagCreated(name="t", snapshot=state.branch_tip("main"))])
+    first, second, tagged = await asyncio.gather(*stale, tag, return_exceptions=True)
+    assert not isinstance(first, Exception)
+    assert isinstance(second, ConflictError)
+    assert not isinstance(tagged, BaseException)
+    assert tagged.tags["t"] == an_id(1)
+    assert log.n == 1
+    assert await world.history() == [an_id(1)]
+
+
+async def test_what_a_proposal_raises_reaches_its_caller_alone(world: World):
+    log, _ = await world.create()
+
+    def refuse(state: object) -> list[e.Event]:
+        raise KeyError("mine")
+
+    refused, fine = await asyncio.gather(log.append(refuse), log.append(world.commit(1)), return_exceptions=True)
+    assert isinstance(refused, KeyError)
+    assert not isinstance(fine, Exception)
+
+
+async def test_an_entry_with_a_stale_event_is_void_for_everybody(world: World):
+    log, _ = await world.create()
+    events = encode_events([*world.commit(1)(log.state), *world.commit(2)(log.state)])
+    data = encode_entry(n=1, nonce=b"x" * 16, time_us=world.clock.now_us, since_us=None, events=events)
+    await world.store.put(slot_key(log.epoch, 1), data)
+    await log.refresh()
+    other, _ = await world.open()
+    assert log.n == other.n == 1
+    assert log.state == other.state
+    assert list(log.state.snapshots) == [FIRST_SNAPSHOT]
+
+
+async def test_an_entry_of_a_newer_version_stops_readers_and_writers(world: World):
+    log, _ = await world.create()
+    data = encode_entry(n=1, nonce=b"x" * 16, time_us=1, since_us=None, events=[{"kind": "telepathy"}])
+    await world.store.put(slot_key(log.epoch, 1), data)
+    with pytest.raises(FormatError, match="upgrade"):
+        await log.refresh()
+    with pytest.raises(FormatError, match="upgrade"):
+        await LogLayout.open(world.store, world.clock.sources())
+    with pytest.raises(IcechunkError):
+        await log.append(world.commit(1))
+
+
+# ---------------------------------------------------------------- rule 13
+
+
+@pytest.mark.parametrize("skew_s", [-700, 700])
+async def test_a_writer_whose_clock_is_far_off_refuses_to_write(world: World, skew_s: float):
+    await world.create()
+    off, _ = await world.open(skew_s=skew_s)
+    with pytest.raises(SessionStateError, match="Set the clock"):
+        await off.append(world.commit(1))
+    near, _ = await world.open(skew_s=skew_s / 2)
+    await near.append(world.commit(1))
+    assert await world.history() == [an_id(1)]
+
+
+async def test_times_in_history_increase_although_clocks_differ(world: World):
+    await world.create()
+    ahead, _ = await world.open(skew_s=300)
+    behind, _ = await world.open(skew_s=-300)
+    for i in range(1, 7):
+        await (ahead if i % 2 else behind).append(world.commit(i))
+    times = [update.updated_at_us async for update in ahead.updates()]
+    assert times == sorted(set(times), reverse=True)
+    flushed = [one.flushed_at_us for one in ahead.state.ancestry(ahead.state.branch_tip("main"))]
+    assert flushed == sorted(set(flushed), reverse=True)
+
+
+# --------------------------------------------------------------------------- rule 10: collection is an entry
+
+
+async def test_a_commit_with_files_older_than_the_cutoff_is_refused_and_void_for_everybody(world: World):
+    log, _ = await world.create()
+    await log.append(world.commit(1))
+    cutoff_us = log.store_time_us
+    await log.append(lambda state: [e.CollectionRan(cutoff_us=cutoff_us)])
+    for since_us in (None, cutoff_us - 1):
+        with pytest.raises(SessionStateError, match="repeat the work"):
+            await log.append(world.commit(2), since_us=since_us)
+    # Somebody who did not look sends it all the same.
+    events = encode_events(world.commit(2)(log.state))
+    data = encode_entry(n=log.n + 1, nonce=b"n" * 16, time_us=world.clock.now_us, since_us=cutoff_us - 1, events=events)
+    await world.store.put(slot_key(log.epoch, log.n + 1), data, Absent())
+    other, _ = await world.open()
+    assert other.state.branch_tip("main") == an_id(1) == (await log.refresh()).branch_tip("main")
+    await log.append(world.commit(3), since_us=cutoff_us)
+    assert (await other.refresh()).branch_tip("main") == an_id(3)
+
+
+async def test_a_session_that_begins_after_a_collection_is_not_in_its_way(world: World):
+    log, _ = await world.create()
+    await collect_garbage(
+        log, world.store, world.clock.sources(), older_than_us=1 << 60, limits=Limits(), dry_run=False
+    )
+    other, _ = await world.open(skew_s=-3)
+    await other.append(world.commit(1), since_us=other.store_time_us)
+    assert (await log.refresh()).branch_tip("main") == an_id(1)

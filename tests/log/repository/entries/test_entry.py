@@ -1,0 +1,127 @@
+"""Entries: bytes, keys, and what stops a reader."""
+
+from __future__ import annotations
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icechunk.errors import FormatError, InvalidInputError
+from icechunk.format.ids import FIRST_SNAPSHOT
+from icechunk.log.repository import events as e
+from icechunk.log.repository.entries.entry import (
+    decode_entry,
+    encode_entry,
+    encode_events,
+    new_epoch,
+    parse_slot_key,
+    slot_key,
+)
+from icechunk.log.repository.events import pack, unpack
+from tests.log.repository.strategies import EVENTS
+
+
+def encoded(*events: e.Event, n: int = 1) -> bytes:
+    return encode_entry(n=n, nonce=b"n" * 16, time_us=5, since_us=None, events=encode_events(events))
+
+
+def test_later_slots_sort_first():
+    keys = [slot_key("E", n) for n in range(1, 2000)]
+    assert keys == sorted(keys, reverse=True)
+    assert [parse_slot_key(key) for key in keys[:3]] == [("E", 1), ("E", 2), ("E", 3)]
+
+
+def test_keys_that_are_no_slots_are_not_taken_for_one():
+    for key in ("log/E.floor/0000000A", "log/E/short", "log/E", "log/E/0000000a", "log/E/0000000A/x", "repo"):
+        assert parse_slot_key(key) is None
+
+
+def test_newer_epochs_sort_before_older_ones():
+    assert new_epoch(b"z" * 12, 2_000_000_000_000_000) < new_epoch(b"a" * 12, 1_900_000_000_000_000)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(EVENTS, max_size=4), st.none() | st.integers(0, 2**62), st.integers(1, 2**39))
+def test_an_entry_is_read_back_as_written(events: list[e.Event], since_us: int | None, n: int):
+    try:
+        data = encode_entry(
+            n=n,
+            nonce=b"n" * 16,
+            time_us=7,
+            since_us=since_us,
+            events=encode_events(events),
+            objects={"snapshots/X": b"\x00\xff"},
+        )
+    except InvalidInputError:
+        return
+    entry = decode_entry(data, n=n)
+    assert list(entry.events) == events
+    assert (entry.n, entry.since_us, entry.nonce) == (n, since_us, b"n" * 16)
+    assert entry.objects == {"snapshots/X": b"\x00\xff"}
+
+
+def test_an_unknown_event_field_or_version_stops_the_reader_and_asks_to_upgrade():
+    document = orjson.loads(encoded(e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)))
+    newer = [
+        {**document, "v": 2},
+        {**document, "hint": 1},
+        {**document, "events": [{"kind": "telepathy"}]},
+        {**document, "events": [{**document["events"][0], "colour": "red"}]},
+    ]
+    for changed in newer:
+        with pytest.raises(FormatError, match="upgrade") as caught:
+            decode_entry(orjson.dumps(changed), n=1)
+        assert caught.value.kind == "unsupported-spec-version"
+
+
+def test_an_entry_in_the_wrong_slot_is_corrupt():
+    with pytest.raises(FormatError, match="slot 1"):
+        decode_entry(encoded(e.Void()), n=2)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.binary(max_size=60)
+    | st.builds(lambda i, b: encoded(e.Void())[:i] + b, st.integers(0, 90), st.binary(max_size=3))
+)
+def test_hostile_bytes_are_a_format_error(data: bytes):
+    try:
+        decode_entry(data, n=1)
+    except FormatError:
+        return
+    assert orjson.loads(data) == orjson.loads(encoded(e.Void()))
+
+
+KEYS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text() | st.binary(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(KEYS, inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["bytes", "float", "a"]), inner, max_size=2)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(JSON)
+def test_every_json_value_and_bytes_survive_the_log(value: object):
+    assert unpack(orjson.loads(orjson.dumps(pack(value)))) == value
+
+
+@pytest.mark.parametrize(
+    "value", [2**64, {1: 2}, object(), "\ud800", {"\ud800": 1}, {"\0bytes": "AA=="}, {"a\0": 1}, {1, 2}]
+)
+def test_what_json_cannot_hold_is_refused_at_the_boundary(value: object):
+    with pytest.raises(InvalidInputError):
+        pack(value)
+
+
+def test_deep_nesting_is_refused():
+    value: list = []
+    for _ in range(200):
+        value = [value]
+    with pytest.raises(InvalidInputError):
+        pack(value)

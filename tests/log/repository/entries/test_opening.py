@@ -1,0 +1,119 @@
+"""Rule 6 of the log layout where no listing says how far the log goes, or only one that costs as much as all of it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from icechunk.errors import FormatError
+from icechunk.log.repository import events as e
+from icechunk.log.repository.create import create_log
+from icechunk.log.repository.entries.entry import slot_key
+from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.entries.reader import read_until_absent
+from icechunk.storage.local.storage import LocalStorage
+from icechunk.testing.scripted import Request, ScriptedStorage, Send
+from tests.log.repository.strategies import an_id
+from tests.log.repository.world import DAY_S, World, put_entry
+
+
+class Unlisted(ScriptedStorage):
+    """A storage whose listings cost too much."""
+
+    @property
+    def lists_first_keys_fast(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("tail", [*range(10), 60, 131])
+async def test_a_tail_of_any_length_is_read_to_its_end_without_a_listing(world: World, tail: int):
+    log, _ = await world.create()
+    for n in range(1, tail + 1):
+        await put_entry(world.store, log.epoch, n, e.Void())
+    storage = Unlisted(world.store)
+    opened = await LogLayout.open(storage, world.clock.sources())
+    assert (opened.epoch, opened.n) == (log.epoch, tail)
+    entries, newest = await read_until_absent(world.store, log.epoch, 0)
+    assert [entry.n for entry in entries] == list(range(1, tail + 1))
+    assert newest == tail
+    assert storage.of("list") == []
+    # `repo` and the slots, each once, and few beyond the end.
+    asked = [request.key for request in storage.requests]
+    assert len(asked) <= 1 + tail + 50
+
+
+async def test_what_others_committed_is_folded_without_a_listing(world: World):
+    ours, _ = await world.create()
+    storage = Unlisted(world.store)
+    theirs = await LogLayout.open(storage, world.clock.sources())
+    for i in range(1, 9):
+        await ours.append(world.commit(i))
+        if i in (1, 4, 8):
+            assert (await theirs.refresh()).branches["main"] == an_id(i)
+    assert storage.of("list") == []
+    await theirs.aclose()
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3, 4, 9])
+async def test_a_missing_slot_is_an_error_that_names_it_without_a_listing_too(world: World, after: int):
+    log, _ = await world.create()
+    for n in range(1, after + 3):
+        if n != after + 1:
+            await put_entry(world.store, log.epoch, n, e.Void())
+    with pytest.raises(FormatError, match=f"slot {after + 1} of the log is missing"):
+        await LogLayout.open(Unlisted(world.store), world.clock.sources())
+
+
+async def test_slots_written_while_the_end_is_looked_for_are_no_gap(world: World):
+    log, _ = await world.create()
+    storage = Unlisted(world.store)
+
+    async def write_in_between(request: Request, send: Send) -> object:
+        # The first slot is seen absent, and the second there.
+        if request.key == slot_key(log.epoch, 2) and len(storage.of("get", request.key)) == 1:
+            await put_entry(world.store, log.epoch, 1, e.Void())
+            await put_entry(world.store, log.epoch, 2, e.Void())
+        return await send()
+
+    storage.script = write_in_between
+    opened = await LogLayout.open(storage, world.clock.sources())
+    assert opened.n == 2
+
+
+async def test_slots_that_were_pruned_while_the_end_was_looked_for_are_not_taken_for_the_end(world: World):
+    log, _ = await world.create()
+    for i in (1, 2, 3):
+        await log.append(world.commit(i))
+    await log.checkpoint()
+    old_repo = await world.store.get("repo")
+    for i in (4, 5, 6):
+        await log.append(world.commit(i))
+    await log.checkpoint()
+    storage = Unlisted(world.store)
+
+    async def sleep_after_repo(request: Request, send: Send) -> object:
+        # GET repo was answered before the checkpoint; then the client slept through the whole of a pruning.
+        if request.key == "repo" and len(storage.of("get", "repo")) == 1:
+            await world.prune(log.epoch, 6)
+            return old_repo
+        return await send()
+
+    storage.script = sleep_after_repo
+    opened = await LogLayout.open(storage, world.clock.sources())
+    assert opened.state.branches["main"] == an_id(6)
+    assert world.clock.now_us > 7 * DAY_S * 1e6
+
+
+async def test_on_local_disk_neither_opening_nor_looking_for_news_lists_the_log(tmp_path: Path):
+    ours = ScriptedStorage(LocalStorage(tmp_path))
+    log = await create_log(ours)
+    storage = ScriptedStorage(LocalStorage(tmp_path))
+    other = await LogLayout.open(storage)
+    for _ in range(3):
+        await log.append(lambda state: [e.MetadataUpdated(metadata={"a": 1})])
+        await other.refresh()
+    assert storage.of("list") == []
+    assert other.n == 3
+    await asyncio.gather(log.aclose(), other.aclose())

@@ -1,0 +1,401 @@
+"""Format 1: one object per branch and tag; the same promises, as far as the format goes."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from pathlib import Path
+
+import pytest
+
+from icechunk.errors import (
+    AlreadyExistsError,
+    CommitOutcomeUnknown,
+    ConflictError,
+    FormatError,
+    InvalidInputError,
+    RefNotFoundError,
+    RepositoryNotFoundError,
+    SessionStateError,
+    SnapshotNotFoundError,
+    StorageError,
+)
+from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id
+from icechunk.format.keys import snapshot_key
+from icechunk.format.repo.values import SnapshotRecord
+from icechunk.format.snapshot.codec import encode_snapshot
+from icechunk.format.values import Snapshot
+from icechunk.log.repository import events as e
+from icechunk.log.repository.create import create_ref_files, create_repo_object
+from icechunk.log.repository.open import create_repository, detect, open_repository
+from icechunk.log.repository.port import Layout
+from icechunk.log.repository.ref_files.layout import RefFilesLayout
+from icechunk.log.repository.ref_files.names import RefKey, RefNames, decode_ref
+from icechunk.log.repository.state import RepoState
+from icechunk.storage.local.storage import LocalStorage
+from icechunk.storage.memory import MemoryStorage
+from icechunk.testing.scripted import Request, Send, lost_answer
+from tests.log.repository.strategies import an_id
+from tests.log.repository.world import World, held_back
+
+MAIN_KEY = "refs/branch.main/ref.json"
+
+
+class RefFilesWorld(World):
+    """The same for format 1, where a snapshot is known by its file."""
+
+    def __init__(self) -> None:
+        super().__init__(create_ref_files, RefFilesLayout)
+
+    async def commit(self, i: int, parent: ObjectId = FIRST_SNAPSHOT, branch: str = "main"):
+        """Write a snapshot, and propose it on a branch."""
+        self.clock.move(1)
+        snapshot = Snapshot(
+            id=an_id(i), parent_id=parent, flushed_at_us=self.clock.now_us, message=str(i), metadata={"i": i}
+        )
+        await self.store.put(snapshot_key(snapshot.id), encode_snapshot(snapshot, 1))
+        record = SnapshotRecord.of(snapshot)
+
+        def propose(state: RepoState) -> list[e.Event]:
+            return [e.CommitAdded(branch=branch, snapshot=record)]
+
+        return propose
+
+    async def tip(self, key: str = MAIN_KEY) -> ObjectId:
+        return decode_ref((await self.store.get(key)).data, key)
+
+
+new_world = RefFilesWorld
+
+
+def replaces(key: str):
+    return lambda request: request.verb == "put" and request.key == key
+
+
+# ------------------------------------------------------------ what is written
+
+
+async def test_the_files_are_those_of_the_official_library(world: RefFilesWorld):
+    log, _ = await world.create(config={"inline_chunk_threshold_bytes": 7})
+    await log.append(lambda _: [e.BranchCreated(name="dev", snapshot=FIRST_SNAPSHOT)])
+    await log.append(lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)])
+    await log.append(lambda _: [e.TagDeleted(name="t")])
+    await log.append(lambda _: [e.ConfigReplaced(config={"inline_chunk_threshold_bytes": 8})])
+    files = {info.key: info.size async for page in world.store.list_pages() for info in page}
+    backup = next(key for key in files if key.startswith("overwritten/config.yaml."))
+    assert sorted(files) == sorted(
+        [
+            "config.yaml",
+            backup,
+            "refs/branch.dev/ref.json",
+            MAIN_KEY,
+            "refs/tag.t/ref.json",
+            "refs/tag.t/ref.json.deleted",
+            snapshot_key(FIRST_SNAPSHOT),
+        ]
+    )
+    assert files["refs/tag.t/ref.json.deleted"] == 0
+    assert (await world.store.get(MAIN_KEY)).data == b'{"snapshot":"1CECHNKREP0F1RSTCMT0"}'
+    assert b"inline_chunk_threshold_bytes: 7" in (await world.store.get(backup)).data
+    other, _ = await world.open()
+    assert other.state.config["inline_chunk_threshold_bytes"] == 8
+
+
+async def test_opening_shows_branches_tags_and_ancestry(world: RefFilesWorld):
+    log, _ = await world.create()
+    await log.append(await world.commit(1))
+    await log.append(await world.commit(2, an_id(1)))
+    await log.append(lambda _: [e.TagCreated(name="t", snapshot=an_id(1))])
+    other, _ = await world.open()
+    assert dict(other.state.branches) == {"main": an_id(2)}
+    assert dict(other.state.tags) == {"t": an_id(1)}
+    state = await other.learn([an_id(2)], ancestry=True)
+    assert [(record.message, record.metadata) for record in state.ancestry(an_id(2))][:2] == [
+        ("2", {"i": 2}),
+        ("1", {"i": 1}),
+    ]
+
+
+async def test_snapshots_are_read_once(world: RefFilesWorld):
+    log, _ = await world.create()
+    await log.append(await world.commit(1))
+    other, storage = await world.open()
+    await other.learn([an_id(1)], ancestry=True)
+    storage.requests.clear()
+    await other.learn([an_id(1)], ancestry=True)
+    assert storage.requests == []
+    with pytest.raises(SnapshotNotFoundError):
+        await other.learn([an_id(9)])
+
+
+async def test_it_is_detected_opened_and_created_like_the_others(world: RefFilesWorld):
+    log = await create_repository(world.store, Layout.REFS, world.clock.sources())
+    assert await detect(world.store) is Layout.REFS
+    opened = await open_repository(world.store, world.clock.sources())
+    assert (opened.layout, opened.spec_version) == (Layout.REFS, 1)
+    await opened.aclose()
+    await log.aclose()
+
+
+# ------------------------------------------------------------------- refusals
+
+
+async def test_of_two_commits_on_a_branch_one_conflicts(world: RefFilesWorld):
+    one, _ = await world.create()
+    two, _ = await world.open()
+    await one.append(await world.commit(1))
+    with pytest.raises(ConflictError):
+        await two.append(await world.commit(2))
+    assert await world.tip() == an_id(1)
+
+
+async def test_a_race_between_look_and_put_is_lost_for_certain(world: RefFilesWorld):
+    one, storage = await world.create()
+    two, _ = await world.open()
+    other_commit = await world.commit(1)
+
+    async def overtake(request: Request, send: Send) -> object:
+        if request.verb == "put" and request.key == MAIN_KEY:
+            storage.script = None
+            await two.append(other_commit)
+        return await send()
+
+    storage.script = overtake
+    with pytest.raises(ConflictError):
+        await one.append(await world.commit(2))
+    assert await world.tip() == an_id(1)
+
+
+async def test_names_are_taken_and_given_up_as_in_the_other_layouts(world: RefFilesWorld):
+    log, _ = await world.create()
+    await log.append(lambda _: [e.BranchCreated(name="dev", snapshot=FIRST_SNAPSHOT)])
+    await log.append(lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)])
+    for event, error in [
+        (e.BranchCreated(name="dev", snapshot=FIRST_SNAPSHOT), AlreadyExistsError),
+        (e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT), AlreadyExistsError),
+        (e.BranchCreated(name="a/b", snapshot=FIRST_SNAPSHOT), InvalidInputError),
+        (e.TagCreated(name="", snapshot=FIRST_SNAPSHOT), InvalidInputError),
+        (e.BranchCreated(name="new", snapshot=an_id(9)), SnapshotNotFoundError),
+        (e.BranchDeleted(name="nowhere"), RefNotFoundError),
+        (e.BranchDeleted(name="main"), SessionStateError),
+        (e.TagDeleted(name="nowhere"), RefNotFoundError),
+    ]:
+        with pytest.raises(error):
+            await log.append(lambda _, event=event: [event])
+    await log.append(lambda _: [e.BranchDeleted(name="dev")])
+    await log.append(lambda _: [e.TagDeleted(name="t")])
+    with pytest.raises(AlreadyExistsError):
+        await log.append(lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)])
+    assert (set((await log.refresh()).branches), set(log.state.tags)) == ({"main"}, set())
+
+
+async def test_what_format_1_does_not_have_is_refused_and_nothing_is_written(world: RefFilesWorld):
+    log, storage = await world.create()
+    await log.prepare_writes()
+    storage.requests.clear()
+    for events in (
+        [e.StatusSet(availability=1)],
+        [e.MetadataReplaced(metadata={})],
+        [e.FeatureFlagSet(flag=3, value=False)],
+        [e.TagCreated(name="a", snapshot=FIRST_SNAPSHOT), e.TagCreated(name="b", snapshot=FIRST_SNAPSHOT)],
+    ):
+        with pytest.raises(FormatError, match="format 1") as refused:
+            await log.append(lambda _, events=events: events)
+        assert refused.value.kind == "unsupported-spec-version"
+    with pytest.raises(FormatError, match="ops log"):
+        [update async for update in log.updates()]
+    assert not storage.of("put")
+
+
+async def test_a_configuration_that_was_changed_meanwhile_is_not_replaced(world: RefFilesWorld):
+    log, _ = await world.create(config={"inline_chunk_threshold_bytes": 7})
+    known = log.state.config
+    await log.append(
+        lambda _: [e.ConfigReplaced(config={"inline_chunk_threshold_bytes": 8}, expected=known, check=True)]
+    )
+    with pytest.raises(ConflictError) as refused:
+        await log.append(lambda _: [e.ConfigReplaced(config={}, expected=known, check=True)])
+    assert refused.value.kind == "config-updated"
+
+
+async def test_a_repository_that_was_upgraded_meanwhile_is_not_written_to(world: RefFilesWorld):
+    log, _ = await world.create()
+    commit = await world.commit(1)
+    elsewhere = MemoryStorage(world.clock.sources())
+    await (await create_repo_object(elsewhere, world.clock.sources())).aclose()
+    await world.store.put("repo", (await elsewhere.get("repo")).data)
+    with pytest.raises(FormatError, match="upgraded"):
+        await log.append(commit)
+    assert await world.tip() == FIRST_SNAPSHOT
+
+
+# --------------------------------------------------------------- lost answers
+
+
+async def test_a_commit_that_landed_but_lost_its_answer_is_recognised(world: RefFilesWorld):
+    log, storage = await world.create()
+
+    async def lose(request: Request, send: Send) -> object:
+        answer = await send()
+        if request.verb == "put" and request.key == MAIN_KEY:
+            storage.script = None
+            raise lost_answer()
+        return answer
+
+    storage.script = lose
+    await log.append(await world.commit(1))
+    assert await world.tip() == an_id(1)
+
+
+async def test_ones_own_commit_is_recognised_below_that_of_another(world: RefFilesWorld):
+    log, storage = await world.create()
+    other, _ = await world.open()
+    first, second = await world.commit(1), await world.commit(2, an_id(1))
+
+    async def lose_and_be_followed(request: Request, send: Send) -> object:
+        answer = await send()
+        if request.verb == "put" and request.key == MAIN_KEY:
+            storage.script = None
+            await other.append(second)
+            raise lost_answer()
+        return answer
+
+    storage.script = lose_and_be_followed
+    await log.append(first)
+    assert await world.tip() == an_id(2)
+
+
+async def test_an_answer_that_comes_late_does_not_take_back_what_was_seen_since(world: RefFilesWorld):
+    log, storage = await world.create()
+    other, _ = await world.open()
+    first, second = await world.commit(1), await world.commit(2, an_id(1))
+
+    async def answer_late(request: Request, send: Send) -> object:
+        answer = await send()
+        if request.verb == "put" and request.key == MAIN_KEY:
+            storage.script = None
+            await other.append(second)
+            assert (await log.refresh()).branches["main"] == an_id(2)
+        return answer
+
+    storage.script = answer_late
+    await log.append(first)
+    assert log.state.branches["main"] == an_id(2)
+    assert an_id(1) in log.state.snapshots
+
+
+async def test_a_look_during_which_a_change_lands_is_repeated(world: RefFilesWorld):
+    log, storage = await world.create()
+    other, _ = await world.open()
+    first, second = await world.commit(1), await world.commit(2, an_id(1))
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold_the_first_look(request: Request, send: Send) -> object:
+        answer = await send()
+        if request.verb == "get" and request.key == MAIN_KEY and not asked.is_set():
+            asked.set()
+            await go_on.wait()
+        return answer
+
+    storage.script = hold_the_first_look
+    look = asyncio.create_task(log.refresh())
+    await asked.wait()
+    await log.append(first)
+    await other.append(second)
+    go_on.set()
+    assert (await look).branches["main"] == an_id(2)
+
+
+async def test_the_same_bytes_are_sent_while_the_branch_is_unchanged(world: RefFilesWorld):
+    log, storage = await world.create()
+
+    async def drop(request: Request, send: Send) -> object:
+        if replaces(MAIN_KEY)(request) and len([r for r in storage.requests if replaces(MAIN_KEY)(r)]) < 3:
+            raise lost_answer()
+        return await send()
+
+    await log.prepare_writes()
+    commit = await world.commit(1)
+    storage.requests.clear()
+    storage.script = drop
+    await log.append(commit)
+    puts = [request for request in storage.requests if replaces(MAIN_KEY)(request)]
+    assert len(puts) == 3
+    assert len({(request.data, request.precondition) for request in puts}) == 1
+
+
+@pytest.mark.parametrize("late_lands", [True, False])
+async def test_an_unknown_outcome_is_settled_either_way(world: RefFilesWorld, late_lands: bool):
+    log, storage = await world.create()
+    late: list[Send] = []
+
+    commit = await world.commit(1)
+    storage.script = held_back(late, replaces(MAIN_KEY))
+    with pytest.raises(CommitOutcomeUnknown) as unknown:
+        await log.append(commit)
+    token = pickle.loads(pickle.dumps(unknown.value.token))
+    storage.script = None
+    if late_lands:
+        await late[0]()
+    other, _ = await world.open()
+    assert await other.settle(token) is late_lands
+    for send in late[1:]:
+        with pytest.raises(StorageError):
+            await send()
+    assert await world.tip() == (an_id(1) if late_lands else FIRST_SNAPSHOT)
+    # and the client itself goes on
+    await log.append(await world.commit(2, await world.tip()))
+    assert await world.tip() == an_id(2)
+
+
+# ----------------------------------------------------------------- places
+
+
+async def test_of_many_creators_one_wins(world: RefFilesWorld):
+    results = await asyncio.gather(
+        *(create_ref_files(world.store, world.clock.sources(), check_clean_root=False) for _ in range(4)),
+        return_exceptions=True,
+    )
+    assert sum(isinstance(result, RefFilesLayout) for result in results) == 1
+    assert sum(isinstance(result, AlreadyExistsError | InvalidInputError) for result in results) == 3
+
+
+async def test_nothing_is_created_over_something_and_nothing_opened_where_nothing_is(world: RefFilesWorld):
+    with pytest.raises(RepositoryNotFoundError):
+        await world.open()
+    await (await create_repo_object(world.store, world.clock.sources())).aclose()
+    with pytest.raises(InvalidInputError):
+        await world.create()
+    with pytest.raises(AlreadyExistsError):
+        await world.create(check_clean_root=False)
+
+
+async def test_a_ref_that_names_no_snapshot_is_an_error_that_names_the_file(world: RefFilesWorld):
+    await world.create()
+    await world.store.put(MAIN_KEY, b'{"snapshot": 7}')
+    with pytest.raises(FormatError, match=MAIN_KEY):
+        await world.open()
+
+
+def test_names_stand_in_keys_as_the_official_library_writes_them(tmp_path: Path):
+    on_disk, elsewhere = RefNames.of(LocalStorage(tmp_path)), RefNames.of(MemoryStorage())
+    assert on_disk.branch_key("é x%") == "refs/branch.%C3%A9 x%25/ref.json"
+    assert elsewhere.branch_key("é x%") == "refs/branch.é x%/ref.json"
+    for names in (on_disk, elsewhere):
+        for name in ("main", "é x%", "a.b", "..", "日本", '~*?"<>|'):
+            assert names.parse(names.branch_key(name)) == RefKey(is_tag=False, name=name)
+            assert names.parse(names.tag_key(name)) == RefKey(is_tag=True, name=name)
+            assert names.parse(names.tombstone_key(name)) == RefKey(is_tag=True, name=name, tombstone=True)
+        for key in ("refs/x", "refs/branch.main/other", "refs/other.x/ref.json", "refs/branch.a/ref.json.deleted"):
+            assert names.parse(key) is None
+
+
+async def test_everything_works_on_a_disk_too(tmp_path: Path):
+    storage = LocalStorage(tmp_path)
+    log = await create_ref_files(storage)
+    await log.append(lambda _: [e.BranchCreated(name="é x", snapshot=FIRST_SNAPSHOT)])
+    assert (tmp_path / "refs" / "branch.%C3%A9 x" / "ref.json").read_text().count(encode_id(FIRST_SNAPSHOT)) == 1
+    assert set((await log.refresh()).branches) == {"main", "é x"}
+    await log.append(lambda _: [e.BranchDeleted(name="é x")])
+    assert set((await log.refresh()).branches) == {"main"}
+    await log.aclose()

@@ -1,0 +1,93 @@
+"""Diffs are net over several commits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from icechunk.format.values import Snapshot, TransactionLog
+from icechunk.log.session.log import SessionLog
+from icechunk.log.session.merge.diff import Changes, diff
+from tests.log.session.builders import GROUP, Repo, array_json, group_json
+
+
+class History:
+    """Commits of one repository, and the diff between any two of them."""
+
+    def __init__(self) -> None:
+        self.repo = Repo()
+        self.snapshots: list[Snapshot] = [self.repo.snapshot]
+        self.logs: list[TransactionLog] = []
+
+    def commit(self, change: Callable[[SessionLog], None]) -> None:
+        log = self.repo.log()
+        change(log)
+        self.logs.append(self.repo.commit(log).transaction)
+        self.snapshots.append(self.repo.snapshot)
+
+    def diff(self, a: int, b: int) -> Changes:
+        return diff(self.logs[a:b], self.snapshots[a], self.snapshots[b])
+
+
+def put(log: SessionLog, path: str, *coords: int) -> None:
+    node = log.node(path)
+    assert node is not None
+    for c in coords:
+        log.set_inline(node, (c,), b"12345678")
+
+
+def history() -> History:
+    past = History()
+
+    def first(log: SessionLog) -> None:
+        for path in ("/", "/g"):
+            log.set_metadata(path, GROUP)
+        log.set_metadata("/g/a", array_json((10,)))
+        put(log, "/g/a", 0, 1, 2)
+
+    def second(log: SessionLog) -> None:
+        put(log, "/g/a", 1, 5)
+        log.set_metadata("/z", array_json((10,)))
+        put(log, "/z", 1)
+
+    def third(log: SessionLog) -> None:
+        put(log, "/g/a", 1, 0)
+        log.set_metadata("/z", array_json((10,), a=3))
+        log.set_metadata("/", group_json(a=3))
+        put(log, "/z", 2)
+
+    past.commit(first)
+    past.commit(second)
+    past.commit(third)
+    past.commit(lambda log: log.move_node("/g", "/h"))
+    past.commit(lambda log: log.move_node("/h", "/k"))
+    past.commit(lambda log: log.delete_node("/z"))
+    past.commit(lambda log: log.delete_node("/k"))
+    return past
+
+
+def test_created_then_changed_is_only_new_and_chunks_are_united() -> None:
+    found = history().diff(1, 3)
+    assert (found.new_arrays, found.updated_arrays, found.updated_groups) == ({"/z"}, frozenset(), {"/"})
+    assert {p: c.tolist() for p, c in found.updated_chunks.items()} == {"/g/a": [[0], [1], [5]], "/z": [[1], [2]]}
+
+
+def test_moves_are_net_and_chunks_stand_at_the_path_they_have_now() -> None:
+    found = history().diff(2, 5)
+    assert found.moved_nodes == (("/g", "/k"), ("/g/a", "/k/a"))
+    assert list(found.updated_chunks) == ["/k/a", "/z"]
+
+
+def test_created_and_deleted_in_between_leaves_no_trace() -> None:
+    found = history().diff(1, 6)
+    assert "/z" not in found.new_arrays | found.deleted_arrays
+    assert list(found.updated_chunks) == ["/k/a"]
+
+
+def test_moved_then_deleted_is_deleted_from_where_it_stood() -> None:
+    found = history().diff(2, 7)
+    assert (found.deleted_groups, found.deleted_arrays, found.moved_nodes) == ({"/g"}, {"/g/a", "/z"}, ())
+    assert found.updated_chunks == {}
+
+
+def test_nothing_in_between_is_no_change() -> None:
+    assert history().diff(3, 3).is_empty

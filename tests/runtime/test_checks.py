@@ -1,0 +1,67 @@
+"""Metadata and argument types, at the boundary."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.runtime.checks import WrongTypeError, json_metadata, require_text, require_type
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 0, 2**64 - 1, -(2**63), 1.5, math.inf, "", "é", [], [1, [2]], {}, {"a": {"b": None}}]
+)
+def test_json_values_are_taken_as_they_are(value: Any) -> None:
+    assert json_metadata("metadata", {"key": value}) == {"key": value}
+
+
+def test_tuples_become_lists_and_the_copy_is_deep() -> None:
+    inner = [1]
+    copy = json_metadata("metadata", {"t": (1, 2), "l": inner})
+    inner.append(2)
+    assert copy == {"t": [1, 2], "l": [1]}
+
+
+@pytest.mark.parametrize("value", [b"x", bytearray(b"x"), object(), {1, 2}, 1j, ..., {1: 2}, {"a": {None: 1}}, [b""]])
+def test_what_is_not_json_is_refused_as_a_type_error(value: Any) -> None:
+    with pytest.raises(WrongTypeError, match=r"metadata\['key'\]") as refused:
+        json_metadata("metadata", {"key": value})
+    assert refused.value.kind == ErrorKind.BAD_METADATA
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value", [2**64, -(2**63) - 1, 1 << 20_000, "\ud800", {"\ud800": 1}, nested(101), nested(5000)], ids=range(7)
+)
+def test_what_json_readers_cannot_hold_is_refused(value: Any) -> None:
+    with pytest.raises(InvalidInputError) as refused:
+        json_metadata("metadata", {"key": value})
+    assert refused.value.kind == ErrorKind.BAD_METADATA
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("value", ["text", [1], 1, {1: 2}])
+def test_metadata_is_a_mapping_with_text_keys(value: Any) -> None:
+    with pytest.raises(WrongTypeError, match="metadata"):
+        json_metadata("metadata", value)
+
+
+def test_no_metadata_is_empty_metadata() -> None:
+    assert json_metadata("metadata", None) == {}
+
+
+def test_types_are_named_in_the_refusal() -> None:
+    with pytest.raises(WrongTypeError, match="message must be str, not int: 3"):
+        require_text("message", 3)
+    with pytest.raises(TypeError, match="limit must be int or float, not str"):
+        require_type("limit", "3", int, float)
+    require_type("limit", None, int, optional=True)

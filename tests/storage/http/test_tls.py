@@ -1,0 +1,114 @@
+"""Repositories and virtual chunks behind https: which certificates are taken, and that nothing goes on unencrypted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+import icechunk
+from icechunk.config import StorageRetriesSettings, StorageSettings
+from icechunk.credentials import HttpAccess
+from icechunk.errors import ErrorKind, StorageError
+from icechunk.storage.http.storage import HttpStorage
+from icechunk.storage.local.storage import LocalStorage
+from tests.storage.http.certificates import tls_contexts
+from tests.storage.http.web_server import WebServer, serving_files
+from tests.virtual_builders import FILE_BYTES, array, config_of
+
+QUICK = StorageSettings(retries=StorageRetriesSettings(max_tries=3, initial_backoff_ms=1))
+ANY_CERTIFICATE = {"allow_invalid_certificates": "true"}
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[WebServer]:
+    tls, _ = tls_contexts(tmp_path)
+    (tmp_path / "served").mkdir()
+    with serving_files(tmp_path / "served", tls) as server:
+        yield server
+
+
+async def test_a_certificate_of_nobody_known_is_refused_at_once_and_says_what_to_do(web: WebServer) -> None:
+    (web.folder / "x").write_bytes(b"1")
+    storage = HttpStorage(web.url, settings=QUICK)
+    with pytest.raises(StorageError, match=r"certificate.*SSL_CERT_FILE") as caught:
+        await storage.get("x")
+    assert "tries" not in caught.value.message
+    assert web.seen == []
+    await storage.aclose()
+
+
+async def test_a_repository_is_read_where_any_certificate_will_do(web: WebServer) -> None:
+    made = await icechunk.Repository.create_async(LocalStorage(web.folder))
+    session = await made.writable_session_async("main")
+    await zarr.api.asynchronous.create_array(store=session.store, name="a", data=np.arange(6), chunks=(2,))
+    await session.commit_async("commit")
+    await made.aclose()
+    storage = icechunk.http_storage(web.url, ANY_CERTIFICATE, {"authorization": "Bearer t"}).with_settings(QUICK)
+    repo = await icechunk.Repository.open_async(storage)
+    reading = await repo.readonly_session_async("main")
+    found = await zarr.api.asynchronous.open_array(store=reading.store, path="a", mode="r")
+    np.testing.assert_array_equal(await found.getitem(slice(None)), np.arange(6))
+    assert {headers["authorization"] for _, _, headers in web.seen} == {"Bearer t"}
+    await repo.aclose()
+    await storage.aclose()
+
+
+def test_the_authority_that_the_environment_names_is_trusted(web: WebServer, tmp_path: Path) -> None:
+    (web.folder / "x").write_bytes(b"over tls")
+    script = (
+        "import asyncio, icechunk, sys\n"
+        "async def main():\n"
+        "    storage = icechunk.http_storage(sys.argv[1])\n"
+        "    print((await storage.get('x')).data.decode())\n"
+        "    await storage.aclose()\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, web.url],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "SSL_CERT_FILE": str(tmp_path / "cert.pem")},
+    )
+    assert done.stdout == "over tls\n", done.stderr
+
+
+async def test_a_redirect_to_plain_http_is_not_followed(web: WebServer, tmp_path: Path) -> None:
+    with serving_files(web.folder) as plain:
+        (web.folder / "y").write_bytes(b"1")
+        web.redirects["/x"] = f"{plain.url}/y"
+        web.redirects["/z"] = f"{web.url}/y"
+        storage = HttpStorage(web.url, ANY_CERTIFICATE, settings=QUICK)
+        with pytest.raises(StorageError) as caught:
+            await storage.get("x")
+        assert caught.value.kind == ErrorKind.BAD_REDIRECT
+        assert plain.seen == []
+        assert (await storage.get("z")).data == b"1"
+        await storage.aclose()
+
+
+@pytest.mark.parametrize("options", [{}, ANY_CERTIFICATE], ids=["known", "any"])
+async def test_virtual_chunks_take_the_certificates_that_their_container_says(
+    web: WebServer, options: dict[str, str]
+) -> None:
+    (web.folder / "f").write_bytes(FILE_BYTES)
+    prefix = f"{web.url}/"
+    config = config_of(icechunk.VirtualChunkContainer(prefix, icechunk.http_store(options)))
+    config.storage = QUICK
+    repo = await icechunk.Repository.create_async(icechunk.in_memory_storage(), config, {prefix: HttpAccess})
+    session = await repo.writable_session_async("main")
+    found = array(session.store)
+    await session.store.set_virtual_ref_async("a/c/0", f"{prefix}f", offset=5, length=10)
+    if options:
+        np.testing.assert_array_equal(np.asarray(found[:10]), np.frombuffer(FILE_BYTES[5:15], "u1"))
+    else:
+        with pytest.raises(StorageError, match="certificate"):
+            found[:10]
+    await repo.aclose()

@@ -1,0 +1,79 @@
+"""Tries of one operation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTimeoutSettings
+from icechunk.runtime.clock import Sources
+from icechunk.storage.retry import Limits, Tries, limits_of
+
+
+@dataclass
+class Clock:
+    now_us: int = 0
+    pauses: list[float] = field(default_factory=list)
+
+    async def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now_us += round(seconds * 1e6)
+
+
+def tries_of(clock: Clock, *, max_tries: int = 10, operation_ms: int | None = None, attempt_ms: int | None = None):
+    settings = StorageSettings(
+        retries=StorageRetriesSettings(max_tries=max_tries, initial_backoff_ms=100, max_backoff_ms=400),
+        timeouts=StorageTimeoutSettings(operation_timeout_ms=operation_ms, operation_attempt_timeout_ms=attempt_ms),
+    )
+    half = Sources(elapsed_us=lambda: clock.now_us, sleep=clock.sleep, random_bytes=lambda n: b"\x80" + bytes(n - 1))
+    return Tries(limits_of(settings), half)
+
+
+async def test_pauses_double_up_to_the_longest_and_tries_are_counted():
+    clock = Clock()
+    tries = tries_of(clock, max_tries=5)
+    assert str(tries) == ""
+    while await tries.again():
+        pass
+    assert clock.pauses == pytest.approx([0.05, 0.1, 0.2, 0.2])
+    assert str(tries) == " (5 tries)"
+
+
+async def test_a_service_that_never_answered_is_given_up_sooner():
+    tries = tries_of(Clock())
+    while await tries.again(contacted=False):
+        pass
+    assert tries.count == 4
+
+
+def test_what_the_service_asks_for_comes_on_top_within_the_longest_pause():
+    tries = tries_of(Clock())
+    assert tries.pause_s(asked_s=0.3) == pytest.approx(0.35)
+    assert tries.pause_s(asked_s=100) == pytest.approx(0.45)
+
+
+async def test_the_time_of_an_operation_bounds_its_pauses_and_each_try():
+    clock = Clock()
+    tries = tries_of(clock, operation_ms=1000, attempt_ms=700)
+    assert tries.limits.attempt_s == 0.7
+    clock.now_us = 500_000
+    assert tries.limits.attempt_s == 0.5
+    assert await tries.again()
+    clock.now_us = 930_000
+    assert await tries.again() is False
+    clock.now_us = 2_000_000
+    assert tries.limits.attempt_s == 0.001
+    assert await tries.again() is False
+
+
+def test_without_settings_the_official_defaults_hold():
+    assert limits_of(None) == Limits(
+        max_tries=10,
+        initial_backoff_s=0.1,
+        max_backoff_s=180.0,
+        connect_s=10.0,
+        read_s=60.0,
+        attempt_s=None,
+        operation_s=None,
+    )

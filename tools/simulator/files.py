@@ -1,0 +1,88 @@
+"""Real, tiny files for the simulator: what a commit uploads, and whether all that history needs is still there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from icechunk.format.ids import FIRST_SNAPSHOT, NodeId, ObjectId
+from icechunk.format.keys import chunk_key, manifest_key, snapshot_key, transaction_key
+from icechunk.format.manifest import decode_manifest, encode_manifest
+from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
+from icechunk.format.transaction import encode_transaction_log
+from icechunk.format.values import NATIVE, ChunkRefs, Manifest, ManifestFile, Snapshot, TransactionLog
+from icechunk.log.repository.state import RepoState
+
+__all__ = ["CommitFiles", "commit_files", "missing_files"]
+
+_NODE = NodeId(b"an array")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitFiles:
+    """What one commit uploads."""
+
+    manifest: ManifestFile
+    """Its own; those of its parent that it keeps are in the snapshot besides."""
+    files: tuple[tuple[str, bytes], ...]
+    """Key and bytes, in an order in which they may be written."""
+
+
+def commit_files(
+    snapshot: ObjectId, *, manifest: ObjectId, chunk: ObjectId, inherited: Iterable[ManifestFile], flushed_at_us: int
+) -> CommitFiles:
+    """The files of a snapshot that adds a chunk, and keeps some manifests of its parent's.
+
+    Parameters
+    ----------
+    manifest, chunk
+        New ids.
+    """
+    refs = ChunkRefs(
+        coords=np.zeros((1, 1), np.uint32),
+        kind=np.full(1, NATIVE, np.uint8),
+        offset=np.zeros(1, np.uint64),
+        length=np.full(1, 5, np.uint64),
+        chunk_id=np.frombuffer(chunk, "V12"),
+        location=np.full(1, -1, np.int32),
+    )
+    data = encode_manifest(Manifest(id=manifest, arrays={_NODE: refs}))
+    own = ManifestFile(manifest, len(data), 1)
+    document = Snapshot(
+        id=snapshot,
+        nodes={},
+        flushed_at_us=flushed_at_us,
+        message="",
+        manifest_files={file.object_id: file for file in (own, *inherited)},
+    )
+    return CommitFiles(
+        manifest=own,
+        files=(
+            (chunk_key(chunk), b"chunk"),
+            (manifest_key(manifest), data),
+            (transaction_key(snapshot), encode_transaction_log(TransactionLog(id=snapshot))),
+            (snapshot_key(snapshot), encode_snapshot(document)),
+        ),
+    )
+
+
+def missing_files(state: RepoState, objects: Mapping[str, bytes]) -> list[tuple[ObjectId, str]]:
+    """What the graph needs and the store does not have: the snapshot that needs it, and the key."""
+    missing: list[tuple[ObjectId, str]] = []
+    for record in state.snapshots.values():
+        if record.id == FIRST_SNAPSHOT:
+            continue
+        wanted = [snapshot_key(record.id)]
+        wanted += [transaction_key(id) for id in (record.id, *record.pruned_ancestor_tx_logs)]
+        if snapshot_key(record.id) in objects:
+            snapshot = decode_snapshot(objects[snapshot_key(record.id)])
+            for id in snapshot.manifest_files:
+                wanted.append(manifest_key(id))
+                if manifest_key(id) in objects:
+                    manifest = decode_manifest(objects[manifest_key(id)])
+                    for refs in manifest.arrays.values():
+                        wanted += [chunk_key(ObjectId(row.tobytes())) for row in refs.chunk_id]
+        missing += [(record.id, key) for key in wanted if key not in objects]
+    return missing
