@@ -44,6 +44,12 @@ def test_hosted_ci_runs_every_step_once() -> None:
     assert job["steps"][-1]["run"] == "bash .ci/run ${{ matrix.steps }}"
 
 
+def test_the_paths_in_the_steps_are_there() -> None:
+    named = re.findall(r"(?<![\w/$}])(?:tests|tools)/[\w./-]+", (ROOT / ".ci" / "run").read_text("utf-8"))
+    assert len(named) > 5
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_a_step_that_is_not_there_is_refused_before_anything_runs() -> None:
     done = subprocess.run(["bash", ROOT / ".ci" / "run", "wheels"], capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -11,7 +11,7 @@ import zstandard
 from icechunk.errors import ErrorKind, FormatError
 from icechunk.runtime.about import CLIENT_NAME
 
-__all__ = ["CLIENT_NAME", "COMPRESSION_ZSTD", "HEADER_SIZE", "FileHeader", "FileType", "read_header", "seal", "unseal"]
+__all__ = ["COMPRESSION_ZSTD", "HEADER_SIZE", "FileHeader", "FileType", "read_header", "seal", "unseal"]
 
 MAGIC: Final = "ICE🧊CHUNK".encode()
 HEADER_SIZE: Final = 39

@@ -21,7 +21,6 @@ from icechunk.config import (
 )
 from icechunk.config.manifest_rules import manifests_to_preload, tile_shapes
 from icechunk.config.storage import DEFAULT_IDEAL_REQUEST_BYTES, DEFAULT_MAX_REQUESTS_PER_OBJECT
-from icechunk.format.envelope import CLIENT_NAME
 from icechunk.format.ids import ObjectId, object_id_from_text
 from icechunk.format.manifest.location_compression import LocationCompression
 from icechunk.format.values import Snapshot
@@ -31,6 +30,7 @@ from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Layout, Reposit
 from icechunk.log.repository.queue import UpdateRetries, retries_of
 from icechunk.log.repository.state import RepoState
 from icechunk.log.session.plan.compaction import Policy
+from icechunk.runtime.about import CLIENT_NAME
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.loops import PerLoop
 from icechunk.storage.port import Storage

@@ -4,7 +4,8 @@ import pytest
 import zstandard
 
 from icechunk.errors import ErrorKind, FormatError
-from icechunk.format.envelope import CLIENT_NAME, FileType, seal, unseal
+from icechunk.format.envelope import FileType, seal, unseal
+from icechunk.runtime.about import CLIENT_NAME
 
 PAYLOAD = b"\x0c\0\0\0Ichk" + bytes(range(200))
 

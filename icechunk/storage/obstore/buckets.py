@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final, Self
 
 from icechunk.credentials import AzureCredentials, GcsCredentials
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
-from icechunk.format.envelope import CLIENT_NAME
+from icechunk.runtime.about import CLIENT_NAME
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.storage.obstore.credentials import Access, azure_options, gcs_options
 from icechunk.storage.retry import Limits

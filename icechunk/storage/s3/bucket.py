@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from icechunk.config import S3Options
 from icechunk.credentials import AnyS3Credential
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.format.envelope import CLIENT_NAME
+from icechunk.runtime.about import CLIENT_NAME
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.loops import PerLoop
 from icechunk.storage.port import Absent, Matches, Precondition, Unchecked, check_key

@@ -19,7 +19,7 @@ from typing import Final
 
 from botocore.httpsession import get_cert_path
 
-from icechunk.format.envelope import CLIENT_NAME
+from icechunk.runtime.about import CLIENT_NAME
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import in_thread
 from icechunk.storage.http.connections import Connections, NotConnectedError
