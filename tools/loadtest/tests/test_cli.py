@@ -1,4 +1,4 @@
-"""The command: small runs from end to end, exit codes, and one line for what is wrong."""
+"""The command: small runs from end to end, exit codes, and one line for bad input."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_results_of_a_file_are_judged_and_rendered_again(tmp_path: Path, capsys:
 
 
 def test_wrong_bytes_end_in_failure(tmp_path: Path) -> None:
-    results(measurement(problems=("chunk 3 says that it is chunk 4",))).save(tmp_path / "r.json")
+    results(measurement(problems=("chunk 3 has the header of chunk 4",))).save(tmp_path / "r.json")
     assert main(["--load", str(tmp_path / "r.json")]) == 1
 
 
@@ -137,7 +137,7 @@ def test_minio_is_started_counts_requests_and_latency_is_felt(tmp_path: Path) ->
         assert by_latency[30].latency.min_s > 0.03
 
 
-def test_who_is_asked_to_end_ends_its_workers_and_reports_what_it_has(tmp_path: Path) -> None:
+def test_sigterm_ends_the_workers_and_reports_the_measurements_so_far(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     command = [*PROGRAM, "--workloads", "append,soak"]
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Any chunk that is not exactly what was written is noticed."""
+"""A chunk that differs from the written one in any byte is refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_one_wrong_byte_is_noticed(at: int) -> None:
 
 def test_another_chunk_a_short_one_and_an_old_version_are_noticed() -> None:
     content = Content(256)
-    with pytest.raises(Corrupt, match="says that it is chunk 4"):
+    with pytest.raises(Corrupt, match="has the header of chunk 4"):
         content.check(3, content.chunk(4))
     with pytest.raises(Corrupt, match="255 bytes"):
         content.check(3, content.chunk(3)[:-1])

@@ -1,4 +1,4 @@
-"""The command line's sizes, sweeps and names become cases, or a sentence that says why not."""
+"""The command line's sizes, sweeps and names become cases, or are refused with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report is one well-formed page that holds what was measured, and results survive their file."""
+"""The report is one well-formed page with all measurements, and results survive their file."""
 
 from __future__ import annotations
 

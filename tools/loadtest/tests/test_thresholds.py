@@ -1,4 +1,4 @@
-"""Thresholds are read, refused with a reason, and held against what was measured."""
+"""Thresholds are read, refused with a reason, and compared with measurements."""
 
 from __future__ import annotations
 

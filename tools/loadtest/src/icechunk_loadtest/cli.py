@@ -1,7 +1,7 @@
 """The command line of the load test.
 
-Exit codes: 0 all is well, 1 something failed, came back wrong or missed a threshold, 2 bad input or a machine that
-lacks something (one line says what to do), 130 interrupted.
+Exit codes: 0 success, 1 an operation failed, bytes were wrong or a threshold was missed, 2 bad input or a missing
+component (one line names the remedy), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ __all__ = ["main"]
 
 PROGRAM = "icechunk-loadtest"
 LIMIT_S = 3_600.0
-"""Nothing begins later than that, unless the command line says otherwise."""
+"""No measurement begins after this many seconds, unless ``--time-limit`` sets another limit."""
 QUICK_LIMIT_S = 60.0
-"""Likewise with ``--quick``."""
-INTERRUPTED = "interrupted; what was measured until then is here"
+"""The same limit with ``--quick``."""
+INTERRUPTED = "interrupted; the results hold the measurements until then"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(arguments)
     if threading.current_thread() is threading.main_thread():
-        # who is asked to end (by `timeout`, by CI) ends its servers and workers, as after Ctrl-C
+        # on SIGTERM (from `timeout`, from CI) servers and workers are ended, as after Ctrl-C
         signal.signal(signal.SIGTERM, _end)
     try:
         return _list() if args.list else _main(args, shlex.join([PROGRAM, *arguments]))
@@ -98,21 +98,21 @@ def _main(args: argparse.Namespace, command: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Order:
-    """What the command line asks for, checked."""
+    """The checked arguments of the command line."""
 
     systems: tuple[str, ...]
-    """Names."""
+    """Keys of `SYSTEMS`."""
     points: list[plan.Point]
-    """What to run on each."""
+    """Workloads and sizes to run on each system."""
     repeats: int
-    """How often."""
+    """Runs of each point."""
     kind: str
-    """Of storage."""
+    """Kind of storage: ``s3``, ``local`` or ``memory``."""
     delayed: bool
-    """Latency was asked for, and is not just a workload's usual one."""
+    """Whether the command line asks for latency; a workload's usual latency does not count."""
 
     def cases(self, systems: Sequence[str]) -> list[plan.Case]:
-        """All measurements on `systems`."""
+        """All cases on `systems`."""
         return plan.cases(self.points, systems, repeats=self.repeats, kind=self.kind)
 
 
@@ -196,7 +196,7 @@ def _place(args: argparse.Namespace, order: _Order) -> contextlib.AbstractContex
 
 
 def _without_latency(order: _Order, place: places.Place, args: argparse.Namespace, notes: list[str]) -> _Order:
-    """Where none can be added, the usual latency of a workload is left out; one that was asked for is refused."""
+    """Where latency cannot be added, leave out a workload's usual one; refuse one that the command line asks for."""
     if place.proxy is not None or not any(point.size.latency_ms for point in order.points):
         return order
     if order.delayed:
@@ -208,7 +208,7 @@ def _without_latency(order: _Order, place: places.Place, args: argparse.Namespac
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, float]:
-    """The sizes that the command line gives, checked."""
+    """Sizes of the command line, checked, by the field of `Size` that they replace."""
     found: dict[str, float] = {}
     for name, option, low, high in (
         ("chunks", "--chunks", 1, 10_000_000),
@@ -268,9 +268,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Measure how fast chunks are written, read and committed — by this library, by the official one, "
-        "and by what lies beneath —, and verify every byte. Starts MinIO unless an endpoint is named; nothing "
-        "else on the network is touched.",
-        epilog="Exit codes: 0 all is well; 1 something failed, came back wrong or missed a threshold; 2 bad input.",
+        "and by plain objects and plain zarr —, and verify every byte. Starts MinIO unless an endpoint is named; "
+        "nothing else on the network is touched.",
+        epilog="Exit codes: 0 success; 1 an operation failed, bytes were wrong or a threshold was missed; 2 bad input.",
     )
     what = parser.add_argument_group("what to run")
     what.add_argument("--quick", action="store_true", help="small sizes and few systems: a minute and a half at most")
@@ -285,8 +285,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--repeat", type=int, metavar="N", help="measure everything so often; medians count (default 1)")
     what.add_argument("--soak", type=float, metavar="SECONDS", help="how long the soak lasts (default 30)")
-    what.add_argument("--list", action="store_true", help="tell what workloads and systems there are")
-    what.add_argument("--dry-run", action="store_true", help="tell what would be run")
+    what.add_argument("--list", action="store_true", help="list workloads and systems")
+    what.add_argument("--dry-run", action="store_true", help="list the measurements without running them")
     sizes = parser.add_argument_group("sizes, instead of each workload's own")
     sizes.add_argument("--chunks", type=int, metavar="N", help="chunks in the array")
     sizes.add_argument("--chunk-size", metavar="SIZE", help="of one chunk, e.g. 64KiB")

@@ -1,4 +1,4 @@
-"""What ends a load test early, with one line for whoever started it."""
+"""The error that ends a load test early."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ __all__ = ["LoadTestError"]
 
 
 class LoadTestError(Exception):
-    """Bad input, or a machine that lacks something; the message says what to do. The exit code is 2."""
+    """Bad input or a missing component; the message names the remedy. The exit code is 2."""

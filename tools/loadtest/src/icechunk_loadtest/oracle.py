@@ -42,7 +42,7 @@ OFFICIAL_FORMAT_1 = "1.1.21"
 
 
 class OracleUnavailable(RuntimeError):
-    """The official library cannot be had on this machine; the message says what is missing."""
+    """The official library is not on this machine and cannot be installed; the message names what is missing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class _Recipe:
     pythons: tuple[str, ...]
     """Python versions that will do, best first."""
     packages: tuple[str, ...]
-    """What to install, besides ``icechunk`` itself."""
+    """Requirements to install besides ``icechunk`` itself."""
 
 
 _RECIPES = {
@@ -163,7 +163,7 @@ def _make(home: Path, version: str, recipe: _Recipe) -> None:
 
 
 _SEEN: set[tuple[Path, str]] = set()
-"""Pythons that had the version: nobody takes it away while tests run, and asking takes a second."""
+"""Interpreters that had the version. They are not asked again: it takes a second, and the answer stays the same."""
 
 
 def _has(python: Path, version: str) -> bool:

@@ -1,4 +1,4 @@
-"""Where a load test stores its chunks: MinIO of our own or an endpoint that was named, with latency on request."""
+"""Storage for a load test: its own MinIO, an endpoint that the user names, local disk or memory; latency on request."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ BUCKET = "loadtest"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requests:
-    """What a server has counted since it began."""
+    """Counters of a server, since its start or between two readings."""
 
     by_name: Mapping[str, int] = field(default_factory=dict)
     """Requests by the name of the S3 call, e.g. ``GetObject``."""
     received_bytes: int = 0
-    """Bytes of bodies that came in."""
+    """Bytes of request bodies."""
     sent_bytes: int = 0
-    """Bytes of bodies that went out."""
+    """Bytes of response bodies."""
 
     def since(self, before: Requests) -> Requests:
-        """What was counted between `before` and this."""
+        """The difference between this reading and the earlier reading `before`."""
         return Requests(
             by_name={
                 name: count - before.by_name.get(name, 0)
@@ -51,22 +51,22 @@ class Place:
     kind: str
     """``s3``, ``local`` or ``memory``."""
     about: str
-    """For people."""
+    """Description for the report."""
     options: dict[str, Any]
-    """What a worker needs to get there, without a prefix."""
+    """Options for a worker: kind, endpoint, bucket and credentials, or a path; without a prefix."""
     metrics: str | None = None
-    """URL of the server's counters (MinIO's), where they can be read."""
+    """URL of MinIO's counters; None for other servers."""
     proxy: services.Proxy | None = None
-    """In front of the endpoint, where latency can be added."""
+    """Proxy in front of the endpoint that adds latency; None where latency cannot be added."""
     _latency_ms: int = 0
 
     def at(self, latency_ms: int) -> dict[str, Any]:
-        """Options of a fresh prefix, with that much latency from now on.
+        """Options with a fresh prefix; the proxy adds `latency_ms` from now on.
 
         Raises
         ------
         LoadTestError
-            Latency is wanted where none can be added.
+            `latency_ms` is not 0, and there is no proxy.
         """
         options = {**self.options, "prefix": f"loadtest/{uuid.uuid4().hex}"}
         if self.proxy is None:
@@ -84,7 +84,7 @@ class Place:
         return options
 
     def requests(self) -> Requests | None:
-        """What the server has counted so far; None where it does not tell."""
+        """The server's counters now; None where they cannot be read."""
         if self.metrics is None:
             return None
         try:
@@ -117,10 +117,10 @@ def own_minio() -> Iterator[Place]:
     Raises
     ------
     LoadTestError
-        No MinIO on this machine; the message says how to get it.
+        No MinIO on this machine; the message names the ways to get it.
     """
     with contextlib.ExitStack() as stack:
-        # MinIO tells its request counters only to those who may know; here that is everybody on 127.0.0.1
+        # MinIO's request counters need a token by default; this one listens on 127.0.0.1 only
         stack.enter_context(_environment(MINIO_PROMETHEUS_AUTH_TYPE="public"))
         try:
             service = stack.enter_context(services.minio(buckets=[BUCKET]))
@@ -144,12 +144,12 @@ def own_minio() -> Iterator[Place]:
 
 @contextlib.contextmanager
 def named_endpoint(endpoint: str, bucket: str, *, region: str, delay: bool) -> Iterator[Place]:
-    """An S3 endpoint that somebody else runs; the bucket must be there, credentials come from the environment.
+    """An S3 endpoint that already runs; its bucket must exist, credentials come from the environment.
 
     Raises
     ------
     LoadTestError
-        No URL, no credentials, or latency is wanted (`delay`) and no toxiproxy or no plain HTTP.
+        `endpoint` is no URL, there are no credentials, or `delay` is true and there is no toxiproxy or no plain HTTP.
     """
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -182,7 +182,7 @@ def named_endpoint(endpoint: str, bucket: str, *, region: str, delay: bool) -> I
 
 @contextlib.contextmanager
 def memory_or_local(kind: str) -> Iterator[Place]:
-    """The memory of each worker, or a temporary folder."""
+    """Storage of `kind`: ``memory`` of each worker, or ``local``, a temporary folder."""
     if kind == "memory":
         yield Place(kind=kind, about="memory of the worker", options={"kind": kind})
         return

@@ -1,4 +1,4 @@
-"""What there is to run: workloads, systems, sizes and sweeps, and the list of cases that they make."""
+"""Workloads, systems, sizes and sweeps, and the list of cases that they make."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ __all__ = [
 KIB = 1024
 MIB = 1024 * KIB
 MAX_CASES = 2_000
-"""More than that is taken for a mistake."""
+"""More cases than this are refused as a mistake."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class System:
-    """A thing that stores chunks."""
+    """A library, or a combination of libraries, that stores chunks."""
 
     title: str
-    """For people."""
+    """Name in tables and plots."""
     family: str
     """``icechunk``: has commits; ``zarr``: arrays without commits; ``objects``: neither."""
     needs: tuple[str, ...] = ()
-    """Distributions that must be installed beside us."""
+    """Modules that must be importable."""
 
 
 SYSTEMS: Mapping[str, System] = {
@@ -58,40 +58,40 @@ SYSTEMS: Mapping[str, System] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much of a workload to do."""
+    """The numbers of a workload."""
 
     chunks: int
     """Chunks in the array."""
     chunk_bytes: int
     """Bytes of a chunk."""
     ops: int = 1
-    """Operations; for each task where tasks contend."""
+    """Number of operations; where tasks contend, of each task."""
     tasks: int = 10
     """Tasks at a time; for a call on a whole array, how many chunks zarr works on at a time (zarr's default: 10)."""
     processes: int = 1
     """Worker processes."""
     latency_ms: int = 0
-    """Added to every answer of the store."""
+    """Milliseconds that the proxy adds to every response of the store."""
     seconds: float = 300.0
-    """No operation begins later than that."""
+    """No operation begins after this many seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """Something to measure; `icechunk_loadtest.worker.workloads` does it."""
+    """Description of a workload; `icechunk_loadtest.worker.workloads` runs it."""
 
     title: str
-    """For people; a few words."""
+    """Name in tables and plots: a few words."""
     about: str
-    """One sentence: what happens, and what is measured."""
+    """One sentence about the operations that are measured."""
     unit: str
-    """What throughput counts per second: ``chunks``, ``MiB``, ``commits``, ``openings``, ``ops``."""
+    """Unit of throughput, per second: ``chunks``, ``MiB``, ``commits``, ``openings`` or ``ops``."""
     full: Size
     """Sizes of a full run."""
     quick: Size
     """Sizes of ``--quick``."""
     families: frozenset[str] = frozenset({"icechunk", "zarr", "objects"})
-    """Which systems can do it."""
+    """Families of the systems that can run it."""
 
 
 _COMMITTERS = frozenset({"icechunk"})
@@ -127,7 +127,7 @@ WORKLOADS: Mapping[str, Workload] = {
     ),
     "read_random": Workload(
         title="Random reads",
-        about="Read single chunks at random, one after the other unless a sweep says otherwise.",
+        about="Read single chunks at random, one after the other except in a sweep of concurrency.",
         unit="chunks",
         full=Size(chunks=1_000, chunk_bytes=16 * KIB, ops=200, tasks=1, latency_ms=20),
         quick=Size(chunks=200, chunk_bytes=16 * KIB, ops=30, tasks=1, latency_ms=20),
@@ -156,7 +156,7 @@ WORKLOADS: Mapping[str, Workload] = {
     ),
     "commit_tasks": Workload(
         title="Contention of tasks",
-        about="Tasks of one process commit to one branch; who loses a race starts again from the newest version.",
+        about="Tasks of one process commit to one branch; the loser of a race starts again from the newest version.",
         unit="commits",
         full=Size(chunks=1, chunk_bytes=KIB, ops=2, tasks=32, latency_ms=20),
         quick=Size(chunks=1, chunk_bytes=KIB, ops=1, tasks=8, latency_ms=20),
@@ -164,7 +164,7 @@ WORKLOADS: Mapping[str, Workload] = {
     ),
     "commit_processes": Workload(
         title="Contention of processes",
-        about="Processes commit to one branch; who loses a race starts again from the newest version.",
+        about="Processes commit to one branch; the loser of a race starts again from the newest version.",
         unit="commits",
         full=Size(chunks=1, chunk_bytes=KIB, ops=20, tasks=1, processes=8),
         quick=Size(chunks=1, chunk_bytes=KIB, ops=6, tasks=1, processes=2),
@@ -188,7 +188,7 @@ WORKLOADS: Mapping[str, Workload] = {
 """By name, in the order in which they run."""
 
 QUICK_SYSTEMS = ("ours", "official", "obstore")
-"""What ``--quick`` compares, as far as it is there."""
+"""Systems that ``--quick`` compares, as far as they are installed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,12 +203,12 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """What is run, whichever the system."""
+    """A workload at one size, whichever the system."""
 
     workload: str
     """A key of `WORKLOADS`."""
     size: Size
-    """How much of it."""
+    """Its numbers."""
     swept: str | None = None
     """The parameter of the sweep that the point belongs to; None for the workload's own sizes."""
 
@@ -218,11 +218,11 @@ class Case:
     """One measurement to make."""
 
     point: Point
-    """What."""
+    """Workload and size."""
     system: str
     """A key of `SYSTEMS`."""
     repeat: int
-    """Counts from 0."""
+    """Number of the repeat, from 0."""
 
 
 _PARAMETERS = {
@@ -245,7 +245,7 @@ def parse_size(text: str) -> int:
     Raises
     ------
     LoadTestError
-        The text is nothing like that.
+        `text` is no size.
     """
     trimmed = text.strip().lower().removesuffix("b").removesuffix("i")
     factor = {"k": KIB, "m": MIB, "g": 1024 * MIB}.get(trimmed[-1:], 1)
@@ -280,8 +280,8 @@ def parse_sweep(text: str) -> Sweep:
     return Sweep(parameter=parameter, values=tuple(sorted(set(values))))
 
 
-def pick(text: str, known: Iterable[str], what: str) -> tuple[str, ...]:
-    """Names of a comma-separated list, in the order of `known`; ``all`` is all of them.
+def pick(text: str, known: Iterable[str], kind: str) -> tuple[str, ...]:
+    """Names of a comma-separated list, in the order of `known`; ``all`` is all of them. `kind` is for messages.
 
     Raises
     ------
@@ -293,9 +293,9 @@ def pick(text: str, known: Iterable[str], what: str) -> tuple[str, ...]:
     if "all" in wanted:
         return tuple(names)
     for name in sorted(wanted - set(names)):
-        raise LoadTestError(f"no {what} is called {name!r}; there are {', '.join(names)}")
+        raise LoadTestError(f"no {kind} is called {name!r}; there are {', '.join(names)}")
     if not wanted:
-        raise LoadTestError(f"no {what} is named; there are {', '.join(names)}")
+        raise LoadTestError(f"no {kind} is named; there are {', '.join(names)}")
     return tuple(name for name in names if name in wanted)
 
 
@@ -331,7 +331,7 @@ def points(
 
 
 def cases(chosen: Iterable[Point], systems: Sequence[str], *, repeats: int, kind: str = "s3") -> list[Case]:
-    """Every point on every system that can do it there, systems in turn within a repeat.
+    """Every point on every system that can run it on that kind of storage, systems in turn within a repeat.
 
     Raises
     ------

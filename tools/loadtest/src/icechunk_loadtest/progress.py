@@ -17,7 +17,7 @@ _BAR = 16
 
 
 class Progress:
-    """Tells what is under way on a stream: one line that redraws itself on a terminal, one line a result elsewhere.
+    """Shows the current case on a stream: a line that is redrawn on a terminal, one line for each result elsewhere.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ class Progress:
     stream
         Usually standard error.
     quiet
-        Say nothing but what is wrong.
+        Print failures only.
     """
 
     def __init__(self, total: int, stream: TextIO, *, quiet: bool = False) -> None:
@@ -40,7 +40,7 @@ class Progress:
         self._began = time.perf_counter()
 
     def preparing(self, case: Case) -> None:
-        """A case begins; its data are being made."""
+        """A case begins: its worker makes the data."""
         self._case = case
         self._draw("preparing")
 
@@ -50,7 +50,7 @@ class Progress:
         self._draw("running")
 
     def update(self, event: Mapping[str, Any]) -> None:
-        """A worker says how far it is."""
+        """A worker reports its progress: ``seconds``, ``units``, ``bytes``, ``errors``."""
         if not self._live or self._case is None:
             return
         seconds = max(float(event["seconds"]), 1e-9)
@@ -73,13 +73,13 @@ class Progress:
             self._print(f"    {' '.join(text.split())}")
 
     def note(self, text: str) -> None:
-        """Something that whoever waits should know."""
+        """Print a remark."""
         if not self._quiet:
             self._clear()
             self._print(text)
 
     def close(self) -> None:
-        """Take the live line away."""
+        """Remove the live line."""
         self._clear()
 
     def _print(self, text: str) -> None:
@@ -90,7 +90,7 @@ class Progress:
             self._stream.write("\r\x1b[2K")
             self._stream.flush()
 
-    def _draw(self, what: str) -> None:
+    def _draw(self, status: str) -> None:
         if not self._live or self._case is None:
             return
         filled = _BAR * self._done // self._total
@@ -98,14 +98,14 @@ class Progress:
         left = f", {elapsed / self._done * (self._total - self._done):.0f} s left" if self._done else ""
         text = (
             f"{'━' * filled}{'╌' * (_BAR - filled)} {self._done}/{self._total}{left}  "
-            f"{self._case.point.workload} {self._case.system}: {what}"
+            f"{self._case.point.workload} {self._case.system}: {status}"
         )
         self._stream.write("\r\x1b[2K" + text[: shutil.get_terminal_size().columns - 1])
         self._stream.flush()
 
 
 def point_text(point: Point) -> str:
-    """The numbers of a point that matter for its workload."""
+    """The numbers of a point that its workload depends on, as text."""
     size = point.size
     parts = []
     if WORKLOADS[point.workload].unit not in ("commits",) or point.workload == "append":

@@ -1,4 +1,4 @@
-"""What was measured, as values that go to JSON and come back."""
+"""Measurements and summaries of a load test, and their JSON."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bin:
-    """A stretch of time."""
+    """Figures of one interval of a run; all intervals of a run are equally long."""
 
     units: float
-    """What was done in it."""
+    """Units of throughput that were completed in it."""
     bytes: int
-    """Array data that moved."""
+    """Bytes of array data, read and written."""
     errors: int
-    """What failed."""
+    """Operations that failed."""
     p50_s: float | None
-    """Median latency in seconds; None where nothing ended."""
+    """Median latency in seconds; None where no operation ended."""
     p99_s: float | None
     """99th percentile, likewise."""
 
@@ -41,21 +41,21 @@ class Measurement:
     """One run of one workload on one system."""
 
     point: Point
-    """What was run."""
+    """Workload and size."""
     system: str
-    """On what."""
+    """A key of `icechunk_loadtest.plan.SYSTEMS`."""
     repeat: int
-    """Counts from 0."""
+    """Number of the repeat, from 0."""
     seconds: float
     """From the first operation to the last."""
     units: float
-    """What throughput counts (see `icechunk_loadtest.plan.Workload.unit`), except that MiB are still chunks here."""
+    """Completed units of throughput (see `icechunk_loadtest.plan.Workload.unit`); chunks where the unit is MiB."""
     bytes_read: int
-    """Of array data."""
+    """Bytes of array data."""
     bytes_written: int
-    """Of array data."""
+    """Bytes of array data."""
     bytes_verified: int
-    """Read and compared with what was written, during the run or after it."""
+    """Bytes that were read and compared with the expected ones, during the run or after it."""
     errors: int
     """Operations that failed."""
     conflicts: int
@@ -63,34 +63,34 @@ class Measurement:
     messages: tuple[str, ...] = ()
     """The first few errors."""
     problems: tuple[str, ...] = ()
-    """Wherever what was found is not what was written; empty in a sound run."""
+    """Differences between data that were read and data that were written; empty in a sound run."""
     cpu_s: float = 0.0
-    """CPU time of all workers."""
+    """CPU time of all workers in seconds, user and system."""
     rss_before_bytes: int = 0
-    """Memory of all workers when the run began."""
+    """Resident memory of all workers when the run began."""
     rss_peak_bytes: int = 0
-    """The most that it came to."""
+    """Sum of the workers' peaks of resident memory."""
     requests: Mapping[str, int] | None = None
-    """By S3 call, as the server counted them; None where it does not tell."""
+    """Requests by the name of the S3 call, as the server counted them; None where it gives no counters."""
     server_received_bytes: int | None = None
-    """Bodies that the server received."""
+    """Bytes of bodies that the server received."""
     server_sent_bytes: int | None = None
-    """Bodies that the server sent."""
+    """Bytes of bodies that the server sent."""
     latencies: Mapping[str, Histogram] = field(default_factory=dict)
-    """By kind of operation."""
+    """Durations by kind of operation."""
     bin_s: float = 1.0
     """Width of `bins` in seconds."""
     bins: tuple[Bin, ...] = ()
-    """From the beginning of the run."""
+    """Intervals from the beginning of the run, in order."""
 
     @property
     def ok(self) -> bool:
-        """Nothing failed, and everything came back as it was written."""
+        """Whether no operation failed, and all data were as they were written."""
         return not self.errors and not self.problems
 
     @property
     def throughput(self) -> float:
-        """The workload's unit per second; 0 of a run that did nothing."""
+        """The workload's units per second; 0 of a run that completed none."""
         done = self.units
         if WORKLOADS[self.point.workload].unit == "MiB":
             done = (self.bytes_read + self.bytes_written) / MIB
@@ -98,7 +98,7 @@ class Measurement:
 
     @property
     def latency(self) -> Histogram:
-        """Of the operations that carry the workload (refreshing a view is not one)."""
+        """Durations of all operations but ``refresh``."""
         return Histogram.merged(value for name, value in self.latencies.items() if name != "refresh")
 
 
@@ -109,19 +109,19 @@ class Results:
     started: str
     """ISO 8601, UTC."""
     seconds: float
-    """How long it took."""
+    """Duration, from start to end."""
     command: str
     """As it was typed."""
     place: str
-    """Where the chunks were stored."""
+    """Description of the storage."""
     machine: Mapping[str, str]
-    """What it ran on."""
+    """Operating system, processor and load of the machine."""
     versions: Mapping[str, Mapping[str, str]]
-    """By system, the versions of what matters in its interpreter."""
+    """By system, the versions of Python and of the packages that it uses."""
     measurements: tuple[Measurement, ...]
-    """In the order in which they were made."""
+    """Measurements in the order in which they were made."""
     notes: tuple[str, ...] = ()
-    """What was left out, and why."""
+    """Remarks: systems that were left out with the reason, and limits that were reached."""
     verdicts: tuple[Mapping[str, Any], ...] = ()
     """One for each threshold: ``text``, ``found``, ``ok``."""
 
@@ -139,12 +139,12 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises
         ------
         LoadTestError
-            No such file, or it is something else.
+            There is no such file, or it holds no results of this version.
         """
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
@@ -160,34 +160,34 @@ class Results:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """All repeats of one point on one system."""
+    """All runs of one point on one system."""
 
     point: Point
-    """What was run."""
+    """Workload and size."""
     system: str
-    """On what."""
+    """A key of `icechunk_loadtest.plan.SYSTEMS`."""
     runs: tuple[Measurement, ...]
     """At least one."""
 
     @property
     def ok(self) -> bool:
-        """All runs were."""
+        """Whether all runs were sound."""
         return all(run.ok for run in self.runs)
 
     @property
     def throughput(self) -> float:
-        """The median of the runs."""
+        """Median of the runs, in the workload's units per second."""
         return statistics.median(run.throughput for run in self.runs)
 
     @property
     def throughput_range(self) -> tuple[float, float]:
-        """The slowest run and the fastest."""
+        """Throughput of the slowest run and of the fastest."""
         values = [run.throughput for run in self.runs]
         return min(values), max(values)
 
     @property
     def latency(self) -> Histogram:
-        """Of all runs together."""
+        """Durations of all runs together."""
         return Histogram.merged(run.latency for run in self.runs)
 
     def percentile_s(self, percent: float) -> float:
@@ -196,23 +196,23 @@ class Summary:
 
     @property
     def cpu_s(self) -> float:
-        """The median of the runs."""
+        """Median of the runs, in seconds."""
         return statistics.median(run.cpu_s for run in self.runs)
 
     @property
     def rss_peak_bytes(self) -> int:
-        """The greatest of the runs."""
+        """The greatest peak of the runs."""
         return max(run.rss_peak_bytes for run in self.runs)
 
     @property
     def requests(self) -> float:
-        """The median of the runs; NaN where the server does not tell."""
+        """Median of the runs; NaN where the server gives no counters."""
         counted = [sum(run.requests.values()) for run in self.runs if run.requests is not None]
         return statistics.median(counted) if counted else math.nan
 
     @property
     def errors(self) -> int:
-        """Of all runs, with every problem counted as one."""
+        """Errors and problems of all runs."""
         return sum(run.errors + len(run.problems) for run in self.runs)
 
 

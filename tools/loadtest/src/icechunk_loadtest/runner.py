@@ -1,4 +1,4 @@
-"""Runs cases, one after the other, each in one worker process or several, and gathers what they measured."""
+"""Runs cases, one after the other, each in one worker process or several, and gathers their measurements."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ __all__ = ["Runner", "interpreters"]
 WORKER = "loadtest_worker"
 """The name under which a worker imports `icechunk_loadtest.worker`: not below ``icechunk``, which may be another's."""
 ANSWER_S = 120.0
-"""Seconds that a worker may take for anything that is not the run itself."""
+"""Seconds that a worker may take for a command other than ``run``."""
 CLOSE_S = 5.0
 """Seconds that a worker may take to end before it is killed."""
 _LINE_BYTES = 2**26
 
 
 class WorkerFailed(Exception):
-    """A worker could not do what it should; the message is its own."""
+    """A command to a worker failed; the message is the worker's."""
 
 
 def interpreters(systems: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -79,13 +79,13 @@ class Runner:
     Parameters
     ----------
     place
-        Where the chunks go.
+        Storage for the chunks.
     pythons
         An interpreter for each system.
     progress
-        Told what happens.
+        Shows each step.
     reuse
-        Keep a worker for the next case of its system: quicker, but what a system keeps in memory adds up.
+        Keep a worker for the next case of its system: quicker, but memory that a system keeps adds up.
     """
 
     def __init__(self, place: Place, pythons: Mapping[str, str], progress: Progress, *, reuse: bool = False) -> None:
@@ -97,7 +97,7 @@ class Runner:
         self._stack = contextlib.AsyncExitStack()
         self._folder = ""
         self.versions: dict[str, dict[str, str]] = {}
-        """By system, what its worker said."""
+        """By system, the versions that its worker reported."""
 
     async def __aenter__(self) -> Runner:
         # a folder with nothing but the worker: python puts it on sys.path, and ours holds our own icechunk too
@@ -111,7 +111,7 @@ class Runner:
         await self._stack.aclose()
 
     async def measure(self, case: Case) -> Measurement:
-        """Run one case. Whatever goes wrong inside it is in the measurement, as an error."""
+        """Run one case. A failure inside it becomes an error of the measurement."""
         size = case.point.size
         options = self._place.at(size.latency_ms)
         try:
@@ -140,7 +140,7 @@ class Runner:
 
     async def _measure(self, case: Case, options: Mapping[str, Any], workers: Sequence[_Worker]) -> Measurement:
         size = case.point.size
-        for index, worker in enumerate(workers):  # the first one makes what the others open
+        for index, worker in enumerate(workers):  # the first one makes the dataset, the others open it
             spec = {
                 "workload": case.point.workload,
                 "chunks": size.chunks,
@@ -196,7 +196,7 @@ async def _all(waiting: Any) -> list[dict[str, Any]]:
 
 
 class _Worker:
-    """A worker process and the lines that go to and fro."""
+    """A worker process, and the JSON lines exchanged with it."""
 
     def __init__(self, process: asyncio.subprocess.Process, log: Any, name: str) -> None:
         self._process = process
@@ -209,7 +209,7 @@ class _Worker:
     async def start(cls, python: str, folder: str, system: str) -> _Worker:
         environment = oracle.environment()
         if system != "official":
-            # what this process imports, whether installed or not
+            # the same `icechunk` as in this process, installed or not
             environment["PYTHONPATH"] = str(Path(icechunk.__file__).parent.parent)
         log = tempfile.TemporaryFile()  # noqa: SIM115
         process = await asyncio.create_subprocess_exec(
@@ -249,7 +249,7 @@ class _Worker:
         Raises
         ------
         WorkerFailed
-            It said so, or ended.
+            It reported a failure, or ended.
         TimeoutError
             No answer after `within_s` seconds.
         """
@@ -283,7 +283,7 @@ class _Worker:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     async def aclose(self) -> None:
-        """End the process; it is asked first, and killed if it does not listen."""
+        """End the process: by end of input, and by a signal after `CLOSE_S`."""
         if self.alive and self._process.stdin is not None:
             self._process.stdin.close()
             try:
@@ -298,11 +298,11 @@ class _Worker:
     def _tail(self) -> str:
         self._log.seek(0)
         lines = self._log.read().decode("utf-8", "replace").strip().splitlines()
-        return lines[-1] if lines else "without a word"
+        return lines[-1] if lines else "it printed nothing"
 
 
 def _merge(case: Case, answers: Sequence[Mapping[str, Any]], checked: Mapping[str, Any], counted: Any) -> Measurement:
-    """One measurement of what all workers of a case said; they ran at the same time."""
+    """One measurement of the results of all workers of a case, which ran at the same time."""
     labels = {label for answer in answers for label in answer["latencies"]}
     longest = max(answers, key=lambda answer: float(answer["seconds"]))
     problems = [text for answer in answers for text in answer["problems"]] + list(checked["problems"])
@@ -332,6 +332,6 @@ def _merge(case: Case, answers: Sequence[Mapping[str, Any]], checked: Mapping[st
             for label in sorted(labels)
         },
         bin_s=longest["bin_s"],
-        # of several workers, the timeline of the one that took longest stands for all
+        # the timeline is that of the worker that took longest
         bins=tuple(Bin(**each) for each in longest["bins"]),
     )

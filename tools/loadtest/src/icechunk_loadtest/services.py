@@ -46,12 +46,12 @@ TOXIPROXY_MODULE = "github.com/Shopify/toxiproxy/v2/cmd/server@v2.5.0"
 MINIO_IMAGE = "minio/minio"
 AZURITE_VERSION = "3.35.0"
 _MODULES = {"minio": MINIO_MODULE, "toxiproxy": TOXIPROXY_MODULE}
-# What `go install` calls the binary; "toxiproxy-server" is what distributions call it.
+# `go install` names toxiproxy's binary "server", distributions name it "toxiproxy-server".
 _BINARIES = {"minio": ("minio",), "toxiproxy": ("toxiproxy-server", "server")}
 
 
 class Unavailable(Exception):
-    """A component is not on this machine; the message says how to get it."""
+    """A component is not on this machine; the message names the ways to get it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +126,7 @@ def install(component: str) -> str:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on now."""
+    """A port of 127.0.0.1 that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -144,7 +144,7 @@ def _answers(url: str) -> bool:
 
 
 @contextlib.contextmanager
-def _process(command: list[str], health_url: str, what: str, **options: object) -> Iterator[subprocess.Popen[bytes]]:
+def _process(command: list[str], health_url: str, name: str, **options: object) -> Iterator[subprocess.Popen[bytes]]:
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options)  # type: ignore[call-overload]
         try:
@@ -153,7 +153,7 @@ def _process(command: list[str], health_url: str, what: str, **options: object) 
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
                     text = log.read()[-2000:].decode("utf-8", "replace")
-                    raise Unavailable(f"{what} did not start (exit code {process.poll()}): {text}")
+                    raise Unavailable(f"{name} did not start (exit code {process.poll()}): {text}")
                 time.sleep(0.05)
             yield process
         finally:
@@ -229,7 +229,7 @@ class AzureService:
     access_key: str = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 
     def make_container(self, name: str, *, public: bool = False) -> None:
-        """Create a container; ``public``: whoever has no credentials may read it."""
+        """Create a container; a `public` one can be read without credentials."""
         extra = {"x-ms-blob-public-access": "container"} if public else {}
         rows = {**extra, "x-ms-date": formatdate(usegmt=True), "x-ms-version": "2021-12-02"}
         signed = "".join(f"{header}:{value}\n" for header, value in sorted(rows.items()))

@@ -1,4 +1,4 @@
-"""Thresholds: what a load test must have found, so that it serves in CI.
+"""Thresholds: conditions on the figures of a load test, for CI.
 
 A threshold reads ``[SYSTEM:]WORKLOAD[.METRIC] OP NUMBER[UNIT]``, for instance::
 
@@ -45,14 +45,14 @@ _SECONDS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Threshold:
-    """Something that must hold."""
+    """A condition on one figure."""
 
     text: str
     """As it was written."""
     system: str
-    """Whose figure."""
+    """System whose figure it is."""
     workload: str
-    """Of which workload, at its own sizes."""
+    """Workload, at its own sizes."""
     metric: str
     """One of `METRICS`."""
     operator: str
@@ -70,7 +70,7 @@ class Verdict:
     text: str
     """The threshold as it was written."""
     found: str
-    """What was measured, or why there is nothing to compare."""
+    """The figure, or the reason why there is none."""
     ok: bool
     """It holds."""
 
@@ -81,7 +81,7 @@ def parse_threshold(text: str) -> Threshold:
     Raises
     ------
     LoadTestError
-        It is none; the message says why.
+        `text` is no threshold; the message gives the reason.
     """
     match = _PATTERN.fullmatch(text)
     if match is None:
@@ -121,7 +121,7 @@ def load_thresholds(path: Path) -> list[Threshold]:
     Raises
     ------
     LoadTestError
-        It cannot be read, is something else, or holds something that is no threshold.
+        The file cannot be read, or does not hold a list of thresholds.
     """
     try:
         body = path.read_text(encoding="utf-8")
@@ -137,7 +137,7 @@ def load_thresholds(path: Path) -> list[Threshold]:
 
 
 def judge(thresholds: Sequence[Threshold], summaries: Sequence[Summary]) -> list[Verdict]:
-    """Hold each threshold against what was measured; one that was not measured does not hold."""
+    """Compare each threshold with the measurements; one whose figure was not measured does not hold."""
     own = {(each.point.workload, each.system): each for each in summaries if each.point.swept is None}
     return [_judge(threshold, own) for threshold in thresholds]
 

@@ -1,4 +1,4 @@
-"""Numbers for people."""
+"""Numbers as text, with units."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def seconds_text(seconds: float) -> str:
 
 
 def rate_text(rate: float, unit: str) -> str:
-    """Something a second."""
+    """Units per second."""
     return f"{number_text(rate)} {unit}/s"
 
 
 def ratio_text(ratio: float) -> str:
-    """Times as much."""
+    """A ratio, like ``2.00×``; a dash where there is none."""
     return "–" if math.isnan(ratio) or math.isinf(ratio) else f"{number_text(ratio)}×"

@@ -1,3 +1,3 @@
-"""What a load test found, for people: text for a terminal, and one HTML file."""
+"""Reports of a load test: text for a terminal, and one HTML file."""
 
 from __future__ import annotations

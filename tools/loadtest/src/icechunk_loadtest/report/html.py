@@ -230,12 +230,12 @@ def _short_seconds(seconds: float) -> str:
     return f"{seconds * 1e3:g} ms" if seconds < 0.999 else f"{seconds:g} s"
 
 
-def _timeline(group: Sequence[Summary], what: str) -> str:
+def _timeline(group: Sequence[Summary], quantity: str) -> str:
     lines = []
     for summary in group:
         run = summary.runs[0]
         strong = summary.system == "ours"
-        if what == "units":
+        if quantity == "units":
             # the last bin is cut off by the end of the run
             points = [((i + 0.5) * run.bin_s, each.units / run.bin_s) for i, each in enumerate(run.bins[:-1])]
             lines.append(_over_time(summary, points, strong=strong))
@@ -254,12 +254,12 @@ def _timeline(group: Sequence[Summary], what: str) -> str:
         y_text=lambda value: f"{value:g}",
         x_label="time since the beginning",
         y_label="",
-        y_log=what != "units",
+        y_log=quantity != "units",
         height=250,
     )
     caption = (
         "Operations per second, over time"
-        if what == "units"
+        if quantity == "units"
         else "Latency in ms, logarithmic, over time: median (solid), p99 (dotted)"
     )
     return _figure(caption, drawing, _legend(group)) if drawing else ""
@@ -367,7 +367,7 @@ def _value(point: Point, parameter: str) -> float:
 
 
 def _rate(parameter: str) -> Callable[[Summary], float]:
-    """Over chunk sizes, chunks a second say little: what moves is compared."""
+    """Throughput of a summary. Along a sweep of chunk sizes it is MiB per second: chunks differ in size."""
     return _mib_per_second if parameter == "chunk_bytes" else lambda each: each.throughput
 
 

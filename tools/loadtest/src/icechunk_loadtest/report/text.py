@@ -1,4 +1,4 @@
-"""The overview that ends a load test on the terminal."""
+"""The overview that a load test prints at its end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HEADS = "".join(f"{name:>10}" for name in ("p50", "p99", "cpu", "peak", "reques
 
 
 def overview(results: Results) -> str:
-    """Tables of what was measured, ratios to the official library, and the thresholds."""
+    """Tables of the measurements, ratios to the official library, and the thresholds."""
     lines: list[str] = []
     summaries = summarize(results.measurements)
     last = None

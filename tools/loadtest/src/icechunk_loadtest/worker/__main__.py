@@ -19,7 +19,7 @@ PROGRESS_S = 0.2
 
 
 class Worker:
-    """Answers one command at a time."""
+    """Carries out one command at a time."""
 
     def __init__(self, out: Any) -> None:
         self._out = out
@@ -31,7 +31,7 @@ class Worker:
         self._out.flush()
 
     async def answer(self, command: dict[str, Any]) -> None:
-        """Do what the runner wants."""
+        """Carry out one command."""
         match command["op"]:
             case "prepare":
                 spec = Spec(**command["spec"])
@@ -57,7 +57,7 @@ class Worker:
                 raise ValueError(f"no such command: {other}")
 
     async def close(self) -> None:
-        """Give back what the last run held."""
+        """Close the target of the last run."""
         run, self._run = self._run, None
         if run is not None:
             await run.target.aclose()
@@ -111,9 +111,9 @@ def _versions() -> dict[str, str]:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    # whatever a library prints must not get between the lines that the runner reads
+    # libraries may print: their output goes to standard error, not between the lines for the runner
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     asyncio.run(serve(Worker(answers)))
-    # all is said and closed; what libraries still do at exit only keeps the runner waiting
+    # everything is sent and closed; exit handlers of libraries would only delay the runner
     os._exit(0)

@@ -1,4 +1,4 @@
-"""What chunks hold: bytes that can be told from those of any other chunk and any other version, and checked in full."""
+"""Contents of chunks: bytes that differ between chunks and between versions, and can be checked in full."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SHIFTS = 4096
 
 
 class Corrupt(Exception):
-    """What was read is not what was written."""
+    """Data that were read differ from data that were written."""
 
 
 class Content:
@@ -25,7 +25,7 @@ class Content:
     chunk_bytes
         Size of a chunk, at least `HEADER_BYTES`.
     seed
-        Another seed, other bytes.
+        Seed of the random bytes.
     """
 
     def __init__(self, chunk_bytes: int, seed: int = 0) -> None:
@@ -47,7 +47,7 @@ class Content:
         return made
 
     def check(self, index: int, data: np.ndarray[Any, Any], *, at_least: int = 0) -> int:
-        """Compare every byte of `data` with chunk `index` in the version that it says it is; returns the version.
+        """Compare every byte of `data` with chunk `index` in the version that its header names; returns the version.
 
         Raises
         ------
@@ -58,7 +58,7 @@ class Content:
             raise Corrupt(f"chunk {index} has {data.size} bytes instead of {self.chunk_bytes}")
         found, version = (int(value) for value in data[:HEADER_BYTES].copy().view("<u8"))
         if found != index:
-            raise Corrupt(f"chunk {index} says that it is chunk {found}")
+            raise Corrupt(f"chunk {index} has the header of chunk {found}")
         if version < at_least:
             raise Corrupt(f"chunk {index} is version {version}, but version {at_least} was committed before")
         if not np.array_equal(data[HEADER_BYTES:], self._expected(index, version)[HEADER_BYTES:]):

@@ -39,7 +39,7 @@ class Histogram:
         self.max_s = max(self.max_s, seconds)
 
     def merge(self, other: Histogram) -> None:
-        """Add what `other` counted."""
+        """Add the counts of `other`."""
         for bucket, count in other.counts.items():
             self.counts[bucket] = self.counts.get(bucket, 0) + count
         self.n += other.n
@@ -99,7 +99,7 @@ class Histogram:
         Raises
         ------
         KeyError, TypeError, ValueError
-            `value` is not what `to_json` makes.
+            `value` was not made by `to_json`.
         """
         made = cls()
         counts = value["counts"]

@@ -1,4 +1,4 @@
-"""Counts what happens while a workload runs: operations, bytes, errors, CPU, memory, and all of it over time."""
+"""Counters of a running workload: operations, bytes, errors, CPU and memory, in total and over time."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Meter:
         label
             Operations with one label share percentiles.
         units
-            What it adds to the throughput: chunks, commits or openings.
+            Chunks, commits or openings that it adds to the throughput.
         read, written
             Bytes of array data.
         """
@@ -108,7 +108,7 @@ class Meter:
             self._messages.append(f"{type(error).__name__}: {error}"[:500])
 
     def problem(self, text: str) -> None:
-        """Note that something read or found was not what was written."""
+        """Note a difference between data that were read and data that were written."""
         if len(self._problems) < MAX_MESSAGES:
             self._problems.append(text)
 

@@ -1,4 +1,4 @@
-"""One object a chunk, straight through obstore and aiobotocore: what the wire itself can do."""
+"""One object a chunk, through obstore and aiobotocore directly: the speed of the connection itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["AiobotocoreTarget", "ObstoreTarget", "bounded", "obstore_store"]
 async def bounded(
     function: Callable[[int], Awaitable[None]], items: Iterable[int], tasks: int, stop: Callable[[], bool] | None = None
 ) -> None:
-    """Call `function` with every item, `tasks` at a time; no further item once `stop` says so or a call raised."""
+    """Call `function` with every item, `tasks` at a time; no further item once `stop` returns true or a call raised."""
     waiting = iter(items)
 
     async def work() -> None:

@@ -1,6 +1,6 @@
 """The systems under test behind one small interface: a row of chunks that is written, grown, committed and read.
 
-Every system gets the same calls at the defaults of its own API; what differs is what the system is.
+Every system gets the same calls, at the defaults of its own API.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Target(ABC):
 
     @abstractmethod
     async def attach(self) -> None:
-        """Open the dataset anew, as a program does that has just begun: nothing cached."""
+        """Open the dataset anew with nothing cached, like a program that has just started."""
 
     @abstractmethod
     async def refresh(self) -> None:
@@ -60,17 +60,17 @@ class Target(ABC):
         """Append chunks to the end."""
 
     async def begin(self) -> None:  # noqa: B027
-        """Start a transaction where there are such."""
+        """Start a transaction, in systems that have them."""
 
     async def commit(self, message: str) -> None:  # noqa: B027
-        """Make what was written visible, where that is not so already."""
+        """Make the writes visible, in systems with transactions."""
 
     async def aclose(self) -> None:  # noqa: B027
-        """Give connections back."""
+        """Close connections."""
 
 
 class _ArrayTarget(Target):
-    """What all systems share whose interface is a zarr store."""
+    """A target whose interface is a zarr store."""
 
     _writing: Any = None
     _reading: Any = None
@@ -110,7 +110,7 @@ class _ArrayTarget(Target):
 
 
 class IcechunkTarget(_ArrayTarget):
-    """Whichever library ``import icechunk`` finds."""
+    """The library that ``import icechunk`` finds: ours, or the official one."""
 
     repo: Any = None
     _storage: Any = None
@@ -240,9 +240,9 @@ def make_target(system: str, place: Mapping[str, Any], chunk_bytes: int, tasks: 
     Raises
     ------
     ImportError
-        What the system needs is not installed.
+        A package that the system needs is not installed.
     ValueError
-        No such system, or it has no such place.
+        There is no such system, or it does not support that kind of storage.
     """
     match system:
         case "ours" | "official":

@@ -1,6 +1,6 @@
-"""The workloads: what is prepared, what is measured, and what is checked afterwards.
+"""The workloads, each with three steps: `prepare`, `run` and `check`.
 
-A workload's `prepare` is not measured, its `run` is, and its `check` looks at what is left. All loops are bounded by
+Only `run` is measured; `check` reads the stored data afterwards. All loops are bounded by
 the numbers of the `Spec` and by its `seconds`.
 """
 
@@ -64,14 +64,14 @@ class Run:
         self._random = random.Random(f"{spec.seed}/{spec.index}")
 
     async def prepare(self) -> None:
-        """Make what the run needs; the first worker makes the dataset, the others open it."""
+        """Prepare the run: the first worker makes the dataset, the others open it."""
         if self.spec.index == 0:
             await WORKLOADS[self.spec.workload].prepare(self)
         else:
             await self.target.attach()
 
     async def run(self) -> None:
-        """The measured part; whatever fails is counted, and ends it."""
+        """The measured part; a failure is counted, and ends it."""
         with self.meter.measuring():
             try:
                 async with asyncio.timeout(self.spec.seconds * 2 + 60):
@@ -82,7 +82,7 @@ class Run:
                     self.failed(leaf)
 
     async def check(self, acknowledged: list[str]) -> list[str]:
-        """Problems with what is left; `acknowledged` are the commits of all workers."""
+        """Check the stored data and return problems; `acknowledged` are the messages of all workers' commits."""
         try:
             await WORKLOADS[self.spec.workload].check(self, acknowledged)
         except Exception as error:
@@ -99,11 +99,11 @@ class Run:
 
     @property
     def over(self) -> bool:
-        """No operation may begin any more."""
+        """Whether no further operation may begin."""
         return self.meter.elapsed_s >= self.spec.seconds
 
     def any_chunk(self) -> int:
-        """A chunk by chance."""
+        """The index of a random chunk."""
         return self._random.randrange(self.spec.chunks)
 
     async def read_and_check(self, index: int, *, at_least: int = 0) -> None:
@@ -257,7 +257,7 @@ async def _prepare_contention(run: Run) -> None:
     await _create(run)
     target = _icechunk(run)
     session = await target.repo.writable_session_async("main")
-    # the common parent exists before the race: two who both make it would be in conflict for another reason
+    # the common parent exists before the race: two writers that both make it would conflict for another reason
     await zarr_async.open_group(session.store, path="writers", mode="a")
     await session.commit_async("a group for writers")
     await target.attach()
