@@ -11,7 +11,7 @@ import pytest
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "inspecting.md"
 
 
-def test_the_examples_run_and_the_drawing_looks_as_shown(capsys: pytest.CaptureFixture[str]):
+def test_the_examples_run_and_the_drawing_looks_as_shown(capsys: pytest.CaptureFixture[str]) -> None:
     text = PAGE.read_text(encoding="utf-8")
     namespace: dict[str, Any] = {}
     for block in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):

@@ -46,7 +46,7 @@ async def messages(repo: icechunk.Repository) -> list[str]:
 @by_layout
 async def test_a_session_is_rebased_over_commits_of_another_client(
     storage: Storage, asked: int | None, layout: str, version: int
-):
+) -> None:
     repo = await icechunk.Repository.create_async(storage, spec_version=asked)
     await write(repo, "base")
     session = await repo.writable_session_async("main")
@@ -64,7 +64,7 @@ async def test_a_session_is_rebased_over_commits_of_another_client(
 @by_layout
 async def test_a_client_that_has_only_opened_rebases_and_merges_over_commits_of_another(
     storage: Storage, asked: int | None, layout: str, version: int
-):
+) -> None:
     repo = await icechunk.Repository.create_async(storage, spec_version=asked)
     await write(repo, "base")
     other = await icechunk.Repository.open_async(storage)
@@ -86,7 +86,7 @@ async def test_a_client_that_has_only_opened_rebases_and_merges_over_commits_of_
 @by_layout
 async def test_a_repository_of_each_layout_is_found_for_what_it_is(
     storage: Storage, asked: int | None, layout: str, version: int
-):
+) -> None:
     made = await icechunk.Repository.create_async(storage, spec_version=asked)
     first = await write(made, "a")
     await made.create_tag_async("t", first)
@@ -117,7 +117,9 @@ async def test_a_repository_of_each_layout_is_found_for_what_it_is(
 
 
 @by_layout
-async def test_configuration_is_persisted_in_each(storage: Storage, asked: int | None, layout: str, version: int):
+async def test_configuration_is_persisted_in_each(
+    storage: Storage, asked: int | None, layout: str, version: int
+) -> None:
     config = icechunk.RepositoryConfig(inline_chunk_threshold_bytes=9)
     await (await icechunk.Repository.create_async(storage, config=config, spec_version=asked)).aclose()
     found = await icechunk.Repository.fetch_config_async(storage)
@@ -136,7 +138,7 @@ async def test_configuration_is_persisted_in_each(storage: Storage, asked: int |
         await each.aclose()
 
 
-async def test_nothing_to_open_is_said_so(storage: Storage):
+async def test_nothing_to_open_is_said_so(storage: Storage) -> None:
     with pytest.raises(icechunk.RepositoryNotFoundError):
         await icechunk.Repository.fetch_config_async(storage)
     assert await icechunk.Repository.fetch_spec_version_async(storage) is None
@@ -149,7 +151,7 @@ async def test_nothing_to_open_is_said_so(storage: Storage):
 @pytest.mark.parametrize(("asked", "objects"), [(None, 1), (2, 4), (1, 4)])
 async def test_an_explicit_version_has_one_object_for_each_chunk_and_one_manifest_for_each_array(
     asked: int | None, objects: int
-):
+) -> None:
     storage = icechunk.in_memory_storage()
     repo = await icechunk.Repository.create_async(storage, spec_version=asked)
     session = await repo.writable_session_async("main")
@@ -167,7 +169,7 @@ async def test_an_explicit_version_has_one_object_for_each_chunk_and_one_manifes
     await repo.aclose()
 
 
-async def test_packs_can_be_asked_for_where_they_are_off_by_default():
+async def test_packs_can_be_asked_for_where_they_are_off_by_default() -> None:
     storage = icechunk.in_memory_storage()
     config = icechunk.RepositoryConfig(engine=EngineConfig(pack_threshold_bytes=1 << 20))
     repo = await icechunk.Repository.create_async(storage, config=config, spec_version=2)
@@ -176,7 +178,7 @@ async def test_packs_can_be_asked_for_where_they_are_off_by_default():
     await repo.aclose()
 
 
-async def test_configuration_and_environment_choose_the_layout(monkeypatch: pytest.MonkeyPatch):
+async def test_configuration_and_environment_choose_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     async def layout(**arguments: object) -> Layout:
         repo = await icechunk.Repository.create_async(icechunk.in_memory_storage(), **arguments)
         await repo.aclose()
@@ -203,7 +205,7 @@ async def test_configuration_and_environment_choose_the_layout(monkeypatch: pyte
         await layout()
 
 
-async def test_converting_there_and_back_loses_nothing(storage: Storage):
+async def test_converting_there_and_back_loses_nothing(storage: Storage) -> None:
     repo = await icechunk.Repository.create_async(storage)
     await write(repo, "a")
     await repo.set_metadata_async({"k": 1})
@@ -229,7 +231,7 @@ async def test_converting_there_and_back_loses_nothing(storage: Storage):
     await repo.aclose()
 
 
-async def test_who_did_not_convert_is_told_to_open_again(storage: Storage):
+async def test_who_did_not_convert_is_told_to_open_again(storage: Storage) -> None:
     repo = await icechunk.Repository.create_async(storage)
     other = await icechunk.Repository.open_async(storage)
     session = await other.writable_session_async("main")
@@ -242,7 +244,7 @@ async def test_who_did_not_convert_is_told_to_open_again(storage: Storage):
         await each.aclose()
 
 
-async def test_format_1_is_not_converted_and_nonsense_is_no_layout():
+async def test_format_1_is_not_converted_and_nonsense_is_no_layout() -> None:
     repo = await icechunk.Repository.create_async(icechunk.in_memory_storage(), spec_version=1)
     with pytest.raises(icechunk.InvalidInputError, match="upgrad") as refused:
         await repo.convert_async("log")
@@ -252,7 +254,7 @@ async def test_format_1_is_not_converted_and_nonsense_is_no_layout():
     await repo.aclose()
 
 
-async def test_format_1_refuses_what_it_does_not_have(storage: Storage):
+async def test_format_1_refuses_what_it_does_not_have(storage: Storage) -> None:
     repo = await icechunk.Repository.create_async(storage, spec_version=1)
     for refused in (
         repo.get_metadata_async(),
@@ -274,7 +276,7 @@ async def test_format_1_refuses_what_it_does_not_have(storage: Storage):
 
 async def test_a_log_that_was_taken_over_is_sealed_and_reported_by_the_next_who_opens(
     storage: Storage, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     repo = await icechunk.Repository.create_async(storage)
     await repo.checkpoint_async()
     before = (await storage.get(REPO_KEY)).data

@@ -64,7 +64,7 @@ def commit(repo: icechunk.Repository, message: str) -> str:
     return session.commit(message, allow_empty=True)
 
 
-def test_a_repository_s_life_on_the_command_line(run: Run, repo: icechunk.Repository):
+def test_a_repository_s_life_on_the_command_line(run: Run, repo: icechunk.Repository) -> None:
     tip = commit(repo, "one\ntwo")
     assert run("branch", "list", "loc") == (0, f"{tip}  main\n", "")
     code, out, _ = run("branch", "create", "loc", "dev", "main")
@@ -84,7 +84,7 @@ def test_a_repository_s_life_on_the_command_line(run: Run, repo: icechunk.Reposi
 
 def test_ancestry_shows_each_snapshot_with_its_time_and_message(
     run: Run, repo: icechunk.Repository, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     tip = commit(repo, "one\n\ntwo\x1b[2J")
     when = next(iter(repo.ancestry(branch="main"))).written_at.astimezone()
     code, out, _ = run("ancestry", "loc", "-n", "1")
@@ -113,14 +113,14 @@ def test_ancestry_shows_each_snapshot_with_its_time_and_message(
 )
 def test_what_cannot_be_done_ends_in_one_line_and_code_1(
     run: Run, repo: icechunk.Repository, arguments: list[str], words: str
-):
+) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (1, "")
     assert words in err
     assert len(err.splitlines()) == 1
 
 
-def test_a_place_without_a_repository_is_told(run: Run, folder: Path):
+def test_a_place_without_a_repository_is_told(run: Run, folder: Path) -> None:
     code, _, err = run("branch", "list", "loc")
     assert code == 1
     assert 'Failed to open repository RepositoryAlias("loc"): ' in err
@@ -138,14 +138,14 @@ def test_a_place_without_a_repository_is_told(run: Run, folder: Path):
         ["help", "no"],
     ],
 )
-def test_bad_usage_ends_in_code_2(run: Run, arguments: list[str]):
+def test_bad_usage_ends_in_code_2(run: Run, arguments: list[str]) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert "usage: icechunk" in err
 
 
 @pytest.mark.parametrize("arguments", [["help"], ["help", "branch"], ["help", "branch", "create"], ["tag", "--help"]])
-def test_every_command_has_help(run: Run, arguments: list[str]):
+def test_every_command_has_help(run: Run, arguments: list[str]) -> None:
     code, out, _ = run(*arguments)
     assert code == 0
     assert "usage: icechunk" in out
@@ -154,7 +154,7 @@ def test_every_command_has_help(run: Run, arguments: list[str]):
 # --- the file of aliases --------------------------------------------------------------------------------------
 
 
-def test_the_file_is_made_for_its_owner_only_and_listed(run: Run, config: Path, tmp_path: Path):
+def test_the_file_is_made_for_its_owner_only_and_listed(run: Run, config: Path, tmp_path: Path) -> None:
     assert run("config", "list") == (0, "repos: {}\n\n", "")
     assert run("config", "init", answers=f"loc\nlocal\n{tmp_path}/x\n")[0] == 0
     assert stat.S_IMODE(config.stat().st_mode) == 0o600
@@ -167,7 +167,9 @@ def test_the_file_is_made_for_its_owner_only_and_listed(run: Run, config: Path, 
 
 
 @pytest.mark.parametrize("answers", ["", "1\n", "1\n\n\n\n", "9\n", "2\nb\np\n"])
-def test_answers_that_are_missing_or_wrong_leave_the_file_as_it_was(run: Run, folder: Path, config: Path, answers: str):
+def test_answers_that_are_missing_or_wrong_leave_the_file_as_it_was(
+    run: Run, folder: Path, config: Path, answers: str
+) -> None:
     before = config.read_bytes()
     code, _, err = run("config", "add", "new", answers=answers)
     assert code == 1
@@ -179,7 +181,7 @@ def test_answers_that_are_missing_or_wrong_leave_the_file_as_it_was(run: Run, fo
     "text",
     ["repos: [1", "repos: 3", "- a", "repos:\n  a: &x {b: 1}\n  c: *x\n", "\x00", "repos: !!python/name:os.system {}"],
 )
-def test_a_file_that_is_none_of_ours_is_told_and_kept(run: Run, config: Path, text: str):
+def test_a_file_that_is_none_of_ours_is_told_and_kept(run: Run, config: Path, text: str) -> None:
     config.parent.mkdir(parents=True)
     config.write_text(text)
     for arguments in (["config", "list"], ["branch", "list", "a"], ["config", "add", "a"]):
@@ -200,7 +202,7 @@ def test_a_file_that_is_none_of_ours_is_told_and_kept(run: Run, config: Path, te
         "!LocalFileSystem {path: /x, config: {caching: 3}}",
     ],
 )
-def test_an_entry_that_cannot_be_understood_is_told(run: Run, config: Path, entry: str):
+def test_an_entry_that_cannot_be_understood_is_told(run: Run, config: Path, entry: str) -> None:
     config.parent.mkdir(parents=True)
     config.write_text(f"repos:\n  a: {entry}\n")
     code, _, err = run("branch", "list", "a")
@@ -208,7 +210,7 @@ def test_an_entry_that_cannot_be_understood_is_told(run: Run, config: Path, entr
     assert 'Repository RepositoryAlias("a") cannot be used' in err
 
 
-def test_secrets_in_the_file_are_not_listed(run: Run, config: Path):
+def test_secrets_in_the_file_are_not_listed(run: Run, config: Path) -> None:
     config.parent.mkdir(parents=True)
     config.write_text(
         "repos:\n  a: !S3\n    location: {bucket: b}\n    credentials:\n      s3_credential_type: static\n"
@@ -225,7 +227,7 @@ def test_secrets_in_the_file_are_not_listed(run: Run, config: Path):
 
 def test_repositories_on_s3_are_reached_with_credentials_from_the_environment(
     run: Run, config: Path, moto_service: S3Service, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", moto_service.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", moto_service.secret_key)
     prefix = uuid.uuid4().hex
@@ -244,7 +246,7 @@ def test_repositories_on_s3_are_reached_with_credentials_from_the_environment(
 @pytest.mark.oracle
 def test_both_commands_share_one_file_and_print_the_same(
     run: Run, repo: icechunk.Repository, config: Path, tmp_path: Path
-):
+) -> None:
     python = oracle.find(oracle.OFFICIAL_CURRENT)
     if python is None:
         pytest.skip("no environment with the official library: python tools/oracle.py 2.3.0 makes one")

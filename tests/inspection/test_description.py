@@ -16,6 +16,6 @@ from icechunk.inspection.description import describe_header
         ("other", "other", ""),
     ],
 )
-def test_a_prerelease_of_a_program_is_part_of_its_version(written_by: str, name: str, version: str):
+def test_a_prerelease_of_a_program_is_part_of_its_version(written_by: str, name: str, version: str) -> None:
     described = describe_header(FileHeader(written_by=written_by, spec_version=2, file_type=FileType.SNAPSHOT))
     assert (described["app_name"], described["app_version"], described["written_by"]) == (name, version, written_by)

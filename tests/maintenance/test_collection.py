@@ -42,7 +42,7 @@ async def with_garbage(storage: Storage, version: int | None) -> History:
 
 
 @by_layout
-async def test_a_collection_deletes_what_nothing_reaches_and_says_what(storage: Storage, version: int | None):
+async def test_a_collection_deletes_what_nothing_reaches_and_says_what(storage: Storage, version: int | None) -> None:
     aged = AgedStorage(storage)
     history = await with_garbage(aged, version)
     c1 = await history.repo.lookup_snapshot_async(history.ids["c1"])
@@ -80,7 +80,7 @@ class SlowManifests(WrappingStorage):
         return await self.inner.put(key, data, precondition, **kwargs)
 
 
-async def test_a_dry_run_counts_what_small_commits_are_still_putting():
+async def test_a_dry_run_counts_what_small_commits_are_still_putting() -> None:
     history = await History.create(SlowManifests(MemoryStorage()), None)
     await history.repo.create_branch_async("gone", history.ids["first"])
     await history.commit("g1", 1, branch="gone")
@@ -91,7 +91,7 @@ async def test_a_dry_run_counts_what_small_commits_are_still_putting():
 
 
 @by_layout
-async def test_young_objects_stay(version: int | None):
+async def test_young_objects_stay(version: int | None) -> None:
     storage = MemoryStorage()
     history = await with_garbage(storage, version)
     before = await sizes(storage)
@@ -100,7 +100,7 @@ async def test_young_objects_stay(version: int | None):
 
 
 @by_layout
-async def test_names_that_are_no_ids_and_other_folders_are_left_alone(version: int | None):
+async def test_names_that_are_no_ids_and_other_folders_are_left_alone(version: int | None) -> None:
     storage = AgedStorage(MemoryStorage())
     history = await History.create(storage, version)
     others = ["chunks/README", "chunks/0000000000000000000G.bak", "sessions/x/1", "attributes/0000000000000000000G"]
@@ -112,7 +112,7 @@ async def test_names_that_are_no_ids_and_other_folders_are_left_alone(version: i
 
 
 @pytest.mark.parametrize("version", [None, 2], ids=["log", "repo"])
-async def test_a_pack_stays_as_long_as_one_of_its_chunks_is_needed(version: int | None):
+async def test_a_pack_stays_as_long_as_one_of_its_chunks_is_needed(version: int | None) -> None:
     storage = MemoryStorage()
     history = await History.create(storage, version, pack_threshold_bytes=1 << 20)
     assert folders(await sizes(storage))["chunks"] == 1
@@ -131,7 +131,7 @@ async def test_a_pack_stays_as_long_as_one_of_its_chunks_is_needed(version: int 
 
 
 @pytest.mark.parametrize("version", [None, 2], ids=["log", "repo"])
-async def test_a_session_that_began_before_the_cutoff_is_told_to_repeat_its_work(version: int | None):
+async def test_a_session_that_began_before_the_cutoff_is_told_to_repeat_its_work(version: int | None) -> None:
     storage = AgedStorage(MemoryStorage())
     history = await History.create(storage, version)
     stale = await history.repo.writable_session_async("main")
@@ -159,7 +159,7 @@ async def test_a_session_that_began_before_the_cutoff_is_told_to_repeat_its_work
     await history.check({"first", "c1"})
 
 
-async def test_the_fence_of_the_repo_object_survives_a_conversion_there_and_back():
+async def test_the_fence_of_the_repo_object_survives_a_conversion_there_and_back() -> None:
     history = await History.create(MemoryStorage(), 2)
     await history.repo.garbage_collect_async(ago(hours=1))
     cutoff = (await history.repo._core.log()).state.gc_cutoff_us
@@ -174,7 +174,7 @@ async def test_the_fence_of_the_repo_object_survives_a_conversion_there_and_back
 
 
 @by_layout
-async def test_what_is_committed_while_garbage_is_collected_stays(version: int | None):
+async def test_what_is_committed_while_garbage_is_collected_stays(version: int | None) -> None:
     inner = MemoryStorage()
     history = await with_garbage(AgedStorage(inner), version)
 
@@ -215,7 +215,7 @@ async def test_what_is_committed_while_garbage_is_collected_stays(version: int |
 
 @by_layout
 @pytest.mark.parametrize("kind", ["snapshots", "manifests"])
-async def test_nothing_is_deleted_where_something_reachable_cannot_be_read(version: int | None, kind: str):
+async def test_nothing_is_deleted_where_something_reachable_cannot_be_read(version: int | None, kind: str) -> None:
     storage = AgedStorage(MemoryStorage())
     history = await with_garbage(storage, version)
     session = await history.repo.readonly_session_async("main")
@@ -243,7 +243,7 @@ def object_text(key: str) -> str:
 @by_layout
 async def test_a_collection_that_dies_at_any_step_leaves_everything_readable_and_the_next_one_finishes(
     version: int | None,
-):
+) -> None:
     clean = AgedStorage(MemoryStorage())
     history = await with_garbage(clean, version)
     await history.repo.garbage_collect_async(ago(hours=-1))
@@ -303,7 +303,7 @@ class Undeletable(WrappingStorage):
 
 
 @pytest.mark.parametrize("version", [None, 1], ids=["log", "refs"])
-async def test_objects_that_cannot_be_deleted_are_counted_and_told(version: int | None):
+async def test_objects_that_cannot_be_deleted_are_counted_and_told(version: int | None) -> None:
     storage = Undeletable(AgedStorage(MemoryStorage()), raises=False)
     history = await with_garbage(storage, version)
     before = await sizes(storage)
@@ -317,7 +317,7 @@ async def test_objects_that_cannot_be_deleted_are_counted_and_told(version: int 
     assert len(gone) == 5
 
 
-async def test_deleting_stops_after_too_many_failures_in_a_row():
+async def test_deleting_stops_after_too_many_failures_in_a_row() -> None:
     storage = Undeletable(AgedStorage(MemoryStorage()), raises=True)
     history = await with_garbage(storage, None)
     with pytest.raises(StorageError, match="no such luck") as raised:
@@ -329,7 +329,7 @@ async def test_deleting_stops_after_too_many_failures_in_a_row():
     await history.check({"first", "c1"})
 
 
-async def test_a_large_folder_is_listed_in_parts_and_deleted_in_batches():
+async def test_a_large_folder_is_listed_in_parts_and_deleted_in_batches() -> None:
     storage = RecordingStorage(AgedStorage(MemoryStorage()), turns=0)
     history = await History.create(storage, None)
     ids = np.random.default_rng(0).bytes(12 * 2500)
@@ -363,7 +363,7 @@ def object_id_from_text_bytes(raw: bytes):  # type: ignore[no-untyped-def]
         "max_concurrent_listings",
     ],
 )
-async def test_bounds_below_one_are_refused(name: str):
+async def test_bounds_below_one_are_refused(name: str) -> None:
     history = await History.create(MemoryStorage(), None)
     for value in (0, -1, 1.5, "7", True):
         with pytest.raises((InvalidInputError, TypeError), match=name):
@@ -372,7 +372,7 @@ async def test_bounds_below_one_are_refused(name: str):
 
 
 @by_layout
-async def test_a_storage_that_can_only_be_read_is_left_alone(version: int | None):
+async def test_a_storage_that_can_only_be_read_is_left_alone(version: int | None) -> None:
     class ReadOnly(WrappingStorage):
         @property
         def supports_writes(self) -> bool:
@@ -389,7 +389,7 @@ async def test_a_storage_that_can_only_be_read_is_left_alone(version: int | None
     assert (await repo.garbage_collect_async(ago(hours=-1), dry_run=True)).bytes_deleted > 0
 
 
-async def test_the_checkpoint_forgets_the_snapshots_before_they_are_deleted():
+async def test_the_checkpoint_forgets_the_snapshots_before_they_are_deleted() -> None:
     storage = AgedStorage(MemoryStorage())
     history = await with_garbage(storage, None)
     await history.repo.garbage_collect_async(ago(hours=-1))
@@ -407,7 +407,7 @@ ACTIONS = st.lists(
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_after_any_history_everything_reachable_reads_back_and_no_garbage_is_left(
     actions: list[tuple[str, int]], version: int | None
-):
+) -> None:
     async def run() -> None:
         storage = MemoryStorage()
         history = await History.create(storage, version)
@@ -465,7 +465,7 @@ def test_after_any_history_everything_reachable_reads_back_and_no_garbage_is_lef
 
 @pytest.mark.minio
 @by_layout
-async def test_on_minio(minio_storage: Storage, version: int | None):
+async def test_on_minio(minio_storage: Storage, version: int | None) -> None:
     aged = AgedStorage(minio_storage)
     history = await with_garbage(aged, version)
     before = await sizes(aged)

@@ -38,7 +38,7 @@ async def five(storage: Storage, version: int | None) -> tuple[History, datetime
 @by_layout
 async def test_what_no_ref_points_to_leaves_the_history_and_reads_back_afterwards(
     storage: Storage, version: int | None
-):
+) -> None:
     history, between = await five(storage, version)
     gone = await history.repo.expire_snapshots_async(between)
     if version == 1:
@@ -58,7 +58,7 @@ async def test_what_no_ref_points_to_leaves_the_history_and_reads_back_afterward
 @pytest.mark.parametrize(("branches", "tags"), [(True, False), (False, True), (True, True)])
 async def test_old_refs_go_with_what_they_pointed_to_where_that_is_asked_for(
     version: int | None, branches: bool, tags: bool
-):
+) -> None:
     history, between = await five(MemoryStorage(), version)
     await history.repo.expire_snapshots_async(between, delete_expired_branches=branches, delete_expired_tags=tags)
     assert await history.repo.list_branches_async() == ({"main"} if branches else {"main", "old"})
@@ -68,7 +68,7 @@ async def test_old_refs_go_with_what_they_pointed_to_where_that_is_asked_for(
 
 
 @by_layout
-async def test_a_tip_stays_however_old_it_is(version: int | None):
+async def test_a_tip_stays_however_old_it_is(version: int | None) -> None:
     history, _ = await five(MemoryStorage(), version)
     gone = await history.repo.expire_snapshots_async(
         ago(days=-1), delete_expired_branches=True, delete_expired_tags=True
@@ -84,7 +84,7 @@ async def test_a_tip_stays_however_old_it_is(version: int | None):
 
 
 @pytest.mark.parametrize("version", [None, 2], ids=["log", "repo"])
-async def test_an_expired_snapshot_is_not_found_and_the_diff_over_the_gap_is_whole(version: int | None):
+async def test_an_expired_snapshot_is_not_found_and_the_diff_over_the_gap_is_whole(version: int | None) -> None:
     history, between = await five(MemoryStorage(), version)
     await history.repo.expire_snapshots_async(between, delete_expired_branches=True, delete_expired_tags=True)
     with pytest.raises(SnapshotNotFoundError, match=history.ids["c1"]):
@@ -101,7 +101,7 @@ async def test_an_expired_snapshot_is_not_found_and_the_diff_over_the_gap_is_who
 
 
 @pytest.mark.parametrize("version", [None, 2], ids=["log", "repo"])
-async def test_a_session_on_an_expired_snapshot_rebases_onto_what_is_left(version: int | None):
+async def test_a_session_on_an_expired_snapshot_rebases_onto_what_is_left(version: int | None) -> None:
     history = await History.create(MemoryStorage(), version)
     await history.commit("c1", 1)
     session = await history.repo.writable_session_async("main")
@@ -120,7 +120,7 @@ async def test_a_session_on_an_expired_snapshot_rebases_onto_what_is_left(versio
 
 @by_layout
 @pytest.mark.parametrize("bad", [datetime(2026, 1, 1), None, "yesterday"])
-async def test_a_time_without_a_zone_is_refused(version: int | None, bad: object):
+async def test_a_time_without_a_zone_is_refused(version: int | None, bad: object) -> None:
     history = await History.create(MemoryStorage(), version)
     for call in (history.repo.expire_snapshots_async, history.repo.garbage_collect_async):
         with pytest.raises(TypeError):
@@ -129,7 +129,7 @@ async def test_a_time_without_a_zone_is_refused(version: int | None, bad: object
 
 
 @pytest.mark.parametrize("version", [None, 2], ids=["log", "repo"])
-async def test_a_read_only_repository_is_left_alone(version: int | None):
+async def test_a_read_only_repository_is_left_alone(version: int | None) -> None:
     history = await History.create(MemoryStorage(), version)
     await history.repo.set_status_async(RepoStatus(RepoAvailability.read_only))
     with pytest.raises(ReadOnlyError):
@@ -141,14 +141,14 @@ async def test_a_read_only_repository_is_left_alone(version: int | None):
 
 
 @by_layout
-async def test_a_time_long_ago_changes_nothing(version: int | None):
+async def test_a_time_long_ago_changes_nothing(version: int | None) -> None:
     history = await History.create(MemoryStorage(), version)
     assert await history.repo.expire_snapshots_async(datetime(1960, 1, 1, tzinfo=UTC)) == set()
     assert (await history.repo.garbage_collect_async(datetime(1960, 1, 1, tzinfo=UTC))).bytes_deleted == 0
     assert await history.names() == ["first", "root"]
 
 
-async def test_another_reader_of_format_1_finds_the_history_that_is_left_when_files_are_gone():
+async def test_another_reader_of_format_1_finds_the_history_that_is_left_when_files_are_gone() -> None:
     history, between = await five(MemoryStorage(), 1)
     reader = await icechunk.Repository.open_async(history.repo.storage)
     assert (await reader.lookup_snapshot_async(history.ids["c3"])).parent_id == history.ids["c2"]
@@ -161,7 +161,7 @@ async def test_another_reader_of_format_1_finds_the_history_that_is_left_when_fi
     ]
 
 
-async def test_sync_twins_do_the_same():
+async def test_sync_twins_do_the_same() -> None:
     history, between = await five(MemoryStorage(), None)
     assert history.repo.expire_snapshots(between) == {history.ids["first"]}
     assert history.repo.garbage_collect(ago(days=1)).snapshots_deleted == 0
@@ -176,7 +176,7 @@ async def test_sync_twins_do_the_same():
 # ------------------------------------------------------------------------------------------- decisions
 
 
-def test_a_history_of_format_1_is_cut_below_its_oldest_young_snapshot():
+def test_a_history_of_format_1_is_cut_below_its_oldest_young_snapshot() -> None:
     chain = [
         Link(id=ObjectId(bytes([i]) * 12), parent=ObjectId(bytes([i - 1]) * 12) if i else None, flushed_at_us=i * 10)
         for i in range(5, -1, -1)
@@ -226,7 +226,7 @@ def logs_between(state: RepoState, snapshot: ObjectId) -> list[ObjectId]:
 @settings(max_examples=150, deadline=None)
 def test_expiring_and_collecting_keep_every_ref_and_all_transaction_logs_in_order(
     state: RepoState, older: int, branches: bool, tags: bool, cutoff: int
-):
+) -> None:
     event = expiration(state, older_than_us=older, delete_expired_branches=branches, delete_expired_tags=tags)
     expired = apply(state, event, time_us=1, since_us=None)
     after = apply(expired, CollectionRan(cutoff_us=cutoff), time_us=1, since_us=None)

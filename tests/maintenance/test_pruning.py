@@ -58,7 +58,7 @@ def world() -> World:
     return World()
 
 
-async def test_slots_go_a_week_after_they_were_announced(world: World):
+async def test_slots_go_a_week_after_they_were_announced(world: World) -> None:
     log = await world.log(5)
     assert await prune_log(log, world.storage, world.sources) == 0
     assert floor_key(log.epoch, 5) in await world.keys()
@@ -80,7 +80,7 @@ async def test_slots_go_a_week_after_they_were_announced(world: World):
     await opened.aclose()
 
 
-async def test_slots_after_the_checkpoint_are_never_announced(world: World):
+async def test_slots_after_the_checkpoint_are_never_announced(world: World) -> None:
     log = await world.log(3)
     other = await LogLayout.open(world.storage, world.sources)
     other._checkpointing._stopped = True
@@ -93,7 +93,7 @@ async def test_slots_after_the_checkpoint_are_never_announced(world: World):
     assert (await LogLayout.open(world.storage, world.sources)).state.branch_tip("main") == an_id(5)
 
 
-async def test_announcements_are_few_however_often_a_pruner_runs(world: World):
+async def test_announcements_are_few_however_often_a_pruner_runs(world: World) -> None:
     log = await world.log(1)
     for i in range(2, 80):
         await world.commit(log, i)
@@ -105,7 +105,7 @@ async def test_announcements_are_few_however_often_a_pruner_runs(world: World):
     await log.aclose()
 
 
-async def test_a_log_that_was_converted_goes_as_a_whole(world: World):
+async def test_a_log_that_was_converted_goes_as_a_whole(world: World) -> None:
     log = await world.log(3)
     await convert_log(log, world.storage, world.sources, Layout.REPO)
     repo = await open_repository(world.storage, world.sources)
@@ -117,7 +117,7 @@ async def test_a_log_that_was_converted_goes_as_a_whole(world: World):
     assert (await repo.refresh()).branch_tip("main") == an_id(3)
 
 
-async def test_a_log_that_was_taken_over_stays(world: World):
+async def test_a_log_that_was_taken_over_stays(world: World) -> None:
     log = await world.log(3)
     answer = await world.storage.get("repo")
     info = decode_repo(answer.data)
@@ -133,7 +133,7 @@ async def test_a_log_that_was_taken_over_stays(world: World):
     assert await world.slots() == [1, 2, 3, 4]
 
 
-async def test_a_pruner_that_is_stopped_on_the_way_is_continued_by_the_next(world: World):
+async def test_a_pruner_that_is_stopped_on_the_way_is_continued_by_the_next(world: World) -> None:
     log = await world.log(4)
     await prune_log(log, world.storage, world.sources)
     world.clock.move(8 * DAY_S)
@@ -156,7 +156,7 @@ async def test_a_pruner_that_is_stopped_on_the_way_is_continued_by_the_next(worl
     assert await prune_log(log, world.storage, world.sources) == 2
 
 
-async def test_a_storage_that_can_only_be_read_is_not_pruned(world: World):
+async def test_a_storage_that_can_only_be_read_is_not_pruned(world: World) -> None:
     class ReadOnly(WrappingStorage):
         @property
         def supports_writes(self) -> bool:
@@ -167,7 +167,7 @@ async def test_a_storage_that_can_only_be_read_is_not_pruned(world: World):
         await prune_log(log, ReadOnly(world.storage), world.sources)
 
 
-def test_floors_have_keys_of_their_own_that_no_reader_takes_for_slots():
+def test_floors_have_keys_of_their_own_that_no_reader_takes_for_slots() -> None:
     key = floor_key("E" * 28, 77)
     assert parse_floor_key("E" * 28, key) == 77
     assert parse_slot_key(key) is None

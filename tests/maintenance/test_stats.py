@@ -24,7 +24,7 @@ from tests.maintenance.helpers import History, by_layout
 
 
 @by_layout
-async def test_native_bytes_are_those_of_distinct_objects_that_refs_reach(version: int | None):
+async def test_native_bytes_are_those_of_distinct_objects_that_refs_reach(version: int | None) -> None:
     history = await History.create(MemoryStorage(), version)
     assert (await history.repo.chunk_storage_stats_async()).native_bytes == 80
     await history.commit("c1", 0)
@@ -39,7 +39,9 @@ async def test_native_bytes_are_those_of_distinct_objects_that_refs_reach(versio
 
 
 @by_layout
-async def test_virtual_ranges_count_once_and_inline_bytes_in_every_manifest(tmp_path: Path, version: int | None):
+async def test_virtual_ranges_count_once_and_inline_bytes_in_every_manifest(
+    tmp_path: Path, version: int | None
+) -> None:
     file = tmp_path / "x"
     file.write_bytes(b"0" * 1000)
     config = icechunk.RepositoryConfig.default()
@@ -70,7 +72,7 @@ SPANS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 30), st.integers(0,
 
 @given(SPANS)
 @settings(max_examples=100, deadline=None)
-def test_bytes_of_shared_objects_count_once_however_ranges_overlap(spans: list[tuple[int, int, int]]):
+def test_bytes_of_shared_objects_count_once_however_ranges_overlap(spans: list[tuple[int, int, int]]) -> None:
     counter = _Counter()
     for part in (spans[::2], spans[1::2]):
         if not part:
@@ -89,7 +91,7 @@ def test_bytes_of_shared_objects_count_once_however_ranges_overlap(spans: list[t
 
 
 @given(st.lists(st.lists(st.binary(min_size=3, max_size=3))), st.lists(st.binary(min_size=3, max_size=3)))
-def test_a_set_of_rows_is_a_set(parts: list[list[bytes]], asked: list[bytes]):
+def test_a_set_of_rows_is_a_set(parts: list[list[bytes]], asked: list[bytes]) -> None:
     rows = RowSet(3)
     for part in parts:
         rows.add(np.frombuffer(b"".join(part), "V3"))
@@ -98,7 +100,7 @@ def test_a_set_of_rows_is_a_set(parts: list[list[bytes]], asked: list[bytes]):
     assert rows.missing(asked) == [row not in model for row in asked]
 
 
-async def test_a_budget_lends_no_more_than_it_has_and_everything_to_who_wants_more():
+async def test_a_budget_lends_no_more_than_it_has_and_everything_to_who_wants_more() -> None:
     budget, held, most = Budget(10), 0, 0
 
     async def borrow(amount: int) -> None:
@@ -113,7 +115,7 @@ async def test_a_budget_lends_no_more_than_it_has_and_everything_to_who_wants_mo
     assert most == 10
 
 
-async def test_manifests_are_read_within_the_bounds():
+async def test_manifests_are_read_within_the_bounds() -> None:
     class Counting(WrappingStorage):
         now = most = 0
 
@@ -156,7 +158,7 @@ async def test_manifests_are_read_within_the_bounds():
     assert await most(Limits(max_decoded_manifest_mem_bytes=1)) == 1
 
 
-def test_inline_bytes_are_those_of_the_rows():
+def test_inline_bytes_are_those_of_the_rows() -> None:
     refs = ChunkRefs(
         coords=np.arange(2, dtype=np.uint32)[:, None],
         kind=np.full(2, INLINE, np.uint8),

@@ -23,7 +23,9 @@ INSPECTORS = ("inspect_snapshot_async", "inspect_manifest_async", "inspect_trans
 
 
 @by_layout
-async def test_files_of_every_layout_are_described(storage: Storage, asked: int | None, layout: str, version: int):
+async def test_files_of_every_layout_are_described(
+    storage: Storage, asked: int | None, layout: str, version: int
+) -> None:
     repo = await icechunk.Repository.create_async(storage, spec_version=asked)
     first = await write(repo, "a")
     second = await write(repo, "b")
@@ -54,7 +56,9 @@ async def test_files_of_every_layout_are_described(storage: Storage, asked: int 
 
 
 @by_layout
-async def test_the_repository_as_a_whole_is_described_as_it_is_now(asked: int | None, layout: str, version: int):
+async def test_the_repository_as_a_whole_is_described_as_it_is_now(
+    asked: int | None, layout: str, version: int
+) -> None:
     repo = await icechunk.Repository.create_async(MemoryStorage(), spec_version=asked)
     tip = await write(repo, "a")
     if version == 1:
@@ -74,7 +78,7 @@ async def test_the_repository_as_a_whole_is_described_as_it_is_now(asked: int | 
 
 
 @pytest.mark.parametrize("name", INSPECTORS)
-async def test_ids_that_are_none_and_ids_of_nothing_are_told_apart(name: str):
+async def test_ids_that_are_none_and_ids_of_nothing_are_told_apart(name: str) -> None:
     repo = await icechunk.Repository.create_async(MemoryStorage())
     look = getattr(repo, name)
     for bad in ("", "abc", "!" * 20, MISSING + "0", None, 7):
@@ -85,7 +89,7 @@ async def test_ids_that_are_none_and_ids_of_nothing_are_told_apart(name: str):
 
 
 @pytest.mark.parametrize("name", INSPECTORS)
-async def test_a_file_that_is_not_what_its_key_says_is_an_error(name: str):
+async def test_a_file_that_is_not_what_its_key_says_is_an_error(name: str) -> None:
     storage = MemoryStorage()
     repo = await icechunk.Repository.create_async(storage)
     tip = object_id_from_text(await write(repo, "a"))
@@ -101,7 +105,7 @@ async def test_a_file_that_is_not_what_its_key_says_is_an_error(name: str):
         await getattr(repo, name)(MISSING)
 
 
-async def test_the_file_is_read_and_not_what_is_remembered_of_it():
+async def test_the_file_is_read_and_not_what_is_remembered_of_it() -> None:
     storage = MemoryStorage()
     repo = await icechunk.Repository.create_async(storage)
     tip = await write(repo, "a")
@@ -111,7 +115,7 @@ async def test_the_file_is_read_and_not_what_is_remembered_of_it():
         await repo.inspect_snapshot_async(tip)
 
 
-def test_values_that_json_does_not_have_are_still_json():
+def test_values_that_json_does_not_have_are_still_json() -> None:
     repo = icechunk.Repository.create(icechunk.in_memory_storage())
     session = repo.writable_session("main")
     zarr.create_group(session.store)
@@ -123,7 +127,7 @@ def test_values_that_json_does_not_have_are_still_json():
 
 
 @pytest.mark.parametrize("asked", [None, 2])
-async def test_changes_of_expired_ancestors_are_told_with_those_of_the_snapshot_after_them(asked: int | None):
+async def test_changes_of_expired_ancestors_are_told_with_those_of_the_snapshot_after_them(asked: int | None) -> None:
     storage = MemoryStorage()
     config = icechunk.RepositoryConfig(engine=EngineConfig(small_commit_bytes=0))
     repo = await icechunk.Repository.create_async(storage, config, spec_version=asked)
@@ -147,7 +151,7 @@ async def test_changes_of_expired_ancestors_are_told_with_those_of_the_snapshot_
 
 
 @by_layout
-async def test_history_is_drawn_whole_or_from_one_snapshot(asked: int | None, layout: str, version: int):
+async def test_history_is_drawn_whole_or_from_one_snapshot(asked: int | None, layout: str, version: int) -> None:
     repo = await icechunk.Repository.create_async(MemoryStorage(), spec_version=asked)
     first = await write(repo, "a")
     await repo.create_branch_async("dev", first)
@@ -176,7 +180,7 @@ async def test_history_is_drawn_whole_or_from_one_snapshot(asked: int | None, la
 
 
 @by_layout
-async def test_a_flushed_snapshot_is_drawn_when_it_is_asked_for(asked: int | None, layout: str, version: int):
+async def test_a_flushed_snapshot_is_drawn_when_it_is_asked_for(asked: int | None, layout: str, version: int) -> None:
     repo = await icechunk.Repository.create_async(MemoryStorage(), spec_version=asked)
     tip = await write(repo, "a")
     session = await repo.writable_session_async("main")
@@ -187,7 +191,7 @@ async def test_a_flushed_snapshot_is_drawn_when_it_is_asked_for(asked: int | Non
     assert "flushed" not in str(await repo.ancestry_graph_async(plain=True))
 
 
-async def test_drawing_nothing_that_exists_is_refused():
+async def test_drawing_nothing_that_exists_is_refused() -> None:
     repo = await icechunk.Repository.create_async(MemoryStorage())
     with pytest.raises(ValueError, match="exactly one of"):
         await repo.ancestry_graph_async(branch="main", tag="x")
@@ -199,7 +203,7 @@ async def test_drawing_nothing_that_exists_is_refused():
         await repo.ancestry_graph_async(snapshot_id=MISSING)
 
 
-def test_graphs_are_public_and_the_synchronous_twins_draw_them_too():
+def test_graphs_are_public_and_the_synchronous_twins_draw_them_too() -> None:
     repo = icechunk.Repository.create(icechunk.in_memory_storage())
     graph = repo.ancestry_graph()
     assert isinstance(graph, icechunk.AncestryGraph)
@@ -207,7 +211,7 @@ def test_graphs_are_public_and_the_synchronous_twins_draw_them_too():
     assert list(inspect.signature(repo.ancestry_graph).parameters) == ["branch", "tag", "snapshot_id", "plain"]
 
 
-def test_the_configuration_that_a_repository_was_created_with_can_be_changed_and_saved():
+def test_the_configuration_that_a_repository_was_created_with_can_be_changed_and_saved() -> None:
     storage = icechunk.in_memory_storage()
     config = icechunk.RepositoryConfig.default()
     config.inline_chunk_threshold_bytes = 8

@@ -99,7 +99,7 @@ async def keys(storage: Storage, prefix: str = "") -> dict[str, bytes]:
     return {key: (await storage.get(key)).data for key in listed}
 
 
-def test_everything_is_as_before_and_the_refs_are_gone(tmp_path: Path):
+def test_everything_is_as_before_and_the_refs_are_gone(tmp_path: Path) -> None:
     storage = icechunk.local_filesystem_storage(str(tmp_path))
     repo = fill(storage)
     before = seen(repo)
@@ -122,7 +122,7 @@ def test_everything_is_as_before_and_the_refs_are_gone(tmp_path: Path):
     assert upgraded.get_status().availability == icechunk.RepoAvailability.online
 
 
-def test_what_was_upgraded_goes_on_in_either_layout_of_format_2():
+def test_what_was_upgraded_goes_on_in_either_layout_of_format_2() -> None:
     repo = icechunk.upgrade_icechunk_repository(fill(icechunk.in_memory_storage()), dry_run=False)
     before = seen(repo)["snapshots"]
     for number, layout in enumerate(("log", "repo", "log"), 10):
@@ -143,7 +143,7 @@ def test_what_was_upgraded_goes_on_in_either_layout_of_format_2():
     assert diff.new_arrays == {"/a1", "/a10", "/a11", "/a12"}
 
 
-def test_the_object_that_was_upgraded_is_invalidated():
+def test_the_object_that_was_upgraded_is_invalidated() -> None:
     repo = fill(icechunk.in_memory_storage())
     session = repo.writable_session("main")
     upgraded = icechunk.upgrade_icechunk_repository(repo, dry_run=False)
@@ -157,7 +157,7 @@ def test_the_object_that_was_upgraded_is_invalidated():
         session.commit("too late", allow_empty=True)
 
 
-async def test_a_dry_run_says_what_would_happen_and_changes_nothing(caplog: pytest.LogCaptureFixture):
+async def test_a_dry_run_says_what_would_happen_and_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
     storage = icechunk.in_memory_storage()
     repo = fill(storage)
     before = await keys(storage)
@@ -170,7 +170,7 @@ async def test_a_dry_run_says_what_would_happen_and_changes_nothing(caplog: pyte
 
 
 @pytest.mark.parametrize("layout", ["log", "repo"])
-async def test_format_2_is_refused_and_left_as_it_was(layout: str):
+async def test_format_2_is_refused_and_left_as_it_was(layout: str) -> None:
     storage = icechunk.in_memory_storage()
     repo = icechunk.Repository.create(storage, spec_version=2)
     repo.convert(layout)
@@ -183,7 +183,7 @@ async def test_format_2_is_refused_and_left_as_it_was(layout: str):
     assert await keys(storage) == before
 
 
-async def test_files_of_format_1_may_stay():
+async def test_files_of_format_1_may_stay() -> None:
     storage = icechunk.in_memory_storage()
     repo = fill(storage)
     before = await keys(storage)
@@ -205,7 +205,7 @@ async def test_files_of_format_1_may_stay():
         ({"dry_run": None}, TypeError),
     ],
 )
-async def test_arguments_that_do_not_fit_change_nothing(options: dict[str, Any], error: type[Exception]):
+async def test_arguments_that_do_not_fit_change_nothing(options: dict[str, Any], error: type[Exception]) -> None:
     storage = icechunk.in_memory_storage()
     repo = fill(storage)
     before = await keys(storage)
@@ -215,7 +215,7 @@ async def test_arguments_that_do_not_fit_change_nothing(options: dict[str, Any],
     assert repo.list_branches() == {"main", "dev é"}
 
 
-async def test_a_missing_snapshot_ends_it_before_anything_is_written():
+async def test_a_missing_snapshot_ends_it_before_anything_is_written() -> None:
     storage = icechunk.in_memory_storage()
     repo = fill(storage)
     tip = repo.lookup_branch("dev é")
@@ -228,7 +228,7 @@ async def test_a_missing_snapshot_ends_it_before_anything_is_written():
     assert repo.lookup_branch("dev é") == tip
 
 
-async def test_a_broken_snapshot_that_nothing_reaches_is_no_hindrance():
+async def test_a_broken_snapshot_that_nothing_reaches_is_no_hindrance() -> None:
     storage = icechunk.in_memory_storage()
     repo = fill(storage)
     await storage.put("snapshots/00000000000000000000", b"broken")
@@ -236,7 +236,7 @@ async def test_a_broken_snapshot_that_nothing_reaches_is_no_hindrance():
     icechunk.upgrade_icechunk_repository(repo, dry_run=False)
 
 
-def test_a_storage_that_can_only_be_read_is_refused():
+def test_a_storage_that_can_only_be_read_is_refused() -> None:
     class Readable(WrappingStorage):
         supports_writes = False
 
@@ -303,7 +303,7 @@ def interrupted(at: int, fault: Fault | None) -> None:
 
 
 @pytest.mark.parametrize("fault", [None, Fault.FAIL_BEFORE, Fault.LOSE_ANSWER, Fault.LATE, Fault.DUPLICATE])
-def test_interrupted_at_any_request_it_loses_nothing_and_can_be_run_again(fault: Fault | None):
+def test_interrupted_at_any_request_it_loses_nothing_and_can_be_run_again(fault: Fault | None) -> None:
     total = requests_of_an_upgrade()
     assert 20 < total < 60
     for at in range(total):
@@ -336,7 +336,7 @@ class Interleaved(WrappingStorage):
         return await super().delete(keys)
 
 
-async def test_a_commit_of_another_client_is_taken_over_or_refused_whenever_it_comes():
+async def test_a_commit_of_another_client_is_taken_over_or_refused_whenever_it_comes() -> None:
     outcomes = []
     for at in range(requests_of_an_upgrade()):
         inner = MemoryStorage()
@@ -364,7 +364,7 @@ async def test_a_commit_of_another_client_is_taken_over_or_refused_whenever_it_c
     assert outcomes == sorted(outcomes, reverse=True)
 
 
-async def test_a_commit_whose_answer_was_lost_and_which_was_taken_over_has_landed():
+async def test_a_commit_whose_answer_was_lost_and_which_was_taken_over_has_landed() -> None:
     inner = MemoryStorage()
     fill(inner)
     storage = FaultyStorage(inner)
@@ -392,7 +392,7 @@ async def test_a_commit_whose_answer_was_lost_and_which_was_taken_over_has_lande
     assert await found.lookup_branch_async("main") == snapshot
 
 
-async def test_two_upgrades_at_the_same_time_come_to_one_result():
+async def test_two_upgrades_at_the_same_time_come_to_one_result() -> None:
     storage = MemoryStorage()
     before = await seen_async(fill(storage))
     repos = [await icechunk.Repository.open_async(storage) for _ in range(3)]
@@ -430,7 +430,7 @@ async def stopped_halfway(storage: MemoryStorage) -> icechunk.Repository:
     return icechunk.Repository.open(storage)
 
 
-async def test_an_unfinished_upgrade_can_be_read_and_says_why_it_cannot_be_written():
+async def test_an_unfinished_upgrade_can_be_read_and_says_why_it_cannot_be_written() -> None:
     storage = MemoryStorage()
     repo = await stopped_halfway(storage)
     assert set(repo.list_branches()) == {"main", "dev é"}
@@ -438,7 +438,7 @@ async def test_an_unfinished_upgrade_can_be_read_and_says_why_it_cannot_be_writt
         repo.create_tag("x", repo.lookup_branch("main"))
 
 
-async def test_an_unfinished_upgrade_that_was_set_online_reports_what_it_does_not_have():
+async def test_an_unfinished_upgrade_that_was_set_online_reports_what_it_does_not_have() -> None:
     storage = MemoryStorage()
     repo = await stopped_halfway(storage)
     repo.set_status(icechunk.RepoStatus(icechunk.RepoAvailability.online))
@@ -465,7 +465,7 @@ class LateTag(WrappingStorage):
         return answer
 
 
-async def test_what_came_meanwhile_without_a_condition_stays_and_is_told(caplog: pytest.LogCaptureFixture):
+async def test_what_came_meanwhile_without_a_condition_stays_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
     storage = LateTag(MemoryStorage())
     small(storage)
     repo = await icechunk.Repository.open_async(storage)

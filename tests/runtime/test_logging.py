@@ -46,24 +46,24 @@ def _restore() -> Iterator[None]:
         ("info,botocore=debug,aws_smithy=trace", {"icechunk": logging.INFO}),
     ],
 )
-def test_directives_become_levels_of_our_loggers_only(directives: str, expected: dict[str, int]):
+def test_directives_become_levels_of_our_loggers_only(directives: str, expected: dict[str, int]) -> None:
     assert parse_filter(directives) == (expected, [])
 
 
 @pytest.mark.parametrize("bad", ["bad==x", "icechunk=loud", "icechunk=", "=debug", "icechunk[span]=debug", "a b"])
-def test_a_bad_directive_is_reported_and_the_others_hold(bad: str, capsys: pytest.CaptureFixture[str]):
+def test_a_bad_directive_is_reported_and_the_others_hold(bad: str, capsys: pytest.CaptureFixture[str]) -> None:
     icechunk.set_logs_filter(f"{bad},info")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"icechunk: log directive {bad!r} is ignored: ")
     assert logging.getLogger("icechunk").level == logging.INFO
 
 
-def test_what_is_no_text_is_refused():
+def test_what_is_no_text_is_refused() -> None:
     with pytest.raises(TypeError, match="log_filter_directive must be text or None, not int"):
         icechunk.set_logs_filter(3)  # type: ignore[arg-type]
 
 
-def test_a_filter_takes_the_place_of_the_one_before(monkeypatch: pytest.MonkeyPatch):
+def test_a_filter_takes_the_place_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ICECHUNK_LOG", "info")
     icechunk.set_logs_filter("icechunk.refs=debug")
     assert logging.getLogger("icechunk.refs").level == logging.DEBUG
@@ -94,12 +94,12 @@ logging.getLogger("icechunk.anything").warning("a warning")
 """
 
 
-def test_importing_configures_nothing_and_warnings_are_seen_nevertheless():
+def test_importing_configures_nothing_and_warnings_are_seen_nevertheless() -> None:
     code = COMMIT + "\nprint(logging.getLogger('icechunk').handlers, logging.getLogger('icechunk').level)"
     assert run(code) == ("[] 0\n", "a warning\n")
 
 
-def test_the_environment_turns_records_on():
+def test_the_environment_turns_records_on() -> None:
     out, err = run(COMMIT, ICECHUNK_LOG="info")
     assert "INFO    icechunk.session.commit: memory: commit of snapshot " in err
     assert out == ""
@@ -109,7 +109,7 @@ def test_the_environment_turns_records_on():
     assert run(COMMIT, ICECHUNK_LOG="info", ICECHUNK_NO_LOGS="1") == ("", "a warning\n")
 
 
-def test_an_application_that_configures_logging_gets_each_record_once():
+def test_an_application_that_configures_logging_gets_each_record_once() -> None:
     out, err = run(
         "import logging\nimport icechunk\nlogging.basicConfig(format='app: %(message)s')\n"
         + COMMIT.replace("assert not logging.getLogger().handlers", ""),
@@ -121,7 +121,7 @@ def test_an_application_that_configures_logging_gets_each_record_once():
     assert sum("commit of snapshot" in line for line in lines) == 1
 
 
-def test_commits_and_rebases_are_told(caplog: pytest.LogCaptureFixture):
+def test_commits_and_rebases_are_told(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "icechunk")
     repo = icechunk.Repository.create(icechunk.in_memory_storage())
     with repo.transaction("main", message="root") as store:

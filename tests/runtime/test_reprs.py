@@ -110,7 +110,7 @@ SHOWN: dict[str, tuple[Make, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_objects_show_what_they_are_as_text_and_as_html(repo: icechunk.Repository, name: str):
+def test_objects_show_what_they_are_as_text_and_as_html(repo: icechunk.Repository, name: str) -> None:
     make, words = SHOWN[name]
     value = make(repo)
     shown = value._repr_html_()
@@ -129,7 +129,7 @@ TOLD = ("snapshot", "status", "flag", "update", "object", "conflict")
 
 
 @pytest.mark.parametrize("name", TOLD)
-def test_facts_are_described_one_to_a_line(repo: icechunk.Repository, name: str):
+def test_facts_are_described_one_to_a_line(repo: icechunk.Repository, name: str) -> None:
     value = SHOWN[name][0](repo)
     title, *lines = repr(value).splitlines()
     assert title == f"<{type(value)._public_name}>"
@@ -138,12 +138,12 @@ def test_facts_are_described_one_to_a_line(repo: icechunk.Repository, name: str)
     assert not [line for line in lines if line.endswith('"')]
 
 
-def test_a_message_with_lines_of_its_own_stays_on_one_line(repo: icechunk.Repository):
+def test_a_message_with_lines_of_its_own_stays_on_one_line(repo: icechunk.Repository) -> None:
     id = repo.writable_session("main").commit("one\nid: two", allow_empty=True)
     assert 'message: "one\\nid: two"' in repr(repo.lookup_snapshot(id)).splitlines()
 
 
-def test_a_session_that_only_reads_has_neither_a_branch_nor_changes_to_show(repo: icechunk.Repository):
+def test_a_session_that_only_reads_has_neither_a_branch_nor_changes_to_show(repo: icechunk.Repository) -> None:
     for session in (repo.readonly_session("main"), repo.readonly_session(snapshot_id=repo.lookup_branch("main"))):
         assert repr(session).splitlines()[0] == "<icechunk.session.Session>"
         for shown in (repr(session), session._repr_html_()):
@@ -165,7 +165,7 @@ STORES = (
 
 
 @pytest.mark.parametrize("store", STORES, ids=lambda store: type(store).__name__)
-def test_a_store_and_what_holds_it_are_shown_as_the_call_that_makes_them(store: Any):
+def test_a_store_and_what_holds_it_are_shown_as_the_call_that_makes_them(store: Any) -> None:
     container = icechunk.VirtualChunkContainer("s3://foo/", store, name="b")
     for value in (store, container):
         assert eval(repr(value), {"icechunk": icechunk}) == value
@@ -190,7 +190,7 @@ CREDENTIALS: list[Callable[[], Any]] = [
 
 
 @pytest.mark.parametrize("make", CREDENTIALS)
-def test_secrets_are_never_shown(make: Callable[[], Any]):
+def test_secrets_are_never_shown(make: Callable[[], Any]) -> None:
     value = make()
     for item in [value, *(value.values() if isinstance(value, dict) else ())]:
         html = item._repr_html_() if hasattr(item, "_repr_html_") else ""

@@ -30,7 +30,7 @@ def tries_of(clock: Clock, *, max_tries: int = 10, operation_ms: int | None = No
     return Tries(limits_of(settings), half)
 
 
-async def test_pauses_double_up_to_the_longest_and_tries_are_counted():
+async def test_pauses_double_up_to_the_longest_and_tries_are_counted() -> None:
     clock = Clock()
     tries = tries_of(clock, max_tries=5)
     assert str(tries) == ""
@@ -40,20 +40,20 @@ async def test_pauses_double_up_to_the_longest_and_tries_are_counted():
     assert str(tries) == " (5 tries)"
 
 
-async def test_a_service_that_never_answered_is_given_up_sooner():
+async def test_a_service_that_never_answered_is_given_up_sooner() -> None:
     tries = tries_of(Clock())
     while await tries.again(contacted=False):
         pass
     assert tries.count == 4
 
 
-def test_what_the_service_asks_for_comes_on_top_within_the_longest_pause():
+def test_what_the_service_asks_for_comes_on_top_within_the_longest_pause() -> None:
     tries = tries_of(Clock())
     assert tries.pause_s(asked_s=0.3) == pytest.approx(0.35)
     assert tries.pause_s(asked_s=100) == pytest.approx(0.45)
 
 
-async def test_the_time_of_an_operation_bounds_its_pauses_and_each_try():
+async def test_the_time_of_an_operation_bounds_its_pauses_and_each_try() -> None:
     clock = Clock()
     tries = tries_of(clock, operation_ms=1000, attempt_ms=700)
     assert tries.limits.attempt_s == 0.7
@@ -67,7 +67,7 @@ async def test_the_time_of_an_operation_bounds_its_pauses_and_each_try():
     assert await tries.again() is False
 
 
-def test_without_settings_the_official_defaults_hold():
+def test_without_settings_the_official_defaults_hold() -> None:
     assert limits_of(None) == Limits(
         max_tries=10,
         initial_backoff_s=0.1,

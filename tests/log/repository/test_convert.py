@@ -28,7 +28,7 @@ CALM = Faults(lost=0, late=0, doubled=0, dropped=0, pause=0)
 
 
 @pytest.fixture(autouse=True)
-def _quiet(caplog: pytest.LogCaptureFixture):
+def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     # Failing checkpoints are what the simulator is made of.
     caplog.set_level(logging.CRITICAL)
 
@@ -119,7 +119,7 @@ class Crowd:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_nothing_acknowledged_is_lost_while_the_layout_changes(seed: int):
+def test_nothing_acknowledged_is_lost_while_the_layout_changes(seed: int) -> None:
     loop = VirtualLoop()
     try:
         assert loop.run_until_complete(Crowd(loop, seed).run()) == []
@@ -128,7 +128,7 @@ def test_nothing_acknowledged_is_lost_while_the_layout_changes(seed: int):
 
 
 @pytest.mark.parametrize("landed", [True, False])
-async def test_a_token_of_the_log_is_settled_after_the_conversion(landed: bool):
+async def test_a_token_of_the_log_is_settled_after_the_conversion(landed: bool) -> None:
     storage = MemoryStorage()
     log = await create_log(storage)
     event = TagCreated(name="t", snapshot=FIRST_SNAPSHOT)

@@ -37,7 +37,7 @@ async def work(path: str, commits: int) -> None:
     await log.aclose()
 
 
-async def test_processes_that_commit_to_one_local_repository_lose_nothing(tmp_path: Path):
+async def test_processes_that_commit_to_one_local_repository_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "repo"
     await (await create_log(LocalStorage(path))).aclose()
     command = [sys.executable, __file__, str(path), str(COMMITS)]

@@ -17,13 +17,13 @@ from tools.simulator.simulation import simulate
 
 
 @pytest.fixture(autouse=True)
-def _quiet(caplog: pytest.LogCaptureFixture):
+def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     # Failing checkpoints are what the simulator is made of.
     caplog.set_level(logging.CRITICAL)
 
 
 @pytest.mark.parametrize("seeds", [range(i, i + 5) for i in range(0, 20, 5)], ids=str)
-def test_every_acknowledged_commit_is_in_history_exactly_once_and_no_failed_one(seeds: range):
+def test_every_acknowledged_commit_is_in_history_exactly_once_and_no_failed_one(seeds: range) -> None:
     for seed in seeds:
         report = simulate(seed)
         assert not report.problems, f"seed {seed}: {report.problems}"
@@ -31,14 +31,14 @@ def test_every_acknowledged_commit_is_in_history_exactly_once_and_no_failed_one(
 
 
 @pytest.mark.parametrize("seeds", [range(i, i + 5) for i in range(1000, 1010, 5)], ids=str)
-def test_the_same_holds_while_the_repository_is_converted_there_and_back(seeds: range):
+def test_the_same_holds_while_the_repository_is_converted_there_and_back(seeds: range) -> None:
     for seed in seeds:
         report = simulate(seed, convert=True)
         assert not report.problems, f"seed {seed}: {report.problems}"
 
 
 @pytest.mark.parametrize("seeds", [range(i, i + 4) for i in range(2000, 2012, 4)], ids=str)
-def test_no_file_that_history_needs_is_lost_while_garbage_is_collected(seeds: range):
+def test_no_file_that_history_needs_is_lost_while_garbage_is_collected(seeds: range) -> None:
     collected = pruned = 0
     for seed in seeds:
         report = simulate(seed, collect=True, convert=seed % 4 == 3)
@@ -49,13 +49,13 @@ def test_no_file_that_history_needs_is_lost_while_garbage_is_collected(seeds: ra
     assert pruned
 
 
-def test_a_seed_is_a_schedule():
+def test_a_seed_is_a_schedule() -> None:
     first, second = simulate(7), simulate(7)
     assert first == second
     assert first.unknown + first.crashes + first.pruned > 0
 
 
-def test_without_faults_nothing_is_unknown_but_what_ran_into_its_deadline():
+def test_without_faults_nothing_is_unknown_but_what_ran_into_its_deadline() -> None:
     report = simulate(3, calm=True)
     assert not report.problems
     assert report.acknowledged
@@ -70,7 +70,7 @@ def _problems(count: int, *, collect: bool = False) -> list[str]:
     return found
 
 
-def test_the_simulator_notices_when_old_answers_are_believed(monkeypatch: pytest.MonkeyPatch):
+def test_the_simulator_notices_when_old_answers_are_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (settle, layout, client, reader):
         monkeypatch.setattr(module, "still_proves", lambda proof, answer: True)
     assert _problems(20)
@@ -84,19 +84,21 @@ async def _no_file(self: object, key: str) -> None:
     return None
 
 
-def test_the_simulator_notices_when_a_checkpoint_passes_files_that_do_not_stand(monkeypatch: pytest.MonkeyPatch):
+def test_the_simulator_notices_when_a_checkpoint_passes_files_that_do_not_stand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(client.LogView, "stand", _no_stand)
     assert _problems(5)
 
 
-def test_the_simulator_notices_when_files_are_looked_for_in_objects_only(monkeypatch: pytest.MonkeyPatch):
+def test_the_simulator_notices_when_files_are_looked_for_in_objects_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded.CarriedFiles, "put_soon", lambda self, n: None)
     assert not _problems(3)
     monkeypatch.setattr(client.LogView, "find_file", _no_file)
     assert _problems(10)
 
 
-def test_the_simulator_notices_when_anybodys_entry_is_taken_for_ones_own(monkeypatch: pytest.MonkeyPatch):
+def test_the_simulator_notices_when_anybodys_entry_is_taken_for_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         settle,
         "from_slot",
@@ -107,7 +109,7 @@ def test_the_simulator_notices_when_anybodys_entry_is_taken_for_ones_own(monkeyp
 
 def test_the_simulator_notices_when_an_entry_is_rebuilt_while_its_first_bytes_may_still_arrive(
     monkeypatch: pytest.MonkeyPatch,
-):
+) -> None:
     decide, rng = settle.from_slot, random.Random(0)
 
     def rebuild(attempt: Attempt, answer: settle.SlotAnswer) -> object:
@@ -121,13 +123,13 @@ def test_the_simulator_notices_when_an_entry_is_rebuilt_while_its_first_bytes_ma
     assert _problems(20)
 
 
-def test_the_simulator_notices_when_commits_with_old_files_are_valid(monkeypatch: pytest.MonkeyPatch):
+def test_the_simulator_notices_when_commits_with_old_files_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     require = state._require_new_snapshot
     monkeypatch.setattr(state, "_require_new_snapshot", lambda now, snapshot, since_us: require(now, snapshot, 1 << 62))
     assert _problems(10, collect=True)
 
 
-def test_the_simulator_notices_when_a_collection_is_no_entry(monkeypatch: pytest.MonkeyPatch):
+def test_the_simulator_notices_when_a_collection_is_no_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     async def unannounced(log: RepositoryLog, *_: object, dry_run: bool) -> state.RepoState:
         return log.state
 
@@ -135,6 +137,8 @@ def test_the_simulator_notices_when_a_collection_is_no_entry(monkeypatch: pytest
     assert _problems(10, collect=True)
 
 
-def test_the_simulator_notices_when_slots_are_deleted_as_soon_as_they_are_announced(monkeypatch: pytest.MonkeyPatch):
+def test_the_simulator_notices_when_slots_are_deleted_as_soon_as_they_are_announced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(prune, "PRUNE_WAIT_US", 0)
     assert _problems(20)

@@ -60,7 +60,7 @@ def commit(i: int, parent: ObjectId, branch: str = "main") -> e.CommitAdded:
     return e.CommitAdded(branch=branch, snapshot=record(i, parent))
 
 
-def test_a_commit_moves_its_branch_and_stands_in_the_ops_log():
+def test_a_commit_moves_its_branch_and_stands_in_the_ops_log() -> None:
     state = after(fresh(), commit(1, FIRST_SNAPSHOT))
     assert state.branch_tip("main") == an_id(1)
     assert [one.id for one in state.ancestry(an_id(1))] == [an_id(1), FIRST_SNAPSHOT]
@@ -68,7 +68,7 @@ def test_a_commit_moves_its_branch_and_stands_in_the_ops_log():
     assert newest.change == stored.NewCommit(branch="main", snapshot=an_id(1))
 
 
-def test_a_commit_on_a_stale_parent_is_a_conflict_that_names_both_tips():
+def test_a_commit_on_a_stale_parent_is_a_conflict_that_names_both_tips() -> None:
     state = after(fresh(), commit(1, FIRST_SNAPSHOT))
     with pytest.raises(ConflictError) as caught:
         after(state, commit(2, FIRST_SNAPSHOT))
@@ -76,20 +76,20 @@ def test_a_commit_on_a_stale_parent_is_a_conflict_that_names_both_tips():
     assert caught.value.kind == "commit-conflict"
 
 
-def test_times_in_the_fold_increase_whatever_the_writers_clocks_say():
+def test_times_in_the_fold_increase_whatever_the_writers_clocks_say() -> None:
     state = after(fresh(), commit(1, FIRST_SNAPSHOT), time_us=9_000)
     state = after(state, commit(2, an_id(1)), time_us=3)
     assert [update.updated_at_us for update in state.updates] == [9_001, 9_000, 1_001]
 
 
-def test_a_snapshot_that_is_not_younger_than_its_parent_is_refused():
+def test_a_snapshot_that_is_not_younger_than_its_parent_is_refused() -> None:
     state = after(fresh(), commit(1, FIRST_SNAPSHOT))
     with pytest.raises(InvalidInputError) as caught:
         after(state, e.CommitAdded(branch="main", snapshot=record(2, an_id(1), at=1001)))
     assert caught.value.kind == "snapshot-timestamp"
 
 
-def test_a_commit_with_files_older_than_the_collection_cutoff_is_refused():
+def test_a_commit_with_files_older_than_the_collection_cutoff_is_refused() -> None:
     state = after(fresh(), e.CollectionRan(cutoff_us=7_000))
     for since_us in (6_999, None):
         with pytest.raises(SessionStateError):
@@ -97,7 +97,7 @@ def test_a_commit_with_files_older_than_the_collection_cutoff_is_refused():
     assert after(state, commit(1, FIRST_SNAPSHOT), since_us=7_000).branch_tip("main") == an_id(1)
 
 
-def test_a_collection_drops_what_nothing_reaches_and_keeps_young_detached_snapshots():
+def test_a_collection_drops_what_nothing_reaches_and_keeps_young_detached_snapshots() -> None:
     state = after(
         fresh(),
         commit(1, FIRST_SNAPSHOT),
@@ -135,7 +135,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("event", "error", "kind"), REFUSALS, ids=lambda value: type(value).__name__)
-def test_a_refused_event_says_why_and_leaves_the_state_as_it_was(event: e.Event, error: type, kind: str):
+def test_a_refused_event_says_why_and_leaves_the_state_as_it_was(event: e.Event, error: type, kind: str) -> None:
     state = after(
         fresh(),
         commit(1, FIRST_SNAPSHOT),
@@ -151,7 +151,7 @@ def test_a_refused_event_says_why_and_leaves_the_state_as_it_was(event: e.Event,
     assert to_repo_info(state) == before
 
 
-def test_a_read_only_repository_refuses_everything_but_a_new_status():
+def test_a_read_only_repository_refuses_everything_but_a_new_status() -> None:
     state = after(fresh(), e.StatusSet(availability=READ_ONLY, reason="moving house"))
     for event in (
         commit(1, FIRST_SNAPSHOT),
@@ -164,21 +164,21 @@ def test_a_read_only_repository_refuses_everything_but_a_new_status():
     assert after(state, e.StatusSet(availability=0), commit(1, FIRST_SNAPSHOT)).branch_tip("main") == an_id(1)
 
 
-def test_nothing_follows_a_seal():
+def test_nothing_follows_a_seal() -> None:
     state = after(fresh(), e.Sealed())
     for event in (commit(1, FIRST_SNAPSHOT), e.Void(), e.Sealed()):
         with pytest.raises(SessionStateError):
             after(state, event)
 
 
-def test_an_entry_with_one_event_that_does_not_apply_is_void_as_a_whole():
+def test_an_entry_with_one_event_that_does_not_apply_is_void_as_a_whole() -> None:
     state = fresh()
     events = (commit(1, FIRST_SNAPSHOT), commit(2, FIRST_SNAPSHOT))
     assert try_apply_all(state, events, time_us=5, since_us=None) is None
     assert try_apply_all(state, (commit(1, FIRST_SNAPSHOT), commit(2, an_id(1))), time_us=5, since_us=None) is not None
 
 
-def test_an_expiration_reparents_survivors_and_lists_what_went():
+def test_an_expiration_reparents_survivors_and_lists_what_went() -> None:
     state = after(fresh(), commit(1, FIRST_SNAPSHOT), commit(2, an_id(1)), commit(3, an_id(2)))
     state = after(
         state,
@@ -193,7 +193,7 @@ def test_an_expiration_reparents_survivors_and_lists_what_went():
     assert state.snapshots[an_id(3)].pruned_ancestor_tx_logs == (an_id(1), an_id(2))
 
 
-def test_an_expiration_may_name_things_twice():
+def test_an_expiration_may_name_things_twice() -> None:
     state = after(
         fresh(), e.DetachedSnapshotAdded(snapshot=record(1, None)), e.BranchCreated(name="b", snapshot=an_id(1))
     )
@@ -202,7 +202,7 @@ def test_an_expiration_may_name_things_twice():
     assert set(state.branches) == {"main"}
 
 
-def test_feature_flags_go_on_off_and_back_to_their_default():
+def test_feature_flags_go_on_off_and_back_to_their_default() -> None:
     state = after(fresh(), e.FeatureFlagSet(flag=3, value=False), e.FeatureFlagSet(flag=4, value=True))
     assert (state.enabled_feature_flags, state.disabled_feature_flags) == (frozenset({4}), frozenset({3}))
     state = after(state, e.FeatureFlagSet(flag=3, value=None))
@@ -211,7 +211,7 @@ def test_feature_flags_go_on_off_and_back_to_their_default():
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(EVENTS, max_size=12), st.integers(0, 9000))
-def test_any_sequence_folds_to_a_state_that_holds_together(events: list[e.Event], time_us: int):
+def test_any_sequence_folds_to_a_state_that_holds_together(events: list[e.Event], time_us: int) -> None:
     state = fresh()
     for event in events:
         try:
@@ -229,7 +229,7 @@ def test_any_sequence_folds_to_a_state_that_holds_together(events: list[e.Event]
     assert from_repo_info(to_repo_info(state)) == replace(state, gc_cutoff_us=0)
 
 
-def test_an_entry_is_not_void_because_a_file_is_damaged():
+def test_an_entry_is_not_void_because_a_file_is_damaged() -> None:
     """Whether its events apply is not known then, and two readers must not differ."""
     state = after(fresh(), commit(1, FIRST_SNAPSHOT))
     version, payload = unseal(encode_repo(to_repo_info(state)), FileType.REPO_INFO)
@@ -239,7 +239,7 @@ def test_an_entry_is_not_void_because_a_file_is_damaged():
         try_apply_all(damaged, (commit(2, an_id(1)),), time_us=9000, since_us=None)
 
 
-def test_a_state_that_rests_on_its_file_is_the_same_and_forgets_what_is_in_a_backup():
+def test_a_state_that_rests_on_its_file_is_the_same_and_forgets_what_is_in_a_backup() -> None:
     state = after(fresh(), commit(1, FIRST_SNAPSHOT))
     written = encode_and_keep(to_repo_info(state, updates=state.updates.newest(1), repo_before_updates="repo.x"))
     later = after(state, commit(2, an_id(1)))
@@ -251,7 +251,7 @@ def test_a_state_that_rests_on_its_file_is_the_same_and_forgets_what_is_in_a_bac
         assert resting.repo_before_updates == "repo.x"
 
 
-def test_updates_are_packed_before_they_are_many():
+def test_updates_are_packed_before_they_are_many() -> None:
     log = UpdateLog.of()
     for i in range(2000):
         log = log.pushed(stored.Update(change=stored.GCRan(), updated_at_us=i))
@@ -260,7 +260,7 @@ def test_updates_are_packed_before_they_are_many():
 
 
 @given(st.integers(0, 40), st.integers(0, 40))
-def test_the_ops_log_is_persistent_and_finds_what_is_newer(n: int, after_n: int):
+def test_the_ops_log_is_persistent_and_finds_what_is_newer(n: int, after_n: int) -> None:
     log = UpdateLog.of()
     versions = []
     for i in range(n):

@@ -68,7 +68,9 @@ def canonical(value: object) -> object:
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(WILD, max_size=4), NUMBERS)
-def test_whatever_the_fold_accepts_is_written_to_a_checkpoint_and_read_back_equal(events: list[e.Event], time_us: int):
+def test_whatever_the_fold_accepts_is_written_to_a_checkpoint_and_read_back_equal(
+    events: list[e.Event], time_us: int
+) -> None:
     state = fresh()
     for event in events:
         # As an entry brings it, and as it is, from whoever did not go through one.
@@ -95,7 +97,7 @@ def test_whatever_the_fold_accepts_is_written_to_a_checkpoint_and_read_back_equa
 
 @settings(max_examples=80, deadline=None)
 @given(WILD)
-def test_an_event_that_came_through_no_entry_is_refused_as_well(event: e.Event):
+def test_an_event_that_came_through_no_entry_is_refused_as_well(event: e.Event) -> None:
     try:
         state = apply(fresh(), event, time_us=1, since_us=LAST_TIME_US)
     except IcechunkError:
@@ -129,7 +131,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("event", BAD, ids=repr)
-def test_what_a_checkpoint_cannot_hold_is_refused_before_an_entry_is_built(event: e.Event):
+def test_what_a_checkpoint_cannot_hold_is_refused_before_an_entry_is_built(event: e.Event) -> None:
     with pytest.raises(InvalidInputError):
         apply(fresh(), event, time_us=1, since_us=None)
     waiting = SimpleNamespace(propose=lambda state: [event], since_us=None, files={})
@@ -138,7 +140,7 @@ def test_what_a_checkpoint_cannot_hold_is_refused_before_an_entry_is_built(event
     assert isinstance(group.refused[0][1], InvalidInputError)
 
 
-def test_configuration_may_be_nested_as_deep_as_a_checkpoint_holds_and_no_deeper():
+def test_configuration_may_be_nested_as_deep_as_a_checkpoint_holds_and_no_deeper() -> None:
     def nested(depth: int) -> object:
         return {"a": nested(depth - 1)} if depth else 1
 
@@ -148,5 +150,5 @@ def test_configuration_may_be_nested_as_deep_as_a_checkpoint_holds_and_no_deeper
         apply(fresh(), e.ConfigReplaced(config=nested(101)), time_us=1, since_us=None)
 
 
-def test_an_entry_from_the_end_of_time_is_void():
+def test_an_entry_from_the_end_of_time_is_void() -> None:
     assert try_apply_all(fresh(), (e.MetadataUpdated(metadata={}),), time_us=LAST_TIME_US + 1, since_us=None) is None

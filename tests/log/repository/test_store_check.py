@@ -16,7 +16,7 @@ from icechunk.storage.s3.storage import S3Storage
 
 
 @pytest.mark.parametrize("setting", ["unsafe_use_conditional_create", "unsafe_use_conditional_update"])
-def test_s3_that_is_set_to_do_without_a_condition_may_not_be_written_to(setting: str):
+def test_s3_that_is_set_to_do_without_a_condition_may_not_be_written_to(setting: str) -> None:
     storage = S3Storage("b", "p", settings=StorageSettings(**{setting: False}))
     assert not may_write(storage)
     with pytest.raises(StorageError, match=r"s3://b/p.*unsafe_use_conditional") as caught:
@@ -24,7 +24,7 @@ def test_s3_that_is_set_to_do_without_a_condition_may_not_be_written_to(setting:
     assert caught.value.kind == "storage-config"
 
 
-def test_every_storage_has_all_preconditions_unless_it_is_set_otherwise(tmp_path: Path):
+def test_every_storage_has_all_preconditions_unless_it_is_set_otherwise(tmp_path: Path) -> None:
     for storage in (
         S3Storage("b"),
         S3Storage("b", settings=StorageSettings()),

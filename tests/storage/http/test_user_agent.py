@@ -22,7 +22,7 @@ WHO = Attribution(client="weather/0.9", workload="nightly run", principal="u_1")
 SENT = f"weather/0.9 {icechunk.user_agent()} (workload=nightly run; principal=u_1)"
 
 
-def test_only_what_is_known_is_told():
+def test_only_what_is_known_is_told() -> None:
     assert Attribution().user_agent("p") == "p"
     assert Attribution(client="c/1").user_agent("p") == "c/1 p"
     assert Attribution(principal="me").user_agent("p") == "p (principal=me)"
@@ -30,7 +30,7 @@ def test_only_what_is_known_is_told():
 
 async def test_every_request_to_s3_is_attributed_and_so_are_those_of_a_copy(
     moto_storage: S3Storage, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     sent: list[str] = []
     exchange = Connections.exchange
 
@@ -58,7 +58,7 @@ async def test_every_request_to_s3_is_attributed_and_so_are_those_of_a_copy(
         await each.aclose()
 
 
-async def test_requests_to_a_web_server_are_attributed_unless_the_caller_names_another_header(tmp_path: Path):
+async def test_requests_to_a_web_server_are_attributed_unless_the_caller_names_another_header(tmp_path: Path) -> None:
     with serving_files(tmp_path) as server:
         for options, sent in (({}, SENT), ({"user_agent": "mine"}, "mine")):
             storage = HttpStorage(server.url, {"allow_http": "true", **options})
@@ -69,7 +69,7 @@ async def test_requests_to_a_web_server_are_attributed_unless_the_caller_names_a
             assert {headers["user-agent"] for _, _, headers in server.seen} == {sent}
 
 
-async def test_requests_through_obstore_are_attributed_unless_the_caller_names_another_header():
+async def test_requests_through_obstore_are_attributed_unless_the_caller_names_another_header() -> None:
     pytest.importorskip("obstore", reason="the extra obstore")
     with serving_gcs() as server:
         for options, sent in (({}, SENT), ({"user_agent": "mine"}, "mine")):
@@ -91,7 +91,7 @@ async def test_requests_through_obstore_are_attributed_unless_the_caller_names_a
             assert {headers["user-agent"] for _, _, headers in server.requests} == {ours}
 
 
-async def test_requests_to_where_a_redirect_points_are_attributed(tmp_path: Path):
+async def test_requests_to_where_a_redirect_points_are_attributed(tmp_path: Path) -> None:
     with serving_files(tmp_path) as server:
         server.redirects["/ask"] = f"http+icechunk://{server.url.removeprefix('http://')}/r"
         storage = icechunk.redirect_storage(f"{server.url}/ask")

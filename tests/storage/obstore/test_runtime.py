@@ -27,7 +27,7 @@ asyncio.run(main())
 """
 
 
-async def test_a_program_that_ends_right_after_a_request_ends_well():
+async def test_a_program_that_ends_right_after_a_request_ends_well() -> None:
     with serving_gcs() as gcs:
         storage = icechunk.gcs_storage(bucket="bucket", prefix="p", bearer_token="t", config=gcs.config())
         given = pickle.dumps(storage)

@@ -37,7 +37,7 @@ from tests.log.repository.world import World, put_entry, replaces_repo, settled,
 # ---------------------------------------------------------------- rule 7
 
 
-async def test_an_older_checkpoint_never_replaces_a_newer_one(world: World):
+async def test_an_older_checkpoint_never_replaces_a_newer_one(world: World) -> None:
     log, _ = await world.create()
     old, storage = await world.open()
     await log.append(world.commit(1))
@@ -63,7 +63,7 @@ async def test_an_older_checkpoint_never_replaces_a_newer_one(world: World):
     assert all(isinstance(request.precondition, Matches) for request in storage.of("put", "repo"))
 
 
-async def test_a_checkpoint_of_an_earlier_life_of_the_log_is_not_written(world: World):
+async def test_a_checkpoint_of_an_earlier_life_of_the_log_is_not_written(world: World) -> None:
     log, _ = await world.create()
     sleeper, _ = await world.open()
     for i in (1, 2, 3):
@@ -81,7 +81,7 @@ async def test_a_checkpoint_of_an_earlier_life_of_the_log_is_not_written(world: 
     assert await world.store.get("repo") == now
 
 
-async def test_the_marker_carries_what_the_format_has_no_field_for(world: World):
+async def test_the_marker_carries_what_the_format_has_no_field_for(world: World) -> None:
     log, _ = await world.create()
     await log.append(lambda state: [e.StatusSet(availability=1, reason="frozen"), e.StatusSet(availability=0)])
     await log.append(lambda state: [e.CollectionRan(cutoff_us=12345)])
@@ -95,7 +95,7 @@ async def test_the_marker_carries_what_the_format_has_no_field_for(world: World)
     assert other.state.gc_cutoff_us == 12345
 
 
-async def test_a_real_read_only_status_survives_checkpoint_and_open(world: World):
+async def test_a_real_read_only_status_survives_checkpoint_and_open(world: World) -> None:
     log, _ = await world.create()
     await log.append(lambda state: [e.StatusSet(availability=1, reason="frozen")])
     await log.aclose()
@@ -107,7 +107,7 @@ async def test_a_real_read_only_status_survives_checkpoint_and_open(world: World
 # ---------------------------------------------------------------- rule 8
 
 
-async def test_a_conversion_leaves_a_repo_object_without_marker_and_nothing_lands_after_it(world: World):
+async def test_a_conversion_leaves_a_repo_object_without_marker_and_nothing_lands_after_it(world: World) -> None:
     log, _ = await world.create()
     other, _ = await world.open()
     await log.append(world.commit(1))
@@ -122,7 +122,7 @@ async def test_a_conversion_leaves_a_repo_object_without_marker_and_nothing_land
 
 
 @pytest.mark.parametrize("who", ["opener", "writer", "reader"])
-async def test_whoever_folds_a_seal_finishes_the_conversion(world: World, who: str):
+async def test_whoever_folds_a_seal_finishes_the_conversion(world: World, who: str) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
     await log.append(world.commit(1))
@@ -152,7 +152,7 @@ async def test_whoever_folds_a_seal_finishes_the_conversion(world: World, who: s
     storage.script = None
 
 
-async def test_after_there_and_back_a_reader_follows_into_the_new_log(world: World):
+async def test_after_there_and_back_a_reader_follows_into_the_new_log(world: World) -> None:
     log, _ = await world.create()
     reader, _ = await world.open()
     await log.append(world.commit(1))
@@ -187,7 +187,7 @@ async def take_over(world: World) -> None:
 
 async def test_a_takeover_is_found_at_the_next_checkpoint_sealed_and_reported(
     world: World, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     log, storage = await world.create()
 
     async def no_checkpoint(request: Request, send: Send) -> object:
@@ -215,7 +215,7 @@ async def test_a_takeover_is_found_at_the_next_checkpoint_sealed_and_reported(
     await world.store.get(slot_key(log.epoch, 2))
 
 
-async def test_a_takeover_is_found_when_opening(world: World):
+async def test_a_takeover_is_found_when_opening(world: World) -> None:
     log, _ = await world.create()
     await log.append(world.commit(1))
     await log.aclose()
@@ -237,7 +237,7 @@ async def test_a_takeover_is_found_when_opening(world: World):
 # ---------------------------------------------------------------- ops log
 
 
-async def test_a_long_ops_log_goes_on_in_backups_and_is_told_once(world: World):
+async def test_a_long_ops_log_goes_on_in_backups_and_is_told_once(world: World) -> None:
     log, _ = await world.create(updates_per_file=3)
     for i in range(1, 12):
         await log.append(world.commit(i))
@@ -259,7 +259,7 @@ async def put_carrying(world: World, log: LogLayout) -> None:
     await put_entry(world.store, log.epoch, 1, *events, time_us=world.clock.now_us, objects=objects)
 
 
-async def test_files_that_ride_in_entries_stand_on_their_own_before_a_checkpoint_passes_them(world: World):
+async def test_files_that_ride_in_entries_stand_on_their_own_before_a_checkpoint_passes_them(world: World) -> None:
     log, storage = await world.create()
     await put_carrying(world, log)
     await log.refresh()
@@ -271,7 +271,7 @@ async def test_files_that_ride_in_entries_stand_on_their_own_before_a_checkpoint
     assert log.carried_object("snapshots/SMALL") is None
 
 
-async def test_a_store_without_a_clock_is_trusted_by_the_clients_own(world: World):
+async def test_a_store_without_a_clock_is_trusted_by_the_clients_own(world: World) -> None:
     log, _ = await world.create()
     storage = ScriptedStorage(world.store)
 
@@ -297,7 +297,9 @@ async def test_a_store_without_a_clock_is_trusted_by_the_clients_own(world: Worl
 
 
 @pytest.mark.parametrize("who", ["converter", "opener"])
-async def test_files_that_ride_in_entries_stand_on_their_own_before_a_conversion_ends_the_log(world: World, who: str):
+async def test_files_that_ride_in_entries_stand_on_their_own_before_a_conversion_ends_the_log(
+    world: World, who: str
+) -> None:
     log, storage = await settled(world)
     await put_carrying(world, log)
     if who == "converter":
@@ -314,7 +316,7 @@ async def test_files_that_ride_in_entries_stand_on_their_own_before_a_conversion
 
 async def test_a_checkpoint_that_fails_unexpectedly_is_reported_and_commits_go_on(
     world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     log, _ = await world.create()
 
     def fail(info: object) -> bytes:
@@ -330,7 +332,7 @@ async def test_a_checkpoint_that_fails_unexpectedly_is_reported_and_commits_go_o
     assert log.checkpoint_n == 2
 
 
-async def test_checkpoints_take_a_small_share_of_the_time_however_long_they_take(world: World):
+async def test_checkpoints_take_a_small_share_of_the_time_however_long_they_take(world: World) -> None:
     log, storage = await settled(world)
 
     async def slow(request: Request, send: Send) -> object:
@@ -349,7 +351,7 @@ async def test_checkpoints_take_a_small_share_of_the_time_however_long_they_take
     assert checkpoints * 0.1 <= (world.clock.now_us - began_us) / 1e6 / 8
 
 
-async def test_closing_does_not_wait_for_a_pause_between_checkpoints(world: World):
+async def test_closing_does_not_wait_for_a_pause_between_checkpoints(world: World) -> None:
     _, storage = await settled(world)
     clock = ManualClock(world.clock.now_us)
 

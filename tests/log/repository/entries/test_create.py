@@ -30,7 +30,7 @@ from tests.log.repository.world import World
 # ---------------------------------------------------------------- rule 11
 
 
-async def test_of_racing_creators_exactly_one_wins_and_its_first_snapshot_stays(world: World):
+async def test_of_racing_creators_exactly_one_wins_and_its_first_snapshot_stays(world: World) -> None:
     for seed in range(6):
         a_world = World()
         sources = a_world.clock.sources()
@@ -61,7 +61,7 @@ class _Jittery(ScriptedStorage):
         self.script = jitter
 
 
-async def test_a_creator_whose_answer_was_lost_knows_its_own_success(world: World):
+async def test_a_creator_whose_answer_was_lost_knows_its_own_success(world: World) -> None:
     storage = ScriptedStorage(world.store)
 
     async def lose(request: Request, send: Send) -> object:
@@ -75,7 +75,7 @@ async def test_a_creator_whose_answer_was_lost_knows_its_own_success(world: Worl
     assert (await LogLayout.open(world.store, world.clock.sources())).epoch == log.epoch
 
 
-async def test_a_second_creator_uses_the_first_snapshot_that_is_there(world: World):
+async def test_a_second_creator_uses_the_first_snapshot_that_is_there(world: World) -> None:
     early = ScriptedStorage(world.store)
 
     async def die_before_repo(request: Request, send: Send) -> object:
@@ -95,7 +95,7 @@ async def test_a_second_creator_uses_the_first_snapshot_that_is_there(world: Wor
 
 
 @pytest.mark.parametrize("check", [True, False])
-async def test_a_repository_of_format_1_is_not_created_over(world: World, check: bool):
+async def test_a_repository_of_format_1_is_not_created_over(world: World, check: bool) -> None:
     await world.store.put("refs/branch.main/ref.json", b'{"snapshot":"x"}')
     with pytest.raises(InvalidInputError) as caught:
         await create_log(world.store, world.clock.sources(), check_clean_root=check)
@@ -105,7 +105,7 @@ async def test_a_repository_of_format_1_is_not_created_over(world: World, check:
         await world.store.get("repo")
 
 
-async def test_a_root_with_anything_in_it_is_not_clean_and_an_existing_repository_is_not_replaced(world: World):
+async def test_a_root_with_anything_in_it_is_not_clean_and_an_existing_repository_is_not_replaced(world: World) -> None:
     await world.store.put("readme.txt", b"hello")
     with pytest.raises(InvalidInputError, match=r"readme\.txt"):
         await create_log(world.store, world.clock.sources())
@@ -116,13 +116,13 @@ async def test_a_root_with_anything_in_it_is_not_clean_and_an_existing_repositor
     assert await world.store.get("repo") == before
 
 
-async def test_opening_nothing_says_so(world: World):
+async def test_opening_nothing_says_so(world: World) -> None:
     with pytest.raises(RepositoryNotFoundError):
         await LogLayout.open(world.store, world.clock.sources())
     assert await detect(world.store) is None
 
 
-async def test_a_foreign_repo_object_is_a_format_error(world: World):
+async def test_a_foreign_repo_object_is_a_format_error(world: World) -> None:
     await world.store.put("repo", b"not ours at all")
     with pytest.raises(FormatError):
         await LogLayout.open(world.store, world.clock.sources())

@@ -29,7 +29,7 @@ from tests.log.repository.world import World
 # ---------------------------------------------------------------- rule 4
 
 
-async def test_in_a_group_each_is_validated_after_the_ones_before(world: World):
+async def test_in_a_group_each_is_validated_after_the_ones_before(world: World) -> None:
     log, _ = await world.create()
     await log.prepare_writes()
     stale = [log.append(world.commit(i, parent=FIRST_SNAPSHOT)) for i in (1, 2)]
@@ -43,7 +43,7 @@ async def test_in_a_group_each_is_validated_after_the_ones_before(world: World):
     assert await world.history() == [an_id(1)]
 
 
-async def test_what_a_proposal_raises_reaches_its_caller_alone(world: World):
+async def test_what_a_proposal_raises_reaches_its_caller_alone(world: World) -> None:
     log, _ = await world.create()
 
     def refuse(state: object) -> list[e.Event]:
@@ -54,7 +54,7 @@ async def test_what_a_proposal_raises_reaches_its_caller_alone(world: World):
     assert not isinstance(fine, Exception)
 
 
-async def test_an_entry_with_a_stale_event_is_void_for_everybody(world: World):
+async def test_an_entry_with_a_stale_event_is_void_for_everybody(world: World) -> None:
     log, _ = await world.create()
     events = encode_events([*world.commit(1)(log.state), *world.commit(2)(log.state)])
     data = encode_entry(n=1, nonce=b"x" * 16, time_us=world.clock.now_us, since_us=None, events=events)
@@ -66,7 +66,7 @@ async def test_an_entry_with_a_stale_event_is_void_for_everybody(world: World):
     assert list(log.state.snapshots) == [FIRST_SNAPSHOT]
 
 
-async def test_an_entry_of_a_newer_version_stops_readers_and_writers(world: World):
+async def test_an_entry_of_a_newer_version_stops_readers_and_writers(world: World) -> None:
     log, _ = await world.create()
     data = encode_entry(n=1, nonce=b"x" * 16, time_us=1, since_us=None, events=[{"kind": "telepathy"}])
     await world.store.put(slot_key(log.epoch, 1), data)
@@ -82,7 +82,7 @@ async def test_an_entry_of_a_newer_version_stops_readers_and_writers(world: Worl
 
 
 @pytest.mark.parametrize("skew_s", [-700, 700])
-async def test_a_writer_whose_clock_is_far_off_refuses_to_write(world: World, skew_s: float):
+async def test_a_writer_whose_clock_is_far_off_refuses_to_write(world: World, skew_s: float) -> None:
     await world.create()
     off, _ = await world.open(skew_s=skew_s)
     with pytest.raises(SessionStateError, match="Set the clock"):
@@ -92,7 +92,7 @@ async def test_a_writer_whose_clock_is_far_off_refuses_to_write(world: World, sk
     assert await world.history() == [an_id(1)]
 
 
-async def test_times_in_history_increase_although_clocks_differ(world: World):
+async def test_times_in_history_increase_although_clocks_differ(world: World) -> None:
     await world.create()
     ahead, _ = await world.open(skew_s=300)
     behind, _ = await world.open(skew_s=-300)
@@ -107,7 +107,7 @@ async def test_times_in_history_increase_although_clocks_differ(world: World):
 # --------------------------------------------------------------------------- rule 10: collection is an entry
 
 
-async def test_a_commit_with_files_older_than_the_cutoff_is_refused_and_void_for_everybody(world: World):
+async def test_a_commit_with_files_older_than_the_cutoff_is_refused_and_void_for_everybody(world: World) -> None:
     log, _ = await world.create()
     await log.append(world.commit(1))
     cutoff_us = log.store_time_us
@@ -125,7 +125,7 @@ async def test_a_commit_with_files_older_than_the_cutoff_is_refused_and_void_for
     assert (await other.refresh()).branch_tip("main") == an_id(3)
 
 
-async def test_a_session_that_begins_after_a_collection_is_not_in_its_way(world: World):
+async def test_a_session_that_begins_after_a_collection_is_not_in_its_way(world: World) -> None:
     log, _ = await world.create()
     await collect_garbage(
         log, world.store, world.clock.sources(), older_than_us=1 << 60, limits=Limits(), dry_run=False

@@ -26,24 +26,24 @@ def encoded(*events: e.Event, n: int = 1) -> bytes:
     return encode_entry(n=n, nonce=b"n" * 16, time_us=5, since_us=None, events=encode_events(events))
 
 
-def test_later_slots_sort_first():
+def test_later_slots_sort_first() -> None:
     keys = [slot_key("E", n) for n in range(1, 2000)]
     assert keys == sorted(keys, reverse=True)
     assert [parse_slot_key(key) for key in keys[:3]] == [("E", 1), ("E", 2), ("E", 3)]
 
 
-def test_keys_that_are_no_slots_are_not_taken_for_one():
+def test_keys_that_are_no_slots_are_not_taken_for_one() -> None:
     for key in ("log/E.floor/0000000A", "log/E/short", "log/E", "log/E/0000000a", "log/E/0000000A/x", "repo"):
         assert parse_slot_key(key) is None
 
 
-def test_newer_epochs_sort_before_older_ones():
+def test_newer_epochs_sort_before_older_ones() -> None:
     assert new_epoch(b"z" * 12, 2_000_000_000_000_000) < new_epoch(b"a" * 12, 1_900_000_000_000_000)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(EVENTS, max_size=4), st.none() | st.integers(0, 2**62), st.integers(1, 2**39))
-def test_an_entry_is_read_back_as_written(events: list[e.Event], since_us: int | None, n: int):
+def test_an_entry_is_read_back_as_written(events: list[e.Event], since_us: int | None, n: int) -> None:
     try:
         data = encode_entry(
             n=n,
@@ -61,7 +61,7 @@ def test_an_entry_is_read_back_as_written(events: list[e.Event], since_us: int |
     assert entry.objects == {"snapshots/X": b"\x00\xff"}
 
 
-def test_an_unknown_event_field_or_version_stops_the_reader_and_asks_to_upgrade():
+def test_an_unknown_event_field_or_version_stops_the_reader_and_asks_to_upgrade() -> None:
     document = orjson.loads(encoded(e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)))
     newer = [
         {**document, "v": 2},
@@ -75,7 +75,7 @@ def test_an_unknown_event_field_or_version_stops_the_reader_and_asks_to_upgrade(
         assert caught.value.kind == "unsupported-spec-version"
 
 
-def test_an_entry_in_the_wrong_slot_is_corrupt():
+def test_an_entry_in_the_wrong_slot_is_corrupt() -> None:
     with pytest.raises(FormatError, match="slot 1"):
         decode_entry(encoded(e.Void()), n=2)
 
@@ -85,7 +85,7 @@ def test_an_entry_in_the_wrong_slot_is_corrupt():
     st.binary(max_size=60)
     | st.builds(lambda i, b: encoded(e.Void())[:i] + b, st.integers(0, 90), st.binary(max_size=3))
 )
-def test_hostile_bytes_are_a_format_error(data: bytes):
+def test_hostile_bytes_are_a_format_error(data: bytes) -> None:
     try:
         decode_entry(data, n=1)
     except FormatError:
@@ -107,19 +107,19 @@ JSON = st.recursive(
 
 @settings(max_examples=100, deadline=None)
 @given(JSON)
-def test_every_json_value_and_bytes_survive_the_log(value: object):
+def test_every_json_value_and_bytes_survive_the_log(value: object) -> None:
     assert unpack(orjson.loads(orjson.dumps(pack(value)))) == value
 
 
 @pytest.mark.parametrize(
     "value", [2**64, {1: 2}, object(), "\ud800", {"\ud800": 1}, {"\0bytes": "AA=="}, {"a\0": 1}, {1, 2}]
 )
-def test_what_json_cannot_hold_is_refused_at_the_boundary(value: object):
+def test_what_json_cannot_hold_is_refused_at_the_boundary(value: object) -> None:
     with pytest.raises(InvalidInputError):
         pack(value)
 
 
-def test_deep_nesting_is_refused():
+def test_deep_nesting_is_refused() -> None:
     value: list = []
     for _ in range(200):
         value = [value]

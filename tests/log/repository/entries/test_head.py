@@ -36,7 +36,7 @@ def without_proof(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rule", [True, False])
 async def test_a_writer_that_slept_while_its_slot_was_pruned_is_not_told_that_it_committed(
     world: World, rule: bool, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     if not rule:
         without_proof(monkeypatch)
     log, storage = await world.create()
@@ -65,7 +65,7 @@ async def test_a_writer_that_slept_while_its_slot_was_pruned_is_not_told_that_it
 @pytest.mark.parametrize("rule", [True, False])
 async def test_a_reader_that_slept_does_not_take_a_pruned_slot_for_no_news(
     world: World, rule: bool, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     if not rule:
         without_proof(monkeypatch)
     log, _ = await world.create()
@@ -77,7 +77,7 @@ async def test_a_reader_that_slept_does_not_take_a_pruned_slot_for_no_news(
     assert (state.branch_tip("main") == an_id(1)) is rule
 
 
-async def test_an_answer_that_came_too_late_but_landed_is_found_in_history(world: World):
+async def test_an_answer_that_came_too_late_but_landed_is_found_in_history(world: World) -> None:
     log, storage = await world.create()
     await log.prepare_writes()
 
@@ -97,7 +97,7 @@ async def test_an_answer_that_came_too_late_but_landed_is_found_in_history(world
     assert await world.history() == [an_id(1), an_id(2)]
 
 
-async def test_a_commit_that_landed_before_a_conversion_and_a_prune_is_found_in_the_repo_object(world: World):
+async def test_a_commit_that_landed_before_a_conversion_and_a_prune_is_found_in_the_repo_object(world: World) -> None:
     log, storage = await settled(world)
     epoch = log.epoch
 
@@ -122,7 +122,7 @@ async def test_a_commit_that_landed_before_a_conversion_and_a_prune_is_found_in_
 
 
 @pytest.mark.parametrize("rule", [True, False])
-async def test_opening_never_skips_a_gap(world: World, rule: bool, monkeypatch: pytest.MonkeyPatch):
+async def test_opening_never_skips_a_gap(world: World, rule: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     log, _ = await world.create()
     for i in (1, 2, 3):
         await log.append(world.commit(i), deadline_s=5)
@@ -159,7 +159,7 @@ async def test_opening_never_skips_a_gap(world: World, rule: bool, monkeypatch: 
     assert ("b" in opened.state.branches) is rule
 
 
-async def test_a_slot_that_is_missing_for_good_is_an_error_that_names_it(world: World):
+async def test_a_slot_that_is_missing_for_good_is_an_error_that_names_it(world: World) -> None:
     log, _ = await world.create()
     await log.append(world.commit(1))
     await log.checkpoint()
@@ -170,7 +170,7 @@ async def test_a_slot_that_is_missing_for_good_is_an_error_that_names_it(world: 
         await LogLayout.open(world.store, world.clock.sources())
 
 
-async def test_keys_that_are_no_slots_are_ignored(world: World):
+async def test_keys_that_are_no_slots_are_ignored(world: World) -> None:
     log, _ = await world.create()
     await log.append(world.commit(1))
     for key in (
@@ -185,7 +185,7 @@ async def test_keys_that_are_no_slots_are_ignored(world: World):
 
 
 @pytest.mark.parametrize("page_size", [1, 3])
-async def test_opening_sees_through_pages_that_end_early_although_more_follow(world: World, page_size: int):
+async def test_opening_sees_through_pages_that_end_early_although_more_follow(world: World, page_size: int) -> None:
     log, _ = await world.create()
     for i in range(1, 6):
         await log.append(world.commit(i))

@@ -116,7 +116,7 @@ async def commit(log: LogLayout, storage: LocalStorage, i: int) -> str:
     return encode_id(id)
 
 
-async def test_the_checkpoint_reads_as_a_whole_repository_and_refuses_every_change(tmp_path: Path):
+async def test_the_checkpoint_reads_as_a_whole_repository_and_refuses_every_change(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path / "repo")
     log = await create_log(storage, config={"inline_chunk_threshold_bytes": 12}, updates_per_file=4)
     ids = []
@@ -151,7 +151,7 @@ async def test_the_checkpoint_reads_as_a_whole_repository_and_refuses_every_chan
     assert (await storage.get("repo")).data == before
 
 
-async def test_what_the_official_library_takes_over_is_found_and_reported(tmp_path: Path):
+async def test_what_the_official_library_takes_over_is_found_and_reported(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path / "repo")
     log = await create_log(storage)
     await commit(log, storage, 1)
@@ -169,7 +169,7 @@ async def test_what_the_official_library_takes_over_is_found_and_reported(tmp_pa
     assert "theirs" in found.info.tags
 
 
-async def test_a_converted_repository_is_written_by_the_official_library_and_comes_back(tmp_path: Path):
+async def test_a_converted_repository_is_written_by_the_official_library_and_comes_back(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path / "repo")
     log = await create_log(storage)
     ours = await commit(log, storage, 1)
@@ -218,7 +218,7 @@ async def _told(repository: Repository) -> dict[str, list[list[object]]]:
     }
 
 
-async def test_a_long_history_is_copied_by_columns_from_file_to_file_of_both_libraries(tmp_path: Path):
+async def test_a_long_history_is_copied_by_columns_from_file_to_file_of_both_libraries(tmp_path: Path) -> None:
     path = tmp_path / "repo"
     repository = await Repository.create_async(icechunk.local_filesystem_storage(str(path)), spec_version=2)
 

@@ -28,7 +28,7 @@ class Unlisted(ScriptedStorage):
 
 
 @pytest.mark.parametrize("tail", [*range(10), 60, 131])
-async def test_a_tail_of_any_length_is_read_to_its_end_without_a_listing(world: World, tail: int):
+async def test_a_tail_of_any_length_is_read_to_its_end_without_a_listing(world: World, tail: int) -> None:
     log, _ = await world.create()
     for n in range(1, tail + 1):
         await put_entry(world.store, log.epoch, n, e.Void())
@@ -44,7 +44,7 @@ async def test_a_tail_of_any_length_is_read_to_its_end_without_a_listing(world: 
     assert len(asked) <= 1 + tail + 50
 
 
-async def test_what_others_committed_is_folded_without_a_listing(world: World):
+async def test_what_others_committed_is_folded_without_a_listing(world: World) -> None:
     ours, _ = await world.create()
     storage = Unlisted(world.store)
     theirs = await LogLayout.open(storage, world.clock.sources())
@@ -57,7 +57,7 @@ async def test_what_others_committed_is_folded_without_a_listing(world: World):
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 3, 4, 9])
-async def test_a_missing_slot_is_an_error_that_names_it_without_a_listing_too(world: World, after: int):
+async def test_a_missing_slot_is_an_error_that_names_it_without_a_listing_too(world: World, after: int) -> None:
     log, _ = await world.create()
     for n in range(1, after + 3):
         if n != after + 1:
@@ -66,7 +66,7 @@ async def test_a_missing_slot_is_an_error_that_names_it_without_a_listing_too(wo
         await LogLayout.open(Unlisted(world.store), world.clock.sources())
 
 
-async def test_slots_written_while_the_end_is_looked_for_are_no_gap(world: World):
+async def test_slots_written_while_the_end_is_looked_for_are_no_gap(world: World) -> None:
     log, _ = await world.create()
     storage = Unlisted(world.store)
 
@@ -82,7 +82,7 @@ async def test_slots_written_while_the_end_is_looked_for_are_no_gap(world: World
     assert opened.n == 2
 
 
-async def test_slots_that_were_pruned_while_the_end_was_looked_for_are_not_taken_for_the_end(world: World):
+async def test_slots_that_were_pruned_while_the_end_was_looked_for_are_not_taken_for_the_end(world: World) -> None:
     log, _ = await world.create()
     for i in (1, 2, 3):
         await log.append(world.commit(i))
@@ -106,7 +106,7 @@ async def test_slots_that_were_pruned_while_the_end_was_looked_for_are_not_taken
     assert world.clock.now_us > 7 * DAY_S * 1e6
 
 
-async def test_on_local_disk_neither_opening_nor_looking_for_news_lists_the_log(tmp_path: Path):
+async def test_on_local_disk_neither_opening_nor_looking_for_news_lists_the_log(tmp_path: Path) -> None:
     ours = ScriptedStorage(LocalStorage(tmp_path))
     log = await create_log(ours)
     storage = ScriptedStorage(LocalStorage(tmp_path))

@@ -30,7 +30,7 @@ from tests.log.repository.world import World, settled, slots, until, waiting_for
 # ---------------------------------------------------------------- rule 3
 
 
-async def test_a_deadline_gives_an_outcome_that_is_unknown_and_a_token_that_settles_it(world: World):
+async def test_a_deadline_gives_an_outcome_that_is_unknown_and_a_token_that_settles_it(world: World) -> None:
     log, storage = await world.create()
     gate = asyncio.Event()
 
@@ -44,7 +44,7 @@ async def test_a_deadline_gives_an_outcome_that_is_unknown_and_a_token_that_sett
     assert await world.history() == [an_id(1)]
 
 
-async def test_settling_from_another_process_fills_the_slot_so_that_a_late_put_finds_it_taken(world: World):
+async def test_settling_from_another_process_fills_the_slot_so_that_a_late_put_finds_it_taken(world: World) -> None:
     log, storage = await world.create()
     await log.prepare_writes()
     late: list[Request] = []
@@ -70,7 +70,7 @@ async def test_settling_from_another_process_fills_the_slot_so_that_a_late_put_f
     assert not await other.settle(caught.value.token)
 
 
-async def test_a_cancelled_caller_leaves_and_the_group_goes_on(world: World):
+async def test_a_cancelled_caller_leaves_and_the_group_goes_on(world: World) -> None:
     log, storage = await world.create()
     await log.prepare_writes()
     gate = asyncio.Event()
@@ -95,7 +95,7 @@ async def test_a_cancelled_caller_leaves_and_the_group_goes_on(world: World):
 
 async def test_closing_with_an_entry_in_flight_says_that_its_outcome_is_unknown(
     world: World, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(log_layout, "_CLOSE_GRACE_S", 0.01)
     log, storage = await world.create()
     await log.prepare_writes()
@@ -134,7 +134,7 @@ STALE: dict[str, tuple[Callable[[World], object], Callable[[World], object]]] = 
 
 
 @pytest.mark.parametrize("case", STALE)
-async def test_a_client_that_has_not_looked_for_a_while_looks_before_it_refuses(world: World, case: str):
+async def test_a_client_that_has_not_looked_for_a_while_looks_before_it_refuses(world: World, case: str) -> None:
     log, storage = await settled(world)
     other, _ = await world.open()
     theirs, mine = STALE[case]
@@ -144,7 +144,7 @@ async def test_a_client_that_has_not_looked_for_a_while_looks_before_it_refuses(
     assert len([r for r in storage.requests if slots(r)]) == 1, "what was bound to lose is not sent"
 
 
-async def test_a_refusal_costs_one_look_where_there_is_no_news_and_what_applies_none(world: World):
+async def test_a_refusal_costs_one_look_where_there_is_no_news_and_what_applies_none(world: World) -> None:
     log, storage = await settled(world)
     storage.requests.clear()
     outcomes = await asyncio.gather(
@@ -159,7 +159,7 @@ async def test_a_refusal_costs_one_look_where_there_is_no_news_and_what_applies_
     assert not [r for r in storage.of("get") if r.key != "repo"]
 
 
-async def test_callers_who_come_while_the_client_looks_are_neither_lost_nor_refused_by_that_look(world: World):
+async def test_callers_who_come_while_the_client_looks_are_neither_lost_nor_refused_by_that_look(world: World) -> None:
     log, storage = await settled(world)
     other, _ = await world.open()
     late: list[asyncio.Future[object]] = []
@@ -194,7 +194,7 @@ class Told(list):
         return bool(self) and self[-1] is not None
 
 
-async def test_who_is_cancelled_before_the_entry_is_sent_was_told_nothing_and_nothing_lands(world: World):
+async def test_who_is_cancelled_before_the_entry_is_sent_was_told_nothing_and_nothing_lands(world: World) -> None:
     log, storage = await settled(world)
     gate = asyncio.Event()
 
@@ -212,7 +212,7 @@ async def test_who_is_cancelled_before_the_entry_is_sent_was_told_nothing_and_no
     assert await world.history() == [an_id(1)]
 
 
-async def test_who_is_cancelled_during_the_put_holds_the_token_that_settles_it(world: World):
+async def test_who_is_cancelled_during_the_put_holds_the_token_that_settles_it(world: World) -> None:
     log, storage = await settled(world)
     gate, told = asyncio.Event(), Told()
 
@@ -235,7 +235,7 @@ async def test_who_is_cancelled_during_the_put_holds_the_token_that_settles_it(w
     assert await world.history() == [an_id(1)]
 
 
-async def test_who_was_cancelled_during_a_put_that_lost_is_told_that_nothing_is_open_any_more(world: World):
+async def test_who_was_cancelled_during_a_put_that_lost_is_told_that_nothing_is_open_any_more(world: World) -> None:
     log, storage = await settled(world)
     other, _ = await world.open()
     gate, told = asyncio.Event(), Told()
@@ -254,7 +254,7 @@ async def test_who_was_cancelled_during_a_put_that_lost_is_told_that_nothing_is_
     assert await world.history() == [an_id(2), an_id(3)]
 
 
-async def test_who_waits_on_after_a_loss_is_told_of_the_next_entry(world: World):
+async def test_who_waits_on_after_a_loss_is_told_of_the_next_entry(world: World) -> None:
     log, _ = await settled(world)
     other, _ = await world.open()
     await other.append(world.commit(1))
@@ -264,7 +264,7 @@ async def test_who_waits_on_after_a_loss_is_told_of_the_next_entry(world: World)
     assert await log.settle(told[-1])
 
 
-async def test_a_token_left_open_by_silence_is_taken_back_when_the_next_swap_sees_the_loss(world: World):
+async def test_a_token_left_open_by_silence_is_taken_back_when_the_next_swap_sees_the_loss(world: World) -> None:
     log, storage = await settled(world)
     other, _ = await world.open()
     told = Told()
@@ -284,7 +284,7 @@ async def test_a_token_left_open_by_silence_is_taken_back_when_the_next_swap_see
     assert not told.open_
 
 
-async def test_a_callback_that_fails_harms_nobody(world: World, caplog: pytest.LogCaptureFixture):
+async def test_a_callback_that_fails_harms_nobody(world: World, caplog: pytest.LogCaptureFixture) -> None:
     log, _ = await world.create()
 
     def fail(token: SwapToken | None) -> None:
@@ -295,7 +295,7 @@ async def test_a_callback_that_fails_harms_nobody(world: World, caplog: pytest.L
     assert await world.history() == [an_id(1)]
 
 
-async def test_a_token_of_an_entry_that_is_void_as_a_whole_did_not_land(world: World):
+async def test_a_token_of_an_entry_that_is_void_as_a_whole_did_not_land(world: World) -> None:
     log, _ = await settled(world)
     tag = e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)
     for n, events in ((1, [tag, tag]), (2, [tag, *world.commit(1, parent=an_id(7))(log.state)])):

@@ -34,7 +34,7 @@ from tests.log.repository.world import World, slots
 # ---------------------------------------------------------------- steady state
 
 
-async def test_a_commit_is_one_put_and_a_refresh_without_news_one_get(world: World):
+async def test_a_commit_is_one_put_and_a_refresh_without_news_one_get(world: World) -> None:
     log, storage = await world.create()
     await log.prepare_writes()
     await log.append(world.commit(1))
@@ -47,7 +47,7 @@ async def test_a_commit_is_one_put_and_a_refresh_without_news_one_get(world: Wor
     assert [(request.verb, request.key) for request in storage.requests] == [("get", slot_key(log.epoch, 3))]
 
 
-async def test_opening_takes_two_requests_where_the_checkpoint_is_current(world: World):
+async def test_opening_takes_two_requests_where_the_checkpoint_is_current(world: World) -> None:
     log, _ = await world.create()
     await log.append(world.commit(1))
     await log.aclose()
@@ -55,7 +55,7 @@ async def test_opening_takes_two_requests_where_the_checkpoint_is_current(world:
     assert sorted(request.verb for request in storage.requests) == ["get", "list"]
 
 
-async def test_a_refresh_far_behind_reads_the_tail_at_once_and_once(world: World):
+async def test_a_refresh_far_behind_reads_the_tail_at_once_and_once(world: World) -> None:
     log, _ = await world.create()
     reader, storage = await world.open()
     for i in range(1, 31):
@@ -66,7 +66,7 @@ async def test_a_refresh_far_behind_reads_the_tail_at_once_and_once(world: World
     assert len(storage.of("get")) <= 31
 
 
-async def test_callers_who_wait_together_share_one_entry(world: World):
+async def test_callers_who_wait_together_share_one_entry(world: World) -> None:
     log, storage = await world.create()
     await log.prepare_writes()
     await asyncio.gather(*(log.append(world.commit(i)) for i in range(1, 51)))
@@ -78,7 +78,7 @@ async def test_callers_who_wait_together_share_one_entry(world: World):
 # ---------------------------------------------------------------- rule 1
 
 
-async def test_a_client_has_one_slot_in_flight_and_fills_them_in_order(world: World):
+async def test_a_client_has_one_slot_in_flight_and_fills_them_in_order(world: World) -> None:
     log, storage = await world.create()
     in_flight, most, order = 0, 0, []
 
@@ -106,7 +106,7 @@ async def test_a_client_has_one_slot_in_flight_and_fills_them_in_order(world: Wo
     assert order == [slot_key(log.epoch, n) for n in range(1, log.n + 1)]
 
 
-async def test_a_store_that_ignores_if_none_match_is_found_out_before_anything_is_written(world: World):
+async def test_a_store_that_ignores_if_none_match_is_found_out_before_anything_is_written(world: World) -> None:
     log, _ = await world.create()
     await log.append(world.commit(1))
     await log.checkpoint()
@@ -126,7 +126,7 @@ async def test_a_store_that_ignores_if_none_match_is_found_out_before_anything_i
     assert await world.history() == [an_id(1)]
 
 
-async def test_the_store_is_checked_once(world: World):
+async def test_the_store_is_checked_once(world: World) -> None:
     log, storage = await world.create()
     await log.prepare_writes()
     await log.append(world.commit(1))
@@ -137,7 +137,7 @@ async def test_the_store_is_checked_once(world: World):
     assert [request.verb for request in storage.requests if request.key != "repo"] == ["put"]
 
 
-async def test_a_storage_that_is_set_to_do_without_conditional_writes_can_only_be_read(world: World):
+async def test_a_storage_that_is_set_to_do_without_conditional_writes_can_only_be_read(world: World) -> None:
     log, _ = await world.create()
     await log.append(world.commit(1))
     sources = world.clock.sources()
@@ -174,7 +174,7 @@ class _Unconditional(ScriptedStorage):
 # ---------------------------------------------------------------- rule 2
 
 
-async def test_a_commit_that_landed_but_lost_its_answer_is_not_committed_twice(world: World):
+async def test_a_commit_that_landed_but_lost_its_answer_is_not_committed_twice(world: World) -> None:
     log, storage = await world.create()
 
     async def lose_first(request: Request, send: Send) -> object:
@@ -192,7 +192,7 @@ async def test_a_commit_that_landed_but_lost_its_answer_is_not_committed_twice(w
 @pytest.mark.parametrize("rule", [True, False])
 async def test_while_a_put_may_still_arrive_the_same_bytes_are_sent_again(
     world: World, rule: bool, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     log, storage = await world.create()
     late: list[Request] = []
 
@@ -229,7 +229,7 @@ async def test_while_a_put_may_still_arrive_the_same_bytes_are_sent_again(
 @pytest.mark.parametrize("rule", [True, False])
 async def test_an_entry_of_another_writer_is_not_taken_for_ones_own(
     world: World, rule: bool, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     log, _ = await world.create()
     other, _ = await world.open()
     await other.append(world.commit(1))
@@ -241,7 +241,7 @@ async def test_an_entry_of_another_writer_is_not_taken_for_ones_own(
     assert await world.history() == [an_id(1)]
 
 
-async def test_every_entry_has_a_nonce_of_its_own(world: World):
+async def test_every_entry_has_a_nonce_of_its_own(world: World) -> None:
     log, storage = await world.create()
     for i in range(1, 4):
         await log.append(world.commit(i))
@@ -249,7 +249,7 @@ async def test_every_entry_has_a_nonce_of_its_own(world: World):
     assert len(nonces) == 3
 
 
-async def test_no_other_bytes_and_no_other_slot_before_the_last_attempt_is_settled(world: World):
+async def test_no_other_bytes_and_no_other_slot_before_the_last_attempt_is_settled(world: World) -> None:
     log, storage = await world.create()
     await log.prepare_writes()
 

@@ -75,7 +75,7 @@ def replaces(key: str):
 # ------------------------------------------------------------ what is written
 
 
-async def test_the_files_are_those_of_the_official_library(world: RefFilesWorld):
+async def test_the_files_are_those_of_the_official_library(world: RefFilesWorld) -> None:
     log, _ = await world.create(config={"inline_chunk_threshold_bytes": 7})
     await log.append(lambda _: [e.BranchCreated(name="dev", snapshot=FIRST_SNAPSHOT)])
     await log.append(lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)])
@@ -101,7 +101,7 @@ async def test_the_files_are_those_of_the_official_library(world: RefFilesWorld)
     assert other.state.config["inline_chunk_threshold_bytes"] == 8
 
 
-async def test_opening_shows_branches_tags_and_ancestry(world: RefFilesWorld):
+async def test_opening_shows_branches_tags_and_ancestry(world: RefFilesWorld) -> None:
     log, _ = await world.create()
     await log.append(await world.commit(1))
     await log.append(await world.commit(2, an_id(1)))
@@ -116,7 +116,7 @@ async def test_opening_shows_branches_tags_and_ancestry(world: RefFilesWorld):
     ]
 
 
-async def test_snapshots_are_read_once(world: RefFilesWorld):
+async def test_snapshots_are_read_once(world: RefFilesWorld) -> None:
     log, _ = await world.create()
     await log.append(await world.commit(1))
     other, storage = await world.open()
@@ -128,7 +128,7 @@ async def test_snapshots_are_read_once(world: RefFilesWorld):
         await other.learn([an_id(9)])
 
 
-async def test_it_is_detected_opened_and_created_like_the_others(world: RefFilesWorld):
+async def test_it_is_detected_opened_and_created_like_the_others(world: RefFilesWorld) -> None:
     log = await create_repository(world.store, Layout.REFS, world.clock.sources())
     assert await detect(world.store) is Layout.REFS
     opened = await open_repository(world.store, world.clock.sources())
@@ -140,7 +140,7 @@ async def test_it_is_detected_opened_and_created_like_the_others(world: RefFiles
 # ------------------------------------------------------------------- refusals
 
 
-async def test_of_two_commits_on_a_branch_one_conflicts(world: RefFilesWorld):
+async def test_of_two_commits_on_a_branch_one_conflicts(world: RefFilesWorld) -> None:
     one, _ = await world.create()
     two, _ = await world.open()
     await one.append(await world.commit(1))
@@ -149,7 +149,7 @@ async def test_of_two_commits_on_a_branch_one_conflicts(world: RefFilesWorld):
     assert await world.tip() == an_id(1)
 
 
-async def test_a_race_between_look_and_put_is_lost_for_certain(world: RefFilesWorld):
+async def test_a_race_between_look_and_put_is_lost_for_certain(world: RefFilesWorld) -> None:
     one, storage = await world.create()
     two, _ = await world.open()
     other_commit = await world.commit(1)
@@ -166,7 +166,7 @@ async def test_a_race_between_look_and_put_is_lost_for_certain(world: RefFilesWo
     assert await world.tip() == an_id(1)
 
 
-async def test_names_are_taken_and_given_up_as_in_the_other_layouts(world: RefFilesWorld):
+async def test_names_are_taken_and_given_up_as_in_the_other_layouts(world: RefFilesWorld) -> None:
     log, _ = await world.create()
     await log.append(lambda _: [e.BranchCreated(name="dev", snapshot=FIRST_SNAPSHOT)])
     await log.append(lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)])
@@ -189,7 +189,7 @@ async def test_names_are_taken_and_given_up_as_in_the_other_layouts(world: RefFi
     assert (set((await log.refresh()).branches), set(log.state.tags)) == ({"main"}, set())
 
 
-async def test_what_format_1_does_not_have_is_refused_and_nothing_is_written(world: RefFilesWorld):
+async def test_what_format_1_does_not_have_is_refused_and_nothing_is_written(world: RefFilesWorld) -> None:
     log, storage = await world.create()
     await log.prepare_writes()
     storage.requests.clear()
@@ -207,7 +207,7 @@ async def test_what_format_1_does_not_have_is_refused_and_nothing_is_written(wor
     assert not storage.of("put")
 
 
-async def test_a_configuration_that_was_changed_meanwhile_is_not_replaced(world: RefFilesWorld):
+async def test_a_configuration_that_was_changed_meanwhile_is_not_replaced(world: RefFilesWorld) -> None:
     log, _ = await world.create(config={"inline_chunk_threshold_bytes": 7})
     known = log.state.config
     await log.append(
@@ -218,7 +218,7 @@ async def test_a_configuration_that_was_changed_meanwhile_is_not_replaced(world:
     assert refused.value.kind == "config-updated"
 
 
-async def test_a_repository_that_was_upgraded_meanwhile_is_not_written_to(world: RefFilesWorld):
+async def test_a_repository_that_was_upgraded_meanwhile_is_not_written_to(world: RefFilesWorld) -> None:
     log, _ = await world.create()
     commit = await world.commit(1)
     elsewhere = MemoryStorage(world.clock.sources())
@@ -232,7 +232,7 @@ async def test_a_repository_that_was_upgraded_meanwhile_is_not_written_to(world:
 # --------------------------------------------------------------- lost answers
 
 
-async def test_a_commit_that_landed_but_lost_its_answer_is_recognised(world: RefFilesWorld):
+async def test_a_commit_that_landed_but_lost_its_answer_is_recognised(world: RefFilesWorld) -> None:
     log, storage = await world.create()
 
     async def lose(request: Request, send: Send) -> object:
@@ -247,7 +247,7 @@ async def test_a_commit_that_landed_but_lost_its_answer_is_recognised(world: Ref
     assert await world.tip() == an_id(1)
 
 
-async def test_ones_own_commit_is_recognised_below_that_of_another(world: RefFilesWorld):
+async def test_ones_own_commit_is_recognised_below_that_of_another(world: RefFilesWorld) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
     first, second = await world.commit(1), await world.commit(2, an_id(1))
@@ -265,7 +265,7 @@ async def test_ones_own_commit_is_recognised_below_that_of_another(world: RefFil
     assert await world.tip() == an_id(2)
 
 
-async def test_an_answer_that_comes_late_does_not_take_back_what_was_seen_since(world: RefFilesWorld):
+async def test_an_answer_that_comes_late_does_not_take_back_what_was_seen_since(world: RefFilesWorld) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
     first, second = await world.commit(1), await world.commit(2, an_id(1))
@@ -284,7 +284,7 @@ async def test_an_answer_that_comes_late_does_not_take_back_what_was_seen_since(
     assert an_id(1) in log.state.snapshots
 
 
-async def test_a_look_during_which_a_change_lands_is_repeated(world: RefFilesWorld):
+async def test_a_look_during_which_a_change_lands_is_repeated(world: RefFilesWorld) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
     first, second = await world.commit(1), await world.commit(2, an_id(1))
@@ -306,7 +306,7 @@ async def test_a_look_during_which_a_change_lands_is_repeated(world: RefFilesWor
     assert (await look).branches["main"] == an_id(2)
 
 
-async def test_the_same_bytes_are_sent_while_the_branch_is_unchanged(world: RefFilesWorld):
+async def test_the_same_bytes_are_sent_while_the_branch_is_unchanged(world: RefFilesWorld) -> None:
     log, storage = await world.create()
 
     async def drop(request: Request, send: Send) -> object:
@@ -325,7 +325,7 @@ async def test_the_same_bytes_are_sent_while_the_branch_is_unchanged(world: RefF
 
 
 @pytest.mark.parametrize("late_lands", [True, False])
-async def test_an_unknown_outcome_is_settled_either_way(world: RefFilesWorld, late_lands: bool):
+async def test_an_unknown_outcome_is_settled_either_way(world: RefFilesWorld, late_lands: bool) -> None:
     log, storage = await world.create()
     late: list[Send] = []
 
@@ -351,7 +351,7 @@ async def test_an_unknown_outcome_is_settled_either_way(world: RefFilesWorld, la
 # ----------------------------------------------------------------- places
 
 
-async def test_of_many_creators_one_wins(world: RefFilesWorld):
+async def test_of_many_creators_one_wins(world: RefFilesWorld) -> None:
     results = await asyncio.gather(
         *(create_ref_files(world.store, world.clock.sources(), check_clean_root=False) for _ in range(4)),
         return_exceptions=True,
@@ -360,7 +360,7 @@ async def test_of_many_creators_one_wins(world: RefFilesWorld):
     assert sum(isinstance(result, AlreadyExistsError | InvalidInputError) for result in results) == 3
 
 
-async def test_nothing_is_created_over_something_and_nothing_opened_where_nothing_is(world: RefFilesWorld):
+async def test_nothing_is_created_over_something_and_nothing_opened_where_nothing_is(world: RefFilesWorld) -> None:
     with pytest.raises(RepositoryNotFoundError):
         await world.open()
     await (await create_repo_object(world.store, world.clock.sources())).aclose()
@@ -370,14 +370,14 @@ async def test_nothing_is_created_over_something_and_nothing_opened_where_nothin
         await world.create(check_clean_root=False)
 
 
-async def test_a_ref_that_names_no_snapshot_is_an_error_that_names_the_file(world: RefFilesWorld):
+async def test_a_ref_that_names_no_snapshot_is_an_error_that_names_the_file(world: RefFilesWorld) -> None:
     await world.create()
     await world.store.put(MAIN_KEY, b'{"snapshot": 7}')
     with pytest.raises(FormatError, match=MAIN_KEY):
         await world.open()
 
 
-def test_names_stand_in_keys_as_the_official_library_writes_them(tmp_path: Path):
+def test_names_stand_in_keys_as_the_official_library_writes_them(tmp_path: Path) -> None:
     on_disk, elsewhere = RefNames.of(LocalStorage(tmp_path)), RefNames.of(MemoryStorage())
     assert on_disk.branch_key("é x%") == "refs/branch.%C3%A9 x%25/ref.json"
     assert elsewhere.branch_key("é x%") == "refs/branch.é x%/ref.json"
@@ -390,7 +390,7 @@ def test_names_stand_in_keys_as_the_official_library_writes_them(tmp_path: Path)
             assert names.parse(key) is None
 
 
-async def test_everything_works_on_a_disk_too(tmp_path: Path):
+async def test_everything_works_on_a_disk_too(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     log = await create_ref_files(storage)
     await log.append(lambda _: [e.BranchCreated(name="é x", snapshot=FIRST_SNAPSHOT)])

@@ -89,5 +89,5 @@ async def _crowd_on(loop: VirtualLoop, seed: int) -> list[str]:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_a_crowd_under_lost_late_and_doubled_requests_keeps_every_promise(seed: int):
+def test_a_crowd_under_lost_late_and_doubled_requests_keeps_every_promise(seed: int) -> None:
     assert _crowd(seed) == []

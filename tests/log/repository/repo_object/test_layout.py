@@ -33,7 +33,7 @@ from tests.log.repository.world import World, losing_the_answer, replaces_repo
 new_world = partial(World, create_repo_object, RepoObjectLayout)
 
 
-async def test_a_commit_copies_the_object_and_replaces_exactly_that_version(world: World):
+async def test_a_commit_copies_the_object_and_replaces_exactly_that_version(world: World) -> None:
     log, storage = await world.create()
     await log.append(world.commit(1))
     storage.requests.clear()
@@ -41,7 +41,7 @@ async def test_a_commit_copies_the_object_and_replaces_exactly_that_version(worl
     assert [(request.verb, request.key) for request in storage.requests] == [("copy", "repo"), ("put", "repo")]
 
 
-async def test_a_commit_whose_copy_was_made_during_the_uploads_is_one_put(world: World):
+async def test_a_commit_whose_copy_was_made_during_the_uploads_is_one_put(world: World) -> None:
     log, storage = await world.create()
     await log.prepare_writes()
     storage.requests.clear()
@@ -54,7 +54,7 @@ async def test_a_commit_whose_copy_was_made_during_the_uploads_is_one_put(world:
     assert await world.history() == [an_id(1), an_id(2), an_id(3)]
 
 
-async def test_callers_of_one_loop_share_a_put(world: World):
+async def test_callers_of_one_loop_share_a_put(world: World) -> None:
     log, storage = await world.create()
     await log.append(lambda _: [e.BranchCreated(name=str(i), snapshot=FIRST_SNAPSHOT) for i in range(20)])
     storage.requests.clear()
@@ -63,7 +63,7 @@ async def test_callers_of_one_loop_share_a_put(world: World):
     assert set(await world.history()) == {an_id(100 + i) for i in range(20)}
 
 
-async def test_one_who_is_refused_does_not_touch_the_others_of_the_group(world: World):
+async def test_one_who_is_refused_does_not_touch_the_others_of_the_group(world: World) -> None:
     log, _ = await world.create()
     results = await asyncio.gather(
         log.append(world.commit(1)),
@@ -76,7 +76,7 @@ async def test_one_who_is_refused_does_not_touch_the_others_of_the_group(world: 
     assert await world.history() == [an_id(1)]
 
 
-async def test_of_two_clients_one_conflicts_and_another_branch_does_not(world: World):
+async def test_of_two_clients_one_conflicts_and_another_branch_does_not(world: World) -> None:
     one, _ = await world.create()
     two, _ = await world.open()
     await one.append(lambda _: [e.BranchCreated(name="dev", snapshot=FIRST_SNAPSHOT)])
@@ -87,7 +87,7 @@ async def test_of_two_clients_one_conflicts_and_another_branch_does_not(world: W
     assert await world.history() == [an_id(1), an_id(3)]
 
 
-async def test_a_refusal_is_never_given_on_old_news(world: World):
+async def test_a_refusal_is_never_given_on_old_news(world: World) -> None:
     one, _ = await world.create()
     two, _ = await world.open()
     await one.append(lambda _: [e.BranchCreated(name="dev", snapshot=FIRST_SNAPSHOT)])
@@ -96,7 +96,7 @@ async def test_a_refusal_is_never_given_on_old_news(world: World):
         await two.append(lambda state: [e.TagCreated(name="u", snapshot=state.branch_tip("nowhere"))])
 
 
-async def test_a_read_only_repository_takes_nothing_but_a_change_of_status(world: World):
+async def test_a_read_only_repository_takes_nothing_but_a_change_of_status(world: World) -> None:
     log, _ = await world.create()
     await log.append(lambda _: [e.StatusSet(availability=1, reason="audit")])
     with pytest.raises(ReadOnlyError, match="audit"):
@@ -105,7 +105,7 @@ async def test_a_read_only_repository_takes_nothing_but_a_change_of_status(world
     await log.append(world.commit(1))
 
 
-async def test_everything_a_repository_keeps_survives_opening(world: World):
+async def test_everything_a_repository_keeps_survives_opening(world: World) -> None:
     log, _ = await world.create(config={"inline_chunk_threshold_bytes": 7})
     await log.append(world.commit(1))
     await log.append(
@@ -125,7 +125,9 @@ async def test_everything_a_repository_keeps_survives_opening(world: World):
         await other.append(lambda _: [e.TagCreated(name="gone", snapshot=an_id(1))])
 
 
-async def test_a_refresh_is_one_get_and_decodes_nothing_that_is_known(world: World, monkeypatch: pytest.MonkeyPatch):
+async def test_a_refresh_is_one_get_and_decodes_nothing_that_is_known(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log, storage = await world.create()
     storage.requests.clear()
     monkeypatch.setattr("icechunk.log.repository.repo_object.client.decode_repo", None)
@@ -133,7 +135,7 @@ async def test_a_refresh_is_one_get_and_decodes_nothing_that_is_known(world: Wor
     assert [(request.verb, request.key) for request in storage.requests] == [("get", "repo")]
 
 
-async def test_a_lost_race_is_tried_again_as_often_as_the_configuration_says(world: World):
+async def test_a_lost_race_is_tried_again_as_often_as_the_configuration_says(world: World) -> None:
     log, storage = await world.create(retries=UpdateRetries(tries=3, first_pause_s=0.01))
     other, _ = await world.open()
     puts = 0
@@ -157,7 +159,7 @@ async def test_a_lost_race_is_tried_again_as_often_as_the_configuration_says(wor
 # ------------------------------------------------------------- the store
 
 
-async def test_a_store_that_ignores_if_match_is_found_before_anything_is_replaced(world: World):
+async def test_a_store_that_ignores_if_match_is_found_before_anything_is_replaced(world: World) -> None:
     log, storage = await world.create()
     before = (await world.store.get("repo")).data
 
@@ -171,14 +173,14 @@ async def test_a_store_that_ignores_if_match_is_found_before_anything_is_replace
     assert (await world.store.get("repo")).data == before
 
 
-async def test_a_clock_that_is_off_does_not_write(world: World):
+async def test_a_clock_that_is_off_does_not_write(world: World) -> None:
     await world.create()
     log, _ = await world.open(skew_s=3600)
     with pytest.raises(SessionStateError, match="clock"):
         await log.append(world.commit(1))
 
 
-async def test_of_many_creators_one_wins(world: World):
+async def test_of_many_creators_one_wins(world: World) -> None:
     results = await asyncio.gather(
         *(create_repo_object(world.store, world.clock.sources(), check_clean_root=False) for _ in range(5)),
         return_exceptions=True,
@@ -187,7 +189,7 @@ async def test_of_many_creators_one_wins(world: World):
     assert sum(isinstance(result, AlreadyExistsError) for result in results) == 4
 
 
-async def test_creation_whose_answer_was_lost_is_recognised(world: World):
+async def test_creation_whose_answer_was_lost_is_recognised(world: World) -> None:
     storage = ScriptedStorage(world.store)
 
     storage.script = losing_the_answer(storage, replaces_repo)
@@ -195,7 +197,7 @@ async def test_creation_whose_answer_was_lost_is_recognised(world: World):
     await log.append(world.commit(1))
 
 
-async def test_what_is_no_repository_of_this_layout_is_refused(world: World):
+async def test_what_is_no_repository_of_this_layout_is_refused(world: World) -> None:
     with pytest.raises(RepositoryNotFoundError):
         await world.open()
     await world.create()
@@ -206,7 +208,7 @@ async def test_what_is_no_repository_of_this_layout_is_refused(world: World):
         await world.open()
 
 
-async def test_a_client_finds_that_the_repository_became_a_log(world: World):
+async def test_a_client_finds_that_the_repository_became_a_log(world: World) -> None:
     log, _ = await world.create()
     await log.append(world.commit(1))
     await convert_to_log(world.store, world.clock.sources())
@@ -216,7 +218,7 @@ async def test_a_client_finds_that_the_repository_became_a_log(world: World):
     assert log.state.branches["main"] == an_id(1)
 
 
-async def test_a_commit_that_landed_before_the_conversion_is_recognised(world: World):
+async def test_a_commit_that_landed_before_the_conversion_is_recognised(world: World) -> None:
     log, storage = await world.create()
 
     async def convert(request: Request, send: Send) -> object:
@@ -235,7 +237,7 @@ async def test_a_commit_that_landed_before_the_conversion_is_recognised(world: W
 # ----------------------------------------------------------- the ops log
 
 
-async def test_the_ops_log_is_whole_however_few_lines_an_object_holds(world: World):
+async def test_the_ops_log_is_whole_however_few_lines_an_object_holds(world: World) -> None:
     log, _ = await world.create(updates_per_file=3)
     for i in range(1, 8):
         await log.append(world.commit(i))
@@ -253,7 +255,7 @@ async def test_the_ops_log_is_whole_however_few_lines_an_object_holds(world: Wor
     ]
 
 
-async def test_a_missing_copy_of_the_ops_log_is_named(world: World):
+async def test_a_missing_copy_of_the_ops_log_is_named(world: World) -> None:
     log, _ = await world.create(updates_per_file=1)
     for i in range(1, 5):
         await log.append(world.commit(i))
@@ -267,7 +269,7 @@ def _update(i: int, backup: str | None = None) -> Update:
     return Update(change=TagCreated(name=str(i)), updated_at_us=i, backup_path=backup)
 
 
-def test_lines_of_one_swap_are_not_torn_apart():
+def test_lines_of_one_swap_are_not_torn_apart() -> None:
     stored = (_update(5), _update(4), _update(3, "b"), _update(2, "b"), _update(1, "a"))
     window = next_window([_update(6)], stored, before=None, backup="c", limit=4)
     assert [update.updated_at_us for update in window.updates] == [6, 5, 4]

@@ -32,7 +32,7 @@ async def turns(count: int = 200) -> None:
         await asyncio.sleep(0)
 
 
-async def test_a_commit_that_landed_but_lost_its_answer_is_not_committed_twice(world: World):
+async def test_a_commit_that_landed_but_lost_its_answer_is_not_committed_twice(world: World) -> None:
     log, storage = await world.create()
 
     storage.script = losing_the_answer(storage, replaces_repo)
@@ -41,7 +41,7 @@ async def test_a_commit_that_landed_but_lost_its_answer_is_not_committed_twice(w
 
 
 @pytest.mark.parametrize("what", ["commit", "tag"])
-async def test_ones_own_write_is_recognised_under_that_of_another(world: World, what: str):
+async def test_ones_own_write_is_recognised_under_that_of_another(world: World, what: str) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
 
@@ -62,7 +62,7 @@ async def test_ones_own_write_is_recognised_under_that_of_another(world: World, 
     assert updates.count("NewCommit" if what == "commit" else "TagCreated") == 1
 
 
-async def test_an_answer_that_comes_late_does_not_take_back_what_was_seen_since(world: World):
+async def test_an_answer_that_comes_late_does_not_take_back_what_was_seen_since(world: World) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
     first, second = world.commit(1), world.commit(2, parent=an_id(1))
@@ -81,7 +81,7 @@ async def test_an_answer_that_comes_late_does_not_take_back_what_was_seen_since(
     assert an_id(1) in log.state.snapshots
 
 
-async def test_a_look_during_which_a_change_lands_is_repeated(world: World):
+async def test_a_look_during_which_a_change_lands_is_repeated(world: World) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
     first, second = world.commit(1), world.commit(2, parent=an_id(1))
@@ -103,7 +103,7 @@ async def test_a_look_during_which_a_change_lands_is_repeated(world: World):
     assert (await look).branches["main"] == an_id(2)
 
 
-async def test_the_same_tag_by_another_at_the_same_microsecond_is_not_taken_for_ones_own(world: World):
+async def test_the_same_tag_by_another_at_the_same_microsecond_is_not_taken_for_ones_own(world: World) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
 
@@ -120,7 +120,7 @@ async def test_the_same_tag_by_another_at_the_same_microsecond_is_not_taken_for_
         await log.append(lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)])
 
 
-async def test_the_same_bytes_are_sent_while_the_object_is_unchanged(world: World):
+async def test_the_same_bytes_are_sent_while_the_object_is_unchanged(world: World) -> None:
     log, storage = await world.create()
 
     async def drop(request: Request, send: Send) -> object:
@@ -136,7 +136,7 @@ async def test_the_same_bytes_are_sent_while_the_object_is_unchanged(world: Worl
     assert len({(request.data, request.precondition) for request in puts}) == 1
 
 
-async def test_an_outcome_that_stays_unknown_is_called_so_and_settles_as_landed(world: World):
+async def test_an_outcome_that_stays_unknown_is_called_so_and_settles_as_landed(world: World) -> None:
     log, storage = await world.create()
     late: list[Send] = []
 
@@ -153,7 +153,7 @@ async def test_an_outcome_that_stays_unknown_is_called_so_and_settles_as_landed(
 
 
 @pytest.mark.parametrize("what", ["commit", "tag"])
-async def test_settling_makes_failure_certain(world: World, what: str):
+async def test_settling_makes_failure_certain(world: World, what: str) -> None:
     log, storage = await world.create()
     late: list[Send] = []
 
@@ -174,12 +174,12 @@ async def test_settling_makes_failure_certain(world: World, what: str):
     assert await world.history() == [an_id(2)]
 
 
-async def test_settling_a_token_of_another_life_says_that_it_did_not_land(world: World):
+async def test_settling_a_token_of_another_life_says_that_it_did_not_land(world: World) -> None:
     log, _ = await world.create()
     assert not await log.settle(SwapToken(epoch="repo:gone", n=5, nonce=b"x" * 16, snapshots=(an_id(9),)))
 
 
-async def test_a_caller_with_a_deadline_is_told_and_the_put_goes_on(world: World):
+async def test_a_caller_with_a_deadline_is_told_and_the_put_goes_on(world: World) -> None:
     log, storage = await world.create()
     go = asyncio.Event()
 
@@ -190,7 +190,7 @@ async def test_a_caller_with_a_deadline_is_told_and_the_put_goes_on(world: World
     assert await log.settle(unknown.value.token)
 
 
-async def test_a_cancelled_caller_leaves_the_queue_and_not_the_swap(world: World):
+async def test_a_cancelled_caller_leaves_the_queue_and_not_the_swap(world: World) -> None:
     log, storage = await world.create()
     go = asyncio.Event()
 
@@ -208,7 +208,7 @@ async def test_a_cancelled_caller_leaves_the_queue_and_not_the_swap(world: World
     assert await world.history() == [an_id(1)]
 
 
-async def test_whoever_is_cancelled_learns_whether_the_outcome_is_open(world: World):
+async def test_whoever_is_cancelled_learns_whether_the_outcome_is_open(world: World) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
     told: list[SwapToken | None] = []
@@ -228,7 +228,7 @@ async def test_whoever_is_cancelled_learns_whether_the_outcome_is_open(world: Wo
     assert await world.history() == [an_id(2), an_id(3)]
 
 
-async def test_a_copy_that_fails_fails_the_commit_with_nothing_landed(world: World):
+async def test_a_copy_that_fails_fails_the_commit_with_nothing_landed(world: World) -> None:
     log, storage = await world.create()
 
     async def no_copy(request: Request, send: Send) -> object:
@@ -243,14 +243,14 @@ async def test_a_copy_that_fails_fails_the_commit_with_nothing_landed(world: Wor
     assert not storage.of("put", "repo")
 
 
-async def test_what_cannot_be_encoded_fails_alone(world: World):
+async def test_what_cannot_be_encoded_fails_alone(world: World) -> None:
     log, _ = await world.create()
     with pytest.raises(IcechunkError):
         await log.append(lambda _: [e.TagCreated(name="\ud800", snapshot=FIRST_SNAPSHOT)])
     await log.append(world.commit(1))
 
 
-async def test_closing_tells_who_waits_and_refuses_afterwards(world: World):
+async def test_closing_tells_who_waits_and_refuses_afterwards(world: World) -> None:
     log, _ = await world.create()
     await log.aclose()
     with pytest.raises(SessionStateError, match="closed"):
