@@ -25,7 +25,7 @@ from zarr.registry import get_codec_class
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.values import NodeKind
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.loops import synchronous
 from icechunk.session import Session
 from icechunk.store import IcechunkStore
 from icechunk.store.zarr_keys import chunk_key_text, metadata_key_text, to_path
@@ -104,11 +104,7 @@ async def from_kerchunk_async(
     return left_out
 
 
-def from_kerchunk(
-    store: IcechunkStore, references: Mapping[str, Any], *, group: str = "", validate_containers: bool = True
-) -> list[str]:
-    """Synchronous twin of `from_kerchunk_async`."""
-    return run_sync(from_kerchunk_async(store, references, group=group, validate_containers=validate_containers))
+from_kerchunk = synchronous(from_kerchunk_async)
 
 
 async def to_kerchunk_async(session: Session, *, group: str = "", chunks_url: str | None = None) -> dict[str, Any]:
@@ -146,9 +142,7 @@ async def to_kerchunk_async(session: Session, *, group: str = "", chunks_url: st
     return {"version": 1, "refs": refs}
 
 
-def to_kerchunk(session: Session, *, group: str = "", chunks_url: str | None = None) -> dict[str, Any]:
-    """Synchronous twin of `to_kerchunk_async`."""
-    return run_sync(to_kerchunk_async(session, group=group, chunks_url=chunks_url))
+to_kerchunk = synchronous(to_kerchunk_async)
 
 
 def read_kerchunk_parquet(folder: str | Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from icechunk.ops import FeatureFlag, RepoStatus
 from icechunk.repository.base import RepositoryBase
 from icechunk.repository.views import feature_flag_id, feature_flags, repo_status
 from icechunk.runtime.checks import json_metadata, require_type
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.loops import synchronous
 
 __all__ = ["Administration"]
 
@@ -42,9 +42,7 @@ class Administration(RepositoryBase):
         await log.append(lambda _: [ConfigReplaced(config=config, expected=expected, check=True)])
         self._core.persisted_config = config
 
-    def save_config(self) -> None:
-        """Synchronous twin of `save_config_async`."""
-        run_sync(self.save_config_async())
+    save_config = synchronous(save_config_async)
 
     def set_default_commit_metadata(self, metadata: Mapping[str, Any]) -> None:
         """Metadata that every commit of this object gets, under what the commit itself brings."""
@@ -59,9 +57,7 @@ class Administration(RepositoryBase):
         await self._require_format_2("read the repository's metadata")
         return dict((await self._core.state()).metadata)
 
-    def get_metadata(self) -> dict[str, Any]:
-        """Synchronous twin of `get_metadata_async`."""
-        return run_sync(self.get_metadata_async())
+    get_metadata = synchronous(get_metadata_async)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -72,9 +68,7 @@ class Administration(RepositoryBase):
         """Replace the repository's metadata as a whole. Raises `ReadOnlyError` where its status is read-only."""
         await self._happen(MetadataReplaced(metadata=json_metadata("metadata", metadata)))
 
-    def set_metadata(self, metadata: Mapping[str, Any]) -> None:
-        """Synchronous twin of `set_metadata_async`."""
-        run_sync(self.set_metadata_async(metadata))
+    set_metadata = synchronous(set_metadata_async)
 
     async def update_metadata_async(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Set some keys of the repository's metadata atomically, and return all of it."""
@@ -82,18 +76,14 @@ class Administration(RepositoryBase):
         log = await self._core.log()
         return dict((await log.append(lambda _: [MetadataUpdated(metadata=wanted)])).metadata)
 
-    def update_metadata(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        """Synchronous twin of `update_metadata_async`."""
-        return run_sync(self.update_metadata_async(metadata))
+    update_metadata = synchronous(update_metadata_async)
 
     async def get_status_async(self) -> RepoStatus:
         """Whether the repository takes writes: its real status, whatever other readers of the format are shown."""
         await self._require_format_2("read the repository's status")
         return repo_status((await self._core.state()).status)
 
-    def get_status(self) -> RepoStatus:
-        """Synchronous twin of `get_status_async`."""
-        return run_sync(self.get_status_async())
+    get_status = synchronous(get_status_async)
 
     @property
     def status(self) -> RepoStatus:
@@ -105,9 +95,7 @@ class Administration(RepositoryBase):
         require_type("status", status, RepoStatus)
         await self._happen(StatusSet(availability=int(status.availability), reason=status.limited_availability_reason))
 
-    def set_status(self, status: RepoStatus) -> None:
-        """Synchronous twin of `set_status_async`."""
-        run_sync(self.set_status_async(status))
+    set_status = synchronous(set_status_async)
 
     async def feature_flags_async(self) -> list[FeatureFlag]:
         """Every feature that can be switched, and how it is set."""
@@ -115,25 +103,19 @@ class Administration(RepositoryBase):
         state = await self._core.state()
         return feature_flags(state.enabled_feature_flags or (), state.disabled_feature_flags or ())
 
-    def feature_flags(self) -> list[FeatureFlag]:
-        """Synchronous twin of `feature_flags_async`."""
-        return run_sync(self.feature_flags_async())
+    feature_flags = synchronous(feature_flags_async)
 
     async def enabled_feature_flags_async(self) -> list[FeatureFlag]:
         """The features that are on."""
         return [flag for flag in await self.feature_flags_async() if flag.enabled]
 
-    def enabled_feature_flags(self) -> list[FeatureFlag]:
-        """Synchronous twin of `enabled_feature_flags_async`."""
-        return run_sync(self.enabled_feature_flags_async())
+    enabled_feature_flags = synchronous(enabled_feature_flags_async)
 
     async def disabled_feature_flags_async(self) -> list[FeatureFlag]:
         """The features that are off."""
         return [flag for flag in await self.feature_flags_async() if not flag.enabled]
 
-    def disabled_feature_flags(self) -> list[FeatureFlag]:
-        """Synchronous twin of `disabled_feature_flags_async`."""
-        return run_sync(self.disabled_feature_flags_async())
+    disabled_feature_flags = synchronous(disabled_feature_flags_async)
 
     async def set_feature_flag_async(self, name: str, setting: bool | None) -> None:
         """Switch a feature on or off, or back to its default (None).
@@ -146,9 +128,7 @@ class Administration(RepositoryBase):
         require_type("setting", setting, bool, optional=True)
         await self._happen(FeatureFlagSet(flag=feature_flag_id(name), value=setting))
 
-    def set_feature_flag(self, name: str, setting: bool | None) -> None:
-        """Synchronous twin of `set_feature_flag_async`."""
-        run_sync(self.set_feature_flag_async(name, setting))
+    set_feature_flag = synchronous(set_feature_flag_async)
 
     async def convert_async(self, layout: Layout | str) -> None:
         """Persist the repository log in another layout from now on, in O(1) writes, whoever else is writing.
@@ -176,9 +156,7 @@ class Administration(RepositoryBase):
             )
         await self._core.convert(Layout(layout))
 
-    def convert(self, layout: Layout | str) -> None:
-        """Synchronous twin of `convert_async`."""
-        run_sync(self.convert_async(layout))
+    convert = synchronous(convert_async)
 
     async def _happen(self, event: Event) -> None:
         await (await self._core.log()).append(lambda _: [event])

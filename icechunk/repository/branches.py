@@ -18,7 +18,7 @@ from icechunk.log.repository.events import (
 from icechunk.log.repository.state import RepoState
 from icechunk.repository.base import RepositoryBase
 from icechunk.repository.views import require_feature
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.loops import synchronous
 
 __all__ = ["Branches"]
 
@@ -41,25 +41,19 @@ class Branches(RepositoryBase):
         validate_branch_name(branch)
         await self._append(BranchCreated(name=branch, snapshot=object_id_from_text(snapshot_id)))
 
-    def create_branch(self, branch: str, snapshot_id: str) -> None:
-        """Synchronous twin of `create_branch_async`."""
-        run_sync(self.create_branch_async(branch, snapshot_id))
+    create_branch = synchronous(create_branch_async)
 
     async def list_branches_async(self) -> set[str]:
         """Names of all branches."""
         return set((await self._core.state()).branches)
 
-    def list_branches(self) -> set[str]:
-        """Synchronous twin of `list_branches_async`."""
-        return run_sync(self.list_branches_async())
+    list_branches = synchronous(list_branches_async)
 
     async def lookup_branch_async(self, branch: str) -> str:
         """The id of the snapshot that a branch points to. Raises `RefNotFoundError`."""
         return encode_id((await self._core.state()).branch_tip(branch))
 
-    def lookup_branch(self, branch: str) -> str:
-        """Synchronous twin of `lookup_branch_async`."""
-        return run_sync(self.lookup_branch_async(branch))
+    lookup_branch = synchronous(lookup_branch_async)
 
     async def reset_branch_async(self, branch: str, snapshot_id: str, *, from_snapshot_id: str | None = None) -> None:
         """Point a branch to another snapshot.
@@ -79,9 +73,7 @@ class Branches(RepositoryBase):
         expected = None if from_snapshot_id is None else object_id_from_text(from_snapshot_id)
         await self._append(BranchReset(name=branch, snapshot=object_id_from_text(snapshot_id), expected=expected))
 
-    def reset_branch(self, branch: str, snapshot_id: str, *, from_snapshot_id: str | None = None) -> None:
-        """Synchronous twin of `reset_branch_async`."""
-        run_sync(self.reset_branch_async(branch, snapshot_id, from_snapshot_id=from_snapshot_id))
+    reset_branch = synchronous(reset_branch_async)
 
     async def delete_branch_async(self, branch: str) -> None:
         """Delete a branch; its snapshots stay until they are collected.
@@ -95,9 +87,7 @@ class Branches(RepositoryBase):
         """
         await self._append(BranchDeleted(name=branch))
 
-    def delete_branch(self, branch: str) -> None:
-        """Synchronous twin of `delete_branch_async`."""
-        run_sync(self.delete_branch_async(branch))
+    delete_branch = synchronous(delete_branch_async)
 
     async def create_tag_async(self, tag: str, snapshot_id: str) -> None:
         """Create a tag at a snapshot, for good.
@@ -116,25 +106,19 @@ class Branches(RepositoryBase):
         validate_tag_name(tag)
         await self._append(TagCreated(name=tag, snapshot=object_id_from_text(snapshot_id)), feature="create_tag")
 
-    def create_tag(self, tag: str, snapshot_id: str) -> None:
-        """Synchronous twin of `create_tag_async`."""
-        run_sync(self.create_tag_async(tag, snapshot_id))
+    create_tag = synchronous(create_tag_async)
 
     async def list_tags_async(self) -> set[str]:
         """Names of all tags."""
         return set((await self._core.state()).tags)
 
-    def list_tags(self) -> set[str]:
-        """Synchronous twin of `list_tags_async`."""
-        return run_sync(self.list_tags_async())
+    list_tags = synchronous(list_tags_async)
 
     async def lookup_tag_async(self, tag: str) -> str:
         """The id of the snapshot that a tag points to. Raises `RefNotFoundError`."""
         return encode_id((await self._core.state()).tag_target(tag))
 
-    def lookup_tag(self, tag: str) -> str:
-        """Synchronous twin of `lookup_tag_async`."""
-        return run_sync(self.lookup_tag_async(tag))
+    lookup_tag = synchronous(lookup_tag_async)
 
     async def delete_tag_async(self, tag: str) -> None:
         """Delete a tag; nobody can use its name again.
@@ -148,9 +132,7 @@ class Branches(RepositoryBase):
         """
         await self._append(TagDeleted(name=tag), feature="delete_tag")
 
-    def delete_tag(self, tag: str) -> None:
-        """Synchronous twin of `delete_tag_async`."""
-        run_sync(self.delete_tag_async(tag))
+    delete_tag = synchronous(delete_tag_async)
 
     async def _append(self, event: Event, *, feature: str | None = None) -> None:
         def propose(state: RepoState) -> Sequence[Event]:

@@ -13,7 +13,7 @@ from icechunk.log.session.merge.diff import diff as diff_transactions
 from icechunk.ops import Update
 from icechunk.repository.base import RepositoryBase, select
 from icechunk.repository.views import manifest_file, snapshot_info, update
-from icechunk.runtime.loops import iterate_sync, run_sync
+from icechunk.runtime.loops import run_sync, synchronous
 from icechunk.runtime.tasks import run_each
 from icechunk.snapshots import Diff, ManifestFileInfo, SnapshotInfo
 
@@ -58,26 +58,20 @@ class History(RepositoryBase):
         async for entry in log.updates():
             yield update(entry)
 
-    def ops_log(self) -> Iterator[Update]:
-        """Synchronous twin of `ops_log_async`."""
-        return iterate_sync(self.ops_log_async())
+    ops_log = synchronous(ops_log_async)
 
     async def lookup_snapshot_async(self, snapshot_id: str) -> SnapshotInfo:
         """What the history says of a snapshot. Raises `SnapshotNotFoundError`."""
         return snapshot_info(require_snapshot(await self._core.state(snapshot_id), object_id_from_text(snapshot_id)))
 
-    def lookup_snapshot(self, snapshot_id: str) -> SnapshotInfo:
-        """Synchronous twin of `lookup_snapshot_async`."""
-        return run_sync(self.lookup_snapshot_async(snapshot_id))
+    lookup_snapshot = synchronous(lookup_snapshot_async)
 
     async def list_manifest_files_async(self, snapshot_id: str) -> list[ManifestFileInfo]:
         """The manifest objects that a snapshot uses, ascending by id. Raises `SnapshotNotFoundError`."""
         snapshot = await self._core.assets.snapshot(object_id_from_text(snapshot_id))
         return [manifest_file(file) for file in snapshot.manifest_files.values()]
 
-    def list_manifest_files(self, snapshot_id: str) -> list[ManifestFileInfo]:
-        """Synchronous twin of `list_manifest_files_async`."""
-        return run_sync(self.list_manifest_files_async(snapshot_id))
+    list_manifest_files = synchronous(list_manifest_files_async)
 
     async def diff_async(
         self,
@@ -127,24 +121,4 @@ class History(RepositoryBase):
         after = await self._core.assets.snapshot(end)
         return Diff.of(diff_transactions([found[id] for id in reversed(wanted)], before, after))
 
-    def diff(
-        self,
-        *,
-        from_branch: str | None = None,
-        from_tag: str | None = None,
-        from_snapshot_id: str | None = None,
-        to_branch: str | None = None,
-        to_tag: str | None = None,
-        to_snapshot_id: str | None = None,
-    ) -> Diff:
-        """Synchronous twin of `diff_async`."""
-        return run_sync(
-            self.diff_async(
-                from_branch=from_branch,
-                from_tag=from_tag,
-                from_snapshot_id=from_snapshot_id,
-                to_branch=to_branch,
-                to_tag=to_tag,
-                to_snapshot_id=to_snapshot_id,
-            )
-        )
+    diff = synchronous(diff_async)

@@ -21,7 +21,7 @@ from icechunk.inspection.description import (
 from icechunk.inspection.drawing import AncestryGraph, lay_out
 from icechunk.log.repository.state import MAIN, to_repo_info
 from icechunk.repository.base import RepositoryBase, select
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.loops import synchronous
 from icechunk.transfer.assets import off_loop
 
 __all__ = ["Inspection"]
@@ -52,9 +52,7 @@ class Inspection(RepositoryBase):
         """
         return await self._inspect("snapshot", snapshot_id, snapshot_key, describe_snapshot, SnapshotNotFoundError)
 
-    def inspect_snapshot(self, snapshot_id: str) -> dict[str, Any]:
-        """Synchronous twin of `inspect_snapshot_async`."""
-        return run_sync(self.inspect_snapshot_async(snapshot_id))
+    inspect_snapshot = synchronous(inspect_snapshot_async)
 
     async def inspect_manifest_async(self, manifest_id: str) -> dict[str, Any]:
         """How many chunk references of which kind are in a manifest, and how it is compressed.
@@ -74,9 +72,7 @@ class Inspection(RepositoryBase):
         """
         return await self._inspect("manifest", manifest_id, manifest_key, describe_manifest, ObjectNotFoundError)
 
-    def inspect_manifest(self, manifest_id: str) -> dict[str, Any]:
-        """Synchronous twin of `inspect_manifest_async`."""
-        return run_sync(self.inspect_manifest_async(manifest_id))
+    inspect_manifest = synchronous(inspect_manifest_async)
 
     async def inspect_transaction_log_async(self, snapshot_id: str) -> dict[str, Any]:
         """What the commit of a snapshot changed, by the ids of nodes.
@@ -106,9 +102,7 @@ class Inspection(RepositoryBase):
         except ObjectNotFoundError:
             return None
 
-    def inspect_transaction_log(self, snapshot_id: str) -> dict[str, Any]:
-        """Synchronous twin of `inspect_transaction_log_async`."""
-        return run_sync(self.inspect_transaction_log_async(snapshot_id))
+    inspect_transaction_log = synchronous(inspect_transaction_log_async)
 
     async def _inspect(
         self,
@@ -151,9 +145,7 @@ class Inspection(RepositoryBase):
         header = read_header(data, FileType.REPO_INFO, what=f"object {REPO_KEY!r}")
         return describe_repo_info(header, to_repo_info(state))
 
-    def inspect_repo_info(self) -> dict[str, Any]:
-        """Synchronous twin of `inspect_repo_info_async`."""
-        return run_sync(self.inspect_repo_info_async())
+    inspect_repo_info = synchronous(inspect_repo_info_async)
 
     async def ancestry_graph_async(
         self,
@@ -196,13 +188,4 @@ class Inspection(RepositoryBase):
         drawing = lay_out(state.snapshots, tips, branches=state.branches, tags=state.tags, main=main)
         return AncestryGraph(drawing, plain=plain)
 
-    def ancestry_graph(
-        self,
-        *,
-        branch: str | None = None,
-        tag: str | None = None,
-        snapshot_id: str | None = None,
-        plain: bool = False,
-    ) -> AncestryGraph:
-        """Synchronous twin of `ancestry_graph_async`."""
-        return run_sync(self.ancestry_graph_async(branch=branch, tag=tag, snapshot_id=snapshot_id, plain=plain))
+    ancestry_graph = synchronous(ancestry_graph_async)

@@ -1,12 +1,8 @@
-"""Creating, finding and opening repositories.
-
-A warning about virtual chunk containers that are authorised without saying how.
-"""
+"""Creating, finding and opening repositories."""
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any, Final, Self
 
@@ -19,11 +15,11 @@ from icechunk.ops import SpecVersion
 from icechunk.repository.base import RepositoryBase
 from icechunk.runtime.checks import require_type
 from icechunk.runtime.clock import SYSTEM
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.loops import run_sync, synchronous, warn_caller
 from icechunk.session.core import Core
 from icechunk.storage.port import Storage
 
-__all__ = ["Opening", "announced", "warn_on_none_virtual_chunk_credentials"]
+__all__ = ["Opening"]
 
 _S3: Final = "icechunk.Credentials.S3(icechunk.S3Credentials.FromEnv())"
 _GCS: Final = "icechunk.Credentials.Gcs(icechunk.GcsCredentials.FromEnv())"
@@ -50,44 +46,25 @@ def _none_credential_guidance(scheme: str) -> tuple[str, str]:
     return instead, _FROM_ENVIRONMENT if ".FromEnv" in instead else ""
 
 
-class _Announced(dict[str, "AnyCredential | None"]):
-    """Access whose warnings have been given."""
-
-
-def warn_on_none_virtual_chunk_credentials(
-    authorize_virtual_chunk_access: Mapping[str, AnyCredential | None] | None, *, stacklevel: int = 3
-) -> None:
-    """Give a `DeprecationWarning` for each container whose credentials are None.
-
-    Parameters
-    ----------
-    stacklevel
-        Of the user's call, counted from here.
-    """
-    if authorize_virtual_chunk_access is None or isinstance(authorize_virtual_chunk_access, _Announced):
-        return
-    for prefix, credential in authorize_virtual_chunk_access.items():
+def _warn_of_missing_credentials(access: Mapping[str, AnyCredential | None] | None) -> None:
+    """Give a `DeprecationWarning` for each container whose credentials are None."""
+    if not isinstance(access, dict):
+        return  # None, or something that is refused elsewhere
+    for prefix, credential in access.items():
         if credential is None:
             instead, why = _none_credential_guidance(prefix.partition(":")[0])
-            warnings.warn(
+            warn_caller(
                 f"None in authorize_virtual_chunk_access for the container {prefix!r} is deprecated{why}: "
                 f"pass {instead}",
                 DeprecationWarning,
-                stacklevel=stacklevel + 1,
             )
 
 
-def announced(access: dict[str, AnyCredential | None] | None) -> dict[str, AnyCredential | None] | None:
-    """The same access after its warnings, which name the caller of the synchronous twin that calls this."""
-    if not isinstance(access, dict):
-        # None, or something that the engine refuses in words of its own.
-        return access
-    warn_on_none_virtual_chunk_credentials(access)
-    return _Announced(access)
-
-
 class Opening(RepositoryBase):
-    """How a `Repository` comes into being."""
+    """How a `Repository` comes into being.
+
+    The twins of class methods are written out: mypy cannot see through a function that is given one.
+    """
 
     @classmethod
     async def create_async(
@@ -128,7 +105,7 @@ class Opening(RepositoryBase):
         """
         core = _new_core(storage, config, authorize_virtual_chunk_access, attribution)
         layout = _layout(spec_version, config)
-        warn_on_none_virtual_chunk_credentials(authorize_virtual_chunk_access)
+        _warn_of_missing_credentials(authorize_virtual_chunk_access)
         log = await create_repository(
             core.storage,
             layout,
@@ -150,7 +127,6 @@ class Opening(RepositoryBase):
         attribution: Attribution | None = None,
     ) -> Self:
         """Synchronous twin of `create_async`."""
-        authorize_virtual_chunk_access = announced(authorize_virtual_chunk_access)
         return run_sync(
             cls.create_async(
                 storage, config, authorize_virtual_chunk_access, spec_version, check_clean_root, attribution
@@ -181,7 +157,7 @@ class Opening(RepositoryBase):
         FormatError
             What is there is not a repository that this version can read.
         """
-        warn_on_none_virtual_chunk_credentials(authorize_virtual_chunk_access)
+        _warn_of_missing_credentials(authorize_virtual_chunk_access)
         core = _new_core(storage, config, authorize_virtual_chunk_access, attribution)
         await core.load_config()
         return cls(core)
@@ -195,7 +171,6 @@ class Opening(RepositoryBase):
         attribution: Attribution | None = None,
     ) -> Self:
         """Synchronous twin of `open_async`."""
-        authorize_virtual_chunk_access = announced(authorize_virtual_chunk_access)
         return run_sync(cls.open_async(storage, config, authorize_virtual_chunk_access, attribution))
 
     @classmethod
@@ -209,7 +184,6 @@ class Opening(RepositoryBase):
         attribution: Attribution | None = None,
     ) -> Self:
         """Open the repository, or create it where there is none; arguments as in `open_async` and `create_async`."""
-        authorize_virtual_chunk_access = announced(authorize_virtual_chunk_access)
         if await cls.exists_async(storage):
             return await cls.open_async(storage, config, authorize_virtual_chunk_access, attribution)
         try:
@@ -233,7 +207,6 @@ class Opening(RepositoryBase):
         attribution: Attribution | None = None,
     ) -> Self:
         """Synchronous twin of `open_or_create_async`."""
-        authorize_virtual_chunk_access = announced(authorize_virtual_chunk_access)
         return run_sync(
             cls.open_or_create_async(
                 storage, config, authorize_virtual_chunk_access, create_version, check_clean_root, attribution
@@ -245,10 +218,7 @@ class Opening(RepositoryBase):
         """Whether there is a repository at this place."""
         return await detect(_with(storage, storage_settings)) is not None
 
-    @staticmethod
-    def exists(storage: Storage, storage_settings: StorageSettings | None = None) -> bool:
-        """Synchronous twin of `exists_async`."""
-        return run_sync(Opening.exists_async(storage, storage_settings))
+    exists = staticmethod(synchronous(exists_async))
 
     @staticmethod
     async def fetch_spec_version_async(
@@ -260,10 +230,7 @@ class Opening(RepositoryBase):
             return None
         return SpecVersion.v1 if layout is Layout.REFS else SpecVersion.v2
 
-    @staticmethod
-    def fetch_spec_version(storage: Storage, storage_settings: StorageSettings | None = None) -> SpecVersion | None:
-        """Synchronous twin of `fetch_spec_version_async`."""
-        return run_sync(Opening.fetch_spec_version_async(storage, storage_settings))
+    fetch_spec_version = staticmethod(synchronous(fetch_spec_version_async))
 
     @staticmethod
     async def fetch_config_async(storage: Storage) -> RepositoryConfig | None:
@@ -280,10 +247,7 @@ class Opening(RepositoryBase):
         finally:
             await log.aclose()
 
-    @staticmethod
-    def fetch_config(storage: Storage) -> RepositoryConfig | None:
-        """Synchronous twin of `fetch_config_async`."""
-        return run_sync(Opening.fetch_config_async(storage))
+    fetch_config = staticmethod(synchronous(fetch_config_async))
 
     async def reopen_async(
         self,
@@ -291,7 +255,7 @@ class Opening(RepositoryBase):
         authorize_virtual_chunk_access: dict[str, AnyCredential | None] | None = None,
     ) -> Self:
         """The same repository opened anew, with other options merged over the present ones."""
-        warn_on_none_virtual_chunk_credentials(authorize_virtual_chunk_access)
+        _warn_of_missing_credentials(authorize_virtual_chunk_access)
         access = self._core.virtual_access if authorize_virtual_chunk_access is None else authorize_virtual_chunk_access
         _check_config(config)
         merged = self._core.config if config is None else self._core.config.merge(config)
@@ -306,14 +270,7 @@ class Opening(RepositoryBase):
         await core.load_config()
         return type(self)(core)
 
-    def reopen(
-        self,
-        config: RepositoryConfig | None = None,
-        authorize_virtual_chunk_access: dict[str, AnyCredential | None] | None = None,
-    ) -> Self:
-        """Synchronous twin of `reopen_async`."""
-        authorize_virtual_chunk_access = announced(authorize_virtual_chunk_access)
-        return run_sync(self.reopen_async(config, authorize_virtual_chunk_access))
+    reopen = synchronous(reopen_async)
 
 
 def _new_core(

@@ -15,7 +15,7 @@ from icechunk.log.repository.state import ONLINE, RepoState
 from icechunk.repository.base import RepositoryBase, select
 from icechunk.repository.views import require_feature
 from icechunk.runtime.checks import WrongTypeError, require_type
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.loops import synchronous
 from icechunk.session import Session
 from icechunk.store import IcechunkStore
 
@@ -65,16 +65,7 @@ class Sessions(RepositoryBase):
         await self._core.preload(snapshot)
         return Session(self._core, snapshot)
 
-    def readonly_session(
-        self,
-        branch: str | None = None,
-        *,
-        tag: str | None = None,
-        snapshot_id: str | None = None,
-        as_of: datetime | None = None,
-    ) -> Session:
-        """Synchronous twin of `readonly_session_async`."""
-        return run_sync(self.readonly_session_async(branch, tag=tag, snapshot_id=snapshot_id, as_of=as_of))
+    readonly_session = synchronous(readonly_session_async)
 
     async def writable_session_async(self, branch: str) -> Session:
         """Begin changes on top of a branch's newest version.
@@ -98,9 +89,7 @@ class Sessions(RepositoryBase):
         await self._core.preload(base)
         return Session(self._core, base, branch=branch, since_us=since_us, rearrange=rearrange)
 
-    def writable_session(self, branch: str) -> Session:
-        """Synchronous twin of `writable_session_async`."""
-        return run_sync(self.writable_session_async(branch))
+    writable_session = synchronous(writable_session_async)
 
     async def rearrange_session_async(self, branch: str) -> Session:
         """Begin moving nodes on top of a branch's newest version, with `Session.move`; nothing else can be changed.
@@ -121,9 +110,7 @@ class Sessions(RepositoryBase):
         require_feature(state.disabled_feature_flags or (), "move_node")
         return await self._session_on(branch, state, rearrange=True)
 
-    def rearrange_session(self, branch: str) -> Session:
-        """Synchronous twin of `rearrange_session_async`."""
-        return run_sync(self.rearrange_session_async(branch))
+    rearrange_session = synchronous(rearrange_session_async)
 
     @asynccontextmanager
     async def transaction_async(
@@ -168,17 +155,13 @@ class Sessions(RepositoryBase):
         """
         return await (await self._core.log()).settle(token)
 
-    def settle(self, token: SwapToken) -> bool:
-        """Synchronous twin of `settle_async`."""
-        return run_sync(self.settle_async(token))
+    settle = synchronous(settle_async)
 
     async def checkpoint_async(self) -> None:
         """Write the state of the log for other readers of the format now, instead of soon."""
         await (await self._core.log()).checkpoint()
 
-    def checkpoint(self) -> None:
-        """Synchronous twin of `checkpoint_async`."""
-        run_sync(self.checkpoint_async())
+    checkpoint = synchronous(checkpoint_async)
 
 
 def _require_online(state: RepoState) -> None:

@@ -7,7 +7,6 @@ Leaving format 1 for format 2.
 
 from __future__ import annotations
 
-import warnings
 from datetime import datetime
 from typing import Any, Final, NoReturn, TypeVar, cast, get_args
 
@@ -35,7 +34,7 @@ from icechunk.repository.opening import Opening
 from icechunk.repository.sessions import Sessions
 from icechunk.runtime.checks import WrongTypeError, json_metadata, require_type
 from icechunk.runtime.clock import us_of
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.loops import synchronous, warn_caller
 from icechunk.session.core import Core
 from icechunk.types import CommitMethod
 
@@ -94,17 +93,7 @@ class Upkeep(RepositoryBase):
         )
         return {encode_id(id) for id in released}
 
-    def expire_snapshots(
-        self, older_than: datetime, *, delete_expired_branches: bool = False, delete_expired_tags: bool = False
-    ) -> set[str]:
-        """Synchronous twin of `expire_snapshots_async`."""
-        return run_sync(
-            self.expire_snapshots_async(
-                older_than,
-                delete_expired_branches=delete_expired_branches,
-                delete_expired_tags=delete_expired_tags,
-            )
-        )
+    expire_snapshots = synchronous(expire_snapshots_async)
 
     async def garbage_collect_async(
         self,
@@ -168,33 +157,7 @@ class Upkeep(RepositoryBase):
             await prune_log(log, storage, sources)
         return summary
 
-    def garbage_collect(
-        self,
-        delete_object_older_than: datetime,
-        *,
-        dry_run: bool = False,
-        max_snapshots_in_memory: int = 50,
-        max_compressed_manifest_mem_bytes: int = 512 * _MIB,
-        max_decoded_manifest_mem_bytes: int = 4 * _GIB,
-        max_concurrent_manifest_fetches: int = 500,
-        max_concurrent_deletes: int = 10,
-        max_consecutive_delete_failures: int = 50,
-        max_concurrent_listings: int | None = None,
-    ) -> GCSummary:
-        """Synchronous twin of `garbage_collect_async`."""
-        return run_sync(
-            self.garbage_collect_async(
-                delete_object_older_than,
-                dry_run=dry_run,
-                max_snapshots_in_memory=max_snapshots_in_memory,
-                max_compressed_manifest_mem_bytes=max_compressed_manifest_mem_bytes,
-                max_decoded_manifest_mem_bytes=max_decoded_manifest_mem_bytes,
-                max_concurrent_manifest_fetches=max_concurrent_manifest_fetches,
-                max_concurrent_deletes=max_concurrent_deletes,
-                max_consecutive_delete_failures=max_consecutive_delete_failures,
-                max_concurrent_listings=max_concurrent_listings,
-            )
-        )
+    garbage_collect = synchronous(garbage_collect_async)
 
     async def prune_log_async(self) -> int:
         """Delete entries of the log that every reader can do without. Part of `garbage_collect_async`.
@@ -216,9 +179,7 @@ class Upkeep(RepositoryBase):
         """
         return await prune_log(await self._core.log(), self._core.storage, self._core.sources)
 
-    def prune_log(self) -> int:
-        """Synchronous twin of `prune_log_async`."""
-        return run_sync(self.prune_log_async())
+    prune_log = synchronous(prune_log_async)
 
     async def chunk_storage_stats_async(
         self,
@@ -252,23 +213,7 @@ class Upkeep(RepositoryBase):
         )
         return await chunk_storage_stats(await self._core.log(), self._core.storage, limits)
 
-    def chunk_storage_stats(
-        self,
-        *,
-        max_snapshots_in_memory: int = 50,
-        max_compressed_manifest_mem_bytes: int = 512 * _MIB,
-        max_decoded_manifest_mem_bytes: int = 4 * _GIB,
-        max_concurrent_manifest_fetches: int = 500,
-    ) -> ChunkStorageStats:
-        """Synchronous twin of `chunk_storage_stats_async`."""
-        return run_sync(
-            self.chunk_storage_stats_async(
-                max_snapshots_in_memory=max_snapshots_in_memory,
-                max_compressed_manifest_mem_bytes=max_compressed_manifest_mem_bytes,
-                max_decoded_manifest_mem_bytes=max_decoded_manifest_mem_bytes,
-                max_concurrent_manifest_fetches=max_concurrent_manifest_fetches,
-            )
-        )
+    chunk_storage_stats = synchronous(chunk_storage_stats_async)
 
     async def total_chunks_storage_async(
         self,
@@ -282,7 +227,11 @@ class Upkeep(RepositoryBase):
 
         Parameters and errors as there.
         """
-        _warn_of_total_chunks_storage("total_chunks_storage_async", "chunk_storage_stats_async")
+        warn_caller(
+            "total_chunks_storage is deprecated: chunk_storage_stats() also counts inline and virtual chunks, and its "
+            "native_bytes are what this returns",
+            DeprecationWarning,
+        )
         stats = await self.chunk_storage_stats_async(
             max_snapshots_in_memory=max_snapshots_in_memory,
             max_compressed_manifest_mem_bytes=max_compressed_manifest_mem_bytes,
@@ -291,31 +240,7 @@ class Upkeep(RepositoryBase):
         )
         return stats.native_bytes
 
-    def total_chunks_storage(
-        self,
-        *,
-        max_snapshots_in_memory: int = 50,
-        max_compressed_manifest_mem_bytes: int = 512 * _MIB,
-        max_decoded_manifest_mem_bytes: int = 4 * _GIB,
-        max_concurrent_manifest_fetches: int = 500,
-    ) -> int:
-        """Synchronous twin of `total_chunks_storage_async`, deprecated as well."""
-        _warn_of_total_chunks_storage("total_chunks_storage", "chunk_storage_stats")
-        return self.chunk_storage_stats(
-            max_snapshots_in_memory=max_snapshots_in_memory,
-            max_compressed_manifest_mem_bytes=max_compressed_manifest_mem_bytes,
-            max_decoded_manifest_mem_bytes=max_decoded_manifest_mem_bytes,
-            max_concurrent_manifest_fetches=max_concurrent_manifest_fetches,
-        ).native_bytes
-
-
-def _warn_of_total_chunks_storage(name: str, better: str) -> None:
-    warnings.warn(
-        f"{name} is deprecated: {better}() also counts inline and virtual chunks, and its "
-        "native_bytes are what this returns",
-        DeprecationWarning,
-        stacklevel=3,
-    )
+    total_chunks_storage = synchronous(total_chunks_storage_async)
 
 
 def _instant_us(name: str, value: datetime) -> int:
@@ -389,18 +314,7 @@ class Rewriting(Sessions):
         described |= {"__icechunk": {"splitting_config": self._splitting()}}
         return await session.commit_rewritten(message, described, amend=amend)
 
-    def rewrite_manifests(
-        self,
-        message: str,
-        *,
-        branch: str,
-        metadata: dict[str, Any] | None = None,
-        commit_method: CommitMethod = "new_commit",
-    ) -> str:
-        """Synchronous twin of `rewrite_manifests_async`."""
-        return run_sync(
-            self.rewrite_manifests_async(message, branch=branch, metadata=metadata, commit_method=commit_method)
-        )
+    rewrite_manifests = synchronous(rewrite_manifests_async)
 
     def _splitting(self) -> Any:
         """The splitting configuration as it is persisted."""
@@ -487,15 +401,4 @@ async def _upgraded(repo: R, dry_run: bool, delete_unused_v1_files: bool, prefet
     return await repo.reopen_async()
 
 
-def upgrade_icechunk_repository(
-    repo: R, *, dry_run: bool, delete_unused_v1_files: bool = True, prefetch_concurrency: int | None = None
-) -> R:
-    """Synchronous twin of `upgrade_icechunk_repository_async`."""
-    return run_sync(
-        upgrade_icechunk_repository_async(
-            repo,
-            dry_run=dry_run,
-            delete_unused_v1_files=delete_unused_v1_files,
-            prefetch_concurrency=prefetch_concurrency,
-        )
-    )
+upgrade_icechunk_repository = synchronous(upgrade_icechunk_repository_async)

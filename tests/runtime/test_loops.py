@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
+import pickle
+import sys
 import threading
 import warnings
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from typing import Self, assert_type, overload
 
 import pytest
 
-from icechunk.runtime.loops import background_loop, blocked_loop, iterate_sync, run_sync
+from icechunk.runtime.loops import background_loop, blocked_loop, iterate_sync, run_sync, synchronous, warn_caller
 
 
 async def double(value: int) -> int:
@@ -99,6 +103,118 @@ def test_an_error_in_the_middle_of_an_iterator_arrives() -> None:
     assert next(walk) == 1
     with pytest.raises(LookupError):
         next(walk)
+
+
+class Counter:
+    """Has every kind of asynchronous function that has a twin."""
+
+    step = 1
+
+    async def add_async(self, value: int, *, times: int = 1) -> int:
+        """A sum.
+
+        Parameters
+        ----------
+        value
+            A summand.
+        """
+        await asyncio.sleep(0)
+        return value + self.step * times
+
+    add = synchronous(add_async)
+
+    async def itself_async(self) -> Self:
+        return self
+
+    itself = synchronous(itself_async)
+
+    async def up_to_async(self, end: int) -> AsyncIterator[int]:
+        """Numbers."""
+        for n in range(0, end, self.step):
+            yield n
+
+    up_to = synchronous(up_to_async)
+
+    @overload
+    async def echo_async(self, value: int) -> int: ...
+
+    @overload
+    async def echo_async(self, value: str) -> str: ...
+
+    async def echo_async(self, value: int | str) -> int | str:
+        return value
+
+    echo = synchronous(echo_async)
+
+    @staticmethod
+    async def half_async(value: int) -> float:
+        return value / 2
+
+    half = staticmethod(synchronous(half_async))
+
+    async def warn_async(self) -> None:
+        warn_caller("enough", DeprecationWarning)
+
+    warn = synchronous(warn_async)
+
+
+class Doubling(Counter):
+    async def add_async(self, value: int, *, times: int = 1) -> int:
+        return 2 * await super().add_async(value, times=times)
+
+
+async def thrice_async(value: int) -> int:
+    return 3 * value
+
+
+thrice = synchronous(thrice_async)
+
+
+def test_a_twin_returns_what_its_asynchronous_function_does() -> None:
+    counter = Counter()
+    assert assert_type(counter.add(1, times=2), int) == 3
+    assert assert_type(Doubling().itself(), Doubling).step == 1
+    assert list(assert_type(counter.up_to(3), Iterator[int])) == [0, 1, 2]
+    assert (assert_type(counter.echo(1), int), assert_type(counter.echo("a"), str)) == (1, "a")
+    assert assert_type(Counter.half(3), float) == counter.half(3) == 1.5
+    assert assert_type(thrice(2), int) == 6
+
+
+def test_a_twin_of_a_method_calls_what_a_subclass_overrides() -> None:
+    assert Doubling().add(1) == Counter.add(Doubling(), 1) == 4
+
+
+def test_a_twin_has_the_name_the_parameters_and_the_documentation_of_its_asynchronous_function() -> None:
+    assert (Counter.add.__name__, Counter.add.__qualname__) == ("add", "Counter.add")
+    assert inspect.signature(Counter.add) == inspect.signature(Counter.add_async)
+    assert not inspect.iscoroutinefunction(Counter.add)
+    assert (Counter.up_to.__doc__, thrice.__doc__) == (
+        "Synchronous twin of `up_to_async`.\n\nNumbers.",
+        "Synchronous twin of `thrice_async`.",
+    )
+
+
+def test_twins_pickle_as_functions_and_methods_do() -> None:
+    for twin in (Counter.add, thrice, Counter.half):
+        assert pickle.loads(pickle.dumps(twin)) is twin
+    assert pickle.loads(pickle.dumps(Doubling().add))(1) == 4
+
+
+def test_a_twin_called_without_its_arguments_says_so() -> None:
+    with pytest.raises(TypeError, match="value"):
+        Counter().add()  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="self"):
+        Counter.add()  # type: ignore[call-arg]
+
+
+async def test_a_warning_names_the_users_call_in_a_twin_and_where_it_is_awaited() -> None:
+    here = sys._getframe().f_lineno
+    with pytest.warns(DeprecationWarning, match="enough") as of_twin:
+        Counter().warn()
+    with pytest.warns(DeprecationWarning, match="enough") as of_coroutine:
+        await Counter().warn_async()
+    assert (of_twin[0].filename, of_twin[0].lineno) == (__file__, here + 2)
+    assert of_coroutine[0].filename == __file__
 
 
 def test_a_forked_child_makes_a_loop_of_its_own() -> None:
