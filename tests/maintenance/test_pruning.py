@@ -72,7 +72,7 @@ async def test_slots_go_a_week_after_they_were_announced(world: World) -> None:
     assert await world.slots() == [6, 7]
     # Nothing is left of the announcement but that of the slots that came later.
     assert [key for key in await world.keys() if ".floor/" in key] == [floor_key(log.epoch, 7)]
-    opened = await LogLayout.open(world.storage, world.sources)
+    opened = await open_repository(world.storage, world.sources)
     assert opened.state.branch_tip("main") == an_id(7)
     await world.commit(opened, 8)
     assert (await log.refresh()).branch_tip("main") == an_id(8)
@@ -82,7 +82,7 @@ async def test_slots_go_a_week_after_they_were_announced(world: World) -> None:
 
 async def test_slots_after_the_checkpoint_are_never_announced(world: World) -> None:
     log = await world.log(3)
-    other = await LogLayout.open(world.storage, world.sources)
+    other = await open_repository(world.storage, world.sources)
     other._checkpointing._stopped = True
     await world.commit(other, 4, 5)
     await prune_log(log, world.storage, world.sources)
@@ -90,7 +90,7 @@ async def test_slots_after_the_checkpoint_are_never_announced(world: World) -> N
     world.clock.move(8 * DAY_S)
     await prune_log(log, world.storage, world.sources)
     assert await world.slots() == [4, 5]
-    assert (await LogLayout.open(world.storage, world.sources)).state.branch_tip("main") == an_id(5)
+    assert (await open_repository(world.storage, world.sources)).state.branch_tip("main") == an_id(5)
 
 
 async def test_announcements_are_few_however_often_a_pruner_runs(world: World) -> None:
@@ -152,7 +152,7 @@ async def test_a_pruner_that_is_stopped_on_the_way_is_continued_by_the_next(worl
     with pytest.raises(StorageError, match="enough"):
         await prune_log(log, Stuck(world.storage), world.sources)
     assert await world.slots() == [3, 4]
-    assert (await LogLayout.open(world.storage, world.sources)).state.branch_tip("main") == an_id(4)
+    assert (await open_repository(world.storage, world.sources)).state.branch_tip("main") == an_id(4)
     assert await prune_log(log, world.storage, world.sources) == 2
 
 

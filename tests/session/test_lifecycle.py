@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import icechunk
-from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.open import open_repository
 from icechunk.runtime.loops import run_sync
 from icechunk.storage import Storage
 from tests.conftest import BUCKET
@@ -185,7 +185,7 @@ def end_of(script: str, spec: str, tmp_path: Path, *flags: str) -> None:
 
 def checkpoint_is_current(storage: Storage) -> bool:
     async def look() -> bool:
-        log = await LogLayout.open(storage)
+        log = await open_repository(storage)
         try:
             return log.n > 0 and log.checkpoint_n == log.n
         finally:

@@ -8,10 +8,11 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from icechunk.errors import IcechunkError, SessionStateError, StorageError
+from icechunk.errors import IcechunkError, StorageError
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.values import ManifestFile
 from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.open import open_repository
 from icechunk.runtime.clock import Sources
 from tools.simulator.storage import Faults, SimulatedStorage, SimulatedStore, VirtualLoop
 
@@ -74,11 +75,14 @@ class Clients:
         """Open, patiently; None where the repository is not a log at present, again and again."""
         for _ in range(60):
             try:
-                return await LogLayout.open(storage, sources)
-            except SessionStateError:
-                await asyncio.sleep(30)
+                log = await open_repository(storage, sources)
             except StorageError:
                 await asyncio.sleep(1)
+                continue
+            if isinstance(log, LogLayout):
+                return log
+            await log.aclose()
+            await asyncio.sleep(30)
         return None
 
     async def quietly(self, action: Coroutine[Any, Any, T]) -> None:

@@ -21,7 +21,6 @@ from icechunk.errors import (
     CommitOutcomeUnknown,
     IcechunkError,
     ObjectNotFoundError,
-    SessionStateError,
     StorageError,
 )
 from icechunk.format.ids import ObjectId, encode_id
@@ -31,6 +30,7 @@ from icechunk.log.repository.create import create_log
 from icechunk.log.repository.entries.checkpoint import convert_to_log
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.events import CommitAdded, Event
+from icechunk.log.repository.open import open_repository
 from icechunk.log.repository.port import SwapToken
 from icechunk.log.repository.state import RepoState
 from icechunk.runtime.clock import Sources
@@ -232,11 +232,10 @@ class _Cluster(Clients):
     async def _verify(self) -> None:
         report = self.report
         storage, sources = self.reliable()
-        try:
-            await LogLayout.open(storage, sources)
-        except SessionStateError:
+        if not isinstance(await open_repository(storage, sources), LogLayout):
             await convert_to_log(storage, sources)
-        log = await LogLayout.open(storage, sources)
+        log = await open_repository(storage, sources)
+        assert isinstance(log, LogLayout)
         updates = [update async for update in log.updates()][::-1]
         history = [update.change.snapshot for update in updates if isinstance(update.change, NewCommit)]
         counted = set(history)

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import random
 
-from icechunk.errors import IcechunkError, SessionStateError
+from icechunk.errors import IcechunkError
 from icechunk.log.repository.entries.checkpoint import convert_to_log
 from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.open import open_repository
 from icechunk.maintenance.collect import collect_garbage
 from icechunk.maintenance.expire import expire
 from icechunk.maintenance.prune import prune_log
@@ -117,7 +118,5 @@ async def converter(clients: Clients, rounds: int) -> None:
         clients.report.conversions += 1
         await asyncio.sleep(rng.uniform(0, 60))
         reliable, clock = clients.reliable()
-        try:
-            await LogLayout.open(reliable, clock)
-        except SessionStateError:
+        if not isinstance(await open_repository(reliable, clock), LogLayout):
             await convert_to_log(reliable, clock)

@@ -12,7 +12,7 @@ from icechunk.errors import ConflictError
 from icechunk.format.ids import encode_id
 from icechunk.format.repo.values import NewCommit
 from icechunk.log.repository.create import create_log
-from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.open import open_repository
 from icechunk.runtime.clock import SYSTEM
 from icechunk.storage.local.storage import LocalStorage
 from tools.simulator.simulation import commit_proposal
@@ -23,7 +23,7 @@ COMMITS = int(os.environ.get("ICECHUNK_TEST_COMMITS", "8"))
 
 async def work(path: str, commits: int) -> None:
     """Commit that often, each time from the tip that is known, and again from a fresh one on conflict."""
-    log = await LogLayout.open(LocalStorage(path))
+    log = await open_repository(LocalStorage(path))
     for _ in range(commits):
         while True:
             snapshot, parent = SYSTEM.new_object_id(), log.state.branch_tip("main")
@@ -51,7 +51,7 @@ async def test_processes_that_commit_to_one_local_repository_lose_nothing(tmp_pa
     outputs = [await asyncio.to_thread(process.communicate) for process in started]
     assert [process.returncode for process in started] == [0] * PROCESSES
     acknowledged = [line for output, _ in outputs for line in output.split()]
-    log = await LogLayout.open(LocalStorage(path))
+    log = await open_repository(LocalStorage(path))
     history = [encode_id(u.change.snapshot) async for u in log.updates() if isinstance(u.change, NewCommit)]
     assert len(acknowledged) == PROCESSES * COMMITS
     assert sorted(history) == sorted(acknowledged)

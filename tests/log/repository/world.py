@@ -11,6 +11,7 @@ from icechunk.log.repository import events as e
 from icechunk.log.repository.create import create_log
 from icechunk.log.repository.entries.entry import encode_entry, encode_events, slot_key
 from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.open import open_repository
 from icechunk.log.repository.port import RepositoryLog
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import Storage
@@ -37,9 +38,8 @@ DAY_S = 24 * 3600.0
 class World:
     """One store in memory, one clock, and as many clients of a layout as a test opens."""
 
-    def __init__(self, create=create_log, layout=LogLayout) -> None:
+    def __init__(self, create=create_log) -> None:
         self._create = create
-        self._layout = layout
         self.clock = ManualClock()
         self.store = MemoryStorage(self.clock.sources())
         self.logs: list[RepositoryLog] = []
@@ -52,7 +52,7 @@ class World:
 
     async def open(self, *, skew_s: float = 0, **options: object):
         storage = ScriptedStorage(self.store)
-        log = await self._layout.open(storage, self.clock.sources(skew_s=skew_s), **options)
+        log = await open_repository(storage, self.clock.sources(skew_s=skew_s), **options)
         self.logs.append(log)
         return log, storage
 
@@ -66,7 +66,7 @@ class World:
         return commit_proposal(an_id(i), branch, parent=parent, now_us=self.clock.now_us)
 
     async def history(self) -> list[ObjectId]:
-        log = await self._layout.open(self.store, self.clock.sources())
+        log = await open_repository(self.store, self.clock.sources())
         return [update.change.snapshot async for update in log.updates() if isinstance(update.change, NewCommit)][::-1]
 
     async def prune(self, epoch: str, last: int) -> None:

@@ -19,7 +19,7 @@ from icechunk.log.repository.entries import client as log_view
 from icechunk.log.repository.entries import layout
 from icechunk.log.repository.entries import reader as log_reader
 from icechunk.log.repository.entries.entry import slot_key
-from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.open import open_repository
 from icechunk.runtime.clock import Sources
 from icechunk.storage.obstore.buckets import AzurePlace, GcsPlace
 from icechunk.storage.obstore.storage import ObstoreStorage
@@ -108,7 +108,7 @@ async def test_a_writer_that_slept_while_its_slot_was_pruned_is_not_told_that_it
     storage = ScriptedStorage(bucket)
     log = await create_log(storage, clocks.sources())
     await log.prepare_writes()
-    other = await LogLayout.open(bucket, clocks.manual.sources())
+    other = await open_repository(bucket, clocks.manual.sources())
     slept = False
 
     async def sleep_before_sending(request: Request, send: Send) -> object:
@@ -146,7 +146,7 @@ async def test_a_reader_that_slept_does_not_take_a_pruned_slot_for_no_news(
         without_proof(monkeypatch)
     clocks = Clocks()
     log = await create_log(bucket, clocks.sources())
-    reader = await LogLayout.open(bucket, clocks.sources())
+    reader = await open_repository(bucket, clocks.sources())
     await log.append(commit_proposal(an_id(1), "main", parent=None, now_us=clocks.manual.now_us))
     await log.checkpoint()
     clocks.manual.move(3.6 * DAY_S)

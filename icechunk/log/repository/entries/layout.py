@@ -40,10 +40,8 @@ from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.format.keys import snapshot_key
 from icechunk.format.repo.values import Update
 from icechunk.log.repository import events as e
-from icechunk.log.repository.entries.checkpoint import DEFAULT_UPDATES_PER_FILE, finish_conversion
 from icechunk.log.repository.entries.checkpoint_schedule import Checkpointing
 from icechunk.log.repository.entries.client import LogView
-from icechunk.log.repository.entries.embedded import stand_up
 from icechunk.log.repository.entries.entry import encode_events, slot_key
 from icechunk.log.repository.entries.reader import (
     MAX_SKEW_US,
@@ -51,11 +49,10 @@ from icechunk.log.repository.entries.reader import (
     RepoObject,
     clock_error_us,
     instant,
-    open_head,
     read_slot,
     still_proves,
 )
-from icechunk.log.repository.entries.takeover import Stranded, seal_abandoned
+from icechunk.log.repository.entries.takeover import Stranded
 from icechunk.log.repository.marker import state_of
 from icechunk.log.repository.ops_log import any_in_history, updates_of
 from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Layout, OnSent, Propose, RepositoryLog, SwapToken
@@ -73,7 +70,7 @@ from icechunk.log.repository.queue import (
 from icechunk.log.repository.settle import Landed, Lost, backoff_s, settle_attempt
 from icechunk.log.repository.state import MAIN, RepoState, apply
 from icechunk.log.repository.store_check import StoreCheck, may_write
-from icechunk.runtime.clock import SYSTEM, Sources
+from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import finish_task
 from icechunk.storage.port import Storage
 from icechunk.transfer.cache import WeightedCache
@@ -345,45 +342,6 @@ class LogLayout(RepositoryLog):
         self._checkpointing = Checkpointing(self._view)
         self._swapping = Swapping(self._view, self._checkpointing)
         self._turns: dict[str, asyncio.Lock] = {}
-
-    @classmethod
-    async def open(
-        cls, storage: Storage, sources: Sources = SYSTEM, *, updates_per_file: int | None = None
-    ) -> LogLayout:
-        """Read the log up to its head: ``repo`` and a listing at the same time, then the tail at once.
-
-        Where the log is found sealed, its conversion is finished first; where somebody took over ``repo``, the
-        abandoned log is sealed, and what is only in it is reported with the error. Where nothing can be written, or
-        not safely, neither is done.
-
-        Raises
-        ------
-        RepositoryNotFoundError
-            No repository there.
-        SessionStateError
-            The repository has another layout (kind ``unsupported-operation-for-version``).
-        FormatError
-            An object that cannot be read.
-        """
-        opened = await open_head(storage, sources)
-        if isinstance(opened, Opened) and opened.head.state.sealed and may_write(storage):
-            await finish_conversion(
-                storage,
-                sources,
-                opened.head,
-                stand=stand_up(storage, opened.tail),
-                updates_per_file=updates_per_file or DEFAULT_UPDATES_PER_FILE,
-            )
-            opened = await open_head(storage, sources)
-        if isinstance(opened, RepoObject):
-            stranded = await seal_abandoned(storage, sources, opened) if may_write(storage) else None
-            report = f"; {stranded.describe(storage.describe())}" if stranded is not None else ""
-            raise SessionStateError(
-                f"the repository in {storage.describe()} is kept in its repo object, not in a log: open it with that "
-                f"layout, or convert it{report}",
-                ErrorKind.UNSUPPORTED_OPERATION_FOR_VERSION,
-            )
-        return cls(storage, sources, opened, updates_per_file=updates_per_file)
 
     # ----------------------------------------------------------------- state
 

@@ -30,7 +30,6 @@ from icechunk.errors import (
     IcechunkError,
     ObjectNotFoundError,
     PreconditionFailedError,
-    RepositoryNotFoundError,
     SessionStateError,
     StorageError,
 )
@@ -54,10 +53,10 @@ from icechunk.log.repository.queue import (
     retries_of,
     tell_sent,
 )
-from icechunk.log.repository.repo_object.client import RepoView, happened, is_repo_object, next_window
+from icechunk.log.repository.repo_object.client import RepoView, happened, next_window
 from icechunk.log.repository.state import MAIN, RepoState, UpdateLog, resting_on, to_repo_info
 from icechunk.log.repository.store_check import MatchCheck
-from icechunk.runtime.clock import SYSTEM, Sources
+from icechunk.runtime.clock import Sources
 from icechunk.storage.port import Matches, Storage, Version
 
 __all__ = ["RepoObjectLayout"]
@@ -83,7 +82,7 @@ class _Attempt:
 
 
 class RepoObjectLayout(RepositoryLog):
-    """A repository whose log is one object. Made by `RepoObjectLayout.open` or `icechunk.log.repository.create`.
+    """A repository whose log is one object. Made by `icechunk.log.repository.open` and `.create`.
 
     Parameters
     ----------
@@ -118,39 +117,6 @@ class RepoObjectLayout(RepositoryLog):
         self._check = MatchCheck(storage)
         self._losses = 0
         self._queue = AppendQueue(self._swap_next, storage, self._view.next_ticket)
-
-    @classmethod
-    async def open(
-        cls,
-        storage: Storage,
-        sources: Sources = SYSTEM,
-        *,
-        updates_per_file: int | None = None,
-        retries: UpdateRetries | None = None,
-    ) -> RepoObjectLayout:
-        """Read ``repo``.
-
-        Raises
-        ------
-        RepositoryNotFoundError
-            There is none.
-        SessionStateError
-            It is the checkpoint of a log (kind ``unsupported-operation-for-version``).
-        FormatError
-            It cannot be read.
-        """
-        found = await read_repo(storage, sources)
-        if found is None:
-            raise RepositoryNotFoundError(
-                f"the repository doesn't exist: none of format 2 in {storage.describe()}; check bucket and prefix"
-            )
-        if not is_repo_object(found):
-            raise SessionStateError(
-                f"the repository in {storage.describe()} is kept in a log, not in its repo object: open it with that "
-                "layout, or convert it",
-                ErrorKind.UNSUPPORTED_OPERATION_FOR_VERSION,
-            )
-        return cls(storage, sources, found, updates_per_file=updates_per_file, retries=retries)
 
     # ----------------------------------------------------------------- state
 

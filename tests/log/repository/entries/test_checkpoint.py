@@ -27,7 +27,7 @@ from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.entries.reader import read_repo
 from icechunk.log.repository.entries.takeover import seal_abandoned
 from icechunk.log.repository.marker import decode_marker
-from icechunk.log.repository.open import detect
+from icechunk.log.repository.open import detect, open_repository
 from icechunk.log.repository.port import Layout
 from icechunk.storage.port import GetResult, Matches, PutResult
 from icechunk.testing.scripted import ManualClock, Request, ScriptedStorage, Send, lost_answer
@@ -138,8 +138,9 @@ async def test_whoever_folds_a_seal_finishes_the_conversion(world: World, who: s
     assert await detect(world.store) is Layout.LOG
     match who:
         case "opener":
-            with pytest.raises(SessionStateError):
-                await LogLayout.open(world.store, world.clock.sources())
+            opened = await open_repository(world.store, world.clock.sources())
+            assert opened.layout is Layout.REPO
+            await opened.aclose()
         case "writer":
             with pytest.raises(SessionStateError):
                 await other.append(world.commit(2))
@@ -215,7 +216,7 @@ async def test_a_takeover_is_found_at_the_next_checkpoint_sealed_and_reported(
     await world.store.get(slot_key(log.epoch, 2))
 
 
-async def test_a_takeover_is_found_when_opening(world: World) -> None:
+async def test_a_takeover_is_found_when_opening(world: World, caplog: pytest.LogCaptureFixture) -> None:
     log, _ = await world.create()
     await log.append(world.commit(1))
     await log.aclose()
@@ -224,9 +225,10 @@ async def test_a_takeover_is_found_when_opening(world: World) -> None:
     await take_over(world)
     found = await read_repo(world.store, world.clock.sources())
     assert found is not None
-    with pytest.raises(SessionStateError, match="1 entries after slot 1 are in the log only") as caught:
-        await LogLayout.open(world.store, world.clock.sources())
-    assert caught.value.kind == "unsupported-operation-for-version"
+    opened = await open_repository(world.store, world.clock.sources())
+    assert opened.layout is Layout.REPO
+    await opened.aclose()
+    assert "1 entries after slot 1 are in the log only" in caplog.text
     await world.store.delete([slot_key(epoch, 3)])
     stranded = await seal_abandoned(world.store, world.clock.sources(), found)
     assert stranded is not None
@@ -286,7 +288,7 @@ async def test_a_store_without_a_clock_is_trusted_by_the_clients_own(world: Worl
         return answer
 
     storage.script = no_date
-    reader = await LogLayout.open(storage, world.clock.sources())
+    reader = await open_repository(storage, world.clock.sources())
     world.logs.append(reader)
     await log.append(world.commit(1))
     await log.checkpoint()
@@ -308,8 +310,9 @@ async def test_files_that_ride_in_entries_stand_on_their_own_before_a_conversion
         seal = encode_entry(n=2, nonce=b"y" * 16, time_us=1, since_us=None, events=encode_events([e.Sealed()]))
         await world.store.put(slot_key(log.epoch, 2), seal)
         storage = ScriptedStorage(world.store)
-        with pytest.raises(SessionStateError):
-            await LogLayout.open(storage, world.clock.sources())
+        opened = await open_repository(storage, world.clock.sources())
+        assert opened.layout is Layout.REPO
+        await opened.aclose()
     assert [r.key for r in storage.of("put") if not slots(r)][-2:] == ["snapshots/SMALL", "repo"]
     assert await detect(world.store) is Layout.REPO
 
@@ -358,7 +361,7 @@ async def test_closing_does_not_wait_for_a_pause_between_checkpoints(world: Worl
     async def for_ever(seconds: float) -> None:
         await asyncio.Event().wait()
 
-    patient = await LogLayout.open(storage, replace(clock.sources(), sleep=for_ever))
+    patient = await open_repository(storage, replace(clock.sources(), sleep=for_ever))
     await patient.append(world.commit(1))
     await until(lambda: patient.checkpoint_n == 1)
     await patient.append(world.commit(2))

@@ -21,7 +21,7 @@ from icechunk.errors import (
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.log.repository.create import create_log
 from icechunk.log.repository.entries.layout import LogLayout
-from icechunk.log.repository.open import detect
+from icechunk.log.repository.open import detect, open_repository
 from icechunk.log.repository.port import Layout
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.scripted import Request, ScriptedStorage, Send, lost_answer
@@ -41,7 +41,7 @@ async def test_of_racing_creators_exactly_one_wins_and_its_first_snapshot_stays(
         winners = [outcome for outcome in outcomes if isinstance(outcome, LogLayout)]
         assert len(winners) == 1
         assert all(isinstance(o, LogLayout | AlreadyExistsError | InvalidInputError) for o in outcomes)
-        opened = await LogLayout.open(a_world.store, sources)
+        opened = await open_repository(a_world.store, sources)
         assert opened.epoch == winners[0].epoch
 
 
@@ -72,7 +72,7 @@ async def test_a_creator_whose_answer_was_lost_knows_its_own_success(world: Worl
 
     storage.script = lose
     log = await create_log(storage, world.clock.sources())
-    assert (await LogLayout.open(world.store, world.clock.sources())).epoch == log.epoch
+    assert (await open_repository(world.store, world.clock.sources())).epoch == log.epoch
 
 
 async def test_a_second_creator_uses_the_first_snapshot_that_is_there(world: World) -> None:
@@ -118,11 +118,11 @@ async def test_a_root_with_anything_in_it_is_not_clean_and_an_existing_repositor
 
 async def test_opening_nothing_says_so(world: World) -> None:
     with pytest.raises(RepositoryNotFoundError):
-        await LogLayout.open(world.store, world.clock.sources())
+        await open_repository(world.store, world.clock.sources())
     assert await detect(world.store) is None
 
 
 async def test_a_foreign_repo_object_is_a_format_error(world: World) -> None:
     await world.store.put("repo", b"not ours at all")
     with pytest.raises(FormatError):
-        await LogLayout.open(world.store, world.clock.sources())
+        await open_repository(world.store, world.clock.sources())

@@ -19,7 +19,7 @@ from icechunk.errors import (
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.log.repository import events as e
 from icechunk.log.repository.entries.entry import encode_entry, encode_events, slot_key
-from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.open import open_repository
 from icechunk.maintenance.collect import collect_garbage
 from icechunk.maintenance.reachability import Limits
 from icechunk.storage.port import Absent
@@ -73,7 +73,7 @@ async def test_an_entry_of_a_newer_version_stops_readers_and_writers(world: Worl
     with pytest.raises(FormatError, match="upgrade"):
         await log.refresh()
     with pytest.raises(FormatError, match="upgrade"):
-        await LogLayout.open(world.store, world.clock.sources())
+        await open_repository(world.store, world.clock.sources())
     with pytest.raises(IcechunkError):
         await log.append(world.commit(1))
 

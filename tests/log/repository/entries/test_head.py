@@ -19,8 +19,8 @@ from icechunk.log.repository.entries import client
 from icechunk.log.repository.entries import layout as swapping
 from icechunk.log.repository.entries import reader as log_reader
 from icechunk.log.repository.entries.entry import encode_entry, encode_events, slot_key
-from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.entries.reader import read_repo
+from icechunk.log.repository.open import open_repository
 from icechunk.testing.scripted import Request, ScriptedStorage, Send, lost_answer
 from tests.log.repository.strategies import an_id
 from tests.log.repository.world import DAY_S, World, put_entry, settled, slots
@@ -155,7 +155,7 @@ async def test_opening_never_skips_a_gap(world: World, rule: bool, monkeypatch: 
 
         monkeypatch.setattr(log_reader, "read_tail", skipping)
         monkeypatch.setattr(log_reader, "fold_entry", fold_anyhow)
-    opened = await LogLayout.open(storage, world.clock.sources())
+    opened = await open_repository(storage, world.clock.sources())
     assert ("b" in opened.state.branches) is rule
 
 
@@ -167,7 +167,7 @@ async def test_a_slot_that_is_missing_for_good_is_an_error_that_names_it(world: 
     for n in (3, 4):
         await put_entry(world.store, epoch, n, e.Void())
     with pytest.raises(FormatError, match="slot 2 of the log is missing"):
-        await LogLayout.open(world.store, world.clock.sources())
+        await open_repository(world.store, world.clock.sources())
 
 
 async def test_keys_that_are_no_slots_are_ignored(world: World) -> None:
@@ -206,6 +206,6 @@ async def test_opening_sees_through_pages_that_end_early_although_more_follow(wo
         return answer
 
     storage.script = short
-    opened = await LogLayout.open(storage, world.clock.sources())
+    opened = await open_repository(storage, world.clock.sources())
     assert opened.state == await log.refresh()
     assert opened.n == 6

@@ -11,8 +11,8 @@ from icechunk.errors import FormatError
 from icechunk.log.repository import events as e
 from icechunk.log.repository.create import create_log
 from icechunk.log.repository.entries.entry import slot_key
-from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.entries.reader import read_until_absent
+from icechunk.log.repository.open import open_repository
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.testing.scripted import Request, ScriptedStorage, Send
 from tests.log.repository.strategies import an_id
@@ -33,7 +33,7 @@ async def test_a_tail_of_any_length_is_read_to_its_end_without_a_listing(world: 
     for n in range(1, tail + 1):
         await put_entry(world.store, log.epoch, n, e.Void())
     storage = Unlisted(world.store)
-    opened = await LogLayout.open(storage, world.clock.sources())
+    opened = await open_repository(storage, world.clock.sources())
     assert (opened.epoch, opened.n) == (log.epoch, tail)
     entries, newest = await read_until_absent(world.store, log.epoch, 0)
     assert [entry.n for entry in entries] == list(range(1, tail + 1))
@@ -47,7 +47,7 @@ async def test_a_tail_of_any_length_is_read_to_its_end_without_a_listing(world: 
 async def test_what_others_committed_is_folded_without_a_listing(world: World) -> None:
     ours, _ = await world.create()
     storage = Unlisted(world.store)
-    theirs = await LogLayout.open(storage, world.clock.sources())
+    theirs = await open_repository(storage, world.clock.sources())
     for i in range(1, 9):
         await ours.append(world.commit(i))
         if i in (1, 4, 8):
@@ -63,7 +63,7 @@ async def test_a_missing_slot_is_an_error_that_names_it_without_a_listing_too(wo
         if n != after + 1:
             await put_entry(world.store, log.epoch, n, e.Void())
     with pytest.raises(FormatError, match=f"slot {after + 1} of the log is missing"):
-        await LogLayout.open(Unlisted(world.store), world.clock.sources())
+        await open_repository(Unlisted(world.store), world.clock.sources())
 
 
 async def test_slots_written_while_the_end_is_looked_for_are_no_gap(world: World) -> None:
@@ -78,7 +78,7 @@ async def test_slots_written_while_the_end_is_looked_for_are_no_gap(world: World
         return await send()
 
     storage.script = write_in_between
-    opened = await LogLayout.open(storage, world.clock.sources())
+    opened = await open_repository(storage, world.clock.sources())
     assert opened.n == 2
 
 
@@ -101,7 +101,7 @@ async def test_slots_that_were_pruned_while_the_end_was_looked_for_are_not_taken
         return await send()
 
     storage.script = sleep_after_repo
-    opened = await LogLayout.open(storage, world.clock.sources())
+    opened = await open_repository(storage, world.clock.sources())
     assert opened.state.branches["main"] == an_id(6)
     assert world.clock.now_us > 7 * DAY_S * 1e6
 
@@ -110,7 +110,7 @@ async def test_on_local_disk_neither_opening_nor_looking_for_news_lists_the_log(
     ours = ScriptedStorage(LocalStorage(tmp_path))
     log = await create_log(ours)
     storage = ScriptedStorage(LocalStorage(tmp_path))
-    other = await LogLayout.open(storage)
+    other = await open_repository(storage)
     for _ in range(3):
         await log.append(lambda state: [e.MetadataUpdated(metadata={"a": 1})])
         await other.refresh()

@@ -25,6 +25,7 @@ from icechunk.log.repository.entries import reader as log_reader
 from icechunk.log.repository.entries.checkpoint import convert_to_log
 from icechunk.log.repository.entries.entry import decode_entry, slot_key
 from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.open import open_repository
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import ANY, Absent, Matches
 from icechunk.testing.scripted import Request, ScriptedStorage, Send, lost_answer
@@ -143,7 +144,7 @@ async def test_a_storage_that_is_set_to_do_without_conditional_writes_can_only_b
     sources = world.clock.sources()
     for missing in (Absent, Matches):
         storage = _Unconditional(world.store, missing)
-        reader = await LogLayout.open(storage, sources)
+        reader = await open_repository(storage, sources)
         assert reader.state == log.state
         assert await reader.refresh() == log.state
         for refused in (

@@ -45,7 +45,7 @@ class RefFilesWorld(World):
     """The same for format 1, where a snapshot is known by its file."""
 
     def __init__(self) -> None:
-        super().__init__(create_ref_files, RefFilesLayout)
+        super().__init__(create_ref_files)
 
     async def commit(self, i: int, parent: ObjectId = FIRST_SNAPSHOT, branch: str = "main"):
         """Write a snapshot, and propose it on a branch."""

@@ -14,7 +14,7 @@ from icechunk.errors import (
 from icechunk.format.ids import ObjectId
 from icechunk.format.repo.values import NewCommit
 from icechunk.log.repository.create import create_repo_object
-from icechunk.log.repository.repo_object.layout import RepoObjectLayout
+from icechunk.log.repository.open import open_repository
 from icechunk.runtime.clock import Sources
 from icechunk.storage.port import Storage
 from tools.simulator.simulation import commit_proposal
@@ -50,7 +50,7 @@ async def _crowd_on(loop: VirtualLoop, seed: int) -> list[str]:
         storage, sources = client(Faults(pause=0.0))
         while True:
             try:
-                log = await RepoObjectLayout.open(storage, sources, updates_per_file=4)
+                log = await open_repository(storage, sources, updates_per_file=4)
                 break
             except IcechunkError:
                 await asyncio.sleep(1)
@@ -69,7 +69,7 @@ async def _crowd_on(loop: VirtualLoop, seed: int) -> list[str]:
         await log.aclose()
 
     await asyncio.gather(*(work(who) for who in range(4)))
-    log = await RepoObjectLayout.open(*client(calm))
+    log = await open_repository(*client(calm))
     for id, token in unknown.items():
         (acknowledged if await log.settle(token) else failed).add(id)
     while store.travelling:

@@ -23,6 +23,7 @@ from icechunk.format.repo.values import BranchCreated, NewCommit, RepoInitialize
 from icechunk.log.repository import events as e
 from icechunk.log.repository.create import create_repo_object
 from icechunk.log.repository.entries.checkpoint import convert_to_log
+from icechunk.log.repository.port import Layout
 from icechunk.log.repository.queue import UpdateRetries
 from icechunk.log.repository.repo_object.client import next_window
 from icechunk.log.repository.repo_object.layout import RepoObjectLayout
@@ -30,7 +31,7 @@ from icechunk.testing.scripted import Request, ScriptedStorage, Send, lost_answe
 from tests.log.repository.strategies import an_id
 from tests.log.repository.world import World, losing_the_answer, replaces_repo
 
-new_world = partial(World, create_repo_object, RepoObjectLayout)
+new_world = partial(World, create_repo_object)
 
 
 async def test_a_commit_copies_the_object_and_replaces_exactly_that_version(world: World) -> None:
@@ -197,15 +198,15 @@ async def test_creation_whose_answer_was_lost_is_recognised(world: World) -> Non
     await log.append(world.commit(1))
 
 
-async def test_what_is_no_repository_of_this_layout_is_refused(world: World) -> None:
+async def test_nothing_is_created_over_a_repository_and_each_opens_as_what_it_is(world: World) -> None:
     with pytest.raises(RepositoryNotFoundError):
         await world.open()
     await world.create()
     with pytest.raises(InvalidInputError):
         await world.create()
     await convert_to_log(world.store, world.clock.sources())
-    with pytest.raises(SessionStateError, match="log"):
-        await world.open()
+    log, _ = await world.open()
+    assert log.layout is Layout.LOG
 
 
 async def test_a_client_finds_that_the_repository_became_a_log(world: World) -> None:

@@ -19,12 +19,11 @@ from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.log.repository import events as e
 from icechunk.log.repository.create import create_repo_object
 from icechunk.log.repository.port import SwapToken
-from icechunk.log.repository.repo_object.layout import RepoObjectLayout
 from icechunk.testing.scripted import Request, Send, lost_answer
 from tests.log.repository.strategies import an_id
 from tests.log.repository.world import World, held_back, losing_the_answer, replaces_repo, waiting_for
 
-new_world = partial(World, create_repo_object, RepoObjectLayout)
+new_world = partial(World, create_repo_object)
 
 
 async def turns(count: int = 200) -> None:
