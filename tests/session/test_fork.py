@@ -274,7 +274,7 @@ def test_chunks_are_durable_before_a_fork_is_made_and_before_it_travels(tmp_path
 
 
 def test_a_large_base_does_not_travel_but_is_read_on_arrival(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("icechunk.session._CARRIED_BYTES", 0)
+    monkeypatch.setattr("icechunk.session.session._CARRIED_BYTES", 0)
     fork = repo.writable_session("main").fork()
     assert fork.__getstate__()["snapshot"] is None
     assert get(travel(fork))[:3] == [0, 1, 2]
