@@ -243,9 +243,25 @@ class SessionStateError(IcechunkError):
 
 
 class StorageError(IcechunkError):
-    """The storage did not do what was asked, after the retries that the settings allow."""
+    """The storage did not do what was asked, after the retries that the settings allow.
+
+    Attributes
+    ----------
+    refused : bool
+        True: this was a write, and the storage refused every try of it (no permission, no space, a method that it does
+        not know). Nothing of it was written, nor will be. False says nothing about what was written.
+    unsent : bool
+        True: this was a write, and no try of it ever reached the storage (no connection, no folder's lock). Nothing of
+        it was written, nor will be; a later try may succeed.
+    """
 
     default_kind = ErrorKind.STORAGE_OTHER
+    refused = False
+    unsent = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {name: True for name in ("refused", "unsent") if getattr(self, name)}
+        return (*super().__reduce__(), state) if state else super().__reduce__()
 
 
 class ObjectNotFoundError(StorageError):

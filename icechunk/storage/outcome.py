@@ -6,6 +6,8 @@ own id means that an earlier try landed and only its answer was lost. Otherwise:
 ===========  ==========================  =====================================================
 condition    found                       outcome
 ===========  ==========================  =====================================================
+any          not looked for: every try   `PreconditionFailedError`
+             so far was refused
 Absent       another's object            `PreconditionFailedError`: a late try can only land in an empty place
 Absent       nothing                     the same bytes are sent again
 Matches      still that version          the same bytes are sent again
@@ -15,17 +17,35 @@ Matches      anything else, after a try  `StorageError`, uncertain: ours may hav
              without answer              replaced since
 ===========  ==========================  =====================================================
 
+Some failures say for certain that nothing was written, if every try of the write failed so. An adapter says that on the
+error: `refused`, where another try would fare no better, and `unsent`, where it may.
+
 Pure; the requests are the adapters' affair.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final, TypeVar
 
-from icechunk.errors import ErrorKind, PreconditionFailedError, StorageError
+from icechunk.errors import ErrorKind, InvalidInputError, PreconditionFailedError, ReadOnlyError, StorageError
 from icechunk.storage.port import Absent, Matches, Precondition, PutResult, Unchecked, Version
 
-__all__ = ["Found", "precondition_failed", "settle", "uncertain"]
+__all__ = [
+    "REFUSING_STATUSES",
+    "Found",
+    "is_refusal",
+    "precondition_failed",
+    "refused",
+    "settle",
+    "uncertain",
+    "unsent",
+]
+
+REFUSING_STATUSES: Final = frozenset({400, 401, 403, 404, 405, 411, 501})
+"""HTTP answers to a PUT that say for certain that it was not executed; 404 is that of the bucket."""
+
+E = TypeVar("E", bound=StorageError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +60,7 @@ class Found:
 
 
 def settle(
-    name: str, precondition: Precondition, found: Found | StorageError | None, *, refused: bool, unsettled: bool
+    name: str, precondition: Precondition, found: Found | StorageError | None, *, turned_down: bool, unsettled: bool
 ) -> PutResult | None:
     """Judge what reading back found.
 
@@ -50,7 +70,7 @@ def settle(
         Of the object, for messages.
     found
         None: nothing there; an error: it could not be read.
-    refused
+    turned_down
         The last try was refused for the sake of its condition.
     unsettled
         Some try had no certain answer.
@@ -68,17 +88,17 @@ def settle(
         That cannot be told any more.
     """
     if isinstance(found, StorageError):
-        if refused and not unsettled:
+        if turned_down and not unsettled:
             raise precondition_failed(name, precondition)
         return None
     if found is not None and found.ours:
         return PutResult(version=found.version, date_us=found.date_us)
     match precondition:
         case Absent():
-            if found is not None or (refused and not unsettled):
+            if found is not None or (turned_down and not unsettled):
                 raise precondition_failed(name, precondition)
         case Matches(version):
-            if refused and not unsettled:
+            if turned_down and not unsettled:
                 raise precondition_failed(name, precondition)
             if found is None or found.version != version:
                 if not unsettled:
@@ -100,6 +120,26 @@ def precondition_failed(name: str, precondition: Precondition) -> PreconditionFa
             f"cannot replace version {precondition.version} of {name}: the object has another version now, or is gone"
         )
     return PreconditionFailedError(f"cannot create {name}: the object exists already")
+
+
+def refused(error: E) -> E:
+    """Note on the error of a write that every try of it was refused for certain; returns the error."""
+    error.refused = True
+    return error
+
+
+def unsent(error: E) -> E:
+    """Note on the error of a write that no try of it reached the storage; returns the error."""
+    error.unsent = True
+    return error
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether what a write raised says that it was refused for certain, and that the same write would be again."""
+    if isinstance(error, StorageError):
+        return error.refused
+    # Arguments are refused before anything is sent.
+    return isinstance(error, InvalidInputError | ReadOnlyError)
 
 
 def uncertain(error: Exception) -> StorageError:

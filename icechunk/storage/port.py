@@ -469,8 +469,8 @@ class Storage(StorageFacade, ABC):
         PreconditionFailedError
             Refused for certain: not by this call nor by a hidden retry of it did the bytes land.
         StorageError
-            No certain answer (or a refusal that retrying cannot mend). With a precondition the write
-            **may have landed, or may land later**: read back before believing either.
+            No certain answer: with a precondition the write **may have landed, or may land later**; read back before
+            believing either. Unless the error is ``refused`` or ``unsent``, which says for certain that it did not.
         """
 
     @abstractmethod

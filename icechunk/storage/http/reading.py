@@ -27,7 +27,7 @@ __all__ = ["MOST_REDIRECTS", "REDIRECTS", "HttpReader", "check_options", "reader
 REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 MOST_REDIRECTS: Final = 10
 _CONTENT_RANGE: Final = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
-_TRANSIENT: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+_TRANSIENT: Final = frozenset({408, 425, 429, 499, 500, 502, 503, 504})
 
 
 class HttpReader:

@@ -28,6 +28,7 @@ from typing import Final
 
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
 from icechunk.storage.http.buffers import Buffers
+from icechunk.storage.outcome import refused, unsent
 from icechunk.storage.port import check_key
 
 __all__ = [
@@ -241,16 +242,20 @@ def _acquire(descriptor: int, path: str) -> None:
             return
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EINTR, errno.EDEADLK):
-                raise StorageError(
-                    f"cannot lock {path!r} ({error.strerror}): this file system has neither exclusive names nor locks, "
-                    "so concurrent writers could overwrite each other; keep the repository on another one",
-                    ErrorKind.STORAGE_CONFIG,
+                raise refused(
+                    StorageError(
+                        f"cannot lock {path!r} ({error.strerror}): this file system has neither exclusive names nor "
+                        "locks, so concurrent writers could overwrite each other; keep the repository on another one",
+                        ErrorKind.STORAGE_CONFIG,
+                    )
                 ) from error
         if time.monotonic() > deadline:
-            raise LockedOut(
-                f"waited {_LOCK_PATIENCE_S:.0f} s for the lock {path!r}; nothing was written. Look for a stopped "
-                "process that holds it",
-                ErrorKind.IO,
+            raise unsent(
+                LockedOut(
+                    f"waited {_LOCK_PATIENCE_S:.0f} s for the lock {path!r}; nothing was written. Look for a stopped "
+                    "process that holds it",
+                    ErrorKind.IO,
+                )
             )
         time.sleep(pause)
         pause = min(pause * 1.5, 0.02)

@@ -58,6 +58,7 @@ from icechunk.storage.local.files import (
 from icechunk.storage.local.folders import Folders
 from icechunk.storage.local.listing import info_of, try_stat, version_of, walk
 from icechunk.storage.local.writing import write_new
+from icechunk.storage.outcome import refused, unsent
 from icechunk.storage.port import (
     ANY,
     Absent,
@@ -81,6 +82,24 @@ __all__ = ["RESERVED", "LocalStorage"]
 T = TypeVar("T")
 
 _THREADS: Final = 32
+_REFUSED: Final = frozenset(
+    {
+        errno.EACCES,
+        errno.EDQUOT,
+        errno.EEXIST,
+        errno.EFBIG,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.ENOSPC,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+        errno.EXDEV,
+    }
+)
+"""What a system says that did not do what was asked, and will not do it the next time."""
 _ABANDONED_AFTER_S: Final = 24 * 3600
 _DELETE_BATCH: Final = 1000
 
@@ -291,7 +310,7 @@ class LocalStorage(Storage):
 
     def _put(self, key: str, data: bytes, precondition: Precondition) -> PutResult:
         path = self._path(key)
-        with self._translated("write", key):
+        with self._translated("write", key, writes=True):
             match precondition:
                 case Absent():
                     if os.path.lexists(path):
@@ -302,13 +321,14 @@ class LocalStorage(Storage):
                 case Unchecked():
                     pass
             temporary, result = self._write_temporary(data)
+        with self._translated("write", key, writes=True, names=True):
             try:
                 self._publish(key, path, temporary, precondition)
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
                 raise
-            self._sync_after_landing(key, os.path.dirname(path))
+        self._sync_after_landing(key, os.path.dirname(path))
         return result
 
     def _write_temporary(self, data: bytes) -> tuple[str, PutResult]:
@@ -369,8 +389,11 @@ class LocalStorage(Storage):
 
     def _taken(self, key: str, path: str) -> StorageError:
         if os.path.isdir(path):
-            return StorageError(
-                f"cannot write {key!r} to {self.describe()}: a folder of that name holds other objects", ErrorKind.IO
+            return refused(
+                StorageError(
+                    f"cannot write {key!r} to {self.describe()}: a folder of that name holds other objects",
+                    ErrorKind.IO,
+                )
             )
         return PreconditionFailedError(f"cannot create {key!r} in {self.describe()}: the object exists already")
 
@@ -424,14 +447,26 @@ class LocalStorage(Storage):
         return ObjectNotFoundError(f"no object {key!r} in {self.describe()}")
 
     @contextlib.contextmanager
-    def _translated(self, verb: str, key: str) -> Iterator[None]:
+    def _translated(self, verb: str, key: str, *, writes: bool = False, names: bool = False) -> Iterator[None]:
+        """Raise `StorageError` for what the system says.
+
+        Parameters
+        ----------
+        writes
+            An object is written, and did not have its name yet.
+        names
+            It was about to get its name: a network file system that gives no answer may have done it.
+        """
         try:
             yield
         except OSError as error:
-            raise StorageError(
+            trouble = StorageError(
                 f"cannot {verb} {key!r} in {self.describe()}: {error.strerror or error}{_remedy(error.errno)}",
                 ErrorKind.IO,
-            ) from error
+            )
+            if writes and error.errno in _REFUSED:
+                raise refused(trouble) from error
+            raise (unsent(trouble) if writes and not names else trouble) from error
 
 
 def _take(found: Iterator[ObjectInfo], count: int) -> list[ObjectInfo]:

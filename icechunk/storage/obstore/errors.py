@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from icechunk.errors import ErrorKind, StorageError
+from icechunk.storage.outcome import REFUSING_STATUSES
 
 __all__ = ["Failure", "failure_of", "missing", "obstore_module", "storage_error"]
 
 _STATUS: Final = re.compile(r"Server returned non-2xx status code: (\d{3})")
 _ELAPSED: Final = re.compile(r" in [\d.]+(?:ns|µs|ms|s)\b")
 _URL_QUERY: Final = re.compile(r"(https?://[^\s?]+)\?\S+")
-_TRANSIENT: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+_TRANSIENT: Final = frozenset({408, 425, 429, 499, 500, 502, 503, 504})
 _NO_BUCKET: Final = re.compile(r"<Code>(?:NoSuchBucket|ContainerNotFound|ContainerBeingDeleted)</Code>")
 _FINAL_NAMES: Final = frozenset(
     {
@@ -55,6 +56,8 @@ class Failure:
     """Nothing of it landed, nor will."""
     throttled: bool
     """The service asks to slow down."""
+    final: bool = False
+    """Refused for certain, as the same request would be again."""
 
 
 def missing(error: BaseException) -> bool:
@@ -72,7 +75,8 @@ def failure_of(error: BaseException) -> Failure:
     refused = name in ("AlreadyExistsError", "PreconditionError") or isinstance(error, FileExistsError)
     gone = missing(error)
     if refused or gone or name in _FINAL_NAMES:
-        return Failure(refused=refused, missing=gone, transient=False, certain=True, throttled=False)
+        final = not (refused or gone)
+        return Failure(refused=refused, missing=gone, transient=False, certain=True, throttled=False, final=final)
     if status is None:
         never_sent = _NEVER_SENT.search(str(error)) is not None
         return Failure(refused=False, missing=False, transient=True, certain=never_sent, throttled=False)
@@ -81,8 +85,9 @@ def failure_of(error: BaseException) -> Failure:
         refused=False,
         missing=False,
         transient=status in _TRANSIENT,
-        certain=status < 500 and status != 408,
+        certain=status < 500 and status not in (408, 499),
         throttled=throttled,
+        final=status in REFUSING_STATUSES,
     )
 
 

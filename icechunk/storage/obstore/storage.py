@@ -21,7 +21,7 @@ from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, S
 from icechunk.storage.obstore.buckets import ObstorePlace
 from icechunk.storage.obstore.errors import failure_of, missing, obstore_module, storage_error
 from icechunk.storage.obstore.reading import ObstoreReading, version_of_meta
-from icechunk.storage.outcome import Found, precondition_failed, settle, uncertain
+from icechunk.storage.outcome import Found, precondition_failed, refused, settle, uncertain, unsent
 from icechunk.storage.port import (
     ANY,
     DeleteResult,
@@ -91,7 +91,7 @@ class ObstoreStorage(ObstoreReading):
         if self._effective.uses_metadata:
             write_id = attributes[_WRITE_ID] = self._place.sources.random_bytes(16).hex()
         name, store = self._name(key), self._store("once")
-        tries, unsettled = Tries(self._effective.limits, self._place.sources), False
+        tries, unsettled, reached = Tries(self._effective.limits, self._place.sources), False, False
         while True:
             mode, guessed = await self._mode(key, precondition, unsettled)
             try:
@@ -102,23 +102,29 @@ class ObstoreStorage(ObstoreReading):
                 return PutResult(version=self._landed(key, put), date_us=None)
             except Exception as error:
                 failure = failure_of(error)
-                refused = failure.refused or (failure.missing and isinstance(precondition, Matches))
-                if refused and guessed:
+                turned_down = failure.refused or (failure.missing and isinstance(precondition, Matches))
+                if turned_down and guessed:
                     # The generation that we remembered may be an older one of the same bytes.
                     self._generations.pop(key, None)
                     continue
                 trouble = storage_error(f"write {name}", error)
-                if not (refused or failure.transient):
-                    raise (uncertain(trouble) if unsettled else trouble) from error
+                if not (turned_down or failure.transient):
+                    if unsettled:
+                        raise uncertain(trouble) from error
+                    raise (refused(trouble) if failure.final else trouble) from error
                 unsettled = unsettled or not failure.certain
-                if refused or unsettled:
-                    found = await self._try_read_back(key, content, write_id, unsettled)
-                    settled = settle(name, precondition, found, refused=refused, unsettled=unsettled)
+                reached = reached or unsettled or failure.throttled
+                if turned_down and not unsettled:
+                    raise precondition_failed(name, precondition) from error
+                if unsettled:
+                    found = await self._try_read_back(key, content, write_id)
+                    settled = settle(name, precondition, found, turned_down=turned_down, unsettled=unsettled)
                     if settled is not None:
                         return settled
-                contacted = unsettled or failure.throttled
-                if not await tries.again(contacted=contacted):
-                    raise (uncertain(trouble) if unsettled else trouble) from error
+                if not await tries.again(contacted=reached):
+                    if unsettled:
+                        raise uncertain(trouble) from error
+                    raise (trouble if reached else unsent(trouble)) from error
 
     async def _mode(self, key: str, precondition: Precondition, unsettled: bool) -> tuple[Any, bool]:
         """Obstore's word for a condition, and whether it rests on a generation that we only remember."""
@@ -137,17 +143,15 @@ class ObstoreStorage(ObstoreReading):
         if meta is None or version_of_meta(meta) != version:
             name = self._name(key)
             if unsettled:
-                settle(name, precondition, None, refused=False, unsettled=True)
+                settle(name, precondition, None, turned_down=False, unsettled=True)
             raise precondition_failed(name, precondition)
         return {"e_tag": f'"{version}"', "version": meta["version"]}, False
 
-    async def _try_read_back(
-        self, key: str, content: bytes, write_id: str | None, unsettled: bool
-    ) -> Found | StorageError | None:
+    async def _try_read_back(self, key: str, content: bytes, write_id: str | None) -> Found | StorageError | None:
         try:
-            if write_id is not None or not unsettled:
+            if write_id is not None:
                 answer = await self._look(key)
-                ours = write_id is not None and dict(answer.attributes).get(_WRITE_ID) == write_id
+                ours = dict(answer.attributes).get(_WRITE_ID) == write_id
                 return Found(ours=ours, version=self._info(key, answer.meta).version, date_us=None)
             found = await self.get(key)
             return Found(ours=found.data == content, version=found.version, date_us=None)

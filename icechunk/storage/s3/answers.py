@@ -27,7 +27,7 @@ __all__ = [
     "to_error",
 ]
 
-_TRANSIENT_STATUSES: Final = frozenset({408, 425, 429, 500, 502, 503, 504, 509})
+_TRANSIENT_STATUSES: Final = frozenset({408, 425, 429, 499, 500, 502, 503, 504, 509})
 _TRANSIENT_CODES: Final = frozenset(
     {
         "BandwidthLimitExceeded",

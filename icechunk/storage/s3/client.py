@@ -19,6 +19,7 @@ from typing import Final
 
 from botocore.httpsession import get_cert_path
 
+from icechunk.errors import StorageError
 from icechunk.runtime.about import CLIENT_NAME
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import in_thread
@@ -135,7 +136,7 @@ class S3Client:
         """Counts the tries of one operation and makes the pauses between them."""
         return Retrier(self, limits, self._sources, request.what)
 
-    def failure(self, request: Request, outcome: Answer | Unanswered, tries: int) -> Exception:
+    def failure(self, request: Request, outcome: Answer | Unanswered, tries: int) -> StorageError:
         """The error for an operation whose tries are used up."""
         error = to_error(request.what, outcome, tries, self.endpoint.url)
         if isinstance(outcome, Unanswered):

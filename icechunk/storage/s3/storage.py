@@ -21,11 +21,19 @@ from typing import Any, Final
 
 from icechunk.config import S3Options, StorageSettings
 from icechunk.credentials import AnyS3Credential, S3Credentials
-from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
+from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.representation import redacted_url
 from icechunk.storage.http.headers import date_us, range_header, result_of, version_of
-from icechunk.storage.outcome import Found, settle, uncertain
+from icechunk.storage.outcome import (
+    REFUSING_STATUSES,
+    Found,
+    precondition_failed,
+    refused,
+    settle,
+    uncertain,
+    unsent,
+)
 from icechunk.storage.port import (
     ANY,
     ByteRange,
@@ -279,31 +287,48 @@ class S3Storage(Storage):
         if isinstance(precondition, Unchecked) and request.method == "PUT":
             return self._landed(client, request, await client.call(request, self._effective.limits))
         retrier = client.retrier(self._effective.limits, request)
-        unsettled = False
+        unsettled = reached = False
         while True:
-            outcome = await client.attempt(request, retrier.limits)
+            try:
+                outcome = await client.attempt(request, retrier.limits)
+            except IcechunkError as lapse:
+                # There are no credentials any more.
+                if unsettled:
+                    raise uncertain(lapse) from lapse
+                raise
             if isinstance(outcome, Answer):
+                reached = True
                 if outcome.status < 300 and not _hidden_refusal(outcome):
                     return self._landed(client, request, outcome)
                 code = parse_refusal(outcome).code
-                refused = outcome.status == 412 or (outcome.status == 404 and code == "NoSuchKey")
+                turned_down = outcome.status == 412 or (outcome.status == 404 and code == "NoSuchKey")
                 vanished = code == "NoSuchUpload" and retrier.tries > 1
                 throttled = outcome.status in (429, 503)
-                if not (refused or vanished or outcome.status in (200, 409) or is_transient(outcome)):
+                if not (turned_down or vanished or outcome.status in (200, 409) or is_transient(outcome)):
                     error = client.failure(request, outcome, retrier.tries)
-                    raise uncertain(error) if unsettled else error
-                unsettled = unsettled or not (refused or outcome.status == 409)
+                    if unsettled:
+                        raise uncertain(error)
+                    raise refused(error) if outcome.status in REFUSING_STATUSES else error
+                if turned_down and not unsettled:
+                    # One try is one request, so it is not our own object that it met.
+                    raise precondition_failed(self._place.name(key), precondition)
+                unsettled = unsettled or outcome.status != 409
             else:
-                refused = throttled = False
+                turned_down = throttled = False
+                reached = reached or outcome.connected
                 unsettled = unsettled or outcome.connected
-            if not throttled and unsettled | refused | isinstance(outcome, Answer):
+            if not throttled and unsettled | isinstance(outcome, Answer):
                 found = await self._try_read_back(key, data, write_id, unsettled)
-                settled = settle(self._place.name(key), precondition, found, refused=refused, unsettled=unsettled)
+                settled = settle(
+                    self._place.name(key), precondition, found, turned_down=turned_down, unsettled=unsettled
+                )
                 if settled is not None:
                     return settled
             if not await retrier.again(outcome):
                 error = client.failure(request, outcome, retrier.tries)
-                raise uncertain(error) if unsettled else error
+                if unsettled:
+                    raise uncertain(error)
+                raise error if reached else unsent(error)
 
     async def _try_read_back(
         self, key: str, data: bytes, write_id: str | None, unsettled: bool

@@ -278,8 +278,9 @@ async def test_a_full_disk_names_the_object_and_leaves_nothing(tmp_path: Path, m
     monkeypatch.setattr(os, "write", full)
     for key in ("new", "old"):
         for size in (15, 3_000_005):
-            with pytest.raises(StorageError, match=f"'{key}'.*No space left.*Free some space"):
+            with pytest.raises(StorageError, match=f"'{key}'.*No space left.*Free some space") as caught:
                 await storage.put(key, b"x" * size)
+            assert caught.value.refused
     monkeypatch.undo()
     assert os.listdir(tmp_path / RESERVED) == []
     assert [(info.key, info.size) for info in await list_all(storage)] == [("old", 3)]
@@ -295,16 +296,60 @@ async def test_a_write_whose_folder_cannot_be_synced_is_reported_as_uncertain(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(folders, "fsync_folder", fail)
-    with pytest.raises(StorageError, match="cannot tell whether the write of 'x'"):
+    with pytest.raises(StorageError, match="cannot tell whether the write of 'x'") as caught:
         await storage.put("x", b"1", Absent())
+    assert not caught.value.refused
+    assert not caught.value.unsent
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "refused", "unsent"),
+    [
+        ("link", errno.ENOSPC, True, False),
+        ("link", errno.EROFS, True, False),
+        ("link", errno.EACCES, True, False),
+        # A network file system that gives no answer may have given the name.
+        ("link", errno.EIO, False, False),
+        ("open", errno.EROFS, True, False),
+        ("open", errno.EIO, False, True),
+        ("open", errno.EMFILE, False, True),
+    ],
+)
+async def test_what_failed_before_the_file_could_have_its_name_is_certain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int, refused: bool, unsent: bool
+) -> None:
+    storage = LocalStorage(tmp_path)
+    await storage.put("old", b"")
+    real = getattr(os, call)
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        if call == "link" or RESERVED in str(arguments[0]):
+            raise OSError(code, os.strerror(code))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(StorageError) as caught:
+        await storage.put("x", b"1", Absent())
+    monkeypatch.undo()
+    assert (caught.value.refused, caught.value.unsent) == (refused, unsent)
+    with pytest.raises(ObjectNotFoundError):
+        await storage.get("x")
+
+
+async def test_a_file_where_the_root_folder_should_be_refuses_writes(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError) as caught:
+        await LocalStorage(tmp_path / "file").put("x", b"1", Absent())
+    assert caught.value.refused
 
 
 async def test_objects_and_folders_in_each_others_way_are_refused(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     await storage.put("a", b"1")
     await storage.put("d/x", b"1")
-    with pytest.raises(StorageError, match="'a/b'"):
+    with pytest.raises(StorageError, match="'a/b'") as caught:
         await storage.put("a/b", b"2")
+    assert caught.value.refused
     for precondition in (Absent(), Matches((await storage.head("a")).version), local.ANY):
         with pytest.raises(StorageError, match="'d'"):
             await storage.put("d", b"2", precondition)

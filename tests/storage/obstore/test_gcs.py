@@ -110,6 +110,19 @@ async def test_a_write_without_answer_to_the_end_is_called_uncertain(gcs: FakeGc
     with pytest.raises(StorageError, match="uncertain") as caught:
         await storage.put("slot", b"ours", Absent())
     assert not isinstance(caught.value, PreconditionFailedError)
+    assert not caught.value.refused
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 405, 501])
+async def test_a_refusal_of_every_try_is_certain(gcs: FakeGcs, storage: ObstoreStorage, status: int) -> None:
+    gcs.faults = [("PUT", f"{status} before")]
+    with pytest.raises(StorageError) as caught:
+        await storage.put("slot", b"ours", Absent())
+    assert (caught.value.refused, caught.value.unsent) == (True, False)
+    gcs.faults = [("PUT", "503 before"), ("PUT", f"{status} before")]
+    with pytest.raises(StorageError) as caught:
+        await storage.put("slot", b"ours", Absent())
+    assert not caught.value.refused
 
 
 async def test_headers_storage_classes_and_metadata_are_sent(gcs: FakeGcs) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import pickle
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -236,12 +237,60 @@ async def test_a_write_without_answer_to_the_end_is_called_uncertain(server: Fau
     assert not isinstance(caught.value, PreconditionFailedError)
 
 
-async def test_a_refusal_of_the_first_try_is_certain(server: FaultyS3, storage: S3Storage) -> None:
-    server.behaviours = [Say(403, "AccessDenied")]
-    with pytest.raises(StorageError, match="access denied") as caught:
+REFUSALS = [
+    Say(400, "InvalidRequest"),
+    Say(401, "Unauthorized"),
+    Say(403, "AccessDenied"),
+    Say(404, "NoSuchBucket"),
+    Say(405, "MethodNotAllowed"),
+    Say(411, "MissingContentLength"),
+    Say(501, "NotImplemented"),
+]
+
+
+@pytest.mark.parametrize("answer", REFUSALS, ids=lambda say: str(say.status))
+async def test_a_refusal_of_every_try_is_certain(server: FaultyS3, storage: S3Storage, answer: Say) -> None:
+    server.behaviours = [answer]
+    with pytest.raises(StorageError) as caught:
         await storage.put("x", b"mine", Absent())
-    assert "uncertain" not in str(caught.value)
+    assert (caught.value.refused, caught.value.unsent) == (True, False)
     assert len(server.seen) == 1
+    assert pickle.loads(pickle.dumps(caught.value)).refused
+
+
+@pytest.mark.parametrize("before", [RESET, LOSE, Say(503, "SlowDown"), Say(500, "InternalError")], ids=str)
+async def test_a_refusal_after_a_try_without_answer_is_not(
+    server: FaultyS3, storage: S3Storage, before: str | Say
+) -> None:
+    server.faulty = lambda seen: RESET if seen.method == "HEAD" else before if len(server.seen) == 1 else Say(403, "No")
+    with pytest.raises(StorageError) as caught:
+        await storage.put("x", b"mine", Absent())
+    assert not caught.value.refused
+    assert not caught.value.unsent
+
+
+async def test_a_write_that_reached_nobody_is_known_not_to_have_landed(server: FaultyS3, pauses: Pauses) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        server.port = nobody.getsockname()[1]
+        elsewhere = storage_on(server, pauses)
+        with pytest.raises(StorageError) as caught:
+            await elsewhere.put("x", b"mine", Absent())
+        await elsewhere.aclose()
+    assert (caught.value.refused, caught.value.unsent) == (False, True)
+
+
+async def test_a_first_412_costs_one_request(server: FaultyS3, storage: S3Storage) -> None:
+    server.objects[PATH] = (b"another's", {})
+    with pytest.raises(PreconditionFailedError):
+        await storage.put("x", b"mine", Absent())
+    assert server.methods() == ["PUT"]
+
+
+async def test_a_proxy_that_lost_its_client_is_asked_again(server: FaultyS3, storage: S3Storage) -> None:
+    server.behaviours = [Say(499, "")]
+    await storage.put("x", b"mine", Absent())
+    assert (await storage.get("x")).data == b"mine"
 
 
 async def test_cancelling_leaves_no_task_behind(server: FaultyS3, storage: S3Storage) -> None:
