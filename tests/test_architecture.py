@@ -41,7 +41,7 @@ IMPURE = {
 }  # fmt: skip
 PURE = ["format", "log.session", "log.repository.events", "log.repository.state"]
 """Rooms and modules without I/O, clock and chance."""
-CIRCLES_TO_CUT = {"storage", "session", "store"}
+CIRCLES_TO_CUT = {"session", "store"}
 """Rooms with circles that are being cut; this set must become empty."""
 
 

@@ -1,20 +1,15 @@
-"""The public functions that make storages and store configurations, with the official names and signatures.
+"""The public functions that make storages and store configurations, and `Storage.new_*`, under the official names.
 
-Those of S3 are in `icechunk.storage.constructors`.
-
-The public functions that make storages on S3 and on services that speak its protocol.
-
-The storages of named services, made from what users say of them.
-
-The adapters are imported when one is made: their libraries take longer to load than all else.
+This is the one module that knows every adapter. Those that need a library are imported when one is made: the libraries
+take longer to load than everything else.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, TypedDict
 
 from icechunk.config import ChecksumAlgorithm, ObjectStoreConfig, S3Options
 from icechunk.credentials import (
@@ -24,43 +19,50 @@ from icechunk.credentials import (
     gcs_credentials,
     s3_credentials,
 )
-from icechunk.errors import ErrorKind, InvalidInputError, StorageError
-from icechunk.runtime.clock import SYSTEM
+from icechunk.errors import ErrorKind, StorageError
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import Storage
-
-if TYPE_CHECKING:
-    from icechunk.storage.port import Storage
+from icechunk.storage.presets import hugging_face_options, r2_bucket, r2_options, tigris_headers, tigris_options
 
 __all__ = [
-    "TIGRIS_ENDPOINT",
-    "azure_place",
     "azure_storage",
     "azure_store",
-    "gcs_place",
     "gcs_storage",
     "gcs_store",
-    "hf_options",
     "hf_storage",
     "http_storage",
     "http_store",
     "in_memory_storage",
     "local_filesystem_storage",
     "local_filesystem_store",
-    "r2_bucket",
-    "r2_endpoint",
-    "r2_options",
     "r2_storage",
     "redirect_storage",
     "s3_object_store_storage",
-    "s3_place",
     "s3_storage",
     "s3_store",
-    "tigris_headers",
-    "tigris_options",
     "tigris_storage",
 ]
+
+_OPTIONS: Final = frozenset(field.name for field in fields(S3Options)) - {"anonymous"}
+_KEYS: Final = frozenset(
+    {
+        "access_key_id",
+        "anonymous",
+        "expires_after",
+        "from_env",
+        "get_credentials",
+        "scatter_initial_credentials",
+        "secret_access_key",
+        "session_token",
+    }
+)
+_REST: Final = frozenset({"headers", "legacy_rooted_keys", "read_headers", "write_headers"})
+
+Headers = dict[str, str] | None
+
+
+# -- storages ------------------------------------------------------------------------------------------------------
 
 
 def in_memory_storage() -> Storage:
@@ -77,32 +79,212 @@ def local_filesystem_storage(path: str) -> Storage:
     return LocalStorage(path)
 
 
-def local_filesystem_store(path: str) -> ObjectStoreConfig.LocalFileSystem:
-    """The kind of store of virtual chunks that are files of this machine."""
-    return ObjectStoreConfig.LocalFileSystem(path)  # type: ignore[arg-type]
-
-
-def http_store(opts: dict[str, str] | None = None, headers: dict[str, str] | None = None) -> ObjectStoreConfig.Http:
-    """The kind of store of virtual chunks on web servers.
+def s3_storage(
+    *,
+    bucket: str,
+    prefix: str | None,
+    region: str | None = None,
+    endpoint_url: str | None = None,
+    allow_http: bool = False,
+    access_key_id: str | None = None,
+    secret_access_key: str | None = None,
+    session_token: str | None = None,
+    expires_after: datetime | None = None,
+    anonymous: bool | None = None,
+    from_env: bool | None = None,
+    get_credentials: Callable[[], S3StaticCredentials] | None = None,
+    scatter_initial_credentials: bool = False,
+    force_path_style: bool = False,
+    network_stream_timeout_seconds: int = 60,
+    requester_pays: bool = False,
+    checksum_algorithm: ChecksumAlgorithm | None = None,
+    legacy_rooted_keys: bool | None = None,
+    read_headers: dict[str, str] | None = None,
+    write_headers: dict[str, str] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Storage:
+    """A storage in a bucket of S3, or of a service that speaks its protocol.
 
     Parameters
     ----------
-    opts
-        Options of the HTTP client, as `http_storage` takes them.
-    headers
-        Sent with every request to that server.
+    bucket, prefix
+        The bucket must exist. The prefix comes before all keys; None or empty for the whole bucket.
+    region
+        Taken from the environment, or from what the service says, where it is None.
+    endpoint_url
+        None for AWS itself. Plain ``http://`` needs ``allow_http``.
+    access_key_id, secret_access_key, session_token, expires_after
+        A given access key.
+    anonymous, from_env
+        No signatures, or the usual chain of environment, profile and instance metadata (the default).
+    get_credentials, scatter_initial_credentials
+        A function, picklable by name, that returns `icechunk.S3StaticCredentials` and is called again shortly before
+        they expire; its first result travels with pickles where the second argument is True.
+    force_path_style
+        The bucket's name in the path instead of the host name.
+    network_stream_timeout_seconds
+        A body that delivers nothing for that long is tried again.
+    requester_pays
+        Agree to be billed for requests to somebody else's bucket.
+    checksum_algorithm
+        Checksum that the service verifies on upload; None for none beyond TLS's and the signature's.
+    legacy_rooted_keys
+        Keys begin with ``/``, as those of very old repositories without prefix do.
+    read_headers, write_headers, headers
+        Sent with requests that read, that write, and with both; server-side encryption is asked for in this way.
+
+    Raises
+    ------
+    InvalidInputError
+        Conflicting credentials (kind ``invalid-credentials``).
+    StorageError
+        ``legacy_rooted_keys`` with a prefix.
     """
-    return ObjectStoreConfig.Http(opts, headers)
+    return _on_s3(Storage.new_s3, (bucket, prefix), locals())
 
 
-def gcs_store(opts: dict[str, str] | None = None) -> ObjectStoreConfig.Gcs:
-    """The kind of store of virtual chunks in Google Cloud Storage; ``opts`` are obstore's."""
-    return ObjectStoreConfig.Gcs(opts)
+def tigris_storage(
+    *,
+    bucket: str,
+    prefix: str | None,
+    region: str | None = None,
+    endpoint_url: str | None = None,
+    use_weak_consistency: bool = False,
+    allow_http: bool = False,
+    access_key_id: str | None = None,
+    secret_access_key: str | None = None,
+    session_token: str | None = None,
+    expires_after: datetime | None = None,
+    anonymous: bool | None = None,
+    from_env: bool | None = None,
+    get_credentials: Callable[[], S3StaticCredentials] | None = None,
+    scatter_initial_credentials: bool = False,
+    network_stream_timeout_seconds: int = 60,
+    checksum_algorithm: ChecksumAlgorithm | None = None,
+    legacy_rooted_keys: bool | None = None,
+    read_headers: dict[str, str] | None = None,
+    write_headers: dict[str, str] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Storage:
+    """A storage in a Tigris bucket; see `s3_storage` for the parameters.
+
+    Tigris is consistent only within one region: with ``region`` every request asks for it. Without, only
+    ``use_weak_consistency`` is left, which is for readers that may see old states.
+
+    Raises
+    ------
+    StorageError
+        Neither a region nor ``use_weak_consistency``.
+    """
+    return _on_s3(Storage.new_tigris, (bucket, prefix, use_weak_consistency), locals())
 
 
-def azure_store(*, account: str, config: dict[str, str] | None = None) -> ObjectStoreConfig.Azure:
-    """The kind of store of virtual chunks in an account of Azure Blob Storage; ``config`` is obstore's."""
-    return ObjectStoreConfig.Azure({"account": account, **(config or {})})
+def r2_storage(
+    *,
+    bucket: str | None = None,
+    prefix: str | None = None,
+    account_id: str | None = None,
+    endpoint_url: str | None = None,
+    region: str | None = None,
+    allow_http: bool = False,
+    access_key_id: str | None = None,
+    secret_access_key: str | None = None,
+    session_token: str | None = None,
+    expires_after: datetime | None = None,
+    anonymous: bool | None = None,
+    from_env: bool | None = None,
+    get_credentials: Callable[[], S3StaticCredentials] | None = None,
+    scatter_initial_credentials: bool = False,
+    network_stream_timeout_seconds: int = 60,
+    checksum_algorithm: ChecksumAlgorithm | None = None,
+    legacy_rooted_keys: bool | None = None,
+    read_headers: dict[str, str] | None = None,
+    write_headers: dict[str, str] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Storage:
+    """A storage in a bucket of Cloudflare's R2; see `s3_storage` for the parameters.
+
+    Parameters
+    ----------
+    bucket
+        None: the first segment of ``prefix``.
+    account_id
+        Gives the endpoint, where ``endpoint_url`` does not.
+
+    Raises
+    ------
+    StorageError
+        No bucket in either argument, or neither account nor endpoint.
+    """
+    return _on_s3(Storage.new_r2, (bucket, prefix, account_id), locals())
+
+
+def s3_object_store_storage(
+    *,
+    bucket: str,
+    prefix: str | None,
+    region: str | None = None,
+    endpoint_url: str | None = None,
+    allow_http: bool = False,
+    access_key_id: str | None = None,
+    secret_access_key: str | None = None,
+    session_token: str | None = None,
+    expires_after: datetime | None = None,
+    anonymous: bool | None = None,
+    from_env: bool | None = None,
+    force_path_style: bool = False,
+    read_headers: dict[str, str] | None = None,
+    write_headers: dict[str, str] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Storage:
+    """The same as `s3_storage`: there is one way to S3 here, where the official library has two."""
+    return _on_s3(Storage.new_s3_object_store, (bucket, prefix), locals())
+
+
+def hf_storage(
+    *,
+    bucket: str,
+    prefix: str | None,
+    namespace: str,
+    access_key_id: str | None = None,
+    secret_access_key: str | None = None,
+    session_token: str | None = None,
+    expires_after: datetime | None = None,
+    from_env: bool | None = None,
+    get_credentials: Callable[[], S3StaticCredentials] | None = None,
+    scatter_initial_credentials: bool = False,
+    network_stream_timeout_seconds: int = 60,
+    legacy_rooted_keys: bool | None = None,
+    read_headers: dict[str, str] | None = None,
+    write_headers: dict[str, str] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Storage:
+    """A storage in a bucket of Hugging Face, through its S3 gateway; see `s3_storage` for the other parameters.
+
+    The gateway drops user metadata. A conditional write whose answer is lost is therefore recognised by its contents.
+
+    Parameters
+    ----------
+    namespace
+        The user or organization that owns the bucket.
+    access_key_id, secret_access_key
+        An S3 key made from a Hugging Face token, not the token itself.
+
+    Raises
+    ------
+    InvalidInputError
+        No namespace, or conflicting credentials.
+    """
+    return _on_s3(Storage.new_hf, (bucket, prefix, namespace), locals())
+
+
+def _on_s3(new: Callable[..., Storage], place: tuple[Any, ...], arguments: Mapping[str, Any]) -> Storage:
+    """Call one of `Storage.new_*` with what a function's arguments say of options, keys and headers."""
+
+    def picked(names: frozenset[str]) -> dict[str, Any]:
+        return {name: value for name, value in arguments.items() if name in names}
+
+    return new(S3Options(**picked(_OPTIONS)), *place, credentials=s3_credentials(**picked(_KEYS)), **picked(_REST))
 
 
 def gcs_storage(
@@ -255,25 +437,128 @@ def redirect_storage(base_url: str) -> Storage:
     return Storage.new_redirect(base_url)
 
 
-TIGRIS_ENDPOINT: Final = "https://t3.storage.dev"
-_HUGGING_FACE: Final = "https://s3.hf.co"
-
-Headers = Mapping[str, str] | None
+# -- Storage.new_* -------------------------------------------------------------------------------------------------
 
 
-def s3_place(
+class _Sent(TypedDict):
+    read_headers: dict[str, str]
+    write_headers: dict[str, str]
+
+
+def _sent(read_headers: Headers, write_headers: Headers, headers: Headers) -> _Sent:
+    return {
+        "read_headers": {**(headers or {}), **(read_headers or {})},
+        "write_headers": {**(headers or {}), **(write_headers or {})},
+    }
+
+
+def _new_in_memory(cls: type[Storage]) -> Storage:
+    """See `icechunk.in_memory_storage`."""
+    return MemoryStorage()
+
+
+def _new_local_filesystem(cls: type[Storage], path: str) -> Storage:
+    """See `icechunk.local_filesystem_storage`."""
+    return LocalStorage(path)
+
+
+def _new_s3(
+    cls: type[Storage],
+    config: S3Options,
+    bucket: str,
+    prefix: str | None,
+    credentials: Any = None,
+    legacy_rooted_keys: bool | None = None,
+    *,
+    read_headers: Headers = None,
+    write_headers: Headers = None,
+    headers: Headers = None,
+) -> Storage:
+    """See `icechunk.s3_storage`; ``credentials`` is one of `icechunk.S3Credentials`."""
+    return _s3(config, bucket, prefix, credentials, legacy_rooted_keys, _sent(read_headers, write_headers, headers))
+
+
+def _new_s3_object_store(
+    cls: type[Storage],
+    config: S3Options,
+    bucket: str,
+    prefix: str | None,
+    credentials: Any = None,
+    *,
+    read_headers: Headers = None,
+    write_headers: Headers = None,
+    headers: Headers = None,
+) -> Storage:
+    """The same storage as `new_s3`: there is one way to S3 here, where the official library has two."""
+    return _s3(config, bucket, prefix, credentials, None, _sent(read_headers, write_headers, headers))
+
+
+def _new_tigris(
+    cls: type[Storage],
+    config: S3Options,
+    bucket: str,
+    prefix: str | None,
+    use_weak_consistency: bool,
+    credentials: Any = None,
+    legacy_rooted_keys: bool | None = None,
+    *,
+    read_headers: Headers = None,
+    write_headers: Headers = None,
+    headers: Headers = None,
+) -> Storage:
+    """See `icechunk.tigris_storage`."""
+    headers = {**tigris_headers(config.region, use_weak_consistency), **(headers or {})}
+    sent = _sent(read_headers, write_headers, headers)
+    return _s3(tigris_options(config), bucket, prefix, credentials, legacy_rooted_keys, sent)
+
+
+def _new_r2(
+    cls: type[Storage],
+    config: S3Options,
+    bucket: str | None = None,
+    prefix: str | None = None,
+    account_id: str | None = None,
+    credentials: Any = None,
+    legacy_rooted_keys: bool | None = None,
+    *,
+    read_headers: Headers = None,
+    write_headers: Headers = None,
+    headers: Headers = None,
+) -> Storage:
+    """See `icechunk.r2_storage`."""
+    options = r2_options(config, account_id)
+    bucket, prefix = r2_bucket(bucket, prefix)
+    return _s3(options, bucket, prefix, credentials, legacy_rooted_keys, _sent(read_headers, write_headers, headers))
+
+
+def _new_hf(
+    cls: type[Storage],
+    config: S3Options,
+    bucket: str,
+    prefix: str | None,
+    namespace: str,
+    credentials: Any = None,
+    legacy_rooted_keys: bool | None = None,
+    *,
+    read_headers: Headers = None,
+    write_headers: Headers = None,
+    headers: Headers = None,
+) -> Storage:
+    """See `icechunk.hf_storage`."""
+    sent = _sent(read_headers, write_headers, headers)
+    options = hugging_face_options(config, namespace)
+    return _s3(options, bucket, prefix, credentials, legacy_rooted_keys, sent, keeps_metadata=False)
+
+
+def _s3(
     options: S3Options,
     bucket: str,
     prefix: str | None,
     credentials: Any,
     legacy_rooted_keys: bool | None,
-    read_headers: Headers,
-    write_headers: Headers,
-    headers: Headers,
-    *,
+    sent: _Sent,
     keeps_metadata: bool = True,
 ) -> Storage:
-    """A storage of S3 or a service like it. Raises `StorageError` for ``legacy_rooted_keys`` with a prefix."""
     from icechunk.storage.s3.storage import S3Storage
 
     if legacy_rooted_keys and prefix and prefix.strip("/"):
@@ -287,122 +572,94 @@ def s3_place(
         credentials=credentials,
         rooted_keys=bool(legacy_rooted_keys),
         keeps_metadata=keeps_metadata,
-        read_headers={**(headers or {}), **(read_headers or {})},
-        write_headers={**(headers or {}), **(write_headers or {})},
+        **sent,
     )
 
 
-def tigris_headers(region: str | None, use_weak_consistency: bool) -> dict[str, str]:
-    """What makes Tigris consistent. Raises `StorageError` where nothing can."""
-    if use_weak_consistency:
-        return {}
-    if region is None:
-        raise StorageError(
-            "a Tigris storage needs the bucket's region to be consistent: give region, or for reading possibly old "
-            "states use_weak_consistency=True",
-            ErrorKind.STORAGE_CONFIG,
-        )
-    return {"X-Tigris-Consistent": "true", "X-Tigris-Regions": region}
-
-
-def tigris_options(options: S3Options) -> S3Options:
-    """The options with Tigris' endpoint, unless they have one."""
-    changed = copy.copy(options)
-    changed.endpoint_url = options.endpoint_url or TIGRIS_ENDPOINT
-    return changed
-
-
-def r2_endpoint(account_id: str) -> str:
-    """Where the buckets of an account of Cloudflare's R2 are."""
-    return f"https://{account_id}.r2.cloudflarestorage.com"
-
-
-def r2_options(options: S3Options, account_id: str | None) -> S3Options:
-    """The options with R2's endpoint and ways. Raises `StorageError` with neither endpoint nor account."""
-    if options.endpoint_url is None and account_id is None:
-        raise StorageError("an R2 storage needs endpoint_url or account_id", ErrorKind.STORAGE_CONFIG)
-    changed = copy.copy(options)
-    changed.region = options.region or "auto"
-    changed.endpoint_url = options.endpoint_url or r2_endpoint(account_id or "")
-    changed.force_path_style = True
-    return changed
-
-
-def r2_bucket(bucket: str | None, prefix: str | None) -> tuple[str, str | None]:
-    """Bucket and prefix, where the first segment of the prefix may be the bucket. Raises `StorageError` with none."""
-    if bucket is not None:
-        return bucket, prefix
-    bucket, _, prefix = (prefix or "").strip("/").partition("/")
-    if not bucket:
-        raise StorageError(
-            "an R2 storage needs a bucket: give bucket, or a prefix that begins with it", ErrorKind.STORAGE_CONFIG
-        )
-    return bucket, prefix
-
-
-def hf_options(options: S3Options, namespace: str) -> S3Options:
-    """The options with the S3 gateway of Hugging Face. Raises `InvalidInputError` for what is no namespace."""
-    if not isinstance(namespace, str) or not namespace or "/" in namespace:
-        raise InvalidInputError(
-            f"bad namespace {namespace!r}: give the user or organization that owns the bucket", ErrorKind.STORAGE_CONFIG
-        )
-    changed = copy.copy(options)
-    changed.region = options.region or "us-east-1"
-    changed.endpoint_url = options.endpoint_url or f"{_HUGGING_FACE}/{namespace}"
-    changed.force_path_style = True
-    return changed
-
-
-def gcs_place(
+def _new_gcs(
+    cls: type[Storage],
     bucket: str,
     prefix: str | None,
-    credentials: Any,
-    config: Mapping[str, str] | None,
-    read_headers: Headers,
-    write_headers: Headers,
-    headers: Headers,
+    credentials: Any = None,
+    *,
+    config: dict[str, str] | None = None,
+    read_headers: Headers = None,
+    write_headers: Headers = None,
+    headers: Headers = None,
 ) -> Storage:
-    """A storage in a bucket of Google Cloud Storage."""
-    from icechunk.storage.obstore.buckets import GcsPlace, check_bucket, checked_config
+    """See `icechunk.gcs_storage`; ``credentials`` is one of `icechunk.GcsCredentials`."""
+    from icechunk.storage.obstore.buckets import GcsBucket
     from icechunk.storage.obstore.storage import ObstoreStorage
 
-    return ObstoreStorage(
-        GcsPlace(
-            check_bucket("bucket", bucket),
-            _root(prefix),
-            credentials=credentials,
-            config=checked_config(config),
-            read_headers={**(headers or {}), **(read_headers or {})},
-            write_headers={**(headers or {}), **(write_headers or {})},
-            sources=SYSTEM,
-        )
-    )
+    sent = _sent(read_headers, write_headers, headers)
+    return ObstoreStorage(GcsBucket(bucket, prefix, credentials=credentials, config=config, **sent))
 
 
-def azure_place(
-    account: str, container: str, prefix: str | None, credentials: Any, config: Mapping[str, str] | None
+def _new_azure_blob(
+    cls: type[Storage],
+    account: str,
+    container: str,
+    prefix: str,
+    credentials: Any = None,
+    *,
+    config: dict[str, str] | None = None,
 ) -> Storage:
-    """A storage in a container of Azure."""
-    from icechunk.storage.obstore.buckets import AzurePlace, check_bucket, checked_config
+    """See `icechunk.azure_storage`; ``credentials`` is one of `icechunk.AzureCredentials`."""
+    from icechunk.storage.obstore.buckets import AzureContainer
     from icechunk.storage.obstore.storage import ObstoreStorage
 
-    return ObstoreStorage(
-        AzurePlace(
-            check_bucket("account", account),
-            check_bucket("container", container),
-            _root(prefix),
-            credentials=credentials,
-            config=checked_config(config),
-            read_headers={},
-            write_headers={},
-            sources=SYSTEM,
-        )
-    )
+    return ObstoreStorage(AzureContainer(account, container, prefix, credentials=credentials, config=config))
 
 
-def _root(prefix: str | None) -> str:
-    folder = (prefix or "").strip("/")
-    return folder + "/" if folder else ""
+def _new_http(
+    cls: type[Storage],
+    base_url: str,
+    config: dict[str, str] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Storage:
+    """See `icechunk.http_storage`."""
+    from icechunk.storage.http.storage import HttpStorage
+
+    return HttpStorage(base_url, config, headers)
+
+
+def _new_redirect(cls: type[Storage], base_url: str) -> Storage:
+    """See `icechunk.redirect_storage`."""
+    from icechunk.storage.redirect import RedirectStorage
+
+    return RedirectStorage(base_url)
+
+
+def _attach(*functions: Callable[..., Storage]) -> None:
+    """Make the functions class methods of the port, under their names without the underscore."""
+    for function in functions:
+        name = function.__name__.removeprefix("_")
+        function.__qualname__ = f"Storage.{name}"
+        function.__name__ = name
+        setattr(Storage, name, classmethod(function))
+
+
+_attach(
+    _new_in_memory,
+    _new_local_filesystem,
+    _new_s3,
+    _new_s3_object_store,
+    _new_tigris,
+    _new_r2,
+    _new_hf,
+    _new_gcs,
+    _new_azure_blob,
+    _new_http,
+    _new_redirect,
+)
+
+
+# -- kinds of stores of virtual chunks -----------------------------------------------------------------------------
+
+
+def local_filesystem_store(path: str) -> ObjectStoreConfig.LocalFileSystem:
+    """The kind of store of virtual chunks that are files of this machine."""
+    return ObjectStoreConfig.LocalFileSystem(path)  # type: ignore[arg-type]
 
 
 def s3_store(
@@ -420,318 +677,30 @@ def s3_store(
 
     See `s3_storage` for the parameters.
     """
-    options = S3Options(
-        region=region,
-        endpoint_url=endpoint_url,
-        allow_http=allow_http,
-        anonymous=anonymous,
-        force_path_style=force_path_style,
-        network_stream_timeout_seconds=network_stream_timeout_seconds,
-        requester_pays=requester_pays,
-        checksum_algorithm=checksum_algorithm,
-    )
+    arguments = locals()
+    del arguments["s3_compatible"]
+    options = S3Options(**arguments)
     return ObjectStoreConfig.S3Compatible(options) if s3_compatible else ObjectStoreConfig.S3(options)
 
 
-def s3_storage(
-    *,
-    bucket: str,
-    prefix: str | None,
-    region: str | None = None,
-    endpoint_url: str | None = None,
-    allow_http: bool = False,
-    access_key_id: str | None = None,
-    secret_access_key: str | None = None,
-    session_token: str | None = None,
-    expires_after: datetime | None = None,
-    anonymous: bool | None = None,
-    from_env: bool | None = None,
-    get_credentials: Callable[[], S3StaticCredentials] | None = None,
-    scatter_initial_credentials: bool = False,
-    force_path_style: bool = False,
-    network_stream_timeout_seconds: int = 60,
-    requester_pays: bool = False,
-    checksum_algorithm: ChecksumAlgorithm | None = None,
-    legacy_rooted_keys: bool | None = None,
-    read_headers: dict[str, str] | None = None,
-    write_headers: dict[str, str] | None = None,
-    headers: dict[str, str] | None = None,
-) -> Storage:
-    """A storage in a bucket of S3, or of a service that speaks its protocol.
+def gcs_store(opts: dict[str, str] | None = None) -> ObjectStoreConfig.Gcs:
+    """The kind of store of virtual chunks in Google Cloud Storage; ``opts`` are obstore's."""
+    return ObjectStoreConfig.Gcs(opts)
+
+
+def azure_store(*, account: str, config: dict[str, str] | None = None) -> ObjectStoreConfig.Azure:
+    """The kind of store of virtual chunks in an account of Azure Blob Storage; ``config`` is obstore's."""
+    return ObjectStoreConfig.Azure({"account": account, **(config or {})})
+
+
+def http_store(opts: dict[str, str] | None = None, headers: dict[str, str] | None = None) -> ObjectStoreConfig.Http:
+    """The kind of store of virtual chunks on web servers.
 
     Parameters
     ----------
-    bucket, prefix
-        The bucket must exist. The prefix comes before all keys; None or empty for the whole bucket.
-    region
-        Taken from the environment, or from what the service says, where it is None.
-    endpoint_url
-        None for AWS itself. Plain ``http://`` needs ``allow_http``.
-    access_key_id, secret_access_key, session_token, expires_after
-        A given access key.
-    anonymous, from_env
-        No signatures, or the usual chain of environment, profile and instance metadata (the default).
-    get_credentials, scatter_initial_credentials
-        A function, picklable by name, that returns `icechunk.S3StaticCredentials` and is called again shortly before
-        they expire; its first result travels with pickles where the second argument is True.
-    force_path_style
-        The bucket's name in the path instead of the host name.
-    network_stream_timeout_seconds
-        A body that delivers nothing for that long is tried again.
-    requester_pays
-        Agree to be billed for requests to somebody else's bucket.
-    checksum_algorithm
-        Checksum that the service verifies on upload; None for none beyond TLS's and the signature's.
-    legacy_rooted_keys
-        Keys begin with ``/``, as those of very old repositories without prefix do.
-    read_headers, write_headers, headers
-        Sent with requests that read, that write, and with both; server-side encryption is asked for in this way.
-
-    Raises
-    ------
-    InvalidInputError
-        Conflicting credentials (kind ``invalid-credentials``).
-    StorageError
-        ``legacy_rooted_keys`` with a prefix.
+    opts
+        Options of the HTTP client, as `http_storage` takes them.
+    headers
+        Sent with every request to that server.
     """
-    return Storage.new_s3(
-        S3Options(
-            region=region,
-            endpoint_url=endpoint_url,
-            allow_http=allow_http,
-            force_path_style=force_path_style,
-            network_stream_timeout_seconds=network_stream_timeout_seconds,
-            requester_pays=requester_pays,
-            checksum_algorithm=checksum_algorithm,
-        ),
-        bucket,
-        prefix,
-        s3_credentials(
-            access_key_id=access_key_id,
-            secret_access_key=secret_access_key,
-            session_token=session_token,
-            expires_after=expires_after,
-            anonymous=anonymous,
-            from_env=from_env,
-            get_credentials=get_credentials,
-            scatter_initial_credentials=scatter_initial_credentials,
-        ),
-        legacy_rooted_keys,
-        read_headers=read_headers,
-        write_headers=write_headers,
-        headers=headers,
-    )
-
-
-def tigris_storage(
-    *,
-    bucket: str,
-    prefix: str | None,
-    region: str | None = None,
-    endpoint_url: str | None = None,
-    use_weak_consistency: bool = False,
-    allow_http: bool = False,
-    access_key_id: str | None = None,
-    secret_access_key: str | None = None,
-    session_token: str | None = None,
-    expires_after: datetime | None = None,
-    anonymous: bool | None = None,
-    from_env: bool | None = None,
-    get_credentials: Callable[[], S3StaticCredentials] | None = None,
-    scatter_initial_credentials: bool = False,
-    network_stream_timeout_seconds: int = 60,
-    checksum_algorithm: ChecksumAlgorithm | None = None,
-    legacy_rooted_keys: bool | None = None,
-    read_headers: dict[str, str] | None = None,
-    write_headers: dict[str, str] | None = None,
-    headers: dict[str, str] | None = None,
-) -> Storage:
-    """A storage in a Tigris bucket; see `s3_storage` for the parameters.
-
-    Tigris is consistent only within one region: with ``region`` every request asks for it. Without, only
-    ``use_weak_consistency`` is left, which is for readers that may see old states.
-
-    Raises
-    ------
-    StorageError
-        Neither a region nor ``use_weak_consistency``.
-    """
-    strong = tigris_headers(region, use_weak_consistency)
-    return s3_storage(
-        bucket=bucket,
-        prefix=prefix,
-        region=region,
-        endpoint_url=endpoint_url or TIGRIS_ENDPOINT,
-        allow_http=allow_http,
-        access_key_id=access_key_id,
-        secret_access_key=secret_access_key,
-        session_token=session_token,
-        expires_after=expires_after,
-        anonymous=anonymous,
-        from_env=from_env,
-        get_credentials=get_credentials,
-        scatter_initial_credentials=scatter_initial_credentials,
-        network_stream_timeout_seconds=network_stream_timeout_seconds,
-        checksum_algorithm=checksum_algorithm,
-        legacy_rooted_keys=legacy_rooted_keys,
-        read_headers=read_headers,
-        write_headers=write_headers,
-        headers={**strong, **(headers or {})},
-    )
-
-
-def r2_storage(
-    *,
-    bucket: str | None = None,
-    prefix: str | None = None,
-    account_id: str | None = None,
-    endpoint_url: str | None = None,
-    region: str | None = None,
-    allow_http: bool = False,
-    access_key_id: str | None = None,
-    secret_access_key: str | None = None,
-    session_token: str | None = None,
-    expires_after: datetime | None = None,
-    anonymous: bool | None = None,
-    from_env: bool | None = None,
-    get_credentials: Callable[[], S3StaticCredentials] | None = None,
-    scatter_initial_credentials: bool = False,
-    network_stream_timeout_seconds: int = 60,
-    checksum_algorithm: ChecksumAlgorithm | None = None,
-    legacy_rooted_keys: bool | None = None,
-    read_headers: dict[str, str] | None = None,
-    write_headers: dict[str, str] | None = None,
-    headers: dict[str, str] | None = None,
-) -> Storage:
-    """A storage in a bucket of Cloudflare's R2; see `s3_storage` for the parameters.
-
-    Parameters
-    ----------
-    bucket
-        None: the first segment of ``prefix``.
-    account_id
-        Gives the endpoint, where ``endpoint_url`` does not.
-
-    Raises
-    ------
-    StorageError
-        No bucket in either argument, or neither account nor endpoint.
-    """
-    if endpoint_url is None and account_id is None:
-        raise StorageError("an R2 storage needs endpoint_url or account_id", ErrorKind.STORAGE_CONFIG)
-    bucket, prefix = r2_bucket(bucket, prefix)
-    return s3_storage(
-        bucket=bucket,
-        prefix=prefix,
-        region=region or "auto",
-        endpoint_url=endpoint_url or r2_endpoint(account_id or ""),
-        allow_http=allow_http,
-        access_key_id=access_key_id,
-        secret_access_key=secret_access_key,
-        session_token=session_token,
-        expires_after=expires_after,
-        anonymous=anonymous,
-        from_env=from_env,
-        get_credentials=get_credentials,
-        scatter_initial_credentials=scatter_initial_credentials,
-        force_path_style=True,
-        network_stream_timeout_seconds=network_stream_timeout_seconds,
-        checksum_algorithm=checksum_algorithm,
-        legacy_rooted_keys=legacy_rooted_keys,
-        read_headers=read_headers,
-        write_headers=write_headers,
-        headers=headers,
-    )
-
-
-def s3_object_store_storage(
-    *,
-    bucket: str,
-    prefix: str | None,
-    region: str | None = None,
-    endpoint_url: str | None = None,
-    allow_http: bool = False,
-    access_key_id: str | None = None,
-    secret_access_key: str | None = None,
-    session_token: str | None = None,
-    expires_after: datetime | None = None,
-    anonymous: bool | None = None,
-    from_env: bool | None = None,
-    force_path_style: bool = False,
-    read_headers: dict[str, str] | None = None,
-    write_headers: dict[str, str] | None = None,
-    headers: dict[str, str] | None = None,
-) -> Storage:
-    """The same as `s3_storage`: there is one way to S3 here, where the official library has two."""
-    return s3_storage(
-        bucket=bucket,
-        prefix=prefix,
-        region=region,
-        endpoint_url=endpoint_url,
-        allow_http=allow_http,
-        access_key_id=access_key_id,
-        secret_access_key=secret_access_key,
-        session_token=session_token,
-        expires_after=expires_after,
-        anonymous=anonymous,
-        from_env=from_env,
-        force_path_style=force_path_style,
-        read_headers=read_headers,
-        write_headers=write_headers,
-        headers=headers,
-    )
-
-
-def hf_storage(
-    *,
-    bucket: str,
-    prefix: str | None,
-    namespace: str,
-    access_key_id: str | None = None,
-    secret_access_key: str | None = None,
-    session_token: str | None = None,
-    expires_after: datetime | None = None,
-    from_env: bool | None = None,
-    get_credentials: Callable[[], S3StaticCredentials] | None = None,
-    scatter_initial_credentials: bool = False,
-    network_stream_timeout_seconds: int = 60,
-    legacy_rooted_keys: bool | None = None,
-    read_headers: dict[str, str] | None = None,
-    write_headers: dict[str, str] | None = None,
-    headers: dict[str, str] | None = None,
-) -> Storage:
-    """A storage in a bucket of Hugging Face, through its S3 gateway; see `s3_storage` for the other parameters.
-
-    The gateway drops user metadata. A conditional write whose answer is lost is therefore recognised by its contents.
-
-    Parameters
-    ----------
-    namespace
-        The user or organization that owns the bucket.
-    access_key_id, secret_access_key
-        An S3 key made from a Hugging Face token, not the token itself.
-
-    Raises
-    ------
-    InvalidInputError
-        No namespace, or conflicting credentials.
-    """
-    return Storage.new_hf(
-        S3Options(network_stream_timeout_seconds=network_stream_timeout_seconds),
-        bucket,
-        prefix,
-        namespace,
-        s3_credentials(
-            access_key_id=access_key_id,
-            secret_access_key=secret_access_key,
-            session_token=session_token,
-            expires_after=expires_after,
-            from_env=from_env,
-            get_credentials=get_credentials,
-            scatter_initial_credentials=scatter_initial_credentials,
-        ),
-        legacy_rooted_keys,
-        read_headers=read_headers,
-        write_headers=write_headers,
-        headers=headers,
-    )
+    return ObjectStoreConfig.Http(opts, headers)

@@ -8,11 +8,7 @@ What the engine demands of every adapter: a GET after an acknowledged PUT sees i
 are atomic per key; an object is whole or absent, also after a crash; ``modified_us`` and ``date_us`` come from
 one clock, within minutes.
 
-What users of the official package expect on a `Storage`: settings, listings, representation, constructors.
-
-Which keys and byte ranges are well formed, the same on every back end.
-
-What storages that can only be read share.
+Which keys and byte ranges are well formed is decided here, the same for every adapter. The port imports no adapter.
 """
 
 from __future__ import annotations
@@ -22,14 +18,16 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NewType, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NewType, TypeAlias
 
+from icechunk.config import StorageSettings
 from icechunk.errors import ErrorKind, InvalidInputError, ReadOnlyError, StorageError
 from icechunk.runtime.clock import moment
+from icechunk.runtime.loops import run_sync
 from icechunk.runtime.representation import Described, fields_html
 
 if TYPE_CHECKING:
-    from icechunk.config import S3Options, StorageSettings
+    from icechunk.config import S3Options
 
 __all__ = [
     "ANY",
@@ -47,7 +45,6 @@ __all__ = [
     "Range",
     "ReadOnlyStorage",
     "Storage",
-    "StorageFacade",
     "StorageObjectInfo",
     "Suffix",
     "Unchecked",
@@ -70,257 +67,6 @@ class StorageObjectInfo(Described):
     """Size of the object."""
     created_at: datetime
     """Last-Modified by the store's clock, UTC."""
-
-
-class StorageFacade:
-    """Public methods that every storage shares; synchronous twins run on the background loop."""
-
-    __slots__ = ()
-
-    def default_settings(self) -> StorageSettings:
-        """Settings that this kind of storage uses where the configuration gives none."""
-        from icechunk.storage.settings import place_settings
-
-        return place_settings(ideal_request_bytes=4096)
-
-    def with_settings(self, settings: StorageSettings | None) -> Storage:
-        """The same place under other settings; shares the clients and caches of this one.
-
-        Storages without settings of their own (memory, local file systems) return themselves.
-        """
-        return cast("Storage", self)
-
-    def with_user_agent(self, user_agent: str) -> Storage:
-        """The same place, whose requests name themselves so; storages that send no such header return themselves."""
-        return cast("Storage", self)
-
-    async def list_objects_metadata_async(
-        self,
-        settings: StorageSettings | None = None,
-        prefix: str | None = None,
-    ) -> list[StorageObjectInfo]:
-        """Every object below the folder ``prefix``, with keys relative to that folder, ascending.
-
-        Parameters
-        ----------
-        settings
-            Used for this listing instead of the storage's own.
-        prefix
-            A folder, with or without its final ``/``; None for all objects of the storage.
-        """
-        folder = prefix.rstrip("/") + "/" if prefix and prefix.rstrip("/") else ""
-        storage = cast("Storage", self) if settings is None else self.with_settings(settings)
-        return [
-            StorageObjectInfo(
-                key=info.key[len(folder) :],
-                size_bytes=info.size,
-                created_at=moment(info.modified_us),
-            )
-            async for page in storage.list_pages(folder)
-            for info in page
-        ]
-
-    def list_objects_metadata(
-        self,
-        settings: StorageSettings | None = None,
-        prefix: str | None = None,
-    ) -> list[StorageObjectInfo]:
-        """Synchronous twin of `list_objects_metadata_async`."""
-        from icechunk.runtime.loops import run_sync
-
-        return run_sync(self.list_objects_metadata_async(settings, prefix))
-
-    async def list_objects_async(
-        self,
-        settings: StorageSettings | None = None,
-        prefix: str | None = None,
-    ) -> list[tuple[str, int]]:
-        """Key (relative to the folder ``prefix``) and size in bytes of every object below it, ascending."""
-        return [(info.key, info.size_bytes) for info in await self.list_objects_metadata_async(settings, prefix)]
-
-    def list_objects(
-        self,
-        settings: StorageSettings | None = None,
-        prefix: str | None = None,
-    ) -> list[tuple[str, int]]:
-        """Synchronous twin of `list_objects_async`."""
-        from icechunk.runtime.loops import run_sync
-
-        return run_sync(self.list_objects_async(settings, prefix))
-
-    def _repr_html_(self) -> str:
-        title, *lines = repr(self).splitlines()
-        rows = [line.partition(": ") for line in lines]
-        return fields_html(title.strip("<>"), [(name, value) for name, _, value in rows])
-
-    @classmethod
-    def new_in_memory(cls) -> Storage:
-        """See `icechunk.in_memory_storage`."""
-        from icechunk.storage.memory import MemoryStorage
-
-        return MemoryStorage()
-
-    @classmethod
-    def new_local_filesystem(cls, path: str) -> Storage:
-        """See `icechunk.local_filesystem_storage`."""
-        from icechunk.storage.local.storage import LocalStorage
-
-        return LocalStorage(path)
-
-    @classmethod
-    def new_s3(
-        cls,
-        config: S3Options,
-        bucket: str,
-        prefix: str | None,
-        credentials: Any = None,
-        legacy_rooted_keys: bool | None = None,
-        *,
-        read_headers: dict[str, str] | None = None,
-        write_headers: dict[str, str] | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> Storage:
-        """See `icechunk.s3_storage`; ``credentials`` is one of `icechunk.S3Credentials`."""
-        from icechunk.storage.constructors import s3_place
-
-        return s3_place(config, bucket, prefix, credentials, legacy_rooted_keys, read_headers, write_headers, headers)
-
-    @classmethod
-    def new_s3_object_store(
-        cls,
-        config: S3Options,
-        bucket: str,
-        prefix: str | None,
-        credentials: Any = None,
-        *,
-        read_headers: dict[str, str] | None = None,
-        write_headers: dict[str, str] | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> Storage:
-        """The same storage as `new_s3`: there is one way to S3 here, where the official library has two."""
-        from icechunk.storage.constructors import s3_place
-
-        return s3_place(config, bucket, prefix, credentials, None, read_headers, write_headers, headers)
-
-    @classmethod
-    def new_tigris(
-        cls,
-        config: S3Options,
-        bucket: str,
-        prefix: str | None,
-        use_weak_consistency: bool,
-        credentials: Any = None,
-        legacy_rooted_keys: bool | None = None,
-        *,
-        read_headers: dict[str, str] | None = None,
-        write_headers: dict[str, str] | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> Storage:
-        """See `icechunk.tigris_storage`."""
-        from icechunk.storage.constructors import s3_place, tigris_headers, tigris_options
-
-        headers = {**tigris_headers(config.region, use_weak_consistency), **(headers or {})}
-        options = tigris_options(config)
-        return s3_place(options, bucket, prefix, credentials, legacy_rooted_keys, read_headers, write_headers, headers)
-
-    @classmethod
-    def new_r2(
-        cls,
-        config: S3Options,
-        bucket: str | None = None,
-        prefix: str | None = None,
-        account_id: str | None = None,
-        credentials: Any = None,
-        legacy_rooted_keys: bool | None = None,
-        *,
-        read_headers: dict[str, str] | None = None,
-        write_headers: dict[str, str] | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> Storage:
-        """See `icechunk.r2_storage`."""
-        from icechunk.storage.constructors import r2_bucket, r2_options, s3_place
-
-        options = r2_options(config, account_id)
-        bucket, prefix = r2_bucket(bucket, prefix)
-        return s3_place(options, bucket, prefix, credentials, legacy_rooted_keys, read_headers, write_headers, headers)
-
-    @classmethod
-    def new_hf(
-        cls,
-        config: S3Options,
-        bucket: str,
-        prefix: str | None,
-        namespace: str,
-        credentials: Any = None,
-        legacy_rooted_keys: bool | None = None,
-        *,
-        read_headers: dict[str, str] | None = None,
-        write_headers: dict[str, str] | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> Storage:
-        """See `icechunk.hf_storage`."""
-        from icechunk.storage.constructors import hf_options, s3_place
-
-        options = hf_options(config, namespace)
-        return s3_place(
-            options,
-            bucket,
-            prefix,
-            credentials,
-            legacy_rooted_keys,
-            read_headers,
-            write_headers,
-            headers,
-            keeps_metadata=False,
-        )
-
-    @classmethod
-    def new_gcs(
-        cls,
-        bucket: str,
-        prefix: str | None,
-        credentials: Any = None,
-        *,
-        config: dict[str, str] | None = None,
-        read_headers: dict[str, str] | None = None,
-        write_headers: dict[str, str] | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> Storage:
-        """See `icechunk.gcs_storage`; ``credentials`` is one of `icechunk.GcsCredentials`."""
-        from icechunk.storage.constructors import gcs_place
-
-        return gcs_place(bucket, prefix, credentials, config, read_headers, write_headers, headers)
-
-    @classmethod
-    def new_azure_blob(
-        cls,
-        account: str,
-        container: str,
-        prefix: str,
-        credentials: Any = None,
-        *,
-        config: dict[str, str] | None = None,
-    ) -> Storage:
-        """See `icechunk.azure_storage`; ``credentials`` is one of `icechunk.AzureCredentials`."""
-        from icechunk.storage.constructors import azure_place
-
-        return azure_place(account, container, prefix, credentials, config)
-
-    @classmethod
-    def new_http(
-        cls, base_url: str, config: dict[str, str] | None = None, headers: dict[str, str] | None = None
-    ) -> Storage:
-        """See `icechunk.http_storage`."""
-        from icechunk.storage.http.storage import HttpStorage
-
-        return HttpStorage(base_url, config, headers)
-
-    @classmethod
-    def new_redirect(cls, base_url: str) -> Storage:
-        """See `icechunk.redirect_storage`."""
-        from icechunk.storage.http.redirect import RedirectStorage
-
-        return RedirectStorage(base_url)
 
 
 Version = NewType("Version", str)
@@ -426,7 +172,7 @@ class ListingUnsupportedError(StorageError):
 ObjectKind: TypeAlias = Literal["metadata", "chunk"]
 
 
-class Storage(StorageFacade, ABC):
+class Storage(ABC):
     """A place that holds a repository, and the verbs on it. Picklable; safe to use from several loops and threads.
 
     All verbs raise `StorageError` (with the key, and what to do) once bounded retries are used up.
@@ -539,6 +285,192 @@ class Storage(StorageFacade, ABC):
     @abstractmethod
     def describe(self) -> str:
         """Where this is, for error messages (``s3://bucket/prefix``); no secrets."""
+
+    # -- what users of the public class call -------------------------------------------------------------------------
+
+    def default_settings(self) -> StorageSettings:
+        """Settings that this kind of storage uses where the configuration gives none."""
+        return StorageSettings()
+
+    def with_settings(self, settings: StorageSettings | None) -> Storage:
+        """The same place under other settings; shares the clients and caches of this one.
+
+        Storages without settings of their own (memory, local file systems) return themselves.
+        """
+        return self
+
+    def with_user_agent(self, user_agent: str) -> Storage:
+        """The same place, whose requests name themselves so; storages that send no such header return themselves."""
+        return self
+
+    async def list_objects_metadata_async(
+        self,
+        settings: StorageSettings | None = None,
+        prefix: str | None = None,
+    ) -> list[StorageObjectInfo]:
+        """Every object below the folder ``prefix``, with keys relative to that folder, ascending.
+
+        Parameters
+        ----------
+        settings
+            Used for this listing instead of the storage's own.
+        prefix
+            A folder, with or without its final ``/``; None for all objects of the storage.
+        """
+        folder = prefix.rstrip("/") + "/" if prefix and prefix.rstrip("/") else ""
+        storage = self if settings is None else self.with_settings(settings)
+        return [
+            StorageObjectInfo(
+                key=info.key[len(folder) :],
+                size_bytes=info.size,
+                created_at=moment(info.modified_us),
+            )
+            async for page in storage.list_pages(folder)
+            for info in page
+        ]
+
+    def list_objects_metadata(
+        self,
+        settings: StorageSettings | None = None,
+        prefix: str | None = None,
+    ) -> list[StorageObjectInfo]:
+        """Synchronous twin of `list_objects_metadata_async`."""
+        return run_sync(self.list_objects_metadata_async(settings, prefix))
+
+    async def list_objects_async(
+        self,
+        settings: StorageSettings | None = None,
+        prefix: str | None = None,
+    ) -> list[tuple[str, int]]:
+        """Key (relative to the folder ``prefix``) and size in bytes of every object below it, ascending."""
+        return [(info.key, info.size_bytes) for info in await self.list_objects_metadata_async(settings, prefix)]
+
+    def list_objects(
+        self,
+        settings: StorageSettings | None = None,
+        prefix: str | None = None,
+    ) -> list[tuple[str, int]]:
+        """Synchronous twin of `list_objects_async`."""
+        return run_sync(self.list_objects_async(settings, prefix))
+
+    def _repr_html_(self) -> str:
+        title, *lines = repr(self).splitlines()
+        rows = [line.partition(": ") for line in lines]
+        return fields_html(title.strip("<>"), [(name, value) for name, _, value in rows])
+
+    # -- constructors: attached by `icechunk.storage.constructors`, the one module that knows every adapter -----------
+
+    if TYPE_CHECKING:
+
+        @classmethod
+        def new_in_memory(cls) -> Storage: ...
+
+        @classmethod
+        def new_local_filesystem(cls, path: str) -> Storage: ...
+
+        @classmethod
+        def new_s3(
+            cls,
+            config: S3Options,
+            bucket: str,
+            prefix: str | None,
+            credentials: Any = None,
+            legacy_rooted_keys: bool | None = None,
+            *,
+            read_headers: dict[str, str] | None = None,
+            write_headers: dict[str, str] | None = None,
+            headers: dict[str, str] | None = None,
+        ) -> Storage: ...
+
+        @classmethod
+        def new_s3_object_store(
+            cls,
+            config: S3Options,
+            bucket: str,
+            prefix: str | None,
+            credentials: Any = None,
+            *,
+            read_headers: dict[str, str] | None = None,
+            write_headers: dict[str, str] | None = None,
+            headers: dict[str, str] | None = None,
+        ) -> Storage: ...
+
+        @classmethod
+        def new_tigris(
+            cls,
+            config: S3Options,
+            bucket: str,
+            prefix: str | None,
+            use_weak_consistency: bool,
+            credentials: Any = None,
+            legacy_rooted_keys: bool | None = None,
+            *,
+            read_headers: dict[str, str] | None = None,
+            write_headers: dict[str, str] | None = None,
+            headers: dict[str, str] | None = None,
+        ) -> Storage: ...
+
+        @classmethod
+        def new_r2(
+            cls,
+            config: S3Options,
+            bucket: str | None = None,
+            prefix: str | None = None,
+            account_id: str | None = None,
+            credentials: Any = None,
+            legacy_rooted_keys: bool | None = None,
+            *,
+            read_headers: dict[str, str] | None = None,
+            write_headers: dict[str, str] | None = None,
+            headers: dict[str, str] | None = None,
+        ) -> Storage: ...
+
+        @classmethod
+        def new_hf(
+            cls,
+            config: S3Options,
+            bucket: str,
+            prefix: str | None,
+            namespace: str,
+            credentials: Any = None,
+            legacy_rooted_keys: bool | None = None,
+            *,
+            read_headers: dict[str, str] | None = None,
+            write_headers: dict[str, str] | None = None,
+            headers: dict[str, str] | None = None,
+        ) -> Storage: ...
+
+        @classmethod
+        def new_gcs(
+            cls,
+            bucket: str,
+            prefix: str | None,
+            credentials: Any = None,
+            *,
+            config: dict[str, str] | None = None,
+            read_headers: dict[str, str] | None = None,
+            write_headers: dict[str, str] | None = None,
+            headers: dict[str, str] | None = None,
+        ) -> Storage: ...
+
+        @classmethod
+        def new_azure_blob(
+            cls,
+            account: str,
+            container: str,
+            prefix: str,
+            credentials: Any = None,
+            *,
+            config: dict[str, str] | None = None,
+        ) -> Storage: ...
+
+        @classmethod
+        def new_http(
+            cls, base_url: str, config: dict[str, str] | None = None, headers: dict[str, str] | None = None
+        ) -> Storage: ...
+
+        @classmethod
+        def new_redirect(cls, base_url: str) -> Storage: ...
 
 
 MAX_KEY_BYTES = 1024

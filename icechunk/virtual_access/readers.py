@@ -25,7 +25,7 @@ from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError, ObjectN
 from icechunk.runtime.clock import SYSTEM, Sources, us_of
 from icechunk.runtime.representation import redacted_url
 from icechunk.storage.http.reading import check_options, reader_maker
-from icechunk.storage.obstore.buckets import AzurePlace, GcsPlace, ObstorePlace, stores_of_obstore
+from icechunk.storage.obstore.buckets import AzureContainer, GcsBucket, ObstoreBucket, stores_of_obstore
 from icechunk.storage.obstore.errors import missing, obstore_module, storage_error
 from icechunk.storage.obstore.reading import version_of_meta
 from icechunk.storage.port import GetResult, Range, Version, resolve_range
@@ -260,10 +260,8 @@ def gcs_files(
         Obstore is not installed, or does not take the options.
     """
     bucket = urlsplit(url_prefix).netloc
-    place = GcsPlace(
-        bucket, "", credentials=credential, sources=sources, config=options, read_headers={}, write_headers={}
-    )
-    return _files(place, "Google Cloud Storage", settings)
+    opened = GcsBucket(bucket, credentials=credential, sources=sources, config=options)
+    return _files(opened, "Google Cloud Storage", settings)
 
 
 def azure_files(
@@ -290,12 +288,10 @@ def azure_files(
         )
     config = {name: value for name, value in options.items() if name.lower() not in _ACCOUNT}
     bucket = urlsplit(url_prefix).netloc
-    place = AzurePlace(
-        account, bucket, "", credentials=credential, sources=sources, config=config, read_headers={}, write_headers={}
-    )
-    return _files(place, "Azure Blob Storage", settings)
+    opened = AzureContainer(account, bucket, credentials=credential, sources=sources, config=config)
+    return _files(opened, "Azure Blob Storage", settings)
 
 
-def _files(place: ObstorePlace, service: str, settings: StorageSettings | None) -> ObstoreFiles:
+def _files(bucket: ObstoreBucket, service: str, settings: StorageSettings | None) -> ObstoreFiles:
     stores_of_obstore(f"reading virtual chunks from {service}")
-    return ObstoreFiles(place.open(limits_of(settings), role="read"))
+    return ObstoreFiles(bucket.open(limits_of(settings), role="read"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import inspect
 import pickle
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import icechunk.storage as public
 from icechunk.config import ChecksumAlgorithm, ObjectStoreConfig, S3Options, StorageRetriesSettings, StorageSettings
 from icechunk.credentials import S3Credentials, S3StaticCredentials
 from icechunk.errors import InvalidInputError, StorageError
+from icechunk.storage import port
 from icechunk.storage.port import Storage
 from icechunk.storage.s3.endpoint import resolve_endpoint
 from icechunk.storage.s3.storage import S3Storage
@@ -59,16 +61,16 @@ def test_pickles_carry_credentials_settings_and_headers() -> None:
     )
     again = pickle.loads(pickle.dumps(storage))
     assert again == storage
-    assert again._place.credentials == storage._place.credentials
+    assert again._bucket.credentials == storage._bucket.credentials
     assert again.settings == storage.settings
-    assert again._place.write_headers == {"x-amz-server-side-encryption": "AES256"}
+    assert again._bucket.write_headers == {"x-amz-server-side-encryption": "AES256"}
 
 
 def test_other_settings_share_the_place_and_its_clients() -> None:
     storage = S3Storage("b", options=S3Options(region="r"), credentials=S3Credentials.Anonymous())
     other = storage.with_settings(StorageSettings(retries=StorageRetriesSettings(max_tries=1)))
     assert isinstance(other, S3Storage)
-    assert other._place is storage._place
+    assert other._bucket is storage._bucket
     assert (other._effective.limits.max_tries, storage._effective.limits.max_tries) == (1, 10)
 
 
@@ -96,8 +98,8 @@ def test_rooted_keys_need_an_empty_prefix() -> None:
     with pytest.raises(StorageError, match="legacy_rooted_keys"):
         public.s3_storage(bucket="b", prefix="p", legacy_rooted_keys=True)
     storage = public.s3_storage(bucket="b", prefix=None, legacy_rooted_keys=True)
-    assert storage._place.path("repo") == "//repo"  # type: ignore[attr-defined]
-    assert pickle.loads(pickle.dumps(storage))._place.path("repo") == "//repo"
+    assert storage._bucket.path("repo") == "//repo"  # type: ignore[attr-defined]
+    assert pickle.loads(pickle.dumps(storage))._bucket.path("repo") == "//repo"
 
 
 def test_stores_of_virtual_chunks() -> None:
@@ -196,3 +198,22 @@ def test_signatures_have_the_official_names() -> None:
         "write_headers",
         "headers",
     ]
+
+
+def test_the_port_declares_the_constructors_that_are_attached_to_it() -> None:
+    tree = ast.parse(inspect.getsource(port))
+    [storage] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Storage"]
+    [only_for_checkers] = [node for node in storage.body if isinstance(node, ast.If)]
+    declared = {node.name: node.args for node in only_for_checkers.body if isinstance(node, ast.FunctionDef)}
+    assert set(declared) == {name for name in vars(Storage) if name.startswith("new_")}
+    for name, arguments in declared.items():
+        names = [argument.arg for argument in [*arguments.args[1:], *arguments.kwonlyargs]]
+        defaults = sum(default is not None for default in [*arguments.defaults, *arguments.kw_defaults])
+        attached = inspect.signature(getattr(Storage, name)).parameters
+        assert names == list(attached), name
+        assert defaults == sum(p.default is not p.empty for p in attached.values()), name
+
+
+def test_unknown_arguments_are_refused_as_python_does() -> None:
+    with pytest.raises(TypeError):
+        public.hf_storage(bucket="b", prefix=None, namespace="n", region="r")  # type: ignore[call-arg]

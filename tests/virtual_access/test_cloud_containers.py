@@ -22,7 +22,7 @@ from icechunk.credentials import HttpAccess
 from icechunk.runtime.clock import SYSTEM
 from icechunk.storage.http.storage import HttpStorage
 from icechunk.storage.local.storage import LocalStorage
-from icechunk.storage.obstore.buckets import AzurePlace, GcsPlace
+from icechunk.storage.obstore.buckets import AzureContainer, GcsBucket
 from icechunk.storage.obstore.storage import ObstoreStorage
 from icechunk.storage.port import Storage
 from tests.conftest import BUCKET
@@ -65,7 +65,7 @@ def _azure(request: pytest.FixtureRequest, folder: Path) -> Iterator[Place]:
     options = {"endpoint": service.endpoint, "allow_http": "true"}
     key = icechunk.azure_credentials(access_key=service.access_key)
     root = uuid.uuid4().hex
-    place = AzurePlace(
+    place = AzureContainer(
         service.account,
         BUCKET,
         f"{root}/",
@@ -91,7 +91,7 @@ def _gcs(request: pytest.FixtureRequest, folder: Path) -> Iterator[Place]:
     with serving_gcs() as server:
         server.tokens = {"token"}
         token = icechunk.gcs_credentials(bearer_token="token")
-        place = GcsPlace(
+        place = GcsBucket(
             "bucket",
             "root/",
             credentials=token,

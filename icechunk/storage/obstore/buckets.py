@@ -1,6 +1,6 @@
 """Buckets of Google and containers of Azure: how obstore's stores for them are made.
 
-A place makes up to three stores for the settings of one storage: to read, to write what may be written twice, and to
+A bucket makes up to three stores for the settings of one storage: to read, to write what may be written twice, and to
 write under a condition. The last never repeats a request by itself: whoever sends a conditional write again has to look
 first what became of it.
 """
@@ -20,7 +20,7 @@ from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.storage.obstore.credentials import Access, azure_options, gcs_options
 from icechunk.storage.retry import Limits
 
-__all__ = ["AzurePlace", "GcsPlace", "ObstorePlace", "check_bucket", "checked_config", "stores_of_obstore"]
+__all__ = ["AzureContainer", "GcsBucket", "ObstoreBucket", "stores_of_obstore"]
 
 # Options of the HTTP client, which obstore takes beside those of the service.
 _CLIENT_OPTIONS: Final = frozenset(
@@ -49,21 +49,32 @@ _LONGEST_REQUEST: Final = timedelta(hours=1)
 _LONGEST_OPERATION: Final = timedelta(minutes=5)
 
 
-class ObstorePlace(ABC):
+class ObstoreBucket(ABC):
     """A bucket and prefix, with what all storages on it share.
 
     Parameters
     ----------
-    root
-        Comes before every key; empty, or ends with ``/``.
+    bucket
+        Its name.
+    prefix
+        Comes before every key, with a ``/`` between; None or empty for the whole bucket.
     config
         Options as obstore names them, of the service or of the HTTP client.
+    read_headers, write_headers
+        Sent with requests that read, and with those that write.
+
+    Raises
+    ------
+    InvalidInputError
+        No bucket, or options that are no strings.
     """
 
     kind: ClassVar[str]
-    """What representations call it."""
+    """The service's name in representations."""
     scheme: ClassVar[str]
     """Of URLs of its objects."""
+    part: ClassVar[str] = "bucket"
+    """What the service calls a bucket."""
     refused_characters: ClassVar[str] = ""
     """Characters that the service silently changes in keys."""
     versions_are_generations: ClassVar[bool] = False
@@ -72,17 +83,19 @@ class ObstorePlace(ABC):
     def __init__(
         self,
         bucket: str,
-        root: str,
-        config: Mapping[str, str],
-        read_headers: Mapping[str, str],
-        write_headers: Mapping[str, str],
-        sources: Sources,
+        prefix: str | None = None,
+        *,
+        config: Mapping[str, str] | None = None,
+        read_headers: Mapping[str, str] | None = None,
+        write_headers: Mapping[str, str] | None = None,
+        sources: Sources = SYSTEM,
     ) -> None:
-        self.bucket = bucket
-        self.root = root
-        self.config = dict(config)
-        self.read_headers = dict(read_headers)
-        self.write_headers = dict(write_headers)
+        folder = (prefix or "").strip("/")
+        self.bucket = _checked_name(self.part, bucket)
+        self.root = folder + "/" if folder else ""
+        self.config = _checked_config(config)
+        self.read_headers = dict(read_headers or {})
+        self.write_headers = dict(write_headers or {})
         self.sources = sources
         self.user_agent = CLIENT_NAME
         self._access: Access | None = None
@@ -95,7 +108,7 @@ class ObstorePlace(ABC):
         self.__dict__.update(state, sources=SYSTEM, _access=None)
 
     def named(self, user_agent: str) -> Self:
-        """The same place, whose requests name themselves so where the options do not say otherwise."""
+        """The same bucket, whose requests name themselves so where the options do not say otherwise."""
         other = copy.copy(self)
         other.sources, other._access, other.user_agent = self.sources, self._access, user_agent
         return other
@@ -117,7 +130,7 @@ class ObstorePlace(ABC):
 
     @abstractmethod
     def identity(self) -> tuple[Any, ...]:
-        """Equal for places with the same objects."""
+        """Equal for buckets with the same objects."""
 
     @abstractmethod
     def _make(self, stores: Any, config: dict[str, str], common: dict[str, Any]) -> Any:
@@ -168,19 +181,19 @@ class ObstorePlace(ABC):
             ) from error
 
     def describe(self) -> str:
-        """URL of the place."""
+        """URL of the bucket and prefix."""
         return f"{self.scheme}://{self.bucket}/{self.root}"
 
 
-class GcsPlace(ObstorePlace):
-    """A bucket of Google Cloud Storage. Parameters as `ObstorePlace`; credentials None: as the environment says."""
+class GcsBucket(ObstoreBucket):
+    """A bucket of Google Cloud Storage. Parameters as `ObstoreBucket`; credentials None: as the environment says."""
 
     kind = "GCS"
     scheme = "gs"
     versions_are_generations = True
 
-    def __init__(self, bucket: str, root: str, *, credentials: Any, sources: Sources, **options: Any) -> None:
-        super().__init__(bucket, root, sources=sources, **options)
+    def __init__(self, bucket: str, prefix: str | None = None, *, credentials: Any = None, **options: Any) -> None:
+        super().__init__(bucket, prefix, **options)
         self.credentials = GcsCredentials.FromEnv() if credentials is None else credentials
         if not isinstance(self.credentials, GcsCredentials):
             raise _wrong_credentials("Google Cloud Storage", self.credentials)
@@ -200,19 +213,20 @@ class GcsPlace(ObstorePlace):
         return stores.GCSStore(self.bucket, config={**config, **given}, credential_provider=provider, **common)
 
 
-class AzurePlace(ObstorePlace):
-    """A container of Azure Blob Storage. Parameters as `ObstorePlace`; credentials None: as the environment says."""
+class AzureContainer(ObstoreBucket):
+    """A container of Azure Blob Storage. Parameters as `ObstoreBucket`; credentials None: as the environment says."""
 
     kind = "Azure"
     scheme = "az"
+    part = "container"
     # Azure takes it for a slash.
     refused_characters = "\\"
 
     def __init__(
-        self, account: str, bucket: str, root: str, *, credentials: Any, sources: Sources, **options: Any
+        self, account: str, container: str, prefix: str | None = None, *, credentials: Any = None, **options: Any
     ) -> None:
-        super().__init__(bucket, root, sources=sources, **options)
-        self.account = account
+        super().__init__(container, prefix, **options)
+        self.account = _checked_name("account", account)
         self.credentials = AzureCredentials.FromEnv() if credentials is None else credentials
         if not isinstance(self.credentials, AzureCredentials):
             raise _wrong_credentials("Azure", self.credentials)
@@ -252,14 +266,14 @@ def stores_of_obstore(what: str) -> Any:
     return store
 
 
-def check_bucket(what: str, name: Any) -> str:
+def _checked_name(what: str, name: Any) -> str:
     """A bucket's, container's or account's name. Raises `InvalidInputError` for anything else."""
     if not isinstance(name, str) or not name or "/" in name:
         raise InvalidInputError(f"bad {what} {name!r}: give its name alone", ErrorKind.STORAGE_CONFIG)
     return name
 
 
-def checked_config(config: Mapping[str, str] | None) -> dict[str, str]:
+def _checked_config(config: Mapping[str, str] | None) -> dict[str, str]:
     """A copy of options, which are strings. Raises `InvalidInputError` where they are not."""
     for name, value in (config or {}).items():
         if not isinstance(name, str) or not isinstance(value, str):

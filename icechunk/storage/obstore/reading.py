@@ -14,7 +14,7 @@ from typing import Any, Final
 from icechunk.config import StorageSettings
 from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.runtime.clock import us_of
-from icechunk.storage.obstore.buckets import ObstorePlace
+from icechunk.storage.obstore.buckets import ObstoreBucket
 from icechunk.storage.obstore.errors import missing, obstore_module, storage_error
 from icechunk.storage.port import (
     ByteRange,
@@ -41,14 +41,14 @@ class ObstoreReading(Storage):
 
     Parameters
     ----------
-    place
+    bucket
         Bucket, prefix, credentials and options.
     settings
         Tries, timeouts, storage classes; official defaults where silent.
     """
 
-    def __init__(self, place: ObstorePlace, settings: StorageSettings | None = None) -> None:
-        self._place = place
+    def __init__(self, bucket: ObstoreBucket, settings: StorageSettings | None = None) -> None:
+        self._bucket = bucket
         # ETag and generation of objects seen last, oldest first.
         self._generations: dict[str, tuple[str, str]] = {}
         self._use(Effective(settings))
@@ -64,7 +64,7 @@ class ObstoreReading(Storage):
             self._stores = (os.getpid(), stores := {})
         found = stores.get(role)
         if found is None:
-            found = stores[role] = self._place.open(self._effective.limits, role=role)
+            found = stores[role] = self._bucket.open(self._effective.limits, role=role)
         return found
 
     async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
@@ -124,7 +124,7 @@ class ObstoreReading(Storage):
     async def list_pages(
         self, prefix: str = "", *, start_after: str | None = None, page_size: int = 1000
     ) -> AsyncIterator[list[ObjectInfo]]:
-        root = self._place.root
+        root = self._bucket.root
         wanted = root + prefix
         offset = _just_before(wanted)
         if start_after is not None:
@@ -165,20 +165,20 @@ class ObstoreReading(Storage):
             raise storage_error(f"list {self._name(prefix)}", error) from error
 
     def describe(self) -> str:
-        return self._place.describe()
+        return self._bucket.describe()
 
     def _path(self, key: str) -> str:
         check_key(key)
-        for character in self._place.refused_characters:
+        for character in self._bucket.refused_characters:
             if character in key:
                 raise InvalidInputError(
-                    f"bad storage key {key!r}: {self._place.kind} takes {character!r} for something else",
+                    f"bad storage key {key!r}: {self._bucket.kind} takes {character!r} for something else",
                     ErrorKind.INVALID_KEY,
                 )
-        return self._place.root + key
+        return self._bucket.root + key
 
     def _name(self, key: str) -> str:
-        return self._place.describe() + key
+        return self._bucket.describe() + key
 
     def _not_found(self, key: str) -> ObjectNotFoundError:
         return ObjectNotFoundError(f"no object {key!r} in {self.describe()}")
@@ -193,7 +193,7 @@ class ObstoreReading(Storage):
         )
 
     def _remember(self, key: str, meta: Mapping[str, Any]) -> None:
-        if not self._place.versions_are_generations or meta["version"] is None:
+        if not self._bucket.versions_are_generations or meta["version"] is None:
             return
         known = self._generations
         known.pop(key, None)

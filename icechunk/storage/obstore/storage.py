@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from icechunk.config import StorageSettings
 from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
-from icechunk.storage.obstore.buckets import ObstorePlace
+from icechunk.storage.obstore.buckets import ObstoreBucket
 from icechunk.storage.obstore.errors import failure_of, missing, obstore_module, storage_error
 from icechunk.storage.obstore.reading import ObstoreReading, version_of_meta
 from icechunk.storage.outcome import Found, precondition_failed, refused, settle, uncertain, unsent
@@ -89,9 +89,9 @@ class ObstoreStorage(ObstoreReading):
     ) -> PutResult:
         write_id = None
         if self._effective.uses_metadata:
-            write_id = attributes[_WRITE_ID] = self._place.sources.random_bytes(16).hex()
+            write_id = attributes[_WRITE_ID] = self._bucket.sources.random_bytes(16).hex()
         name, store = self._name(key), self._store("once")
-        tries, unsettled, reached = Tries(self._effective.limits, self._place.sources), False, False
+        tries, unsettled, reached = Tries(self._effective.limits, self._bucket.sources), False, False
         while True:
             mode, guessed = await self._mode(key, precondition, unsettled)
             try:
@@ -131,7 +131,7 @@ class ObstoreStorage(ObstoreReading):
         if not isinstance(precondition, Matches):
             return "create", False
         version = precondition.version
-        if not self._place.versions_are_generations:
+        if not self._bucket.versions_are_generations:
             return {"e_tag": f'"{version}"'}, False
         known = self._generations.get(key)
         if known is not None and known[0] == version:
@@ -205,7 +205,7 @@ class ObstoreStorage(ObstoreReading):
         self._remember(key, put)
         return version_of_meta(put)
 
-    # -- the place -------------------------------------------------------------------------------------------------
+    # -- the bucket ------------------------------------------------------------------------------------------------
 
     async def aclose(self) -> None:
         return None
@@ -225,14 +225,14 @@ class ObstoreStorage(ObstoreReading):
         return self._effective.settings
 
     def with_settings(self, settings: StorageSettings | None) -> Storage:
-        return self._with(self._place, Effective(settings))
+        return self._with(self._bucket, Effective(settings))
 
     def with_user_agent(self, user_agent: str) -> Storage:
-        return self._with(self._place.named(user_agent), self._effective)
+        return self._with(self._bucket.named(user_agent), self._effective)
 
-    def _with(self, place: ObstorePlace, effective: Effective) -> Storage:
+    def _with(self, bucket: ObstoreBucket, effective: Effective) -> Storage:
         other = object.__new__(type(self))
-        other._place = place
+        other._bucket = bucket
         other._generations = self._generations
         other._use(effective)
         return other
@@ -245,21 +245,21 @@ class ObstoreStorage(ObstoreReading):
         return self._effective.atomic_preconditions
 
     def __repr__(self) -> str:
-        place = self._place
-        rows = [("type", place.kind), *place.rows()]
-        rows += [("prefix", place.root.rstrip("/"))] if place.root else []
+        bucket = self._bucket
+        rows = [("type", bucket.kind), *bucket.rows()]
+        rows += [("prefix", bucket.root.rstrip("/"))] if bucket.root else []
         return "<icechunk.Storage>\n" + "".join(f"{name}: {value}\n" for name, value in rows)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ObstoreStorage):
             return NotImplemented
-        return self._place.identity() == other._place.identity()
+        return self._bucket.identity() == other._bucket.identity()
 
     def __hash__(self) -> int:
-        return hash(self._place.identity())
+        return hash(self._bucket.identity())
 
     def __reduce__(self) -> tuple[Callable[..., Storage], tuple[Any, ...]]:
-        return ObstoreStorage, (self._place, self._effective.settings)
+        return ObstoreStorage, (self._bucket, self._effective.settings)
 
 
 def _metadata_name(name: str) -> str:

@@ -1,11 +1,13 @@
-"""A bucket and prefix: what requests to its objects have in common."""
+"""A bucket and prefix: how it is described, and what requests to its objects have in common."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from typing import TypedDict, Unpack
 
 from icechunk.config import S3Options
-from icechunk.credentials import AnyS3Credential
+from icechunk.credentials import AnyS3Credential, S3Credentials
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.runtime.about import CLIENT_NAME
 from icechunk.runtime.clock import Sources
@@ -16,48 +18,92 @@ from icechunk.storage.s3.credentials import key_provider
 from icechunk.storage.s3.endpoint import resolve_endpoint
 from icechunk.storage.s3.sigv4 import encode_key
 
-__all__ = ["Place", "condition_header", "require_sendable"]
+__all__ = ["Bucket", "BucketOptions", "condition_header", "require_sendable"]
 
 
-class Place:
-    """A bucket and prefix with everything that all storages on it share."""
+class BucketOptions(TypedDict, total=False):
+    """All that describes a bucket beside its name and prefix."""
+
+    options: S3Options | None
+    """Region, endpoint and the like; copied."""
+    credentials: AnyS3Credential | None
+    """None: the environment's, or none at all where ``options.anonymous`` is set."""
+    read_headers: Mapping[str, str] | None
+    """Sent with every request that reads objects (GET, HEAD), as a customer's key of encryption needs it."""
+    write_headers: Mapping[str, str] | None
+    """Sent with every request that writes objects: ``{"x-amz-server-side-encryption": "aws:kms"}``."""
+    rooted_keys: bool
+    """Keys in the bucket begin with ``/``, as very old repositories without prefix have them."""
+    keeps_metadata: bool
+    """False: the service drops user metadata, so that lost answers are judged by contents instead."""
+
+
+class Bucket:
+    """A bucket and prefix, with the connections that all storages on it share.
+
+    Parameters
+    ----------
+    name
+        The bucket's. It must exist.
+    prefix
+        Comes before every key, with a ``/`` between; None or empty for the whole bucket.
+    user_agent
+        The name that requests give themselves.
+    described
+        See `BucketOptions`.
+
+    Raises
+    ------
+    InvalidInputError
+        No bucket, or headers that cannot be sent.
+    """
 
     def __init__(
         self,
-        bucket: str,
-        root: str,
-        options: S3Options,
-        credentials: AnyS3Credential,
-        read_headers: Mapping[str, str],
-        write_headers: Mapping[str, str],
+        name: str,
+        prefix: str | None,
         sources: Sources,
         user_agent: str = CLIENT_NAME,
+        **described: Unpack[BucketOptions],
     ) -> None:
-        self.bucket = bucket
-        self.root = root
+        if not isinstance(name, str) or not name or "/" in name:
+            raise InvalidInputError(f"bad bucket {name!r}: give its name alone", ErrorKind.STORAGE_CONFIG)
+        given = described.get("options")
+        options = S3Options() if given is None else copy.copy(given)
+        credentials = described.get("credentials")
+        if credentials is None:
+            credentials = S3Credentials.Anonymous() if options.anonymous else S3Credentials.FromEnv()
+        reading, writing = dict(described.get("read_headers") or {}), dict(described.get("write_headers") or {})
+        require_sendable({**reading, **writing})
+        folder = (prefix or "").rstrip("/")
+        self.name = name
+        self.prefix = prefix
+        self.root = folder + "/" if folder else "/" if described.get("rooted_keys") else ""
         self.options = options
         self.credentials = credentials
+        self.keeps_metadata = described.get("keeps_metadata", True)
+        self.described: BucketOptions = {
+            **described,
+            "options": options,
+            "credentials": credentials,
+            "read_headers": reading,
+            "write_headers": writing,
+        }
         payer = {"x-amz-request-payer": "requester"} if options.requester_pays else {}
-        self.given_headers = (dict(read_headers), dict(write_headers))
-        self.read_headers = {**payer, **{name.lower(): value for name, value in read_headers.items()}}
-        self.write_headers = {**payer, **{name.lower(): value for name, value in write_headers.items()}}
+        self.read_headers = {**payer, **{header.lower(): value for header, value in reading.items()}}
+        self.write_headers = {**payer, **{header.lower(): value for header, value in writing.items()}}
         self.plain_headers = payer
         self.sources = sources
         self.user_agent = user_agent
-        self.keeps_metadata = True
         self.keys = key_provider(credentials, sources)
         self.clients: PerLoop[S3Client] = PerLoop(self._open_client, S3Client.aclose)
 
-    def named(self, user_agent: str) -> Place:
+    def named(self, user_agent: str) -> Bucket:
         """The same, with connections of its own whose requests name themselves so."""
-        place = Place(
-            self.bucket, self.root, self.options, self.credentials, *self.given_headers, self.sources, user_agent
-        )
-        place.keeps_metadata = self.keeps_metadata
-        return place
+        return Bucket(self.name, self.prefix, self.sources, user_agent, **self.described)
 
     async def _open_client(self) -> S3Client:
-        endpoint = await resolve_endpoint(self.bucket, self.options)
+        endpoint = await resolve_endpoint(self.name, self.options)
         return await S3Client.open(endpoint, self.keys, self.sources, self.user_agent)
 
     async def client(self) -> S3Client:
@@ -65,17 +111,17 @@ class Place:
         return self.clients.peek() or await self.clients.get()
 
     def path(self, key: str) -> str:
-        """The path of a key's object in requests. Raises `InvalidInputError` where it is no key."""
+        """The path of a key's object in requests. Raises `InvalidInputError` for a bad key."""
         check_key(key)
         return "/" + encode_key(self.root + key)
 
-    def name(self, key: str) -> str:
+    def url(self, key: str = "") -> str:
         """An object's URL, for messages."""
-        return f"s3://{self.bucket}/{self.root}{key}"
+        return f"s3://{self.name}/{self.root}{key}"
 
     def request(self, verb: str, method: str, key: str, headers: Mapping[str, str], body: bytes = b"") -> Request:
         """A request for one object."""
-        return Request(what=f"{verb} {self.name(key)}", method=method, path=self.path(key), headers=headers, body=body)
+        return Request(what=f"{verb} {self.url(key)}", method=method, path=self.path(key), headers=headers, body=body)
 
 
 def condition_header(precondition: Precondition) -> dict[str, str]:

@@ -14,7 +14,7 @@ from icechunk.errors import ErrorKind, StorageError
 from icechunk.storage.port import DeleteResult, ObjectInfo, Version, check_key
 from icechunk.storage.retry import Limits
 from icechunk.storage.s3.answers import parse_refusal, parse_xml, text_of
-from icechunk.storage.s3.bucket import Place
+from icechunk.storage.s3.bucket import Bucket
 from icechunk.storage.s3.client import Request
 from icechunk.storage.s3.uploads import content_md5
 
@@ -25,10 +25,10 @@ _DELETE_BATCH: Final = 1000
 
 
 async def list_pages(
-    place: Place, limits: Limits, prefix: str, start_after: str | None, page_size: int
+    bucket: Bucket, limits: Limits, prefix: str, start_after: str | None, page_size: int
 ) -> AsyncIterator[list[ObjectInfo]]:
     """Objects whose keys begin with ``prefix`` and come after ``start_after``, in pages of at most 1000."""
-    root = place.root
+    root = bucket.root
     after = start_after
     while True:
         query = [
@@ -40,12 +40,12 @@ async def list_pages(
         if after is not None:
             query.append(("start-after", root + after))
         request = Request(
-            what=f"list {place.name(prefix)}",
+            what=f"list {bucket.url(prefix)}",
             method="GET",
             query=tuple(query),
-            headers=place.plain_headers,
+            headers=bucket.plain_headers,
         )
-        client = await place.client()
+        client = await bucket.client()
         answer = await client.call(request, limits)
         if answer.status >= 300:
             raise client.failure(request, answer, 1)
@@ -65,25 +65,25 @@ async def list_pages(
         after = page[-1].key
 
 
-async def delete(place: Place, limits: Limits, keys: Iterable[str]) -> DeleteResult:
+async def delete(bucket: Bucket, limits: Limits, keys: Iterable[str]) -> DeleteResult:
     """Delete objects, a thousand at a time; those that XML cannot name one by one."""
     wanted = list(keys)
     for key in wanted:
         check_key(key)
-    single = wanted if len(wanted) == 1 else [key for key in wanted if _NOT_XML.search(place.root + key)]
-    many = [] if len(wanted) == 1 else [key for key in wanted if not _NOT_XML.search(place.root + key)]
+    single = wanted if len(wanted) == 1 else [key for key in wanted if _NOT_XML.search(bucket.root + key)]
+    many = [] if len(wanted) == 1 else [key for key in wanted if not _NOT_XML.search(bucket.root + key)]
     deleted = 0
     failures: list[tuple[str, str]] = []
     for key in single:
-        deleted += await _delete_one(place, limits, key, failures)
+        deleted += await _delete_one(bucket, limits, key, failures)
     for start in range(0, len(many), _DELETE_BATCH):
-        deleted += await _delete_batch(place, limits, many[start : start + _DELETE_BATCH], failures)
+        deleted += await _delete_batch(bucket, limits, many[start : start + _DELETE_BATCH], failures)
     return DeleteResult(deleted=deleted, failures=tuple(failures))
 
 
-async def _delete_one(place: Place, limits: Limits, key: str, failures: list[tuple[str, str]]) -> int:
-    client = await place.client()
-    request = place.request("delete", "DELETE", key, place.plain_headers)
+async def _delete_one(bucket: Bucket, limits: Limits, key: str, failures: list[tuple[str, str]]) -> int:
+    client = await bucket.client()
+    request = bucket.request("delete", "DELETE", key, bucket.plain_headers)
     answer = await client.call(request, limits)
     if answer.status < 300:
         return 1
@@ -96,22 +96,22 @@ async def _delete_one(place: Place, limits: Limits, key: str, failures: list[tup
     return 0
 
 
-async def _delete_batch(place: Place, limits: Limits, keys: list[str], failures: list[tuple[str, str]]) -> int:
-    root = place.root
+async def _delete_batch(bucket: Bucket, limits: Limits, keys: list[str], failures: list[tuple[str, str]]) -> int:
+    root = bucket.root
     rows = "".join(f"<Object><Key>{escape(root + key)}</Key></Object>" for key in keys)
     body = (f'<Delete xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Quiet>true</Quiet>{rows}</Delete>').encode()
     request = Request(
-        what=f"delete {len(keys)} objects, {place.name(keys[0])} the first",
+        what=f"delete {len(keys)} objects, {bucket.url(keys[0])} the first",
         method="POST",
         query=(("delete", ""),),
         headers={
-            **place.plain_headers,
+            **bucket.plain_headers,
             "content-md5": content_md5(body),
             "content-type": "application/xml",
         },
         body=body,
     )
-    client = await place.client()
+    client = await bucket.client()
     answer = await client.call(request, limits)
     if answer.status >= 300:
         raise client.failure(request, answer, 1)

@@ -14,13 +14,11 @@ Where ``unsafe_use_metadata`` is off, contents are compared instead, and only af
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
-from icechunk.config import S3Options, StorageSettings
-from icechunk.credentials import AnyS3Credential, S3Credentials
+from icechunk.config import StorageSettings
 from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.representation import redacted_url
@@ -52,7 +50,7 @@ from icechunk.storage.port import (
     resolve_range,
 )
 from icechunk.storage.s3.answers import Answer, is_transient, parse_refusal, parse_xml, text_of
-from icechunk.storage.s3.bucket import Place, condition_header, require_sendable
+from icechunk.storage.s3.bucket import Bucket, BucketOptions, condition_header, require_sendable
 from icechunk.storage.s3.bulk import delete, list_pages
 from icechunk.storage.s3.client import Request, S3Client
 from icechunk.storage.s3.sigv4 import encode_key
@@ -79,23 +77,10 @@ class S3Storage(Storage):
 
     Parameters
     ----------
-    bucket
-        Its name. It must exist.
-    prefix
-        Comes before every key, with a ``/`` between; None or empty for the whole bucket.
-    options
-        Region, endpoint and the like; copied.
-    credentials
-        One of `S3Credentials`; None: the environment, or none at all where ``options.anonymous`` is set.
+    bucket, prefix, described
+        See `Bucket`.
     settings
         Tries, timeouts, storage classes; official defaults where silent.
-    read_headers, write_headers
-        Sent with every request that reads (GET, HEAD) or writes objects, as server-side encryption needs them:
-        ``{"x-amz-server-side-encryption": "aws:kms"}``.
-    keeps_metadata
-        False: the service drops user metadata, so that lost answers are judged by contents instead.
-    rooted_keys
-        Keys in the bucket begin with ``/``, as very old repositories without prefix have them.
     sources
         Clock, randomness and pauses.
 
@@ -110,41 +95,27 @@ class S3Storage(Storage):
         bucket: str,
         prefix: str | None = None,
         *,
-        options: S3Options | None = None,
-        credentials: AnyS3Credential | None = None,
         settings: StorageSettings | None = None,
-        read_headers: Mapping[str, str] | None = None,
-        write_headers: Mapping[str, str] | None = None,
-        rooted_keys: bool = False,
-        keeps_metadata: bool = True,
         sources: Sources = SYSTEM,
+        **described: Unpack[BucketOptions],
     ) -> None:
-        options = S3Options() if options is None else copy.copy(options)
-        if not isinstance(bucket, str) or not bucket or "/" in bucket:
-            raise InvalidInputError(f"bad bucket {bucket!r}: give its name alone", ErrorKind.STORAGE_CONFIG)
-        if credentials is None:
-            credentials = S3Credentials.Anonymous() if options.anonymous else S3Credentials.FromEnv()
-        folder = (prefix or "").rstrip("/")
-        root = folder + "/" if folder else "/" if rooted_keys else ""
-        require_sendable({**(read_headers or {}), **(write_headers or {})})
-        self._place = Place(bucket, root, options, credentials, read_headers or {}, write_headers or {}, sources)
-        self._place.keeps_metadata = keeps_metadata
+        self._bucket = Bucket(bucket, prefix, sources, **described)
         self._use(settings)
 
     def _use(self, settings: StorageSettings | None) -> None:
-        place = self._place
+        bucket = self._bucket
         self._effective = Effective(
             settings,
-            default_read_s=place.options.network_stream_timeout_seconds,
-            keeps_metadata=place.keeps_metadata,
+            default_read_s=bucket.options.network_stream_timeout_seconds,
+            keeps_metadata=bucket.keeps_metadata,
         )
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
     async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
         check_range(byte_range)
-        request = self._place.request("read", "GET", key, self._place.read_headers | range_header(byte_range))
-        client = await self._place.client()
+        request = self._bucket.request("read", "GET", key, self._bucket.read_headers | range_header(byte_range))
+        client = await self._bucket.client()
         answer = await client.call(request, self._effective.limits)
         headers = answer.headers
         if answer.status == 416:
@@ -172,7 +143,7 @@ class S3Storage(Storage):
         size = int(answer.headers.get("Content-Length", "0"))
         if not isinstance(byte_range, Suffix) or size > 0:
             raise InvalidInputError(
-                f"cannot read {byte_range} of {self._place.name(key)}: the object has {size} bytes",
+                f"cannot read {byte_range} of {self._bucket.url(key)}: the object has {size} bytes",
                 ErrorKind.INVALID_BYTE_RANGE,
             )
         return result_of(answer.headers, b"", 0)
@@ -187,8 +158,8 @@ class S3Storage(Storage):
         )
 
     async def _head_answer(self, key: str) -> Answer:
-        request = self._place.request("look at", "HEAD", key, self._place.read_headers)
-        client = await self._place.client()
+        request = self._bucket.request("look at", "HEAD", key, self._bucket.read_headers)
+        client = await self._bucket.client()
         answer = await client.call(request, self._effective.limits)
         if answer.status >= 300:
             raise self._missing(client, request, key, answer)
@@ -197,7 +168,7 @@ class S3Storage(Storage):
     def list_pages(
         self, prefix: str = "", *, start_after: str | None = None, page_size: int = 1000
     ) -> AsyncIterator[list[ObjectInfo]]:
-        return list_pages(self._place, self._effective.limits, prefix, start_after, page_size)
+        return list_pages(self._bucket, self._effective.limits, prefix, start_after, page_size)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -211,8 +182,8 @@ class S3Storage(Storage):
         metadata: Mapping[str, str] | None = None,
     ) -> PutResult:
         content = data if isinstance(data, bytes) else bytes(data)
-        precondition = await self._effective.condition_of(self, key, self._place.name(key), precondition)
-        headers = dict(self._place.write_headers)
+        precondition = await self._effective.condition_of(self, key, self._bucket.url(key), precondition)
+        headers = dict(self._bucket.write_headers)
         storage_class = self._effective.storage_class(kind)
         if storage_class is not None:
             headers["x-amz-storage-class"] = storage_class
@@ -221,16 +192,16 @@ class S3Storage(Storage):
             headers.update({f"x-amz-meta-{name.lower()}": value for name, value in metadata.items()})
         write_id = None
         if not isinstance(precondition, Unchecked) and self._effective.uses_metadata:
-            write_id = headers[_WRITE_ID] = self._place.sources.random_bytes(16).hex()
+            write_id = headers[_WRITE_ID] = self._bucket.sources.random_bytes(16).hex()
         check_key(key)
-        client = await self._place.client()
+        client = await self._bucket.client()
         if len(content) >= self._effective.multipart_bytes:
             return await self._put_in_parts(client, key, content, precondition, headers, write_id)
-        checksum = self._place.options.checksum_algorithm
+        checksum = self._bucket.options.checksum_algorithm
         if checksum is not None:
             headers[header_name(checksum)] = checksum_of(checksum, content)
         headers.update(condition_header(precondition))
-        request = self._place.request("write", "PUT", key, headers, content)
+        request = self._bucket.request("write", "PUT", key, headers, content)
         return await self._finish(client, key, request, content, precondition, write_id)
 
     async def _put_in_parts(
@@ -242,9 +213,9 @@ class S3Storage(Storage):
         headers: Mapping[str, str],
         write_id: str | None,
     ) -> PutResult:
-        checksum = self._place.options.checksum_algorithm
-        path = self._place.path(key)
-        what = f"write {self._place.name(key)}"
+        checksum = self._bucket.options.checksum_algorithm
+        path = self._bucket.path(key)
+        what = f"write {self._bucket.url(key)}"
         # Parts need the customer's key of SSE-C again, and refuse the other headers of the object.
         again = {n: v for n, v in headers.items() if "-customer-" in n or n == "x-amz-request-payer"}
         upload = await start_upload(client, path, what, headers, checksum, self._effective.limits)
@@ -311,7 +282,7 @@ class S3Storage(Storage):
                     raise refused(error) if outcome.status in REFUSING_STATUSES else error
                 if turned_down and not unsettled:
                     # One try is one request, so it is not our own object that it met.
-                    raise precondition_failed(self._place.name(key), precondition)
+                    raise precondition_failed(self._bucket.url(key), precondition)
                 unsettled = unsettled or outcome.status != 409
             else:
                 turned_down = throttled = False
@@ -320,7 +291,7 @@ class S3Storage(Storage):
             if not throttled and unsettled | isinstance(outcome, Answer):
                 found = await self._try_read_back(key, data, write_id, unsettled)
                 settled = settle(
-                    self._place.name(key), precondition, found, turned_down=turned_down, unsettled=unsettled
+                    self._bucket.url(key), precondition, found, turned_down=turned_down, unsettled=unsettled
                 )
                 if settled is not None:
                     return settled
@@ -346,18 +317,18 @@ class S3Storage(Storage):
             return error
 
     async def delete(self, keys: Iterable[str]) -> DeleteResult:
-        return await delete(self._place, self._effective.limits, keys)
+        return await delete(self._bucket, self._effective.limits, keys)
 
     async def copy(self, source: str, target: str) -> PutResult:
         check_key(source)
         storage_class = self._effective.storage_class("metadata")
         headers = {
-            **self._place.write_headers,
+            **self._bucket.write_headers,
             **({} if storage_class is None else {"x-amz-storage-class": storage_class}),
-            "x-amz-copy-source": encode_key(f"/{self._place.bucket}/{self._place.root}{source}"),
+            "x-amz-copy-source": encode_key(f"/{self._bucket.name}/{self._bucket.root}{source}"),
         }
-        request = self._place.request(f"copy {self._place.name(source)} to", "PUT", target, headers)
-        client = await self._place.client()
+        request = self._bucket.request(f"copy {self._bucket.url(source)} to", "PUT", target, headers)
+        client = await self._bucket.client()
         retrier = client.retrier(self._effective.limits, request)
         while True:
             answer = await client.call(request, retrier.limits)
@@ -371,10 +342,10 @@ class S3Storage(Storage):
         etag = text_of(parse_xml(answer.body), "ETag").strip('"')
         return PutResult(version=Version(etag), date_us=date_us(answer.headers))
 
-    # -- the place -------------------------------------------------------------------------------------------------
+    # -- the bucket ------------------------------------------------------------------------------------------------
 
     async def aclose(self) -> None:
-        await self._place.clients.aclose()
+        await self._bucket.clients.aclose()
 
     @property
     def supports_writes(self) -> bool:
@@ -388,15 +359,15 @@ class S3Storage(Storage):
     def with_settings(self, settings: StorageSettings | None) -> Storage:
         # Not copy.copy, which pickles, and so would make clients anew.
         other = object.__new__(type(self))
-        other._place = self._place
+        other._bucket = self._bucket
         other._use(settings)
         return other
 
     def with_user_agent(self, user_agent: str) -> Storage:
-        if user_agent == self._place.user_agent:
+        if user_agent == self._bucket.user_agent:
             return self
         other = object.__new__(type(self))
-        other._place = self._place.named(user_agent)
+        other._bucket = self._bucket.named(user_agent)
         other._effective = self._effective
         return other
 
@@ -408,12 +379,12 @@ class S3Storage(Storage):
         return self._effective.atomic_preconditions
 
     def describe(self) -> str:
-        return f"s3://{self._place.bucket}/{self._place.root}"
+        return self._bucket.url()
 
     def __repr__(self) -> str:
-        options = self._place.options
-        rows = [("type", "S3 (native)"), ("bucket", self._place.bucket)]
-        rows += [("prefix", self._place.root.rstrip("/"))] if self._place.root.rstrip("/") else []
+        options = self._bucket.options
+        rows = [("type", "S3 (native)"), ("bucket", self._bucket.name)]
+        rows += [("prefix", self._bucket.root.rstrip("/"))] if self._bucket.root.rstrip("/") else []
         rows += [("region", options.region)] if options.region else []
         rows += [("endpoint_url", redacted_url(options.endpoint_url))] if options.endpoint_url else []
         rows += [
@@ -426,26 +397,15 @@ class S3Storage(Storage):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, S3Storage):
             return NotImplemented
-        mine, theirs = self._place, other._place
-        return (mine.bucket, mine.root, mine.options) == (theirs.bucket, theirs.root, theirs.options)
+        mine, theirs = self._bucket, other._bucket
+        return (mine.name, mine.root, mine.options) == (theirs.name, theirs.root, theirs.options)
 
     def __hash__(self) -> int:
-        return hash((S3Storage, self._place.bucket, self._place.root))
+        return hash((S3Storage, self._bucket.name, self._bucket.root))
 
     def __reduce__(self) -> tuple[Callable[..., Storage], tuple[Any, ...]]:
-        place = self._place
-        return (
-            _unpickled,
-            (
-                place.bucket,
-                place.root,
-                place.options,
-                place.credentials,
-                place.given_headers,
-                self._effective.settings,
-                place.keeps_metadata,
-            ),
-        )
+        bucket = self._bucket
+        return _unpickled, (bucket.name, bucket.prefix, self._effective.settings, bucket.described)
 
     def _landed(self, client: S3Client, request: Request, answer: Answer) -> PutResult:
         if answer.status >= 300:
@@ -461,26 +421,8 @@ class S3Storage(Storage):
         return client.failure(request, answer, 1)
 
 
-def _unpickled(
-    bucket: str,
-    root: str,
-    options: S3Options,
-    credentials: AnyS3Credential,
-    headers: tuple[Mapping[str, str], Mapping[str, str]],
-    settings: StorageSettings,
-    keeps_metadata: bool = True,
-) -> Storage:
-    return S3Storage(
-        bucket,
-        root.rstrip("/"),
-        options=options,
-        credentials=credentials,
-        settings=settings,
-        read_headers=headers[0],
-        write_headers=headers[1],
-        rooted_keys=root == "/",
-        keeps_metadata=keeps_metadata,
-    )
+def _unpickled(bucket: str, prefix: str | None, settings: StorageSettings, described: BucketOptions) -> Storage:
+    return S3Storage(bucket, prefix, settings=settings, **described)
 
 
 def _hidden_refusal(answer: Answer) -> bool:

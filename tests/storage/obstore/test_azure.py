@@ -13,7 +13,7 @@ from icechunk.config import StorageConcurrencySettings, StorageRetriesSettings, 
 from icechunk.credentials import azure_credentials
 from icechunk.errors import ObjectNotFoundError, PreconditionFailedError, StorageError
 from icechunk.runtime.clock import SYSTEM
-from icechunk.storage.obstore.buckets import AzurePlace
+from icechunk.storage.obstore.buckets import AzureContainer
 from icechunk.storage.obstore.storage import ObstoreStorage
 from icechunk.storage.port import Absent, Storage
 from icechunk.testing.storage_contract import StorageContract
@@ -27,7 +27,7 @@ QUICK = StorageSettings(retries=StorageRetriesSettings(max_tries=4, initial_back
 
 
 def storage_on(azurite: services.AzureService, **options: object) -> ObstoreStorage:
-    place = AzurePlace(
+    place = AzureContainer(
         azurite.account,
         str(options.pop("container", BUCKET)),
         str(options.pop("prefix", uuid.uuid4().hex)) + "/",

@@ -13,7 +13,7 @@ from icechunk.config import StorageConcurrencySettings, StorageRetriesSettings, 
 from icechunk.credentials import gcs_credentials
 from icechunk.errors import ObjectNotFoundError, PreconditionFailedError, StorageError
 from icechunk.runtime.clock import SYSTEM
-from icechunk.storage.obstore.buckets import GcsPlace
+from icechunk.storage.obstore.buckets import GcsBucket
 from icechunk.storage.obstore.storage import ObstoreStorage
 from icechunk.storage.port import Absent, Matches, Storage
 from icechunk.testing.storage_contract import StorageContract
@@ -29,7 +29,7 @@ def gcs() -> Iterator[FakeGcs]:
 
 
 def storage_on(gcs: FakeGcs, **options: object) -> ObstoreStorage:
-    place = GcsPlace(
+    place = GcsBucket(
         "bucket",
         "some/prefix/",
         credentials=options.pop("credentials", gcs_credentials(bearer_token="token")),

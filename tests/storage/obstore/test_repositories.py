@@ -21,7 +21,7 @@ from icechunk.log.repository.entries import reader as log_reader
 from icechunk.log.repository.entries.entry import slot_key
 from icechunk.log.repository.open import open_repository
 from icechunk.runtime.clock import Sources
-from icechunk.storage.obstore.buckets import AzurePlace, GcsPlace
+from icechunk.storage.obstore.buckets import AzureContainer, GcsBucket
 from icechunk.storage.obstore.storage import ObstoreStorage
 from icechunk.storage.port import Storage
 from icechunk.testing.scripted import ManualClock, Request, ScriptedStorage, Send
@@ -46,7 +46,7 @@ def bucket(request: pytest.FixtureRequest) -> Iterator[Storage]:
     sources = Sources()
     if request.param == "azure":
         service: services.AzureService = request.getfixturevalue("azurite")
-        azure = AzurePlace(
+        azure = AzureContainer(
             service.account,
             BUCKET,
             root,
@@ -60,7 +60,7 @@ def bucket(request: pytest.FixtureRequest) -> Iterator[Storage]:
     with serving_gcs() as server:
         # Several pages of every listing.
         server.page = 7
-        gcs = GcsPlace(
+        gcs = GcsBucket(
             "bucket",
             root,
             credentials=gcs_credentials(bearer_token="t"),

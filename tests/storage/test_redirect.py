@@ -11,9 +11,9 @@ import pytest
 import icechunk
 from icechunk.config import StorageRetriesSettings, StorageSettings
 from icechunk.errors import InvalidInputError, ReadOnlyError, StorageError
-from icechunk.storage.http.redirect import RedirectStorage, storage_of_url
 from icechunk.storage.http.storage import HttpStorage
 from icechunk.storage.local.storage import LocalStorage
+from icechunk.storage.redirect import RedirectStorage, storage_of_url
 from tests.storage.http.web_server import WebServer, serving_files
 
 QUICK = StorageSettings(retries=StorageRetriesSettings(max_tries=2, initial_backoff_ms=1))

@@ -3,7 +3,7 @@
 The server's answer is a redirect to ``s3://bucket/prefix?region=…``, ``gs://bucket/prefix``,
 ``r2://bucket/prefix?account_id=…``, ``tigris://bucket/prefix[?region=…]``, ``http+icechunk://host/path`` or
 ``https+icechunk://host/path``; redirects to ``http:`` and ``https:`` on the way are followed. The place is read only,
-and without credentials: what a server names, nobody hands his keys to.
+and without credentials: a server that names a place must not get somebody's keys there.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from icechunk.credentials import GcsCredentials, S3Credentials
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
 from icechunk.runtime.clock import SYSTEM
 from icechunk.runtime.representation import redacted_url
-from icechunk.storage.constructors import gcs_place, r2_options, tigris_options
 from icechunk.storage.http.reading import MOST_REDIRECTS, HttpReader
 from icechunk.storage.http.storage import HttpStorage
+from icechunk.storage.obstore.buckets import GcsBucket
+from icechunk.storage.obstore.storage import ObstoreStorage
 from icechunk.storage.port import ByteRange, GetResult, ObjectInfo, ReadOnlyStorage, Storage
+from icechunk.storage.presets import r2_options, tigris_options
 from icechunk.storage.retry import Tries, limits_of
 from icechunk.storage.s3.storage import S3Storage
 from icechunk.storage.settings import object_store_settings
@@ -190,7 +192,7 @@ def storage_of_url(url: str, *, asked: str) -> Storage:
             tigris = tigris_options(S3Options(region=options.get("region", "auto")))
             return S3Storage(bucket, prefix, options=tigris, credentials=anonymous)
         case "gs" | "gcs":
-            return gcs_place(bucket, prefix, GcsCredentials.Anonymous(), None, None, None, None)
+            return ObstoreStorage(GcsBucket(bucket, prefix, credentials=GcsCredentials.Anonymous()))
         case "http+icechunk" | "https+icechunk":
             return HttpStorage(parts._replace(scheme=parts.scheme.partition("+")[0]).geturl())
     raise StorageError(

@@ -1,0 +1,70 @@
+"""The services that speak S3's protocol under names of their own: what their names add to the options of a bucket."""
+
+from __future__ import annotations
+
+import copy
+from typing import Final
+
+from icechunk.config import S3Options
+from icechunk.errors import ErrorKind, InvalidInputError, StorageError
+
+__all__ = ["hugging_face_options", "r2_bucket", "r2_options", "tigris_headers", "tigris_options"]
+
+_TIGRIS: Final = "https://t3.storage.dev"
+_HUGGING_FACE: Final = "https://s3.hf.co"
+
+
+def tigris_options(options: S3Options) -> S3Options:
+    """The options with Tigris' endpoint, unless they have one."""
+    changed = copy.copy(options)
+    changed.endpoint_url = options.endpoint_url or _TIGRIS
+    return changed
+
+
+def tigris_headers(region: str | None, use_weak_consistency: bool) -> dict[str, str]:
+    """The headers that make Tigris consistent. Raises `StorageError` where nothing can."""
+    if use_weak_consistency:
+        return {}
+    if region is None:
+        raise StorageError(
+            "a Tigris storage needs the bucket's region to be consistent: give region, or for reading possibly old "
+            "states use_weak_consistency=True",
+            ErrorKind.STORAGE_CONFIG,
+        )
+    return {"X-Tigris-Consistent": "true", "X-Tigris-Regions": region}
+
+
+def r2_options(options: S3Options, account_id: str | None) -> S3Options:
+    """The options with R2's endpoint and path style. Raises `StorageError` with neither endpoint nor account."""
+    if options.endpoint_url is None and account_id is None:
+        raise StorageError("an R2 storage needs endpoint_url or account_id", ErrorKind.STORAGE_CONFIG)
+    changed = copy.copy(options)
+    changed.region = options.region or "auto"
+    changed.endpoint_url = options.endpoint_url or f"https://{account_id}.r2.cloudflarestorage.com"
+    changed.force_path_style = True
+    return changed
+
+
+def r2_bucket(bucket: str | None, prefix: str | None) -> tuple[str, str | None]:
+    """Bucket and prefix, where the first segment of the prefix may be the bucket. Raises `StorageError` with none."""
+    if bucket is not None:
+        return bucket, prefix
+    bucket, _, prefix = (prefix or "").strip("/").partition("/")
+    if not bucket:
+        raise StorageError(
+            "an R2 storage needs a bucket: give bucket, or a prefix that begins with it", ErrorKind.STORAGE_CONFIG
+        )
+    return bucket, prefix
+
+
+def hugging_face_options(options: S3Options, namespace: str) -> S3Options:
+    """The options with the S3 gateway of Hugging Face. Raises `InvalidInputError` for a bad namespace."""
+    if not isinstance(namespace, str) or not namespace or "/" in namespace:
+        raise InvalidInputError(
+            f"bad namespace {namespace!r}: give the user or organization that owns the bucket", ErrorKind.STORAGE_CONFIG
+        )
+    changed = copy.copy(options)
+    changed.region = options.region or "us-east-1"
+    changed.endpoint_url = options.endpoint_url or f"{_HUGGING_FACE}/{namespace}"
+    changed.force_path_style = True
+    return changed
