@@ -241,7 +241,7 @@ SCRIPT = textwrap.dedent(
     """
     import asyncio, os, sys
     import icechunk
-    from icechunk.storage.base import ANY
+    from icechunk.storage.port import ANY
     from icechunk.testing.wrapping import WrappingStorage
 
     class Stuck(WrappingStorage):

@@ -141,7 +141,7 @@ def test_nothing_is_kept_of_a_loop_that_has_ended() -> None:
 def test_a_forked_child_starts_anew_and_leaves_the_parents_value_alone() -> None:
     script = """
         import asyncio, os
-        from icechunk.storage.per_loop import PerLoop
+        from icechunk.runtime.loops import PerLoop
         class Value:
             def __del__(self):
                 os.write(1, b"finalised in %s\\n" % (b"parent" if os.getpid() == parent else b"child"))
@@ -170,7 +170,7 @@ def test_a_forked_child_starts_anew_and_leaves_the_parents_value_alone() -> None
 def test_values_of_loops_that_still_run_are_closed_at_exit() -> None:
     script = """
         import asyncio, atexit, threading
-        from icechunk.storage.per_loop import PerLoop
+        from icechunk.runtime.loops import PerLoop
         async def close(value):
             await asyncio.sleep(0)
             print("closed", value, flush=True)
@@ -255,7 +255,7 @@ async def test_a_value_that_is_being_closed_is_closed_once_and_everybody_waits_f
 def test_an_abandoned_value_that_the_end_of_the_process_closes_too_makes_no_noise() -> None:
     script = """
 import asyncio, threading
-from icechunk.storage import per_loop
+from icechunk.runtime import loops as per_loop
 
 async def close(value):
     await asyncio.sleep(0.01)

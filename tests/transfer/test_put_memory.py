@@ -13,12 +13,11 @@ from icechunk.transfer.put import PutMemory
 
 PROGRAM = """
 import asyncio, resource, sys
-from icechunk.sources import SYSTEM
-from icechunk.storage.local import LocalStorage
-from icechunk.transfer.gate import Gates
-from icechunk.transfer.memory import PutMemory
+from icechunk.runtime.clock import SYSTEM
+from icechunk.storage.local.storage import LocalStorage
+from icechunk.transfer.limiter import Gates
 from icechunk.transfer.packs import Packs
-from icechunk.transfer.put import PutPool
+from icechunk.transfer.put import PutMemory, PutPool
 
 MIB = 1024 * 1024
 PEAK_UNIT = 1 if sys.platform == "darwin" else 1024

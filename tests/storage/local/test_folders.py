@@ -102,7 +102,7 @@ async def test_a_batch_of_objects_costs_fewer_syncs_than_objects(
 def test_a_child_does_not_wait_for_the_syncs_of_its_parents_threads(tmp_path: Path) -> None:
     script = """
 import os, signal, sys, threading
-from icechunk.storage import local_folders
+from icechunk.storage.local import folders as local_folders
 real, begun, go = local_folders.fsync_folder, threading.Event(), threading.Event()
 def slow(path):
     begun.set()

@@ -153,8 +153,8 @@ def test_a_writer_killed_at_any_step_leaves_the_object_whole_or_absent(tmp_path:
     script = textwrap.dedent(
         """
         import asyncio, os, signal, sys
-        from icechunk.storage import local, local_folders, local_writing
-        from icechunk.storage.base import Absent
+        from icechunk.storage.local import folders, storage as local, writing
+        from icechunk.storage.port import Absent
         top = sys.argv[1]
         calls = step = 0
         def dying(real):
@@ -168,8 +168,8 @@ def test_a_writer_killed_at_any_step_leaves_the_object_whole_or_absent(tmp_path:
         for name in ("write", "utime", "link", "unlink", "replace"):
             setattr(os, name, dying(getattr(os, name)))
         os.supports_fd.add(os.utime)
-        local_writing.fsync_file = dying(local_writing.fsync_file)
-        local_folders.fsync_folder = dying(local_folders.fsync_folder)
+        writing.fsync_file = dying(writing.fsync_file)
+        folders.fsync_folder = dying(folders.fsync_folder)
         status = None
         while status != 0:
             step += 1
