@@ -38,14 +38,15 @@ print(repo.diff(from_branch="main", to_branch="correction"))
 
 
 # %% Three versions, side by side
-def read(**version: str) -> xr.Dataset:
-    return xr.open_zarr(repo.readonly_session(**version).store, consolidated=False).load()
+def read(session: icechunk.Session) -> xr.Dataset:
+    dataset: xr.Dataset = xr.open_zarr(session.store, consolidated=False).load()
+    return dataset
 
 
 for name, version in {
-    "preliminary": read(tag="preliminary"),
-    "main": read(branch="main"),
-    "correction": read(branch="correction"),
+    "preliminary": read(repo.readonly_session(tag="preliminary")),
+    "main": read(repo.readonly_session("main")),
+    "correction": read(repo.readonly_session("correction")),
 }.items():
     print(f"{name:12} {version.sizes['time']} days, mean {float(version.temperature.mean()):.2f} °C")
 

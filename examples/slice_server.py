@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 
+import numpy as np
 import zarr.api.asynchronous as zarr_async
 from aiohttp import web
 
@@ -31,7 +32,9 @@ async def slice_of(request: web.Request) -> web.Response:
         if not await session.store.exists(f"{path}/zarr.json"):
             raise web.HTTPNotFound(text=f"no array {path!r}\n")
         array = await zarr_async.open_array(store=session.store, path=path)
-        rows = await array.getitem(slice(int(query.get("start", 0)), int(query.get("stop", array.shape[0]))))
+        rows = np.asarray(
+            await array.getitem(slice(int(query.get("start", 0)), int(query.get("stop", array.shape[0]))))
+        )
     except icechunk.NotFoundError as error:
         raise web.HTTPNotFound(text=f"{error}\n") from error
     except ValueError as error:

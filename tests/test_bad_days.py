@@ -11,6 +11,7 @@ import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from zarr.core.buffer import default_buffer_prototype
@@ -91,7 +92,7 @@ async def leaving_nothing(storage: S3Storage) -> AsyncIterator[None]:
                 break
             await asyncio.sleep(0.01)
     assert strangers() <= CHECKPOINTS
-    client = storage._place.clients.peek()
+    client = storage._bucket.clients.peek()
     if client is not None and not strangers():
         await asyncio.sleep(0)
         connections = client._connections
@@ -253,7 +254,7 @@ async def test_storm_of_refusals_fails_no_read_is_answered_with_fewer_requests_a
     async with leaving_nothing(storage):
         found = await asyncio.gather(*(storage.get(f"x{n}") for n in range(200)))
     assert [result.data[0] for result in found] == [n % 256 for n in range(200)]
-    client = storage._place.clients.peek()
+    client = storage._bucket.clients.peek()
     assert client is not None
     assert client.pace.limit is not None
     # Without a pace every request beyond the eighth is refused again and again.
@@ -463,7 +464,7 @@ def line(minio: services.S3Service) -> Iterator[services.Proxy]:
         starting.__exit__(None, None, None)
 
 
-TOXICS: dict[str, dict[str, float]] = {
+TOXICS: dict[str, dict[str, Any]] = {
     "timeout": {"timeout": 0},
     "reset_peer": {"timeout": 0},
     "limit_data": {"bytes": 300},

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import zarr
 
@@ -35,7 +36,8 @@ from tools import services
 
 def test_a_bucket_that_does_not_exist_is_named(moto_service: services.S3Service) -> None:
     storage = s3_storage_on(moto_service, bucket="no-such-bucket", prefix="p")
-    for call in (lambda: Repository.create(storage), lambda: Repository.open(storage)):
+    calls: list[Callable[[], Repository]] = [lambda: Repository.create(storage), lambda: Repository.open(storage)]
+    for call in calls:
         with pytest.raises(IcechunkError, match="no-such-bucket"):
             call()
 
@@ -200,7 +202,7 @@ def read_everything(storage: Storage) -> float:
     total = 0.0
     for snapshot_id in history[:-1]:
         session = repository.readonly_session(snapshot_id=snapshot_id)
-        total += float(zarr.open_array(session.store, path="a", mode="r")[:].sum())
+        total += float(np.asarray(zarr.open_array(session.store, path="a", mode="r")[:]).sum())
     repository.diff(from_snapshot_id=history[-1], to_branch="main")
     list(repository.ops_log())
     return total

@@ -48,7 +48,7 @@ async def write(repository: Repository, name: str, chunk: bytes = b"x", message:
     return await session.commit_async(message or name)
 
 
-async def read(repository: Repository, name: str) -> bytes | None:
+async def read(repository: Repository, name: str) -> bytes | memoryview | None:
     return await (await repository.readonly_session_async("main")).get_chunk(f"/{name}", (0,), None)
 
 
@@ -351,7 +351,7 @@ async def test_a_late_checkpointer_that_brings_a_collected_file_back_brings_only
 # -- what it costs -----------------------------------------------------------------------------------------------------
 
 
-async def first_chunk(storage: Storage) -> bytes | None:
+async def first_chunk(storage: Storage) -> bytes | memoryview | None:
     repository = await Repository.open_async(storage)
     session = await repository.readonly_session_async("main")
     return await session.get_chunk("/a", (0,), None)

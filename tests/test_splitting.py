@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import zarr
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 
 import icechunk
 from icechunk.config.manifest_rules import tile_shapes
+from icechunk.format.ids import NodeId
 from icechunk.format.values import DimensionShape, NodeKind, NodeSnapshot
 from icechunk.log.session.plan.compaction import EVERYTHING, Policy
 from tests.log.session.builders import Repo, array_json, check_snapshot, compacted, native
@@ -21,7 +25,7 @@ ANY = Condition.AnyArray()
 
 def array(path: str = "/g/a", names: tuple[str | None, ...] | None = ("t", "x")) -> NodeSnapshot:
     return NodeSnapshot(
-        id=b"12345678",
+        id=NodeId(b"12345678"),
         path=path,
         kind=NodeKind.ARRAY,
         user_data=b"{}",
@@ -63,7 +67,7 @@ def test_an_expression_that_does_not_compile_matches_nothing_and_is_told_of(capl
     assert "(a-unique-one" in caplog.text
 
 
-def configured(rules: dict | None, layout: str) -> icechunk.RepositoryConfig:  # type: ignore[type-arg]
+def configured(rules: dict | None, layout: Any) -> icechunk.RepositoryConfig:  # type: ignore[type-arg]
     options = icechunk.RepositoryConfig.default()
     options.inline_chunk_threshold_bytes = 0
     options.engine = icechunk.config.EngineConfig(layout=layout)
@@ -106,6 +110,10 @@ STEPS = st.lists(
 )
 
 
+def constantly(tile: tuple[int, ...]) -> Callable[[NodeSnapshot], tuple[int, ...]]:
+    return lambda node: tile
+
+
 @settings(max_examples=60, deadline=None)
 @given(STEPS)
 def test_whatever_the_splitting_and_its_changes_the_same_is_read(steps: list) -> None:  # type: ignore[type-arg]
@@ -115,10 +123,10 @@ def test_whatever_the_splitting_and_its_changes_the_same_is_read(steps: list) ->
     log = repo.log()
     log.set_metadata("/a", array_json((SIDE, SIDE)))
     repo.commit(log)
-    model: dict[tuple[int, int], bytes] = {}
+    model: dict[tuple[int, ...], bytes] = {}
     grid = (SIDE, SIDE)
     for number, (what, tile, points, size) in enumerate(steps):
-        repo.policy = Policy.explicit(None if tile is None else lambda node, tile=tile: tile)
+        repo.policy = Policy.explicit(None if tile is None else constantly(tile))
         log = repo.log()
         node = log.node("/a")
         assert node is not None
@@ -141,8 +149,8 @@ def test_whatever_the_splitting_and_its_changes_the_same_is_read(steps: list) ->
         repo.manifests.update({m.id: m for m in done.manifests})
         assert check_snapshot(repo) == len(model)
         now = repo.snapshot.nodes["/a"]
-        for c, chunk_id in model.items():
-            found = repo.committed(now, c)
+        for coords, chunk_id in model.items():
+            found = repo.committed(now, coords)
             assert found is not None
             assert found.chunk_id == chunk_id
         if tile is not None and what == "rewrite":

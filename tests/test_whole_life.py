@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ async def edit(session: icechunk.Session, row: int, value: int) -> None:
     await array.setitem(row, value)
 
 
-async def rows(repo: icechunk.Repository, **version: str) -> list[int]:
+async def rows(repo: icechunk.Repository, **version: Any) -> list[int]:
     session = await repo.readonly_session_async(**(version or {"branch": "main"}))
     array = await zarr.api.asynchronous.open_array(store=session.store, path="a", mode="r")
     values = np.asarray(await array.getitem((slice(None), 0)))

@@ -24,7 +24,8 @@ def session(repo: Repository) -> Session:
 
 
 def read(session: Session, group: str | None = None, **kwargs: Any) -> xr.Dataset:
-    return xr.open_zarr(session.store, group=group, consolidated=False, chunks=None, **kwargs).load()
+    found: xr.Dataset = xr.open_zarr(session.store, group=group, consolidated=False, chunks=None, **kwargs).load()
+    return found
 
 
 def table(start: int = 0, n: int = 6) -> xr.Dataset:

@@ -99,7 +99,7 @@ def test_every_way_of_opening_gives_the_same(repo: Repository) -> None:
     session = repo.writable_session("main")
     to_icechunk(weather(), session, group="deep/group")
     session.commit("weather")
-    store = repo.readonly_session("main").store
+    store: Any = repo.readonly_session("main").store  # xarray's types know no zarr stores
     for found in (
         xr.open_zarr(store, group="deep/group", chunks=None, **FORMAT),
         xr.open_dataset(store, engine="zarr", group="deep/group", backend_kwargs={"consolidated": False}),
@@ -119,7 +119,8 @@ def test_a_tree_is_written_committed_and_opened(repo: Repository) -> None:
     session = repo.writable_session("main")
     tree().to_zarr(session.store, **FORMAT)
     session.commit("a tree")
-    found = xr.open_datatree(repo.readonly_session("main").store, engine="zarr", consolidated=False)
+    store: Any = repo.readonly_session("main").store
+    found = xr.open_datatree(store, engine="zarr", consolidated=False)
     xr.testing.assert_identical(found.load(), tree())
 
 
@@ -134,7 +135,8 @@ def test_a_tree_replaces_and_joins_others(repo: Repository) -> None:
     smaller.to_zarr(session.store, mode="w", **FORMAT)
     to_icechunk(weather(range(2)), session, group="four")
     session.commit("another")
-    found = xr.open_datatree(repo.readonly_session("main").store, engine="zarr", consolidated=False)
+    store: Any = repo.readonly_session("main").store
+    found = xr.open_datatree(store, engine="zarr", consolidated=False)
     assert set(found.children) == {"three", "four"}
     xr.testing.assert_identical(found["three"].to_dataset().load(), weather())
     xr.testing.assert_identical(found["four"].to_dataset().load(), weather(range(2)))

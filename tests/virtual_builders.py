@@ -41,7 +41,7 @@ async def local_repository(
     folder: Path, storage: Storage | None = None, *, authorized: Mapping[str, Any] | None = None
 ) -> Repository:
     """A repository with one container for a folder's files, called ``local``, authorised unless said otherwise."""
-    access = {prefix_of(folder): LocalFileSystemAccess} if authorized is None else dict(authorized)
+    access: dict[str, Any] = {prefix_of(folder): LocalFileSystemAccess} if authorized is None else dict(authorized)
     return await Repository.create_async(
         storage or icechunk.in_memory_storage(), config_of(local_container(folder)), access
     )
@@ -53,7 +53,7 @@ async def session_on(folder: Path, *, authorized: Mapping[str, Any] | None = Non
 
 def array(
     store: IcechunkStore, shape: tuple[int, ...] = (40,), chunks: tuple[int, ...] = (10,), name: str = "a"
-) -> zarr.Array:
+) -> zarr.Array[Any]:
     """An array whose chunks are plain bytes, and 7 where there is none."""
     return zarr.create_array(
         store, name=name, shape=shape, chunks=chunks, dtype="u1", filters=None, compressors=None, fill_value=7

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ NUMBERS = [
 ]
 STORES = [
     ObjectStoreConfig.InMemory(),
-    ObjectStoreConfig.LocalFileSystem("/data"),
+    ObjectStoreConfig.LocalFileSystem(Path("/data")),
     ObjectStoreConfig.S3(S3Options(region="r")),
     ObjectStoreConfig.S3Compatible(S3Options()),
     ObjectStoreConfig.Tigris(S3Options()),
@@ -109,7 +110,7 @@ def test_wrong_types_are_refused_and_leave_the_settings_as_they_were() -> None:
             setattr(settings, name, bad)
     assert settings == StorageSettings(storage_class="A")
     with pytest.raises(AttributeError):
-        settings.no_such_setting = 3  # type: ignore[attr-defined]
+        settings.no_such_setting = 3
     with pytest.raises(AttributeError):
         del settings.storage_class
 
@@ -136,12 +137,12 @@ def test_html_is_escaped() -> None:
 
 @pytest.mark.parametrize("store", STORES)
 def test_every_kind_of_store_is_an_object_store_config_and_pickles(store: Any) -> None:
-    assert isinstance(store, ObjectStoreConfig)
-    assert issubclass(type(store), ObjectStoreConfig)
+    kind: Any = type(store)
+    assert issubclass(kind, ObjectStoreConfig)
     assert pickle.loads(pickle.dumps(store)) == store
     assert type(store).__qualname__ == f"ObjectStoreConfig.{type(store).__name__}"
-    assert len(store) == len(type(store).__match_args__)
-    assert [store[i] for i in range(len(store))] == [getattr(store, n) for n in type(store).__match_args__]
+    assert len(store) == len(kind.__match_args__)
+    assert [store[i] for i in range(len(store))] == [getattr(store, n) for n in kind.__match_args__]
     assert repr(store).startswith("icechunk.config.ObjectStoreConfig.")
     assert store._repr_html_()
 
@@ -183,7 +184,8 @@ def test_enums_equal_their_number_and_hash_like_it() -> None:
     assert ChecksumAlgorithm.Sha1 in {ChecksumAlgorithm.Sha1}
     assert repr(ChecksumAlgorithm.Sha1) == "ChecksumAlgorithm.Sha1"
     assert pickle.loads(pickle.dumps(ChecksumAlgorithm.Sha1)) is ChecksumAlgorithm.Sha1
-    assert CompressionAlgorithm() is CompressionAlgorithm.default() is CompressionAlgorithm.Zstd
+    without_a_value: Any = CompressionAlgorithm
+    assert without_a_value() is CompressionAlgorithm.default() is CompressionAlgorithm.Zstd
     with pytest.raises(TypeError):
         S3Options(checksum_algorithm=1)  # type: ignore[arg-type]
 
@@ -253,9 +255,9 @@ def test_containers_are_kept_by_prefix_and_names_stay_unique() -> None:
         ("s3://a", ObjectStoreConfig.S3(S3Options()), None),
         ("s3:///", ObjectStoreConfig.S3(S3Options()), None),
         ("s3://a/", ObjectStoreConfig.Gcs(), None),
-        ("file:///", ObjectStoreConfig.LocalFileSystem("/a"), None),
-        ("/a/", ObjectStoreConfig.LocalFileSystem("/a"), None),
-        ("", ObjectStoreConfig.LocalFileSystem("/a"), None),
+        ("file:///", ObjectStoreConfig.LocalFileSystem(Path("/a")), None),
+        ("/a/", ObjectStoreConfig.LocalFileSystem(Path("/a")), None),
+        ("", ObjectStoreConfig.LocalFileSystem(Path("/a")), None),
         ("vcc://a/", ObjectStoreConfig.S3(S3Options()), None),
         ("s3://a b/", ObjectStoreConfig.S3(S3Options()), None),
         ("memory:///", ObjectStoreConfig.InMemory(), None),

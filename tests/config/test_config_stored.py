@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,7 +163,7 @@ def official_config() -> RepositoryConfig:
         ),
         VirtualChunkContainer("https://a/", ObjectStoreConfig.Http({"o": "p"}, {"h": "q"})),
         VirtualChunkContainer("gcs://b/", ObjectStoreConfig.Gcs()),
-        VirtualChunkContainer("file:///a/", ObjectStoreConfig.LocalFileSystem("/a")),
+        VirtualChunkContainer("file:///a/", ObjectStoreConfig.LocalFileSystem(Path("/a"))),
     ):
         config.set_virtual_chunk_container(container)
     return config
@@ -221,7 +222,7 @@ s3 = st.builds(
 )
 stores = st.one_of(
     st.just(ObjectStoreConfig.InMemory()),
-    words.map(ObjectStoreConfig.LocalFileSystem),
+    words.map(Path).map(ObjectStoreConfig.LocalFileSystem),
     s3.map(ObjectStoreConfig.S3),
     s3.map(ObjectStoreConfig.S3Compatible),
     s3.map(ObjectStoreConfig.Tigris),

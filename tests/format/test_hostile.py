@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from icechunk.errors import FormatError
 from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.flat.reader import Buffer
-from icechunk.format.flat.writer import FlatTable, FlatWriter, Items, id_struct
+from icechunk.format.flat.writer import FlatTable, FlatWriter, Items, Value, id_struct
 from icechunk.format.manifest import decode_manifest
 from icechunk.format.metadata import metadata_from_tables
 from icechunk.format.repo.codec import decode_repo
@@ -77,7 +77,7 @@ def refused(decoder: Callable[[bytes], Any], data: bytes, reason: str) -> None:
 
 
 def test_a_vector_of_absurd_length_is_refused_at_once() -> None:
-    slots = {0: id_struct(bytes(12)), 1: Items(b"", 2**32 - 1)}
+    slots: dict[int, Value] = {0: id_struct(bytes(12)), 1: Items(b"", 2**32 - 1)}
     payload = FlatWriter().finish(FlatTable(slots))
     refused(decode_manifest, seal(FileType.MANIFEST, 2, payload), "4294967295 items")
 
@@ -136,6 +136,6 @@ def test_a_transaction_log_whose_chunks_differ_in_rank_is_refused() -> None:
 
     ids = Items(b"", 0)
     updated = FlatTable({0: id_struct(b"n" * 8), 1: [chunk([0]), chunk([0, 1])]})
-    slots = {0: id_struct(bytes(12)), **dict.fromkeys(range(1, 7), ids), 7: [updated]}
+    slots: dict[int, Value] = {0: id_struct(bytes(12)), **dict.fromkeys(range(1, 7), ids), 7: [updated]}
     payload = FlatWriter().finish(FlatTable(slots))
     refused(decode_transaction_log, seal(FileType.TRANSACTION_LOG, 2, payload), "number of dimensions")

@@ -157,8 +157,8 @@ def test_the_repo_info_is_what_the_official_library_says() -> None:
     assert view["tags"] == {name: encode_id(id) for name, id in info.tags.items()}
     assert set(view["deleted_tags"]) == info.deleted_tags == {"gone"}
     assert info.metadata == {"owner": "me", "sizes": [1, 2.5, -3]}
-    assert info.enabled_feature_flags == {4}
-    assert info.disabled_feature_flags == {3}
+    assert info.enabled_feature_flags == frozenset({4})
+    assert info.disabled_feature_flags == frozenset({3})
     assert info.status.availability == 0
     assert info.config is not None
     assert info.config["inline_chunk_threshold_bytes"] == 40

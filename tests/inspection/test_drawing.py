@@ -19,7 +19,9 @@ def id_of(number: int) -> ObjectId:
     return ObjectId(number.to_bytes(12))
 
 
-def history(parents: Mapping[int, int | None], messages: Mapping[int, str] | None = None) -> dict:
+def history(
+    parents: Mapping[int, int | None], messages: Mapping[int, str] | None = None
+) -> dict[ObjectId, SnapshotRecord]:
     """Snapshots by number, each newer than those with lower ones."""
     return {
         id_of(n): SnapshotRecord(

@@ -94,6 +94,6 @@ def test_misuses_raise_what_handlers_for_the_official_library_catch(
         (name, who): found[name]
         for name, words in WORDS.items()
         for who, found in (("ours", mine), ("theirs", official))
-        if found[name] is None or not re.search(words, found[name][2], re.DOTALL)
+        if (raised := found[name]) is None or not re.search(words, raised[2], re.DOTALL)
     }
     assert silent == {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ class History:
         self.ids: dict[str, str] = {}
 
     @classmethod
-    async def create(cls, storage: Storage, version: int | None, **engine: int) -> History:
+    async def create(cls, storage: Storage, version: int | None, **engine: Any) -> History:
         config = icechunk.RepositoryConfig.default()
         config.inline_chunk_threshold_bytes = 0
         config.engine = EngineConfig(**({"pack_threshold_bytes": 0, "max_refs_per_manifest": 1 << 20} | engine))
@@ -67,7 +68,8 @@ class History:
         values = self.values[session.snapshot_id].copy()
         values[2 * chunk : 2 * chunk + 2] = value
         await array.setitem(slice(2 * chunk, 2 * chunk + 2), value)
-        self.ids[name] = snapshot = await getattr(session, f"{how}_async")(name)
+        snapshot: str = await getattr(session, f"{how}_async")(name)
+        self.ids[name] = snapshot
         self.values[snapshot] = values
         return snapshot
 
@@ -95,7 +97,7 @@ async def _ancestries(repo: icechunk.Repository, refs: list[dict[str, str]]) -> 
             yield info
 
 
-async def read(repo: icechunk.Repository, **version: str) -> np.ndarray:
+async def read(repo: icechunk.Repository, **version: Any) -> np.ndarray:
     session = await repo.readonly_session_async(**(version or {"branch": "main"}))
     array = await zarr.api.asynchronous.open_array(store=session.store, path="a", mode="r")
     return np.asarray(await array.getitem(slice(None)))

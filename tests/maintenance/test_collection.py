@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from icechunk.format.ids import object_id_from_text
 from icechunk.format.keys import chunk_key
 from icechunk.format.repo.codec import decode_repo
 from icechunk.storage.memory import MemoryStorage
-from icechunk.storage.port import DeleteResult, Storage
+from icechunk.storage.port import DeleteResult, ObjectInfo, Storage
 from icechunk.testing.faulty import Fault, FaultyStorage, PlannedRequest
 from icechunk.testing.recording import RecordingStorage
 from icechunk.testing.wrapping import WrappingStorage
@@ -183,11 +185,11 @@ async def test_what_is_committed_while_garbage_is_collected_stays(version: int |
 
         done = False
 
-        async def list_pages(self, prefix: str = "", **options: object):  # type: ignore[no-untyped-def, override]
+        async def list_pages(self, prefix: str = "", **options: Any) -> AsyncIterator[list[ObjectInfo]]:
             if prefix == "chunks/" and not self.done:
                 self.done = True
                 await history.commit("c2", 5)
-            async for page in super().list_pages(prefix, **options):  # type: ignore[arg-type]
+            async for page in super().list_pages(prefix, **options):
                 yield page
 
     collector = await icechunk.Repository.open_async(Meanwhile(inner))

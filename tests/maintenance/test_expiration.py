@@ -182,7 +182,7 @@ def test_a_history_of_format_1_is_cut_below_its_oldest_young_snapshot() -> None:
         for i in range(5, -1, -1)
     ]
     fate = shorten(chain, 30)
-    assert (fate.edited, fate.released) == (chain[2].id, {chain[3].id, chain[4].id})
+    assert (fate.edited, fate.released) == (chain[2].id, frozenset({chain[3].id, chain[4].id}))
     assert shorten(chain, 1000).edited == chain[0].id
     assert shorten(chain, 1000).tip_is_old
     assert shorten(chain, 0) == shorten(chain, 10).__class__(

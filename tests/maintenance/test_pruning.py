@@ -21,6 +21,7 @@ from icechunk.storage.port import ANY, DeleteResult, Storage
 from icechunk.testing.scripted import ManualClock
 from icechunk.testing.wrapping import WrappingStorage
 from tests.log.repository.strategies import an_id
+from tests.log.repository.world import open_log
 from tools.simulator.simulation import commit_proposal
 
 DAY_S = 24 * 3600.0
@@ -72,7 +73,7 @@ async def test_slots_go_a_week_after_they_were_announced(world: World) -> None:
     assert await world.slots() == [6, 7]
     # Nothing is left of the announcement but that of the slots that came later.
     assert [key for key in await world.keys() if ".floor/" in key] == [floor_key(log.epoch, 7)]
-    opened = await open_repository(world.storage, world.sources)
+    opened = await open_log(world.storage, world.sources)
     assert opened.state.branch_tip("main") == an_id(7)
     await world.commit(opened, 8)
     assert (await log.refresh()).branch_tip("main") == an_id(8)
@@ -82,7 +83,7 @@ async def test_slots_go_a_week_after_they_were_announced(world: World) -> None:
 
 async def test_slots_after_the_checkpoint_are_never_announced(world: World) -> None:
     log = await world.log(3)
-    other = await open_repository(world.storage, world.sources)
+    other = await open_log(world.storage, world.sources)
     other._checkpointing._stopped = True
     await world.commit(other, 4, 5)
     await prune_log(log, world.storage, world.sources)

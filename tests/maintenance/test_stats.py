@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -53,7 +54,7 @@ async def test_virtual_ranges_count_once_and_inline_bytes_in_every_manifest(
         MemoryStorage(), config, authorize_virtual_chunk_access={prefix: LocalFileSystemAccess}, spec_version=version
     )
     azarr = zarr.api.asynchronous
-    options = {"shape": (40,), "chunks": (10,), "dtype": "i1", "compressors": None, "fill_value": 0}
+    options: dict[str, Any] = {"shape": (40,), "chunks": (10,), "dtype": "i1", "compressors": None, "fill_value": 0}
     session = await repo.writable_session_async("main")
     await azarr.create_array(store=session.store, name="v", **options)
     for i, offset in enumerate((0, 10, 0, 5)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -28,6 +28,7 @@ from icechunk.errors import (
 )
 from icechunk.log.repository.port import Layout
 from icechunk.repository import Repository
+from icechunk.runtime.loops import run_sync
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import Storage
 
@@ -242,7 +243,7 @@ def test_ancestry_is_newest_first_and_linear(storage: Storage) -> None:
 
 
 @pytest.mark.parametrize("names", [{}, {"branch": "main", "tag": "v"}, {"tag": "v", "snapshot_id": UNKNOWN}])
-def test_exactly_one_way_to_name_a_version_is_accepted(memory: Repository, names: dict[str, str]) -> None:
+def test_exactly_one_way_to_name_a_version_is_accepted(memory: Repository, names: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="exactly one"):
         memory.readonly_session(**names)
     with pytest.raises(ValueError, match="exactly one"):
@@ -316,7 +317,7 @@ def test_manifest_files_of_a_version_are_those_on_storage(storage: Storage) -> N
     async def size() -> int:
         return (await storage.head(f"manifests/{file.id}")).size
 
-    assert icechunk.runtime.loops.run_sync(size()) == file.size_bytes
+    assert run_sync(size()) == file.size_bytes
 
 
 # -- sessions by version -----------------------------------------------------------------------------------------------
@@ -463,7 +464,8 @@ def test_feature_flags_that_are_off_refuse_what_they_name(memory: Repository) ->
         memory.set_feature_flag(name, False)
     assert {flag.name for flag in other.disabled_feature_flags()} == {"create_tag", "delete_tag", "move_node"}
     assert other.enabled_feature_flags() == []
-    for call in (lambda: other.create_tag("v1", first), lambda: other.delete_tag("v0")):
+    calls: list[Callable[[], None]] = [lambda: other.create_tag("v1", first), lambda: other.delete_tag("v0")]
+    for call in calls:
         with pytest.raises(SessionStateError) as refused:
             call()
         assert refused.value.kind == ErrorKind.FEATURE_FLAG_DISABLED

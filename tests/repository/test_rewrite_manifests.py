@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import zarr
@@ -17,12 +19,12 @@ Dim = icechunk.ManifestSplitDimCondition
 LAYOUTS = ["log", "repo", "refs"]
 
 
-def config(layout: str, rows: int | None) -> icechunk.RepositoryConfig:
+def config(layout: Any, rows: int | None) -> icechunk.RepositoryConfig:
     options = icechunk.RepositoryConfig.default()
     options.inline_chunk_threshold_bytes = 0
     options.engine = icechunk.config.EngineConfig(layout=layout)
     if rows is not None:
-        rules = {Condition.AnyArray(): {Dim.Axis(0): rows}}
+        rules: dict[Any, Any] = {Condition.AnyArray(): {Dim.Axis(0): rows}}
         options.manifest = icechunk.ManifestConfig(splitting=icechunk.ManifestSplittingConfig.from_dict(rules))
     return options
 

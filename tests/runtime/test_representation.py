@@ -45,7 +45,7 @@ VALUES: list[Any] = [
     SnapshotInfo(id="X", parent_id=None, written_at=NOW, message="m", metadata={"a": [1]}),
     ManifestFileInfo(id="X", size_bytes=1, num_chunk_refs=2),
     Diff(new_groups={"/"}, updated_chunks={"/a": [[1, 2]]}, moved_nodes=[("/a", "/b")]),
-    GCSummary(chunks_deleted=3, delete_errors=("x",)),
+    GCSummary(chunks_deleted=3, delete_errors=["x"]),
     ChunkStorageStats(native_bytes=1, virtual_bytes=2, inlined_bytes=3),
     UpdateType.NewCommit("main", "X"),
     UpdateType.RepoStatusChanged(STATUS),

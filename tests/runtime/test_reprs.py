@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -154,7 +155,7 @@ def test_a_session_that_only_reads_has_neither_a_branch_nor_changes_to_show(repo
 OPTIONS = icechunk.S3Options(region="us-east-1", allow_http=True)
 STORES = (
     icechunk.ObjectStoreConfig.InMemory(),
-    icechunk.ObjectStoreConfig.LocalFileSystem("/tmp/a b"),
+    icechunk.ObjectStoreConfig.LocalFileSystem(Path("/tmp/a b")),
     icechunk.ObjectStoreConfig.S3(OPTIONS),
     icechunk.ObjectStoreConfig.S3Compatible(OPTIONS),
     icechunk.ObjectStoreConfig.Tigris(OPTIONS),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import zarr
@@ -30,7 +32,7 @@ def put(session: Session, index: int, value: int) -> None:
     zarr.open_array(session.store, path="a")[index] = value
 
 
-def get(repo: Repository, **version: str) -> list[int]:
+def get(repo: Repository, **version: Any) -> list[int]:
     store = repo.readonly_session(**(version or {"branch": "main"})).store
     return [int(value) for value in np.asarray(zarr.open_array(store, path="a", mode="r")[:])]
 

@@ -397,6 +397,7 @@ async def test_a_commit_cancelled_during_its_swap_goes_on_without_its_caller() -
     with pytest.raises(SessionStateError, match="not known"):
         session.set_metadata("/y", GROUP)
     storage.gate.set()
+    assert session.unsettled_commit is not None
     assert await repository.settle_async(session.unsettled_commit)
     assert await messages(repository) == ["first", "warm", "Repository initialized"]
 
@@ -439,6 +440,7 @@ async def test_a_commit_cancelled_during_a_swap_that_is_lost_leaves_the_session_
     with pytest.raises(asyncio.CancelledError):
         await committing
     token = session.unsettled_commit
+    assert token is not None
     theirs = await Repository.open_async(storage.inner)
     await (await changed(theirs, "theirs")).commit_async("theirs")
     storage.gate.set()

@@ -294,7 +294,7 @@ def test_sessions_are_extracted_and_merged_however_they_are_nested(repo: Reposit
         put(fork, "a", 5 + i, i)
     array = zarr.open_array(forks[0].store, path="a")
     assert extract_session(array) is forks[0]
-    merged = merge_sessions(forks[0], [forks[1], forks[0]], [[forks[2]], [forks[3], forks[4]]])  # type: ignore[list-item, arg-type]
+    merged = merge_sessions(forks[0], [forks[1], forks[0]], [[forks[2]], [forks[3], forks[4]]])
     session.merge(merged)
     assert get(session)[5:10] == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="at least one"):
@@ -302,7 +302,7 @@ def test_sessions_are_extracted_and_merged_however_they_are_nested(repo: Reposit
     with pytest.raises(TypeError):
         merge_sessions(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError):
-        extract_session(zarr.zeros((2,)))  # type: ignore[arg-type]
+        extract_session(zarr.zeros((2,)))
 
 
 def write_part(fork: ForkSession, part: int) -> ForkSession:

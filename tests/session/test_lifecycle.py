@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import icechunk
-from icechunk.log.repository.open import open_repository
 from icechunk.runtime.loops import run_sync
 from icechunk.storage import Storage
 from tests.conftest import BUCKET
+from tests.log.repository.world import open_log
 from tools import hammer, services
 
 ROOT = Path(__file__).parents[2]
@@ -185,7 +185,7 @@ def end_of(script: str, spec: str, tmp_path: Path, *flags: str) -> None:
 
 def checkpoint_is_current(storage: Storage) -> bool:
     async def look() -> bool:
-        log = await open_repository(storage)
+        log = await open_log(storage)
         try:
             return log.n > 0 and log.checkpoint_n == log.n
         finally:

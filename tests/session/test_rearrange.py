@@ -170,7 +170,10 @@ def test_uncommitted_chunks_shift_as_well_and_nothing_is_uploaded_twice(
     assert storage.count("put", "chunks/") <= 1
 
 
-def add(n: int) -> Callable[[Iterable[int]], list[int] | None]:
+Move = Callable[[Iterable[int]], list[int] | None]
+
+
+def add(n: int) -> Move:
     def place(coords: Iterable[int]) -> list[int] | None:
         (i,) = coords
         return [i + n] if 0 <= i + n < 10 else None
@@ -195,7 +198,7 @@ def turn(coords: Iterable[int]) -> list[int]:
     ],
 )
 def test_chunks_go_where_the_functions_say(
-    repo: Repository, forward: Callable, backward: Callable | None, expected: list[int]
+    repo: Repository, forward: Move, backward: Move | None, expected: list[int]
 ) -> None:
     session = repo.writable_session("main")
     session.reindex_array("/a", forward, backward)

@@ -18,7 +18,7 @@ def session_with_array() -> icechunk.Session:
 
 def values(session: icechunk.Session) -> list[int]:
     array = zarr.open_array(session.store, path="a", mode="r")
-    return np.asarray(array[:]).tolist()
+    return [int(value) for value in np.asarray(array[:])]
 
 
 def test_rollback_undoes_what_came_after_the_savepoint_and_nothing_else() -> None:

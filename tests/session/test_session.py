@@ -12,6 +12,7 @@ import icechunk
 from icechunk.errors import ConflictError, ErrorKind, ReadOnlyError, SessionStateError
 from icechunk.ops import SessionMode
 from icechunk.repository import Repository
+from icechunk.runtime.loops import run_sync
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import Storage
 
@@ -195,7 +196,7 @@ def keys(storage: Storage) -> set[str]:
     async def look() -> set[str]:
         return {item.key async for page in storage.list_pages() for item in page}
 
-    return icechunk.runtime.loops.run_sync(look())
+    return run_sync(look())
 
 
 def test_a_read_only_session_pickles_and_a_writable_one_points_to_fork(storage: Storage) -> None:

@@ -7,7 +7,7 @@ import json
 from icechunk.config import RepositoryConfig, config_from_yaml, config_to_yaml
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.metadata import metadata_tables
-from icechunk.format.repo.values import SnapshotRecord
+from icechunk.format.repo.values import NewCommit, SnapshotRecord
 from icechunk.log.repository.ref_files.names import close_ref, decode_ref, encode_ref, is_closed, read_ref
 from icechunk.log.repository.ref_files.upgrade import RefValues, migrated_info
 from icechunk.log.repository.state import READ_ONLY
@@ -73,6 +73,7 @@ def test_the_ops_log_is_told_as_the_page_says() -> None:
     ]
     assert {code(row[0])[0] for row in rows(page(PAGE), "| update | time |")} == {name for name, _ in told}
     [commit] = [update.change for update in info.updates if update.updated_at_us == 30_000]
+    assert isinstance(commit, NewCommit)
     assert commit.branch == "a"
     assert THREE not in info.snapshots
     assert info.deleted_tags == {"gone", "lost"}

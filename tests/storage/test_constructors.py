@@ -113,11 +113,12 @@ def test_r2_and_tigris_are_s3_elsewhere() -> None:
         public.r2_storage(prefix="b/p", account_id="acc")
     )
     assert "endpoint_url: https://t3.storage.dev" in repr(public.tigris_storage(bucket="b", prefix="p", region="iad"))
-    for attempt in (
+    attempts: list[Callable[[], object]] = [
         lambda: public.r2_storage(bucket="b"),
         lambda: public.r2_storage(account_id="acc"),
         lambda: public.tigris_storage(bucket="b", prefix=None),
-    ):
+    ]
+    for attempt in attempts:
         with pytest.raises(StorageError):
             attempt()
 

@@ -21,7 +21,9 @@ class Clock:
         self.now_us += round(seconds * 1e6)
 
 
-def tries_of(clock: Clock, *, max_tries: int = 10, operation_ms: int | None = None, attempt_ms: int | None = None):
+def tries_of(
+    clock: Clock, *, max_tries: int = 10, operation_ms: int | None = None, attempt_ms: int | None = None
+) -> Tries:
     settings = StorageSettings(
         retries=StorageRetriesSettings(max_tries=max_tries, initial_backoff_ms=100, max_backoff_ms=400),
         timeouts=StorageTimeoutSettings(operation_timeout_ms=operation_ms, operation_attempt_timeout_ms=attempt_ms),

@@ -28,7 +28,7 @@ VALUES = np.arange(1, 1 + 32 * 16, dtype="i4").reshape(32, 16)
 
 def total(store: IcechunkStore) -> int:
     """Read everything, by zarr, in this process."""
-    return int(zarr.open_array(store, path="g/a", mode="r")[...].sum())
+    return int(np.asarray(zarr.open_array(store, path="g/a", mode="r")[...]).sum())
 
 
 def total_of_session(session: Session) -> int:
@@ -46,7 +46,7 @@ def total_by_a_loop(store: IcechunkStore) -> tuple[int, int]:
 
 
 def total_of_array(array: zarr.Array[Any]) -> int:
-    return int(array[...].sum())
+    return int(np.asarray(array[...]).sum())
 
 
 def tip_of(repository: Repository) -> str:

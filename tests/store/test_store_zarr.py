@@ -140,7 +140,9 @@ class TestIcechunkStore(StoreTests[IcechunkStore, cpu.Buffer]):
 
     # -- overrides -----------------------------------------------------------------------------------------------
 
-    async def test_serializable_store(self, store: IcechunkStore, storage: Storage) -> None:
+    async def test_serializable_store(  # type: ignore[override]  # pytest passes the fixtures that it names
+        self, store: IcechunkStore, storage: Storage
+    ) -> None:
         await self.set(store, "foo/c/0", buffer(b"\x01\x02\x03\x04"))
         await self.set(store, "foo/c/1", buffer(b"\x05" * 100))
         with pytest.raises(ValueError, match=r"fork\(\)"):
@@ -335,7 +337,7 @@ class TestIcechunkStore(StoreTests[IcechunkStore, cpu.Buffer]):
             (("foo/zarr.json", "bar/zarr.json"), (group_document(n=0), group_document(n=1))),
         ],
     )
-    async def test_set_if_not_exists(
+    async def test_set_if_not_exists(  # type: ignore[override]  # pytest passes the parameters that it names
         self, store: IcechunkStore, keys: tuple[str, str], values: tuple[bytes, bytes]
     ) -> None:
         old, new = map(buffer, values)

@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,8 +29,8 @@ class Unreliable(MemoryStorage):
 
     def __init__(self) -> None:
         super().__init__()
-        self.turns = lambda: 0
-        self.fails = lambda: False
+        self.turns: Callable[[], int] = lambda: 0
+        self.fails: Callable[[], bool] = lambda: False
         self.sizes: list[int] = []
 
     async def put(self, key: str, data: Any, *args: Any, **kwargs: Any) -> PutResult:

@@ -11,7 +11,7 @@ import zarr
 import icechunk
 from icechunk.config import EngineConfig
 from icechunk.config.manifest_rules import manifests_to_preload
-from icechunk.format.ids import ObjectId
+from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.values import DimensionShape, ManifestFile, ManifestRef, NodeKind, NodeSnapshot, Snapshot
 from icechunk.storage.port import Storage
 from icechunk.testing.recording import RecordingStorage
@@ -30,7 +30,7 @@ def snapshot(**arrays: list[int]) -> Snapshot:
             refs.append(ManifestRef(id, ((i, i + 1),)))
             files[id] = ManifestFile(id, 1, size)
         nodes[path] = NodeSnapshot(
-            id=name.encode().ljust(8)[:8],
+            id=NodeId(name.encode().ljust(8)[:8]),
             path=path,
             kind=NodeKind.ARRAY,
             user_data=b"{}",

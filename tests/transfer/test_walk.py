@@ -24,8 +24,10 @@ KIB = 1024
 def columns(rows: list[tuple[int, int, int, int]]) -> ChunkRefs:
     """Rows of kind, object, offset and length."""
     n = len(rows)
-    kind, objects, offset, length = (np.array(column) for column in zip(*rows, strict=True)) if n else ([],) * 4
-    ids = np.array([bytes([o]) * 12 for o in objects], ID12) if n else np.empty(0, ID12)
+    kind, objects, offset, length = (
+        (np.array(column) for column in zip(*rows, strict=True)) if n else (np.empty(0),) * 4
+    )
+    ids = np.array([bytes([o]) * 12 for o in map(int, objects)], ID12) if n else np.empty(0, ID12)
     return ChunkRefs(
         coords=np.arange(n, dtype=np.uint32).reshape(n, 1),
         kind=np.asarray(kind, np.uint8),

@@ -241,9 +241,8 @@ async def test_what_the_service_refuses_is_an_error_that_names_the_object_and_no
 
 
 async def test_an_option_that_the_service_does_not_know_is_an_error_that_names_it(place: Place) -> None:
-    kind = type(place.store)
-    options: dict[str, str] = {**(place.store.opts or {}), "bogus": "hush"}  # type: ignore[union-attr]
-    changed = replace(place, store=kind(options))  # type: ignore[arg-type]
+    store: Any = place.store
+    changed = replace(place, store=type(store)({**(store.opts or {}), "bogus": "hush"}))
     error = await refusal(changed, await repository_on(changed), ErrorKind.VIRTUAL_CHUNK_FETCH)
     assert "bogus" in error.message
     assert "hush" not in error.message

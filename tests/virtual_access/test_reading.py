@@ -237,7 +237,7 @@ async def test_credentials_of_another_kind_are_refused_when_opening(folder: Path
 
 def test_none_as_credentials_is_deprecated_and_the_warning_names_the_caller(folder: Path) -> None:
     storage = icechunk.in_memory_storage()
-    access = {prefix_of(folder): None}
+    access: dict[str, Any] = {prefix_of(folder): None}
     config = config_of(local_container(folder))
     calls: list[Callable[[], Repository]] = [
         lambda: Repository.create(storage, config, access),

@@ -108,7 +108,7 @@ def test_a_location_that_is_not_unicode_is_refused() -> None:
 
 def test_without_the_fast_path_of_zstandard_the_bytes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [location(i).encode() for i in range(500)]
-    made = LocationDictionary(zstandard.train_dictionary(500, texts[:100]), 3)
+    made = LocationDictionary(zstandard.train_dictionary(500, [*texts[:100]]), 3)
     fast = made.frames(texts)
     monkeypatch.setattr(zstandard, "backend_features", set())
     slow = made.frames(texts)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -140,7 +141,7 @@ def test_equal_locations_of_many_rows_are_stored_once() -> None:
     assert again.row(n - 1).last_modified == 1_700_000_000
 
 
-def independent_manifest(refs: list[dict[str, Any]], dictionary: bytes | None = None) -> bytes:
+def independent_manifest(refs: Sequence[Mapping[int, Any]], dictionary: bytes | None = None) -> bytes:
     """A manifest from the flatbuffers package's builder, back to front and with every string apart."""
     builder = flatbuffers.Builder()
     tables = []
@@ -208,7 +209,7 @@ def test_another_writer_s_layout_is_read() -> None:
 
 
 def test_unsorted_references_of_another_writer_are_sorted_and_repeated_ones_refused() -> None:
-    refs = [{0: [i], 4: bytes([i]) * 12, 3: 1} for i in (5, 1, 3)]
+    refs: list[dict[int, Any]] = [{0: [i], 4: bytes([i]) * 12, 3: 1} for i in (5, 1, 3)]
     assert decode_manifest(independent_manifest(refs)).arrays[NODE].coords.tolist() == [[1], [3], [5]]
     with pytest.raises(FormatError, match="two references for one chunk"):
         decode_manifest(independent_manifest([*refs, refs[0]]))
@@ -216,7 +217,7 @@ def test_unsorted_references_of_another_writer_are_sorted_and_repeated_ones_refu
 
 def test_locations_compressed_with_a_dictionary_are_read() -> None:
     samples = [f"s3://bucket/prefix/{i % 7}/file-{i}.nc".encode() for i in range(500)]
-    dictionary = zstandard.train_dictionary(1024, samples)
+    dictionary = zstandard.train_dictionary(1024, [*samples])
     compressor = zstandard.ZstdCompressor(dict_data=dictionary)
     refs = [{0: [i], 8: compressor.compress(sample), 3: 1} for i, sample in enumerate(samples)]
     again = decode_manifest(independent_manifest(refs, dictionary.as_bytes())).arrays[NODE]

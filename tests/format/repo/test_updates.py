@@ -47,7 +47,8 @@ def test_a_list_is_what_a_tuple_would_be_through_any_files(
     joined, model = stored(old).after(new), (*new, *old)
     for _ in range(2):
         assert joined == model
-        assert (len(joined), [*joined], joined[first:end]) == (len(model), [*model], model[first:end])
+        assert (len(joined), [*joined], (*joined[first:end],)) == (len(model), [*model], model[first:end])
+        assert joined[first:end] == model[first:end]
         assert joined[::-1] == model[::-1]
         if -len(model) <= first < len(model):
             assert joined[first] == model[first]

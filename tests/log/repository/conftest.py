@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import pytest
 
 from tests.log.repository.world import World
 
 
 @pytest.fixture
-async def world(request: pytest.FixtureRequest):
+async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
     """Of the log layout, or what the test's module calls ``new_world``."""
-    a_world = getattr(request.module, "new_world", World)()
+    a_world: World = getattr(request.module, "new_world", World)()
     yield a_world
     await a_world.aclose()

@@ -21,7 +21,7 @@ from tools import services
 LATE = "late"
 """The connection is reset, and the request carried out after the next one like it."""
 
-FAULTS = {
+FAULTS: dict[str, str | Say] = {
     "landed, answer lost": LOSE,
     "did not land, connection lost": RESET,
     "landed, 500": Say(500, "InternalError", carry_out=True),

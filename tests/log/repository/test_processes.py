@@ -15,6 +15,7 @@ from icechunk.log.repository.create import create_log
 from icechunk.log.repository.open import open_repository
 from icechunk.runtime.clock import SYSTEM
 from icechunk.storage.local.storage import LocalStorage
+from tests.log.repository.world import open_log
 from tools.simulator.simulation import commit_proposal
 
 PROCESSES = int(os.environ.get("ICECHUNK_TEST_PROCESSES", "3"))
@@ -51,7 +52,7 @@ async def test_processes_that_commit_to_one_local_repository_lose_nothing(tmp_pa
     outputs = [await asyncio.to_thread(process.communicate) for process in started]
     assert [process.returncode for process in started] == [0] * PROCESSES
     acknowledged = [line for output, _ in outputs for line in output.split()]
-    log = await open_repository(LocalStorage(path))
+    log = await open_log(LocalStorage(path))
     history = [encode_id(u.change.snapshot) async for u in log.updates() if isinstance(u.change, NewCommit)]
     assert len(acknowledged) == PROCESSES * COMMITS
     assert sorted(history) == sorted(acknowledged)

@@ -147,6 +147,7 @@ def test_a_refused_event_says_why_and_leaves_the_state_as_it_was(event: e.Event,
     before = to_repo_info(state)
     with pytest.raises(error) as caught:
         after(state, event)
+    assert isinstance(caught.value, IcechunkError)
     assert caught.value.kind == kind
     assert to_repo_info(state) == before
 

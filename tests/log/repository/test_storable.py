@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -134,7 +135,7 @@ BAD = [
 def test_what_a_checkpoint_cannot_hold_is_refused_before_an_entry_is_built(event: e.Event) -> None:
     with pytest.raises(InvalidInputError):
         apply(fresh(), event, time_us=1, since_us=None)
-    waiting = SimpleNamespace(propose=lambda state: [event], since_us=None, files={})
+    waiting: Any = SimpleNamespace(propose=lambda state: [event], since_us=None, files={})
     group = build(fresh(), [waiting], time_us=1)
     assert not group.members
     assert isinstance(group.refused[0][1], InvalidInputError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,9 @@ from icechunk.storage.s3.storage import S3Storage
 
 @pytest.mark.parametrize("setting", ["unsafe_use_conditional_create", "unsafe_use_conditional_update"])
 def test_s3_that_is_set_to_do_without_a_condition_may_not_be_written_to(setting: str) -> None:
-    storage = S3Storage("b", "p", settings=StorageSettings(**{setting: False}))
+    switched: dict[str, Any] = {setting: False}
+    settings = StorageSettings(**switched)
+    storage = S3Storage("b", "p", settings=settings)
     assert not may_write(storage)
     with pytest.raises(StorageError, match=r"s3://b/p.*unsafe_use_conditional") as caught:
         require_atomic(storage)

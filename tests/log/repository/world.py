@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from icechunk.format.ids import ObjectId
 from icechunk.format.repo.values import NewCommit
@@ -13,6 +14,7 @@ from icechunk.log.repository.entries.entry import encode_entry, encode_events, s
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.open import open_repository
 from icechunk.log.repository.port import RepositoryLog
+from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import Storage
 from icechunk.testing.scripted import ManualClock, Request, Script, ScriptedStorage, Send, lost_answer
@@ -24,6 +26,7 @@ __all__ = [
     "World",
     "held_back",
     "losing_the_answer",
+    "open_log",
     "put_entry",
     "replaces_repo",
     "settled",
@@ -38,19 +41,19 @@ DAY_S = 24 * 3600.0
 class World:
     """One store in memory, one clock, and as many clients of a layout as a test opens."""
 
-    def __init__(self, create=create_log) -> None:
+    def __init__(self, create: Callable[..., Awaitable[Any]] = create_log) -> None:
         self._create = create
         self.clock = ManualClock()
         self.store = MemoryStorage(self.clock.sources())
         self.logs: list[RepositoryLog] = []
 
-    async def create(self, **options: object):
+    async def create(self, **options: object) -> tuple[Any, ScriptedStorage]:
         storage = ScriptedStorage(self.store)
         log = await self._create(storage, self.clock.sources(), **options)
         self.logs.append(log)
         return log, storage
 
-    async def open(self, *, skew_s: float = 0, **options: object):
+    async def open(self, *, skew_s: float = 0, **options: Any) -> tuple[Any, ScriptedStorage]:
         storage = ScriptedStorage(self.store)
         log = await open_repository(storage, self.clock.sources(skew_s=skew_s), **options)
         self.logs.append(log)
@@ -62,7 +65,7 @@ class World:
             await log.aclose()
         assert asyncio.all_tasks() == {asyncio.current_task()}, "the logs left tasks behind"
 
-    def commit(self, i: int, branch: str = "main", parent: ObjectId | None = None):
+    def commit(self, i: int, branch: str = "main", parent: ObjectId | None = None) -> Any:
         return commit_proposal(an_id(i), branch, parent=parent, now_us=self.clock.now_us)
 
     async def history(self) -> list[ObjectId]:
@@ -73,6 +76,13 @@ class World:
         """What a pruner does after it has announced and waited."""
         self.clock.move(7.1 * DAY_S)
         await self.store.delete(slot_key(epoch, n) for n in range(1, last + 1))
+
+
+async def open_log(storage: Storage, sources: Sources = SYSTEM) -> LogLayout:
+    """`open_repository`, where it finds a log."""
+    log = await open_repository(storage, sources)
+    assert isinstance(log, LogLayout)
+    return log
 
 
 async def until(happened: Callable[[], bool]) -> None:
@@ -135,7 +145,7 @@ async def settled(world: World) -> tuple[LogLayout, ScriptedStorage]:
     return log, storage
 
 
-async def put_entry(store: Storage, epoch: str, n: int, *events: e.Event, time_us: int = 1, **options: object) -> None:
+async def put_entry(store: Storage, epoch: str, n: int, *events: e.Event, time_us: int = 1, **options: Any) -> None:
     """Write the entry of somebody else into a slot."""
     data = encode_entry(n=n, nonce=b"x" * 16, time_us=time_us, since_us=None, events=encode_events(events), **options)
     await store.put(slot_key(epoch, n), data)

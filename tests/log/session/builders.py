@@ -10,7 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from icechunk.format.ids import FIRST_SNAPSHOT, NodeId, ObjectId
-from icechunk.format.values import NATIVE, ChunkRef, ChunkRefs, Manifest, NodeSnapshot, Snapshot, TransactionLog
+from icechunk.format.values import (
+    NATIVE,
+    ChunkRef,
+    ChunkRefs,
+    Manifest,
+    ManifestFile,
+    NodeSnapshot,
+    Snapshot,
+    TransactionLog,
+)
 from icechunk.log.session.columns import find
 from icechunk.log.session.log import ABSENT, IN_BASE, SessionLog
 from icechunk.log.session.plan.compaction import Plan, Policy, new_manifests, new_snapshot, placed, plan
@@ -163,8 +172,8 @@ def check_snapshot(repo: Repo) -> int:
                     "extents overlap"
                 )
     assert list(snapshot.manifest_files) == sorted(used)
-    for i, file in snapshot.manifest_files.items():
-        manifest = repo.manifests[i]
-        assert file == (i, 100 + manifest.num_chunk_refs, manifest.num_chunk_refs)
+    for id, file in snapshot.manifest_files.items():
+        manifest = repo.manifests[id]
+        assert file == ManifestFile(id, 100 + manifest.num_chunk_refs, manifest.num_chunk_refs)
         assert list(manifest.arrays) == sorted(manifest.arrays)
     return total

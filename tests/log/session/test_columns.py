@@ -55,10 +55,12 @@ ref = st.one_of(
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.dictionaries(st.tuples(SMALL, SMALL), ref, max_size=8), min_size=1, max_size=5))
-def test_rows_survive_columns_concatenation_selection_and_trimming(parts: list[dict]) -> None:
+def test_rows_survive_columns_concatenation_selection_and_trimming(
+    parts: list[dict[tuple[int, ...], ChunkRef]],
+) -> None:
     columns = [from_rows(p, 2) for p in parts]
     merged = normalized(concat(columns))
-    expected: dict = {}
+    expected: dict[tuple[int, ...], ChunkRef] = {}
     for part in parts:
         expected.update(part)
     assert {tuple(merged.coords[i].tolist()): merged.row(i) for i in range(len(merged))} == expected
@@ -107,11 +109,11 @@ def test_rows_in_a_box_and_in_tiles_equal_plain_python(coords: np.ndarray, data:
     box = tuple(data.draw(st.tuples(SMALL, SMALL)) for _ in range(rank))
     assert in_box(coords, box).tolist() == [i for i, r in enumerate(coords.tolist()) if _holds(box, r)]
     tile = tuple(data.draw(st.integers(1, 4)) for _ in range(rank))
-    groups: dict = {}
+    groups: dict[tuple[int, ...], list[int]] = {}
     for i, row in enumerate(coords.tolist()):
         groups.setdefault(tuple(c // t for c, t in zip(row, tile, strict=True)), []).append(i)
     assert [g.tolist() for g in by_tile(coords, tile)] == [groups[k] for k in sorted(groups)]
 
 
-def _holds(box: tuple, row: list[int]) -> bool:
+def _holds(box: tuple[tuple[int, int], ...], row: list[int]) -> bool:
     return all(a <= c < b for c, (a, b) in zip(row, box, strict=True))

@@ -6,6 +6,7 @@ import copy
 import itertools
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from icechunk.errors import AlreadyExistsError, IcechunkError, InvalidInputError, NodeNotFoundError
-from icechunk.format.values import INLINE, NATIVE, VIRTUAL, ChunkRef, NodeKind
+from icechunk.format.ids import NodeId
+from icechunk.format.values import INLINE, NATIVE, VIRTUAL, ChunkRef, NodeKind, NodeSnapshot, TransactionLog
 from icechunk.log.session.columns import from_rows
 from icechunk.log.session.log import SessionLog
-from icechunk.log.session.merge.diff import net_diff
+from icechunk.log.session.merge.diff import Changes, net_diff
 from icechunk.log.session.plan.compaction import Policy
 from icechunk.log.session.wire import decode_log, encode_log
 from tests.log.session.builders import Repo, array_json, check_snapshot, group_json, object_id
@@ -69,8 +71,8 @@ class SessionLogMachine(RuleBasedStateMachine):
         self.base = World()
         self.now = World()
         self.first = self.repo.snapshot
-        self.logs: list = []
-        self.saved: list = []
+        self.logs: list[TransactionLog] = []
+        self.saved: list[Any] = []
         self.numbers = itertools.count(1)
         # Something to write to from the first step on: most rules are about chunks.
         self.set_metadata("/", None, 0)
@@ -166,10 +168,13 @@ class SessionLogMachine(RuleBasedStateMachine):
             if kind == 5:
                 self.log.delete_chunk(node, coords)
             elif ref.kind == INLINE:
+                assert ref.data is not None
                 self.log.set_inline(node, coords, ref.data)
             elif ref.kind == NATIVE:
+                assert ref.chunk_id is not None
                 self.log.set_native(node, coords, ref.chunk_id, ref.offset, ref.length)
             else:
+                assert ref.location is not None
                 self.log.set_virtual(node, coords, ref.location, ref.offset, ref.length, ref.etag, ref.last_modified)
 
         if kind != 5 and not in_grid(coords, model.shape):
@@ -286,10 +291,10 @@ class SessionLogMachine(RuleBasedStateMachine):
         self.log = self.repo.log()
         self.saved = []
 
-    def base_ids(self) -> dict:
+    def base_ids(self) -> dict[str, NodeSnapshot]:
         return dict(self.repo.snapshot.nodes)
 
-    def check_changes(self, status, transaction, before: dict) -> None:
+    def check_changes(self, status: Changes, transaction: TransactionLog, before: dict[str, NodeId]) -> None:
         old = {n.key: (p, n) for p, n in self.base.nodes.items()}
         new = {n.key: (p, n) for p, n in self.now.nodes.items()}
         ids = {p: n.id for p, n in self.repo.snapshot.nodes.items()}
@@ -312,7 +317,7 @@ class SessionLogMachine(RuleBasedStateMachine):
             made = {p for k, (p, n) in new.items() if k not in old and n.kind == kind}
             lost = {p for k, (p, n) in old.items() if k not in new and n.kind == kind}
             other = {p for k, (p, n) in new.items() if k in old and n.kind == kind and n.document != old[k][1].document}
-            assert (made, lost, other) == names
+            assert (made, lost, other) == tuple(map(set, names))
             assert fresh == {ids[p] for p in made}
             assert gone == {before[p] for p in lost}
             assert updated == {ids[p] for p in other}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,7 +35,7 @@ def sample() -> SessionLog:
     log.set_virtual(a, (0, 2), "s3://b/l", 1, 2, last_modified=7)
     log.set_native(a, (0, 3), object_id(3), 4, 5)
     log.delete_chunk(a, (4, 4))
-    log.set_refs(a, native([[2, 2], [1, 1]]))
+    log.set_refs(a, native(np.array([[2, 2], [1, 1]])))
     log.move_node("/é", "/e")
     log.delete_node("/e")
     return log

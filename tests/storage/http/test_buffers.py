@@ -36,7 +36,7 @@ def test_views_slices_and_arrays_each_hold_their_memory() -> None:
         lambda view: view.toreadonly(),
         lambda view: np.frombuffer(view, np.uint8),
         lambda view: np.frombuffer(view.toreadonly(), np.uint8)[5:].view(np.int8).reshape(-1, 1),
-        lambda view: memoryview(np.frombuffer(view, np.uint8)[3:9]),
+        lambda view: np.frombuffer(view, np.uint8)[3:9].data,
     ):
         view = buffers.take(SIZE)
         view[:] = b"\x07" * SIZE

@@ -10,6 +10,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ from tests.storage.http.certificates import tls_contexts
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 OK = b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\nETag: "x"\r\n\r\nhello'
-LIMITS = {"connect_s": 5.0, "read_s": 5.0}
+LIMITS: dict[str, Any] = {"connect_s": 5.0, "read_s": 5.0}
 
 
 @contextlib.asynccontextmanager

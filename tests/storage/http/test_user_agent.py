@@ -46,6 +46,7 @@ async def test_every_request_to_s3_is_attributed_and_so_are_those_of_a_copy(
     assert repo.storage == storage
     copy = pickle.loads(pickle.dumps(repo))
     for each in (repo, copy):
+        assert isinstance(each.storage, S3Storage)
         assert (each.attribution, each.storage.settings.storage_class) == (WHO, "STANDARD_IA")
         session = await each.writable_session_async("main")
         await session.commit_async("nothing", allow_empty=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from icechunk.storage.local import folders as local_folders
+from icechunk.storage.local.files import fsync_folder
 from icechunk.storage.local.folders import Folders
 from icechunk.storage.local.storage import LocalStorage
 
@@ -84,7 +85,7 @@ async def test_a_batch_of_objects_costs_fewer_syncs_than_objects(
 
     storage = LocalStorage(tmp_path)
     await storage.put("chunks/first", b"1")
-    calls, lock, real = 0, threading.Lock(), local_folders.fsync_folder
+    calls, lock, real = 0, threading.Lock(), fsync_folder
     pause = threading.Event()
 
     def counted(path: str) -> None:

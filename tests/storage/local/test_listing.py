@@ -19,7 +19,12 @@ def test_only_files_of_the_pages_that_are_asked_for_are_looked_at(
         (tmp_path / "log" / f"{i:04}").write_bytes(b"x")
     looked: list[str] = []
     real = local_listing.try_stat
-    monkeypatch.setattr(local_listing, "try_stat", lambda path: (looked.append(path), real(path))[1])
+
+    def look(path: str) -> object:
+        looked.append(path)
+        return real(path)
+
+    monkeypatch.setattr(local_listing, "try_stat", look)
     keys = [info.key for info in itertools.islice(walk(str(tmp_path), "log/", None), 5)]
     assert keys == [f"log/{i:04}" for i in range(5)]
     assert len(looked) == 5

@@ -106,6 +106,6 @@ def test_the_public_constructor_shows_where_and_no_secret() -> None:
     storage = icechunk.azure_storage(account="someone", container="box", prefix="a/b/", sas_token="sig=hush")
     assert repr(storage) == "<icechunk.Storage>\ntype: Azure\naccount: someone\ncontainer: box\nprefix: a/b\n"
     assert storage.describe() == "az://someone/box/a/b/"
-    for bad in ({"account": ""}, {"container": "a/b"}):
+    for account, container in (("", "box"), ("someone", "a/b")):
         with pytest.raises(icechunk.IcechunkError):
-            icechunk.azure_storage(**{"account": "someone", "container": "box", "prefix": "", **bad})
+            icechunk.azure_storage(account=account, container=container, prefix="")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def gcs() -> Iterator[FakeGcs]:
         yield server
 
 
-def storage_on(gcs: FakeGcs, **options: object) -> ObstoreStorage:
+def storage_on(gcs: FakeGcs, **options: Any) -> ObstoreStorage:
     place = GcsBucket(
         "bucket",
         "some/prefix/",

@@ -27,6 +27,7 @@ from icechunk.storage.port import Storage
 from icechunk.testing.scripted import ManualClock, Request, ScriptedStorage, Send
 from tests.conftest import BUCKET
 from tests.log.repository.strategies import an_id
+from tests.log.repository.world import open_log
 from tests.maintenance.helpers import AgedStorage, History, ago, by_layout, folders, sizes
 from tests.storage.obstore.fake_gcs import serving_gcs
 from tools import services
@@ -108,7 +109,7 @@ async def test_a_writer_that_slept_while_its_slot_was_pruned_is_not_told_that_it
     storage = ScriptedStorage(bucket)
     log = await create_log(storage, clocks.sources())
     await log.prepare_writes()
-    other = await open_repository(bucket, clocks.manual.sources())
+    other = await open_log(bucket, clocks.manual.sources())
     slept = False
 
     async def sleep_before_sending(request: Request, send: Send) -> object:

@@ -32,7 +32,7 @@ from icechunk.log.repository.port import Layout
 from icechunk.storage.port import GetResult, Matches, PutResult
 from icechunk.testing.scripted import ManualClock, Request, ScriptedStorage, Send, lost_answer
 from tests.log.repository.strategies import an_id
-from tests.log.repository.world import World, put_entry, replaces_repo, settled, slots, until
+from tests.log.repository.world import World, open_log, put_entry, replaces_repo, settled, slots, until
 
 # ---------------------------------------------------------------- rule 7
 
@@ -361,7 +361,7 @@ async def test_closing_does_not_wait_for_a_pause_between_checkpoints(world: Worl
     async def for_ever(seconds: float) -> None:
         await asyncio.Event().wait()
 
-    patient = await open_repository(storage, replace(clock.sources(), sleep=for_ever))
+    patient = await open_log(storage, replace(clock.sources(), sleep=for_ever))
     await patient.append(world.commit(1))
     await until(lambda: patient.checkpoint_n == 1)
     await patient.append(world.commit(2))

@@ -25,7 +25,7 @@ from icechunk.log.repository.open import detect, open_repository
 from icechunk.log.repository.port import Layout
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.scripted import Request, ScriptedStorage, Send, lost_answer
-from tests.log.repository.world import World
+from tests.log.repository.world import World, open_log
 
 # ---------------------------------------------------------------- rule 11
 
@@ -41,7 +41,7 @@ async def test_of_racing_creators_exactly_one_wins_and_its_first_snapshot_stays(
         winners = [outcome for outcome in outcomes if isinstance(outcome, LogLayout)]
         assert len(winners) == 1
         assert all(isinstance(o, LogLayout | AlreadyExistsError | InvalidInputError) for o in outcomes)
-        opened = await open_repository(a_world.store, sources)
+        opened = await open_log(a_world.store, sources)
         assert opened.epoch == winners[0].epoch
 
 
@@ -72,7 +72,7 @@ async def test_a_creator_whose_answer_was_lost_knows_its_own_success(world: Worl
 
     storage.script = lose
     log = await create_log(storage, world.clock.sources())
-    assert (await open_repository(world.store, world.clock.sources())).epoch == log.epoch
+    assert (await open_log(world.store, world.clock.sources())).epoch == log.epoch
 
 
 async def test_a_second_creator_uses_the_first_snapshot_that_is_there(world: World) -> None:

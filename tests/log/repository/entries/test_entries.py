@@ -49,7 +49,7 @@ async def test_what_a_proposal_raises_reaches_its_caller_alone(world: World) -> 
     def refuse(state: object) -> list[e.Event]:
         raise KeyError("mine")
 
-    refused, fine = await asyncio.gather(log.append(refuse), log.append(world.commit(1)), return_exceptions=True)
+    refused, fine = [*await asyncio.gather(log.append(refuse), log.append(world.commit(1)), return_exceptions=True)]
     assert isinstance(refused, KeyError)
     assert not isinstance(fine, Exception)
 

@@ -120,7 +120,7 @@ def test_what_json_cannot_hold_is_refused_at_the_boundary(value: object) -> None
 
 
 def test_deep_nesting_is_refused() -> None:
-    value: list = []
+    value: list[object] = []
     for _ in range(200):
         value = [value]
     with pytest.raises(InvalidInputError):

@@ -6,6 +6,8 @@ switched off, and sees the loss.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from icechunk.errors import (
@@ -18,12 +20,14 @@ from icechunk.log.repository import settle
 from icechunk.log.repository.entries import client
 from icechunk.log.repository.entries import layout as swapping
 from icechunk.log.repository.entries import reader as log_reader
-from icechunk.log.repository.entries.entry import encode_entry, encode_events, slot_key
+from icechunk.log.repository.entries.entry import Entry, encode_entry, encode_events, slot_key
 from icechunk.log.repository.entries.reader import read_repo
 from icechunk.log.repository.open import open_repository
+from icechunk.log.repository.state import try_apply_all
+from icechunk.storage.port import Storage
 from icechunk.testing.scripted import Request, ScriptedStorage, Send, lost_answer
 from tests.log.repository.strategies import an_id
-from tests.log.repository.world import DAY_S, World, put_entry, settled, slots
+from tests.log.repository.world import DAY_S, World, open_log, put_entry, settled, slots
 
 # ---------------------------------------------------------------- rule 5
 
@@ -145,12 +149,12 @@ async def test_opening_never_skips_a_gap(world: World, rule: bool, monkeypatch: 
     storage.script = stale_repo
     if not rule:
 
-        async def skipping(storage, epoch, after, end):
+        async def skipping(storage: Storage, epoch: str, after: int, end: int) -> list[Entry]:
             found = [await log_reader.read_slot(storage, epoch, n) for n in range(after + 1, end + 1)]
             return [entry[0] for entry in found if entry is not None]
 
-        def fold_anyhow(head, entry):
-            state = log_reader.try_apply_all(head.state, entry.events, time_us=entry.time_us, since_us=None)
+        def fold_anyhow(head: log_reader.Head, entry: Entry) -> log_reader.Head:
+            state = try_apply_all(head.state, entry.events, time_us=entry.time_us, since_us=None)
             return log_reader.Head(epoch=head.epoch, n=entry.n, state=state or head.state)
 
         monkeypatch.setattr(log_reader, "read_tail", skipping)
@@ -199,13 +203,13 @@ async def test_opening_sees_through_pages_that_end_early_although_more_follow(wo
     storage = ScriptedStorage(world.store)
 
     async def short(request: Request, send: Send) -> object:
-        answer = await send()
+        answer: Any = await send()
         if request.verb == "list":
             items = [item for page in answer for item in page]
             return [items[i : i + page_size] for i in range(0, len(items), page_size)]
         return answer
 
     storage.script = short
-    opened = await open_repository(storage, world.clock.sources())
+    opened = await open_log(storage, world.clock.sources())
     assert opened.state == await log.refresh()
     assert opened.n == 6

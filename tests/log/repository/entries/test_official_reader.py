@@ -22,10 +22,10 @@ from icechunk.log.repository.entries.checkpoint import convert_to_log
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.entries.reader import read_repo
 from icechunk.log.repository.entries.takeover import seal_abandoned
-from icechunk.log.repository.open import open_repository
 from icechunk.repository import Repository
 from icechunk.runtime.clock import SYSTEM
 from icechunk.storage.local.storage import LocalStorage
+from tests.log.repository.world import open_log
 from tools import oracle
 
 pytestmark = [pytest.mark.oracle, pytest.mark.timeout(600)]
@@ -178,7 +178,7 @@ async def test_a_converted_repository_is_written_by_the_official_library_and_com
     await log.aclose()
     theirs = run(WRITE, tmp_path / "repo").strip()
     await convert_to_log(storage, SYSTEM)
-    again = await open_repository(storage)
+    again = await open_log(storage)
     ours_again = await commit(again, storage, 2)
     history = [encode_id(one.id) for one in again.state.ancestry(again.state.branch_tip("main"))]
     await again.aclose()

@@ -16,7 +16,7 @@ from icechunk.log.repository.open import open_repository
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.testing.scripted import Request, ScriptedStorage, Send
 from tests.log.repository.strategies import an_id
-from tests.log.repository.world import DAY_S, World, put_entry
+from tests.log.repository.world import DAY_S, World, open_log, put_entry
 
 
 class Unlisted(ScriptedStorage):
@@ -33,7 +33,7 @@ async def test_a_tail_of_any_length_is_read_to_its_end_without_a_listing(world: 
     for n in range(1, tail + 1):
         await put_entry(world.store, log.epoch, n, e.Void())
     storage = Unlisted(world.store)
-    opened = await open_repository(storage, world.clock.sources())
+    opened = await open_log(storage, world.clock.sources())
     assert (opened.epoch, opened.n) == (log.epoch, tail)
     entries, newest = await read_until_absent(world.store, log.epoch, 0)
     assert [entry.n for entry in entries] == list(range(1, tail + 1))
@@ -78,7 +78,7 @@ async def test_slots_written_while_the_end_is_looked_for_are_no_gap(world: World
         return await send()
 
     storage.script = write_in_between
-    opened = await open_repository(storage, world.clock.sources())
+    opened = await open_log(storage, world.clock.sources())
     assert opened.n == 2
 
 
@@ -110,7 +110,7 @@ async def test_on_local_disk_neither_opening_nor_looking_for_news_lists_the_log(
     ours = ScriptedStorage(LocalStorage(tmp_path))
     log = await create_log(ours)
     storage = ScriptedStorage(LocalStorage(tmp_path))
-    other = await open_repository(storage)
+    other = await open_log(storage)
     for _ in range(3):
         await log.append(lambda state: [e.MetadataUpdated(metadata={"a": 1})])
         await other.refresh()

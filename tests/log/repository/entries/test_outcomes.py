@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -116,7 +117,7 @@ async def test_closing_with_an_entry_in_flight_says_that_its_outcome_is_unknown(
         await log.append(world.commit(2))
 
 
-STALE: dict[str, tuple[Callable[[World], object], Callable[[World], object]]] = {
+STALE: dict[str, tuple[Callable[[World], Any], Callable[[World], Any]]] = {
     "commit on a new tip": (lambda w: w.commit(1), lambda w: w.commit(2, parent=an_id(1))),
     "tag on a new snapshot": (
         lambda w: w.commit(1),
@@ -186,7 +187,7 @@ async def test_callers_who_come_while_the_client_looks_are_neither_lost_nor_refu
 # ---------------------------------------------------------------- rule 3: who is told what was sent
 
 
-class Told(list):
+class Told(list[Any]):
     """What a caller was told of its entry."""
 
     @property

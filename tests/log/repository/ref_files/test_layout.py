@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from icechunk.format.values import Snapshot
 from icechunk.log.repository import events as e
 from icechunk.log.repository.create import create_ref_files, create_repo_object
 from icechunk.log.repository.open import create_repository, detect, open_repository
-from icechunk.log.repository.port import Layout
+from icechunk.log.repository.port import Layout, Propose
 from icechunk.log.repository.ref_files.layout import RefFilesLayout
 from icechunk.log.repository.ref_files.names import RefKey, RefNames, decode_ref
 from icechunk.log.repository.state import RepoState
@@ -47,11 +48,15 @@ class RefFilesWorld(World):
     def __init__(self) -> None:
         super().__init__(create_ref_files)
 
-    async def commit(self, i: int, parent: ObjectId = FIRST_SNAPSHOT, branch: str = "main"):
+    async def commit(self, i: int, branch: str = "main", parent: ObjectId | None = None) -> Propose:
         """Write a snapshot, and propose it on a branch."""
         self.clock.move(1)
         snapshot = Snapshot(
-            id=an_id(i), parent_id=parent, flushed_at_us=self.clock.now_us, message=str(i), metadata={"i": i}
+            id=an_id(i),
+            parent_id=parent or FIRST_SNAPSHOT,
+            flushed_at_us=self.clock.now_us,
+            message=str(i),
+            metadata={"i": i},
         )
         await self.store.put(snapshot_key(snapshot.id), encode_snapshot(snapshot, 1))
         record = SnapshotRecord.of(snapshot)
@@ -68,7 +73,7 @@ class RefFilesWorld(World):
 new_world = RefFilesWorld
 
 
-def replaces(key: str):
+def replaces(key: str) -> Callable[[Request], bool]:
     return lambda request: request.verb == "put" and request.key == key
 
 
@@ -104,7 +109,7 @@ async def test_the_files_are_those_of_the_official_library(world: RefFilesWorld)
 async def test_opening_shows_branches_tags_and_ancestry(world: RefFilesWorld) -> None:
     log, _ = await world.create()
     await log.append(await world.commit(1))
-    await log.append(await world.commit(2, an_id(1)))
+    await log.append(await world.commit(2, parent=an_id(1)))
     await log.append(lambda _: [e.TagCreated(name="t", snapshot=an_id(1))])
     other, _ = await world.open()
     assert dict(other.state.branches) == {"main": an_id(2)}
@@ -250,7 +255,7 @@ async def test_a_commit_that_landed_but_lost_its_answer_is_recognised(world: Ref
 async def test_ones_own_commit_is_recognised_below_that_of_another(world: RefFilesWorld) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
-    first, second = await world.commit(1), await world.commit(2, an_id(1))
+    first, second = await world.commit(1), await world.commit(2, parent=an_id(1))
 
     async def lose_and_be_followed(request: Request, send: Send) -> object:
         answer = await send()
@@ -268,7 +273,7 @@ async def test_ones_own_commit_is_recognised_below_that_of_another(world: RefFil
 async def test_an_answer_that_comes_late_does_not_take_back_what_was_seen_since(world: RefFilesWorld) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
-    first, second = await world.commit(1), await world.commit(2, an_id(1))
+    first, second = await world.commit(1), await world.commit(2, parent=an_id(1))
 
     async def answer_late(request: Request, send: Send) -> object:
         answer = await send()
@@ -287,7 +292,7 @@ async def test_an_answer_that_comes_late_does_not_take_back_what_was_seen_since(
 async def test_a_look_during_which_a_change_lands_is_repeated(world: RefFilesWorld) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
-    first, second = await world.commit(1), await world.commit(2, an_id(1))
+    first, second = await world.commit(1), await world.commit(2, parent=an_id(1))
     asked, go_on = asyncio.Event(), asyncio.Event()
 
     async def hold_the_first_look(request: Request, send: Send) -> object:
@@ -344,7 +349,7 @@ async def test_an_unknown_outcome_is_settled_either_way(world: RefFilesWorld, la
             await send()
     assert await world.tip() == (an_id(1) if late_lands else FIRST_SNAPSHOT)
     # and the client itself goes on
-    await log.append(await world.commit(2, await world.tip()))
+    await log.append(await world.commit(2, parent=await world.tip()))
     assert await world.tip() == an_id(2)
 
 

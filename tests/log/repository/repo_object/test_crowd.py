@@ -15,6 +15,7 @@ from icechunk.format.ids import ObjectId
 from icechunk.format.repo.values import NewCommit
 from icechunk.log.repository.create import create_repo_object
 from icechunk.log.repository.open import open_repository
+from icechunk.log.repository.port import SwapToken
 from icechunk.runtime.clock import Sources
 from icechunk.storage.port import Storage
 from tools.simulator.simulation import commit_proposal
@@ -44,7 +45,7 @@ async def _crowd_on(loop: VirtualLoop, seed: int) -> list[str]:
 
     calm = Faults(lost=0, late=0, doubled=0, dropped=0, pause=0)
     creator = await create_repo_object(*client(calm), updates_per_file=4)
-    acknowledged, failed, unknown = set[ObjectId](), set[ObjectId](), dict[ObjectId, object]()
+    acknowledged, failed, unknown = set[ObjectId](), set[ObjectId](), dict[ObjectId, SwapToken]()
 
     async def work(who: int) -> None:
         storage, sources = client(Faults(pause=0.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def drop(path: str, *chunks: int) -> Change:
     return change
 
 
-def array(path: str, length: int = 10, **attributes: object) -> Change:
+def array(path: str, length: int = 10, **attributes: Any) -> Change:
     return lambda log: log.set_metadata(path, array_json([length], **attributes))
 
 

@@ -67,7 +67,11 @@ def history() -> History:
 
 def test_created_then_changed_is_only_new_and_chunks_are_united() -> None:
     found = history().diff(1, 3)
-    assert (found.new_arrays, found.updated_arrays, found.updated_groups) == ({"/z"}, frozenset(), {"/"})
+    assert (found.new_arrays, found.updated_arrays, found.updated_groups) == (
+        frozenset({"/z"}),
+        frozenset(),
+        frozenset({"/"}),
+    )
     assert {p: c.tolist() for p, c in found.updated_chunks.items()} == {"/g/a": [[0], [1], [5]], "/z": [[1], [2]]}
 
 
@@ -85,7 +89,11 @@ def test_created_and_deleted_in_between_leaves_no_trace() -> None:
 
 def test_moved_then_deleted_is_deleted_from_where_it_stood() -> None:
     found = history().diff(2, 7)
-    assert (found.deleted_groups, found.deleted_arrays, found.moved_nodes) == ({"/g"}, {"/g/a", "/z"}, ())
+    assert (found.deleted_groups, found.deleted_arrays, found.moved_nodes) == (
+        frozenset({"/g"}),
+        frozenset({"/g/a", "/z"}),
+        (),
+    )
     assert found.updated_chunks == {}
 
 

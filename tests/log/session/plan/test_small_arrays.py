@@ -129,7 +129,13 @@ def write(log: SessionLog, node: NodeSnapshot, values: dict[tuple[int, ...], Chu
             log.set_virtual(node, coords, ref.location, ref.offset, ref.length, ref.etag)
 
 
-def held(repo: Repo, path: str) -> list[tuple[object, ...]]:
+def node_at(log: SessionLog, path: str) -> NodeSnapshot:
+    node = log.node(path)
+    assert node is not None
+    return node
+
+
+def held(repo: Repo, path: str) -> list[tuple[tuple[int, ...], ChunkRef]]:
     """Every reference of an array, whatever manifests it stands in."""
     node = repo.snapshot.nodes[path]
     found = [row for ref in node.manifests for row in rows(repo.manifests[ref.object_id].arrays[node.id])]
@@ -142,24 +148,24 @@ def test_what_a_commit_of_many_small_arrays_reads_is_what_it_must() -> None:
     for i in range(40):
         log.set_metadata(f"/{i:02}", array_json((4,)))
         for c in range(2):
-            log.set_native(log.node(f"/{i:02}"), (c,), ObjectId(bytes(12)), 0, 1)
+            log.set_native(node_at(log, f"/{i:02}"), (c,), ObjectId(bytes(12)), 0, 1)
     first = repo.commit(log)
     assert len(first.manifests) == 1
     log = repo.log()
     for i in range(40):
         for c in range(2):
-            log.set_native(log.node(f"/{i:02}"), (c,), ObjectId(bytes(12)), 0, 2)
+            log.set_native(node_at(log, f"/{i:02}"), (c,), ObjectId(bytes(12)), 0, 2)
     repo.commit(log)
     assert repo.read == ()  # all of it was written again
     log = repo.log()
     for i in range(40):
-        log.set_native(log.node(f"/{i:02}"), (1,), ObjectId(bytes(12)), 0, 3)
+        log.set_native(node_at(log, f"/{i:02}"), (1,), ObjectId(bytes(12)), 0, 3)
     second = repo.commit(log)
     assert len(repo.read) == 1
     assert len(second.manifests) == 1
     log = repo.log()
     for i in range(40):
-        log.set_native(log.node(f"/{i:02}"), (2,), ObjectId(bytes(12)), 0, 3)
+        log.set_native(node_at(log, f"/{i:02}"), (2,), ObjectId(bytes(12)), 0, 3)
     repo.commit(log)
     assert repo.read == ()  # appended
     log = repo.log()
@@ -176,10 +182,10 @@ def test_many_small_arrays_fill_one_manifest_after_another() -> None:
     for i in range(20):
         log.set_metadata(f"/{i:02}", array_json((3,)))
         for c in range(3):
-            log.set_inline(log.node(f"/{i:02}"), (c,), b"%d-%d" % (i, c))
+            log.set_inline(node_at(log, f"/{i:02}"), (c,), b"%d-%d" % (i, c))
     log.set_metadata("/large", array_json((20,)))
     for c in range(20):
-        log.set_inline(log.node("/large"), (c,), b"%d" % c)
+        log.set_inline(node_at(log, "/large"), (c,), b"%d" % c)
     done = repo.commit(log)
     check_snapshot(repo)
     assert [m.num_chunk_refs for m in done.manifests if len(m.arrays) == 3] == [9] * 6
@@ -194,13 +200,13 @@ def test_an_array_that_its_manifest_lacks_is_named() -> None:
     for i in range(10):
         log.set_metadata(f"/{i:02}", array_json((4,)))
         for c in range(2):
-            log.set_native(log.node(f"/{i:02}"), (c,), ObjectId(bytes(12)), 0, 1)
+            log.set_native(node_at(log, f"/{i:02}"), (c,), ObjectId(bytes(12)), 0, 1)
     repo.commit(log)
     ((id, manifest),) = repo.manifests.items()
     lost = repo.snapshot.nodes["/07"].id
     repo.manifests[id] = replace(manifest, arrays={i: refs for i, refs in manifest.arrays.items() if i != lost})
     log = repo.log()
     for i in range(10):
-        log.set_native(log.node(f"/{i:02}"), (1,), ObjectId(bytes(12)), 0, 3)
+        log.set_native(node_at(log, f"/{i:02}"), (1,), ObjectId(bytes(12)), 0, 3)
     with pytest.raises(FormatError, match="holds no references of the array /07"):
         repo.commit(log)
