@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from icechunk.errors import ConflictError, ErrorKind
-from icechunk.runtime.representation import Described, IntLikeEnum, boolean, instance_of, text
+from icechunk.runtime.checks import boolean, instance_of, text
+from icechunk.runtime.representation import Described, IntLikeEnum
 
 __all__ = [
     "BasicConflictSolver",
@@ -63,8 +64,6 @@ class ConflictType(_ByIdentity):
 @dataclass(frozen=True, slots=True, repr=False)
 class Conflict(Described):
     """One conflict between a session and the commits it is to be rebased on."""
-
-    _public_name: ClassVar[str] = "icechunk.conflicts.Conflict"
 
     conflict_type: ConflictType
     path: str

@@ -12,18 +12,8 @@ from datetime import UTC, datetime
 from typing import Any, ClassVar, Final, TypeAlias, final
 
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.runtime.representation import (
-    Described,
-    IntLikeEnum,
-    Represented,
-    VariantMeta,
-    aware,
-    boolean,
-    instance_of,
-    optional,
-    text,
-    unsigned,
-)
+from icechunk.runtime.checks import aware, boolean, instance_of, optional, text, unsigned
+from icechunk.runtime.representation import Described, IntLikeEnum, Represented, VariantMeta
 
 __all__ = [
     "AnyUpdateType",
@@ -191,10 +181,6 @@ class _Kind(Represented):
 
     __slots__ = ()
 
-    @property
-    def _public_name(self) -> str:  # type: ignore[override]
-        return f"icechunk.ops.{type(self).__qualname__}"
-
     def __repr__(self) -> str:
         shown = ", ".join(
             f'{name}="{value}"' if isinstance(value, str) else f"{name}={value!r}" for name, value, _ in self._shown()
@@ -344,8 +330,6 @@ AnyUpdateType: TypeAlias = (
 class Update(Described):
     """One entry of a repository's operations log."""
 
-    _public_name: ClassVar[str] = "icechunk.ops.Update"
-
     kind: AnyUpdateType
     updated_at: datetime
     """With a time zone (UTC)."""
@@ -356,8 +340,6 @@ class Update(Described):
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
 class GCSummary(Described):
     """What a collection of garbage deleted (or would delete, on a dry run)."""
-
-    _public_name: ClassVar[str] = "icechunk.ops.GCSummary"
 
     bytes_deleted: int = 0
     chunks_deleted: int = 0

@@ -6,7 +6,7 @@ import html
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from icechunk.runtime.representation import Described
 
@@ -16,8 +16,6 @@ __all__ = ["AncestryGraph", "Changes", "Diff", "ManifestFileInfo", "SnapshotInfo
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
 class SnapshotInfo(Described):
     """A snapshot as history lists it."""
-
-    _public_name: ClassVar[str] = "icechunk.snapshots.SnapshotInfo"
 
     id: str
     parent_id: str | None
@@ -32,8 +30,6 @@ class SnapshotInfo(Described):
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
 class ManifestFileInfo(Described):
     """A manifest object of a snapshot."""
-
-    _public_name: ClassVar[str] = "icechunk.snapshots.ManifestFileInfo"
 
     id: str
     size_bytes: int

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 from icechunk.config.containers import VirtualChunkContainer
-from icechunk.runtime.representation import IntLikeEnum, Represented, aware, optional, redacted_url, text, unsigned
+from icechunk.runtime.checks import aware, optional, text, unsigned
+from icechunk.runtime.representation import IntLikeEnum, Represented, redacted_url
 
 __all__ = ["ChunkType", "VirtualChunkContainer", "VirtualChunkSpec"]
 
@@ -28,8 +29,6 @@ class ChunkType(IntLikeEnum):
 @dataclass(frozen=True, slots=True, repr=False)
 class VirtualChunkSpec(Represented):
     """One virtual reference, for `IcechunkStore.set_virtual_refs`."""
-
-    _public_name: ClassVar[str] = "icechunk.virtual.VirtualChunkSpec"
 
     index: list[int]
     """Coordinates in the chunk grid."""

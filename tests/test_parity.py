@@ -18,8 +18,11 @@ ELSEWHERE = "a name of the package itself, not of the module where the official 
 ADDED_ZARR = "a method of newer versions of zarr, which stores inherit"
 TO_DICT = "the official library shows its self by that name"
 UNION = "the union has no instances; each nested class has it"
-MADE = "sessions are made by their repository; `session._session` and `PySession.from_bytes` lead to and from bytes"
+MADE = "repositories are opened, and sessions made by them; the compiled object that official ones hold does not exist"
+PRIVATE = "a private name, which no public code was found to import"
 KNOWN = {
+    "icechunk.Repository: no parameter 'repository'": MADE,
+    "icechunk._upgrade_icechunk_repository: missing": PRIVATE,
     "icechunk.ErrorKind: no parameter 'values'": "how the enum module of Python 3.11 spells its constructor",
     "icechunk.ForkSession: no parameter 'session'": MADE,
     "icechunk.ManifestSplittingConfig.to_dict: no parameter 'config'": TO_DICT,
@@ -27,9 +30,14 @@ KNOWN = {
     "icechunk.Session: no parameter 'session'": MADE,
     "icechunk.config.ManifestSplittingConfig.to_dict: no parameter 'config'": TO_DICT,
     "icechunk.config.ObjectStoreConfig._repr_html_: missing": UNION,
+    "icechunk.repository.Repository: no parameter 'repository'": MADE,
+    "icechunk.repository._none_credential_guidance: missing": PRIVATE,
+    "icechunk.repository._warn_on_none_virtual_chunk_credentials: missing": PRIVATE,
     "icechunk.session.ForkSession: no parameter 'session'": MADE,
     "icechunk.session.Session: no parameter 'session'": MADE,
     "icechunk.storage.ObjectStoreConfig._repr_html_: missing": UNION,
+    "icechunk.store.TYPE_CHECKING: missing": "an import from typing, no name of the module",
+    "icechunk.store._byte_request_to_tuple: missing": PRIVATE,
     "icechunk.testing.trees.node_names: missing": "an import from zarr, no name of the module",
     "icechunk.xarray.has_dask: missing": "a flag that the official module sets for itself",
 }

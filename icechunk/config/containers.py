@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final
+from dataclasses import dataclass
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from icechunk.config.storage import AnyObjectStoreConfig, ObjectStoreConfig
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.runtime.representation import Setting, checked, instance_of, optional, redacted_url, text
+from icechunk.runtime.representation import Setting, redacted_url
 
 __all__ = ["VirtualChunkContainer"]
 
@@ -28,13 +28,11 @@ _SCHEMES: Final[dict[type, frozenset[str]]] = {
 class VirtualChunkContainer(Setting):
     """A place that virtual references may point into, and how to reach it."""
 
-    _public_name: ClassVar[str] = "icechunk.virtual.VirtualChunkContainer"
-
-    url_prefix: str = field(metadata=checked(text))
+    url_prefix: str
     """Locations that start with it belong to this container; ends in ``/``."""
-    store: AnyObjectStoreConfig = field(metadata=checked(instance_of(ObjectStoreConfig)))
+    store: AnyObjectStoreConfig
     """The kind of object store, with its options."""
-    name: str | None = field(default=None, metadata=checked(optional(text)))
+    name: str | None = None
     """Locations ``vcc://name/rest`` mean ``url_prefix + rest``."""
 
     def _shown(self) -> list[tuple[str, Any, Any]]:

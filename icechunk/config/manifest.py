@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, TypeAlias
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Any, Final, TypeAlias
 
-from icechunk.runtime.representation import (
-    Setting,
-    TupleVariant,
-    VariantMeta,
-    checked,
-    instance_of,
-    optional,
-    signed,
-    text,
-    unsigned,
-)
+from icechunk.format.manifest.location_compression import LocationCompression
+from icechunk.runtime.checks import U16, U32, U64, instance_of, unsigned, whole
+from icechunk.runtime.representation import Setting, TupleVariant, VariantMeta, snake_case, unset
 
 __all__ = [
     "DEFAULT_MAX_ARRAYS_TO_SCAN",
     "DEFAULT_MAX_TOTAL_REFS",
     "DEFAULT_SPLIT_SIZE",
+    "PRELOAD_CONDITIONS",
+    "SPLIT_CONDITIONS",
+    "AnyDimension",
     "ManifestConfig",
     "ManifestPreloadCondition",
     "ManifestPreloadConfig",
@@ -37,16 +32,18 @@ __all__ = [
 DEFAULT_MAX_ARRAYS_TO_SCAN: Final = 50
 DEFAULT_MAX_TOTAL_REFS: Final = 10_000
 DEFAULT_SPLIT_SIZE: Final = 2**32 - 1
+_LOCATIONS: Final = LocationCompression()
 
 
-class _Condition(TupleVariant):
+class Condition(TupleVariant):
     """Base of the conditions: shown as the call that makes them."""
 
     __slots__ = ()
-    _call: ClassVar[str]
 
     def __repr__(self) -> str:
-        return f"icechunk.config.{self._call}({', '.join(_argument(v) for v in self._fields())})"
+        owner, _, name = type(self).__qualname__.rpartition(".")
+        call = snake_case(name) + ("_conditions" if isinstance(self, Several) else "")
+        return f"icechunk.config.{owner}.{call}({', '.join(_argument(v) for v in self._fields())})"
 
     def __str__(self) -> str:
         return repr(self)
@@ -58,18 +55,42 @@ def _argument(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
-def _adopt(owner: type, **members: type) -> None:
-    """Make module classes reachable, and picklable, as ``owner.Name``."""
-    for name, cls in members.items():
-        cls.__name__ = name
-        cls.__qualname__ = f"{owner.__qualname__}.{name}"
-        setattr(owner, name, cls)
+@dataclass(frozen=True, slots=True, repr=False)
+class Several(Condition):
+    """Base of the conditions that combine others of their own kind."""
+
+    __match_args__ = ("_0",)
+
+    conditions: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        kind = next(base for base in (ManifestPreloadCondition, ManifestSplitCondition) if isinstance(self, base))
+        for condition in self.conditions:
+            instance_of(kind)("each condition", condition)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Pattern(Condition):
+    """Base of the conditions on a path or a name: a regular expression matches somewhere in it."""
+
+    regex: str
+
+
+def _adopt(owner: type, prefix: str, members: tuple[type, ...]) -> None:
+    """Make module classes reachable, and picklable, as ``owner.Name``.
+
+    They cannot be written in the body of their base; and ``class True`` is no syntax, yet the official name.
+    """
+    for cls in members:
+        cls.__name__ = cls.__name__.removeprefix(prefix)
+        cls.__qualname__ = f"{owner.__qualname__}.{cls.__name__}"
+        setattr(owner, cls.__name__, cls)
 
 
 # --- preloading -----------------------------------------------------------------------------------------------
 
 
-class ManifestPreloadCondition(_Condition):
+class ManifestPreloadCondition(Condition):
     """Which manifests a session fetches ahead of need. Made by the static methods, combined with ``&`` and ``|``."""
 
     __slots__ = ()
@@ -123,54 +144,28 @@ class ManifestPreloadCondition(_Condition):
         return PreloadOr((self, other))
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class PreloadOr(ManifestPreloadCondition):
+class PreloadOr(Several, ManifestPreloadCondition):
     """Any of the conditions."""
 
-    __match_args__ = ("_0",)
-    _call: ClassVar[str] = "ManifestPreloadCondition.or_conditions"
-
-    conditions: tuple[ManifestPreloadCondition, ...]
-
-    def __post_init__(self) -> None:
-        _all_conditions(self.conditions, ManifestPreloadCondition)
+    __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class PreloadAnd(ManifestPreloadCondition):
+class PreloadAnd(Several, ManifestPreloadCondition):
     """All of the conditions."""
 
-    __match_args__ = ("_0",)
-    _call: ClassVar[str] = "ManifestPreloadCondition.and_conditions"
-
-    conditions: tuple[ManifestPreloadCondition, ...]
-
-    def __post_init__(self) -> None:
-        _all_conditions(self.conditions, ManifestPreloadCondition)
+    __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class PreloadPathMatches(ManifestPreloadCondition):
+class PreloadPathMatches(Pattern, ManifestPreloadCondition):
     """A regular expression for whole paths."""
 
-    _call: ClassVar[str] = "ManifestPreloadCondition.path_matches"
-
-    regex: str
-
-    def __post_init__(self) -> None:
-        text("ManifestPreloadCondition.path_matches: regex", self.regex)
+    __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class PreloadNameMatches(ManifestPreloadCondition):
+class PreloadNameMatches(Pattern, ManifestPreloadCondition):
     """A regular expression for names."""
 
-    _call: ClassVar[str] = "ManifestPreloadCondition.name_matches"
-
-    regex: str
-
-    def __post_init__(self) -> None:
-        text("ManifestPreloadCondition.name_matches: regex", self.regex)
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -178,17 +173,11 @@ class PreloadNumRefs(ManifestPreloadCondition):
     """A range of numbers of references."""
 
     __match_args__ = ("from", "to")
-    _call: ClassVar[str] = "ManifestPreloadCondition.num_refs"
 
-    from_refs: int | None
+    from_refs: U32 | None
     """Inclusive."""
-    to_refs: int | None
+    to_refs: U32 | None
     """Exclusive."""
-
-    def __post_init__(self) -> None:
-        for name in ("from_refs", "to_refs"):
-            check = optional(unsigned(32))
-            object.__setattr__(self, name, check(f"ManifestPreloadCondition.num_refs: {name}", getattr(self, name)))
 
 
 # ``from`` cannot be written as a field, yet the official library's attributes are called so.
@@ -200,58 +189,40 @@ for _name in ("from", "to"):
 class PreloadTrue(ManifestPreloadCondition):
     """Every manifest."""
 
-    _call: ClassVar[str] = "ManifestPreloadCondition.true"
-
 
 @dataclass(frozen=True, slots=True, repr=False)
 class PreloadFalse(ManifestPreloadCondition):
     """No manifest."""
 
-    _call: ClassVar[str] = "ManifestPreloadCondition.false"
 
-
-def _all_conditions(conditions: tuple[Any, ...], kind: type) -> None:
-    check = instance_of(kind)
-    for condition in conditions:
-        check("each condition", condition)
-
-
-_adopt(
-    ManifestPreloadCondition,
-    Or=PreloadOr,
-    And=PreloadAnd,
-    PathMatches=PreloadPathMatches,
-    NameMatches=PreloadNameMatches,
-    NumRefs=PreloadNumRefs,
+PRELOAD_CONDITIONS: Final = (
+    PreloadOr,
+    PreloadAnd,
+    PreloadPathMatches,
+    PreloadNameMatches,
+    PreloadNumRefs,
+    PreloadTrue,
+    PreloadFalse,
 )
-# ``class True`` is no syntax, yet the official library's classes are called so.
-_adopt(ManifestPreloadCondition, **{"True": PreloadTrue, "False": PreloadFalse})
+_adopt(ManifestPreloadCondition, "Preload", PRELOAD_CONDITIONS)
 
 
 @dataclass(slots=True, repr=False)
 class ManifestPreloadConfig(Setting):
     """What a new session fetches ahead of need."""
 
-    _public_name: ClassVar[str] = "icechunk.config.ManifestPreloadConfig"
-
-    max_total_refs: int | None = field(
-        default=None, metadata=checked(optional(unsigned(32)), effective=DEFAULT_MAX_TOTAL_REFS)
-    )
+    max_total_refs: U32 | None = unset(DEFAULT_MAX_TOTAL_REFS)
     """References in all preloaded manifests together."""
-    preload_if: ManifestPreloadCondition | None = field(
-        default=None, metadata=checked(optional(instance_of(ManifestPreloadCondition)))
-    )
+    preload_if: ManifestPreloadCondition | None = None
     """None: coordinate-like arrays, the official default."""
-    max_arrays_to_scan: int | None = field(
-        default=None, metadata=checked(optional(unsigned(32)), effective=DEFAULT_MAX_ARRAYS_TO_SCAN)
-    )
+    max_arrays_to_scan: U32 | None = unset(DEFAULT_MAX_ARRAYS_TO_SCAN)
     """Arrays looked at when choosing."""
 
 
 # --- splitting ------------------------------------------------------------------------------------------------
 
 
-class ManifestSplitCondition(_Condition):
+class ManifestSplitCondition(Condition):
     """Which arrays a rule is for. Made by the static methods, combined with ``&`` and ``|``; hashable."""
 
     __slots__ = ()
@@ -295,116 +266,69 @@ class ManifestSplitCondition(_Condition):
         return SplitAnd((self, other))
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class SplitOr(ManifestSplitCondition):
+class SplitOr(Several, ManifestSplitCondition):
     """Any of the conditions."""
 
-    __match_args__ = ("_0",)
-    _call: ClassVar[str] = "ManifestSplitCondition.or_conditions"
-
-    conditions: tuple[ManifestSplitCondition, ...]
-
-    def __post_init__(self) -> None:
-        _all_conditions(self.conditions, ManifestSplitCondition)
+    __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class SplitAnd(ManifestSplitCondition):
+class SplitAnd(Several, ManifestSplitCondition):
     """All of the conditions."""
 
-    __match_args__ = ("_0",)
-    _call: ClassVar[str] = "ManifestSplitCondition.and_conditions"
-
-    conditions: tuple[ManifestSplitCondition, ...]
-
-    def __post_init__(self) -> None:
-        _all_conditions(self.conditions, ManifestSplitCondition)
+    __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class SplitPathMatches(ManifestSplitCondition):
+class SplitPathMatches(Pattern, ManifestSplitCondition):
     """A regular expression for whole paths."""
 
-    _call: ClassVar[str] = "ManifestSplitCondition.path_matches"
-
-    regex: str
-
-    def __post_init__(self) -> None:
-        text("ManifestSplitCondition.path_matches: regex", self.regex)
+    __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class SplitNameMatches(ManifestSplitCondition):
+class SplitNameMatches(Pattern, ManifestSplitCondition):
     """A regular expression for names."""
 
-    _call: ClassVar[str] = "ManifestSplitCondition.name_matches"
-
-    regex: str
-
-    def __post_init__(self) -> None:
-        text("ManifestSplitCondition.name_matches: regex", self.regex)
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class SplitAnyArray(ManifestSplitCondition):
     """Every array."""
 
-    _call: ClassVar[str] = "ManifestSplitCondition.any_array"
 
-
-_adopt(
-    ManifestSplitCondition,
-    Or=SplitOr,
-    And=SplitAnd,
-    PathMatches=SplitPathMatches,
-    NameMatches=SplitNameMatches,
-    AnyArray=SplitAnyArray,
-)
+SPLIT_CONDITIONS: Final = (SplitOr, SplitAnd, SplitPathMatches, SplitNameMatches, SplitAnyArray)
+_adopt(ManifestSplitCondition, "Split", SPLIT_CONDITIONS)
 
 
 class ManifestSplitDimCondition(metaclass=VariantMeta):
     """Which dimensions of an array a size is for. One of the nested classes; hashable."""
 
     @dataclass(frozen=True, slots=True, repr=False)
-    class Axis(_Condition):
+    class Axis(Condition):
         """The dimension at this position, counted from 0."""
 
         __match_args__ = ("_0",)
-        _call: ClassVar[str] = "ManifestSplitDimCondition.axis"
-
-        axis: int
-
-        def __post_init__(self) -> None:
-            object.__setattr__(self, "axis", unsigned(64)("ManifestSplitDimCondition.Axis", self.axis))
+        axis: U64
 
     @dataclass(frozen=True, slots=True, repr=False)
-    class DimensionName(_Condition):
+    class DimensionName(Pattern):
         """Dimensions whose name the regular expression matches."""
 
         __match_args__ = ("_0",)
-        _call: ClassVar[str] = "ManifestSplitDimCondition.dimension_name"
-
-        regex: str
-
-        def __post_init__(self) -> None:
-            text("ManifestSplitDimCondition.DimensionName", self.regex)
 
     @dataclass(frozen=True, slots=True, repr=False)
-    class Any(_Condition):
+    class Any(Condition):
         """Every dimension for which no other condition of the rule holds."""
 
-        _call: ClassVar[str] = "ManifestSplitDimCondition.any"
 
-
-_AnyDim: TypeAlias = (
+AnyDimension: TypeAlias = (
     ManifestSplitDimCondition.Axis | ManifestSplitDimCondition.DimensionName | ManifestSplitDimCondition.Any
 )
-ManifestSplitValues: TypeAlias = dict[_AnyDim, int]
+ManifestSplitValues: TypeAlias = dict[AnyDimension, int]
 SplitSizesDict: TypeAlias = dict[ManifestSplitCondition, ManifestSplitValues]
-_SplitSizes: TypeAlias = Iterable[tuple[ManifestSplitCondition, Iterable[tuple[_AnyDim, int]]]]
+_SplitSizes: TypeAlias = Iterable[tuple[ManifestSplitCondition, Iterable[tuple[AnyDimension, int]]]]
 
 
-def _split_sizes(name: str, value: Any) -> list[tuple[ManifestSplitCondition, list[tuple[_AnyDim, int]]]]:
+def _split_sizes(name: str, value: Any) -> list[tuple[ManifestSplitCondition, list[tuple[AnyDimension, int]]]]:
     condition_check = instance_of(ManifestSplitCondition)
     dim_check = instance_of(ManifestSplitDimCondition)
     # A size of 0 chunks is accepted by the official library, which then fails at the first commit.
@@ -422,13 +346,13 @@ def _split_sizes(name: str, value: Any) -> list[tuple[ManifestSplitCondition, li
 class ManifestSplittingConfig(Setting):
     """How many chunks along each dimension one manifest serves."""
 
-    _public_name: ClassVar[str] = "icechunk.config.ManifestSplittingConfig"
-
-    split_sizes: _SplitSizes | None = field(default=None, metadata=checked(optional(_split_sizes)))
+    split_sizes: Annotated[_SplitSizes, _split_sizes] | None = None
     """Rules in order of precedence: condition on the array, then (dimension, chunks per manifest) pairs."""
 
     @staticmethod
-    def from_dict(split_sizes: Mapping[ManifestSplitCondition, Mapping[_AnyDim, int]]) -> ManifestSplittingConfig:
+    def from_dict(
+        split_sizes: Mapping[ManifestSplitCondition, Mapping[AnyDimension, int]],
+    ) -> ManifestSplittingConfig:
         """Build it from ``{array condition: {dimension condition: chunks per manifest}}``; order counts."""
         return from_dict(split_sizes)
 
@@ -437,7 +361,9 @@ class ManifestSplittingConfig(Setting):
         return to_dict(self)
 
 
-def from_dict(split_sizes: Mapping[ManifestSplitCondition, Mapping[_AnyDim, int]]) -> ManifestSplittingConfig:
+def from_dict(
+    split_sizes: Mapping[ManifestSplitCondition, Mapping[AnyDimension, int]],
+) -> ManifestSplittingConfig:
     """See `ManifestSplittingConfig.from_dict`."""
     return ManifestSplittingConfig([(condition, list(sizes.items())) for condition, sizes in split_sizes.items()])
 
@@ -454,21 +380,14 @@ def to_dict(config: ManifestSplittingConfig) -> SplitSizesDict:
 class ManifestVirtualChunkLocationCompressionConfig(Setting):
     """When and how locations of virtual references are compressed with a common dictionary."""
 
-    _public_name: ClassVar[str] = "icechunk.config.ManifestVirtualChunkLocationCompressionConfig"
-
-    min_num_chunks: int | None = field(default=None, metadata=checked(optional(unsigned(16)), effective=1000))
+    min_num_chunks: U16 | None = unset(_LOCATIONS.min_refs)
     """Manifests with fewer virtual references stay plain."""
-    dictionary_max_training_samples: int | None = field(
-        default=None, metadata=checked(optional(unsigned(16)), effective=100), kw_only=True
-    )
+    _: KW_ONLY
+    dictionary_max_training_samples: U16 | None = unset(_LOCATIONS.samples)
     """Locations that the dictionary is trained on."""
-    dictionary_max_size_bytes: int | None = field(
-        default=None, metadata=checked(optional(unsigned(32)), effective=2048), kw_only=True
-    )
+    dictionary_max_size_bytes: U32 | None = unset(_LOCATIONS.dictionary_bytes)
     """Bytes of the dictionary."""
-    compression_level: int | None = field(
-        default=None, metadata=checked(optional(signed(32)), effective=3), kw_only=True
-    )
+    compression_level: Annotated[int, whole(-(2**31), 2**31 - 1)] | None = unset(_LOCATIONS.level)
     """zstd level."""
 
 
@@ -476,25 +395,13 @@ class ManifestVirtualChunkLocationCompressionConfig(Setting):
 class ManifestConfig(Setting):
     """Everything about manifests."""
 
-    _public_name: ClassVar[str] = "icechunk.config.ManifestConfig"
-
-    preload: ManifestPreloadConfig | None = field(
-        default=None, metadata=checked(optional(instance_of(ManifestPreloadConfig)), effective=ManifestPreloadConfig())
-    )
+    preload: ManifestPreloadConfig | None = unset(ManifestPreloadConfig())
     """Fetching ahead of need."""
-    splitting: ManifestSplittingConfig | None = field(
-        default=None, metadata=checked(optional(instance_of(ManifestSplittingConfig)))
-    )
+    splitting: ManifestSplittingConfig | None = None
     """None: the engine chooses (where the repository is shared with the official library, one manifest per array)."""
-    virtual_chunk_location_compression: ManifestVirtualChunkLocationCompressionConfig | None = field(
-        default=None,
-        metadata=checked(
-            optional(instance_of(ManifestVirtualChunkLocationCompressionConfig)),
-            effective=ManifestVirtualChunkLocationCompressionConfig(),
-        ),
+    virtual_chunk_location_compression: ManifestVirtualChunkLocationCompressionConfig | None = unset(
+        ManifestVirtualChunkLocationCompressionConfig()
     )
     """Dictionaries for locations."""
-    max_concurrent_manifest_fetches_during_commit: int | None = field(
-        default=None, metadata=checked(optional(unsigned(16)), effective=1)
-    )
-    """Manifests that a commit reads at a time; unset, as many as there may be requests."""
+    max_concurrent_manifest_fetches_during_commit: U16 | None = None
+    """Manifests that a commit reads at a time; None: as many as there may be requests for the whole repository."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from enum import EnumMeta
-from typing import Any, ClassVar, Final, Literal, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
 from icechunk.config.containers import VirtualChunkContainer
 from icechunk.config.manifest import ManifestConfig, ManifestVirtualChunkLocationCompressionConfig
@@ -18,21 +18,16 @@ from icechunk.config.storage import (
     StorageTimeoutSettings,
 )
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.runtime.representation import (
-    IntLikeEnum,
-    Setting,
-    checked,
-    instance_of,
-    optional,
-    redacted_url,
-    text,
-    unsigned,
-)
+from icechunk.runtime.checks import U8, U16, U32, U64, instance_of, text, unsigned, whole
+from icechunk.runtime.representation import IntLikeEnum, Setting, redacted_url, unset
 
 __all__ = [
     "DEFAULT_COMPRESSION_LEVEL",
     "DEFAULT_INLINE_CHUNK_THRESHOLD_BYTES",
+    "DEFAULT_MAX_CONCURRENT_DECODES",
     "DEFAULT_MAX_CONCURRENT_REQUESTS",
+    "DEFAULT_NUM_CHUNK_REFS",
+    "DEFAULT_NUM_SNAPSHOT_NODES",
     "DEFAULT_NUM_UPDATES_PER_REPO_INFO_FILE",
     "CachingConfig",
     "CompressionAlgorithm",
@@ -47,6 +42,9 @@ DEFAULT_INLINE_CHUNK_THRESHOLD_BYTES: Final = 512
 DEFAULT_MAX_CONCURRENT_REQUESTS: Final = 256
 DEFAULT_NUM_UPDATES_PER_REPO_INFO_FILE: Final = 1000
 DEFAULT_COMPRESSION_LEVEL: Final = 3
+DEFAULT_MAX_CONCURRENT_DECODES: Final = 2
+DEFAULT_NUM_SNAPSHOT_NODES: Final = 500_000
+DEFAULT_NUM_CHUNK_REFS: Final = 15_000_000
 
 LayoutName: TypeAlias = Literal["log", "repo", "refs"]
 
@@ -73,15 +71,8 @@ class CompressionAlgorithm(IntLikeEnum, metaclass=_DefaultsToFirst):
 class CompressionConfig(Setting):
     """Compression of metadata files."""
 
-    _public_name: ClassVar[str] = "icechunk.config.CompressionConfig"
-
-    algorithm: CompressionAlgorithm | None = field(
-        default=None,
-        metadata=checked(optional(instance_of(CompressionAlgorithm)), effective=CompressionAlgorithm.Zstd),
-    )
-    level: int | None = field(
-        default=None, metadata=checked(optional(unsigned(8)), effective=DEFAULT_COMPRESSION_LEVEL)
-    )
+    algorithm: CompressionAlgorithm | None = unset(CompressionAlgorithm.Zstd)
+    level: U8 | None = unset(DEFAULT_COMPRESSION_LEVEL)
     """zstd level; more than 22 is taken as 22."""
 
     @staticmethod
@@ -94,18 +85,16 @@ class CompressionConfig(Setting):
 class CachingConfig(Setting):
     """How much stays in memory."""
 
-    _public_name: ClassVar[str] = "icechunk.config.CachingConfig"
-
-    num_snapshot_nodes: int | None = field(default=None, metadata=checked(optional(unsigned(64)), effective=500_000))
+    num_snapshot_nodes: U64 | None = unset(DEFAULT_NUM_SNAPSHOT_NODES)
     """Nodes of snapshots."""
-    num_chunk_refs: int | None = field(default=None, metadata=checked(optional(unsigned(64)), effective=15_000_000))
+    num_chunk_refs: U64 | None = unset(DEFAULT_NUM_CHUNK_REFS)
     """Chunk references of manifests."""
-    num_transaction_changes: int | None = field(default=None, metadata=checked(optional(unsigned(64)), effective=0))
+    num_transaction_changes: U64 | None = unset(0)
     """Changes of transaction logs."""
-    num_bytes_attributes: int | None = field(default=None, metadata=checked(optional(unsigned(64)), effective=0))
+    num_bytes_attributes: U64 | None = unset(0)
     """Bytes of attributes files; no format in use has them."""
-    num_bytes_chunks: int | None = field(default=None, metadata=checked(optional(unsigned(64)), effective=0))
-    """Bytes of chunks."""
+    num_bytes_chunks: U64 | None = unset(0)
+    """Bytes of chunks that were asked for; what a request fetched besides is kept for a while without it."""
 
     @staticmethod
     def default() -> CachingConfig:
@@ -117,53 +106,35 @@ class CachingConfig(Setting):
 class RepoUpdateRetryConfig(Setting):
     """How often and how soon a lost race for the repository is tried again."""
 
-    _public_name: ClassVar[str] = "icechunk.config.RepoUpdateRetryConfig"
-
-    default: StorageRetriesSettings | None = field(
-        default=None,
-        metadata=checked(
-            optional(instance_of(StorageRetriesSettings)), effective=StorageRetriesSettings(100, 50, 30_000)
-        ),
-    )
+    default: StorageRetriesSettings | None = unset(StorageRetriesSettings(100, 50, 30_000))
 
 
-def _layout(name: str, value: Any) -> LayoutName:
-    if text(name, value) in ("log", "repo", "refs"):
-        return cast("LayoutName", value)
-    raise InvalidInputError(f"{name} must be 'log', 'repo' or 'refs', not {value!r}", ErrorKind.INVALID_SETTING)
-
-
-def _percentile(name: str, value: Any) -> int:
-    number: int = unsigned(8)(name, value)
-    if not 50 <= number <= 99:
-        raise InvalidInputError(f"{name} must be from 50 to 99, not {number}", ErrorKind.INVALID_SETTING)
-    return number
+_Some32: TypeAlias = Annotated[int, unsigned(32, minimum=1)]
+_Some64: TypeAlias = Annotated[int, unsigned(64, minimum=1)]
 
 
 @dataclass(slots=True, repr=False, kw_only=True)
 class EngineConfig(Setting):
     """Settings that only this implementation has. None leaves the choice to the engine."""
 
-    _public_name: ClassVar[str] = "icechunk.config.EngineConfig"
-
-    layout: LayoutName | None = field(default=None, metadata=checked(optional(_layout)))
+    layout: LayoutName | None = None
     """How the log of a *new* repository is persisted; existing ones are recognised. Never stored."""
-    put_memory_bytes: int | None = field(default=None, metadata=checked(optional(unsigned(64, minimum=1))))
+    put_memory_bytes: _Some64 | None = None
     """Bytes of chunks that may be on their way to the storage, of all sessions, before writers wait (128 MiB)."""
-    max_bytes_in_flight: int | None = field(default=None, metadata=checked(optional(unsigned(64, minimum=1))))
+    max_bytes_in_flight: _Some64 | None = None
     """Bytes of requests in flight for the whole repository, in each event loop (512 MiB)."""
-    hedge_percentile: int | None = field(default=None, metadata=checked(optional(_percentile)))
+    hedge_percentile: Annotated[int, whole(50, 99)] | None = None
     """Reads slower than so many percent (50 to 99) of recent ones are sent a second time; None: none are."""
-    pack_threshold_bytes: int | None = field(default=None, metadata=checked(optional(unsigned(64))))
+    pack_threshold_bytes: U64 | None = None
     """Chunks below this size share chunk objects (512 KiB); 0: every chunk has an object of its own."""
-    pack_size_bytes: int | None = field(default=None, metadata=checked(optional(unsigned(64, minimum=1))))
+    pack_size_bytes: _Some64 | None = None
     """Size of an object that chunks share (4 MiB)."""
-    small_commit_bytes: int | None = field(default=None, metadata=checked(optional(unsigned(32))))
+    small_commit_bytes: U32 | None = None
     """A commit whose metadata files are together no larger (64 KiB) rides in the log, which saves a round trip; 0: none
     does. At most 512 KiB count."""
-    max_refs_per_manifest: int | None = field(default=None, metadata=checked(optional(unsigned(32, minimum=1))))
+    max_refs_per_manifest: _Some32 | None = None
     """Larger manifests are split into tiles, where no splitting is configured."""
-    share_manifests_below_refs: int | None = field(default=None, metadata=checked(optional(unsigned(32))))
+    share_manifests_below_refs: U32 | None = None
     """Arrays with fewer references share manifest objects; 0: none do."""
 
 
@@ -178,53 +149,32 @@ def _containers(name: str, value: Any) -> dict[str, VirtualChunkContainer]:
 class RepositoryConfig(Setting):
     """The configuration of a repository; None leaves a setting to the library's default, shown by ``str``."""
 
-    _public_name: ClassVar[str] = "icechunk.config.RepositoryConfig"
-
-    inline_chunk_threshold_bytes: int | None = field(
-        default=None, metadata=checked(optional(unsigned(16)), effective=DEFAULT_INLINE_CHUNK_THRESHOLD_BYTES)
-    )
+    inline_chunk_threshold_bytes: U16 | None = unset(DEFAULT_INLINE_CHUNK_THRESHOLD_BYTES)
     """Chunks of at most so many bytes are kept in the manifest."""
-    get_partial_values_concurrency: int | None = field(
-        default=None, metadata=checked(optional(unsigned(16)), effective=10)
-    )
-    """Requests in flight for one call of ``get_partial_values``; unset, as many as for the whole repository."""
-    compression: CompressionConfig | None = field(
-        default=None, metadata=checked(optional(instance_of(CompressionConfig)), effective=CompressionConfig())
-    )
+    get_partial_values_concurrency: U16 | None = unset(DEFAULT_MAX_CONCURRENT_REQUESTS)
+    """Values that one call of ``get_partial_values`` fetches at a time."""
+    compression: CompressionConfig | None = unset(CompressionConfig())
     """Of metadata files."""
-    max_concurrent_requests: int | None = field(
-        default=None, metadata=checked(optional(unsigned(16)), effective=DEFAULT_MAX_CONCURRENT_REQUESTS)
-    )
+    max_concurrent_requests: U16 | None = unset(DEFAULT_MAX_CONCURRENT_REQUESTS)
     """Requests in flight for the whole repository."""
-    caching: CachingConfig | None = field(
-        default=None, metadata=checked(optional(instance_of(CachingConfig)), effective=CachingConfig())
-    )
+    caching: CachingConfig | None = unset(CachingConfig())
     """In memory."""
-    storage: StorageSettings | None = field(default=None, metadata=checked(optional(instance_of(StorageSettings))))
+    storage: StorageSettings | None = None
     """None: the storage's own defaults."""
-    virtual_chunk_containers: dict[str, VirtualChunkContainer] | None = field(
-        default=None, metadata=checked(optional(_containers))
-    )
+    virtual_chunk_containers: Annotated[dict[str, VirtualChunkContainer], _containers] | None = None
     """By URL prefix, or by the key chosen at construction."""
-    manifest: ManifestConfig | None = field(
-        default=None, metadata=checked(optional(instance_of(ManifestConfig)), effective=ManifestConfig())
-    )
+    manifest: ManifestConfig | None = unset(ManifestConfig())
     """Splitting, preloading and compression of manifests."""
-    repo_update_retries: RepoUpdateRetryConfig | None = field(
-        default=None, metadata=checked(optional(instance_of(RepoUpdateRetryConfig)), effective=RepoUpdateRetryConfig())
-    )
+    repo_update_retries: RepoUpdateRetryConfig | None = unset(RepoUpdateRetryConfig())
     """Races for the repository."""
-    num_updates_per_repo_info_file: int | None = field(
-        default=None, metadata=checked(optional(unsigned(16)), effective=DEFAULT_NUM_UPDATES_PER_REPO_INFO_FILE)
-    )
+    num_updates_per_repo_info_file: U16 | None = unset(DEFAULT_NUM_UPDATES_PER_REPO_INFO_FILE)
     """Entries of the operations log that a ``repo`` object keeps itself."""
-    max_concurrent_decodes: int | None = field(default=None, metadata=checked(optional(unsigned(16)), effective=2))
+    max_concurrent_decodes: U16 | None = unset(DEFAULT_MAX_CONCURRENT_DECODES)
     """Large metadata files decoded at a time, in threads, for each event loop."""
-    engine: EngineConfig | None = field(
-        default=None, metadata=checked(optional(instance_of(EngineConfig))), kw_only=True
-    )
+    _: KW_ONLY
+    engine: EngineConfig | None = None
     """Settings that only this implementation has."""
-    previous_file: str | None = field(default=None, init=False, repr=False, metadata=checked(optional(text)))
+    previous_file: str | None = field(default=None, init=False, repr=False)
     """Name of the copy of the configuration before this one, where the storage tells."""
 
     def _shown(self) -> list[tuple[str, Any, Any]]:

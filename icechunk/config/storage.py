@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final, TypeAlias
+from typing import Annotated, Any, ClassVar, Final, TypeAlias
 
+from icechunk.runtime.checks import U32, U64, text, unsigned
 from icechunk.runtime.representation import (
     IntLikeEnum,
     Represented,
     Setting,
     TupleVariant,
     VariantMeta,
-    boolean,
-    checked,
     code,
-    instance_of,
-    optional,
     redacted_mapping,
     redacted_url,
-    text,
-    unsigned,
+    unset,
 )
 
 __all__ = [
@@ -49,6 +45,10 @@ DEFAULT_IDEAL_REQUEST_BYTES: Final = 12 * 1024 * 1024
 DEFAULT_MULTIPART_BYTES: Final = 100 * 1024 * 1024
 
 
+_Some16: TypeAlias = Annotated[int, unsigned(16, minimum=1)]
+_Some64: TypeAlias = Annotated[int, unsigned(64, minimum=1)]
+
+
 class ChecksumAlgorithm(IntLikeEnum):
     """Checksum that S3 is asked to verify on upload."""
 
@@ -65,28 +65,30 @@ class S3Options(Setting):
 
     _public_name: ClassVar[str] = "icechunk.storage.S3Options"
 
-    region: str | None = field(default=None, metadata=checked(optional(text)))
+    region: str | None = None
     """None: found by the credential chain's usual means."""
-    endpoint_url: str | None = field(default=None, metadata=checked(optional(text)))
+    endpoint_url: str | None = None
     """None: AWS itself."""
-    allow_http: bool = field(default=False, metadata=checked(boolean))
+    allow_http: bool = False
     """Plain ``http://`` endpoints are refused unless this is set."""
-    anonymous: bool = field(default=False, metadata=checked(boolean))
+    anonymous: bool = False
     """Send unsigned requests."""
-    force_path_style: bool = field(default=False, metadata=checked(boolean))
+    force_path_style: bool = False
     """The bucket's name in the path instead of the host name."""
-    network_stream_timeout_seconds: int | None = field(default=None, metadata=checked(optional(unsigned(32))))
+    network_stream_timeout_seconds: U32 | None = None
     """A body that delivers nothing for that long is retried; None: the library's default."""
-    requester_pays: bool = field(default=False, metadata=checked(boolean))
+    requester_pays: bool = False
     """Agree to be billed for requests to somebody else's bucket."""
-    checksum_algorithm: ChecksumAlgorithm | None = field(
-        default=None, metadata=checked(optional(instance_of(ChecksumAlgorithm)))
-    )
+    checksum_algorithm: ChecksumAlgorithm | None = None
     """None: what the service needs."""
 
     def _shown(self) -> list[tuple[str, Any, Any]]:
         rows = Represented._shown(self)
         return [(n, redacted_url(v) if n == "endpoint_url" and v is not None else v, d) for n, v, d in rows]
+
+
+def _path(name: str, value: Any) -> Path:
+    return Path(value)
 
 
 def _options(name: str, value: Mapping[str, str] | None) -> dict[str, str]:
@@ -99,6 +101,9 @@ def _options(name: str, value: Mapping[str, str] | None) -> dict[str, str]:
         text(f"each key of {name}", key)
         text(f"each value of {name}", item)
     return dict(value)
+
+
+_Options: TypeAlias = Annotated[Mapping[str, str] | None, _options]
 
 
 class _StoreVariant(TupleVariant):
@@ -132,67 +137,41 @@ class ObjectStoreConfig(metaclass=VariantMeta):
         """The memory of this process."""
 
         __match_args__ = ()
-        _public_name: ClassVar[str] = "icechunk.config.ObjectStoreConfig.InMemory"
 
     @dataclass(frozen=True, slots=True, repr=False, match_args=False)
     class LocalFileSystem(_StoreVariant):
         """A folder of this machine."""
 
         __match_args__ = ("_0",)
-        _public_name: ClassVar[str] = "icechunk.config.ObjectStoreConfig.LocalFileSystem"
-
-        path: Path
-
-        def __post_init__(self) -> None:
-            object.__setattr__(self, "path", Path(self.path))
+        path: Annotated[Path, _path]
 
     @dataclass(frozen=True, slots=True, repr=False, match_args=False)
     class S3(_StoreVariant):
         """Amazon S3."""
 
         __match_args__ = ("_0",)
-        _public_name: ClassVar[str] = "icechunk.config.ObjectStoreConfig.S3"
-
         options: S3Options
-
-        def __post_init__(self) -> None:
-            instance_of(S3Options)("ObjectStoreConfig.S3", self.options)
 
     @dataclass(frozen=True, slots=True, repr=False, match_args=False)
     class S3Compatible(_StoreVariant):
         """A service that speaks S3's protocol."""
 
         __match_args__ = ("_0",)
-        _public_name: ClassVar[str] = "icechunk.config.ObjectStoreConfig.S3Compatible"
-
         options: S3Options
-
-        def __post_init__(self) -> None:
-            instance_of(S3Options)("ObjectStoreConfig.S3Compatible", self.options)
 
     @dataclass(frozen=True, slots=True, repr=False, match_args=False)
     class Tigris(_StoreVariant):
         """Tigris."""
 
         __match_args__ = ("_0",)
-        _public_name: ClassVar[str] = "icechunk.config.ObjectStoreConfig.Tigris"
-
         opts: S3Options
-
-        def __post_init__(self) -> None:
-            instance_of(S3Options)("ObjectStoreConfig.Tigris", self.opts)
 
     @dataclass(frozen=True, slots=True, repr=False, match_args=False)
     class Gcs(_StoreVariant):
         """Google Cloud Storage, with obstore's option names."""
 
         __match_args__ = ("_0",)
-        _public_name: ClassVar[str] = "icechunk.config.ObjectStoreConfig.Gcs"
-
-        opts: Mapping[str, str] | None = None
-
-        def __post_init__(self) -> None:
-            object.__setattr__(self, "opts", _options("ObjectStoreConfig.Gcs", self.opts))
+        opts: _Options = None
 
         def _shown(self) -> list[tuple[str, Any, Any]]:
             return [("config", redacted_mapping(self.opts), None)]
@@ -202,12 +181,7 @@ class ObjectStoreConfig(metaclass=VariantMeta):
         """Azure Blob Storage, with obstore's option names."""
 
         __match_args__ = ("_0",)
-        _public_name: ClassVar[str] = "icechunk.config.ObjectStoreConfig.Azure"
-
-        opts: Mapping[str, str] | None = None
-
-        def __post_init__(self) -> None:
-            object.__setattr__(self, "opts", _options("ObjectStoreConfig.Azure", self.opts))
+        opts: _Options = None
 
         def _shown(self) -> list[tuple[str, Any, Any]]:
             return [("config", redacted_mapping(self.opts), None)]
@@ -217,15 +191,9 @@ class ObjectStoreConfig(metaclass=VariantMeta):
         """Any web server, read only, with obstore's option names."""
 
         __match_args__ = ("_0", "_1")
-        _public_name: ClassVar[str] = "icechunk.config.ObjectStoreConfig.Http"
-
-        opts: Mapping[str, str] | None = None
-        headers: Mapping[str, str] | None = None
+        opts: _Options = None
+        headers: _Options = None
         """Sent with every request; their values never appear in a representation."""
-
-        def __post_init__(self) -> None:
-            object.__setattr__(self, "opts", _options("ObjectStoreConfig.Http", self.opts))
-            object.__setattr__(self, "headers", _options("ObjectStoreConfig.Http", self.headers))
 
         def _shown(self) -> list[tuple[str, Any, Any]]:
             return [
@@ -252,17 +220,11 @@ class StorageRetriesSettings(Setting):
 
     _public_name: ClassVar[str] = "icechunk.storage.StorageRetriesSettings"
 
-    max_tries: int | None = field(
-        default=None, metadata=checked(optional(unsigned(16, minimum=1)), effective=DEFAULT_MAX_TRIES)
-    )
+    max_tries: _Some16 | None = unset(DEFAULT_MAX_TRIES)
     """Tries of one request, the first included."""
-    initial_backoff_ms: int | None = field(
-        default=None, metadata=checked(optional(unsigned(32)), effective=DEFAULT_INITIAL_BACKOFF_MS)
-    )
+    initial_backoff_ms: U32 | None = unset(DEFAULT_INITIAL_BACKOFF_MS)
     """Upper end of the first pause, ms; it doubles from try to try."""
-    max_backoff_ms: int | None = field(
-        default=None, metadata=checked(optional(unsigned(32)), effective=DEFAULT_MAX_BACKOFF_MS)
-    )
+    max_backoff_ms: U32 | None = unset(DEFAULT_MAX_BACKOFF_MS)
     """Upper end of any pause, ms."""
 
 
@@ -272,13 +234,13 @@ class StorageTimeoutSettings(Setting):
 
     _public_name: ClassVar[str] = "icechunk.storage.StorageTimeoutSettings"
 
-    connect_timeout_ms: int | None = field(default=None, metadata=checked(optional(unsigned(32))))
+    connect_timeout_ms: U32 | None = None
     """For a connection, ms."""
-    read_timeout_ms: int | None = field(default=None, metadata=checked(optional(unsigned(32))))
+    read_timeout_ms: U32 | None = None
     """For the first byte of an answer, ms."""
-    operation_timeout_ms: int | None = field(default=None, metadata=checked(optional(unsigned(32))))
+    operation_timeout_ms: U32 | None = None
     """For a request with all its retries, ms."""
-    operation_attempt_timeout_ms: int | None = field(default=None, metadata=checked(optional(unsigned(32))))
+    operation_attempt_timeout_ms: U32 | None = None
     """For one try of a request, ms."""
 
 
@@ -288,13 +250,9 @@ class StorageConcurrencySettings(Setting):
 
     _public_name: ClassVar[str] = "icechunk.storage.StorageConcurrencySettings"
 
-    max_concurrent_requests_for_object: int | None = field(
-        default=None, metadata=checked(optional(unsigned(16, minimum=1)), effective=DEFAULT_MAX_REQUESTS_PER_OBJECT)
-    )
+    max_concurrent_requests_for_object: _Some16 | None = unset(DEFAULT_MAX_REQUESTS_PER_OBJECT)
     """Requests in flight for one object."""
-    ideal_concurrent_request_size: int | None = field(
-        default=None, metadata=checked(optional(unsigned(64, minimum=1)), effective=DEFAULT_IDEAL_REQUEST_BYTES)
-    )
+    ideal_concurrent_request_size: _Some64 | None = unset(DEFAULT_IDEAL_REQUEST_BYTES)
     """Bytes of each, about."""
 
 
@@ -304,39 +262,25 @@ class StorageSettings(Setting):
 
     _public_name: ClassVar[str] = "icechunk.storage.StorageSettings"
 
-    concurrency: StorageConcurrencySettings | None = field(
-        default=None,
-        metadata=checked(optional(instance_of(StorageConcurrencySettings)), effective=StorageConcurrencySettings()),
-    )
+    concurrency: StorageConcurrencySettings | None = unset(StorageConcurrencySettings())
     """Splitting of large objects."""
-    retries: StorageRetriesSettings | None = field(
-        default=None,
-        metadata=checked(optional(instance_of(StorageRetriesSettings)), effective=StorageRetriesSettings()),
-    )
+    retries: StorageRetriesSettings | None = unset(StorageRetriesSettings())
     """Repetition of failed requests."""
-    unsafe_use_conditional_create: bool | None = field(
-        default=None, metadata=checked(optional(boolean), effective=True)
-    )
+    unsafe_use_conditional_create: bool | None = unset(True)
     """False only for stores without ``If-None-Match``: concurrent writers may then lose data."""
-    unsafe_use_conditional_update: bool | None = field(
-        default=None, metadata=checked(optional(boolean), effective=True)
-    )
+    unsafe_use_conditional_update: bool | None = unset(True)
     """False only for stores without ``If-Match``: concurrent writers may then lose data."""
-    unsafe_use_metadata: bool | None = field(default=None, metadata=checked(optional(boolean), effective=True))
+    unsafe_use_metadata: bool | None = unset(True)
     """False for stores without user metadata of objects."""
-    storage_class: str | None = field(default=None, metadata=checked(optional(text)))
+    storage_class: str | None = None
     """For all new objects, where neither of the next two says otherwise; None: the bucket's default."""
-    metadata_storage_class: str | None = field(default=None, metadata=checked(optional(text)))
+    metadata_storage_class: str | None = None
     """For snapshots, manifests, transaction logs and the log."""
-    chunks_storage_class: str | None = field(default=None, metadata=checked(optional(text)))
+    chunks_storage_class: str | None = None
     """For chunks."""
-    minimum_size_for_multipart_upload: int | None = field(
-        default=None, metadata=checked(optional(unsigned(64)), effective=DEFAULT_MULTIPART_BYTES)
-    )
+    minimum_size_for_multipart_upload: U64 | None = unset(DEFAULT_MULTIPART_BYTES)
     """Larger objects are uploaded in parts, bytes."""
-    timeouts: StorageTimeoutSettings | None = field(
-        default=None, metadata=checked(optional(instance_of(StorageTimeoutSettings)))
-    )
+    timeouts: StorageTimeoutSettings | None = None
     """Waiting for the storage."""
 
     def storage_class_of(self, kind: str) -> str | None:

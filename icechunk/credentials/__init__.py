@@ -47,7 +47,8 @@ from icechunk.credentials.s3 import (
     s3_static_credentials,
 )
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.runtime.representation import VariantMeta, instance_of
+from icechunk.runtime.checks import instance_of
+from icechunk.runtime.representation import VariantMeta
 
 __all__ = [
     "AnyAzureCredential",

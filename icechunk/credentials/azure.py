@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, TypeAlias
 
 from icechunk.credentials.base import (
@@ -14,7 +13,8 @@ from icechunk.credentials.base import (
     conflicting_arguments,
     refreshable,
 )
-from icechunk.runtime.representation import VariantMeta, aware, hidden, instance_of, optional, text
+from icechunk.runtime.checks import Aware, instance_of
+from icechunk.runtime.representation import VariantMeta, hidden
 
 __all__ = [
     "AnyAzureCredential",
@@ -36,11 +36,6 @@ class _Expiring(Credential):
 
     __slots__ = ()
 
-    def __post_init__(self) -> None:
-        secret, expires_after = self._fields()
-        text(type(self).__qualname__, secret)
-        optional(aware)(f"{type(self).__qualname__}.expires_after", expires_after)
-
     def _shown(self) -> list[tuple[str, Any, Any]]:
         return [("secret", hidden(), None), ("expires_after", self._fields()[1], None)]
 
@@ -53,7 +48,7 @@ class AzureRefreshableCredential(metaclass=VariantMeta):
         """The account's key."""
 
         key: str
-        expires_after: datetime | None = None
+        expires_after: Aware | None = None
         """Replaced before this time (with a time zone); None: never."""
 
     @dataclass(frozen=True, slots=True, repr=False)
@@ -61,7 +56,7 @@ class AzureRefreshableCredential(metaclass=VariantMeta):
         """A shared access signature."""
 
         token: str
-        expires_after: datetime | None = None
+        expires_after: Aware | None = None
         """Replaced before this time (with a time zone); None: never."""
 
     @dataclass(frozen=True, slots=True, repr=False)
@@ -69,7 +64,7 @@ class AzureRefreshableCredential(metaclass=VariantMeta):
         """An OAuth token."""
 
         bearer: str
-        expires_after: datetime | None = None
+        expires_after: Aware | None = None
         """Replaced before this time (with a time zone); None: never."""
 
 
@@ -120,9 +115,6 @@ class AzureCredentials(metaclass=VariantMeta):
         __match_args__ = ("_0",)
 
         credentials: AnyAzureStaticCredential
-
-        def __post_init__(self) -> None:
-            instance_of(AzureStaticCredentials)("AzureCredentials.Static", self.credentials)
 
     class Refreshable(RefreshableCredential):
         """A function that returns one of `AzureRefreshableCredential`'s classes."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.runtime.representation import TupleVariant, hidden, instance_of, text
+from icechunk.runtime.checks import instance_of
+from icechunk.runtime.representation import TupleVariant, hidden
 
 __all__ = [
     "Credential",
@@ -28,10 +29,6 @@ class Credential(TupleVariant):
 
     __slots__ = ()
 
-    @property
-    def _public_name(self) -> str:  # type: ignore[override]
-        return f"icechunk.credentials.{type(self).__qualname__}"
-
 
 @dataclass(frozen=True, slots=True, repr=False, match_args=False)
 class SecretCredential(Credential):
@@ -40,9 +37,6 @@ class SecretCredential(Credential):
     __match_args__ = ("_0",)
 
     secret: str
-
-    def __post_init__(self) -> None:
-        text(type(self).__qualname__, self.secret)
 
     def _shown(self) -> list[tuple[str, Any, Any]]:
         return [("secret", hidden(), None)]
@@ -55,9 +49,6 @@ class FileCredential(Credential):
     __match_args__ = ("_0",)
 
     path: str
-
-    def __post_init__(self) -> None:
-        text(type(self).__qualname__, self.path)
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any, TypeAlias
 
 from icechunk.credentials.base import (
@@ -15,7 +14,8 @@ from icechunk.credentials.base import (
     conflicting_arguments,
     refreshable,
 )
-from icechunk.runtime.representation import VariantMeta, aware, hidden, instance_of, optional, text
+from icechunk.runtime.checks import Aware, instance_of
+from icechunk.runtime.representation import VariantMeta, hidden
 
 __all__ = [
     "AnyGcsCredential",
@@ -36,12 +36,8 @@ class GcsBearerCredential(Credential):
     """An OAuth token."""
 
     bearer: str
-    expires_after: datetime | None = field(default=None, kw_only=True)
+    expires_after: Aware | None = field(default=None, kw_only=True)
     """The token is replaced before this time (with a time zone); None: never."""
-
-    def __post_init__(self) -> None:
-        text("GcsBearerCredential.bearer", self.bearer)
-        optional(aware)("GcsBearerCredential.expires_after", self.expires_after)
 
     def _shown(self) -> list[tuple[str, Any, Any]]:
         return [("bearer", hidden(), None), ("expires_after", self.expires_after, None)]
@@ -97,9 +93,6 @@ class GcsCredentials(metaclass=VariantMeta):
         __match_args__ = ("_0",)
 
         credentials: AnyGcsStaticCredential
-
-        def __post_init__(self) -> None:
-            instance_of(GcsStaticCredentials)("GcsCredentials.Static", self.credentials)
 
     class Refreshable(RefreshableCredential):
         """A function that returns a `GcsBearerCredential`."""

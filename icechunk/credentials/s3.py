@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 from icechunk.credentials.base import (
     Credential,
@@ -13,7 +13,8 @@ from icechunk.credentials.base import (
     conflicting_arguments,
     refreshable,
 )
-from icechunk.runtime.representation import Setting, VariantMeta, aware, checked, instance_of, optional, text
+from icechunk.runtime.checks import Aware, instance_of
+from icechunk.runtime.representation import Setting, VariantMeta
 
 __all__ = [
     "AnyS3Credential",
@@ -31,14 +32,12 @@ __all__ = [
 class S3StaticCredentials(Setting):
     """An access key."""
 
-    _public_name: ClassVar[str] = "icechunk.credentials.S3StaticCredentials"
-
-    access_key_id: str = field(metadata=checked(text))
+    access_key_id: str
     """Public part; representations show its first four characters."""
-    secret_access_key: str = field(metadata=checked(text, secret=True))
-    session_token: str | None = field(default=None, metadata=checked(optional(text), secret=True))
+    secret_access_key: str = field(metadata={"secret": True})
+    session_token: str | None = field(default=None, metadata={"secret": True})
     """Part of temporary credentials."""
-    expires_after: datetime | None = field(default=None, metadata=checked(optional(aware)))
+    expires_after: Aware | None = None
     """The credentials are replaced before this time (with a time zone); None: never."""
 
     def _shown(self) -> list[tuple[str, Any, Any]]:
@@ -64,9 +63,6 @@ class S3Credentials(metaclass=VariantMeta):
         __match_args__ = ("_0",)
 
         credentials: S3StaticCredentials
-
-        def __post_init__(self) -> None:
-            instance_of(S3StaticCredentials)("S3Credentials.Static", self.credentials)
 
     class Refreshable(RefreshableCredential):
         """A function that returns `S3StaticCredentials`."""

@@ -1,9 +1,9 @@
-"""What the public value classes share: checked fields, and representations that never show a secret.
+"""What the public value classes share: assignments that are checked, and representations that never show a secret.
 
-A settings class is a dataclass over `Setting` whose fields carry `checked` metadata: every assignment, at
-construction and later, goes through the field's check. Settings compare by value and, being mutable,
-have no hash; unlike the official library's they pickle. Tagged unions (`Variant`) and enumerations
-(`IntLikeEnum`) behave as user code sees them in the official library.
+A settings class is a dataclass over `Setting`: every assignment, at construction and later, goes through the check that
+follows from the field's annotation (`checks`). Settings compare by value and, being mutable, have no hash; unlike the
+official library's they pickle. Tagged unions (`VariantMeta`, `TupleVariant`) and enumerations (`IntLikeEnum`) behave as
+user code sees them in the official library.
 """
 
 from __future__ import annotations
@@ -12,149 +12,45 @@ import dataclasses
 import functools
 import html
 import json
-import operator
 import re
 from abc import ABCMeta
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from enum import Enum
 from pathlib import PurePath
-from typing import Any, ClassVar, Final, TypeAlias
+from typing import Any, ClassVar, Final
 from urllib.parse import urlsplit, urlunsplit
 
-from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.runtime.checks import checks_of
 
 __all__ = [
-    "Check",
     "Described",
     "IntLikeEnum",
-    "OutOfRangeError",
     "Represented",
     "Setting",
     "TupleVariant",
     "VariantMeta",
-    "aware",
-    "boolean",
-    "checked",
     "code",
     "fields_html",
     "hidden",
-    "instance_of",
-    "optional",
     "redacted_mapping",
     "redacted_url",
-    "signed",
-    "text",
-    "unsigned",
+    "snake_case",
+    "unset",
 ]
-
-Check: TypeAlias = Callable[[str, Any], Any]
-"""Takes the field's full name and the value given; returns the value to keep or raises."""
 
 _MASK: Final = "****"
 _SECRET_KEY: Final = re.compile(r"auth|cookie|cred|key|pass|sas|secret|sig|token", re.IGNORECASE)
 
 
-class OutOfRangeError(InvalidInputError, OverflowError):
-    """A number outside the range of its setting; also an `OverflowError`, as the official library raises there."""
+def unset(effective: Any = None) -> Any:
+    """A dataclass field that is None by default, which means ``effective``: shown by ``str`` in its place."""
+    return dataclasses.field(default=None, metadata={"effective": effective})
 
 
-# --- checks ---------------------------------------------------------------------------------------------------
-
-
-def unsigned(bits: int, *, minimum: int = 0) -> Check:
-    """A check for whole numbers from ``minimum`` to 2**bits - 1."""
-    limit = (1 << bits) - 1
-
-    def check(name: str, value: Any) -> int:
-        try:
-            number = operator.index(value)
-        except TypeError:
-            raise TypeError(f"{name} must be a whole number, not {type(value).__name__}") from None
-        if not minimum <= number <= limit:
-            raise OutOfRangeError(f"{name} must be from {minimum} to {limit}, not {number}", ErrorKind.INVALID_SETTING)
-        return number
-
-    return check
-
-
-def signed(bits: int) -> Check:
-    """A check for whole numbers that fit a signed integer of ``bits`` bits."""
-    limit = 1 << (bits - 1)
-    shifted = unsigned(bits)
-
-    def check(name: str, value: Any) -> int:
-        try:
-            shifted(name, operator.index(value) + limit)
-        except InvalidInputError:
-            raise OutOfRangeError(
-                f"{name} must be from {-limit} to {limit - 1}, not {value}", ErrorKind.INVALID_SETTING
-            ) from None
-        except TypeError:
-            raise TypeError(f"{name} must be a whole number, not {type(value).__name__}") from None
-        return operator.index(value)
-
-    return check
-
-
-def instance_of(*types: type) -> Check:
-    """A check for instances of one of ``types``."""
-    expected = " or ".join(t.__qualname__ for t in types)
-
-    def check(name: str, value: Any) -> Any:
-        if not isinstance(value, types):
-            raise TypeError(f"{name} must be {expected}, not {type(value).__name__}")
-        return value
-
-    return check
-
-
-def optional(check: Check) -> Check:
-    """The same check, passing None."""
-
-    def check_or_none(name: str, value: Any) -> Any:
-        return None if value is None else check(name, value)
-
-    return check_or_none
-
-
-def aware(name: str, value: Any) -> datetime:
-    """A check for points in time that name their time zone."""
-    if not isinstance(value, datetime):
-        raise TypeError(f"{name} must be datetime, not {type(value).__name__}")
-    if value.utcoffset() is None:
-        raise TypeError(f"{name} needs a time zone: give datetime(..., tzinfo=timezone.utc)")
-    return value
-
-
-text: Final[Check] = instance_of(str)
-boolean: Final[Check] = instance_of(bool)
-
-
-# --- fields ---------------------------------------------------------------------------------------------------
-
-
-def checked(check: Check, *, effective: Any = None, secret: bool = False) -> dict[str, Any]:
-    """Metadata of a dataclass field whose every assignment is checked.
-
-    Parameters
-    ----------
-    check
-        Applied to every value.
-    effective
-        What an unset (None) field means, shown by ``str``.
-    secret
-        Never shown.
-    """
-    return {"check": check, "effective": effective, "secret": secret}
-
-
-@functools.cache
-def _checks(cls: Any) -> Mapping[str, Check]:
-    return {f.name: f.metadata["check"] for f in dataclasses.fields(cls) if "check" in f.metadata}
-
-
-# --- representation -------------------------------------------------------------------------------------------
+def snake_case(name: str) -> str:
+    """A class's name as functions and stored tags spell it."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
 @functools.cache
@@ -192,12 +88,18 @@ def redacted_mapping(options: Mapping[str, str] | None, *, everything: bool = Fa
 class Represented:
     """Mixin: ``repr``, ``str`` and ``_repr_html_`` from `_shown`.
 
-    Subclasses set ``_public_name`` (the dotted name users know) and may override `_shown`. What a constructor
-    takes has the call that makes it as its ``repr``; facts that a repository tells are `Described`.
+    Subclasses may override `_shown`, and set ``_public_name`` where users know a class by another name than the one
+    that follows from its place. What a constructor takes has the call that makes it as its ``repr``; facts that a
+    repository tells are `Described`.
     """
 
     __slots__ = ()
     _public_name: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "_public_name" not in vars(cls):
+            cls._public_name = ".".join([*cls.__module__.split(".")[:2], cls.__qualname__])
 
     def _shown(self) -> list[tuple[str, Any, Any]]:
         """(name, value, effective default) of what to show, in order."""
@@ -331,7 +233,7 @@ class Setting(Represented):
     __slots__ = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        check = _checks(type(self)).get(name)  # type: ignore[arg-type]
+        check = checks_of(type(self)).get(name)
         if check is not None:
             value = check(f"{type(self).__name__}.{name}", value)
         object.__setattr__(self, name, value)
@@ -358,9 +260,16 @@ class VariantMeta(ABCMeta):
 
 
 class TupleVariant(Represented):
-    """Base of union members with positional fields: ``_0``, ``len``, indexing and matching by position."""
+    """Base of union members with positional fields: ``_0``, ``len``, indexing and matching by position.
+
+    Members are frozen dataclasses; their fields are checked as those of settings.
+    """
 
     __slots__ = ()
+
+    def __post_init__(self) -> None:
+        for name, check in checks_of(type(self)).items():
+            object.__setattr__(self, name, check(f"{type(self).__qualname__}.{name}", getattr(self, name)))
 
     def _fields(self) -> tuple[Any, ...]:
         return tuple(getattr(self, f.name) for f in dataclasses.fields(self))  # type: ignore[arg-type]

@@ -20,6 +20,14 @@ from icechunk.config import (
     config_to_dict,
 )
 from icechunk.config.manifest_rules import manifests_to_preload, tile_shapes
+from icechunk.config.repository import (
+    DEFAULT_COMPRESSION_LEVEL,
+    DEFAULT_INLINE_CHUNK_THRESHOLD_BYTES,
+    DEFAULT_MAX_CONCURRENT_DECODES,
+    DEFAULT_MAX_CONCURRENT_REQUESTS,
+    DEFAULT_NUM_CHUNK_REFS,
+    DEFAULT_NUM_SNAPSHOT_NODES,
+)
 from icechunk.config.storage import DEFAULT_IDEAL_REQUEST_BYTES, DEFAULT_MAX_REQUESTS_PER_OBJECT
 from icechunk.format.ids import ObjectId, object_id_from_text
 from icechunk.format.manifest.location_compression import LocationCompression
@@ -48,7 +56,6 @@ __all__ = ["Core", "Settings"]
 _HEELS_US = 5_000
 """A program that did not wait since it has opened a repository can hardly have heard of news within this time."""
 _DEFAULT_PUT_MEMORY_BYTES = 128 * 1024 * 1024
-_DEFAULT_VALUES_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,12 +146,12 @@ class Core:
             self.storage,
             gates=self.gates,
             reads=settings.reads if self.storage.gains_from_split_reads else replace(settings.reads, splitting=None),
-            num_snapshot_nodes=_value(caching.num_snapshot_nodes, 500_000),
-            num_chunk_refs=_value(caching.num_chunk_refs, 15_000_000),
+            num_snapshot_nodes=_value(caching.num_snapshot_nodes, DEFAULT_NUM_SNAPSHOT_NODES),
+            num_chunk_refs=_value(caching.num_chunk_refs, DEFAULT_NUM_CHUNK_REFS),
             num_transaction_changes=_value(caching.num_transaction_changes, 0),
             files=self.files,
             find_file=self._find_file,
-            max_decodes=_value(config.max_concurrent_decodes, 2),
+            max_decodes=_value(config.max_concurrent_decodes, DEFAULT_MAX_CONCURRENT_DECODES),
         )
         self._preloaders = PerLoop(lambda: Preloader(self.assets, self.settings.max_requests), Preloader.aclose, rank=1)
         self._preloaded: ObjectId | None = None
@@ -313,13 +320,13 @@ def _resolve(config: RepositoryConfig, layout: Layout, storage: StorageSettings 
         )
     else:
         policy = Policy.explicit(shapes)
-    max_requests = _value(config.max_concurrent_requests, 256)
+    max_requests = _value(config.max_concurrent_requests, DEFAULT_MAX_CONCURRENT_REQUESTS)
     return Settings(
-        inline_threshold_bytes=_value(config.inline_chunk_threshold_bytes, 512),
-        compression_level=_value(compression.level if compression is not None else None, 3),
+        inline_threshold_bytes=_value(config.inline_chunk_threshold_bytes, DEFAULT_INLINE_CHUNK_THRESHOLD_BYTES),
+        compression_level=_value(compression.level if compression is not None else None, DEFAULT_COMPRESSION_LEVEL),
         max_requests=max_requests,
         max_bytes_in_flight=_value(engine.max_bytes_in_flight, MAX_BYTES),
-        partial_values_at_once=_value(config.get_partial_values_concurrency, _DEFAULT_VALUES_AT_ONCE),
+        partial_values_at_once=_value(config.get_partial_values_concurrency, DEFAULT_MAX_CONCURRENT_REQUESTS),
         put_memory_bytes=_value(engine.put_memory_bytes, _DEFAULT_PUT_MEMORY_BYTES),
         pack_threshold_bytes=_value(engine.pack_threshold_bytes, 512 * 1024 if alone else 0),
         pack_size_bytes=_value(engine.pack_size_bytes, 4 * 1024 * 1024),

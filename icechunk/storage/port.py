@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NewType, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NewType, TypeAlias
 
 from icechunk.config import StorageSettings
 from icechunk.errors import ErrorKind, InvalidInputError, ReadOnlyError, StorageError
@@ -58,8 +58,6 @@ __all__ = [
 @dataclass(frozen=True, slots=True, kw_only=True, order=True, repr=False)
 class StorageObjectInfo(Described):
     """An object that `Storage.list_objects_metadata` found."""
-
-    _public_name: ClassVar[str] = "icechunk.storage.StorageObjectInfo"
 
     key: str
     """Relative to the listed prefix."""

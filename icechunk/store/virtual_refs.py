@@ -15,9 +15,9 @@ from icechunk.errors import ErrorKind, InvalidInputError, SessionStateError
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.values import ETAG, ID12, INLINE, LAST_MODIFIED, NATIVE, NO_CHECKSUM, VIRTUAL, ChunkRefs
 from icechunk.log.session.columns import concat
+from icechunk.runtime.checks import unsigned
 from icechunk.runtime.clock import us_of
 from icechunk.runtime.loops import run_sync
-from icechunk.runtime.representation import unsigned
 from icechunk.store.zarr_keys import ChunkKey, parse_key, to_path
 from icechunk.virtual import ChunkType, VirtualChunkSpec
 from icechunk.virtual_access.locations import checked_location

@@ -51,12 +51,7 @@ SETTINGS = (
     StorageSettings,
     StorageTimeoutSettings,
 )
-NUMBERS = [
-    (cls, f.name)
-    for cls in SETTINGS
-    for f in dataclasses.fields(cls)
-    if f.type in ("int | None", "int") and f.name != "compression_level"
-]
+NUMBERS = [(cls, f.name) for cls in SETTINGS for f in dataclasses.fields(cls) if str(f.type).startswith(("U", "_Some"))]
 STORES = [
     ObjectStoreConfig.InMemory(),
     ObjectStoreConfig.LocalFileSystem(Path("/data")),

@@ -255,18 +255,18 @@ async def test_a_value_that_is_being_closed_is_closed_once_and_everybody_waits_f
 def test_an_abandoned_value_that_the_end_of_the_process_closes_too_makes_no_noise() -> None:
     script = """
 import asyncio, threading
-from icechunk.runtime import loops as per_loop
+from icechunk.runtime import loops
 
 async def close(value):
     await asyncio.sleep(0.01)
 
 loop = asyncio.new_event_loop()
 threading.Thread(target=loop.run_forever, daemon=True).start()
-values = per_loop.PerLoop(lambda: "value", close)
+values = loops.PerLoop(lambda: "value", close)
 asyncio.run_coroutine_threadsafe(values.get(), loop).result()
 
-per_loop._abandon(values._entries, __import__("os").getpid())
-per_loop._close_everything()
+loops._abandon(values._entries, __import__("os").getpid())
+loops._close_everything()
 """
     done = subprocess.run([sys.executable, "-X", "dev", "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
