@@ -160,8 +160,9 @@ def test_the_object_that_was_upgraded_is_invalidated() -> None:
     for use in (repo.list_branches, lambda: repo.config, lambda: repo.spec_version, lambda: repr(repo)):
         with pytest.raises(RuntimeError, match="invalidated by upgrade_icechunk_repository"):
             use()
+    untyped: Any = repo
     with pytest.raises(AttributeError):
-        getattr(repo, "no_such" + "_name")
+        _ = untyped.no_such_name
     with pytest.raises(FormatError, match="upgraded to format 2; open it again"):
         session.commit("too late", allow_empty=True)
 
