@@ -19,6 +19,9 @@ from zarr.storage import StorePath
 import icechunk
 from icechunk import IcechunkStore, Repository, Session
 from icechunk.credentials import S3Credentials, S3StaticCredentials
+from icechunk.errors import ErrorKind, FormatError
+from icechunk.runtime.about import VERSION
+from icechunk.session import core
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.port import Storage
 from tests.store.store_builders import read
@@ -182,6 +185,25 @@ def test_pickle_is_small_and_keeps_the_configuration(repository: Repository) -> 
     data = pickle.dumps(store)
     assert len(data) < 20_000
     assert pickle.loads(data).session.config == store.session.config
+
+
+@pytest.mark.parametrize("what", ["store", "session", "fork", "repository"])
+def test_a_pickle_of_another_version_is_refused_by_name_and_one_of_another_patch_is_loaded(
+    repository: Repository, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = repository.readonly_session("main")
+    fork = repository.writable_session("main").fork()
+    value = {"store": session.store, "session": session, "fork": fork, "repository": repository}[what]
+    major, minor, patch = VERSION.split(".")
+    with monkeypatch.context() as other:
+        other.setattr(core, "VERSION", f"{major}.{minor}.{int(patch) + 1}")
+        near = pickle.dumps(value)
+        other.setattr(core, "VERSION", f"{major}.{int(minor) + 1}.0")
+        far = pickle.dumps(value)
+    assert type(pickle.loads(near)) is type(value)
+    with pytest.raises(FormatError, match=f"{major}.{int(minor) + 1}.0 made it, and this is {VERSION}") as caught:
+        pickle.loads(far)
+    assert caught.value.kind == ErrorKind.PICKLE
 
 
 def test_store_paths_and_arrays_of_zarr_travel_with_the_store(repository: Repository) -> None:
