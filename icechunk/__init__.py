@@ -109,7 +109,7 @@ from icechunk.ops import (
     UpdateType,
 )
 from icechunk.repository import Repository, upgrade_icechunk_repository, upgrade_icechunk_repository_async
-from icechunk.repository.upkeep import _InvalidatedRepository  # noqa: F401
+from icechunk.repository.upgrade import _InvalidatedRepository  # noqa: F401
 from icechunk.runtime.about import API_VERSION, print_debug_info, user_agent
 from icechunk.runtime.logging import initialize_logs, set_logs_filter, shutdown_telemetry
 from icechunk.runtime.logging import initialize_on_import as _initialize_logs_on_import

@@ -1,8 +1,13 @@
-"""Repositories: history, refs and sessions, at one place of a storage."""
+"""The handle of a repository, one file for each group of its methods.
+
+`opening` (create, open, exists), `sessions`, `branches_and_tags`, `history`, `configuration`, `maintenance`,
+`inspection`, and `upgrade` from format 1. They check arguments and show results (`views`); the work is done in
+the rooms below.
+"""
 
 from __future__ import annotations
 
 from icechunk.repository.repository import Repository
-from icechunk.repository.upkeep import upgrade_icechunk_repository, upgrade_icechunk_repository_async
+from icechunk.repository.upgrade import upgrade_icechunk_repository, upgrade_icechunk_repository_async
 
 __all__ = ["Repository", "upgrade_icechunk_repository", "upgrade_icechunk_repository_async"]

@@ -1,4 +1,4 @@
-"""What every part of a `Repository` stands on."""
+"""The base of every part of a `Repository`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["RepositoryBase"]
 
 
 class RepositoryBase:
-    """Holds the core, says what it is, and closes it."""
+    """Holds the core, describes itself, and closes."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
@@ -31,12 +31,12 @@ class RepositoryBase:
 
     @property
     def storage(self) -> Storage:
-        """Where the repository is."""
+        """The storage that holds the repository."""
         return self._core.storage
 
     @property
     def attribution(self) -> Attribution:
-        """Who works here."""
+        """The names of the client, workload and principal that work here."""
         return self._core.attribution or Attribution()
 
     @property

@@ -41,7 +41,7 @@ _FROM_ENVIRONMENT: Final = ", because it takes credentials from the environment 
 
 
 def _none_credential_guidance(scheme: str) -> tuple[str, str]:
-    """What to pass instead of None for containers of a URL scheme, and what is dangerous about None there."""
+    """The replacement of None for containers of a URL scheme, and the danger of None there."""
     instead = _INSTEAD.get(scheme, "explicit credentials")
     return instead, _FROM_ENVIRONMENT if ".FromEnv" in instead else ""
 

@@ -1,18 +1,18 @@
-"""A repository as users hold it."""
+"""The handle of a repository."""
 
 from __future__ import annotations
 
-from icechunk.repository.administration import Administration
-from icechunk.repository.branches import Branches
+from icechunk.repository.branches_and_tags import BranchesAndTags
+from icechunk.repository.configuration import Configuration
 from icechunk.repository.history import History
 from icechunk.repository.inspection import Inspection
+from icechunk.repository.maintenance import Maintenance
 from icechunk.repository.opening import Opening
-from icechunk.repository.upkeep import Rewriting, Upkeep
 
 __all__ = ["Repository"]
 
 
-class Repository(Opening, Rewriting, Branches, History, Inspection, Administration, Upkeep):
+class Repository(Opening, Maintenance, BranchesAndTags, History, Inspection, Configuration):
     """A transactional Zarr hierarchy with its history.
 
     Made by `create`, `open` or `open_or_create`. Methods that end in ``_async`` are the engine; their synchronous

@@ -1,4 +1,4 @@
-"""What a repository keeps about itself: configuration, metadata, status, feature flags."""
+"""What a repository keeps about itself: configuration, metadata, status, feature flags, and the layout of its log."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from icechunk.repository.views import feature_flag_id, feature_flags, repo_statu
 from icechunk.runtime.checks import json_metadata, require_type
 from icechunk.runtime.loops import synchronous
 
-__all__ = ["Administration"]
+__all__ = ["Configuration"]
 
 
-class Administration(RepositoryBase):
+class Configuration(RepositoryBase):
     """Options and facts that stand beside the data."""
 
     async def save_config_async(self) -> None:

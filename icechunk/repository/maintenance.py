@@ -1,14 +1,9 @@
-"""Looking after a repository: expiration, collection of garbage, pruning of the log, storage statistics.
-
-Writing manifests again.
-
-Leaving format 1 for format 2.
-"""
+"""The verbs of maintenance: expiration, garbage collection, pruning of the log, statistics, rewriting of manifests."""
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Final, NoReturn, TypeVar, cast, get_args
+from typing import Any, Final, get_args
 
 from icechunk.config import (
     ManifestConfig,
@@ -22,36 +17,32 @@ from icechunk.config.manifest import DEFAULT_SPLIT_SIZE
 from icechunk.format.ids import encode_id
 from icechunk.log.repository.port import Layout
 from icechunk.log.repository.ref_files.layout import needs_format_2
-from icechunk.log.repository.ref_files.upgrade import DEFAULT_PREFETCH, upgrade
 from icechunk.maintenance.collect import collect_garbage
 from icechunk.maintenance.expire import expire
 from icechunk.maintenance.prune import prune_log
 from icechunk.maintenance.reachability import Limits
 from icechunk.maintenance.stats import chunk_storage_stats
 from icechunk.ops import ChunkStorageStats, GCSummary
-from icechunk.repository.base import RepositoryBase
-from icechunk.repository.opening import Opening
 from icechunk.repository.sessions import Sessions
 from icechunk.runtime.checks import WrongTypeError, json_metadata, require_type
 from icechunk.runtime.clock import us_of
 from icechunk.runtime.loops import synchronous, warn_caller
-from icechunk.session.core import Core
 from icechunk.types import CommitMethod
 
-__all__ = [
-    "Rewriting",
-    "Upkeep",
-    "_InvalidatedRepository",
-    "upgrade_icechunk_repository",
-    "upgrade_icechunk_repository_async",
-]
+__all__ = ["Maintenance"]
 
 _MIB: Final = 1024 * 1024
 _GIB: Final = 1024 * _MIB
 
 
-class Upkeep(RepositoryBase):
-    """What keeps a repository from growing for ever, and says how large it is."""
+_UNSPLIT: Final = ManifestSplittingConfig.from_dict(
+    {ManifestSplitCondition.path_matches(".*"): {ManifestSplitDimCondition.Any(): DEFAULT_SPLIT_SIZE}}
+)
+"""What the official library calls the absence of splitting."""
+
+
+class Maintenance(Sessions):
+    """Keeps a repository from growing for ever, says how large it is, and writes its manifests anew."""
 
     async def expire_snapshots_async(
         self, older_than: datetime, *, delete_expired_branches: bool = False, delete_expired_tags: bool = False
@@ -242,24 +233,6 @@ class Upkeep(RepositoryBase):
 
     total_chunks_storage = synchronous(total_chunks_storage_async)
 
-
-def _instant_us(name: str, value: datetime) -> int:
-    """µs since the epoch."""
-    require_type(name, value, datetime)
-    if value.tzinfo is None or value.utcoffset() is None:
-        raise WrongTypeError(f"{name} needs a time zone, for example datetime.now(timezone.utc)")
-    return us_of(value)
-
-
-_UNSPLIT: Final = ManifestSplittingConfig.from_dict(
-    {ManifestSplitCondition.path_matches(".*"): {ManifestSplitDimCondition.Any(): DEFAULT_SPLIT_SIZE}}
-)
-"""What the official library calls the absence of splitting."""
-
-
-class Rewriting(Sessions):
-    """Gives existing references the manifests that new ones would get."""
-
     async def rewrite_manifests_async(
         self,
         message: str,
@@ -326,79 +299,9 @@ class Rewriting(Sessions):
         return stored["manifest"]["splitting"]
 
 
-R = TypeVar("R", bound=Opening)
-
-
-class _InvalidatedRepository:
-    """Stands in a `Repository` object that was upgraded; whoever uses that gets ``RuntimeError``."""
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise RuntimeError(
-            "this Repository object was invalidated by upgrade_icechunk_repository(); use the one that the call "
-            "returned, or open the repository again"
-        )
-
-
-async def upgrade_icechunk_repository_async(
-    repo: R, *, dry_run: bool, delete_unused_v1_files: bool = True, prefetch_concurrency: int | None = None
-) -> R:
-    """Bring a repository of format 1 to format 2: its refs become one ``repo`` object, all else stays as it is.
-
-    Snapshots, manifests and chunks keep their ids and bytes; history, branches, tags, names of deleted tags and the
-    persisted configuration are the same afterwards. Interrupted at any step nothing is lost, and the same call
-    finishes it; until then the repository can be read and not written. A commit that somebody makes meanwhile, with
-    either library, is taken over or refused, on a storage with conditional writes; branches and tags that an official
-    1.x client creates or deletes in the same moment may be left behind (a warning is logged).
-
-    Parameters
-    ----------
-    repo
-        Open on the repository. Cannot be used afterwards, unless it was a dry run or an error was raised.
-    dry_run
-        Read all that is needed, log what would happen (logger
-        ``icechunk.log.repository.ref_files.upgrade``), and change nothing.
-    delete_unused_v1_files
-        Delete the refs and ``config.yaml`` in the end. Without that, commits that are made meanwhile may be lost: see
-        to it that there are none.
-    prefetch_concurrency
-        Snapshot files to read at a time, at least 1; None: 64.
-
-    Returns
-    -------
-    Repository
-        A new object on the repository, with the same configuration and credentials.
-
-    Raises
-    ------
-    SessionStateError
-        It has format 2 already, in whatever layout (kind ``invalid-repository-migration``).
-    SnapshotNotFoundError, FormatError
-        A file that belongs to it is missing or cannot be read. Nothing was changed.
-    ReadOnlyError
-        The storage can only be read.
-    StorageError
-        No certain answer from the storage; nothing is lost, call again.
-    """
-    upgraded = await _upgraded(repo, dry_run, delete_unused_v1_files, prefetch_concurrency)
-    if not dry_run:
-        repo._core = cast("Core", _InvalidatedRepository())
-    return upgraded
-
-
-async def _upgraded(repo: R, dry_run: bool, delete_unused_v1_files: bool, prefetch_concurrency: int | None) -> R:
-    require_type("repo", repo, Opening)
-    require_type("dry_run", dry_run, bool)
-    require_type("delete_unused_v1_files", delete_unused_v1_files, bool)
-    require_type("prefetch_concurrency", prefetch_concurrency, int, optional=True)
-    core = repo._core
-    await upgrade(
-        core.storage,
-        core.sources,
-        dry_run=dry_run,
-        delete_ref_files=delete_unused_v1_files,
-        prefetch=DEFAULT_PREFETCH if prefetch_concurrency is None else prefetch_concurrency,
-    )
-    return await repo.reopen_async()
-
-
-upgrade_icechunk_repository = synchronous(upgrade_icechunk_repository_async)
+def _instant_us(name: str, value: datetime) -> int:
+    """µs since the epoch."""
+    require_type(name, value, datetime)
+    if value.tzinfo is None or value.utcoffset() is None:
+        raise WrongTypeError(f"{name} needs a time zone, for example datetime.now(timezone.utc)")
+    return us_of(value)

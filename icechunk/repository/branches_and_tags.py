@@ -20,10 +20,10 @@ from icechunk.repository.base import RepositoryBase
 from icechunk.repository.views import require_feature
 from icechunk.runtime.loops import synchronous
 
-__all__ = ["Branches"]
+__all__ = ["BranchesAndTags"]
 
 
-class Branches(RepositoryBase):
+class BranchesAndTags(RepositoryBase):
     """Names for snapshots: branches move, tags never do."""
 
     async def create_branch_async(self, branch: str, snapshot_id: str) -> None:
