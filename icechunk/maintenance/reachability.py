@@ -103,7 +103,7 @@ class Files:
 
     async def get(self, key: str) -> bytes:
         """The whole file. Raises `ObjectNotFoundError`."""
-        carried = self._log.carried_object(key) if isinstance(self._log, LogLayout) else None
+        carried = self._log.view.carried.find(key) if isinstance(self._log, LogLayout) else None
         if carried is not None:
             return carried
         try:

@@ -161,6 +161,8 @@ class DeleteResult:
     """Objects that do not exist any more (one that did not exist before counts)."""
     failures: tuple[tuple[str, str], ...] = ()
     """Key and reason of each that may still exist."""
+    refused: bool = False
+    """Whether all of these still exist for certain, since the storage refused to delete them."""
 
 
 class ListingUnsupportedError(StorageError):

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -20,7 +23,7 @@ from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTime
 from icechunk.config.storage import DEFAULT_INITIAL_BACKOFF_MS, DEFAULT_MAX_BACKOFF_MS, DEFAULT_MAX_TRIES
 from icechunk.runtime.clock import Sources
 
-__all__ = ["Limits", "Pace", "Tries", "limits_of"]
+__all__ = ["Limits", "Pace", "Tries", "limits_of", "retried_unless", "retries_have_ended"]
 
 _FIRST_CONTACT_TRIES: Final = 4
 """Tries for a service that never answered: more likely a wrong address than a bad day."""
@@ -68,6 +71,28 @@ def limits_of(settings: StorageSettings | None, stream_timeout_s: int | None = N
     )
 
 
+_ended: ContextVar[Callable[[], bool] | None] = ContextVar("retries have ended", default=None)
+
+
+@contextmanager
+def retried_unless(ended: Callable[[], bool]) -> Iterator[None]:
+    """Within this block an operation is tried again only as long as ``ended()`` is false.
+
+    For whoever may not send a request again once somebody has been told about it.
+    """
+    token = _ended.set(ended)
+    try:
+        yield
+    finally:
+        _ended.reset(token)
+
+
+def retries_have_ended() -> bool:
+    """Whether what is being done may not be tried again, by `retried_unless`."""
+    ended = _ended.get()
+    return ended is not None and ended()
+
+
 class Tries:
     """The tries of one operation: how many there were, whether there is another, and how long it may take.
 
@@ -110,7 +135,8 @@ class Tries:
             Whether the service ever answered.
         """
         limits = self._limits
-        if self.count >= (limits.max_tries if contacted else min(limits.max_tries, _FIRST_CONTACT_TRIES)):
+        most = limits.max_tries if contacted else min(limits.max_tries, _FIRST_CONTACT_TRIES)
+        if self.count >= most or retries_have_ended():
             return None
         pause_s = min(limits.max_backoff_s, limits.initial_backoff_s * 2.0 ** (self.count - 1))
         pause_s = pause_s * self._sources.fraction() + min(limits.max_backoff_s, asked_s)
@@ -122,13 +148,15 @@ class Tries:
         pause_s = self.pause_s(contacted=contacted)
         if pause_s is None:
             return False
-        await self.after(pause_s)
-        return True
+        return await self.after(pause_s)
 
-    async def after(self, pause_s: float) -> None:
-        """Wait, and count the next try."""
+    async def after(self, pause_s: float) -> bool:
+        """Wait, and count the next try; False where there may be none any more."""
         await self._sources.sleep(pause_s)
+        if retries_have_ended():
+            return False
         self.count += 1
+        return True
 
     @property
     def _left_s(self) -> float | None:

@@ -187,7 +187,7 @@ def checkpoint_is_current(storage: Storage) -> bool:
     async def look() -> bool:
         log = await open_log(storage)
         try:
-            return log.n > 0 and log.checkpoint_n == log.n
+            return log.n > 0 and log.view.checkpoint_n == log.n
         finally:
             await log.aclose()
 

@@ -79,7 +79,7 @@ class _Cluster(Clients):
             await asyncio.gather(*(self._commit(log, rng, storage, sources) for _ in range(rng.choice((1, 1, 1, 3)))))
             if rng.random() < 0.1:
                 await self.quietly(log.checkpoint())
-            if log.ended is not None or rng.random() < 0.05:
+            if log.view.left is not None or rng.random() < 0.05:
                 await log.aclose()
                 log = await self.open(storage, sources)
         if log is not None:
@@ -247,7 +247,7 @@ class _Cluster(Clients):
             report.problems.append(f"{len(visible)} commits that were reported as failed are in history")
         if not self.collect:
             _check_linear(log.state, updates, report)
-        elif missing := missing_files(log.state, self.store.contents() | log.carried_files()):
+        elif missing := missing_files(log.state, self.store.contents() | log.view.carried.all()):
             report.problems.append(f"{len(missing)} files are lost that history needs in the end")
         if self.store.missing:
             report.problems.append(f"checkpoints named {len(self.store.missing)} files that were not there")

@@ -88,11 +88,11 @@ async def auditor(clients: Clients, rounds: int) -> None:
         log = await clients.open(storage, sources)
         if log is None:
             continue
-        missing = missing_files(log.state, clients.store.contents() | log.carried_files())
+        missing = missing_files(log.state, clients.store.contents() | log.view.carried.all())
         if missing:
             # Unless they left the history in the meantime.
             state = await log.refresh()
-            still = {key for _, key in missing_files(state, clients.store.contents() | log.carried_files())}
+            still = {key for _, key in missing_files(state, clients.store.contents() | log.view.carried.all())}
             if lost := still & {key for _, key in missing}:
                 clients.report.problems.append(f"{len(lost)} files are lost that history needs")
 

@@ -1,14 +1,11 @@
-"""What creators do in every layout: see that the place is free, put the first files, say who was first (rule 11).
+"""Creating a repository of any layout: see that the place is free, put the first files, say who was first (rule 11).
 
-Creating a repository of the log layout: exactly one creator wins (rule 11).
-
-Creating a repository of the ref-files layout: exactly one creator wins (rule 11).
-
-Creating a repository of the repo-object layout: exactly one creator wins (rule 11).
+Of any number of creators exactly one wins.
 """
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -34,8 +31,6 @@ from icechunk.log.repository.entries.entry import new_epoch
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.entries.reader import (
     Head,
-    Instant,
-    Known,
     Opened,
     RepoObject,
     instant,
@@ -51,6 +46,7 @@ from icechunk.log.repository.state import MAIN, RepoState, initial_state, to_rep
 from icechunk.log.repository.store_check import require_atomic, require_writable
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.tasks import run_jobs
+from icechunk.storage.outcome import is_refusal
 from icechunk.storage.port import Absent, Storage
 
 __all__ = [
@@ -150,7 +146,9 @@ async def _put_or_read(storage: Storage, sources: Sources, key: str, data: bytes
         try:
             await storage.put(key, data, Absent())
             return data
-        except (PreconditionFailedError, StorageError) as error:
+        except StorageError as error:
+            if is_refusal(error):
+                raise
             why = error
         try:
             return (await storage.get(key)).data
@@ -209,35 +207,62 @@ async def create_log(
     await require_place(storage, check_clean_root=check_clean_root)
     state = await first_state(storage, sources, config=config)
     epoch = new_epoch(sources.random_bytes(12), sources.wall_us())
-    head = Head(epoch=epoch, n=0, state=state)
-    info = checkpoint_info(state, epoch=epoch, n=0)
-    proof, known = await _swap_in(storage, sources, epoch, info)
+    found = await _create_repo(
+        storage,
+        sources,
+        checkpoint_info(state, epoch=epoch, n=0),
+        lambda found: _has_epoch(found, epoch),
+    )
     await require_clean(storage, everything=False)
-    opened = Opened(head=head, proof=proof, known=known, tail=())
+    head = Head(epoch=epoch, n=0, state=state)
+    opened = Opened(head=head, proof=found.asked, known=found.known, tail=())
     return LogLayout(storage, sources, opened, updates_per_file=updates_per_file)
 
 
-async def _swap_in(storage: Storage, sources: Sources, epoch: str, info: RepoInfo) -> tuple[Instant, Known]:
-    """Make ``repo`` the marker of this log, and say since when it is, and what stands there."""
+async def _has_epoch(found: RepoObject, epoch: str) -> bool:
+    return found.known.marker is not None and found.known.marker.epoch == epoch
+
+
+async def _create_repo(
+    storage: Storage, sources: Sources, info: RepoInfo, is_ours: Callable[[RepoObject], Awaitable[bool]]
+) -> RepoObject:
+    """Create ``repo``, settled as a swap is: what is recognised is this creator's own success, whatever was answered.
+
+    Raises
+    ------
+    AlreadyExistsError
+        Another creator was first.
+    StorageError
+        Refused for certain, in the store's own words; or no certain answer.
+    """
     data = encode_repo(info)
+    may_be_there = False
+    why: Exception | None = None
     for attempt in range(ATTEMPTS):
         await pause_before(sources, attempt)
         asked = instant(sources)
         try:
             put = await storage.put(REPO_KEY, data, Absent())
-        except (PreconditionFailedError, StorageError):
-            # Settled as a slot is: a marker with our epoch is our own success, whatever the answer was.
-            try:
-                found = await read_repo(storage, sources)
-            except StorageError:
-                continue
+        except StorageError as error:
+            if is_refusal(error) and not may_be_there:
+                raise
+            may_be_there = may_be_there or not error.unsent
+            why = error
+        else:
+            known = known_of(info, put.version, len(data))
+            return RepoObject(info=info, known=known, asked=replace(asked, date_us=put.date_us))
+        try:
+            found = await read_repo(storage, sources)
             if found is None:
                 continue
-            if found.known.marker is None or found.known.marker.epoch != epoch:
-                raise already_there(storage) from None
-            return found.asked, found.known
-        return replace(asked, date_us=put.date_us), known_of(info, put.version, len(data))
-    raise unsure(storage)
+            ours = await is_ours(found)
+        except StorageError as error:
+            why = error
+            continue
+        if not ours:
+            raise already_there(storage)
+        return found
+    raise unsure(storage) from why
 
 
 async def create_ref_files(
@@ -278,33 +303,20 @@ async def create_repo_object(
     await require_place(storage, check_clean_root=check_clean_root)
     state = await first_state(storage, sources, config=config)
     mark = write_mark(sources.random_bytes(16))
-    data = encode_repo(to_repo_info(state, extra=mark))
-    acknowledged = False
-    for attempt in range(ATTEMPTS):
-        await pause_before(sources, attempt)
-        with suppress(PreconditionFailedError, StorageError):
-            await storage.put(REPO_KEY, data, Absent())
-            acknowledged = True
-        try:
-            found = await read_repo(storage, sources)
-        except StorageError:
-            continue
-        if found is None:
-            continue
-        # Settled as a swap is: the mark is our own success, whatever the answer was.
-        if not acknowledged and found.info.extra != mark and not await _grew_from(storage, found, mark):
-            raise already_there(storage)
-        await require_clean(storage, everything=False)
-        return RepoObjectLayout(storage, sources, found, updates_per_file=updates_per_file, retries=retries)
-    raise unsure(storage)
+    info = to_repo_info(state, extra=mark)
+    found = await _create_repo(storage, sources, info, lambda found: _grew_from(storage, found, mark))
+    await require_clean(storage, everything=False)
+    return RepoObjectLayout(storage, sources, found, updates_per_file=updates_per_file, retries=retries)
 
 
 async def _grew_from(storage: Storage, found: RepoObject, mark: bytes) -> bool:
-    """Whether somebody has replaced ours already: then the oldest copy is ours."""
+    """Whether it is ours, or somebody has replaced ours already: then the oldest copy is."""
+    if found.info.extra == mark:
+        return True
     oldest = found.info.updates[-1].backup_path if found.info.updates else None
     if oldest is None or found.info.repo_before_updates is not None:
         return False
     try:
         return decode_repo((await storage.get(overwritten_repo_key(oldest))).data).extra == mark
-    except StorageError:
+    except ObjectNotFoundError:
         return False

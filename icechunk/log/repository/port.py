@@ -44,16 +44,20 @@ Propose: TypeAlias = Callable[[RepoState], Sequence[Event]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwapToken:
-    """Names one swap whose outcome is not known; picklable, and valid in any process."""
+    """Names a change whose outcome is not known; picklable, and valid in any process."""
 
     epoch: str
-    """Life of the log that the entry belongs to."""
-    n: int
-    """Slot that the entry was sent to."""
-    nonce: bytes
-    """16 bytes: the entry's own."""
+    """With ``n`` the place that its attempts were made for: a life of the log, a version of ``repo``, a ref's key."""
+    n: int = 0
+    """Slot of the log; 0 in other layouts."""
+    nonces: tuple[bytes, ...]
+    """Of each attempt that held the caller's events; at most one of them landed."""
+    times_us: tuple[int, ...] = ()
+    """Of the newest event of each of these attempts, where the layout needs that to recognise them."""
     snapshots: tuple[ObjectId, ...] = ()
     """New snapshots of the caller's events: in the graph exactly if they landed."""
+    known_us: int | None = None
+    """Store time at which the place was known to be free; None where the store does not tell it."""
 
 
 OnSent: TypeAlias = Callable[[SwapToken | None], None]

@@ -1,136 +1,60 @@
-"""Sending one entry to its slot until the outcome is certain (rules 2, 3 and 5).
+"""The engine of every layout: one queue, one attempt at a time, sent until its outcome is certain (rules 1 to 3).
 
-What to do next is decided by plain functions of what the store answered; `settle_attempt` only carries it
-out. The worked example: PUT times out → GET the slot. Our nonce: landed. Another's: lost, for certain. Empty: the
-PUT may still arrive, so the same bytes are sent to the same slot again, and nothing else is.
+Callers wait in a queue. A task makes an attempt of as many of them as it can, sends it on the condition that its
+place is as it was, and looks at the place until it knows: the attempt landed, it is lost, or nobody can say yet.
+The task belongs to the log, not to a caller, since a request must outlive the caller who gave up on it; an anyio
+task group needs a scope that nobody here is in. It is spawned when somebody waits, held strongly, ends when nobody
+does, and is awaited or cancelled in `SwappedLog.aclose`.
+
+Once a caller of an attempt has been told anything the attempt is *told*, and no byte of it is sent again. What
+comes next goes to the same place with its own bytes: at most one attempt for a place ever stands in it, and whoever
+finds the place taken recognises the winner. The worked example: PUT times out → look. Our nonce: landed. Another's:
+lost, for certain. Unchanged: the PUT may still arrive, so the same bytes are sent again, unless a caller has left
+meanwhile.
+
+A layout supplies the encoding (`_build`, `_make`), the condition (`_send`) and the recognition (`_look`,
+`_passed`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
-from typing import Final, TypeAlias, assert_never
+import asyncio
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from types import MappingProxyType
+from typing import Final, Generic, TypeVar
 
-from icechunk.errors import CommitOutcomeUnknown, FormatError, IcechunkError, PreconditionFailedError
-from icechunk.log.repository.entries.entry import Entry, slot_key
-from icechunk.log.repository.entries.reader import Instant, Opened, RepoObject, instant, read_slot, still_proves
-from icechunk.log.repository.queue import Attempt
+from icechunk.errors import (
+    CommitOutcomeUnknown,
+    ErrorKind,
+    FormatError,
+    IcechunkError,
+    SessionStateError,
+    StorageError,
+)
+from icechunk.format.ids import encode_id
+from icechunk.log.repository.entries.embedded import put_once
+from icechunk.log.repository.port import OnSent, Propose, RepositoryLog
+from icechunk.log.repository.queue import Attempt, Group, Waiting, resolve, tell_sent
+from icechunk.log.repository.state import RepoState
+from icechunk.log.repository.store_check import require_writable
 from icechunk.runtime.clock import Sources
-from icechunk.storage.port import Absent, Storage
+from icechunk.runtime.tasks import finish_task
+from icechunk.storage.outcome import is_refusal
+from icechunk.storage.port import Storage
+from icechunk.storage.retry import retried_unless
 
-__all__ = [
-    "Landed",
-    "Lost",
-    "NoAnswer",
-    "Reopen",
-    "SendAgain",
-    "SlotAnswer",
-    "Undecidable",
-    "Verdict",
-    "after_reopen",
-    "backoff_s",
-    "from_put",
-    "from_slot",
-    "settle_attempt",
-]
+__all__ = ["CLOSE_GRACE_S", "Fate", "Settled", "SwappedLog", "backoff_s"]
+
+A = TypeVar("A", bound=Attempt)
 
 _ROUNDS: Final = 8
 _FIRST_PAUSE_S: Final = 0.02
 _LONGEST_PAUSE_S: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Landed:
-    """Our entry stands in the log."""
-
-    proof: Instant | None = None
-    """A new proof of the end of the log, where the answer is one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lost:
-    """Our entry is not in the log and never will be."""
-
-    taken_by: Entry | None
-    """Who has the slot, where it is the next one to fold."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SendAgain:
-    """The slot is empty: send the same bytes again."""
-
-    proof: Instant
-    """The empty slot shows where the log ends."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reopen:
-    """The answer came too late to be believed: find the end of the log anew."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Undecidable:
-    """The slot may have been pruned meanwhile, and nothing of ours can be recognised in the state."""
-
-
-Verdict: TypeAlias = Landed | Lost | SendAgain | Reopen | Undecidable
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NoAnswer:
-    """Neither 200 nor 412."""
-
-    error: Exception
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SlotAnswer:
-    """What GET of the slot showed."""
-
-    entry: Entry | None
-    """None: it is empty."""
-    asked: Instant
-    """Client clocks before the GET, store time of the answer."""
-    answered: Instant
-
-
-def from_put(attempt: Attempt, *, asked: Instant, answered: Instant) -> Landed | Reopen:
-    """What a 200 means: it counts only while the knowledge that the slot was next is fresh (rule 5)."""
-    if not still_proves(attempt.proof, answered):
-        return Reopen()
-    return Landed(proof=replace(asked, date_us=answered.date_us))
-
-
-def from_slot(attempt: Attempt, answer: SlotAnswer) -> Landed | Lost | SendAgain | Reopen:
-    """What the slot's contents mean for the attempt (rule 2)."""
-    if not still_proves(attempt.proof, answer.answered):
-        return Reopen()
-    if answer.entry is None:
-        return SendAgain(proof=answer.asked)
-    if answer.entry.nonce == attempt.nonce:
-        return Landed()
-    return Lost(taken_by=answer.entry)
-
-
-def after_reopen(attempt: Attempt, opened: Opened, *, in_history: bool) -> Verdict:
-    """What a freshly read log means for the attempt (rule 5).
-
-    Parameters
-    ----------
-    in_history
-        Whether a snapshot of the attempt is in the state or its updates.
-    """
-    if in_history:
-        return Landed()
-    if opened.head.epoch != attempt.epoch:
-        return Lost(taken_by=None) if attempt.snapshots else Undecidable()
-    if attempt.n == opened.head.n + 1:
-        return SendAgain(proof=opened.proof)
-    for entry in opened.tail:
-        if entry.n == attempt.n:
-            return Landed() if entry.nonce == attempt.nonce else Lost(taken_by=None)
-    # Behind the checkpoint: the slot may have been pruned and made again, so it proves nothing.
-    return Lost(taken_by=None) if attempt.snapshots else Undecidable()
+_MOST_SWAPS_TO_PAUSE: Final = 64
+CLOSE_GRACE_S: Final = 10.0
 
 
 def backoff_s(sources: Sources, round_: int) -> float:
@@ -139,93 +63,396 @@ def backoff_s(sources: Sources, round_: int) -> float:
     return longest * sources.fraction()
 
 
-async def settle_attempt(
-    storage: Storage,
-    sources: Sources,
-    attempt: Attempt,
-    *,
-    reopen: Callable[[], Awaitable[Opened | RepoObject]],
-    in_history: Callable[[Attempt, Opened | RepoObject], Awaitable[bool]],
-    saw: Callable[[Instant], None],
-    first_look: bool = False,
-) -> Landed | Lost:
-    """Send the entry, and read back, until its outcome is certain.
+class Fate(Enum):
+    """What is known of an attempt."""
+
+    LANDED = auto()
+    """It is what took its place."""
+    LOST = auto()
+    """Something else took its place: it is not part of history and never will be."""
+    REFUSED = auto()
+    """Every request of it was refused, or never left: nothing of it was carried out, nor will be."""
+    OPEN = auto()
+    """Its place is as it was: a request of it may still arrive."""
+    UNDECIDED = auto()
+    """Its place was taken long ago, and nothing tells any more by what."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """How far an attempt was followed."""
+
+    fate: Fate
+    why: Exception | None = None
+    """What the store answered last, where it gave no certain answer."""
+    silent: bool = False
+    """The store gave no certain answer in a bounded number of tries."""
+
+
+class SwappedLog(RepositoryLog, Generic[A]):
+    """A repository log whose changes are conditional writes. Belongs to one event loop.
 
     Parameters
     ----------
-    reopen
-        Finds the end of the log anew.
-    in_history
-        Whether the newest state, what was opened, or their ops logs know a snapshot of the attempt.
-    saw
-        Is told of every answer with a store time.
-    first_look
-        Whether to read the slot before sending, since the bytes were sent before.
-
-    Raises
-    ------
-    CommitOutcomeUnknown
-        The store gave no certain answer in a bounded number of tries. The attempt stays unsettled.
+    storage
+        Where the log is.
+    sources
+        Clock, pauses and chance.
+    embeds
+        Whether the files of a call are embedded in its entry. Else they are put before it waits.
     """
-    key = slot_key(attempt.epoch, attempt.n)
-    why: Exception | None = None
-    for round_ in range(_ROUNDS):
-        if round_:
-            await sources.sleep(backoff_s(sources, round_))
-        verdict: Verdict | None = None
-        if round_ or not first_look:
-            asked = instant(sources)
+
+    def __init__(self, storage: Storage, sources: Sources, *, embeds: bool = False) -> None:
+        self._storage = storage
+        self._sources = sources
+        self._embeds = embeds
+        self.waiting: list[Waiting] = []
+        """Callers that are in no attempt under way, first come, first served."""
+        self._in_flight: A | None = None
+        self._told: list[A] = []
+        """Attempts that may still land, and are not sent again. Nothing depends on them but that callers are told."""
+        self.swapping = asyncio.Lock()
+        """Held while an attempt is made and settled."""
+        self._losses = 0
+        self._swap_s = 0.0
+        """How long a swap takes, as observed; 0: not yet."""
+        self.closed = False
+        self.runner: asyncio.Task[None] | None = None
+        """Swaps until nobody waits."""
+
+    # --------------------------------------------------------- what a layout supplies
+
+    @abstractmethod
+    def _begin_look(self) -> int:
+        """Number a look that begins now, or a call that only later looks can answer."""
+
+    @property
+    @abstractmethod
+    def _looked(self) -> int:
+        """Number of the newest look that has shown the newest state."""
+
+    @abstractmethod
+    async def _look_anew(self) -> None:
+        """Learn the newest state: a refusal counts only by a look after the call (rule 3)."""
+
+    @abstractmethod
+    async def _ready(self) -> None:
+        """See that this log can be written to, and knows enough to make an attempt. What it raises ends all appends."""
+
+    @abstractmethod
+    async def _build(self, waiting: Sequence[Waiting]) -> Group:
+        """Validate those who wait on the newest known state; a layout may take fewer than there are."""
+
+    @abstractmethod
+    async def _make(self, group: Group) -> A:
+        """The attempt for a group that has members, on the state that they were validated on."""
+
+    @abstractmethod
+    async def _send(self, attempt: A) -> bool:
+        """Send it once, on its condition: True: it landed, and is folded; False: look.
+
+        Raises
+        ------
+        IcechunkError, OSError
+            No answer, or a refusal (`icechunk.storage.outcome.is_refusal`).
+        """
+
+    @abstractmethod
+    async def _look(self, attempt: A) -> Fate:
+        """Look at its place, fold what took it, and recognise the attempt. Never `Fate.REFUSED`.
+
+        Raises
+        ------
+        IcechunkError, OSError
+            The place cannot be read; `FormatError`: what stands there cannot be.
+        """
+
+    @abstractmethod
+    def _passed(self, attempt: A) -> bool:
+        """Whether the newest known state says that its place was taken, so that looking at it decides."""
+
+    def _landed(self, attempt: A) -> None:
+        """An attempt of this client landed, and its callers have been told."""
+
+    async def _lost(self) -> None:
+        """Others were first, ``_losses`` times in a row: step aside for a moment."""
+        if self._losses > 1:
+            swaps: float = min(_MOST_SWAPS_TO_PAUSE, 2.0 ** min(self._losses, 60))
+            await self._sources.sleep(min(_LONGEST_PAUSE_S, swaps * self._swap_s) * self._sources.fraction())
+
+    # ------------------------------------------------------------------------- callers
+
+    async def append(
+        self,
+        propose: Propose,
+        *,
+        since_us: int | None = None,
+        deadline_s: float | None = None,
+        on_sent: OnSent | None = None,
+        files: Mapping[str, bytes] = MappingProxyType({}),
+        on_queued: Callable[[], None] | None = None,
+    ) -> RepoState:
+        """As `RepositoryLog.append`."""
+        require_writable(self._storage, "change the repository")
+        if not self._embeds:
+            for key, data in files.items():
+                await put_once(self._storage, key, data)
+        if self.closed:
+            raise SessionStateError("the repository is closed; open it again")
+        one = Waiting(
+            propose=propose,
+            since_us=since_us,
+            outcome=asyncio.get_running_loop().create_future(),
+            on_sent=on_sent,
+            files=files if self._embeds else {},
+            asked=self._begin_look(),
+        )
+        self.waiting.append(one)
+        if on_queued is not None:
+            on_queued()
+        if self.runner is None or self.runner.done():
+            self.runner = asyncio.get_running_loop().create_task(self._run(), name="icechunk swaps")
+        try:
+            # Not `wait_for`: the future is the runner's, a caller who leaves must not cancel it.
+            await asyncio.wait({one.outcome}, timeout=deadline_s)
+        finally:
+            if not one.outcome.done():
+                one.abandoned = True
+                if one in self.waiting:
+                    self.waiting.remove(one)
+        if one.outcome.done():
+            return one.outcome.result()
+        if not one.attempts:
+            raise StorageError(
+                f"cannot change the repository in {self._storage.describe()}: the deadline of {deadline_s} s passed "
+                "before anything was sent; nothing landed",
+                ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
+            )
+        raise self._unknown(one, f"the deadline of {deadline_s} s passed first")
+
+    def _unknown(self, one: Waiting, why: object) -> CommitOutcomeUnknown:
+        token = one.token
+        snapshots = () if token is None else token.snapshots
+        what = ", ".join(encode_id(snapshot) for snapshot in snapshots) or "a change"
+        return CommitOutcomeUnknown(
+            f"it is not known whether {what} landed in the repository in {self._storage.describe()}: {why}. "
+            "Repository.settle_async(error.token) finds out, or makes failure certain",
+            token,
+        )
+
+    async def aclose(self) -> None:
+        """Stop: who was not sent is told so, who was sent and is not certain after a while as well."""
+        if self.closed:
+            return
+        self.closed = True
+        waiting, self.waiting = self.waiting, []
+        for one in waiting:
+            self._give_up(one, SessionStateError("the repository was closed before anything was sent; nothing landed"))
+        await finish_task(self.runner, CLOSE_GRACE_S)
+
+    # --------------------------------------------------------------------------- swaps
+
+    async def _run(self) -> None:
+        """Swap until nobody waits."""
+        try:
+            while self.waiting:
+                async with self.swapping:
+                    await self._swap_next()
+        except asyncio.CancelledError:
+            self._fail_all(SessionStateError("the repository was closed before anything was sent; nothing landed"))
+            raise
+        except Exception as error:
+            self._fail_all(error)
+
+    async def _swap_next(self) -> None:
+        await self._ready()
+        attempt = await self._next_attempt()
+        if attempt is None:
+            return
+        self._in_flight = attempt
+        began_us = self._sources.elapsed_us()
+        settled = await self._follow(attempt)
+        took_s = max(0, self._sources.elapsed_us() - began_us) / 1e6
+        self._in_flight = None
+        match settled.fate:
+            case Fate.LANDED | Fate.LOST:
+                self._swap_s = took_s if not self._swap_s else 0.75 * self._swap_s + 0.25 * took_s
+                await self._decided(attempt, settled.fate)
+            case Fate.REFUSED:
+                assert settled.why is not None
+                self._close(attempt, Fate.REFUSED)
+                for member in attempt.members:
+                    self._give_up(member.waiting, settled.why)
+            case Fate.OPEN:
+                self._told.append(attempt)
+                if attempt.is_told and not settled.silent:
+                    # The others' events go to the same place in an attempt of their own.
+                    self._wait_again(attempt)
+                else:
+                    for member in attempt.members:
+                        resolve(member.waiting, self._unknown(member.waiting, settled.why))
+            case Fate.UNDECIDED:
+                for member in attempt.members:
+                    resolve(member.waiting, self._unknown(member.waiting, settled.why))
+        if settled.silent:
+            # The same silence awaits those who wait; so they know at least that nothing of theirs was sent.
+            self._fail_all(SessionStateError(f"nothing was sent, nothing landed; try again: {settled.why}"))
+
+    async def _next_attempt(self) -> A | None:
+        """Validate those who wait and make the attempt of those whose events apply; None where nobody's do.
+
+        Nothing waits between the last look at the queue and the tokens: who leaves later is told that something was
+        sent.
+        """
+        looked = False
+        while True:
+            await self._recall()
+            waiting = [one for one in self.waiting if one.asked < self._looked] if looked else self.waiting
+            group = await self._build(waiting)
+            if any(one.asked > self._looked for one, _ in group.refused):
+                # What this client has not heard of yet may be what the caller builds upon, or wants gone.
+                await self._look_anew()
+                looked = True
+                continue
+            attempt = None
+            if group.members:
+                try:
+                    attempt = await self._make(group)
+                except Exception as error:
+                    # Something that cannot be encoded: nothing was sent, and those who come after must not suffer.
+                    group.refused += [(member.waiting, error) for member in group.members]
+                    group.members = []
+            left = any(member.waiting.abandoned for member in group.members)
+            if not left and not any(map(self._passed, self._told)):
+                break
+        decided = {id(member.waiting) for member in group.members}
+        decided |= {id(one) for one, _ in group.refused} | {id(one) for one in group.nothing}
+        self.waiting = [one for one in self.waiting if id(one) not in decided]
+        for one, reason in group.refused:
+            self._give_up(one, reason)
+        for one in group.nothing:
+            resolve(one, self.state)
+        if attempt is not None:
+            attempt.members = tuple(group.members)
+            for member in group.members:
+                member.waiting.attempts.append(attempt)
+                tell_sent(member.waiting)
+        return attempt
+
+    async def _follow(self, attempt: A) -> Settled:
+        """Send an attempt, and look, until its outcome is certain, a caller has left, or the tries are used up."""
+        why: Exception | None = None
+        for round_ in range(_ROUNDS):
+            if round_:
+                await self._sources.sleep(backoff_s(self._sources, round_))
+                if attempt.is_told:
+                    break
+            refusal: Exception | None = None
             try:
-                put = await storage.put(key, attempt.data, Absent())
-            except PreconditionFailedError:
-                pass
+                with retried_unless(lambda: attempt.is_told):
+                    landed = await self._send(attempt)
+                if landed:
+                    return Settled(fate=Fate.LANDED)
+                attempt.may_land = True
             except (IcechunkError, OSError) as error:
                 why = error
-            else:
-                answered = instant(sources, put.date_us)
-                saw(answered)
-                verdict = from_put(attempt, asked=asked, answered=answered)
-        if verdict is None:
+                if is_refusal(error):
+                    if not attempt.may_land:
+                        return Settled(fate=Fate.REFUSED, why=error)
+                    refusal = error
+                elif not getattr(error, "unsent", False):
+                    attempt.may_land = True
             try:
-                verdict = from_slot(attempt, await _look(storage, sources, attempt, saw))
+                fate = await self._look(attempt)
             except FormatError as error:
-                raise CommitOutcomeUnknown(f"what stands in slot {attempt.n} cannot be read ({error})", None) from error
+                # Somebody stands there who says what this client does not understand.
+                return Settled(fate=Fate.OPEN, why=error, silent=True)
             except (IcechunkError, OSError) as error:
-                why = error
-                continue
-        if isinstance(verdict, Reopen):
+                why, fate = refusal or error, Fate.OPEN
+            if fate is not Fate.OPEN:
+                return Settled(fate=fate, why=why)
+            if refusal is not None:
+                return Settled(fate=Fate.OPEN, why=refusal)
+        else:
+            if why is not None and not attempt.may_land:
+                return Settled(fate=Fate.REFUSED, why=why, silent=True)
+            silence = StorageError(
+                f"no certain answer from {self._storage.describe()} after {_ROUNDS} tries ({why})",
+                ErrorKind.OBJECT_STORE,
+            )
+            silence.__cause__ = why
+            return Settled(fate=Fate.OPEN, why=silence, silent=True)
+        return Settled(fate=Fate.OPEN, why=why)
+
+    # ------------------------------------------------------- telling what became of them
+
+    async def _decided(self, attempt: A, fate: Fate) -> None:
+        self._close(attempt, fate)
+        if fate is Fate.LANDED:
+            self._losses = 0
+            # At most one attempt for a place lands.
+            for other in [told for told in self._told if told.place == attempt.place]:
+                self._told.remove(other)
+                self._close(other, Fate.LOST)
+            self._landed(attempt)
+            return
+        self._wait_again(attempt)
+        await self._recall()
+        self._losses += 1
+        await self._lost()
+
+    async def _recall(self) -> None:
+        """Find out what became of told attempts whose places have been taken."""
+        for attempt in [told for told in self._told if self._passed(told)]:
             try:
-                opened = await reopen()
-                known = await in_history(attempt, opened)
-            except FormatError:
-                raise
-            except (IcechunkError, OSError) as error:
-                why = error
-                continue
-            if isinstance(opened, RepoObject):
-                verdict = Landed() if known else Lost(taken_by=None) if attempt.snapshots else Undecidable()
-            else:
-                verdict = after_reopen(attempt, opened, in_history=known)
-        match verdict:
-            case Landed() | Lost():
-                return verdict
-            case SendAgain(proof=proof):
-                attempt.proof = proof
-            case Undecidable():
-                raise CommitOutcomeUnknown(f"the answer came after slot {attempt.n} may have been pruned", None)
-            case Reopen():
-                continue
-            case _:
-                assert_never(verdict)
-    raise CommitOutcomeUnknown(f"no certain answer about slot {attempt.n} after {_ROUNDS} tries ({why})", None) from why
+                fate = await self._look(attempt)
+            except (IcechunkError, OSError):
+                fate = Fate.UNDECIDED
+            self._told.remove(attempt)
+            self._close(attempt, fate)
 
+    def _close(self, attempt: A, fate: Fate) -> None:
+        """An attempt is not under way any more: tell its callers, as far as that decides about them."""
+        for member in attempt.members:
+            one = member.waiting
+            match fate:
+                case Fate.LANDED:
+                    one.landed = True
+                    resolve(one, self.state)
+                case Fate.LOST | Fate.REFUSED:
+                    if attempt in one.attempts:
+                        one.attempts.remove(attempt)
+                        if not one.attempts and not one.landed:
+                            tell_sent(one)
+                case _:
+                    # Its events may be part of history, so they are not proposed again.
+                    resolve(one, self._unknown(one, "its place was taken, and nothing tells any more by what"))
+        self.waiting = [one for one in self.waiting if not one.outcome.done()]
 
-async def _look(storage: Storage, sources: Sources, attempt: Attempt, saw: Callable[[Instant], None]) -> SlotAnswer:
-    before = instant(sources)
-    found = await read_slot(storage, attempt.epoch, attempt.n)
-    if found is None:
-        return SlotAnswer(entry=None, asked=before, answered=instant(sources))
-    entry, answer = found
-    answered = instant(sources, answer.date_us)
-    saw(answered)
-    return SlotAnswer(entry=entry, asked=before, answered=answered)
+    def _wait_again(self, attempt: A) -> None:
+        """Put those back in front who still wait; the events of who has left are not sent again."""
+        self.waiting[:0] = [
+            member.waiting
+            for member in attempt.members
+            if not member.waiting.abandoned and not member.waiting.outcome.done()
+        ]
+
+    def _give_up(self, one: Waiting, error: Exception) -> None:
+        """End a caller's append with an error, or as unknown where an attempt with its events may still land."""
+        resolve(one, self._unknown(one, error) if one.attempts else error)
+
+    def _fail_all(self, error: Exception) -> None:
+        attempt, self._in_flight = self._in_flight, None
+        if attempt is not None:
+            self._told.append(attempt)
+            for member in attempt.members:
+                resolve(member.waiting, self._unknown(member.waiting, error))
+        waiting, self.waiting = self.waiting, []
+        for one in waiting:
+            self._give_up(one, error)
+
+    async def tell_told(self) -> None:
+        """After a look: tell the callers of told attempts whose places it has shown to be taken."""
+        if self._told and not self.swapping.locked():
+            async with self.swapping:
+                await self._recall()

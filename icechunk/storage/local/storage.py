@@ -170,7 +170,8 @@ class LocalStorage(Storage):
             count, failed = await self._in_thread(self._delete, wanted[start : start + _DELETE_BATCH])
             deleted += count
             failures += failed
-        return DeleteResult(deleted=deleted, failures=tuple(failures))
+        # Whatever the system said: the files have their names still.
+        return DeleteResult(deleted=deleted, failures=tuple(failures), refused=bool(failures))
 
     async def copy(self, source: str, target: str) -> PutResult:
         return await self._in_thread(self._copy, source, target)

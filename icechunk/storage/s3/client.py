@@ -26,7 +26,8 @@ from icechunk.runtime.tasks import in_thread
 from icechunk.storage.http.connections import Connections, NotConnectedError
 from icechunk.storage.http.headers import date_us
 from icechunk.storage.http.proxied import ProxiedConnections, is_proxied
-from icechunk.storage.retry import Limits, Pace, Tries
+from icechunk.storage.outcome import REFUSING_STATUSES, refused
+from icechunk.storage.retry import Limits, Pace, Tries, retries_have_ended
 from icechunk.storage.s3.answers import (
     Answer,
     Unanswered,
@@ -128,7 +129,8 @@ class S3Client:
                 if outcome.status < 300 or (outcome.status in (404, 412, 416) and not is_transient(outcome)):
                     return outcome
                 if not is_transient(outcome):
-                    raise to_error(request.what, outcome, 1, self.endpoint.url)
+                    error = to_error(request.what, outcome, 1, self.endpoint.url)
+                    raise refused(error) if retrier.tries == 1 and outcome.status in REFUSING_STATUSES else error
             if not await retrier.again(outcome):
                 raise self.failure(request, outcome, retrier.tries)
 
@@ -153,13 +155,13 @@ class S3Client:
         mended: set[str] = set()
         while True:
             keys = await self._keys.get()
-            epoch, refused = await self.pace.enter(), None
+            epoch, throttled = await self.pace.enter(), None
             try:
                 outcome = await self._send(request, keys, limits)
-                refused = is_throttled(outcome)
+                throttled = is_throttled(outcome)
             finally:
-                self.pace.leave(epoch, refused)
-            if isinstance(outcome, Unanswered) or outcome.status not in _MENDABLE:
+                self.pace.leave(epoch, throttled)
+            if isinstance(outcome, Unanswered) or outcome.status not in _MENDABLE or retries_have_ended():
                 return outcome
             if outcome.status in (400, 403) and self.endpoint.scheme == "http" and self._leaves_unsigned(request.body):
                 self._wants_hashes = True
@@ -285,8 +287,7 @@ class Retrier:
         _LOG.debug(
             "trying again to %s in %.0f ms, after try %d: %s", self._what, pause_s * 1e3, self.tries, _reason(outcome)
         )
-        await self._tries.after(pause_s)
-        return True
+        return await self._tries.after(pause_s)
 
 
 def _reason(outcome: Answer | Unanswered) -> str:

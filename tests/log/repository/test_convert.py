@@ -135,7 +135,9 @@ async def test_a_token_of_the_log_is_settled_after_the_conversion(landed: bool) 
     await log.append(lambda _: [event])
     slot = await read_slot(storage, log.epoch, log.n)
     assert slot is not None
-    token = SwapToken(epoch=log.epoch, n=log.n, nonce=slot[0].nonce if landed else b"x" * 16)
+    token = SwapToken(
+        epoch=log.epoch, n=log.n, nonces=(slot[0].nonce if landed else b"x" * 16,), known_us=slot[1].date_us
+    )
     await convert_log(log, storage, SYSTEM, Layout.REPO)
     now = await open_repository(storage)
     assert await now.settle(token) is landed

@@ -57,7 +57,7 @@ async def test_processes_that_commit_to_one_local_repository_lose_nothing(tmp_pa
     assert len(acknowledged) == PROCESSES * COMMITS
     assert sorted(history) == sorted(acknowledged)
     assert [encode_id(one.id) for one in log.state.ancestry(log.state.branch_tip("main"))][:-1] == history
-    assert log.checkpoint_n == log.n, "the last one to close leaves a current checkpoint"
+    assert log.view.checkpoint_n == log.n, "the last one to close leaves a current checkpoint"
 
 
 if __name__ == "__main__":

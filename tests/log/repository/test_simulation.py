@@ -11,7 +11,6 @@ import pytest
 from icechunk.log.repository import settle, state
 from icechunk.log.repository.entries import client, embedded, layout, reader
 from icechunk.log.repository.port import RepositoryLog
-from icechunk.log.repository.queue import Attempt
 from icechunk.maintenance import collect, prune
 from tools.simulator.simulation import simulate
 
@@ -71,7 +70,7 @@ def _problems(count: int, *, collect: bool = False) -> list[str]:
 
 
 def test_the_simulator_notices_when_old_answers_are_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (settle, layout, client, reader):
+    for module in (layout, client, reader):
         monkeypatch.setattr(module, "still_proves", lambda proof, answer: True)
     assert _problems(20)
 
@@ -99,27 +98,23 @@ def test_the_simulator_notices_when_files_are_looked_for_in_objects_only(monkeyp
 
 
 def test_the_simulator_notices_when_anybodys_entry_is_taken_for_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        settle,
-        "from_slot",
-        lambda _, answer: settle.Landed() if answer.entry else settle.SendAgain(proof=answer.asked),
-    )
+    monkeypatch.setattr(layout.LogLayout, "_fate_by", lambda self, attempt, nonce: settle.Fate.LANDED)
     assert _problems(5)
 
 
 def test_the_simulator_notices_when_an_entry_is_rebuilt_while_its_first_bytes_may_still_arrive(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    decide, rng = settle.from_slot, random.Random(0)
+    look, rng = layout.LogLayout._look, random.Random(0)
 
-    def rebuild(attempt: Attempt, answer: settle.SlotAnswer) -> object:
-        verdict = decide(attempt, answer)
-        if isinstance(verdict, settle.SendAgain):
+    async def rebuild(self: layout.LogLayout, attempt: layout.SlotAttempt) -> settle.Fate:
+        fate = await look(self, attempt)
+        if fate is settle.Fate.OPEN:
             attempt.nonce = rng.randbytes(16)
             attempt.data = orjson.dumps(orjson.loads(attempt.data) | {"nonce": attempt.nonce.hex()})
-        return verdict
+        return fate
 
-    monkeypatch.setattr(settle, "from_slot", rebuild)
+    monkeypatch.setattr(layout.LogLayout, "_look", rebuild)
     assert _problems(20)
 
 

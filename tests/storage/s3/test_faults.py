@@ -17,6 +17,7 @@ from icechunk.credentials import S3Credentials, S3StaticCredentials
 from icechunk.errors import PreconditionFailedError, StorageError
 from icechunk.runtime.clock import Sources
 from icechunk.storage.port import Absent, Matches, Version
+from icechunk.storage.retry import retried_unless
 from icechunk.storage.s3.endpoint import Endpoint
 from icechunk.storage.s3.storage import S3Storage
 from tests.storage.s3.faulty_s3 import HANG, LOSE, LOSE_THEN_REPLACE, OK, RESET, STALL, TRUNCATE, FaultyS3, Say, serving
@@ -278,6 +279,16 @@ async def test_a_write_that_reached_nobody_is_known_not_to_have_landed(server: F
             await elsewhere.put("x", b"mine", Absent())
         await elsewhere.aclose()
     assert (caught.value.refused, caught.value.unsent) == (False, True)
+
+
+@pytest.mark.parametrize("fault", [Say(503, "SlowDown"), RESET, Say(403, "ExpiredToken")], ids=str)
+async def test_what_somebody_was_told_about_is_not_sent_again(
+    server: FaultyS3, storage: S3Storage, fault: str | Say
+) -> None:
+    server.faulty = lambda seen: fault if seen.method == "PUT" else OK
+    with retried_unless(lambda: len(server.seen) > 0), pytest.raises(StorageError):
+        await storage.put("x", b"mine", Absent())
+    assert server.methods().count("PUT") == 1
 
 
 async def test_a_first_412_costs_one_request(server: FaultyS3, storage: S3Storage) -> None:

@@ -51,6 +51,7 @@ __all__ = ["LogView"]
 
 _LOG: Final = logging.getLogger(__name__)
 _MANY_FILES: Final = 64
+_MANY_NONCES: Final = 1024
 
 
 class LogView:
@@ -102,8 +103,9 @@ class LogView:
         self._to_open_with: tuple[ObjectId, Mapping[str, bytes]] | None = None
         self.saw(opened.proof)
         self._keep_copies(opened.known)
+        self._nonces: dict[int, bytes] = {}
         for entry in opened.tail:
-            self._remember(entry.n, entry.objects)
+            self._remember(entry.n, entry.nonce, entry.objects)
 
     @property
     def state(self) -> RepoState:
@@ -154,13 +156,14 @@ class LogView:
         """Fold the next entry; one that is folded already changes nothing."""
         if entry.n == self.head.n + 1:
             self.head = fold_entry(self.head, entry)
-            self._remember(entry.n, entry.objects)
+            self._remember(entry.n, entry.nonce, entry.objects)
 
     def fold_own(
         self,
         *,
         epoch: str,
         n: int,
+        nonce: bytes,
         data: bytes,
         files: Mapping[str, bytes],
         before: RepoState,
@@ -185,7 +188,7 @@ class LogView:
             self.head = replace(self.head, n=n, state=after)
         else:
             self.head = fold_entry(self.head, decode_entry(data, n=n))
-        self._remember(n, files)
+        self._remember(n, nonce, files)
         if proof is not None:
             self.proof = proof
 
@@ -193,11 +196,13 @@ class LogView:
         """Take over what opening the log anew has shown; never behind what is known."""
         if opened.head.epoch == self.head.epoch and opened.head.n < self.head.n:
             return
+        if opened.head.epoch != self.head.epoch:
+            self._nonces.clear()
         self.head, self.proof, self.known = opened.head, opened.proof, opened.known
         self.carried.clear()
         self._keep_copies(opened.known)
         for entry in opened.tail:
-            self._remember(entry.n, entry.objects)
+            self._remember(entry.n, entry.nonce, entry.objects)
 
     def checkpointed(self, head: Head, written: Written) -> None:
         """``repo`` holds at least ``head``."""
@@ -214,7 +219,14 @@ class LogView:
         self.known = known
         self.carried.forget_through(self.checkpoint_n)
 
-    def _remember(self, n: int, files: Mapping[str, bytes]) -> None:
+    def nonce_of(self, epoch: str, n: int) -> bytes | None:
+        """Nonce of the entry in a slot, where this client has read it not long ago."""
+        return self._nonces.get(n) if epoch == self.head.epoch else None
+
+    def _remember(self, n: int, nonce: bytes, files: Mapping[str, bytes]) -> None:
+        self._nonces[n] = nonce
+        while len(self._nonces) > _MANY_NONCES:
+            del self._nonces[next(iter(self._nonces))]
         if n in self.head.voided:
             return
         self.carried.remember(n, files)

@@ -16,7 +16,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
-from icechunk.errors import ErrorKind, FormatError, ObjectNotFoundError, RepositoryNotFoundError
+from icechunk.errors import (
+    CommitOutcomeUnknown,
+    ErrorKind,
+    FormatError,
+    ObjectNotFoundError,
+    RepositoryNotFoundError,
+)
 from icechunk.format.keys import REFS_PREFIX, REPO_KEY
 from icechunk.format.repo.codec import decode_repo
 from icechunk.format.repo.values import READ_ONLY, RepoInfo
@@ -29,6 +35,7 @@ from icechunk.log.repository.entries.entry import (
     slot_key,
 )
 from icechunk.log.repository.marker import Marker, decode_marker, state_of
+from icechunk.log.repository.port import SwapToken
 from icechunk.log.repository.state import RepoState, try_apply_all
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import run_jobs, run_pair
@@ -50,6 +57,7 @@ __all__ = [
     "known_of",
     "list_head",
     "newest_epoch",
+    "nonce_in_slot",
     "open_head",
     "read_repo",
     "read_slot",
@@ -223,6 +231,33 @@ async def read_slot(storage: Storage, epoch: str, n: int) -> tuple[Entry, GetRes
     except ObjectNotFoundError:
         return None
     return decode_entry(answer.data, n=n, what=f"{key} in {storage.describe()}"), answer
+
+
+async def nonce_in_slot(storage: Storage, token: SwapToken, *, marker_n: int | None) -> bytes:
+    """Nonce of the entry in a token's slot, which is known to be taken.
+
+    Parameters
+    ----------
+    marker_n
+        The slot that ``repo`` holds now, of the token's epoch; None: the epoch has ended.
+
+    Raises
+    ------
+    CommitOutcomeUnknown
+        The slot may have been pruned and made again, or is gone.
+    """
+    found = await read_slot(storage, token.epoch, token.n)
+    if found is not None:
+        entry, answer = found
+        if marker_n is not None and token.n > marker_n:
+            return entry.nonce
+        if token.known_us is not None and answer.date_us is not None and answer.date_us - token.known_us <= TRUST_US:
+            return entry.nonce
+    raise CommitOutcomeUnknown(
+        f"slot {token.n} of the log in {storage.describe()} may have been pruned since; look whether the change is "
+        "there",
+        token,
+    )
 
 
 async def read_tail(storage: Storage, epoch: str, after: int, end: int) -> list[Entry]:

@@ -52,6 +52,8 @@ class RefFilesView:
         self._versions: dict[str, Version] = {}
         self._tickets = itertools.count(1)
         self._ticket = 0
+        self.looked = 0
+        """Ticket of the newest look at all refs: a refusal counts only by a look after the call (rule 3)."""
         # Ticket of the newest change of ours that landed.
         self._landing = 0
         self._state: RepoState | None = None
@@ -135,6 +137,7 @@ class RefFilesView:
             )
         if ticket < self._landing:
             return False
+        self.looked = max(self.looked, ticket)
         if ticket < self._ticket:
             return True
         self._ticket, self._versions = ticket, versions
@@ -237,8 +240,8 @@ class RefFilesView:
         """A change of an object that had the version ``base`` landed, and made this state of the one before it."""
         for snapshot in snapshots:
             self._records = self._records.set(snapshot, state.snapshots[snapshot])
-        self._config = state.config
         if self._versions.get(key) == base:
+            self._config = state.config
             # Whatever is being read now may be from before.
             self._ticket = self._landing = self.next_ticket()
             # The ops log is no part of this format; versions are read again before the next change.

@@ -8,16 +8,15 @@ What the format cannot do is refused, as the official library refuses it: status
 amending, several changes at once. What it cannot promise: a ref that was moved away and back has the same contents,
 and on object stores the same ETag, so a PUT that was delayed meanwhile lands; deletion of a branch has no condition.
 
-Lost answers are settled as elsewhere: the same bytes again while the object is unchanged, and one's own commit is
-recognised by its snapshot id, at the tip or below it.
+What every layout does is the engine's (`icechunk.log.repository.settle`). An attempt is one change of one object; one's
+own commit is recognised by its snapshot id, at the tip or below it.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
 from icechunk.config import config_from_dict, config_to_yaml
@@ -25,7 +24,6 @@ from icechunk.errors import (
     CommitOutcomeUnknown,
     ErrorKind,
     FormatError,
-    IcechunkError,
     InvalidInputError,
     ObjectNotFoundError,
     PreconditionFailedError,
@@ -35,21 +33,22 @@ from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.keys import CONFIG_KEY, overwritten_config_key, snapshot_key
 from icechunk.format.repo.values import Update
 from icechunk.log.repository import events as e
-from icechunk.log.repository.port import Layout, OnSent, Propose, RepositoryLog, SwapToken
-from icechunk.log.repository.queue import AppendQueue, Member, UpdateRetries, Waiting, new_snapshots, resolve, tell_sent
+from icechunk.log.repository.port import Layout, SwapToken
+from icechunk.log.repository.queue import Attempt, Group, Member, Waiting, new_snapshots
 from icechunk.log.repository.ref_files.client import RefFilesView
 from icechunk.log.repository.ref_files.names import encode_ref, read_ref
+from icechunk.log.repository.settle import Fate, SwappedLog
 from icechunk.log.repository.state import MAIN, RepoState, apply
 from icechunk.log.repository.store_check import MatchCheck
 from icechunk.runtime.clock import SYSTEM, Sources
-from icechunk.storage.port import Absent, Matches, Precondition, Storage, Version
+from icechunk.storage.outcome import refused
+from icechunk.storage.port import Absent, GetResult, Matches, Precondition, Storage, Version
 
 __all__ = ["RefFilesLayout", "needs_format_2"]
 
 Json: TypeAlias = Any
-_ROUNDS: Final = 8
 _TOKEN: Final = "refs:"
-_RETRIES: Final = UpdateRetries()
+_SETTLE_TRIES: Final = 100
 
 
 def needs_format_2(what: str) -> FormatError:
@@ -61,37 +60,46 @@ def needs_format_2(what: str) -> FormatError:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Write:
-    """One change of one object; unsettled until the object is seen to have another version."""
+@dataclass(slots=True, kw_only=True)
+class _Change(Group):
+    """The one event that is to happen next, as a change of an object."""
+
+    key: str = ""
+    data: bytes | None = None
+    """None: delete the object."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Write(Attempt):
+    """One change of one object."""
 
     key: str
     data: bytes | None
     """None: delete it."""
     base: Version | None
     """The version that it replaces; None: there is none."""
-    snapshots: tuple[ObjectId, ...]
-    member: Member
     state: RepoState
     """Afterwards."""
 
     @property
+    def place(self) -> tuple[str, object]:
+        return self.key, self.base
+
+    @property
     def precondition(self) -> Precondition:
+        """That the object is as it was."""
         return Absent() if self.base is None else Matches(self.base)
 
 
-class RefFilesLayout(RepositoryLog):
-    """A repository of format 1. Made by `RefFilesLayout.open` or `icechunk.log.repository.create`."""
+class RefFilesLayout(SwappedLog[_Write]):
+    """A repository of format 1. Made by `icechunk.log.repository.open` and `.create`."""
 
     layout = Layout.REFS
 
     def __init__(self, storage: Storage, sources: Sources) -> None:
-        self._storage = storage
-        self._sources = sources
+        super().__init__(storage, sources)
         self._view = RefFilesView(storage, sources)
-        self._unsettled: _Write | None = None
         self._check = MatchCheck(storage)
-        self._queue = AppendQueue(self._swap_next, storage, self._view.next_ticket)
 
     @classmethod
     async def open(cls, storage: Storage, sources: Sources = SYSTEM) -> RefFilesLayout:
@@ -121,7 +129,9 @@ class RefFilesLayout(RepositoryLog):
         return self._view.store_time_us
 
     async def refresh(self) -> RepoState:
-        return await self._view.refresh()
+        await self._view.refresh()
+        await self.tell_told()
+        return self.state
 
     async def learn(self, snapshots: Iterable[ObjectId], *, ancestry: bool = False) -> RepoState:
         return await self._view.learn(snapshots, ancestry=ancestry)
@@ -130,85 +140,58 @@ class RefFilesLayout(RepositoryLog):
         """Read these snapshots' parents again when they are asked for: their files were replaced."""
         self._view.forget(snapshots)
 
-    # ---------------------------------------------------------------- append
-
-    async def append(
-        self,
-        propose: Propose,
-        *,
-        since_us: int | None = None,
-        deadline_s: float | None = None,
-        on_sent: OnSent | None = None,
-        files: Mapping[str, bytes] = MappingProxyType({}),
-        on_queued: Callable[[], None] | None = None,
-    ) -> RepoState:
-        """As `RepositoryLog.append`, for one event at a time: the format changes nothing together.
-
-        Raises
-        ------
-        FormatError
-            Several events, or one that the format does not have (kind ``unsupported-spec-version``).
-        """
-        return await self._queue.append(
-            propose, since_us=since_us, deadline_s=deadline_s, on_sent=on_sent, files=files, on_queued=on_queued
-        )
-
     async def prepare_writes(self) -> None:
         await self._check.run((snapshot_key(FIRST_SNAPSHOT), snapshot_key(self.state.branches[MAIN])))
 
-    async def _swap_next(self) -> None:
+    # ------------------------------------------------- encoding, condition, recognition
+
+    def _begin_look(self) -> int:
+        return self._view.next_ticket()
+
+    @property
+    def _looked(self) -> int:
+        return self._view.looked
+
+    async def _look_anew(self) -> None:
+        await self._view.refresh()
+
+    async def _ready(self) -> None:
         await self.prepare_writes()
-        if self._unsettled is not None:
-            await self._settle_write(self._unsettled, sent_before=True)
         await self._view.refuse_upgraded()
-        if not self._queue.waiting:
-            return
-        one = self._queue.waiting[0]
+        await self._view.refresh()
+
+    async def _build(self, waiting: Sequence[Waiting]) -> Group:
+        """Of the first one's proposal: the format changes nothing together."""
+        group = _Change(state=self.state, time_us=max(self._sources.wall_us(), 0))
+        if not waiting:
+            return group
+        one = waiting[0]
         try:
-            write = await self._take(one)
+            events = tuple(one.propose(self.state))
+            if len(events) > 1:
+                raise needs_format_2("make several changes at once")
+            if not events or isinstance(events[0], e.DetachedSnapshotAdded):
+                # It exists as a file, and nothing refers to it: all there is to it in this format.
+                group.nothing.append(one)
+                return group
+            group.key, group.data = await self._change(events[0])
+            group.state = apply(self.state, events[0], time_us=group.time_us, since_us=one.since_us)
+            group.members.append(Member(waiting=one, snapshots=tuple(new_snapshots(events))))
         except Exception as error:
-            self._drop(one)
-            resolve(one, error)
-            return
-        if write is None:
-            self._drop(one)
-            resolve(one, self.state)
-            return
-        if one.abandoned:
-            return
-        self._drop(one)
-        tell_sent(one, _token(write))
-        self._queue.sent, self._unsettled = (write.member,), write
-        if await self._settle_write(write, sent_before=False):
-            self._queue.sent = ()
-            resolve(one, self.state)
+            group.refused.append((one, error))
+        return group
 
-    def _drop(self, one: Waiting) -> None:
-        with suppress(ValueError):
-            self._queue.waiting.remove(one)
-
-    async def _take(self, one: Waiting) -> _Write | None:
-        """Validate a proposal on the newest refs, and say which object it changes; None: nothing is to happen."""
-        await self.refresh()
-        events = tuple(one.propose(self.state))
-        if not events:
-            return None
-        if len(events) > 1:
-            raise needs_format_2("make several changes at once")
-        event = events[0]
-        if isinstance(event, e.DetachedSnapshotAdded):
-            # It exists as a file, and nothing refers to it: all there is to it in this format.
-            return None
-        key, data = await self._change(event)
-        state = apply(self.state, event, time_us=max(self._sources.wall_us(), 0), since_us=one.since_us)
-        ids = tuple(new_snapshots(events))
+    async def _make(self, group: Group) -> _Write:
+        assert isinstance(group, _Change)
+        base = self._view.version(group.key)
         return _Write(
-            key=key,
-            data=data,
-            base=self._view.version(key),
-            snapshots=ids,
-            member=Member(waiting=one, snapshots=ids),
-            state=state,
+            epoch=f"{_TOKEN}{group.key}",
+            n=0,
+            nonce=(base or "").encode(),
+            key=group.key,
+            data=group.data,
+            base=base,
+            state=group.state,
         )
 
     async def _change(self, event: e.Event) -> tuple[str, bytes | None]:
@@ -239,78 +222,57 @@ class RefFilesLayout(RepositoryLog):
             await self._storage.copy(CONFIG_KEY, overwritten_config_key(now_ms, self._sources.random_bytes(12)))
         return CONFIG_KEY, config_to_yaml(config_from_dict(config or {}))
 
-    # ---------------------------------------------------------------- settle
-
-    async def _settle_write(self, write: _Write, *, sent_before: bool) -> bool:
-        """Send, and read back, until it is certain whether the write landed.
-
-        Raises `CommitOutcomeUnknown` after a bounded number of tries; the write stays unsettled then.
-        """
-        why: Exception | None = None
-        for round_ in range(_ROUNDS):
-            if round_:
-                await self._sources.sleep(_RETRIES.pause_s(self._sources, round_))
+    async def _send(self, attempt: _Write) -> bool:
+        if attempt.data is None:
+            result = await self._storage.delete([attempt.key])
+            if result.failures:
+                error = StorageError(f"cannot delete {attempt.key!r}: {result.failures[0][1]}")
+                raise refused(error) if result.refused else error
+        else:
             try:
-                if (round_ or not sent_before) and await self._send(write):
-                    return self._landed(write)
-                landed = await self._look(write)
-            except FormatError:
-                raise
-            except (IcechunkError, OSError) as error:
-                why = error
-                continue
-            if landed is None:
-                continue
-            if landed:
-                return self._landed(write)
-            self._unsettled = None
-            self._queue.lost((write.member,))
-            return False
-        raise CommitOutcomeUnknown(
-            f"no certain answer from {self._storage.describe()} after {_ROUNDS} tries ({why})", None
-        ) from why
-
-    async def _send(self, write: _Write) -> bool:
-        if write.data is None:
-            failures = (await self._storage.delete([write.key])).failures
-            if failures:
-                raise StorageError(f"cannot delete {write.key!r}: {failures[0][1]}")
-            return True
-        try:
-            await self._storage.put(write.key, write.data, write.precondition)
-        except (PreconditionFailedError, ObjectNotFoundError):
-            return False
+                await self._storage.put(attempt.key, attempt.data, attempt.precondition)
+            except (PreconditionFailedError, ObjectNotFoundError):
+                return False
+        self._fold_own(attempt)
         return True
 
-    async def _look(self, write: _Write) -> bool | None:
-        """Whether the write landed; None while its object is as it was, and it may still land."""
-        answer = await self._view.get(write.key)
-        if write.data is None:
+    def _fold_own(self, attempt: _Write) -> None:
+        self._view.landed(attempt.key, base=attempt.base, snapshots=attempt.snapshots, state=attempt.state)
+
+    def _passed(self, attempt: _Write) -> bool:
+        return self._view.version(attempt.key) != attempt.base
+
+    async def _look(self, attempt: _Write) -> Fate:
+        landed = await self._landed_in(attempt, await self._view.get(attempt.key))
+        if landed:
+            self._fold_own(attempt)
+        return Fate.OPEN if landed is None else Fate.LANDED if landed else Fate.LOST
+
+    async def _landed_in(self, attempt: _Write, answer: GetResult | None) -> bool | None:
+        """Whether an object that was found shows that a write landed; None while it is as it was."""
+        if attempt.data is None:
             return True if answer is None else None
         version = None if answer is None else answer.version
-        if version == write.base:
+        if version == attempt.base:
             return None
-        if answer is not None and answer.data == write.data:
+        if answer is not None and answer.data == attempt.data:
             return True
-        if not write.snapshots:
+        if not attempt.snapshots:
             return False
         if answer is None:
-            return await self._view.was_taken_over(write.snapshots)
-        return await self._view.is_below(read_ref(answer.data, write.key), write.snapshots)
+            return await self._view.was_taken_over(attempt.snapshots)
+        return await self._view.is_below(read_ref(answer.data, attempt.key), attempt.snapshots)
 
-    def _landed(self, write: _Write) -> bool:
-        self._unsettled = None
-        self._view.landed(write.key, base=write.base, snapshots=write.snapshots, state=write.state)
-        return True
+    # ---------------------------------------------------------------- settle
 
     async def settle(self, token: SwapToken) -> bool:
         if not token.epoch.startswith(_TOKEN):
             raise InvalidInputError(
                 f"the token belongs to another repository than that in {self._storage.describe()}, or to its later life"
             )
-        key, base = token.epoch.removeprefix(_TOKEN), token.nonce.decode(errors="replace")
-        async with self._queue.swapping:
-            for _ in range(_RETRIES.tries):
+        key, base = token.epoch.removeprefix(_TOKEN), token.nonces[0].decode(errors="replace")
+        async with self.swapping:
+            for _ in range(_SETTLE_TRIES):
                 answer = await self._view.get(key)
                 if answer is not None and token.snapshots:
                     if await self._view.is_below(read_ref(answer.data, key), token.snapshots):
@@ -339,13 +301,6 @@ class RefFilesLayout(RepositoryLog):
         """Raises `FormatError`: format 1 has no ops log."""
         raise needs_format_2("read the ops log")
         yield
-
-    async def aclose(self) -> None:
-        await self._queue.aclose()
-
-
-def _token(write: _Write) -> SwapToken:
-    return SwapToken(epoch=f"{_TOKEN}{write.key}", n=0, nonce=(write.base or "").encode(), snapshots=write.snapshots)
 
 
 def _plain(name: str, what: str) -> str:

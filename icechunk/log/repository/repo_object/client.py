@@ -174,45 +174,52 @@ class RepoView:
 
 
 async def happened(
-    storage: Storage, sources: Sources, snapshots: Sequence[ObjectId], *, time_us: int, nonce: bytes
+    storage: Storage,
+    sources: Sources,
+    snapshots: Sequence[ObjectId],
+    *,
+    nonces: Sequence[bytes],
+    times_us: Sequence[int],
 ) -> bool:
     """Whether a replacement is part of history, given that ``repo`` has another version than the one it replaced.
 
-    A snapshot of it in the graph, or in the ops log, says so. Where it has none its newest update is looked for, and
-    the copy that its successor made of it: that has our nonce exactly if it was ours.
+    At most one of several for the same version can be. A snapshot of it in the graph, or in the ops log, says so. Where
+    it has none its newest update is looked for, and the copy that its successor made of it: that has the nonce exactly
+    if it is the one.
 
     Parameters
     ----------
     snapshots
         That the replacement adds.
-    time_us, nonce
-        Of its newest update, and of its mark.
+    nonces, times_us
+        Of the mark of each replacement in question, and of its newest update.
     """
     current = await read_repo(storage, sources)
     if current is None:
         return False
-    if nonce_of(current.info.extra) == nonce or any(id in current.info.snapshots for id in snapshots):
+    if nonce_of(current.info.extra) in nonces or any(id in current.info.snapshots for id in snapshots):
         return True
     async for update in updates_of(storage, from_repo_info(current.info)):
-        if update.updated_at_us < time_us:
+        if not times_us or update.updated_at_us < min(times_us):
             return False
         if snapshots:
             if isinstance(update.change, _SNAPSHOT_CHANGES) and update.change.snapshot in snapshots:
                 return True
-        elif update.updated_at_us == time_us:
+        elif update.updated_at_us in times_us:
             if update.backup_path is None:
                 # Whoever writes makes a copy of what he replaces, but for a conversion to the log layout.
                 return not is_repo_object(current)
-            return await _is_copy_of(storage, update.backup_path, nonce)
+            if await _is_copy_of(storage, update.backup_path, nonces):
+                return True
     return False
 
 
-async def _is_copy_of(storage: Storage, name: str, nonce: bytes) -> bool:
+async def _is_copy_of(storage: Storage, name: str, nonces: Sequence[bytes]) -> bool:
     try:
         copy = await storage.get(overwritten_repo_key(name))
     except ObjectNotFoundError:
         return False
-    return nonce_of(decode_repo(copy.data).extra) == nonce
+    return nonce_of(decode_repo(copy.data).extra) in nonces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

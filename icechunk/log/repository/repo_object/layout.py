@@ -1,59 +1,46 @@
 """The repo-object layout: format 2.1 as published. Every change replaces ``repo``.
 
-A swap: fold the events into what is known of ``repo``, copy the object to ``overwritten/``, PUT the new one with
-If-Match on exactly the version that was folded. Whoever is second gets 412, reads, and folds again. Versions never
-come back, since no two states are equal, so a ``repo`` that has another version than the one compared freezes the
-outcome of every attempt on the old one; as long as it has that version, a late PUT may still land.
+An attempt: fold the events into what is known of ``repo``, copy the object to ``overwritten/``, PUT the new one
+with If-Match on exactly the version that was folded. Whoever is second gets 412, reads, and folds again. Versions
+never come back, since no two states are equal, so a ``repo`` that has another version than the one compared freezes
+the outcome of every attempt on the old one; as long as it has that version, a late PUT may still land.
 
-The rules of the log layout carry over to one key: the same bytes are sent again while the object is unchanged
-(rule 2), nothing is called failed before that is certain (rule 3), the events of an attempt are one unit (rule 4).
-One's own write is recognised by its bytes, in ``repo`` or, where somebody replaced it since, in the copy that he
-made; a nonce in ``extra`` makes the bytes unique.
+What every layout does is the engine's (`icechunk.log.repository.settle`). One's own write is recognised by its
+bytes, in ``repo`` or, where somebody replaced it since, in the copy that they made; a nonce in ``extra`` makes the
+bytes unique.
 
-Owners of mutable state, each for one instance on one event loop: `icechunk.log.repository.repo_object.client.RepoView`
-holds the newest version seen, this module the attempt that is not settled; only the queue's task writes.
+Owners of mutable state, each for one instance on one event loop:
+`icechunk.log.repository.repo_object.client.RepoView` holds the newest version seen, this module the copy made in
+advance; only the engine's task writes.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Final
 
 from icechunk.errors import (
-    CommitOutcomeUnknown,
     ConflictError,
     ErrorKind,
-    FormatError,
     IcechunkError,
     ObjectNotFoundError,
     PreconditionFailedError,
     SessionStateError,
     StorageError,
 )
-from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
+from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name, snapshot_key
 from icechunk.format.repo.values import Update
 from icechunk.log.repository.entries.checkpoint import DEFAULT_UPDATES_PER_FILE, encode
-from icechunk.log.repository.entries.entry import decode_events
-from icechunk.log.repository.entries.reader import RepoObject, instant, read_repo, read_slot
+from icechunk.log.repository.entries.reader import RepoObject, instant, nonce_in_slot, read_repo
 from icechunk.log.repository.marker import cutoff_of, nonce_of, write_mark
 from icechunk.log.repository.ops_log import any_in_history, updates_of
-from icechunk.log.repository.port import Layout, OnSent, Propose, RepositoryLog, SwapToken
-from icechunk.log.repository.queue import (
-    AppendQueue,
-    Group,
-    Member,
-    UpdateRetries,
-    build,
-    new_snapshots,
-    resolve,
-    retries_of,
-    tell_sent,
-)
+from icechunk.log.repository.port import Layout, SwapToken
+from icechunk.log.repository.queue import Attempt, Group, UpdateRetries, Waiting, build, retries_of
 from icechunk.log.repository.repo_object.client import RepoView, happened, next_window
+from icechunk.log.repository.settle import Fate, SwappedLog
 from icechunk.log.repository.state import MAIN, RepoState, UpdateLog, resting_on, to_repo_info
 from icechunk.log.repository.store_check import MatchCheck
 from icechunk.runtime.clock import Sources
@@ -61,27 +48,21 @@ from icechunk.storage.port import Matches, Storage, Version
 
 __all__ = ["RepoObjectLayout"]
 
-_ROUNDS: Final = 8
 _TOKEN: Final = "repo:"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Attempt:
-    """One replacement of ``repo``; unsettled until the object is seen to have another version."""
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Replacement(Attempt):
+    """One replacement of one version of ``repo``."""
 
     base: Version
     """The version that it replaces."""
     data: bytes
-    nonce: bytes
-    time_us: int
-    """Of its newest update."""
-    snapshots: tuple[ObjectId, ...]
-    members: tuple[Member, ...]
     state: RepoState
     """Afterwards."""
 
 
-class RepoObjectLayout(RepositoryLog):
+class RepoObjectLayout(SwappedLog[_Replacement]):
     """A repository whose log is one object. Made by `icechunk.log.repository.open` and `.create`.
 
     Parameters
@@ -105,18 +86,14 @@ class RepoObjectLayout(RepositoryLog):
         updates_per_file: int | None = None,
         retries: UpdateRetries | None = None,
     ) -> None:
-        self._storage = storage
-        self._sources = sources
+        super().__init__(storage, sources)
         self._updates_per_file = updates_per_file
         self._retries = retries if retries is not None else retries_of(found.info.config)
         self._view = RepoView(storage, sources, found)
-        self._unsettled: _Attempt | None = None
         # A copy of that version, made in advance.
         self._copied: tuple[Version, str] | None = None
         self._preparing = False
         self._check = MatchCheck(storage)
-        self._losses = 0
-        self._queue = AppendQueue(self._swap_next, storage, self._view.next_ticket)
 
     # ----------------------------------------------------------------- state
 
@@ -142,32 +119,17 @@ class RepoObjectLayout(RepositoryLog):
         persisted = config.get("num_updates_per_repo_info_file") if isinstance(config, dict) else None
         return persisted if isinstance(persisted, int) and persisted > 0 else DEFAULT_UPDATES_PER_FILE
 
-    # --------------------------------------------------------------- refresh
-
     async def refresh(self) -> RepoState:
         await self._view.read()
+        await self.tell_told()
         return self.state
 
-    # ---------------------------------------------------------------- append
-
-    async def append(
-        self,
-        propose: Propose,
-        *,
-        since_us: int | None = None,
-        deadline_s: float | None = None,
-        on_sent: OnSent | None = None,
-        files: Mapping[str, bytes] = MappingProxyType({}),
-        on_queued: Callable[[], None] | None = None,
-    ) -> RepoState:
-        return await self._queue.append(
-            propose, since_us=since_us, deadline_s=deadline_s, on_sent=on_sent, files=files, on_queued=on_queued
-        )
+    # ----------------------------------------------------------- preparation
 
     async def prepare_writes(self) -> None:
         """See that the store honours If-Match, and make the copy that the next swap needs, while uploads travel."""
         await self._require_matches()
-        if self._preparing or self._queue.swapping.locked() or self._view.left is not None:
+        if self._preparing or self.swapping.locked() or self._view.left is not None:
             return
         self._preparing = True
         try:
@@ -190,171 +152,119 @@ class RepoObjectLayout(RepositoryLog):
         await self._storage.copy(REPO_KEY, overwritten_repo_key(name))
         return name
 
-    async def _swap_next(self) -> None:
+    # ------------------------------------------------- encoding, condition, recognition
+
+    def _begin_look(self) -> int:
+        return self._view.next_ticket()
+
+    @property
+    def _looked(self) -> int:
+        return self._view.looked
+
+    async def _look_anew(self) -> None:
+        await self._view.read()
+        self._require_open()
+
+    async def _ready(self) -> None:
         await self._require_matches()
-        await self._settle_unsettled()
-        group, backup = await self._take_group()
-        if not group.members:
-            return
-        try:
-            attempt = await self._attempt(group, backup)
-        except Exception as error:
-            # Something that cannot be encoded: nothing was sent, and those who come after must not suffer.
-            for member in group.members:
-                tell_sent(member.waiting, None)
-                resolve(member.waiting, error)
-            return
-        self._queue.sent, self._unsettled = attempt.members, attempt
-        if await self._settle_attempt(attempt, sent_before=False):
-            self._losses = 0
-            for member in attempt.members:
-                resolve(member.waiting, self.state)
-            self._queue.sent = ()
-            return
-        self._losses += 1
-        if self._losses >= self._retries.tries:
-            raise ConflictError(
-                None,
-                None,
-                f"cannot change the repository in {self._storage.describe()}: others were first {self._losses} times "
-                "in a row; nothing landed. Try again, or allow more tries (repo_update_retries)",
-                ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
-            )
-        await self._sources.sleep(self._retries.pause_s(self._sources, self._losses))
+        if self._view.left is not None:
+            await self._look_anew()
+        self._view.check_clock()
 
-    async def _take_group(self) -> tuple[Group, str]:
-        """Validate those who wait, and name the copy of the version that they are validated on.
-
-        Who is refused by what may be old news is asked again on new ones. Nothing waits between the last look at the
-        queue and the tokens: who leaves later is told that something was sent.
-        """
-        looked = False
-        while True:
-            version = self._view.version
-            if self._copied is None or self._copied[0] != version:
-                self._copied = (version, await self._copy())
-                continue
-            # Those who were looked for stand in front: who comes later has a higher number.
-            waiting = (
-                [one for one in self._queue.waiting if one.asked < self._view.looked] if looked else self._queue.waiting
-            )
-            group = build(self.state, waiting, time_us=max(self._sources.wall_us(), 0))
-            if self._view.left is None and all(one.asked < self._view.looked for one, _ in group.refused):
-                break
-            if looked and self._view.left is not None:
-                break
-            await self._view.read()
-            looked = True
+    def _require_open(self) -> None:
         if self._view.left is not None:
             raise SessionStateError(self._view.left)
-        self._view.check_clock()
-        (_, backup), self._copied = self._copied, None
-        del self._queue.waiting[: group.taken]
-        for one, error in group.refused:
-            resolve(one, error)
-        for one in group.nothing:
-            resolve(one, self.state)
-        nonce = self._sources.random_bytes(16)
-        for member in group.members:
-            token = SwapToken(
-                epoch=f"{_TOKEN}{version}", n=group.state.last_time_us, nonce=nonce, snapshots=member.snapshots
-            )
-            tell_sent(member.waiting, token)
-        return group, backup
 
-    async def _attempt(self, group: Group, backup: str) -> _Attempt:
-        base, before, token = self._view.version, self._view.state, group.members[0].waiting.token
-        assert token is not None
+    async def _build(self, waiting: Sequence[Waiting]) -> Group:
+        while self._copied is None or self._copied[0] != self._view.version:
+            version = self._view.version
+            self._copied = (version, await self._copy())
+        self._require_open()
+        return build(self.state, waiting, time_us=max(self._sources.wall_us(), 0))
+
+    async def _make(self, group: Group) -> _Replacement:
+        base, before, nonce = self._view.version, self._view.state, self._sources.random_bytes(16)
+        assert self._copied is not None
         stored = before.updates.newest()
         window = next_window(
             group.state.updates.newer_than(stored[0].updated_at_us if stored else 0),
             stored,
             before=before.repo_before_updates,
-            backup=backup,
+            backup=self._copied[1],
             limit=self.updates_per_file,
         )
         state = replace(group.state, updates=UpdateLog.of(window.updates), repo_before_updates=window.before)
-        mark = write_mark(token.nonce, gc_cutoff_us=state.gc_cutoff_us)
-        encoded = await encode(to_repo_info(state, extra=mark))
-        return _Attempt(
+        encoded = await encode(to_repo_info(state, extra=write_mark(nonce, gc_cutoff_us=state.gc_cutoff_us)))
+        return _Replacement(
+            epoch=f"{_TOKEN}{base}",
+            n=0,
+            nonce=nonce,
+            time_us=group.state.last_time_us,
             base=base,
             data=encoded.data,
-            nonce=token.nonce,
-            time_us=token.n,
-            snapshots=tuple(new_snapshots(decode_events(group.events))),
-            members=tuple(group.members),
             state=resting_on(state, encoded.info, state),
         )
 
+    async def _send(self, attempt: _Replacement) -> bool:
+        asked, look = instant(self._sources), self._view.next_ticket()
+        # A copy that one attempt names is no other's.
+        self._copied = None
+        try:
+            put = await self._storage.put(REPO_KEY, attempt.data, Matches(attempt.base))
+        except (ObjectNotFoundError, PreconditionFailedError):
+            return False
+        self._view.landed(put, asked, look, base=attempt.base, state=attempt.state)
+        return True
+
+    async def _lost(self) -> None:
+        if self._losses >= self._retries.tries:
+            losses, self._losses = self._losses, 0
+            raise ConflictError(
+                None,
+                None,
+                f"cannot change the repository in {self._storage.describe()}: others were first {losses} times "
+                "in a row; nothing landed. Try again, or allow more tries (repo_update_retries)",
+                ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
+            )
+        await self._sources.sleep(self._retries.pause_s(self._sources, self._losses))
+
+    def _passed(self, attempt: _Replacement) -> bool:
+        return self._view.version != attempt.base or self._view.left is not None
+
+    async def _look(self, attempt: _Replacement) -> Fate:
+        data = await self._view.read()
+        if data == attempt.data:
+            return Fate.LANDED
+        if not self._passed(attempt):
+            return Fate.OPEN
+        # The same snapshots may be in another attempt for this version; then only the mark tells the two apart.
+        alone = all(told is attempt or told.place != attempt.place for told in self._told)
+        landed = await happened(
+            self._storage,
+            self._sources,
+            attempt.snapshots if alone else (),
+            nonces=(attempt.nonce,),
+            times_us=(attempt.time_us,),
+        )
+        return Fate.LANDED if landed else Fate.LOST
+
     # ---------------------------------------------------------------- settle
-
-    async def _settle_unsettled(self) -> None:
-        if self._unsettled is not None:
-            await self._settle_attempt(self._unsettled, sent_before=True)
-
-    async def _settle_attempt(self, attempt: _Attempt, *, sent_before: bool) -> bool:
-        """Send, and read back, until it is certain whether the attempt landed.
-
-        Raises `CommitOutcomeUnknown` after a bounded number of tries; the attempt stays unsettled then.
-        """
-        why: Exception | None = None
-        for round_ in range(_ROUNDS):
-            if round_:
-                await self._sources.sleep(self._retries.pause_s(self._sources, round_))
-            if round_ or not sent_before:
-                asked, look = instant(self._sources), self._view.next_ticket()
-                try:
-                    put = await self._storage.put(REPO_KEY, attempt.data, Matches(attempt.base))
-                except (ObjectNotFoundError, PreconditionFailedError):
-                    pass
-                except (IcechunkError, OSError) as error:
-                    why = error
-                else:
-                    self._view.landed(put, asked, look, base=attempt.base, state=attempt.state)
-                    self._unsettled = None
-                    return True
-            try:
-                data = await self._view.read()
-                if data == attempt.data:
-                    landed = True
-                elif self._view.version == attempt.base and self._view.left is None:
-                    # Unchanged: the PUT may still arrive. The same bytes again, and nothing else.
-                    continue
-                else:
-                    landed = await happened(
-                        self._storage, self._sources, attempt.snapshots, time_us=attempt.time_us, nonce=attempt.nonce
-                    )
-            except FormatError:
-                raise
-            except (IcechunkError, OSError) as error:
-                why = error
-                continue
-            self._unsettled = None
-            if not landed:
-                self._queue.lost(attempt.members)
-            return landed
-        raise CommitOutcomeUnknown(
-            f"no certain answer from {self._storage.describe()} after {_ROUNDS} tries ({why})", None
-        ) from why
 
     async def settle(self, token: SwapToken) -> bool:
         if not token.epoch.startswith(_TOKEN):
             return await self._settle_in_log(token)
-        async with self._queue.swapping:
-            try:
-                await self._settle_unsettled()
-                for _ in range(self._retries.tries):
-                    await self._view.read()
-                    if any(snapshot in self.state.snapshots for snapshot in token.snapshots):
-                        return True
-                    if f"{_TOKEN}{self._view.version}" != token.epoch or self._view.left is not None:
-                        return await happened(
-                            self._storage, self._sources, token.snapshots, time_us=token.n, nonce=token.nonce
-                        )
-                    # Still the version that the write would replace: give it another one, and it never lands.
-                    await self._touch()
-            except CommitOutcomeUnknown as error:
-                raise StorageError(f"cannot settle yet, call again: {error}") from error
+        async with self.swapping:
+            for _ in range(self._retries.tries):
+                await self._view.read()
+                if any(snapshot in self.state.snapshots for snapshot in token.snapshots):
+                    return True
+                if f"{_TOKEN}{self._view.version}" != token.epoch or self._view.left is not None:
+                    await self._recall()
+                    return await happened(
+                        self._storage, self._sources, token.snapshots, nonces=token.nonces, times_us=token.times_us
+                    )
+                # Still the version that the write would replace: give it another one, and it never lands.
+                await self._touch()
         raise StorageError(f"cannot settle yet, call again: {self._storage.describe()} gives no certain answer")
 
     async def _settle_in_log(self, token: SwapToken) -> bool:
@@ -363,17 +273,10 @@ class RepoObjectLayout(RepositoryLog):
             return True
         if token.snapshots:
             return False
-        found = await read_slot(self._storage, token.epoch, token.n)
-        if found is None:
-            raise CommitOutcomeUnknown(
-                f"slot {token.n} of the log that {self._storage.describe()} was kept in is empty; look whether the "
-                "change is there",
-                token,
-            )
-        return found[0].nonce == token.nonce
+        return await nonce_in_slot(self._storage, token, marker_n=None) in token.nonces
 
     async def _touch(self) -> None:
-        """Replace ``repo`` by the same state with another mark; for holders of ``swapping``."""
+        """Replace ``repo`` by the same state with another mark; for holders of `swapping`."""
         await self._require_matches()
         found = await read_repo(self._storage, self._sources)
         if found is None or found.known.version != self._view.version:
@@ -383,8 +286,8 @@ class RepoObjectLayout(RepositoryLog):
             self._sources.random_bytes(16),
             gc_cutoff_us=max(cutoff_of(found.info.extra), self.state.gc_cutoff_us),
         )
+        encoded = await encode(replace(found.info, extra=mark))
         with suppress(PreconditionFailedError):
-            encoded = await encode(replace(found.info, extra=mark))
             await self._storage.put(REPO_KEY, encoded.data, Matches(found.known.version))
 
     # ------------------------------------------------------------- the rest
@@ -394,6 +297,3 @@ class RepoObjectLayout(RepositoryLog):
 
     def updates(self) -> AsyncIterator[Update]:
         return updates_of(self._storage, self.state)
-
-    async def aclose(self) -> None:
-        await self._queue.aclose()

@@ -69,7 +69,7 @@ async def test_a_checkpoint_of_an_earlier_life_of_the_log_is_not_written(world: 
     for i in (1, 2, 3):
         await log.append(world.commit(i))
     await sleeper.refresh()
-    head, known = sleeper._view.head, sleeper._view.known
+    head, known = sleeper.view.head, sleeper.view.known
     await log.convert_to_repo_object()
     await convert_to_log(world.store, world.clock.sources())
     now = await world.store.get("repo")
@@ -205,8 +205,8 @@ async def test_a_takeover_is_found_at_the_next_checkpoint_sealed_and_reported(
     await take_over(world)
     taken = await world.store.get("repo")
     await log.checkpoint()
-    assert log.stranded is not None
-    assert [entry.n for entry in log.stranded.entries] == [2]
+    assert log.view.stranded is not None
+    assert [entry.n for entry in log.view.stranded.entries] == [2]
     with pytest.raises(SessionStateError, match="taken over") as caught:
         await log.append(world.commit(3))
     assert "only" in str(caught.value)
@@ -265,12 +265,12 @@ async def test_files_that_ride_in_entries_stand_on_their_own_before_a_checkpoint
     log, storage = await world.create()
     await put_carrying(world, log)
     await log.refresh()
-    assert log.carried_object("snapshots/SMALL") == b"small"
+    assert log.view.carried.find("snapshots/SMALL") == b"small"
     storage.requests.clear()
     await log.checkpoint()
     assert [request.key for request in storage.of("put")] == ["snapshots/SMALL", "repo"]
     assert isinstance(await world.store.get("snapshots/SMALL"), GetResult)
-    assert log.carried_object("snapshots/SMALL") is None
+    assert log.view.carried.find("snapshots/SMALL") is None
 
 
 async def test_a_store_without_a_clock_is_trusted_by_the_clients_own(world: World) -> None:
@@ -332,7 +332,7 @@ async def test_a_checkpoint_that_fails_unexpectedly_is_reported_and_commits_go_o
         assert "report this" in caplog.text
     await log.append(world.commit(2))
     await until(lambda: all(task.done() for task in log.tasks))
-    assert log.checkpoint_n == 2
+    assert log.view.checkpoint_n == 2
 
 
 async def test_checkpoints_take_a_small_share_of_the_time_however_long_they_take(world: World) -> None:
@@ -349,7 +349,7 @@ async def test_checkpoints_take_a_small_share_of_the_time_however_long_they_take
         await log.append(world.commit(i))
         await asyncio.sleep(0)
     await until(lambda: all(task.done() for task in log.tasks))
-    assert log.checkpoint_n == log.n == 39, "the last one is written, sooner or later"
+    assert log.view.checkpoint_n == log.n == 39, "the last one is written, sooner or later"
     checkpoints = len(storage.of("put", "repo")) - 1
     assert checkpoints * 0.1 <= (world.clock.now_us - began_us) / 1e6 / 8
 
@@ -363,9 +363,9 @@ async def test_closing_does_not_wait_for_a_pause_between_checkpoints(world: Worl
 
     patient = await open_log(storage, replace(clock.sources(), sleep=for_ever))
     await patient.append(world.commit(1))
-    await until(lambda: patient.checkpoint_n == 1)
+    await until(lambda: patient.view.checkpoint_n == 1)
     await patient.append(world.commit(2))
     await asyncio.sleep(0)
     assert not all(task.done() for task in patient.tasks)
     await asyncio.wait_for(patient.aclose(), 5)
-    assert patient.checkpoint_n == 2
+    assert patient.view.checkpoint_n == 2

@@ -16,7 +16,6 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.log.repository import events as e
-from icechunk.log.repository import settle
 from icechunk.log.repository.entries import client
 from icechunk.log.repository.entries import layout as swapping
 from icechunk.log.repository.entries import reader as log_reader
@@ -33,7 +32,7 @@ from tests.log.repository.world import DAY_S, World, open_log, put_entry, settle
 
 
 def without_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (settle, swapping, client, log_reader):
+    for module in (swapping, client, log_reader):
         monkeypatch.setattr(module, "still_proves", lambda proof, answer: True)
 
 

@@ -163,7 +163,7 @@ async def test_what_the_official_library_takes_over_is_found_and_reported(tmp_pa
     found = await read_repo(storage, SYSTEM)
     assert found is not None
     assert found.known.marker is None
-    report = log.stranded or await seal_abandoned(storage, SYSTEM, found)
+    report = log.view.stranded or await seal_abandoned(storage, SYSTEM, found)
     assert report is not None
     assert report.after == 1
     assert stranded_id in report.describe("here")

@@ -21,7 +21,7 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.log.repository import events as e
-from icechunk.log.repository.entries import layout as log_layout
+from icechunk.log.repository import settle
 from icechunk.log.repository.entries.entry import encode_entry, encode_events, slot_key
 from icechunk.log.repository.port import SwapToken
 from icechunk.testing.scripted import Request, Send, lost_answer
@@ -39,7 +39,7 @@ async def test_a_deadline_gives_an_outcome_that_is_unknown_and_a_token_that_sett
     with pytest.raises(CommitOutcomeUnknown) as caught:
         await log.append(world.commit(1), deadline_s=0.05)
     token = pickle.loads(pickle.dumps(caught.value.token))
-    assert token == SwapToken(epoch=log.epoch, n=1, nonce=token.nonce, snapshots=(an_id(1),))
+    assert (token.epoch, token.n, token.snapshots) == (log.epoch, 1, (an_id(1),))
     gate.set()
     assert await log.settle(token)
     assert await world.history() == [an_id(1)]
@@ -97,7 +97,7 @@ async def test_a_cancelled_caller_leaves_and_the_group_goes_on(world: World) -> 
 async def test_closing_with_an_entry_in_flight_says_that_its_outcome_is_unknown(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_layout, "_CLOSE_GRACE_S", 0.01)
+    monkeypatch.setattr(settle, "CLOSE_GRACE_S", 0.01)
     log, storage = await world.create()
     await log.prepare_writes()
 
@@ -306,6 +306,6 @@ async def test_a_token_of_an_entry_that_is_void_as_a_whole_did_not_land(world: W
         await world.store.put(slot_key(log.epoch, n), data)
     other, _ = await world.open()
     for one in (log, other):
-        assert not await one.settle(SwapToken(epoch=log.epoch, n=1, nonce=b"x" * 16))
-        assert not await one.settle(SwapToken(epoch=log.epoch, n=2, nonce=b"x" * 16, snapshots=(an_id(1),)))
+        assert not await one.settle(SwapToken(epoch=log.epoch, n=1, nonces=(b"x" * 16,)))
+        assert not await one.settle(SwapToken(epoch=log.epoch, n=2, nonces=(b"x" * 16,), snapshots=(an_id(1),)))
         assert "t" not in one.state.tags

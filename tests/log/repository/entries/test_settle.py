@@ -12,14 +12,12 @@ import contextlib
 import pytest
 
 from icechunk.errors import (
-    CommitOutcomeUnknown,
     ConflictError,
     IcechunkError,
-    SessionStateError,
     StorageError,
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
-from icechunk.log.repository import settle as swap
+from icechunk.log.repository import settle
 from icechunk.log.repository.create import create_log
 from icechunk.log.repository.entries import reader as log_reader
 from icechunk.log.repository.entries.checkpoint import convert_to_log
@@ -207,11 +205,10 @@ async def test_while_a_put_may_still_arrive_the_same_bytes_are_sent_again(
 
     if not rule:
         # As one would without it: the slot is empty, so it failed.
-        def give_up(attempt: object, answer: swap.SlotAnswer) -> object:
-            raise SessionStateError("failed")
+        async def give_up(self: LogLayout, attempt: object) -> settle.Fate:
+            return settle.Fate.REFUSED
 
-        monkeypatch.setattr(swap, "from_slot", give_up)
-        monkeypatch.setattr(swap, "_ROUNDS", 1)
+        monkeypatch.setattr(LogLayout, "_look", give_up)
     storage.script = travel
     reported_failed = False
     try:
@@ -237,7 +234,7 @@ async def test_an_entry_of_another_writer_is_not_taken_for_ones_own(
     other, _ = await world.open()
     await other.append(world.commit(1))
     if not rule:
-        monkeypatch.setattr(swap, "from_slot", lambda attempt, answer: swap.Landed() if answer.entry else swap.Reopen())
+        monkeypatch.setattr(LogLayout, "_fate_by", lambda self, attempt, nonce: settle.Fate.LANDED)
     refused = pytest.raises(ConflictError) if rule else contextlib.nullcontext()
     with refused:
         await log.append(world.commit(2, parent=FIRST_SNAPSHOT))
@@ -250,24 +247,3 @@ async def test_every_entry_has_a_nonce_of_its_own(world: World) -> None:
         await log.append(world.commit(i))
     nonces = {decode_entry(request.data, n=n).nonce for n, request in enumerate(filter(slots, storage.requests), 1)}
     assert len(nonces) == 3
-
-
-async def test_no_other_bytes_and_no_other_slot_before_the_last_attempt_is_settled(world: World) -> None:
-    log, storage = await world.create()
-    await log.prepare_writes()
-
-    async def silence(request: Request, send: Send) -> object:
-        if request.key.startswith("log/"):
-            raise lost_answer()
-        return await send()
-
-    storage.script = silence
-    with pytest.raises(CommitOutcomeUnknown) as caught:
-        await log.append(world.commit(1))
-    with pytest.raises(IcechunkError, match="nothing landed"):
-        await log.append(world.commit(2))
-    assert len({request.data for request in storage.requests if slots(request)}) == 1
-    storage.script = None
-    await log.append(world.commit(3))
-    assert await world.history() == [an_id(1), an_id(3)]
-    assert await log.settle(caught.value.token)

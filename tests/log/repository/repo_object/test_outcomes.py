@@ -175,7 +175,7 @@ async def test_settling_makes_failure_certain(world: World, what: str) -> None:
 
 async def test_settling_a_token_of_another_life_says_that_it_did_not_land(world: World) -> None:
     log, _ = await world.create()
-    assert not await log.settle(SwapToken(epoch="repo:gone", n=5, nonce=b"x" * 16, snapshots=(an_id(9),)))
+    assert not await log.settle(SwapToken(epoch="repo:gone", n=5, nonces=(b"x" * 16,), snapshots=(an_id(9),)))
 
 
 async def test_a_caller_with_a_deadline_is_told_and_the_put_goes_on(world: World) -> None:
