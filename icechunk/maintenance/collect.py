@@ -19,21 +19,21 @@ Listing objects by their ids, and deleting those that are garbage, page by page.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 import anyio
 
 from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError, StorageError
-from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, object_id_from_text
+from icechunk.format.ids import FIRST_SNAPSHOT, NodeId, ObjectId, object_id_from_text
 from icechunk.format.keys import CHUNKS_PREFIX, MANIFESTS_PREFIX, SNAPSHOTS_PREFIX, TRANSACTIONS_PREFIX
-from icechunk.format.values import NATIVE, Manifest, ManifestFile
+from icechunk.format.values import NATIVE, Manifest
 from icechunk.log.repository.events import CollectionRan
 from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.log.repository.state import RepoState, apply
 from icechunk.log.repository.store_check import require_writable
-from icechunk.maintenance.reachability import Files, Limits, RowSet, Walked, read_manifests, walk
+from icechunk.maintenance.reachability import Files, Limits, RowSet, Use, Walked, living_rows, read_manifests, walk
 from icechunk.ops import GCSummary
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import run_each
@@ -345,18 +345,18 @@ class _Reachable:
                 self._transactions.update(record.pruned_ancestor_tx_logs)
         await self._read(manifests)
 
-    async def _read(self, manifests: dict[ObjectId, ManifestFile]) -> None:
+    async def _read(self, manifests: Mapping[ObjectId, Use]) -> None:
         adding = anyio.Lock()
 
-        def add(manifest: Manifest) -> None:
-            for refs in manifest.arrays.values():
+        def add(manifest: Manifest, nodes: Collection[NodeId]) -> None:
+            for refs in living_rows(manifest, nodes):
                 self._chunks.add(refs.chunk_id[refs.kind == NATIVE])
 
-        async def visit(manifest: Manifest) -> None:
+        async def visit(manifest: Manifest, nodes: Collection[NodeId]) -> None:
             async with adding:
-                await off_loop(manifest.num_chunk_refs * _BYTES_PER_REF, lambda: add(manifest))
+                await off_loop(manifest.num_chunk_refs * _BYTES_PER_REF, lambda: add(manifest, nodes))
 
-        await read_manifests(self._files, manifests.values(), self._limits, visit)
+        await read_manifests(self._files, manifests, self._limits, visit)
 
     async def look_again(self) -> None:
         """See, about once a second, whether there are new snapshots, and keep what they refer to."""

@@ -1,16 +1,16 @@
 """What snapshots refer to, read from their files in bounded memory.
 
+A reference lives where a living snapshot's array has the manifest that holds it. A manifest may serve several arrays,
+and go on serving some of them after another has left it, so the unit is the pair of array and manifest: the rows of
+an array that no living snapshot finds in a manifest are dead, whoever else reads that manifest.
+
 Anything that cannot be read ends the walk with an error: what is not known to be garbage is none.
-
-A set of fixed-width byte strings in numpy columns: a million 12-byte ids in 12 MB.
-
-How much a collection may do at a time, and the budget that sees to it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -20,11 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, FormatError, InvalidInputError, ObjectNotFoundError
-from icechunk.format.ids import ObjectId, encode_id
+from icechunk.format.by_node import owners
+from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.keys import manifest_key, snapshot_key
 from icechunk.format.manifest import decode_manifest
+from icechunk.format.manifest.refs_by_node import grouped_refs
 from icechunk.format.snapshot.codec import decode_snapshot
-from icechunk.format.values import Manifest, ManifestFile, Snapshot
+from icechunk.format.values import ChunkRefs, Manifest, ManifestFile, Snapshot
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.port import RepositoryLog
 from icechunk.runtime.checks import require_type
@@ -32,7 +34,7 @@ from icechunk.runtime.tasks import run_each
 from icechunk.storage.port import Storage
 from icechunk.transfer.assets import off_loop
 
-__all__ = ["Budget", "Files", "Limits", "RowSet", "Walked", "read_manifests", "read_snapshot", "walk"]
+__all__ = ["Budget", "Files", "Limits", "RowSet", "Use", "Walked", "living_rows", "read_manifests", "walk"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,17 +138,26 @@ async def read_snapshot(files: Files, id: ObjectId) -> Snapshot:
 
 
 @dataclass(slots=True, kw_only=True)
+class Use:
+    """A manifest, and the arrays that use it."""
+
+    file: ManifestFile
+    nodes: set[NodeId] = field(default_factory=set)
+    """Arrays that a snapshot finds in it. Rows of others in the same manifest are dead."""
+
+
+@dataclass(slots=True, kw_only=True)
 class Walked:
     """What a walk has found so far."""
 
     snapshots: set[ObjectId] = field(default_factory=set)
-    manifests: dict[ObjectId, ManifestFile] = field(default_factory=dict)
-    """Every manifest that one of the snapshots uses."""
+    manifests: dict[ObjectId, Use] = field(default_factory=dict)
+    """Every manifest that one of the snapshots uses, with the arrays of all of them."""
 
 
 async def walk(
     files: Files, start: Iterable[ObjectId], found: Walked, limits: Limits, *, follow_parents: bool
-) -> dict[ObjectId, ManifestFile]:
+) -> dict[ObjectId, Use]:
     """Read snapshots, and add them and their manifests to what was found before.
 
     Parameters
@@ -159,9 +170,9 @@ async def walk(
     Returns
     -------
     dict
-        The manifests that are new.
+        The manifests that are new, and those that new arrays use, each with its new arrays only.
     """
-    fresh: dict[ObjectId, ManifestFile] = {}
+    fresh: dict[ObjectId, Use] = {}
     next_ones: set[ObjectId] = set(start) - found.snapshots
 
     async def read(id: ObjectId) -> None:
@@ -169,14 +180,15 @@ async def walk(
         parent = snapshot.parent_id
         if follow_parents and parent is not None and parent not in found.snapshots:
             next_ones.add(parent)
-        used = dict(snapshot.manifest_files)
-        for node in snapshot.nodes.values():
-            for manifest in node.manifests:
-                if manifest.object_id not in used:
-                    used[manifest.object_id] = ManifestFile(manifest.object_id, 0, 0)
-        for manifest_id, file in used.items():
-            if manifest_id not in found.manifests:
-                found.manifests[manifest_id] = fresh[manifest_id] = file
+        for manifest_id, use in _uses(snapshot).items():
+            known = found.manifests.get(manifest_id)
+            if known is None:
+                known = found.manifests[manifest_id] = Use(file=use.file)
+                fresh[manifest_id] = Use(file=use.file)
+            nodes = use.nodes - known.nodes
+            if nodes:
+                known.nodes |= nodes
+                fresh.setdefault(manifest_id, Use(file=known.file)).nodes |= nodes
 
     while next_ones:
         wave, next_ones = next_ones, set()
@@ -185,17 +197,39 @@ async def walk(
     return fresh
 
 
+def _uses(snapshot: Snapshot) -> dict[ObjectId, Use]:
+    uses = {id: Use(file=file) for id, file in snapshot.manifest_files.items()}
+    for node in snapshot.nodes.values():
+        for manifest in node.manifests:
+            use = uses.get(manifest.object_id)
+            if use is None:
+                use = uses[manifest.object_id] = Use(file=ManifestFile(manifest.object_id, 0, 0))
+            use.nodes.add(node.id)
+    return uses
+
+
+def living_rows(manifest: Manifest, nodes: Collection[NodeId]) -> Iterator[ChunkRefs]:
+    """The references of some arrays in a manifest, those of arrays of one rank together."""
+    for part in grouped_refs(manifest.arrays).parts:
+        living = np.fromiter((node in nodes for node in part.nodes), np.bool_, len(part.nodes))
+        if living.all():
+            yield part.rows
+        elif living.any():
+            yield part.rows.take(np.flatnonzero(living[owners(part.edges)]))
+
+
 async def read_manifests(
     files: Files,
-    manifests: Collection[ManifestFile],
+    manifests: Mapping[ObjectId, Use],
     limits: Limits,
-    visit: Callable[[Manifest], Awaitable[None]],
+    visit: Callable[[Manifest, Collection[NodeId]], Awaitable[None]],
 ) -> None:
-    """Read manifests, largest first, and hand each to ``visit``."""
+    """Read manifests, largest first, and hand each to ``visit`` with the arrays that use it."""
     compressed = Budget(limits.max_compressed_manifest_mem_bytes)
     decoded = Budget(limits.max_decoded_manifest_mem_bytes)
 
-    async def read(file: ManifestFile) -> None:
+    async def read(use: Use) -> None:
+        file = use.file
         key = manifest_key(file.object_id)
         async with (
             decoded.take(file.num_chunk_refs * _DECODED_BYTES_PER_REF),
@@ -206,10 +240,10 @@ async def read_manifests(
                 manifest = await off_loop(len(data), lambda: decode_manifest(data, expected_id=file.object_id))
             except FormatError as error:
                 raise FormatError(f"cannot read {key!r}: {error.message}", error.kind) from error
-            await visit(manifest)
+            await visit(manifest, use.nodes)
 
     # Sorted also so that the order of requests does not depend on chance.
-    ordered = sorted(manifests, key=lambda file: (-file.num_chunk_refs, encode_id(file.object_id)))
+    ordered = sorted(manifests.values(), key=lambda use: (-use.file.num_chunk_refs, encode_id(use.file.object_id)))
     await run_each(read, ordered, limit=limits.max_concurrent_manifest_fetches)
 
 

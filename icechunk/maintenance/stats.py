@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import anyio
 import numpy as np
 import numpy.typing as npt
 
+from icechunk.format.ids import NodeId
 from icechunk.format.values import INLINE, NATIVE, VIRTUAL, ChunkRefs, Manifest
 from icechunk.log.repository.port import Layout, RepositoryLog
-from icechunk.maintenance.reachability import Files, Limits, RowSet, Walked, read_manifests, walk
+from icechunk.maintenance.reachability import Files, Limits, RowSet, Walked, living_rows, read_manifests, walk
 from icechunk.ops import ChunkStorageStats
 from icechunk.storage.port import Storage
 from icechunk.transfer.assets import off_loop
@@ -41,11 +43,11 @@ async def chunk_storage_stats(log: RepositoryLog, storage: Storage, limits: Limi
 
     one_at_a_time = anyio.Lock()
 
-    async def visit(manifest: Manifest) -> None:
+    async def visit(manifest: Manifest, nodes: Collection[NodeId]) -> None:
         async with one_at_a_time:
-            await off_loop(manifest.num_chunk_refs * _BYTES_PER_REF, lambda: counter.add(manifest))
+            await off_loop(manifest.num_chunk_refs * _BYTES_PER_REF, lambda: counter.add(manifest, nodes))
 
-    await read_manifests(files, found.manifests.values(), limits, visit)
+    await read_manifests(files, found.manifests, limits, visit)
     return counter.result()
 
 
@@ -56,8 +58,8 @@ class _Counter:
         self._locations: dict[str, int] = {}
         self._inlined = 0
 
-    def add(self, manifest: Manifest) -> None:
-        for refs in manifest.arrays.values():
+    def add(self, manifest: Manifest, nodes: Collection[NodeId]) -> None:
+        for refs in living_rows(manifest, nodes):
             self._inlined += int(refs.length[refs.kind == INLINE].sum())
             native = refs.kind == NATIVE
             if native.any():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import icechunk
 from icechunk.credentials import LocalFileSystemAccess
 from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.values import INLINE, NATIVE, ChunkRefs, Manifest
-from icechunk.maintenance.reachability import Budget, Files, Limits, RowSet, read_manifests
+from icechunk.maintenance.reachability import Budget, Files, Limits, RowSet, Use, read_manifests
 from icechunk.maintenance.stats import _Counter
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.wrapping import WrappingStorage
@@ -86,7 +87,7 @@ def test_bytes_of_shared_objects_count_once_however_ranges_overlap(spans: list[t
             chunk_id=np.frombuffer(b"".join(bytes([span[0]]) + b"\0" * 11 for span in part), "V12"),
             location=np.full(len(part), -1, np.int32),
         )
-        counter.add(Manifest(id=ObjectId(b"m" * 12), arrays={NodeId(b"n" * 8): refs}))
+        counter.add(Manifest(id=ObjectId(b"m" * 12), arrays={NodeId(b"n" * 8): refs}), {NodeId(b"n" * 8)})
     expected = {(id, byte) for id, offset, length in spans for byte in range(offset, offset + length)}
     assert counter.result().native_bytes == len(expected)
 
@@ -136,7 +137,7 @@ async def test_manifests_are_read_within_the_bounds() -> None:
     await history.repo.checkpoint_async()  # so that all of them are read from storage, none from the log's entries
     log = await history.repo._core.log()
     files = {
-        file.object_id: file
+        file.object_id: Use(file=file)
         for id in log.state.snapshots
         for file in (await history.repo._core.assets.snapshot(id)).manifest_files.values()
     }
@@ -146,10 +147,10 @@ async def test_manifests_are_read_within_the_bounds() -> None:
         storage = Counting(history.repo.storage)
         seen: list[Manifest] = []
 
-        async def visit(manifest: Manifest) -> None:
+        async def visit(manifest: Manifest, nodes: Collection[NodeId]) -> None:
             seen.append(manifest)
 
-        await read_manifests(Files(storage, log), files.values(), limits, visit)
+        await read_manifests(Files(storage, log), files, limits, visit)
         assert {manifest.id for manifest in seen} == set(files)
         return storage.most
 
@@ -171,5 +172,5 @@ def test_inline_bytes_are_those_of_the_rows() -> None:
     )
     counter = _Counter()
     for _ in range(2):
-        counter.add(Manifest(id=ObjectId(b"m" * 12), arrays={NodeId(b"n" * 8): refs}))
+        counter.add(Manifest(id=ObjectId(b"m" * 12), arrays={NodeId(b"n" * 8): refs}), {NodeId(b"n" * 8)})
     assert counter.result().inlined_bytes == 14

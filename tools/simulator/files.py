@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
@@ -12,12 +13,21 @@ from icechunk.format.keys import chunk_key, manifest_key, snapshot_key, transact
 from icechunk.format.manifest import decode_manifest, encode_manifest
 from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
 from icechunk.format.transaction import encode_transaction_log
-from icechunk.format.values import NATIVE, ChunkRefs, Manifest, ManifestFile, Snapshot, TransactionLog
+from icechunk.format.values import (
+    NATIVE,
+    ChunkRefs,
+    DimensionShape,
+    Manifest,
+    ManifestFile,
+    ManifestRef,
+    NodeKind,
+    NodeSnapshot,
+    Snapshot,
+    TransactionLog,
+)
 from icechunk.log.repository.state import RepoState
 
 __all__ = ["CommitFiles", "commit_files", "missing_files"]
-
-_NODE = NodeId(b"an array")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +43,7 @@ class CommitFiles:
 def commit_files(
     snapshot: ObjectId, *, manifest: ObjectId, chunk: ObjectId, inherited: Iterable[ManifestFile], flushed_at_us: int
 ) -> CommitFiles:
-    """The files of a snapshot that adds a chunk, and keeps some manifests of its parent's.
+    """The files of a snapshot that adds an array of one chunk, and keeps some of its parent's.
 
     Parameters
     ----------
@@ -48,14 +58,15 @@ def commit_files(
         chunk_id=np.frombuffer(chunk, "V12"),
         location=np.full(1, -1, np.int32),
     )
-    data = encode_manifest(Manifest(id=manifest, arrays={_NODE: refs}))
+    data = encode_manifest(Manifest(id=manifest, arrays={_array_of(manifest).id: refs}))
     own = ManifestFile(manifest, len(data), 1)
+    used = {file.object_id: file for file in (own, *inherited)}
     document = Snapshot(
         id=snapshot,
-        nodes={},
+        nodes={node.path: node for node in sorted(map(_array_of, used), key=attrgetter("path"))},
         flushed_at_us=flushed_at_us,
         message="",
-        manifest_files={file.object_id: file for file in (own, *inherited)},
+        manifest_files=used,
     )
     return CommitFiles(
         manifest=own,
@@ -65,6 +76,18 @@ def commit_files(
             (transaction_key(snapshot), encode_transaction_log(TransactionLog(id=snapshot))),
             (snapshot_key(snapshot), encode_snapshot(document)),
         ),
+    )
+
+
+def _array_of(manifest: ObjectId) -> NodeSnapshot:
+    """The array whose only chunk a manifest refers to."""
+    return NodeSnapshot(
+        id=NodeId(manifest[:8]),
+        path=f"/{manifest.hex()}",
+        kind=NodeKind.ARRAY,
+        user_data=b"{}",
+        shape=(DimensionShape(1, 1),),
+        manifests=(ManifestRef(manifest, ((0, 1),)),),
     )
 
 
