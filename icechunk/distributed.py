@@ -43,7 +43,8 @@ def extract_session(zarray: zarr.Array[ArrayV3Metadata], axis: Any = None, keepd
             f"{type(store).__name__}",
             ErrorKind.INVALID_SETTING,
         )
-    return store.session
+    session: Session = store.session
+    return session
 
 
 def merge_sessions(*sessions: ForkSession | list[ForkSession] | list[list[ForkSession]]) -> ForkSession:

@@ -124,7 +124,7 @@ async def to_kerchunk_async(session: Session, *, group: str = "", chunks_url: st
     root = to_path(group)
     cut = len(metadata_key_text(root)) - len("zarr.json")
     refs: dict[str, Any] = {}
-    for node in list(session.hierarchy.nodes(root)):
+    for node in session._content.nodes(root):
         refs[metadata_key_text(node.path)[cut:]] = node.user_data.decode()
         if node.kind is not NodeKind.ARRAY:
             continue

@@ -41,8 +41,6 @@ IMPURE = {
 }  # fmt: skip
 PURE = ["format", "log.session", "log.repository.events", "log.repository.state"]
 """Rooms and modules without I/O, clock and chance."""
-CIRCLES_TO_CUT = {"session", "store"}
-"""Rooms with circles that are being cut; this set must become empty."""
 
 
 def modules() -> dict[str, Path]:
@@ -91,17 +89,11 @@ def test_dependencies_point_down(module: str) -> None:
     if module in ("", "log"):
         return
     for other in imported_modules(MODULES[module]) - {""}:
-        if module.partition(".")[0] in CIRCLES_TO_CUT and other.partition(".")[0] in CIRCLES_TO_CUT:
-            continue
         assert floor(other) <= floor(module), f"{module} imports {other}"
 
 
 def test_there_is_no_circle_of_imports() -> None:
-    graph = {
-        module: imported_modules(path) - {module}
-        for module, path in MODULES.items()
-        if module.partition(".")[0] not in CIRCLES_TO_CUT
-    }
+    graph = {module: imported_modules(path) - {module} for module, path in MODULES.items()}
     try:
         tuple(TopologicalSorter(graph).static_order())
     except CycleError as error:

@@ -113,14 +113,14 @@ async def chunk(session: Session, n: int) -> bytes | None:
 
 
 async def set_chunk(session: Session, n: int, size: int = 600) -> None:
-    await session.set_chunk("/a", (n,), bytes([n]) * size)
+    await session._content.set_chunk("/a", (n,), bytes([n]) * size)
 
 
 async def repository_on(storage: S3Storage | LocalStorage) -> Repository:
     """With one chunk, committed."""
     repository = await Repository.create_async(storage)
     session = await repository.writable_session_async("main")
-    session.set_metadata("/a", ARRAY)
+    session._content.set_metadata("/a", ARRAY)
     await set_chunk(session, 0)
     await session.commit_async("acknowledged")
     await repository.checkpoint_async()
@@ -424,7 +424,7 @@ async def test_a_really_full_disk_loses_nothing_that_was_acknowledged(small_disk
         session = await repository.writable_session_async("main")
         try:
             # Noise, so that nothing is shared; each commit alone takes some twentieth of the disk.
-            await session.set_chunk("/a", (committed % 10,), os.urandom(60_000) + bytes([committed]))
+            await session._content.set_chunk("/a", (committed % 10,), os.urandom(60_000) + bytes([committed]))
             await session.commit_async(f"commit {committed}")
         except StorageError as error:
             refusal = str(error)

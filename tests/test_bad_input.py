@@ -282,7 +282,7 @@ def test_a_missing_entry_of_the_log_is_never_skipped() -> None:
     storage = filled()
     repository = Repository.open(storage)
     session = repository.writable_session("main")
-    session.set_metadata("/x", b'{"zarr_format": 3, "node_type": "group"}')
+    session._content.set_metadata("/x", b'{"zarr_format": 3, "node_type": "group"}')
     good = run_sync(storage.get("repo")).data
     session.commit("third")
     run_sync(repository.aclose())

@@ -82,7 +82,7 @@ class Life:
     async def commit(self, repository: Repository, count: int) -> None:
         for _ in range(count):
             session = await repository.writable_session_async("main")
-            await session.set_chunk("/a", (self.commits % 4,), b"x%04d" % self.commits)
+            await session._content.set_chunk("/a", (self.commits % 4,), b"x%04d" % self.commits)
             # A text that does not compress, so that `repo` soon is large.
             await session.commit_async(self.rng.randbytes(64).hex())
             self.commits += 1
@@ -91,7 +91,9 @@ class Life:
         recording = RecordingStorage(WrappingStorage(self.storage.inner), turns=0)
         repository = await Repository.open_async(recording)
         if read:
-            assert await (await repository.readonly_session_async("main")).get_chunk("/a", (0,), None) is not None
+            assert (
+                await (await repository.readonly_session_async("main"))._content.get_chunk("/a", (0,), None) is not None
+            )
         state = (await log_of(repository)).state
         await repository.aclose()
         return recording, state
@@ -142,7 +144,7 @@ async def test_a_long_history_makes_neither_commits_nor_openings_ask_for_more() 
     recording = RecordingStorage(life.storage, turns=0)
     repository = await Repository.create_async(recording)
     session = await repository.writable_session_async("main")
-    session.set_metadata("/a", ARRAY)
+    session._content.set_metadata("/a", ARRAY)
     await session.commit_async("the array")
     await life.commit(repository, SHORT)
     short = await costs(life, repository, recording)
@@ -180,19 +182,19 @@ async def test_in_the_published_formats_the_tenth_commit_asks_for_what_the_hundr
     recording = RecordingStorage(storage, turns=0)
     repository = await Repository.create_async(recording, spec_version=spec_version)
     session = await repository.writable_session_async("main")
-    session.set_metadata("/a", ARRAY)
+    session._content.set_metadata("/a", ARRAY)
     await session.commit_async("the array")
     asked: list[list[str]] = []
     for i in range(1, 101):
         recording.clear()
         session = await repository.writable_session_async("main")
-        await session.set_chunk("/a", (i % 4,), b"x%04d" % i)
+        await session._content.set_chunk("/a", (i % 4,), b"x%04d" % i)
         await session.commit_async("one more")
         if i in (10, 100):
             requests = sorted(f"{request.verb} {request.key.split('/')[0]}" for request in recording.requests)
             opening = RecordingStorage(WrappingStorage(storage), turns=0)
             other = await Repository.open_async(opening)
-            await (await other.readonly_session_async("main")).get_chunk("/a", (0,), None)
+            await (await other.readonly_session_async("main"))._content.get_chunk("/a", (0,), None)
             await other.aclose()
             asked.append(requests + sorted(f"{one.verb} {one.key.split('/')[0]}" for one in opening.requests))
     await repository.aclose()
@@ -202,7 +204,7 @@ async def test_in_the_published_formats_the_tenth_commit_asks_for_what_the_hundr
 async def test_a_writer_holds_its_history_in_the_bytes_of_a_file_and_not_as_objects() -> None:
     repository = await Repository.create_async(MemoryStorage())
     session = await repository.writable_session_async("main")
-    session.set_metadata("/a", ARRAY)
+    session._content.set_metadata("/a", ARRAY)
     await session.commit_async("the array")
     life = Life()
     objects = []

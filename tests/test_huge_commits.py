@@ -49,7 +49,7 @@ async def repository(storage: Storage, *, cached_refs: int | None = None, **engi
 def write_blocks(session: icechunk.Session, shape: Sequence[int], blocks: int) -> None:
     """Virtual references for all chunks of a new array ``/a``, so many blocks of rows in turn."""
     rows, columns = shape
-    session.set_metadata("/a", ARRAY % (rows, columns))
+    session._content.set_metadata("/a", ARRAY % (rows, columns))
     height = rows // blocks
     for first in range(0, rows, height):
         count = height * columns
@@ -63,7 +63,7 @@ async def check_rows(repository: Repository, shape: Sequence[int], rows: Sequenc
     session = await repository.readonly_session_async("main")
     for row in rows:
         coords = divmod(row, shape[1])
-        ref = await session.chunk_reference("/a", coords)
+        ref = await session._content.chunk_reference("/a", coords)
         assert ref is not None
         assert (ref.location, ref.offset, ref.length) == (f"{BUCKET}object", row, row + 1)
 
@@ -136,7 +136,7 @@ async def test_a_put_that_fails_amid_the_manifests_commits_nothing_and_a_later_t
     assert session.has_uncommitted_changes
     faulty.plan = lambda request: Fault.NONE
     # The session can be written on, and committed.
-    session.delete_chunk("/a", (0, 0))
+    session._content.delete_chunk("/a", (0, 0))
     await session.commit_async("works")
     await check_rows(await Repository.open_async(faulty), (100, 100), [1, 99, 100, 5_000, 9_999])
     assert await (await repo.readonly_session_async("main")).chunk_reference("/a", (0, 0)) is None
@@ -178,21 +178,21 @@ async def test_changes_that_stand_in_several_transaction_logs_are_all_known(
     storage = MemoryStorage()
     repo = await Repository.create_async(storage, spec_version=spec_version)
     session = await repo.writable_session_async("main")
-    session.set_metadata("/a", ARRAY % (10, 10))
-    session.set_metadata("/b", ARRAY % (10, 10))
+    session._content.set_metadata("/a", ARRAY % (10, 10))
+    session._content.set_metadata("/b", ARRAY % (10, 10))
     base = await session.commit_async("two arrays")
     others = [await repo.writable_session_async("main") for _ in range(3)]
     session = await repo.writable_session_async("main")
     for i in range(100):
-        await session.set_chunk("/a", divmod(i, 10), b"x")
-        await session.set_chunk("/b", divmod(i, 10), b"y")
+        await session._content.set_chunk("/a", divmod(i, 10), b"x")
+        await session._content.set_chunk("/b", divmod(i, 10), b"y")
     tip = await session.commit_async("two hundred chunks")
     record = (await repo._core.state()).snapshots[object_id_from_text(tip)]
     assert len(record.pruned_ancestor_tx_logs) == 6
     diff = await repo.diff_async(from_snapshot_id=base, to_snapshot_id=tip)
     assert {path: len(rows) for path, rows in diff.updated_chunks.items()} == {"/a": 100, "/b": 100}
     for other, coords in zip(others, [(0, 0), (4, 9), (9, 9)], strict=True):
-        await other.set_chunk("/b", coords, b"z")
+        await other._content.set_chunk("/b", coords, b"z")
         with pytest.raises(icechunk.RebaseFailedError):
             await other.commit_async("conflicts", rebase_with=icechunk.ConflictDetector())
     # Another client, after a collection of everything that nobody refers to.
@@ -210,15 +210,15 @@ async def test_more_changes_than_a_transaction_log_of_format_1_holds_are_refused
     storage = RecordingStorage(MemoryStorage(), turns=0)
     repo = await Repository.create_async(storage, spec_version=1)
     session = await repo.writable_session_async("main")
-    session.set_metadata("/a", ARRAY % (10, 10))
+    session._content.set_metadata("/a", ARRAY % (10, 10))
     storage.clear()
     for i in range(60):
-        await session.set_chunk("/a", divmod(i, 10), b"x")
+        await session._content.set_chunk("/a", divmod(i, 10), b"x")
     with pytest.raises(InvalidInputError, match=r"60 changed chunks.*several steps"):
         await session.commit_async("too many")
     assert not storage.count("put")
     for i in range(30):
-        session.delete_chunk("/a", divmod(i, 10))
+        session._content.delete_chunk("/a", divmod(i, 10))
     assert session.has_uncommitted_changes
 
 
@@ -229,11 +229,11 @@ async def test_more_references_than_a_manifest_holds_are_refused_and_splitting_h
     recording = RecordingStorage(MemoryStorage(), turns=0)
     repo = await Repository.create_async(recording, spec_version=2)
     session = await repo.writable_session_async("main")
-    session.set_metadata("/a", ARRAY % (10, 10))
-    session.set_metadata("/few", ARRAY % (10, 10))
+    session._content.set_metadata("/a", ARRAY % (10, 10))
+    session._content.set_metadata("/few", ARRAY % (10, 10))
     for i in range(60):
-        await session.set_chunk("/a", divmod(i, 10), b"x")
-    await session.set_chunk("/few", (0, 0), b"x")
+        await session._content.set_chunk("/a", divmod(i, 10), b"x")
+    await session._content.set_chunk("/few", (0, 0), b"x")
     recording.clear()
     with pytest.raises(InvalidInputError, match=r"60 references of array '/a'.*ManifestConfig.splitting"):
         await session.commit_async("too many")
@@ -247,8 +247,8 @@ async def test_more_references_than_a_manifest_holds_are_refused_and_splitting_h
     )
     split = await Repository.open_async(recording, config)
     session = await split.writable_session_async("main")
-    session.set_metadata("/a", ARRAY % (10, 10))
+    session._content.set_metadata("/a", ARRAY % (10, 10))
     for i in range(60):
-        await session.set_chunk("/a", divmod(i, 10), b"x")
+        await session._content.set_chunk("/a", divmod(i, 10), b"x")
     await session.commit_async("split")
     assert len(split.list_manifest_files(session.snapshot_id)) == 2

@@ -22,6 +22,7 @@ from icechunk.log.repository.entries.entry import decode_entry, parse_slot_key
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.events import CollectionRan
 from icechunk.repository import Repository
+from icechunk.session.content import SessionContent
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import ANY, Storage
 from icechunk.testing.faulty import Fault, FaultyStorage, PlannedRequest
@@ -43,13 +44,13 @@ class Elsewhere(WrappingStorage):
 
 async def write(repository: Repository, name: str, chunk: bytes = b"x", message: str = "") -> str:
     session = await repository.writable_session_async("main")
-    session.set_metadata(f"/{name}", ARRAY % 4)
-    await session.set_chunk(f"/{name}", (0,), chunk)
+    session._content.set_metadata(f"/{name}", ARRAY % 4)
+    await session._content.set_chunk(f"/{name}", (0,), chunk)
     return await session.commit_async(message or name)
 
 
 async def read(repository: Repository, name: str) -> bytes | memoryview | None:
-    return await (await repository.readonly_session_async("main")).get_chunk(f"/{name}", (0,), None)
+    return await (await repository.readonly_session_async("main"))._content.get_chunk(f"/{name}", (0,), None)
 
 
 async def keys(storage: Storage, *prefixes: str) -> set[str]:
@@ -104,9 +105,9 @@ async def test_a_commit_above_the_limit_is_written_apart_and_none_rides_where_th
         config = RepositoryConfig(engine=EngineConfig(small_commit_bytes=limit))
         repository = await Repository.create_async(memory, config)
         session = await repository.writable_session_async("main")
-        session.set_metadata("/a", ARRAY % 200)
+        session._content.set_metadata("/a", ARRAY % 200)
         for i in range(200):
-            await session.set_chunk("/a", (i,), _noise(i, chunk_bytes))
+            await session._content.set_chunk("/a", (i,), _noise(i, chunk_bytes))
         await session.commit_async("a")
         assert await _carried_by_entries(memory) == [set()]
         await repository.aclose()
@@ -142,7 +143,7 @@ async def test_another_client_reads_compares_and_rebases_on_what_only_the_log_ha
         assert [info.message async for info in repository.async_ancestry(branch="main")][:3] == ["b", "a", "base"]
         diff = await repository.diff_async(from_snapshot_id=base, to_snapshot_id=made[1])
         assert diff.new_arrays == {"/a", "/b"}
-    behind.set_metadata("/mine", GROUP)
+    behind._content.set_metadata("/mine", GROUP)
     await behind.commit_async("mine", rebase_with=icechunk.ConflictDetector())
     assert await read(late, "b") == b"b"
 
@@ -189,7 +190,7 @@ async def test_a_commit_that_is_refused_leaves_no_object() -> None:
     memory = MemoryStorage()
     repository = await Repository.create_async(memory)
     loser = await (await Repository.open_async(Elsewhere(memory))).writable_session_async("main")
-    loser.set_metadata("/loser", GROUP)
+    loser._content.set_metadata("/loser", GROUP)
     await write(repository, "winner")
     await repository.checkpoint_async()
     before = await keys(memory, *FILES)
@@ -209,8 +210,8 @@ async def test_a_session_that_travelled_reads_a_manifest_that_only_the_log_has()
     fresh._core.files = type(fresh._core.files)(0)
     fresh._core._configure(fresh._core.storage, fresh._core.config)
     await fresh._core._logs.aclose()
-    travelled = icechunk.Session(fresh._core, session._log.base)
-    assert await travelled.get_chunk("/a", (0,), None) == b"a"
+    travelled = icechunk.Session(SessionContent.on(fresh._core, session._content.log.base))
+    assert await travelled._content.get_chunk("/a", (0,), None) == b"a"
 
 
 async def test_a_file_that_is_nowhere_is_missed_by_its_name() -> None:
@@ -257,8 +258,8 @@ SCRIPT = textwrap.dedent(
         await (await repository._core.log()).prepare_writes()
         storage.stuck = True
         session = await repository.writable_session_async("main")
-        session.set_metadata("/a", %r)
-        await session.set_chunk("/a", (0,), b"kept")
+        session._content.set_metadata("/a", %r)
+        await session._content.set_chunk("/a", (0,), b"kept")
         print(await session.commit_async("a"), flush=True)
         os.kill(os.getpid(), 9)
 
@@ -312,9 +313,9 @@ async def test_entries_stay_small_whoever_shares_them() -> None:
     for i in range(40):
         await repository.create_branch_async(f"b{i}", await repository.lookup_branch_async("main"))
         session = await repository.writable_session_async(f"b{i}")
-        session.set_metadata("/a", ARRAY % 100)
+        session._content.set_metadata("/a", ARRAY % 100)
         for j in range(100):
-            await session.set_chunk("/a", (j,), _noise(i * 1000 + j, 500))
+            await session._content.set_chunk("/a", (j,), _noise(i * 1000 + j, 500))
         sessions.append(session)
     await asyncio.gather(*(session.commit_async("x") for session in sessions))
     sizes = [item.size async for page in memory.list_pages("log/") for item in page]
@@ -330,7 +331,7 @@ async def test_a_late_checkpointer_that_brings_a_collected_file_back_brings_only
     memory = MemoryStorage()
     repository = await Repository.create_async(memory)
     session = await repository.writable_session_async("main")
-    session.set_metadata("/gone", GROUP)
+    session._content.set_metadata("/gone", GROUP)
     gone = await session.flush_async("detached")
     log = await repository._core.log()
     assert isinstance(log, LogLayout)
@@ -354,7 +355,7 @@ async def test_a_late_checkpointer_that_brings_a_collected_file_back_brings_only
 async def first_chunk(storage: Storage) -> bytes | memoryview | None:
     repository = await Repository.open_async(storage)
     session = await repository.readonly_session_async("main")
-    return await session.get_chunk("/a", (0,), None)
+    return await session._content.get_chunk("/a", (0,), None)
 
 
 @pytest.mark.parametrize(("chunk", "rounds"), [(b"x", 1), (b"x" * 10_000, 2)], ids=["inline", "native"])
@@ -384,9 +385,9 @@ async def test_from_nothing_to_the_first_chunk_where_the_files_are_too_large_to_
     memory = MemoryStorage()
     repository = await Repository.create_async(memory)
     session = await repository.writable_session_async("main")
-    session.set_metadata("/a", ARRAY % 300)
+    session._content.set_metadata("/a", ARRAY % 300)
     for i in range(300):
-        await session.set_chunk("/a", (i,), _noise(i, 500))
+        await session._content.set_chunk("/a", (i,), _noise(i, 500))
     await session.commit_async("a")
     await repository.aclose()
     assert len((await memory.get("repo")).data) < 32_000
@@ -412,7 +413,7 @@ async def test_writers_of_one_branch_follow_each_other_in_shared_entries() -> No
 
     async def one(i: int) -> None:
         session = await repository.writable_session_async("main")
-        session.set_metadata(f"/n{i}", GROUP)
+        session._content.set_metadata(f"/n{i}", GROUP)
         await session.commit_async(f"n{i}", rebase_with=icechunk.ConflictDetector())
 
     await asyncio.gather(*(one(i) for i in range(64)))
@@ -432,7 +433,7 @@ async def test_writers_that_conflict_with_one_that_has_not_landed_are_told_once_
 
     async def one(i: int) -> str:
         session = await repository.writable_session_async("main")
-        await session.set_chunk("/a", (0,), bytes([i]))
+        await session._content.set_chunk("/a", (0,), bytes([i]))
         return await session.commit_async(f"n{i}", rebase_with=icechunk.ConflictDetector())
 
     outcomes = await asyncio.gather(*(one(i) for i in range(8)), return_exceptions=True)
@@ -458,7 +459,7 @@ async def test_those_behind_a_commit_that_is_given_up_go_on_without_it() -> None
 
     async def one(i: int) -> str:
         session = await repository.writable_session_async("main")
-        session.set_metadata(f"/n{i}", GROUP)
+        session._content.set_metadata(f"/n{i}", GROUP)
         return await session.commit_async(f"n{i}", rebase_with=icechunk.ConflictDetector())
 
     tasks = [asyncio.ensure_future(one(i)) for i in range(4)]

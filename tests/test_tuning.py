@@ -76,15 +76,15 @@ async def filled(
     storage = Counting(inner)
     repository = await Repository.create_async(storage, config)
     session = await repository.writable_session_async("main")
-    session.set_metadata("/a", ARRAY)
+    session._content.set_metadata("/a", ARRAY)
     for n in range(32):
-        await session.set_chunk("/a", (n,), bytes([n]) * size)
+        await session._content.set_chunk("/a", (n,), bytes([n]) * size)
     await session.commit_async("x")
     return storage, repository, await repository.readonly_session_async("main")
 
 
 async def read_all(session: Session) -> None:
-    found = await asyncio.gather(*(session.get_chunk("/a", (n,), None) for n in range(32)))
+    found = await asyncio.gather(*(session._content.get_chunk("/a", (n,), None) for n in range(32)))
     assert [data[0] for data in found if data] == list(range(32))
 
 
@@ -95,7 +95,7 @@ async def test_requests_of_all_sessions_reads_and_writes_are_bounded_together() 
 
     async def write(session: Session) -> None:
         for n in range(32):
-            await session.set_chunk("/a", (n,), bytes(1000))
+            await session._content.set_chunk("/a", (n,), bytes(1000))
         await session.flush_async("x")
 
     async with asyncio.timeout(30):
@@ -117,8 +117,8 @@ async def test_chunk_bytes_on_their_way_are_bounded_for_all_sessions_together() 
 
     async def write(session: Session) -> None:
         for n in range(32):
-            await session.set_chunk("/a", (n,), bytes(1000))
-            assert sum(other._puts._pool.held_bytes for other in sessions) <= 5000
+            await session._content.set_chunk("/a", (n,), bytes(1000))
+            assert sum(other._content.puts._pool.held_bytes for other in sessions) <= 5000
 
     async with asyncio.timeout(30):
         await asyncio.gather(*map(write, sessions))
@@ -150,11 +150,11 @@ async def test_long_reads_are_split_where_the_size_of_a_request_is_set() -> None
         ),
     )
     storage, _, reader = await filled(whole, size)
-    assert await reader.get_chunk("/a", (7,), None) == b"\7" * size
+    assert await reader._content.get_chunk("/a", (7,), None) == b"\7" * size
     assert storage.read == [size]
     storage, _, reader = await filled(split, size)
     storage.most = 0
-    assert await reader.get_chunk("/a", (7,), None) == b"\7" * size
+    assert await reader._content.get_chunk("/a", (7,), None) == b"\7" * size
     assert storage.read == [375_000] * 8
     assert storage.most == 3
 
@@ -172,10 +172,10 @@ async def test_what_is_longer_than_a_request_should_be_is_split_by_default_where
     size = 13 << 20
     storage, repository, _ = await filled(RepositoryConfig(engine=ALONE), 10)
     session = await repository.writable_session_async("main")
-    await session.set_chunk("/a", (7,), bytes(size))
+    await session._content.set_chunk("/a", (7,), bytes(size))
     await session.commit_async("x")
     reader = await repository.readonly_session_async("main")
-    assert await reader.get_chunk("/a", (7,), None) == bytes(size)
+    assert await reader._content.get_chunk("/a", (7,), None) == bytes(size)
     assert storage.read == [size // 2] * 2
 
 
@@ -184,7 +184,7 @@ async def test_files_of_a_local_disk_are_read_whole_whatever_size_of_request_is_
     concurrency = StorageConcurrencySettings(ideal_concurrent_request_size=4096)
     config = RepositoryConfig(engine=ALONE, storage=StorageSettings(concurrency=concurrency))
     storage, _, reader = await filled(config, 3_000_000, LocalStorage(tmp_path))
-    assert await reader.get_chunk("/a", (7,), None) == b"\7" * 3_000_000
+    assert await reader._content.get_chunk("/a", (7,), None) == b"\7" * 3_000_000
     assert storage.read == [3_000_000]
 
 
@@ -193,7 +193,7 @@ async def test_chunks_are_kept_where_there_is_room_set_for_them(kept: int | None
     config = RepositoryConfig(engine=ALONE, caching=CachingConfig(num_bytes_chunks=kept))
     storage, _, reader = await filled(config)
     for _ in range(2):
-        assert await reader.get_chunk("/a", (7,), None) == b"\7" * 1000
+        assert await reader._content.get_chunk("/a", (7,), None) == b"\7" * 1000
     assert len(storage.read) == reads
 
 

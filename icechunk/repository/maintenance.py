@@ -27,6 +27,7 @@ from icechunk.repository.sessions import Sessions
 from icechunk.runtime.checks import WrongTypeError, json_metadata, require_type
 from icechunk.runtime.clock import us_of
 from icechunk.runtime.loops import synchronous, warn_caller
+from icechunk.session.commit import How, write_snapshot
 from icechunk.types import CommitMethod
 
 __all__ = ["Maintenance"]
@@ -285,7 +286,8 @@ class Maintenance(Sessions):
         if amend and (await self._core.log()).spec_version == 1:
             raise needs_format_2("amend a commit with rewritten manifests")
         described |= {"__icechunk": {"splitting_config": self._splitting()}}
-        return await session.commit_rewritten(message, described, amend=amend)
+        how = How.AMEND if amend else How.COMMIT
+        return await write_snapshot(session._content, how, message, described, allow_empty=True, rewrite=True)
 
     rewrite_manifests = synchronous(rewrite_manifests_async)
 

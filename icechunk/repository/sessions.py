@@ -17,6 +17,7 @@ from icechunk.repository.views import require_feature
 from icechunk.runtime.checks import WrongTypeError, require_type
 from icechunk.runtime.loops import synchronous
 from icechunk.session import Session
+from icechunk.session.content import SessionContent
 from icechunk.store import IcechunkStore
 
 __all__ = ["Sessions"]
@@ -63,7 +64,7 @@ class Sessions(RepositoryBase):
             base = _newest_at(await self._core.learn(base, ancestry=True), base, as_of, f"branch {branch!r}")
         snapshot = await self._core.assets.snapshot(base)
         await self._core.preload(snapshot)
-        return Session(self._core, snapshot)
+        return Session(SessionContent.on(self._core, snapshot))
 
     readonly_session = synchronous(readonly_session_async)
 
@@ -87,7 +88,8 @@ class Sessions(RepositoryBase):
         log.prepare_writes_soon()
         base = await self._core.assets.snapshot(state.branch_tip(branch))
         await self._core.preload(base)
-        return Session(self._core, base, branch=branch, since_us=since_us, rearrange=rearrange)
+        content = SessionContent.on(self._core, base, branch=branch, since_us=since_us, rearrange=rearrange)
+        return Session(content)
 
     writable_session = synchronous(writable_session_async)
 

@@ -1,8 +1,8 @@
-"""Reading chunks: which reference holds, and the bytes behind it."""
+"""From a reference to bytes: which reference of a chunk holds, and what it points to."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import numpy as np
 import numpy.typing as npt
@@ -11,36 +11,95 @@ from icechunk.errors import ErrorKind, FormatError, InvalidInputError, ObjectNot
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.values import INLINE, NATIVE, ChunkRef, ChunkRefs, NodeSnapshot
 from icechunk.log.session.array_fold import inside
+from icechunk.log.session.log import IN_BASE, InBase
 from icechunk.session.core import Core
-from icechunk.storage.port import ByteRange, Octets, Range, Suffix
-from icechunk.transfer.assets import references_of
+from icechunk.storage.port import ByteRange, Octets
+from icechunk.store.port import clip
+from icechunk.transfer.assets import UNKNOWN, references_of
 from icechunk.transfer.packs import Packs
 
-__all__ = ["base_references", "clip", "read_chunk"]
+__all__ = ["all_references", "read_chunk", "reference_of"]
 
 
-def clip(byte_range: ByteRange, length: int) -> tuple[int, int]:
-    """Start and end of a range within ``length`` bytes, clamped as zarr does: what lies beyond is left out."""
-    match byte_range:
-        case None:
-            return 0, length
-        case Range(start, end):
-            stop = length if end is None else min(end, length)
-            return min(start, stop), stop
-        case Suffix(count):
-            return max(0, length - count), length
+async def read_chunk(
+    core: Core,
+    puts: Packs,
+    node: NodeSnapshot,
+    coords: tuple[int, ...],
+    found: ChunkRef | InBase,
+    byte_range: ByteRange,
+) -> Octets | None:
+    """The bytes of a chunk, or a range of them, clamped as in `clip`; None where it was never written.
 
-
-async def read_chunk(core: Core, puts: Packs | None, ref: ChunkRef, byte_range: ByteRange) -> Octets:
-    """The bytes that a reference points to, or a range of them, clamped as in `clip`.
+    Parameters
+    ----------
+    puts
+        Has the bytes of chunks that are still on their way.
+    node
+        The array.
+    found
+        What the session's log says about the chunk.
 
     Raises
     ------
     StorageError
         The object is gone, or cannot be read: a chunk that was committed is never silently missing.
+    FormatError
+        The object is shorter than the reference says.
     IcechunkError
         As `VirtualAccess.read`, where it is virtual.
     """
+    if found is not IN_BASE:
+        return await _bytes_of(core, puts, found, byte_range)
+    ref = core.assets.reference_nowait(node, coords)
+    if ref is UNKNOWN:
+        ref = await core.assets.reference(node, coords, reading=True)
+    elif ref is not None and ref.kind == NATIVE and byte_range is None and ref.chunk_id is not None:
+        # Where chunks are read in order, most of them were fetched ahead.
+        data = core.assets.chunk_nowait(ref.chunk_id, ref.offset, ref.offset + ref.length)
+        if data is not None:
+            return data
+    return None if ref is None else await _bytes_of(core, puts, ref, byte_range)
+
+
+async def reference_of(
+    core: Core, node: NodeSnapshot, coords: tuple[int, ...], found: ChunkRef | InBase
+) -> ChunkRef | None:
+    """The reference of a chunk, given what the session's log says; None where it was never written."""
+    return await core.assets.reference(node, coords) if found is IN_BASE else found
+
+
+async def all_references(
+    core: Core, node: NodeSnapshot, written: ChunkRefs, deleted: npt.NDArray[np.uint32]
+) -> AsyncGenerator[ChunkRefs, None]:
+    """All references of an array, in batches in no particular order.
+
+    Parameters
+    ----------
+    node
+        With its present shape: what is outside of its grid is left out.
+    written
+        The log's own references.
+    deleted
+        uint32[n, ndim]: coordinates that the log deletes.
+    """
+    if len(written):
+        yield written
+    grid = tuple(dimension.num_chunks for dimension in node.shape)
+    hidden = _row_keys(np.concatenate([written.coords, deleted]))
+    for manifest_ref in node.manifests:
+        manifest = await core.assets.manifest(manifest_ref.object_id)
+        refs = references_of(manifest, node)
+        visible = inside(refs.coords, grid)
+        if len(hidden):
+            visible &= ~np.isin(_row_keys(refs.coords), hidden)
+        if visible.all():
+            yield refs
+        elif visible.any():
+            yield refs.take(np.flatnonzero(visible))
+
+
+async def _bytes_of(core: Core, puts: Packs, ref: ChunkRef, byte_range: ByteRange) -> Octets:
     if ref.kind == INLINE:
         data = ref.data or b""
         return data if byte_range is None else data[slice(*clip(byte_range, len(data)))]
@@ -48,7 +107,8 @@ async def read_chunk(core: Core, puts: Packs | None, ref: ChunkRef, byte_range: 
     if ref.kind == NATIVE and ref.chunk_id is not None:
         if start >= end:
             return b""
-        if puts is not None and (waiting := puts.pending(ref.chunk_id, ref.offset, ref.length)) is not None:
+        waiting = puts.pending(ref.chunk_id, ref.offset, ref.length)
+        if waiting is not None:
             return waiting[start:end]
         try:
             found = await core.assets.chunk(ref.chunk_id, ref.offset + start, ref.offset + end)
@@ -65,30 +125,6 @@ async def read_chunk(core: Core, puts: Packs | None, ref: ChunkRef, byte_range: 
             raise _too_short(ref.chunk_id, ref, f"only {len(found)} of {end - start}")
         return found
     return await core.virtual.read(ref, start, end)
-
-
-async def base_references(core: Core, node: NodeSnapshot, hidden: npt.NDArray[np.uint32]) -> AsyncIterator[ChunkRefs]:
-    """References in the manifests of a committed node, in batches.
-
-    Parameters
-    ----------
-    node
-        With its present shape: what is outside of its grid is left out.
-    hidden
-        uint32[n, ndim]: coordinates to leave out.
-    """
-    grid = tuple(dimension.num_chunks for dimension in node.shape)
-    keys = _row_keys(hidden)
-    for manifest_ref in node.manifests:
-        manifest = await core.assets.manifest(manifest_ref.object_id)
-        refs = references_of(manifest, node)
-        visible = inside(refs.coords, grid)
-        if len(keys):
-            visible &= ~np.isin(_row_keys(refs.coords), keys)
-        if visible.all():
-            yield refs
-        elif visible.any():
-            yield refs.take(np.flatnonzero(visible))
 
 
 def _too_short(chunk_id: ObjectId, ref: ChunkRef, found: str) -> FormatError:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from icechunk.conflicts import ConflictDetector, ConflictSolver, RebaseFailedError
@@ -15,10 +15,11 @@ from icechunk.log.repository.state import RepoState
 from icechunk.log.session.log import Savepoint, SessionLog
 from icechunk.log.session.merge.conflicts import Winner, find_conflicts, rebase
 from icechunk.runtime.tasks import run_each
+from icechunk.session.content import Phase, SessionContent
 from icechunk.session.core import Core
 from icechunk.transfer.assets import off_loop
 
-__all__ = ["Step", "check_fork", "rebase_onto_tip", "steps_between", "winners_between"]
+__all__ = ["Rebase", "Step", "advance", "check_fork", "rebase_session", "steps_between", "winners_between"]
 
 _LOG = logging.getLogger(__name__)
 _BYTES_PER_ROW = 64
@@ -90,81 +91,106 @@ async def winners_between(core: Core, steps: Sequence[Step]) -> dict[ObjectId, T
     return found
 
 
-async def rebase_onto_tip(
-    core: Core,
-    log: SessionLog,
-    branch: str,
-    solver: ConflictSolver,
-    *,
-    guard: AbstractContextManager[object],
-    keep: Callable[[SessionLog], None],
-    state: RepoState | None = None,
-) -> None:
-    """Put a session's changes on top of its branch.
+class Rebase:
+    """A session's changes on their way onto newer commits.
 
-    One look at all winners together is enough where nothing conflicts. Otherwise they are gone through one by one,
-    oldest first, so that the conflicts are those with the first commit that has any, and a solver decides about each
-    commit by itself.
+    Attributes
+    ----------
+    log
+        The changes on the commits gone through so far. After an error this is where the session is.
 
     Parameters
     ----------
-    log
-        The session's; nobody changes it meanwhile.
-    guard
-        Held while the log is read, which merges its rows.
-    keep
-        Called with the log as it stands after each step; after an error, the last one it got is the session's.
-    state
-        Where the branch is; None: as the repository is now.
-
-    Raises
-    ------
-    RebaseFailedError
-        There are conflicts that the solver does not settle.
-    RefNotFoundError
-        The branch is gone.
-    ConflictError
-        The branch was reset: the session's base is not in its history any more.
-    SessionStateError
-        Kind ``rebase-tx-log-pruned``.
+    content
+        The session's; it takes no changes meanwhile.
     """
-    if state is None:
-        state = await core.state()
-    base, tip = log.base.id, state.branch_tip(branch)
-    steps = steps_between(await _with_history(core, state, base, tip), base, tip)
-    if steps is None:
-        raise ConflictError(
-            encode_id(base),
-            encode_id(tip),
-            f"cannot rebase: branch {branch!r} was reset to snapshot {encode_id(tip)}, whose history does not contain "
-            f"the session's {encode_id(base)}; open a new session on the branch and repeat the work there",
-        )
-    if not steps:
-        return
-    _LOG.info("rebasing branch %r over %d commits, from %s to %s", branch, len(steps), encode_id(base), encode_id(tip))
-    transactions = await winners_between(core, steps)
 
-    async def over(log: SessionLog, through: Sequence[Step], solver: ConflictSolver) -> SessionLog:
+    def __init__(self, content: SessionContent) -> None:
+        self._content = content
+        self.log = content.log
+
+    async def onto_tip(self, branch: str, solver: ConflictSolver, state: RepoState | None = None) -> None:
+        """Put the changes on top of a branch.
+
+        One look at all commits together is enough where nothing conflicts. Otherwise they are gone through one by one,
+        oldest first, so that the conflicts are those with the first commit that has any, and a solver decides about
+        each commit by itself.
+
+        Parameters
+        ----------
+        state
+            Says where the branch is; None: as the repository is now.
+
+        Raises
+        ------
+        RebaseFailedError
+            There are conflicts that the solver does not settle.
+        RefNotFoundError
+            The branch is gone.
+        ConflictError
+            The branch was reset: the session's base is not in its history any more.
+        SessionStateError
+            Kind ``rebase-tx-log-pruned``.
+        """
+        core = self._content.core
+        if state is None:
+            state = await core.state()
+        base, tip = self.log.base.id, state.branch_tip(branch)
+        steps = steps_between(await _with_history(core, state, base, tip), base, tip)
+        if steps is None:
+            raise ConflictError(
+                encode_id(base),
+                encode_id(tip),
+                f"cannot rebase: branch {branch!r} was reset to snapshot {encode_id(tip)}, whose history does not "
+                f"contain the session's {encode_id(base)}; open a new session on the branch and repeat the work there",
+            )
+        if not steps:
+            return
+        where = encode_id(base), encode_id(tip)
+        _LOG.info("rebasing branch %r over %d commits, from %s to %s", branch, len(steps), *where)
+        transactions = await winners_between(core, steps)
+        if len(steps) > 1:
+            try:
+                self.log = await self._over(steps, transactions, _DETECTOR)
+                return
+            except RebaseFailedError:
+                pass
+        for step in steps:
+            self.log = await self._over([step], transactions, solver)
+
+    async def _over(
+        self, steps: Sequence[Step], transactions: Mapping[ObjectId, TransactionLog], solver: ConflictSolver
+    ) -> SessionLog:
         winner = Winner(
-            snapshot=await core.assets.snapshot(through[-1].snapshot),
-            transactions=tuple(transactions[id] for step in through for id in step.transactions),
+            snapshot=await self._content.core.assets.snapshot(steps[-1].snapshot),
+            transactions=tuple(transactions[id] for step in steps for id in step.transactions),
         )
 
         def work() -> SessionLog:
-            with guard:
-                return rebase(log, winner, solver)
+            # Reading the log merges its rows, which other threads must not see halfway.
+            with self._content.lock:
+                return rebase(self.log, winner, solver)
 
-        return await off_loop(log.row_count * _BYTES_PER_ROW, work)
+        return await off_loop(self.log.row_count * _BYTES_PER_ROW, work)
 
-    if len(steps) > 1:
-        try:
-            keep(await over(log, steps, _DETECTOR))
-            return
-        except RebaseFailedError:
-            pass
-    for step in steps:
-        log = await over(log, [step], solver)
-        keep(log)
+
+async def rebase_session(content: SessionContent, solver: ConflictSolver) -> None:
+    """Put a session's changes on top of its branch, as `Session.rebase_async` says."""
+    branch = content.begin_rebase()
+    try:
+        await advance(content, branch, solver)
+    finally:
+        content.phase = Phase.WRITABLE
+
+
+async def advance(content: SessionContent, branch: str, solver: ConflictSolver) -> None:
+    """The same, given the branch, for a session that takes no changes now; raises as `Rebase.onto_tip`."""
+    rebasing = Rebase(content)
+    try:
+        await rebasing.onto_tip(branch, solver)
+    finally:
+        with content.lock:
+            content.log = rebasing.log
 
 
 async def check_fork(core: Core, log: SessionLog, origin: Savepoint, onto: Snapshot) -> None:
@@ -177,7 +203,7 @@ async def check_fork(core: Core, log: SessionLog, origin: Savepoint, onto: Snaps
     origin
         Where its own changes begin.
     onto
-        What the session that shall merge it stands on, with the nodes that it has now: those that the fork inherited
+        Base of the session that shall merge it, with the nodes that it has now: those that the fork inherited
         are not in any snapshot.
 
     Raises
@@ -193,8 +219,8 @@ async def check_fork(core: Core, log: SessionLog, origin: Savepoint, onto: Snaps
     steps = steps_between(state, log.base.id, onto.id) if onto.id in state.snapshots else None
     if steps is None:
         raise SessionStateError(
-            f"cannot merge sessions: the fork stands on snapshot {encode_id(log.base.id)}, which is not in the history "
-            f"of this session's {encode_id(onto.id)}; merge it into the session that it was forked from",
+            f"cannot merge sessions: the fork is based on snapshot {encode_id(log.base.id)}, which is not in the "
+            f"history of this session's {encode_id(onto.id)}; merge it into the session that it was forked from",
             ErrorKind.MERGE_FAILED,
         )
     transactions = await winners_between(core, steps)

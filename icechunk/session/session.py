@@ -1,13 +1,9 @@
-"""A session as users hold it.
+"""Sessions as users hold them.
 
-Many writers of one session: forks go out, and come back merged.
-
-Forks: sessions that write on behalf of another one, in this process or in others.
-
-A fork stands where its parent stands, with all that the parent has changed so far, and takes writes of its own. It
-commits nothing: the parent merges it, then commits. What travels to another process is the fork's log, the id of its
-base (with the snapshot itself, where that is small) and where the repository is; never the repository's state. Its
-chunks are durable before it travels.
+Forks are sessions that write on behalf of another one, in this process or in others. A fork begins where its parent is,
+with all that the parent has changed so far, and takes writes of its own. It commits nothing: the parent merges it, then
+commits. What travels to another process is the fork's log, the id of its base (with the snapshot itself, where that is
+small) and where the repository is; never the repository's state. Its chunks are durable before it travels.
 
 Worked example::
 
@@ -19,42 +15,276 @@ Worked example::
 
 from __future__ import annotations
 
+import operator
 import pickle
 import threading
-from typing import Any
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Self
 from weakref import WeakValueDictionary
 
-from icechunk.errors import (
-    ErrorKind,
-    SessionStateError,
-)
-from icechunk.format.ids import ObjectId
+from icechunk.config import RepositoryConfig
+from icechunk.conflicts import ConflictSolver
+from icechunk.errors import ErrorKind, InvalidInputError, NodeNotFoundError, SessionStateError
+from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
-from icechunk.format.values import Snapshot
+from icechunk.format.values import NATIVE, VIRTUAL, Snapshot
+from icechunk.log.repository.port import SwapToken
 from icechunk.log.session.log import Savepoint, SessionLog
 from icechunk.log.session.merge.merging import merge
+from icechunk.log.session.reindexing import Reindex
 from icechunk.log.session.wire import decode_log, encode_log
+from icechunk.ops import SessionMode
 from icechunk.runtime.checks import require_type
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.loops import run_sync, synchronous
+from icechunk.runtime.representation import fields_html
 from icechunk.runtime.tasks import run_all
-from icechunk.session.commit import Ending
-from icechunk.session.content import SessionBase
+from icechunk.session import rearrange
+from icechunk.session.commit import How, write_snapshot
+from icechunk.session.content import Phase, SessionContent, absolute
 from icechunk.session.core import Core
-from icechunk.session.rearrange import Arranging
-from icechunk.session.rebase import check_fork
+from icechunk.session.rebase import check_fork, rebase_session
 from icechunk.snapshots import Diff
 from icechunk.store.store import IcechunkStore
+from icechunk.virtual import ChunkType
 
-__all__ = ["ForkSession", "Session", "Sharing"]
+__all__ = ["ForkSession", "Session"]
 
 
-class Sharing(SessionBase):
-    """Hands work to other sessions, and takes their changes over."""
+class Session:
+    """One consistent view of a repository; writable ones collect changes until `commit`.
+
+    Made by `Repository.readonly_session` and `Repository.writable_session`. Safe to use from several event loops and
+    threads. A read-only session pickles; a writable one refuses.
+    """
+
+    _content: SessionContent
+
+    def __init__(self, content: SessionContent) -> None:
+        self._content = content
+
+    # -- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it refuses writes; true for a writable session after its commit."""
+        return self._content.read_only
+
+    @property
+    def mode(self) -> SessionMode:
+        """Whether the session is for reading, for writing, or for moving nodes only."""
+        if self.read_only:
+            return SessionMode.readonly
+        return SessionMode.rearrange if self._content.rearrange else SessionMode.writable
+
+    @property
+    def snapshot_id(self) -> str:
+        """Id of the snapshot that the session is based on; after a commit the new one."""
+        return encode_id(self._content.log.base.id)
+
+    @property
+    def branch(self) -> str | None:
+        """The branch that a commit goes to; None where the session is read-only."""
+        return self._content.branch
+
+    @property
+    def store(self) -> IcechunkStore[Self]:
+        """The Zarr store of this session: hand it to zarr or xarray."""
+        return IcechunkStore(self)
+
+    @property
+    def config(self) -> RepositoryConfig:
+        """The repository's configuration."""
+        return self._content.core.config
+
+    @property
+    def unsettled_commit(self) -> SwapToken | None:
+        """Token, for `Repository.settle`, of a commit whose outcome is not known; else None.
+
+        A commit that was cancelled, or interrupted, while its swap was under way leaves one. If it turns out that the
+        commit did not land, the session is writable again.
+        """
+        return self._content.sent if self._content.phase is Phase.UNSETTLED else None
+
+    @property
+    def has_uncommitted_changes(self) -> bool:
+        """Whether a commit would change anything; of a fork, whether merging it would."""
+        return self._content.has_changes
+
+    def status(self) -> Diff:
+        """What a commit would change; of a fork, what it changed since it was forked."""
+        log = self._content.own_log()
+        with self._content.lock:
+            return Diff.of(log.changes())
+
+    # -- changes as a whole ----------------------------------------------------------------------------------------
+
+    def discard_changes(self) -> None:
+        """Forget all changes since the session began; those of a fork since it was forked.
+
+        Raises
+        ------
+        ReadOnlyError
+            The session is read-only.
+        """
+        self._content.discard()
+
+    def savepoint(self) -> Savepoint:
+        """Remember the changes as they are now, to return to with `rollback`.
+
+        Raises
+        ------
+        ReadOnlyError
+            The session is read-only.
+        """
+        with self._content.lock:
+            self._content.require_changeable()
+            return self._content.log.savepoint()
+
+    def rollback(self, savepoint: Savepoint) -> None:
+        """Undo every change since a savepoint, which stays valid; later savepoints do not.
+
+        Raises
+        ------
+        SessionStateError
+            The savepoint is not of this session, or was rolled back itself.
+        ReadOnlyError
+            The session is read-only.
+        """
+        with self._content.lock:
+            self._content.require_changeable()
+            self._content.log.rollback(savepoint)
+
+    async def commit_async(
+        self,
+        message: str,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        rebase_with: ConflictSolver | None = None,
+        rebase_tries: int = 1000,
+        allow_empty: bool = False,
+    ) -> str:
+        """Make the changes a new snapshot of the branch, atomically.
+
+        Waits for every chunk that is still on its way. Afterwards the session is read-only and based on the new
+        snapshot. After a failure (but `CommitOutcomeUnknown`) nothing is visible and the session is as before; after
+        a cancellation that is so unless `unsettled_commit` is set.
+
+        Parameters
+        ----------
+        message
+            For people, kept in the history.
+        metadata
+            JSON values kept with the snapshot, over the repository's default commit metadata.
+        rebase_with
+            Where the branch moved since the session began: rebase with this solver and commit again. Chunks are not
+            uploaded again, nor are manifests that come out the same.
+        rebase_tries
+            So many times at the most.
+        allow_empty
+            Commit even if nothing changed.
+
+        Returns
+        -------
+        str
+            The new snapshot's id.
+
+        Raises
+        ------
+        ConflictError
+            The branch moved since the session began, and no rebase was asked for, or no try is left. Rebase, or open
+            a new session on it and repeat the work.
+        RebaseFailedError
+            The solver does not settle all conflicts, as in `rebase`.
+        SessionStateError
+            Nothing changed (kind ``no-changes-to-commit``), or the session is read-only or unsettled
+            (kind ``commit-not-allowed``).
+        InvalidInputError
+            The message is not text, or the metadata not JSON.
+        StorageError
+            Something could not be written; committing again tries again.
+        CommitOutcomeUnknown
+            No certain answer came before a cancellation or close; `Repository.settle` tells.
+        """
+        require_type("rebase_with", rebase_with, ConflictSolver, optional=True)
+        if rebase_tries < 0:
+            raise InvalidInputError(f"rebase_tries is a number of tries, it cannot be {rebase_tries}")
+        return await write_snapshot(
+            self._content,
+            How.COMMIT,
+            message,
+            metadata,
+            allow_empty=allow_empty,
+            solver=rebase_with,
+            tries=rebase_tries,
+        )
+
+    commit = synchronous(commit_async)
+
+    async def amend_async(
+        self, message: str, *, metadata: Mapping[str, Any] | None = None, allow_empty: bool = False
+    ) -> str:
+        """Replace the branch's tip, the session's base, by a snapshot that has the session's changes as well.
+
+        Its parent is the tip's. What the tip changed counts as changed by the new snapshot. The old one stays readable
+        by its id until a collection. Parameters, errors and what holds after them are those of `commit_async`.
+
+        Raises
+        ------
+        SessionStateError
+            Kind ``no-amend-for-initial-commit``: the branch is at the repository's first snapshot.
+        ConflictError
+            The branch moved since the session began.
+        """
+        return await write_snapshot(self._content, How.AMEND, message, metadata, allow_empty=allow_empty)
+
+    amend = synchronous(amend_async)
+
+    async def flush_async(self, message: str, *, metadata: Mapping[str, Any] | None = None) -> str:
+        """Make the changes, if there are any, a snapshot that no branch points to.
+
+        It can be read by its id, tagged, and branched from, until a collection removes it. The session is read-only
+        then and based on it. Parameters and errors are those of `commit_async`, but that the branch may have moved.
+        """
+        return await write_snapshot(self._content, How.FLUSH, message, metadata, allow_empty=True)
+
+    flush = synchronous(flush_async)
+
+    async def rebase_async(self, solver: ConflictSolver) -> None:
+        """Put the session's changes on top of what was committed to its branch since.
+
+        Nothing is uploaded. The commits in between are gone through oldest first; where one conflicts in a way that
+        the solver does not settle, the session is based on the commit before it, and can be mended and rebased again.
+        Savepoints made before are not valid after it.
+
+        Parameters
+        ----------
+        solver
+            `ConflictDetector` settles nothing, `BasicConflictSolver` what its choices cover.
+
+        Raises
+        ------
+        RebaseFailedError
+            There are conflicts left; its ``conflicts`` say where.
+        ConflictError
+            The branch was reset to a snapshot that does not come after the session's.
+        RefNotFoundError
+            The branch is gone.
+        SessionStateError
+            The session is read-only or a fork (kind ``commit-not-allowed``), a commit of it is running, or a
+            transaction log is gone (``rebase-tx-log-pruned``).
+        """
+        require_type("solver", solver, ConflictSolver)
+        await rebase_session(self._content, solver)
+
+    rebase = synchronous(rebase_async)
+
+    # -- many writers ----------------------------------------------------------------------------------------------
 
     def fork(self) -> ForkSession:
         """A session that writes on this one's behalf, and can be sent to other processes.
 
-        It stands where this one stands, uncommitted changes included. Waits for the chunks that are on their way.
+        It begins where this one is, uncommitted changes included. Waits for the chunks that are on their way.
 
         Raises
         ------
@@ -63,17 +293,17 @@ class Sharing(SessionBase):
         StorageError
             A chunk could not be written.
         """
-
-        with self._lock:
-            if self.read_only:
+        content = self._content
+        with content.lock:
+            if content.read_only:
                 raise SessionStateError(
                     "cannot fork a read-only session: it pickles as it is", ErrorKind.CANNOT_FORK_READ_ONLY_SESSION
                 )
-            self._require_changeable()
-        self._land_chunks()
-        with self._lock:
-            log = self._log.rebased(self._log.base)
-        return ForkSession(self._core, log, len(log.events), since_us=self._since_us, rearrange=self._rearrange)
+            content.require_changeable()
+        _land_chunks(content)
+        with content.lock:
+            log = content.log.rebased(content.log.base)
+        return _fork_of(content.core, log, len(log.events), since_us=content.since_us, rearrange=content.rearrange)
 
     async def merge_async(self, *others: Session) -> None:
         """Take over what forks changed.
@@ -90,7 +320,7 @@ class Sharing(SessionBase):
         ------
         SessionStateError
             Kind ``merge-failed``: two created different nodes at one path, or gave one node two documents, or one
-            deleted what the other changed; or a fork stands on a snapshot that is not in this session's history.
+            deleted what the other changed; or a fork is based on a snapshot that is not in this session's history.
         RebaseFailedError
             This session was rebased since, and a fork conflicts with what landed meanwhile.
         ReadOnlyError
@@ -98,66 +328,209 @@ class Sharing(SessionBase):
         StorageError
             A fork's chunk could not be written.
         """
-
         for other in others:
             require_type("others", other, Session)
-        with self._lock:
-            self._require_changeable()
-        forks = [other for other in others if other is not self]
-        await run_all(*(fork._puts.flush for fork in forks))
-        parts = [fork._own_changes() for fork in forks]
+        content = self._content
+        with content.lock:
+            content.require_changeable()
+        forks = [other._content for other in others if other is not self]
+        await run_all(*(fork.puts.flush for fork in forks))
+        parts = [_own_changes(fork) for fork in forks]
         for log, origin in parts:
-            if log.base.id != self._log.base.id:
-                with self._lock:
-                    now = self._log.base.with_nodes({node.path: node for node in self._log.nodes()})
-                await check_fork(self._core, log, origin, now)
-        with self._lock:
-            self._require_changeable()
-            before = self._log.savepoint()
+            if log.base.id != content.log.base.id:
+                with content.lock:
+                    now = content.log.base.with_nodes({node.path: node for node in content.log.nodes()})
+                await check_fork(content.core, log, origin, now)
+        with content.lock:
+            content.require_changeable()
+            before = content.log.savepoint()
             try:
                 for log, origin in parts:
-                    merge(self._log, log, origin)
+                    merge(content.log, log, origin)
             except BaseException:
-                self._log.rollback(before)
+                content.log.rollback(before)
                 raise
-            self._since_us = min([self._since_us, *(fork._since_us for fork in forks)])
+            content.since_us = min([content.since_us, *(fork.since_us for fork in forks)])
 
-    def merge(self, *others: Session) -> None:
-        """Synchronous twin of `merge_async`."""
-        run_sync(self.merge_async(*others))
+    merge = synchronous(merge_async)
 
-    def _own_changes(self) -> tuple[SessionLog, Savepoint]:
-        """A copy of the log, which others may merge without this session's lock, and where its own changes begin."""
-        with self._lock:
-            log = self._log.rebased(self._log.base)
-            return log, log.savepoint_at(self._own_position())
+    # -- nodes and chunks ------------------------------------------------------------------------------------------
 
-    def _own_position(self) -> int:
-        return 0
+    async def move_async(self, from_path: str, to_path: str) -> None:
+        """Move a node, with everything below it, to another path; no data moves.
 
-    def _land_chunks(self) -> None:
-        if not self._puts.is_idle:
-            run_sync(self._puts.flush())
+        Parameters
+        ----------
+        from_path, to_path
+            Absolute. There is nothing at the second yet, and it is not below the first; its parent is a group.
+
+        Raises
+        ------
+        SessionStateError
+            The session was not made by `Repository.rearrange_session` (kind ``non-rearrange-session``); or the
+            second path is below the first (``move-into-self-or-descendant``), or has no parent that is a group
+            (``move-destination-parent-missing``, ``move-destination-parent-not-group``).
+        NodeNotFoundError
+            There is nothing at the first path.
+        AlreadyExistsError
+            There is something at the second (kind ``move-wont-overwrite``).
+        ReadOnlyError
+            The session is read-only.
+        """
+        rearrange.move(self._content, from_path, to_path)
+
+    move = synchronous(move_async)
+
+    async def shift_array_async(self, array_path: str, chunk_offset: Iterable[int]) -> None:
+        """Move every chunk of an array by an offset; chunks that leave the grid are gone, and no data moves.
+
+        Parameters
+        ----------
+        array_path
+            Absolute.
+        chunk_offset
+            In chunks, for each dimension one number of either sign.
+
+        Raises
+        ------
+        InvalidInputError
+            Another number of dimensions (kind ``invalid-chunk-index``), or not an array (``not-an-array``).
+        NodeNotFoundError
+            There is nothing at this path.
+        ReadOnlyError
+            The session is read-only.
+        """
+        await rearrange.shift_array(self._content, array_path, [operator.index(n) for n in chunk_offset])
+
+    shift_array = synchronous(shift_array_async)
+
+    async def reindex_array_async(self, array_path: str, forward: Reindex, backward: Reindex | None = None) -> None:
+        """Move the chunks of an array to the places that a function says; no data moves.
+
+        Parameters
+        ----------
+        array_path
+            Absolute.
+        forward
+            Given the coordinates of a chunk, those that it moves to; None: nowhere.
+        backward
+            Given the coordinates of a chunk, those from which its place is filled: where there is nothing to fill it
+            with, and nothing moves there, the chunk is deleted. Without it, it stays there too.
+
+        Raises
+        ------
+        InvalidInputError
+            ``forward`` gave coordinates outside the grid (kind ``invalid-chunk-index``), or not an array
+            (``not-an-array``). Nothing has moved then, nor if one of the functions raises.
+        NodeNotFoundError
+            There is nothing at this path.
+        ReadOnlyError
+            The session is read-only.
+        """
+        await rearrange.reindex_array(self._content, array_path, forward, backward)
+
+    reindex_array = synchronous(reindex_array_async)
+
+    async def get_node_id_async(self, path: str) -> str:
+        """The id of the node at an absolute path, which it keeps for life. Raises `NodeNotFoundError`."""
+        node = self._content.node(absolute(path))
+        if node is None:
+            raise NodeNotFoundError(f"node not found at {path!r}")
+        return encode_id(node.id)
+
+    get_node_id = synchronous(get_node_id_async)
+
+    async def all_virtual_chunk_locations_async(self) -> list[str]:
+        """The location of every virtual chunk in this session's view, one for each: those of one object repeat.
+
+        Locations relative to a container are resolved. Raises `InvalidInputError` where that container is not
+        configured (kind ``no-container-for-virtual-chunk``).
+        """
+        found: list[str] = []
+        absolute_url = self._content.virtual_prefixes.absolute
+        for node in self._content.nodes("/"):
+            async with aclosing(self._content.chunk_references(node.path)) as batches:
+                async for refs in batches:
+                    # Rows of the table that no reference uses need not resolve.
+                    rows = refs.location[refs.kind == VIRTUAL].tolist()
+                    urls = {row: absolute_url(refs.locations[row]) for row in set(rows)}
+                    found += [urls[row] for row in rows]
+        return found
+
+    all_virtual_chunk_locations = synchronous(all_virtual_chunk_locations_async)
+
+    async def chunk_coordinates(self, array_path: str, batch_size: int = 1000) -> AsyncIterator[tuple[int, ...]]:
+        """Coordinates of every chunk of an array that exists, in no particular order."""
+        path = self._content.require_array(absolute(array_path)).path
+        async with aclosing(self._content.chunk_references(path)) as batches:
+            async for refs in batches:
+                for row in refs.coords.tolist():
+                    yield tuple(row)
+
+    async def chunk_type_async(self, array_path: str, chunk_coordinates: Sequence[int]) -> ChunkType:
+        """How a chunk is kept: inline, native, virtual, or not at all (``uninitialized``)."""
+        path = self._content.require_array(absolute(array_path)).path
+        ref = await self._content.chunk_reference(path, tuple(chunk_coordinates))
+        if ref is None:
+            return ChunkType.uninitialized
+        return {NATIVE: ChunkType.native, VIRTUAL: ChunkType.virtual}.get(ref.kind, ChunkType.inline)
+
+    chunk_type = synchronous(chunk_type_async)
+
+    # -- Python's protocols ----------------------------------------------------------------------------------------
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Session):
+            return NotImplemented
+        if self is other:
+            return True
+        ours, theirs = self._content, other._content
+        both_read_only = ours.read_only and theirs.read_only
+        return both_read_only and ours.log.base.id == theirs.log.base.id and ours.core.storage == theirs.core.storage
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not self.read_only:
+            raise ValueError(
+                "a writable session cannot be pickled: two processes would write one history without knowing of "
+                "each other. Use Session.fork() to hand work to other processes, and merge what comes back"
+            )
+        return {"core": self._content.core, "base": self._content.log.base}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._content = SessionContent.on(state["core"], state["base"])
+
+    def _summary(self) -> list[tuple[str, object]]:
+        summary: list[tuple[str, object]] = [("read_only", self.read_only), ("snapshot_id", self.snapshot_id)]
+        if not self.read_only:
+            summary += [("branch", self.branch), ("has_uncommitted_changes", self.has_uncommitted_changes)]
+        return summary
+
+    def __repr__(self) -> str:
+        return "\n".join(["<icechunk.session.Session>", *(f"{name}: {value}" for name, value in self._summary())])
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        return fields_html("icechunk.session.Session", self._summary())
 
 
-class Session(Arranging, Ending, Sharing):
-    """One consistent view of a repository; writable ones collect changes until `commit`.
-
-    Made by `Repository.readonly_session` and `Repository.writable_session`. Safe to use from several loops and
-    threads. A read-only session pickles; a writable one refuses.
-    """
-
-    @property
-    def store(self) -> IcechunkStore:
-        """The Zarr store of this session: hand it to zarr or xarray."""
-        from icechunk.store.store import IcechunkStore
-
-        return IcechunkStore(self)
+def _own_changes(content: SessionContent) -> tuple[SessionLog, Savepoint]:
+    """A copy of the log, which others may merge without this session's lock, and where its own changes begin."""
+    with content.lock:
+        log = content.log.rebased(content.log.base)
+        return log, log.savepoint_at(0 if content.origin is None else content.origin.position)
 
 
-_CARRIED_BYTES = 256 * 1024
+def _land_chunks(content: SessionContent) -> None:
+    if not content.puts.is_idle:
+        run_sync(content.puts.flush())
+
+
+_EMBEDDED_BYTES = 256 * 1024
 """A base up to this size travels with the fork; another process reads a larger one for itself."""
-_CARRIED_NODES = 10_000
+_EMBEDDED_NODES = 10_000
 """Bases with more nodes are not even encoded to find out."""
 
 _lock = threading.Lock()
@@ -171,67 +544,33 @@ class ForkSession(Session):
     Its status, and what `Session.discard_changes` forgets, are its own changes only.
     """
 
-    def __init__(self, core: Core, log: SessionLog, position: int, *, since_us: int, rearrange: bool) -> None:
-        super().__init__(core, log.base, since_us=since_us, rearrange=rearrange)
-        self._adopt(log, position)
-
-    def _adopt(self, log: SessionLog, position: int) -> None:
-        self._log = log
-        self._origin = log.savepoint_at(position)
-        self._begin_writing()
-
-    @property
-    def has_uncommitted_changes(self) -> bool:
-        """Whether merging it would change anything."""
-        with self._lock:
-            return not self._log.since(self._origin).is_empty
-
-    def status(self) -> Diff:
-        """What the fork changed since it was forked."""
-        with self._lock:
-            return Diff.of(self._log.since(self._origin).changes())
-
-    def discard_changes(self) -> None:
-        """Forget all changes since it was forked."""
-        with self._lock:
-            self._require_changeable()
-            self._log.rollback(self._origin)
-            self._puts.discard()
-
-    def _own_position(self) -> int:
-        return self._origin.position
-
-    @property
-    def _kind(self) -> str:
-        return "a fork"
-
     def __getstate__(self) -> dict[str, Any]:
-        self._land_chunks()
-        with self._lock:
-            base = self._log.base
+        content = self._content
+        _land_chunks(content)
+        with content.lock:
+            assert content.origin is not None
+            base = content.log.base
             return {
-                "core": pickle.dumps(self._core),
+                "core": pickle.dumps(content.core),
                 "base": base.id,
-                "snapshot": _carried(base),
-                "log": encode_log(base.id, self._log.events),
-                "position": self._origin.position,
-                "since_us": self._since_us,
-                "rearrange": self._rearrange,
+                "snapshot": _embedded(base),
+                "log": encode_log(base.id, content.log.events),
+                "position": content.origin.position,
+                "since_us": content.since_us,
+                "rearrange": content.rearrange,
             }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         core = _shared_core(state["core"])
         base = _arrived(core, state["base"], state["snapshot"])
         log = decode_log(state["log"], base, core.sources.new_node_id)
-        ForkSession.__init__(
-            self, core, log, state["position"], since_us=state["since_us"], rearrange=state["rearrange"]
-        )
+        fork = _fork_of(core, log, state["position"], since_us=state["since_us"], rearrange=state["rearrange"])
+        self._content = fork._content
 
-    def _refuse_commit(self) -> None:
-        raise SessionStateError(
-            "commits are not allowed in a fork: merge it into the session that it was forked from, and commit that",
-            ErrorKind.COMMIT_NOT_ALLOWED,
-        )
+
+def _fork_of(core: Core, log: SessionLog, position: int, *, since_us: int, rearrange: bool) -> ForkSession:
+    origin = log.savepoint_at(position)
+    return ForkSession(SessionContent(core, log, origin=origin, since_us=since_us, rearrange=rearrange))
 
 
 def _shared_core(data: bytes) -> Core:
@@ -242,19 +581,19 @@ def _shared_core(data: bytes) -> Core:
         return core
 
 
-def _arrived(core: Core, id: ObjectId, carried: bytes | None) -> Snapshot:
+def _arrived(core: Core, id: ObjectId, embedded: bytes | None) -> Snapshot:
     known = core.assets.known_snapshot(id)
     if known is not None:
         return known
-    if carried is None:
+    if embedded is None:
         return run_sync(core.assets.snapshot(id))
-    base = decode_snapshot(carried, expected_id=id)
+    base = decode_snapshot(embedded, expected_id=id)
     core.assets.keep_snapshot(base)
     return base
 
 
-def _carried(base: Snapshot) -> bytes | None:
-    if len(base.nodes) > _CARRIED_NODES:
+def _embedded(base: Snapshot) -> bytes | None:
+    if len(base.nodes) > _EMBEDDED_NODES:
         return None
     data = encode_snapshot(base)
-    return data if len(data) <= _CARRIED_BYTES else None
+    return data if len(data) <= _EMBEDDED_BYTES else None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import builtins
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Generic, Literal
 
 import numpy as np
+from typing_extensions import TypeVar
 from zarr.abc.store import (
     ByteRequest,
     OffsetByteRequest,
@@ -24,21 +25,19 @@ from icechunk.format.values import ChunkRefs, NodeKind, NodeSnapshot
 from icechunk.runtime.loops import run_sync
 from icechunk.runtime.representation import fields_html
 from icechunk.runtime.tasks import run_each
-from icechunk.session.read import clip
 from icechunk.storage.port import ByteRange, Octets, Range, Suffix
-from icechunk.store.virtual_refs import VirtualWriting
+from icechunk.store.port import StoreSession, clip
+from icechunk.store.virtual_refs import VirtualRefs
 from icechunk.store.zarr_keys import ChunkKey, MetadataKey, chunk_key_text, metadata_key_text, parse_key, to_path
 
-if TYPE_CHECKING:
-    from icechunk.session.session import Session
-
+S = TypeVar("S", bound=StoreSession, default=Any)
 __all__ = ["IcechunkStore"]
 
 
 _COPIED_LATE_BYTES = 64 * 1024
 
 
-class IcechunkStore(VirtualWriting, Store, SyncMixin):
+class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
     """What a session sees and writes, as zarr-python wants to have it.
 
     Made by `Session.store`. Keys are those of one Zarr 3 hierarchy: ``{path}/zarr.json`` and ``{path}/c/0/1``;
@@ -53,12 +52,13 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
         Refuse writes here even if the session takes them; None: as the session.
     """
 
-    def __init__(self, session: Session, read_only: bool | None = None, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, session: S, read_only: bool | None = None, *args: Any, **kwargs: Any) -> None:
         super().__init__(read_only=session.read_only if read_only is None else read_only)
         self._session = session
+        self._content = session._content
 
     @property
-    def session(self) -> Session:
+    def session(self) -> S:
         """The session that this store reads and writes."""
         return self._session
 
@@ -67,7 +67,7 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
         """Whether writes are refused; true from the session's commit on."""
         return self._read_only or self._session.read_only
 
-    def with_read_only(self, read_only: bool = False) -> IcechunkStore:
+    def with_read_only(self, read_only: bool = False) -> IcechunkStore[S]:
         """A store on the same session that does, or does not, take writes.
 
         Raises
@@ -89,8 +89,8 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
         parsed = parse_key(key)
         data: Octets | None = None
         if type(parsed) is ChunkKey:
-            data = await self._session.get_chunk(parsed.path, parsed.coords, _range(byte_range))
-        elif type(parsed) is MetadataKey and (node := self._session.node(parsed.path)) is not None:
+            data = await self._content.get_chunk(parsed.path, parsed.coords, _range(byte_range))
+        elif type(parsed) is MetadataKey and (node := self._content.node(parsed.path)) is not None:
             data = node.user_data
             if byte_range is not None:
                 data = data[slice(*clip(_range(byte_range), len(data)))]
@@ -107,7 +107,7 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
             key, byte_range = wanted[i]
             found[i] = await self.get(key, prototype, byte_range)
 
-        await run_each(fetch, range(len(wanted)), limit=self._session.values_at_once)
+        await run_each(fetch, range(len(wanted)), limit=self._content.values_at_once)
         return found
 
     async def _get_many(
@@ -119,7 +119,7 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
         async def fetch(i: int) -> None:
             found[i] = await self.get(*wanted[i])
 
-        await run_each(fetch, range(len(wanted)), limit=self._session.values_at_once)
+        await run_each(fetch, range(len(wanted)), limit=self._content.values_at_once)
         for (key, _, _), buffer in zip(wanted, found, strict=True):
             yield key, buffer
 
@@ -127,18 +127,18 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
         """Whether a key has a value; nothing is fetched but, maybe, a manifest."""
         parsed = parse_key(key)
         if isinstance(parsed, ChunkKey):
-            return await self._session.chunk_reference(parsed.path, parsed.coords) is not None
-        return isinstance(parsed, MetadataKey) and self._session.node(parsed.path) is not None
+            return await self._content.chunk_reference(parsed.path, parsed.coords) is not None
+        return isinstance(parsed, MetadataKey) and self._content.node(parsed.path) is not None
 
     async def getsize(self, key: str) -> int:
         """Bytes of a key's value, from its reference: nothing is fetched. Raises `FileNotFoundError`."""
         parsed = parse_key(key)
         size: int | None = None
         if isinstance(parsed, ChunkKey):
-            ref = await self._session.chunk_reference(parsed.path, parsed.coords)
+            ref = await self._content.chunk_reference(parsed.path, parsed.coords)
             size = None if ref is None else ref.length
         elif isinstance(parsed, MetadataKey):
-            node = self._session.node(parsed.path)
+            node = self._content.node(parsed.path)
             size = None if node is None else len(node.user_data)
         if size is None:
             raise FileNotFoundError(f"no key {key!r} in this store")
@@ -152,10 +152,10 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
             async for refs in self._chunk_refs(*place):
                 total += int(refs.length.sum())
             return total
-        for node in self._session.nodes(path):
+        for node in self._content.nodes(path):
             total += len(node.user_data)
             if node.kind is NodeKind.ARRAY:
-                async for refs in self._session.chunk_references(node.path):
+                async for refs in self._content.chunk_references(node.path):
                     total += int(refs.length.sum())
         return total
 
@@ -194,6 +194,9 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
         ReadOnlyError
             The store, or its session, is read-only.
         """
+        await self._set(key, value, only_new=False)
+
+    async def _set(self, key: str, value: Buffer, *, only_new: bool) -> None:
         self._require_writable()
         if not isinstance(value, Buffer):
             # In the words of zarr's own stores.
@@ -203,10 +206,10 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
         parsed = parse_key(key)
         if type(parsed) is ChunkKey:
             # Large values are copied once there is room for the copy, not while they wait.
-            data = _content(value) if len(value) >= _COPIED_LATE_BYTES else value.to_bytes()
-            await self._session.set_chunk(parsed.path, parsed.coords, data)
+            data = _bytes_of(value) if len(value) >= _COPIED_LATE_BYTES else value.to_bytes()
+            await self._content.set_chunk(parsed.path, parsed.coords, data, only_new=only_new)
         elif type(parsed) is MetadataKey:
-            self._session.set_metadata(parsed.path, value.to_bytes())
+            self._content.set_metadata(parsed.path, value.to_bytes(), only_new=only_new)
         else:
             raise SessionStateError(
                 f"cannot write {key!r}: only the Zarr 3 format is kept here, pass zarr_format=3",
@@ -214,10 +217,8 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
             )
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        """Write a key unless it has a value already."""
-        self._require_writable()
-        if not await self.exists(key):
-            await self.set(key, value)
+        """Write a key unless it has a value; of several such calls at the same time one writes. Raises as `set`."""
+        await self._set(key, value, only_new=True)
 
     @property
     def supports_partial_writes(self) -> Literal[False]:
@@ -235,28 +236,28 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
         self._require_writable()
         parsed = parse_key(key)
         if isinstance(parsed, MetadataKey):
-            self._session.delete_node(parsed.path)
+            self._content.delete_node(parsed.path)
         elif isinstance(parsed, ChunkKey):
-            self._session.delete_chunk(parsed.path, parsed.coords)
+            self._content.delete_chunk(parsed.path, parsed.coords)
 
     async def delete_dir(self, prefix: str) -> None:
         """Delete everything under a group or array, itself included; below ``{array}/c``, those chunks."""
         self._require_writable()
         path = to_path(prefix)
-        if self._session.node(path) is not None:
-            self._session.delete_node(path)
+        if self._content.node(path) is not None:
+            self._content.delete_node(path)
         elif (place := self._chunk_place(path)) is not None:
             node, coords = place
             async for found in self._chunk_coords(node, coords):
-                self._session.delete_chunk(node.path, found)
+                self._content.delete_chunk(node.path, found)
         else:
-            for node in self._session.nodes(path):
-                self._session.delete_node(node.path)
+            for node in self._content.nodes(path):
+                self._content.delete_node(node.path)
 
     async def clear(self) -> None:
         """Delete everything."""
         self._require_writable()
-        self._session.clear()
+        self._content.clear()
 
     def sync_clear(self) -> None:
         """Synchronous twin of `clear`."""
@@ -290,10 +291,10 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
     async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
         """Names directly below a directory: of keys and of directories alike, each once."""
         path = to_path(prefix)
-        node = self._session.node(path)
+        node = self._content.node(path)
         if node is not None:
             yield "zarr.json"
-        names = set(self._session.children(path))
+        names = set(self._content.children(path))
         if node is not None and node.kind is NodeKind.ARRAY:
             # Whether it has chunks or not, as other implementations list it: to know, manifests would have to be read.
             names.add("c")
@@ -310,7 +311,7 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
             async for found in self._chunk_coords(node, coords):
                 yield chunk_key_text(node.path, found)
             return
-        for node in self._session.nodes(path):
+        for node in self._content.nodes(path):
             yield metadata_key_text(node.path)
             if node.kind is NodeKind.ARRAY:
                 async for found in self._chunk_coords(node, ()):
@@ -318,20 +319,20 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
 
     def _chunk_place(self, path: str) -> tuple[NodeSnapshot, tuple[int, ...]] | None:
         """The array and leading coordinates that a directory such as ``/array/c/0`` means; None for any other."""
-        if self._session.node(path) is not None:
+        if self._content.node(path) is not None:
             return None
         head, slash, tail = f"{path}/".rpartition("/c/")
         digits = [part for part in tail.split("/") if part]
         if not slash or not all(part.isascii() and part.isdigit() for part in digits):
             return None
-        node = self._session.node(head or "/")
+        node = self._content.node(head or "/")
         leading = tuple(map(int, digits))
         if node is None or len(leading) >= len(node.shape) or max(leading, default=0) >> 32:
             return None
         return node, leading
 
     async def _chunk_refs(self, node: NodeSnapshot, leading: tuple[int, ...]) -> AsyncIterator[ChunkRefs]:
-        async for refs in self._session.chunk_references(node.path):
+        async for refs in self._content.chunk_references(node.path):
             if leading:
                 below = (refs.coords[:, : len(leading)] == np.array(leading, np.uint32)).all(axis=1)
                 yield refs.take(np.flatnonzero(below))
@@ -392,7 +393,7 @@ class IcechunkStore(VirtualWriting, Store, SyncMixin):
         return fields_html("icechunk.IcechunkStore", self._summary())
 
 
-def _content(value: Buffer) -> bytes | memoryview:
+def _bytes_of(value: Buffer) -> bytes | memoryview:
     """What a buffer holds: the very bytes where it is made of nothing else, as codecs' results are, which nobody can
     change; else a view of memory that may be the user's array.
     """

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +18,13 @@ from icechunk.format.values import ETAG, ID12, INLINE, LAST_MODIFIED, NATIVE, NO
 from icechunk.log.session.columns import concat
 from icechunk.runtime.checks import unsigned
 from icechunk.runtime.clock import us_of
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.loops import synchronous
+from icechunk.store.port import Content
 from icechunk.store.zarr_keys import ChunkKey, parse_key, to_path
 from icechunk.virtual import ChunkType, VirtualChunkSpec
 from icechunk.virtual_access.locations import checked_location
 
-if TYPE_CHECKING:
-    from icechunk.session.session import Session
-
-__all__ = ["ChunkBatch", "VirtualWriting"]
+__all__ = ["ChunkBatch", "VirtualRefs"]
 
 _U64: Final = unsigned(64)
 _U32: Final = unsigned(32)
@@ -44,7 +43,7 @@ ChunkBatch: TypeAlias = tuple[
 native ones, empty for inline ones); uint64[n] offsets and lengths, in bytes; the bytes of inline chunks, by row."""
 
 
-class VirtualWriting:
+class VirtualRefs(ABC):
     """Methods of `IcechunkStore` for virtual references.
 
     A reference is a range of bytes of somebody else's object. Its location is a URL, kept as given, or
@@ -52,11 +51,11 @@ class VirtualWriting:
     written; whoever reads the chunk must have authorised its container.
     """
 
-    _session: Session
+    _content: Content
 
-    if TYPE_CHECKING:
-
-        def _require_writable(self) -> None: ...
+    @abstractmethod
+    def _require_writable(self) -> None:
+        """Raise `ReadOnlyError` where the store takes no writes."""
 
     async def set_virtual_ref_async(
         self,
@@ -101,9 +100,9 @@ class VirtualWriting:
                 f"cannot make {key!r} a virtual reference: only chunks can be; write metadata with set",
                 ErrorKind.NOT_ALLOWED,
             )
-        node = self._session.require_array(parsed.path)
+        node = self._content.require_array(parsed.path)
         stored = checked_location(location)
-        if validate_container and not self._session.virtual_prefixes.holds(stored):
+        if validate_container and not self._content.virtual_prefixes.holds(stored):
             raise InvalidInputError(
                 f"no virtual chunk container holds {location!r}: configure one, or pass validate_container=False",
                 ErrorKind.NO_CONTAINER_FOR_VIRTUAL_CHUNK,
@@ -117,29 +116,9 @@ class VirtualWriting:
             np.array([_U64("length", length)], np.uint64),
             *_one_checksum(checksum, 1),
         )
-        self._session.set_references(node.path, _checked(columns, node.path))
+        self._content.set_references(node.path, _checked(columns, node.path))
 
-    def set_virtual_ref(
-        self,
-        key: str,
-        location: str,
-        *,
-        offset: int,
-        length: int,
-        checksum: str | datetime | None = None,
-        validate_container: bool = True,
-    ) -> None:
-        """Synchronous twin of `set_virtual_ref_async`."""
-        run_sync(
-            self.set_virtual_ref_async(
-                key,
-                location,
-                offset=offset,
-                length=length,
-                checksum=checksum,
-                validate_container=validate_container,
-            )
-        )
+    set_virtual_ref = synchronous(set_virtual_ref_async)
 
     async def set_virtual_refs_async(
         self, array_path: str, chunks: list[VirtualChunkSpec], *, validate_containers: bool = True
@@ -158,7 +137,7 @@ class VirtualWriting:
             As `set_virtual_ref_async`, but for locations that no container holds.
         """
         self._require_writable()
-        node = self._session.require_array(to_path(array_path))
+        node = self._content.require_array(to_path(array_path))
         specs = list(chunks)
         for spec in specs:
             if not isinstance(spec, VirtualChunkSpec):
@@ -179,11 +158,7 @@ class VirtualWriting:
         )
         return self._write(node.path, columns, good)
 
-    def set_virtual_refs(
-        self, array_path: str, chunks: list[VirtualChunkSpec], *, validate_containers: bool = True
-    ) -> list[tuple[int, ...]] | None:
-        """Synchronous twin of `set_virtual_refs_async`."""
-        return run_sync(self.set_virtual_refs_async(array_path, chunks, validate_containers=validate_containers))
+    set_virtual_refs = synchronous(set_virtual_refs_async)
 
     async def set_virtual_refs_arr_async(
         self,
@@ -240,7 +215,7 @@ class VirtualWriting:
         total = math.prod(shape)
         if total != count:
             raise ValueError(f"product of chunk_grid_shape ({total}) != array length ({count})")
-        node = self._session.require_array(to_path(array_path))
+        node = self._content.require_array(to_path(array_path))
         if len(shape) != len(node.shape) or any(
             first + n > dimension.num_chunks for first, n, dimension in zip(corner, shape, node.shape, strict=True)
         ):
@@ -259,31 +234,7 @@ class VirtualWriting:
             columns, good = columns.take(present), good[present]
         return self._write(node.path, columns, good)
 
-    def set_virtual_refs_arr(
-        self,
-        array_path: str,
-        chunk_grid_shape: tuple[int, ...],
-        locations: list[str],
-        offsets: npt.NDArray[np.uint64],
-        lengths: npt.NDArray[np.uint64],
-        *,
-        validate_containers: bool = True,
-        arr_offset: tuple[int, ...] | None = None,
-        checksum: datetime | str | None = None,
-    ) -> list[tuple[int, ...]] | None:
-        """Synchronous twin of `set_virtual_refs_arr_async`."""
-        return run_sync(
-            self.set_virtual_refs_arr_async(
-                array_path,
-                chunk_grid_shape,
-                locations,
-                offsets,
-                lengths,
-                validate_containers=validate_containers,
-                arr_offset=arr_offset,
-                checksum=checksum,
-            )
-        )
+    set_virtual_refs_arr = synchronous(set_virtual_refs_arr_async)
 
     async def array_chunk_iterator(self, array_path: str, batch_size: int = 100000) -> AsyncGenerator[ChunkBatch, None]:
         """References of all chunks of an array, in batches of `ChunkBatch`; nothing where there is no such array.
@@ -304,10 +255,10 @@ class VirtualWriting:
         """
         if batch_size <= 0:
             raise ValueError(f"batch_size must be positive, not {batch_size}")
-        prefixes = self._session.virtual_prefixes
+        prefixes = self._content.virtual_prefixes
         waiting: list[ChunkRefs] = []
         count = 0
-        async with aclosing(self._session.chunk_references(to_path(array_path))) as found:
+        async with aclosing(self._content.chunk_references(to_path(array_path))) as found:
             async for refs in found:
                 waiting.append(refs)
                 count += len(refs)
@@ -325,7 +276,7 @@ class VirtualWriting:
         self, locations: Sequence[str], validate: bool, *, skip_empty: bool = False
     ) -> tuple[tuple[str, ...], npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
         """Distinct stored locations, the row of each given one, and which of them some container holds."""
-        prefixes = self._session.virtual_prefixes
+        prefixes = self._content.virtual_prefixes
         distinct = dict.fromkeys(locations)
         if skip_empty:
             distinct.pop("", None)
@@ -347,7 +298,7 @@ class VirtualWriting:
         if not good.all():
             refused = [tuple(row) for row in columns.coords[~good].tolist()]
             columns = columns.take(good)
-        self._session.set_references(path, _checked(columns, path))
+        self._content.set_references(path, _checked(columns, path))
         return refused
 
 

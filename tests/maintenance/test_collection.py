@@ -37,7 +37,7 @@ async def with_garbage(storage: Storage, version: int | None) -> History:
     session = await history.repo.writable_session_async("main")
     array = await zarr.api.asynchronous.open_array(store=session.store, path="a", mode="r+")
     await array.setitem(slice(0, 2), 99)
-    await session._puts.flush()
+    await session._content.puts.flush()
     # The small objects of a log's commits are put behind them; here they stand.
     await history.repo.checkpoint_async()
     return history
@@ -143,7 +143,7 @@ async def test_a_session_that_began_before_the_cutoff_is_told_to_repeat_its_work
     await history.repo.garbage_collect_async(ago())
     other = await icechunk.Repository.open_async(storage)
     for session in (stale, fork):
-        session._core = other._core if session is stale else session._core
+        session._content.core = other._core if session is stale else session._content.core
     with pytest.raises(SessionStateError, match="repeat the work"):
         await stale.commit_async("late")
     with pytest.raises(SessionStateError, match="repeat the work"):
@@ -221,7 +221,7 @@ async def test_nothing_is_deleted_where_something_reachable_cannot_be_read(versi
     storage = AgedStorage(MemoryStorage())
     history = await with_garbage(storage, version)
     session = await history.repo.readonly_session_async("main")
-    snapshot = session._log.base
+    snapshot = session._content.log.base
     id = snapshot.id if kind == "snapshots" else next(iter(snapshot.manifest_files))
     key = chunk_key(id).replace("chunks/", f"{kind}/")
     for damage in ("corrupt", "missing"):

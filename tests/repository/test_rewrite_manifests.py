@@ -12,6 +12,7 @@ import icechunk
 from icechunk.format.ids import object_id_from_text
 from icechunk.format.values import ManifestRef, TransactionLog
 from icechunk.runtime.loops import run_sync
+from icechunk.session.commit import How, write_snapshot
 
 Condition = icechunk.ManifestSplitCondition
 Dim = icechunk.ManifestSplitDimCondition
@@ -111,7 +112,7 @@ async def test_a_commit_of_somebody_else_meanwhile_is_a_conflict() -> None:
     other = await repo.writable_session_async("main")
     await other.commit_async("first", allow_empty=True)
     with pytest.raises(icechunk.ConflictError):
-        await session.commit_rewritten("late", None, amend=False)
+        await write_snapshot(session._content, How.COMMIT, "late", None, allow_empty=True, rewrite=True)
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -37,7 +37,7 @@ async def messages(repository: Repository) -> list[str]:
 
 async def changed(repository: Repository, name: str = "x") -> icechunk.Session:
     session = await repository.writable_session_async("main")
-    session.set_metadata(f"/{name}", GROUP)
+    session._content.set_metadata(f"/{name}", GROUP)
     return session
 
 
@@ -127,7 +127,7 @@ async def test_an_append_to_a_large_array_reads_no_manifest_and_puts_one() -> No
         # Another repository object: nothing is cached that the append could read without a request.
         opened = await Repository.open_async(MemoryCopy(recording))
         session = await opened.writable_session_async("main")
-        session.set_metadata("/a", ARRAY % last)
+        session._content.set_metadata("/a", ARRAY % last)
         recording.clear()
         session.store.set_virtual_refs_arr(
             "a",
@@ -191,10 +191,10 @@ async def test_chunks_in_flight_and_appends_add_no_round_trip(chunk: bytes) -> N
     for n in range(3):
         # The first one makes the array, the others append to it.
         session = await repository.writable_session_async("main")
-        session.set_metadata("/array", ARRAY % (20 * (n + 1)))
+        session._content.set_metadata("/array", ARRAY % (20 * (n + 1)))
         await settled(recording, repository)
         for i in range(20):
-            await session.set_chunk("/array", (20 * n + i,), chunk)
+            await session._content.set_chunk("/array", (20 * n + i,), chunk)
         await session.commit_async(f"append {n}")
         # Chunks do not ride: what an entry refers to is there before it.
         assert of_the_commit(recording).dependent_rounds() == (1 if len(chunk) == 10 else 2)
@@ -206,13 +206,13 @@ async def test_replacing_chunks_reads_their_manifest_once() -> None:
     recording = RecordingStorage(storage)
     repository = await Repository.create_async(storage, APART)
     session = await repository.writable_session_async("main")
-    session.set_metadata("/array", ARRAY % 20)
+    session._content.set_metadata("/array", ARRAY % 20)
     for i in range(20):
-        await session.set_chunk("/array", (i,), b"1")
+        await session._content.set_chunk("/array", (i,), b"1")
     await session.commit_async("all")
     other = await Repository.open_async(recording)
     session = await other.writable_session_async("main")
-    await session.set_chunk("/array", (3,), b"2")
+    await session._content.set_chunk("/array", (3,), b"2")
     await (await other._core.log()).prepare_writes()
     await settled(recording, other)
     await session.commit_async("one")
@@ -244,11 +244,11 @@ async def test_a_commit_whose_file_cannot_be_written_leaves_the_session_as_it_wa
     repository = await Repository.create_async(faulty, APART)
     await (await changed(repository, "first")).commit_async("first")
     session = await repository.writable_session_async("main")
-    session.set_metadata("/array", ARRAY % 4)
+    session._content.set_metadata("/array", ARRAY % 4)
     faulty.plan = failing("put", prefix)
     for i in range(4):
         # More than fits into the entry of the log, and into a manifest.
-        await session.set_chunk("/array", (i,), b"x" * 100_000)
+        await session._content.set_chunk("/array", (i,), b"x" * 100_000)
     with pytest.raises(StorageError):
         await session.commit_async("fails")
     assert await messages(repository) == ["first", "Repository initialized"]
@@ -258,7 +258,7 @@ async def test_a_commit_whose_file_cannot_be_written_leaves_the_session_as_it_wa
     await session.commit_async("works")
     assert await messages(await Repository.open_async(faulty)) == ["works", "first", "Repository initialized"]
     for i in range(4):
-        assert await session.get_chunk("/array", (i,), None) == b"x" * 100_000
+        assert await session._content.get_chunk("/array", (i,), None) == b"x" * 100_000
 
 
 async def test_an_answer_of_the_swap_that_is_lost_is_found_again_and_nothing_is_committed_twice() -> None:
@@ -304,7 +304,7 @@ async def test_a_swap_without_any_answer_is_of_unknown_outcome_until_its_token_i
         await session.commit_async("lost?")
     assert session.unsettled_commit == unknown.value.token
     with pytest.raises(SessionStateError, match="not known"):
-        session.set_metadata("/y", GROUP)
+        session._content.set_metadata("/y", GROUP)
     with pytest.raises(SessionStateError):
         await session.commit_async("again")
     with pytest.raises(StorageError):
@@ -317,7 +317,7 @@ async def test_a_swap_without_any_answer_is_of_unknown_outcome_until_its_token_i
     # Where it is certain that nothing landed, the session goes on.
     assert (session.unsettled_commit is None) is not landed
     if not landed:
-        session.set_metadata("/y", GROUP)
+        session._content.set_metadata("/y", GROUP)
     expected = ["lost?", "warm", "Repository initialized"] if landed else ["warm", "Repository initialized"]
     assert await messages(repository) == expected
     await (await changed(repository, "next")).commit_async("next")
@@ -360,7 +360,7 @@ async def test_what_is_written_while_a_commit_runs_is_refused_not_lost(prefix: s
     committing = asyncio.ensure_future(session.commit_async("first"))
     await storage.reached.wait()
     with pytest.raises(SessionStateError, match="commit of this session is running"):
-        session.set_metadata("/y", GROUP)
+        session._content.set_metadata("/y", GROUP)
     with pytest.raises(SessionStateError):
         session.discard_changes()
     with pytest.raises(SessionStateError):
@@ -395,7 +395,7 @@ async def test_a_commit_cancelled_during_its_swap_goes_on_without_its_caller() -
     with pytest.raises(asyncio.CancelledError):
         await committing
     with pytest.raises(SessionStateError, match="not known"):
-        session.set_metadata("/y", GROUP)
+        session._content.set_metadata("/y", GROUP)
     storage.gate.set()
     assert session.unsettled_commit is not None
     assert await repository.settle_async(session.unsettled_commit)
@@ -421,9 +421,9 @@ async def test_ids_and_times_come_from_the_injected_sources_only() -> None:
         await (await create_log(memory, made)).aclose()
         repository = await repository_with(memory, made)
         session = await repository.writable_session_async("main")
-        session.set_metadata("/array", ARRAY % 4)
+        session._content.set_metadata("/array", ARRAY % 4)
         for i in range(4):
-            await session.set_chunk("/array", (i,), b"x" * 600)
+            await session._content.set_chunk("/array", (i,), b"x" * 600)
         await session.commit_async("first")
         await repository.aclose()
         return {item.key: (await memory.get(item.key)).data async for page in memory.list_pages() for item in page}
@@ -446,7 +446,7 @@ async def test_a_commit_cancelled_during_a_swap_that_is_lost_leaves_the_session_
     storage.gate.set()
     assert not await repository.settle_async(token)
     assert session.unsettled_commit is None
-    session.set_metadata("/y", GROUP)
+    session._content.set_metadata("/y", GROUP)
     with pytest.raises(ConflictError):
         await session.commit_async("ours, again")
     assert await messages(repository) == ["theirs", "warm", "Repository initialized"]

@@ -264,17 +264,18 @@ def test_chunks_are_durable_before_a_fork_is_made_and_before_it_travels(tmp_path
 
     async def elsewhere() -> None:
         # On a loop that is gone before anybody waits for its uploads.
-        await fork.set_chunk("/a", (1,), b"\1\0\0\0")
+        await fork._content.set_chunk("/a", (1,), b"\1\0\0\0")
 
     asyncio.run(elsewhere())
     state = fork.__getstate__()
-    assert fork._puts.is_idle
+    assert fork._content.puts.is_idle
     assert storage.count("put", "chunks/") >= 2
-    assert state["position"] == fork._origin.position
+    assert fork._content.origin is not None
+    assert state["position"] == fork._content.origin.position
 
 
 def test_a_large_base_does_not_travel_but_is_read_on_arrival(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("icechunk.session.session._CARRIED_BYTES", 0)
+    monkeypatch.setattr("icechunk.session.session._EMBEDDED_BYTES", 0)
     fork = repo.writable_session("main").fork()
     assert fork.__getstate__()["snapshot"] is None
     assert get(travel(fork))[:3] == [0, 1, 2]
@@ -283,8 +284,8 @@ def test_a_large_base_does_not_travel_but_is_read_on_arrival(repo: Repository, m
 def test_forks_that_arrive_in_one_process_share_their_connections(repo: Repository) -> None:
     session = repo.writable_session("main")
     one, two = travel(session.fork()), travel(session.fork())
-    assert one._core is two._core
-    assert one._core is not session._core
+    assert one._content.core is two._content.core
+    assert one._content.core is not session._content.core
 
 
 def test_sessions_are_extracted_and_merged_however_they_are_nested(repo: Repository) -> None:

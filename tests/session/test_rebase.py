@@ -23,6 +23,8 @@ from icechunk.format.ids import object_id_from_text
 from icechunk.format.keys import transaction_key
 from icechunk.log.repository.port import SwapToken
 from icechunk.log.session.plan.reuse import Earlier
+from icechunk.session.content import SessionContent
+from icechunk.session.rebase import advance
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.recording import RecordingStorage
 
@@ -198,7 +200,7 @@ async def test_writers_at_once_all_land_with_rebase_and_nothing_is_lost(repo: Re
     assert sorted(history[:8]) == [f"writer {i}" for i in range(8)]
     reader = await repo.readonly_session_async("main")
     for i in range(8):
-        assert await reader.get_chunk("/a", (i,), None) == b"\1\0\0\0"
+        assert await reader._content.get_chunk("/a", (i,), None) == b"\1\0\0\0"
 
 
 @pytest.mark.parametrize("kept_refs", [0, 100], ids=["digests", "references"])
@@ -209,15 +211,14 @@ def test_a_commit_that_lost_uploads_neither_chunks_nor_equal_manifests_again(
     session = repo.writable_session("main")
     put(session, "a", 1, 101)
     lost: list[str] = []
-    original = session._rebase
 
-    async def rebase_and_count(branch: str, solver: icechunk.ConflictSolver) -> None:
+    async def rebase_and_count(content: SessionContent, branch: str, solver: icechunk.ConflictSolver) -> None:
         storage.clear()
-        await original(branch, solver)
+        await advance(content, branch, solver)
 
-    session._rebase = rebase_and_count  # type: ignore[method-assign]
+    monkeypatch.setattr("icechunk.session.commit.advance", rebase_and_count)
     # The branch moves between the look at it and the swap.
-    note = session._note_sent
+    note = session._content.note_sent
 
     def overtaken(token: SwapToken | None) -> None:
         note(token)
@@ -225,7 +226,7 @@ def test_a_commit_that_lost_uploads_neither_chunks_nor_equal_manifests_again(
             lost.append("once")
             commit(Repository.open(storage), "b", 3, 33)
 
-    session._note_sent = overtaken  # type: ignore[method-assign]
+    session._content.note_sent = overtaken  # type: ignore[method-assign]
     asyncio.run(session.commit_async("ours", rebase_with=DETECT))
     assert storage.count("put", "chunks/") == storage.count("put", "manifests/") == 0
     assert storage.count("put", "snapshots/") == 1

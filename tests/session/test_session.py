@@ -30,12 +30,12 @@ def group_named(name: str) -> bytes:
 
 def changed(repository: Repository, name: str = "x", branch: str = "main") -> icechunk.Session:
     session = repository.writable_session(branch)
-    session.set_metadata(f"/{name}", GROUP)
+    session._content.set_metadata(f"/{name}", GROUP)
     return session
 
 
 def nodes(session: icechunk.Session) -> list[str]:
-    return [node.path for node in session.hierarchy.nodes("/")]
+    return [node.path for node in session._content.log.nodes("/")]
 
 
 def test_a_session_is_read_only_after_its_commit_and_stands_on_the_new_snapshot(storage: Storage) -> None:
@@ -50,7 +50,7 @@ def test_a_session_is_read_only_after_its_commit_and_stands_on_the_new_snapshot(
     assert not session.has_uncommitted_changes
     assert "/x" in nodes(session)
     with pytest.raises(ReadOnlyError):
-        session.set_metadata("/y", GROUP)
+        session._content.set_metadata("/y", GROUP)
     with pytest.raises(SessionStateError) as refused:
         session.commit("second")
     assert refused.value.kind == ErrorKind.COMMIT_NOT_ALLOWED
@@ -60,9 +60,9 @@ def test_a_session_is_read_only_after_its_commit_and_stands_on_the_new_snapshot(
 def test_a_read_only_session_refuses_everything_that_writes(repository: Repository) -> None:
     session = repository.readonly_session("main")
     calls: list[Any] = [
-        lambda: session.set_metadata("/x", GROUP),
-        lambda: session.delete_node("/x"),
-        lambda: session.clear(),
+        lambda: session._content.set_metadata("/x", GROUP),
+        lambda: session._content.delete_node("/x"),
+        lambda: session._content.clear(),
         lambda: session.discard_changes(),
     ]
     for call in calls:
@@ -147,7 +147,7 @@ def test_discarding_forgets_every_change(repository: Repository) -> None:
     assert not session.has_uncommitted_changes
     assert session.status().is_empty()
     assert nodes(session) == nodes(repository.readonly_session("main"))
-    session.set_metadata("/y", GROUP)
+    session._content.set_metadata("/y", GROUP)
     session.commit("y")
     assert "/x" not in nodes(session)
 
@@ -165,7 +165,7 @@ def test_status_says_what_a_commit_would_change(repository: Repository) -> None:
     zarr.open_array(session.store, path="a", mode="a").attrs["units"] = "m"
     assert session.status().updated_arrays == {"/a"}
     session = repository.writable_session("main")
-    session.delete_node("/a")
+    session._content.delete_node("/a")
     assert session.status().deleted_arrays == {"/a"}
 
 

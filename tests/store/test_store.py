@@ -23,9 +23,10 @@ from icechunk import (
     SessionStateError,
 )
 from icechunk.errors import ErrorKind, IcechunkError, ObjectNotFoundError, StorageError
+from icechunk.format.ids import ObjectId
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import GetResult, PutResult
-from icechunk.store.store import _content
+from icechunk.store.store import _bytes_of
 from tests.store.store_builders import (
     PROTOTYPE,
     array_document,
@@ -585,9 +586,54 @@ async def test_what_was_set_stays_whatever_becomes_of_the_array_that_it_came_fro
 
 def test_bytes_that_nobody_can_change_are_taken_as_they_are_and_no_others() -> None:
     data = bytes(range(256)) * 4
-    assert _content(cpu.Buffer.from_bytes(data)) is data
+    assert _bytes_of(cpu.Buffer.from_bytes(data)) is data
     whole = np.frombuffer(data, "B")
     for other in (whole[1:], np.frombuffer(bytearray(data), "B"), whole.copy(), np.frombuffer(data * 2, "B")[:1024]):
-        found = _content(cpu.Buffer.from_array_like(other))
+        found = _bytes_of(cpu.Buffer.from_array_like(other))
         assert found is not data
         assert bytes(found) == other.tobytes()
+
+
+@pytest.mark.parametrize("size", [1, 1000], ids=["inline", "native"])
+@pytest.mark.parametrize("committed", [False, True], ids=["new array", "committed array"])
+async def test_of_several_calls_at_once_that_write_a_key_unless_it_exists_exactly_one_writes(
+    size: int, committed: bool
+) -> None:
+    repository = await Repository.create_async(MemoryStorage())
+    session = await repository.writable_session_async("main")
+    await session.store.set("a/zarr.json", buffer(array_document()))
+    await session.store.set("a/c/0/0", buffer(b"\0" * size))
+    if committed:
+        await session.commit_async("array")
+        session = await repository.writable_session_async("main")
+    store = session.store
+    values = [bytes([i]) * size for i in range(1, 4)]
+    for key in ("a/c/0/0", "a/c/1/1"):
+        await asyncio.gather(*(store.set_if_not_exists(key, buffer(value)) for value in values))
+    assert await read(store, "a/c/0/0") == b"\0" * size
+    assert await read(store, "a/c/1/1") == values[0]
+    await store.delete("a/c/0/0")
+    await asyncio.gather(*(store.set_if_not_exists("a/c/0/0", buffer(value)) for value in values))
+    assert await read(store, "a/c/0/0") == values[0]
+    await store.set_if_not_exists("a/zarr.json", buffer(group_document()))
+    assert await read(store, "a/zarr.json") == array_document()
+
+
+async def test_a_key_written_unless_it_exists_is_decided_when_it_is_written_not_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    repository = await Repository.create_async(MemoryStorage())
+    session = await repository.writable_session_async("main")
+    store = session.store
+    await store.set("a/zarr.json", buffer(array_document()))
+    put = session._content.puts.put
+
+    async def overtaken(data: bytes | memoryview) -> tuple[ObjectId, int]:
+        await store.set("a/c/0/0", buffer(b"other"))
+        return await put(data)
+
+    # As if the pool were full: another writer comes first while this one waits for room.
+    monkeypatch.setattr(session._content.puts, "put_nowait", lambda data: None)
+    monkeypatch.setattr(session._content.puts, "put", overtaken)
+    await store.set_if_not_exists("a/c/0/0", buffer(bytes(1000)))
+    assert await read(store, "a/c/0/0") == b"other"

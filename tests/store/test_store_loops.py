@@ -417,7 +417,7 @@ async def test_write_that_a_discard_in_another_thread_overtakes_keeps_its_bytes(
     await session.commit_async("array")
     repository = await Repository.open_async(storage)
     session = await repository.writable_session_async("main")
-    put = session._puts.put
+    put = session._content.puts.put
     discarded: list[object] = []
 
     async def put_then_lose_it(data: bytes) -> Any:
@@ -427,9 +427,9 @@ async def test_write_that_a_discard_in_another_thread_overtakes_keeps_its_bytes(
             session.discard_changes()
         return place
 
-    monkeypatch.setattr(session._puts, "put", put_then_lose_it)
+    monkeypatch.setattr(session._content.puts, "put", put_then_lose_it)
     # As where there is no room at once: with room a chunk is packed and noted in one step.
-    monkeypatch.setattr(session._puts, "put_nowait", lambda data: None)
+    monkeypatch.setattr(session._content.puts, "put_nowait", lambda data: None)
     await session.store.set("c/0", buffer(b"x" * size))
     assert discarded
     await session.commit_async("acknowledged, so it is there")
@@ -456,7 +456,7 @@ def test_cancelled_readers_leave_nothing_behind(storage: Storage) -> None:
             assert isinstance(result, asyncio.CancelledError) if i % 2 == 0 else result == bytes([i % 8 + 1] * 3_000_00)
         assert await read(store, "c/0") == b"\x01" * 3_000_00
         await repository.aclose()
-        await session._core.aclose()
+        await session._content.core.aclose()
         await storage.aclose()
         return [task for task in await other_tasks() if task not in before]
 

@@ -89,27 +89,27 @@ class TestIcechunkStore(StoreTests[IcechunkStore, cpu.Buffer]):
     async def set(self, store: IcechunkStore, key: str, value: Buffer) -> None:
         session, parsed, data = store.session, parse_key(translate(key)), value.to_bytes()
         if isinstance(parsed, ChunkKey):
-            if session.node(parsed.path) is None:
-                session.set_metadata(parsed.path, array_document((16,) * len(parsed.coords)))
-            await session.set_chunk(parsed.path, parsed.coords, data)
+            if session._content.node(parsed.path) is None:
+                session._content.set_metadata(parsed.path, array_document((16,) * len(parsed.coords)))
+            await session._content.set_chunk(parsed.path, parsed.coords, data)
         else:
             assert isinstance(parsed, MetadataKey)
-            node = session.node(parsed.path)
+            node = session._content.node(parsed.path)
             if not data.startswith(b"{"):
                 data = (
                     array_document((16,) * len(node.shape), attributes={"value": data.decode()})
                     if node is not None and node.kind is NodeKind.ARRAY
                     else group_document(value=data.decode())
                 )
-            session.set_metadata(parsed.path, data)
+            session._content.set_metadata(parsed.path, data)
 
     async def get(self, store: IcechunkStore, key: str) -> Buffer:
         session, parsed = store.session, parse_key(translate(key))
         if isinstance(parsed, ChunkKey):
-            data = await session.get_chunk(parsed.path, parsed.coords, None)
+            data = await session._content.get_chunk(parsed.path, parsed.coords, None)
         else:
             assert isinstance(parsed, MetadataKey)
-            node = session.node(parsed.path)
+            node = session._content.node(parsed.path)
             data = None if node is None else node.user_data
         assert data is not None
         return self.buffer_cls.from_bytes(data)

@@ -85,7 +85,7 @@ def resident_mib() -> float:
 async def _create(storage: Storage) -> Repository:
     repository = await Repository.create_async(storage, config=icechunk.RepositoryConfig(caching=_CACHES))
     session = await repository.writable_session_async("main")
-    session.set_metadata("/a", _ARRAY)
+    session._content.set_metadata("/a", _ARRAY)
     await session.commit_async("the array")
     return repository
 
@@ -95,7 +95,7 @@ async def _commit(repository: Repository, count: int) -> float:
     began = time.process_time()
     for i in range(count):
         session = await repository.writable_session_async("main")
-        await session.set_chunk("/a", (i % 4,), b"%d" % i)
+        await session._content.set_chunk("/a", (i % 4,), b"%d" % i)
         await session.commit_async("one more")
     return (time.process_time() - began) / max(1, count)
 
@@ -106,7 +106,7 @@ async def _open(storage: Storage, clock: Callable[[], float]) -> tuple[float, fl
     repository = await Repository.open_async(WrappingStorage(storage))
     opened = clock()
     session = await repository.readonly_session_async("main")
-    await session.get_chunk("/a", (0,), None)
+    await session._content.get_chunk("/a", (0,), None)
     read = clock()
     await repository.aclose()
     return opened - began, read - opened

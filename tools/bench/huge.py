@@ -118,7 +118,7 @@ def _write(session: icechunk.Session, work: Work) -> None:
             continue
         axes = [np.arange(c, c + n, dtype=np.uint32) for c, n in zip(work.corner(block), work.box, strict=True)]
         coords = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(BLOCK, len(axes))
-        session.set_references(
+        session._content.set_references(
             "/a",
             ChunkRefs(
                 coords=coords,
@@ -134,7 +134,7 @@ def _write(session: icechunk.Session, work: Work) -> None:
 async def _measure(work: Work, folder: str) -> dict[str, float]:
     repository = await Repository.create_async(icechunk.local_filesystem_storage(folder), _config())
     session = await repository.writable_session_async("main")
-    session.set_metadata("/a", _document(work.grid))
+    session._content.set_metadata("/a", _document(work.grid))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began, began_cpu = time.perf_counter(), time.process_time()
     _write(session, work)
@@ -161,7 +161,7 @@ async def _check(work: Work, folder: str) -> dict[str, float]:
     session = await repository.readonly_session_async("main")
     count = 0
     for coords, block, number in work.samples():
-        ref = await session.chunk_reference("/a", coords)
+        ref = await session._content.chunk_reference("/a", coords)
         assert ref is not None, coords
         assert (ref.offset, ref.length) == (number * 1000, 1000), (coords, ref)
         if work.kind == "virtual":
