@@ -139,7 +139,7 @@ async def test_a_put_that_fails_amid_the_manifests_commits_nothing_and_a_later_t
     session._content.delete_chunk("/a", (0, 0))
     await session.commit_async("works")
     await check_rows(await Repository.open_async(faulty), (100, 100), [1, 99, 100, 5_000, 9_999])
-    assert await (await repo.readonly_session_async("main")).chunk_reference("/a", (0, 0)) is None
+    assert await (await repo.readonly_session_async("main"))._content.chunk_reference("/a", (0, 0)) is None
 
 
 async def test_a_commit_takes_less_memory_than_the_references_themselves(

@@ -12,6 +12,7 @@ import icechunk
 from icechunk.format.ids import object_id_from_text
 from icechunk.runtime.loops import run_sync
 from icechunk.session import Session
+from icechunk.session.content import SessionContent
 from icechunk.session.core import Core
 from tests.virtual_builders import FILE_BYTES
 from tools import oracle
@@ -74,6 +75,6 @@ def test_we_read_the_virtual_references_of_the_official_library_as_it_does(tmp_p
     official = oracle.run(oracle.OFFICIAL_CURRENT, "tools.interop.virtual", "read", *arguments)
     # Below the repository's log: the files of a snapshot are the same in every layout.
     core = Core(icechunk.local_filesystem_storage(str(path)), config(folder), virtual_access=access(folder))
-    ours = read(Session(core, run_sync(core.assets.snapshot(object_id_from_text(snapshot)))))
+    ours = read(Session(SessionContent.on(core, run_sync(core.assets.snapshot(object_id_from_text(snapshot))))))
     check(ours)
     assert ours == official

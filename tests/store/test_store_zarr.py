@@ -337,7 +337,7 @@ class TestIcechunkStore(StoreTests[IcechunkStore, cpu.Buffer]):
             (("foo/zarr.json", "bar/zarr.json"), (group_document(n=0), group_document(n=1))),
         ],
     )
-    async def test_set_if_not_exists(  # type: ignore[override]  # pytest passes the parameters that it names
+    async def test_set_if_not_exists(  # pytest passes the parameters that it names
         self, store: IcechunkStore, keys: tuple[str, str], values: tuple[bytes, bytes]
     ) -> None:
         old, new = map(buffer, values)
