@@ -29,7 +29,6 @@ __all__ = [
     "SessionStateError",
     "SnapshotNotFoundError",
     "StorageError",
-    "class_of",
 ]
 
 
@@ -350,43 +349,3 @@ class CommitOutcomeUnknown(IcechunkError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self._message, self.token))
-
-
-def class_of(kind: str) -> type[IcechunkError]:
-    """The class under which the official library raises errors of this kind, and so do we.
-
-    Found by provoking them in 2.3.0 where that was possible; the others stand beside them in its list of kinds.
-    """
-    return _CLASS_OF_KIND.get(kind, InternalError)
-
-
-_FIRST_KIND_OF_CLASS: dict[ErrorKind, type[IcechunkError]] = {
-    # The kinds are declared class by class: each of these holds from here on, until the next one.
-    ErrorKind.COMMIT_CONFLICT: ConflictError,
-    ErrorKind.GC_DELETES_FAILING: StorageError,
-    ErrorKind.NODE_NOT_FOUND: NodeNotFoundError,
-    ErrorKind.SNAPSHOT_NOT_FOUND: SnapshotNotFoundError,
-    ErrorKind.REF_NOT_FOUND: RefNotFoundError,
-    ErrorKind.REPOSITORY_NOT_FOUND: RepositoryNotFoundError,
-    ErrorKind.MANIFEST_INFO_NOT_FOUND: NotFoundError,
-    ErrorKind.NODE_ALREADY_EXISTS: AlreadyExistsError,
-    ErrorKind.READ_ONLY_SESSION: ReadOnlyError,
-    ErrorKind.INVALID_KEY: InvalidInputError,
-    ErrorKind.COMMIT_NOT_ALLOWED: SessionStateError,
-    ErrorKind.OBJECT_NOT_FOUND: StorageError,
-    ErrorKind.SERIALIZATION: FormatError,
-    ErrorKind.CONCURRENCY: InternalError,
-    ErrorKind.COMMIT_OUTCOME_UNKNOWN: CommitOutcomeUnknown,
-}
-
-
-def _class_of_kind() -> dict[str, type[IcechunkError]]:
-    result: dict[str, type[IcechunkError]] = {}
-    current: type[IcechunkError] = InternalError
-    for kind in ErrorKind:
-        current = _FIRST_KIND_OF_CLASS.get(kind, current)
-        result[str(kind)] = current
-    return result
-
-
-_CLASS_OF_KIND = _class_of_kind()

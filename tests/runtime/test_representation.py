@@ -20,7 +20,7 @@ from icechunk.conflicts import (
     RebaseFailedError,
     VersionSelection,
 )
-from icechunk.errors import ConflictError, ErrorKind, IcechunkError, InvalidInputError, class_of
+from icechunk.errors import ConflictError, IcechunkError, InvalidInputError
 from icechunk.ops import (
     Attribution,
     ChunkStorageStats,
@@ -205,49 +205,3 @@ def test_every_error_pickles_with_its_kind() -> None:
             error = cls("m")
             again = pickle.loads(pickle.dumps(error))
             assert (type(again), str(again), again.kind) == (cls, str(error), error.kind)
-
-
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    # Each provoked in 2.3.0.
-    [
-        ("repository-not-found", "RepositoryNotFoundError"),
-        ("parent-directory-not-clean", "InvalidInputError"),
-        ("no-changes-to-commit", "SessionStateError"),
-        ("commit-not-allowed", "SessionStateError"),
-        ("branch-already-exists", "AlreadyExistsError"),
-        ("invalid-snapshot-id", "InvalidInputError"),
-        ("ref-not-found", "RefNotFoundError"),
-        ("no-snapshot-at-time", "SnapshotNotFoundError"),
-        ("cannot-delete-main", "SessionStateError"),
-        ("tag-previously-deleted", "AlreadyExistsError"),
-        ("commit-conflict", "ConflictError"),
-        ("node-not-found", "NodeNotFoundError"),
-        ("key-not-found", "NodeNotFoundError"),
-        ("move-wont-overwrite", "AlreadyExistsError"),
-        ("move-into-self-or-descendant", "SessionStateError"),
-        ("move-destination-parent-missing", "SessionStateError"),
-        ("rearrange-session-only", "SessionStateError"),
-        ("invalid-key", "InvalidInputError"),
-        ("invalid-chunk-index", "InvalidInputError"),
-        ("not-an-array", "InvalidInputError"),
-        ("bad-metadata", "InvalidInputError"),
-        ("zero-length-chunk", "InvalidInputError"),
-        ("unimplemented", "SessionStateError"),
-        ("no-container-for-virtual-chunk", "InvalidInputError"),
-        ("bad-snapshot-chain-for-diff", "InvalidInputError"),
-        ("invalid-feature-flag", "InvalidInputError"),
-        ("feature-flag-disabled", "SessionStateError"),
-        ("read-only-repository", "ReadOnlyError"),
-        ("read-only-session", "ReadOnlyError"),
-        ("object-store", "StorageError"),
-        ("unknown", "InternalError"),
-    ],
-)
-def test_kinds_belong_to_the_class_that_the_official_library_raises(kind: str, name: str) -> None:
-    assert class_of(kind) is getattr(errors, name)
-
-
-def test_every_kind_has_a_class() -> None:
-    for kind in ErrorKind:
-        assert issubclass(class_of(kind), IcechunkError)

@@ -131,10 +131,6 @@ class Table:
             raise self.buffer.fail(f"field {slot} of the table at {self.pos} is outside it")
         return pos
 
-    def has(self, slot: int) -> bool:
-        """Whether the field is present."""
-        return slot + 1 < len(self.fields) and self.fields[slot + 1] != 0
-
     def u8(self, slot: int, default: int = 0) -> int:
         """An unsigned byte."""
         pos = self._at(slot, 1)

@@ -317,7 +317,7 @@ def unpack(value: Json) -> Json:
     return value
 
 
-def _validate(what: str, name: object, spec_version: int) -> None:
+def _validate(what: str, name: object) -> None:
     if not isinstance(name, str):
         raise WrongTypeError(
             f"invalid {what} name {name!r}: a str expected, not {type(name).__name__}", ErrorKind.INVALID_REF_NAME
@@ -329,25 +329,19 @@ def _validate(what: str, name: object, spec_version: int) -> None:
             f"invalid {what} name {name!r}: it cannot be written as UTF-8 ({error.reason}); choose another name",
             ErrorKind.INVALID_REF_NAME,
         ) from None
-    if spec_version == 1 and "/" in name:
-        raise InvalidInputError(
-            f"invalid {what} name {name!r}: a repository of format 1 takes no '/' in names; choose another name, "
-            "or upgrade the repository",
-            ErrorKind.INVALID_REF_NAME,
-        )
 
 
-def validate_branch_name(name: str, *, spec_version: int = 2) -> None:
+def validate_branch_name(name: str) -> None:
     """Refuse a name that no branch can have.
 
     Raises
     ------
     InvalidInputError
-        Kind ``invalid-ref-name``: not text, not UTF-8, or with ``/`` in a repository of format 1.
+        Kind ``invalid-ref-name``: not text, or not UTF-8. Format 1 refuses more when it writes the ref.
     """
-    _validate("branch", name, spec_version)
+    _validate("branch", name)
 
 
-def validate_tag_name(name: str, *, spec_version: int = 2) -> None:
+def validate_tag_name(name: str) -> None:
     """Refuse a name that no tag can have; as `validate_branch_name`."""
-    _validate("tag", name, spec_version)
+    _validate("tag", name)

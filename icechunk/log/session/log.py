@@ -39,7 +39,7 @@ import numpy.typing as npt
 
 from icechunk.errors import AlreadyExistsError, ErrorKind, InvalidInputError, SessionStateError
 from icechunk.format.ids import NodeId, ObjectId
-from icechunk.format.values import INLINE, NATIVE, VIRTUAL, ChunkRef, ChunkRefs, NodeKind, NodeSnapshot, Snapshot
+from icechunk.format.values import INLINE, NATIVE, ChunkRef, ChunkRefs, NodeKind, NodeSnapshot, Snapshot
 from icechunk.log.session.array_fold import OPEN_ROWS, inside
 from icechunk.log.session.columns import normalized, sort_last
 from icechunk.log.session.events import (
@@ -196,37 +196,6 @@ class Commands(Fold):
         rows = fold.rows
         rows[coords] = _new_ref(ChunkRef, (NATIVE, None, chunk_id, None, offset, length, None, None))
         if len(rows) >= OPEN_ROWS:
-            fold.close()
-
-    def set_virtual(
-        self,
-        node: NodeSnapshot,
-        coords: tuple[int, ...],
-        location: str,
-        offset: int,
-        length: int,
-        etag: str | None = None,
-        last_modified: int | None = None,
-    ) -> None:
-        """Write a chunk that is a range of bytes of somebody else's object.
-
-        Parameters
-        ----------
-        etag, last_modified
-            What the object must still have, or not be newer than (seconds since the epoch), when it is read.
-
-        Raises
-        ------
-        InvalidInputError
-            ``invalid-chunk-index`` outside the grid, ``not-an-array``.
-        NodeNotFoundError
-            If the node is there no more.
-        """
-        fold = self._arrays.get(node.id) or self._fold_of(node)
-        if not in_grid(coords, fold.grid):
-            raise _outside(node, coords, fold.grid)
-        fold.rows[coords] = ChunkRef(VIRTUAL, None, None, location, offset, length, etag, last_modified)
-        if len(fold.rows) >= OPEN_ROWS:
             fold.close()
 
     def set_refs(self, node: NodeSnapshot, refs: ChunkRefs) -> None:

@@ -154,7 +154,6 @@ def test_chunks_outside_the_grid_are_refused_and_read_as_absent(repo: Repo, coor
     writes: list[Callable[[], object]] = [
         lambda: log.set_inline(node, coords, b"1"),
         lambda: log.set_native(node, coords, object_id(1), 0, 1),
-        lambda: log.set_virtual(node, coords, "s3://b/k", 0, 1),
     ]
     for write in writes:
         with pytest.raises(InvalidInputError) as caught:

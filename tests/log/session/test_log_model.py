@@ -174,8 +174,7 @@ class SessionLogMachine(RuleBasedStateMachine):
                 assert ref.chunk_id is not None
                 self.log.set_native(node, coords, ref.chunk_id, ref.offset, ref.length)
             else:
-                assert ref.location is not None
-                self.log.set_virtual(node, coords, ref.location, ref.offset, ref.length, ref.etag, ref.last_modified)
+                self.log.set_refs(node, from_rows({coords: ref}, len(coords)))
 
         if kind != 5 and not in_grid(coords, model.shape):
             with pytest.raises(InvalidInputError):

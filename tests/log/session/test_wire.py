@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icechunk.errors import FormatError, SessionStateError
-from icechunk.format.values import ChunkRef
+from icechunk.format.values import VIRTUAL, ChunkRef
+from icechunk.log.session.columns import from_rows
 from icechunk.log.session.log import ABSENT, SessionLog
 from icechunk.log.session.wire import decode_log, encode_log
 from tests.log.session.builders import EMPTY, GROUP, Repo, array_json, native, object_id
@@ -31,8 +32,11 @@ def sample() -> SessionLog:
     assert s is not None
     log.set_inline(s, (), b"scalar")
     log.set_inline(a, (0, 0), b"inline")
-    log.set_virtual(a, (0, 1), "s3://b/k", 1, 2, etag="e")
-    log.set_virtual(a, (0, 2), "s3://b/l", 1, 2, last_modified=7)
+    virtual: dict[tuple[int, ...], ChunkRef | None] = {
+        (0, 1): ChunkRef(VIRTUAL, None, None, "s3://b/k", 1, 2, "e", None),
+        (0, 2): ChunkRef(VIRTUAL, None, None, "s3://b/l", 1, 2, None, 7),
+    }
+    log.set_refs(a, from_rows(virtual, 2))
     log.set_native(a, (0, 3), object_id(3), 4, 5)
     log.delete_chunk(a, (4, 4))
     log.set_refs(a, native(np.array([[2, 2], [1, 1]])))

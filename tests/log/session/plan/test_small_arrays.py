@@ -125,8 +125,7 @@ def write(log: SessionLog, node: NodeSnapshot, values: dict[tuple[int, ...], Chu
             assert ref.chunk_id is not None
             log.set_native(node, coords, ref.chunk_id, ref.offset, ref.length)
         else:
-            assert ref.location is not None
-            log.set_virtual(node, coords, ref.location, ref.offset, ref.length, ref.etag)
+            log.set_refs(node, from_rows({coords: ref}, len(coords)))
 
 
 def node_at(log: SessionLog, path: str) -> NodeSnapshot:
