@@ -108,7 +108,13 @@ from icechunk.ops import (
     Update,
     UpdateType,
 )
-from icechunk.repository import Repository, upgrade_icechunk_repository, upgrade_icechunk_repository_async
+from icechunk.repository import (
+    Repository,
+    open_async,
+    upgrade_icechunk_repository,
+    upgrade_icechunk_repository_async,
+)
+from icechunk.repository import open_sync as open
 from icechunk.repository.upgrade import _InvalidatedRepository  # noqa: F401
 from icechunk.runtime.about import API_VERSION, print_debug_info, user_agent
 from icechunk.runtime.logging import initialize_logs, set_logs_filter, shutdown_telemetry
@@ -137,6 +143,7 @@ from icechunk.storage import (
     s3_store,
     tigris_storage,
 )
+from icechunk.storage.url import storage_from_url
 from icechunk.store import IcechunkStore
 from icechunk.types import (
     CommitMethod,
@@ -252,6 +259,8 @@ __all__ = [
     "initialize_logs",
     "local_filesystem_storage",
     "local_filesystem_store",
+    "open",
+    "open_async",
     "print_debug_info",
     "r2_storage",
     "redirect_storage",
@@ -265,6 +274,7 @@ __all__ = [
     "set_logs_filter",
     "shutdown_telemetry",
     "spec_version",
+    "storage_from_url",
     "supported_spec_versions",
     "tigris_storage",
     "upgrade_icechunk_repository",

@@ -10,20 +10,24 @@ a fork of the session, which is merged when all are done.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import zarr
-from xarray import DataArray, Dataset
+from xarray import DataArray, Dataset, register_dataset_accessor
 from xarray.backends import api, common, writers
 
 from icechunk.errors import ErrorKind, InvalidInputError, ReadOnlyError
+from icechunk.repository.by_url import session_at
 from icechunk.runtime.checks import WrongTypeError
+from icechunk.runtime.loops import run_sync
 from icechunk.session import ForkSession, Session
+from icechunk.storage.url import parse_url
 from icechunk.store import IcechunkStore
 
-__all__ = ["to_icechunk"]
+__all__ = ["IcechunkAccessor", "to_icechunk"]
 
 ZarrWriteModes: TypeAlias = Literal["w", "w-", "a", "a-", "r+", "r"]
 Region: TypeAlias = "Mapping[str, slice | Literal['auto']] | Literal['auto'] | None"
@@ -275,3 +279,52 @@ def _choose_default_mode(
 
 def _refused(reason: str) -> InvalidInputError:
     return InvalidInputError(reason, ErrorKind.INVALID_SETTING)
+
+
+@register_dataset_accessor("icechunk")  # type: ignore[no-untyped-call]  # xarray does not type it
+class IcechunkAccessor:
+    """``ds.icechunk``: writes a dataset to a repository that a URL names. Known once `icechunk.xarray` is imported."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def to(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        message: str,
+        metadata: dict[str, Any] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> str:
+        """Write the dataset in one commit, and create the repository where there is none.
+
+        Parameters
+        ----------
+        url
+            As in `icechunk.open`: a place, and a branch where it is not ``main``; its path is the group.
+        message, metadata
+            Of the commit.
+        storage_options
+            Keyword arguments of the storage: see `icechunk.storage_from_url`.
+        options
+            Those of `to_icechunk`: ``mode``, ``append_dim``, ``region``, ``encoding``, …
+
+        Returns
+        -------
+        str
+            The id of the new snapshot.
+
+        Raises
+        ------
+        InvalidInputError
+            The URL is wrong, or names a tag or a snapshot.
+        ConflictError
+            Another commit landed on the branch meanwhile; nothing was written.
+        """
+        parsed = parse_url(url)
+        session = run_sync(session_at(parsed, "a", storage_options=storage_options))
+        if parsed.path:
+            options["group"] = "/".join(filter(None, (parsed.path, (options.get("group") or "").strip("/"))))
+        to_icechunk(self._dataset, session, **options)
+        return session.commit(message, metadata)

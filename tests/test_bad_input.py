@@ -101,9 +101,9 @@ def test_a_storage_that_can_only_be_read_is_not_written_to(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "call",
     [
-        lambda storage: Repository.create("s3://bucket/prefix"),  # type: ignore[arg-type]
-        lambda storage: Repository.open("s3://bucket/prefix"),  # type: ignore[arg-type]
-        lambda storage: Repository.exists("s3://bucket/prefix"),  # type: ignore[arg-type]
+        lambda storage: Repository.create(42),  # type: ignore[arg-type]
+        lambda storage: Repository.open(42),  # type: ignore[arg-type]
+        lambda storage: Repository.exists(42),  # type: ignore[arg-type]
         lambda storage: Repository.fetch_config(None),  # type: ignore[arg-type]
         lambda storage: Repository.create(storage, {"compression": None}),  # type: ignore[arg-type]
         lambda storage: Repository.create(storage, "config"),  # type: ignore[arg-type]

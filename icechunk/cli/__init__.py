@@ -15,6 +15,7 @@ from typing import Any
 
 from icechunk.cli.repositories import add_commands
 from icechunk.cli.terminal import CommandError, Failure
+from icechunk.storage.aliases import AliasError
 
 __all__ = ["main"]
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         _parser().print_help()
         return 2
-    except Failure as error:
+    except (Failure, AliasError) as error:
         return _refuse(str(error), code=1)
     except BrokenPipeError:
         # Whoever read has seen enough; the interpreter shall not complain about it when it flushes at its end.

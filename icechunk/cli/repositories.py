@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from icechunk.cli.aliases import KINDS, Places, new_entry, places_path, shown
 from icechunk.cli.terminal import Failure, ask, choose
 from icechunk.errors import IcechunkError, NotFoundError
+from icechunk.storage.aliases import KINDS, Places, new_entry, places_path, shown
 
 __all__ = ["add_commands"]
 
@@ -67,7 +67,9 @@ def _command(
 
 
 def _alias(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("alias", help="alias of the repository, see `icechunk config`")
+    parser.add_argument(
+        "alias", help="alias of the repository, see `icechunk config`; or its URL or path, which has a slash in it"
+    )
 
 
 def _count(text: str) -> int:
@@ -128,20 +130,30 @@ def _telling(what: str) -> Iterator[None]:
         raise Failure(f"{what}: {' '.join(str(error).split())}") from error
 
 
+def is_url(alias: str) -> bool:
+    """Whether an argument is a URL or a path: aliases have neither slash nor bar nor colon."""
+    return any(mark in alias for mark in "/\\|:")
+
+
 def _open(alias: str) -> Any:
     import icechunk
 
-    place = Places(places_path()).find(alias)
     with _telling(f"Failed to open repository {shown(alias)}"):
+        if is_url(alias):
+            return icechunk.Repository.open(alias)
+        place = Places(places_path()).find(alias)
         return icechunk.Repository.open(place.storage, place.config)
 
 
 def _create_repo(args: argparse.Namespace) -> int:
     import icechunk
 
-    place = Places(places_path()).find(args.alias)
     with _telling(f"❌ Failed to create repository {shown(args.alias)}"):
-        icechunk.Repository.create(place.storage, place.config)
+        if is_url(args.alias):
+            icechunk.Repository.create(args.alias)
+        else:
+            place = Places(places_path()).find(args.alias)
+            icechunk.Repository.create(place.storage, place.config)
     print(f"✅ Created repository {shown(args.alias)}")
     return 0
 

@@ -7,7 +7,8 @@ the rooms below.
 
 from __future__ import annotations
 
+from icechunk.repository.by_url import open_async, open_sync
 from icechunk.repository.repository import Repository
 from icechunk.repository.upgrade import upgrade_icechunk_repository, upgrade_icechunk_repository_async
 
-__all__ = ["Repository", "upgrade_icechunk_repository", "upgrade_icechunk_repository_async"]
+__all__ = ["Repository", "open_async", "open_sync", "upgrade_icechunk_repository", "upgrade_icechunk_repository_async"]

@@ -18,6 +18,7 @@ from icechunk.runtime.clock import SYSTEM
 from icechunk.runtime.loops import run_sync, synchronous, warn_caller
 from icechunk.session.core import Core
 from icechunk.storage.port import Storage
+from icechunk.storage.url import StorageOrUrl, storage_from_url
 
 __all__ = ["Opening"]
 
@@ -69,7 +70,7 @@ class Opening(RepositoryBase):
     @classmethod
     async def create_async(
         cls,
-        storage: Storage,
+        storage: StorageOrUrl,
         config: RepositoryConfig | None = None,
         authorize_virtual_chunk_access: dict[str, AnyCredential | None] | None = None,
         spec_version: SpecVersion | int | None = None,
@@ -81,7 +82,8 @@ class Opening(RepositoryBase):
         Parameters
         ----------
         storage
-            Where; of several that create there at the same time exactly one succeeds.
+            Where, or the URL of the place as in `icechunk.storage_from_url`; of several that create there at the same
+            time exactly one succeeds.
         config
             Persisted with the repository, where it sets anything.
         authorize_virtual_chunk_access
@@ -119,7 +121,7 @@ class Opening(RepositoryBase):
     @classmethod
     def create(
         cls,
-        storage: Storage,
+        storage: StorageOrUrl,
         config: RepositoryConfig | None = None,
         authorize_virtual_chunk_access: dict[str, AnyCredential | None] | None = None,
         spec_version: SpecVersion | int | None = None,
@@ -136,7 +138,7 @@ class Opening(RepositoryBase):
     @classmethod
     async def open_async(
         cls,
-        storage: Storage,
+        storage: StorageOrUrl,
         config: RepositoryConfig | None = None,
         authorize_virtual_chunk_access: dict[str, AnyCredential | None] | None = None,
         attribution: Attribution | None = None,
@@ -165,7 +167,7 @@ class Opening(RepositoryBase):
     @classmethod
     def open(
         cls,
-        storage: Storage,
+        storage: StorageOrUrl,
         config: RepositoryConfig | None = None,
         authorize_virtual_chunk_access: dict[str, AnyCredential | None] | None = None,
         attribution: Attribution | None = None,
@@ -176,7 +178,7 @@ class Opening(RepositoryBase):
     @classmethod
     async def open_or_create_async(
         cls,
-        storage: Storage,
+        storage: StorageOrUrl,
         config: RepositoryConfig | None = None,
         authorize_virtual_chunk_access: dict[str, AnyCredential | None] | None = None,
         create_version: SpecVersion | int | None = None,
@@ -199,7 +201,7 @@ class Opening(RepositoryBase):
     @classmethod
     def open_or_create(
         cls,
-        storage: Storage,
+        storage: StorageOrUrl,
         config: RepositoryConfig | None = None,
         authorize_virtual_chunk_access: dict[str, AnyCredential | None] | None = None,
         create_version: SpecVersion | int | None = None,
@@ -214,7 +216,7 @@ class Opening(RepositoryBase):
         )
 
     @staticmethod
-    async def exists_async(storage: Storage, storage_settings: StorageSettings | None = None) -> bool:
+    async def exists_async(storage: StorageOrUrl, storage_settings: StorageSettings | None = None) -> bool:
         """Whether there is a repository at this place."""
         return await detect(_with(storage, storage_settings)) is not None
 
@@ -222,7 +224,7 @@ class Opening(RepositoryBase):
 
     @staticmethod
     async def fetch_spec_version_async(
-        storage: Storage, storage_settings: StorageSettings | None = None
+        storage: StorageOrUrl, storage_settings: StorageSettings | None = None
     ) -> SpecVersion | None:
         """Version of the format that a repository is in; None where there is none."""
         layout = await detect(_with(storage, storage_settings))
@@ -233,7 +235,7 @@ class Opening(RepositoryBase):
     fetch_spec_version = staticmethod(synchronous(fetch_spec_version_async))
 
     @staticmethod
-    async def fetch_config_async(storage: Storage) -> RepositoryConfig | None:
+    async def fetch_config_async(storage: StorageOrUrl) -> RepositoryConfig | None:
         """The configuration persisted with a repository; None where none is.
 
         Raises
@@ -274,16 +276,22 @@ class Opening(RepositoryBase):
 
 
 def _new_core(
-    storage: Storage,
+    storage: StorageOrUrl,
     config: RepositoryConfig | None,
     virtual_access: dict[str, AnyCredential | None] | None,
     attribution: Attribution | None,
 ) -> Core:
-    require_type("storage", storage, Storage)
+    storage = _storage(storage)
     _check_config(config)
     require_type("authorize_virtual_chunk_access", virtual_access, dict, optional=True)
     require_type("attribution", attribution, Attribution, optional=True)
     return Core(storage, config or RepositoryConfig(), attribution=attribution, virtual_access=virtual_access)
+
+
+def _storage(storage: StorageOrUrl) -> Storage:
+    """What callers give for a storage: one, or the URL of a place."""
+    require_type("storage", storage, Storage, str, os.PathLike)
+    return storage if isinstance(storage, Storage) else storage_from_url(storage)
 
 
 def _worth_persisting(config: RepositoryConfig | None) -> dict[str, Any] | None:
@@ -297,8 +305,8 @@ def _check_config(config: RepositoryConfig | None) -> None:
         config.validate()
 
 
-def _with(storage: Storage, settings: StorageSettings | None) -> Storage:
-    require_type("storage", storage, Storage)
+def _with(storage: StorageOrUrl, settings: StorageSettings | None) -> Storage:
+    storage = _storage(storage)
     require_type("storage_settings", settings, StorageSettings, optional=True)
     return storage if settings is None else storage.with_settings(settings)
 

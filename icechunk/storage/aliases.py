@@ -15,13 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from icechunk.cli.terminal import Failure
 from icechunk.config import RepositoryConfig, S3Options, config_from_dict
 from icechunk.config.serialise import Tag, config_tree
 from icechunk.config.yaml_text import dump_yaml, load_yaml
-from icechunk.errors import IcechunkError
+from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError
+from icechunk.storage.constructors import (
+    azure_storage,
+    gcs_storage,
+    local_filesystem_storage,
+    s3_storage,
+    tigris_storage,
+)
 
-__all__ = ["KINDS", "Place", "Places", "new_entry", "places_path"]
+__all__ = ["KINDS", "AliasError", "Place", "Places", "new_entry", "places_path", "shown"]
 
 KINDS: Final = ("Local", "S3", "Tigris", "GCS", "Azure")
 """What can be asked for interactively, in this order."""
@@ -35,6 +41,13 @@ _OPTIONS: Final = (
     "network_stream_timeout_seconds",
     "requester_pays",
 )
+
+
+class AliasError(InvalidInputError):
+    """The file with the aliases cannot be read or written, or an alias is not in it; the message says which."""
+
+    def __init__(self, message: str, kind: ErrorKind = ErrorKind.INVALID_SETTING) -> None:
+        super().__init__(message, kind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,14 +83,14 @@ class Places:
         except FileNotFoundError:
             return {}
         except OSError as error:
-            raise Failure(f"Failed to read the config {self.path}: {error.strerror}") from error
+            raise AliasError(f"Failed to read the config {self.path}: {error.strerror}") from error
         try:
             value = load_yaml(data)
         except ValueError as error:
-            raise Failure(f"The config {self.path} is not valid YAML ({error}); mend or remove it") from error
+            raise AliasError(f"The config {self.path} is not valid YAML ({error}); mend or remove it") from error
         repos = {} if value is None else value.get("repos") if isinstance(value, Mapping) else value
         if repos is not None and not isinstance(repos, Mapping):
-            raise Failure(f"The config {self.path} has no map of repositories under 'repos'; mend or remove it")
+            raise AliasError(f"The config {self.path} has no map of repositories under 'repos'; mend or remove it")
         return {str(alias): entry for alias, entry in (repos or {}).items()}
 
     def __len__(self) -> int:
@@ -112,13 +125,13 @@ class Places:
                 os.unlink(name)
                 raise
         except OSError as error:
-            raise Failure(f"Failed to write the config {self.path}: {error.strerror}") from error
+            raise AliasError(f"Failed to write the config {self.path}: {error.strerror}") from error
 
     def find(self, alias: str) -> Place:
-        """The repository with an alias. Raises `Failure` where there is none, or its entry cannot be understood."""
+        """The repository with an alias. Raises `AliasError` where there is none, or its entry cannot be understood."""
         entry = self._entries.get(alias)
         if entry is None:
-            raise Failure(f"Repository {shown(alias)} not found in config {self.path}")
+            raise AliasError(f"Repository {shown(alias)} not found in config {self.path}")
         try:
             (kind, value), *more = entry.items()
             if more:
@@ -127,7 +140,7 @@ class Places:
             return Place(storage=_storage(kind, value), config=config)
         except (IcechunkError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise Failure(f"Repository {shown(alias)} cannot be used as {self.path} has it: {reason}") from error
+            raise AliasError(f"Repository {shown(alias)} cannot be used as {self.path} has it: {reason}") from error
 
 
 def shown(alias: str) -> str:
@@ -156,10 +169,8 @@ def new_entry(kind: str, answers: Mapping[str, str]) -> Tag:
 
 
 def _storage(kind: str, value: Mapping[str, Any]) -> Any:
-    import icechunk
-
     if kind == "LocalFileSystem":
-        return icechunk.local_filesystem_storage(_text(value, "path"))
+        return local_filesystem_storage(_text(value, "path"))
     location, options = value["location"], dict(value.get("object_store_config") or {})
     credentials = dict(value.get("credentials") or {})
     chosen = next((str(v) for k, v in credentials.items() if k.endswith("_credential_type")), "from_env")
@@ -170,7 +181,7 @@ def _storage(kind: str, value: Mapping[str, Any]) -> Any:
     how |= secrets if chosen == "static" else {}
     match kind:
         case "S3" | "Tigris":
-            make = icechunk.s3_storage if kind == "S3" else icechunk.tigris_storage
+            make = s3_storage if kind == "S3" else tigris_storage
             names = ["region", "endpoint_url", "allow_http", "network_stream_timeout_seconds"]
             names += ["force_path_style", "requester_pays"] if kind == "S3" else []
             given = {name: options[name] for name in names if options.get(name) is not None}
@@ -178,22 +189,13 @@ def _storage(kind: str, value: Mapping[str, Any]) -> Any:
                 how = {"anonymous": True}
             return make(bucket=_text(location, "bucket"), prefix=location.get("prefix"), **given, **how)
         case "GCS":
-            make = _constructor("gcs_storage", kind)
-            return make(bucket=_text(location, "bucket"), prefix=location.get("prefix"), config=options or None, **how)
+            return gcs_storage(
+                bucket=_text(location, "bucket"), prefix=location.get("prefix"), config=options or None, **how
+            )
         case "Azure":
-            make = _constructor("azure_storage", kind)
-            parts = {name: _text(location, name) for name in ("account", "container", "prefix")}
-            return make(**parts, config=options or None, **how)
+            parts: dict[str, Any] = {name: _text(location, name) for name in ("account", "container", "prefix")}
+            return azure_storage(**parts, config=options or None, **how)
     raise ValueError(f"{kind} is no kind of storage")
-
-
-def _constructor(name: str, kind: str) -> Any:
-    import icechunk
-
-    found = getattr(icechunk, name, None)
-    if found is None:
-        raise ValueError(f"repositories on {kind} are not supported by this version")
-    return found
 
 
 def _text(value: Mapping[str, Any], name: str) -> str:

@@ -1,0 +1,124 @@
+"""URLs of repositories, taken apart and put to use."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.storage.local.storage import LocalStorage
+from icechunk.storage.s3.storage import S3Storage
+from icechunk.storage.url import RepositoryUrl, parse_url, storage_from_url
+
+SNAPSHOT = "1CECHNKREP0F1RSTCMT0"
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("s3://b/p", RepositoryUrl(place="s3://b/p")),
+        ("/data/repo", RepositoryUrl(place="/data/repo")),
+        ("s3://b/p|icechunk:", RepositoryUrl(place="s3://b/p")),
+        ("s3://b/p|icechunk://@tag.v1/", RepositoryUrl(place="s3://b/p", tag="v1")),
+        ("s3://b/p|icechunk://tag.v1/a", RepositoryUrl(place="s3://b/p", tag="v1", path="a")),
+        ("s3://b/p|icechunk:@tag.v1/a/b/", RepositoryUrl(place="s3://b/p", tag="v1", path="a/b")),
+        ("s3://b/p|icechunk:a/b|zarr3:c", RepositoryUrl(place="s3://b/p", path="a/b/c")),
+        ("s3://b/p|icechunk:@branch.x%2Fy", RepositoryUrl(place="s3://b/p", branch="x/y")),
+        ("s3://b/p|icechunk:@branch.v1.2|zarr3:", RepositoryUrl(place="s3://b/p", branch="v1.2")),
+        (f"s3://b/p|icechunk:@{SNAPSHOT}/a", RepositoryUrl(place="s3://b/p", snapshot_id=SNAPSHOT, path="a")),
+        ("s3://b/p|icechunk:%40branch.main", RepositoryUrl(place="s3://b/p", path="@branch.main")),
+    ],
+)
+def test_a_url_is_taken_apart(url: str, expected: RepositoryUrl) -> None:
+    assert parse_url(url) == expected
+
+
+def test_the_version_is_main_where_none_is_named() -> None:
+    assert parse_url("x").version == {"branch": "main"}
+    assert not parse_url("x").names_version
+    assert parse_url("x|icechunk:@tag.v1").version == {"tag": "v1"}
+    assert parse_url("x|icechunk:@tag.v1").names_version
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "|icechunk:",
+        "s3://b/p|icechunk",
+        "s3://b/p|zarr3:",
+        "s3://b/p|icechunk:|icechunk:",
+        "s3://b/p|icechunk:|zarr2:",
+        "s3://b/p|zip:x|icechunk:",
+        "s3://b/p|icechunk:@branch.",
+        "s3://b/p|icechunk:@v1",
+        "s3://b/p|icechunk:@tag.v1/../x",
+        "s3://b/p|icechunk:|zarr3:|zarr3:",
+    ],
+)
+def test_a_wrong_url_is_refused(url: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        parse_url(url)
+    assert caught.value.kind == ErrorKind.CANNOT_PARSE_URL
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://x/y",
+        "s3://",
+        "gs://",
+        "file://host/x",
+        "file:///",
+        "memory://",
+        "az://c/p",
+        "https:///x",
+        "s3://b/p#frag",
+    ],
+)
+def test_a_place_that_is_none_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InvalidInputError) as caught:
+        storage_from_url(url)
+    assert caught.value.kind == ErrorKind.CANNOT_PARSE_URL
+
+
+def test_places_give_their_storages(tmp_path: Path) -> None:
+    for url in (tmp_path, str(tmp_path), f"file://{tmp_path}"):
+        storage = storage_from_url(url)
+        assert isinstance(storage, LocalStorage)
+        assert str(tmp_path) in repr(storage)
+    s3 = storage_from_url("s3://b/p/q?region=eu-west-1&force_path_style=true", {"anonymous": True})
+    assert isinstance(s3, S3Storage)
+    assert "eu-west-1" in repr(s3)
+    assert storage_from_url("memory://a-name") is storage_from_url("memory://a-name")
+
+
+def test_options_that_do_not_fit_are_refused_by_name() -> None:
+    with pytest.raises(InvalidInputError, match="colour") as caught:
+        storage_from_url("s3://b/p", {"colour": "red"})
+    assert caught.value.kind == ErrorKind.INVALID_SETTING
+    with pytest.raises(InvalidInputError) as caught:
+        storage_from_url("memory://x", {"region": "y"})
+    assert caught.value.kind == ErrorKind.INVALID_SETTING
+    with pytest.raises(InvalidInputError):
+        storage_from_url("s3://b/p?allow_http=perhaps")
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_a_url_or_refused(text: str) -> None:
+    with contextlib.suppress(InvalidInputError):
+        assert parse_url(text).place
+
+
+@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(lambda n: n not in (".", "..")))
+def test_every_name_can_be_written(name: str) -> None:
+    from urllib.parse import quote
+
+    assert parse_url(f"x|icechunk:@branch.{quote(name, safe='')}").branch == name
+    assert parse_url(f"x|icechunk:{quote(name, safe='')}").path == name
