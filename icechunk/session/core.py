@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -54,8 +53,6 @@ from icechunk.virtual_access import VirtualAccess
 
 __all__ = ["Core", "Settings"]
 
-_HEELS_US = 5_000
-"""A program that did not wait since it has opened a repository can hardly have heard of news within this time."""
 _DEFAULT_PUT_MEMORY_BYTES = 128 * 1024 * 1024
 
 
@@ -128,7 +125,6 @@ class Core:
         if attribution is not None and attribution != Attribution():
             storage = storage.with_user_agent(attribution.user_agent(CLIENT_NAME))
         self._configure(storage, config)
-        self._fresh: tuple[RepositoryLog, int] | None = None
         self._created: RepositoryLog | None = None
         self._opened_us: WeakKeyDictionary[RepositoryLog, int] = WeakKeyDictionary()
         self._logs = self._new_logs()
@@ -167,14 +163,7 @@ class Core:
 
     async def load_config(self) -> None:
         """Merge the caller's configuration over the persisted one; for a core that nobody has used yet."""
-        log = await self.log()
-        self._learn_from(log, self.config)
-        # Until the loop turns, nobody here can have heard of anything that this open has not seen.
-        self._fresh = log, self.sources.elapsed_us()
-        asyncio.get_running_loop().call_soon(self._forget_fresh)
-
-    def _forget_fresh(self) -> None:
-        self._fresh = None
+        self._learn_from(await self.log(), self.config)
 
     def _learn_from(self, log: RepositoryLog, config: RepositoryConfig) -> None:
         self.persisted_config, self.layout = log.state.config, log.layout
@@ -240,13 +229,9 @@ class Core:
         """
         called_us = self.sources.elapsed_us()
         log = await self.log()
-        # What an open that began after this call has read is news enough.
-        news = self._opened_us[log] >= called_us or self._just_opened(log, called_us)
-        state = log.state if news else await log.refresh()
+        # An open that began after the call has read what was acknowledged before it.
+        state = log.state if self._opened_us[log] >= called_us else await log.refresh()
         return state if snapshot_id is None else await log.learn([object_id_from_text(snapshot_id)])
-
-    def _just_opened(self, log: RepositoryLog, called_us: int) -> bool:
-        return self._fresh is not None and self._fresh[0] is log and called_us - self._fresh[1] < _HEELS_US
 
     async def _find_file(self, key: str) -> bytes | None:
         return await (await self.log()).find_file(key)
