@@ -1,57 +1,146 @@
-"""Run the simulator of the log layout for a while, seed after seed.
+"""Run the simulator, seed after seed.
 
-``python -m tools.simulate --seconds 600 --seed 0 --workers 2`` prints each seed whose schedule broke a promise, and
-ends with status 1 if there was one. Any of them is reproduced by ``--seed N --runs 1``.
+``python -m tools.simulate --seconds 60 --workers 2`` prints how many schedules a second it runs, which faults befell
+them, and each seed whose schedule broke a promise, with a command that runs it again. It ends with status 1 if there
+was one.
+
+``python -m tools.simulate --seed N --runs 1 --trace`` shows one schedule, request by request.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
+import gc
 import multiprocessing
+import os
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from tools.simulator.clients import Report
-from tools.simulator.simulation import simulate
+from icechunk.log.repository.port import Layout
+from tools.simulator.cluster import Report
+from tools.simulator.faults import Fault
+from tools.simulator.simulation import plan_of, simulate
+
+__all__ = ["Totals", "main", "run"]
+
+_BATCH = 25
 
 
 @dataclass(slots=True)
 class Totals:
     """Sums over all seeds."""
 
-    runs: int = 0
-    acknowledged: int = 0
-    failed: int = 0
+    schedules: int = 0
+    """That had at least one fault."""
+    calm: int = 0
+    """Without any fault; they do not count."""
+    requests: int = 0
+    operations: Counter[str] = field(default_factory=Counter)
     unknown: int = 0
     crashes: int = 0
     conversions: int = 0
     pruned: int = 0
     collected: int = 0
-    broken: list[int] = field(default_factory=list)
+    undecided: int = 0
+    injected: Counter[Fault] = field(default_factory=Counter)
+    profiles: Counter[str] = field(default_factory=Counter)
+    broken: list[Report] = field(default_factory=list)
+    seconds: float = 0.0
 
     def add(self, report: Report) -> None:
-        """Count one run."""
-        self.runs += 1
-        self.acknowledged += len(report.acknowledged)
-        self.failed += len(report.failed)
+        """Count one schedule."""
+        if report.problems:
+            self.broken.append(report)
+        if not report.counts:
+            self.calm += 1
+            return
+        self.schedules += 1
+        self.requests += report.requests
+        self.operations += report.outcomes
         self.unknown += report.unknown
         self.crashes += report.crashes
         self.conversions += report.conversions
         self.pruned += report.pruned
         self.collected += report.collected
-        if report.problems:
-            self.broken.append(report.seed)
+        self.undecided += report.undecided
+        self.injected += report.injected
+        self.profiles[report.profile] += 1
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        rate = self.schedules / self.seconds if self.seconds else 0.0
+        yield (
+            f"{self.schedules} schedules in {self.seconds:.1f} s: {rate:.0f} a second, "
+            f"{self.requests / max(1, self.schedules):.0f} requests each; {self.calm} without faults, not counted"
+        )
+        told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.operations.items()))
+        yield f"operations: {told}; {self.unknown} unknown at first"
+        yield (
+            f"{self.crashes} crashes, {self.conversions} conversions, {self.pruned} slots pruned, "
+            f"{self.collected} objects collected; {self.undecided} histories undecided"
+        )
+        yield "faults: " + ", ".join(f"{count} {fault.value}" for fault, count in self.injected.most_common())
+        yield "schedules: " + ", ".join(f"{count} {profile}" for profile, count in self.profiles.most_common())
+        yield f"{len(self.broken)} schedules broke a promise"
 
 
-def run_seed(seed: int) -> Report:
-    """One schedule; odd seeds convert the repository there and back meanwhile, every third one collects garbage."""
-    logging.disable(logging.CRITICAL)
-    try:
-        return simulate(seed, writers=2 + seed % 4, commits=6 + seed % 7, convert=bool(seed % 2), collect=seed % 3 == 0)
-    except Exception as error:
-        return Report(seed=seed, problems=[f"{type(error).__name__}: {error}"])
+def run_seeds(seeds: range, layout: Layout | None) -> list[Report]:
+    """The reports of some seeds, without their traces."""
+    return [simulate(seed, plan_of(seed, layout)).without_trace() for seed in seeds]
+
+
+def run(
+    *, seed: int, runs: int | None, seconds: float, workers: int, layout: Layout | None = None, loud: bool = True
+) -> Totals:
+    """Run seeds from ``seed`` on, until there were so many or so much time has passed."""
+    totals, began = Totals(), time.monotonic()
+    last = sys.maxsize if runs is None else seed + runs
+    batches = _batches(seed, last, began + seconds)
+    if workers == 1:
+        _settle_down()
+        results = (run_seeds(batch, layout) for batch in batches)
+        _add_all(totals, results, layout, loud=loud)
+    else:
+        with multiprocessing.get_context("spawn").Pool(workers, initializer=_settle_down) as pool:
+            # A few batches ahead at the most: a pool asks for all of its work at once otherwise.
+            pending = []
+            for batch in batches:
+                pending.append(pool.apply_async(run_seeds, (batch, layout)))
+                if len(pending) >= 2 * workers:
+                    _add_all(totals, [pending.pop(0).get()], layout, loud=loud)
+            _add_all(totals, (one.get() for one in pending), layout, loud=loud)
+    totals.seconds = time.monotonic() - began
+    return totals
+
+
+def _batches(seed: int, last: int, end: float) -> Iterator[range]:
+    while seed < last and time.monotonic() < end:
+        yield range(seed, min(last, seed + _BATCH))
+        seed += _BATCH
+
+
+def _settle_down() -> None:
+    # What is loaded by now stays: the garbage collector need not look at it again and again.
+    simulate(0)
+    gc.collect()
+    gc.freeze()
+
+
+def _add_all(totals: Totals, results: object, layout: Layout | None, *, loud: bool) -> None:
+    for reports in results:  # type: ignore[attr-defined]
+        for report in reports:
+            totals.add(report)
+            if report.problems and loud:
+                print(f"seed {report.seed} ({report.profile}): {'; '.join(dict.fromkeys(report.problems))}")
+                print(f"    {replay_command(report.seed, layout)}", flush=True)
+
+
+def replay_command(seed: int, layout: Layout | None) -> str:
+    """What shows a schedule again."""
+    return f"python -m tools.simulate --seed {seed} --runs 1 --trace" + (f" --layout {layout.value}" if layout else "")
 
 
 def main() -> int:
@@ -61,26 +150,36 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=None, help="how many seeds at most")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--layout", type=Layout, default=None, choices=list(Layout), help="one layout only")
+    parser.add_argument("--trace", action="store_true", help="show what happens, request by request")
     options = parser.parse_args()
-    totals, end = Totals(), time.monotonic() + options.seconds
-    last = sys.maxsize if options.runs is None else options.seed + options.runs
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(options.workers) as pool:
-        seed = options.seed
-        while seed < last and time.monotonic() < end:
-            batch = range(seed, min(last, seed + 4 * options.workers))
-            for report in pool.imap_unordered(run_seed, batch):
-                totals.add(report)
-                if report.problems:
-                    print(f"seed {report.seed}: {'; '.join(sorted(set(report.problems)))}", flush=True)
-            seed = batch.stop
-    print(
-        f"{totals.runs} schedules: {totals.acknowledged} commits acknowledged, {totals.failed} refused, "
-        f"{totals.unknown} outcomes unknown at first, {totals.crashes} crashes, {totals.conversions} conversions, "
-        f"{totals.pruned} slots pruned, {totals.collected} objects collected; "
-        f"{len(totals.broken)} schedules broke a promise"
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        # The order of sets is part of a schedule.
+        os.environ["PYTHONHASHSEED"] = "0"
+        os.execv(sys.executable, [sys.executable, "-m", "tools.simulate", *sys.argv[1:]])
+    if options.trace:
+        return _trace(options.seed, options.runs or 1, options.layout)
+    totals = run(
+        seed=options.seed,
+        runs=options.runs,
+        seconds=options.seconds,
+        workers=options.workers,
+        layout=options.layout,
     )
+    print("\n".join(totals.lines()))
     return 1 if totals.broken else 0
+
+
+def _trace(first: int, runs: int, layout: Layout | None) -> int:
+    broken = 0
+    for seed in range(first, first + runs):
+        report = simulate(seed, plan_of(seed, layout))
+        print(f"seed {seed} ({report.profile}), trace {report.trace.digest}")
+        print("\n".join(report.trace.lines()))
+        print("faults: " + ", ".join(f"{count} {fault.value}" for fault, count in report.injected.most_common()))
+        print("\n".join(dict.fromkeys(report.problems)) or "every promise was kept")
+        broken += bool(report.problems)
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

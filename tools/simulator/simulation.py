@@ -1,306 +1,251 @@
-"""A cluster of log clients in one deterministic simulator.
+"""One schedule: a cluster of clients on one store, all chance from one seed.
 
-Theory: an asyncio loop whose clock is virtual runs every client; an in-memory store between them delays, loses,
-repeats and postpones requests, and stops clients for days or for ever, all by one seeded generator. A seed
-therefore is a schedule, and reproduces what it found. A pruner prunes the log; most commits carry files (rule 15), and
-on request they have chunks and manifests too, and somebody expires snapshots and collects garbage.
+A virtual clock makes waiting cost nothing, and one seeded generator decides what becomes of every request. So a seed is
+a schedule, and reproduces what it found. Clients open the repository as users do
+(`icechunk.log.repository.open.open_repository`), in each of the three layouts.
 
-What is checked: an acknowledged commit is in history exactly once; one that was reported as failed is not; each
-branch is linear; a reader never goes back and misses nothing that was acknowledged before it looked; a checkpoint
-never goes back within its epoch, and what it names stands; a reader finds the files of the history that it sees.
-Where garbage is collected meanwhile: whatever the history refers to is there.
+What is checked: the history of all operations by `tools.simulator.checker`, which knows nothing of the engine; what is
+stored, while it changes, by `tools.simulator.watch`; and that no file is lost that history needs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
+import itertools
+import logging
 import random
-from collections.abc import Callable
+import traceback
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final
 
-from icechunk.errors import (
-    CommitOutcomeUnknown,
-    IcechunkError,
-    ObjectNotFoundError,
-    StorageError,
-)
-from icechunk.format.ids import ObjectId, encode_id
-from icechunk.format.keys import snapshot_key
-from icechunk.format.repo.values import NewCommit, SnapshotRecord, Update
-from icechunk.log.repository.create import create_log
-from icechunk.log.repository.entries.checkpoint import convert_to_log
-from icechunk.log.repository.entries.layout import LogLayout
-from icechunk.log.repository.events import CommitAdded, Event
-from icechunk.log.repository.open import open_repository
-from icechunk.log.repository.port import SwapToken
-from icechunk.log.repository.state import RepoState
-from icechunk.runtime.clock import Sources
-from tools.simulator.clients import Clients, Report
-from tools.simulator.files import commit_files, missing_files
-from tools.simulator.storage import DAY_S, SimulatedStorage, VirtualLoop
-from tools.simulator.upkeep import auditor, collector, converter, pruner
+from icechunk.format.repo.values import CommitAmended, NewCommit, Update
+from icechunk.log.repository.open import create_repository
+from icechunk.log.repository.port import Layout
+from tools.simulator import upkeep
+from tools.simulator.checker import check
+from tools.simulator.cluster import Client, Cluster, Report
+from tools.simulator.faults import CALM, Fault, Mix
+from tools.simulator.loop import VirtualLoop
+from tools.simulator.storage import SimulatedStore, Stored
+from tools.simulator.watch import Watch
+from tools.simulator.writers import Powers, commit_proposal, reader, settle, writer
 
-__all__ = ["commit_proposal", "simulate"]
+__all__ = ["Plan", "commit_proposal", "plan_of", "simulate"]
 
 
-def commit_proposal(
-    snapshot: ObjectId, branch: str, *, parent: ObjectId | None = None, now_us: int
-) -> Callable[[RepoState], list[Event]]:
-    """A commit of an otherwise empty snapshot on the branch's tip, or on a parent that may be stale."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What kind of schedule a seed is."""
 
-    def propose(state: RepoState) -> list[Event]:
-        stands_on = parent if parent is not None else state.branch_tip(branch)
-        known = state.snapshots.get(stands_on)
-        record = SnapshotRecord(
-            id=snapshot,
-            parent=stands_on,
-            flushed_at_us=max(now_us, known.flushed_at_us + 1 if known else 0),
-            message=encode_id(snapshot),
-            metadata={},
-        )
-        return [CommitAdded(branch=branch, snapshot=record)]
+    layout: Layout
+    collect: bool = False
+    """Whether commits upload files, snapshots expire and garbage is collected."""
+    convert: bool = False
+    """Whether the repository is converted there and back, or upgraded."""
+    writers: int = 2
+    rounds: int = 3
+    """Of each writer."""
+    readers: int = 1
+    calm: bool = False
+    """No faults; only interleavings."""
 
-    return propose
-
-
-class _Cluster(Clients):
-    async def writer(self, commits: int) -> None:
-        rng = random.Random(self.rng.getrandbits(64))
-        storage, sources = self.client()
-        log = await self.open(storage, sources)
-        for _ in range(commits):
-            if log is None:
-                return
-            if rng.random() < 0.03:
-                self.crash(log)
-                log = await self.open(storage, sources)
-                continue
-            if rng.random() < 0.15:
-                await asyncio.sleep(rng.choice((1, 4, 20)) * rng.random() * DAY_S)
-            await asyncio.gather(*(self._commit(log, rng, storage, sources) for _ in range(rng.choice((1, 1, 1, 3)))))
-            if rng.random() < 0.1:
-                await self.quietly(log.checkpoint())
-            if log.view.left is not None or rng.random() < 0.05:
-                await log.aclose()
-                log = await self.open(storage, sources)
-        if log is not None:
-            await log.aclose()
-
-    async def _commit(self, log: LogLayout, rng: random.Random, storage: SimulatedStorage, sources: Sources) -> None:
-        snapshot, branch = ObjectId(rng.randbytes(12)), "main"
-        parent = log.state.branch_tip(branch) if rng.random() < 0.3 else None
-        deadline_s = rng.choice((None, None, None, 0.05, 1.0))
-        since_us: int | None = None
-        files = {snapshot_key(snapshot): b"the file of " + snapshot}
-        if self.collect:
-            since_us = log.store_time_us
-            riding = await self._upload(storage, rng, snapshot, parent)
-            if riding is None:
-                self.report.failed.add(snapshot)
-                return
-            files = riding
-        elif rng.random() < 0.2:
-            files = {}
-        self.store.carried.update(files)
-        propose = commit_proposal(snapshot, branch, parent=parent, now_us=sources.wall_us())
-        told: list[SwapToken | None] = []
-        task = asyncio.ensure_future(
-            log.append(propose, since_us=since_us, deadline_s=deadline_s, on_sent=told.append, files=files)
-        )
-        if rng.random() < 0.05:
-            await asyncio.sleep(rng.uniform(0, 0.2))
-            task.cancel()
-        try:
-            await asyncio.wait({task})
-            task.result()
-        except CommitOutcomeUnknown as error:
-            self.report.unknown += 1
-            await self._settle(log, snapshot, error.token)
-        except asyncio.CancelledError:
-            if told and told[-1] is not None:
-                await self._settle(log, snapshot, told[-1])
-            else:
-                self.report.failed.add(snapshot)
-        except IcechunkError:
-            self.report.failed.add(snapshot)
-        else:
-            self.report.acknowledged.add(snapshot)
-
-    async def _upload(
-        self, storage: SimulatedStorage, rng: random.Random, snapshot: ObjectId, parent: ObjectId | None
-    ) -> dict[str, bytes] | None:
-        """What a session does before its swap; it may take days, and what is not answered is sent again.
-
-        Returns the files that shall ride instead; None where something could not be put.
-        """
-        inherited = self.manifests.get(parent, ())[:3] if parent is not None else ()
-        made = commit_files(
-            snapshot,
-            manifest=ObjectId(rng.randbytes(12)),
-            chunk=ObjectId(rng.randbytes(12)),
-            inherited=inherited,
-            flushed_at_us=self.loop.now_us(),
-        )
-        self.manifests[snapshot] = (made.manifest, *inherited)
-        rides = rng.random() < 0.6
-        riding = {key: data for key, data in made.files if rides and not key.startswith("chunks/")}
-        for key, data in made.files:
-            if key in riding:
-                continue
-            if rng.random() < 0.1:
-                await asyncio.sleep(rng.choice((1, 2000, DAY_S, 4 * DAY_S)) * rng.random())
-            for _ in range(4):
-                try:
-                    await storage.put(key, data)
-                    break
-                except StorageError:
-                    await asyncio.sleep(1)
-            else:
-                return None
-        return riding
-
-    async def _check_file(self, storage: SimulatedStorage, log: LogLayout, snapshot: ObjectId) -> None:
-        """As `icechunk.transfer.assets` reads: the object, else what rides, else the object once more."""
-        key = snapshot_key(snapshot)
-        if key not in self.store.carried:
-            return
-        found: bytes | None = None
-        try:
-            for _ in range(2):
-                try:
-                    found = (await storage.get(key)).data
-                except ObjectNotFoundError:
-                    found = await log.find_file(key)
-                if found is not None:
-                    break
-        except StorageError:
-            return
-        if found != self.store.carried[key]:
-            self.report.problems.append("the file of a snapshot is nowhere")
-
-    async def _settle(self, log: LogLayout, snapshot: ObjectId, token: SwapToken) -> None:
-        await asyncio.sleep(1)
-        for _ in range(5):
-            try:
-                landed = await log.settle(token)
-            except IcechunkError:
-                await asyncio.sleep(5)
-                continue
-            (self.report.acknowledged if landed else self.report.failed).add(snapshot)
-            return
-
-    async def reader(self, looks: int) -> None:
-        rng = random.Random(self.rng.getrandbits(64))
-        storage, sources = self.client()
-        log = await self.open(storage, sources)
-        seen: list[ObjectId] = []
-        for _ in range(looks):
-            if log is None:
-                return
-            await asyncio.sleep(rng.choice((0.05, 2, 1000, 2 * DAY_S, 12 * DAY_S)) * rng.random())
-            acknowledged = set(self.report.acknowledged)
-            try:
-                state = await log.refresh()
-            except StorageError:
-                continue
-            history = _history(state)
-            if not self.collect and history[: len(seen)] != seen:
-                self.report.problems.append("a reader went back")
-            if not self.collect and (missing := acknowledged - set(history)):
-                self.report.problems.append(f"a reader missed {len(missing)} acknowledged commits")
-            seen = history
-            if not self.collect:
-                for snapshot in rng.sample(history, min(2, len(history))):
-                    await self._check_file(storage, log, snapshot)
-            if rng.random() < 0.1:
-                log = await self.open(storage, sources)
-
-    async def run(self, *, writers: int, commits: int, convert: bool) -> None:
-        storage, sources = self.reliable()
-        created = await create_log(storage, sources, updates_per_file=20)
-        await created.aclose()
-        actors = [self.writer(commits) for _ in range(writers)] + [self.reader(2 * commits) for _ in range(2)]
-        actors.append(pruner(self, 8))
-        if self.collect:
-            actors += [collector(self, 2 * commits), collector(self, commits), auditor(self, commits)]
-        if convert:
-            actors.append(converter(self, 2))
-        await asyncio.gather(*actors)
-        if self.store.travelling:
-            await asyncio.wait(self.store.travelling)
-        await self._verify()
-
-    async def _verify(self) -> None:
-        report = self.report
-        storage, sources = self.reliable()
-        if not isinstance(await open_repository(storage, sources), LogLayout):
-            await convert_to_log(storage, sources)
-        log = await open_repository(storage, sources)
-        assert isinstance(log, LogLayout)
-        updates = [update async for update in log.updates()][::-1]
-        history = [update.change.snapshot for update in updates if isinstance(update.change, NewCommit)]
-        counted = set(history)
-        if len(counted) < len(history):
-            report.problems.append("a commit is in history twice")
-        if lost := report.acknowledged - counted:
-            report.problems.append(f"{len(lost)} acknowledged commits are lost")
-        if visible := report.failed & counted:
-            report.problems.append(f"{len(visible)} commits that were reported as failed are in history")
-        if not self.collect:
-            _check_linear(log.state, updates, report)
-        elif missing := missing_files(log.state, self.store.contents() | log.view.carried.all()):
-            report.problems.append(f"{len(missing)} files are lost that history needs in the end")
-        if self.store.missing:
-            report.problems.append(f"checkpoints named {len(self.store.missing)} files that were not there")
-        times = [update.updated_at_us for update in updates]
-        if times != sorted(set(times)):
-            report.problems.append("times in the ops log do not increase")
-        reached: dict[str, int] = {}
-        for epoch, n in self.store.checkpoints:
-            if epoch and n < reached.get(epoch, 0):
-                report.problems.append("a checkpoint went back")
-            reached[epoch] = n
+    @property
+    def profile(self) -> str:
+        """A word or two for statistics."""
+        return "-".join([self.layout.value, *["collect"] * self.collect, *["convert"] * self.convert])
 
 
-def _history(state: RepoState) -> list[ObjectId]:
-    return [record.id for record in state.ancestry(state.branch_tip("main"))][::-1]
+_LAYOUTS: Final = (Layout.LOG, Layout.LOG, Layout.REPO, Layout.REFS)
 
 
-def _check_linear(state: RepoState, updates: list[Update], report: Report) -> None:
-    committed = [update.change.snapshot for update in updates if isinstance(update.change, NewCommit)]
-    if _history(state)[1:] != committed:
-        report.problems.append("history is not linear: the branch's ancestry is not its commits in order")
+def plan_of(seed: int, layout: Layout | None = None) -> Plan:
+    """The plan of a seed; ``layout`` restricts it to one."""
+    rng = random.Random(f"plan {seed}")
+    chosen = layout if layout is not None else rng.choice(_LAYOUTS)
+    collect, convert = rng.random() < 0.15, rng.random() < 0.12
+    return Plan(
+        layout=chosen,
+        # Not both: a reader of a log that was converted there and back believes no history without its tip.
+        collect=collect and not convert,
+        convert=convert,
+        writers=rng.choice((1, 2, 2, 3)),
+        rounds=rng.choice((2, 3, 4)),
+        readers=rng.choice((1, 1, 2)),
+    )
 
 
-def simulate(
-    seed: int, *, writers: int = 3, commits: int = 8, convert: bool = False, calm: bool = False, collect: bool = False
-) -> Report:
-    """Run a cluster under one schedule.
+def simulate(seed: int, plan: Plan | None = None) -> Report:
+    """Run the schedule of a seed.
 
     Parameters
     ----------
-    writers, commits
-        How many clients write, and how often each.
-    convert
-        Whether somebody converts the repository to a repo object and back meanwhile.
-    calm
-        No faults; only interleavings.
-    collect
-        Whether commits upload files, and snapshots are expired and garbage collected meanwhile.
+    plan
+        What kind of schedule; None: as the seed says.
 
     Returns
     -------
     Report
         With its ``problems``, none if all promises held.
     """
+    plan = plan if plan is not None else plan_of(seed)
+    with _quiet():
+        loop = VirtualLoop()
+        try:
+            cluster = _cluster(loop, seed, plan)
+            report = cluster.report
+            try:
+                loop.run_until_complete(_run(cluster, plan))
+            except Exception as error:
+                where = "; ".join(f"{frame.name} {frame.filename}:{frame.lineno}" for frame in _frames(error))
+                cluster.problem(f"{type(error).__name__}: {error} ({where})")
+            _end(cluster)
+            _judge(cluster)
+            report.requests = sum(1 for one in report.trace.requests if one.verb != "note")
+            return report
+        finally:
+            loop.close()
+
+
+def _cluster(loop: VirtualLoop, seed: int, plan: Plan) -> Cluster:
+    rng = random.Random(seed)
+    mix = CALM if plan.calm else Mix.drawn(rng)
+    cluster = Cluster(
+        loop,
+        seed,
+        rng,
+        layout=plan.layout,
+        mix=mix,
+        objects=_template(plan.layout),
+        collect=plan.collect,
+        converts=plan.convert,
+    )
+    cluster.report.profile = plan.profile
+    cluster.store.force_at = rng.randrange(5, 40)
+    return cluster
+
+
+async def _run(cluster: Cluster, plan: Plan) -> None:
+    watch = Watch(cluster)
+    cluster.on_told = watch.told
+    refs = plan.layout is Layout.REFS
+    # A ref that was moved away and back has the same bytes, and so the same version: what was late then lands.
+    forgetful = not refs or not any(fault in cluster.mix for fault in (Fault.LATE, Fault.DOUBLED, Fault.CUT))
+    powers = Powers(cluster.rng, plan.layout, only_commits=refs and plan.convert, forgetful=forgetful)
+    actors: list[Coroutine[Any, Any, None]] = []
+    actors += [writer(cluster, powers, plan.rounds) for _ in range(plan.writers)]
+    actors += [reader(cluster, plan.rounds) for _ in range(plan.readers)]
+    if plan.layout is Layout.LOG and cluster.rng.random() < 0.5:
+        actors.append(upkeep.pruner(cluster, 3))
+    if plan.collect:
+        actors += [upkeep.collector(cluster, plan.rounds), upkeep.auditor(cluster, 2)]
+    if plan.convert:
+        actors.append(upkeep.upgrader(cluster, 2) if refs else upkeep.converter(cluster, 2))
+    await asyncio.gather(*actors)
+    await _verify(cluster)
+
+
+async def _verify(cluster: Cluster) -> None:
+    """Wait for all that travels, settle what is unknown, and look at what is there in the end."""
+    while cluster.store.travelling:
+        await asyncio.wait(cluster.store.travelling)
+    client = cluster.client("z", faulty=False)
+    log = await client.open()
+    if log is None:
+        cluster.problem("the repository cannot be opened in the end")
+        return
+    await cluster.read(client, log)
+    unknown = [op for op in cluster.history if id(op) in cluster.tokens and op.outcome in ("unknown", "open")]
+    if unknown and log.layout is not Layout.REFS:
+        for op in unknown:
+            await settle(cluster, client, log, op)
+        await cluster.read(client, log)
+    if cluster.collect and (lost := await upkeep.lost_files(cluster, log)):
+        cluster.problem(f"{len(lost)} files are lost that history needs in the end: {sorted(lost)[0]}")
+    if log.layout is not Layout.REFS:
+        _check_ops_log(cluster, [update async for update in log.updates()][::-1])
+    await log.aclose()
+
+
+def _check_ops_log(cluster: Cluster, updates: list[Update]) -> None:
+    """Every change that happened has one line in it, and no other has."""
+    times = [update.updated_at_us for update in updates]
+    if times != sorted(set(times)):
+        cluster.problem("times in the ops log do not increase")
+    changes = [update.change for update in updates if isinstance(update.change, NewCommit | CommitAmended)]
+    told = [cluster.name_of(change.snapshot) for change in changes]
+    if len(told) != len(set(told)):
+        cluster.problem("a commit is in the ops log twice")
+    for op in cluster.history:
+        if op.commit and op.verb in ("commit", "amend"):
+            if op.outcome == "ok" and op.commit not in told:
+                cluster.problem(f"{op.commit} was acknowledged, and is not in the ops log")
+            if op.outcome in ("failed", "refused") and op.commit in told:
+                cluster.problem(f"{op.commit} was reported as {op.outcome}, and is in the ops log")
+
+
+def _judge(cluster: Cluster) -> None:
+    report = cluster.report
+    verdict = check(cluster.history, independent=cluster.layout is Layout.REFS, shortened=cluster.collect)
+    for problem in verdict.problems:
+        cluster.problem(problem)
+    report.undecided = verdict.undecided
+    for op in cluster.history:
+        report.outcomes[op.outcome] += 1
+
+
+def _frames(error: BaseException) -> list[traceback.FrameSummary]:
+    return traceback.extract_tb(error.__traceback__)[-3:]
+
+
+def _end(cluster: Cluster) -> None:
+    """No task is left, and nobody complains about what became of those that are done."""
+    pending = asyncio.all_tasks(cluster.loop)
+    for task in pending:
+        task.cancel()
+    if pending:
+        cluster.loop.run_until_complete(asyncio.wait(pending))
+    for client in cluster.clients:
+        for task in client.tasks:
+            if task.done() and not task.cancelled():
+                task.exception()
+
+
+@cache
+def _template(layout: Layout) -> dict[str, Stored]:
+    """A repository that was just created."""
     loop = VirtualLoop()
+    store = SimulatedStore(loop, CALM, random.Random(0))
+    cluster = Cluster(loop, 0, random.Random(0), layout=layout, mix=CALM, objects={})
+    cluster.store = store
+    client = Client(cluster, "t", faulty=False)
+
+    async def create() -> None:
+        log = await create_repository(client.storage, layout, client.sources)
+        await log.aclose()
+
+    loop.run_until_complete(create())
+    loop.close()
+    return store.objects
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without logs, of which a simulation is full, and without the garbage collector, which finds little in it."""
+    level, collecting = logging.root.manager.disable, gc.isenabled()
+    logging.disable(logging.CRITICAL)
+    gc.disable()
     try:
-        cluster = _Cluster(loop, seed, calm=calm, collect=collect)
-        loop.run_until_complete(cluster.run(writers=writers, commits=commits, convert=convert))
-        pending = asyncio.all_tasks(loop)
-        for task in pending:
-            task.cancel()
-        if pending:
-            loop.run_until_complete(asyncio.wait(pending))
-        return cluster.report
+        yield
     finally:
-        loop.close()
+        logging.disable(level)
+        if collecting:
+            gc.enable()
+        if next(_runs) % 50 == 0:
+            gc.collect()
+
+
+_runs = itertools.count(1)

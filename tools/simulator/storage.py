@@ -1,18 +1,16 @@
-"""The store of a simulation: a loop with a virtual clock, what is stored, and each client's faulty way to it."""
+"""The store of a simulation, and each client's faulty way to it."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
-import selectors
-from collections.abc import AsyncIterator, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from functools import partial
+from typing import Final, NoReturn, TypeVar
 
-from icechunk.errors import ObjectNotFoundError, PreconditionFailedError, StorageError
-from icechunk.format.keys import snapshot_key, transaction_key
-from icechunk.format.repo.codec import decode_repo
-from icechunk.log.repository.marker import decode_marker
+from icechunk.errors import ObjectNotFoundError, PreconditionFailedError
 from icechunk.storage.port import (
     ANY,
     Absent,
@@ -26,156 +24,286 @@ from icechunk.storage.port import (
     PutResult,
     Storage,
     Version,
+    resolve_range,
 )
+from tools.simulator.faults import CALM, Fault, Mix, no_answer, refusal, unsent
+from tools.simulator.loop import DAY_S, VirtualLoop
+from tools.simulator.trace import Request, Trace
 
-__all__ = ["DAY_S", "Faults", "SimulatedStorage", "SimulatedStore", "VirtualLoop"]
+__all__ = ["SimulatedStorage", "SimulatedStore", "Stored"]
 
-DAY_S: Final = 86_400.0
-_START_US: Final = 1_790_000_000_000_000
+T = TypeVar("T")
 
-
-class _JumpingSelector(selectors.SelectSelector):
-    """Instead of waiting, moves the loop's clock to when something happens."""
-
-    now_s = 0.0
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        if timeout is None:
-            raise RuntimeError("simulation is stuck: nothing will ever happen")
-        self.now_s += max(0.0, timeout)
-        return []
+_REFUSALS: Final = (400, 401, 403, 404, 405, 411, 501)
+_STALE_S: Final = 10.0
+"""How old a stale listing of immutable files may be, from before it was asked for."""
+_TRUTH: Final = ("log/", "refs/")
+"""Folders whose listings the layouts believe: they must show what was acknowledged before they were asked for."""
+_LOOKED_AT: Final = ("log/", "refs/", "repo")
+"""Where clients read what is there before they believe that a condition does not hold."""
 
 
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop in which waiting takes no time."""
+class Stored:
+    """One object."""
 
-    def __init__(self) -> None:
-        self._jumping = _JumpingSelector()
-        super().__init__(self._jumping)
+    __slots__ = ("created_s", "data", "info")
 
-    def time(self) -> float:
-        return self._jumping.now_s
-
-    def now_us(self) -> int:
-        """Virtual time, µs since the epoch."""
-        return _START_US + int(self._jumping.now_s * 1e6)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Stored:
-    data: bytes
-    version: Version
-    modified_us: int
+    def __init__(self, key: str, data: bytes, now_us: int, now_s: float) -> None:
+        self.data = data
+        version = Version(hashlib.blake2b(data, digest_size=8).hexdigest())
+        self.info = ObjectInfo(key=key, size=len(data), version=version, modified_us=now_us // 1_000_000 * 1_000_000)
+        self.created_s = now_s
 
 
 class SimulatedStore:
-    """What is stored, and everything that is still travelling towards it."""
+    """What is stored, and everything that is still travelling towards it.
 
-    def __init__(self, loop: VirtualLoop) -> None:
+    Parameters
+    ----------
+    objects
+        What is there in the beginning.
+    """
+
+    def __init__(
+        self, loop: VirtualLoop, mix: Mix, rng: random.Random, objects: Mapping[str, Stored] | None = None
+    ) -> None:
         self.loop = loop
-        self.objects: dict[str, _Stored] = {}
-        self.checkpoints: list[tuple[str, int]] = []
-        self.carried: dict[str, bytes] = {}
-        """Every file that was ever to ride in an entry."""
-        self.missing: list[str] = []
-        """Of those, what a ``repo`` object named when there was no such object."""
+        self.mix = mix
+        self.rng = rng
+        self.objects: dict[str, Stored] = dict(objects or {})
+        self.trace = Trace()
+        self.injected: Counter[Fault] = Counter()
+        self.force_at: int | None = None
+        """Number of the request that a fault befalls for certain, unless one has befallen another before."""
         self.travelling: set[asyncio.Task[None]] = set()
-        self._writes = 0
+        self.on_write: Callable[[str, bytes], None] | None = None
+        """Told of every write that was executed."""
+        self.on_put: Callable[[SimulatedStorage, str, bytes], None] | None = None
+        """Told of every PUT that a client begins to send."""
+        self.on_answer: Callable[[str, bytes, str], None] | None = None
+        """Told of what every PUT was answered: ``ok``, ``412``, ``refused`` or ``none``."""
+        self._deleted: dict[str, tuple[float, Stored]] = {}
 
     def write(self, key: str, data: bytes, precondition: Precondition) -> PutResult:
         """Execute a PUT, now."""
         found = self.objects.get(key)
-        match precondition:
-            case Absent():
-                if found is not None:
-                    raise PreconditionFailedError(f"{key!r} exists")
-            case Matches(version):
-                if found is None or found.version != version:
-                    raise PreconditionFailedError(f"{key!r} has changed")
-            case _:
-                pass
-        self._writes += 1
-        now_us = self.loop.now_us() // 1_000_000 * 1_000_000
-        self.objects[key] = _Stored(data=data, version=Version(str(self._writes)), modified_us=now_us)
-        if key == "repo":
-            info = decode_repo(data)
-            marker = decode_marker(info.extra)
-            named = [key(id) for id in info.snapshots for key in (snapshot_key, transaction_key)]
-            self.missing += [key for key in named if key in self.carried and not self._stands(key)]
-            self.checkpoints.append(("", 0) if marker is None else (marker.epoch, marker.n))
-        return PutResult(version=self.objects[key].version, date_us=now_us)
+        if isinstance(precondition, Absent):
+            if found is not None:
+                raise PreconditionFailedError(f"{key!r} exists")
+        elif isinstance(precondition, Matches) and (found is None or found.info.version != precondition.version):
+            raise PreconditionFailedError(f"{key!r} has changed")
+        now_us = self.loop.now_us()
+        stored = self.objects[key] = Stored(key, data, now_us, self.loop.time())
+        if self.on_write is not None:
+            self.on_write(key, data)
+        return PutResult(version=stored.info.version, date_us=now_us // 1_000_000 * 1_000_000)
 
-    def _stands(self, key: str) -> bool:
-        found = self.objects.get(key)
-        return found is not None and found.data == self.carried[key]
+    def remove(self, key: str) -> None:
+        """Execute a DELETE, now."""
+        found = self.objects.pop(key, None)
+        if found is not None:
+            self._deleted[key] = self.loop.time(), found
 
     def contents(self) -> dict[str, bytes]:
         """What is there, by key."""
         return {key: stored.data for key, stored in self.objects.items()}
 
-    def write_later(self, delay_s: float, key: str, data: bytes, precondition: Precondition) -> None:
-        """Execute a PUT after a delay; nobody hears of it."""
+    def listed(self, prefix: str, after: str, at_s: float | None) -> list[ObjectInfo]:
+        """The objects below a prefix; with ``at_s``, as the store was then."""
+        found = {key: stored for key, stored in self.objects.items() if key.startswith(prefix) and key > after}
+        if at_s is not None:
+            found = {key: stored for key, stored in found.items() if stored.created_s <= at_s}
+            for key, (gone_s, stored) in self._deleted.items():
+                if key.startswith(prefix) and key > after and stored.created_s <= at_s < gone_s:
+                    found.setdefault(key, stored)
+        return [found[key].info for key in sorted(found)]
+
+    def later(self, delay_s: float, request: Request, execute: Callable[[], object]) -> None:
+        """Execute a request after a delay; nobody hears of it."""
 
         async def travel() -> None:
             await asyncio.sleep(delay_s)
-            try:
-                self.write(key, data, precondition)
-            except PreconditionFailedError:
-                return
+            self.execute(request, execute)
 
         task = self.loop.create_task(travel())
         self.travelling.add(task)
         task.add_done_callback(self.travelling.discard)
 
+    def execute(self, request: Request, execute: Callable[[], T]) -> T | None:
+        """Do what a request asks for, and write down what came of it; None where its condition does not hold."""
+        request.executed_s.append(self.loop.time())
+        try:
+            result = execute()
+        except PreconditionFailedError:
+            request.effects.append("condition does not hold")
+            return None
+        request.effects.append("done")
+        return result
 
-@dataclass(slots=True, kw_only=True)
-class Faults:
-    """Probabilities, per request."""
-
-    lost: float = 0.05
-    """Executed, but the answer does not arrive."""
-    late: float = 0.04
-    """No answer, and executed some time later."""
-    doubled: float = 0.05
-    """Executed, and executed again later."""
-    dropped: float = 0.05
-    """Neither executed nor answered."""
-    pause: float = 0.004
-    """The client stops for days, before the request leaves or before it sees the answer."""
+    def drawn(self, verb: str, faulty: bool) -> Fault | None:
+        """What befalls a request that a client is about to send."""
+        if not faulty:
+            return None
+        if self.force_at is not None and len(self.trace.requests) >= self.force_at and not self.injected:
+            return self.mix.any_for(verb, self.rng)
+        return self.mix.draw(verb, self.rng)
 
 
 class SimulatedStorage(Storage):
-    """One client's way to the store."""
+    """One client's way to the store.
 
-    def __init__(self, store: SimulatedStore, rng: random.Random, faults: Faults) -> None:
-        self._store = store
-        self._rng = rng
-        self.faults = faults
+    Parameters
+    ----------
+    name
+        Of the client, in traces.
+    faulty
+        Whether anything befalls it.
+    dated
+        Whether the store's answers tell its clock.
+    """
+
+    def __init__(self, store: SimulatedStore, name: str, *, faulty: bool = True, dated: bool = True) -> None:
+        self.store = store
+        self.name = name
+        self.faulty = faulty and store.mix is not CALM
+        self.dated = dated
+        self.dead = False
+        self.on_crash: Callable[[], None] = lambda: None
+        self.on_clock_jump: Callable[[], None] = lambda: None
+        self._loop = store.loop
+        self._rng = store.rng
+        self._outage_until_s = 0.0
+        self._denied_until_s = 0.0
+
+    # ------------------------------------------------------------------ the way
+
+    def _pass(self, seconds: float) -> Awaitable[None]:
+        future = self._loop.create_future()
+        self._loop.call_later(seconds, _wake, future)
+        return future
 
     async def _way(self) -> None:
-        await asyncio.sleep(self._rng.uniform(0.001, 0.05))
-        if self._rng.random() < self.faults.pause:
-            await asyncio.sleep(self._rng.uniform(0.4, 9) * DAY_S)
+        await self._pass(self._rng.uniform(0.001, 0.05))
+        if self.dead:
+            raise asyncio.CancelledError
 
-    async def _read_fault(self) -> None:
+    def _begin(self, verb: str, key: str, detail: str = "", data: bytes = b"") -> tuple[Request, Fault | None]:
+        if self.dead:
+            raise asyncio.CancelledError
+        fault = self.store.drawn(verb, self.faulty)
+        if fault is Fault.PARTIAL and "," not in key:
+            fault = Fault.LOST
+        request = Request(self._loop.time(), self.name, verb, key, detail, "" if fault is None else fault.value, data)
+        self.store.trace.requests.append(request)
+        if fault is not None:
+            self.store.injected[fault] += 1
+            self._strike(fault)
+        return request, fault
+
+    def _strike(self, fault: Fault) -> None:
+        """What befalls the client, not just the request."""
+        if fault is Fault.CLOCK:
+            self.on_clock_jump()
+        elif fault is Fault.OUTAGE:
+            self._outage_until_s = self._loop.time() + self._rng.choice((3.0, 60.0, DAY_S)) * self._rng.random()
+        elif fault is Fault.DENIED:
+            self._denied_until_s = self._loop.time() + self._rng.choice((3.0, 60.0)) * self._rng.random()
+
+    def _die(self) -> None:
+        self.dead = True
+        self.on_crash()
+        raise asyncio.CancelledError
+
+    async def _go(self, request: Request, fault: Fault | None, execute: Callable[[], T]) -> T:
+        """Take a request to the store and its answer back; T is what the store answers."""
+        store, rng, verb, key = self.store, self._rng, request.verb, request.key
+        writes = verb in ("put", "delete", "copy")
+        try:
+            if fault is Fault.REORDERED:
+                await self._pass(rng.choice((0.3, 5.0, 60.0)) * rng.random())
+            elif fault is Fault.PAUSED and rng.random() < 0.5:
+                await self._pass(rng.choice((0.1, 4.0, 9.0)) * DAY_S * rng.random())
+            await self._pass(rng.uniform(0.001, 0.05))
+        except asyncio.CancelledError:
+            if writes and self.faulty and rng.random() < 0.5:
+                # It had left already.
+                if not self.dead:
+                    store.injected[Fault.CUT] += 1
+                request.fault = request.fault or Fault.CUT.value
+                store.later(rng.choice((0.1, 5.0)) * rng.random(), request, execute)
+            raise
+        if self.dead or fault is Fault.CRASHED:
+            if writes and rng.random() < 0.5:
+                store.execute(request, execute)
+            self._die()
+        if self._outage_until_s > self._loop.time():
+            await self._pass(rng.uniform(0.2, 3))
+            if self.dead:
+                raise asyncio.CancelledError
+            request.answered_s, request.answer = self._loop.time(), "no connection"
+            raise unsent(verb, key)
+        if (writes and self._denied_until_s > self._loop.time()) or fault is Fault.REFUSED:
+            status = rng.choice(_REFUSALS) if fault is Fault.REFUSED else 403
+            await self._way()
+            request.answered_s, request.answer = self._loop.time(), f"refused with {status}"
+            raise refusal(verb, key, status)
+        if fault in (Fault.DROPPED, Fault.LATE):
+            patience_s = rng.uniform(0.5, 3)
+            if fault is Fault.LATE:
+                # Often just when the client, out of patience, looks and sends again.
+                delay_s = patience_s + rng.choice((-0.5, 0.2, 0.2, 0.4, 20, 3600)) * rng.random()
+                store.later(max(0.0, delay_s), request, execute)
+            await self._unanswered(request, "timed out", patience_s)
+        if fault in (Fault.THROTTLED, Fault.CONFLICT):
+            await self._way()
+            request.answered_s, request.answer = self._loop.time(), fault.value
+            raise no_answer(verb, key, f"the store answers {fault.value}")
+        if fault is Fault.SPURIOUS:
+            await self._way()
+            request.answered_s, request.answer = self._loop.time(), fault.value
+            raise PreconditionFailedError(f"condition of {key!r} does not hold, says the store")
+        answer = store.execute(request, execute)
+        if fault is Fault.DOUBLED:
+            store.later(rng.choice((0.5, 20, 3600)) * rng.random(), request, execute)
+        if fault is Fault.PAUSED:
+            await self._pass(rng.choice((0.1, 4.0, 9.0)) * DAY_S * rng.random())
         await self._way()
-        if self._rng.random() < self.faults.dropped:
-            await asyncio.sleep(1)
-            raise StorageError("the answer to a read was lost")
+        if fault is Fault.LOST:
+            await self._unanswered(request, "the answer was lost", 0.5)
+        if fault is Fault.TRUNCATED:
+            await self._unanswered(request, "the answer breaks off", 0.001)
+        request.answered_s = self._loop.time()
+        if answer is None:
+            request.answer = "412"
+            raise PreconditionFailedError(f"condition of {key!r} does not hold")
+        request.answer = "ok"
+        return answer
+
+    async def _unanswered(self, request: Request, why: str, after_s: float) -> NoReturn:
+        await self._pass(after_s)
+        if self.dead:
+            raise asyncio.CancelledError
+        request.answered_s, request.answer = self._loop.time(), why
+        raise no_answer(request.verb, request.key, why)
+
+    # ------------------------------------------------------------------ the verbs
 
     async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
-        await self._read_fault()
-        found = self._store.objects.get(key)
-        date_us = self._store.loop.now_us()
-        await self._way()
+        request, fault = self._begin("get", key)
+        found, date_us = await self._go(request, fault, lambda: (self.store.objects.get(key), self._loop.now_us()))
         if found is None:
+            request.answer = "404"
             raise ObjectNotFoundError(f"no object {key!r}")
+        data = found.data
+        if byte_range is not None:
+            start, stop = resolve_range(byte_range, len(data), key)
+            data = data[start:stop]
         return GetResult(
-            body=found.data,
-            size=len(found.data),
-            version=found.version,
-            modified_us=found.modified_us,
-            date_us=date_us // 1_000_000 * 1_000_000,
+            body=data,
+            size=found.info.size,
+            version=found.info.version,
+            modified_us=found.info.modified_us,
+            date_us=date_us // 1_000_000 * 1_000_000 if self.dated else None,
         )
 
     async def put(
@@ -187,44 +315,47 @@ class SimulatedStorage(Storage):
         kind: ObjectKind = "metadata",
         metadata: Mapping[str, str] | None = None,
     ) -> PutResult:
-        content, rng, faults = bytes(data), self._rng, self.faults
-        await self._way()
-        fate = rng.random()
-        if fate < faults.dropped + faults.late:
-            patience_s = rng.uniform(0.5, 3)
-            if fate < faults.late:
-                # Often just when the client, out of patience, reads the slot and sends again.
-                delay_s = patience_s + rng.choice((-0.5, 0.2, 0.2, 0.4, 20, 3600)) * rng.random()
-                self._store.write_later(delay_s, key, content, precondition)
-            await asyncio.sleep(patience_s)
-            raise StorageError(f"PUT of {key!r} timed out")
-        answer = self._store.write(key, content, precondition)
-        if rng.random() < faults.doubled:
-            self._store.write_later(rng.choice((0.5, 20, 3600)) * rng.random(), key, content, precondition)
-        await self._way()
-        if rng.random() < faults.lost:
-            raise StorageError(f"the answer to PUT of {key!r} was lost")
-        return answer
+        content = bytes(data)
+        store = self.store
+        request, fault = self._begin("put", key, _condition(precondition), content)
+        if fault is Fault.SPURIOUS and not (isinstance(precondition, Matches) or key.startswith(_LOOKED_AT)):
+            fault = Fault.THROTTLED
+        if store.on_put is not None:
+            store.on_put(self, key, content)
+        try:
+            answer = await self._go(request, fault, lambda: store.write(key, content, precondition))
+        except PreconditionFailedError:
+            self._told(key, content, "412")
+            raise
+        except Exception:
+            self._told(key, content, "refused" if request.answer.startswith("refused") else "none")
+            raise
+        self._told(key, content, "ok")
+        return answer if self.dated else PutResult(version=answer.version, date_us=None)
+
+    def _told(self, key: str, content: bytes, answer: str) -> None:
+        if self.store.on_answer is not None:
+            self.store.on_answer(key, content, answer)
 
     async def head(self, key: str) -> ObjectInfo:
-        await self._read_fault()
-        found = self._store.objects.get(key)
+        request, fault = self._begin("get", key, "head")
+        (found,) = await self._go(request, fault, lambda: (self.store.objects.get(key),))
         if found is None:
+            request.answer = "404"
             raise ObjectNotFoundError(f"no object {key!r}")
-        return ObjectInfo(key=key, size=len(found.data), version=found.version, modified_us=found.modified_us)
+        return found.info
 
     async def list_pages(
         self, prefix: str = "", *, start_after: str | None = None, page_size: int = 1000
     ) -> AsyncIterator[list[ObjectInfo]]:
-        after = start_after or ""
+        after, store = start_after or "", self.store
         while True:
-            await self._read_fault()
-            keys = sorted(key for key in self._store.objects if key.startswith(prefix) and key > after)[:page_size]
-            page = [
-                ObjectInfo(key=key, size=len(found.data), version=found.version, modified_us=found.modified_us)
-                for key in keys
-                for found in (self._store.objects[key],)
-            ]
+            request, fault = self._begin("list", prefix)
+            at_s = None
+            if fault is Fault.STALE:
+                at_s = self._loop.time() - (0 if prefix.startswith(_TRUTH) or not prefix else _STALE_S)
+            found = await self._go(request, fault, partial(store.listed, prefix, after, at_s))
+            page = found[:page_size]
             if page:
                 yield page
             if len(page) < page_size:
@@ -233,20 +364,33 @@ class SimulatedStorage(Storage):
 
     async def delete(self, keys: Iterable[str]) -> DeleteResult:
         wanted = list(keys)
-        await self._read_fault()
-        for key in wanted:
-            self._store.objects.pop(key, None)
-        await self._way()
-        if self._rng.random() < self.faults.lost:
-            raise StorageError("the answer to a deletion was lost")
-        return DeleteResult(deleted=len(wanted))
+        if not wanted:
+            return DeleteResult(deleted=0)
+        request, fault = self._begin("delete", ",".join(wanted))
+        kept = [key for key in wanted if self._rng.random() < 0.5] if fault is Fault.PARTIAL else []
+
+        def execute() -> DeleteResult:
+            for key in wanted:
+                if key not in kept:
+                    self.store.remove(key)
+            return DeleteResult(deleted=len(wanted) - len(kept), failures=tuple((key, "SlowDown") for key in kept))
+
+        return await self._go(request, fault, execute)
 
     async def copy(self, source: str, target: str) -> PutResult:
-        await self._way()
-        found = self._store.objects.get(source)
-        if found is None:
-            raise ObjectNotFoundError(f"no object {source!r}")
-        return self._store.write(target, found.data, ANY)
+        request, fault = self._begin("copy", source, f"to {target}")
+
+        def execute() -> PutResult | ObjectNotFoundError:
+            found = self.store.objects.get(source)
+            if found is None:
+                return ObjectNotFoundError(f"no object {source!r}")
+            return self.store.write(target, found.data, ANY)
+
+        answer = await self._go(request, fault, execute)
+        if isinstance(answer, ObjectNotFoundError):
+            request.answer = "404"
+            raise answer
+        return answer
 
     async def aclose(self) -> None:
         return None
@@ -257,3 +401,16 @@ class SimulatedStorage(Storage):
 
     def describe(self) -> str:
         return "simulation"
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _condition(precondition: Precondition) -> str:
+    if isinstance(precondition, Absent):
+        return "if absent"
+    if isinstance(precondition, Matches):
+        return f"if {precondition.version}"
+    return ""

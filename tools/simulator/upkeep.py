@@ -3,120 +3,158 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import random
 
 from icechunk.errors import IcechunkError
-from icechunk.log.repository.entries.checkpoint import convert_to_log
+from icechunk.format.keys import REPO_KEY
+from icechunk.log.repository.convert import convert_log
 from icechunk.log.repository.entries.layout import LogLayout
-from icechunk.log.repository.open import open_repository
+from icechunk.log.repository.port import Layout, RepositoryLog
+from icechunk.log.repository.ref_files.upgrade import upgrade
 from icechunk.maintenance.collect import collect_garbage
 from icechunk.maintenance.expire import expire
 from icechunk.maintenance.prune import prune_log
 from icechunk.maintenance.reachability import Limits
-from tools.simulator.clients import Clients
+from tools.simulator.cluster import Client, Cluster
 from tools.simulator.files import missing_files
-from tools.simulator.storage import DAY_S
+from tools.simulator.loop import DAY_S
 
-__all__ = ["auditor", "collector", "converter", "pruner"]
+__all__ = ["auditor", "collector", "converter", "lost_files", "pruner", "upgrader"]
+
+_SAFE_AGE_S = 60 * DAY_S
+"""In the layouts of the published format nobody may still be at work that began before the cutoff."""
 
 
-async def pruner(clients: Clients, rounds: int) -> None:
+async def pruner(cluster: Cluster, rounds: int) -> None:
     """Prunes the log now and then."""
     for _ in range(rounds):
-        storage, sources = clients.client()
-        log = await clients.open(storage, sources)
+        await asyncio.sleep(cluster.rng.choice((0.5, 3, 7.5)) * DAY_S)
+        client = cluster.client("p")
+        log = await client.open()
         if log is not None:
-            with contextlib.suppress(IcechunkError):
-                clients.report.pruned += await prune_log(log, storage, sources)
-            await log.aclose()
-        await asyncio.sleep(clients.rng.choice((0.5, 3, 7.5)) * DAY_S)
+            cluster.report.pruned += await client.run(prune_log(log, client.storage, client.sources)) or 0
+            await client.run(log.aclose())
 
 
-async def collector(clients: Clients, rounds: int) -> None:
-    """Expires snapshots and collects garbage, and sometimes dies on the way."""
-    rng = random.Random(clients.rng.getrandbits(64))
+async def collector(cluster: Cluster, rounds: int) -> None:
+    """Expires snapshots and collects garbage, and sometimes ends on the way."""
+    rng = cluster.rng
     limits = Limits(max_concurrent_deletes=2, max_concurrent_manifest_fetches=4, max_snapshots_in_memory=4)
+    published = cluster.layout is not Layout.LOG
     for _ in range(rounds):
-        await asyncio.sleep(rng.choice((5, 3600, 2 * DAY_S)) * rng.random())
-        storage, sources = clients.client()
-        log = await clients.open(storage, sources)
+        await asyncio.sleep((90 * DAY_S if published else rng.choice((5, 3600, 2 * DAY_S))) * rng.random())
+        client = cluster.client("g")
+        log = await client.open()
         if log is None:
             continue
-        age_s = rng.choice((0, 5, 600, DAY_S, 5 * DAY_S))
+        age_s = _SAFE_AGE_S if published else rng.choice((0, 5, 600, DAY_S, 5 * DAY_S))
+        older_than_us = cluster.loop.now_us() - int(age_s * 1e6)
         if rng.random() < 0.6:
-            old_us = clients.loop.now_us() - int(age_s * 1e6)
-            await clients.quietly(
+            await client.run(
                 expire(
                     log,
-                    storage,
-                    older_than_us=old_us,
+                    client.storage,
+                    older_than_us=older_than_us,
                     delete_expired_branches=False,
                     delete_expired_tags=False,
                     level=1,
                 )
             )
-        task = asyncio.ensure_future(
+        task = client.own(
             collect_garbage(
                 log,
-                storage,
-                sources,
-                older_than_us=clients.loop.now_us() - int(age_s * 1e6),
+                client.storage,
+                client.sources,
+                older_than_us=older_than_us,
                 limits=limits,
                 dry_run=False,
             )
         )
         if rng.random() < 0.2:
-            # It dies on the way.
             await asyncio.sleep(rng.uniform(0, 3))
-            task.cancel()
+            client.crash()
         await asyncio.wait({task})
-        if not task.cancelled() and task.exception() is None:
+        if client.dead:
+            continue
+        if task.exception() is None:
             result = task.result()
-            clients.report.collected += result.snapshots_deleted + result.chunks_deleted
-        elif not task.cancelled() and not isinstance(task.exception(), IcechunkError):
-            clients.report.problems.append(f"a collection failed: {task.exception()!r}")
+            cluster.report.collected += result.snapshots_deleted + result.chunks_deleted
+        await client.run(log.aclose())
+
+
+async def auditor(cluster: Cluster, rounds: int) -> None:
+    """Looks whether what history needs is there, also between collections."""
+    rng = cluster.rng
+    for _ in range(rounds):
+        await asyncio.sleep((40 * DAY_S if cluster.layout is not Layout.LOG else DAY_S) * rng.random())
+        client = cluster.client("a", faulty=False)
+        log = await client.open()
+        if log is None:
+            continue
+        if await lost_files(cluster, log) and (lost := await lost_files(cluster, log)):
+            # Even now: they did not just leave the history.
+            cluster.problem(f"{len(lost)} files are lost that history needs: {sorted(lost)[0]}")
         await log.aclose()
 
 
-async def auditor(clients: Clients, rounds: int) -> None:
-    """Looks whether what history needs is there, also between collections."""
-    rng = random.Random(clients.rng.getrandbits(64))
-    for _ in range(rounds):
-        await asyncio.sleep(rng.choice((5, 3600, 2 * DAY_S)) * rng.random())
-        storage, sources = clients.reliable()
-        log = await clients.open(storage, sources)
-        if log is None:
-            continue
-        missing = missing_files(log.state, clients.store.contents() | log.view.carried.all())
-        if missing:
-            # Unless they left the history in the meantime.
-            state = await log.refresh()
-            still = {key for _, key in missing_files(state, clients.store.contents() | log.view.carried.all())}
-            if lost := still & {key for _, key in missing}:
-                clients.report.problems.append(f"{len(lost)} files are lost that history needs")
+async def lost_files(cluster: Cluster, log: RepositoryLog) -> set[str]:
+    """Keys of files that the newest history needs, and that are neither objects nor embedded."""
+    state = await log.refresh()
+    if log.layout is Layout.REFS:
+        state = await log.learn(sorted(state.tips()), ancestry=True)
+    objects = cluster.store.contents()
+    if isinstance(log, LogLayout):
+        objects |= log.view.carried.all()
+    return {key for _, key in missing_files(state, objects)}
 
 
-async def converter(clients: Clients, rounds: int) -> None:
+async def converter(cluster: Cluster, rounds: int) -> None:
     """Makes the log a repo object, and that a log again."""
-    rng = random.Random(clients.rng.getrandbits(64))
+    rng = cluster.rng
     for _ in range(rounds):
-        await asyncio.sleep(rng.uniform(0.2, 3) * DAY_S)
-        storage, sources = clients.client()
-        log = await clients.open(storage, sources)
+        await asyncio.sleep(rng.choice((0.0001, 1, 3)) * DAY_S * rng.random())
+        client = cluster.client("v")
+        log = await client.open()
         if log is None:
             continue
-        task = asyncio.ensure_future(log.convert_to_repo_object())
-        await asyncio.wait({task}, timeout=rng.choice((0.2, 1000)))
-        if not task.done():
-            # It dies after its seal, perhaps: whoever comes next finishes what it began.
-            clients.crash(log)
-            task.cancel()
+        target = Layout.REPO if log.layout is Layout.LOG else Layout.LOG
+        task = client.own(convert_log(log, client.storage, client.sources, target))
+        # A crash after its seal, perhaps: whoever comes next finishes what it began.
+        await _until(client, task, rng.choice((0.2, 1000)))
+        cluster.report.conversions += 1
+        if not client.dead:
+            await client.run(log.aclose())
+    await _back_to_log(cluster, cluster.client("v", faulty=False))
+
+
+async def _back_to_log(cluster: Cluster, client: Client) -> None:
+    log = await client.open()
+    if log is not None and log.layout is Layout.REPO:
+        await client.run(convert_log(log, client.storage, client.sources, Layout.LOG))
+        await log.aclose()
+
+
+async def _until(client: Client, task: asyncio.Task[None], seconds: float) -> None:
+    """Wait for the end of what a client does; after a while it crashes."""
+    await asyncio.wait({task}, timeout=seconds)
+    if not task.done():
+        client.crash()
         await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()
-        clients.report.conversions += 1
-        await asyncio.sleep(rng.uniform(0, 60))
-        reliable, clock = clients.reliable()
-        if not isinstance(await open_repository(reliable, clock), LogLayout):
-            await convert_to_log(reliable, clock)
+    if task.cancelled():
+        return
+    if (error := task.exception()) is not None and not isinstance(error, IcechunkError) and not client.dead:
+        raise error
+
+
+async def upgrader(cluster: Cluster, tries: int) -> None:
+    """Upgrades a repository of format 1, perhaps in several tries."""
+    rng = cluster.rng
+    for _ in range(tries):
+        await asyncio.sleep(rng.choice((1, 600, DAY_S)) * rng.random())
+        client = cluster.client("u")
+        task = client.own(upgrade(client.storage, client.sources, dry_run=False, delete_ref_files=True))
+        await _until(client, task, rng.choice((0.1, 1000)))
+    if REPO_KEY in cluster.store.objects:
+        # What was begun is finished, or nobody could change the repository any more.
+        client = cluster.client("u", faulty=False)
+        await client.run(upgrade(client.storage, client.sources, dry_run=False, delete_ref_files=True))
+    cluster.report.conversions += 1

@@ -1,0 +1,107 @@
+"""Clusters of clients keep every promise under faults, in all layouts; see `tools.simulate`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from icechunk.log.repository.port import Layout
+from tools import simulate as command
+from tools.simulator.faults import CALM, Fault, Mix
+from tools.simulator.simulation import Plan, plan_of, simulate
+
+ROOT = Path(__file__).parents[2]
+
+
+def kept(first: int, count: int, layout: Layout) -> Counter[Fault]:
+    injected: Counter[Fault] = Counter()
+    for seed in range(first, first + count):
+        report = simulate(seed, plan_of(seed, layout))
+        assert not report.problems, f"{report.problems}; {command.replay_command(seed, layout)}"
+        assert not report.undecided
+        injected += report.injected
+    return injected
+
+
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("first", range(0, 160, 40))
+def test_every_promise_is_kept(first: int, layout: Layout) -> None:
+    assert kept(first, 40, layout)
+
+
+def test_every_kind_of_fault_is_met_within_some_hundred_schedules() -> None:
+    injected: Counter[Fault] = Counter()
+    for seed in range(1000, 1300):
+        injected += simulate(seed).injected
+        if len(injected) == len(Fault):
+            break
+    assert set(injected) == set(Fault)
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_garbage_is_collected_and_the_log_pruned_meanwhile(layout: Layout) -> None:
+    collected = pruned = 0
+    for seed in range(30):
+        report = simulate(seed, Plan(layout=layout, collect=True, rounds=5))
+        assert not report.problems, f"seed {seed}: {report.problems}"
+        collected += report.collected
+        pruned += report.pruned
+    assert collected
+    assert pruned or layout is not Layout.LOG
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_a_seed_is_a_schedule(layout: Layout) -> None:
+    plan = Plan(layout=layout, writers=3, rounds=4)
+    first, second = simulate(7, plan), simulate(7, plan)
+    assert first.trace.digest == second.trace.digest
+    assert first.history == second.history
+    assert simulate(8, plan).trace.digest != first.trace.digest
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_without_faults_everything_is_certain(layout: Layout) -> None:
+    for seed in range(5):
+        report = simulate(seed, Plan(layout=layout, calm=True, writers=3))
+        assert not report.problems
+        assert not report.unknown
+        assert not report.counts
+        assert report.outcomes["ok"]
+
+
+def test_a_mix_has_some_kinds_only_and_draws_what_fits_the_request() -> None:
+    import random
+
+    rng = random.Random(1)
+    mixes = [Mix.drawn(rng) for _ in range(200)]
+    assert {fault for mix in mixes for fault in mix.kinds} == set(Fault)
+    assert all(len(mix.kinds) < len(Fault) for mix in mixes)
+    only = Mix({Fault.PARTIAL: 1.0})
+    assert only.draw("delete", rng) is Fault.PARTIAL
+    assert only.draw("put", rng) is None
+    assert CALM.draw("put", rng) is None
+
+
+@pytest.mark.parametrize("options", [["--runs", "6", "--seed", "3"], ["--runs", "1", "--seed", "4", "--trace"]])
+def test_the_command_prints_the_same_in_every_process(options: list[str]) -> None:
+    run = [sys.executable, "-m", "tools.simulate", *options]
+    seen = set()
+    for hash_seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        seen.add("\n".join(line for line in done.stdout.splitlines() if " a second" not in line))
+    assert len(seen) == 1
+
+
+def test_the_command_counts_schedules_with_faults_only() -> None:
+    totals = command.run(seed=50, runs=20, seconds=60, workers=1)
+    assert totals.schedules + totals.calm == 20
+    assert totals.schedules
+    assert not totals.broken
+    assert any("a second" in line for line in totals.lines())

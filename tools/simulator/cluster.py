@@ -1,0 +1,311 @@
+"""What all actors of a simulation share: the store, clients of it, and the history that the checker judges."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+from icechunk.errors import IcechunkError, SessionStateError
+from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
+from icechunk.format.values import ManifestFile
+from icechunk.log.repository.open import open_repository
+from icechunk.log.repository.port import Layout, RepositoryLog, SwapToken
+from icechunk.log.repository.queue import UpdateRetries
+from icechunk.log.repository.state import RepoState
+from icechunk.runtime.clock import Sources
+from tools.simulator.checker import ROOT, Operation, Outcome, View
+from tools.simulator.faults import Fault, Mix
+from tools.simulator.loop import DAY_S, VirtualLoop
+from tools.simulator.storage import SimulatedStorage, SimulatedStore, Stored
+from tools.simulator.trace import Trace
+
+__all__ = ["Client", "Cluster", "Report"]
+
+T = TypeVar("T")
+
+_RETRIES: Final = UpdateRetries(tries=12, first_pause_s=0.05, longest_pause_s=2.0)
+_owner: ContextVar[Client | None] = ContextVar("owner", default=None)
+
+
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """What happened under one seed."""
+
+    seed: int
+    profile: str = ""
+    """What kind of schedule it was."""
+    injected: Counter[Fault] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    """Operations by outcome."""
+    unknown: int = 0
+    """Outcomes that were unknown at first."""
+    requests: int = 0
+    crashes: int = 0
+    conversions: int = 0
+    pruned: int = 0
+    """Slots deleted."""
+    collected: int = 0
+    """Objects deleted by collections."""
+    problems: list[str] = field(default_factory=list)
+    """Broken promises; none, it is hoped."""
+    undecided: bool = False
+    """Whether the checker gave up."""
+    history: list[Operation] = field(default_factory=list)
+    trace: Trace = field(default_factory=Trace)
+
+    @property
+    def counts(self) -> bool:
+        """Whether anything went wrong at all: a schedule without faults proves nothing."""
+        return bool(self.injected)
+
+    def without_trace(self) -> Report:
+        """The same, small enough to be sent from process to process by the thousand."""
+        self.history, self.trace = [], Trace()
+        return self
+
+
+class Client:
+    """One process that has opened the repository: its way to the store, its clock, its tasks."""
+
+    def __init__(self, cluster: Cluster, name: str, *, faulty: bool) -> None:
+        rng = cluster.rng
+        self.name = name
+        self.cluster = cluster
+        self.storage = SimulatedStorage(cluster.store, name, faulty=faulty, dated=rng.random() < 0.9)
+        self.storage.on_crash = self.crash
+        self.storage.on_clock_jump = self._jump
+        self.skew_us = rng.randrange(-5_000_000, 5_000_000)
+        self.tasks: list[asyncio.Task[Any]] = []
+        loop = cluster.loop
+        self.sources = Sources(
+            wall_us=lambda: loop.now_us() + self.skew_us,
+            elapsed_us=lambda: int(loop.time() * 1e6),
+            random_bytes=rng.randbytes,
+            sleep=asyncio.sleep,
+        )
+
+    @property
+    def dead(self) -> bool:
+        """Whether its process has ended."""
+        return self.storage.dead
+
+    def crash(self) -> None:
+        """Its process is gone, with all that it was about to do."""
+        self.storage.dead = True
+        self.cluster.report.crashes += 1
+        self.cluster.note(self.name, "crashes")
+        for task in self.tasks:
+            if not task.done():
+                task.cancel()
+
+    def _jump(self) -> None:
+        rng = self.cluster.rng
+        by_s = rng.choice((5.0, 400.0, 3600.0, 2 * DAY_S)) * rng.uniform(-1, 1)
+        self.skew_us += int(by_s * 1e6)
+        self.cluster.note(self.name, f"clock jumps by {by_s:.0f} s")
+
+    def own(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run something in this process: it ends with it."""
+        token = _owner.set(self)
+        try:
+            return self.cluster.loop.create_task(work)
+        finally:
+            _owner.reset(token)
+
+    async def run(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """The result of what runs in this process; None where it fails, or where the process ends first."""
+        task = self.own(work)
+        await asyncio.wait({task})
+        if task.cancelled() or isinstance(task.exception(), IcechunkError) or self.dead:
+            return None
+        return task.result()
+
+    async def open(self) -> RepositoryLog | None:
+        """Open the repository as users do, patiently; None where that never works, or the process ends."""
+        for _ in range(40):
+            if self.dead:
+                return None
+            window = self.cluster.updates_per_file
+            opening = open_repository(self.storage, self.sources, updates_per_file=window, retries=_RETRIES)
+            log = await self.run(opening)
+            if log is not None:
+                return log
+            await asyncio.sleep(self.cluster.rng.choice((1, 30)))
+        return None
+
+
+class Cluster:
+    """One store, all who come to it, and what they were told.
+
+    Parameters
+    ----------
+    layout
+        How the repository is kept in the beginning.
+    objects
+        The repository, as it is in the beginning.
+    """
+
+    def __init__(
+        self,
+        loop: VirtualLoop,
+        seed: int,
+        rng: random.Random,
+        *,
+        layout: Layout,
+        mix: Mix,
+        objects: Mapping[str, Stored],
+        collect: bool = False,
+        converts: bool = False,
+    ) -> None:
+        self.loop = loop
+        self.rng = rng
+        self.layout = layout
+        self.mix = mix
+        self.collect = collect
+        self.converts = converts
+        self.updates_per_file = rng.choice((None, None, 3))
+        """Most lines of the ops log in one object."""
+        self.deleting: set[str] = set()
+        """Tags that somebody has asked to delete, where two who do so cannot be told apart."""
+        self.clients: list[Client] = []
+        self.store = SimulatedStore(loop, mix, rng, objects)
+        self.report = Report(seed=seed, injected=self.store.injected, trace=self.store.trace)
+        self.history: list[Operation] = self.report.history
+        self.tokens: dict[int, SwapToken] = {}
+        """Of operations whose outcome is, or was, unknown, by the identity of the operation."""
+        self.ids: dict[str, ObjectId] = {ROOT: FIRST_SNAPSHOT}
+        self.names: dict[ObjectId, str] = {FIRST_SNAPSHOT: ROOT}
+        self.manifests: dict[ObjectId, tuple[ManifestFile, ...]] = {FIRST_SNAPSHOT: ()}
+        self.embedded: dict[str, bytes] = {}
+        """Every file that was ever handed to `RepositoryLog.append`."""
+        self.on_told: Callable[[Operation, SwapToken], None] = lambda operation, token: None
+        """Told of every outcome that was called unknown."""
+        self._time = 0
+        loop.set_task_factory(_task_of_owner)
+
+    def client(self, role: str, *, faulty: bool = True) -> Client:
+        """A new process."""
+        client = Client(self, f"{role}{len(self.clients) + 1}", faulty=faulty)
+        self.clients.append(client)
+        return client
+
+    def tick(self) -> int:
+        """The next position in the order of all that is asked for and told."""
+        self._time += 1
+        return self._time
+
+    def note(self, who: str, what: str) -> None:
+        """Write something down in the trace."""
+        self.store.trace.note(self.loop.time(), who, what)
+
+    def problem(self, what: str) -> None:
+        """A promise is broken."""
+        self.report.problems.append(what)
+        self.note("", f"PROBLEM: {what}")
+
+    def inject(self, fault: Fault, who: str, what: str) -> None:
+        """A fault that is not one of a request."""
+        self.store.injected[fault] += 1
+        self.store.trace.note(self.loop.time(), who, what, fault=fault.value)
+
+    def begin(self, operation: Operation) -> Operation:
+        """An operation is asked for."""
+        operation.began = self.tick()
+        self.history.append(operation)
+        self.note(operation.client, f"asks for {_words(operation)}")
+        return operation
+
+    def end(self, operation: Operation, outcome: Outcome, note: str = "") -> None:
+        """Its outcome is told."""
+        operation.ended, operation.outcome, operation.note = self.tick(), outcome, note
+        self.note(operation.client, f"is told {outcome} about {_words(operation)}{f': {note}' if note else ''}")
+
+    def told(self, operation: Operation, token: SwapToken) -> None:
+        """The caller was told that the outcome is unknown, and has the token."""
+        self.tokens[id(operation)] = token
+        self.on_told(operation, token)
+
+    def settled_as(self, operation: Operation, who: str, landed: bool) -> None:
+        """Somebody was told what became of an operation whose outcome was unknown."""
+        outcome: Outcome = "ok" if landed else "failed"
+        if operation.outcome in ("ok", "failed") and operation.outcome != outcome:
+            self.problem(f"settled as {outcome} what was settled as {operation.outcome}: {operation}")
+        self.note(who, f"settles {_words(operation)}: {outcome}")
+        if operation.outcome in ("unknown", "open"):
+            operation.ended, operation.outcome = self.tick(), outcome
+
+    def new_commit(self) -> str:
+        """The name of a commit that nobody has made yet."""
+        name = f"c{len(self.ids)}"
+        self.name_commit(name, ObjectId(self.rng.randbytes(12)))
+        return name
+
+    def name_commit(self, name: str, id: ObjectId) -> None:
+        """Give a snapshot's id a name that people can read."""
+        self.ids[name], self.names[id] = id, name
+
+    def name_of(self, id: ObjectId, message: str | None = None) -> str:
+        """The name of a snapshot; its message where its id was chosen by the engine."""
+        return self.names.get(id) or (message if message in self.ids or message else f"?{id.hex()}")
+
+    def view(self, state: RepoState) -> View:
+        """What a state shows of the repository, for the checker."""
+        branches = {}
+        for branch, tip in state.branches.items():
+            commits = [self.name_of(record.id, record.message) for record in state.ancestry(tip)]
+            branches[branch] = tuple(commits[::-1])
+        tags = {}
+        for tag, target in state.tags.items():
+            known = state.snapshots.get(target)
+            tags[tag] = self.name_of(target, known.message if known is not None else None)
+        return View(branches=branches, tags=tags)
+
+    async def read(self, client: Client, log: RepositoryLog) -> View | None:
+        """Look at the repository as it is now, and enter that into the history; None without an answer."""
+        operation = Operation(client=client.name, verb="read", began=self.tick())
+
+        async def look() -> RepoState:
+            state = await log.refresh()
+            if log.layout is Layout.REFS:
+                state = await log.learn(sorted(state.tips()), ancestry=True)
+            return state
+
+        state = await client.run(look())
+        if state is None:
+            return None
+        operation.seen = self.view(state)
+        operation.ended, operation.outcome = self.tick(), "ok"
+        self.history.append(operation)
+        self.note(client.name, f"sees {_shown(operation.seen)}")
+        return operation.seen
+
+    async def quietly(self, action: Coroutine[Any, Any, T]) -> T | None:
+        """The result of an action; None where it fails as actions may."""
+        try:
+            return await action
+        except (IcechunkError, SessionStateError):
+            return None
+
+
+def _task_of_owner(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
+    task: asyncio.Task[Any] = asyncio.Task(work, loop=loop, **options)
+    owner = _owner.get()
+    if owner is not None:
+        owner.tasks.append(task)
+    return task
+
+
+def _words(operation: Operation) -> str:
+    on = f" on {operation.parent}" if operation.parent is not None else ""
+    return " ".join(part for part in (operation.verb, operation.ref, operation.commit) if part) + on
+
+
+def _shown(view: View) -> str:
+    branches = ", ".join(f"{name}: {'←'.join(commits)}" for name, commits in sorted(view.branches.items()))
+    tags = ", ".join(f"{name} = {commit}" for name, commit in sorted(view.tags.items()))
+    return branches + (f"; tags {tags}" if tags else "")

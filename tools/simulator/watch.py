@@ -1,0 +1,81 @@
+"""What is watched at the store while a schedule runs: rules that no history of outcomes shows.
+
+- A checkpoint never goes back within its epoch, and what it names exists.
+- An attempt whose caller was told anything is never sent again.
+- An attempt of which every request was refused is not called unknown.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from icechunk.format.ids import ObjectId
+from icechunk.format.keys import REPO_KEY, snapshot_key, transaction_key
+from icechunk.format.repo.codec import decode_repo
+from icechunk.log.repository.marker import decode_marker
+from icechunk.log.repository.port import SwapToken
+from tools.simulator.checker import Operation
+from tools.simulator.cluster import Cluster
+from tools.simulator.storage import SimulatedStorage
+
+__all__ = ["Watch"]
+
+TOLD_ATTEMPTS_REST: Final = False
+"""Whether the engine observes the amended rules 2 and 3 already: until then the last two are not watched."""
+_NONCE: Final = re.compile(rb'"nonce":"([0-9a-f]{32})"')
+
+
+class Watch:
+    """Watches one cluster's store, and writes what is wrong into its report."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._store = cluster.store
+        self._reached: dict[str, int] = {}
+        self._found: set[ObjectId] = set()
+        self._told: set[bytes] = set()
+        self._answers: dict[bytes, set[str]] = {}
+        self._store.on_write = self._written
+        self._store.on_put = self._sent
+        self._store.on_answer = self._answered
+
+    def _written(self, key: str, data: bytes) -> None:
+        if key == REPO_KEY:
+            self._checkpointed(data)
+
+    def _checkpointed(self, data: bytes) -> None:
+        info = decode_repo(data)
+        marker = decode_marker(info.extra)
+        embedded = self._cluster.embedded
+        if embedded:
+            for id in info.snapshots:
+                if id in self._found:
+                    continue
+                self._found.add(id)
+                for key in (snapshot_key(id), transaction_key(id)):
+                    if key in embedded:
+                        found = self._store.objects.get(key)
+                        if found is None or found.data != embedded[key]:
+                            self._cluster.problem(f"repo names {key}, which is not there")
+        if marker is not None:
+            if marker.n < self._reached.get(marker.epoch, 0):
+                self._cluster.problem("a checkpoint went back")
+            self._reached[marker.epoch] = marker.n
+
+    def _sent(self, storage: SimulatedStorage, key: str, data: bytes) -> None:
+        if self._told and key.startswith("log/") and (found := _NONCE.search(data)) and found[1] in self._told:
+            self._cluster.problem(f"{storage.name} sends an attempt again whose caller was told about it")
+
+    def _answered(self, key: str, data: bytes, answer: str) -> None:
+        if key.startswith("log/") and (found := _NONCE.search(data)):
+            self._answers.setdefault(found[1], set()).add(answer)
+
+    def told(self, operation: Operation, token: SwapToken) -> None:
+        """The caller of an attempt has been told that its outcome is unknown."""
+        if not TOLD_ATTEMPTS_REST:
+            return
+        nonce = token.nonce.hex().encode()
+        self._told.add(nonce)
+        if self._answers.get(nonce) == {"refused"} and operation.outcome == "unknown":
+            self._cluster.problem(f"every request of it was refused, and its outcome is called unknown: {operation}")

@@ -1,0 +1,378 @@
+"""The actors of a simulation who change a repository through its log, and those who read it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from icechunk.errors import (
+    AlreadyExistsError,
+    CommitOutcomeUnknown,
+    ConflictError,
+    ErrorKind,
+    IcechunkError,
+    ObjectNotFoundError,
+    RefNotFoundError,
+    StorageError,
+)
+from icechunk.format.ids import ObjectId
+from icechunk.format.keys import snapshot_key
+from icechunk.format.repo.values import SnapshotRecord
+from icechunk.log.repository import events as e
+from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.port import Layout, Propose, RepositoryLog, SwapToken
+from icechunk.log.repository.state import MAIN, RepoState
+from tools.simulator.checker import Operation
+from tools.simulator.cluster import Client, Cluster
+from tools.simulator.faults import Fault
+from tools.simulator.files import bare_snapshot, commit_files
+from tools.simulator.loop import DAY_S
+from tools.simulator.storage import SimulatedStorage
+
+__all__ = ["Powers", "commit_proposal", "reader", "settle", "writer"]
+
+_NO_WAY: Final = (ConflictError, AlreadyExistsError, RefNotFoundError)
+"""Errors that say: the state does not allow it."""
+
+
+def commit_proposal(
+    snapshot: ObjectId, branch: str, *, parent: ObjectId | None = None, now_us: int, message: str = ""
+) -> Propose:
+    """A commit of an otherwise empty snapshot on the branch's tip, or on a parent that may be stale."""
+
+    def propose(state: RepoState) -> Sequence[e.Event]:
+        base = parent if parent is not None else state.branch_tip(branch)
+        return [e.CommitAdded(branch=branch, snapshot=_record(state, snapshot, base, now_us, message))]
+
+    return propose
+
+
+def _record(state: RepoState, snapshot: ObjectId, parent: ObjectId | None, now_us: int, message: str) -> SnapshotRecord:
+    known = state.snapshots.get(parent) if parent is not None else None
+    flushed_at_us = max(now_us, known.flushed_at_us + 1 if known else 0)
+    return SnapshotRecord(id=snapshot, parent=parent, flushed_at_us=flushed_at_us, message=message, metadata={})
+
+
+class Powers:
+    """What the writers of one schedule do, and how often.
+
+    Parameters
+    ----------
+    only_commits
+        They leave branches and tags alone.
+    forgetful
+        Branches are deleted, and moved back; not where a layout cannot tell a branch that was moved back from one that
+        never moved.
+    """
+
+    def __init__(self, rng: random.Random, layout: Layout, *, only_commits: bool, forgetful: bool) -> None:
+        verbs = ["commit"] * rng.choice((2, 4, 8))
+        if not only_commits:
+            verbs += ["create-branch", "create-tag"] * rng.choice((0, 1, 1))
+            verbs += ["delete-tag"] * rng.choice((0, 1))
+            if forgetful:
+                verbs += ["delete-branch", "reset-branch"] * rng.choice((0, 1, 1))
+            if layout is not Layout.REFS:
+                verbs += ["amend"] * rng.choice((0, 1))
+        self.verbs = verbs
+        self.fresh_names = layout is Layout.REFS
+        """Whether no name is ever used twice."""
+
+
+async def writer(cluster: Cluster, powers: Powers, rounds: int) -> None:
+    """Changes the repository again and again; opens it anew after a crash, and sometimes without one."""
+    rng = cluster.rng
+    client = cluster.client("w")
+    log = await client.open()
+    for _ in range(rounds):
+        if client.dead or log is None:
+            client = cluster.client("w")
+            log = await client.open()
+            if log is None:
+                continue
+        if rng.random() < 0.1:
+            await asyncio.sleep(rng.choice((5.0, 3600.0, 4 * DAY_S, 20 * DAY_S)) * rng.random())
+        at_once = rng.choice((1, 1, 1, 2))
+        await asyncio.gather(*(_change(cluster, powers, client, log, at_once=at_once) for _ in range(at_once)))
+        if client.dead:
+            continue
+        if rng.random() < 0.08:
+            await client.run(log.checkpoint())
+        if rng.random() < 0.08 or (isinstance(log, LogLayout) and log.view.left is not None):
+            await client.run(log.aclose())
+            log = None
+    if log is not None and not client.dead:
+        await client.run(log.aclose())
+
+
+async def _change(cluster: Cluster, powers: Powers, client: Client, log: RepositoryLog, *, at_once: int) -> None:
+    """One change, of a kind that fits what the client knows."""
+    rng, state = cluster.rng, log.state
+    verb = rng.choice(powers.verbs)
+    branches = sorted(state.branches)
+    branch = rng.choice(branches)
+    tip = state.branches[branch]
+    op = Operation(client=client.name, verb=verb, ref=branch, began=0)
+    event: Callable[[RepoState], e.Event]
+    match verb:
+        case "create-branch":
+            op.ref, op.commit = _name(cluster, powers, "b"), cluster.name_of(tip)
+            event = lambda _: e.BranchCreated(name=op.ref, snapshot=tip)  # noqa: E731
+        case "create-tag":
+            op.ref, op.commit = _name(cluster, powers, "t"), cluster.name_of(tip)
+            event = lambda _: e.TagCreated(name=op.ref, snapshot=tip)  # noqa: E731
+        case "delete-tag":
+            op.ref = rng.choice(sorted(set(state.tags) - cluster.deleting) or ["t0"])
+            if powers.fresh_names:
+                cluster.deleting.add(op.ref)
+            event = lambda _: e.TagDeleted(name=op.ref)  # noqa: E731
+        case "delete-branch" if len(branches) > 1:
+            op.ref = rng.choice([name for name in branches if name != MAIN])
+            event = lambda _: e.BranchDeleted(name=op.ref)  # noqa: E731
+        case "reset-branch":
+            target = rng.choice([record.id for record in _known_ancestry(state, rng.choice(branches))])
+            expected = tip if rng.random() < 0.5 else None
+            op.commit = cluster.name_of(target)
+            op.parent = cluster.name_of(tip) if expected is not None else None
+            event = lambda _: e.BranchReset(name=branch, snapshot=target, expected=expected)  # noqa: E731
+        case _:
+            await _commit(cluster, client, log, op, tip, at_once=at_once)
+            return
+    cluster.begin(op)
+    await _append(cluster, client, log, op, lambda now: [event(now)], at_once=at_once)
+
+
+def _known_ancestry(state: RepoState, branch: str) -> list[SnapshotRecord]:
+    found, id = [], state.branches.get(branch)
+    while id is not None and (record := state.snapshots.get(id)) is not None:
+        found.append(record)
+        id = record.parent
+    if not found:
+        # Format 1 reads what it is asked for: the tip is known to exist.
+        found = [SnapshotRecord(id=state.branches[branch], parent=None, flushed_at_us=0, message="")]
+    return found
+
+
+def _name(cluster: Cluster, powers: Powers, prefix: str) -> str:
+    if powers.fresh_names:
+        return f"{prefix}{cluster.tick()}"
+    return f"{prefix}{cluster.rng.randrange(3)}"
+
+
+async def _commit(
+    cluster: Cluster, client: Client, log: RepositoryLog, op: Operation, tip: ObjectId, *, at_once: int
+) -> None:
+    rng, refs = cluster.rng, log.layout is Layout.REFS
+    op.commit = cluster.new_commit()
+    id, now_us = cluster.ids[op.commit], client.sources.wall_us()
+    previous: ObjectId | None = None
+    parent: ObjectId | None = None
+    known = log.state.snapshots.get(tip)
+    if op.verb == "amend" and known is not None and known.parent is not None:
+        previous, parent = tip, known.parent
+        op.parent = cluster.name_of(previous)
+    else:
+        op.verb = "commit"
+        if refs or cluster.collect or rng.random() < 0.4:
+            parent = tip
+            op.parent = cluster.name_of(parent)
+    record = _record(log.state, id, parent, now_us, op.commit)
+    cluster.begin(op)
+    since_us: int | None = None
+    files: dict[str, bytes] = {}
+    if cluster.collect:
+        since_us = log.store_time_us
+        embedded = await _upload(cluster, client, record, spec_version=1 if refs else 2)
+        if embedded is None:
+            cluster.end(op, "open" if client.dead else "failed", "a file could not be put")
+            return
+        files = embedded
+    elif refs:
+        files = {snapshot_key(id): bare_snapshot(record, spec_version=1)}
+    elif log.layout is Layout.LOG and rng.random() < 0.8:
+        files = {snapshot_key(id): b"the file of " + id}
+    cluster.embedded.update(files)
+
+    def propose(state: RepoState) -> Sequence[e.Event]:
+        if previous is not None:
+            amended = _record(state, id, parent, now_us, op.commit)
+            return [e.CommitAmended(branch=op.ref, previous=previous, snapshot=amended)]
+        base = parent if parent is not None else state.branch_tip(op.ref)
+        exact = record if parent is not None and (refs or cluster.collect) else None
+        return [
+            e.CommitAdded(branch=op.ref, snapshot=exact or _record(state, id, base, now_us, op.commit)),
+        ]
+
+    await _append(cluster, client, log, op, propose, since_us=since_us, files=files, at_once=at_once)
+
+
+async def _upload(
+    cluster: Cluster, client: Client, record: SnapshotRecord, *, spec_version: int
+) -> dict[str, bytes] | None:
+    """What a session does before its swap; it may take days, and what is not answered is sent again.
+
+    Returns the files that shall be embedded; None where something could not be put.
+    """
+    rng = cluster.rng
+    inherited = cluster.manifests.get(record.parent, ())[:3] if record.parent is not None else ()
+    made = commit_files(
+        record,
+        manifest=ObjectId(rng.randbytes(12)),
+        chunk=ObjectId(rng.randbytes(12)),
+        inherited=inherited,
+        spec_version=spec_version,
+    )
+    cluster.manifests[record.id] = (made.manifest, *inherited)
+    rides = rng.random() < 0.6
+    embedded = {key: data for key, data in made.files if rides and not key.startswith("chunks/")}
+    for key, data in made.files:
+        if key in embedded:
+            continue
+        if rng.random() < 0.06:
+            await asyncio.sleep(rng.choice((1, 2000, DAY_S, 4 * DAY_S)) * rng.random())
+        for _ in range(4):
+            if client.dead:
+                return None
+            if await client.run(client.storage.put(key, data)) is not None:
+                break
+            await asyncio.sleep(1)
+        else:
+            return None
+    return embedded
+
+
+async def _append(
+    cluster: Cluster,
+    client: Client,
+    log: RepositoryLog,
+    op: Operation,
+    propose: Propose,
+    *,
+    at_once: int,
+    since_us: int | None = None,
+    files: dict[str, bytes] | None = None,
+) -> None:
+    """Make the change, and enter into the history what was told about it."""
+    rng, mix = cluster.rng, cluster.mix
+    deadline_s = rng.choice((0.02, 0.2, 1.0)) if mix.chance(Fault.DEADLINE, rng) else None
+    tokens: list[SwapToken | None] = []
+    append = log.append(propose, since_us=since_us, deadline_s=deadline_s, on_sent=tokens.append, files=files or {})
+    task = client.own(append)
+    if mix.chance(Fault.CANCELLED, rng):
+        await asyncio.sleep(rng.uniform(0, 0.2))
+        if not task.done():
+            task.cancel()
+            cluster.inject(Fault.CANCELLED, client.name, "its caller gives up")
+    await asyncio.wait({task})
+    token = tokens[-1] if tokens else None
+    if client.dead:
+        # Nobody is there to be told anything. A token that was kept may still be settled.
+        if not task.cancelled():
+            task.exception()
+        if token is not None and rng.random() < 0.5:
+            cluster.told(op, token)
+        return
+    if task.cancelled():
+        if token is None:
+            cluster.end(op, "failed", "cancelled before anything was sent")
+        else:
+            cluster.end(op, "unknown", "cancelled")
+            await _unknown(cluster, client, log, op, token)
+        return
+    error = task.exception()
+    if error is None:
+        cluster.end(op, "ok")
+    elif isinstance(error, CommitOutcomeUnknown):
+        if deadline_s is not None and "deadline" in str(error):
+            cluster.inject(Fault.DEADLINE, client.name, f"{deadline_s} s have passed")
+        cluster.end(op, "unknown", str(error))
+        await _unknown(cluster, client, log, op, error.token)
+    elif isinstance(error, _NO_WAY) and getattr(error, "kind", None) != ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED:
+        # A call may be refused for the sake of another one of the same client that does not land in the end.
+        cluster.end(op, "failed" if at_once > 1 else "refused", f"{type(error).__name__}: {error}")
+    elif isinstance(error, IcechunkError):
+        cluster.end(op, "failed", f"{type(error).__name__}: {error}")
+    else:
+        raise error
+
+
+async def _unknown(
+    cluster: Cluster, client: Client, log: RepositoryLog, op: Operation, token: SwapToken | None
+) -> None:
+    """The outcome is unknown: sometimes find out, at once or later, here or elsewhere."""
+    cluster.report.unknown += 1
+    if token is None:
+        cluster.problem(f"the outcome of {op} is unknown, and there is no token")
+        return
+    cluster.told(op, token)
+    if cluster.rng.random() < 0.6:
+        await asyncio.sleep(cluster.rng.choice((0.01, 1, 5)))
+        await settle(cluster, client, log, op)
+
+
+async def settle(cluster: Cluster, client: Client, log: RepositoryLog, op: Operation) -> bool:
+    """Ask what became of an operation; whether that is certain now."""
+    token = cluster.tokens[id(op)]
+    layout, colon, _ = token.epoch.partition(":")
+    if not token.snapshots and (layout if colon else "log") != log.layout.value:
+        # A token of another layout.
+        return False
+    if not token.snapshots and log.layout is Layout.REPO and cluster.updates_per_file is not None:
+        # The repo object finds a change without snapshots only while its line is in it.
+        return False
+    for _ in range(4):
+        if client.dead:
+            return False
+        landed = await client.run(log.settle(token))
+        if landed is not None:
+            cluster.settled_as(op, client.name, landed)
+            return True
+        await asyncio.sleep(2)
+    return False
+
+
+async def reader(cluster: Cluster, looks: int) -> None:
+    """Looks at the repository again and again, also at the files of its history."""
+    rng = cluster.rng
+    client = cluster.client("r")
+    log = await client.open()
+    for _ in range(looks):
+        if client.dead or log is None:
+            client = cluster.client("r")
+            log = await client.open()
+            if log is None:
+                return
+        await asyncio.sleep(rng.choice((0.05, 0.3, 2, 1000, 2 * DAY_S, 12 * DAY_S)) * rng.random())
+        if log.layout is Layout.REPO and cluster.converts and (log := await client.open()) is None:
+            # A repo object that was converted is not followed into its log by a client that has it open.
+            continue
+        if await cluster.read(client, log) is None:
+            continue
+        if not cluster.collect and log.layout is Layout.LOG and not client.dead:
+            history = sorted(log.state.snapshots)
+            for snapshot in rng.sample(history, min(2, len(history))):
+                await _check_file(cluster, client.storage, log, snapshot)
+        if rng.random() < 0.15:
+            log = None
+
+
+async def _check_file(cluster: Cluster, storage: SimulatedStorage, log: RepositoryLog, snapshot: ObjectId) -> None:
+    """As `icechunk.transfer.assets` reads: the object, else what is embedded, else the object once more."""
+    key = snapshot_key(snapshot)
+    if key not in cluster.embedded:
+        return
+    found: bytes | None = None
+    try:
+        for _ in range(2):
+            try:
+                found = (await storage.get(key)).data
+            except ObjectNotFoundError:
+                found = await log.find_file(key)
+            if found is not None:
+                break
+    except (StorageError, asyncio.CancelledError):
+        return
+    if found != cluster.embedded[key]:
+        cluster.problem(f"the file of snapshot {cluster.name_of(snapshot)} is nowhere")
