@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from tools.simulator.checker import Operation, Verdict, View, check
+from tools.simulator.checker import Operation, Outcome, Verdict, View, check
 
 
-def op(client: str, verb: str, *, at: tuple[int, int | None], outcome: str = "ok", **what: object) -> Operation:
+def op(client: str, verb: str, *, at: tuple[int, int | None], outcome: Outcome = "ok", **what: Any) -> Operation:
     return Operation(client=client, verb=verb, began=at[0], ended=at[1], outcome=outcome, **what)
 
 
-def commit(client: str, name: str, *, at: tuple[int, int | None], branch: str = "main", **what: object) -> Operation:
+def commit(client: str, name: str, *, at: tuple[int, int | None], branch: str = "main", **what: Any) -> Operation:
     return op(client, "commit", ref=branch, commit=name, at=at, **what)
 
 
@@ -20,7 +22,7 @@ def read(client: str, *, at: tuple[int, int], tags: dict[str, str] | None = None
     return op(client, "read", at=at, seen=view)
 
 
-def right(*history: Operation, **how: object) -> bool:
+def right(*history: Operation, **how: Any) -> bool:
     verdict: Verdict = check(history, **how)
     assert not verdict.undecided
     return not verdict.problems
