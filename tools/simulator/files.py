@@ -31,6 +31,10 @@ from icechunk.log.repository.state import RepoState
 
 __all__ = ["CommitFiles", "bare_snapshot", "commit_files", "missing_files"]
 
+_METADATA = (
+    b'{"zarr_format":3,"node_type":"array","shape":[1],"data_type":"uint8","fill_value":0,"codecs":[{"name":"bytes"}],'
+    b'"chunk_grid":{"name":"regular","configuration":{"chunk_shape":[1]}},"chunk_key_encoding":{"name":"default"}}'
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +70,7 @@ def _array_of(manifest: ObjectId) -> NodeSnapshot:
         id=NodeId(manifest[:8]),
         path=f"/{manifest.hex()}",
         kind=NodeKind.ARRAY,
-        user_data=b"{}",
+        user_data=_METADATA,
         shape=(DimensionShape(1, 1),),
         manifests=(ManifestRef(manifest, ((0, 1),)),),
     )

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Final
 
 from icechunk.format.ids import ObjectId
@@ -21,8 +22,6 @@ from tools.simulator.storage import SimulatedStorage
 
 __all__ = ["Watch"]
 
-TOLD_ATTEMPTS_REST: Final = False
-"""Whether the engine observes the amended rules 2 and 3 already: until then the last two are not watched."""
 _NONCE: Final = re.compile(rb'"nonce":"([0-9a-f]{32})"')
 
 
@@ -36,6 +35,7 @@ class Watch:
         self._found: set[ObjectId] = set()
         self._told: set[bytes] = set()
         self._answers: dict[bytes, set[str]] = {}
+        self._flying: Counter[bytes] = Counter()
         self._store.on_write = self._written
         self._store.on_put = self._sent
         self._store.on_answer = self._answered
@@ -64,18 +64,25 @@ class Watch:
             self._reached[marker.epoch] = marker.n
 
     def _sent(self, storage: SimulatedStorage, key: str, data: bytes) -> None:
-        if self._told and key.startswith("log/") and (found := _NONCE.search(data)) and found[1] in self._told:
+        if key.startswith("log/") and (found := _NONCE.search(data)) is not None:
+            self._flying[found[1]] += 1
+        # What stands in a slot may be sent there again: so clients find out whether the store honours conditions.
+        if not self._told or not key.startswith("log/") or key in self._store.objects:
+            return
+        if (found := _NONCE.search(data)) is not None and found[1] in self._told:
             self._cluster.problem(f"{storage.name} sends an attempt again whose caller was told about it")
 
     def _answered(self, key: str, data: bytes, answer: str) -> None:
         if key.startswith("log/") and (found := _NONCE.search(data)):
             self._answers.setdefault(found[1], set()).add(answer)
+            self._flying[found[1]] -= 1
 
     def told(self, operation: Operation, token: SwapToken) -> None:
         """The caller of an attempt has been told that its outcome is unknown."""
-        if not TOLD_ATTEMPTS_REST:
-            return
-        nonce = token.nonce.hex().encode()
-        self._told.add(nonce)
-        if self._answers.get(nonce) == {"refused"} and operation.outcome == "unknown":
+        nonces = [nonce.hex().encode() for nonce in token.nonces]
+        self._told.update(nonces)
+        answers = set[str]().union(*(self._answers.get(nonce, {"none"}) for nonce in nonces))
+        if any(self._flying[nonce] for nonce in nonces):
+            answers.add("none")
+        if answers == {"refused"} and operation.outcome == "unknown" and operation.note != "cancelled":
             self._cluster.problem(f"every request of it was refused, and its outcome is called unknown: {operation}")

@@ -345,9 +345,6 @@ async def reader(cluster: Cluster, looks: int) -> None:
             if log is None:
                 return
         await asyncio.sleep(rng.choice((0.05, 0.3, 2, 1000, 2 * DAY_S, 12 * DAY_S)) * rng.random())
-        if log.layout is Layout.REPO and cluster.converts and (log := await client.open()) is None:
-            # A repo object that was converted is not followed into its log by a client that has it open.
-            continue
         if await cluster.read(client, log) is None:
             continue
         if not cluster.collect and log.layout is Layout.LOG and not client.dead:
