@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 from urllib.parse import urlsplit
 
 from icechunk.config.storage import AnyObjectStoreConfig, ObjectStoreConfig
@@ -27,6 +27,8 @@ _SCHEMES: Final[dict[type, frozenset[str]]] = {
 @dataclass(slots=True, repr=False)
 class VirtualChunkContainer(Setting):
     """A place that virtual references may point into, and how to reach it."""
+
+    _public_name: ClassVar[str] = "icechunk.virtual.VirtualChunkContainer"
 
     url_prefix: str
     """Locations that start with it belong to this container; ends in ``/``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 from icechunk.config import RepositoryConfig
 from icechunk.format.ids import ObjectId, object_id_from_text
@@ -11,6 +11,7 @@ from icechunk.log.repository.ref_files.layout import needs_format_2
 from icechunk.log.repository.state import RepoState, require_snapshot
 from icechunk.ops import Attribution, SpecVersion
 from icechunk.runtime.loops import run_sync
+from icechunk.runtime.pickles import instance_of_state
 from icechunk.runtime.representation import fields_html
 from icechunk.session.core import Core
 from icechunk.storage.port import Storage
@@ -72,6 +73,9 @@ class RepositoryBase:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return instance_of_state(self, self.__getstate__())
 
     def __getstate__(self) -> Core:
         return self._core

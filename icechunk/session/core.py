@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,7 +28,6 @@ from icechunk.config.repository import (
     DEFAULT_NUM_SNAPSHOT_NODES,
 )
 from icechunk.config.storage import DEFAULT_IDEAL_REQUEST_BYTES, DEFAULT_MAX_REQUESTS_PER_OBJECT
-from icechunk.errors import ErrorKind, FormatError
 from icechunk.format.ids import ObjectId, object_id_from_text
 from icechunk.format.manifest.location_compression import LocationCompression
 from icechunk.format.values import Snapshot
@@ -38,9 +37,10 @@ from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Layout, Reposit
 from icechunk.log.repository.queue import UpdateRetries, retries_of
 from icechunk.log.repository.state import RepoState
 from icechunk.log.session.plan.compaction import Policy
-from icechunk.runtime.about import CLIENT_NAME, DISTRIBUTION, VERSION
+from icechunk.runtime.about import CLIENT_NAME
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.loops import PerLoop
+from icechunk.runtime.pickles import call_of
 from icechunk.storage.port import Storage
 from icechunk.transfer.assets import Assets, Preloader, Reads
 from icechunk.transfer.blocks import Limits
@@ -171,18 +171,15 @@ class Core:
             config = config_from_dict(self.persisted_config).merge(config)
         self._configure(self.storage, config)
 
-    def __reduce__(self) -> tuple[Callable[..., Core], tuple[Any, ...]]:
-        return (
+    def __reduce__(self) -> tuple[Any, ...]:
+        return call_of(
             _restore,
-            (
-                _MadeBy(),
-                self.storage,
-                self.config,
-                self.attribution,
-                self.virtual_access,
-                self.default_metadata,
-                self.layout,
-            ),
+            self.storage,
+            self.config,
+            self.attribution,
+            self.virtual_access,
+            self.default_metadata,
+            self.layout,
         )
 
     async def _open_log(self) -> RepositoryLog:
@@ -360,24 +357,7 @@ def _reads(caching: CachingConfig, engine: EngineConfig, storage: StorageSetting
     return Reads(limits=limits, splitting=splitting, hedge_percentile=engine.hedge_percentile)
 
 
-class _MadeBy:
-    """Our version, as the first part of a pickle: it is read before the parts that another version may not have."""
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return _require_version, (VERSION,)
-
-
-def _require_version(version: str) -> None:
-    if version.split(".")[:2] != VERSION.split(".")[:2]:
-        raise FormatError(
-            f"cannot load the pickle: {DISTRIBUTION} {version} made it, and this is {VERSION}; pickles pass between "
-            "processes of one version only: make it anew, or open the repository and the snapshot by its id",
-            ErrorKind.PICKLE,
-        )
-
-
 def _restore(
-    made_by: None,
     storage: Storage,
     config: RepositoryConfig,
     attribution: Attribution | None,

@@ -37,6 +37,7 @@ from icechunk.log.session.wire import decode_log, encode_log
 from icechunk.ops import SessionMode
 from icechunk.runtime.checks import require_type
 from icechunk.runtime.loops import run_sync, synchronous
+from icechunk.runtime.pickles import instance_of_state
 from icechunk.runtime.representation import fields_html
 from icechunk.runtime.tasks import run_all
 from icechunk.session import rearrange
@@ -489,6 +490,9 @@ class Session:
         return both_read_only and ours.log.base.id == theirs.log.base.id and ours.core.storage == theirs.core.storage
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return instance_of_state(self, self.__getstate__())
 
     def __getstate__(self) -> dict[str, Any]:
         if not self.read_only:

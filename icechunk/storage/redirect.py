@@ -8,7 +8,7 @@ and without credentials: a server that names a place must not get somebody's key
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -19,6 +19,7 @@ from icechunk.config import S3Options, StorageSettings
 from icechunk.credentials import GcsCredentials, S3Credentials
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
 from icechunk.runtime.clock import SYSTEM
+from icechunk.runtime.pickles import call_of
 from icechunk.runtime.representation import redacted_url
 from icechunk.storage.http.reading import MOST_REDIRECTS, HttpReader
 from icechunk.storage.http.storage import HttpStorage
@@ -113,8 +114,8 @@ class RedirectStorage(ReadOnlyStorage):
     def __hash__(self) -> int:
         return hash((RedirectStorage, self._base_url))
 
-    def __reduce__(self) -> tuple[Callable[..., Storage], tuple[Any, ...]]:
-        return RedirectStorage, (self._base_url, self._settings, self._user_agent)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return call_of(RedirectStorage, self._base_url, self._settings, self._user_agent)
 
 
 async def _follow(base_url: str, settings: StorageSettings | None) -> str:

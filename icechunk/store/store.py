@@ -23,6 +23,7 @@ from zarr.core.sync import SyncMixin
 from icechunk.errors import ErrorKind, InvalidInputError, ReadOnlyError, SessionStateError
 from icechunk.format.values import ChunkRefs, NodeKind, NodeSnapshot
 from icechunk.runtime.loops import run_sync
+from icechunk.runtime.pickles import instance_of_state
 from icechunk.runtime.representation import fields_html
 from icechunk.runtime.tasks import run_each
 from icechunk.storage.port import ByteRange, Octets, Range, Suffix
@@ -368,6 +369,9 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return instance_of_state(self, self.__getstate__())
 
     def __getstate__(self) -> dict[str, Any]:
         # The session's own refusal says what to do with a writable one.

@@ -20,8 +20,8 @@ import icechunk
 from icechunk import IcechunkStore, Repository, Session
 from icechunk.credentials import S3Credentials, S3StaticCredentials
 from icechunk.errors import ErrorKind, FormatError
+from icechunk.runtime import pickles
 from icechunk.runtime.about import VERSION
-from icechunk.session import core
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.port import Storage
 from tests.store.store_builders import read
@@ -196,9 +196,9 @@ def test_a_pickle_of_another_version_is_refused_by_name_and_one_of_another_patch
     value = {"store": session.store, "session": session, "fork": fork, "repository": repository}[what]
     major, minor, patch = VERSION.split(".")
     with monkeypatch.context() as other:
-        other.setattr(core, "VERSION", f"{major}.{minor}.{int(patch) + 1}")
+        other.setattr(pickles, "VERSION", f"{major}.{minor}.{int(patch) + 1}")
         near = pickle.dumps(value)
-        other.setattr(core, "VERSION", f"{major}.{int(minor) + 1}.0")
+        other.setattr(pickles, "VERSION", f"{major}.{int(minor) + 1}.0")
         far = pickle.dumps(value)
     assert type(pickle.loads(near)) is type(value)
     with pytest.raises(FormatError, match=f"{major}.{int(minor) + 1}.0 made it, and this is {VERSION}") as caught:

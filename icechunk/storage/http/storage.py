@@ -7,7 +7,7 @@ opens repositories goes from file to file instead.
 from __future__ import annotations
 
 import copy
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
@@ -17,6 +17,7 @@ from icechunk.config import StorageSettings
 from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.loops import PerLoop
+from icechunk.runtime.pickles import call_of
 from icechunk.runtime.representation import redacted_url
 from icechunk.storage.http.reading import HttpReader, check_options, reader_maker
 from icechunk.storage.port import (
@@ -134,8 +135,8 @@ class HttpStorage(ReadOnlyStorage):
     def __hash__(self) -> int:
         return hash((HttpStorage, self._base_url))
 
-    def __reduce__(self) -> tuple[Callable[..., Storage], tuple[Any, ...]]:
-        return _unpickled, (self._base_url, self._options, self._headers, self._settings)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return call_of(_unpickled, self._base_url, self._options, self._headers, self._settings)
 
 
 def _unpickled(

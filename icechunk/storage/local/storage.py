@@ -44,6 +44,7 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.runtime.clock import SYSTEM, Sources
+from icechunk.runtime.pickles import instance_of_state
 from icechunk.storage.http.buffers import Buffers
 from icechunk.storage.local.files import (
     RESERVED,
@@ -219,6 +220,9 @@ class LocalStorage(Storage):
 
     def __hash__(self) -> int:
         return hash((LocalStorage, self._root))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return instance_of_state(self, self.__getstate__())
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self._root}

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from icechunk.config import StorageSettings
 from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
+from icechunk.runtime.pickles import call_of
 from icechunk.storage.obstore.buckets import ObstoreBucket
 from icechunk.storage.obstore.errors import failure_of, missing, obstore_module, storage_error
 from icechunk.storage.obstore.reading import ObstoreReading, version_of_meta
@@ -258,8 +259,8 @@ class ObstoreStorage(ObstoreReading):
     def __hash__(self) -> int:
         return hash(self._bucket.identity())
 
-    def __reduce__(self) -> tuple[Callable[..., Storage], tuple[Any, ...]]:
-        return ObstoreStorage, (self._bucket, self._effective.settings)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return call_of(ObstoreStorage, self._bucket, self._effective.settings)
 
 
 def _metadata_name(name: str) -> str:

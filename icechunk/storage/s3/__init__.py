@@ -1,1 +1,11 @@
 """Objects in buckets of S3 and of services that speak its protocol."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from icechunk.runtime.pickles import refuse_old
+
+
+def __getattr__(name: str) -> NoReturn:
+    refuse_old(__name__, name)

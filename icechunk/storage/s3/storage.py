@@ -15,12 +15,13 @@ Where ``unsafe_use_metadata`` is off, contents are compared instead, and only af
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, Final, Unpack
 
 from icechunk.config import StorageSettings
 from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.runtime.clock import SYSTEM, Sources
+from icechunk.runtime.pickles import call_of
 from icechunk.runtime.representation import redacted_url
 from icechunk.storage.http.headers import date_us, range_header, result_of, version_of
 from icechunk.storage.outcome import (
@@ -403,9 +404,9 @@ class S3Storage(Storage):
     def __hash__(self) -> int:
         return hash((S3Storage, self._bucket.name, self._bucket.root))
 
-    def __reduce__(self) -> tuple[Callable[..., Storage], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         bucket = self._bucket
-        return _unpickled, (bucket.name, bucket.prefix, self._effective.settings, bucket.described)
+        return call_of(_unpickled, bucket.name, bucket.prefix, self._effective.settings, bucket.described)
 
     def _landed(self, client: S3Client, request: Request, answer: Answer) -> PutResult:
         if answer.status >= 300:
