@@ -22,6 +22,7 @@ from icechunk.log.repository.marker import NO_FILES, Kept, checkpoint_info, keep
 from icechunk.log.repository.store_check import require_atomic
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import in_thread
+from icechunk.storage.outcome import is_refusal
 from icechunk.storage.port import Matches, Storage
 
 __all__ = [
@@ -123,7 +124,9 @@ async def write_checkpoint(
                 )
             except PreconditionFailedError:
                 pass
-            except StorageError:
+            except StorageError as error:
+                if is_refusal(error):
+                    raise
                 await sources.sleep(0.05)
         found = await read_repo(storage, sources)
         if found is None:
@@ -194,7 +197,9 @@ async def finish_conversion(
             await storage.put(REPO_KEY, encoded.data, Matches(found.known.version))
         except PreconditionFailedError:
             continue
-        except StorageError:
+        except StorageError as error:
+            if is_refusal(error):
+                raise
             await sources.sleep(0.05)
     raise StorageError(
         f"cannot finish the conversion of {storage.describe()}: no certain answer after {_ATTEMPTS} tries; opening the "
@@ -233,7 +238,9 @@ async def convert_to_log(storage: Storage, sources: Sources) -> str:
             return epoch
         except PreconditionFailedError:
             continue
-        except StorageError:
+        except StorageError as error:
+            if is_refusal(error):
+                raise
             await sources.sleep(0.05)
     raise StorageError(
         f"cannot convert {storage.describe()} to the log layout: no certain answer after {_ATTEMPTS} tries; call again",

@@ -18,6 +18,7 @@ from icechunk.log.repository.events import Sealed, Void
 from icechunk.log.repository.marker import decode_marker
 from icechunk.log.repository.queue import new_snapshots
 from icechunk.runtime.clock import Sources
+from icechunk.storage.outcome import is_refusal
 from icechunk.storage.port import Absent, Storage
 
 __all__ = ["Stranded", "find_stranded", "seal_abandoned", "seal_log"]
@@ -85,9 +86,9 @@ async def seal_log(storage: Storage, sources: Sources, epoch: str, after: int) -
             await storage.put(slot_key(epoch, n + 1), data, Absent())
         except PreconditionFailedError:
             continue
-        except StorageError:
+        except StorageError as error:
             failures += 1
-            if failures > _ATTEMPTS:
+            if failures > _ATTEMPTS or is_refusal(error):
                 raise
             await sources.sleep(0.05)
 

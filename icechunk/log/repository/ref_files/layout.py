@@ -203,12 +203,12 @@ class RefFilesLayout(SwappedLog[_Write]):
                 return names.branch_key(branch), encode_ref(snapshot.id)
             case e.BranchCreated(name=name, snapshot=target) | e.BranchReset(name=name, snapshot=target):
                 await self.learn([target])
-                return names.branch_key(_plain(name, "branch")), encode_ref(target)
+                return names.branch_key(names.checked(name, "branch")), encode_ref(target)
             case e.BranchDeleted(name=name):
                 return names.branch_key(name), None
             case e.TagCreated(name=name, snapshot=target):
                 await self.learn([target])
-                return names.tag_key(_plain(name, "tag")), encode_ref(target)
+                return names.tag_key(names.checked(name, "tag")), encode_ref(target)
             case e.TagDeleted(name=name):
                 return names.tombstone_key(name), b""
             case e.ConfigReplaced(config=config):
@@ -301,13 +301,3 @@ class RefFilesLayout(SwappedLog[_Write]):
         """Raises `FormatError`: format 1 has no ops log."""
         raise needs_format_2("read the ops log")
         yield
-
-
-def _plain(name: str, what: str) -> str:
-    if "/" in name or not name:
-        raise InvalidInputError(
-            f"invalid {what} name {name!r}: a repository of format 1 takes no '/' in names, and no empty ones; choose "
-            "another name, or upgrade the repository",
-            ErrorKind.INVALID_REF_NAME,
-        )
-    return name

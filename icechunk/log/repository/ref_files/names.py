@@ -16,7 +16,7 @@ from icechunk.errors import ErrorKind, FormatError, InvalidInputError
 from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
 from icechunk.format.keys import REFS_PREFIX
 from icechunk.storage.local.storage import LocalStorage
-from icechunk.storage.port import Storage
+from icechunk.storage.port import MAX_KEY_BYTES, Storage
 
 __all__ = ["RefKey", "RefNames", "close_ref", "decode_ref", "encode_ref", "is_closed", "read_ref"]
 
@@ -24,6 +24,7 @@ _BRANCH: Final = "branch."
 _TAG: Final = "tag."
 _FILE: Final = "ref.json"
 _TOMBSTONE: Final = "ref.json.deleted"
+_MAX_FILE_NAME_BYTES: Final = 255
 _CLOSED: Final = "upgraded_to_format_2"
 _ENCODED: Final = frozenset(b'\\{^}%`]"[>~<#|\r\n*?') | frozenset(range(0x20)) | frozenset(range(0x7F, 0x100))
 
@@ -64,6 +65,27 @@ class RefNames:
     def tombstone_key(self, name: str) -> str:
         """Key that says that a tag was deleted."""
         return f"{REFS_PREFIX}{_TAG}{self._text(name)}/{_TOMBSTONE}"
+
+    def checked(self, name: str, what: str) -> str:
+        """A name that a new ref may have.
+
+        Raises
+        ------
+        InvalidInputError
+            Format 1 has no such names, or this place no such keys (kind ``invalid-ref-name``).
+        """
+        folder = len(f"{_BRANCH}{self._text(name)}".encode())
+        if "/" in name or not name:
+            why = "takes no '/' in names, and no empty ones"
+        elif folder > (_MAX_FILE_NAME_BYTES if self.encoded else MAX_KEY_BYTES - len(f"{REFS_PREFIX}/{_TOMBSTONE}")):
+            why = "keeps names in keys of its storage, and this one is too long for that"
+        else:
+            return name
+        raise InvalidInputError(
+            f"invalid {what} name {name!r}: a repository of format 1 {why}; choose another name, or upgrade the "
+            "repository",
+            ErrorKind.INVALID_REF_NAME,
+        )
 
     def _text(self, name: str) -> str:
         if not self.encoded:

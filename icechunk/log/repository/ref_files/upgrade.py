@@ -60,6 +60,7 @@ from icechunk.log.repository.state import MAIN, ONLINE, READ_ONLY, from_repo_inf
 from icechunk.log.repository.store_check import MatchCheck, require_atomic, require_writable
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import run_jobs
+from icechunk.storage.outcome import is_refusal
 from icechunk.storage.port import Absent, Matches, Storage, Version
 
 __all__ = ["DEFAULT_PREFETCH", "RefValues", "lineage", "migrated_info", "upgrade"]
@@ -373,6 +374,8 @@ class _Upgrade:
             except PreconditionFailedError:
                 return
             except StorageError as error:
+                if is_refusal(error):
+                    raise
                 why = error
             else:
                 return
@@ -404,6 +407,8 @@ class _Upgrade:
             except (RepositoryNotFoundError, SnapshotNotFoundError, FormatError):
                 raise
             except StorageError as error:
+                if is_refusal(error):
+                    raise
                 why = error
             else:
                 return
