@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from icechunk.cli.terminal import Failure, ask, choose
+from icechunk.cli.watch import add_options, watch
 from icechunk.errors import IcechunkError, NotFoundError
 from icechunk.storage.aliases import KINDS, Places, new_entry, places_path, shown
 
@@ -40,6 +41,10 @@ def add_commands(commands: Any) -> None:
     _alias(ancestry)
     ancestry.add_argument("reference", nargs="?", default="main", help="branch, tag or snapshot id (default: main)")
     ancestry.add_argument("-n", metavar="N", type=_count, default=10, help="number of snapshots (default: 10)")
+
+    watching = _command(commands, "watch", "tell what happens to a repository, as it happens", _watch)
+    _alias(watching)
+    add_options(watching)
 
     for kind, start in (("branch", "from"), ("tag", "target")):
         group = _group(commands, kind, f"manage {kind}es" if kind == "branch" else "manage tags")
@@ -156,6 +161,10 @@ def _create_repo(args: argparse.Namespace) -> int:
             icechunk.Repository.create(place.storage, place.config)
     print(f"✅ Created repository {shown(args.alias)}")
     return 0
+
+
+def _watch(args: argparse.Namespace) -> int:
+    return watch(_open(args.alias), args)
 
 
 def _resolve(repo: Any, reference: str) -> str:

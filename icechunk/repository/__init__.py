@@ -1,14 +1,27 @@
 """The handle of a repository, one file for each group of its methods.
 
 `opening` (create, open, exists), `sessions`, `branches_and_tags`, `history`, `configuration`, `maintenance`,
-`inspection`, and `upgrade` from format 1. They check arguments and show results (`views`); the work is done in
-the rooms below.
+`inspection`, `watch` (the feed), `changes`, `by_url`, and `upgrade` from format 1. They check arguments and show
+results (`views`); the work is done in the rooms below.
 """
 
 from __future__ import annotations
 
 from icechunk.repository.by_url import open_async, open_sync
+from icechunk.repository.changes import ArrayChange, Blame, ChangedRegions
 from icechunk.repository.repository import Repository
 from icechunk.repository.upgrade import upgrade_icechunk_repository, upgrade_icechunk_repository_async
+from icechunk.repository.watch import EventKind, RepositoryEvent
 
-__all__ = ["Repository", "open_async", "open_sync", "upgrade_icechunk_repository", "upgrade_icechunk_repository_async"]
+__all__ = [
+    "ArrayChange",
+    "Blame",
+    "ChangedRegions",
+    "EventKind",
+    "Repository",
+    "RepositoryEvent",
+    "open_async",
+    "open_sync",
+    "upgrade_icechunk_repository",
+    "upgrade_icechunk_repository_async",
+]

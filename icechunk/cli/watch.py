@@ -1,0 +1,65 @@
+"""``icechunk watch``: the feed of a repository on standard output, or handed to a command, event by event."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from typing import Any
+
+import orjson
+
+from icechunk.cli.terminal import Failure
+from icechunk.repository.watch import RepositoryEvent
+
+__all__ = ["add_options", "as_json", "watch"]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command, besides the repository."""
+    parser.add_argument("--branch", help="only what happens to this branch")
+    parser.add_argument("--since", metavar="TOKEN", help="begin behind this token; '' with the oldest (default: now)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument(
+        "--exec",
+        metavar="CMD",
+        help="run a shell command for each event, with the JSON on its standard input; a failing one ends the watch",
+    )
+    parser.add_argument("--idle", metavar="S", type=float, default=5.0, help="longest pause between looks (default: 5)")
+    parser.add_argument("--stop-at-end", action="store_true", help="end once everything until now is told")
+
+
+def watch(repo: Any, args: argparse.Namespace) -> int:
+    """Tell events until interrupted, or as far as the arguments say."""
+    events = repo.watch_sync(args.branch, since=args.since, idle_s=args.idle, stop_at_end=args.stop_at_end)
+    for event in events:
+        line = orjson.dumps(as_json(event)).decode()
+        if args.exec:
+            done = subprocess.run(args.exec, shell=True, input=line, text=True, check=False)
+            if done.returncode:
+                raise Failure(
+                    f"{args.exec!r} ended with status {done.returncode} for the {event.kind} at {event.at}; the events "
+                    "before it were handled: go on with --since and the last token that was printed"
+                )
+        print(line if args.json else _as_text(event), flush=True)
+    return 0
+
+
+def as_json(event: RepositoryEvent) -> dict[str, Any]:
+    """An event as JSON values."""
+    found: dict[str, Any] = {"kind": str(event.kind), "at": event.at.isoformat(), "token": event.token}
+    names = ("branch", "tag", "snapshot_id", "previous_snapshot_id")
+    found |= {name: value for name in names if (value := getattr(event, name)) is not None}
+    if event.snapshot is not None:
+        found |= {"message": event.snapshot.message, "metadata": event.snapshot.metadata}
+    return found
+
+
+def _as_text(event: RepositoryEvent) -> str:
+    message = event.snapshot.message.partition("\n")[0] if event.snapshot is not None else ""
+    parts = (
+        f"{event.at:%Y-%m-%d %H:%M:%S}",
+        f"{event.kind:<14}",
+        event.branch or event.tag or "",
+        event.snapshot_id or "",
+    )
+    return " ".join(filter(None, (*parts, message))).rstrip()

@@ -1,0 +1,435 @@
+"""Where data changed: the chunks between two versions, who wrote each chunk last, and which chunks there are.
+
+All three read transaction logs, snapshots and manifests, never chunks: changes cost what the commits in between list,
+blame what the commits list until every chunk is found, coverage what the manifests of one array are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import zarr.api.asynchronous as azarr
+
+from icechunk.errors import ErrorKind, InvalidInputError, NodeNotFoundError
+from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
+from icechunk.format.repo.values import SnapshotRecord
+from icechunk.format.values import NodeKind, NodeSnapshot, Snapshot, TransactionLog
+from icechunk.log.session.extents import volume
+from icechunk.log.session.merge.diff import net_diff
+from icechunk.repository.base import RepositoryBase, select
+from icechunk.runtime.loops import synchronous
+from icechunk.runtime.representation import Described
+from icechunk.runtime.tasks import run_each
+from icechunk.session import Session
+from icechunk.session.content import SessionContent
+from icechunk.transfer.assets import references_of
+
+__all__ = ["ArrayChange", "Blame", "ChangedRegions", "Changes"]
+
+Coords: TypeAlias = npt.NDArray[np.uint32]
+Region: TypeAlias = "Sequence[slice | int] | None"
+
+_BATCH: Final = 16
+"""Commits whose transaction logs `Changes.blame_async` reads at once."""
+
+
+@dataclass(frozen=True, slots=True, repr=False, kw_only=True, eq=False)
+class ArrayChange(Described):
+    """What changed in one array between two versions."""
+
+    _public_name: ClassVar[str] = "icechunk.ArrayChange"
+
+    path: str
+    """In the later version, with a leading ``/``."""
+    chunks: Coords
+    """uint32[n, ndim], ascending: chunks that were written, replaced or deleted; of a new array all it has."""
+    shape: tuple[int, ...]
+    """Elements along each dimension, in the later version."""
+    chunk_shape: tuple[int, ...]
+    """Elements of a chunk along each dimension; of irregular grids the longest."""
+    dimension_names: tuple[str | None, ...]
+    """One per dimension; None for a dimension without a name."""
+    is_new: bool = False
+    """The array did not exist in the earlier version."""
+    metadata_changed: bool = False
+    """Its zarr.json changed: shape, attributes or anything else."""
+
+    @property
+    def boxes(self) -> list[tuple[slice, ...]]:
+        """The same chunks as few disjoint boxes of chunk coordinates, ascending."""
+        return [tuple(slice(a, b) for a, b in box) for box in boxes_of(self.chunks)]
+
+    @property
+    def slices(self) -> list[tuple[slice, ...]]:
+        """The boxes as slices of elements, clipped to the shape; boxes behind the end of the array are left out."""
+        found = []
+        for box in boxes_of(self.chunks):
+            ends = [(a * c, min(b * c, n)) for (a, b), c, n in zip(box, self.chunk_shape, self.shape, strict=True)]
+            if all(a < b for a, b in ends):
+                found.append(tuple(slice(a, b) for a, b in ends))
+        return found
+
+    @property
+    def indexers(self) -> list[dict[str, slice]]:
+        """The slices by dimension name, for ``xarray.Dataset.isel``; dimensions without a name are left out."""
+        names = self.dimension_names
+        return [{n: s for n, s in zip(names, one, strict=True) if n is not None} for one in self.slices]
+
+
+@dataclass(frozen=True, slots=True, repr=False, kw_only=True, eq=False)
+class ChangedRegions(Described):
+    """What changed between two versions, by array."""
+
+    _public_name: ClassVar[str] = "icechunk.ChangedRegions"
+
+    since: str
+    """Id of the earlier snapshot."""
+    until: str
+    """Id of the later snapshot."""
+    arrays: Mapping[str, ArrayChange]
+    """By path, ascending: arrays that are new, or whose chunks or metadata changed."""
+    deleted: tuple[str, ...] = ()
+    """Paths of arrays and groups that are gone."""
+    moved: tuple[tuple[str, str], ...] = ()
+    """(before, after) of nodes that stand elsewhere now."""
+
+    def __iter__(self) -> Any:
+        return iter(self.arrays.values())
+
+
+@dataclass(frozen=True, slots=True, repr=False, kw_only=True, eq=False)
+class Blame(Described):
+    """Which snapshot wrote each chunk of a region last."""
+
+    _public_name: ClassVar[str] = "icechunk.Blame"
+
+    snapshots: tuple[str, ...]
+    """Ids, newest first."""
+    index: npt.NDArray[np.int32]
+    """int32, one element for each chunk of the region: position in ``snapshots``; −1: the chunk was never written, or
+    by a snapshot that has expired together with its transaction log."""
+    origin: tuple[int, ...]
+    """Chunk coordinates of the first element of ``index``."""
+
+    def __getitem__(self, chunk: tuple[int, ...]) -> str | None:
+        """The snapshot of a chunk by its coordinates in the array; None where it is not known."""
+        found = int(self.index[tuple(c - o for c, o in zip(chunk, self.origin, strict=True))])
+        return None if found < 0 else self.snapshots[found]
+
+
+class Changes(RepositoryBase):
+    """Asks transaction logs and manifests."""
+
+    async def changes_async(self, since: str, until: str | None = None) -> ChangedRegions:
+        """Which chunks of which arrays changed after one snapshot, up to and with another.
+
+        Parameters
+        ----------
+        since
+            Id of a snapshot.
+        until
+            Id of a descendant; None: the tip of ``main``.
+
+        Raises
+        ------
+        InvalidInputError
+            The first is no ancestor of the second (kind ``bad-snapshot-chain-for-diff``).
+        SnapshotNotFoundError
+            There is no such snapshot.
+        """
+        first = object_id_from_text(since)
+        state = await self._core.state(since)
+        select(state, snapshot_id=since)
+        last = state.branch_tip("main") if until is None else object_id_from_text(until)
+        wanted: list[ObjectId] = []
+        for record in await self._ancestry(last):
+            if record.id == first:
+                break
+            wanted += [record.id, *reversed(record.pruned_ancestor_tx_logs)]
+        else:
+            raise InvalidInputError(
+                f"cannot tell the changes: {since} is no ancestor of {encode_id(last)}",
+                ErrorKind.BAD_SNAPSHOT_CHAIN_FOR_DIFF,
+            )
+        logs = await self._transaction_logs(wanted)
+        before, after = await self._core.assets.snapshot(first), await self._core.assets.snapshot(last)
+        net = net_diff(logs[::-1], before, after)
+        new, updated = {n.id for n in net.new}, {n.id for n in net.updated}
+        touched = new | updated | set(net.chunks)
+        nodes = [n for n in after.nodes.values() if n.id in touched and n.kind is NodeKind.ARRAY]
+        arrays = {}
+        for node in sorted(nodes, key=lambda node: node.path):
+            meta = _grid(node)
+            arrays[node.path] = ArrayChange(
+                path=node.path,
+                chunks=net.chunks.get(node.id, np.empty((0, len(node.shape)), np.uint32)),
+                shape=tuple(d.array_length for d in node.shape),
+                chunk_shape=meta,
+                dimension_names=node.dimension_names or (None,) * len(node.shape),
+                is_new=node.id in new,
+                metadata_changed=node.id in updated,
+            )
+        return ChangedRegions(
+            since=since,
+            until=encode_id(last),
+            arrays=MappingProxyType(arrays),
+            deleted=tuple(sorted(node.path for node in net.deleted)),
+            moved=tuple((move.source, move.target) for move in net.moved),
+        )
+
+    changes = synchronous(changes_async)
+
+    async def changed_labels_async(self, changes: ChangedRegions, path: str) -> list[dict[str, slice]]:
+        """The changed boxes of one array as label slices, for ``xarray.Dataset.sel``.
+
+        A dimension takes the labels of the one-dimensional array of its name beside the array, as xarray has it;
+        a dimension without such an array is left out.
+
+        Parameters
+        ----------
+        changes
+            What `changes` returned.
+        path
+            Of one of its arrays.
+
+        Raises
+        ------
+        NodeNotFoundError
+            The array is not among the changes.
+        """
+        change = changes.arrays.get(path if path.startswith("/") else f"/{path}")
+        if change is None:
+            raise NodeNotFoundError(f"array {path!r} did not change between {changes.since} and {changes.until}")
+        snapshot = await self._core.assets.snapshot(object_id_from_text(changes.until))
+        store = Session(SessionContent.on(self._core, snapshot)).store
+        group = change.path.rpartition("/")[0]
+        labels: dict[str, Any] = {}
+        for name in {n for n in change.dimension_names if n is not None}:
+            node = snapshot.nodes.get(f"{group}/{name}")
+            if node is not None and node.kind is NodeKind.ARRAY and len(node.shape) == 1:
+                array = await azarr.open_array(store=store, path=node.path.strip("/"), mode="r")
+                labels[name] = await array.getitem(slice(None))
+        return [
+            {name: slice(labels[name][s.start], labels[name][s.stop - 1]) for name, s in one.items() if name in labels}
+            for one in change.indexers
+        ]
+
+    changed_labels = synchronous(changed_labels_async)
+
+    async def blame_async(
+        self,
+        path: str,
+        region: Region = None,
+        *,
+        branch: str | None = None,
+        tag: str | None = None,
+        snapshot_id: str | None = None,
+    ) -> Blame:
+        """Which snapshot wrote each chunk of an array last.
+
+        Parameters
+        ----------
+        path
+            Of the array.
+        region
+            Chunk coordinates, a slice or an integer for each dimension; None: all chunks.
+        branch, tag, snapshot_id
+            The version that is asked about, at most one of them; branch ``main`` where none is given.
+
+        Raises
+        ------
+        NodeNotFoundError
+            There is no such array.
+        InvalidInputError
+            The region does not fit the array's rank (kind ``invalid-setting``).
+        """
+        tip, snapshot = await self._version(branch, tag, snapshot_id)
+        node = _array(snapshot, path)
+        grid = tuple(d.num_chunks for d in node.shape)
+        box = _box(region, grid)
+        index = np.full([b - a for a, b in box], -1, np.int32)
+        missing = await self._coverage(node, box, snapshot)
+        ids: list[str] = []
+        # Newest first; whoever is found first wrote last. The array's own creation ends the search.
+        steps: list[tuple[ObjectId, ObjectId]] = []
+        for record in await self._ancestry(tip):
+            # The first snapshot changed nothing, and has no transaction log in format 1.
+            own = () if record.parent is None else (record.id,)
+            steps += [(record.id, log) for log in (*own, *reversed(record.pruned_ancestor_tx_logs))]
+        for start in range(0, len(steps), _BATCH):
+            part = steps[start : start + _BATCH]
+            logs = await self._transaction_logs([log for _, log in part])
+            for (id, _), log in zip(part, logs, strict=True):
+                rows = log.updated_chunks.get(node.id)
+                if rows is not None and len(rows) and rows.shape[1] == len(box):
+                    cells = _inside(rows, box)
+                    fresh = cells[missing[tuple(cells.T)]]
+                    if len(fresh):
+                        index[tuple(fresh.T)] = len(ids)
+                        missing[tuple(fresh.T)] = False
+                        ids.append(encode_id(id))
+                if not missing.any() or node.id in log.new_arrays:
+                    return Blame(snapshots=tuple(ids), index=index, origin=tuple(a for a, _ in box))
+        return Blame(snapshots=tuple(ids), index=index, origin=tuple(a for a, _ in box))
+
+    blame = synchronous(blame_async)
+
+    async def coverage_async(
+        self, path: str, *, branch: str | None = None, tag: str | None = None, snapshot_id: str | None = None
+    ) -> npt.NDArray[np.bool_]:
+        """Which chunks of an array exist: bool, one element for each chunk of its grid.
+
+        A manifest whose references fill its bounding box is not read.
+
+        Parameters
+        ----------
+        path
+            Of the array.
+        branch, tag, snapshot_id
+            The version, at most one of them; branch ``main`` where none is given.
+
+        Raises
+        ------
+        NodeNotFoundError
+            There is no such array.
+        """
+        _, snapshot = await self._version(branch, tag, snapshot_id)
+        node = _array(snapshot, path)
+        return await self._coverage(node, tuple((0, d.num_chunks) for d in node.shape), snapshot)
+
+    coverage = synchronous(coverage_async)
+
+    async def _coverage(
+        self, node: NodeSnapshot, box: tuple[tuple[int, int], ...], snapshot: Snapshot
+    ) -> npt.NDArray[np.bool_]:
+        found = np.zeros([b - a for a, b in box], np.bool_)
+        # References that fill the box of a manifest of this array alone need no look: each stands there once.
+        users: dict[ObjectId, int] = {}
+        for other in snapshot.nodes.values():
+            for ref in other.manifests:
+                users[ref.object_id] = users.get(ref.object_id, 0) + 1
+        wanted = []
+        for ref in node.manifests:
+            inside = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(ref.extents, box, strict=True))
+            if any(a >= b for a, b in inside):
+                continue
+            file = snapshot.manifest_files.get(ref.object_id)
+            if file is not None and users[ref.object_id] == 1 and file.num_chunk_refs == volume(ref.extents):
+                found[tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(inside, box, strict=True))] = True
+            else:
+                wanted.append(ref.object_id)
+
+        async def read(id: ObjectId) -> None:
+            cells = _inside(references_of(await self._core.assets.manifest(id), node).coords, box)
+            found[tuple(cells.T)] = True
+
+        await run_each(read, wanted, limit=self._core.settings.max_requests)
+        return found
+
+    async def _version(self, branch: str | None, tag: str | None, snapshot_id: str | None) -> tuple[ObjectId, Snapshot]:
+        if branch is tag is snapshot_id is None:
+            branch = "main"
+        tip = select(await self._core.state(snapshot_id), branch=branch, tag=tag, snapshot_id=snapshot_id)
+        return tip, await self._core.assets.snapshot(tip)
+
+    async def _ancestry(self, tip: ObjectId) -> list[SnapshotRecord]:
+        return list((await self._core.learn(tip, ancestry=True)).ancestry(tip))
+
+    async def _transaction_logs(self, ids: Sequence[ObjectId]) -> list[TransactionLog]:
+        found: dict[ObjectId, TransactionLog] = {}
+
+        async def read(id: ObjectId) -> None:
+            found[id] = await self._core.assets.transaction_log(id)
+
+        await run_each(read, ids, limit=self._core.settings.max_requests)
+        return [found[id] for id in ids]
+
+
+def boxes_of(coords: Coords) -> list[tuple[tuple[int, int], ...]]:
+    """Distinct coordinates as disjoint boxes (start, end): runs along the last axis, joined along the others.
+
+    Costs some passes over the columns, whatever the rank.
+    """
+    n, ndim = coords.shape
+    if n == 0:
+        return []
+    if ndim == 0:
+        return [()]
+    lower = coords.astype(np.int64)
+    upper = lower + 1
+    for axis in range(ndim - 1, -1, -1):
+        others = [d for d in range(ndim) if d != axis]
+        # Boxes that agree in all other axes come next to each other, in order along this one.
+        keys = [lower[:, axis]]
+        for d in reversed(others):
+            keys += [upper[:, d], lower[:, d]]
+        order = np.lexsort(keys)
+        lower, upper = lower[order], upper[order]
+        same = np.ones(len(lower) - 1, np.bool_)
+        for d in others:
+            same &= (lower[1:, d] == lower[:-1, d]) & (upper[1:, d] == upper[:-1, d])
+        joined = same & (lower[1:, axis] == upper[:-1, axis])
+        first = np.flatnonzero(np.concatenate([[True], ~joined]))
+        last = np.concatenate([first[1:], [len(lower)]]) - 1
+        ends = upper[last, axis]
+        lower, upper = lower[first], upper[first]
+        upper[:, axis] = ends
+    order = np.lexsort([lower[:, d] for d in range(ndim - 1, -1, -1)])
+    return [tuple(zip(a, b, strict=True)) for a, b in zip(lower[order].tolist(), upper[order].tolist(), strict=True)]
+
+
+def _inside(coords: Coords, box: Sequence[tuple[int, int]]) -> npt.NDArray[np.int64]:
+    """Coordinates inside a box, relative to its start."""
+    if not box:
+        return np.empty((len(coords), 0), np.int64)
+    keep = np.ones(len(coords), np.bool_)
+    for d, (a, b) in enumerate(box):
+        keep &= (coords[:, d] >= a) & (coords[:, d] < b)
+    return coords[keep].astype(np.int64) - np.array([a for a, _ in box], np.int64)
+
+
+def _array(snapshot: Snapshot, path: str) -> NodeSnapshot:
+    node = snapshot.nodes.get("/" + path.strip("/"))
+    if node is None or node.kind is not NodeKind.ARRAY:
+        raise NodeNotFoundError(f"there is no array {path!r} in snapshot {encode_id(snapshot.id)}")
+    return node
+
+
+def _grid(node: NodeSnapshot) -> tuple[int, ...]:
+    """Elements of a chunk along each dimension, from the shape and the number of chunks."""
+    document = _regular_chunk_shape(node)
+    if document is not None:
+        return document
+    return tuple(-(-d.array_length // max(d.num_chunks, 1)) for d in node.shape)
+
+
+def _regular_chunk_shape(node: NodeSnapshot) -> tuple[int, ...] | None:
+    """The chunk shape that a zarr.json of a regular grid names; None for other grids."""
+    try:
+        grid = orjson.loads(node.user_data)["chunk_grid"]
+        shape = tuple(int(n) for n in grid["configuration"]["chunk_shape"]) if grid["name"] == "regular" else None
+    except (ValueError, KeyError, TypeError):
+        return None
+    return shape if shape is not None and len(shape) == len(node.shape) else None
+
+
+def _box(region: Region, grid: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    if region is None:
+        return tuple((0, n) for n in grid)
+    if len(region) != len(grid):
+        raise InvalidInputError(
+            f"the region has {len(region)} dimensions, the array's grid {len(grid)}", ErrorKind.INVALID_SETTING
+        )
+    box = []
+    for one, n in zip(region, grid, strict=True):
+        start, stop, step = (one if isinstance(one, slice) else slice(one, one + 1)).indices(n)
+        if step != 1:
+            raise InvalidInputError(f"the region has a step of {step}; 1 is possible", ErrorKind.INVALID_SETTING)
+        box.append((start, max(start, stop)))
+    return tuple(box)

@@ -1,0 +1,408 @@
+"""The feed: what happens to a repository, told once, in order, to whoever watches it.
+
+A watcher holds a *token*: small text that says up to which update it has heard. The ops log of format 2 is a total
+order of updates with strictly increasing times, so a token names its update by time and content, survives restarts,
+and belongs to one repository. In format 1, which keeps no such log, the token holds the refs as they were: commits
+follow from the ancestry between two tips, and what happened to a ref in between is told as one change.
+
+Each poll asks the repository log for what is new, which costs one small GET at the end of the log (one look at a
+folder on local disk). Polls follow one another quickly after something happened and slow down to ``idle_s``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import zlib
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, ClassVar, Final
+
+import orjson
+
+from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, SnapshotNotFoundError
+from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
+from icechunk.format.repo import values as stored
+from icechunk.log.repository.port import Layout, RepositoryLog
+from icechunk.log.repository.state import RepoState
+from icechunk.repository.base import RepositoryBase
+from icechunk.repository.views import snapshot_info, update
+from icechunk.runtime.clock import moment
+from icechunk.runtime.loops import iterate_sync
+from icechunk.runtime.representation import Described
+from icechunk.snapshots import SnapshotInfo
+
+__all__ = ["EventKind", "RepositoryEvent", "Watching"]
+
+_FIRST_S: Final = 0.1
+"""Pause before the poll that follows something new; each poll without news doubles it."""
+_LOG_TOKEN: Final = "u1"
+_REFS_TOKEN: Final = "r1"
+
+
+class EventKind(StrEnum):
+    """What happened."""
+
+    CREATED = "created"
+    """The repository was created, or came from format 1."""
+    COMMIT = "commit"
+    AMEND = "amend"
+    """A commit replaced the tip of a branch: ``previous_snapshot_id`` is the tip that it replaced."""
+    DETACHED = "detached"
+    """A snapshot that no branch moved to (`Session.flush`)."""
+    BRANCH_CREATED = "branch-created"
+    BRANCH_RESET = "branch-reset"
+    BRANCH_DELETED = "branch-deleted"
+    TAG_CREATED = "tag-created"
+    TAG_DELETED = "tag-deleted"
+    CONFIG = "config"
+    METADATA = "metadata"
+    STATUS = "status"
+    FEATURE_FLAG = "feature-flag"
+    EXPIRED = "expired"
+    COLLECTED = "collected"
+    GAP = "gap"
+    """Updates between the token and the next event are no longer known: begin again at ``snapshot_id``."""
+
+
+@dataclass(frozen=True, slots=True, repr=False, kw_only=True)
+class RepositoryEvent(Described):
+    """One thing that happened to a repository."""
+
+    _public_name: ClassVar[str] = "icechunk.RepositoryEvent"
+
+    kind: EventKind
+    token: str
+    """Give it to `Repository.watch` as ``since`` to hear what comes after this event."""
+    at: datetime
+    """When, by the repository's own order: later events are later."""
+    branch: str | None = None
+    """The branch that it happened to."""
+    tag: str | None = None
+    """The tag that it happened to."""
+    snapshot_id: str | None = None
+    """The snapshot that a commit or an amendment made, or where the branch or tag pointed afterwards, where known."""
+    previous_snapshot_id: str | None = None
+    """Where the branch or tag pointed before, where known."""
+    snapshot: SnapshotInfo | None = None
+    """Message, metadata, time and parent of ``snapshot_id``; None where it has expired since."""
+    detail: Any = None
+    """The line of the ops log (`icechunk.Update`); None in format 1 and for a gap."""
+
+
+class Watching(RepositoryBase):
+    """Hears of every change, once."""
+
+    async def watch(
+        self,
+        branch: str | None = None,
+        *,
+        since: str | None = None,
+        idle_s: float = 5.0,
+        stop_at_end: bool = False,
+    ) -> AsyncIterator[RepositoryEvent]:
+        """What happens to the repository, in order, each event once; ends only when the caller stops.
+
+        Parameters
+        ----------
+        branch
+            Only what happens to this branch: commits, amendments, resets, creation and deletion. None: everything.
+        since
+            The token of the last event that was handled; None: begin with what happens from now on. The empty text
+            begins with the oldest update that is known.
+        idle_s
+            Longest pause between two looks where nothing happens, in seconds, more than 0.
+        stop_at_end
+            End once all that happened before the call is told.
+
+        Yields
+        ------
+        RepositoryEvent
+            With the ``token`` to go on after it.
+
+        Raises
+        ------
+        InvalidInputError
+            The token is none, or of another repository (kind ``invalid-setting``).
+        StorageError
+            The store gave no answer; go on with the last token.
+        """
+        if idle_s <= 0:
+            raise InvalidInputError(f"idle_s must be more than 0, not {idle_s!r}", ErrorKind.INVALID_SETTING)
+        log = await self._core.log()
+        follower = _RefsFollower(log) if log.layout is Layout.REFS else _OpsFollower(log)
+        await follower.begin(since)
+        pause_s = _FIRST_S
+        while True:
+            found = False
+            async for event in follower.news():
+                found = True
+                if branch is None or event.branch == branch or event.kind is EventKind.GAP:
+                    yield event
+            if stop_at_end:
+                return
+            pause_s = _FIRST_S if found else min(idle_s, pause_s * 2)
+            await asyncio.sleep(min(idle_s, pause_s))
+
+    def watch_sync(
+        self,
+        branch: str | None = None,
+        *,
+        since: str | None = None,
+        idle_s: float = 5.0,
+        stop_at_end: bool = False,
+    ) -> Iterator[RepositoryEvent]:
+        """Synchronous twin of `watch`."""
+        return iterate_sync(self.watch(branch, since=since, idle_s=idle_s, stop_at_end=stop_at_end))
+
+
+class _OpsFollower:
+    """Follows the ops log of format 2: the log layout and the repo object."""
+
+    def __init__(self, log: RepositoryLog) -> None:
+        self._log = log
+        self._at_us = -1
+        """Time of the last update that was told."""
+        self._known: str | None = None
+        """The token to be found again on the first look; None where there is nothing to check."""
+
+    async def begin(self, since: str | None) -> None:
+        state = await self._log.refresh()
+        if since is None:
+            newest = next(iter(state.updates), None)
+            self._at_us = -1 if newest is None else newest.updated_at_us
+        elif since:
+            self._at_us, self._known = _parse_ops_token(since), since
+
+    async def news(self) -> AsyncIterator[RepositoryEvent]:
+        state = await self._log.refresh()
+        newer, complete = await self._newer(state)
+        if not complete:
+            # Only with a token from outside: what this watcher has told itself is never older than what is kept.
+            self._known = None
+            tip = state.branches.get("main")
+            oldest = newer[-1] if newer else None
+            yield RepositoryEvent(
+                kind=EventKind.GAP,
+                token=_ops_token(oldest) if oldest is not None else "",
+                at=moment(self._at_us if oldest is None else oldest.updated_at_us),
+                snapshot_id=None if tip is None else encode_id(tip),
+            )
+        for entry in reversed(newer):
+            self._at_us = entry.updated_at_us
+            yield _event(entry, state)
+
+    async def _newer(self, state: RepoState) -> tuple[list[stored.Update], bool]:
+        """Updates after the last one told, newest first, and whether none is missing in between."""
+        newer: list[stored.Update] = []
+        last: stored.Update | None = None
+        try:
+            async for entry in self._log.updates():
+                if entry.updated_at_us <= self._at_us:
+                    if self._known is not None and _ops_token(entry) != self._known:
+                        raise _foreign(self._known)
+                    self._known = None
+                    return newer, True
+                newer.append(entry)
+                last = entry
+        except ObjectNotFoundError:
+            # A copy of ``repo`` with older updates was deleted.
+            return newer, self._at_us < 0
+        if self._known is not None and last is not None and isinstance(last.change, stored.RepoInitialized):
+            raise _foreign(self._known)
+        return newer, self._at_us < 0
+
+
+class _RefsFollower:
+    """Follows the refs of format 1, which keeps no ops log."""
+
+    def __init__(self, log: RepositoryLog) -> None:
+        self._log = log
+        self._branches: dict[str, str] = {}
+        self._tags: dict[str, str] = {}
+
+    async def begin(self, since: str | None) -> None:
+        state = await self._log.refresh()
+        if since is None:
+            self._branches, self._tags = _refs(state)
+        elif since:
+            self._branches, self._tags = _parse_refs_token(since)
+
+    async def news(self) -> AsyncIterator[RepositoryEvent]:
+        state = await self._log.refresh()
+        branches, tags = _refs(state)
+        for name in sorted(self._branches.keys() - branches.keys()):
+            before = self._branches.pop(name)
+            yield self._made(EventKind.BRANCH_DELETED, branch=name, previous_snapshot_id=before)
+        for name in sorted(self._tags.keys() - tags.keys()):
+            before = self._tags.pop(name)
+            yield self._made(EventKind.TAG_DELETED, tag=name, previous_snapshot_id=before)
+        for name, tip in branches.items():
+            old = self._branches.get(name)
+            if old == tip:
+                continue
+            async for event in self._moved(name, old, tip):
+                yield event
+        for name, target in tags.items():
+            if self._tags.get(name) != target:
+                self._tags[name] = target
+                info = await self._info(target)
+                yield self._made(EventKind.TAG_CREATED, tag=name, snapshot_id=target, snapshot=info)
+
+    async def _moved(self, name: str, old: str | None, tip: str) -> AsyncIterator[RepositoryEvent]:
+        """The commits that lead from one tip to the next, or one event where they do not."""
+        try:
+            state = await self._log.learn([object_id_from_text(tip)], ancestry=True)
+        except SnapshotNotFoundError:
+            self._branches[name] = tip
+            yield self._made(EventKind.BRANCH_RESET, branch=name, snapshot_id=tip, previous_snapshot_id=old)
+            return
+        lineage = []
+        for record in state.ancestry(object_id_from_text(tip)):
+            if encode_id(record.id) == old:
+                break
+            lineage.append(record)
+        else:
+            self._branches[name] = tip
+            kind = EventKind.BRANCH_CREATED if old is None else EventKind.BRANCH_RESET
+            yield self._made(
+                kind, branch=name, snapshot_id=tip, previous_snapshot_id=old, snapshot=snapshot_info(lineage[0])
+            )
+            return
+        for record in reversed(lineage):
+            id, before = encode_id(record.id), self._branches.get(name)
+            self._branches[name] = id
+            yield self._made(
+                EventKind.COMMIT,
+                branch=name,
+                snapshot_id=id,
+                previous_snapshot_id=before,
+                snapshot=snapshot_info(record),
+            )
+
+    async def _info(self, snapshot_id: str) -> SnapshotInfo | None:
+        id = object_id_from_text(snapshot_id)
+        try:
+            return snapshot_info((await self._log.learn([id])).snapshots[id])
+        except (SnapshotNotFoundError, KeyError):
+            return None
+
+    def _made(self, kind: EventKind, *, snapshot: SnapshotInfo | None = None, **names: Any) -> RepositoryEvent:
+        at = moment(self._log.store_time_us) if snapshot is None else snapshot.written_at
+        return RepositoryEvent(
+            kind=kind, token=_refs_token(self._branches, self._tags), at=at, snapshot=snapshot, **names
+        )
+
+
+def _event(entry: stored.Update, state: RepoState) -> RepositoryEvent:
+    """An update of the ops log as an event."""
+    event = RepositoryEvent(
+        kind=EventKind.METADATA, token=_ops_token(entry), at=moment(entry.updated_at_us), detail=update(entry)
+    )
+
+    def made(
+        kind: EventKind, *, snapshot: ObjectId | None = None, previous: ObjectId | None = None, **names: Any
+    ) -> RepositoryEvent:
+        record = None if snapshot is None else state.snapshots.get(snapshot)
+        if previous is None and record is not None and kind is EventKind.COMMIT:
+            previous = record.parent
+        return replace(
+            event,
+            kind=kind,
+            snapshot_id=None if snapshot is None else encode_id(snapshot),
+            previous_snapshot_id=None if previous is None else encode_id(previous),
+            snapshot=None if record is None else snapshot_info(record),
+            **names,
+        )
+
+    match entry.change:
+        case stored.RepoInitialized() | stored.RepoMigrated():
+            return made(EventKind.CREATED)
+        case stored.NewCommit(branch=branch, snapshot=snapshot):
+            return made(EventKind.COMMIT, branch=branch, snapshot=snapshot)
+        case stored.CommitAmended(branch=branch, previous_snapshot=previous, snapshot=snapshot):
+            return made(EventKind.AMEND, branch=branch, snapshot=snapshot, previous=previous)
+        case stored.NewDetachedSnapshot(snapshot=snapshot):
+            return made(EventKind.DETACHED, snapshot=snapshot)
+        case stored.BranchCreated(name=name):
+            return made(EventKind.BRANCH_CREATED, branch=name)
+        case stored.BranchReset(name=name, previous_snapshot=previous):
+            return made(EventKind.BRANCH_RESET, branch=name, previous=previous)
+        case stored.BranchDeleted(name=name, previous_snapshot=previous):
+            return made(EventKind.BRANCH_DELETED, branch=name, previous=previous)
+        case stored.TagCreated(name=name):
+            return made(EventKind.TAG_CREATED, tag=name, snapshot=state.tags.get(name))
+        case stored.TagDeleted(name=name, previous_snapshot=previous):
+            return made(EventKind.TAG_DELETED, tag=name, previous=previous)
+        case stored.ConfigChanged():
+            return made(EventKind.CONFIG)
+        case stored.MetadataChanged():
+            return event
+        case stored.StatusChanged():
+            return made(EventKind.STATUS)
+        case stored.FeatureFlagChanged():
+            return made(EventKind.FEATURE_FLAG)
+        case stored.ExpirationRan():
+            return made(EventKind.EXPIRED)
+        case stored.GCRan():
+            return made(EventKind.COLLECTED)
+
+
+def _ops_token(entry: stored.Update) -> str:
+    """Names an update by its time, which no other update has, and its content, which another repository's has not."""
+    content = hashlib.sha256(repr(entry.change).encode()).hexdigest()[:12]
+    return f"{_LOG_TOKEN}.{entry.updated_at_us}.{content}"
+
+
+def _parse_ops_token(token: str) -> int:
+    version, _, rest = token.partition(".")
+    time_us, _, content = rest.partition(".")
+    if version != _LOG_TOKEN or not time_us.isdecimal() or len(content) != 12:
+        raise _malformed(token)
+    return int(time_us)
+
+
+def _refs(state: RepoState) -> tuple[dict[str, str], dict[str, str]]:
+    branches = {name: encode_id(id) for name, id in sorted(state.branches.items())}
+    return branches, {name: encode_id(id) for name, id in sorted(state.tags.items())}
+
+
+def _refs_token(branches: dict[str, str], tags: dict[str, str]) -> str:
+    data = zlib.compress(orjson.dumps([branches, tags]))
+    return f"{_REFS_TOKEN}.{base64.urlsafe_b64encode(data).decode().rstrip('=')}"
+
+
+def _parse_refs_token(token: str) -> tuple[dict[str, str], dict[str, str]]:
+    version, _, data = token.partition(".")
+    try:
+        if version != _REFS_TOKEN:
+            raise ValueError(version)
+        packed = base64.urlsafe_b64decode(data + "=" * (-len(data) % 4))
+        unpacker = zlib.decompressobj()
+        branches, tags = orjson.loads(unpacker.decompress(packed, _MOST_TOKEN_BYTES))
+        return {str(k): str(v) for k, v in branches.items()}, {str(k): str(v) for k, v in tags.items()}
+    except (ValueError, binascii.Error, zlib.error, AttributeError, TypeError) as error:
+        raise _malformed(token) from error
+
+
+_MOST_TOKEN_BYTES: Final = 64 * 1024 * 1024
+"""Of unpacked refs: a token that claims more is no token of ours."""
+
+
+def _malformed(token: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"{token[:60]!r} is no token of a feed of this layout: tokens come from RepositoryEvent.token, and an upgrade "
+        "to another format begins a new feed; leave `since` out to begin now, or give the empty text for the oldest",
+        ErrorKind.INVALID_SETTING,
+    )
+
+
+def _foreign(token: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"the token {token[:60]!r} belongs to another repository: this one has no such update in its ops log",
+        ErrorKind.INVALID_SETTING,
+    )

@@ -1,0 +1,48 @@
+"""``icechunk watch``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import zarr
+
+from icechunk import Repository, local_filesystem_storage
+from icechunk.cli import main
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> str:
+    repo = Repository.create(local_filesystem_storage(str(tmp_path / "repo")))
+    for name in ("one", "two"):
+        with repo.transaction("main", message=name, metadata={"n": name}) as store:
+            zarr.create_group(store, path=name)
+    return str(tmp_path / "repo")
+
+
+def test_events_are_printed_as_json_lines_and_go_on_behind_a_token(
+    place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["watch", place, "--json", "--since", "", "--branch", "main", "--stop-at-end"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    commits = [event for event in events if event["kind"] == "commit"]
+    assert [event["message"] for event in commits] == ["one", "two"]
+    assert commits[0]["metadata"] == {"n": "one"}
+    assert main(["watch", place, "--since", commits[0]["token"], "--branch", "main", "--stop-at-end"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "two" in line
+
+
+def test_a_command_gets_each_event_and_a_failing_one_ends_the_watch(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "log"
+    script = f"{sys.executable} -c \"import sys; open({str(log)!r}, 'a').write(sys.stdin.read() + chr(10))\""
+    assert main(["watch", place, "--since", "", "--branch", "main", "--stop-at-end", "--exec", script]) == 0
+    told = [json.loads(line)["kind"] for line in log.read_text().splitlines()]
+    assert told.count("commit") == 2
+    capsys.readouterr()
+    assert main(["watch", place, "--since", "", "--stop-at-end", "--exec", "exit 3"]) == 1
+    assert capsys.readouterr().out == ""

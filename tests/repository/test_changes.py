@@ -1,0 +1,141 @@
+"""Where data changed: chunks, boxes, slices and labels; blame; coverage."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+
+import icechunk
+from icechunk.errors import ErrorKind, InvalidInputError, NodeNotFoundError
+from icechunk.repository.changes import boxes_of
+from icechunk.xarray import to_icechunk
+
+VERSIONS = pytest.mark.parametrize("spec_version", [None, 2, 1])
+
+
+def repository(spec_version: int | None) -> tuple[icechunk.Repository, list[str]]:
+    """An array of 4 × 3 chunks: written whole but for one chunk, then a corner, then appended to."""
+    repo = icechunk.Repository.create(icechunk.in_memory_storage(), spec_version=spec_version)
+    ids = []
+    with repo.transaction("main", message="all") as store:
+        array = zarr.create_array(
+            store, name="g/a", shape=(8, 6), chunks=(2, 2), dtype="i4", dimension_names=("y", "x"), fill_value=0
+        )
+        array[:] = 1
+        array[2:4, 2:4] = 0
+    ids.append(repo.lookup_branch("main"))
+    with repo.transaction("main", message="corner") as store:
+        zarr.open_array(store, path="g/a")[0:4, 0:2] = 2
+    ids.append(repo.lookup_branch("main"))
+    with repo.transaction("main", message="append") as store:
+        array = zarr.open_array(store, path="g/a")
+        array.resize((9, 6))
+        array[8] = 3
+    ids.append(repo.lookup_branch("main"))
+    return repo, ids
+
+
+@VERSIONS
+def test_changes_name_boxes_and_slices(spec_version: int | None) -> None:
+    repo, ids = repository(spec_version)
+    change = repo.changes(ids[0], ids[1]).arrays["/g/a"]
+    assert change.chunks.tolist() == [[0, 0], [1, 0]]
+    assert change.boxes == [(slice(0, 2), slice(0, 1))]
+    assert change.slices == [(slice(0, 4), slice(0, 2))]
+    assert change.indexers == [{"y": slice(0, 4), "x": slice(0, 2)}]
+    assert not change.metadata_changed
+    assert not change.is_new
+    both = repo.changes(ids[0])
+    assert both.until == ids[2]
+    assert both.arrays["/g/a"].metadata_changed
+    assert both.arrays["/g/a"].slices == [(slice(0, 4), slice(0, 2)), (slice(8, 9), slice(0, 6))]
+    first = next(iter(repo.ancestry(snapshot_id=ids[0]))).parent_id
+    assert first is not None
+    assert repo.changes(first).arrays["/g/a"].is_new
+    with pytest.raises(InvalidInputError) as caught:
+        repo.changes(ids[1], ids[0])
+    assert caught.value.kind == ErrorKind.BAD_SNAPSHOT_CHAIN_FOR_DIFF
+
+
+def test_deleted_and_moved_nodes_are_named() -> None:
+    repo, ids = repository(None)
+    session = repo.rearrange_session("main")
+    session.move("/g/a", "/b")
+    session.commit("move")
+    with repo.transaction("main", message="delete") as store:
+        zarr.open_group(store).__delitem__("g")
+    changes = repo.changes(ids[2])
+    assert changes.moved == (("/g/a", "/b"),)
+    assert changes.deleted == ("/g",)
+
+
+def test_labels_are_those_of_the_coordinates() -> None:
+    repo = icechunk.Repository.create(icechunk.in_memory_storage())
+    ds = xr.Dataset({"t": (("time", "x"), np.zeros((6, 4)))}, coords={"time": [10, 20, 30, 40, 50, 60]})
+    with repo.transaction("main", message="a") as store:
+        to_icechunk(ds, store.session, encoding={"t": {"chunks": (2, 4)}})
+    start = repo.lookup_branch("main")
+    with repo.transaction("main", message="b") as store:
+        zarr.open_array(store, path="t")[2:4] = 1
+    changes = repo.changes(start)
+    assert repo.changed_labels(changes, "t") == [{"time": slice(30, 40)}]
+    opened = xr.open_zarr(repo.readonly_session("main").store, consolidated=False)
+    (labels,) = repo.changed_labels(changes, "/t")
+    assert float(opened.t.sel(labels).min()) == 1
+    with pytest.raises(NodeNotFoundError):
+        repo.changed_labels(changes, "time")
+
+
+@VERSIONS
+def test_blame_names_the_last_writer_of_each_chunk(spec_version: int | None) -> None:
+    repo, ids = repository(spec_version)
+    blame = repo.blame("g/a")
+    assert blame.index.shape == (5, 3)
+    assert [[blame[y, x] for x in range(3)] for y in range(5)] == [
+        [ids[1], ids[0], ids[0]],
+        [ids[1], None, ids[0]],
+        [ids[0]] * 3,
+        [ids[0]] * 3,
+        [ids[2]] * 3,
+    ]
+    part = repo.blame("/g/a", (slice(1, 3), 0), snapshot_id=ids[0])
+    assert part.origin == (1, 0)
+    assert (part[1, 0], part[2, 0]) == (ids[0], ids[0])
+    with pytest.raises(InvalidInputError):
+        repo.blame("g/a", (slice(None),))
+    with pytest.raises(NodeNotFoundError):
+        repo.blame("g")
+
+
+@VERSIONS
+def test_coverage_shows_the_chunks_that_exist(spec_version: int | None) -> None:
+    repo, ids = repository(spec_version)
+    expected = np.ones((5, 3), bool)
+    expected[1, 1] = False
+    np.testing.assert_array_equal(repo.coverage("g/a"), expected)
+    np.testing.assert_array_equal(repo.coverage("g/a", snapshot_id=ids[0]), expected[:4])
+    with repo.transaction("main", message="none") as store:
+        zarr.create_array(store, name="empty", shape=(4,), chunks=(2,), dtype="i1")
+        zarr.create_array(store, name="scalar", shape=(), dtype="i1")[...] = 5
+    assert not repo.coverage("empty").any()
+    assert repo.coverage("scalar").all()
+
+
+@given(
+    st.integers(1, 3).flatmap(
+        lambda rank: st.lists(st.tuples(*[st.integers(0, 4)] * rank), unique=True, min_size=1, max_size=60)
+    )
+)
+def test_boxes_are_disjoint_and_cover_the_coordinates(cells: list[tuple[int, ...]]) -> None:
+    boxes = boxes_of(np.array(sorted(cells), np.uint32))
+    found = [
+        tuple(c + a for c, (a, _) in zip(cell, box, strict=True))
+        for box in boxes
+        for cell in np.ndindex(*(b - a for a, b in box))
+    ]
+    assert len(found) == len(set(found))
+    assert set(found) == set(cells)

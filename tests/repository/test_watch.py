@@ -1,0 +1,155 @@
+"""The feed: every event once, in order, in all layouts, with tokens that survive."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zarr
+
+from icechunk import Repository, RepositoryConfig, in_memory_storage
+from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.repository.watch import EventKind, RepositoryEvent
+from icechunk.testing.recording import RecordingStorage
+
+
+def commit(repo: Repository, name: str, branch: str = "main") -> str:
+    with repo.transaction(branch, message=name) as store:
+        zarr.create_group(store, path=name)
+    return repo.lookup_branch(branch)
+
+
+async def told(repo: Repository, **options: Any) -> list[RepositoryEvent]:
+    return [event async for event in repo.watch(**options, stop_at_end=True)]
+
+
+def create(layout: str) -> Repository:
+    config = RepositoryConfig.default()
+    return Repository.create(in_memory_storage(), config, spec_version={"log": None, "repo": 2, "refs": 1}[layout])
+
+
+LAYOUTS = pytest.mark.parametrize("layout", ["log", "repo", "refs"])
+
+
+@LAYOUTS
+async def test_commits_branches_and_tags_are_told_in_order(layout: str) -> None:
+    repo = await asyncio.to_thread(create, layout)
+    start = (await told(repo, since=""))[-1].token
+
+    def change() -> list[str]:
+        one, two = commit(repo, "one"), commit(repo, "two")
+        repo.create_branch("dev", one)
+        commit(repo, "three", "dev")
+        repo.create_tag("v1", two)
+        repo.delete_branch("dev")
+        return [one, two]
+
+    one, two = await asyncio.to_thread(change)
+    events = await told(repo, since=start)
+    commits = [e for e in events if e.kind is EventKind.COMMIT and e.branch == "main"]
+    assert [e.snapshot_id for e in commits] == [one, two]
+    assert [e.snapshot.message for e in commits if e.snapshot] == ["one", "two"]
+    assert commits[1].previous_snapshot_id == one
+    assert [e.tag for e in events if e.kind is EventKind.TAG_CREATED] == ["v1"]
+    if layout != "refs":
+        kinds = ["commit", "commit", "branch-created", "commit", "tag-created", "branch-deleted"]
+        assert [e.kind for e in events] == kinds
+    assert [e.at for e in events] == sorted(e.at for e in events) or layout == "refs"
+    assert [e.snapshot_id for e in await told(repo, branch="main", since=start)] == [one, two]
+
+
+@LAYOUTS
+async def test_any_token_goes_on_behind_its_event_after_a_restart(layout: str) -> None:
+    repo = await asyncio.to_thread(create, layout)
+    await asyncio.to_thread(lambda: [commit(repo, name) for name in "abc"])
+    events = await told(repo, since="", branch="main")
+    commits = [e for e in events if e.kind is EventKind.COMMIT]
+    again = await Repository.open_async(repo.storage)
+    for i, event in enumerate(commits):
+        rest = await told(again, since=event.token, branch="main")
+        assert [e.snapshot_id for e in rest] == [e.snapshot_id for e in commits[i + 1 :]]
+
+
+@LAYOUTS
+async def test_a_watcher_hears_of_what_happens_while_it_waits(layout: str) -> None:
+    repo = await asyncio.to_thread(create, layout)
+    heard: list[str | None] = []
+
+    async def listen() -> None:
+        async for event in repo.watch("main", idle_s=0.05):
+            heard.append(event.snapshot_id)
+            if len(heard) == 3:
+                return
+
+    listener = asyncio.create_task(listen())
+    await asyncio.sleep(0)
+    other = await Repository.open_async(repo.storage)
+    made = [await asyncio.to_thread(commit, other, name) for name in "abcd"]
+    await asyncio.wait_for(listener, 30)
+    assert heard == made[-3:] or heard == made[:3]
+
+
+async def test_nothing_happened_costs_one_request_a_poll() -> None:
+    storage = RecordingStorage(in_memory_storage())
+    repo = await Repository.create_async(storage)
+    await told(repo)
+    storage.requests.clear()
+    await told(repo)
+    assert [r.verb for r in storage.requests] == ["get"] * 2
+
+
+async def test_configuration_status_and_maintenance_are_told() -> None:
+    repo = await Repository.create_async(in_memory_storage())
+    token = (await told(repo, since=""))[-1].token
+    await repo.set_metadata_async({"a": 1})
+    await repo.expire_snapshots_async(datetime.now(UTC) - timedelta(days=1))
+    await repo.garbage_collect_async(datetime.now(UTC) - timedelta(days=1))
+    kinds = [e.kind for e in await told(repo, since=token)]
+    assert EventKind.METADATA in kinds
+    assert set(kinds) <= {EventKind.METADATA, EventKind.EXPIRED, EventKind.COLLECTED}
+
+
+@LAYOUTS
+async def test_a_wrong_token_is_refused(layout: str) -> None:
+    repo, other = await asyncio.to_thread(create, layout), await asyncio.to_thread(create, layout)
+    await asyncio.to_thread(commit, other, "x")
+    with pytest.raises(InvalidInputError) as caught:
+        await told(repo, since="nonsense")
+    assert caught.value.kind == ErrorKind.INVALID_SETTING
+    if layout != "refs":
+        token = (await told(other, since=""))[-1].token
+        with pytest.raises(InvalidInputError) as caught:
+            await told(repo, since=token)
+        assert caught.value.kind == ErrorKind.INVALID_SETTING
+    with pytest.raises(InvalidInputError):
+        await told(repo, idle_s=0)
+
+
+def test_the_synchronous_twin_tells_the_same() -> None:
+    repo = create("log")
+    token = list(repo.watch_sync(since="", stop_at_end=True))[-1].token
+    made = commit(repo, "a")
+    assert [e.snapshot_id for e in repo.watch_sync(since=token, stop_at_end=True)] == [made]
+
+
+async def test_an_amended_commit_names_what_it_replaced() -> None:
+    repo = await Repository.create_async(in_memory_storage())
+    first = await asyncio.to_thread(commit, repo, "a")
+    token = [e async for e in repo.watch(since="", stop_at_end=True)][-1].token
+    session = await repo.writable_session_async("main")
+    await asyncio.to_thread(lambda: zarr.create_group(session.store, path="b"))
+    amended = await session.amend_async("a and b")
+    (event,) = await told(repo, since=token)
+    assert (event.kind, event.snapshot_id, event.previous_snapshot_id) == (EventKind.AMEND, amended, first)
+
+
+def test_the_page_about_the_feed_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "feed.md").read_text(encoding="utf-8")
+    for source in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        exec(compile(source, "docs/feed.md", "exec"), {"__name__": "__main__"})
+    out = capsys.readouterr().out
+    assert "two days /sst [{'time': slice(1, 3, None), 'x': slice(0, 6, None)}]" in out
