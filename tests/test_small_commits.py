@@ -300,7 +300,7 @@ async def test_one_who_only_reads_lets_go_of_old_files_and_finds_them_again(monk
     reader._core.files = type(reader._core.files)(0)
     log.share_files(reader._core.files)
     old = transaction_key(object_id_from_text(made[0]))
-    assert log.view.carried.find(old) is None
+    assert log.view.embedded.find(old) is None
     assert await log.find_file(old) is not None
     await reader.checkpoint_async()
     assert {f"snapshots/{id}" for id in made} <= await keys(memory, *FILES)
@@ -338,7 +338,7 @@ async def test_a_late_checkpointer_that_brings_a_collected_file_back_brings_only
     late = await Repository.open_async(Elsewhere(memory))
     late_log = await late._core.log()
     assert isinstance(late_log, LogLayout)
-    late_log.view.carried.remember(1, {f"snapshots/{gone}": b"the same bytes"})
+    late_log.view.embedded.remember(1, {f"snapshots/{gone}": b"the same bytes"})
     await log.append(lambda _: [CollectionRan(cutoff_us=log.store_time_us + 10**9)])
     await log.checkpoint()
     await memory.delete([f"snapshots/{gone}", f"transactions/{gone}"])

@@ -16,7 +16,7 @@ from functools import wraps
 from typing import Any
 
 from icechunk.log.repository.entries.checkpoint_schedule import Checkpointing
-from icechunk.log.repository.entries.embedded import CarriedFiles
+from icechunk.log.repository.entries.embedded import EmbeddedFiles
 from icechunk.runtime.clock import SYSTEM
 from icechunk.storage.http.connections import Connections
 from icechunk.storage.local.storage import LocalStorage
@@ -40,7 +40,7 @@ def pytest_configure() -> None:
 
     if behind_s:
         _wait_around(Checkpointing, "_write_while_due", before=behind)
-        _wait_around(CarriedFiles, "_put_own", before=behind)
+        _wait_around(EmbeddedFiles, "_put_own", before=behind)
     if request_s:
         for name in ("get", "put", "head", "delete"):
             _wait_around(LocalStorage, name, before=request, after=request)

@@ -97,7 +97,7 @@ _DECODED_BYTES_PER_REF = 160
 
 
 class Files:
-    """The files of one repository, those that only ride in entries of its log included."""
+    """The files of one repository, those that are only embedded in its log included."""
 
     def __init__(self, storage: Storage, log: RepositoryLog) -> None:
         self.storage = storage
@@ -105,9 +105,9 @@ class Files:
 
     async def get(self, key: str) -> bytes:
         """The whole file. Raises `ObjectNotFoundError`."""
-        carried = self._log.view.carried.find(key) if isinstance(self._log, LogLayout) else None
-        if carried is not None:
-            return carried
+        embedded = self._log.view.embedded.find(key) if isinstance(self._log, LogLayout) else None
+        if embedded is not None:
+            return embedded
         try:
             return (await self.storage.get(key)).data
         except ObjectNotFoundError:

@@ -304,7 +304,7 @@ async def _write(
 ) -> tuple[Snapshot, Mapping[str, bytes]]:
     """Write the files; those that are returned instead are to be embedded in the entry."""
     core, puts = content.core, content.puts
-    small = min(core.settings.small_commit_bytes, log.carry_limit_bytes)
+    small = min(core.settings.small_commit_bytes, log.embed_limit_bytes)
     made: list[File] = []
     held_bytes = 0
     async with aclosing(files.make()) as coming:

@@ -103,7 +103,7 @@ async def lost_files(cluster: Cluster, log: RepositoryLog) -> set[str]:
         state = await log.learn(sorted(state.tips()), ancestry=True)
     objects = cluster.store.contents()
     if isinstance(log, LogLayout):
-        objects |= log.view.carried.all()
+        objects |= log.view.embedded.all()
     return {key for _, key in missing_files(state, objects)}
 
 

@@ -100,7 +100,7 @@ async def writer(cluster: Cluster, powers: Powers, rounds: int) -> None:
             continue
         if rng.random() < 0.08:
             await client.run(log.checkpoint())
-        if rng.random() < 0.08 or (isinstance(log, LogLayout) and log.view.left is not None):
+        if rng.random() < 0.08 or (isinstance(log, LogLayout) and log.view.ended_reason is not None):
             await client.run(log.aclose())
             log = None
     if log is not None and not client.dead:

@@ -215,7 +215,7 @@ async def create_log(
     )
     await require_clean(storage, everything=False)
     head = Head(epoch=epoch, n=0, state=state)
-    opened = Opened(head=head, proof=found.asked, known=found.known, tail=())
+    opened = Opened(head=head, freshness=found.asked, known=found.known, tail=())
     return LogLayout(storage, sources, opened, updates_per_file=updates_per_file)
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, assert_never
 from icechunk.errors import RepositoryNotFoundError
 from icechunk.log.repository.create import create_log, create_ref_files, create_repo_object
 from icechunk.log.repository.entries.checkpoint import DEFAULT_UPDATES_PER_FILE, finish_conversion
-from icechunk.log.repository.entries.embedded import stand_up
+from icechunk.log.repository.entries.embedded import materialize_entries
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.entries.reader import Opened, RepoObject, open_head, read_repo, ref_files_there
 from icechunk.log.repository.entries.takeover import seal_abandoned
@@ -66,7 +66,7 @@ async def open_repository(
             storage,
             sources,
             opened.head,
-            stand=stand_up(storage, opened.tail),
+            materialize=materialize_entries(storage, opened.tail),
             updates_per_file=updates_per_file or DEFAULT_UPDATES_PER_FILE,
         )
         opened = await open_head(storage, sources)

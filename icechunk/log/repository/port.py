@@ -61,7 +61,7 @@ class SwapToken:
 
 
 OnSent: TypeAlias = Callable[[SwapToken | None], None]
-"""Told which entry carries a caller's events, and with None that it carries them no more."""
+"""Told which attempts may land that hold a caller's events, and with None that there is none any more."""
 
 
 class RepositoryLog(ABC):
@@ -85,7 +85,7 @@ class RepositoryLog(ABC):
         return 1 if self.layout is Layout.REFS else 2
 
     @property
-    def carry_limit_bytes(self) -> int:
+    def embed_limit_bytes(self) -> int:
         """So many bytes of files may go with one `append` at no cost; 0: they are better written before."""
         return 0
 
@@ -150,9 +150,9 @@ class RepositoryLog(ABC):
             abandoned call is not sent again). Must be quick; what it raises is logged.
         files
             Immutable files that the events add and that nobody has written yet, by key. The log sees to it that they
-            are as durable as the events; up to `carry_limit_bytes` of them that costs no round trip.
+            are as durable as the events; up to `embed_limit_bytes` of them that costs no round trip.
         on_queued
-            Called once the events stand in the queue, so that `expected` shows them. Must be quick.
+            Called once the events are in the queue, so that `expected` shows them. Must be quick.
 
         Returns
         -------

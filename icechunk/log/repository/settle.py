@@ -7,7 +7,7 @@ task group needs a scope that nobody here is in. It is spawned when somebody wai
 does, and is awaited or cancelled in `SwappedLog.aclose`.
 
 Once a caller of an attempt has been told anything the attempt is *told*, and no byte of it is sent again. What
-comes next goes to the same place with its own bytes: at most one attempt for a place ever stands in it, and whoever
+comes next goes to the same place with its own bytes: at most one attempt for a place ever takes it, and whoever
 finds the place taken recognises the winner. The worked example: PUT times out → look. Our nonce: landed. Another's:
 lost, for certain. Unchanged: the PUT may still arrive, so the same bytes are sent again, unless a caller has left
 meanwhile.
@@ -164,7 +164,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
         Raises
         ------
         IcechunkError, OSError
-            The place cannot be read; `FormatError`: what stands there cannot be.
+            The place cannot be read; `FormatError`: its contents cannot be understood.
         """
 
     @abstractmethod
@@ -365,7 +365,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
             try:
                 fate = await self._look(attempt)
             except FormatError as error:
-                # Somebody stands there who says what this client does not understand.
+                # The place is taken, by something that this client does not understand.
                 return Settled(fate=Fate.OPEN, why=error, silent=True)
             except (IcechunkError, OSError) as error:
                 why, fate = refusal or error, Fate.OPEN

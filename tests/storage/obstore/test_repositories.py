@@ -77,7 +77,7 @@ def bucket(request: pytest.FixtureRequest) -> Iterator[Storage]:
 
 def without_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (settle, layout, log_view, log_reader):
-        monkeypatch.setattr(module, "still_proves", lambda proof, answer: True)
+        monkeypatch.setattr(module, "is_fresh", lambda proof, answer: True)
 
 
 class Clocks:

@@ -15,7 +15,7 @@ from icechunk.errors import ErrorKind, ObjectNotFoundError, PreconditionFailedEr
 from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name
 from icechunk.format.repo.codec import EncodedRepo, encode_and_keep
 from icechunk.format.repo.values import RepoInfo
-from icechunk.log.repository.entries.embedded import Stand, nothing_carried
+from icechunk.log.repository.entries.embedded import Materialize, nothing_embedded
 from icechunk.log.repository.entries.entry import new_epoch
 from icechunk.log.repository.entries.reader import Head, Known, RepoObject, known_of, read_repo
 from icechunk.log.repository.marker import NO_FILES, Kept, checkpoint_info, keep_updates, state_of, unmarked_info
@@ -86,7 +86,7 @@ async def write_checkpoint(
     head: Head,
     known: Known,
     *,
-    stand: Stand = nothing_carried,
+    materialize: Materialize = nothing_embedded,
     files: Mapping[str, bytes] = NO_FILES,
     updates_per_file: int,
 ) -> Written | LostRepo:
@@ -96,8 +96,8 @@ async def write_checkpoint(
     ----------
     known
         The object as it was last seen; it is read again where that is not its version any more.
-    stand
-        Makes the files that ride in the entries after the checkpoint stand on their own, first of all (rule 15).
+    materialize
+        Makes objects of the files embedded in the entries after the checkpoint, first of all (rule 15).
     files
         Copies for those who open the repository to begin with.
 
@@ -113,7 +113,7 @@ async def write_checkpoint(
             return LostRepo(found=await read_repo(storage, sources))
         if current.marker.n >= head.n:
             return Written(known=current, info=info, by_us=False)
-        await stand(current.marker.n, head.n)
+        await materialize(current.marker.n, head.n)
         kept = await _divide_updates(storage, sources, head, current, updates_per_file)
         if kept is not None:
             encoded = await encode(checkpoint_info(head.state, epoch=head.epoch, n=head.n, kept=kept, files=files))
@@ -165,7 +165,7 @@ async def finish_conversion(
     sources: Sources,
     head: Head,
     *,
-    stand: Stand = nothing_carried,
+    materialize: Materialize = nothing_embedded,
     updates_per_file: int,
 ) -> RepoObject | None:
     """After a seal has been folded: make ``repo`` the truth, unless somebody did already (rule 8).
@@ -174,7 +174,7 @@ async def finish_conversion(
 
     Parameters
     ----------
-    stand
+    materialize
         As for `write_checkpoint`.
 
     Returns
@@ -188,7 +188,7 @@ async def finish_conversion(
             return found
         if not found.known.read_only:
             return found
-        await stand(found.known.marker.n, head.n)
+        await materialize(found.known.marker.n, head.n)
         kept = await _divide_updates(storage, sources, head, found.known, updates_per_file)
         if kept is None:
             continue

@@ -44,15 +44,15 @@ class Checkpointing:
         """Bring ``repo`` up to the head now. `StorageError` where the store does not answer."""
         view = self._view
         async with self._one_at_a_time:
-            if view.left is not None:
+            if view.ended_reason is not None:
                 return
             require_atomic(view.storage)
             head = view.head
             if head.state.sealed:
                 await view.leave_sealed()
                 return
-            if view.rides_much:
-                # Most of it may stand by a checkpoint of somebody else's.
+            if view.embeds_much:
+                # A checkpoint of another client may have put most of them.
                 found = await read_repo(view.storage, view.sources)
                 if found is None or found.known.marker is None or found.known.marker.epoch != head.epoch:
                     await self._lost(found)
@@ -63,7 +63,7 @@ class Checkpointing:
                 view.sources,
                 head,
                 view.known,
-                stand=view.stand,
+                materialize=view.materialize,
                 files=view.files_to_open_with(head.state),
                 updates_per_file=view.updates_per_file,
             )
@@ -87,7 +87,7 @@ class Checkpointing:
 
     async def _write_while_due(self) -> None:
         view = self._view
-        while not self._stopped and view.left is None and checkpoint_is_due(view.head, view.known):
+        while not self._stopped and view.ended_reason is None and checkpoint_is_due(view.head, view.known):
             began_us = view.sources.elapsed_us()
             if not await self.try_write():
                 return

@@ -1,8 +1,9 @@
 """What one client knows of a log: the newest folded state, where it ends, and how old that knowledge is.
 
-Theory: rules 5, 6 and 8. The view owns the head, the proof of the end of the log, what is known of ``repo``, and
-whether the log has ended. The head moves only in `LogView.advance`, `LogView.fold_own` and `LogView.adopt`, which
-never await and never go back, so a refresh and the task that swaps may both learn of the same slot.
+Theory: rules 5, 6 and 8. The view owns the head, since when it is known to be the end of the log
+(`LogView.freshness`), what is known of ``repo``, and whether the log has ended. The head moves only in
+`LogView.advance`, `LogView.fold_own` and `LogView.adopt`, which never await and never go back, so a refresh and the
+task that swaps may both learn of the same slot.
 
 Looks are numbered in the order in which they begin. `LogView.looked` is the newest one that has shown where the log
 ends, so whoever asked before it began can be answered by what it found, refusals included (rule 3).
@@ -20,7 +21,7 @@ from typing import Final
 from icechunk.errors import FormatError, IcechunkError
 from icechunk.format.ids import ObjectId
 from icechunk.log.repository.entries.checkpoint import DEFAULT_UPDATES_PER_FILE, Written, finish_conversion
-from icechunk.log.repository.entries.embedded import CarriedFiles
+from icechunk.log.repository.entries.embedded import EmbeddedFiles
 from icechunk.log.repository.entries.entry import Entry, decode_entry
 from icechunk.log.repository.entries.reader import (
     Head,
@@ -30,11 +31,11 @@ from icechunk.log.repository.entries.reader import (
     RepoObject,
     fold_entry,
     instant,
+    is_fresh,
     open_head,
     read_slot,
     read_tail,
     read_until_absent,
-    still_proves,
     store_time_us,
     try_list_head,
 )
@@ -77,20 +78,20 @@ class LogView:
         self.storage = storage
         self.sources = sources
         self.head = opened.head
-        self.proof = opened.proof
+        self.freshness = opened.freshness
         """How old the knowledge is that nothing follows the head."""
         self.known = opened.known
         """``repo`` as it was last seen."""
-        self.standing: Mapping[str, bytes] = NO_FILES
+        self.known_objects: Mapping[str, bytes] = NO_FILES
         """Files that ``repo`` had copies of when it was read, so they exist as objects."""
         self.seen = Instant(date_us=None, elapsed_us=0, wall_us=0)
         """The last answer that came with a store time."""
-        self.left: str | None = None
+        self.ended_reason: str | None = None
         """Why nothing can be appended any more, once the log has ended."""
         self.stranded: Stranded | None = None
         """What somebody who lifted the read-only status left behind; None where nobody did."""
-        self.carried = CarriedFiles(storage, sources)
-        """Files that ride in the entries after the checkpoint, as far as they are not known to stand (rule 15)."""
+        self.embedded = EmbeddedFiles(storage, sources)
+        """Files embedded in the entries after the checkpoint, as far as no object of them is known (rule 15)."""
         self.files = files
         """Small files of the repository, to be read from memory."""
         self.sealer: asyncio.Task[None] | None = None
@@ -101,7 +102,7 @@ class LogView:
         self._looking: asyncio.Future[None] | None = None
         self._updates_per_file = updates_per_file
         self._to_open_with: tuple[ObjectId, Mapping[str, bytes]] | None = None
-        self.saw(opened.proof)
+        self.saw(opened.freshness)
         self._keep_copies(opened.known)
         self._nonces: dict[int, bytes] = {}
         for entry in opened.tail:
@@ -168,18 +169,18 @@ class LogView:
         files: Mapping[str, bytes],
         before: RepoState,
         after: RepoState,
-        proof: Instant | None,
+        freshness: Instant | None,
     ) -> None:
         """Fold an entry of our own that has landed.
 
         Parameters
         ----------
         files
-            That ride in it.
+            That are embedded in it.
         before, after
             States before and after it, as it was validated.
-        proof
-            The new proof of the end of the log, if the answer is one.
+        freshness
+            The moment from which on this answer shows the end of the log; None: it does not.
         """
         if self.head.epoch != epoch or self.head.n != n - 1:
             return
@@ -189,8 +190,8 @@ class LogView:
         else:
             self.head = fold_entry(self.head, decode_entry(data, n=n))
         self._remember(n, nonce, files)
-        if proof is not None:
-            self.proof = proof
+        if freshness is not None:
+            self.freshness = freshness
 
     def adopt(self, opened: Opened) -> None:
         """Take over what opening the log anew has shown; never behind what is known."""
@@ -198,8 +199,8 @@ class LogView:
             return
         if opened.head.epoch != self.head.epoch:
             self._nonces.clear()
-        self.head, self.proof, self.known = opened.head, opened.proof, opened.known
-        self.carried.clear()
+        self.head, self.freshness, self.known = opened.head, opened.freshness, opened.known
+        self.embedded.clear()
         self._keep_copies(opened.known)
         for entry in opened.tail:
             self._remember(entry.n, entry.nonce, entry.objects)
@@ -217,7 +218,7 @@ class LogView:
     def repo_is(self, known: Known) -> None:
         """``repo`` has been seen, a checkpoint of this log."""
         self.known = known
-        self.carried.forget_through(self.checkpoint_n)
+        self.embedded.forget_through(self.checkpoint_n)
 
     def nonce_of(self, epoch: str, n: int) -> bytes | None:
         """Nonce of the entry in a slot, where this client has read it not long ago."""
@@ -229,16 +230,16 @@ class LogView:
             del self._nonces[next(iter(self._nonces))]
         if n in self.head.voided:
             return
-        self.carried.remember(n, files)
+        self.embedded.remember(n, files)
         for key, data in files.items():
             self.files.put(key, data, len(data))
 
     def _keep_copies(self, known: Known) -> None:
-        self.standing = NO_FILES if known.marker is None else known.marker.files
-        for key, data in self.standing.items():
+        self.known_objects = NO_FILES if known.marker is None else known.marker.files
+        for key, data in self.known_objects.items():
             self.files.put(key, data, len(data))
 
-    # ------------------------------------------------------------------ files that ride
+    # ------------------------------------------------------------------ embedded files
 
     def files_to_open_with(self, state: RepoState) -> Mapping[str, bytes]:
         """As `icechunk.log.repository.marker.files_to_open_with`; looked for once for each tip."""
@@ -246,30 +247,30 @@ class LogView:
         if self._to_open_with is None or self._to_open_with[0] != tip:
             try:
                 found = files_to_open_with(state, self.files.get)
-            except FormatError:  # somebody's entry carries it, and nobody has read it yet
+            except FormatError:  # it is embedded in an entry that this client has not read
                 found = {}
             self._to_open_with = tip, found
         return self._to_open_with[1]
 
     @property
-    def rides_much(self) -> bool:
+    def embeds_much(self) -> bool:
         """Whether there is more to put before a checkpoint than looking at ``repo`` first costs."""
-        return len(self.carried) > _MANY_FILES or self.carried.dropped > self.checkpoint_n
+        return len(self.embedded) > _MANY_FILES or self.embedded.dropped > self.checkpoint_n
 
-    async def stand(self, after: int, end: int) -> None:
-        """As `icechunk.log.repository.entries.embedded.Stand`."""
-        await self.carried.stand_dropped(self.head.epoch, after, end)
-        await self.carried.stand(after, end)
+    async def materialize(self, after: int, end: int) -> None:
+        """As `icechunk.log.repository.entries.embedded.Materialize`."""
+        await self.embedded.materialize_dropped(self.head.epoch, after, end)
+        await self.embedded.materialize(after, end)
 
     async def find_file(self, key: str) -> bytes | None:
-        """A file that rides somewhere up to the end of the log as it is now; None where none of that name does."""
+        """A file embedded in an entry, up to the end of the log as it is now; None: none of that name is."""
         for look in (False, True):
             if look:
                 await self.refresh()
-            found = self.carried.find(key)
+            found = self.embedded.find(key)
             if found is not None:
                 return found
-        return await self.carried.find_dropped(self.head.epoch, self.checkpoint_n, key)
+        return await self.embedded.find_dropped(self.head.epoch, self.checkpoint_n, key)
 
     # ------------------------------------------------------------------ looking
 
@@ -298,32 +299,32 @@ class LogView:
             looking.set_result(None)
 
     async def _refresh(self) -> RepoState:
-        while self.left is None:
-            proof, n, asked = self.proof, self.head.n, instant(self.sources)
+        while self.ended_reason is None:
+            freshness, n, asked = self.freshness, self.head.n, instant(self.sources)
             found = await read_slot(self.storage, self.head.epoch, n + 1)
             answered = instant(self.sources, None if found is None else found[1].date_us)
             self.saw(answered)
-            if not still_proves(proof, answered):
-                # Rule 5: the slot may have been pruned, and "empty" would be no news.
+            if not is_fresh(freshness, answered):
+                # Rule 5: the slot may have been pruned, and "empty" would say nothing.
                 await self.reopen()
                 continue
             if found is not None:
                 self.advance(found[0])
                 await self._catch_up(asked)
             elif self.head.n == n:
-                self.proof = asked
+                self.freshness = asked
             # Otherwise another task of this loop folded past it meanwhile, which includes all that was asked for.
             if not self.state.sealed:
                 return self.state
             # What was acknowledged after the seal is wherever the conversion led to.
-            if self.left is None:
+            if self.ended_reason is None:
                 await self._try_leave_sealed()
             return await self._refresh_left()
         return await self._refresh_left()
 
     async def _catch_up(self, asked: Instant) -> None:
         """Fold the rest of a tail that is known to have grown."""
-        epoch, n, proof = self.head.epoch, self.head.n, self.proof
+        epoch, n, freshness = self.head.epoch, self.head.n, self.freshness
         listed, following = await run_pair(
             partial(try_list_head, self.storage, epoch), partial(read_slot, self.storage, epoch, n + 1)
         )
@@ -335,10 +336,10 @@ class LogView:
                 self.advance(entry)
         for entry in await read_tail(self.storage, epoch, self.head.n, listed):
             self.advance(entry)
-        if self.head.epoch != epoch or not still_proves(proof, instant(self.sources)) or self.head.n < listed:
+        if self.head.epoch != epoch or not is_fresh(freshness, instant(self.sources)) or self.head.n < listed:
             await self.reopen()
         elif self.head.n == listed:
-            self.proof = asked
+            self.freshness = asked
 
     async def reopen(self) -> Opened | RepoObject:
         """Find the end of the log anew, from ``repo``; what was found may not be what is adopted."""
@@ -377,7 +378,7 @@ class LogView:
         found = await open_head(self.storage, self.sources)
         if isinstance(found, Opened):
             if found.head.epoch != self.head.epoch and self.stranded is None and self._goes_on(found.head.state):
-                self.left = None
+                self.ended_reason = None
                 self.adopt(found)
             return self.state
         state = state_of(found.info, None)
@@ -388,10 +389,10 @@ class LogView:
     async def leave_sealed(self) -> None:
         """A seal has been folded: finish the conversion for whoever began it (rule 8)."""
         await finish_conversion(
-            self.storage, self.sources, self.head, stand=self.stand, updates_per_file=self.updates_per_file
+            self.storage, self.sources, self.head, materialize=self.materialize, updates_per_file=self.updates_per_file
         )
-        if self.left is None:
-            self.left = f"the repository in {self.storage.describe()} has another layout now; open it again"
+        if self.ended_reason is None:
+            self.ended_reason = f"the repository in {self.storage.describe()} has another layout now; open it again"
 
     async def _try_leave_sealed(self) -> None:
         # Helping is nobody's duty who only reads; whoever opens the repository next tries again.
@@ -404,13 +405,14 @@ class LogView:
 
     async def lost_repo(self, found: RepoObject | None) -> None:
         """``repo`` is not our checkpoint: converted, which a seal in the log says, or taken over (rule 8)."""
-        if self.left is not None:
+        if self.ended_reason is not None:
             return
         await self._fold_to_end()
         if self.state.sealed:
             await self.leave_sealed()
             return
-        self.left = f"the repository in {self.storage.describe()} was taken over by another client; open it again"
+        where = self.storage.describe()
+        self.ended_reason = f"the repository in {where} was taken over by another client; open it again"
         # As a client of its own: it may be the swap in flight, or a checkpoint, that has found out.
         sealing = self._seal(self.head, self.checkpoint_n, found)
         self.sealer = asyncio.get_running_loop().create_task(sealing, name="icechunk log seal")
@@ -423,9 +425,9 @@ class LogView:
                 self.storage, epoch=head.epoch, last=last, found=found, fallback_n=checkpoint_n
             )
         except (IcechunkError, OSError) as error:
-            _LOG.error("%s; sealing its log failed, opening it again tries again: %s", self.left, error)
+            _LOG.error("%s; sealing its log failed, opening it again tries again: %s", self.ended_reason, error)
             return
         report = stranded.describe(self.storage.describe())
         _LOG.error("%s", report)
         if self.head.epoch == head.epoch:
-            self.stranded, self.left = stranded, report
+            self.stranded, self.ended_reason = stranded, report

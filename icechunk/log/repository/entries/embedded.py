@@ -1,13 +1,13 @@
-"""Files that ride in entries, and making them stand on their own (rule 15).
+"""Files embedded in entries, and making objects of them (rule 15).
 
 A small commit's files are in its entry, which alone makes them durable: whoever folds the entry has them. As objects
 they are needed from the moment that a checkpoint passes the entry, since then nobody need fold it any more. So:
 
 - the writer puts them in the background, as soon as its entry has landed;
-- whoever writes a checkpoint, or ends the log, first puts those after the marker that it has not seen standing.
+- whoever writes a checkpoint, or ends the log, first puts those after the marker of which it knows no object.
 
 Both put with ``If-None-Match: *``, so neither disturbs the other, and a 412 says that the object is there. An object
-that comes late, after a collection even, has the bytes that its random name stands for: at worst it is garbage again.
+that comes late, after a collection even, has the bytes that belong to its random name: at worst it is garbage again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import finish_task, run_jobs
 from icechunk.storage.port import Absent, Storage
 
-__all__ = ["CarriedFiles", "Stand", "nothing_carried", "put_once", "stand_up"]
+__all__ = ["EmbeddedFiles", "Materialize", "materialize_entries", "nothing_embedded", "put_once"]
 
 _LOG: Final = logging.getLogger(__name__)
 _MAX_BYTES: Final = 32 * 1024 * 1024
@@ -34,19 +34,19 @@ _ATTEMPTS: Final = 4
 _FIRST_PAUSE_S: Final = 0.1
 _AT_ONCE: Final = 16
 
-Stand: TypeAlias = Callable[[int, int], Awaitable[None]]
+Materialize: TypeAlias = Callable[[int, int], Awaitable[None]]
 """See to it that the files of the entries after a slot, up to another one (inclusive), exist as objects."""
 
 
-async def nothing_carried(after: int, end: int) -> None:
-    """The `Stand` of a log whose entries carry nothing."""
+async def nothing_embedded(after: int, end: int) -> None:
+    """The `Materialize` of a log without embedded files."""
 
 
-def stand_up(storage: Storage, tail: Iterable[Entry]) -> Stand:
-    """The `Stand` of somebody who has just read the whole tail, and has put nothing yet."""
+def materialize_entries(storage: Storage, tail: Iterable[Entry]) -> Materialize:
+    """The `Materialize` of somebody who has just read the whole tail, and has put nothing yet."""
     by_slot = {entry.n: entry.objects for entry in tail}
 
-    async def stand(after: int, end: int) -> None:
+    async def materialize(after: int, end: int) -> None:
         await run_jobs(
             [
                 partial(put_once, storage, key, data)
@@ -57,7 +57,7 @@ def stand_up(storage: Storage, tail: Iterable[Entry]) -> Stand:
             limit=_AT_ONCE,
         )
 
-    return stand
+    return materialize
 
 
 async def put_once(storage: Storage, key: str, data: bytes) -> None:
@@ -68,8 +68,8 @@ async def put_once(storage: Storage, key: str, data: bytes) -> None:
         return
 
 
-class CarriedFiles:
-    """The files that one client has seen riding, and does not know to stand. Belongs to one event loop.
+class EmbeddedFiles:
+    """Embedded files that one client has read, and of which it knows no object. Belongs to one event loop.
 
     Bounded: past 32 MiB the oldest bytes go, and are read again from their slots should a checkpoint of this client
     need them. (One who only reads never writes one.)
@@ -94,7 +94,7 @@ class CarriedFiles:
     # -------------------------------------------------------------- knowing
 
     def remember(self, n: int, files: Mapping[str, bytes]) -> None:
-        """An entry has been folded that carries these."""
+        """An entry has been folded in which these are embedded."""
         if not files or n in self._by_slot:
             return
         self._by_slot[n] = dict(files)
@@ -115,17 +115,17 @@ class CarriedFiles:
         self._bytes = self.dropped = 0
 
     def find(self, key: str) -> bytes | None:
-        """A file that rides, and is not known to stand; None where none of that name does."""
+        """An embedded file of which no object is known; None: none of that name."""
         return next((files[key] for files in self._by_slot.values() if key in files), None)
 
     def all(self) -> dict[str, bytes]:
-        """Everything that rides, and is not known to stand."""
+        """All of them, by key."""
         return {key: data for files in self._by_slot.values() for key, data in files.items()}
 
     def _forget(self, n: int) -> None:
         self._bytes -= sum(map(len, self._by_slot.pop(n, {}).values()))
 
-    def _stands(self, n: int, key: str) -> None:
+    def _exists(self, n: int, key: str) -> None:
         files = self._by_slot.get(n, {})
         self._bytes -= len(files.pop(key, b""))
         if not files:
@@ -161,7 +161,7 @@ class CarriedFiles:
         self._own.clear()
         _LOG.warning("files of commits to %s are not put yet, a checkpoint will: %s", self._storage.describe(), why)
 
-    async def stand(self, after: int, end: int) -> None:
+    async def materialize(self, after: int, end: int) -> None:
         """See to it that the files of the entries after slot ``after`` up to ``end`` exist as objects.
 
         Raises
@@ -178,12 +178,12 @@ class CarriedFiles:
                 progress.cancel()
         await self._put([n for n in sorted(self._by_slot) if after < n <= end])
 
-    async def stand_dropped(self, epoch: str, after: int, end: int) -> None:
+    async def materialize_dropped(self, epoch: str, after: int, end: int) -> None:
         """The same for those whose bytes were let go: they are read again."""
         for n in range(after + 1, min(end, self.dropped) + 1):
             found = await read_slot(self._storage, epoch, n)
             if found is not None:
-                await stand_up(self._storage, [found[0]])(after, end)
+                await materialize_entries(self._storage, [found[0]])(after, end)
 
     async def find_dropped(self, epoch: str, after: int, key: str) -> bytes | None:
         """Look for a file in the entries whose bytes were let go."""
@@ -200,7 +200,7 @@ class CarriedFiles:
 
     async def _put_one(self, n: int, key: str, data: bytes) -> None:
         await put_once(self._storage, key, data)
-        self._stands(n, key)
+        self._exists(n, key)
 
     async def finish(self, grace_s: float) -> None:
         """Begin no more; wait for those under way."""

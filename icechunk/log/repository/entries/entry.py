@@ -1,8 +1,8 @@
 """Entries of the repository log: bytes and keys.
 
 An entry is JSON: ``v`` version, ``n`` slot, ``nonce`` 128 random bits in hex, ``time`` µs, ``since`` store time in
-µs or null, ``events``, each a map with its ``kind``, and, where small commits ride along, ``objects`` from key
-to base64. Readers are strict: a version, kind or field that they do not know stops them, since what they
+µs or null, ``events``, each a map with its ``kind``, and, where files of small commits are embedded, ``objects``
+from key to base64. Readers are strict: a version, kind or field that they do not know stops them, since what they
 cannot fold they cannot skip.
 """
 
@@ -59,11 +59,11 @@ class Entry:
     """Store time, µs, not later than the Last-Modified of anything that the events add; None if they add no files."""
     events: tuple[e.Event, ...]
     objects: Mapping[str, bytes] = field(default_factory=dict)
-    """Files of small commits that ride in the entry, by key (rule 15)."""
+    """Files of small commits that are embedded, by key (rule 15)."""
 
 
 EncodedEvents = list[dict[str, Any]]
-"""Events as the JSON that stands in an entry."""
+"""Events as the JSON of an entry."""
 
 
 def slot_key(epoch: str, n: int) -> str:

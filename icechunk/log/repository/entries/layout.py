@@ -5,8 +5,8 @@ Theory: the rules of ``spec/repository-log.md``, cited beside each check. What e
 attempt is an entry for the slot after the head, its condition is that the slot is empty, and it is recognised by its
 nonce. Who owns what, each for one client, that is one instance on one event loop:
 
-- `icechunk.log.repository.entries.client.LogView`: the head (the newest folded state), the proof of how old its
-  knowledge of the end is, ``repo`` as last seen, and whether the log has ended;
+- `icechunk.log.repository.entries.client.LogView`: the head (the newest folded state), since when it is known
+  to be the end, ``repo`` as last seen, and whether the log has ended;
 - `icechunk.log.repository.entries.checkpoint_schedule.Checkpointing`: the task that writes checkpoints.
 """
 
@@ -42,9 +42,9 @@ from icechunk.log.repository.entries.reader import (
     RepoObject,
     clock_error_us,
     instant,
+    is_fresh,
     nonce_in_slot,
     read_slot,
-    still_proves,
 )
 from icechunk.log.repository.marker import state_of
 from icechunk.log.repository.ops_log import any_in_history, updates_of
@@ -74,7 +74,7 @@ class SlotAttempt(Attempt):
     """That the events were validated against."""
     state: RepoState
     """After them."""
-    proof: Instant
+    freshness: Instant
     """How old the knowledge is that the slot was the next."""
 
 
@@ -131,11 +131,11 @@ class LogLayout(SwappedLog[SlotAttempt]):
     @property
     def tasks(self) -> tuple[asyncio.Task[None], ...]:
         """The newest task of each kind, done or not; for tests that stop a client dead."""
-        tasks = (self.runner, self._preparation, self.view.carried.task, self._checkpointing.task, self.view.sealer)
+        tasks = (self.runner, self._preparation, self.view.embedded.task, self._checkpointing.task, self.view.sealer)
         return tuple(task for task in tasks if task is not None)
 
     @property
-    def carry_limit_bytes(self) -> int:
+    def embed_limit_bytes(self) -> int:
         return MAX_EMBEDDED_BYTES
 
     def share_files(self, files: WeightedCache[str, bytes]) -> None:
@@ -166,8 +166,8 @@ class LogLayout(SwappedLog[SlotAttempt]):
         files: Mapping[str, bytes] = MappingProxyType({}),
         on_queued: Callable[[], None] | None = None,
     ) -> RepoState:
-        if self.view.left is not None:
-            raise SessionStateError(self.view.left)
+        if self.view.ended_reason is not None:
+            raise SessionStateError(self.view.ended_reason)
         return await super().append(
             propose, since_us=since_us, deadline_s=deadline_s, on_sent=on_sent, files=files, on_queued=on_queued
         )
@@ -211,7 +211,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
         candidates = [snapshot_key(FIRST_SNAPSHOT)]
         if head.n:
             candidates.append(slot_key(head.epoch, head.n))
-        await self._store_check.run((*candidates, snapshot_key(head.state.branches[MAIN])), self.view.standing)
+        await self._store_check.run((*candidates, snapshot_key(head.state.branches[MAIN])), self.view.known_objects)
 
     # ------------------------------------------------- encoding, condition, recognition
 
@@ -228,16 +228,16 @@ class LogLayout(SwappedLog[SlotAttempt]):
 
     async def _ready(self) -> None:
         await self.prepare_writes()
-        if not still_proves(self.view.proof, instant(self._sources)):
+        if not is_fresh(self.view.freshness, instant(self._sources)):
             await self.view.reopen()
         await self._require_open()
         self._check_clock()
 
     async def _require_open(self) -> None:
-        if self.state.sealed and self.view.left is None:
+        if self.state.sealed and self.view.ended_reason is None:
             await self.view.leave_sealed()
-        if self.view.left is not None:
-            raise SessionStateError(self.view.left)
+        if self.view.ended_reason is not None:
+            raise SessionStateError(self.view.ended_reason)
 
     def _check_clock(self) -> None:
         error_us = clock_error_us(self.view.seen, instant(self._sources))
@@ -266,12 +266,12 @@ class LogLayout(SwappedLog[SlotAttempt]):
             epoch=head.epoch,
             n=head.n + 1,
             nonce=nonce,
-            known_us=self.view.proof.date_us,
+            known_us=self.view.freshness.date_us,
             data=data,
             files=group.files,
             before=head.state,
             state=group.state,
-            proof=self.view.proof,
+            freshness=self.view.freshness,
         )
 
     async def _send(self, attempt: SlotAttempt) -> bool:
@@ -282,14 +282,14 @@ class LogLayout(SwappedLog[SlotAttempt]):
             return False
         answered = instant(self._sources, put.date_us)
         self.view.saw(answered)
-        if not still_proves(attempt.proof, answered):
+        if not is_fresh(attempt.freshness, answered):
             # Rule 5: the slot may have been pruned meanwhile, and made again by this request.
             return False
         self._fold_own(attempt, replace(asked, date_us=answered.date_us))
         self.view.end_look(look)
         return True
 
-    def _fold_own(self, attempt: SlotAttempt, proof: Instant | None) -> None:
+    def _fold_own(self, attempt: SlotAttempt, freshness: Instant | None) -> None:
         self._wrote = True
         self.view.fold_own(
             epoch=attempt.epoch,
@@ -299,22 +299,22 @@ class LogLayout(SwappedLog[SlotAttempt]):
             files=attempt.files,
             before=attempt.before,
             after=attempt.state,
-            proof=proof,
+            freshness=freshness,
         )
-        self.view.carried.put_soon(attempt.n)
+        self.view.embedded.put_soon(attempt.n)
 
     def _landed(self, attempt: SlotAttempt) -> None:
         self._checkpointing.spawn_if_due()
 
     async def _lost(self) -> None:
         await super()._lost()
-        if self._losses > 1 and self.view.left is None:
+        if self._losses > 1 and self.view.ended_reason is None:
             # Far behind, or in a crowd: learn the rest at once.
             await self.view.refresh()
 
     def _passed(self, attempt: SlotAttempt) -> bool:
         head = self.view.head
-        return (head.epoch, head.n + 1) != attempt.place or self.view.left is not None
+        return (head.epoch, head.n + 1) != attempt.place or self.view.ended_reason is not None
 
     async def _look(self, attempt: SlotAttempt) -> Fate:
         if (fate := self._fate_in_tail(attempt)) is not None:
@@ -323,10 +323,10 @@ class LogLayout(SwappedLog[SlotAttempt]):
         found = await read_slot(self._storage, attempt.epoch, attempt.n)
         answered = instant(self._sources, None if found is None else found[1].date_us)
         view.saw(answered)
-        if not still_proves(attempt.proof, answered):
+        if not is_fresh(attempt.freshness, answered):
             return await self._fate_by_opening(attempt)
         if found is None:
-            attempt.proof = asked
+            attempt.freshness = asked
             return Fate.OPEN
         if found[0].nonce == attempt.nonce:
             self._fold_own(attempt, None)
@@ -362,7 +362,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
             if await any_in_history(self._storage, state, attempt.snapshots):
                 return Fate.LANDED
         if isinstance(opened, Opened) and attempt.place == (opened.head.epoch, opened.head.n + 1):
-            attempt.proof = opened.proof
+            attempt.freshness = opened.freshness
             return Fate.OPEN
         # Behind the checkpoint the slot may have been pruned and made again, so it proves nothing.
         return Fate.LOST if attempt.snapshots else Fate.UNDECIDED
@@ -376,7 +376,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
                 if await any_in_history(self._storage, self.state, token.snapshots):
                     return True
                 head = self.view.head
-                if token.epoch != head.epoch or self.view.left is not None or token.n <= head.n:
+                if token.epoch != head.epoch or self.view.ended_reason is not None or token.n <= head.n:
                     break
                 if token.n > head.n + 1:
                     raise InvalidInputError(
@@ -387,7 +387,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
                 await self._fill_slot(token)
             await self._recall()
         if token.snapshots:
-            # History has been asked, and knows none of them: another entry stands there, ours was void as a whole, or
+            # History has been asked, and knows none of them: another entry is there, ours was void as a whole, or
             # it is in a log that was taken over.
             return False
         nonce = self.view.nonce_of(token.epoch, token.n)
@@ -425,7 +425,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
             As in `append`; opening the repository finishes what was begun.
         """
         await self.append(lambda state: (e.Sealed(reason="convert"),))
-        if self.view.left is None:
+        if self.view.ended_reason is None:
             await self.view.leave_sealed()
 
     async def aclose(self) -> None:
@@ -433,10 +433,10 @@ class LogLayout(SwappedLog[SlotAttempt]):
             return
         await super().aclose()
         await finish_task(self._preparation, CLOSE_GRACE_S)
-        await self.view.carried.finish(CLOSE_GRACE_S)
+        await self.view.embedded.finish(CLOSE_GRACE_S)
         await self._checkpointing.finish(CLOSE_GRACE_S)
         # A reader leaves `repo` alone, which it may not even be allowed to write.
-        if self.view.left is None and self._wrote and self.n > self.view.checkpoint_n:
+        if self.view.ended_reason is None and self._wrote and self.n > self.view.checkpoint_n:
             try:
                 async with asyncio.timeout(CLOSE_GRACE_S):
                     await self._checkpointing.try_write()

@@ -54,6 +54,7 @@ __all__ = [
     "clock_error_us",
     "fold_entry",
     "instant",
+    "is_fresh",
     "known_of",
     "list_head",
     "newest_epoch",
@@ -64,7 +65,6 @@ __all__ = [
     "read_tail",
     "read_until_absent",
     "ref_files_there",
-    "still_proves",
     "store_time_us",
     "try_list_head",
 ]
@@ -88,19 +88,19 @@ class Instant:
     """The client's wall clock."""
 
 
-def still_proves(proof: Instant, answer: Instant) -> bool:
-    """Whether an answer counts for a client whose knowledge of the end of the log is as old as ``proof``.
+def is_fresh(freshness: Instant, answer: Instant) -> bool:
+    """Whether an answer about a slot counts: the client last knew the end of the log at ``freshness`` (rule 5).
 
     Parameters
     ----------
-    proof
+    freshness
         Client clocks of before the request, store time of its answer.
     answer
         Client clocks of after the answer.
     """
-    if proof.date_us is not None and answer.date_us is not None:
-        return answer.date_us - proof.date_us <= TRUST_US
-    return max(answer.elapsed_us - proof.elapsed_us, answer.wall_us - proof.wall_us) <= TRUST_US
+    if freshness.date_us is not None and answer.date_us is not None:
+        return answer.date_us - freshness.date_us <= TRUST_US
+    return max(answer.elapsed_us - freshness.elapsed_us, answer.wall_us - freshness.wall_us) <= TRUST_US
 
 
 def clock_error_us(seen: Instant, now: Instant) -> int:
@@ -184,7 +184,7 @@ class Opened:
     """The log, read up to its head."""
 
     head: Head
-    proof: Instant
+    freshness: Instant
     known: Known
     tail: tuple[Entry, ...]
     """Entries after the checkpoint, oldest first."""
@@ -416,7 +416,7 @@ async def open_head(storage: Storage, sources: Sources) -> Opened | RepoObject:
         head = Head(epoch=marker.epoch, n=marker.n, state=state_of(repo.info, marker))
         for entry in entries:
             head = fold_entry(head, entry)
-        proof = replace(asked, date_us=repo.asked.date_us)
+        freshness = replace(asked, date_us=repo.asked.date_us)
         if head.n < newest:
             missing = (head.epoch, head.n + 1)
             if gap == missing:
@@ -427,9 +427,9 @@ async def open_head(storage: Storage, sources: Sources) -> Opened | RepoObject:
                 )
             gap = missing
             continue
-        if not still_proves(proof, instant(sources)):
+        if not is_fresh(freshness, instant(sources)):
             continue
-        return Opened(head=head, proof=proof, known=repo.known, tail=tuple(entries))
+        return Opened(head=head, freshness=freshness, known=repo.known, tail=tuple(entries))
     raise FormatError(
         f"the log in {storage.describe()} changed faster than it could be read, {_OPEN_ATTEMPTS} times",
         ErrorKind.CONCURRENCY,

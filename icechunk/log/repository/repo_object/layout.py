@@ -129,13 +129,13 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
     async def prepare_writes(self) -> None:
         """See that the store honours If-Match, and make the copy that the next swap needs, while uploads travel."""
         await self._require_matches()
-        if self._preparing or self.swapping.locked() or self._view.left is not None:
+        if self._preparing or self.swapping.locked() or self._view.ended_reason is not None:
             return
         self._preparing = True
         try:
             await self._view.read()
             version = self._view.version
-            if self._view.left is None and (self._copied is None or self._copied[0] != version):
+            if self._view.ended_reason is None and (self._copied is None or self._copied[0] != version):
                 self._copied = (version, await self._copy())
         except (IcechunkError, OSError):
             # Only ever a head start: the swap makes its own copy where this one did not come about.
@@ -167,13 +167,13 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
 
     async def _ready(self) -> None:
         await self._require_matches()
-        if self._view.left is not None:
+        if self._view.ended_reason is not None:
             await self._look_anew()
         self._view.check_clock()
 
     def _require_open(self) -> None:
-        if self._view.left is not None:
-            raise SessionStateError(self._view.left)
+        if self._view.ended_reason is not None:
+            raise SessionStateError(self._view.ended_reason)
 
     async def _build(self, waiting: Sequence[Waiting]) -> Group:
         while self._copied is None or self._copied[0] != self._view.version:
@@ -229,7 +229,7 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
         await self._sources.sleep(self._retries.pause_s(self._sources, self._losses))
 
     def _passed(self, attempt: _Replacement) -> bool:
-        return self._view.version != attempt.base or self._view.left is not None
+        return self._view.version != attempt.base or self._view.ended_reason is not None
 
     async def _look(self, attempt: _Replacement) -> Fate:
         data = await self._view.read()
@@ -258,7 +258,7 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
                 await self._view.read()
                 if any(snapshot in self.state.snapshots for snapshot in token.snapshots):
                     return True
-                if f"{_TOKEN}{self._view.version}" != token.epoch or self._view.left is not None:
+                if f"{_TOKEN}{self._view.version}" != token.epoch or self._view.ended_reason is not None:
                     await self._recall()
                     return await happened(
                         self._storage, self._sources, token.snapshots, nonces=token.nonces, times_us=token.times_us

@@ -255,22 +255,22 @@ async def test_a_long_ops_log_goes_on_in_backups_and_is_told_once(world: World) 
     assert len(other.state.updates) <= 3
 
 
-async def put_carrying(world: World, log: LogLayout) -> None:
+async def put_embedding(world: World, log: LogLayout) -> None:
     """Somebody else's first entry, with a small file in it."""
     events, objects = world.commit(1)(log.state), {"snapshots/SMALL": b"small"}
     await put_entry(world.store, log.epoch, 1, *events, time_us=world.clock.now_us, objects=objects)
 
 
-async def test_files_that_ride_in_entries_stand_on_their_own_before_a_checkpoint_passes_them(world: World) -> None:
+async def test_files_embedded_in_entries_become_objects_before_a_checkpoint_passes_them(world: World) -> None:
     log, storage = await world.create()
-    await put_carrying(world, log)
+    await put_embedding(world, log)
     await log.refresh()
-    assert log.view.carried.find("snapshots/SMALL") == b"small"
+    assert log.view.embedded.find("snapshots/SMALL") == b"small"
     storage.requests.clear()
     await log.checkpoint()
     assert [request.key for request in storage.of("put")] == ["snapshots/SMALL", "repo"]
     assert isinstance(await world.store.get("snapshots/SMALL"), GetResult)
-    assert log.view.carried.find("snapshots/SMALL") is None
+    assert log.view.embedded.find("snapshots/SMALL") is None
 
 
 async def test_a_store_without_a_clock_is_trusted_by_the_clients_own(world: World) -> None:
@@ -299,11 +299,11 @@ async def test_a_store_without_a_clock_is_trusted_by_the_clients_own(world: Worl
 
 
 @pytest.mark.parametrize("who", ["converter", "opener"])
-async def test_files_that_ride_in_entries_stand_on_their_own_before_a_conversion_ends_the_log(
+async def test_files_embedded_in_entries_become_objects_before_a_conversion_ends_the_log(
     world: World, who: str
 ) -> None:
     log, storage = await settled(world)
-    await put_carrying(world, log)
+    await put_embedding(world, log)
     if who == "converter":
         await log.convert_to_repo_object()
     else:

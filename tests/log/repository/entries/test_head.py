@@ -31,9 +31,9 @@ from tests.log.repository.world import DAY_S, World, open_log, put_entry, settle
 # ---------------------------------------------------------------- rule 5
 
 
-def without_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_freshness(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (swapping, client, log_reader):
-        monkeypatch.setattr(module, "still_proves", lambda proof, answer: True)
+        monkeypatch.setattr(module, "is_fresh", lambda freshness, answer: True)
 
 
 @pytest.mark.parametrize("rule", [True, False])
@@ -41,7 +41,7 @@ async def test_a_writer_that_slept_while_its_slot_was_pruned_is_not_told_that_it
     world: World, rule: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not rule:
-        without_proof(monkeypatch)
+        without_freshness(monkeypatch)
     log, storage = await world.create()
     await log.prepare_writes()
     other, _ = await world.open()
@@ -70,7 +70,7 @@ async def test_a_reader_that_slept_does_not_take_a_pruned_slot_for_no_news(
     world: World, rule: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not rule:
-        without_proof(monkeypatch)
+        without_freshness(monkeypatch)
     log, _ = await world.create()
     reader, _ = await world.open()
     await log.append(world.commit(1))
