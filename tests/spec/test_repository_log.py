@@ -15,6 +15,7 @@ from icechunk.log.repository.entries.entry import (
     decode_entry,
     encode_entry,
     encode_events,
+    floor_key,
     new_epoch,
     parse_slot_key,
     slot_key,
@@ -100,6 +101,11 @@ def test_the_slot_keys_on_the_page_are_those_of_their_slots() -> None:
         epoch, n = parse_slot_key(code(key)[0]) or ("", 0)
         assert (n, slot_key(epoch, n)) == (int(number), code(key)[0])
         assert len(epoch) == len(new_epoch(bytes(12), 0)) == 28
+
+
+def test_the_floor_on_the_page_has_the_key_that_we_write() -> None:
+    sentence = " ".join(page("repository-log.md").partition("### Rule 9 ")[2].split())
+    assert f"floor 37 is `{floor_key('E', 37).removeprefix('log/E.floor/')}`" in sentence
 
 
 def test_the_marker_example_is_byte_for_byte_what_we_write() -> None:
