@@ -58,12 +58,13 @@ def rule_rows(jobs: int = 1) -> Iterator[_Row]:
 
 def markdown(rows: Iterable[_Row]) -> Iterator[str]:
     """The table of the rules, as it stands in ``README.md``."""
-    yield "| rule | left out | what breaks | steps |"
-    yield "|---|---|---|---|"
+    yield "| rule | left out | what breaks | steps | states |"
+    yield "|---|---|---|---|---|"
     for run, result, _ in rows:
         number, says = RULES[run.world]
         promise, _, what = result.broken.partition(": ")
-        yield f"| {number} | `{run.world}`: {says} | {promise.lower()}: {what} | {len(result.history)} |"
+        breaks = f"{promise.lower()}: {what}"
+        yield f"| {number} | `{run.world}`: {says} | {breaks} | {len(result.history)} | {result.states:,} |"
 
 
 def _print_worlds(names: Iterable[str], jobs: int) -> tuple[int, int]:
