@@ -245,6 +245,23 @@ class Storage(ABC):
     async def copy(self, source: str, target: str) -> PutResult:
         """Copy an object within the storage, replacing what is at ``target``. Raises `ObjectNotFoundError`."""
 
+    async def prepare(self, folders: Iterable[str]) -> None:  # noqa: B027
+        """Make the place ready for a repository that is about to be created here.
+
+        Whatever this storage knew of the place does not count any more, so one whose folder was removed can be used
+        again. Stores without folders need nothing.
+
+        Parameters
+        ----------
+        folders
+            Beginnings of keys, without the final ``/``, that the repository will use.
+
+        Raises
+        ------
+        StorageError
+            The place cannot be made.
+        """
+
     @abstractmethod
     async def aclose(self) -> None:
         """Close what this storage has open in the running loop. It opens again when used again."""

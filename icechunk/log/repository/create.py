@@ -21,7 +21,18 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
-from icechunk.format.keys import CONFIG_KEY, REFS_PREFIX, REPO_KEY, overwritten_repo_key, snapshot_key, transaction_key
+from icechunk.format.keys import (
+    CHUNKS_PREFIX,
+    CONFIG_KEY,
+    MANIFESTS_PREFIX,
+    REFS_PREFIX,
+    REPO_KEY,
+    SNAPSHOTS_PREFIX,
+    TRANSACTIONS_PREFIX,
+    overwritten_repo_key,
+    snapshot_key,
+    transaction_key,
+)
 from icechunk.format.repo.codec import decode_repo, encode_repo
 from icechunk.format.repo.values import RepoInfo, SnapshotRecord
 from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
@@ -66,15 +77,18 @@ __all__ = [
 
 Json: TypeAlias = Any
 
+_PREFIXES: Final = (CHUNKS_PREFIX, MANIFESTS_PREFIX, SNAPSHOTS_PREFIX, TRANSACTIONS_PREFIX)
+
 ATTEMPTS: Final = 10
 """Of a creator at a certain answer."""
 
 
 async def require_place(storage: Storage, *, check_clean_root: bool) -> None:
-    """Refuse a place where no repository can be created. Errors as those of `create_log`."""
+    """Refuse a place where no repository can be created; else make it ready. Errors as those of `create_log`."""
     require_writable(storage, "create a repository")
     require_atomic(storage)
     await require_clean(storage, everything=check_clean_root)
+    await storage.prepare(prefix.rstrip("/") for prefix in _PREFIXES)
 
 
 async def require_clean(storage: Storage, *, everything: bool) -> None:

@@ -1,4 +1,5 @@
-"""Reading, and durable, exclusive and locked file operations: the blocking half of `LocalStorage`.
+"""Reading, and durable, exclusive and locked file operations: the blocking half of `LocalStorage`. Which file a key
+names, and which keys cannot name one.
 
 The rules (protocol-rules.md, rule 12): a file appears under its name whole or not at all, and is durable before
 its writer is told so. Three ways to make a name exclusive, tried in this order and remembered per folder:
@@ -9,8 +10,6 @@ its writer is told so. Three ways to make a name exclusive, tried in this order 
    is never taken for a dead one.
 
 A place that offers none of these is refused.
-
-Which file a key of `LocalStorage` names, and which keys cannot name one.
 """
 
 from __future__ import annotations
@@ -19,7 +18,9 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import secrets
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -35,12 +36,15 @@ __all__ = [
     "RESERVED",
     "Exclusion",
     "LockedOut",
+    "add_mode",
     "fsync_file",
     "fsync_folder",
+    "is_link",
     "locked",
     "path_of",
     "publish_new",
     "read_file",
+    "sweep",
     "temporary_name",
 ]
 
@@ -70,9 +74,47 @@ class LockedOut(StorageError):
     """Somebody else held the folder's lock for longer than anybody should."""
 
 
+_TEMPORARY: Final = re.compile(r"[0-9a-f]+-[0-9a-f]{24}")
+
+
 def temporary_name() -> str:
     """A name that no other writer uses."""
     return f"{os.getpid():x}-{secrets.token_hex(12)}"
+
+
+def sweep(folder: str, older_than_s: float) -> None:
+    """Remove unfinished files that writers left in a folder long ago: regular files under names that only we give.
+
+    A folder that is a symbolic link is left alone, and so is whatever cannot be removed.
+    """
+    before_s = time.time() - older_than_s
+    with contextlib.suppress(OSError):
+        if os.unlink not in os.supports_dir_fd:
+            if not is_link(os.lstat(folder)):
+                _sweep(folder, folder, None, before_s)
+            return
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            _sweep(descriptor, "", descriptor, before_s)
+        finally:
+            os.close(descriptor)
+
+
+def _sweep(folder: str | int, path: str, descriptor: int | None, before_s: float) -> None:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _TEMPORARY.fullmatch(entry.name) is None:
+                continue
+            with contextlib.suppress(OSError):
+                status = entry.stat(follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode) and status.st_mtime < before_s:
+                    os.unlink(os.path.join(path, entry.name), dir_fd=descriptor)
+
+
+def is_link(status: os.stat_result) -> bool:
+    """Whether an ``lstat`` is that of a symbolic link, or of a junction of Windows."""
+    reparse = getattr(status, "st_file_attributes", 0) & getattr(stat, "FILE_ATTRIBUTE_REPARSE_POINT", 0)
+    return stat.S_ISLNK(status.st_mode) or bool(reparse)
 
 
 def fsync_file(descriptor: int) -> None:
@@ -206,8 +248,13 @@ def _rename_exclusively(source: str, target: str) -> bool:
 
 
 @contextlib.contextmanager
-def locked(path: str) -> Iterator[None]:
+def locked(path: str, *, group_mode: int = 0) -> Iterator[None]:
     """Hold the lock file at ``path`` exclusively, against threads and processes alike.
+
+    Parameters
+    ----------
+    group_mode
+        Permission bits for the group that a lock file made by this call has at the least, whatever the umask.
 
     Raises
     ------
@@ -217,7 +264,12 @@ def locked(path: str) -> Iterator[None]:
         The mount has no locks (kind ``storage-config``).
     """
     # Opened anew each time: flock belongs to the open file, so two threads exclude each other too.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+    flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        descriptor = os.open(path, flags | os.O_CREAT, 0o666)
+        add_mode(descriptor, group_mode & (stat.S_IRGRP | stat.S_IWGRP))
     try:
         _acquire(descriptor, path)
         try:
@@ -227,6 +279,14 @@ def locked(path: str) -> Iterator[None]:
             _release(descriptor)
     finally:
         os.close(descriptor)
+
+
+def add_mode(descriptor: int, mode: int) -> None:
+    """Give an open file these permission bits too, unless it is somebody else's."""
+    present = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    if mode & ~present and os.chmod in os.supports_fd:
+        with contextlib.suppress(PermissionError):
+            os.chmod(descriptor, present | mode)
 
 
 def _acquire(descriptor: int, path: str) -> None:

@@ -1,4 +1,7 @@
-"""Folders whose names are durable: what `LocalStorage` makes, syncs, and need not sync again.
+"""Folders below a root: what `LocalStorage` makes, syncs, and need not sync again.
+
+Two things are never done. Nothing is made or deleted through a symbolic link below the root: a repository made by
+somebody else must not lead out of its folder. And a folder that was there is not made again: somebody removed it.
 
 A sync serves everybody who asked before it began. Whoever asks while one is running waits for the next, and all who
 wait share that one: a batch of objects in one folder costs a few syncs, not one each.
@@ -7,13 +10,15 @@ wait share that one: a batch of objects in one folder costs a few syncs, not one
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 import threading
 import time
 import weakref
 from typing import Final
 
-from icechunk.storage.local.files import fsync_folder
+from icechunk.storage.local.files import fsync_folder, is_link
 
 __all__ = ["Folders"]
 
@@ -48,8 +53,16 @@ class Folders:
         self._root = root
         # Folders that are known to be durable with all their parents.
         self._durable: set[str] = set()
+        # Folders that are no links, nor below any.
+        self._real: set[str] = set()
+        # Folders in which a file of ours was seen.
+        self._used: set[str] = set()
         # When this process last began to sync a folder, ns.
         self._synced_ns: dict[str, int] = {}
+        # Above the root, the lowest folder that this process did not make.
+        self._existed = os.path.dirname(root)
+        self.group_mode = 0
+        """Permission bits of the root for its group, where the group may write to it; else 0."""
         self._start()
         _everyone.add(self)
 
@@ -57,16 +70,48 @@ class Folders:
         self._syncs: dict[str, _Syncs] = {}
         self._changed = threading.Condition()
 
-    def make(self, folder: str) -> None:
-        """Make a folder and its parents, and sync every name from the root down, whoever made it."""
-        if folder in self._durable:
+    @property
+    def in_use(self) -> bool:
+        """Whether a file was seen below the root."""
+        return bool(self._used)
+
+    def use(self, folder: str) -> None:
+        """A file was seen in a folder, which is therefore not made again."""
+        self._used.add(folder)
+
+    def use_again(self) -> None:
+        """The root was in use when this was pickled."""
+        self._used.add(self._root)
+
+    def begin_anew(self) -> None:
+        """Whatever was seen before does not count: somebody creates a repository."""
+        self._used.clear()
+        self.forget()
+
+    def forget(self) -> None:
+        """Look at every folder again: somebody else removed one."""
+        self._durable.clear()
+        self._real.clear()
+
+    def make(self, folder: str, *, durable: bool = True) -> None:
+        """Make a folder and its parents, and sync every name from the root down, whoever made it.
+
+        Parameters
+        ----------
+        durable
+            False: nothing is synced.
+
+        Raises
+        ------
+        OSError
+            ``ENOENT``: the folder, or the root, was in use, and somebody removed it. ``ELOOP``: a symbolic link is in
+            the way.
+        """
+        if folder in self._durable or (not durable and folder in self._real):
             return
-        existed = os.path.dirname(folder)
-        while not os.path.isdir(existed):
-            existed = os.path.dirname(existed)
-        os.makedirs(folder, exist_ok=True)
+        self._make(folder)
         level = folder
-        while level not in self._durable:
+        while durable and level not in self._durable:
             parent = os.path.dirname(level)
             inside = len(parent) >= len(self._root)
             try:
@@ -74,14 +119,57 @@ class Folders:
             except PermissionError:
                 if inside:
                     raise
-            if not inside and len(parent) <= len(existed):
+            if not inside and len(parent) <= len(self._existed):
                 break
             level = parent
-        self._durable.add(folder)
+        if durable:
+            self._durable.add(folder)
 
-    def forget(self) -> None:
-        """Know nothing any more: somebody else removed a folder."""
-        self._durable.clear()
+    def _make(self, folder: str) -> None:
+        if not os.path.isdir(self._root):
+            if self._used:
+                raise _removed(self._root)
+            self._existed = os.path.dirname(self._root)
+            while not os.path.isdir(self._existed):
+                self._existed = os.path.dirname(self._existed)
+            os.makedirs(self._root, exist_ok=True)
+        mode = stat.S_IMODE(os.stat(self._root).st_mode)
+        self.group_mode = mode & stat.S_IRWXG if mode & stat.S_IWGRP else 0
+        for level in self._levels(folder):
+            if level in self._real:
+                continue
+            try:
+                status = os.lstat(level)
+            except FileNotFoundError:
+                if level in self._used:
+                    raise _removed(level) from None
+                self._make_one(level)
+                status = os.lstat(level)
+            _require_real(level, status)
+            self._real.add(level)
+
+    def _make_one(self, folder: str) -> None:
+        try:
+            os.mkdir(folder)
+        except FileExistsError:
+            return
+        if self.group_mode:
+            os.chmod(folder, stat.S_IMODE(os.stat(folder).st_mode) | self.group_mode)
+
+    def check(self, folder: str) -> None:
+        """Raise `OSError` where a folder is missing (``ENOENT``), or behind a symbolic link (``ELOOP``)."""
+        for level in self._levels(folder):
+            if level not in self._real:
+                _require_real(level, os.lstat(level))
+                self._real.add(level)
+
+    def _levels(self, folder: str) -> list[str]:
+        """The folder and those above it, below the root, from the root down."""
+        found = []
+        while len(folder) > len(self._root):
+            found.append(folder)
+            folder = os.path.dirname(folder)
+        return found[::-1]
 
     def sync(self, folder: str) -> None:
         """Return once a sync of the folder that began after this call has ended.
@@ -146,6 +234,17 @@ class Folders:
         with contextlib.suppress(OSError):
             self.sync(folder)
         self._synced_ns[folder] = now_ns
+
+
+def _removed(folder: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, "somebody removed the folder while it was in use", folder)
+
+
+def _require_real(folder: str, status: os.stat_result) -> None:
+    if is_link(status):
+        raise OSError(errno.ELOOP, f"{folder!r} is a symbolic link", folder)
+    if not stat.S_ISDIR(status.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
 
 
 _everyone: weakref.WeakSet[Folders] = weakref.WeakSet()

@@ -15,6 +15,9 @@ as the kernel decides both; a look and a rename under the lock exclude only othe
 of a folder offers neither links nor exclusive renames, all who write to that folder have to come through such a mount:
 one that links may otherwise lose a file to one that only locks. Every process of one machine finds the same way.
 
+Nothing is made or deleted through a symbolic link below the root, and a folder that somebody removed while it was in
+use is not made again, but for a new repository (`LocalStorage.prepare`).
+
 A reader that finds a file younger than two minutes syncs its folder once before it tells anybody: the writer may not
 have come to that yet, and what was seen must not vanish in a power failure.
 """
@@ -28,7 +31,6 @@ import itertools
 import os
 import stat
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
@@ -54,6 +56,7 @@ from icechunk.storage.local.files import (
     path_of,
     publish_new,
     read_file,
+    sweep,
     temporary_name,
 )
 from icechunk.storage.local.folders import Folders
@@ -177,6 +180,9 @@ class LocalStorage(Storage):
     async def copy(self, source: str, target: str) -> PutResult:
         return await self._in_thread(self._copy, source, target)
 
+    async def prepare(self, folders: Iterable[str]) -> None:
+        await self._in_thread(self._prepare, list(folders))
+
     async def aclose(self) -> None:
         return None
 
@@ -225,12 +231,14 @@ class LocalStorage(Storage):
         return instance_of_state(self, self.__getstate__())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self._root}
+        return {"root": self._root, "in_use": self._folders.in_use}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._root = state["root"]
         self._sources = SYSTEM
         self._start()
+        if state.get("in_use"):
+            self._folders.use_again()
 
     # -- threads ---------------------------------------------------------------------------------------------------
 
@@ -285,6 +293,7 @@ class LocalStorage(Storage):
                 status = os.fstat(descriptor)
                 if not stat.S_ISREG(status.st_mode):
                     raise self._not_found(key)
+                self._folders.use(os.path.dirname(path))
                 self._folders.settle(path, status)
                 start, stop = resolve_range(byte_range, status.st_size, key)
                 data = read_file(descriptor, start, stop - start, self._buffers)
@@ -310,6 +319,7 @@ class LocalStorage(Storage):
             status = try_stat(path)
             if status is None:
                 raise self._not_found(key)
+            self._folders.use(os.path.dirname(path))
             self._folders.settle(path, status)
         return info_of(key, status)
 
@@ -333,6 +343,7 @@ class LocalStorage(Storage):
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
                 raise
+        self._folders.use(os.path.dirname(path))
         self._sync_after_landing(key, os.path.dirname(path))
         return result
 
@@ -342,19 +353,21 @@ class LocalStorage(Storage):
         if not self._swept:
             # First of all: on a full disk this is what may make room.
             self._swept = True
-            self._sweep(folder)
+            sweep(folder, _ABANDONED_AFTER_S)
+        self._folders.make(folder, durable=False)
         try:
-            status = write_new(path, data)
+            status = write_new(path, data, group_mode=self._folders.group_mode)
         except FileNotFoundError:
-            self._folders.make(folder)
-            status = write_new(path, data)
+            self._folders.forget()
+            self._folders.make(folder, durable=False)
+            status = write_new(path, data, group_mode=self._folders.group_mode)
         return path, PutResult(version=version_of(status), date_us=self._sources.wall_us())
 
     def _publish(self, key: str, path: str, temporary: str, precondition: Precondition) -> None:
         folder = os.path.dirname(path)
         self._folders.make(folder)
         if isinstance(precondition, Matches):
-            with locked(self._lock_path):
+            with self._locked():
                 self._require_version(key, path, precondition.version)
                 os.replace(temporary, path)
             return
@@ -363,7 +376,7 @@ class LocalStorage(Storage):
         except FileExistsError:
             if isinstance(precondition, Absent) or os.path.isdir(path):
                 raise self._taken(key, path) from None
-            with locked(self._lock_path):
+            with self._locked():
                 os.replace(temporary, path)
 
     def _publish_new(self, temporary: str, path: str) -> None:
@@ -402,13 +415,15 @@ class LocalStorage(Storage):
             )
         return PreconditionFailedError(f"cannot create {key!r} in {self.describe()}: the object exists already")
 
-    def _sweep(self, folder: str) -> None:
-        """Remove what writers that died long ago left unfinished."""
-        with contextlib.suppress(OSError), os.scandir(folder) as entries:
-            for entry in entries:
-                with contextlib.suppress(OSError):
-                    if entry.name != "lock" and time.time() - entry.stat().st_mtime > _ABANDONED_AFTER_S:
-                        os.unlink(entry.path)
+    def _prepare(self, folders: list[str]) -> None:
+        self._folders.begin_anew()
+        with self._translated("create", ".", writes=True):
+            for name in folders:
+                self._folders.make(os.path.join(self._root, *name.split("/")))
+
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        self._folders.make(os.path.dirname(self._lock_path), durable=False)
+        return locked(self._lock_path, group_mode=self._folders.group_mode)
 
     def _delete(self, keys: list[str]) -> tuple[int, list[tuple[str, str]]]:
         deleted = 0
@@ -423,11 +438,11 @@ class LocalStorage(Storage):
                 deleted += 1
         if existing:
             with self._translated("delete", existing[0][0]):
-                os.makedirs(os.path.dirname(self._lock_path), exist_ok=True)
                 # The lock keeps a `Matches` from bringing back what it compared before we came.
-                with locked(self._lock_path):
+                with self._locked():
                     for key, path in existing:
                         try:
+                            self._folders.check(os.path.dirname(path))
                             os.unlink(path)
                         except FileNotFoundError:
                             pass
@@ -490,6 +505,10 @@ def _remedy(code: int | None) -> str:
             return "; nothing of it is visible. Free some space and try again"
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return "; check the permissions of the folder and how it is mounted"
+        case errno.ENOENT:
+            return "; open the repository again where it is now, or create it again"
+        case errno.ELOOP:
+            return "; nothing is written or deleted through a link below the folder. Put what it leads to in its place"
         case errno.ENOTDIR:
             return "; an object stands where the key has a folder"
         case errno.ENAMETOOLONG:

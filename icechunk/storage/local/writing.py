@@ -1,40 +1,40 @@
-"""New files with large contents, on their way to the medium.
+"""New files: their bytes, their time, and what makes them durable.
 
-Every file is synced before its writer is told so; its bytes go to the medium at once, whichever way they take. Through
-the page cache each of them is copied into memory that the system first has to find, and again has to wait for the
-medium. So large contents go past it where the file system lets them (``O_DIRECT`` of Linux): in pieces, through a
-little memory of the writing thread's own that is aligned as such writes demand. What is no whole block at the end, and
-everything where the file system declines, takes the usual way.
+Bytes go to the page cache in pieces, and each piece is sent on to the medium at once: the medium works while the next
+piece is copied, and the sync at the end has little left to wait for. Past the cache (``O_DIRECT``) takes twice as long,
+since each piece waits for the medium before the next.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import mmap
+import ctypes
 import os
+import stat
 import sys
-import threading
 import time
+from collections.abc import Callable
+from functools import cache
 from typing import Final
 
-from icechunk.storage.local.files import fsync_file
-
-if sys.platform == "linux":
-    import fcntl
+from icechunk.storage.local.files import add_mode, fsync_file
 
 __all__ = ["write_new"]
 
-_DIRECT: Final = getattr(os, "O_DIRECT", 0) if sys.platform == "linux" else 0
-_LEAST_DIRECT_BYTES: Final = 1024 * 1024
+_LEAST_STARTED_BYTES: Final = 1024 * 1024
 _PIECE_BYTES: Final = 1024 * 1024
-# Of every file system and device that we know, the coarsest alignment.
-_BLOCK_BYTES: Final = 4096
-_DECLINED: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
+_SYNC_FILE_RANGE_WRITE: Final = 2
 
 
-def write_new(path: str, data: bytes | memoryview) -> os.stat_result:
-    """Create a file of these bytes, synced, with the clock's time as its own. Its folder is not synced.
+def write_new(path: str, data: bytes | memoryview, *, group_mode: int = 0, synced: bool = True) -> os.stat_result:
+    """Create a file of these bytes, with the clock's time as its own. Its folder is not synced.
+
+    Parameters
+    ----------
+    group_mode
+        Permission bits for the group; of these the file has the one for reading at the least, whatever the umask.
+    synced
+        False: the file is on its way to the medium, and may be torn after a power failure.
 
     Returns
     -------
@@ -50,10 +50,13 @@ def write_new(path: str, data: bytes | memoryview) -> os.stat_result:
     try:
         try:
             _write(descriptor, memoryview(data))
+            if group_mode:
+                add_mode(descriptor, group_mode & stat.S_IRGRP)
             if os.utime in os.supports_fd:
                 now_ns = time.time_ns()
                 os.utime(descriptor, ns=(now_ns, now_ns))
-            fsync_file(descriptor)
+            if synced:
+                fsync_file(descriptor)
             return os.fstat(descriptor)
         finally:
             os.close(descriptor)
@@ -64,58 +67,23 @@ def write_new(path: str, data: bytes | memoryview) -> os.stat_result:
 
 
 def _write(descriptor: int, data: memoryview) -> None:
-    rest = data
-    if len(data) >= _LEAST_DIRECT_BYTES and _set_direct(descriptor, on=True):
-        rest = data[_write_directly(descriptor, data) :]
-        _set_direct(descriptor, on=False)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
+    start_range = _start_range() if len(data) >= _LEAST_STARTED_BYTES else None
+    begin = done = 0
+    while done < len(data):
+        # No piece crosses a multiple of its size, so that no page is begun twice.
+        done += os.write(descriptor, data[done : begin + _PIECE_BYTES])
+        if start_range is not None and (done - begin >= _PIECE_BYTES or done == len(data)):
+            # Only a hint, so what it answers does not matter.
+            start_range(descriptor, begin, done - begin, _SYNC_FILE_RANGE_WRITE)
+            begin = done
 
 
-def _set_direct(descriptor: int, *, on: bool) -> bool:
-    """Whether the file system took it."""
-    if sys.platform != "linux" or not _DIRECT:
-        return False
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | _DIRECT if on else flags & ~_DIRECT)
-    except OSError as error:
-        if not on or error.errno not in _DECLINED:
-            raise
-        return False
-    return True
-
-
-def _write_directly(descriptor: int, data: memoryview) -> int:
-    """Write whole blocks past the page cache; how many bytes that were, from the start on."""
-    piece = _thread_piece()
-    done, end = 0, len(data) - len(data) % _BLOCK_BYTES
-    while done < end:
-        size = min(_PIECE_BYTES, end - done)
-        piece[:size] = data[done : done + size]
-        try:
-            count = os.write(descriptor, piece[:size])
-        except OSError as error:
-            if error.errno not in _DECLINED:
-                raise
-            break
-        done += count
-        if count < size:
-            # A disk that is full, for one: the usual way finds out.
-            break
-    return done
-
-
-class _Pieces(threading.local):
-    piece: memoryview | None = None
-
-
-_pieces: Final = _Pieces()
-
-
-def _thread_piece() -> memoryview:
-    if _pieces.piece is None:
-        # Pages begin at pages. Private: a forked child writes its own.
-        memory = mmap.mmap(-1, _PIECE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        _pieces.piece = memoryview(memory)
-    return _pieces.piece
+@cache
+def _start_range() -> Callable[[int, int, int, int], int] | None:
+    """``sync_file_range(2)``, which begins to write part of a file to the medium; None where there is no such call."""
+    if sys.platform != "linux":
+        return None
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is not None:
+        call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return call

@@ -126,20 +126,23 @@ async def test_unfinished_files_are_neither_listed_nor_readable(tmp_path: Path) 
 async def test_files_of_writers_that_died_long_ago_are_swept(tmp_path: Path) -> None:
     folder = tmp_path / RESERVED
     folder.mkdir()
-    for name in ("old", "young"):
+    old, young, foreign = files.temporary_name(), files.temporary_name(), "notes.txt"
+    for name in (old, young, foreign):
         (folder / name).write_bytes(b"half")
-    os.utime(folder / "old", (1, 1))
+    for name in (old, foreign):
+        os.utime(folder / name, (1, 1))
     await LocalStorage(tmp_path).put("x", b"1")
-    assert sorted(os.listdir(folder)) == ["young"]
+    assert sorted(os.listdir(folder)) == sorted([young, foreign])
 
 
 async def test_they_are_swept_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / RESERVED
     folder.mkdir()
-    (folder / "old").write_bytes(b"all the room that there was")
-    os.utime(folder / "old", (1, 1))
+    old = folder / files.temporary_name()
+    old.write_bytes(b"all the room that there was")
+    os.utime(old, (1, 1))
 
-    def full(path: str, data: bytes) -> None:
+    def full(path: str, data: bytes, *, group_mode: int) -> None:
         assert os.listdir(folder) == []
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""New files: their bytes are what was given, whichever way they took."""
+"""New files: their bytes are what was given, and the medium begins on them while they are written."""
 
 from __future__ import annotations
 
@@ -17,93 +17,65 @@ from icechunk.storage.local.writing import write_new
 MIB = 1024 * 1024
 SIZES = [0, 1, 4096, MIB - 1, MIB, MIB + 1, MIB + 4096, 2 * MIB + 4097, 5 * MIB]
 
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has O_DIRECT")
-
-
-class Writes:
-    """Passes writes on and notes how each went: bytes, and whether past the page cache."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, refused: int | None = None, most: int | None = None) -> None:
-        import fcntl
-
-        self.seen: list[tuple[int, bool]] = []
-        real = os.write
-
-        def write(descriptor: int, data: Any) -> int:
-            direct = bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
-            if direct and refused is not None:
-                raise OSError(refused, os.strerror(refused))
-            count = real(descriptor, data if most is None or not direct else data[:most])
-            self.seen.append((count, direct))
-            return count
-
-        monkeypatch.setattr(os, "write", write)
-
-    def count(self, *, direct: bool) -> int:
-        return sum(count for count, how in self.seen if how is direct)
-
-
-def has_direct(folder: Path) -> bool:
-    try:
-        os.close(os.open(folder / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
-    except OSError:
-        return False
-    finally:
-        (folder / "probe").unlink(missing_ok=True)
-    return True
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has sync_file_range")
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", [bytes, memoryview])
-def test_the_file_is_what_was_given(tmp_path: Path, size: int, kind: Any) -> None:
+@pytest.mark.parametrize("synced", [True, False])
+def test_the_file_is_what_was_given(tmp_path: Path, size: int, kind: Any, synced: bool) -> None:
     # Views begin where they like.
     data = kind(os.urandom(size + 3))[3:]
-    status = write_new(str(tmp_path / "x"), data)
+    status = write_new(str(tmp_path / "x"), data, synced=synced)
     assert (tmp_path / "x").read_bytes() == data
     assert (status.st_size, status.st_mtime_ns) == (size, os.stat(tmp_path / "x").st_mtime_ns)
 
 
-@linux_only
-def test_whole_blocks_of_large_files_go_past_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not has_direct(tmp_path):
-        pytest.skip("the file system of the test's folder has no O_DIRECT")
-    writes = Writes(monkeypatch)
-    write_new(str(tmp_path / "large"), bytes(2 * MIB + 4096 + 5))
-    assert (writes.count(direct=True), writes.count(direct=False)) == (2 * MIB + 4096, 5)
-    write_new(str(tmp_path / "small"), bytes(MIB - 1))
-    assert writes.count(direct=False) == 5 + MIB - 1
-
-
-@linux_only
-@pytest.mark.parametrize("way", ["flag", "write", "short"])
-def test_where_the_file_system_declines_the_usual_way_is_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+@pytest.mark.parametrize("most", [MIB, 1000])
+def test_a_large_file_is_sent_to_the_medium_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    data = os.urandom(3 * MIB + 7)
-    if way == "flag":
-        import fcntl
+    started: list[tuple[int, int]] = []
+    real = os.write
 
-        real = fcntl.fcntl
+    def start(descriptor: int, begin: int, count: int, flags: int) -> int:
+        assert os.fstat(descriptor).st_size == begin + count
+        started.append((begin, begin + count))
+        return -1
 
-        def refuse(descriptor: int, command: int, flags: int = 0) -> Any:
-            if command == fcntl.F_SETFL and flags & os.O_DIRECT:
-                raise OSError(errno.EINVAL, "Invalid argument")
-            return real(descriptor, command, flags)
-
-        monkeypatch.setattr(fcntl, "fcntl", refuse)
-    else:
-        Writes(monkeypatch, refused=errno.EINVAL if way == "write" else None, most=4096)
-    write_new(str(tmp_path / "x"), data)
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:most]))
+    monkeypatch.setattr(writing, "_start_range", lambda: start)
+    data = os.urandom(2 * MIB + 5)
+    write_new(str(tmp_path / "x"), data, synced=False)
     assert (tmp_path / "x").read_bytes() == data
+    assert (started[0][0], started[-1][1]) == (0, len(data))
+    assert [begin for begin, _ in started[1:]] == [end for _, end in started[:-1]]
+    assert len(started) == 3
 
 
 @linux_only
-def test_other_errors_are_passed_on_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not has_direct(tmp_path):
-        pytest.skip("the file system of the test's folder has no O_DIRECT")
-    Writes(monkeypatch, refused=errno.EIO)
+def test_the_system_has_the_call() -> None:
+    assert writing._start_range() is not None
+
+
+def test_synced_means_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(writing, "fsync_file", synced.append)
+    for number, wanted in enumerate([True, False, True]):
+        write_new(str(tmp_path / str(number)), b"1", synced=wanted)
+    assert len(synced) == 2
+
+
+@pytest.mark.parametrize("size", [10, 2 * MIB])
+def test_a_file_that_cannot_be_written_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    def fail(descriptor: int, data: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "write", fail)
     with pytest.raises(OSError, match="Input/output"):
-        write_new(str(tmp_path / "x"), bytes(2 * MIB))
+        write_new(str(tmp_path / "x"), bytes(size))
     assert os.listdir(tmp_path) == []
 
 
@@ -124,15 +96,3 @@ def test_threads_at_once_do_not_mix_their_bytes(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert [(tmp_path / str(n)).read_bytes() for n in range(8)] == contents
-
-
-@linux_only
-def test_a_forked_child_has_memory_of_its_own() -> None:
-    piece = writing._thread_piece()
-    piece[:1] = b"a"
-    child = os.fork()
-    if not child:
-        writing._thread_piece()[:1] = b"b"
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-    assert bytes(piece[:1]) == b"a"
