@@ -481,6 +481,7 @@ async def test_an_unknown_outcome_is_settled_either_way_by_any_client(world: Out
     with pytest.raises(CommitOutcomeUnknown) as unknown:
         await log.append(await world.commit(1))
     token = pickle.loads(pickle.dumps(unknown.value.token))
+    assert token.snapshots == (an_id(1),)
     storage.script = None
     if late_lands:
         await held[0]()
@@ -491,6 +492,36 @@ async def test_an_unknown_outcome_is_settled_either_way_by_any_client(world: Out
             await send()
     assert await log.settle(token) is late_lands
     assert await world.history() == ([an_id(1)] if late_lands else [])
+    await log.append(await world.commit(2, an_id(1) if late_lands else FIRST_SNAPSHOT))
+    assert (await world.history())[-1] == an_id(2)
+
+
+@grouping_layouts
+@pytest.mark.parametrize("late_lands", [True, False])
+async def test_what_adds_no_snapshot_is_settled_too(world: Outcomes, late_lands: bool) -> None:
+    log, storage = await world.create()
+    held = answering_writes(storage, losing)
+    with pytest.raises(CommitOutcomeUnknown) as unknown:
+        await log.append(delete_precious)
+    if late_lands:
+        await held[0]()
+    other, _ = await world.open()
+    assert await other.settle(unknown.value.token) is late_lands
+    await other.append(await world.commit(1))
+    assert await other.settle(unknown.value.token) is late_lands
+    assert ("precious" in (await world.state()).branches) is not late_lands
+
+
+async def test_what_adds_no_snapshot_cannot_be_settled_in_format_1() -> None:
+    world = Outcomes(Layout.REFS)
+    log, storage = await world.create()
+    answering_writes(storage, losing)
+    with pytest.raises(CommitOutcomeUnknown) as unknown:
+        await log.append(delete_precious)
+    storage.script = None
+    with pytest.raises(CommitOutcomeUnknown):
+        await log.settle(unknown.value.token)
+    await world.aclose()
 
 
 @every_layout
@@ -509,6 +540,80 @@ async def test_a_deadline_gives_a_token_and_the_request_goes_on(world: Outcomes)
     gate.set()
     assert await log.settle(unknown.value.token)
     assert await world.history() == [an_id(1)]
+
+
+@every_layout
+async def test_who_is_cancelled_during_the_request_holds_the_token_that_settles_it(world: Outcomes) -> None:
+    log, storage = await world.create()
+    gate, told = asyncio.Event(), Told()
+
+    async def wait(request: Request, send: Send) -> object:
+        if writes(request):
+            assert told.is_open, "told before anything is sent"
+            await gate.wait()
+        return await send()
+
+    storage.script = wait
+    caller = asyncio.ensure_future(log.append(await world.commit(1), on_sent=told.append))
+    await until(lambda: any(map(writes, storage.requests)))
+    caller.cancel()
+    await asyncio.wait({caller})
+    assert caller.cancelled()
+    assert [token.snapshots for token in told if token is not None] == [(an_id(1),)]
+    gate.set()
+    assert await log.settle(told[-1])  # type: ignore[arg-type]
+    assert told.is_open, "it landed: nobody takes the token back"
+    assert await world.history() == [an_id(1)]
+
+
+@every_layout
+async def test_who_was_cancelled_during_a_request_that_lost_is_told_that_nothing_is_open(world: Outcomes) -> None:
+    log, storage = await world.create()
+    other, _ = await world.open()
+    gate, told = asyncio.Event(), Told()
+
+    async def wait(request: Request, send: Send) -> object:
+        if writes(request):
+            await gate.wait()
+        return await send()
+
+    storage.script = wait
+    caller = asyncio.ensure_future(log.append(await world.commit(1), on_sent=told.append))
+    await until(lambda: any(map(writes, storage.requests)))
+    caller.cancel()
+    await asyncio.wait({caller})
+    await other.append(await world.commit(2))
+    gate.set()
+    await until(lambda: not told.is_open)
+    await log.append(await world.commit(3, an_id(2)))
+    assert [token is None for token in told] == [False, True], "it is not sent again"
+    assert await world.history() == [an_id(2), an_id(3)]
+
+
+@grouping_layouts
+async def test_a_cancelled_caller_leaves_and_those_who_share_its_attempt_go_on(world: Outcomes) -> None:
+    log, storage = await world.create()
+    gate = asyncio.Event()
+
+    async def wait(request: Request, send: Send) -> object:
+        if writes(request):
+            await gate.wait()
+        return await send()
+
+    storage.script = wait
+    first = asyncio.ensure_future(log.append(await world.commit(1)))
+    second = asyncio.ensure_future(log.append(lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)]))
+    await until(lambda: any(map(writes, storage.requests)))
+    third = asyncio.ensure_future(log.append(await world.commit(3, an_id(1))))
+    await asyncio.sleep(0)
+    first.cancel()
+    third.cancel()
+    await asyncio.wait({first, third})
+    gate.set()
+    assert "t" in (await second).tags
+    assert first.cancelled()
+    assert third.cancelled()
+    assert await world.history() == [an_id(1)], "the first was in the attempt, the third not yet"
 
 
 @every_layout

@@ -175,21 +175,6 @@ class _Unconditional(ScriptedStorage):
 # ---------------------------------------------------------------- rule 2
 
 
-async def test_a_commit_that_landed_but_lost_its_answer_is_not_committed_twice(world: World) -> None:
-    log, storage = await world.create()
-
-    async def lose_first(request: Request, send: Send) -> object:
-        answer = await send()
-        if slots(request) and len([r for r in storage.requests if slots(r)]) == 1:
-            raise lost_answer()
-        return answer
-
-    storage.script = lose_first
-    await log.append(world.commit(1))
-    assert await world.history() == [an_id(1)]
-    assert len([request for request in storage.requests if slots(request)]) == 1
-
-
 @pytest.mark.parametrize("rule", [True, False])
 async def test_while_a_put_may_still_arrive_the_same_bytes_are_sent_again(
     world: World, rule: bool, monkeypatch: pytest.MonkeyPatch

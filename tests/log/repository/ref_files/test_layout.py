@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 
 from icechunk.errors import (
     AlreadyExistsError,
-    CommitOutcomeUnknown,
     ConflictError,
     FormatError,
     InvalidInputError,
@@ -19,7 +17,6 @@ from icechunk.errors import (
     RepositoryNotFoundError,
     SessionStateError,
     SnapshotNotFoundError,
-    StorageError,
 )
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id
 from icechunk.format.keys import snapshot_key
@@ -37,7 +34,7 @@ from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.scripted import Request, Send, lost_answer
 from tests.log.repository.strategies import an_id
-from tests.log.repository.world import World, held_back
+from tests.log.repository.world import World
 
 MAIN_KEY = "refs/branch.main/ref.json"
 
@@ -237,21 +234,6 @@ async def test_a_repository_that_was_upgraded_meanwhile_is_not_written_to(world:
 # --------------------------------------------------------------- lost answers
 
 
-async def test_a_commit_that_landed_but_lost_its_answer_is_recognised(world: RefFilesWorld) -> None:
-    log, storage = await world.create()
-
-    async def lose(request: Request, send: Send) -> object:
-        answer = await send()
-        if request.verb == "put" and request.key == MAIN_KEY:
-            storage.script = None
-            raise lost_answer()
-        return answer
-
-    storage.script = lose
-    await log.append(await world.commit(1))
-    assert await world.tip() == an_id(1)
-
-
 async def test_ones_own_commit_is_recognised_below_that_of_another(world: RefFilesWorld) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
@@ -309,48 +291,6 @@ async def test_a_look_during_which_a_change_lands_is_repeated(world: RefFilesWor
     await other.append(second)
     go_on.set()
     assert (await look).branches["main"] == an_id(2)
-
-
-async def test_the_same_bytes_are_sent_while_the_branch_is_unchanged(world: RefFilesWorld) -> None:
-    log, storage = await world.create()
-
-    async def drop(request: Request, send: Send) -> object:
-        if replaces(MAIN_KEY)(request) and len([r for r in storage.requests if replaces(MAIN_KEY)(r)]) < 3:
-            raise lost_answer()
-        return await send()
-
-    await log.prepare_writes()
-    commit = await world.commit(1)
-    storage.requests.clear()
-    storage.script = drop
-    await log.append(commit)
-    puts = [request for request in storage.requests if replaces(MAIN_KEY)(request)]
-    assert len(puts) == 3
-    assert len({(request.data, request.precondition) for request in puts}) == 1
-
-
-@pytest.mark.parametrize("late_lands", [True, False])
-async def test_an_unknown_outcome_is_settled_either_way(world: RefFilesWorld, late_lands: bool) -> None:
-    log, storage = await world.create()
-    late: list[Send] = []
-
-    commit = await world.commit(1)
-    storage.script = held_back(late, replaces(MAIN_KEY))
-    with pytest.raises(CommitOutcomeUnknown) as unknown:
-        await log.append(commit)
-    token = pickle.loads(pickle.dumps(unknown.value.token))
-    storage.script = None
-    if late_lands:
-        await late[0]()
-    other, _ = await world.open()
-    assert await other.settle(token) is late_lands
-    for send in late[1:]:
-        with pytest.raises(StorageError):
-            await send()
-    assert await world.tip() == (an_id(1) if late_lands else FIRST_SNAPSHOT)
-    # and the client itself goes on
-    await log.append(await world.commit(2, parent=await world.tip()))
-    assert await world.tip() == an_id(2)
 
 
 # ----------------------------------------------------------------- places

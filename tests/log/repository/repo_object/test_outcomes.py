@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
 from functools import partial
 
 import pytest
 
 from icechunk.errors import (
     AlreadyExistsError,
-    CommitOutcomeUnknown,
     IcechunkError,
-    SessionStateError,
     StorageError,
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
@@ -21,7 +18,7 @@ from icechunk.log.repository.create import create_repo_object
 from icechunk.log.repository.port import SwapToken
 from icechunk.testing.scripted import Request, Send, lost_answer
 from tests.log.repository.strategies import an_id
-from tests.log.repository.world import World, held_back, losing_the_answer, replaces_repo, waiting_for
+from tests.log.repository.world import World, replaces_repo
 
 new_world = partial(World, create_repo_object)
 
@@ -29,14 +26,6 @@ new_world = partial(World, create_repo_object)
 async def turns(count: int = 200) -> None:
     for _ in range(count):
         await asyncio.sleep(0)
-
-
-async def test_a_commit_that_landed_but_lost_its_answer_is_not_committed_twice(world: World) -> None:
-    log, storage = await world.create()
-
-    storage.script = losing_the_answer(storage, replaces_repo)
-    await log.append(world.commit(1))
-    assert await world.history() == [an_id(1)]
 
 
 @pytest.mark.parametrize("what", ["commit", "tag"])
@@ -119,112 +108,9 @@ async def test_the_same_tag_by_another_at_the_same_microsecond_is_not_taken_for_
         await log.append(lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)])
 
 
-async def test_the_same_bytes_are_sent_while_the_object_is_unchanged(world: World) -> None:
-    log, storage = await world.create()
-
-    async def drop(request: Request, send: Send) -> object:
-        if replaces_repo(request) and len([r for r in storage.requests if replaces_repo(r)]) < 3:
-            raise lost_answer()
-        return await send()
-
-    storage.script = drop
-    storage.requests.clear()
-    await log.append(world.commit(1))
-    puts = [request for request in storage.requests if replaces_repo(request)]
-    assert len(puts) == 3
-    assert len({(request.data, request.precondition) for request in puts}) == 1
-
-
-async def test_an_outcome_that_stays_unknown_is_called_so_and_settles_as_landed(world: World) -> None:
-    log, storage = await world.create()
-    late: list[Send] = []
-
-    storage.script = held_back(late, replaces_repo)
-    with pytest.raises(CommitOutcomeUnknown) as unknown:
-        await log.append(world.commit(1))
-    token = pickle.loads(pickle.dumps(unknown.value.token))
-    storage.script = None
-    await late[0]()
-    other, _ = await world.open()
-    assert await other.settle(token)
-    assert await log.settle(token)
-    assert await world.history() == [an_id(1)]
-
-
-@pytest.mark.parametrize("what", ["commit", "tag"])
-async def test_settling_makes_failure_certain(world: World, what: str) -> None:
-    log, storage = await world.create()
-    late: list[Send] = []
-
-    storage.script = held_back(late, replaces_repo)
-    propose = world.commit(1) if what == "commit" else lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)]
-    with pytest.raises(CommitOutcomeUnknown) as unknown:
-        await log.append(propose)
-    other, _ = await world.open()
-    assert not await other.settle(unknown.value.token)
-    for send in late:
-        with pytest.raises(StorageError):
-            await send()
-    assert await world.history() == []
-    assert not (await other.refresh()).tags
-    # and the client itself finds out before it sends anything else
-    storage.script = None
-    await log.append(world.commit(2))
-    assert await world.history() == [an_id(2)]
-
-
 async def test_settling_a_token_of_another_life_says_that_it_did_not_land(world: World) -> None:
     log, _ = await world.create()
     assert not await log.settle(SwapToken(epoch="repo:gone", n=5, nonces=(b"x" * 16,), snapshots=(an_id(9),)))
-
-
-async def test_a_caller_with_a_deadline_is_told_and_the_put_goes_on(world: World) -> None:
-    log, storage = await world.create()
-    go = asyncio.Event()
-
-    storage.script = waiting_for(go, replaces_repo)
-    with pytest.raises(CommitOutcomeUnknown) as unknown:
-        await log.append(world.commit(1), deadline_s=0.02)
-    go.set()
-    assert await log.settle(unknown.value.token)
-
-
-async def test_a_cancelled_caller_leaves_the_queue_and_not_the_swap(world: World) -> None:
-    log, storage = await world.create()
-    go = asyncio.Event()
-
-    storage.script = waiting_for(go, replaces_repo)
-    first = asyncio.create_task(log.append(world.commit(1)))
-    await turns()
-    second = asyncio.create_task(log.append(world.commit(2)))
-    await turns()
-    first.cancel()
-    second.cancel()
-    await asyncio.gather(first, second, return_exceptions=True)
-    go.set()
-    storage.script = None
-    await log.append(lambda _: [e.MetadataUpdated(metadata={"a": 1})])
-    assert await world.history() == [an_id(1)]
-
-
-async def test_whoever_is_cancelled_learns_whether_the_outcome_is_open(world: World) -> None:
-    log, storage = await world.create()
-    other, _ = await world.open()
-    told: list[SwapToken | None] = []
-    go = asyncio.Event()
-
-    storage.script = waiting_for(go, replaces_repo)
-    caller = asyncio.create_task(log.append(world.commit(1), on_sent=told.append))
-    await turns()
-    caller.cancel()
-    await asyncio.gather(caller, return_exceptions=True)
-    assert [token.snapshots for token in told if token] == [(an_id(1),)]
-    await other.append(world.commit(2))
-    go.set()
-    storage.script = None
-    await log.append(world.commit(3))
-    assert told[-1] is None
-    assert await world.history() == [an_id(2), an_id(3)]
 
 
 async def test_a_copy_that_fails_fails_the_commit_with_nothing_landed(world: World) -> None:
@@ -247,10 +133,3 @@ async def test_what_cannot_be_encoded_fails_alone(world: World) -> None:
     with pytest.raises(IcechunkError):
         await log.append(lambda _: [e.TagCreated(name="\ud800", snapshot=FIRST_SNAPSHOT)])
     await log.append(world.commit(1))
-
-
-async def test_closing_tells_who_waits_and_refuses_afterwards(world: World) -> None:
-    log, _ = await world.create()
-    await log.aclose()
-    with pytest.raises(SessionStateError, match="closed"):
-        await log.append(world.commit(1))
