@@ -1,6 +1,6 @@
-"""An ingest service: measurements arrive, and every few seconds they are appended and committed.
+"""An ingest service: measurements arrive, and every few seconds they are appended and committed, each once.
 
-Stop it with Ctrl-C (it commits what it has) and start it again: it goes on where the history ends.
+Stop it with Ctrl-C, or kill it, and start it again: it goes on behind what was committed last.
 
     python examples/ingest_service.py /tmp/measurements --seconds 10
 """
@@ -10,70 +10,50 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import signal
+from collections.abc import AsyncIterator
 
 import numpy as np
-import zarr.api.asynchronous as zarr_async
+import xarray as xr
 
 import icechunk
 
 STATIONS = 16
 
 
-async def measure(queue: asyncio.Queue[np.ndarray], start: int) -> None:
-    """Stand-in for a real source: one row of all stations every few milliseconds."""
-    step = start
+async def measure(after: int) -> AsyncIterator[tuple[int, xr.Dataset]]:
+    """Stand-in for a source that can be read from any offset on: one row of all stations every few milliseconds."""
+    offset = after + 1
     while True:
-        await queue.put(np.full(STATIONS, step, dtype="f4"))  # waits while the queue is full
-        step += 1
+        time = np.datetime64("2026-01-01", "ns") + np.timedelta64(offset, "s")
+        row = np.full((1, STATIONS), offset, "f4")
+        yield offset, xr.Dataset({"values": (("time", "station"), row)}, coords={"time": [time]})
+        offset += 1
         await asyncio.sleep(0.005)
 
 
-async def append(repo: icechunk.Repository, rows: list[np.ndarray]) -> None:
-    session = await repo.writable_session_async("main")
-    array = await zarr_async.open_array(store=session.store, path="values")
-    before = array.shape[0]
-    await array.resize((before + len(rows), STATIONS))
-    await array.setitem((slice(before, None), slice(None)), np.stack(rows))
-    snapshot = await session.commit_async(f"{len(rows)} rows", {"first_row": before})
-    print(f"committed rows {before} to {before + len(rows)} as {snapshot}", flush=True)
-
-
-async def rows_so_far(repo: icechunk.Repository) -> int:
-    session = await repo.readonly_session_async("main")
-    if not await session.store.exists("values/zarr.json"):
-        session = await repo.writable_session_async("main")
-        await zarr_async.create_array(
-            session.store, name="values", shape=(0, STATIONS), chunks=(256, STATIONS), dtype="f4"
-        )
-        await session.commit_async("an empty array")
-        return 0
-    return int((await zarr_async.open_array(store=session.store, path="values")).shape[0])
-
-
 async def serve(folder: str, seconds: float, every: float) -> None:
-    stop = asyncio.Event()
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
-    async with await icechunk.Repository.open_or_create_async(icechunk.local_filesystem_storage(folder)) as repo:
-        queue: asyncio.Queue[np.ndarray] = asyncio.Queue(maxsize=10_000)
-        source = asyncio.create_task(measure(queue, await rows_so_far(repo)))
-        ending = asyncio.get_running_loop().call_later(seconds, stop.set)
-        while not stop.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), every)
-            if stop.is_set():
-                source.cancel()
-            rows = [queue.get_nowait() for _ in range(queue.qsize())]
-            if rows:
-                await append(repo, rows)
-        ending.cancel()
+    async with (
+        await icechunk.Repository.open_or_create_async(folder) as repo,
+        repo.appender("main", dim="time", source="stations", every=every) as appender,
+    ):
+        begun = -1 if appender.position is None else appender.position
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                async for offset, dataset in measure(after=begun):
+                    await appender.put(dataset, offset=offset)
+        await appender.flush()
+        stats = appender.stats()
+        print(f"committed rows {begun + 1} to {begun + stats.rows_committed} in {stats.commits} commits")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", help="where the repository is, or will be")
+    parser.add_argument("--seconds", type=float, default=10.0, help="how long to measure (default: 10)")
+    parser.add_argument("--every", type=float, default=2.0, help="seconds between commits (default: 2)")
+    args = parser.parse_args()
+    asyncio.run(serve(args.folder, args.seconds, args.every))
 
 
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("folder")
-    arguments.add_argument("--seconds", type=float, default=60, help="how long to run")
-    arguments.add_argument("--every", type=float, default=2, help="seconds between commits")
-    options = arguments.parse_args()
-    asyncio.run(serve(options.folder, options.seconds, options.every))
+    main()

@@ -29,6 +29,7 @@ FLOORS = [
     {"maintenance", "virtual_access"},
     {"store"},
     {"session"},
+    {"appender"},
     {"repository"},
     {"distributed", "kerchunk"},
     {"dask"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from icechunk.repository.appending import Appending
 from icechunk.repository.branches_and_tags import BranchesAndTags
 from icechunk.repository.changes import Changes
 from icechunk.repository.configuration import Configuration
@@ -14,7 +15,9 @@ from icechunk.repository.watch import Watching
 __all__ = ["Repository"]
 
 
-class Repository(Opening, Maintenance, BranchesAndTags, History, Inspection, Changes, Watching, Configuration):
+class Repository(
+    Opening, Maintenance, BranchesAndTags, History, Inspection, Changes, Watching, Appending, Configuration
+):
     """A transactional Zarr hierarchy with its history.
 
     Made by `create`, `open` or `open_or_create`. Methods that end in ``_async`` are the engine; their synchronous

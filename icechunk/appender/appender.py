@@ -1,0 +1,586 @@
+"""When buffered rows are committed, and what happens when somebody else was first.
+
+One task at a time commits. It opens a session at the branch's tip, writes all buffered rows behind the last one, and
+commits with the record of its source (`icechunk.appender.position`); the commit is valid only if the branch did not
+move.
+If it moved, the changes are rebased where the others touched other arrays; else they are forgotten, and the rows, still
+in memory, are placed again behind the winner's. Before either, the newest record of the source is read: an entry of
+another owner ends this appender. An outcome that is not known is settled before anything else is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol, TypeAlias
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from icechunk.appender.position import KEY, Sources, newest_sources, recorded
+from icechunk.appender.target import Batch, Target
+from icechunk.conflicts import ConflictDetector, RebaseFailedError
+from icechunk.errors import (
+    CommitOutcomeUnknown,
+    ConflictError,
+    ErrorKind,
+    InvalidInputError,
+    SessionStateError,
+    StorageError,
+)
+from icechunk.format.ids import encode_id
+from icechunk.session import Session
+from icechunk.snapshots import SnapshotInfo
+
+__all__ = ["Appender", "AppenderStats", "History", "Promise"]
+
+Promise: TypeAlias = Literal["buffered", "committed", "skipped"]
+OnDuplicate: TypeAlias = Literal["error", "skip", "replace"]
+
+_SETTLE_PAUSES_S: Final = (0.05, 0.2, 1.0, 5.0)
+
+
+class History(Protocol):
+    """What an appender needs of a repository."""
+
+    async def writable_session_async(self, branch: str) -> Session: ...
+
+    async def settle_async(self, token: Any) -> bool: ...
+
+    def async_ancestry(self, *, snapshot_id: str) -> AsyncIterator[SnapshotInfo]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppenderStats:
+    """How far an appender is."""
+
+    rows_buffered: int
+    """Rows that were put and are in no commit yet."""
+    bytes_buffered: int
+    """Their size in memory."""
+    rows_committed: int
+    """Rows that this appender committed."""
+    commits: int
+    """Commits that it made."""
+    placed_again: int
+    """Times that rows were written again since another commit to the same arrays was first."""
+    rebased: int
+    """Times that a commit was rebased over commits to other arrays."""
+    lag_s: float
+    """Seconds since the oldest buffered row was put; 0 where none is buffered."""
+
+
+@dataclass(slots=True)
+class _Counts:
+    rows: int = 0
+    commits: int = 0
+    placed_again: int = 0
+    rebased: int = 0
+
+
+@dataclass(slots=True)
+class _Queue:
+    """Appenders of one branch in one process, which commit one after the other instead of against each other."""
+
+    locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+
+
+_queues: WeakKeyDictionary[asyncio.AbstractEventLoop, _Queue] = WeakKeyDictionary()
+
+
+class Appender:
+    """Appends rows along one dimension of a group's arrays, each row once. Made by `Repository.appender`.
+
+    Use it as ``async with``: it opens on entering, and commits what is buffered on leaving, also after an error in the
+    block, so what `put` accepted is not lost. Belongs to one event loop.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        branch: str,
+        dim: str,
+        source: str,
+        *,
+        group: str,
+        key: str | None,
+        every_s: float,
+        max_rows: int,
+        max_bytes: int,
+        on_duplicate: OnDuplicate,
+        gaps: Literal["allow", "error"],
+        keep: int | None,
+        begin_at: Any,
+        message: str,
+        place: str,
+    ) -> None:
+        for name, number in (("every", every_s), ("max_rows", max_rows), ("max_bytes", max_bytes)):
+            if number <= 0:
+                raise InvalidInputError(f"{name} must be more than 0, not {number!r}", ErrorKind.INVALID_SETTING)
+        if on_duplicate not in ("error", "skip", "replace"):
+            raise InvalidInputError(
+                f"on_duplicate must be 'error', 'skip' or 'replace', not {on_duplicate!r}", ErrorKind.INVALID_SETTING
+            )
+        if keep is not None and keep <= 0:
+            raise InvalidInputError(f"keep must be more than 0 rows, not {keep!r}", ErrorKind.INVALID_SETTING)
+        if key is not None and key != dim:
+            raise InvalidInputError(
+                f"key must be the append dimension's coordinate {dim!r}, not {key!r}", ErrorKind.INVALID_SETTING
+            )
+        self._history = history
+        self._branch, self._dim, self._source, self._group = branch, dim, source, group.strip("/")
+        self._key, self._every_s, self._max_rows, self._max_bytes = key, every_s, max_rows, max_bytes
+        self._on_duplicate, self._gaps, self._keep, self._message = on_duplicate, gaps, keep, message
+        self._begin_at = begin_at
+        self._place = place
+        self._owner = secrets.token_hex(8)
+        self._counts = _Counts()
+        self._buffered: deque[Batch] = deque()
+        self._rows = self._bytes = 0
+        self._oldest_s: float | None = None
+        self._position: Any = None
+        self._last_offset: Any = None
+        self._seen_owner: str | None = None
+        self._labels: Any = None
+        """With a key: all stored labels, ascending; without: the last one alone."""
+        self._target: Target | None = None
+        self._sources: Sources = {}
+        self._session: Session | None = None
+        self._error: BaseException | None = None
+        self._committing: asyncio.Task[str | None] | None = None
+        self._timer: asyncio.Task[None] | None = None
+
+    # -- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def position(self) -> Any:
+        """The offset that was committed last for this source; None where nothing was: where to resume."""
+        return self._position
+
+    def stats(self) -> AppenderStats:
+        """How far it is."""
+        lag = 0.0 if self._oldest_s is None else time.monotonic() - self._oldest_s
+        return AppenderStats(
+            rows_buffered=self._rows,
+            bytes_buffered=self._bytes,
+            rows_committed=self._counts.rows,
+            commits=self._counts.commits,
+            placed_again=self._counts.placed_again,
+            rebased=self._counts.rebased,
+            lag_s=lag,
+        )
+
+    async def __aenter__(self) -> Appender:
+        session = await self._history.writable_session_async(self._branch)
+        await self._learn(session)
+        record = self._sources.get(self._source)
+        self._position = self._last_offset = self._begin_at if record is None else record["offset"]
+        self._seen_owner = None if record is None else str(record["owner"])
+        self._timer = asyncio.create_task(self._tick())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            await asyncio.gather(self._timer, return_exceptions=True)
+        if self._error is None:
+            await self.flush()
+        elif self._committing is not None:
+            await asyncio.gather(self._committing, return_exceptions=True)
+
+    # -- rows ------------------------------------------------------------------------------------------------------
+
+    async def put(self, data: Any, *, offset: Any = None, durable: bool = False) -> Promise:
+        """Accept rows; they are committed with others soon.
+
+        Waits while more than twice ``max_bytes`` are in memory.
+
+        Parameters
+        ----------
+        data
+            An `xarray.Dataset`, or a mapping of variable names to arrays, of one row or several. It is copied.
+        offset
+            Of the source, behind these rows: an int or a text that grows. None where the source has none; such rows are
+            not protected against being put twice.
+        durable
+            Wait until the rows are committed.
+
+        Returns
+        -------
+        str
+            "buffered": they will be committed; "committed": they are; "skipped": the offset was seen before, or all
+            labels were there and ``on_duplicate`` is "skip".
+
+        Raises
+        ------
+        InvalidInputError
+            The data do not fit, labels do not grow, the offset goes backwards, or leaves a gap that is refused (kind
+            ``invalid-setting``). Nothing of these data is buffered.
+        SessionStateError
+            Another consumer of this source has committed (fenced), or the branch was reset: open a new appender.
+        StorageError
+            An earlier commit failed; what is buffered is kept, and tried again by the next `flush` or `put`.
+        """
+        self._require_usable()
+        if offset is not None and not self._is_new(offset):
+            return "skipped"
+        target = await self._opened()
+        batch = await target.checked(self._require_session(), data)
+        if batch.fresh is not None:
+            batch.fresh.snapshot_id = target.snapshot_id
+            self._target = target = batch.fresh
+        batch.offset = offset
+        if batch.rows == 0:
+            self._last_offset = self._last_offset if offset is None else offset
+            return "skipped"
+        batch = await self._by_labels(batch, target)
+        if batch.rows:
+            self._buffered.append(batch)
+            self._rows += batch.rows
+            self._bytes += batch.num_bytes
+            self._oldest_s = self._oldest_s or time.monotonic()
+        self._last_offset = self._last_offset if offset is None else offset
+        if durable:
+            await self.flush()
+            return "committed"
+        if self._rows >= self._max_rows or self._bytes >= self._max_bytes:
+            self._commit_soon()
+            while self._bytes >= 2 * self._max_bytes and self._committing is not None:
+                await self._wait(self._committing)
+        else:
+            # A long run of puts that never wait shall not keep the commit's task from running.
+            await asyncio.sleep(0)
+        return "buffered" if batch.rows else "skipped"
+
+    async def flush(self) -> str | None:
+        """Commit all that is buffered. Returns the id of the newest snapshot it made; None where nothing was buffered.
+
+        Raises
+        ------
+        SessionStateError, StorageError, CommitOutcomeUnknown
+            As `put` says; what is not committed stays buffered.
+        """
+        self._require_usable()
+        made: str | None = None
+        while self._buffered or self._committing is not None:
+            self._commit_soon()
+            assert self._committing is not None
+            made = await self._wait(self._committing) or made
+        return made
+
+    async def prepend(self, data: Any) -> str:
+        """Put rows before the first one, in a commit of their own.
+
+        Their number must be a multiple of the chunks' rows, since whole chunks are shifted. Positions of sources do not
+        change.
+
+        Raises
+        ------
+        InvalidInputError
+            The data do not fit, or their number is not such a multiple.
+        """
+        await self.flush()
+        async with self._turn():
+            while True:
+                session = await self._history.writable_session_async(self._branch)
+                await self._learn(session)
+                target = await self._opened()
+                batch = await target.checked(session, data)
+                after = await target.prepend(session, batch)
+                made = await self._try_commit(session, {KEY: {"sources": self._sources}} if self._sources else {})
+                if made is not None:
+                    self._adopt(after, session, made)
+                    if self._key is not None and self._labels is not None:
+                        self._labels = np.concatenate([batch.values[self._dim], self._labels])
+                    return made
+                self._counts.placed_again += 1
+
+    # -- what is checked -------------------------------------------------------------------------------------------
+
+    def _require_usable(self) -> None:
+        if self._timer is None:
+            raise SessionStateError("the appender is not open: use it as `async with repo.appender(...) as appender`")
+        if self._error is not None:
+            raise self._error
+
+    def _is_new(self, offset: Any) -> bool:
+        """Whether an offset follows the last one; False: it is one that is in the data already."""
+        last = self._last_offset
+        if last is None:
+            return True
+        if type(offset) is not type(last):
+            raise InvalidInputError(
+                f"offset {offset!r} is a {type(offset).__name__}, the last one of source {self._source!r} was {last!r}",
+                ErrorKind.INVALID_SETTING,
+            )
+        if offset == last or (self._position is not None and offset <= self._position):
+            return False
+        if offset < last:
+            raise InvalidInputError(
+                f"offset {offset!r} of source {self._source!r} goes backwards: {last!r} was put before it; put rows in "
+                "the source's order",
+                ErrorKind.INVALID_SETTING,
+            )
+        if self._gaps == "error" and isinstance(offset, int) and offset != last + 1:
+            raise InvalidInputError(
+                f"offset {offset} of source {self._source!r} leaves a gap behind {last}; "
+                "give gaps='allow' if that is right",
+                ErrorKind.INVALID_SETTING,
+            )
+        return True
+
+    async def _by_labels(self, batch: Batch, target: Target) -> Batch:
+        """The rows that are appended: labels must grow; rows of labels that are there are dealt with at once."""
+        labels = batch.values.get(self._dim)
+        if labels is None:
+            return batch
+        if len(labels) > 1 and not np.all(labels[1:] > labels[:-1]):
+            raise InvalidInputError(
+                f"labels of {self._dim!r} do not grow within the data: {labels[:5]!r}…", ErrorKind.INVALID_SETTING
+            )
+        known = await self._known_labels(target)
+        last = None if known is None or not len(known) else known[-1]
+        late = 0 if last is None else int(np.searchsorted(labels, last, side="right"))
+        if late:
+            if self._key is None:
+                raise InvalidInputError(
+                    f"label {labels[0]!r} of {self._dim!r} does not follow {last!r}, the last one; "
+                    f"give key={self._dim!r} to write into rows that are there",
+                    ErrorKind.INVALID_SETTING,
+                )
+            places = np.searchsorted(known, labels[:late])
+            there = known[np.minimum(places, len(known) - 1)] == labels[:late]
+            if not there.all():
+                raise InvalidInputError(
+                    f"label {labels[:late][~there][0]!r} of {self._dim!r} is not there and does not follow {last!r}: "
+                    "rows are put between others only by prepend",
+                    ErrorKind.INVALID_SETTING,
+                )
+            if self._on_duplicate == "error":
+                raise InvalidInputError(
+                    f"label {labels[0]!r} of {self._dim!r} is there already; on_duplicate may be 'skip' or 'replace'",
+                    ErrorKind.INVALID_SETTING,
+                )
+            if self._on_duplicate == "replace":
+                await self._replace(labels[:late], {name: v[:late] for name, v in batch.values.items()}, batch.offset)
+            batch.values = {name: values[late:] for name, values in batch.values.items()}
+            batch.rows -= late
+            batch.num_bytes = sum(v.nbytes for v in batch.values.values())
+            labels = labels[late:]
+        if len(labels):
+            self._labels = labels[-1:].copy() if self._key is None else np.concatenate([known, labels])
+        return batch
+
+    async def _known_labels(self, target: Target) -> Any:
+        """Stored and buffered labels; without a key the last of them alone."""
+        if self._labels is None:
+            stored = await target.labels(self._require_session()) if target.created else None
+            variable = target.variables.get(self._dim)
+            dtype = "i8" if variable is None else variable.meta.dtype.to_native_dtype()
+            stored = np.empty(0, dtype) if stored is None else stored
+            buffered = [b.values[self._dim] for b in self._buffered if self._dim in b.values]
+            found = np.concatenate([stored, *buffered])
+            self._labels = found[-1:].copy() if self._key is None else found
+        return self._labels
+
+    async def _replace(self, labels: Any, values: Mapping[str, Any], offset: Any) -> None:
+        """Write rows that are there anew, in a commit of their own, so that their offset counts."""
+        await self.flush()
+        async with self._turn():
+            while True:
+                session = await self._history.writable_session_async(self._branch)
+                await self._learn(session)
+                target = await self._opened()
+                known = await target.labels(session)
+                places = np.searchsorted(np.empty(0) if known is None else known, labels).tolist()
+                rows = [(p, {name: v[i] for name, v in values.items()}) for i, p in enumerate(places)]
+                await target.replace_rows(session, rows)
+                metadata = self._record(offset, 0)
+                made = await self._try_commit(session, metadata)
+                if made is not None:
+                    self._adopt(target, session, made, metadata=metadata, offset=offset)
+                    return
+                self._counts.placed_again += 1
+
+    # -- commits ---------------------------------------------------------------------------------------------------
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(min(self._every_s, 0.05) if self._oldest_s is None else self._until_due_s())
+            if self._oldest_s is not None and self._until_due_s() <= 0 and self._error is None:
+                self._commit_soon()
+                committing = self._committing
+                if committing is not None:
+                    await asyncio.wait([committing])
+
+    def _until_due_s(self) -> float:
+        return max(0.0, self._every_s - (time.monotonic() - (self._oldest_s or time.monotonic())))
+
+    def _commit_soon(self) -> None:
+        if self._committing is None and self._buffered:
+            self._committing = asyncio.create_task(self._commit())
+            self._committing.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[str | None]) -> None:
+        self._committing = None
+        if not task.cancelled():
+            task.exception()  # told to whoever waits, and by the next call where nobody does
+
+    async def _wait(self, task: asyncio.Task[str | None]) -> str | None:
+        # A caller that is cancelled leaves; the commit goes on.
+        return await asyncio.shield(task)
+
+    async def _commit(self) -> str | None:
+        """Commit what is buffered now, behind whatever is there."""
+        batches = list(self._buffered)
+        rows, offset = (
+            sum(b.rows for b in batches),
+            next((b.offset for b in reversed(batches) if b.offset is not None), None),
+        )
+        async with self._turn():
+            while True:
+                session = await self._history.writable_session_async(self._branch)
+                await self._learn(session)
+                target = await self._opened()
+                after = await target.write(session, batches)
+                after = await self._within(session, after)
+                metadata = self._record(offset, rows)
+                made = await self._try_commit(session, metadata)
+                if made is not None:
+                    break
+                self._counts.placed_again += 1
+        for batch in batches:
+            self._buffered.popleft()
+            self._rows -= batch.rows
+            self._bytes -= batch.num_bytes
+        self._oldest_s = time.monotonic() if self._buffered else None
+        self._counts.rows += rows
+        self._adopt(after, session, made, metadata=self._record(offset, rows), offset=offset)
+        return made
+
+    async def _within(self, session: Session, target: Target) -> Target:
+        """Leave out the oldest rows, chunk by chunk, where only so many are kept."""
+        if self._keep is None or target.length <= self._keep:
+            return target
+        drop = (target.length - self._keep) // target.chunk_rows * target.chunk_rows
+        if not drop:
+            return target
+        if self._key is not None:
+            self._labels = None
+        return await target.drop_first(session, drop)
+
+    def _record(self, offset: Any, rows: int) -> dict[str, Any]:
+        newest = self._last_committed() if offset is None else offset
+        return recorded(self._sources, self._source, offset=newest, owner=self._owner, rows=rows)
+
+    def _last_committed(self) -> Any:
+        record = self._sources.get(self._source)
+        return self._begin_at if record is None else record["offset"]
+
+    async def _try_commit(self, session: Session, metadata: dict[str, Any]) -> str | None:
+        """Commit, rebasing over others while that works; None where the rows must be placed again."""
+        while True:
+            try:
+                return await session.commit_async(self._message, metadata)
+            except CommitOutcomeUnknown as unknown:
+                if await self._settled(unknown.token):
+                    return self._made(unknown)
+                return None
+            except ConflictError:
+                pass
+            try:
+                await session.rebase_async(ConflictDetector())
+            except RebaseFailedError:
+                session.discard_changes()
+                return None
+            self._counts.rebased += 1
+            mine = metadata.get(KEY, {}).get("sources", {}).get(self._source)
+            self._sources = await newest_sources(self._history.async_ancestry(snapshot_id=session.snapshot_id))
+            self._require_owner()
+            if mine is not None:
+                metadata = {KEY: {"sources": {**self._sources, self._source: mine}}}
+            elif self._sources:
+                metadata = {KEY: {"sources": self._sources}}
+
+    async def _settled(self, token: Any) -> bool:
+        for pause_s in _SETTLE_PAUSES_S:
+            try:
+                return await self._history.settle_async(token)
+            except StorageError:
+                await asyncio.sleep(pause_s)
+        return await self._history.settle_async(token)
+
+    def _made(self, unknown: CommitOutcomeUnknown) -> str:
+        return encode_id(unknown.token.snapshots[-1])
+
+    # -- what is known ---------------------------------------------------------------------------------------------
+
+    def _turn(self) -> asyncio.Lock:
+        """Appenders of this process to one branch of one repository take turns."""
+        queue = _queues.setdefault(asyncio.get_running_loop(), _Queue())
+        return queue.locks.setdefault(f"{self._place}#{self._branch}", asyncio.Lock())
+
+    def _require_session(self) -> Session:
+        assert self._session is not None
+        return self._session
+
+    async def _opened(self) -> Target:
+        assert self._target is not None
+        return self._target
+
+    async def _learn(self, session: Session) -> None:
+        """Know the arrays and the sources as of a session's snapshot."""
+        self._session = session
+        target = self._target
+        if target is not None and target.snapshot_id == session.snapshot_id:
+            return
+        self._sources = await newest_sources(self._history.async_ancestry(snapshot_id=session.snapshot_id))
+        if target is None:
+            self._target = await Target.open(session, self._group, self._dim)
+            return
+        self._require_owner()
+        found = await target.moved_to(session)
+        if not found.created and not target.created:
+            target.snapshot_id = session.snapshot_id
+            return
+        if found.length != target.length and self._key is not None:
+            self._labels = None
+        self._target = found
+
+    def _require_owner(self) -> None:
+        record = self._sources.get(self._source)
+        expected = self._seen_owner
+        owner = None if record is None else str(record["owner"])
+        if owner == expected:
+            return
+        if record is None:
+            reason = f"branch {self._branch!r} no longer has the commits of this appender: it was reset"
+        else:
+            reason = f"another consumer committed up to offset {record['offset']!r}"
+        self._error = SessionStateError(
+            f"the appender of source {self._source!r} has ended: {reason}; {self._rows} buffered rows were not "
+            "committed. Open a new appender and go on behind its position"
+        )
+        raise self._error
+
+    def _adopt(
+        self,
+        target: Target,
+        session: Session,
+        made: str,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        offset: Any = None,
+    ) -> None:
+        target.snapshot_id = made
+        self._target, self._session = target, session
+        self._counts.commits += 1
+        if metadata is not None:
+            self._sources = metadata[KEY]["sources"]
+            self._seen_owner = self._owner
+            if offset is not None:
+                self._position = offset

@@ -1,0 +1,54 @@
+"""What commits of appenders record of their sources: up to which offset each is in the data, and by whom.
+
+The record is a value of the snapshot's metadata under `KEY`::
+
+    {"sources": {"kafka:sst/3": {"offset": 4711, "owner": "9f3c…", "rows": 120}}}
+
+Every commit of an appender carries the records of all sources, its own brought up to date, so the newest record in a
+branch's ancestry says everything. A commit is valid only if the branch did not move since that record was read; so two
+consumers of one source cannot both commit what follows one offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Final
+
+from icechunk.errors import SessionStateError
+from icechunk.snapshots import SnapshotInfo
+
+__all__ = ["KEY", "Sources", "newest_sources", "recorded"]
+
+KEY: Final = "aioicechunk_append"
+"""Reserved in the metadata of snapshots."""
+
+Sources = dict[str, dict[str, Any]]
+
+
+async def newest_sources(ancestry: AsyncIterator[SnapshotInfo]) -> Sources:
+    """The records of all sources as of the newest commit of an appender, looked for from a tip backwards.
+
+    Raises
+    ------
+    SessionStateError
+        The record may have expired: history ends before one was found, and not at the repository's first snapshot.
+    """
+    last: SnapshotInfo | None = None
+    async for info in ancestry:
+        last = info
+        found = info.metadata.get(KEY)
+        if isinstance(found, Mapping):
+            return {str(name): dict(record) for name, record in dict(found.get("sources") or {}).items()}
+    if last is not None and last.metadata.get("__icechunk") != {"is_root": True} and last.parent_id is not None:
+        raise SessionStateError(
+            "cannot tell the position of a source: the commits that recorded it have expired; keep the newest commit "
+            "of each appender, or give the appender a position to begin at"
+        )
+    return {}
+
+
+def recorded(sources: Sources, source: str, *, offset: Any, owner: str, rows: int) -> dict[str, Any]:
+    """The metadata of a commit that brings one source up to an offset."""
+    before = sources.get(source, {})
+    record = {"offset": offset, "owner": owner, "rows": int(before.get("rows") or 0) + rows}
+    return {KEY: {"sources": {**sources, source: record}}}

@@ -1,0 +1,433 @@
+"""The arrays of one group that rows are appended to: opened once, their open chunk row kept in memory.
+
+A row is one position along the append dimension. Rows that do not fill a chunk yet are kept as they were written, so
+the next append encodes the chunk from memory and reads nothing back.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import zarr.api.asynchronous as azarr
+from zarr.core.array import AsyncArray
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.group import GroupMetadata
+from zarr.core.metadata import ArrayV3Metadata
+from zarr.storage import MemoryStore, StorePath
+
+from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.runtime.tasks import run_each
+from icechunk.session import Session
+
+__all__ = ["Batch", "Target", "Variable"]
+
+_CHUNK_BYTES: Final = 1024 * 1024
+"""Of an array that the first dataset creates: rows are added to a chunk until it has about this size."""
+_MOST_ROWS: Final = 65536
+_AT_ONCE: Final = 16
+
+Values = npt.NDArray[Any]
+
+
+@dataclass(slots=True, kw_only=True)
+class Variable:
+    """An array of the group."""
+
+    name: str
+    meta: ArrayV3Metadata
+    document: dict[str, Any]
+    """Its zarr.json; the shape in it may be older than that of ``meta``."""
+    axis: int | None
+    """Of the append dimension; None: the array does not have it."""
+    tail: Values | None = None
+    """Rows since the last full chunk, the append dimension first; None: not known, they are read when needed."""
+    values: Values | None = None
+    """Of an array without the append dimension: all of it, once it was needed or is to be created."""
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of a chunk (of a shard, where there are shards)."""
+        return 1 if self.axis is None else int(self.meta.chunk_grid.chunk_shape[self.axis])  # type: ignore[attr-defined]
+
+    @property
+    def length(self) -> int:
+        """Rows that there are."""
+        return 0 if self.axis is None else self.meta.shape[self.axis]
+
+    def with_length(self, rows: int) -> ArrayV3Metadata:
+        """The same metadata with another number of rows."""
+        shape = list(self.meta.shape)
+        if self.axis is not None:
+            shape[self.axis] = rows
+        return replace(self.meta, shape=tuple(shape))
+
+
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """Rows that were checked against a target, as they will be written."""
+
+    rows: int
+    values: dict[str, Values]
+    """By array: the append dimension first, encoded, in the array's dtype."""
+    offset: Any = None
+    num_bytes: int = 0
+    fresh: Target | None = None
+    """The target that this batch creates, if it does."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Target:
+    """The arrays of a group as of one snapshot."""
+
+    dim: str
+    group: str
+    """Path without slashes around it; empty for the root."""
+    variables: dict[str, Variable] = field(default_factory=dict)
+    snapshot_id: str = ""
+    created: bool = True
+    """Whether the arrays exist; else the first write makes them."""
+    group_attributes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def growing(self) -> list[Variable]:
+        """The arrays that have the append dimension."""
+        return [v for v in self.variables.values() if v.axis is not None]
+
+    @property
+    def length(self) -> int:
+        """Rows that there are."""
+        return self.growing[0].length if self.growing else 0
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows after which chunks of all arrays begin anew."""
+        return math.lcm(*(v.chunk_rows for v in self.growing))
+
+    def path(self, name: str) -> str:
+        """Of an array, without slashes around it."""
+        return f"{self.group}/{name}" if self.group else name
+
+    # -- opening ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    async def open(cls, session: Session, group: str, dim: str) -> Target:
+        """The arrays directly below a group. Raises `InvalidInputError` where they do not agree on the dimension."""
+        target = cls(dim=dim, group=group, snapshot_id=session.snapshot_id)
+        names = [name async for name in session.store.list_dir(group) if name != "zarr.json"]
+
+        async def read(name: str) -> None:
+            key = f"{target.path(name)}/zarr.json"
+            document = await session.store.get(key, default_buffer_prototype())
+            if document is None:
+                return
+            found = orjson.loads(document.to_bytes())
+            if found.get("node_type") != "array":
+                return
+            dims = found.get("dimension_names") or ()
+            axis = dims.index(dim) if dim in dims else None
+            target.variables[name] = Variable(
+                name=name, meta=ArrayV3Metadata.from_dict(found), document=found, axis=axis
+            )
+
+        await run_each(read, sorted(names), limit=_AT_ONCE)
+        target.variables = dict(sorted(target.variables.items()))
+        lengths = {v.name: v.length for v in target.growing}
+        if len(set(lengths.values())) > 1:
+            raise InvalidInputError(
+                f"cannot append along {dim!r} in group {group or '/'!r}: its arrays have different lengths: {lengths}",
+                ErrorKind.INVALID_SETTING,
+            )
+        target.created = bool(target.growing)
+        return target
+
+    async def moved_to(self, session: Session) -> Target:
+        """The same arrays as of another snapshot; what is kept in memory stays where nothing changed."""
+        found = await Target.open(session, self.group, self.dim)
+        for name, variable in found.variables.items():
+            mine = self.variables.get(name)
+            if mine is None:
+                continue
+            if mine.meta.to_dict() == variable.meta.to_dict():
+                variable.tail, variable.values = mine.tail, mine.values
+        return found
+
+    async def labels(self, session: Session) -> Values | None:
+        """The values of the coordinate of the append dimension as stored; None where there is none."""
+        variable = self.variables.get(self.dim)
+        if variable is None or variable.axis is None:
+            return None
+        return np.asarray(await self._array(session, variable).getitem(slice(None)))
+
+    def _array(self, session: Session, variable: Variable, meta: ArrayV3Metadata | None = None) -> AsyncArray[Any]:
+        return AsyncArray(meta or variable.meta, StorePath(session.store, self.path(variable.name)))
+
+    # -- checking --------------------------------------------------------------------------------------------------
+
+    async def checked(self, session: Session, data: Any) -> Batch:
+        """Check rows against the arrays, before anything is buffered.
+
+        Raises
+        ------
+        InvalidInputError
+            Names, dimensions, dtypes, sizes or fixed coordinates do not fit; the message says which.
+        """
+        if not self.growing:
+            if not _is_dataset(data):
+                raise self._refused("its arrays do not exist yet: create them, or put an xarray.Dataset first")
+            return await _first(data, self)
+        values = _encoded(data, self) if _is_dataset(data) else {str(k): np.asarray(v) for k, v in data.items()}
+        missing = {v.name for v in self.growing} - values.keys()
+        unknown = values.keys() - self.variables.keys()
+        if missing or unknown:
+            what = [f"{kind} {sorted(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names]
+            raise self._refused(f"variables do not fit: {', '.join(what)}")
+        batch = Batch(rows=-1, values={})
+        for name, given in values.items():
+            variable = self.variables[name]
+            if variable.axis is None:
+                await self._require_same(session, variable, given)
+                continue
+            expected = list(variable.meta.shape)
+            if given.ndim == len(expected) - 1 and not _is_dataset(data):
+                given = np.expand_dims(given, variable.axis)
+            if given.ndim != len(expected):
+                raise self._refused(f"{name} has {given.ndim} dimensions, the array {len(expected)}")
+            rows = given.shape[variable.axis]
+            expected[variable.axis] = rows
+            if list(given.shape) != expected:
+                raise self._refused(f"{name} has shape {given.shape}, where {tuple(expected)} fits")
+            if batch.rows not in (-1, rows):
+                raise self._refused(f"{name} has {rows} rows, other variables {batch.rows}")
+            batch.rows = rows
+            dtype = variable.meta.dtype.to_native_dtype()
+            if given.dtype != dtype and not np.can_cast(given.dtype, dtype, "safe"):
+                raise self._refused(f"{name} is of dtype {given.dtype}, the array of {dtype}")
+            # A copy: the caller may use its memory again as soon as `put` returns.
+            batch.values[name] = np.array(np.moveaxis(given, variable.axis, 0), dtype, copy=True)
+        batch.num_bytes = sum(v.nbytes for v in batch.values.values())
+        return batch
+
+    async def _require_same(self, session: Session, variable: Variable, given: Values) -> None:
+        if variable.values is None:
+            variable.values = np.asarray(await self._array(session, variable).getitem(Ellipsis))
+        stored = variable.values
+        equal_nan = stored.dtype.kind in "fc" and given.dtype.kind in "fc"
+        if stored.shape != given.shape or not np.array_equal(stored, given, equal_nan=equal_nan):
+            raise self._refused(f"{variable.name} differs from what is stored; only variables along {self.dim!r} grow")
+
+    def _refused(self, reason: str) -> InvalidInputError:
+        return InvalidInputError(
+            f"cannot append along {self.dim!r} to group {'/' + self.group!r}: {reason}", ErrorKind.INVALID_SETTING
+        )
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    async def write(self, session: Session, batches: Sequence[Batch]) -> Target:
+        """Append rows in a session of this target's snapshot; returns the target as it is then."""
+        rows = sum(batch.rows for batch in batches)
+        after = replace(self, variables=dict(self.variables), created=True)
+        store = session.store
+        if not self.created:
+            await _put_groups(store, self.group, self.group_attributes)
+
+        async def append(variable: Variable) -> None:
+            if variable.axis is None:
+                if not self.created:
+                    await _put_meta(store, self.path(variable.name), variable, variable.meta)
+                    await self._array(session, variable).setitem(Ellipsis, np.asarray(variable.values))
+                return
+            start, end = variable.length, variable.length + rows
+            meta = variable.with_length(end)
+            await _put_meta(store, self.path(variable.name), variable, meta)
+            aligned = start - start % variable.chunk_rows
+            parts = [batch.values[variable.name] for batch in batches]
+            if start > aligned:
+                parts.insert(0, await self._tail(session, variable, aligned))
+            block = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            # All of the open chunk and up to the array's end: zarr encodes it without reading it back.
+            where = [slice(None)] * len(meta.shape)
+            where[variable.axis] = slice(aligned, end)
+            await self._array(session, variable, meta).setitem(tuple(where), np.moveaxis(block, 0, variable.axis))
+            open_rows = end % variable.chunk_rows
+            tail = block[len(block) - open_rows :].copy()
+            after.variables[variable.name] = replace(variable, meta=meta, tail=tail)
+
+        await run_each(append, list(self.variables.values()), limit=_AT_ONCE)
+        return after
+
+    async def _tail(self, session: Session, variable: Variable, aligned: int) -> Values:
+        if variable.tail is not None and len(variable.tail) == variable.length - aligned:
+            return variable.tail
+        where = [slice(None)] * len(variable.meta.shape)
+        where[variable.axis or 0] = slice(aligned, variable.length)
+        found = np.asarray(await self._array(session, variable).getitem(tuple(where)))
+        return np.moveaxis(found, variable.axis or 0, 0)
+
+    async def replace_rows(self, session: Session, rows: Sequence[tuple[int, Mapping[str, Values]]]) -> None:
+        """Write rows that exist already anew; (position, values of one row by array)."""
+        for position, values in rows:
+            for variable in self.growing:
+                where = [slice(None)] * len(variable.meta.shape)
+                where[variable.axis or 0] = slice(position, position + 1)
+                row = np.moveaxis(values[variable.name][None], 0, variable.axis or 0)
+                await self._array(session, variable).setitem(tuple(where), row)
+                aligned = variable.length - variable.length % variable.chunk_rows
+                if position >= aligned:
+                    tail = (await self._tail(session, variable, aligned)).copy()
+                    tail[position - aligned] = values[variable.name]
+                    variable.tail = tail
+
+    async def drop_first(self, session: Session, rows: int) -> Target:
+        """Leave the oldest rows out by shifting whole chunks; ``rows`` is a multiple of `chunk_rows`."""
+        after = replace(self, variables=dict(self.variables))
+        for variable in self.growing:
+            offset = [0] * len(variable.meta.shape)
+            offset[variable.axis or 0] = -(rows // variable.chunk_rows)
+            await session.shift_array_async("/" + self.path(variable.name), offset)
+            meta = variable.with_length(variable.length - rows)
+            await _put_meta(session.store, self.path(variable.name), variable, meta)
+            after.variables[variable.name] = replace(variable, meta=meta)
+        return after
+
+    async def prepend(self, session: Session, batch: Batch) -> Target:
+        """Put rows before the first; their number is a multiple of `chunk_rows`."""
+        if batch.rows % self.chunk_rows:
+            raise self._refused(
+                f"{batch.rows} rows cannot go before the first: whole chunks are shifted, so their number must be a "
+                f"multiple of {self.chunk_rows}"
+            )
+        after = replace(self, variables=dict(self.variables))
+        for variable in self.growing:
+            meta = variable.with_length(variable.length + batch.rows)
+            await _put_meta(session.store, self.path(variable.name), variable, meta)
+            offset = [0] * len(variable.meta.shape)
+            offset[variable.axis or 0] = batch.rows // variable.chunk_rows
+            await session.shift_array_async("/" + self.path(variable.name), offset)
+            where = [slice(None)] * len(meta.shape)
+            where[variable.axis or 0] = slice(0, batch.rows)
+            block = np.moveaxis(batch.values[variable.name], 0, variable.axis or 0)
+            await self._array(session, variable, meta).setitem(tuple(where), block)
+            after.variables[variable.name] = replace(variable, meta=meta)
+        return after
+
+
+async def _put_meta(store: Any, path: str, variable: Variable, meta: ArrayV3Metadata) -> None:
+    # Not by zarr, which takes a millisecond to write a document anew of which only the shape is another.
+    document = orjson.dumps(variable.document | {"shape": meta.shape})
+    await store.set(f"{path}/zarr.json", default_buffer_prototype().buffer.from_bytes(document))
+
+
+async def _put_groups(store: Any, group: str, attributes: dict[str, Any]) -> None:
+    """The documents of a group and of those above it, where there are none."""
+    prototype = default_buffer_prototype()
+    parts = group.split("/") if group else []
+    for depth in range(len(parts) + 1):
+        key = "/".join([*parts[:depth], "zarr.json"])
+        if not await store.exists(key):
+            own = attributes if depth == len(parts) else {}
+            await store.set(key, GroupMetadata(attributes=own, zarr_format=3).to_buffer_dict(prototype)["zarr.json"])
+
+
+def _is_dataset(data: Any) -> bool:
+    xarray = sys.modules.get("xarray")
+    return xarray is not None and isinstance(data, xarray.Dataset)
+
+
+def _encoded(dataset: Any, target: Target) -> dict[str, Values]:
+    """The variables of a dataset as the stored arrays keep them: times, scales and fill values by their attributes."""
+    from xarray import Variable as XVariable
+    from xarray.conventions import encode_cf_variable
+
+    found = {}
+    for name, variable in dataset.variables.items():
+        stored = target.variables.get(str(name))
+        if stored is None:
+            found[str(name)] = np.asarray(variable.values)
+            continue
+        dims = stored.meta.dimension_names or ()
+        if set(variable.dims) != set(dims):
+            raise target._refused(f"{name} has the dimensions {variable.dims}, the array {tuple(dims)}")
+        variable = variable.transpose(*dims)
+        names = ("units", "calendar", "scale_factor", "add_offset", "_FillValue", "missing_value")
+        encoding = {key: stored.meta.attributes[key] for key in names if key in stored.meta.attributes}
+        if isinstance(encoding.get("_FillValue"), str) and variable.dtype.kind in "fiu":
+            del encoding["_FillValue"]  # xarray keeps it as base64 where it is the array's own fill value
+        dtype = stored.meta.dtype.to_native_dtype()
+        if encoding or variable.dtype.kind in "mM":
+            encoding["dtype"] = dtype
+        cleaned = XVariable(variable.dims, variable.values, {}, encoding)
+        with warnings.catch_warnings():
+            # xarray warns, and takes other units, where it cannot keep a value in these: that is refused below.
+            warnings.simplefilter("ignore")
+            encoded = encode_cf_variable(cleaned, name=str(name))
+        if encoded.attrs.get("units") != encoding.get("units"):
+            raise target._refused(
+                f"values of {name} cannot be kept exactly as {dtype} in {encoding.get('units')!r}, as stored; "
+                f"they would need {encoded.attrs.get('units')!r}"
+            )
+        found[str(name)] = np.asarray(encoded.values)
+    return found
+
+
+async def _first(dataset: Any, empty: Target) -> Batch:
+    """The batch that creates the arrays: their metadata are those that xarray would write for this dataset."""
+    from xarray.backends.zarr import FillValueCoder
+    from xarray.conventions import cf_encoder
+
+    if empty.dim not in dataset.dims:
+        raise empty._refused(f"the dataset has no dimension {empty.dim!r}; it has {tuple(dataset.dims)}")
+    exact = {}
+    for name, variable in dataset.variables.items():
+        variable = variable.copy(deep=False)
+        if variable.dtype.kind == "M" and "units" not in variable.encoding:
+            # Units that fit the first rows might not fit the next.
+            variable.encoding |= {"units": "nanoseconds since 1970-01-01", "dtype": np.dtype("i8")}
+        elif variable.dtype.kind == "m" and "units" not in variable.encoding:
+            variable.encoding |= {"units": "nanoseconds", "dtype": np.dtype("i8")}
+        exact[name] = variable
+    variables, attributes = cf_encoder(exact, dict(dataset.attrs))
+    fresh = replace(empty, variables={}, created=False, group_attributes=dict(attributes))
+    batch = Batch(rows=dataset.sizes[empty.dim], values={}, fresh=fresh)
+    scratch = MemoryStore()
+    for name, variable in variables.items():
+        values = np.asarray(variable.values)
+        own = {key: value for key, value in variable.attrs.items() if key != "_FillValue"}
+        if "_FillValue" in variable.attrs:
+            own["_FillValue"] = FillValueCoder.encode(variable.attrs["_FillValue"], values.dtype)
+        axis = variable.dims.index(empty.dim) if empty.dim in variable.dims else None
+        shape = list(values.shape)
+        chunks = [max(n, 1) for n in shape]
+        if axis is not None:
+            shape[axis] = 0
+            row_bytes = max(values.nbytes // max(values.shape[axis], 1), 1)
+            chunks[axis] = min(max(_CHUNK_BYTES // row_bytes, 1), _MOST_ROWS)
+        array = await azarr.create_array(
+            store=scratch,
+            name=str(name),
+            shape=tuple(shape),
+            chunks=tuple(chunks) if chunks else "auto",
+            dtype=values.dtype,
+            dimension_names=[str(d) for d in variable.dims],
+            attributes={str(k): v.item() if isinstance(v, np.generic) else v for k, v in own.items()},
+            zarr_format=3,
+        )
+        meta = array.metadata
+        assert isinstance(meta, ArrayV3Metadata)
+        document = meta.to_buffer_dict(default_buffer_prototype())["zarr.json"].to_bytes()
+        made = Variable(name=str(name), meta=meta, document=orjson.loads(document), axis=axis)
+        if axis is None:
+            made.values = values
+        else:
+            made.tail = np.empty((0, *(n for d, n in enumerate(values.shape) if d != axis)), values.dtype)
+            batch.values[str(name)] = np.array(np.moveaxis(values, axis, 0), copy=True)
+        fresh.variables[str(name)] = made
+    batch.num_bytes = sum(v.nbytes for v in batch.values.values())
+    return batch

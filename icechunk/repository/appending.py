@@ -1,0 +1,90 @@
+"""Appending rows that arrive."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+from icechunk.appender import Appender
+from icechunk.appender.appender import History
+from icechunk.repository.base import RepositoryBase
+from icechunk.runtime.checks import require_type
+
+__all__ = ["Appending"]
+
+
+class Appending(RepositoryBase):
+    """Makes appenders."""
+
+    def appender(
+        self,
+        branch: str,
+        *,
+        dim: str,
+        source: str,
+        group: str = "/",
+        key: str | None = None,
+        every: float = 10.0,
+        max_rows: int = 100_000,
+        max_bytes: int = 64 * 1024 * 1024,
+        on_duplicate: Literal["error", "skip", "replace"] = "error",
+        gaps: Literal["allow", "error"] = "allow",
+        keep: int | None = None,
+        begin_at: Any = None,
+        message: str = "append",
+    ) -> Appender:
+        """Append rows that arrive to a group's arrays, each row once, whatever crashes; use it as ``async with``.
+
+        Commits by itself. What was committed up to which offset of the source is recorded in the commits (metadata key
+        ``aioicechunk_append``), so a consumer that starts again goes on behind `Appender.position`, and of two that
+        consume one source the slower one is refused.
+
+        Parameters
+        ----------
+        branch
+            Where to commit.
+        dim
+            Name of the dimension along which rows are appended. All arrays of the group that have it grow.
+        source
+            Name of where the rows come from, for example ``"kafka:sst/3"``; one consumer at a time.
+        group
+            Path of the group. Its arrays may exist, or the first `xarray.Dataset` that is put creates them.
+        key
+            ``dim``: labels of the dimension's coordinate tell rows apart, and late or repeated labels are dealt with as
+            ``on_duplicate`` says. All labels are kept in memory. None: labels must grow.
+        every, max_rows, max_bytes
+            A commit is made when the oldest buffered row is so many seconds old, or so many rows or bytes are buffered.
+            `Appender.put` waits while twice ``max_bytes`` are in memory.
+        on_duplicate
+            Rows whose label is there: "error" refuses them, "skip" leaves the stored ones, "replace" writes them anew.
+        gaps
+            "error": integer offsets must follow one another without a gap.
+        keep
+            Only about so many rows are kept: older ones are left out by whole chunks.
+        begin_at
+            The position where no commit has recorded one.
+        message
+            Of the commits.
+
+        Returns
+        -------
+        Appender
+        """
+        for name, value in (("branch", branch), ("dim", dim), ("source", source), ("group", group)):
+            require_type(name, value, str)
+        return Appender(
+            cast(History, self),
+            branch,
+            dim,
+            source,
+            group=group,
+            key=key,
+            every_s=every,
+            max_rows=max_rows,
+            max_bytes=max_bytes,
+            on_duplicate=on_duplicate,
+            gaps=gaps,
+            keep=keep,
+            begin_at=begin_at,
+            message=message,
+            place=repr(self._core.storage),
+        )
