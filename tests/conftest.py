@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import uuid
 from collections.abc import Iterator
@@ -18,6 +19,14 @@ from icechunk.storage.s3.storage import S3Storage
 from tools import services
 
 BUCKET = "icechunk-tests"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """``ICECHUNK_TEST_LOOP=uvloop``: every event loop of the tests, and the engine's own, is one of uvloop."""
+    if os.environ.get("ICECHUNK_TEST_LOOP") == "uvloop":
+        import uvloop
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
 
 
 def s3_storage_on(

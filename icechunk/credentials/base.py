@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -83,9 +84,10 @@ class RefreshableCredential(Credential):
         try:
             value = pickle.loads(self.pickled_function)()
         except Exception as error:
-            # The cause is chained; its text stays out of ours, which may end up in a log beside no secret.
+            # The cause is chained; its text, which may hold a secret, stays out of ours.
             raise InvalidInputError(
-                f"refreshing {type(self).__qualname__} failed with {type(error).__name__}: check the function given",
+                f"refreshing {type(self).__qualname__} failed with {type(error).__qualname__}{_place_of(error)}: "
+                "check the function given",
                 ErrorKind.INVALID_CREDENTIALS,
             ) from error
         try:
@@ -96,6 +98,12 @@ class RefreshableCredential(Credential):
                 "let it return the static credentials of the same service",
                 ErrorKind.INVALID_CREDENTIALS,
             ) from error
+
+
+def _place_of(error: Exception) -> str:
+    """Where an exception was raised, for messages; empty where that was not in a function that was called."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    return f" at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
 
 
 def refreshable(

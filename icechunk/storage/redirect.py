@@ -12,22 +12,20 @@ from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-import aiohttp
-from yarl import URL
-
 from icechunk.config import S3Options, StorageSettings
 from icechunk.credentials import GcsCredentials, S3Credentials
-from icechunk.errors import ErrorKind, InvalidInputError, StorageError
+from icechunk.errors import ErrorKind, IcechunkError, StorageError
 from icechunk.runtime.clock import SYSTEM
 from icechunk.runtime.pickles import call_of
 from icechunk.runtime.representation import redacted_url
-from icechunk.storage.http.reading import MOST_REDIRECTS, HttpReader
+from icechunk.storage.http.reading import HttpReader
 from icechunk.storage.http.storage import HttpStorage
+from icechunk.storage.http.urls import parse_url
 from icechunk.storage.obstore.buckets import GcsBucket
 from icechunk.storage.obstore.storage import ObstoreStorage
 from icechunk.storage.port import ByteRange, GetResult, ObjectInfo, ReadOnlyStorage, Storage
 from icechunk.storage.presets import r2_options, tigris_options
-from icechunk.storage.retry import Tries, limits_of
+from icechunk.storage.retry import limits_of
 from icechunk.storage.s3.storage import S3Storage
 from icechunk.storage.settings import object_store_settings
 
@@ -48,11 +46,7 @@ class RedirectStorage(ReadOnlyStorage):
     """
 
     def __init__(self, base_url: str, settings: StorageSettings | None = None, user_agent: str | None = None) -> None:
-        if urlsplit(base_url).scheme not in ("http", "https"):
-            raise InvalidInputError(
-                f"bad URL {redacted_url(base_url)!r} of a redirect storage: it begins with http:// or https://",
-                ErrorKind.CANNOT_PARSE_URL,
-            )
+        parse_url(base_url)
         self._base_url = base_url
         self._settings = settings
         self._user_agent = user_agent
@@ -119,46 +113,22 @@ class RedirectStorage(ReadOnlyStorage):
 
 
 async def _follow(base_url: str, settings: StorageSettings | None) -> str:
-    """The first URL on the way that is not one of the web's."""
+    """The first URL on the way that is none of the web."""
     shown = redacted_url(base_url)
-    limits = limits_of(settings)
-    reader = HttpReader({}, limits, SYSTEM, serves_ranges=False)
+    reader = HttpReader({}, limits_of(settings), SYSTEM, serves_ranges=False)
     try:
-        url = URL(base_url)
-        for _ in range(MOST_REDIRECTS):
-            location = await _ask(reader, url, shown, Tries(limits, SYSTEM))
-            if location is None:
-                raise StorageError(
-                    f"cannot find the storage that {shown!r} stands for: the answer is no redirect",
-                    ErrorKind.BAD_REDIRECT,
-                )
-            scheme = urlsplit(location).scheme
-            if scheme not in ("", "http", "https"):
-                return location
-            onward = url.join(URL(location))
-            if (url.scheme, onward.scheme) == ("https", "http"):
-                raise StorageError(
-                    f"cannot find the storage that {shown!r} stands for: it leaves https for http",
-                    ErrorKind.BAD_REDIRECT,
-                )
-            url = onward
+        found = await reader.redirected(base_url)
+    except IcechunkError as error:
+        raise StorageError(
+            f"cannot find the storage that {shown!r} stands for: {error.message}", ErrorKind.BAD_REDIRECT
+        ) from error
     finally:
         await reader.aclose()
-    raise StorageError(
-        f"cannot find the storage that {shown!r} stands for: more than {MOST_REDIRECTS} redirects",
-        ErrorKind.BAD_REDIRECT,
-    )
-
-
-async def _ask(reader: HttpReader, url: URL, shown: str, tries: Tries) -> str | None:
-    while True:
-        try:
-            return await reader.location(url, tries.limits)
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            if not await tries.again(contacted=False):
-                raise StorageError(
-                    f"cannot find the storage that {shown!r} stands for: {error!r}{tries}", ErrorKind.BAD_REDIRECT
-                ) from error
+    if found is None:
+        raise StorageError(
+            f"cannot find the storage that {shown!r} stands for: the answer is no redirect", ErrorKind.BAD_REDIRECT
+        )
+    return found
 
 
 def storage_of_url(url: str, *, asked: str) -> Storage:

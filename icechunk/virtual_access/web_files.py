@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from yarl import URL
-
 from icechunk.config import StorageSettings
 from icechunk.runtime.clock import Sources
-from icechunk.storage.http.reading import check_options, reader_maker
+from icechunk.storage.http.options import check_options, reader_maker
 from icechunk.storage.port import GetResult, Range
 from icechunk.virtual_access.locations import key_of
 
@@ -52,4 +50,4 @@ class WebFiles:
         """As `Reader.get`."""
         # What a decoding server would make of the path has to stay below the prefix too.
         key_of(location)
-        return await self._reader.get(URL(location), wanted)
+        return await self._reader.get(location, wanted)

@@ -146,7 +146,9 @@ async def test_endpoints(bucket: str, options: dict[str, Any], url: str, monkeyp
     assert found.region == options.get("region", "us-east-1")
 
 
-@pytest.mark.parametrize("url", ["s3.example.com", "ftp://x", "https://"])
+@pytest.mark.parametrize(
+    "url", ["s3.example.com", "ftp://x", "https://", "https://x:port", "https://x:99999", "https://[x", "http://a\n.b"]
+)
 async def test_bad_endpoints_are_refused(url: str) -> None:
     with pytest.raises(StorageError, match="give a URL"):
         await resolve_endpoint("b", S3Options(endpoint_url=url))

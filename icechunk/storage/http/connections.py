@@ -6,30 +6,33 @@ written as one piece where it is small, and in pieces that wait for the peer whe
 answer are joined once, when the last has come, and a large one is received into its final place. Megabytes are sent by
 threads beside the loop where the connection is plain (`icechunk.storage.http.large_bodies`).
 
-One request is one try: nothing is sent again, no redirect is followed.
+One request is one try: nothing is sent again, no redirect is followed. How many there are at once is the callers' to
+bound. A connection is kept only where every byte of the request was sent and every byte of the answer was read.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
+import math
 import socket
 import ssl
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, cast
+from typing import Any, Final, cast
 
 from aiohappyeyeballs import start_connection
 
+from icechunk.runtime.tasks import in_thread
 from icechunk.storage.http.buffers import Buffers
 from icechunk.storage.http.large_bodies import Move, Threads
-from icechunk.storage.http.messages import BadAnswerError, Reading, Response, request_head
+from icechunk.storage.http.messages import BadAnswerError, Reading, Response, TooLargeError, request_head
+from icechunk.storage.http.proxies import Proxies, Proxy, ProxyError
 
-__all__ = ["BadAnswerError", "Connections", "NotConnectedError", "Origin", "Response"]
+__all__ = ["BadAnswerError", "Connections", "NotConnectedError", "Origin", "Response", "TooLargeError"]
 
-_CONNECTIONS: Final = 512
 _KEEPALIVE_S: Final = 15.0
 _ONE_WRITE_BYTES: Final = 64 * 1024
 # Small enough for others to have their turn in between.
@@ -41,6 +44,9 @@ _INBOX_BYTES: Final = 64 * 1024
 _TURN_BYTES: Final = 1024 * 1024
 _HAPPY_EYEBALLS_S: Final = 0.25
 _THREADS: Final = 16
+_SLOWEST_BYTES_PER_S: Final = 1024
+"""Slower answers are given up, after twice the time that a peer may be silent: they would never end."""
+_CLOSE_S: Final = 1.0
 # What an answer to a request that was read to its end leaves to the thread that sent it: to notice.
 _LAST_SEND_S: Final = 0.1
 
@@ -66,12 +72,19 @@ class Connections:
     Parameters
     ----------
     tls
-        For origins of scheme ``https``.
+        For origins of scheme ``https``: a context, or what makes it in a thread at first use; None: the system's.
+    proxies
+        What requests go through; None: what the environment says.
     """
 
-    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
-        self._tls = tls
-        self._room = asyncio.Semaphore(_CONNECTIONS)
+    def __init__(
+        self,
+        tls: ssl.SSLContext | Callable[[], ssl.SSLContext] | None = None,
+        proxies: Proxies | None = None,
+    ) -> None:
+        self._tls = tls or ssl.create_default_context
+        self._proxies = Proxies() if proxies is None else proxies
+        self._routes: dict[Origin, Proxy | None] = {}
         self._idle: dict[Origin, deque[tuple[_Connection, float]]] = {}
         self._open: set[_Connection] = set()
         self._threads = Threads(_THREADS)
@@ -90,6 +103,7 @@ class Connections:
         connect_s: float,
         read_s: float,
         total_s: float | None = None,
+        most_bytes: int | None = None,
     ) -> Response:
         """Send a request and wait for its whole answer. After cancellation the connection is closed.
 
@@ -101,41 +115,53 @@ class Connections:
             All but ``content-length``; ``host`` included.
         connect_s, read_s, total_s
             Limits: for a connection, for the next sign of life of the peer, and for everything after connecting.
+            Without the last, an answer that comes very slowly is given up too.
+        most_bytes
+            See `Reading`.
 
         Raises
         ------
         NotConnectedError
             No connection.
+        TooLargeError
+            The answer is larger than it may be.
         BadAnswerError, OSError
             The connection broke, or what came is no answer.
         TimeoutError
             A limit passed.
+        ValueError
+            The request cannot be sent as it is; nothing was sent.
         """
-        async with self._room:
-            connection = self._kept(origin) or await self._connect(origin, connect_s)
-            if self._closed:
-                # It was being made while all others were closed.
-                connection.abort()
-                raise BadAnswerError("the connections were closed before the request")
-            try:
-                response = await connection.request(
-                    request_head(method, target, headers, len(body)), body, method == "HEAD", read_s, total_s
-                )
-            except BaseException:
-                connection.abort()
-                raise
-            self._keep(origin, connection)
-            return response
+        proxy = self._route(origin)
+        if proxy is not None and origin.scheme == "http":
+            host = f"[{origin.host}]" if ":" in origin.host else origin.host
+            target = f"http://{host}:{origin.port}{target}"
+            headers = {**headers, **proxy.headers}
+        head = request_head(method, target, headers, len(body))
+        connection = self._kept(origin) or await self._connect(origin, proxy, connect_s)
+        try:
+            response = await connection.request(
+                head, body, Reading(method == "HEAD", self._buffers, most_bytes), read_s, total_s
+            )
+        except BaseException:
+            connection.abort()
+            raise
+        self._keep(origin, connection)
+        return response
 
     async def aclose(self) -> None:
-        """Close all connections; exchanges under way fail."""
+        """Close the connections that wait for a request, and keep none any more.
+
+        Exchanges under way, which may be somebody else's, end as they would; their connections are closed with them.
+        """
         self._closed = True
+        waiting = [connection for idle in self._idle.values() for connection, _ in idle]
         self._idle.clear()
-        connections = tuple(self._open)
-        for connection in connections:
+        for connection in waiting:
             connection.abort()
-        for connection in connections:
-            await connection.closed
+        if waiting:
+            # An event loop that never tells of the end must not hold up who closes.
+            await asyncio.wait([connection.closed for connection in waiting], timeout=_CLOSE_S)
 
     def _kept(self, origin: Origin) -> _Connection | None:
         idle = self._idle.get(origin)
@@ -157,43 +183,76 @@ class Connections:
         while idle and now - idle[0][1] >= _KEEPALIVE_S:
             idle.popleft()[0].abort()
 
-    def _new_connection(self) -> _Connection:
-        return _Connection(asyncio.get_running_loop(), self._open, self._threads, self._buffers, self._inbox)
+    def _route(self, origin: Origin) -> Proxy | None:
+        if origin not in self._routes:
+            try:
+                self._routes[origin] = self._proxies.proxy_for(origin.scheme, origin.host, origin.port)
+            except ProxyError as error:
+                raise NotConnectedError(str(error)) from error
+        return self._routes[origin]
 
-    async def _connect(self, origin: Origin, connect_s: float) -> _Connection:
+    async def _connect(self, origin: Origin, proxy: Proxy | None, connect_s: float) -> _Connection:
         loop = asyncio.get_running_loop()
-        tls = (self._tls or ssl.create_default_context()) if origin.scheme == "https" else None
+        connection = _Connection(loop, self._open, self._threads, self._buffers, self._inbox)
         try:
             async with asyncio.timeout(connect_s):
-                if _is_address(origin.host):
-                    _, connection = await loop.create_connection(
-                        self._new_connection,
-                        origin.host,
-                        origin.port,
-                        ssl=tls,
-                    )
+                if proxy is None:
+                    await self._open_to(connection, origin.scheme, origin.host, origin.port)
                 else:
-                    # asyncio's own race of addresses leaves a socket unclosed where it is cancelled at its end.
-                    addresses = await loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
-                    connected = await start_connection(addresses, happy_eyeballs_delay=_HAPPY_EYEBALLS_S)
-                    _, connection = await loop.create_connection(
-                        self._new_connection,
-                        sock=connected,
-                        ssl=tls,
-                        server_hostname=origin.host if tls else None,
-                    )
+                    await self._open_through(connection, proxy, origin, connect_s)
         except OSError as error:  # also TimeoutError
+            connection.abort()
             raise NotConnectedError(str(error)) from error
+        except BaseException:
+            # Some event loops leave the transport of a cancelled connection to whoever has it.
+            connection.abort()
+            raise
         return connection
+
+    async def _open_to(self, connection: _Connection, scheme: str, host: str, port: int) -> None:
+        loop = asyncio.get_running_loop()
+        addresses: list[Any]
+        if (address := _address_of(host)) is not None:
+            addresses = [(address, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (host, port))]
+        else:
+            addresses = list(await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        # asyncio's own race of addresses leaves a socket unclosed where it is cancelled at its end.
+        connected = await start_connection(addresses, happy_eyeballs_delay=_HAPPY_EYEBALLS_S)
+        try:
+            tls = await self._context() if scheme == "https" else None
+        except BaseException:
+            connected.close()
+            raise
+        await loop.create_connection(lambda: connection, sock=connected, ssl=tls, server_hostname=host if tls else None)
+
+    async def _open_through(self, connection: _Connection, proxy: Proxy, origin: Origin, connect_s: float) -> None:
+        try:
+            await self._open_to(connection, proxy.scheme, proxy.host, proxy.port)
+            if origin.scheme == "http":
+                return
+            place = f"[{origin.host}]:{origin.port}" if ":" in origin.host else f"{origin.host}:{origin.port}"
+            head = request_head("CONNECT", place, {"host": place, **proxy.headers}, 0)
+            response = await connection.request(head, b"", Reading(False, self._buffers, tunnel=True), connect_s, None)
+        except OSError as error:
+            raise ProxyError(f"the proxy {proxy.named} does not answer ({error})") from error
+        if response.status >= 300:
+            raise ProxyError(f"the proxy {proxy.named} answered {response.status}")
+        await connection.start_tls(await self._context(), origin.host)
+
+    async def _context(self) -> ssl.SSLContext:
+        if not isinstance(self._tls, ssl.SSLContext):
+            # It reads the certificates of all authorities.
+            self._tls = await in_thread(self._tls)
+        return self._tls
 
 
 @lru_cache(maxsize=64)
-def _is_address(host: str) -> bool:
+def _address_of(host: str) -> socket.AddressFamily | None:
+    """The family of an address; None for a name."""
     try:
-        ipaddress.ip_address(host)
+        return socket.AF_INET if ipaddress.ip_address(host).version == 4 else socket.AF_INET6
     except ValueError:
-        return False
-    return True
+        return None
 
 
 class _Connection(asyncio.BufferedProtocol):
@@ -219,7 +278,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._buffers = buffers
         self._sending: Move | None = None
         self._open = open_connections
-        self._transport: asyncio.Transport
+        self._transport: asyncio.Transport | None = None
         self.closed: asyncio.Future[None] = loop.create_future()
         self._answer: asyncio.Future[Response] | None = None
         self._writable: asyncio.Future[None] | None = None
@@ -230,15 +289,18 @@ class _Connection(asyncio.BufferedProtocol):
     # -- of the caller ---------------------------------------------------------------------------------------------
 
     async def request(
-        self, head: bytes, body: bytes | memoryview, bodiless: bool, read_s: float, total_s: float | None
+        self, head: bytes, body: bytes | memoryview, reading: Reading, read_s: float, total_s: float | None
     ) -> Response:
         """Send one request and wait for its answer; see `Connections.exchange`."""
-        loop, transport = self._loop, self._transport
+        loop, transport = self._loop, self._opened()
         answer: asyncio.Future[Response] = loop.create_future()
         self._answer = answer
-        self._reading = Reading(bodiless, self._buffers)
+        self._reading = reading
         self._heard = now = loop.time()
         self._read_s = read_s
+        self._received = 0
+        self._is_sent = False
+        self._sent_at: float | None = None
         self._deadline = None if total_s is None else now + total_s
         self.reusable = False
         if self.closed.done():
@@ -247,23 +309,44 @@ class _Connection(asyncio.BufferedProtocol):
         try:
             if len(body) <= _ONE_WRITE_BYTES:
                 transport.write(head + bytes(body) if body else head)
+                self._end_of_body()
             else:
                 transport.write(head)
                 if not await self._write(memoryview(body)):
                     return await answer
             response = await answer
-            sent = self._sending is None or (response.status < 300 and await self._sent())
-            self.reusable = sent and self._reading.keep and not transport.is_closing()
+            if self._sending is not None and response.status < 300:
+                await self._sent()
+            self.reusable = (
+                self._is_sent
+                and reading.keep
+                and not transport.is_closing()
+                # What the kernel has not taken yet belongs to this request.
+                and not transport.get_write_buffer_size()
+            )
             return response
         finally:
             self._answer = None
             (self._timer or timer).cancel()
 
+    async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
+        """Go on encrypted, with the server behind the proxy that this is a connection to."""
+        transport = await self._loop.start_tls(self._opened(), self, context, server_hostname=host)
+        if transport is None:
+            raise BadAnswerError("the proxy closed the connection")
+        self._transport = transport
+
     def abort(self) -> None:
         """Close at once."""
         self.reusable = False
         self._stop_sending()
-        self._transport.abort()
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _opened(self) -> asyncio.Transport:
+        if self._transport is None:
+            raise BadAnswerError("the connection was closed before the request")
+        return self._transport
 
     def _stop_sending(self) -> None:
         if self._sending is not None:
@@ -273,35 +356,40 @@ class _Connection(asyncio.BufferedProtocol):
         """Send a large body; False where the answer came first, so that the rest was not sent. True too where a
         thread sends it."""
         answer = self._answer
-        self._sending = self._threads.try_send(self._transport, body, self._read_s, self._end_of_send)
+        self._sending = self._threads.try_send(self._opened(), body, self._read_s, self._end_of_send)
         if self._sending is not None:
             return True
         for start in range(0, len(body), _PIECE_BYTES):
             if answer is None or answer.done():
                 return False
-            self._transport.write(body[start : start + _PIECE_BYTES])
+            self._opened().write(body[start : start + _PIECE_BYTES])
             if self._paused:
                 self._writable = self._loop.create_future()
                 await self._writable
                 self._writable = None
             else:
                 await asyncio.sleep(0)
+        self._end_of_body()
         return True
 
-    async def _sent(self) -> bool:
-        """Whether a thread that sends has sent everything, of a request that was answered."""
-        move = self._sending
-        if move is not None and not move.is_complete:
-            # Its last bytes were read before it could say so.
-            ended = self._writable = self._loop.create_future()
-            await asyncio.wait([ended], timeout=_LAST_SEND_S)
-            self._writable = None
-        return move is None or move.is_complete
+    def _end_of_body(self) -> None:
+        """Every byte of the request was given to the transport, or to the kernel by a thread."""
+        self._is_sent = True
+        self._sent_at = self._loop.time()
+
+    async def _sent(self) -> None:
+        """Wait for the thread that sends, of a request that was answered: its last bytes were read before it could say
+        that it has ended."""
+        ended = self._writable = self._loop.create_future()
+        await asyncio.wait([ended], timeout=_LAST_SEND_S)
+        self._writable = None
 
     def _end_of_send(self, move: Move) -> None:
         if self._sending is move:
             self._sending = None
         self._heard = self._loop.time()
+        if move.is_complete:
+            self._end_of_body()
         if isinstance(move.error, TimeoutError):
             self._fail(TimeoutError(f"no sign of life for {self._read_s:g} s"))
         # Of every other error the reading side hears too, maybe after an answer.
@@ -313,10 +401,16 @@ class _Connection(asyncio.BufferedProtocol):
             self.closed.set_result(None)
 
     def _watch(self) -> asyncio.TimerHandle:
-        quiet_until = self._heard + self._read_s
-        at = quiet_until if self._deadline is None else min(quiet_until, self._deadline)
+        at = min(self._heard + self._read_s, self._too_slow_at())
+        at = at if self._deadline is None else min(at, self._deadline)
         self._timer: asyncio.TimerHandle = self._loop.call_at(at, self._look)
         return self._timer
+
+    def _too_slow_at(self) -> float:
+        """When an answer of the bytes that came so far is too slow."""
+        if self._sent_at is None:
+            return math.inf
+        return self._sent_at + 2 * self._read_s + self._received / _SLOWEST_BYTES_PER_S
 
     def _look(self) -> None:
         now = self._loop.time()
@@ -328,6 +422,8 @@ class _Connection(asyncio.BufferedProtocol):
             self._watch()
         elif now >= self._heard + self._read_s:
             self._fail(TimeoutError(f"no sign of life for {self._read_s:g} s"))
+        elif now >= self._too_slow_at():
+            self._fail(TimeoutError(f"only {self._received} bytes came in {now - (self._sent_at or now):.0f} s"))
         else:
             self._watch()
 
@@ -367,6 +463,7 @@ class _Connection(asyncio.BufferedProtocol):
             self.abort()
             return
         self._heard = self._loop.time()
+        self._received += nbytes
         try:
             reading = self._reading
             # In between nothing has changed: as in `get_buffer`.

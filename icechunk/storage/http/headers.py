@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import calendar
+import re
 from collections.abc import Mapping
 from email.utils import parsedate_tz
 from functools import lru_cache
 
 from icechunk.storage.port import ByteRange, GetResult, Range, Suffix, Version
 
-__all__ = ["date_us", "range_header", "result_of", "version_of"]
+__all__ = ["content_length", "date_us", "most_bytes", "range_header", "result_of", "served_size", "version_of"]
+
+# MinIO says "bytes 0--1/0" for an empty object.
+_CONTENT_RANGE = re.compile(r"bytes (?:([0-9]{1,18})-(-?[0-9]{1,18})|\*)/([0-9]{1,18})")
 
 
 def range_header(byte_range: ByteRange) -> dict[str, str]:
@@ -25,12 +29,63 @@ def range_header(byte_range: ByteRange) -> dict[str, str]:
             return {"range": f"bytes=-{length}"}
 
 
+def most_bytes(byte_range: ByteRange) -> int | None:
+    """Bytes that a range has at the most; None where its end depends on the object."""
+    match byte_range:
+        case Range(start, int(end)):
+            return end - start
+        case Suffix(length):
+            return length
+    return None
+
+
+def served_size(headers: Mapping[str, str], wanted: ByteRange, received: int | None = None) -> int | None:
+    """The whole object's size, as the ``Content-Range`` of an answer of status 206 or 416 says.
+
+    Parameters
+    ----------
+    wanted
+        The range that was asked for.
+    received
+        Bytes of the body of a 206; None: of a 416, which serves no range.
+
+    Returns
+    -------
+    int or None
+        None where the header is none, or is not about exactly the wanted range.
+    """
+    match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
+    if match is None:
+        return None
+    size = int(match[3])
+    if received is None:
+        return size if match[1] is None else None
+    if match[1] is None or int(match[2]) - int(match[1]) + 1 != received:
+        return None
+    first, last = int(match[1]), int(match[2])
+    match wanted:
+        case Range(start, end):
+            right = (first, last) == (start, size - 1 if end is None else min(end, size) - 1)
+        case Suffix(length):
+            right = (first, last) == (max(0, size - length), size - 1)
+        case None:
+            right = False
+    return size if right else None
+
+
+def content_length(headers: Mapping[str, str]) -> int | None:
+    """The size that a header tells; None where it tells none."""
+    text = headers.get("Content-Length", "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
+
+
 @lru_cache(maxsize=256)
 def _parse_date(text: str) -> int | None:
-    parsed = parsedate_tz(text)
-    if parsed is None:
+    try:
+        parsed = parsedate_tz(text)
+        return None if parsed is None else (calendar.timegm(parsed[:9]) - (parsed[9] or 0)) * 1_000_000
+    except (ValueError, OverflowError, IndexError, TypeError):
         return None
-    return (calendar.timegm(parsed[:9]) - (parsed[9] or 0)) * 1_000_000
 
 
 def date_us(headers: Mapping[str, str], name: str = "Date") -> int | None:

@@ -6,6 +6,7 @@ place as it comes, by whoever receives it: see `Reading.rest`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -14,18 +15,34 @@ from multidict import CIMultiDict
 
 from icechunk.storage.http.buffers import Buffers
 
-__all__ = ["LARGE_BYTES", "BadAnswerError", "Reading", "Response", "request_head"]
+__all__ = ["LARGE_BYTES", "BadAnswerError", "Reading", "Response", "TooLargeError", "request_head"]
 
 LARGE_BYTES: Final = 1024 * 1024
 """Bodies of this size and above are sent by a thread, and received in place."""
 
 _LARGEST_HEAD_BYTES: Final = 64 * 1024
+_LARGEST_REFUSAL_BYTES: Final = 1024 * 1024
+_LARGEST_UNTOLD_BYTES: Final = 4 * 1024 * 1024 * 1024
+"""Of a body whose size no header tells."""
+_LARGEST_WHOLE_BYTES: Final = 64 * 1024 * 1024
+"""What a server that ignores a range may send instead of it, where less was asked for."""
+_MOST_INTERIM: Final = 32
+_STATUS_LINE: Final = re.compile(r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: .*)?")
+_HEADER: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):(.*)")
+_NOT_IN_A_LINE: Final = re.compile(r"[\r\n\0]")
+_NOT_IN_A_TARGET: Final = re.compile(r"[\0-\x20\x7f-\uffff]")
+_CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?")
+_SINGLE: Final = ("content-length", "content-range", "transfer-encoding")
 # Room is made for no more than this on the word of a header.
 _LARGEST_IN_PLACE_BYTES: Final = 256 * 1024 * 1024
 
 
 class BadAnswerError(ConnectionError):
     """What came is no complete answer."""
+
+
+class TooLargeError(BadAnswerError):
+    """The answer is larger than what was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +56,18 @@ class Response:
 
 
 class Reading:
-    """An answer as it comes in."""
+    """An answer as it comes in.
+
+    Parameters
+    ----------
+    bodiless
+        The answer has no body, whatever its headers say: it answers a HEAD.
+    most_bytes
+        The largest body of status 206 that was asked for. An answer of another status may be larger: the whole object
+        instead of a range of it, or what explains a refusal, each within a bound of its own. None: as large as it is.
+    tunnel
+        The request was a CONNECT: an answer that agrees has no body, whatever its headers say.
+    """
 
     __slots__ = (
         "_bodiless",
@@ -47,16 +75,26 @@ class Reading:
         "_chunks",
         "_head",
         "_headers",
+        "_interim",
         "_left",
+        "_most",
+        "_most_asked",
         "_parts",
         "_size",
         "_status",
+        "_tunnel",
         "_whole",
         "keep",
     )
 
-    def __init__(self, bodiless: bool, buffers: Buffers) -> None:
+    def __init__(
+        self, bodiless: bool, buffers: Buffers, most_bytes: int | None = None, *, tunnel: bool = False
+    ) -> None:
+        self._tunnel = tunnel
         self._bodiless = bodiless
+        self._most_asked = most_bytes
+        self._most: int | None = None
+        self._interim = 0
         self._buffers = buffers
         self._head: bytes | None = b""
         self._status = 0
@@ -92,7 +130,10 @@ class Reading:
         if data:
             self._parts.append(data)
             self._left -= len(data)
-        if self._size is None or self._left > 0:
+        if self._size is None:
+            _require_fitting(-self._left, self._most)
+            return None
+        if self._left > 0:
             return None
         if self._left < 0:
             self.keep = False
@@ -135,7 +176,7 @@ class Reading:
             data = self._head + data if self._head else data
             end = data.find(b"\r\n\r\n")
             if end < 0:
-                if len(data) > _LARGEST_HEAD_BYTES or not b"HTTP/1."[: len(data)] == data[:7]:
+                if len(data) > _LARGEST_HEAD_BYTES or not b"HTTP/1."[: len(data)] == data[:7] or b"\n\n" in data:
                     raise ValueError(f"it begins with {data[:40]!r}")
                 self._head = data
                 return None
@@ -146,43 +187,70 @@ class Reading:
                 self._head = None
                 return data
             # 100 Continue and its like come before the answer.
+            self._interim += 1
+            if self._status == 101 or self._interim > _MOST_INTERIM:
+                raise ValueError(f"status {self._status} was not asked for, or comes again and again")
             if not data:
                 return None
 
     def _parse_head(self, head: bytes) -> None:
         first, *lines = head.decode("latin-1").split("\r\n")
-        version, _, rest = first.partition(" ")
-        if version not in ("HTTP/1.1", "HTTP/1.0") or not rest[:3].isdigit():
+        status = _STATUS_LINE.fullmatch(first)
+        if status is None or _NOT_IN_A_LINE.search(first):
             raise ValueError(f"it begins with {first[:40]!r}")
-        self._status = int(rest[:3])
+        self._status = int(status[2])
         headers = self._headers = CIMultiDict()
         for line in lines:
-            name, colon, value = line.partition(":")
-            if not colon or not name or name[-1].isspace() or name[0].isspace():
+            header = _HEADER.fullmatch(line)
+            if header is None or _NOT_IN_A_LINE.search(line):
                 raise ValueError(f"bad header {line[:80]!r}")
-            headers.add(name, value.strip(" \t"))
-        connection = headers.get("connection", "").lower()
-        self.keep = version == "HTTP/1.1" and "close" not in connection
-        if self._bodiless or self._status in (204, 304):
+            headers.add(header[1], header[2].strip(" \t"))
+        for name in _SINGLE:
+            if len(headers.getall(name, ())) > 1:
+                raise ValueError(f"{name} comes twice")
+        tokens = {token.strip() for value in headers.getall("connection", ()) for token in value.lower().split(",")}
+        self.keep = status[1] == "1" and "close" not in tokens
+        self._most = self._bound()
+        length = headers.get("content-length")
+        if length is not None and not (length.isascii() and length.isdigit() and len(length) < 19):
+            raise ValueError(f"bad content-length {length[:40]!r}")
+        coding = headers.get("transfer-encoding")
+        if coding is not None and (coding.lower() != "chunked" or length is not None or status[1] == "0"):
+            raise ValueError(f"bad transfer-encoding {coding[:40]!r}, or one beside a content-length")
+        if self._bodiless or self._status in (204, 304) or (self._tunnel and self._status < 300):
             self._size = self._left = 0
-        elif "transfer-encoding" in headers:
-            if headers["transfer-encoding"].lower() != "chunked":
-                raise ValueError(f"unknown transfer-encoding {headers['transfer-encoding']!r}")
-            self._chunks = _Chunks()
-        elif (length := headers.get("content-length")) is not None:
-            if not length.isdigit() or len(set(headers.getall("content-length"))) > 1:
-                raise ValueError(f"bad content-length {length!r}")
+        elif coding is not None:
+            self._chunks = _Chunks(_LARGEST_UNTOLD_BYTES if self._most is None else self._most)
+        elif length is not None:
             self._size = self._left = int(length)
+            _require_fitting(self._size, self._most)
             if LARGE_BYTES <= self._size <= _LARGEST_IN_PLACE_BYTES:
                 self._whole = self._buffers.take(self._size)
         else:
+            self._most = _LARGEST_UNTOLD_BYTES if self._most is None else self._most
             self.keep = False
+
+    def _bound(self) -> int | None:
+        """The largest body that an answer of this status may have."""
+        if self._status >= 300:
+            return _LARGEST_REFUSAL_BYTES
+        if self._most_asked is None or self._status == 206:
+            return self._most_asked
+        return max(self._most_asked, _LARGEST_WHOLE_BYTES)
+
+
+def _require_fitting(size: int, most: int | None) -> None:
+    if most is not None and size > most:
+        raise TooLargeError(f"the answer has {size} bytes or more, and at most {most} were asked for")
 
 
 class _Chunks:
-    """A body in chunks of HTTP."""
+    """A body in chunks of HTTP, of at most so many bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._size = 0
+        self._trailer_bytes = 0
         self.rest = bytearray()
         """What has not been understood yet; after the end, what does not belong to the body."""
         self._parts: list[bytes] = []
@@ -201,11 +269,15 @@ class _Chunks:
                 if not line:
                     del rest[:at]
                     return b"".join(self._parts)
+                self._trailer_bytes += len(line)
+                if self._trailer_bytes > _LARGEST_HEAD_BYTES:
+                    raise ValueError("its trailers do not end")
                 continue
-            digits = line.split(b";", 1)[0].strip()
-            if not digits or digits.strip(b"0123456789abcdefABCDEF"):
-                raise ValueError(f"bad chunk size {digits[:20]!r}")
-            start, stop = end + 2, end + 2 + int(digits, 16)
+            size = _CHUNK_SIZE.fullmatch(line)
+            if size is None or b"\r" in line or b"\0" in line:
+                raise ValueError(f"bad chunk size {line[:20]!r}")
+            start, stop = end + 2, end + 2 + int(size[1], 16)
+            _require_fitting(self._size + stop - start, self._most)
             if start == stop:
                 self._last, at = True, start
                 continue
@@ -214,21 +286,30 @@ class _Chunks:
             if rest[stop : stop + 2] != b"\r\n":
                 raise ValueError("a chunk is longer than it says")
             self._parts.append(bytes(rest[start:stop]))
+            self._size += stop - start
             at = stop + 2
         else:
-            if len(rest) - at > _LARGEST_HEAD_BYTES:
+            if len(rest) - at > _LARGEST_HEAD_BYTES or b"\n" in rest[at:]:
                 raise ValueError("a chunk's size does not end")
         del rest[:at]
         return None
 
 
 def request_head(method: str, target: str, headers: Mapping[str, str], size: int) -> bytes:
-    """The head of a request with a body of ``size`` bytes. Raises ValueError where a header has a line break."""
+    """The head of a request with a body of ``size`` bytes.
+
+    Raises
+    ------
+    ValueError
+        The target or a header has a character that would end it; the message names the header, not its value.
+    """
+    if _NOT_IN_A_TARGET.search(target):
+        raise ValueError("the URL has spaces or control characters")
+    for name, value in headers.items():
+        if _NOT_IN_A_LINE.search(name) or _NOT_IN_A_LINE.search(value):
+            raise ValueError(f"the header {name!r} has a line break")
     lines = [f"{method} {target} HTTP/1.1"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     if size or method in ("PUT", "POST"):
         lines.append(f"content-length: {size}")
-    text = "\r\n".join(lines)
-    if text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1:
-        raise ValueError("a header has a line break")
-    return (text + "\r\n\r\n").encode("latin-1")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")

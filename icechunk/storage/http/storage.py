@@ -9,17 +9,17 @@ from __future__ import annotations
 import copy
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
-from urllib.parse import quote, urlsplit
-
-from yarl import URL
+from urllib.parse import quote
 
 from icechunk.config import StorageSettings
-from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
+from icechunk.errors import ErrorKind, ObjectNotFoundError, StorageError
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.loops import PerLoop
 from icechunk.runtime.pickles import call_of
 from icechunk.runtime.representation import redacted_url
-from icechunk.storage.http.reading import HttpReader, check_options, reader_maker
+from icechunk.storage.http.options import check_options, reader_maker
+from icechunk.storage.http.reading import HttpReader
+from icechunk.storage.http.urls import parse_url
 from icechunk.storage.port import (
     ByteRange,
     GetResult,
@@ -71,7 +71,7 @@ class HttpStorage(ReadOnlyStorage):
         self._options = {name.lower(): value for name, value in (options or {}).items()}
         self._headers = dict(headers or {})
         self._base_url = base_url
-        self._parts = _checked_url(base_url, self._options)
+        self._folder, self._query = _checked_url(base_url, self._options)
         self._sources = sources
         self._settings = copy.deepcopy(settings)
         self._readers: PerLoop[HttpReader] = PerLoop(
@@ -89,11 +89,9 @@ class HttpStorage(ReadOnlyStorage):
     async def _read(self, key: str, byte_range: ByteRange, method: str) -> GetResult:
         check_key(key)
         reader = self._readers.peek() or await self._readers.get()
-        scheme, host, path, query, _ = self._parts
-        folder = quote(path.rstrip("/"), safe=_SAFE + "%")
-        encoded = f"{scheme}://{host}{folder}/{quote(key, safe=_SAFE)}{'?' if query else ''}{query}"
+        url = f"{self._folder}/{quote(key, safe=_SAFE)}{self._query}"
         try:
-            return await reader.get(URL(encoded, encoded=True), byte_range, method=method)
+            return await reader.get(url, byte_range, method=method)
         except ObjectNotFoundError as error:
             raise ObjectNotFoundError(f"no object {key!r} in {self.describe()}") from error
 
@@ -145,17 +143,14 @@ def _unpickled(
     return HttpStorage(base_url, options, headers, settings=settings)
 
 
-def _checked_url(base_url: str, options: Mapping[str, str]) -> Any:
-    parts = urlsplit(base_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InvalidInputError(
-            f"bad URL {redacted_url(base_url)!r} of a repository on a web server: it begins with http:// or https://",
-            ErrorKind.CANNOT_PARSE_URL,
-        )
+def _checked_url(base_url: str, options: Mapping[str, str]) -> tuple[str, str]:
+    """What the URLs of all objects begin with, and the query that they end with, beginning with ``?``."""
+    parsed = parse_url(base_url)
     check_options(options)
-    if parts.scheme == "http" and options.get("allow_http", "true").lower() == "false":
+    if parsed.scheme == "http" and options.get("allow_http", "true").lower() == "false":
         raise StorageError(
             f"the repository {redacted_url(base_url)!r} is on plain http, which allow_http forbids; use https",
             ErrorKind.STORAGE_CONFIG,
         )
-    return parts
+    folder, question, query = base_url.partition("#")[0].partition("?")
+    return folder.rstrip("/"), question + query

@@ -13,6 +13,8 @@ from xml.etree import ElementTree
 
 from icechunk.errors import ErrorKind, StorageError
 from icechunk.storage.http.headers import date_us
+from icechunk.storage.http.messages import TooLargeError
+from icechunk.storage.http.proxies import ProxyError
 
 __all__ = [
     "Answer",
@@ -22,6 +24,7 @@ __all__ = [
     "is_transient",
     "parse_refusal",
     "parse_xml",
+    "require_document",
     "retry_after_s",
     "text_of",
     "to_error",
@@ -89,7 +92,11 @@ class Refusal:
 
 def parse_xml(body: bytes) -> ElementTree.Element:
     """An answer's document, without name spaces. Raises `ElementTree.ParseError`."""
-    root = ElementTree.fromstring(body)
+    try:
+        root = ElementTree.fromstring(body)
+    except (ValueError, LookupError) as error:
+        # An encoding that expat does not know.
+        raise ElementTree.ParseError(str(error)) from error
     for element in root.iter():
         element.tag = _NAMESPACE.sub("", element.tag)
     return root
@@ -98,6 +105,17 @@ def parse_xml(body: bytes) -> ElementTree.Element:
 def text_of(element: ElementTree.Element, name: str) -> str:
     """Text of a child; empty where there is none."""
     return element.findtext(name) or ""
+
+
+def require_document(what: str, answer: Answer) -> ElementTree.Element:
+    """The document of an answer that has one. Raises `StorageError` where it has none."""
+    try:
+        return parse_xml(answer.body)
+    except ElementTree.ParseError as error:
+        raise StorageError(
+            f"cannot {what}: the answer is not the document that S3 sends ({error}); is the endpoint an S3 service?",
+            ErrorKind.OBJECT_STORE,
+        ) from error
 
 
 def parse_refusal(answer: Answer) -> Refusal:
@@ -158,6 +176,12 @@ def to_error(what: str, outcome: Answer | Unanswered, tries: int, endpoint: str)
 
 def _connection_trouble(cause: Exception, connected: bool, endpoint: str) -> tuple[str, ErrorKind]:
     kind = ErrorKind.OBJECT_STORE
+    if isinstance(cause, ProxyError):
+        return f"{cause}; check the proxy, or unset the variable that names it", kind
+    if isinstance(cause, TooLargeError):
+        return f"{cause}; something between here and {endpoint} changes answers", kind
+    if isinstance(cause, ValueError) and not isinstance(cause, OSError):
+        return f"the request cannot be sent: {cause}", ErrorKind.STORAGE_CONFIG
     if isinstance(cause, ssl.SSLError):
         return (
             f"no TLS connection to {endpoint} ({cause}); if the endpoint speaks plain http, write http:// and set "

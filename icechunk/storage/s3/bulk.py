@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape
 from icechunk.errors import ErrorKind, StorageError
 from icechunk.storage.port import DeleteResult, ObjectInfo, Version, check_key
 from icechunk.storage.retry import Limits
-from icechunk.storage.s3.answers import parse_refusal, parse_xml, text_of
+from icechunk.storage.s3.answers import parse_refusal, parse_xml, require_document, text_of
 from icechunk.storage.s3.bucket import Bucket
 from icechunk.storage.s3.client import Request
 from icechunk.storage.s3.uploads import content_md5
@@ -49,15 +49,14 @@ async def list_pages(
         answer = await client.call(request, limits)
         if answer.status >= 300:
             raise client.failure(request, answer, 1)
-        try:
-            listing = parse_xml(answer.body)
-        except ElementTree.ParseError as error:
-            raise StorageError(
-                f"cannot {request.what}: the answer is no listing ({error}); is the endpoint an S3 service?",
-                ErrorKind.OBJECT_STORE,
-            ) from error
+        listing = require_document(request.what, answer)
         url_encoded = text_of(listing, "EncodingType") == "url"
-        page = [_object_info(element, len(root), url_encoded) for element in listing.iter("Contents")]
+        page = [_object_info(element, len(root), url_encoded, request.what) for element in listing.iter("Contents")]
+        if page and after is not None and page[-1].key.encode() <= after.encode():
+            raise StorageError(
+                f"cannot {request.what}: the page after {after!r} ends at {page[-1].key!r}; the service repeats itself",
+                ErrorKind.OBJECT_STORE,
+            )
         if page:
             yield page
         if text_of(listing, "IsTruncated") != "true" or not page:
@@ -130,11 +129,14 @@ async def _delete_batch(bucket: Bucket, limits: Limits, keys: list[str], failure
     return len(keys) - len(failed)
 
 
-def _object_info(element: ElementTree.Element, root_length: int, url_encoded: bool) -> ObjectInfo:
+def _object_info(element: ElementTree.Element, root_length: int, url_encoded: bool, what: str) -> ObjectInfo:
     key = text_of(element, "Key")
+    size = text_of(element, "Size") or "0"
+    if not (size.isascii() and size.isdigit() and len(size) < 19):
+        raise StorageError(f"cannot {what}: {key!r} has the size {size[:40]!r}", ErrorKind.OBJECT_STORE)
     return ObjectInfo(
         key=(unquote_plus(key) if url_encoded else key)[root_length:],
-        size=int(text_of(element, "Size") or 0),
+        size=int(size),
         version=Version(text_of(element, "ETag").strip('"')),
         modified_us=_iso_us(text_of(element, "LastModified")),
     )
@@ -143,5 +145,5 @@ def _object_info(element: ElementTree.Element, root_length: int, url_encoded: bo
 def _iso_us(text: str) -> int:
     try:
         return int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp() * 1e6)
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0

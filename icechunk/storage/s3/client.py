@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,14 +19,14 @@ from functools import partial
 from typing import Final
 
 from botocore.httpsession import get_cert_path
+from botocore.session import get_session
 
-from icechunk.errors import StorageError
+from icechunk.errors import ErrorKind, StorageError
 from icechunk.runtime.about import CLIENT_NAME
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import in_thread
-from icechunk.storage.http.connections import Connections, NotConnectedError
+from icechunk.storage.http.connections import Connections, NotConnectedError, TooLargeError
 from icechunk.storage.http.headers import date_us
-from icechunk.storage.http.proxied import ProxiedConnections, is_proxied
 from icechunk.storage.outcome import REFUSING_STATUSES, refused
 from icechunk.storage.retry import Limits, Pace, Tries, retries_have_ended
 from icechunk.storage.s3.answers import (
@@ -47,6 +48,7 @@ _LOG: Final = logging.getLogger(__name__)
 _EMPTY_HASH: Final = hashlib.sha256(b"").hexdigest()
 _HASH_IN_THREAD_BYTES: Final = 512 * 1024
 _SLOWEST_UPLOAD_BYTES_PER_S: Final = 64 * 1024
+_REGION: Final = re.compile(r"[a-z]{2,}(?:-[a-z0-9]+)+|auto")
 _MENDABLE: Final = frozenset({301, 307, 400, 401, 403})
 _EXPIRED: Final = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"})
 
@@ -64,6 +66,8 @@ class Request:
     headers: Mapping[str, str] = field(default_factory=dict)
     """Names in lower case."""
     body: bytes | memoryview = b""
+    most_bytes: int | None = 0
+    """Of a range of an object that is asked for; 0: none is. None: as large as the object is."""
 
 
 class S3Client:
@@ -82,7 +86,7 @@ class S3Client:
         endpoint: Endpoint,
         keys: KeyProvider,
         sources: Sources,
-        connections: Connections | ProxiedConnections,
+        connections: Connections,
         user_agent: str = CLIENT_NAME,
     ) -> None:
         self.endpoint = endpoint
@@ -102,8 +106,7 @@ class S3Client:
         cls, endpoint: Endpoint, keys: KeyProvider, sources: Sources, user_agent: str = CLIENT_NAME
     ) -> S3Client:
         """A client on the running loop."""
-        tls = await in_thread(_tls_context) if endpoint.scheme == "https" else None
-        return cls(endpoint, keys, sources, ProxiedConnections(tls) if is_proxied() else Connections(tls), user_agent)
+        return cls(endpoint, keys, sources, Connections(_tls_context), user_agent)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -185,6 +188,9 @@ class S3Client:
         endpoint = self.endpoint
         if region is None or not endpoint.region_is_a_guess or region == endpoint.region:
             return False
+        if not _REGION.fullmatch(region):
+            # It would become part of the host that requests, credentials included, go to.
+            return False
         self.endpoint = Endpoint(
             scheme=endpoint.scheme,
             host=endpoint.host.replace(f".s3.{endpoint.region}.", f".s3.{region}.").replace(
@@ -227,14 +233,16 @@ class S3Client:
                 # Without a limit of the user's, a large body may take the time that a slow line needs.
                 total_s=limits.attempt_s
                 or (None if not size else limits.connect_s + 2 * limits.read_s + size / _SLOWEST_UPLOAD_BYTES_PER_S),
+                most_bytes=request.most_bytes,
             )
         except NotConnectedError as error:
             cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
             return Unanswered(cause, connected=False, final=isinstance(cause, ssl.SSLError))
         except (OSError, TimeoutError) as error:
-            return Unanswered(error, connected=True, final=False)
+            return Unanswered(error, connected=True, final=isinstance(error, TooLargeError))
         except ValueError as error:
-            return Unanswered(error, connected=True, final=True)
+            # It was found before anything was sent.
+            return Unanswered(error, connected=False, final=True)
         self._contacted = True
         return Answer(response.status, response.headers, response.body)
 
@@ -296,8 +304,30 @@ def _reason(outcome: Answer | Unanswered) -> str:
 
 
 def _tls_context() -> ssl.SSLContext:
+    """Trusts the authorities that botocore would: those of a bundle that is named, and of it alone.
+
+    Raises
+    ------
+    StorageError
+        There is no such bundle, or it is none (kind ``storage-config``).
+    """
+    named = {
+        "AWS_CA_BUNDLE": os.environ.get("AWS_CA_BUNDLE"),
+        "ca_bundle of the AWS configuration": get_session().get_config_variable("ca_bundle"),
+        "REQUESTS_CA_BUNDLE": os.environ.get("REQUESTS_CA_BUNDLE"),
+    }
+    for source, path in named.items():
+        if path:
+            try:
+                return ssl.create_default_context(
+                    cafile=None if os.path.isdir(path) else path, capath=path if os.path.isdir(path) else None
+                )
+            except OSError as error:
+                raise StorageError(
+                    f"no certificates in {path!r}, which {source} names ({error}): let it name a file of certificates, "
+                    "or unset it",
+                    ErrorKind.STORAGE_CONFIG,
+                ) from error
     context = ssl.create_default_context()
-    bundle = os.environ.get("AWS_CA_BUNDLE") or get_cert_path(True)
-    if bundle:
-        context.load_verify_locations(bundle)
+    context.load_verify_locations(get_cert_path(True))
     return context

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+from functools import partial
 from typing import Any, TypeAlias
 
 from aiobotocore.session import AioSession, get_session
 
 from icechunk.credentials import AnyS3Credential, S3Credentials, S3StaticCredentials
-from icechunk.errors import ErrorKind, StorageError
+from icechunk.errors import ErrorKind, InvalidInputError, StorageError
 from icechunk.runtime.clock import Sources
 from icechunk.storage.credentials import Refreshed
 from icechunk.storage.s3.sigv4 import SigningKeys
@@ -44,7 +45,7 @@ class RefreshableKeys(Refreshed[SigningKeys]):
     """Keys of the user's function."""
 
     def __init__(self, given: S3Credentials.Refreshable, sources: Sources) -> None:
-        super().__init__(given, _signing_keys, sources)
+        super().__init__(given, partial(_signing_keys, source="that get_credentials returned"), sources)
 
 
 class ChainKeys:
@@ -68,8 +69,11 @@ class ChainKeys:
             self._found = {o: f for o, f in self._found.items() if not o.is_closed() and f[0] == os.getpid()}
             found = self._found[loop] = (os.getpid(), session, credentials)
         frozen = await found[2].get_frozen_credentials()
-        return SigningKeys(
-            access_key_id=frozen.access_key, secret_access_key=frozen.secret_key, session_token=frozen.token
+        return _checked(
+            SigningKeys(
+                access_key_id=frozen.access_key, secret_access_key=frozen.secret_key, session_token=frozen.token
+            ),
+            f"of botocore's credential chain (found by {getattr(found[2], 'method', None) or 'its usual means'})",
         )
 
     def expired(self, keys: SigningKeys | None) -> bool:
@@ -94,9 +98,25 @@ def key_provider(credentials: AnyS3Credential | None, sources: Sources) -> KeyPr
             return RefreshableKeys(credentials, sources)
 
 
-def _signing_keys(given: S3StaticCredentials) -> SigningKeys:
-    return SigningKeys(
-        access_key_id=given.access_key_id,
-        secret_access_key=given.secret_access_key,
-        session_token=given.session_token,
+def _signing_keys(given: S3StaticCredentials, source: str = "given") -> SigningKeys:
+    return _checked(
+        SigningKeys(
+            access_key_id=given.access_key_id,
+            secret_access_key=given.secret_access_key,
+            session_token=given.session_token,
+        ),
+        source,
     )
+
+
+def _checked(keys: SigningKeys, source: str) -> SigningKeys:
+    """The keys. Raises `InvalidInputError` where no request can carry them, as with the line break of a file's end."""
+    for name in ("access_key_id", "secret_access_key", "session_token"):
+        value = getattr(keys, name)
+        if value is not None and not (value.isascii() and value.isprintable() and value == value.strip()):
+            raise InvalidInputError(
+                f"the {name} {source} has a line break, a space at an end or other characters that keys do not have: "
+                "strip it",
+                ErrorKind.INVALID_CREDENTIALS,
+            )
+    return keys

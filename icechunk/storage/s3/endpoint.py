@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
@@ -23,6 +23,7 @@ __all__ = ["Endpoint", "resolve_endpoint"]
 
 # What can stand as a host name's first labels, and what a TLS wildcard certificate covers.
 _HOSTABLE = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")
+_REGION = re.compile(r"[A-Za-z0-9._-]+")
 _DEFAULT_REGION = "us-east-1"
 
 
@@ -87,6 +88,8 @@ async def resolve_endpoint(bucket: str, options: S3Options, region: str | None =
     """
     region = region or options.region
     guess = region is None
+    if region is not None and not _REGION.fullmatch(region):
+        raise StorageError(f"bad region {region!r} of bucket {bucket!r}", ErrorKind.STORAGE_CONFIG)
     if options.endpoint_url is None:
         session = get_session()
         if region is None:
@@ -99,12 +102,13 @@ async def resolve_endpoint(bucket: str, options: S3Options, region: str | None =
         if region is None:
             region = get_session().get_config_variable("region")
             guess = region is None
-        parts = urlsplit(options.endpoint_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        given = _checked_parts(options.endpoint_url)
+        if given is None:
             raise StorageError(
                 f"bad endpoint_url {redacted_url(options.endpoint_url)!r} for bucket {bucket!r}: give a URL like https://host:port",
                 ErrorKind.CANNOT_PARSE_URL,
             )
+        parts = given
         path = parts.path.rstrip("/")
     if parts.scheme == "http" and not options.allow_http:
         raise StorageError(
@@ -124,6 +128,18 @@ async def resolve_endpoint(bucket: str, options: S3Options, region: str | None =
     return Endpoint(
         scheme=parts.scheme, host=host, path=path, region=region or _DEFAULT_REGION, region_is_a_guess=guess
     )
+
+
+def _checked_parts(url: str) -> SplitResult | None:
+    """The parts of an endpoint's URL; None where it is none that requests can go to."""
+    if not url.isprintable() or " " in url:
+        return None
+    try:
+        parts = urlsplit(url)
+        # The port is looked at only now.
+        return parts if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 else None
+    except ValueError:
+        return None
 
 
 def _in_path(bucket: str, options: S3Options, host: str, scheme: str) -> bool:

@@ -14,8 +14,8 @@ Where ``unsafe_use_metadata`` is off, contents are compared instead, and only af
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Final, Unpack
 
 from icechunk.config import StorageSettings
@@ -23,7 +23,15 @@ from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError, ObjectN
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.pickles import call_of
 from icechunk.runtime.representation import redacted_url
-from icechunk.storage.http.headers import date_us, range_header, result_of, version_of
+from icechunk.storage.http.headers import (
+    content_length,
+    date_us,
+    most_bytes,
+    range_header,
+    result_of,
+    served_size,
+    version_of,
+)
 from icechunk.storage.outcome import (
     REFUSING_STATUSES,
     Found,
@@ -50,7 +58,7 @@ from icechunk.storage.port import (
     check_range,
     resolve_range,
 )
-from icechunk.storage.s3.answers import Answer, is_transient, parse_refusal, parse_xml, text_of
+from icechunk.storage.s3.answers import Answer, is_transient, parse_refusal, require_document, text_of
 from icechunk.storage.s3.bucket import Bucket, BucketOptions, condition_header, require_sendable
 from icechunk.storage.s3.bulk import delete, list_pages
 from icechunk.storage.s3.client import Request, S3Client
@@ -69,8 +77,6 @@ from icechunk.storage.settings import Effective, object_store_settings
 __all__ = ["S3Storage"]
 
 _WRITE_ID: Final = "x-amz-meta-icechunk-write-id"
-# MinIO says "bytes 0--1/0" for an empty object.
-_CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(-?\d+)/(\d+)")
 
 
 class S3Storage(Storage):
@@ -115,33 +121,32 @@ class S3Storage(Storage):
 
     async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
         check_range(byte_range)
-        request = self._bucket.request("read", "GET", key, self._bucket.read_headers | range_header(byte_range))
+        headers = self._bucket.read_headers | range_header(byte_range)
+        request = replace(self._bucket.request("read", "GET", key, headers), most_bytes=most_bytes(byte_range))
         client = await self._bucket.client()
         answer = await client.call(request, self._effective.limits)
-        headers = answer.headers
         if answer.status == 416:
             return await self._get_empty(key, byte_range)
         if answer.status >= 300:
             raise self._missing(client, request, key, answer)
-        data, size = answer.content, len(answer.content)
-        if answer.status == 206:
-            match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
-            if match is None or int(match[2]) - int(match[1]) + 1 != len(data):
-                raise StorageError(
-                    f"cannot {request.what}: {len(data)} bytes came for the range {headers.get('Content-Range')!r}; "
-                    "something between here and the store changes answers",
-                    ErrorKind.OBJECT_STORE,
-                )
-            size = int(match[3])
-        elif byte_range is not None:
+        data = answer.content
+        if answer.status == 200:
             # A service that ignores ranges sends everything.
-            start, stop = resolve_range(byte_range, size, key)
-            data = data[start:stop]
-        return result_of(headers, data, size)
+            start, stop = resolve_range(byte_range, len(data), key)
+            return result_of(answer.headers, data[start:stop], len(data))
+        size = served_size(answer.headers, byte_range, len(data)) if answer.status == 206 else None
+        if size is None:
+            raise StorageError(
+                f"cannot {request.what}: {answer.status} came with {len(data)} bytes and the range "
+                f"{answer.headers.get('Content-Range')!r}, where {headers.get('range', 'all')} were asked for; "
+                "something between here and the store changes answers",
+                ErrorKind.OBJECT_STORE,
+            )
+        return result_of(answer.headers, data, size)
 
     async def _get_empty(self, key: str, byte_range: ByteRange) -> GetResult:
         answer = await self._head_answer(key)
-        size = int(answer.headers.get("Content-Length", "0"))
+        size = self._told_size(key, answer)
         if not isinstance(byte_range, Suffix) or size > 0:
             raise InvalidInputError(
                 f"cannot read {byte_range} of {self._bucket.url(key)}: the object has {size} bytes",
@@ -149,11 +154,21 @@ class S3Storage(Storage):
             )
         return result_of(answer.headers, b"", 0)
 
+    def _told_size(self, key: str, answer: Answer) -> int:
+        size = content_length(answer.headers)
+        if size is None:
+            raise StorageError(
+                f"cannot look at {self._bucket.url(key)}: the answer does not tell the object's size",
+                ErrorKind.OBJECT_STORE,
+            )
+        return size
+
     async def head(self, key: str) -> ObjectInfo:
-        headers = (await self._head_answer(key)).headers
+        answer = await self._head_answer(key)
+        headers = answer.headers
         return ObjectInfo(
             key=key,
-            size=int(headers.get("Content-Length", "0")),
+            size=self._told_size(key, answer),
             version=version_of(headers),
             modified_us=date_us(headers, "Last-Modified") or 0,
         )
@@ -340,7 +355,7 @@ class S3Storage(Storage):
                 break
             if not await retrier.again(answer):
                 raise client.failure(request, answer, retrier.tries)
-        etag = text_of(parse_xml(answer.body), "ETag").strip('"')
+        etag = text_of(require_document(request.what, answer), "ETag").strip('"')
         return PutResult(version=Version(etag), date_us=date_us(answer.headers))
 
     # -- the bucket ------------------------------------------------------------------------------------------------
@@ -413,7 +428,7 @@ class S3Storage(Storage):
             raise client.failure(request, answer, 1)
         version = version_of(answer.headers)
         if request.method == "POST":
-            version = Version(text_of(parse_xml(answer.body), "ETag").strip('"'))
+            version = Version(text_of(require_document(request.what, answer), "ETag").strip('"'))
         return PutResult(version=version, date_us=date_us(answer.headers))
 
     def _missing(self, client: S3Client, request: Request, key: str, answer: Answer) -> Exception:

@@ -10,20 +10,27 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from icechunk.storage.http import messages
 from icechunk.storage.http.buffers import Buffers
-from icechunk.storage.http.connections import BadAnswerError, Connections, NotConnectedError, Origin
+from icechunk.storage.http.connections import BadAnswerError, Connections, NotConnectedError, Origin, TooLargeError
 from icechunk.storage.http.messages import Reading
 from tests.storage.http.certificates import tls_contexts
 
+
+class Limits(TypedDict):
+    connect_s: float
+    read_s: float
+
+
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 OK = b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\nETag: "x"\r\n\r\nhello'
-LIMITS: dict[str, Any] = {"connect_s": 5.0, "read_s": 5.0}
+LIMITS: Limits = {"connect_s": 5.0, "read_s": 5.0}
 
 
 @contextlib.asynccontextmanager
@@ -104,8 +111,10 @@ async def test_a_connection_is_used_again() -> None:
         OK.replace(b"1.1", b"1.0"),
         b"HTTP/1.1 200 OK\r\n\r\nhello",
         OK + b"surplus",
+        OK.replace(b"ETag", b"Connection: keep-alive\r\nConnection: close\r\nETag"),
+        OK.replace(b"ETag", b"Connection: keep-alive, Close\r\nETag"),
     ],
-    ids=["connection: close", "HTTP/1.0", "until the end", "surplus bytes"],
+    ids=["connection: close", "HTTP/1.0", "until the end", "surplus bytes", "close is second", "close in a list"],
 )
 async def test_a_connection_that_cannot_be_trusted_further_is_not_used_again(answer: bytes) -> None:
     async with serving(saying(answer, close=True)) as origin, connections() as made:
@@ -169,6 +178,28 @@ async def test_answers_without_body() -> None:
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nabc\r\n",
         b"HTTP/1.1 200 OK\r\nx: " + b"y" * 100_000,
+        b"HTTP/1.1 2000 OK\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 20 OK\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1  200 OK\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\n\r\n" + OK,
+        b"HTTP/1.1 100 Continue\r\n\r\n" * 100 + OK,
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n",
+        b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\nhello",
+        b"HTTP/1.1 200 OK\r\nContent-Length: +5\r\n\r\nhello",
+        b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\n\r\nhe",
+        b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nx: a\rb\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nx: a\nb: c\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nx: a\0b\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\nContent-Length: 0\n\n",
+        b"HTTP/1.1 200 OK\r\nx y: a\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n folded\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;a\nb\r\nhello\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\nhello\n0\n\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n" + b"x: y\r\n" * 20_000,
     ],
 )
 async def test_what_is_no_complete_answer_is_an_error(answer: bytes) -> None:
@@ -185,6 +216,7 @@ async def test_a_peer_that_says_nothing_is_given_up() -> None:
 
 async def test_a_peer_that_drips_is_given_up_at_the_deadline() -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
         while True:
             writer.write(b"x")
@@ -194,6 +226,63 @@ async def test_a_peer_that_drips_is_given_up_at_the_deadline() -> None:
     async with serving(talk) as origin, connections() as made:
         with pytest.raises(TimeoutError, match="in time"):
             await made.exchange(origin, "GET", "/", {"host": "h"}, connect_s=5.0, read_s=5.0, total_s=0.1)
+
+
+@pytest.mark.parametrize(
+    "what", [b"HTTP/1.1 100 Continue\r\n\r\n", b"x", b"1\r\nx\r\n"], ids=["1xx", "bytes", "chunks"]
+)
+async def test_a_peer_that_drips_is_given_up_without_a_deadline(what: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        if not what.startswith(b"HTTP"):
+            coding = b"Transfer-Encoding: chunked" if what != b"x" else b"Content-Length: 100000"
+            writer.write(b"HTTP/1.1 200 OK\r\n" + coding + b"\r\n\r\n")
+        while True:
+            writer.write(what)
+            await writer.drain()
+            await asyncio.sleep(0.05)
+
+    monkeypatch.setattr(messages, "_MOST_INTERIM", 1_000_000)
+    async with serving(talk) as origin, connections() as made, asyncio.timeout(10):
+        with pytest.raises(TimeoutError, match="only"):
+            await made.exchange(origin, "GET", "/", {"host": "h"}, connect_s=5.0, read_s=0.2)
+
+
+@pytest.mark.parametrize("coding", ["length", "chunked", "until the end"])
+@pytest.mark.parametrize(
+    ("status", "asked", "most"),
+    [(206, 4, 4), (200, 4, 64 << 20), (200, 80 << 20, 80 << 20), (404, None, 1 << 20), (503, 4, 1 << 20)],
+)
+async def test_answers_are_bounded_by_what_was_asked(coding: str, status: int, asked: int | None, most: int) -> None:
+    def reading(size: int) -> Reading:
+        head = {
+            "length": b"Content-Length: %d\r\n" % size,
+            "chunked": b"Transfer-Encoding: chunked\r\n",
+            "until the end": b"",
+        }[coding]
+        made = Reading(bodiless=False, buffers=Buffers(), most_bytes=asked)
+        made.feed(b"HTTP/1.1 %d X\r\n" % status + head + b"\r\n")
+        if coding == "chunked":
+            made.feed(b"%x\r\n" % size)
+        return made
+
+    async with connections():
+        if coding == "until the end":
+            with pytest.raises(TooLargeError):
+                reading(most).feed(bytes(most + 1))
+            assert reading(most).feed(bytes(min(most, 4))) is None
+        else:
+            with pytest.raises(TooLargeError):
+                reading(most + 1)
+            reading(most)
+
+
+async def test_an_answer_that_is_too_large_ends_the_exchange_at_once() -> None:
+    answer = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 300000000\r\n\r\n" + bytes(1000)
+    async with serving(saying(answer)) as origin, connections() as made:
+        with pytest.raises(TooLargeError):
+            await made.exchange(origin, "GET", "/", {"host": "h"}, **LIMITS, most_bytes=4)
+        assert made._kept(origin) is None
 
 
 async def test_nobody_there_is_told_apart_from_a_broken_connection() -> None:
@@ -235,48 +324,65 @@ async def test_cancelling_closes_the_connection() -> None:
             await gone.wait()
 
 
-async def test_closing_ends_exchanges_under_way() -> None:
-    asked = asyncio.Event()
+async def test_closing_leaves_exchanges_under_way_to_end_and_keeps_no_connection() -> None:
+    asked, go_on = asyncio.Event(), asyncio.Event()
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        asked.set()
-        await reader.read()
+        while True:
+            await reader.readuntil(b"\r\n\r\n")
+            asked.set()
+            await go_on.wait()
+            writer.write(OK)
 
     async with serving(talk) as origin, connections() as made:
         task = asyncio.create_task(made.exchange(origin, "GET", "/", {"host": "h"}, **LIMITS))
         await asked.wait()
         await made.aclose()
-        with pytest.raises(BadAnswerError, match="closed without an answer"):
-            await task
+        go_on.set()
+        assert (await task).body == b"hello"
+        assert (await made.exchange(origin, "GET", "/", {"host": "h"}, **LIMITS)).body == b"hello"
+        assert made._kept(origin) is None
+        assert not made._idle[origin]
 
 
-async def test_a_connection_that_is_being_made_while_all_are_closed_is_closed_too(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_closing_waits_for_no_end_that_never_comes() -> None:
+    async with serving(saying(OK)) as origin:
+        made = Connections()
+        await made.exchange(origin, "GET", "/", {"host": "h"}, **LIMITS)
+        [connection] = made._open
+        connection.closed = asyncio.get_running_loop().create_future()
+        connection._end_if_closed = lambda: None  # type: ignore[method-assign]
+        async with asyncio.timeout(5):
+            await made.aclose()
+
+
+async def test_cancelling_while_connecting_ends() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()  # it never takes part in a handshake
+
+    async with serving(talk) as origin, connections() as made:
+        for n in range(20):
+            to = Origin("https" if n % 2 else "http", "localhost" if n % 4 < 2 else origin.host, origin.port)
+            task = asyncio.create_task(made.exchange(to, "GET", "/", {"host": "h"}, **LIMITS))
+            for _ in range(n // 2):
+                await asyncio.sleep(0)
+            task.cancel()
+            async with asyncio.timeout(5):
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+        async with asyncio.timeout(5):
+            await made.aclose()
+
+
+@pytest.mark.parametrize("bad", ["a\r\nb: c", "a\nb", "a\0b"])
+async def test_a_line_break_in_a_header_or_target_is_refused_before_anything_is_sent(bad: str) -> None:
     async with serving(saying(OK)) as origin, connections() as made:
-        connect, connected, closed = made._connect, asyncio.Event(), asyncio.Event()
-
-        async def slowly(origin: Origin, connect_s: float) -> object:
-            connection = await connect(origin, connect_s)
-            connected.set()
-            await closed.wait()
-            return connection
-
-        monkeypatch.setattr(made, "_connect", slowly)
-        task = asyncio.create_task(made.exchange(origin, "GET", "/", {"host": "h"}, **LIMITS))
-        await connected.wait()
-        made._open.clear()  # as if it had been made a moment later
-        await made.aclose()
-        closed.set()
-        with pytest.raises(BadAnswerError, match="were closed"):
-            await task
-
-
-async def test_a_line_break_in_a_header_is_refused_before_anything_is_sent() -> None:
-    async with serving(saying(OK)) as origin, connections() as made:
-        with pytest.raises(ValueError, match="line break"):
-            await made.exchange(origin, "GET", "/", {"host": "h", "x": "a\r\nb: c"}, **LIMITS)
+        with pytest.raises(ValueError, match="'x' has a line break"):
+            await made.exchange(origin, "GET", "/", {"host": "h", "x": bad}, **LIMITS)
+        for target in (f"/{bad}", "/a b", "/ä"):
+            with pytest.raises(ValueError, match="the URL"):
+                await made.exchange(origin, "GET", target, {"host": "h"}, **LIMITS)
+        assert not made._open
 
 
 async def test_over_tls(tmp_path: Path) -> None:

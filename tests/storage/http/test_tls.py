@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from icechunk.credentials import HttpAccess
 from icechunk.errors import ErrorKind, StorageError
 from icechunk.storage.http.storage import HttpStorage
 from icechunk.storage.local.storage import LocalStorage
+from icechunk.storage.s3.client import _tls_context
 from tests.storage.http.certificates import tls_contexts
 from tests.storage.http.web_server import WebServer, serving_files
 from tests.virtual_builders import FILE_BYTES, array, config_of
@@ -112,3 +114,28 @@ async def test_virtual_chunks_take_the_certificates_that_their_container_says(
         with pytest.raises(StorageError, match="certificate"):
             found[:10]
     await repo.aclose()
+
+
+@pytest.mark.parametrize("source", ["AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "ca_bundle"])
+def test_a_bundle_that_is_named_for_aws_replaces_the_systems_authorities(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tls_contexts(tmp_path)
+    for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("SSL_CERT_FILE", ssl.get_default_verify_paths().cafile or "")
+    assert len(_tls_context().get_ca_certs()) > 1
+    for path in (tmp_path / "cert.pem", tmp_path / "nothing"):
+        if source == "ca_bundle":
+            (tmp_path / "config").write_text(f"[default]\nca_bundle = {path}\n")
+        else:
+            monkeypatch.setenv(source, str(path))
+        if path.exists():
+            [trusted] = _tls_context().get_ca_certs()
+            assert trusted["subject"] == ((("commonName", "test"),),)
+        else:
+            with pytest.raises(StorageError) as caught:
+                _tls_context()
+            assert caught.value.kind == "storage-config"
+            assert source in caught.value.message

@@ -6,7 +6,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from zarr.core.buffer import default_buffer_prototype
 
+from icechunk import Repository, s3_storage
 from icechunk.config import S3Options
 from icechunk.credentials import AnyS3Credential, S3Credentials, S3StaticCredentials, s3_refreshable_credentials
 from icechunk.errors import InvalidInputError, StorageError
@@ -135,3 +137,60 @@ async def test_the_environment_gives_keys_and_their_lack_is_explained(
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
         await storage_on(server.endpoint, None).get("x")
         assert "Credential=FROMENV/" in server.seen[0].headers["authorization"]
+
+
+@pytest.mark.parametrize("name", ["access_key_id", "secret_access_key", "session_token"])
+async def test_a_key_with_a_line_break_names_the_setting_that_it_came_from(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"access_key_id": "AKIA", "secret_access_key": "hush", "session_token": "hush", name: "hush\n"}
+    with pytest.raises(InvalidInputError) as caught:
+        s3_storage(bucket="b", prefix=None, **keys)  # type: ignore[arg-type]
+    assert caught.value.kind == "invalid-credentials"
+    _answers.append(S3StaticCredentials(**keys))  # type: ignore[arg-type]
+    provider = key_provider(s3_refreshable_credentials(fetch), Sources())
+    with pytest.raises(InvalidInputError) as called:
+        await provider.get()
+    for key, value in keys.items():
+        monkeypatch.setenv(f"AWS_{key.upper()}", value)
+    with pytest.raises(InvalidInputError) as chained:
+        await key_provider(None, Sources()).get()
+    for error, source in ((caught.value, "given"), (called.value, "get_credentials"), (chained.value, "env")):
+        assert f"the {name} " in error.message
+        assert source in error.message
+        assert "hush" not in error.message
+
+
+async def test_a_function_that_fails_is_named_with_its_place_and_without_its_arguments() -> None:
+    _answers.append(PermissionError("hush"))
+    with pytest.raises(InvalidInputError) as caught:
+        await key_provider(s3_refreshable_credentials(fetch), Sources()).get()
+    assert caught.value.kind == "invalid-credentials"
+    assert f"PermissionError at {__file__}:" in caught.value.message
+    assert "in fetch" in caught.value.message
+    assert "hush" not in caught.value.message
+
+
+async def test_credentials_that_are_scattered_travel_in_pickles_and_cost_one_call() -> None:
+    _answers.append(S3StaticCredentials("scattered", "s"))
+    async with serving() as server:
+        storage = s3_storage(
+            bucket="b",
+            prefix=None,
+            region="us-east-1",
+            endpoint_url=server.endpoint,
+            allow_http=True,
+            force_path_style=True,
+            get_credentials=fetch,
+            scatter_initial_credentials=True,
+        )
+        assert _calls == ["call"]
+        repository = await Repository.create_async(storage)
+        copy = pickle.loads(pickle.dumps(repository))
+        session = pickle.loads(pickle.dumps(await copy.readonly_session_async("main")))
+        assert [info async for info in copy.async_ancestry(branch="main")]
+        assert await session.store.get("zarr.json", default_buffer_prototype()) is None
+        assert all("Credential=scattered/" in seen.headers["authorization"] for seen in server.seen)
+        for each in (repository, copy):
+            await each.aclose()
+    assert _calls == ["call"]

@@ -1,0 +1,81 @@
+"""Which proxy requests to an origin go through, as the environment or an option says.
+
+The variables are those of urllib, botocore and aiohttp: ``http_proxy`` and ``https_proxy`` by the scheme of the
+request, ``no_proxy`` for the hosts that are reached directly (macOS and Windows: also what their settings say).
+``all_proxy`` is not obeyed, as none of these obeys it.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass, field
+from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from icechunk.runtime.representation import redacted_url
+
+__all__ = ["Proxies", "Proxy", "ProxyError"]
+
+
+class ProxyError(ConnectionError):
+    """The proxy cannot be used: nothing was sent to the server behind it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """A proxy."""
+
+    scheme: str
+    """Of the connection to it: ``http`` or ``https``."""
+    host: str
+    port: int
+    named: str
+    """URL without secrets, and where it comes from; for messages."""
+    headers: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """What it wants to be told with each request of its own."""
+
+
+class Proxies:
+    """The proxy of each scheme and host.
+
+    Parameters
+    ----------
+    url
+        Of the proxy of all requests; None: as the environment says now.
+    """
+
+    def __init__(self, url: str | None = None) -> None:
+        self._url = url
+        self._found = {} if url is not None else getproxies()
+
+    def proxy_for(self, scheme: str, host: str, port: int) -> Proxy | None:
+        """The proxy of requests to an origin; None: there is none.
+
+        Raises
+        ------
+        ProxyError
+            What is named is no proxy that we know.
+        """
+        if self._url is not None:
+            return _parsed(self._url, "proxy_url")
+        url = self._found.get(scheme)
+        if not url or proxy_bypass(host) or proxy_bypass(f"{host}:{port}"):
+            return None
+        return _parsed(url, f"{scheme}_proxy")
+
+
+def _parsed(url: str, source: str) -> Proxy:
+    whole = url if "://" in url else f"http://{url.removeprefix('//')}"
+    named = f"{redacted_url(whole)} ({source})"
+    try:
+        parts = urlsplit(whole)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ProxyError(f"the proxy {named} is no URL") from error
+    if parts.scheme not in ("http", "https") or not host:
+        raise ProxyError(f"the proxy {named} cannot be used: only http:// and https:// proxies can")
+    headers = {}
+    if parts.username is not None:
+        secret = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
+        headers["proxy-authorization"] = f"Basic {base64.b64encode(secret).decode()}"
+    return Proxy(parts.scheme, host, port or (443 if parts.scheme == "https" else 80), named, headers)

@@ -1,0 +1,117 @@
+"""URLs of web servers: what is sent for one is decided here, once.
+
+The query is sent byte for byte as it was given, and so are the percent-encodings of the path; everything else that a
+request cannot hold is encoded. Control characters are refused: parsers disagree on whether they count, so that a URL
+with them may mean another place than the one that was checked.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import quote, unquote, urljoin
+
+from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.runtime.representation import redacted_url
+from icechunk.storage.http.connections import Origin
+
+__all__ = ["WebUrl", "joined", "parse_url"]
+
+_URL: Final = re.compile(
+    r"(https?)://(?:([^/?#@\\]*)@)?(\[[0-9A-Fa-f:.]+(?:%[^/?#@\]\\]+)?\]|[^/?#:@\\\[\]% ]+)(?::([0-9]{0,5}))?"
+    r"(/[^?#]*)?(\?[^#]*)?(?:#.*)?",
+    re.IGNORECASE,
+)
+_CONTROL: Final = re.compile(r"[\0-\x1f\x7f]")
+# All that a path or a query may hold, encodings of it included.
+_TO_ENCODE: Final = re.compile(r"[^A-Za-z0-9\-._~!$&'()*+,;=:@/%]+|%(?![0-9A-Fa-f]{2})")
+_TO_ENCODE_IN_A_QUERY: Final = re.compile(r"[^\x21-\x7e]+")
+
+
+@dataclass(frozen=True, slots=True)
+class WebUrl:
+    """A URL of scheme ``http`` or ``https``, ready to be asked for."""
+
+    scheme: str
+    """In lower case."""
+    host: str
+    """A name in ASCII, or an address, without brackets."""
+    port: int
+    target: str
+    """Path and query, encoded."""
+    authorization: str | None
+    """The header that the user and password in the URL ask for."""
+
+    @property
+    def origin(self) -> Origin:
+        """Where connections go."""
+        return Origin(self.scheme, self.host, self.port)
+
+    @property
+    def host_header(self) -> str:
+        """The value of the header ``host``."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.host_header}{self.target}"
+
+
+def parse_url(url: str) -> WebUrl:
+    """Read a URL of the web.
+
+    Raises
+    ------
+    InvalidInputError
+        It is none, or has control characters (kind ``cannot-parse-url``).
+    """
+    match = None if _CONTROL.search(url) else _URL.fullmatch(url)
+    if match is None:
+        raise _bad(url)
+    scheme, user, host, port, path, query = match.groups()
+    scheme = scheme.lower()
+    try:
+        name = host.strip("[]").encode("ascii" if host.isascii() else "idna").decode().lower()
+        target = _TO_ENCODE.sub(lambda found: quote(found[0], safe=""), path or "/")
+        target += _TO_ENCODE_IN_A_QUERY.sub(lambda found: quote(found[0], safe=""), query or "")
+        number = int(port) if port else 443 if scheme == "https" else 80
+        authorization = None if user is None else _basic(user)
+    except UnicodeError as error:
+        raise _bad(url) from error
+    if not 0 < number < 65536:
+        raise _bad(url)
+    return WebUrl(scheme, name, number, target, authorization)
+
+
+def joined(url: WebUrl, location: str) -> str:
+    """Where a redirect leads to, as a URL of any scheme.
+
+    Raises
+    ------
+    InvalidInputError
+        It leads nowhere, or has control characters (kind ``bad-redirect``).
+    """
+    try:
+        if _CONTROL.search(location):
+            raise ValueError("control characters")
+        # Headers are read as Latin-1, and servers write UTF-8.
+        return urljoin(str(url), location.encode("latin-1").decode("utf-8", "replace"))
+    except ValueError as error:
+        raise InvalidInputError(
+            f"the server redirects to {redacted_url(location[:200])!r}, which is no URL", ErrorKind.BAD_REDIRECT
+        ) from error
+
+
+def _basic(user: str) -> str:
+    name, _, password = user.partition(":")
+    return f"Basic {base64.b64encode(f'{unquote(name)}:{unquote(password)}'.encode()).decode()}"
+
+
+def _bad(url: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"bad URL {redacted_url(url)!r} of a web server: it begins with http:// or https:// and a host, and has no "
+        "control characters",
+        ErrorKind.CANNOT_PARSE_URL,
+    )
