@@ -13,7 +13,6 @@ from icechunk.config import StorageRetriesSettings, StorageSettings
 from icechunk.credentials import azure_credentials, gcs_credentials
 from icechunk.errors import ConflictError
 from icechunk.format.ids import FIRST_SNAPSHOT
-from icechunk.log.repository import settle
 from icechunk.log.repository.create import create_log
 from icechunk.log.repository.entries import client as log_view
 from icechunk.log.repository.entries import layout
@@ -76,8 +75,8 @@ def bucket(request: pytest.FixtureRequest) -> Iterator[Storage]:
 
 
 def without_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (settle, layout, log_view, log_reader):
-        monkeypatch.setattr(module, "is_fresh", lambda proof, answer: True)
+    for module in (layout, log_view, log_reader):
+        monkeypatch.setattr(module, "is_fresh", lambda freshness, answer: True)
 
 
 class Clocks:
