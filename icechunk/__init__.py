@@ -43,6 +43,7 @@ from icechunk.conflicts import (
     ConflictDetector,
     ConflictSolver,
     ConflictType,
+    MergeFailedError,
     RebaseFailedError,
     VersionSelection,
 )
@@ -212,6 +213,7 @@ __all__ = [
     "ManifestSplitDimCondition",
     "ManifestSplittingConfig",
     "ManifestVirtualChunkLocationCompressionConfig",
+    "MergeFailedError",
     "NodeNotFoundError",
     "NotFoundError",
     "ObjectNotFoundError",

@@ -1,11 +1,13 @@
-"""Values that describe conflicts, and the choices for solving them. Detection is `icechunk.log`'s."""
+"""Values that describe conflicts, and the choices for solving them. `icechunk.log.session.merge` finds them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
-from icechunk.errors import ConflictError, ErrorKind
+from icechunk.errors import ConflictError, ErrorKind, SessionStateError
 from icechunk.runtime.checks import boolean, instance_of, text
 from icechunk.runtime.representation import Described, IntLikeEnum
 
@@ -15,6 +17,9 @@ __all__ = [
     "ConflictDetector",
     "ConflictSolver",
     "ConflictType",
+    "MergeConflict",
+    "MergeConflictType",
+    "MergeFailedError",
     "RebaseFailedError",
     "VersionSelection",
 ]
@@ -151,3 +156,88 @@ class RebaseFailedError(ConflictError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self._snapshot, self._conflicts))
+
+
+class MergeConflictType(StrEnum):
+    """What two sessions did that are merged, and that does not go together."""
+
+    CHUNKS_CHANGED_TWICE = "chunks-changed-twice"
+    """Both wrote or deleted the same chunks, and not to the same effect."""
+    METADATA_CHANGED_TWICE = "metadata-changed-twice"
+    """Both changed the metadata of one array, shape or attributes, alike or not; or those of a group, not alike."""
+    CHUNKS_OUTSIDE_SHAPE = "chunks-outside-shape"
+    """One changed chunks that the other's new shape leaves out."""
+    ENCODING_CHANGED = "encoding-changed"
+    """One wrote chunks, and the other changed how chunks are laid out or encoded."""
+    CREATED_TWICE = "created-twice"
+    """Both created, or moved, a node at one path."""
+    DELETED_AND_CHANGED = "deleted-and-changed"
+    """One deleted what the other changed, or what the other needs as a parent."""
+    MOVED_TWICE = "moved-twice"
+    """Both moved one node, to different paths."""
+
+
+_HINTS = {
+    MergeConflictType.CHUNKS_CHANGED_TWICE: "let every fork write chunks of its own, or choose with on_conflict",
+    MergeConflictType.METADATA_CHANGED_TWICE: (
+        "resize arrays and set attributes before forking, or choose with on_conflict"
+    ),
+    MergeConflictType.CHUNKS_OUTSIDE_SHAPE: "resize arrays before forking, or choose with on_conflict",
+    MergeConflictType.ENCODING_CHANGED: "replace an array's metadata before forking",
+    MergeConflictType.CREATED_TWICE: "create nodes before forking, or in one fork",
+    MergeConflictType.DELETED_AND_CHANGED: "delete nodes before forking, or after the merge",
+    MergeConflictType.MOVED_TWICE: "move nodes before forking, or in one fork",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeConflict:
+    """One conflict between sessions that are to be merged."""
+
+    type: MergeConflictType
+    path: str
+    """Of the node, in the session that the forks are merged into; of one that is not there, in the fork."""
+    sessions: tuple[int | None, ...]
+    """Numbers of the forks, from 0, in the order in which they were given to `merge`; None for the session that they
+    are merged into, with what it changed since it was forked."""
+    chunks: tuple[tuple[int, int], ...] | None = None
+    """The box of chunks concerned: for each dimension the first and the last coordinate; None where it is not about
+    chunks. Not every chunk inside need be concerned."""
+
+    def __str__(self) -> str:
+        box = ""
+        if self.chunks is not None:
+            first, last = (list(edge) for edge in zip(*self.chunks, strict=True)) if self.chunks else ([], [])
+            box = f" chunk {first}" if first == last else f" chunks {first} to {last}"
+        return f"{self.type.replace('-', ' ')} at {self.path}{box} by {_names(self.sessions)}"
+
+
+def _names(sessions: Sequence[int | None]) -> str:
+    return " and ".join("this session" if number is None else f"fork {number}" for number in sessions)
+
+
+class MergeFailedError(SessionStateError):
+    """Forks, or a fork and the session that it is merged into, changed what does not go together; nothing was merged.
+
+    Parameters
+    ----------
+    conflicts
+        All that were found with the first fork that has any.
+    """
+
+    default_kind = ErrorKind.MERGE_FAILED
+
+    def __init__(self, conflicts: Sequence[MergeConflict]) -> None:
+        shown = "; ".join(map(str, conflicts[:3])) + (f"; and {len(conflicts) - 3} more" if len(conflicts) > 3 else "")
+        hints = dict.fromkeys(_HINTS[conflict.type] for conflict in conflicts)
+        super().__init__(f"cannot merge sessions: {shown}; {'; '.join(hints)}", ErrorKind.MERGE_FAILED)
+        self.args = (list(conflicts),)
+        self._conflicts = list(conflicts)
+
+    @property
+    def conflicts(self) -> list[MergeConflict]:
+        """All that were found with the first fork that has any."""
+        return list(self._conflicts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self._conflicts,))

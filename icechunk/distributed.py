@@ -7,9 +7,10 @@ reduce what the tasks return.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from icechunk.errors import ErrorKind
+from icechunk.log.session.merge.merging import MergePolicy
 from icechunk.runtime.checks import WrongTypeError
 from icechunk.session import ForkSession, Session
 from icechunk.store import IcechunkStore
@@ -47,33 +48,43 @@ def extract_session(zarray: zarr.Array[ArrayV3Metadata], axis: Any = None, keepd
     return session
 
 
-def merge_sessions(*sessions: ForkSession | list[ForkSession] | list[list[ForkSession]]) -> ForkSession:
+def merge_sessions(
+    *sessions: ForkSession | list[ForkSession] | list[list[ForkSession]], on_conflict: MergePolicy = "error"
+) -> ForkSession:
     """Merge forks into the first of them, which is returned; see `Session.merge`.
 
     Parameters
     ----------
     sessions
         Forks, or lists of them, nested however deep.
+    on_conflict
+        As in `Session.merge`: ``"ours"`` keeps what is given first, ``"theirs"`` takes what is given last.
 
     Raises
     ------
     ValueError
         There is none.
-    SessionStateError
-        They do not go together (kind ``merge-failed``).
+    TypeError
+        One of them is no fork. To merge forks into the session that they come from, call its `Session.merge`.
+    MergeFailedError
+        There are conflicts, which number the forks from the second on (kind ``merge-failed``).
     """
-    forks = list(_flatten(sessions))
+    forks: list[ForkSession] = list(_flatten(sessions))
     if not forks:
         raise ValueError("merge_sessions needs at least one session")
     for fork in forks:
-        if not isinstance(fork, Session):
-            raise WrongTypeError(f"only sessions can be merged, not {type(fork).__name__}", ErrorKind.INVALID_SETTING)
+        if not isinstance(fork, ForkSession):
+            raise WrongTypeError(
+                f"merge_sessions only accepts ForkSession objects, not {type(fork).__name__}; to merge forks into the "
+                "session that they come from, call session.merge(*forks)",
+                ErrorKind.INVALID_SETTING,
+            )
     first, *others = forks
     # Tasks of one process may have written through one and the same fork.
     distinct = {id(other): other for other in others if other is not first}
     if distinct:
-        first.merge(*distinct.values())
-    return cast(ForkSession, first)
+        first.merge(*distinct.values(), on_conflict=on_conflict)
+    return first
 
 
 def _flatten(seq: Iterable[Any], container: type[Any] = list) -> Iterator[Any]:

@@ -97,7 +97,7 @@ class SessionContent:
         core: Core, base: Snapshot, *, branch: str | None = None, since_us: int = 0, rearrange: bool = False
     ) -> SessionContent:
         """A session without changes; read-only where there is no branch."""
-        log = SessionLog(base, core.sources.new_node_id)
+        log = SessionLog(base, core.sources.new_node_id, b"" if branch is None else core.sources.new_node_id())
         return SessionContent(core, log, branch=branch, since_us=since_us, rearrange=rearrange)
 
     # -- phases ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from icechunk.store.port import clip
 from icechunk.transfer.assets import UNKNOWN, references_of
 from icechunk.transfer.packs import Packs
 
-__all__ = ["all_references", "read_chunk", "reference_of"]
+__all__ = ["all_references", "bytes_of", "read_chunk", "reference_of"]
 
 
 async def read_chunk(
@@ -50,7 +50,7 @@ async def read_chunk(
         As `VirtualAccess.read`, where it is virtual.
     """
     if found is not IN_BASE:
-        return await _bytes_of(core, puts, found, byte_range)
+        return await bytes_of(core, puts, found, byte_range)
     ref = core.assets.reference_nowait(node, coords)
     if ref is UNKNOWN:
         ref = await core.assets.reference(node, coords, reading=True)
@@ -59,7 +59,7 @@ async def read_chunk(
         data = core.assets.chunk_nowait(ref.chunk_id, ref.offset, ref.offset + ref.length)
         if data is not None:
             return data
-    return None if ref is None else await _bytes_of(core, puts, ref, byte_range)
+    return None if ref is None else await bytes_of(core, puts, ref, byte_range)
 
 
 async def reference_of(
@@ -99,7 +99,8 @@ async def all_references(
             yield refs.take(np.flatnonzero(visible))
 
 
-async def _bytes_of(core: Core, puts: Packs, ref: ChunkRef, byte_range: ByteRange) -> Octets:
+async def bytes_of(core: Core, puts: Packs, ref: ChunkRef, byte_range: ByteRange) -> Octets:
+    """The bytes that a reference points to, or a range of them; errors as of `read_chunk`."""
     if ref.kind == INLINE:
         data = ref.data or b""
         return data if byte_range is None else data[slice(*clip(byte_range, len(data)))]

@@ -20,7 +20,7 @@ import pickle
 import threading
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Self
+from typing import Any, Self, get_args
 from weakref import WeakValueDictionary
 
 from icechunk.config import RepositoryConfig
@@ -31,7 +31,7 @@ from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
 from icechunk.format.values import NATIVE, VIRTUAL, Snapshot
 from icechunk.log.repository.port import SwapToken
 from icechunk.log.session.log import Savepoint, SessionLog
-from icechunk.log.session.merge.merging import merge
+from icechunk.log.session.merge.merging import MergePolicy
 from icechunk.log.session.reindexing import Reindex
 from icechunk.log.session.wire import decode_log, encode_log
 from icechunk.ops import SessionMode
@@ -39,12 +39,12 @@ from icechunk.runtime.checks import require_type
 from icechunk.runtime.loops import run_sync, synchronous
 from icechunk.runtime.pickles import instance_of_state
 from icechunk.runtime.representation import fields_html
-from icechunk.runtime.tasks import run_all
 from icechunk.session import rearrange
 from icechunk.session.commit import How, write_snapshot
 from icechunk.session.content import Phase, SessionContent, absolute
 from icechunk.session.core import Core
-from icechunk.session.rebase import check_fork, rebase_session
+from icechunk.session.merge import merge_forks
+from icechunk.session.rebase import rebase_session
 from icechunk.snapshots import Diff
 from icechunk.store.store import IcechunkStore
 from icechunk.virtual import ChunkType
@@ -303,55 +303,49 @@ class Session:
             content.require_changeable()
         _land_chunks(content)
         with content.lock:
-            log = content.log.rebased(content.log.base)
+            log = content.log.rebased(content.log.base, author=content.core.sources.new_node_id())
         return _fork_of(content.core, log, len(log.events), since_us=content.since_us, rearrange=content.rearrange)
 
-    async def merge_async(self, *others: Session) -> None:
+    async def merge_async(self, *others: Session, on_conflict: MergePolicy = "error") -> None:
         """Take over what forks changed.
 
-        Where two wrote the same chunk, the one that is merged later wins. The forks stay as they are; merging one
-        again does no harm. After an error nothing is merged, of none of them.
+        Forks that changed different chunks and different nodes go together, also where one array grew in one fork and
+        the others wrote to it. It is a conflict if two of them, or a fork and this session since it was forked, changed
+        the same chunk to another effect, the shape or the attributes of one array, even alike (two forks that each
+        append one day would give one day), or in other ways what only one can change. Chunks whose bytes are equal do
+        not conflict: forks may each write the coordinates of a dataset.
+
+        The forks stay as they are; merging one again, or another copy of it, does no harm. After an error nothing is
+        merged, of none of them.
 
         Parameters
         ----------
         others
             Forks of this session, or of one of its forks.
+        on_conflict
+            What to do where the same chunks, or the metadata of one array, were changed twice: ``"error"`` refuses;
+            ``"ours"`` keeps what this session has, or the fork that is given first; ``"theirs"`` takes what the fork
+            that is given last has. Other conflicts are always errors.
 
         Raises
         ------
+        MergeFailedError
+            There are conflicts (kind ``merge-failed``); its ``conflicts`` name array, chunks and forks.
         SessionStateError
-            Kind ``merge-failed``: two created different nodes at one path, or gave one node two documents, or one
-            deleted what the other changed; or a fork is based on a snapshot that is not in this session's history.
+            Kind ``merge-failed``: a fork is based on a snapshot that is not in this session's history.
         RebaseFailedError
-            This session was rebased since, and a fork conflicts with what landed meanwhile.
+            This session was rebased since, and a fork conflicts with commits that it was rebased onto.
         ReadOnlyError
             The session is read-only.
         StorageError
-            A fork's chunk could not be written.
+            A fork's chunk could not be written; or chunks that must be compared could not be read.
         """
         for other in others:
             require_type("others", other, Session)
-        content = self._content
-        with content.lock:
-            content.require_changeable()
-        forks = [other._content for other in others if other is not self]
-        await run_all(*(fork.puts.flush for fork in forks))
-        parts = [_own_changes(fork) for fork in forks]
-        for log, origin in parts:
-            if log.base.id != content.log.base.id:
-                with content.lock:
-                    now = content.log.base.with_nodes({node.path: node for node in content.log.nodes()})
-                await check_fork(content.core, log, origin, now)
-        with content.lock:
-            content.require_changeable()
-            before = content.log.savepoint()
-            try:
-                for log, origin in parts:
-                    merge(content.log, log, origin)
-            except BaseException:
-                content.log.rollback(before)
-                raise
-            content.since_us = min([content.since_us, *(fork.since_us for fork in forks)])
+        if on_conflict not in get_args(MergePolicy):
+            raise InvalidInputError(f"on_conflict is one of {get_args(MergePolicy)}, it cannot be {on_conflict!r}")
+        forks = [(n, other._content) for n, other in enumerate(others) if other is not self]
+        await merge_forks(self._content, forks, on_conflict)
 
     merge = synchronous(merge_async)
 
@@ -520,13 +514,6 @@ class Session:
         return fields_html("icechunk.session.Session", self._summary())
 
 
-def _own_changes(content: SessionContent) -> tuple[SessionLog, Savepoint]:
-    """A copy of the log, which others may merge without this session's lock, and where its own changes begin."""
-    with content.lock:
-        log = content.log.rebased(content.log.base)
-        return log, log.savepoint_at(0 if content.origin is None else content.origin.position)
-
-
 def _land_chunks(content: SessionContent) -> None:
     if not content.puts.is_idle:
         run_sync(content.puts.flush())
@@ -567,7 +554,7 @@ class ForkSession(Session):
     def __setstate__(self, state: dict[str, Any]) -> None:
         core = _shared_core(state["core"])
         base = _arrived(core, state["base"], state["snapshot"])
-        log = decode_log(state["log"], base, core.sources.new_node_id)
+        log = decode_log(state["log"], base, core.sources.new_node_id, core.sources.new_node_id())
         fork = _fork_of(core, log, state["position"], since_us=state["since_us"], rearrange=state["rearrange"])
         self._content = fork._content
 

@@ -118,17 +118,6 @@ def test_forks_of_forks_come_back_through_their_parent(repo: Repository) -> None
     assert get(session, "new")[0] == 9
 
 
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_of_two_forks_that_wrote_one_chunk_the_one_merged_later_wins(repo: Repository, order: tuple[int, int]) -> None:
-    session = repo.writable_session("main")
-    forks = [session.fork(), session.fork()]
-    for i, fork in enumerate(forks):
-        put(fork, "a", 5, i)
-    put(session, "a", 5, 99)
-    session.merge(*(forks[i] for i in order))
-    assert get(session)[5] == order[1]
-
-
 def test_merging_a_fork_twice_and_merging_what_changed_nothing_is_harmless(repo: Repository) -> None:
     session = repo.writable_session("main")
     fork = session.fork()

@@ -1,12 +1,17 @@
 """The facts a session's log consists of.
 
 An event names nodes by id, which survives moves and changes of metadata; the path beside it is
-where the node stood when the event happened.
+where the node was when the event happened.
+
+An event has an id of its own too, which all copies of it keep: forks, and their copies in other processes, begin with
+the events of the session that they come from, and a merge must know these from events that merely look the same. It is
+the id of the author (8 bytes, one for each log that takes events of its own) and a number; empty in a log without an
+author.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -38,6 +43,8 @@ class GroupCreated:
     """Absolute."""
     user_data: bytes
     """Its zarr.json."""
+    id: bytes = field(default=b"", compare=False)
+    """Of the event, the same in all copies of it; empty in a log without an author."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +57,8 @@ class ArrayCreated:
     """Absolute."""
     user_data: bytes
     """Its zarr.json."""
+    id: bytes = field(default=b"", compare=False)
+    """Of the event, the same in all copies of it; empty in a log without an author."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +68,12 @@ class MetadataReplaced:
     node_id: NodeId
     """Of the node."""
     path: str
-    """Where it stood."""
+    """Where it was."""
     user_data: bytes
     """The new zarr.json. Chunks outside its grid are out of sight, and dropped by the commit; a change of rank drops
     all chunks at once."""
+    id: bytes = field(default=b"", compare=False)
+    """Of the event, the same in all copies of it; empty in a log without an author."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +83,17 @@ class NodeDeleted:
     node_id: NodeId
     """Of the topmost node."""
     path: str
-    """Where it stood."""
+    """Where it was."""
+    id: bytes = field(default=b"", compare=False)
+    """Of the event, the same in all copies of it; empty in a log without an author."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HierarchyCleared:
     """Every node is gone, the root too."""
+
+    id: bytes = field(default=b"", compare=False)
+    """Of the event, the same in all copies of it; empty in a log without an author."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +106,8 @@ class NodeMoved:
     """Path before."""
     target: str
     """Path after; it was free."""
+    id: bytes = field(default=b"", compare=False)
+    """Of the event, the same in all copies of it; empty in a log without an author."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -100,6 +118,8 @@ class ChunksWritten:
     """Of the array."""
     refs: ChunkRefs
     """Ascending and unique by coordinates."""
+    id: bytes = field(default=b"", compare=False)
+    """Of the event, the same in all copies of it; empty in a log without an author."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -110,6 +130,8 @@ class ChunksDeleted:
     """Of the array."""
     coords: npt.NDArray[np.uint32]
     """uint32[n, ndim], ascending and unique."""
+    id: bytes = field(default=b"", compare=False)
+    """Of the event, the same in all copies of it; empty in a log without an author."""
 
 
 Event: TypeAlias = (

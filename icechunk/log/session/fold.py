@@ -56,9 +56,11 @@ IN_BASE: Final = _Place.IN_BASE
 class Fold:
     """Events over a base snapshot, and what they make of it; see `icechunk.log.session.log.SessionLog`."""
 
-    def __init__(self, base: Snapshot, new_node_id: Callable[[], NodeId]) -> None:
+    def __init__(self, base: Snapshot, new_node_id: Callable[[], NodeId], author: bytes = b"") -> None:
         self._base = base
         self._new_node_id = new_node_id
+        self._author = author
+        self._made = 0
         self._events: list[Event] = []
         self._reset()
 
@@ -251,7 +253,7 @@ class Fold:
                         f"chunk coordinates of rank {coords.shape[1]} for an array of rank {len(fold.grid)}",
                         ErrorKind.INVALID_CHUNK_INDEX,
                     )
-                self._events += fold.tell()
+                self._tell(fold)
                 if isinstance(event, ChunksWritten):
                     fold.push(event.refs, told=True)
                 else:
@@ -277,7 +279,17 @@ class Fold:
                 if self._tree.get(event.target) is not None:
                     raise AlreadyExistsError(f"cannot move to {event.target}: there is a node already")
                 self._tree.move(self._path_of(event.node_id, event.source), event.target)
-        self._events.append(event)
+        self._events.append(self._identified(event))
+
+    def _identified(self, event: Event) -> Event:
+        """The event with an id, if it has none and the log has an author."""
+        if event.id or not self._author:
+            return event
+        self._made += 1
+        return replace(event, id=self._author + self._made.to_bytes(4))
+
+    def _tell(self, fold: ArrayFold) -> None:
+        self._events += map(self._identified, fold.tell())
 
     def _remove(self, path: str) -> None:
         for node in list(self._tree.subtree(path)):
@@ -316,7 +328,7 @@ class Fold:
         if fold.is_large:
             return fold.spread()
         if fold.is_mixed:
-            self._events += fold.tell()
+            self._tell(fold)
         return fold.flat()
 
     def _close_all(self) -> None:
@@ -331,7 +343,7 @@ class Fold:
     def _tell_all(self) -> None:
         self._close_all()
         for fold in self._arrays.values():
-            self._events += fold.tell()
+            self._tell(fold)
 
 
 def _described(node: NodeSnapshot, user_data: bytes, meta: GroupMeta | ArrayMeta) -> NodeSnapshot:

@@ -307,10 +307,12 @@ class SessionLog(Commands):
         What the session stands on.
     new_node_id
         Source of fresh ids.
+    author
+        8 bytes that no other log takes events under; empty: events get no ids, and the log is not for merging.
     """
 
-    def __init__(self, base: Snapshot, new_node_id: Callable[[], NodeId]) -> None:
-        super().__init__(base, new_node_id)
+    def __init__(self, base: Snapshot, new_node_id: Callable[[], NodeId], author: bytes = b"") -> None:
+        super().__init__(base, new_node_id, author)
         self._savepoints: dict[int, int] = {}
         self._serial = 0
 
@@ -358,7 +360,7 @@ class SessionLog(Commands):
         self._savepoints.clear()
         self._refold(())
 
-    def rebased(self, base: Snapshot, events: Iterable[Event] | None = None) -> SessionLog:
+    def rebased(self, base: Snapshot, events: Iterable[Event] | None = None, *, author: bytes = b"") -> SessionLog:
         """A new log with the same events on another base; this one stays as it is.
 
         Whether the two bases allow that is the conflict check's business, beforehand.
@@ -369,6 +371,8 @@ class SessionLog(Commands):
             What the new log stands on.
         events
             To take instead of this log's own.
+        author
+            Of events to come; empty: this log's, which then takes none any more.
 
         Raises
         ------
@@ -377,7 +381,8 @@ class SessionLog(Commands):
         AlreadyExistsError
             If an event creates a node where the other base has one.
         """
-        log = SessionLog(base, self._new_node_id)
+        log = SessionLog(base, self._new_node_id, author or self._author)
+        log._made = self._made
         # Savepoints of this log must not pass for the new one's.
         log._serial = self._serial
         log._refold(self.events if events is None else events)

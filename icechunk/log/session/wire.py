@@ -58,6 +58,8 @@ def encode_log(base: ObjectId, events: Sequence[Event]) -> bytes:
     for event in events:
         record, own = _encode_event(event)
         raw = [bytes(b) if isinstance(b, bytes | memoryview) else np.ascontiguousarray(b).tobytes() for b in own]
+        if event.id:
+            record["id"] = event.id.hex()
         record["blobs"] = [len(b) for b in raw]
         listed.append(record)
         for b in raw:
@@ -67,8 +69,13 @@ def encode_log(base: ObjectId, events: Sequence[Event]) -> bytes:
     return b"".join([_HEAD.pack(_MAGIC, _VERSION, len(header)), header, *blobs])
 
 
-def decode_log(data: bytes, base: Snapshot, new_node_id: Callable[[], NodeId]) -> SessionLog:
+def decode_log(data: bytes, base: Snapshot, new_node_id: Callable[[], NodeId], author: bytes = b"") -> SessionLog:
     """Read `encode_log` back and fold it over its base.
+
+    Parameters
+    ----------
+    author
+        Of events to come, as for `SessionLog`.
 
     Raises
     ------
@@ -94,7 +101,7 @@ def decode_log(data: bytes, base: Snapshot, new_node_id: Callable[[], NodeId]) -
                 f"cannot read the session log: it stands on snapshot {encode_id(stands_on)}, not on "
                 f"{encode_id(base.id)}; read it over its own base, then rebase"
             )
-        log = SessionLog(base, new_node_id)
+        log = SessionLog(base, new_node_id, author)
         log.replay(events)
     except SessionStateError:
         raise
@@ -174,26 +181,27 @@ def _decode_event(record: dict[str, Any], blobs: list[memoryview]) -> Event:
     tag, version = record["tag"], record["v"]
     if version != 1:
         raise ValueError(f"event {tag!r} has version {version!r}, this library reads 1")
+    id = bytes.fromhex(record.get("id", ""))
     if tag == _HIERARCHY_CLEARED:
-        return HierarchyCleared()
+        return HierarchyCleared(id=id)
     node_id = NodeId(bytes.fromhex(record["node"]))
     if len(node_id) != 8:
         raise ValueError("a node id is not of 8 bytes")
     match tag:
         case "group-created":
-            return GroupCreated(node_id=node_id, path=_text(record["path"]), user_data=bytes(blobs[0]))
+            return GroupCreated(node_id=node_id, path=_text(record["path"]), user_data=bytes(blobs[0]), id=id)
         case "array-created":
-            return ArrayCreated(node_id=node_id, path=_text(record["path"]), user_data=bytes(blobs[0]))
+            return ArrayCreated(node_id=node_id, path=_text(record["path"]), user_data=bytes(blobs[0]), id=id)
         case "metadata-replaced":
-            return MetadataReplaced(node_id=node_id, path=_text(record["path"]), user_data=bytes(blobs[0]))
+            return MetadataReplaced(node_id=node_id, path=_text(record["path"]), user_data=bytes(blobs[0]), id=id)
         case "node-deleted":
-            return NodeDeleted(node_id=node_id, path=_text(record["path"]))
+            return NodeDeleted(node_id=node_id, path=_text(record["path"]), id=id)
         case "node-moved":
-            return NodeMoved(node_id=node_id, source=_text(record["source"]), target=_text(record["target"]))
+            return NodeMoved(node_id=node_id, source=_text(record["source"]), target=_text(record["target"]), id=id)
         case "chunks-deleted":
-            return ChunksDeleted(node_id=node_id, coords=_coords(blobs[0], *record["shape"]))
+            return ChunksDeleted(node_id=node_id, coords=_coords(blobs[0], *record["shape"]), id=id)
         case "chunks-written":
-            return ChunksWritten(node_id=node_id, refs=_decode_refs(blobs, *record["shape"]))
+            return ChunksWritten(node_id=node_id, refs=_decode_refs(blobs, *record["shape"]), id=id)
         case _:
             raise ValueError(f"unknown event {tag!r}")
 

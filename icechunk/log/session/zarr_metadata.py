@@ -15,7 +15,7 @@ import orjson
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.values import DimensionShape
 
-__all__ = ["ArrayMeta", "GroupMeta", "parse_node"]
+__all__ = ["ArrayMeta", "GroupMeta", "encoding_of", "parse_node"]
 
 _MAX_CHUNKS: Final = 2**32 - 1
 _ARRAY_FIELDS: Final = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
@@ -75,6 +75,15 @@ def parse_node(user_data: bytes, path: str) -> GroupMeta | ArrayMeta:
             return _parse_array(document, path)
         case other:
             _bad(path, f"node_type is {other!r}, expected 'group' or 'array'")
+
+
+_FREE_FIELDS: Final = ("shape", "attributes", "dimension_names", "consolidated_metadata")
+
+
+def encoding_of(user_data: bytes) -> dict[str, Any]:
+    """What of an array's zarr.json says where its chunks are and how they are encoded; equal for equal encodings."""
+    document: dict[str, Any] = orjson.loads(user_data)
+    return {name: value for name, value in document.items() if name not in _FREE_FIELDS}
 
 
 def _parse_array(document: Mapping[str, Any], path: str) -> ArrayMeta:

@@ -1,0 +1,85 @@
+"""Merging forks into a session: what is waited for before and between, around `icechunk.log.session.merge.merging`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from icechunk.conflicts import MergeFailedError
+from icechunk.format.values import ChunkRef
+from icechunk.log.session.merge.merging import Fork, Merge, MergePolicy, Pair
+from icechunk.runtime.tasks import run_all, run_each
+from icechunk.session.content import SessionContent
+from icechunk.session.read import bytes_of
+from icechunk.session.rebase import check_fork
+
+__all__ = ["merge_forks"]
+
+_COMPARED_AT_ONCE = 32
+"""Pairs of chunks whose bytes are read and compared at the same time."""
+
+
+async def merge_forks(
+    content: SessionContent, forks: Sequence[tuple[int, SessionContent]], policy: MergePolicy
+) -> None:
+    """Take over what forks changed, all or nothing, as `Session.merge_async` says.
+
+    Parameters
+    ----------
+    forks
+        Each with its number among those that the caller gave.
+    """
+    with content.lock:
+        content.require_changeable()
+    await run_all(*(fork.puts.flush for _, fork in forks))
+    brought = [_changes_of(number, fork) for number, fork in forks]
+    await _check_bases(content, brought)
+    equal: dict[Pair, bool] = {}
+    while True:
+        with content.lock:
+            content.require_changeable()
+            before = content.log.savepoint()
+            merging = Merge(content.log, policy, equal)
+            try:
+                for fork in brought:
+                    merging.add(fork)
+                if not merging.undecided:
+                    content.since_us = min([content.since_us, *(fork.since_us for _, fork in forks)])
+                    return
+                content.log.rollback(before)
+            except BaseException as error:
+                content.log.rollback(before)
+                if not (isinstance(error, MergeFailedError) and merging.undecided):
+                    raise
+        undecided = list(dict.fromkeys(merging.undecided))
+        for start in range(0, len(undecided), _COMPARED_AT_ONCE):
+            pairs = undecided[start : start + _COMPARED_AT_ONCE]
+            await _compare(content, pairs, equal)
+            if not all(equal[pair] for pair in pairs):
+                # One is enough for a conflict, which names those that were not compared as well.
+                equal |= dict.fromkeys(undecided[start + _COMPARED_AT_ONCE :], False)
+                break
+
+
+def _changes_of(number: int, fork: SessionContent) -> Fork:
+    with fork.lock:
+        events, position = fork.log.events, 0 if fork.origin is None else fork.origin.position
+        return Fork(number=number, base=fork.log.base, inherited=events[:position], own=events[position:])
+
+
+async def _check_bases(content: SessionContent, forks: Sequence[Fork]) -> None:
+    for fork in forks:
+        if fork.base.id != content.log.base.id:
+            with content.lock:
+                now = content.log.base.with_nodes({node.path: node for node in content.log.nodes()})
+                log = content.log.rebased(fork.base, [*fork.inherited, *fork.own])
+            await check_fork(content.core, log, log.savepoint_at(len(fork.inherited)), now)
+
+
+async def _compare(content: SessionContent, pairs: Sequence[Pair], equal: dict[Pair, bool]) -> None:
+    async def read(ref: ChunkRef) -> bytes:
+        return bytes(await bytes_of(content.core, content.puts, ref, None))
+
+    async def compare(pair: Pair) -> None:
+        equal[pair] = await read(pair[0]) == await read(pair[1])
+
+    await run_each(compare, pairs, limit=_COMPARED_AT_ONCE)
