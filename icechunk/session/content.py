@@ -182,7 +182,9 @@ class SessionContent:
                 self.branch = None
                 self.phase = Phase.READ_ONLY
             elif isinstance(outcome, Exception):
-                self.phase = Phase.UNSETTLED if isinstance(outcome, CommitOutcomeUnknown) else Phase.WRITABLE
+                # The log may have found out since that it is lost.
+                unknown = isinstance(outcome, CommitOutcomeUnknown) and self.sent is not None
+                self.phase = Phase.UNSETTLED if unknown else Phase.WRITABLE
             else:
                 # Cancelled: an entry that was sent may still land.
                 self.phase = Phase.UNSETTLED if self.phase is Phase.SWAPPING else Phase.WRITABLE

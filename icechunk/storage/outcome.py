@@ -1,43 +1,53 @@
-"""What became of a conditional write that was refused, or had no certain answer, by what is found in its place.
+"""Conditional writes to stores whose answers may be lost: sent until it is certain what became of them.
 
-A conditional write carries a random id of its own in the object's user metadata. Whoever made it reads that back: his
-own id means that an earlier try landed and only its answer was lost. Otherwise:
+A conditional write carries a random id of its own in the object's user metadata. Its writer reads that back: its own id
+means that an earlier try landed and only its answer was lost. Otherwise:
 
 ===========  ==========================  =====================================================
 condition    found                       outcome
 ===========  ==========================  =====================================================
 any          not looked for: every try   `PreconditionFailedError`
-             so far was refused
+             so far was turned down
 Absent       another's object            `PreconditionFailedError`: a late try can only land in an empty place
 Absent       nothing                     the same bytes are sent again
 Matches      still that version          the same bytes are sent again
 Matches      anything else, every try    `PreconditionFailedError`
-             so far refused
+             so far was certain
 Matches      anything else, after a try  `StorageError`, uncertain: ours may have landed and been
              without answer              replaced since
 ===========  ==========================  =====================================================
 
-Some failures say for certain that nothing was written, if every try of the write failed so. An adapter says that on the
-error: `refused`, where another try would fare no better, and `unsent`, where it may.
+Some failures say for certain that nothing was written, if every try of the write failed so. That is said on the error:
+`refused`, where another try would fare no better, and `unsent`, where it may.
 
-Pure; the requests are the adapters' affair.
+An adapter supplies a try (`Tried`), the reading back (`Found`) and the pauses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from icechunk.errors import ErrorKind, InvalidInputError, PreconditionFailedError, ReadOnlyError, StorageError
+from icechunk.errors import (
+    ErrorKind,
+    IcechunkError,
+    InvalidInputError,
+    PreconditionFailedError,
+    ReadOnlyError,
+    StorageError,
+)
 from icechunk.storage.port import Absent, Matches, Precondition, PutResult, Unchecked, Version
 
 __all__ = [
     "REFUSING_STATUSES",
     "Found",
+    "Tried",
+    "follow",
     "is_refusal",
     "precondition_failed",
     "refused",
-    "settle",
+    "replaced_since",
     "uncertain",
     "unsent",
 ]
@@ -59,58 +69,118 @@ class Found:
     """The store's clock when it answered; None where it does not say."""
 
 
-def settle(
-    name: str, precondition: Precondition, found: Found | StorageError | None, *, turned_down: bool, unsettled: bool
-) -> PutResult | None:
-    """Judge what reading back found.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """What one try of a conditional write brought."""
+
+    put: PutResult | None = None
+    """It landed, and this was the answer."""
+    error: StorageError | None = None
+    """To be raised if this was the last one."""
+    turned_down: bool = False
+    """Because the condition did not hold."""
+    final: bool = False
+    """Another try would not fare better."""
+    refused: bool = False
+    """For certain, and every other try would be too."""
+    may_land: bool = False
+    """It may have been carried out, or may be later."""
+    reached: bool = True
+    """The service may have had the request."""
+    look: bool = False
+    """Worth reading back before the next one."""
+
+
+async def follow(
+    name: str,
+    precondition: Precondition,
+    *,
+    send: Callable[[bool], Awaitable[Tried]],
+    read_back: Callable[[bool], Awaitable[Found | StorageError | None]],
+    again: Callable[[bool], Awaitable[bool]],
+) -> PutResult:
+    """Send a conditional write until it is certain what became of it.
 
     Parameters
     ----------
     name
         Of the object, for messages.
-    found
-        None: nothing there; an error: it could not be read.
-    turned_down
-        The last try was refused for the sake of its condition.
-    unsettled
-        Some try had no certain answer.
-
-    Returns
-    -------
-    PutResult or None
-        The write landed; None: send the same bytes again.
+    send
+        Makes one try; told whether an earlier one may have landed.
+    read_back
+        Looks at the object: None: nothing is there; an error: it could not be read. Told the same.
+    again
+        Pauses before another try; False where there is none. Told whether some try has reached the service.
 
     Raises
     ------
     PreconditionFailedError
         It did not land, for certain.
     StorageError
-        That cannot be told any more.
+        As `Storage.put` says: ``refused``, ``unsent``, or not certain.
     """
+    may_have_landed = reached = False
+    while True:
+        try:
+            tried = await send(may_have_landed)
+        except PreconditionFailedError:
+            raise
+        except IcechunkError as lapse:
+            # It could not even be tried: there are no credentials any more, for one.
+            if may_have_landed:
+                raise uncertain(lapse) from lapse
+            raise
+        if tried.put is not None:
+            return tried.put
+        assert tried.error is not None
+        reached = reached or tried.reached
+        if tried.turned_down and not may_have_landed and not isinstance(precondition, Unchecked):
+            # One try is one request, so it is not our own object that it met.
+            raise precondition_failed(name, precondition) from tried.error
+        may_have_landed = may_have_landed or tried.may_land
+        if tried.final:
+            if may_have_landed:
+                raise uncertain(tried.error)
+            raise refused(tried.error) if tried.refused else tried.error
+        if tried.look:
+            put = _judge(name, precondition, await read_back(may_have_landed), may_have_landed=may_have_landed)
+            if put is not None:
+                return put
+        if not await again(reached):
+            if may_have_landed:
+                raise uncertain(tried.error)
+            raise tried.error if reached else unsent(tried.error)
+
+
+def _judge(
+    name: str, precondition: Precondition, found: Found | StorageError | None, *, may_have_landed: bool
+) -> PutResult | None:
+    """Judge what reading back found: the write landed; None: send the same bytes again. Raises as `follow`."""
     if isinstance(found, StorageError):
-        if turned_down and not unsettled:
-            raise precondition_failed(name, precondition)
         return None
     if found is not None and found.ours:
         return PutResult(version=found.version, date_us=found.date_us)
     match precondition:
         case Absent():
-            if found is not None or (turned_down and not unsettled):
+            if found is not None:
                 raise precondition_failed(name, precondition)
         case Matches(version):
-            if turned_down and not unsettled:
-                raise precondition_failed(name, precondition)
             if found is None or found.version != version:
-                if not unsettled:
+                if not may_have_landed:
                     raise precondition_failed(name, precondition)
-                raise StorageError(
-                    f"cannot tell whether the write of {name} landed: its answer was lost, and the object has another "
-                    "version now; read it back before believing either",
-                    ErrorKind.OBJECT_STORE,
-                )
+                raise replaced_since(name)
         case Unchecked():
             pass
     return None
+
+
+def replaced_since(name: str) -> StorageError:
+    """The error for a replacement without answer whose object has another version by now."""
+    return StorageError(
+        f"cannot tell whether the write of {name} landed: its answer was lost, and the object has another "
+        "version now; read it back before believing either",
+        ErrorKind.OBJECT_STORE,
+    )
 
 
 def precondition_failed(name: str, precondition: Precondition) -> PreconditionFailedError:

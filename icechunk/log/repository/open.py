@@ -1,7 +1,4 @@
-"""Opening and creating repositories of whatever layout.
-
-Which layout is this?
-"""
+"""Opening and creating repositories of whatever layout, and finding out which one a repository has."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from icechunk.log.repository.store_check import may_write
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.storage.port import Storage
 
-__all__ = ["create_repository", "detect", "exists", "open_repository"]
+__all__ = ["create_repository", "detect", "open_repository"]
 
 Json: TypeAlias = Any
 _LOG = logging.getLogger(__name__)
@@ -118,8 +115,3 @@ async def detect(storage: Storage, sources: Sources = SYSTEM) -> Layout | None:
     if found is not None:
         return Layout.LOG if found.known.marker is not None and found.known.read_only else Layout.REPO
     return Layout.REFS if await ref_files_there(storage) else None
-
-
-async def exists(storage: Storage, sources: Sources = SYSTEM) -> bool:
-    """Whether there is a repository of any layout in this place. Errors as `detect`."""
-    return await detect(storage, sources) is not None

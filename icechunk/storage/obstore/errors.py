@@ -85,7 +85,7 @@ def failure_of(error: BaseException) -> Failure:
         refused=False,
         missing=False,
         transient=status in _TRANSIENT,
-        certain=status < 500 and status not in (408, 499),
+        certain=status in REFUSING_STATUSES or (status < 500 and status not in (408, 499)),
         throttled=throttled,
         final=status in REFUSING_STATUSES,
     )

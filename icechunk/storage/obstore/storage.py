@@ -22,7 +22,7 @@ from icechunk.runtime.pickles import call_of
 from icechunk.storage.obstore.buckets import ObstoreBucket
 from icechunk.storage.obstore.errors import failure_of, missing, obstore_module, storage_error
 from icechunk.storage.obstore.reading import ObstoreReading, version_of_meta
-from icechunk.storage.outcome import Found, precondition_failed, refused, settle, uncertain, unsent
+from icechunk.storage.outcome import Found, Tried, follow, precondition_failed, replaced_since
 from icechunk.storage.port import (
     ANY,
     DeleteResult,
@@ -92,40 +92,41 @@ class ObstoreStorage(ObstoreReading):
         if self._effective.uses_metadata:
             write_id = attributes[_WRITE_ID] = self._bucket.sources.random_bytes(16).hex()
         name, store = self._name(key), self._store("once")
-        tries, unsettled, reached = Tries(self._effective.limits, self._bucket.sources), False, False
-        while True:
-            mode, guessed = await self._mode(key, precondition, unsettled)
-            try:
-                async with asyncio.timeout(tries.limits.attempt_s):
-                    put = await obstore_module().put_async(
-                        store, path, content, attributes=attributes or None, mode=mode, use_multipart=False
+        tries = Tries(self._effective.limits, self._bucket.sources)
+
+        async def send(unsettled: bool) -> Tried:
+            while True:
+                mode, guessed = await self._mode(key, precondition, unsettled)
+                try:
+                    async with asyncio.timeout(tries.limits.attempt_s):
+                        put = await obstore_module().put_async(
+                            store, path, content, attributes=attributes or None, mode=mode, use_multipart=False
+                        )
+                    return Tried(put=PutResult(version=self._landed(key, put), date_us=None))
+                except Exception as error:
+                    failure = failure_of(error)
+                    turned_down = failure.refused or (failure.missing and isinstance(precondition, Matches))
+                    if turned_down and guessed:
+                        # The generation that we remembered may be an older one of the same bytes.
+                        self._generations.pop(key, None)
+                        continue
+                    return Tried(
+                        error=storage_error(f"write {name}", error),
+                        turned_down=turned_down,
+                        final=not (turned_down or failure.transient),
+                        refused=failure.final,
+                        may_land=not failure.certain,
+                        reached=not failure.certain or failure.throttled,
+                        look=unsettled or not failure.certain,
                     )
-                return PutResult(version=self._landed(key, put), date_us=None)
-            except Exception as error:
-                failure = failure_of(error)
-                turned_down = failure.refused or (failure.missing and isinstance(precondition, Matches))
-                if turned_down and guessed:
-                    # The generation that we remembered may be an older one of the same bytes.
-                    self._generations.pop(key, None)
-                    continue
-                trouble = storage_error(f"write {name}", error)
-                if not (turned_down or failure.transient):
-                    if unsettled:
-                        raise uncertain(trouble) from error
-                    raise (refused(trouble) if failure.final else trouble) from error
-                unsettled = unsettled or not failure.certain
-                reached = reached or unsettled or failure.throttled
-                if turned_down and not unsettled:
-                    raise precondition_failed(name, precondition) from error
-                if unsettled:
-                    found = await self._try_read_back(key, content, write_id)
-                    settled = settle(name, precondition, found, turned_down=turned_down, unsettled=unsettled)
-                    if settled is not None:
-                        return settled
-                if not await tries.again(contacted=reached):
-                    if unsettled:
-                        raise uncertain(trouble) from error
-                    raise (trouble if reached else unsent(trouble)) from error
+
+        return await follow(
+            name,
+            precondition,
+            send=send,
+            read_back=lambda _: self._try_read_back(key, content, write_id),
+            again=lambda reached: tries.again(contacted=reached),
+        )
 
     async def _mode(self, key: str, precondition: Precondition, unsettled: bool) -> tuple[Any, bool]:
         """Obstore's word for a condition, and whether it rests on a generation that we only remember."""
@@ -144,7 +145,7 @@ class ObstoreStorage(ObstoreReading):
         if meta is None or version_of_meta(meta) != version:
             name = self._name(key)
             if unsettled:
-                settle(name, precondition, None, turned_down=False, unsettled=True)
+                raise replaced_since(name)
             raise precondition_failed(name, precondition)
         return {"e_tag": f'"{version}"', "version": meta["version"]}, False
 

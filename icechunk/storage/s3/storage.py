@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any, Final, Unpack
 
 from icechunk.config import StorageSettings
-from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError, ObjectNotFoundError, StorageError
+from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.pickles import call_of
 from icechunk.runtime.representation import redacted_url
@@ -32,15 +32,7 @@ from icechunk.storage.http.headers import (
     served_size,
     version_of,
 )
-from icechunk.storage.outcome import (
-    REFUSING_STATUSES,
-    Found,
-    precondition_failed,
-    refused,
-    settle,
-    uncertain,
-    unsent,
-)
+from icechunk.storage.outcome import REFUSING_STATUSES, Found, Tried, follow
 from icechunk.storage.port import (
     ANY,
     ByteRange,
@@ -58,7 +50,7 @@ from icechunk.storage.port import (
     check_range,
     resolve_range,
 )
-from icechunk.storage.s3.answers import Answer, is_transient, parse_refusal, require_document, text_of
+from icechunk.storage.s3.answers import Answer, Unanswered, is_transient, parse_refusal, require_document, text_of
 from icechunk.storage.s3.bucket import Bucket, BucketOptions, condition_header, require_sendable
 from icechunk.storage.s3.bulk import delete, list_pages
 from icechunk.storage.s3.client import Request, S3Client
@@ -274,48 +266,42 @@ class S3Storage(Storage):
         if isinstance(precondition, Unchecked) and request.method == "PUT":
             return self._landed(client, request, await client.call(request, self._effective.limits))
         retrier = client.retrier(self._effective.limits, request)
-        unsettled = reached = False
-        while True:
-            try:
-                outcome = await client.attempt(request, retrier.limits)
-            except IcechunkError as lapse:
-                # There are no credentials any more.
-                if unsettled:
-                    raise uncertain(lapse) from lapse
-                raise
-            if isinstance(outcome, Answer):
-                reached = True
-                if outcome.status < 300 and not _hidden_refusal(outcome):
-                    return self._landed(client, request, outcome)
-                code = parse_refusal(outcome).code
-                turned_down = outcome.status == 412 or (outcome.status == 404 and code == "NoSuchKey")
-                vanished = code == "NoSuchUpload" and retrier.tries > 1
-                throttled = outcome.status in (429, 503)
-                if not (turned_down or vanished or outcome.status in (200, 409) or is_transient(outcome)):
-                    error = client.failure(request, outcome, retrier.tries)
-                    if unsettled:
-                        raise uncertain(error)
-                    raise refused(error) if outcome.status in REFUSING_STATUSES else error
-                if turned_down and not unsettled:
-                    # One try is one request, so it is not our own object that it met.
-                    raise precondition_failed(self._bucket.url(key), precondition)
-                unsettled = unsettled or outcome.status != 409
-            else:
-                turned_down = throttled = False
-                reached = reached or outcome.connected
-                unsettled = unsettled or outcome.connected
-            if not throttled and unsettled | isinstance(outcome, Answer):
-                found = await self._try_read_back(key, data, write_id, unsettled)
-                settled = settle(
-                    self._bucket.url(key), precondition, found, turned_down=turned_down, unsettled=unsettled
-                )
-                if settled is not None:
-                    return settled
-            if not await retrier.again(outcome):
-                error = client.failure(request, outcome, retrier.tries)
-                if unsettled:
-                    raise uncertain(error)
-                raise error if reached else unsent(error)
+        outcome: Answer | Unanswered
+
+        async def send(unsettled: bool) -> Tried:
+            nonlocal outcome
+            outcome = await client.attempt(request, retrier.limits)
+            return self._tried(client, request, outcome, retrier.tries, unsettled=unsettled)
+
+        return await follow(
+            self._bucket.url(key),
+            precondition,
+            send=send,
+            read_back=lambda unsettled: self._try_read_back(key, data, write_id, unsettled),
+            again=lambda _: retrier.again(outcome),
+        )
+
+    def _tried(
+        self, client: S3Client, request: Request, outcome: Answer | Unanswered, tries: int, *, unsettled: bool
+    ) -> Tried:
+        if isinstance(outcome, Unanswered):
+            error = client.failure(request, outcome, tries)
+            may_land = outcome.connected
+            return Tried(error=error, may_land=may_land, reached=may_land, look=unsettled or may_land)
+        if outcome.status < 300 and not _hidden_refusal(outcome):
+            return Tried(put=self._landed(client, request, outcome))
+        error = client.failure(request, outcome, tries)
+        code = parse_refusal(outcome).code
+        turned_down = outcome.status == 412 or (outcome.status == 404 and code == "NoSuchKey")
+        vanished = code == "NoSuchUpload" and tries > 1
+        if not (turned_down or vanished or outcome.status in (200, 409) or is_transient(outcome)):
+            return Tried(error=error, final=True, refused=outcome.status in REFUSING_STATUSES)
+        return Tried(
+            error=error,
+            turned_down=turned_down,
+            may_land=not turned_down and outcome.status != 409,
+            look=outcome.status not in (429, 503),
+        )
 
     async def _try_read_back(
         self, key: str, data: bytes, write_id: str | None, unsettled: bool
