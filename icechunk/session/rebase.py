@@ -5,21 +5,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from icechunk.conflicts import ConflictDetector, ConflictSolver, RebaseFailedError
 from icechunk.errors import ConflictError, ErrorKind, ObjectNotFoundError, SessionStateError, SnapshotNotFoundError
-from icechunk.format.ids import ObjectId, encode_id
+from icechunk.format.ids import NodeId, ObjectId, encode_id
+from icechunk.format.repo.values import CommitAmended
 from icechunk.format.values import Snapshot, TransactionLog
 from icechunk.log.repository.state import RepoState
+from icechunk.log.session.columns import CoordIndex
 from icechunk.log.session.log import Savepoint, SessionLog
 from icechunk.log.session.merge.conflicts import Winner, find_conflicts, rebase
+from icechunk.log.session.merge.diff import changes_since
 from icechunk.runtime.tasks import run_each
 from icechunk.session.content import Phase, SessionContent
 from icechunk.session.core import Core
 from icechunk.transfer.assets import off_loop
 
 __all__ = ["Rebase", "Step", "advance", "check_fork", "rebase_session", "steps_between", "winners_between"]
+
+Coords: TypeAlias = npt.NDArray[np.uint32]
 
 _LOG = logging.getLogger(__name__)
 _BYTES_PER_ROW = 64
@@ -34,12 +43,15 @@ class Step:
     snapshot: ObjectId
     transactions: tuple[ObjectId, ...]
     """Ids of transaction logs, oldest first: those of expired ancestors, then its own."""
+    amends: bool = False
+    """Whether it took the place of the snapshot that the way begins at: its transaction log has the changes of both."""
 
 
 def steps_between(state: RepoState, base: ObjectId, tip: ObjectId) -> list[Step] | None:
     """Commits after ``base`` up to and with ``tip``, oldest first; None where ``base`` is not in the tip's history.
 
-    A base that was expired meanwhile is found among the ancestors that the surviving snapshots name.
+    A base that was expired meanwhile is found among the ancestors that the surviving snapshots name. One that was
+    amended is found in the ops log, which says what took its place.
     """
     if tip == base:
         return []
@@ -53,7 +65,30 @@ def steps_between(state: RepoState, base: ObjectId, tip: ObjectId) -> list[Step]
         # The base itself need not be in the graph: format 1 has only what somebody asked for.
         if record.parent == base:
             return steps[::-1]
+    replacements = _replacements(state, base)
+    for i, step in enumerate(steps):
+        if step.snapshot in replacements:
+            known = state.snapshots.get(base)
+            before = () if known is None else known.pruned_ancestor_tx_logs
+            transactions = tuple(id for id in step.transactions if id not in before)
+            return [Step(snapshot=step.snapshot, transactions=transactions, amends=True), *steps[:i][::-1]]
     return None
+
+
+def _replacements(state: RepoState, snapshot: ObjectId) -> set[ObjectId]:
+    """Snapshots that took the place of one, by one amendment or several in a row."""
+    amendments: dict[ObjectId, list[ObjectId]] = {}
+    for update in state.updates:
+        if isinstance(update.change, CommitAmended):
+            amendments.setdefault(update.change.previous_snapshot, []).append(update.change.snapshot)
+    found: set[ObjectId] = set()
+    waiting = amendments.get(snapshot, [])
+    while waiting:
+        id = waiting.pop()
+        if id not in found:
+            found.add(id)
+            waiting += amendments.get(id, [])
+    return found
 
 
 async def _with_history(core: Core, state: RepoState, base: ObjectId, tip: ObjectId) -> RepoState:
@@ -66,8 +101,18 @@ async def _with_history(core: Core, state: RepoState, base: ObjectId, tip: Objec
     return state
 
 
-async def winners_between(core: Core, steps: Sequence[Step]) -> dict[ObjectId, TransactionLog]:
+async def winners_between(
+    core: Core, steps: Sequence[Step], base: ObjectId, mine: Mapping[NodeId, Coords]
+) -> dict[ObjectId, TransactionLog]:
     """The transaction logs of some steps, by id, all read at the same time.
+
+    Parameters
+    ----------
+    base
+        Where the steps begin.
+    mine
+        uint32[n, ndim] by array: chunks to be compared with them. Of an amendment only what the amended snapshot did
+        not change itself is told, for these chunks exactly.
 
     Raises
     ------
@@ -88,7 +133,33 @@ async def winners_between(core: Core, steps: Sequence[Step]) -> dict[ObjectId, T
             ) from error
 
     await run_each(read, [id for step in steps for id in step.transactions], limit=core.settings.max_requests)
+    for step in steps:
+        if step.amends:
+            before, after = await core.assets.snapshot(base), await core.assets.snapshot(step.snapshot)
+            for id in step.transactions:
+                found[id] = await _exactly(core, changes_since(found[id], before, after), before, after, mine)
     return found
+
+
+async def _exactly(
+    core: Core, log: TransactionLog, before: Snapshot, after: Snapshot, mine: Mapping[NodeId, Coords]
+) -> TransactionLog:
+    """The log without those of my chunks whose references are the same before and after."""
+    was = {node.id: node for node in before.nodes.values() if node.id in mine}
+    now = {node.id: node for node in after.nodes.values() if node.id in mine}
+    chunks = dict(log.updated_chunks)
+    for node_id in chunks.keys() & was.keys() & now.keys():
+        coords, rank = chunks[node_id], mine[node_id].shape[1]
+        if {coords.shape[1], len(was[node_id].shape), len(now[node_id].shape)} != {rank}:
+            continue
+        index = CoordIndex(mine[node_id])
+        changed = np.ones(len(coords), np.bool_)
+        for row in np.flatnonzero(index.find_rows(coords) >= 0).tolist():
+            place = tuple(coords[row].tolist())
+            references = [await core.assets.reference(node, place) for node in (was[node_id], now[node_id])]
+            changed[row] = references[0] != references[1]
+        chunks[node_id] = coords[changed]
+    return replace(log, updated_chunks=chunks)
 
 
 class Rebase:
@@ -148,7 +219,7 @@ class Rebase:
             return
         where = encode_id(base), encode_id(tip)
         _LOG.info("rebasing branch %r over %d commits, from %s to %s", branch, len(steps), *where)
-        transactions = await winners_between(core, steps)
+        transactions = await winners_between(core, steps, base, self._changed_chunks() if steps[0].amends else {})
         if len(steps) > 1:
             try:
                 self.log = await self._over(steps, transactions, _DETECTOR)
@@ -157,6 +228,10 @@ class Rebase:
                 pass
         for step in steps:
             self.log = await self._over([step], transactions, solver)
+
+    def _changed_chunks(self) -> Mapping[NodeId, Coords]:
+        with self._content.lock:
+            return self.log.net_changes().chunks
 
     async def _over(
         self, steps: Sequence[Step], transactions: Mapping[ObjectId, TransactionLog], solver: ConflictSolver
@@ -223,8 +298,9 @@ async def check_fork(core: Core, log: SessionLog, origin: Savepoint, onto: Snaps
             f"history of this session's {encode_id(onto.id)}; merge it into the session that it was forked from",
             ErrorKind.MERGE_FAILED,
         )
-    transactions = await winners_between(core, steps)
+    changes = log.since(origin)
+    transactions = await winners_between(core, steps, log.base.id, changes.net_changes().chunks)
     winner = Winner(snapshot=onto, transactions=tuple(transactions[id] for step in steps for id in step.transactions))
-    conflicts = find_conflicts(log.since(origin), winner)
+    conflicts = find_conflicts(changes, winner)
     if conflicts:
         raise RebaseFailedError(encode_id(onto.id), list(conflicts))

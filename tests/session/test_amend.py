@@ -85,13 +85,72 @@ def test_an_amendment_of_a_tip_that_moved_is_a_conflict(repo: Repository) -> Non
     assert history(repo)[0] == "winner"
 
 
-def test_a_session_on_an_amended_tip_cannot_rebase_past_it(repo: Repository) -> None:
+def test_writers_amend_one_tip_in_turn_each_after_a_rebase(repo: Repository) -> None:
+    sessions = [repo.writable_session("main") for _ in range(4)]
+    for i, session in enumerate(sessions):
+        put(session, i, 10 + i)
+    sessions[0].amend("amended 0")
+    for i, session in enumerate(sessions[1:], 1):
+        with pytest.raises(ConflictError):
+            session.amend(f"amended {i}")
+        session.rebase(icechunk.ConflictDetector())
+        session.amend(f"amended {i}")
+    assert get(repo)[:4] == [10, 11, 12, 13]
+    assert history(repo) == ["amended 3", "Repository initialized"]
+    last = repo.writable_session("main")
+    put(last, 4, 14)
+    last.commit("on top")
+    assert get(repo)[:5] == [10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("amendments", [1, 2])
+def test_a_session_on_an_amended_tip_rebases_over_what_the_amendments_changed_and_what_came_after(
+    repo: Repository, amendments: int
+) -> None:
+    session = repo.writable_session("main")
+    for i in range(amendments):
+        amending = repo.writable_session("main")
+        zarr.open_array(amending.store, path="a").attrs["n"] = i
+        amending.amend(f"amended {i}")
+    after = repo.writable_session("main")
+    put(after, 3, 30)
+    after.commit("after")
+    put(session, 4, 40)
+    with pytest.raises(icechunk.RebaseFailedError) as refused:
+        session.commit("late", rebase_with=icechunk.ConflictDetector())
+    assert [c.path for c in refused.value.conflicts] == ["/a"]
+    session.discard_changes()
+    zarr.create_group(session.store, path="new")
+    session.commit("late", rebase_with=icechunk.ConflictDetector())
+    assert history(repo)[:2] == ["late", "after"]
+    assert get(repo)[3] == 30
+
+
+def test_what_an_amended_snapshot_changed_itself_is_no_conflict(repo: Repository) -> None:
+    tip = repo.writable_session("main")
+    zarr.open_array(tip.store, path="a").attrs["n"] = 1
+    zarr.create_group(tip.store, path="g")
+    tip.commit("tip")
     session, amending = repo.writable_session("main"), repo.writable_session("main")
-    put(amending, 3, 30)
+    zarr.open_group(amending.store, path="g").attrs["n"] = 2
     amending.amend("amended")
     put(session, 4, 40)
-    with pytest.raises(ConflictError, match="history does not contain"):
-        session.commit("late", rebase_with=icechunk.ConflictDetector())
+    session.rebase(icechunk.ConflictDetector())
+    session.amend("both")
+    assert get(repo)[4] == 40
+    assert zarr.open_group(repo.readonly_session("main").store, path="g", mode="r").attrs["n"] == 2
+
+
+def test_a_branch_that_was_reset_is_nothing_to_rebase_onto(repo: Repository) -> None:
+    before = repo.lookup_branch("main")
+    writer = repo.writable_session("main")
+    put(writer, 3, 30)
+    writer.commit("gone")
+    session = repo.writable_session("main")
+    repo.reset_branch("main", before)
+    put(session, 4, 40)
+    with pytest.raises(ConflictError):
+        session.rebase(icechunk.ConflictDetector())
 
 
 def test_a_flushed_snapshot_is_read_by_its_id_and_no_branch_moves(repo: Repository) -> None:

@@ -14,7 +14,7 @@ Worked example::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -84,8 +84,8 @@ class _Theirs:
     """Nodes with other metadata."""
     chunks: Mapping[NodeId, tuple[tuple[int, CoordIndex], ...]]
     """Chunks added, replaced or deleted, and their rank."""
-    moved: bool
-    """Whether any node moved."""
+    moved: tuple[str, ...]
+    """Where nodes that moved were before; not those below them, which moved along."""
 
     @staticmethod
     def of(winner: Winner) -> _Theirs:
@@ -99,7 +99,7 @@ class _Theirs:
             alive={node.id: node for node in winner.snapshot.nodes.values()},
             updated=frozenset().union(*(log.updated_groups | log.updated_arrays for log in winner.transactions)),
             chunks={i: tuple(parts) for i, parts in chunks.items()},
-            moved=any(log.moved_nodes for log in winner.transactions),
+            moved=_topmost(move.source for log in winner.transactions for move in log.moved_nodes),
         )
 
     def written(self, node_id: NodeId, coords: Coords) -> Coords:
@@ -110,6 +110,18 @@ class _Theirs:
             if rank == coords.shape[1]:
                 both |= index.find_rows(coords) >= 0
         return coords[both]
+
+
+def _topmost(paths: Iterable[str]) -> tuple[str, ...]:
+    """Those that are not below another one."""
+    known, found = set(paths), list[str]()
+    for path in sorted(known):
+        above = path
+        while above != "/" and (above := parent_of(above)) not in known:
+            pass
+        if above == "/" and (path == "/" or "/" not in known):
+            found.append(path)
+    return tuple(found)
 
 
 def find_conflicts(log: SessionLog, winner: Winner) -> tuple[Conflict, ...]:
@@ -187,7 +199,7 @@ def _sorted(found: Iterator[Conflict]) -> tuple[Conflict, ...]:
 def _find(log: SessionLog, mine: NetChanges, theirs: _Theirs) -> Iterator[Conflict]:
     if theirs.moved:
         # A transaction log has net effects only: the path at which something of mine happened may mean another place.
-        yield Conflict(ConflictType.MoveOperationCannotBeRebased, "")
+        yield from (Conflict(ConflictType.MoveOperationCannotBeRebased, path) for path in theirs.moved)
         return
     yield from _placed(log, mine, theirs)
     yield from _documents(mine, theirs)

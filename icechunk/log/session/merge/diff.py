@@ -18,7 +18,7 @@ from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.values import Move, NodeKind, NodeSnapshot, Snapshot, TransactionLog
 from icechunk.log.session.columns import sort_last
 
-__all__ = ["Changes", "NetChanges", "combined", "diff", "move_order", "net_diff"]
+__all__ = ["Changes", "NetChanges", "changes_since", "combined", "diff", "move_order", "net_diff"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -194,6 +194,32 @@ def combined(first: TransactionLog, second: TransactionLog) -> TransactionLog:
         updated_chunks={node_id: _merged(chunks[node_id]) for node_id in sorted(chunks)},
         moved_nodes=_moved_in_a_row(first.moved_nodes, second.moved_nodes, new | gone),
     )
+
+
+def changes_since(log: TransactionLog, before: Snapshot, after: Snapshot) -> TransactionLog:
+    """What of a transaction log changed after a snapshot whose changes it tells as well, as that of an amendment does.
+
+    A chunk of an array that both changed counts as changed after it: which of the two did is not known.
+
+    Parameters
+    ----------
+    before
+        The amended snapshot.
+    after
+        The snapshot of the log.
+    """
+    was = {node.id: node for node in before.nodes.values()}
+    now = {node.id: node for node in after.nodes.values()}
+    kept = [(was[i], now[i]) for i in was.keys() & now.keys()]
+    same_chunks = {new.id for old, new in kept if old.manifests == new.manifests}
+    net = NetChanges(
+        new=tuple(node for i, node in now.items() if i not in was),
+        deleted=tuple(node for i, node in was.items() if i not in now),
+        updated=tuple(new for old, new in kept if old.user_data != new.user_data),
+        moved=tuple(Move(old.path, new.path, new.id, new.kind) for old, new in kept if old.path != new.path),
+        chunks={i: coords for i, coords in log.updated_chunks.items() if i not in same_chunks},
+    )
+    return net.transaction(log.id)
 
 
 def _moved_in_a_row(first: Sequence[Move], second: Sequence[Move], without: frozenset[NodeId]) -> tuple[Move, ...]:
