@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTimeoutSettings
 from icechunk.config.storage import DEFAULT_INITIAL_BACKOFF_MS, DEFAULT_MAX_BACKOFF_MS, DEFAULT_MAX_TRIES
@@ -71,16 +71,16 @@ def limits_of(settings: StorageSettings | None, stream_timeout_s: int | None = N
     )
 
 
-_ended: ContextVar[Callable[[], bool] | None] = ContextVar("retries have ended", default=None)
+_ended: ContextVar[tuple[asyncio.Task[Any] | None, Callable[[], bool]] | None] = ContextVar("ended", default=None)
 
 
 @contextmanager
 def retried_unless(ended: Callable[[], bool]) -> Iterator[None]:
-    """Within this block an operation is tried again only as long as ``ended()`` is false.
+    """Within this block the running task tries an operation again only as long as ``ended()`` is false.
 
-    For whoever may not send a request again once somebody has been told about it.
+    For what must not be sent again once somebody has been told about it. Tasks that begin within are not bound by it.
     """
-    token = _ended.set(ended)
+    token = _ended.set((asyncio.current_task(), ended))
     try:
         yield
     finally:
@@ -89,8 +89,8 @@ def retried_unless(ended: Callable[[], bool]) -> Iterator[None]:
 
 def retries_have_ended() -> bool:
     """Whether what is being done may not be tried again, by `retried_unless`."""
-    ended = _ended.get()
-    return ended is not None and ended()
+    found = _ended.get()
+    return found is not None and found[0] is asyncio.current_task() and found[1]()
 
 
 class Tries:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 
 import pytest
 
 from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTimeoutSettings
 from icechunk.runtime.clock import Sources
-from icechunk.storage.retry import Limits, Tries, limits_of
+from icechunk.storage.retry import Limits, Tries, limits_of, retried_unless, retries_have_ended
 
 
 @dataclass
@@ -79,3 +80,14 @@ def test_without_settings_the_official_defaults_hold() -> None:
         attempt_s=None,
         operation_s=None,
     )
+
+
+async def test_a_task_that_may_not_try_again_does_not_bind_the_tasks_that_it_begins() -> None:
+    with retried_unless(lambda: True):
+        assert retries_have_ended()
+        assert not await asyncio.create_task(_have_ended())
+    assert not retries_have_ended()
+
+
+async def _have_ended() -> bool:
+    return retries_have_ended()

@@ -55,6 +55,7 @@ _FIRST_PAUSE_S: Final = 0.02
 _LONGEST_PAUSE_S: Final = 5.0
 _MOST_SWAPS_TO_PAUSE: Final = 64
 CLOSE_GRACE_S: Final = 10.0
+_MANY_TOLD: Final = 16
 
 
 def backoff_s(sources: Sources, round_: int) -> float:
@@ -208,11 +209,11 @@ class SwappedLog(RepositoryLog, Generic[A]):
             asked=self._begin_look(),
         )
         self.waiting.append(one)
-        if on_queued is not None:
-            on_queued()
-        if self.runner is None or self.runner.done():
-            self.runner = asyncio.get_running_loop().create_task(self._run(), name="icechunk swaps")
         try:
+            if on_queued is not None:
+                on_queued()
+            if self.runner is None or self.runner.done():
+                self.runner = asyncio.get_running_loop().create_task(self._run(), name="icechunk swaps")
             # Not `wait_for`: the future is the runner's, a caller who leaves must not cancel it.
             await asyncio.wait({one.outcome}, timeout=deadline_s)
         finally:
@@ -284,13 +285,13 @@ class SwappedLog(RepositoryLog, Generic[A]):
                 for member in attempt.members:
                     self._give_up(member.waiting, settled.why)
             case Fate.OPEN:
-                self._told.append(attempt)
                 if attempt.is_told and not settled.silent:
                     # The others' events go to the same place in an attempt of their own.
                     self._wait_again(attempt)
                 else:
                     for member in attempt.members:
                         resolve(member.waiting, self._unknown(member.waiting, settled.why))
+                self._remember_told(attempt)
             case Fate.UNDECIDED:
                 for member in attempt.members:
                     resolve(member.waiting, self._unknown(member.waiting, settled.why))
@@ -401,6 +402,13 @@ class SwappedLog(RepositoryLog, Generic[A]):
         self._losses += 1
         await self._lost()
 
+    def _remember_told(self, attempt: A) -> None:
+        self._told.append(attempt)
+        # Whose callers have all left need not be remembered: their token is enough to settle it.
+        left = [told for told in self._told if not any(member.waiting in self.waiting for member in told.members)]
+        for told in left[:-_MANY_TOLD]:
+            self._told.remove(told)
+
     async def _recall(self) -> None:
         """Find out what became of told attempts whose places have been taken."""
         for attempt in [told for told in self._told if self._passed(told)]:
@@ -444,7 +452,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
     def _fail_all(self, error: Exception) -> None:
         attempt, self._in_flight = self._in_flight, None
         if attempt is not None:
-            self._told.append(attempt)
+            self._remember_told(attempt)
             for member in attempt.members:
                 resolve(member.waiting, self._unknown(member.waiting, error))
         waiting, self.waiting = self.waiting, []

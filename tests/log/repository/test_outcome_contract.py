@@ -387,6 +387,27 @@ async def test_several_told_changes_are_settled_by_the_one_that_took_their_place
 
 
 @grouping_layouts
+async def test_of_told_attempts_only_the_newest_are_remembered(
+    world: Outcomes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settle, "_ROUNDS", 1)
+    log, storage = await world.create()
+    assert isinstance(log, settle.SwappedLog)
+    answering_writes(storage, losing)
+    told = [Told() for _ in range(40)]
+    for i, each in enumerate(told):
+        with pytest.raises(CommitOutcomeUnknown):
+            await log.append(await world.commit(i + 1), on_sent=each.append)
+    assert len(log._told) <= 16
+    storage.script = None
+    await log.append(await world.commit(99))
+    assert not told[-1].is_open
+    first = told[0][-1]
+    assert first is not None, "nobody remembers it"
+    assert not await log.settle(first)
+
+
+@grouping_layouts
 async def test_a_refresh_tells_callers_that_left(world: Outcomes) -> None:
     log, storage = await world.create()
     told = await told_unknown(log, storage, await world.commit(1), "lost")
