@@ -268,6 +268,10 @@ class Opening(RepositoryBase):
             attribution=self._core.attribution,
             virtual_access=access,
             default_metadata=self._core.default_metadata,
+            named_containers={
+                **self._core.named_containers,
+                **((config.virtual_chunk_containers if config is not None else None) or {}),
+            },
         )
         await core.load_config()
         return type(self)(core)

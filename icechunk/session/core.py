@@ -15,6 +15,7 @@ from icechunk.config import (
     RepositoryConfig,
     StorageConcurrencySettings,
     StorageSettings,
+    VirtualChunkContainer,
     config_from_dict,
     config_to_dict,
 )
@@ -97,6 +98,8 @@ class Core:
         Where it is.
     config
         The caller's configuration; `load_config` merges it over the persisted one.
+    named_containers
+        Virtual chunk containers whose endpoints the caller has named, by prefix; None: those of ``config``.
     """
 
     def __init__(
@@ -109,8 +112,12 @@ class Core:
         virtual_access: Mapping[str, Any] | None = None,
         default_metadata: Mapping[str, Any] | None = None,
         layout: Layout = Layout.LOG,
+        named_containers: Mapping[str, VirtualChunkContainer] | None = None,
     ) -> None:
         self.sources = sources
+        given = config.virtual_chunk_containers if named_containers is None else named_containers
+        self.named_containers = dict(given or {})
+        """Virtual chunk containers of the caller's own configuration, without the persisted ones."""
         self.layout = layout
         """How the repository log was persisted when it was last opened; decides about defaults of `settings`."""
         self.attribution = attribution
@@ -159,6 +166,8 @@ class Core:
             gates=self.gates,
             reads=settings.reads,
             sources=self.sources,
+            named=self.named_containers,
+            endpoint=self.storage.endpoint_url,
         )
 
     async def load_config(self) -> None:
@@ -180,6 +189,7 @@ class Core:
             self.virtual_access,
             self.default_metadata,
             self.layout,
+            self.named_containers,
         )
 
     async def _open_log(self) -> RepositoryLog:
@@ -364,6 +374,7 @@ def _restore(
     virtual_access: Mapping[str, Any],
     default_metadata: Mapping[str, Any],
     layout: Layout,
+    named_containers: Mapping[str, VirtualChunkContainer] | None = None,
 ) -> Core:
     return Core(
         storage,
@@ -372,4 +383,5 @@ def _restore(
         virtual_access=virtual_access,
         default_metadata=default_metadata,
         layout=layout,
+        named_containers=named_containers,
     )

@@ -299,6 +299,11 @@ class Storage(ABC):
         """Whether parts of one object that are read at the same time can come sooner than the whole."""
         return True
 
+    @property
+    def endpoint_url(self) -> str | None:
+        """URL of the service that the caller named; None where the kind of storage says which it is."""
+        return None
+
     @abstractmethod
     def describe(self) -> str:
         """Where this is, for error messages (``s3://bucket/prefix``); no secrets."""

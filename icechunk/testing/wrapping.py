@@ -81,6 +81,10 @@ class WrappingStorage(Storage):
     def gains_from_split_reads(self) -> bool:
         return self.inner.gains_from_split_reads
 
+    @property
+    def endpoint_url(self) -> str | None:
+        return self.inner.endpoint_url
+
     def describe(self) -> str:
         return self.inner.describe()
 

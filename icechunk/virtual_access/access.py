@@ -26,6 +26,7 @@ from icechunk.transfer.limiter import Gates
 from icechunk.virtual_access.local_files import LocalFiles
 from icechunk.virtual_access.locations import Prefixes
 from icechunk.virtual_access.reader import Reader
+from icechunk.virtual_access.trust import require_named
 
 __all__ = ["TRUST_S", "VirtualAccess"]
 
@@ -66,6 +67,8 @@ class VirtualAccess:
         Bound what is in flight, in each loop.
     reads
         How requests are made of reads.
+    named, endpoint
+        See `require_named`; without them every container is the reader's own.
 
     Raises
     ------
@@ -84,13 +87,16 @@ class VirtualAccess:
         gates: Gates,
         reads: Reads,
         sources: Sources,
+        named: Mapping[str, VirtualChunkContainer] | None = None,
+        endpoint: str | None = None,
     ) -> None:
         found = list(containers)
         self.prefixes = Prefixes(found)
         authorized = _by_container(found, authorized)
         _check(found, authorized)
+        own = {container.url_prefix: container for container in found} if named is None else named
         self._desks: PerLoop[_Desk] = PerLoop(
-            partial(_Desk, self.prefixes, authorized, settings, gates, reads, sources), _Desk.aclose
+            partial(_Desk, self.prefixes, authorized, settings, gates, reads, sources, own, endpoint), _Desk.aclose
         )
 
     async def read(self, ref: ChunkRef, start: int, end: int) -> Octets:
@@ -123,8 +129,12 @@ class _Desk:
         gates: Gates,
         reads: Reads,
         sources: Sources,
+        named: Mapping[str, VirtualChunkContainer],
+        endpoint: str | None,
     ) -> None:
         self._prefixes = prefixes
+        self._named = named
+        self._endpoint = endpoint
         self._authorized = authorized
         self._settings = settings
         self._sources = sources
@@ -197,7 +207,9 @@ class _Desk:
     def _reader(self, container: VirtualChunkContainer) -> Reader:
         reader = self._readers.get(container.url_prefix)
         if reader is None:
-            reader = self._open(container, self._authorized[container.url_prefix])
+            credential = self._authorized[container.url_prefix]
+            require_named(container, credential, self._named, self._endpoint)
+            reader = self._open(container, credential)
             self._readers[container.url_prefix] = reader
         return reader
 
@@ -233,7 +245,13 @@ class _Desk:
         )
 
 
-_KEPT_KINDS: Final = frozenset({str(ErrorKind.VIRTUAL_CHUNK_MODIFIED), str(ErrorKind.INVALID_VIRTUAL_REF)})
+_KEPT_KINDS: Final = frozenset(
+    {
+        str(ErrorKind.INVALID_VIRTUAL_REF),
+        str(ErrorKind.UNAUTHORIZED_VIRTUAL_CHUNK_CONTAINER),
+        str(ErrorKind.VIRTUAL_CHUNK_MODIFIED),
+    }
+)
 
 
 def _by_container(

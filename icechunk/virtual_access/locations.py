@@ -18,13 +18,17 @@ from icechunk.config import VirtualChunkContainer
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.runtime.representation import redacted_url
 
-__all__ = ["RELATIVE", "Prefixes", "checked_location", "key_of", "stored_location"]
+__all__ = ["RELATIVE", "Prefixes", "checked_location", "key_of", "require_no_way_out", "stored_location"]
 
 RELATIVE: Final = "vcc://"
 
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//([^/?#]*))?([^?#]*)(.*)", re.DOTALL)
 # Nearly every location: nothing in it that would have to be resolved.
-_ORDINARY: Final = re.compile(r"(?!file:|vcc:)[a-z][a-z0-9+-]*://[^/?#%\\]+(?:/[^/.?#%\\][^/?#%\\]*)+")
+_ORDINARY: Final = re.compile(
+    r"(?!file:|vcc:)[a-z][a-z0-9+-]*://[^/?#%\\\0-\x1f\x7f]+(?:/[^/.?#%\\\0-\x1f\x7f][^/?#%\\\0-\x1f\x7f]*)+"
+)
+# Parsers of URLs drop some of these, and so read another path than the one that was checked.
+_CONTROL: Final = re.compile(r"[\0-\x1f\x7f]")
 _PLAIN_PREFIX: Final = re.compile(r"file:///|(?!file:|vcc:)[a-z][a-z0-9+-]*://[^/?#%\\]+/")
 _DOTS: Final = frozenset({".", "..", "%2e", ".%2e", "%2e.", "%2e%2e"})
 
@@ -79,6 +83,19 @@ def key_of(location: str) -> str:
     if not path or "\0" in path or any(segment in (".", "..") for segment in path.split("/")):
         raise _bad(location, "its decoded path is empty, or has '.' or '..' segments or NUL")
     return path
+
+
+def require_no_way_out(location: str) -> None:
+    """Refuse a location whose path some web server could take for one outside of it, however it decodes it.
+
+    Raises
+    ------
+    InvalidInputError
+        Kind ``invalid-virtual-ref``.
+    """
+    path = key_of(location)
+    if "\\" in path and any(segment in (".", "..") for segment in path.replace("\\", "/").split("/")):
+        raise _bad(location, "its decoded path has '.' or '..' segments where backslashes are slashes")
 
 
 class Prefixes:
@@ -140,6 +157,7 @@ class Prefixes:
             and "/." not in location
             and "/%" not in location
             and location.find("//", 8) < 0
+            and location.isprintable()
         )
 
     def holds(self, location: str) -> bool:
@@ -156,6 +174,8 @@ class Prefixes:
 
 def _split(location: str) -> tuple[str, str, str, str]:
     """Scheme in lower case, authority, path, and the rest with its ``?`` or ``#``."""
+    if _CONTROL.search(location):
+        raise _bad(location, "it has control characters; write them as %09, where they belong to a name")
     match = _URL.fullmatch(location)
     if match is None:
         raise _bad(location, "it is no absolute URL, such as s3://bucket/key or file:///folder/file")

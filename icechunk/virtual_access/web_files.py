@@ -8,7 +8,7 @@ from icechunk.config import StorageSettings
 from icechunk.runtime.clock import Sources
 from icechunk.storage.http.options import check_options, reader_maker
 from icechunk.storage.port import GetResult, Range
-from icechunk.virtual_access.locations import key_of
+from icechunk.virtual_access.locations import require_no_way_out
 
 __all__ = ["WebFiles"]
 
@@ -49,5 +49,5 @@ class WebFiles:
     async def get(self, location: str, wanted: Range) -> GetResult:
         """As `Reader.get`."""
         # What a decoding server would make of the path has to stay below the prefix too.
-        key_of(location)
+        require_no_way_out(location)
         return await self._reader.get(location, wanted)

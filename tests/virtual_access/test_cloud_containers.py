@@ -157,7 +157,7 @@ async def read_again(place: Place, storage: icechunk.Storage, credential: Any = 
     """The array, by a repository opened anew."""
     given = place.credential if credential == "right" else credential
     access = icechunk.containers_credentials({place.prefix: given})
-    repo = await Repository.open_async(storage, authorize_virtual_chunk_access=access)
+    repo = await Repository.open_async(storage, place.config, access)
     session = await repo.readonly_session_async("main")
     found = await zarr.api.asynchronous.open_array(store=session.store, path="a", mode="r")
     return np.asarray(await found.getitem(slice(None)))

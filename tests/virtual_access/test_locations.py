@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import icechunk
 from icechunk import ErrorKind, InvalidInputError, VirtualChunkContainer
-from icechunk.virtual_access.locations import Prefixes, key_of, stored_location
+from icechunk.virtual_access.locations import Prefixes, key_of, require_no_way_out, stored_location
 
 S3 = icechunk.s3_store(region="us-east-1")
 FILES = icechunk.local_filesystem_store("/")
@@ -137,3 +137,34 @@ def test_a_plain_location_is_stored_as_it_stands_and_held(start: str, segments: 
 def test_ordinary_locations_are_plain() -> None:
     for location in ("s3://data/pre/a/b.nc", "file:///srv/x/y.h5", "https://web/x/f%20g"):
         assert PREFIXES.is_plain(location)
+
+
+@pytest.mark.parametrize("character", ["\t", "\n", "\r", "\0", "\x1f", "\x7f"])
+@pytest.mark.parametrize(
+    "location", ["vcc://pre/{}../f", "https://web/x/{}../private", "s3://data/pre/a{}b", "s{}3://d/f"]
+)
+def test_locations_with_control_characters_are_refused_before_anything_reads_them(
+    character: str, location: str
+) -> None:
+    bad = location.format(character)
+    for judge in (stored_location, PREFIXES.resolve, key_of):
+        with pytest.raises(InvalidInputError) as caught:
+            judge(bad)
+        if "vcc" not in bad or judge is not key_of:
+            assert caught.value.kind == ErrorKind.INVALID_VIRTUAL_REF
+    assert not PREFIXES.is_plain(bad)
+    assert not Prefixes([VirtualChunkContainer("s3://data/", S3)]).is_plain(bad)
+
+
+def test_names_that_hold_a_control_character_are_written_with_an_encoding() -> None:
+    assert key_of(PREFIXES.resolve("s3://data/pre/a%09b")[0]) == "pre/a\tb"
+
+
+@pytest.mark.parametrize(
+    "location", ["https://web/x/..\\private", "https://web/x/a%5c..%5cb", "https://web/x/%2e%2e%5cb"]
+)
+def test_backslashes_lead_out_of_no_container_of_a_web_server(location: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        require_no_way_out(PREFIXES.resolve(location)[0])
+    assert caught.value.kind == ErrorKind.INVALID_VIRTUAL_REF
+    require_no_way_out("https://web/x/a\\b")

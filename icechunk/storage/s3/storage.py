@@ -380,6 +380,10 @@ class S3Storage(Storage):
     def atomic_preconditions(self) -> frozenset[type[Precondition]]:
         return self._effective.atomic_preconditions
 
+    @property
+    def endpoint_url(self) -> str | None:
+        return self._bucket.options.endpoint_url
+
     def describe(self) -> str:
         return self._bucket.url()
 
