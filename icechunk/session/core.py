@@ -42,6 +42,7 @@ from icechunk.runtime.about import CLIENT_NAME
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.loops import PerLoop
 from icechunk.runtime.pickles import call_of
+from icechunk.session.spans import Spans
 from icechunk.storage.port import Storage
 from icechunk.transfer.assets import Assets, Preloader, Reads
 from icechunk.transfer.blocks import Limits
@@ -127,6 +128,8 @@ class Core:
         """The configuration that was persisted when this core was opened, or that it has persisted since."""
         self.files: WeightedCache[str, bytes] = WeightedCache(FILES_BYTES, MAX_FILES)
         """Small metadata files that came with the log, by key; some have no object of their own yet."""
+        self.spans = Spans()
+        """What landed since the bases of sessions that are rebased."""
         self.gates = Gates(0)
         self._put_memory: tuple[int, PutMemory] | None = None
         if attribution is not None and attribution != Attribution():

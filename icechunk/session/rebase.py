@@ -16,10 +16,11 @@ from icechunk.errors import ConflictError, ErrorKind, ObjectNotFoundError, Sessi
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.repo.values import CommitAmended
 from icechunk.format.values import Snapshot, TransactionLog
+from icechunk.log.repository.port import Layout
 from icechunk.log.repository.state import RepoState
 from icechunk.log.session.columns import CoordIndex
 from icechunk.log.session.log import Savepoint, SessionLog
-from icechunk.log.session.merge.conflicts import Winner, find_conflicts, rebase
+from icechunk.log.session.merge.conflicts import Landed, Winner, find_conflicts, rebase
 from icechunk.log.session.merge.diff import changes_since
 from icechunk.runtime.tasks import run_each
 from icechunk.session.content import Phase, SessionContent
@@ -47,16 +48,25 @@ class Step:
     """Whether it took the place of the snapshot that the way begins at: its transaction log has the changes of both."""
 
 
-def steps_between(state: RepoState, base: ObjectId, tip: ObjectId) -> list[Step] | None:
+def steps_between(
+    state: RepoState, base: ObjectId, tip: ObjectId, *, stop_at: ObjectId | None = None
+) -> list[Step] | None:
     """Commits after ``base`` up to and with ``tip``, oldest first; None where ``base`` is not in the tip's history.
 
     A base that was expired meanwhile is found among the ancestors that the surviving snapshots name. One that was
     amended is found in the ops log, which says what took its place.
+
+    Parameters
+    ----------
+    stop_at
+        A snapshot that ``base`` can only come before, not after: None as soon as it is met.
     """
     if tip == base:
         return []
     steps: list[Step] = []
     for record in state.ancestry(tip):
+        if record.id == stop_at:
+            return None
         pruned = record.pruned_ancestor_tx_logs
         if base in pruned:
             steps.append(Step(snapshot=record.id, transactions=(*pruned[pruned.index(base) + 1 :], record.id)))
@@ -93,6 +103,8 @@ def _replacements(state: RepoState, snapshot: ObjectId) -> set[ObjectId]:
 
 async def _with_history(core: Core, state: RepoState, base: ObjectId, tip: ObjectId) -> RepoState:
     """The state with the snapshots between two in its graph: format 1 reads them one by one, from child to parent."""
+    if (await core.log()).layout is not Layout.REFS:
+        return state
     current: ObjectId | None = tip
     while current is not None and current != base:
         if current not in state.snapshots:
@@ -162,6 +174,24 @@ async def _exactly(
     return replace(log, updated_chunks=chunks)
 
 
+async def _landed(core: Core, state: RepoState, base: ObjectId, tip: ObjectId) -> Landed | None:
+    """The sum of the commits after ``base`` up to and with ``tip``, and perhaps of later ones; None: not known.
+
+    None is returned too where the two are not in one history. Later commits can only add conflicts that are none: a
+    caller that finds any looks at the commits one by one.
+    """
+    begin = core.spans.tip(base)
+    steps = None if begin is None else steps_between(state, begin, tip, stop_at=base)
+    if steps is None:
+        # The first look from this base; or another branch, a reset, or a tip that the span is past already.
+        begin, steps = None, steps_between(state, base, tip)
+    if steps is None or any(step.amends for step in steps):
+        # What an amendment changed depends on what is compared with it.
+        return None
+    transactions = await winners_between(core, steps, base, {})
+    return core.spans.extended(base, begin, tip, [transactions[id] for step in steps for id in step.transactions])
+
+
 class Rebase:
     """A session's changes on their way onto newer commits.
 
@@ -207,7 +237,10 @@ class Rebase:
         if state is None:
             state = await core.state()
         base, tip = self.log.base.id, state.branch_tip(branch)
-        steps = steps_between(await _with_history(core, state, base, tip), base, tip)
+        state = await _with_history(core, state, base, tip)
+        if tip != base and await self._over_all(state, base, tip):
+            return
+        steps = steps_between(state, base, tip)
         if steps is None:
             raise ConflictError(
                 encode_id(base),
@@ -220,27 +253,30 @@ class Rebase:
         where = encode_id(base), encode_id(tip)
         _LOG.info("rebasing branch %r over %d commits, from %s to %s", branch, len(steps), *where)
         transactions = await winners_between(core, steps, base, self._changed_chunks() if steps[0].amends else {})
-        if len(steps) > 1:
-            try:
-                self.log = await self._over(steps, transactions, _DETECTOR)
-                return
-            except RebaseFailedError:
-                pass
         for step in steps:
-            self.log = await self._over([step], transactions, solver)
+            snapshot = await core.assets.snapshot(step.snapshot)
+            own = tuple(transactions[id] for id in step.transactions)
+            self.log = await self._over(Winner(snapshot=snapshot, transactions=own), solver)
 
     def _changed_chunks(self) -> Mapping[NodeId, Coords]:
         with self._content.lock:
             return self.log.net_changes().chunks
 
-    async def _over(
-        self, steps: Sequence[Step], transactions: Mapping[ObjectId, TransactionLog], solver: ConflictSolver
-    ) -> SessionLog:
-        winner = Winner(
-            snapshot=await self._content.core.assets.snapshot(steps[-1].snapshot),
-            transactions=tuple(transactions[id] for step in steps for id in step.transactions),
-        )
+    async def _over_all(self, state: RepoState, base: ObjectId, tip: ObjectId) -> bool:
+        """Put the changes on top of all commits at once, where nothing conflicts; False: nothing was done."""
+        core = self._content.core
+        landed = await _landed(core, state, base, tip)
+        if landed is None:
+            return False
+        winner = Winner(snapshot=await core.assets.snapshot(tip), landed=landed)
+        try:
+            self.log = await self._over(winner, _DETECTOR)
+        except RebaseFailedError:
+            return False
+        _LOG.info("rebased from %s to %s", encode_id(base), encode_id(tip))
+        return True
 
+    async def _over(self, winner: Winner, solver: ConflictSolver) -> SessionLog:
         def work() -> SessionLog:
             # Reading the log merges its rows, which other threads must not see halfway.
             with self._content.lock:

@@ -44,7 +44,7 @@ from icechunk.log.session.hierarchy import Hierarchy, parent_of
 from icechunk.log.session.log import SessionLog
 from icechunk.log.session.merge.diff import NetChanges
 
-__all__ = ["Winner", "carried_over", "find_conflicts", "rebase"]
+__all__ = ["Landed", "Winner", "carried_over", "find_conflicts", "rebase"]
 
 Coords = npt.NDArray[np.uint32]
 
@@ -63,14 +63,79 @@ _ORDER: Final = (
 )
 
 
+_FEW_ROWS: Final = 1024
+"""Rows of one array in one commit up to which each is kept as a key of a set; more are searched as a column."""
+
+
+class Landed:
+    """What commits in a row changed, added up one by one.
+
+    A look at all of them together costs what the session changed, however many commits there are. The rows of many
+    small commits are keys of one set for each array; `add` is the only method that changes anything.
+    """
+
+    __slots__ = ("_columns", "_keys", "moved", "updated")
+
+    def __init__(self) -> None:
+        self.updated: set[NodeId] = set()
+        """Nodes with other metadata."""
+        self.moved: set[str] = set()
+        """Where nodes that moved were before."""
+        self._keys: dict[NodeId, set[bytes]] = {}
+        """By array: the coordinates of a chunk as bytes, four for each dimension."""
+        self._columns: dict[NodeId, list[tuple[int, CoordIndex]]] = {}
+        """By array: rank and rows of commits that changed many chunks."""
+
+    @staticmethod
+    def of(transactions: Iterable[TransactionLog]) -> Landed:
+        """The sum of some commits."""
+        landed = Landed()
+        for log in transactions:
+            landed.add(log)
+        return landed
+
+    def add(self, log: TransactionLog) -> None:
+        """Add what one more commit changed."""
+        self.updated |= log.updated_groups | log.updated_arrays
+        self.moved.update(move.source for move in log.moved_nodes)
+        for node_id, coords in log.updated_chunks.items():
+            if len(coords) > _FEW_ROWS:
+                self._columns.setdefault(node_id, []).append((coords.shape[1], CoordIndex(coords)))
+            elif len(coords):
+                self._keys.setdefault(node_id, set()).update(_row_keys(coords))
+
+    def touched(self, node_id: NodeId) -> bool:
+        """Whether any chunk of an array was added, replaced or deleted."""
+        return node_id in self._keys or node_id in self._columns
+
+    def written(self, node_id: NodeId, coords: Coords) -> Coords:
+        """Those of the coordinates that were changed, in the same order."""
+        both = np.zeros(len(coords), np.bool_)
+        keys = self._keys.get(node_id)
+        if keys:
+            both |= np.fromiter((key in keys for key in _row_keys(coords)), np.bool_, len(coords))
+        for rank, index in self._columns.get(node_id, ()):
+            # An array may have changed its rank.
+            if rank == coords.shape[1]:
+                both |= index.find_rows(coords) >= 0
+        return coords[both]
+
+
+def _row_keys(coords: Coords) -> list[bytes]:
+    data, size = np.ascontiguousarray(coords, np.uint32).tobytes(), 4 * coords.shape[1]
+    return [data[at : at + size] for at in range(0, len(data), size)] if size else [b""] * len(coords)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Winner:
     """One commit, or several in a row, that landed on the branch after the session began."""
 
     snapshot: Snapshot
     """What they led to."""
-    transactions: tuple[TransactionLog, ...]
+    transactions: tuple[TransactionLog, ...] = ()
     """Of every commit between the session's base and the snapshot, oldest first; those of expired ancestors too."""
+    landed: Landed | None = None
+    """The sum of the same commits, where somebody has it; ``transactions`` are not looked at then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,36 +145,15 @@ class _Theirs:
     onto: Snapshot
     alive: Mapping[NodeId, NodeSnapshot]
     """All nodes after them."""
-    updated: frozenset[NodeId]
-    """Nodes with other metadata."""
-    chunks: Mapping[NodeId, tuple[tuple[int, CoordIndex], ...]]
-    """Chunks added, replaced or deleted, and their rank."""
-    moved: tuple[str, ...]
-    """Where nodes that moved were before; not those below them, which moved along."""
+    landed: Landed
 
     @staticmethod
     def of(winner: Winner) -> _Theirs:
-        chunks: dict[NodeId, list[tuple[int, CoordIndex]]] = {}
-        for log in winner.transactions:
-            for node_id, coords in log.updated_chunks.items():
-                if len(coords):
-                    chunks.setdefault(node_id, []).append((coords.shape[1], CoordIndex(coords)))
         return _Theirs(
             onto=winner.snapshot,
             alive={node.id: node for node in winner.snapshot.nodes.values()},
-            updated=frozenset().union(*(log.updated_groups | log.updated_arrays for log in winner.transactions)),
-            chunks={i: tuple(parts) for i, parts in chunks.items()},
-            moved=_topmost(move.source for log in winner.transactions for move in log.moved_nodes),
+            landed=winner.landed or Landed.of(winner.transactions),
         )
-
-    def written(self, node_id: NodeId, coords: Coords) -> Coords:
-        """Those of the coordinates that they changed too, in the same order."""
-        both = np.zeros(len(coords), np.bool_)
-        for rank, index in self.chunks.get(node_id, ()):
-            # An array may have changed its rank.
-            if rank == coords.shape[1]:
-                both |= index.find_rows(coords) >= 0
-        return coords[both]
 
 
 def _topmost(paths: Iterable[str]) -> tuple[str, ...]:
@@ -164,7 +208,7 @@ def rebase(log: SessionLog, winner: Winner, solver: ConflictSolver) -> SessionLo
     lost: dict[NodeId, CoordIndex] = {}
     if isinstance(solver, BasicConflictSolver) and solver.on_chunk_conflict is VersionSelection.UseTheirs:
         for node_id, coords in mine.chunks.items():
-            both = theirs.written(node_id, coords)
+            both = theirs.landed.written(node_id, coords)
             if len(both):
                 lost[node_id] = CoordIndex(both)
     events = carried_over(
@@ -197,9 +241,9 @@ def _sorted(found: Iterator[Conflict]) -> tuple[Conflict, ...]:
 
 
 def _find(log: SessionLog, mine: NetChanges, theirs: _Theirs) -> Iterator[Conflict]:
-    if theirs.moved:
+    if theirs.landed.moved:
         # A transaction log has net effects only: the path at which something of mine happened may mean another place.
-        yield from (Conflict(ConflictType.MoveOperationCannotBeRebased, path) for path in theirs.moved)
+        yield from (Conflict(ConflictType.MoveOperationCannotBeRebased, path) for path in _topmost(theirs.landed.moved))
         return
     yield from _placed(log, mine, theirs)
     yield from _documents(mine, theirs)
@@ -245,7 +289,7 @@ def _documents(mine: NetChanges, theirs: _Theirs) -> Iterator[Conflict]:
                 yield Conflict(ConflictType.ZarrMetadataUpdateOfDeletedArray, node.path)
             else:
                 yield Conflict(ConflictType.ZarrMetadataUpdateOfDeletedGroup, node.path)
-        elif node.id in theirs.updated:
+        elif node.id in theirs.landed.updated:
             yield Conflict(ConflictType.ZarrMetadataDoubleUpdate, node.path)
 
 
@@ -258,9 +302,9 @@ def _chunks(mine: NetChanges, theirs: _Theirs) -> Iterator[Conflict]:
         if node_id not in theirs.alive:
             yield Conflict(ConflictType.ChunksUpdatedInDeletedArray, path)
             continue
-        if node_id in theirs.updated:
+        if node_id in theirs.landed.updated:
             yield Conflict(ConflictType.ChunksUpdatedInUpdatedArray, path)
-        both = theirs.written(node_id, coords)
+        both = theirs.landed.written(node_id, coords)
         if len(both):
             yield Conflict(ConflictType.ChunkDoubleUpdate, path, both.tolist())
 
@@ -269,11 +313,11 @@ def _deletions(log: SessionLog, mine: NetChanges, theirs: _Theirs) -> Iterator[C
     groups = set()
     for node in mine.deleted:
         if node.kind is NodeKind.ARRAY:
-            if node.id in theirs.alive and (node.id in theirs.updated or node.id in theirs.chunks):
+            if node.id in theirs.alive and (node.id in theirs.landed.updated or theirs.landed.touched(node.id)):
                 yield Conflict(ConflictType.DeleteOfUpdatedArray, node.path)
         else:
             groups.add(node.path)
-            if node.id in theirs.alive and node.id in theirs.updated:
+            if node.id in theirs.alive and node.id in theirs.landed.updated:
                 yield Conflict(ConflictType.DeleteOfUpdatedGroup, node.path)
     if any(isinstance(event, HierarchyCleared) for event in log.events):
         groups.add("/")
