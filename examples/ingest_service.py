@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 
 import numpy as np
@@ -37,10 +36,11 @@ async def serve(folder: str, seconds: float, every: float) -> None:
         repo.appender("main", dim="time", source="stations", every=every) as appender,
     ):
         begun = -1 if appender.position is None else appender.position
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                async for offset, dataset in measure(after=begun):
-                    await appender.put(dataset, offset=offset)
+        stop = asyncio.get_running_loop().time() + seconds
+        async for offset, dataset in measure(after=begun):
+            await appender.put(dataset, offset=offset)
+            if asyncio.get_running_loop().time() > stop:
+                break
         await appender.flush()
         stats = appender.stats()
         print(f"committed rows {begun + 1} to {begun + stats.rows_committed} in {stats.commits} commits")
