@@ -1,8 +1,8 @@
-"""Rows of many arrays as a few columns, and yet a mapping from each array's id to its own rows.
+"""Rows of many arrays in a few shared columns, accessible as a mapping from each array's id to its own rows.
 
-What numpy costs for two rows it costs for ten thousand, and five thousand small arrays are five thousand times that
-cost. Arrays of one rank therefore stand one behind the other in columns that are filled, merged and encoded at once; an
-array's own rows are cut out when somebody asks for them.
+A numpy call costs as much for two rows as for ten thousand, so five thousand small arrays in columns of their own would
+cost five thousand calls. Arrays of one rank are therefore concatenated in columns that are filled, merged and encoded
+at once; the rows of one array are sliced out when they are requested.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ Coords = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part(Generic[T]):
-    """Rows of several arrays of one rank, those of each behind those of the one before."""
+    """Rows of several arrays of one rank, concatenated array by array."""
 
     nodes: tuple[NodeId, ...]
-    """Each once, in any order; at least one."""
+    """The arrays, each once, in any order; at least one."""
     edges: npt.NDArray[np.int64]
-    """int64[len(nodes) + 1]: where the rows of each begin, and where the last one's end."""
+    """int64[len(nodes) + 1]: the first row of each array, and the end of the last array's rows."""
     rows: T
-    """Columns, of as many rows as the last edge says."""
+    """Columns; their number of rows is the last edge."""
 
 
 class ByNode(Mapping[NodeId, T]):
-    """A mapping, in ascending order of node ids, whose values are cut out of columns.
+    """A mapping, in ascending order of node ids, whose values are slices of columns.
 
     Parameters
     ----------
     parts
-        No node stands in two of them.
+        No node is in two of them.
     cut
-        Takes consecutive rows out of columns.
+        Returns consecutive rows of columns.
     """
 
     __slots__ = ("_cut", "_order", "_places", "parts")
@@ -57,11 +57,11 @@ class ByNode(Mapping[NodeId, T]):
 
     @property
     def num_rows(self) -> int:
-        """Of all arrays."""
+        """Number of rows of all arrays together."""
         return sum(int(part.edges[-1]) for part in self.parts)
 
     def ranks(self) -> list[npt.NDArray[np.int64]]:
-        """For each part, where each of its nodes stands among all nodes in ascending order."""
+        """For each part, the rank of each of its nodes among all nodes in ascending order."""
         if not self.parts:
             return []
         ids = b"".join([node for part in self.parts for node in part.nodes])
@@ -71,7 +71,7 @@ class ByNode(Mapping[NodeId, T]):
         return np.split(ranks, np.cumsum([len(part.nodes) for part in self.parts])[:-1])
 
     def where(self, node: NodeId) -> tuple[Part[T], int] | None:
-        """The part in which an array's rows stand, and its number there; None where there are none."""
+        """The part that holds an array's rows, and the array's index in it; None if the array is in no part."""
         if self._places is None:
             self._places = {node: (part, i) for part in self.parts for i, node in enumerate(part.nodes)}
         return self._places.get(node)
@@ -99,7 +99,7 @@ class ByNode(Mapping[NodeId, T]):
 
 
 def owners(edges: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """For each row the number of the array that it belongs to, given the edges of a part."""
+    """For each row the index of the array that it belongs to, given the edges of a part."""
     return np.repeat(np.arange(len(edges) - 1), np.diff(edges))
 
 
@@ -109,7 +109,7 @@ def coords_by_node(parts: Iterable[Part[Coords]]) -> ByNode[Coords]:
 
 
 def grouped_coords(chunks: Mapping[NodeId, Coords]) -> ByNode[Coords]:
-    """The same from those of each array; at once where they are columns already."""
+    """The same from the coordinates of each array; returned as it is if it is a `ByNode` already."""
     if isinstance(chunks, ByNode):
         return chunks
     by_rank: dict[int, list[NodeId]] = {}
@@ -119,17 +119,17 @@ def grouped_coords(chunks: Mapping[NodeId, Coords]) -> ByNode[Coords]:
 
 
 def num_rows(chunks: Mapping[NodeId, Coords]) -> int:
-    """Coordinates of all arrays."""
+    """Number of coordinates of all arrays together."""
     return chunks.num_rows if isinstance(chunks, ByNode) else sum(map(len, chunks.values()))
 
 
 def coords_part(nodes: Sequence[NodeId], batch: Sequence[Coords]) -> Part[Coords]:
-    """One part of the coordinates of arrays of one rank, at least one."""
+    """A part with the coordinates of one or more arrays of one rank."""
     return Part(tuple(nodes), edges_of(batch), batch[0] if len(batch) == 1 else np.concatenate(batch))
 
 
 def edges_of(batch: Sequence[object]) -> npt.NDArray[np.int64]:
-    """Edges of a part that consists of these, one behind the other."""
+    """Edges of a part that concatenates these rows."""
     edges = np.zeros(len(batch) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, batch), np.int64, len(batch)), out=edges[1:])  # type: ignore[arg-type]
     return edges

@@ -20,12 +20,12 @@ COMPRESSION_ZSTD: Final = 1
 FILE_IDENTIFIER: Final = b"Ichk"
 
 _CLIENT_FIELD: Final = CLIENT_NAME.encode().ljust(24)
-# Metadata compresses 2 to 60 times (repeated zarr.json is the extreme); what claims much more is a bomb.
+# Metadata compresses 2 to 60 times (repeated zarr.json is the extreme); a frame that claims much more is a bomb.
 _MAX_RATIO: Final = 512
 _MAX_OUTPUT_FLOOR: Final = 16 * 2**20
 _MAX_OUTPUT: Final = 2**31 - 1  # what FlatBuffers can address
-# One kilobyte of zstd yields at most 32 MiB (a block of 128 KiB takes 4 bytes), so fed in such
-# slices a frame of unstated size overshoots the limit by no more than that.
+# One kilobyte of zstd yields at most 32 MiB (a block of 128 KiB takes 4 bytes). A frame of unstated size is fed in
+# slices of one kilobyte, so it overshoots the limit by no more than that.
 _SLICE: Final = 1024
 
 
@@ -41,7 +41,7 @@ class FileType(IntEnum):
 def seal(file_type: FileType, spec_version: int, payload: bytes | bytearray | memoryview, level: int = 3) -> bytes:
     """Compress ``payload`` with zstd at ``level`` and put the header before it.
 
-    The frame ends with a checksum, which every zstd reader holds against the contents.
+    The frame ends with a checksum, which every zstd reader compares with the contents.
     """
     header = MAGIC + _CLIENT_FIELD + bytes((spec_version, file_type, COMPRESSION_ZSTD))
     return header + zstandard.ZstdCompressor(level=level, write_checksum=True).compress(payload)
@@ -55,9 +55,9 @@ def unseal(data: bytes, file_type: FileType, *, what: str = "") -> tuple[int, by
     data
         The whole file.
     file_type
-        What it must be.
+        The type that the file must have.
     what
-        Names the object in errors; the file type where empty.
+        Name of the object in errors; if empty, the file type is named.
 
     Returns
     -------
@@ -81,7 +81,7 @@ def unseal(data: bytes, file_type: FileType, *, what: str = "") -> tuple[int, by
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileHeader:
-    """What stands in front of a metadata file's contents."""
+    """The header in front of a metadata file's contents."""
 
     written_by: str
     """Name and version of the program that wrote it."""
@@ -91,7 +91,7 @@ class FileHeader:
 
 
 def read_header(data: bytes, file_type: FileType, *, what: str = "") -> FileHeader:
-    """Check the header and read it; parameters and errors as `unseal`, which looks at the rest as well."""
+    """Check the header and read it; parameters and errors as `unseal`, which also checks the rest of the file."""
     name = what or file_type.name.lower().replace("_", " ")
     if len(data) < HEADER_SIZE or data[:12] != MAGIC:
         raise FormatError(f"cannot read {name}: not an Icechunk file ({len(data)} bytes, no magic number)")

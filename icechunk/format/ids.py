@@ -59,7 +59,7 @@ def object_id_from_text(text: str) -> ObjectId:
     Raises
     ------
     InvalidInputError
-        If it is not one.
+        If ``text`` is not the text of such an id.
     """
     if not isinstance(text, str):
         raise InvalidInputError(

@@ -1,4 +1,4 @@
-"""Where the objects of a repository are, below its root prefix."""
+"""Keys of a repository's objects, relative to its root prefix."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def chunk_key(id: ObjectId) -> str:
 def _backup_suffix(now_ms: int, random: bytes) -> str:
     if len(random) != _BACKUP_RANDOM_BYTES:
         raise ValueError(f"a backup's name takes {_BACKUP_RANDOM_BYTES} random bytes, got {len(random)}")
-    # Counting down to the year 3000 makes a listing return the newest copy first.
+    # The time counts down to the year 3000, so that a listing returns the newest copy first.
     return f"{_YEAR_3000_MS - now_ms}.{encode_id(random)}"
 
 

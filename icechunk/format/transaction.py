@@ -40,10 +40,10 @@ _ID, _NEW_GROUPS, _NEW_ARRAYS, _DELETED_GROUPS, _DELETED_ARRAYS = range(5)
 _UPDATED_ARRAYS, _UPDATED_GROUPS, _UPDATED_CHUNKS, _MOVES, _EXTRA = range(5, 10)
 
 _CHUNK_BYTES: Final = 16
-"""Of a changed chunk, besides its coordinates."""
+"""Bytes that a changed chunk takes besides its coordinates."""
 _SURELY_FEW: Final = 100_000
 _ROOM: Final = 2**26
-"""For everything that is not a changed chunk."""
+"""Bytes reserved for everything that is not a changed chunk."""
 _BLOCK: Final = 2**20
 _ID_SIZE: Final = 12
 _NODE_ID_SIZE: Final = 8
@@ -56,16 +56,16 @@ def encode_transaction_log(log: TransactionLog, spec_version: int = 2, level: in
     Parameters
     ----------
     log
-        What to write; its coordinates are sorted and repeated ones dropped.
+        The log to write; its coordinates are sorted and repeated ones dropped.
     spec_version
         1 or 2; format 1 has neither moves nor ``extra``.
     level
-        Of zstd.
+        Compression level of zstd.
 
     Raises
     ------
     InvalidInputError
-        If a path is not Unicode, format 1 is asked for and there are moves, or more chunks changed than readers take.
+        If a path is not Unicode, the format is 1 and there are moves, or more chunks changed than readers accept.
     """
     if spec_version not in (1, 2):
         raise InvalidInputError(f"cannot encode a transaction log in spec version {spec_version}")
@@ -90,12 +90,12 @@ def encode_transaction_log(log: TransactionLog, spec_version: int = 2, level: in
 
 
 def require_room(log: TransactionLog) -> None:
-    """Refuse a log that would be larger than what readers take.
+    """Refuse a log that is larger than readers accept.
 
     Raises
     ------
     InvalidInputError
-        It names the number of chunks that changed.
+        If it is too large; the message has the number of changed chunks.
     """
     chunks = num_rows(log.updated_chunks)
     if chunks < _SURELY_FEW:
@@ -103,8 +103,8 @@ def require_room(log: TransactionLog) -> None:
     size = sum(coords.size * 4 + len(coords) * _CHUNK_BYTES for coords in log.updated_chunks.values())
     if chunks + len(log.updated_chunks) >= MAX_TABLES or size > MAX_BYTES - _ROOM:
         raise InvalidInputError(
-            f"cannot write a transaction log of {chunks} changed chunks: no reader takes more than {MAX_TABLES}, or "
-            f"{MAX_BYTES} bytes, in one; commit the changes in several steps, of fewer chunks each"
+            f"cannot write a transaction log of {chunks} changed chunks: no reader accepts more than {MAX_TABLES}, or "
+            f"{MAX_BYTES} bytes, in one; commit the changes in several steps, with fewer chunks each"
         )
 
 
@@ -117,7 +117,7 @@ def _move_table(move: Move) -> FlatTable:
 
 
 def _sorted_unique(part: Part[Coords]) -> Part[Coords]:
-    """The same with the rows of each array in ascending order, and each of them once."""
+    """The same part with the rows of each array in ascending order and without duplicates."""
     rows, edges = part.rows, part.edges
     first = first_rows(edges)
     if is_ascending(rows, first):
@@ -133,7 +133,7 @@ def _sorted_unique(part: Part[Coords]) -> Part[Coords]:
 def _write_updated(writer: FlatWriter, chunks: ByNode[Coords]) -> int:
     """Write the vector of arrays with updated chunks and all below it; returns its position.
 
-    Arrays of one rank are written as if they were one, so that a thousand small ones cost as much as a large one.
+    Arrays of one rank are written together, so that a thousand small ones cost as much as a large one.
     """
     if not chunks:
         return writer.items(b"", 0, 4)
@@ -158,7 +158,8 @@ def _write_updated(writer: FlatWriter, chunks: ByNode[Coords]) -> int:
 
 
 def _write_chunk_indices(writer: FlatWriter, rows: Coords, sizes: Positions) -> Positions:
-    """Write a vector of coordinates for each array, given the rows of all and their numbers; returns the positions."""
+    """Write a vector of coordinates for each array, given the rows of all arrays and the number of rows of each;
+    returns the positions of the vectors."""
     count, ndim = rows.shape
     vtable = writer.vtable({0: 4}, 8)
     writer.align(4)
@@ -177,7 +178,7 @@ def _write_chunk_indices(writer: FlatWriter, rows: Coords, sizes: Positions) -> 
     blocks["vector"] = 4
     blocks["ndim"] = ndim
     blocks["coords"] = rows
-    # A block at a time: positions take several times the memory of what is written.
+    # One block at a time: positions take several times the memory of the bytes that are written.
     for begin in range(0, count, _BLOCK):
         numbers = np.arange(begin, min(begin + _BLOCK, count), dtype=np.int64)
         tables = first + block.itemsize * numbers
@@ -196,7 +197,7 @@ def decode_transaction_log(data: bytes, *, expected_id: ObjectId | None = None) 
     data
         The whole file.
     expected_id
-        What the id within must be.
+        The id that the file must hold; None: any.
 
     Raises
     ------
@@ -242,7 +243,7 @@ def _move(table: Table) -> Move:
 
 
 def _updated(root: Table) -> ByNode[Coords]:
-    """Coordinates by array, those of all arrays of one rank at once."""
+    """Coordinates by array; all arrays of one rank are read at once."""
     buffer = root.buffer
     start, count = required(root.vector(_UPDATED_CHUNKS, 4), root, "updated_chunks")
     buffer.charge_tables(count)
@@ -258,7 +259,7 @@ def _updated(root: Table) -> ByNode[Coords]:
     raw = gather(buffer, ids.positions, "V8").tobytes()
     nodes = [NodeId(raw[i : i + _NODE_ID_SIZE]) for i in range(0, len(raw), _NODE_ID_SIZE)]
     if len(set(nodes)) != len(nodes):
-        raise buffer.fail("an array stands in its updated chunks twice")
+        raise buffer.fail("an array is in its updated chunks twice")
     sizes = vectors.counts
     buffer.charge_tables(int(sizes.sum()))
     edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
@@ -269,7 +270,7 @@ def _updated(root: Table) -> ByNode[Coords]:
         return coords_by_node([_sorted_unique(Part(tuple(nodes), edges, np.empty((0, 0), np.uint32)))])
     if coords is None or coords.rows is not None:
         raise buffer.fail("an updated chunk lacks its coordinates")
-    # An array without chunks is of any rank, and counts as one of rank 0.
+    # The rank of an array without chunks is unknown; it counts as rank 0.
     ranks = np.zeros(count, np.int64)
     ranks[owner] = coords.counts
     if (ranks[owner] != coords.counts).any():

@@ -1,7 +1,7 @@
-"""The values that the format's files hold, free of any encoding.
+"""The values that the format's files hold, independent of their encoding.
 
-Chunk references are columns (`ChunkRefs`), never an object each. Everything here is immutable by
-convention: arrays are marked read-only where they are shared.
+Chunk references are columns (`ChunkRefs`), never one object per reference. Everything here is immutable by
+convention: shared arrays are marked read-only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 Json: TypeAlias = Any
-"""None, bool, int, float, str, bytes, list or dict of such."""
+"""None, bool, int, float, str, bytes, or a list or dict of these."""
 
 INLINE: Final = 1
 NATIVE: Final = 2
@@ -50,27 +50,27 @@ ID12: Final = np.dtype("V12")
 
 
 class ChunkRef(NamedTuple):
-    """One reference, for the paths that deal with one chunk at a time."""
+    """One reference, for code that handles one chunk at a time."""
 
     kind: int
     """`INLINE`, `NATIVE` or `VIRTUAL`."""
     data: bytes | None = None
-    """The chunk itself, when inline."""
+    """The bytes of the chunk, if inline."""
     chunk_id: ObjectId | None = None
-    """The chunk object, when native."""
+    """The id of the chunk object, if native."""
     location: str | None = None
-    """URL, when virtual."""
+    """URL of the object, if virtual."""
     offset: int = 0
     length: int = 0
-    """Bytes, also when inline."""
+    """Bytes of the chunk, also if inline."""
     etag: str | None = None
     last_modified: int | None = None
-    """Seconds since the epoch: a virtual object newer than this has changed."""
+    """Seconds since the epoch: a virtual object with a later time has changed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ChunkRefs:
-    """Columns of references of one array; row i of every column is one chunk."""
+    """References of one array as columns; row i of every column is one chunk."""
 
     coords: npt.NDArray[np.uint32]
     """uint32[n, ndim]: chunk grid coordinates; ascending lexicographically and unique in a manifest."""
@@ -116,8 +116,8 @@ class ChunkRefs:
         )
 
     def take(self, rows: npt.NDArray[Any] | slice) -> ChunkRefs:
-        """The references at these row numbers, in this order, or where this mask is true, or in this span; tables and
-        inline bytes are shared, not copied."""
+        """The references at these row numbers (in this order), or in the rows where this mask is true, or in this
+        slice; tables and inline bytes are shared, not copied."""
         coords = self.coords[rows]
         count = len(coords)
         return ChunkRefs(
@@ -135,7 +135,7 @@ class ChunkRefs:
         )
 
     def row(self, i: int) -> ChunkRef:
-        """Row ``i`` as a value of its own."""
+        """Row ``i`` as a single value."""
         kind, offset, length = int(self.kind[i]), int(self.offset[i]), int(self.length[i])
         if kind == INLINE:
             return ChunkRef(INLINE, data=bytes(self.inline_data[offset : offset + length]), length=length)
@@ -152,7 +152,7 @@ class ChunkRefs:
 
 
 def _taken(column: npt.NDArray[Any], rows: npt.NDArray[Any] | slice, count: int) -> npt.NDArray[Any]:
-    # A column of one value that takes no room goes on taking none.
+    # A broadcast column (stride 0) stays a broadcast column, so it takes no memory.
     return np.broadcast_to(column[0], count) if column.strides == (0,) and len(column) else column[rows]
 
 
@@ -177,16 +177,16 @@ class ManifestFile(NamedTuple):
 
 
 class DimensionShape(NamedTuple):
-    """Length of one dimension."""
+    """Size of one dimension of an array."""
 
     array_length: int
-    """Elements."""
+    """Number of elements."""
     num_chunks: int
-    """Chunks along this dimension."""
+    """Number of chunks along this dimension."""
 
 
 class NodeKind(IntEnum):
-    """Numbers are those of the format's MoveOperation.node_type."""
+    """Group or array; the numbers are those of the format's MoveOperation.node_type."""
 
     GROUP = 0
     ARRAY = 1
@@ -203,10 +203,10 @@ class NodeSnapshot:
     user_data: bytes
     """The node's zarr.json, verbatim."""
     shape: tuple[DimensionShape, ...] = ()
-    """Of an array."""
+    """Dimensions of an array; empty for a group."""
     dimension_names: tuple[str | None, ...] | None = None
     manifests: tuple[ManifestRef, ...] = ()
-    """Of an array; together they hold all its references."""
+    """Manifests of an array; together they hold all its references. Empty for a group."""
     extra: bytes | None = None
 
     def with_manifests(self, manifests: tuple[ManifestRef, ...]) -> NodeSnapshot:
@@ -225,7 +225,7 @@ class NodeSnapshot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """Everything about one version of the hierarchy, but the chunk references."""
+    """One version of the hierarchy: everything except the chunk references."""
 
     id: ObjectId
     parent_id: ObjectId | None = None
@@ -272,10 +272,10 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransactionLog:
-    """What one commit changed. An id stands in at most one of new, deleted and updated of its kind."""
+    """The changes of one commit. An id is in at most one of the new, deleted and updated sets of its kind."""
 
     id: ObjectId
-    """Of the snapshot it led to."""
+    """Id of the snapshot that the commit made."""
     new_groups: frozenset[NodeId] = frozenset()
     new_arrays: frozenset[NodeId] = frozenset()
     deleted_groups: frozenset[NodeId] = frozenset()

@@ -93,7 +93,7 @@ def test_many_offsets_to_one_large_array_are_refused_before_memory_fills() -> No
     array = writer.table(FlatTable({0: id_struct(b"n" * 8), 1: Items(bytes(400_000), 100_000, 4)}))
     for i in range(1000):
         struct.pack_into("<I", writer.out, first + 4 * i, array - first - 4 * i)
-    refused(decode_manifest, seal(FileType.MANIFEST, 2, writer.out), "overlap|stands in it twice|more tables")
+    refused(decode_manifest, seal(FileType.MANIFEST, 2, writer.out), "overlap|is in it twice|more tables")
 
 
 def test_a_snapshot_that_repeats_one_node_many_times_is_refused() -> None:

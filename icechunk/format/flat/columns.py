@@ -1,7 +1,7 @@
 """Many FlatBuffers tables at once: fields of a whole vector of tables as numpy columns.
 
-The rules are those of `flat_reader`; every position is checked before it is read, and nothing here
-loops over rows.
+The rules are those of `icechunk.format.flat.reader`: every position is checked before it is read. Nothing here loops
+over rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Positions = npt.NDArray[np.int64]
 
 _MAX_NDIM: Final = 1024
 _FIELD_OFFSETS: Final = 4
-"""Where the field offsets begin in a vtable, after its own size and the table's."""
+"""Position of the field offsets in a vtable, after its own size and the table's; bytes."""
 
 
 def gather(buffer: Buffer, positions: Positions, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -41,7 +41,7 @@ def gather(buffer: Buffer, positions: Positions, dtype: npt.DTypeLike) -> npt.ND
     Raises
     ------
     FormatError
-        If one of them is not within the buffer.
+        If a value is not within the buffer.
     """
     kind = np.dtype(dtype)
     if not len(positions) or not kind.itemsize:
@@ -55,16 +55,16 @@ def gather(buffer: Buffer, positions: Positions, dtype: npt.DTypeLike) -> npt.ND
 
 
 class Column(NamedTuple):
-    """An inline field of many tables, where it is present."""
+    """An inline field of many tables, for the tables that have it."""
 
     rows: npt.NDArray[np.intp] | None
     """Numbers of the tables that have it; None when all do."""
     positions: Positions
-    """Where it stands in each of those."""
+    """Position of the field in each of those tables."""
 
 
 class Vectors(NamedTuple):
-    """What an offset field of many tables points to: vectors or strings."""
+    """The vectors or strings that an offset field of many tables points to."""
 
     rows: npt.NDArray[np.intp] | None
     """Numbers of the tables that have it; None when all do."""
@@ -89,7 +89,7 @@ class TableColumns:
         self._buffer = buffer
         self._positions = positions
         self._common: tuple[int, ...] | None = None
-        """The vtable of all, when they have but one, as in any file of one kind of reference."""
+        """The vtable of all tables if they share one, as in any file of one kind of reference; else None."""
         vtables: Positions = positions - gather(buffer, positions, "<i4")
         if not len(vtables):
             self._common = (0,)
@@ -114,7 +114,7 @@ class TableColumns:
         return len(self._positions)
 
     def column(self, slot: int, size: int) -> Column | None:
-        """Where the field of ``size`` bytes at ``slot`` stands; None when no table has it.
+        """Positions of the field of ``size`` bytes at ``slot``; None when no table has it.
 
         Raises
         ------
@@ -163,7 +163,8 @@ class TableColumns:
         return full
 
     def vectors(self, slot: int, item_size: int) -> Vectors | None:
-        """What the offset field at ``slot`` points to, vectors of items of that many bytes; None when no table has it.
+        """The vectors, with items of that many bytes, that the offset field at ``slot`` points to; None when no table
+        has it.
 
         Raises
         ------
@@ -183,7 +184,7 @@ class TableColumns:
 
 
 def read_coords(buffer: Buffer, starts: Positions, ndim: int) -> npt.NDArray[np.uint32]:
-    """Chunk coordinates, uint32[n, ndim], from vectors of that many items that begin at ``starts``.
+    """Chunk coordinates, uint32[n, ndim], from vectors of ``ndim`` items that begin at ``starts``.
 
     Raises
     ------
@@ -228,7 +229,7 @@ def copy_spans(
 
 
 def put(target: npt.NDArray[np.uint8], at: Positions, values: npt.NDArray[Any]) -> None:
-    """Write each of the values into the bytes at its place, which need not be aligned but must be within them."""
+    """Write each value into ``target`` at its position, which need not be aligned but must be within ``target``."""
     if len(at):
         last = len(target) - values.dtype.itemsize
         everywhere: npt.NDArray[Any] = np.ndarray((last + 1,), values.dtype, target, strides=(1,))
@@ -253,15 +254,15 @@ def is_ascending(rows: npt.NDArray[np.uint32], first_of_group: npt.NDArray[np.bo
 
 
 def first_rows(edges: Positions) -> npt.NDArray[np.bool_]:
-    """For rows of several groups, one behind the other, whether each is the first of its group; ``edges`` tell where
-    the rows of each begin and where the last one's end."""
+    """For each row of several concatenated groups, whether it is the first of its group; ``edges`` are the first row of
+    each group and the end of the last."""
     mask = np.zeros(int(edges[-1]) + 1, np.bool_)
     mask[edges] = True
     return mask[:-1]
 
 
 def lexicographic_order(rows: npt.NDArray[np.uint32], owner: Positions | None = None) -> npt.NDArray[np.intp]:
-    """Numbers of the rows (n × ndim) in ascending lexicographic order, of ``owner`` first if there is one; equal rows
-    keep their order."""
+    """Numbers of the rows (n × ndim) in ascending lexicographic order; if ``owner`` is given, rows are ordered by it
+    first. Equal rows keep their order."""
     keys = [*rows.T[::-1]] if owner is None else [*rows.T[::-1], owner]
     return np.lexsort(keys) if keys else np.arange(len(rows))

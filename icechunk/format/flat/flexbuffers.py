@@ -1,7 +1,7 @@
-"""FlexBuffers: JSON-like values in the self-describing sibling of FlatBuffers.
+"""FlexBuffers: JSON-like values in the self-describing variant of FlatBuffers.
 
-A value is stored children first; offsets count backward from where they stand, so reading cannot
-loop, and how deep and how much it may read is bounded.
+A value is stored after its children. Offsets count backward from their own position, so reading cannot loop; depth and
+amount of reading are bounded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from icechunk.format.values import Json
 __all__ = ["MAX_DEPTH", "dumps", "loads"]
 
 MAX_DEPTH: Final = 100
-"""How deep lists and maps may be nested."""
+"""Largest depth of nested lists and maps."""
 
 _NULL, _INT, _UINT, _FLOAT, _KEY, _STRING = 0, 1, 2, 3, 4, 5
 _INDIRECT_INT, _INDIRECT_UINT, _INDIRECT_FLOAT, _MAP, _VECTOR = 6, 7, 8, 9, 10
@@ -45,7 +45,7 @@ class _Reader:
 
     def __init__(self, data: bytes) -> None:
         self._data = data
-        # An item takes at least a byte, and no honest writer shares vectors or lets strings overlap.
+        # An item takes at least one byte, and no correct writer shares vectors or lets strings overlap.
         self._items_left = len(data)
         self._bytes_left = len(data)
         self._strings: dict[tuple[int, int], str] = {}
@@ -130,7 +130,8 @@ class _Reader:
         if kind == _KEY:
             return [self._key(self._target(pos + i * width, width)) for i in range(count)]
         if kind == _STRING:
-            # Deprecated by the format since the width of the strings' sizes is not recorded; it is one byte.
+            # The format deprecates this type because it does not record the width of the strings' sizes; it is one
+            # byte.
             return [self._string(self._target(pos + i * width, width), 1) for i in range(count)]
         return [self._number(pos + i * width, width, kind) for i in range(count)]
 
@@ -186,7 +187,7 @@ class _Slot(NamedTuple):
 
     kind: int
     width: int
-    """Bytes: what an inline number needs, or the width that the child was written with."""
+    """Bytes: the width that an inline number needs, or the width that the child was written with."""
     number: int = 0
     """Bits of an inline number (two's complement at 8 bytes), or position of the child."""
     inline: bool = True
@@ -201,8 +202,8 @@ def dumps(value: Json) -> bytes:
     Raises
     ------
     InvalidInputError
-        If there is something else than None, bool, int (64 bits), float, str, bytes, list, tuple and dict with
-        string keys in it, a key with a NUL character, or nesting deeper than `MAX_DEPTH`.
+        If ``value`` contains anything other than None, bool, int (64 bits), float, str, bytes, list, tuple and dict
+        with string keys, a key has a NUL character, or the nesting is deeper than `MAX_DEPTH`.
     """
     writer = _Writer()
     root = writer.value(value, 0)
@@ -231,7 +232,7 @@ class _Writer:
         self.out += bytes(-len(self.out) % width)
 
     def needed(self, slot: _Slot, index: int) -> int:
-        """Width that element ``index`` of a vector that begins here needs."""
+        """Width in bytes that element ``index`` needs in a vector that begins at the current position."""
         if slot.inline:
             return slot.width
         for width in (1, 2, 4):
@@ -294,7 +295,7 @@ class _Writer:
         first = (*head, _Slot(_UINT, _uint_width(len(slots)), len(slots)))
         entries = [*first, *slots]
         width = max(self.needed(slot, i) for i, slot in enumerate(entries))
-        # A wider vector moves its offsets away from their targets: ask again until the answer stands.
+        # A wider vector moves its offsets away from their targets: repeat until the width no longer changes.
         self.align(width)
         while (wider := max(self.needed(slot, i) for i, slot in enumerate(entries))) > width:
             width = wider

@@ -1,8 +1,8 @@
-"""A vector of tables of which only those that are asked for are read.
+"""A vector of tables that reads a table only when it is requested.
 
-What `flat_reader.Buffer` counts against its budget is counted once for each table, however often it is read: so
-reading all of a hostile file costs no more than it would at once, and reading one table of an honest file for
-years costs no budget.
+Each table counts against the budget of `icechunk.format.flat.reader.Buffer` once, however often it is read. Reading all
+of a hostile file therefore costs no more than reading it at once, and repeated reads of one table of a valid file never
+use up the budget.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class LazyTables:
     buffer
         The payload that they are in.
     start, count
-        Position of the vector's first offset, and how many there are, as `Table.vector` tells.
+        Position of the vector's first offset, and number of tables, as `Table.vector` returns them.
 
     Raises
     ------
     FormatError
-        If one of them, or its vtable, is not within the buffer, or there are more than it has room for.
+        If a table or its vtable is not within the buffer, or there are more tables than the buffer has room for.
     """
 
     __slots__ = ("_buffer", "_count", "_seen", "_start")
@@ -46,38 +46,39 @@ class LazyTables:
 
     @property
     def read_count(self) -> int:
-        """How many different tables have been read one at a time."""
+        """Number of distinct tables that have been read individually."""
         return self._seen.count(1)
 
     @property
     def payload(self) -> bytes:
-        """The bytes of everything."""
+        """All bytes of the buffer."""
         return self._buffer.data
 
     def positions(self) -> npt.NDArray[np.int64]:
-        """int64[n]: where each table begins; not checked."""
+        """int64[n]: position of each table; not checked."""
         offsets = np.frombuffer(self._buffer.data, "<u4", self._count, self._start)
         positions: npt.NDArray[np.int64] = self._start + 4 * np.arange(self._count, dtype=np.int64) + offsets
         return positions
 
     def columns(self, rows: npt.NDArray[np.intp] | None = None) -> tuple[Buffer, TableColumns]:
-        """Those of some rows as columns, None: all, with a buffer of their own to read further in.
+        """The tables of some rows (None: all) as columns, and a buffer with a budget of its own to read what they
+        point to.
 
         Raises
         ------
         FormatError
-            If one of them is not within the buffer.
+            If a table is not within the buffer.
         """
         buffer, positions = Buffer(self._buffer.data, self._buffer.name), self.positions()
         return buffer, TableColumns(buffer, positions if rows is None else positions[rows])
 
     def table(self, row: int) -> Table:
-        """The table with that number, from 0 to one less than there are.
+        """The table with that number, 0 ≤ ``row`` < ``len(self)``.
 
         Raises
         ------
         FormatError
-            If it is not within the buffer.
+            If the table is not within the buffer.
         """
         buffer = self._buffer
         if self._seen[row]:

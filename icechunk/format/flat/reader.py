@@ -1,11 +1,10 @@
 """A FlatBuffers reader that trusts nothing.
 
-It reads any valid layout, not only the one we write: vtables may be shared or not, fields stand in
-any order, unknown trailing slots are ignored, an absent field is its default. Every access is
-checked against the end of the buffer. Offsets to children are unsigned and counted forward and the
-depth of reading is the schema's, so cycles cannot trap us; what a small file can do is let many
-offsets point to the same large child, so the bytes and tables handed out are counted against a
-budget that no honest file exceeds.
+It reads any valid layout, not only the one that this package writes: vtables may be shared or not, fields are in any
+order, unknown trailing slots are ignored, an absent field has its default. Every access is checked against the end of
+the buffer. Offsets to children are unsigned and count forward, and the schema bounds the depth of reading, so a cycle
+cannot occur. A small hostile file can let many offsets point to the same large child; the bytes and tables that are
+returned are therefore counted against a budget that no valid file exceeds.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ _U32: Final = struct.Struct("<I")
 _I32: Final = struct.Struct("<i")
 _U64: Final = struct.Struct("<Q")
 
-# Writers may share equal strings, hence more than one; tables have no such excuse.
+# Writers may share equal strings, hence a factor above one; they have no reason to share tables.
 _SHARING: Final = 16
 _SPARE_BYTES: Final = 2**16
 _MIN_TABLE_BYTES: Final = 8
-"""A table's own offset and the one that points to it."""
+"""Bytes of a table's own offset and of the one that points to it."""
 
 
 class Buffer:
-    """One FlatBuffers payload and what may still be read from it."""
+    """One FlatBuffers payload, and the budget of what may still be read from it."""
 
     __slots__ = ("_vtables", "bytes_left", "data", "name", "size", "tables_left")
 
@@ -46,7 +45,7 @@ class Buffer:
         self._vtables: dict[int, tuple[int, ...]] = {}
 
     def fail(self, reason: str) -> FormatError:
-        """The error to raise."""
+        """The error to raise for this payload, with ``reason`` in its message."""
         return FormatError(f"cannot read {self.name}: {reason}")
 
     def root(self) -> Table:
@@ -76,7 +75,7 @@ class Buffer:
             if nbytes < 4 or nbytes % 2 or pos + nbytes > self.size:
                 raise self.fail(f"the vtable at {pos} has size {nbytes}")
             found = struct.unpack_from(f"<{nbytes // 2 - 1}H", self.data, pos + 2)
-            # Hostile files have a vtable of 64 KiB at every other byte; remember only sane ones.
+            # A hostile file may have a vtable of 64 KiB at every other byte; cache only those of a usual size.
             if nbytes <= 64:
                 self._vtables[pos] = found
             else:
@@ -105,8 +104,8 @@ class Buffer:
 class Table:
     """One table; ``slot`` is always the field's number in the schema, from 0.
 
-    Readers of absent fields return the default or None; every reader raises FormatError where the
-    field, or what it points to, is not within the buffer.
+    Readers of absent fields return the default or None; every reader raises FormatError if the
+    field, or its target, is not within the buffer.
     """
 
     __slots__ = ("buffer", "fields", "pos")
@@ -162,7 +161,7 @@ class Table:
         return self.buffer.data[pos : pos + size] if pos else None
 
     def child(self, slot: int) -> int:
-        """Position of what an offset field points to, 0 when it is absent."""
+        """Position of the target of an offset field, 0 when the field is absent."""
         pos = self._at(slot, 4)
         return pos + self.buffer.u32(pos) if pos else 0
 
@@ -231,7 +230,7 @@ class Table:
 
 
 def required(value: _T | None, table: Table, field: str) -> _T:
-    """``value``, refused when it is None.
+    """Return ``value`` if it is not None.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""A small FlatBuffers writer, front to back.
+"""A small FlatBuffers writer that writes from front to back.
 
 A table is a mapping from slots to values, and a value's Python type says how it is stored:
 
@@ -41,7 +41,8 @@ __all__ = [
 MAX_BYTES: Final = 2**31 - 1
 """No FlatBuffers payload may be larger."""
 MAX_TABLES: Final = 50_000_000
-"""The official library refuses to read a payload with more: each chunk reference, and each changed chunk, is one."""
+"""The official library refuses to read a payload with more tables; each chunk reference, and each changed chunk, is
+one."""
 
 _U32: Final = struct.Struct("<I")
 _FORMATS: Final = {code: struct.Struct("<" + code) for code in "BHIiQ"}
@@ -68,11 +69,11 @@ class Items(NamedTuple):
     data: bytes
     length: int
     align: int = 1
-    """Of one item, in bytes: 1, 2, 4 or 8."""
+    """Alignment of an item in bytes: 1, 2, 4 or 8."""
 
 
 class Written(NamedTuple):
-    """A child that writes itself: called with the writer, returns its position."""
+    """A child that writes itself: its function is called with the writer and returns the child's position."""
 
     write: Callable[[FlatWriter], int]
 
@@ -102,7 +103,7 @@ def id_struct(raw: bytes) -> Inline:
 
 
 class FlatWriter:
-    """One payload in the making."""
+    """One payload that is being written."""
 
     __slots__ = ("_vtables", "out")
 
@@ -111,7 +112,7 @@ class FlatWriter:
         self._vtables: dict[bytes, int] = {}
 
     def finish(self, root: FlatTable) -> bytearray:
-        """Write ``root`` and all below it behind the file identifier.
+        """Write ``root`` and everything below it after the file identifier.
 
         Raises
         ------
@@ -126,7 +127,7 @@ class FlatWriter:
         return self.out
 
     def align(self, align: int, before: int = 0) -> None:
-        """Pad so that what comes ``before`` bytes later is aligned."""
+        """Pad so that the position ``before`` bytes later is aligned."""
         self.out += bytes(-(len(self.out) + before) % align)
 
     def table(self, table: FlatTable) -> int:
@@ -147,7 +148,7 @@ class FlatWriter:
                 inline.append((value.align, slot, len(value.data), value.data))
             else:
                 inline.append((4, slot, 4, None))
-        # Widest first: no padding between fields but the one that an 8-byte field needs after the vtable's offset.
+        # Widest first: the only padding between fields is the one that an 8-byte field needs after the vtable's offset.
         inline.sort(key=lambda entry: -entry[0])
         wide = bool(inline) and inline[0][0] == 8
         offset = 4
@@ -174,7 +175,7 @@ class FlatWriter:
         return start
 
     def vtable(self, offsets: Mapping[int, int], table_size: int) -> int:
-        """Position of the vtable of tables of that size whose slots are at those offsets; written when it is new."""
+        """Position of the vtable of tables of that size whose slots are at those offsets; a new vtable is written."""
         slots = max(offsets, default=-1) + 1
         data = struct.pack(f"<{slots + 2}H", 4 + 2 * slots, table_size, *[offsets.get(i, 0) for i in range(slots)])
         found = self._vtables.get(data)

@@ -1,7 +1,7 @@
 """Decoding manifests, formats 1 and 2, without a Python step per reference.
 
-Nothing is assumed about the layout: `flat_columns` gathers each field of all references of all arrays of the
-manifest at once.
+Nothing is assumed about the layout: `icechunk.format.flat.columns` gathers each field of all references of all arrays
+of the manifest at once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["decode_manifest"]
 _ID_SIZE: Final = 12
 _NODE_ID_SIZE: Final = 8
 _MAX_LOCATION: Final = 2**16
-"""Bytes that one compressed location may decompress to."""
+"""Largest size in bytes that one compressed location may decompress to."""
 
 
 def decode_manifest(data: bytes, *, expected_id: ObjectId | None = None) -> Manifest:
@@ -48,7 +48,7 @@ def decode_manifest(data: bytes, *, expected_id: ObjectId | None = None) -> Mani
     data
         The whole file.
     expected_id
-        What the id within must be.
+        The id that the file must hold; None: any.
 
     Returns
     -------
@@ -72,7 +72,8 @@ def decode_manifest(data: bytes, *, expected_id: ObjectId | None = None) -> Mani
 
 
 def _arrays(root: Table) -> tuple[list[NodeId], Positions, Positions]:
-    """Ids of the arrays, where the vector of references of each has its first item, and how many items."""
+    """Ids of the arrays, and for each the position of the first item of its vector of references and the number of
+    items."""
     buffer = root.buffer
     start, count = required(root.vector(at_slot.ARRAYS, 4), root, "arrays")
     buffer.charge_tables(count)
@@ -88,7 +89,7 @@ def _arrays(root: Table) -> tuple[list[NodeId], Positions, Positions]:
     raw = gather(buffer, ids.positions, f"V{_NODE_ID_SIZE}").tobytes()
     nodes = [NodeId(raw[i : i + _NODE_ID_SIZE]) for i in range(0, len(raw), _NODE_ID_SIZE)]
     if len(set(nodes)) != count:
-        raise buffer.fail("an array stands in it twice")
+        raise buffer.fail("an array is in it twice")
     return nodes, vectors.starts, vectors.counts
 
 
@@ -112,7 +113,7 @@ def _decode_rows(
     counts: Positions,
     dictionary: zstandard.ZstdDecompressor | None,
 ) -> ByNode[ChunkRefs]:
-    """Columns of the arrays, given where the references of each begin and how many they are."""
+    """Columns of the arrays, given the position and the number of the references of each."""
     total = int(counts.sum())
     buffer.charge_tables(total)
     edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
@@ -154,7 +155,7 @@ def _decode_rows(
     vectors = tables.vectors(at_slot.INDEX, 4)
     if vectors is None or vectors.rows is not None:
         raise buffer.fail("a reference lacks the required field 'index'")
-    # An array without references is of any rank, and counts as one of rank 0.
+    # The rank of an array without references is unknown; it counts as rank 0.
     ranks = np.zeros(len(nodes), np.int64)
     ranks[owner] = vectors.counts
     if (ranks[owner] != vectors.counts).any():
@@ -186,7 +187,7 @@ def _decode_rows(
 
 
 def _in_order(buffer: Buffer, part: Part[ChunkRefs]) -> Part[ChunkRefs]:
-    """The same with the rows of each array in ascending order."""
+    """The same part with the rows of each array in ascending order."""
     first = first_rows(part.edges)
     if is_ascending(part.rows.coords, first):
         return part
@@ -197,7 +198,7 @@ def _in_order(buffer: Buffer, part: Part[ChunkRefs]) -> Part[ChunkRefs]:
 
 
 def _inline_bytes(buffer: Buffer, inline: Vectors) -> tuple[bytes, Positions]:
-    """All inline chunks in one piece, and where each begins in it."""
+    """All inline chunks concatenated, and the position of each."""
     ends = np.cumsum(inline.counts)
     buffer.charge(int(ends[-1]))
     starts = ends - inline.counts
@@ -246,7 +247,7 @@ class _Texts:
         data, numbers = self._buffer.data, self._numbers
         starts = strings.starts.tolist()
         known: dict[int, int] = {}
-        # Writers may share a string among rows: read each place once. Equal strings at several places become one.
+        # Writers may share a string among rows: read each position once. Equal strings at several positions become one.
         sizes = dict(zip(starts, strings.counts.tolist(), strict=True))
         self._buffer.charge(sum(sizes.values()))
         for start, size in sizes.items():
@@ -267,7 +268,7 @@ class _Texts:
                 if zstandard.frame_content_size(frame) > _MAX_LOCATION:
                     raise buffer.fail("a compressed location is too long")
                 raw = dictionary.decompress(frame, max_output_size=_MAX_LOCATION)
-                # A few bytes may stand for many: counted here, not by what the frames take.
+                # A few bytes may decompress to many: the decompressed size is what counts against the budget.
                 buffer.charge(len(raw) // 8)
                 known[start] = numbers.setdefault(raw, len(numbers))
         except zstandard.ZstdError as error:

@@ -2,9 +2,7 @@
 
 References of one kind, rank and set of fields have one fixed layout, so a vector of a million
 tables is one structured array (`_Layout`); references of other kinds are other arrays beside it.
-What has variable length, strings and inline chunks, follows behind.
-
-What has variable length in a manifest: locations, etags and inline chunks, behind the tables that point to them.
+Data of variable length (locations, etags and inline chunks) follow the tables that point to them.
 """
 
 from __future__ import annotations
@@ -34,7 +32,8 @@ _U32: Final = struct.Struct("<I")
 
 
 def strings(texts: Sequence[str], used: npt.NDArray[Any], start: int) -> tuple[bytes, Positions]:
-    """The strings that are used, to stand at ``start``, and the position of each of all; padded to 4 bytes."""
+    """The bytes of the strings that are used, to be written at ``start`` and padded to 4 bytes, and the position of
+    each text."""
     at = np.zeros(len(texts), np.int64)
     mask = np.zeros(len(texts), np.bool_)
     mask[used] = True
@@ -42,7 +41,7 @@ def strings(texts: Sequence[str], used: npt.NDArray[Any], start: int) -> tuple[b
     position = start
     for i in np.flatnonzero(mask).tolist():
         data = _utf8(texts[i])
-        padding = 4 - len(data) % 4  # at least the NUL
+        padding = 4 - len(data) % 4  # at least one byte, the NUL
         at[i] = position
         parts += (_U32.pack(len(data)), data, b"\0\0\0\0"[:padding])
         position += 4 + len(data) + padding
@@ -52,7 +51,7 @@ def strings(texts: Sequence[str], used: npt.NDArray[Any], start: int) -> tuple[b
 def frames(
     texts: Sequence[str], used: npt.NDArray[Any], start: int, dictionary: LocationDictionary
 ) -> tuple[bytes, Positions]:
-    """The same as vectors of bytes that are zstd frames."""
+    """As `strings`, with each text as a vector of bytes that is a zstd frame."""
     mask = np.zeros(len(texts), np.bool_)
     mask[used] = True
     rows = np.flatnonzero(mask)
@@ -75,7 +74,7 @@ def _utf8(text: str) -> bytes:
 
 
 def inline_places(refs: ChunkRefs, start: int) -> tuple[Positions, int]:
-    """Position of the vector of each inline row, and where the last one ends."""
+    """Position of the vector of each inline row, and the end of the last one."""
     sizes = refs.length[refs.kind == INLINE].astype(np.int64)
     ends = start + np.cumsum(4 + sizes + -sizes % 4)
     at = ends - (4 + sizes + -sizes % 4)
@@ -93,7 +92,7 @@ def fill_inline(out: bytearray, refs: ChunkRefs, at: Positions) -> None:
 def _fill_vectors(
     out: bytearray, at: Positions, data: bytes, starts: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]
 ) -> None:
-    """Vectors of bytes at these positions: spans of ``data``."""
+    """Write vectors of bytes, which are spans of ``data``, at these positions."""
     octets = np.frombuffer(out, np.uint8)
     heads: npt.NDArray[Any] = np.ndarray((len(octets) - 3,), "<u4", octets, strides=(1,))
     heads[at] = sizes
@@ -108,18 +107,18 @@ def encode_manifest(
     Parameters
     ----------
     manifest
-        What to write; rows of an array that are not in ascending order of coordinates are sorted.
+        The manifest to write; rows of an array that are not in ascending order of coordinates are sorted.
     spec_version
         1 or 2.
     level
-        Of zstd.
+        Compression level of zstd.
     locations
-        How locations of virtual references are compressed; None: they are not, nor are they in format 1.
+        How locations of virtual references are compressed. None: not compressed. Format 1 never compresses them.
 
     Raises
     ------
     InvalidInputError
-        If an array has two references for one chunk, a row is of no known kind, or the manifest exceeds 2 GiB
+        If an array has two references for one chunk, a row is of unknown kind, or the manifest exceeds 2 GiB
         before compression or 50 million references.
     """
     if spec_version not in (1, 2):
@@ -140,7 +139,8 @@ def encode_manifest(
 
 
 def max_refs(ndim: int) -> int:
-    """So many references of an array of that rank may fit into a manifest, if they are small; more never do."""
+    """Upper bound of the number of references of an array of that rank in one manifest; large references reach the
+    limit of bytes earlier."""
     smallest = _layout((at_slot.LOCATION, at_slot.LENGTH), ndim).block.itemsize + 4
     return min(MAX_TABLES, MAX_BYTES // smallest)
 
@@ -151,7 +151,7 @@ _ARRAY_TABLE: Final = np.dtype([("vtable", "<i4"), ("refs", "<u4"), ("node", "V8
 def _write_arrays(writer: FlatWriter, arrays: ByNode[ChunkRefs], dictionary: LocationDictionary | None) -> int:
     """Write the vector of arrays and all below it; returns its position.
 
-    Arrays of one rank are written as if they were one, so that a thousand small ones cost as much as a large one.
+    Arrays of one rank are written together, so that a thousand small ones cost as much as a large one.
     """
     vtable = writer.vtable({at_slot.NODE: 8, at_slot.REFS: 4}, _ARRAY_TABLE.itemsize)
     writer.align(4)
@@ -176,7 +176,7 @@ def _write_arrays(writer: FlatWriter, arrays: ByNode[ChunkRefs], dictionary: Loc
 
 
 def _in_order(part: Part[ChunkRefs]) -> ChunkRefs:
-    """The rows, those of each array in ascending order."""
+    """The rows of the part, sorted in ascending order within each array."""
     refs = part.rows
     first = first_rows(part.edges)
     if is_ascending(refs.coords, first):
@@ -194,12 +194,12 @@ def _in_order(part: Part[ChunkRefs]) -> ChunkRefs:
 
 
 class _Layout(NamedTuple):
-    """How the references of one kind, rank and set of fields stand in the file, vector of coordinates included."""
+    """Layout in the file of the references of one kind, rank and set of fields, with their vector of coordinates."""
 
     block: np.dtype[Any]
     """Fields named by slot number, and ``vtable``, ``ndim``, ``coords``."""
     vector: int
-    """Where in the block the vector of coordinates begins."""
+    """Position in the block of the vector of coordinates, bytes."""
     vtable: Mapping[int, int]
     """Field offsets by slot."""
 
@@ -219,8 +219,8 @@ _CHECKSUM_FIELDS: Final = {NO_CHECKSUM: (), ETAG: (at_slot.ETAG,), LAST_MODIFIED
 
 @lru_cache(maxsize=256)
 def _layout(slots: tuple[int, ...], ndim: int) -> _Layout:
-    # The table starts 8-aligned with its offset to the vtable and, as its first field, the offset to the coordinates;
-    # numbers of 8 bytes follow, so that nothing needs padding.
+    # The table starts 8-aligned with its offset to the vtable and, as its first field, the offset to the coordinates.
+    # Numbers of 8 bytes follow, so no padding is needed.
     wide = [slot for slot in slots if _FIELD_TYPES[slot] == "<u8"]
     order = [at_slot.INDEX, *wide, *[slot for slot in slots if slot not in wide]]
     names, formats, offsets = ["vtable"], ["<i4"], [0]
@@ -251,7 +251,7 @@ class _Group(NamedTuple):
 
 
 def _groups(refs: ChunkRefs, location_slot: int) -> list[_Group]:
-    """Rows by kind, checksum, and whether offset and length differ from their default, 0."""
+    """Rows grouped by kind, checksum, and whether offset and length differ from their default, 0."""
     kind_fields = {INLINE: (at_slot.INLINE,), NATIVE: (at_slot.CHUNK_ID,), VIRTUAL: (location_slot,)}
     code = refs.kind.astype(np.uint8) << 4
     has_span = refs.kind != INLINE
@@ -276,7 +276,8 @@ def _groups(refs: ChunkRefs, location_slot: int) -> list[_Group]:
 def _write_refs(
     writer: FlatWriter, refs: ChunkRefs, sizes: npt.NDArray[np.int64], dictionary: LocationDictionary | None
 ) -> Positions:
-    """Write a vector of references for each array, given the rows of all and their numbers; returns the positions."""
+    """Write a vector of references for each array, given the rows of all arrays and the number of rows of each; returns
+    the positions of the vectors."""
     groups = _groups(refs, at_slot.LOCATION if dictionary is None else at_slot.COMPRESSED)
     layouts = [_layout(group.slots, refs.ndim) for group in groups]
     vtables = [writer.vtable(layout.vtable, layout.vector) for layout in layouts]
@@ -302,7 +303,7 @@ def _write_refs(
     inline_at, inline_end = inline_places(refs, inline_start)
     if inline_end > MAX_BYTES or len(refs) > MAX_TABLES:
         raise InvalidInputError(
-            f"cannot encode a manifest of {len(refs)} references in {inline_end} bytes: no reader takes more than "
+            f"cannot encode a manifest of {len(refs)} references in {inline_end} bytes: no reader accepts more than "
             f"{MAX_TABLES}, or {MAX_BYTES} bytes; split the array's manifests (ManifestConfig.splitting)"
         )
     out += bytes(inline_end - start)

@@ -1,4 +1,4 @@
-"""Compressing the locations of a manifest's virtual references, each by itself, with a dictionary that they share."""
+"""Compression of the locations of a manifest's virtual references, one by one, with a shared dictionary."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _NO_ROWS: Final = np.empty(0, np.intp)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocationCompression:
-    """When locations are compressed, and how. Format 2 only."""
+    """When and how locations are compressed. Format 2 only."""
 
     min_refs: int = 1000
-    """Manifests with fewer virtual references stay plain."""
+    """Manifests with fewer virtual references are not compressed."""
     samples: int = 100
-    """Locations that the dictionary is trained on, at the most."""
+    """Largest number of locations that the dictionary is trained on."""
     dictionary_bytes: int = 2048
-    """Size of the dictionary, at the most."""
+    """Largest size of the dictionary."""
     level: int = 3
-    """Of zstd; what is beyond its levels is taken as the nearest of them."""
+    """Compression level of zstd; a value outside its range is replaced by the nearest level."""
 
 
 class LocationDictionary:
-    """A trained dictionary, and what compresses with it."""
+    """A trained dictionary and its compressor."""
 
     __slots__ = ("_compressor", "content")
 
@@ -42,7 +42,7 @@ class LocationDictionary:
         self._compressor = zstandard.ZstdCompressor(level=level, dict_data=dictionary, write_content_size=True)
 
     def frames(self, texts: Sequence[bytes]) -> tuple[bytes, npt.NDArray[np.int64]]:
-        """A zstd frame for each text, one behind the other, and their lengths."""
+        """One zstd frame for each text, concatenated, and the length of each frame."""
         if not texts:
             return b"", np.empty(0, np.int64)
         if "multi_compress_to_buffer" in zstandard.backend_features:
@@ -54,9 +54,10 @@ class LocationDictionary:
 
 
 def trained(arrays: Sequence[ChunkRefs], how: LocationCompression) -> LocationDictionary | None:
-    """The dictionary for the locations of all references of a manifest; None where they are to stay plain.
+    """The dictionary for the locations of all references of a manifest; None if they are not to be compressed.
 
-    They also do where zstd makes no dictionary of the samples, because they are too few, too short, or all the same.
+    The result is also None if zstd makes no dictionary of the samples, because they are too few, too short, or all
+    the same.
     """
     rows = [np.flatnonzero(refs.kind == VIRTUAL) if refs.locations else _NO_ROWS for refs in arrays]
     ends = np.cumsum([len(r) for r in rows])

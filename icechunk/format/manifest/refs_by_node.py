@@ -1,4 +1,4 @@
-"""The references of many arrays in columns: what a manifest is written from, and read into."""
+"""The references of many arrays in columns; manifests are encoded from them and decoded into them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _P = TypeVar("_P", tuple[str, ...], bytes)
 
 
 def refs_by_node(parts: Iterable[Part[ChunkRefs]]) -> ByNode[ChunkRefs]:
-    """The references of many arrays; those of each share tables and inline bytes with the others of its part."""
+    """The references of many arrays; all arrays of a part share tables and inline bytes."""
     return ByNode(parts, ChunkRefs.take)
 
 
 def grouped_refs(arrays: Mapping[NodeId, ChunkRefs]) -> ByNode[ChunkRefs]:
-    """The same from those of each array; at once where they are columns already."""
+    """The same from the references of each array; returned as it is if it is a `ByNode` already."""
     if isinstance(arrays, ByNode):
         return arrays
     by_rank: dict[int, list[NodeId]] = {}
@@ -37,7 +37,7 @@ def _part(nodes: Sequence[NodeId], batch: Sequence[ChunkRefs]) -> Part[ChunkRefs
 
 
 def _joined(batch: Sequence[ChunkRefs]) -> ChunkRefs:
-    """The rows of several arrays of one rank, one after another."""
+    """The rows of several arrays of one rank, concatenated."""
     if len(batch) == 1:
         return batch[0]
     locations, location_base = _pooled([refs.locations for refs in batch])
@@ -75,7 +75,7 @@ def _joined(batch: Sequence[ChunkRefs]) -> ChunkRefs:
 
 
 def _pooled(parts: Sequence[_P]) -> tuple[list[_P], list[int]]:
-    """The parts that differ in identity, and for each where its items begin among those of all."""
+    """The distinct parts (by identity), and for each the position of its items among those of all."""
     kept: list[_P] = []
     begins: dict[int, int] = {}
     total = 0

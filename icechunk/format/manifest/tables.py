@@ -1,7 +1,5 @@
-"""Slots of the manifest's FlatBuffers tables, shared by both directions of the codec.
-
-What a manifest's file says of itself, beside the references in it.
-"""
+"""Slots of the manifest's FlatBuffers tables, shared by encoder and decoder, and facts about how a manifest is
+stored."""
 
 from __future__ import annotations
 
@@ -17,11 +15,11 @@ from icechunk.format.flat.reader import Buffer, required
 __all__ = ["ManifestFacts", "manifest_facts"]
 
 ID, ARRAYS, DICTIONARY, COMPRESSION = range(4)
-"""Of Manifest."""
+"""Slots of the table Manifest."""
 NODE, REFS = range(2)
-"""Of ArrayManifest."""
+"""Slots of the table ArrayManifest."""
 (INDEX, INLINE, OFFSET, LENGTH, CHUNK_ID, LOCATION, ETAG, LAST_MODIFIED, COMPRESSED) = range(9)
-"""Of ChunkRef."""
+"""Slots of the table ChunkRef."""
 PLAIN, WITH_DICTIONARY = 0, 1
 """Values of Manifest.compression_algorithm."""
 
@@ -34,15 +32,15 @@ class ManifestFacts:
     """How a manifest is stored."""
 
     payload_size_bytes: int
-    """Of its FlatBuffers contents, before compression."""
+    """Size of its FlatBuffers contents before compression."""
     dictionary_size_bytes: int | None
-    """Of the dictionary that locations are compressed with; None where they are not."""
+    """Size of the dictionary that locations are compressed with; None if they are not compressed."""
     num_compressed_refs: int
-    """Virtual references whose location is compressed."""
+    """Number of virtual references whose location is compressed."""
 
 
 def manifest_facts(data: bytes) -> ManifestFacts:
-    """Read them from the whole file. Raises `FormatError` where it is no manifest."""
+    """Read the facts from the whole file. Raises `FormatError` if it is not a manifest."""
     _, payload = unseal(data, FileType.MANIFEST, what=_NAME)
     buffer = Buffer(payload, _NAME)
     root = buffer.root()

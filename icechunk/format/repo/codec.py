@@ -82,8 +82,8 @@ _UPDATES, _BEFORE_UPDATES, _CONFIG, _ENABLED, _DISABLED, _EXTRA = range(7, 13)
 
 _FEW = 64
 _LEVEL = -1
-"""Of zstd. Everybody who opens unpacks this file, and writers make it again and again: half and a third of the time of
-level 3, for 7 % more bytes."""
+"""Compression level of zstd. Every opening unpacks this file, and writers write it again and again: this level takes
+half (reading) and a third (writing) of the time of level 3, for 7 % more bytes."""
 
 
 class EncodedRepo(NamedTuple):
@@ -92,7 +92,7 @@ class EncodedRepo(NamedTuple):
     data: bytes
     """The whole file."""
     info: RepoInfo
-    """Equal to what was encoded; unless they are few, snapshots and updates stand in the file's own bytes, not as an
+    """Equal to the encoded one; unless they are few, snapshots and updates stay in the file's bytes instead of one
     object each."""
 
 
@@ -102,28 +102,28 @@ def encode_repo(info: RepoInfo, level: int = _LEVEL) -> bytes:
     Parameters
     ----------
     info
-        Tags, branches and parents must be among its snapshots; a parent that is not becomes "no parent".
+        Its tags and branches must point to its snapshots; a parent that is not among them becomes "no parent".
     level
-        Of zstd.
+        Compression level of zstd.
 
     Raises
     ------
     InvalidInputError
         If a branch or tag points to a snapshot that is not there, or a value cannot be encoded.
     FormatError
-        If some of it stands in an older file, which is corrupt.
+        If parts of it are copied from an older file, which is corrupt.
     """
     return seal(FileType.REPO_INFO, 2, _payload(info), level)
 
 
 def encode_and_keep(info: RepoInfo, level: int = _LEVEL) -> EncodedRepo:
-    """As `encode_repo`, together with the same repo info in the least memory."""
+    """As `encode_repo`; also returns the same repo info in a form that takes the least memory."""
     payload = bytes(_payload(info))
     if len(info.snapshots) <= _FEW and len(info.updates) <= _FEW:
         return EncodedRepo(seal(FileType.REPO_INFO, 2, payload, level), info)
     root = Buffer(payload, "repo info").root()
     snapshots = _stored_snapshots(root)
-    # Here, where no loop waits: the next commit looks for its parent.
+    # The next commit looks up its parent; the index is built here, where no event loop waits.
     snapshots.read_ids()
     return EncodedRepo(
         seal(FileType.REPO_INFO, 2, payload, level), replace(info, snapshots=snapshots, updates=_stored_updates(root))
@@ -175,13 +175,13 @@ def _flags(flags: frozenset[int] | None) -> Items | None:
 def decode_repo(data: bytes) -> RepoInfo:
     """Read a repo info.
 
-    Snapshots and updates are decoded when they are read from it, and what is corrupt in one of them is a `FormatError`
-    then; that snapshots' ids are unique and their parents are there is looked at when the first of them is looked for.
+    Snapshots and updates are decoded when they are accessed; a corrupt one raises `FormatError` at that time. The first
+    lookup of a snapshot checks that ids are unique and parents exist.
 
     Raises
     ------
     FormatError
-        If the file is not one, or is corrupt.
+        If the file is not a repo info, or is corrupt.
     """
     version, payload = unseal(data, FileType.REPO_INFO, what="repo info")
     if version < 2:
@@ -222,7 +222,7 @@ def _refs(root: Table, slot: int, field: str, snapshots: StoredSnapshots) -> dic
         if index >= len(snapshots):
             raise root.buffer.fail(f"{name!r} of its {field} points to snapshot number {index} of {len(snapshots)}")
         if name in found:
-            raise root.buffer.fail(f"{name!r} stands in its {field} twice")
+            raise root.buffer.fail(f"{name!r} is in its {field} twice")
         found[name] = snapshots.id(index)
     return found
 

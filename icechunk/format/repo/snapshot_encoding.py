@@ -1,17 +1,15 @@
-"""Writing the snapshots of a repo info: those of an older file as columns, new ones one by one.
+"""Encoding of the snapshots of a repo info: those of an older file are copied as columns, new ones encoded one by one.
 
-Every checkpoint, and in the layout without a log every commit, writes all of history. What stands in an older file is
-neither decoded nor encoded for that: numbers are read as columns, texts and values are spans of the older file's
-bytes, and the new bytes are put together from both with numpy.
+Every checkpoint, and in the layout without a log every commit, writes the whole history. Snapshots of an older file are
+neither decoded nor encoded for that, and take no Python step each: their numbers are read as columns, their texts and
+values are spans of the older file's bytes, and numpy assembles the new bytes from both.
 
-Snapshots of one repo info, copied into another without a Python step for each.
-
-A snapshot is written as one block of bytes, which nothing but vtables lies outside of::
+A snapshot is written as one block of bytes; only its vtable is outside of it::
 
     its table | count of metadata, offset of each | message | table of each metadata | names and values | pruned logs
 
-Blocks and what is in them have any length, so their places are sums over columns of lengths. Texts and values are
-copied as they are: whether a message is UTF-8, and a value can be decoded, is looked at by who reads it.
+Blocks and their parts have any length, so their positions are cumulative sums over columns of lengths. Texts and values
+are copied as they are: the reader checks whether a message is UTF-8 and a value can be decoded.
 """
 
 from __future__ import annotations
@@ -59,7 +57,7 @@ _TABLE: Final = np.dtype(
         ("pruned", "<u4"),
     ]
 )
-"""A table, which has the last field only where something was pruned."""
+"""Layout of a table; the last field exists only if something was pruned."""
 _ITEM: Final = np.dtype([("vtable", "<i4"), ("name", "<u4"), ("value", "<u4")])
 _ID_BYTES: Final = 12
 
@@ -68,18 +66,18 @@ class _Spans(NamedTuple):
     """Vectors in the older file."""
 
     starts: Positions
-    """Where the first item of each stands; nothing is said where there is none."""
+    """Position of the first item of each vector; meaningless if there is no vector."""
     counts: Positions
-    """Items of each; 0 where there is no vector."""
+    """Number of items of each vector; 0 if there is no vector."""
 
 
 class _Items(NamedTuple):
-    """Metadata of all snapshots, one after another."""
+    """Metadata items of all snapshots, concatenated."""
 
     owners: npt.NDArray[np.intp]
-    """Which of the snapshots each belongs to; ascending."""
+    """Index of the snapshot that each item belongs to; ascending."""
     within: Positions
-    """Its number among those of its snapshot."""
+    """Index of each item among those of its snapshot."""
     names: _Spans
     values: _Spans
 
@@ -87,14 +85,14 @@ class _Items(NamedTuple):
 def write_blocks(
     writer: FlatWriter, stored: StoredSnapshots, rows: npt.NDArray[np.intp], moved: npt.NDArray[np.int64]
 ) -> Positions:
-    """Write the tables of some rows of an older file, and all below them; returns where each table stands.
+    """Write the tables of some rows of an older file, and everything below them; returns the position of each table.
 
     Parameters
     ----------
     rows
-        Which, and in which order; not none.
+        The rows to write, in this order; at least one.
     moved
-        int64[rows of the older file + 1]: the new number of each, where it may be a parent; the last is "none".
+        int64[rows of the older file + 1]: the new number of each row that may be a parent; the last is "none".
 
     Raises
     ------
@@ -107,7 +105,7 @@ def write_blocks(
     pruned = _spans(buffer, columns, PRUNED, _ID_BYTES)
     items = _items(buffer, metadata)
 
-    # Places within each block, then those of the blocks.
+    # Positions within each block, then those of the blocks.
     has_pruned = pruned.counts > 0
     count_at = TABLE_BYTES + 4 * has_pruned.astype(np.int64)
     message_at = count_at + 4 + 4 * metadata.counts
@@ -136,7 +134,7 @@ def write_blocks(
     tables["id"] = columns.numbers(ID, f"V{_ID_BYTES}")
     tables["metadata"] = count_at - TABLE_OFFSETS[METADATA]
     tables["pruned"] = pruned_at - TABLE_BYTES
-    # The last field of those that do not have it is written over by what stands behind the table.
+    # Tables without the last field are shorter: the data after the table overwrite that field.
     put(block, starts, tables)
     put(block, starts + count_at, metadata.counts.astype("<u4"))
     _put_spans(block, starts + message_at, buffer, messages, 1)
@@ -195,24 +193,24 @@ def _padded(sizes: Positions, align: int) -> Positions:
 
 
 def _put_spans(block: npt.NDArray[np.uint8], at: Positions, buffer: Buffer, spans: _Spans, item_bytes: int) -> None:
-    """Write vectors into the bytes: the number of items, then the items."""
+    """Write vectors into ``block``: the number of items, then the items."""
     put(block, at, spans.counts.astype("<u4"))
     copy_spans(block, at + 4, buffer.data, spans.starts, spans.counts * item_bytes)
 
 
 _FEW = 32
-"""As many are written one by one in less time than columns take."""
+"""Up to this number, writing one by one takes less time than writing columns."""
 
 
 class SnapshotRows:
-    """The snapshots of a file to be written, each with its number.
+    """The snapshots of a file that is about to be written, each with its number.
 
     Parameters
     ----------
     stored
-        Those of an older file.
+        The snapshots of an older file.
     changed
-        What has another value now; None: it is gone.
+        New values by id; None: the snapshot was deleted.
     """
 
     __slots__ = ("_moved", "_new", "_numbers", "_old_numbers", "_records", "_rows", "_stored")
@@ -237,7 +235,7 @@ class SnapshotRows:
         self._numbers = np.arange(len(self._records)) + np.searchsorted(old_ids, new_ids)
         self._old_numbers = np.arange(len(self._rows)) + np.searchsorted(new_ids, old_ids)
         self._new = {record.id: int(number) for record, number in zip(self._records, self._numbers, strict=True)}
-        # One more than there are rows, so that "no parent" leads to itself.
+        # One more than there are rows, so that "no parent" maps to itself.
         self._moved = np.full(len(stored) + 1, NO_PARENT, np.int64)
         self._moved[self._rows] = self._old_numbers
         for row in replaced:
@@ -247,7 +245,7 @@ class SnapshotRows:
         return len(self._rows) + len(self._records)
 
     def number(self, id: ObjectId | None) -> int:
-        """The number of a snapshot; −1 where it is not among them."""
+        """The number of a snapshot; −1 if it is not among them."""
         if id is None:
             return NO_PARENT
         number = self._new.get(id)
@@ -262,9 +260,9 @@ class SnapshotRows:
         Raises
         ------
         InvalidInputError
-            A value that cannot be encoded.
+            If a value cannot be encoded.
         FormatError
-            The older file is corrupt.
+            If the older file is corrupt.
         """
         count = len(self)
         writer.align(4)
@@ -284,7 +282,8 @@ class SnapshotRows:
         return vector
 
     def _write_records(self, writer: FlatWriter, records: Sequence[SnapshotRecord]) -> list[int]:
-        """Those that have no metadata, as most have none, are laid out by hand: a tenth of the time of a table."""
+        """Write the records one by one. Records without metadata, which are most, are packed directly: that takes a
+        tenth of the time of writing a table."""
         out = writer.out
         plain = writer.vtable(TABLE_OFFSETS, TABLE_BYTES)
         positions = []

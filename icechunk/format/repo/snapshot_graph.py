@@ -1,8 +1,8 @@
-"""The snapshots of a repository as a persistent value: those of a file, and what has changed since.
+"""The snapshots of a repository as a persistent (immutable) value: those of a file, plus the changes since.
 
-Adding a snapshot costs as much as the logarithm of what was added since the file was written; the file's own are
-shared by all versions, and none of them is decoded for it. What was added is an object each, hence a few hundred
-bytes: `SnapshotGraph.compacted` puts them into the file's form before they are many.
+Adding a snapshot takes time logarithmic in the number of changes since the file was written. All versions share the
+file's snapshots, and none of those is decoded for it. Each added snapshot is an object of a few hundred bytes:
+`SnapshotGraph.compacted` converts them into the file's form before they become many.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
     def __init__(self, stored: StoredSnapshots, changed: Map[ObjectId, SnapshotRecord | None], count: int) -> None:
         self._stored = stored
         self._changed = changed
-        """What is not as it is stored; None: it is gone."""
+        """Snapshots that differ from the stored ones; None: the snapshot was deleted."""
         self._count = count
 
     @staticmethod
     def of(snapshots: Mapping[ObjectId, SnapshotRecord]) -> SnapshotGraph:
-        """These snapshots."""
+        """A graph of these snapshots."""
         if isinstance(snapshots, SnapshotGraph):
             return snapshots
         if isinstance(snapshots, StoredSnapshots):
@@ -49,33 +49,33 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
 
     @property
     def stored(self) -> StoredSnapshots:
-        """Those that were read from a file, as they were there."""
+        """The snapshots that were read from a file, unchanged."""
         return self._stored
 
     @property
     def changed_count(self) -> int:
-        """How many have another value since, or are gone."""
+        """Number of snapshots that were added, changed or deleted since the file was written."""
         return len(self._changed)
 
     def set(self, id: ObjectId, record: SnapshotRecord) -> SnapshotGraph:
-        """The graph with this snapshot, in place of one of the same id."""
+        """The graph with this snapshot; it replaces one with the same id."""
         return SnapshotGraph(self._stored, self._changed.set(id, record), self._count + (id not in self))
 
     def delete(self, id: ObjectId) -> SnapshotGraph:
-        """The graph without a snapshot that it has. Raises `KeyError` where it has none of that id."""
+        """The graph without this snapshot. Raises `KeyError` if it has none with that id."""
         if id not in self:
             raise KeyError(id)
         return SnapshotGraph(self._stored, self._changed.set(id, None), self._count - 1)
 
     def rows(self) -> SnapshotRows:
-        """What is to be written of them in a file."""
+        """The snapshots in the form in which a file is written from them."""
         return SnapshotRows(self._stored, self._changed)
 
     def compacted(self) -> SnapshotGraph:
-        """The same graph, in less memory where many have changed.
+        """The same graph, in less memory if many snapshots have changed.
 
-        Every parent must be in it. Done whenever it is due, this costs each change as much as writing 64 snapshots
-        that are stored.
+        Every parent must be in it. If this is called after every change, its amortised cost per change is that of
+        writing 64 stored snapshots.
         """
         if len(self._changed) <= max(_MANY, len(self._stored) // _SHARE):
             return self
@@ -83,7 +83,7 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
         try:
             start = self.rows().write(writer)
         except FormatError:
-            # Somewhere in the file something is corrupt: no concern of who only adds to it.
+            # Some part of the file is corrupt. That does not hinder a caller that only adds snapshots.
             return self
         buffer = Buffer(bytes(writer.out), "repo info")
         return SnapshotGraph.of(StoredSnapshots(buffer, start + 4, self._count))
@@ -91,7 +91,7 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
     def based_on(self, stored: StoredSnapshots, before: SnapshotGraph) -> SnapshotGraph:
         """The same graph over the file that ``before``, an earlier version of it, was written to.
 
-        Where this one has been compacted since it is returned as it is.
+        If this graph has been compacted since, it is returned as it is.
         """
         if before._stored is not self._stored:
             return self
@@ -100,7 +100,7 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
         return SnapshotGraph(stored, Map(newer), self._count)
 
     def lineage(self, id: ObjectId) -> Iterator[SnapshotRecord]:
-        """A snapshot and its ancestors, newest first, as far as they are here."""
+        """A snapshot and its ancestors, newest first, as far as they are in the graph."""
         stored, changed = self._stored, self._changed
         row: int | None = None
         for _ in range(self._count):
@@ -114,19 +114,19 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
             yield record
             if record.parent is None:
                 return
-            # Most of history is read from the file, where a parent is told by its row.
+            # Most of history is read from the file, where a parent is known by its row.
             row, id = None if row is None else stored.parent_row(row), record.parent
         if id in self:
-            raise FormatError(f"cannot read the history: the ancestors of snapshot {id.hex()} go round in a circle")
+            raise FormatError(f"cannot read the history: the ancestors of snapshot {id.hex()} form a cycle")
 
     def parents(self) -> Iterator[tuple[ObjectId, ObjectId | None]]:
-        """Every snapshot's id and that of its parent, in any order; less work than reading every snapshot."""
+        """The id of every snapshot and of its parent, in any order; cheaper than reading every snapshot."""
         changed = self._changed
         yield from (one for one in self._stored.parents() if one[0] not in changed)
         yield from ((id, record.parent) for id, record in changed.items() if record is not None)
 
     def records(self) -> Iterator[SnapshotRecord]:
-        """All of them, in any order."""
+        """All snapshots, in any order."""
         changed = self._changed
         for row, id in enumerate(self._stored):
             if id not in changed:
@@ -134,7 +134,7 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
         yield from (record for record in changed.values() if record is not None)
 
     def values(self) -> ValuesView[SnapshotRecord]:
-        """All of them, without a search for each."""
+        """All snapshots, without a search for each."""
         return RecordsView(self)
 
     def __len__(self) -> int:

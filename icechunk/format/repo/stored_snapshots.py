@@ -1,8 +1,9 @@
-"""The snapshots of a repo info, each decoded when it is asked for.
+"""The snapshots of a repo info, each decoded when it is requested.
 
-A repository with ten thousand commits is opened to read one of them. So nothing is done for all before somebody looks
-for one by its id, and then with numpy, in a fraction of a microsecond each: ids and the numbers of parents are read and
-checked. The rest stays in the bytes of the file, in a tenth of the memory that objects would take.
+A repository with ten thousand commits is usually opened to read one of them, so opening does no work for the others.
+The first lookup by id reads and checks the ids and the numbers of the parents of all snapshots with numpy, in a
+fraction of a microsecond each. The rest stays in the bytes of the file, in a tenth of the memory that objects would
+take.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ ID, PARENT, FLUSHED_AT, MESSAGE, METADATA, PRUNED = range(6)
 """Slots of the table SnapshotInfo."""
 NO_PARENT: Final = -1
 TABLE_OFFSETS: Final = {PARENT: 4, ID: 8, FLUSHED_AT: 20, MESSAGE: 28, METADATA: 32}
-"""Where we put the fields of a snapshot's table, by slot: first what differs among snapshots, then what does not, so
-that zstd finds one stretch to repeat in each."""
+"""Offsets at which this package writes the fields of a snapshot's table, by slot: first those that differ among
+snapshots, then those that do not, so that zstd finds one long match in each."""
 TABLE_BYTES: Final = 36
 PLAIN: Final = struct.Struct("<ii12sQIIII")
-"""A table of ours without metadata: its vtable, parent, id, time, message, metadata; then the empty vector of metadata,
-and the length of the message, which follows."""
+"""A table without metadata as this package writes it: vtable, parent, id, time, message, metadata; then the empty
+vector of metadata, and the length of the message, which follows."""
 MESSAGE_AT, METADATA_AT = 12, 4
-"""What the fields of such a table say of where message and metadata are."""
+"""Values of the offset fields of message and metadata in such a table."""
 _PLAIN_FIELDS: Final = (TABLE_BYTES, *(TABLE_OFFSETS[slot] for slot in (ID, PARENT, FLUSHED_AT, MESSAGE, METADATA)))
 _ID_SIZE: Final = 12
 
@@ -62,7 +63,7 @@ class _HasRecords(Protocol):
 
 
 class RecordsView(ValuesView[SnapshotRecord]):
-    """The values of a mapping that can give all of them faster than one by one."""
+    """The values of a mapping that can return all of them faster than one by one."""
 
     def __init__(self, owner: _HasRecords) -> None:
         self._owner = owner
@@ -83,16 +84,16 @@ class _Index:
     Raises
     ------
     FormatError
-        If a table is not within the buffer, an id is missing or stands in it twice, or a parent's number is wrong.
+        If a table is not within the buffer, an id is missing or occurs twice, or a parent's number is out of range.
     """
 
     __slots__ = ("by_id", "heads", "ids", "parents")
 
     def __init__(self, tables: LazyTables) -> None:
         self.by_id: list[int] | None = None
-        """Rows in the order of their ids, where the file has another."""
+        """Rows in the order of their ids; None if that is the order of the file."""
         self.ids = b""
-        """Of all rows, one after another."""
+        """Ids of all rows, concatenated."""
         self.heads = array("Q")
         """The first 8 bytes of all ids as numbers, ascending."""
         self.parents = array("i")
@@ -109,7 +110,7 @@ class _Index:
             self.by_id = np.argsort(self.column(), kind="stable").tolist()
             if not self._ascends(self.by_id):
                 twice = next(id for id, after in pairwise(map(self.id, self.by_id)) if id == after)
-                raise own.fail(f"snapshot {twice.hex()} stands in it twice")
+                raise own.fail(f"snapshot {twice.hex()} is in it twice")
         parents = columns.numbers(PARENT, "<i4")
         self.parents.frombytes(parents.astype(np.int32).tobytes())
         lowest, highest = int(parents.min()), int(parents.max())
@@ -118,14 +119,14 @@ class _Index:
             raise own.fail(f"snapshot {self.id(wrong).hex()} has parent number {parents[wrong]} of {count}")
 
     def _ascends(self, rows: Sequence[int]) -> bool:
-        """Search in this order of all rows; whether their ids ascend in it without one being there twice."""
+        """Use this order of all rows for searches; returns whether their ids are strictly ascending in it."""
         heads = np.ndarray((len(rows),), ">u8", self.ids, strides=(_ID_SIZE,)).astype(np.uint64)
         if not isinstance(rows, range):
             heads = heads[rows]
         self.heads = array("Q", heads.tobytes())
         if (heads[1:] > heads[:-1]).all():
             return True
-        # Ids are random, so hardly ever do eight of their bytes agree.
+        # Ids are random, so two of them rarely agree in their first eight bytes.
         return all(id < after for id, after in pairwise(map(self.id, rows)))
 
     def column(self) -> npt.NDArray[np.bytes_]:
@@ -140,15 +141,15 @@ class _Index:
 class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
     """Snapshots by id, in the order of the file, which is that of their ids.
 
-    Whatever looks for an id, or goes through all of them, reads the ids and parents of all first, once. Everything but
-    the length raises `FormatError` where what it reads is corrupt.
+    The first lookup or iteration reads the ids and parents of all snapshots, once. Every method except ``len`` raises
+    `FormatError` if the data that it reads are corrupt.
 
     Parameters
     ----------
     buffer
         The payload.
     start, count
-        Of the vector of tables, as `Table.vector` tells.
+        Position and length of the vector of tables, as `Table.vector` returns them.
 
     Raises
     ------
@@ -160,7 +161,7 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
 
     def __init__(self, buffer: Buffer, start: int, count: int) -> None:
         self.tables = LazyTables(buffer, start, count)
-        """In the order of the file: what is called a row here is the number of one of them."""
+        """Tables in the order of the file; a row is the number of a table."""
         self._known: _Index | None = None
 
     @property
@@ -170,7 +171,7 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         return self._known
 
     def read_ids(self) -> None:
-        """Read ids and parents of all now. Raises `FormatError` where they are corrupt."""
+        """Read the ids and parents of all snapshots now. Raises `FormatError` if they are corrupt."""
         _ = self._index
 
     @property
@@ -182,7 +183,7 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         """The id of a row."""
         if self._known is not None:
             return self._known.id(row)
-        # Who opens a repository wants a branch's, and no other.
+        # Opening a repository needs the tip of one branch, and no other id.
         table = self.tables.table(row)
         return ObjectId(required(table.inline(ID, _ID_SIZE), table, "id"))
 
@@ -192,18 +193,18 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         return np.arange(len(self.tables)) if by_id is None else np.array(by_id, np.intp)
 
     def parent_row(self, row: int) -> int | None:
-        """The row of a row's parent; None where it has none."""
+        """The row of a row's parent; None if it has none."""
         parent = self._index.parents[row]
         return None if parent == NO_PARENT else parent
 
     def parents(self) -> Iterator[tuple[ObjectId, ObjectId | None]]:
-        """Every snapshot's id and that of its parent, by row; nothing else is decoded for it."""
+        """The id of every snapshot and of its parent, by row; nothing else is decoded."""
         index = self._index
         for row, parent in enumerate(index.parents):
             yield index.id(row), None if parent == NO_PARENT else index.id(parent)
 
     def find(self, id: object) -> int | None:
-        """The row of an id; None where there is none."""
+        """The row of an id; None if it is not there."""
         if not isinstance(id, bytes):
             return None
         index = self._index
@@ -217,7 +218,7 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         return None
 
     def at(self, row: int) -> SnapshotRecord:
-        """The snapshot of a row. Raises `FormatError` where its table is corrupt."""
+        """The snapshot of a row. Raises `FormatError` if its table is corrupt."""
         index, table = self._index, self.tables.table(row)
         if table.fields == _PLAIN_FIELDS:
             record = _plain(index, row, table)
@@ -235,11 +236,11 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         )
 
     def records(self) -> Iterator[SnapshotRecord]:
-        """All of them, by row."""
+        """All snapshots, by row."""
         return map(self.at, range(len(self.tables)))
 
     def values(self) -> ValuesView[SnapshotRecord]:
-        """All of them, without a search for each."""
+        """All snapshots, without a search for each."""
         return RecordsView(self)
 
     def __len__(self) -> int:
@@ -262,7 +263,8 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
 
 
 def _plain(index: _Index, row: int, table: Table) -> SnapshotRecord | None:
-    """The snapshot, where its table is laid out as we write those without metadata; None where it is not."""
+    """The snapshot, if its table has the layout (`PLAIN`) that this package writes for those without metadata; else
+    None."""
     data, pos = table.buffer.data, table.pos
     if pos + PLAIN.size > len(data):
         return None

@@ -1,6 +1,7 @@
-"""One line of the ops log as a table, and a status, which one of them holds.
+"""Encoding of the lines (updates) of the ops log, and of the status that one kind of update holds.
 
-Updates of one repo info, copied into another: commits, as nearly all are, without a Python step for each.
+Updates of an older repo info are copied into a new one; commits, which nearly all updates are, take no Python step
+each.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def status_table(status: Status) -> FlatTable:
 
 
 def read_status(table: Table) -> Status:
-    """Read `status_table` back; `FormatError` where it is corrupt."""
+    """Read `status_table` back; `FormatError` if it is corrupt."""
     return Status(availability=table.u8(0), set_at_us=table.u64(1), reason=table.string(2))
 
 
@@ -101,7 +102,7 @@ def _change_table(change: UpdateChange) -> tuple[int, FlatTable]:
 
 
 def read_update(table: Table) -> Update:
-    """Read `update_table` back; `FormatError` where it is corrupt, or of an unknown type."""
+    """Read `update_table` back; `FormatError` if it is corrupt, or of an unknown type."""
     number = table.u8(0)
     reader = _CHANGES.get(number)
     if reader is None:
@@ -146,7 +147,7 @@ _TYPE, _CHANGE, _UPDATED_AT, _BACKUP = range(4)
 _BRANCH, _SNAPSHOT = range(2)
 _ID_BYTES: Final = 12
 _FEW = 12
-"""As many are written one by one in less time than columns take."""
+"""Up to this number, writing one by one takes less time than writing columns."""
 _UPDATE: Final = np.dtype(
     [
         ("vtable", "<i4"),
@@ -160,26 +161,26 @@ _UPDATE: Final = np.dtype(
         ("snapshot", "V12"),
     ]
 )
-"""An update's table, which begins 4 bytes before a multiple of 8, and that of the commit it tells of behind it."""
+"""Layout of an update's table, which begins 4 bytes before a multiple of 8, followed by the table of its commit."""
 _UPDATE_BYTES: Final = 24
 _CHANGE_BYTES: Final = 20
 _OFFSETS: Final = {_UPDATED_AT: 4, _CHANGE: 12, _BACKUP: 16, _TYPE: 20}
 
 
 def write_update_blocks(writer: FlatWriter, tables: LazyTables, rows: range, backup: str | None) -> Positions:
-    """Write some updates of an older file; returns where the table of each stands.
+    """Write some updates of an older file; returns the position of the table of each.
 
     Parameters
     ----------
     rows
-        Their numbers, one after another.
+        Numbers of the updates to write.
     backup
         The backup path of those that have none of their own; None: they have none.
 
     Raises
     ------
     FormatError
-        The older file is corrupt.
+        If the older file is corrupt.
     """
     numbers = np.arange(rows.start, rows.stop)
     positions = np.zeros(len(rows), np.int64)
@@ -251,7 +252,7 @@ def _write_commits(writer: FlatWriter, tables: LazyTables, rows: npt.NDArray[np.
 
 
 def _backups(found: Vectors | None, count: int) -> tuple[Positions, Positions, npt.NDArray[np.bool_]]:
-    """Where the backup path of each update begins, its length, and whether it has one."""
+    """Position of the backup path of each update, its length, and whether the update has one."""
     starts, counts, present = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.bool_)
     if found is not None:
         rows = slice(None) if found.rows is None else found.rows
@@ -260,5 +261,5 @@ def _backups(found: Vectors | None, count: int) -> tuple[Positions, Positions, n
 
 
 def _string_bytes(counts: Positions) -> Positions:
-    """A string with its length before and a zero byte behind it, up to a multiple of 4."""
+    """Size of a string with its length before it and a zero byte after it, rounded up to a multiple of 4."""
     return (counts + 8) & -4

@@ -1,7 +1,7 @@
-"""The ops log that a repo info holds: a sequence of updates, newest first, decoded as far as it is read.
+"""The ops log that a repo info holds: a sequence of updates, newest first, decoded only as far as it is read.
 
-It is put together from parts: a few updates as objects, and stretches of what stands in a file. So the log of the next
-file is the new updates and the old file's, of which none is decoded for that.
+It is a sequence of parts: a few updates as objects, and runs of updates in a file. The log of the next file is
+therefore the new updates followed by the old file's, and none of the old ones is decoded for it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["UpdateList"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Stretch:
-    """Some updates of a file, one after another."""
+    """A run of consecutive updates of a file."""
 
     tables: LazyTables
     rows: range
@@ -49,7 +49,7 @@ _Part: TypeAlias = "tuple[Update, ...] | _Stretch"
 
 
 class UpdateList(Sequence[Update]):
-    """Updates, newest first. Immutable; reading one raises `FormatError` where the file it is in is corrupt."""
+    """Updates, newest first. Immutable; reading one raises `FormatError` if its file is corrupt."""
 
     __slots__ = ("_length", "_parts")
 
@@ -59,7 +59,7 @@ class UpdateList(Sequence[Update]):
 
     @staticmethod
     def of(updates: Iterable[Update]) -> UpdateList:
-        """These updates."""
+        """A list of these updates, newest first."""
         return updates if isinstance(updates, UpdateList) else UpdateList((tuple(updates),))
 
     @staticmethod
@@ -71,7 +71,7 @@ class UpdateList(Sequence[Update]):
         buffer
             The payload.
         start, count
-            Of the vector of tables, as `Table.vector` tells.
+            Position and length of the vector of tables, as `Table.vector` returns them.
 
         Raises
         ------
@@ -82,15 +82,15 @@ class UpdateList(Sequence[Update]):
 
     @property
     def read_count(self) -> int:
-        """How many of the updates in files have been decoded."""
+        """Number of updates in files that have been decoded."""
         return sum(part.tables.read_count for part in self._parts if isinstance(part, _Stretch))
 
     def after(self, newer: Iterable[Update]) -> UpdateList:
-        """These with newer ones before them."""
+        """The list with these newer updates before it."""
         return UpdateList((*UpdateList.of(newer)._parts, *self._parts))
 
     def settled(self, backup: str) -> UpdateList:
-        """The same, where those without a backup path have this one."""
+        """The same list, in which updates without a backup path have this one."""
         parts: list[_Part] = []
         for part in self._parts:
             if isinstance(part, _Stretch):
@@ -102,7 +102,8 @@ class UpdateList(Sequence[Update]):
         return UpdateList(parts)
 
     def packed(self, count: int) -> UpdateList:
-        """The same, with the newest so many in the form of a file, in less memory than objects take."""
+        """The same list with its ``count`` newest updates in the form of a file, which takes less memory than
+        objects."""
         writer = FlatWriter()
         newest = self[:count]
         start = newest.write(writer)
@@ -114,14 +115,14 @@ class UpdateList(Sequence[Update]):
         )
 
     def write(self, writer: FlatWriter) -> int:
-        """Write the vector of all of them; returns its position.
+        """Write the vector of all updates; returns its position.
 
         Raises
         ------
         InvalidInputError
-            A value that cannot be encoded.
+            If a value cannot be encoded.
         FormatError
-            A file that some of them are in is corrupt.
+            If the file of some of them is corrupt.
         """
         writer.align(4)
         out = writer.out

@@ -1,4 +1,4 @@
-"""What the repo info object of format 2 holds, with indices resolved to ids."""
+"""Values of the repo info object of format 2, with indices resolved to ids."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ OFFLINE: Final = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """Whether the repository takes reads and writes."""
+    """Whether the repository accepts reads and writes."""
 
     availability: int = ONLINE
     """`ONLINE`, `READ_ONLY` or `OFFLINE`."""
@@ -69,7 +69,7 @@ class SnapshotRecord:
 
     @staticmethod
     def of(snapshot: Snapshot) -> SnapshotRecord:
-        """What a snapshot's own file says of it."""
+        """The record of a snapshot, made from the snapshot's own file."""
         return SnapshotRecord(
             id=snapshot.id,
             parent=snapshot.parent_id,

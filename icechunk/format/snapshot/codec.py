@@ -37,11 +37,11 @@ def encode_snapshot(snapshot: Snapshot, spec_version: int = 2, level: int = 3) -
     Parameters
     ----------
     snapshot
-        What to write; order of its mappings has no meaning.
+        The snapshot to write; the order of its mappings has no meaning.
     spec_version
-        1 or 2. Format 1 keeps ``parent_id`` and has no ``extra``; format 2 the other way round.
+        1 or 2. Format 1 stores ``parent_id`` and not ``extra``; format 2 stores ``extra`` and not ``parent_id``.
     level
-        Of zstd.
+        Compression level of zstd.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def encode_snapshot(snapshot: Snapshot, spec_version: int = 2, level: int = 3) -
         raise InvalidInputError(f"cannot encode a snapshot in spec version {spec_version}")
     newer = spec_version == 2
     files = [snapshot.manifest_files[id] for id in sorted(snapshot.manifest_files)]
-    # Text compares by code point, which is the order of its UTF-8 bytes.
+    # Python compares text by code point, which is the order of its UTF-8 bytes.
     nodes = sorted(snapshot.nodes.values(), key=_path)
     shapes_v1 = None if newer else [_shape_v1(node) for node in nodes]
     root: dict[int, Value] = {
@@ -103,7 +103,7 @@ def decode_snapshot(data: bytes, *, expected_id: ObjectId | None = None) -> Snap
     data
         The whole file.
     expected_id
-        What the id within must be.
+        The id that the file must hold; None: any.
 
     Raises
     ------

@@ -1,7 +1,8 @@
 """Decoding the nodes of a snapshot, formats 1 and 2.
 
-A few are read one by one. Of many, each field of all nodes, of all their dimensions, manifests and names is gathered at
-once (`flat_columns`), and what equals among them, as shapes and manifests mostly do, is made once and shared.
+A few nodes are read one by one. For many, each field of all nodes, of all their dimensions, manifests and names is
+gathered at once (`icechunk.format.flat.columns`). Equal values, which shapes and manifests often are, are made once and
+shared.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = ["decode_nodes"]
 _T = TypeVar("_T")
 
 _FEW: Final = 32
-"""Nodes: fewer are read one by one."""
+"""Number of nodes below which they are read one by one."""
 
 # Slots of NodeSnapshot and of ArrayNodeData.
 _ID, _PATH, _USER_DATA, _KIND, _DATA, _EXTRA = range(6)
@@ -40,12 +41,12 @@ _RANGE: Final = struct.Struct("<II")
 
 
 def decode_nodes(root: Table, slot: int) -> dict[str, NodeSnapshot]:
-    """The nodes in that field of a snapshot, by path, in ascending order of its bytes.
+    """The nodes in that field of a snapshot, by path, in ascending order of the path's bytes.
 
     Raises
     ------
     FormatError
-        If one of them is corrupt, its path is not absolute, or two have the same.
+        If a node is corrupt, its path is not absolute, or two nodes have the same path.
     """
     buffer = root.buffer
     start, count = required(root.vector(slot, 4), root, "nodes")
@@ -64,8 +65,8 @@ def _by_path(nodes: Iterable[NodeSnapshot], buffer: Buffer) -> dict[str, NodeSna
         if not path.startswith("/"):
             raise buffer.fail(f"the path {path!r} is not absolute")
         if path in found:
-            raise buffer.fail(f"{path} stands in it twice")
-        # Text compares by code point, which is the order of its UTF-8 bytes.
+            raise buffer.fail(f"{path} is in it twice")
+        # Python compares text by code point, which is the order of its UTF-8 bytes.
         in_order = in_order and last < path
         last = path
         found[path] = node
@@ -162,7 +163,7 @@ def _many(buffer: Buffer, positions: Positions) -> list[NodeSnapshot]:
 def _arrays(
     buffer: Buffer, tables: TableColumns, rows: npt.NDArray[np.intp]
 ) -> tuple[list[tuple[DimensionShape, ...]], list[tuple[str | None, ...] | None], list[tuple[ManifestRef, ...]]]:
-    """Shapes, names of dimensions and manifests of the nodes with these numbers, which are arrays."""
+    """Shapes, names of dimensions and manifests of the nodes with these numbers, all of which are arrays."""
     if not len(rows):
         return [], [], []
     data = tables.column(_DATA, 4)
@@ -250,7 +251,7 @@ def _manifests(buffer: Buffer, vectors: Vectors) -> list[tuple[ManifestRef, ...]
 
 
 def _targets(buffer: Buffer, fields: Positions) -> Positions:
-    """Where the tables stand that these offset fields point to."""
+    """Positions of the tables that these offset fields point to."""
     tables: Positions = fields + gather(buffer, fields, "<u4")
     return tables
 
@@ -267,7 +268,8 @@ def _rows(vectors: Vectors, count: int) -> Sequence[int]:
 
 
 def _items(buffer: Buffer, vectors: Vectors, size: int, *, tables: bool = False) -> tuple[Positions, Positions]:
-    """Where the items of each vector begin among all items, and where the last one's end; the places of all items."""
+    """First item of each vector among the items of all vectors, followed by the end of the last; and the positions of
+    all items."""
     count = int(vectors.counts.sum())
     buffer.charge(count * size)
     if tables:
@@ -299,7 +301,7 @@ def _texts(buffer: Buffer, strings: Vectors) -> list[str]:
 
 
 def _shared(rows: npt.NDArray[Any], edges: Positions, make: Callable[[list[list[int]]], _T]) -> list[_T]:
-    """What is made of the rows between edges; of equal ones it is the same object."""
+    """The result of ``make`` for the rows between each two edges; equal rows share one object."""
     raw, width = rows.tobytes(), rows.shape[1] * rows.itemsize
     known: dict[bytes, _T] = {}
     result = []

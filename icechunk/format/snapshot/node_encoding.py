@@ -1,15 +1,13 @@
 """Encoding the nodes of a snapshot, formats 1 and 2, without a Python step per table.
 
-A node is half a dozen small tables. What only its sizes decide stands at places known beforehand, so that a node
-is one `struct.pack` (`_Head`) with its manifests and the names of its dimensions behind it. Lengths of texts are
-rounded up to words: a hierarchy needs few such layouts, and many nodes of one are columns (`node_columns`).
+A node is half a dozen small tables. The positions of most fields depend only on the node's sizes and are known
+beforehand, so a node is one `struct.pack` (`_Head`), followed by its manifests and the names of its dimensions. Lengths
+of texts are rounded up to words, so a hierarchy needs few such layouts. Every node starts 4 bytes before an 8-byte
+boundary, which a table needs whose first field has 8 bytes.
 
-Every node starts 4 bytes before an 8-byte boundary, as a table must whose first field has 8 bytes.
-
-Nodes of a snapshot that share a layout, many at once.
-
-Five thousand arrays of one kind differ in what they are called, in their documents' bytes, in their shapes, in where
-their references are, and in where they stand in the file: everything else is the first one's bytes.
+Many nodes that share a layout are written at once (`block`). Five thousand arrays of one kind differ only in their
+names, the bytes of their documents, their shapes, the manifests of their references, and their positions in the file:
+all other bytes are copied from the first one.
 """
 
 from __future__ import annotations
@@ -30,37 +28,37 @@ from icechunk.format.values import ManifestFile, ManifestRef, NodeKind, NodeSnap
 __all__ = ["FEW", "Layout", "alike", "block", "write_files", "write_nodes"]
 
 FEW: Final = 16
-"""Nodes: fewer of one layout are written one by one."""
+"""Number of nodes of one layout below which they are written one by one."""
 
 _ID_AT: Final = 16
 _REF_SIZE: Final = 24
-"""Of the table of a manifest's id and extents, up to the extents."""
+"""Bytes of the table of a manifest's id and extents, up to the extents."""
 _MOST: Final = 2**32 - 1
 
 
 class Layout(NamedTuple):
-    """Where in a node's bytes stands what differs from node to node, counted from its first byte."""
+    """Positions of the parts that differ from node to node, counted in bytes from the node's first byte."""
 
     tables: tuple[int, ...]
-    """Every table; it begins with the distance to its vtable."""
+    """Position of every table; a table begins with the distance to its vtable."""
     path_at: int
     path_bytes: int
-    """Of the field, with its padding."""
+    """Size of the path's field in bytes, with its padding."""
     data_at: int
     data_bytes: int
     dimensions_at: int
-    """Format 2: of the table of the first dimension; format 1: of the numbers of the first dimension."""
+    """Position of the table (format 2) or the numbers (format 1) of the first dimension."""
     refs_at: int
-    """Of the table of the first manifest."""
+    """Position of the table of the first manifest."""
 
 
 def alike(nodes: Sequence[NodeSnapshot], paths: Sequence[bytes]) -> list[npt.NDArray[np.intp]]:
-    """Numbers of nodes of one layout, for every layout; those with `NodeSnapshot.extra` are left out.
+    """For every layout, the numbers of the nodes that have it; nodes with `NodeSnapshot.extra` are left out.
 
     Parameters
     ----------
     paths
-        Of the nodes, as they are encoded.
+        Encoded paths of the nodes.
     """
     n = len(nodes)
     traits: list[npt.NDArray[np.int64]] = [
@@ -77,7 +75,7 @@ def alike(nodes: Sequence[NodeSnapshot], paths: Sequence[bytes]) -> list[npt.NDA
     for trait in traits:
         if trait.min() == trait.max():
             continue
-        # Numbered anew each time, so that the product stays small.
+        # Groups are renumbered each time, so that the product stays small.
         _, kinds = np.unique(kinds * (int(trait.max()) + 2) + trait + 1, return_inverse=True)
     order = np.argsort(kinds, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(kinds[order])) + 1)
@@ -97,9 +95,9 @@ def block(
     Parameters
     ----------
     template
-        Those of the first one.
+        The bytes of the first node.
     nodes, paths
-        To stand one behind the other, from the first one's place on.
+        The nodes and their encoded paths; their bytes follow one another from the position of the first.
     shapes_v1
         For format 1: length and chunk length along each dimension, of each node.
     """
@@ -157,12 +155,12 @@ def _fill_texts(
 ) -> None:
     lengths[:, 0] = np.fromiter(map(len, texts), np.uint32, len(texts))
     if width:
-        # Bytes that end with zeros are those bytes, padded.
+        # A numpy bytes value drops trailing zeros, which the padding writes again.
         out[:, at : at + width] = np.array(texts, f"S{width}").view(np.uint8).reshape(len(texts), width)
 
 
 def _numbers(values: Sequence[int], most: int) -> npt.NDArray[np.uint64] | None:
-    """The values as a column; None where one of them is negative or larger than that."""
+    """The values as a column; None if one of them is negative or larger than ``most``."""
     if min(values) < 0 or max(values) > most:
         return None
     return np.array(values, np.uint64)
@@ -175,16 +173,16 @@ _NAME: Final = struct.Struct("<iII")
 
 
 class _Head:
-    """Layout of the part of a node that its sizes decide.
+    """Layout of the part of a node that depends only on its sizes.
 
     Parameters
     ----------
     newer
-        Whether of format 2.
+        True for format 2.
     ndim
         Dimensions of the array; −1: a group.
     path, user_data, extra
-        Words that these take; −1: no ``extra``.
+        Number of 4-byte words that each takes; −1: no ``extra``.
     names
         Whether the dimensions have names.
     """
@@ -204,7 +202,7 @@ class _Head:
         is_array, has_extra = ndim >= 0, extra >= 0
         self.array_at = array_at = 32 if has_extra else 28
         links = is_array * (2 + names + newer)
-        # The vector of format 1 has items of 8 bytes behind its length, and so have tables of dimensions fields.
+        # The vector of format 1 has items of 8 bytes after its length; tables of dimensions have fields of 8 bytes.
         old_at = array_at + 4 + 4 * links
         gap = -old_at % 8 if is_array else 0
         old_at += gap
@@ -238,12 +236,12 @@ _head = lru_cache(maxsize=4096)(_Head)
 
 @lru_cache(maxsize=64)
 def _offsets(count: int, size: int) -> bytes:
-    """A vector's length, and its offsets to tables of that many bytes behind it, one after another."""
+    """A vector's length and its offsets to ``count`` tables of ``size`` bytes that directly follow it."""
     return struct.pack(f"<{count + 1}I", count, *range(4 * count, 4 * count + (size - 4) * count, max(size - 4, 1)))
 
 
 class _Nodes:
-    """Writes nodes one after the other, from a position on."""
+    """Encodes nodes one by one."""
 
     def __init__(self, writer: FlatWriter, newer: bool) -> None:
         self._newer = newer
@@ -259,7 +257,7 @@ class _Nodes:
         self._no_name = writer.vtable({}, 4)
 
     def pack(self, node: NodeSnapshot, shape_v1: Sequence[tuple[int, int]], at: int) -> list[bytes]:
-        """The node's bytes, if it stands at that position; a multiple of 8 of them."""
+        """The node's bytes for that position; their number is a multiple of 8."""
         path, extra, newer = _utf8(node.path), node.extra if self._newer else None, self._newer
         user_data, names = node.user_data, node.dimension_names
         is_array = node.kind is NodeKind.ARRAY
@@ -318,7 +316,7 @@ class _Nodes:
         return pieces
 
     def layout(self, node: NodeSnapshot, path: bytes, ndim: int) -> Layout:
-        """Where in the bytes of a node without ``extra`` stands what other nodes have there as well."""
+        """The layout of a node without ``extra``."""
         names = node.dimension_names if node.kind is NodeKind.ARRAY else None
         is_array = node.kind is NodeKind.ARRAY
         path_words, data_words = len(path) // 4 + 1, -(-len(node.user_data) // 4)
@@ -393,7 +391,7 @@ def write_nodes(
     Parameters
     ----------
     nodes
-        In the order of the file.
+        The nodes, in the order of the file.
     shapes_v1
         For format 1: length and chunk length along each dimension, of each node.
 
@@ -443,8 +441,8 @@ def _together(
     shapes_v1: Sequence[Sequence[tuple[int, int]]] | None,
     at: int,
 ) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]] | None:
-    """The bytes of nodes of one layout from that position on, uint8[n, size]; None where one of them is to be refused,
-    which who writes them one by one does."""
+    """The bytes of nodes of one layout from that position on, uint8[n, size]; None if one of them has to be refused.
+    The caller then writes them one by one, which raises the error."""
     own = [nodes[i] for i in members]
     shapes = None if shapes_v1 is None else [shapes_v1[i] for i in members]
     ndim = len(own[0].shape if shapes is None else shapes[0])
@@ -498,7 +496,7 @@ def _link(writer: FlatWriter, start: int, tables: np.ndarray[tuple[int], np.dtyp
 
 
 def _encoded(nodes: Sequence[NodeSnapshot]) -> list[bytes]:
-    """Their paths."""
+    """The paths of the nodes as UTF-8."""
     try:
         return [node.path.encode() for node in nodes]
     except UnicodeEncodeError:
