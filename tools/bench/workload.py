@@ -220,6 +220,28 @@ async def arrays(_: Mapping[str, Any]) -> dict[str, float]:
     return seconds
 
 
+async def contend(_: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds a commit of 64 and of 256 tasks of one process that write a chunk each and commit with a rebase."""
+    found = {}
+    for tasks in (64, 256):
+        repo = await icechunk.Repository.create_async(icechunk.in_memory_storage())
+        session = await repo.writable_session_async("main")
+        await _array(session.store, "a", tasks, 512)
+        await session.commit_async("an array")
+        sessions = [await repo.writable_session_async("main") for _ in range(tasks)]
+        value = default_buffer_prototype().buffer.from_bytes(bytes(512))
+
+        async def one(i: int, sessions: list[Any] = sessions, value: Any = value) -> None:
+            await sessions[i].store.set(f"a/c/{i}", value)
+            await sessions[i].commit_async(f"task {i}", rebase_with=icechunk.ConflictDetector())
+
+        started, cpu = time.perf_counter(), time.process_time()
+        await asyncio.gather(*(one(i) for i in range(tasks)))
+        found[f"{tasks} tasks"] = (time.perf_counter() - started) / tasks
+        found[f"{tasks} tasks, CPU"] = (time.process_time() - cpu) / tasks
+    return found
+
+
 async def _array(store: Any, path: str, n_chunks: int, chunk_bytes: int) -> None:
     await zarr.api.asynchronous.create_array(
         store=store, name=path, shape=(n_chunks * chunk_bytes,), chunks=(chunk_bytes,), dtype="u1", compressors=None
@@ -231,6 +253,7 @@ CASES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "commit": commit,
     "references": references,
     "arrays": arrays,
+    "contend": contend,
     "wire": wire,
 }
 
