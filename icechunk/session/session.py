@@ -91,7 +91,7 @@ class Session:
     @property
     def store(self) -> IcechunkStore[Self]:
         """The Zarr store of this session: hand it to zarr or xarray."""
-        return IcechunkStore(self)
+        return IcechunkStore._opened(self)
 
     @property
     def config(self) -> RepositoryConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
-from typing import Any, Generic, Literal
+from typing import Any, Generic, Literal, Self
 
 import numpy as np
 from typing_extensions import TypeVar
@@ -57,6 +57,13 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
         super().__init__(read_only=session.read_only if read_only is None else read_only)
         self._session = session
         self._content = session._content
+
+    @classmethod
+    def _opened(cls, session: S, read_only: bool | None = None) -> Self:
+        """A store that is open: there is nothing to wait for."""
+        store = cls(session, read_only)
+        store._is_open = True
+        return store
 
     @property
     def session(self) -> S:
@@ -379,6 +386,7 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         IcechunkStore.__init__(self, state["session"], state["read_only"])
+        self._is_open = True
 
     def _summary(self) -> Sequence[tuple[str, object]]:
         session = self._session

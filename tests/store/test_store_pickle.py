@@ -9,6 +9,7 @@ import os
 import pickle
 import threading
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -265,3 +266,16 @@ def test_store_in_memory_says_that_it_cannot_travel() -> None:
     with pytest.raises(icechunk.InvalidInputError, match="this process only"):
         pickle.dumps(store)
     assert asyncio.run(read(store, "g/small/c/0")) is not None
+
+
+def test_stores_arrays_and_groups_of_a_read_only_session_are_open_and_equal_their_copies(tmp_path: Path) -> None:
+    repository = Repository.create(icechunk.local_filesystem_storage(str(tmp_path / "repo")))
+    session = repository.writable_session("main")
+    zarr.create_array(session.store, name="g/a", shape=(4,), chunks=(1,), dtype="i4")
+    assert session.store._is_open
+    session.commit("made")
+    store = repository.readonly_session("main").store
+    for shown in (store, zarr.open_array(store, path="g/a", mode="r"), zarr.open_group(store, path="g", mode="r")):
+        copy = pickle.loads(pickle.dumps(shown))
+        assert copy == shown
+        assert (copy if shown is store else copy.store)._is_open
