@@ -12,7 +12,10 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from decimal import Decimal
 from typing import Annotated, Any, Final, Literal, TypeAlias
+
+import numpy as np
 
 from icechunk.errors import ErrorKind, InvalidInputError
 
@@ -186,8 +189,9 @@ def require_text(name: str, value: object) -> None:
 def json_metadata(name: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
     """A copy of metadata that every reader of the format can read; empty for None.
 
-    JSON values: None, bool, int of 64 bits, float, str, list or tuple, mapping with str keys. Not-a-number and
-    infinities are kept; readers with strict JSON, the official library among them, see null.
+    JSON values: None, bool, int of 64 bits, float, str, list or tuple, mapping with str keys. NumPy's scalars and
+    arrays of these, ranges and `decimal.Decimal` are converted. Not-a-number and infinities are kept; readers with
+    strict JSON, the official library among them, see null.
 
     Raises
     ------
@@ -218,10 +222,12 @@ def _plain(name: str, value: Any, depth: int) -> Any:
                     ErrorKind.BAD_METADATA,
                 )
             return int(value)
-        case float():
+        case float() | np.floating() | Decimal():
             return float(value)
-        case list() | tuple():
+        case list() | tuple() | range():
             return [_plain(f"{name}[{i}]", item, depth + 1) for i, item in enumerate(value)]
+        case np.ndarray() | np.generic() if value.dtype.kind in "biufUO":
+            return _plain(name, value.tolist(), depth)
         case Mapping():
             return {_key(name, key): _plain(f"{name}[{key!r}]", item, depth + 1) for key, item in value.items()}
     raise WrongTypeError(
@@ -245,7 +251,8 @@ def _text(name: str, value: str) -> str:
         raise InvalidInputError(
             f"{name} is {_short(value)}, which cannot be written as UTF-8 ({error.reason})", ErrorKind.BAD_METADATA
         ) from None
-    return str(value)
+    # Not `str(value)`: that of an enum's member is its name.
+    return str.__str__(value)
 
 
 def _short(value: object) -> str:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
+from enum import Enum
 from typing import Any
 
+import numpy as np
 import pytest
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.runtime.checks import WrongTypeError, json_metadata, require_text, require_type
+
+
+class Letter(str, Enum):  # noqa: UP042  # what `str` says of a member is its name
+    A = "a"
 
 
 @pytest.mark.parametrize(
@@ -65,3 +72,45 @@ def test_types_are_named_in_the_refusal() -> None:
     with pytest.raises(TypeError, match="limit must be int or float, not str"):
         require_type("limit", "3", int, float)
     require_type("limit", None, int, optional=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (np.int64(3), 3),
+        (np.uint64(2**64 - 1), 2**64 - 1),
+        (np.float32(1.5), 1.5),
+        (np.longdouble(1.5), 1.5),
+        (np.bool_(True), True),
+        (np.str_("s"), "s"),
+        (np.arange(3), [0, 1, 2]),
+        (np.ones((2, 2)), [[1.0, 1.0], [1.0, 1.0]]),
+        (np.array(5), 5),
+        (np.array(["a", "b"]), ["a", "b"]),
+        (np.array([1, "a", np.float32(2)], object), [1, "a", 2.0]),
+        ([np.int8(1), {"b": np.float64(2)}], [1, {"b": 2.0}]),
+        (range(2), [0, 1]),
+        (Decimal("1.5"), 1.5),
+        (Letter.A, "a"),
+    ],
+)
+def test_numbers_and_arrays_of_numpy_become_json_as_the_official_library_makes_it(value: object, plain: object) -> None:
+    found = json_metadata("metadata", {"key": value})["key"]
+    assert found == plain
+    assert type(found) is type(plain)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.datetime64("2020-01-01T00:00:00.000000000"),
+        np.timedelta64(3, "s"),
+        np.array(["2020-01-01"], "M8[ns]"),
+        np.complex64(1),
+        np.array([b"a"]),
+    ],
+    ids=repr,
+)
+def test_what_json_has_no_word_for_is_refused(value: object) -> None:
+    with pytest.raises(WrongTypeError):
+        json_metadata("metadata", {"key": value})
