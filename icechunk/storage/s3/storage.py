@@ -226,20 +226,29 @@ class S3Storage(Storage):
         what = f"write {self._bucket.url(key)}"
         # Parts need the customer's key of SSE-C again, and refuse the other headers of the object.
         again = {n: v for n, v in headers.items() if "-customer-" in n or n == "x-amz-request-payer"}
-        upload = await start_upload(client, path, what, headers, checksum, self._effective.limits)
         try:
-            parts = await upload_parts(
-                client,
-                path,
-                what,
-                upload,
-                data,
-                size=part_bytes(len(data), self._effective.part_bytes),
-                concurrency=self._effective.parts_at_once,
-                headers=again,
-                checksum=checksum,
-                limits=self._effective.limits,
-            )
+            upload = await start_upload(client, path, what, headers, checksum, self._effective.limits)
+        except StorageError as error:
+            error.unsent = not error.refused
+            raise
+        try:
+            try:
+                parts = await upload_parts(
+                    client,
+                    path,
+                    what,
+                    upload,
+                    data,
+                    size=part_bytes(len(data), self._effective.part_bytes),
+                    concurrency=self._effective.parts_at_once,
+                    headers=again,
+                    checksum=checksum,
+                    limits=self._effective.limits,
+                )
+            except StorageError as error:
+                # Without the request that completes it nothing becomes visible.
+                error.unsent = not error.refused
+                raise
             request = Request(
                 what=what,
                 method="POST",

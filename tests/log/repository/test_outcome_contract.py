@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import pytest
 
@@ -29,7 +29,11 @@ from icechunk.testing.scripted import ManualClock, Request, ScriptedStorage, Sen
 from tests.log.repository.strategies import an_id
 from tests.log.repository.world import until
 
-CREATE = {Layout.LOG: create_log, Layout.REPO: create_repo_object, Layout.REFS: create_ref_files}
+CREATE: dict[Layout, Callable[..., Awaitable[RepositoryLog]]] = {
+    Layout.LOG: create_log,
+    Layout.REPO: create_repo_object,
+    Layout.REFS: create_ref_files,
+}
 ALL = list(Layout)
 GROUPING = [Layout.LOG, Layout.REPO]
 """Layouts in which callers share an attempt."""

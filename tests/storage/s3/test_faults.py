@@ -291,6 +291,18 @@ async def test_what_somebody_was_told_about_is_not_sent_again(
     assert server.methods().count("PUT") == 1
 
 
+async def test_a_write_in_parts_that_was_not_completed_is_known_not_to_have_landed(
+    server: FaultyS3, pauses: Pauses
+) -> None:
+    storage = storage_on(server, pauses, minimum_size_for_multipart_upload=6 << 20)
+    for answer, certain in ((Say(403, "AccessDenied"), (True, False)), (Say(503, "SlowDown"), (False, True))):
+        server.faulty = lambda seen, answer=answer: answer if seen.method == "POST" else OK  # type: ignore[misc]
+        with pytest.raises(StorageError) as caught:
+            await storage.put("x", bytes(7 << 20), Absent())
+        assert (caught.value.refused, caught.value.unsent) == certain
+    await storage.aclose()
+
+
 async def test_a_first_412_costs_one_request(server: FaultyS3, storage: S3Storage) -> None:
     server.objects[PATH] = (b"another's", {})
     with pytest.raises(PreconditionFailedError):
