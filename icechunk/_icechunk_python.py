@@ -6,7 +6,7 @@ error kinds from there) finds the same objects as in `icechunk`. Nothing else li
 
 from __future__ import annotations
 
-import icechunk
+from icechunk import _public
 from icechunk.config.repository import RepoUpdateRetryConfig
 from icechunk.errors import ErrorKind
 
@@ -18,6 +18,6 @@ def _all_error_kinds() -> list[str]:
 
 
 def __getattr__(name: str) -> object:
-    if name in icechunk.__all__:
-        return getattr(icechunk, name)
+    if name in _public.__all__:
+        return getattr(_public, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -34,7 +34,7 @@ FLOORS = [
     {"distributed", "kerchunk"},
     {"dask"},
     {"xarray", "adapters"},
-    {"cli", "testing", "_icechunk_python"},
+    {"cli", "testing", "_public", "_icechunk_python"},
 ]
 """Rooms from the ground up; each may import from its own floor and from those below; the longest name counts."""
 IMPURE = {

@@ -33,8 +33,25 @@ def loaded_by(script: str) -> set[str]:
     return set(json.loads(done.stdout))
 
 
-def test_importing_the_package_loads_nothing_heavy() -> None:
-    assert not loaded_by("import icechunk") & HEAVY
+def test_importing_the_package_loads_neither_the_engine_nor_what_it_stands_on() -> None:
+    loaded = loaded_by("import icechunk; icechunk.__version__")
+    assert not loaded & {"numpy", "zarr", "icechunk.repository", "icechunk.storage"}
+
+
+def test_the_public_names_load_nothing_heavy() -> None:
+    loaded = loaded_by("from icechunk import *; Repository")
+    assert "icechunk.repository" in loaded
+    assert not loaded & HEAVY
+
+
+def test_names_and_modules_of_the_package_are_there_once_they_are_asked_for() -> None:
+    script = """
+import icechunk
+assert "Repository" in dir(icechunk) and "__version__" in icechunk.__all__
+assert icechunk.config.RepositoryConfig is icechunk.RepositoryConfig
+assert not hasattr(icechunk, "nothing") and not hasattr(icechunk, "__nothing__")
+"""
+    assert "icechunk.config" in loaded_by(script)
 
 
 def test_a_local_repository_needs_nothing_heavy(tmp_path: Path) -> None:

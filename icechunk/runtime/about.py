@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
 __all__ = ["API_VERSION", "CLIENT_NAME", "DISTRIBUTION", "VERSION", "print_debug_info", "user_agent"]
@@ -33,6 +31,10 @@ def print_debug_info() -> None:
 
     ``icechunk`` is the official API that is matched, ``aioicechunk`` the distribution that matches it.
     """
+    # Neither is quick to load, and `import icechunk` needs neither.
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
     rows = [
         ("platform", platform.platform()),
         ("python", platform.python_version()),
