@@ -1,4 +1,4 @@
-"""The session log: events, their fold, and what commits, merges and diffs make of it.
+"""The session log: events, their fold, and the computation of commits, merges and diffs from it.
 
 Pure: no I/O, no clock, no randomness.
 """

@@ -1,15 +1,13 @@
 """The fold of one array's chunk events.
 
-Rows written one at a time gather in a dict; bulk rows, and dicts that were closed, are layers of
-sorted columns, newest last. A new layer is merged with its predecessor until every layer is at
-least twice as large as the next, so there are O(log n) of them, a row is merged O(log n) times,
-and a look-up is one dict access and a few bisections. Large layers stay apart until there are many,
-and then a few neighbours are merged at a time.
+Rows written one at a time are collected in a dict, the *open rows*. Bulk rows, and dicts that were closed, are layers
+of sorted columns, newest last. A new layer is merged with its predecessor until every layer is at least twice as large
+as the next, so there are O(log n) layers, a row is merged O(log n) times, and a look-up is one dict access and a few
+bisections. Large layers stay separate until there are many, and then a few neighbours are merged at a time. `Layered`
+presents the rows of many layers as one list without copying them.
 
-Layers are *fresh* until the log asks for them as events: only then do the events hold columns, those of
-the layers. What was merged before that is in memory once.
-
-Many rows in layers, seen as one list without being copied into one.
+A layer is *fresh* until the log takes it as an event. The event then holds the columns of the layer, so the rows are in
+memory once.
 """
 
 from __future__ import annotations
@@ -54,7 +52,8 @@ Coords = npt.NDArray[np.uint32]
 
 _SAMPLE: Final = 2**16
 _SLAB_SAMPLES: Final = 64
-"""Rows are merged about 4 million at a time: sorting takes ten times the memory of what is sorted."""
+"""Samples per slab of about 4 million rows. One slab is merged at a time: sorting takes ten times the memory of the
+rows that are sorted."""
 
 
 class Rows(Protocol):
@@ -69,25 +68,25 @@ class Rows(Protocol):
 
     @property
     def locations(self) -> tuple[str, ...]:
-        """Empty only where no row is virtual."""
+        """Table of locations; empty only if no row is virtual."""
         ...
 
     def take(self, rows: npt.NDArray[Any]) -> ChunkRefs:
-        """The references at these row numbers, in this order, or where this mask is true."""
+        """The references at these row numbers (in this order), or in the rows where this mask is true."""
         ...
 
 
 class Layered:
-    """Rows of several layers as one ascending list: the coordinates are a column, the rest stays where it is.
+    """Rows of several layers as one ascending list: coordinates are one column, the rest stays in the layers.
 
     Parameters
     ----------
     coords
         uint32[n, ndim], ascending and unique.
     parts
-        Columns that the rows are in.
+        Columns that hold the rows.
     order
-        uint32[n]: the number of each row among those of all parts, laid one behind the other; None: as they are.
+        uint32[n]: the index of each row in the concatenation of all parts; None: the order of that concatenation.
     """
 
     __slots__ = ("_order", "_parts", "_starts", "coords")
@@ -117,8 +116,8 @@ class Layered:
         return Layered(self.coords[mask], self._parts, order)
 
     def take(self, rows: npt.NDArray[Any]) -> ChunkRefs:
-        """The references at these row numbers, in this order, or where this mask is true; copied, and their tables hold
-        nothing else."""
+        """A copy of the references at these row numbers (in this order), or in the rows where this mask is true; the
+        tables of the copy hold only what its rows use."""
         if rows.dtype == np.bool_:
             rows = np.flatnonzero(rows)
         numbers = rows if self._order is None else self._order[rows]
@@ -144,12 +143,13 @@ class Layered:
 
 
 def layered(layers: Sequence[ChunkRefs]) -> Layered:
-    """All rows of some layers, the oldest first; of those with the same coordinates the newest counts.
+    """All rows of some layers; of rows with the same coordinates the newest counts.
 
     Parameters
     ----------
     layers
-        At least one; each ascending and unique by coordinates, none empty, of one rank that is not 0.
+        At least one layer, oldest first; each ascending and unique by coordinates, none empty, all of the same rank,
+        which is not 0.
     """
     ordered = sorted(layers, key=_first)
     if all(_last(a) < _first(b) for a, b in pairwise(ordered)):
@@ -184,7 +184,7 @@ def _merged(layers: Sequence[ChunkRefs]) -> Layered:
 
 
 def _sorted_axis(layers: Sequence[ChunkRefs]) -> int:
-    """The first along which coordinates differ, by which all layers are therefore sorted."""
+    """The first axis along which coordinates differ; all layers are therefore sorted by it."""
     for axis in range(layers[0].ndim):
         ends = {int(c) for part in layers for c in (part.coords[0, axis], part.coords[-1, axis])}
         if len(ends) > 1:
@@ -201,16 +201,16 @@ def _last(part: ChunkRefs) -> tuple[int, ...]:
 
 
 OPEN_ROWS: Final = 16_384
-"""So many rows written one at a time become columns: a row of a dict takes ten times the memory."""
+"""Number of open rows that are turned into columns: a row of a dict takes ten times the memory."""
 
 LARGE_LAYER: Final = 2**20
-"""Rows of a layer that is not merged with its neighbours before there are `MANY_LAYERS`."""
+"""Number of rows from which a layer is not merged with its neighbours before there are `MANY_LAYERS`."""
 MANY_LAYERS: Final = 64
 _MERGED_LAYERS: Final = 8
-"""So many are then made one."""
+"""Number of large layers that are then merged into one."""
 
 FEW_ROWS: Final = 256
-"""Rows: an array with more is worth numpy calls of its own."""
+"""Number of rows above which an array gets numpy calls of its own."""
 
 _MOST: Final = 2**32 - 1
 
@@ -218,16 +218,16 @@ Found: TypeAlias = ChunkRef | Literal[False] | None
 
 
 class ArrayFold:
-    """What the log says about the chunks of one array.
+    """The log's knowledge of the chunks of one array.
 
     Parameters
     ----------
     node_id
-        Of the array.
+        Id of the array.
     path
-        Where it stood when the first row came.
+        Path of the array when its first row was added.
     grid
-        Chunks along each dimension, as the metadata says now.
+        Number of chunks along each dimension, according to the current metadata.
     """
 
     __slots__ = ("_fresh", "_spread", "grid", "layers", "node_id", "path", "rows")
@@ -255,19 +255,19 @@ class ArrayFold:
                 return None if layer.kind(row) == DELETED else layer.row(row)
         return False
 
-    def push(self, refs: ChunkRefs, *, told: bool = False) -> None:
-        """Lay rows (ascending, unique; tombstones allowed) over everything known so far.
+    def push(self, refs: ChunkRefs, *, recorded: bool = False) -> None:
+        """Add rows (ascending, unique; tombstones allowed) that override all earlier ones.
 
         Parameters
         ----------
-        told
-            They are those of an event, and nothing is fresh.
+        recorded
+            True if the rows are those of an event in the log; there must be no fresh rows then.
         """
         if not len(refs):
             return
         self._spread = None
         self.layers.append(RefTable(refs))
-        if told:
+        if recorded:
             self._settle(0)
             return
         self._fresh += 1
@@ -275,22 +275,22 @@ class ArrayFold:
         self._settle(before - self._fresh)
         self._fresh -= before - len(self.layers)
 
-    def push_deleted(self, coords: npt.NDArray[np.uint32], *, told: bool = False) -> None:
-        """Lay tombstones (ascending, unique) over everything known so far; ``told`` as in `push`."""
-        self.push(tombstones(coords), told=told)
+    def push_deleted(self, coords: npt.NDArray[np.uint32], *, recorded: bool = False) -> None:
+        """Add tombstones (ascending, unique) that override all earlier rows; ``recorded`` as in `push`."""
+        self.push(tombstones(coords), recorded=recorded)
 
     def close(self) -> None:
-        """End the open rows: they become a layer."""
+        """Turn the open rows into a layer."""
         if self.rows:
             self.close_as(from_rows(self.rows, len(self.grid)))
 
     def close_as(self, refs: ChunkRefs) -> None:
-        """The same, given the open rows as columns."""
+        """As `close`, given the open rows as columns."""
         self.rows = {}
         self.push(refs)
 
-    def tell(self) -> list[ChunksWritten | ChunksDeleted]:
-        """What is fresh, open rows too, as events; it is not afterwards."""
+    def take_fresh(self) -> list[ChunksWritten | ChunksDeleted]:
+        """Return everything fresh, open rows included, as events; nothing is fresh afterwards."""
         self.close()
         events: list[ChunksWritten | ChunksDeleted] = []
         for layer in self.layers[len(self.layers) - self._fresh :]:
@@ -309,7 +309,7 @@ class ArrayFold:
 
     @property
     def is_small(self) -> bool:
-        """Whether its rows are so few that they are worked on together with those of other arrays."""
+        """Whether it has so few rows that they are processed together with those of other arrays."""
         count = len(self.rows)
         if self.layers:
             count += sum([len(layer.refs) for layer in self.layers])
@@ -321,8 +321,8 @@ class ArrayFold:
         return 0 < self._fresh < len(self.layers)
 
     def flat(self) -> ChunkRefs:
-        """All rows, tombstones too, ascending and unique, which are one layer then; there are no open rows, and either
-        all layers are fresh or none is."""
+        """All rows, tombstones too, ascending and unique, merged into one layer. Requires that there are no open rows,
+        and that either all layers are fresh or none is."""
         if not self.layers:
             return ChunkRefs.empty(len(self.grid))
         if len(self.layers) > 1:
@@ -332,17 +332,17 @@ class ArrayFold:
 
     @property
     def is_large(self) -> bool:
-        """Whether to make one layer of all would copy many rows."""
+        """Whether merging all layers into one would copy many rows."""
         return len(self.layers) > 1 and sum(len(layer.refs) for layer in self.layers) > LARGE_LAYER
 
     def spread(self) -> Layered:
-        """The same rows as `flat`, where they are; there are several layers, and no open rows."""
+        """The same rows as `flat`, without a copy. Requires several layers, and no open rows."""
         if self._spread is None:
             self._spread = layered([layer.refs for layer in self.layers])
         return self._spread
 
     def _settle(self, first: int) -> None:
-        """Merge the newest layers, of those from ``first`` on, until each is twice as large as the next."""
+        """Merge the newest layers, from number ``first`` on, until each is at least twice as large as the next."""
         layers = self.layers
         while len(layers) > first + 1:
             older, newer = layers[-2].refs, layers[-1].refs
@@ -357,7 +357,7 @@ class ArrayFold:
 
 
 def inside(coords: npt.NDArray[np.uint32], grid: Sequence[int]) -> npt.NDArray[np.bool_]:
-    """bool[n]: which coordinates lie in a grid of that many chunks along each dimension."""
+    """bool[n]: which coordinates are inside a grid of that many chunks along each dimension."""
     if len(coords) <= 16:
         return np.array([all(map(lt, row, grid)) for row in coords.tolist()], np.bool_)
     good = np.ones(len(coords), np.bool_)
@@ -368,7 +368,7 @@ def inside(coords: npt.NDArray[np.uint32], grid: Sequence[int]) -> npt.NDArray[n
 
 
 def in_view(refs: ChunkRefs, grid: Sequence[int]) -> tuple[ChunkRefs, npt.NDArray[np.uint32]]:
-    """Of rows with tombstones, those inside a grid: the references, and the coordinates of the tombstones."""
+    """The rows inside a grid, as references and as coordinates of tombstones."""
     visible = inside(refs.coords, grid)
     written = visible & (refs.kind != DELETED)
     if written.all():

@@ -1,14 +1,12 @@
-"""Pure operations on columns of chunk references.
+"""Pure operations on columns of chunk references: searching, joining, sorting, conversion from rows.
 
 Inside the session log a row may also be a tombstone: kind `DELETED`, everything else empty. Such
 rows never leave the log.
 
-Finding rows by chunk coordinates.
-
-Coordinates of one set of rows are packed into one unsigned 64-bit key each, as many bits per
-dimension as its largest coordinate needs, the first dimension highest, so that the order of keys
-is the lexicographic order of coordinates. Where 64 bits are too few, the key is the coordinates'
-big-endian bytes. A search is then one bisection over one contiguous column.
+For searches, the coordinates of each row are packed into one unsigned 64-bit key, with as many bits per dimension as
+its largest coordinate needs, the first dimension highest, so that the order of keys is the lexicographic order of
+coordinates. If 64 bits are too few, the key is the coordinates' big-endian bytes. A search is one bisection over one
+contiguous column.
 """
 
 from __future__ import annotations
@@ -64,17 +62,17 @@ def _pack(coords: Coords, widths: Sequence[int]) -> npt.NDArray[Any]:
 
 
 def packed(coords: Coords) -> npt.NDArray[Any]:
-    """One key for each row; keys compare as the coordinates do, among these rows."""
+    """One key for each row; the keys of these rows compare as their coordinates do."""
     return _pack(coords, _widths(coords))
 
 
 def sort_last(coords: Coords) -> Rows | None:
-    """Rows in ascending order of coordinates, of equal ones only the last.
+    """Row numbers in ascending order of coordinates; of rows with equal coordinates only the last.
 
     Returns
     -------
     intp[m] or None
-        None if the rows are ascending and unique as they are.
+        None if the rows are ascending and unique already.
     """
     if len(coords) < 2:
         return None
@@ -124,7 +122,7 @@ class CoordIndex:
         return row if row < len(view) and view[row] == key else -1
 
     def find_rows(self, coords: Coords) -> Rows:
-        """For each of the given coordinates the row that has them, or −1.
+        """For each of the given coordinates the number of the row that has them, or −1.
 
         Parameters
         ----------
@@ -164,10 +162,10 @@ class RefTable:
 
     @property
     def index(self) -> CoordIndex:
-        """Made by the first look-up; most columns are never asked."""
+        """The index, which the first look-up makes; most tables have no look-ups."""
         if self._index is None:
             refs = self.refs
-            # Items of a memoryview are Python integers, at a third of the cost of numpy's scalars.
+            # A memoryview returns Python integers at a third of the cost of numpy's scalars.
             self._kind: Any = _view(refs.kind)
             self._offset: Any = _view(refs.offset)
             self._length: Any = _view(refs.length)
@@ -184,14 +182,14 @@ class RefTable:
         return kind
 
     def row(self, row: int) -> ChunkRef:
-        """A row that `index` found, as a value of its own."""
+        """A row that `index` found, as a single value."""
         if self._kind[row] != NATIVE:
             return self.refs.row(row)
         chunk_id = ObjectId(self._ids[12 * row : 12 * row + 12].tobytes())
         return ChunkRef(NATIVE, None, chunk_id, None, self._offset[row], self._length[row])
 
     def get(self, coords: Sequence[int]) -> ChunkRef | None:
-        """The reference at these coordinates, of the columns' rank, if there is one."""
+        """The reference at these coordinates, or None; they must have the rank of the columns."""
         row = self.index.find(coords)
         return None if row < 0 else self.row(row)
 
@@ -201,14 +199,14 @@ def _view(column: npt.NDArray[Any]) -> Any:
 
 
 def find_row(refs: ChunkRefs, coords: Sequence[int]) -> int:
-    """The row with these coordinates, or −1; O(ndim · log n), and nothing to prepare.
+    """The row with these coordinates, or −1; O(ndim · log n), without preparation.
 
     Parameters
     ----------
     refs
         Ascending and unique by coordinates, as in a manifest.
     coords
-        One per dimension; others than `refs.ndim` find nothing.
+        One per dimension; coordinates of another rank find nothing.
     """
     if len(coords) != refs.ndim:
         return -1
@@ -223,7 +221,7 @@ def find_row(refs: ChunkRefs, coords: Sequence[int]) -> int:
 
 
 def find(refs: ChunkRefs, coords: Sequence[int]) -> ChunkRef | None:
-    """The reference at these coordinates, if there is one; see `find_row`."""
+    """The reference at these coordinates, or None; see `find_row`."""
     row = find_row(refs, coords)
     return None if row < 0 else refs.row(row)
 
@@ -248,7 +246,7 @@ def tombstones(coords: npt.NDArray[np.uint32]) -> ChunkRefs:
 
 
 def concat(parts: Sequence[ChunkRefs]) -> ChunkRefs:
-    """Rows of all parts, one after the other; at least one part, all of one rank."""
+    """The concatenated rows of all parts; at least one part, all of one rank."""
     if len(parts) == 1:
         return parts[0]
     locations, location = _joined([p.locations for p in parts], [p.location for p in parts])
@@ -284,7 +282,8 @@ def concat(parts: Sequence[ChunkRefs]) -> ChunkRefs:
 
 
 def _column(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """The parts one after another; of one value that takes no room, as in virtual references, that stays so."""
+    """The concatenated parts. Broadcast columns of one value (as in virtual references) give a broadcast column, which
+    takes no memory."""
     first = parts[0]
     if all(part.strides == (0,) and len(part) and part[0] == first[0] for part in parts):
         return np.broadcast_to(first[0], sum(map(len, parts)))
@@ -308,13 +307,13 @@ def _joined(tables: Sequence[tuple[str, ...]], columns: Sequence[npt.NDArray[Any
 
 
 def normalized(refs: ChunkRefs) -> ChunkRefs:
-    """Ascending and unique by coordinates; of several rows with the same ones the last counts."""
+    """The rows, ascending and unique by coordinates; of rows with the same coordinates the last counts."""
     order = sort_last(refs.coords)
     return refs if order is None else refs.take(order)
 
 
 def trimmed(refs: ChunkRefs) -> ChunkRefs:
-    """The same rows with nothing in tables and inline bytes that no row uses, and those in row order."""
+    """The same rows, with tables and inline bytes reduced to what the rows use, in row order."""
     inline = np.flatnonzero(refs.kind == INLINE)
     offset, data = refs.offset, b""
     if len(inline):
@@ -365,13 +364,13 @@ def _used(table: tuple[str, ...], column: npt.NDArray[Any]) -> tuple[tuple[str, 
 
 
 def from_rows(rows: Mapping[tuple[int, ...], ChunkRef | None], ndim: int) -> ChunkRefs:
-    """Columns, ascending by coordinates, from rows by coordinates; None is a tombstone."""
+    """Columns, ascending by coordinates, from a mapping of coordinates to references; None is a tombstone."""
     ordered = sorted(rows.items(), key=_coords_of)
     return from_values([coords for coords, _ in ordered], [ref for _, ref in ordered], ndim)
 
 
 def from_values(coords: Sequence[tuple[int, ...]], refs: Iterable[ChunkRef | None], ndim: int) -> ChunkRefs:
-    """Columns in the order of the coordinates, from one reference, or None for a tombstone, for each of them."""
+    """Columns in the order of ``coords``, from one reference (None: a tombstone) for each of the coordinates."""
     n = len(coords)
     if not n:
         return ChunkRefs.empty(ndim)

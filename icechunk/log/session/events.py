@@ -1,4 +1,4 @@
-"""The facts a session's log consists of.
+"""The events of a session's log.
 
 An event names nodes by id, which survives moves and changes of metadata; the path beside it is
 where the node was when the event happened.
@@ -35,42 +35,42 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupCreated:
-    """A group appeared at a free path."""
+    """A group was created at a free path."""
 
     node_id: NodeId
     """Fresh, for the whole life of the group."""
     path: str
-    """Absolute."""
+    """Absolute path."""
     user_data: bytes
-    """Its zarr.json."""
+    """The zarr.json document, verbatim."""
     id: bytes = field(default=b"", compare=False)
     """Of the event, the same in all copies of it; empty in a log without an author."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrayCreated:
-    """An array without chunks appeared at a free path."""
+    """An array without chunks was created at a free path."""
 
     node_id: NodeId
     """Fresh, for the whole life of the array."""
     path: str
-    """Absolute."""
+    """Absolute path."""
     user_data: bytes
-    """Its zarr.json."""
+    """The zarr.json document, verbatim."""
     id: bytes = field(default=b"", compare=False)
     """Of the event, the same in all copies of it; empty in a log without an author."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetadataReplaced:
-    """A node of the same kind has another zarr.json now."""
+    """The zarr.json of a node was replaced by one of the same kind."""
 
     node_id: NodeId
-    """Of the node."""
+    """Id of the node."""
     path: str
-    """Where it was."""
+    """Path of the node at that time."""
     user_data: bytes
-    """The new zarr.json. Chunks outside its grid are out of sight, and dropped by the commit; a change of rank drops
+    """The new zarr.json. Chunks outside its grid are invisible, and dropped by the commit; a change of rank drops
     all chunks at once."""
     id: bytes = field(default=b"", compare=False)
     """Of the event, the same in all copies of it; empty in a log without an author."""
@@ -78,19 +78,19 @@ class MetadataReplaced:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeDeleted:
-    """A node, and everything below it, is gone."""
+    """A node, and everything below it, was deleted."""
 
     node_id: NodeId
-    """Of the topmost node."""
+    """Id of the topmost node."""
     path: str
-    """Where it was."""
+    """Path of the node at that time."""
     id: bytes = field(default=b"", compare=False)
     """Of the event, the same in all copies of it; empty in a log without an author."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HierarchyCleared:
-    """Every node is gone, the root too."""
+    """Every node was deleted, the root too."""
 
     id: bytes = field(default=b"", compare=False)
     """Of the event, the same in all copies of it; empty in a log without an author."""
@@ -98,10 +98,10 @@ class HierarchyCleared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeMoved:
-    """A node, with everything below it, stands at another path."""
+    """A node, with everything below it, was moved to another path."""
 
     node_id: NodeId
-    """Of the topmost node."""
+    """Id of the topmost node."""
     source: str
     """Path before."""
     target: str
@@ -115,7 +115,7 @@ class ChunksWritten:
     """Chunks of one array were added or replaced."""
 
     node_id: NodeId
-    """Of the array."""
+    """Id of the array."""
     refs: ChunkRefs
     """Ascending and unique by coordinates."""
     id: bytes = field(default=b"", compare=False)
@@ -124,10 +124,10 @@ class ChunksWritten:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ChunksDeleted:
-    """Chunks of one array are gone, whether they existed or not."""
+    """Chunks of one array were deleted, whether they existed or not."""
 
     node_id: NodeId
-    """Of the array."""
+    """Id of the array."""
     coords: npt.NDArray[np.uint32]
     """uint32[n, ndim], ascending and unique."""
     id: bytes = field(default=b"", compare=False)

@@ -1,4 +1,4 @@
-"""Geometry of chunk coordinates: bounding boxes, and cutting rows into disjoint ones."""
+"""Geometry of chunk coordinates: bounding boxes, and cutting rows into groups with disjoint boxes."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _BLOCK: Final = 2**20
 
 
 def bounds(coords: Coords) -> Extents:
-    """The smallest box that holds all coordinates; at least one of them."""
+    """The smallest box that holds all coordinates; at least one row."""
     if len(coords) <= 16:
         return tuple([(min(axis), max(axis) + 1) for axis in zip(*coords.tolist(), strict=True)])
-    # Column by column: numpy reduces along the short axis of a tall array ten times slower.
+    # Column by column: a numpy reduction along the short axis of a tall array is ten times slower.
     columns = [coords[:, d] for d in range(coords.shape[1])]
     return tuple([(int(c.min()), int(c.max()) + 1) for c in columns])
 
 
 def volume(box: Extents) -> int:
-    """Chunks in a box; 0 if it is empty, 1 in no dimensions."""
+    """Number of chunks in a box; 0 if it is empty, 1 if it has no dimensions."""
     return prod(max(0, b - a) for a, b in box)
 
 
@@ -42,7 +42,7 @@ def overlap(one: Extents, other: Extents) -> bool:
 
 
 def union(boxes: Iterable[Extents]) -> Extents:
-    """The smallest box that holds all boxes; at least one of them."""
+    """The smallest box that holds all boxes; at least one box."""
     return tuple((min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*boxes, strict=True))
 
 
@@ -60,7 +60,8 @@ def _within(row: Sequence[int], box: Extents) -> bool:
 
 
 def in_box(coords: Coords, box: Extents) -> Rows:
-    """Rows, ascending, whose coordinates lie in the box; coordinates must be ascending lexicographically."""
+    """Numbers, ascending, of the rows whose coordinates are in the box; coordinates must be ascending
+    lexicographically."""
     if not box or not len(coords):
         return np.arange(len(coords))
     if len(coords) <= 16:
@@ -81,7 +82,7 @@ def in_box(coords: Coords, box: Extents) -> Rows:
 def halved(coords: Coords, most: int) -> list[Rows]:
     """Cut rows into pieces of at most ``most`` rows whose bounding boxes are disjoint.
 
-    Cuts go across the longest side, at the row count that lets all pieces come out about equally full.
+    Cuts go across the longest side, at the row count that makes all pieces about equally full.
 
     Parameters
     ----------
@@ -130,17 +131,17 @@ def slabs(coords: Coords, most: int) -> list[slice]:
             todo.append((cut, last, axis))
             done.append(slice(first, cut))
             continue
-        # More rows than that lie in one plane.
+        # More than ``most`` rows are in one plane.
         cut = bisect_right(column, value, first, last)
         todo += [(cut, last, axis), (first, cut, axis + 1)] if cut < last else [(first, last, axis + 1)]
     return done
 
 
 def around(coords: Coords, obstacles: Sequence[Extents]) -> list[Rows]:
-    """Cut rows into pieces whose bounding boxes meet no obstacle and not each other.
+    """Cut rows into pieces whose bounding boxes overlap neither an obstacle nor each other.
 
-    Every cut is the plane of an obstacle's face; a bounding box is tight, so a face inside it has rows on both sides,
-    and the recursion ends.
+    Every cut is along the plane of an obstacle's face. A bounding box is tight, so a face inside it has rows on both
+    sides, and the recursion ends.
 
     Parameters
     ----------
@@ -175,12 +176,12 @@ def around(coords: Coords, obstacles: Sequence[Extents]) -> list[Rows]:
 
 
 def by_tile(coords: Coords, tile: Sequence[int]) -> list[npt.NDArray[Any]]:
-    """Group rows by the tile of a regular grid they lie in; rows keep their order, tiles ascend.
+    """Group rows by the tile of a regular grid that they are in; rows keep their order, tiles ascend.
 
     Parameters
     ----------
     tile
-        Chunks along each dimension of a tile.
+        Number of chunks of a tile along each dimension.
     """
     if not len(tile):
         return [np.arange(len(coords))]
@@ -194,13 +195,13 @@ def by_tile(coords: Coords, tile: Sequence[int]) -> list[npt.NDArray[Any]]:
 
 
 def _cells(coords: Coords, tile: Sequence[int]) -> npt.NDArray[Any]:
-    """For each row a key of the tile it lies in; keys compare as tiles do."""
+    """For each row a key of the tile that it is in; keys compare as tiles do."""
     box = bounds(coords)
     widths = [((last - 1) // n).bit_length() for (_, last), n in zip(box, tile, strict=True)]
     if sum(widths) > 64:
         return packed((coords // np.asarray(tile, np.uint64)).astype(np.uint32))
     keys = np.zeros(len(coords), np.uint32 if sum(widths) <= 32 else np.uint64)
-    # A block at a time: of many rows, what is in between would take gigabytes.
+    # One block at a time: the intermediate arrays of many rows would take gigabytes.
     for first in range(0, len(coords), _BLOCK):
         rows = slice(first, first + _BLOCK)
         key = np.zeros(len(coords[rows]), np.uint64)

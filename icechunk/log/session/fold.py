@@ -1,7 +1,7 @@
-"""The fold of a session's events over its base: what the session sees.
+"""The fold of a session's events over its base: the view of the session.
 
-Kept up to date with every event, so that a read never replays. Commands that append events are the next room's
-(`icechunk.log.session.log`).
+Every event updates the fold, so a read never replays events. `icechunk.log.session.log` has the commands that append
+events.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ InBase: TypeAlias = Literal[_Place.IN_BASE]
 ABSENT: Final = _Place.ABSENT
 """There is no such chunk in this session's view."""
 IN_BASE: Final = _Place.IN_BASE
-"""The log says nothing about the chunk: look it up in the base's manifests of the node."""
+"""The log has no change of the chunk: look it up in the base's manifests of the node."""
 
 
 class Fold:
-    """Events over a base snapshot, and what they make of it; see `icechunk.log.session.log.SessionLog`."""
+    """Events over a base snapshot, and their fold; see `icechunk.log.session.log.SessionLog`."""
 
     def __init__(self, base: Snapshot, new_node_id: Callable[[], NodeId], author: bytes = b"") -> None:
         self._base = base
@@ -72,19 +72,19 @@ class Fold:
 
     @property
     def base(self) -> Snapshot:
-        """What the session stands on."""
+        """The snapshot that the session is based on."""
         return self._base
 
     @property
     def is_empty(self) -> bool:
-        """Whether the fold equals the base. Deleting a chunk counts as a change, even where there was none: the commit
-        must not overtake another one that wrote it."""
+        """Whether the fold equals the base. Deleting a chunk counts as a change even if there was no chunk: another
+        commit may write it meanwhile, and that has to be a conflict."""
         return not self._tree.overlay and not any(self._arrays.values())
 
     @property
     def events(self) -> tuple[Event, ...]:
-        """Everything that happened, oldest first; what is fresh becomes events by asking."""
-        self._tell_all()
+        """All events, oldest first; the call turns everything fresh into events."""
+        self._record_all()
         return tuple(self._events)
 
     def node(self, path: str) -> NodeSnapshot | None:
@@ -92,13 +92,13 @@ class Fold:
         return self._tree.get(path)
 
     def node_of(self, node_id: NodeId, hint: str = "/") -> NodeSnapshot | None:
-        """The node with this id, wherever it stands; ``hint`` is tried first."""
+        """The node with this id, at whatever path; the path ``hint`` is tried first."""
         path = self._tree.path_of(node_id, hint)
         return None if path is None else self._tree.get(path)
 
     def children(self, path: str, *, implied: bool = False) -> list[str]:
-        """Names of the groups and arrays directly below ``path``, ascending; with ``implied`` also names at which there
-        is no node, but some below."""
+        """Names of the groups and arrays directly below ``path``, ascending; with ``implied`` also names without a node
+        of their own that have nodes below them."""
         return self._tree.children(path, implied=implied)
 
     def nodes(self, under: str = "/") -> Iterator[NodeSnapshot]:
@@ -106,16 +106,16 @@ class Fold:
         return iter(list(self._tree.subtree(under)))
 
     def hierarchy(self) -> Mapping[str, NodeSnapshot]:
-        """All nodes by path, in ascending order of the path's bytes; good until the next event."""
+        """All nodes by path, in ascending order of the path's bytes; valid until the next event."""
         return self._tree.everything()
 
     def chunk(self, node: NodeSnapshot, coords: tuple[int, ...]) -> ChunkRef | Absent | InBase:
-        """Where a chunk is.
+        """Look up a chunk.
 
         Parameters
         ----------
         node
-            An array, as `node` gave it.
+            An array, as `node` returned it.
         coords
             Chunk grid coordinates.
 
@@ -147,7 +147,7 @@ class Fold:
         written : ChunkRefs
             Ascending and unique by coordinates; tables and inline bytes may hold more than the rows use.
         deleted : uint32[m, ndim]
-            Ascending; none of them written.
+            Ascending; disjoint from the written ones.
         """
         fold = self._arrays.get(node.id)
         if fold is None:
@@ -157,7 +157,7 @@ class Fold:
         return in_view(rows if isinstance(rows, ChunkRefs) else rows.take(np.arange(len(rows))), fold.grid)
 
     def overlay_rows(self, node: NodeSnapshot) -> tuple[Rows, npt.NDArray[np.uint32]]:
-        """The same as `overlay`; where there are many rows they are not copied."""
+        """The same as `overlay`; many rows are not copied."""
         fold = self._arrays.get(node.id)
         rows = None if fold is None else self._rows(fold)
         if fold is None or not isinstance(rows, Layered):
@@ -171,14 +171,14 @@ class Fold:
 
     @property
     def row_count(self) -> int:
-        """Chunk rows of the log, of which some may hide others."""
+        """Number of chunk rows in the log; some may override others."""
         return sum(len(fold.rows) + sum(len(layer.refs) for layer in fold.layers) for fold in self._arrays.values())
 
     def rows(self) -> LogRows:
-        """Everything that the log says of chunks."""
+        """All chunk rows of the log."""
         touched = [fold for fold in self._arrays.values() if fold.rows or fold.layers]
         nodes = [self._tree.node_of(fold.node_id, fold.path) for fold in touched]
-        # Who removes an array removes its rows.
+        # Removing an array removes its rows, so every array here exists.
         paths = [node.path for node in nodes if node is not None]
         large: dict[NodeId, ArrayFold] = {}
         by_rank: dict[int, list[ArrayFold]] = {}
@@ -200,7 +200,7 @@ class Fold:
         )
 
     def net_changes(self, rows: LogRows | None = None) -> NetChanges:
-        """What the fold changed, by node; ``rows`` are what `rows` gives, if that is known."""
+        """The net changes by node; ``rows`` is the result of `rows`, if the caller has it already."""
         rows = rows or self.rows()
         before: dict[NodeId, NodeSnapshot] = {}
         after: dict[NodeId, NodeSnapshot] = {}
@@ -231,7 +231,7 @@ class Fold:
         )
 
     def changes(self) -> Changes:
-        """What the fold changed, by path: the session's status."""
+        """The net changes by path: the session's status."""
         return self.net_changes().summary()
 
     # -- the fold ----------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ class Fold:
             self._append(event)
 
     def _append(self, event: Event, meta: GroupMeta | ArrayMeta | None = None) -> None:
-        """Fold an event, then keep it; ``meta`` is its document, if that was parsed already."""
+        """Fold an event, then append it; ``meta`` is its parsed document, if the caller has it already."""
         match event:
             case ChunksWritten() | ChunksDeleted():
                 coords = event.refs.coords if isinstance(event, ChunksWritten) else event.coords
@@ -253,14 +253,14 @@ class Fold:
                         f"chunk coordinates of rank {coords.shape[1]} for an array of rank {len(fold.grid)}",
                         ErrorKind.INVALID_CHUNK_INDEX,
                     )
-                self._tell(fold)
+                self._record(fold)
                 if isinstance(event, ChunksWritten):
-                    fold.push(event.refs, told=True)
+                    fold.push(event.refs, recorded=True)
                 else:
-                    fold.push_deleted(coords, told=True)
+                    fold.push_deleted(coords, recorded=True)
             case GroupCreated() | ArrayCreated():
                 if self._tree.get(event.path) is not None:
-                    raise AlreadyExistsError(f"cannot create {event.path}: there is a node already")
+                    raise AlreadyExistsError(f"cannot create {event.path}: it already exists")
                 self._tree.put(_created(event, meta or parse_node(event.user_data, event.path)))
             case MetadataReplaced():
                 path = self._path_of(event.node_id, event.path)
@@ -277,7 +277,7 @@ class Fold:
                 self._remove("/")
             case NodeMoved():
                 if self._tree.get(event.target) is not None:
-                    raise AlreadyExistsError(f"cannot move to {event.target}: there is a node already")
+                    raise AlreadyExistsError(f"cannot move to {event.target}: it already exists")
                 self._tree.move(self._path_of(event.node_id, event.source), event.target)
         self._events.append(self._identified(event))
 
@@ -288,8 +288,8 @@ class Fold:
         self._made += 1
         return replace(event, id=self._author + self._made.to_bytes(4))
 
-    def _tell(self, fold: ArrayFold) -> None:
-        self._events += map(self._identified, fold.tell())
+    def _record(self, fold: ArrayFold) -> None:
+        self._events += map(self._identified, fold.take_fresh())
 
     def _remove(self, path: str) -> None:
         for node in list(self._tree.subtree(path)):
@@ -299,7 +299,7 @@ class Fold:
     def _path_of(self, node_id: NodeId, hint: str) -> str:
         path = self._tree.path_of(node_id, hint)
         if path is None:
-            raise NodeNotFoundError(f"there is no node {hint} with the id {node_id.hex()} any more")
+            raise NodeNotFoundError(f"the node {hint} with the id {node_id.hex()} does not exist any more")
         return path
 
     def _existing(self, path: str, verb: str) -> NodeSnapshot:
@@ -315,7 +315,7 @@ class Fold:
             if now is None or now.id != node.id:
                 now = self._tree.get(self._path_of(node.id, node.path))
             if now is None or now.kind != NodeKind.ARRAY:
-                raise InvalidInputError(f"{node.path} is not an array: it has no chunks", ErrorKind.NOT_AN_ARRAY)
+                raise InvalidInputError(f"{node.path} is not an array, so it has no chunks", ErrorKind.NOT_AN_ARRAY)
             fold = self._arrays[node.id] = ArrayFold(node.id, now.path, _grid(now))
         return fold
 
@@ -328,7 +328,7 @@ class Fold:
         if fold.is_large:
             return fold.spread()
         if fold.is_mixed:
-            self._tell(fold)
+            self._record(fold)
         return fold.flat()
 
     def _close_all(self) -> None:
@@ -340,10 +340,10 @@ class Fold:
             for fold, refs in zip(folds, columns_of_many([fold.rows for fold in folds], ndim), strict=True):
                 fold.close_as(refs)
 
-    def _tell_all(self) -> None:
+    def _record_all(self) -> None:
         self._close_all()
         for fold in self._arrays.values():
-            self._tell(fold)
+            self._record(fold)
 
 
 def _described(node: NodeSnapshot, user_data: bytes, meta: GroupMeta | ArrayMeta) -> NodeSnapshot:
@@ -364,7 +364,7 @@ def _described(node: NodeSnapshot, user_data: bytes, meta: GroupMeta | ArrayMeta
 
 
 def _created(event: GroupCreated | ArrayCreated, meta: GroupMeta | ArrayMeta) -> NodeSnapshot:
-    """The node that an event makes."""
+    """The node that an event creates."""
     return NodeSnapshot(
         id=event.node_id,
         path=event.path,
@@ -382,7 +382,7 @@ def _grid(node: NodeSnapshot) -> tuple[int, ...]:
 def in_grid(coords: tuple[int, ...], grid: tuple[int, ...]) -> bool:
     if len(coords) != len(grid):
         return False
-    # A plain loop: on the path of every chunk, a generator or a keyword would cost as much as the work itself.
+    # A plain loop: this runs for every chunk, and a generator or a keyword would cost as much as the work itself.
     for c, n in zip(coords, grid):  # noqa: B905, SIM110
         if not 0 <= c < n:
             return False

@@ -1,4 +1,4 @@
-"""The nodes of a session: those of the base snapshot, with the session's changes laid over them.
+"""The nodes of a session: those of the base snapshot, overlaid with the session's changes.
 
 The base is never copied. Paths are compared as text: Python orders it by code point, which is the
 order of its UTF-8 bytes, and everything below ``/a`` is one range, from ``/a/`` to ``/a0`` (``0``
@@ -22,7 +22,7 @@ _ABSENT: Final = object()
 
 
 def check_path(path: str) -> None:
-    """Refuse what is not an absolute, normal path.
+    """Refuse a path that is not absolute and normalized.
 
     Raises
     ------
@@ -43,12 +43,12 @@ def check_path(path: str) -> None:
 
 
 def parent_of(path: str) -> str:
-    """The path one level up; the root's is the root."""
+    """The path one level up; the parent of the root is the root."""
     return path.rpartition("/")[0] or "/"
 
 
 def is_below(path: str, ancestor: str) -> bool:
-    """Whether ``path`` stands below ``ancestor``, at any depth."""
+    """Whether ``path`` is below ``ancestor``, at any depth."""
     return path != ancestor and path.startswith(_prefix(ancestor))
 
 
@@ -62,7 +62,7 @@ class Hierarchy:
     Parameters
     ----------
     base
-        Of the snapshot, in ascending order of paths.
+        Nodes of the base snapshot, in ascending order of paths.
     """
 
     __slots__ = ("_added", "_base", "_base_ids", "_base_paths", "_moved", "overlay")
@@ -74,7 +74,7 @@ class Hierarchy:
         self._added: list[str] = []
         self._moved: dict[NodeId, str] = {}
         self.overlay: dict[str, NodeSnapshot | None] = {}
-        """Paths where the session differs from the base: the node now, or None if it is gone."""
+        """The paths at which the session differs from the base: the current node, or None if it was removed."""
 
     def get(self, path: str) -> NodeSnapshot | None:
         """The node at this path."""
@@ -109,22 +109,23 @@ class Hierarchy:
             del self._added[bisect_left(self._added, path)]
 
     def move(self, source: str, target: str) -> None:
-        """Move a node and everything below it to a place where nothing is."""
+        """Move a node and everything below it to a free path."""
         for node in list(self.subtree(source)):
             self.remove(node.path)
             self.put(replace(node, path=target + node.path[len(source) :]))
 
     def everything(self) -> Mapping[str, NodeSnapshot]:
-        """All nodes by path, in ascending order; good until the next change."""
+        """All nodes by path, in ascending order; valid until the next change."""
         if not self.overlay:
             return self._base
         known: dict[str, NodeSnapshot | None] = {**self._base, **self.overlay}
-        # Two runs in order: what the base has, and what it has not.
+        # Two sorted runs: the paths that the base has, and those that it does not have.
         paths = sorted([*self._paths(), *self._added]) if self._added else known
         return {path: node for path in paths if (node := known[path]) is not None}
 
     def subtree(self, path: str) -> Iterator[NodeSnapshot]:
-        """The node and everything below it, in ascending order of paths; not to be changed meanwhile."""
+        """The node and everything below it, in ascending order of paths; the hierarchy must not change during the
+        iteration."""
         node = self.get(path)
         if node is not None:
             yield node
@@ -142,7 +143,8 @@ class Hierarchy:
                 yield found
 
     def children(self, path: str, *, implied: bool = False) -> list[str]:
-        """Names of the nodes directly below, ascending; with ``implied`` also of what is only an ancestor of nodes."""
+        """Names of the nodes directly below, ascending; with ``implied`` also names that are only ancestors of
+        nodes."""
         prefix = _prefix(path)
         names: set[str] = set()
         for paths in (self._paths(), self._added):
@@ -152,7 +154,7 @@ class Hierarchy:
                 if deeper:
                     if implied and next(self.subtree(prefix + name), None) is not None:
                         names.add(name)
-                    # Skip the whole subtree; the child itself, if it is a node, was met before.
+                    # Skip the whole subtree; the child itself, if it is a node, came before.
                     i = bisect_left(paths, prefix + name + "0", i + 1, end)
                     continue
                 if name and self.get(prefix + name) is not None:
@@ -161,12 +163,12 @@ class Hierarchy:
         return sorted(names)
 
     def path_of(self, node_id: NodeId, hint: str) -> str | None:
-        """Where a node stands now; ``hint`` is tried first."""
+        """Current path of a node; the path ``hint`` is tried first."""
         node = self.node_of(node_id, hint)
         return None if node is None else node.path
 
     def node_of(self, node_id: NodeId, hint: str) -> NodeSnapshot | None:
-        """The node with this id, wherever it stands; ``hint`` is tried first."""
+        """The node with this id, at whatever path; the path ``hint`` is tried first."""
         node = self.get(hint)
         if node is not None and node.id == node_id:
             return node

@@ -7,15 +7,15 @@ events over the base, kept up to date with every event, so that a read never rep
 
 A command (`SessionLog.set_metadata`, `SessionLog.set_native`, …) checks its arguments against the
 fold, then appends the event and folds it: a command that raises has changed nothing. Chunks do not
-become events as they are written. They gather in their array's fold, single ones in its *open rows*,
-and become few events when somebody asks for them: at a savepoint, or when the log is serialised,
+become events when they are written. They are collected in their array's fold, single ones in its *open rows*,
+and become a few events when events are needed: at a savepoint, or when the log is serialised,
 forked or rebased. This is sound because chunk events of one array commute with all other events but
 two: the creation of the array, which comes first anyway, and its deletion, which makes them void
-(they are simply dropped then).
+(they are dropped then).
 
 Chunks are looked up by coordinates under the array's current grid. After a shrink the chunks
-outside are out of sight, and in sight again if the array grows in the same session; the commit
-drops what is outside then, as the official library does.
+outside are invisible, and visible again if the array grows in the same session; the commit
+drops what is outside at that time, as the official library does.
 
 Worked example::
 
@@ -25,8 +25,6 @@ Worked example::
     log.set_native(node, (0, 0), chunk_id, 0, 1000)
     log.chunk(node, (0, 0))      # ChunkRef(kind=NATIVE, …)
     log.chunk(node, (0, 1))      # ABSENT: the array is new
-
-What can be done to a session: checked against its fold, then appended to its log as an event.
 """
 
 from __future__ import annotations
@@ -61,7 +59,8 @@ _new_ref = tuple.__new__
 
 
 class Commands(Fold):
-    """A command that raises has changed nothing."""
+    """The commands of a session: each checks its arguments against the fold, then appends an event. A command that
+    raises has changed nothing."""
 
     def set_metadata(self, path: str, user_data: bytes) -> None:
         """Create a group or array, or replace the metadata of the one that is there.
@@ -73,7 +72,7 @@ class Commands(Fold):
         InvalidInputError
             If the path or the document is refused (see `parse_node`).
         AlreadyExistsError
-            If a group stands where an array shall, or the other way round: delete it first.
+            If an array shall be created at the path of a group, or a group at that of an array: delete it first.
         """
         check_path(path)
         node = self._tree.get(path)
@@ -103,7 +102,7 @@ class Commands(Fold):
         self._append(NodeDeleted(node_id=self._existing(path, "delete").id, path=path))
 
     def clear(self) -> None:
-        """Delete every node, the root too; nothing happens if there is none."""
+        """Delete every node, the root too; nothing happens if there are no nodes."""
         if next(self._tree.subtree("/"), None) is not None:
             self._append(HierarchyCleared())
 
@@ -156,7 +155,7 @@ class Commands(Fold):
         self._append(NodeMoved(node_id=node.id, source=source, target=target))
 
     def set_inline(self, node: NodeSnapshot, coords: tuple[int, ...], data: bytes) -> None:
-        """Write a chunk whose bytes travel in the manifest.
+        """Write a chunk whose bytes are stored in the manifest.
 
         Raises
         ------
@@ -204,12 +203,13 @@ class Commands(Fold):
         Parameters
         ----------
         refs
-            In any order; of several rows with the same coordinates the last counts. The columns belong to the log now.
+            In any order; of several rows with the same coordinates the last counts. The log takes ownership of the
+            columns: the caller must not change them.
 
         Raises
         ------
         InvalidInputError
-            ``invalid-chunk-index`` if any of them is outside the grid, ``not-an-array``.
+            ``invalid-chunk-index`` if a chunk is outside the grid, ``not-an-array``.
         NodeNotFoundError
             If the node is there no more.
         """
@@ -236,7 +236,7 @@ class Commands(Fold):
                 fold.close()
 
     def delete_chunks(self, node: NodeSnapshot, coords: npt.NDArray[np.uint32]) -> None:
-        """Delete many chunks, whether they exist or not; those outside the grid are passed over.
+        """Delete many chunks, whether they exist or not; those outside the grid are ignored.
 
         Parameters
         ----------
@@ -246,7 +246,7 @@ class Commands(Fold):
         Raises
         ------
         InvalidInputError
-            ``invalid-chunk-index`` if the rank is another one, ``not-an-array``.
+            ``invalid-chunk-index`` if the coordinates have another rank than the array, ``not-an-array``.
         NodeNotFoundError
             If the node is there no more.
         """
@@ -277,7 +277,7 @@ def _outside(node: NodeSnapshot, coords: object, grid: tuple[int, ...]) -> Inval
 
 def _zero_length(node: NodeSnapshot, coords: tuple[int, ...]) -> InvalidInputError:
     return InvalidInputError(
-        f"cannot write chunk {coords} of the array {node.path}: it has no bytes, and no chunk encodes to none",
+        f"cannot write chunk {coords} of the array {node.path}: it has no bytes, and no codec encodes a chunk to none",
         ErrorKind.ZERO_LENGTH_CHUNK,
     )
 
@@ -293,22 +293,22 @@ class Savepoint:
     serial: int
     """Identifies the savepoint within its log."""
     position: int
-    """Events before it."""
+    """Number of events before it."""
 
 
 class SessionLog(Commands):
     """Events over a base snapshot, and their fold.
 
-    Not safe for threads by itself: every method is one short critical section that its owner guards.
+    Not thread-safe by itself: its owner must guard every method call, each of which is a short critical section.
 
     Parameters
     ----------
     base
-        What the session stands on.
+        The snapshot that the session is based on.
     new_node_id
         Source of fresh ids.
     author
-        8 bytes that no other log takes events under; empty: events get no ids, and the log is not for merging.
+        8 bytes that no other log uses as author of new events; empty: events get no ids, and the log cannot be merged.
     """
 
     def __init__(self, base: Snapshot, new_node_id: Callable[[], NodeId], author: bytes = b"") -> None:
@@ -318,7 +318,7 @@ class SessionLog(Commands):
 
     def savepoint(self) -> Savepoint:
         """Remember this position."""
-        self._tell_all()
+        self._record_all()
         self._serial += 1
         self._savepoints[self._serial] = len(self._events)
         return Savepoint(self._serial, len(self._events))
@@ -336,9 +336,9 @@ class SessionLog(Commands):
         self._refold(self._events[: savepoint.position])
 
     def since(self, savepoint: Savepoint) -> SessionLog:
-        """The changes after a savepoint, as a log over the nodes that there were at it.
+        """The changes after a savepoint, as a log over the nodes that existed at the savepoint.
 
-        Its base has this log's base's id and manifests: it is for looking at changes, not for reading chunks.
+        Its base has the id and the manifests of this log's base: use it to inspect changes, not to read chunks.
 
         Raises
         ------
@@ -351,7 +351,7 @@ class SessionLog(Commands):
         return then.rebased(self._base.with_nodes(nodes), self.events[savepoint.position :])
 
     def at(self, savepoint: Savepoint) -> SessionLog:
-        """A log of its own that stands where this one stood at a savepoint. Raises as `rollback`."""
+        """A separate log in the state that this one had at a savepoint. Raises as `rollback`."""
         self._require(savepoint)
         return self.rebased(self._base, self.events[: savepoint.position])
 
@@ -363,16 +363,16 @@ class SessionLog(Commands):
     def rebased(self, base: Snapshot, events: Iterable[Event] | None = None, *, author: bytes = b"") -> SessionLog:
         """A new log with the same events on another base; this one stays as it is.
 
-        Whether the two bases allow that is the conflict check's business, beforehand.
+        The caller must check for conflicts between the two bases beforehand.
 
         Parameters
         ----------
         base
-            What the new log stands on.
+            The snapshot that the new log is based on.
         events
-            To take instead of this log's own.
+            Events to use instead of this log's own.
         author
-            Of events to come; empty: this log's, which then takes none any more.
+            Author of later events; empty: this log's author. This log must then get no further events.
 
         Raises
         ------
@@ -383,13 +383,13 @@ class SessionLog(Commands):
         """
         log = SessionLog(base, self._new_node_id, author or self._author)
         log._made = self._made
-        # Savepoints of this log must not pass for the new one's.
+        # A savepoint of this log must not be valid for the new one.
         log._serial = self._serial
         log._refold(self.events if events is None else events)
         return log
 
     def savepoint_at(self, position: int) -> Savepoint:
-        """A savepoint after so many events; of a log that was read back, whose own savepoints did not travel."""
+        """A savepoint after that many events, for a log that was decoded: its bytes do not contain savepoints."""
         savepoint = self.savepoint()
         if not 0 <= position <= savepoint.position:
             raise SessionStateError(f"no savepoint after {position} events: the log has {savepoint.position}")
@@ -397,14 +397,14 @@ class SessionLog(Commands):
         return Savepoint(savepoint.serial, position)
 
     def replay(self, events: Iterable[Event]) -> None:
-        """Append events of another log that started where this one stands.
+        """Append events of another log that started from the current state of this one.
 
         Raises
         ------
         NodeNotFoundError, AlreadyExistsError
             As `rebased`; the log is then as it was before.
         """
-        self._tell_all()
+        self._record_all()
         before = list(self._events)
         try:
             for event in events:
@@ -416,5 +416,5 @@ class SessionLog(Commands):
     def _require(self, savepoint: Savepoint) -> None:
         if self._savepoints.get(savepoint.serial) != savepoint.position:
             raise SessionStateError(
-                "cannot roll back: the savepoint belongs to another session, or was rolled back already"
+                "cannot roll back: the savepoint belongs to another session, or has been rolled back"
             )

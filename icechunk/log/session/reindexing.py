@@ -1,4 +1,4 @@
-"""Moving an array's chunks about in its grid: references change their coordinates, and no data moves."""
+"""Moving an array's chunks in its grid: references change their coordinates, and no data moves."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ Reindex: TypeAlias = Callable[[Iterable[int]], Iterable[int] | None]
 
 
 def shifted(refs: ChunkRefs, grid: Sequence[int], offset: Sequence[int]) -> tuple[ChunkRefs, Coords]:
-    """All references at their coordinates plus an offset; those that leave the grid are gone.
+    """All references at their coordinates plus an offset; those that leave the grid are dropped.
 
     Parameters
     ----------
     refs
-        All of an array, ascending and unique by coordinates.
+        All references of an array, ascending and unique by coordinates.
     grid
-        Chunks along each dimension.
+        Number of chunks along each dimension.
     offset
-        As many numbers, of either sign.
+        One number per dimension, of either sign; chunks.
 
     Returns
     -------
     moved : ChunkRefs
+        The references at their new coordinates.
     vacated : uint32[n, ndim]
-        Coordinates at which there is nothing any more.
+        Coordinates that have no chunk any more.
     """
     coords = refs.coords.astype(np.int64) + np.array(offset, np.int64)
     stays: npt.NDArray[np.bool_] = np.all((coords >= 0) & (coords < np.array(grid, np.int64)), axis=1)
@@ -45,21 +46,21 @@ def shifted(refs: ChunkRefs, grid: Sequence[int], offset: Sequence[int]) -> tupl
 def reindexed(
     refs: ChunkRefs, grid: Sequence[int], forward: Reindex, backward: Reindex | None
 ) -> tuple[ChunkRefs, Coords]:
-    """References at the coordinates that a function gives.
+    """References at the coordinates that a function returns.
 
     Parameters
     ----------
     refs
-        All of an array, ascending and unique by coordinates.
+        All references of an array, ascending and unique by coordinates.
     grid
-        Chunks along each dimension.
+        Number of chunks along each dimension.
     forward
-        From the coordinates of a chunk to those that it moves to; None: it moves nowhere. Of several that move to one
-        place the last counts, in ascending order of their coordinates.
+        Maps the coordinates of a chunk to those that it moves to; None: the chunk moves nowhere. If several chunks move
+        to the same coordinates, the last counts, in ascending order of their old coordinates.
     backward
-        From the coordinates of a chunk to those that its place is filled from; where it gives None, or a place without
-        a chunk, and nothing moves there, the place is vacated. Without it, a chunk whose place is not taken stays
-        there as well.
+        Maps coordinates that have a chunk to those that they are filled from. If it returns None, or coordinates
+        without a chunk, and no chunk moves there, the coordinates are vacated. Without ``backward``, a chunk whose
+        coordinates no other chunk takes also stays there.
 
     Returns
     -------

@@ -1,7 +1,7 @@
 """The session log as bytes: for workers, and for a session's own checkpoints.
 
 Layout: magic, version u16, header length u32 (little-endian), header (JSON), then blobs, each padded
-with zeros to 8 bytes. The header names the base snapshot and lists the events; an event carries a
+with zeros to 8 bytes. The header names the base snapshot and lists the events; an event has a
 stable tag, and the lengths of its blobs, which follow each other in the order of events. Columns
 are raw little-endian arrays.
 """
@@ -52,7 +52,7 @@ Blob = bytes | memoryview | npt.NDArray[Any]
 
 
 def encode_log(base: ObjectId, events: Sequence[Event]) -> bytes:
-    """The events of a log that stands on the snapshot ``base``."""
+    """Encode the events of a log whose base is the snapshot ``base``."""
     blobs: list[bytes] = []
     listed = []
     for event in events:
@@ -75,19 +75,19 @@ def decode_log(data: bytes, base: Snapshot, new_node_id: Callable[[], NodeId], a
     Parameters
     ----------
     author
-        Of events to come, as for `SessionLog`.
+        Author of later events, as for `SessionLog`.
 
     Raises
     ------
     FormatError
         If the bytes are not those of a log, or its events do not fold.
     SessionStateError
-        If the log stands on another snapshot than ``base``.
+        If the base of the log is another snapshot than ``base``.
     """
     try:
         magic, version, size = _HEAD.unpack_from(data)
         if magic != _MAGIC:
-            raise ValueError("it does not begin like one")
+            raise ValueError("it does not begin with the magic bytes of a session log")
         if version != _VERSION:
             raise ValueError(f"it has version {version}, this library reads {_VERSION}")
         header = orjson.loads(data[_HEAD.size : _HEAD.size + size])
@@ -95,10 +95,10 @@ def decode_log(data: bytes, base: Snapshot, new_node_id: Callable[[], NodeId], a
         reader = _Blobs(data, _HEAD.size + size)
         events = [_decode_event(record, reader.next(record["blobs"])) for record in header["events"]]
         if reader.at != len(data):
-            raise ValueError("it goes on after its last event")
+            raise ValueError("it has bytes after its last event")
         if stands_on != base.id:
             raise SessionStateError(
-                f"cannot read the session log: it stands on snapshot {encode_id(stands_on)}, not on "
+                f"cannot read the session log: its base is snapshot {encode_id(stands_on)}, not "
                 f"{encode_id(base.id)}; read it over its own base, then rebase"
             )
         log = SessionLog(base, new_node_id, author)
@@ -120,7 +120,7 @@ def decode_log(data: bytes, base: Snapshot, new_node_id: Callable[[], NodeId], a
 
 
 class _Blobs:
-    """Hands out the blobs in order."""
+    """Returns the blobs of a log in order."""
 
     def __init__(self, data: bytes, at: int) -> None:
         self._data = memoryview(data)
@@ -213,9 +213,9 @@ def _text(value: object) -> str:
 
 
 def _coords(blob: memoryview, n: int, ndim: int) -> npt.NDArray[np.uint32]:
-    # A column that claims rows without bytes would cost memory that the file did not pay for.
+    # A column that claims rows without bytes would take memory out of proportion to the file.
     if n < 0 or ndim < 0 or len(blob) != 4 * n * ndim or (ndim == 0 and n > 1):
-        raise ValueError("coordinates are not of the shape that it says")
+        raise ValueError("coordinates have another shape than the header says")
     coords = np.frombuffer(blob, "<u4").astype(np.uint32, copy=False).reshape(n, ndim)
     if sort_last(coords) is not None:
         raise ValueError("coordinates are not ascending")
@@ -247,20 +247,20 @@ def _decode_refs(blobs: list[memoryview], n: int, ndim: int) -> ChunkRefs:
         inline_data=bytes(blobs[10]),
     )
     if n and not ((kind >= INLINE) & (kind <= VIRTUAL)).all():
-        raise ValueError("a reference is of no known kind")
+        raise ValueError("a reference has an unknown kind")
     inline = kind == INLINE
     room = np.uint64(len(refs.inline_data))
     offset, length = refs.offset[inline], refs.length[inline]
     if (offset > room).any() or (length > room - offset).any():
-        raise ValueError("an inline chunk reaches out of the inline bytes")
+        raise ValueError("an inline chunk is outside the inline bytes")
     _check_rows(refs.location[kind == VIRTUAL], len(locations))
     if refs.checksum_kind is not None and refs.checksum is not None:
         if not np.isin(refs.checksum_kind, (NO_CHECKSUM, ETAG, LAST_MODIFIED)).all():
-            raise ValueError("a checksum is of no known kind")
+            raise ValueError("a checksum has an unknown kind")
         _check_rows(refs.checksum[refs.checksum_kind == ETAG], len(etags))
     return refs
 
 
 def _check_rows(rows: npt.NDArray[Any], size: int) -> None:
     if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= size):
-        raise ValueError("a reference points out of a table")
+        raise ValueError("a reference points outside a table")

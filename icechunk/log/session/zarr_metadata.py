@@ -1,4 +1,4 @@
-"""What the engine must know of a node's zarr.json: its kind, its chunk grid, the names of its dimensions.
+"""The parts of a node's zarr.json that the engine needs: its kind, its chunk grid, the names of its dimensions.
 
 Everything else in the document (data type, codecs, fill value, attributes) belongs to zarr; its
 presence is checked, because a document without it is not Zarr, but its content is not.
@@ -31,15 +31,15 @@ class ArrayMeta:
     """The document describes an array."""
 
     shape: tuple[int, ...]
-    """Elements along each dimension."""
+    """Number of elements along each dimension."""
     num_chunks: tuple[int, ...]
-    """Chunks along each dimension; 0 where the dimension has no elements."""
+    """Number of chunks along each dimension; 0 if the dimension has no elements."""
     dimension_names: tuple[str | None, ...] | None
     """One per dimension; None if the document names none at all."""
 
     @property
     def dimensions(self) -> tuple[DimensionShape, ...]:
-        """Shape and grid as a snapshot holds them."""
+        """Shape and grid in the form that a snapshot stores."""
         return tuple(map(DimensionShape, self.shape, self.num_chunks))
 
 
@@ -51,7 +51,7 @@ def parse_node(user_data: bytes, path: str) -> GroupMeta | ArrayMeta:
     user_data
         The document: UTF-8 JSON of Zarr format 3.
     path
-        Of the node, for the messages.
+        Path of the node, for messages.
 
     Raises
     ------
@@ -81,7 +81,8 @@ _FREE_FIELDS: Final = ("shape", "attributes", "dimension_names", "consolidated_m
 
 
 def encoding_of(user_data: bytes) -> dict[str, Any]:
-    """What of an array's zarr.json says where its chunks are and how they are encoded; equal for equal encodings."""
+    """The parts of an array's zarr.json that determine where its chunks are and how they are encoded; equal for equal
+    encodings."""
     document: dict[str, Any] = orjson.loads(user_data)
     return {name: value for name, value in document.items() if name not in _FREE_FIELDS}
 
@@ -109,7 +110,7 @@ def _parse_array(document: Mapping[str, Any], path: str) -> ArrayMeta:
 
 
 def _check_key_encoding(encoding: object, path: str) -> None:
-    # Keys are stored as coordinates, so only one spelling of them can be given back.
+    # Keys are stored as coordinates, so only one spelling of a key can be restored.
     name: object
     configuration: Any
     if isinstance(encoding, str):
@@ -137,7 +138,7 @@ def _parse_grid(grid: object, shape: list[int], path: str) -> tuple[int, ...]:
             _bad(path, f"chunk_shape is {chunks!r}, expected a list of positive lengths")
         if len(chunks) != len(shape):
             _invalid(path, f"chunk_shape has {len(chunks)} dimensions, shape has {len(shape)}")
-        # zarr writes chunks of length 0 along a dimension without elements, where there are no chunks anyway.
+        # zarr writes a chunk length of 0 for a dimension without elements, which has no chunks anyway.
         if any(n and not c for n, c in zip(shape, chunks, strict=True)):
             _bad(path, f"chunk_shape is {chunks!r}, expected positive lengths wherever shape {shape!r} has elements")
         return tuple([-(-n // c) if n else 0 for n, c in zip(shape, chunks, strict=True)])

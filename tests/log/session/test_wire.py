@@ -62,7 +62,7 @@ def test_a_log_read_back_reads_the_same() -> None:
 
 
 def test_a_log_over_another_base_is_refused() -> None:
-    with pytest.raises(SessionStateError, match="stands on snapshot"):
+    with pytest.raises(SessionStateError, match="its base is snapshot"):
         decode_log(bytes_of(sample()), replace(EMPTY, id=object_id(5)), Repo().new_node_id)
 
 

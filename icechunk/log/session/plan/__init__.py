@@ -1,1 +1,1 @@
-"""From the fold of a session to the files of a commit: which manifests are written anew, and what is in them."""
+"""The plan of a commit, from the fold of a session to files: which manifests are rewritten, and their contents."""

@@ -1,9 +1,9 @@
 """From a session's fold to the files of a commit: manifests, snapshot, transaction log.
 
 `plan` decides, without any I/O, which manifests must be read; `new_manifests` builds the new ones
-from them and from the log, one at a time; `new_snapshot` joins them, once they have been encoded, to
-those that stay. Only what changed is touched: a manifest that no changed array needs rewritten stays,
-and one that serves other arrays too goes on serving them.
+from them and from the log, one at a time; `new_snapshot` combines them, once they have been encoded, with
+those that stay. Only changed manifests are rewritten: a manifest without changes stays, and a manifest that
+also holds references of other arrays stays in use for them.
 """
 
 from __future__ import annotations
@@ -42,27 +42,28 @@ __all__ = ["EVERYTHING", "Placed", "Plan", "Policy", "new_manifests", "new_snaps
 TileShape: TypeAlias = Callable[[NodeSnapshot], tuple[int, ...] | None]
 
 EVERYTHING: Final = 2**32 - 1
-"""Chunks along a dimension that no configuration splits."""
+"""Tile length, in chunks, along a dimension that no configuration splits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """How references are laid out in manifests."""
+    """Rules for the layout of references in manifests."""
 
     max_refs_per_manifest: int = 65_536
-    """References of one array in one manifest, and of all arrays in a shared one; tiles are cut to it."""
+    """Largest number of references of one array in one manifest, and of all arrays in a shared one; tiles are cut to
+    it."""
     share_below_refs: int = 4_096
-    """Tiles with fewer references share manifests with those of other arrays; 0, and with configured splitting: none
-    does."""
+    """Tiles with fewer references share manifests with those of other arrays; with 0, or configured splitting, no tile
+    shares a manifest."""
     fan_in: int = 8
-    """So many small neighbours of an array merge into one."""
+    """Number of small neighbouring tiles of an array that merge into one."""
     tile_shape: TileShape | None = None
-    """Configured splitting: chunks along each dimension of an array's tiles; None for an array that is laid out
-    automatically."""
+    """Configured splitting: number of chunks of an array's tiles along each dimension; None for an array that is laid
+    out automatically."""
 
     @staticmethod
     def explicit(tile_shape: TileShape | None = None) -> Policy:
-        """What the official library does: one array per manifest, and one manifest per array unless split by
+        """The layout of the official library: one array per manifest, and one manifest per array unless split by
         configuration."""
 
         def shape(node: NodeSnapshot) -> tuple[int, ...]:
@@ -74,33 +75,33 @@ class Policy:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Plan:
-    """What a commit will do, and what it must read for it."""
+    """The files that a commit will write, and the manifests that it must read for them."""
 
     base: Snapshot
-    """What the session stands on."""
+    """The snapshot that the session is based on."""
     nodes: Mapping[str, NodeSnapshot]
-    """All nodes now, in ascending order of path, still with the base's manifests."""
+    """All current nodes, in ascending order of path, still with the base's manifests."""
     arrays: tuple[ArrayPlan, ...]
-    """Arrays whose references change, in ascending order of path, but those in the batches."""
+    """Arrays whose references change, in ascending order of path, except those in the batches."""
     batches: tuple[Batch, ...]
     """Small arrays whose references change."""
     changes: NetChanges
     """For the transaction log."""
     policy: Policy
-    """By which it was made."""
+    """The policy of this plan."""
     manifests_to_read: tuple[ObjectId, ...]
     """Ascending."""
 
     @property
     def num_rows(self) -> int:
-        """References that it writes, without those that are in manifests already."""
+        """Number of references that it writes, without those that are in manifests already."""
         written = sum(len(array.written) for array in self.arrays)
         return written + sum(len(batch.rows.rows) for batch in self.batches)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Placed:
-    """What a snapshot knows of a new manifest."""
+    """The data of a new manifest that a snapshot holds."""
 
     file: ManifestFile
     extents: Mapping[NodeId, Extents]
@@ -108,14 +109,14 @@ class Placed:
 
 
 def plan(log: SessionLog, policy: Policy, *, everything: bool = False) -> Plan:
-    """Decide what to rewrite.
+    """Decide which manifests to rewrite.
 
-    Cost is in proportion to the nodes of the hierarchy, the log's rows and the changed arrays' manifests.
+    The cost is proportional to the nodes of the hierarchy, the log's rows and the changed arrays' manifests.
 
     Parameters
     ----------
     everything
-        Rewrite the manifests of all arrays, as the policy would lay them out from the start.
+        Rewrite the manifests of all arrays, in the layout that the policy gives to a new repository.
     """
     rows = log.rows()
     changes = log.net_changes(rows)
@@ -176,7 +177,7 @@ def _plan_array(
 def new_manifests(
     plan: Plan, manifests: Mapping[ObjectId, Manifest], new_object_id: Callable[[], ObjectId]
 ) -> Iterator[Manifest]:
-    """The new manifests, one after another, each made when it is asked for: none is kept here.
+    """The new manifests, one at a time, each made when the iterator requests it and not kept here.
 
     Parameters
     ----------
@@ -203,7 +204,7 @@ def new_manifests(
 
 
 def placed(manifest: Manifest, size_bytes: int) -> Placed:
-    """What is to be known of a new manifest once it is encoded, in so many bytes."""
+    """The entry of a snapshot for a new manifest whose encoded size is ``size_bytes``."""
     arrays = manifest.arrays
     if isinstance(arrays, ByNode):
         found = {node_id: box for part in arrays.parts for node_id, box in zip(part.nodes, boxes_of(part), strict=True)}
@@ -223,12 +224,12 @@ def new_snapshot(
     message: str,
     metadata: Mapping[str, Json],
 ) -> Snapshot:
-    """The snapshot that the new manifests, and those that stay, belong to.
+    """The snapshot of the new manifests and of those that stay.
 
     Parameters
     ----------
     new
-        All that `new_manifests` gives, in any order; or others that hold the same references.
+        All that `new_manifests` returns, in any order; or others that hold the same references.
     parent_id
         Stored in format 1 only; pass None otherwise.
     flushed_at_us
@@ -245,7 +246,7 @@ def new_snapshot(
     for manifest in new:
         id = manifest.file.object_id
         files[id] = manifest.file
-        # Small arrays often have the same box: thousands then have the same tuple.
+        # Small arrays often have the same box: thousands then share one tuple.
         known: dict[Extents, tuple[ManifestRef, ...]] = {}
         for node_id, extents in manifest.extents.items():
             refs_of = known.get(extents)
@@ -286,7 +287,8 @@ class _Packer:
         self._ordinals: dict[NodeId, int] = {}
 
     def add(self, node_id: NodeId, refs: ChunkRefs, *, alone: bool) -> Iterator[Manifest]:
-        """Place a piece, not empty; ``alone``: in a manifest of its own. Gives the manifest that is full by it."""
+        """Add a piece, which is not empty; with ``alone``, to a manifest of its own. Returns the manifest that becomes
+        full."""
         if alone or len(refs) >= self._policy.share_below_refs:
             yield Manifest(id=self._new_object_id(), arrays={node_id: refs})
             return
@@ -301,7 +303,7 @@ class _Packer:
         stream.size += len(refs)
 
     def add_many(self, part: Part[ChunkRefs]) -> Iterator[Manifest]:
-        """Place the only pieces of many arrays, each smaller than a manifest. Gives the manifests that are full."""
+        """Add the only pieces of many arrays, each smaller than a manifest. Returns the manifests that become full."""
         if not self._streams:
             self._streams.append(_Stream())
         stream, edges, first = self._streams[0], part.edges, 0
@@ -316,7 +318,7 @@ class _Packer:
             first = last
 
     def close(self) -> Iterator[Manifest]:
-        """The manifests that are open still."""
+        """The manifests that are not full."""
         while self._streams:
             yield self._emptied(self._streams.pop(0))
 
@@ -330,13 +332,13 @@ class _Packer:
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """A manifest in the making."""
+    """A manifest that is being filled."""
 
     arrays: dict[NodeId, ChunkRefs] = field(default_factory=dict)
     parts: list[Part[ChunkRefs]] = field(default_factory=list)
-    """Of other arrays."""
+    """References of other arrays."""
     size: int = 0
-    """References of all of them."""
+    """Number of references of all arrays in it."""
 
 
 def _files(

@@ -1,4 +1,4 @@
-"""The references that a commit writes: what dirty tiles hold now, cut into what single manifests shall hold."""
+"""The references that a commit writes: the current contents of dirty tiles, cut into pieces for single manifests."""
 
 from __future__ import annotations
 
@@ -23,31 +23,32 @@ Coords = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ArrayPlan:
-    """What becomes of one array's references."""
+    """The plan for one array's references."""
 
     node: NodeSnapshot
-    """As it is now, with the base's manifests."""
+    """The current array, with the base's manifests."""
     tiles: tuple[Tile, ...]
-    """All of them; the dirty ones are written."""
+    """All tiles; the dirty ones are written."""
     written: Rows
     """References of the log inside the grid, ascending."""
     deleted: Coords
-    """uint32[n, ndim]: deleted inside the grid, ascending."""
+    """uint32[n, ndim]: coordinates deleted inside the grid, ascending."""
     tile_shape: tuple[int, ...] | None
-    """If the tiles are those of a given grid."""
+    """Number of chunks of a cell along each dimension, if the tiles are the cells of a given grid; else None."""
     anew: bool = False
-    """Whether cells of the grid without a change are gathered from several manifests as well."""
+    """Whether cells of the grid without a change are also gathered from several manifests into one."""
 
 
 def pieces(array: ArrayPlan, manifests: Mapping[ObjectId, Manifest], max_refs: int) -> Iterator[ChunkRefs]:
-    """What the dirty tiles of an array hold now; each piece goes into one manifest, and their boxes are disjoint.
+    """The current references of an array's dirty tiles, in pieces: each goes into one manifest, and their boxes are
+    disjoint.
 
     Parameters
     ----------
     manifests
         At least the sources of the dirty tiles.
     max_refs
-        References in a piece, where the tiles are not those of a given grid.
+        Largest number of references in a piece, if the tiles are not those of a given grid.
 
     Raises
     ------
@@ -70,12 +71,12 @@ def pieces(array: ArrayPlan, manifests: Mapping[ObjectId, Manifest], max_refs: i
 
 
 def require_fit(array: ArrayPlan, max_refs: int) -> None:
-    """Refuse a cell of a given grid into which more references are written than a manifest can hold.
+    """Refuse a plan that writes more references into one cell of a given grid than a manifest can hold.
 
     Raises
     ------
     InvalidInputError
-        It names the array, and what to do.
+        If there is such a cell; the message names the array and the remedy.
     """
     if array.tile_shape is None or len(array.written) <= max_refs:
         return
@@ -88,7 +89,8 @@ def require_fit(array: ArrayPlan, max_refs: int) -> None:
 
 
 def _content(array: ArrayPlan, tile: Tile, manifests: Mapping[ObjectId, Manifest]) -> ChunkRefs:
-    """The references of a dirty tile: those it had, without what was deleted or is out of the grid, and the written."""
+    """The references of a dirty tile: the previous ones, without those deleted or outside the grid, and the written
+    ones."""
     written = written_of(array, tile)
     changed = np.concatenate([written.coords, array.deleted[tile.deleted]])
     parts = [refs for source in tile.sources if len(refs := _kept(array, source, manifests, changed))]
@@ -102,7 +104,7 @@ def _cut_by_grid(
 ) -> Iterator[ChunkRefs]:
     coords = array.written.coords[tile.written] if len(tile.written) != len(array.written) else array.written.coords
     deleted = array.deleted[tile.deleted]
-    # Row numbers only: a cell's references are taken when it is its turn.
+    # Row numbers only: the references of a cell are taken when the cell is written.
     written = {_cell(coords[rows[0]], shape): rows for rows in _cells(coords, shape)}
     gathered: dict[tuple[int, ...], list[ChunkRefs]] = {cell: [] for cell in written}
     for rows in _cells(deleted, shape):
@@ -117,7 +119,8 @@ def _cut_by_grid(
             if into is None:
                 yield trimmed(part)
             else:
-                # Trimmed now: the manifests of an array may share no table, and joining tables costs all their strings.
+                # Trimmed first: manifests of an array may have different tables, and joining untrimmed tables would
+                # process all their strings.
                 into.append(trimmed(part))
     for cell in sorted(gathered):
         parts = gathered.pop(cell)
@@ -142,7 +145,7 @@ def written_of(array: ArrayPlan, tile: Tile) -> ChunkRefs:
 
 
 def _kept(array: ArrayPlan, source: ManifestRef, manifests: Mapping[ObjectId, Manifest], changed: Coords) -> ChunkRefs:
-    """References of one manifest that are inside the grid still, and not among the changed ones."""
+    """References of one manifest that are still inside the grid and not among the changed ones."""
     old = references(array, source, manifests)
     box = tuple((a, min(b, d.num_chunks)) for (a, b), d in zip(source.extents, array.node.shape, strict=True))
     rows = in_box(old.coords, box)
@@ -155,12 +158,12 @@ def _kept(array: ArrayPlan, source: ManifestRef, manifests: Mapping[ObjectId, Ma
 
 
 def references(array: ArrayPlan, source: ManifestRef, manifests: Mapping[ObjectId, Manifest]) -> ChunkRefs:
-    """All that a manifest holds of the array.
+    """All references of the array in a manifest.
 
     Raises
     ------
     FormatError
-        If that is nothing, although the base says otherwise.
+        If there are none, although the base says that there are.
     """
     old = manifests[source.object_id].arrays.get(array.node.id)
     if old is None or old.ndim != len(array.node.shape):

@@ -1,7 +1,7 @@
-"""Manifests of an earlier try of the same commit that serve the next one too.
+"""Reuse of manifests that an earlier try of the same commit has stored.
 
-A commit that lost the race is compacted again, over another base. What the winner did not touch comes out the same, but
-for its random id: then the manifest that is on storage already is taken, and not written again.
+A commit that lost a race is compacted again, over another base. A manifest that the winner did not affect has the same
+contents, except for its random id. The stored manifest is then used, and not written again.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from icechunk.log.session.plan.compaction import Placed
 __all__ = ["Earlier", "Remembered"]
 
 Remembered: TypeAlias = "tuple[Manifest | bytes, Placed]"
-"""A manifest, or the digest of one, and where it is."""
+"""A manifest, or the digest of one, and its entry for a snapshot."""
 
 
 class Earlier:
-    """Manifests that are on storage since earlier tries of a commit, and no older than the first of them.
+    """Manifests that earlier tries of one commit have stored; none is older than the first try.
 
     Parameters
     ----------
     keep_refs
-        So many references are kept as they are, to be compared if it comes to that; of more, only digests.
+        Number of references that are kept for comparison; of manifests beyond that, only digests are kept.
     """
 
     def __init__(self, keep_refs: int = 2**20) -> None:
@@ -38,17 +38,17 @@ class Earlier:
         self._left = keep_refs
 
     def remembered(self, manifest: Manifest, placed: Placed) -> Remembered:
-        """What is to be added once the manifest is on storage for certain."""
+        """The argument for `add`, to be passed once the manifest is certainly stored."""
         self._left -= manifest.num_chunk_refs
         return (manifest if self._left >= 0 else _digest(manifest)), placed
 
     def add(self, manifests: Iterable[Remembered]) -> None:
-        """Manifests that are on storage now."""
+        """Add manifests that are stored now."""
         for what, placed in manifests:
             self._known.setdefault(tuple(placed.extents), []).append((what, placed))
 
     def find(self, manifest: Manifest) -> Placed | None:
-        """One that holds the same references."""
+        """A stored manifest that holds the same references, or None."""
         own: bytes | None = None
         for what, placed in self._known.get(tuple(manifest.arrays), ()):
             if placed.file.num_chunk_refs != manifest.num_chunk_refs:
@@ -64,7 +64,7 @@ class Earlier:
 
 
 def _digest(manifest: Manifest) -> bytes:
-    """Differs where any column of any array does."""
+    """A digest that differs if any column of any array differs."""
     found = hashlib.blake2b(digest_size=32)
     for part in grouped_refs(manifest.arrays).parts:
         refs = part.rows
@@ -77,8 +77,8 @@ def _digest(manifest: Manifest) -> bytes:
 
 
 def _same_arrays(ours: ByNode[ChunkRefs], theirs: ByNode[ChunkRefs]) -> bool:
-    """Whether two manifests hold the same; that they are said to differ, where only the order of arrays does, costs a
-    manifest and nothing else."""
+    """Whether two manifests hold the same references. Manifests that differ only in the order of their arrays count as
+    different, which only costs one more manifest."""
     return len(ours.parts) == len(theirs.parts) and all(
         a.nodes == b.nodes and np.array_equal(a.edges, b.edges) and _same(a.rows, b.rows)
         for a, b in zip(ours.parts, theirs.parts, strict=True)

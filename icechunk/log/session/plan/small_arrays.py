@@ -1,14 +1,12 @@
-"""Commits of many small arrays: those whose references come to be one small tile each are planned and merged together.
+"""Commits of many small arrays: arrays that end up with one small tile each are planned and merged together.
 
-What `tiles` decides for one array, and `manifest_rows` makes of it, is simple for an array of few
-references: one that has none yet gets one tile of what is written; one whose only manifest holds a small box, inside
-which the changes lie, has that box written again. Here both are decided for all such arrays at once, in columns, and
-their references are merged at once with what their manifests hold, most often the same few.
+A numpy call costs as much for two rows as for ten thousand. The rows of all small arrays of one rank are therefore
+concatenated in shared columns and processed at once.
 
-Many small arrays at once: their rows are columns of their own, filled together.
-
-What numpy costs for two rows it costs for ten thousand. Rows of arrays of one rank are therefore laid one behind the
-other, and worked on as one.
+The decisions of `tiles` and `manifest_rows` are simple for an array of few references. An array without references gets
+one tile of the written ones; if the only manifest of an array holds a small box and all changes are inside it, that box
+is rewritten. This module makes both decisions for all such arrays at once, in columns, and merges their references at
+once with those of their manifests, which are usually the same few.
 """
 
 from __future__ import annotations
@@ -49,23 +47,23 @@ Rows = Mapping[tuple[int, ...], ChunkRef | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LogRows:
-    """What a log says of chunks."""
+    """The chunk rows of a log."""
 
     small: ByNode[ChunkRefs]
-    """Of small arrays, tombstones too, ascending and unique by coordinates; all of a rank are one part."""
+    """Rows of small arrays, tombstones too, ascending and unique by coordinates; arrays of one rank are one part."""
     large: Mapping[NodeId, RowsOfOne]
-    """The same of the others, one by one."""
+    """Rows of each of the other arrays."""
     nodes: Mapping[NodeId, NodeSnapshot]
-    """All those arrays as they are now, in ascending order of path."""
+    """The current nodes of all these arrays, in ascending order of path."""
 
 
 def rows_of_many(folds: Sequence[ArrayFold], ndim: int) -> Part[ChunkRefs]:
-    """All rows of arrays of one rank; the folds stay as they are.
+    """All rows of arrays of one rank; the folds are not changed.
 
     Parameters
     ----------
     folds
-        At least one, none of them empty.
+        At least one fold; none is empty.
     """
     rows = [fold.rows for fold in folds]
     values = list(chain.from_iterable([own.values() for own in rows]))
@@ -82,20 +80,20 @@ def rows_of_many(folds: Sequence[ArrayFold], ndim: int) -> Part[ChunkRefs]:
 
 
 def sorted_by_owner(refs: ChunkRefs, owner: npt.NDArray[Any]) -> tuple[ChunkRefs, npt.NDArray[Any]]:
-    """Rows ascending by owner and coordinates; of several with the same ones the last counts."""
+    """Rows ascending by owner and coordinates; of several rows with equal ones the last counts."""
     order = sort_last(np.column_stack([owner.astype(np.uint32, copy=False), refs.coords]))
     return (refs, owner) if order is None else (refs.take(order), owner[order])
 
 
 def edges_of_owners(owner: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:
-    """Where the rows of each of so many owners begin, and where the last one's end; ``owner`` is ascending."""
+    """int64[count + 1]: the first row of each owner, and the end of the last one's rows; ``owner`` is ascending."""
     edges = np.zeros(count + 1, np.int64)
     np.cumsum(np.bincount(owner, minlength=count), out=edges[1:])
     return edges
 
 
 def columns_of_many(many: Sequence[Rows], ndim: int) -> list[ChunkRefs]:
-    """`icechunk.log.session.columns.from_rows` of each; all of one rank."""
+    """`icechunk.log.session.columns.from_rows` for each array; all have the same rank."""
     if len(many) < 2 or any(r is not None and r.kind == VIRTUAL for rows in many for r in rows.values()):
         return [from_rows(rows, ndim) for rows in many]
     refs = from_rows({(i, *coords): ref for i, rows in enumerate(many) for coords, ref in rows.items()}, ndim + 1)
@@ -103,7 +101,7 @@ def columns_of_many(many: Sequence[Rows], ndim: int) -> list[ChunkRefs]:
 
 
 def _split(refs: ChunkRefs, sizes: Sequence[int]) -> list[ChunkRefs]:
-    """The first so many rows, the next so many, and so on; no row is virtual, and inline bytes are in row order."""
+    """Split the rows into consecutive runs of these sizes; no row is virtual, and inline bytes are in row order."""
     edges = [0, *np.cumsum(sizes).tolist()]
     coords, kind, offset, length, chunk_id, location = (
         refs.coords,
@@ -135,35 +133,35 @@ def _split(refs: ChunkRefs, sizes: Sequence[int]) -> list[ChunkRefs]:
 
 
 MANY: Final = 8
-"""Arrays: fewer are planned one by one."""
+"""Number of arrays below which they are planned one by one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
-    """Arrays of one rank, each of which comes to have one small tile, or none."""
+    """Arrays of one rank, each of which ends up with one small tile, or none."""
 
     nodes: tuple[NodeSnapshot, ...]
-    """As they are now, with the base's manifests, in ascending order of path."""
+    """The current arrays, with the base's manifests, in ascending order of path."""
     rows: Part[ChunkRefs]
     """The log's rows inside the grids, tombstones too, in the order of the nodes."""
     sources: tuple[ObjectId | None, ...]
-    """For each, the manifest that its present references are in, where they are needed."""
+    """For each array the manifest with its existing references, if they are needed; else None."""
     boxes: npt.NDArray[np.int64]
-    """int64[n, ndim, 2]: of each one's references in that manifest those in this box count."""
+    """int64[n, ndim, 2]: for each array the box in which its references in that manifest count."""
 
 
 def plan_batches(rows: LogRows, limit: int) -> tuple[list[Batch], frozenset[NodeId]]:
-    """Plan the arrays that are simple.
+    """Plan the arrays that are simple (see the module).
 
     Parameters
     ----------
     limit
-        References of an array that is small.
+        Largest number of references of a small array.
 
     Returns
     -------
     batches
-        At most one for each rank.
+        At most one batch for each rank.
     done
         Ids of the arrays that need no plan of their own: those in the batches, and those that do not change.
     """
@@ -183,29 +181,29 @@ def plan_batches(rows: LogRows, limit: int) -> tuple[list[Batch], frozenset[Node
 
 
 class _Traits(NamedTuple):
-    """What decides over arrays of one rank, in columns."""
+    """The numbers, in columns, that decide whether arrays of one rank are simple."""
 
     present: npt.NDArray[np.int64]
-    """Manifests of each."""
+    """Number of manifests of each array."""
     boxes: npt.NDArray[np.int64]
-    """int64[n, ndim, 2]: what the only one of them holds inside the grid."""
+    """int64[n, ndim, 2]: the box of the array's only manifest, clipped to the grid."""
     visible: npt.NDArray[np.bool_]
     """Rows of the log that are inside the grids."""
     written: npt.NDArray[np.int64]
-    """References of each among those."""
+    """Number of references of each array among those."""
     written_inside: npt.NDArray[np.int64]
-    """Of these, the ones in the box."""
+    """Number of those references that are in the box."""
     changed: npt.NDArray[np.int64]
-    """References and tombstones of each in the box."""
+    """Number of references and tombstones of each array in the box."""
 
     @property
     def idle(self) -> npt.NDArray[np.bool_]:
-        """Arrays that had no references, and get none."""
+        """Mask of the arrays that had no references and get none."""
         idle: npt.NDArray[np.bool_] = (self.present == 0) & (self.written == 0)
         return idle
 
     def simple(self, limit: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """The arrays for a batch, and those of them whose manifest is needed."""
+        """Masks of the arrays for a batch, and of those whose manifest is needed."""
         # As floats: a box may have more chunks than any integer holds.
         sides = np.maximum(self.boxes[:, :, 1] - self.boxes[:, :, 0], 0)
         chunks: npt.NDArray[np.float64] = sides.astype(np.float64).prod(axis=1)
@@ -217,7 +215,7 @@ class _Traits(NamedTuple):
 
 
 def _traits(part: Part[ChunkRefs], nodes: Sequence[NodeSnapshot]) -> _Traits | None:
-    """None where extents are of another rank than their array."""
+    """The traits of the arrays of a part; None if the rank of some extents differs from that of their array."""
     n, ndim = len(nodes), part.rows.ndim
     present = np.fromiter([len(node.manifests) for node in nodes], np.int64, n)
     # Length and number of chunks of each dimension.
@@ -274,7 +272,7 @@ def _batch(
 
 
 def merged(batch: Batch, manifests: Mapping[ObjectId, Manifest]) -> Part[ChunkRefs] | None:
-    """What the arrays hold now; those that hold nothing are left out. None where none of them holds anything.
+    """The current references of the arrays; arrays without references are left out. None if no array has any.
 
     Parameters
     ----------
@@ -315,8 +313,8 @@ def merged(batch: Batch, manifests: Mapping[ObjectId, Manifest]) -> Part[ChunkRe
 def _present(
     batch: Batch, manifests: Mapping[ObjectId, Manifest]
 ) -> list[tuple[Part[ChunkRefs], npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Columns in which references of the batch's arrays stand now: of which arrays, by their numbers in the batch, and
-    where, by their numbers in the columns."""
+    """Columns that hold the existing references of the batch's arrays, each with the numbers of those arrays in the
+    batch and their numbers in the columns."""
     columns = {id: grouped_refs(manifests[id].arrays) for id in set(batch.sources) if id is not None}
     found: dict[int, tuple[Part[ChunkRefs], list[int], list[int]]] = {}
     for i, (node, source) in enumerate(zip(batch.nodes, batch.sources, strict=True)):
@@ -336,7 +334,7 @@ def _present(
 
 
 def boxes_of(part: Part[ChunkRefs]) -> list[Extents]:
-    """The bounding box of the references of each array; none is without any. Equal boxes are one object."""
+    """The bounding box of the references of each array; every array has at least one. Equal boxes are one object."""
     ndim = part.rows.ndim
     starts = part.edges[:-1]
     coords = part.rows.coords.astype(np.int64)
@@ -355,7 +353,7 @@ def boxes_of(part: Part[ChunkRefs]) -> list[Extents]:
 
 
 def cut(part: Part[ChunkRefs], first: int, last: int) -> Part[ChunkRefs]:
-    """The arrays from one number to another, exclusive."""
+    """The arrays numbered ``first`` (inclusive) to ``last`` (exclusive)."""
     if not first and last == len(part.nodes):
         return part
     edges = part.edges[first : last + 1]

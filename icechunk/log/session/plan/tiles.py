@@ -1,26 +1,26 @@
-"""Which manifests a commit rewrites: the plan for one array.
+"""The plan for one array: which of its manifests a commit rewrites.
 
-The references of an array live in *tiles*: one tile is what one manifest holds of the array, its
-box the manifest's extents. Boxes never overlap. A changed reference inside a tile's box makes the
+The references of an array are in *tiles*: a tile is the part of the array in one manifest, and its
+box is the manifest's extents. Boxes never overlap. A changed reference inside a tile's box makes the
 tile *dirty*: it is read, and written again. References outside all boxes become tiles of their
 own, so an append reads nothing.
 
-Two things keep the tiles well shaped.
+Two rules keep the tiles well shaped.
 
 *Tiers.* A tile of n references is of tier ⌊log_f n⌋. Neighbouring tiles of tier ≤ T are merged once
 they hold f^(T+1) references together, and either f times the largest of them, or are 2f in number,
-or fill a manifest. Every reference then rises by a tier, so it is rewritten O(log n) times in its
-life; fewer than 2f tiles of a tier lie side by side; and appends of equal size read something only
-every f-th time. Tiles that are half full take no part.
+or fill a manifest. Every reference then rises by a tier, so a reference is rewritten O(log n) times;
+fewer than 2f tiles of a tier are side by side; and appends of equal size read something only
+every f-th time. Tiles that are at least half full are not merged.
 
-*Absorption.* New rows whose bounding box crosses smaller tiles take them in (the cost is in
-proportion to the rows written); around larger tiles they are cut along the faces of those tiles.
+*Absorption.* New rows whose bounding box crosses smaller tiles absorb them (the cost is
+proportional to the rows written); around larger tiles they are cut along the faces of those tiles.
 
 With a *tile grid* instead (configured splitting; the official library's default is a single cell)
-the boxes are given. Of an array that changes, what lies in a changed cell is gathered into one manifest;
-a manifest elsewhere stays if it is inside the array and one cell, and else is cut into a piece for each
-cell it reaches into. A cell may so hold several manifests until a change gathers them, as it may with
-the official library.
+the boxes are given. If an array changes, all references in a changed cell are gathered into one manifest.
+A manifest elsewhere stays if it is inside the array and inside one cell; otherwise it is cut into one piece
+for each cell that it overlaps. A cell may therefore hold several manifests until a change gathers them; the
+same happens with the official library.
 """
 
 from __future__ import annotations
@@ -41,41 +41,41 @@ __all__ = ["Tile", "TilePolicy", "plan_anew", "plan_grid", "plan_tiles"]
 
 Coords = npt.NDArray[np.uint32]
 Rows = npt.NDArray[Any]
-"""Row numbers; uint32 where there may be very many."""
+"""Row numbers; uint32 if there may be very many."""
 
 _NONE = np.empty(0, np.intp)
 _SLAB: Final = 2**22
-"""So many rows are looked at together: to halve them takes ten times the memory of their coordinates."""
+"""Number of rows that are processed together: halving them takes ten times the memory of their coordinates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TilePolicy:
-    """How large tiles are."""
+    """Rules for the size of tiles."""
 
     max_refs: int
-    """No tile holds more references."""
+    """Largest number of references in a tile."""
     fan_in: int
-    """f: how many tiles of a tier become one of the next."""
+    """f: the number of tiles of a tier that become one tile of the next."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tile:
-    """What will be, or stays, the content of one box."""
+    """A box and its contents after the commit."""
 
     box: Extents
-    """Holds all its references."""
+    """The box that holds all its references."""
     estimate: int
-    """References, at most; exact if no other array shares the manifest."""
+    """Upper bound of the number of references; exact if no other array shares the manifest."""
     sources: tuple[ManifestRef, ...] = ()
-    """Manifests its present references are in."""
+    """Manifests that hold its existing references."""
     written: Rows = field(default_factory=lambda: _NONE)
-    """Rows of the written references that go into it."""
+    """Row numbers of the written references that go into it."""
     deleted: Rows = field(default_factory=lambda: _NONE)
-    """Rows of the deleted coordinates that are taken from it."""
+    """Row numbers of the deleted coordinates that are removed from it."""
     dirty: bool = False
     """Whether it must be written."""
     avoid: tuple[Extents, ...] = ()
-    """Boxes that lie within its box, and that its references must be cut around once they are known."""
+    """Boxes inside its box; its references must be cut around them once they are known."""
 
 
 def plan_tiles(
@@ -86,23 +86,23 @@ def plan_tiles(
     deleted: Coords,
     policy: TilePolicy,
 ) -> list[Tile]:
-    """Decide what becomes of an array's tiles.
+    """Plan the tiles of an array.
 
     Parameters
     ----------
     present
         The array's manifests.
     files
-        Their sizes.
+        Sizes of the manifests.
     grid
-        Chunks along each dimension, now; what is outside goes.
+        Current number of chunks along each dimension; references outside are dropped.
     written, deleted
         uint32[n, ndim], ascending, inside the grid, disjoint.
 
     Returns
     -------
     list of Tile
-        Clean ones stay as they are; dirty ones are written. Boxes are disjoint, but for `Tile.avoid`.
+        Clean tiles stay as they are; dirty ones are written. Boxes are disjoint, except for `Tile.avoid`.
     """
     tiles, outside = _hit(present, files, grid, written, deleted)
     if outside is None:
@@ -122,18 +122,18 @@ def plan_grid(
     deleted: Coords,
     tile: Sequence[int],
 ) -> list[Tile]:
-    """The same where tiles are the cells of a given grid.
+    """As `plan_tiles`, for tiles that are the cells of a given grid.
 
     Parameters
     ----------
     tile
-        Chunks along each dimension of a tile.
+        Number of chunks of a cell along each dimension.
 
     Returns
     -------
     list of Tile
-        Clean ones, and at most one dirty one, whose references are to be cut by the grid: those of a cell in which
-        something is written or deleted are one piece, those of other cells one for each manifest they come from.
+        Clean tiles, and at most one dirty one, whose references are to be cut by the grid: a cell in which something is
+        written or deleted is one piece, another cell is one piece for each manifest that its references come from.
     """
     touched = _cells(written, deleted, tile) if present else written[:0]
     near = _near(present, written, deleted)
@@ -173,7 +173,7 @@ def plan_anew(
     written: Coords,
     deleted: Coords,
 ) -> list[Tile]:
-    """The same where everything is written again: at most one tile, which is dirty."""
+    """As `plan_tiles`, if everything is rewritten: at most one tile, which is dirty."""
     inside = [ref for ref in present if volume(clipped(ref.extents, grid))]
     boxes = [clipped(ref.extents, grid) for ref in inside]
     if len(written):
@@ -200,8 +200,8 @@ def _hit(
     written: Coords,
     deleted: Coords,
 ) -> tuple[list[Tile], Rows | None]:
-    """Tiles that were there, dirty where they change, and the written rows outside all of them; None: where there are
-    no tiles, all."""
+    """The existing tiles, marked dirty if they change, and the written rows outside all of them; None if there are no
+    tiles, which means all rows."""
     tiles: list[Tile] = []
     if not present:
         return tiles, None
@@ -236,7 +236,7 @@ def _all(coords: Coords) -> Rows:
 
 
 def _cells(written: Coords, deleted: Coords, tile: Sequence[int]) -> Coords:
-    """The cells of a grid that rows lie in, ascending."""
+    """The cells of a grid that contain rows, ascending."""
     size = np.asarray(tile, np.uint64)
     parts = [
         _distinct((coords[first : first + _SLAB] // size).astype(np.uint32))
@@ -252,7 +252,7 @@ def _distinct(cells: Coords) -> Coords:
 
 
 def _near(present: Sequence[ManifestRef], written: Coords, deleted: Coords) -> list[bool]:
-    """Which manifests overlap the bounding box of the changes."""
+    """For each manifest, whether it overlaps the bounding box of the changes."""
     if len(present) < 2:
         return [True] * len(present)
     both = [bounds(c) for c in (written, deleted) if len(c)]
@@ -263,7 +263,7 @@ def _near(present: Sequence[ManifestRef], written: Coords, deleted: Coords) -> l
 
 
 def _placed_anew(written: Coords, max_refs: int) -> list[Tile]:
-    """Tiles for rows of an array that has none."""
+    """Tiles for the rows of an array that has no tiles."""
     placed = []
     for run in slabs(written, max(_SLAB, max_refs)):
         part = written[run]
@@ -317,7 +317,7 @@ def _merge(tiles: list[Tile], policy: TilePolicy) -> list[Tile]:
 
 
 def _gathered(tiles: list[Tile], full: int, policy: TilePolicy) -> list[Tile]:
-    """Where small tiles outnumber full ones because larger ones lie between them, merge them with those."""
+    """If small tiles outnumber full ones because larger tiles are between them, merge them with those."""
     small = sorted((t for t in tiles if t.estimate < full and not t.avoid), key=_corner)
     if len(small) <= max(4 * policy.fan_in, len(tiles) - len(small)):
         return tiles
@@ -332,7 +332,7 @@ def _gathered(tiles: list[Tile], full: int, policy: TilePolicy) -> list[Tile]:
             if len(more) == len(members):
                 break
             members = more
-        # One commit must not rewrite a large array because of this; the next ones try elsewhere.
+        # One commit must not rewrite a large array for this; later commits try at other places.
         if sum(t.estimate for t in members) > 8 * policy.max_refs or any(t.avoid for t in members):
             continue
         inside = {id(t) for t in members}
@@ -342,7 +342,7 @@ def _gathered(tiles: list[Tile], full: int, policy: TilePolicy) -> list[Tile]:
 
 
 def _merge_tier(tiles: list[Tile], reach: int, policy: TilePolicy) -> list[Tile]:
-    result: list[Tile] = []  # also stands for the boxes of earlier merges, which later ones must not meet
+    result: list[Tile] = []  # its boxes also include those of earlier merges, which later ones must not overlap
     run: list[Tile] = []
     held = 0
 
@@ -369,7 +369,7 @@ def _merge_tier(tiles: list[Tile], reach: int, policy: TilePolicy) -> list[Tile]
 
 
 def _joined(run: list[Tile], tiles: list[Tile], reach: int) -> list[Tile]:
-    """A run as one tile, if it is large enough and its box meets no other tile; else the halves, if they are."""
+    """A run as one tile, if it is large enough and its box overlaps no other tile; else its halves, if they qualify."""
     total = sum(t.estimate for t in run)
     if len(run) < 2 or total < reach:
         return run

@@ -1,9 +1,9 @@
-"""Transaction logs of commits that change very many chunks, in several objects.
+"""Transaction logs of commits that change very many chunks, split into several objects.
 
-Readers of the format take a limited number of tables in one file (the official library 50 million), and no file holds
+Readers of the format accept a limited number of tables in one file (the official library 50 million), and no file holds
 more than 2 GiB. A snapshot of format 2 can name further transaction logs that count as its own: those of ancestors that
-were expired. What does not fit into a commit's own log stands in such logs. Every reader that looks at history after an
-expiration reads them: differences and conflicts are what they would be were all in one.
+have expired. Changes that do not fit into a commit's own log are written to such logs. Every reader that handles
+history after an expiration reads them, so differences and conflicts are the same as with a single log.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from icechunk.format.values import TransactionLog
 __all__ = ["MAX_CHUNKS", "in_parts"]
 
 MAX_CHUNKS: Final = 2**23
-"""Changed chunks in one log, at the most."""
+"""Largest number of changed chunks in one log."""
 
 
 def in_parts(
     log: TransactionLog, new_object_id: Callable[[], ObjectId], max_chunks: int = MAX_CHUNKS
 ) -> tuple[TransactionLog, list[TransactionLog]]:
-    """A transaction log as it is, or in several.
+    """Split a transaction log if it has too many changed chunks.
 
     Parameters
     ----------
     log
-        Of a commit.
+        The transaction log of a commit.
     new_object_id
         Source of the ids of further logs.
     max_chunks
-        In each of them.
+        Largest number of changed chunks in each log.
 
     Returns
     -------
     own
-        With the same id, and everything but chunks that others have.
+        The log with the same id and everything except the chunks in ``others``.
     others
-        To be named before it; none where all chunks fit into one.
+        Further logs, which the snapshot names before its own; empty if all chunks fit into one log.
     """
     if num_rows(log.updated_chunks) <= max_chunks:
         return log, []
