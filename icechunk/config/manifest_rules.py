@@ -1,19 +1,19 @@
 """From splitting and preload settings to what they mean for the arrays of a snapshot.
 
-Regular expressions are Python's here and Rust's in the official library; they agree on nearly everything that people
-write for paths. One that Python cannot compile matches nothing, as one that Rust cannot compile does there: it may
-stand in a configuration that the other library keeps, and must not stop work.
+Regular expressions are Python's here (`patterns`) and Rust's in the official library; they agree on nearly everything
+that people write for paths. One that cannot be compiled matches nothing, as one that Rust cannot compile does there: it
+may be in a configuration that the other library keeps, and must not stop work.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Final, TypeAlias
 
 from icechunk.config import manifest as m
+from icechunk.config.patterns import Pattern, PatternError
 from icechunk.format.ids import ObjectId
 from icechunk.format.values import NodeKind, NodeSnapshot, Snapshot
 
@@ -26,17 +26,17 @@ _TileShapes: TypeAlias = Callable[[NodeSnapshot], tuple[int, ...] | None]
 
 
 @lru_cache(maxsize=256)
-def _compiled(regex: str) -> re.Pattern[str] | None:
+def _compiled(regex: str) -> Pattern | None:
     try:
-        return re.compile(regex)
-    except (re.error, RecursionError, OverflowError) as error:
+        return Pattern(regex)
+    except PatternError as error:
         _LOG.warning("the regular expression %r of a manifest condition matches nothing: %s", regex, error)
         return None
 
 
 def _matches(regex: str, text: str) -> bool:
     pattern = _compiled(regex)
-    return pattern is not None and pattern.search(text) is not None
+    return pattern is not None and pattern.search(text)
 
 
 def _name(path: str) -> str:

@@ -1,0 +1,48 @@
+"""Expressions of strangers: the results of Python's engine, in bounded time."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icechunk.config import patterns
+from icechunk.config.patterns import Pattern, PatternError
+
+expressions = st.recursive(
+    st.sampled_from(
+        ["a", "b", ".", r"\d", r"\w", "[ab]", "[^a]", "^", "$", r"\b", "é", "(?i:A)", "x{0,2}", r"\Aa", ""]
+    ),
+    lambda inner: (
+        st.tuples(inner, inner).map("".join)
+        | st.tuples(inner, inner).map("(?:{0[0]}|{0[1]})".format)
+        | st.tuples(inner, st.sampled_from(["*", "+", "?", "*?", "{2}", "{1,3}"])).map(lambda t: f"(?:{t[0]}){t[1]}")
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(expressions, st.text("abAéx1_ /\n", max_size=8))
+def test_the_automaton_finds_what_pythons_engine_finds(expression: str, text: str) -> None:
+    pattern = Pattern(expression)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patterns, "_MAX_STEPS", -1)
+        assert pattern.search(text) == (re.search(expression, text) is not None)
+    assert pattern.search(text) == (re.search(expression, text) is not None)
+
+
+@pytest.mark.parametrize("expression", ["^(a+)+$", "^(a|aa)+$", "(a*)*b", "^(a?){40}a{40}$", "a*a*a*a*a*b"])
+def test_no_expression_takes_long(expression: str) -> None:
+    began = time.process_time()
+    Pattern(expression).search("a" * 500 + "c")
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("expression", ["(", r"(a)\1", "(?=a)b", "(?<!a)b", "(a{300}){300}", "(" * 5000])
+def test_what_cannot_be_searched_in_bounded_time_is_refused(expression: str) -> None:
+    with pytest.raises(PatternError):
+        Pattern(expression)
