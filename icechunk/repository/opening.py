@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any, Final, Self
@@ -22,6 +23,7 @@ from icechunk.storage.url import StorageOrUrl, storage_from_url
 
 __all__ = ["Opening"]
 
+_LOG: Final = logging.getLogger(__name__)
 _S3: Final = "icechunk.Credentials.S3(icechunk.S3Credentials.FromEnv())"
 _GCS: Final = "icechunk.Credentials.Gcs(icechunk.GcsCredentials.FromEnv())"
 _AZURE: Final = "icechunk.Credentials.Azure(icechunk.AzureCredentials.FromEnv())"
@@ -108,6 +110,7 @@ class Opening(RepositoryBase):
         core = _new_core(storage, config, authorize_virtual_chunk_access, attribution)
         layout = _layout(spec_version, config)
         _warn_of_missing_credentials(authorize_virtual_chunk_access)
+        _LOG.debug("creating a repository in %s, layout %s", core.storage.describe(), layout.value)
         log = await create_repository(
             core.storage,
             layout,
@@ -305,8 +308,12 @@ def _worth_persisting(config: RepositoryConfig | None) -> dict[str, Any] | None:
 
 def _check_config(config: RepositoryConfig | None) -> None:
     require_type("config", config, RepositoryConfig, optional=True)
-    if config is not None:
-        config.validate()
+    if config is None:
+        return
+    config.validate()
+    off = [name for name in ("num_snapshot_nodes", "num_chunk_refs") if getattr(config.caching, name, None) == 0]
+    if off:
+        _LOG.warning("caching is off: %s is 0, so metadata is read again for every access", " and ".join(off))
 
 
 def _with(storage: StorageOrUrl, settings: StorageSettings | None) -> Storage:

@@ -20,6 +20,7 @@ ICECHUNK_NO_LOGS
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import sys
@@ -106,6 +107,11 @@ def set_logs_filter(log_filter_directive: str | None) -> None:
     directive = log_filter_directive
     if directive is None:
         directive = os.environ.get("ICECHUNK_LOG") or _DEFAULT_FILTER
+    for target in _misspelt(directive):
+        print(
+            f"WARNING: Did you mean {ROOT!r} instead of {target!r}? It governs no record of this package",
+            file=sys.stderr,
+        )
     levels, refused = parse_filter(directive)
     for part, reason in refused:
         print(f"icechunk: log directive {part!r} is ignored: {reason}", file=sys.stderr)
@@ -147,6 +153,13 @@ def parse_filter(directives: str) -> tuple[dict[str, int], list[tuple[str, str]]
     return {ROOT: overall, **levels}, refused
 
 
+def _misspelt(directives: str) -> list[str]:
+    """Targets that look as if the name of this package was meant."""
+    targets = [part.rpartition("=")[0] or part for part in directives.split(",")]
+    names = [target.strip().replace("::", ".").partition(".")[0] for target in targets]
+    return [name for name in names if name != ROOT and difflib.get_close_matches(name, [ROOT], cutoff=0.8)]
+
+
 def _keep(levels: dict[str, int], name: str, level: int) -> None:
     if name == ROOT or name.startswith(f"{ROOT}."):
         levels[name] = level
@@ -156,7 +169,7 @@ def _level(text: str) -> int:
     found = _LEVELS.get(text.strip().lower())
     if found is None:
         raise InvalidInputError(
-            f"{text!r} is no level; the levels are off, error, warn, info, debug and trace, or 0 to 5",
+            f"error parsing level filter: {text!r} is none of off, error, warn, info, debug and trace, or 0 to 5",
             ErrorKind.INVALID_SETTING,
         )
     return found

@@ -58,6 +58,26 @@ def test_a_bad_directive_is_reported_and_the_others_hold(bad: str, capsys: pytes
     assert logging.getLogger("icechunk").level == logging.INFO
 
 
+@pytest.mark.parametrize("directive", ["icechnk=debug", "icechunkk", "warn, icechunks::store=debug"])
+def test_a_misspelt_target_is_told_of(directive: str, capsys: pytest.CaptureFixture[str]) -> None:
+    icechunk.set_logs_filter(directive)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("WARNING: Did you mean 'icechunk'")
+
+
+def test_targets_of_other_packages_are_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    icechunk.set_logs_filter("info,botocore=debug,icechunk::store=debug,zarr=warn")
+    assert capsys.readouterr().err == ""
+
+
+def test_creating_a_repository_and_caches_of_no_size_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "icechunk.repository"):
+        config = icechunk.RepositoryConfig(caching=icechunk.CachingConfig(num_chunk_refs=0))
+        icechunk.Repository.create(icechunk.in_memory_storage(), config)
+    levels = {record.levelname for record in caplog.records if record.name == "icechunk.repository.opening"}
+    assert levels == {"DEBUG", "WARNING"}
+
+
 def test_what_is_no_text_is_refused() -> None:
     with pytest.raises(TypeError, match="log_filter_directive must be text or None, not int"):
         icechunk.set_logs_filter(3)  # type: ignore[arg-type]
@@ -133,4 +153,4 @@ def test_commits_and_rebases_are_told(caplog: pytest.LogCaptureFixture) -> None:
     late.commit("b", rebase_with=icechunk.ConflictDetector())
     told = [record.getMessage() for record in caplog.records]
     assert sum(": commit of snapshot" in line for line in told) == 3
-    assert sum(line.startswith("rebasing branch 'main' over 1 commits") for line in told) == 1
+    assert sum(line.startswith("rebased from ") for line in told) == 1
