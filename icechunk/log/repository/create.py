@@ -1,4 +1,4 @@
-"""Creating a repository of any layout: see that the place is free, put the first files, say who was first (rule 11).
+"""Creating a repository of any layout: check that the place is free, and put the first files (rule 11).
 
 Of any number of creators exactly one wins.
 """
@@ -127,9 +127,9 @@ def first_snapshot(sources: Sources) -> Snapshot:
 
 
 async def first_state(storage: Storage, sources: Sources, *, config: Json | None) -> RepoState:
-    """The state of a new repository of format 2, whose first snapshot and transaction log stand.
+    """The state of a new repository of format 2, whose first snapshot and transaction log exist.
 
-    Their keys are constants, so who is not first must not replace what the winner's ``repo`` describes, and uses his.
+    Their keys are constants, so a later creator uses those of the first one, which its ``repo`` describes.
     """
     root = first_snapshot(sources)
     snapshot_bytes = encode_snapshot(root)
@@ -182,7 +182,7 @@ def already_there(storage: Storage) -> AlreadyExistsError:
 
 
 def unsure(storage: Storage) -> StorageError:
-    """The store has not said for certain who was first."""
+    """The store gave no certain answer."""
     return StorageError(
         f"it is not known whether a repository was created in {storage.describe()}: no certain answer after "
         f"{ATTEMPTS} tries; try to open it"

@@ -160,7 +160,7 @@ class StatusSet:
     availability: int
     """0 online, 1 read-only, 2 offline."""
     reason: str | None = None
-    """Why it is limited, for whoever meets it."""
+    """Why it is limited, shown to those that are refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -92,7 +92,7 @@ READ_ONLY_REASON: Final = (
     "for readers. Setting it online makes this copy the truth and abandons every commit that is only in the log; "
     "convert the repository with aioicechunk instead"
 )
-"""What whoever is refused by the read-only status gets to read."""
+"""The reason that a client of another library is shown when it is refused."""
 
 _NAME: Final = "aioicechunk-log"
 _VERSION: Final = 1
@@ -115,7 +115,7 @@ class Marker:
     last_time_us: int
     """Time of the last event folded in, µs."""
     files: Mapping[str, bytes] = field(default_factory=dict)
-    """Copies of small files that whoever opens the repository needs first, by key; only ever to save reading them."""
+    """Copies of small files that a client needs first after opening, by key; they only save reading."""
 
 
 def encode_marker(marker: Marker) -> bytes:
@@ -242,7 +242,7 @@ def checkpoint_info(
 
 
 def files_to_open_with(state: RepoState, known: Callable[[str], bytes | None]) -> dict[str, bytes]:
-    """The files of ``main``'s tip, as far as they are known and small: what most who open will read first.
+    """The files of ``main``'s tip, as far as they are known and small: what most clients read first.
 
     Parameters
     ----------

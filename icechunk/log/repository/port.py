@@ -145,7 +145,7 @@ class RepositoryLog(ABC):
             Seconds until the caller wants to know; None: until it is certain.
         on_sent
             Called with the token just before an entry with these events is sent, and with None once that entry is
-            certainly lost, also after this call was cancelled or has raised. So whoever is cancelled knows
+            certainly lost, also after this call was cancelled or has raised. So a cancelled caller knows
             whether the outcome is open: None was the last call, or there was none: nothing landed, nor will (an
             abandoned call is not sent again). Must be quick; what it raises is logged.
         files

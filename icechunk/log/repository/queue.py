@@ -1,4 +1,4 @@
-"""Who waits for a swap, and what the next attempt holds: the part of a repository log that does not know its layout.
+"""Calls that wait for a swap, and what the next attempt holds: the part of a repository log that knows no layout.
 
 Pure but for the futures that it names: `build` validates each waiting proposal on the state after the ones before
 it, on the events as every reader will decode them, and drops the refused before any bytes are made.
@@ -133,7 +133,7 @@ class Member:
 
 @dataclass(slots=True, kw_only=True)
 class Group:
-    """What became of those who wait: the next attempt's members, and who need not wait for it."""
+    """What became of waiting calls: the next attempt's members, and those that need not wait for it."""
 
     time_us: int = 0
     """That the events were validated with."""
@@ -146,9 +146,9 @@ class Group:
     state: RepoState
     """After all of the events."""
     refused: list[tuple[Waiting, Exception]] = field(default_factory=list)
-    """Callers to whom nothing happened, with the reason."""
+    """Calls of which nothing happens, with the reason."""
     nothing: list[Waiting] = field(default_factory=list)
-    """Callers who want no event."""
+    """Calls that want no event."""
 
 
 def new_snapshots(events: Sequence[e.Event]) -> list[ObjectId]:
@@ -229,11 +229,11 @@ def resolve(one: Waiting, outcome: RepoState | Exception) -> None:
         one.outcome.set_result(outcome)
     elif not one.abandoned:
         one.outcome.set_exception(_own(outcome))
-        one.outcome.exception()  # a caller who is cancelled at this very moment never looks: no complaint then
+        one.outcome.exception()  # a caller that is cancelled right now never looks: no warning then
 
 
 def _own(error: Exception) -> Exception:
-    """An error of one's own for each caller: a raised one collects the traceback of whoever raises it."""
+    """A copy for each caller: an error collects the traceback of every place that raises it."""
     if not isinstance(error, IcechunkError):
         return error
     own = copy.copy(error)

@@ -1,19 +1,18 @@
 """The engine of every layout: one queue, one attempt at a time, sent until its outcome is certain (rules 1 to 3).
 
-Callers wait in a queue. A task makes an attempt of as many of them as it can, sends it on the condition that its
-place is as it was, and looks at the place until it knows: the attempt landed, it is lost, or nobody can say yet.
-The task belongs to the log, not to a caller, since a request must outlive the caller who gave up on it; an anyio
-task group needs a scope that nobody here is in. It is spawned when somebody waits, held strongly, ends when nobody
-does, and is awaited or cancelled in `SwappedLog.aclose`.
+Callers wait in a queue. A task makes an attempt of as many of them as it can, sends it on the condition that its place
+is as it was, and looks at the place until the outcome is certain or the tries are used up. The task belongs to the log,
+not to a caller, since a request must outlive a caller that gives up; an anyio task group would need a scope of the
+caller's. It is started when somebody waits, held strongly, ends when nobody does, and is awaited or cancelled in
+`SwappedLog.aclose`.
 
-Once a caller of an attempt has been told anything the attempt is *told*, and no byte of it is sent again. What
-comes next goes to the same place with its own bytes: at most one attempt for a place ever takes it, and whoever
-finds the place taken recognises the winner. The worked example: PUT times out → look. Our nonce: landed. Another's:
-lost, for certain. Unchanged: the PUT may still arrive, so the same bytes are sent again, unless a caller has left
-meanwhile.
+Once a caller of an attempt has been told anything the attempt is *told*, and no byte of it is sent again. The next
+attempt goes to the same place with its own bytes: at most one attempt for a place ever takes it, and a client that
+finds the place taken recognises which one did. Example: the PUT times out, so the client looks. Its nonce is there:
+landed. Another nonce: lost, for certain. Nothing is there: the PUT may still arrive, so the same bytes are sent again,
+unless a caller has left.
 
-A layout supplies the encoding (`_build`, `_make`), the condition (`_send`) and the recognition (`_look`,
-`_passed`).
+A layout supplies the encoding (`_build`, `_make`), the condition (`_send`) and the recognition (`_look`, `_passed`).
 """
 
 from __future__ import annotations
@@ -142,7 +141,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
 
     @abstractmethod
     async def _build(self, waiting: Sequence[Waiting]) -> Group:
-        """Validate those who wait on the newest known state; a layout may take fewer than there are."""
+        """Validate waiting calls on the newest known state; a layout may take fewer than there are."""
 
     @abstractmethod
     async def _make(self, group: Group) -> A:
@@ -214,7 +213,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
                 on_queued()
             if self.runner is None or self.runner.done():
                 self.runner = asyncio.get_running_loop().create_task(self._run(), name="icechunk swaps")
-            # Not `wait_for`: the future is the runner's, a caller who leaves must not cancel it.
+            # Not `wait_for`: the future is the runner's, a caller that leaves must not cancel it.
             await asyncio.wait({one.outcome}, timeout=deadline_s)
         finally:
             if not one.outcome.done():
@@ -242,7 +241,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
         )
 
     async def aclose(self) -> None:
-        """Stop: who was not sent is told so, who was sent and is not certain after a while as well."""
+        """Stop. Calls that were not sent end with that error, calls that stay uncertain with `CommitOutcomeUnknown`."""
         if self.closed:
             return
         self.closed = True
@@ -296,14 +295,13 @@ class SwappedLog(RepositoryLog, Generic[A]):
                 for member in attempt.members:
                     resolve(member.waiting, self._unknown(member.waiting, settled.why))
         if settled.silent:
-            # The same silence awaits those who wait; so they know at least that nothing of theirs was sent.
+            # Waiting calls would meet the same silence; this way they know that nothing of theirs was sent.
             self._fail_all(SessionStateError(f"nothing was sent, nothing landed; try again: {settled.why}"))
 
     async def _next_attempt(self) -> A | None:
-        """Validate those who wait and make the attempt of those whose events apply; None where nobody's do.
+        """Validate waiting calls, and make the attempt of those whose events apply; None where none do.
 
-        Nothing waits between the last look at the queue and the tokens: who leaves later is told that something was
-        sent.
+        There is no await between the last look at the queue and the tokens: a caller that leaves later has its token.
         """
         looked = False
         while True:
@@ -320,7 +318,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
                 try:
                     attempt = await self._make(group)
                 except Exception as error:
-                    # Something that cannot be encoded: nothing was sent, and those who come after must not suffer.
+                    # Something that cannot be encoded: nothing was sent, and later calls are not affected.
                     group.refused += [(member.waiting, error) for member in group.members]
                     group.members = []
             left = any(member.waiting.abandoned for member in group.members)
@@ -438,7 +436,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
         self.waiting = [one for one in self.waiting if not one.outcome.done()]
 
     def _wait_again(self, attempt: A) -> None:
-        """Put those back in front who still wait; the events of who has left are not sent again."""
+        """Put the calls that still wait back in front; the events of a caller that left are not sent again."""
         self.waiting[:0] = [
             member.waiting
             for member in attempt.members

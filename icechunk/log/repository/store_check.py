@@ -55,7 +55,7 @@ def require_atomic(storage: Storage) -> None:
 
 
 class ConditionCheck(ABC):
-    """One check of one storage, shared by whoever waits for it. Belongs to one event loop."""
+    """One check of one storage, shared by all that wait for it. Belongs to one event loop."""
 
     _checked: ClassVar[weakref.WeakSet[Storage]]
     """Places that were seen to honour the condition, by this process."""

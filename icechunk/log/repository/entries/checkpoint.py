@@ -99,7 +99,7 @@ async def write_checkpoint(
     materialize
         Makes objects of the files embedded in the entries after the checkpoint, first of all (rule 15).
     files
-        Copies for those who open the repository to begin with.
+        Copies of small files for the marker, which save reading them at the next open.
 
     Raises
     ------

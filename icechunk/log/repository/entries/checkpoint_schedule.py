@@ -1,4 +1,4 @@
-"""When checkpoints are written, and by whom: one at a time, in the background, as long as one is due.
+"""When checkpoints are written: one at a time, in the background, as long as one is due.
 
 A checkpoint costs time in proportion to the history. So after each there is a pause of ten times as long as it took,
 at most half a minute: however long the history, writing it down takes a small share of the time, and ``repo`` is never

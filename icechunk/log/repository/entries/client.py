@@ -6,7 +6,7 @@ Theory: rules 5, 6 and 8. The view owns the head, since when it is known to be t
 task that swaps may both learn of the same slot.
 
 Looks are numbered in the order in which they begin. `LogView.looked` is the newest one that has shown where the log
-ends, so whoever asked before it began can be answered by what it found, refusals included (rule 3).
+ends, so a call made before it began can be answered by what it found, refusals included (rule 3).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class LogView:
         self.ended_reason: str | None = None
         """Why nothing can be appended any more, once the log has ended."""
         self.stranded: Stranded | None = None
-        """What somebody who lifted the read-only status left behind; None where nobody did."""
+        """What was left behind when the read-only status was lifted; None: it was not."""
         self.embedded = EmbeddedFiles(storage, sources)
         """Files embedded in the entries after the checkpoint, as far as no object of them is known (rule 15)."""
         self.files = files
@@ -281,7 +281,7 @@ class LogView:
         and an order of magnitude cheaper; only where it is taken, a listing says how far there is to go, while the
         slot after it is read: being one entry behind costs two round trips, being far behind three.
 
-        Those who ask while a look is under way share the next one: theirs has to begin after they asked.
+        Calls made while a look is under way share the next one, which begins after they were made.
         """
         asked = self.begin_look()
         while (looking := self._looking) is not None:
@@ -387,7 +387,7 @@ class LogView:
         return self.state
 
     async def leave_sealed(self) -> None:
-        """A seal has been folded: finish the conversion for whoever began it (rule 8)."""
+        """A seal has been folded: finish the conversion that it began (rule 8)."""
         await finish_conversion(
             self.storage, self.sources, self.head, materialize=self.materialize, updates_per_file=self.updates_per_file
         )
@@ -395,7 +395,7 @@ class LogView:
             self.ended_reason = f"the repository in {self.storage.describe()} has another layout now; open it again"
 
     async def _try_leave_sealed(self) -> None:
-        # Helping is nobody's duty who only reads; whoever opens the repository next tries again.
+        # A reader need not help; the next client that opens the repository tries again.
         if not may_write(self.storage):
             return
         try:

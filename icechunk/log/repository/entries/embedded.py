@@ -1,10 +1,11 @@
 """Files embedded in entries, and making objects of them (rule 15).
 
-A small commit's files are in its entry, which alone makes them durable: whoever folds the entry has them. As objects
-they are needed from the moment that a checkpoint passes the entry, since then nobody need fold it any more. So:
+A small commit's files are in its entry, which alone makes them durable: every client that folds the entry has them.
+As objects they are needed from the moment that a checkpoint passes the entry, since then nobody need fold it any more.
+So:
 
 - the writer puts them in the background, as soon as its entry has landed;
-- whoever writes a checkpoint, or ends the log, first puts those after the marker of which it knows no object.
+- a client that writes a checkpoint, or ends the log, first puts those after the marker of which it knows no object.
 
 Both put with ``If-None-Match: *``, so neither disturbs the other, and a 412 says that the object is there. An object
 that comes late, after a collection even, has the bytes that belong to its random name: at worst it is garbage again.
@@ -43,7 +44,7 @@ async def nothing_embedded(after: int, end: int) -> None:
 
 
 def materialize_entries(storage: Storage, tail: Iterable[Entry]) -> Materialize:
-    """The `Materialize` of somebody who has just read the whole tail, and has put nothing yet."""
+    """The `Materialize` of a client that has just read the whole tail, and has put nothing yet."""
     by_slot = {entry.n: entry.objects for entry in tail}
 
     async def materialize(after: int, end: int) -> None:
@@ -72,7 +73,7 @@ class EmbeddedFiles:
     """Embedded files that one client has read, and of which it knows no object. Belongs to one event loop.
 
     Bounded: past 32 MiB the oldest bytes go, and are read again from their slots should a checkpoint of this client
-    need them. (One who only reads never writes one.)
+    need them. (A client that only reads never writes one.)
     """
 
     def __init__(self, storage: Storage, sources: Sources) -> None:
@@ -157,7 +158,7 @@ class EmbeddedFiles:
                 return
             except (IcechunkError, OSError) as error:
                 why = error
-        # Nothing is lost: they stay in their entries, and whoever writes a checkpoint puts them first.
+        # Nothing is lost: they stay in their entries, and the next checkpoint puts them first.
         self._own.clear()
         _LOG.warning("files of commits to %s are not put yet, a checkpoint will: %s", self._storage.describe(), why)
 

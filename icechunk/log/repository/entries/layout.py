@@ -3,7 +3,7 @@
 Theory: the rules of ``spec/repository-log.md``, cited beside each check. What every layout does is the engine's
 (`icechunk.log.repository.settle`): the queue, the attempt in flight, and what callers are told. Special to this one: an
 attempt is an entry for the slot after the head, its condition is that the slot is empty, and it is recognised by its
-nonce. Who owns what, each for one client, that is one instance on one event loop:
+nonce. Owners of mutable state, each for one client, that is one instance on one event loop:
 
 - `icechunk.log.repository.entries.client.LogView`: the head (the newest folded state), since when it is known
   to be the end, ``repo`` as last seen, and whether the log has ended;
@@ -182,7 +182,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
         if known_base is not base or self.waiting[: len(done)] != done:
             done, state = [], base
         for one in self.waiting[len(done) :]:
-            with suppress(Exception):  # refused: whoever proposed it is told when its turn comes
+            with suppress(Exception):  # refused: its caller is told when its turn comes
                 after = state
                 for event in one.propose(state):
                     after = apply(after, event, time_us=0, since_us=one.since_us)

@@ -132,7 +132,7 @@ async def find_stranded(
 async def seal_abandoned(storage: Storage, sources: Sources, found: RepoObject) -> Stranded | None:
     """Look for a log beside a ``repo`` object that is the truth, and seal it where nobody has.
 
-    For whoever opens a repository of the repo-object layout.
+    Called where a repository of the repo-object layout is opened.
 
     Returns
     -------

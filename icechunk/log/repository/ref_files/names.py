@@ -116,7 +116,7 @@ def encode_ref(snapshot: ObjectId) -> bytes:
 
 
 def close_ref(snapshot: ObjectId) -> bytes:
-    """The body of a branch's ref during an upgrade: for whoever upgrades, and unreadable to clients of format 1."""
+    """The body of a branch's ref during an upgrade; clients of format 1 cannot read it."""
     return orjson.dumps({_CLOSED: encode_id(snapshot)})
 
 

@@ -10,10 +10,10 @@ was acknowledged. Here the refs are closed first:
 3. ``repo`` is replaced, under If-Match, by what the closed refs say, and online. This is the upgrade.
 4. The refs and ``config.yaml`` are deleted, closed branches last, ``main`` last of all.
 
-Whoever finds our mark, or a closed ref, goes on from there, so an upgrade that was interrupted is finished by running
-it again, also by two at once. Until step 3 everything is in the refs, from then on in ``repo``. Creating and deleting
-branches and tags has no condition in format 1: what an official 1.x client does of that between the steps is left
-where it is, and told.
+A client that finds our mark, or a closed ref, goes on from there, so an upgrade that was interrupted is finished by
+running it again, also by two at once. Until step 3 everything is in the refs, from then on in ``repo``. Creating and
+deleting branches and tags has no condition in format 1: what an official 1.x client does of that between the steps is
+left where it is, and told.
 
 What the ``repo`` object says of a repository that comes from format 1. Pure.
 
@@ -363,7 +363,7 @@ class _Upgrade:
         await MatchCheck(self._storage).run([snapshot_key(id) for id in (FIRST_SNAPSHOT, *list(self._records)[:1])])
 
     async def _announce(self, info: RepoInfo) -> None:
-        """Create ``repo``, read-only; whoever else did so meanwhile did the same."""
+        """Create ``repo``, read-only; another client that did so meanwhile wrote the same."""
         why: StorageError | None = None
         data = (await encode(info)).data
         for attempt in range(_ATTEMPTS):
@@ -393,7 +393,7 @@ class _Upgrade:
                 if found is None:
                     raise RepositoryNotFoundError(f"the object 'repo' in {self._where} was deleted during its upgrade")
                 if not _is_ours(found):
-                    # Ours, whose answer was lost, or that of somebody who upgraded at the same time.
+                    # Ours, whose answer was lost, or that of another client that upgraded at the same time.
                     return
                 refs = await self._read_refs()
                 if self._delete:

@@ -207,7 +207,7 @@ async def happened(
                 return True
         elif update.updated_at_us in times_us:
             if update.backup_path is None:
-                # Whoever writes makes a copy of what he replaces, but for a conversion to the log layout.
+                # Every writer copies what it replaces, but for a conversion to the log layout.
                 return not is_repo_object(current)
             if await _is_copy_of(storage, update.backup_path, nonces):
                 return True

@@ -1,7 +1,7 @@
 """The repo-object layout: format 2.1 as published. Every change replaces ``repo``.
 
 An attempt: fold the events into what is known of ``repo``, copy the object to ``overwritten/``, PUT the new one
-with If-Match on exactly the version that was folded. Whoever is second gets 412, reads, and folds again. Versions
+with If-Match on exactly the version that was folded. The second writer gets 412, reads, and folds again. Versions
 never come back, since no two states are equal, so a ``repo`` that has another version than the one compared freezes
 the outcome of every attempt on the old one; as long as it has that version, a late PUT may still land.
 
