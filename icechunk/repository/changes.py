@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 import zarr.api.asynchronous as azarr
 
 from icechunk.errors import ErrorKind, InvalidInputError, NodeNotFoundError
+from icechunk.format.documents import parse_document
 from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
 from icechunk.format.repo.values import SnapshotRecord
 from icechunk.format.values import NodeKind, NodeSnapshot, Snapshot, TransactionLog
@@ -412,7 +412,7 @@ def _grid(node: NodeSnapshot) -> tuple[int, ...]:
 def _regular_chunk_shape(node: NodeSnapshot) -> tuple[int, ...] | None:
     """The chunk shape that a zarr.json of a regular grid names; None for other grids."""
     try:
-        grid = orjson.loads(node.user_data)["chunk_grid"]
+        grid = parse_document(node.user_data)["chunk_grid"]
         shape = tuple(int(n) for n in grid["configuration"]["chunk_shape"]) if grid["name"] == "regular" else None
     except (ValueError, KeyError, TypeError):
         return None

@@ -28,9 +28,10 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import ObjectId
 from icechunk.format.values import ChunkRef, ChunkRefs, NodeKind, NodeSnapshot, Snapshot
-from icechunk.log.repository.port import SwapToken
+from icechunk.log.repository.port import Layout, SwapToken
 from icechunk.log.session.log import ABSENT, IN_BASE, Absent, InBase, Savepoint, SessionLog
 from icechunk.log.session.plan.compaction import Plan, plan
+from icechunk.log.session.zarr_metadata import require_regular_grid
 from icechunk.session.core import Core
 from icechunk.session.read import all_references, read_chunk, reference_of
 from icechunk.storage.port import ByteRange, Octets
@@ -262,6 +263,8 @@ class SessionContent:
             self.require_writable()
             if only_new and self.log.node(path) is not None:
                 return False
+            if self.core.layout is Layout.REFS:
+                require_regular_grid(document, path)
             self.log.set_metadata(path, document)
             return True
 

@@ -637,3 +637,42 @@ async def test_a_key_written_unless_it_exists_is_decided_when_it_is_written_not_
     monkeypatch.setattr(session._content.puts, "put", overtaken)
     await store.set_if_not_exists("a/c/0/0", buffer(bytes(1000)))
     assert await read(store, "a/c/0/0") == b"other"
+
+
+@pytest.mark.parametrize("version", [1, 2, None])
+@pytest.mark.parametrize("attributes", [rb'{"a":"caf\udce9"}', rb'{"\ud800":1}', b'{"a":1E400}'])
+async def test_json_that_others_parse_is_kept_byte_for_byte(version: int | None, attributes: bytes) -> None:
+    repository = await Repository.create_async(MemoryStorage(), spec_version=version)
+    session = await repository.writable_session_async("main")
+    documents = {
+        "zarr.json": group_document().replace(b'"attributes":{}', b'"attributes":' + attributes),
+        "a/zarr.json": array_document((4,)).replace(b'"attributes":{}', b'"attributes":' + attributes),
+    }
+    for key, document in documents.items():
+        assert attributes in document
+        await session.store.set(key, buffer(document))
+    await session.store.set("a/c/0", buffer(b"1"))
+    await session.commit_async("kept")
+    reader = await repository.readonly_session_async("main")
+    assert {key: await read(reader.store, key) for key in documents} == documents
+
+
+async def test_a_number_that_json_does_not_have_is_refused_with_the_attribute_that_has_it() -> None:
+    session = await open_session(MemoryStorage())
+    document = group_document(a=1).replace(b"1}", b"NaN}")
+    with refused(session, InvalidInputError, ErrorKind.BAD_METADATA):
+        await session.store.set("zarr.json", buffer(document))
+
+
+async def test_arrays_with_other_grids_are_refused_at_their_creation_in_format_1_only() -> None:
+    grid = {"name": "rectilinear", "configuration": {"kind": "inline", "chunk_shapes": [[1, 3]]}}
+    document = array_document((4,), chunk_grid=grid)
+    for version in (1, 2):
+        repository = await Repository.create_async(MemoryStorage(), spec_version=version)
+        session = await repository.writable_session_async("main")
+        if version == 1:
+            with refused(session, InvalidInputError, ErrorKind.INVALID_ARRAY_METADATA):
+                await session.store.set("a/zarr.json", buffer(document))
+        else:
+            await session.store.set("a/zarr.json", buffer(document))
+            await session.commit_async("made")

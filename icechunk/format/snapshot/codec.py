@@ -6,9 +6,8 @@ import struct
 from operator import attrgetter
 from typing import Any, Final
 
-import orjson
-
 from icechunk.errors import InvalidInputError
+from icechunk.format.documents import parse_document
 from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.flat.reader import Buffer, Table, required
 from icechunk.format.flat.writer import FlatTable, FlatWriter, Items, Value, Written, id_struct, u64
@@ -87,7 +86,7 @@ def _shape_v1(node: NodeSnapshot) -> list[tuple[int, int]]:
 
 def _regular_chunk_lengths(node: NodeSnapshot) -> list[int]:
     try:
-        grid: Any = orjson.loads(node.user_data)["chunk_grid"]
+        grid: Any = parse_document(node.user_data)["chunk_grid"]
         if grid["name"] == "regular":
             return [int(length) for length in grid["configuration"]["chunk_shape"]]
     except (ValueError, KeyError, TypeError) as error:

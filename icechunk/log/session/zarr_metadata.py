@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
-import orjson
-
 from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.format.documents import parse_document
 from icechunk.format.values import DimensionShape
 
-__all__ = ["ArrayMeta", "GroupMeta", "encoding_of", "parse_node"]
+__all__ = ["ArrayMeta", "GroupMeta", "encoding_of", "parse_node", "require_regular_grid"]
 
 _MAX_CHUNKS: Final = 2**32 - 1
 _ARRAY_FIELDS: Final = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
@@ -61,9 +60,9 @@ def parse_node(user_data: bytes, path: str) -> GroupMeta | ArrayMeta:
         dimension, or grid and names that do not fit the shape.
     """
     try:
-        document = orjson.loads(user_data)
-    except orjson.JSONDecodeError as error:
-        _bad(path, f"not JSON ({error})")
+        document = parse_document(user_data)
+    except ValueError as error:
+        _bad(path, str(error))
     if not isinstance(document, dict):
         _bad(path, "not a JSON object")
     if document.get("zarr_format") != 3:
@@ -83,8 +82,17 @@ _FREE_FIELDS: Final = ("shape", "attributes", "dimension_names", "consolidated_m
 def encoding_of(user_data: bytes) -> dict[str, Any]:
     """The parts of an array's zarr.json that determine where its chunks are and how they are encoded; equal for equal
     encodings."""
-    document: dict[str, Any] = orjson.loads(user_data)
+    document: dict[str, Any] = parse_document(user_data)
     return {name: value for name, value in document.items() if name not in _FREE_FIELDS}
+
+
+def require_regular_grid(user_data: bytes, path: str) -> None:
+    """Refuse an array with another grid, which format 1 cannot hold. Raises `InvalidInputError` as `parse_node`."""
+    if b'"rectilinear"' not in user_data or isinstance(parse_node(user_data, path), GroupMeta):
+        return
+    name = parse_document(user_data)["chunk_grid"]["name"]
+    if name != "regular":
+        _invalid(path, f"chunk grid {name!r}, and format 1 has only regular ones; use format 2")
 
 
 def _parse_array(document: Mapping[str, Any], path: str) -> ArrayMeta:
