@@ -41,6 +41,7 @@ EVENTS: list[e.Event] = [
     e.StatusSet(availability=1),
     e.FeatureFlagSet(flag=3, value=None),
     e.ExpirationRan(released=(A,), reparented=(e.Reparented(id=B, parent=None, pruned_ancestor_tx_logs=(A,)),)),
+    e.SnapshotsRewritten(replaced=((A, B),), keep=True),
     e.CollectionRan(cutoff_us=1),
     e.RepositoryMigrated(from_version=1, to_version=2),
     e.Sealed(),

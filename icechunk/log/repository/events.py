@@ -44,6 +44,7 @@ __all__ = [
     "Reparented",
     "RepositoryMigrated",
     "Sealed",
+    "SnapshotsRewritten",
     "StatusSet",
     "TagCreated",
     "TagDeleted",
@@ -197,6 +198,17 @@ class ExpirationRan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotsRewritten:
+    """Snapshots were replaced by others of the same content, whose references are in other files."""
+
+    replaced: tuple[tuple[ObjectId, ObjectId], ...]
+    """Each one's id, and the id of the new one, which takes its place everywhere: refs, parents of others."""
+    keep: bool
+    """Whether those that were replaced stay in the graph, as if they had been written now, until a collection; or leave
+    it at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CollectionRan:
     """What nothing refers to left the graph, and no commit with older files is valid any more (rule 10)."""
 
@@ -243,6 +255,7 @@ Event: TypeAlias = (
     | StatusSet
     | FeatureFlagSet
     | ExpirationRan
+    | SnapshotsRewritten
     | CollectionRan
     | RepositoryMigrated
     | Sealed

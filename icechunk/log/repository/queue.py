@@ -153,11 +153,16 @@ class Group:
 
 def new_snapshots(events: Sequence[e.Event]) -> list[ObjectId]:
     """Snapshots that the events add to the graph."""
-    return [
-        event.snapshot.id
-        for event in events
-        if isinstance(event, e.CommitAdded | e.CommitAmended | e.DetachedSnapshotAdded)
-    ]
+    added: list[ObjectId] = []
+    for event in events:
+        match event:
+            case e.CommitAdded(snapshot=snapshot) | e.CommitAmended(snapshot=snapshot):
+                added.append(snapshot.id)
+            case e.DetachedSnapshotAdded(snapshot=snapshot):
+                added.append(snapshot.id)
+            case e.SnapshotsRewritten(replaced=replaced):
+                added += [new for _, new in replaced]
+    return added
 
 
 def _stands_alone(events: Sequence[e.Event]) -> bool:

@@ -40,7 +40,7 @@ from icechunk.errors import (
     SnapshotNotFoundError,
 )
 from icechunk.format.flat import flexbuffers
-from icechunk.format.ids import ObjectId, encode_id
+from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
 from icechunk.format.repo import values as stored
 from icechunk.format.repo.snapshot_graph import SnapshotGraph
 from icechunk.format.repo.stored_snapshots import StoredSnapshots
@@ -65,6 +65,7 @@ __all__ = [
     "require_storable",
     "require_time",
     "resting_on",
+    "rewritten_as",
     "to_repo_info",
     "try_apply_all",
 ]
@@ -403,7 +404,7 @@ def require_storable(event: e.Event) -> None:
             require_time("cutoff of the collection", cutoff_us)
         case e.ExpirationRan(deleted_branches=branches, deleted_tags=tags):
             _require_texts(*branches, *tags)
-        case e.Sealed() | e.Void():
+        case e.SnapshotsRewritten() | e.Sealed() | e.Void():
             pass
         case _:
             assert_never(event)
@@ -475,6 +476,8 @@ def apply(state: RepoState, event: e.Event, *, time_us: int, since_us: int | Non
     require_storable(event)
     now = max(time_us, state.last_time_us + 1)
     require_time("time of the event", now)
+    last = now
+    further: tuple[stored.UpdateChange, ...] = ()
     match event:
         case e.Void():
             return state
@@ -565,6 +568,12 @@ def apply(state: RepoState, event: e.Event, *, time_us: int, since_us: int | Non
         case e.ExpirationRan():
             change = stored.ExpirationRan()
             state = _expired(state, event)
+        case e.SnapshotsRewritten():
+            change, *others = _amendments(state, event) or [stored.GCRan()]
+            further = tuple(others)
+            last = now + max(len(further), len(event.replaced))
+            require_time("time of the event", last)
+            state = _rewritten(state, event, now, since_us)
         case e.CollectionRan(cutoff_us=cutoff_us):
             change = stored.GCRan()
             state = _collected(state, cutoff_us)
@@ -572,10 +581,12 @@ def apply(state: RepoState, event: e.Event, *, time_us: int, since_us: int | Non
             change = stored.RepoMigrated(from_version=old, to_version=new)
         case _:
             assert_never(event)
-    update = stored.Update(change=change, updated_at_us=now, backup_path=None)
+    updates = state.updates
+    for i, each in enumerate((change, *further)):
+        updates = updates.pushed(stored.Update(change=each, updated_at_us=now + i, backup_path=None))
     # In format 1 only the parents that somebody asked for are known, so the graph is not one that a file could hold.
     snapshots = state.snapshots.compacted() if state.spec_version >= 2 else state.snapshots
-    return replace(state, snapshots=snapshots, updates=state.updates.pushed(update), last_time_us=now)
+    return replace(state, snapshots=snapshots, updates=updates, last_time_us=last)
 
 
 def try_apply_all(
@@ -619,17 +630,25 @@ def _require_tip(state: RepoState, branch: str, expected: ObjectId | None) -> No
 
 
 def _require_new_snapshot(state: RepoState, snapshot: SnapshotRecord, since_us: int | None) -> None:
-    if snapshot.id in state.snapshots:
-        raise InvalidInputError(f"snapshot {encode_id(snapshot.id)} exists already", ErrorKind.DUPLICATE_SNAPSHOT_ID)
+    _require_new_id(state, snapshot.id)
+    _require_fresh_files(state, since_us)
+    if snapshot.parent is None:
+        return
+    _require_younger(snapshot, require_snapshot(state, snapshot.parent))
+
+
+def _require_new_id(state: RepoState, id: ObjectId) -> None:
+    if id in state.snapshots:
+        raise InvalidInputError(f"snapshot {encode_id(id)} exists already", ErrorKind.DUPLICATE_SNAPSHOT_ID)
+
+
+def _require_fresh_files(state: RepoState, since_us: int | None) -> None:
     if state.gc_cutoff_us and (since_us is None or since_us < state.gc_cutoff_us):
         raise SessionStateError(
             "cannot commit: garbage collected since the session's first upload may have taken some of its files; "
             "repeat the work in a new session",
             ErrorKind.COMMIT_NOT_ALLOWED,
         )
-    if snapshot.parent is None:
-        return
-    _require_younger(snapshot, require_snapshot(state, snapshot.parent))
 
 
 def _require_younger(snapshot: SnapshotRecord, parent: SnapshotRecord) -> None:
@@ -708,6 +727,80 @@ def _expired(state: RepoState, event: e.ExpirationRan) -> RepoState:
             ErrorKind.REPO_INFO_UPDATED,
         )
     return replace(state, snapshots=snapshots, branches=branches, tags=tags, deleted_tags=deleted)
+
+
+def _amendments(state: RepoState, event: e.SnapshotsRewritten) -> list[stored.UpdateChange]:
+    """The lines of the ops log: each branch whose tip was replaced was amended."""
+    new = dict(event.replaced)
+    return [
+        stored.CommitAmended(branch=name, previous_snapshot=tip, snapshot=new[tip])
+        for name, tip in sorted(state.branches.items())
+        if tip in new
+    ]
+
+
+REWRITTEN_AS: Final = "rewritten_as"
+"""Under ``__icechunk`` in the metadata of a snapshot that was replaced and stays: the id of the new one, as text."""
+_OURS: Final = "__icechunk"
+
+
+def rewritten_as(state: RepoState, id: ObjectId) -> ObjectId:
+    """The snapshot that a snapshot's content is in now: itself, or what took its place, while the graph still tells."""
+    for _ in range(len(state.snapshots)):
+        record = state.snapshots.get(id)
+        noted = None if record is None else record.metadata.get(_OURS)
+        text = noted.get(REWRITTEN_AS) if isinstance(noted, Mapping) else None
+        if not isinstance(text, str):
+            break
+        id = object_id_from_text(text)
+    return id
+
+
+def _rewritten(state: RepoState, event: e.SnapshotsRewritten, now_us: int, since_us: int | None) -> RepoState:
+    new = dict(event.replaced)
+    if len(set(new.values())) != len(event.replaced) or len(new) != len(event.replaced):
+        raise InvalidInputError("a snapshot is rewritten twice, or two of them as one", ErrorKind.DUPLICATE_SNAPSHOT_ID)
+    _require_fresh_files(state, since_us)
+    for previous, id in event.replaced:
+        if require_snapshot(state, previous).parent is None:
+            raise SessionStateError("the first snapshot cannot be replaced", ErrorKind.NO_AMEND_FOR_INITIAL_COMMIT)
+        _require_new_id(state, id)
+    before, snapshots = state.snapshots, state.snapshots
+    for id, parent in before.parents():
+        if parent in new and id not in new:
+            snapshots = snapshots.set(id, replace(before[id], parent=new[parent]))
+    # Ancestors first: each one stays younger than its parent.
+    replaced = sorted((before[id] for id in new), key=lambda record: (record.flushed_at_us, record.id))
+    for i, record in enumerate(replaced):
+        parent = record.parent
+        assert parent is not None
+        instead = replace(
+            record, id=new[record.id], parent=new.get(parent, parent), metadata=_noted(record.metadata, None)
+        )
+        snapshots = snapshots.set(instead.id, instead)
+        if event.keep:
+            metadata = _noted(record.metadata, encode_id(instead.id))
+            snapshots = snapshots.set(record.id, replace(record, flushed_at_us=now_us + i, metadata=metadata))
+        else:
+            snapshots = snapshots.delete(record.id)
+    branches, tags = state.branches, state.tags
+    for name, tip in state.branches.items():
+        if tip in new:
+            branches = branches.set(name, new[tip])
+    for name, target in state.tags.items():
+        if target in new:
+            tags = tags.set(name, new[target])
+    return replace(state, snapshots=snapshots, branches=branches, tags=tags)
+
+
+def _noted(metadata: Mapping[str, Json], id: str | None) -> dict[str, Json]:
+    """The metadata of a snapshot that was replaced by the one of this id, or, None, of one that was not."""
+    known = metadata.get(_OURS)
+    ours = {key: value for key, value in known.items() if key != REWRITTEN_AS} if isinstance(known, Mapping) else {}
+    if id is not None:
+        ours[REWRITTEN_AS] = id
+    others = {key: value for key, value in metadata.items() if key != _OURS or not isinstance(known, Mapping)}
+    return {**others, _OURS: ours} if ours else others
 
 
 def _collected(state: RepoState, cutoff_us: int) -> RepoState:

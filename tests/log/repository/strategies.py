@@ -36,6 +36,7 @@ EVENTS = st.one_of(
     st.builds(e.StatusSet, availability=st.integers(0, 2), reason=st.none() | NAMES),
     st.builds(e.FeatureFlagSet, flag=st.integers(0, 9), value=st.none() | st.booleans()),
     st.builds(e.CollectionRan, cutoff_us=st.integers(0, 1010)),
+    st.builds(e.SnapshotsRewritten, replaced=st.lists(st.tuples(IDS, IDS), max_size=2).map(tuple), keep=st.booleans()),
     st.builds(e.ExpirationRan, released=st.lists(IDS, max_size=2).map(tuple)),
     st.just(e.Void(nonce=b"\0" * 16)),
 )

@@ -32,7 +32,9 @@ from icechunk.log.repository.state import (
     apply,
     from_repo_info,
     initial_state,
+    rewritten_as,
     resting_on,
+    rewritten_as,
     to_repo_info,
     try_apply_all,
 )
@@ -131,6 +133,26 @@ REFUSALS = [
     ),
     (e.ConfigReplaced(config={}, expected={"a": 1}, check=True), ConflictError, "config-updated"),
     (e.ExpirationRan(released=(FIRST_SNAPSHOT,)), ConflictError, "repo-info-updated"),
+    (
+        e.SnapshotsRewritten(replaced=((an_id(99), an_id(98)),), keep=False),
+        SnapshotNotFoundError,
+        "snapshot-not-found",
+    ),
+    (
+        e.SnapshotsRewritten(replaced=((FIRST_SNAPSHOT, an_id(98)),), keep=False),
+        SessionStateError,
+        "no-amend-for-initial-commit",
+    ),
+    (
+        e.SnapshotsRewritten(replaced=((an_id(1), an_id(98)), (an_id(1), an_id(97))), keep=False),
+        InvalidInputError,
+        "duplicate-snapshot-id",
+    ),
+    (
+        e.SnapshotsRewritten(replaced=((an_id(1), an_id(1)),), keep=False),
+        InvalidInputError,
+        "duplicate-snapshot-id",
+    ),
 ]
 
 
@@ -201,6 +223,73 @@ def test_an_expiration_may_name_things_twice() -> None:
     state = after(state, e.ExpirationRan(released=(an_id(1), an_id(1)), deleted_branches=("b", "b")))
     assert set(state.snapshots) == {FIRST_SNAPSHOT}
     assert set(state.branches) == {"main"}
+
+
+def rewritable() -> RepoState:
+    """main: 1, 2; a tag at 1; a branch at 2; a detached child of 2."""
+    return after(
+        fresh(),
+        commit(1, FIRST_SNAPSHOT),
+        commit(2, an_id(1)),
+        e.TagCreated(name="t", snapshot=an_id(1)),
+        e.BranchCreated(name="also", snapshot=an_id(2)),
+        e.DetachedSnapshotAdded(snapshot=record(3, an_id(2))),
+    )
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_rewritten_snapshots_take_the_place_of_the_old_ones_everywhere(keep: bool) -> None:
+    before = rewritable()
+    event = e.SnapshotsRewritten(replaced=((an_id(1), an_id(11)), (an_id(2), an_id(12))), keep=keep)
+    state = after(before, event, time_us=7_000, since_us=0)
+    assert state.branch_tip("main") == state.branch_tip("also") == an_id(12)
+    assert state.tag_target("t") == an_id(11)
+    assert [one.id for one in state.ancestry(an_id(3))] == [an_id(3), an_id(12), an_id(11), FIRST_SNAPSHOT]
+    for old, new in event.replaced:
+        known, instead = before.snapshots[old], state.snapshots[new]
+        assert (instead.flushed_at_us, instead.message, instead.metadata) == (
+            known.flushed_at_us,
+            known.message,
+            known.metadata,
+        )
+        assert rewritten_as(state, old) == (new if keep else old)
+        assert (old in state.snapshots) is keep
+    newest = state.updates.newest()
+    assert [update.change for update in newest[:2]] == [
+        stored.CommitAmended(branch="main", previous_snapshot=an_id(2), snapshot=an_id(12)),
+        stored.CommitAmended(branch="also", previous_snapshot=an_id(2), snapshot=an_id(12)),
+    ]
+    assert newest[0].updated_at_us > newest[1].updated_at_us >= 7_000
+    assert state.last_time_us >= newest[0].updated_at_us
+
+
+def test_replaced_snapshots_stay_until_a_collection_of_what_is_older_than_the_rewriting() -> None:
+    state = rewritable()
+    event = e.SnapshotsRewritten(replaced=((an_id(1), an_id(11)), (an_id(2), an_id(12))), keep=True)
+    state = after(state, event, time_us=7_000)
+    assert an_id(2) in after(state, e.CollectionRan(cutoff_us=7_000)).snapshots
+    assert set(after(state, e.CollectionRan(cutoff_us=9_000)).snapshots) == {FIRST_SNAPSHOT, an_id(11), an_id(12)}
+
+
+def test_a_snapshot_that_was_rewritten_twice_is_found_and_its_place_says_nothing_of_the_past() -> None:
+    state = after(rewritable(), e.SnapshotsRewritten(replaced=((an_id(2), an_id(12)),), keep=True))
+    state = after(state, e.SnapshotsRewritten(replaced=((an_id(12), an_id(22)),), keep=True))
+    assert rewritten_as(state, an_id(2)) == an_id(22)
+    assert state.snapshots[an_id(22)].metadata == {"i": 2}
+
+
+def test_a_rewriting_without_a_branch_at_a_replaced_snapshot_is_told_as_a_collection() -> None:
+    state = after(rewritable(), e.SnapshotsRewritten(replaced=((an_id(1), an_id(11)),), keep=False))
+    assert next(iter(state.updates)).change == stored.GCRan()
+    assert [one.id for one in state.ancestry(an_id(2))] == [an_id(2), an_id(11), FIRST_SNAPSHOT]
+
+
+def test_a_rewriting_with_files_older_than_the_collection_cutoff_is_refused() -> None:
+    state = after(rewritable(), e.CollectionRan(cutoff_us=7_000))
+    for since_us in (6_999, None):
+        with pytest.raises(SessionStateError) as caught:
+            after(state, e.SnapshotsRewritten(replaced=((an_id(1), an_id(11)),), keep=False), since_us=since_us)
+        assert caught.value.kind == "commit-not-allowed"
 
 
 def test_feature_flags_go_on_off_and_back_to_their_default() -> None:

@@ -183,6 +183,8 @@ def _encode_event(event: e.Event) -> dict[str, Any]:
                 "branches": list(event.deleted_branches),
                 "tags": list(event.deleted_tags),
             }
+        case e.SnapshotsRewritten(replaced=replaced, keep=keep):
+            return {"kind": "rewrite", "replaced": [[encode_id(a), encode_id(b)] for a, b in replaced], "keep": keep}
         case e.CollectionRan(cutoff_us=cutoff_us):
             return {"kind": "gc", "cutoff": cutoff_us}
         case e.RepositoryMigrated(from_version=old, to_version=new):
@@ -295,6 +297,12 @@ def _read_reparented(value: object) -> e.Reparented:
     return change
 
 
+def _read_pair(value: object) -> tuple[ObjectId, ObjectId]:
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(text, str) for text in value):
+        raise ValueError("two ids expected")
+    return object_id_from_text(value[0]), object_id_from_text(value[1])
+
+
 _READERS: Final[Mapping[str, Callable[[_Fields], e.Event]]] = {
     "commit": lambda f: e.CommitAdded(branch=f.text("branch"), snapshot=_read_snapshot(f.any("snapshot"))),
     "amend": lambda f: e.CommitAmended(
@@ -320,6 +328,9 @@ _READERS: Final[Mapping[str, Callable[[_Fields], e.Event]]] = {
         reparented=tuple(_read_reparented(value) for value in f.items("reparented")),
         deleted_branches=f.texts("branches"),
         deleted_tags=f.texts("tags"),
+    ),
+    "rewrite": lambda f: e.SnapshotsRewritten(
+        replaced=tuple(_read_pair(pair) for pair in f.items("replaced")), keep=f.boolean("keep")
     ),
     "gc": lambda f: e.CollectionRan(cutoff_us=f.natural("cutoff")),
     "migrated": lambda f: e.RepositoryMigrated(from_version=f.natural("from"), to_version=f.natural("to")),
