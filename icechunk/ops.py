@@ -355,6 +355,14 @@ class GCSummary(Described):
     """Why objects could not be deleted."""
     skipped_phases: list[str] = field(default_factory=list)
     """Kinds of object that were not collected, for the safety of others."""
+    packs_rewritten: int = 0
+    """Chunk objects that several chunks share, and whose living bytes were copied to new ones."""
+    manifests_rewritten: int = 0
+    """For dead references in them, or because chunks that they refer to were copied."""
+    snapshots_rewritten: int = 0
+    """They have new ids."""
+    chunk_bytes_copied: int = 0
+    """Living bytes of the packs that were rewritten."""
 
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)

@@ -136,6 +136,8 @@ class EngineConfig(Setting):
     """Larger manifests are split into tiles, where no splitting is configured."""
     share_manifests_below_refs: U32 | None = None
     """Arrays with fewer references share manifest objects; 0: none do."""
+    repack_below_percent: Annotated[int, whole(0, 100)] | None = None
+    """A collection writes objects again of whose bytes less than so many percent (50) are still needed."""
 
 
 def _containers(name: str, value: Any) -> dict[str, VirtualChunkContainer]:

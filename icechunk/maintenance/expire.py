@@ -12,28 +12,19 @@ snapshot, so an expiration that was interrupted is finished by the next one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from icechunk.errors import (
-    ErrorKind,
-    FormatError,
-    ObjectNotFoundError,
-    PreconditionFailedError,
-    StorageError,
-)
-from icechunk.format.ids import ObjectId, encode_id
-from icechunk.format.keys import snapshot_key
-from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
-from icechunk.format.values import Snapshot
+from icechunk.format.ids import ObjectId
 from icechunk.log.repository.events import BranchDeleted, Event, ExpirationRan, TagDeleted
 from icechunk.log.repository.port import RepositoryLog
 from icechunk.log.repository.ref_files.layout import RefFilesLayout
 from icechunk.log.repository.state import MAIN, RepoState, reparented
 from icechunk.log.repository.store_check import require_writable
+from icechunk.maintenance.ref_history import Link, Links
 from icechunk.runtime.tasks import run_each
-from icechunk.storage.port import Matches, Storage, Version
+from icechunk.storage.port import Storage
 
-__all__ = ["Link", "Shortening", "expiration", "expire", "expire_ref_files", "shorten"]
+__all__ = ["Shortening", "expiration", "expire", "expire_ref_files", "shorten"]
 
 
 def expiration(
@@ -72,15 +63,6 @@ def expiration(
 
 
 _CONCURRENT = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
-    """A snapshot of format 1, as far as its place in history goes."""
-
-    id: ObjectId
-    parent: ObjectId | None
-    flushed_at_us: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,11 +123,11 @@ async def expire_ref_files(
     """
     require_writable(storage, "expire snapshots")
     state = await log.refresh()
-    reader = _Reader(storage)
+    links = Links(storage)
     chains: dict[ObjectId, list[Link]] = {}
 
     async def read(tip: ObjectId) -> None:
-        chains[tip] = await reader.chain(tip)
+        chains[tip] = await links.chain(tip)
 
     await run_each(read, state.tips(), limit=_CONCURRENT)
     fates = {tip: shorten(chain, older_than_us) for tip, chain in chains.items()}
@@ -157,7 +139,7 @@ async def expire_ref_files(
             edits[fate.edited] = fate.root
 
     async def edit(id: ObjectId) -> None:
-        await reader.set_parent(id, edits[id], level)
+        await links.set_parent(id, edits[id], level)
 
     await run_each(edit, edits, limit=_CONCURRENT)
     log.forget(edits)
@@ -179,58 +161,6 @@ async def _delete_branch(log: RefFilesLayout, name: str, tip: ObjectId) -> None:
 
 async def _delete_tag(log: RefFilesLayout, name: str) -> None:
     await log.append(lambda state: [TagDeleted(name=name)] if name in state.tags else [])
-
-
-class _Reader:
-    """Reads snapshots as they are now, each once."""
-
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-        self._links: dict[ObjectId, Link] = {}
-
-    async def chain(self, tip: ObjectId) -> list[Link]:
-        links: list[Link] = []
-        current: ObjectId | None = tip
-        while current is not None:
-            link = self._links.get(current)
-            if link is None:
-                snapshot, _ = await self._get(current)
-                link = self._links[current] = Link(
-                    id=current, parent=snapshot.parent_id, flushed_at_us=snapshot.flushed_at_us
-                )
-            links.append(link)
-            current = link.parent
-        return links
-
-    async def set_parent(self, id: ObjectId, parent: ObjectId, level: int) -> None:
-        for _ in range(3):
-            snapshot, version = await self._get(id)
-            if snapshot.parent_id == parent:
-                return
-            data = encode_snapshot(replace(snapshot, parent_id=parent), 1, level)
-            try:
-                await self._storage.put(snapshot_key(id), data, Matches(version))
-                return
-            except PreconditionFailedError:
-                # Somebody else expires as well.
-                continue
-        raise StorageError(
-            f"cannot expire: {snapshot_key(id)!r} in {self._storage.describe()} is changed by somebody else again and "
-            "again; expire again",
-            ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
-        )
-
-    async def _get(self, id: ObjectId) -> tuple[Snapshot, Version]:
-        key = snapshot_key(id)
-        try:
-            answer = await self._storage.get(key)
-        except ObjectNotFoundError as error:
-            raise FormatError(
-                f"cannot expire: {key!r} is missing in {self._storage.describe()}, though a branch or tag descends "
-                f"from snapshot {encode_id(id)}; restore it, or delete what descends from it",
-                ErrorKind.OBJECT_NOT_FOUND,
-            ) from error
-        return decode_snapshot(answer.data, expected_id=id), answer.version
 
 
 async def expire(

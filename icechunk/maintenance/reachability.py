@@ -150,7 +150,10 @@ class Use:
 class Walked:
     """What a walk has found so far."""
 
-    snapshots: set[ObjectId] = field(default_factory=set)
+    snapshots: dict[ObjectId, tuple[ObjectId, ...]] = field(default_factory=dict)
+    """Of each the manifests that it uses."""
+    parents: dict[ObjectId, ObjectId | None] = field(default_factory=dict)
+    """As the files name them: in format 1 only."""
     manifests: dict[ObjectId, Use] = field(default_factory=dict)
     """Every manifest that one of the snapshots uses, with the arrays of all of them."""
 
@@ -173,14 +176,18 @@ async def walk(
         The manifests that are new, and those that new arrays use, each with its new arrays only.
     """
     fresh: dict[ObjectId, Use] = {}
-    next_ones: set[ObjectId] = set(start) - found.snapshots
+    next_ones = set(start) - found.snapshots.keys()
 
     async def read(id: ObjectId) -> None:
         snapshot = await read_snapshot(files, id)
-        parent = snapshot.parent_id
-        if follow_parents and parent is not None and parent not in found.snapshots:
-            next_ones.add(parent)
-        for manifest_id, use in _uses(snapshot).items():
+        if follow_parents:
+            parent = found.parents[id] = snapshot.parent_id
+            if parent is not None and parent not in found.snapshots:
+                next_ones.add(parent)
+        uses = _uses(snapshot)
+        # Those of one id are one object: thousands of snapshots may use the same manifests.
+        found.snapshots[id] = tuple(found.manifests[i].file.object_id if i in found.manifests else i for i in uses)
+        for manifest_id, use in uses.items():
             known = found.manifests.get(manifest_id)
             if known is None:
                 known = found.manifests[manifest_id] = Use(file=use.file)
@@ -192,7 +199,7 @@ async def walk(
 
     while next_ones:
         wave, next_ones = next_ones, set()
-        found.snapshots |= wave
+        found.snapshots.update(dict.fromkeys(wave, ()))
         await run_each(read, wave, limit=limits.max_snapshots_in_memory)
     return fresh
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import anyio
 import numpy as np
@@ -13,14 +12,13 @@ from icechunk.format.ids import NodeId
 from icechunk.format.values import INLINE, NATIVE, VIRTUAL, ChunkRefs, Manifest
 from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.maintenance.reachability import Files, Limits, RowSet, Walked, living_rows, read_manifests, walk
+from icechunk.maintenance.spans import CHUNK_ID_BYTES, SPAN_BYTES, covered, native_rows, rows, spans_of
 from icechunk.ops import ChunkStorageStats
 from icechunk.storage.port import Storage
 from icechunk.transfer.assets import off_loop
 
 __all__ = ["chunk_storage_stats"]
 
-_ID_BYTES = 12
-_SPAN_BYTES = 16
 _BYTES_PER_REF = 64
 
 
@@ -53,8 +51,8 @@ async def chunk_storage_stats(log: RepositoryLog, storage: Storage, limits: Limi
 
 class _Counter:
     def __init__(self) -> None:
-        self._native = RowSet(_ID_BYTES + _SPAN_BYTES)
-        self._virtual = RowSet(8 + _SPAN_BYTES)
+        self._native = RowSet(CHUNK_ID_BYTES + SPAN_BYTES)
+        self._virtual = RowSet(8 + SPAN_BYTES)
         self._locations: dict[str, int] = {}
         self._inlined = 0
 
@@ -63,58 +61,21 @@ class _Counter:
             self._inlined += int(refs.length[refs.kind == INLINE].sum())
             native = refs.kind == NATIVE
             if native.any():
-                ids = np.ascontiguousarray(refs.chunk_id[native]).view(np.uint8).reshape(-1, _ID_BYTES)
-                self._native.add(_rows(ids, refs, native))
+                self._native.add(native_rows(refs, native))
             virtual = refs.kind == VIRTUAL
             if virtual.any():
-                self._virtual.add(_rows(self._numbers(refs, virtual), refs, virtual))
+                self._virtual.add(rows(self._numbers(refs, virtual), refs.offset[virtual], refs.length[virtual]))
 
-    def _numbers(self, refs: ChunkRefs, rows: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
+    def _numbers(self, refs: ChunkRefs, virtual: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
         """A number for each location, 8 bytes a row."""
-        used, inverse = np.unique(refs.location[rows], return_inverse=True)
+        used, inverse = np.unique(refs.location[virtual], return_inverse=True)
         known = self._locations
         numbers = [known.setdefault(refs.locations[int(i)], len(known)) for i in used]
         return np.array(numbers, ">u8")[inverse].view(np.uint8).reshape(-1, 8)
 
     def result(self) -> ChunkStorageStats:
         return ChunkStorageStats(
-            native_bytes=_covered(self._native.rows),
-            virtual_bytes=int(_spans(self._virtual.rows)[1].sum(dtype=np.uint64)),
+            native_bytes=covered(self._native.rows),
+            virtual_bytes=int(spans_of(self._virtual.rows)[1].sum(dtype=np.uint64)),
             inlined_bytes=self._inlined,
         )
-
-
-def _rows(names: npt.NDArray[np.uint8], refs: ChunkRefs, rows: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
-    """Name, offset and length of references as sortable bytes."""
-    width = names.shape[1] + _SPAN_BYTES
-    joined = np.empty((len(names), width), np.uint8)
-    joined[:, :-_SPAN_BYTES] = names
-    joined[:, -_SPAN_BYTES:-8] = refs.offset[rows].astype(">u8").view(np.uint8).reshape(-1, 8)
-    joined[:, -8:] = refs.length[rows].astype(">u8").view(np.uint8).reshape(-1, 8)
-    return joined.view(f"V{width}").reshape(-1)
-
-
-def _spans(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    columns = np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), rows.dtype.itemsize)
-    spans = np.ascontiguousarray(columns[:, -_SPAN_BYTES:]).view(">u8").astype(np.uint64)
-    return spans[:, 0], spans[:, 1]
-
-
-def _covered(rows: npt.NDArray[Any]) -> int:
-    """Bytes that ranges cover, once where they overlap; rows as of `_rows`, ascending."""
-    if not len(rows):
-        return 0
-    offset, length = _spans(rows)
-    names = np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1)[:, :-_SPAN_BYTES]
-    first = np.ones(len(rows), bool)
-    first[1:] = (names[1:] != names[:-1]).any(axis=1)
-    group = np.cumsum(first) - 1
-    # How far the ranges before each one reach, within its object: ends as ranks, so that objects do not mix.
-    ends, rank = np.unique(offset + length, return_inverse=True)
-    reached = np.maximum.accumulate(group * len(ends) + rank)
-    before = np.zeros(len(rows), np.uint64)
-    before[1:] = ends[reached[:-1] % len(ends)]
-    before[first] = 0
-    start = np.maximum(offset, before)
-    end = offset + length
-    return int(np.where(end > start, end - start, 0).sum(dtype=np.uint64))

@@ -14,6 +14,7 @@ from icechunk.config import (
     config_to_dict,
 )
 from icechunk.config.manifest import DEFAULT_SPLIT_SIZE
+from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.ids import encode_id
 from icechunk.log.repository.port import Layout
 from icechunk.log.repository.ref_files.layout import needs_format_2
@@ -21,6 +22,7 @@ from icechunk.maintenance.collect import collect_garbage
 from icechunk.maintenance.expire import expire
 from icechunk.maintenance.prune import prune_log
 from icechunk.maintenance.reachability import Limits
+from icechunk.maintenance.repack import Repacking
 from icechunk.maintenance.stats import chunk_storage_stats
 from icechunk.ops import ChunkStorageStats, GCSummary
 from icechunk.repository.sessions import Sessions
@@ -92,6 +94,8 @@ class Maintenance(Sessions):
         delete_object_older_than: datetime,
         *,
         dry_run: bool = False,
+        repack: bool = True,
+        repack_below_percent: int | None = None,
         max_snapshots_in_memory: int = 50,
         max_compressed_manifest_mem_bytes: int = 512 * _MIB,
         max_decoded_manifest_mem_bytes: int = 4 * _GIB,
@@ -106,13 +110,25 @@ class Maintenance(Sessions):
         the cutoff is told at its commit to repeat the work. In the layouts of the published format choose a time
         before which no session that may still commit has begun.
 
+        Objects that are still needed may hold bytes that are not: a chunk object that many chunks share, a manifest
+        that many arrays share. Those with too many of them are written again without them, with the snapshots that
+        refer to them: the same content, times and messages, with **new snapshot ids**, to which branches and tags
+        point afterwards. At most 1.5 times what is needed is stored then. The old snapshots and objects are deleted at
+        once where ``delete_object_older_than`` is at most a minute ago; otherwise they can still be read by id, until
+        a collection of what is older than this one.
+
         Parameters
         ----------
         delete_object_older_than
             With a time zone; exclusive. Only objects that the store says are older. A time in the future counts as
             a little before now.
         dry_run
-            Delete nothing, and count what would be deleted.
+            Delete nothing, and count what would be deleted and rewritten.
+        repack
+            Whether objects with too many dead bytes are written again.
+        repack_below_percent
+            Those of whose bytes less than so many percent are needed, 0 to 100; 100: all with a dead byte, so that
+            certainly nothing is left of what was deleted. None: as configured (`EngineConfig`, 50).
         max_snapshots_in_memory, max_compressed_manifest_mem_bytes, max_decoded_manifest_mem_bytes
             Bounds of memory while what is reachable is read.
         max_concurrent_manifest_fetches, max_concurrent_deletes, max_concurrent_listings
@@ -125,7 +141,7 @@ class Maintenance(Sessions):
         WrongTypeError
             ``delete_object_older_than`` is no datetime, or has no time zone.
         InvalidInputError
-            A bound below 1.
+            A bound below 1, or a percentage that is none.
         ReadOnlyError
             The repository's status is read-only (also on a dry run), or its storage.
         FormatError, StorageError
@@ -133,6 +149,20 @@ class Maintenance(Sessions):
             (kind ``gc-deletes-failing``): what was deleted was garbage.
         """
         require_type("dry_run", dry_run, bool)
+        require_type("repack", repack, bool)
+        require_type("repack_below_percent", repack_below_percent, int, optional=True)
+        settings = self._core.settings
+        percent = settings.repack_below_percent if repack_below_percent is None else repack_below_percent
+        if not 0 <= percent <= 100:
+            raise InvalidInputError(
+                f"repack_below_percent is a number of percent, 0 to 100, not {percent}", ErrorKind.INVALID_SETTING
+            )
+        repacking = Repacking(
+            below=percent / 100,
+            pack_size_bytes=settings.pack_size_bytes,
+            level=settings.compression_level,
+            locations=settings.locations,
+        )
         cutoff_us = _instant_us("delete_object_older_than", delete_object_older_than)
         limits = Limits(
             max_snapshots_in_memory=max_snapshots_in_memory,
@@ -144,7 +174,15 @@ class Maintenance(Sessions):
             max_concurrent_listings=max_concurrent_listings,
         )
         log, storage, sources = await self._core.log(), self._core.storage, self._core.sources
-        summary = await collect_garbage(log, storage, sources, older_than_us=cutoff_us, limits=limits, dry_run=dry_run)
+        summary = await collect_garbage(
+            log,
+            storage,
+            sources,
+            older_than_us=cutoff_us,
+            limits=limits,
+            dry_run=dry_run,
+            repacking=repacking if repack else None,
+        )
         if not dry_run:
             await prune_log(log, storage, sources)
         return summary

@@ -78,6 +78,8 @@ class Settings:
     """Chunks below this size share chunk objects; 0: none do."""
     pack_size_bytes: int
     """Size of such an object."""
+    repack_below_percent: int
+    """Objects of which less is needed are written again by a collection."""
     small_commit_bytes: int
     """Commits whose files are no larger together ride in the log."""
     policy: Policy
@@ -334,6 +336,7 @@ def _resolve(config: RepositoryConfig, layout: Layout, storage: StorageSettings 
         put_memory_bytes=_value(engine.put_memory_bytes, _DEFAULT_PUT_MEMORY_BYTES),
         pack_threshold_bytes=_value(engine.pack_threshold_bytes, 512 * 1024 if alone else 0),
         pack_size_bytes=_value(engine.pack_size_bytes, 4 * 1024 * 1024),
+        repack_below_percent=_value(engine.repack_below_percent, 50),
         small_commit_bytes=_value(engine.small_commit_bytes, 64 * 1024),
         policy=policy,
         reads=_reads(config.caching or CachingConfig(), engine, storage),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import icechunk
 from icechunk.format.ids import object_id_from_text
 from icechunk.format.snapshot.codec import decode_snapshot
+from tests.maintenance.test_repack import window
 from tools import oracle
 from tools.interop.dump import dump
 from tools.interop.generate import carry_on, generate, publish
@@ -130,3 +133,34 @@ def test_a_snapshot_of_format_1_is_written_again_with_nothing_else_changed(tmp_p
             changed += 1
             assert mine.parent_id == object_id_from_text("1CECHNKREP0F1RSTCMT0")
     assert changed
+
+
+@pytest.mark.parametrize("version", [None, 2, 1], ids=["log", "repo", "refs"])
+def test_the_official_library_reads_and_continues_what_was_repacked(tmp_path: Path, version: int | None) -> None:
+    require(oracle.OFFICIAL_CURRENT)
+    asyncio.run(window(icechunk.local_filesystem_storage(str(tmp_path)), version))
+    repo = ours(tmp_path)
+    parent = list(repo.ancestry(branch="main"))[1]
+    repo.create_tag("yesterday", parent.id)
+    repo.expire_snapshots(parent.written_at)
+    before = dump(repo)
+    done = repo.garbage_collect(datetime.now(UTC), repack_below_percent=100)
+    assert done.snapshots_rewritten == 2
+    publish(repo)
+    read = theirs(oracle.OFFICIAL_CURRENT, "dump", tmp_path)
+    assert read == dump(ours(tmp_path))
+    assert contents(read, "branch main") == contents(before, "branch main")
+    assert contents(read, "tag yesterday") == contents(before, "tag yesterday")
+    if version is not None:
+        # Nothing is left for it to collect, and nothing that it collects is missed.
+        result = theirs(oracle.OFFICIAL_CURRENT, "maintain", tmp_path)
+        assert result["collected"]["chunks_deleted"] == result["collected"]["manifests_deleted"] == 0
+        assert dump(ours(tmp_path)) == read
+
+
+def contents(dumped: dict[str, Any], ref: str) -> list[dict[str, Any]]:
+    """What is in each snapshot of a ref's history, newest first, without the ids."""
+    return [
+        {name: value for name, value in dumped["snapshots"][id].items() if name != "parent"}
+        for id in dumped["history"][ref]
+    ]

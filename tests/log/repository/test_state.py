@@ -32,7 +32,6 @@ from icechunk.log.repository.state import (
     apply,
     from_repo_info,
     initial_state,
-    rewritten_as,
     resting_on,
     rewritten_as,
     to_repo_info,

@@ -7,7 +7,7 @@ written, and replaces exactly that version.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -18,7 +18,15 @@ from icechunk.format.repo.values import RepoInfo
 from icechunk.log.repository.entries.embedded import Materialize, nothing_embedded
 from icechunk.log.repository.entries.entry import new_epoch
 from icechunk.log.repository.entries.reader import Head, Known, RepoObject, known_of, read_repo
-from icechunk.log.repository.marker import NO_FILES, Kept, checkpoint_info, keep_updates, state_of, unmarked_info
+from icechunk.log.repository.marker import (
+    NO_FILES,
+    Kept,
+    checkpoint_info,
+    encode_marker,
+    keep_updates,
+    state_of,
+    unmarked_info,
+)
 from icechunk.log.repository.store_check import require_atomic
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import in_thread
@@ -152,8 +160,17 @@ async def _divide_updates(
         backup_name=overwritten_repo_name(sources.wall_us() // 1000, sources.random_bytes(12)),
     )
     if kept.needs_backup and kept.before is not None:
+        # Of whatever version: if that is not the one replaced below, the PUT fails and nobody names this copy.
+        found = await read_repo(storage, sources)
+        if found is None:
+            return None
+        marker = found.known.marker
+        if marker is not None and marker.files:
+            # Backups are kept for their updates, and for ever: what chunks hold does not belong there.
+            info = replace(found.info, extra=encode_marker(replace(marker, files={})))
+            await storage.put(overwritten_repo_key(kept.before), (await encode(info)).data)
+            return kept
         try:
-            # Of whatever version: if that is not the one replaced below, the PUT fails and nobody names this copy.
             await storage.copy(REPO_KEY, overwritten_repo_key(kept.before))
         except ObjectNotFoundError:
             return None

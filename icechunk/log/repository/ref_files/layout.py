@@ -140,6 +140,14 @@ class RefFilesLayout(SwappedLog[_Write]):
         """Read these snapshots' parents again when they are asked for: their files were replaced."""
         self._view.forget(snapshots)
 
+    async def retarget(self, tag: str, expected: ObjectId, new: ObjectId) -> None:
+        """Point a tag to another snapshot of the same content, if it still is where it is expected."""
+        key = self._view.names.tag_key(tag)
+        answer = await self._view.get(key)
+        if answer is not None and read_ref(answer.data, key) == expected:
+            with suppress(PreconditionFailedError, ObjectNotFoundError):
+                await self._storage.put(key, encode_ref(new), Matches(answer.version))
+
     async def prepare_writes(self) -> None:
         await self._check.run((snapshot_key(FIRST_SNAPSHOT), snapshot_key(self.state.branches[MAIN])))
 

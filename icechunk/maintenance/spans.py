@@ -1,0 +1,109 @@
+"""Ranges of objects as rows of bytes that sort: by object, by where a range begins, by its length. Pure.
+
+A row is a name of fixed width, then offset and length as big-endian numbers of 64 bits, in bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icechunk.format.values import ChunkRefs
+
+__all__ = [
+    "CHUNK_ID_BYTES",
+    "SPAN_BYTES",
+    "covered",
+    "covered_by_object",
+    "names_of",
+    "native_rows",
+    "reached_before",
+    "rows",
+    "spans_of",
+    "starts_of_objects",
+]
+
+CHUNK_ID_BYTES = 12
+SPAN_BYTES = 16
+"""Of a row, behind the name."""
+
+
+def rows(
+    names: npt.NDArray[np.uint8], offset: npt.NDArray[np.uint64], length: npt.NDArray[np.uint64]
+) -> npt.NDArray[Any]:
+    """Rows, ``S{width}[n]``.
+
+    Parameters
+    ----------
+    names
+        uint8[n, k].
+    offset, length
+        uint64[n], bytes.
+    """
+    width = names.shape[1] + SPAN_BYTES
+    joined = np.empty((len(names), width), np.uint8)
+    joined[:, :-SPAN_BYTES] = names
+    joined[:, -SPAN_BYTES:-8] = offset.astype(">u8").view(np.uint8).reshape(-1, 8)
+    joined[:, -8:] = length.astype(">u8").view(np.uint8).reshape(-1, 8)
+    return joined.view(f"S{width}").reshape(-1)
+
+
+def native_rows(refs: ChunkRefs, native: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+    """The ranges of chunk objects that these references name."""
+    ids = np.ascontiguousarray(refs.chunk_id[native]).view(np.uint8).reshape(-1, CHUNK_ID_BYTES)
+    return rows(ids, refs.offset[native], refs.length[native])
+
+
+def names_of(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The name of each row, ``S{k}[n]``."""
+    octets = _octets(rows)[:, :-SPAN_BYTES]
+    return np.ascontiguousarray(octets).view(f"S{octets.shape[1]}").reshape(-1)
+
+
+def spans_of(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """Offset and length of each row, in bytes."""
+    spans = np.ascontiguousarray(_octets(rows)[:, -SPAN_BYTES:]).view(">u8").astype(np.uint64)
+    return spans[:, 0], spans[:, 1]
+
+
+def covered(rows: npt.NDArray[Any]) -> int:
+    """Bytes that ranges cover, once where they overlap; the rows are ascending."""
+    return int(covered_by_object(rows)[1].sum(dtype=np.uint64))
+
+
+def covered_by_object(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint64]]:
+    """The same for each object: names, ``S{k}[m]``, ascending, and uint64[m] bytes."""
+    if not len(rows):
+        return np.empty(0, f"S{rows.dtype.itemsize - SPAN_BYTES}"), np.empty(0, np.uint64)
+    offset, length = spans_of(rows)
+    first = starts_of_objects(rows)
+    end = offset + length
+    start = np.maximum(offset, reached_before(first, end))
+    fresh = np.where(end > start, end - start, np.uint64(0)).astype(np.uint64)
+    begins = np.flatnonzero(first)
+    return names_of(rows[begins]), np.add.reduceat(fresh, begins)
+
+
+def reached_before(first: npt.NDArray[np.bool_], end: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """How far the ranges before each one reach within its object; 0 for the first of an object."""
+    # Ends as ranks, so that objects do not mix.
+    ends, rank = np.unique(end, return_inverse=True)
+    reached = np.maximum.accumulate((np.cumsum(first) - 1) * len(ends) + rank)
+    before = np.zeros(len(end), np.uint64)
+    before[1:] = ends[reached[:-1] % len(ends)]
+    before[first] = 0
+    return before
+
+
+def starts_of_objects(rows: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Whether each row, of ascending ones, is the first of its object."""
+    names = _octets(rows)[:, :-SPAN_BYTES]
+    first = np.ones(len(rows), np.bool_)
+    first[1:] = (names[1:] != names[:-1]).any(axis=1)
+    return first
+
+
+def _octets(rows: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), rows.dtype.itemsize)

@@ -1,0 +1,215 @@
+"""Listing objects by their ids, and deleting those that are garbage, page by page."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias
+
+import anyio
+
+from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError, StorageError
+from icechunk.format.ids import ObjectId, object_id_from_text
+from icechunk.maintenance.reachability import Limits
+from icechunk.runtime.tasks import run_each
+from icechunk.storage.port import ObjectInfo, Storage
+
+__all__ = ["IsGarbage", "Listed", "Sweep", "Swept"]
+
+_LOG: Final = logging.getLogger(__name__)
+_BATCH: Final = 1000
+_LISTINGS: Final = 16
+_ERRORS_TOLD: Final = 100
+_ALPHABET: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """An object whose name is an id."""
+
+    id: ObjectId
+    info: ObjectInfo
+
+
+IsGarbage: TypeAlias = Callable[[Sequence[Listed]], Sequence[Listed]]
+"""Picks those that nothing refers to; asked again for each request, just before it deletes."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Swept:
+    """What became of the garbage."""
+
+    deleted: dict[str, int] = field(default_factory=dict)
+    """Objects deleted, by prefix; on a dry run, that would be."""
+    bytes_deleted: int = 0
+    failed: int = 0
+    throttled: int = 0
+    """Requests that the store asked to slow down, and that failed for it."""
+    errors: list[str] = field(default_factory=list)
+    """The first hundred reasons."""
+
+    def add(self, other: Swept) -> None:
+        """Count what another sweep did."""
+        for prefix, count in other.deleted.items():
+            self.deleted[prefix] = self.deleted.get(prefix, 0) + count
+        self.bytes_deleted += other.bytes_deleted
+        self.failed += other.failed
+        self.throttled += other.throttled
+        self.errors = (self.errors + other.errors)[:_ERRORS_TOLD]
+
+
+class Sweep:
+    """Deletes the objects below some prefixes that are garbage and older than a store time.
+
+    Objects whose names are no ids are left alone. Deleting goes on while others are listed, so memory is bounded by
+    the requests in flight.
+
+    Parameters
+    ----------
+    older_than_us
+        Last-Modified must be before it, µs.
+    guard
+        Awaited before each request that deletes; may change what ``IsGarbage`` answers.
+    on_kept
+        Told, page by page, what is not garbage: prefix and objects.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        older_than_us: int,
+        limits: Limits,
+        dry_run: bool,
+        guard: Callable[[], Awaitable[None]],
+        on_kept: Callable[[str, Sequence[Listed]], None] | None = None,
+    ) -> None:
+        self._storage = storage
+        self._older_than_us = older_than_us
+        self._limits = limits
+        self._dry_run = dry_run
+        self._guard = guard
+        self._on_kept = on_kept
+        self._deletes = anyio.CapacityLimiter(limits.max_concurrent_deletes)
+        self._listings = anyio.CapacityLimiter(limits.max_concurrent_listings or _LISTINGS)
+        self._failures_in_a_row = 0
+        self.swept = Swept()
+
+    async def run(self, kinds: Sequence[tuple[str, IsGarbage]]) -> None:
+        """List the prefixes, each with its slash and with what decides about the objects there, and delete.
+
+        Raises
+        ------
+        StorageError
+            A listing failed; or kind ``gc-deletes-failing``: too many requests in a row failed. What was deleted
+            until then was garbage.
+        """
+
+        async def one(kind: tuple[str, IsGarbage]) -> None:
+            await self._kind(*kind)
+
+        await run_each(one, kinds, limit=len(kinds))
+
+    async def delete(self, prefix: str, garbage: Sequence[Listed], is_garbage: IsGarbage) -> None:
+        """Delete objects that are known already; errors as `run`."""
+        for first in range(0, len(garbage), _BATCH):
+            await self._dispose(prefix, is_garbage, garbage[first : first + _BATCH])
+
+    async def _kind(self, prefix: str, is_garbage: IsGarbage) -> None:
+        """List a prefix; where it is large, its parts at the same time."""
+        pages = self._storage.list_pages(prefix, page_size=_BATCH)
+        first: list[list[ObjectInfo]] = []
+        try:
+            # A store may end a page early, so only a second one, or none, tells whether there is more.
+            while len(first) < 2:
+                async with self._listings:
+                    page = await anext(pages, None)
+                if page is None:
+                    break
+                if page:
+                    first.append(page)
+        finally:
+            await _close(pages)
+        for page in first:
+            await self._take(prefix, is_garbage, page)
+        if len(first) < 2:
+            return
+        after = first[-1][-1].key
+        parts = [(prefix, after)]
+        if self._storage.lists_any_prefix_fast and self._limits.max_concurrent_listings != 1:
+            begun = after[: len(prefix) + 1]
+            parts = [(prefix + char, after) for char in _ALPHABET if prefix + char >= begun]
+
+        async def walk(part: tuple[str, str]) -> None:
+            pages = self._storage.list_pages(part[0], start_after=part[1], page_size=_BATCH)
+            try:
+                while True:
+                    async with self._listings:
+                        page = await anext(pages, None)
+                    if page is None:
+                        return
+                    await self._take(prefix, is_garbage, page)
+            finally:
+                await _close(pages)
+
+        await run_each(walk, parts, limit=len(parts))
+
+    async def _take(self, prefix: str, is_garbage: IsGarbage, page: Sequence[ObjectInfo]) -> None:
+        listed = [found for info in page if (found := _listed(prefix, info))]
+        garbage = is_garbage([one for one in listed if one.info.modified_us < self._older_than_us])
+        if self._on_kept is not None:
+            gone = {one.id for one in garbage}
+            self._on_kept(prefix, [one for one in listed if one.id not in gone] if gone else listed)
+        if garbage:
+            await self._dispose(prefix, is_garbage, garbage)
+
+    async def _dispose(self, prefix: str, is_garbage: IsGarbage, garbage: Sequence[Listed]) -> None:
+        if self._dry_run:
+            self._count(prefix, garbage)
+            return
+        async with self._deletes:
+            await self._guard()
+            garbage = is_garbage(garbage)
+            if garbage:
+                await self._delete(prefix, garbage)
+
+    async def _delete(self, prefix: str, garbage: Sequence[Listed]) -> None:
+        if self._failures_in_a_row >= self._limits.max_consecutive_delete_failures:
+            raise StorageError(
+                f"stopped collecting garbage in {self._storage.describe()}: {self._failures_in_a_row} requests in a "
+                f"row failed to delete ({self.swept.errors[-1]}). What was deleted was garbage; mend this and collect "
+                "again",
+                ErrorKind.GC_DELETES_FAILING,
+            )
+        try:
+            result = await self._storage.delete([one.info.key for one in garbage])
+            failures = dict(result.failures)
+        except (IcechunkError, OSError) as error:
+            # Whatever of it was deleted was garbage; the next collection sees what is left.
+            failures = {one.info.key: str(error) for one in garbage}
+            if isinstance(error, IcechunkError) and error.kind == ErrorKind.THROTTLED:
+                self.swept.throttled += 1
+            _LOG.warning("deleting %d objects failed: %s", len(garbage), error)
+        self._failures_in_a_row = self._failures_in_a_row + 1 if len(failures) == len(garbage) else 0
+        self.swept.failed += len(failures)
+        room = max(0, _ERRORS_TOLD - len(self.swept.errors))
+        self.swept.errors += [f"{key}: {reason}" for key, reason in list(failures.items())[:room]]
+        self._count(prefix, [one for one in garbage if one.info.key not in failures])
+
+    def _count(self, prefix: str, deleted: Sequence[Listed]) -> None:
+        self.swept.deleted[prefix] = self.swept.deleted.get(prefix, 0) + len(deleted)
+        self.swept.bytes_deleted += sum(one.info.size for one in deleted)
+
+
+def _listed(prefix: str, info: ObjectInfo) -> Listed | None:
+    try:
+        return Listed(id=object_id_from_text(info.key.removeprefix(prefix)), info=info)
+    except InvalidInputError:
+        return None
+
+
+async def _close(pages: object) -> None:
+    aclose = getattr(pages, "aclose", None)
+    if aclose is not None:
+        await aclose()
