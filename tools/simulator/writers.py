@@ -261,7 +261,7 @@ async def _append(
     append = log.append(propose, since_us=since_us, deadline_s=deadline_s, on_sent=tokens.append, files=files or {})
     task = client.own(append)
     if mix.chance(Fault.CANCELLED, rng):
-        await asyncio.sleep(rng.uniform(0, 0.2))
+        await asyncio.wait({task}, timeout=rng.uniform(0, 0.2))
         if not task.done():
             task.cancel()
             cluster.inject(Fault.CANCELLED, client.name, "its caller gives up")
