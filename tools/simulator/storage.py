@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from functools import partial
 from typing import Final, NoReturn, TypeVar
 
@@ -177,13 +177,8 @@ class SimulatedStorage(Storage):
 
     # ------------------------------------------------------------------ the way
 
-    def _pass(self, seconds: float) -> Awaitable[None]:
-        future = self._loop.create_future()
-        self._loop.call_later(seconds, _wake, future)
-        return future
-
     async def _way(self) -> None:
-        await self._pass(self._rng.uniform(0.001, 0.05))
+        await self._loop.after(self._rng.uniform(0.001, 0.05))
         if self.dead:
             raise asyncio.CancelledError
 
@@ -220,10 +215,10 @@ class SimulatedStorage(Storage):
         writes = verb in ("put", "delete", "copy")
         try:
             if fault is Fault.REORDERED:
-                await self._pass(rng.choice((0.3, 5.0, 60.0)) * rng.random())
+                await self._loop.after(rng.choice((0.3, 5.0, 60.0)) * rng.random())
             elif fault is Fault.PAUSED and rng.random() < 0.5:
-                await self._pass(rng.choice((0.1, 4.0, 9.0)) * DAY_S * rng.random())
-            await self._pass(rng.uniform(0.001, 0.05))
+                await self._loop.after(rng.choice((0.1, 4.0, 9.0)) * DAY_S * rng.random())
+            await self._loop.after(rng.uniform(0.001, 0.05))
         except asyncio.CancelledError:
             if writes and self.faulty and rng.random() < 0.5:
                 # It had left already.
@@ -237,7 +232,7 @@ class SimulatedStorage(Storage):
                 store.execute(request, execute)
             self._die()
         if self._outage_until_s > self._loop.time():
-            await self._pass(rng.uniform(0.2, 3))
+            await self._loop.after(rng.uniform(0.2, 3))
             if self.dead:
                 raise asyncio.CancelledError
             request.answered_s, request.answer = self._loop.time(), "no connection"
@@ -266,7 +261,7 @@ class SimulatedStorage(Storage):
         if fault is Fault.DOUBLED:
             store.later(rng.choice((0.5, 20, 3600)) * rng.random(), request, execute)
         if fault is Fault.PAUSED:
-            await self._pass(rng.choice((0.1, 4.0, 9.0)) * DAY_S * rng.random())
+            await self._loop.after(rng.choice((0.1, 4.0, 9.0)) * DAY_S * rng.random())
         await self._way()
         if fault is Fault.LOST:
             await self._unanswered(request, "the answer was lost", 0.5)
@@ -280,7 +275,7 @@ class SimulatedStorage(Storage):
         return answer
 
     async def _unanswered(self, request: Request, why: str, after_s: float) -> NoReturn:
-        await self._pass(after_s)
+        await self._loop.after(after_s)
         if self.dead:
             raise asyncio.CancelledError
         request.answered_s, request.answer = self._loop.time(), why
@@ -401,11 +396,6 @@ class SimulatedStorage(Storage):
 
     def describe(self) -> str:
         return "simulation"
-
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 def _condition(precondition: Precondition) -> str:
