@@ -227,3 +227,13 @@ def test_a_history_with_no_end_of_possible_orders_is_given_up_not_accepted_as_ri
         [*many, read("r", at=(100, 101), main=" ".join(["root", *(f"{i}" for i in range(0, 40, 2)), "39"]))]
     )
     assert verdict.undecided or not verdict.problems
+
+
+def test_an_amended_commit_has_the_contents_of_what_it_replaced() -> None:
+    made = [
+        commit("a", "1", at=(1, 2), parent="root", writes={"x": "1", "y": "1"}),
+        op("a", "amend", ref="main", commit="2", parent="1", at=(3, 4), writes={"y": "2"}),
+        read("r", at=(5, 6), main="root 2"),
+    ]
+    assert right(*made, op("r", "read-content", commit="2", content={"x": "1", "y": "2"}, at=(7, 8)))
+    assert not right(*made, op("r", "read-content", commit="2", content={"x": "", "y": "2"}, at=(7, 8)))

@@ -55,6 +55,17 @@ def test_garbage_is_collected_and_the_log_pruned_meanwhile(layout: Layout) -> No
     assert pruned or layout is not Layout.LOG
 
 
+@pytest.mark.parametrize("collect", [False, True])
+@pytest.mark.parametrize("layout", Layout)
+def test_sessions_keep_their_promises_too(layout: Layout, collect: bool) -> None:
+    read = 0
+    for seed in range(12):
+        report = simulate(seed, Plan(layout=layout, sessions=True, collect=collect))
+        assert not report.problems, f"seed {seed}: {report.problems}"
+        read += sum(operation.content is not None for operation in report.history)
+    assert read
+
+
 @pytest.mark.parametrize("layout", Layout)
 def test_a_seed_is_a_schedule(layout: Layout) -> None:
     plan = Plan(layout=layout, writers=3, rounds=4)

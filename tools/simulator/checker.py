@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Final, Literal, TypeAlias
 
-__all__ = ["ROOT", "Operation", "Outcome", "Verdict", "View", "check"]
+__all__ = ["MAIN", "ROOT", "Operation", "Outcome", "Verdict", "View", "check"]
 
 ROOT: Final = "root"
 """Name of the first commit of every repository."""
@@ -117,7 +117,11 @@ def check(
     start
         The repository before the first operation; None: a branch ``main`` at `ROOT`.
     """
-    problems = [*_phantoms(history, start), *(() if shortened else _lost(history)), *_contents(history)]
+    problems = [
+        *_phantoms(history, start),
+        *(() if shortened else _lost(history)),
+        *_contents(history, shortened=shortened),
+    ]
     undecided = False
     if not problems:
         groups = _by_ref(history, start) if independent else [(start, list(history))]
@@ -165,12 +169,14 @@ def _lost(history: Sequence[Operation]) -> Iterator[str]:
             yield f"commit {op.commit} was acknowledged, and is not in history"
 
 
-def _contents(history: Sequence[Operation]) -> Iterator[str]:
-    """Readers of a commit see what it wrote over what its parent has."""
+def _contents(history: Sequence[Operation], *, shortened: bool) -> Iterator[str]:
+    """Readers of a commit see what it wrote over what its parent has, or what it replaced."""
     reads = [op for op in history if op.content is not None]
     if not reads:
         return
-    parents = _seen_parents(history)
+    replaced = {op.commit: op.parent for op in history if op.verb == "amend" and op.parent is not None}
+    # Readers of a shortened history see commits on older ones than those on which they were made.
+    parents = (_asked_parents(history) if shortened else _seen_parents(history)) | replaced
     writes = {op.commit: op.writes for op in history if op.verb in ("commit", "amend")}
     for op in reads:
         expected: dict[str, str] = {}
@@ -189,9 +195,13 @@ def _contents(history: Sequence[Operation]) -> Iterator[str]:
                 yield f"{op.client} read {value or 'nothing'} at {key} of commit {op.commit}, which has {wanted} there"
 
 
+def _asked_parents(history: Sequence[Operation]) -> dict[str, str]:
+    return {op.commit: op.parent for op in history if op.verb == "commit" and op.parent is not None}
+
+
 def _seen_parents(history: Sequence[Operation]) -> dict[str, str]:
     """Parents of commits: as asked for, else as the first reader saw them."""
-    parents = {op.commit: op.parent for op in history if op.verb == "commit" and op.parent is not None}
+    parents = _asked_parents(history)
     for op in history:
         if op.seen is not None:
             for commits in op.seen.branches.values():

@@ -161,6 +161,7 @@ class Cluster:
         objects: Mapping[str, Stored],
         collect: bool = False,
         converts: bool = False,
+        sessions: bool = False,
     ) -> None:
         self.loop = loop
         self.rng = rng
@@ -168,12 +169,17 @@ class Cluster:
         self.mix = mix
         self.collect = collect
         self.converts = converts
+        self.sessions = sessions
+        self.amends = layout is not Layout.REFS
         self.updates_per_file = rng.choice((None, None, 3))
         """Most lines of the ops log in one object."""
         self.deleting: set[str] = set()
         """Tags that somebody has asked to delete, where two who do so cannot be told apart."""
         self.clients: list[Client] = []
         self.store = SimulatedStore(loop, mix, rng, objects)
+        if sessions:
+            # A session that waits for its chunks looks about once a second whether somebody else has to send them.
+            self.store.pause_s = 60.0
         self.report = Report(seed=seed, injected=self.store.injected, trace=self.store.trace)
         self.history: list[Operation] = self.report.history
         self.tokens: dict[int, SwapToken] = {}
@@ -186,6 +192,7 @@ class Cluster:
         self.on_told: Callable[[Operation, SwapToken], None] = lambda operation, token: None
         """Told of every outcome that was called unknown."""
         self._time = 0
+        self._commits = 0
         loop.set_task_factory(_task_of_owner)
 
     def client(self, role: str, *, faulty: bool = True) -> Client:
@@ -239,19 +246,20 @@ class Cluster:
         if operation.outcome in ("unknown", "open"):
             operation.ended, operation.outcome = self.tick(), outcome
 
-    def new_commit(self) -> str:
-        """The name of a commit that nobody has made yet."""
-        name = f"c{len(self.ids)}"
-        self.name_commit(name, ObjectId(self.rng.randbytes(12)))
-        return name
+    def new_name(self) -> str:
+        """The name of a commit that nobody has made yet; where the engine chooses its id, the message tells it."""
+        self._commits += 1
+        return f"c{self._commits}"
 
-    def name_commit(self, name: str, id: ObjectId) -> None:
-        """Give a snapshot's id a name that people can read."""
+    def new_commit(self) -> str:
+        """The name of a commit that nobody has made yet, and that has an id already."""
+        name, id = self.new_name(), ObjectId(self.rng.randbytes(12))
         self.ids[name], self.names[id] = id, name
+        return name
 
     def name_of(self, id: ObjectId, message: str | None = None) -> str:
         """The name of a snapshot; its message where its id was chosen by the engine."""
-        return self.names.get(id) or (message if message in self.ids or message else f"?{id.hex()}")
+        return self.names.get(id) or message or f"?{id.hex()}"
 
     def view(self, state: RepoState) -> View:
         """What a state shows of the repository, for the checker."""

@@ -25,11 +25,11 @@ from typing import Any, Final
 from icechunk.format.repo.values import CommitAmended, NewCommit, Update
 from icechunk.log.repository.open import create_repository
 from icechunk.log.repository.port import Layout
-from tools.simulator import upkeep
-from tools.simulator.checker import check
+from tools.simulator import sessions, upkeep
+from tools.simulator.checker import MAIN, ROOT, View, check
 from tools.simulator.cluster import Client, Cluster, Report
 from tools.simulator.faults import CALM, Fault, Mix
-from tools.simulator.loop import VirtualLoop
+from tools.simulator.loop import DAY_S, VirtualLoop
 from tools.simulator.storage import SimulatedStore, Stored
 from tools.simulator.watch import Watch
 from tools.simulator.writers import Powers, commit_proposal, reader, settle, writer
@@ -50,13 +50,16 @@ class Plan:
     rounds: int = 3
     """Of each writer."""
     readers: int = 1
+    sessions: bool = False
+    """Whether clients work with repositories and sessions, as users do, instead of the log alone."""
     calm: bool = False
     """No faults; only interleavings."""
 
     @property
     def profile(self) -> str:
         """A word or two for statistics."""
-        return "-".join([self.layout.value, *["collect"] * self.collect, *["convert"] * self.convert])
+        kinds = (("sessions", self.sessions), ("collect", self.collect), ("convert", self.convert))
+        return "-".join([self.layout.value, *(name for name, is_so in kinds if is_so)])
 
 
 _LAYOUTS: Final = (Layout.LOG, Layout.LOG, Layout.REPO, Layout.REFS)
@@ -74,6 +77,7 @@ def plan_of(seed: int, layout: Layout | None = None) -> Plan:
         # Not both: a reader of a log that was converted there and back believes no history without its tip.
         collect=collect and not convert,
         convert=convert,
+        sessions=rng.random() < 0.03,
         writers=4 if large else rng.choice((1, 2, 2, 3)),
         rounds=6 if large else rng.choice((1, 2, 2, 3)),
         readers=2 if large else 1,
@@ -121,9 +125,10 @@ def _cluster(loop: VirtualLoop, seed: int, plan: Plan) -> Cluster:
         rng,
         layout=plan.layout,
         mix=mix,
-        objects=_template(plan.layout),
+        objects=_template(plan.layout, plan.sessions),
         collect=plan.collect,
         converts=plan.convert,
+        sessions=plan.sessions,
     )
     cluster.report.profile = plan.profile
     cluster.store.force_at = rng.randrange(5, 40)
@@ -138,9 +143,19 @@ async def _run(cluster: Cluster, plan: Plan) -> None:
     forgetful = not refs or not any(fault in cluster.mix for fault in (Fault.LATE, Fault.DOUBLED, Fault.CUT))
     powers = Powers(cluster.rng, plan.layout, only_commits=refs and plan.convert, forgetful=forgetful)
     actors: list[Coroutine[Any, Any, None]] = []
+    if plan.sessions:
+        actors += [sessions.content_writer(cluster, plan.rounds) for _ in range(plan.writers)]
+        actors += [sessions.content_reader(cluster, 2) for _ in range(plan.readers)]
+        if plan.collect:
+            age_s = cluster.rng.choice((0.0, 600.0, DAY_S)) if plan.layout is Layout.LOG else upkeep.SAFE_AGE_S
+            actors.append(sessions.content_collector(cluster, 2, age_s=age_s))
+        await asyncio.gather(*actors)
+        await _verify(cluster)
+        await sessions.verify_content(cluster, cluster.client("z", faulty=False))
+        return
     actors += [writer(cluster, powers, plan.rounds) for _ in range(plan.writers)]
     actors += [reader(cluster, 2) for _ in range(plan.readers)]
-    if plan.layout is Layout.LOG and cluster.rng.random() < 0.3:
+    if plan.layout is Layout.LOG and (plan.collect or cluster.rng.random() < 0.3):
         actors.append(upkeep.pruner(cluster, 2))
     if plan.collect:
         actors += [upkeep.collector(cluster, plan.rounds), upkeep.auditor(cluster, 2)]
@@ -165,9 +180,9 @@ async def _verify(cluster: Cluster) -> None:
         for op in unknown:
             await settle(cluster, client, log, op)
         await cluster.read(client, log)
-    if cluster.collect and (lost := await upkeep.lost_files(cluster, log)):
+    if cluster.collect and not cluster.sessions and (lost := await upkeep.lost_files(cluster, log)):
         cluster.problem(f"{len(lost)} files are lost that history needs in the end: {sorted(lost)[0]}")
-    if log.layout is not Layout.REFS:
+    if log.layout is not Layout.REFS and not cluster.sessions:
         _check_ops_log(cluster, [update async for update in log.updates()][::-1])
     await log.aclose()
 
@@ -191,7 +206,9 @@ def _check_ops_log(cluster: Cluster, updates: list[Update]) -> None:
 
 def _judge(cluster: Cluster) -> None:
     report = cluster.report
-    verdict = check(cluster.history, independent=cluster.layout is Layout.REFS, shortened=cluster.collect)
+    start = View(branches={MAIN: (ROOT, sessions.FIRST)}, tags={}) if cluster.sessions else None
+    independent = cluster.layout is Layout.REFS
+    verdict = check(cluster.history, independent=independent, shortened=cluster.collect, start=start)
     for problem in verdict.problems:
         cluster.problem(problem)
     report.undecided = verdict.undecided
@@ -217,8 +234,8 @@ def _end(cluster: Cluster) -> None:
 
 
 @cache
-def _template(layout: Layout) -> dict[str, Stored]:
-    """A repository that was just created."""
+def _template(layout: Layout, content: bool) -> dict[str, Stored]:
+    """A repository that was just created, and perhaps has an array."""
     loop = VirtualLoop()
     store = SimulatedStore(loop, CALM, random.Random(0))
     cluster = Cluster(loop, 0, random.Random(0), layout=layout, mix=CALM, objects={})
@@ -228,6 +245,8 @@ def _template(layout: Layout) -> dict[str, Stored]:
     async def create() -> None:
         log = await create_repository(client.storage, layout, client.sources)
         await log.aclose()
+        if content:
+            await sessions.first_content(client)
 
     loop.run_until_complete(create())
     loop.close()

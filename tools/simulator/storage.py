@@ -73,6 +73,8 @@ class SimulatedStore:
         self.objects: dict[str, Stored] = dict(objects or {})
         self.trace = Trace()
         self.injected: Counter[Fault] = Counter()
+        self.pause_s = DAY_S
+        """What a pause of a client is counted in."""
         self.force_at: int | None = None
         """Number of the request that a fault befalls for certain, unless one has befallen another before."""
         self.travelling: set[asyncio.Task[None]] = set()
@@ -217,7 +219,7 @@ class SimulatedStorage(Storage):
             if fault is Fault.REORDERED:
                 await self._loop.after(rng.choice((0.3, 5.0, 60.0)) * rng.random())
             elif fault is Fault.PAUSED and rng.random() < 0.5:
-                await self._loop.after(rng.choice((0.1, 4.0, 9.0)) * DAY_S * rng.random())
+                await self._loop.after(rng.choice((0.1, 4.0, 9.0)) * store.pause_s * rng.random())
             await self._loop.after(rng.uniform(0.001, 0.05))
         except asyncio.CancelledError:
             if writes and self.faulty and rng.random() < 0.5:
@@ -261,7 +263,7 @@ class SimulatedStorage(Storage):
         if fault is Fault.DOUBLED:
             store.later(rng.choice((0.5, 20, 3600)) * rng.random(), request, execute)
         if fault is Fault.PAUSED:
-            await self._loop.after(rng.choice((0.1, 4.0, 9.0)) * DAY_S * rng.random())
+            await self._loop.after(rng.choice((0.1, 4.0, 9.0)) * store.pause_s * rng.random())
         await self._way()
         if fault is Fault.LOST:
             await self._unanswered(request, "the answer was lost", 0.5)

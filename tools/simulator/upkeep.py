@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Final
 
 from icechunk.errors import IcechunkError
 from icechunk.format.keys import REPO_KEY
@@ -18,9 +19,9 @@ from tools.simulator.cluster import Client, Cluster
 from tools.simulator.files import missing_files
 from tools.simulator.loop import DAY_S
 
-__all__ = ["auditor", "collector", "converter", "lost_files", "pruner", "upgrader"]
+__all__ = ["SAFE_AGE_S", "auditor", "collector", "converter", "lost_files", "pruner", "upgrader"]
 
-_SAFE_AGE_S = 60 * DAY_S
+SAFE_AGE_S: Final = 60 * DAY_S
 """In the layouts of the published format nobody may still be at work that began before the cutoff."""
 
 
@@ -46,7 +47,7 @@ async def collector(cluster: Cluster, rounds: int) -> None:
         log = await client.open()
         if log is None:
             continue
-        age_s = _SAFE_AGE_S if published else rng.choice((0, 5, 600, DAY_S, 5 * DAY_S))
+        age_s = SAFE_AGE_S if published else rng.choice((0, 5, 600, DAY_S, 5 * DAY_S))
         older_than_us = cluster.loop.now_us() - int(age_s * 1e6)
         if rng.random() < 0.6:
             await client.run(
