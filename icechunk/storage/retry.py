@@ -12,6 +12,7 @@ time, and not requests.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTime
 from icechunk.config.storage import DEFAULT_INITIAL_BACKOFF_MS, DEFAULT_MAX_BACKOFF_MS, DEFAULT_MAX_TRIES
 from icechunk.runtime.clock import Sources
 
-__all__ = ["Limits", "Pace", "Tries", "limits_of", "retried_unless", "retries_have_ended"]
+__all__ = ["Limits", "Pace", "Patience", "Tries", "limits_of", "retried_unless", "retries_have_ended"]
 
 _FIRST_CONTACT_TRIES: Final = 4
 """Tries for a service that never answered: more likely a wrong address than a bad day."""
@@ -43,6 +44,8 @@ class Limits:
     """For one try; None: what the body's size makes reasonable."""
     operation_s: float | None
     """For all tries together; None: no limit."""
+    patience: float = 1.0
+    """How many times as long as `Patience` says to wait for the first byte of an answer; infinite for the last try."""
 
 
 def limits_of(settings: StorageSettings | None, stream_timeout_s: int | None = None) -> Limits:
@@ -119,6 +122,10 @@ class Tries:
     def limits(self) -> Limits:
         """Those of the next try, which ends when the time of the operation is up."""
         limits = self._limits
+        if self.count > 1 or limits.max_tries == 1:
+            # A request that takes long by itself has to get the time at some try.
+            last = self.count >= limits.max_tries
+            limits = replace(limits, patience=math.inf if last else 2.0 ** (self.count - 1))
         left_s = self._left_s
         if left_s is None or (limits.attempt_s is not None and limits.attempt_s <= left_s):
             return limits
@@ -164,6 +171,45 @@ class Tries:
             return None
         spent_s = (self._sources.elapsed_us() - self._began_us) / 1e6
         return self._limits.operation_s - spent_s
+
+
+_REMEMBERED: Final = 128
+_ENOUGH: Final = 16
+_SAFETY: Final = 3.0
+_LEAST_PATIENCE_S: Final = 3.0
+_FIRST_PATIENCE_S: Final = 5.0
+_MOST_DOUBLINGS: Final = 5
+
+
+class Patience:
+    """How long to wait for the first byte of one service's answers before a try is given up: learned from recent ones.
+
+    Three times what the slowest of the recent answers took, and seconds at the least. A connection that went silent
+    (a router forgot it, a server behind it is gone) then costs that, and not the longest time that a server may be
+    silent. As every try that is given up may mean that the service has become slow, and not silent, the next ones wait
+    twice as long, until something is answered.
+    """
+
+    def __init__(self) -> None:
+        self._seen: deque[float] = deque(maxlen=_REMEMBERED)
+        self._doublings = 0
+        self._epoch = 0
+
+    def begin(self) -> tuple[float, int]:
+        """Seconds to wait for the answer to a request that is sent now, and what `missed` wants to have."""
+        least = _LEAST_PATIENCE_S if len(self._seen) >= _ENOUGH else _FIRST_PATIENCE_S
+        return max(least, _SAFETY * max(self._seen, default=0.0)) * 2.0**self._doublings, self._epoch
+
+    def answered(self, seconds: float) -> None:
+        """The first byte of an answer came after so long."""
+        self._seen.append(seconds)
+        self._doublings = 0
+
+    def missed(self, epoch: int) -> None:
+        """A request was given up. Of those that were under way together the first counts."""
+        if epoch == self._epoch:
+            self._epoch += 1
+            self._doublings = min(_MOST_DOUBLINGS, self._doublings + 1)
 
 
 _UNBOUNDED: Final = 512

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, field
 
 import pytest
 
 from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTimeoutSettings
 from icechunk.runtime.clock import Sources
-from icechunk.storage.retry import Limits, Tries, limits_of, retried_unless, retries_have_ended
+from icechunk.storage.retry import Limits, Patience, Tries, limits_of, retried_unless, retries_have_ended
 
 
 @dataclass
@@ -91,3 +92,40 @@ async def test_a_task_that_may_not_try_again_does_not_bind_the_tasks_that_it_beg
 
 async def _have_ended() -> bool:
     return retries_have_ended()
+
+
+def test_each_try_is_more_patient_and_the_last_one_waits_to_the_end() -> None:
+    limits = limits_of(StorageSettings(retries=StorageRetriesSettings(max_tries=4, initial_backoff_ms=0)))
+    tries = Tries(limits, Sources(sleep=lambda seconds: asyncio.sleep(0)))
+    found = [tries.limits.patience]
+    while asyncio.run(tries.again()):
+        found.append(tries.limits.patience)
+    assert found == [1.0, 2.0, 4.0, math.inf]
+    alone = Tries(limits_of(StorageSettings(retries=StorageRetriesSettings(max_tries=1))), Sources())
+    assert alone.limits.patience == math.inf
+
+
+def test_patience_follows_the_slowest_of_the_recent_answers() -> None:
+    patience = Patience()
+    assert patience.begin()[0] == 5.0
+    for _ in range(16):
+        patience.answered(0.05)
+    assert patience.begin()[0] == 3.0
+    patience.answered(4.0)
+    assert patience.begin()[0] == 12.0
+    for _ in range(128):
+        patience.answered(0.05)
+    assert patience.begin()[0] == 3.0
+
+
+def test_requests_that_are_given_up_together_double_the_patience_once_until_something_is_answered() -> None:
+    patience = Patience()
+    begun = [patience.begin() for _ in range(100)]
+    for _, epoch in begun:
+        patience.missed(epoch)
+    assert patience.begin()[0] == 10.0
+    for _ in range(100):
+        patience.missed(patience.begin()[1])
+    assert patience.begin()[0] == 5.0 * 32
+    patience.answered(0.1)
+    assert patience.begin()[0] == 5.0

@@ -30,8 +30,9 @@ from icechunk.storage.http.buffers import Buffers
 from icechunk.storage.http.large_bodies import Move, Threads
 from icechunk.storage.http.messages import BadAnswerError, Reading, Response, TooLargeError, request_head
 from icechunk.storage.http.proxies import Proxies, Proxy, ProxyError
+from icechunk.storage.retry import Patience
 
-__all__ = ["BadAnswerError", "Connections", "NotConnectedError", "Origin", "Response", "TooLargeError"]
+__all__ = ["BadAnswerError", "Connections", "NotConnectedError", "Origin", "Response", "SilentError", "TooLargeError"]
 
 _KEEPALIVE_S: Final = 15.0
 _ONE_WRITE_BYTES: Final = 64 * 1024
@@ -44,11 +45,17 @@ _INBOX_BYTES: Final = 64 * 1024
 _TURN_BYTES: Final = 1024 * 1024
 _HAPPY_EYEBALLS_S: Final = 0.25
 _THREADS: Final = 16
+_SLOWEST_UPLOAD_BYTES_PER_S: Final = 64 * 1024
+"""What the kernel has taken of a request goes out so fast at the least."""
 _SLOWEST_BYTES_PER_S: Final = 1024
 """Slower answers are given up, after twice the time that a peer may be silent: they would never end."""
 _CLOSE_S: Final = 1.0
 # What an answer to a request that was read to its end leaves to the thread that sent it: to notice.
 _LAST_SEND_S: Final = 0.1
+
+
+class SilentError(TimeoutError):
+    """No byte of an answer came for as long as the answers of this service ever take."""
 
 
 class NotConnectedError(Exception):
@@ -85,6 +92,7 @@ class Connections:
         self._tls = tls or ssl.create_default_context
         self._proxies = Proxies() if proxies is None else proxies
         self._routes: dict[Origin, Proxy | None] = {}
+        self._patience: dict[Origin, Patience] = {}
         self._idle: dict[Origin, deque[tuple[_Connection, float]]] = {}
         self._open: set[_Connection] = set()
         self._threads = Threads(_THREADS)
@@ -104,6 +112,7 @@ class Connections:
         read_s: float,
         total_s: float | None = None,
         most_bytes: int | None = None,
+        patience: float = math.inf,
     ) -> Response:
         """Send a request and wait for its whole answer. After cancellation the connection is closed.
 
@@ -118,6 +127,8 @@ class Connections:
             Without the last, an answer that comes very slowly is given up too.
         most_bytes
             See `Reading`.
+        patience
+            How many times as long as `Patience` says to wait for the first byte; infinite: ``read_s``.
 
         Raises
         ------
@@ -138,14 +149,24 @@ class Connections:
             target = f"http://{host}:{origin.port}{target}"
             headers = {**headers, **proxy.headers}
         head = request_head(method, target, headers, len(body))
+        learned = self._patience.setdefault(origin, Patience())
         connection = self._kept(origin) or await self._connect(origin, proxy, connect_s)
+        wait_s, epoch = learned.begin()
+        first_s = min(read_s, wait_s * patience + len(body) / _SLOWEST_UPLOAD_BYTES_PER_S)
         try:
             response = await connection.request(
-                head, body, Reading(method == "HEAD", self._buffers, most_bytes), read_s, total_s
+                head, body, Reading(method == "HEAD", self._buffers, most_bytes), read_s, total_s, first_s
             )
+        except SilentError:
+            connection.abort()
+            learned.missed(epoch)
+            # What made this connection silent may have done the same to those that wait beside it.
+            self._drop(origin)
+            raise
         except BaseException:
             connection.abort()
             raise
+        learned.answered(connection.waited_s)
         self._keep(origin, connection)
         return response
 
@@ -172,6 +193,10 @@ class Connections:
                 return connection
             connection.abort()
         return None
+
+    def _drop(self, origin: Origin) -> None:
+        for connection, _ in self._idle.pop(origin, ()):
+            connection.abort()
 
     def _keep(self, origin: Origin, connection: _Connection) -> None:
         idle = self._idle.setdefault(origin, deque())
@@ -232,7 +257,9 @@ class Connections:
                 return
             place = f"[{origin.host}]:{origin.port}" if ":" in origin.host else f"{origin.host}:{origin.port}"
             head = request_head("CONNECT", place, {"host": place, **proxy.headers}, 0)
-            response = await connection.request(head, b"", Reading(False, self._buffers, tunnel=True), connect_s, None)
+            response = await connection.request(
+                head, b"", Reading(False, self._buffers, tunnel=True), connect_s, None, connect_s
+            )
         except OSError as error:
             raise ProxyError(f"the proxy {proxy.named} does not answer ({error})") from error
         if response.status >= 300:
@@ -289,7 +316,13 @@ class _Connection(asyncio.BufferedProtocol):
     # -- of the caller ---------------------------------------------------------------------------------------------
 
     async def request(
-        self, head: bytes, body: bytes | memoryview, reading: Reading, read_s: float, total_s: float | None
+        self,
+        head: bytes,
+        body: bytes | memoryview,
+        reading: Reading,
+        read_s: float,
+        total_s: float | None,
+        first_s: float,
     ) -> Response:
         """Send one request and wait for its answer; see `Connections.exchange`."""
         loop, transport = self._loop, self._opened()
@@ -298,18 +331,19 @@ class _Connection(asyncio.BufferedProtocol):
         self._reading = reading
         self._heard = now = loop.time()
         self._read_s = read_s
+        self._first_s = first_s
         self._received = 0
-        self._is_sent = False
-        self._sent_at: float | None = None
+        self.waited_s = 0.0
+        self._is_sent = is_small = len(body) <= _ONE_WRITE_BYTES
+        self._sent_at: float | None = now if is_small else None
         self._deadline = None if total_s is None else now + total_s
         self.reusable = False
         if self.closed.done():
             self._fail(BadAnswerError("the connection was closed before the request"))
-        timer = self._watch()
+        self._watch()
         try:
-            if len(body) <= _ONE_WRITE_BYTES:
+            if is_small:
                 transport.write(head + bytes(body) if body else head)
-                self._end_of_body()
             else:
                 transport.write(head)
                 if not await self._write(memoryview(body)):
@@ -327,7 +361,7 @@ class _Connection(asyncio.BufferedProtocol):
             return response
         finally:
             self._answer = None
-            (self._timer or timer).cancel()
+            self._timer.cancel()
 
     async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
         """Go on encrypted, with the server behind the proxy that this is a connection to."""
@@ -376,6 +410,9 @@ class _Connection(asyncio.BufferedProtocol):
         """Every byte of the request was given to the transport, or to the kernel by a thread."""
         self._is_sent = True
         self._sent_at = self._loop.time()
+        if self._answer is not None:
+            self._timer.cancel()
+            self._watch()
 
     async def _sent(self) -> None:
         """Wait for the thread that sends, of a request that was answered: its last bytes were read before it could say
@@ -400,17 +437,22 @@ class _Connection(asyncio.BufferedProtocol):
         if self._lost and self._sending is None and not self.closed.done():
             self.closed.set_result(None)
 
-    def _watch(self) -> asyncio.TimerHandle:
-        at = min(self._heard + self._read_s, self._too_slow_at())
+    def _watch(self) -> None:
+        at = min(self._heard + self._read_s, self._too_slow_at(), self._silent_at())
         at = at if self._deadline is None else min(at, self._deadline)
         self._timer: asyncio.TimerHandle = self._loop.call_at(at, self._look)
-        return self._timer
 
     def _too_slow_at(self) -> float:
         """When an answer of the bytes that came so far is too slow."""
         if self._sent_at is None:
             return math.inf
         return self._sent_at + 2 * self._read_s + self._received / _SLOWEST_BYTES_PER_S
+
+    def _silent_at(self) -> float:
+        """When an answer of which nothing has come is too late."""
+        if self._sent_at is None or self._received or self._first_s >= self._read_s:
+            return math.inf
+        return self._sent_at + self._first_s
 
     def _look(self) -> None:
         now = self._loop.time()
@@ -420,6 +462,8 @@ class _Connection(asyncio.BufferedProtocol):
             # The thread watches the line itself.
             self._heard = now
             self._watch()
+        elif now >= self._silent_at():
+            self._fail(SilentError(f"no answer for {self._first_s:g} s"))
         elif now >= self._heard + self._read_s:
             self._fail(TimeoutError(f"no sign of life for {self._read_s:g} s"))
         elif now >= self._too_slow_at():
@@ -463,6 +507,8 @@ class _Connection(asyncio.BufferedProtocol):
             self.abort()
             return
         self._heard = self._loop.time()
+        if not self._received and self._sent_at is not None:
+            self.waited_s = self._heard - self._sent_at
         self._received += nbytes
         try:
             reading = self._reading

@@ -168,6 +168,7 @@ class HttpReader:
                 read_s=limits.read_s,
                 total_s=limits.attempt_s,
                 most_bytes=most,
+                patience=limits.patience,
             )
         except ValueError as error:
             raise InvalidInputError(

@@ -48,6 +48,7 @@ _LOG: Final = logging.getLogger(__name__)
 _EMPTY_HASH: Final = hashlib.sha256(b"").hexdigest()
 _HASH_IN_THREAD_BYTES: Final = 512 * 1024
 _SLOWEST_UPLOAD_BYTES_PER_S: Final = 64 * 1024
+_PATIENCE_WITH_MUCH_WORK: Final = 4.0
 _REGION: Final = re.compile(r"[a-z]{2,}(?:-[a-z0-9]+)+|auto")
 _MENDABLE: Final = frozenset({301, 307, 400, 401, 403})
 _EXPIRED: Final = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"})
@@ -68,6 +69,11 @@ class Request:
     body: bytes | memoryview = b""
     most_bytes: int | None = 0
     """Of a range of an object that is asked for; 0: none is. None: as large as the object is."""
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether the service has little to do for it: one object, or a part of one."""
+        return self.method in ("GET", "HEAD", "PUT") and bool(self.path) and "x-amz-copy-source" not in self.headers
 
 
 class S3Client:
@@ -234,6 +240,7 @@ class S3Client:
                 total_s=limits.attempt_s
                 or (None if not size else limits.connect_s + 2 * limits.read_s + size / _SLOWEST_UPLOAD_BYTES_PER_S),
                 most_bytes=request.most_bytes,
+                patience=limits.patience * (1.0 if request.is_simple else _PATIENCE_WITH_MUCH_WORK),
             )
         except NotConnectedError as error:
             cause = error.__cause__ if isinstance(error.__cause__, Exception) else error

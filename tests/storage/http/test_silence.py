@@ -1,0 +1,142 @@
+"""Servers that go silent: what waits for them gives up in the time that their answers have taken, and goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+
+import pytest
+
+from icechunk import Repository
+from icechunk.config import S3Options, StorageRetriesSettings, StorageSettings
+from icechunk.credentials import S3Credentials
+from icechunk.storage import retry
+from icechunk.storage.http.connections import SilentError
+from icechunk.storage.port import Absent, Range
+from icechunk.storage.s3.storage import S3Storage
+from tests.storage.http.test_connections import LIMITS, OK, connections, serving
+from tests.storage.s3.faulty_s3 import HANG, LOSE, FaultyS3, Seen
+from tests.storage.s3.faulty_s3 import serving as serving_s3
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "_LEAST_PATIENCE_S", 0.1)
+    monkeypatch.setattr(retry, "_FIRST_PATIENCE_S", 0.2)
+
+
+def storage_on(server: FaultyS3, tries: int = 5) -> S3Storage:
+    server.clock_s = None
+    return S3Storage(
+        "b",
+        options=S3Options(region="us-east-1", endpoint_url=server.endpoint, allow_http=True, force_path_style=True),
+        credentials=S3Credentials.Anonymous(),
+        settings=StorageSettings(
+            retries=StorageRetriesSettings(max_tries=tries, initial_backoff_ms=1, max_backoff_ms=1)
+        ),
+    )
+
+
+async def test_a_silent_connection_is_given_up_early_and_those_beside_it_are_closed() -> None:
+    silent = asyncio.Event()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await reader.readuntil(b"\r\n\r\n")
+            if not silent.is_set():
+                await asyncio.sleep(0.01)
+                writer.write(OK)
+
+    async with serving(talk) as origin, connections() as made:
+        await asyncio.gather(*(made.exchange(origin, "GET", "/", {"host": "h"}, **LIMITS) for _ in range(20)))
+        assert len(made._idle[origin]) == 20
+        silent.set()
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(SilentError):
+            await made.exchange(origin, "GET", "/", {"host": "h"}, **LIMITS, patience=1.0)
+        assert asyncio.get_running_loop().time() - began < 1.0
+        assert made._kept(origin) is None
+        with pytest.raises(TimeoutError) as caught:
+            await made.exchange(origin, "GET", "/", {"host": "h"}, connect_s=5.0, read_s=0.5, patience=math.inf)
+        assert asyncio.get_running_loop().time() - began > 0.5
+        assert not isinstance(caught.value, SilentError)
+
+
+async def test_a_body_gets_the_time_that_a_slow_line_needs_to_take_it() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(head.split(b"content-length: ")[1].split(b"\r\n")[0]))
+        await asyncio.sleep(0.6)
+        writer.write(OK)
+
+    async with serving(talk) as origin, connections() as made:
+        response = await made.exchange(origin, "PUT", "/", {"host": "h"}, bytes(100_000), **LIMITS, patience=1.0)
+        assert response.status == 200
+
+
+def hanging_once(which: Callable[[Seen], bool], behaviour: str = HANG) -> Callable[[Seen], str]:
+    left = 1
+
+    def faulty(seen: Seen) -> str:
+        nonlocal left
+        if left and which(seen):
+            left -= 1
+            return behaviour
+        return "ok"
+
+    return faulty
+
+
+async def test_reads_of_a_silent_server_are_tried_again_soon() -> None:
+    async with serving_s3() as server, asyncio.timeout(10):
+        storage = storage_on(server)
+        await storage.put("x", b"0123456789")
+        for wanted in (None, Range(2, 4)):
+            server.faulty = hanging_once(lambda seen: seen.method == "GET")
+            assert (await storage.get("x", wanted)).data == b"0123456789"[slice(2, 4) if wanted else slice(None)]
+        server.faulty = hanging_once(lambda seen: "list-type" in seen.path)
+        assert [page async for page in storage.list_pages()]
+        await storage.aclose()
+
+
+async def test_a_server_that_is_slow_by_nature_is_given_the_time_at_a_later_try() -> None:
+    async with serving_s3() as server, asyncio.timeout(20):
+        storage = storage_on(server)
+        await storage.put("x", b"1")
+        server.hold_s = 0.7
+        assert (await storage.get("x")).data == b"1"
+        once = storage_on(server, tries=1)
+        assert (await once.get("x")).data == b"1"
+        for each in (storage, once):
+            await each.aclose()
+
+
+@pytest.mark.parametrize("behaviour", [HANG, LOSE])
+async def test_a_commit_that_meets_silence_takes_little_longer_than_the_silence(behaviour: str) -> None:
+    async with serving_s3() as server, asyncio.timeout(20):
+        storage = storage_on(server)
+        async with await Repository.create_async(storage) as repository:
+            session = await repository.writable_session_async("main")
+            server.faulty = hanging_once(lambda seen: seen.method == "PUT" and "/log/" in seen.path, behaviour)
+            began = asyncio.get_running_loop().time()
+            await session.commit_async("through silence", allow_empty=True)
+            assert asyncio.get_running_loop().time() - began < 3.0
+            messages = [info.message async for info in repository.async_ancestry(branch="main")]
+            assert messages.count("through silence") == 1
+
+
+async def test_a_write_under_a_condition_that_was_given_up_is_found_out_about() -> None:
+    async with serving_s3() as server, asyncio.timeout(10):
+        storage = storage_on(server)
+
+        def faulty(seen: Seen) -> str:
+            if seen.method == "PUT" and "/b/x" not in server.objects:
+                server.carry_out(seen)
+                return HANG
+            return "ok"
+
+        server.faulty = faulty
+        await storage.put("x", b"1", Absent())
+        assert server.methods() == ["PUT", "HEAD"]
+        await storage.aclose()
