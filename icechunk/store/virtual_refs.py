@@ -78,8 +78,8 @@ class VirtualRefs(ABC):
         offset, length
             First byte, and number of bytes; not 0.
         checksum
-            The object's ETag, or a time with a time zone after which it must not have been modified (whole seconds
-            count). Reading fails where that is no longer so.
+            The object's ETag, or a time with a time zone after which it must not have been modified; the format keeps
+            whole seconds, so a fraction is rounded up. Reading fails where that is no longer so.
         validate_container
             Refuse a location that no configured container holds.
 
@@ -177,7 +177,8 @@ class VirtualRefs(ABC):
         Parameters
         ----------
         chunk_grid_shape
-            Chunks along each dimension of the box; their product is the number of references.
+            Chunks along each dimension of the box; their product is the number of references. For an array without
+            dimensions ``()``, or ones as in ``(1,)``.
         locations
             URLs in C order; an empty one leaves its chunk as it is.
         offsets, lengths
@@ -216,6 +217,9 @@ class VirtualRefs(ABC):
         if total != count:
             raise ValueError(f"product of chunk_grid_shape ({total}) != array length ({count})")
         node = self._content.require_array(to_path(array_path))
+        if not node.shape and all(n == 1 for n in shape) and not any(corner):
+            # The one chunk of a scalar, which VirtualiZarr calls a box of one.
+            shape, corner = (), ()
         if len(shape) != len(node.shape) or any(
             first + n > dimension.num_chunks for first, n, dimension in zip(corner, shape, node.shape, strict=True)
         ):
@@ -383,12 +387,12 @@ def _etag(text: str) -> str:
 
 
 def _seconds(moment: Any) -> int:
-    """Whole seconds since 1970, as the format keeps them."""
+    """Seconds since 1970, whole as the format keeps them; fractions are rounded up."""
     if not isinstance(moment, datetime):
         raise TypeError(f"a checksum is an ETag (str) or a datetime, not {type(moment).__name__}")
     if moment.tzinfo is None:
         raise TypeError("a datetime as checksum needs a time zone, for example datetime.now(timezone.utc)")
-    seconds = us_of(moment) // 1_000_000
+    seconds = -(-us_of(moment) // 1_000_000)
     if not 0 < seconds < 2**32:
         raise InvalidInputError(
             f"the checksum {moment.isoformat()} is outside of what the format can keep, 1970 to 2106",

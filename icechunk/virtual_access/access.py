@@ -292,9 +292,9 @@ def _check_unchanged(mark: str, found: GetResult, location: str) -> None:
     if kind == "e":
         unchanged, now = _plain(found.version) == expected, f"ETag {found.version or 'missing'}, not {expected}"
     elif kind == "m":
-        # Stores tell whole seconds, and so do references.
-        unchanged = 0 < found.modified_us < (int(expected) + 1) * 1_000_000
-        now = f"it was modified at {found.modified_us / 1e6:.0f}, after {expected}, in seconds since 1970"
+        # References keep whole seconds, rounded up; local files and some stores tell fractions.
+        unchanged = 0 < found.modified_us <= int(expected) * 1_000_000
+        now = f"it was modified at {found.modified_us / 1e6:.6f}, after {expected}, in seconds since 1970"
     else:
         return
     if not unchanged:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -327,3 +328,45 @@ async def test_locations_of_unknown_containers_are_an_error_when_listed(store: I
         assert caught.value.kind == ErrorKind.NO_CONTAINER_FOR_VIRTUAL_CHUNK
     await store.delete("a/c/0/0")
     assert await store.session.all_virtual_chunk_locations_async() == []
+
+
+async def test_the_one_chunk_of_an_array_without_dimensions_may_be_called_a_box_of_ones(folder: Path) -> None:
+    session = await session_on(folder)
+    await asyncio.to_thread(array, session.store, (), ())
+    for shape in ((), (1,), (1, 1)):
+        assert (
+            await session.store.set_virtual_refs_arr_async(
+                "a", shape, [prefix_of(folder) + "f"], u64(len(shape)), u64(LENGTH)
+            )
+            is None
+        )
+        assert await read(session.store, "a/c") == FILE_BYTES[len(shape) : len(shape) + LENGTH]
+    for shape, corner, count in (((1,), (1,), 1), ((2,), None, 2)):
+        with refused(session, InvalidInputError, ErrorKind.INVALID_CHUNK_INDEX):
+            await session.store.set_virtual_refs_arr_async(
+                "a", shape, [prefix_of(folder) + "f"] * count, u64(*range(count)), u64(*[LENGTH] * count),
+                arr_offset=corner,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("modified", "checksum", "unchanged"),
+    [(0, 0, True), (0.3, 0.3, True), (0.3, 0, False), (0.3, 1, True), (0.9, 0.5, True), (1.2, 0.5, False)],
+)
+async def test_times_as_checksums_count_in_fractions_where_the_store_tells_them(
+    folder: Path, store: IcechunkStore, modified: float, checksum: float, unchanged: bool
+) -> None:
+    os.utime(folder / "f", (1_700_000_000 + modified,) * 2)
+    await store.set_virtual_ref_async(
+        "a/c/0/0",
+        prefix_of(folder) + "f",
+        offset=0,
+        length=LENGTH,
+        checksum=datetime.fromtimestamp(1_700_000_000 + checksum, UTC),
+    )
+    if unchanged:
+        assert await read(store, "a/c/0/0") == FILE_BYTES[:LENGTH]
+    else:
+        with pytest.raises(IcechunkError) as changed:
+            await read(store, "a/c/0/0")
+        assert changed.value.kind == ErrorKind.VIRTUAL_CHUNK_MODIFIED

@@ -179,7 +179,7 @@ async def test_a_reference_is_read_by_whoever_opens_with_credentials(place: Plac
     info = await place.seen.head("f g")
     await place.seen.aclose()
     etag = f'"{info.version}"'
-    given = {None: None, "etag": etag, "time": datetime.fromtimestamp(info.modified_us // 1_000_000, UTC)}
+    given = {None: None, "etag": etag, "time": datetime.fromtimestamp(info.modified_us / 1_000_000, UTC)}
     storage = await repository_on(place, checksum=given[checksum])
     np.testing.assert_array_equal(await read_again(place, storage), EXPECTED)
 

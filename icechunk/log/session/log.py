@@ -251,8 +251,7 @@ class Commands(Fold):
             If the node is there no more.
         """
         fold = self._arrays.get(node.id) or self._fold_of(node)
-        if coords.ndim != 2 or coords.shape[1] != len(fold.grid):
-            raise _outside(node, coords.shape, fold.grid)
+        _check_rank(node, coords, fold.grid)
         coords = coords[inside(coords, fold.grid)]
         order = sort_last(coords)
         if len(coords):
@@ -261,11 +260,15 @@ class Commands(Fold):
 
 
 def _check_all_inside(node: NodeSnapshot, coords: npt.NDArray[np.uint32], grid: tuple[int, ...]) -> None:
-    if coords.ndim != 2 or coords.shape[1] != len(grid):
-        raise _outside(node, coords.shape, grid)
+    _check_rank(node, coords, grid)
     good = inside(coords, grid)
     if not good.all():
         raise _outside(node, coords[int(np.argmin(good))].tolist(), grid)
+
+
+def _check_rank(node: NodeSnapshot, coords: npt.NDArray[np.uint32], grid: tuple[int, ...]) -> None:
+    if coords.ndim != 2 or coords.shape[1] != len(grid):
+        raise _outside(node, coords[0].tolist() if len(coords) else list(coords.shape[1:]), grid)
 
 
 def _outside(node: NodeSnapshot, coords: object, grid: tuple[int, ...]) -> InvalidInputError:
