@@ -33,7 +33,7 @@ __all__ = [
 
 
 class ErrorKind(StrEnum):
-    """What exactly went wrong; the stable part of an error that programs compare with."""
+    """The exact reason; the stable part of an error that programs compare with."""
 
     COMMIT_CONFLICT = "commit-conflict"
     BRANCH_UPDATE_CONFLICT = "branch-update-conflict"

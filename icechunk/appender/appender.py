@@ -45,7 +45,7 @@ _SETTLE_PAUSES_S: Final = (0.05, 0.2, 1.0, 5.0)
 
 
 class History(Protocol):
-    """What an appender needs of a repository."""
+    """The part of a repository that an appender uses."""
 
     async def writable_session_async(self, branch: str) -> Session: ...
 

@@ -1,4 +1,4 @@
-"""What commits of appenders record of their sources: up to which offset each is in the data, and by whom.
+"""The record that commits of appenders keep of their sources: up to which offset each is in the data, and by whom.
 
 The record is a value of the snapshot's metadata under `KEY`::
 

@@ -48,7 +48,7 @@ def load(name: str) -> Any:
 
 
 def joined(first: Any, *others: Any) -> Any:
-    """What appending `others` to `first` along the months' time dimension must give."""
+    """The expected result of appending `others` to `first` along the months' time dimension."""
     import xarray
 
     return xarray.concat(

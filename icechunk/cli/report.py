@@ -1,4 +1,4 @@
-"""What the demo reports: versions with their sizes, times and the outcome of reading them back."""
+"""The report of the demo: versions with their sizes, times and the outcome of reading them back."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Report:
     place: str
     """Where the repository is."""
     keep: str
-    """What becomes of it now; a sentence."""
+    """Its fate after the demo; a sentence."""
     versions: tuple[Version, ...]
     """In the order in which they were committed."""
     branches: Mapping[str, str]

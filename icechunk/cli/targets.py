@@ -32,7 +32,7 @@ class Target:
     place: str
     """How to name the place to a person: a path, or a URL with its endpoint."""
     keep: str
-    """What becomes of the repository after the demo; a sentence."""
+    """The fate of the repository after the demo; a sentence."""
     stored_bytes: Callable[[], int] | None
     """Bytes stored so far, where they can be counted cheaply."""
 

@@ -209,7 +209,7 @@ _adopt(ManifestPreloadCondition, "Preload", PRELOAD_CONDITIONS)
 
 @dataclass(slots=True, repr=False)
 class ManifestPreloadConfig(Setting):
-    """What a new session fetches ahead of need."""
+    """The manifests that a new session fetches ahead of need."""
 
     max_total_refs: U32 | None = unset(DEFAULT_MAX_TOTAL_REFS)
     """References in all preloaded manifests together."""

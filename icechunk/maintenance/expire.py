@@ -67,7 +67,7 @@ _CONCURRENT = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shortening:
-    """What expiration does to the history of one ref."""
+    """The effect of expiration on the history of one ref."""
 
     edited: ObjectId | None
     """The snapshot that gets the first one as its parent; None: nothing changes."""

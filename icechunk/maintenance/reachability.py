@@ -1,4 +1,4 @@
-"""What snapshots refer to, read from their files in bounded memory.
+"""References of snapshots, read from their files in bounded memory.
 
 A reference lives where a living snapshot's array has the manifest that holds it. A manifest may serve several arrays,
 and go on serving some of them after another has left it, so the unit is the pair of array and manifest: the rows of
@@ -148,7 +148,7 @@ class Use:
 
 @dataclass(slots=True, kw_only=True)
 class Walked:
-    """What a walk has found so far."""
+    """The findings of a walk so far."""
 
     snapshots: dict[ObjectId, tuple[ObjectId, ...]] = field(default_factory=dict)
     """Of each the manifests that it uses."""

@@ -38,7 +38,7 @@ IsGarbage: TypeAlias = Callable[[Sequence[Listed]], Sequence[Listed]]
 
 @dataclass(slots=True, kw_only=True)
 class Swept:
-    """What became of the garbage."""
+    """The outcome of a collection."""
 
     deleted: dict[str, int] = field(default_factory=dict)
     """Objects deleted, by prefix; on a dry run, that would be."""

@@ -41,7 +41,7 @@ _BATCH: Final = 16
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True, eq=False)
 class ArrayChange(Described):
-    """What changed in one array between two versions."""
+    """The changes of one array between two versions."""
 
     _public_name: ClassVar[str] = "icechunk.ArrayChange"
 
@@ -84,7 +84,7 @@ class ArrayChange(Described):
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True, eq=False)
 class ChangedRegions(Described):
-    """What changed between two versions, by array."""
+    """The changes between two versions, by array."""
 
     _public_name: ClassVar[str] = "icechunk.ChangedRegions"
 

@@ -1,4 +1,4 @@
-"""What a repository keeps about itself: configuration, metadata, status, feature flags, and the layout of its log."""
+"""The settings that a repository keeps: configuration, metadata, status, feature flags, and the layout of its log."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Configuration(RepositoryBase):
         self._core.default_metadata = json_metadata("metadata", metadata)
 
     def default_commit_metadata(self) -> dict[str, Any]:
-        """What `set_default_commit_metadata` set."""
+        """The metadata that `set_default_commit_metadata` set."""
         return dict(self._core.default_metadata)
 
     async def get_metadata_async(self) -> dict[str, Any]:

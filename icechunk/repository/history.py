@@ -61,7 +61,7 @@ class History(RepositoryBase):
     ops_log = synchronous(ops_log_async)
 
     async def lookup_snapshot_async(self, snapshot_id: str) -> SnapshotInfo:
-        """What the history says of a snapshot. Raises `SnapshotNotFoundError`."""
+        """A snapshot's entry in the history. Raises `SnapshotNotFoundError`."""
         return snapshot_info(require_snapshot(await self._core.state(snapshot_id), object_id_from_text(snapshot_id)))
 
     lookup_snapshot = synchronous(lookup_snapshot_async)
@@ -83,7 +83,7 @@ class History(RepositoryBase):
         to_tag: str | None = None,
         to_snapshot_id: str | None = None,
     ) -> Diff:
-        """What the commits after one snapshot, up to and with another, changed together.
+        """The combined changes of the commits after one snapshot, up to and with another.
 
         Exactly one ``from_*`` and one ``to_*`` must be given, and the first must be an ancestor of the second.
 

@@ -36,7 +36,7 @@ class Inspection(RepositoryBase):
     """
 
     async def inspect_snapshot_async(self, snapshot_id: str) -> dict[str, Any]:
-        """What is stored as a snapshot: its message and metadata, nodes, and manifests.
+        """The contents of a snapshot: its message and metadata, nodes, and manifests.
 
         Returns
         -------
@@ -75,7 +75,7 @@ class Inspection(RepositoryBase):
     inspect_manifest = synchronous(inspect_manifest_async)
 
     async def inspect_transaction_log_async(self, snapshot_id: str) -> dict[str, Any]:
-        """What the commit of a snapshot changed, by the ids of nodes.
+        """The changes of a snapshot's commit, by the ids of nodes.
 
         Returns
         -------

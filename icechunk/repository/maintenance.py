@@ -41,7 +41,7 @@ _GIB: Final = 1024 * _MIB
 _UNSPLIT: Final = ManifestSplittingConfig.from_dict(
     {ManifestSplitCondition.path_matches(".*"): {ManifestSplitDimCondition.Any(): DEFAULT_SPLIT_SIZE}}
 )
-"""What the official library calls the absence of splitting."""
+"""The official library's name for the absence of splitting."""
 
 
 class Maintenance(Sessions):

@@ -296,7 +296,7 @@ def _new_core(
 
 
 def _storage(storage: StorageOrUrl) -> Storage:
-    """What callers give for a storage: one, or the URL of a place."""
+    """The storage of an argument: itself, or the one that a URL names."""
     require_type("storage", storage, Storage, str, os.PathLike)
     return storage if isinstance(storage, Storage) else storage_from_url(storage)
 

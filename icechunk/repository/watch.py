@@ -45,7 +45,7 @@ _REFS_TOKEN: Final = "r1"
 
 
 class EventKind(StrEnum):
-    """What happened."""
+    """The kind of an event."""
 
     CREATED = "created"
     """The repository was created, or came from format 1."""
@@ -105,7 +105,7 @@ class Watching(RepositoryBase):
         idle_s: float = 5.0,
         stop_at_end: bool = False,
     ) -> AsyncIterator[RepositoryEvent]:
-        """What happens to the repository, in order, each event once; ends only when the caller stops.
+        """Everything that happens to the repository, in order, each event once; ends only when the caller stops.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""What this package is, which official API it matches, and what it runs with."""
+"""The package about itself: its version, the official API that it matches, and the libraries that it runs with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What callers hand in, checked before anything is written: arguments, metadata, and the fields of value classes.
+"""Checks of input before anything is written: arguments, metadata, and the fields of value classes.
 
 A field's check follows from its annotation (`check_of`): classes, unions with None, literals, and ``Annotated`` types
 that carry a `Check`, such as `U16`.

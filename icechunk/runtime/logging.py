@@ -52,7 +52,7 @@ _FORMAT: Final = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 @dataclass(slots=True)
 class _Governed:
-    """What this module has set, and takes back when the filter changes."""
+    """Levels that this module has set, and resets when the filter changes."""
 
     handler: _LastResort | None = None
     loggers: set[str] = field(default_factory=set)
@@ -198,6 +198,6 @@ def _apply(levels: Mapping[str, int]) -> None:
 
 
 def initialize_on_import() -> None:
-    """What importing the package does: nothing, unless the environment names a filter and does not forbid it."""
+    """Called on import: does nothing unless the environment names a filter and does not forbid it."""
     if os.environ.get("ICECHUNK_LOG") and "ICECHUNK_NO_LOGS" not in os.environ:
         initialize_logs()

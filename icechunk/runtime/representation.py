@@ -1,4 +1,4 @@
-"""What the public value classes share: assignments that are checked, and representations that never show a secret.
+"""The base of the public value classes: checked assignments, and representations that never show a secret.
 
 A settings class is a dataclass over `Setting`: every assignment, at construction and later, goes through the check that
 follows from the field's annotation (`checks`). Settings compare by value and, being mutable, have no hash; unlike the

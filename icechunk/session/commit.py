@@ -60,7 +60,7 @@ _LONGEST_BACKOFF_ROUND: Final = 4
 
 
 class How(Enum):
-    """What becomes of the new snapshot."""
+    """The use of the new snapshot."""
 
     COMMIT = "commit"
     """The branch's next tip."""
@@ -72,7 +72,7 @@ class How(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
-    """What a caller wants committed."""
+    """A commit as its caller wants it."""
 
     how: How = How.COMMIT
     branch: str
@@ -275,7 +275,7 @@ async def _commit_once(content: SessionContent, log: SessionLog, commit: Commit,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Proposal:
-    """What a commit adds to the repository log."""
+    """The events that a commit adds to the repository log."""
 
     commit: Commit
     base: ObjectId

@@ -52,7 +52,7 @@ class Phase(Enum):
 
 
 class SessionContent:
-    """What one session holds; `icechunk.store.port.Content` says what its store does with it.
+    """The contents of one session; `icechunk.store.port.Content` is the part that its store uses.
 
     Parameters
     ----------
@@ -204,7 +204,7 @@ class SessionContent:
             return self.branch
 
     def plan(self, log: SessionLog, *, everything: bool) -> Plan:
-        """What a commit of ``log``, this session's changes on some base, has to write; see `plan`."""
+        """The plan of a commit of ``log``, this session's changes on some base; see `plan`."""
         # Planning merges the log's rows, which other threads must not see halfway.
         with self.lock:
             return plan(log, self.core.settings.policy, everything=everything)

@@ -1,4 +1,4 @@
-"""What a repository's sessions share: storage, configuration, caches, and one log client for each event loop."""
+"""The common ground of a repository's sessions: storage, configuration, caches, and one log client for each loop."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class Core:
         self.files: WeightedCache[str, bytes] = WeightedCache(FILES_BYTES, MAX_FILES)
         """Small metadata files that came with the log, by key; some have no object of their own yet."""
         self.spans = Spans()
-        """What landed since the bases of sessions that are rebased."""
+        """Sums of the commits that landed since the bases of sessions that are rebased."""
         self.gates = Gates(0)
         self._put_memory: tuple[int, PutMemory] | None = None
         if attribution is not None and attribution != Attribution():

@@ -113,7 +113,7 @@ class Session:
         return self._content.has_changes
 
     def status(self) -> Diff:
-        """What a commit would change; of a fork, what it changed since it was forked."""
+        """The changes that a commit would make; of a fork, its changes since it was forked."""
         log = self._content.own_log()
         with self._content.lock:
             return Diff.of(log.changes())
@@ -526,7 +526,7 @@ _EMBEDDED_NODES = 10_000
 
 _lock = threading.Lock()
 _cores: WeakValueDictionary[bytes, Core] = WeakValueDictionary()
-"""What forks that arrived in this process use, by the bytes it arrived as: connections and caches are shared."""
+"""Cores of forks that arrived in this process, by the bytes of the arrived core: they share connections and caches."""
 
 
 class ForkSession(Session):

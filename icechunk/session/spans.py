@@ -1,4 +1,4 @@
-"""What the commits since a snapshot changed, for all sessions of a repository that began there.
+"""Sums of the commits since a snapshot, for all sessions of a repository that began there.
 
 A session that is rebased looks at all commits since its base at once. Sessions that began together share the base; so
 each of these commits is read and added up once, not once for each session.

@@ -30,7 +30,7 @@ from icechunk.storage.constructors import (
 __all__ = ["KINDS", "AliasError", "Place", "Places", "new_entry", "places_path", "shown"]
 
 KINDS: Final = ("Local", "S3", "Tigris", "GCS", "Azure")
-"""What can be asked for interactively, in this order."""
+"""Kinds that can be chosen interactively, in this order."""
 
 _OPTIONS: Final = (
     "region",

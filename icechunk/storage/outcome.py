@@ -60,7 +60,7 @@ E = TypeVar("E", bound=StorageError)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What reading back found."""
+    """The result of reading back."""
 
     ours: bool
     """Whether it is what this call wrote."""
@@ -71,7 +71,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tried:
-    """What one try of a conditional write brought."""
+    """The result of one try of a conditional write."""
 
     put: PutResult | None = None
     """It landed, and this was the answer."""

@@ -114,7 +114,7 @@ Octets: TypeAlias = bytes | memoryview
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectInfo:
-    """What a listing or HEAD says of an object."""
+    """An object as a listing or a HEAD describes it."""
 
     key: str
     """Relative to the root prefix."""

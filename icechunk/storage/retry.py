@@ -115,7 +115,7 @@ class Tries:
         self._began_us = sources.elapsed_us()
 
     def __str__(self) -> str:
-        """What a message about them ends with: `` (3 tries)``, nothing of a single one."""
+        """The end of a message about them: `` (3 tries)``, empty for a single one."""
         return f" ({self.count} tries)" if self.count > 1 else ""
 
     @property

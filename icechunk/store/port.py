@@ -1,4 +1,4 @@
-"""What a store needs of the session that it shows."""
+"""The part of a session that its store uses."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ _COPIED_LATE_BYTES = 64 * 1024
 
 
 class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
-    """What a session sees and writes, as zarr-python wants to have it.
+    """A session's hierarchy as a Zarr store.
 
     Made by `Session.store`. Keys are those of one Zarr 3 hierarchy: ``{path}/zarr.json`` and ``{path}/c/0/1``;
     anything else is refused with `InvalidInputError`. Deleting a node's ``zarr.json`` deletes the node and all

@@ -36,6 +36,11 @@ def _official() -> None:
 def test_conflicts_and_what_solvers_make_of_them_are_those_of_the_official_library(tmp_path: Path) -> None:
     theirs = oracle.run(oracle.OFFICIAL_CURRENT, "tools.interop.conflicts", str(tmp_path / "official"), timeout_s=300)
     ours = json.loads(json.dumps(answers(str(tmp_path / "ours"))))
+    for found in ours.values():
+        for conflict in (one for each in found.values() if isinstance(each, list) for one in each):
+            # Ours names the node that moved, the official library nothing.
+            if conflict[0] == "MoveOperationCannotBeRebased":
+                conflict[1] = ""
     assert ours.keys() == theirs.keys()
     different = {name for name in ours if ours[name] != theirs[name]}
     assert {name: (ours[name], theirs[name]) for name in different - OURS_ALONE.keys()} == {}

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +36,7 @@ SMALL_ARRAYS = 5_000
 WIRE_CHUNKS = 1_000
 WIRE_CHUNK_BYTES = 16 * 1024
 RANDOM_READS = 200
+IMPORTS = 5
 
 
 async def small(_: Mapping[str, Any]) -> dict[str, float]:
@@ -248,6 +253,32 @@ async def _array(store: Any, path: str, n_chunks: int, chunk_bytes: int) -> None
     )
 
 
+def importing(_: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of a fresh process that imports the package, and of one that opens a local repository of format 2 too."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | {
+            "PYTHONPATH": str(Path(icechunk.__file__).parents[1]),
+            "PYTHONPYCACHEPREFIX": f"{folder}/compiled",
+            "ICECHUNK_LOG": "error",
+        }
+        place = f"icechunk.local_filesystem_storage({folder + '/repository'!r})"
+        icechunk.Repository.create(icechunk.local_filesystem_storage(f"{folder}/repository"), spec_version=2)
+        scripts = {
+            "import": "import icechunk",
+            "import and open": f"import icechunk; icechunk.Repository.open({place}).readonly_session('main')",
+        }
+        seconds = {}
+        for what, script in scripts.items():
+            taken = []
+            for _turn in range(1 + IMPORTS):
+                began = time.perf_counter()
+                subprocess.run([sys.executable, "-c", script], env=environment, cwd=folder, check=True)
+                taken.append(time.perf_counter() - began)
+            # The first one compiles.
+            seconds[what] = min(taken[1:])
+        return seconds
+
+
 CASES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "small": small,
     "commit": commit,
@@ -255,6 +286,7 @@ CASES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "arrays": arrays,
     "contend": contend,
     "wire": wire,
+    "import": importing,
 }
 
 

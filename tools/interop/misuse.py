@@ -91,7 +91,7 @@ def virtual(repo: Any, location: str, key: str = "a/c/0", **options: Any) -> Any
 
 # repositories
 expression("open a missing one", lambda _: icechunk.Repository.open(icechunk.in_memory_storage()))
-expression("open a storage of the wrong type", lambda _: icechunk.Repository.open("/some/path"))
+expression("open a storage of the wrong type", lambda _: icechunk.Repository.open(42))
 expression("open with a dict as configuration", lambda _: icechunk.Repository.open(icechunk.in_memory_storage(), {}))
 expression(
     "create with an unknown version", lambda _: icechunk.Repository.create(icechunk.in_memory_storage(), spec_version=9)

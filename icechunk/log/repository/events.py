@@ -1,4 +1,4 @@
-"""What can happen to a repository: events, as values.
+"""Events: everything that can happen to a repository, as values.
 
 An event is a past-tense fact. It becomes one by standing in a log entry whose preconditions hold where it
 stands; `icechunk.log.repository.state.apply` says what they are and what the event does.
@@ -135,7 +135,7 @@ class ConfigReplaced:
     config: Json | None
     """snake_case keys, as the format keeps it; None: none is persisted."""
     expected: Json | None = None
-    """What the caller believed was persisted; only compared where ``check`` is set."""
+    """The configuration that the caller read; compared only where ``check`` is set."""
     check: bool = False
     """Whether the event is refused where the persisted configuration is not ``expected``."""
 
@@ -210,7 +210,7 @@ class SnapshotsRewritten:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectionRan:
-    """What nothing refers to left the graph, and no commit with older files is valid any more (rule 10)."""
+    """Unreferenced snapshots left the graph, and no commit with older files is valid any more (rule 10)."""
 
     cutoff_us: int
     """Store time, µs: files older than this that nothing refers to are deleted after this event has folded."""

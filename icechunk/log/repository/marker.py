@@ -102,7 +102,7 @@ NO_FILES: Final[Mapping[str, bytes]] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marker:
-    """What ``extra`` says."""
+    """The contents of ``extra``."""
 
     epoch: str
     """Life of the log that the checkpoint belongs to."""
@@ -188,7 +188,7 @@ def state_of(info: RepoInfo, marker: Marker | None) -> RepoState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """What part of the ops log the next ``repo`` object holds."""
+    """The part of the ops log that the next ``repo`` object holds."""
 
     updates: Sequence[Update]
     """Newest first."""

@@ -1,4 +1,4 @@
-"""What every layout of the repository log offers: the newest folded state, and one way to add to it.
+"""The port of the repository log, the same for every layout: the newest folded state, and one way to add to it.
 
 One instance belongs to one repository and one event loop, and owns the newest state that this loop knows.
 Others read `RepositoryLog.state`; only `refresh` and `append` replace it, and it never goes back.

@@ -71,7 +71,7 @@ class Attempt:
 
     @property
     def place(self) -> tuple[str, object]:
-        """What at most one of all attempts with the same value can ever take."""
+        """The place of the attempt: of all attempts with the same place at most one can land."""
         return self.epoch, self.n
 
     @property
@@ -263,7 +263,7 @@ class UpdateRetries:
 
 
 def retries_of(config: Any) -> UpdateRetries:
-    """What the persisted configuration says about lost races; the official library's defaults where it says nothing."""
+    """The persisted settings for lost races; the official library's defaults where there are none."""
     tries, first_ms, longest_ms = 100, 50, 30_000
     found = config.get("repo_update_retries") if isinstance(config, dict) else None
     found = found.get("default") if isinstance(found, dict) else None

@@ -64,7 +64,7 @@ def backoff_s(sources: Sources, round_: int) -> float:
 
 
 class Fate(Enum):
-    """What is known of an attempt."""
+    """The knowledge about an attempt."""
 
     LANDED = auto()
     """It is what took its place."""
@@ -84,7 +84,7 @@ class Settled:
 
     fate: Fate
     why: Exception | None = None
-    """What the store answered last, where it gave no certain answer."""
+    """The last answer of the store, where none was certain."""
     silent: bool = False
     """The store gave no certain answer in a bounded number of tries."""
 

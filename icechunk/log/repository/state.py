@@ -283,7 +283,7 @@ def to_repo_info(
     repo_before_updates: str | None = None,
     extra: bytes | None = None,
 ) -> RepoInfo:
-    """What a ``repo`` object says of the state.
+    """The state as a ``repo`` object holds it.
 
     Parameters
     ----------

@@ -26,7 +26,7 @@ _STEP_BYTES: Final = 256 * 1024
 
 
 class _Lease(np.ndarray[Any, np.dtype[np.uint8]]):
-    """What the views of one use hold. A class of its own, so that no array made of it holds its memory alone."""
+    """Owner of the memory that the views of one use share, so that no array keeps the memory alone."""
 
 
 class Buffers:

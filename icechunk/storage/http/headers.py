@@ -100,7 +100,7 @@ def version_of(headers: Mapping[str, str]) -> Version:
 
 
 def result_of(headers: Mapping[str, str], body: bytes | memoryview, size: int) -> GetResult:
-    """What was read, from the headers that came with it; ``size`` is the whole object's."""
+    """The result of a read, from its headers; ``size`` is the whole object's."""
     return GetResult(
         body=body,
         size=size,

@@ -25,7 +25,7 @@ _LARGEST_REFUSAL_BYTES: Final = 1024 * 1024
 _LARGEST_UNTOLD_BYTES: Final = 4 * 1024 * 1024 * 1024
 """Of a body whose size no header tells."""
 _LARGEST_WHOLE_BYTES: Final = 64 * 1024 * 1024
-"""What a server that ignores a range may send instead of it, where less was asked for."""
+"""Bytes that a server may send instead of a smaller range that it ignores."""
 _MOST_INTERIM: Final = 32
 _STATUS_LINE: Final = re.compile(r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: .*)?")
 _HEADER: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):(.*)")
@@ -38,7 +38,7 @@ _LARGEST_IN_PLACE_BYTES: Final = 256 * 1024 * 1024
 
 
 class BadAnswerError(ConnectionError):
-    """What came is no complete answer."""
+    """The answer is not complete."""
 
 
 class TooLargeError(BadAnswerError):
@@ -157,7 +157,7 @@ class Reading:
         return None
 
     def missing(self) -> str:
-        """What an incomplete answer lacks, for a message."""
+        """The missing part of an incomplete answer, for a message."""
         if self._head is not None:
             return "the connection was closed without an answer" if not self._head else "the answer broke off"
         if self._chunks is not None or self._size is None:
@@ -252,7 +252,7 @@ class _Chunks:
         self._size = 0
         self._trailer_bytes = 0
         self.rest = bytearray()
-        """What has not been understood yet; after the end, what does not belong to the body."""
+        """Bytes that are not parsed yet; after the end, bytes that do not belong to the body."""
         self._parts: list[bytes] = []
         self._last = False
 

@@ -68,7 +68,7 @@ def reader_maker(
     *,
     serves_ranges: bool,
 ) -> Callable[[], HttpReader]:
-    """What makes a reader, on the event loop that it is called on.
+    """A function that makes a reader, on the event loop that calls it.
 
     Parameters
     ----------

@@ -32,7 +32,7 @@ class Proxy:
     named: str
     """URL without secrets, and where it comes from; for messages."""
     headers: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
-    """What it wants to be told with each request of its own."""
+    """Headers that the proxy wants with each of its requests."""
 
 
 class Proxies:

@@ -144,7 +144,7 @@ def _unpickled(
 
 
 def _checked_url(base_url: str, options: Mapping[str, str]) -> tuple[str, str]:
-    """What the URLs of all objects begin with, and the query that they end with, beginning with ``?``."""
+    """The common start of the URLs of all objects, and their query, beginning with ``?``."""
     parsed = parse_url(base_url)
     check_options(options)
     if parsed.scheme == "http" and options.get("allow_http", "true").lower() == "false":

@@ -41,7 +41,7 @@ class _Syncs:
 
 
 class Folders:
-    """What one process knows of the folders below a root; for all its threads.
+    """One process's knowledge of the folders below a root; for all its threads.
 
     Parameters
     ----------

@@ -103,7 +103,7 @@ _REFUSED: Final = frozenset(
         errno.EXDEV,
     }
 )
-"""What a system says that did not do what was asked, and will not do it the next time."""
+"""Error numbers of a system that refused, and will refuse the next time."""
 _ABANDONED_AFTER_S: Final = 24 * 3600
 _DELETE_BATCH: Final = 1000
 

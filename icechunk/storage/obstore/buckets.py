@@ -74,7 +74,7 @@ class ObstoreBucket(ABC):
     scheme: ClassVar[str]
     """Of URLs of its objects."""
     part: ClassVar[str] = "bucket"
-    """What the service calls a bucket."""
+    """The service's name for a bucket."""
     refused_characters: ClassVar[str] = ""
     """Characters that the service silently changes in keys."""
     versions_are_generations: ClassVar[bool] = False
@@ -122,11 +122,11 @@ class ObstoreBucket(ABC):
 
     @abstractmethod
     def _make_access(self) -> Access:
-        """What the credentials are to obstore."""
+        """The credentials as obstore takes them."""
 
     @abstractmethod
     def rows(self) -> list[tuple[str, str]]:
-        """What a representation says beside the kind."""
+        """The rows of a representation, besides the kind."""
 
     @abstractmethod
     def identity(self) -> tuple[Any, ...]:

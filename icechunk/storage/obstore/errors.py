@@ -1,4 +1,4 @@
-"""What obstore's errors mean.
+"""The meaning of obstore's errors.
 
 Obstore's functions, and an end of the process that its threads survive.
 

@@ -37,7 +37,7 @@ _PLAIN: Final = re.compile(r"[A-Za-z0-9_./=-]*")
 
 
 class ObstoreReading(Storage):
-    """What of a storage in a bucket only reads, with what the writing half needs of it too.
+    """The reading half of a storage in a bucket, with the parts that the writing half uses too.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ class ObstoreReading(Storage):
         return self._info(key, (await self._look(key)).meta)
 
     async def _look(self, key: str) -> Any:
-        """What a HEAD says: ``meta`` and ``attributes``."""
+        """The answer to a HEAD: ``meta`` and ``attributes``."""
         path = self._path(key)
         store = self._store("read")
         try:

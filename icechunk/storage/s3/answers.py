@@ -1,4 +1,4 @@
-"""What the answers of an S3 service mean: which to try again, and what to tell the user about the others."""
+"""The meaning of an S3 service's answers: which to try again, and the errors for the others."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def require_document(what: str, answer: Answer) -> ElementTree.Element:
 
 
 def parse_refusal(answer: Answer) -> Refusal:
-    """What an error answer says; answers to HEAD have only headers."""
+    """The contents of an error answer; answers to HEAD have only headers."""
     region = answer.headers.get("x-amz-bucket-region")
     try:
         root = parse_xml(answer.body)

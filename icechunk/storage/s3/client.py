@@ -59,7 +59,7 @@ class Request:
     """One request, before it is signed."""
 
     what: str
-    """What it attempts on which object, for messages: ``read s3://bucket/key``."""
+    """The attempt and its object, for messages: ``read s3://bucket/key``."""
     method: str
     path: str = ""
     """Encoded, after the endpoint's own; empty or beginning with ``/``."""

@@ -58,7 +58,7 @@ class Written:
     known: Known
     """The object as it is now."""
     info: RepoInfo | None
-    """What it holds, in the least memory; None where it was written before and not read now."""
+    """Its contents in the least memory; None where it was written before and not read now."""
     by_us: bool
     """Whether it was this call that wrote it."""
 
@@ -68,7 +68,7 @@ class LostRepo:
     """``repo`` is no checkpoint of this log any more."""
 
     found: RepoObject | None
-    """What it is instead; None: it is gone."""
+    """The object that is there instead; None: there is none."""
 
 
 def checkpoint_is_due(head: Head, known: Known) -> bool:

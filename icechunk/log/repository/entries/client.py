@@ -1,4 +1,4 @@
-"""What one client knows of a log: the newest folded state, where it ends, and how old that knowledge is.
+"""One client's knowledge of a log: the newest folded state, the end of the log, and the age of that knowledge.
 
 Theory: rules 5, 6 and 8. The view owns the head, since when it is known to be the end of the log
 (`LogView.freshness`), what is known of ``repo``, and whether the log has ended. The head moves only in
@@ -56,7 +56,7 @@ _MANY_NONCES: Final = 1024
 
 
 class LogView:
-    """What one client knows of a log. Belongs to one event loop.
+    """One client's knowledge of a log. Belongs to one event loop.
 
     Parameters
     ----------

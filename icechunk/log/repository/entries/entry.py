@@ -72,7 +72,7 @@ def slot_key(epoch: str, n: int) -> str:
 
 
 def epoch_prefix(epoch: str) -> str:
-    """What the keys of all slots of one life of the log start with."""
+    """The common start of the keys of all slots of one life of the log."""
     return f"{LOG_PREFIX}{epoch}/"
 
 

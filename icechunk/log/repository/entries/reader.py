@@ -154,7 +154,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """What is known of a ``repo`` object once it is folded: enough to replace it without reading it again."""
+    """The part of a folded ``repo`` object that is kept: enough to replace it without reading it again."""
 
     version: Version
     marker: Marker | None
@@ -196,7 +196,7 @@ def instant(sources: Sources, date_us: int | None = None) -> Instant:
 
 
 def known_of(info: RepoInfo, version: Version, size_bytes: int) -> Known:
-    """What to remember of a ``repo`` object."""
+    """The part of a ``repo`` object that is remembered."""
     return Known(
         version=version,
         marker=decode_marker(info.extra),

@@ -1,4 +1,4 @@
-"""What is left behind when somebody lifts the read-only status of a log's ``repo`` (the limit of rule 8).
+"""Takeovers: a client lifts the read-only status of a log's ``repo``, and entries are stranded (the limit of rule 8).
 
 No rule without a read per commit can prevent it: ``repo`` becomes the truth as it stands, and entries after its
 checkpoint are in the log only. They are reported, never deleted.

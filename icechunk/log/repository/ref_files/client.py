@@ -190,7 +190,7 @@ class RefFilesView:
         self._state = replace(self.state, snapshots=self._records)
 
     async def record(self, id: ObjectId) -> SnapshotRecord:
-        """What a snapshot's file says of it. Raises `SnapshotNotFoundError`."""
+        """A snapshot's record, from its file. Raises `SnapshotNotFoundError`."""
         known = self._records.get(id)
         if known is not None:
             return known

@@ -31,7 +31,7 @@ _ENCODED: Final = frozenset(b'\\{^}%`]"[>~<#|\r\n*?') | frozenset(range(0x20)) |
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefKey:
-    """What a key below ``refs/`` stands for."""
+    """The ref that a key below ``refs/`` names."""
 
     is_tag: bool
     name: str
@@ -93,7 +93,7 @@ class RefNames:
         return "".join(f"%{byte:02X}" if byte in _ENCODED else chr(byte) for byte in name.encode())
 
     def parse(self, key: str) -> RefKey | None:
-        """What a key stands for; None for one that is no ref."""
+        """The ref that a key names; None for a key that names none."""
         folder, _, file = key.removeprefix(REFS_PREFIX).partition("/")
         tombstone = file == _TOMBSTONE
         if not key.startswith(REFS_PREFIX) or not (file == _FILE or tombstone):

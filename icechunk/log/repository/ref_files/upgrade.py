@@ -301,7 +301,7 @@ class _Upgrade:
         return _Ref(key=key, what=what, snapshot=snapshot, version=answer.version, closed=is_closed(answer.data))
 
     async def _info(self, refs: Iterable[_Ref], *, reason: str | None = _REASON, nonce: bytes = b"") -> RepoInfo:
-        """What ``repo`` has to say; with a reason it is read-only and carries our mark."""
+        """The contents of ``repo``; with a reason it is read-only and has our mark."""
         values = _values(refs)
         if MAIN not in values.branches:
             raise RepositoryNotFoundError(

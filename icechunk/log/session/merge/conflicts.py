@@ -68,7 +68,7 @@ _FEW_ROWS: Final = 1024
 
 
 class Landed:
-    """What commits in a row changed, added up one by one.
+    """The changes of commits in a row, added up one by one.
 
     A look at all of them together costs what the session changed, however many commits there are. The rows of many
     small commits are keys of one set for each array; `add` is the only method that changes anything.
@@ -131,7 +131,7 @@ class Winner:
     """One commit, or several in a row, that landed on the branch after the session began."""
 
     snapshot: Snapshot
-    """What they led to."""
+    """The snapshot after them."""
     transactions: tuple[TransactionLog, ...] = ()
     """Of every commit between the session's base and the snapshot, oldest first; those of expired ancestors too."""
     landed: Landed | None = None
@@ -169,7 +169,7 @@ def _topmost(paths: Iterable[str]) -> tuple[str, ...]:
 
 
 def find_conflicts(log: SessionLog, winner: Winner) -> tuple[Conflict, ...]:
-    """What does not go together.
+    """The conflicts between a session's changes and a winner's.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What changed between two snapshots, from the transaction logs in between.
+"""Differences between two snapshots, from the transaction logs in between.
 
 Net, by node: a node that was created and deleted in between does not appear; one that was created
 and then changed is only new; one that moved twice moved once.

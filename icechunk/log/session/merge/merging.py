@@ -50,7 +50,7 @@ __all__ = ["Fork", "Merge", "MergePolicy", "Pair"]
 
 Coords: TypeAlias = npt.NDArray[np.uint32]
 MergePolicy: TypeAlias = Literal["error", "ours", "theirs"]
-"""What to do where two sides changed the same chunks, or the metadata of one array: refuse; keep what the target has;
+"""The choice where two sides changed the same chunks, or the metadata of one array: refuse; keep the target's;
 or take what the fork has, which is merged later."""
 Pair: TypeAlias = tuple[ChunkRef, ChunkRef]
 """References of one chunk, in the target and in a fork, whose bytes may be equal."""
@@ -62,12 +62,12 @@ _SETTLED: Final = frozenset(
         MergeConflictType.CHUNKS_OUTSIDE_SHAPE,
     )
 )
-"""What "ours" and "theirs" settle."""
+"""Conflicts that "ours" and "theirs" settle."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Fork:
-    """What a fork brings."""
+    """The changes of a fork."""
 
     number: int
     """In the order in which forks are merged, from 0."""
@@ -383,7 +383,7 @@ class Merge:
 
 
 class _Changes:
-    """What a fork brings that is not in the target, and what becomes of it."""
+    """The changes of a fork that are not in the target, and the outcome of each."""
 
     def __init__(self, merging: Merge, fork: Fork, own: list[Event]) -> None:
         self.fork = fork
@@ -491,7 +491,7 @@ class _Boxes:
 
 
 def _key(event: Event) -> object:
-    """What all copies of an event have in common."""
+    """The identity that all copies of an event share."""
     return event.id or id(event)
 
 
@@ -501,7 +501,7 @@ def _coords(event: Event) -> Coords:
 
 
 def _last(events: Sequence[Event], coords: tuple[int, ...]) -> ChunkRef | Absent:
-    """What the events, in their order, make of a chunk."""
+    """A chunk after the events, in their order."""
     for event in reversed(events):
         if isinstance(event, ChunksWritten) and (ref := find(event.refs, coords)) is not None:
             return ref
