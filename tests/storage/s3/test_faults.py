@@ -296,7 +296,7 @@ async def test_a_write_in_parts_that_was_not_completed_is_known_not_to_have_land
 ) -> None:
     storage = storage_on(server, pauses, minimum_size_for_multipart_upload=6 << 20)
     for answer, certain in ((Say(403, "AccessDenied"), (True, False)), (Say(503, "SlowDown"), (False, True))):
-        server.faulty = lambda seen, answer=answer: answer if seen.method == "POST" else OK  # type: ignore[misc]
+        server.faulty = lambda seen, answer=answer: answer if seen.method == "POST" else OK
         with pytest.raises(StorageError) as caught:
             await storage.put("x", bytes(7 << 20), Absent())
         assert (caught.value.refused, caught.value.unsent) == certain
