@@ -26,7 +26,7 @@ __all__ = [
 
 
 class _ByIdentity(IntLikeEnum):
-    """The official library compares these with themselves only, not with numbers."""
+    """An enumeration whose members equal only themselves, not numbers, as in the official library."""
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -36,7 +36,7 @@ class _ByIdentity(IntLikeEnum):
 
 
 class VersionSelection(_ByIdentity):
-    """Whose chunk stays when both sides wrote it."""
+    """The side whose chunk is kept if both sides wrote it."""
 
     Fail = 0
     UseOurs = 1

@@ -1,7 +1,7 @@
 """Storing dask arrays from any scheduler: every task writes to a fork, and the forks are merged in a tree.
 
-``store_dask`` is to a fork what ``dask.array.store`` is to any target, but it returns the session in which all workers'
-changes stand; merge that into the writable session, and commit.
+``store_dask`` writes to a fork as ``dask.array.store`` writes to any target, and returns a session that holds the
+changes of all workers; merge that into the writable session, and commit.
 
 Worked example::
 
@@ -38,18 +38,19 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 SimpleGraph: TypeAlias = Mapping[tuple[str, int], tuple[Any, ...]]
-"""What dask once took for a graph: tasks by key."""
+"""The graph type of older dask versions: tasks by key."""
 
 _dask: Any = dask
-"""Partly typed; as Any, so that it may be more or less so from version to version."""
+"""Dask is only partly typed, and to a different extent in each version, hence Any."""
 _SPLIT_EVERY = 8
-"""Sessions that one task merges, where the caller does not say."""
+"""Number of sessions that one task merges by default."""
 _OLDEST_DASK: Final = (2025, 2, 0)
 """From here on ``dask.array.store`` returns stored arrays without loading them."""
 
 
 def computing_meta(func: Callable[P, R]) -> Callable[P, Any]:
-    """Make a function fit for reductions: when dask only asks what it returns, the answer is an array of one object."""
+    """Wrap a function for use in reductions: when dask only infers the type of its result, it returns an array of one
+    object."""
 
     @wraps(func)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -66,7 +67,7 @@ def merge_sessions_array_kwargs(*sessions: Any, axis: Any = None, keepdims: Any 
 
 
 def _assert_correct_dask_version() -> None:
-    """Raise `ValueError` where dask is older than what `store_dask` works with."""
+    """Raise `ValueError` if dask is older than the oldest version that `store_dask` supports."""
     numbers = tuple(int(part) for part in _dask.__version__.split(".")[:3] if part.isdigit())
     if numbers < _OLDEST_DASK:
         wanted = ".".join(map(str, _OLDEST_DASK))
@@ -77,7 +78,7 @@ def _assert_correct_dask_version() -> None:
 
 
 def _reduction_for(arr: Any) -> Any:
-    """The function that reduces arrays of this kind. Raises `TypeError` for what is no dask array."""
+    """The function that reduces arrays of this kind. Raises `TypeError` if ``arr`` is not a dask array."""
     if not isinstance(arr, Array):
         raise WrongTypeError(f"a dask array is needed, not {type(arr).__name__}", ErrorKind.INVALID_SETTING)
     return _dask.array.reduction
@@ -91,31 +92,31 @@ def store_dask(
     split_every: int | None = None,
     **store_kwargs: Any,
 ) -> ForkSession:
-    """Write dask arrays to zarr arrays of a fork, now, on whatever scheduler is the default.
+    """Write dask arrays to zarr arrays of a fork, immediately, on the default scheduler.
 
     Parameters
     ----------
     sources
-        What to write.
+        Arrays to write.
     targets
         As many zarr arrays, of one `ForkSession` (see `Session.fork`). No zarr chunk may be written by two tasks: align
         the dask chunks to the zarr chunks.
     regions
-        Where in its target each source goes; None: it fills it.
+        Region of its target that each source is written to; None: the whole target.
     split_every
-        Sessions that one task merges.
+        Number of sessions that one task merges.
     store_kwargs
         For ``dask.array.store``; ``scheduler`` is for ``dask.compute``.
 
     Returns
     -------
     ForkSession
-        With every change; merge it into the session that was forked.
+        A session with all changes; merge it into the session that was forked.
 
     Raises
     ------
     InvalidInputError
-        There is nothing to store.
+        If there are no sources.
     """
     _assert_correct_dask_version()
     if not sources:
@@ -140,14 +141,14 @@ def store_dask(
 def session_merge_reduction(
     arrays: Array | list[Array], *, split_every: int | None, **store_kwargs: Any
 ) -> ForkSession:
-    """Compute arrays whose blocks are zarr arrays that were written to, and merge their sessions in a tree.
+    """Compute arrays whose blocks are written zarr arrays, and merge the sessions of these in a tree.
 
     Parameters
     ----------
     arrays
         What ``dask.array.store(…, return_stored=True, load_stored=False)`` returns.
     split_every
-        Sessions that one task merges, at least 2; None: 8.
+        Number of sessions that one task merges, at least 2; None: 8.
     store_kwargs
         For ``dask.compute``.
     """

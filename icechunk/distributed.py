@@ -1,7 +1,7 @@
-"""Sessions of many workers: from the array that one wrote to, and merged into one.
+"""Sessions of many workers: extraction from a written array, and merging into one session.
 
-These are the two functions to give to a scheduler: ``extract_session`` after a task has written, ``merge_sessions`` to
-reduce what the tasks return.
+A scheduler calls these two functions: ``extract_session`` after a task has written, and ``merge_sessions`` to reduce
+the results of the tasks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def extract_session(zarray: zarr.Array[ArrayV3Metadata], axis: Any = None, keepd
     zarray
         A zarr array on an `IcechunkStore`.
     axis, keepdims
-        Not used: what reductions of array libraries pass.
+        Not used; reductions of array libraries pass them.
 
     Raises
     ------

@@ -1,6 +1,5 @@
-"""What happened to a repository, and what maintenance did.
-
-What a repository is at the moment: format version, availability, feature flags; and who asks.
+"""Values that describe a repository's state (format version, availability, feature flags), its operations log, the
+results of maintenance, and the attribution of requests.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ class SpecVersion(IntLikeEnum):
 
 
 class SessionMode(IntLikeEnum):
-    """What a session may do."""
+    """What a session is allowed to do."""
 
     readonly = 0
     writable = 1
@@ -79,7 +78,7 @@ class SessionMode(IntLikeEnum):
 
 
 class RepoAvailability(IntLikeEnum):
-    """What the repository's owner allows."""
+    """Kinds of access that the repository's owner allows."""
 
     online = 0
     read_only = 1
@@ -91,15 +90,15 @@ def _now() -> datetime:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class RepoStatus(Described):
-    """Availability of a repository, since when and why."""
+    """Availability of a repository, with the time since when it holds and the reason."""
 
     _public_name: ClassVar[str] = "icechunk.repository.RepoStatus"
 
     availability: RepoAvailability
     set_at: datetime = None  # type: ignore[assignment]
-    """With a time zone; now, where None is given."""
+    """Time with a time zone; None gives the current time."""
     limited_availability_reason: str | None = None
-    """Shown to those who are refused."""
+    """Reason that is shown to clients whose access is refused."""
 
     def __post_init__(self) -> None:
         instance_of(RepoAvailability)("RepoStatus.availability", self.availability)
@@ -119,9 +118,9 @@ class FeatureFlag(Described):
     name: str
     default_enabled: bool
     setting: bool | None = None
-    """What the owner says; None: the default holds."""
+    """The owner's setting; None: the default applies."""
     enabled: bool = field(init=False)
-    """What holds."""
+    """The effective value: the setting, or the default."""
 
     def __post_init__(self) -> None:
         unsigned(16)("FeatureFlag.id", self.id)
@@ -192,7 +191,7 @@ class _Kind(Represented):
 
 
 class UpdateType(metaclass=VariantMeta):
-    """What happened. One of the nested classes; snapshot ids are texts."""
+    """Kind of an update. One of the nested classes; snapshot ids are texts."""
 
     @final
     @dataclass(frozen=True, slots=True, repr=False)
@@ -334,12 +333,12 @@ class Update(Described):
     updated_at: datetime
     """With a time zone (UTC)."""
     backup_path: str | None = None
-    """Name of the copy of the ``repo`` object before this update, where that layout keeps one."""
+    """Name of the copy of the ``repo`` object before this update, if the layout keeps such copies."""
 
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
 class GCSummary(Described):
-    """What a collection of garbage deleted (or would delete, on a dry run)."""
+    """Objects and bytes that a garbage collection deleted (or would delete, on a dry run)."""
 
     bytes_deleted: int = 0
     chunks_deleted: int = 0
@@ -348,21 +347,21 @@ class GCSummary(Described):
     attributes_deleted: int = 0
     transaction_logs_deleted: int = 0
     objects_failed_to_delete: int = 0
-    """Still there; the next collection tries again."""
+    """Number of objects that could not be deleted; the next collection tries again."""
     throttled_batches: int = 0
-    """Batches that the storage asked to slow down."""
+    """Number of batches for which the storage asked to slow down."""
     delete_errors: list[str] = field(default_factory=list)
     """Why objects could not be deleted."""
     skipped_phases: list[str] = field(default_factory=list)
-    """Kinds of object that were not collected, for the safety of others."""
+    """Kinds of object that were not collected, because that could harm concurrent clients."""
     packs_rewritten: int = 0
-    """Chunk objects that several chunks share, and whose living bytes were copied to new ones."""
+    """Number of chunk objects shared by several chunks whose live bytes were copied to new objects."""
     manifests_rewritten: int = 0
-    """For dead references in them, or because chunks that they refer to were copied."""
+    """Number of manifests rewritten, to drop dead references or because their chunks were copied."""
     snapshots_rewritten: int = 0
-    """They have new ids."""
+    """Number of snapshots rewritten; they have new ids."""
     chunk_bytes_copied: int = 0
-    """Living bytes of the packs that were rewritten."""
+    """Live bytes copied from the rewritten packs."""
 
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
@@ -374,7 +373,7 @@ class ChunkStorageStats(Described):
     native_bytes: int = 0
     """In chunk objects of the repository."""
     virtual_bytes: int = 0
-    """In files of others."""
+    """Bytes in files outside the repository."""
     inlined_bytes: int = 0
     """In manifests."""
 

@@ -1,4 +1,4 @@
-"""What a snapshot is, and what lies between two of them."""
+"""Values that describe a snapshot, and the differences between two snapshots."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class SnapshotInfo(Described):
 
     id: str
     parent_id: str | None
-    """None for the first snapshot, and where the parent was expired."""
+    """None for the first snapshot, and if the parent has expired."""
     written_at: datetime
     """With a time zone (UTC)."""
     message: str
     metadata: dict[str, Any] = field(default_factory=dict)
-    """What the committer attached."""
+    """Metadata that was passed to the commit."""
 
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
@@ -78,7 +78,7 @@ _CHUNKS_SHOWN = 10
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
 class Diff:
-    """What lies between two snapshots, or between a session and its base. Paths begin with ``/``."""
+    """Differences between two snapshots, or between a session and its base. Paths begin with ``/``."""
 
     new_groups: set[str] = field(default_factory=set)
     new_arrays: set[str] = field(default_factory=set)
@@ -91,7 +91,7 @@ class Diff:
     updated_chunks: dict[str, list[list[int]]] = field(default_factory=dict)
     """By array, the ascending coordinates of chunks that were written or deleted."""
     moved_nodes: list[tuple[str, str]] = field(default_factory=list)
-    """(from, to), every moved descendant included; ascending by where they lead to, name by name."""
+    """(from, to), every moved descendant included; ascending by the target path, compared name by name."""
 
     @classmethod
     def of(cls, changes: Changes) -> Diff:
@@ -108,7 +108,7 @@ class Diff:
         )
 
     def is_empty(self) -> bool:
-        """Nothing changed."""
+        """Whether nothing changed."""
         return not (self.moved_nodes or self.updated_chunks or any(getattr(self, name) for name, _ in _SETS))
 
     def _sections(self) -> Iterable[tuple[str, list[str]]]:

@@ -1,4 +1,4 @@
-"""Virtual references: chunks that are ranges of somebody else's files."""
+"""Virtual references: chunks that are byte ranges of files outside the repository."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _number = unsigned(64)
 
 
 class ChunkType(IntLikeEnum):
-    """Where a chunk's bytes are."""
+    """Kind of place where a chunk's bytes are."""
 
     uninitialized = 0
     native = 1

@@ -1,11 +1,11 @@
 """Write xarray objects into a session.
 
-`to_icechunk` is to a session what ``Dataset.to_zarr`` is to a store: xarray decides which variables, chunks and
-encodings there are, and everything it writes stands in the session until ``commit``. Reading needs nothing of ours:
-``xarray.open_zarr(session.store, consolidated=False)``.
+`to_icechunk` writes to a session as ``Dataset.to_zarr`` writes to a store: xarray decides which variables, chunks and
+encodings there are, and everything it writes stays in the session until ``commit``. Reading needs no function of this
+module: ``xarray.open_zarr(session.store, consolidated=False)``.
 
-Dask arrays are computed here and now by whatever scheduler is the default, in other processes too: their tasks write to
-a fork of the session, which is merged when all are done.
+Dask arrays are computed during the call by the default scheduler, in other processes too: their tasks write to a fork
+of the session, which is merged when all tasks are done.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ def to_icechunk(
     chunkmanager_store_kwargs: MutableMapping[Any, Any] | None = None,
     split_every: int | None = None,
 ) -> None:
-    """Write a Dataset or DataArray into a writable session; nobody else sees it before the session is committed.
+    """Write a Dataset or DataArray into a writable session; others see it only after the session is committed.
 
     Parameters
     ----------
     obj
-        What to write. A DataArray becomes a Dataset of one variable, named as ``DataArray.to_zarr`` names it.
+        Object to write. A DataArray becomes a Dataset of one variable, named as ``DataArray.to_zarr`` names it.
     session
         A writable session. It is changed, not committed.
     group
-        Path of the target group, created with its parents where absent; the root group where None.
+        Path of the target group, created with its parents if absent; None: the root group.
     mode
         ``"w"`` replaces whatever the group holds, ``"w-"`` creates and refuses a group that holds data, ``"a"``
         replaces variables of the same name, ``"a-"`` appends and leaves variables without ``append_dim`` alone,
@@ -86,9 +86,9 @@ def to_icechunk(
     Raises
     ------
     TypeError
-        ``obj`` is no xarray object.
+        If ``obj`` is not an xarray object.
     ReadOnlyError
-        The session cannot be written to.
+        If the session is read-only.
     ValueError, FileExistsError, KeyError
         As from ``Dataset.to_zarr``: an unknown mode, a dimension that does not match, a group that already holds data.
 
@@ -132,20 +132,20 @@ def to_icechunk(
 
 _FORMAT = {
     "zarr_format": 3,
-    # a second copy of all metadata would only go stale: the snapshot is the consolidation
+    # The snapshot already holds all metadata in one file; a consolidated copy would only become stale.
     "consolidated": False,
 }
 
 
 class LazyArrayWriter(common.ArrayWriter):
-    """Takes what xarray wants to have written, and writes it when it is told: first arrays in memory, then dask's."""
+    """Collects the arrays that xarray writes, and writes them on request: first arrays in memory, then dask arrays."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._eager: list[tuple[Any, Any, Any]] = []
 
     def add(self, source: Any, target: Any, region: Any = None) -> Any:
-        """Remember to write ``source`` to ``target``, or to a region of it."""
+        """Register ``source`` to be written to ``target``, or to a region of it."""
         if is_dask_collection(source):
             super().add(source, target, region)  # type: ignore[no-untyped-call]
         else:
@@ -160,7 +160,7 @@ class LazyArrayWriter(common.ArrayWriter):
 
 @dataclass
 class _XarrayDatasetWriter:
-    """Writes a dataset in three steps: metadata, arrays in memory, and dask's arrays through a fork."""
+    """Writes a dataset in three steps: metadata, arrays in memory, and dask arrays through a fork."""
 
     dataset: Dataset = field(repr=False)
     store: IcechunkStore = field(kw_only=True)
@@ -208,7 +208,7 @@ class _XarrayDatasetWriter:
     def write_lazy(
         self, chunkmanager_store_kwargs: MutableMapping[Any, Any] | None = None, split_every: int | None = None
     ) -> ForkSession:
-        """Compute and write dask's arrays; returns the session with their changes, to be merged.
+        """Compute and write dask arrays; returns the session with their changes, to be merged.
 
         Parameters
         ----------
@@ -238,13 +238,13 @@ class _XarrayDatasetWriter:
 
 
 def is_dask_collection(x: Any) -> bool:
-    """Whether something is computed by dask."""
+    """Whether ``x`` is computed by dask."""
     graph = getattr(x, "__dask_graph__", None)
     return callable(graph) and graph() is not None
 
 
 def _make_dataset(obj: DataArray | Dataset) -> Dataset:
-    """The dataset itself, or one of one variable, named so that xarray gives the DataArray back."""
+    """The dataset itself, or a dataset of one variable, named so that xarray can restore the DataArray."""
     if isinstance(obj, Dataset):
         return obj
     if obj.name is None:
@@ -265,7 +265,7 @@ def _choose_default_mode(
     append_dim: Hashable | None,
     region: Mapping[str, slice | Literal["auto"]] | Literal["auto"] | None,
 ) -> ZarrWriteModes:
-    """The mode that a write has where none is given; raises `ValueError` for one that does not fit."""
+    """The mode of a write, with a default if None is given; raises `ValueError` for a mode that does not fit."""
     if mode is None:
         return "a" if append_dim is not None else "w-" if region is None else "r+"
     if append_dim is not None and mode not in ("a", "a-"):
@@ -297,14 +297,14 @@ class IcechunkAccessor:
         storage_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> str:
-        """Write the dataset in one commit, and create the repository where there is none.
+        """Write the dataset in one commit; the repository is created if there is none.
 
         Parameters
         ----------
         url
-            As in `icechunk.open`: a place, and a branch where it is not ``main``; its path is the group.
+            As in `icechunk.open`: a location, and a branch if it is not ``main``; its path is the group.
         message, metadata
-            Of the commit.
+            Message and metadata of the commit.
         storage_options
             Keyword arguments of the storage: see `icechunk.storage_from_url`.
         options

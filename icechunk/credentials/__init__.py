@@ -1,7 +1,7 @@
 """Credentials for object stores: static, anonymous, from the environment, or fetched when they expire.
 
-A representation never shows a secret. Values pickle (the official library's do not), so that a read-only
-session can carry what its user gave it to a worker; nothing else puts them on a wire or a disk.
+A representation never shows a secret. Values can be pickled (the official library's cannot), so that a read-only
+session can take its user's credentials to a worker; nothing else sends or stores them.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class _Expiring(Credential):
 
 
 class AzureRefreshableCredential(metaclass=VariantMeta):
-    """What a refresh function for Azure returns. One of the nested classes."""
+    """Result of a refresh function for Azure. One of the nested classes."""
 
     @dataclass(frozen=True, slots=True, repr=False)
     class AccessKey(_Expiring):

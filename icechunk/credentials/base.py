@@ -1,4 +1,4 @@
-"""Shapes that the credentials of all stores share."""
+"""Base classes of the credentials of all stores."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class RefreshableCredential(Credential):
     pickled_function: bytes
     """``pickle.dumps`` of a callable without arguments."""
     current: Any = None
-    """What it returned last, or None where it is to be called at first use."""
+    """Its last result; None: the function is called at first use."""
 
     def __post_init__(self) -> None:
         instance_of(bytes)(f"{type(self).__qualname__}.pickled_function", self.pickled_function)
@@ -84,7 +84,7 @@ class RefreshableCredential(Credential):
         try:
             value = pickle.loads(self.pickled_function)()
         except Exception as error:
-            # The cause is chained; its text, which may hold a secret, stays out of ours.
+            # The cause is chained; its text may hold a secret, so it is not part of this message.
             raise InvalidInputError(
                 f"refreshing {type(self).__qualname__} failed with {type(error).__qualname__}{_place_of(error)}: "
                 "check the function given",
@@ -101,7 +101,7 @@ class RefreshableCredential(Credential):
 
 
 def _place_of(error: Exception) -> str:
-    """Where an exception was raised, for messages; empty where that was not in a function that was called."""
+    """Where an exception was raised, for messages; empty if it was not raised inside a called function."""
     frames = traceback.extract_tb(error.__traceback__)[1:]
     return f" at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
 

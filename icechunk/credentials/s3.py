@@ -89,8 +89,8 @@ def s3_refreshable_credentials(
     get_credentials
         Function without arguments, picklable by name; it may block.
     scatter_initial_credentials
-        Call it now, and carry the result along when this object is pickled, so that many workers that start
-        together do not all call it.
+        Call it now, and include the result when this object is pickled, so that many workers that start together do not
+        all call it.
     """
     return refreshable(S3Credentials.Refreshable, get_credentials, scatter_initial_credentials)
 

@@ -1,8 +1,7 @@
-"""What stands in a repository's files, as plain JSON values, and pictures of its history. Pure: no I/O.
+"""The contents of a repository's files as plain JSON values, and drawings of its history. Pure: no I/O.
 
-`files` and `repo_info` describe single files in the structure that the official library prints. `layout` decides
-where the snapshots and lines of a history go, `text_drawing` and `svg_drawing` draw that, and
-`icechunk.inspection.drawing.AncestryGraph` is what users get.
+`description` describes single files in the structure that the official library prints. `drawing` arranges the snapshots
+and lines of a history and draws them as text or SVG; users get an `icechunk.inspection.drawing.AncestryGraph`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""Snapshots, manifests and transaction logs, described.
-
-Numbers, times and metadata as JSON has them.
-
-The repository's state, described as the contents of its ``repo`` object.
-"""
+"""Descriptions of snapshots, manifests, transaction logs and the ``repo`` object as plain JSON values."""
 
 from __future__ import annotations
 
@@ -47,7 +42,7 @@ def timestamp(us: int) -> str:
 
 
 def json_value(value: Any) -> Any:
-    """A stored value as one that JSON can express: what is not a number becomes None, bytes become hexadecimal text."""
+    """A stored value as one that JSON can express: NaN and infinity become None, bytes become hexadecimal text."""
     match value:
         case float() if not math.isfinite(value):
             return None
@@ -173,7 +168,7 @@ def describe_transaction_log(data: bytes, id: ObjectId) -> Json:
 def describe_collapsed_log(
     data: bytes, id: ObjectId, ancestors: Sequence[tuple[ObjectId, TransactionLog | None]]
 ) -> Json:
-    """A transaction log together with those of the ancestors that expiration took out of the history before it.
+    """A transaction log combined with those of the ancestors that expiration removed from the history before it.
 
     Parameters
     ----------

@@ -1,16 +1,11 @@
-"""A drawing of a repository's history, as users get it.
-
-Where the snapshots of a history and the lines between them go in a drawing.
+"""Drawings of a repository's history: layout, colours, text and SVG.
 
 Rows go from the newest snapshot to the oldest, children before their parents. Each line of descent keeps to a lane (a
 column) from its tip down to the snapshot that it shares with a lane further left; a lane that has ended is used again.
-``main`` has the leftmost one for itself.
+``main`` has the leftmost lane for itself. The colours of the lines are legible on light and on dark backgrounds.
 
-Colours of the lines of a history, legible on light and on dark grounds.
-
-A history as text: box-drawing characters, with the colours of ANSI terminals or without.
-
-A history as a picture: one SVG element that stands by itself, without scripts, styles of the page or links.
+The text drawing uses box-drawing characters, with or without ANSI colours. The picture is one self-contained SVG
+element without scripts, page styles or links.
 """
 
 from __future__ import annotations
@@ -36,9 +31,9 @@ class Row:
     """One snapshot."""
 
     lane: int
-    """Where it stands."""
+    """Number of its lane, from 0."""
     colours: tuple[int | None, ...]
-    """By lane, the number of the line that runs there beside or through this snapshot; None: nothing does."""
+    """By lane, the number of the line that passes beside or through this snapshot; None: no line."""
     joining: tuple[int, ...]
     """Lanes right of it, ascending, whose lines end at it: their snapshots have it as parent."""
     continues: bool
@@ -70,7 +65,7 @@ def lay_out(
     tags: Mapping[str, ObjectId],
     main: ObjectId | None = None,
 ) -> Drawing:
-    """Arrange what the ``tips`` descend from.
+    """Arrange the ``tips`` and their ancestors.
 
     Parameters
     ----------
@@ -330,7 +325,7 @@ def _y(row: int) -> int:
 
 
 def _columns(row: Row) -> int:
-    """Width of a row's text in characters; the wide ones of East Asia count twice."""
+    """Width of a row's text in characters; wide East Asian characters count twice."""
     names = [*row.branches, *row.tags]
     text = f"{row.short_id} {'(' + ', '.join(names) + ') ' if names else ''}{row.message}"
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
@@ -338,10 +333,10 @@ def _columns(row: Row) -> int:
 
 @final
 class AncestryGraph:
-    """A drawing of history: text where it is printed, a picture in a notebook.
+    """A drawing of history: text when printed, a picture in a notebook.
 
     Made by `Repository.ancestry_graph`. Names and messages are shown without control characters, and escaped in the
-    picture, so that nothing in them acts on a terminal or a page.
+    picture, so that they cannot affect a terminal or a page.
     """
 
     __slots__ = ("_drawing", "_plain")

@@ -1,9 +1,9 @@
 """Reading virtual chunks: only from containers that the caller authorised, and only what has not changed.
 
-Reads of one loop share one pool and one block reader, so that the many small references that point into one file
-become few requests. What was read ahead is kept under the location *and* the checksum that it was read for: bytes that
-passed one check never answer a reference with another one. A reference without a checksum trusts what was read for
-`TRUST_S`, no longer.
+Reads of one loop share one pool and one block reader, so that many small references to one file become few requests.
+Bytes that were read ahead are kept under the location *and* the checksum that they were read for: bytes that passed one
+check are never returned for a reference with another checksum. A reference without a checksum uses kept bytes for at
+most `TRUST_S`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from icechunk.virtual_access.trust import require_named
 __all__ = ["TRUST_S", "VirtualAccess"]
 
 TRUST_S: Final = 10
-"""How long bytes are kept that no checksum vouches for."""
+"""Seconds for which bytes without a checksum are kept."""
 
 _KINDS: Final[tuple[tuple[tuple[type, ...], type, str], ...]] = (
     (
@@ -73,7 +73,7 @@ class VirtualAccess:
     Raises
     ------
     TypeError
-        Something else than credentials.
+        If a value is not credentials.
     StorageError
         Credentials for another kind of store than the container's.
     """
@@ -306,5 +306,5 @@ def _check_unchanged(mark: str, found: GetResult, location: str) -> None:
 
 
 def _plain(etag: str) -> str:
-    """An ETag without what says that it is weak, and without quotes; on one line."""
+    """An ETag without its weakness prefix and quotes, on one line."""
     return etag.removeprefix("W/").strip('"').replace("\n", " ")

@@ -18,8 +18,8 @@ __all__ = ["LocalFiles"]
 class LocalFiles:
     """Reads files below an authorised folder.
 
-    Symbolic links are followed, as the official library does it: whoever can make one in the folder decides what is in
-    it, and that is not the author of a reference. Dot segments never leave the folder; see `locations`.
+    Symbolic links are followed, as in the official library: a link can only be made by a user who controls the folder's
+    contents, not by the author of a reference. Dot segments never leave the folder; see `locations`.
     """
 
     async def get(self, location: str, wanted: Range) -> GetResult:
@@ -33,7 +33,7 @@ class LocalFiles:
 
 def _read(path: str, wanted: Range) -> GetResult:
     try:
-        # Not blocking: a pipe that somebody put there must not hold a thread for ever.
+        # Not blocking: a named pipe at this path must not block a thread for ever.
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ObjectNotFoundError(f"there is no file {path!r}") from error

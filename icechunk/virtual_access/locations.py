@@ -1,4 +1,4 @@
-"""What the location of a virtual chunk means: pure functions of its text.
+"""Interpretation of the locations of virtual chunks: pure functions of their text.
 
 A location is a URL. As in the official library it is kept as it was given, but for the scheme's case and, in ``file:``
 URLs, for dot segments; ``vcc://name/rest`` is relative to the container called ``name``. Which container a location
@@ -86,7 +86,7 @@ def key_of(location: str) -> str:
 
 
 def require_no_way_out(location: str) -> None:
-    """Refuse a location whose path some web server could take for one outside of it, however it decodes it.
+    """Refuse a location whose path a web server could decode, in whatever way, to a path outside of the prefix.
 
     Raises
     ------
@@ -151,7 +151,8 @@ class Prefixes:
         )
 
     def is_plain(self, location: str) -> bool:
-        """Whether a location is certainly stored as it stands, and held: millions of these come at once."""
+        """Whether a location is certainly stored unchanged and held by a container; a fast check for millions of
+        them."""
         return (
             location.startswith(self._starts)
             and "/." not in location

@@ -57,7 +57,7 @@ class ObstoreFiles:
         )
 
     async def _unread(self, location: str, key: str, wanted: Range, error: Exception) -> IcechunkError:
-        """The error to raise for one while reading: stores and obstore say in many ways that an object is shorter."""
+        """The error to raise for a failed read: stores and obstore report in many ways that an object is too short."""
         shown = redacted_url(location)
         try:
             meta = await obstore_module().head_async(self._store, key)

@@ -1,4 +1,4 @@
-"""The one verb that reading somebody else's objects needs."""
+"""The port through which objects outside the repository are read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Reader(Protocol):
         Raises
         ------
         ObjectNotFoundError
-            Nothing there.
+            If there is no object at the location.
         IcechunkError
             Anything else that went wrong, after the tries that the settings allow.
         """

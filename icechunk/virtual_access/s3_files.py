@@ -1,4 +1,4 @@
-"""Virtual chunks in S3 buckets, by our own storage."""
+"""Virtual chunks in S3 buckets, read through `icechunk.storage.s3`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Where credentials may be sent: to the service's own hosts, and to endpoints that the reader has named.
+"""Rules for where credentials may be sent: to the service's own hosts, and to endpoints that the reader has named.
 
-The configuration that is persisted with a repository was written by whoever may write there, and it may name an
-endpoint or a proxy for a container. A reader who authorises ``s3://trusted/`` with a key has not said that the key goes
-to some other host, so such options are obeyed only where the reader's own configuration has them too, or where nothing
-secret is sent.
+Anyone who may write to a repository can change its persisted configuration, which may name an endpoint or a proxy for a
+container. A reader that authorises ``s3://trusted/`` with a key has not allowed that key to go to another host. Such
+options are therefore obeyed only if the reader's own configuration has them too, or if nothing secret is sent.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def require_named(
     named: Mapping[str, VirtualChunkContainer],
     endpoint: str | None,
 ) -> None:
-    """Refuse to send credentials where a repository says, and its reader does not.
+    """Refuse to send credentials to a host that only the repository's persisted configuration names.
 
     Parameters
     ----------

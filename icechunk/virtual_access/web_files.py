@@ -48,6 +48,6 @@ class WebFiles:
 
     async def get(self, location: str, wanted: Range) -> GetResult:
         """As `Reader.get`."""
-        # What a decoding server would make of the path has to stay below the prefix too.
+        # The path as a server decodes it has to stay below the prefix too.
         require_no_way_out(location)
         return await self._reader.get(location, wanted)
