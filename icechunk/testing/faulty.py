@@ -1,8 +1,8 @@
-"""A storage with bad days: lost answers, late and doubled writes, requests that never leave.
+"""A storage that injects faults: lost answers, late and doubled writes, requests that are never sent.
 
-What happens to each request is decided by a plan, a function from the request to a `Fault`. `scripted` plans name the
-n-th request of a kind; `seeded` ones draw from a seeded generator, so that a failure is reproduced by its number. A
-write that is `LATE` lands when somebody calls `FaultyStorage.deliver`.
+A plan, which is a function from the request to a `Fault`, decides about each request. `scripted` plans name the n-th
+request of a kind; `seeded` plans draw from a seeded generator, so that the seed reproduces a failure. A write that is
+`LATE` lands when `FaultyStorage.deliver` is called.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ __all__ = ["Fault", "FaultPlan", "FaultyStorage", "PlannedRequest", "scripted", 
 
 
 class Fault(StrEnum):
-    """What becomes of a request."""
+    """Outcome of a request."""
 
     NONE = "none"
-    """Nothing bad."""
+    """No fault."""
     FAIL_BEFORE = "fail-before"
     """It never reaches the store; the caller gets `StorageError`."""
     LOSE_ANSWER = "lose-answer"
@@ -47,7 +47,7 @@ class Fault(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedRequest:
-    """What a plan decides on."""
+    """A request as a plan sees it."""
 
     n: int
     """Counts all requests of the storage from 0."""
@@ -83,7 +83,7 @@ def scripted(steps: Mapping[tuple[str, int], Fault], prefix: str = "") -> FaultP
 
 
 def seeded(seed: int, probability: float = 0.2, faults: Iterable[Fault] = tuple(Fault)[1:]) -> FaultPlan:
-    """A plan that strikes with ``probability``, the same for the same seed and order of requests."""
+    """A plan that injects a fault with ``probability``; the same seed and order of requests give the same faults."""
     generator = random.Random(seed)
     choices = list(faults)
 

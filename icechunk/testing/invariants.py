@@ -1,4 +1,4 @@
-"""What must always be true of a repository; each check raises `AssertionError` and says what is not."""
+"""Invariants of a repository; each check raises `AssertionError` with the violated one."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ __all__ = [
 def assert_ancestry_invariants(
     ancestry: list[SnapshotInfo], known_commits: set[str] | None = None, *, must_contain_initial: bool = True
 ) -> None:
-    """A history is one chain, newest first, in which no snapshot stands twice.
+    """A history is one chain, newest first, that contains no snapshot twice.
 
     Parameters
     ----------
     ancestry
-        What `Repository.ancestry` gives.
+        The result of `Repository.ancestry`.
     known_commits
-        Ids of the snapshots that there may be.
+        Ids of the snapshots that may be in it.
     must_contain_initial
-        Whether it goes down to the first snapshot; what was expired ends sooner.
+        Whether it must end with the first snapshot; a history with expired snapshots ends earlier.
     """
     assert ancestry, "the history is empty"
     ids = [snapshot.id for snapshot in ancestry]
-    assert len(set(ids)) == len(ids), f"a snapshot stands in the history twice: {ids}"
+    assert len(set(ids)) == len(ids), f"a snapshot is in the history twice: {ids}"
     for newer, older in pairwise(ancestry):
         assert newer.parent_id == older.id, f"{newer.id} follows {older.id}, but its parent is {newer.parent_id}"
         assert newer.written_at > older.written_at, (
@@ -48,13 +48,13 @@ def assert_ancestry_invariants(
 
 
 def assert_moves_sorted_by_final_path(moved_nodes: list[tuple[str, str]]) -> None:
-    """Moves stand in the order of where they lead to, compared name by name: ``/a`` before ``/a/b`` before ``/a-b``."""
+    """Moves are sorted by their target path, compared name by name: ``/a`` before ``/a/b`` before ``/a-b``."""
     targets = [target.split("/") for _, target in moved_nodes]
     assert targets == sorted(targets), f"moves are not sorted by their target: {moved_nodes}"
 
 
 def assert_list_dir_equal(path: str, expected: list[str], actual: list[str]) -> None:
-    """Two stores list the same names at a path, but for ``c``, whose listing without chunks differs among stores."""
+    """Two stores list the same names at a path, except for ``c``, whose listing without chunks differs among stores."""
     wanted, found = ({name for name in names if name != "c"} for names in (expected, actual))
     assert found == wanted, f"at {path!r} the model lists {sorted(wanted)}, the store {sorted(found)}"
 

@@ -1,4 +1,4 @@
-"""A storage that is as far away as one says."""
+"""A storage with added latency."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LatencyStorage(WrappingStorage):
     Parameters
     ----------
     inner
-        What is behind the pauses.
+        The storage that requests are sent to after the pause.
     write_latency_ms
         Before each PUT, copy and deletion.
     read_latency_ms
@@ -47,7 +47,7 @@ class LatencyStorage(WrappingStorage):
 
     @property
     def write_latency_ms(self) -> int:
-        """Pause before what writes, ms."""
+        """Pause before a write, ms."""
         return self._write_ms
 
     @write_latency_ms.setter
@@ -56,7 +56,7 @@ class LatencyStorage(WrappingStorage):
 
     @property
     def read_latency_ms(self) -> int:
-        """Pause before what reads, ms."""
+        """Pause before a read, ms."""
         return self._read_ms
 
     @read_latency_ms.setter

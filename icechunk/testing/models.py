@@ -1,7 +1,7 @@
 """Models to compare a repository with: trees of groups and arrays, and a plain store that can move and shift.
 
-A tree is a value, and no store: `GroupNode.materialize` writes it to any store, so that one tree can stand in a model
-and in a repository. `ModelStore` is zarr's memory store with what only icechunk can do besides.
+A tree is a value, not a store: `GroupNode.materialize` writes it to any store, so that the same tree can be written to
+a model and to a repository. `ModelStore` is zarr's memory store with the operations that only icechunk has.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _PROTOTYPE = default_buffer_prototype()
 
 
 class ModelStore(MemoryStore):
-    """zarr's memory store, and what sessions do beyond it, in the simplest way."""
+    """zarr's memory store, with a simple implementation of the additional operations of sessions."""
 
     spec_version: int
 
     async def shift_array(self, array_path: str, offset: tuple[int, ...], num_chunks: tuple[int, ...]) -> None:
-        """Move every chunk of an array by an offset; those that leave the grid are gone.
+        """Move every chunk of an array by an offset; chunks that leave the grid are dropped.
 
         Parameters
         ----------
@@ -52,13 +52,13 @@ class ModelStore(MemoryStore):
         self._store_dict.update(moved)
 
     async def move(self, source: str, dest: str) -> None:
-        """Move a node with all below it; paths begin with a slash."""
+        """Move a node and everything below it; paths begin with a slash."""
         old, new = (f"{path.strip('/')}/".removeprefix("/") for path in (source, dest))
         for key in [key for key in self._store_dict if key.startswith(old)]:
             self._store_dict[new + key.removeprefix(old)] = self._store_dict.pop(key)
 
     async def copy(self) -> ModelStore:
-        """A store with the same keys and values, which goes its own way from here."""
+        """An independent store with the same keys and values."""
         return ModelStore(dict(self._store_dict))
 
 
@@ -78,7 +78,7 @@ class GroupNode:
     """By name."""
 
     def walk(self, prefix: str | PurePosixPath = "") -> Iterator[tuple[PurePosixPath, Node]]:
-        """Every node below this one with its path, each group before what it holds."""
+        """Every node below this one with its path, each group before its members."""
         for name, child in self.children.items():
             path = PurePosixPath(prefix) / name
             yield path, child

@@ -1,9 +1,9 @@
-"""Counts requests, and the round trips that had to wait for one another.
+"""A storage that records requests, and counts the round trips that depend on each other.
 
-Between two requests of one operation lies a dependency if the second began after the first had ended.
-`RecordingStorage.dependent_rounds` is the longest chain of such requests: what the operation costs in latencies,
-however many requests fly at once. To make that exact without a clock, every request waits for all other tasks to have
-had their turn before it is answered, so that everything which does not depend on an answer has begun by then.
+A request depends on another one of the same operation if it began after the other had ended.
+`RecordingStorage.dependent_rounds` is the longest chain of such requests: the cost of the operation in latencies,
+independent of the number of requests at the same time. To make that exact without a clock, every request is answered
+only after all other tasks had their turn, so that every request that does not depend on its answer has begun by then.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ class RecordedRequest:
     size: int = 0
     """Bytes of a put's body, or of a get's answer."""
     started: int = 0
-    """Position in the order of all beginnings and ends."""
+    """Position of its beginning in the order of all beginnings and ends."""
     ended: int | None = None
-    """The same; None while it is under way."""
+    """Position of its end in that order; None while it is in flight."""
     error: BaseException | None = None
-    """What it raised."""
+    """The error that it raised."""
 
 
 class RecordingStorage(WrappingStorage):
-    """Writes down every request to ``inner``.
+    """Records every request to ``inner``.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ class RecordingStorage(WrappingStorage):
             page = await self._record(RecordedRequest(verb="list", key=prefix), step)
             if page:
                 yield page
-            # A full page may be followed by another; a short one is the last, and the store says so in it.
+            # A full page may be followed by another; a short page is the last, and the store says so in it.
             if len(page) < page_size:
                 return
 

@@ -1,4 +1,4 @@
-"""A storage whose every request a test can watch, hold, or let go wrong, and a clock that only tests move."""
+"""A storage whose requests a test can observe, hold, or make fail, and a clock that only tests move."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["ManualClock", "Request", "ScriptedStorage"]
 
 
 class ManualClock:
-    """A clock that stands still until it is moved; sleeping on it moves it and takes no time."""
+    """A clock that changes only when it is moved; sleeping on it moves it and takes no real time."""
 
     def __init__(self, now_us: int = 1_790_000_000_000_000, seed: int = 0) -> None:
         self.now_us = now_us
@@ -37,7 +37,7 @@ class ManualClock:
         self.now_us += int(seconds * 1e6)
 
     def sources(self, *, skew_s: float = 0) -> Sources:
-        """One machine's view of it, with a wall clock that is off by that much, and randomness of its own."""
+        """One machine's view of the clock, with a wall clock that is off by ``skew_s``, and randomness of its own."""
         self._seed += 1
         rng = random.Random(self._seed)
 
@@ -66,7 +66,8 @@ class Request:
 
 Send = Callable[[], Awaitable[object]]
 Script = Callable[[Request, Send], Awaitable[object]]
-"""Given a request and what sends it on: send it, or not, or more than once, and return or raise the answer."""
+"""Called with a request and the function that sends it on: sends it, or not, or more than once, and returns or raises
+the answer."""
 
 
 class ScriptedStorage(Storage):
@@ -75,14 +76,14 @@ class ScriptedStorage(Storage):
     Parameters
     ----------
     inner
-        Where requests go; shared by several of these, it is one store with several clients.
+        The storage that requests are sent to. Several scripted storages that share it are clients of one store.
     """
 
     def __init__(self, inner: Storage | None = None) -> None:
         self.inner = inner if inner is not None else MemoryStorage()
         self.requests: list[Request] = []
         self.script: Script | None = None
-        """None: everything goes through."""
+        """The script; None: every request is sent unchanged."""
 
     async def _do(self, request: Request, send: Send) -> object:
         self.requests.append(request)
@@ -160,5 +161,5 @@ class ScriptedStorage(Storage):
 
 
 def lost_answer() -> StorageError:
-    """What a client sees when a request times out."""
+    """The error that a client gets when a request times out."""
     return StorageError("timed out")

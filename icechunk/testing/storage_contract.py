@@ -1,4 +1,4 @@
-"""What every `Storage` has to do, as tests.
+"""The contract of every `Storage`, as tests.
 
 A back end's test subclasses `StorageContract` and provides the fixture ``storage``: an empty storage. No override may
 weaken a test.
@@ -54,9 +54,9 @@ class StorageContract:
     """Contract suite of the storage port."""
 
     refused_keys: ClassVar[frozenset[str]] = frozenset()
-    """Odd keys that this back end cannot hold, and so has to refuse."""
+    """Unusual keys that this back end cannot hold and therefore has to refuse."""
 
-    async def test_what_was_put_is_what_get_returns(self, storage: Storage) -> None:
+    async def test_get_returns_the_bytes_that_were_put(self, storage: Storage) -> None:
         before_us = time.time_ns() // 1000
         put = await storage.put("a/b/c", b"hello")
         got = await storage.get("a/b/c")
@@ -84,7 +84,7 @@ class StorageContract:
         assert memoryview(first).readonly
         assert memoryview(part).readonly
 
-    async def test_bytearray_and_memoryview_are_taken_as_they_are_now(self, storage: Storage) -> None:
+    async def test_bytearray_and_memoryview_are_copied_when_they_are_put(self, storage: Storage) -> None:
         changing = bytearray(b"abc")
         await storage.put("x", changing)
         await storage.put("y", memoryview(b"0123456789")[2:5])
@@ -92,7 +92,7 @@ class StorageContract:
         assert (await storage.get("x")).data == b"abc"
         assert (await storage.get("y")).data == b"234"
 
-    async def test_missing_objects_are_said_to_be_missing(self, storage: Storage) -> None:
+    async def test_a_missing_object_raises_object_not_found(self, storage: Storage) -> None:
         await storage.put("folder/x", b"1")
         for key in ("nothing", "folder", "folder/x/y", "no/such/folder"):
             with pytest.raises(ObjectNotFoundError, match=key):
@@ -143,7 +143,7 @@ class StorageContract:
         got = await storage.get("slot/1")
         assert (got.data, got.version) == (b"first", first.version)
 
-    async def test_absent_with_the_bytes_that_stand_there_is_refused_too(self, storage: Storage) -> None:
+    async def test_absent_is_refused_even_if_the_object_has_the_same_bytes(self, storage: Storage) -> None:
         await storage.put("slot", b"same", Absent())
         with pytest.raises(PreconditionFailedError):
             await storage.put("slot", b"same", Absent())
@@ -186,7 +186,7 @@ class StorageContract:
         versions = [(await storage.put("x", b"%d" % n)).version for n in range(10)]
         assert len(set(versions)) == 10
 
-    async def test_of_creators_that_race_exactly_one_wins(self, storage: Storage) -> None:
+    async def test_exactly_one_of_racing_creators_wins(self, storage: Storage) -> None:
         async def create(n: int) -> bool:
             try:
                 await storage.put("race", b"%d" % n, Absent())
@@ -198,7 +198,7 @@ class StorageContract:
         assert sum(won) == 1
         assert (await storage.get("race")).data == b"%d" % won.index(True)
 
-    async def test_of_replacers_that_race_exactly_one_wins(self, storage: Storage) -> None:
+    async def test_exactly_one_of_racing_replacers_wins(self, storage: Storage) -> None:
         base = await storage.put("race", b"base")
 
         async def replace(n: int) -> bool:
@@ -220,7 +220,7 @@ class StorageContract:
         assert [info.key for info in listed] == sorted(keys, key=str.encode)
         assert [info.size for info in listed] == [len(info.key.encode()) for info in listed]
 
-    async def test_listing_takes_a_plain_string_prefix(self, storage: Storage) -> None:
+    async def test_listing_accepts_any_string_as_prefix(self, storage: Storage) -> None:
         for key in ("log/a1", "log/a2", "log/b1", "logs/x", "other"):
             await storage.put(key, b"")
 
@@ -270,7 +270,7 @@ class StorageContract:
         with pytest.raises(ObjectNotFoundError, match="never"):
             await storage.copy("never", "folder/target")
 
-    async def test_odd_but_legal_keys_work(self, storage: Storage) -> None:
+    async def test_unusual_but_legal_keys_work(self, storage: Storage) -> None:
         for key in self.refused_keys:
             with pytest.raises(InvalidInputError) as caught:
                 await storage.put(key, b"x")

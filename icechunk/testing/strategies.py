@@ -38,9 +38,9 @@ _MICROSECOND = datetime.timedelta(microseconds=1)
 
 @st.composite
 def splitting_configs(draw: st.DrawFn, *, arrays: Iterable[zarr.Array[ArrayV3Metadata]]) -> ManifestSplittingConfig:
-    """A splitting configuration that speaks of (some of) these arrays, each by its path or by its name.
+    """A splitting configuration for (some of) these arrays, each named by its path or by its name.
 
-    Their dimensions are told by axis or by name, and the last of them may be "any other".
+    Dimensions are given by axis or by name, and the last of them may be "any other".
     """
     sizes: dict[Any, dict[Any, int]] = {}
     for array in arrays:
@@ -88,7 +88,7 @@ def repository_configs(
     Parameters
     ----------
     num_updates_per_repo_info_file, inline_chunk_threshold_bytes, splitting
-        What to draw these options from; the last two stay unset where no strategy is given.
+        Strategies for these options; the last two options stay unset if no strategy is given.
     ic_module
         Build the configuration with the classes of this package instead: another version of the library, say.
     """
@@ -123,9 +123,9 @@ def chunk_paths(draw: st.DrawFn, numblocks: tuple[int, ...]) -> str:
 
 
 def draw_older_than(data: st.DataObject, storage: Storage, repo: Repository) -> datetime.datetime:
-    """A cutoff for expiration or collection: just after something that is on storage, so that it makes a difference.
+    """A cutoff for expiration or collection, just after an existing object or snapshot, so that it makes a difference.
 
-    Both times are taken into account, that of the objects and that which the snapshots carry.
+    Both the times of objects and the times in snapshots are used.
     """
     written = {
         info.created_at

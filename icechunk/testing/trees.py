@@ -1,7 +1,7 @@
-"""Hypothesis strategies for trees of groups and arrays, and for moving their nodes about.
+"""Hypothesis strategies for trees of groups and arrays, and for moves of their nodes.
 
-Names resemble each other on purpose, as ``EC-Earth3`` and ``EC-Earth3-Veg`` do: what confuses a path with a prefix of
-it fails here. Moves are pairs of absolute paths; those that must fail come with a pattern of the message.
+Names resemble each other on purpose, as ``EC-Earth3`` and ``EC-Earth3-Veg`` do, so that code that confuses a path with
+a prefix of it fails. Moves are pairs of absolute paths; a move that must fail has a pattern of its message.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _is_name(text: str) -> bool:
 
 
 def similar_name(non_sibling_names: set[str], sibling_names: set[str]) -> st.SearchStrategy[str]:
-    """A name like those that there are: that of a node elsewhere, or that of a sibling with something put to it."""
+    """A name that resembles existing ones: that of a node elsewhere, or that of a sibling with a suffix."""
     choices = [st.sampled_from(sorted(non_sibling_names))] if non_sibling_names else []
     if sibling_names:
         parts = st.tuples(st.sampled_from(sorted(sibling_names)), separators, affix)
@@ -92,14 +92,14 @@ def similar_name(non_sibling_names: set[str], sibling_names: set[str]) -> st.Sea
 
 
 def fresh_name(pool: set[str], exclude: set[str]) -> st.SearchStrategy[str]:
-    """A name that is not among ``exclude``, and often one of ``pool`` or like it."""
+    """A name that is not in ``exclude``, and is often in ``pool`` or resembles a name in it."""
     names = st.one_of(zrst.node_names, similar_name(pool, pool)) if pool else zrst.node_names
     return names.filter(lambda name: _is_name(name) and name not in exclude)
 
 
 @st.composite
 def fresh_names(draw: st.DrawFn, pool: set[str], exclude: set[str], n: int) -> list[str]:
-    """So many different names, as from `fresh_name`."""
+    """``n`` different names, as from `fresh_name`."""
     names: list[str] = []
     for _ in range(n):
         names.append(draw(fresh_name(pool, exclude.union(names))))
@@ -170,12 +170,12 @@ def is_descendant(path: str, ancestor: str) -> bool:
 
 
 def absolute(path: str) -> str:
-    """A path of a tree as sessions want it: ``"/"`` for the root."""
+    """A path of a tree in the form that sessions use: ``"/"`` for the root."""
     return f"/{path}"
 
 
 def wrap_tolerant(pattern: str) -> str:
-    """The pattern with every space matching any space, a line break with its decoration included."""
+    """The pattern, in which every space matches any white space, also a line break with its decoration."""
     return re.sub(" +", r"\\s+\\|?\\s*", pattern)
 
 
@@ -199,7 +199,7 @@ def _invalid_move_eligibility(all_nodes: set[str], all_arrays: set[str]) -> list
 
 
 def _outside(path: str, nodes: set[str]) -> set[str]:
-    """Nodes that a target at or below ``path`` is neither the same as nor below of."""
+    """Nodes that are neither equal to nor above a target at or below ``path``."""
     return {node for node in nodes if node != path and not is_descendant(path, node)}
 
 
@@ -247,7 +247,7 @@ def invalid_move(
         case "overwrite":
             source = draw(st.sampled_from(movable))
             others = [node for node in movable if node != source and not is_descendant(node, source)]
-            # A parent may be overwritten by its child; where all else is below the source, the roles change.
+            # A parent may be overwritten by its child; if everything else is below the source, the roles are swapped.
             if not others:
                 source, others = next(node for node in movable if node != source), [source]
             target = draw(st.sampled_from(others))
@@ -284,7 +284,7 @@ def valid_and_invalid_moves(
     n_moves: st.SearchStrategy[int] = _FEW,
     p_invalid: st.SearchStrategy[float] = _SHARES,
 ) -> list[MixedMove]:
-    """Moves one after the other, some of which must fail and change nothing.
+    """A sequence of moves, some of which must fail and change nothing.
 
     Parameters
     ----------
@@ -308,7 +308,7 @@ def valid_and_invalid_moves(
 
 @st.composite
 def valid_moves(draw: st.DrawFn, tree: GroupNode, n_moves: st.SearchStrategy[int] = _FEW) -> list[tuple[str, str]]:
-    """Moves one after the other that must all succeed; none where the tree has no nodes."""
+    """A sequence of moves that must all succeed; empty if the tree has no nodes."""
     if not tree.children:
         return []
     drawn = draw(valid_and_invalid_moves(tree, n_moves, st.just(0.0)))

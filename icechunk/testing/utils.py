@@ -16,7 +16,7 @@ __all__ = ["precommit_postcommit_readonly", "tree_to_model_and_icechunk", "updat
 def tree_to_model_and_icechunk(
     tree: GroupNode, add_hypothesis_note: bool = True
 ) -> tuple[ModelStore, Session, Repository]:
-    """Write a tree to a model and to a new repository in memory, where it stands uncommitted in the session.
+    """Write a tree to a model and to a new repository in memory, where it is uncommitted in the session.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def tree_to_model_and_icechunk(
 def precommit_postcommit_readonly(
     session: Session, repo: Repository, *, allow_empty: bool = False
 ) -> Generator[tuple[str, IcechunkStore], None, None]:
-    """The store of a writable session as it stands, then after its commit, and then that of a new session.
+    """The store of a writable session before its commit, then after its commit, and then the store of a new session.
 
     Yields
     ------
@@ -54,7 +54,7 @@ def precommit_postcommit_readonly(
 
 
 def update_paths_after_move(source: str, dest: str, arrays: set[str], groups: set[str]) -> list[set[str]]:
-    """The arrays and the groups that there are after a node was moved; all paths written alike."""
+    """The paths of the arrays and of the groups after a node was moved, all in the same form."""
 
     def moved(path: str) -> str:
         return dest + path.removeprefix(source) if path == source or path.startswith(f"{source}/") else path

@@ -1,4 +1,4 @@
-"""A storage that hands everything on to another; base of the observing and the faulty ones."""
+"""A storage that forwards every request to another one; base of the observing and the faulty storages."""
 
 from __future__ import annotations
 
