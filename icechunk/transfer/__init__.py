@@ -1,1 +1,1 @@
-"""What moves bytes: pools that keep the wire busy, and the caches in front of them."""
+"""Transfer of bytes: pools of concurrent requests, and the caches in front of them."""

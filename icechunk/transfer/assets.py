@@ -1,11 +1,9 @@
-"""Reading and writing the immutable files of a repository, through the fetch pool and the caches.
+"""Reading of the immutable files of a repository, through the fetch pool and the caches.
 
-Manifests that sessions will probably need, fetched in the background as soon as a session begins.
-
-A task is one of asyncio, held here, and belongs to the loop it runs on: it ends by itself, or is cancelled when the
-repository or its loop is closed. What fails is fetched again, and then reported, by whoever needs it.
-
-How requests are made of reads: one value of settings for all pools of a repository.
+`Assets` has one value of settings (`Reads`) for all pools of a repository. `Preloader` fetches manifests that sessions
+will probably need in the background, as soon as a session begins. Its tasks are asyncio tasks that it keeps references
+to. A task belongs to the loop that it runs on: it ends by itself, or is cancelled when the repository or its loop is
+closed. A preload that fails is only logged; the read that needs the manifest fetches it again and reports the error.
 """
 
 from __future__ import annotations
@@ -45,11 +43,11 @@ class Reads:
     """Settings of the pools and block readers of one repository."""
 
     limits: Limits = field(default_factory=Limits)
-    """Merging, reading ahead, and what is kept."""
+    """Sizes for merging, reading ahead and keeping bytes."""
     splitting: Splitting | None = None
-    """Of long ranges; None: they are one request."""
+    """How long ranges are split; None: a range is always one request."""
     hedge_percentile: int | None = None
-    """Requests slower than so many percent of recent ones are sent again; None: none are."""
+    """Requests that take longer than this percentage of recent ones are sent again; None: never."""
 
     def pool(self, storage: Gettable, gate: Gate) -> FetchPool:
         """A pool on the loop that ``gate`` belongs to."""
@@ -65,21 +63,21 @@ T = TypeVar("T")
 SEARCHES_BEFORE_INDEX = 16
 """Look-ups in one array of a manifest that are answered without an index: making one reads all its rows."""
 FEW_MANIFESTS = 8
-"""Up to so many manifests of an array are looked through one by one."""
+"""Largest number of manifests of an array that are searched one by one."""
 
 _MAX_COMMITS = 1024
 _MAX_MANIFESTS = 8192
-"""Values that are kept however small they are: tiny ones of a long history weigh little and take room all the same."""
+"""Largest number of cached values: the many tiny manifests of a long history weigh little, but each takes memory."""
 
 FindFile: TypeAlias = Callable[[str], Awaitable[bytes | None]]
-"""A file by its key, from elsewhere; None where it is nowhere."""
+"""Looks up a file by its key in another place than the storage; returns None if it is not there."""
 
 OFF_LOOP_BYTES = 128 * 1024
-"""Work on more bytes than this would hold up the event loop for milliseconds, and goes to a thread."""
+"""Work on more bytes than this would block the event loop for milliseconds, and is done in a thread."""
 
 
 async def off_loop(size_bytes: int, work: Callable[[], T], limiter: anyio.CapacityLimiter | None = None) -> T:
-    """Run CPU-bound work: at once where it is small, in a thread, under the limit, where it would hold up the loop."""
+    """Run CPU-bound work: directly if it is small, else in a thread, within the limit."""
     if size_bytes < OFF_LOOP_BYTES:
         return work()
     return await in_thread(work, limiter=limiter)
@@ -89,7 +87,7 @@ class Unknown(Enum):
     """The type of `UNKNOWN`."""
 
     UNKNOWN = "unknown"
-    """It has to be read to know."""
+    """The manifest has to be read first."""
 
 
 UNKNOWN: Final = Unknown.UNKNOWN
@@ -98,7 +96,7 @@ _chunk_key = lru_cache(maxsize=4096)(chunk_key)
 
 
 class _Columns:
-    """References of one array in a cached manifest, with the index that frequent look-ups deserve."""
+    """References of one array in a cached manifest, with an index that is made when look-ups are frequent."""
 
     __slots__ = ("refs", "searches", "table", "walks")
 
@@ -163,9 +161,9 @@ class Assets:
     max_decodes
         Files that are decoded in threads at the same time, for each loop.
     files
-        Metadata files that are in memory as they stand on storage, by key; some may not stand there yet.
+        Bytes of metadata files in memory, by key; some may not be on storage yet.
     find_file
-        Asked for a metadata file that has no object, before it is called missing.
+        Called for a metadata file that has no object, before the file counts as missing.
     """
 
     def __init__(
@@ -211,7 +209,7 @@ class Assets:
         return found
 
     def known_snapshot(self, id: ObjectId) -> Snapshot | None:
-        """A snapshot that is in the cache; None where it is not."""
+        """A snapshot from the cache; None if it is not there."""
         return self._snapshots.get(id)
 
     def knows_manifest(self, id: ObjectId) -> bool:
@@ -219,27 +217,26 @@ class Assets:
         return self._manifests.get(id) is not None
 
     def has_room_for(self, num_chunk_refs: int) -> bool:
-        """Whether manifests of so many references fit into the cache, if everything else leaves it."""
+        """Whether manifests with that many references would fit into an empty cache."""
         return num_chunk_refs <= self._manifests.max_weight
 
     async def manifest(self, id: ObjectId) -> Manifest:
-        """A manifest by its id. A missing one is an error: a snapshot promised it."""
+        """A manifest by its id. A missing manifest is an error, because a snapshot refers to it."""
         return (await self._manifest(id)).manifest
 
     async def _manifest(self, id: ObjectId) -> _Held:
         found = self._manifests.get(id)
         if found is None:
             loaded = await self._load(manifest_key(id), lambda data: decode_manifest(data, expected_id=id))
-            # Others waited for it too: all shall share what is learned about its rows.
+            # Other callers waited for it too: all of them share one index of its rows.
             found = self._manifests.get(id) or self.keep_manifest(loaded)
         return found
 
     async def reference(self, node: NodeSnapshot, coords: tuple[int, ...], *, reading: bool = False) -> ChunkRef | None:
-        """The reference of a chunk in the manifests of a committed node; None where there is none.
+        """The reference of a chunk in the manifests of a committed node; None if there is none.
 
-        Where the caller goes on to read the chunk, and has read those before it, the next ones are fetched ahead.
-
-        Raises `FormatError` where the manifest that should have it knows nothing of the array.
+        With ``reading``, the caller is about to read the chunk; if it has read the chunks before it too, the next ones
+        are fetched ahead. Raises `FormatError` if the manifest that should have the chunk has no rows of the array.
         """
         manifest_ref = self._locate(node.manifests, coords)
         if manifest_ref is None:
@@ -250,7 +247,7 @@ class Assets:
         return self._reference_in(held, node, coords, reading)
 
     def reference_nowait(self, node: NodeSnapshot, coords: tuple[int, ...]) -> ChunkRef | Unknown | None:
-        """The same, `reading`, where the manifest is in the cache; `UNKNOWN` where it is not."""
+        """As `reference` with ``reading``, if the manifest is in the cache; else `UNKNOWN`."""
         manifest_ref = self._locate(node.manifests, coords)
         if manifest_ref is None:
             return None
@@ -293,12 +290,12 @@ class Assets:
         return found
 
     async def file(self, key: str) -> bytes:
-        """The bytes of a metadata file as it is on storage, or of one that only rides in the log as yet.
+        """The bytes of a metadata file on storage, or of one that is so far only embedded in the log.
 
         Raises
         ------
         ObjectNotFoundError
-            It is nowhere.
+            If the file is in neither place.
         """
         pool = self._pools.peek() or await self._pools.get()
         return await self._read(pool, key)
@@ -309,7 +306,7 @@ class Assets:
         return await reader.read(_chunk_key(id), start, end)
 
     def chunk_nowait(self, id: ObjectId, start: int, end: int) -> bytes | None:
-        """The same where all of it was fetched before it was asked for; None where it was not."""
+        """The same, if all of it has been fetched already; else None."""
         reader = self._readers.peek()
         return None if reader is None else reader.read_nowait(_chunk_key(id), start, end)
 
@@ -385,7 +382,7 @@ class Preloader:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, manifests: Sequence[ObjectId]) -> None:
-        """Begin to fetch these, and return."""
+        """Start to fetch these manifests, and return."""
         task = asyncio.get_running_loop().create_task(self._fetch(manifests), name="icechunk manifest preload")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -396,7 +393,7 @@ class Preloader:
             await asyncio.wait(set(self._tasks))
 
     async def aclose(self) -> None:
-        """Cancel what is under way, and wait until it has ended."""
+        """Cancel the running preloads, and wait until they have ended."""
         for task in self._tasks:
             task.cancel()
         await self.wait()
@@ -408,4 +405,4 @@ class Preloader:
         try:
             await self._assets.manifest(id)
         except (IcechunkError, OSError) as error:
-            _LOG.info("manifest %s could not be preloaded, whoever needs it tries again: %s", encode_id(id), error)
+            _LOG.info("manifest %s could not be preloaded; a read that needs it retries: %s", encode_id(id), error)

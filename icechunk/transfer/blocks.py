@@ -1,17 +1,16 @@
 """Reading parts of chunk objects: few large requests instead of many small ones.
 
-Reads that arrive in the same turn of the loop and lie near each other in one object become one request. Who walks
-through an object in order is served ahead, in windows that double and are fetched before they are needed; who keeps
-hitting an object at random gets larger blocks of it. Objects never change, so what was fetched is never stale.
+Reads that arrive in the same turn of the loop and are near each other in one object become one request. A reader that
+goes through an object in order is read ahead for, in windows that double and are fetched before they are needed. An
+object that is repeatedly read at random is read in larger blocks. Objects never change, so fetched bytes are never
+stale.
 
-The decisions are plain functions of what was wanted and what was seen (`merge`, `Track`); `BlockReader` carries them
-out on one event loop. It holds at most ``cache_bytes`` of what nobody asked for, whether kept or still on its way;
-what was asked for is bounded by the fetch pool.
+Reading ahead also follows an array: chunks in order are consecutive rows of a manifest, whether their objects are the
+rest of this pack, the next packs, or one object each (`Walk`, `upcoming`).
 
-Reading ahead along an array: who reads its chunks in order is served from requests made before he asks.
-
-Chunks in order are rows in order of a manifest, wherever their objects are: the rest of this pack, the next packs, or
-an object each. The decisions are plain functions of rows and columns; `BlockReader.prefetch` carries them out.
+The decisions are plain functions of the wanted ranges and earlier reads (`merge`, `Track`, `Walk`); `BlockReader`
+carries them out on one event loop. It holds at most ``cache_bytes`` of bytes that no caller asked for, whether kept or
+in flight; the fetch pool bounds the bytes that callers asked for.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ __all__ = [
 ]
 
 STEPS: Final = 8
-"""Rows in order that make a walk. zarr asks for that many at once only where more are wanted."""
+"""Number of consecutive rows that count as a walk. zarr requests that many at once only if it wants more."""
 FIRST_AHEAD_BYTES: Final = 2 * 1024 * 1024
 GROWTH: Final = 4
 MOST_AHEAD_BYTES: Final = 16 * 1024 * 1024
@@ -53,7 +52,7 @@ _MOST_ROWS: Final = 8192
 
 @dataclass(slots=True)
 class Walk:
-    """One reader's way along the rows of a manifest."""
+    """The progress of one reader along the rows of a manifest."""
 
     next: int
     """The row that would continue it."""
@@ -86,7 +85,7 @@ class Walk:
 
 
 class Walks:
-    """The few readers that walk along the rows of one array at a time."""
+    """The few readers that read the rows of one array in order at the same time."""
 
     __slots__ = ("_walks",)
 
@@ -102,7 +101,7 @@ class Walks:
                 walk.steps += 1
                 return walk if walk.wants_more() else None
         if len(walks) == _WALKS:
-            # The one that has come least far: random reads push each other out, and no walk.
+            # The shortest walk is dropped: random reads replace each other, not a real walk.
             walks.remove(min(walks, key=lambda walk: walk.steps))
             for walk in walks:
                 walk.steps -= walk.steps // 8
@@ -369,7 +368,7 @@ class BlockReader:
     def prefetch(self, key: str, start: int, end: int) -> None:
         """Fetch a range of an object that will be wanted soon, where it is not here yet and the cache has room."""
         known = self._object(key)
-        # Whoever prefetches knows better what comes next than the track of this one object.
+        # A caller that prefetches knows better what comes next than the track of this one object.
         known.track.window = 0
         known.track.next = end
         start = _after(known, start)
@@ -390,7 +389,7 @@ class BlockReader:
         else:
             first, data = await self._fetched(key, known, start, end)
         self._go_ahead(key, known, end)
-        # Of a view too: who keeps a small part shall not keep all of it.
+        # Of a view too: a caller that keeps a small part must not keep all of it in memory.
         return known, bytes(data[start - first : end - first])
 
     async def _fetched(self, key: str, known: _Object, start: int, end: int) -> tuple[int, Octets]:
@@ -418,7 +417,7 @@ class BlockReader:
             return
         flight.wants.discard(want)
         if not flight.wants and flight.task is not None:
-            # Nobody may join a flight that is being cancelled.
+            # No reader may join a flight that is being cancelled.
             self._forget_flight(known, flight)
             flight.task.cancel()
 
@@ -451,7 +450,7 @@ class BlockReader:
                     for want in inside:
                         flight.join(want)
         except Exception as error:
-            # Nobody would ever wake them.
+            # Otherwise they would never be woken.
             for want in wanted:
                 if want.flight is None and not want.place.done():
                     want.place.set_exception(error)
@@ -487,7 +486,7 @@ class BlockReader:
             for want in flight.wants:
                 want.place.cancel()
             return
-        # Asking for the exception marks it as seen: a window that nobody came to want may fail unnoticed.
+        # Reading the exception marks it as seen: a window that no reader wanted may fail without a report.
         error = task.exception()
         if error is not None:
             known.track.window = 0
@@ -520,7 +519,7 @@ class BlockReader:
         self._kept[key, start] = len(data)
 
     def _make_room(self, size: int) -> bool:
-        """Let go of what was used least recently until so many bytes could be kept; False if flights need them."""
+        """Drop the least recently used bytes until ``size`` bytes fit; False if bytes in flight need the room."""
         most = self._limits.cache_bytes - self._reserved_bytes - size
         if most < 0:
             return False
@@ -532,7 +531,7 @@ class BlockReader:
 
 
 def _after(known: _Object, start: int) -> int:
-    """The first byte from ``start`` on that is neither kept nor on its way."""
+    """The first byte from ``start`` on that is neither kept nor in flight."""
     while True:
         ends = [first + len(data) for first, data in known.kept.items() if first <= start < first + len(data)]
         ends += [flight.end for flight in known.flights if flight.covers(start)]

@@ -46,7 +46,7 @@ class WeightedCache(Generic[K, V]):
         return self._weight
 
     def get(self, key: K) -> V | None:
-        """The value, now the most recently used; None where there is none."""
+        """The value, which becomes the most recently used one; None if there is none."""
         with self._lock:
             item = self._items.get(key)
             if item is None:
@@ -55,12 +55,12 @@ class WeightedCache(Generic[K, V]):
             return item[0]
 
     def items(self) -> list[tuple[K, V]]:
-        """What is kept now, the least recently used first."""
+        """The values that are kept, the least recently used first."""
         with self._lock:
             return [(key, value) for key, (value, _) in self._items.items()]
 
     def put(self, key: K, value: V, weight: int) -> None:
-        """Keep a value, and let go of the least recently used ones to make room."""
+        """Keep a value, and drop the least recently used ones to make room."""
         if weight > self._max_weight:
             return
         with self._lock:

@@ -1,10 +1,8 @@
 """The fetch pool: bounded, shared reads of immutable objects, one pool for each loop.
 
-Hedging: a request that takes longer than most is sent a second time, and the first answer counts.
-
-The latencies that decide are those of recent requests of about the same size. So about one request in
-``100 / (100 - percentile)`` is sent twice, and no more than that however slow everything becomes, since the latencies
-that are compared with become slow as well.
+Hedging: a request that takes longer than most is sent a second time, and the first answer counts. "Longer" is relative
+to the latencies of recent requests of about the same size. So about one request in ``100 / (100 - percentile)`` is sent
+twice, and not more if the whole store becomes slow, because the recent latencies become longer as well.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ T = TypeVar("T")
 
 _REMEMBERED = 128
 _LEAST = 16
-"""Latencies to have seen before anything is sent twice."""
+"""Number of latencies that must be known before any request is sent twice."""
 
 
 class Latencies:
@@ -50,7 +48,7 @@ class Latencies:
         return ordered[min(len(ordered) - 1, len(ordered) * self._percentile // 100)]
 
     def _of(self, size_bytes: int) -> deque[float]:
-        # 64 KiB and less take about as long as each other; above, in steps of four.
+        # All sizes up to 64 KiB take about the same time; above, there is one class for each factor of four.
         magnitude = max(0, size_bytes.bit_length() - 15) // 2
         return self._seen.setdefault(magnitude, deque(maxlen=_REMEMBERED))
 
@@ -93,7 +91,7 @@ async def hedged(
 
 
 async def _end(tasks: set[asyncio.Future[T]]) -> None:
-    """Cancel what still runs, and wait until it has put its connection away."""
+    """Cancel the tasks that still run, and wait until they have released their connections."""
     running = {task for task in tasks if not task.done()}
     for task in running:
         task.cancel()
@@ -113,12 +111,12 @@ async def _end(tasks: set[asyncio.Future[T]]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Splitting:
-    """How a long range becomes several requests."""
+    """How a long range is split into several requests."""
 
     part_bytes: int
     """Ranges longer than this are fetched in parts of about this size, all equal."""
     max_requests: int
-    """Parts of one range in flight at the most; while there are so many requests anyway, nothing is split."""
+    """Largest number of parts of one range in flight; while that many requests are in flight, nothing is split."""
 
     def parts(self, start: int, end: int) -> list[tuple[int, int]]:
         """Ranges that make up the bytes from ``start`` to ``end``.
@@ -141,7 +139,7 @@ class _Flight(Generic[T]):
 
 
 class Gettable(Protocol):
-    """What a pool reads from: a storage, or something else with its first verb."""
+    """The source that a pool reads from: a storage, or another object with its method `get`."""
 
     async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
         """See `Storage.get`."""
@@ -159,11 +157,11 @@ class FetchPool:
     storage
         Read from.
     gate
-        Bounds the requests, and those of everybody else who uses it.
+        Bounds these requests, together with those of all other users of the gate.
     splitting
         How long ranges are split; None: they are not.
     hedge_percentile
-        Send a request again that takes longer than so many percent of recent ones; None: never.
+        A request that takes longer than this percentage of recent ones is sent again; None: never.
     """
 
     def __init__(
@@ -187,11 +185,11 @@ class FetchPool:
         return bytes(await self.view(key, byte_range))
 
     async def view(self, key: str, byte_range: ByteRange = None) -> Octets:
-        """The same as `get`, without a copy where they were received as a view."""
+        """As `get`, without a copy if the bytes were received as a view."""
         return await self.share((key, byte_range), lambda: self._fetch(key, byte_range))
 
     async def share(self, key: object, work: Callable[[], Awaitable[T]]) -> T:
-        """Join the work in flight under ``key``, or start it. Its result or error reaches everybody who joined."""
+        """Join the work in flight under ``key``, or start it. All callers that joined get its result or error."""
         flight = self._flights.get(key)
         if flight is None:
             flight = _Flight(asyncio.ensure_future(work()))
@@ -204,12 +202,12 @@ class FetchPool:
         finally:
             flight.waiters -= 1
             if not flight.waiters and not flight.task.done():
-                # Nobody may join a flight that is being cancelled.
+                # No caller may join a flight that is being cancelled.
                 self._forget(key, flight)
                 flight.task.cancel()
 
     async def get_result(self, key: str, byte_range: ByteRange = None) -> GetResult:
-        """The same as `get`, with what the store said of the object; not shared.
+        """As `get`, with the object's version, size and time; the request is not shared.
 
         Raises
         ------
@@ -290,7 +288,7 @@ class FetchPool:
     def _land(self, key: object, flight: _Flight[Any], task: asyncio.Future[Any]) -> None:
         self._forget(key, flight)
         if not task.cancelled():
-            # Marks it as seen: what fails while its last waiter is being cancelled is nobody's business.
+            # Marks the error as seen: if the last waiter is being cancelled, no caller is left to get it.
             task.exception()
 
     def _forget(self, key: object, flight: _Flight[Any]) -> None:

@@ -1,9 +1,9 @@
 """The bound on requests and bytes in flight: one for a repository on each event loop, for its reads and its writes.
 
-Nobody waits inside for anything but the storage's answer, so the bound never blocks itself: a writer that waits for
-memory, or a read that waits for its parts, holds no place. Of each kind who comes first goes first, nobody who fits
-waits a turn, and where both kinds wait they go in by turns: a long queue of writes behind a slow line does not keep
-out the reads that a commit needs.
+A request holds a place only while it waits for the storage's answer, so the bound cannot deadlock: a writer that waits
+for memory, or a read that waits for its parts, holds no place. Requests of one kind enter in the order of their
+arrival, and a request that fits does not wait. If both kinds wait they enter alternately, so a long queue of writes on
+a slow connection does not keep out the reads that a commit needs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 __all__ = ["MAX_BYTES", "READ", "WRITE", "Gate", "Gates"]
 
 MAX_BYTES: Final = 512 * 1024 * 1024
-"""Bytes in flight at the most, of requests whose size is known before their answer, unless configured."""
+"""Default bound of the bytes in flight, of requests whose size is known before their answer."""
 
 READ: Final = 0
 WRITE: Final = 1
@@ -29,9 +29,9 @@ class Gate:
     Parameters
     ----------
     max_requests
-        That many at once at the most.
+        Largest number of requests at the same time.
     max_bytes
-        Their sizes together at the most; one that is larger goes alone. None: no bound.
+        Largest sum of their sizes; a request that is larger enters alone. None: no bound.
     """
 
     def __init__(self, max_requests: int, max_bytes: int | None = None) -> None:
@@ -58,7 +58,7 @@ class Gate:
         Parameters
         ----------
         kind
-            `READ` or `WRITE`: whose queue to stand in.
+            `READ` or `WRITE`: the queue to wait in.
         """
         if self.try_enter(size_bytes):
             return
@@ -68,13 +68,13 @@ class Gate:
             await place
         except BaseException:
             if not place.cancelled():
-                self.leave(size_bytes)  # it was let in at the moment of its cancellation
+                self.leave(size_bytes)  # it was admitted at the moment of its cancellation
             else:
                 self._admit_waiting()  # those behind it may be smaller
             raise
 
     def try_enter(self, size_bytes: int = 0) -> bool:
-        """Take a place if nobody waits and one is free; then `leave` has to follow."""
+        """Take a place if no request waits and a place is free; then `leave` has to follow."""
         if any(self._waiting) or not self._fits(size_bytes):
             return False
         self._admit(size_bytes)

@@ -1,9 +1,9 @@
 """Packs: small chunks share chunk objects of a few MiB.
 
-One request for hundreds of chunks, in both directions: a native reference has an offset and a length, so every
-reader of the format understands a pack. A chunk's place is given when it is put; the pack travels when it is full, or
-at the flush before the commit, or when the put pool has nothing else left to make room with. A chunk that is
-overwritten or deleted before the commit leaves its bytes behind in the pack, and nothing is moved for it.
+One request writes or reads hundreds of chunks: a native reference has an offset and a length, so every reader of the
+format understands a pack. `put` returns a chunk's object and offset at once; the pack is uploaded when it is full, at
+the flush before the commit, or when the put pool needs room and has nothing else to upload. A chunk that is overwritten
+or deleted before the commit leaves its bytes unused in the pack, and nothing is moved for it.
 
 A pack never crosses a fork: parent and child would fill one object with different bytes.
 """
@@ -33,7 +33,7 @@ class _Pack:
 
 
 class Packs:
-    """Chunks of one writable session on their way to storage, seen from every loop and thread of one process.
+    """Chunks of one writable session that are being stored, shared by every loop and thread of one process.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class Packs:
     threshold_bytes
         Chunks of this size and above get an object of their own; 0: all do.
     size_bytes
-        A pack of this size travels.
+        A pack of this size is uploaded.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Packs:
         self._pid = os.getpid()
 
     async def put(self, data: bytes | memoryview) -> tuple[ObjectId, int]:
-        """Take a chunk, and say where it will be: object and offset. Waits, and raises, as `PutPool.reserve` does.
+        """Take a chunk, and return its future object and offset. Waits, and raises, as `PutPool.reserve` does.
 
         Raises
         ------
@@ -79,7 +79,7 @@ class Packs:
         return self._pack(data)
 
     def put_nowait(self, data: bytes | memoryview) -> tuple[ObjectId, int] | None:
-        """The same for a chunk that is packed, where there is room at once and no failure to tell; else None."""
+        """The same for a chunk that is packed, if there is room at once and no error is pending; else None."""
         if len(data) >= self._threshold_bytes or not self._pool.reserve_nowait(len(data)):
             return None
         if os.getpid() != self._pid:
@@ -112,7 +112,8 @@ class Packs:
         await self._pool.flush()
 
     def pending(self, id: ObjectId, offset: int, length: int) -> bytes | None:
-        """The bytes of a chunk that is on its way, so that a session reads what it wrote; None once it is durable."""
+        """The bytes of a chunk that is not durable yet, so that a session reads what it wrote; None once it is
+        durable."""
         with self._lock:
             if self._open is not None and self._open.id == id:
                 return self._open.parts.get(offset)

@@ -3,20 +3,17 @@
 `PutPool.put` takes the bytes, starts the upload and returns; nothing of it is visible before the commit, so no
 promise changes. The commit calls `PutPool.flush`, which returns only when every byte is durable.
 
-Who owns what: an upload runs as a task of the loop on which it was put, but the *bytes* belong to the pool until
-they are durable. So a flush on another loop (zarr's synchronous API writes on zarr's loop, then the user commits
-from his) waits for what others started. Where that loop has stopped, the task was cancelled, or the loop does not
-answer because its very thread waits for this flush, it uploads those bytes again itself: object ids are random, so
-the same bytes at the same key twice are harmless.
+Ownership: an upload runs as a task of the loop on which it was put, but the *bytes* belong to the pool until they are
+durable. A flush on another loop (zarr's synchronous API writes on zarr's loop, then the user commits from another one)
+therefore waits for uploads that other loops started. If such a loop has stopped, its task was cancelled, or the loop
+does not respond because its thread waits for this very flush, the flush uploads those bytes again itself. Object ids
+are random, so writing the same bytes to the same key twice is harmless.
 
-Memory: bytes are reserved before they are taken, from a bound that all sessions of a repository share. Bytes of failed
-uploads stay; who finds the memory full of them, or of packs that nobody sends, sends them, whosever they are, and fails
-with their error. So the bound holds on bad days too.
-
-Room for bytes that are on their way to storage: one bound for all writable sessions of a repository.
-
-Bytes are reserved before they are taken, first come, first served, by whichever session. What a session holds is
-counted apart, so that the room of one that was dropped without a commit comes back by itself.
+Memory: all writable sessions of a repository share one bound (`PutMemory`). Bytes are reserved before they are taken,
+first come, first served. Bytes of failed uploads stay in memory. A caller that finds the memory full of them, or of
+packs that no task is sending, sends them, whichever session they belong to, and raises their error. So the bound also
+holds while the storage fails. The bytes of each session are counted separately, so that the room of a session that was
+dropped without a commit is released automatically.
 """
 
 from __future__ import annotations
@@ -42,28 +39,28 @@ __all__ = ["Holding", "PutMemory", "PutPool", "Room"]
 
 @dataclass(slots=True, eq=False)
 class Holding:
-    """What one session has of the room."""
+    """The bytes that one session holds."""
 
     bytes: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class Room:
-    """Somebody who waits for room."""
+    """A caller that waits for room."""
 
     size: int
     holding: Holding
     owner: Holder
     woken: concurrent.futures.Future[bool] = field(default_factory=concurrent.futures.Future)
-    """True: the room is reserved. False: something happened that the waiter should look at."""
+    """True: the room is reserved. False: the waiter should check the state again."""
 
 
 class Holder(Protocol):
-    """Whoever reserves room: the put pool of a session."""
+    """The owner of reserved room: the put pool of a session."""
 
     @property
-    def has_news(self) -> bool:
-        """Whether an upload failed that its session has not been told of."""
+    def has_pending_errors(self) -> bool:
+        """Whether an upload failed and the session has not been notified."""
         ...
 
     @property
@@ -75,12 +72,12 @@ class Holder(Protocol):
 class PutMemory:
     """Bytes of one repository that are not durable yet, in all loops and threads.
 
-    Whoever changes anything holds ``lock``; nothing here waits.
+    Every change is made under ``lock``; no method waits.
 
     Parameters
     ----------
     max_bytes
-        At the most; a single object that is larger is let in alone.
+        Largest number of bytes; a single object that is larger is admitted alone.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -89,7 +86,7 @@ class PutMemory:
         self.waiting: deque[Room] = deque()
         self._bytes = 0
         self._holders: weakref.WeakSet[Holder] = weakref.WeakSet()
-        # Finalisers may run anywhere, also where the lock is held: they only leave a note.
+        # A finaliser may run anywhere, also while the lock is held, so it only appends a note.
         self._dropped: deque[Holding] = deque()
 
     @property
@@ -101,24 +98,24 @@ class PutMemory:
         """Count a session's bytes from now on, and for as long as ``holder`` lives."""
         holding = Holding()
         with self.lock:
-            # Sessions that write nothing large never ask for room, where the notes are read otherwise.
+            # The notes are otherwise read when room is reserved, which sessions with small writes never do.
             self._collect()
             self._holders.add(holder)
         weakref.finalize(holder, self._dropped.append, holding).atexit = False
         return holding
 
     def holders(self) -> list[Holder]:
-        """Everybody who may hold bytes."""
+        """All owners that may hold bytes."""
         with self.lock:
             return list(self._holders)
 
     def fits(self, size_bytes: int) -> bool:
-        """Under the lock: whether so many more bytes may be reserved now."""
+        """Under the lock: whether ``size_bytes`` more bytes may be reserved now."""
         self._collect()
         return not self._bytes or self._bytes + size_bytes <= self.max_bytes
 
     def add(self, holding: Holding, size_bytes: int) -> None:
-        """Under the lock: count so many bytes more, or with a negative number less."""
+        """Under the lock: add this number of bytes (negative: subtract) to what the session holds."""
         holding.bytes += size_bytes
         self._bytes += size_bytes
 
@@ -127,13 +124,17 @@ class PutMemory:
         return all(holder.is_still for holder in list(self._holders))
 
     def let_in(self) -> None:
-        """Under the lock: reserve room for those who come next, and call the first if it has to help itself."""
+        """Under the lock: reserve room for the next waiters, and wake the first if it has to send bytes itself."""
         self.admit()
-        if self.waiting and not self.waiting[0].woken.done() and (self.waiting[0].owner.has_news or self.is_still()):
+        if (
+            self.waiting
+            and not self.waiting[0].woken.done()
+            and (self.waiting[0].owner.has_pending_errors or self.is_still())
+        ):
             self.waiting[0].woken.set_result(False)
 
     def admit(self) -> None:
-        """Under the lock: reserve room for those who come next."""
+        """Under the lock: reserve room for the next waiters."""
         while self.waiting and self.fits(self.waiting[0].size):
             room = self.waiting.popleft()
             self.add(room.holding, room.size)
@@ -148,7 +149,7 @@ class PutMemory:
 
 
 PATIENCE_S = 1.0
-"""A loop that does not answer within this time is taken for one that waits for us."""
+"""Seconds after which a loop that does not respond is assumed to wait for this caller."""
 
 # A loop refers to its tasks weakly: an upload that another loop has taken over, or whose session is gone, would be
 # destroyed in the middle of its request.
@@ -157,12 +158,12 @@ _uploads: set[asyncio.Task[None]] = set()
 
 @dataclass(slots=True, eq=False)
 class _Pending:
-    """Bytes on their way."""
+    """Bytes of one object that are not durable yet."""
 
     key: str
     data: bytes
     loop: asyncio.AbstractEventLoop | None
-    """The loop whose task uploads them; None when nobody does."""
+    """The loop whose task uploads them; None if no task does."""
     done: concurrent.futures.Future[None] = field(default_factory=concurrent.futures.Future)
     """Resolves when the present attempt has ended; the pool's lock guards its replacement."""
     task: asyncio.Task[None] | None = None
@@ -172,18 +173,18 @@ class _Pending:
 
 
 class PutPool:
-    """Uploads in flight for one writable session, seen from every loop and thread.
+    """Uploads in flight for one writable session, shared by every loop and thread.
 
     Parameters
     ----------
     storage
         Where objects go, with ``kind="chunk"``.
     memory
-        Bounds the bytes held; who wants to put more waits.
+        Bounds the bytes held; `put` waits while it is full.
     gates
         Bound the uploads in flight, in each loop.
     patience_s
-        How long another loop may take to show that it is alive.
+        Time in seconds within which another loop must respond.
     """
 
     def __init__(self, storage: Storage, *, memory: PutMemory, gates: Gates, patience_s: float = PATIENCE_S) -> None:
@@ -194,10 +195,11 @@ class PutPool:
         self._pending: dict[str, _Pending] = {}
         self._holding = memory.join(self)
         self._lock = memory.lock
-        self._news: list[_Pending] = []
-        """Failures that nobody has been told of."""
+        self._pending_errors: list[_Pending] = []
+        """Failed uploads whose error has not been raised yet."""
         self.send_held_back: Callable[[], None] = _nothing
-        """Called on the running loop when nothing is on its way that could make room: takes what is held back."""
+        """Called on the running loop when no upload in flight could make room: starts the uploads that are held
+        back."""
 
     @property
     def in_flight(self) -> int:
@@ -210,9 +212,9 @@ class PutPool:
         return self._holding.bytes
 
     @property
-    def has_news(self) -> bool:
-        """Whether an upload failed that nobody has been told of."""
-        return bool(self._news)
+    def has_pending_errors(self) -> bool:
+        """Whether an upload failed whose error has not been raised yet."""
+        return bool(self._pending_errors)
 
     @property
     def is_still(self) -> bool:
@@ -220,28 +222,29 @@ class PutPool:
         return all(item.loop is None for item in self._pending.values())
 
     def pending(self, key: str) -> bytes | None:
-        """Bytes of an object on its way, so that a session can read what it wrote; None once it is durable."""
+        """Bytes of an object that is not durable yet, so that a session can read what it wrote; None once it is
+        durable."""
         item = self._pending.get(key)
         return item.data if item is not None else None
 
     @property
     def is_starving(self) -> bool:
-        """Whether somebody waits for room while nothing is on its way that could make it."""
+        """Whether a caller waits for room while no upload in flight could make it."""
         if not self._memory.waiting:
             return False
         with self._lock:
             return self._memory.is_still()
 
     async def put(self, key: str, data: bytes) -> None:
-        """Take an object and upload it behind the caller's back. Waits, and raises, as `reserve` does.
+        """Take an object and upload it in the background. Waits, and raises, as `reserve` does.
 
-        After cancellation the object is either not taken or on its way.
+        After cancellation the object is either not taken or being uploaded.
         """
         await self.reserve(len(data))
         self.take(key, data)
 
     async def reserve(self, size_bytes: int) -> None:
-        """Wait until so many bytes fit in, and keep that room for `take` or `release`.
+        """Wait until ``size_bytes`` bytes fit, and keep that room for `take` or `release`.
 
         Raises
         ------
@@ -249,20 +252,20 @@ class PutPool:
             An earlier upload failed for good. It is raised once; the bytes are kept, and `flush` tries again, as
             does a later call that finds the memory full. No room is reserved.
         """
-        self._raise_news()
+        self._raise_pending_errors()
         if self.reserve_nowait(size_bytes):
             return
         memory = self._memory
         with self._lock:
             room = Room(size_bytes, self._holding, self)
             memory.waiting.append(room)
-        helped: set[_Pending] = set()
+        resent: set[_Pending] = set()
         try:
-            while not await self._woken(room, helped):
+            while not await self._woken(room, resent):
                 with self._lock:
                     if room in memory.waiting:
                         room.woken = concurrent.futures.Future()
-                self._raise_news(helped)
+                self._raise_pending_errors(resent)
         except BaseException:
             with self._lock:
                 if room in memory.waiting:
@@ -273,9 +276,10 @@ class PutPool:
             raise
 
     def reserve_nowait(self, size_bytes: int) -> bool:
-        """Whether that room could be kept at once; never where a failure is to be told, which `reserve` does."""
+        """Reserve the room if that is possible at once; returns whether it was. False while an error is pending, which
+        `reserve` raises."""
         memory = self._memory
-        if self._news:
+        if self._pending_errors:
             return False
         with self._lock:
             if memory.waiting or not memory.fits(size_bytes):
@@ -291,7 +295,7 @@ class PutPool:
         self._start(item)
 
     def release(self, size_bytes: int) -> None:
-        """Give reserved room back, of bytes that will not be taken."""
+        """Return reserved room for bytes that will not be taken."""
         with self._lock:
             self._memory.add(self._holding, -size_bytes)
             self._memory.let_in()
@@ -306,19 +310,19 @@ class PutPool:
         """
         with self._lock:
             wanted = list(self._pending.values())
-            self._news = [item for item in self._news if item.error is not None]
+            self._pending_errors = [item for item in self._pending_errors if item.error is not None]
         tried: set[_Pending] = set()
-        deaf: set[asyncio.AbstractEventLoop] = set()
+        unresponsive: set[asyncio.AbstractEventLoop] = set()
         while items := [item for item in wanted if self._is_pending(item) and item not in tried]:
-            adopted = self._adopt(items, deaf)
+            adopted = self._adopt(items, unresponsive)
             for item in items:
-                await self._wait(item, deaf)
+                await self._wait(item, unresponsive)
                 if item.error is not None and item in adopted:
                     tried.add(item)
         failed = [item for item in tried if item.error is not None]
         if failed:
             with self._lock:
-                self._news.clear()
+                self._pending_errors.clear()
             raise StorageError(
                 f"{len(failed)} chunk objects could not be written, the first is {failed[0].key!r}: "
                 f"{failed[0].error}; nothing was committed, and committing again tries again"
@@ -329,7 +333,7 @@ class PutPool:
         with self._lock:
             items = list(self._pending.values())
             self._pending.clear()
-            self._news.clear()
+            self._pending_errors.clear()
             self._memory.add(self._holding, -sum(len(item.data) for item in items))
             self._memory.let_in()
         for item in items:
@@ -339,8 +343,8 @@ class PutPool:
 
     # -- uploads -------------------------------------------------------------------------------------------------
 
-    def _adopt(self, items: Iterable[_Pending], deaf: set[asyncio.AbstractEventLoop]) -> set[_Pending]:
-        """Upload on this loop what nobody else will."""
+    def _adopt(self, items: Iterable[_Pending], unresponsive: set[asyncio.AbstractEventLoop]) -> set[_Pending]:
+        """Upload on this loop those items that no other loop will upload."""
         here = asyncio.get_running_loop()
         blocked = blocked_loop.get()
         with self._lock:
@@ -351,7 +355,7 @@ class PutPool:
                 and (
                     item.loop is None
                     or not item.loop.is_running()
-                    or (item.loop is not here and (item.loop is blocked or item.loop in deaf))
+                    or (item.loop is not here and (item.loop is blocked or item.loop in unresponsive))
                 )
             }
             for item in adopted:
@@ -396,10 +400,10 @@ class PutPool:
                 self._memory.add(self._holding, -len(item.data))
             elif item.done is done:
                 item.loop = None
-                # A cancelled task says nothing about the storage: the next flush simply uploads again.
+                # A cancelled task says nothing about the storage: the next flush uploads again.
                 item.error = None if isinstance(error, asyncio.CancelledError) else error
                 if item.error is not None:
-                    self._news.append(item)
+                    self._pending_errors.append(item)
             self._memory.let_in()
         if not done.done():
             done.set_result(None)
@@ -409,20 +413,23 @@ class PutPool:
 
     # -- waiting -------------------------------------------------------------------------------------------------
 
-    async def _woken(self, room: Room, helped: set[_Pending]) -> bool:
-        """Wait for room, and where nothing moves send what there is, of every session; that is added to ``helped``."""
-        deaf: set[asyncio.AbstractEventLoop] = set()
+    async def _woken(self, room: Room, resent: set[_Pending]) -> bool:
+        """Wait for room. If no upload makes progress, send the bytes of every session; these are added to
+        ``resent``."""
+        unresponsive: set[asyncio.AbstractEventLoop] = set()
         while not room.woken.done():
-            loops = self._help(deaf, helped)
+            loops = self._resend(unresponsive, resent)
             if not await self._within_patience(room.woken):
-                for loop in loops - deaf:
+                for loop in loops - unresponsive:
                     if not await self._answers(loop):
-                        deaf.add(loop)
+                        unresponsive.add(loop)
         return room.woken.result()
 
-    def _help(self, deaf: set[asyncio.AbstractEventLoop], helped: set[_Pending]) -> set[asyncio.AbstractEventLoop]:
-        """Where nothing moves, send what there is; returns the other loops that have something on its way."""
-        # A function, so that nothing here keeps a session alive that is dropped while somebody waits.
+    def _resend(
+        self, unresponsive: set[asyncio.AbstractEventLoop], resent: set[_Pending]
+    ) -> set[asyncio.AbstractEventLoop]:
+        """If no upload makes progress, send all bytes; returns the other loops that have uploads in flight."""
+        # A function, so that no local variable keeps a session alive that is dropped during a wait.
         pools = [pool for pool in self._memory.holders() if isinstance(pool, PutPool)]
         with self._lock:
             self._memory.admit()
@@ -431,18 +438,18 @@ class PutPool:
         if still:
             for pool in pools:
                 pool.send_held_back()
-        if still or deaf:
+        if still or unresponsive:
             for pool in pools:
-                helped |= pool._adopt(items[pool], deaf)
+                resent |= pool._adopt(items[pool], unresponsive)
         here = asyncio.get_running_loop()
         return {item.loop for some in items.values() for item in some if item.loop not in (None, here)}
 
-    async def _wait(self, item: _Pending, deaf: set[asyncio.AbstractEventLoop]) -> None:
-        """Until the present attempt has ended, or the loop that makes it is found deaf."""
+    async def _wait(self, item: _Pending, unresponsive: set[asyncio.AbstractEventLoop]) -> None:
+        """Wait until the present attempt has ended, or its loop is found to be unresponsive."""
         done, loop, here = item.done, item.loop, asyncio.get_running_loop()
-        while loop not in deaf and not await self._within_patience(done):
+        while loop not in unresponsive and not await self._within_patience(done):
             if loop is not None and loop is not here and not await self._answers(loop):
-                deaf.add(loop)
+                unresponsive.add(loop)
 
     async def _within_patience(self, future: concurrent.futures.Future[Any]) -> bool:
         if not future.done():
@@ -450,7 +457,7 @@ class PutPool:
         return future.done()
 
     async def _answers(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Whether a loop of another thread is alive."""
+        """Whether a loop of another thread responds."""
         if not loop.is_running():
             return False
         answer: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -460,12 +467,12 @@ class PutPool:
             return False  # it was closed
         return await self._within_patience(answer)
 
-    def _raise_news(self, helped: Collection[_Pending] = ()) -> None:
-        failed = next((item for item in helped if item.error is not None), None)
-        if self._news:
+    def _raise_pending_errors(self, resent: Collection[_Pending] = ()) -> None:
+        failed = next((item for item in resent if item.error is not None), None)
+        if self._pending_errors:
             with self._lock:
-                while self._news:
-                    item = self._news.pop()
+                while self._pending_errors:
+                    item = self._pending_errors.pop()
                     if item.error is not None and self._is_pending(item):
                         failed = item
                         break

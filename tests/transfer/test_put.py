@@ -189,7 +189,7 @@ async def test_cancelled_flush_loses_nothing() -> None:
     assert (await storage.get("a")).data == b"1"
 
 
-async def test_discarded_upload_that_fails_afterwards_is_nobodys_failure() -> None:
+async def test_a_discarded_upload_that_fails_later_raises_nothing() -> None:
     storage = Gated()
     storage.failures = 1
     puts = pool(storage)
@@ -432,13 +432,13 @@ async def test_what_another_session_could_not_write_is_tried_again_and_then_says
     assert (await storage.get("a")).size == (await storage.get("b")).size == 8
 
 
-async def test_failure_of_another_session_is_not_told_to_one_that_finds_room() -> None:
+async def test_a_session_that_finds_room_does_not_get_the_error_of_another() -> None:
     storage = Gated()
     storage.gate.set()
     storage.failures = 1
     unlucky, other = shared(storage, 2, max_bytes=100)
     await unlucky.put("a", b"x" * 8)
-    await until(lambda: unlucky.has_news)
+    await until(lambda: unlucky.has_pending_errors)
     await other.put("b", b"y" * 8)
     await other.flush()
     with pytest.raises(StorageError, match="'a'"):

@@ -62,7 +62,7 @@ def test_writing_much_more_than_the_bound_takes_no_more_memory_than_the_bound_an
 
 def test_sessions_that_never_ask_for_room_leave_nothing_behind() -> None:
     class Session:
-        has_news, is_still = False, True
+        has_pending_errors, is_still = False, True
 
     memory = PutMemory(1000)
     for _ in range(1000):
