@@ -171,7 +171,7 @@ async def test_a_commit_takes_less_memory_than_the_references_themselves(
 
 
 @pytest.mark.parametrize("spec_version", [None, 2])
-async def test_changes_that_stand_in_several_transaction_logs_are_all_known(
+async def test_changes_in_several_transaction_logs_are_all_found(
     spec_version: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commit, "in_parts", partial(in_parts, max_chunks=30))

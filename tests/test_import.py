@@ -33,7 +33,7 @@ def loaded_by(script: str) -> set[str]:
     return set(json.loads(done.stdout))
 
 
-def test_importing_the_package_loads_neither_the_engine_nor_what_it_stands_on() -> None:
+def test_importing_the_package_loads_neither_the_engine_nor_its_dependencies() -> None:
     loaded = loaded_by("import icechunk; icechunk.__version__")
     assert not loaded & {"numpy", "zarr", "icechunk.repository", "icechunk.storage"}
 

@@ -232,7 +232,7 @@ async def test_converting_there_and_back_loses_nothing(storage: Storage) -> None
     await repo.aclose()
 
 
-async def test_who_did_not_convert_is_told_to_open_again(storage: Storage) -> None:
+async def test_a_client_that_did_not_convert_has_to_open_again(storage: Storage) -> None:
     repo = await icechunk.Repository.create_async(storage)
     other = await icechunk.Repository.open_async(storage)
     session = await other.writable_session_async("main")
@@ -275,7 +275,7 @@ async def test_format_1_refuses_what_it_does_not_have(storage: Storage) -> None:
     await repo.aclose()
 
 
-async def test_a_log_that_was_taken_over_is_sealed_and_reported_by_the_next_who_opens(
+async def test_a_log_that_was_taken_over_is_sealed_and_reported_by_the_next_opening(
     storage: Storage, caplog: pytest.LogCaptureFixture
 ) -> None:
     repo = await icechunk.Repository.create_async(storage)
@@ -305,7 +305,7 @@ async def test_a_log_that_was_taken_over_is_sealed_and_reported_by_the_next_who_
 
 
 @pytest.mark.parametrize("layout", ["log", "repo", "refs"])
-async def test_configuration_can_be_saved_again_by_whoever_created_the_repository(layout: Any) -> None:
+async def test_the_creator_of_a_repository_can_save_its_configuration_again(layout: Any) -> None:
     options = icechunk.RepositoryConfig(engine=icechunk.config.EngineConfig(layout=layout))
     storage = icechunk.in_memory_storage()
     repo = await icechunk.Repository.create_async(storage, options)

@@ -178,7 +178,7 @@ async def test_creating_on_a_store_that_does_not_implement_conditional_writes_sa
 
 
 @pytest.mark.parametrize("local", [True, False])
-async def test_a_name_that_is_too_long_for_format_1_is_refused_and_hinders_nobody(
+async def test_a_name_that_is_too_long_for_format_1_is_refused_without_side_effects(
     local: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ICECHUNK_LAYOUT", "refs")

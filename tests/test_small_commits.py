@@ -99,7 +99,7 @@ async def test_a_small_commit_has_objects_soon_after_it_and_at_the_latest_at_the
     assert await read(await Repository.open_async(Elsewhere(memory)), "a") == b"x"
 
 
-async def test_a_commit_above_the_limit_is_written_apart_and_none_rides_where_that_is_switched_off() -> None:
+async def test_a_commit_above_the_limit_is_written_as_objects_and_with_limit_zero_every_commit_is() -> None:
     for limit, chunk_bytes in ((None, 500), (0, 1)):
         memory = MemoryStorage()
         config = RepositoryConfig(engine=EngineConfig(small_commit_bytes=limit))
@@ -109,7 +109,7 @@ async def test_a_commit_above_the_limit_is_written_apart_and_none_rides_where_th
         for i in range(200):
             await session._content.set_chunk("/a", (i,), _noise(i, chunk_bytes))
         await session.commit_async("a")
-        assert await _carried_by_entries(memory) == [set()]
+        assert await _embedded_in_entries(memory) == [set()]
         await repository.aclose()
 
 
@@ -117,7 +117,7 @@ def _noise(seed: int, n: int) -> bytes:
     return random.Random(seed).randbytes(n)
 
 
-async def _carried_by_entries(memory: Storage) -> list[set[str]]:
+async def _embedded_in_entries(memory: Storage) -> list[set[str]]:
     """By entry, oldest first, the kinds of the files in it."""
     found = []
     for key in sorted(await keys(memory, "log/"), reverse=True):
@@ -268,7 +268,7 @@ SCRIPT = textwrap.dedent(
 ) % (ARRAY % 4)
 
 
-async def test_a_process_killed_right_after_its_commit_leaves_a_commit_that_everybody_reads(tmp_path: Path) -> None:
+async def test_a_process_killed_right_after_its_commit_leaves_a_commit_that_all_clients_read(tmp_path: Path) -> None:
     place = str(tmp_path / "repo")
     await (await Repository.create_async(icechunk.local_filesystem_storage(place))).aclose()
     done = await asyncio.to_thread(
@@ -288,7 +288,7 @@ async def test_a_process_killed_right_after_its_commit_leaves_a_commit_that_ever
 # -- bounds ------------------------------------------------------------------------------------------------------------
 
 
-async def test_one_who_only_reads_lets_go_of_old_files_and_finds_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_reader_drops_old_files_and_finds_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = MemoryStorage()
     await Repository.create_async(memory)
     reader = await Repository.open_async(Elsewhere(memory))
@@ -306,7 +306,7 @@ async def test_one_who_only_reads_lets_go_of_old_files_and_finds_them_again(monk
     assert {f"snapshots/{id}" for id in made} <= await keys(memory, *FILES)
 
 
-async def test_entries_stay_small_whoever_shares_them() -> None:
+async def test_entries_shared_by_many_sessions_stay_small() -> None:
     memory = MemoryStorage()
     repository = await Repository.create_async(memory)
     sessions = []
@@ -320,7 +320,7 @@ async def test_entries_stay_small_whoever_shares_them() -> None:
     await asyncio.gather(*(session.commit_async("x") for session in sessions))
     sizes = [item.size async for page in memory.list_pages("log/") for item in page]
     assert max(sizes) < 1_200_000
-    shared = [kinds for kinds in await _carried_by_entries(memory) if kinds]
+    shared = [kinds for kinds in await _embedded_in_entries(memory) if kinds]
     assert len(shared) < 40
     assert all(kinds == {"snapshots", "manifests", "transactions"} for kinds in shared)
     await repository.aclose()
@@ -397,7 +397,7 @@ async def test_from_nothing_to_the_first_chunk_where_the_files_are_too_large_to_
     assert recording.dependent_rounds() == 4
 
 
-async def test_a_session_long_after_the_open_looks_for_news() -> None:
+async def test_a_session_long_after_the_open_refreshes_first() -> None:
     memory = MemoryStorage()
     ours = await Repository.create_async(memory)
     theirs = await Repository.open_async(Elsewhere(memory))
@@ -428,7 +428,7 @@ async def test_writers_of_one_branch_follow_each_other_in_shared_entries() -> No
     await repository.aclose()
 
 
-async def test_writers_that_conflict_with_one_that_has_not_landed_are_told_once_it_has() -> None:
+async def test_writers_that_conflict_with_a_pending_commit_are_refused_once_it_has_landed() -> None:
     repository = await Repository.create_async(MemoryStorage())
     await write(repository, "a")
 

@@ -62,7 +62,7 @@ def test_conditions_look_at_names_and_whole_paths() -> None:
     assert shape({ANY: {Dim.DimensionName("x"): 5}}, array(names=None)) == (EVERYTHING, EVERYTHING)
 
 
-def test_an_expression_that_does_not_compile_matches_nothing_and_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_expression_that_does_not_compile_matches_nothing_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert shape({Condition.name_matches("(a-unique-one"): {Dim.Any(): 5}, ANY: {Dim.Any(): 2}}) == (2, 2)
     assert "(a-unique-one" in caplog.text
 

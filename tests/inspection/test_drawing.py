@@ -116,7 +116,7 @@ def test_a_parent_that_was_expired_ends_its_line() -> None:
     ]
 
 
-def test_names_stand_with_main_first_and_tags_last() -> None:
+def test_names_are_shown_with_main_first_and_tags_last() -> None:
     drawing = draw({1: None}, {"b": 1, "main": 1, "a": 1}, {"t2": 1, "t1": 1})
     assert lines(drawing) == ["● (main, a, b, t1, t2) m1"]
 

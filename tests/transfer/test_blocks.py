@@ -310,13 +310,13 @@ async def test_reading_beyond_the_end_is_shorter_or_refused() -> None:
     assert isinstance(results[1], InvalidInputError)
 
 
-async def test_object_that_is_not_there_is_an_error_for_everybody_who_waits() -> None:
+async def test_a_missing_object_is_an_error_for_every_waiting_reader() -> None:
     blocks = reader(await storage_with())
     results = await asyncio.gather(*[blocks.read("a", i, i + 1) for i in range(3)], return_exceptions=True)
     assert [type(error) for error in results] == [ObjectNotFoundError] * 3
 
 
-def test_window_that_fails_unwanted_is_fetched_again_by_who_comes_to_want_it() -> None:
+def test_an_unwanted_window_that_fails_is_fetched_again_when_a_reader_wants_it() -> None:
     async def main() -> None:
         data = pattern(400)
         storage = await storage_with(a=data)
@@ -332,7 +332,7 @@ def test_window_that_fails_unwanted_is_fetched_again_by_who_comes_to_want_it() -
     run_strictly(main)
 
 
-def test_reader_that_joins_a_request_survives_the_cancellation_of_the_one_who_began_it() -> None:
+def test_a_reader_that_joined_a_request_survives_the_cancellation_of_the_first_reader() -> None:
     async def main() -> None:
         storage = await storage_with(a=pattern(100))
         blocks = reader(storage, SMALL)
@@ -380,7 +380,7 @@ def test_reader_cancelled_before_its_request_began_leaves_none_behind() -> None:
     run_strictly(main)
 
 
-async def test_decision_that_fails_reaches_those_who_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_error_in_planning_reaches_the_waiting_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **kwargs: object) -> tuple[int, int]:
         raise RuntimeError("a bug")
 

@@ -76,7 +76,7 @@ async def test_no_more_requests_than_allowed_are_in_flight() -> None:
     assert storage.most == 3
 
 
-async def test_waiter_survives_the_cancellation_of_the_one_who_started() -> None:
+async def test_a_waiter_survives_the_cancellation_of_the_first_caller() -> None:
     storage = await slow(a=b"1")
     pool = FetchPool(storage, Gate(8))
     first = asyncio.ensure_future(pool.get("a"))
@@ -104,7 +104,7 @@ async def test_request_is_cancelled_with_its_last_waiter_and_can_be_made_again()
     assert await pool.get("a") == b"1"
 
 
-async def test_error_reaches_everybody_who_waits() -> None:
+async def test_an_error_reaches_every_waiter() -> None:
     storage = await slow()
     storage.release.set()
     pool = FetchPool(storage, Gate(8))
@@ -164,7 +164,7 @@ async def test_parts_beyond_the_end_of_the_object_are_left_out(size: int) -> Non
         await pool.get("a", Range(size, size + 30))
 
 
-def test_waiter_survives_the_scope_of_the_one_who_started() -> None:
+def test_a_waiter_survives_the_cancel_scope_of_the_first_caller() -> None:
     async def main() -> None:
         storage = await slow(a=b"1")
         gate = Gate(8)
@@ -195,7 +195,7 @@ def test_waiter_survives_the_scope_of_the_one_who_started() -> None:
     st.integers(1, 4),
     st.randoms(use_true_random=False),
 )
-def test_no_waiter_is_lost_and_no_task_left_whoever_is_cancelled_when(
+def test_no_waiter_is_lost_and_no_task_is_left_after_any_cancellation(
     reads: list[tuple[str, Range | None, int]], places: int, chance: random.Random
 ) -> None:
     async def main() -> None:

@@ -16,7 +16,7 @@ from icechunk.transfer.limiter import Gate
     st.integers(1, 4),
     st.none() | st.integers(1, 10),
 )
-def test_bounds_hold_and_everybody_gets_in_whoever_is_cancelled(
+def test_bounds_hold_and_every_request_enters_after_any_cancellation(
     visits: list[tuple[int, int, int | None]], max_requests: int, max_bytes: int | None
 ) -> None:
     async def main() -> None:

@@ -196,7 +196,7 @@ def test_a_file_in_another_order_is_read_as_well() -> None:
     assert again == info.snapshots
 
 
-def test_ids_that_begin_alike_are_told_apart() -> None:
+def test_ids_with_a_common_beginning_are_distinguished() -> None:
     ids = [ObjectId(b"8 bytes!" + bytes(3) + bytes((i,))) for i in (0, 1, 255)]
     records = {id: SnapshotRecord(id=id, parent=None, flushed_at_us=1, message=id.hex()) for id in ids}
     found = stored(records)
@@ -205,7 +205,7 @@ def test_ids_that_begin_alike_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("order", [[1, 1], [3, 1, 3]])
-def test_an_id_that_stands_in_it_twice_is_refused_whatever_is_looked_for(order: list[int]) -> None:
+def test_a_duplicate_id_is_refused_by_every_lookup(order: list[int]) -> None:
     for look in LOOKS:
         info = decode_repo(file_of([table_of(i) for i in order]))
         for _ in range(2):
@@ -236,13 +236,13 @@ def test_who_reads_where_branches_are_reads_nothing_of_other_snapshots() -> None
         info.snapshots.id(2)  # type: ignore[attr-defined]
 
 
-def test_a_history_that_goes_round_in_a_circle_ends_with_an_error() -> None:
+def test_a_history_whose_parents_form_a_cycle_ends_with_an_error() -> None:
     graph = SnapshotGraph.of(decode_repo(file_of([table_of(1, 1), table_of(2, 2), table_of(3, 0)])).snapshots)
     with pytest.raises(FormatError, match="cycle"):
         list(graph.lineage(an_id(1)))
 
 
-def test_a_damaged_snapshot_is_an_error_to_whoever_reads_it_and_to_nobody_else() -> None:
+def test_a_damaged_snapshot_fails_only_the_reads_of_that_snapshot() -> None:
     info = decode_repo(file_of([table_of(1), table_of(2, message=None), table_of(3, message=Items(b"\xff", 1))]))
     assert info.snapshots[an_id(1)].message == "m"
     for damaged in (2, 3):

@@ -75,7 +75,7 @@ def test_commits_are_written_again_without_being_decoded() -> None:
     assert again[3] == commit(998, "repo.998")
 
 
-def test_a_damaged_update_is_an_error_to_whoever_reads_it_and_to_nobody_else() -> None:
+def test_a_damaged_update_fails_only_the_reads_of_that_update() -> None:
     middle_us = 0x0102030405060708
     info = RepoInfo(status=STATUS, updates=[commit(3), Update(change=GCRan(), updated_at_us=middle_us), commit(1)])
     version, payload = unseal(encode_repo(info), FileType.REPO_INFO)

@@ -137,7 +137,7 @@ def test_metadata_of_another_kind_is_refused_as_official(repo: Repo, path: str, 
     assert log.is_empty
 
 
-def test_nodes_need_no_parents_and_may_stand_below_arrays_as_official(repo: Repo) -> None:
+def test_nodes_need_no_parents_and_may_be_below_arrays_as_in_the_official_library(repo: Repo) -> None:
     log = repo.log()
     log.set_metadata("/x/y/z", array_json((4,)))
     log.set_metadata("/g/a/b", GROUP)
@@ -386,7 +386,7 @@ def test_a_set_undone_by_rollback_is_empty(repo: Repo) -> None:
     assert log.is_empty
 
 
-def test_the_same_events_stand_on_another_base_by_node_id(repo: Repo) -> None:
+def test_events_apply_to_another_base_by_node_id(repo: Repo) -> None:
     mine = repo.log()
     mine.set_inline(at(mine, "/g/a"), (2,), b"mine")
     mine.set_metadata("/mine", GROUP)

@@ -75,7 +75,7 @@ def test_created_then_changed_is_only_new_and_chunks_are_united() -> None:
     assert {p: c.tolist() for p, c in found.updated_chunks.items()} == {"/g/a": [[0], [1], [5]], "/z": [[1], [2]]}
 
 
-def test_moves_are_net_and_chunks_stand_at_the_path_they_have_now() -> None:
+def test_moves_are_net_and_chunks_are_listed_at_their_current_path() -> None:
     found = history().diff(2, 5)
     assert found.moved_nodes == (("/g", "/k"), ("/g/a", "/k/a"))
     assert list(found.updated_chunks) == ["/k/a", "/z"]

@@ -17,7 +17,7 @@ SIZES = st.lists(st.integers(0, 20), max_size=5)
 
 @settings(max_examples=60, deadline=None)
 @given(SIZES, st.integers(1, 10))
-def test_every_chunk_stands_in_one_part_and_everything_else_in_the_last(sizes: list[int], most: int) -> None:
+def test_every_chunk_is_in_one_part_and_everything_else_in_the_last(sizes: list[int], most: int) -> None:
     ids = (ObjectId(bytes([i]) * 12) for i in itertools.count(1))
     nodes = [NodeId(bytes([i]) * 8) for i in range(len(sizes))]
     log = TransactionLog(
