@@ -376,6 +376,12 @@ class ChunkStorageStats(Described):
     """Bytes in files outside the repository."""
     inlined_bytes: int = 0
     """In manifests."""
+    dead_bytes: int | None = None
+    """In chunk objects beside bytes that count as native: of chunks that no branch or tag reaches any more. A
+    collection that repacks frees them. None: chunk objects were not listed."""
+    unreferenced_bytes: int | None = None
+    """Of chunk objects that no branch or tag reaches, those of commits that are on their way among them. None: as
+    before."""
 
     def non_virtual_bytes(self) -> int:
         """Bytes that the repository itself stores."""

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
+from typing import Any
 
 import anyio
 import numpy as np
 import numpy.typing as npt
 
-from icechunk.format.ids import NodeId
+from icechunk.errors import InvalidInputError
+from icechunk.format.ids import NodeId, object_id_from_text
+from icechunk.format.keys import CHUNKS_PREFIX
 from icechunk.format.values import INLINE, NATIVE, VIRTUAL, ChunkRefs, Manifest
 from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.maintenance.reachability import Files, Limits, RowSet, Walked, living_rows, read_manifests, walk
-from icechunk.maintenance.spans import CHUNK_ID_BYTES, SPAN_BYTES, covered, native_rows, rows, spans_of
+from icechunk.maintenance.spans import (
+    CHUNK_ID_BYTES,
+    SPAN_BYTES,
+    covered,
+    covered_by_object,
+    native_rows,
+    rows,
+    spans_of,
+)
 from icechunk.ops import ChunkStorageStats
-from icechunk.storage.port import Storage
+from icechunk.runtime.tasks import run_all
+from icechunk.storage.port import ListingUnsupportedError, Storage
 from icechunk.transfer.assets import off_loop
 
 __all__ = ["chunk_storage_stats"]
@@ -22,11 +35,19 @@ __all__ = ["chunk_storage_stats"]
 _BYTES_PER_REF = 64
 
 
-async def chunk_storage_stats(log: RepositoryLog, storage: Storage, limits: Limits) -> ChunkStorageStats:
+async def chunk_storage_stats(
+    log: RepositoryLog, storage: Storage, limits: Limits, *, list_objects: bool = True
+) -> ChunkStorageStats:
     """Count the bytes of all chunks of all snapshots that a branch or tag reaches.
 
     Native: bytes of chunk objects that some reference covers, once, however many chunks share an object. Virtual:
     each distinct range of a location once. Inline: the bytes in each manifest.
+
+    Parameters
+    ----------
+    list_objects
+        Whether chunk objects are listed, to tell the bytes that no reference covers. Where the storage has no
+        listings, nothing is said of them.
 
     Raises
     ------
@@ -37,16 +58,60 @@ async def chunk_storage_stats(log: RepositoryLog, storage: Storage, limits: Limi
     state = await log.refresh()
     in_files = log.layout is Layout.REFS
     start = state.tips() if in_files else state.reachable()
-    await walk(files, start, found, limits, follow_parents=in_files)
-
     one_at_a_time = anyio.Lock()
 
     async def visit(manifest: Manifest, nodes: Collection[NodeId]) -> None:
         async with one_at_a_time:
             await off_loop(manifest.num_chunk_refs * _BYTES_PER_REF, lambda: counter.add(manifest, nodes))
 
-    await read_manifests(files, found.manifests, limits, visit)
-    return counter.result()
+    async def read() -> None:
+        await walk(files, start, found, limits, follow_parents=in_files)
+        await read_manifests(files, found.manifests, limits, visit)
+
+    sizes = _Sizes()
+
+    async def list_chunks() -> None:
+        if list_objects:
+            await sizes.take(storage)
+
+    await run_all(read, list_chunks)
+    return counter.result(sizes)
+
+
+class _Sizes:
+    """Chunk objects that are stored, in columns."""
+
+    def __init__(self) -> None:
+        self._names: list[bytes] = []
+        self._sizes: list[int] = []
+        self.complete = False
+
+    async def take(self, storage: Storage) -> None:
+        """List them."""
+        try:
+            async for page in storage.list_pages(CHUNKS_PREFIX):
+                for info in page:
+                    with suppress(InvalidInputError):
+                        self._names.append(object_id_from_text(info.key.removeprefix(CHUNKS_PREFIX)))
+                        self._sizes.append(info.size)
+        except ListingUnsupportedError:
+            return
+        self.complete = True
+
+    def uncovered(self, rows: npt.NDArray[Any]) -> tuple[int | None, int | None]:
+        """Bytes that no range covers: of objects with a range, and of others; None where that is not known."""
+        if not self.complete:
+            return None, None
+        sizes = np.array(self._sizes, np.uint64)
+        names, living = covered_by_object(rows)
+        if not len(names):
+            return 0, int(sizes.sum())
+        ids = np.array(self._names, names.dtype)
+        at = np.minimum(np.searchsorted(names, ids), len(names) - 1)
+        known = names[at] == ids
+        # An object that is shorter than its references say has nothing dead.
+        dead = np.maximum(sizes[known].astype(np.int64) - living[at][known].astype(np.int64), 0)
+        return int(dead.sum()), int(sizes[~known].sum())
 
 
 class _Counter:
@@ -73,9 +138,12 @@ class _Counter:
         numbers = [known.setdefault(refs.locations[int(i)], len(known)) for i in used]
         return np.array(numbers, ">u8")[inverse].view(np.uint8).reshape(-1, 8)
 
-    def result(self) -> ChunkStorageStats:
+    def result(self, sizes: _Sizes | None = None) -> ChunkStorageStats:
+        dead, unreferenced = (None, None) if sizes is None else sizes.uncovered(self._native.rows)
         return ChunkStorageStats(
             native_bytes=covered(self._native.rows),
             virtual_bytes=int(spans_of(self._virtual.rows)[1].sum(dtype=np.uint64)),
             inlined_bytes=self._inlined,
+            dead_bytes=dead,
+            unreferenced_bytes=unreferenced,
         )

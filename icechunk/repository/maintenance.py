@@ -218,8 +218,12 @@ class Maintenance(Sessions):
         max_compressed_manifest_mem_bytes: int = 512 * _MIB,
         max_decoded_manifest_mem_bytes: int = 4 * _GIB,
         max_concurrent_manifest_fetches: int = 500,
+        list_objects: bool = True,
     ) -> ChunkStorageStats:
         """Bytes of all chunks that branches and tags reach, each counted once, by where they are.
+
+        Beside these, the bytes of chunk objects that nothing needs: dead ones in objects that are needed, and objects
+        that nothing refers to.
 
         Parameters
         ----------
@@ -227,6 +231,9 @@ class Maintenance(Sessions):
             Bounds of memory.
         max_concurrent_manifest_fetches
             Requests in flight.
+        list_objects
+            Whether chunk objects are listed, a thousand a request, to tell what nothing needs; without, and on a
+            storage that has no listings, ``dead_bytes`` and ``unreferenced_bytes`` are None.
 
         Raises
         ------
@@ -235,13 +242,14 @@ class Maintenance(Sessions):
         FormatError
             A snapshot or manifest is missing, or cannot be read.
         """
+        require_type("list_objects", list_objects, bool)
         limits = Limits(
             max_snapshots_in_memory=max_snapshots_in_memory,
             max_compressed_manifest_mem_bytes=max_compressed_manifest_mem_bytes,
             max_decoded_manifest_mem_bytes=max_decoded_manifest_mem_bytes,
             max_concurrent_manifest_fetches=max_concurrent_manifest_fetches,
         )
-        return await chunk_storage_stats(await self._core.log(), self._core.storage, limits)
+        return await chunk_storage_stats(await self._core.log(), self._core.storage, limits, list_objects=list_objects)
 
     chunk_storage_stats = synchronous(chunk_storage_stats_async)
 
@@ -267,6 +275,7 @@ class Maintenance(Sessions):
             max_compressed_manifest_mem_bytes=max_compressed_manifest_mem_bytes,
             max_decoded_manifest_mem_bytes=max_decoded_manifest_mem_bytes,
             max_concurrent_manifest_fetches=max_concurrent_manifest_fetches,
+            list_objects=False,
         )
         return stats.native_bytes
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from icechunk.format.values import INLINE, NATIVE, ChunkRefs, Manifest
 from icechunk.maintenance.reachability import Budget, Files, Limits, RowSet, Use, read_manifests
 from icechunk.maintenance.stats import _Counter
 from icechunk.storage.memory import MemoryStorage
+from icechunk.storage.port import ListingUnsupportedError, ObjectInfo
 from icechunk.testing.wrapping import WrappingStorage
-from tests.maintenance.helpers import History, by_layout
+from tests.maintenance.helpers import History, ago, by_layout
 
 
 @by_layout
@@ -174,3 +175,39 @@ def test_inline_bytes_are_those_of_the_rows() -> None:
     for _ in range(2):
         counter.add(Manifest(id=ObjectId(b"m" * 12), arrays={NodeId(b"n" * 8): refs}), {NodeId(b"n" * 8)})
     assert counter.result().inlined_bytes == 14
+
+
+@by_layout
+async def test_living_dead_and_unreferenced_bytes_are_told_apart(version: int | None) -> None:
+    storage = MemoryStorage()
+    history = await History.create(storage, version, pack_threshold_bytes=1 << 20)
+    # One pack of ten chunks of eight bytes; a second one for the chunk that is written again.
+    stats = await history.repo.chunk_storage_stats_async()
+    assert (stats.native_bytes, stats.dead_bytes, stats.unreferenced_bytes) == (80, 0, 0)
+    await history.commit("c1", 0)
+    await history.repo.expire_snapshots_async(ago(days=-1))
+    await storage.put("chunks/0000000000000000000G", b"12345")
+    await storage.put("chunks/README", b"no chunk object")
+    stats = await history.repo.chunk_storage_stats_async()
+    assert (stats.native_bytes, stats.dead_bytes, stats.unreferenced_bytes) == (80, 8, 5)
+    await history.repo.garbage_collect_async(ago(), repack_below_percent=100)
+    stats = await history.repo.chunk_storage_stats_async()
+    assert (stats.native_bytes, stats.dead_bytes, stats.unreferenced_bytes) == (80, 0, 0)
+
+
+@by_layout
+async def test_without_a_listing_nothing_is_said_of_dead_and_unreferenced_bytes(version: int | None) -> None:
+    class Unlisted(WrappingStorage):
+        async def list_pages(self, prefix: str = "", **options: Any) -> AsyncIterator[list[ObjectInfo]]:
+            if prefix == "chunks/":
+                raise ListingUnsupportedError("no listings here")
+            async for page in self.inner.list_pages(prefix, **options):
+                yield page
+
+    history = await History.create(MemoryStorage(), version)
+    for repo, options in (
+        (history.repo, {"list_objects": False}),
+        (await icechunk.Repository.open_async(Unlisted(history.repo.storage)), {}),
+    ):
+        stats = await repo.chunk_storage_stats_async(**options)
+        assert (stats.native_bytes, stats.dead_bytes, stats.unreferenced_bytes) == (80, None, None)
