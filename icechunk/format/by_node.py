@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from icechunk.format.ids import NodeId
 
-__all__ = ["ByNode", "Coords", "Part", "coords_by_node", "grouped_coords", "num_rows", "owners"]
+__all__ = ["ByNode", "Coords", "Part", "by_rank", "coords_by_node", "grouped_coords", "num_rows", "owners"]
 
 T = TypeVar("T")
 
@@ -41,7 +41,8 @@ class ByNode(Mapping[NodeId, T]):
     Parameters
     ----------
     parts
-        No node is in two of them.
+        A node is in one of them, or, where others have written references of several ranks for one array, in one for
+        each rank. The mapping then shows the rows of the part where it has most.
     cut
         Returns consecutive rows of columns.
     """
@@ -72,16 +73,26 @@ class ByNode(Mapping[NodeId, T]):
 
     def where(self, node: NodeId) -> tuple[Part[T], int] | None:
         """The part that holds an array's rows, and the array's index in it; None if the array is in no part."""
+        return self._index().get(node)
+
+    def _index(self) -> dict[NodeId, tuple[Part[T], int]]:
         if self._places is None:
-            self._places = {node: (part, i) for part in self.parts for i, node in enumerate(part.nodes)}
-        return self._places.get(node)
+            places = {node: (part, i) for part in self.parts for i, node in enumerate(part.nodes)}
+            if len(places) < sum(len(part.nodes) for part in self.parts):
+                for part in self.parts:
+                    for i, node in enumerate(part.nodes):
+                        known, at = places[node]
+                        if part.edges[i + 1] - part.edges[i] > known.edges[at + 1] - known.edges[at]:
+                            places[node] = part, i
+            self._places = places
+        return self._places
 
     def __len__(self) -> int:
-        return sum(len(part.nodes) for part in self.parts)
+        return len(self._index())
 
     def __iter__(self) -> Iterator[NodeId]:
         if self._order is None:
-            self._order = sorted([node for part in self.parts for node in part.nodes])
+            self._order = sorted(self._index())
         return iter(self._order)
 
     def __contains__(self, node: object) -> bool:
@@ -101,6 +112,39 @@ class ByNode(Mapping[NodeId, T]):
 def owners(edges: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """For each row the index of the array that it belongs to, given the edges of a part."""
     return np.repeat(np.arange(len(edges) - 1), np.diff(edges))
+
+
+def by_rank(
+    owner: npt.NDArray[np.int64], ranks: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]
+) -> Iterator[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64], Any]]:
+    """Rows of many arrays, apart by rank.
+
+    Parameters
+    ----------
+    owner
+        int64[n]: the array of each row, ascending.
+    ranks
+        int64[n]: number of dimensions of each row.
+    counts
+        int64[m]: number of rows of each array.
+
+    Yields
+    ------
+    ndim : int
+    members : int64[k]
+        Arrays with rows of this rank, ascending; for rank 0 those without any row, whose rank is not known, as well.
+    edges : int64[k + 1]
+        Of these rows.
+    rows : bool[n] or slice
+        Which rows they are.
+    """
+    empty = counts == 0
+    for ndim in np.unique(np.append(ranks, np.zeros(int(empty.any()), ranks.dtype))).tolist():
+        own = ranks == ndim
+        sizes = np.bincount(owner[own], minlength=len(counts)).astype(np.int64)
+        present = (sizes > 0) | empty if ndim == 0 else sizes > 0
+        edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[present])])
+        yield ndim, np.flatnonzero(present), edges, slice(None) if own.all() else own
 
 
 def coords_by_node(parts: Iterable[Part[Coords]]) -> ByNode[Coords]:

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from icechunk.errors import InvalidInputError
-from icechunk.format.by_node import ByNode, Coords, Part, coords_by_node, grouped_coords, num_rows, owners
+from icechunk.format.by_node import ByNode, Coords, Part, by_rank, coords_by_node, grouped_coords, num_rows, owners
 from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.flat.columns import (
     Positions,
@@ -270,17 +270,8 @@ def _updated(root: Table) -> ByNode[Coords]:
         return coords_by_node([_sorted_unique(Part(tuple(nodes), edges, np.empty((0, 0), np.uint32)))])
     if coords is None or coords.rows is not None:
         raise buffer.fail("an updated chunk lacks its coordinates")
-    # The rank of an array without chunks is unknown; it counts as rank 0.
-    ranks = np.zeros(count, np.int64)
-    ranks[owner] = coords.counts
-    if (ranks[owner] != coords.counts).any():
-        i = int(owner[int((ranks[owner] != coords.counts).argmax())])
-        raise buffer.fail(f"the updated chunks of array {encode_id(nodes[i])} differ in their number of dimensions")
     parts = []
-    for ndim in np.unique(ranks).tolist():
-        members = np.flatnonzero(ranks == ndim)
-        whole = len(members) == count
-        rows = read_coords(buffer, coords.starts if whole else coords.starts[ranks[owner] == ndim], ndim)
-        own_edges = edges if whole else np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[members])])
+    for ndim, members, own_edges, own in by_rank(owner, coords.counts, sizes):
+        rows = read_coords(buffer, coords.starts[own], ndim)
         parts.append(_sorted_unique(Part(tuple([nodes[i] for i in members.tolist()]), own_edges, rows)))
     return coords_by_node(parts)

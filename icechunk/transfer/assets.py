@@ -23,6 +23,7 @@ from icechunk.errors import FormatError, IcechunkError, ObjectNotFoundError, Sna
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.keys import chunk_key, manifest_key, snapshot_key, transaction_key
 from icechunk.format.manifest import decode_manifest
+from icechunk.format.manifest.refs_by_node import of_rank
 from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.format.transaction import decode_transaction_log
 from icechunk.format.values import ChunkRef, ChunkRefs, Manifest, ManifestRef, NodeSnapshot, Snapshot, TransactionLog
@@ -354,7 +355,7 @@ def _fetch_ahead(reader: BlockReader, refs: ChunkRefs, walk: Walk) -> None:
 
 def references_of(manifest: Manifest, node: NodeSnapshot) -> ChunkRefs:
     """The references of an array in one of its manifests. Raises `FormatError` where there are none."""
-    refs = manifest.arrays.get(node.id)
+    refs = of_rank(manifest.arrays, node.id, len(node.shape))
     if refs is None:
         raise FormatError(
             f"manifest {encode_id(manifest.id)} has no references of array {node.path!r}, though its snapshot says so"

@@ -130,12 +130,13 @@ def test_message_pack_that_is_corrupt_or_deep_is_a_format_error() -> None:
             metadata_from_tables(items, 1)
 
 
-def test_a_transaction_log_whose_chunks_differ_in_rank_is_refused() -> None:
+def test_a_transaction_log_whose_chunks_differ_in_rank_tells_those_of_the_rank_of_most() -> None:
     def chunk(coords: list[int]) -> FlatTable:
         return FlatTable({0: Items(struct.pack(f"<{len(coords)}I", *coords), len(coords), 4)})
 
     ids = Items(b"", 0)
-    updated = FlatTable({0: id_struct(b"n" * 8), 1: [chunk([0]), chunk([0, 1])]})
+    updated = FlatTable({0: id_struct(b"n" * 8), 1: [chunk([0]), chunk([0, 1]), chunk([0, 2])]})
     slots: dict[int, Value] = {0: id_struct(bytes(12)), **dict.fromkeys(range(1, 7), ids), 7: [updated]}
     payload = FlatWriter().finish(FlatTable(slots))
-    refused(decode_transaction_log, seal(FileType.TRANSACTION_LOG, 2, payload), "number of dimensions")
+    log = decode_transaction_log(seal(FileType.TRANSACTION_LOG, 2, payload))
+    assert {node: coords.tolist() for node, coords in log.updated_chunks.items()} == {b"n" * 8: [[0, 1], [0, 2]]}

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from icechunk.format.by_node import ByNode, Part, owners
+from icechunk.format.by_node import ByNode, Part, by_rank, owners
 from icechunk.format.envelope import FileType, unseal
 from icechunk.format.flat.columns import (
     Positions,
@@ -155,29 +155,22 @@ def _decode_rows(
     vectors = tables.vectors(at_slot.INDEX, 4)
     if vectors is None or vectors.rows is not None:
         raise buffer.fail("a reference lacks the required field 'index'")
-    # The rank of an array without references is unknown; it counts as rank 0.
-    ranks = np.zeros(len(nodes), np.int64)
-    ranks[owner] = vectors.counts
-    if (ranks[owner] != vectors.counts).any():
-        raise buffer.fail("the references of one array differ in their number of dimensions")
     locations = texts.all()
     parts = []
-    for ndim in np.unique(ranks).tolist():
-        own = ranks == ndim
-        rows = slice(None) if own.all() else own[owner]
+    for ndim, present, own_edges, own in by_rank(owner, vectors.counts, counts):
         part = Part(
-            tuple(nodes) if own.all() else tuple([nodes[i] for i in np.flatnonzero(own).tolist()]),
-            edges if own.all() else np.concatenate([np.zeros(1, np.int64), np.cumsum(counts[own])]),
+            tuple(nodes) if len(present) == len(nodes) else tuple([nodes[i] for i in present.tolist()]),
+            own_edges,
             ChunkRefs(
-                coords=read_coords(buffer, vectors.starts[rows], ndim),
-                kind=kind[rows],
-                offset=offset[rows],
-                length=length[rows],
-                chunk_id=chunk_ids[rows],
-                location=location_rows[rows],
+                coords=read_coords(buffer, vectors.starts[own], ndim),
+                kind=kind[own],
+                offset=offset[own],
+                length=length[own],
+                chunk_id=chunk_ids[own],
+                location=location_rows[own],
                 locations=locations,
-                checksum_kind=None if checksum_kind is None else checksum_kind[rows],
-                checksum=None if checksum is None else checksum[rows],
+                checksum_kind=None if checksum_kind is None else checksum_kind[own],
+                checksum=None if checksum is None else checksum[own],
                 etags=etags,
                 inline_data=inline_data,
             ),

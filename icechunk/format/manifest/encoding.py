@@ -23,7 +23,7 @@ from icechunk.format.flat.writer import MAX_BYTES, MAX_TABLES, FlatTable, FlatWr
 from icechunk.format.ids import encode_id
 from icechunk.format.manifest import tables as at_slot
 from icechunk.format.manifest.location_compression import LocationCompression, LocationDictionary, trained
-from icechunk.format.manifest.refs_by_node import grouped_refs
+from icechunk.format.manifest.refs_by_node import grouped_refs, unmixed
 from icechunk.format.values import ETAG, INLINE, LAST_MODIFIED, NATIVE, NO_CHECKSUM, VIRTUAL, ChunkRefs, Manifest
 
 __all__ = ["encode_manifest", "fill_inline", "frames", "inline_places", "max_refs", "strings"]
@@ -123,7 +123,7 @@ def encode_manifest(
     """
     if spec_version not in (1, 2):
         raise InvalidInputError(f"cannot encode a manifest in spec version {spec_version}")
-    columns = grouped_refs(manifest.arrays)
+    columns = unmixed(grouped_refs(manifest.arrays))
     dictionary = None
     if locations is not None and spec_version == 2:
         dictionary = trained([part.rows for part in columns.parts], locations)

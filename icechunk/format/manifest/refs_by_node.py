@@ -12,7 +12,7 @@ from icechunk.format.by_node import ByNode, Part, edges_of
 from icechunk.format.ids import NodeId
 from icechunk.format.values import ETAG, INLINE, ChunkRefs
 
-__all__ = ["grouped_refs", "refs_by_node"]
+__all__ = ["grouped_refs", "of_rank", "refs_by_node", "unmixed"]
 
 _P = TypeVar("_P", tuple[str, ...], bytes)
 
@@ -30,6 +30,27 @@ def grouped_refs(arrays: Mapping[NodeId, ChunkRefs]) -> ByNode[ChunkRefs]:
     for node, refs in arrays.items():
         by_rank.setdefault(refs.ndim, []).append(node)
     return refs_by_node([_part(nodes, [arrays[node] for node in nodes]) for nodes in by_rank.values()])
+
+
+def of_rank(arrays: Mapping[NodeId, ChunkRefs], node: NodeId, ndim: int) -> ChunkRefs | None:
+    """The references of an array that have its number of dimensions; None where it has none of any rank."""
+    refs = arrays.get(node)
+    if refs is None or refs.ndim == ndim:
+        return refs
+    if isinstance(arrays, ByNode):
+        for part in arrays.parts:
+            if part.rows.ndim == ndim and node in part.nodes:
+                i = part.nodes.index(node)
+                rows: ChunkRefs = part.rows.take(slice(int(part.edges[i]), int(part.edges[i + 1])))
+                return rows
+    return ChunkRefs.empty(ndim)
+
+
+def unmixed(columns: ByNode[ChunkRefs]) -> ByNode[ChunkRefs]:
+    """The same with references of one rank only for each array, that of most of them, as a manifest of ours has it."""
+    if len(columns) == sum(len(part.nodes) for part in columns.parts):
+        return columns
+    return grouped_refs(dict(columns))
 
 
 def _part(nodes: Sequence[NodeId], batch: Sequence[ChunkRefs]) -> Part[ChunkRefs]:

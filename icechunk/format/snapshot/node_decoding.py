@@ -88,16 +88,31 @@ def _node(table: Table) -> NodeSnapshot:
         raise table.buffer.fail(f"the node {path!r} is of unknown kind {kind}")
     array = required(table.table(_DATA), table, "node_data")
     names = array.tables(_NAMES)
+    shape = _shape(array)
+    manifests = tuple([_manifest_ref(ref) for ref in required(array.tables(_MANIFESTS), array, "manifests")])
     return NodeSnapshot(
         id=id,
         path=path,
         kind=NodeKind.ARRAY,
         user_data=user_data,
-        shape=_shape(array),
+        shape=shape,
         dimension_names=None if names is None else tuple([name.string(0) for name in names]),
-        manifests=tuple([_manifest_ref(ref) for ref in required(array.tables(_MANIFESTS), array, "manifests")]),
+        manifests=_fitting(manifests, shape),
         extra=extra,
     )
+
+
+def _fitting(refs: tuple[ManifestRef, ...], shape: tuple[DimensionShape, ...]) -> tuple[ManifestRef, ...]:
+    """The manifests with extents of the array's rank.
+
+    The official library writes chunks of any rank, and takes extents from the first: what such a manifest holds of the
+    array may be anywhere in its grid.
+    """
+    ndim = len(shape)
+    if all(len(ref.extents) == ndim for ref in refs):
+        return refs
+    grid: Extents = tuple([(0, dimension.num_chunks) for dimension in shape])
+    return tuple([ref if len(ref.extents) == ndim else ManifestRef(ref.object_id, grid) for ref in refs])
 
 
 def _shape(array: Table) -> tuple[DimensionShape, ...]:
@@ -153,7 +168,7 @@ def _many(buffer: Buffer, positions: Positions) -> list[NodeSnapshot]:
                 user_data=document,
                 shape=shape,
                 dimension_names=dimension_names,
-                manifests=refs,
+                manifests=_fitting(refs, shape),
                 extra=own,
             )
         )

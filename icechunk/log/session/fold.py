@@ -35,7 +35,7 @@ from icechunk.log.session.events import (
 from icechunk.log.session.hierarchy import Hierarchy
 from icechunk.log.session.merge.diff import Changes, NetChanges, move_order
 from icechunk.log.session.plan.small_arrays import LogRows, columns_of_many, rows_of_many
-from icechunk.log.session.zarr_metadata import ArrayMeta, GroupMeta, parse_node
+from icechunk.log.session.zarr_metadata import ArrayMeta, GroupMeta, parse_node, parse_replacement
 
 __all__ = ["ABSENT", "IN_BASE", "Absent", "Fold", "InBase", "in_grid"]
 
@@ -265,7 +265,7 @@ class Fold:
             case MetadataReplaced():
                 path = self._path_of(event.node_id, event.path)
                 node = self._existing(path, "replace the metadata of")
-                described = _described(node, event.user_data, meta or parse_node(event.user_data, path))
+                described = _described(node, event.user_data, meta or parse_replacement(event.user_data, node))
                 self._tree.put(described)
                 if len(described.shape) != len(node.shape):
                     self._arrays.pop(node.id, None)

@@ -51,7 +51,7 @@ from icechunk.log.session.events import (
 )
 from icechunk.log.session.fold import ABSENT, IN_BASE, Absent, Fold, InBase, in_grid
 from icechunk.log.session.hierarchy import check_path, is_below, parent_of
-from icechunk.log.session.zarr_metadata import ArrayMeta, parse_node
+from icechunk.log.session.zarr_metadata import ArrayMeta, parse_node, parse_replacement
 
 __all__ = ["ABSENT", "IN_BASE", "Absent", "Commands", "InBase", "Savepoint", "SessionLog"]
 
@@ -78,7 +78,7 @@ class Commands(Fold):
         node = self._tree.get(path)
         if node is not None and node.user_data == user_data:
             return
-        meta = parse_node(user_data, path)
+        meta = parse_node(user_data, path) if node is None else parse_replacement(user_data, node)
         kind = NodeKind.ARRAY if isinstance(meta, ArrayMeta) else NodeKind.GROUP
         if node is None:
             created = ArrayCreated if kind is NodeKind.ARRAY else GroupCreated

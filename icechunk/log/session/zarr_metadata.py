@@ -12,9 +12,9 @@ from typing import Any, Final, NoReturn
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.documents import parse_document
-from icechunk.format.values import DimensionShape
+from icechunk.format.values import DimensionShape, NodeKind, NodeSnapshot
 
-__all__ = ["ArrayMeta", "GroupMeta", "encoding_of", "parse_node", "require_regular_grid"]
+__all__ = ["ArrayMeta", "GroupMeta", "encoding_of", "parse_node", "parse_replacement", "require_regular_grid"]
 
 _MAX_CHUNKS: Final = 2**32 - 1
 _ARRAY_FIELDS: Final = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
@@ -93,6 +93,36 @@ def require_regular_grid(user_data: bytes, path: str) -> None:
     name = parse_document(user_data)["chunk_grid"]["name"]
     if name != "regular":
         _invalid(path, f"chunk grid {name!r}, and format 1 has only regular ones; use format 2")
+
+
+def parse_replacement(user_data: bytes, node: NodeSnapshot) -> GroupMeta | ArrayMeta:
+    """Read the zarr.json that a node is to have instead of its own.
+
+    An array whose present document would be refused, which the official library has made (chunk keys or a grid that
+    cannot be stored here), keeps its chunks where they are: its attributes may change, and nothing else. Raises
+    `InvalidInputError` as `parse_node`.
+    """
+    try:
+        return parse_node(user_data, node.path)
+    except InvalidInputError:
+        if node.kind is not NodeKind.ARRAY or not _differ_in_attributes_only(user_data, node.user_data):
+            raise
+    return ArrayMeta(
+        shape=tuple([dimension.array_length for dimension in node.shape]),
+        num_chunks=tuple([dimension.num_chunks for dimension in node.shape]),
+        dimension_names=node.dimension_names,
+    )
+
+
+def _differ_in_attributes_only(one: bytes, other: bytes) -> bool:
+    try:
+        documents = [parse_document(data) for data in (one, other)]
+    except ValueError:
+        return False
+    if not all(isinstance(document, dict) for document in documents):
+        return False
+    kept = [{name: value for name, value in document.items() if name != "attributes"} for document in documents]
+    return bool(kept[0] == kept[1])
 
 
 def _parse_array(document: Mapping[str, Any], path: str) -> ArrayMeta:

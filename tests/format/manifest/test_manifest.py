@@ -16,6 +16,7 @@ from icechunk.errors import FormatError, InvalidInputError
 from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.manifest import decode_manifest, encode_manifest
+from icechunk.format.manifest.refs_by_node import of_rank
 from icechunk.format.values import INLINE, LAST_MODIFIED, NATIVE, ChunkRef, ChunkRefs, Manifest
 from tools.fuzz.strategies import chunk_refs, contents, manifests, rows
 
@@ -242,10 +243,19 @@ def test_a_reference_that_is_nothing_or_two_things_is_a_format_error(ref: dict[i
         decode_manifest(independent_manifest([ref]))
 
 
-def test_references_of_different_rank_in_one_array_are_a_format_error() -> None:
-    refs = [{0: [0], 4: bytes(12)}, {0: [0, 1], 4: bytes(12)}]
-    with pytest.raises(FormatError, match="number of dimensions"):
-        decode_manifest(independent_manifest(refs))
+def test_references_of_different_ranks_in_one_array_are_found_by_their_rank() -> None:
+    refs = [{0: [0], 4: bytes(12)}, {0: [1, 2], 4: bytes(12)}, {0: [3, 4], 4: bytes(12)}]
+    manifest = decode_manifest(independent_manifest(refs))
+    (node,) = manifest.arrays
+    assert manifest.num_chunk_refs == 3
+    assert manifest.arrays[node].coords.tolist() == [[1, 2], [3, 4]]
+    found = [of_rank(manifest.arrays, node, ndim) for ndim in range(4)]
+    assert [None if refs is None else refs.coords.tolist() for refs in found] == [[], [[0]], [[1, 2], [3, 4]], []]
+    assert of_rank(manifest.arrays, NodeId(b"\xff" * 8), 1) is None
+    # A manifest of ours has one rank for each array.
+    again = decode_manifest(encode_manifest(manifest))
+    assert again.arrays[node].coords.tolist() == [[1, 2], [3, 4]]
+    assert again.num_chunk_refs == 2
 
 
 def test_many_small_arrays_share_a_manifest() -> None:

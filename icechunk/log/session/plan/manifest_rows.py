@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, FormatError, InvalidInputError
 from icechunk.format.ids import ObjectId
+from icechunk.format.manifest.refs_by_node import of_rank
 from icechunk.format.values import ChunkRefs, Manifest, ManifestRef, NodeSnapshot
 from icechunk.log.session.array_fold import Rows
 from icechunk.log.session.columns import CoordIndex, concat, normalized, trimmed
@@ -165,8 +166,8 @@ def references(array: ArrayPlan, source: ManifestRef, manifests: Mapping[ObjectI
     FormatError
         If there are none, although the base says that there are.
     """
-    old = manifests[source.object_id].arrays.get(array.node.id)
-    if old is None or old.ndim != len(array.node.shape):
+    old = of_rank(manifests[source.object_id].arrays, array.node.id, len(array.node.shape))
+    if old is None:
         raise FormatError(
             f"manifest {source.object_id.hex()} holds no references of the array {array.node.path}, "
             "although the snapshot says so",

@@ -321,16 +321,28 @@ def _present(
         if source is None:
             continue
         where = columns[source].where(node.id)
-        if where is None or where[0].rows.ndim != len(node.shape):
+        if where is None:
             raise FormatError(
                 f"manifest {source.hex()} holds no references of the array {node.path}, although the snapshot says so",
                 ErrorKind.INCONSISTENT_MANIFESTS,
             )
+        if where[0].rows.ndim != len(node.shape):
+            where = _of_rank(columns[source], node)
+            if where is None:
+                continue
         part, place = where
         _, members, places = found.setdefault(id(part), (part, [], []))
         members.append(i)
         places.append(place)
     return [(part, np.array(members), np.array(places)) for part, members, places in found.values()]
+
+
+def _of_rank(columns: ByNode[ChunkRefs], node: NodeSnapshot) -> tuple[Part[ChunkRefs], int] | None:
+    """Where those references of an array are that have its rank, of several ranks that others have written."""
+    for part in columns.parts:
+        if part.rows.ndim == len(node.shape) and node.id in part.nodes:
+            return part, part.nodes.index(node.id)
+    return None
 
 
 def boxes_of(part: Part[ChunkRefs]) -> list[Extents]:
