@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 from icechunk.config import RepositoryConfig
+from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.ids import ObjectId, object_id_from_text
+from icechunk.format.values import Snapshot, TransactionLog
 from icechunk.log.repository.port import Layout
 from icechunk.log.repository.ref_files.layout import needs_format_2
 from icechunk.log.repository.state import RepoState, require_snapshot
@@ -13,6 +16,7 @@ from icechunk.ops import Attribution, SpecVersion
 from icechunk.runtime.loops import run_sync
 from icechunk.runtime.pickles import instance_of_state
 from icechunk.runtime.representation import fields_html
+from icechunk.runtime.tasks import run_each
 from icechunk.session.core import Core
 from icechunk.storage.port import Storage
 
@@ -59,6 +63,38 @@ class RepositoryBase:
         """Refuse what format 1 does not have; ``what`` completes "cannot …"."""
         if (await self._core.log()).layout is Layout.REFS:
             raise needs_format_2(what)
+
+    async def _between(self, start: ObjectId, end: ObjectId) -> tuple[list[TransactionLog], Snapshot, Snapshot]:
+        """The transaction logs of the commits after one snapshot up to another, oldest first, and both snapshots.
+
+        Raises
+        ------
+        InvalidInputError
+            The first is no ancestor of the second (kind ``bad-snapshot-chain-for-diff``).
+        """
+        wanted: list[ObjectId] = []
+        for record in (await self._core.learn(end, ancestry=True)).ancestry(end):
+            if record.id == start:
+                break
+            wanted += [record.id, *reversed(record.pruned_ancestor_tx_logs)]
+        else:
+            raise InvalidInputError(
+                "cannot compare: the ancestry of the second snapshot doesn't include the first; swap them, or "
+                "compare with a common ancestor",
+                ErrorKind.BAD_SNAPSHOT_CHAIN_FOR_DIFF,
+            )
+        logs = await self._transaction_logs(wanted[::-1])
+        return logs, await self._core.assets.snapshot(start), await self._core.assets.snapshot(end)
+
+    async def _transaction_logs(self, ids: Sequence[ObjectId]) -> list[TransactionLog]:
+        """Transaction logs in the order asked for, all read at the same time."""
+        found: dict[ObjectId, TransactionLog] = {}
+
+        async def read(id: ObjectId) -> None:
+            found[id] = await self._core.assets.transaction_log(id)
+
+        await run_each(read, ids, limit=self._core.settings.max_requests)
+        return [found[id] for id in ids]
 
     async def aclose(self) -> None:
         """Write a last checkpoint where one is due, and close what the running loop has open.

@@ -19,7 +19,7 @@ from icechunk.errors import ErrorKind, InvalidInputError, NodeNotFoundError
 from icechunk.format.documents import parse_document
 from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
 from icechunk.format.repo.values import SnapshotRecord
-from icechunk.format.values import NodeKind, NodeSnapshot, Snapshot, TransactionLog
+from icechunk.format.values import NodeKind, NodeSnapshot, Snapshot
 from icechunk.log.session.extents import volume
 from icechunk.log.session.merge.diff import net_diff
 from icechunk.repository.base import RepositoryBase, select
@@ -147,19 +147,8 @@ class Changes(RepositoryBase):
         state = await self._core.state(since)
         select(state, snapshot_id=since)
         last = state.branch_tip("main") if until is None else object_id_from_text(until)
-        wanted: list[ObjectId] = []
-        for record in await self._ancestry(last):
-            if record.id == first:
-                break
-            wanted += [record.id, *reversed(record.pruned_ancestor_tx_logs)]
-        else:
-            raise InvalidInputError(
-                f"cannot tell the changes: {since} is no ancestor of {encode_id(last)}",
-                ErrorKind.BAD_SNAPSHOT_CHAIN_FOR_DIFF,
-            )
-        logs = await self._transaction_logs(wanted)
-        before, after = await self._core.assets.snapshot(first), await self._core.assets.snapshot(last)
-        net = net_diff(logs[::-1], before, after)
+        logs, before, after = await self._between(first, last)
+        net = net_diff(logs, before, after)
         new, updated = {n.id for n in net.new}, {n.id for n in net.updated}
         touched = new | updated | set(net.chunks)
         nodes = [n for n in after.nodes.values() if n.id in touched and n.kind is NodeKind.ARRAY]
@@ -340,15 +329,6 @@ class Changes(RepositoryBase):
 
     async def _ancestry(self, tip: ObjectId) -> list[SnapshotRecord]:
         return list((await self._core.learn(tip, ancestry=True)).ancestry(tip))
-
-    async def _transaction_logs(self, ids: Sequence[ObjectId]) -> list[TransactionLog]:
-        found: dict[ObjectId, TransactionLog] = {}
-
-        async def read(id: ObjectId) -> None:
-            found[id] = await self._core.assets.transaction_log(id)
-
-        await run_each(read, ids, limit=self._core.settings.max_requests)
-        return [found[id] for id in ids]
 
 
 def boxes_of(coords: Coords) -> list[tuple[tuple[int, int], ...]]:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 
-from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.format.ids import ObjectId, object_id_from_text
+from icechunk.format.ids import object_id_from_text
 from icechunk.format.repo.values import SnapshotRecord
-from icechunk.format.values import TransactionLog
 from icechunk.log.repository.state import require_snapshot
 from icechunk.log.session.merge.diff import diff as diff_transactions
 from icechunk.ops import Update
 from icechunk.repository.base import RepositoryBase, select
 from icechunk.repository.views import manifest_file, snapshot_info, update
 from icechunk.runtime.loops import run_sync, synchronous
-from icechunk.runtime.tasks import run_each
 from icechunk.snapshots import Diff, ManifestFileInfo, SnapshotInfo
 
 __all__ = ["History"]
@@ -99,26 +96,6 @@ class History(RepositoryBase):
         if to_snapshot_id is not None:
             state = await self._core.learn(object_id_from_text(to_snapshot_id))
         end = select(state, branch=to_branch, tag=to_tag, snapshot_id=to_snapshot_id)
-        state = await self._core.learn(end, ancestry=True)
-        wanted: list[ObjectId] = []
-        for record in state.ancestry(end):
-            if record.id == start:
-                break
-            wanted += [record.id, *reversed(record.pruned_ancestor_tx_logs)]
-        else:
-            raise InvalidInputError(
-                "cannot compare: the ancestry of the second snapshot doesn't include the first; swap them, or "
-                "compare with a common ancestor",
-                ErrorKind.BAD_SNAPSHOT_CHAIN_FOR_DIFF,
-            )
-        found: dict[ObjectId, TransactionLog] = {}
-
-        async def read(id: ObjectId) -> None:
-            found[id] = await self._core.assets.transaction_log(id)
-
-        await run_each(read, wanted, limit=self._core.settings.max_requests)
-        before = await self._core.assets.snapshot(start)
-        after = await self._core.assets.snapshot(end)
-        return Diff.of(diff_transactions([found[id] for id in reversed(wanted)], before, after))
+        return Diff.of(diff_transactions(*await self._between(start, end)))
 
     diff = synchronous(diff_async)
