@@ -44,7 +44,7 @@ from icechunk.session.core import Core
 from icechunk.session.rebase import Rebase, advance
 from icechunk.transfer.assets import off_loop
 
-__all__ = ["Commit", "CommitFiles", "File", "How", "write_snapshot"]
+__all__ = ["Commit", "CommitFiles", "File", "How", "write_snapshot", "write_unlisted"]
 
 _LOG: Final = logging.getLogger(__name__)
 _BYTES_PER_REF: Final = 64
@@ -134,6 +134,29 @@ async def write_snapshot(
         raise
     content.end_commit(snapshot)
     return encode_id(snapshot.id)
+
+
+async def write_unlisted(content: SessionContent, log: SessionLog) -> Snapshot:
+    """Write a log's changes as manifests and a snapshot that the repository log does not name.
+
+    Raises `StorageError` where that fails; what was written is removed by a collection then, as it is later.
+    """
+    core = content.core
+    files = CommitFiles(
+        core=core,
+        commit=Commit(how=How.FLUSH, branch="", message="inherited by forks", metadata={}),
+        plan=content.plan(log, everything=False),
+        spec_version=(await core.log()).spec_version,
+        amended=None,
+    )
+    async with aclosing(files.make()) as coming:
+        async for file in coming:
+            # Nobody asks what it changed.
+            if not file.key.startswith("transactions/"):
+                await core.put(file.key, file.data)
+    assert files.snapshot is not None
+    core.assets.keep_snapshot(files.snapshot)
+    return files.snapshot
 
 
 async def _commit(content: SessionContent, commit: Commit, solver: ConflictSolver | None, tries: int) -> Snapshot:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncGenerator
 from enum import Enum
+from typing import NamedTuple
 
 from icechunk.errors import (
     CommitOutcomeUnknown,
@@ -37,7 +38,7 @@ from icechunk.session.read import all_references, read_chunk, reference_of
 from icechunk.storage.port import ByteRange, Octets
 from icechunk.virtual_access.locations import Prefixes
 
-__all__ = ["Phase", "SessionContent", "absolute"]
+__all__ = ["Lineage", "Phase", "SessionContent", "absolute"]
 
 
 class Phase(Enum):
@@ -49,6 +50,15 @@ class Phase(Enum):
     SWAPPING = "swapping"
     UNSETTLED = "unsettled"
     REBASING = "rebasing"
+
+
+class Lineage(NamedTuple):
+    """Where a fork comes from whose inherited changes were written as a snapshot of their own."""
+
+    base: ObjectId
+    """That of the session from which it comes, be it through other forks."""
+    last_events: tuple[bytes, ...]
+    """Ids of the last events of that session, and of forks in between, that are in the fork's base."""
 
 
 class SessionContent:
@@ -68,6 +78,8 @@ class SessionContent:
         Store time, µs, not later than the first upload for this session.
     rearrange
         Whether it takes moves of nodes, and nothing else.
+    lineage
+        Of a fork whose base is its parent with all uncommitted changes; None where the base is the parent's.
     """
 
     def __init__(
@@ -79,6 +91,7 @@ class SessionContent:
         origin: Savepoint | None = None,
         since_us: int = 0,
         rearrange: bool = False,
+        lineage: Lineage | None = None,
     ) -> None:
         self.core = core
         self.log = log
@@ -86,6 +99,7 @@ class SessionContent:
         self.origin = origin
         self.since_us = since_us
         self.rearrange = rearrange
+        self.lineage = lineage
         self.phase = Phase.READ_ONLY if branch is None and origin is None else Phase.WRITABLE
         self.sent: SwapToken | None = None
         """The entry that carries, or may carry, the commit."""
@@ -107,6 +121,11 @@ class SessionContent:
     def read_only(self) -> bool:
         """Whether it takes no changes; so it is after the commit, too."""
         return self.phase is Phase.READ_ONLY
+
+    @property
+    def origin_base(self) -> ObjectId:
+        """The base of the session that a fork comes from; else its own."""
+        return self.log.base.id if self.lineage is None else self.lineage.base
 
     @property
     def is_fork(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from icechunk.conflicts import MergeFailedError
+from icechunk.format.ids import ObjectId
 from icechunk.format.values import ChunkRef
 from icechunk.log.session.merge.merging import Fork, Merge, MergePolicy, Pair
 from icechunk.runtime.tasks import run_all, run_each
@@ -32,7 +33,8 @@ async def merge_forks(
         content.require_changeable()
     await run_all(*(fork.puts.flush for _, fork in forks))
     brought = [_changes_of(number, fork) for number, fork in forks]
-    await _check_bases(content, brought)
+    for changes, (_, fork) in zip(brought, forks, strict=True):
+        await _check_base(content, changes, fork.origin_base)
     equal: dict[Pair, bool] = {}
     while True:
         with content.lock:
@@ -40,8 +42,8 @@ async def merge_forks(
             before = content.log.savepoint()
             merging = Merge(content.log, policy, equal)
             try:
-                for fork in brought:
-                    merging.add(fork)
+                for changes in brought:
+                    merging.add(changes)
                 if not merging.undecided:
                     content.since_us = min([content.since_us, *(fork.since_us for _, fork in forks)])
                     return
@@ -63,16 +65,23 @@ async def merge_forks(
 def _changes_of(number: int, fork: SessionContent) -> Fork:
     with fork.lock:
         events, position = fork.log.events, 0 if fork.origin is None else fork.origin.position
-        return Fork(number=number, base=fork.log.base, inherited=events[:position], own=events[position:])
+        return Fork(
+            number=number,
+            base=fork.log.base,
+            inherited=events[:position],
+            own=events[position:],
+            last_inherited=() if fork.lineage is None else fork.lineage.last_events,
+        )
 
 
-async def _check_bases(content: SessionContent, forks: Sequence[Fork]) -> None:
-    for fork in forks:
-        if fork.base.id != content.log.base.id:
-            with content.lock:
-                now = content.log.base.with_nodes({node.path: node for node in content.log.nodes()})
-                log = content.log.rebased(fork.base, [*fork.inherited, *fork.own])
-            await check_fork(content.core, log, log.savepoint_at(len(fork.inherited)), now)
+async def _check_base(content: SessionContent, fork: Fork, base: ObjectId) -> None:
+    """Compare a fork with what the session was rebased onto since; ``base`` is where the session was when it forked."""
+    if fork.base.id == content.log.base.id or base == content.origin_base:
+        return
+    with content.lock:
+        now = content.log.base.with_nodes({node.path: node for node in content.log.nodes()})
+        log = content.log.rebased(fork.base, [*fork.inherited, *fork.own])
+    await check_fork(content.core, log, log.savepoint_at(len(fork.inherited)), base, now)
 
 
 async def _compare(content: SessionContent, pairs: Sequence[Pair], equal: dict[Pair, bool]) -> None:

@@ -304,7 +304,7 @@ async def advance(content: SessionContent, branch: str, solver: ConflictSolver) 
             content.log = rebasing.log
 
 
-async def check_fork(core: Core, log: SessionLog, origin: Savepoint, onto: Snapshot) -> None:
+async def check_fork(core: Core, log: SessionLog, origin: Savepoint, base: ObjectId, onto: Snapshot) -> None:
     """Refuse a fork whose parent was rebased since, if it conflicts with what landed in between.
 
     Parameters
@@ -313,6 +313,8 @@ async def check_fork(core: Core, log: SessionLog, origin: Savepoint, onto: Snaps
         The fork's.
     origin
         Where its own changes begin.
+    base
+        Where its parent was when it forked.
     onto
         Base of the session that shall merge it, with the nodes that it has now: those that the fork inherited
         are not in any snapshot.
@@ -326,16 +328,16 @@ async def check_fork(core: Core, log: SessionLog, origin: Savepoint, onto: Snaps
     """
     state = await core.state()
     with suppress(SnapshotNotFoundError):
-        state = await _with_history(core, state, log.base.id, onto.id)
-    steps = steps_between(state, log.base.id, onto.id) if onto.id in state.snapshots else None
+        state = await _with_history(core, state, base, onto.id)
+    steps = steps_between(state, base, onto.id) if onto.id in state.snapshots else None
     if steps is None:
         raise SessionStateError(
-            f"cannot merge sessions: the fork is based on snapshot {encode_id(log.base.id)}, which is not in the "
+            f"cannot merge sessions: the fork is based on snapshot {encode_id(base)}, which is not in the "
             f"history of this session's {encode_id(onto.id)}; merge it into the session that it was forked from",
             ErrorKind.MERGE_FAILED,
         )
     changes = log.since(origin)
-    transactions = await winners_between(core, steps, log.base.id, changes.net_changes().chunks)
+    transactions = await winners_between(core, steps, base, changes.net_changes().chunks)
     winner = Winner(snapshot=onto, transactions=tuple(transactions[id] for step in steps for id in step.transactions))
     conflicts = find_conflicts(changes, winner)
     if conflicts:

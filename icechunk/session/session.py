@@ -21,7 +21,7 @@ import threading
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Self, get_args
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from icechunk.config import RepositoryConfig
 from icechunk.conflicts import ConflictSolver
@@ -30,18 +30,19 @@ from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
 from icechunk.format.values import NATIVE, VIRTUAL, Snapshot
 from icechunk.log.repository.port import SwapToken
+from icechunk.log.session.events import Event
 from icechunk.log.session.log import Savepoint, SessionLog
 from icechunk.log.session.merge.merging import MergePolicy
 from icechunk.log.session.reindexing import Reindex
-from icechunk.log.session.wire import decode_log, encode_log
+from icechunk.log.session.wire import decode_log, encode_log, size_of
 from icechunk.ops import SessionMode
 from icechunk.runtime.checks import require_type
 from icechunk.runtime.loops import run_sync, synchronous
 from icechunk.runtime.pickles import instance_of_state
 from icechunk.runtime.representation import fields_html
 from icechunk.session import rearrange
-from icechunk.session.commit import How, write_snapshot
-from icechunk.session.content import Phase, SessionContent, absolute
+from icechunk.session.commit import How, write_snapshot, write_unlisted
+from icechunk.session.content import Lineage, Phase, SessionContent, absolute
 from icechunk.session.core import Core
 from icechunk.session.merge import merge_forks
 from icechunk.session.rebase import rebase_session
@@ -304,7 +305,7 @@ class Session:
         _land_chunks(content)
         with content.lock:
             log = content.log.rebased(content.log.base, author=content.core.sources.new_node_id())
-        return _fork_of(content.core, log, len(log.events), since_us=content.since_us, rearrange=content.rearrange)
+        return _fork_of(content, log, len(log.events))
 
     async def merge_async(self, *others: Session, on_conflict: MergePolicy = "error") -> None:
         """Take over what forks changed.
@@ -540,28 +541,63 @@ class ForkSession(Session):
         _land_chunks(content)
         with content.lock:
             assert content.origin is not None
-            base = content.log.base
-            return {
-                "core": pickle.dumps(content.core),
-                "base": base.id,
-                "snapshot": _embedded(base),
-                "log": encode_log(base.id, content.log.events),
-                "position": content.origin.position,
-                "since_us": content.since_us,
-                "rearrange": content.rearrange,
-            }
+            base, events, position = content.log.base, content.log.events, content.origin.position
+            lineage = content.lineage
+        if sum(map(size_of, events[:position])) > _EMBEDDED_BYTES:
+            base, lineage = run_sync(_inherited(content, base, events[:position]))
+            events, position = events[position:], 0
+        return {
+            "core": pickle.dumps(content.core),
+            "base": base.id,
+            "snapshot": _embedded(base),
+            "log": encode_log(base.id, events),
+            "position": position,
+            "since_us": content.since_us,
+            "rearrange": content.rearrange,
+            "lineage": None if lineage is None else tuple(lineage),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         core = _shared_core(state["core"])
         base = _arrived(core, state["base"], state["snapshot"])
         log = decode_log(state["log"], base, core.sources.new_node_id, core.sources.new_node_id())
-        fork = _fork_of(core, log, state["position"], since_us=state["since_us"], rearrange=state["rearrange"])
-        self._content = fork._content
+        lineage = state.get("lineage")
+        self._content = SessionContent(
+            core,
+            log,
+            origin=log.savepoint_at(state["position"]),
+            since_us=state["since_us"],
+            rearrange=state["rearrange"],
+            lineage=None if lineage is None else Lineage(*lineage),
+        )
 
 
-def _fork_of(core: Core, log: SessionLog, position: int, *, since_us: int, rearrange: bool) -> ForkSession:
-    origin = log.savepoint_at(position)
-    return ForkSession(SessionContent(core, log, origin=origin, since_us=since_us, rearrange=rearrange))
+def _fork_of(parent: SessionContent, log: SessionLog, position: int) -> ForkSession:
+    return ForkSession(
+        SessionContent(
+            parent.core,
+            log,
+            origin=log.savepoint_at(position),
+            since_us=parent.since_us,
+            rearrange=parent.rearrange,
+            lineage=parent.lineage,
+        )
+    )
+
+
+_written: WeakKeyDictionary[Core, dict[tuple[ObjectId, bytes], Snapshot]] = WeakKeyDictionary()
+"""Snapshots of what forks of a process inherited, by base and last event: the forks of one session share one."""
+
+
+async def _inherited(content: SessionContent, base: Snapshot, events: Sequence[Event]) -> tuple[Snapshot, Lineage]:
+    """A snapshot with a fork's inherited changes, which no branch and no log names: a collection removes it."""
+    key = base.id, events[-1].id
+    known = _written.setdefault(content.core, {}).get(key)
+    if known is None:
+        known = await write_unlisted(content, content.log.rebased(base, events))
+        _written[content.core][key] = known
+    before = content.lineage or Lineage(base.id, ())
+    return known, Lineage(before.base, (*before.last_events, events[-1].id))
 
 
 def _shared_core(data: bytes) -> Core:

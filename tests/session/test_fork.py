@@ -18,6 +18,7 @@ from icechunk import ConflictDetector, ForkSession, RebaseFailedError, Repositor
 from icechunk.distributed import extract_session, merge_sessions
 from icechunk.errors import ErrorKind, ReadOnlyError, SessionStateError
 from icechunk.testing.recording import RecordingStorage
+from tests.log.session.builders import native
 
 N = 20
 
@@ -308,3 +309,66 @@ def test_processes_write_one_array_through_forks(repo: Repository) -> None:
     session.merge(*forks)
     session.commit("written by many")
     assert get(repo.readonly_session("main")) == [100 + i for i in range(N)]
+
+
+def test_many_references_that_a_fork_inherits_do_not_travel_with_each_copy_of_it(tmp_path: Path) -> None:
+    storage = RecordingStorage(icechunk.local_filesystem_storage(str(tmp_path / "repo")), turns=0)
+    repo = Repository.create(storage)
+    root = repo.writable_session("main")
+    zarr.create_group(root.store)
+    root.commit("root")
+    session = repo.writable_session("main")
+    count = 20_000
+    zarr.create_array(session.store, name="a", shape=(count,), chunks=(1,), dtype="i4", fill_value=-1)
+    session._content.set_references("/a", native(np.arange(count).reshape(-1, 1)))
+    put(session, "a", 7, 70)
+    forks = [session.fork() for _ in range(4)]
+    storage.clear()
+    sent = [pickle.dumps(fork) for fork in forks]
+    assert max(map(len, sent)) < 10_000
+    assert storage.count("put", "snapshots/") == 1
+    assert storage.count("put", "log/") == storage.count("put", "transactions/") == 0
+    copies = [pickle.loads(data) for data in sent]
+    for i, copy in enumerate(copies):
+        assert not copy.has_uncommitted_changes
+        assert zarr.open_array(copy.store, path="a")[7] == 70
+        put(copy, "a", 100 + i, i)
+        grandchild = travel(copy.fork())
+        put(grandchild, "a", 200 + i, i)
+        copy.merge(grandchild)
+    back = [pickle.dumps(copy) for copy in copies]
+    assert max(map(len, back)) < 10_000
+    put(session, "a", 8, 80)
+    winner = repo.writable_session("main")
+    zarr.create_group(winner.store, path="winner")
+    winner.commit("winner")
+    session.rebase(ConflictDetector())
+    session.merge(*map(pickle.loads, back))
+    session.commit("merged")
+    array = zarr.open_array(repo.readonly_session("main").store, path="a", mode="r")
+    assert [array[i] for i in (7, 8, 100, 103, 200, 203)] == [70, 80, 0, 3, 0, 3]
+    assert len(zarr.core.sync.sync(references(repo))) == count
+
+
+async def references(repo: Repository) -> list[tuple[int, ...]]:
+    session = await repo.readonly_session_async("main")
+    return [coords async for coords in session.chunk_coordinates("/a")]
+
+
+def test_a_fork_deletes_and_replaces_what_it_inherited_in_files(
+    repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("icechunk.session.session._EMBEDDED_BYTES", 0)
+    session = repo.writable_session("main")
+    create(session, "new")
+    create(session, "gone")
+    put(session, "new", 0, 1)
+    put(session, "gone", 0, 1)
+    fork = travel(session.fork())
+    remove(fork, "gone")
+    put(fork, "new", 0, 2)
+    update(fork, "new", 3)
+    session.merge(travel(fork))
+    assert session.status().new_arrays == {"/new"}
+    assert get(session, "new") == [2, 0, 0, 0]
+    assert zarr.open_array(session.store, path="new").attrs["k"] == 3

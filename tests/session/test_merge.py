@@ -25,9 +25,11 @@ C = MergeConflictType
 N = 10
 
 
-@pytest.fixture(params=[512, 0], ids=["inline", "native"])
-def repo(request: pytest.FixtureRequest, tmp_path: Path) -> Repository:
-    config = RepositoryConfig(inline_chunk_threshold_bytes=request.param)
+@pytest.fixture(params=["inline", "native", "inherited in files"])
+def repo(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
+    if request.param == "inherited in files":
+        monkeypatch.setattr("icechunk.session.session._EMBEDDED_BYTES", 0)
+    config = RepositoryConfig(inline_chunk_threshold_bytes=0 if request.param == "native" else 512)
     repo = Repository.create(icechunk.local_filesystem_storage(str(tmp_path / "repo")), config)
     session = repo.writable_session("main")
     for name in ("a", "b", "g/x"):

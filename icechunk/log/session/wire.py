@@ -33,7 +33,7 @@ from icechunk.log.session.events import (
 )
 from icechunk.log.session.log import SessionLog
 
-__all__ = ["decode_log", "encode_log"]
+__all__ = ["decode_log", "encode_log", "size_of"]
 
 _MAGIC: Final = b"ICESLOG\n"
 _VERSION: Final = 1
@@ -67,6 +67,21 @@ def encode_log(base: ObjectId, events: Sequence[Event]) -> bytes:
     header = orjson.dumps({"base": base.hex(), "events": listed})
     header += b" " * (-(len(header) + _HEAD.size) % 8)
     return b"".join([_HEAD.pack(_MAGIC, _VERSION, len(header)), header, *blobs])
+
+
+def size_of(event: Event) -> int:
+    """About how many bytes `encode_log` writes for an event."""
+    match event:
+        case ChunksWritten():
+            refs = event.refs
+            tables = sum(map(len, refs.locations)) + sum(map(len, refs.etags)) + len(refs.inline_data)
+            return len(refs) * (4 * refs.ndim + 33) + tables
+        case ChunksDeleted():
+            return event.coords.size * 4
+        case GroupCreated() | ArrayCreated() | MetadataReplaced():
+            return len(event.user_data) + 100
+        case _:
+            return 100
 
 
 def decode_log(data: bytes, base: Snapshot, new_node_id: Callable[[], NodeId], author: bytes = b"") -> SessionLog:

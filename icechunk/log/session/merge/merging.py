@@ -29,7 +29,7 @@ from icechunk.errors import AlreadyExistsError, ErrorKind, NodeNotFoundError, Se
 from icechunk.format.ids import NodeId
 from icechunk.format.values import INLINE, NATIVE, ChunkRef, NodeKind, NodeSnapshot, Snapshot
 from icechunk.log.session.array_fold import inside
-from icechunk.log.session.columns import CoordIndex, find, sort_last, trimmed
+from icechunk.log.session.columns import CoordIndex, find, sort_last
 from icechunk.log.session.events import (
     ArrayCreated,
     ChunksDeleted,
@@ -76,8 +76,8 @@ class Fork:
     """Events over the base that make what the fork began with."""
     own: Sequence[Event]
     """Events after those."""
-    last_inherited: bytes = b""
-    """Id of the last event of its parent that the base has already; empty where there is none."""
+    last_inherited: Sequence[bytes] = ()
+    """Ids of the last events of its ancestors that the base has already."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -321,7 +321,7 @@ class Merge:
         if there.user_data != node.user_data:
             changed = True
         elif node.kind is NodeKind.ARRAY:
-            changed = _rows(before, node) != _rows(self.target, there)
+            changed = any(isinstance(m.event, ChunksWritten | ChunksDeleted) for m in self.foreign(node.id, changes))
         else:
             new = (below for below in self.target.nodes(there.path) if before.node_of(below.id, below.path) is None)
             changed = next(new, None) is not None
@@ -394,7 +394,7 @@ class _Changes:
         for event in own:
             if isinstance(event, ChunksWritten | ChunksDeleted):
                 self.chunks.setdefault(event.node_id, []).append(event)
-        self.began_at = merging.position(fork.last_inherited) if fork.last_inherited else -1
+        self.began_at = max(map(merging.position, fork.last_inherited), default=-1)
         """Events of the target up to this position were there when the fork began."""
         self.twice: set[NodeId] = set()
         """Nodes whose metadata are in conflict."""
@@ -527,10 +527,3 @@ def _box(coords: Coords) -> tuple[tuple[int, int], ...]:
 
 def _grid(node: NodeSnapshot) -> tuple[int, ...]:
     return tuple(dimension.num_chunks for dimension in node.shape)
-
-
-def _rows(log: SessionLog, node: NodeSnapshot) -> tuple[object, ...]:
-    written, deleted = log.overlay(node)
-    refs = trimmed(written)
-    columns = (refs.coords, refs.kind, refs.offset, refs.length, refs.chunk_id, refs.location, deleted)
-    return (*(column.tobytes() for column in columns), refs.locations, refs.inline_data)
