@@ -105,10 +105,11 @@ class TableColumns:
         self._table_sizes = (head >> 16).astype(np.int64)
         if (
             self._vtable_sizes.min() < _FIELD_OFFSETS
+            or (self._vtable_sizes & 1).any()
             or (vtables + self._vtable_sizes).max() > buffer.size
             or (positions + self._table_sizes).max() > buffer.size
         ):
-            raise buffer.fail("a table or its vtable ends past its end")
+            raise buffer.fail("a table or its vtable ends past its end, or a vtable has an odd size")
 
     def __len__(self) -> int:
         return len(self._positions)

@@ -7,7 +7,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from icechunk.errors import FormatError, InvalidInputError
@@ -98,6 +98,7 @@ def test_official_snapshots_are_read_in_columns_as_one_by_one(path: Path) -> Non
 
 @settings(max_examples=60, deadline=None)
 @given(st.randoms(use_true_random=False), st.sampled_from((1, 2)))
+@example(Random(5698), 2)  # a vtable of 255 bytes
 def test_corrupt_nodes_are_refused_or_read_as_one_by_one(rng: Random, spec_version: int) -> None:
     found = {}
     for n in range(6):
