@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import zarr
@@ -38,6 +40,39 @@ def test_a_commit_says_how_often_it_was_rebased() -> None:
     second.commit("b", rebase_with=icechunk.ConflictDetector())
     newest = next(iter(repo.ancestry(branch="main")))
     assert newest.metadata["__icechunk"] == {"rebase_attempts": 1}
+
+
+def virtual(location: str, *, validate: bool) -> icechunk.IcechunkStore:
+    store = new_repo().writable_session("main").store
+    zarr.create_array(store, name="a", shape=(4,), chunks=(1,), dtype="i4")
+    store.set_virtual_ref("a/c/0", location, offset=0, length=4, validate_container=validate)
+    return store
+
+
+def s3_with(name: str, value: str) -> object:
+    return icechunk.s3_storage(bucket="b", prefix="p", region="us-east-1", anonymous=True, write_headers={name: value})
+
+
+@pytest.mark.parametrize(
+    ("words", "act"),
+    [
+        ("Unsupported version 5", lambda: icechunk.Repository.create(icechunk.in_memory_storage(), spec_version=5)),
+        ("invalid chunk location", lambda: virtual("s3://foo/bar", validate=True)),
+        (
+            "edit the repository configuration",
+            lambda: zarr.open_array(virtual("s3://foo/bar", validate=False), path="a", mode="r")[0],
+        ),
+        ("error parsing virtual ref URL", lambda: virtual("foo", validate=False)),
+        ("error parsing URL", lambda: icechunk.http_storage("foo")),
+        ("invalid HTTP header", lambda: s3_with("bad header name", "value")),
+        ("invalid HTTP header value", lambda: s3_with("name", "two\nlines")),
+    ],
+)
+def test_words_that_code_for_the_official_library_matches_are_in_the_messages(
+    words: str, act: Callable[[], object]
+) -> None:
+    with pytest.raises(icechunk.IcechunkError, match=words):
+        act()
 
 
 @pytest.mark.skipif("array.rectilinear_chunks" not in zarr.config, reason="needs a zarr with rectilinear grids")

@@ -337,7 +337,7 @@ def _layout(spec_version: SpecVersion | int | None, config: RepositoryConfig | N
     fitting = {1: (Layout.REFS,), 2: (Layout.REPO, Layout.LOG)}.get(version)
     if fitting is None:
         raise InvalidInputError(
-            f"cannot create a repository with spec_version={version}: the versions of the format are 1 and 2",
+            f"Unsupported version {version}: the versions of the format (spec_version) are 1 and 2",
             ErrorKind.UNSUPPORTED_SPEC_VERSION,
         )
     layout = fitting[0] if asked is None else Layout(asked)

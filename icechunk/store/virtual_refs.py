@@ -104,7 +104,8 @@ class VirtualRefs(ABC):
         stored = checked_location(location)
         if validate_container and not self._content.virtual_prefixes.holds(stored):
             raise InvalidInputError(
-                f"no virtual chunk container holds {location!r}: configure one, or pass validate_container=False",
+                f"invalid chunk location, no matching virtual chunk container: {location!r}; configure one, or pass "
+                "validate_container=False",
                 ErrorKind.NO_CONTAINER_FOR_VIRTUAL_CHUNK,
             )
         coords = np.array([parsed.coords], np.uint32).reshape(1, -1)

@@ -145,8 +145,8 @@ class Prefixes:
             if resolved.startswith(container.url_prefix):
                 return resolved, container
         raise InvalidInputError(
-            f"no virtual chunk container of the repository's configuration holds {redacted_url(resolved)!r}: add one "
-            "with RepositoryConfig.set_virtual_chunk_container, and authorize it when opening",
+            f"no virtual chunk container can handle the chunk location ({redacted_url(resolved)}), edit the repository "
+            "configuration: add one with RepositoryConfig.set_virtual_chunk_container, and authorize it when opening",
             ErrorKind.NO_CONTAINER_FOR_VIRTUAL_CHUNK,
         )
 
@@ -208,5 +208,5 @@ def _file_host(authority: str, location: str) -> str:
 
 def _bad(location: str, reason: str) -> InvalidInputError:
     return InvalidInputError(
-        f"bad virtual chunk location {redacted_url(location)!r}: {reason}", ErrorKind.INVALID_VIRTUAL_REF
+        f"error parsing virtual ref URL: {redacted_url(location)!r}: {reason}", ErrorKind.INVALID_VIRTUAL_REF
     )

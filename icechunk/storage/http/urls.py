@@ -111,7 +111,7 @@ def _basic(user: str) -> str:
 
 def _bad(url: str) -> InvalidInputError:
     return InvalidInputError(
-        f"bad URL {redacted_url(url)!r} of a web server: it begins with http:// or https:// and a host, and has no "
-        "control characters",
+        f"error parsing URL: {redacted_url(url)!r}: the URL of a web server begins with http:// or https:// and a "
+        "host, and has no control characters",
         ErrorKind.CANNOT_PARSE_URL,
     )

@@ -140,8 +140,10 @@ def require_sendable(headers: Mapping[str, str]) -> None:
     for name, value in headers.items():
         if not name.isascii() or not value.isascii() or not name.replace("-", "").replace("_", "").isalnum():
             raise InvalidInputError(
-                f"the header or metadata {name!r} cannot be sent: names and values are plain ASCII",
+                f"invalid HTTP header {name!r}: names and values, also those of metadata, are plain ASCII",
                 ErrorKind.STORAGE_CONFIG,
             )
         if any(ord(character) < 32 for character in value):
-            raise InvalidInputError(f"the value of {name!r} has control characters", ErrorKind.STORAGE_CONFIG)
+            raise InvalidInputError(
+                f"invalid HTTP header value for {name!r}: it has control characters", ErrorKind.STORAGE_CONFIG
+            )
