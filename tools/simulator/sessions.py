@@ -99,9 +99,6 @@ async def _work(cluster: Cluster, client: Client, repository: Repository) -> Non
     session = await client.run(repository.writable_session_async("main"))
     if session is None:
         return
-    base = await _name(cluster, client, repository, session.snapshot_id)
-    if base is None:
-        return
     writes: dict[str, str] = {}
     if rng.random() < 0.25:
         await _fork(cluster, client, session, writes)
@@ -110,7 +107,11 @@ async def _work(cluster: Cluster, client: Client, repository: Repository) -> Non
     if rng.random() < 0.1:
         await asyncio.sleep(rng.choice((1, 2000, DAY_S)) * rng.random())
     for _ in range(rng.choice((1, 1, 2))):
-        if client.dead or not writes or await _commit(cluster, client, repository, session, base, writes):
+        if client.dead or not writes:
+            return
+        # A commit that failed after it was rebased leaves the session on its new base.
+        base = await _name(cluster, client, repository, session.snapshot_id)
+        if base is None or await _commit(cluster, client, repository, session, base, writes):
             return
 
 

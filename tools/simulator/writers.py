@@ -95,7 +95,7 @@ async def writer(cluster: Cluster, powers: Powers, rounds: int) -> None:
         if rng.random() < 0.1:
             await asyncio.sleep(rng.choice((5.0, 3600.0, 4 * DAY_S, 20 * DAY_S)) * rng.random())
         at_once = rng.choice((1, 1, 1, 2))
-        await asyncio.gather(*(_change(cluster, powers, client, log, at_once=at_once) for _ in range(at_once)))
+        await asyncio.gather(*(_change(cluster, powers, client, log) for _ in range(at_once)))
         if client.dead:
             continue
         if rng.random() < 0.08:
@@ -107,7 +107,7 @@ async def writer(cluster: Cluster, powers: Powers, rounds: int) -> None:
         await client.run(log.aclose())
 
 
-async def _change(cluster: Cluster, powers: Powers, client: Client, log: RepositoryLog, *, at_once: int) -> None:
+async def _change(cluster: Cluster, powers: Powers, client: Client, log: RepositoryLog) -> None:
     """One change, of a kind that fits what the client knows."""
     rng, state = cluster.rng, log.state
     verb = rng.choice(powers.verbs)
@@ -138,10 +138,10 @@ async def _change(cluster: Cluster, powers: Powers, client: Client, log: Reposit
             op.parent = cluster.name_of(tip) if expected is not None else None
             event = lambda _: e.BranchReset(name=branch, snapshot=target, expected=expected)  # noqa: E731
         case _:
-            await _commit(cluster, client, log, op, tip, at_once=at_once)
+            await _commit(cluster, client, log, op, tip)
             return
     cluster.begin(op)
-    await _append(cluster, client, log, op, lambda now: [event(now)], at_once=at_once)
+    await _append(cluster, client, log, op, lambda now: [event(now)])
 
 
 def _known_ancestry(state: RepoState, branch: str) -> list[SnapshotRecord]:
@@ -161,9 +161,7 @@ def _name(cluster: Cluster, powers: Powers, prefix: str) -> str:
     return f"{prefix}{cluster.rng.randrange(3)}"
 
 
-async def _commit(
-    cluster: Cluster, client: Client, log: RepositoryLog, op: Operation, tip: ObjectId, *, at_once: int
-) -> None:
+async def _commit(cluster: Cluster, client: Client, log: RepositoryLog, op: Operation, tip: ObjectId) -> None:
     rng, refs = cluster.rng, log.layout is Layout.REFS
     op.commit = cluster.new_commit()
     id, now_us = cluster.ids[op.commit], client.sources.wall_us()
@@ -205,7 +203,7 @@ async def _commit(
             e.CommitAdded(branch=op.ref, snapshot=exact or _record(state, id, base, now_us, op.commit)),
         ]
 
-    await _append(cluster, client, log, op, propose, since_us=since_us, files=files, at_once=at_once)
+    await _append(cluster, client, log, op, propose, since_us=since_us, files=files)
 
 
 async def _upload(
@@ -250,7 +248,6 @@ async def _append(
     op: Operation,
     propose: Propose,
     *,
-    at_once: int,
     since_us: int | None = None,
     files: dict[str, bytes] | None = None,
 ) -> None:
@@ -290,8 +287,9 @@ async def _append(
         cluster.end(op, "unknown", str(error))
         await _unknown(cluster, client, log, op, error.token)
     elif isinstance(error, _NO_WAY) and getattr(error, "kind", None) != ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED:
-        # A call may be refused for the sake of another one of the same client that does not land in the end.
-        cluster.end(op, "failed" if at_once > 1 else "refused", f"{type(error).__name__}: {error}")
+        # An expiration gives the tip another parent, and the amend of a client that has not heard of it is refused.
+        expired = cluster.collect and op.verb == "amend"
+        cluster.end(op, "failed" if expired else "refused", f"{type(error).__name__}: {error}")
     elif isinstance(error, IcechunkError):
         cluster.end(op, "failed", f"{type(error).__name__}: {error}")
     else:

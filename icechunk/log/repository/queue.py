@@ -1,7 +1,9 @@
 """Calls that wait for a swap, and what the next attempt holds: the part of a repository log that knows no layout.
 
 Pure but for the futures that it names: `build` validates each waiting proposal on the state after the ones before
-it, on the events as every reader will decode them, and drops the refused before any bytes are made.
+it, on the events as every reader will decode them, and drops the refused before any bytes are made. A proposal that
+applies to the state at the head, and only not after the ones before it, is not refused: they may never land. It waits
+for what becomes of them.
 """
 
 from __future__ import annotations
@@ -146,7 +148,7 @@ class Group:
     state: RepoState
     """After all of the events."""
     refused: list[tuple[Waiting, Exception]] = field(default_factory=list)
-    """Calls of which nothing happens, with the reason."""
+    """Calls whose events do not apply to the state at the head, with the reason."""
     nothing: list[Waiting] = field(default_factory=list)
     """Calls that want no event."""
 
@@ -181,6 +183,12 @@ def build(state: RepoState, waiting: Sequence[Waiting], *, time_us: int) -> Grou
         First come, first served.
     time_us
         To be written in the entry.
+
+    Returns
+    -------
+    Group
+        Without the calls that go on waiting: those for which there is no room, and those whose events only do not apply
+        after the members'.
     """
     group = Group(state=state, time_us=time_us)
     size = 0
@@ -191,18 +199,17 @@ def build(state: RepoState, waiting: Sequence[Waiting], *, time_us: int) -> Grou
         if group.members and embedded and size + embedded > MAX_ENTRY_BYTES:
             break
         try:
-            encoded = encode_events(one.propose(group.state))
-            events = decode_events(encoded)
-            if group.members and _stands_alone(events):
-                break
-            after = group.state
-            for event in events:
-                after = apply(after, event, time_us=time_us, since_us=one.since_us)
+            encoded, events, after = _validated(one, group.state, time_us)
         except Exception as error:
-            group.refused.append((one, error))
+            refusal = _refusal(one, state, time_us) if group.members else error
+            if refusal is not None:
+                group.refused.append((one, refusal))
             continue
+        if group.members and _stands_alone(events):
+            break
         if not events:
-            group.nothing.append(one)
+            if not group.members or not one.propose(state):
+                group.nothing.append(one)
             continue
         group.members.append(Member(waiting=one, snapshots=tuple(new_snapshots(events))))
         group.events += encoded
@@ -214,6 +221,24 @@ def build(state: RepoState, waiting: Sequence[Waiting], *, time_us: int) -> Grou
         if _stands_alone(events):
             break
     return group
+
+
+def _validated(one: Waiting, state: RepoState, time_us: int) -> tuple[EncodedEvents, Sequence[e.Event], RepoState]:
+    """A call's events, encoded and as decoded again, and the state after them; raises why they do not apply."""
+    encoded = encode_events(one.propose(state))
+    events = decode_events(encoded)
+    for event in events:
+        state = apply(state, event, time_us=time_us, since_us=one.since_us)
+    return encoded, events, state
+
+
+def _refusal(one: Waiting, state: RepoState, time_us: int) -> Exception | None:
+    """Why the events of a call do not apply to the state at the head; None: they do."""
+    try:
+        _validated(one, state, time_us)
+    except Exception as error:
+        return error
+    return None
 
 
 def tell_sent(one: Waiting) -> None:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import pytest
 
 from icechunk.errors import CommitOutcomeUnknown, ConflictError, SessionStateError, StorageError
-from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
+from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id
 from icechunk.format.keys import snapshot_key
 from icechunk.format.repo.values import SnapshotRecord
 from icechunk.format.snapshot.codec import encode_snapshot
@@ -460,6 +460,65 @@ async def test_who_shares_an_attempt_with_one_who_leaves_goes_on_in_another(worl
     tokens = [token for token in told[1] if token is not None]
     assert await log.settle(tokens[-1])
     assert len(tokens[-1].nonces) == 2, "either of the two may have been the one"
+
+
+@grouping_layouts
+async def test_a_call_is_not_refused_because_of_one_that_does_not_land(world: Outcomes) -> None:
+    log, storage = await world.create()
+    refusals = iter([refusing])
+
+    async def refuse_the_first(request: Request, send: Send) -> object:
+        if writes(request):
+            for refuse in refusals:
+                refuse(request)
+        return await send()
+
+    def branch_off_root(_: RepoState) -> Sequence[e.Event]:
+        return [e.BranchCreated(name="b", snapshot=FIRST_SNAPSHOT)]
+
+    storage.script = refuse_the_first
+    first, second = await asyncio.gather(
+        log.append(branch_off_root), log.append(branch_off_root), return_exceptions=True
+    )
+    assert isinstance(first, StorageError)
+    assert first.refused
+    assert isinstance(second, RepoState)
+    assert "b" in (await world.state()).branches
+
+
+@grouping_layouts
+async def test_a_call_is_refused_because_of_one_that_shared_its_turn_and_landed(world: Outcomes) -> None:
+    log, storage = await world.create()
+    first, second = await asyncio.gather(
+        log.append(await world.commit(1)), log.append(await world.commit(2)), return_exceptions=True
+    )
+    assert isinstance(first, RepoState)
+    assert isinstance(second, ConflictError)
+    assert second.actual_parent == encode_id(an_id(1))
+    assert len(sent(storage)) == 1
+    assert await world.history() == [an_id(1)]
+
+
+@grouping_layouts
+async def test_a_call_that_wants_nothing_because_of_another_waits_for_it(world: Outcomes) -> None:
+    log, storage = await world.create()
+    refusals = iter([refusing])
+
+    async def refuse_the_first(request: Request, send: Send) -> object:
+        if writes(request):
+            for refuse in refusals:
+                refuse(request)
+        return await send()
+
+    def once(state: RepoState) -> Sequence[e.Event]:
+        return [] if "b" in state.branches else [e.BranchCreated(name="b", snapshot=FIRST_SNAPSHOT)]
+
+    storage.script = refuse_the_first
+    first, second = await asyncio.gather(log.append(once), log.append(once), return_exceptions=True)
+    assert isinstance(first, StorageError)
+    assert isinstance(second, RepoState)
+    assert "b" in second.branches
+    assert "b" in (await world.state()).branches
 
 
 # --------------------------------------------------------------------- lost answers
