@@ -15,7 +15,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -82,14 +82,8 @@ class _Counts:
     rebased: int = 0
 
 
-@dataclass(slots=True)
-class _Queue:
-    """Appenders of one branch in one process, which commit one after the other instead of against each other."""
-
-    locks: dict[str, asyncio.Lock] = field(default_factory=dict)
-
-
-_queues: WeakKeyDictionary[asyncio.AbstractEventLoop, _Queue] = WeakKeyDictionary()
+_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Lock]] = WeakKeyDictionary()
+"""Appenders of one branch in one process commit one after the other instead of against each other."""
 
 
 class Appender:
@@ -228,7 +222,7 @@ class Appender:
         self._require_usable()
         if offset is not None and not self._is_new(offset):
             return "skipped"
-        target = await self._opened()
+        target = self._require_target()
         batch = await target.checked(self._require_session(), data)
         if batch.fresh is not None:
             batch.fresh.snapshot_id = target.snapshot_id
@@ -288,7 +282,7 @@ class Appender:
             while True:
                 session = await self._history.writable_session_async(self._branch)
                 await self._learn(session)
-                target = await self._opened()
+                target = self._require_target()
                 batch = await target.checked(session, data)
                 after = await target.prepend(session, batch)
                 made = await self._try_commit(session, {KEY: {"sources": self._sources}} if self._sources else {})
@@ -394,15 +388,14 @@ class Appender:
             while True:
                 session = await self._history.writable_session_async(self._branch)
                 await self._learn(session)
-                target = await self._opened()
+                target = self._require_target()
                 known = await target.labels(session)
                 places = np.searchsorted(np.empty(0) if known is None else known, labels).tolist()
                 rows = [(p, {name: v[i] for name, v in values.items()}) for i, p in enumerate(places)]
                 await target.replace_rows(session, rows)
-                metadata = self._record(offset, 0)
-                made = await self._try_commit(session, metadata)
+                made = await self._try_commit(session, self._record(offset, 0))
                 if made is not None:
-                    self._adopt(target, session, made, metadata=metadata, offset=offset)
+                    self._adopt(target, session, made, offset=offset, rows=0)
                     return
                 self._counts.placed_again += 1
 
@@ -437,19 +430,16 @@ class Appender:
     async def _commit(self) -> str | None:
         """Commit what is buffered now, behind whatever is there."""
         batches = list(self._buffered)
-        rows, offset = (
-            sum(b.rows for b in batches),
-            next((b.offset for b in reversed(batches) if b.offset is not None), None),
-        )
+        rows = sum(b.rows for b in batches)
+        offset = next((b.offset for b in reversed(batches) if b.offset is not None), None)
         async with self._turn():
             while True:
                 session = await self._history.writable_session_async(self._branch)
                 await self._learn(session)
-                target = await self._opened()
+                target = self._require_target()
                 after = await target.write(session, batches)
                 after = await self._within(session, after)
-                metadata = self._record(offset, rows)
-                made = await self._try_commit(session, metadata)
+                made = await self._try_commit(session, self._record(offset, rows))
                 if made is not None:
                     break
                 self._counts.placed_again += 1
@@ -459,7 +449,7 @@ class Appender:
             self._bytes -= batch.num_bytes
         self._oldest_s = time.monotonic() if self._buffered else None
         self._counts.rows += rows
-        self._adopt(after, session, made, metadata=self._record(offset, rows), offset=offset)
+        self._adopt(after, session, made, offset=offset, rows=rows)
         return made
 
     async def _within(self, session: Session, target: Target) -> Target:
@@ -521,14 +511,14 @@ class Appender:
 
     def _turn(self) -> asyncio.Lock:
         """Appenders of this process to one branch of one repository take turns."""
-        queue = _queues.setdefault(asyncio.get_running_loop(), _Queue())
-        return queue.locks.setdefault(f"{self._place}#{self._branch}", asyncio.Lock())
+        turns = _turns.setdefault(asyncio.get_running_loop(), {})
+        return turns.setdefault(f"{self._place}#{self._branch}", asyncio.Lock())
 
     def _require_session(self) -> Session:
         assert self._session is not None
         return self._session
 
-    async def _opened(self) -> Target:
+    def _require_target(self) -> Target:
         assert self._target is not None
         return self._target
 
@@ -573,14 +563,16 @@ class Appender:
         session: Session,
         made: str,
         *,
-        metadata: Mapping[str, Any] | None = None,
         offset: Any = None,
+        rows: int | None = None,
     ) -> None:
+        """Go on from a commit that was made; ``rows`` is None where it recorded nothing of this source."""
         target.snapshot_id = made
         self._target, self._session = target, session
         self._counts.commits += 1
-        if metadata is not None:
-            self._sources = metadata[KEY]["sources"]
+        if rows is not None:
+            # From the sources as they are now: a rebase has read others' newer records.
+            self._sources = self._record(offset, rows)[KEY]["sources"]
             self._seen_owner = self._owner
             if offset is not None:
                 self._position = offset

@@ -6,9 +6,9 @@ the next append encodes the chunk from memory and reads nothing back.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -23,16 +23,22 @@ from zarr.core.group import GroupMetadata
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import MemoryStore, StorePath
 
+from icechunk.appender.encoding import ChunkEncoder, Unfit, stored_values
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.runtime.tasks import run_each
+from icechunk.runtime.tasks import in_thread, run_each
 from icechunk.session import Session
 
 __all__ = ["Batch", "Target", "Variable"]
 
-_CHUNK_BYTES: Final = 1024 * 1024
-"""Of an array that the first dataset creates: rows are added to a chunk until it has about this size."""
+_CHUNK_BYTES: Final = 256 * 1024
+"""Of an array that the first dataset creates: rows are added to a chunk until it has about this size.
+
+Each commit writes the open chunk anew: larger ones would cost more where commits have few rows. Small ones share packs.
+"""
+_ENCODINGS: Final = frozenset({"chunks", "shards", "compressors", "filters", "serializer"})
 _MOST_ROWS: Final = 65536
 _AT_ONCE: Final = 16
+_ENCODED_AT_ONCE: Final = 64
 
 Values = npt.NDArray[Any]
 
@@ -44,13 +50,27 @@ class Variable:
     name: str
     meta: ArrayV3Metadata
     document: dict[str, Any]
-    """Its zarr.json; the shape in it may be older than that of ``meta``."""
+    """Its zarr.json. The shape in it and in ``meta`` may be older than ``length``."""
     axis: int | None
     """Of the append dimension; None: the array does not have it."""
     tail: Values | None = None
     """Rows since the last full chunk, the append dimension first; None: not known, they are read when needed."""
     values: Values | None = None
     """Of an array without the append dimension: all of it, once it was needed or is to be created."""
+    length: int = 0
+    """Rows that there are."""
+    encoder: ChunkEncoder | None = None
+    """Of its chunks; None: zarr encodes them."""
+
+    @classmethod
+    def of(cls, name: str, document: dict[str, Any], dim: str) -> Variable:
+        """Of an array's zarr.json."""
+        meta = ArrayV3Metadata.from_dict(document)
+        dims = meta.dimension_names or ()
+        axis = dims.index(dim) if dim in dims else None
+        length = 0 if axis is None else meta.shape[axis]
+        encoder = ChunkEncoder.of(meta)
+        return cls(name=name, meta=meta, document=document, axis=axis, length=length, encoder=encoder)
 
     @property
     def chunk_rows(self) -> int:
@@ -58,16 +78,12 @@ class Variable:
         return 1 if self.axis is None else int(self.meta.chunk_grid.chunk_shape[self.axis])  # type: ignore[attr-defined]
 
     @property
-    def length(self) -> int:
-        """Rows that there are."""
-        return 0 if self.axis is None else self.meta.shape[self.axis]
-
-    def with_length(self, rows: int) -> ArrayV3Metadata:
-        """The same metadata with another number of rows."""
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
         shape = list(self.meta.shape)
         if self.axis is not None:
-            shape[self.axis] = rows
-        return replace(self.meta, shape=tuple(shape))
+            shape[self.axis] = self.length
+        return tuple(shape)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -129,13 +145,8 @@ class Target:
             if document is None:
                 return
             found = orjson.loads(document.to_bytes())
-            if found.get("node_type") != "array":
-                return
-            dims = found.get("dimension_names") or ()
-            axis = dims.index(dim) if dim in dims else None
-            target.variables[name] = Variable(
-                name=name, meta=ArrayV3Metadata.from_dict(found), document=found, axis=axis
-            )
+            if found.get("node_type") == "array":
+                target.variables[name] = Variable.of(name, found, dim)
 
         await run_each(read, sorted(names), limit=_AT_ONCE)
         target.variables = dict(sorted(target.variables.items()))
@@ -155,7 +166,7 @@ class Target:
             mine = self.variables.get(name)
             if mine is None:
                 continue
-            if mine.meta.to_dict() == variable.meta.to_dict():
+            if mine.shape == variable.shape and mine.document | {"shape": None} == variable.document | {"shape": None}:
                 variable.tail, variable.values = mine.tail, mine.values
         return found
 
@@ -166,8 +177,9 @@ class Target:
             return None
         return np.asarray(await self._array(session, variable).getitem(slice(None)))
 
-    def _array(self, session: Session, variable: Variable, meta: ArrayV3Metadata | None = None) -> AsyncArray[Any]:
-        return AsyncArray(meta or variable.meta, StorePath(session.store, self.path(variable.name)))
+    def _array(self, session: Session, variable: Variable) -> AsyncArray[Any]:
+        meta = replace(variable.meta, shape=variable.shape)
+        return AsyncArray(meta, StorePath(session.store, self.path(variable.name)))
 
     # -- checking --------------------------------------------------------------------------------------------------
 
@@ -183,7 +195,7 @@ class Target:
             if not _is_dataset(data):
                 raise self._refused("its arrays do not exist yet: create them, or put an xarray.Dataset first")
             return await _first(data, self)
-        values = _encoded(data, self) if _is_dataset(data) else {str(k): np.asarray(v) for k, v in data.items()}
+        values = self._encoded(data) if _is_dataset(data) else {str(k): np.asarray(v) for k, v in data.items()}
         missing = {v.name for v in self.growing} - values.keys()
         unknown = values.keys() - self.variables.keys()
         if missing or unknown:
@@ -195,7 +207,7 @@ class Target:
             if variable.axis is None:
                 await self._require_same(session, variable, given)
                 continue
-            expected = list(variable.meta.shape)
+            expected = list(variable.shape)
             if given.ndim == len(expected) - 1 and not _is_dataset(data):
                 given = np.expand_dims(given, variable.axis)
             if given.ndim != len(expected):
@@ -214,6 +226,26 @@ class Target:
             batch.values[name] = np.array(np.moveaxis(given, variable.axis, 0), dtype, copy=True)
         batch.num_bytes = sum(v.nbytes for v in batch.values.values())
         return batch
+
+    def _encoded(self, dataset: Any) -> dict[str, Values]:
+        """The variables of a dataset as the stored arrays keep them."""
+        found = {}
+        for name, variable in dataset.variables.items():
+            stored = self.variables.get(str(name))
+            if stored is None:
+                found[str(name)] = np.asarray(variable.values)
+                continue
+            dims = tuple(stored.meta.dimension_names or ())
+            if set(variable.dims) != set(dims):
+                raise self._refused(f"{name} has the dimensions {variable.dims}, the array {dims}")
+            if variable.dims != dims:
+                variable = variable.transpose(*dims)
+            try:
+                dtype = stored.meta.dtype.to_native_dtype()
+                found[str(name)] = stored_values(str(name), variable, stored.meta.attributes, dtype)
+            except Unfit as unfit:
+                raise self._refused(str(unfit)) from None
+        return found
 
     async def _require_same(self, session: Session, variable: Variable, given: Values) -> None:
         if variable.values is None:
@@ -241,32 +273,47 @@ class Target:
         async def append(variable: Variable) -> None:
             if variable.axis is None:
                 if not self.created:
-                    await _put_meta(store, self.path(variable.name), variable, variable.meta)
+                    await _put_document(store, self.path(variable.name), variable)
                     await self._array(session, variable).setitem(Ellipsis, np.asarray(variable.values))
                 return
-            start, end = variable.length, variable.length + rows
-            meta = variable.with_length(end)
-            await _put_meta(store, self.path(variable.name), variable, meta)
+            start = variable.length
             aligned = start - start % variable.chunk_rows
             parts = [batch.values[variable.name] for batch in batches]
             if start > aligned:
                 parts.insert(0, await self._tail(session, variable, aligned))
             block = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            # All of the open chunk and up to the array's end: zarr encodes it without reading it back.
-            where = [slice(None)] * len(meta.shape)
-            where[variable.axis] = slice(aligned, end)
-            await self._array(session, variable, meta).setitem(tuple(where), np.moveaxis(block, 0, variable.axis))
-            open_rows = end % variable.chunk_rows
-            tail = block[len(block) - open_rows :].copy()
-            after.variables[variable.name] = replace(variable, meta=meta, tail=tail)
+            tail = block[len(block) - (start + rows) % variable.chunk_rows :].copy()
+            grown = replace(variable, length=start + rows, tail=tail)
+            await _put_document(store, self.path(variable.name), grown)
+            await self._put_block(session, grown, block, aligned)
+            after.variables[variable.name] = grown
 
         await run_each(append, list(self.variables.values()), limit=_AT_ONCE)
         return after
 
+    async def _put_block(self, session: Session, variable: Variable, block: Values, start: int) -> None:
+        """Write rows from the beginning of a chunk up to the array's end: nothing is read back."""
+        axis = variable.axis or 0
+        values = np.moveaxis(block, 0, axis)
+        encoder = variable.encoder
+        if encoder is None:
+            where = [slice(None)] * values.ndim
+            where[axis] = slice(start, start + len(block))
+            await self._array(session, variable).setitem(tuple(where), values)
+            return
+        first = tuple(start // variable.chunk_rows if d == axis else 0 for d in range(values.ndim))
+        store, path = session.store, self.path(variable.name)
+        # Of many chunks only so many are held encoded beside the rows.
+        waiting = encoder.encode(values, first)
+        while chunks := await in_thread(lambda: list(itertools.islice(waiting, _ENCODED_AT_ONCE))):
+            for coords, encoded in chunks:
+                key = f"{path}/{variable.meta.encode_chunk_key(coords)}"
+                await (store.delete(key) if encoded is None else store.set(key, encoded))
+
     async def _tail(self, session: Session, variable: Variable, aligned: int) -> Values:
         if variable.tail is not None and len(variable.tail) == variable.length - aligned:
             return variable.tail
-        where = [slice(None)] * len(variable.meta.shape)
+        where = [slice(None)] * len(variable.shape)
         where[variable.axis or 0] = slice(aligned, variable.length)
         found = np.asarray(await self._array(session, variable).getitem(tuple(where)))
         return np.moveaxis(found, variable.axis or 0, 0)
@@ -292,9 +339,9 @@ class Target:
             offset = [0] * len(variable.meta.shape)
             offset[variable.axis or 0] = -(rows // variable.chunk_rows)
             await session.shift_array_async("/" + self.path(variable.name), offset)
-            meta = variable.with_length(variable.length - rows)
-            await _put_meta(session.store, self.path(variable.name), variable, meta)
-            after.variables[variable.name] = replace(variable, meta=meta)
+            shorter = replace(variable, length=variable.length - rows)
+            await _put_document(session.store, self.path(variable.name), shorter)
+            after.variables[variable.name] = shorter
         return after
 
     async def prepend(self, session: Session, batch: Batch) -> Target:
@@ -306,22 +353,22 @@ class Target:
             )
         after = replace(self, variables=dict(self.variables))
         for variable in self.growing:
-            meta = variable.with_length(variable.length + batch.rows)
-            await _put_meta(session.store, self.path(variable.name), variable, meta)
+            longer = replace(variable, length=variable.length + batch.rows)
+            await _put_document(session.store, self.path(variable.name), longer)
             offset = [0] * len(variable.meta.shape)
             offset[variable.axis or 0] = batch.rows // variable.chunk_rows
             await session.shift_array_async("/" + self.path(variable.name), offset)
-            where = [slice(None)] * len(meta.shape)
+            where = [slice(None)] * len(longer.shape)
             where[variable.axis or 0] = slice(0, batch.rows)
             block = np.moveaxis(batch.values[variable.name], 0, variable.axis or 0)
-            await self._array(session, variable, meta).setitem(tuple(where), block)
-            after.variables[variable.name] = replace(variable, meta=meta)
+            await self._array(session, longer).setitem(tuple(where), block)
+            after.variables[variable.name] = longer
         return after
 
 
-async def _put_meta(store: Any, path: str, variable: Variable, meta: ArrayV3Metadata) -> None:
+async def _put_document(store: Any, path: str, variable: Variable) -> None:
     # Not by zarr, which takes a millisecond to write a document anew of which only the shape is another.
-    document = orjson.dumps(variable.document | {"shape": meta.shape})
+    document = orjson.dumps(variable.document | {"shape": variable.shape})
     await store.set(f"{path}/zarr.json", default_buffer_prototype().buffer.from_bytes(document))
 
 
@@ -339,42 +386,6 @@ async def _put_groups(store: Any, group: str, attributes: dict[str, Any]) -> Non
 def _is_dataset(data: Any) -> bool:
     xarray = sys.modules.get("xarray")
     return xarray is not None and isinstance(data, xarray.Dataset)
-
-
-def _encoded(dataset: Any, target: Target) -> dict[str, Values]:
-    """The variables of a dataset as the stored arrays keep them: times, scales and fill values by their attributes."""
-    from xarray import Variable as XVariable
-    from xarray.conventions import encode_cf_variable
-
-    found = {}
-    for name, variable in dataset.variables.items():
-        stored = target.variables.get(str(name))
-        if stored is None:
-            found[str(name)] = np.asarray(variable.values)
-            continue
-        dims = stored.meta.dimension_names or ()
-        if set(variable.dims) != set(dims):
-            raise target._refused(f"{name} has the dimensions {variable.dims}, the array {tuple(dims)}")
-        variable = variable.transpose(*dims)
-        names = ("units", "calendar", "scale_factor", "add_offset", "_FillValue", "missing_value")
-        encoding = {key: stored.meta.attributes[key] for key in names if key in stored.meta.attributes}
-        if isinstance(encoding.get("_FillValue"), str) and variable.dtype.kind in "fiu":
-            del encoding["_FillValue"]  # xarray keeps it as base64 where it is the array's own fill value
-        dtype = stored.meta.dtype.to_native_dtype()
-        if encoding or variable.dtype.kind in "mM":
-            encoding["dtype"] = dtype
-        cleaned = XVariable(variable.dims, variable.values, {}, encoding)
-        with warnings.catch_warnings():
-            # xarray warns, and takes other units, where it cannot keep a value in these: that is refused below.
-            warnings.simplefilter("ignore")
-            encoded = encode_cf_variable(cleaned, name=str(name))
-        if encoded.attrs.get("units") != encoding.get("units"):
-            raise target._refused(
-                f"values of {name} cannot be kept exactly as {dtype} in {encoding.get('units')!r}, as stored; "
-                f"they would need {encoded.attrs.get('units')!r}"
-            )
-        found[str(name)] = np.asarray(encoded.values)
-    return found
 
 
 async def _first(dataset: Any, empty: Target) -> Batch:
@@ -404,16 +415,20 @@ async def _first(dataset: Any, empty: Target) -> Batch:
             own["_FillValue"] = FillValueCoder.encode(variable.attrs["_FillValue"], values.dtype)
         axis = variable.dims.index(empty.dim) if empty.dim in variable.dims else None
         shape = list(values.shape)
-        chunks = [max(n, 1) for n in shape]
+        # As xarray's own backend, chunks and codecs may be given by the variable's encoding.
+        wanted = {k: v for k, v in dataset.variables[name].encoding.items() if k in _ENCODINGS and v is not None}
+        if len(wanted.get("chunks", ())) != len(shape):
+            wanted["chunks"] = [max(n, 1) for n in shape]
+            if axis is not None:
+                row_bytes = max(values.nbytes // max(values.shape[axis], 1), 1)
+                wanted["chunks"][axis] = min(max(_CHUNK_BYTES // row_bytes, 1), _MOST_ROWS)
         if axis is not None:
             shape[axis] = 0
-            row_bytes = max(values.nbytes // max(values.shape[axis], 1), 1)
-            chunks[axis] = min(max(_CHUNK_BYTES // row_bytes, 1), _MOST_ROWS)
         array = await azarr.create_array(
             store=scratch,
             name=str(name),
             shape=tuple(shape),
-            chunks=tuple(chunks) if chunks else "auto",
+            **wanted | {"chunks": tuple(wanted["chunks"]) if shape else "auto"},
             dtype=values.dtype,
             dimension_names=[str(d) for d in variable.dims],
             attributes={str(k): v.item() if isinstance(v, np.generic) else v for k, v in own.items()},
@@ -422,7 +437,7 @@ async def _first(dataset: Any, empty: Target) -> Batch:
         meta = array.metadata
         assert isinstance(meta, ArrayV3Metadata)
         document = meta.to_buffer_dict(default_buffer_prototype())["zarr.json"].to_bytes()
-        made = Variable(name=str(name), meta=meta, document=orjson.loads(document), axis=axis)
+        made = Variable.of(str(name), orjson.loads(document), empty.dim)
         if axis is None:
             made.values = values
         else:

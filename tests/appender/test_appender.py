@@ -11,6 +11,8 @@ import xarray as xr
 import zarr
 
 import icechunk
+from icechunk.appender.position import newest_sources, recorded
+from icechunk.appender.target import Target
 from icechunk.errors import ErrorKind, InvalidInputError, SessionStateError
 
 
@@ -305,3 +307,55 @@ async def test_times_that_the_stored_units_cannot_hold_are_refused() -> None:
             await appender.put(rows(1), offset=1)
         await appender.put(rows(24), offset=2)
     assert await stored(repo) == [0, 24]
+
+
+async def test_a_record_of_another_source_survives_a_replacement_that_was_rebased(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    repo = await new_repo()
+    async with repo.appender("main", dim="time", source="b", group="other") as other:
+        await other.put(rows(0), offset=10)
+    replace_rows = Target.replace_rows
+
+    async def overtaken(target: Target, *args: Any) -> None:
+        monkeypatch.undo()
+        session = await repo.writable_session_async("main")
+        found = await newest_sources(repo.async_ancestry(snapshot_id=session.snapshot_id))
+        array = await zarr.api.asynchronous.open_array(store=session.store, path="other/v")
+        await array.setitem(slice(0, 1), 7)
+        await session.commit_async("11", recorded(found, "b", offset=11, owner=str(found["b"]["owner"]), rows=1))
+        await replace_rows(target, *args)
+
+    async with repo.appender("main", dim="time", source="a", key="time", on_duplicate="replace") as appender:
+        await appender.put(rows(0), offset=0, durable=True)
+        monkeypatch.setattr(Target, "replace_rows", overtaken)
+        await appender.put(rows(0), offset=1)
+        assert appender.stats().rebased == 1
+        await appender.put(rows(1), offset=2, durable=True)
+    found = await newest_sources(repo.async_ancestry(branch="main"))
+    assert {name: record["offset"] for name, record in found.items()} == {"a": 2, "b": 11}
+
+
+async def test_chunks_and_codecs_of_a_first_dataset_are_those_of_its_encoding() -> None:
+    repo = await new_repo()
+    first = rows(0)
+    first["v"].encoding = {"chunks": (6, 2), "compressors": [zarr.codecs.GzipCodec(level=1)]}
+    first["time"].encoding = {"units": "hours since 2000-01-01", "dtype": "i8", "chunks": (1, 2, 3)}
+    async with repo.appender("main", dim="time", source="s") as appender:
+        for n in range(14):
+            await appender.put(first if n == 0 else rows(n), offset=n, durable=True)
+    assert await stored(repo) == list(range(14))
+    reader = await repo.readonly_session_async("main")
+    array = await zarr.api.asynchronous.open_array(store=reader.store, path="v")
+    assert array.chunks == (6, 2)
+    assert [type(codec).__name__ for codec in array.compressors] == ["GzipCodec"]
+
+
+async def test_rows_go_into_shards() -> None:
+    repo = await new_repo()
+    first = rows(0, width=6)
+    first["v"].encoding = {"chunks": (2, 3), "shards": (4, 6)}
+    async with repo.appender("main", dim="time", source="s") as appender:
+        for n in range(11):
+            await appender.put(first if n == 0 else rows(n, width=6), offset=n, durable=True)
+    assert await stored(repo) == list(range(11))

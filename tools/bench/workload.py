@@ -37,6 +37,9 @@ WIRE_CHUNKS = 1_000
 WIRE_CHUNK_BYTES = 16 * 1024
 RANDOM_READS = 200
 IMPORTS = 5
+APPEND_VARIABLES = 10
+APPEND_STEPS = 40
+APPEND_MANY = 1_000
 
 
 async def small(_: Mapping[str, Any]) -> dict[str, float]:
@@ -247,6 +250,70 @@ async def contend(_: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+async def append(_: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds a step of ten variables × 64 KiB appended on local disk.
+
+    By xarray in both libraries, and by what each has for it (ours the appender, official xarray): a step a commit, and
+    many steps in one commit.
+    """
+    import xarray as xr
+
+    from icechunk.xarray import to_icechunk
+
+    def dataset(step: int, steps: int = 1) -> Any:
+        values = np.arange(steps * 16384, dtype="f4").reshape(steps, 128, 128)
+        times = np.datetime64("2000-01-01", "ns") + np.arange(step, step + steps).astype("timedelta64[h]")
+        names = [f"v{i}" for i in range(APPEND_VARIABLES)]
+        return xr.Dataset(dict.fromkeys(names, (("time", "y", "x"), values)), coords={"time": times})
+
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+
+        def created(name: str) -> Any:
+            repo = icechunk.Repository.create(icechunk.local_filesystem_storage(f"{folder}/{name}"))
+            session = repo.writable_session("main")
+            to_icechunk(dataset(0), session, encoding={"time": {"units": "hours since 2000-01-01", "dtype": "i8"}})
+            session.commit("create")
+            return repo
+
+        def by_xarray(repo: Any, first: int, steps: int) -> None:
+            session = repo.writable_session("main")
+            to_icechunk(dataset(first, steps), session, append_dim="time")
+            session.commit("append")
+
+        repo = await asyncio.to_thread(created, "xarray")
+        started = time.perf_counter()
+        for step in range(1, 1 + APPEND_STEPS):
+            await asyncio.to_thread(by_xarray, repo, step, 1)
+        seconds["to_icechunk, a step a commit"] = (time.perf_counter() - started) / APPEND_STEPS
+
+        repo = await asyncio.to_thread(created, "appender")
+        if not hasattr(repo, "appender"):
+            seconds["appender, a step a commit"] = seconds["to_icechunk, a step a commit"]
+            started = time.perf_counter()
+            session = repo.writable_session("main")
+            for step in range(1, 1 + APPEND_MANY // 10):
+                await asyncio.to_thread(to_icechunk, dataset(step), session, append_dim="time")
+            session.commit("append")
+            seconds["appender, many steps a commit"] = (time.perf_counter() - started) / (APPEND_MANY // 10)
+            return seconds
+        async with repo.appender("main", dim="time", source="bench", every=3600) as appender:
+            started = time.perf_counter()
+            for step in range(1, 1 + APPEND_STEPS):
+                await appender.put(dataset(step), offset=step, durable=True)
+            seconds["appender, a step a commit"] = (time.perf_counter() - started) / APPEND_STEPS
+        repo = await asyncio.to_thread(created, "many")
+        options = {"every": 3600, "max_rows": 10**9, "max_bytes": 2**31}
+        async with repo.appender("main", dim="time", source="bench", **options) as appender:
+            steps = [dataset(step) for step in range(1, 1 + APPEND_MANY)]
+            started = time.perf_counter()
+            for step, data in enumerate(steps):
+                await appender.put(data, offset=step)
+            await appender.flush()
+            seconds["appender, many steps a commit"] = (time.perf_counter() - started) / APPEND_MANY
+    return seconds
+
+
 async def _array(store: Any, path: str, n_chunks: int, chunk_bytes: int) -> None:
     await zarr.api.asynchronous.create_array(
         store=store, name=path, shape=(n_chunks * chunk_bytes,), chunks=(chunk_bytes,), dtype="u1", compressors=None
@@ -285,6 +352,7 @@ CASES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "references": references,
     "arrays": arrays,
     "contend": contend,
+    "append": append,
     "wire": wire,
     "import": importing,
 }

@@ -1,0 +1,176 @@
+"""How rows become what arrays store: values by the CF conventions, then chunks by the array's codecs.
+
+xarray and zarr do this for every array; here stand the shorter ways for the common cases, which give the same bytes:
+numbers that need no conversion, times in whole units, and codecs that zarr can run without an event loop.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from zarr.core.array_spec import ArraySpec, parse_array_config
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.metadata import ArrayV3Metadata
+
+__all__ = ["ChunkEncoder", "Unfit", "stored_values"]
+
+Values = npt.NDArray[Any]
+
+_CODINGS: Final = ("units", "calendar", "scale_factor", "add_offset", "_FillValue", "missing_value")
+_CALENDARS: Final = ("standard", "gregorian", "proleptic_gregorian")
+_NANOSECONDS: Final = {
+    "days": 86_400_000_000_000,
+    "hours": 3_600_000_000_000,
+    "minutes": 60_000_000_000,
+    "seconds": 1_000_000_000,
+    "milliseconds": 1_000_000,
+    "microseconds": 1_000,
+    "nanoseconds": 1,
+}
+# From 1700: earlier dates differ between calendars, or do not fit 64 bits of nanoseconds.
+_UNITS: Final = re.compile(
+    rf"({'|'.join(_NANOSECONDS)}) since ((?:1[7-9]|2[01])\d\d-\d\d-\d\d)(?:[ T](\d\d:\d\d:\d\d))?"
+)
+
+
+class Unfit(ValueError):
+    """Values cannot be kept exactly as the array stores them; the message says why."""
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+def stored_values(name: str, variable: Any, attributes: Mapping[str, Any], dtype: np.dtype[Any]) -> Values:
+    """The values of an xarray variable as an array of these attributes and this dtype keeps them.
+
+    Raises
+    ------
+    Unfit
+        The values need other units than the array has.
+    """
+    encoding = {key: attributes[key] for key in _CODINGS if key in attributes}
+    if isinstance(encoding.get("_FillValue"), str) and variable.dtype.kind in "fiu":
+        del encoding["_FillValue"]  # xarray keeps it as base64 where it is the array's own fill value
+    if not encoding and variable.dtype.kind in "fiuc":
+        return np.asarray(variable.values)
+    if variable.dtype.kind == "M" and dtype == np.int64 and encoding.keys() <= {"units", "calendar"}:
+        numbers = _whole_units(np.asarray(variable.values), encoding)
+        if numbers is not None:
+            return numbers
+    return _by_xarray(name, variable, encoding, dtype)
+
+
+def _whole_units(times: Values, encoding: Mapping[str, Any]) -> Values | None:
+    """Times as whole numbers of their units; None where it is not as simple as that."""
+    units = _UNITS.fullmatch(str(encoding.get("units")))
+    if units is None or encoding.get("calendar", "standard") not in _CALENDARS or np.isnat(times).any():
+        return None
+    unit, day, time = units.groups()
+    exact = times.astype("M8[ns]")
+    if not np.array_equal(exact.astype(times.dtype), times):
+        return None
+    try:
+        since = np.datetime64(f"{day}T{time or '00:00:00'}", "ns")
+    except ValueError:
+        return None
+    numbers, rest = np.divmod((exact - since).astype(np.int64), _NANOSECONDS[unit])
+    return None if rest.any() else np.asarray(numbers)
+
+
+def _by_xarray(name: str, variable: Any, encoding: dict[str, Any], dtype: np.dtype[Any]) -> Values:
+    from xarray import Variable
+    from xarray.conventions import encode_cf_variable
+
+    if encoding or variable.dtype.kind in "mM":
+        encoding["dtype"] = dtype
+    cleaned = Variable(variable.dims, variable.values, {}, encoding)
+    with warnings.catch_warnings():
+        # xarray warns, and takes other units, where it cannot keep a value in these: that is refused below.
+        warnings.simplefilter("ignore")
+        encoded = encode_cf_variable(cleaned, name=name)
+    if encoded.attrs.get("units") != encoding.get("units"):
+        raise Unfit(
+            f"values of {name} cannot be kept exactly as {dtype} in {encoding.get('units')!r}, as stored; "
+            f"they would need {encoded.attrs.get('units')!r}"
+        )
+    return np.asarray(encoded.values)
+
+
+# -- chunks ------------------------------------------------------------------------------------------------------------
+
+
+class ChunkEncoder:
+    """Runs the codecs of an array over whole chunks, in the thread that calls it."""
+
+    __slots__ = ("_codecs", "_shape", "_spec")
+
+    def __init__(self, spec: ArraySpec, codecs: Sequence[tuple[Any, ArraySpec]]) -> None:
+        self._spec, self._codecs = spec, codecs
+        self._shape = spec.shape
+
+    @classmethod
+    def of(cls, meta: ArrayV3Metadata) -> ChunkEncoder | None:
+        """For an array; None where its data type or one of its codecs needs zarr's own, asynchronous way."""
+        if meta.dtype.to_native_dtype().kind not in "biufcmM" or not hasattr(meta.chunk_grid, "chunk_shape"):
+            return None
+        spec = chunk_spec = ArraySpec(
+            shape=tuple(meta.chunk_grid.chunk_shape),
+            dtype=meta.dtype,
+            fill_value=meta.fill_value,
+            config=parse_array_config(None),
+            prototype=default_buffer_prototype(),
+        )
+        codecs = []
+        for codec in meta.codecs:
+            evolved = codec.evolve_from_array_spec(spec)
+            # zarr has it since 3.1 for codecs that compute only; sharding says whether its inner codecs are such.
+            if not hasattr(evolved, "_encode_sync") or not getattr(evolved, "_sync_capable", True):
+                return None
+            codecs.append((evolved, spec))
+            spec = evolved.resolve_metadata(spec)
+        return cls(chunk_spec, codecs)
+
+    def encode(self, block: Values, first: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Any]]:
+        """The chunks that a block fills.
+
+        Parameters
+        ----------
+        block
+            Values; every chunk that it touches it fills up to the array's end.
+        first
+            Coordinates of the chunk in which the block begins.
+
+        Yields
+        ------
+        tuple
+            Chunk coordinates, and zarr's buffer of the encoded chunk; None for a chunk of fill values, which is not
+            stored.
+        """
+        counts = [-(-size // chunk) for size, chunk in zip(block.shape, self._shape, strict=True)]
+        for steps in itertools.product(*map(range, counts)):
+            part = block[tuple(slice(s * c, (s + 1) * c) for s, c in zip(steps, self._shape, strict=True))]
+            yield tuple(f + s for f, s in zip(first, steps, strict=True)), self._encoded(part)
+
+    def _encoded(self, part: Values) -> Any:
+        spec = self._spec
+        nd_buffer = spec.prototype.nd_buffer
+        if part.shape == self._shape:
+            chunk = nd_buffer.from_numpy_array(np.ascontiguousarray(part))
+        else:
+            padded = np.full(self._shape, spec.fill_value, part.dtype)
+            padded[tuple(map(slice, part.shape))] = part
+            chunk = nd_buffer.from_numpy_array(padded)
+        if not spec.config.write_empty_chunks and chunk.all_equal(spec.fill_value):
+            return None
+        encoded: Any = chunk
+        for codec, its_spec in self._codecs:
+            encoded = codec._encode_sync(encoded, its_spec)
+            if encoded is None:
+                return None
+        return encoded

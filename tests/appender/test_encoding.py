@@ -1,0 +1,127 @@
+"""The short ways to stored bytes give the bytes of xarray and zarr."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+import zarr.api.asynchronous as azarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from xarray.conventions import encode_cf_variable
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
+from zarr.core.metadata import ArrayV3Metadata
+from zarr.storage import MemoryStore
+
+from icechunk.appender.encoding import ChunkEncoder, Unfit, stored_values
+
+COMPRESSORS: list[Any] = [
+    [],
+    [ZstdCodec(level=3)],
+    [GzipCodec(level=1)],
+    [BloscCodec(cname="lz4", typesize=4)],
+    [ZstdCodec(), Crc32cCodec()],
+]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    shape=hnp.array_shapes(min_dims=1, max_dims=3, max_side=7),
+    dtype=st.sampled_from(["u1", "<i4", ">f4", "f8", "c8", "M8[s]", "bool"]),
+    compressors=st.sampled_from(COMPRESSORS),
+    transposed=st.booleans(),
+    empty=st.booleans(),
+)
+async def test_chunks_equal_those_that_zarr_writes(
+    data: st.DataObject, shape: tuple[int, ...], dtype: str, compressors: Any, transposed: bool, empty: bool
+) -> None:
+    chunks = tuple(data.draw(st.integers(1, n + 1)) for n in shape)
+    values = data.draw(hnp.arrays(np.dtype(dtype), shape))
+    if empty:
+        values[...] = np.zeros(1, dtype)[0]
+    store: dict[str, Any] = {}
+    array = await azarr.create_array(
+        store=MemoryStore(store),
+        name="a",
+        shape=shape,
+        chunks=chunks,
+        dtype=dtype,
+        compressors=compressors,
+        serializer=BytesCodec(),
+        filters=[TransposeCodec(order=tuple(reversed(range(len(shape)))))] if transposed else None,
+    )
+    meta = array.metadata
+    assert isinstance(meta, ArrayV3Metadata)
+    encoder = ChunkEncoder.of(meta)
+    assert encoder is not None
+    ours = {f"a/{meta.encode_chunk_key(at)}": chunk for at, chunk in encoder.encode(values, (0,) * len(shape))}
+    await array.setitem(Ellipsis, values)
+    theirs = {key: chunk for key, chunk in store.items() if key != "a/zarr.json" and not key.endswith("zarr.json")}
+    assert {key: chunk.to_bytes() for key, chunk in ours.items() if chunk is not None} == {
+        key: chunk.to_bytes() for key, chunk in theirs.items()
+    }
+
+
+async def test_texts_are_left_to_zarr() -> None:
+    array = await azarr.create_array(store={}, name="a", shape=(3,), chunks=(2,), dtype=str)
+    assert isinstance(array.metadata, ArrayV3Metadata)
+    assert ChunkEncoder.of(array.metadata) is None
+
+
+UNIT_S = {"days": 86400, "hours": 3600, "seconds": 1}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    hours=st.lists(st.integers(-2_000_000, 2_000_000), min_size=1, max_size=5),
+    resolution=st.sampled_from(["s", "ms", "ns"]),
+    units=st.sampled_from(list(UNIT_S)),
+    since=st.sampled_from(["1970-01-01", "2000-01-01 12:00:00", "1850-06-15T00:30:00"]),
+    calendar=st.sampled_from([None, "standard", "proleptic_gregorian"]),
+)
+def test_times_are_kept_in_whole_units_or_refused(
+    hours: list[int], resolution: str, units: str, since: str, calendar: str | None
+) -> None:
+    times = np.array(hours, "M8[h]").astype(f"M8[{resolution}]")
+    attributes = {"units": f"{units} since {since}"} | ({} if calendar is None else {"calendar": calendar})
+    since_s = int(np.datetime64(since.replace(" ", "T"), "s").astype(int))
+    exact = [divmod(hour * 3600 - since_s, UNIT_S[units]) for hour in hours]
+    if any(rest for _, rest in exact):
+        with pytest.raises(Unfit):
+            stored_values("time", xr.Variable(("time",), times), attributes, np.dtype("i8"))
+    else:
+        found = stored_values("time", xr.Variable(("time",), times), attributes, np.dtype("i8"))
+        assert found.tolist() == [number for number, _ in exact]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("units", ["hours since 1200-01-01", "hours since 2000-01-01", "days since 2000-01-01 +01:00"])
+@pytest.mark.parametrize("calendar", ["standard", "noleap"])
+def test_other_times_are_left_to_xarray(units: str, calendar: str) -> None:
+    times = np.array(["2001-01-01", "NaT"], "M8[ns]")
+    attributes = {"units": units, "calendar": calendar}
+    variable = xr.Variable(("time",), times, {}, attributes | {"dtype": np.dtype("i8")})
+    expected: Any = encode_cf_variable(variable, name="time")
+    if expected.attrs["units"] != units:
+        with pytest.raises(Unfit):
+            stored_values("time", xr.Variable(("time",), times), attributes, np.dtype("i8"))
+    else:
+        found = stored_values("time", xr.Variable(("time",), times), attributes, np.dtype("i8"))
+        np.testing.assert_array_equal(found, expected.values)
+
+
+def test_scaled_values_are_packed_as_xarray_packs_them() -> None:
+    values = xr.Variable(("x",), np.array([1.5, np.nan, 3.0]))
+    attributes = {"scale_factor": 0.5, "add_offset": 1.0, "_FillValue": -1}
+    np.testing.assert_array_equal(stored_values("v", values, attributes, np.dtype("i2")), [1, -1, 4])
+
+
+def test_an_array_of_today_can_be_encoded_without_zarr() -> None:
+    array = zarr.create_array(store={}, name="a", shape=(4,), chunks=(2,), dtype="f4")
+    assert isinstance(array.metadata, ArrayV3Metadata)
+    assert ChunkEncoder.of(array.metadata) is not None
