@@ -25,8 +25,9 @@ from zarr.storage import MemoryStore, StorePath
 
 from icechunk.appender.encoding import ChunkEncoder, Unfit, stored_values
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.runtime.tasks import in_thread, run_each
+from icechunk.runtime.tasks import run_each
 from icechunk.session import Session
+from icechunk.transfer.assets import off_loop
 
 __all__ = ["Batch", "Target", "Variable"]
 
@@ -305,10 +306,13 @@ class Target:
         store, path = session.store, self.path(variable.name)
         # Of many chunks only so many are held encoded beside the rows.
         waiting = encoder.encode(values, first)
-        while chunks := await in_thread(lambda: list(itertools.islice(waiting, _ENCODED_AT_ONCE))):
+        more = True
+        while more:
+            chunks = await off_loop(block.nbytes, lambda: list(itertools.islice(waiting, _ENCODED_AT_ONCE)))
             for coords, encoded in chunks:
                 key = f"{path}/{variable.meta.encode_chunk_key(coords)}"
                 await (store.delete(key) if encoded is None else store.set(key, encoded))
+            more = len(chunks) == _ENCODED_AT_ONCE
 
     async def _tail(self, session: Session, variable: Variable, aligned: int) -> Values:
         if variable.tail is not None and len(variable.tail) == variable.length - aligned:
