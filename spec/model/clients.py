@@ -220,7 +220,7 @@ def idle(m: Setting, s: World, i: int, p: Proc) -> Iterator[Step]:
             yield from send(m, s, i, q, "what was told is sent again:")
             return
         events, staying, refused = events_of(m, i, p)
-        if refused and not p.looked and "news" in m.rules:
+        if refused and not p.looked and "looked" in m.rules:
             yield ("something does not apply: looks first",), s, p._replace(pc="look")
             return
         if refused:

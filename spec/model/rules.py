@@ -17,7 +17,7 @@ RULES: Final[dict[str, tuple[int, str]]] = {
     "shared": (2, "events of an attempt that landed are never proposed again"),
     "refusal": (3, "refused for certain only if every request of the attempt was refused"),
     "void": (3, "settle fills an empty slot before it says that the change is lost"),
-    "news": (3, "events are refused only on a state learned after the caller asked"),
+    "looked": (3, "events are refused only on a state learned after the caller asked"),
     "chain": (4, "each event is validated after the events before it in the entry"),
     "proof": (5, "a writer believes an answer only while its proof is fresh"),
     "reader-proof": (5, "a reader believes an empty slot only while its proof is fresh"),

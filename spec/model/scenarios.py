@@ -58,7 +58,7 @@ SMALL: Final[dict[str, AnyScenario]] = {
     ),
     "refusal": world("a late PUT, then 403", [writer("x", X)], lost=1, refused=1),
     "void": world("settled while the PUT travels", [writer("x", X, settles=True)], lost=1, told=1),
-    "news": world("built upon what another client did", [writer("x", X), writer("y", THIRD, Change(2, upon=1))]),
+    "looked": world("built upon what another client did", [writer("x", X), writer("y", THIRD, Change(2, upon=1))]),
     "chain": world("two commits of a branch in an entry", [writer("x", (X, Y))]),
     "proof": world("a writer behind pruned slots", [writer("x", X), writer("y", OTHER), CHECKPOINTER, PRUNER], ticks=2),
     "reader-proof": world(
