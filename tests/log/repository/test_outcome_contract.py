@@ -202,7 +202,7 @@ def sent(storage: ScriptedStorage) -> list[Request]:
 
 @every_layout
 @pytest.mark.parametrize("change", [*UNWANTED, "commit"])
-async def test_a_refusal_is_told_at_once_in_the_stores_words_and_nothing_stays_pending(
+async def test_a_refusal_is_raised_at_once_with_the_stores_message_and_nothing_stays_pending(
     world: Outcomes, change: str
 ) -> None:
     log, storage = await world.create()
@@ -227,7 +227,7 @@ async def test_a_refusal_is_told_at_once_in_the_stores_words_and_nothing_stays_p
 
 
 @every_layout
-async def test_what_was_refused_can_be_committed_once_it_is_allowed(world: Outcomes) -> None:
+async def test_a_refused_change_can_be_committed_once_it_is_allowed(world: Outcomes) -> None:
     log, storage = await world.create()
     propose = await world.commit(1)
     answering_writes(storage, refusing)
@@ -254,7 +254,7 @@ async def test_a_refusal_after_a_request_without_answer_is_no_refusal(world: Out
 
 
 @every_layout
-async def test_what_never_left_is_known_not_to_have_landed(world: Outcomes) -> None:
+async def test_a_request_that_never_left_is_known_not_to_have_landed(world: Outcomes) -> None:
     log, storage = await world.create()
     propose, told = await world.commit(1), Told()
     answering_writes(storage, not_sending)
@@ -326,7 +326,7 @@ async def test_a_commit_whose_caller_was_told_is_not_brought_back_by_the_next_on
 
 
 @grouping_layouts
-async def test_whose_change_lost_its_place_to_a_later_one_is_told_so(world: Outcomes) -> None:
+async def test_a_caller_learns_that_its_change_lost_its_place_to_a_later_one(world: Outcomes) -> None:
     log, storage = await world.create()
     told = await told_unknown(log, storage, await world.commit(1), "lost")
     storage.script = None
@@ -391,9 +391,7 @@ async def test_several_told_changes_are_settled_by_the_one_that_took_their_place
 
 
 @grouping_layouts
-async def test_of_told_attempts_only_the_newest_are_remembered(
-    world: Outcomes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_only_the_newest_told_attempts_are_remembered(world: Outcomes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settle, "_ROUNDS", 1)
     log, storage = await world.create()
     assert isinstance(log, settle.SwappedLog)
@@ -412,7 +410,7 @@ async def test_of_told_attempts_only_the_newest_are_remembered(
 
 
 @grouping_layouts
-async def test_a_refresh_tells_callers_that_left(world: Outcomes) -> None:
+async def test_a_refresh_notifies_callers_that_left(world: Outcomes) -> None:
     log, storage = await world.create()
     told = await told_unknown(log, storage, await world.commit(1), "lost")
     storage.script = None
@@ -427,7 +425,9 @@ async def test_a_refresh_tells_callers_that_left(world: Outcomes) -> None:
 
 @grouping_layouts
 @pytest.mark.parametrize("first_lands", [False, True])
-async def test_who_shares_an_attempt_with_one_who_leaves_goes_on_in_another(world: Outcomes, first_lands: bool) -> None:
+async def test_callers_of_a_shared_attempt_that_one_leaves_go_on_in_another_attempt(
+    world: Outcomes, first_lands: bool
+) -> None:
     log, storage = await world.create()
     gate = asyncio.Event()
     count = 0
@@ -582,7 +582,7 @@ async def test_an_unknown_outcome_is_settled_either_way_by_any_client(world: Out
 
 @grouping_layouts
 @pytest.mark.parametrize("late_lands", [True, False])
-async def test_what_adds_no_snapshot_is_settled_too(world: Outcomes, late_lands: bool) -> None:
+async def test_a_change_without_a_snapshot_is_settled_too(world: Outcomes, late_lands: bool) -> None:
     log, storage = await world.create()
     held = answering_writes(storage, losing)
     with pytest.raises(CommitOutcomeUnknown) as unknown:
@@ -596,7 +596,7 @@ async def test_what_adds_no_snapshot_is_settled_too(world: Outcomes, late_lands:
     assert ("precious" in (await world.state()).branches) is not late_lands
 
 
-async def test_what_adds_no_snapshot_cannot_be_settled_in_format_1() -> None:
+async def test_a_change_without_a_snapshot_cannot_be_settled_in_format_1() -> None:
     world = Outcomes(Layout.REFS)
     log, storage = await world.create()
     answering_writes(storage, losing)
@@ -627,7 +627,7 @@ async def test_a_deadline_gives_a_token_and_the_request_goes_on(world: Outcomes)
 
 
 @every_layout
-async def test_who_is_cancelled_during_the_request_holds_the_token_that_settles_it(world: Outcomes) -> None:
+async def test_a_caller_cancelled_during_the_request_holds_the_token_that_settles_it(world: Outcomes) -> None:
     log, storage = await world.create()
     gate, told = asyncio.Event(), Told()
 
@@ -651,7 +651,7 @@ async def test_who_is_cancelled_during_the_request_holds_the_token_that_settles_
 
 
 @every_layout
-async def test_who_was_cancelled_during_a_request_that_lost_is_told_that_nothing_is_open(world: Outcomes) -> None:
+async def test_a_caller_cancelled_during_a_request_that_lost_learns_that_nothing_is_pending(world: Outcomes) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
     gate, told = asyncio.Event(), Told()
@@ -675,7 +675,7 @@ async def test_who_was_cancelled_during_a_request_that_lost_is_told_that_nothing
 
 
 @grouping_layouts
-async def test_a_cancelled_caller_leaves_and_those_who_share_its_attempt_go_on(world: Outcomes) -> None:
+async def test_a_cancelled_caller_leaves_and_the_others_of_its_attempt_go_on(world: Outcomes) -> None:
     log, storage = await world.create()
     gate = asyncio.Event()
 
@@ -701,7 +701,7 @@ async def test_a_cancelled_caller_leaves_and_those_who_share_its_attempt_go_on(w
 
 
 @every_layout
-async def test_who_is_cancelled_before_anything_is_sent_was_told_nothing(world: Outcomes) -> None:
+async def test_a_caller_cancelled_before_anything_is_sent_gets_no_token(world: Outcomes) -> None:
     log, storage = await world.create()
     gate = asyncio.Event()
 
@@ -725,7 +725,7 @@ async def test_who_is_cancelled_before_anything_is_sent_was_told_nothing(world: 
 
 
 @every_layout
-async def test_silence_is_told_as_unknown_to_the_attempt_and_as_certain_to_who_waits(world: Outcomes) -> None:
+async def test_silence_makes_the_sent_change_unknown_and_refuses_waiting_ones(world: Outcomes) -> None:
     log, storage = await world.create()
     answering_writes(storage, losing)
     propose, next_one = await world.commit(1), await world.commit(2, an_id(1))
@@ -737,7 +737,7 @@ async def test_silence_is_told_as_unknown_to_the_attempt_and_as_certain_to_who_w
 
 
 @every_layout
-async def test_closing_with_a_change_in_flight_says_that_its_outcome_is_unknown(
+async def test_closing_with_a_change_in_flight_makes_its_outcome_unknown(
     world: Outcomes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settle, "CLOSE_GRACE_S", 0.01)
@@ -762,7 +762,7 @@ async def test_closing_with_a_change_in_flight_says_that_its_outcome_is_unknown(
 
 
 @every_layout
-async def test_a_callback_that_fails_harms_nobody(world: Outcomes, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failing_callback_affects_no_other_caller(world: Outcomes, caplog: pytest.LogCaptureFixture) -> None:
     log, _ = await world.create()
 
     def fail(token: SwapToken | None) -> None:

@@ -61,7 +61,7 @@ def commit(i: int, parent: ObjectId, branch: str = "main") -> e.CommitAdded:
     return e.CommitAdded(branch=branch, snapshot=record(i, parent))
 
 
-def test_a_commit_moves_its_branch_and_stands_in_the_ops_log() -> None:
+def test_a_commit_moves_its_branch_and_is_in_the_ops_log() -> None:
     state = after(fresh(), commit(1, FIRST_SNAPSHOT))
     assert state.branch_tip("main") == an_id(1)
     assert [one.id for one in state.ancestry(an_id(1))] == [an_id(1), FIRST_SNAPSHOT]
@@ -98,7 +98,7 @@ def test_a_commit_with_files_older_than_the_collection_cutoff_is_refused() -> No
     assert after(state, commit(1, FIRST_SNAPSHOT), since_us=7_000).branch_tip("main") == an_id(1)
 
 
-def test_a_collection_drops_what_nothing_reaches_and_keeps_young_detached_snapshots() -> None:
+def test_a_collection_drops_unreachable_snapshots_and_keeps_young_detached_ones() -> None:
     state = after(
         fresh(),
         commit(1, FIRST_SNAPSHOT),
@@ -156,7 +156,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("event", "error", "kind"), REFUSALS, ids=lambda value: type(value).__name__)
-def test_a_refused_event_says_why_and_leaves_the_state_as_it_was(event: e.Event, error: type, kind: str) -> None:
+def test_a_refused_event_has_a_reason_and_leaves_the_state_unchanged(event: e.Event, error: type, kind: str) -> None:
     state = after(
         fresh(),
         commit(1, FIRST_SNAPSHOT),
@@ -200,7 +200,7 @@ def test_an_entry_with_one_event_that_does_not_apply_is_void_as_a_whole() -> Non
     assert try_apply_all(state, (commit(1, FIRST_SNAPSHOT), commit(2, an_id(1))), time_us=5, since_us=None) is not None
 
 
-def test_an_expiration_reparents_survivors_and_lists_what_went() -> None:
+def test_an_expiration_reparents_survivors_and_lists_the_released_snapshots() -> None:
     state = after(fresh(), commit(1, FIRST_SNAPSHOT), commit(2, an_id(1)), commit(3, an_id(2)))
     state = after(
         state,
@@ -215,7 +215,7 @@ def test_an_expiration_reparents_survivors_and_lists_what_went() -> None:
     assert state.snapshots[an_id(3)].pruned_ancestor_tx_logs == (an_id(1), an_id(2))
 
 
-def test_an_expiration_may_name_things_twice() -> None:
+def test_an_expiration_may_name_an_id_twice() -> None:
     state = after(
         fresh(), e.DetachedSnapshotAdded(snapshot=record(1, None)), e.BranchCreated(name="b", snapshot=an_id(1))
     )
@@ -262,7 +262,7 @@ def test_rewritten_snapshots_take_the_place_of_the_old_ones_everywhere(keep: boo
     assert state.last_time_us >= newest[0].updated_at_us
 
 
-def test_replaced_snapshots_stay_until_a_collection_of_what_is_older_than_the_rewriting() -> None:
+def test_replaced_snapshots_stay_until_a_collection_whose_cutoff_is_after_the_rewriting() -> None:
     state = rewritable()
     event = e.SnapshotsRewritten(replaced=((an_id(1), an_id(11)), (an_id(2), an_id(12))), keep=True)
     state = after(state, event, time_us=7_000)
@@ -270,14 +270,14 @@ def test_replaced_snapshots_stay_until_a_collection_of_what_is_older_than_the_re
     assert set(after(state, e.CollectionRan(cutoff_us=9_000)).snapshots) == {FIRST_SNAPSHOT, an_id(11), an_id(12)}
 
 
-def test_a_snapshot_that_was_rewritten_twice_is_found_and_its_place_says_nothing_of_the_past() -> None:
+def test_a_snapshot_that_was_rewritten_twice_is_found() -> None:
     state = after(rewritable(), e.SnapshotsRewritten(replaced=((an_id(2), an_id(12)),), keep=True))
     state = after(state, e.SnapshotsRewritten(replaced=((an_id(12), an_id(22)),), keep=True))
     assert rewritten_as(state, an_id(2)) == an_id(22)
     assert state.snapshots[an_id(22)].metadata == {"i": 2}
 
 
-def test_a_rewriting_without_a_branch_at_a_replaced_snapshot_is_told_as_a_collection() -> None:
+def test_a_rewriting_without_a_branch_at_a_replaced_snapshot_is_a_collection_in_the_ops_log() -> None:
     state = after(rewritable(), e.SnapshotsRewritten(replaced=((an_id(1), an_id(11)),), keep=False))
     assert next(iter(state.updates)).change == stored.GCRan()
     assert [one.id for one in state.ancestry(an_id(2))] == [an_id(2), an_id(11), FIRST_SNAPSHOT]
@@ -328,7 +328,7 @@ def test_an_entry_is_not_void_because_a_file_is_damaged() -> None:
         try_apply_all(damaged, (commit(2, an_id(1)),), time_us=9000, since_us=None)
 
 
-def test_a_state_that_rests_on_its_file_is_the_same_and_forgets_what_is_in_a_backup() -> None:
+def test_a_state_based_on_its_file_is_equal_and_drops_updates_that_are_in_a_backup() -> None:
     state = after(fresh(), commit(1, FIRST_SNAPSHOT))
     written = encode_and_keep(to_repo_info(state, updates=state.updates.newest(1), repo_before_updates="repo.x"))
     later = after(state, commit(2, an_id(1)))
@@ -349,7 +349,7 @@ def test_updates_are_packed_before_they_are_many() -> None:
 
 
 @given(st.integers(0, 40), st.integers(0, 40))
-def test_the_ops_log_is_persistent_and_finds_what_is_newer(n: int, after_n: int) -> None:
+def test_the_ops_log_is_persistent_and_finds_newer_updates(n: int, after_n: int) -> None:
     log = UpdateLog.of()
     versions = []
     for i in range(n):

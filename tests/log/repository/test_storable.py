@@ -132,7 +132,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("event", BAD, ids=repr)
-def test_what_a_checkpoint_cannot_hold_is_refused_before_an_entry_is_built(event: e.Event) -> None:
+def test_events_that_a_checkpoint_cannot_hold_are_refused_before_an_entry_is_built(event: e.Event) -> None:
     with pytest.raises(InvalidInputError):
         apply(fresh(), event, time_us=1, since_us=None)
     waiting: Any = SimpleNamespace(propose=lambda state: [event], since_us=None, files={})

@@ -81,7 +81,7 @@ async def test_a_checkpoint_of_an_earlier_life_of_the_log_is_not_written(world: 
     assert await world.store.get("repo") == now
 
 
-async def test_the_marker_carries_what_the_format_has_no_field_for(world: World) -> None:
+async def test_the_marker_holds_values_that_the_format_has_no_field_for(world: World) -> None:
     log, _ = await world.create()
     await log.append(lambda state: [e.StatusSet(availability=1, reason="frozen"), e.StatusSet(availability=0)])
     await log.append(lambda state: [e.CollectionRan(cutoff_us=12345)])
@@ -95,7 +95,7 @@ async def test_the_marker_carries_what_the_format_has_no_field_for(world: World)
     assert other.state.gc_cutoff_us == 12345
 
 
-async def test_a_real_read_only_status_survives_checkpoint_and_open(world: World) -> None:
+async def test_a_real_read_only_status_is_kept_by_checkpoint_and_open(world: World) -> None:
     log, _ = await world.create()
     await log.append(lambda state: [e.StatusSet(availability=1, reason="frozen")])
     await log.aclose()
@@ -122,7 +122,7 @@ async def test_a_conversion_leaves_a_repo_object_without_marker_and_nothing_land
 
 
 @pytest.mark.parametrize("who", ["opener", "writer", "reader"])
-async def test_whoever_folds_a_seal_finishes_the_conversion(world: World, who: str) -> None:
+async def test_a_client_that_folds_a_seal_finishes_the_conversion(world: World, who: str) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
     await log.append(world.commit(1))
@@ -239,7 +239,7 @@ async def test_a_takeover_is_found_when_opening(world: World, caplog: pytest.Log
 # ---------------------------------------------------------------- ops log
 
 
-async def test_a_long_ops_log_goes_on_in_backups_and_is_told_once(world: World) -> None:
+async def test_a_long_ops_log_continues_in_backups_and_lists_each_update_once(world: World) -> None:
     log, _ = await world.create(updates_per_file=3)
     for i in range(1, 12):
         await log.append(world.commit(i))

@@ -61,7 +61,7 @@ class _Jittery(ScriptedStorage):
         self.script = jitter
 
 
-async def test_a_creator_whose_answer_was_lost_knows_its_own_success(world: World) -> None:
+async def test_a_creator_whose_answer_was_lost_recognises_its_own_success(world: World) -> None:
     storage = ScriptedStorage(world.store)
 
     async def lose(request: Request, send: Send) -> object:
@@ -116,7 +116,7 @@ async def test_a_root_with_anything_in_it_is_not_clean_and_an_existing_repositor
     assert await world.store.get("repo") == before
 
 
-async def test_opening_nothing_says_so(world: World) -> None:
+async def test_opening_an_empty_place_is_an_error(world: World) -> None:
     with pytest.raises(RepositoryNotFoundError):
         await open_repository(world.store, world.clock.sources())
     assert await detect(world.store) is None

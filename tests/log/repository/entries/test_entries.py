@@ -43,7 +43,7 @@ async def test_in_a_group_each_is_validated_after_the_ones_before(world: World) 
     assert await world.history() == [an_id(1)]
 
 
-async def test_what_a_proposal_raises_reaches_its_caller_alone(world: World) -> None:
+async def test_an_error_of_a_proposal_reaches_its_caller_only(world: World) -> None:
     log, _ = await world.create()
 
     def refuse(state: object) -> list[e.Event]:

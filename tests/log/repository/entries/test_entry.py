@@ -107,14 +107,14 @@ JSON = st.recursive(
 
 @settings(max_examples=100, deadline=None)
 @given(JSON)
-def test_every_json_value_and_bytes_survive_the_log(value: object) -> None:
+def test_every_json_value_and_bytes_round_trip_through_an_entry(value: object) -> None:
     assert unpack(orjson.loads(orjson.dumps(pack(value)))) == value
 
 
 @pytest.mark.parametrize(
     "value", [2**64, {1: 2}, object(), "\ud800", {"\ud800": 1}, {"\0bytes": "AA=="}, {"a\0": 1}, {1, 2}]
 )
-def test_what_json_cannot_hold_is_refused_at_the_boundary(value: object) -> None:
+def test_values_that_json_cannot_hold_are_refused_at_the_boundary(value: object) -> None:
     with pytest.raises(InvalidInputError):
         pack(value)
 

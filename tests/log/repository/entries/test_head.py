@@ -37,7 +37,7 @@ def without_freshness(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("rule", [True, False])
-async def test_a_writer_that_slept_while_its_slot_was_pruned_is_not_told_that_it_committed(
+async def test_a_writer_that_slept_while_its_slot_was_pruned_does_not_report_a_commit(
     world: World, rule: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not rule:
@@ -66,7 +66,7 @@ async def test_a_writer_that_slept_while_its_slot_was_pruned_is_not_told_that_it
 
 
 @pytest.mark.parametrize("rule", [True, False])
-async def test_a_reader_that_slept_does_not_take_a_pruned_slot_for_no_news(
+async def test_a_reader_that_slept_does_not_take_a_pruned_slot_for_the_end_of_the_log(
     world: World, rule: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not rule:

@@ -152,7 +152,7 @@ async def test_the_checkpoint_reads_as_a_whole_repository_and_refuses_every_chan
     assert (await storage.get("repo")).data == before
 
 
-async def test_what_the_official_library_takes_over_is_found_and_reported(tmp_path: Path) -> None:
+async def test_a_takeover_by_the_official_library_is_found_and_reported(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path / "repo")
     log = await create_log(storage)
     await commit(log, storage, 1)

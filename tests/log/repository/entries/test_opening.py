@@ -44,7 +44,7 @@ async def test_a_tail_of_any_length_is_read_to_its_end_without_a_listing(world: 
     assert len(asked) <= 1 + tail + 50
 
 
-async def test_what_others_committed_is_folded_without_a_listing(world: World) -> None:
+async def test_commits_of_other_clients_are_folded_without_a_listing(world: World) -> None:
     ours, _ = await world.create()
     storage = Unlisted(world.store)
     theirs = await open_repository(storage, world.clock.sources())
@@ -106,7 +106,7 @@ async def test_slots_that_were_pruned_while_the_end_was_looked_for_are_not_taken
     assert world.clock.now_us > 7 * DAY_S * 1e6
 
 
-async def test_on_local_disk_neither_opening_nor_looking_for_news_lists_the_log(tmp_path: Path) -> None:
+async def test_on_local_disk_neither_opening_nor_a_refresh_lists_the_log(tmp_path: Path) -> None:
     ours = ScriptedStorage(LocalStorage(tmp_path))
     log = await create_log(ours)
     storage = ScriptedStorage(LocalStorage(tmp_path))

@@ -54,7 +54,9 @@ async def test_a_client_that_has_not_looked_for_a_while_looks_before_it_refuses(
     assert len([r for r in storage.requests if slots(r)]) == 1, "what was bound to lose is not sent"
 
 
-async def test_a_refusal_costs_one_look_where_there_is_no_news_and_what_applies_none(world: World) -> None:
+async def test_a_refusal_costs_one_look_if_there_is_no_new_entry_and_an_event_that_applies_costs_none(
+    world: World,
+) -> None:
     log, storage = await settled(world)
     storage.requests.clear()
     outcomes = await asyncio.gather(
@@ -69,7 +71,7 @@ async def test_a_refusal_costs_one_look_where_there_is_no_news_and_what_applies_
     assert not [r for r in storage.of("get") if r.key != "repo"]
 
 
-async def test_callers_who_come_while_the_client_looks_are_neither_lost_nor_refused_by_that_look(world: World) -> None:
+async def test_callers_that_arrive_during_a_look_are_neither_lost_nor_refused_by_it(world: World) -> None:
     log, storage = await settled(world)
     other, _ = await world.open()
     late: list[asyncio.Future[object]] = []
@@ -104,7 +106,7 @@ class Told(list[Any]):
         return bool(self) and self[-1] is not None
 
 
-async def test_who_waits_on_after_a_loss_is_told_of_the_next_entry(world: World) -> None:
+async def test_a_caller_that_waits_on_after_a_loss_gets_the_token_of_the_next_entry(world: World) -> None:
     log, _ = await settled(world)
     other, _ = await world.open()
     await other.append(world.commit(1))

@@ -33,7 +33,7 @@ from tests.log.repository.world import World, slots
 # ---------------------------------------------------------------- steady state
 
 
-async def test_a_commit_is_one_put_and_a_refresh_without_news_one_get(world: World) -> None:
+async def test_a_commit_is_one_put_and_a_refresh_without_new_entries_one_get(world: World) -> None:
     log, storage = await world.create()
     await log.prepare_writes()
     await log.append(world.commit(1))
@@ -65,7 +65,7 @@ async def test_a_refresh_far_behind_reads_the_tail_at_once_and_once(world: World
     assert len(storage.of("get")) <= 31
 
 
-async def test_callers_who_wait_together_share_one_entry(world: World) -> None:
+async def test_callers_that_wait_together_share_one_entry(world: World) -> None:
     log, storage = await world.create()
     await log.prepare_writes()
     await asyncio.gather(*(log.append(world.commit(i)) for i in range(1, 51)))

@@ -191,7 +191,7 @@ async def test_names_are_taken_and_given_up_as_in_the_other_layouts(world: RefFi
     assert (set((await log.refresh()).branches), set(log.state.tags)) == ({"main"}, set())
 
 
-async def test_what_format_1_does_not_have_is_refused_and_nothing_is_written(world: RefFilesWorld) -> None:
+async def test_operations_that_format_1_lacks_are_refused_and_nothing_is_written(world: RefFilesWorld) -> None:
     log, storage = await world.create()
     await log.prepare_writes()
     storage.requests.clear()
@@ -252,7 +252,7 @@ async def test_ones_own_commit_is_recognised_below_that_of_another(world: RefFil
     assert await world.tip() == an_id(2)
 
 
-async def test_an_answer_that_comes_late_does_not_take_back_what_was_seen_since(world: RefFilesWorld) -> None:
+async def test_a_late_answer_does_not_replace_a_newer_state(world: RefFilesWorld) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
     first, second = await world.commit(1), await world.commit(2, parent=an_id(1))
@@ -322,7 +322,7 @@ async def test_a_ref_that_names_no_snapshot_is_an_error_that_names_the_file(worl
         await world.open()
 
 
-def test_names_stand_in_keys_as_the_official_library_writes_them(tmp_path: Path) -> None:
+def test_names_are_in_keys_as_the_official_library_writes_them(tmp_path: Path) -> None:
     on_disk, elsewhere = RefNames.of(LocalStorage(tmp_path)), RefNames.of(MemoryStorage())
     assert on_disk.branch_key("é x%") == "refs/branch.%C3%A9 x%25/ref.json"
     assert elsewhere.branch_key("é x%") == "refs/branch.é x%/ref.json"

@@ -64,7 +64,7 @@ async def test_callers_of_one_loop_share_a_put(world: World) -> None:
     assert set(await world.history()) == {an_id(100 + i) for i in range(20)}
 
 
-async def test_one_who_is_refused_does_not_touch_the_others_of_the_group(world: World) -> None:
+async def test_a_refused_caller_does_not_affect_the_others_of_the_group(world: World) -> None:
     log, _ = await world.create()
     results = await asyncio.gather(
         log.append(world.commit(1)),
@@ -88,7 +88,7 @@ async def test_of_two_clients_one_conflicts_and_another_branch_does_not(world: W
     assert await world.history() == [an_id(1), an_id(3)]
 
 
-async def test_a_refusal_is_never_given_on_old_news(world: World) -> None:
+async def test_a_refusal_is_never_based_on_an_old_state(world: World) -> None:
     one, _ = await world.create()
     two, _ = await world.open()
     await one.append(lambda _: [e.BranchCreated(name="dev", snapshot=FIRST_SNAPSHOT)])
@@ -106,7 +106,7 @@ async def test_a_read_only_repository_takes_nothing_but_a_change_of_status(world
     await log.append(world.commit(1))
 
 
-async def test_everything_a_repository_keeps_survives_opening(world: World) -> None:
+async def test_everything_a_repository_keeps_is_there_after_opening(world: World) -> None:
     log, _ = await world.create(config={"inline_chunk_threshold_bytes": 7})
     await log.append(world.commit(1))
     await log.append(

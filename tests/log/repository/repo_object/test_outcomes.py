@@ -50,7 +50,7 @@ async def test_ones_own_write_is_recognised_under_that_of_another(world: World, 
     assert updates.count("NewCommit" if what == "commit" else "TagCreated") == 1
 
 
-async def test_an_answer_that_comes_late_does_not_take_back_what_was_seen_since(world: World) -> None:
+async def test_a_late_answer_does_not_replace_a_newer_state(world: World) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
     first, second = world.commit(1), world.commit(2, parent=an_id(1))
@@ -108,7 +108,7 @@ async def test_the_same_tag_by_another_at_the_same_microsecond_is_not_taken_for_
         await log.append(lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)])
 
 
-async def test_settling_a_token_of_another_life_says_that_it_did_not_land(world: World) -> None:
+async def test_settling_a_token_of_an_earlier_epoch_finds_that_it_did_not_land(world: World) -> None:
     log, _ = await world.create()
     assert not await log.settle(SwapToken(epoch="repo:gone", n=5, nonces=(b"x" * 16,), snapshots=(an_id(9),)))
 
@@ -128,7 +128,7 @@ async def test_a_copy_that_fails_fails_the_commit_with_nothing_landed(world: Wor
     assert not storage.of("put", "repo")
 
 
-async def test_what_cannot_be_encoded_fails_alone(world: World) -> None:
+async def test_a_change_that_cannot_be_encoded_fails_alone(world: World) -> None:
     log, _ = await world.create()
     with pytest.raises(IcechunkError):
         await log.append(lambda _: [e.TagCreated(name="\ud800", snapshot=FIRST_SNAPSHOT)])
