@@ -35,7 +35,7 @@ def same_rows(a: ChunkRefs, b: ChunkRefs) -> bool:
 
 @settings(max_examples=80, deadline=None)
 @given(RANK_AND_LAYERS, st.data())
-def test_layers_seen_as_one_list_are_what_merging_them_gives(
+def test_layers_seen_as_one_list_equal_the_merged_layer(
     points: list[list[tuple[int, ...]]], data: st.DataObject
 ) -> None:
     parts = [normalized(native(np.array(some, np.uint32), first=1000 * (i + 1))) for i, some in enumerate(points)]
@@ -58,7 +58,7 @@ def test_layers_seen_as_one_list_are_what_merging_them_gives(
     assert same_rows(some.take(np.arange(len(some))), merged.take(mask))
 
 
-def test_what_is_taken_does_not_keep_the_layer_it_was_in() -> None:
+def test_selected_rows_do_not_keep_their_layer_alive() -> None:
     part = native(np.arange(1000, dtype=np.uint32)[:, None], first=1)
     later = native(np.arange(1000, 2000, dtype=np.uint32)[:, None], first=5000)
     taken = spread([part, later]).take(np.arange(990, 1010))

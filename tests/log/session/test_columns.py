@@ -55,7 +55,7 @@ ref = st.one_of(
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.dictionaries(st.tuples(SMALL, SMALL), ref, max_size=8), min_size=1, max_size=5))
-def test_rows_survive_columns_concatenation_selection_and_trimming(
+def test_rows_are_equal_after_columns_concatenation_selection_and_trimming(
     parts: list[dict[tuple[int, ...], ChunkRef]],
 ) -> None:
     columns = [from_rows(p, 2) for p in parts]

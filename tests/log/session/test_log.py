@@ -47,7 +47,7 @@ def chunks(log: SessionLog) -> dict[str, list[list[int]]]:
     return {p: c.tolist() for p, c in log.changes().updated_chunks.items()}
 
 
-def test_what_is_created_and_changed_in_one_session_is_only_new(repo: Repo) -> None:
+def test_nodes_created_and_changed_in_one_session_are_only_new(repo: Repo) -> None:
     log = Repo().log()
     log.set_metadata("/a", array_json((10,)))
     log.set_metadata("/a", array_json((10,), x=1))

@@ -67,7 +67,7 @@ def test_a_log_over_another_base_is_refused() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"ICESLOG\n", b"x" * 100, b"ICESLOG\n\x02\x00\x02\x00\x00\x00{}"])
-def test_what_is_no_log_is_a_format_error(data: bytes) -> None:
+def test_bytes_that_are_no_log_are_a_format_error(data: bytes) -> None:
     with pytest.raises(FormatError):
         decode_log(data, EMPTY, Repo().new_node_id)
 

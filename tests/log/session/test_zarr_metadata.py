@@ -70,7 +70,7 @@ def test_every_spelling_of_the_default_key_encoding_is_accepted(encoding: object
         document(dimension_names=[1]),
     ],
 )
-def test_what_is_not_zarr_is_bad_metadata(data: bytes) -> None:
+def test_documents_that_are_not_zarr_are_bad_metadata(data: bytes) -> None:
     with pytest.raises(InvalidInputError, match="/a") as caught:
         parse_node(data, "/a")
     assert caught.value.kind == ErrorKind.BAD_METADATA

@@ -277,7 +277,7 @@ def test_use_ours_keeps_our_chunk_and_use_theirs_keeps_theirs_and_all_others_sta
     assert [chunk_number(repo, "/a", i) for i in range(5)] == [10, 11, 21, None, 504]
 
 
-def test_use_theirs_gives_up_our_deletion_of_a_chunk_and_use_ours_deletes() -> None:
+def test_use_theirs_drops_our_deletion_of_a_chunk_and_use_ours_keeps_it() -> None:
     assert chunk_number(after(write("/a", 0, first=10), drop("/a", 0), THEIRS), "/a", 0) == 10
     assert chunk_number(after(write("/a", 0, first=10), drop("/a", 0), OURS), "/a", 0) is None
     assert chunk_number(after(drop("/a", 0), write("/a", 0, first=10), THEIRS), "/a", 0) is None
@@ -295,7 +295,7 @@ def test_our_deletion_wins_over_their_update_unless_the_solver_minds() -> None:
     assert not [p for p in after(array("/h/n"), delete("/h"), OURS).snapshot.nodes if p.startswith("/h")]
 
 
-def test_what_they_made_anew_survives_our_deletion_of_the_old() -> None:
+def test_a_node_that_they_created_again_is_not_deleted_by_our_deletion_of_the_old_one() -> None:
     repo = after(again, delete("/a"), DETECT)
     assert repo.snapshot.nodes["/a"].shape[0].array_length == 4
 

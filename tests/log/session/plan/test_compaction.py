@@ -186,7 +186,7 @@ def first_axis(repo: Repo) -> list[tuple[int, int]]:
     return [ref.extents[0] for ref in repo.snapshot.nodes["/a"].manifests]
 
 
-def test_of_another_grid_a_changed_cell_is_gathered_and_what_straddles_elsewhere_is_cut_as_official() -> None:
+def test_after_a_change_of_grid_changed_cells_are_gathered_and_other_straddling_manifests_are_cut_as_official() -> None:
     repo = with_array((10, 4), Policy.explicit(lambda node: (5, 4)))
     write(repo, box((0, 10), (0, 4)))
     repo.policy = Policy.explicit(lambda node: (3, 4))

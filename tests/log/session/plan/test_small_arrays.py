@@ -79,7 +79,7 @@ def some_rows(rng: Random, grid: tuple[int, ...], virtual: bool) -> dict[tuple[i
 
 @settings(max_examples=40, deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(0, 2), st.booleans())
-def test_commits_of_many_small_arrays_hold_what_commits_of_each_alone_do(rng: Random, ndim: int, virtual: bool) -> None:
+def test_commits_of_many_small_arrays_equal_commits_of_each_alone(rng: Random, ndim: int, virtual: bool) -> None:
     """Commits in which arrays are written, deleted from and resized, some of it laid down in columns before."""
     together, alone = Repo(), Repo(Policy(share_below_refs=0))
     grids = [tuple([rng.randrange(1, 5) for _ in range(ndim)]) for _ in range(6)]
@@ -141,7 +141,7 @@ def held(repo: Repo, path: str) -> list[tuple[tuple[int, ...], ChunkRef]]:
     return sorted(found, key=lambda row: row[0])
 
 
-def test_what_a_commit_of_many_small_arrays_reads_is_what_it_must() -> None:
+def test_a_commit_of_many_small_arrays_reads_only_what_it_must() -> None:
     repo = Repo()
     log = repo.log()
     for i in range(40):
