@@ -43,7 +43,7 @@ async def stored(repo: icechunk.Repository, group: str | None = None) -> list[in
 
 
 @pytest.mark.parametrize("spec_version", [None, 2, 1])
-async def test_rows_are_committed_and_the_position_is_told_to_the_next(spec_version: int | None) -> None:
+async def test_rows_are_committed_and_the_next_appender_starts_at_their_position(spec_version: int | None) -> None:
     repo = await new_repo(spec_version)
     async with repo.appender("main", dim="time", source="s") as appender:
         assert appender.position is None
@@ -268,7 +268,7 @@ async def test_a_reset_branch_ends_the_appender() -> None:
             await appender.flush()
 
 
-async def test_what_was_put_is_committed_though_the_block_fails() -> None:
+async def test_rows_put_before_an_error_in_the_block_are_committed() -> None:
     repo = await new_repo()
 
     async def fail() -> None:
@@ -291,7 +291,7 @@ async def test_settings_that_make_no_sense_are_refused(options: Any) -> None:
         repo.appender("main", **{"dim": "time", "source": "s"} | options)
 
 
-async def test_an_appender_that_is_not_open_says_so() -> None:
+async def test_an_appender_that_is_not_open_raises() -> None:
     appender = (await new_repo()).appender("main", dim="time", source="s")
     with pytest.raises(SessionStateError):
         await appender.put(rows(0))
