@@ -93,7 +93,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(
 
 
 @pytest.mark.usefixtures("_demo_extra")
-def test_an_endpoint_that_nobody_serves_is_one_line_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_endpoint_without_a_server_is_one_line_too(capsys: pytest.CaptureFixture[str]) -> None:
     # port 9 (discard) is not served on any machine we know; a refused connection answers at once
     environment = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_EC2_METADATA_DISABLED": "true"}
     with pytest.MonkeyPatch.context() as patch:
@@ -103,7 +103,7 @@ def test_an_endpoint_that_nobody_serves_is_one_line_too(capsys: pytest.CaptureFi
     _one_line(capsys)
 
 
-def test_the_command_does_not_import_what_it_does_not_need() -> None:
+def test_the_command_imports_only_what_it_needs() -> None:
     code = "import sys, icechunk.cli; icechunk.cli.main(['--version']); print('xarray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "False"

@@ -111,7 +111,7 @@ def test_ancestry_shows_each_snapshot_with_its_time_and_message(
         (["config", "init"], "Use --force to overwrite"),
     ],
 )
-def test_what_cannot_be_done_ends_in_one_line_and_code_1(
+def test_a_failing_command_ends_in_one_line_and_code_1(
     run: Run, repo: icechunk.Repository, arguments: list[str], words: str
 ) -> None:
     code, out, err = run(*arguments)
@@ -120,7 +120,7 @@ def test_what_cannot_be_done_ends_in_one_line_and_code_1(
     assert len(err.splitlines()) == 1
 
 
-def test_a_place_without_a_repository_is_told(run: Run, folder: Path) -> None:
+def test_a_place_without_a_repository_is_reported(run: Run, folder: Path) -> None:
     code, _, err = run("branch", "list", "loc")
     assert code == 1
     assert 'Failed to open repository RepositoryAlias("loc"): ' in err
@@ -181,7 +181,7 @@ def test_answers_that_are_missing_or_wrong_leave_the_file_as_it_was(
     "text",
     ["repos: [1", "repos: 3", "- a", "repos:\n  a: &x {b: 1}\n  c: *x\n", "\x00", "repos: !!python/name:os.system {}"],
 )
-def test_a_file_that_is_none_of_ours_is_told_and_kept(run: Run, config: Path, text: str) -> None:
+def test_a_foreign_file_is_reported_and_kept(run: Run, config: Path, text: str) -> None:
     config.parent.mkdir(parents=True)
     config.write_text(text)
     for arguments in (["config", "list"], ["branch", "list", "a"], ["config", "add", "a"]):
@@ -202,7 +202,7 @@ def test_a_file_that_is_none_of_ours_is_told_and_kept(run: Run, config: Path, te
         "!LocalFileSystem {path: /x, config: {caching: 3}}",
     ],
 )
-def test_an_entry_that_cannot_be_understood_is_told(run: Run, config: Path, entry: str) -> None:
+def test_an_unreadable_entry_is_reported(run: Run, config: Path, entry: str) -> None:
     config.parent.mkdir(parents=True)
     config.write_text(f"repos:\n  a: {entry}\n")
     code, _, err = run("branch", "list", "a")
