@@ -117,7 +117,7 @@ def test_parts_of_a_configuration_can_be_changed_in_place() -> None:
     assert settings == StorageSettings(retries=StorageRetriesSettings(7))
 
 
-def test_str_shows_what_holds_and_repr_what_is_set() -> None:
+def test_str_shows_effective_values_and_repr_the_values_that_are_set() -> None:
     assert "max_tries: 10 (default)" in str(StorageRetriesSettings())
     assert "max_tries=None" in repr(StorageRetriesSettings())
     assert "inline_chunk_threshold_bytes: 512 (default)" in str(RepositoryConfig())

@@ -302,7 +302,7 @@ configs = st.builds(
 
 @settings(max_examples=60, deadline=None)
 @given(configs)
-def test_every_configuration_survives_both_stored_forms(config: RepositoryConfig) -> None:
+def test_every_configuration_round_trips_through_both_stored_forms(config: RepositoryConfig) -> None:
     data = config_to_dict(config)
     assert config_from_dict(data) == config
     assert flexbuffers.loads(flexbuffers.dumps(data)) == data
@@ -344,7 +344,7 @@ def test_unknown_keys_are_skipped_and_missing_ones_unset() -> None:
         {"manifest": {"splitting": {"split_sizes": [["any_array", [{"condition": "Some", "num_chunks": 1}]]]}}},
     ],
 )
-def test_what_is_no_configuration_is_a_format_error(data: Any) -> None:
+def test_values_that_are_no_configuration_are_a_format_error(data: Any) -> None:
     with pytest.raises(FormatError) as caught:
         config_from_dict(data)
     assert caught.value.kind == ErrorKind.CONFIG_DESERIALIZATION

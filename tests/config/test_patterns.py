@@ -27,7 +27,7 @@ expressions = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(expressions, st.text("abAéx1_ /\n", max_size=8))
-def test_the_automaton_finds_what_pythons_engine_finds(expression: str, text: str) -> None:
+def test_the_automaton_matches_where_pythons_engine_does(expression: str, text: str) -> None:
     pattern = Pattern(expression)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(patterns, "_MAX_STEPS", -1)
@@ -43,6 +43,6 @@ def test_no_expression_takes_long(expression: str) -> None:
 
 
 @pytest.mark.parametrize("expression", ["(", r"(a)\1", "(?=a)b", "(?<!a)b", "(a{300}){300}", "(" * 5000])
-def test_what_cannot_be_searched_in_bounded_time_is_refused(expression: str) -> None:
+def test_patterns_without_a_bounded_search_time_are_refused(expression: str) -> None:
     with pytest.raises(PatternError):
         Pattern(expression)
