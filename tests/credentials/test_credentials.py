@@ -83,7 +83,7 @@ def test_credentials_pickle_and_are_shown_without_secrets(value: Any) -> None:
         ({"get_credentials": fetch_s3}, c.S3Credentials.Refreshable),
     ],
 )
-def test_s3_credentials_are_of_the_kind_that_the_arguments_say(arguments: dict[str, Any], kind: type) -> None:
+def test_the_arguments_decide_the_kind_of_s3_credentials(arguments: dict[str, Any], kind: type) -> None:
     value = c.s3_credentials(**arguments)
     assert type(value) is kind
     assert isinstance(value, c.S3Credentials)
@@ -142,7 +142,7 @@ def test_wrong_types_are_refused_without_their_values() -> None:
         assert "SECRET" not in str(caught.value)
 
 
-def test_scattered_credentials_are_fetched_now_and_travel_along() -> None:
+def test_scattered_credentials_are_fetched_now_and_pickled() -> None:
     assert c.s3_refreshable_credentials(fetch_s3).current is None
     scattered = pickle.loads(pickle.dumps(c.s3_refreshable_credentials(fetch_s3, True)))
     assert scattered.current == fetch_s3()
@@ -151,13 +151,13 @@ def test_scattered_credentials_are_fetched_now_and_travel_along() -> None:
     assert c.azure_refreshable_credentials(fetch_azure).refreshed() == fetch_azure()
 
 
-def test_a_function_that_cannot_travel_is_refused() -> None:
+def test_a_function_that_cannot_be_pickled_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="top level"):
         c.s3_refreshable_credentials(lambda: fetch_s3())
 
 
 @pytest.mark.parametrize("function", [fail, fetch_nonsense])
-def test_a_refresh_that_fails_says_so_without_secrets(function: Callable[[], Any]) -> None:
+def test_a_refresh_that_fails_raises_an_error_without_secrets(function: Callable[[], Any]) -> None:
     with pytest.raises(InvalidInputError) as caught:
         c.s3_refreshable_credentials(function).refreshed()
     assert caught.value.kind == ErrorKind.INVALID_CREDENTIALS
