@@ -31,6 +31,6 @@ def test_numbers_that_json_does_not_have_are_refused_with_their_place(document: 
 @pytest.mark.parametrize(
     "document", [b"", b"{", b"\xff", b'{"a":"\xe9"}', b"[" * 100_000, b'{"a":1}x', "[1]".encode("utf-16")]
 )
-def test_what_is_no_json_is_refused(document: bytes) -> None:
+def test_bytes_that_are_no_json_are_refused(document: bytes) -> None:
     with pytest.raises(ValueError, match="not JSON"):
         parse_document(document)

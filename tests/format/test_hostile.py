@@ -60,7 +60,7 @@ def test_every_truncation_of_the_payload_is_a_format_error(file_type: FileType) 
 
 
 @pytest.mark.parametrize("file_type", list(DECODERS))
-def test_every_word_turned_into_a_wild_offset_is_survived(file_type: FileType) -> None:
+def test_every_word_replaced_by_a_wild_offset_is_a_value_or_a_format_error(file_type: FileType) -> None:
     smallest = min(fixtures(file_type), key=len)
     version, payload = unseal(smallest, file_type)
     for start, wild in enumerate((0, 0x7FFFFFFF, 0xFFFFFFFF)):
@@ -130,7 +130,7 @@ def test_message_pack_that_is_corrupt_or_deep_is_a_format_error() -> None:
             metadata_from_tables(items, 1)
 
 
-def test_a_transaction_log_whose_chunks_differ_in_rank_tells_those_of_the_rank_of_most() -> None:
+def test_a_transaction_log_whose_chunks_differ_in_rank_has_those_of_the_most_frequent_rank() -> None:
     def chunk(coords: list[int]) -> FlatTable:
         return FlatTable({0: Items(struct.pack(f"<{len(coords)}I", *coords), len(coords), 4)})
 

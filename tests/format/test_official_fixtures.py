@@ -37,7 +37,7 @@ def time(text: str) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_snapshots_are_what_the_official_library_says(kind: str) -> None:
+def test_snapshots_decode_to_the_values_of_the_official_library(kind: str) -> None:
     official = views(kind)
     for path in files(kind, "snapshots"):
         data = path.read_bytes()
@@ -56,7 +56,7 @@ def test_snapshots_are_what_the_official_library_says(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_snapshots_name_the_manifests_that_are_there_and_what_is_in_them(kind: str) -> None:
+def test_snapshots_name_the_existing_manifests_and_their_contents(kind: str) -> None:
     for path in files(kind, "snapshots"):
         snapshot = decode_snapshot(path.read_bytes())
         referred = set()
@@ -76,7 +76,7 @@ def test_snapshots_name_the_manifests_that_are_there_and_what_is_in_them(kind: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_manifests_are_what_the_official_library_says(kind: str) -> None:
+def test_manifests_decode_to_the_values_of_the_official_library(kind: str) -> None:
     official = views(kind)
     for path in files(kind, "manifests"):
         data = path.read_bytes()
@@ -150,7 +150,7 @@ def test_repo_infos_are_read_and_written_back() -> None:
         assert decode_repo(encode_repo(info)) == info
 
 
-def test_the_repo_info_is_what_the_official_library_says() -> None:
+def test_the_repo_info_decodes_to_the_values_of_the_official_library() -> None:
     info = decode_repo((FIXTURES / "v2" / "repo").read_bytes())
     view = views("v2")["repo"]
     assert view["branches"] == {name: encode_id(id) for name, id in info.branches.items()}
@@ -167,7 +167,7 @@ def test_the_repo_info_is_what_the_official_library_says() -> None:
     assert max(len(record.pruned_ancestor_tx_logs) for record in info.snapshots.values()) == 2
 
 
-def test_config_survives_a_round_trip_as_plain_values() -> None:
+def test_config_round_trips_as_plain_values() -> None:
     info = decode_repo((FIXTURES / "v2" / "repo").read_bytes())
     changed = replace(
         info, config={"previous_file": None, "manifest": {"splitting": [["any_array", [{"Axis": 0}, 5]]]}}

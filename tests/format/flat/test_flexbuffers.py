@@ -38,13 +38,13 @@ def test_values_come_back_as_they_were(value: Any) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(_PLAIN)
-def test_an_independent_reader_reads_what_we_write(value: Any) -> None:
+def test_an_independent_reader_reads_our_bytes(value: Any) -> None:
     assert reference.Loads(flexbuffers.dumps(value)) == value
 
 
 @settings(max_examples=150, deadline=None)
 @given(_WRITABLE)
-def test_we_read_what_an_independent_writer_writes(value: Any) -> None:
+def test_our_reader_reads_the_bytes_of_an_independent_writer(value: Any) -> None:
     data = bytes(reference.Dumps(value))
     assert flexbuffers.loads(data) == reference.Loads(data)
 
@@ -89,7 +89,7 @@ def test_map_keys_are_sorted_by_their_bytes() -> None:
 @pytest.mark.parametrize(
     "value", [object(), {1: 2}, 2**64, -(2**63) - 1, {"a\0": 1}, "\ud800", {"\ud800": 1}, [{1, 2}]]
 )
-def test_what_is_not_json_like_is_refused(value: Any) -> None:
+def test_values_that_are_not_json_like_are_refused(value: Any) -> None:
     with pytest.raises(InvalidInputError):
         flexbuffers.dumps(value)
 

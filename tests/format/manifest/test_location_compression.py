@@ -78,7 +78,7 @@ def test_only_virtual_references_count_and_the_others_stay_as_they_are() -> None
     ],
     ids=["no samples", "one sample", "no dictionary", "tiny dictionary"],
 )
-def test_where_no_dictionary_can_be_made_locations_stay_plain(how: LocationCompression) -> None:
+def test_locations_stay_plain_if_no_dictionary_can_be_trained(how: LocationCompression) -> None:
     refs = virtual(100)
     assert encoded(refs, how) == encoded(refs, None)
 

@@ -93,12 +93,12 @@ def read_independently(payload: bytes) -> list[tuple[Any, ...]]:
 
 @settings(max_examples=60, deadline=None)
 @given(chunk_refs())
-def test_an_independent_reader_reads_what_we_write_and_finds_it_aligned(refs: ChunkRefs) -> None:
+def test_an_independent_reader_reads_our_bytes_and_finds_them_aligned(refs: ChunkRefs) -> None:
     _, payload = unseal(encode_manifest(one_array(refs)), FileType.MANIFEST)
     assert read_independently(payload) == rows(refs)
 
 
-def test_plain_manifests_say_so_in_both_spec_versions() -> None:
+def test_plain_manifests_have_compression_0_in_both_spec_versions() -> None:
     for spec_version in (1, 2):
         version, payload = unseal(encode_manifest(one_array(native([(0,)])), spec_version), FileType.MANIFEST)
         assert version == spec_version
@@ -238,7 +238,7 @@ def test_locations_compressed_with_a_dictionary_are_read() -> None:
         ({0: [0] * 2000, 4: bytes(12)}, "2000 coordinates"),
     ],
 )
-def test_a_reference_that_is_nothing_or_two_things_is_a_format_error(ref: dict[int, Any], reason: str) -> None:
+def test_a_reference_of_no_kind_or_two_kinds_is_a_format_error(ref: dict[int, Any], reason: str) -> None:
     with pytest.raises(FormatError, match=reason):
         decode_manifest(independent_manifest([ref]))
 

@@ -30,7 +30,7 @@ def test_a_branch_without_its_snapshot_is_refused() -> None:
         encode_repo(info)
 
 
-def test_a_parent_that_is_gone_becomes_none() -> None:
+def test_a_missing_parent_becomes_none() -> None:
     info = RepoInfo(snapshots={OTHER: record(OTHER, FIRST_SNAPSHOT)}, status=Status(set_at_us=0))
     assert decode_repo(encode_repo(info)).snapshots[OTHER].parent is None
 

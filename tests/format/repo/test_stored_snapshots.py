@@ -49,7 +49,7 @@ def read_count(snapshots: StoredSnapshots) -> int:
     return snapshots.tables.read_count
 
 
-def test_only_what_is_asked_for_is_decoded() -> None:
+def test_only_requested_snapshots_are_decoded() -> None:
     records = history(3000)
     info = RepoInfo(branches={"main": an_id(2999)}, snapshots=records, status=STATUS)
     found = decode_repo(encode_repo(info)).snapshots
@@ -67,7 +67,7 @@ def test_only_what_is_asked_for_is_decoded() -> None:
     assert found == records
 
 
-def test_a_file_is_written_again_without_decoding_what_is_in_it() -> None:
+def test_a_file_is_written_again_without_decoding_its_snapshots() -> None:
     graph = SnapshotGraph.of(stored(history(500)))
     graph = graph.set(an_id(500), record(500, 499)).delete(an_id(3))
     again = encode_and_keep(RepoInfo(branches={"main": an_id(500)}, snapshots=graph, status=STATUS))
@@ -102,7 +102,7 @@ def few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(st.lists(st.lists(RECORDS | st.integers(0, 12).map(an_id), max_size=6), min_size=1, max_size=3), st.randoms())
-def test_a_graph_is_what_a_dict_would_be_through_any_changes_and_files(
+def test_a_graph_equals_a_dict_after_any_changes_and_files(
     rounds: list[list[SnapshotRecord | ObjectId]], chance: random.Random
 ) -> None:
     graph, model = SnapshotGraph.of({}), dict[ObjectId, SnapshotRecord]()
@@ -131,7 +131,7 @@ def test_a_graph_is_what_a_dict_would_be_through_any_changes_and_files(
         graph = SnapshotGraph.of(encoded.info.snapshots)
 
 
-def test_what_was_changed_is_compacted_before_it_is_much() -> None:
+def test_changes_are_compacted_before_they_are_many() -> None:
     graph, most = SnapshotGraph.of(stored(history(10))), 0
     for i in range(10, 1500):
         graph = graph.set(an_id(i), record(i, i - 1)).compacted()
@@ -221,7 +221,7 @@ def test_a_parent_that_is_not_there_is_refused_whatever_is_looked_for(parent: in
             look(info)
 
 
-def test_who_reads_where_branches_are_reads_nothing_of_other_snapshots() -> None:
+def test_reading_branches_reads_nothing_of_other_snapshots() -> None:
     status = FlatTable({0: u8(0), 1: u64(0)})
     branches = [FlatTable({0: "main", 1: Scalar("I", 1)})]
     tables = [table_of(1), table_of(2), FlatTable({3: "no id"})]

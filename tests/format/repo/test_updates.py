@@ -41,7 +41,7 @@ def few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(LISTS, LISTS, st.integers(-9, 9), st.integers(-9, 9), st.text(max_size=3))
-def test_a_list_is_what_a_tuple_would_be_through_any_files(
+def test_a_list_equals_a_tuple_after_any_files(
     old: list[Update], new: list[Update], first: int, end: int, backup: str
 ) -> None:
     joined, model = stored(old).after(new), (*new, *old)
