@@ -33,7 +33,7 @@ def _official() -> None:
         pytest.skip("the official library has no environment here; `python tools/oracle.py 2.3.0` makes one")
 
 
-def test_conflicts_and_what_solvers_make_of_them_are_those_of_the_official_library(tmp_path: Path) -> None:
+def test_conflicts_and_their_solutions_are_those_of_the_official_library(tmp_path: Path) -> None:
     theirs = oracle.run(oracle.OFFICIAL_CURRENT, "tools.interop.conflicts", str(tmp_path / "official"), timeout_s=300)
     ours = json.loads(json.dumps(answers(str(tmp_path / "ours"))))
     for found in ours.values():

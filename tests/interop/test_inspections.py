@@ -51,7 +51,7 @@ def _without_names(graph: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("spec_version", [2, 1])
-def test_both_say_the_same_of_what_they_wrote(tmp_path: Path, spec_version: int) -> None:
+def test_both_libraries_inspect_a_repository_of_theirs_equally(tmp_path: Path, spec_version: int) -> None:
     theirs = official(tmp_path, "--make", str(spec_version))
     compressed = [found[2]["compression"]["num_compressed_refs"] for found in theirs["manifests"].values()]
     assert any(compressed) == (spec_version == 2)
@@ -59,12 +59,12 @@ def test_both_say_the_same_of_what_they_wrote(tmp_path: Path, spec_version: int)
 
 
 @pytest.mark.parametrize("spec_version", [2, 1])
-def test_both_say_the_same_of_what_we_wrote(tmp_path: Path, spec_version: int) -> None:
+def test_both_libraries_inspect_a_repository_of_ours_equally(tmp_path: Path, spec_version: int) -> None:
     make(str(tmp_path), spec_version)
     check_equal(ours(tmp_path), official(tmp_path))
 
 
-def test_both_say_the_same_of_a_log_that_has_just_been_checkpointed(tmp_path: Path) -> None:
+def test_both_libraries_inspect_a_log_right_after_a_checkpoint_equally(tmp_path: Path) -> None:
     repo = make(str(tmp_path), None)
     repo.checkpoint()
     mine, theirs = ours(tmp_path), official(tmp_path)

@@ -84,7 +84,7 @@ def check_commits(dumped: dict[str, Any], commits: list[dict[str, Any]]) -> None
         assert {path: found[path]["values"] for path in commit["values"]} == commit["values"]
 
 
-def test_what_they_wrote_we_read_as_they_do_and_continue(
+def test_their_repositories_read_the_same_with_ours_which_continues_them(
     case: tuple[str, int], official: Official, ours: Callable[[], icechunk.Repository]
 ) -> None:
     expected = official.generate(case[1])
@@ -106,7 +106,7 @@ def test_what_they_wrote_we_read_as_they_do_and_continue(
     assert read["tags"]["ours"] == commits[0]["snapshot"]
 
 
-def test_what_we_wrote_they_read_as_we_do_and_continue(
+def test_our_repositories_read_the_same_with_theirs_which_continues_them(
     case: tuple[str, int], tmp_path: Path, official: Official, ours: Callable[[], icechunk.Repository]
 ) -> None:
     expected = generate(icechunk.local_filesystem_storage(str(tmp_path)), spec_version=case[1])
@@ -147,7 +147,7 @@ def test_a_session_that_began_before_their_commit_conflicts(
     assert (refused.value.expected_parent, refused.value.actual_parent) == (before, theirs["snapshot"])
 
 
-def test_a_converted_repository_is_theirs_to_write_until_it_is_converted_back(tmp_path: Path) -> None:
+def test_the_official_library_writes_a_converted_repository_until_it_is_converted_back(tmp_path: Path) -> None:
     if oracle.find(oracle.OFFICIAL_CURRENT) is None:
         pytest.skip("the official library has no environment here; `python tools/oracle.py 2.3.0` makes one")
     official = Official(oracle.OFFICIAL_CURRENT, tmp_path)

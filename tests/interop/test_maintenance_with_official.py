@@ -100,7 +100,7 @@ def test_both_expire_and_collect_the_same(case: tuple[str, int], tmp_path: Path)
         assert ours(path).lookup_branch("main") == commit["snapshot"]
 
 
-def test_the_official_library_reads_what_is_left_in_a_log(tmp_path: Path) -> None:
+def test_the_official_library_reads_a_log_after_maintenance(tmp_path: Path) -> None:
     require(oracle.OFFICIAL_CURRENT)
     generate(icechunk.local_filesystem_storage(str(tmp_path)))
     repo = ours(tmp_path)
@@ -136,7 +136,7 @@ def test_a_snapshot_of_format_1_is_written_again_with_nothing_else_changed(tmp_p
 
 
 @pytest.mark.parametrize("version", [None, 2, 1], ids=["log", "repo", "refs"])
-def test_the_official_library_reads_and_continues_what_was_repacked(tmp_path: Path, version: int | None) -> None:
+def test_the_official_library_reads_and_continues_a_repacked_repository(tmp_path: Path, version: int | None) -> None:
     require(oracle.OFFICIAL_CURRENT)
     asyncio.run(window(icechunk.local_filesystem_storage(str(tmp_path)), version))
     repo = ours(tmp_path)

@@ -75,7 +75,7 @@ def test_we_write_with_every_setting_and_both_continue(case: tuple[str, str], tm
         assert theirs["compressed"] == [[True, 30], [True, 30]]
 
 
-def test_the_official_library_reads_what_the_log_layout_wrote_with_every_setting(tmp_path: Path) -> None:
+def test_the_official_library_reads_a_log_layout_repository_of_every_setting(tmp_path: Path) -> None:
     ours = manifests.write(tmp_path, "log")
     theirs = official(oracle.OFFICIAL_CURRENT, "read", str(tmp_path))
     check(ours, theirs)

@@ -126,7 +126,7 @@ def cells() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("feature", "version", "spec_version", "first"), list(cells()))
-def test_what_one_writes_the_other_reads_and_continues(
+def test_each_library_reads_and_continues_a_repository_of_the_other(
     feature: Feature,
     version: str,
     spec_version: int,
@@ -147,7 +147,7 @@ def test_what_one_writes_the_other_reads_and_continues(
 
 
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.name)
-def test_what_we_write_in_a_log_the_official_library_reads(
+def test_the_official_library_reads_a_repository_in_our_log_layout(
     feature: Feature, officials: Callable[[str], oracle.Resident], tmp_path: Path
 ) -> None:
     path = tmp_path / "repo"
@@ -168,7 +168,7 @@ def refusals() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("feature", "version", "spec_version"), list(refusals()))
-def test_what_a_library_or_format_does_not_have_is_refused(
+def test_operations_that_a_library_or_format_lacks_are_refused(
     feature: Feature,
     version: str,
     spec_version: int,
@@ -186,7 +186,7 @@ def test_what_a_library_or_format_does_not_have_is_refused(
 
 
 @pytest.mark.parametrize("feature", [one for one in FEATURES if one.reads_only], ids=lambda feature: feature.name)
-def test_what_is_only_read_is_read(
+def test_features_that_a_library_only_reads_are_read(
     feature: Feature, officials: Callable[[str], oracle.Resident], tmp_path: Path
 ) -> None:
     for version in feature.reads_only:

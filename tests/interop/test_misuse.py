@@ -82,7 +82,7 @@ def alike(mine: list[Any] | None, theirs: list[Any] | None) -> bool:
 
 
 @pytest.mark.parametrize("spec_version", [None, 2])
-def test_misuses_raise_what_handlers_for_the_official_library_catch(
+def test_misuses_raise_errors_that_handlers_for_the_official_library_catch(
     official: dict[str, Any], spec_version: int | None
 ) -> None:
     mine = outcomes(spec_version)

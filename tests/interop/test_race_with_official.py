@@ -67,7 +67,7 @@ def test_every_commit_of_both_is_in_history_once(place: Place, version: str, spe
 
 
 @pytest.mark.parametrize("version", [oracle.OFFICIAL_CURRENT, oracle.OFFICIAL_FORMAT_1])
-def test_what_the_official_library_commits_during_our_upgrade_is_kept(place: Place, version: str) -> None:
+def test_commits_of_the_official_library_during_our_upgrade_are_kept(place: Place, version: str) -> None:
     need(version)
     repo = icechunk.Repository.create(storage_on(*place), spec_version=1)
     first = repo.lookup_branch("main")
