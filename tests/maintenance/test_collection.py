@@ -44,7 +44,7 @@ async def with_garbage(storage: Storage, version: int | None) -> History:
 
 
 @by_layout
-async def test_a_collection_deletes_what_nothing_reaches_and_says_what(storage: Storage, version: int | None) -> None:
+async def test_a_collection_deletes_unreachable_objects_and_reports_them(storage: Storage, version: int | None) -> None:
     aged = AgedStorage(storage)
     history = await with_garbage(aged, version)
     c1 = await history.repo.lookup_snapshot_async(history.ids["c1"])
@@ -82,7 +82,7 @@ class SlowManifests(WrappingStorage):
         return await self.inner.put(key, data, precondition, **kwargs)
 
 
-async def test_a_dry_run_counts_what_small_commits_are_still_putting() -> None:
+async def test_a_dry_run_counts_objects_that_small_commits_are_still_putting() -> None:
     history = await History.create(SlowManifests(MemoryStorage()), None)
     await history.repo.create_branch_async("gone", history.ids["first"])
     await history.commit("g1", 1, branch="gone")
@@ -133,7 +133,9 @@ async def test_a_pack_stays_as_long_as_one_of_its_chunks_is_needed(version: int 
 
 
 @pytest.mark.parametrize("version", [None, 2], ids=["log", "repo"])
-async def test_a_session_that_began_before_the_cutoff_is_told_to_repeat_its_work(version: int | None) -> None:
+async def test_a_session_that_began_before_the_cutoff_is_refused_and_has_to_repeat_its_work(
+    version: int | None,
+) -> None:
     storage = AgedStorage(MemoryStorage())
     history = await History.create(storage, version)
     stale = await history.repo.writable_session_async("main")
@@ -161,7 +163,7 @@ async def test_a_session_that_began_before_the_cutoff_is_told_to_repeat_its_work
     await history.check({"first", "c1"})
 
 
-async def test_the_fence_of_the_repo_object_survives_a_conversion_there_and_back() -> None:
+async def test_the_cutoff_of_the_repo_object_is_kept_by_a_conversion_there_and_back() -> None:
     history = await History.create(MemoryStorage(), 2)
     await history.repo.garbage_collect_async(ago(hours=1))
     cutoff = (await history.repo._core.log()).state.gc_cutoff_us
@@ -176,7 +178,7 @@ async def test_the_fence_of_the_repo_object_survives_a_conversion_there_and_back
 
 
 @by_layout
-async def test_what_is_committed_while_garbage_is_collected_stays(version: int | None) -> None:
+async def test_commits_during_a_collection_are_kept(version: int | None) -> None:
     inner = MemoryStorage()
     history = await with_garbage(AgedStorage(inner), version)
 
@@ -243,7 +245,7 @@ def object_text(key: str) -> str:
 
 
 @by_layout
-async def test_a_collection_that_dies_at_any_step_leaves_everything_readable_and_the_next_one_finishes(
+async def test_a_collection_that_ends_at_any_step_leaves_everything_readable_and_the_next_one_finishes(
     version: int | None,
 ) -> None:
     clean = AgedStorage(MemoryStorage())
@@ -305,7 +307,7 @@ class Undeletable(WrappingStorage):
 
 
 @pytest.mark.parametrize("version", [None, 1], ids=["log", "refs"])
-async def test_objects_that_cannot_be_deleted_are_counted_and_told(version: int | None) -> None:
+async def test_objects_that_cannot_be_deleted_are_counted_and_reported(version: int | None) -> None:
     storage = Undeletable(AgedStorage(MemoryStorage()), raises=False)
     history = await with_garbage(storage, version)
     before = await sizes(storage)
@@ -391,7 +393,7 @@ async def test_a_storage_that_can_only_be_read_is_left_alone(version: int | None
     assert (await repo.garbage_collect_async(ago(hours=-1), dry_run=True)).bytes_deleted > 0
 
 
-async def test_the_checkpoint_forgets_the_snapshots_before_they_are_deleted() -> None:
+async def test_the_checkpoint_omits_the_snapshots_before_they_are_deleted() -> None:
     storage = AgedStorage(MemoryStorage())
     history = await with_garbage(storage, None)
     await history.repo.garbage_collect_async(ago(hours=-1))

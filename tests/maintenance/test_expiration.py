@@ -37,7 +37,7 @@ async def five(storage: Storage, version: int | None) -> tuple[History, datetime
 
 
 @by_layout
-async def test_what_no_ref_points_to_leaves_the_history_and_reads_back_afterwards(
+async def test_expired_snapshots_leave_the_history_and_the_rest_reads_back(
     storage: Storage, version: int | None
 ) -> None:
     history, between = await five(storage, version)
@@ -57,7 +57,7 @@ async def test_what_no_ref_points_to_leaves_the_history_and_reads_back_afterward
 
 @by_layout
 @pytest.mark.parametrize(("branches", "tags"), [(True, False), (False, True), (True, True)])
-async def test_old_refs_go_with_what_they_pointed_to_where_that_is_asked_for(
+async def test_old_refs_are_deleted_with_their_snapshots_on_request(
     version: int | None, branches: bool, tags: bool
 ) -> None:
     history, between = await five(MemoryStorage(), version)
@@ -102,7 +102,7 @@ async def test_an_expired_snapshot_is_not_found_and_the_diff_over_the_gap_is_who
 
 
 @pytest.mark.parametrize("version", [None, 2], ids=["log", "repo"])
-async def test_a_session_on_an_expired_snapshot_rebases_onto_what_is_left(version: int | None) -> None:
+async def test_a_session_on_an_expired_snapshot_rebases_onto_the_remaining_history(version: int | None) -> None:
     history = await History.create(MemoryStorage(), version)
     await history.commit("c1", 1)
     session = await history.repo.writable_session_async("main")
@@ -149,7 +149,7 @@ async def test_a_time_long_ago_changes_nothing(version: int | None) -> None:
     assert await history.names() == ["first", "root"]
 
 
-async def test_another_reader_of_format_1_finds_the_history_that_is_left_when_files_are_gone() -> None:
+async def test_another_reader_of_format_1_finds_the_remaining_history_when_files_are_deleted() -> None:
     history, between = await five(MemoryStorage(), 1)
     reader = await icechunk.Repository.open_async(history.repo.storage)
     assert (await reader.lookup_snapshot_async(history.ids["c3"])).parent_id == history.ids["c2"]

@@ -12,11 +12,11 @@ from tools.forget import LAYOUTS, run
 @pytest.mark.parametrize("version", LAYOUTS, ids=["log", "repo", "refs"])
 @given(st.integers(0, 2**32))
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_no_object_holds_what_was_deleted_and_all_that_lives_reads_back(version: int | None, seed: int) -> None:
+def test_no_object_holds_deleted_bytes_and_all_remaining_data_reads_back(version: int | None, seed: int) -> None:
     assert run(seed, version).problems == []
 
 
-def test_the_generated_histories_have_something_to_forget_and_to_rewrite() -> None:
+def test_the_generated_histories_have_data_to_delete_and_to_rewrite() -> None:
     outcomes = [run(seed, version) for seed in range(8) for version in LAYOUTS]
     assert sum(outcome.secrets - outcome.living for outcome in outcomes) > 100
     assert any(outcome.rewritten for outcome in outcomes)

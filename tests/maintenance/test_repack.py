@@ -78,7 +78,7 @@ async def stored(storage: Storage, folder: str = "chunks") -> int:
 
 
 @by_layout
-async def test_a_rolling_window_stores_little_more_than_what_lives(version: int | None) -> None:
+async def test_a_rolling_window_stores_little_more_than_its_living_bytes(version: int | None) -> None:
     storage = MemoryStorage()
     repo = await window(storage, version)
     living = (DAYS - 1 + RECORDS) * 100
@@ -228,7 +228,7 @@ async def test_a_percentage_that_is_none_is_refused(percent: int) -> None:
 
 
 @by_layout
-async def test_a_session_that_began_before_is_told(version: int | None) -> None:
+async def test_a_session_that_began_before_the_repacking_is_refused(version: int | None) -> None:
     repo = await window(MemoryStorage(), version)
     await repo.expire_snapshots_async(ago(days=-1))
     session = await repo.writable_session_async("main")
@@ -257,7 +257,7 @@ class Meanwhile(WrappingStorage):
 
 @by_layout
 @pytest.mark.parametrize("prefix", ["chunks/", "manifests/", "snapshots/"])
-async def test_what_is_committed_while_it_repacks_stays(version: int | None, prefix: str) -> None:
+async def test_commits_during_a_repacking_are_kept(version: int | None, prefix: str) -> None:
     inner = MemoryStorage()
     repo = await window(inner, version)
     await repo.expire_snapshots_async(ago(days=-1))

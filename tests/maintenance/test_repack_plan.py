@@ -52,7 +52,7 @@ def read(refs: ChunkRefs, objects: dict[ObjectId, bytes]) -> list[bytes]:
 
 @given(SPANS, st.sets(st.sampled_from(sorted(OBJECTS))), st.integers(1, 80))
 @settings(max_examples=300, deadline=None)
-def test_what_moves_reads_the_same_and_only_that_moves(
+def test_moved_chunks_read_the_same_and_no_others_move(
     spans: list[tuple[ObjectId, int, int]], chosen: set[ObjectId], pack_size_bytes: int
 ) -> None:
     refs = references(spans)

@@ -103,7 +103,7 @@ def test_a_set_of_rows_is_a_set(parts: list[list[bytes]], asked: list[bytes]) ->
     assert rows.missing(asked) == [row not in model for row in asked]
 
 
-async def test_a_budget_lends_no_more_than_it_has_and_everything_to_who_wants_more() -> None:
+async def test_a_budget_lends_no_more_than_it_has_and_everything_to_a_larger_request() -> None:
     budget, held, most = Budget(10), 0, 0
 
     async def borrow(amount: int) -> None:
@@ -178,7 +178,7 @@ def test_inline_bytes_are_those_of_the_rows() -> None:
 
 
 @by_layout
-async def test_living_dead_and_unreferenced_bytes_are_told_apart(version: int | None) -> None:
+async def test_living_dead_and_unreferenced_bytes_are_counted_separately(version: int | None) -> None:
     storage = MemoryStorage()
     history = await History.create(storage, version, pack_threshold_bytes=1 << 20)
     # One pack of ten chunks of eight bytes; a second one for the chunk that is written again.
@@ -196,7 +196,7 @@ async def test_living_dead_and_unreferenced_bytes_are_told_apart(version: int | 
 
 
 @by_layout
-async def test_without_a_listing_nothing_is_said_of_dead_and_unreferenced_bytes(version: int | None) -> None:
+async def test_without_a_listing_dead_and_unreferenced_bytes_are_unknown(version: int | None) -> None:
     class Unlisted(WrappingStorage):
         async def list_pages(self, prefix: str = "", **options: Any) -> AsyncIterator[list[ObjectInfo]]:
             if prefix == "chunks/":
