@@ -78,7 +78,7 @@ async def test_the_repository_as_a_whole_is_described_as_it_is_now(
 
 
 @pytest.mark.parametrize("name", INSPECTORS)
-async def test_ids_that_are_none_and_ids_of_nothing_are_told_apart(name: str) -> None:
+async def test_malformed_ids_and_ids_of_missing_objects_are_different_errors(name: str) -> None:
     repo = await icechunk.Repository.create_async(MemoryStorage())
     look = getattr(repo, name)
     for bad in ("", "abc", "!" * 20, MISSING + "0", None, 7):
@@ -89,7 +89,7 @@ async def test_ids_that_are_none_and_ids_of_nothing_are_told_apart(name: str) ->
 
 
 @pytest.mark.parametrize("name", INSPECTORS)
-async def test_a_file_that_is_not_what_its_key_says_is_an_error(name: str) -> None:
+async def test_a_file_of_another_type_than_its_key_is_an_error(name: str) -> None:
     storage = MemoryStorage()
     repo = await icechunk.Repository.create_async(storage)
     tip = object_id_from_text(await write(repo, "a"))
@@ -105,7 +105,7 @@ async def test_a_file_that_is_not_what_its_key_says_is_an_error(name: str) -> No
         await getattr(repo, name)(MISSING)
 
 
-async def test_the_file_is_read_and_not_what_is_remembered_of_it() -> None:
+async def test_the_file_is_read_and_not_a_cached_copy() -> None:
     storage = MemoryStorage()
     repo = await icechunk.Repository.create_async(storage)
     tip = await write(repo, "a")
@@ -127,7 +127,7 @@ def test_values_that_json_does_not_have_are_still_json() -> None:
 
 
 @pytest.mark.parametrize("asked", [None, 2])
-async def test_changes_of_expired_ancestors_are_told_with_those_of_the_snapshot_after_them(asked: int | None) -> None:
+async def test_changes_of_expired_ancestors_are_listed_with_those_of_the_snapshot_after_them(asked: int | None) -> None:
     storage = MemoryStorage()
     config = icechunk.RepositoryConfig(engine=EngineConfig(small_commit_bytes=0))
     repo = await icechunk.Repository.create_async(storage, config, spec_version=asked)

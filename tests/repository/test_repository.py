@@ -78,7 +78,7 @@ def test_open_or_create_creates_where_there_is_nothing(storage: Storage) -> None
     assert value_of(Repository.open_or_create(storage).readonly_session("main")) == 1
 
 
-def test_what_one_client_does_another_sees_at_its_next_call(storage: Storage) -> None:
+def test_a_change_of_one_client_is_seen_by_another_at_its_next_call(storage: Storage) -> None:
     ours = Repository.create(storage)
     theirs = Repository.open(storage)
     snapshot_id = commit(ours, 1)
@@ -113,13 +113,13 @@ def test_a_repository_created_without_options_persists_none() -> None:
     assert Repository.fetch_config(storage) is None
 
 
-def test_a_saved_configuration_is_what_the_next_one_opens_with(storage: Storage) -> None:
+def test_a_saved_configuration_is_used_by_the_next_open(storage: Storage) -> None:
     Repository.create(storage)
     Repository.open(storage, RepositoryConfig(inline_chunk_threshold_bytes=11)).save_config()
     assert Repository.open(storage).config.inline_chunk_threshold_bytes == 11
 
 
-def test_saving_over_a_configuration_that_somebody_else_saved_is_a_conflict() -> None:
+def test_saving_over_a_configuration_of_another_client_is_a_conflict() -> None:
     storage = MemoryStorage()
     Repository.create(storage)
     mine = Repository.open(storage, RepositoryConfig(inline_chunk_threshold_bytes=1))
@@ -281,7 +281,7 @@ def test_every_kind_of_change_is_in_the_ops_log(memory: Repository) -> None:
     assert times == sorted(set(times), reverse=True)
 
 
-def test_the_difference_of_two_versions_is_what_the_commits_between_them_changed(storage: Storage) -> None:
+def test_the_difference_of_two_versions_is_the_changes_of_the_commits_between_them(storage: Storage) -> None:
     repository = Repository.create(storage)
     first = repository.lookup_branch("main")
     session = repository.writable_session("main")
@@ -377,7 +377,7 @@ def test_a_transaction_that_raises_leaves_nothing(memory: Repository) -> None:
     assert memory.lookup_branch("main") == before
 
 
-def test_a_transaction_that_changes_nothing_says_so(memory: Repository) -> None:
+def test_a_transaction_that_changes_nothing_raises(memory: Repository) -> None:
     with pytest.raises(SessionStateError) as refused, memory.transaction("main", message="nothing"):
         pass
     assert refused.value.kind == ErrorKind.NO_CHANGES_TO_COMMIT
@@ -415,7 +415,7 @@ def test_updates_of_metadata_by_two_clients_both_hold() -> None:
     assert theirs.update_metadata({"b": 2}) == {"a": 1, "b": 2}
 
 
-def test_default_metadata_goes_under_what_a_commit_brings(memory: Repository) -> None:
+def test_metadata_of_a_commit_overrides_default_metadata(memory: Repository) -> None:
     memory.set_default_commit_metadata({"author": "me", "host": "here"})
     snapshot_id = commit(memory, 1, metadata={"host": "there"})
     assert memory.lookup_snapshot(snapshot_id).metadata == {"author": "me", "host": "there"}
@@ -456,7 +456,7 @@ def test_a_read_only_repository_takes_no_change_but_of_its_status(storage: Stora
     assert value_of(Repository.open(storage).readonly_session("main")) == 1
 
 
-def test_feature_flags_that_are_off_refuse_what_they_name(memory: Repository) -> None:
+def test_operations_whose_feature_flag_is_off_are_refused(memory: Repository) -> None:
     first = memory.lookup_branch("main")
     memory.create_tag("v0", first)
     other = memory.reopen()
@@ -530,7 +530,7 @@ def test_representations_name_the_place(memory: Repository) -> None:
     assert "icechunk-repr" in memory._repr_html_()
 
 
-def test_what_another_client_has_made_possible_meanwhile_is_not_refused() -> None:
+def test_a_change_that_another_client_has_made_possible_meanwhile_is_not_refused() -> None:
     storage = MemoryStorage()
     ours = Repository.create(storage)
     theirs = Repository.open(storage)

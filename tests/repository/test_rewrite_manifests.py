@@ -53,7 +53,7 @@ def values(repo: icechunk.Repository) -> list[int]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_new_splitting_applies_to_what_is_there_and_changes_nothing_that_is_read(layout: str) -> None:
+def test_new_splitting_applies_to_existing_manifests_and_changes_no_chunk(layout: str) -> None:
     repo = filled(layout, 4)
     assert rows_of(repo) == [(0, 4), (4, 6)]
     repo = repo.reopen(config(layout, 3))
@@ -106,7 +106,7 @@ def test_many_small_manifests_of_the_log_layout_become_few() -> None:
     assert values(repo) == list(range(12))
 
 
-async def test_a_commit_of_somebody_else_meanwhile_is_a_conflict() -> None:
+async def test_a_commit_of_another_client_meanwhile_is_a_conflict() -> None:
     repo = await icechunk.Repository.create_async(icechunk.in_memory_storage(), config("log", None))
     session = await repo.writable_session_async("main")
     other = await repo.writable_session_async("main")

@@ -108,7 +108,7 @@ async def keys(storage: Storage, prefix: str = "") -> dict[str, bytes]:
     return {key: (await storage.get(key)).data for key in listed}
 
 
-def test_everything_is_as_before_and_the_refs_are_gone(tmp_path: Path) -> None:
+def test_everything_is_unchanged_and_the_refs_are_deleted(tmp_path: Path) -> None:
     storage = icechunk.local_filesystem_storage(str(tmp_path))
     repo = fill(storage)
     before = seen(repo)
@@ -131,7 +131,7 @@ def test_everything_is_as_before_and_the_refs_are_gone(tmp_path: Path) -> None:
     assert upgraded.get_status().availability == icechunk.RepoAvailability.online
 
 
-def test_what_was_upgraded_goes_on_in_either_layout_of_format_2() -> None:
+def test_an_upgraded_repository_goes_on_in_either_layout_of_format_2() -> None:
     repo = icechunk.upgrade_icechunk_repository(fill(icechunk.in_memory_storage()), dry_run=False)
     before = seen(repo)["snapshots"]
     for number, layout in enumerate(("log", "repo", "log"), 10):
@@ -167,7 +167,7 @@ def test_the_object_that_was_upgraded_is_invalidated() -> None:
         session.commit("too late", allow_empty=True)
 
 
-async def test_a_dry_run_says_what_would_happen_and_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_dry_run_logs_the_steps_and_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
     storage = icechunk.in_memory_storage()
     repo = fill(storage)
     before = await keys(storage)
@@ -440,7 +440,7 @@ async def stopped_halfway(storage: MemoryStorage) -> icechunk.Repository:
     return icechunk.Repository.open(storage)
 
 
-async def test_an_unfinished_upgrade_can_be_read_and_says_why_it_cannot_be_written() -> None:
+async def test_an_unfinished_upgrade_can_be_read_and_its_status_gives_the_reason_why_it_cannot_be_written() -> None:
     storage = MemoryStorage()
     repo = await stopped_halfway(storage)
     assert set(repo.list_branches()) == {"main", "dev é"}
@@ -448,7 +448,7 @@ async def test_an_unfinished_upgrade_can_be_read_and_says_why_it_cannot_be_writt
         repo.create_tag("x", repo.lookup_branch("main"))
 
 
-async def test_an_unfinished_upgrade_that_was_set_online_reports_what_it_does_not_have() -> None:
+async def test_an_unfinished_upgrade_that_was_set_online_names_the_commits_it_lacks() -> None:
     storage = MemoryStorage()
     repo = await stopped_halfway(storage)
     repo.set_status(icechunk.RepoStatus(icechunk.RepoAvailability.online))
@@ -477,7 +477,9 @@ class LateTag(WrappingStorage):
         return answer
 
 
-async def test_what_came_meanwhile_without_a_condition_stays_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+async def test_refs_created_meanwhile_without_a_condition_are_kept_and_reported(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     storage = LateTag(MemoryStorage())
     small(storage)
     repo = await icechunk.Repository.open_async(storage)

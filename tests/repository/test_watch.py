@@ -36,7 +36,7 @@ LAYOUTS = pytest.mark.parametrize("layout", ["log", "repo", "refs"])
 
 
 @LAYOUTS
-async def test_commits_branches_and_tags_are_told_in_order(layout: str) -> None:
+async def test_commits_branches_and_tags_are_events_in_order(layout: str) -> None:
     repo = await asyncio.to_thread(create, layout)
     start = (await told(repo, since=""))[-1].token
 
@@ -75,7 +75,7 @@ async def test_any_token_goes_on_behind_its_event_after_a_restart(layout: str) -
 
 
 @LAYOUTS
-async def test_a_watcher_hears_of_what_happens_while_it_waits(layout: str) -> None:
+async def test_a_watcher_gets_events_that_happen_while_it_waits(layout: str) -> None:
     repo = await asyncio.to_thread(create, layout)
     heard: list[str | None] = []
 
@@ -102,7 +102,7 @@ async def test_nothing_happened_costs_one_request_a_poll() -> None:
     assert [r.verb for r in storage.requests] == ["get"] * 2
 
 
-async def test_configuration_status_and_maintenance_are_told() -> None:
+async def test_configuration_status_and_maintenance_are_events() -> None:
     repo = await Repository.create_async(in_memory_storage())
     token = (await told(repo, since=""))[-1].token
     await repo.set_metadata_async({"a": 1})
@@ -129,14 +129,14 @@ async def test_a_wrong_token_is_refused(layout: str) -> None:
         await told(repo, idle_s=0)
 
 
-def test_the_synchronous_twin_tells_the_same() -> None:
+def test_the_synchronous_twin_yields_the_same_events() -> None:
     repo = create("log")
     token = list(repo.watch_sync(since="", stop_at_end=True))[-1].token
     made = commit(repo, "a")
     assert [e.snapshot_id for e in repo.watch_sync(since=token, stop_at_end=True)] == [made]
 
 
-async def test_an_amended_commit_names_what_it_replaced() -> None:
+async def test_an_amended_commit_names_the_snapshot_it_replaced() -> None:
     repo = await Repository.create_async(in_memory_storage())
     first = await asyncio.to_thread(commit, repo, "a")
     token = [e async for e in repo.watch(since="", stop_at_end=True)][-1].token
