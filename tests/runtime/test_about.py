@@ -15,7 +15,7 @@ from icechunk.runtime import about
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_package_tells_the_version_of_the_official_api_by_both_names() -> None:
+def test_the_package_has_the_version_of_the_official_api_under_both_names() -> None:
     assert icechunk.__version__ == icechunk.__api_version__ == about.API_VERSION == "2.3.0"
 
 
@@ -42,7 +42,7 @@ def test_the_version_is_written_once() -> None:
     assert found == ["icechunk/runtime/about.py"]
 
 
-def test_debug_info_names_what_a_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_debug_info_has_all_facts_that_a_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
     icechunk.print_debug_info()
     lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
     assert {"platform", "python", "aioicechunk", "icechunk", "zarr", "numcodecs", "numpy"} <= set(lines)

@@ -33,7 +33,7 @@ def test_tuples_become_lists_and_the_copy_is_deep() -> None:
 
 
 @pytest.mark.parametrize("value", [b"x", bytearray(b"x"), object(), {1, 2}, 1j, ..., {1: 2}, {"a": {None: 1}}, [b""]])
-def test_what_is_not_json_is_refused_as_a_type_error(value: Any) -> None:
+def test_values_that_are_not_json_are_a_type_error(value: Any) -> None:
     with pytest.raises(WrongTypeError, match=r"metadata\['key'\]") as refused:
         json_metadata("metadata", {"key": value})
     assert refused.value.kind == ErrorKind.BAD_METADATA
@@ -49,7 +49,7 @@ def nested(depth: int) -> list[Any]:
 @pytest.mark.parametrize(
     "value", [2**64, -(2**63) - 1, 1 << 20_000, "\ud800", {"\ud800": 1}, nested(101), nested(5000)], ids=range(7)
 )
-def test_what_json_readers_cannot_hold_is_refused(value: Any) -> None:
+def test_values_that_json_readers_cannot_hold_are_refused(value: Any) -> None:
     with pytest.raises(InvalidInputError) as refused:
         json_metadata("metadata", {"key": value})
     assert refused.value.kind == ErrorKind.BAD_METADATA
@@ -111,6 +111,6 @@ def test_numbers_and_arrays_of_numpy_become_json_as_the_official_library_makes_i
     ],
     ids=repr,
 )
-def test_what_json_has_no_word_for_is_refused(value: object) -> None:
+def test_values_that_json_cannot_express_are_refused(value: object) -> None:
     with pytest.raises(WrongTypeError):
         json_metadata("metadata", {"key": value})

@@ -59,7 +59,7 @@ def test_a_bad_directive_is_reported_and_the_others_hold(bad: str, capsys: pytes
 
 
 @pytest.mark.parametrize("directive", ["icechnk=debug", "icechunkk", "warn, icechunks::store=debug"])
-def test_a_misspelt_target_is_told_of(directive: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelt_target_is_reported(directive: str, capsys: pytest.CaptureFixture[str]) -> None:
     icechunk.set_logs_filter(directive)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("WARNING: Did you mean 'icechunk'")
@@ -78,7 +78,7 @@ def test_creating_a_repository_and_caches_of_no_size_are_logged(caplog: pytest.L
     assert levels == {"DEBUG", "WARNING"}
 
 
-def test_what_is_no_text_is_refused() -> None:
+def test_filters_that_are_no_text_are_refused() -> None:
     with pytest.raises(TypeError, match="log_filter_directive must be text or None, not int"):
         icechunk.set_logs_filter(3)  # type: ignore[arg-type]
 
@@ -141,7 +141,7 @@ def test_an_application_that_configures_logging_gets_each_record_once() -> None:
     assert sum("commit of snapshot" in line for line in lines) == 1
 
 
-def test_commits_and_rebases_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_commits_and_rebases_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "icechunk")
     repo = icechunk.Repository.create(icechunk.in_memory_storage())
     with repo.transaction("main", message="root") as store:

@@ -38,7 +38,7 @@ def test_errors_arrive_as_they_are() -> None:
         run_sync(fail())
 
 
-async def test_it_works_while_a_loop_runs_in_this_thread_and_tells_which_one_is_blocked() -> None:
+async def test_it_works_while_a_loop_runs_in_this_thread_and_logs_which_one_is_blocked() -> None:
     async def blocked() -> asyncio.AbstractEventLoop | None:
         return blocked_loop.get()
 
@@ -170,7 +170,7 @@ async def thrice_async(value: int) -> int:
 thrice = synchronous(thrice_async)
 
 
-def test_a_twin_returns_what_its_asynchronous_function_does() -> None:
+def test_a_twin_returns_the_result_of_its_asynchronous_function() -> None:
     counter = Counter()
     assert assert_type(counter.add(1, times=2), int) == 3
     assert assert_type(Doubling().itself(), Doubling).step == 1
@@ -180,7 +180,7 @@ def test_a_twin_returns_what_its_asynchronous_function_does() -> None:
     assert assert_type(thrice(2), int) == 6
 
 
-def test_a_twin_of_a_method_calls_what_a_subclass_overrides() -> None:
+def test_a_twin_of_a_method_calls_the_override_of_a_subclass() -> None:
     assert Doubling().add(1) == Counter.add(Doubling(), 1) == 4
 
 
@@ -200,7 +200,7 @@ def test_twins_pickle_as_functions_and_methods_do() -> None:
     assert pickle.loads(pickle.dumps(Doubling().add))(1) == 4
 
 
-def test_a_twin_called_without_its_arguments_says_so() -> None:
+def test_a_twin_called_without_its_arguments_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="value"):
         Counter().add()  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="self"):

@@ -323,7 +323,7 @@ def test_an_object_that_goes_as_its_loop_ends_is_closed_without_noise(turns: int
     assert closed == ["value"]
 
 
-def test_what_closes_at_the_end_of_a_loop_may_close_what_lies_below_it() -> None:
+def test_a_value_closed_at_the_end_of_a_loop_may_close_values_it_uses() -> None:
     closed: list[str] = []
 
     async def close_low(value: str) -> None:
@@ -346,7 +346,7 @@ def test_what_closes_at_the_end_of_a_loop_may_close_what_lies_below_it() -> None
     assert closed == ["low", "high"]
 
 
-def test_what_is_made_anew_while_a_loop_ends_is_closed_with_it() -> None:
+def test_values_made_while_a_loop_ends_are_closed_with_it() -> None:
     order: list[str] = []
 
     async def close_client(value: str) -> None:
@@ -375,7 +375,7 @@ def test_what_is_made_anew_while_a_loop_ends_is_closed_with_it() -> None:
     assert sorted(order[2:]) == ["client", "other"]
 
 
-async def test_who_closes_second_returns_when_the_value_is_closed() -> None:
+async def test_a_second_close_returns_when_the_value_is_closed() -> None:
     gate = asyncio.Event()
 
     async def close(value: str) -> None:

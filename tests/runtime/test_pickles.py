@@ -46,7 +46,7 @@ def test_a_pickle_without_a_version_loads_or_is_refused_as_a_pickle(path: Path) 
         assert caught.value.kind == ErrorKind.PICKLE
 
 
-def test_values_of_old_pickles_are_what_they_were() -> None:
+def test_old_pickles_load_with_equal_values() -> None:
     config = pickle.loads((OLD / "config.pickle").read_bytes())
     expected = icechunk.RepositoryConfig(inline_chunk_threshold_bytes=7)
     expected.set_virtual_chunk_container(

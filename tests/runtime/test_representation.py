@@ -112,7 +112,7 @@ def test_clients_are_a_name_with_an_optional_version(good: str) -> None:
 
 
 @pytest.mark.parametrize("bad", ["", "a/1/2", "a b", "é", "/1", "a/", "x@y", "a:b", "a(b)", "x" * 129, "a\nb"])
-def test_clients_that_no_header_can_carry_are_refused(bad: str) -> None:
+def test_client_names_that_do_not_fit_a_header_are_refused(bad: str) -> None:
     with pytest.raises(InvalidInputError):
         Attribution(client=bad)
 
@@ -166,7 +166,7 @@ def test_a_diff_is_plain_values_of_the_changes() -> None:
     assert "<b>" not in Diff(new_groups={"/<b>"})._repr_html_()
 
 
-def test_virtual_chunk_specs_refuse_what_cannot_be_stored() -> None:
+def test_virtual_chunk_specs_refuse_values_that_cannot_be_stored() -> None:
     assert VirtualChunkSpec((1, 2), "s3://b/x", 0, 5).index == [1, 2]  # type: ignore[arg-type]
     for arguments in (([-1], "x", 0, 1), ([2**32], "x", 0, 1), ([1], "x", -1, 1), ([1], "x", 0, 2**64)):
         with pytest.raises(InvalidInputError):
@@ -187,7 +187,7 @@ def test_solvers_are_chosen_among_two() -> None:
         BasicConflictSolver(on_chunk_conflict=1)  # type: ignore[arg-type]
 
 
-def test_a_failed_rebase_carries_its_conflicts_through_pickle() -> None:
+def test_a_pickled_rebase_failure_keeps_its_conflicts() -> None:
     conflicts = [Conflict(ConflictType.ChunkDoubleUpdate, "/a", [[1]])]
     error = RebaseFailedError("SNAP", conflicts)
     assert isinstance(error, ConflictError)

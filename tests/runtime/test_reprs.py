@@ -111,7 +111,7 @@ SHOWN: dict[str, tuple[Make, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_objects_show_what_they_are_as_text_and_as_html(repo: icechunk.Repository, name: str) -> None:
+def test_objects_are_shown_as_text_and_as_html(repo: icechunk.Repository, name: str) -> None:
     make, words = SHOWN[name]
     value = make(repo)
     shown = value._repr_html_()
@@ -166,7 +166,7 @@ STORES = (
 
 
 @pytest.mark.parametrize("store", STORES, ids=lambda store: type(store).__name__)
-def test_a_store_and_what_holds_it_are_shown_as_the_call_that_makes_them(store: Any) -> None:
+def test_a_store_and_its_owner_are_shown_as_the_call_that_makes_them(store: Any) -> None:
     container = icechunk.VirtualChunkContainer("s3://foo/", store, name="b")
     for value in (store, container):
         assert eval(repr(value), {"icechunk": icechunk}) == value

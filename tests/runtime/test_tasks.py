@@ -60,7 +60,7 @@ async def test_an_error_ends_the_source_and_all_other_work_and_is_raised_as_itse
     assert ended.count("work") >= 3
 
 
-async def test_an_error_of_the_source_cancels_what_it_gave() -> None:
+async def test_an_error_of_the_source_cancels_the_tasks_of_its_items() -> None:
     async def items() -> AsyncGenerator[int, None]:
         yield 1
         raise ValueError("no more")
