@@ -41,7 +41,7 @@ def history(repo: Repository) -> list[str]:
     return [info.message for info in repo.ancestry(branch="main")]
 
 
-def test_an_amended_tip_is_replaced_and_counts_what_both_changed(repo: Repository) -> None:
+def test_an_amended_tip_is_replaced_and_its_log_has_the_changes_of_both(repo: Repository) -> None:
     session = repo.writable_session("main")
     put(session, 3, 30)
     old = session.commit("to be amended")
@@ -104,7 +104,7 @@ def test_writers_amend_one_tip_in_turn_each_after_a_rebase(repo: Repository) -> 
 
 
 @pytest.mark.parametrize("amendments", [1, 2])
-def test_a_session_on_an_amended_tip_rebases_over_what_the_amendments_changed_and_what_came_after(
+def test_a_session_on_an_amended_tip_rebases_over_the_amendments_and_later_commits(
     repo: Repository, amendments: int
 ) -> None:
     session = repo.writable_session("main")
@@ -126,7 +126,7 @@ def test_a_session_on_an_amended_tip_rebases_over_what_the_amendments_changed_an
     assert get(repo)[3] == 30
 
 
-def test_what_an_amended_snapshot_changed_itself_is_no_conflict(repo: Repository) -> None:
+def test_changes_of_the_amended_snapshot_itself_are_no_conflict(repo: Repository) -> None:
     tip = repo.writable_session("main")
     zarr.open_array(tip.store, path="a").attrs["n"] = 1
     zarr.create_group(tip.store, path="g")
@@ -202,7 +202,7 @@ def change(log: SessionLog, changes: list[tuple[str, int, int]], mark: int) -> N
 
 @settings(max_examples=80, deadline=None)
 @given(CHANGES, CHANGES, CHANGES)
-def test_the_combined_transaction_log_says_what_both_logs_say(
+def test_the_combined_transaction_log_equals_both_logs_in_a_row(
     before: list[tuple[str, int, int]], first: list[tuple[str, int, int]], second: list[tuple[str, int, int]]
 ) -> None:
     repo = Repo()

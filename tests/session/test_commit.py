@@ -78,7 +78,7 @@ async def test_creating_and_opening_cost_few_round_trips() -> None:
     assert recording.dependent_rounds() == 2  # what was acknowledged since; repo has the snapshot
 
 
-async def test_a_session_right_after_the_open_holds_what_was_acknowledged_in_between() -> None:
+async def test_a_session_right_after_the_open_has_commits_acknowledged_in_between() -> None:
     memory = MemoryStorage()
     writer = await Repository.create_async(memory)
     acknowledged: list[str] = []
@@ -187,7 +187,7 @@ async def test_a_store_that_was_checked_behind_the_session_is_not_waited_for_by_
     assert of_the_commit(recording).dependent_rounds() == 1
 
 
-async def test_a_session_on_what_another_process_wrote_begins_in_two_round_trips() -> None:
+async def test_a_session_on_a_snapshot_of_another_process_begins_in_two_round_trips() -> None:
     recording = RecordingStorage(MemoryStorage())
     ours = await Repository.create_async(recording)
     theirs = await Repository.open_async(recording)
@@ -369,7 +369,7 @@ async def gated(prefix: str) -> tuple[GatedStorage, Repository]:
 
 
 @pytest.mark.parametrize("prefix", ["snapshots/", "log/"])
-async def test_what_is_written_while_a_commit_runs_is_refused_not_lost(prefix: str) -> None:
+async def test_writes_during_a_commit_are_refused_not_lost(prefix: str) -> None:
     storage, repository = await gated(prefix)
     session = await changed(repository)
     committing = asyncio.ensure_future(session.commit_async("first"))

@@ -86,7 +86,7 @@ def test_forks_and_parent_do_not_see_each_other_before_the_merge(repo: Repositor
     assert get(repo.readonly_session("main"))[1:4] == [51, 52, 53]
 
 
-def test_a_fork_that_travelled_brings_its_changes_back(repo: Repository) -> None:
+def test_a_fork_returned_from_another_process_has_its_changes(repo: Repository) -> None:
     session = repo.writable_session("main")
     put(session, "a", 0, 50)
     there = travel(session.fork())
@@ -119,7 +119,7 @@ def test_forks_of_forks_come_back_through_their_parent(repo: Repository) -> None
     assert get(session, "new")[0] == 9
 
 
-def test_merging_a_fork_twice_and_merging_what_changed_nothing_is_harmless(repo: Repository) -> None:
+def test_merging_a_fork_twice_or_an_unchanged_fork_changes_nothing(repo: Repository) -> None:
     session = repo.writable_session("main")
     fork = session.fork()
     create(fork, "new")
@@ -153,7 +153,7 @@ def remove(session: Session, name: str) -> None:
         (lambda s: remove(s, "g"), lambda f: put(f, "g/x", 0, 1)),
     ],
 )
-def test_what_only_one_can_have_done_is_refused_and_nothing_is_merged(
+def test_changes_that_exclude_each_other_are_refused_and_nothing_is_merged(
     repo: Repository, ours: Callable[[Session], None], theirs: Callable[[Session], None]
 ) -> None:
     session = repo.writable_session("main")
@@ -180,7 +180,7 @@ def test_both_may_delete_one_node(repo: Repository) -> None:
     assert session.status().deleted_arrays == {"/b"}
 
 
-def test_a_fork_does_not_undo_what_its_parent_rewrote_of_what_it_inherited(repo: Repository) -> None:
+def test_a_fork_does_not_undo_its_parents_changes_of_inherited_chunks(repo: Repository) -> None:
     session = repo.writable_session("main")
     put(session, "a", 0, 50)
     fork = session.fork()
@@ -243,7 +243,7 @@ def test_a_fork_of_another_history_is_refused(repo: Repository) -> None:
     assert refused.value.kind == ErrorKind.MERGE_FAILED
 
 
-def test_chunks_are_durable_before_a_fork_is_made_and_before_it_travels(tmp_path: Path) -> None:
+def test_chunks_are_durable_before_a_fork_is_made_and_before_it_is_pickled(tmp_path: Path) -> None:
     storage = RecordingStorage(icechunk.local_filesystem_storage(str(tmp_path / "repo")), turns=0)
     repo = Repository.create(storage, icechunk.RepositoryConfig(inline_chunk_threshold_bytes=0))
     session = repo.writable_session("main")
@@ -264,7 +264,7 @@ def test_chunks_are_durable_before_a_fork_is_made_and_before_it_travels(tmp_path
     assert state["position"] == fork._content.origin.position
 
 
-def test_a_large_base_does_not_travel_but_is_read_on_arrival(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_base_is_not_pickled_but_read_on_arrival(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("icechunk.session.session._EMBEDDED_BYTES", 0)
     fork = repo.writable_session("main").fork()
     assert fork.__getstate__()["snapshot"] is None
@@ -311,7 +311,7 @@ def test_processes_write_one_array_through_forks(repo: Repository) -> None:
     assert get(repo.readonly_session("main")) == [100 + i for i in range(N)]
 
 
-def test_many_references_that_a_fork_inherits_do_not_travel_with_each_copy_of_it(tmp_path: Path) -> None:
+def test_many_inherited_references_are_not_pickled_with_each_copy_of_a_fork(tmp_path: Path) -> None:
     storage = RecordingStorage(icechunk.local_filesystem_storage(str(tmp_path / "repo")), turns=0)
     repo = Repository.create(storage)
     root = repo.writable_session("main")
@@ -355,7 +355,7 @@ async def references(repo: Repository) -> list[tuple[int, ...]]:
     return [coords async for coords in session.chunk_coordinates("/a")]
 
 
-def test_a_fork_deletes_and_replaces_what_it_inherited_in_files(
+def test_a_fork_deletes_and_replaces_references_that_it_inherited_in_files(
     repo: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("icechunk.session.session._EMBEDDED_BYTES", 0)

@@ -118,7 +118,7 @@ def test_ours_keeps_the_chunks_of_the_fork_given_first_and_theirs_those_of_the_l
     assert get(repo.readonly_session("main")) == [0, 1, 2, 3, kept, kept, -1, 0, 1, 2]
 
 
-def test_what_the_session_wrote_since_the_fork_counts_too(repo: Repository) -> None:
+def test_changes_of_the_session_since_the_fork_count_too(repo: Repository) -> None:
     session = repo.writable_session("main")
     put(session, "a", 5, 50)
     fork = session.fork()
@@ -133,7 +133,7 @@ def test_what_the_session_wrote_since_the_fork_counts_too(repo: Repository) -> N
     assert get(session)[5] in (1, 99)
 
 
-def test_what_a_fork_inherited_is_no_change_of_its_own(repo: Repository) -> None:
+def test_inherited_changes_are_no_changes_of_a_fork(repo: Repository) -> None:
     session = repo.writable_session("main")
     put(session, "a", slice(5, 9), 50)
     one, two = travel(session.fork()), session.fork()
@@ -259,7 +259,7 @@ def test_an_array_may_grow_in_one_fork_while_others_write_to_it(repo: Repository
 
 
 @pytest.mark.parametrize(("policy", "length"), [("ours", 4), ("theirs", N)])
-def test_chunks_outside_of_what_the_session_shrank_to_meanwhile_are_a_conflict(
+def test_chunks_outside_the_shape_that_the_session_shrank_to_meanwhile_are_a_conflict(
     repo: Repository, policy: str, length: int
 ) -> None:
     session = repo.writable_session("main")
@@ -278,7 +278,7 @@ def test_chunks_outside_of_what_the_session_shrank_to_meanwhile_are_a_conflict(
 
 
 @pytest.mark.parametrize(("policy", "length"), [("ours", N), ("theirs", 4)])
-def test_chunks_that_another_wrote_outside_of_what_a_fork_shrank_to_are_a_conflict(
+def test_chunks_of_another_fork_outside_the_shape_that_a_fork_shrank_to_are_a_conflict(
     repo: Repository, policy: str, length: int
 ) -> None:
     session = repo.writable_session("main")
@@ -387,7 +387,7 @@ def test_merging_a_fork_again_in_any_copy_does_nothing(repo: Repository) -> None
     assert get(session)[:2] == [9, 5]
 
 
-def test_copies_of_one_fork_that_went_their_own_ways_have_what_it_did_before_in_common(repo: Repository) -> None:
+def test_copies_of_one_fork_share_the_changes_from_before_they_were_copied(repo: Repository) -> None:
     session = repo.writable_session("main")
     fork = session.fork()
     resize(fork, 20)
@@ -414,7 +414,7 @@ def test_sessions_that_are_no_forks_are_not_merged_by_the_function_for_forks(rep
     assert get(merge_sessions(one, two, on_conflict="theirs"))[0] == 2
 
 
-def test_another_word_for_what_to_do_about_conflicts_is_refused(repo: Repository) -> None:
+def test_an_unknown_value_of_on_conflict_is_refused(repo: Repository) -> None:
     with pytest.raises(icechunk.InvalidInputError):
         repo.writable_session("main").merge(on_conflict="mine")  # type: ignore[arg-type]
 

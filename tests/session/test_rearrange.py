@@ -147,7 +147,7 @@ def test_the_owner_may_switch_moves_off(repo: Repository) -> None:
         (-20, [-1] * 10),
     ],
 )
-def test_a_shifted_array_loses_what_leaves_the_grid(repo: Repository, offset: int, expected: list[int]) -> None:
+def test_a_shifted_array_loses_chunks_that_leave_the_grid(repo: Repository, offset: int, expected: list[int]) -> None:
     session = repo.writable_session("main")
     session.shift_array("/a", (offset,))
     assert get(session) == expected
@@ -197,7 +197,7 @@ def turn(coords: Iterable[int]) -> list[int]:
         (lambda coords: None, lambda coords: None, [-1] * 10),
     ],
 )
-def test_chunks_go_where_the_functions_say(
+def test_chunks_go_to_the_coordinates_that_the_functions_return(
     repo: Repository, forward: Move, backward: Move | None, expected: list[int]
 ) -> None:
     session = repo.writable_session("main")

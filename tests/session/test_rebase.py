@@ -129,7 +129,7 @@ def test_many_winners_without_conflict_cost_one_snapshot(repo: Repository, stora
     assert values(repo)[:6] == [100, 101, 102, 103, 104, 105]
 
 
-def test_commit_rebases_by_itself_when_it_is_told_how(repo: Repository) -> None:
+def test_commit_rebases_by_itself_when_it_has_a_solver(repo: Repository) -> None:
     session = repo.writable_session("main")
     put(session, "a", 1, 101)
     commit(repo, "a", 2, 102)
@@ -139,7 +139,7 @@ def test_commit_rebases_by_itself_when_it_is_told_how(repo: Repository) -> None:
 
 
 @pytest.mark.parametrize(("choice", "expected"), [("UseOurs", 101), ("UseTheirs", 7)])
-def test_the_solver_says_whose_chunk_stays(repo: Repository, choice: str, expected: int) -> None:
+def test_the_solver_decides_which_chunk_stays(repo: Repository, choice: str, expected: int) -> None:
     session = repo.writable_session("main")
     put(session, "a", 1, 101)
     put(session, "a", 2, 102)
@@ -148,7 +148,7 @@ def test_the_solver_says_whose_chunk_stays(repo: Repository, choice: str, expect
     assert values(repo)[1:3] == [expected, 102]
 
 
-def test_a_commit_whose_rebase_fails_leaves_a_session_that_can_be_mended(repo: Repository) -> None:
+def test_a_commit_whose_rebase_fails_leaves_a_session_that_can_be_changed_and_committed(repo: Repository) -> None:
     session = repo.writable_session("main")
     put(session, "a", 1, 101)
     commit(repo, "a", 1, 7)
@@ -269,7 +269,7 @@ def test_a_lost_transaction_log_refuses_the_rebase(repo: Repository, storage: Re
     assert refused.value.kind == ErrorKind.REBASE_TX_LOG_PRUNED
 
 
-def test_savepoints_do_not_survive_a_rebase(repo: Repository) -> None:
+def test_savepoints_are_invalid_after_a_rebase(repo: Repository) -> None:
     session = repo.writable_session("main")
     put(session, "a", 1, 101)
     savepoint = session.savepoint()

@@ -21,7 +21,7 @@ def values(session: icechunk.Session) -> list[int]:
     return [int(value) for value in np.asarray(array[:])]
 
 
-def test_rollback_undoes_what_came_after_the_savepoint_and_nothing_else() -> None:
+def test_rollback_undoes_the_changes_after_the_savepoint_and_no_others() -> None:
     session = session_with_array()
     before = session.savepoint()
     array = zarr.open_array(session.store, path="a")

@@ -38,7 +38,7 @@ def nodes(session: icechunk.Session) -> list[str]:
     return [node.path for node in session._content.log.nodes("/")]
 
 
-def test_a_session_is_read_only_after_its_commit_and_stands_on_the_new_snapshot(storage: Storage) -> None:
+def test_a_session_is_read_only_after_its_commit_and_based_on_the_new_snapshot(storage: Storage) -> None:
     repository = Repository.create(storage)
     session = changed(repository)
     assert (session.read_only, session.mode, session.branch) == (False, SessionMode.writable, "main")
@@ -139,7 +139,7 @@ def test_an_empty_commit_is_refused_unless_it_is_wanted(repository: Repository) 
     assert repository.lookup_snapshot(snapshot_id).message == "nothing"
 
 
-def test_discarding_forgets_every_change(repository: Repository) -> None:
+def test_discarding_drops_every_change(repository: Repository) -> None:
     session = changed(repository)
     array = zarr.create_array(session.store, name="a", shape=(4,), chunks=(1,), dtype="i4")
     array[:] = 1
@@ -152,7 +152,7 @@ def test_discarding_forgets_every_change(repository: Repository) -> None:
     assert "/x" not in nodes(session)
 
 
-def test_status_says_what_a_commit_would_change(repository: Repository) -> None:
+def test_status_lists_the_changes_of_a_commit(repository: Repository) -> None:
     session = repository.writable_session("main")
     array = zarr.create_array(session.store, name="a", shape=(4,), chunks=(2,), dtype="i4")
     array[:2] = 1
@@ -221,7 +221,7 @@ def test_equality_is_that_of_read_only_sessions_on_one_snapshot(repository: Repo
     assert one != "session"
 
 
-def test_representations_name_what_matters(repository: Repository) -> None:
+def test_representations_name_the_snapshot_and_the_branch(repository: Repository) -> None:
     session = changed(repository)
     assert session.snapshot_id in repr(session)
     assert "main" in str(session)
