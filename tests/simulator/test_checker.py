@@ -187,7 +187,7 @@ def test_each_independent_ref_is_still_judged(name: str) -> None:
     assert not right(*BAD[name], independent=True)
 
 
-def test_expired_commits_may_be_missing_from_what_is_seen_but_others_may_not() -> None:
+def test_expired_commits_may_be_missing_from_an_observation_but_others_may_not() -> None:
     made = [commit("a", "1", at=(1, 2)), commit("a", "2", at=(3, 4)), commit("a", "3", at=(5, 6))]
     gap = read("r", at=(7, 8), main="root 2 3")
     assert right(*made, gap, shortened=True)
@@ -229,7 +229,7 @@ def test_a_history_with_no_end_of_possible_orders_is_given_up_not_accepted_as_ri
     assert verdict.undecided or not verdict.problems
 
 
-def test_an_amended_commit_has_the_contents_of_what_it_replaced() -> None:
+def test_an_amended_commit_has_the_contents_of_the_replaced_one() -> None:
     made = [
         commit("a", "1", at=(1, 2), parent="root", writes={"x": "1", "y": "1"}),
         op("a", "amend", ref="main", commit="2", parent="1", at=(3, 4), writes={"y": "2"}),

@@ -85,7 +85,7 @@ def test_without_faults_everything_is_certain(layout: Layout) -> None:
         assert report.outcomes["ok"]
 
 
-def test_a_mix_has_some_kinds_only_and_draws_what_fits_the_request() -> None:
+def test_a_mix_has_some_kinds_only_and_draws_those_that_fit_the_request() -> None:
     import random
 
     rng = random.Random(1)
