@@ -42,13 +42,13 @@ def test_the_bodies_of_refs_are_those_on_the_page() -> None:
     assert decode_ref(b' {\n "snapshot" : "1CECHNKREP0F1RSTCMT0", "more": 1}\n', "") == FIRST_SNAPSHOT
 
 
-def test_the_configuration_on_the_page_is_what_we_write() -> None:
+def test_the_configuration_on_the_page_is_encoded_byte_for_byte() -> None:
     text = block(PAGE, "yaml config").encode()
     assert config_to_yaml(RepositoryConfig(inline_chunk_threshold_bytes=33)) == text
     assert config_from_yaml(b"inline_chunk_threshold_bytes: 33\n") == config_from_yaml(text)
 
 
-def test_the_metadata_values_on_the_page_are_what_we_write() -> None:
+def test_the_metadata_values_on_the_page_are_encoded_byte_for_byte() -> None:
     found = rows(page(PAGE), "| value | bytes |")
     assert len(found) == 2
     for value, packed in found:
@@ -56,7 +56,7 @@ def test_the_metadata_values_on_the_page_are_what_we_write() -> None:
         assert table.slots[1] == bytes.fromhex(code(packed)[0])
 
 
-def test_the_ops_log_is_told_as_the_page_says() -> None:
+def test_the_ops_log_after_the_upgrade_follows_the_page() -> None:
     info = migrated_info(REFS, RECORDS, config=None, now_us=99_000)
     told = [(type(update.change).__name__, update.updated_at_us) for update in info.updates[::-1]]
     assert told == [
@@ -79,7 +79,7 @@ def test_the_ops_log_is_told_as_the_page_says() -> None:
     assert info.deleted_tags == {"gone", "lost"}
 
 
-def test_what_is_announced_is_read_only_and_not_migrated_yet() -> None:
+def test_the_announced_repository_is_read_only_and_not_migrated_yet() -> None:
     info = migrated_info(REFS, RECORDS, config=None, now_us=5, read_only_reason="being upgraded")
     assert (info.status.availability, info.status.reason) == (READ_ONLY, "being upgraded")
     assert "RepoMigrated" not in {type(update.change).__name__ for update in info.updates}

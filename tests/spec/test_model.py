@@ -58,7 +58,7 @@ def test_every_numbered_rule_is_among_them() -> None:
     assert {number for number, _ in RULES.values()} == set(range(1, 16))
 
 
-def test_sending_again_what_a_caller_was_told_about_is_found_as_what_it_is() -> None:
+def test_the_model_finds_a_told_attempt_that_is_sent_again() -> None:
     result = explore(space_of(SMALL["told"], ["told"]))
     assert result.broken.startswith("LATER")
     assert any("TIMED OUT" in step for step in result.history)
@@ -83,7 +83,7 @@ def test_sending_again_what_a_caller_was_told_about_is_found_as_what_it_is() -> 
         ("resumed", "CRASHES, and is resumed|settles change|LATE PUT of slot"),
     ],
 )
-def test_a_world_reaches_what_it_is_about(world: str, steps: str) -> None:
+def test_a_world_reaches_the_states_it_is_about(world: str, steps: str) -> None:
     heard = Heard(space_of(LARGE[world]))
     assert explore(heard).broken == ""
     assert [step for step in steps.split("|") if not any(step in label for label in heard.labels)] == []
@@ -93,7 +93,7 @@ def test_the_limit_of_the_layout_is_one() -> None:
     assert [explore(space_of(scenario)).broken.partition(":")[0] for scenario in LIMITS.values()] == ["ACKNOWLEDGED"]
 
 
-def test_a_bounded_exploration_says_that_it_is_not_complete() -> None:
+def test_a_bounded_exploration_reports_that_it_is_not_complete() -> None:
     result = explore(space_of(LARGE["told twice"]), limit=500)
     assert not result.complete
     assert result.states >= 500
@@ -109,11 +109,11 @@ def test_a_bounded_exploration_says_that_it_is_not_complete() -> None:
         (None, False, Verdict.REOPEN),
     ],
 )
-def test_what_a_slot_says_about_an_attempt(found: str | None, fresh: bool, verdict: Verdict) -> None:
+def test_a_slot_decides_the_outcome_of_an_attempt(found: str | None, fresh: bool, verdict: Verdict) -> None:
     assert judge("a", found, fresh=fresh) is verdict
 
 
-def test_the_table_on_the_page_is_what_the_command_prints() -> None:
+def test_the_table_on_the_page_equals_the_output_of_the_command() -> None:
     assert "\n".join(markdown(rule_rows())) in page("model/README.md")
 
 

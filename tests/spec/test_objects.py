@@ -15,7 +15,7 @@ from tests.spec.pages import block, hexdump, page, rows
 A = ObjectId(bytes([1]) * 12)
 
 
-def test_the_hex_example_is_a_transaction_log_and_begins_as_ours_do() -> None:
+def test_the_hex_example_is_a_transaction_log_with_the_envelope_of_this_package() -> None:
     data = hexdump(block("objects.md", "hexdump"))
     log = decode_transaction_log(data, expected_id=FIRST_SNAPSHOT)
     assert log == TransactionLog(id=FIRST_SNAPSHOT)
@@ -26,7 +26,7 @@ def test_the_hex_example_is_a_transaction_log_and_begins_as_ours_do() -> None:
     assert f"{len(data)} bytes, as our code writes it" in " ".join(page("objects.md").split())
 
 
-def test_the_payload_example_is_what_the_hex_example_holds() -> None:
+def test_the_payload_example_is_the_payload_of_the_hex_example() -> None:
     payload = hexdump(block("objects.md", "payload"))
     assert unseal(hexdump(block("objects.md", "hexdump")), FileType.TRANSACTION_LOG) == (2, payload)
     assert unseal(encode_transaction_log(TransactionLog(id=FIRST_SNAPSHOT)), FileType.TRANSACTION_LOG) == (2, payload)

@@ -622,7 +622,7 @@ def test_the_example_on_the_page_is_allowed() -> None:
     assert replay([*trace.records, *later]) == []
 
 
-def test_files_of_json_lines_are_read_and_told_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_of_json_lines_are_read_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, bad = Trace(), Trace()
     lost_answer(good)
     told_is_sent_again(bad)

@@ -71,7 +71,7 @@ def the_entry() -> tuple[bytes, Entry]:
     return data, decode_entry(data, n=1)
 
 
-def test_the_entry_example_is_byte_for_byte_what_we_write() -> None:
+def test_the_entry_example_is_encoded_byte_for_byte() -> None:
     data, entry = the_entry()
     again = encode_entry(
         n=entry.n,
@@ -109,7 +109,7 @@ def test_the_floor_on_the_page_has_the_key_that_we_write() -> None:
     assert f"floor 37 is `{floor_key('E', 37).removeprefix('log/E.floor/')}`" in sentence
 
 
-def test_the_marker_example_is_byte_for_byte_what_we_write() -> None:
+def test_the_marker_example_is_encoded_byte_for_byte() -> None:
     data = block("repository-log.md", "json marker").strip().encode()
     marker = decode_marker(data)
     assert marker is not None

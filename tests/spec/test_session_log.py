@@ -24,7 +24,7 @@ def counted_ids() -> Iterator[NodeId]:
     return (NodeId(bytes(range(start, start + 8))) for start in count(1, 10))
 
 
-def test_the_serialised_session_log_of_the_page_is_what_we_write() -> None:
+def test_the_serialised_session_log_of_the_page_is_encoded_byte_for_byte() -> None:
     base = Snapshot(id=FIRST_SNAPSHOT, flushed_at_us=1, message="Repository initialized")
     ids = counted_ids()
     log = SessionLog(base, lambda: next(ids))
@@ -65,6 +65,6 @@ def test_the_diagram_of_the_session_shows_those_phases_too() -> None:
     assert {aliases.get(end, end) for end in ends} == {phase.value for phase in Phase}
 
 
-def test_every_seal_names_its_spec_version_and_type_where_the_page_says() -> None:
+def test_every_envelope_has_its_spec_version_and_type_at_the_offsets_of_the_page() -> None:
     data = seal(FileType.MANIFEST, 1, b"\0\0\0\0Ichk")
     assert (data[36], data[37], data[38]) == (1, 2, 1)
