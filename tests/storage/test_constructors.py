@@ -34,7 +34,7 @@ def test_local_listings_are_those_of_the_official_class(tmp_path: Path) -> None:
     assert info.created_at.tzinfo is not None
 
 
-def test_representations_say_where_and_show_no_secret() -> None:
+def test_representations_show_the_location_and_no_secret() -> None:
     storage = public.s3_storage(
         bucket="b",
         prefix="p/",
@@ -50,7 +50,7 @@ def test_representations_say_where_and_show_no_secret() -> None:
     assert repr(public.in_memory_storage()) == "<icechunk.Storage>\ntype: in-memory\n"
 
 
-def test_pickles_carry_credentials_settings_and_headers() -> None:
+def test_pickles_hold_credentials_settings_and_headers() -> None:
     storage = S3Storage(
         "b",
         "p",

@@ -51,7 +51,7 @@ async def test_bound_is_one_at_the_least_and_vanishes_once_all_is_well() -> None
         st.tuples(st.integers(0, 4), st.sampled_from([True, False, None]), st.none() | st.integers(0, 6)), max_size=40
     )
 )
-def test_everybody_has_a_turn_whoever_is_refused_or_cancelled(
+def test_every_request_has_a_turn_even_if_others_are_refused_or_cancelled(
     visits: list[tuple[int, bool | None, int | None]],
 ) -> None:
     async def main() -> None:

@@ -51,7 +51,7 @@ async def test_a_service_that_never_answered_is_given_up_sooner() -> None:
     assert tries.count == 4
 
 
-def test_what_the_service_asks_for_comes_on_top_within_the_longest_pause() -> None:
+def test_the_pause_that_the_service_asks_for_is_added_up_to_the_longest_pause() -> None:
     tries = tries_of(Clock())
     assert tries.pause_s(asked_s=0.3) == pytest.approx(0.35)
     assert tries.pause_s(asked_s=100) == pytest.approx(0.45)

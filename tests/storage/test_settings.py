@@ -21,7 +21,7 @@ def test_silent_settings_mean_the_defaults() -> None:
     assert (silent.multipart_bytes, silent.part_bytes, silent.parts_at_once) == (100 << 20, 12 << 20, 18)
 
 
-def test_later_changes_of_what_was_given_do_not_count() -> None:
+def test_later_changes_of_the_given_values_have_no_effect() -> None:
     given = StorageSettings(retries=StorageRetriesSettings(max_tries=3), storage_class="A")
     effective = Effective(given)
     given.storage_class = "B"

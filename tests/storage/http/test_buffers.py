@@ -19,7 +19,7 @@ def address(view: memoryview) -> int:
     return int(np.frombuffer(view, np.uint8).ctypes.data)
 
 
-def test_memory_that_nobody_holds_is_used_again() -> None:
+def test_unreferenced_memory_is_used_again() -> None:
     buffers = Buffers()
     first = buffers.take(SIZE)
     place = address(first)
@@ -47,7 +47,7 @@ def test_views_slices_and_arrays_each_hold_their_memory() -> None:
     assert all(set(bytes(keeper)) == {7} for keeper in keepers)
 
 
-def test_no_small_want_takes_a_large_buffer_and_huge_ones_are_not_kept() -> None:
+def test_a_small_request_does_not_get_a_large_buffer_and_huge_ones_are_not_kept() -> None:
     buffers = Buffers()
     buffers.take(8 * SIZE)
     buffers.take(100 * SIZE)
@@ -62,7 +62,7 @@ def test_no_small_want_takes_a_large_buffer_and_huge_ones_are_not_kept() -> None
 
 @settings(max_examples=50)
 @given(steps=st.lists(st.tuples(st.integers(0, 5), st.sampled_from([1, 1000, 300_000, 2_000_000])), max_size=30))
-def test_what_is_held_is_never_written_to_by_others(steps: list[tuple[int, int]]) -> None:
+def test_memory_in_use_is_never_written_to_by_others(steps: list[tuple[int, int]]) -> None:
     buffers = Buffers()
     held: dict[int, tuple[memoryview, int]] = {}
     for number, (slot, size) in enumerate(steps):

@@ -202,19 +202,19 @@ async def test_answers_without_body() -> None:
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n" + b"x: y\r\n" * 20_000,
     ],
 )
-async def test_what_is_no_complete_answer_is_an_error(answer: bytes) -> None:
+async def test_an_incomplete_answer_is_an_error(answer: bytes) -> None:
     async with serving(saying(answer, close=True)) as origin, connections() as made:
         with pytest.raises(BadAnswerError):
             await made.exchange(origin, "GET", "/", {"host": "h"}, **LIMITS)
 
 
-async def test_a_peer_that_says_nothing_is_given_up() -> None:
+async def test_a_silent_peer_is_given_up() -> None:
     async with serving(saying()) as origin, connections() as made:
         with pytest.raises(TimeoutError, match="no sign of life"):
             await made.exchange(origin, "GET", "/", {"host": "h"}, connect_s=5.0, read_s=0.05)
 
 
-async def test_a_peer_that_drips_is_given_up_at_the_deadline() -> None:
+async def test_a_peer_that_sends_slowly_is_given_up_at_the_deadline() -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
@@ -231,7 +231,9 @@ async def test_a_peer_that_drips_is_given_up_at_the_deadline() -> None:
 @pytest.mark.parametrize(
     "what", [b"HTTP/1.1 100 Continue\r\n\r\n", b"x", b"1\r\nx\r\n"], ids=["1xx", "bytes", "chunks"]
 )
-async def test_a_peer_that_drips_is_given_up_without_a_deadline(what: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_peer_that_sends_slowly_is_given_up_without_a_deadline(
+    what: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         if not what.startswith(b"HTTP"):
@@ -253,7 +255,9 @@ async def test_a_peer_that_drips_is_given_up_without_a_deadline(what: bytes, mon
     ("status", "asked", "most"),
     [(206, 4, 4), (200, 4, 64 << 20), (200, 80 << 20, 80 << 20), (404, None, 1 << 20), (503, 4, 1 << 20)],
 )
-async def test_answers_are_bounded_by_what_was_asked(coding: str, status: int, asked: int | None, most: int) -> None:
+async def test_answers_are_bounded_by_the_requested_size(
+    coding: str, status: int, asked: int | None, most: int
+) -> None:
     def reading(size: int) -> Reading:
         head = {
             "length": b"Content-Length: %d\r\n" % size,
@@ -285,7 +289,7 @@ async def test_an_answer_that_is_too_large_ends_the_exchange_at_once() -> None:
         assert made._kept(origin) is None
 
 
-async def test_nobody_there_is_told_apart_from_a_broken_connection() -> None:
+async def test_a_refused_connection_is_another_error_than_a_broken_one() -> None:
     async with serving(saying()) as origin:
         pass
     async with connections() as made:

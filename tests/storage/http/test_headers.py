@@ -35,7 +35,7 @@ def test_dates(text: str, us: int | None) -> None:
     assert date_us({}, "Last-Modified") is None
 
 
-def test_a_result_says_what_the_headers_say() -> None:
+def test_a_result_has_the_values_of_the_headers() -> None:
     headers = {
         "ETag": '"abc"',
         "Date": "Thu, 01 Jan 1970 00:00:02 GMT",

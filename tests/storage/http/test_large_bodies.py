@@ -54,7 +54,7 @@ def reset(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-async def test_an_answer_comes_whole_in_memory_that_nobody_can_change_and_the_connection_is_kept() -> None:
+async def test_an_answer_is_complete_and_read_only_and_the_connection_is_kept() -> None:
     async with serving(saying(HEAD + BODY, OK, HEAD + BODY)) as origin, connections() as made:
         for expected in (BODY, b"hello", BODY):
             response = await made.exchange(origin, "GET", "/", {"host": "h"}, **LIMITS)
@@ -118,7 +118,7 @@ async def test_a_peer_that_falls_silent_within_an_answer_is_given_up() -> None:
         await threads_have_ended(made)
 
 
-async def test_a_slow_line_is_not_taken_for_a_dead_one() -> None:
+async def test_a_slow_connection_is_not_taken_for_a_broken_one() -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(HEAD + BODY[: SIZE - 40])
@@ -216,7 +216,7 @@ async def test_more_transfers_than_threads_all_come_through() -> None:
     assert all(answer.body == BODY for answer in answers)
 
 
-async def test_where_no_thread_starts_the_loop_moves_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_loop_moves_the_bytes_if_no_thread_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> Iterator[None]:
         raise RuntimeError("can't start new thread")
 

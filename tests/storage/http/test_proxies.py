@@ -125,7 +125,7 @@ async def test_hosts_that_are_excepted_are_reached_directly(monkeypatch: pytest.
     assert proxy.heads == []
 
 
-def test_variables_mean_what_they_mean_to_botocore_and_aiohttp(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_have_the_meaning_they_have_for_botocore_and_aiohttp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", "http://all:1")
     assert Proxies().proxy_for("http", "h", 80) is None
     monkeypatch.setenv("https_proxy", "proxy.example:3128")

@@ -32,7 +32,7 @@ def storage_on(web: WebServer, folder: str = "", **options: object) -> HttpStora
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
-async def test_ranges_come_whether_the_server_knows_them_or_not(web: WebServer, ranges: bool) -> None:
+async def test_ranges_are_read_whether_the_server_supports_them_or_not(web: WebServer, ranges: bool) -> None:
     web.ranges = ranges
     (web.folder / "x").write_bytes(b"0123456789")
     (web.folder / "empty").write_bytes(b"")
@@ -53,7 +53,7 @@ async def test_ranges_come_whether_the_server_knows_them_or_not(web: WebServer, 
     await storage.aclose()
 
 
-async def test_missing_forbidden_and_broken_are_told_apart(web: WebServer) -> None:
+async def test_missing_forbidden_and_broken_are_different_errors(web: WebServer) -> None:
     (web.folder / "x").write_bytes(b"1")
     storage = storage_on(web)
     with pytest.raises(ObjectNotFoundError, match="nothing"):

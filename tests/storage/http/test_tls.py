@@ -36,7 +36,7 @@ def web(tmp_path: Path) -> Iterator[WebServer]:
         yield server
 
 
-async def test_a_certificate_of_nobody_known_is_refused_at_once_and_says_what_to_do(web: WebServer) -> None:
+async def test_a_certificate_of_an_unknown_authority_is_refused_at_once_with_a_remedy(web: WebServer) -> None:
     (web.folder / "x").write_bytes(b"1")
     storage = HttpStorage(web.url, settings=QUICK)
     with pytest.raises(StorageError, match=r"certificate.*SSL_CERT_FILE") as caught:
@@ -97,9 +97,7 @@ async def test_a_redirect_to_plain_http_is_not_followed(web: WebServer, tmp_path
 
 
 @pytest.mark.parametrize("options", [{}, ANY_CERTIFICATE], ids=["known", "any"])
-async def test_virtual_chunks_take_the_certificates_that_their_container_says(
-    web: WebServer, options: dict[str, str]
-) -> None:
+async def test_virtual_chunks_use_the_certificates_of_their_container(web: WebServer, options: dict[str, str]) -> None:
     (web.folder / "f").write_bytes(FILE_BYTES)
     prefix = f"{web.url}/"
     config = config_of(icechunk.VirtualChunkContainer(prefix, icechunk.http_store(options)))

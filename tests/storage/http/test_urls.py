@@ -57,7 +57,7 @@ def test_a_user_in_the_url_becomes_a_header_and_is_not_sent_with_it() -> None:
         "http://[h]/x", "http://h%41/x",
     ],
 )  # fmt: skip
-def test_what_is_no_url_of_the_web_is_refused(url: str) -> None:
+def test_urls_that_are_not_http_are_refused(url: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         parse_url(url)
     assert caught.value.kind == "cannot-parse-url"

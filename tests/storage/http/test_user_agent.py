@@ -22,7 +22,7 @@ WHO = Attribution(client="weather/0.9", workload="nightly run", principal="u_1")
 SENT = f"weather/0.9 {icechunk.user_agent()} (workload=nightly run; principal=u_1)"
 
 
-def test_only_what_is_known_is_told() -> None:
+def test_only_known_facts_are_in_the_user_agent() -> None:
     assert Attribution().user_agent("p") == "p"
     assert Attribution(client="c/1").user_agent("p") == "c/1 p"
     assert Attribution(principal="me").user_agent("p") == "p (principal=me)"

@@ -44,9 +44,7 @@ def waiting(folders: Folders, folder: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2], ids=["none fails", "the first fails", "the second fails"])
-def test_who_asks_while_a_sync_runs_shares_the_next(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: int
-) -> None:
+def test_calls_during_a_sync_share_the_next_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: int) -> None:
     slow = Slow(lambda call: call == failing)
     monkeypatch.setattr(local_folders, "fsync_folder", slow)
     folders = Folders(str(tmp_path))

@@ -59,7 +59,7 @@ def _modes(root: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(("group", "folder", "file", "lock"), [(0o070, 0o070, 0o040, 0o060), (0o050, 0, 0, 0)])
-def test_what_is_made_has_the_rights_that_the_roots_group_has(
+def test_new_files_have_the_rights_of_the_roots_group(
     tmp_path: Path, group: int, folder: int, file: int, lock: int
 ) -> None:
     root = tmp_path / "root"

@@ -98,7 +98,7 @@ async def test_every_folder_on_the_way_is_synced_before_the_put_returns(
     assert synced == ["r/s/a/b"]
 
 
-async def test_a_reader_syncs_the_folder_before_it_tells_of_a_new_object(
+async def test_a_reader_syncs_the_folder_before_it_returns_a_new_object(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await LocalStorage(tmp_path).put("log/1", b"1")
@@ -318,7 +318,7 @@ async def test_a_write_whose_folder_cannot_be_synced_is_reported_as_uncertain(
         ("open", errno.EMFILE, False, True),
     ],
 )
-async def test_what_failed_before_the_file_could_have_its_name_is_certain(
+async def test_a_failure_before_the_file_could_have_its_name_is_certain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int, refused: bool, unsent: bool
 ) -> None:
     storage = LocalStorage(tmp_path)

@@ -23,7 +23,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", [bytes, memoryview])
 @pytest.mark.parametrize("synced", [True, False])
-def test_the_file_is_what_was_given(tmp_path: Path, size: int, kind: Any, synced: bool) -> None:
+def test_the_file_has_the_given_bytes(tmp_path: Path, size: int, kind: Any, synced: bool) -> None:
     # Views begin where they like.
     data = kind(os.urandom(size + 3))[3:]
     status = write_new(str(tmp_path / "x"), data, synced=synced)

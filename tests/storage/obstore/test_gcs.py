@@ -65,7 +65,7 @@ async def test_creations_and_replacements_are_conditions_on_generations(gcs: Fak
     assert [m for m, _, _ in gcs.requests] == ["PUT", "GET", "PUT"]
 
 
-async def test_a_version_that_another_client_knows_is_looked_up(gcs: FakeGcs, storage: ObstoreStorage) -> None:
+async def test_a_version_from_another_client_is_looked_up(gcs: FakeGcs, storage: ObstoreStorage) -> None:
     put = await storage.put("x", b"1")
     other = storage_on(gcs)
     assert (await other.put("x", b"2", Matches(put.version))).version != put.version
@@ -210,7 +210,7 @@ async def test_bad_configurations_are_refused_without_showing_secrets() -> None:
         icechunk.Storage.new_gcs("b", "p", icechunk.azure_credentials(access_key="k"))
 
 
-async def test_deletion_names_what_could_not_be_deleted(gcs: FakeGcs, storage: ObstoreStorage) -> None:
+async def test_deletion_names_the_objects_that_could_not_be_deleted(gcs: FakeGcs, storage: ObstoreStorage) -> None:
     for n in range(5):
         await storage.put(f"{n}", b"")
     gcs.faults = [("DELETE", "400 before")] * 2

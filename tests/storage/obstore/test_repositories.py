@@ -99,7 +99,7 @@ class Clocks:
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["both clocks", "wall clock alone"])
 @pytest.mark.parametrize("rule", [True, False])
-async def test_a_writer_that_slept_while_its_slot_was_pruned_is_not_told_that_it_committed(
+async def test_a_writer_that_slept_while_its_slot_was_pruned_does_not_report_a_commit(
     bucket: Storage, rule: bool, stopped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not rule:
@@ -139,7 +139,7 @@ async def test_a_writer_that_slept_while_its_slot_was_pruned_is_not_told_that_it
 
 
 @pytest.mark.parametrize("rule", [True, False])
-async def test_a_reader_that_slept_does_not_take_a_pruned_slot_for_no_news(
+async def test_a_reader_that_slept_does_not_take_a_pruned_slot_for_the_end_of_the_log(
     bucket: Storage, rule: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not rule:
@@ -161,7 +161,7 @@ async def test_a_reader_that_slept_does_not_take_a_pruned_slot_for_no_news(
 
 
 @by_layout
-async def test_what_expired_is_collected_and_the_rest_stays(bucket: Storage, version: int | None) -> None:
+async def test_expired_objects_are_collected_and_others_stay(bucket: Storage, version: int | None) -> None:
     history = await History.create(AgedStorage(bucket), version)
     await history.repo.create_branch_async("gone", history.ids["first"])
     await history.commit("g1", 1, branch="gone")

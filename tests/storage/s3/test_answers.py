@@ -68,7 +68,7 @@ def message(status: int, body: bytes = b"", *headers: str) -> bytes:
         (Range(0, 4), message(206, bytes(3_000_000), "Content-Range: bytes 0-2999999/3000000")),
     ],
 )
-async def test_ranges_are_believed_only_if_they_are_the_ones_asked_for(wanted: ByteRange, answer: bytes) -> None:
+async def test_answers_with_other_ranges_than_requested_are_refused(wanted: ByteRange, answer: bytes) -> None:
     async with answered(lambda head: answer) as storage:
         with pytest.raises(StorageError) as caught:
             await storage.get("x", wanted)
@@ -95,7 +95,7 @@ BAD_NUMBERS = ["-1", "+1", "x", "\u00b2", "9" * 5000, "1, 2", ""]
 
 
 @pytest.mark.parametrize("length", BAD_NUMBERS)
-async def test_sizes_that_are_none_are_errors_of_ours(length: str) -> None:
+async def test_invalid_sizes_are_storage_errors(length: str) -> None:
     async with answered(
         lambda head: f"HTTP/1.1 200 X\r\nContent-Length: {length}\r\n\r\n".encode("latin-1")
     ) as storage:
@@ -136,7 +136,7 @@ async def test_a_listing_that_repeats_a_page_ends(keys: list[str]) -> None:
     "body", [listing(["a"], size="-1"), listing(["a"], size="9" * 5000), listing(["a"], size="x"), b"", b"<a>",
              b'<?xml version="1.0" encoding="nonsense"?><a/>', b'<?xml version="1.0" encoding="utf-32"?><a/>']
 )  # fmt: skip
-async def test_documents_that_are_none_are_errors_of_ours(body: bytes) -> None:
+async def test_invalid_documents_are_storage_errors(body: bytes) -> None:
     async with answered(lambda head: message(200, body)) as storage:
         with pytest.raises(StorageError):
             [page async for page in storage.list_pages()]

@@ -171,7 +171,7 @@ async def test_a_function_that_fails_is_named_with_its_place_and_without_its_arg
     assert "hush" not in caught.value.message
 
 
-async def test_credentials_that_are_scattered_travel_in_pickles_and_cost_one_call() -> None:
+async def test_scattered_credentials_are_pickled_and_cost_one_call() -> None:
     _answers.append(S3StaticCredentials("scattered", "s"))
     async with serving() as server:
         storage = s3_storage(

@@ -77,7 +77,7 @@ async def test_reads_are_tried_again(server: FaultyS3, storage: S3Storage, pause
     assert pauses.lengths == pytest.approx([0.05, 0.1])
 
 
-async def test_what_is_tried_again_is_logged_with_its_object_and_without_secrets(
+async def test_retries_are_logged_with_their_object_and_without_secrets(
     server: FaultyS3, storage: S3Storage, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "icechunk")
@@ -134,7 +134,7 @@ async def test_a_large_body_that_stays_on_this_machine_goes_without_its_hash(
     assert server.objects[PATH][0] == data
 
 
-async def test_a_service_that_wants_the_hash_gets_it_from_then_on(server: FaultyS3, storage: S3Storage) -> None:
+async def test_a_service_that_requires_the_hash_gets_it_from_then_on(server: FaultyS3, storage: S3Storage) -> None:
     data = b"x" * 600_000
     server.behaviours = [Say(400, "InvalidRequest")]
     await storage.put("x", data)
@@ -154,7 +154,7 @@ async def test_a_service_that_wants_the_hash_gets_it_from_then_on(server: Faulty
         ("localhost.example.org", False),
     ],
 )
-def test_this_machine_is_told_from_others(host: str, here: bool) -> None:
+def test_loopback_addresses_are_recognised(host: str, here: bool) -> None:
     endpoint = Endpoint(scheme="http", host=host, path="/b", region="r", region_is_a_guess=False)
     assert endpoint.is_this_machine is here
 
@@ -193,7 +193,7 @@ async def test_creation_that_did_not_land_is_sent_again_with_the_same_bytes(
 
 
 @pytest.mark.parametrize("fault", [LOSE, OK, HANG, SLOW_DOWN])
-async def test_creation_where_another_stands_is_refused_for_certain(
+async def test_creation_over_an_existing_object_is_refused_for_certain(
     server: FaultyS3, storage: S3Storage, fault: str | Say
 ) -> None:
     server.objects[PATH] = (b"another's", {})
@@ -270,7 +270,7 @@ async def test_a_refusal_after_a_try_without_answer_is_not(
     assert not caught.value.unsent
 
 
-async def test_a_write_that_reached_nobody_is_known_not_to_have_landed(server: FaultyS3, pauses: Pauses) -> None:
+async def test_a_write_that_reached_no_server_is_known_not_to_have_landed(server: FaultyS3, pauses: Pauses) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         server.port = nobody.getsockname()[1]
@@ -282,9 +282,7 @@ async def test_a_write_that_reached_nobody_is_known_not_to_have_landed(server: F
 
 
 @pytest.mark.parametrize("fault", [Say(503, "SlowDown"), RESET, Say(403, "ExpiredToken")], ids=str)
-async def test_what_somebody_was_told_about_is_not_sent_again(
-    server: FaultyS3, storage: S3Storage, fault: str | Say
-) -> None:
+async def test_a_told_attempt_is_not_sent_again(server: FaultyS3, storage: S3Storage, fault: str | Say) -> None:
     server.faulty = lambda seen: fault if seen.method == "PUT" else OK
     with retried_unless(lambda: len(server.seen) > 0), pytest.raises(StorageError):
         await storage.put("x", b"mine", Absent())
