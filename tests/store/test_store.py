@@ -110,7 +110,7 @@ async def filled(request: pytest.FixtureRequest) -> Any:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-async def test_everything_reads_back_wherever_it_stands(filled: IcechunkStore) -> None:
+async def test_everything_reads_back_wherever_it_is_stored(filled: IcechunkStore) -> None:
     assert await state_of(filled) == EVERYTHING
     for key, value in EVERYTHING.items():
         assert await filled.exists(key)
@@ -390,7 +390,7 @@ async def test_bytes_written_are_those_of_the_moment(store: IcechunkStore) -> No
         assert await read(store, key) == bytes([1]) * len(array)
 
 
-async def test_set_if_not_exists_keeps_what_is_there(filled: IcechunkStore) -> None:
+async def test_set_if_not_exists_keeps_an_existing_value(filled: IcechunkStore) -> None:
     if filled.read_only:
         for key in ("a/c/0/0", "a/c/2/2"):
             with pytest.raises(ReadOnlyError):
@@ -474,7 +474,7 @@ def without(*prefixes: str) -> dict[str, bytes]:
         ("/", ("",)),
     ],
 )
-async def test_delete_dir_deletes_what_is_below(
+async def test_delete_dir_deletes_everything_below(
     writable: IcechunkStore, directory: str, prefixes: tuple[str, ...]
 ) -> None:
     await writable.delete_dir(directory)
@@ -492,7 +492,7 @@ async def test_deleting_metadata_takes_all_below_along(writable: IcechunkStore, 
 
 
 @pytest.mark.parametrize("key", CHUNKS)
-async def test_deleted_chunk_is_gone_and_comes_back_when_written(writable: IcechunkStore, key: str) -> None:
+async def test_deleted_chunk_is_absent_until_it_is_written_again(writable: IcechunkStore, key: str) -> None:
     await writable.delete(key)
     assert await state_of(writable) == without(key)
     assert not await writable.exists(key)
@@ -554,7 +554,7 @@ async def test_prefix_need_not_be_a_directory(filled: IcechunkStore, prefix: str
 
 
 @pytest.mark.parametrize("byte_range", [None, RangeByteRequest(1, 4)])
-async def test_chunk_object_that_is_gone_is_an_error_and_never_fill_values(byte_range: ByteRequest | None) -> None:
+async def test_missing_chunk_object_is_an_error_and_never_fill_values(byte_range: ByteRequest | None) -> None:
     storage = MemoryStorage()
     store = (await open_session(storage)).store
     await fill(store)
@@ -569,7 +569,7 @@ async def test_chunk_object_that_is_gone_is_an_error_and_never_fill_values(byte_
 
 
 @pytest.mark.parametrize("size", [10, 1_000, 100_000, 2_000_000])
-async def test_what_was_set_stays_whatever_becomes_of_the_array_that_it_came_from(size: int) -> None:
+async def test_a_stored_value_does_not_change_with_the_array_it_came_from(size: int) -> None:
     repo = await Repository.create_async(MemoryStorage())
     session = await repo.writable_session_async("main")
     await session.store.set("a/zarr.json", buffer(array_document((1,))))
@@ -584,7 +584,7 @@ async def test_what_was_set_stays_whatever_becomes_of_the_array_that_it_came_fro
     assert await read(reopened, "a/c/0") == kept
 
 
-def test_bytes_that_nobody_can_change_are_taken_as_they_are_and_no_others() -> None:
+def test_immutable_bytes_are_stored_without_a_copy_and_no_others() -> None:
     data = bytes(range(256)) * 4
     assert _bytes_of(cpu.Buffer.from_bytes(data)) is data
     whole = np.frombuffer(data, "B")

@@ -181,7 +181,7 @@ def test_variable_length_bytes_come_back(life: Life, data: bytes) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_fill_values_stand_where_nothing_was_written(life: Life, dtype: str, fill_value: Any) -> None:
+def test_fill_values_are_read_where_nothing_was_written(life: Life, dtype: str, fill_value: Any) -> None:
     array = zarr.create_array(life.store, name="a", shape=(6,), chunks=(2,), dtype=dtype, fill_value=fill_value)
     expected = np.array(array[...])
     np.testing.assert_equal(expected[0], fill_value if dtype != "V3" else np.void(fill_value))
@@ -329,7 +329,7 @@ def test_rectilinear_grids_hold_chunks_of_any_lengths(life: Life) -> None:
 
 
 @pytest.mark.parametrize("committed", [False, True])
-def test_arrays_grow_and_shrink_and_what_was_cut_off_is_gone(life: Life, committed: bool) -> None:
+def test_arrays_grow_and_shrink_and_cut_off_chunks_are_deleted(life: Life, committed: bool) -> None:
     values = np.arange(1, 51).reshape(10, 5)
     array = zarr.create_array(life.store, name="a", shape=(10, 5), chunks=(3, 2), dtype="i8")
     array[...] = values
@@ -411,7 +411,7 @@ def test_group_replaced_by_an_array_takes_its_members_along(life: Life) -> None:
     life.check(look)
 
 
-def test_deleted_members_are_gone(life: Life) -> None:
+def test_deleted_members_are_absent(life: Life) -> None:
     root = zarr.open_group(life.store)
     for name in ("keep", "drop", "deep/drop", "deep/keep"):
         root.create_array(name, shape=(2,), chunks=(1,), dtype="i4")[:] = 1
@@ -536,7 +536,7 @@ def test_zarr_cannot_create_arrays_with_other_chunk_keys(encoding: Any) -> None:
 
 
 @pytest.mark.parametrize("threshold", [0, 1, 7, 8, 9, 1000])
-def test_chunks_up_to_the_threshold_stand_in_the_manifest(threshold: int) -> None:
+def test_chunks_up_to_the_threshold_are_inline_in_the_manifest(threshold: int) -> None:
     life = Life(threshold)
     array = zarr.create_array(life.store, name="a", shape=(3, 8), chunks=(1, 8), dtype="u1", compressors=None)
     array[:2] = 1

@@ -169,7 +169,7 @@ def test_loops_write_and_read_one_session_at_once(storage: Storage) -> None:
     run(repository.aclose)
 
 
-def test_one_repository_object_lives_through_many_loops(storage: Storage) -> None:
+def test_one_repository_object_works_on_many_loops(storage: Storage) -> None:
     repository = new_repository(storage, inline_bytes=0)
 
     async def commit(n: int) -> None:
@@ -190,7 +190,7 @@ def test_one_repository_object_lives_through_many_loops(storage: Storage) -> Non
     run(repository.aclose)
 
 
-def test_loop_ends_without_tasks_of_ours(storage: Storage) -> None:
+def test_loop_ends_without_tasks_of_the_store(storage: Storage) -> None:
     async def work() -> list[str]:
         before = await other_tasks()
         repository = await Repository.create_async(storage, icechunk.RepositoryConfig(inline_chunk_threshold_bytes=0))
@@ -371,7 +371,7 @@ def test_store_used_on_zarrs_loop_and_on_the_users_at_the_same_time(storage: Sto
     run(work)
 
 
-def test_upload_that_fails_on_one_loop_is_told_on_another_and_commits_later() -> None:
+def test_upload_that_fails_on_one_loop_raises_on_another_and_commits_later() -> None:
     class Failing(MemoryStorage):
         broken = True
 

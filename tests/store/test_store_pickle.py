@@ -91,7 +91,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def test_read_only_stores_travel_to_other_processes(repository: Repository, context: Any) -> None:
+def test_read_only_stores_can_be_pickled_to_other_processes(repository: Repository, context: Any) -> None:
     session = repository.readonly_session("main")
     store = session.store
     assert total(store) == VALUES.sum()
@@ -110,7 +110,7 @@ def test_read_only_stores_travel_to_other_processes(repository: Repository, cont
     assert total(store) == VALUES.sum()
 
 
-def test_repositories_travel_and_commit_there(repository: Repository, context: Any) -> None:
+def test_pickled_repositories_commit_in_another_process(repository: Repository, context: Any) -> None:
     tip = repository.lookup_branch("main")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         assert pool.submit(tip_of, repository).result(60) == tip
@@ -143,7 +143,7 @@ def test_forked_child_reads_with_the_parents_very_objects(repository: Repository
     assert total(store) == VALUES.sum()
 
 
-def test_stores_on_s3_travel(moto_storage: Storage) -> None:
+def test_stores_on_s3_can_be_pickled(moto_storage: Storage) -> None:
     repository = filled(moto_storage)
     store = repository.readonly_session("main").store
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -152,7 +152,7 @@ def test_stores_on_s3_travel(moto_storage: Storage) -> None:
 
 
 @pytest.mark.parametrize("begin", ["branch", "snapshot", "tag", "after its commit"])
-def test_what_comes_back_from_a_pickle_is_equal_and_reads_the_same_snapshot(repository: Repository, begin: str) -> None:
+def test_a_pickled_store_is_equal_and_reads_the_same_snapshot(repository: Repository, begin: str) -> None:
     match begin:
         case "branch":
             session = repository.readonly_session("main")
@@ -207,7 +207,7 @@ def test_a_pickle_of_another_version_is_refused_by_name_and_one_of_another_patch
     assert caught.value.kind == ErrorKind.PICKLE
 
 
-def test_store_paths_and_arrays_of_zarr_travel_with_the_store(repository: Repository) -> None:
+def test_store_paths_and_arrays_of_zarr_can_be_pickled_with_the_store(repository: Repository) -> None:
     store = repository.readonly_session("main").store
     path = pickle.loads(pickle.dumps(StorePath(store, "g/a")))
     assert path == StorePath(store, "g/a")
@@ -249,7 +249,7 @@ def test_refusal_reaches_the_user_of_a_process_pool(repository: Repository) -> N
         pool.submit(total, store).result(60)
 
 
-def test_secrets_travel_only_inside_the_pickle(moto_storage: Storage) -> None:
+def test_secrets_are_only_inside_the_pickle(moto_storage: Storage) -> None:
     credentials = S3Credentials.Static(S3StaticCredentials("key", "a-very-secret-word"))
     storage = icechunk.s3_storage(
         bucket="b", prefix="p", region="us-east-1", access_key_id="key", secret_access_key="a-very-secret-word"
@@ -260,7 +260,7 @@ def test_secrets_travel_only_inside_the_pickle(moto_storage: Storage) -> None:
     assert pickle.loads(pickle.dumps(storage)) == storage
 
 
-def test_store_in_memory_says_that_it_cannot_travel() -> None:
+def test_store_in_memory_refuses_to_be_pickled() -> None:
     repository = filled(icechunk.in_memory_storage())
     store = repository.readonly_session("main").store
     with pytest.raises(icechunk.InvalidInputError, match="this process only"):

@@ -234,7 +234,7 @@ class StoreMachine(ZarrStoreStateMachine):
         self.store.store = self.repo.reopen()
 
 
-def test_hierarchy_is_what_a_memory_store_of_zarr_holds_through_commits_and_reopening() -> None:
+def test_hierarchy_equals_that_of_a_memory_store_of_zarr_after_commits_and_reopening() -> None:
     run_state_machine_as_test(HierarchyMachine, settings=SETTINGS)
 
 

@@ -353,7 +353,7 @@ async def test_the_one_chunk_of_an_array_without_dimensions_may_be_called_a_box_
     ("modified", "checksum", "unchanged"),
     [(0, 0, True), (0.3, 0.3, True), (0.3, 0, False), (0.3, 1, True), (0.9, 0.5, True), (1.2, 0.5, False)],
 )
-async def test_times_as_checksums_count_in_fractions_where_the_store_tells_them(
+async def test_times_as_checksums_count_in_fractions_where_the_store_has_them(
     folder: Path, store: IcechunkStore, modified: float, checksum: float, unchanged: bool
 ) -> None:
     os.utime(folder / "f", (1_700_000_000 + modified,) * 2)
