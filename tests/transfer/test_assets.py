@@ -75,7 +75,7 @@ async def test_reference_is_found_in_the_manifest_that_covers_it_however_often_o
             assert ref is None or (ref.kind, ref.offset, ref.length) == (NATIVE, 100 * coords[0] + coords[1], 1)
 
 
-async def test_manifest_that_knows_nothing_of_its_array_is_a_damaged_file() -> None:
+async def test_manifest_without_its_array_is_a_damaged_file() -> None:
     assets, node = tiled(1, NodeId(b"another!"))
     with pytest.raises(FormatError, match="no references of array '/a'"):
         await assets.reference(node, (0, 0))

@@ -184,7 +184,7 @@ def test_any_schedule_of_reads_and_cancellations_returns_exactly_the_bytes(
 
 
 @given(st.lists(st.tuples(st.integers(0, 500), st.integers(1, 60)), min_size=1, max_size=30))
-def test_merged_ranges_cover_what_is_wanted_and_each_begins_and_ends_with_it(wants: list[tuple[int, int]]) -> None:
+def test_merged_ranges_cover_the_requested_ones_and_each_begins_and_ends_with_one(wants: list[tuple[int, int]]) -> None:
     wanted = [(start, start + length) for start, length in wants]
     merged = merge(wanted, SMALL)
     for start, end in wanted:
@@ -246,7 +246,7 @@ async def test_reads_of_one_turn_that_lie_near_each_other_are_one_request() -> N
     assert storage.ranges == [("a", 0, 61 * KIB)]
 
 
-async def test_single_random_read_fetches_only_what_is_wanted() -> None:
+async def test_single_random_read_fetches_only_the_requested_range() -> None:
     storage = await storage_with(a=pattern(4 * KIB * KIB))
     blocks = reader(storage)
     await blocks.read("a", 3_000_000, 3_000_100)
@@ -316,7 +316,7 @@ async def test_a_missing_object_is_an_error_for_every_waiting_reader() -> None:
     assert [type(error) for error in results] == [ObjectNotFoundError] * 3
 
 
-def test_an_unwanted_window_that_fails_is_fetched_again_when_a_reader_wants_it() -> None:
+def test_a_read_ahead_window_that_failed_is_fetched_again_for_a_reader() -> None:
     async def main() -> None:
         data = pattern(400)
         storage = await storage_with(a=data)
@@ -332,7 +332,7 @@ def test_an_unwanted_window_that_fails_is_fetched_again_when_a_reader_wants_it()
     run_strictly(main)
 
 
-def test_a_reader_that_joined_a_request_survives_the_cancellation_of_the_first_reader() -> None:
+def test_a_reader_that_joined_a_request_gets_it_after_the_first_reader_was_cancelled() -> None:
     async def main() -> None:
         storage = await storage_with(a=pattern(100))
         blocks = reader(storage, SMALL)

@@ -35,7 +35,9 @@ def test_value_heavier_than_the_bound_is_not_kept_and_pushes_nothing_out() -> No
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 12)), max_size=60), st.integers(0, 20))
-def test_weight_is_the_sum_of_what_is_kept_and_never_passes_the_bound(puts: list[tuple[int, int]], bound: int) -> None:
+def test_weight_is_the_sum_of_the_kept_values_and_never_passes_the_bound(
+    puts: list[tuple[int, int]], bound: int
+) -> None:
     cache: WeightedCache[int, int] = WeightedCache(bound)
     weights: dict[int, int] = {}
     for key, weight in puts:

@@ -76,7 +76,7 @@ async def test_no_more_requests_than_allowed_are_in_flight() -> None:
     assert storage.most == 3
 
 
-async def test_a_waiter_survives_the_cancellation_of_the_first_caller() -> None:
+async def test_a_waiter_gets_the_result_after_the_first_caller_was_cancelled() -> None:
     storage = await slow(a=b"1")
     pool = FetchPool(storage, Gate(8))
     first = asyncio.ensure_future(pool.get("a"))
@@ -164,7 +164,7 @@ async def test_parts_beyond_the_end_of_the_object_are_left_out(size: int) -> Non
         await pool.get("a", Range(size, size + 30))
 
 
-def test_a_waiter_survives_the_cancel_scope_of_the_first_caller() -> None:
+def test_a_waiter_gets_the_result_after_the_cancel_scope_of_the_first_caller() -> None:
     async def main() -> None:
         storage = await slow(a=b"1")
         gate = Gate(8)

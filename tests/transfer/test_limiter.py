@@ -48,7 +48,7 @@ def test_bounds_hold_and_every_request_enters_after_any_cancellation(
     asyncio.run(main())
 
 
-async def test_who_comes_first_goes_first_even_if_a_later_one_would_fit() -> None:
+async def test_the_first_request_goes_first_even_if_a_later_one_would_fit() -> None:
     gate = Gate(10, 10)
     order: list[int] = []
 

@@ -48,7 +48,7 @@ def preload(condition: Condition, **limits: int) -> icechunk.ManifestPreloadConf
     return icechunk.ManifestPreloadConfig(preload_if=condition, **limits)
 
 
-def test_the_default_is_what_looks_like_coordinates_and_is_small_as_official() -> None:
+def test_the_default_is_small_arrays_that_look_like_coordinates_as_official() -> None:
     yes = (
         "altitude day depth gdept gphit height2 hght i isotherm j lat lat1 latlon level_2 lon lv_x1 min5 month nav_lat"
     )

@@ -77,7 +77,7 @@ async def test_full_pool_makes_the_next_put_wait_until_there_is_room() -> None:
     assert (await storage.get("b")).data == b"y" * 8
 
 
-async def test_object_larger_than_the_bound_travels_alone() -> None:
+async def test_object_larger_than_the_bound_is_sent_alone() -> None:
     storage = Gated()
     storage.gate.set()
     puts = pool(storage, max_bytes=10)
@@ -102,7 +102,7 @@ async def test_failure_surfaces_once_at_the_next_put_and_flush_tries_again() -> 
     assert (await storage.get("b")).data == b"2"
 
 
-async def test_flush_that_fails_says_so_and_keeps_the_bytes_for_the_next() -> None:
+async def test_failed_flush_raises_and_keeps_the_bytes_for_the_next() -> None:
     storage = Gated()
     storage.failures = 2
     storage.gate.set()
@@ -115,7 +115,7 @@ async def test_flush_that_fails_says_so_and_keeps_the_bytes_for_the_next() -> No
     assert (await storage.get("a")).data == b"1"
 
 
-async def test_discard_forgets_bytes_and_failures() -> None:
+async def test_discard_drops_bytes_and_failures() -> None:
     storage = Gated()
     storage.failures = 1
     storage.gate.set()
@@ -127,7 +127,7 @@ async def test_discard_forgets_bytes_and_failures() -> None:
     assert puts.in_flight == 0
 
 
-def test_flush_uploads_what_a_finished_loop_left_behind() -> None:
+def test_flush_uploads_bytes_that_a_finished_loop_left_behind() -> None:
     storage = Gated()
     puts = pool(storage)
     asyncio.run(puts.put("a", b"1"))
@@ -204,7 +204,7 @@ async def test_a_discarded_upload_that_fails_later_raises_nothing() -> None:
     assert (await storage.get("b")).data == b"2"
 
 
-async def test_flush_waits_for_what_was_taken_before_it_however_much_follows() -> None:
+async def test_flush_waits_for_earlier_bytes_only_however_many_follow() -> None:
     storage = Gated()
     puts = pool(storage)
     await puts.put("a", b"1")
@@ -238,7 +238,7 @@ async def test_one_slow_upload_does_not_keep_others_waiting_for_room_that_is_the
     await puts.flush()
 
 
-async def test_who_waits_longest_gets_room_first() -> None:
+async def test_the_longest_waiting_write_gets_room_first() -> None:
     storage = Gated()
     puts = pool(storage, max_bytes=10, max_requests=1)
     await puts.put("first", b"x" * 8)
@@ -307,7 +307,7 @@ async def test_loop_whose_thread_is_blocked_is_not_waited_for(other_loop: asynci
         blocked.set()
 
 
-async def test_loop_that_is_alive_is_waited_for_and_its_bytes_travel_once(
+async def test_running_loop_is_waited_for_and_its_bytes_are_sent_once(
     other_loop: asyncio.AbstractEventLoop,
 ) -> None:
     storage = Gated()
@@ -404,7 +404,7 @@ async def test_sessions_share_one_bound_on_requests() -> None:
         await puts.flush()
 
 
-async def test_what_another_session_holds_back_is_sent_when_room_is_needed() -> None:
+async def test_bytes_held_back_by_another_session_are_sent_when_room_is_needed() -> None:
     storage = Gated()
     storage.gate.set()
     idle, busy = shared(storage, 2, max_bytes=10)
@@ -416,7 +416,7 @@ async def test_what_another_session_holds_back_is_sent_when_room_is_needed() -> 
     await busy.flush()
 
 
-async def test_what_another_session_could_not_write_is_tried_again_and_then_says_why_there_is_no_room() -> None:
+async def test_failed_bytes_of_another_session_are_tried_again_and_then_the_error_says_why_there_is_no_room() -> None:
     storage = Gated()
     storage.gate.set()
     storage.failures = 2

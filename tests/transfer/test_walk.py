@@ -55,7 +55,7 @@ def test_two_readers_walk_side_by_side() -> None:
     assert all(walk is not None for walk in found[-1])
 
 
-def test_a_walk_survives_reads_at_random() -> None:
+def test_a_walk_continues_after_reads_at_random() -> None:
     walks, rows = Walks(), random.Random(0)
     for row in range(1_000):
         walk = walks.step(row)
