@@ -174,7 +174,7 @@ EXPECTED = np.array([7] * 10 + list(FILE_BYTES[5:15]) + [7] * 20, "u1")
 
 
 @pytest.mark.parametrize("checksum", [None, "etag", "time"])
-async def test_a_reference_is_read_by_whoever_opens_with_credentials(place: Place, checksum: str | None) -> None:
+async def test_a_reference_is_read_by_a_repository_opened_with_credentials(place: Place, checksum: str | None) -> None:
     await place.objects.put("f g", FILE_BYTES)
     info = await place.seen.head("f g")
     await place.seen.aclose()
@@ -208,7 +208,7 @@ async def test_an_object_that_is_replaced_after_it_was_referred_to_is_an_error(p
     await refusal(place, storage, ErrorKind.VIRTUAL_CHUNK_MODIFIED)
 
 
-async def test_what_is_missing_or_too_short_is_an_error_that_says_so(place: Place) -> None:
+async def test_a_missing_or_too_short_object_is_an_error_that_says_so(place: Place) -> None:
     storage = await repository_on(place)
     assert "does not exist" in (await refusal(place, storage, ErrorKind.VIRTUAL_CHUNK_FETCH)).message
     for size in (0, 5, 9):
@@ -228,7 +228,7 @@ async def test_a_container_that_is_not_authorised_is_not_asked(place: Place) -> 
     assert caught.value.kind == ErrorKind.UNAUTHORIZED_VIRTUAL_CHUNK_CONTAINER
 
 
-async def test_what_the_service_refuses_is_an_error_that_names_the_object_and_no_secret(place: Place) -> None:
+async def test_a_refusal_of_the_service_is_an_error_that_names_the_object_and_no_secret(place: Place) -> None:
     await place.objects.put("f g", FILE_BYTES)
     storage = await repository_on(place)
     place.lock()
@@ -248,7 +248,7 @@ async def test_an_option_that_the_service_does_not_know_is_an_error_that_names_i
     assert "hush" not in error.message
 
 
-async def test_an_azure_container_without_its_account_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_azure_container_without_its_account_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
     place = Place(
         prefix="az://box/",

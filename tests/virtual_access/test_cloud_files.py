@@ -27,7 +27,7 @@ def refreshed_azure() -> Any:
     return icechunk.AzureRefreshableCredential.SasToken("sas", LATER)
 
 
-async def test_answers_of_obstore_carry_version_time_and_size() -> None:
+async def test_answers_of_obstore_have_version_time_and_size() -> None:
     obstore = pytest.importorskip("obstore", reason="the extra obstore")
     store = obstore.store.MemoryStore()
     await obstore.put_async(store, "folder/f g", FILE_BYTES)
@@ -73,7 +73,7 @@ async def test_credentials_become_obstores() -> None:
     assert await provider() == {"sas_token": "sas", "expires_at": LATER}
 
 
-def test_without_obstore_the_error_says_what_to_install() -> None:
+def test_without_obstore_the_error_names_the_package_to_install() -> None:
     script = (
         "import sys; sys.modules['obstore'] = None\n"
         "import icechunk\n"

@@ -84,7 +84,7 @@ def test_the_longest_prefix_of_the_resolved_location_wins(location: str, prefix:
         "http://web/x/f",
     ],
 )
-def test_what_no_container_holds_is_not_resolved(location: str) -> None:
+def test_a_location_outside_all_containers_is_not_resolved(location: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         PREFIXES.resolve(location)
     assert caught.value.kind == ErrorKind.NO_CONTAINER_FOR_VIRTUAL_CHUNK
@@ -126,7 +126,7 @@ def test_no_reference_leaves_its_prefix(start: str, segments: list[str]) -> None
 @given(
     st.sampled_from(["s3://data/pre", "file:///srv", "https://web/x", "S3://data/pre"]), st.lists(SEGMENT, max_size=4)
 )
-def test_a_plain_location_is_stored_as_it_stands_and_held(start: str, segments: list[str]) -> None:
+def test_a_plain_location_is_stored_unchanged_and_held(start: str, segments: list[str]) -> None:
     location = "/".join([start, *segments])
     if PREFIXES.is_plain(location):
         assert stored_location(location) == location

@@ -115,7 +115,9 @@ async def test_links_in_an_authorised_folder_are_followed_as_the_official_librar
         ("pipe", ErrorKind.VIRTUAL_CHUNK_FETCH),
     ],
 )
-async def test_references_to_what_is_no_file_of_the_folder_are_errors(folder: Path, tail: str, kind: ErrorKind) -> None:
+async def test_references_that_lead_to_no_file_of_the_folder_are_errors(
+    folder: Path, tail: str, kind: ErrorKind
+) -> None:
     (folder / "sub").mkdir()
     os.mkfifo(folder / "pipe")
     session = await session_on(folder)
@@ -164,7 +166,7 @@ async def test_checksums_of_local_files_are_verified(folder: Path) -> None:
         assert "changed" in error.message
 
 
-async def test_a_file_that_was_rewritten_is_noticed_by_whoever_opens_the_repository(folder: Path) -> None:
+async def test_a_rewritten_file_is_noticed_by_every_repository_that_is_opened_later(folder: Path) -> None:
     storage = icechunk.in_memory_storage()
     repository = await local_repository(folder, storage)
     session = await repository.writable_session_async("main")
@@ -281,7 +283,7 @@ async def test_ranges_are_read_from_web_servers_with_the_containers_headers(web:
     await repository.aclose()
 
 
-async def test_checksums_of_web_files_are_compared_with_what_the_answer_says(web: WebServer) -> None:
+async def test_checksums_of_web_files_are_compared_with_the_headers_of_the_answer(web: WebServer) -> None:
     repository = await web_repository(web)
     session = await repository.writable_session_async("main")
     location = f"{web.url}base/f"
@@ -297,7 +299,7 @@ async def test_checksums_of_web_files_are_compared_with_what_the_answer_says(web
     await repository.aclose()
 
 
-async def test_what_web_servers_refuse_is_an_error_and_what_is_transient_is_tried_again(web: WebServer) -> None:
+async def test_refusals_of_web_servers_are_errors_and_transient_failures_are_tried_again(web: WebServer) -> None:
     repository = await web_repository(web)
     session = await repository.writable_session_async("main")
     location = f"{web.url}base/f"
@@ -315,7 +317,7 @@ async def test_what_web_servers_refuse_is_an_error_and_what_is_transient_is_trie
     await repository.aclose()
 
 
-async def test_redirects_are_followed_but_carry_no_headers_elsewhere(web: WebServer) -> None:
+async def test_redirects_to_another_host_are_followed_without_the_headers(web: WebServer) -> None:
     repository = await web_repository(web, {"X-Key": "k"})
     session = await repository.writable_session_async("main")
     with serve() as elsewhere:

@@ -67,7 +67,9 @@ async def refused(repository: Repository, server: FaultyS3) -> None:
 
 
 @pytest.mark.parametrize("credentials", [KEYS, icechunk.s3_from_env_credentials(), None])
-async def test_keys_are_not_sent_where_only_the_repository_says(credentials: Any, server: FaultyS3) -> None:
+async def test_keys_are_not_sent_to_an_endpoint_that_only_the_repository_names(
+    credentials: Any, server: FaultyS3
+) -> None:
     storage = icechunk.in_memory_storage()
     await made_by_somebody(server, storage)
     access = icechunk.containers_credentials({PREFIX: credentials})
@@ -101,7 +103,7 @@ async def test_readers_whose_own_configuration_has_the_endpoint_are_served(serve
 
 
 @pytest.mark.parametrize("how", ["credentials", "options"])
-async def test_where_nothing_secret_is_sent_the_repository_says_where(how: str, server: FaultyS3) -> None:
+async def test_the_repository_chooses_the_endpoint_if_no_secret_is_sent(how: str, server: FaultyS3) -> None:
     storage = icechunk.in_memory_storage()
     await made_by_somebody(server, storage, anonymous=how == "options")
     access = icechunk.containers_credentials({PREFIX: ANONYMOUS if how == "credentials" else None})
@@ -155,7 +157,7 @@ async def test_the_endpoint_of_the_repositorys_own_storage_is_named_already(
         (icechunk.local_filesystem_store("/x"), True),
     ],
 )
-def test_options_that_say_where_requests_go_have_to_be_named(store: Any, allowed: bool) -> None:
+def test_options_that_redirect_requests_have_to_be_named(store: Any, allowed: bool) -> None:
     persisted = VirtualChunkContainer("x://y/", store)
     require_named(persisted, None, {"x://y/": persisted}, None)
     if allowed:
