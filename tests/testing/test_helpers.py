@@ -54,7 +54,7 @@ async def test_two_chains_side_by_side_cost_the_longer_one() -> None:
     assert storage.dependent_rounds() == 4
 
 
-async def test_each_fault_does_what_it_says() -> None:
+async def test_each_fault_has_its_effect() -> None:
     inner = MemoryStorage()
     faults = [Fault.FAIL_BEFORE, Fault.LOSE_ANSWER, Fault.LATE, Fault.DUPLICATE]
     storage = FaultyStorage(inner, scripted({("put", n): fault for n, fault in enumerate(faults)}))
