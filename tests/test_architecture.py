@@ -111,7 +111,7 @@ def test_pure_rooms_know_no_io_no_clock_and_no_chance(room: str) -> None:
 
 
 @pytest.mark.parametrize("package", sorted(name for name, path in MODULES.items() if path.name == "__init__.py"))
-def test_every_package_says_what_lives_there(package: str) -> None:
+def test_every_package_docstring_says_what_belongs_there(package: str) -> None:
     assert ast.get_docstring(ast.parse(MODULES[package].read_text()))
 
 

@@ -85,7 +85,7 @@ def test_a_journey_passes_few_files(title: str, most: int) -> None:
     assert len({code_of(name).co_filename for name in journey(title)}) <= most
 
 
-async def test_a_chunk_is_written_as_the_page_says() -> None:
+async def test_a_chunk_is_written_through_the_functions_of_the_page() -> None:
     repo = await repository()
     session = await repo.writable_session_async("main")
     value = PROTOTYPE.buffer.from_bytes(bytes(512))
@@ -97,14 +97,14 @@ async def test_a_chunk_is_written_as_the_page_says() -> None:
     assert await passed(work, journey("A chunk is written")) == journey("A chunk is written")
 
 
-async def test_a_chunk_is_read_as_the_page_says() -> None:
+async def test_a_chunk_is_read_through_the_functions_of_the_page() -> None:
     repo = await icechunk.Repository.open_async((await repository()).storage)
     session = await repo.readonly_session_async("main")
     wanted = journey("A chunk is read")
     assert await passed(lambda: session.store.get("a/c/2/0", PROTOTYPE), wanted) == wanted
 
 
-async def test_a_commit_goes_as_the_page_says() -> None:
+async def test_a_commit_passes_the_functions_of_the_page() -> None:
     repo = await repository()
     session = await repo.writable_session_async("main")
     await session.store.set("a/c/6/0", PROTOTYPE.buffer.from_bytes(bytes(512)))

@@ -243,7 +243,7 @@ async def test_closing_on_a_bad_day_does_not_hang_and_loses_nothing(
     await require_chunks(server.endpoint, 0, 1)
 
 
-async def test_storm_of_refusals_fails_no_read_is_answered_with_fewer_requests_and_is_forgotten(
+async def test_storm_of_refusals_fails_no_read_lowers_the_request_rate_and_has_no_lasting_effect(
     server: FaultyS3,
 ) -> None:
     patient = StorageSettings(retries=StorageRetriesSettings(max_tries=10, initial_backoff_ms=5, max_backoff_ms=200))
@@ -340,7 +340,7 @@ def unknown_host() -> Iterator[str]:
     ],
 )
 @pytest.mark.parametrize("verb", ["open", "create"])
-async def test_service_that_is_not_there_is_an_error_that_says_what_to_check(
+async def test_unreachable_service_is_an_error_that_says_what_to_check(
     place: contextlib.AbstractContextManager[str], message: str, verb: str
 ) -> None:
     with place() as endpoint:  # type: ignore[operator]
@@ -474,7 +474,7 @@ TOXICS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.minio
 @pytest.mark.parametrize("toxic", TOXICS)
-async def test_bad_line_fails_reads_and_commits_with_an_error_and_all_is_well_when_it_is_mended(
+async def test_bad_connection_fails_reads_and_commits_with_an_error_and_both_succeed_once_it_is_repaired(
     minio: services.S3Service, line: services.Proxy, toxic: str
 ) -> None:
     prefix = os.urandom(8).hex()

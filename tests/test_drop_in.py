@@ -29,7 +29,7 @@ def test_a_configuration_given_at_creation_can_be_saved_again() -> None:
     assert repo.reopen().config.inline_chunk_threshold_bytes == 7
 
 
-def test_a_commit_says_how_often_it_was_rebased() -> None:
+def test_a_commit_records_how_often_it_was_rebased() -> None:
     repo = new_repo()
     with repo.transaction("main", message="root") as store:
         zarr.create_group(store)
@@ -90,7 +90,7 @@ def test_chunks_of_a_rectilinear_grid_are_not_shifted() -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(tree_and_mixed_moves(max_leaves=st.just(12), n_moves=st.integers(1, 5)))
-def test_moves_of_the_official_strategies_do_what_the_model_says(
+def test_moves_of_the_official_strategies_agree_with_the_model(
     tree_moves: tuple[GroupNode, list[tuple[str, str, str | None]]],
 ) -> None:
     tree, moves = tree_moves

@@ -127,7 +127,7 @@ def test_conflicts_are_caught_and_rebased(storage: ic.Storage) -> None:
     )
 
 
-def test_kinds_tell_errors_apart(storage: ic.Storage) -> None:
+def test_errors_have_distinct_kinds(storage: ic.Storage) -> None:
     repo = ic.Repository.create(storage)
     repo.create_tag("v1", snapshot_id=repo.lookup_branch("main"))
     repo.delete_tag("v1")

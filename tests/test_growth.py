@@ -177,7 +177,7 @@ async def test_a_long_history_makes_neither_commits_nor_openings_ask_for_more() 
 
 
 @pytest.mark.parametrize("spec_version", [1, 2])
-async def test_in_the_published_formats_the_tenth_commit_asks_for_what_the_hundredth_does(spec_version: int) -> None:
+async def test_in_the_published_formats_the_tenth_commit_makes_the_requests_of_the_hundredth(spec_version: int) -> None:
     storage = MemoryStorage()
     recording = RecordingStorage(storage, turns=0)
     repository = await Repository.create_async(recording, spec_version=spec_version)

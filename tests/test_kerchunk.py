@@ -73,7 +73,7 @@ def test_a_kerchunk_document_becomes_arrays_with_the_same_values(
     assert scalar[()] == 4.5
 
 
-def test_what_was_exported_is_read_by_zarr_key_for_key(tmp_path: Path, document: dict[str, Any]) -> None:
+def test_an_export_is_read_by_zarr_key_for_key(tmp_path: Path, document: dict[str, Any]) -> None:
     session = repository(tmp_path).writable_session("main")
     from_kerchunk(session.store, document)
     exported = json.loads(json.dumps(to_kerchunk(session)))
@@ -118,7 +118,9 @@ def test_the_repositorys_own_chunks_need_a_url(tmp_path: Path) -> None:
         {"p/.zarray": '{"shape": [24], "chunks": [6], "dtype": "|u1", "filters": [{"id": "nobody"}]}'},
     ],
 )
-def test_what_is_not_understood_is_refused(tmp_path: Path, document: dict[str, Any], change: dict[str, Any]) -> None:
+def test_references_of_unknown_form_are_refused(
+    tmp_path: Path, document: dict[str, Any], change: dict[str, Any]
+) -> None:
     session = repository(tmp_path).writable_session("main")
     with pytest.raises(icechunk.InvalidInputError, match="kerchunk"):
         from_kerchunk(session.store, {"version": 1, "refs": {**document["refs"], **change}})

@@ -85,7 +85,7 @@ async def test_a_client_that_has_only_opened_rebases_and_merges_over_commits_of_
 
 
 @by_layout
-async def test_a_repository_of_each_layout_is_found_for_what_it_is(
+async def test_the_layout_of_an_existing_repository_is_recognised(
     storage: Storage, asked: int | None, layout: str, version: int
 ) -> None:
     made = await icechunk.Repository.create_async(storage, spec_version=asked)
@@ -255,7 +255,7 @@ async def test_format_1_is_not_converted_and_nonsense_is_no_layout() -> None:
     await repo.aclose()
 
 
-async def test_format_1_refuses_what_it_does_not_have(storage: Storage) -> None:
+async def test_format_1_refuses_operations_that_it_lacks(storage: Storage) -> None:
     repo = await icechunk.Repository.create_async(storage, spec_version=1)
     for refused in (
         repo.get_metadata_async(),

@@ -57,7 +57,7 @@ def test_a_step_that_is_not_there_is_refused_before_anything_runs() -> None:
     assert "wheels" in done.stderr
 
 
-def test_hooks_run_what_the_lint_step_runs() -> None:
+def test_hooks_run_the_commands_of_the_lint_step() -> None:
     (repo,) = read_yaml(ROOT / ".pre-commit-config.yaml")["repos"]
     run = (ROOT / ".ci" / "run").read_text("utf-8")
     for hook in repo["hooks"]:
@@ -66,7 +66,7 @@ def test_hooks_run_what_the_lint_step_runs() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob(".github/ISSUE_TEMPLATE/*.yml")), ids=lambda path: path.name)
-def test_issue_forms_have_what_the_hosting_site_asks_for(path: Path) -> None:
+def test_issue_forms_have_the_fields_that_the_hosting_site_requires(path: Path) -> None:
     form = read_yaml(path)
     if path.stem == "config":
         assert form["blank_issues_enabled"] is True

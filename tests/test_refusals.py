@@ -80,7 +80,7 @@ async def test_a_session_whose_commit_is_refused_can_commit_again(layout: str) -
 
 @every_layout
 @pytest.mark.parametrize("answer", [denied, lost_answer], ids=["refused", "lost"])
-async def test_a_branch_whose_deletion_was_not_acknowledged_survives_what_comes_later(
+async def test_a_branch_whose_deletion_was_not_acknowledged_is_kept_by_later_changes(
     layout: str, answer: Callable[[], Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settle, "backoff_s", lambda *_: 0.0)
@@ -96,7 +96,7 @@ async def test_a_branch_whose_deletion_was_not_acknowledged_survives_what_comes_
 
 
 @every_layout
-async def test_creating_where_nothing_may_be_written_says_so_at_once(layout: str) -> None:
+async def test_creating_where_nothing_may_be_written_fails_at_once(layout: str) -> None:
     storage = ScriptedStorage(MemoryStorage())
 
     async def script(request: Request, send: Send) -> object:
@@ -111,7 +111,7 @@ async def test_creating_where_nothing_may_be_written_says_so_at_once(layout: str
 
 
 @every_layout
-async def test_creating_below_a_file_says_so_at_once(layout: str, tmp_path: Path) -> None:
+async def test_creating_below_a_file_fails_at_once(layout: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"here")
     with pytest.raises(StorageError) as caught:
         await asyncio.wait_for(
@@ -167,7 +167,7 @@ def unable() -> Iterator[tuple[Storage, list[str]]]:
 
 
 @every_layout
-async def test_creating_on_a_store_that_does_not_implement_conditional_writes_says_so_at_once(
+async def test_creating_on_a_store_without_conditional_writes_fails_at_once(
     layout: str, unable: tuple[Storage, list[str]]
 ) -> None:
     storage, puts = unable

@@ -128,7 +128,7 @@ async def _embedded_in_entries(memory: Storage) -> list[set[str]]:
     return found
 
 
-async def test_another_client_reads_compares_and_rebases_on_what_only_the_log_has() -> None:
+async def test_another_client_reads_compares_and_rebases_on_files_that_only_the_log_has() -> None:
     memory = MemoryStorage()
     base = await write(await Repository.create_async(memory), "base")
     early = await Repository.open_async(Elsewhere(memory))
@@ -148,7 +148,7 @@ async def test_another_client_reads_compares_and_rebases_on_what_only_the_log_ha
     assert await read(late, "b") == b"b"
 
 
-async def test_whoever_writes_a_checkpoint_puts_the_files_that_others_left_in_the_log() -> None:
+async def test_a_client_that_writes_a_checkpoint_puts_the_files_that_others_embedded_in_the_log() -> None:
     memory = MemoryStorage()
     await Repository.create_async(memory)
     made = await dead_after_its_commits(memory, "a", "b")
@@ -199,7 +199,7 @@ async def test_a_commit_that_is_refused_leaves_no_object() -> None:
     assert await keys(memory, *FILES) == before
 
 
-async def test_a_session_that_travelled_reads_a_manifest_that_only_the_log_has() -> None:
+async def test_a_session_sent_to_another_process_reads_a_manifest_that_only_the_log_has() -> None:
     memory = MemoryStorage()
     await Repository.create_async(memory)
     await dead_after_its_commits(memory, "a")

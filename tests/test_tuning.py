@@ -168,7 +168,7 @@ async def test_long_reads_are_split_unless_enough_requests_are_on_their_way() ->
     assert storage.read.count(size // 2) == 2 * (32 - storage.read.count(size)) > 0
 
 
-async def test_what_is_longer_than_a_request_should_be_is_split_by_default_where_that_can_help() -> None:
+async def test_long_transfers_are_split_by_default_where_that_can_help() -> None:
     size = 13 << 20
     storage, repository, _ = await filled(RepositoryConfig(engine=ALONE), 10)
     session = await repository.writable_session_async("main")
