@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from icechunk.errors import InvalidInputError
+from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.by_node import ByNode, Coords, Part, by_rank, coords_by_node, grouped_coords, num_rows, owners
 from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.flat.columns import (
@@ -68,11 +68,16 @@ def encode_transaction_log(log: TransactionLog, spec_version: int = 2, level: in
         If a path is not Unicode, the format is 1 and there are moves, or more chunks changed than readers accept.
     """
     if spec_version not in (1, 2):
-        raise InvalidInputError(f"cannot encode a transaction log in spec version {spec_version}")
+        raise InvalidInputError(
+            f"cannot encode a transaction log in spec version {spec_version}", ErrorKind.SERIALIZATION
+        )
     require_room(log)
     newer = spec_version == 2
     if log.moved_nodes and not newer:
-        raise InvalidInputError("cannot encode moves in a transaction log of format 1; use format 2")
+        raise InvalidInputError(
+            "cannot encode moves in a transaction log of format 1; use format 2",
+            ErrorKind.UNSUPPORTED_OPERATION_FOR_VERSION,
+        )
     moves = sorted(log.moved_nodes, key=lambda move: move.source.split("/"))
     root: dict[int, Value] = {
         _ID: id_struct(log.id),
@@ -104,7 +109,8 @@ def require_room(log: TransactionLog) -> None:
     if chunks + len(log.updated_chunks) >= MAX_TABLES or size > MAX_BYTES - _ROOM:
         raise InvalidInputError(
             f"cannot write a transaction log of {chunks} changed chunks: no reader accepts more than {MAX_TABLES}, or "
-            f"{MAX_BYTES} bytes, in one; commit the changes in several steps, with fewer chunks each"
+            f"{MAX_BYTES} bytes, in one; commit the changes in several steps, with fewer chunks each",
+            ErrorKind.SERIALIZATION,
         )
 
 

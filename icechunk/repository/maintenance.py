@@ -352,5 +352,7 @@ def _instant_us(name: str, value: datetime) -> int:
     """µs since the epoch."""
     require_type(name, value, datetime)
     if value.tzinfo is None or value.utcoffset() is None:
-        raise WrongTypeError(f"{name} needs a time zone, for example datetime.now(timezone.utc)")
+        raise WrongTypeError(
+            f"{name} needs a time zone, for example datetime.now(timezone.utc)", ErrorKind.INVALID_SETTING
+        )
     return us_of(value)

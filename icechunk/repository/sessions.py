@@ -57,7 +57,9 @@ class Sessions(RepositoryBase):
             if branch is None or tag is not None or snapshot_id is not None:
                 raise ValueError("as_of needs a branch, and nothing else with it")
             if as_of.tzinfo is None:
-                raise WrongTypeError("as_of needs a time zone, for example datetime.now(timezone.utc)")
+                raise WrongTypeError(
+                    "as_of needs a time zone, for example datetime.now(timezone.utc)", ErrorKind.INVALID_SETTING
+                )
         state = await self._core.state(snapshot_id)
         base = select(state, branch=branch, tag=tag, snapshot_id=snapshot_id)
         if as_of is not None:

@@ -210,7 +210,9 @@ class Session:
         """
         require_type("rebase_with", rebase_with, ConflictSolver, optional=True)
         if rebase_tries < 0:
-            raise InvalidInputError(f"rebase_tries is a number of tries, it cannot be {rebase_tries}")
+            raise InvalidInputError(
+                f"rebase_tries is a number of tries, it cannot be {rebase_tries}", ErrorKind.INVALID_SETTING
+            )
         return await write_snapshot(
             self._content,
             How.COMMIT,
@@ -344,7 +346,10 @@ class Session:
         for other in others:
             require_type("others", other, Session)
         if on_conflict not in get_args(MergePolicy):
-            raise InvalidInputError(f"on_conflict is one of {get_args(MergePolicy)}, it cannot be {on_conflict!r}")
+            raise InvalidInputError(
+                f"on_conflict is one of {get_args(MergePolicy)}, it cannot be {on_conflict!r}",
+                ErrorKind.INVALID_SETTING,
+            )
         forks = [(n, other._content) for n, other in enumerate(others) if other is not self]
         await merge_forks(self._content, forks, on_conflict)
 

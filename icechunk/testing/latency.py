@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
 
-from icechunk.errors import InvalidInputError
+from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.storage.port import (
     ANY,
     ByteRange,
@@ -103,5 +103,7 @@ class LatencyStorage(WrappingStorage):
 
 def _checked(name: str, ms: int) -> int:
     if isinstance(ms, bool) or not isinstance(ms, int) or ms < 0:
-        raise InvalidInputError(f"bad {name} {ms!r}: give a number of milliseconds, 0 or more")
+        raise InvalidInputError(
+            f"bad {name} {ms!r}: give a number of milliseconds, 0 or more", ErrorKind.INVALID_SETTING
+        )
     return ms

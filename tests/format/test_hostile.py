@@ -21,6 +21,7 @@ from icechunk.format.metadata import metadata_from_tables
 from icechunk.format.repo.codec import decode_repo
 from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.format.transaction import decode_transaction_log
+from tests.raising import raises
 from tools.fuzz.decoders import DECODERS, FLEXBUFFERS, attempt, fixtures, mutate, mutate_file, targets
 
 
@@ -71,7 +72,7 @@ def test_every_word_replaced_by_a_wild_offset_is_a_value_or_a_format_error(file_
 
 def refused(decoder: Callable[[bytes], Any], data: bytes, reason: str) -> None:
     start = time.perf_counter()
-    with pytest.raises(FormatError, match=reason):
+    with pytest.raises(FormatError, match=reason):  # words: only they tell the defect
         decoder(data)
     assert time.perf_counter() - start < 2
 
@@ -126,7 +127,7 @@ def test_message_pack_that_is_corrupt_or_deep_is_a_format_error() -> None:
         payload = FlatWriter().finish(FlatTable({0: [FlatTable({0: "name", 1: value})]}))
         items = Buffer(bytes(payload), "test").root().tables(0)
         assert items is not None
-        with pytest.raises(FormatError, match="MessagePack"):
+        with raises(FormatError, "deserialization", "MessagePack"):
             metadata_from_tables(items, 1)
 
 

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from typing import Final, TypeVar
 
-from icechunk.errors import FormatError
+from icechunk.errors import ErrorKind, FormatError
 
 __all__ = ["Buffer", "Table", "required"]
 
@@ -44,9 +44,9 @@ class Buffer:
         self.tables_left = len(data) // _MIN_TABLE_BYTES + 1
         self._vtables: dict[int, tuple[int, ...]] = {}
 
-    def fail(self, reason: str) -> FormatError:
+    def fail(self, reason: str, kind: ErrorKind = ErrorKind.INVALID_FILE_FORMAT) -> FormatError:
         """The error to raise for this payload, with ``reason`` in its message."""
-        return FormatError(f"cannot read {self.name}: {reason}")
+        return FormatError(f"cannot read {self.name}: {reason}", kind)
 
     def root(self) -> Table:
         """The root table.

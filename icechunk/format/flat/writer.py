@@ -22,7 +22,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
-from icechunk.errors import InvalidInputError
+from icechunk.errors import ErrorKind, InvalidInputError
 
 __all__ = [
     "MAX_BYTES",
@@ -123,7 +123,10 @@ class FlatWriter:
         position = self.table(root)
         _U32.pack_into(self.out, 0, position)
         if len(self.out) > MAX_BYTES:
-            raise InvalidInputError(f"cannot encode {len(self.out)} bytes: a metadata file holds at most {MAX_BYTES}")
+            raise InvalidInputError(
+                f"cannot encode {len(self.out)} bytes: a metadata file holds at most {MAX_BYTES}",
+                ErrorKind.SERIALIZATION,
+            )
         return self.out
 
     def align(self, align: int, before: int = 0) -> None:
@@ -142,7 +145,9 @@ class FlatWriter:
                     packed = packer.pack(value.value)
                 except struct.error as error:
                     limit = f"a number of {packer.size} bytes"
-                    raise InvalidInputError(f"cannot encode {value.value}: the format holds {limit} there") from error
+                    raise InvalidInputError(
+                        f"cannot encode {value.value}: the format holds {limit} there", ErrorKind.SERIALIZATION
+                    ) from error
                 inline.append((packer.size, slot, packer.size, packed))
             elif isinstance(value, Inline):
                 inline.append((value.align, slot, len(value.data), value.data))
@@ -212,7 +217,7 @@ class FlatWriter:
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
-            raise InvalidInputError(f"cannot encode {text!r}: not valid Unicode") from error
+            raise InvalidInputError(f"cannot encode {text!r}: not valid Unicode", ErrorKind.SERIALIZATION) from error
         start = self.items(data, len(data), 1)
         self.out += b"\0"
         return start

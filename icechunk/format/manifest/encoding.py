@@ -70,7 +70,7 @@ def _utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidInputError(f"cannot encode {text!r}: not valid Unicode") from error
+        raise InvalidInputError(f"cannot encode {text!r}: not valid Unicode", ErrorKind.SERIALIZATION) from error
 
 
 def inline_places(refs: ChunkRefs, start: int) -> tuple[Positions, int]:
@@ -122,7 +122,7 @@ def encode_manifest(
         before compression or 50 million references.
     """
     if spec_version not in (1, 2):
-        raise InvalidInputError(f"cannot encode a manifest in spec version {spec_version}")
+        raise InvalidInputError(f"cannot encode a manifest in spec version {spec_version}", ErrorKind.SERIALIZATION)
     columns = unmixed(grouped_refs(manifest.arrays))
     dictionary = None
     if locations is not None and spec_version == 2:
@@ -264,7 +264,9 @@ def _groups(refs: ChunkRefs, location_slot: int) -> list[_Group]:
     for value in np.flatnonzero(counts).tolist():
         kind, checksum = value >> 4, value & 3
         if kind not in kind_fields or checksum not in _CHECKSUM_FIELDS:
-            raise InvalidInputError(f"cannot encode a reference of kind {kind} with checksum kind {checksum}")
+            raise InvalidInputError(
+                f"cannot encode a reference of kind {kind} with checksum kind {checksum}", ErrorKind.SERIALIZATION
+            )
         slots = kind_fields[kind] + _CHECKSUM_FIELDS[checksum]
         slots += (at_slot.OFFSET,) * (value >> 3 & 1) + (at_slot.LENGTH,) * (value >> 2 & 1)
         count = int(counts[value])
@@ -304,7 +306,8 @@ def _write_refs(
     if inline_end > MAX_BYTES or len(refs) > MAX_TABLES:
         raise InvalidInputError(
             f"cannot encode a manifest of {len(refs)} references in {inline_end} bytes: no reader accepts more than "
-            f"{MAX_TABLES}, or {MAX_BYTES} bytes; split the array's manifests (ManifestConfig.splitting)"
+            f"{MAX_TABLES}, or {MAX_BYTES} bytes; split the array's manifests (ManifestConfig.splitting)",
+            ErrorKind.SERIALIZATION,
         )
     out += bytes(inline_end - start)
     index = np.frombuffer(out, "<u4", words, start)

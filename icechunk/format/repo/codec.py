@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from icechunk.errors import FormatError, InvalidInputError
+from icechunk.errors import ErrorKind, FormatError, InvalidInputError
 from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.flat import flexbuffers
 from icechunk.format.flat.reader import Buffer, Table, required
@@ -160,7 +160,8 @@ def _ref_tables(what: str, refs: Mapping[str, ObjectId], rows: SnapshotRows) -> 
         number = rows.number(refs[name])
         if number < 0:
             raise InvalidInputError(
-                f"cannot encode the repo info: {what} {name!r} points to a snapshot that is not in it"
+                f"cannot encode the repo info: {what} {name!r} points to a snapshot that is not in it",
+                ErrorKind.SERIALIZATION,
             )
         tables.append(FlatTable({0: name, 1: Scalar("I", number)}))
     return tables

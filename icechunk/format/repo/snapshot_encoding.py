@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from icechunk.errors import InvalidInputError
+from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.flat.columns import Positions, TableColumns, copy_spans, gather, put
 from icechunk.format.flat.reader import Buffer
 from icechunk.format.flat.writer import FlatTable, FlatWriter, Items, Scalar, id_struct, u64
@@ -309,7 +309,9 @@ class SnapshotRows:
                     len(message),
                 )
             except (struct.error, UnicodeEncodeError) as error:
-                raise InvalidInputError(f"cannot encode snapshot {encode_id(record.id)}: {error}") from error
+                raise InvalidInputError(
+                    f"cannot encode snapshot {encode_id(record.id)}: {error}", ErrorKind.SERIALIZATION
+                ) from error
             out += message
             out += b"\0"
             positions.append(start)

@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from icechunk.errors import ErrorKind
 from icechunk.format.flat.columns import Positions, TableColumns, Vectors, copy_spans, gather, put
 from icechunk.format.flat.lazy_tables import LazyTables
 from icechunk.format.flat.reader import Table, required
@@ -106,7 +107,9 @@ def read_update(table: Table) -> Update:
     number = table.u8(0)
     reader = _CHANGES.get(number)
     if reader is None:
-        raise table.buffer.fail(f"update type {number} is unknown; use a newer version of the library")
+        raise table.buffer.fail(
+            f"update type {number} is unknown; use a newer version of the library", ErrorKind.UNSUPPORTED_SPEC_VERSION
+        )
     value = required(table.table(1), table, "update_type")
     return Update(change=reader(value), updated_at_us=table.u64(2), backup_path=table.string(3))
 

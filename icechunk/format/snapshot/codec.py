@@ -6,7 +6,7 @@ import struct
 from operator import attrgetter
 from typing import Any, Final
 
-from icechunk.errors import InvalidInputError
+from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.documents import parse_document
 from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.flat.reader import Buffer, Table, required
@@ -48,7 +48,7 @@ def encode_snapshot(snapshot: Snapshot, spec_version: int = 2, level: int = 3) -
         If a value cannot be encoded; in format 1 also for an array without a regular chunk grid.
     """
     if spec_version not in (1, 2):
-        raise InvalidInputError(f"cannot encode a snapshot in spec version {spec_version}")
+        raise InvalidInputError(f"cannot encode a snapshot in spec version {spec_version}", ErrorKind.SERIALIZATION)
     newer = spec_version == 2
     files = [snapshot.manifest_files[id] for id in sorted(snapshot.manifest_files)]
     # Python compares text by code point, which is the order of its UTF-8 bytes.
@@ -89,8 +89,13 @@ def _regular_chunk_lengths(node: NodeSnapshot) -> list[int]:
         if grid["name"] == "regular":
             return [int(length) for length in grid["configuration"]["chunk_shape"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise InvalidInputError(f"cannot encode {node.path}: its metadata names no chunk grid") from error
-    raise InvalidInputError(f"cannot encode {node.path}: format 1 has only regular chunk grids; use format 2")
+        raise InvalidInputError(
+            f"cannot encode {node.path}: its metadata names no chunk grid", ErrorKind.SERIALIZATION
+        ) from error
+    raise InvalidInputError(
+        f"cannot encode {node.path}: format 1 has only regular chunk grids; use format 2",
+        ErrorKind.UNSUPPORTED_OPERATION_FOR_VERSION,
+    )
 
 
 def decode_snapshot(data: bytes, *, expected_id: ObjectId | None = None) -> Snapshot:

@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from icechunk.errors import InvalidInputError
+from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.flat.writer import MAX_BYTES, FlatWriter
 from icechunk.format.values import ManifestFile, ManifestRef, NodeKind, NodeSnapshot
 
@@ -307,7 +307,8 @@ class _Nodes:
             )
         except struct.error as error:
             raise InvalidInputError(
-                f"cannot encode {node.path}: the format holds lengths of 8 bytes and numbers of chunks of 4"
+                f"cannot encode {node.path}: the format holds lengths of 8 bytes and numbers of chunks of 4",
+                ErrorKind.SERIALIZATION,
             ) from error
         pieces = [packed, *refs, *tail]
         size = sum(map(len, pieces)) if is_array else len(packed)
@@ -350,7 +351,9 @@ class _Nodes:
             return [_offsets(0, 4)]
         ndim = len(refs[0].extents)
         if any(len(ref.extents) != ndim for ref in refs):
-            raise InvalidInputError("cannot encode an array's manifests: their extents differ in rank")
+            raise InvalidInputError(
+                "cannot encode an array's manifests: their extents differ in rank", ErrorKind.SERIALIZATION
+            )
         packer = _ref_packer(ndim)
         soffset, size = at + 4 + 4 * count - self._ref, packer.size
         return [
@@ -423,11 +426,15 @@ def write_nodes(
         except struct.error as error:
             if at > MAX_BYTES:
                 break
-            raise InvalidInputError(f"cannot encode {node.path}: a manifest's extents do not fit 4 bytes") from error
+            raise InvalidInputError(
+                f"cannot encode {node.path}: a manifest's extents do not fit 4 bytes", ErrorKind.SERIALIZATION
+            ) from error
         pieces += own
         at += sum(map(len, own))
     if at > MAX_BYTES:
-        raise InvalidInputError(f"cannot encode {at} bytes: a metadata file holds at most {MAX_BYTES}")
+        raise InvalidInputError(
+            f"cannot encode {at} bytes: a metadata file holds at most {MAX_BYTES}", ErrorKind.SERIALIZATION
+        )
     _link(writer, start, places)
     writer.out += b"".join(pieces)
     return start
@@ -474,7 +481,9 @@ def write_files(writer: FlatWriter, files: Sequence[ManifestFile]) -> int:
             ]
         )
     except struct.error as error:
-        raise InvalidInputError("cannot encode the sizes of the manifests: a number does not fit its field") from error
+        raise InvalidInputError(
+            "cannot encode the sizes of the manifests: a number does not fit its field", ErrorKind.SERIALIZATION
+        ) from error
     _link(writer, start, at + _FILE.size * np.arange(len(files), dtype=np.int64))
     writer.out += packed
     return start
@@ -507,4 +516,4 @@ def _utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidInputError(f"cannot encode {text!r}: not valid Unicode") from error
+        raise InvalidInputError(f"cannot encode {text!r}: not valid Unicode", ErrorKind.SERIALIZATION) from error

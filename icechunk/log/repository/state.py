@@ -392,7 +392,9 @@ def require_storable(event: e.Event) -> None:
             _require_metadata(metadata)
         case e.StatusSet(availability=availability, reason=reason):
             if availability not in (ONLINE, READ_ONLY, OFFLINE):
-                raise InvalidInputError(f"availability {availability} is not 0 online, 1 read-only or 2 offline")
+                raise InvalidInputError(
+                    f"availability {availability} is not 0 online, 1 read-only or 2 offline", ErrorKind.INVALID_SETTING
+                )
             if reason is not None:
                 _require_texts(reason)
         case e.FeatureFlagSet(flag=flag):
@@ -418,7 +420,7 @@ def _require_snapshot(snapshot: SnapshotRecord) -> None:
 
 def _require_number(what: str, value: int, first: int, last: int) -> None:
     if not first <= value <= last:
-        raise InvalidInputError(f"{what} {value} is out of range: {first} to {last}")
+        raise InvalidInputError(f"{what} {value} is out of range: {first} to {last}", ErrorKind.INVALID_SETTING)
 
 
 def _require_texts(*texts: str) -> None:

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from icechunk.errors import FormatError, InvalidInputError
 from icechunk.format.envelope import FileType, seal, unseal
-from icechunk.format.ids import FIRST_SNAPSHOT, NodeId, ObjectId
+from icechunk.format.ids import FIRST_SNAPSHOT, NodeId, ObjectId, encode_id
 from icechunk.format.snapshot import node_decoding
 from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
 from icechunk.format.values import DimensionShape, ManifestRef, NodeKind, NodeSnapshot, Snapshot
+from tests.raising import raises
 from tools.fuzz.strategies import nodes, snapshots
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -123,15 +124,15 @@ def test_corrupt_nodes_are_refused_or_read_as_one_by_one(rng: Random, spec_versi
 
 
 @pytest.mark.parametrize(
-    ("changes", "refused"),
+    ("changes", "named"),
     [
-        ({"shape": (DimensionShape(2**64, 1),)}, "/17: the format holds lengths of 8 bytes"),
-        ({"shape": (DimensionShape(1, 2**32),)}, "/17: the format holds lengths of 8 bytes"),
-        ({"manifests": (ManifestRef(ObjectId(bytes(12)), ((0, 2**32),)),)}, "/17: a manifest's extents"),
-        ({"dimension_names": ("\ud800",)}, "not valid Unicode"),
+        ({"shape": (DimensionShape(2**64, 1),)}, "/17"),
+        ({"shape": (DimensionShape(1, 2**32),)}, "/17"),
+        ({"manifests": (ManifestRef(ObjectId(bytes(12)), ((0, 2**32),)),)}, "/17"),
+        ({"dimension_names": ("\ud800",)}, repr("\ud800")),
     ],
 )
-def test_one_of_many_nodes_that_cannot_be_written_is_named(changes: dict[str, Any], refused: str) -> None:
+def test_one_of_many_nodes_that_cannot_be_written_is_named(changes: dict[str, Any], named: str) -> None:
     found = {}
     for n in range(20):
         found[f"/{n:02}"] = NodeSnapshot(
@@ -144,7 +145,7 @@ def test_one_of_many_nodes_that_cannot_be_written_is_named(changes: dict[str, An
             manifests=(ManifestRef(ObjectId(bytes(12)), ((0, 1),)),),
         )
     found["/17"] = replace(found["/17"], **changes)
-    with pytest.raises(InvalidInputError, match=refused):
+    with raises(InvalidInputError, "serialization", named):
         encode_snapshot(EMPTY.with_nodes(found))
 
 
@@ -171,20 +172,20 @@ def test_an_irregular_grid_is_refused_in_format_1_and_kept_in_format_2() -> None
     )
     snapshot = EMPTY.with_nodes({"/a": node})
     assert decode_snapshot(encode_snapshot(snapshot)).nodes["/a"] == node
-    with pytest.raises(InvalidInputError, match="/a: format 1 has only regular chunk grids"):
+    with raises(InvalidInputError, "unsupported-operation-for-version", "/a"):
         encode_snapshot(snapshot, 1)
 
 
 def test_another_id_than_expected_is_a_format_error_that_names_both() -> None:
-    with pytest.raises(FormatError, match="snapshot 00000000000000000000: its id is 1CECHNKREP0F1RSTCMT0"):
+    with raises(FormatError, "invalid-file-format", "0" * 20, encode_id(EMPTY.id)):
         decode_snapshot(encode_snapshot(EMPTY), expected_id=ObjectId(bytes(12)))
 
 
 def test_text_that_is_not_unicode_is_refused() -> None:
-    with pytest.raises(InvalidInputError, match="not valid Unicode"):
+    with raises(InvalidInputError, "serialization", repr("\ud800")):
         encode_snapshot(replace(EMPTY, message="\ud800"))
 
 
 def test_a_number_that_the_format_has_no_room_for_is_refused() -> None:
-    with pytest.raises(InvalidInputError, match="a number of 8 bytes"):
+    with raises(InvalidInputError, "serialization", 2**64):
         encode_snapshot(replace(EMPTY, flushed_at_us=2**64))

@@ -38,6 +38,7 @@ from icechunk.log.repository.state import (
     try_apply_all,
 )
 from tests.log.repository.strategies import EVENTS, an_id
+from tests.raising import raises
 
 
 def record(i: int, parent: ObjectId | None, at: int | None = None) -> SnapshotRecord:
@@ -180,9 +181,8 @@ def test_a_read_only_repository_refuses_everything_but_a_new_status() -> None:
         e.BranchCreated(name="b", snapshot=FIRST_SNAPSHOT),
         e.TagDeleted(name="x"),
     ):
-        with pytest.raises(ReadOnlyError, match="moving house") as caught:
+        with raises(ReadOnlyError, "read-only-repository", "moving"):
             after(state, event)
-        assert caught.value.kind == "read-only-repository"
     assert after(state, e.StatusSet(availability=0), commit(1, FIRST_SNAPSHOT)).branch_tip("main") == an_id(1)
 
 

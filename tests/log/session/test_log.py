@@ -21,6 +21,7 @@ from icechunk.log.session.events import ChunksWritten
 from icechunk.log.session.log import ABSENT, IN_BASE, SessionLog
 from icechunk.log.session.wire import encode_log
 from tests.log.session.builders import GROUP, Repo, array_json, check_snapshot, group_json, native, object_id
+from tests.raising import raises
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def test_chunks_outside_the_grid_are_refused_and_read_as_absent(repo: Repo, coor
 
 def test_one_bad_row_refuses_the_whole_bulk(repo: Repo) -> None:
     log = repo.log()
-    with pytest.raises(InvalidInputError, match=r"\[5\]"):
+    with raises(InvalidInputError, "invalid-chunk-index", [5], "/g/a"):
         log.set_refs(at(log, "/g/a"), native(np.array([[1], [5]])))
     with pytest.raises(InvalidInputError):
         log.set_refs(at(log, "/g/a"), native(np.array([[1, 1]])))

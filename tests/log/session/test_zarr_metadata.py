@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.errors import InvalidInputError
 from icechunk.log.session.zarr_metadata import ArrayMeta, GroupMeta, parse_node
 from tests.log.session.builders import GROUP, array_json
+from tests.raising import raises
 
 
 def document(**fields: Any) -> bytes:
@@ -71,9 +72,8 @@ def test_every_spelling_of_the_default_key_encoding_is_accepted(encoding: object
     ],
 )
 def test_documents_that_are_not_zarr_are_bad_metadata(data: bytes) -> None:
-    with pytest.raises(InvalidInputError, match="/a") as caught:
+    with raises(InvalidInputError, "bad-metadata", "/a"):
         parse_node(data, "/a")
-    assert caught.value.kind == ErrorKind.BAD_METADATA
 
 
 @pytest.mark.parametrize(
@@ -88,6 +88,5 @@ def test_documents_that_are_not_zarr_are_bad_metadata(data: bytes) -> None:
     ],
 )
 def test_arrays_that_cannot_be_stored_are_invalid_array_metadata(data: bytes) -> None:
-    with pytest.raises(InvalidInputError, match="/a") as caught:
+    with raises(InvalidInputError, "invalid-array-metadata", "/a"):
         parse_node(data, "/a")
-    assert caught.value.kind == ErrorKind.INVALID_ARRAY_METADATA

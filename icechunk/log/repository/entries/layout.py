@@ -381,7 +381,8 @@ class LogLayout(SwappedLog[SlotAttempt]):
                 if token.n > head.n + 1:
                     raise InvalidInputError(
                         f"the token names slot {token.n}, but the log in {self._storage.describe()} ends at slot "
-                        f"{head.n}: it belongs to another repository"
+                        f"{head.n}: it belongs to another repository",
+                        ErrorKind.INVALID_SETTING,
                     )
                 # The slot is next, and empty: fill it, and whatever is on its way finds it taken.
                 await self._fill_slot(token)

@@ -276,7 +276,9 @@ class RefFilesLayout(SwappedLog[_Write]):
     async def settle(self, token: SwapToken) -> bool:
         if not token.epoch.startswith(_TOKEN):
             raise InvalidInputError(
-                f"the token belongs to another repository than that in {self._storage.describe()}, or to its later life"
+                f"the token belongs to another repository than that in {self._storage.describe()}, "
+                "or to its later life",
+                ErrorKind.INVALID_SETTING,
             )
         key, base = token.epoch.removeprefix(_TOKEN), token.nonces[0].decode(errors="replace")
         async with self.swapping:

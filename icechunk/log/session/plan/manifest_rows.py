@@ -85,7 +85,8 @@ def require_fit(array: ArrayPlan, max_refs: int) -> None:
     if most > max_refs:
         raise InvalidInputError(
             f"cannot write {most} references of array {array.node.path!r} into one manifest, which holds at most "
-            f"{max_refs}: split the array's manifests (ManifestConfig.splitting); nothing was written"
+            f"{max_refs}: split the array's manifests (ManifestConfig.splitting); nothing was written",
+            ErrorKind.SERIALIZATION,
         )
 
 

@@ -22,7 +22,7 @@ from icechunk.format.repo.values import NewCommit, Status
 from icechunk.log.repository import events as e
 from icechunk.log.repository.entries import checkpoint as log_checkpoint
 from icechunk.log.repository.entries.checkpoint import convert_to_log, write_checkpoint
-from icechunk.log.repository.entries.entry import decode_entry, encode_entry, encode_events, slot_key
+from icechunk.log.repository.entries.entry import decode_entry, encode_entry, encode_events, epoch_prefix, slot_key
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.entries.reader import read_repo
 from icechunk.log.repository.entries.takeover import seal_abandoned
@@ -33,6 +33,7 @@ from icechunk.storage.port import GetResult, Matches, PutResult
 from icechunk.testing.scripted import ManualClock, Request, ScriptedStorage, Send, lost_answer
 from tests.log.repository.strategies import an_id
 from tests.log.repository.world import World, open_log, put_entry, replaces_repo, settled, slots, until
+from tests.raising import raises
 
 # ---------------------------------------------------------------- rule 7
 
@@ -100,7 +101,7 @@ async def test_a_real_read_only_status_is_kept_by_checkpoint_and_open(world: Wor
     await log.append(lambda state: [e.StatusSet(availability=1, reason="frozen")])
     await log.aclose()
     other, _ = await world.open()
-    with pytest.raises(ReadOnlyError, match="frozen"):
+    with raises(ReadOnlyError, "read-only-repository", "frozen"):
         await other.append(world.commit(1))
 
 
@@ -112,7 +113,7 @@ async def test_a_conversion_leaves_a_repo_object_without_marker_and_nothing_land
     other, _ = await world.open()
     await log.append(world.commit(1))
     await log.convert_to_repo_object()
-    with pytest.raises(SessionStateError, match="open it again"):
+    with raises(SessionStateError, "not-allowed", "open it again"):  # words: the remedy
         await other.append(world.commit(2))
     info = decode_repo((await world.store.get("repo")).data)
     assert info.extra is None
@@ -207,7 +208,7 @@ async def test_a_takeover_is_found_at_the_next_checkpoint_sealed_and_reported(
     await log.checkpoint()
     assert log.view.stranded is not None
     assert [entry.n for entry in log.view.stranded.entries] == [2]
-    with pytest.raises(SessionStateError, match="taken over") as caught:
+    with raises(SessionStateError, "not-allowed", epoch_prefix(log.epoch)) as caught:
         await log.append(world.commit(3))
     assert "only" in str(caught.value)
     assert await world.store.get("repo") == taken

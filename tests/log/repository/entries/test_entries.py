@@ -25,6 +25,7 @@ from icechunk.maintenance.reachability import Limits
 from icechunk.storage.port import Absent
 from tests.log.repository.strategies import an_id
 from tests.log.repository.world import World
+from tests.raising import raises
 
 # ---------------------------------------------------------------- rule 4
 
@@ -70,9 +71,9 @@ async def test_an_entry_of_a_newer_version_stops_readers_and_writers(world: Worl
     log, _ = await world.create()
     data = encode_entry(n=1, nonce=b"x" * 16, time_us=1, since_us=None, events=[{"kind": "telepathy"}])
     await world.store.put(slot_key(log.epoch, 1), data)
-    with pytest.raises(FormatError, match="upgrade"):
+    with raises(FormatError, "unsupported-spec-version", slot_key(log.epoch, 1)):
         await log.refresh()
-    with pytest.raises(FormatError, match="upgrade"):
+    with raises(FormatError, "unsupported-spec-version", slot_key(log.epoch, 1)):
         await open_repository(world.store, world.clock.sources())
     with pytest.raises(IcechunkError):
         await log.append(world.commit(1))
@@ -85,7 +86,7 @@ async def test_an_entry_of_a_newer_version_stops_readers_and_writers(world: Worl
 async def test_a_writer_whose_clock_is_far_off_refuses_to_write(world: World, skew_s: float) -> None:
     await world.create()
     off, _ = await world.open(skew_s=skew_s)
-    with pytest.raises(SessionStateError, match="Set the clock"):
+    with raises(SessionStateError, "snapshot-timestamp", 700):
         await off.append(world.commit(1))
     near, _ = await world.open(skew_s=skew_s / 2)
     await near.append(world.commit(1))
@@ -113,7 +114,7 @@ async def test_a_commit_with_files_older_than_the_cutoff_is_refused_and_void_for
     cutoff_us = log.store_time_us
     await log.append(lambda state: [e.CollectionRan(cutoff_us=cutoff_us)])
     for since_us in (None, cutoff_us - 1):
-        with pytest.raises(SessionStateError, match="repeat the work"):
+        with raises(SessionStateError, "commit-not-allowed"):
             await log.append(world.commit(2), since_us=since_us)
     # Somebody who did not look sends it all the same.
     events = encode_events(world.commit(2)(log.state))

@@ -29,6 +29,7 @@ from icechunk.storage.port import ANY, Absent, Matches
 from icechunk.testing.scripted import Request, ScriptedStorage, Send, lost_answer
 from tests.log.repository.strategies import an_id
 from tests.log.repository.world import World, slots
+from tests.raising import raises
 
 # ---------------------------------------------------------------- steady state
 
@@ -117,9 +118,8 @@ async def test_a_store_that_ignores_if_none_match_is_found_out_before_anything_i
         return await send()
 
     storage.script = ignore
-    with pytest.raises(StorageError, match="If-None-Match") as caught:
+    with raises(StorageError, "storage-config", "If-None-Match"):
         await other.append(world.commit(2))
-    assert caught.value.kind == "storage-config"
     storage.script = None
     assert not any(request.key == slot_key(log.epoch, 2) for request in storage.of("put"))
     assert await world.history() == [an_id(1)]
@@ -154,7 +154,9 @@ async def test_a_storage_that_is_set_to_do_without_conditional_writes_can_only_b
             create_log(_Unconditional(MemoryStorage(), missing), sources),
             convert_to_log(storage, sources),
         ):
-            with pytest.raises(StorageError, match="conditional writes") as caught:
+            with raises(
+                StorageError, "storage-config", "unsafe_use_conditional_create", "unsafe_use_conditional_update"
+            ) as caught:
                 await refused
             assert caught.value.kind == "storage-config"
         assert not storage.of("put")

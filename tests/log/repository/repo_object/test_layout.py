@@ -11,6 +11,7 @@ from icechunk.errors import (
     AlreadyExistsError,
     ConflictError,
     InvalidInputError,
+    ObjectNotFoundError,
     ReadOnlyError,
     RefNotFoundError,
     RepositoryNotFoundError,
@@ -30,6 +31,7 @@ from icechunk.log.repository.repo_object.layout import RepoObjectLayout
 from icechunk.testing.scripted import Request, ScriptedStorage, Send, lost_answer
 from tests.log.repository.strategies import an_id
 from tests.log.repository.world import World, losing_the_answer, replaces_repo
+from tests.raising import raises
 
 new_world = partial(World, create_repo_object)
 
@@ -100,7 +102,7 @@ async def test_a_refusal_is_never_based_on_an_old_state(world: World) -> None:
 async def test_a_read_only_repository_takes_nothing_but_a_change_of_status(world: World) -> None:
     log, _ = await world.create()
     await log.append(lambda _: [e.StatusSet(availability=1, reason="audit")])
-    with pytest.raises(ReadOnlyError, match="audit"):
+    with raises(ReadOnlyError, "read-only-repository", "audit"):
         await log.append(world.commit(1))
     await log.append(lambda _: [e.StatusSet(availability=0)])
     await log.append(world.commit(1))
@@ -149,7 +151,7 @@ async def test_a_lost_race_is_tried_again_as_often_as_the_configuration_says(wor
         return await send()
 
     storage.script = always_second
-    with pytest.raises(ConflictError, match="repo_update_retries") as refused:
+    with raises(ConflictError, "update-attempts-exhausted", "repo_update_retries") as refused:
         await log.append(world.commit(1))
     assert (puts, refused.value.kind) == (3, "update-attempts-exhausted")
     storage.script = None
@@ -168,16 +170,15 @@ async def test_a_store_that_ignores_if_match_is_found_before_anything_is_replace
         return await (world.store.put(request.key, request.data) if request.verb == "put" else send())
 
     storage.script = ignore
-    with pytest.raises(StorageError, match="If-Match") as refused:
+    with raises(StorageError, "storage-config", "If-Match"):
         await log.append(world.commit(1))
-    assert refused.value.kind == "storage-config"
     assert (await world.store.get("repo")).data == before
 
 
 async def test_a_clock_that_is_off_does_not_write(world: World) -> None:
     await world.create()
     log, _ = await world.open(skew_s=3600)
-    with pytest.raises(SessionStateError, match="clock"):
+    with raises(SessionStateError, "snapshot-timestamp", 3600):
         await log.append(world.commit(1))
 
 
@@ -213,7 +214,7 @@ async def test_a_client_finds_that_the_repository_became_a_log(world: World) -> 
     log, _ = await world.create()
     await log.append(world.commit(1))
     await convert_to_log(world.store, world.clock.sources())
-    with pytest.raises(SessionStateError, match="open it again"):
+    with raises(SessionStateError, "not-allowed", "open it again"):  # words: the remedy
         await log.append(world.commit(2))
     await log.refresh()
     assert log.state.branches["main"] == an_id(1)
@@ -262,7 +263,7 @@ async def test_a_missing_copy_of_the_ops_log_is_named(world: World) -> None:
         await log.append(world.commit(i))
     keys = [info.key async for page in world.store.list_pages("overwritten/") for info in page]
     await world.store.delete(keys)
-    with pytest.raises(StorageError, match="overwritten/repo"):
+    with raises(ObjectNotFoundError, "object-not-found", "overwritten/repo"):
         [update async for update in log.updates()]
 
 

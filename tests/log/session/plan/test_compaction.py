@@ -11,6 +11,7 @@ from icechunk.errors import FormatError
 from icechunk.format.values import Manifest, ManifestFile, ManifestRef
 from icechunk.log.session.plan.compaction import Policy, new_manifests, plan
 from tests.log.session.builders import Repo, array_json, check_snapshot, native, object_id
+from tests.raising import raises
 
 
 def write(repo: Repo, coords: np.ndarray, path: str = "/a", first: int = 1) -> None:
@@ -246,7 +247,7 @@ def test_a_manifest_without_the_array_that_the_snapshot_promises_is_a_format_err
     log.set_native(node, (3,), object_id(1), 0, 1)
     planned = plan(log, repo.policy)
     wrong = {i: Manifest(id=i, arrays={}) for i in planned.manifests_to_read}
-    with pytest.raises(FormatError, match="/a"):
+    with raises(FormatError, "inconsistent-manifests", "/a"):
         list(new_manifests(planned, wrong, repo.new_object_id))
 
 
