@@ -103,7 +103,7 @@ def test_there_is_no_circle_of_imports() -> None:
 
 
 @pytest.mark.parametrize("room", PURE)
-def test_pure_rooms_know_no_io_no_clock_and_no_chance(room: str) -> None:
+def test_pure_packages_import_no_io_no_clock_and_no_randomness(room: str) -> None:
     for module, path in MODULES.items():
         if f"{module}.".startswith(f"{room}."):
             impure = {name for name in imports(path) if name.split(".")[0] in IMPURE}

@@ -227,7 +227,7 @@ async def test_commit_that_meets_it_is_refused_or_called_unknown_and_never_half_
 
 
 @EVERY_FAULT
-async def test_closing_on_a_bad_day_does_not_hang_and_loses_nothing(
+async def test_closing_during_a_storage_failure_does_not_hang_and_loses_nothing(
     server: FaultyS3, fault: str | Say, message: str
 ) -> None:
     storage = storage_on(server.endpoint)

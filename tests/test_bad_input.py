@@ -71,7 +71,7 @@ def test_a_place_without_a_repository_is_named(storage: Storage) -> None:
     assert keys(storage) == set()
 
 
-def test_nothing_is_created_where_something_is(storage: Storage) -> None:
+def test_a_location_that_is_not_empty_is_refused_for_creation(storage: Storage) -> None:
     put(storage, "data/file", b"precious")
     with pytest.raises(InvalidInputError, match="data/file") as refused:
         Repository.create(storage)
@@ -266,7 +266,7 @@ def test_a_file_of_another_kind_or_object_is_not_taken_for_it(kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["snapshots/", "manifests/", "transactions/", "chunks/"])
-def test_missing_files_are_named_and_never_read_as_emptiness(kind: str) -> None:
+def test_missing_files_are_named_and_never_read_as_empty(kind: str) -> None:
     storage = filled()
     good = read_all(storage)
     # What the first snapshot changed is read by nobody.

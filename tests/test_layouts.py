@@ -139,7 +139,7 @@ async def test_configuration_is_persisted_in_each(
         await each.aclose()
 
 
-async def test_nothing_to_open_is_said_so(storage: Storage) -> None:
+async def test_opening_an_empty_place_is_refused(storage: Storage) -> None:
     with pytest.raises(icechunk.RepositoryNotFoundError):
         await icechunk.Repository.fetch_config_async(storage)
     assert await icechunk.Repository.fetch_spec_version_async(storage) is None
@@ -245,7 +245,7 @@ async def test_a_client_that_did_not_convert_has_to_open_again(storage: Storage)
         await each.aclose()
 
 
-async def test_format_1_is_not_converted_and_nonsense_is_no_layout() -> None:
+async def test_format_1_is_not_converted_and_unknown_layouts_are_refused() -> None:
     repo = await icechunk.Repository.create_async(icechunk.in_memory_storage(), spec_version=1)
     with pytest.raises(icechunk.InvalidInputError, match="upgrad") as refused:
         await repo.convert_async("log")

@@ -78,7 +78,7 @@ def test_bad_input_ends_in_one_line_that_names_the_remedy(
     assert words in _one_line(capsys)
 
 
-def test_two_places_at_once_are_refused() -> None:
+def test_two_locations_at_once_are_refused() -> None:
     with pytest.raises(SystemExit) as caught:
         main(["demo", "--s3", "--path", "x"])
     assert caught.value.code == 2

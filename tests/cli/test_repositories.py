@@ -64,7 +64,7 @@ def commit(repo: icechunk.Repository, message: str) -> str:
     return session.commit(message, allow_empty=True)
 
 
-def test_a_repository_s_life_on_the_command_line(run: Run, repo: icechunk.Repository) -> None:
+def test_branches_tags_and_history_work_on_the_command_line(run: Run, repo: icechunk.Repository) -> None:
     tip = commit(repo, "one\ntwo")
     assert run("branch", "list", "loc") == (0, f"{tip}  main\n", "")
     code, out, _ = run("branch", "create", "loc", "dev", "main")

@@ -56,7 +56,7 @@ def test_the_log_layout_merges_and_persists_as_the_repo_object_does() -> None:
     assert configurations.scenarios("log") == configurations.scenarios("2")
 
 
-def test_default_settings_of_storages_are_the_official_ones() -> None:
+def test_default_settings_of_storages_equal_the_official_ones() -> None:
     assert plain(configurations.defaults()) == official("defaults")
 
 

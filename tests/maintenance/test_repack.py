@@ -220,7 +220,7 @@ async def test_a_threshold_decides_and_a_hundred_percent_leaves_no_dead_byte(ver
 
 
 @pytest.mark.parametrize("percent", [-1, 101])
-async def test_a_percentage_that_is_none_is_refused(percent: int) -> None:
+async def test_an_invalid_percentage_is_refused(percent: int) -> None:
     repo = await icechunk.Repository.create_async(MemoryStorage())
     with pytest.raises(InvalidInputError) as caught:
         await repo.garbage_collect_async(ago(), repack_below_percent=percent)

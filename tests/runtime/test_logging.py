@@ -46,7 +46,9 @@ def _restore() -> Iterator[None]:
         ("info,botocore=debug,aws_smithy=trace", {"icechunk": logging.INFO}),
     ],
 )
-def test_directives_become_levels_of_our_loggers_only(directives: str, expected: dict[str, int]) -> None:
+def test_directives_become_levels_of_the_loggers_of_this_package_only(
+    directives: str, expected: dict[str, int]
+) -> None:
     assert parse_filter(directives) == (expected, [])
 
 

@@ -30,7 +30,7 @@ def test_a_coroutine_runs_on_the_one_background_loop() -> None:
     assert run_sync(where()) is run_sync(where()) is background_loop()
 
 
-def test_errors_arrive_as_they_are() -> None:
+def test_errors_are_raised_unchanged() -> None:
     async def fail() -> None:
         raise LookupError("here")
 

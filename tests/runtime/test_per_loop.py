@@ -234,7 +234,7 @@ async def test_a_value_closed_by_hand_waits_for_no_other() -> None:
     await high.aclose()
 
 
-async def test_a_value_that_is_being_closed_is_closed_once_and_everybody_waits_for_it() -> None:
+async def test_a_value_that_is_being_closed_is_closed_once_and_every_caller_waits_for_it() -> None:
     gate = asyncio.Event()
     closed: list[str] = []
 

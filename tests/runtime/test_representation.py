@@ -78,7 +78,7 @@ def test_spec_versions_are_ordered_among_themselves_and_with_numbers() -> None:
     assert repr(SpecVersion.v2) == "SpecVersion.v2 (current)"
 
 
-def test_some_enums_equal_their_number_and_some_do_not() -> None:
+def test_enums_equal_their_number_where_the_official_ones_do() -> None:
     assert ChunkType.virtual == 2
     assert RepoAvailability.read_only == 1
     assert SessionMode.writable != 1

@@ -90,7 +90,7 @@ async def test_results_come_in_the_order_of_the_jobs_and_no_more_run_at_once_tha
     assert await run_jobs([]) == []
 
 
-async def test_the_first_error_cancels_the_others_and_is_raised_as_itself() -> None:
+async def test_the_first_error_cancels_the_others_and_is_raised_unchanged() -> None:
     cancelled: list[bool] = []
 
     async def fail() -> None:

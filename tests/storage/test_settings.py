@@ -13,7 +13,7 @@ from icechunk.storage.settings import Effective
 ALL = {Unchecked, Absent, Matches}
 
 
-def test_silent_settings_mean_the_defaults() -> None:
+def test_unset_settings_mean_the_defaults() -> None:
     silent, absent = Effective(StorageSettings()), Effective(None)
     assert vars(silent) == vars(absent)
     assert silent.uses_metadata

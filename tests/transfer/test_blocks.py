@@ -380,7 +380,7 @@ def test_reader_cancelled_before_its_request_began_leaves_none_behind() -> None:
     run_strictly(main)
 
 
-async def test_an_error_in_planning_reaches_the_waiting_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_planning_error_is_raised_to_the_waiting_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **kwargs: object) -> tuple[int, int]:
         raise RuntimeError("a bug")
 

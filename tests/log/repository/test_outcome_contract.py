@@ -427,7 +427,7 @@ async def test_a_refresh_notifies_callers_that_left(world: Outcomes) -> None:
 
 @grouping_layouts
 @pytest.mark.parametrize("first_lands", [False, True])
-async def test_callers_of_a_shared_attempt_that_one_leaves_go_on_in_another_attempt(
+async def test_callers_that_shared_an_attempt_with_a_leaving_one_go_on_in_another(
     world: Outcomes, first_lands: bool
 ) -> None:
     log, storage = await world.create()

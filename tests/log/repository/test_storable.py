@@ -151,5 +151,5 @@ def test_configuration_may_be_nested_as_deep_as_a_checkpoint_holds_and_no_deeper
         apply(fresh(), e.ConfigReplaced(config=nested(101)), time_us=1, since_us=None)
 
 
-def test_an_entry_from_the_end_of_time_is_void() -> None:
+def test_an_entry_with_a_time_after_the_year_9999_is_void() -> None:
     assert try_apply_all(fresh(), (e.MetadataUpdated(metadata={}),), time_us=LAST_TIME_US + 1, since_us=None) is None

@@ -100,7 +100,7 @@ async def test_reads_of_a_silent_server_are_tried_again_soon() -> None:
         await storage.aclose()
 
 
-async def test_a_server_that_is_slow_by_nature_is_given_the_time_at_a_later_try() -> None:
+async def test_a_server_that_is_always_slow_gets_more_time_at_a_later_try() -> None:
     async with serving_s3() as server, asyncio.timeout(20):
         storage = storage_on(server)
         await storage.put("x", b"1")

@@ -92,7 +92,7 @@ async def test_requests_through_obstore_are_attributed_unless_the_caller_names_a
             assert {headers["user-agent"] for _, _, headers in server.requests} == {ours}
 
 
-async def test_requests_to_where_a_redirect_points_are_attributed(tmp_path: Path) -> None:
+async def test_requests_to_the_target_of_a_redirect_are_attributed(tmp_path: Path) -> None:
     with serving_files(tmp_path) as server:
         server.redirects["/ask"] = f"http+icechunk://{server.url.removeprefix('http://')}/r"
         storage = icechunk.redirect_storage(f"{server.url}/ask")

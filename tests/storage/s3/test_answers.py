@@ -109,7 +109,7 @@ async def test_invalid_sizes_are_storage_errors(length: str) -> None:
 @pytest.mark.parametrize(
     "date", ["x", "Mon, 99 Foo 99999 99:99:99 GMT", "0" * 5000, "Thu, 01 Jan 0000 00:00:00 +99999999"]
 )
-async def test_dates_that_are_none_are_left_out(date: str) -> None:
+async def test_invalid_dates_are_left_out(date: str) -> None:
     answer = message(200, b"x", f"Date: {date}", f"Last-Modified: {date}", f"Retry-After: {date}")
     async with answered(lambda head: answer) as storage:
         assert (await storage.get("x")).data == b"x"

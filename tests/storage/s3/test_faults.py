@@ -369,7 +369,7 @@ async def test_a_service_that_is_not_there_is_given_up_soon(pauses: Pauses) -> N
     assert len(pauses.lengths) == 3
 
 
-async def test_a_try_takes_no_longer_than_its_limit(server: FaultyS3, storage: S3Storage) -> None:
+async def test_a_try_ends_at_its_time_limit(server: FaultyS3, storage: S3Storage) -> None:
     server.objects[PATH] = (b"content", {})
     server.behaviours = [HANG, STALL, OK]
     hurried = storage.with_settings(

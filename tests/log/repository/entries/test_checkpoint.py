@@ -64,7 +64,7 @@ async def test_an_older_checkpoint_never_replaces_a_newer_one(world: World) -> N
     assert all(isinstance(request.precondition, Matches) for request in storage.of("put", "repo"))
 
 
-async def test_a_checkpoint_of_an_earlier_life_of_the_log_is_not_written(world: World) -> None:
+async def test_a_checkpoint_of_an_earlier_epoch_is_not_written(world: World) -> None:
     log, _ = await world.create()
     sleeper, _ = await world.open()
     for i in (1, 2, 3):
@@ -154,7 +154,7 @@ async def test_a_client_that_folds_a_seal_finishes_the_conversion(world: World, 
     storage.script = None
 
 
-async def test_after_there_and_back_a_reader_follows_into_the_new_log(world: World) -> None:
+async def test_after_a_conversion_there_and_back_a_reader_follows_into_the_new_log(world: World) -> None:
     log, _ = await world.create()
     reader, _ = await world.open()
     await log.append(world.commit(1))

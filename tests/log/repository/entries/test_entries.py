@@ -108,7 +108,7 @@ async def test_times_in_history_increase_although_clocks_differ(world: World) ->
 # --------------------------------------------------------------------------- rule 10: collection is an entry
 
 
-async def test_a_commit_with_files_older_than_the_cutoff_is_refused_and_void_for_everybody(world: World) -> None:
+async def test_a_commit_with_files_older_than_the_cutoff_is_refused_and_void_for_every_client(world: World) -> None:
     log, _ = await world.create()
     await log.append(world.commit(1))
     cutoff_us = log.store_time_us

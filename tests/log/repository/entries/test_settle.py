@@ -214,7 +214,7 @@ async def test_while_a_put_may_still_arrive_the_same_bytes_are_sent_again(
 
 
 @pytest.mark.parametrize("rule", [True, False])
-async def test_an_entry_of_another_writer_is_not_taken_for_ones_own(
+async def test_an_entry_of_another_writer_is_not_taken_for_the_clients_own(
     world: World, rule: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log, _ = await world.create()

@@ -296,7 +296,7 @@ async def test_a_look_during_which_a_change_lands_is_repeated(world: RefFilesWor
 # ----------------------------------------------------------------- places
 
 
-async def test_of_many_creators_one_wins(world: RefFilesWorld) -> None:
+async def test_exactly_one_of_many_creators_succeeds(world: RefFilesWorld) -> None:
     results = await asyncio.gather(
         *(create_ref_files(world.store, world.clock.sources(), check_clean_root=False) for _ in range(4)),
         return_exceptions=True,
@@ -305,7 +305,7 @@ async def test_of_many_creators_one_wins(world: RefFilesWorld) -> None:
     assert sum(isinstance(result, AlreadyExistsError | InvalidInputError) for result in results) == 3
 
 
-async def test_nothing_is_created_over_something_and_nothing_opened_where_nothing_is(world: RefFilesWorld) -> None:
+async def test_an_existing_repository_is_not_replaced_and_a_missing_one_not_opened(world: RefFilesWorld) -> None:
     with pytest.raises(RepositoryNotFoundError):
         await world.open()
     await (await create_repo_object(world.store, world.clock.sources())).aclose()
@@ -315,7 +315,7 @@ async def test_nothing_is_created_over_something_and_nothing_opened_where_nothin
         await world.create(check_clean_root=False)
 
 
-async def test_a_ref_that_names_no_snapshot_is_an_error_that_names_the_file(world: RefFilesWorld) -> None:
+async def test_a_ref_without_a_snapshot_is_an_error_that_names_the_file(world: RefFilesWorld) -> None:
     await world.create()
     await world.store.put(MAIN_KEY, b'{"snapshot": 7}')
     with raises(FormatError, "deserialization", MAIN_KEY):

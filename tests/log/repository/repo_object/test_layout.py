@@ -182,7 +182,7 @@ async def test_a_clock_that_is_off_does_not_write(world: World) -> None:
         await log.append(world.commit(1))
 
 
-async def test_of_many_creators_one_wins(world: World) -> None:
+async def test_exactly_one_of_many_creators_succeeds(world: World) -> None:
     results = await asyncio.gather(
         *(create_repo_object(world.store, world.clock.sources(), check_clean_root=False) for _ in range(5)),
         return_exceptions=True,

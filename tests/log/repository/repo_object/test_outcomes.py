@@ -30,7 +30,7 @@ async def turns(count: int = 200) -> None:
 
 
 @pytest.mark.parametrize("what", ["commit", "tag"])
-async def test_ones_own_write_is_recognised_under_that_of_another(world: World, what: str) -> None:
+async def test_a_client_recognises_its_own_write_under_that_of_another(world: World, what: str) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
 
@@ -92,7 +92,9 @@ async def test_a_look_during_which_a_change_lands_is_repeated(world: World) -> N
     assert (await look).branches["main"] == an_id(2)
 
 
-async def test_the_same_tag_by_another_at_the_same_microsecond_is_not_taken_for_ones_own(world: World) -> None:
+async def test_the_same_tag_by_another_client_at_the_same_microsecond_is_not_taken_for_the_clients_own(
+    world: World,
+) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
 
