@@ -34,7 +34,7 @@ ARRAY = (
 )
 PATIENCE_S = 30
 CHECKPOINTS = {"Checkpointing._write_while_due"}
-"""What goes on behind a commit, and with its pauses for longer than a test should take."""
+"""Background work of a commit, which with its pauses takes longer than a test should."""
 ACROSS_A_LINE = StorageSettings(
     retries=StorageRetriesSettings(max_tries=3, initial_backoff_ms=1, max_backoff_ms=4),
     timeouts=StorageTimeoutSettings(connect_timeout_ms=2000, read_timeout_ms=800),
@@ -70,7 +70,7 @@ _keys_fetched: list[str] = []
 
 
 def fetch_keys() -> S3StaticCredentials:
-    """What users give; at the top of a module, so that it pickles by name."""
+    """A function as users give it; at the top of a module, so that it pickles by name."""
     _keys_fetched.append(f"KEY{len(_keys_fetched) + 1}")
     return S3StaticCredentials(_keys_fetched[-1], "secret", "token")
 
@@ -84,10 +84,10 @@ async def server() -> AsyncIterator[FaultyS3]:
 
 @contextlib.asynccontextmanager
 async def leaving_nothing(storage: S3Storage) -> AsyncIterator[None]:
-    """No hang, and afterwards no task of ours and no connection that is neither idle nor closed."""
+    """No hang, and afterwards no task of the package and no connection that is neither idle nor closed."""
     async with asyncio.timeout(PATIENCE_S):
         yield
-        for _ in range(1000):  # what is behind a put that failed has its tries as well
+        for _ in range(1000):  # the background work after a failed put has its tries as well
             if strangers() <= CHECKPOINTS:
                 break
             await asyncio.sleep(0.01)
@@ -128,7 +128,7 @@ async def repository_on(storage: S3Storage | LocalStorage) -> Repository:
 
 
 async def require_chunks(endpoint: str, *chunks: int) -> None:
-    """Somebody else finds these."""
+    """Other clients find these."""
     storage = storage_on(endpoint)
     repository = await Repository.open_async(storage)
     session = await repository.readonly_session_async("main")

@@ -1,4 +1,4 @@
-"""What users get wrong, and what storage does to files: a specific error that names the object; nothing is lost."""
+"""Mistakes of users and damage by storage: a specific error that names the object; nothing is lost."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def put(storage: Storage, key: str, data: bytes) -> None:
 def filled() -> MemoryStorage:
     """A repository whose history takes every kind of file to read, with an entry that no checkpoint holds."""
     storage = MemoryStorage()
-    # No file rides in the log, and so none is copied into repo: damage to the objects would not be noticed.
+    # No file is embedded in the log, so none is copied into repo: else damage to the objects would not be noticed.
     config = RepositoryConfig(inline_chunk_threshold_bytes=0, engine=EngineConfig(small_commit_bytes=0))
     repository = Repository.create(storage, config)
     session = repository.writable_session("main")
@@ -240,7 +240,7 @@ def test_damaged_files_are_found_named_and_left_alone(kind: str, damage: str) ->
     if kind == "chunks/" and damage not in ("empty", "truncated to half", "without its last byte", "text"):
         pytest.skip("chunks have no checksum of their own: their codecs tell, or nobody")
     if kind == "transactions/":
-        chosen.remove(FIRST_TRANSACTION)  # nobody reads that of the first snapshot
+        chosen.remove(FIRST_TRANSACTION)  # that of the first snapshot is never read
     for key in chosen:
         put(storage, key, DAMAGES[damage](good[key]))
         before = read_all(storage)
@@ -269,7 +269,7 @@ def test_a_file_of_another_kind_or_object_is_not_taken_for_it(kind: str) -> None
 def test_missing_files_are_named_and_never_read_as_empty(kind: str) -> None:
     storage = filled()
     good = read_all(storage)
-    # What the first snapshot changed is read by nobody.
+    # The transaction log of the first snapshot is never read.
     chosen = [key for key in sorted(good) if key.startswith(kind) and encode_id(FIRST_SNAPSHOT) not in key]
     for key in chosen:
         run_sync(storage.delete([key]))

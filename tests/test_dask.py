@@ -25,9 +25,9 @@ from icechunk.dask import computing_meta, session_merge_reduction, store_dask  #
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two worker processes; they are the default scheduler while the fixture lives."""
+    """Two worker processes; they are the default scheduler while the fixture is active."""
     with warnings.catch_warnings():
-        # Tornado and the workers leave sockets to the garbage collector; that is not ours to mend.
+        # Tornado and the workers leave sockets to the garbage collector; this package cannot repair that.
         warnings.simplefilter("ignore")
         running = distributed.LocalCluster(
             n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None, worker_dashboard_address=None

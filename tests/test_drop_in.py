@@ -1,4 +1,4 @@
-"""What code written for the official library leans on: private names, testing helpers, and habits."""
+"""Code written for the official library relies on these: private names, testing helpers, and habits."""
 
 from __future__ import annotations
 

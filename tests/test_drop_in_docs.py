@@ -1,4 +1,4 @@
-"""Programs as the official library's documentation teaches them, told in our own words: they run here unchanged."""
+"""Programs as the official library's documentation teaches them, in our own words: they run here unchanged."""
 
 from __future__ import annotations
 

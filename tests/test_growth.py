@@ -1,4 +1,4 @@
-"""What commits and openings ask of storage does not grow with the history; counted, not timed."""
+"""The requests of commits and openings do not grow with the history; counted, not timed."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ async def test_a_long_history_makes_neither_commits_nor_openings_ask_for_more() 
 
     assert short.puts == {"log": WINDOW, "snapshots": WINDOW, "manifests": WINDOW, "transactions": WINDOW}
     assert long.puts == short.puts
-    assert (short.other_requests, long.other_requests) == (WINDOW, WINDOW)  # the look for news before each
+    assert (short.other_requests, long.other_requests) == (WINDOW, WINDOW)  # the look at the next slot before each
     assert abs(long.bytes_put - short.bytes_put) < 0.1 * short.bytes_put
     assert long.open_and_read == short.open_and_read
     assert len(long.open_and_read) < 8

@@ -162,4 +162,4 @@ async def test_sixty_four_tasks_on_branches_of_their_own_share_log_entries() -> 
     for branch, snapshot_id in zip(branches, ids, strict=True):
         assert await repository.lookup_branch_async(branch) == snapshot_id
     slots = [item async for page in storage.list_pages("log/") for item in page]
-    assert len(slots) < 20  # 128 changes: those that waited at the same time stand in one entry
+    assert len(slots) < 20  # 128 changes: those that waited at the same time are in one entry

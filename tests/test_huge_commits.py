@@ -195,7 +195,7 @@ async def test_changes_in_several_transaction_logs_are_all_found(
         await other._content.set_chunk("/b", coords, b"z")
         with pytest.raises(icechunk.RebaseFailedError):
             await other.commit_async("conflicts", rebase_with=icechunk.ConflictDetector())
-    # Another client, after a collection of everything that nobody refers to.
+    # Another client, after a collection of all unreferenced objects.
     again = await Repository.open_async(storage)
     await again.garbage_collect_async(datetime.now(UTC) + timedelta(days=1))
     diff = await again.diff_async(from_snapshot_id=base, to_branch="main")

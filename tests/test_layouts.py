@@ -163,7 +163,7 @@ async def test_an_explicit_version_has_one_object_for_each_chunk_and_one_manifes
         await array.setitem(slice(None), np.arange(2000.0))
     await session.commit_async("two arrays of two chunks")
     if asked is None:
-        await repo.checkpoint_async()  # until then its manifest may ride in the log only
+        await repo.checkpoint_async()  # until then its manifest may be in the log only
     keys = [info.key async for page in storage.list_pages() for info in page]
     assert len([key for key in keys if key.startswith("chunks/")]) == objects
     assert len([key for key in keys if key.startswith(MANIFESTS_PREFIX)]) == (1 if asked is None else 2)
@@ -283,7 +283,7 @@ async def test_a_log_that_was_taken_over_is_sealed_and_reported_by_the_next_open
     before = (await storage.get(REPO_KEY)).data
     stranded = await write(repo, "a")
     await repo.aclose()
-    # As the official library's set_status does it: a copy, a line in the ops log, and nothing of ours kept.
+    # As the official library's set_status does it: a copy, a line in the ops log, and `extra` dropped.
     info = decode_repo(before)
     status = Status(availability=0, set_at_us=info.status.set_at_us, reason=None)
     line = Update(

@@ -102,6 +102,6 @@ def test_the_official_library_reads_our_yaml_and_we_read_it_back(official: Path,
     shown = run(READ_CONFIG)
     assert 'name_matches("^a$")' in shown
     assert "num_updates_per_repo_info_file=31" in shown
-    config.engine = None  # the official library forgets what it does not know
+    config.engine = None  # the official library drops values it does not know
     again = config_from_yaml((repository / "config.yaml").read_bytes())
     assert again == config

@@ -1,4 +1,4 @@
-"""What a store refuses for certain is told at once, in its words, and leaves nothing behind, as users see it."""
+"""A certain refusal by a store is raised at once, with its message, and leaves nothing behind, as users see it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small commits ride in the log: what that costs, and that nothing depends on their objects until a checkpoint does."""
+"""Small commits are embedded in the log: their cost, and that nothing depends on their objects before a checkpoint."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def keys(storage: Storage, *prefixes: str) -> set[str]:
 
 
 def only_the_log(request: PlannedRequest) -> Fault:
-    """A writer that dies, as it were, as soon as its entries have landed."""
+    """A writer that does nothing more, as if killed, once its entries have landed."""
     return Fault.FAIL_BEFORE if request.verb == "put" and not request.key.startswith("log/") else Fault.NONE
 
 
@@ -327,7 +327,7 @@ async def test_entries_shared_by_many_sessions_stay_small() -> None:
 
 
 async def test_a_late_checkpointer_that_brings_a_collected_file_back_brings_only_garbage() -> None:
-    """It puts what rides before the marker it knows, and then its own PUT of repo is refused."""
+    """It puts the embedded files before the marker it knows, and then its own PUT of repo is refused."""
     memory = MemoryStorage()
     repository = await Repository.create_async(memory)
     session = await repository.writable_session_async("main")

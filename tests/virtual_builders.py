@@ -61,7 +61,7 @@ def array(
 
 
 class WebServer:
-    """What a served file is like; change it between requests."""
+    """Contents and headers of a served file; change them between requests."""
 
     def __init__(self, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}/"

@@ -41,7 +41,7 @@ class Context:
 
 @pytest.fixture
 def adapter(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Ours, beside zarr's own contract where this zarr has it, else beside its published shape."""
+    """Our adapter, compared with zarr's own contract if this zarr has it, else with its published form."""
     if importlib.util.find_spec("zarr.abc.url_pipeline") is None:
         contract = types.ModuleType("zarr.abc.url_pipeline")
         contract.AdapterResolution = Resolution  # type: ignore[attr-defined]

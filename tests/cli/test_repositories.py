@@ -270,7 +270,7 @@ def test_both_commands_share_one_file_and_print_the_same(
         ["branch", "list", "nope"],
     ):
         assert run(*arguments)[:2] == official(*arguments), arguments
-    # Theirs, of format 2, which both may write.
+    # As made by the official library: format 2, which both may write.
     shared = config.read_text()
     config.write_text(shared + shared.removeprefix("repos:\n").replace("loc:", "both:").replace("/repo", "/shared"))
     assert official("repo", "create", "both")[0] == 0

@@ -40,7 +40,7 @@ from icechunk.config.yaml_text import MAX_YAML_BYTES
 from icechunk.errors import ErrorKind, FormatError
 from icechunk.format.flat import flexbuffers
 
-# What 2.3.0 stored as config.yaml of a format 1 repository (containers cut down).
+# Stored by 2.3.0 as config.yaml of a format 1 repository (containers cut down).
 OFFICIAL_YAML = """\
 inline_chunk_threshold_bytes: 1
 get_partial_values_concurrency: null

@@ -38,7 +38,7 @@ def test_a_manifest_of_columns_is_written_like_one_of_single_arrays(manifest: Ma
     columns = Manifest(id=manifest.id, arrays=grouped_refs(manifest.arrays))
     written = encode_manifest(columns, spec_version)
     assert written == encode_manifest(manifest, spec_version)
-    # What was read is columns as well: they need not be made of the arrays again.
+    # A decoded manifest has columns as well: they need not be made from the arrays again.
     read = decode_manifest(written)
     assert contents(read) == contents(manifest)
     assert contents(decode_manifest(encode_manifest(read, spec_version))) == contents(manifest)

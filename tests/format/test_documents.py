@@ -1,4 +1,4 @@
-"""What of JSON a document may hold."""
+"""The JSON that a document may hold."""
 
 from __future__ import annotations
 

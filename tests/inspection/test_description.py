@@ -1,4 +1,4 @@
-"""What the header of a file tells about the program that wrote it."""
+"""The header of a file names the program that wrote it."""
 
 from __future__ import annotations
 

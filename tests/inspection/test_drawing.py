@@ -1,4 +1,4 @@
-"""Drawings of history: who stands where, and what text and picture show."""
+"""Drawings of history: the places of snapshots and refs, as text and as picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two sessions at once come to the same with the official library and with ours, but where it loses one side."""
+"""Two sessions at once have the same result in both libraries, except where the official one loses one side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``inspect_*``, listings and drawings say, beside the official library's answers about the same files."""
+"""``inspect_*``, listings and drawings, compared with the official library's answers about the same files."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def theirs(version: str, module: str, path: Path, *arguments: object) -> Any:
 
 
 def files(path: Path) -> dict[str, int]:
-    """What a collection may delete, and how large each object is; snapshots that were written again may differ."""
+    """The objects that a collection may delete, with sizes; snapshots that were written again may differ."""
     return {
         f"{folder}/{file.name}": 0 if folder == "snapshots" else file.stat().st_size
         for folder in ("snapshots", "transactions", "manifests", "chunks")
@@ -68,7 +68,7 @@ def middle_us(repo: icechunk.Repository) -> int:
 
 
 def test_both_expire_and_collect_the_same(case: tuple[str, int], tmp_path: Path) -> None:
-    # What stays because a ref points to it differs most between the formats; without refs it is the same.
+    # The formats differ most in the objects that a ref keeps; without refs they agree.
     flags: tuple[str, ...] = ("branches", "tags") if case == (oracle.OFFICIAL_CURRENT, 1) else ()
     version, spec = case
     mine, their = tmp_path / "mine", tmp_path / "theirs"
@@ -159,7 +159,7 @@ def test_the_official_library_reads_and_continues_a_repacked_repository(tmp_path
 
 
 def contents(dumped: dict[str, Any], ref: str) -> list[dict[str, Any]]:
-    """What is in each snapshot of a ref's history, newest first, without the ids."""
+    """The contents of each snapshot of a ref's history, newest first, without the ids."""
     return [
         {name: value for name, value in dumped["snapshots"][id].items() if name != "parent"}
         for id in dumped["history"][ref]

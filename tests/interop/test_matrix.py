@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.oracle, pytest.mark.timeout(300)]
 
 STEPS = 3
 SPEC_VERSION = 36
-"""Where the version stands in a file."""
+"""Offset of the version in a file."""
 OFFICIALS = {"2.3.0, format 2": ("2.3.0", 2), "2.3.0, format 1": ("2.3.0", 1), "1.1.21, format 1": ("1.1.21", 1)}
 
 
@@ -82,7 +82,7 @@ def check_agreement(feature: Feature, path: Path, official: oracle.Resident, wit
 
 
 def comparable(table: Any) -> Any:
-    """A table as plain values; references row by row, since where inline bytes stand is the encoder's business."""
+    """A table as plain values; references row by row, since the encoder may place inline bytes anywhere."""
     match table:
         case ChunkRefs():
             return [(table.coords[i].tolist(), table.row(i)) for i in range(len(table))]
@@ -99,7 +99,7 @@ def comparable(table: Any) -> Any:
 
 
 def check_files(path: Path) -> None:
-    """What we would write of a file says the same as the file."""
+    """A file that this package encodes again decodes to equal values."""
     codecs: dict[str, tuple[Callable[[bytes], Any], Callable[[Any, int], bytes]]] = {
         "snapshots": (decode_snapshot, encode_snapshot),
         "manifests": (decode_manifest, encode_manifest),

@@ -1,4 +1,4 @@
-"""What misuses raise here and in the official library: the class and kind that handlers catch, the words they match."""
+"""Misuses raise the same here and in the official library: the class and kind that handlers catch, and their words."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ WORDS = {
     "create a tag in a read only repository": "repository status is read-only",
     "s3 with half of a key": "(?i)conflicting arguments to s3_credentials",
 }
-"""What both messages say; handlers match such words."""
+"""Words of both messages; handlers match such words."""
 
 
 @pytest.fixture(scope="module")

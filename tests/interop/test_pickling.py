@@ -1,4 +1,4 @@
-"""Who pickles: whatever does with the official library, and whoever refuses there for safety's sake, refuses here."""
+"""Objects pickle here if they do in the official library; those that it refuses for safety are refused here."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def test_every_commit_of_both_is_in_history_once(place: Place, version: str, spe
         pause = 0.0
         # Until they are there and have finished, so that both really meet.
         while not theirs.done() or len(ours) < count:
-            # Who is quicker wins every race: without longer and longer pauses they would never have a turn.
+            # The quicker library wins every race: without growing pauses the other would never have a turn.
             alone = bool(ours) and repo.lookup_branch("main") == ours[-1]
             pause = min(2 * pause + 0.01, 5.0) if alone else 0.0
             time.sleep(pause)

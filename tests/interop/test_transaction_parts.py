@@ -1,4 +1,4 @@
-"""The official library knows what a commit changed whose transaction log stands in several objects."""
+"""The official library reads all changes of a commit whose transaction log is in several objects."""
 
 from __future__ import annotations
 

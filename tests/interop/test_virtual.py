@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def check(found: dict[str, Any]) -> None:
-    """What was written is there, and what cannot be read is an error of the right kind."""
+    """Written references are there, and unreadable ones raise an error of the right kind."""
     chunks = FILE_BYTES[:10], bytes(10), FILE_BYTES[40:50], bytes(10)
     for name in ("plain", "encoded", "named", "dots", "recent"):
         assert found[name]["values"] == b"".join(chunks).hex(), name

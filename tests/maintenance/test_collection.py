@@ -1,4 +1,4 @@
-"""Collection: what nothing refers to goes, what is reachable stays, whoever writes meanwhile and wherever it stops."""
+"""Collection: unreferenced objects go, reachable ones stay, during writes and after an interruption at any step."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def with_garbage(storage: Storage, version: int | None) -> History:
     array = await zarr.api.asynchronous.open_array(store=session.store, path="a", mode="r+")
     await array.setitem(slice(0, 2), 99)
     await session._content.puts.flush()
-    # The small objects of a log's commits are put behind them; here they stand.
+    # The small objects of a log's commits are put in the background; from here on they exist.
     await history.repo.checkpoint_async()
     return history
 

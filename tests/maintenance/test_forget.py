@@ -1,4 +1,4 @@
-"""What was deleted is in no object any more, whatever the history: a few of the histories of `tools.forget`."""
+"""Deleted data is in no object any more, whatever the history: a few of the histories of `tools.forget`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A reference lives only where an array of a living snapshot finds it: sharing a manifest keeps nothing alive."""
+"""A reference is living only if an array of a living snapshot finds it: sharing a manifest keeps nothing alive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Repacking: dead bytes beside living ones go, and nobody loses what they need."""
+"""Repacking: dead bytes beside living ones go, and no client loses data."""
 
 from __future__ import annotations
 

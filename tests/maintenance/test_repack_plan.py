@@ -1,4 +1,4 @@
-"""What repacking decides: which objects, where their living bytes go, and what references become of it."""
+"""The plan of a repacking: which objects, where their living bytes go, and the new references."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ async def test_a_file_of_another_type_than_its_key_is_an_error(name: str) -> Non
     storage = MemoryStorage()
     repo = await icechunk.Repository.create_async(storage)
     tip = object_id_from_text(await write(repo, "a"))
-    await repo.checkpoint_async()  # until then its files may ride in the log only
+    await repo.checkpoint_async()  # until then its files may be in the log only
     other = object_id_from_text(MISSING)
     for key in (snapshot_key, manifest_key, transaction_key):
         await storage.put(key(other), (await storage.get(snapshot_key(tip))).data)
@@ -109,7 +109,7 @@ async def test_the_file_is_read_and_not_a_cached_copy() -> None:
     storage = MemoryStorage()
     repo = await icechunk.Repository.create_async(storage)
     tip = await write(repo, "a")
-    await repo.checkpoint_async()  # until then its files may ride in the log only
+    await repo.checkpoint_async()  # until then its files may be in the log only
     await storage.delete([snapshot_key(object_id_from_text(tip))])
     with pytest.raises(SnapshotNotFoundError):
         await repo.inspect_snapshot_async(tip)

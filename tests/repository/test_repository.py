@@ -311,7 +311,7 @@ def test_manifest_files_of_a_version_are_those_on_storage(storage: Storage) -> N
     array[:] = 1
     (file,) = repository.list_manifest_files(session.commit("x"))
     assert file.num_chunk_refs == 2
-    # Files of a small commit ride in the log, and have objects at the latest when a checkpoint refers to them.
+    # Files of a small commit are embedded in the log, and objects at the latest when a checkpoint refers to them.
     repository.checkpoint()
 
     async def size() -> int:
@@ -451,7 +451,7 @@ def test_a_read_only_repository_takes_no_change_but_of_its_status(storage: Stora
         assert error.value.kind == ErrorKind.READ_ONLY_REPOSITORY
     assert other.readonly_session("main").snapshot_id == first
     other.set_status(icechunk.RepoStatus(icechunk.RepoAvailability.online))
-    # What was refused is not lost.
+    # The refused changes are not lost.
     begun.commit("x")
     assert value_of(Repository.open(storage).readonly_session("main")) == 1
 

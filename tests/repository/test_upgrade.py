@@ -1,4 +1,4 @@
-"""From format 1 to format 2: nothing is lost, wherever it stops and whoever commits meanwhile."""
+"""From format 1 to format 2: nothing is lost, at whatever step it stops and whichever client commits meanwhile."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def refs(repo: icechunk.Repository) -> dict[str, Any]:
 
 
 def seen(repo: icechunk.Repository) -> dict[str, Any]:
-    """What a reader sees; the same before and after."""
+    """The view of a reader; the same before and after."""
     return {**dump(repo), "metadata": None, "inline": repo.config.inline_chunk_threshold_bytes}
 
 
@@ -368,7 +368,7 @@ async def test_a_commit_of_another_client_is_taken_over_or_refused_whenever_it_c
         history = [info.id async for info in upgraded.async_ancestry(branch="main")]
         assert (landed == history[:1]) == bool(landed), at
         outcomes.append(bool(landed))
-    # Up to the announcement they land, from then on they are told to open the repository again.
+    # Commits before the announcement land; later ones are refused with the advice to open the repository again.
     assert True in outcomes
     assert False in outcomes
     assert outcomes == sorted(outcomes, reverse=True)

@@ -1,4 +1,4 @@
-"""What the package says of itself, and that its version is written once."""
+"""The names and versions of the package; its version is written once."""
 
 from __future__ import annotations
 

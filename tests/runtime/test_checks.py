@@ -14,7 +14,7 @@ from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.runtime.checks import WrongTypeError, json_metadata, require_text, require_type
 
 
-class Letter(str, Enum):  # noqa: UP042  # what `str` says of a member is its name
+class Letter(str, Enum):  # noqa: UP042  # `str` of a member is its name
     A = "a"
 
 

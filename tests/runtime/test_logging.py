@@ -21,7 +21,7 @@ TRACE, OFF = 5, 60
 
 @pytest.fixture(autouse=True)
 def _restore() -> Iterator[None]:
-    """Filters are of the process; other tests in it shall not meet ours."""
+    """Filters belong to the process: reset them, so that other tests do not see them."""
     yield
     root = logging.getLogger("icechunk")
     if logs._governed.handler is not None:

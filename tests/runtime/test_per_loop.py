@@ -62,7 +62,7 @@ async def test_closing_while_the_loop_ends_waits_for_it() -> None:
     client = await clients.get()
     entry = clients._entries[asyncio.get_running_loop()]
     assert entry.keeper is not None
-    # What `loop.shutdown_asyncgens` does.
+    # As `loop.shutdown_asyncgens` does.
     ending = asyncio.create_task(entry.keeper.aclose())
     await first.wait()
     closing = asyncio.create_task(clients.aclose())
@@ -273,7 +273,7 @@ loops._close_everything()
 
 
 def end_of_loop_complaints(main: Coroutine[None, None, None]) -> list[str]:
-    """What a loop says about the generators that it ends."""
+    """Messages of a loop about the generators that it ends."""
     said: list[str] = []
     loop = asyncio.new_event_loop()
     loop.set_exception_handler(lambda _, context: said.append(f"{context['message']}: {context.get('exception')}"))

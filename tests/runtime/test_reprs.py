@@ -1,4 +1,4 @@
-"""What objects show of themselves: enough to know them by, nothing secret, nothing that acts on a page."""
+"""Representations of objects: enough to recognise them, no secret, and no active HTML."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ async def test_no_more_is_asked_for_than_has_room() -> None:
 
     async def work(weight: int) -> None:
         nonlocal most
-        # What was asked for last waits for room.
+        # The last request waits for room.
         most = max(most, sum(asked[:-1]) - sum(done))
         for _ in range(5):
             await asyncio.sleep(0)

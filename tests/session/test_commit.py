@@ -59,7 +59,7 @@ def of_the_commit(recording: RecordingStorage) -> RecordingStorage:
 
 
 APART = RepositoryConfig(engine=EngineConfig(small_commit_bytes=0))
-"""No commit rides in the log."""
+"""No commit is embedded in the log."""
 
 
 async def test_creating_and_opening_cost_few_round_trips() -> None:
@@ -75,7 +75,7 @@ async def test_creating_and_opening_cost_few_round_trips() -> None:
     opened = await Repository.open_async(recording)
     assert recording.dependent_rounds() == 1
     await opened.readonly_session_async("main")
-    assert recording.dependent_rounds() == 2  # what was acknowledged since; repo has the snapshot
+    assert recording.dependent_rounds() == 2  # the entries acknowledged since; repo has the snapshot
 
 
 async def test_a_session_right_after_the_open_has_commits_acknowledged_in_between() -> None:
@@ -87,7 +87,7 @@ async def test_a_session_right_after_the_open_has_commits_acknowledged_in_betwee
         async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
             answer = await self.inner.get(key, byte_range)
             if key == "repo" and not acknowledged:
-                # Another thread commits while the answer travels.
+                # Another thread commits while the answer is under way.
                 acknowledged.append(await (await changed(writer, "theirs")).commit_async("theirs"))
             return answer
 
@@ -106,7 +106,7 @@ async def test_a_tail_after_the_checkpoint_costs_one_round_trip_more() -> None:
         await (await changed(repository, f"n{n}")).commit_async("x")
     recording.clear()
     await Repository.open_async(MemoryCopy(recording))
-    # What the writer still puts in the background is not of the open.
+    # Objects that the writer still puts in the background do not belong to the open.
     recording.requests = [request for request in recording.requests if request.verb != "put"]
     assert recording.dependent_rounds() == 2
 
@@ -125,7 +125,7 @@ async def test_a_session_begins_in_one_round_trip_and_commits_in_one_more_or_two
     for n in range(3):
         await settled(recording, repository)
         session = await changed(repository, f"n{n}")
-        assert recording.dependent_rounds() == 1  # is there news? its snapshot was written here
+        assert recording.dependent_rounds() == 1  # one look at the next slot; the snapshot was written here
         recording.clear()
         await session.commit_async(f"n{n}")
         assert of_the_commit(recording).dependent_rounds() == rounds  # files?, swap
@@ -195,7 +195,7 @@ async def test_a_session_on_a_snapshot_of_another_process_begins_in_two_round_tr
     await (await changed(ours)).commit_async("ours")
     await settled(recording, ours)
     await theirs.writable_session_async("main")
-    assert recording.dependent_rounds() == 2  # news, with the snapshot; more news?
+    assert recording.dependent_rounds() == 2  # the new entry, with the snapshot; a look at the next slot
 
 
 @pytest.mark.parametrize("chunk", [b"x" * 10, b"x" * 10_000], ids=["inline", "objects"])
@@ -211,7 +211,7 @@ async def test_chunks_in_flight_and_appends_add_no_round_trip(chunk: bytes) -> N
         for i in range(20):
             await session._content.set_chunk("/array", (20 * n + i,), chunk)
         await session.commit_async(f"append {n}")
-        # Chunks do not ride: what an entry refers to is there before it.
+        # Chunks are not embedded: they exist before the entry that refers to them.
         assert of_the_commit(recording).dependent_rounds() == (1 if len(chunk) == 10 else 2)
         assert recording.count("get") == 0
 

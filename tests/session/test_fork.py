@@ -1,4 +1,4 @@
-"""Forks: they begin where their parent stands, write by themselves, travel, and come back merged."""
+"""Forks: they begin with their parent's changes, write independently, are pickled, and are merged again."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def test_chunks_are_durable_before_a_fork_is_made_and_before_it_is_pickled(tmp_p
     assert storage.count("put", "chunks/") == 1
 
     async def elsewhere() -> None:
-        # On a loop that is gone before anybody waits for its uploads.
+        # On a loop that has ended before any caller waits for its uploads.
         await fork._content.set_chunk("/a", (1,), b"\1\0\0\0")
 
     asyncio.run(elsewhere())

@@ -271,7 +271,7 @@ def test_chunks_outside_the_shape_that_the_session_shrank_to_meanwhile_are_a_con
     assert conflicts(session, one) == [conflict(C.CHUNKS_OUTSIDE_SHAPE, "/a", None, 0, chunks=((4, 6),))]
     session.merge(one, on_conflict=policy)  # type: ignore[arg-type]
     found = [0, 1, 9, 8, 8, 8, 8, -1, -1, -1][:length]
-    # What the session had outside was out of sight, and is seen again.
+    # Chunks of the session outside the shape were invisible, and are visible again.
     assert get(session) == found
     session.commit("merged")
     assert get(repo.readonly_session("main")) == found

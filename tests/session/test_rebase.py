@@ -1,4 +1,4 @@
-"""Rebasing real sessions: nobody's work is lost, nothing is uploaded twice, and conflicts are told."""
+"""Rebasing real sessions: no change is lost, nothing is uploaded twice, and conflicts are reported."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def storage() -> RecordingStorage:
 
 @pytest.fixture
 def repo(storage: RecordingStorage) -> Repository:
-    # Files that ride in the log could not be counted, nor lost.
+    # Files that are embedded in the log could not be counted, nor lost.
     config = icechunk.RepositoryConfig(
         inline_chunk_threshold_bytes=0, engine=icechunk.EngineConfig(small_commit_bytes=0)
     )

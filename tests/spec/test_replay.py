@@ -318,7 +318,7 @@ def test_an_allowed_trace_passes(script: Callable[[Trace], None]) -> None:
 
 
 def told_is_sent_again(t: Trace) -> None:
-    """What field tests found: rule 2."""
+    """The defect that field tests found: rule 2."""
     t.open("a")
     first = t.attempt("a", 1, "n1", GONE, caller="x")
     t.answer(first, 0)

@@ -1,4 +1,4 @@
-"""``spec/repository-log.md``: its events are ours, and its examples byte for byte what we write."""
+"""``spec/repository-log.md``: its events are those of the code, and its examples are encoded byte for byte."""
 
 from __future__ import annotations
 

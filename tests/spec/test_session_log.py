@@ -1,4 +1,4 @@
-"""``spec/session-log.md``: its events and phases are ours, and its example byte for byte what we write."""
+"""``spec/session-log.md``: its events and phases are those of the code, its example is encoded byte for byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an object store makes of its settings."""
+"""The effect of settings on an object store."""
 
 from __future__ import annotations
 

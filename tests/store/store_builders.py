@@ -30,7 +30,7 @@ PROTOTYPE = default_buffer_prototype()
 
 
 def buffer(data: bytes) -> cpu.Buffer:
-    """What zarr hands to `IcechunkStore.set`."""
+    """A buffer as zarr passes it to `IcechunkStore.set`."""
     return cpu.Buffer.from_bytes(data)
 
 

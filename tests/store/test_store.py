@@ -1,4 +1,4 @@
-"""What the store does with keys, byte ranges, listings and bad input; see test_store_zarr.py for zarr's own suite."""
+"""The store's keys, byte ranges, listings and bad input; see test_store_zarr.py for zarr's own suite."""
 
 from __future__ import annotations
 
@@ -550,7 +550,7 @@ async def test_prefix_need_not_be_a_directory(filled: IcechunkStore, prefix: str
     assert await collect(filled.list_prefix(prefix)) == sorted(key for key in EVERYTHING if key.startswith(prefix))
 
 
-# -- what is gone or changed behind the session's back ---------------------------------------------------------------
+# -- objects deleted or changed outside the session ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("byte_range", [None, RangeByteRequest(1, 4)])

@@ -152,7 +152,7 @@ def test_loops_write_and_read_one_session_at_once(storage: Storage) -> None:
         return lambda: run(work)
 
     in_threads(*map(own_loop, range(0, 32, 8)))
-    # The loops that put these chunks have ended: nobody uploads what was still on its way, but the commit does.
+    # The loops that put these chunks have ended: the commit uploads the chunks that were not sent yet.
     np.testing.assert_array_equal(zarr.open_array(session.store, path="a", mode="r")[...], VALUES)
     session.commit("written by loops that are gone")
 

@@ -1,4 +1,4 @@
-"""Stores and sessions in other processes: read-only ones travel, writable ones refuse and say what to do instead."""
+"""Stores and sessions in other processes: read-only ones can be pickled, writable ones refuse and name the remedy."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def context(request: pytest.FixtureRequest) -> Any:
 
 
 pytestmark = pytest.mark.filterwarnings(
-    # Python 3.12 warns of every fork while threads run, as zarr's and ours do: that it works is what is tested here.
+    # Python 3.12 warns of every fork while threads run, as zarr's and ours do: this test shows that it works.
     "ignore:.*multi-threaded, use of fork.*:DeprecationWarning"
 )
 

@@ -43,11 +43,11 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Committing:
-    """A repository under test: commits, and where its newest session stands."""
+    """A repository under test: its commits, and the snapshot of its newest session."""
 
     def __init__(self) -> None:
         self.storage = MemoryStorage()
-        # Chunks of a few bytes: half of them travel as objects.
+        # Chunks of a few bytes: half of them are stored as objects.
         self.repository = Repository.create(self.storage, icechunk.RepositoryConfig(inline_chunk_threshold_bytes=16))
         self.session: Session = self.repository.writable_session("main")
 

@@ -66,7 +66,7 @@ CHUNKS = ("c/0", "foo/bar/c/1/2/3", "scalar/c")
 
 
 def translate(key: str) -> str:
-    """The key of a hierarchy that one of the suite's stands for."""
+    """The key in our hierarchy for a key of the suite."""
     try:
         parse_key(key)
     except InvalidInputError:
@@ -83,7 +83,7 @@ class TestIcechunkStore(StoreTests[IcechunkStore, cpu.Buffer]):
 
     @pytest.fixture
     async def store_kwargs(self, storage: Storage) -> dict[str, Any]:
-        # A threshold of 8 bytes: the suite's values are inline, and ours of `test_get` are both.
+        # A threshold of 8 bytes: the suite's values are inline; those of our `test_get` are inline and in objects.
         return {"session": await open_session(storage, inline_bytes=8)}
 
     async def set(self, store: IcechunkStore, key: str, value: Buffer) -> None:

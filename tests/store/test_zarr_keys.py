@@ -1,4 +1,4 @@
-"""What a zarr key names."""
+"""Parsing of zarr keys."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def quick_collections() -> Iterator[None]:
 
 
 def run_strictly(main: Callable[[], Awaitable[None]]) -> None:
-    """Run; nothing may be left behind: no task, no exception that nobody looked at."""
+    """Run; nothing may be left behind: no task, no exception that was not retrieved."""
     complaints: list[dict[str, Any]] = []
 
     async def watched() -> None:
@@ -169,7 +169,7 @@ def test_any_schedule_of_reads_and_cancellations_returns_exactly_the_bytes(
 
         results = await asyncio.gather(*map(cancelling, schedule), return_exceptions=True)
         assert [error for error in results if error is not None] == []
-        # What happened before does not stand in the way of anybody afterwards.
+        # Earlier failures do not affect later readers.
         storage.draw = lambda: (0, False)
         for key, data in objects.items():
             assert await blocks.read(key, 0, len(data)) == data
@@ -358,7 +358,7 @@ def test_request_is_cancelled_with_its_last_reader_and_the_next_one_begins_anew(
         assert storage.now == 1
         first.cancel()
         await asyncio.sleep(0)
-        # The cancelled request has not ended yet: whoever comes now must not join it.
+        # The cancelled request has not ended yet: a new reader must not join it.
         second = asyncio.ensure_future(blocks.read("a", 0, 10))
         assert await second == pattern(100)[:10]
         assert len(storage.ranges) == 2

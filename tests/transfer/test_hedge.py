@@ -17,7 +17,7 @@ from icechunk.transfer.limiter import Gate
 
 
 class Uneven(MemoryStorage):
-    """Answers at once, but for those requests that it is told to leave hanging or to refuse."""
+    """Answers at once, except requests that the test lets hang or refuses."""
 
     def __init__(self) -> None:
         super().__init__()

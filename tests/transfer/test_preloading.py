@@ -1,4 +1,4 @@
-"""What sessions fetch ahead of need."""
+"""The manifests that sessions fetch before they are needed."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from icechunk.transfer.put import PutMemory, PutPool
 
 
 class Gated(MemoryStorage):
-    """A memory storage whose writes wait for a gate, and fail as often as told."""
+    """A memory storage whose writes wait for a gate, and fail as often as configured."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a writer that outruns its storage costs in memory."""
+"""The memory of a writer that is faster than its storage."""
 
 from __future__ import annotations
 

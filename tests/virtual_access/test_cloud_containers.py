@@ -46,7 +46,7 @@ class Place:
     store: AnyObjectStoreConfig
     credential: Any
     wrong: Any
-    """Credentials that the service refuses; None: whoever asks, until `lock` is called."""
+    """Credentials that the service refuses; None: it accepts every request until `lock` is called."""
     objects: Storage
     seen: Storage
     """The same objects as the service shows them: their ETags and times."""

@@ -1,4 +1,4 @@
-"""What a location means: normalisation, containers, and references that try to leave their container."""
+"""Locations: normalisation, containers, and references that try to leave their container."""
 
 from __future__ import annotations
 

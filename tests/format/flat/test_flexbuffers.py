@@ -14,13 +14,13 @@ from tests.raising import raises
 from tools.fuzz.strategies import json_values
 
 _ASCII = st.text(st.characters(max_codepoint=127, exclude_characters="\0"), min_size=1, max_size=6)
-# what the independent library can also read: keys in ASCII
+# values that the independent library can also read: keys in ASCII
 _PLAIN: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | _ASCII,
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(_ASCII, inner, max_size=5),
     max_leaves=20,
 )
-# what it can also write: small floats, signed integers
+# values that it can also write: small floats, signed integers
 _WRITABLE: st.SearchStrategy[Any] = st.recursive(
     st.booleans()
     | st.integers(-(2**63), 2**63 - 1)

@@ -253,7 +253,7 @@ def test_references_of_different_ranks_in_one_array_are_found_by_their_rank() ->
     found = [of_rank(manifest.arrays, node, ndim) for ndim in range(4)]
     assert [None if refs is None else refs.coords.tolist() for refs in found] == [[], [[0]], [[1, 2], [3, 4]], []]
     assert of_rank(manifest.arrays, NodeId(b"\xff" * 8), 1) is None
-    # A manifest of ours has one rank for each array.
+    # A manifest of this package has one rank for each array.
     again = decode_manifest(encode_manifest(manifest))
     assert again.arrays[node].coords.tolist() == [[1, 2], [3, 4]]
     assert again.num_chunk_refs == 2

@@ -72,7 +72,7 @@ def test_many_nodes_come_back_as_they_were(data: st.DataObject, spec_version: in
 
 
 def read_both_ways(data: bytes) -> tuple[Snapshot | FormatError, Snapshot | FormatError]:
-    """What is read node by node, and in columns."""
+    """The same values, read node by node and in columns."""
     found: list[Snapshot | FormatError] = []
     for few in (2**32, 1):
         with mock.patch.object(node_decoding, "_FEW", few):
@@ -118,7 +118,7 @@ def test_corrupt_nodes_are_refused_or_read_as_one_by_one(rng: Random, spec_versi
         at = rng.randrange(8, len(broken))
         broken[at] = rng.choice((0, 1, 4, 255, broken[at] ^ 1 << rng.randrange(8)))
     one_by_one, columns = read_both_ways(seal(FileType.SNAPSHOT, spec_version, bytes(broken)))
-    # Columns are checked as a whole: a table that ends past the end is refused even where nobody reads that far.
+    # Columns are checked as a whole: a table that ends past the end is refused even if no field there is read.
     if isinstance(columns, Snapshot):
         assert columns == one_by_one
 

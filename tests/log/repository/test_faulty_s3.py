@@ -19,7 +19,7 @@ from tests.storage.s3.faulty_s3 import LOSE, OK, RESET, FaultyS3, Say, Seen, ser
 from tools import services
 
 LATE = "late"
-"""The connection is reset, and the request carried out after the next one like it."""
+"""The connection is reset, and the request executed after the next one like it."""
 
 FAULTS: dict[str, str | Say] = {
     "landed, answer lost": LOSE,
@@ -114,7 +114,7 @@ async def test_a_commit_lands_exactly_once_whatever_becomes_of_its_answer(
     for number in range(2):
         session = await repo.writable_session_async("main")
         if number == 0:
-            # What the store is asked first, whether it honours If-Match, is not meant.
+            # The first request, which checks whether the store honours If-Match, is not meant.
             await (await repo._core.log()).prepare_writes()
             server.choose = strike(SWAPPED[layout], FAULTS[fault], times)
         made.append(await session.commit_async(f"commit {number}", allow_empty=True))

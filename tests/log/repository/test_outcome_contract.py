@@ -1,4 +1,4 @@
-"""What every layout promises about the outcome of a change (rules 2 and 3), whatever becomes of requests and callers.
+"""The promises of every layout about the outcome of a change (rules 2 and 3), for any fate of requests and callers.
 
 One contract for the three of them. What a layout does in its own way is tested beside it.
 """
@@ -145,7 +145,7 @@ every_change = pytest.mark.parametrize("change", UNWANTED)
 
 
 class Told(list[SwapToken | None]):
-    """What a caller was told of its attempts."""
+    """The tokens that ``on_sent`` of a caller received."""
 
     @property
     def is_open(self) -> bool:
@@ -165,7 +165,7 @@ def not_sending(request: Request) -> None:
 
 
 def answering_writes(storage: ScriptedStorage, answer: Callable[[Request], None]) -> list[Send]:
-    """Writes get this answer instead of being carried out; returns what would carry them out after all."""
+    """Writes get this answer instead of being executed; returns functions that execute them after all."""
     held: list[Send] = []
 
     async def script(request: Request, send: Send) -> object:
@@ -179,7 +179,7 @@ def answering_writes(storage: ScriptedStorage, answer: Callable[[Request], None]
 
 
 def holding_writes(storage: ScriptedStorage) -> asyncio.Event:
-    """Writes get no answer before the gate is opened, and are then lost without having been carried out."""
+    """Writes get no answer before the gate is opened, and are then lost without having been executed."""
     gate = asyncio.Event()
 
     async def script(request: Request, send: Send) -> object:
@@ -220,7 +220,7 @@ async def test_a_refusal_is_raised_at_once_with_the_stores_message_and_nothing_s
     assert len(sent(storage)) == 1
     before = await world.state()
     storage.script = None
-    # What was refused can be asked for again, and what comes after it does not bring it back.
+    # A refused change can be requested again, and later changes do not execute it.
     await log.append(await world.commit(3, an_id(1)))
     after = await world.state()
     assert (after.branches["precious"], dict(after.tags)) == (before.branches["precious"], {})
@@ -269,7 +269,7 @@ async def test_a_request_that_never_left_is_known_not_to_have_landed(world: Outc
     assert await world.history() == [an_id(1)]
 
 
-# ------------------------------------------- what a caller was told about is never sent again
+# ------------------------------------------- a told attempt is never sent again
 
 
 async def told_unknown(log: RepositoryLog, storage: ScriptedStorage, propose: Propose, how: str) -> Told:

@@ -1,4 +1,4 @@
-"""What the fold accepts, a checkpoint can hold."""
+"""A checkpoint can hold everything that the fold accepts."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_whatever_the_fold_accepts_is_written_to_a_checkpoint_and_read_back_equa
 ) -> None:
     state = fresh()
     for event in events:
-        # As an entry brings it, and as it is, from whoever did not go through one.
+        # As decoded from an entry, and as given by a caller that bypasses entries.
         try:
             decoded = decode_entry(
                 encode_entry(n=1, nonce=b"x" * 16, time_us=max(0, time_us), since_us=1, events=encode_events([event])),

@@ -73,7 +73,7 @@ class World:
         return [update.change.snapshot async for update in log.updates() if isinstance(update.change, NewCommit)][::-1]
 
     async def prune(self, epoch: str, last: int) -> None:
-        """What a pruner does after it has announced and waited."""
+        """The deletions of a pruner after it has announced and waited."""
         self.clock.move(7.1 * DAY_S)
         await self.store.delete(slot_key(epoch, n) for n in range(1, last + 1))
 
@@ -126,7 +126,7 @@ def held_back(late: list[Send], matches: Callable[[Request], bool]) -> Script:
 
 
 def losing_the_answer(storage: ScriptedStorage, matches: Callable[[Request], bool]) -> Script:
-    """The first request that matches is carried out, and its answer lost; then all goes through."""
+    """The first request that matches is executed, and its answer lost; later ones succeed."""
 
     async def script(request: Request, send: Send) -> object:
         answer = await send()
@@ -146,6 +146,6 @@ async def settled(world: World) -> tuple[LogLayout, ScriptedStorage]:
 
 
 async def put_entry(store: Storage, epoch: str, n: int, *events: e.Event, time_us: int = 1, **options: Any) -> None:
-    """Write the entry of somebody else into a slot."""
+    """Write the entry of another client into a slot."""
     data = encode_entry(n=n, nonce=b"x" * 16, time_us=time_us, since_us=None, events=encode_events(events), **options)
     await store.put(slot_key(epoch, n), data)

@@ -90,7 +90,7 @@ def compacted(
     new_object_id: Callable[[], ObjectId],
     earlier: Earlier | None = None,
 ) -> Compaction:
-    """What a commit of the plan makes; those that were there earlier are left out."""
+    """The manifests that a commit of the plan makes, without those that existed before."""
     new, places = [], []
     for manifest in new_manifests(planned, manifests, new_object_id):
         known = None if earlier is None else earlier.find(manifest)

@@ -289,7 +289,7 @@ def test_large_layers_share_their_columns_with_the_events_until_there_are_many(
     for k in range(4, 60):
         log.set_refs(node, native(np.arange(15 * k, 15 * k + 80)[:, None], first=1000 * k + 1))
         assert len(fold.layers) <= 4 + 8
-    # What was merged before anybody asked is in memory once.
+    # Layers that were merged before their columns were requested are in memory once.
     shared = {id(event.refs) for event in log.events if isinstance(event, ChunksWritten)}
     assert len(log.events) < 20
     assert sum(id(layer.refs) in shared for layer in fold.layers) >= len(fold.layers) - 1

@@ -1,4 +1,4 @@
-"""Exchanges over HTTP/1.1, against a server that says exactly the bytes it is told."""
+"""Exchanges over HTTP/1.1, against a server that sends exactly the given bytes."""
 
 from __future__ import annotations
 

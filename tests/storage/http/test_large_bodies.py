@@ -248,7 +248,7 @@ def test_a_body_is_put_together_wherever_its_pieces_end(cuts: list[int], placed:
                 at = cut
                 rest = reading.rest
                 if response is None and rest is not None:
-                    # What a connection does: it receives into the place itself.
+                    # As a connection does: it receives directly into the buffer.
                     count = min(placed, len(rest))
                     rest[:count] = stream[at : at + count]
                     at += count

@@ -1,4 +1,4 @@
-"""Proxies: which are used, what they are told, and what is said of those that do not work."""
+"""Proxies: which are used, what is sent to them, and the errors of those that do not work."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ async def test_a_repository_of_each_layout_is_read_to_its_head(web: WebServer, v
     with pytest.raises(ReadOnlyError) as caught:
         await repo.create_branch_async("dev", reading.snapshot_id)
     assert caught.value.kind == "read-only-storage"
-    # What is committed meanwhile is seen at the next look.
+    # A commit made meanwhile is seen at the next look.
     session = await made.writable_session_async("main")
     await session.commit_async("one more", allow_empty=True)
     messages = [info.message async for info in repo.async_ancestry(branch="main")]

@@ -1,4 +1,4 @@
-"""Requests tell the storage's logs who works there."""
+"""Requests name their client in the logs of the storage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A web server for the files of a folder in a thread: ranges, redirects, statuses and headers as told."""
+"""A web server for the files of a folder in a thread: with configurable ranges, redirects, statuses and headers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["WebServer", "serving_files"]
 
 @dataclass
 class WebServer:
-    """What is served, and what was asked."""
+    """The served folder, and the requests that were made."""
 
     folder: Path
     url: str = ""

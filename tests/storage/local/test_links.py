@@ -1,4 +1,4 @@
-"""Symbolic links below the root: a repository made by somebody else leads nowhere out of its folder."""
+"""Symbolic links below the root: a repository made by another person leads nowhere out of its folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from icechunk.storage.port import ANY, Absent, Matches, Precondition
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Path:
-    """A folder of somebody else's, with an old file under a name that we could have given."""
+    """A folder of another program, with an old file under a name that a temporary file of ours could have."""
     folder = tmp_path / "outside"
     folder.mkdir()
     for name in (temporary_name(), "precious"):

@@ -1,4 +1,4 @@
-"""A folder that somebody removed stays removed."""
+"""A folder that was removed from outside stays removed."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ async def test_expired_objects_are_collected_and_others_stay(bucket: Storage, ve
     when = (await history.repo.lookup_snapshot_async(c1)).written_at
     expired = await history.repo.expire_snapshots_async(when)
     assert {history.ids["first"], history.ids["c1"]} <= set(expired)
-    await history.repo.checkpoint_async()  # so that what rides in a log's entries stands on its own
+    await history.repo.checkpoint_async()  # so that files embedded in a log's entries are objects
     before = await sizes(bucket)
     # Nothing is as old as that by the store's own times: they come with the listing.
     young = await icechunk.Repository.open_async(bucket)

@@ -39,5 +39,5 @@ async def test_a_program_that_ends_right_after_a_request_ends_well() -> None:
             await program.communicate(given)
             return program.returncode
 
-        # Without care about every fourth of them dies.
+        # Without that precaution about every fourth of them crashes.
         assert await asyncio.gather(*(run() for _ in range(6))) == [0] * 6

@@ -1,4 +1,4 @@
-"""Answers that are not what was asked for end in an error of ours, in time, whatever a server sends."""
+"""Answers that do not fit the request end in an `IcechunkError`, in time, whatever a server sends."""
 
 from __future__ import annotations
 

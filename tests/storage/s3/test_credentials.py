@@ -22,7 +22,7 @@ _answers: list[S3StaticCredentials | Exception] = []
 
 
 def fetch() -> S3StaticCredentials:
-    """What users give; at the top of a module, so that it pickles by name."""
+    """A function as users give it; at the top of a module, so that it pickles by name."""
     answer = _answers.pop(0)
     _calls.append("call")
     if isinstance(answer, Exception):

@@ -1,4 +1,4 @@
-"""Bad days: every fault has a test, and conditional writes tell the truth about each."""
+"""Faults of a service: every fault has a test, and conditional writes report the right outcome for each."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ async def test_tries_and_pauses_are_bounded(server: FaultyS3, storage: S3Storage
 
 
 async def test_one_try_is_one_request(server: FaultyS3, storage: S3Storage) -> None:
-    """aiohttp repeats requests on its own when a kept connection broke; ours must not, or a 412 says nothing."""
+    """aiohttp repeats requests by itself when a kept connection broke; ours must not, or a 412 is ambiguous."""
     server.objects[PATH] = (b"content", {})
     await storage.get("x")
     server.behaviours = [RESET]
@@ -399,7 +399,7 @@ async def test_all_tries_together_take_no_longer_than_their_limit(
 async def test_a_connection_that_is_not_made_is_given_up_after_its_limit(pauses: Pauses) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=0) as silent:
         address = silent.getsockname()
-        # The queue of a listener that accepts nobody: who comes next is not even refused.
+        # The queue of a listener that accepts no connection: the next one is not even refused.
         waiting = [socket.socket() for _ in range(4)]
         for one in waiting:
             one.setblocking(False)

@@ -166,7 +166,7 @@ async def test_after_a_conversion_there_and_back_a_reader_follows_into_the_new_l
 
 
 async def take_over(world: World) -> None:
-    """What the official library does when somebody sets the status online: back up, drop `extra`."""
+    """Set the status online as the official library does: copy `repo`, drop `extra`."""
     info = decode_repo((await world.store.get("repo")).data)
     await world.store.copy("repo", "overwritten/repo.taken")
     newest = info.updates[0]
@@ -257,7 +257,7 @@ async def test_a_long_ops_log_continues_in_backups_and_lists_each_update_once(wo
 
 
 async def put_embedding(world: World, log: LogLayout) -> None:
-    """Somebody else's first entry, with a small file in it."""
+    """The first entry of another client, with a small file in it."""
     events, objects = world.commit(1)(log.state), {"snapshots/SMALL": b"small"}
     await put_entry(world.store, log.epoch, 1, *events, time_us=world.clock.now_us, objects=objects)
 

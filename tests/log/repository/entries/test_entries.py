@@ -116,7 +116,7 @@ async def test_a_commit_with_files_older_than_the_cutoff_is_refused_and_void_for
     for since_us in (None, cutoff_us - 1):
         with raises(SessionStateError, "commit-not-allowed"):
             await log.append(world.commit(2), since_us=since_us)
-    # Somebody who did not look sends it all the same.
+    # A client that did not look sends it all the same.
     events = encode_events(world.commit(2)(log.state))
     data = encode_entry(n=log.n + 1, nonce=b"n" * 16, time_us=world.clock.now_us, since_us=cutoff_us - 1, events=events)
     await world.store.put(slot_key(log.epoch, log.n + 1), data, Absent())

@@ -1,4 +1,4 @@
-"""Rule 3 of the log layout: three outcomes, and who is told which.
+"""Rule 3 of the log layout: three outcomes, and which caller gets which.
 
 Each test fails where its rule is left out. Where the loss can be shown, the test runs a second time with the rule
 switched off, and sees the loss.
@@ -95,11 +95,11 @@ async def test_callers_that_arrive_during_a_look_are_neither_lost_nor_refused_by
     assert await world.history() == [an_id(1), an_id(2)]
 
 
-# ---------------------------------------------------------------- rule 3: who is told what was sent
+# ---------------------------------------------------------------- rule 3: callers learn what was sent
 
 
 class Told(list[Any]):
-    """What a caller was told of its entry."""
+    """The tokens that ``on_sent`` of a caller received."""
 
     @property
     def open_(self) -> bool:

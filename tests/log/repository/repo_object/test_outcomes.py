@@ -1,4 +1,4 @@
-"""The repo-object layout: whatever becomes of an answer, a caller or a copy, the outcome is told as it is."""
+"""The repo-object layout: the reported outcome is right whatever happens to an answer, a caller or a copy."""
 
 from __future__ import annotations
 

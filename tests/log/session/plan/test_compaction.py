@@ -1,4 +1,4 @@
-"""What commits read and write, and how manifests grow."""
+"""The manifests that commits read and write, and how manifests grow."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def test_appends_of_a_thousand_to_ten_million_read_and_write_none_of_those() -> 
         repo.snapshot.nodes["/a"],
         manifests=tuple(ManifestRef(id, ((i * size, (i + 1) * size),)) for i, id in enumerate(large)),
     )
-    # The manifests themselves do not exist: whoever asks for one fails.
+    # The manifests themselves do not exist: reading one fails.
     repo.snapshot = replace(
         repo.snapshot,
         nodes={**repo.snapshot.nodes, "/a": node},

@@ -135,7 +135,7 @@ def node_at(log: SessionLog, path: str) -> NodeSnapshot:
 
 
 def held(repo: Repo, path: str) -> list[tuple[tuple[int, ...], ChunkRef]]:
-    """Every reference of an array, whatever manifests it stands in."""
+    """Every reference of an array, from all of its manifests."""
     node = repo.snapshot.nodes[path]
     found = [row for ref in node.manifests for row in rows(repo.manifests[ref.object_id].arrays[node.id])]
     return sorted(found, key=lambda row: row[0])
