@@ -6,9 +6,9 @@ asks for it with ``ICECHUNK_LOG``; until then warnings and errors reach standard
 any library.
 
 A filter is a comma-separated list of directives: a level (``warn``), or a target and a level
-(``icechunk.refs=debug``; the official spelling ``icechunk::refs`` is the same). The most specific target decides.
-Levels are off, error, warn, info, debug and trace, or 0 to 5. Targets outside of this package govern nothing: other
-libraries' debug records may hold credentials, ours do not.
+(``icechunk.log=debug``; the official spelling ``icechunk::log`` is the same). The most specific target decides.
+Levels are off, error, warn, info, debug and trace, or 0 to 5. Targets outside of this package have no effect: other
+libraries' debug records may hold credentials, those of this package do not.
 
 ICECHUNK_LOG
     The filter; ``warn`` where it is not set.
@@ -59,7 +59,7 @@ class _Governed:
 
 
 class _LastResort(logging.Handler):
-    """Shows records where nobody else does: it is silent once the application has a handler of its own.
+    """Shows records if the application has no handler of its own.
 
     It looks up the stream when it writes, so that a redirected one is found.
     """
@@ -84,7 +84,7 @@ _governed = _Governed()
 
 
 def initialize_logs() -> None:
-    """Show log records as the environment says (see the module). Calling it again reads the environment again."""
+    """Show log records by the environment variables (see the module). Calling it again reads them again."""
     set_logs_filter(None)
 
 
@@ -94,8 +94,8 @@ def set_logs_filter(log_filter_directive: str | None) -> None:
     Parameters
     ----------
     log_filter_directive
-        Such as ``"debug"`` or ``"icechunk.refs=debug,warn"``; None: what ``ICECHUNK_LOG`` says. A directive that is
-        none is reported on standard error and left out, the others hold.
+        Such as ``"debug"`` or ``"icechunk.log=debug,warn"``; None: the value of ``ICECHUNK_LOG``. An invalid directive
+        is reported on standard error and left out; the others hold.
 
     Raises
     ------
@@ -179,7 +179,7 @@ def _logger_name(target: str) -> str:
     name = target.strip().replace("::", ".")
     if not name or not all(part.isidentifier() for part in name.split(".")):
         raise InvalidInputError(
-            f"{target!r} names no module; write for example icechunk.refs=debug", ErrorKind.INVALID_SETTING
+            f"{target!r} names no module; write for example icechunk.log=debug", ErrorKind.INVALID_SETTING
         )
     return name
 

@@ -40,7 +40,7 @@ def _restore() -> Iterator[None]:
         ("off", {"icechunk": OFF}),
         ("5", {"icechunk": TRACE}),
         ("icechunk=debug,warn", {"icechunk": logging.DEBUG}),
-        ("warn, icechunk::refs=debug ", {"icechunk": logging.WARNING, "icechunk.refs": logging.DEBUG}),
+        ("warn, icechunk::log=debug ", {"icechunk": logging.WARNING, "icechunk.log": logging.DEBUG}),
         ("info,icechunk.storage=off", {"icechunk": logging.INFO, "icechunk.storage": OFF}),
         ("icechunk", {"icechunk": TRACE}),
         ("info,botocore=debug,aws_smithy=trace", {"icechunk": logging.INFO}),
@@ -87,10 +87,10 @@ def test_filters_that_are_no_text_are_refused() -> None:
 
 def test_a_filter_takes_the_place_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ICECHUNK_LOG", "info")
-    icechunk.set_logs_filter("icechunk.refs=debug")
-    assert logging.getLogger("icechunk.refs").level == logging.DEBUG
+    icechunk.set_logs_filter("icechunk.log=debug")
+    assert logging.getLogger("icechunk.log").level == logging.DEBUG
     icechunk.set_logs_filter(None)
-    assert logging.getLogger("icechunk.refs").level == logging.NOTSET
+    assert logging.getLogger("icechunk.log").level == logging.NOTSET
     assert logging.getLogger("icechunk").level == logging.INFO
     icechunk.initialize_logs()
     icechunk.initialize_logs()
