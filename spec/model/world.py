@@ -33,7 +33,7 @@ __all__ = [
 EPOCH_A: Final = 1
 EPOCH_B: Final = 2
 OBJECT_LAYOUT: Final = 0
-"""In the place of an epoch: `repo` is the truth itself."""
+"""In the place of an epoch: `repo` is authoritative."""
 
 Message: TypeAlias = tuple[Any, ...]
 """A request: ``("slot", slot, entry, told)``, ``("repo", old, new, told)`` with If-Match, ``("set", new)`` without,

@@ -153,7 +153,7 @@ async def pause_before(sources: Sources, attempt: int) -> None:
 
 
 async def _put_or_read(storage: Storage, sources: Sources, key: str, data: bytes) -> bytes:
-    """The bytes that stand at the key: these, if nothing stood there before."""
+    """The bytes of the object at the key: the given ones, if there was none before."""
     why: StorageError | None = None
     for attempt in range(ATTEMPTS):
         await pause_before(sources, attempt)
@@ -324,7 +324,7 @@ async def create_repo_object(
 
 
 async def _grew_from(storage: Storage, found: RepoObject, mark: bytes) -> bool:
-    """Whether it is ours, or somebody has replaced ours already: then the oldest copy is."""
+    """Whether it is ours, or the oldest copy is, because another client has replaced ours already."""
     if found.info.extra == mark:
         return True
     oldest = found.info.updates[-1].backup_path if found.info.updates else None

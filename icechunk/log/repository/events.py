@@ -1,17 +1,13 @@
-"""Events: everything that can happen to a repository, as values.
+"""Events: every kind of change to a repository, as values.
 
-An event is a past-tense fact. It becomes one by standing in a log entry whose preconditions hold where it
-stands; `icechunk.log.repository.state.apply` says what they are and what the event does.
+An event is a past-tense fact. It counts only in a log entry in whose place its preconditions hold;
+`icechunk.log.repository.state.apply` has the preconditions and the effects.
 
-JSON that round-trips every value that metadata and configuration may hold.
-
-JSON has no bytes, no infinities and no NaN; those are written as a map with one reserved key that begins with NUL,
-which no other key holds: FlexBuffers, in which checkpoints keep the same values, end keys there.
-
-Which names branches and tags may have.
-
-Format 2 keeps names in a table and takes any text, as the official library does (``..``, ``/`` and the empty
-string included). Format 1 writes them into keys, where ``/`` would name another object.
+Two helpers of events are here too. `pack` and `unpack` make JSON that round-trips every value that metadata and
+configuration may hold: bytes, infinities and NaN become a map with one reserved key that begins with NUL, which no
+other key holds, since FlexBuffers, in which checkpoints keep the same values, end keys there. And there are the rules
+for names of branches and tags: format 2 keeps names in a table and takes any text, as the official library does
+(``..``, ``/`` and the empty string included); format 1 writes them into keys, where ``/`` would name another object.
 """
 
 from __future__ import annotations
@@ -226,10 +222,10 @@ class RepositoryMigrated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sealed:
-    """The log ended: nothing may follow it, and ``repo`` becomes the truth (rule 8)."""
+    """The log ended: nothing may follow it, and ``repo`` becomes authoritative (rule 8)."""
 
     reason: str = ""
-    """``convert``, or ``takeover`` where somebody lifted the read-only status."""
+    """``convert``, or ``takeover`` if another library lifted the read-only status."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,7 +257,7 @@ Event: TypeAlias = (
     | Sealed
     | Void
 )
-"""Anything that can stand in an entry of the repository log."""
+"""Any event of an entry of the repository log."""
 
 
 _BYTES: Final = "\x00bytes"

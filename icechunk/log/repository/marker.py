@@ -1,11 +1,11 @@
-"""The ``repo`` object as a checkpoint of the log: what it shows to other readers, and what it tells us.
+"""Encoding of ``extra`` of a ``repo`` object, in two layouts. Pure.
 
-Pure. Other readers of the format see a complete, read-only repository; our marker in ``extra`` says up to which
-slot the log is folded into it, and keeps what the format has no field for.
+In the log layout ``repo`` is a checkpoint: other readers of the format see a complete, read-only repository; the
+marker in ``extra`` names the slot up to which the log is folded into it, and keeps values that the format has no field
+for.
 
-What ``extra`` of a ``repo`` object says where the object is the truth itself: whose write it is, and the fence.
-
-Pure. The official library drops ``extra`` whenever it rewrites ``repo``; nothing is wrong then, it is only unknown.
+In the repo-object layout ``extra`` holds the nonce of the write and the cutoff of the last collection. The official
+library drops ``extra`` whenever it rewrites ``repo``; that is no error, both values are unknown then.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def write_mark(nonce: bytes, touch: bytes = b"", *, gc_cutoff_us: int = 0) -> by
     nonce
         Of the write.
     touch
-        Where the same state is written once more, something to tell it by.
+        Random bytes that make the object unique where the same state is written once more; empty: none.
     gc_cutoff_us
         Of the last collection, store time in µs; 0: none is known.
     """
@@ -74,7 +74,7 @@ def _document(extra: bytes | None) -> dict[str, Any]:
 
 
 def nonce_of(extra: bytes | None) -> bytes | None:
-    """The nonce of the write, or None where ``extra`` is absent or somebody else's."""
+    """The nonce of the write, or None if ``extra`` is absent or has another form."""
     try:
         return bytes.fromhex(_document(extra)[_OBJECT_NAME])
     except (KeyError, TypeError, ValueError):
@@ -135,7 +135,7 @@ def encode_marker(marker: Marker) -> bytes:
 
 
 def decode_marker(extra: bytes | None) -> Marker | None:
-    """Our marker, or None where ``extra`` is absent or somebody else's.
+    """The marker of the log layout, or None if ``extra`` is absent or has another form.
 
     Raises
     ------
@@ -204,7 +204,7 @@ def keep_updates(
     """Decide how the ops log is divided between the next ``repo`` object and backups.
 
     As long as everything fits, the next object continues the present one's list. Otherwise the present one is
-    backed up and the next one starts a list of its own, so each update stands in exactly one place.
+    backed up and the next one starts a list of its own, so each update is in exactly one list.
 
     Parameters
     ----------
@@ -263,7 +263,7 @@ def files_to_open_with(state: RepoState, known: Callable[[str], bytes | None]) -
 
 
 def unmarked_info(state: RepoState, *, kept: Kept | None = None) -> RepoInfo:
-    """The ``repo`` object that is the truth from now on: real status, no marker."""
+    """The ``repo`` object that is authoritative from now on: real status, no marker."""
     return to_repo_info(
         state,
         updates=kept.updates if kept else None,

@@ -35,8 +35,8 @@ async def open_repository(
 ) -> RepositoryLog:
     """Find out how the repository is kept, and read it to its head.
 
-    One GET of ``repo``, with a listing of the log at the same time, decides. A log that was left behind by somebody
-    who set its ``repo`` online is sealed, and what is only in it is reported to the logger.
+    One GET of ``repo``, with a listing of the log at the same time, decides. If another library set ``repo`` of a
+    log online, the log is sealed, and the commits that are only in it are reported to the logger.
 
     Parameters
     ----------

@@ -25,7 +25,7 @@ async def updates_of(storage: Storage, state: RepoState) -> AsyncIterator[Update
         seen.add(before)
         info = decode_repo((await storage.get(overwritten_repo_key(before))).data)
         for update in info.updates:
-            # A list may reach into its backup's; each update is told once.
+            # A list may overlap that of its backup; each update is yielded once.
             if last_us is None or update.updated_at_us < last_us:
                 last_us = update.updated_at_us
                 yield update

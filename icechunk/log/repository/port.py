@@ -57,11 +57,11 @@ class SwapToken:
     snapshots: tuple[ObjectId, ...] = ()
     """New snapshots of the caller's events: in the graph exactly if they landed."""
     known_us: int | None = None
-    """Store time at which the place was known to be free; None where the store does not tell it."""
+    """Store time at which the place was known to be free; None if answers have no date."""
 
 
 OnSent: TypeAlias = Callable[[SwapToken | None], None]
-"""Told which attempts may land that hold a caller's events, and with None that there is none any more."""
+"""Called with the token of the attempts with a caller's events that may land; with None when there is none any more."""
 
 
 class RepositoryLog(ABC):
@@ -142,15 +142,15 @@ class RepositoryLog(ABC):
             Store time, µs, not later than the Last-Modified of anything that the events add; None where they
             add no files.
         deadline_s
-            Seconds until the caller wants to know; None: until it is certain.
+            Seconds until the call ends with an unknown outcome; None: it waits until the outcome is certain.
         on_sent
             Called with the token just before an entry with these events is sent, and with None once that entry is
             certainly lost, also after this call was cancelled or has raised. So a cancelled caller knows
             whether the outcome is open: None was the last call, or there was none: nothing landed, nor will (an
             abandoned call is not sent again). Must be quick; what it raises is logged.
         files
-            Immutable files that the events add and that nobody has written yet, by key. The log sees to it that they
-            are as durable as the events; up to `embed_limit_bytes` of them that costs no round trip.
+            Immutable files that the events add and that are not written yet, by key. The log makes them as durable
+            as the events; up to `embed_limit_bytes` of them that costs no round trip.
         on_queued
             Called once the events are in the queue, so that `expected` shows them. Must be quick.
 
@@ -162,14 +162,15 @@ class RepositoryLog(ABC):
         Raises
         ------
         IcechunkError
-            What ``propose`` raised, or the precondition that did not hold (`ConflictError`, `AlreadyExistsError`,
-            `RefNotFoundError`, `SnapshotNotFoundError`, `ReadOnlyError` …): nothing landed, nor will.
+            The error that ``propose`` raised, or the precondition that did not hold (`ConflictError`,
+            `AlreadyExistsError`, `RefNotFoundError`, `SnapshotNotFoundError`, `ReadOnlyError` …): nothing landed,
+            nor will.
         CommitOutcomeUnknown
             The deadline passed, or the log was closed, with the entry sent and not settled; see `settle`.
 
         A refusal holds for the log as it was at some time after the call: where this instance has not looked since,
         it looks before it refuses. A cancelled call leaves the queue if its entry has not been sent; afterwards the
-        entry goes on without it, and ``on_sent`` has been told its token.
+        entry goes on without it, and ``on_sent`` has received its token.
         """
 
     def turn(self, branch: str) -> asyncio.Lock | None:
@@ -185,7 +186,7 @@ class RepositoryLog(ABC):
         return self.state
 
     def prepare_writes_soon(self) -> None:  # noqa: B027
-        """Begin with `prepare_writes` in the background, where it is likely that somebody will write."""
+        """Begin with `prepare_writes` in the background, when a write is likely."""
 
     async def prepare_writes(self) -> None:  # noqa: B027
         """Do beforehand what the first `append` would have to wait for; call it while uploads are under way.

@@ -78,7 +78,7 @@ class Attempt:
 
     @property
     def is_told(self) -> bool:
-        """Whether a caller has been told something about it, so that it must not be sent again."""
+        """Whether the attempt is *told*: a caller has been notified or has left, so it must not be sent again."""
         return any(member.waiting.abandoned for member in self.members)
 
 
@@ -135,7 +135,7 @@ class Member:
 
 @dataclass(slots=True, kw_only=True)
 class Group:
-    """What became of waiting calls: the next attempt's members, and those that need not wait for it."""
+    """Waiting calls, divided into the next attempt's members and those that need not wait for it."""
 
     time_us: int = 0
     """That the events were validated with."""
@@ -150,7 +150,7 @@ class Group:
     refused: list[tuple[Waiting, Exception]] = field(default_factory=list)
     """Calls whose events do not apply to the state at the head, with the reason."""
     nothing: list[Waiting] = field(default_factory=list)
-    """Calls that want no event."""
+    """Calls that propose no event."""
 
 
 def new_snapshots(events: Sequence[e.Event]) -> list[ObjectId]:
@@ -252,7 +252,7 @@ def tell_sent(one: Waiting) -> None:
 
 
 def resolve(one: Waiting, outcome: RepoState | Exception) -> None:
-    """Tell a caller what became of its events, once."""
+    """Give a caller the outcome of its events, once."""
     if one.outcome.done():
         return
     if not isinstance(outcome, Exception):

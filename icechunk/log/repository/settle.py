@@ -3,7 +3,7 @@
 Callers wait in a queue. A task makes an attempt of as many of them as it can, sends it on the condition that its place
 is as it was, and looks at the place until the outcome is certain or the tries are used up. The task belongs to the log,
 not to a caller, since a request must outlive a caller that gives up; an anyio task group would need a scope of the
-caller's. It is started when somebody waits, held strongly, ends when nobody does, and is awaited or cancelled in
+caller's. It is started when a caller waits, held strongly, ends when none does, and is awaited or cancelled in
 `SwappedLog.aclose`.
 
 Once a caller of an attempt has been told anything the attempt is *told*, and no byte of it is sent again. The next
@@ -71,11 +71,11 @@ class Fate(Enum):
     LOST = auto()
     """Something else took its place: it is not part of history and never will be."""
     REFUSED = auto()
-    """Every request of it was refused, or never left: nothing of it was carried out, nor will be."""
+    """Every request of it was refused, or never left: nothing of it was executed, nor will be."""
     OPEN = auto()
     """Its place is as it was: a request of it may still arrive."""
     UNDECIDED = auto()
-    """Its place was taken long ago, and nothing tells any more by what."""
+    """Its place was taken long ago, and by which attempt cannot be found out any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +110,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
         """Callers that are in no attempt under way, first come, first served."""
         self._in_flight: A | None = None
         self._told: list[A] = []
-        """Attempts that may still land, and are not sent again. Nothing depends on them but that callers are told."""
+        """Attempts that may still land, and are not sent again. They are kept only to notify their callers."""
         self.swapping = asyncio.Lock()
         """Held while an attempt is made and settled."""
         self._losses = 0
@@ -118,7 +118,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
         """How long a swap takes, as observed; 0: not yet."""
         self.closed = False
         self.runner: asyncio.Task[None] | None = None
-        """Swaps until nobody waits."""
+        """Swaps until no caller waits."""
 
     # --------------------------------------------------------- what a layout supplies
 
@@ -253,7 +253,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
     # --------------------------------------------------------------------------- swaps
 
     async def _run(self) -> None:
-        """Swap until nobody waits."""
+        """Swap until no caller waits."""
         try:
             while self.waiting:
                 async with self.swapping:
@@ -295,7 +295,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
                 for member in attempt.members:
                     resolve(member.waiting, self._unknown(member.waiting, settled.why))
         if settled.silent:
-            # Waiting calls would meet the same silence; this way they know that nothing of theirs was sent.
+            # The store would not answer waiting calls either; failing now shows them that nothing of theirs was sent.
             self._fail_all(SessionStateError(f"nothing was sent, nothing landed; try again: {settled.why}"))
 
     async def _next_attempt(self) -> A | None:
@@ -309,7 +309,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
             waiting = [one for one in self.waiting if one.asked < self._looked] if looked else self.waiting
             group = await self._build(waiting)
             if any(one.asked > self._looked for one, _ in group.refused):
-                # What this client has not heard of yet may be what the caller builds upon, or wants gone.
+                # An entry that this client has not read yet may be what the caller builds upon, or wants to delete.
                 await self._look_anew()
                 looked = True
                 continue
@@ -383,7 +383,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
             return Settled(fate=Fate.OPEN, why=silence, silent=True)
         return Settled(fate=Fate.OPEN, why=why)
 
-    # ------------------------------------------------------- telling what became of them
+    # ------------------------------------------------------- notifying callers of outcomes
 
     async def _decided(self, attempt: A, fate: Fate) -> None:
         self._close(attempt, fate)
@@ -402,13 +402,13 @@ class SwappedLog(RepositoryLog, Generic[A]):
 
     def _remember_told(self, attempt: A) -> None:
         self._told.append(attempt)
-        # Whose callers have all left need not be remembered: their token is enough to settle it.
+        # An attempt whose callers have all left need not be remembered: their token is enough to settle it.
         left = [told for told in self._told if not any(member.waiting in self.waiting for member in told.members)]
         for told in left[:-_MANY_TOLD]:
             self._told.remove(told)
 
     async def _recall(self) -> None:
-        """Find out what became of told attempts whose places have been taken."""
+        """Find out the outcome of told attempts whose places have been taken."""
         for attempt in [told for told in self._told if self._passed(told)]:
             try:
                 fate = await self._look(attempt)
@@ -418,7 +418,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
             self._close(attempt, fate)
 
     def _close(self, attempt: A, fate: Fate) -> None:
-        """An attempt is not under way any more: tell its callers, as far as that decides about them."""
+        """An attempt is not under way any more: notify the callers whose outcome that decides."""
         for member in attempt.members:
             one = member.waiting
             match fate:
@@ -432,7 +432,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
                             tell_sent(one)
                 case _:
                     # Its events may be part of history, so they are not proposed again.
-                    resolve(one, self._unknown(one, "its place was taken, and nothing tells any more by what"))
+                    resolve(one, self._unknown(one, "its place was taken, and it cannot be found out any more by what"))
         self.waiting = [one for one in self.waiting if not one.outcome.done()]
 
     def _wait_again(self, attempt: A) -> None:

@@ -1,22 +1,15 @@
-"""The state of a repository as a value, and what a ``repo`` object says of it.
+"""The state of a repository: a value, the fold of its events, and its conversion from and to a ``repo`` object. Pure.
 
-Persistent: a state shares with the one before it whatever did not change, and most of the history stands in the bytes
-of the ``repo`` object that it was read from or written to (`icechunk.format.repo.snapshot_graph`).
-
-The state of a repository as the fold of its events.
-
-`apply` checks an event's preconditions and returns the next state, or raises and leaves the old one as it was.
-It is total, pure and deterministic: two readers that fold the same bytes never differ. Costs grow with
+`apply` checks an event's preconditions and returns the next state, or raises and leaves the old one unchanged.
+It is total and deterministic: two readers that fold the same bytes never differ. Costs grow with
 the logarithm of the history, except for expirations and collections, which look at all of it.
 
-Snapshots that leave the graph: what becomes of those that stood on them. Pure.
+States are persistent: a state shares with the one before it everything that did not change, and most of the history is
+kept in the bytes of the ``repo`` object that it was read from or written to (`icechunk.format.repo.snapshot_graph`).
+Adding an update to the ops log costs O(log n), and older states keep their own ops log.
 
-What the format's ``repo`` object can hold of an event.
-
-The fold refuses the rest: what could be acknowledged but never written to a checkpoint would stop all
-checkpoints for good. Pure.
-
-The ops log as a persistent value: adding one update costs O(log n), and older states keep theirs.
+An event that a ``repo`` object cannot hold is refused (`require_storable`): once acknowledged, it would stop all
+checkpoints for good.
 """
 
 from __future__ import annotations
@@ -78,7 +71,7 @@ class UpdateLog:
     """Updates in the order in which they happened; iterates newest first."""
 
     stored: UpdateList
-    """The older ones, most of them as they stand in a file."""
+    """The older ones, most of them in the bytes of a file."""
     fresh: Map[int, Update]
     """Those since, by running number from 0."""
 
@@ -310,14 +303,14 @@ def to_repo_info(
 
 
 def resting_on(state: RepoState, info: RepoInfo, written: RepoState | None) -> RepoState:
-    """The same state in less memory: what a newer ``repo`` object of its history holds stands in that one's bytes.
+    """The same state in less memory: the part that a newer ``repo`` object of its history holds is kept as its bytes.
 
     Parameters
     ----------
     info
         As read or encoded, and not newer than the state. The ops log begins where its list does.
     written
-        The state that was encoded, or None where the object is somebody else's: then the snapshots stay as they are.
+        The state that was encoded, or None if another client wrote the object: then the snapshots are not replaced.
     """
     snapshots = state.snapshots
     if written is not None and isinstance(info.snapshots, StoredSnapshots):
@@ -333,7 +326,7 @@ def resting_on(state: RepoState, info: RepoInfo, written: RepoState | None) -> R
 def reparented(
     snapshots: Mapping[ObjectId, SnapshotRecord], released: Collection[ObjectId], *, onto_first: bool
 ) -> tuple[Reparented, ...]:
-    """Survivors whose parent is released, each with the ancestor that it stands on from now on.
+    """Survivors whose parent is released, each with its new parent.
 
     The transaction logs of the ancestors in between go on a survivor's list, oldest first and before those already
     there, so that diffs and rebases still know what every commit changed.
@@ -343,8 +336,8 @@ def reparented(
     snapshots
         The whole graph, with those that leave it.
     onto_first
-        Whether they stand on the first snapshot from now on, as the official library has it after an expiration; or
-        on the nearest ancestor that is left, as after a collection.
+        Whether the new parent is the first snapshot, as after an expiration by the official library; else it is the
+        nearest remaining ancestor, as after a collection.
     """
     changes: list[Reparented] = []
     for record in snapshots.values():
@@ -549,7 +542,7 @@ def apply(state: RepoState, event: e.Event, *, time_us: int, since_us: int | Non
                 raise ConflictError(
                     None,
                     None,
-                    "cannot save the configuration: it was changed by somebody else since it was read; read it again",
+                    "cannot save the configuration: another client changed it since it was read; read it again",
                     ErrorKind.CONFIG_UPDATED,
                 )
             change = stored.ConfigChanged()
@@ -586,7 +579,7 @@ def apply(state: RepoState, event: e.Event, *, time_us: int, since_us: int | Non
     updates = state.updates
     for i, each in enumerate((change, *further)):
         updates = updates.pushed(stored.Update(change=each, updated_at_us=now + i, backup_path=None))
-    # In format 1 only the parents that somebody asked for are known, so the graph is not one that a file could hold.
+    # In format 1 only the parents that were requested are known, so the graph is not one that a file could hold.
     snapshots = state.snapshots.compacted() if state.spec_version >= 2 else state.snapshots
     return replace(state, snapshots=snapshots, updates=updates, last_time_us=last)
 
@@ -596,8 +589,8 @@ def try_apply_all(
 ) -> RepoState | None:
     """The state after all of the events, each applied after the ones before; None if one does not apply (rule 4).
 
-    Raises `FormatError` where the state stands in a file that turns out to be corrupt: whether an event applies is not
-    known then.
+    Raises `FormatError` if the file that holds part of the state is corrupt: whether an event applies is not known
+    then.
     """
     try:
         for event in events:
@@ -747,7 +740,7 @@ _OURS: Final = "__icechunk"
 
 
 def rewritten_as(state: RepoState, id: ObjectId) -> ObjectId:
-    """The snapshot that a snapshot's content is in now: itself, or what took its place, while the graph still tells."""
+    """The snapshot that has a snapshot's content now: itself, or its replacement while the graph still names it."""
     for _ in range(len(state.snapshots)):
         record = state.snapshots.get(id)
         noted = None if record is None else record.metadata.get(_OURS)

@@ -72,7 +72,7 @@ class LostRepo:
 
 
 def checkpoint_is_due(head: Head, known: Known) -> bool:
-    """Whether the policy wants a checkpoint: always while ``repo`` is small, else when the tail is long."""
+    """Whether a checkpoint is due by the policy: always while ``repo`` is small, else when the tail is long."""
     if known.marker is None or known.marker.epoch != head.epoch:
         return False
     tail = head.n - known.marker.n
@@ -160,7 +160,7 @@ async def _divide_updates(
         backup_name=overwritten_repo_name(sources.wall_us() // 1000, sources.random_bytes(12)),
     )
     if kept.needs_backup and kept.before is not None:
-        # Of whatever version: if that is not the one replaced below, the PUT fails and nobody names this copy.
+        # A copy of any version: if that is not the one replaced below, the PUT fails and no object names this copy.
         found = await read_repo(storage, sources)
         if found is None:
             return None
@@ -185,7 +185,7 @@ async def finish_conversion(
     materialize: Materialize = nothing_embedded,
     updates_per_file: int,
 ) -> RepoObject | None:
-    """After a seal has been folded: make ``repo`` the truth, unless somebody did already (rule 8).
+    """After a seal has been folded: make ``repo`` authoritative, unless another client has done so (rule 8).
 
     All helpers write the same state, so it does not matter whose write wins.
 

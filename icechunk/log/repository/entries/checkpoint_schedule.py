@@ -79,7 +79,7 @@ class Checkpointing:
             await asyncio.wait({self._view.sealer})
 
     def spawn_if_due(self) -> None:
-        """Have a checkpoint written in the background if the policy wants one."""
+        """Write a checkpoint in the background if one is due by the policy."""
         if self._stopped or (self.task is not None and not self.task.done()):
             return
         if checkpoint_is_due(self._view.head, self._view.known):
@@ -99,14 +99,14 @@ class Checkpointing:
                 self._pausing = False
 
     async def try_write(self) -> bool:
-        """Write one where nobody waits for it: a failure is logged, and the next one does its work."""
+        """Write a checkpoint in the background: a failure is logged, and the next one does its work."""
         where = self._view.storage.describe()
         try:
             await self.write()
         except (IcechunkError, OSError) as error:
             _LOG.warning("checkpoint of %s failed, the next one does its work: %s", where, error)
         except Exception:
-            # Nothing is lost, but the log gets longer: somebody has to hear of it.
+            # Nothing is lost, but the log gets longer, so the failure must not go unnoticed.
             _LOG.exception("checkpoint of %s failed unexpectedly; please report this as a bug of icechunk", where)
         else:
             return True

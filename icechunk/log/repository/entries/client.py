@@ -89,7 +89,7 @@ class LogView:
         self.ended_reason: str | None = None
         """Why nothing can be appended any more, once the log has ended."""
         self.stranded: Stranded | None = None
-        """What was left behind when the read-only status was lifted; None: it was not."""
+        """The entries that a takeover left in the log only; None: there was no takeover."""
         self.embedded = EmbeddedFiles(storage, sources)
         """Files embedded in the entries after the checkpoint, as far as no object of them is known (rule 15)."""
         self.files = files
@@ -316,7 +316,7 @@ class LogView:
             # Otherwise another task of this loop folded past it meanwhile, which includes all that was asked for.
             if not self.state.sealed:
                 return self.state
-            # What was acknowledged after the seal is wherever the conversion led to.
+            # Changes acknowledged after the seal are in the layout that the conversion led to.
             if self.ended_reason is None:
                 await self._try_leave_sealed()
             return await self._refresh_left()
@@ -358,7 +358,7 @@ class LogView:
         if self._goes_on(opened.head.state):
             self.adopt(opened)
         else:
-            # Its history is not ours: somebody took over in between. A reader never goes back.
+            # Its history is another one: there was a takeover in between. A reader never goes back.
             await self.lost_repo(None)
 
     def _goes_on(self, state: RepoState) -> bool:
@@ -374,7 +374,7 @@ class LogView:
     # ------------------------------------------------------------------ leaving
 
     async def _refresh_left(self) -> RepoState:
-        """After the log's end ``repo`` is the truth."""
+        """Read the state from ``repo``, which is authoritative after the log's end."""
         found = await open_head(self.storage, self.sources)
         if isinstance(found, Opened):
             if found.head.epoch != self.head.epoch and self.stranded is None and self._goes_on(found.head.state):

@@ -1,14 +1,14 @@
 """Files embedded in entries, and making objects of them (rule 15).
 
 A small commit's files are in its entry, which alone makes them durable: every client that folds the entry has them.
-As objects they are needed from the moment that a checkpoint passes the entry, since then nobody need fold it any more.
+They must be objects before a checkpoint passes the entry, since a client that opens from then on does not fold it.
 So:
 
 - the writer puts them in the background, as soon as its entry has landed;
 - a client that writes a checkpoint, or ends the log, first puts those after the marker of which it knows no object.
 
-Both put with ``If-None-Match: *``, so neither disturbs the other, and a 412 says that the object is there. An object
-that comes late, after a collection even, has the bytes that belong to its random name: at worst it is garbage again.
+Both put with ``If-None-Match: *``, so neither disturbs the other, and a 412 means that the object exists. An object
+that arrives late, even after a collection, has the bytes that belong to its random name: at worst it is garbage again.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class EmbeddedFiles:
         self._by_slot: dict[int, dict[str, bytes]] = {}
         self._bytes = 0
         self.dropped = 0
-        """The last slot whose bytes were let go; 0: none."""
+        """The last slot whose bytes were dropped from memory; 0: none."""
         self._own: deque[int] = deque()
         self._progress = asyncio.Event()
         self._closing = False
@@ -180,14 +180,14 @@ class EmbeddedFiles:
         await self._put([n for n in sorted(self._by_slot) if after < n <= end])
 
     async def materialize_dropped(self, epoch: str, after: int, end: int) -> None:
-        """The same for those whose bytes were let go: they are read again."""
+        """The same for entries whose bytes were dropped from memory: they are read again."""
         for n in range(after + 1, min(end, self.dropped) + 1):
             found = await read_slot(self._storage, epoch, n)
             if found is not None:
                 await materialize_entries(self._storage, [found[0]])(after, end)
 
     async def find_dropped(self, epoch: str, after: int, key: str) -> bytes | None:
-        """Look for a file in the entries whose bytes were let go."""
+        """Look for a file in the entries whose bytes were dropped from memory."""
         for n in range(self.dropped, after, -1):
             found = await read_slot(self._storage, epoch, n)
             if found is not None and key in found[0].objects:

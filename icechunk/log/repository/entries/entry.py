@@ -52,7 +52,7 @@ class Entry:
     n: int
     """Slot; the first one is 1."""
     nonce: bytes
-    """16 bytes nobody else has: tells a writer its own entry."""
+    """16 random bytes by which a writer recognises its own entry."""
     time_us: int
     """Writer's wall clock, µs; the fold makes it strictly increasing."""
     since_us: int | None
@@ -88,7 +88,7 @@ def parse_slot_key(key: str) -> tuple[str, int] | None:
 
 
 def floor_prefix(epoch: str) -> str:
-    """Where a pruner announces which slots of an epoch will go (rule 9); no reader looks there."""
+    """The prefix of the announcements of slots of an epoch that will be deleted (rule 9); readers ignore it."""
     return f"{LOG_PREFIX}{epoch}.floor/"
 
 

@@ -1,7 +1,7 @@
 """The log layout: one new object per entry, created where there is none. Creating slot n+1 *is* the commit.
 
-Theory: the rules of ``spec/repository-log.md``, cited beside each check. What every layout does is the engine's
-(`icechunk.log.repository.settle`): the queue, the attempt in flight, and what callers are told. Special to this one: an
+Theory: the rules of ``spec/repository-log.md``, cited beside each check. The parts common to all layouts are in
+`icechunk.log.repository.settle`: the queue, the attempt in flight, and the outcomes that callers get. In this one an
 attempt is an entry for the slot after the head, its condition is that the slot is empty, and it is recognised by its
 nonce. Owners of mutable state, each for one client, that is one instance on one event loop:
 
@@ -182,7 +182,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
         if known_base is not base or self.waiting[: len(done)] != done:
             done, state = [], base
         for one in self.waiting[len(done) :]:
-            with suppress(Exception):  # refused: its caller is told when its turn comes
+            with suppress(Exception):  # refused: its caller gets the error when its turn comes
                 after = state
                 for event in one.propose(state):
                     after = apply(after, event, time_us=0, since_us=one.since_us)
@@ -195,7 +195,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
             self._preparation = asyncio.get_running_loop().create_task(self._prepare(), name="icechunk store check")
 
     async def _prepare(self) -> None:
-        # A head start only: the first swap tells what is wrong.
+        # Done in advance only: the first swap raises the error.
         with suppress(IcechunkError, OSError):
             await self.prepare_writes()
 
@@ -352,11 +352,11 @@ class LogLayout(SwappedLog[SlotAttempt]):
         return Fate.LOST if void else Fate.LANDED
 
     async def _fate_by_opening(self, attempt: SlotAttempt) -> Fate:
-        """The answer came too late to be believed: by what opening the log again finds (rule 5)."""
+        """The fate of an attempt whose answer was not fresh, by opening the log again (rule 5)."""
         opened = await self.view.reopen()
         if (fate := self._fate_in_tail(attempt)) is not None:
             return fate
-        # What was opened is not adopted where the log has ended.
+        # The opened state is not adopted if the log has ended.
         found = state_of(opened.info, None) if isinstance(opened, RepoObject) else opened.head.state
         for state in (self.state, found):
             if await any_in_history(self._storage, state, attempt.snapshots):
@@ -416,7 +416,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
         await self._checkpointing.write()
 
     async def convert_to_repo_object(self) -> None:
-        """End the log: seal it, and make ``repo`` the truth for every writer of the format (rule 8).
+        """End the log: seal it, and make ``repo`` authoritative for every writer of the format (rule 8).
 
         Raises
         ------

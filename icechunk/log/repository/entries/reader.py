@@ -1,12 +1,11 @@
 """Reading the log: single slots, the tail, and opening at the head (rules 5 and 6).
 
-What is folded is always a checkpoint and a contiguous tail after it. A listing is only a hint for where
-the tail ends; a slot that is missing on the way means that the checkpoint has moved meanwhile.
+The fold is always a checkpoint and a contiguous tail after it. A listing is only a hint for the end of the tail; a slot
+that is missing on the way means that the checkpoint has moved meanwhile.
 
-What a client may still believe about the end of the log, and whether its clock may write (rules 5 and 13).
-
-Pure. A pruner waits `PRUNE_WAIT_US` between announcing and deleting; a client trusts what it knows for half
-of that, so it never takes a slot that was pruned and made again for the next one.
+Two pure decisions about time are here too: whether an answer about the end of the log is fresh (rule 5), and whether a
+client's clock allows it to write (rule 13). A pruner waits `PRUNE_WAIT_US` between announcing and deleting; a client
+relies on what it knows for half of that, so it never takes a slot that was pruned and made again for the next one.
 """
 
 from __future__ import annotations
@@ -124,7 +123,7 @@ def store_time_us(seen: Instant, now: Instant, *, resolution_us: int) -> int:
     seen
         The last answer; without a date of the store, the wall clock counts, as far off as it may be.
     resolution_us
-        Steps in which the store tells the time of an object.
+        Resolution of the store's times of objects, µs.
     """
     if seen.date_us is None:
         return max(0, now.wall_us - MAX_SKEW_US)
@@ -375,7 +374,7 @@ async def _list_newest(storage: Storage) -> tuple[list[ObjectInfo], bool] | None
 
 
 def _newest_of(items: list[ObjectInfo], epoch: str, *, all_there_are: bool) -> int | None:
-    """The newest slot of an epoch by the first keys of all epochs; 0: it has none; None: they do not tell."""
+    """The newest slot of an epoch by the first keys of all epochs; 0: it has none; None: the keys do not decide it."""
     slots = (parse_slot_key(item.key) for item in items)
     found = next((slot[1] for slot in slots if slot is not None and slot[0] == epoch), None)
     if found is not None:
@@ -422,8 +421,8 @@ async def open_head(storage: Storage, sources: Sources) -> Opened | RepoObject:
             if gap == missing:
                 raise FormatError(
                     f"slot {missing[1]} of the log is missing in {storage.describe()} "
-                    f"({slot_key(*missing)}), although slot {newest} exists: somebody deleted it. What was committed "
-                    "from there on cannot be read; restore the object"
+                    f"({slot_key(*missing)}), although slot {newest} exists: it was deleted from outside. "
+                    "Commits from there on cannot be read; restore the object"
                 )
             gap = missing
             continue

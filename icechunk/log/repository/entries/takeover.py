@@ -1,6 +1,6 @@
 """Takeovers: a client lifts the read-only status of a log's ``repo``, and entries are stranded (the limit of rule 8).
 
-No rule without a read per commit can prevent it: ``repo`` becomes the truth as it stands, and entries after its
+No rule without a read per commit can prevent it: ``repo`` becomes authoritative as it is, and entries after its
 checkpoint are in the log only. They are reported, never deleted.
 """
 
@@ -40,8 +40,8 @@ class Stranded:
     def describe(self, where: str) -> str:
         """A report for people: what happened, what is only in the log, and where."""
         what = (
-            f"the repository in {where} was taken over: somebody set its status online with another library, so its "
-            "'repo' object is the truth now, and the log was sealed"
+            f"the repository in {where} was taken over: its status was set online with another library, so its "
+            "'repo' object counts now, and the log was sealed"
         )
         if not self.entries:
             return f"{what}. Nothing was left behind; open it again"
@@ -130,7 +130,7 @@ async def find_stranded(
 
 
 async def seal_abandoned(storage: Storage, sources: Sources, found: RepoObject) -> Stranded | None:
-    """Look for a log beside a ``repo`` object that is the truth, and seal it where nobody has.
+    """Look for a log beside an authoritative ``repo`` object, and seal it if it is not sealed yet.
 
     Called where a repository of the repo-object layout is opened.
 

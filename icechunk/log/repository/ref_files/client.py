@@ -1,7 +1,7 @@
-"""The refs of format 1 as one client knows them, and of the snapshots what was asked for so far.
+"""The refs of format 1 as one client knows them, and the snapshots that were requested so far.
 
-Reads may overtake each other, so each takes a ticket, and the later one is believed. A client's own change that landed
-takes one too: whatever was being read then may be from before.
+Reads may overtake each other, so each takes a ticket, and the later one counts. A client's own change that landed
+takes one too: an answer to a read that began before may be older.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class RefFilesView:
         self._storage = storage
         self._sources = sources
         self.names = RefNames.of(storage)
-        """How names stand in keys here."""
+        """The form of names in keys of this storage."""
         self._config: Json | None = None
         self._records = SnapshotGraph.of({})
         self._versions: dict[str, Version] = {}
@@ -107,7 +107,7 @@ class RefFilesView:
         return self.state
 
     async def _read_refs(self) -> bool:
-        """Read the refs; whether that tells the newest state."""
+        """Read the refs; returns whether they are the newest state."""
         ticket = self.next_ticket()
         branches, tags, deleted = dict[str, ObjectId](), dict[str, ObjectId](), set[str]()
         wanted: list[tuple[str, bool, str]] = []

@@ -1,15 +1,15 @@
 """The ref-files layout: format 1. One small object per branch and tag, and no log at all.
 
 A branch is replaced under If-Match and created under If-None-Match, a tag only ever created; a deleted tag gets a
-tombstone beside it. Ancestry stands in the snapshot files, which name their parents; it is read when it is asked for,
-and remembered, since snapshots never change.
+tombstone beside it. Ancestry is in the snapshot files, which name their parents; it is read on demand
+and kept in memory, since snapshots never change.
 
-What the format cannot do is refused, as the official library refuses it: status, metadata, feature flags, ops log,
-amending, several changes at once. What it cannot promise: a ref that was moved away and back has the same contents,
+Operations that the format lacks are refused, as by the official library: status, metadata, feature flags, ops log,
+amending, several changes at once. Limits of its promises: a ref that was moved away and back has the same contents,
 and on object stores the same ETag, so a PUT that was delayed meanwhile lands; deletion of a branch has no condition.
 
-What every layout does is the engine's (`icechunk.log.repository.settle`). An attempt is one change of one object; one's
-own commit is recognised by its snapshot id, at the tip or below it.
+The parts common to all layouts are in `icechunk.log.repository.settle`. An attempt is one change of one object; a
+client recognises its own commit by the snapshot id, at the tip or below it.
 """
 
 from __future__ import annotations
@@ -297,7 +297,7 @@ class RefFilesLayout(SwappedLog[_Write]):
                     return await self._view.was_taken_over(token.snapshots)
                 break
         raise CommitOutcomeUnknown(
-            f"the change of {key!r} in {self._storage.describe()} has nothing to recognise it by in format 1; look "
+            f"the change of {key!r} in {self._storage.describe()} cannot be recognised in format 1; look "
             "whether it is there",
             token,
         )
@@ -305,7 +305,7 @@ class RefFilesLayout(SwappedLog[_Write]):
     # ------------------------------------------------------------- the rest
 
     async def checkpoint(self) -> None:
-        """Nothing: the refs are the truth themselves."""
+        """Nothing: the refs are the state itself."""
 
     async def updates(self) -> AsyncIterator[Update]:
         """Raises `FormatError`: format 1 has no ops log."""

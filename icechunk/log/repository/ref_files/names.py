@@ -41,7 +41,7 @@ class RefKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefNames:
-    """How names stand in keys in one place."""
+    """The form of names in the keys of one storage."""
 
     encoded: bool
     """Whether names are percent-encoded."""

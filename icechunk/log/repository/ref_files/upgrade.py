@@ -1,25 +1,24 @@
-"""From format 1 to format 2: refs become one ``repo`` object, while snapshots and all else stay as they are.
+"""From format 1 to format 2: refs become one ``repo`` object; all other objects are unchanged.
 
 The official library writes ``repo`` and deletes the refs; a commit that reaches a ref in between is lost, though it
 was acknowledged. Here the refs are closed first:
 
 1. ``repo`` is created, if absent, and read-only: new sessions of format 1 are refused from now on, by either library,
-   and everything can be read. It carries our mark.
-2. Each branch's ref is replaced, under If-Match on what was just read, by one that names the same snapshot in words
-   that no client of format 1 understands. A commit lands before and is in what was read, or it fails.
-3. ``repo`` is replaced, under If-Match, by what the closed refs say, and online. This is the upgrade.
+   and everything can be read. It has our mark.
+2. Each branch's ref is replaced, under If-Match on what was just read, by one that names the same snapshot under a
+   field that no client of format 1 knows. A commit lands before and is read by the upgrade, or it fails.
+3. ``repo`` is replaced, under If-Match, by the state of the closed refs, online. This is the upgrade.
 4. The refs and ``config.yaml`` are deleted, closed branches last, ``main`` last of all.
 
 A client that finds our mark, or a closed ref, goes on from there, so an upgrade that was interrupted is finished by
 running it again, also by two at once. Until step 3 everything is in the refs, from then on in ``repo``. Creating and
-deleting branches and tags has no condition in format 1: what an official 1.x client does of that between the steps is
-left where it is, and told.
+deleting branches and tags has no condition in format 1: refs that an official 1.x client creates between the steps are
+kept, and reported.
 
-What the ``repo`` object says of a repository that comes from format 1. Pure.
-
-Format 1 has no ops log, so one is told from what is known: each commit at its time, under the branch that has it
-(``main`` before the others, these in the order of their names), a branch or tag 1 ms after the snapshot that it
-points to, the deletion of a tag 2 ms after. The order is that of the official library, so both tell the same story.
+The new ``repo`` object is computed by `migrated_info`, which is pure. Format 1 has no ops log, so one is derived: each
+commit at its time, under the branch that has it (``main`` before the others, these in the order of their names), a
+branch or tag 1 ms after the snapshot that it points to, the deletion of a tag 2 ms after. The official library derives
+the same one.
 """
 
 from __future__ import annotations
@@ -109,8 +108,8 @@ def migrated_info(
     now_us
         Time of the upgrade, µs; later than that where the history ends later.
     read_only_reason
-        For the object that stands there during the upgrade: its status is read-only, and it does not say yet that it
-        was migrated. None: as it is afterwards.
+        For the object of step 1: its status is read-only with this reason, and its ops log has no migration yet. None:
+        the object of step 3.
     """
     reached: dict[ObjectId, SnapshotRecord] = {}
     branch_of: dict[ObjectId, str] = {}
@@ -161,7 +160,7 @@ def _story(
     records: Mapping[ObjectId, SnapshotRecord],
     first_us: int,
 ) -> Iterator[tuple[int, stored.UpdateChange]]:
-    """Changes with their times, those of one time in the order in which they are told."""
+    """Changes with their times, those of one time in their order in the ops log."""
     yield first_us, stored.RepoInitialized()
     for id, name in branch_of.items():
         if reached[id].parent is not None:
@@ -211,14 +210,15 @@ async def upgrade(
     dry_run
         Read everything that the upgrade reads, log what it would do, and write nothing.
     delete_ref_files
-        Delete what only format 1 needs. Without it branches are not closed either, so nobody may commit meanwhile.
+        Delete the files that only format 1 needs. If False, branches are not closed either, so no client may commit
+        meanwhile.
     prefetch
         Snapshot files to read at a time, at least 1.
 
     Raises
     ------
     SessionStateError
-        The repository has format 2 already (kind ``invalid-repository-migration``); or somebody put it online in the
+        The repository has format 2 already (kind ``invalid-repository-migration``); or its status was set online in the
         middle of an upgrade, and branches hold commits that it does not have.
     RepositoryNotFoundError, SnapshotNotFoundError, FormatError
         There is none, or a file that belongs to it is missing or cannot be read. Nothing was written.
@@ -399,7 +399,7 @@ class _Upgrade:
                 if self._delete:
                     refs = await self._close(refs)
                 if not any(ref.key == self._names.branch_key(MAIN) for ref in refs):
-                    continue  # somebody else has finished
+                    continue  # another client has finished
                 info = await self._info(refs, reason=None, nonce=nonce)
                 await self._storage.put(REPO_KEY, (await encode(info)).data, Matches(found.known.version))
             except (PreconditionFailedError, ObjectNotFoundError) as error:
@@ -415,7 +415,7 @@ class _Upgrade:
         raise self._no_answer() from why
 
     async def _close(self, refs: tuple[_Ref, ...]) -> tuple[_Ref, ...]:
-        """Replace the refs of branches, so that nobody commits to them any more; raises where one has changed."""
+        """Replace the refs of branches, so that no client commits to them any more; raises if one has changed."""
         open_ = [ref for ref in refs if not ref.what.is_tag and not ref.closed]
         await run_jobs([partial(self._close_one, ref) for ref in open_])
         return await self._read_refs() if open_ else refs
@@ -466,7 +466,7 @@ class _Upgrade:
         return False
 
     async def _clean_up(self, refs: tuple[_Ref, ...]) -> None:
-        """Delete what only format 1 needs; what nobody has brought over stays."""
+        """Delete the files that only format 1 needs; refs that were not taken over are kept."""
         found = await read_repo(self._storage, self._sources)
         if found is None or _is_ours(found):
             raise self._no_answer()

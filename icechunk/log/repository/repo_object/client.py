@@ -1,11 +1,10 @@
-"""``repo`` as one client knows it, where it is the truth itself, and what became of a replacement of it.
+"""One client's knowledge of ``repo`` in the repo-object layout, and the outcome of a replacement of it.
 
-Reads may overtake each other, so each takes a ticket, and the later one is believed. A client's own change that landed
-takes one too: whatever was being read then may be from before.
+Reads may overtake each other, so each takes a ticket, and the later one counts. A client's own change that landed
+takes one too: an answer to a read that began before may be older.
 
-The ops log of the repo-object layout: what stands in ``repo``, and the chain of copies with what came before.
-
-An update that is not the newest names the copy of ``repo`` in which it was. ``repo_before_updates`` is that of
+The ops log of this layout is a list in ``repo``, and a chain of copies with older updates. An update that is not the
+newest names the copy of ``repo`` in which it was. ``repo_before_updates`` is that of
 the newest update that no longer fits: read from there, every update is found in order.
 """
 
@@ -44,7 +43,7 @@ _SNAPSHOT_CHANGES: Final = (NewCommit, CommitAmended, NewDetachedSnapshot)
 
 
 def is_repo_object(found: RepoObject) -> bool:
-    """Whether a ``repo`` object is the truth itself, and not the checkpoint of a log."""
+    """Whether a ``repo`` object is of the repo-object layout, and not the checkpoint of a log."""
     return found.known.marker is None or not found.known.read_only
 
 
@@ -248,12 +247,12 @@ def next_window(
     limit
         Most updates to hold; those of one swap stay together, even if they are more.
     """
-    # Several updates of one swap share the copy that they stand in; only the first of them was ever "the newest".
+    # Several updates of one swap share the copy that they are in; only the first of them was ever "the newest".
     settled = UpdateList.of(stored).settled(backup)
     room = max(0, limit - len(fresh))
     if len(settled) <= room:
         return Window(updates=settled.after(fresh), before=before)
-    # What is left out begins where a copy begins, so nothing is told twice.
+    # The omitted updates begin where a copy begins, so none is listed twice.
     while room and settled[room].backup_path == settled[room - 1].backup_path:
         room -= 1
     return Window(updates=settled[:room].after(fresh), before=settled[room].backup_path)

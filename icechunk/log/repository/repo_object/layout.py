@@ -1,12 +1,12 @@
 """The repo-object layout: format 2.1 as published. Every change replaces ``repo``.
 
-An attempt: fold the events into what is known of ``repo``, copy the object to ``overwritten/``, PUT the new one
+An attempt: fold the events into the newest known state, copy the object to ``overwritten/``, PUT the new one
 with If-Match on exactly the version that was folded. The second writer gets 412, reads, and folds again. Versions
 never come back, since no two states are equal, so a ``repo`` that has another version than the one compared freezes
 the outcome of every attempt on the old one; as long as it has that version, a late PUT may still land.
 
-What every layout does is the engine's (`icechunk.log.repository.settle`). One's own write is recognised by its
-bytes, in ``repo`` or, where somebody replaced it since, in the copy that they made; a nonce in ``extra`` makes the
+The parts common to all layouts are in `icechunk.log.repository.settle`. A client recognises its own write by the bytes,
+in ``repo`` or, if another client has replaced it since, in the copy that this one made; a nonce in ``extra`` makes the
 bytes unique.
 
 Owners of mutable state, each for one instance on one event loop:
@@ -127,7 +127,7 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
     # ----------------------------------------------------------- preparation
 
     async def prepare_writes(self) -> None:
-        """See that the store honours If-Match, and make the copy that the next swap needs, while uploads travel."""
+        """Check that the store honours If-Match, and copy ``repo`` for the next swap, while uploads are under way."""
         await self._require_matches()
         if self._preparing or self.swapping.locked() or self._view.ended_reason is not None:
             return
@@ -138,7 +138,7 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
             if self._view.ended_reason is None and (self._copied is None or self._copied[0] != version):
                 self._copied = (version, await self._copy())
         except (IcechunkError, OSError):
-            # Only ever a head start: the swap makes its own copy where this one did not come about.
+            # Done in advance only: the swap makes its own copy if this one failed.
             return
         finally:
             self._preparing = False
@@ -148,7 +148,7 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
 
     async def _copy(self) -> str:
         name = overwritten_repo_name(max(self._sources.wall_us(), 0) // 1000, self._sources.random_bytes(12))
-        # Of whatever version: if that is not the one replaced in the end, the PUT fails and nobody names this copy.
+        # A copy of any version: if that is not the one replaced in the end, the PUT fails and nothing names this copy.
         await self._storage.copy(REPO_KEY, overwritten_repo_key(name))
         return name
 
@@ -237,7 +237,7 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
             return Fate.LANDED
         if not self._passed(attempt):
             return Fate.OPEN
-        # The same snapshots may be in another attempt for this version; then only the mark tells the two apart.
+        # The same snapshots may be in another attempt for this version; then only the mark distinguishes the two.
         alone = all(told is attempt or told.place != attempt.place for told in self._told)
         landed = await happened(
             self._storage,
@@ -293,7 +293,7 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
     # ------------------------------------------------------------- the rest
 
     async def checkpoint(self) -> None:
-        """Nothing: ``repo`` is the truth itself."""
+        """Nothing: ``repo`` is the state itself."""
 
     def updates(self) -> AsyncIterator[Update]:
         return updates_of(self._storage, self.state)
