@@ -70,6 +70,7 @@ from icechunk.credentials import (
     s3_static_credentials,
 )
 from icechunk.errors import (
+    AccessDeniedError,
     AlreadyExistsError,
     CommitOutcomeUnknown,
     ConflictError,
@@ -149,6 +150,7 @@ from icechunk.virtual import (
 )
 
 __all__ = [
+    "AccessDeniedError",
     "AlreadyExistsError",
     "AncestryGraph",
     "AnyAzureCredential",

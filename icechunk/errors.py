@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 __all__ = [
+    "AccessDeniedError",
     "AlreadyExistsError",
     "CommitOutcomeUnknown",
     "ConflictError",
@@ -261,6 +262,55 @@ class StorageError(IcechunkError):
     def __reduce__(self) -> tuple[Any, ...]:
         state = {name: True for name in ("refused", "unsent") if getattr(self, name)}
         return (*super().__reduce__(), state) if state else super().__reduce__()
+
+
+class AccessDeniedError(StorageError):
+    """The storage refuses this request to the caller's credentials. Grant the right that is missing, and try again.
+
+    Parameters
+    ----------
+    right
+        ``"read"``, ``"list"``, ``"write"`` or ``"delete"``.
+    action
+        That right in the service's own words, ``s3:GetObject`` for one; empty where it has none.
+    key
+        Of the object, relative to the repository's root; for ``"list"`` the beginning of the keys.
+    may_be_absent
+        Of a read: whether the object may just not exist, since many services tell so only to those who may list.
+    """
+
+    default_kind = ErrorKind.OBJECT_STORE
+
+    def __init__(
+        self,
+        message: str,
+        kind: str | None = None,
+        *,
+        right: str = "",
+        action: str = "",
+        key: str = "",
+        may_be_absent: bool = False,
+    ) -> None:
+        super().__init__(message, kind)
+        self.right = right
+        self.action = action
+        self.key = key
+        self.may_be_absent = may_be_absent
+
+    def told(self, message: str, kind: str | None = None) -> AccessDeniedError:
+        """The same refusal, as it concerns something larger."""
+        return AccessDeniedError(
+            message,
+            kind or self.kind,
+            right=self.right,
+            action=self.action,
+            key=self.key,
+            may_be_absent=self.may_be_absent,
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        names = ("right", "action", "key", "may_be_absent", "refused", "unsent")
+        return (type(self), (self._message, self._kind), {name: getattr(self, name) for name in names})
 
 
 class ObjectNotFoundError(StorageError):

@@ -68,10 +68,15 @@ async def collect_garbage(
     FormatError, StorageError
         Something that is reachable is missing or cannot be read: nothing was deleted. Or, with kind
         ``gc-deletes-failing``, deleting fails again and again.
+    AccessDeniedError
+        The right to list or to write is missing: nothing was changed; or the right to delete (kind
+        ``gc-deletes-failing``).
     """
     if not dry_run:
         require_writable(storage, "collect garbage")
     await log.refresh()
+    log.require_all_refs()
+    await _require_listing(storage)
     asked_us = log.store_time_us
     up_to_now = older_than_us > asked_us - _steps_us(storage)
     cutoff_us = await _cutoff_us(log, storage, sources, older_than_us, up_to_now=up_to_now, dry_run=dry_run)
@@ -127,6 +132,17 @@ async def collect_garbage(
         snapshots_rewritten=repacked.snapshots,
         chunk_bytes_copied=repacked.bytes_copied,
     )
+
+
+async def _require_listing(storage: Storage) -> None:
+    """Find out that nothing can be listed before anything is changed."""
+    pages = storage.list_pages(SNAPSHOTS_PREFIX, page_size=1)
+    try:
+        await anext(pages, None)
+    finally:
+        aclose = getattr(pages, "aclose", None)
+        if aclose is not None:
+            await aclose()
 
 
 def _steps_us(storage: Storage) -> int:

@@ -123,6 +123,7 @@ async def expire_ref_files(
     """
     require_writable(storage, "expire snapshots")
     state = await log.refresh()
+    log.require_all_refs()
     links = Links(storage)
     chains: dict[ObjectId, list[Link]] = {}
 

@@ -27,7 +27,7 @@ from icechunk.maintenance.spans import (
 )
 from icechunk.ops import ChunkStorageStats
 from icechunk.runtime.tasks import run_all
-from icechunk.storage.port import ListingUnsupportedError, Storage
+from icechunk.storage.port import NO_LISTING, Storage
 from icechunk.transfer.assets import off_loop
 
 __all__ = ["chunk_storage_stats"]
@@ -57,6 +57,7 @@ async def chunk_storage_stats(
     files, found, counter = Files(storage, log), Walked(), _Counter()
     state = await log.refresh()
     in_files = log.layout is Layout.REFS
+    log.require_all_refs()
     start = state.tips() if in_files else state.reachable()
     one_at_a_time = anyio.Lock()
 
@@ -94,7 +95,7 @@ class _Sizes:
                     with suppress(InvalidInputError):
                         self._names.append(object_id_from_text(info.key.removeprefix(CHUNKS_PREFIX)))
                         self._sizes.append(info.size)
-        except ListingUnsupportedError:
+        except NO_LISTING:
             return
         self.complete = True
 

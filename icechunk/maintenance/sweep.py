@@ -9,7 +9,7 @@ from typing import Final, TypeAlias
 
 import anyio
 
-from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError, StorageError
+from icechunk.errors import AccessDeniedError, ErrorKind, IcechunkError, InvalidInputError, StorageError
 from icechunk.format.ids import ObjectId, object_id_from_text
 from icechunk.maintenance.reachability import Limits
 from icechunk.runtime.tasks import run_each
@@ -185,6 +185,12 @@ class Sweep:
         try:
             result = await self._storage.delete([one.info.key for one in garbage])
             failures = dict(result.failures)
+        except AccessDeniedError as error:
+            raise error.told(
+                f"stopped collecting garbage in {self._storage.describe()}: {error}. Grant it and collect again; what "
+                "was deleted was garbage",
+                ErrorKind.GC_DELETES_FAILING,
+            ) from error
         except (IcechunkError, OSError) as error:
             # Whatever of it was deleted was garbage; the next collection sees what is left.
             failures = {one.info.key: str(error) for one in garbage}

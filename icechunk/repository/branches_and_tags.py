@@ -44,14 +44,20 @@ class BranchesAndTags(RepositoryBase):
     create_branch = synchronous(create_branch_async)
 
     async def list_branches_async(self) -> set[str]:
-        """Names of all branches."""
-        return set((await self._core.state()).branches)
+        """Names of all branches.
+
+        Raises
+        ------
+        StorageError
+            In format 1, where nothing can be listed: `AccessDeniedError` where the right to list is missing.
+        """
+        return set((await self._all_refs()).branches)
 
     list_branches = synchronous(list_branches_async)
 
     async def lookup_branch_async(self, branch: str) -> str:
         """The id of the snapshot that a branch points to. Raises `RefNotFoundError`."""
-        return encode_id((await self._core.state()).branch_tip(branch))
+        return encode_id((await self._core.state(branch=branch)).branch_tip(branch))
 
     lookup_branch = synchronous(lookup_branch_async)
 
@@ -109,14 +115,14 @@ class BranchesAndTags(RepositoryBase):
     create_tag = synchronous(create_tag_async)
 
     async def list_tags_async(self) -> set[str]:
-        """Names of all tags."""
-        return set((await self._core.state()).tags)
+        """Names of all tags. Raises as `list_branches_async`."""
+        return set((await self._all_refs()).tags)
 
     list_tags = synchronous(list_tags_async)
 
     async def lookup_tag_async(self, tag: str) -> str:
         """The id of the snapshot that a tag points to. Raises `RefNotFoundError`."""
-        return encode_id((await self._core.state()).tag_target(tag))
+        return encode_id((await self._core.state(tag=tag)).tag_target(tag))
 
     lookup_tag = synchronous(lookup_tag_async)
 
@@ -133,6 +139,11 @@ class BranchesAndTags(RepositoryBase):
         await self._append(TagDeleted(name=tag), feature="delete_tag")
 
     delete_tag = synchronous(delete_tag_async)
+
+    async def _all_refs(self) -> RepoState:
+        state = await self._core.state()
+        (await self._core.log()).require_all_refs()
+        return state
 
     async def _append(self, event: Event, *, feature: str | None = None) -> None:
         def propose(state: RepoState) -> Sequence[Event]:

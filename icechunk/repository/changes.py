@@ -324,7 +324,8 @@ class Changes(RepositoryBase):
     async def _version(self, branch: str | None, tag: str | None, snapshot_id: str | None) -> tuple[ObjectId, Snapshot]:
         if branch is tag is snapshot_id is None:
             branch = "main"
-        tip = select(await self._core.state(snapshot_id), branch=branch, tag=tag, snapshot_id=snapshot_id)
+        state = await self._core.state(snapshot_id, branch=branch, tag=tag)
+        tip = select(state, branch=branch, tag=tag, snapshot_id=snapshot_id)
         return tip, await self._core.assets.snapshot(tip)
 
     async def _ancestry(self, tip: ObjectId) -> list[SnapshotRecord]:

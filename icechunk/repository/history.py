@@ -38,7 +38,9 @@ class History(RepositoryBase):
             yield snapshot_info(record)
 
     async def _lineage(self, branch: str | None, tag: str | None, snapshot_id: str | None) -> Iterator[SnapshotRecord]:
-        tip = select(await self._core.state(snapshot_id), branch=branch, tag=tag, snapshot_id=snapshot_id)
+        tip = select(
+            await self._core.state(snapshot_id, branch=branch, tag=tag), branch=branch, tag=tag, snapshot_id=snapshot_id
+        )
         return (await self._core.learn(tip, ancestry=True)).ancestry(tip)
 
     def ancestry(
@@ -91,7 +93,8 @@ class History(RepositoryBase):
         ValueError, RefNotFoundError, SnapshotNotFoundError
             As in `async_ancestry`.
         """
-        state = await self._core.state(from_snapshot_id)
+        await self._core.state(branch=to_branch, tag=to_tag)
+        state = await self._core.state(from_snapshot_id, branch=from_branch, tag=from_tag)
         start = select(state, branch=from_branch, tag=from_tag, snapshot_id=from_snapshot_id)
         if to_snapshot_id is not None:
             state = await self._core.learn(object_id_from_text(to_snapshot_id))

@@ -177,9 +177,10 @@ class Inspection(RepositoryBase):
         RefNotFoundError, SnapshotNotFoundError
             There is no such thing.
         """
-        state = await self._core.state(snapshot_id)
+        state = await self._core.state(snapshot_id, branch=branch, tag=tag)
         main = None
         if branch is None and tag is None and snapshot_id is None:
+            (await self._core.log()).require_all_refs()
             main = state.branches.get(MAIN)
             tips = [*state.branches.values(), *state.tags.values()]
         else:

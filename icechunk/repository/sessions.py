@@ -12,6 +12,7 @@ from icechunk.errors import ErrorKind, ReadOnlyError, SnapshotNotFoundError
 from icechunk.format.ids import ObjectId
 from icechunk.log.repository.port import SwapToken
 from icechunk.log.repository.state import ONLINE, RepoState
+from icechunk.log.repository.store_check import require_writable
 from icechunk.repository.base import RepositoryBase, select
 from icechunk.repository.views import require_feature
 from icechunk.runtime.checks import WrongTypeError, require_type
@@ -60,7 +61,7 @@ class Sessions(RepositoryBase):
                 raise WrongTypeError(
                     "as_of needs a time zone, for example datetime.now(timezone.utc)", ErrorKind.INVALID_SETTING
                 )
-        state = await self._core.state(snapshot_id)
+        state = await self._core.state(snapshot_id, branch=branch, tag=tag)
         base = select(state, branch=branch, tag=tag, snapshot_id=snapshot_id)
         if as_of is not None:
             base = _newest_at(await self._core.learn(base, ancestry=True), base, as_of, f"branch {branch!r}")
@@ -78,9 +79,10 @@ class Sessions(RepositoryBase):
         RefNotFoundError
             There is no such branch.
         ReadOnlyError
-            The repository's status is read-only.
+            The repository's status, or its storage, is read-only.
         """
-        return await self._session_on(branch, await self._core.state())
+        require_writable(self._core.storage, "begin a writable session")
+        return await self._session_on(branch, await self._core.state(branch=branch))
 
     async def _session_on(self, branch: str, state: RepoState, *, rearrange: bool = False) -> Session:
         require_type("branch", branch, str)
@@ -103,14 +105,15 @@ class Sessions(RepositoryBase):
         RefNotFoundError
             There is no such branch.
         ReadOnlyError
-            The repository's status is read-only.
+            The repository's status, or its storage, is read-only.
         SessionStateError
             The feature flag ``move_node`` is off.
         FormatError
             The repository is of format 1, which knows no moves (kind ``unsupported-spec-version``).
         """
+        require_writable(self._core.storage, "begin a session that rearranges nodes")
         await self._require_format_2("rearrange nodes")
-        state = await self._core.state()
+        state = await self._core.state(branch=branch)
         require_feature(state.disabled_feature_flags or (), "move_node")
         return await self._session_on(branch, state, rearrange=True)
 

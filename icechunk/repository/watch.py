@@ -227,6 +227,7 @@ class _RefsFollower:
 
     async def begin(self, since: str | None) -> None:
         state = await self._log.refresh()
+        self._log.require_all_refs()
         if since is None:
             self._branches, self._tags = _refs(state)
         elif since:
@@ -234,6 +235,7 @@ class _RefsFollower:
 
     async def news(self) -> AsyncIterator[RepositoryEvent]:
         state = await self._log.refresh()
+        self._log.require_all_refs()
         branches, tags = _refs(state)
         for name in sorted(self._branches.keys() - branches.keys()):
             before = self._branches.pop(name)

@@ -249,6 +249,7 @@ async def _commit_once(content: SessionContent, log: SessionLog, commit: Commit,
     """
     core, base = content.core, log.base
     repository_log = await core.log()
+    await repository_log.name_refs(branches=[commit.branch])
     if turn is None and commit.how is not How.FLUSH and repository_log.state.branches.get(commit.branch) != base.id:
         # Perhaps this loop's client has only not looked for a while; if the branch did move, nothing need be uploaded.
         _require_tip(await repository_log.refresh(), commit.branch, base.id)

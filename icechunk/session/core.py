@@ -231,18 +231,24 @@ class Core:
         """This loop's client of the repository log. Raises `RepositoryNotFoundError` where there is none."""
         return self._logs.peek() or await self._logs.get()
 
-    async def state(self, snapshot_id: str | None = None) -> RepoState:
+    async def state(
+        self, snapshot_id: str | None = None, *, branch: str | None = None, tag: str | None = None
+    ) -> RepoState:
         """Everything about the repository as of now: includes what anybody was acknowledged before the call.
 
         Parameters
         ----------
         snapshot_id
             A snapshot that its graph should have, if it exists.
+        branch, tag
+            Refs that it should show, if they exist.
         """
         called_us = self.sources.elapsed_us()
         log = await self.log()
         # An open that began after the call has read what was acknowledged before it.
         state = log.state if self._opened_us[log] >= called_us else await log.refresh()
+        if branch is not None or tag is not None:
+            state = await log.name_refs(branches=[] if branch is None else [branch], tags=[] if tag is None else [tag])
         return state if snapshot_id is None else await log.learn([object_id_from_text(snapshot_id)])
 
     async def _find_file(self, key: str) -> bytes | None:

@@ -235,7 +235,7 @@ class Rebase:
         """
         core = self._content.core
         if state is None:
-            state = await core.state()
+            state = await core.state(branch=branch)
         base, tip = self.log.base.id, state.branch_tip(branch)
         state = await _with_history(core, state, base, tip)
         if tip != base and await self._over_all(state, base, tip):

@@ -21,7 +21,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NewType, TypeAlias
 
 from icechunk.config import StorageSettings
-from icechunk.errors import ErrorKind, InvalidInputError, ReadOnlyError, StorageError
+from icechunk.errors import AccessDeniedError, ErrorKind, InvalidInputError, ReadOnlyError, StorageError
 from icechunk.runtime.clock import moment
 from icechunk.runtime.loops import run_sync
 from icechunk.runtime.representation import Described, fields_html
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ANY",
     "MAX_KEY_BYTES",
+    "NO_LISTING",
     "Absent",
     "ByteRange",
     "DeleteResult",
@@ -169,6 +170,9 @@ class ListingUnsupportedError(StorageError):
     """The place cannot be listed, as web servers cannot; objects whose keys are known can still be read."""
 
 
+NO_LISTING = (ListingUnsupportedError, AccessDeniedError)
+"""Errors of a listing after which the same thing may be found out by reading keys that are known."""
+
 ObjectKind: TypeAlias = Literal["metadata", "chunk"]
 
 
@@ -187,6 +191,8 @@ class Storage(ABC):
         ------
         ObjectNotFoundError
             Nothing at this key.
+        AccessDeniedError
+            Not allowed; or, if its ``may_be_absent`` says so, perhaps nothing at this key.
         InvalidInputError
             A range that starts at or beyond the end of the object (kind ``invalid-byte-range``).
         """
@@ -235,6 +241,8 @@ class Storage(ABC):
         ------
         ListingUnsupportedError
             The place has no listings; the only verb that some places lack beside those that write.
+        AccessDeniedError
+            Not allowed.
         """
 
     @abstractmethod

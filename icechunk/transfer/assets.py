@@ -19,7 +19,7 @@ from typing import Final, TypeAlias, TypeVar
 import anyio
 import numpy as np
 
-from icechunk.errors import FormatError, IcechunkError, ObjectNotFoundError, SnapshotNotFoundError
+from icechunk.errors import AccessDeniedError, FormatError, IcechunkError, ObjectNotFoundError, SnapshotNotFoundError
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.keys import chunk_key, manifest_key, snapshot_key, transaction_key
 from icechunk.format.manifest import decode_manifest
@@ -336,8 +336,9 @@ class Assets:
     async def _read(self, pool: FetchPool, key: str) -> bytes:
         try:
             return await pool.get(key)
-        except ObjectNotFoundError:
-            if self._find_file is None:
+        except (ObjectNotFoundError, AccessDeniedError) as error:
+            absent = not isinstance(error, AccessDeniedError) or error.may_be_absent
+            if self._find_file is None or not absent:
                 raise
             found = await self._find_file(key)
             # It may have been put meanwhile.

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from icechunk.errors import StorageError
+from icechunk.errors import AccessDeniedError, StorageError
 from icechunk.runtime.loops import blocked_loop
 from icechunk.storage.port import Storage
 from icechunk.transfer.limiter import WRITE, Gates
@@ -323,10 +323,12 @@ class PutPool:
         if failed:
             with self._lock:
                 self._pending_errors.clear()
-            raise StorageError(
-                f"{len(failed)} chunk objects could not be written, the first is {failed[0].key!r}: "
-                f"{failed[0].error}; nothing was committed, and committing again tries again"
-            ) from failed[0].error
+            error = failed[0].error
+            message = (
+                f"{len(failed)} chunk objects could not be written, the first is {failed[0].key!r}: {error}; nothing "
+                "was committed, and committing again tries again"
+            )
+            raise _larger(error, message) from error
 
     def discard(self) -> None:
         """Forget what has not been uploaded, and every failure: the session that wanted it is gone."""
@@ -478,11 +480,17 @@ class PutPool:
                         break
         if failed is None:
             return
-        raise StorageError(
+        raise _larger(
+            failed.error,
             f"an earlier chunk could not be written to {failed.key!r}: {failed.error}; "
-            "it is kept and the commit tries again"
+            "it is kept and the commit tries again",
         ) from failed.error
 
 
 def _nothing() -> None:
     return None
+
+
+def _larger(error: BaseException | None, message: str) -> StorageError:
+    """The error for what a failed upload means to its session; it names the right that is missing, if that is why."""
+    return error.told(message) if isinstance(error, AccessDeniedError) else StorageError(message)

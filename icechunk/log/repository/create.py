@@ -25,7 +25,6 @@ from icechunk.format.keys import (
     CHUNKS_PREFIX,
     CONFIG_KEY,
     MANIFESTS_PREFIX,
-    REFS_PREFIX,
     REPO_KEY,
     SNAPSHOTS_PREFIX,
     TRANSACTIONS_PREFIX,
@@ -47,6 +46,7 @@ from icechunk.log.repository.entries.reader import (
     instant,
     known_of,
     read_repo,
+    ref_files_there,
 )
 from icechunk.log.repository.marker import checkpoint_info, write_mark
 from icechunk.log.repository.queue import UpdateRetries
@@ -98,21 +98,30 @@ async def require_clean(storage: Storage, *, everything: bool) -> None:
     ------
     InvalidInputError
         Kind ``parent-directory-not-clean``.
+    AccessDeniedError
+        Without the right to list nothing tells.
     """
-    prefix = "" if everything else REFS_PREFIX
-    pages = storage.list_pages(prefix, page_size=1)
+    if not everything:
+        if await ref_files_there(storage):
+            raise _not_clean(storage, "a repository of format 1")
+        return
+    pages = storage.list_pages(page_size=1)
     try:
         async for page in pages:
             if page:
-                raise InvalidInputError(
-                    f"cannot create a repository in {storage.describe()}: {page[0].key!r} is there already; choose an "
-                    "empty prefix, or open the repository that is there",
-                    ErrorKind.PARENT_DIRECTORY_NOT_CLEAN,
-                )
+                raise _not_clean(storage, repr(page[0].key))
     finally:
         aclose = getattr(pages, "aclose", None)
         if aclose is not None:
             await aclose()
+
+
+def _not_clean(storage: Storage, found: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"cannot create a repository in {storage.describe()}: {found} is there already; choose an empty prefix, or "
+        "open the repository that is there",
+        ErrorKind.PARENT_DIRECTORY_NOT_CLEAN,
+    )
 
 
 def first_snapshot(sources: Sources) -> Snapshot:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import logging
 from typing import Any, TypeAlias, assert_never
 
-from icechunk.errors import RepositoryNotFoundError
+from icechunk.errors import AccessDeniedError, ObjectNotFoundError, RepositoryNotFoundError, StorageError
 from icechunk.log.repository.create import create_log, create_ref_files, create_repo_object
 from icechunk.log.repository.entries.checkpoint import DEFAULT_UPDATES_PER_FILE, finish_conversion
 from icechunk.log.repository.entries.embedded import materialize_entries
 from icechunk.log.repository.entries.layout import LogLayout
-from icechunk.log.repository.entries.reader import Opened, RepoObject, open_head, read_repo, ref_files_there
+from icechunk.log.repository.entries.reader import (
+    MAIN_REF_KEY,
+    Opened,
+    RepoObject,
+    open_head,
+    read_repo,
+    ref_files_there,
+)
 from icechunk.log.repository.entries.takeover import seal_abandoned
 from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.log.repository.queue import UpdateRetries
@@ -18,6 +25,7 @@ from icechunk.log.repository.ref_files.layout import RefFilesLayout
 from icechunk.log.repository.repo_object.layout import RepoObjectLayout
 from icechunk.log.repository.store_check import may_write
 from icechunk.runtime.clock import SYSTEM, Sources
+from icechunk.storage.outcome import is_refusal
 from icechunk.storage.port import Storage
 
 __all__ = ["create_repository", "detect", "open_repository"]
@@ -51,6 +59,8 @@ async def open_repository(
         There is none.
     FormatError
         An object that cannot be read.
+    AccessDeniedError
+        The right to read is missing; or nothing tells, without the right to list, that there is no repository.
     """
     try:
         opened = await open_head(storage, sources)
@@ -58,15 +68,26 @@ async def open_repository(
         if not await ref_files_there(storage):
             raise
         return await RefFilesLayout.open(storage, sources)
+    except AccessDeniedError as denied:
+        if not await _only_ref_files_there(storage, denied):
+            raise
+        return await RefFilesLayout.open(storage, sources)
     if isinstance(opened, Opened) and opened.head.state.sealed and may_write(storage):
-        await finish_conversion(
-            storage,
-            sources,
-            opened.head,
-            materialize=materialize_entries(storage, opened.tail),
-            updates_per_file=updates_per_file or DEFAULT_UPDATES_PER_FILE,
-        )
-        opened = await open_head(storage, sources)
+        try:
+            await finish_conversion(
+                storage,
+                sources,
+                opened.head,
+                materialize=materialize_entries(storage, opened.tail),
+                updates_per_file=updates_per_file or DEFAULT_UPDATES_PER_FILE,
+            )
+        except StorageError as error:
+            # Who may only read, reads; the next one that may write finishes it.
+            if not is_refusal(error):
+                raise
+            _LOG.warning("the repository is being converted to another layout, which is not finished: %s", error)
+        else:
+            opened = await open_head(storage, sources)
     if isinstance(opened, Opened):
         return LogLayout(storage, sources, opened, updates_per_file=updates_per_file)
     await _report_abandoned(storage, sources, opened)
@@ -76,7 +97,14 @@ async def open_repository(
 async def _report_abandoned(storage: Storage, sources: Sources, found: RepoObject) -> None:
     if not may_write(storage):
         return
-    stranded = await seal_abandoned(storage, sources, found)
+    try:
+        stranded = await seal_abandoned(storage, sources, found)
+    except StorageError as error:
+        # `repo` is the truth, whatever was left behind: the next client that may list and write looks.
+        if not (isinstance(error, AccessDeniedError) or is_refusal(error)):
+            raise
+        _LOG.debug("cannot look whether a log was left behind: %s", error)
+        return
     if stranded is not None:
         _LOG.error("%s", stranded.describe(storage.describe()))
 
@@ -110,8 +138,26 @@ async def detect(storage: Storage, sources: Sources = SYSTEM) -> Layout | None:
         There is a ``repo`` object that is not one.
     StorageError
         The place cannot be read.
+    AccessDeniedError
+        Neither ``repo`` nor branch ``main`` of format 1 may be read: if there is a repository, nothing tells.
     """
-    found = await read_repo(storage, sources)
+    try:
+        found = await read_repo(storage, sources)
+    except AccessDeniedError as denied:
+        if await _only_ref_files_there(storage, denied):
+            return Layout.REFS
+        raise
     if found is not None:
         return Layout.LOG if found.known.marker is not None and found.known.read_only else Layout.REPO
     return Layout.REFS if await ref_files_there(storage) else None
+
+
+async def _only_ref_files_there(storage: Storage, denied: AccessDeniedError) -> bool:
+    """Whether ``repo``, which could not be read, does not exist: branch ``main`` of format 1, beside it, can be."""
+    if not denied.may_be_absent:
+        return False
+    try:
+        await storage.get(MAIN_REF_KEY)
+    except (AccessDeniedError, ObjectNotFoundError):
+        return False
+    return True

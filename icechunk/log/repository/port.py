@@ -103,6 +103,22 @@ class RepositoryLog(ABC):
         Includes everything that was acknowledged to anybody before the call. One round trip where little happened.
         """
 
+    async def name_refs(self, *, branches: Iterable[str] = (), tags: Iterable[str] = ()) -> RepoState:
+        """See to it that the state shows the refs of these names that exist, also where refs cannot be listed.
+
+        Nothing happens where all refs are known anyway.
+        """
+        return self.state
+
+    def require_all_refs(self) -> None:  # noqa: B027
+        """Refuse to go on where the state shows only the refs that were named.
+
+        Raises
+        ------
+        StorageError
+            Why the others are not known: they cannot be listed.
+        """
+
     async def learn(self, snapshots: Iterable[ObjectId], *, ancestry: bool = False) -> RepoState:
         """See to it that the state's graph has these snapshots, and with ``ancestry`` all that they descend from.
 

@@ -16,6 +16,7 @@ from icechunk.storage.http.proxies import Proxies
 from icechunk.storage.http.urls import WebUrl, joined, parse_url
 from icechunk.storage.port import ByteRange, GetResult, Range, Suffix, resolve_range
 from icechunk.storage.retry import Limits, Tries
+from icechunk.storage.rights import Right, Service, access_denied
 
 __all__ = ["HttpReader"]
 
@@ -180,12 +181,14 @@ class HttpReader:
         headers, status, data = response.headers, response.status, response.body
         if status in (404, 410):
             raise ObjectNotFoundError(f"there is nothing at {shown!r} ({status})")
-        if status in (401, 403):
+        if status == 401:
             raise StorageError(
-                f"cannot read {shown!r}: the server answered {status}; check the headers that it is sent. Some servers "
-                "say so of files that do not exist: let this one answer 404 for these",
+                f"cannot read {shown!r}: the server answered 401; check the headers that it is sent",
                 ErrorKind.OBJECT_STORE,
             )
+        if status == 403:
+            where = "the headers that the server is sent"
+            raise access_denied(Service.WEB, Right.READ, shown, f"read {shown!r}", "HTTP 403", where)
         if status == 416:
             if isinstance(wanted, Suffix) and served_size(headers, wanted) == 0:
                 return result_of(headers, b"", 0)

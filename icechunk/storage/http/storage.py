@@ -12,7 +12,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from icechunk.config import StorageSettings
-from icechunk.errors import ErrorKind, ObjectNotFoundError, StorageError
+from icechunk.errors import AccessDeniedError, ErrorKind, ObjectNotFoundError, StorageError
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.loops import PerLoop
 from icechunk.runtime.pickles import call_of
@@ -94,6 +94,9 @@ class HttpStorage(ReadOnlyStorage):
             return await reader.get(url, byte_range, method=method)
         except ObjectNotFoundError as error:
             raise ObjectNotFoundError(f"no object {key!r} in {self.describe()}") from error
+        except AccessDeniedError as error:
+            error.key = key
+            raise
 
     async def list_pages(
         self, prefix: str = "", *, start_after: str | None = None, page_size: int = 1000

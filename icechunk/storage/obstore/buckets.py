@@ -19,6 +19,7 @@ from icechunk.runtime.about import CLIENT_NAME
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.storage.obstore.credentials import Access, azure_options, gcs_options
 from icechunk.storage.retry import Limits
+from icechunk.storage.rights import Service
 
 __all__ = ["AzureContainer", "GcsBucket", "ObstoreBucket", "stores_of_obstore"]
 
@@ -70,6 +71,7 @@ class ObstoreBucket(ABC):
     """
 
     kind: ClassVar[str]
+    service: ClassVar[Service]
     """The service's name in representations."""
     scheme: ClassVar[str]
     """Of URLs of its objects."""
@@ -189,6 +191,7 @@ class GcsBucket(ObstoreBucket):
     """A bucket of Google Cloud Storage. Parameters as `ObstoreBucket`; credentials None: as the environment says."""
 
     kind = "GCS"
+    service = Service.GCS
     scheme = "gs"
     versions_are_generations = True
 
@@ -217,6 +220,7 @@ class AzureContainer(ObstoreBucket):
     """A container of Azure Blob Storage. Parameters as `ObstoreBucket`; credentials None: as the environment says."""
 
     kind = "Azure"
+    service = Service.AZURE
     scheme = "az"
     part = "container"
     # Azure takes it for a slash.

@@ -20,8 +20,9 @@ from typing import Any, Final
 
 from icechunk.errors import ErrorKind, StorageError
 from icechunk.storage.outcome import REFUSING_STATUSES
+from icechunk.storage.rights import Right, Service, access_denied
 
-__all__ = ["Failure", "failure_of", "missing", "obstore_module", "storage_error"]
+__all__ = ["Failure", "access_error", "failure_of", "missing", "obstore_module", "storage_error"]
 
 _STATUS: Final = re.compile(r"Server returned non-2xx status code: (\d{3})")
 _ELAPSED: Final = re.compile(r" in [\d.]+(?:ns|µs|ms|s)\b")
@@ -91,6 +92,15 @@ def failure_of(error: BaseException) -> Failure:
     )
 
 
+def access_error(service: Service, right: Right, key: str, what: str, error: BaseException) -> StorageError:
+    """As `storage_error`, for a request that needs a right; parameters as `icechunk.storage.rights.access_denied`."""
+    if type(error).__name__ != "PermissionDeniedError":
+        return storage_error(what, error)
+    denied = access_denied(service, right, key, what, _said(error), "the credentials, and what they may do there")
+    denied.__cause__ = error
+    return denied
+
+
 def storage_error(what: str, error: BaseException) -> StorageError:
     """The error to raise for one of obstore's: its first line, without what may be signed or secret in a URL.
 
@@ -99,8 +109,7 @@ def storage_error(what: str, error: BaseException) -> StorageError:
     what
         What was attempted on which object: ``read gs://bucket/key``.
     """
-    lines = [line.strip() for line in str(error).split("\n\nDebug source:")[0].splitlines() if line.strip()]
-    said = _URL_QUERY.sub(r"\1?…", _ELAPSED.sub("", " ".join(lines)))[:600]
+    said = _said(error)
     name = type(error).__name__
     hint, kind = "", ErrorKind.OBJECT_STORE
     if name in ("PermissionDeniedError", "UnauthenticatedError"):
@@ -114,6 +123,11 @@ def storage_error(what: str, error: BaseException) -> StorageError:
     result = StorageError(f"cannot {what}: {said}{hint}", kind)
     result.__cause__ = error
     return result
+
+
+def _said(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).split("\n\nDebug source:")[0].splitlines() if line.strip()]
+    return _URL_QUERY.sub(r"\1?…", _ELAPSED.sub("", " ".join(lines)))[:600]
 
 
 _TURNS: Final = 25

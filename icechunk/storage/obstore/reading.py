@@ -15,7 +15,7 @@ from icechunk.config import StorageSettings
 from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.runtime.clock import us_of
 from icechunk.storage.obstore.buckets import ObstoreBucket
-from icechunk.storage.obstore.errors import missing, obstore_module, storage_error
+from icechunk.storage.obstore.errors import access_error, missing, obstore_module
 from icechunk.storage.port import (
     ByteRange,
     GetResult,
@@ -28,6 +28,7 @@ from icechunk.storage.port import (
     check_range,
     resolve_range,
 )
+from icechunk.storage.rights import Right
 from icechunk.storage.settings import Effective
 
 __all__ = ["ObstoreReading", "version_of_meta"]
@@ -105,7 +106,7 @@ class ObstoreReading(Storage):
                 return refusal
             except StorageError:
                 pass
-        return storage_error(f"read {self._name(key)}", error)
+        return self._denied_or(Right.READ, key, f"read {self._name(key)}", error)
 
     async def head(self, key: str) -> ObjectInfo:
         return self._info(key, (await self._look(key)).meta)
@@ -119,7 +120,7 @@ class ObstoreReading(Storage):
         except Exception as error:
             if missing(error):
                 raise self._not_found(key) from error
-            raise storage_error(f"look at {self._name(key)}", error) from error
+            raise self._denied_or(Right.READ, key, f"look at {self._name(key)}", error) from error
 
     async def list_pages(
         self, prefix: str = "", *, start_after: str | None = None, page_size: int = 1000
@@ -162,7 +163,7 @@ class ObstoreReading(Storage):
         except StorageError:
             raise
         except Exception as error:
-            raise storage_error(f"list {self._name(prefix)}", error) from error
+            raise self._denied_or(Right.LIST, prefix, f"list {self._name(prefix)}", error) from error
 
     def describe(self) -> str:
         return self._bucket.describe()
@@ -179,6 +180,10 @@ class ObstoreReading(Storage):
 
     def _name(self, key: str) -> str:
         return self._bucket.describe() + key
+
+    def _denied_or(self, right: Right, key: str, what: str, error: BaseException) -> StorageError:
+        """The error for one of obstore's, which names the right where that is what is missing."""
+        return access_error(self._bucket.service, right, key, what, error)
 
     def _not_found(self, key: str) -> ObjectNotFoundError:
         return ObjectNotFoundError(f"no object {key!r} in {self.describe()}")

@@ -17,12 +17,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from icechunk.config import StorageSettings
-from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
+from icechunk.errors import AccessDeniedError, ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.runtime.pickles import call_of
 from icechunk.storage.obstore.buckets import ObstoreBucket
-from icechunk.storage.obstore.errors import failure_of, missing, obstore_module, storage_error
+from icechunk.storage.obstore.errors import failure_of, missing, obstore_module
 from icechunk.storage.obstore.reading import ObstoreReading, version_of_meta
-from icechunk.storage.outcome import Found, Tried, follow, precondition_failed, replaced_since
+from icechunk.storage.outcome import Found, Tried, follow, precondition_failed, refused, replaced_since
 from icechunk.storage.port import (
     ANY,
     DeleteResult,
@@ -35,6 +35,7 @@ from icechunk.storage.port import (
     Version,
 )
 from icechunk.storage.retry import Tries
+from icechunk.storage.rights import Right
 from icechunk.storage.settings import Effective, object_store_settings
 
 __all__ = ["ObstoreStorage"]
@@ -82,7 +83,8 @@ class ObstoreStorage(ObstoreReading):
                 max_concurrency=self._effective.parts_at_once,
             )
         except Exception as error:
-            raise storage_error(f"write {self._name(key)}", error) from error
+            denied = self._denied_or(Right.WRITE, key, f"write {self._name(key)}", error)
+            raise (refused(denied) if isinstance(denied, AccessDeniedError) else denied) from error
         return PutResult(version=self._landed(key, put), date_us=None)
 
     async def _put_conditionally(
@@ -111,7 +113,7 @@ class ObstoreStorage(ObstoreReading):
                         self._generations.pop(key, None)
                         continue
                     return Tried(
-                        error=storage_error(f"write {name}", error),
+                        error=self._denied_or(Right.WRITE, key, f"write {name}", error),
                         turned_down=turned_down,
                         final=not (turned_down or failure.transient),
                         refused=failure.final,
@@ -177,6 +179,7 @@ class ObstoreStorage(ObstoreReading):
 
     async def _delete_each(self, batch: list[tuple[str, str]]) -> list[tuple[str, str]]:
         failures: list[tuple[str, str]] = []
+        denied: list[AccessDeniedError] = []
         slots, store = asyncio.Semaphore(_DELETES_AT_ONCE), self._store("write")
 
         async def delete_one(key: str, path: str) -> None:
@@ -185,11 +188,16 @@ class ObstoreStorage(ObstoreReading):
                     await obstore_module().delete_async(store, path)
                 except Exception as error:
                     if not missing(error):
-                        failures.append((key, storage_error(f"delete {self._name(key)}", error).message))
+                        why = self._denied_or(Right.DELETE, key, f"delete {self._name(key)}", error)
+                        failures.append((key, why.message))
+                        if isinstance(why, AccessDeniedError):
+                            denied.append(why)
 
         async with asyncio.TaskGroup() as tasks:
             for key, path in batch:
                 tasks.create_task(delete_one(key, path))
+        if denied and len(denied) == len(batch):
+            raise refused(denied[0])
         return failures
 
     async def copy(self, source: str, target: str) -> PutResult:
@@ -200,7 +208,8 @@ class ObstoreStorage(ObstoreReading):
         except Exception as error:
             if missing(error):
                 raise self._not_found(source) from error
-            raise storage_error(f"copy {self._name(source)} to {self._name(target)}", error) from error
+            what = f"copy {self._name(source)} to {self._name(target)}"
+            raise self._denied_or(Right.WRITE, target, what, error) from error
         return PutResult(version=(await self.head(target)).version, date_us=None)
 
     def _landed(self, key: str, put: Mapping[str, Any]) -> Version:

@@ -15,6 +15,7 @@ from icechunk.errors import ErrorKind, StorageError
 from icechunk.storage.http.headers import date_us
 from icechunk.storage.http.messages import TooLargeError
 from icechunk.storage.http.proxies import ProxyError
+from icechunk.storage.rights import Right, Service, access_denied
 
 __all__ = [
     "Answer",
@@ -51,6 +52,9 @@ _TRANSIENT_CODES: Final = frozenset(
     }
 )
 _THROTTLING_CODES: Final = frozenset({"SlowDown", "Throttling", "TooManyRequests", "RequestLimitExceeded"})
+_BAD_CREDENTIALS: Final = frozenset(
+    {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "TokenRefreshRequired"}
+)
 _NAMESPACE: Final = re.compile(r"\{[^}]*\}")
 
 
@@ -155,7 +159,9 @@ def retry_after_s(answer: Answer) -> float:
     return 0.0 if until_us is None or now_us is None else max(0.0, (until_us - now_us) / 1e6)
 
 
-def to_error(what: str, outcome: Answer | Unanswered, tries: int, endpoint: str) -> StorageError:
+def to_error(
+    what: str, outcome: Answer | Unanswered, tries: int, endpoint: str, *, right: Right, key: str
+) -> StorageError:
     """The error for a request that failed for good.
 
     Parameters
@@ -164,12 +170,16 @@ def to_error(what: str, outcome: Answer | Unanswered, tries: int, endpoint: str)
         What was attempted on which object, as in ``read s3://bucket/key``.
     endpoint
         Where requests went, for messages about connections.
+    right, key
+        That the request needs, and on which object, relative to the root.
     """
     times = "" if tries <= 1 else f" ({tries} tries)"
     if isinstance(outcome, Unanswered):
         reason, kind = _connection_trouble(outcome.cause, outcome.connected, endpoint)
         return StorageError(f"cannot {what}: {reason}{times}", kind)
     refusal = parse_refusal(outcome)
+    if outcome.status == 403 and refusal.code not in _BAD_CREDENTIALS | {"RequestTimeTooSkewed"}:
+        return access_denied(Service.S3, right, key, what, _said(403, refusal), "credentials and the bucket's policy")
     reason, kind = _refusal_trouble(outcome.status, refusal, endpoint)
     return StorageError(f"cannot {what}: {reason}{times}", kind)
 
@@ -199,14 +209,18 @@ def _connection_trouble(cause: Exception, connected: bool, endpoint: str) -> tup
     return f"the connection to {endpoint} broke ({type(cause).__name__}: {cause})", kind
 
 
+def _said(status: int, refusal: Refusal) -> str:
+    return f"{refusal.code or f'HTTP {status}'}{': ' + refusal.message if refusal.message else ''}"
+
+
 def _refusal_trouble(status: int, refusal: Refusal, endpoint: str) -> tuple[str, ErrorKind]:
-    said = f"{refusal.code or f'HTTP {status}'}{': ' + refusal.message if refusal.message else ''}"
+    said = _said(status, refusal)
     kind = ErrorKind.OBJECT_STORE
+    if refusal.code in _BAD_CREDENTIALS:
+        return f"the credentials were not accepted ({said}); check access key, secret and session token", kind
     match refusal.code:
         case "NoSuchBucket":
             return f"the bucket does not exist at {endpoint}; create it, or check its name and the endpoint", kind
-        case "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "InvalidToken" | "ExpiredToken" | "TokenRefreshRequired":
-            return f"the credentials were not accepted ({said}); check access key, secret and session token", kind
         case "RequestTimeTooSkewed":
             return f"this machine's clock is wrong ({said}); set it", kind
         case "AuthorizationHeaderMalformed" | "PermanentRedirect" | "IllegalLocationConstraintException":
@@ -219,8 +233,6 @@ def _refusal_trouble(status: int, refusal: Refusal, endpoint: str) -> tuple[str,
     if status in (301, 302, 307, 308):
         where = f"; set region to {refusal.region!r}" if refusal.region else "; check region and endpoint_url"
         return f"the service redirects elsewhere ({said}){where}", ErrorKind.BAD_REDIRECT
-    if status == 403:
-        return f"access denied ({said}); check credentials and the bucket's policy", kind
     if status == 400 and "HTTPS server" in refusal.message:
         return f"{endpoint} speaks TLS; write https:// in endpoint_url", kind
     return f"the service answered {status} ({said})", kind

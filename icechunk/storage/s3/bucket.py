@@ -121,7 +121,9 @@ class Bucket:
 
     def request(self, verb: str, method: str, key: str, headers: Mapping[str, str], body: bytes = b"") -> Request:
         """A request for one object."""
-        return Request(what=f"{verb} {self.url(key)}", method=method, path=self.path(key), headers=headers, body=body)
+        return Request(
+            what=f"{verb} {self.url(key)}", method=method, key=key, path=self.path(key), headers=headers, body=body
+        )
 
 
 def condition_header(precondition: Precondition) -> dict[str, str]:

@@ -11,8 +11,10 @@ from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 from icechunk.errors import ErrorKind, StorageError
+from icechunk.storage.outcome import refused
 from icechunk.storage.port import DeleteResult, ObjectInfo, Version, check_key
 from icechunk.storage.retry import Limits
+from icechunk.storage.rights import Right, Service, access_denied
 from icechunk.storage.s3.answers import parse_refusal, parse_xml, require_document, text_of
 from icechunk.storage.s3.bucket import Bucket
 from icechunk.storage.s3.client import Request
@@ -42,6 +44,7 @@ async def list_pages(
         request = Request(
             what=f"list {bucket.url(prefix)}",
             method="GET",
+            key=prefix,
             query=tuple(query),
             headers=bucket.plain_headers,
         )
@@ -102,6 +105,7 @@ async def _delete_batch(bucket: Bucket, limits: Limits, keys: list[str], failure
     request = Request(
         what=f"delete {len(keys)} objects, {bucket.url(keys[0])} the first",
         method="POST",
+        key=keys[0],
         query=(("delete", ""),),
         headers={
             **bucket.plain_headers,
@@ -120,11 +124,11 @@ async def _delete_batch(bucket: Bucket, limits: Limits, keys: list[str], failure
         raise StorageError(
             f"cannot tell what was deleted: the answer to {request.what} is no XML", ErrorKind.OBJECT_STORE
         ) from error
-    failed = [
-        (text_of(e, "Key")[len(root) :], f"{text_of(e, 'Code')}: {text_of(e, 'Message')}")
-        for e in errors
-        if text_of(e, "Code") != "NoSuchKey"
-    ]
+    errors = [e for e in errors if text_of(e, "Code") != "NoSuchKey"]
+    failed = [(text_of(e, "Key")[len(root) :], f"{text_of(e, 'Code')}: {text_of(e, 'Message')}") for e in errors]
+    if len(failed) == len(keys) and all(text_of(e, "Code") == "AccessDenied" for e in errors):
+        what, where = f"delete {bucket.url(failed[0][0])}", "credentials and the bucket's policy"
+        raise refused(access_denied(Service.S3, Right.DELETE, failed[0][0], what, failed[0][1], where))
     failures += failed
     return len(keys) - len(failed)
 

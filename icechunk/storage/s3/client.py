@@ -29,6 +29,7 @@ from icechunk.storage.http.connections import Connections, NotConnectedError, To
 from icechunk.storage.http.headers import date_us
 from icechunk.storage.outcome import REFUSING_STATUSES, refused
 from icechunk.storage.retry import Limits, Pace, Tries, retries_have_ended
+from icechunk.storage.rights import Right
 from icechunk.storage.s3.answers import (
     Answer,
     Unanswered,
@@ -61,6 +62,8 @@ class Request:
     what: str
     """The attempt and its object, for messages: ``read s3://bucket/key``."""
     method: str
+    key: str = ""
+    """Of its object, relative to the root, for errors."""
     path: str = ""
     """Encoded, after the endpoint's own; empty or beginning with ``/``."""
     query: tuple[tuple[str, str], ...] = ()
@@ -69,6 +72,13 @@ class Request:
     body: bytes | memoryview = b""
     most_bytes: int | None = 0
     """Of a range of an object that is asked for; 0: none is. None: as large as the object is."""
+
+    @property
+    def right(self) -> Right:
+        """What the client must be allowed to do."""
+        if self.method in ("GET", "HEAD"):
+            return Right.READ if self.path else Right.LIST
+        return Right.WRITE if self.path and self.method != "DELETE" else Right.DELETE
 
     @property
     def is_simple(self) -> bool:
@@ -138,7 +148,7 @@ class S3Client:
                 if outcome.status < 300 or (outcome.status in (404, 412, 416) and not is_transient(outcome)):
                     return outcome
                 if not is_transient(outcome):
-                    error = to_error(request.what, outcome, 1, self.endpoint.url)
+                    error = self._error(request, outcome, 1)
                     raise refused(error) if retrier.tries == 1 and outcome.status in REFUSING_STATUSES else error
             if not await retrier.again(outcome):
                 raise self.failure(request, outcome, retrier.tries)
@@ -149,10 +159,13 @@ class S3Client:
 
     def failure(self, request: Request, outcome: Answer | Unanswered, tries: int) -> StorageError:
         """The error for an operation whose tries are used up."""
-        error = to_error(request.what, outcome, tries, self.endpoint.url)
+        error = self._error(request, outcome, tries)
         if isinstance(outcome, Unanswered):
             error.__cause__ = outcome.cause
         return error
+
+    def _error(self, request: Request, outcome: Answer | Unanswered, tries: int) -> StorageError:
+        return to_error(request.what, outcome, tries, self.endpoint.url, right=request.right, key=request.key)
 
     @property
     def contacted(self) -> bool:

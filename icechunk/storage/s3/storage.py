@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any, Final, Unpack
 
 from icechunk.config import StorageSettings
-from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
+from icechunk.errors import AccessDeniedError, ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.pickles import call_of
 from icechunk.runtime.representation import redacted_url
@@ -229,7 +229,7 @@ class S3Storage(Storage):
         try:
             upload = await start_upload(client, path, what, headers, checksum, self._effective.limits)
         except StorageError as error:
-            error.unsent = not error.refused
+            _note_invisible(error, key)
             raise
         try:
             try:
@@ -247,11 +247,12 @@ class S3Storage(Storage):
                 )
             except StorageError as error:
                 # Without the request that completes it nothing becomes visible.
-                error.unsent = not error.refused
+                _note_invisible(error, key)
                 raise
             request = Request(
                 what=what,
                 method="POST",
+                key=key,
                 path=path,
                 query=(("uploadId", upload),),
                 headers={**again, **condition_header(precondition), "content-type": "application/xml"},
@@ -438,6 +439,13 @@ class S3Storage(Storage):
 
 def _unpickled(bucket: str, prefix: str | None, settings: StorageSettings, described: BucketOptions) -> Storage:
     return S3Storage(bucket, prefix, settings=settings, **described)
+
+
+def _note_invisible(error: StorageError, key: str) -> None:
+    """Note on the error of an upload in parts that it was not completed."""
+    error.unsent = not error.refused
+    if isinstance(error, AccessDeniedError):
+        error.key = key
 
 
 def _hidden_refusal(answer: Answer) -> bool:

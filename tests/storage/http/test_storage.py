@@ -102,7 +102,11 @@ async def test_whatever_writes_is_refused_before_anything_is_sent(web: WebServer
 
 
 @pytest.mark.parametrize("version", [None, 2, 1], ids=["log", "repo", "refs"])
-async def test_a_repository_of_each_layout_is_read_to_its_head(web: WebServer, version: int | None) -> None:
+@pytest.mark.parametrize("missing", [404, 403])
+async def test_a_repository_of_each_layout_is_read_to_its_head(
+    web: WebServer, version: int | None, missing: int
+) -> None:
+    web.missing = missing
     made = await icechunk.Repository.create_async(LocalStorage(web.folder / "r p"), spec_version=version)
     for n in range(5):
         session = await made.writable_session_async("main")
@@ -119,16 +123,26 @@ async def test_a_repository_of_each_layout_is_read_to_its_head(web: WebServer, v
     reading = await repo.readonly_session_async(branch="main")
     array = await zarr.api.asynchronous.open_array(store=reading.store, path="a4", mode="r")
     np.testing.assert_array_equal(await array.getitem(slice(None)), np.arange(4) + 4)
-    assert {method for method, _, _ in web.seen} == {"GET"}
-    with pytest.raises(ReadOnlyError) as caught:
-        await repo.create_branch_async("dev", reading.snapshot_id)
-    assert caught.value.kind == "read-only-storage"
+    assert {method for method, _, _ in web.seen} <= {"GET", "HEAD"}
+    for refused in (
+        repo.create_branch_async("dev", reading.snapshot_id),
+        repo.writable_session_async("main"),
+        repo.rearrange_session_async("main"),
+    ):
+        with pytest.raises(ReadOnlyError) as caught:
+            await refused
+        assert caught.value.kind == "read-only-storage"
+    # Format 1 keeps no list of its refs.
+    if version == 1:
+        with pytest.raises(ListingUnsupportedError):
+            await repo.list_branches_async()
+    else:
+        assert await repo.list_branches_async() == {"main"}
     # A commit made meanwhile is seen at the next look.
     session = await made.writable_session_async("main")
     await session.commit_async("one more", allow_empty=True)
     messages = [info.message async for info in repo.async_ancestry(branch="main")]
     assert messages[0] == "one more"
-    assert {method for method, _, _ in web.seen} == {"GET"}
     for each in (made, repo):
         await each.aclose()
 

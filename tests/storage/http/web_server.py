@@ -23,6 +23,8 @@ class WebServer:
     folder: Path
     url: str = ""
     ranges: bool = True
+    missing: int = 404
+    """Status of what does not exist."""
     statuses: dict[str, list[int]] = field(default_factory=dict)
     """By path: statuses to answer with, used up in order."""
     redirects: dict[str, str] = field(default_factory=dict)
@@ -58,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command not in ("GET", "HEAD"):
             self._send(405, {}, b"")
         elif not file.is_file():
-            self._send(404, {}, b"nothing here")
+            self._send(state.missing, {}, b"nothing here")
         else:
             self._file(file, headers.get("range") if state.ranges else None)
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from icechunk.errors import FormatError, IcechunkError
+from icechunk.errors import AccessDeniedError, FormatError, IcechunkError
 from icechunk.format.ids import ObjectId
 from icechunk.log.repository.entries.checkpoint import DEFAULT_UPDATES_PER_FILE, Written, finish_conversion
 from icechunk.log.repository.entries.embedded import EmbeddedFiles
@@ -301,18 +301,27 @@ class LogView:
     async def _refresh(self) -> RepoState:
         while self.ended_reason is None:
             freshness, n, asked = self.freshness, self.head.n, instant(self.sources)
-            found = await read_slot(self.storage, self.head.epoch, n + 1)
-            answered = instant(self.sources, None if found is None else found[1].date_us)
-            self.saw(answered)
-            if not is_fresh(freshness, answered):
-                # Rule 5: the slot may have been pruned, and "empty" would say nothing.
-                await self.reopen()
-                continue
-            if found is not None:
-                self.advance(found[0])
-                await self._catch_up(asked)
-            elif self.head.n == n:
-                self.freshness = asked
+            try:
+                found = await read_slot(self.storage, self.head.epoch, n + 1)
+            except AccessDeniedError:
+                # Neither it nor the slot before it can be read: `repo` tells where the log goes on (rule 6).
+                opened = await self.reopen()
+                if isinstance(opened, Opened) and opened.head.n < self.head.n:
+                    raise
+                if self.ended_reason is not None:
+                    continue
+            else:
+                answered = instant(self.sources, None if found is None else found[1].date_us)
+                self.saw(answered)
+                if not is_fresh(freshness, answered):
+                    # Rule 5: the slot may have been pruned, and "empty" would say nothing.
+                    await self.reopen()
+                    continue
+                if found is not None:
+                    self.advance(found[0])
+                    await self._catch_up(asked)
+                elif self.head.n == n:
+                    self.freshness = asked
             # Otherwise another task of this loop folded past it meanwhile, which includes all that was asked for.
             if not self.state.sealed:
                 return self.state

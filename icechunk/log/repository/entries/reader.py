@@ -16,6 +16,7 @@ from functools import partial
 from typing import Final
 
 from icechunk.errors import (
+    AccessDeniedError,
     CommitOutcomeUnknown,
     ErrorKind,
     FormatError,
@@ -38,7 +39,7 @@ from icechunk.log.repository.port import SwapToken
 from icechunk.log.repository.state import RepoState, try_apply_all
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import run_jobs, run_pair
-from icechunk.storage.port import GetResult, ListingUnsupportedError, ObjectInfo, Storage, Version
+from icechunk.storage.port import NO_LISTING, GetResult, ObjectInfo, Storage, Version
 
 __all__ = [
     "MAIN_REF_KEY",
@@ -223,7 +224,38 @@ async def read_repo(storage: Storage, sources: Sources) -> RepoObject | None:
 
 
 async def read_slot(storage: Storage, epoch: str, n: int) -> tuple[Entry, GetResult] | None:
-    """GET a slot; None where it is empty. Raises `FormatError` where it holds no entry."""
+    """GET a slot; None where it is empty.
+
+    Where a refused read may mean that there is no such object, the slot before it tells: it can be read, so this one
+    could be too, if it existed (rule 6).
+
+    Raises
+    ------
+    FormatError
+        It holds no entry.
+    AccessDeniedError
+        It cannot be read, and neither can the one before it, or there is none.
+    """
+    try:
+        return await _get_slot(storage, epoch, n)
+    except AccessDeniedError as denied:
+        if await _could_read(storage, denied, epoch, n - 1):
+            return None
+        raise
+
+
+async def _could_read(storage: Storage, denied: AccessDeniedError, epoch: str, n: int) -> bool:
+    """Whether a slot that was taken can be read, so that one that cannot does not exist."""
+    if not denied.may_be_absent or n < 1:
+        return False
+    try:
+        await storage.head(slot_key(epoch, n))
+    except (AccessDeniedError, ObjectNotFoundError):
+        return False
+    return True
+
+
+async def _get_slot(storage: Storage, epoch: str, n: int) -> tuple[Entry, GetResult] | None:
     key = slot_key(epoch, n)
     try:
         answer = await storage.get(key)
@@ -267,6 +299,8 @@ async def read_tail(storage: Storage, epoch: str, after: int, end: int) -> list[
 async def read_until_absent(storage: Storage, epoch: str, after: int) -> tuple[list[Entry], int]:
     """GET the slots after ``after``, ever more at once, until some are absent: rule 6 without a listing.
 
+    Where ``after`` is 0, ``repo`` has just said that it has seen no slot, and refused reads mean absent ones.
+
     Returns
     -------
     list of Entry
@@ -278,7 +312,7 @@ async def read_until_absent(storage: Storage, epoch: str, after: int) -> tuple[l
     ahead = 1 + _LOOK_BEYOND
     while True:
         first = after + len(entries)
-        slots = await _read_slots(storage, epoch, first, first + ahead)
+        slots = await _read_slots(storage, epoch, first, first + ahead, believe_none=first == 0)
         found = list(_unbroken(slots))
         entries += found
         if len(found) + _LOOK_BEYOND <= ahead:
@@ -286,11 +320,34 @@ async def read_until_absent(storage: Storage, epoch: str, after: int) -> tuple[l
         ahead = min(2 * ahead, _PAGE)
 
 
-async def _read_slots(storage: Storage, epoch: str, after: int, end: int) -> list[Entry | None]:
-    jobs: list[Callable[[], Awaitable[tuple[Entry, GetResult] | None]]] = [
-        partial(read_slot, storage, epoch, n) for n in range(after + 1, end + 1)
-    ]
-    return [None if found is None else found[0] for found in await run_jobs(jobs)]
+async def _read_slots(
+    storage: Storage, epoch: str, after: int, end: int, *, believe_none: bool = False
+) -> list[Entry | None]:
+    """GET the slots after ``after``, which was taken, up to ``end``; None where one is empty; errors as `read_slot`.
+
+    Parameters
+    ----------
+    believe_none
+        Whether slots count as empty if the store refuses to read any of them, and may do so because they are.
+    """
+    refusals: list[AccessDeniedError] = []
+
+    async def get(n: int) -> Entry | None:
+        try:
+            found = await _get_slot(storage, epoch, n)
+        except AccessDeniedError as denied:
+            refusals.append(denied)
+            return None
+        return None if found is None else found[0]
+
+    jobs: list[Callable[[], Awaitable[Entry | None]]] = [partial(get, n) for n in range(after + 1, end + 1)]
+    slots = await run_jobs(jobs)
+    if refusals:
+        known = believe_none or any(entry is not None for entry in slots)
+        hidden = all(denied.may_be_absent for denied in refusals)
+        if not (hidden and known) and not await _could_read(storage, refusals[0], epoch, after):
+            raise refusals[0]
+    return slots
 
 
 def _unbroken(slots: Iterable[Entry | None]) -> Iterator[Entry]:
@@ -331,12 +388,12 @@ async def _stop(pages: object) -> None:
 
 
 async def try_list_head(storage: Storage, epoch: str) -> int | None:
-    """As `list_head`; None where there are no listings, or none that cost no more than what is taken of them."""
+    """As `list_head`; None where nothing can be listed, or only at more than the cost of what is taken of it."""
     if not storage.lists_first_keys_fast:
         return None
     try:
         return await list_head(storage, epoch)
-    except ListingUnsupportedError:
+    except NO_LISTING:
         return None
 
 
@@ -366,7 +423,7 @@ async def _list_newest(storage: Storage) -> tuple[list[ObjectInfo], bool] | None
             items += page
             if len(items) >= _PAGE:
                 return items, False
-    except ListingUnsupportedError:
+    except NO_LISTING:
         return None
     finally:
         await _stop(pages)
@@ -396,6 +453,8 @@ async def open_head(storage: Storage, sources: Sources) -> Opened | RepoObject:
         There is no ``repo``.
     FormatError
         An object that cannot be read, or the same slot missing twice.
+    AccessDeniedError
+        ``repo``, or what comes after it in the log, may not be read; or, if ``may_be_absent``, there is no ``repo``.
     """
     gap: tuple[str, int] | None = None
     for _ in range(_OPEN_ATTEMPTS):
@@ -452,7 +511,7 @@ async def ref_files_there(storage: Storage) -> bool:
         async for page in pages:
             if page:
                 return True
-    except ListingUnsupportedError:
+    except NO_LISTING:
         try:
             await storage.get(MAIN_REF_KEY)
         except ObjectNotFoundError:

@@ -16,11 +16,13 @@ from immutables import Map
 
 from icechunk.config import config_from_yaml, config_to_dict
 from icechunk.errors import (
+    AccessDeniedError,
     ErrorKind,
     FormatError,
     ObjectNotFoundError,
     RepositoryNotFoundError,
     SnapshotNotFoundError,
+    StorageError,
 )
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id
 from icechunk.format.keys import CONFIG_KEY, REFS_PREFIX, REPO_KEY, snapshot_key
@@ -28,11 +30,11 @@ from icechunk.format.repo.snapshot_graph import SnapshotGraph
 from icechunk.format.repo.values import SnapshotRecord
 from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.log.repository.entries.reader import MAIN_REF_KEY, Instant, instant, read_repo, store_time_us
-from icechunk.log.repository.ref_files.names import RefNames, decode_ref
+from icechunk.log.repository.ref_files.names import RefKey, RefNames, decode_ref
 from icechunk.log.repository.state import MAIN, RepoState, initial_state
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import run_jobs
-from icechunk.storage.port import GetResult, ListingUnsupportedError, Storage, Version
+from icechunk.storage.port import NO_LISTING, GetResult, ListingUnsupportedError, Storage, Version
 
 __all__ = ["RefFilesView"]
 
@@ -57,6 +59,10 @@ class RefFilesView:
         # Ticket of the newest change of ours that landed.
         self._landing = 0
         self._state: RepoState | None = None
+        self._named: set[str] = set()
+        """Keys of refs that were asked for by name."""
+        self.unlisted: StorageError | None = None
+        """Why the newest look could not list the refs; None: it did."""
         self._clock = Instant(date_us=None, elapsed_us=0, wall_us=0)
 
     @property
@@ -86,16 +92,48 @@ class RefFilesView:
             answer = await self._storage.get(key)
         except ObjectNotFoundError:
             return None
+        except AccessDeniedError as denied:
+            # Without the right to list, what does not exist is refused like what may not be read: `main` exists.
+            if not denied.may_be_absent or key == MAIN_REF_KEY:
+                raise
+            try:
+                await self._storage.head(MAIN_REF_KEY)
+            except (AccessDeniedError, ObjectNotFoundError):
+                raise denied from None
+            return None
         if answer.date_us is not None:
             self._clock = replace(asked, date_us=answer.date_us)
         return answer
 
     async def _list_refs(self) -> list[str]:
-        """Keys of all refs; where there are no listings, of ``main`` alone."""
+        """Keys of all refs; where nothing can be listed, of ``main`` and those that were named."""
         try:
-            return [item.key async for page in self._storage.list_pages(REFS_PREFIX) for item in page]
-        except ListingUnsupportedError:
-            return [MAIN_REF_KEY]
+            keys = [item.key async for page in self._storage.list_pages(REFS_PREFIX) for item in page]
+        except NO_LISTING as error:
+            self.unlisted = error
+            return [MAIN_REF_KEY, *sorted(self._named)]
+        self.unlisted = None
+        return keys
+
+    async def name(self, branches: Iterable[str], tags: Iterable[str]) -> RepoState:
+        """As `RepositoryLog.name_refs`."""
+        keys = {self.names.branch_key(name) for name in branches if name != MAIN}
+        keys |= {key for name in tags for key in (self.names.tag_key(name), self.names.tombstone_key(name))}
+        if keys <= self._named:
+            return self.state
+        # Also where refs are listed: the right to do so may be taken away.
+        self._named |= keys
+        return self.state if self.unlisted is None else await self.refresh()
+
+    def require_all(self) -> None:
+        """As `RepositoryLog.require_all_refs`."""
+        error = self.unlisted
+        if error is None:
+            return
+        message = f"cannot tell all branches and tags of a repository of format 1: {error}"
+        if isinstance(error, AccessDeniedError):
+            raise error.told(message) from error
+        raise ListingUnsupportedError(message, error.kind) from error
 
     async def refresh(self) -> RepoState:
         """List the refs and read them, again where a change of this client's landed meanwhile.
@@ -109,27 +147,31 @@ class RefFilesView:
     async def _read_refs(self) -> bool:
         """Read the refs; returns whether they are the newest state."""
         ticket = self.next_ticket()
-        branches, tags, deleted = dict[str, ObjectId](), dict[str, ObjectId](), set[str]()
-        wanted: list[tuple[str, bool, str]] = []
-        for key in await self._list_refs():
+        branches, deleted = dict[str, ObjectId](), set[str]()
+        wanted: list[tuple[str, RefKey]] = []
+        keys = await self._list_refs()
+        listed = self.unlisted is None
+        for key in keys:
             ref = self.names.parse(key)
             if ref is None:
                 continue
-            if ref.tombstone:
+            if ref.tombstone and listed:
                 deleted.add(ref.name)
             else:
-                wanted.append((key, ref.is_tag, ref.name))
-        answers = await run_jobs([partial(self.get, key) for key, _, _ in wanted]) if wanted else []
+                wanted.append((key, ref))
+        answers = await run_jobs([partial(self.get, key) for key, _ in wanted]) if wanted else []
         versions: dict[str, Version] = {}
-        for (key, is_tag, name), answer in zip(wanted, answers, strict=True):
+        targets: dict[str, ObjectId] = {}
+        for (key, ref), answer in zip(wanted, answers, strict=True):
             if answer is None:
                 continue
-            snapshot = decode_ref(answer.data, f"{key} in {self._storage.describe()}")
+            if ref.tombstone:
+                deleted.add(ref.name)
+                continue
             versions[key] = answer.version
-            if not is_tag:
-                branches[name] = snapshot
-            elif name not in deleted:
-                tags[name] = snapshot
+            found = targets if ref.is_tag else branches
+            found[ref.name] = decode_ref(answer.data, f"{key} in {self._storage.describe()}")
+        tags = {name: target for name, target in targets.items() if name not in deleted}
         if MAIN not in branches:
             await self.refuse_upgraded()
             raise RepositoryNotFoundError(

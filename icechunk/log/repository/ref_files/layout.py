@@ -136,6 +136,12 @@ class RefFilesLayout(SwappedLog[_Write]):
     async def learn(self, snapshots: Iterable[ObjectId], *, ancestry: bool = False) -> RepoState:
         return await self._view.learn(snapshots, ancestry=ancestry)
 
+    async def name_refs(self, *, branches: Iterable[str] = (), tags: Iterable[str] = ()) -> RepoState:
+        return await self._view.name(branches, tags)
+
+    def require_all_refs(self) -> None:
+        self._view.require_all()
+
     def forget(self, snapshots: Iterable[ObjectId]) -> None:
         """Read these snapshots' parents again when they are asked for: their files were replaced."""
         self._view.forget(snapshots)
@@ -182,6 +188,7 @@ class RefFilesLayout(SwappedLog[_Write]):
                 # It exists as a file, and nothing refers to it: all there is to it in this format.
                 group.nothing.append(one)
                 return group
+            await self._name_of(events[0])
             group.key, group.data = await self._change(events[0])
             group.state = apply(self.state, events[0], time_us=group.time_us, since_us=one.since_us)
             group.members.append(Member(waiting=one, snapshots=tuple(new_snapshots(events))))
@@ -201,6 +208,19 @@ class RefFilesLayout(SwappedLog[_Write]):
             base=base,
             state=group.state,
         )
+
+    async def _name_of(self, event: e.Event) -> None:
+        """See to it that the state shows the ref that an event is about."""
+        match event:
+            case (
+                e.CommitAdded(branch=name)
+                | e.BranchCreated(name=name)
+                | e.BranchReset(name=name)
+                | e.BranchDeleted(name=name)
+            ):
+                await self.name_refs(branches=[name])
+            case e.TagCreated(name=name) | e.TagDeleted(name=name):
+                await self.name_refs(tags=[name])
 
     async def _change(self, event: e.Event) -> tuple[str, bytes | None]:
         names = self._view.names
