@@ -1,8 +1,8 @@
 """When buffered rows are committed, and what happens when somebody else was first.
 
-One task at a time commits. It opens a session at the branch's tip, writes all buffered rows behind the last one, and
-commits with the record of its source (`icechunk.appender.position`); the commit is valid only if the branch did not
-move.
+One task at a time commits. It opens a session at the branch's tip, as far as that is known, writes all buffered rows
+behind the last one, and commits with the record of its source (`icechunk.appender.position`); the commit is valid only
+if the branch did not move.
 If it moved, the changes are rebased where the others touched other arrays; else they are forgotten, and the rows, still
 in memory, are placed again behind the winner's. Before either, the newest record of the source is read: an entry of
 another owner ends this appender. An outcome that is not known is settled before anything else is written.
@@ -11,10 +11,11 @@ another owner ends this appender. An outcome that is not known is settled before
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
@@ -41,6 +42,7 @@ __all__ = ["Appender", "AppenderStats", "History", "Promise"]
 Promise: TypeAlias = Literal["buffered", "committed", "skipped"]
 OnDuplicate: TypeAlias = Literal["error", "skip", "replace"]
 
+_TIP_STAYS_S: Final = 5.0
 _SETTLE_PAUSES_S: Final = (0.05, 0.2, 1.0, 5.0)
 
 
@@ -96,6 +98,7 @@ class Appender:
     def __init__(
         self,
         history: History,
+        known_session: Callable[[], Awaitable[Session]],
         branch: str,
         dim: str,
         source: str,
@@ -125,7 +128,7 @@ class Appender:
             raise InvalidInputError(
                 f"key must be the append dimension's coordinate {dim!r}, not {key!r}", ErrorKind.INVALID_SETTING
             )
-        self._history = history
+        self._history, self._known_session = history, known_session
         self._branch, self._dim, self._source, self._group = branch, dim, source, group.strip("/")
         self._key, self._every_s, self._max_rows, self._max_bytes = key, every_s, max_rows, max_bytes
         self._on_duplicate, self._gaps, self._keep, self._message = on_duplicate, gaps, keep, message
@@ -144,6 +147,8 @@ class Appender:
         self._target: Target | None = None
         self._sources: Sources = {}
         self._session: Session | None = None
+        self._tip_expected_s = -math.inf
+        """When this appender's commit was the tip (`time.monotonic`)."""
         self._error: BaseException | None = None
         self._committing: asyncio.Task[str | None] | None = None
         self._timer: asyncio.Task[None] | None = None
@@ -169,8 +174,7 @@ class Appender:
         )
 
     async def __aenter__(self) -> Appender:
-        session = await self._history.writable_session_async(self._branch)
-        await self._learn(session)
+        await self._begin()
         record = self._sources.get(self._source)
         self._position = self._last_offset = self._begin_at if record is None else record["offset"]
         self._seen_owner = None if record is None else str(record["owner"])
@@ -280,8 +284,7 @@ class Appender:
         await self.flush()
         async with self._turn():
             while True:
-                session = await self._history.writable_session_async(self._branch)
-                await self._learn(session)
+                session = await self._begin()
                 target = self._require_target()
                 batch = await target.checked(session, data)
                 after = await target.prepend(session, batch)
@@ -372,7 +375,8 @@ class Appender:
     async def _known_labels(self, target: Target) -> Any:
         """Stored and buffered labels; without a key the last of them alone."""
         if self._labels is None:
-            stored = await target.labels(self._require_session()) if target.created else None
+            session = self._require_session()
+            stored = await target.labels(session, last_only=self._key is None) if target.created else None
             variable = target.variables.get(self._dim)
             dtype = "i8" if variable is None else variable.meta.dtype.to_native_dtype()
             stored = np.empty(0, dtype) if stored is None else stored
@@ -386,8 +390,7 @@ class Appender:
         await self.flush()
         async with self._turn():
             while True:
-                session = await self._history.writable_session_async(self._branch)
-                await self._learn(session)
+                session = await self._begin()
                 target = self._require_target()
                 known = await target.labels(session)
                 places = np.searchsorted(np.empty(0) if known is None else known, labels).tolist()
@@ -434,8 +437,7 @@ class Appender:
         offset = next((b.offset for b in reversed(batches) if b.offset is not None), None)
         async with self._turn():
             while True:
-                session = await self._history.writable_session_async(self._branch)
-                await self._learn(session)
+                session = await self._begin()
                 target = self._require_target()
                 after = await target.write(session, batches)
                 after = await self._within(session, after)
@@ -522,6 +524,19 @@ class Appender:
         assert self._target is not None
         return self._target
 
+    async def _begin(self) -> Session:
+        """A session at the branch's tip, whose arrays and sources are known then.
+
+        Right after an own commit that is likely still the tip: the store is not asked. If it is not, the commit tells.
+        """
+        expected_s, self._tip_expected_s = self._tip_expected_s, -math.inf
+        if time.monotonic() - expected_s < _TIP_STAYS_S:
+            session = await self._known_session()
+        else:
+            session = await self._history.writable_session_async(self._branch)
+        await self._learn(session)
+        return session
+
     async def _learn(self, session: Session) -> None:
         """Know the arrays and the sources as of a session's snapshot."""
         self._session = session
@@ -533,13 +548,12 @@ class Appender:
             self._target = await Target.open(session, self._group, self._dim)
             return
         self._require_owner()
-        found = await target.moved_to(session)
+        # What is kept in memory may have been written anew by the other commit.
+        found = await Target.open(session, self._group, self._dim)
         if not found.created and not target.created:
             target.snapshot_id = session.snapshot_id
             return
-        if found.length != target.length and self._key is not None:
-            self._labels = None
-        self._target = found
+        self._target, self._labels = found, None
 
     def _require_owner(self) -> None:
         record = self._sources.get(self._source)
@@ -570,6 +584,7 @@ class Appender:
         target.snapshot_id = made
         self._target, self._session = target, session
         self._counts.commits += 1
+        self._tip_expected_s = time.monotonic()
         if rows is not None:
             # From the sources as they are now: a rebase has read others' newer records.
             self._sources = self._record(offset, rows)[KEY]["sources"]

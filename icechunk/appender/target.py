@@ -160,23 +160,13 @@ class Target:
         target.created = bool(target.growing)
         return target
 
-    async def moved_to(self, session: Session) -> Target:
-        """The same arrays as of another snapshot; what is kept in memory stays where nothing changed."""
-        found = await Target.open(session, self.group, self.dim)
-        for name, variable in found.variables.items():
-            mine = self.variables.get(name)
-            if mine is None:
-                continue
-            if mine.shape == variable.shape and mine.document | {"shape": None} == variable.document | {"shape": None}:
-                variable.tail, variable.values = mine.tail, mine.values
-        return found
-
-    async def labels(self, session: Session) -> Values | None:
+    async def labels(self, session: Session, *, last_only: bool = False) -> Values | None:
         """The values of the coordinate of the append dimension as stored; None where there is none."""
         variable = self.variables.get(self.dim)
         if variable is None or variable.axis is None:
             return None
-        return np.asarray(await self._array(session, variable).getitem(slice(None)))
+        first = max(variable.length - 1, 0) if last_only else 0
+        return np.asarray(await self._array(session, variable).getitem(slice(first, None)))
 
     def _array(self, session: Session, variable: Variable) -> AsyncArray[Any]:
         meta = replace(variable.meta, shape=variable.shape)

@@ -7,7 +7,9 @@ from typing import Any, Literal, cast
 from icechunk.appender import Appender
 from icechunk.appender.appender import History
 from icechunk.repository.base import RepositoryBase
+from icechunk.repository.sessions import Sessions
 from icechunk.runtime.checks import require_type
+from icechunk.session import Session
 
 __all__ = ["Appending"]
 
@@ -71,8 +73,14 @@ class Appending(RepositoryBase):
         """
         for name, value in (("branch", branch), ("dim", dim), ("source", source), ("group", group)):
             require_type(name, value, str)
+        sessions = cast(Sessions, self)
+
+        async def known_session() -> Session:
+            return await sessions._session_on(branch, (await self._core.log()).state)
+
         return Appender(
             cast(History, self),
+            known_session,
             branch,
             dim,
             source,

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from zarr.codecs import GzipCodec
 
 import icechunk
 from icechunk.appender.position import newest_sources, recorded
 from icechunk.appender.target import Target
 from icechunk.errors import ErrorKind, InvalidInputError, SessionStateError
+from icechunk.testing.recording import RecordingStorage
 
 
 def rows(start: int, count: int = 1, width: int = 4) -> xr.Dataset:
@@ -339,7 +341,7 @@ async def test_a_record_of_another_source_survives_a_replacement_that_was_rebase
 async def test_chunks_and_codecs_of_a_first_dataset_are_those_of_its_encoding() -> None:
     repo = await new_repo()
     first = rows(0)
-    first["v"].encoding = {"chunks": (6, 2), "compressors": [zarr.codecs.GzipCodec(level=1)]}
+    first["v"].encoding = {"chunks": (6, 2), "compressors": [GzipCodec(level=1)]}
     first["time"].encoding = {"units": "hours since 2000-01-01", "dtype": "i8", "chunks": (1, 2, 3)}
     async with repo.appender("main", dim="time", source="s") as appender:
         for n in range(14):
@@ -359,3 +361,22 @@ async def test_rows_go_into_shards() -> None:
         for n in range(11):
             await appender.put(first if n == 0 else rows(n, width=6), offset=n, durable=True)
     assert await stored(repo) == list(range(11))
+
+
+async def test_a_durable_put_right_after_another_asks_the_store_nothing() -> None:
+    storage = RecordingStorage(icechunk.in_memory_storage())
+    repo = await icechunk.Repository.create_async(storage)
+    async with repo.appender("main", dim="time", source="s") as appender:
+        await appender.put(rows(0), offset=0, durable=True)
+        storage.requests.clear()
+        for n in range(1, 4):
+            await appender.put(rows(n), offset=n, durable=True)
+        assert not [request for request in storage.requests if request.verb != "put" and request.key.startswith("log/")]
+        session = await repo.writable_session_async("main")
+        await (await zarr.api.asynchronous.open_array(store=session.store, path="v")).setitem((0, 0), 7)
+        await session.commit_async("between")
+        await appender.put(rows(4), offset=4, durable=True)
+        assert appender.position == 4
+    found = await repo.readonly_session_async("main")
+    array = await zarr.api.asynchronous.open_array(store=found.store, path="v")
+    assert np.asarray(await array.getitem(slice(None)))[:, 0].tolist() == [7, 1, 2, 3, 4]

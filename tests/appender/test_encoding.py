@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from xarray.conventions import encode_cf_variable
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import MemoryStore
 
@@ -22,7 +22,6 @@ from icechunk.appender.encoding import ChunkEncoder, Unfit, stored_values
 COMPRESSORS: list[Any] = [
     [],
     [ZstdCodec(level=3)],
-    [GzipCodec(level=1)],
     [BloscCodec(cname="lz4", typesize=4)],
     [ZstdCodec(), Crc32cCodec()],
 ]

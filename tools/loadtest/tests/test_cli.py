@@ -137,11 +137,13 @@ def test_minio_is_started_counts_requests_and_latency_is_felt(tmp_path: Path) ->
         assert by_latency[30].latency.min_s > 0.03
 
 
-def test_sigterm_ends_the_workers_and_reports_the_measurements_so_far(tmp_path: Path) -> None:
+@pytest.mark.parametrize("background", [False, True], ids=["in front", "as a background command"])
+def test_sigterm_ends_the_workers_and_reports_the_measurements_so_far(tmp_path: Path, background: bool) -> None:
     path = tmp_path / "r.json"
-    command = [*PROGRAM, "--workloads", "append,soak"]
+    # A shell starts background commands with SIGINT ignored.
+    command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"] if background else []
     with subprocess.Popen(
-        [*command, *SMALL[:-3], "--soak", "100", "--json", str(path)],
+        [*command, *PROGRAM, "--workloads", "append,soak", *SMALL[:-3], "--soak", "100", "--json", str(path)],
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

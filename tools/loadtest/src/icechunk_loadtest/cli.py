@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         # on SIGTERM (from `timeout`, from CI) servers and workers are ended, as after Ctrl-C
         signal.signal(signal.SIGTERM, _end)
+        # A shell without job control starts background commands with SIGINT ignored; the clean-up goes by it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return _list() if args.list else _main(args, shlex.join([PROGRAM, *arguments]))
     except LoadTestError as error:

@@ -146,6 +146,13 @@ WORKLOADS: Mapping[str, Workload] = {
         full=Size(chunks=100, chunk_bytes=64 * KIB, ops=50, latency_ms=20),
         quick=Size(chunks=20, chunk_bytes=64 * KIB, ops=6, latency_ms=20),
     ),
+    "ingest": Workload(
+        title="Ingest service",
+        about="Append one chunk durably, again and again, by what a library has for it: ours by its appender.",
+        unit="commits",
+        full=Size(chunks=100, chunk_bytes=64 * KIB, ops=50, latency_ms=20),
+        quick=Size(chunks=20, chunk_bytes=64 * KIB, ops=6, latency_ms=20),
+    ),
     "commit": Workload(
         title="Tiny commits",
         about="Open a session, change one attribute and commit, again and again.",
@@ -364,5 +371,5 @@ def _sweepable(workload: str, parameter: str) -> bool:
     if workload in ("commit", "commit_tasks", "commit_processes"):
         return parameter == "latency_ms" or (parameter == "tasks" and workload == "commit_tasks")
     if parameter == "tasks":
-        return workload not in ("append", "cold_open")
+        return workload not in ("append", "ingest", "cold_open")
     return True

@@ -108,7 +108,7 @@ def point_text(point: Point) -> str:
     """The numbers of a point that its workload depends on, as text."""
     size = point.size
     parts = []
-    if WORKLOADS[point.workload].unit not in ("commits",) or point.workload == "append":
+    if WORKLOADS[point.workload].unit not in ("commits",) or point.workload in ("append", "ingest"):
         parts.append(f"{size.chunks} × {bytes_text(size.chunk_bytes)}")
     if size.processes > 1:
         parts.append(f"{size.processes} processes")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import zarr.api.asynchronous as zarr_async
 __all__ = ["IcechunkTarget", "Target", "ZarrTarget", "make_target", "set_zarr_concurrency"]
 
 ARRAY = "chunks"
+DIMENSION = "byte"
 
 
 class Target(ABC):
@@ -58,6 +59,17 @@ class Target(ABC):
     @abstractmethod
     async def extend(self, data: np.ndarray[Any, Any]) -> None:
         """Append chunks to the end."""
+
+    @contextlib.asynccontextmanager
+    async def ingesting(self) -> AsyncIterator[Callable[[np.ndarray[Any, Any], int], Awaitable[None]]]:
+        """Give a function that appends values, with the offset behind them, and makes them durable."""
+
+        async def put(data: np.ndarray[Any, Any], offset: int) -> None:
+            await self.begin()
+            await self.extend(data)
+            await self.commit(f"append {offset}")
+
+        yield put
 
     async def begin(self) -> None:  # noqa: B027
         """Start a transaction, in systems that have them."""
@@ -103,6 +115,7 @@ class _ArrayTarget(Target):
             dtype="u1",
             compressors=None,
             filters=None,
+            dimension_names=(DIMENSION,),
         )
 
     async def _open(self, store: Any) -> Any:
@@ -141,6 +154,20 @@ class IcechunkTarget(_ArrayTarget):
 
     async def commit(self, message: str) -> None:
         await self._session.commit_async(message)
+
+    @contextlib.asynccontextmanager
+    async def ingesting(self) -> AsyncIterator[Callable[[np.ndarray[Any, Any], int], Awaitable[None]]]:
+        if not hasattr(self.repo, "appender"):
+            async with super().ingesting() as put_by_hand:
+                yield put_by_hand
+            return
+        rows = 1_000_000_000
+        async with self.repo.appender("main", dim=DIMENSION, source="loadtest", max_rows=rows) as appender:
+
+            async def put(data: np.ndarray[Any, Any], offset: int) -> None:
+                await appender.put({ARRAY: data}, offset=offset, durable=True)
+
+            yield put
 
     async def touch(self, name: str, value: int) -> None:
         """A transaction of its own that makes one small group; loses the race where another commits meanwhile.

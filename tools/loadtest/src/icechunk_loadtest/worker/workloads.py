@@ -221,6 +221,17 @@ async def _append(run: Run) -> None:
         run.appended += 1
 
 
+async def _ingest(run: Run) -> None:
+    async with run.target.ingesting() as put:
+        for turn in range(run.spec.ops):
+            if run.over:
+                return
+            data = run.content.chunks(run.spec.chunks + turn, 1)
+            with run.meter.operation("put, durable", units=1, written=data.size):
+                await put(data, turn)
+            run.appended += 1
+
+
 async def _check_appended(run: Run, acknowledged: list[str]) -> None:
     await run.target.attach()
     data = await run.target.read_all()
@@ -358,6 +369,7 @@ WORKLOADS = {
     "read_random": Workload(_fill, _read_random),
     "mixed": Workload(_fill, _mixed),
     "append": Workload(_fill, _append, _check_appended),
+    "ingest": Workload(_fill, _ingest, _check_appended),
     "commit": Workload(_prepare_contention, _commit_tasks, _check_history),
     "commit_tasks": Workload(_prepare_contention, _commit_tasks, _check_history),
     "commit_processes": Workload(_prepare_contention, _commit_tasks, _check_history),
