@@ -19,7 +19,14 @@ from typing import Final, TypeAlias, TypeVar
 import anyio
 import numpy as np
 
-from icechunk.errors import AccessDeniedError, FormatError, IcechunkError, ObjectNotFoundError, SnapshotNotFoundError
+from icechunk.errors import (
+    AccessDeniedError,
+    ErrorKind,
+    FormatError,
+    IcechunkError,
+    ObjectNotFoundError,
+    SnapshotNotFoundError,
+)
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.keys import chunk_key, manifest_key, snapshot_key, transaction_key
 from icechunk.format.manifest import decode_manifest
@@ -359,7 +366,8 @@ def references_of(manifest: Manifest, node: NodeSnapshot) -> ChunkRefs:
     refs = of_rank(manifest.arrays, node.id, len(node.shape))
     if refs is None:
         raise FormatError(
-            f"manifest {encode_id(manifest.id)} has no references of array {node.path!r}, though its snapshot says so"
+            f"manifest {encode_id(manifest.id)} has no references of array {node.path!r}, though its snapshot says so",
+            ErrorKind.INCONSISTENT_MANIFESTS,
         )
     return refs
 

@@ -17,6 +17,7 @@ from icechunk.storage import port
 from icechunk.storage.port import Storage
 from icechunk.storage.s3.endpoint import resolve_endpoint
 from icechunk.storage.s3.storage import S3Storage
+from tests.raising import raises
 from tests.storage.s3.faulty_s3 import serving
 
 
@@ -84,7 +85,7 @@ def test_other_settings_share_the_place_and_its_clients() -> None:
     ],
 )
 def test_conflicting_credentials_are_refused(arguments: dict[str, Any]) -> None:
-    with pytest.raises(InvalidInputError, match="conflicting"):
+    with raises(InvalidInputError, "invalid-credentials", "s3_credentials"):
         public.s3_storage(bucket="b", prefix=None, **arguments)
 
 
@@ -95,7 +96,7 @@ def test_bad_places_and_headers_are_refused(arguments: dict[str, Any]) -> None:
 
 
 def test_rooted_keys_need_an_empty_prefix() -> None:
-    with pytest.raises(StorageError, match="legacy_rooted_keys"):
+    with raises(StorageError, "storage-config", "legacy_rooted_keys"):
         public.s3_storage(bucket="b", prefix="p", legacy_rooted_keys=True)
     storage = public.s3_storage(bucket="b", prefix=None, legacy_rooted_keys=True)
     assert storage._bucket.path("repo") == "//repo"  # type: ignore[attr-defined]
@@ -150,7 +151,7 @@ async def test_endpoints(bucket: str, options: dict[str, Any], url: str, monkeyp
     "url", ["s3.example.com", "ftp://x", "https://", "https://x:port", "https://x:99999", "https://[x", "http://a\n.b"]
 )
 async def test_bad_endpoints_are_refused(url: str) -> None:
-    with pytest.raises(StorageError, match="give a URL"):
+    with raises(StorageError, "cannot-parse-url", "endpoint_url", repr("b")):
         await resolve_endpoint("b", S3Options(endpoint_url=url))
 
 

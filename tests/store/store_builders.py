@@ -16,6 +16,7 @@ from icechunk import IcechunkStore, Repository, Session
 from icechunk.storage.port import Storage
 
 __all__ = [
+    "READ_ONLY",
     "array_document",
     "buffer",
     "collect",
@@ -27,6 +28,8 @@ __all__ = [
 ]
 
 PROTOTYPE = default_buffer_prototype()
+READ_ONLY = "store was opened in read-only mode and does not support writing"
+"""Words that zarr's own tests of stores look for."""
 
 
 def buffer(data: bytes) -> cpu.Buffer:

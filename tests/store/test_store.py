@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,10 @@ from icechunk.format.ids import ObjectId
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import GetResult, PutResult
 from icechunk.store.store import _bytes_of
+from tests.raising import raises
 from tests.store.store_builders import (
     PROTOTYPE,
+    READ_ONLY,
     array_document,
     buffer,
     collect,
@@ -232,7 +235,7 @@ async def test_absent_key_reads_as_nothing(filled: IcechunkStore, key: str) -> N
     assert await read(filled, key) is None
     assert await read(filled, key, RangeByteRequest(0, 1)) is None
     assert not await filled.exists(key)
-    with pytest.raises(FileNotFoundError, match="no key"):
+    with pytest.raises(FileNotFoundError, match=re.escape(repr(key))):
         await filled.getsize(key)
     if not filled.read_only:
         await filled.delete(key)
@@ -375,7 +378,7 @@ async def test_every_spelling_of_the_default_chunk_key_encoding_is_taken(store: 
 )
 async def test_value_that_is_no_buffer_is_refused(store: IcechunkStore, value: Any) -> None:
     await fill(store)
-    with pytest.raises(TypeError, match="Buffer"):
+    with pytest.raises(TypeError, match=re.escape("Buffer")):
         await store.set("a/c/0/0", value)
     assert await state_of(store) == EVERYTHING
 
@@ -415,9 +418,8 @@ async def test_read_only_store_refuses_every_change(store: IcechunkStore, call: 
         read_only = store if how == "committed" else IcechunkStore(store.session)
     assert read_only.read_only
     arguments = {"clear": (), "delete": ("a/c/0/0",), "delete_dir": ("g",)}.get(call, ("a/c/2/2", buffer(b"x")))
-    with pytest.raises(ReadOnlyError, match="read-only mode and does not support writing") as caught:
+    with raises(ReadOnlyError, "read-only-store", READ_ONLY) as caught:
         await getattr(read_only, call)(*arguments)
-    assert caught.value.kind == ErrorKind.READ_ONLY_STORE
     assert isinstance(caught.value, ValueError)
     assert await state_of(read_only) == EVERYTHING
 
@@ -425,9 +427,8 @@ async def test_read_only_store_refuses_every_change(store: IcechunkStore, call: 
 async def test_read_only_store_of_a_read_only_session_stays_so(store: IcechunkStore) -> None:
     await fill(store)
     await store.session.commit_async("all of it")
-    with pytest.raises(ReadOnlyError, match="open a writable session") as caught:
+    with raises(ReadOnlyError, "read-only-session"):
         store.with_read_only(False)
-    assert caught.value.kind == ErrorKind.READ_ONLY_SESSION
 
 
 # -- deleting --------------------------------------------------------------------------------------------------------
@@ -561,9 +562,8 @@ async def test_missing_chunk_object_is_an_error_and_never_fill_values(byte_range
     await store.session.commit_async("all of it")
     chunks = [info.key async for page in storage.list_pages("chunks/") for info in page]
     await storage.delete(chunks)
-    with pytest.raises(StorageError, match="missing from") as caught:
+    with raises(StorageError, "object-not-found", storage.describe()) as caught:
         await read(store, "a/c/0/1", byte_range)
-    assert caught.value.kind == ErrorKind.OBJECT_NOT_FOUND
     assert isinstance(caught.value.__cause__, ObjectNotFoundError)
     assert await read(store, "a/c/0/0", byte_range) is not None
 

@@ -498,7 +498,7 @@ def test_consolidated_metadata_is_neither_needed_nor_made() -> None:
     root = zarr.create_group(life.store)
     root.create_array("a", shape=(2,), dtype="i4")[:] = 1
     assert not life.store.supports_consolidated_metadata
-    with pytest.raises(TypeError, match="consolidated metadata"):
+    with pytest.raises(TypeError, match="consolidated metadata"):  # words: zarr's own
         zarr.consolidate_metadata(life.store)
 
     def look(store: IcechunkStore) -> None:
@@ -508,7 +508,7 @@ def test_consolidated_metadata_is_neither_needed_nor_made() -> None:
             array = group["a"]
             assert isinstance(array, zarr.Array)
             assert np.asarray(array[:]).tolist() == [1, 1]
-        with pytest.raises(ValueError, match="consolidated metadata"):
+        with pytest.raises(ValueError, match="consolidated metadata"):  # words: zarr's own
             zarr.open_group(store, mode="r", use_consolidated=True)
 
     life.check(look)

@@ -28,6 +28,7 @@ from zarr.testing.stateful import ZarrHierarchyStateMachine, ZarrStoreStateMachi
 import icechunk
 from icechunk import IcechunkStore, NodeNotFoundError, Repository, Session
 from icechunk.storage.memory import MemoryStorage
+from tests.raising import raises
 from tests.store.store_builders import PROTOTYPE, array_document, buffer, group_document
 
 SETTINGS = settings(
@@ -180,7 +181,7 @@ class StoreMachine(ZarrStoreStateMachine):
         if key in CHUNK_KEYS:
             if f"{path}/zarr.json" not in self.model:
                 before = self.repo.session.status()
-                with pytest.raises(NodeNotFoundError, match="create the array before its chunks"):
+                with raises(NodeNotFoundError, "node-not-found", repr(f"/{path}")):
                     self.store.set(key, buffer(data))
                 assert self.repo.session.status() == before
                 return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,7 @@ async def test_boxes_that_do_not_fit_are_refused(folder: Path, store: IcechunkSt
         ((2, 3), 6, {"lengths": u64(1)}),
     ]
     for shape, count, options in mismatched:
-        with pytest.raises(ValueError, match="length"):
+        with pytest.raises(ValueError, match=re.escape("length")):
             await box(shape, count, **options)
     for bad in (np.zeros(6, np.int64), [0] * 6, np.zeros((2, 3), np.uint64)):
         with pytest.raises(TypeError):
@@ -306,7 +307,7 @@ async def test_all_references_of_an_array_come_in_batches(folder: Path) -> None:
     assert sorted(await session.all_virtual_chunk_locations_async()) == [location] * 4
     assert {c async for c in session.chunk_coordinates("/a")} == set(expected)
     assert [batch async for batch in store.array_chunk_iterator("/nothing")] == []
-    with pytest.raises(ValueError, match="batch_size"):
+    with pytest.raises(ValueError, match=re.escape("batch_size")):
         [batch async for batch in store.array_chunk_iterator("/a", 0)]
 
 

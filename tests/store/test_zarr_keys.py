@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from icechunk.errors import InvalidInputError
 from icechunk.store.zarr_keys import ChunkKey, MetadataKey, V2Key, chunk_key_text, metadata_key_text, parse_key, to_path
+from tests.raising import raises
 
 
 @pytest.mark.parametrize(
@@ -33,9 +34,8 @@ def test_keys_of_a_hierarchy_are_understood(key: str, meaning: object) -> None:
 
 @pytest.mark.parametrize("key", ["", "foo", "a/b", "a/zarr.json/x", "a/c/x", "a/c/-1", "a/c/4294967296", "a/c/٣"])
 def test_other_keys_are_refused_by_name(key: str) -> None:
-    with pytest.raises(InvalidInputError, match="invalid zarr key") as refused:
+    with raises(InvalidInputError, "invalid-key", repr(key)):
         parse_key(key)
-    assert refused.value.kind == "invalid-key"
 
 
 names = st.text(st.characters(exclude_characters="/", exclude_categories=["Cs"]), min_size=1, max_size=4)

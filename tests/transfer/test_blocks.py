@@ -386,7 +386,7 @@ async def test_a_planning_error_is_raised_to_the_waiting_readers(monkeypatch: py
 
     monkeypatch.setattr(Track, "plan", broken)
     blocks = reader(await storage_with(a=b"123"))
-    with pytest.raises(RuntimeError, match="a bug"):
+    with pytest.raises(RuntimeError, match="a bug"):  # words: the test's own
         await asyncio.wait_for(blocks.read("a", 0, 1), 5)
 
 

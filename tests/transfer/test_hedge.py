@@ -78,7 +78,7 @@ async def test_failure_of_the_first_waits_for_the_second_and_failure_of_both_is_
         )
 
     assert await main("fail 1", "fine") == "fine"
-    with pytest.raises(StorageError, match="fail 1"):
+    with pytest.raises(StorageError, match="fail 1"):  # words: the test's own
         await main("fail 1", "fail 2")
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -210,7 +211,7 @@ async def test_an_incomplete_answer_is_an_error(answer: bytes) -> None:
 
 async def test_a_silent_peer_is_given_up() -> None:
     async with serving(saying()) as origin, connections() as made:
-        with pytest.raises(TimeoutError, match="no sign of life"):
+        with pytest.raises(TimeoutError, match=re.escape("0.05")):
             await made.exchange(origin, "GET", "/", {"host": "h"}, connect_s=5.0, read_s=0.05)
 
 
@@ -224,7 +225,7 @@ async def test_a_peer_that_sends_slowly_is_given_up_at_the_deadline() -> None:
             await asyncio.sleep(0.005)
 
     async with serving(talk) as origin, connections() as made:
-        with pytest.raises(TimeoutError, match="in time"):
+        with pytest.raises(TimeoutError, match="in time"):  # words: every limit of time is a TimeoutError
             await made.exchange(origin, "GET", "/", {"host": "h"}, connect_s=5.0, read_s=5.0, total_s=0.1)
 
 
@@ -246,7 +247,7 @@ async def test_a_peer_that_sends_slowly_is_given_up_without_a_deadline(
 
     monkeypatch.setattr(messages, "_MOST_INTERIM", 1_000_000)
     async with serving(talk) as origin, connections() as made, asyncio.timeout(10):
-        with pytest.raises(TimeoutError, match="only"):
+        with pytest.raises(TimeoutError, match="only"):  # words: every limit of time is a TimeoutError
             await made.exchange(origin, "GET", "/", {"host": "h"}, connect_s=5.0, read_s=0.2)
 
 
@@ -381,10 +382,10 @@ async def test_cancelling_while_connecting_ends() -> None:
 @pytest.mark.parametrize("bad", ["a\r\nb: c", "a\nb", "a\0b"])
 async def test_a_line_break_in_a_header_or_target_is_refused_before_anything_is_sent(bad: str) -> None:
     async with serving(saying(OK)) as origin, connections() as made:
-        with pytest.raises(ValueError, match="'x' has a line break"):
+        with pytest.raises(ValueError, match=re.escape("'x'")):
             await made.exchange(origin, "GET", "/", {"host": "h", "x": bad}, **LIMITS)
         for target in (f"/{bad}", "/a b", "/ä"):
-            with pytest.raises(ValueError, match="the URL"):
+            with pytest.raises(ValueError, match=re.escape("URL")):
                 await made.exchange(origin, "GET", target, {"host": "h"}, **LIMITS)
         assert not made._open
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -113,7 +114,7 @@ async def test_bytes_beyond_an_answer_are_no_part_of_it_nor_of_the_next() -> Non
 
 async def test_a_peer_that_falls_silent_within_an_answer_is_given_up() -> None:
     async with serving(saying(HEAD + BODY[:-1])) as origin, connections() as made:
-        with pytest.raises(TimeoutError, match="no sign of life"):
+        with pytest.raises(TimeoutError, match=re.escape("0.1")):
             await made.exchange(origin, "GET", "/", {"host": "h"}, connect_s=5.0, read_s=0.1)
         await threads_have_ended(made)
 
@@ -142,7 +143,7 @@ async def test_the_deadline_ends_a_transfer(method: str) -> None:
 
     body = b"x" * 64_000_000 if method == "PUT" else b""
     async with serving(talk) as origin, connections() as made:
-        with pytest.raises(TimeoutError, match="in time"):
+        with pytest.raises(TimeoutError, match="in time"):  # words: every limit of time is a TimeoutError
             await made.exchange(origin, method, "/", {"host": "h"}, body, **LIMITS, total_s=0.2)
         await threads_have_ended(made)
 
@@ -152,7 +153,7 @@ async def test_a_peer_that_stops_reading_is_given_up() -> None:
         await asyncio.Event().wait()
 
     async with serving(talk) as origin, connections() as made:
-        with pytest.raises(TimeoutError, match="no sign of life"):
+        with pytest.raises(TimeoutError, match=re.escape("0.1")):
             await made.exchange(origin, "PUT", "/", {"host": "h"}, b"x" * 64_000_000, connect_s=5.0, read_s=0.1)
         await threads_have_ended(made)
 
@@ -230,7 +231,7 @@ async def test_the_loop_moves_the_bytes_if_no_thread_starts(monkeypatch: pytest.
 async def test_no_room_is_made_on_the_word_of_an_absurd_header() -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\nx" % 10**15
     async with serving(saying(answer, close=True)) as origin, connections() as made:
-        with pytest.raises(BadAnswerError, match="1 bytes came instead of 1000000000000000"):
+        with pytest.raises(BadAnswerError, match=re.escape("1000000000000000")):
             await made.exchange(origin, "GET", "/", {"host": "h"}, **LIMITS)
 
 

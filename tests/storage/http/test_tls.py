@@ -20,6 +20,7 @@ from icechunk.errors import ErrorKind, StorageError
 from icechunk.storage.http.storage import HttpStorage
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.s3.client import _tls_context
+from tests.raising import raises
 from tests.storage.http.certificates import tls_contexts
 from tests.storage.http.web_server import WebServer, serving_files
 from tests.virtual_builders import FILE_BYTES, array, config_of
@@ -39,7 +40,7 @@ def web(tmp_path: Path) -> Iterator[WebServer]:
 async def test_a_certificate_of_an_unknown_authority_is_refused_at_once_with_a_remedy(web: WebServer) -> None:
     (web.folder / "x").write_bytes(b"1")
     storage = HttpStorage(web.url, settings=QUICK)
-    with pytest.raises(StorageError, match=r"certificate.*SSL_CERT_FILE") as caught:
+    with raises(StorageError, "object-store", "CERTIFICATE_VERIFY_FAILED", "SSL_CERT_FILE") as caught:
         await storage.get("x")
     assert "tries" not in caught.value.message
     assert web.seen == []
@@ -109,7 +110,7 @@ async def test_virtual_chunks_use_the_certificates_of_their_container(web: WebSe
     if options:
         np.testing.assert_array_equal(np.asarray(found[:10]), np.frombuffer(FILE_BYTES[5:15], "u1"))
     else:
-        with pytest.raises(StorageError, match="certificate"):
+        with raises(StorageError, "virtual-chunk-fetch", "CERTIFICATE_VERIFY_FAILED"):
             found[:10]
     await repo.aclose()
 

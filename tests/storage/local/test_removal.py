@@ -11,6 +11,7 @@ import pytest
 from icechunk.errors import ErrorKind, ObjectNotFoundError, StorageError
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.port import ANY, Absent, Matches, Precondition
+from tests.raising import raises
 
 
 @pytest.mark.parametrize("used_by", ["put", "get", "head"])
@@ -26,7 +27,7 @@ async def test_a_root_that_was_in_use_is_not_made_again(
         await getattr(storage, used_by)("a/x")
     shutil.rmtree(root)
     for key in ("a/y", "b/y", "y"):
-        with pytest.raises(StorageError, match="removed") as caught:
+        with raises(StorageError, "io", storage.describe(), "removed") as caught:  # words: the reason
             await storage.put(key, b"1", precondition)
         assert (caught.value.kind, caught.value.refused) == (ErrorKind.IO, True)
     assert not root.exists()
@@ -52,7 +53,7 @@ async def test_nor_does_a_copy_of_the_storage_in_another_process(tmp_path: Path)
     await storage.put("x", b"1")
     copy = pickle.loads(pickle.dumps(storage))
     shutil.rmtree(root)
-    with pytest.raises(StorageError, match="removed"):
+    with raises(StorageError, "io", storage.describe(), "removed"):  # words: the reason
         await copy.put("y", b"1")
     assert not root.exists()
 
@@ -63,7 +64,7 @@ async def test_a_folder_in_use_is_not_made_again_below_another_root(tmp_path: Pa
     await storage.put("log/epoch/1", b"1")
     shutil.rmtree(root)
     await LocalStorage(root).put("log/another/1", b"1")
-    with pytest.raises(StorageError, match="removed") as caught:
+    with raises(StorageError, "io", storage.describe(), "removed") as caught:  # words: the reason
         await storage.put("log/epoch/2", b"2", Absent())
     assert caught.value.refused
     assert not (root / "log" / "epoch").exists()

@@ -18,6 +18,7 @@ from icechunk.storage.obstore.storage import ObstoreStorage
 from icechunk.storage.port import Absent, Storage
 from icechunk.testing.storage_contract import StorageContract
 from tests.conftest import BUCKET
+from tests.raising import raises
 from tools import services
 
 pytest.importorskip("obstore", reason="the extra obstore")
@@ -97,7 +98,7 @@ async def test_settings_of_storage_classes_and_parts_are_honoured(azurite: servi
 async def test_a_missing_container_is_said(azurite: services.AzureService) -> None:
     storage = storage_on(azurite, container="no-such-container")
     for attempt in (storage.get("x"), storage.put("x", b""), storage.put("x", b"", Absent())):
-        with pytest.raises(StorageError, match="create the bucket or container") as caught:
+        with raises(StorageError, "object-store", storage.describe()) as caught:
             await attempt
         assert not isinstance(caught.value, ObjectNotFoundError)
 

@@ -18,6 +18,7 @@ from icechunk.storage.obstore.buckets import GcsBucket
 from icechunk.storage.obstore.storage import ObstoreStorage
 from icechunk.storage.port import Absent, Matches, Storage
 from icechunk.testing.storage_contract import StorageContract
+from tests.raising import raises
 from tests.storage.obstore.fake_gcs import FakeGcs, serving_gcs
 
 pytest.importorskip("obstore", reason="the extra obstore")
@@ -108,10 +109,10 @@ async def test_a_write_that_never_arrived_is_sent_again_and_throttling_is_waited
 
 async def test_a_write_without_answer_to_the_end_is_called_uncertain(gcs: FakeGcs, storage: ObstoreStorage) -> None:
     gcs.faults = [("PUT", "503 before")] * 4
-    with pytest.raises(StorageError, match="uncertain") as caught:
+    with raises(StorageError, "object-store", "gs://bucket/some/prefix/slot") as caught:
         await storage.put("slot", b"ours", Absent())
     assert not isinstance(caught.value, PreconditionFailedError)
-    assert not caught.value.refused
+    assert (caught.value.refused, caught.value.unsent) == (False, False)
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 405, 501])
@@ -190,23 +191,22 @@ async def test_tokens_are_fetched_before_they_expire_and_no_request_fails(gcs: F
 async def test_a_missing_bucket_and_refused_credentials_are_said(gcs: FakeGcs, storage: ObstoreStorage) -> None:
     gcs.buckets = set()
     for attempt in (storage.get("x"), storage.put("x", b""), storage.put("x", b"", Absent())):
-        with pytest.raises(StorageError, match="create the bucket") as caught:
+        with raises(StorageError, "object-store", "gs://bucket/some/prefix/x", "NoSuchBucket") as caught:
             await attempt
         assert not isinstance(caught.value, ObjectNotFoundError)
     gcs.buckets, gcs.tokens = {"bucket"}, {"other"}
-    with pytest.raises(StorageError, match="credentials"):
+    with raises(StorageError, "object-store", "gs://bucket/some/prefix/x", 401):
         await storage.get("x")
 
 
 async def test_bad_configurations_are_refused_without_showing_secrets() -> None:
-    with pytest.raises(icechunk.IcechunkError, match="bucket"):
+    with raises(icechunk.InvalidInputError, "storage-config", repr("a/b")):
         icechunk.gcs_storage(bucket="a/b", prefix=None)
     storage = icechunk.gcs_storage(bucket="b", prefix=None, service_account_key="hush", config={"bogus": "hush"})
-    with pytest.raises(StorageError, match="bogus") as caught:
+    with raises(StorageError, "storage-config", "bogus") as caught:
         await storage.get("x")
-    assert caught.value.kind == "storage-config"
     assert "hush" not in caught.value.message
-    with pytest.raises(icechunk.IcechunkError, match="no credentials for Google"):
+    with raises(icechunk.InvalidInputError, "invalid-credentials", "Google"):
         icechunk.Storage.new_gcs("b", "p", icechunk.azure_credentials(access_key="k"))
 
 

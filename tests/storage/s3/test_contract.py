@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from icechunk.config import StorageConcurrencySettings, StorageRetriesSettings, StorageSettings
+from icechunk.errors import PreconditionFailedError
 from icechunk.storage.port import Absent, Storage
 from icechunk.storage.s3.storage import S3Storage
 from icechunk.testing.storage_contract import StorageContract
@@ -44,7 +45,7 @@ async def test_large_objects_go_in_parts_and_keep_their_conditions(minio: servic
     assert got.data == data
     assert got.version == put.version
     assert got.version.endswith("-3")
-    with pytest.raises(Exception, match="exists already"):
+    with pytest.raises(PreconditionFailedError):
         await storage.put("big", data, Absent())
     assert (await storage.put("big", data[:2048])).version != put.version
     assert (await storage.get("big")).data == data[:2048]

@@ -11,6 +11,7 @@ from icechunk.config import S3Options, StorageRetriesSettings, StorageSettings
 from icechunk.credentials import s3_static_credentials
 from icechunk.errors import InvalidInputError, PreconditionFailedError
 from icechunk.storage.port import Absent, Matches
+from tests.raising import raises
 from tests.storage.s3.faulty_s3 import LOSE, serving
 
 
@@ -23,7 +24,7 @@ def test_the_gateway_and_the_namespace_are_in_the_endpoint() -> None:
         "endpoint_url: https://s3.hf.co/ns\nforce_path_style: True\n"
     )
     for bad in ("", "a/b"):
-        with pytest.raises(InvalidInputError, match="namespace"):
+        with raises(InvalidInputError, "storage-config", "namespace", repr(bad)):
             icechunk.hf_storage(bucket="b", prefix="p", namespace=bad)
 
 
