@@ -7,10 +7,14 @@ import itertools
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from unittest import mock
 
 import pytest
 
 from icechunk.format.repo.codec import decode_repo
+from icechunk.format.snapshot import codec
+from icechunk.format.snapshot.node_encoding import write_nodes
+from icechunk.format.snapshot.nodes import SnapshotNodes
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.marker import decode_marker
 from icechunk.log.repository.state import RepoState
@@ -216,3 +220,29 @@ async def test_a_writer_holds_its_history_in_the_bytes_of_a_file_and_not_as_obje
     await repository.aclose()
     assert max(snapshots for snapshots, _ in objects) <= 300
     assert max(updates for _, updates in objects) <= 600
+
+
+async def test_a_wide_hierarchy_makes_neither_reading_nor_changing_one_array_decode_or_encode_more_nodes() -> None:
+    counted = []
+    for width in (300, 3000):
+        storage = MemoryStorage()
+        async with await Repository.create_async(storage) as repository:
+            session = await repository.writable_session_async("main")
+            for i in range(width):
+                session._content.set_metadata(f"/g{i // 100}/a{i}", ARRAY)
+            await session.commit_async("many arrays")
+        async with await Repository.open_async(storage) as repository:
+            reader = await repository.readonly_session_async("main")
+            assert await reader._content.get_chunk("/g1/a110", (0,), None) is None
+            nodes = reader._content.log.base.nodes
+            assert isinstance(nodes, SnapshotNodes)
+            read = len(nodes.stored.known)
+            session = await repository.writable_session_async("main")
+            session._content.set_metadata("/g1/a110", ARRAY.replace(b'"attributes": {}', b'"attributes": {"k": 1}'))
+            with mock.patch.object(codec, "write_nodes", wraps=write_nodes) as write:
+                await session.commit_async("an attribute")
+            counted.append((read, len(nodes.stored.known), [len(call.args[1]) for call in write.call_args_list]))
+    assert counted[0] == counted[1]
+    # Those that a session looks at to choose the manifests that it reads ahead, and the array itself.
+    assert counted[0][0] <= 128
+    assert counted[0][2] == [1]

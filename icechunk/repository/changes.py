@@ -19,6 +19,7 @@ from icechunk.errors import ErrorKind, InvalidInputError, NodeNotFoundError
 from icechunk.format.documents import parse_document
 from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
 from icechunk.format.repo.values import SnapshotRecord
+from icechunk.format.snapshot.nodes import with_ids
 from icechunk.format.values import NodeKind, NodeSnapshot, Snapshot
 from icechunk.log.session.extents import volume
 from icechunk.log.session.merge.diff import net_diff
@@ -151,7 +152,7 @@ class Changes(RepositoryBase):
         net = net_diff(logs, before, after)
         new, updated = {n.id for n in net.new}, {n.id for n in net.updated}
         touched = new | updated | set(net.chunks)
-        nodes = [n for n in after.nodes.values() if n.id in touched and n.kind is NodeKind.ARRAY]
+        nodes = [n for n in with_ids(after.nodes, touched).values() if n.kind is NodeKind.ARRAY]
         arrays = {}
         for node in sorted(nodes, key=lambda node: node.path):
             meta = _grid(node)

@@ -24,7 +24,7 @@ from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.keys import manifest_key, snapshot_key, transaction_key
 from icechunk.format.manifest import encode_manifest, max_refs
 from icechunk.format.repo.values import SnapshotRecord
-from icechunk.format.snapshot.codec import encode_snapshot
+from icechunk.format.snapshot.codec import encode_and_keep
 from icechunk.format.transaction import encode_transaction_log, require_room
 from icechunk.format.values import Manifest, Snapshot, TransactionLog
 from icechunk.log.repository.events import CommitAdded, CommitAmended, DetachedSnapshotAdded, Event
@@ -465,7 +465,8 @@ class CommitFiles:
             message=self.commit.message,
             metadata=self.commit.metadata,
         )
-        return snapshot, encode_snapshot(snapshot, self.spec_version, self.core.settings.compression_level)
+        encoded = encode_and_keep(snapshot, self.spec_version, self.core.settings.compression_level)
+        return encoded.snapshot, encoded.data
 
     def _encode_next(self, manifests: Iterator[Manifest]) -> tuple[Manifest, Placed, bytes | None] | None:
         """The next manifest, where it is, and its file, if there is none yet that holds the same."""

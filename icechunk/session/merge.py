@@ -79,7 +79,7 @@ async def _check_base(content: SessionContent, fork: Fork, base: ObjectId) -> No
     if fork.base.id == content.log.base.id or base == content.origin_base:
         return
     with content.lock:
-        now = content.log.base.with_nodes({node.path: node for node in content.log.nodes()})
+        now = content.log.base.with_nodes(content.log.hierarchy())
         log = content.log.rebased(fork.base, [*fork.inherited, *fork.own])
     await check_fork(content.core, log, log.savepoint_at(len(fork.inherited)), base, now)
 

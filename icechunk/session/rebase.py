@@ -15,6 +15,7 @@ from icechunk.conflicts import ConflictDetector, ConflictSolver, RebaseFailedErr
 from icechunk.errors import ConflictError, ErrorKind, ObjectNotFoundError, SessionStateError, SnapshotNotFoundError
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.repo.values import CommitAmended
+from icechunk.format.snapshot.nodes import with_ids
 from icechunk.format.values import Snapshot, TransactionLog
 from icechunk.log.repository.port import Layout
 from icechunk.log.repository.state import RepoState
@@ -157,8 +158,8 @@ async def _exactly(
     core: Core, log: TransactionLog, before: Snapshot, after: Snapshot, mine: Mapping[NodeId, Coords]
 ) -> TransactionLog:
     """The log without those of my chunks whose references are the same before and after."""
-    was = {node.id: node for node in before.nodes.values() if node.id in mine}
-    now = {node.id: node for node in after.nodes.values() if node.id in mine}
+    was = with_ids(before.nodes, mine)
+    now = with_ids(after.nodes, mine)
     chunks = dict(log.updated_chunks)
     for node_id in chunks.keys() & was.keys() & now.keys():
         coords, rank = chunks[node_id], mine[node_id].shape[1]

@@ -10,7 +10,8 @@ machine did besides is the same for both. With ``--check`` the exit code is 1 wh
 
 ``growth`` and ``huge`` take minutes, have no official counterpart, and run on request only: ours at the beginning of a
 long history beside ours at its end, as `tools.bench.growth` tells, and the memory of a commit of very many references,
-as `tools.bench.huge` tells. ``large`` runs on request too: large chunks, as `tools.bench.large` tells.
+as `tools.bench.huge` tells. ``large`` runs on request too: large chunks, as `tools.bench.large` tells; and so do
+``wide`` and ``history``, which compare with the official library: many arrays, many commits.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from tools import oracle
-from tools.bench import growth, huge, large, wire
+from tools.bench import growth, history, huge, large, wire
+from tools.bench.history import LENGTHS
+from tools.bench.wide import WIDTHS
 from tools.bench.workload import CASES
 
+_LONG = ("open", "ancestry", "expire half", "collect half", "collect nothing")
 FLOORS = {
     ("small", "set"): 10.0,
     ("small", "get uncommitted"): 10.0,
@@ -45,9 +49,14 @@ FLOORS = {
     ("wire", "random reads"): 3.0,
     ("wire", "tiny session and commit"): 2.5,
     ("wire", "tiny commit"): 4.0,
+    **{("wide", f"{what} one of {width}"): 1.5 for what in ("open", "change") for width in WIDTHS},
+    **{("history", f"{what}, {length}"): 1.0 for what in _LONG for length in LENGTHS},
+    **{("history", what): 1.0 for what in ("statistics", "diff", "diff again", "200 branches")},
 }
 """How many times as fast as the official library we must be at least."""
 
+ON_REQUEST = ("wide", "history")
+"""Cases that take minutes, and are not measured unless they are asked for."""
 LATENCY_MS = 20
 TIMEOUT_S = 300.0
 
@@ -58,7 +67,7 @@ def main() -> int:
     known = [*CASES, growth.CASE, huge.CASE, large.CASE]
     parser.add_argument(
         "--only",
-        default=",".join(CASES),
+        default=",".join(case for case in CASES if case not in ON_REQUEST),
         help=f"comma-separated, of {', '.join(known)}",
     )
     parser.add_argument("--repeat", type=int, default=3, help="runs of each case and library (default 3)")
@@ -97,8 +106,8 @@ def _measure(case: str, repeat: int) -> list[dict[str, Any]]:
     with _options(case) as options:
         for turn in range(repeat):
             print(f"{case} {turn + 1}/{repeat}", file=sys.stderr, flush=True)
-            _best(ours, _ours(case, options))
-            _best(official, _official(case, options))
+            _best(ours, _ours(case, options.get("ours", options)))
+            _best(official, _official(case, options.get("official", options)))
     return [
         {
             "case": case,
@@ -144,7 +153,12 @@ def _ours(case: str, options: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def _options(case: str) -> Iterator[dict[str, Any]]:
-    """What the case needs: for the wire, a MinIO behind a proxy that adds latency."""
+    """What the case needs, where that differs between the libraries by ``ours`` and ``official``: for the wire, a MinIO
+    behind a proxy that adds latency; for the history, repositories."""
+    if case == "history":
+        with history.places() as options:
+            yield options
+        return
     if case != "wire":
         yield {}
         return

@@ -24,6 +24,8 @@ import zarr
 from zarr.core.buffer import default_buffer_prototype
 
 import icechunk
+from tools.bench.history import history
+from tools.bench.wide import wide
 from tools.bench.wire import storage_at
 
 __all__ = ["CASES"]
@@ -355,6 +357,8 @@ CASES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "append": append,
     "wire": wire,
     "import": importing,
+    "wide": wide,
+    "history": history,
 }
 
 

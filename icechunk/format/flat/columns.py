@@ -7,6 +7,7 @@ over rows.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -17,7 +18,9 @@ from icechunk.format.flat.reader import Buffer
 __all__ = [
     "Column",
     "Positions",
+    "Spans",
     "TableColumns",
+    "TextTraits",
     "Vectors",
     "copy_spans",
     "first_rows",
@@ -26,6 +29,7 @@ __all__ = [
     "lexicographic_order",
     "put",
     "read_coords",
+    "text_traits",
 ]
 
 Positions = npt.NDArray[np.int64]
@@ -63,6 +67,13 @@ class Column(NamedTuple):
     """Position of the field in each of those tables."""
 
 
+class Spans(NamedTuple):
+    """Ranges of bytes."""
+
+    starts: Positions
+    sizes: Positions
+
+
 class Vectors(NamedTuple):
     """The vectors or strings that an offset field of many tables points to."""
 
@@ -83,19 +94,21 @@ class TableColumns:
         If a table or its vtable is not within the buffer.
     """
 
-    __slots__ = ("_buffer", "_common", "_positions", "_table_sizes", "_vtable_sizes", "_vtables")
+    __slots__ = ("_buffer", "_common", "_common_at", "_positions", "_table_sizes", "_vtable_sizes", "_vtables")
 
     def __init__(self, buffer: Buffer, positions: Positions) -> None:
         self._buffer = buffer
         self._positions = positions
         self._common: tuple[int, ...] | None = None
         """The vtable of all tables if they share one, as in any file of one kind of reference; else None."""
+        self._common_at = 0
         vtables: Positions = positions - gather(buffer, positions, "<i4")
         if not len(vtables):
             self._common = (0,)
             return
         if vtables.min() == vtables.max():
-            self._common = buffer.vtable(int(vtables[0]))
+            self._common_at = int(vtables[0])
+            self._common = buffer.vtable(self._common_at)
             if int(positions.max()) + self._common[0] > buffer.size:
                 raise buffer.fail("a table ends past its end")
             return
@@ -150,6 +163,21 @@ class TableColumns:
         rows = np.flatnonzero(present)
         return Column(rows, self._positions[rows] + offsets[rows])
 
+    def spans(self) -> tuple[Spans, Spans]:
+        """The bytes of the tables, and of their vtables."""
+        if self._common is not None:
+            count = len(self._positions)
+            sizes = np.full(count, self._common[0], np.int64)
+            vtables = np.full(min(count, 1), self._common_at, np.int64)
+            return Spans(self._positions, sizes), Spans(vtables, np.full(len(vtables), 2 * len(self._common) + 2))
+        return Spans(self._positions, self._table_sizes), Spans(self._vtables, self._vtable_sizes)
+
+    def has_field_from(self, slot: int) -> bool:
+        """Whether a vtable has room for a field at ``slot`` or a later one."""
+        if self._common is not None:
+            return len(self._common) > slot + 1
+        return bool(self._vtable_sizes.max() > _FIELD_OFFSETS + 2 * slot)
+
     def numbers(self, slot: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """A column of numbers or structs, zero where absent; errors as `column`."""
         kind = np.dtype(dtype)
@@ -182,6 +210,82 @@ class TableColumns:
         if (starts + counts * item_size).max() > buffer.size:
             raise buffer.fail(f"what field {slot} of a table points to ends past its end")
         return Vectors(column.rows, starts, counts)
+
+
+_WORD: Final = 8
+_HIGH_BITS: Final = np.uint64(0x8080808080808080)
+_FIRST_BYTES: Final = np.array([2**64 - 2 ** (64 - 8 * i) for i in range(_WORD + 1)], np.uint64)
+"""Masks of a word's first 0 to 8 bytes."""
+
+
+def _words(buffer: Buffer, texts: Vectors) -> Iterator[tuple[npt.NDArray[np.intp] | None, npt.NDArray[np.uint64]]]:
+    """The bytes of many vectors of bytes, 8 at a time, as numbers that compare as they do: first those at 0 to 7, then
+    those at 8 to 15, and so on.
+
+    Yields
+    ------
+    rows : intp[k] or None
+        The vectors that have bytes there; None: all of them.
+    words : uint64[k]
+        Of each; bytes after its end are zero.
+    """
+    rows: npt.NDArray[np.intp] | None = None
+    starts, counts = texts.starts, texts.counts
+    last = max(buffer.size - _WORD, 0)
+    at = 0
+    while len(starts):
+        places = starts + at
+        inside = places if int(places.max()) <= last else np.minimum(places, last)
+        words = gather(buffer, inside, ">u8").astype(np.uint64)
+        if inside is not places:
+            # Near the end of the buffer the word begins too early, and its first bytes have to go.
+            words <<= (_WORD * (places - inside)).astype(np.uint64)
+        left = counts - at
+        if int(left.min()) < _WORD:
+            words &= _FIRST_BYTES[np.minimum(left, _WORD)]
+        yield rows, words
+        at += _WORD
+        longer = np.flatnonzero(left > _WORD)
+        if len(longer) < len(starts):
+            rows = longer if rows is None else rows[longer]
+            starts, counts = starts[longer], counts[longer]
+
+
+class TextTraits(NamedTuple):
+    """Properties of many texts."""
+
+    is_ascending: bool
+    """Whether they are strictly ascending."""
+    is_ascii: bool
+    """Whether all of them are ASCII."""
+
+
+def text_traits(buffer: Buffer, texts: Vectors) -> TextTraits:
+    """Properties of vectors of bytes, which are within the buffer and at most a few thousand bytes long."""
+    undecided = np.arange(max(len(texts.starts) - 1, 0))
+    """Numbers of the vectors that begin with all that was read so far of the next vector."""
+    is_ascii = True
+    for rows, words in _words(buffer, texts):
+        is_ascii = is_ascii and not (words & _HIGH_BITS).any()
+        if not len(undecided):
+            continue
+        before, after = _at(rows, words, undecided), _at(rows, words, undecided + 1)
+        if (before > after).any():
+            return TextTraits(False, False)
+        undecided = undecided[before == after]
+    # What is left is equal but for zero bytes at the end.
+    ascending = bool((texts.counts[undecided] < texts.counts[undecided + 1]).all())
+    return TextTraits(ascending, is_ascii)
+
+
+def _at(
+    rows: npt.NDArray[np.intp] | None, words: npt.NDArray[np.uint64], wanted: npt.NDArray[np.intp]
+) -> npt.NDArray[np.uint64]:
+    """The words of these vectors, 0 for those that have none."""
+    if rows is None:
+        return words[wanted]
+    at = np.minimum(np.searchsorted(rows, wanted), len(rows) - 1)
+    return np.where(rows[at] == wanted, words[at], np.uint64(0))
 
 
 def read_coords(buffer: Buffer, starts: Positions, ndim: int) -> npt.NDArray[np.uint32]:

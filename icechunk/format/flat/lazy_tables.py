@@ -54,6 +54,11 @@ class LazyTables:
         """All bytes of the buffer."""
         return self._buffer.data
 
+    @property
+    def name(self) -> str:
+        """Name of the buffer in errors."""
+        return self._buffer.name
+
     def positions(self) -> npt.NDArray[np.int64]:
         """int64[n]: position of each table; not checked."""
         offsets = np.frombuffer(self._buffer.data, "<u4", self._count, self._start)

@@ -22,7 +22,7 @@ from icechunk.format.flat.reader import Buffer, Table, required
 from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.values import DimensionShape, Extents, ManifestRef, NodeKind, NodeSnapshot
 
-__all__ = ["decode_nodes"]
+__all__ = ["decode_many", "decode_nodes", "decode_one", "decode_texts", "node_columns"]
 
 _T = TypeVar("_T")
 
@@ -51,9 +51,9 @@ def decode_nodes(root: Table, slot: int) -> dict[str, NodeSnapshot]:
     buffer = root.buffer
     start, count = required(root.vector(slot, 4), root, "nodes")
     if count < _FEW:
-        return _by_path([_node(table) for table in root.tables(slot) or ()], buffer)
+        return _by_path([decode_one(table) for table in root.tables(slot) or ()], buffer)
     buffer.charge_tables(count)
-    return _by_path(_many(buffer, _targets(buffer, start + 4 * np.arange(count, dtype=np.int64))), buffer)
+    return _by_path(decode_many(buffer, _targets(buffer, start + 4 * np.arange(count, dtype=np.int64))), buffer)
 
 
 def _by_path(nodes: Iterable[NodeSnapshot], buffer: Buffer) -> dict[str, NodeSnapshot]:
@@ -76,7 +76,7 @@ def _by_path(nodes: Iterable[NodeSnapshot], buffer: Buffer) -> dict[str, NodeSna
 # -- one by one ------------------------------------------------------------------------------------
 
 
-def _node(table: Table) -> NodeSnapshot:
+def decode_one(table: Table) -> NodeSnapshot:
     kind = table.u8(_KIND)
     id = NodeId(required(table.inline(_ID, _NODE_ID_SIZE), table, "id"))
     path = required(table.string(_PATH), table, "path")
@@ -137,10 +137,11 @@ def _manifest_ref(table: Table) -> ManifestRef:
 # -- many at once ----------------------------------------------------------------------------------
 
 
-def _many(buffer: Buffer, positions: Positions) -> list[NodeSnapshot]:
+def decode_many(buffer: Buffer, positions: Positions) -> list[NodeSnapshot]:
+    """The nodes whose tables are at these positions. Raises `FormatError` if one of them is corrupt."""
     tables = TableColumns(buffer, positions)
     ids = _ids(buffer, tables, _ID, _NODE_ID_SIZE, "id")
-    paths = _texts(buffer, _all(buffer, tables.vectors(_PATH, 1), "path"))
+    paths = decode_texts(buffer, _all(buffer, tables.vectors(_PATH, 1), "path"))
     user_data = _blobs(buffer, _all(buffer, tables.vectors(_USER_DATA, 1), "user_data"))
     kinds = tables.numbers(_KIND, "u1")
     unknown = (kinds != _ARRAY) & (kinds != _GROUP)
@@ -173,6 +174,29 @@ def _many(buffer: Buffer, positions: Positions) -> list[NodeSnapshot]:
             )
         )
     return found
+
+
+def node_columns(buffer: Buffer, tables: TableColumns) -> tuple[Vectors, npt.NDArray[np.uint64]]:
+    """Paths and ids (as big-endian numbers) of nodes, after a check of the fields that every node has.
+
+    Raises
+    ------
+    FormatError
+        If a node lacks one of them, or is of unknown kind.
+    """
+    column = tables.column(_ID, _NODE_ID_SIZE)
+    if column is None or column.rows is not None:
+        raise buffer.fail("a table in it lacks the required field 'id'")
+    paths = _all(buffer, tables.vectors(_PATH, 1), "path")
+    user_data = _all(buffer, tables.vectors(_USER_DATA, 1), "user_data")
+    buffer.charge(int(paths.counts.sum()) + int(user_data.counts.sum()))
+    kinds = tables.numbers(_KIND, "u1")
+    unknown = (kinds != _ARRAY) & (kinds != _GROUP)
+    if unknown.any():
+        i = int(unknown.argmax())
+        path = buffer.data[int(paths.starts[i]) : int(paths.starts[i] + paths.counts[i])].decode(errors="replace")
+        raise buffer.fail(f"the node {path!r} is of unknown kind {int(kinds[i])}")
+    return paths, gather(buffer, column.positions, ">u8").astype(np.uint64)
 
 
 def _arrays(
@@ -230,7 +254,7 @@ def _names(buffer: Buffer, arrays: TableColumns) -> list[tuple[str | None, ...] 
     strings = TableColumns(buffer, _targets(buffer, fields)).vectors(0, 1) if len(fields) else None
     texts: list[str | None] = [None] * len(fields)
     if strings is not None:
-        for row, text in zip(_rows(strings, len(fields)), _texts(buffer, strings), strict=True):
+        for row, text in zip(_rows(strings, len(fields)), decode_texts(buffer, strings), strict=True):
             texts[row] = text
     known: dict[tuple[str | None, ...], tuple[str | None, ...]] = {}
     for row, (first, last) in zip(_rows(vectors, len(arrays)), pairwise(edges.tolist()), strict=True):
@@ -308,7 +332,8 @@ def _blobs(buffer: Buffer, vectors: Vectors) -> list[bytes]:
     return [data[a:b] for a, b in zip(vectors.starts.tolist(), (vectors.starts + vectors.counts).tolist(), strict=True)]
 
 
-def _texts(buffer: Buffer, strings: Vectors) -> list[str]:
+def decode_texts(buffer: Buffer, strings: Vectors) -> list[str]:
+    """Strings, decoded. Raises `FormatError` if one of them is not UTF-8."""
     try:
         return [raw.decode() for raw in _blobs(buffer, strings)]
     except UnicodeDecodeError as error:

@@ -25,12 +25,14 @@ from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.flat.writer import MAX_BYTES, FlatWriter
 from icechunk.format.values import ManifestFile, ManifestRef, NodeKind, NodeSnapshot
 
-__all__ = ["FEW", "Layout", "alike", "block", "write_files", "write_nodes"]
+__all__ = ["FEW", "CopiedNodes", "Layout", "alike", "block", "write_files", "write_nodes"]
 
 FEW: Final = 16
 """Number of nodes of one layout below which they are written one by one."""
 
 _ID_AT: Final = 16
+_WIDEST: Final = 8
+"""Alignment of the widest field, bytes."""
 _REF_SIZE: Final = 24
 """Bytes of the table of a manifest's id and extents, up to the extents."""
 _MOST: Final = 2**32 - 1
@@ -386,31 +388,54 @@ def _ref_packer(ndim: int) -> struct.Struct:
     return struct.Struct(f"<iI12sI{2 * ndim}I")
 
 
+class CopiedNodes(NamedTuple):
+    """Nodes that are copied from another file, in whose format the new one is written."""
+
+    data: memoryview
+    """The bytes of the nodes there, from a position that is a multiple of 8."""
+    tables: npt.NDArray[np.int64]
+    """int64[n]: position of each node's table within them, in the order of the nodes in the file."""
+    others: Sequence[int]
+    """For each node that is not copied, how many copied ones come before it."""
+
+
 def write_nodes(
-    writer: FlatWriter, nodes: Sequence[NodeSnapshot], shapes_v1: Sequence[Sequence[tuple[int, int]]] | None
+    writer: FlatWriter,
+    nodes: Sequence[NodeSnapshot],
+    shapes_v1: Sequence[Sequence[tuple[int, int]]] | None,
+    copied: CopiedNodes | None = None,
 ) -> int:
     """Write the vector of nodes and all below it; returns its position.
 
     Parameters
     ----------
     nodes
-        The nodes, in the order of the file.
+        The nodes that are not copied, in the order of the file.
     shapes_v1
-        For format 1: length and chunk length along each dimension, of each node.
+        For format 1: length and chunk length along each dimension, of each of these nodes.
+    copied
+        Nodes that are copied, in the order of the file.
 
     Raises
     ------
     InvalidInputError
         If a text is not Unicode, a number does not fit its field, or the snapshot exceeds 2 GiB.
     """
-    if not nodes:
+    if not nodes and copied is None:
         return writer.items(b"", 0, 4)
     nodes_of = _Nodes(writer, shapes_v1 is None)
-    start, at = _start(writer, len(nodes))
+    start, at = _start(writer, len(nodes) + (0 if copied is None else len(copied.tables)))
+    copied_at = 0
+    if copied is not None:
+        writer.align(_WIDEST)
+        copied_at = len(writer.out)
+        writer.out += copied.data
+        writer.align(_WIDEST, 4)
+        at = len(writer.out)
     paths = _encoded(nodes)
     pieces: list[bytes | memoryview] = []
     places = np.full(len(nodes), -1, np.int64)
-    for group in alike(nodes, paths):
+    for group in alike(nodes, paths) if nodes else ():
         if len(group) < FEW or at > MAX_BYTES:
             continue
         many = _together(nodes_of, group.tolist(), nodes, paths, shapes_v1, at)
@@ -435,7 +460,7 @@ def write_nodes(
         raise InvalidInputError(
             f"cannot encode {at} bytes: a metadata file holds at most {MAX_BYTES}", ErrorKind.SERIALIZATION
         )
-    _link(writer, start, places)
+    _link(writer, start, places if copied is None else np.insert(copied.tables + copied_at, copied.others, places))
     writer.out += b"".join(pieces)
     return start
 

@@ -8,12 +8,13 @@ follows ``/``).
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.ids import NodeId
+from icechunk.format.snapshot.nodes import SnapshotNodes, by_id, paths_of
 from icechunk.format.values import NodeSnapshot
 
 __all__ = ["Hierarchy", "check_path", "is_below", "parent_of"]
@@ -65,12 +66,12 @@ class Hierarchy:
         Nodes of the base snapshot, in ascending order of paths.
     """
 
-    __slots__ = ("_added", "_base", "_base_ids", "_base_paths", "_moved", "overlay")
+    __slots__ = ("_added", "_base", "_base_by_id", "_base_paths", "_moved", "overlay")
 
     def __init__(self, base: Mapping[str, NodeSnapshot]) -> None:
         self._base = base
-        self._base_paths: list[str] | None = None
-        self._base_ids: dict[NodeId, str] | None = None
+        self._base_paths: Sequence[str] | None = None
+        self._base_by_id: Mapping[NodeId, NodeSnapshot] | None = None
         self._added: list[str] = []
         self._moved: dict[NodeId, str] = {}
         self.overlay: dict[str, NodeSnapshot | None] = {}
@@ -118,6 +119,8 @@ class Hierarchy:
         """All nodes by path, in ascending order; valid until the next change."""
         if not self.overlay:
             return self._base
+        if isinstance(self._base, SnapshotNodes):
+            return self._base.changed(self.overlay)
         known: dict[str, NodeSnapshot | None] = {**self._base, **self.overlay}
         # Two sorted runs: the paths that the base has, and those that it does not have.
         paths = sorted([*self._paths(), *self._added]) if self._added else known
@@ -172,22 +175,23 @@ class Hierarchy:
         node = self.get(hint)
         if node is not None and node.id == node_id:
             return node
-        if self._base_ids is None:
-            self._base_ids = {n.id: p for p, n in self._base.items()}
-        for path in (self._moved.get(node_id), self._base_ids.get(node_id)):
+        if self._base_by_id is None:
+            self._base_by_id = by_id(self._base)
+        stored = self._base_by_id.get(node_id)
+        for path in (self._moved.get(node_id), None if stored is None else stored.path):
             if path is not None and (node := self.get(path)) is not None and node.id == node_id:
                 return node
         return None
 
-    def _paths(self) -> list[str]:
+    def _paths(self) -> Sequence[str]:
         if self._base_paths is None:
-            self._base_paths = sorted(self._base)
+            self._base_paths = paths_of(self._base)
         return self._base_paths
 
 
-def _start(paths: list[str], prefix: str) -> int:
+def _start(paths: Sequence[str], prefix: str) -> int:
     return bisect_left(paths, prefix)
 
 
-def _end(paths: list[str], prefix: str) -> int:
+def _end(paths: Sequence[str], prefix: str) -> int:
     return bisect_left(paths, prefix[:-1] + "0")

@@ -350,8 +350,7 @@ class SessionLog(Commands):
         """
         self._require(savepoint)
         then = self.at(savepoint)
-        nodes = {node.path: node for node in then.nodes()}
-        return then.rebased(self._base.with_nodes(nodes), self.events[savepoint.position :])
+        return then.rebased(self._base.with_nodes(then.hierarchy()), self.events[savepoint.position :])
 
     def at(self, savepoint: Savepoint) -> SessionLog:
         """A separate log in the state that this one had at a savepoint. Raises as `rollback`."""

@@ -30,6 +30,7 @@ from icechunk.conflicts import (
     VersionSelection,
 )
 from icechunk.format.ids import NodeId, encode_id
+from icechunk.format.snapshot.nodes import by_id
 from icechunk.format.values import NodeKind, NodeSnapshot, Snapshot, TransactionLog
 from icechunk.log.session.columns import CoordIndex
 from icechunk.log.session.events import (
@@ -151,7 +152,7 @@ class _Theirs:
     def of(winner: Winner) -> _Theirs:
         return _Theirs(
             onto=winner.snapshot,
-            alive={node.id: node for node in winner.snapshot.nodes.values()},
+            alive=by_id(winner.snapshot.nodes),
             landed=winner.landed or Landed.of(winner.transactions),
         )
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.format.ids import NodeId, ObjectId
+from icechunk.format.snapshot.nodes import with_ids
 from icechunk.format.values import Move, NodeKind, NodeSnapshot, Snapshot, TransactionLog
 from icechunk.log.session.columns import sort_last
 
@@ -141,8 +142,8 @@ def net_diff(transactions: Sequence[TransactionLog], from_snapshot: Snapshot, to
             if len(coords):
                 chunks.setdefault(node_id, []).append(coords)
     mentioned |= changed | chunks.keys()
-    before = _by_id(from_snapshot, mentioned)
-    after = _by_id(to_snapshot, mentioned)
+    before = with_ids(from_snapshot.nodes, mentioned)
+    after = with_ids(to_snapshot.nodes, mentioned)
     kept = [(before[i], after[i]) for i in before.keys() & after.keys()]
     return NetChanges(
         new=tuple(n for i, n in after.items() if i not in before),
@@ -229,10 +230,6 @@ def _moved_in_a_row(first: Sequence[Move], second: Sequence[Move], without: froz
         moves[move.node_id] = move if before is None else move._replace(source=before.source)
     kept = (m for m in moves.values() if m.source != m.target and m.node_id not in without)
     return tuple(sorted(kept, key=move_order))
-
-
-def _by_id(snapshot: Snapshot, wanted: set[NodeId]) -> dict[NodeId, NodeSnapshot]:
-    return {node.id: node for node in snapshot.nodes.values() if node.id in wanted}
 
 
 def _merged(parts: list[npt.NDArray[np.uint32]]) -> npt.NDArray[np.uint32]:

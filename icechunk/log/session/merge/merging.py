@@ -429,8 +429,7 @@ class _Changes:
     def after(self) -> SessionLog:
         """The same with them, as a log over the nodes that there were before."""
         before = self.before
-        nodes = {node.path: node for node in before.nodes()}
-        return before.rebased(self.fork.base.with_nodes(nodes), self.own)
+        return before.rebased(self.fork.base.with_nodes(before.hierarchy()), self.own)
 
     @cached_property
     def net(self) -> NetChanges:

@@ -18,6 +18,8 @@ import numpy.typing as npt
 from icechunk.format.by_node import ByNode, Part
 from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.manifest.refs_by_node import grouped_refs, refs_by_node
+from icechunk.format.snapshot.node_region import used_manifests
+from icechunk.format.snapshot.nodes import SnapshotNodes
 from icechunk.format.values import (
     ChunkRefs,
     Extents,
@@ -129,8 +131,10 @@ def plan(log: SessionLog, policy: Policy, *, everything: bool = False) -> Plan:
     resized = {node.id for node in changes.updated}
     wanted = (resized | rows.nodes.keys()) - done
     arrays = []
-    for node in nodes.values() if wanted or everything else ():
-        if node.kind != NodeKind.ARRAY or not (everything or node.id in wanted):
+    # Every node in the wanted set is one that the log touches, so no others are decoded to find them.
+    touched = {node.path: node for node in (*changes.updated, *rows.nodes.values()) if node.id in wanted}
+    for node in nodes.values() if everything else [touched[path] for path in sorted(touched)]:
+        if node.kind != NodeKind.ARRAY:
             continue
         small = rows.small.get(node.id)
         if small is None:
@@ -256,12 +260,16 @@ def new_snapshot(
                 alone[node_id] = refs_of
             else:
                 several += refs_of
-    nodes = dict(plan.nodes)
+    placed_nodes: dict[str, NodeSnapshot] = {}
     for array in plan.arrays:
-        nodes[array.node.path] = array.node.with_manifests(tuple(sorted(kept[array.node.id], key=_by_extents)))
+        placed_nodes[array.node.path] = array.node.with_manifests(tuple(sorted(kept[array.node.id], key=_by_extents)))
     for batch in plan.batches:
         for node in batch.nodes:
-            nodes[node.path] = node.with_manifests(alone.get(node.id, ()))
+            placed_nodes[node.path] = node.with_manifests(alone.get(node.id, ()))
+    if isinstance(plan.nodes, SnapshotNodes):
+        nodes: Mapping[str, NodeSnapshot] = plan.nodes.changed(placed_nodes)
+    else:
+        nodes = {**plan.nodes, **placed_nodes}
     return Snapshot(
         id=snapshot_id,
         parent_id=parent_id,
@@ -269,7 +277,7 @@ def new_snapshot(
         flushed_at_us=flushed_at_us,
         message=message,
         metadata=metadata,
-        manifest_files=_files(nodes.values(), plan.base.manifest_files, files),
+        manifest_files=_files(nodes, plan.base.manifest_files, files),
     )
 
 
@@ -342,10 +350,9 @@ class _Stream:
 
 
 def _files(
-    nodes: Iterable[NodeSnapshot], base: Mapping[ObjectId, ManifestFile], new: Mapping[ObjectId, ManifestFile]
+    nodes: Mapping[str, NodeSnapshot], base: Mapping[ObjectId, ManifestFile], new: Mapping[ObjectId, ManifestFile]
 ) -> dict[ObjectId, ManifestFile]:
-    used = {ref.object_id for node in nodes for ref in node.manifests}
-    return {i: new[i] if i in new else base[i] for i in sorted(used)}
+    return {i: new[i] if i in new else base[i] for i in used_manifests(nodes)}
 
 
 def _by_extents(ref: ManifestRef) -> tuple[tuple[int, int], ...]:

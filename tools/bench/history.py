@@ -1,0 +1,165 @@
+"""What looking at and cleaning up a long history costs, on local disk, with either library.
+
+One history is made beforehand, by our library: the official one gets the same files, as a repository of format 2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import zarr
+from zarr.core.buffer import default_buffer_prototype
+
+import icechunk
+
+__all__ = ["history", "places"]
+
+LENGTHS = {"1k": 1_000, "20k": 20_000}
+ARRAYS, REFERENCES, COMMITS, BRANCHES = 300, 100_000, 200, 200
+_OPENS = 15
+_CHUNK_BYTES = 600
+
+
+def history(options: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds to open, to list the ancestry, to expire half of the history, to collect what that left, and to collect
+    again, when nothing is left to delete. On a repository of 300 arrays and 100 000 references: seconds for its
+    statistics, for the difference between the first and the last of its 200 commits, and to create 200 branches."""
+    seconds: dict[str, float] = {}
+    for name in LENGTHS:
+        with _copy(options[name]) as folder:
+            seconds |= {f"{what}, {name}": value for what, value in _long(folder).items()}
+    with _copy(options["many references"]) as folder:
+        return seconds | _many_references(folder)
+
+
+@contextmanager
+def _copy(place: str) -> Iterator[str]:
+    # No file is ever changed in place, so links will do.
+    with tempfile.TemporaryDirectory(dir=Path(place).parent, ignore_cleanup_errors=True) as folder:
+        shutil.copytree(place, f"{folder}/repository", copy_function=os.link)
+        yield f"{folder}/repository"
+
+
+def _open(folder: str) -> Any:
+    return icechunk.Repository.open(icechunk.local_filesystem_storage(folder))
+
+
+def _taken(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _long(folder: str) -> dict[str, float]:
+    seconds = {"open": min(_taken(lambda: _open(folder)) for _ in range(_OPENS))}
+    repository = _open(folder)
+    infos = list(repository.ancestry(branch="main"))
+    seconds["ancestry"] = min(_taken(lambda: list(repository.ancestry(branch="main"))) for _ in range(3))
+    middle = infos[len(infos) // 2].written_at
+    seconds["expire half"] = _taken(lambda: repository.expire_snapshots(middle))
+    if len(list(repository.ancestry(branch="main"))) > len(infos) // 2 + 3:
+        raise AssertionError("nothing was expired")
+    past = datetime.now(UTC) - timedelta(seconds=1)
+    collected = []
+    seconds["collect half"] = _taken(lambda: collected.append(repository.garbage_collect(past)))
+    seconds["collect nothing"] = min(_taken(lambda: collected.append(repository.garbage_collect(past))) for _ in "ab")
+    if not collected[0].snapshots_deleted or collected[-1].snapshots_deleted:
+        raise AssertionError("not what there is was collected")
+    return seconds
+
+
+def _many_references(folder: str) -> dict[str, float]:
+    repository = _open(folder)
+    infos = list(repository.ancestry(branch="main"))
+    first, last = infos[-2].id, infos[0].id
+
+    def diff() -> None:
+        repository.diff(from_snapshot_id=first, to_snapshot_id=last)
+
+    seconds = {
+        "statistics": min(_taken(lambda: _open(folder).chunk_storage_stats()) for _ in range(3)),
+        "diff": _taken(diff),
+        "diff again": min(_taken(diff) for _ in range(3)),
+    }
+
+    def branches() -> None:
+        for i in range(BRANCHES):
+            repository.create_branch(f"branch-{i}", last)
+
+    seconds["200 branches"] = _taken(branches)
+    return seconds
+
+
+@contextmanager
+def places() -> Iterator[dict[str, dict[str, str]]]:
+    """Folders with the histories, by library: ``ours`` and ``official``."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        made = {
+            **{name: asyncio.run(_history(length)) for name, length in LENGTHS.items()},
+            "many references": asyncio.run(_references()),
+        }
+        found: dict[str, dict[str, str]] = {"ours": {}, "official": {}}
+        for name, storage in made.items():
+            for library, places_of in found.items():
+                place = places_of[name] = f"{folder}/{library}/{name}"
+                if library == "official":
+                    asyncio.run(_convert(storage))
+                for key, (_, data) in storage._objects.items():
+                    Path(place, key).parent.mkdir(parents=True, exist_ok=True)
+                    Path(place, key).write_bytes(data)
+        # Collections leave alone what is younger than the moment they are asked for.
+        time.sleep(1.5)
+        yield found
+
+
+async def _convert(storage: Any) -> None:
+    async with await icechunk.Repository.open_async(storage) as repository:
+        await repository.convert_async("repo")
+
+
+async def _history(length: int) -> Any:
+    storage = icechunk.in_memory_storage()
+    async with await icechunk.Repository.create_async(storage) as repository:
+        value = default_buffer_prototype().buffer.from_bytes(bytes(_CHUNK_BYTES))
+        session = await repository.writable_session_async("main")
+        await zarr.api.asynchronous.create_array(
+            store=session.store, name="a", shape=(10 * _CHUNK_BYTES,), chunks=(_CHUNK_BYTES,), dtype="u1"
+        )
+        await session.commit_async("the array")
+        for i in range(length - 2):
+            session = await repository.writable_session_async("main")
+            await session.store.set(f"a/c/{i % 10}", value)
+            await session.commit_async(f"commit {i}")
+        await repository.checkpoint_async()
+    return storage
+
+
+async def _references() -> Any:
+    storage = icechunk.in_memory_storage()
+    each = REFERENCES // ARRAYS
+    async with await icechunk.Repository.create_async(storage) as repository:
+        value = default_buffer_prototype().buffer.from_bytes(bytes(_CHUNK_BYTES))
+        session = await repository.writable_session_async("main")
+        for i in range(ARRAYS):
+            await zarr.api.asynchronous.create_array(
+                store=session.store, name=f"a{i}", shape=(2 * each,), chunks=(1,), dtype="u1"
+            )
+        for i in range(ARRAYS):
+            await asyncio.gather(*(session.store.set(f"a{i}/c/{j}", value) for j in range(each)))
+        await session.commit_async("chunks")
+        for n in range(COMMITS):
+            session = await repository.writable_session_async("main")
+            for i in range(n % 3, ARRAYS, 10):
+                await session.store.set(f"a{i}/c/{each + n}", value)
+            await session.commit_async(f"commit {n}")
+        await repository.checkpoint_async()
+    return storage
