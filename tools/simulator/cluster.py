@@ -278,11 +278,6 @@ class Cluster:
         operation = Operation(client=client.name, verb="read", began=self.tick())
 
         async def look() -> RepoState:
-            if log.layout is Layout.REPO and self.converts:
-                # A repo object that was converted is not followed into its log by a client that has it open.
-                fresh = await open_repository(client.storage, client.sources)
-                await fresh.aclose()
-                return fresh.state
             state = await log.refresh()
             if log.layout is Layout.REFS:
                 state = await log.learn(sorted(state.tips()), ancestry=True)

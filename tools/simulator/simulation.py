@@ -74,8 +74,7 @@ def plan_of(seed: int, layout: Layout | None = None) -> Plan:
     large = rng.random() < 0.04
     return Plan(
         layout=chosen,
-        # Not both: a reader of a log that was converted there and back believes no history without its tip.
-        collect=collect and not convert,
+        collect=collect,
         convert=convert,
         sessions=rng.random() < 0.03,
         writers=4 if large else rng.choice((1, 2, 2, 3)),

@@ -40,13 +40,14 @@ async def collector(cluster: Cluster, rounds: int) -> None:
     """Expires snapshots and collects garbage, and sometimes ends on the way."""
     rng = cluster.rng
     limits = Limits(max_concurrent_deletes=2, max_concurrent_manifest_fetches=4, max_snapshots_in_memory=4)
-    published = cluster.layout is not Layout.LOG
     for _ in range(rounds):
-        await asyncio.sleep((90 * DAY_S if published else rng.choice((5, 3600, 2 * DAY_S))) * rng.random())
+        longest_s = 90 * DAY_S if cluster.layout is not Layout.LOG else rng.choice((5, 3600, 2 * DAY_S))
+        await asyncio.sleep(longest_s * rng.random())
         client = cluster.client("g")
         log = await client.open()
         if log is None:
             continue
+        published = log.layout is not Layout.LOG
         age_s = SAFE_AGE_S if published else rng.choice((0, 5, 600, DAY_S, 5 * DAY_S))
         older_than_us = cluster.loop.now_us() - int(age_s * 1e6)
         if rng.random() < 0.6:

@@ -24,6 +24,8 @@ from icechunk.format.repo.values import SnapshotRecord
 from icechunk.runtime.checks import WrongTypeError
 
 __all__ = [
+    "CONVERT",
+    "TAKEOVER",
     "BranchCreated",
     "BranchDeleted",
     "BranchReset",
@@ -52,6 +54,11 @@ __all__ = [
 ]
 
 Json: TypeAlias = Any
+
+CONVERT: Final = "convert"
+"""Reason of a seal: ``repo`` goes on from the state at the seal."""
+TAKEOVER: Final = "takeover"
+"""Reason of a seal: another library lifted the read-only status of ``repo``, which goes on from an older state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,7 +232,7 @@ class Sealed:
     """The log ended: nothing may follow it, and ``repo`` becomes authoritative (rule 8)."""
 
     reason: str = ""
-    """``convert``, or ``takeover`` if another library lifted the read-only status."""
+    """`CONVERT` or `TAKEOVER`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -154,9 +154,14 @@ class RepoState:
     """Time of the newest event, µs; the next one is later."""
     gc_cutoff_us: int = 0
     """Store time, µs: a commit with files that may be older than this is invalid."""
-    sealed: bool = False
-    """Whether the log has ended."""
+    seal: e.Sealed | None = None
+    """The event that ended the log; None: it goes on."""
     spec_version: int = 2
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the log has ended."""
+        return self.seal is not None
 
     def ancestry(self, snapshot: ObjectId) -> Iterator[SnapshotRecord]:
         """A snapshot and its ancestors, newest first.
@@ -477,7 +482,7 @@ def apply(state: RepoState, event: e.Event, *, time_us: int, since_us: int | Non
         case e.Void():
             return state
         case e.Sealed():
-            return replace(state, sealed=True)
+            return replace(state, seal=event)
         case e.CommitAdded(branch=branch, snapshot=snapshot):
             _require_tip(state, branch, snapshot.parent)
             _require_new_snapshot(state, snapshot, since_us)

@@ -55,7 +55,7 @@ class Checkpointing:
                 # A checkpoint of another client may have put most of them.
                 found = await read_repo(view.storage, view.sources)
                 if found is None or found.known.marker is None or found.known.marker.epoch != head.epoch:
-                    await self._lost(found)
+                    await self._lost(found, head.epoch)
                     return
                 view.repo_is(found.known)
             written = await write_checkpoint(
@@ -68,13 +68,13 @@ class Checkpointing:
                 updates_per_file=view.updates_per_file,
             )
             if isinstance(written, LostRepo):
-                await self._lost(written.found)
+                await self._lost(written.found, head.epoch)
                 return
             view.checkpointed(head, written)
             _LOG.debug("checkpoint of %s written, up to slot %d", view.storage.describe(), head.n)
 
-    async def _lost(self, found: RepoObject | None) -> None:
-        await self._view.lost_repo(found)
+    async def _lost(self, found: RepoObject | None, epoch: str) -> None:
+        await self._view.lost_repo(found, epoch)
         if self._view.sealer is not None:
             await asyncio.wait({self._view.sealer})
 

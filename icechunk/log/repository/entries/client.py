@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -39,13 +39,14 @@ from icechunk.log.repository.entries.reader import (
     store_time_us,
     try_list_head,
 )
-from icechunk.log.repository.entries.takeover import Stranded, find_stranded, seal_log
+from icechunk.log.repository.entries.takeover import Stranded, find_seal, find_stranded, seal_log
+from icechunk.log.repository.events import CONVERT, Sealed
 from icechunk.log.repository.marker import NO_FILES, files_to_open_with, state_of
 from icechunk.log.repository.state import MAIN, RepoState, resting_on
 from icechunk.log.repository.store_check import may_write
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import run_pair
-from icechunk.storage.port import Storage
+from icechunk.storage.port import NO_LISTING, Storage
 from icechunk.transfer.cache import WeightedCache
 
 __all__ = ["LogView"]
@@ -88,6 +89,8 @@ class LogView:
         """The last answer that came with a store time."""
         self.ended_reason: str | None = None
         """Why nothing can be appended any more, once the log has ended."""
+        self.taken_over = False
+        """Whether ``repo`` does not go on from the log's end, so that what is known cannot be brought up to date."""
         self.stranded: Stranded | None = None
         """The entries that a takeover left in the log only; None: there was no takeover."""
         self.embedded = EmbeddedFiles(storage, sources)
@@ -299,7 +302,14 @@ class LogView:
             looking.set_result(None)
 
     async def _refresh(self) -> RepoState:
-        while self.ended_reason is None:
+        while True:
+            if self.state.sealed and self.ended_reason is None:
+                await self._try_leave_sealed()
+            if self.state.sealed or self.ended_reason is not None:
+                # What was acknowledged after the end is wherever the conversion led to.
+                if await self._follow_repo():
+                    continue
+                return self.state
             freshness, n, asked = self.freshness, self.head.n, instant(self.sources)
             try:
                 found = await read_slot(self.storage, self.head.epoch, n + 1)
@@ -323,13 +333,8 @@ class LogView:
                 elif self.head.n == n:
                     self.freshness = asked
             # Otherwise another task of this loop folded past it meanwhile, which includes all that was asked for.
-            if not self.state.sealed:
+            if not self.state.sealed and self.ended_reason is None:
                 return self.state
-            # Changes acknowledged after the seal are in the layout that the conversion led to.
-            if self.ended_reason is None:
-                await self._try_leave_sealed()
-            return await self._refresh_left()
-        return await self._refresh_left()
 
     async def _catch_up(self, asked: Instant) -> None:
         """Fold the rest of a tail that is known to have grown."""
@@ -337,71 +342,115 @@ class LogView:
         listed, following = await run_pair(
             partial(try_list_head, self.storage, epoch), partial(read_slot, self.storage, epoch, n + 1)
         )
-        if following is not None:
-            self.advance(following[0])
-        if listed is None:
+        folded = self._advance_all([] if following is None else [following[0]], epoch, freshness)
+        if folded and listed is None:
             entries, listed = await read_until_absent(self.storage, epoch, self.head.n)
-            for entry in entries:
-                self.advance(entry)
-        for entry in await read_tail(self.storage, epoch, self.head.n, listed):
-            self.advance(entry)
-        if self.head.epoch != epoch or not is_fresh(freshness, instant(self.sources)) or self.head.n < listed:
+            folded = self._advance_all(entries, epoch, freshness)
+        if folded and listed is not None:
+            folded = self._advance_all(await read_tail(self.storage, epoch, self.head.n, listed), epoch, freshness)
+        if not folded or listed is None or self.head.n < listed:
             await self.reopen()
         elif self.head.n == listed:
             self.freshness = asked
 
+    def _advance_all(self, entries: Sequence[Entry], epoch: str, freshness: Instant) -> bool:
+        """Fold entries that were read just now; False: they cannot be believed (rule 5), or belong to an ended log."""
+        if self.head.epoch != epoch or not is_fresh(freshness, instant(self.sources)):
+            return False
+        for entry in entries:
+            self.advance(entry)
+        return True
+
     async def reopen(self) -> Opened | RepoObject:
         """Find the end of the log anew, from ``repo``; what was found may not be what is adopted."""
-        opened = await open_head(self.storage, self.sources)
+        while True:
+            epoch = self.head.epoch
+            opened = await open_head(self.storage, self.sources)
+            if self.head.epoch == epoch:
+                break
+            # Another task has moved on to a later log meanwhile; this answer may be from before it.
         if isinstance(opened, RepoObject):
-            await self.lost_repo(opened)
-        elif opened.head.epoch == self.head.epoch:
+            await self.lost_repo(opened, epoch)
+        elif opened.head.epoch == epoch:
             self.adopt(opened)
         else:
-            await self._change_epoch(opened)
+            await self._change_epoch(opened, epoch)
         return opened
 
-    async def _change_epoch(self, opened: Opened) -> None:
-        """The log was converted there and back: the new one goes on from what ``repo`` held in between."""
-        await self._fold_to_end()
-        if self._goes_on(opened.head.state):
+    async def _change_epoch(self, opened: Opened, epoch: str) -> None:
+        """There is another log: the client's was converted, and what came of that was converted again."""
+        seal = await self._find_seal(epoch)
+        if (
+            seal is not None
+            and seal.reason == CONVERT
+            and self.head.epoch == epoch
+            and self._goes_on(opened.head.state)
+        ):
             self.adopt(opened)
         else:
             # Its history is another one: there was a takeover in between. A reader never goes back.
-            await self.lost_repo(None)
+            await self.lost_repo(None, epoch)
 
     def _goes_on(self, state: RepoState) -> bool:
-        return all(tip in state.snapshots for tip in self.state.branches.values())
+        """Whether a state of what a log was converted to is not older than what is known of that."""
+        return state.last_time_us >= self.state.last_time_us
 
-    async def _fold_to_end(self) -> None:
-        while not self.state.sealed:
-            found = await read_slot(self.storage, self.head.epoch, self.head.n + 1)
-            if found is None:
-                return
-            self.advance(found[0])
+    async def _find_seal(self, epoch: str) -> Sealed | None:
+        """The seal of the client's log, after ``repo`` was seen to be no checkpoint of it any more; None: it has none.
+
+        Folds up to it as long as answers count. From then on an empty slot does not show the end of the log, since a
+        log that was converted is pruned up to its seal (rule 8).
+        """
+        while self.state.seal is None and self.head.epoch == epoch:
+            freshness, n = self.freshness, self.head.n
+            try:
+                found = await read_slot(self.storage, epoch, n + 1)
+            except AccessDeniedError:
+                # Neither it nor the slot before it can be read, perhaps since both were pruned.
+                return await find_seal(self.storage, epoch)
+            if not is_fresh(freshness, instant(self.sources, None if found is None else found[1].date_us)):
+                return await find_seal(self.storage, epoch)
+            if self.head.n == n and found is None:
+                return None
+            if found is not None and self.head.epoch == epoch:
+                self.advance(found[0])
+        return self.state.seal
 
     # ------------------------------------------------------------------ leaving
 
-    async def _refresh_left(self) -> RepoState:
-        """Read the state from ``repo``, which is authoritative after the log's end."""
+    async def _follow_repo(self) -> bool:
+        """After the log was converted, adopt what ``repo`` says now; True: that is another log that has ended too."""
+        if self.taken_over:
+            return False
         found = await open_head(self.storage, self.sources)
         if isinstance(found, Opened):
-            if found.head.epoch != self.head.epoch and self.stranded is None and self._goes_on(found.head.state):
-                self.ended_reason = None
-                self.adopt(found)
-            return self.state
+            if found.head.epoch == self.head.epoch or not self._goes_on(found.head.state):
+                # The conversion is not finished yet, and this client cannot help; or another task knows more.
+                return False
+            self.ended_reason = None
+            self.adopt(found)
+            return self.state.sealed
         state = state_of(found.info, None)
-        if self.stranded is None and state.last_time_us >= self.state.last_time_us and self._goes_on(state):
-            self.head = replace(self.head, state=replace(state, sealed=True))
-        return self.state
+        if self._goes_on(state):
+            self.head = replace(self.head, state=replace(state, seal=Sealed(reason=CONVERT)))
+        return False
 
     async def leave_sealed(self) -> None:
         """A seal has been folded: finish the conversion that it began (rule 8)."""
+        head = self.head
         await finish_conversion(
-            self.storage, self.sources, self.head, materialize=self.materialize, updates_per_file=self.updates_per_file
+            self.storage, self.sources, head, materialize=self.materialize, updates_per_file=self.updates_per_file
         )
-        if self.ended_reason is None:
-            self.ended_reason = f"the repository in {self.storage.describe()} has another layout now; open it again"
+        if self.ended_reason is None and self.head.epoch == head.epoch and head.state.seal is not None:
+            self._end(head.state.seal)
+
+    def _end(self, seal: Sealed | None) -> None:
+        where = self.storage.describe()
+        if seal is not None and seal.reason == CONVERT:
+            self.ended_reason = f"the repository in {where} has another layout now; open it again"
+        else:
+            self.taken_over = True
+            self.ended_reason = f"the repository in {where} was taken over by another client; open it again"
 
     async def _try_leave_sealed(self) -> None:
         # A reader need not help; the next client that opens the repository tries again.
@@ -412,24 +461,41 @@ class LogView:
         except (IcechunkError, OSError) as error:
             _LOG.warning("%s", error)
 
-    async def lost_repo(self, found: RepoObject | None) -> None:
-        """``repo`` is not our checkpoint: converted, which a seal in the log says, or taken over (rule 8)."""
-        if self.ended_reason is not None:
+    async def lost_repo(self, found: RepoObject | None, epoch: str) -> None:
+        """``repo`` is no checkpoint of the log: it was converted, as its seal says, or taken over (rule 8).
+
+        Parameters
+        ----------
+        found
+            What is there instead; None: nothing, or another log.
+        epoch
+            That the client knew when it asked.
+        """
+        if self.ended_reason is not None or self.head.epoch != epoch:
             return
-        await self._fold_to_end()
-        if self.state.sealed:
-            await self.leave_sealed()
+        try:
+            seal = await self._find_seal(epoch)
+        except NO_LISTING:
+            seal = None
+        if self.ended_reason is not None or self.head.epoch != epoch:
             return
-        where = self.storage.describe()
-        self.ended_reason = f"the repository in {where} was taken over by another client; open it again"
-        # As a client of its own: it may be the swap in flight, or a checkpoint, that has found out.
-        sealing = self._seal(self.head, self.checkpoint_n, found)
-        self.sealer = asyncio.get_running_loop().create_task(sealing, name="icechunk log seal")
+        self._end(seal)
+        # Not by a client that has known the end for too long: what looks like it may be a slot that was pruned and
+        # filled again. It is told to open the repository again, and finds out then.
+        if seal is None and may_write(self.storage) and is_fresh(self.freshness, instant(self.sources)):
+            # As a client of its own: it may be the swap in flight, or a checkpoint, that has found out.
+            sealing = self._seal(self.head, self.checkpoint_n, found)
+            self.sealer = asyncio.get_running_loop().create_task(sealing, name="icechunk log seal")
 
     async def _seal(self, head: Head, checkpoint_n: int, found: RepoObject | None) -> None:
         """Take the slot that every writer of the abandoned log needs next, and report what is only in the log."""
         try:
-            last = await seal_log(self.storage, self.sources, head.epoch, head.n)
+            last, seal = await seal_log(self.storage, self.sources, head.epoch, head.n)
+            if seal.reason == CONVERT:
+                # The listing did not show it.
+                self.taken_over = False
+                self._end(seal)
+                return
             stranded = await find_stranded(
                 self.storage, epoch=head.epoch, last=last, found=found, fallback_n=checkpoint_n
             )

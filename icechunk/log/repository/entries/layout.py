@@ -149,6 +149,8 @@ class LogLayout(SwappedLog[SlotAttempt]):
     async def refresh(self) -> RepoState:
         await self.view.refresh()
         await self.tell_told()
+        if self.view.taken_over:
+            raise SessionStateError(self.view.ended_reason or "")
         return self.state
 
     def updates(self) -> AsyncIterator[Update]:
@@ -425,7 +427,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
         CommitOutcomeUnknown
             As in `append`; opening the repository finishes what was begun.
         """
-        await self.append(lambda state: (e.Sealed(reason="convert"),))
+        await self.append(lambda state: (e.Sealed(reason=e.CONVERT),))
         if self.view.ended_reason is None:
             await self.view.leave_sealed()
 

@@ -13,15 +13,22 @@ from icechunk.format.ids import encode_id
 from icechunk.format.keys import overwritten_repo_key
 from icechunk.format.repo.codec import decode_repo
 from icechunk.log.repository.entries.entry import Entry, encode_entry, encode_events, epoch_prefix, slot_key
-from icechunk.log.repository.entries.reader import RepoObject, list_head, newest_epoch, read_slot, read_tail
-from icechunk.log.repository.events import Sealed, Void
+from icechunk.log.repository.entries.reader import (
+    RepoObject,
+    list_head,
+    newest_epoch,
+    read_repo,
+    read_slot,
+    read_tail,
+)
+from icechunk.log.repository.events import CONVERT, TAKEOVER, Sealed, Void
 from icechunk.log.repository.marker import decode_marker
 from icechunk.log.repository.queue import new_snapshots
 from icechunk.runtime.clock import Sources
 from icechunk.storage.outcome import is_refusal
 from icechunk.storage.port import Absent, Storage
 
-__all__ = ["Stranded", "find_stranded", "seal_abandoned", "seal_log"]
+__all__ = ["Stranded", "find_seal", "find_stranded", "seal_abandoned", "seal_log"]
 
 _BACKUPS = 32
 _ATTEMPTS = 20
@@ -53,7 +60,27 @@ class Stranded:
         )
 
 
-async def seal_log(storage: Storage, sources: Sources, epoch: str, after: int) -> int:
+def _seal_in(entry: Entry) -> Sealed | None:
+    return next((event for event in entry.events if isinstance(event, Sealed)), None)
+
+
+async def find_seal(storage: Storage, epoch: str) -> Sealed | None:
+    """The seal of a log whose ``repo`` is no checkpoint of it any more, by a listing; None: it has none.
+
+    For clients that knew the end of the log too long ago to believe an empty slot (rule 8). A log is pruned up to its
+    end only where it was converted: where no slot is left, that is how it ended.
+
+    Raises
+    ------
+    ListingUnsupportedError, AccessDeniedError
+        Nothing can be listed.
+    """
+    newest = await list_head(storage, epoch)
+    last = await read_slot(storage, epoch, newest) if newest else None
+    return Sealed(reason=CONVERT) if last is None else _seal_in(last[0])
+
+
+async def seal_log(storage: Storage, sources: Sources, epoch: str, after: int) -> tuple[int, Sealed]:
     """See to it that an abandoned log ends with a seal.
 
     Parameters
@@ -65,6 +92,8 @@ async def seal_log(storage: Storage, sources: Sources, epoch: str, after: int) -
     -------
     int
         The last slot before the seal.
+    Sealed
+        The seal, which may be another client's.
 
     Raises
     ------
@@ -72,16 +101,25 @@ async def seal_log(storage: Storage, sources: Sources, epoch: str, after: int) -
         The store gave no certain answer; call again.
     """
     n, failures = after, 0
-    nonce = sources.random_bytes(16)
-    events = encode_events((Sealed(reason="takeover"),))
+    ours = Sealed(reason=TAKEOVER)
+    data: bytes | None = None
     while True:
         found = await read_slot(storage, epoch, n + 1)
         if found is not None:
-            if any(isinstance(event, Sealed) for event in found[0].events):
-                return n
-            n += 1
+            seal = _seal_in(found[0])
+            if seal is not None:
+                return n, seal
+            n, data = n + 1, None
             continue
-        data = encode_entry(n=n + 1, nonce=nonce, time_us=max(sources.wall_us(), 0), since_us=None, events=events)
+        if data is None:
+            # Once for each slot: the bytes of an attempt never change under its nonce (rule 2).
+            data = encode_entry(
+                n=n + 1,
+                nonce=sources.random_bytes(16),
+                time_us=max(sources.wall_us(), 0),
+                since_us=None,
+                events=encode_events((ours,)),
+            )
         try:
             await storage.put(slot_key(epoch, n + 1), data, Absent())
         except PreconditionFailedError:
@@ -143,8 +181,14 @@ async def seal_abandoned(storage: Storage, sources: Sources, found: RepoObject) 
     if epoch is None:
         return None
     newest = await list_head(storage, epoch)
-    last = await read_slot(storage, epoch, newest)
-    if last is not None and any(isinstance(event, Sealed) for event in last[0].events):
+    last = await read_slot(storage, epoch, newest) if newest else None
+    if last is None or _seal_in(last[0]) is not None:
         return None
-    before_seal = await seal_log(storage, sources, epoch, newest)
+    now = await read_repo(storage, sources)
+    if now is not None and now.known.marker is not None and now.known.read_only and now.known.marker.epoch == epoch:
+        # ``found`` is older than that log.
+        return None
+    before_seal, seal = await seal_log(storage, sources, epoch, newest)
+    if seal.reason == CONVERT:
+        return None
     return await find_stranded(storage, epoch=epoch, last=before_seal, found=found, fallback_n=before_seal)

@@ -80,7 +80,7 @@ class RepoView:
         self.looked = 0
         """Ticket of the newest look at ``repo``: a refusal counts only by a look after the call (rule 3)."""
         self.ended_reason: str | None = None
-        """Why the repository is not kept in ``repo`` any more; None: it is."""
+        """Why this client does not change the repository any more, once it was kept in a log; None: it still may."""
 
     @property
     def state(self) -> RepoState:
@@ -132,9 +132,8 @@ class RepoView:
         info = decode_repo(answer.data)
         known = known_of(info, answer.version, len(answer.data))
         if known.marker is not None and known.read_only:
-            self.ended_reason = f"the repository in {self._storage.describe()} is kept in a log now; open it again"
+            self.ended_reason = f"the repository in {self._storage.describe()} was converted to a log; open it again"
             return None
-        self.ended_reason = None
         # The official library drops what it does not know: then this client still knows the fence, others do not.
         cutoff_us = max(cutoff_of(info.extra), self._seen.state.gc_cutoff_us)
         self._seen = _Seen(version=answer.version, state=from_repo_info(info, gc_cutoff_us=cutoff_us), ticket=ticket)

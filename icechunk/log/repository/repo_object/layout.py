@@ -9,9 +9,12 @@ The parts common to all layouts are in `icechunk.log.repository.settle`. A clien
 in ``repo`` or, if another client has replaced it since, in the copy that this one made; a nonce in ``extra`` makes the
 bytes unique.
 
+Where the repository was converted to a log, nothing is written any more, and readers follow into the log.
+
 Owners of mutable state, each for one instance on one event loop:
-`icechunk.log.repository.repo_object.client.RepoView` holds the newest version seen, this module the copy made in
-advance; only the engine's task writes.
+`icechunk.log.repository.repo_object.client.RepoView` holds the newest version seen,
+`icechunk.log.repository.entries.client.LogView` what is known of the log, this module the copy made in advance; only
+the engine's task writes.
 """
 
 from __future__ import annotations
@@ -34,17 +37,20 @@ from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name, snapshot_key
 from icechunk.format.repo.values import Update
 from icechunk.log.repository.entries.checkpoint import DEFAULT_UPDATES_PER_FILE, encode
-from icechunk.log.repository.entries.reader import RepoObject, instant, nonce_in_slot, read_repo
+from icechunk.log.repository.entries.client import LogView
+from icechunk.log.repository.entries.reader import Opened, RepoObject, instant, nonce_in_slot, open_head, read_repo
 from icechunk.log.repository.marker import cutoff_of, nonce_of, write_mark
 from icechunk.log.repository.ops_log import any_in_history, updates_of
-from icechunk.log.repository.port import Layout, SwapToken
+from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Layout, SwapToken
 from icechunk.log.repository.queue import Attempt, Group, UpdateRetries, Waiting, build, retries_of
 from icechunk.log.repository.repo_object.client import RepoView, happened, next_window
-from icechunk.log.repository.settle import Fate, SwappedLog
+from icechunk.log.repository.settle import CLOSE_GRACE_S, Fate, SwappedLog
 from icechunk.log.repository.state import MAIN, RepoState, UpdateLog, resting_on, to_repo_info
 from icechunk.log.repository.store_check import MatchCheck
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.tasks import finish_task
 from icechunk.storage.port import Matches, Storage, Version
+from icechunk.transfer.cache import WeightedCache
 
 __all__ = ["RepoObjectLayout"]
 
@@ -94,12 +100,15 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
         self._copied: tuple[Version, str] | None = None
         self._preparing = False
         self._check = MatchCheck(storage)
+        # Of the log that the repository was converted to, and of whatever comes after that.
+        self._log: LogView | None = None
+        self._files: WeightedCache[str, bytes] = WeightedCache(FILES_BYTES, MAX_FILES)
 
     # ----------------------------------------------------------------- state
 
     @property
     def state(self) -> RepoState:
-        return self._view.state
+        return self._view.state if self._log is None else self._log.state
 
     @property
     def version(self) -> Version:
@@ -119,10 +128,35 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
         persisted = config.get("num_updates_per_repo_info_file") if isinstance(config, dict) else None
         return persisted if isinstance(persisted, int) and persisted > 0 else DEFAULT_UPDATES_PER_FILE
 
+    def share_files(self, files: WeightedCache[str, bytes]) -> None:
+        self._files = files
+        if self._log is not None:
+            self._log.files = files
+
+    async def find_file(self, key: str) -> bytes | None:
+        return None if self._log is None else await self._log.find_file(key)
+
     async def refresh(self) -> RepoState:
-        await self._view.read()
+        while self._log is None and await self._view.read() is None:
+            await self._follow_into_log()
+        if self._log is not None:
+            await self._log.refresh()
         await self.tell_told()
+        if self._log is not None and self._log.taken_over:
+            raise SessionStateError(self._log.ended_reason or "")
         return self.state
+
+    async def _follow_into_log(self) -> None:
+        """Go on as a reader of the log that the repository was converted to; nothing where it was converted back."""
+        opened = await open_head(self._storage, self._sources)
+        if (
+            isinstance(opened, Opened)
+            and self._log is None
+            and opened.head.state.last_time_us >= self.state.last_time_us
+        ):
+            self._log = LogView(
+                self._storage, self._sources, opened, updates_per_file=self._updates_per_file, files=self._files
+            )
 
     # ----------------------------------------------------------- preparation
 
@@ -297,3 +331,8 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
 
     def updates(self) -> AsyncIterator[Update]:
         return updates_of(self._storage, self.state)
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        if self._log is not None:
+            await finish_task(self._log.sealer, CLOSE_GRACE_S)

@@ -25,7 +25,7 @@ from icechunk.log.repository.entries.checkpoint import convert_to_log, write_che
 from icechunk.log.repository.entries.entry import decode_entry, encode_entry, encode_events, epoch_prefix, slot_key
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.entries.reader import read_repo
-from icechunk.log.repository.entries.takeover import seal_abandoned
+from icechunk.log.repository.entries.takeover import seal_abandoned, seal_log
 from icechunk.log.repository.marker import decode_marker
 from icechunk.log.repository.open import detect, open_repository
 from icechunk.log.repository.port import Layout
@@ -165,6 +165,71 @@ async def test_after_a_conversion_there_and_back_a_reader_follows_into_the_new_l
     assert (await reader.refresh()).branch_tip("main") == an_id(2)
 
 
+async def convert_there_and_back(world: World, *between: e.Event) -> LogLayout:
+    """Convert a log, make these changes in the repo object, and convert that; returns a client of the new log."""
+    first, _ = await world.open()
+    await first.convert_to_repo_object()
+    repo, _ = await world.open()
+    for event in between:
+        await repo.append(lambda _, event=event: [event])
+    await convert_to_log(world.store, world.clock.sources())
+    new, _ = await world.open()
+    assert isinstance(new, LogLayout)
+    return new
+
+
+async def test_after_there_and_back_a_reader_follows_although_its_tip_was_collected(world: World) -> None:
+    log, _ = await world.create()
+    await log.append(lambda _: [e.BranchCreated(name="b", snapshot=FIRST_SNAPSHOT)])
+    await log.append(world.commit(1, "b"))
+    reader, _ = await world.open()
+    assert reader.state.branches["b"] == an_id(1)
+    new = await convert_there_and_back(
+        world, e.BranchDeleted(name="b"), e.CollectionRan(cutoff_us=world.clock.now_us + 10**6)
+    )
+    assert an_id(1) not in new.state.snapshots
+    assert await reader.refresh() == await new.refresh()
+    assert "b" not in reader.state.branches
+
+
+@pytest.mark.parametrize("back", [False, True])
+async def test_a_client_that_slept_while_its_log_was_converted_and_pruned_follows_and_writes_nothing(
+    world: World, back: bool
+) -> None:
+    log, _ = await world.create()
+    await log.append(world.commit(1))
+    reader, storage = await world.open()
+    epoch, n = log.epoch, log.n
+    await log.append(world.commit(2))
+    await (convert_there_and_back(world) if back else log.convert_to_repo_object())
+    await world.prune(epoch, n + 2)
+    storage.requests.clear()
+    assert (await reader.refresh()).branches["main"] == an_id(2)
+    await reader.checkpoint()
+    await reader.aclose()
+    assert not storage.of("put")
+    assert not [key async for page in world.store.list_pages(f"log/{epoch}/") for key in page]
+
+
+async def test_a_client_that_slept_believes_no_slot_that_was_pruned_and_filled_again(world: World) -> None:
+    log, _ = await world.create()
+    await log.append(world.commit(1))
+    reader, storage = await world.open()
+    epoch, n = log.epoch, log.n
+    late = world.commit(7)(log.state)
+    await log.append(world.commit(2))
+    new = await convert_there_and_back(world)
+    await world.prune(epoch, n + 2)
+    await put_entry(world.store, epoch, n + 1, *late, time_us=world.clock.now_us)
+    await new.append(world.commit(3))
+    storage.requests.clear()
+    with pytest.raises(SessionStateError, match="open it again"):
+        await reader.refresh()
+    assert an_id(7) not in reader.state.snapshots
+    await reader.aclose()
+    assert not storage.of("put")
+
+
 async def take_over(world: World) -> None:
     """Set the status online as the official library does: copy `repo`, drop `extra`."""
     info = decode_repo((await world.store.get("repo")).data)
@@ -215,6 +280,58 @@ async def test_a_takeover_is_found_at_the_next_checkpoint_sealed_and_reported(
     last = decode_entry((await world.store.get(slot_key(log.epoch, 3))).data, n=3)
     assert last.events == (e.Sealed(reason="takeover"),)
     await world.store.get(slot_key(log.epoch, 2))
+
+
+async def test_a_reader_of_a_log_that_was_taken_over_is_told_so(world: World) -> None:
+    log, storage = await world.create()
+    await log.append(world.commit(1))
+    await log.checkpoint()
+    reader, _ = await world.open()
+
+    async def no_checkpoint(request: Request, send: Send) -> object:
+        if replaces_repo(request):
+            raise lost_answer()
+        return await send()
+
+    storage.script = no_checkpoint
+    await log.append(world.commit(2))
+    assert (await reader.refresh()).branches["main"] == an_id(2)
+    await take_over(world)
+    await seal_log(world.store, world.clock.sources(), log.epoch, log.n)
+    for _ in range(2):
+        with pytest.raises(SessionStateError, match="taken over"):
+            await reader.refresh()
+    assert reader.state.branches["main"] == an_id(2)
+
+
+async def test_the_bytes_of_a_seal_do_not_change_from_try_to_try(world: World) -> None:
+    log, _ = await world.create()
+    storage = ScriptedStorage(world.store)
+
+    async def no_answer(request: Request, send: Send) -> object:
+        if slots(request) and len([each for each in storage.requests if slots(each)]) < 4:
+            world.clock.move(1)
+            raise lost_answer()
+        return await send()
+
+    storage.script = no_answer
+    assert await seal_log(storage, world.clock.sources(), log.epoch, 0) == (0, e.Sealed(reason="takeover"))
+    tries = [request.data for request in storage.requests if slots(request)]
+    assert len(tries) == 4
+    assert len(set(tries)) == 1
+
+
+async def test_who_opens_a_repo_object_that_becomes_a_log_meanwhile_does_not_seal_that(world: World) -> None:
+    log, _ = await world.create()
+    await log.convert_to_repo_object()
+    found = await read_repo(world.store, world.clock.sources())
+    assert found is not None
+    await convert_to_log(world.store, world.clock.sources())
+    new, _ = await world.open()
+    await new.append(world.commit(1))
+    assert await seal_abandoned(world.store, world.clock.sources(), found) is None
+    await new.append(world.commit(2))
+    assert await world.history() == [an_id(1), an_id(2)]
 
 
 async def test_a_takeover_is_found_when_opening(world: World, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,6 +19,7 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
+from icechunk.format.keys import snapshot_key
 from icechunk.format.repo.codec import decode_repo
 from icechunk.format.repo.values import BranchCreated, NewCommit, RepoInitialized, TagCreated, Update
 from icechunk.log.repository import events as e
@@ -28,6 +29,7 @@ from icechunk.log.repository.port import Layout
 from icechunk.log.repository.queue import UpdateRetries
 from icechunk.log.repository.repo_object.client import next_window
 from icechunk.log.repository.repo_object.layout import RepoObjectLayout
+from icechunk.storage.outcome import refused
 from icechunk.testing.scripted import Request, ScriptedStorage, Send, lost_answer
 from tests.log.repository.strategies import an_id
 from tests.log.repository.world import World, losing_the_answer, replaces_repo
@@ -218,6 +220,45 @@ async def test_a_client_finds_that_the_repository_became_a_log(world: World) -> 
         await log.append(world.commit(2))
     await log.refresh()
     assert log.state.branches["main"] == an_id(1)
+
+
+async def test_a_reader_follows_into_the_log_and_back(world: World) -> None:
+    await world.create()
+    reader, _ = await world.open()
+    await convert_to_log(world.store, world.clock.sources())
+    log, storage = await world.open()
+
+    async def no_objects(request: Request, send: Send) -> object:
+        if request.verb == "put" and request.key in ("repo", snapshot_key(an_id(1))):
+            raise refused(StorageError("no"))
+        return await send()
+
+    storage.script = no_objects
+    await log.append(world.commit(1), files={snapshot_key(an_id(1)): b"small"})
+    assert (await reader.refresh()).branches["main"] == an_id(1)
+    assert await reader.find_file(snapshot_key(an_id(1))) == b"small"
+    storage.script = None
+    await log.append(world.commit(2))
+    assert (await reader.refresh()).branches["main"] == an_id(2)
+    await log.convert_to_repo_object()
+    repo, _ = await world.open()
+    await repo.append(world.commit(3))
+    assert (await reader.refresh()).branches["main"] == an_id(3)
+    await convert_to_log(world.store, world.clock.sources())
+    again, _ = await world.open()
+    await again.append(world.commit(4))
+    assert (await reader.refresh()).branches["main"] == an_id(4)
+    assert [update async for update in reader.updates()] == [update async for update in again.updates()]
+
+
+async def test_a_reader_that_was_away_while_the_repository_was_a_log_goes_on(world: World) -> None:
+    await world.create()
+    reader, _ = await world.open()
+    await convert_to_log(world.store, world.clock.sources())
+    log, _ = await world.open()
+    await log.append(world.commit(1))
+    await log.convert_to_repo_object()
+    assert (await reader.refresh()).branches["main"] == an_id(1)
 
 
 async def test_a_commit_that_landed_before_the_conversion_is_recognised(world: World) -> None:
