@@ -3,6 +3,8 @@
 - A checkpoint never goes back within its epoch, and what it names exists.
 - An attempt whose caller was told anything is never sent again.
 - An attempt of which every request was refused is not called unknown.
+- Under one nonce the same bytes are sent, and always to the same slot.
+- No log is sealed as taken over, since nobody here takes one over.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from tools.simulator.storage import SimulatedStorage
 
 __all__ = ["Watch"]
 
+_TAKEOVER: Final = b'"reason":"takeover"'
 _NONCE: Final = re.compile(rb'"nonce":"([0-9a-f]{32})"')
 
 
@@ -34,6 +37,7 @@ class Watch:
         self._reached: dict[str, int] = {}
         self._found: set[ObjectId] = set()
         self._told: set[bytes] = set()
+        self._bytes: dict[bytes, tuple[str, bytes]] = {}
         self._answers: dict[bytes, set[str]] = {}
         self._flying: Counter[bytes] = Counter()
         self._store.on_write = self._written
@@ -67,6 +71,10 @@ class Watch:
     def _sent(self, storage: SimulatedStorage, key: str, data: bytes) -> None:
         if key.startswith("log/") and (found := _NONCE.search(data)) is not None:
             self._flying[found[1]] += 1
+            if self._bytes.setdefault(found[1], (key, data)) != (key, data):
+                self._cluster.problem(f"{storage.name} sends other bytes under a nonce that it has used")
+            if _TAKEOVER in data:
+                self._cluster.problem(f"{storage.name} takes a log for taken over")
         # What stands in a slot may be sent there again: so clients find out whether the store honours conditions.
         if not self._told or not key.startswith("log/") or key in self._store.objects:
             return
