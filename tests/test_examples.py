@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
+import zarr
 from aiohttp.test_utils import TestClient, TestServer
 
 import icechunk
@@ -64,3 +73,52 @@ async def test_ingest_goes_on_where_it_stopped_and_slices_of_it_are_served(tmp_p
         assert (await client.get("/nothing")).status == 404
         assert (await client.get("/values", params={"tag": "nope"})).status == 404
         assert (await client.get("/values", params={"start": "x"})).status == 400
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
+@pytest.mark.timeout(180)
+def test_a_service_of_several_workers_survives_that_each_is_killed(tmp_path: Path) -> None:
+    folder = tmp_path / "climate"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = ["--app-dir", str(EXAMPLES), "climate_service:app", "--workers", "2", "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "CLIMATE": str(folder)}
+    command = [sys.executable, "-m", "uvicorn", "--log-level", "warning", *arguments]
+    service = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def get(path: str) -> Any:
+        with (
+            contextlib.suppress(OSError, ValueError),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}{path}") as found,
+        ):
+            return json.load(found)
+        return {"values": []}
+
+    def wait_for_days(count: int) -> list[Any]:
+        for _ in range(600):
+            days: list[Any] = get("/means")["values"]
+            if len(days) >= count:
+                return days
+            time.sleep(0.1)
+        raise AssertionError(f"{len(days)} days, not {count}")
+
+    try:
+        wait_for_days(2)
+        children = Path(f"/proc/{service.pid}/task/{service.pid}/children").read_text().split()
+        workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(workers) == 2
+        for worker in workers:
+            before = len(wait_for_days(0))
+            os.kill(int(worker), signal.SIGKILL)
+            days = wait_for_days(before + 3)
+        assert [day[0] for day in days[:before]] == [24 * day + 11.5 for day in range(before)]
+        assert get("/").keys() == {"snapshot", "message", "worker"}
+    finally:
+        service.terminate()
+        said, _ = service.communicate(timeout=60)
+    assert "Traceback" not in said
+    repo = icechunk.Repository.open(icechunk.local_filesystem_storage(str(folder)))
+    array = zarr.open_array(repo.readonly_session("main").store, path="temperature", mode="r")
+    hours = np.asarray(array[:, 0])
+    np.testing.assert_array_equal(hours, np.arange(len(hours)))
