@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -155,3 +156,29 @@ def test_unsafe_chunks_are_refused_until_allowed(repo: Repository) -> None:
         to_icechunk(weather().chunk(time=3), session, encoding=encoding, safe_chunks=False)
     session.commit("allowed")
     check(repo)
+
+
+def test_datasets_opened_synchronously_load_in_any_loop(repo: Repository) -> None:
+    session = repo.writable_session("main")
+    to_icechunk(weather(), session)
+    session.commit("all")
+    store = repo.readonly_session("main").store
+
+    async def load(count: int) -> Any:
+        opened = [xr.open_zarr(store, chunks=None, **FORMAT) for _ in range(count)]
+        return await asyncio.gather(*(ds.load_async() for ds in opened))
+
+    for _ in range(2):  # a loop for each, as services of several workers and notebooks have
+        for found in asyncio.run(load(5)):
+            xr.testing.assert_identical(found, weather())
+
+
+async def test_a_repository_opened_before_the_service_began_serves_its_loop(repo: Repository) -> None:
+    opened = await asyncio.to_thread(Repository.open, repo.storage)
+    session = await opened.writable_session_async("main")
+    await asyncio.to_thread(to_icechunk, weather(), session)
+    await session.commit_async("all")
+    reader = await opened.readonly_session_async("main")
+    found = await xr.open_zarr(reader.store, chunks=None, **FORMAT).load_async()
+    xr.testing.assert_identical(found, weather())
+    assert await asyncio.to_thread(opened.lookup_branch, "main") == reader.snapshot_id
