@@ -1,7 +1,7 @@
 """Public names under the module path of the official library's compiled module.
 
 Code that imports from ``icechunk._icechunk_python`` (VirtualiZarr and older notebooks import configuration classes and
-error kinds from there) finds the same objects as in `icechunk`. Nothing else lives here.
+error kinds from there) finds the same objects as in `icechunk`. Nothing else belongs here.
 """
 
 from __future__ import annotations

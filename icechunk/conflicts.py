@@ -44,7 +44,7 @@ class VersionSelection(_ByIdentity):
 
 
 class ConflictType(_ByIdentity):
-    """What two sides did that does not go together."""
+    """Kinds of incompatible changes of two sides."""
 
     NewNodeConflictsWithExistingNode = 1
     NewNodeInInvalidGroup = 2
@@ -82,7 +82,7 @@ class Conflict(Described):
 
 
 class ConflictSolver:
-    """What to do about conflicts while rebasing. Use one of the subclasses."""
+    """How a rebase settles conflicts. Use one of the subclasses."""
 
     __slots__ = ()
 
@@ -97,7 +97,7 @@ class BasicConflictSolver(ConflictSolver):
     """Solves what can be solved by rule; the rest fails the rebase."""
 
     on_chunk_conflict: VersionSelection = VersionSelection.UseOurs
-    """Whose chunk stays when both sides wrote it."""
+    """The side whose chunk is kept when both wrote it."""
     fail_on_delete_of_updated_array: bool = False
     """Otherwise the deletion wins."""
     fail_on_delete_of_updated_group: bool = False
@@ -117,7 +117,7 @@ class ConflictDetector(ConflictSolver):
 class RebaseFailedError(ConflictError):
     """The session's changes do not go together with the commits that landed since; nothing was changed.
 
-    Look at ``conflicts``, mend them in the session (delete or rewrite the nodes concerned) and rebase again, or
+    Read ``conflicts``, resolve them in the session (delete or rewrite the nodes concerned) and rebase again, or
     rebase with a solver that settles them.
 
     Parameters
@@ -134,7 +134,7 @@ class RebaseFailedError(ConflictError):
         shown = ", ".join(sorted({f"{str(c.conflict_type).lower()} at {c.path}" for c in conflicts})[:3])
         super().__init__(
             message=f"rebase failed on snapshot {snapshot}: {len(conflicts)} conflicts found ({shown}); "
-            "mend them in the session, or rebase with a solver that settles them"
+            "resolve them in the session, or rebase with a solver that settles them"
         )
         # The arguments are API: the official library's error has these two.
         self.args = (snapshot, conflicts)

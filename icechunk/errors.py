@@ -205,7 +205,7 @@ class RefNotFoundError(NotFoundError):
 class RepositoryNotFoundError(NotFoundError):
     """No repository at this place of the storage. Check bucket and prefix, or create one there.
 
-    A note of it (``__notes__``) tells what was looked for.
+    A note of the error (``__notes__``) names the objects that were looked for.
     """
 
     default_kind = ErrorKind.REPOSITORY_NOT_FOUND
@@ -343,7 +343,7 @@ class ConflictError(IcechunkError):
     Parameters
     ----------
     expected_parent
-        Snapshot id that the session stands on.
+        Snapshot id that the session is based on.
     actual_parent
         Snapshot id that the branch points to now; None if the branch is gone.
     """
@@ -359,7 +359,7 @@ class ConflictError(IcechunkError):
     ) -> None:
         if message is None:
             message = (
-                f"cannot commit: the session stands on snapshot {expected_parent}, but the branch is at "
+                f"cannot commit: the session is based on snapshot {expected_parent}, but the branch is at "
                 f"{actual_parent} now; open a new session on the branch, or rebase"
             )
         super().__init__(message, kind)
@@ -368,7 +368,7 @@ class ConflictError(IcechunkError):
 
     @property
     def expected_parent(self) -> str | None:
-        """Snapshot id that the session stands on."""
+        """Snapshot id that the session is based on."""
         return self._expected_parent
 
     @property

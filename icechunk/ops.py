@@ -135,7 +135,7 @@ _CLIENT: Final = re.compile(f"{_TOKEN}(/{_TOKEN})?")
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
 class Attribution(Represented):
-    """Who works with the repository; sent in the ``User-Agent`` of every request to a store, for its logs."""
+    """Client, workload and principal, sent in the ``User-Agent`` of every request to a store, for its logs."""
 
     _public_name: ClassVar[str] = "icechunk.Attribution"
 

@@ -145,7 +145,7 @@ def _lists(rows: Any) -> list[list[int]]:
 
 
 def __getattr__(name: str) -> object:
-    # The official library has it in this module; ours draws with what stands on top of it.
+    # The official library has it in this module; ours is above it, in `icechunk.inspection`.
     if name == "AncestryGraph":
         from icechunk.inspection.drawing import AncestryGraph
 

@@ -1,10 +1,10 @@
-"""When buffered rows are committed, and what happens when somebody else was first.
+"""The appender: it buffers rows, commits them, and places them again if another writer was first.
 
 One task at a time commits. It opens a session at the branch's tip, as far as that is known, writes all buffered rows
-behind the last one, and commits with the record of its source (`icechunk.appender.position`); the commit is valid only
+after the last one, and commits with the record of its source (`icechunk.appender.position`); the commit is valid only
 if the branch did not move.
-If it moved, the changes are rebased where the others touched other arrays; else they are forgotten, and the rows, still
-in memory, are placed again behind the winner's. Before either, the newest record of the source is read: an entry of
+If it moved, the changes are rebased if the others changed other arrays; else they are dropped, and the rows, still in
+memory, are placed again after those of the winner. Before either, the newest record of the source is read: an entry of
 another owner ends this appender. An outcome that is not known is settled before anything else is written.
 """
 
@@ -424,7 +424,7 @@ class Appender:
     def _ended(self, task: asyncio.Task[str | None]) -> None:
         self._committing = None
         if not task.cancelled():
-            task.exception()  # told to whoever waits, and by the next call where nobody does
+            task.exception()  # raised to the callers that wait; if there are none, by the next call
 
     async def _wait(self, task: asyncio.Task[str | None]) -> str | None:
         # A caller that is cancelled leaves; the commit goes on.

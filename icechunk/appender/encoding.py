@@ -1,6 +1,6 @@
-"""How rows become what arrays store: values by the CF conventions, then chunks by the array's codecs.
+"""Encoding of rows as arrays store them: values by the CF conventions, then chunks by the array's codecs.
 
-xarray and zarr do this for every array; here stand the shorter ways for the common cases, which give the same bytes:
+xarray and zarr do this for every array; this module has shorter ways for the common cases, which give the same bytes:
 numbers that need no conversion, times in whole units, and codecs that zarr can run without an event loop.
 """
 

@@ -4,9 +4,9 @@ The record is a value of the snapshot's metadata under `KEY`::
 
     {"sources": {"kafka:sst/3": {"offset": 4711, "owner": "9f3c…", "rows": 120}}}
 
-Every commit of an appender carries the records of all sources, its own brought up to date, so the newest record in a
-branch's ancestry says everything. A commit is valid only if the branch did not move since that record was read; so two
-consumers of one source cannot both commit what follows one offset.
+Every commit of an appender has the records of all sources, with its own updated, so the newest record in a
+branch's ancestry is complete. A commit is valid only if the branch did not move since that record was read; so two
+consumers of one source cannot both commit the rows after one offset.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ async def newest_sources(ancestry: AsyncIterator[SnapshotInfo]) -> Sources:
             return {str(name): dict(record) for name, record in dict(found.get("sources") or {}).items()}
     if last is not None and last.metadata.get("__icechunk") != {"is_root": True} and last.parent_id is not None:
         raise SessionStateError(
-            "cannot tell the position of a source: the commits that recorded it have expired; keep the newest commit "
+            "cannot find the position of a source: the commits that recorded it have expired; keep the newest commit "
             "of each appender, or give the appender a position to begin at"
         )
     return {}

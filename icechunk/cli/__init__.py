@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Failure, AliasError) as error:
         return _refuse(str(error), code=1)
     except BrokenPipeError:
-        # Whoever read has seen enough; the interpreter shall not complain about it when it flushes at its end.
+        # The reader of the pipe has closed it; the interpreter shall not complain when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except CommandError as error:
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     where = demo.add_mutually_exclusive_group()
     where.add_argument("--path", metavar="DIR", help="make the repository here (default: a new temporary folder)")
-    where.add_argument("--s3", action="store_true", help="use an S3 server that lives inside this process (moto)")
+    where.add_argument("--s3", action="store_true", help="use an S3 server inside this process (moto)")
     where.add_argument("--storage", metavar="URL", help="make the repository at s3://bucket/prefix")
     demo.add_argument("--endpoint-url", metavar="URL", help="with --storage: the endpoint, e.g. http://127.0.0.1:9000")
     demo.add_argument("--region", metavar="NAME", help="with --storage: the region (default: us-east-1)")

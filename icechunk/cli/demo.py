@@ -155,7 +155,7 @@ def _is_refused(session: Any, data: Any) -> bool:
 
 
 def _check_refs(repo: Any, versions: list[Version]) -> list[str]:
-    """Differences between the history that the repository tells and the one that was written."""
+    """Differences between the history that the repository shows and the one that was written."""
     problems = []
     written = [version.snapshot_id for version in reversed(versions)]
     found = [info.id for info in repo.ancestry(branch="main")]

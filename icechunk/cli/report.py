@@ -25,7 +25,7 @@ class Version:
     message: str
     """Its commit message."""
     written_at: datetime
-    """Time of the commit, as the repository tells it."""
+    """Time of the commit, by the repository."""
     contents: Mapping[str, Any] = field(repr=False)
     """Datasets by group that the version must hold, made from the files alone."""
     write_s: float
@@ -59,7 +59,7 @@ class Report:
     """The outcome of one run of the demo."""
 
     place: str
-    """Where the repository is."""
+    """Location of the repository."""
     keep: str
     """Its fate after the demo; a sentence."""
     versions: tuple[Version, ...]

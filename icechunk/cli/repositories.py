@@ -42,7 +42,7 @@ def add_commands(commands: Any) -> None:
     ancestry.add_argument("reference", nargs="?", default="main", help="branch, tag or snapshot id (default: main)")
     ancestry.add_argument("-n", metavar="N", type=_count, default=10, help="number of snapshots (default: 10)")
 
-    watching = _command(commands, "watch", "tell what happens to a repository, as it happens", _watch)
+    watching = _command(commands, "watch", "print the events of a repository, as they happen", _watch)
     _alias(watching)
     add_options(watching)
 

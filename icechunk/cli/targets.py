@@ -1,4 +1,4 @@
-"""Where the demo makes its repository: a folder, an S3 server inside the process, or any S3 endpoint."""
+"""The place of the demo's repository: a folder, an S3 server inside the process, or any S3 endpoint."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _folder(path: str | None) -> Target:
     else:
         root = Path(path).expanduser().absolute()
         if root.exists() and not root.is_dir():
-            raise CommandError(f"{root} is a file; --path wants a folder that is new or empty")
+            raise CommandError(f"{root} is a file; --path takes a folder that is new or empty")
         if root.is_dir() and any(root.iterdir()):
             raise CommandError(f"{root} is not empty; name a new folder with --path, or delete this one")
     return Target(

@@ -1,9 +1,4 @@
-"""A progress bar for people and plain lines for logs, without a dependency.
-
-Questions on a terminal, or answered by the lines of standard input where that is none.
-
-How a command says that it could not do what it was asked for.
-"""
+"""Progress, questions and errors of commands, on a terminal or as plain lines."""
 
 from __future__ import annotations
 

@@ -25,11 +25,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="run a shell command for each event, with the JSON on its standard input; a failing one ends the watch",
     )
     parser.add_argument("--idle", metavar="S", type=float, default=5.0, help="longest pause between looks (default: 5)")
-    parser.add_argument("--stop-at-end", action="store_true", help="end once everything until now is told")
+    parser.add_argument("--stop-at-end", action="store_true", help="end once all events until now are printed")
 
 
 def watch(repo: Any, args: argparse.Namespace) -> int:
-    """Tell events until interrupted, or as far as the arguments say."""
+    """Print events until interrupted, or as far as the arguments say."""
     events = repo.watch_sync(args.branch, since=args.since, idle_s=args.idle, stop_at_end=args.stop_at_end)
     for event in events:
         line = orjson.dumps(as_json(event)).decode()

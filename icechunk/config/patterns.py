@@ -30,9 +30,9 @@ class PatternError(ValueError):
 
 class _Node(NamedTuple):
     test: _Test | None
-    """What the next character must be; None: none is read."""
+    """Condition on the next character; None: none is read."""
     at: _At | None
-    """What must hold at this position; None: nothing."""
+    """Condition on this position; None: none."""
     following: tuple[int, ...]
 
 

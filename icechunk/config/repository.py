@@ -130,8 +130,8 @@ class EngineConfig(Setting):
     pack_size_bytes: _Some64 | None = None
     """Size of an object that chunks share (4 MiB)."""
     small_commit_bytes: U32 | None = None
-    """A commit whose metadata files are together no larger (64 KiB) rides in the log, which saves a round trip; 0: none
-    does. At most 512 KiB count."""
+    """A commit whose metadata files are together no larger (64 KiB) is embedded in the log, which saves a round trip;
+    0: none is. Larger values count as 512 KiB."""
     max_refs_per_manifest: _Some32 | None = None
     """Larger manifests are split into tiles, where no splitting is configured."""
     share_manifests_below_refs: U32 | None = None
@@ -177,7 +177,7 @@ class RepositoryConfig(Setting):
     engine: EngineConfig | None = None
     """Settings that only this implementation has."""
     previous_file: str | None = field(default=None, init=False, repr=False)
-    """Name of the copy of the configuration before this one, where the storage tells."""
+    """Name of the copy of the configuration before this one; None if it is not known."""
 
     def _shown(self) -> list[tuple[str, Any, Any]]:
         # The containers' keys are URLs as a rule.

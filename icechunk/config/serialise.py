@@ -1,8 +1,8 @@
-"""The stored shape of a configuration, for FlexBuffers inside ``repo`` objects and (`yaml_text`) format 1's YAML.
+"""The stored form of a configuration, for FlexBuffers inside ``repo`` objects and (`yaml_text`) format 1's YAML.
 
-Both have one shape, which follows from the classes: a settings class is a map of its fields, nulls written; an
+Both have one form, which follows from the classes: a settings class is a map of its fields, nulls written; an
 enumeration its member's name in snake case; a member of a tagged union a `Tag` with its snake-case name, which is a
-one-key map in a FlexBuffer and a ``!tag`` in YAML, or the bare name where it has no fields. What differs is in the
+one-key map in a FlexBuffer and a ``!tag`` in YAML, or the bare name if it has no fields. Exceptions are in the
 tables and functions for single classes below. Unknown keys are skipped when reading, as the official library does; our
 own settings are kept under such a key.
 """

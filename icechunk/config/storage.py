@@ -1,4 +1,4 @@
-"""Where objects live, and how requests to that place behave."""
+"""Locations of object stores, and settings of requests to them."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class S3Options(Setting):
     network_stream_timeout_seconds: U32 | None = None
     """A body that delivers nothing for that long is retried; None: the library's default."""
     requester_pays: bool = False
-    """Agree to be billed for requests to somebody else's bucket."""
+    """Agree to be billed for requests to a bucket of another account."""
     checksum_algorithm: ChecksumAlgorithm | None = None
     """None: what the service needs."""
 
@@ -154,7 +154,7 @@ class ObjectStoreConfig(metaclass=VariantMeta):
 
     @dataclass(frozen=True, slots=True, repr=False, match_args=False)
     class S3Compatible(_StoreVariant):
-        """A service that speaks S3's protocol."""
+        """A service with S3's protocol."""
 
         __match_args__ = ("_0",)
         options: S3Options

@@ -101,7 +101,7 @@ class RefreshableCredential(Credential):
 
 
 def _place_of(error: Exception) -> str:
-    """Where an exception was raised, for messages; empty if it was not raised inside a called function."""
+    """The place that raised an exception, for messages; empty if it was not raised inside a called function."""
     frames = traceback.extract_tb(error.__traceback__)[1:]
     return f" at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
 

@@ -23,14 +23,14 @@ _CLIENT_FIELD: Final = CLIENT_NAME.encode().ljust(24)
 # Metadata compresses 2 to 60 times (repeated zarr.json is the extreme); a frame that claims much more is a bomb.
 _MAX_RATIO: Final = 512
 _MAX_OUTPUT_FLOOR: Final = 16 * 2**20
-_MAX_OUTPUT: Final = 2**31 - 1  # what FlatBuffers can address
+_MAX_OUTPUT: Final = 2**31 - 1  # the largest that FlatBuffers can address
 # One kilobyte of zstd yields at most 32 MiB (a block of 128 KiB takes 4 bytes). A frame of unstated size is fed in
 # slices of one kilobyte, so it overshoots the limit by no more than that.
 _SLICE: Final = 1024
 
 
 class FileType(IntEnum):
-    """What a metadata file holds."""
+    """Kinds of metadata files."""
 
     SNAPSHOT = 1
     MANIFEST = 2

@@ -201,7 +201,7 @@ class _Pen:
         last = row.joining[-1] if row.joining else row.lane
         for lane in range(lanes):
             number = row.colours[lane] if lane < len(row.colours) else None
-            # What goes to the next joining lane has its colour, as the bend at its end.
+            # The part up to the next joining lane has its colour, as the bend at its end.
             towards = next((row.colours[end] for end in row.joining if end > lane), None)
             if lane == row.lane:
                 cells.append(self._line(number, "●"))

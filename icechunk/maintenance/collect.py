@@ -1,18 +1,18 @@
-"""Collecting garbage: what nothing refers to, and is old enough, goes.
+"""Collecting garbage: deleting objects that are unreferenced and old enough.
 
-Theory: in the log layout a collection is an entry with a cutoff (rule 10). Once it is folded, snapshots that nothing
-reaches have left the graph, and no commit whose oldest file may be older than the cutoff is valid any more. So a
-commit before the entry is in the graph that is read, and one after it adds younger files only, and refers besides to
-what its parent refers to: no pause and no clock of a writer's makes a file go that is needed.
+Theory: in the log layout a collection is an entry with a cutoff (rule 10). Once it is folded, unreachable snapshots
+have left the graph, and no commit whose oldest file may be older than the cutoff is valid any more. So a
+commit before the entry is in the graph that is read. A commit after it adds younger files only, and otherwise refers to
+what its parent refers to: whatever pauses and clocks writers have, no needed file is deleted.
 
-In the repo-object layout the same event is one replacement of ``repo``, and the cutoff stands in its ``extra`` for
-other clients of ours; the official library neither minds it nor keeps it. In format 1 there is no such event. So in
-every layout the collector also looks at the repository again, about once a second, before it deletes, and keeps what
-new snapshots refer to.
+In the repo-object layout the same event is one replacement of ``repo``, and the cutoff is in its ``extra`` for other
+clients of this package; the official library neither observes nor keeps it. In format 1 there is no such event. So in
+every layout the collector also looks at the repository again, about once a second, before it deletes, and keeps the
+objects that new snapshots refer to.
 
-Order: the event; a checkpoint, so that other readers of the format forget what is about to go; everything that is
-reachable is read, and anything unreadable ends the collection; only then are objects listed and deleted. What the
-listing tells of those that stay decides what is repacked (`icechunk.maintenance.repack`).
+Order: the event; a checkpoint, so that other readers of the format no longer see the snapshots that leave; everything
+reachable is read, and an unreadable object ends the collection; only then are objects listed and deleted. The sizes in
+the listing decide which of the objects that stay are repacked (`icechunk.maintenance.repack`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from icechunk.storage.port import Storage
 __all__ = ["collect_garbage"]
 
 _PRESENT_US = 60_000_000
-"""What was replaced by repacking goes at once where the time asked for is no longer ago: the caller's clock may be
-behind the store's."""
+"""If the requested time is at most so long ago, replaced objects are deleted at once: the caller's clock may be behind
+the store's."""
 
 
 async def collect_garbage(
@@ -54,8 +54,8 @@ async def collect_garbage(
     ----------
     older_than_us
         Only objects whose Last-Modified is before this, µs since the epoch. Where that is the present or the future,
-        the collection waits for some steps of the store's clock (seconds on S3, 40 ms on a local disk), and then takes
-        what stood when it was asked for.
+        the collection waits for some steps of the store's clock (seconds on S3, 40 ms on a local disk), and then
+        collects everything that was garbage at the call.
     dry_run
         Delete nothing; count what a collection would delete.
     repacking
@@ -158,10 +158,10 @@ async def _cutoff_us(
     up_to_now: bool,
     dry_run: bool,
 ) -> int:
-    """The time before which objects go: the one asked for, but none at which somebody may be beginning a session.
+    """The time before which objects are deleted: the requested one, but none at which a session may be beginning.
 
-    Whoever begins later has a `since` that is not before it, also where his clock is a step behind ours. Who asks for
-    the present shall have what stands now collected: for that the store's clock has to move on by a few steps.
+    A session that begins later has a `since` that is not before it, even if its clock is a step behind ours. For a
+    collection up to the present the store's clock first has to advance by a few steps.
     """
     steps_us = _steps_us(storage)
     if up_to_now:

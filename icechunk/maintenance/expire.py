@@ -1,10 +1,10 @@
-"""Expiring snapshots, in whatever layout.
+"""Expiring snapshots, in every layout.
 
-Expiration where the repository keeps a graph: old snapshots leave it, in one event. Pure.
+In the log and repo-object layouts, which keep a graph, old snapshots leave it, in one event; computing the event is
+pure.
 
-Expiration in format 1: there is no graph, so the youngest snapshot that loses its history is written again.
-
-For each branch and tag: the oldest snapshot that is young enough (or the tip, where none is) gets the first snapshot
+Format 1 has no graph, so the youngest snapshot that loses its history is written again.
+For each branch and tag, the oldest snapshot that is young enough (or the tip, if none is) gets the first snapshot
 as its parent. Nothing else changes before a collection. Each step leaves a repository whose refs all lead to the first
 snapshot, so an expiration that was interrupted is finished by the next one.
 """
@@ -32,8 +32,8 @@ def expiration(
 ) -> ExpirationRan:
     """The event that expires every snapshot written before a time.
 
-    What a branch or tag points to stays, unless the ref goes as well; so does the first snapshot. ``main``, and refs
-    to the first snapshot, never go. Survivors whose parent leaves stand on the first snapshot afterwards.
+    The tips of branches and tags stay, unless the ref is deleted as well; so does the first snapshot. ``main``, and
+    refs to the first snapshot, are never deleted. Survivors whose parent leaves become children of the first snapshot.
 
     Parameters
     ----------
@@ -156,7 +156,7 @@ async def expire_ref_files(
 
 
 async def _delete_branch(log: RefFilesLayout, name: str, tip: ObjectId) -> None:
-    # Somebody may have committed to it meanwhile, or deleted it.
+    # Another client may have committed to it meanwhile, or deleted it.
     await log.append(lambda state: [BranchDeleted(name=name)] if state.branches.get(name) == tip else [])
 
 

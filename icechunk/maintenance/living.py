@@ -1,6 +1,6 @@
-"""What must stay: everything that the snapshots of a repository refer to.
+"""The living objects: everything that the snapshots of a repository refer to.
 
-Grows when there are new snapshots, and never shrinks, so that it errs on the side of what stays.
+The set grows with new snapshots, and never shrinks, so an error of it keeps too much, never too little.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ROW_WEIGHT: Final = 24
 
 
 class Shares:
-    """How much of each object lives, beside other things; filled while manifests are read."""
+    """The living bytes of each object; filled while manifests are read."""
 
     def __init__(self) -> None:
         self.spans = RowSet(CHUNK_ID_BYTES + SPAN_BYTES)
@@ -40,7 +40,7 @@ class Shares:
         self.fixed_chunks = RowSet(CHUNK_ID_BYTES)
         """Chunk objects that these refer to."""
         self.manifests: dict[ObjectId, float] = {}
-        """Of manifests with dead references, the share of their bytes that lives, estimated; 0 to 1."""
+        """Of manifests with dead references, the estimated living share of their bytes; 0 to 1."""
 
     def add(self, manifest: Manifest, living: Sequence[ChunkRefs]) -> None:
         """Note the living references of a manifest."""
@@ -63,14 +63,14 @@ def _weight(refs: ChunkRefs) -> int:
 
 
 class Living:
-    """What the snapshots of a repository refer to.
+    """The objects that the snapshots of a repository refer to.
 
     Parameters
     ----------
     state
         The repository as it was last seen; nothing is read before `grow`.
     shares
-        Filled for the manifests that the first `grow` reads; None: nobody wants to know.
+        Filled for the manifests that the first `grow` reads; None: not needed.
     """
 
     def __init__(

@@ -1,12 +1,13 @@
 """Pruning the log: announce, wait, delete (rule 9).
 
-Entries up to the checkpoint are folded into ``repo``; who opens the repository reads none of them. But a client that
-opened it before may still want them, or take an empty slot for the end of the log. It trusts what it knows for half of
-`PRUNE_WAIT_US`; so a floor is announced by an object, and slots up to it are deleted once that object is older than
-the whole of it. The age of the slots proves nothing: a late checkpoint makes old ones unneeded all at once.
+Entries up to the checkpoint are folded into ``repo``; a client that opens the repository reads none of them. But a
+client that opened it before may still need them, or take an empty slot for the end of the log. It relies on what it
+knows for half of `PRUNE_WAIT_US`; so a floor is announced by an object, and slots up to it are deleted once that object
+is older than the whole of it. The age of the slots proves nothing: a late checkpoint makes old ones unneeded all at
+once.
 
-A log that was sealed by a conversion is folded into ``repo`` as a whole, and goes the same way, its seal last. One that
-somebody took over may hold what is nowhere else: it stays.
+A log that was sealed by a conversion is folded into ``repo`` as a whole, and is deleted in the same way, its seal last.
+A log that was taken over may hold entries that are nowhere else: it stays.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ async def prune_log(log: RepositoryLog, storage: Storage, sources: Sources) -> i
 
 
 async def _epochs(storage: Storage) -> list[str]:
-    """The lives of the log that have objects below ``log/``, whatever they are."""
+    """The epochs that have objects below ``log/``, of any kind."""
     epochs: list[str] = []
     after: str | None = None
     while True:

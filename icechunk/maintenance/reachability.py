@@ -1,10 +1,11 @@
 """References of snapshots, read from their files in bounded memory.
 
-A reference lives where a living snapshot's array has the manifest that holds it. A manifest may serve several arrays,
-and go on serving some of them after another has left it, so the unit is the pair of array and manifest: the rows of
-an array that no living snapshot finds in a manifest are dead, whoever else reads that manifest.
+A reference is living if an array of a living snapshot has the manifest that holds it. Several arrays may have one
+manifest, and some of them may keep it after another array no longer has it, so the unit is the pair of array and
+manifest: if no living snapshot has an array with the manifest, the rows of that array are dead, even if other arrays
+have the manifest.
 
-Anything that cannot be read ends the walk with an error: what is not known to be garbage is none.
+An unreadable object ends the walk with an error: an object counts as garbage only if that is known.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Limits:
 
 
 class Budget:
-    """An amount that is lent out and given back; who wants more than all of it gets all of it, alone.
+    """An amount that is lent out and given back; a request for more than all of it gets all of it, alone.
 
     Belongs to one event loop.
     """

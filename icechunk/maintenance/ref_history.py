@@ -1,4 +1,4 @@
-"""History in format 1, where it stands in the snapshots' files: following it, and changing it.
+"""History in format 1, which is in the snapshots' files: following it, and changing it.
 
 Each change is one conditional write, and leaves a repository whose refs all lead to the first snapshot.
 """
@@ -74,11 +74,11 @@ class Links:
                 await self._storage.put(snapshot_key(id), data, Matches(version))
                 return
             except PreconditionFailedError:
-                # Somebody else changes it as well.
+                # Another client changes it as well.
                 continue
         raise StorageError(
-            f"cannot give {snapshot_key(id)!r} in {self._storage.describe()} another parent: it is changed by somebody "
-            "else again and again; try again",
+            f"cannot give {snapshot_key(id)!r} in {self._storage.describe()} another parent: another client changes "
+            "it again and again; try again",
             ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
         )
 
@@ -152,5 +152,5 @@ async def _reset(log: RefFilesLayout, name: str, tip: ObjectId, new: ObjectId) -
             )
         )
     except ConflictError:
-        # Somebody committed: the next round gives that commit its new parent.
+        # Another client committed: the next round gives that commit its new parent.
         return

@@ -1,16 +1,16 @@
-"""Repacking: the dead bytes in objects that still serve something go too.
+"""Repacking: removing the dead bytes of objects that are still needed.
 
 Packs and manifests with many dead bytes are written again without them, and so is every snapshot that refers to one of
 them: the same content, with other ids. One event then puts the new snapshots in the place of the old ones, in the
 graph, in branches and tags (`icechunk.log.repository.events.SnapshotsRewritten`); in format 1, where there is no such
-event, refs are moved one by one. No writer waits: whoever commits meanwhile adds to what was there, and what that
-refers to stays. A session that began before finds that its snapshot was replaced, as by an amendment.
+event, refs are moved one by one. No writer waits: the objects that commits made meanwhile refer to are kept. A session
+that began before finds that its snapshot was replaced, as by an amendment.
 
-The old files are deleted by the same collection where it was asked to collect what is there now; otherwise they stay,
-with their snapshots, for those who read them, until a collection of what is older than the repacking.
+The same collection deletes the old files if it was asked for everything up to now; otherwise they stay, with their
+snapshots, for open readers, until a collection whose cutoff is after the repacking.
 
-Snapshots that no ref reaches stay as they are, since nothing but their ids leads to them; and so does what they refer
-to.
+Snapshots that no ref reaches are not rewritten, since they can be opened by their ids only; nor are the objects that
+they refer to.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Repacking:
 
 
 class Survey:
-    """What a listing tells of the objects that stay.
+    """The sizes of the objects that stay, by a listing.
 
     Parameters
     ----------
@@ -151,22 +151,22 @@ class Survey:
 
 @dataclass(slots=True, kw_only=True)
 class Repacked:
-    """What repacking did, or would do."""
+    """The result of a repacking, or of a dry run."""
 
     packs: int = 0
     """Chunk objects that were written again without their dead bytes."""
     manifests: int = 0
-    """Manifests, for what is in them or for where it points."""
+    """Manifests that were written again, because of dead references or of moved chunks."""
     snapshots: int = 0
     bytes_copied: int = 0
     """Of chunks."""
     deleted: Swept = field(default_factory=Swept)
-    """Old files that went already."""
+    """Old files that were deleted already."""
 
 
 @dataclass(slots=True, kw_only=True)
 class _Work:
-    """What is to be written again."""
+    """The objects to be written again."""
 
     packs: dict[ObjectId, Listed]
     dead_rows: set[ObjectId]
@@ -208,7 +208,7 @@ async def repack(
     Raises
     ------
     FormatError, StorageError
-        Something that lives cannot be read, or something not written: nothing changed, or the old files stay.
+        A living object cannot be read, or an object not written: nothing changed, or the old files stay.
     """
     job = _Job(log, files, sources, limits, living, shares, survey, how)
     work = await job.plan()
@@ -258,7 +258,7 @@ class _Job:
         self._snapshots = [id for id in reached if self._walked.snapshots.get(id)]
 
     async def plan(self) -> _Work | None:
-        """What is to be written again; None: nothing."""
+        """The objects to be written again; None: there are none."""
         packs = self._survey.packs(self._how.below)
         dead_rows = self._survey.manifests(self._how.below)
         if not packs and not dead_rows:
@@ -372,7 +372,7 @@ class _Job:
             try:
                 raw = await self._files.get(transaction_key(id))
             except ObjectNotFoundError:
-                # Nobody needs it as yet, and nobody found it under the old name either.
+                # It is not needed yet, and was not found under the old name either.
                 return
 
             def renamed() -> bytes:
@@ -392,7 +392,7 @@ class _Job:
             return True
 
         def propose(state: RepoState) -> Sequence[Event]:
-            # What left the graph meanwhile needs no replacement.
+            # Snapshots that left the graph meanwhile need no replacement.
             pairs = tuple((old, new) for old, new in work.snapshots.items() if old in state.snapshots)
             return [SnapshotsRewritten(replaced=pairs, keep=keep)] if pairs else []
 
@@ -409,10 +409,10 @@ class _Job:
     # ----------------------------------------------------------------- the old files
 
     async def delete(self, work: _Work, cutoff_us: int, *, dry_run: bool) -> Swept:
-        """Delete the files that were replaced, but for those that somebody's new snapshots refer to."""
+        """Delete the files that were replaced, except those that new snapshots of other clients refer to."""
         kept = Living(self._log, self._files, self._sources, self._limits, self._log.state)
         if not dry_run:
-            # What is known not to refer to any of them need not be read again.
+            # Snapshots that are known not to refer to any of them need not be read again.
             kept.know(
                 {
                     id: uses

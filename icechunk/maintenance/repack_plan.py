@@ -1,8 +1,8 @@
-"""What repacking writes again, and where it puts what lives. Pure.
+"""The plan of a repacking: the objects to write again, and the new places of living bytes. Pure.
 
-A chunk object that several chunks share (a pack), and a manifest that serves several arrays, stay as long as one of
-these is needed. So they come to hold dead bytes. `choose` says which of them are worth writing again, `Moves` where
-the living ranges of packs go, and `rewritten` makes of a manifest one with living references only, which point there.
+A chunk object that several chunks share (a pack), and a manifest that several arrays share, stay as long as one of
+these is needed. So they accumulate dead bytes. `choose` decides which of them are written again, `Moves` where
+the living ranges of packs go, and `rewritten` makes the new manifest, with living references only, at their new places.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from icechunk.maintenance.spans import CHUNK_ID_BYTES, names_of, reached_before,
 __all__ = ["MAX_STORED", "Candidate", "Moves", "Pack", "Piece", "choose", "rewritten"]
 
 MAX_STORED: Final = 1.5
-"""So many times what lives is stored at the most, in packs and in manifests, once a collection has repacked."""
+"""After a repacking, packs and manifests hold at most so many times their living bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +43,8 @@ def choose(
 ) -> list[Candidate]:
     """Those that are written again, least living share first.
 
-    All whose living share is below a threshold, and so many of the others that no more than `MAX_STORED` times what
-    lives is stored afterwards.
+    All whose living share is below a threshold, and so many of the others that no more than `MAX_STORED` times the
+    living bytes are stored afterwards.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ class Pack(NamedTuple):
 
 
 class Moves:
-    """Where living ranges of chunk objects go.
+    """The new places of living ranges of chunk objects.
 
     Ranges that overlap move together. The rest of an object is left behind.
 

@@ -46,8 +46,8 @@ async def chunk_storage_stats(
     Parameters
     ----------
     list_objects
-        Whether chunk objects are listed, to tell the bytes that no reference covers. Where the storage has no
-        listings, nothing is said of them.
+        Whether chunk objects are listed, to find the bytes that no reference covers. If the storage has no
+        listings, they are unknown.
 
     Raises
     ------

@@ -72,7 +72,7 @@ class Sweep:
     guard
         Awaited before each request that deletes; may change what ``IsGarbage`` answers.
     on_kept
-        Told, page by page, what is not garbage: prefix and objects.
+        Called page by page with the objects that are not garbage: prefix and objects.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Sweep:
         pages = self._storage.list_pages(prefix, page_size=_BATCH)
         first: list[list[ObjectInfo]] = []
         try:
-            # A store may end a page early, so only a second one, or none, tells whether there is more.
+            # A store may end a page early, so only a second one, or none, shows whether there is more.
             while len(first) < 2:
                 async with self._listings:
                     page = await anext(pages, None)
@@ -178,8 +178,8 @@ class Sweep:
         if self._failures_in_a_row >= self._limits.max_consecutive_delete_failures:
             raise StorageError(
                 f"stopped collecting garbage in {self._storage.describe()}: {self._failures_in_a_row} requests in a "
-                f"row failed to delete ({self.swept.errors[-1]}). What was deleted was garbage; mend this and collect "
-                "again",
+                f"row failed to delete ({self.swept.errors[-1]}). Everything deleted was garbage; repair the cause and "
+                "collect again",
                 ErrorKind.GC_DELETES_FAILING,
             )
         try:

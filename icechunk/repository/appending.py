@@ -47,12 +47,12 @@ class Appending(RepositoryBase):
         dim
             Name of the dimension along which rows are appended. All arrays of the group that have it grow.
         source
-            Name of where the rows come from, for example ``"kafka:sst/3"``; one consumer at a time.
+            Name of the source of the rows, for example ``"kafka:sst/3"``; one consumer at a time.
         group
             Path of the group. Its arrays may exist, or the first `xarray.Dataset` that is put creates them.
         key
-            ``dim``: labels of the dimension's coordinate tell rows apart, and late or repeated labels are dealt with as
-            ``on_duplicate`` says. All labels are kept in memory. None: labels must grow.
+            ``dim``: rows are identified by the labels of the dimension's coordinate, and ``on_duplicate`` decides about
+            late or repeated labels. All labels are kept in memory. None: labels must grow.
         every, max_rows, max_bytes
             A commit is made when the oldest buffered row is so many seconds old, or so many rows or bytes are buffered.
             `Appender.put` waits while twice ``max_bytes`` are in memory.

@@ -127,7 +127,7 @@ class BranchesAndTags(RepositoryBase):
     lookup_tag = synchronous(lookup_tag_async)
 
     async def delete_tag_async(self, tag: str) -> None:
-        """Delete a tag; nobody can use its name again.
+        """Delete a tag; its name cannot be used again.
 
         Raises
         ------

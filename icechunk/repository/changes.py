@@ -1,7 +1,7 @@
-"""Where data changed: the chunks between two versions, who wrote each chunk last, and which chunks there are.
+"""The changed chunks between two versions, the last writer of each chunk, and the chunks that exist.
 
-All three read transaction logs, snapshots and manifests, never chunks: changes cost what the commits in between list,
-blame what the commits list until every chunk is found, coverage what the manifests of one array are.
+All three read transaction logs, snapshots and manifests, never chunks. Changes read the logs of the commits in between,
+blame the logs until every chunk is found, coverage the manifests of one array.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class ChangedRegions(Described):
     deleted: tuple[str, ...] = ()
     """Paths of arrays and groups that are gone."""
     moved: tuple[tuple[str, str], ...] = ()
-    """(before, after) of nodes that stand elsewhere now."""
+    """(before, after): the paths of nodes that moved."""
 
     def __iter__(self) -> Any:
         return iter(self.arrays.values())
@@ -246,7 +246,7 @@ class Changes(RepositoryBase):
         index = np.full([b - a for a, b in box], -1, np.int32)
         missing = await self._coverage(node, box, snapshot)
         ids: list[str] = []
-        # Newest first; whoever is found first wrote last. The array's own creation ends the search.
+        # Newest first: the first commit found is the last writer. The array's own creation ends the search.
         steps: list[tuple[ObjectId, ObjectId]] = []
         for record in await self._ancestry(tip):
             # The first snapshot changed nothing, and has no transaction log in format 1.
@@ -299,7 +299,7 @@ class Changes(RepositoryBase):
         self, node: NodeSnapshot, box: tuple[tuple[int, int], ...], snapshot: Snapshot
     ) -> npt.NDArray[np.bool_]:
         found = np.zeros([b - a for a, b in box], np.bool_)
-        # References that fill the box of a manifest of this array alone need no look: each stands there once.
+        # A manifest of this array alone whose references fill its box need not be read: each chunk is in it once.
         users: dict[ObjectId, int] = {}
         for other in snapshot.nodes.values():
             for ref in other.manifests:

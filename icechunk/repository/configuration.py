@@ -26,15 +26,15 @@ __all__ = ["Configuration"]
 
 
 class Configuration(RepositoryBase):
-    """Options and facts that stand beside the data."""
+    """The methods for configuration, metadata, status, feature flags and layout."""
 
     async def save_config_async(self) -> None:
-        """Persist the present configuration with the repository, for everybody who opens it.
+        """Persist the present configuration with the repository, for every client that opens it.
 
         Raises
         ------
         ConflictError
-            Somebody persisted another one since this repository was opened (kind ``config-updated``).
+            Another client persisted another one since this repository was opened (kind ``config-updated``).
         """
         log = await self._core.log()
         config = config_to_dict(self._core.config)
@@ -131,7 +131,7 @@ class Configuration(RepositoryBase):
     set_feature_flag = synchronous(set_feature_flag_async)
 
     async def convert_async(self, layout: Layout | str) -> None:
-        """Persist the repository log in another layout from now on, in O(1) writes, whoever else is writing.
+        """Persist the repository log in another layout from now on, in O(1) writes, also while others write.
 
         Parameters
         ----------

@@ -28,10 +28,10 @@ __all__ = ["Inspection"]
 
 
 class Inspection(RepositoryBase):
-    """For those who want to know what is really stored.
+    """The methods that show the contents of stored files.
 
     Each ``inspect_*`` method reads the file itself, past all caches, and returns values that `json.dumps` takes. They
-    have a ``header`` with what stands in front of the file's contents: ``written_by``, ``app_name``,
+    have a ``header`` with the fields of the file's envelope: ``written_by``, ``app_name``,
     ``app_version``, ``spec_version``, ``file_type`` and ``compression``. All work on every layout, except where said.
     """
 

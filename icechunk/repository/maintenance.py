@@ -106,9 +106,9 @@ class Maintenance(Sessions):
     ) -> GCSummary:
         """Delete the objects of snapshots that no branch or tag reaches, and those of commits that never happened.
 
-        Safe while others write, in the log layout whatever their clocks and pauses: a session that began before
-        the cutoff is told at its commit to repeat the work. In the layouts of the published format choose a time
-        before which no session that may still commit has begun.
+        Safe while others write, in the log layout whatever their clocks and pauses: a commit of a session that began
+        before the cutoff is refused, and the work has to be repeated. In the layouts of the published format choose a
+        time before which no session that may still commit has begun.
 
         Objects that are still needed may hold bytes that are not: a chunk object that many chunks share, a manifest
         that many arrays share. Those with too many of them are written again without them, with the snapshots that
@@ -232,7 +232,7 @@ class Maintenance(Sessions):
         max_concurrent_manifest_fetches
             Requests in flight.
         list_objects
-            Whether chunk objects are listed, a thousand a request, to tell what nothing needs; without, and on a
+            Whether chunk objects are listed, a thousand a request, to find unneeded bytes; if False, and on a
             storage that has no listings, ``dead_bytes`` and ``unreferenced_bytes`` are None.
 
         Raises
@@ -289,11 +289,11 @@ class Maintenance(Sessions):
         metadata: dict[str, Any] | None = None,
         commit_method: CommitMethod = "new_commit",
     ) -> str:
-        """Write the manifests of all arrays again, as the present configuration wants them, and commit that.
+        """Write the manifests of all arrays again, by the present configuration, and commit that.
 
         Values, chunks and nodes stay as they are; no chunk is read or written. A commit otherwise only rewrites
         manifests of arrays that it changes, so this is what applies a changed splitting or compression of locations
-        to everything, or puts together what many small commits have left.
+        to all arrays, or merges the manifests of many small commits.
 
         Parameters
         ----------
@@ -319,7 +319,7 @@ class Maintenance(Sessions):
         ReadOnlyError
             The repository's status is read-only.
         ConflictError
-            Somebody committed to the branch meanwhile; nothing is visible of this, and it can be called again.
+            Another client committed to the branch meanwhile; nothing of this call is visible, and it can be repeated.
         FormatError
             To amend in a repository of format 1.
         ValueError

@@ -103,7 +103,7 @@ class Opening(RepositoryBase):
         InvalidInputError
             There is something there already (kind ``parent-directory-not-clean``), or arguments that do not fit.
         AlreadyExistsError
-            Somebody else created a repository there at the same time.
+            Another client created a repository there at the same time.
         StorageError
             The place cannot be written, or does not have the conditional writes that the layout needs.
         """
@@ -196,7 +196,7 @@ class Opening(RepositoryBase):
                 storage, config, authorize_virtual_chunk_access, create_version, check_clean_root, attribution
             )
         except (AlreadyExistsError, InvalidInputError):
-            # Somebody else may have created it meanwhile.
+            # Another client may have created it meanwhile.
             if not await cls.exists_async(storage):
                 raise
             return await cls.open_async(storage, config, authorize_virtual_chunk_access, attribution)

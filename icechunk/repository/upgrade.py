@@ -16,7 +16,7 @@ R = TypeVar("R", bound=Opening)
 
 
 class _InvalidatedRepository:
-    """Stands in a `Repository` object that was upgraded; whoever uses that gets ``RuntimeError``."""
+    """Replaces the parts of a `Repository` object that was upgraded; any use raises ``RuntimeError``."""
 
     def __getattr__(self, name: str) -> NoReturn:
         raise RuntimeError(
@@ -28,11 +28,11 @@ class _InvalidatedRepository:
 async def upgrade_icechunk_repository_async(
     repo: R, *, dry_run: bool, delete_unused_v1_files: bool = True, prefetch_concurrency: int | None = None
 ) -> R:
-    """Bring a repository of format 1 to format 2: its refs become one ``repo`` object, all else stays as it is.
+    """Bring a repository of format 1 to format 2: its refs become one ``repo`` object, all else is unchanged.
 
     Snapshots, manifests and chunks keep their ids and bytes; history, branches, tags, names of deleted tags and the
     persisted configuration are the same afterwards. Interrupted at any step nothing is lost, and the same call
-    finishes it; until then the repository can be read and not written. A commit that somebody makes meanwhile, with
+    finishes it; until then the repository can be read and not written. A commit made meanwhile, with
     either library, is taken over or refused, on a storage with conditional writes; branches and tags that an official
     1.x client creates or deletes in the same moment may be left behind (a warning is logged).
 

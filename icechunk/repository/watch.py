@@ -1,11 +1,11 @@
-"""The feed: what happens to a repository, told once, in order, to whoever watches it.
+"""The feed: every change of a repository, once, in order.
 
-A watcher holds a *token*: small text that says up to which update it has heard. The ops log of format 2 is a total
+A watcher holds a *token*: small text that names the last update it has yielded. The ops log of format 2 is a total
 order of updates with strictly increasing times, so a token names its update by time and content, survives restarts,
 and belongs to one repository. In format 1, which keeps no such log, the token holds the refs as they were: commits
-follow from the ancestry between two tips, and what happened to a ref in between is told as one change.
+follow from the ancestry between two tips, and several changes of a ref in between are one event.
 
-Each poll asks the repository log for what is new, which costs one small GET at the end of the log (one look at a
+Each poll asks the repository log for new updates, which costs one small GET at the end of the log (one look at a
 folder on local disk). Polls follow one another quickly after something happened and slow down to ``idle_s``.
 """
 
@@ -39,7 +39,7 @@ from icechunk.snapshots import SnapshotInfo
 __all__ = ["EventKind", "RepositoryEvent", "Watching"]
 
 _FIRST_S: Final = 0.1
-"""Pause before the poll that follows something new; each poll without news doubles it."""
+"""Pause before the poll that follows a new update; each poll without one doubles it."""
 _LOG_TOKEN: Final = "u1"
 _REFS_TOKEN: Final = "r1"
 
@@ -77,7 +77,7 @@ class RepositoryEvent(Described):
 
     kind: EventKind
     token: str
-    """Give it to `Repository.watch` as ``since`` to hear what comes after this event."""
+    """Give it to `Repository.watch` as ``since`` to continue after this event."""
     at: datetime
     """When, by the repository's own order: later events are later."""
     branch: str | None = None
@@ -95,7 +95,7 @@ class RepositoryEvent(Described):
 
 
 class Watching(RepositoryBase):
-    """Hears of every change, once."""
+    """The methods that watch for changes."""
 
     async def watch(
         self,
@@ -117,7 +117,7 @@ class Watching(RepositoryBase):
         idle_s
             Longest pause between two looks where nothing happens, in seconds, more than 0.
         stop_at_end
-            End once all that happened before the call is told.
+            End once all events from before the call have been yielded.
 
         Yields
         ------
@@ -139,7 +139,7 @@ class Watching(RepositoryBase):
         pause_s = _FIRST_S
         while True:
             found = False
-            async for event in follower.news():
+            async for event in follower.new_events():
                 found = True
                 if branch is None or event.branch == branch or event.kind is EventKind.GAP:
                     yield event
@@ -166,7 +166,7 @@ class _OpsFollower:
     def __init__(self, log: RepositoryLog) -> None:
         self._log = log
         self._at_us = -1
-        """Time of the last update that was told."""
+        """Time of the last update that was yielded."""
         self._known: str | None = None
         """The token to be found again on the first look; None where there is nothing to check."""
 
@@ -178,11 +178,11 @@ class _OpsFollower:
         elif since:
             self._at_us, self._known = _parse_ops_token(since), since
 
-    async def news(self) -> AsyncIterator[RepositoryEvent]:
+    async def new_events(self) -> AsyncIterator[RepositoryEvent]:
         state = await self._log.refresh()
         newer, complete = await self._newer(state)
         if not complete:
-            # Only with a token from outside: what this watcher has told itself is never older than what is kept.
+            # Only with a token from outside: the last update of this watcher is never older than the kept ones.
             self._known = None
             tip = state.branches.get("main")
             oldest = newer[-1] if newer else None
@@ -197,7 +197,7 @@ class _OpsFollower:
             yield _event(entry, state)
 
     async def _newer(self, state: RepoState) -> tuple[list[stored.Update], bool]:
-        """Updates after the last one told, newest first, and whether none is missing in between."""
+        """Updates after the last one yielded, newest first, and whether none is missing in between."""
         newer: list[stored.Update] = []
         last: stored.Update | None = None
         try:
@@ -233,7 +233,7 @@ class _RefsFollower:
         elif since:
             self._branches, self._tags = _parse_refs_token(since)
 
-    async def news(self) -> AsyncIterator[RepositoryEvent]:
+    async def new_events(self) -> AsyncIterator[RepositoryEvent]:
         state = await self._log.refresh()
         self._log.require_all_refs()
         branches, tags = _refs(state)

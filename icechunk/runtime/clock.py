@@ -42,7 +42,7 @@ class Sources:
     elapsed_us: Callable[[], int] = _elapsed_us
     """Clock that never goes back, µs since some fixed point."""
     random_bytes: Callable[[int], bytes] = os.urandom
-    """That many bytes nobody can guess; safe after a fork."""
+    """That many unpredictable bytes; safe after a fork."""
     sleep: Callable[[float], Awaitable[None]] = anyio.sleep
     """Pause for that many seconds."""
 

@@ -5,23 +5,22 @@ user's, zarr's, one per thread or test. `PerLoop` keeps the value of each.
 
 How a value is closed in time: for each value an asynchronous generator is started on its loop, suspended at its only
 ``yield``, whose ``finally`` closes the value. `asyncio.run` and `asyncio.Runner` end a loop with
-``shutdown_asyncgens()``, which runs that ``finally`` on the loop itself. Loops that still run, or lie idle, at the end
-of the process (daemon threads) are seen to by an ``atexit`` hook. After a fork the child forgets the parent's values
-without closing or finalising them: their sockets and selectors are shared with the parent.
+``shutdown_asyncgens()``, which runs that ``finally`` on the loop itself. The values of loops that still run, or are
+idle, at the end of the process (daemon threads) are closed by an ``atexit`` hook. After a fork the child drops the
+parent's values without closing or finalising them: their sockets and selectors are shared with the parent.
 
-In which order: ``shutdown_asyncgens()`` ends all generators of a loop at once, but what closes may still need what lies
-below it (a repository log writes its last checkpoint through a storage's client). So each `PerLoop` has a rank, and
-where a loop ends, a value waits until those of higher ranks on this loop are closed. One that is made anew for such a
-close, because somebody had closed it by hand, gets no generator, which nobody would end: whoever closes last on the
-loop closes it too.
+Order of closing: ``shutdown_asyncgens()`` ends all generators of a loop at once, but a value may need another one while
+it is closed (a repository log writes its last checkpoint through a storage's client). So each `PerLoop` has a rank, and
+at the end of a loop a value waits until those of higher ranks on this loop are closed. A value that is made again for
+such a close, because it had been closed by hand, gets no generator, since none would be ended any more: the last close
+on the loop closes it too.
 
-Who closes: several may want to at once, the loop's end among them, while a generator that is being ended may not be
-ended again. So closing is the entry's affair: whoever comes first does it, in their own task, the others wait for it,
-and a generator that is left over finds nothing to do.
+Concurrent closing: several callers may close a value at once, the loop's end among them, while a generator that is
+being ended may not be ended again. So the entry does the closing: the first caller closes, in its own task, the others
+wait for it, and a generator that is left over does nothing.
 
-Synchronous twins, and the one background loop that they run on.
-
-Each twin is a line: ``commit = synchronous(commit_async)``. The loop lives in a daemon thread, is made at the first
+This module also has synchronous twins, and the one background loop that they run on. Each twin is a line:
+``commit = synchronous(commit_async)``. The loop runs in a daemon thread, is made at the first
 call, and never crosses a fork: a child makes its own.
 """
 

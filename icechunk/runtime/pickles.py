@@ -22,7 +22,7 @@ _GONE: Final = {"icechunk.core", "icechunk.forking", "icechunk.format.tables", "
 
 
 class MissingModuleError(FormatError, ModuleNotFoundError):
-    """A module that only an old pickle asks for; also a `ModuleNotFoundError`, for whoever imports it by hand."""
+    """A module that only an old pickle asks for; also a `ModuleNotFoundError`, for code that imports it directly."""
 
 
 class _MadeBy:

@@ -55,7 +55,7 @@ def snake_case(name: str) -> str:
 
 @functools.cache
 def hidden(kind: str = "") -> Any:
-    """A stand-in for a secret in a representation."""
+    """A placeholder for a secret in a representation."""
     return _Verbatim(f"<{kind}>" if kind else _MASK)
 
 
@@ -88,9 +88,9 @@ def redacted_mapping(options: Mapping[str, str] | None, *, everything: bool = Fa
 class Represented:
     """Mixin: ``repr``, ``str`` and ``_repr_html_`` from `_shown`.
 
-    Subclasses may override `_shown`, and set ``_public_name`` where users know a class by another name than the one
-    that follows from its place. What a constructor takes has the call that makes it as its ``repr``; facts that a
-    repository tells are `Described`.
+    Subclasses may override `_shown`, and set ``_public_name`` if the public name of a class differs from the one that
+    follows from its module. The ``repr`` of a value that users construct is the call that makes it; values that a
+    repository returns are `Described`.
     """
 
     __slots__ = ()

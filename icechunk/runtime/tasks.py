@@ -91,7 +91,7 @@ async def run_stream(
                         del running[task]
                 running[group.create_task(work(item))] = weight
                 del item
-                # What was started shall be sent while the next item is made.
+                # Let the started work send its requests while the next item is made.
                 await asyncio.sleep(0)
     except BaseExceptionGroup as errors:
         raise _first(errors) from None

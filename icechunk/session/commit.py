@@ -72,7 +72,7 @@ class How(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
-    """A commit as its caller wants it."""
+    """The parameters of a commit."""
 
     how: How = How.COMMIT
     branch: str
@@ -108,9 +108,9 @@ async def write_snapshot(
     Parameters
     ----------
     rewrite
-        Write the manifests of all arrays again, as the configuration wants them now.
+        Write the manifests of all arrays again, by the present configuration.
     solver, tries
-        Where the branch has moved: rebase with this solver and commit again, so many times at the most.
+        If the branch has moved: rebase with this solver and commit again, at most so many times.
 
     Raises
     ------
@@ -151,7 +151,7 @@ async def write_unlisted(content: SessionContent, log: SessionLog) -> Snapshot:
     )
     async with aclosing(files.make()) as coming:
         async for file in coming:
-            # Nobody asks what it changed.
+            # The transaction log of this snapshot is never read.
             if not file.key.startswith("transactions/"):
                 await core.put(file.key, file.data)
     assert files.snapshot is not None
@@ -188,7 +188,7 @@ async def _commit_in_turn(content: SessionContent, commit: Commit, solver: Confl
     lock = log.turn(commit.branch)
     if lock is None:
         return await _commit_once(content, content.log, commit)
-    # Chunks do not depend on the base: nobody has to wait for them in the queue.
+    # Chunks do not depend on the base: they are flushed before the commit takes its place in the queue.
     await content.puts.flush()
     turn = _Turn(lock)
     await turn.take()
@@ -279,7 +279,7 @@ async def _commit_once(content: SessionContent, log: SessionLog, commit: Commit,
         metadata=dict(commit.metadata),
         pruned_ancestor_tx_logs=(*pruned, *files.further_transactions),
     )
-    # Before it has landed: the next commit in the queue builds upon it. If it does not land, nobody asks for it.
+    # Before it has landed: the next commit in the queue builds upon it. If it does not land, it is never read.
     core.assets.keep_snapshot(snapshot)
     for key, data in embedded.items():
         core.files.put(key, data, len(data))
@@ -387,7 +387,7 @@ class CommitFiles:
     snapshot: Snapshot | None = None
     """Known once its file was made."""
     further_transactions: tuple[ObjectId, ...] = ()
-    """Of transaction logs that the snapshot is to name, oldest first: they tell the rest of what it changed."""
+    """Transaction logs with the rest of the changes, which the snapshot's record will name; oldest first."""
     new: list[Remembered] = field(default_factory=list)
     """Manifests whose files were made, where there may be another try."""
 
@@ -420,8 +420,8 @@ class CommitFiles:
             if data is None:
                 continue
             if keep:
-                # Before the commit has landed: whoever comes next in the queue builds upon it. If it does not land,
-                # nobody asks for it.
+                # Before the commit has landed: the next one in the queue builds upon it. If it does not land,
+                # the manifest is never read.
                 core.assets.keep_manifest(manifest)
             del manifest, step
             yield File(manifest_key(place.file.object_id), data)

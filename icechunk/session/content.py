@@ -42,7 +42,7 @@ __all__ = ["Lineage", "Phase", "SessionContent", "absolute"]
 
 
 class Phase(Enum):
-    """Where a session is in its life."""
+    """The phase of a session; see ``spec/session-log.md``."""
 
     READ_ONLY = "read-only"
     WRITABLE = "writable"
@@ -53,7 +53,7 @@ class Phase(Enum):
 
 
 class Lineage(NamedTuple):
-    """Where a fork comes from whose inherited changes were written as a snapshot of their own."""
+    """The origin of a fork whose inherited changes were written as a snapshot of their own."""
 
     base: ObjectId
     """That of the session from which it comes, be it through other forks."""
@@ -102,7 +102,7 @@ class SessionContent:
         self.lineage = lineage
         self.phase = Phase.READ_ONLY if branch is None and origin is None else Phase.WRITABLE
         self.sent: SwapToken | None = None
-        """The entry that carries, or may carry, the commit."""
+        """The token of the commit's entry, which has landed or may land."""
         self.puts = core.packs()
         self.lock = threading.Lock()
         self._discards = 0
@@ -183,7 +183,7 @@ class SessionContent:
     def note_sent(self, token: SwapToken | None) -> None:
         """The entry with the commit is about to be sent; None: it is lost for certain.
 
-        The repository log tells also after the commit was cancelled; then the session takes changes again.
+        The repository log also calls this after the commit was cancelled; then the session takes changes again.
         """
         with self.lock:
             self.sent = token
@@ -242,7 +242,7 @@ class SessionContent:
             return self.log if self.origin is None else self.log.since(self.origin)
 
     def discard(self) -> None:
-        """Forget all changes of its own."""
+        """Drop all changes of its own."""
         with self.lock:
             self.require_changeable()
             if self.origin is None:

@@ -63,7 +63,7 @@ class Settings:
     """The configuration as the engine uses it: every option with its value."""
 
     inline_threshold_bytes: int
-    """Chunks up to this size stand in manifests."""
+    """Chunks up to this size are stored in manifests, bytes."""
     compression_level: int
     """zstd level of metadata files."""
     max_requests: int
@@ -73,15 +73,15 @@ class Settings:
     partial_values_at_once: int
     """Values that one call for several fetches at the same time."""
     put_memory_bytes: int
-    """Bytes on their way to storage that all sessions hold at the most."""
+    """Bound on the bytes of all sessions that are being sent."""
     pack_threshold_bytes: int
     """Chunks below this size share chunk objects; 0: none do."""
     pack_size_bytes: int
     """Size of such an object."""
     repack_below_percent: int
-    """Objects of which less is needed are written again by a collection."""
+    """A collection writes objects again of whose bytes less than this percentage is needed."""
     small_commit_bytes: int
-    """Commits whose files are no larger together ride in the log."""
+    """Commits whose files are together no larger are embedded in the log, bytes."""
     policy: Policy
     """How references are laid out in manifests."""
     commit_fetches: int
@@ -176,7 +176,7 @@ class Core:
         )
 
     async def load_config(self) -> None:
-        """Merge the caller's configuration over the persisted one; for a core that nobody has used yet."""
+        """Merge the caller's configuration over the persisted one; for a core that has not been used yet."""
         self._learn_from(await self.log(), self.config)
 
     def _learn_from(self, log: RepositoryLog, config: RepositoryConfig) -> None:
@@ -259,7 +259,7 @@ class Core:
         return await (await self.log()).learn(snapshots, ancestry=ancestry)
 
     def packs(self) -> Packs:
-        """Where the chunks of one writable session go."""
+        """The packs for the chunks of one writable session."""
         settings = self.settings
         pool = PutPool(self.storage, memory=self._memory(), gates=self.gates)
         return Packs(
@@ -286,7 +286,7 @@ class Core:
             gate.leave(len(data))
 
     async def preload(self, snapshot: Snapshot) -> None:
-        """Begin to fetch the manifests that the configuration wants ahead of need; does not wait for them."""
+        """Begin to fetch the manifests that the configuration says to preload; does not wait for them."""
         if self._preloaded == snapshot.id:
             return
         self._preloaded = snapshot.id
@@ -321,7 +321,7 @@ def _retries(config: RepositoryConfig) -> UpdateRetries | None:
 def _resolve(config: RepositoryConfig, layout: Layout, storage: StorageSettings | None) -> Settings:
     engine = config.engine or EngineConfig()
     compression = config.compression
-    # What is shared with the official library is laid out as it does it, unless asked for otherwise.
+    # A repository that is shared with the official library is laid out as by that one, unless configured.
     alone = layout is Layout.LOG
     shapes = tile_shapes(config.manifest.splitting if config.manifest is not None else None)
     if alone or not (engine.max_refs_per_manifest is None and engine.share_manifests_below_refs is None):

@@ -55,7 +55,7 @@ async def read_chunk(
     if ref is UNKNOWN:
         ref = await core.assets.reference(node, coords, reading=True)
     elif ref is not None and ref.kind == NATIVE and byte_range is None and ref.chunk_id is not None:
-        # Where chunks are read in order, most of them were fetched ahead.
+        # When chunks are read in order, most of them have been read ahead.
         data = core.assets.chunk_nowait(ref.chunk_id, ref.offset, ref.offset + ref.length)
         if data is not None:
             return data

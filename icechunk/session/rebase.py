@@ -60,7 +60,7 @@ def steps_between(
     Parameters
     ----------
     stop_at
-        A snapshot that ``base`` can only come before, not after: None as soon as it is met.
+        A snapshot that cannot come after ``base`` on the way: the result is None once it is reached.
     """
     if tip == base:
         return []
@@ -73,7 +73,7 @@ def steps_between(
             steps.append(Step(snapshot=record.id, transactions=(*pruned[pruned.index(base) + 1 :], record.id)))
             return steps[::-1]
         steps.append(Step(snapshot=record.id, transactions=(*pruned, record.id)))
-        # The base itself need not be in the graph: format 1 has only what somebody asked for.
+        # The base itself need not be in the graph: format 1 has only requested snapshots.
         if record.parent == base:
             return steps[::-1]
     replacements = _replacements(state, base)
@@ -124,8 +124,8 @@ async def winners_between(
     base
         Where the steps begin.
     mine
-        uint32[n, ndim] by array: chunks to be compared with them. Of an amendment only what the amended snapshot did
-        not change itself is told, for these chunks exactly.
+        uint32[n, ndim] by array: chunks to be compared with them. Of an amendment only changes that the amended
+        snapshot did not make itself count, exactly so for these chunks.
 
     Raises
     ------
@@ -187,7 +187,7 @@ async def _landed(core: Core, state: RepoState, base: ObjectId, tip: ObjectId) -
         # The first look from this base; or another branch, a reset, or a tip that the span is past already.
         begin, steps = None, steps_between(state, base, tip)
     if steps is None or any(step.amends for step in steps):
-        # What an amendment changed depends on what is compared with it.
+        # The changes of an amendment depend on the chunks they are compared with.
         return None
     transactions = await winners_between(core, steps, base, {})
     return core.spans.extended(base, begin, tip, [transactions[id] for step in steps for id in step.transactions])

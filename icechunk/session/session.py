@@ -1,9 +1,9 @@
-"""Sessions as users hold them.
+"""The public classes of sessions and forks.
 
-Forks are sessions that write on behalf of another one, in this process or in others. A fork begins where its parent is,
-with all that the parent has changed so far, and takes writes of its own. It commits nothing: the parent merges it, then
-commits. What travels to another process is the fork's log, the id of its base (with the snapshot itself, where that is
-small) and where the repository is; never the repository's state. Its chunks are durable before it travels.
+Forks are sessions that write on behalf of another one, in this process or in others. A fork begins with the base and
+all changes of its parent so far, and takes writes of its own. It commits nothing: the parent merges it, then
+commits. The pickle of a fork holds its log, the id of its base (with the snapshot itself, if that is small) and the
+location of the repository; never the repository's state. Its chunks are durable before it is pickled.
 
 Worked example::
 
@@ -122,7 +122,7 @@ class Session:
     # -- changes as a whole ----------------------------------------------------------------------------------------
 
     def discard_changes(self) -> None:
-        """Forget all changes since the session began; those of a fork since it was forked.
+        """Drop all changes since the session began; those of a fork since it was forked.
 
         Raises
         ------
@@ -204,9 +204,9 @@ class Session:
         InvalidInputError
             The message is not text, or the metadata not JSON.
         StorageError
-            Something could not be written; committing again tries again.
+            An object could not be written; the commit may be repeated.
         CommitOutcomeUnknown
-            No certain answer came before a cancellation or close; `Repository.settle` tells.
+            No certain answer came before a cancellation or close; `Repository.settle` finds out the outcome.
         """
         require_type("rebase_with", rebase_with, ConflictSolver, optional=True)
         if rebase_tries < 0:
@@ -255,10 +255,10 @@ class Session:
     flush = synchronous(flush_async)
 
     async def rebase_async(self, solver: ConflictSolver) -> None:
-        """Put the session's changes on top of what was committed to its branch since.
+        """Put the session's changes on top of the commits to its branch since.
 
         Nothing is uploaded. The commits in between are gone through oldest first; where one conflicts in a way that
-        the solver does not settle, the session is based on the commit before it, and can be mended and rebased again.
+        the solver does not settle, the session is based on the commit before it, and can be changed and rebased again.
         Savepoints made before are not valid after it.
 
         Parameters
@@ -526,7 +526,7 @@ def _land_chunks(content: SessionContent) -> None:
 
 
 _EMBEDDED_BYTES = 256 * 1024
-"""A base up to this size travels with the fork; another process reads a larger one for itself."""
+"""A base up to this size is pickled with the fork; another process reads a larger one itself."""
 _EMBEDDED_NODES = 10_000
 """Bases with more nodes are not even encoded to find out."""
 
@@ -538,7 +538,7 @@ _cores: WeakValueDictionary[bytes, Core] = WeakValueDictionary()
 class ForkSession(Session):
     """A session that writes on behalf of another; made by `Session.fork`, and the only writable one that pickles.
 
-    Its status, and what `Session.discard_changes` forgets, are its own changes only.
+    Its status has its own changes only, and `Session.discard_changes` drops only these.
     """
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 It is ``icechunk/cli-config.yaml`` in the user's folder for configuration. Each alias has a tagged entry: where the
 repository is (``!LocalFileSystem``, ``!S3``, ``!Tigris``, ``!GCS``, ``!Azure``), with which credentials it is reached,
-and its configuration. No secret stands in it, unless somebody writes static credentials into it by hand.
+and its configuration. It holds no secrets, unless static credentials are written into it by hand.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Place:
     """A repository that has an alias."""
 
     storage: Any
-    """Where it is."""
+    """Its location."""
     config: RepositoryConfig
     """To create and open it with."""
 
@@ -87,10 +87,10 @@ class Places:
         try:
             value = load_yaml(data)
         except ValueError as error:
-            raise AliasError(f"The config {self.path} is not valid YAML ({error}); mend or remove it") from error
+            raise AliasError(f"The config {self.path} is not valid YAML ({error}); repair or remove it") from error
         repos = {} if value is None else value.get("repos") if isinstance(value, Mapping) else value
         if repos is not None and not isinstance(repos, Mapping):
-            raise AliasError(f"The config {self.path} has no map of repositories under 'repos'; mend or remove it")
+            raise AliasError(f"The config {self.path} has no map of repositories under 'repos'; repair or remove it")
         return {str(alias): entry for alias, entry in (repos or {}).items()}
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ class Places:
         return alias in self._entries
 
     def clear(self) -> None:
-        """Forget all aliases (of this object, not of the file)."""
+        """Drop all aliases (of this object, not of the file)."""
         self._entries.clear()
 
     def add(self, alias: str, entry: Tag) -> None:
@@ -149,7 +149,7 @@ def shown(alias: str) -> str:
 
 
 def new_entry(kind: str, answers: Mapping[str, str]) -> Tag:
-    """The entry of a repository that somebody described in answers, with credentials from the environment."""
+    """The entry of a repository that a user described in answers, with credentials from the environment."""
     config = config_tree(RepositoryConfig())
     place = {"bucket": answers.get("bucket"), "prefix": answers.get("prefix") or None}
     match kind:
@@ -175,7 +175,7 @@ def _storage(kind: str, value: Mapping[str, Any]) -> Any:
     credentials = dict(value.get("credentials") or {})
     chosen = next((str(v) for k, v in credentials.items() if k.endswith("_credential_type")), "from_env")
     if chosen not in ("from_env", "anonymous", "static"):
-        raise ValueError(f"credentials of type {chosen!r} cannot stand in this file")
+        raise ValueError(f"credentials of type {chosen!r} are not allowed in this file")
     how: dict[str, Any] = {"from_env": chosen == "from_env" or None, "anonymous": chosen == "anonymous" or None}
     secrets = {name: v for name, v in credentials.items() if not name.endswith("_credential_type")}
     how |= secrets if chosen == "static" else {}

@@ -103,7 +103,7 @@ def s3_storage(
     write_headers: dict[str, str] | None = None,
     headers: dict[str, str] | None = None,
 ) -> Storage:
-    """A storage in a bucket of S3, or of a service that speaks its protocol.
+    """A storage in a bucket of S3, or of a service with its protocol.
 
     Parameters
     ----------
@@ -119,13 +119,13 @@ def s3_storage(
         No signatures, or the usual chain of environment, profile and instance metadata (the default).
     get_credentials, scatter_initial_credentials
         A function, picklable by name, that returns `icechunk.S3StaticCredentials` and is called again shortly before
-        they expire; its first result travels with pickles where the second argument is True.
+        they expire; its first result is pickled too if the second argument is True.
     force_path_style
         The bucket's name in the path instead of the host name.
     network_stream_timeout_seconds
         A body that delivers nothing for that long is tried again.
     requester_pays
-        Agree to be billed for requests to somebody else's bucket.
+        Agree to be billed for requests to a bucket of another account.
     checksum_algorithm
         Checksum that the service verifies on upload; None for none beyond TLS's and the signature's.
     legacy_rooted_keys
@@ -322,7 +322,7 @@ def gcs_storage(
         Options as obstore's `GCSStore` and its HTTP client name them, such as ``google_base_url``.
     get_credentials, scatter_initial_credentials
         A function, picklable by name, that returns `icechunk.GcsBearerCredential` and is called again shortly before
-        they expire; its first result travels with pickles where the second argument is True.
+        they expire; its first result is pickled too if the second argument is True.
     read_headers, write_headers, headers
         Sent with requests that read, that write, and with both.
 
@@ -673,7 +673,7 @@ def s3_store(
     requester_pays: bool = False,
     checksum_algorithm: ChecksumAlgorithm | None = None,
 ) -> ObjectStoreConfig.S3Compatible | ObjectStoreConfig.S3:
-    """The kind of store of virtual chunks in S3, or with ``s3_compatible`` in a service that speaks its protocol.
+    """The kind of store of virtual chunks in S3, or with ``s3_compatible`` in a service with its protocol.
 
     See `s3_storage` for the parameters.
     """

@@ -33,7 +33,7 @@ class Refreshed(Generic[T]):
     convert
         What is handed out of what it returns.
     sources
-        Its wall clock tells when credentials expire.
+        Its wall clock decides when credentials expire.
     """
 
     def __init__(self, given: RefreshableCredential, convert: Callable[[Any], T], sources: Sources) -> None:

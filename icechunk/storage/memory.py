@@ -37,7 +37,7 @@ __all__ = ["MemoryStorage"]
 
 
 class MemoryStorage(Storage):
-    """A storage that lives as long as this object, in this process only.
+    """A storage in the memory of this process, kept as long as this object.
 
     Parameters
     ----------

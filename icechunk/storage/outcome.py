@@ -1,6 +1,6 @@
-"""Conditional writes to stores whose answers may be lost: sent until it is certain what became of them.
+"""Conditional writes to stores whose answers may be lost: sent until their outcome is certain.
 
-A conditional write carries a random id of its own in the object's user metadata. Its writer reads that back: its own id
+A conditional write has a random id of its own in the object's user metadata. Its writer reads that back: its own id
 means that an earlier try landed and only its answer was lost. Otherwise:
 
 ===========  ==========================  =====================================================
@@ -84,7 +84,7 @@ class Tried:
     refused: bool = False
     """For certain, and every other try would be too."""
     may_land: bool = False
-    """It may have been carried out, or may be later."""
+    """It may have been executed, or may be later."""
     reached: bool = True
     """The service may have had the request."""
     look: bool = False
@@ -99,18 +99,18 @@ async def follow(
     read_back: Callable[[bool], Awaitable[Found | StorageError | None]],
     again: Callable[[bool], Awaitable[bool]],
 ) -> PutResult:
-    """Send a conditional write until it is certain what became of it.
+    """Send a conditional write until its outcome is certain.
 
     Parameters
     ----------
     name
         Of the object, for messages.
     send
-        Makes one try; told whether an earlier one may have landed.
+        Makes one try. Its argument: whether an earlier one may have landed.
     read_back
-        Looks at the object: None: nothing is there; an error: it could not be read. Told the same.
+        Looks at the object; None: there is none; an error: it could not be read. Its argument is the same.
     again
-        Pauses before another try; False where there is none. Told whether some try has reached the service.
+        Pauses before another try; False if there will be none. Its argument: whether some try has reached the service.
 
     Raises
     ------
@@ -135,7 +135,7 @@ async def follow(
         assert tried.error is not None
         reached = reached or tried.reached
         if tried.turned_down and not may_have_landed and not isinstance(precondition, Unchecked):
-            # One try is one request, so it is not our own object that it met.
+            # One try is one request, so the object that exists is not our own.
             raise precondition_failed(name, precondition) from tried.error
         may_have_landed = may_have_landed or tried.may_land
         if tried.final:
@@ -177,8 +177,8 @@ def _judge(
 def replaced_since(name: str) -> StorageError:
     """The error for a replacement without answer whose object has another version by now."""
     return StorageError(
-        f"cannot tell whether the write of {name} landed: its answer was lost, and the object has another "
-        "version now; read it back before believing either",
+        f"cannot find out whether the write of {name} landed: its answer was lost, and the object has another "
+        "version now; read it back to see which write it holds",
         ErrorKind.OBJECT_STORE,
     )
 

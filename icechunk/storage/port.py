@@ -131,7 +131,7 @@ class GetResult:
     """The bytes asked for, and what the store said with them."""
 
     body: Octets
-    """Exactly the bytes of the (clamped) range. Large ones may be a view of memory that nobody changes any more."""
+    """Exactly the bytes of the (clamped) range. Large ones may be a view of memory that does not change any more."""
     size: int
     """Bytes of the whole object."""
     version: Version
@@ -289,7 +289,7 @@ class Storage(ABC):
 
     @property
     def clock_resolution_us(self) -> int:
-        """Steps in which ``modified_us`` tells the time, µs, rounded down."""
+        """Resolution of ``modified_us``, which is rounded down, µs."""
         return 1_000_000
 
     @property
@@ -314,7 +314,7 @@ class Storage(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """Where this is, for error messages (``s3://bucket/prefix``); no secrets."""
+        """The location, for error messages (``s3://bucket/prefix``); no secrets."""
 
     # -- what users of the public class call -------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
-"""A storage whose place a web server names, by redirecting to it.
+"""A storage whose location a web server gives, by a redirect.
 
 The server's answer is a redirect to ``s3://bucket/prefix?region=…``, ``gs://bucket/prefix``,
 ``r2://bucket/prefix?account_id=…``, ``tigris://bucket/prefix[?region=…]``, ``http+icechunk://host/path`` or
-``https+icechunk://host/path``; redirects to ``http:`` and ``https:`` on the way are followed. The place is read only,
-and without credentials: a server that names a place must not get somebody's keys there.
+``https+icechunk://host/path``; redirects to ``http:`` and ``https:`` on the way are followed. The target is read only,
+and without credentials: a server that chooses the target must not get the user's keys sent there.
 """
 
 from __future__ import annotations
@@ -120,13 +120,13 @@ async def _follow(base_url: str, settings: StorageSettings | None) -> str:
         found = await reader.redirected(base_url)
     except IcechunkError as error:
         raise StorageError(
-            f"cannot find the storage that {shown!r} stands for: {error.message}", ErrorKind.BAD_REDIRECT
+            f"cannot find the storage that {shown!r} redirects to: {error.message}", ErrorKind.BAD_REDIRECT
         ) from error
     finally:
         await reader.aclose()
     if found is None:
         raise StorageError(
-            f"cannot find the storage that {shown!r} stands for: the answer is no redirect", ErrorKind.BAD_REDIRECT
+            f"cannot find the storage that {shown!r} redirects to: the answer is no redirect", ErrorKind.BAD_REDIRECT
         )
     return found
 

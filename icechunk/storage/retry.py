@@ -1,12 +1,10 @@
-"""How often, how soon and how long one operation on a store is tried.
+"""Number, pauses and deadlines of the tries of one operation, and the bound on requests that a service imposes.
 
-How many requests at once a service takes: learned from its refusals, on one event loop.
-
-Unbounded until the service asks to slow down (503, 429, ``SlowDown``). Then at most half of what was in flight may be,
-and again half for each refusal of a request that was sent under the new bound: refusals of those that were on their way
-already say nothing new. Answers raise the bound by one for each round of it, and once many rounds went well by one for
-each answer, until nothing is left of it. Who waits for a turn is not counted as a try, so a storm of refusals costs
-time, and not requests.
+The bound is learned from refusals, on one event loop. There is none until the service asks to slow down (503, 429,
+``SlowDown``). Then it is half of the requests in flight, and it is halved again for each refusal of a request that was
+sent under the new bound; refusals of requests that were under way already do not count. Answers raise the bound by one
+for each round of it, and after many good rounds by one for each answer, until it is lifted. Waiting for a turn is not
+counted as a try, so a storm of refusals costs time, and not requests.
 """
 
 from __future__ import annotations
@@ -81,7 +79,8 @@ _ended: ContextVar[tuple[asyncio.Task[Any] | None, Callable[[], bool]] | None] =
 def retried_unless(ended: Callable[[], bool]) -> Iterator[None]:
     """Within this block the running task tries an operation again only as long as ``ended()`` is false.
 
-    For what must not be sent again once somebody has been told about it. Tasks that begin within are not bound by it.
+    For attempts that must not be sent again once a caller has been notified. Tasks that begin within the block are not
+    affected.
     """
     token = _ended.set((asyncio.current_task(), ended))
     try:
@@ -196,7 +195,7 @@ class Patience:
         self._epoch = 0
 
     def begin(self) -> tuple[float, int]:
-        """Seconds to wait for the answer to a request that is sent now, and what `missed` wants to have."""
+        """Seconds to wait for the answer to a request that is sent now, and the argument for `missed`."""
         least = _LEAST_PATIENCE_S if len(self._seen) >= _ENOUGH else _FIRST_PATIENCE_S
         return max(least, _SAFETY * max(self._seen, default=0.0)) * 2.0**self._doublings, self._epoch
 
@@ -238,7 +237,7 @@ class Pace:
         return self._in_flight
 
     async def enter(self) -> int:
-        """Wait for a turn. Returns what `leave` wants to have; after cancellation nothing is to be left."""
+        """Wait for a turn. Returns the argument for `leave`; after cancellation `leave` must not be called."""
         if self._limit is not None and (self._waiting or self._in_flight >= int(self._limit)):
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append(turn)

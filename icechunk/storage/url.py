@@ -64,7 +64,7 @@ class RepositoryUrl:
     """The parts of a repository's URL. At most one of ``branch``, ``tag`` and ``snapshot_id`` is set."""
 
     place: str
-    """Where the repository is: the first stage of the pipeline, as it was given."""
+    """The location of the repository: the first stage of the pipeline, as it was given."""
     branch: str | None = None
     """The branch whose tip is meant."""
     tag: str | None = None
@@ -112,7 +112,7 @@ def parse_url(url: str | os.PathLike[str]) -> RepositoryUrl:
         if not colon:
             _refuse(url, f"stage {stage!r} has no scheme: 'icechunk:' or 'zarr3:' is meant")
         if rest.startswith("//"):
-            # As in ``icechunk://tag.v1/path``, the older spelling: the version stands where a host would.
+            # As in ``icechunk://tag.v1/path``, the older spelling: the version is in the place of a host.
             rest = rest[2:] if scheme.lower().startswith("zarr") or rest[2:3] in ("@", "") else f"@{rest[2:]}"
         match scheme.lower():
             case "icechunk" | "ic" if position == 0:

@@ -406,8 +406,8 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
 
 
 def _bytes_of(value: Buffer) -> bytes | memoryview:
-    """What a buffer holds: the very bytes where it is made of nothing else, as codecs' results are, which nobody can
-    change; else a view of memory that may be the user's array.
+    """The contents of a buffer: the ``bytes`` object itself if the buffer is made of one, as codecs' results are, which
+    is immutable; else a view of memory that may be the user's array.
     """
     array = value.as_numpy_array()
     base: object = array

@@ -46,9 +46,9 @@ native ones, empty for inline ones); uint64[n] offsets and lengths, in bytes; th
 class VirtualRefs(ABC):
     """Methods of `IcechunkStore` for virtual references.
 
-    A reference is a range of bytes of somebody else's object. Its location is a URL, kept as given, or
+    A reference is a range of bytes of an object outside the repository. Its location is a URL, kept as given, or
     ``vcc://name/path``, relative to the virtual chunk container called ``name``. Nothing is read when a reference is
-    written; whoever reads the chunk must have authorised its container.
+    written; a reader of the chunk must have authorised its container.
     """
 
     _content: Content

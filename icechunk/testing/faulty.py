@@ -38,11 +38,11 @@ class Fault(StrEnum):
     FAIL_BEFORE = "fail-before"
     """It never reaches the store; the caller gets `StorageError`."""
     LOSE_ANSWER = "lose-answer"
-    """It is carried out; the caller gets `StorageError`."""
+    """It is executed; the caller gets `StorageError`."""
     LATE = "late"
-    """Of a write: the caller gets `StorageError`, and the write is carried out later. Otherwise as `FAIL_BEFORE`."""
+    """Of a write: the caller gets `StorageError`, and the write is executed later. Otherwise as `FAIL_BEFORE`."""
     DUPLICATE = "duplicate"
-    """Of a write: carried out now, its answer returned, and carried out a second time later."""
+    """Of a write: executed now, its answer returned, and executed a second time later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,7 +44,7 @@ def assert_ancestry_invariants(
         # The first snapshot of every repository of the format has this id.
         assert ids[-1] == "1CECHNKREP0F1RSTCMT0", f"the history ends at {ids[-1]}, not at the first snapshot"
     if known_commits is not None:
-        assert set(ids) <= known_commits, f"nobody made {set(ids) - known_commits}"
+        assert set(ids) <= known_commits, f"no client made {set(ids) - known_commits}"
 
 
 def assert_moves_sorted_by_final_path(moved_nodes: list[tuple[str, str]]) -> None:

@@ -71,7 +71,7 @@ class RecordingStorage(WrappingStorage):
         return self._moment
 
     def clear(self) -> None:
-        """Forget the requests so far."""
+        """Drop the requests recorded so far."""
         self.requests.clear()
 
     def count(self, verb: str | None = None, prefix: str = "") -> int:

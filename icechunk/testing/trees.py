@@ -78,7 +78,7 @@ _ARRAY = ArrayNode(shape=(1,), dtype=np.dtype("int32"))
 
 
 def _is_name(text: str) -> bool:
-    # What zarr refuses as the name of a node.
+    # Names that zarr refuses for a node.
     return text.strip(".") != "" and not text.startswith("__") and text not in ("zarr.json", "c")
 
 

@@ -93,7 +93,7 @@ class Walks:
         self._walks: list[Walk] = []
 
     def step(self, row: int) -> Walk | None:
-        """Note that a row was read; the walk that wants rows ahead now, if it does."""
+        """Note that a row was read; returns the walk for which rows are to be read ahead now, if any."""
         walks = self._walks
         for walk in walks:
             if walk.next == row:

@@ -123,7 +123,7 @@ class Packs:
         return None if data is None else data[offset : offset + length]
 
     def discard(self) -> None:
-        """Forget what has not been uploaded."""
+        """Drop all bytes that have not been uploaded."""
         with self._lock:
             pack, self._open = self._open, None
         if pack is not None:

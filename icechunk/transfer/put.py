@@ -331,7 +331,7 @@ class PutPool:
             raise _larger(error, message) from error
 
     def discard(self) -> None:
-        """Forget what has not been uploaded, and every failure: the session that wanted it is gone."""
+        """Drop all bytes that have not been uploaded, and every failure: their session has ended."""
         with self._lock:
             items = list(self._pending.values())
             self._pending.clear()

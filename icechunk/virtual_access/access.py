@@ -119,7 +119,7 @@ class VirtualAccess:
 
 
 class _Desk:
-    """What one loop has open."""
+    """The open readers of one loop."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class _Desk:
         await run_all(*[reader.aclose for reader in readers.values()])
 
     def _mark(self, ref: ChunkRef) -> str:
-        """What a fetched range is good for: the checksum, or for a reference without one a span of time."""
+        """The key under which a fetched range may be reused: the checksum; without one, a span of time."""
         if ref.etag is not None:
             return "e" + _plain(ref.etag)
         if ref.last_modified is not None:
@@ -257,7 +257,7 @@ _KEPT_KINDS: Final = frozenset(
 def _by_container(
     containers: Iterable[VirtualChunkContainer], authorized: Mapping[str, AnyCredential | None]
 ) -> dict[str, AnyCredential | None]:
-    """What is authorised, by the prefixes of the containers; those may be given without their last slash."""
+    """The authorised credentials, by prefix of a container; prefixes may be given without their last slash."""
     whole = {container.url_prefix for container in containers}
     return {
         f"{prefix}/" if f"{prefix}/" in whole and prefix not in whole else prefix: credential
@@ -292,7 +292,7 @@ def _check_unchanged(mark: str, found: GetResult, location: str) -> None:
     if kind == "e":
         unchanged, now = _plain(found.version) == expected, f"ETag {found.version or 'missing'}, not {expected}"
     elif kind == "m":
-        # References keep whole seconds, rounded up; local files and some stores tell fractions.
+        # References keep whole seconds, rounded up; local files and some stores have fractions.
         unchanged = 0 < found.modified_us <= int(expected) * 1_000_000
         now = f"it was modified at {found.modified_us / 1e6:.6f}, after {expected}, in seconds since 1970"
     else:

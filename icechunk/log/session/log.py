@@ -358,7 +358,7 @@ class SessionLog(Commands):
         return self.rebased(self._base, self.events[: savepoint.position])
 
     def discard(self) -> None:
-        """Forget every event and savepoint."""
+        """Drop every event and savepoint."""
         self._savepoints.clear()
         self._refold(())
 

@@ -1,11 +1,11 @@
-"""Memory for large answers, used again once nobody holds any of it.
+"""Memory for large answers, used again once no reference to it is left.
 
 The first touch of fresh memory costs more than what is then copied into it: the system clears each page, one fault at
 a time, and takes all of them back with the next `free`. A reader of many chunks drops each as soon as it is decoded, so
 a few buffers serve it from then on.
 
-Who holds a view, a slice of one, or an array made of either, holds the buffer. It comes back when the last of them is
-gone, on whatever thread that happens.
+A view, a slice of one, or an array made of either keeps the buffer in use. The buffer is free again when the last of
+them is collected, on any thread.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Buffers:
         return lease.data
 
     def _fitting(self, size_bytes: int) -> npt.NDArray[np.uint8] | None:
-        """A buffer that is large enough and little larger: who keeps a view keeps all of it. Others are put back."""
+        """A buffer that is large enough and little larger, since a view keeps all of it in use. Others are put back."""
         for _ in range(len(self._idle)):
             try:
                 memory = self._idle.pop()

@@ -1,4 +1,4 @@
-"""HTTP/1.1 as an object store speaks it: kept connections, one request at a time on each, whole answers.
+"""HTTP/1.1 for object stores: kept connections, one request at a time on each, whole answers.
 
 The general client of aiohttp spends three quarters of its time on what these exchanges never use (cookies, redirects,
 compression, streams, tracing), and copies each byte of an answer three times on the loop's thread. Here a request is
@@ -38,19 +38,19 @@ _KEEPALIVE_S: Final = 15.0
 _ONE_WRITE_BYTES: Final = 64 * 1024
 # Small enough for others to have their turn in between.
 _PIECE_BYTES: Final = 256 * 1024
-# asyncio's own would be new memory for each piece, whose first touch costs more than copying out of this. What begins a
-# large answer comes here too; the more of it goes to its final place, the better.
+# asyncio's own would be new memory for each piece, whose first touch costs more than copying out of this. The beginning
+# of a large answer is received here too; the rest goes directly to its final place.
 _INBOX_BYTES: Final = 64 * 1024
 # A quarter of a millisecond.
 _TURN_BYTES: Final = 1024 * 1024
 _HAPPY_EYEBALLS_S: Final = 0.25
 _THREADS: Final = 16
 _SLOWEST_UPLOAD_BYTES_PER_S: Final = 64 * 1024
-"""What the kernel has taken of a request goes out so fast at the least."""
+"""Lowest rate at which the kernel sends the bytes of a request that it has taken."""
 _SLOWEST_BYTES_PER_S: Final = 1024
 """Slower answers are given up, after twice the time that a peer may be silent: they would never end."""
 _CLOSE_S: Final = 1.0
-# What an answer to a request that was read to its end leaves to the thread that sent it: to notice.
+# Time for the thread that sent a request to notice that the answer has been read to its end.
 _LAST_SEND_S: Final = 0.1
 
 
@@ -160,7 +160,7 @@ class Connections:
         except SilentError:
             connection.abort()
             learned.missed(epoch)
-            # What made this connection silent may have done the same to those that wait beside it.
+            # The idle connections to the same place may have become silent for the same reason.
             self._drop(origin)
             raise
         except BaseException:
@@ -173,7 +173,8 @@ class Connections:
     async def aclose(self) -> None:
         """Close the connections that wait for a request, and keep none any more.
 
-        Exchanges under way, which may be somebody else's, end as they would; their connections are closed with them.
+        Exchanges under way, which may belong to other callers, are not disturbed; each connection is closed when its
+        exchange ends.
         """
         self._closed = True
         waiting = [connection for idle in self._idle.values() for connection, _ in idle]
@@ -181,7 +182,7 @@ class Connections:
         for connection in waiting:
             connection.abort()
         if waiting:
-            # An event loop that never tells of the end must not hold up who closes.
+            # An event loop that never reports the end of a connection must not block the close.
             await asyncio.wait([connection.closed for connection in waiting], timeout=_CLOSE_S)
 
     def _kept(self, origin: Origin) -> _Connection | None:
@@ -229,7 +230,7 @@ class Connections:
             connection.abort()
             raise NotConnectedError(str(error)) from error
         except BaseException:
-            # Some event loops leave the transport of a cancelled connection to whoever has it.
+            # Some event loops do not close the transport of a cancelled connection themselves.
             connection.abort()
             raise
         return connection
@@ -355,7 +356,7 @@ class _Connection(asyncio.BufferedProtocol):
                 self._is_sent
                 and reading.keep
                 and not transport.is_closing()
-                # What the kernel has not taken yet belongs to this request.
+                # Bytes that the kernel has not taken yet belong to this request.
                 and not transport.get_write_buffer_size()
             )
             return response
@@ -429,7 +430,7 @@ class _Connection(asyncio.BufferedProtocol):
             self._end_of_body()
         if isinstance(move.error, TimeoutError):
             self._fail(TimeoutError(f"no sign of life for {self._read_s:g} s"))
-        # Of every other error the reading side hears too, maybe after an answer.
+        # The reading side gets every other error too, maybe after an answer.
         self._go_on_writing()
         self._end_if_closed()
 
@@ -503,7 +504,7 @@ class _Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         answer = self._answer
         if answer is None or answer.done():
-            # Nobody asked: whatever it is, the next answer cannot be told from it.
+            # Bytes without a request: the next answer could not be distinguished from them.
             self.abort()
             return
         self._heard = self._loop.time()

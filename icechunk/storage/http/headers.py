@@ -74,7 +74,7 @@ def served_size(headers: Mapping[str, str], wanted: ByteRange, received: int | N
 
 
 def content_length(headers: Mapping[str, str]) -> int | None:
-    """The size that a header tells; None where it tells none."""
+    """The size that a header gives; None if it gives none."""
     text = headers.get("Content-Length", "")
     return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
 

@@ -2,11 +2,11 @@
 
 Megabytes cost milliseconds of system calls, most of it in the kernel, without the interpreter's lock. On the loop's
 thread they hold up everything else; in a thread they go on beside it. A thread sends one body, on a duplicate of the
-connection's socket: whatever becomes of the connection meanwhile, the thread never touches a descriptor that somebody
-else was given since. To receive large answers so gains nothing: the loop does it in place, with a fifth less CPU than
+connection's socket: even if the connection is closed meanwhile, the thread never touches a descriptor that was reused
+since. To receive large answers so gains nothing: the loop does it in place, with a fifth less CPU than
 threads that wait for the interpreter's lock at each wake-up.
 
-The loop decides everything. A thread only moves bytes, counts them, and tells the loop once that it has ended.
+The loop decides everything. A thread only moves bytes, counts them, and notifies the loop once that it has ended.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Move:
 
     def stop(self) -> None:
         """Make the thread end at once; the connection is of no use afterwards."""
-        # Not while the thread closes: the number would be somebody else's already.
+        # Not while the thread closes: the descriptor's number could be reused already.
         with self._lock, contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -133,6 +133,6 @@ class Move:
         while self.moved < self._size:
             count = self._socket.send(self._data[self.moved :])
             if self.moved + count == self._size:
-                # Whoever sees that all is sent counts its memory as free.
+                # Once all is seen to be sent, its memory counts as free.
                 self._data = _NOTHING
             self.moved += count

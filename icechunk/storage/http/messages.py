@@ -1,7 +1,7 @@
 """The messages of HTTP/1.1, without I/O: the head of a request, and an answer as it comes in, cut anywhere.
 
-The pieces of a small answer are joined once, when the last has come. A large one of known size is put into its final
-place as it comes, by whoever receives it: see `Reading.rest`.
+The pieces of a small answer are joined once, when the last has come. The receiver puts a
+large one of known size into its final place as it comes: see `Reading.rest`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LARGE_BYTES: Final = 1024 * 1024
 _LARGEST_HEAD_BYTES: Final = 64 * 1024
 _LARGEST_REFUSAL_BYTES: Final = 1024 * 1024
 _LARGEST_UNTOLD_BYTES: Final = 4 * 1024 * 1024 * 1024
-"""Of a body whose size no header tells."""
+"""Of a body whose size no header gives."""
 _LARGEST_WHOLE_BYTES: Final = 64 * 1024 * 1024
 """Bytes that a server may send instead of a smaller range that it ignores."""
 _MOST_INTERIM: Final = 32
@@ -52,7 +52,7 @@ class Response:
     status: int
     headers: CIMultiDict[str]
     body: bytes | memoryview
-    """A view, of bytes that nobody changes any more, where it is large."""
+    """A large body is a view of memory that does not change any more."""
 
 
 class Reading:
@@ -142,7 +142,7 @@ class Reading:
 
     @property
     def rest(self) -> memoryview | None:
-        """Where the rest of a large body belongs, for whoever receives it; `fill` has to follow."""
+        """The memory for the rest of a large body, for the receiver to fill; `fill` has to follow."""
         return None if self._whole is None else self._whole[len(self._whole) - self._left :]
 
     def fill(self, count: int) -> Response | None:

@@ -32,7 +32,7 @@ class Proxy:
     named: str
     """URL without secrets, and where it comes from; for messages."""
     headers: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
-    """Headers that the proxy wants with each of its requests."""
+    """Headers that the proxy requires with each of its requests."""
 
 
 class Proxies:

@@ -115,7 +115,7 @@ class HttpStorage(ReadOnlyStorage):
         return HttpStorage(self._base_url, self._options, self._headers, settings=settings, sources=self._sources)
 
     def with_user_agent(self, user_agent: str) -> Storage:
-        # What the caller asked for as a header or an option stays.
+        # A header or an option that the caller gave is kept.
         options = {"user_agent": user_agent, **self._options}
         return HttpStorage(self._base_url, options, self._headers, settings=self._settings, sources=self._sources)
 

@@ -1,15 +1,15 @@
-"""Reading, and durable, exclusive and locked file operations: the blocking half of `LocalStorage`. Which file a key
-names, and which keys cannot name one.
+"""Blocking file operations of `LocalStorage`: reading, durable and exclusive writing, locks, and the path of a key.
 
-The rules (protocol-rules.md, rule 12): a file appears under its name whole or not at all, and is durable before
-its writer is told so. Three ways to make a name exclusive, tried in this order and remembered per folder:
+The rules (rule 12 of ``spec/repository-log.md``): a file appears under its name whole or not at all, and is durable
+before the call returns. Three ways to make a name exclusive, tried in this order and remembered per folder:
 
 1. ``link(2)`` from a complete temporary file;
 2. an exclusive rename: ``renameat2(RENAME_NOREPLACE)``, ``renamex_np(RENAME_EXCL)``, and ``rename`` on Windows;
-3. a look and a rename under the folder's ``flock``. The kernel drops that lock with its owner, so a writer that sleeps
-   is never taken for a dead one.
+3. a look and a rename under the folder's ``flock``. The kernel releases that lock when its owner ends, so a process
+that
+   sleeps keeps it.
 
-A place that offers none of these is refused.
+A location that offers none of these is refused.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Exclusion(Enum):
 
 
 class LockedOut(StorageError):
-    """Somebody else held the folder's lock for longer than anybody should."""
+    """Another process held the folder's lock for too long."""
 
 
 _TEMPORARY: Final = re.compile(r"[0-9a-f]+-[0-9a-f]{24}")
@@ -282,7 +282,7 @@ def locked(path: str, *, group_mode: int = 0) -> Iterator[None]:
 
 
 def add_mode(descriptor: int, mode: int) -> None:
-    """Give an open file these permission bits too, unless it is somebody else's."""
+    """Give an open file these permission bits too, unless it belongs to another user."""
     present = stat.S_IMODE(os.fstat(descriptor).st_mode)
     if mode & ~present and os.chmod in os.supports_fd:
         with contextlib.suppress(PermissionError):

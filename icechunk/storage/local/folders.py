@@ -1,10 +1,10 @@
-"""Folders below a root: what `LocalStorage` makes, syncs, and need not sync again.
+"""Folders below a root: those that `LocalStorage` makes, syncs, and need not sync again.
 
-Two things are never done. Nothing is made or deleted through a symbolic link below the root: a repository made by
-somebody else must not lead out of its folder. And a folder that was there is not made again: somebody removed it.
+Nothing is made or deleted through a symbolic link below the root: an untrusted repository must not lead out of its
+folder. A folder that was in use is not made again: it was removed from outside.
 
-A sync serves everybody who asked before it began. Whoever asks while one is running waits for the next, and all who
-wait share that one: a batch of objects in one folder costs a few syncs, not one each.
+A sync counts for all calls made before it began. Calls made while one is running wait for the next, and share it: a
+batch of objects in one folder costs a few syncs, not one each.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Folders:
     Parameters
     ----------
     root
-        Folders above it are made and synced where need be, and may belong to somebody else.
+        Folders above it are made and synced if necessary, and may belong to another user.
     """
 
     def __init__(self, root: str) -> None:
@@ -84,17 +84,17 @@ class Folders:
         self._used.add(self._root)
 
     def begin_anew(self) -> None:
-        """Whatever was seen before does not count: somebody creates a repository."""
+        """Drop all knowledge of folders, before a repository is created."""
         self._used.clear()
         self.forget()
 
     def forget(self) -> None:
-        """Look at every folder again: somebody else removed one."""
+        """Drop what is known of existing folders, because one was removed from outside."""
         self._durable.clear()
         self._real.clear()
 
     def make(self, folder: str, *, durable: bool = True) -> None:
-        """Make a folder and its parents, and sync every name from the root down, whoever made it.
+        """Make a folder and its parents, and sync every name from the root down, also of folders that existed.
 
         Parameters
         ----------
@@ -104,7 +104,7 @@ class Folders:
         Raises
         ------
         OSError
-            ``ENOENT``: the folder, or the root, was in use, and somebody removed it. ``ELOOP``: a symbolic link is in
+            ``ENOENT``: the folder, or the root, was removed from outside while in use. ``ELOOP``: a symbolic link is in
             the way.
         """
         if folder in self._durable or (not durable and folder in self._real):
@@ -195,7 +195,7 @@ class Folders:
             raise OSError(syncs.failure[1].errno, syncs.failure[1].strerror, folder)
 
     def _led(self, folder: str, syncs: _Syncs, wanted: int) -> bool:
-        """Wait for the sync with that number, or make it where nobody does; whether it has ended."""
+        """Wait for the sync with that number, or make it if no other thread does; returns whether it has ended."""
         with self._changed:
             while syncs.running and syncs.ended < wanted:
                 self._changed.wait()
@@ -230,14 +230,14 @@ class Folders:
         # The change time is that of the link or rename, by the kernel's coarse clock.
         if status.st_ctime_ns + _CLOCK_GRAIN_NS < self._synced_ns.get(folder, 0):
             return
-        # A reader without the right to sync has a read-only view; whoever wrote it has synced it.
+        # A reader without the right to sync has a read-only view; the writer has synced it.
         with contextlib.suppress(OSError):
             self.sync(folder)
         self._synced_ns[folder] = now_ns
 
 
 def _removed(folder: str) -> FileNotFoundError:
-    return FileNotFoundError(errno.ENOENT, "somebody removed the folder while it was in use", folder)
+    return FileNotFoundError(errno.ENOENT, "the folder was removed while it was in use", folder)
 
 
 def _require_real(folder: str, status: os.stat_result) -> None:

@@ -1,13 +1,13 @@
 """Objects as files below a folder.
 
 A file is never changed in place: every write makes a new one and gives it its name in one step, so a reader has
-either the old object or the new one, whole. Unfinished files and the lock live in `RESERVED`, a folder that no key can
+either the old object or the new one, whole. Unfinished files and the lock are in `RESERVED`, a folder that no key can
 name and no listing shows.
 
 Versions are ``inode-mtime-size``. The time is set by the writer from the nanosecond clock, not left to the kernel,
-whose file clock stands still for milliseconds: an inode that is reused within them would bring an old version back.
+whose file clock advances in steps of milliseconds: an inode that is reused within one would bring an old version back.
 
-Who replaces or deletes an existing object holds the lock; who creates one needs none, since the name itself is
+Replacing or deleting an existing object needs the lock; creating one does not, since the name itself is
 exclusive. A `Matches` compares inside the lock.
 
 Three ways make a name exclusive (`icechunk.storage.local.files`). Links and exclusive renames exclude each other too,
@@ -15,11 +15,11 @@ as the kernel decides both; a look and a rename under the lock exclude only othe
 of a folder offers neither links nor exclusive renames, all who write to that folder have to come through such a mount:
 one that links may otherwise lose a file to one that only locks. Every process of one machine finds the same way.
 
-Nothing is made or deleted through a symbolic link below the root, and a folder that somebody removed while it was in
-use is not made again, but for a new repository (`LocalStorage.prepare`).
+Nothing is made or deleted through a symbolic link below the root. A folder that was removed from outside while it was
+in use is not made again, except for a new repository (`LocalStorage.prepare`).
 
-A reader that finds a file younger than two minutes syncs its folder once before it tells anybody: the writer may not
-have come to that yet, and what was seen must not vanish in a power failure.
+A reader that finds a file younger than two minutes syncs its folder once before it returns the file: the writer may not
+have done so yet, and a file that was returned must not vanish in a power failure.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class LocalStorage(Storage):
 
     @property
     def lists_first_keys_fast(self) -> bool:
-        # A folder tells its names in no order.
+        # The names in a folder come in no order.
         return False
 
     def default_settings(self) -> StorageSettings:
@@ -259,7 +259,7 @@ class LocalStorage(Storage):
                     with contextlib.suppress(asyncio.CancelledError):
                         await asyncio.wait([future])
             if not future.cancelled():
-                future.exception()  # seen, so that nobody logs it
+                future.exception()  # retrieved, so that asyncio does not log it
             raise
 
     def _executor(self) -> ThreadPoolExecutor:
@@ -383,7 +383,7 @@ class LocalStorage(Storage):
         try:
             self._exclusion = publish_new(temporary, path, self._exclusion, self._lock_path)
         except FileNotFoundError:
-            # Somebody removed the folder that we knew.
+            # The folder was removed from outside.
             self._folders.forget()
             self._folders.make(os.path.dirname(path))
             self._exclusion = publish_new(temporary, path, self._exclusion, self._lock_path)
@@ -393,7 +393,7 @@ class LocalStorage(Storage):
             self._folders.sync(folder)
         except OSError as error:
             raise StorageError(
-                f"cannot tell whether the write of {key!r} to {self.describe()} is durable ({error.strerror}): the "
+                f"cannot find out whether the write of {key!r} to {self.describe()} is durable ({error.strerror}): the "
                 "object is there now, but may be gone after a power failure; check the disk and read it back",
                 ErrorKind.IO,
             ) from error
@@ -510,7 +510,7 @@ def _remedy(code: int | None) -> str:
         case errno.ELOOP:
             return "; nothing is written or deleted through a link below the folder. Put what it leads to in its place"
         case errno.ENOTDIR:
-            return "; an object stands where the key has a folder"
+            return "; there is an object where the key has a folder"
         case errno.ENAMETOOLONG:
             return "; choose a root folder with a shorter path"
         case errno.EMFILE | errno.ENFILE:

@@ -1,8 +1,8 @@
-"""Buckets of Google and containers of Azure: how obstore's stores for them are made.
+"""Construction of obstore's stores for buckets of Google and containers of Azure.
 
-A bucket makes up to three stores for the settings of one storage: to read, to write what may be written twice, and to
-write under a condition. The last never repeats a request by itself: whoever sends a conditional write again has to look
-first what became of it.
+A bucket makes up to three stores for the settings of one storage: for reads, for writes that may be repeated,
+and for conditional writes. The last never repeats a request by itself: a conditional write may be sent again only after
+its outcome was looked up.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ def stores_of_obstore(what: str) -> Any:
     Raises
     ------
     StorageError
-        It is not installed; says how to mend that (kind ``unimplemented``).
+        It is not installed; the message names the remedy (kind ``unimplemented``).
     """
     try:
         from obstore import store

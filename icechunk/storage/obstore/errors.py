@@ -1,12 +1,10 @@
-"""The meaning of obstore's errors.
+"""Translation of obstore's errors, and a workaround for crashes at the end of the process.
 
-Obstore's functions, and an end of the process that its threads survive.
-
-A request is answered by a thread of obstore's runtime, which wakes the event loop while it holds the interpreter, and
-has to have it again afterwards to let go of what it held. A program that ends meanwhile takes the interpreter away:
-before Python 3.14 (gh-87135) the thread is then made to exit, which compiled code does not survive, and the process
-dies of SIGABRT with its work done. Nothing tells when those threads are through, so the end of the process waits for
-them a little: without the interpreter, which is then theirs at once.
+A thread of obstore's runtime answers a request: it wakes the event loop while it holds the interpreter's lock, and
+needs the lock again afterwards to release its references. If the program ends in between, the thread cannot get the
+lock any more: before Python 3.14 (gh-87135) the interpreter then makes it exit, compiled code cannot handle that, and
+the process ends with SIGABRT although its work is done. There is no way to know when those threads have finished, so
+the end of the process waits for them a little, without holding the lock.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Objects in Google Cloud Storage and Azure Blob Storage, through obstore.
 
 Obstore keeps its connections and its event loop in threads of its own, so that one storage serves all loops of a
-process. It repeats by itself what may be repeated. Conditional writes it is told to send once only: they carry a random
-id in the object's metadata, and what became of one that was refused or not answered is found out as
+process. It repeats requests by itself if that is safe. Conditional writes are sent once only: they have a random
+id in the object's metadata, by which the outcome of one that was refused or not answered is found out, as
 `icechunk.storage.outcome` describes.
 
 Versions are ETags. Google's conditions are on generations instead: the one that belongs to an ETag is remembered from

@@ -1,4 +1,4 @@
-"""Objects in buckets of S3 and of services that speak its protocol."""
+"""Objects in buckets of S3 and of services with its protocol."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Unanswered:
-    """A try that brought no complete answer; the request may have been carried out nevertheless."""
+    """A try without a complete answer; the request may have been executed nevertheless."""
 
     cause: Exception
     connected: bool
@@ -134,7 +134,7 @@ def parse_refusal(answer: Answer) -> Refusal:
 
 
 def is_transient(answer: Answer) -> bool:
-    """True for an answer that another try may mend."""
+    """Whether another try may succeed."""
     if answer.status in _TRANSIENT_STATUSES:
         return True
     return answer.status >= 400 and parse_refusal(answer).code in _TRANSIENT_CODES
@@ -150,7 +150,7 @@ def is_throttled(outcome: Answer | Unanswered) -> bool | None:
 
 
 def retry_after_s(answer: Answer) -> float:
-    """How long the service wants to be left alone, seconds; 0 where it does not say."""
+    """The pause that the service asks for, seconds; 0 if it asks for none."""
     text = answer.headers.get("Retry-After", "").strip()
     if text.isascii() and text.isdigit():
         return float(text[:9])
@@ -194,7 +194,7 @@ def _connection_trouble(cause: Exception, connected: bool, endpoint: str) -> tup
         return f"the request cannot be sent: {cause}", ErrorKind.STORAGE_CONFIG
     if isinstance(cause, ssl.SSLError):
         return (
-            f"no TLS connection to {endpoint} ({cause}); if the endpoint speaks plain http, write http:// and set "
+            f"no TLS connection to {endpoint} ({cause}); if the endpoint uses plain http, write http:// and set "
             "allow_http=True, else check its certificate and AWS_CA_BUNDLE"
         ), kind
     if isinstance(cause, socket.gaierror):
@@ -234,5 +234,5 @@ def _refusal_trouble(status: int, refusal: Refusal, endpoint: str) -> tuple[str,
         where = f"; set region to {refusal.region!r}" if refusal.region else "; check region and endpoint_url"
         return f"the service redirects elsewhere ({said}){where}", ErrorKind.BAD_REDIRECT
     if status == 400 and "HTTPS server" in refusal.message:
-        return f"{endpoint} speaks TLS; write https:// in endpoint_url", kind
+        return f"{endpoint} uses TLS; write https:// in endpoint_url", kind
     return f"the service answered {status} ({said})", kind

@@ -122,7 +122,8 @@ async def _delete_batch(bucket: Bucket, limits: Limits, keys: list[str], failure
         errors = list(parse_xml(answer.body).iter("Error")) if answer.body.strip() else []
     except ElementTree.ParseError as error:
         raise StorageError(
-            f"cannot tell what was deleted: the answer to {request.what} is no XML", ErrorKind.OBJECT_STORE
+            f"cannot find out which objects were deleted: the answer to {request.what} is no XML",
+            ErrorKind.OBJECT_STORE,
         ) from error
     errors = [e for e in errors if text_of(e, "Code") != "NoSuchKey"]
     failed = [(text_of(e, "Key")[len(root) :], f"{text_of(e, 'Code')}: {text_of(e, 'Message')}") for e in errors]

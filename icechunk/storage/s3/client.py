@@ -1,9 +1,9 @@
 """Requests to one bucket: signed, sent, tried again.
 
 One `S3Client` belongs to one event loop. A *try* ends in an `Answer` or in `Unanswered`. Refusals that certainly
-changed nothing and that we can mend ourselves (an expired token, a wrong clock, a guessed region) are mended inside
-the try. Everything else is left to `call`, which retries with full jitter, or to the caller, for conditional writes,
-where a second try must not be sent blindly.
+changed nothing and that the client can correct (an expired token, a wrong clock, a guessed region) are corrected and
+repeated inside the try. Everything else is left to `call`, which retries with full jitter, or to the caller, for
+conditional writes, where the outcome of a try must be looked up before the next.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class S3Client:
 
     async def attempt(self, request: Request, limits: Limits) -> Answer | Unanswered:
         """Send a request once, mending what certainly changed nothing: token, clock."""
-        mended: set[str] = set()
+        corrected: set[str] = set()
         while True:
             keys = await self._keys.get()
             epoch, throttled = await self.pace.enter(), None
@@ -189,9 +189,9 @@ class S3Client:
                 self._wants_hashes = True
                 continue
             code = parse_refusal(outcome).code
-            if code in mended or not code:
+            if code in corrected or not code:
                 return outcome
-            mended.add(code)
+            corrected.add(code)
             if code in _EXPIRED:
                 if not self._keys.expired(keys):
                     return outcome
@@ -319,7 +319,7 @@ class Retrier:
 
 
 def _reason(outcome: Answer | Unanswered) -> str:
-    # What the service says is left out: it may quote what was sent, credentials included.
+    # The service's own text is left out: it may quote the request, credentials included.
     return f"HTTP {outcome.status}" if isinstance(outcome, Answer) else type(outcome.cause).__name__
 
 

@@ -1,4 +1,4 @@
-"""Where the access key of a request comes from."""
+"""Sources of the access key of a request."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class ChainKeys:
 
 
 KeyProvider: TypeAlias = AnonymousKeys | StaticKeys | RefreshableKeys | ChainKeys
-"""``get`` returns the key to sign with; ``expired`` is told that it was refused, and says if a new one may help."""
+"""``get`` returns the key to sign with; ``expired`` is called when it was refused: whether another try may help."""
 
 
 def key_provider(credentials: AnyS3Credential | None, sources: Sources) -> KeyProvider:

@@ -21,7 +21,7 @@ from icechunk.storage.http.connections import Origin
 
 __all__ = ["Endpoint", "resolve_endpoint"]
 
-# What can stand as a host name's first labels, and what a TLS wildcard certificate covers.
+# Names that are valid as the first label of a host name, and that a TLS wildcard certificate covers.
 _HOSTABLE = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")
 _REGION = re.compile(r"[A-Za-z0-9._-]+")
 _DEFAULT_REGION = "us-east-1"
@@ -29,7 +29,7 @@ _DEFAULT_REGION = "us-east-1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where a bucket's objects are."""
+    """The address of a bucket."""
 
     scheme: str
     """``http`` or ``https``."""
@@ -40,7 +40,7 @@ class Endpoint:
     region: str
     """For signatures."""
     region_is_a_guess: bool
-    """Nobody named a region; the one that the service names is taken instead."""
+    """No region was configured; the one that the service names is used instead."""
 
     @property
     def url(self) -> str:
@@ -49,12 +49,12 @@ class Endpoint:
 
     @property
     def is_this_machine(self) -> bool:
-        """Whether nobody stands between here and the service: a loopback address."""
+        """Whether the service is on this machine: a loopback address."""
         return _is_loopback(self.origin.host)
 
     @property
     def origin(self) -> Origin:
-        """Where connections go."""
+        """The target of connections."""
         return _origin(self.scheme, self.host)
 
 
@@ -78,7 +78,7 @@ async def resolve_endpoint(bucket: str, options: S3Options, region: str | None =
     """Find a bucket's endpoint.
 
     With ``endpoint_url`` this is pure: the bucket goes into the host name, as the official library does it, unless
-    path style is asked for or the name cannot stand there. Otherwise botocore's rules decide (region and partition,
+    path style is configured or the name is not valid there. Otherwise botocore's rules decide (region and partition,
     dual stack, FIPS, endpoints from the environment).
 
     Raises

@@ -32,7 +32,7 @@ class SigningKeys:
 
 
 def encode_key(key: str) -> str:
-    """A key as it stands in a URL's path and in the signature: only unreserved characters and ``/`` are left."""
+    """A key as in a URL's path and in the signature: all but unreserved characters and ``/`` are encoded."""
     return quote(key, safe="/~")
 
 

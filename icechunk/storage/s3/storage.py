@@ -1,15 +1,15 @@
-"""Objects in a bucket of S3 or of a service that speaks its protocol.
+"""Objects in a bucket of S3 or of a service with its protocol.
 
 Requests are signed and sent by `icechunk.storage.s3.client`; aiobotocore supplies the credential chain, the
-configuration and the rules for endpoints. Clients live per event loop and are shared by all storages that
-`S3Storage.with_settings` makes of one.
+configuration and the rules for endpoints. There is one client per event loop, shared by all storages that
+`S3Storage.with_settings` derives from one.
 
-**Conditional writes are verified.** Each carries a random id of its own in the object's user metadata. After 412, 409,
+**Conditional writes are verified.** Each has a random id of its own in the object's user metadata. After 412, 409,
 and whenever no certain answer came, the object's metadata is read back: our id means that an earlier try landed and
-only its answer was lost. Otherwise `icechunk.storage.outcome` says
-what follows from what is found.
+only its answer was lost. Otherwise the outcome follows from the
+object that is found, by the table of `icechunk.storage.outcome`.
 
-Where ``unsafe_use_metadata`` is off, contents are compared instead, and only after a try without answer.
+If ``unsafe_use_metadata`` is off, contents are compared instead, and only after a try without answer.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class S3Storage(Storage):
         size = content_length(answer.headers)
         if size is None:
             raise StorageError(
-                f"cannot look at {self._bucket.url(key)}: the answer does not tell the object's size",
+                f"cannot look at {self._bucket.url(key)}: the answer does not give the object's size",
                 ErrorKind.OBJECT_STORE,
             )
         return size

@@ -41,7 +41,7 @@ def service_name(algorithm: ChecksumAlgorithm) -> str:
 
 
 def header_name(algorithm: ChecksumAlgorithm) -> str:
-    """The header that carries the checksum of a body."""
+    """The header with the checksum of a body."""
     return f"x-amz-checksum-{algorithm.name.lower()}"
 
 

@@ -2,7 +2,7 @@
 
 A pure function of the session's log (its changes and its base), and of what the winners did: their transaction logs,
 and the snapshot that they led to. It finds typed conflicts; a solver's choices turn them into a log on the new base,
-or into a `RebaseFailedError`. The rules stand as a table in ``spec/session-log.md``, in the order in which they are
+or into a `RebaseFailedError`. The rules are a table in ``spec/session-log.md``, in the order in which they are
 checked here.
 
 Worked example::
@@ -81,7 +81,7 @@ class Landed:
         self.updated: set[NodeId] = set()
         """Nodes with other metadata."""
         self.moved: set[str] = set()
-        """Where nodes that moved were before."""
+        """Former paths of nodes that moved."""
         self._keys: dict[NodeId, set[bytes]] = {}
         """By array: the coordinates of a chunk as bytes, four for each dimension."""
         self._columns: dict[NodeId, list[tuple[int, CoordIndex]]] = {}
@@ -136,7 +136,7 @@ class Winner:
     transactions: tuple[TransactionLog, ...] = ()
     """Of every commit between the session's base and the snapshot, oldest first; those of expired ancestors too."""
     landed: Landed | None = None
-    """The sum of the same commits, where somebody has it; ``transactions`` are not looked at then."""
+    """The sum of the same commits, if it is known; ``transactions`` are not read then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -253,7 +253,7 @@ def _find(log: SessionLog, mine: NetChanges, theirs: _Theirs) -> Iterator[Confli
 
 
 def _placed(log: SessionLog, mine: NetChanges, theirs: _Theirs) -> Iterator[Conflict]:
-    """My new and moved nodes, at the place where they come to stand."""
+    """Conflicts of my new and moved nodes, at their new paths."""
     onto, base = theirs.onto.nodes, log.base.nodes
     leaving = {node.id for node in mine.deleted} | {move.node_id for move in mine.moved}
     placed = [(node.path, node.kind) for node in mine.new] + [(move.target, move.kind) for move in mine.moved]
@@ -276,7 +276,7 @@ def _placed(log: SessionLog, mine: NetChanges, theirs: _Theirs) -> Iterator[Conf
             holder = onto.get(above)
             if holder is not None and holder.kind is NodeKind.ARRAY and holder.id not in leaving:
                 yield Conflict(ConflictType.NewNodeInInvalidGroup, above)
-        # Only the parent: what stands above it is the parent's own business.
+        # Only the parent: groups above it are checked for the parent itself.
         parent = parent_of(path)
         before = base.get(parent)
         if parent not in onto and parent not in own and before is not None and before.id not in leaving:
@@ -328,7 +328,7 @@ def _deletions(log: SessionLog, mine: NetChanges, theirs: _Theirs) -> Iterator[C
     for node in theirs.alive.values():
         if node.id in known:
             continue
-        # What they put into a group that I delete would vanish, and I have never seen it.
+        # A node that they put into a group that I delete would vanish, and my session has never seen it.
         above = node.path
         while above != "/":
             above = parent_of(above)

@@ -1,9 +1,7 @@
-"""Differences between two snapshots, from the transaction logs in between.
+"""Differences between two snapshots, from the transaction logs in between; also the changes of a session or a commit.
 
-Net, by node: a node that was created and deleted in between does not appear; one that was created
+Differences are net, by node: a node that was created and deleted in between does not appear; one that was created
 and then changed is only new; one that moved twice moved once.
-
-What a session, a commit or a span of history changed, by node.
 """
 
 from __future__ import annotations
@@ -41,8 +39,8 @@ class Changes:
     updated_chunks: Mapping[str, npt.NDArray[np.uint32]] = field(default_factory=dict)
     """uint32[n, ndim] by array, ascending: chunks added, replaced or deleted; ascending by path."""
     moved_nodes: tuple[tuple[str, str], ...] = ()
-    """(before, after) of every node that stands elsewhere, descendants of a moved group too, ordered by the segments of
-    the path before."""
+    """(before, after): the paths of every moved node, descendants of a moved group too, ordered by the segments of the
+    path before."""
 
     @property
     def is_empty(self) -> bool:
@@ -61,7 +59,7 @@ class Changes:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class NetChanges:
-    """The same by node: an id stands in at most one of new, deleted and updated."""
+    """The same by node: an id is in at most one of new, deleted and updated."""
 
     new: tuple[NodeSnapshot, ...] = ()
     """As they are now."""
@@ -198,7 +196,8 @@ def combined(first: TransactionLog, second: TransactionLog) -> TransactionLog:
 
 
 def changes_since(log: TransactionLog, before: Snapshot, after: Snapshot) -> TransactionLog:
-    """What of a transaction log changed after a snapshot whose changes it tells as well, as that of an amendment does.
+    """The part of a transaction log that changed after a snapshot whose changes the log includes, as that of an
+    amendment.
 
     A chunk of an array that both changed counts as changed after it: which of the two did is not known.
 

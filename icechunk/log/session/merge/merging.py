@@ -1,10 +1,10 @@
 """Merging forks into the session that they were forked from, or into another fork of it.
 
-A fork brings the events that it made since it was forked. What the other side did since then, the session itself and
-the forks that were merged before, are the *foreign* events: those of the target that the fork does not have. Events are
-told apart by their ids, so one that came with an earlier merge, or with another copy of the same fork, counts once.
+A fork brings the events that it made since it was forked. *Foreign* events are those of the target that the fork does
+not have: of the session itself since the fork, and of forks that were merged before. Events are distinguished by their
+ids, so an event that came with an earlier merge, or with another copy of the same fork, counts once.
 
-Two sides go together where they changed different chunks and nodes, or one chunk to the same effect. The rules are a
+Two sides are compatible if they changed different chunks and nodes, or one chunk to the same effect. The rules are a
 table in ``spec/session-log.md``.
 
 Worked example::
@@ -372,7 +372,7 @@ class Merge:
     def _conflict(
         self, type: MergeConflictType, node_id: NodeId, path: str, changes: _Changes, coords: Coords | None = None
     ) -> MergeConflict:
-        """One between the fork and whoever of the other side had to do with the node."""
+        """A conflict between the fork and the sessions of the other side that changed the node."""
         others = dict.fromkeys(made.fork for made in self.foreign(node_id, changes)) or {None: None}
         return MergeConflict(
             type=type,

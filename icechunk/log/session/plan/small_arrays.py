@@ -338,7 +338,7 @@ def _present(
 
 
 def _of_rank(columns: ByNode[ChunkRefs], node: NodeSnapshot) -> tuple[Part[ChunkRefs], int] | None:
-    """Where those references of an array are that have its rank, of several ranks that others have written."""
+    """The part with the references of an array that have its rank; other writers may have stored several ranks."""
     for part in columns.parts:
         if part.rows.ndim == len(node.shape) and node.id in part.nodes:
             return part, part.nodes.index(node.id)
