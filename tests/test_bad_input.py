@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from icechunk.runtime.loops import run_sync
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import Storage
 from tests.conftest import s3_storage_on
+from tests.raising import raises
 from tools import services
 
 # -- places ------------------------------------------------------------------------------------------------------------
@@ -38,7 +40,7 @@ def test_a_bucket_that_does_not_exist_is_named(moto_service: services.S3Service)
     storage = s3_storage_on(moto_service, bucket="no-such-bucket", prefix="p")
     calls: list[Callable[[], Repository]] = [lambda: Repository.create(storage), lambda: Repository.open(storage)]
     for call in calls:
-        with pytest.raises(IcechunkError, match="no-such-bucket"):
+        with raises(StorageError, "object-store", "s3://no-such-bucket/p/"):
             call()
 
 
@@ -59,7 +61,7 @@ def test_credentials_that_are_missing_or_wrong_are_said_to_be(
         force_path_style=True,
         from_env=True,
     )
-    with pytest.raises(IcechunkError, match="credentials"):
+    with raises(StorageError, "invalid-credentials", "AWS_ACCESS_KEY_ID"):
         Repository.create(storage)
 
 
@@ -73,9 +75,8 @@ def test_a_place_without_a_repository_is_named(storage: Storage) -> None:
 
 def test_a_location_that_is_not_empty_is_refused_for_creation(storage: Storage) -> None:
     put(storage, "data/file", b"precious")
-    with pytest.raises(InvalidInputError, match="data/file") as refused:
+    with raises(InvalidInputError, "parent-directory-not-clean", "data/file"):
         Repository.create(storage)
-    assert refused.value.kind == ErrorKind.PARENT_DIRECTORY_NOT_CLEAN
     assert keys(storage) == {"data/file"}
     Repository.create(storage, check_clean_root=False)
     before = read_all(storage)
@@ -244,7 +245,7 @@ def test_damaged_files_are_found_named_and_left_alone(kind: str, damage: str) ->
     for key in chosen:
         put(storage, key, DAMAGES[damage](good[key]))
         before = read_all(storage)
-        with pytest.raises((FormatError, StorageError), match=key.rsplit("/", 1)[-1]):
+        with pytest.raises((FormatError, StorageError), match=re.escape(key.rsplit("/", 1)[-1])):
             read_everything(storage)
         assert read_all(storage) == before
         put(storage, key, good[key])
@@ -273,7 +274,7 @@ def test_missing_files_are_named_and_never_read_as_empty(kind: str) -> None:
     chosen = [key for key in sorted(good) if key.startswith(kind) and encode_id(FIRST_SNAPSHOT) not in key]
     for key in chosen:
         run_sync(storage.delete([key]))
-        with pytest.raises(IcechunkError, match=key.rsplit("/", 1)[-1]):
+        with pytest.raises(IcechunkError, match=re.escape(key.rsplit("/", 1)[-1])):
             read_everything(storage)
         put(storage, key, good[key])
 
@@ -290,7 +291,7 @@ def test_a_missing_entry_of_the_log_is_never_skipped() -> None:
     newest, before, *_ = sorted(key for key in read_all(storage) if key.startswith("log/"))
     assert newest < before
     run_sync(storage.delete([before]))
-    with pytest.raises(FormatError, match=before):
+    with raises(FormatError, "invalid-file-format", before):
         Repository.open(storage)
 
 
@@ -303,7 +304,7 @@ def test_a_commit_on_top_of_a_damaged_manifest_is_refused_and_loses_nothing() ->
     manifests = [key for key in good if key.startswith("manifests/")]
     for key in manifests:
         put(storage, key, b"garbage")
-    with pytest.raises(FormatError, match="manifests/"):
+    with raises(FormatError, "invalid-file-format", "manifests/"):
         session.commit("third")
     assert session.has_uncommitted_changes
     assert not session.read_only

@@ -14,6 +14,7 @@ import zarr
 
 import icechunk
 from icechunk.kerchunk import from_kerchunk, read_kerchunk_parquet, to_kerchunk
+from tests.raising import raises
 from tests.virtual_builders import local_container, prefix_of
 
 VALUES = np.arange(24, dtype=">i4").reshape(4, 6)
@@ -101,7 +102,7 @@ def test_an_export_is_read_by_zarr_key_for_key(tmp_path: Path, document: dict[st
 def test_the_repositorys_own_chunks_need_a_url(tmp_path: Path) -> None:
     session = repository(tmp_path).writable_session("main")
     zarr.create_array(session.store, name="n", shape=(2000,), chunks=(1000,), dtype="u1", compressors=None)[:] = 1
-    with pytest.raises(icechunk.InvalidInputError, match="chunks_url"):
+    with raises(icechunk.InvalidInputError, "invalid-virtual-ref", "'/n'", "chunks_url"):
         to_kerchunk(session)
     refs = to_kerchunk(session, chunks_url="s3://bucket/repo/chunks/")["refs"]
     assert refs["n/c/0"][0].startswith("s3://bucket/repo/chunks/")
@@ -122,13 +123,13 @@ def test_references_of_unknown_form_are_refused(
     tmp_path: Path, document: dict[str, Any], change: dict[str, Any]
 ) -> None:
     session = repository(tmp_path).writable_session("main")
-    with pytest.raises(icechunk.InvalidInputError, match="kerchunk"):
+    with raises(icechunk.InvalidInputError, "invalid-virtual-ref"):
         from_kerchunk(session.store, {"version": 1, "refs": {**document["refs"], **change}})
 
 
 def test_templates_are_refused(tmp_path: Path, document: dict[str, Any]) -> None:
     session = repository(tmp_path).writable_session("main")
-    with pytest.raises(icechunk.InvalidInputError, match="templates"):
+    with raises(icechunk.InvalidInputError, "invalid-virtual-ref", "templates"):
         from_kerchunk(session.store, {**document, "templates": {"u": "s3://x"}})
     assert not session.has_uncommitted_changes
 
@@ -167,5 +168,5 @@ def test_parquet_references_are_read_as_the_same_document(tmp_path: Path, docume
 
 def test_a_folder_without_parquet_references_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("pandas", reason="reads Parquet")
-    with pytest.raises(icechunk.InvalidInputError, match="zmetadata"):
+    with raises(icechunk.InvalidInputError, "invalid-virtual-ref", tmp_path / ".zmetadata"):
         read_kerchunk_parquet(tmp_path)

@@ -17,6 +17,7 @@ from icechunk.log.repository import settle
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.outcome import refused
 from icechunk.testing.scripted import Request, ScriptedStorage, Send, lost_answer
+from tests.raising import raises
 
 GROUP = b'{"zarr_format":3,"node_type":"group"}'
 LAYOUTS = ["log", "repo", "refs"]
@@ -67,7 +68,7 @@ async def test_a_session_whose_commit_is_refused_can_commit_again(layout: str) -
     session = await repository.writable_session_async("main")
     session._content.set_metadata("/a", GROUP)
     answering(storage, denied)
-    with pytest.raises(StorageError, match="access denied") as caught:
+    with raises(StorageError, "storage-other", "AccessDenied") as caught:
         await session.commit_async("a")
     assert caught.value.refused
     assert session.unsettled_commit is None
@@ -105,7 +106,7 @@ async def test_creating_where_nothing_may_be_written_fails_at_once(layout: str) 
         return await send()
 
     storage.script = script
-    with pytest.raises(StorageError, match="access denied"):
+    with raises(StorageError, "storage-other", "AccessDenied"):
         await Repository.create_async(storage)
     assert len(storage.of("put")) <= 2
 
@@ -171,7 +172,7 @@ async def test_creating_on_a_store_without_conditional_writes_fails_at_once(
     layout: str, unable: tuple[Storage, list[str]]
 ) -> None:
     storage, puts = unable
-    with pytest.raises(StorageError, match="NotImplemented: no conditional writes"):
+    with raises(StorageError, "object-store", "NotImplemented"):
         await asyncio.wait_for(Repository.create_async(storage), timeout=10)
     assert len(puts) <= 2
     await storage.aclose()

@@ -28,6 +28,7 @@ from icechunk.storage.port import ANY, Storage
 from icechunk.testing.faulty import Fault, FaultyStorage, PlannedRequest
 from icechunk.testing.recording import RecordingStorage
 from icechunk.testing.wrapping import WrappingStorage
+from tests.raising import raises
 
 GROUP = b'{"zarr_format": 3, "node_type": "group", "attributes": {}}'
 ARRAY = (
@@ -217,7 +218,7 @@ async def test_a_session_sent_to_another_process_reads_a_manifest_that_only_the_
 async def test_a_file_that_is_nowhere_is_missed_by_its_name() -> None:
     memory = MemoryStorage()
     repository = await Repository.create_async(memory)
-    with pytest.raises(ObjectNotFoundError, match="transactions/"):
+    with raises(ObjectNotFoundError, "object-not-found", "transactions/7DVXGGF4S2JKJ9WRT0K0"):
         await repository._core.assets.transaction_log(object_id_from_text("7DVXGGF4S2JKJ9WRT0K0"))
 
 

@@ -23,6 +23,7 @@ from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import ByteRange, GetResult, PutResult, Range, Storage
 from icechunk.testing.wrapping import WrappingStorage
+from tests.raising import raises
 
 ARRAY = (
     b'{"zarr_format": 3, "node_type": "array", "shape": [64], "data_type": "int8", "chunk_grid": {"name": "regular", '
@@ -210,5 +211,5 @@ async def test_caches_of_metadata_are_bounded() -> None:
 
 @pytest.mark.parametrize("value", [0, 49, 100])
 def test_percentile_that_makes_no_sense_is_refused(value: int) -> None:
-    with pytest.raises(InvalidInputError, match="hedge_percentile"):
+    with raises(InvalidInputError, "invalid-setting", "EngineConfig.hedge_percentile"):
         EngineConfig(hedge_percentile=value)

@@ -147,7 +147,7 @@ def test_unsafe_chunks_are_refused_until_allowed(repo: Repository) -> None:
     pytest.importorskip("dask")
     session = repo.writable_session("main")
     encoding = {"t": {"chunks": (4, 2, 3)}}
-    with pytest.raises(ValueError, match="overlap"):
+    with pytest.raises(ValueError, match="overlap"):  # words: xarray's own
         to_icechunk(weather().chunk(time=3), session, encoding=encoding)
     session.discard_changes()
     import dask

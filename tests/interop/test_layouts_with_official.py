@@ -153,13 +153,13 @@ def test_the_official_library_writes_a_converted_repository_until_it_is_converte
     official = Official(oracle.OFFICIAL_CURRENT, tmp_path)
     repo = icechunk.Repository.create(icechunk.local_filesystem_storage(str(tmp_path)))
     commits = [carry_on(repo, "main", 0)]
-    with pytest.raises(oracle.OracleError, match="read-only"):
+    with pytest.raises(oracle.OracleError, match="read-only"):  # words: the official library's own
         official.carry_on("main", 1)
     repo.convert("repo")
     commits += official.carry_on("main", 1)
     commits += [carry_on(repo, "main", 2)]
     repo.convert("log")
-    with pytest.raises(oracle.OracleError, match="read-only"):
+    with pytest.raises(oracle.OracleError, match="read-only"):  # words: the official library's own
         official.carry_on("main", 3)
     commits += [carry_on(repo, "main", 3)]
     repo.checkpoint()

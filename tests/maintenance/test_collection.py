@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
@@ -24,6 +25,7 @@ from icechunk.testing.faulty import Fault, FaultyStorage, PlannedRequest
 from icechunk.testing.recording import RecordingStorage
 from icechunk.testing.wrapping import WrappingStorage
 from tests.maintenance.helpers import AgedStorage, History, ago, by_layout, folders, read, sizes
+from tests.raising import raises
 
 
 async def with_garbage(storage: Storage, version: int | None) -> History:
@@ -146,18 +148,18 @@ async def test_a_session_that_began_before_the_cutoff_is_refused_and_has_to_repe
     other = await icechunk.Repository.open_async(storage)
     for session in (stale, fork):
         session._content.core = other._core if session is stale else session._content.core
-    with pytest.raises(SessionStateError, match="repeat the work"):
+    with raises(SessionStateError, "commit-not-allowed"):
         await stale.commit_async("late")
-    with pytest.raises(SessionStateError, match="repeat the work"):
+    with raises(SessionStateError, "commit-not-allowed"):
         await stale.flush_async("late")
-    with pytest.raises(SessionStateError, match="repeat the work"):
+    with raises(SessionStateError, "commit-not-allowed"):
         await stale.amend_async("late")
     fresh = await history.repo.writable_session_async("main")
     array = await zarr.api.asynchronous.open_array(store=fresh.store, path="a", mode="r+")
     await array.setitem(slice(2, 4), 5)
     await fresh.merge_async(fork)
     # The oldest of all parts decides.
-    with pytest.raises(SessionStateError, match="repeat the work"):
+    with raises(SessionStateError, "commit-not-allowed"):
         await fresh.commit_async("merged")
     await history.commit("c1", 1)
     await history.check({"first", "c1"})
@@ -233,9 +235,13 @@ async def test_nothing_is_deleted_where_something_reachable_cannot_be_read(versi
             await storage.put(key, b"not a file of ours")
         before = await sizes(storage)
         repo = await icechunk.Repository.open_async(storage)
-        with pytest.raises(FormatError, match=object_text(key)):
+        with raises(
+            FormatError, "object-not-found" if damage == "missing" else "invalid-file-format", object_text(key)
+        ):
             await repo.garbage_collect_async(ago(hours=-1))
-        with pytest.raises(FormatError, match=object_text(key)):
+        with raises(
+            FormatError, "object-not-found" if damage == "missing" else "invalid-file-format", object_text(key)
+        ):
             await repo.chunk_storage_stats_async()
         assert await sizes(storage) == before
 
@@ -324,11 +330,10 @@ async def test_objects_that_cannot_be_deleted_are_counted_and_reported(version: 
 async def test_deleting_stops_after_too_many_failures_in_a_row() -> None:
     storage = Undeletable(AgedStorage(MemoryStorage()), raises=True)
     history = await with_garbage(storage, None)
-    with pytest.raises(StorageError, match="no such luck") as raised:
+    with raises(StorageError, "gc-deletes-failing", "transactions/"):
         await history.repo.garbage_collect_async(
             ago(hours=-1), max_consecutive_delete_failures=2, max_concurrent_deletes=1
         )
-    assert raised.value.kind == "gc-deletes-failing"
     assert storage.asked == 2
     await history.check({"first", "c1"})
 
@@ -370,7 +375,7 @@ def object_id_from_text_bytes(raw: bytes):  # type: ignore[no-untyped-def]
 async def test_bounds_below_one_are_refused(name: str) -> None:
     history = await History.create(MemoryStorage(), None)
     for value in (0, -1, 1.5, "7", True):
-        with pytest.raises((InvalidInputError, TypeError), match=name):
+        with pytest.raises((InvalidInputError, TypeError), match=re.escape(name)):
             await history.repo.garbage_collect_async(ago(), **{name: value})  # type: ignore[arg-type]
     await history.repo.garbage_collect_async(ago(), **{name: 1})  # type: ignore[arg-type]
 

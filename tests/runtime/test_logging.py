@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -81,7 +82,7 @@ def test_creating_a_repository_and_caches_of_no_size_are_logged(caplog: pytest.L
 
 
 def test_filters_that_are_no_text_are_refused() -> None:
-    with pytest.raises(TypeError, match="log_filter_directive must be text or None, not int"):
+    with pytest.raises(TypeError, match=re.escape("log_filter_directive")):
         icechunk.set_logs_filter(3)  # type: ignore[arg-type]
 
 

@@ -97,7 +97,7 @@ async def test_a_factory_that_fails_or_is_cancelled_is_called_again() -> None:
         return Client()
 
     values = PerLoop(factory, Client.aclose)
-    with pytest.raises(OSError, match="not now"):
+    with pytest.raises(OSError, match="not now"):  # words: the test's own
         await values.get()
     first = asyncio.create_task(values.get())
     await asyncio.sleep(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +36,7 @@ from icechunk.ops import (
 )
 from icechunk.snapshots import Diff, ManifestFileInfo, SnapshotInfo
 from icechunk.virtual import ChunkType, VirtualChunkSpec
+from tests.raising import raises
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 STATUS = RepoStatus(RepoAvailability.read_only, NOW, "why")
@@ -93,7 +95,7 @@ def test_enums_equal_their_number_where_the_official_ones_do() -> None:
 def test_a_status_is_of_now_unless_said_otherwise() -> None:
     before = datetime.now(UTC)
     assert before <= RepoStatus(RepoAvailability.online).set_at <= datetime.now(UTC)
-    with pytest.raises(TypeError, match="time zone"):
+    with pytest.raises(TypeError, match=re.escape("RepoStatus.set_at")):
         RepoStatus(RepoAvailability.online, datetime(2026, 1, 1))
     with pytest.raises(TypeError):
         RepoStatus(1)  # type: ignore[arg-type]
@@ -122,7 +124,7 @@ def test_workloads_and_principals_are_printable_ascii(name: str) -> None:
     for good in ("", "a b", "x@y.z", "a:b/c/"):
         assert getattr(Attribution(**{name: good}), name) == good
     for bad in ("é", "a(b)", "a;b", "a=b", 'a"b', "a\\b", "x" * 129, "a\nb"):
-        with pytest.raises(InvalidInputError, match=name):
+        with raises(InvalidInputError, "invalid-setting", name):
             Attribution(**{name: bad})
 
 
@@ -171,7 +173,7 @@ def test_virtual_chunk_specs_refuse_values_that_cannot_be_stored() -> None:
     for arguments in (([-1], "x", 0, 1), ([2**32], "x", 0, 1), ([1], "x", -1, 1), ([1], "x", 0, 2**64)):
         with pytest.raises(InvalidInputError):
             VirtualChunkSpec(*arguments)
-    with pytest.raises(TypeError, match="time zone"):
+    with pytest.raises(TypeError, match=re.escape("VirtualChunkSpec.last_updated_at_checksum")):
         VirtualChunkSpec([1], "x", 0, 1, None, datetime(2026, 1, 1))
     assert "SECRET" not in repr(VirtualChunkSpec([1], "https://u:SECRET@h/x?sig=SECRET", 0, 1))
 

@@ -22,6 +22,7 @@ from icechunk.storage.port import ByteRange, GetResult, Storage
 from icechunk.testing.faulty import Fault, FaultyStorage, PlannedRequest, scripted
 from icechunk.testing.recording import RecordingStorage
 from icechunk.testing.wrapping import WrappingStorage
+from tests.raising import raises
 
 GROUP = b'{"zarr_format": 3, "node_type": "group", "attributes": {}}'
 ARRAY = (
@@ -318,7 +319,7 @@ async def test_a_swap_without_any_answer_is_of_unknown_outcome_until_its_token_i
     with pytest.raises(CommitOutcomeUnknown) as unknown:
         await session.commit_async("lost?")
     assert session.unsettled_commit == unknown.value.token
-    with pytest.raises(SessionStateError, match="not known"):
+    with raises(SessionStateError, "not-allowed", "session.unsettled_commit"):
         session._content.set_metadata("/y", GROUP)
     with pytest.raises(SessionStateError):
         await session.commit_async("again")
@@ -374,7 +375,7 @@ async def test_writes_during_a_commit_are_refused_not_lost(prefix: str) -> None:
     session = await changed(repository)
     committing = asyncio.ensure_future(session.commit_async("first"))
     await storage.reached.wait()
-    with pytest.raises(SessionStateError, match="commit of this session is running"):
+    with raises(SessionStateError, "not-allowed", "is running"):  # words: nothing is to be settled yet
         session._content.set_metadata("/y", GROUP)
     with pytest.raises(SessionStateError):
         session.discard_changes()
@@ -409,7 +410,7 @@ async def test_a_commit_cancelled_during_its_swap_goes_on_without_its_caller() -
     committing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await committing
-    with pytest.raises(SessionStateError, match="not known"):
+    with raises(SessionStateError, "not-allowed", "session.unsettled_commit"):
         session._content.set_metadata("/y", GROUP)
     storage.gate.set()
     assert session.unsettled_commit is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -201,9 +202,9 @@ def test_a_fork_commits_and_rebases_nothing_and_only_writable_sessions_fork(repo
     with pytest.raises(SessionStateError) as refused:
         repo.readonly_session("main").fork()
     assert refused.value.kind == ErrorKind.CANNOT_FORK_READ_ONLY_SESSION
-    with pytest.raises(ValueError, match="fork"):
+    with pytest.raises(ValueError, match=re.escape("Session.fork()")):
         pickle.dumps(session)
-    with pytest.raises(ValueError, match="fork"):
+    with pytest.raises(ValueError, match=re.escape("Session.fork()")):
         pickle.dumps(session.store)
     with pytest.raises(TypeError):
         session.merge(3)  # type: ignore[arg-type]
@@ -288,7 +289,7 @@ def test_sessions_are_extracted_and_merged_however_they_are_nested(repo: Reposit
     merged = merge_sessions(forks[0], [forks[1], forks[0]], [[forks[2]], [forks[3], forks[4]]])
     session.merge(merged)
     assert get(session)[5:10] == [0, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match=re.escape("merge_sessions")):
         merge_sessions()
     with pytest.raises(TypeError):
         merge_sessions(3)  # type: ignore[arg-type]

@@ -27,6 +27,7 @@ from icechunk.session.content import SessionContent
 from icechunk.session.rebase import advance
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.recording import RecordingStorage
+from tests.raising import raises
 
 N = 64
 DETECT = ConflictDetector()
@@ -245,8 +246,9 @@ def test_a_reset_branch_is_no_base_to_rebase_on(repo: Repository) -> None:
     session = repo.writable_session("main")
     put(session, "a", 1, 101)
     repo.reset_branch("main", first)
-    with pytest.raises(ConflictError, match="reset"):
+    with raises(ConflictError, "commit-conflict", "'main'") as caught:
         session.rebase(DETECT)
+    assert (caught.value.expected_parent, caught.value.actual_parent) == (session.snapshot_id, first)
     assert not session.read_only
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from icechunk.repository import Repository
 from icechunk.runtime.loops import run_sync
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import Storage
+from tests.raising import raises
 
 GROUP = b'{"zarr_format": 3, "node_type": "group", "attributes": {}}'
 
@@ -71,7 +73,7 @@ def test_a_read_only_session_refuses_everything_that_writes(repository: Reposito
     with pytest.raises(SessionStateError) as refused:
         session.commit("x")
     assert refused.value.kind == ErrorKind.COMMIT_NOT_ALLOWED
-    with pytest.raises(ValueError, match="read-only"):
+    with pytest.raises(ValueError, match="read-only"):  # words: zarr's own
         zarr.open_group(session.store, mode="w")
     assert session.status().is_empty()
 
@@ -130,9 +132,8 @@ def test_a_commit_to_a_branch_that_was_deleted_or_reset_is_a_conflict(repository
 
 def test_an_empty_commit_is_refused_unless_it_is_wanted(repository: Repository) -> None:
     session = repository.writable_session("main")
-    with pytest.raises(SessionStateError, match="allow_empty") as refused:
+    with raises(SessionStateError, "no-changes-to-commit", "allow_empty=True"):
         session.commit("nothing")
-    assert refused.value.kind == ErrorKind.NO_CHANGES_TO_COMMIT
     assert not session.read_only
     snapshot_id = session.commit("nothing", allow_empty=True)
     assert repository.lookup_branch("main") == snapshot_id
@@ -203,7 +204,7 @@ def test_a_read_only_session_pickles_and_a_writable_one_points_to_fork(storage: 
     if isinstance(storage, MemoryStorage):
         pytest.skip("memory storage belongs to its process")
     session = changed(Repository.create(storage))
-    with pytest.raises(ValueError, match="fork"):
+    with pytest.raises(ValueError, match=re.escape("Session.fork()")):
         pickle.dumps(session)
     session.commit("x")
     arrived = pickle.loads(pickle.dumps(session))
