@@ -159,7 +159,7 @@ class RebaseFailedError(ConflictError):
 
 
 class MergeConflictType(StrEnum):
-    """What two sessions did that are merged, and that does not go together."""
+    """Kinds of incompatible changes of two sessions that are merged."""
 
     CHUNKS_CHANGED_TWICE = "chunks-changed-twice"
     """Both wrote or deleted the same chunks, and not to the same effect."""

@@ -1,8 +1,8 @@
 """Kerchunk references: read into a session as virtual chunks, and written from a snapshot.
 
 A kerchunk document of version 1 maps Zarr keys to bytes (text, or ``base64:…``), to a whole file ``[url]``, or to a
-range of one, ``[url, offset, length]``. Documents of Zarr 2 are converted to Zarr 3 when they are read; what is written
-is Zarr 3, key by key, as fsspec's ``reference://`` file system serves it.
+range of one, ``[url, offset, length]``. Documents of Zarr 2 are converted to Zarr 3 when they are read; exports are
+in Zarr 3, key by key, as fsspec's ``reference://`` file system serves it.
 """
 
 from __future__ import annotations

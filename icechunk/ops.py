@@ -63,7 +63,7 @@ class SpecVersion(IntLikeEnum):
 
 
 class SessionMode(IntLikeEnum):
-    """What a session is allowed to do."""
+    """The operations that a session allows."""
 
     readonly = 0
     writable = 1

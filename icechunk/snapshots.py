@@ -45,7 +45,7 @@ class _Rows(Protocol):
 
 
 class Changes(Protocol):
-    """What `Diff.of` reads; `icechunk.log.session.merge.diff.Changes` is one. Paths begin with ``/``."""
+    """The input of `Diff.of`, for example `icechunk.log.session.merge.diff.Changes`. Paths begin with ``/``."""
 
     @property
     def new_groups(self) -> Collection[str]: ...

@@ -58,7 +58,7 @@ class History(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppenderStats:
-    """How far an appender is."""
+    """Counts of an appender."""
 
     rows_buffered: int
     """Rows that were put and are in no commit yet."""
@@ -161,7 +161,7 @@ class Appender:
         return self._position
 
     def stats(self) -> AppenderStats:
-        """How far it is."""
+        """Its counts so far."""
         lag = 0.0 if self._oldest_s is None else time.monotonic() - self._oldest_s
         return AppenderStats(
             rows_buffered=self._rows,
@@ -221,7 +221,7 @@ class Appender:
         SessionStateError
             Another consumer of this source has committed (fenced), or the branch was reset: open a new appender.
         StorageError
-            An earlier commit failed; what is buffered is kept, and tried again by the next `flush` or `put`.
+            An earlier commit failed; the buffered rows are kept, and the next `flush` or `put` tries again.
         """
         self._require_usable()
         if offset is not None and not self._is_new(offset):
@@ -255,12 +255,12 @@ class Appender:
         return "buffered" if batch.rows else "skipped"
 
     async def flush(self) -> str | None:
-        """Commit all that is buffered. Returns the id of the newest snapshot it made; None where nothing was buffered.
+        """Commit all buffered rows. Returns the id of the newest snapshot it made; None if nothing was buffered.
 
         Raises
         ------
         SessionStateError, StorageError, CommitOutcomeUnknown
-            As `put` says; what is not committed stays buffered.
+            As for `put`; rows that are not committed stay buffered.
         """
         self._require_usable()
         made: str | None = None
@@ -548,7 +548,7 @@ class Appender:
             self._target = await Target.open(session, self._group, self._dim)
             return
         self._require_owner()
-        # What is kept in memory may have been written anew by the other commit.
+        # The other commit may have written the values again that are kept in memory.
         found = await Target.open(session, self._group, self._dim)
         if not found.created and not target.created:
             target.snapshot_id = session.snapshot_id

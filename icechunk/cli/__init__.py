@@ -1,7 +1,7 @@
 """The `icechunk` command.
 
-Exit codes: 0 done, 1 what was asked for could not be done (one line says why), or the demo's check failed, 2 bad
-input or, for the demo, an environment that does not fit, 130 interrupted. What a command needs is imported when it
+Exit codes: 0 done, 1 the command failed (one line says why), or the demo's check failed, 2 bad
+input or, for the demo, an environment that does not fit, 130 interrupted. A command imports what it needs when it
 runs, so ``--help`` and ``--version`` answer at once.
 """
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
-        print("\nicechunk: interrupted; what was committed stays", file=sys.stderr)
+        print("\nicechunk: interrupted; commits made so far are kept", file=sys.stderr)
         return 130
     except Exception as error:
         if not _is_expected(error):

@@ -30,7 +30,7 @@ class Target:
     storage: Any
     """The storage to create it in."""
     place: str
-    """How to name the place to a person: a path, or a URL with its endpoint."""
+    """The place as people write it: a path, or a URL with its endpoint."""
     keep: str
     """The fate of the repository after the demo; a sentence."""
     stored_bytes: Callable[[], int] | None

@@ -1,4 +1,4 @@
-"""How manifests are split, preloaded and compressed."""
+"""Settings for splitting, preloading and compressing manifests."""
 
 from __future__ import annotations
 
@@ -344,7 +344,7 @@ def _split_sizes(name: str, value: Any) -> list[tuple[ManifestSplitCondition, li
 
 @dataclass(slots=True, repr=False)
 class ManifestSplittingConfig(Setting):
-    """How many chunks along each dimension one manifest serves."""
+    """Number of chunks along each dimension in one manifest."""
 
     split_sizes: Annotated[_SplitSizes, _split_sizes] | None = None
     """Rules in order of precedence: condition on the array, then (dimension, chunks per manifest) pairs."""

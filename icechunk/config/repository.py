@@ -57,7 +57,7 @@ class _DefaultsToFirst(EnumMeta):
 
 
 class CompressionAlgorithm(IntLikeEnum, metaclass=_DefaultsToFirst):
-    """How metadata files are compressed. ``CompressionAlgorithm()`` is the only one, zstd."""
+    """Compression of metadata files. ``CompressionAlgorithm()`` is the only one, zstd."""
 
     Zstd = 0
 
@@ -83,7 +83,7 @@ class CompressionConfig(Setting):
 
 @dataclass(slots=True, repr=False)
 class CachingConfig(Setting):
-    """How much stays in memory."""
+    """Bounds of the caches in memory."""
 
     num_snapshot_nodes: U64 | None = unset(DEFAULT_NUM_SNAPSHOT_NODES)
     """Nodes of snapshots."""
@@ -94,7 +94,7 @@ class CachingConfig(Setting):
     num_bytes_attributes: U64 | None = unset(0)
     """Bytes of attributes files; no format in use has them."""
     num_bytes_chunks: U64 | None = unset(0)
-    """Bytes of chunks that were asked for; what a request fetched besides is kept for a while without it."""
+    """Bytes of requested chunks; other bytes that a request fetched are kept for a while without this setting."""
 
     @staticmethod
     def default() -> CachingConfig:
@@ -104,7 +104,7 @@ class CachingConfig(Setting):
 
 @dataclass(slots=True, repr=False)
 class RepoUpdateRetryConfig(Setting):
-    """How often and how soon a lost race for the repository is tried again."""
+    """Number and pauses of the tries after a lost race for the repository."""
 
     default: StorageRetriesSettings | None = unset(StorageRetriesSettings(100, 50, 30_000))
 
@@ -118,7 +118,7 @@ class EngineConfig(Setting):
     """Settings that only this implementation has. None leaves the choice to the engine."""
 
     layout: LayoutName | None = None
-    """How the log of a *new* repository is persisted; existing ones are recognised. Never stored."""
+    """The layout of a *new* repository; that of an existing one is recognised. Never stored."""
     put_memory_bytes: _Some64 | None = None
     """Bytes of chunks that may be on their way to the storage, of all sessions, before writers wait (128 MiB)."""
     max_bytes_in_flight: _Some64 | None = None

@@ -61,7 +61,7 @@ class ChecksumAlgorithm(IntLikeEnum):
 
 @dataclass(slots=True, repr=False)
 class S3Options(Setting):
-    """How to talk to an S3 or S3 compatible service."""
+    """Options of requests to S3 or an S3 compatible service."""
 
     _public_name: ClassVar[str] = "icechunk.storage.S3Options"
 
@@ -216,7 +216,7 @@ AnyObjectStoreConfig: TypeAlias = (
 
 @dataclass(slots=True, repr=False)
 class StorageRetriesSettings(Setting):
-    """How often and how soon a failed request is tried again."""
+    """Number and pauses of the tries of a failed request."""
 
     _public_name: ClassVar[str] = "icechunk.storage.StorageRetriesSettings"
 
@@ -230,7 +230,7 @@ class StorageRetriesSettings(Setting):
 
 @dataclass(slots=True, repr=False)
 class StorageTimeoutSettings(Setting):
-    """How long to wait for the storage; None leaves a limit to the library."""
+    """Time limits of requests to the storage; None leaves a limit to the library."""
 
     _public_name: ClassVar[str] = "icechunk.storage.StorageTimeoutSettings"
 
@@ -246,7 +246,7 @@ class StorageTimeoutSettings(Setting):
 
 @dataclass(slots=True, repr=False)
 class StorageConcurrencySettings(Setting):
-    """How one large object is split into concurrent requests."""
+    """Splitting of one large object into concurrent requests."""
 
     _public_name: ClassVar[str] = "icechunk.storage.StorageConcurrencySettings"
 
@@ -258,7 +258,7 @@ class StorageConcurrencySettings(Setting):
 
 @dataclass(slots=True, repr=False)
 class StorageSettings(Setting):
-    """How requests to the repository's storage behave."""
+    """Settings of requests to the repository's storage."""
 
     _public_name: ClassVar[str] = "icechunk.storage.StorageSettings"
 

@@ -98,7 +98,7 @@ AnyAzureStaticCredential: TypeAlias = (
 
 
 class AzureCredentials(metaclass=VariantMeta):
-    """How requests to Azure Blob Storage are authorised. One of the nested classes."""
+    """Credentials for Azure Blob Storage. One of the nested classes."""
 
     @dataclass(frozen=True, slots=True, repr=False)
     class FromEnv(Credential):

@@ -76,7 +76,7 @@ AnyGcsStaticCredential: TypeAlias = (
 
 
 class GcsCredentials(metaclass=VariantMeta):
-    """How requests to Google Cloud Storage are authorised. One of the nested classes."""
+    """Credentials for Google Cloud Storage. One of the nested classes."""
 
     @dataclass(frozen=True, slots=True, repr=False)
     class Anonymous(Credential):

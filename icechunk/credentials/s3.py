@@ -46,7 +46,7 @@ class S3StaticCredentials(Setting):
 
 
 class S3Credentials(metaclass=VariantMeta):
-    """How requests to S3 are signed. One of the nested classes."""
+    """Credentials for S3. One of the nested classes."""
 
     @dataclass(frozen=True, slots=True, repr=False)
     class FromEnv(Credential):

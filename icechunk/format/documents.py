@@ -52,7 +52,7 @@ class _Constant(str):
 
 
 def _places(value: Any, place: str) -> Iterator[str]:
-    """Where there are such words."""
+    """Positions of such words."""
     if isinstance(value, _Constant):
         yield f"{place} is {value}"
     elif isinstance(value, dict):

@@ -166,7 +166,7 @@ async def _cutoff_us(
     steps_us = _steps_us(storage)
     if up_to_now:
         if log.layout is Layout.LOG and storage.supports_writes:
-            # Files of small commits that are still on their way would be younger. Who may only look looks without.
+            # Files of small commits that are put later would be younger. A dry run goes on without the checkpoint.
             try:
                 await log.checkpoint()
             except StorageError:

@@ -69,7 +69,7 @@ _COPIES: Final = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repacking:
-    """How a collection repacks."""
+    """Parameters of a repacking."""
 
     below: float
     """Objects whose living share is less are written again; from 0 to 1."""
@@ -78,7 +78,7 @@ class Repacking:
     level: int
     """Of zstd, for metadata files."""
     locations: LocationCompression
-    """How locations of virtual references are compressed."""
+    """Compression of locations of virtual references."""
 
 
 class Survey:

@@ -87,7 +87,7 @@ def covered_by_object(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDA
 
 
 def reached_before(first: npt.NDArray[np.bool_], end: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """How far the ranges before each one reach within its object; 0 for the first of an object."""
+    """The largest end of the ranges before each one within its object; 0 for the first of an object."""
     # Ends as ranks, so that objects do not mix.
     ends, rank = np.unique(end, return_inverse=True)
     reached = np.maximum.accumulate((np.cumsum(first) - 1) * len(ends) + rank)

@@ -102,8 +102,8 @@ class Sweep:
         Raises
         ------
         StorageError
-            A listing failed; or kind ``gc-deletes-failing``: too many requests in a row failed. What was deleted
-            until then was garbage.
+            A listing failed; or kind ``gc-deletes-failing``: too many requests in a row failed. Everything
+            deleted until then was garbage.
         """
 
         async def one(kind: tuple[str, IsGarbage]) -> None:

@@ -34,11 +34,11 @@ class Appending(RepositoryBase):
         begin_at: Any = None,
         message: str = "append",
     ) -> Appender:
-        """Append rows that arrive to a group's arrays, each row once, whatever crashes; use it as ``async with``.
+        """Append rows to a group's arrays as they arrive, each row once, also after crashes; use it as ``async with``.
 
-        Commits by itself. What was committed up to which offset of the source is recorded in the commits (metadata key
-        ``aioicechunk_append``), so a consumer that starts again goes on behind `Appender.position`, and of two that
-        consume one source the slower one is refused.
+        It commits by itself, and records in each commit the offset of the source up to which rows are committed
+        (metadata key ``aioicechunk_append``). So a consumer that starts again goes on after `Appender.position`, and
+        of two consumers of one source the slower one is refused.
 
         Parameters
         ----------

@@ -51,7 +51,7 @@ class RepositoryBase:
 
     @property
     def layout(self) -> Layout:
-        """How the repository log is persisted."""
+        """The form in which the repository log is persisted."""
         return run_sync(self._core.log()).layout
 
     @property

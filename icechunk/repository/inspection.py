@@ -55,7 +55,7 @@ class Inspection(RepositoryBase):
     inspect_snapshot = synchronous(inspect_snapshot_async)
 
     async def inspect_manifest_async(self, manifest_id: str) -> dict[str, Any]:
-        """How many chunk references of which kind are in a manifest, and how it is compressed.
+        """The number of chunk references in a manifest by kind, and its compression.
 
         The ids of a snapshot's manifests are in `inspect_snapshot` and `list_manifest_files`.
 

@@ -64,7 +64,7 @@ def _warn_of_missing_credentials(access: Mapping[str, AnyCredential | None] | No
 
 
 class Opening(RepositoryBase):
-    """How a `Repository` comes into being.
+    """The constructors of `Repository`.
 
     The twins of class methods are written out: mypy cannot see through a function that is given one.
     """

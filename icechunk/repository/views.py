@@ -46,7 +46,7 @@ def manifest_file(file: ManifestFile) -> ManifestFileInfo:
 
 
 def repo_status(status: stored.Status) -> RepoStatus:
-    """Whether a repository takes writes; what is offline shows as read-only."""
+    """The status of a repository; an offline one is shown as read-only."""
     online = status.availability == stored.ONLINE
     return RepoStatus(
         RepoAvailability.online if online else RepoAvailability.read_only, moment(status.set_at_us), status.reason

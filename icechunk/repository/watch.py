@@ -85,9 +85,9 @@ class RepositoryEvent(Described):
     tag: str | None = None
     """The tag that it happened to."""
     snapshot_id: str | None = None
-    """The snapshot that a commit or an amendment made, or where the branch or tag pointed afterwards, where known."""
+    """The snapshot that a commit or an amendment made, or that the branch or tag points to now, if known."""
     previous_snapshot_id: str | None = None
-    """Where the branch or tag pointed before, where known."""
+    """The snapshot that the branch or tag pointed to before, if known."""
     snapshot: SnapshotInfo | None = None
     """Message, metadata, time and parent of ``snapshot_id``; None where it has expired since."""
     detail: Any = None

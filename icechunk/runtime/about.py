@@ -19,7 +19,7 @@ _SHOWN: Final = ("zarr", "numcodecs", "numpy", "aiobotocore", "xarray", "virtual
 
 
 def user_agent() -> str:
-    """How the package names itself in requests to storage, and in the files that it writes.
+    """The package's name in requests to storage and in the files that it writes.
 
     The version in it is the distribution's, not that of the official API.
     """

@@ -50,7 +50,7 @@ _EXIT_PATIENCE_S: Final = 5.0
 _ORDER_PATIENCE_S: Final = 30.0
 
 _everyone: weakref.WeakSet[PerLoop[Any]] = weakref.WeakSet()
-# What is open on each loop, of every `PerLoop`.
+# The open values of each loop, of every `PerLoop`.
 _open: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, list[_Entry[Any]]] = weakref.WeakKeyDictionary()
 # Loops whose generators are being ended.
 _ending: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
@@ -87,7 +87,7 @@ class PerLoop(Generic[T]):
     factory
         Makes the value, on the loop that it is for; may be a coroutine function. Must not return None.
     close
-        Closes it, on the same loop. What it raises is not seen by anybody.
+        Closes it, on the same loop. Its errors are dropped.
     rank
         At the end of a loop, or of the process, values with a higher rank are closed before those with a lower one.
     """
@@ -179,7 +179,7 @@ async def _close_now(entry: _Entry[Any]) -> None:
 
 
 async def _close_once(entry: _Entry[Any]) -> None:
-    """Close a value; who comes second waits for who was first, unless the first is who asks."""
+    """Close a value; a second caller waits for the first one, unless both are the same task."""
     task = asyncio.current_task()
     if entry.closer is not None:
         if entry.closer is not task:

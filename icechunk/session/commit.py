@@ -139,7 +139,7 @@ async def write_snapshot(
 async def write_unlisted(content: SessionContent, log: SessionLog) -> Snapshot:
     """Write a log's changes as manifests and a snapshot that the repository log does not name.
 
-    Raises `StorageError` where that fails; what was written is removed by a collection then, as it is later.
+    Raises `StorageError` if that fails; a collection removes the written files then, as it does later in any case.
     """
     core = content.core
     files = CommitFiles(
@@ -303,7 +303,7 @@ class _Proposal:
 
     commit: Commit
     base: ObjectId
-    """Where the branch must be."""
+    """The snapshot that the branch must point to."""
     record: SnapshotRecord
 
     def events(self, state: RepoState) -> Sequence[Event]:
@@ -392,9 +392,9 @@ class CommitFiles:
     """Manifests whose files were made, where there may be another try."""
 
     async def make(self) -> AsyncGenerator[File, None]:
-        """All files; the caches get to know what is in them.
+        """Make all files, and put their contents into the caches.
 
-        Raises as `new_manifests` and the encoders do; what is larger than a file can be is found before the first one.
+        Raises as `new_manifests` and the encoders do; values that are too large for a file are found before the first.
         """
         core, plan = self.core, self.plan
         snapshot_id = core.sources.new_object_id()

@@ -83,13 +83,13 @@ class Settings:
     small_commit_bytes: int
     """Commits whose files are together no larger are embedded in the log, bytes."""
     policy: Policy
-    """How references are laid out in manifests."""
+    """Layout of references in manifests."""
     commit_fetches: int
     """Manifests that a commit reads at a time, at the most."""
     locations: LocationCompression
-    """How locations of virtual references are compressed in them."""
+    """Compression of locations of virtual references in them."""
     reads: Reads
-    """How requests are made of reads."""
+    """Limits for joining and splitting reads into requests."""
 
 
 class Core:
@@ -122,7 +122,7 @@ class Core:
         self.named_containers = dict(given or {})
         """Virtual chunk containers of the caller's own configuration, without the persisted ones."""
         self.layout = layout
-        """How the repository log was persisted when it was last opened; decides about defaults of `settings`."""
+        """The layout when the log was last opened; decides about defaults of `settings`."""
         self.attribution = attribution
         self.virtual_access = dict(virtual_access or {})
         self.default_metadata: dict[str, Any] = dict(default_metadata or {})

@@ -230,8 +230,8 @@ class Session:
     ) -> str:
         """Replace the branch's tip, the session's base, by a snapshot that has the session's changes as well.
 
-        Its parent is the tip's. What the tip changed counts as changed by the new snapshot. The old one stays readable
-        by its id until a collection. Parameters, errors and what holds after them are those of `commit_async`.
+        Its parent is the tip's. Changes of the tip count as changes of the new snapshot. The old one stays readable
+        by its id until a collection. Parameters, errors and the state after them are those of `commit_async`.
 
         Raises
         ------
@@ -469,7 +469,7 @@ class Session:
                     yield tuple(row)
 
     async def chunk_type_async(self, array_path: str, chunk_coordinates: Sequence[int]) -> ChunkType:
-        """How a chunk is kept: inline, native, virtual, or not at all (``uninitialized``)."""
+        """The kind of a chunk's reference: inline, native, virtual, or none (``uninitialized``)."""
         path = self._content.require_array(absolute(array_path)).path
         ref = await self._content.chunk_reference(path, tuple(chunk_coordinates))
         if ref is None:

@@ -427,7 +427,7 @@ def redirect_storage(base_url: str) -> Storage:
     base_url
         Its answer is a redirect to ``s3://bucket/prefix?region=…``, ``gs://bucket/prefix``,
         ``r2://bucket/prefix?account_id=…``, ``tigris://bucket/prefix``, ``http+icechunk://host/path`` or
-        ``https+icechunk://host/path``. What is there must be readable without credentials.
+        ``https+icechunk://host/path``. The target must be readable without credentials.
 
     Raises
     ------

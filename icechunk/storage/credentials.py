@@ -29,9 +29,9 @@ class Refreshed(Generic[T]):
     Parameters
     ----------
     given
-        The function, and perhaps what it returned last. What it returns has an ``expires_after``.
+        The function, and possibly its last result, which has an ``expires_after``.
     convert
-        What is handed out of what it returns.
+        Makes of the function's result the value that `get` returns.
     sources
         Its wall clock decides when credentials expire.
     """

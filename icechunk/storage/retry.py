@@ -43,7 +43,7 @@ class Limits:
     operation_s: float | None
     """For all tries together; None: no limit."""
     patience: float = 1.0
-    """How many times as long as `Patience` says to wait for the first byte of an answer; infinite for the last try."""
+    """Multiple of the time of `Patience` to wait for the first byte of an answer; infinite for the last try."""
 
 
 def limits_of(settings: StorageSettings | None, stream_timeout_s: int | None = None) -> Limits:
@@ -131,7 +131,7 @@ class Tries:
         return replace(limits, attempt_s=max(left_s, 0.001))
 
     def pause_s(self, *, asked_s: float = 0.0, contacted: bool = True) -> float | None:
-        """How long to wait before the next try, with full jitter; None where the tries or the time are used up.
+        """The pause before the next try, with full jitter; None if the tries or the time are used up.
 
         Parameters
         ----------
@@ -181,7 +181,7 @@ _MOST_DOUBLINGS: Final = 5
 
 
 class Patience:
-    """How long to wait for the first byte of one service's answers before a try is given up: learned from recent ones.
+    """The time to wait for the first byte of one service's answers before a try is given up: learned from recent ones.
 
     Three times what the slowest of the recent answers took, and seconds at the least. A connection that went silent
     (a router forgot it, a server behind it is gone) then costs that, and not the longest time that a server may be

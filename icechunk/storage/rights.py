@@ -16,7 +16,7 @@ __all__ = ["Right", "Service", "access_denied"]
 
 
 class Right(StrEnum):
-    """What a client must be allowed to do."""
+    """The rights that a client needs."""
 
     READ = "read"
     LIST = "list"

@@ -53,7 +53,7 @@ class Reads:
     limits: Limits = field(default_factory=Limits)
     """Sizes for merging, reading ahead and keeping bytes."""
     splitting: Splitting | None = None
-    """How long ranges are split; None: a range is always one request."""
+    """Splitting of long ranges; None: a range is always one request."""
     hedge_percentile: int | None = None
     """Requests that take longer than this percentage of recent ones are sent again; None: never."""
 
@@ -289,7 +289,7 @@ class Assets:
         return boxes.find(coords)
 
     async def transaction_log(self, id: ObjectId) -> TransactionLog:
-        """What the commit of snapshot ``id`` changed."""
+        """The changes of the commit of snapshot ``id``."""
         found = self._transactions.get(id)
         if found is None:
             found = await self._load(transaction_key(id), lambda data: decode_transaction_log(data, expected_id=id))

@@ -192,10 +192,10 @@ def merge(wanted: Sequence[tuple[int, int]], limits: Limits) -> list[tuple[int, 
 
 @dataclass(slots=True)
 class Track:
-    """How one object has been read so far."""
+    """The reads of one object so far."""
 
     next: int = -1
-    """Where a reader in order would go on."""
+    """The offset at which a reader in order would go on."""
     window: int = 0
     """Size of the last window; 0 where reads are not in order."""
     hits: int = 0
@@ -285,7 +285,7 @@ class _Object:
     track: Track = field(default_factory=Track)
     flights: list[_Flight] = field(default_factory=list)
     kept: dict[int, Octets] = field(default_factory=dict)
-    """What is cached, by its start."""
+    """The cached ranges, by start."""
     wanted: list[_Want] = field(default_factory=list)
     """Readers of this turn."""
 
@@ -355,7 +355,7 @@ class BlockReader:
         return None
 
     def upcoming(self, refs: ChunkRefs, row: int, max_bytes: int) -> tuple[list[tuple[ObjectId, int, int]], int]:
-        """What to `prefetch` for the rows from ``row`` on, within this reader's limits; see `walk.upcoming`."""
+        """The ranges to `prefetch` for the rows from ``row`` on, within this reader's limits; see `walk.upcoming`."""
         limits = self._limits
         return upcoming(
             refs,

@@ -40,7 +40,7 @@ class Latencies:
         self._of(size_bytes).append(seconds)
 
     def patience_s(self, size_bytes: int) -> float | None:
-        """How long to wait for an answer before asking again; None while too little is known."""
+        """The time to wait for an answer before asking again, s; None while too few answers are known."""
         seen = self._of(size_bytes)
         if len(seen) < _LEAST:
             return None
@@ -111,7 +111,7 @@ async def _end(tasks: set[asyncio.Future[T]]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Splitting:
-    """How a long range is split into several requests."""
+    """Splitting of a long range into several requests."""
 
     part_bytes: int
     """Ranges longer than this are fetched in parts of about this size, all equal."""

@@ -175,7 +175,7 @@ class _Desk:
         return data
 
     async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
-        """One request, checked; what the pool and the block reader call."""
+        """One checked request, for the pool and the block reader."""
         mark, _, location = key.partition("\n")
         resolved, container = self._resolve(location)
         wanted = byte_range if isinstance(byte_range, Range) else Range(0)

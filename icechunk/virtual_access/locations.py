@@ -2,7 +2,7 @@
 
 A location is a URL. As in the official library it is kept as it was given, but for the scheme's case and, in ``file:``
 URLs, for dot segments; ``vcc://name/rest`` is relative to the container called ``name``. Which container a location
-belongs to is decided on its *resolved* form: absolute, without dot segments. What a back end is then asked for is the
+belongs to is decided on its *resolved* form: absolute, without dot segments. The request to a back end has the
 percent-decoded path, and decoding must not bring dot segments back: ``..%2f`` is refused, so that no reference leaves
 the prefix that its reader has authorised.
 """
@@ -162,7 +162,7 @@ class Prefixes:
         )
 
     def holds(self, location: str) -> bool:
-        """Whether a stored location belongs to some container; what is relative only has to name one."""
+        """Whether a stored location belongs to some container; a relative one only has to name one."""
         if location.startswith(RELATIVE):
             name, slash, _ = location[len(RELATIVE) :].partition("/")
             return bool(slash) and name in self._by_name

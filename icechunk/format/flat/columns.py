@@ -273,7 +273,7 @@ def text_traits(buffer: Buffer, texts: Vectors) -> TextTraits:
         if (before > after).any():
             return TextTraits(False, False)
         undecided = undecided[before == after]
-    # What is left is equal but for zero bytes at the end.
+    # The remaining ones are equal except for zero bytes at the end.
     ascending = bool((texts.counts[undecided] < texts.counts[undecided + 1]).all())
     return TextTraits(ascending, is_ascii)
 

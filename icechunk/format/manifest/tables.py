@@ -29,7 +29,7 @@ _NAME: Final = "manifest"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManifestFacts:
-    """How a manifest is stored."""
+    """The stored form of a manifest."""
 
     payload_size_bytes: int
     """Size of its FlatBuffers contents before compression."""

@@ -177,7 +177,7 @@ class _MergedPaths(Sequence[str]):
         self._stored = stored
         self._added = added
         self._places = [bisect_left(stored, path) + i for i, path in enumerate(added)]
-        """Where each of the added ones is."""
+        """The position of each added node."""
 
     def __len__(self) -> int:
         return len(self._stored) + len(self._added)

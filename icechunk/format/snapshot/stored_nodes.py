@@ -1,9 +1,9 @@
 """The nodes of a snapshot's file, each decoded when it is requested.
 
-A hierarchy of a hundred thousand arrays is usually opened to use a few of them. Opening checks, as columns, what a
-search needs: that every node has its required fields, and that paths are absolute, valid and strictly ascending. A file
-whose nodes are in another order is decoded at once instead (`icechunk.format.snapshot.node_decoding`). The rest of a
-node is checked when the node is decoded.
+A hierarchy of a hundred thousand arrays is usually opened to use a few of them. Opening checks, as columns, only the
+conditions of a search: that every node has its required fields, and that paths are absolute, valid and strictly
+ascending. A file whose nodes are in another order is decoded at once instead
+(`icechunk.format.snapshot.node_decoding`). The rest of a node is checked when the node is decoded.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class StoredNodes:
         self.known: dict[int, NodeSnapshot] = {}
         """Nodes that have been decoded, by row."""
         self.region: NodeRegion | None = None
-        """Where their bytes are, once that is known (`icechunk.format.snapshot.node_region`)."""
+        """The region of their bytes, once it is known (`icechunk.format.snapshot.node_region`)."""
 
     def __len__(self) -> int:
         return len(self._tables)

@@ -82,7 +82,7 @@ async def open_repository(
                 updates_per_file=updates_per_file or DEFAULT_UPDATES_PER_FILE,
             )
         except StorageError as error:
-            # Who may only read, reads; the next one that may write finishes it.
+            # A client that may only read goes on; the next one that may write finishes the conversion.
             if not is_refusal(error):
                 raise
             _LOG.warning("the repository is being converted to another layout, which is not finished: %s", error)
@@ -130,7 +130,7 @@ async def create_repository(
 
 
 async def detect(storage: Storage, sources: Sources = SYSTEM) -> Layout | None:
-    """How the repository in this place is kept; None where there is none.
+    """The layout of the repository in this place; None if there is none.
 
     Raises
     ------

@@ -28,7 +28,7 @@ MAX_FILES = 8192
 
 
 class Layout(StrEnum):
-    """How the repository log is persisted."""
+    """The form in which the repository log is persisted."""
 
     LOG = "log"
     """One new object per entry; ``repo`` is a checkpoint that the official library opens read-only."""
@@ -39,7 +39,7 @@ class Layout(StrEnum):
 
 
 Propose: TypeAlias = Callable[[RepoState], Sequence[Event]]
-"""Pure: the newest state to what should happen next; what it raises ends the append with nothing landed."""
+"""Pure: from the newest state to the proposed events; an error that it raises ends the append, with nothing landed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +163,7 @@ class RepositoryLog(ABC):
             Called with the token just before an entry with these events is sent, and with None once that entry is
             certainly lost, also after this call was cancelled or has raised. So a cancelled caller knows
             whether the outcome is open: None was the last call, or there was none: nothing landed, nor will (an
-            abandoned call is not sent again). Must be quick; what it raises is logged.
+            abandoned call is not sent again). Must be quick; its errors are logged.
         files
             Immutable files that the events add and that are not written yet, by key. The log makes them as durable
             as the events; up to `embed_limit_bytes` of them that costs no round trip.

@@ -273,7 +273,7 @@ def _own(error: Exception) -> Exception:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateRetries:
-    """How often and how soon a lost race for the repository is tried again (``repo_update_retries``)."""
+    """Number and pauses of the tries after a lost race for the repository (``repo_update_retries``)."""
 
     tries: int = 100
     """The first included."""

@@ -80,7 +80,7 @@ class Fate(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
-    """How far an attempt was followed."""
+    """The result of following an attempt."""
 
     fate: Fate
     why: Exception | None = None
@@ -115,7 +115,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
         """Held while an attempt is made and settled."""
         self._losses = 0
         self._swap_s = 0.0
-        """How long a swap takes, as observed; 0: not yet."""
+        """Observed duration of a swap, s; 0: none yet."""
         self.closed = False
         self.runner: asyncio.Task[None] | None = None
         """Swaps until no caller waits."""
@@ -137,7 +137,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
 
     @abstractmethod
     async def _ready(self) -> None:
-        """See that this log can be written to, and knows enough to make an attempt. What it raises ends all appends."""
+        """Check that this log can be written to and has the state for an attempt. Its errors end all appends."""
 
     @abstractmethod
     async def _build(self, waiting: Sequence[Waiting]) -> Group:

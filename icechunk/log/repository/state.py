@@ -190,11 +190,11 @@ class RepoState:
         return reached
 
     def branch_tip(self, name: str) -> ObjectId:
-        """Where a branch points to. Raises `RefNotFoundError`."""
+        """The snapshot that a branch points to. Raises `RefNotFoundError`."""
         return _ref(self.branches, "branch", name)
 
     def tag_target(self, name: str) -> ObjectId:
-        """Where a tag points to. Raises `RefNotFoundError`."""
+        """The snapshot that a tag points to. Raises `RefNotFoundError`."""
         return _ref(self.tags, "tag", name)
 
 

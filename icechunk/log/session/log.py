@@ -2,8 +2,8 @@
 
 Theory
 ------
-A session never changes its base; it appends events. What the session sees is the fold of the
-events over the base, kept up to date with every event, so that a read never replays.
+A session never changes its base; it appends events. Its view is the fold of the events over
+the base, updated with every event, so that a read never replays events.
 
 A command (`SessionLog.set_metadata`, `SessionLog.set_native`, …) checks its arguments against the
 fold, then appends the event and folds it: a command that raises has changed nothing. Chunks do not

@@ -64,7 +64,7 @@ class NotConnectedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where requests go."""
+    """The target of requests."""
 
     scheme: str
     """``http`` or ``https``."""

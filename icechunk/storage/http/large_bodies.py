@@ -30,7 +30,7 @@ _POSSIBLE: Final = sys.platform != "win32"
 
 
 class Threads:
-    """How many threads may send bodies at the same time, on one event loop; the others are sent by the loop."""
+    """Number of threads that may send bodies at the same time, on one event loop; the loop sends the others."""
 
     def __init__(self, limit: int) -> None:
         self._free = limit if _POSSIBLE else 0

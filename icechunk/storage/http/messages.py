@@ -171,7 +171,7 @@ class Reading:
         return Response(self._status, self._headers, parts[0] if len(parts) == 1 else b"".join(parts))
 
     def _feed_head(self, data: bytes) -> bytes | None:
-        """Take bytes of the head; what comes after it once it is complete."""
+        """Take bytes of the head; returns the bytes after it, once it is complete."""
         while True:
             data = self._head + data if self._head else data
             end = data.find(b"\r\n\r\n")

@@ -102,8 +102,8 @@ class HttpStorage(ReadOnlyStorage):
         self, prefix: str = "", *, start_after: str | None = None, page_size: int = 1000
     ) -> AsyncIterator[list[ObjectInfo]]:
         raise ListingUnsupportedError(
-            f"cannot list what is in {self.describe()}: web servers have no listings. What needs one works where the "
-            "repository is kept",
+            f"cannot list the objects in {self.describe()}: web servers have no listings; run operations that "
+            "need one on the storage behind the server",
             ErrorKind.UNIMPLEMENTED,
         )
         yield []

@@ -46,7 +46,7 @@ class WebUrl:
 
     @property
     def origin(self) -> Origin:
-        """Where connections go."""
+        """The target of connections."""
         return Origin(self.scheme, self.host, self.port)
 
     @property
@@ -86,7 +86,7 @@ def parse_url(url: str) -> WebUrl:
 
 
 def joined(url: WebUrl, location: str) -> str:
-    """Where a redirect leads to, as a URL of any scheme.
+    """The target of a redirect, as a URL of any scheme.
 
     Raises
     ------

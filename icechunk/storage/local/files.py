@@ -63,7 +63,7 @@ _LARGE_BYTES: Final = 512 * 1024
 
 
 class Exclusion(Enum):
-    """How a folder makes a name exclusive."""
+    """The means by which a folder makes a name exclusive."""
 
     LINK = auto()
     RENAME = auto()

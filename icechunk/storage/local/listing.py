@@ -55,7 +55,7 @@ def _walk_folder(
     identity = (status.st_dev, status.st_ino)
     if identity in above:
         return  # a symbolic link that leads back up
-    # Who lists a long log wants its first few keys: no others are put in order, or looked at.
+    # A listing of a long log needs its first few keys only: no others are sorted, or looked at.
     heapq.heapify(names)
     while names:
         name = heapq.heappop(names)

@@ -75,7 +75,7 @@ class Request:
 
     @property
     def right(self) -> Right:
-        """What the client must be allowed to do."""
+        """The rights that the client needs."""
         if self.method in ("GET", "HEAD"):
             return Right.READ if self.path else Right.LIST
         return Right.WRITE if self.path and self.method != "DELETE" else Right.DELETE

@@ -1,12 +1,12 @@
-"""When checkpoints are written: one at a time, in the background, as long as one is due.
+"""The schedule of checkpoints: one at a time, in the background, as long as one is due.
 
 A checkpoint costs time in proportion to the history. So after each there is a pause of ten times as long as it took,
 at most half a minute: however long the history, writing it down takes a small share of the time, and ``repo`` is never
 far behind for long.
 
 The task is one of asyncio, not of a caller: it outlives the swap that made it due, is held strongly, ends when
-nothing is due any more, and is awaited or cancelled by `Checkpointing.finish`. What is written, and on which
-condition, is `icechunk.log.repository.entries.checkpoint`'s.
+nothing is due any more, and is awaited or cancelled by `Checkpointing.finish`. The checkpoint itself and
+its condition are in `icechunk.log.repository.entries.checkpoint`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One client's knowledge of a log: the newest folded state, the end of the log, and the age of that knowledge.
 
 Theory: rules 5, 6 and 8. The view owns the head, since when it is known to be the end of the log
-(`LogView.freshness`), what is known of ``repo``, and whether the log has ended. The head moves only in
+(`LogView.freshness`), the last known ``repo``, and whether the log has ended. The head moves only in
 `LogView.advance`, `LogView.fold_own` and `LogView.adopt`, which never await and never go back, so a refresh and the
 task that swaps may both learn of the same slot.
 
@@ -306,7 +306,7 @@ class LogView:
             if self.state.sealed and self.ended_reason is None:
                 await self._try_leave_sealed()
             if self.state.sealed or self.ended_reason is not None:
-                # What was acknowledged after the end is wherever the conversion led to.
+                # Changes acknowledged after the end are in the layout that the conversion led to.
                 if await self._follow_repo():
                     continue
                 return self.state
@@ -362,7 +362,7 @@ class LogView:
         return True
 
     async def reopen(self) -> Opened | RepoObject:
-        """Find the end of the log anew, from ``repo``; what was found may not be what is adopted."""
+        """Find the end of the log anew, from ``repo``; the returned state is not adopted in every case."""
         while True:
             epoch = self.head.epoch
             opened = await open_head(self.storage, self.sources)

@@ -45,7 +45,7 @@ class Stranded:
     """Those after it, oldest first."""
 
     def describe(self, where: str) -> str:
-        """A report for people: what happened, what is only in the log, and where."""
+        """A report for people: the takeover, the entries that are only in the log, and their location."""
         what = (
             f"the repository in {where} was taken over: its status was set online with another library, so its "
             "'repo' object counts now, and the log was sealed"

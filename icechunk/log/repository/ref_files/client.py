@@ -93,7 +93,7 @@ class RefFilesView:
         except ObjectNotFoundError:
             return None
         except AccessDeniedError as denied:
-            # Without the right to list, what does not exist is refused like what may not be read: `main` exists.
+            # Without the right to list, a missing object is refused like a forbidden one; `main` exists.
             if not denied.may_be_absent or key == MAIN_REF_KEY:
                 raise
             try:

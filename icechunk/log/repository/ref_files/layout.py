@@ -121,7 +121,7 @@ class RefFilesLayout(SwappedLog[_Write]):
 
     @property
     def state(self) -> RepoState:
-        """Branches and tags as last read; of the graph, what was asked for so far (`learn`)."""
+        """Branches and tags as last read; of the graph, the snapshots requested so far (`learn`)."""
         return self._view.state
 
     @property

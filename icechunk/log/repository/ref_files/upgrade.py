@@ -328,8 +328,8 @@ class _Upgrade:
         """Records of everything that branches and tags reach, and of what deleted tags pointed to, where it is left."""
         if not self._records:
             keys = [item.key async for page in self._storage.list_pages(SNAPSHOTS_PREFIX) for item in page]
-            # All at once: from child to parent each read would wait for the one before. What nothing reaches may be
-            # broken, or go meanwhile.
+            # All at once: from child to parent each read would wait for the one before. Unreachable
+            # snapshots may be damaged, or be deleted meanwhile.
             await run_jobs([partial(self._try_record, key) for key in keys], limit=self._prefetch)
         for tip in (*values.branches.values(), *values.tags.values()):
             current: ObjectId | None = tip

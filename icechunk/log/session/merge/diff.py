@@ -232,7 +232,7 @@ def _moved_in_a_row(first: Sequence[Move], second: Sequence[Move], without: froz
 
 
 def _merged(parts: list[npt.NDArray[np.uint32]]) -> npt.NDArray[np.uint32]:
-    # An array may have changed its rank; what is left are the coordinates of the rank it has now.
+    # An array may have changed its rank; only coordinates of its present rank are kept.
     rank = parts[-1].shape[1]
     coords = np.concatenate([p for p in parts if p.shape[1] == rank])
     order = sort_last(coords)

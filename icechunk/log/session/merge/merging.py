@@ -160,7 +160,7 @@ class Merge:
         return made.position > changes.began_at and _key(made.event) not in changes.keys
 
     def position(self, event_id: bytes) -> int:
-        """Where an event is in the target; −1 where it is not."""
+        """Index of an event in the target; −1 if it is not there."""
         return self._positions.get(event_id, -1)
 
     def _note(self, events: Iterable[Event], fork: int | None) -> None:
@@ -217,7 +217,7 @@ class Merge:
         if boxes is None or self._policy == "theirs":
             return
         found: dict[int | None, list[Coords]] = {}
-        # What one side's new shape leaves out is another conflict; zarr deletes those chunks when it shrinks an array.
+        # Chunks outside one side's new shape are another conflict; zarr deletes those chunks when it shrinks an array.
         grids = [_grid(node)]
         if not changes.only_chunks and (last := changes.after.node_of(node.id, node.path)) is not None:
             grids.append(_grid(last))
@@ -447,7 +447,7 @@ class _Changes:
         return {node.id for node in self.net.deleted} | {move.node_id for move in self.net.moved}
 
     def path_of(self, node_id: NodeId) -> str:
-        """Where a node is in the fork."""
+        """The path of a node in the fork."""
         node = self.after.node_of(node_id) or self.before.node_of(node_id)
         return node_id.hex() if node is None else node.path
 
