@@ -313,13 +313,6 @@ async def _unknown(
 async def settle(cluster: Cluster, client: Client, log: RepositoryLog, op: Operation) -> bool:
     """Ask what became of an operation; whether that is certain now."""
     token = cluster.tokens[id(op)]
-    layout, colon, _ = token.epoch.partition(":")
-    if not token.snapshots and (layout if colon else "log") != log.layout.value:
-        # A token of another layout.
-        return False
-    if not token.snapshots and log.layout is Layout.REPO and cluster.updates_per_file is not None:
-        # The repo object finds a change without snapshots only while its line is in it.
-        return False
     for _ in range(4):
         if client.dead:
             return False

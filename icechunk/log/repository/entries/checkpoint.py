@@ -14,6 +14,7 @@ from typing import Final
 from icechunk.errors import ErrorKind, ObjectNotFoundError, PreconditionFailedError, StorageError
 from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name
 from icechunk.format.repo.codec import EncodedRepo, encode_and_keep
+from icechunk.format.repo.updates import UpdateList
 from icechunk.format.repo.values import RepoInfo
 from icechunk.log.repository.entries.embedded import Materialize, nothing_embedded
 from icechunk.log.repository.entries.entry import new_epoch
@@ -228,6 +229,9 @@ async def finish_conversion(
 async def convert_to_log(storage: Storage, sources: Sources) -> str:
     """Make a repository of the repo-object layout one of the log layout: one conditional write.
 
+    Like every replacement of ``repo`` in that layout it makes a copy of what it replaces, and the newest updates name
+    it: the mark of the change that made them is there.
+
     Returns
     -------
     str
@@ -248,9 +252,11 @@ async def convert_to_log(storage: Storage, sources: Sources) -> str:
             raise ObjectNotFoundError(f"no object {REPO_KEY!r} in {storage.describe()}: nothing to convert")
         if found.known.marker is not None and found.known.read_only:
             return found.known.marker.epoch
-        state = state_of(found.info, None)
-        encoded = await encode(checkpoint_info(state, epoch=epoch, n=0))
+        backup = overwritten_repo_name(max(sources.wall_us(), 0) // 1000, sources.random_bytes(12))
+        info = replace(found.info, updates=UpdateList.of(found.info.updates).settled(backup))
+        encoded = await encode(checkpoint_info(state_of(info, None), epoch=epoch, n=0))
         try:
+            await storage.copy(REPO_KEY, overwritten_repo_key(backup))
             await storage.put(REPO_KEY, encoded.data, Matches(found.known.version))
             return epoch
         except PreconditionFailedError:

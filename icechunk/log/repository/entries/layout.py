@@ -44,6 +44,7 @@ from icechunk.log.repository.entries.reader import (
     instant,
     is_fresh,
     nonce_in_slot,
+    read_repo,
     read_slot,
 )
 from icechunk.log.repository.marker import state_of
@@ -53,6 +54,7 @@ from icechunk.log.repository.queue import MAX_EMBEDDED_BYTES, Attempt, Group, Wa
 from icechunk.log.repository.settle import CLOSE_GRACE_S, Fate, SwappedLog
 from icechunk.log.repository.state import MAIN, RepoState, apply
 from icechunk.log.repository.store_check import StoreCheck, may_write
+from icechunk.log.repository.tokens import settle_ended
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import finish_task
 from icechunk.storage.port import Absent, Storage
@@ -375,28 +377,29 @@ class LogLayout(SwappedLog[SlotAttempt]):
         async with self.swapping:
             await self.view.refresh()
             while True:
+                head = self.view.head
+                if token.epoch != head.epoch or self.view.ended_reason is not None:
+                    await self._recall()
+                    return await settle_ended(self._storage, self._sources, token)
                 if await any_in_history(self._storage, self.state, token.snapshots):
                     return True
-                head = self.view.head
-                if token.epoch != head.epoch or self.view.ended_reason is not None or token.n <= head.n:
+                if token.n <= head.n:
                     break
                 if token.n > head.n + 1:
                     raise InvalidInputError(
                         f"the token names slot {token.n}, but the log in {self._storage.describe()} ends at slot "
-                        f"{head.n}: it belongs to another repository",
-                        ErrorKind.INVALID_SETTING,
+                        f"{head.n}: it belongs to another repository"
                     )
                 # The slot is next, and empty: fill it, and whatever is on its way finds it taken.
                 await self._fill_slot(token)
             await self._recall()
         if token.snapshots:
-            # History has been asked, and knows none of them: another entry is there, ours was void as a whole, or
-            # it is in a log that was taken over.
+            # History has been asked, and knows none of them: another entry is there, or ours was void as a whole.
             return False
         nonce = self.view.nonce_of(token.epoch, token.n)
         if nonce is None:
-            marker_n = self.view.checkpoint_n if token.epoch == self.view.head.epoch else None
-            nonce = await nonce_in_slot(self._storage, token, marker_n=marker_n)
+            repo = await read_repo(self._storage, self._sources)
+            nonce = await nonce_in_slot(self._storage, self._sources, token, repo=repo)
         void = token.epoch == self.view.head.epoch and token.n in self.view.head.voided
         return nonce in token.nonces and not void
 

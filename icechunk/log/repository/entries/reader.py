@@ -264,13 +264,14 @@ async def _get_slot(storage: Storage, epoch: str, n: int) -> tuple[Entry, GetRes
     return decode_entry(answer.data, n=n, what=f"{key} in {storage.describe()}"), answer
 
 
-async def nonce_in_slot(storage: Storage, token: SwapToken, *, marker_n: int | None) -> bytes:
+async def nonce_in_slot(storage: Storage, sources: Sources, token: SwapToken, *, repo: RepoObject | None) -> bytes:
     """Nonce of the entry in a token's slot, which is known to be taken.
 
     Parameters
     ----------
-    marker_n
-        The slot that ``repo`` holds now, of the token's epoch; None: the epoch has ended.
+    repo
+        As it was read just now, with a marker of the token's epoch: slots after it were not pruned before. None: the
+        epoch has ended.
 
     Raises
     ------
@@ -280,7 +281,9 @@ async def nonce_in_slot(storage: Storage, token: SwapToken, *, marker_n: int | N
     found = await read_slot(storage, token.epoch, token.n)
     if found is not None:
         entry, answer = found
-        if marker_n is not None and token.n > marker_n:
+        marker = None if repo is None else repo.known.marker
+        after_marker = marker is not None and marker.epoch == token.epoch and token.n > marker.n
+        if repo is not None and after_marker and is_fresh(repo.asked, instant(sources, answer.date_us)):
             return entry.nonce
         if token.known_us is not None and answer.date_us is not None and answer.date_us - token.known_us <= TRUST_US:
             return entry.nonce

@@ -40,6 +40,7 @@ from icechunk.log.repository.ref_files.names import encode_ref, read_ref
 from icechunk.log.repository.settle import Fate, SwappedLog
 from icechunk.log.repository.state import MAIN, RepoState, apply
 from icechunk.log.repository.store_check import MatchCheck
+from icechunk.log.repository.tokens import REFS_TOKEN
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.storage.outcome import refused
 from icechunk.storage.port import Absent, GetResult, Matches, Precondition, Storage, Version
@@ -47,7 +48,6 @@ from icechunk.storage.port import Absent, GetResult, Matches, Precondition, Stor
 __all__ = ["RefFilesLayout", "needs_format_2"]
 
 Json: TypeAlias = Any
-_TOKEN: Final = "refs:"
 _SETTLE_TRIES: Final = 100
 
 
@@ -200,7 +200,7 @@ class RefFilesLayout(SwappedLog[_Write]):
         assert isinstance(group, _Change)
         base = self._view.version(group.key)
         return _Write(
-            epoch=f"{_TOKEN}{group.key}",
+            epoch=f"{REFS_TOKEN}{group.key}",
             n=0,
             nonce=(base or "").encode(),
             key=group.key,
@@ -294,13 +294,13 @@ class RefFilesLayout(SwappedLog[_Write]):
     # ---------------------------------------------------------------- settle
 
     async def settle(self, token: SwapToken) -> bool:
-        if not token.epoch.startswith(_TOKEN):
+        if not token.epoch.startswith(REFS_TOKEN):
             raise InvalidInputError(
                 f"the token belongs to another repository than that in {self._storage.describe()}, "
                 "or to its later life",
                 ErrorKind.INVALID_SETTING,
             )
-        key, base = token.epoch.removeprefix(_TOKEN), token.nonces[0].decode(errors="replace")
+        key, base = token.epoch.removeprefix(REFS_TOKEN), token.nonces[0].decode(errors="replace")
         async with self.swapping:
             for _ in range(_SETTLE_TRIES):
                 answer = await self._view.get(key)

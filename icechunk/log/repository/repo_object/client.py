@@ -1,4 +1,4 @@
-"""One client's knowledge of ``repo`` in the repo-object layout, and the outcome of a replacement of it.
+"""One client's knowledge of ``repo`` in the repo-object layout.
 
 Reads may overtake each other, so each takes a ticket, and the later one counts. A client's own change that landed
 takes one too: an answer to a read that began before may be older.
@@ -13,14 +13,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 from icechunk.errors import ErrorKind, ObjectNotFoundError, RepositoryNotFoundError, SessionStateError
-from icechunk.format.ids import ObjectId
-from icechunk.format.keys import REPO_KEY, overwritten_repo_key
+from icechunk.format.keys import REPO_KEY
 from icechunk.format.repo.codec import decode_repo
 from icechunk.format.repo.updates import UpdateList
-from icechunk.format.repo.values import CommitAmended, NewCommit, NewDetachedSnapshot, Update
+from icechunk.format.repo.values import Update
 from icechunk.log.repository.entries.reader import (
     MAX_SKEW_US,
     Instant,
@@ -28,23 +26,14 @@ from icechunk.log.repository.entries.reader import (
     clock_error_us,
     instant,
     known_of,
-    read_repo,
     store_time_us,
 )
-from icechunk.log.repository.marker import cutoff_of, nonce_of
-from icechunk.log.repository.ops_log import updates_of
+from icechunk.log.repository.marker import cutoff_of
 from icechunk.log.repository.state import RepoState, from_repo_info
 from icechunk.runtime.clock import Sources
 from icechunk.storage.port import PutResult, Storage, Version
 
-__all__ = ["RepoView", "Window", "happened", "is_repo_object", "next_window"]
-
-_SNAPSHOT_CHANGES: Final = (NewCommit, CommitAmended, NewDetachedSnapshot)
-
-
-def is_repo_object(found: RepoObject) -> bool:
-    """Whether a ``repo`` object is of the repo-object layout, and not the checkpoint of a log."""
-    return found.known.marker is None or not found.known.read_only
+__all__ = ["RepoView", "Window", "next_window"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,55 +158,6 @@ class RepoView:
                 "writing. Set the clock",
                 ErrorKind.SNAPSHOT_TIMESTAMP,
             )
-
-
-async def happened(
-    storage: Storage,
-    sources: Sources,
-    snapshots: Sequence[ObjectId],
-    *,
-    nonces: Sequence[bytes],
-    times_us: Sequence[int],
-) -> bool:
-    """Whether a replacement is part of history, given that ``repo`` has another version than the one it replaced.
-
-    At most one of several for the same version can be. A snapshot of it in the graph, or in the ops log, says so. Where
-    it has none its newest update is looked for, and the copy that its successor made of it: that has the nonce exactly
-    if it is the one.
-
-    Parameters
-    ----------
-    snapshots
-        That the replacement adds.
-    nonces, times_us
-        Of the mark of each replacement in question, and of its newest update.
-    """
-    current = await read_repo(storage, sources)
-    if current is None:
-        return False
-    if nonce_of(current.info.extra) in nonces or any(id in current.info.snapshots for id in snapshots):
-        return True
-    async for update in updates_of(storage, from_repo_info(current.info)):
-        if not times_us or update.updated_at_us < min(times_us):
-            return False
-        if snapshots:
-            if isinstance(update.change, _SNAPSHOT_CHANGES) and update.change.snapshot in snapshots:
-                return True
-        elif update.updated_at_us in times_us:
-            if update.backup_path is None:
-                # Every writer copies what it replaces, but for a conversion to the log layout.
-                return not is_repo_object(current)
-            if await _is_copy_of(storage, update.backup_path, nonces):
-                return True
-    return False
-
-
-async def _is_copy_of(storage: Storage, name: str, nonces: Sequence[bytes]) -> bool:
-    try:
-        copy = await storage.get(overwritten_repo_key(name))
-    except ObjectNotFoundError:
-        return False
-    return nonce_of(decode_repo(copy.data).extra) in nonces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Final
 
 from icechunk.errors import (
     ConflictError,
@@ -38,23 +37,22 @@ from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_rep
 from icechunk.format.repo.values import Update
 from icechunk.log.repository.entries.checkpoint import DEFAULT_UPDATES_PER_FILE, encode
 from icechunk.log.repository.entries.client import LogView
-from icechunk.log.repository.entries.reader import Opened, RepoObject, instant, nonce_in_slot, open_head, read_repo
+from icechunk.log.repository.entries.reader import Opened, RepoObject, instant, open_head, read_repo
 from icechunk.log.repository.marker import cutoff_of, nonce_of, write_mark
-from icechunk.log.repository.ops_log import any_in_history, updates_of
+from icechunk.log.repository.ops_log import happened, updates_of
 from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Layout, SwapToken
 from icechunk.log.repository.queue import Attempt, Group, UpdateRetries, Waiting, build, retries_of
-from icechunk.log.repository.repo_object.client import RepoView, happened, next_window
+from icechunk.log.repository.repo_object.client import RepoView, next_window
 from icechunk.log.repository.settle import CLOSE_GRACE_S, Fate, SwappedLog
 from icechunk.log.repository.state import MAIN, RepoState, UpdateLog, resting_on, to_repo_info
 from icechunk.log.repository.store_check import MatchCheck
+from icechunk.log.repository.tokens import REPO_TOKEN, settle_ended
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import finish_task
 from icechunk.storage.port import Matches, Storage, Version
 from icechunk.transfer.cache import WeightedCache
 
 __all__ = ["RepoObjectLayout"]
-
-_TOKEN: Final = "repo:"
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -230,7 +228,7 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
         state = replace(group.state, updates=UpdateLog.of(window.updates), repo_before_updates=window.before)
         encoded = await encode(to_repo_info(state, extra=write_mark(nonce, gc_cutoff_us=state.gc_cutoff_us)))
         return _Replacement(
-            epoch=f"{_TOKEN}{base}",
+            epoch=f"{REPO_TOKEN}{base}",
             n=0,
             nonce=nonce,
             time_us=group.state.last_time_us,
@@ -273,41 +271,32 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
             return Fate.OPEN
         # The same snapshots may be in another attempt for this version; then only the mark distinguishes the two.
         alone = all(told is attempt or told.place != attempt.place for told in self._told)
-        landed = await happened(
-            self._storage,
-            self._sources,
-            attempt.snapshots if alone else (),
-            nonces=(attempt.nonce,),
-            times_us=(attempt.time_us,),
-        )
-        return Fate.LANDED if landed else Fate.LOST
+        found = await read_repo(self._storage, self._sources)
+        landed: bool | None = False
+        if found is not None:
+            landed = await happened(
+                self._storage,
+                found.info,
+                attempt.snapshots if alone else (),
+                nonces=(attempt.nonce,),
+                times_us=(attempt.time_us,),
+            )
+        return Fate.UNDECIDED if landed is None else Fate.LANDED if landed else Fate.LOST
 
     # ---------------------------------------------------------------- settle
 
     async def settle(self, token: SwapToken) -> bool:
-        if not token.epoch.startswith(_TOKEN):
-            return await self._settle_in_log(token)
+        if not token.epoch.startswith(REPO_TOKEN):
+            return await settle_ended(self._storage, self._sources, token)
         async with self.swapping:
             for _ in range(self._retries.tries):
-                await self._view.read()
-                if any(snapshot in self.state.snapshots for snapshot in token.snapshots):
-                    return True
-                if f"{_TOKEN}{self._view.version}" != token.epoch or self._view.ended_reason is not None:
+                is_log = await self._view.read() is None
+                if is_log or f"{REPO_TOKEN}{self._view.version}" != token.epoch:
                     await self._recall()
-                    return await happened(
-                        self._storage, self._sources, token.snapshots, nonces=token.nonces, times_us=token.times_us
-                    )
+                    return await settle_ended(self._storage, self._sources, token)
                 # Still the version that the write would replace: give it another one, and it never lands.
                 await self._touch()
         raise StorageError(f"cannot settle yet, call again: {self._storage.describe()} gives no certain answer")
-
-    async def _settle_in_log(self, token: SwapToken) -> bool:
-        """The swap of a log that the repository was kept in before: it was sealed, nothing new lands there."""
-        if await any_in_history(self._storage, await self.refresh(), token.snapshots):
-            return True
-        if token.snapshots:
-            return False
-        return await nonce_in_slot(self._storage, token, marker_n=None) in token.nonces
 
     async def _touch(self) -> None:
         """Replace ``repo`` by the same state with another mark; for holders of `swapping`."""

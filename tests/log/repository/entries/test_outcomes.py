@@ -13,15 +13,17 @@ from typing import Any
 import pytest
 
 from icechunk.errors import (
+    CommitOutcomeUnknown,
     ConflictError,
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.log.repository import events as e
+from icechunk.log.repository.entries import client
 from icechunk.log.repository.entries.entry import encode_entry, encode_events, slot_key
 from icechunk.log.repository.port import SwapToken
 from icechunk.testing.scripted import Request, Send
 from tests.log.repository.strategies import an_id
-from tests.log.repository.world import World, settled, slots
+from tests.log.repository.world import DAY_S, World, put_entry, settled, slots
 
 # ---------------------------------------------------------------- rule 3
 
@@ -129,3 +131,23 @@ async def test_a_token_of_an_entry_that_is_void_as_a_whole_did_not_land(world: W
         assert not await one.settle(SwapToken(epoch=log.epoch, n=1, nonces=(b"x" * 16,)))
         assert not await one.settle(SwapToken(epoch=log.epoch, n=2, nonces=(b"x" * 16,), snapshots=(an_id(1),)))
         assert "t" not in one.state.tags
+
+
+async def test_settling_does_not_believe_a_slot_that_may_have_been_pruned_and_filled_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_MANY_NONCES", 0)
+    log, _ = await world.create()
+    sleepless, _ = await world.open()
+    token = SwapToken(epoch=log.epoch, n=1, nonces=(b"x" * 16,), known_us=world.clock.now_us)
+    await log.append(lambda _: [e.TagCreated(name="theirs", snapshot=FIRST_SNAPSHOT)])
+    await log.append(world.commit(1))
+    await log.checkpoint()
+    for _ in range(3):
+        await sleepless.refresh()
+        world.clock.move(3 * DAY_S)
+    await sleepless.refresh()
+    await world.store.delete([slot_key(log.epoch, 1)])
+    await put_entry(world.store, log.epoch, 1, e.TagCreated(name="late", snapshot=FIRST_SNAPSHOT))
+    with pytest.raises(CommitOutcomeUnknown):
+        await sleepless.settle(token)
