@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
@@ -282,11 +284,14 @@ class VirtualRefs(ABC):
     ) -> tuple[tuple[str, ...], npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
         """Distinct stored locations, the row of each given one, and which of them some container holds."""
         prefixes = self._content.virtual_prefixes
+        ascending = _ascending(locations)
+        if ascending is not None and prefixes.all_plain(ascending[0]):
+            return *ascending, np.ones(len(locations), np.bool_)
         distinct = dict.fromkeys(locations)
         if skip_empty:
             distinct.pop("", None)
         table: dict[str, int] = {}
-        if all(map(prefixes.is_plain, distinct)):
+        if prefixes.all_plain(list(distinct)) or all(map(prefixes.is_plain, distinct)):
             numbers = table = dict(zip(distinct, range(len(distinct)), strict=True))
             held = np.ones(len(table), np.bool_)
         else:
@@ -305,6 +310,21 @@ class VirtualRefs(ABC):
             columns = columns.take(good)
         self._content.set_references(path, _checked(columns, path))
         return refused
+
+
+def _ascending(locations: Sequence[str]) -> tuple[tuple[str, ...], npt.NDArray[np.int32]] | None:
+    """Distinct locations and the row of each given one, found without hashing; None where they do not ascend."""
+    if not len(locations):
+        return None
+    following = itertools.islice(locations, 1, None)
+    if all(map(operator.lt, locations, following)):
+        return tuple(locations), np.arange(len(locations), dtype=np.int32)
+    following = itertools.islice(locations, 1, None)
+    if not all(map(operator.le, locations, following)):
+        return None
+    following = itertools.islice(locations, 1, None)
+    new = np.fromiter(itertools.chain((True,), map(operator.ne, locations, following)), np.bool_, len(locations))
+    return tuple(itertools.compress(locations, new)), np.cumsum(new, dtype=np.int32) - np.int32(1)
 
 
 def _checked(refs: ChunkRefs, path: str) -> ChunkRefs:

@@ -10,9 +10,11 @@ the prefix that its reader has authorised.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 from urllib.parse import unquote
+
+import numpy as np
 
 from icechunk.config import VirtualChunkContainer
 from icechunk.errors import ErrorKind, InvalidInputError
@@ -21,6 +23,8 @@ from icechunk.runtime.representation import redacted_url
 __all__ = ["RELATIVE", "Prefixes", "checked_location", "key_of", "require_no_way_out", "stored_location"]
 
 RELATIVE: Final = "vcc://"
+_BATCH: Final = 16 * 1024
+"""Locations that are looked at together: their text stays in the processor's cache."""
 
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//([^/?#]*))?([^?#]*)(.*)", re.DOTALL)
 # Nearly every location: nothing in it that would have to be resolved.
@@ -111,6 +115,9 @@ class Prefixes:
         found = list(containers)
         self._by_length = sorted(found, key=lambda container: -len(container.url_prefix))
         self._starts = tuple(c.url_prefix for c in found if _PLAIN_PREFIX.match(c.url_prefix))
+        # Of prefixes that contain others, the outermost: each location begins with one of them at most.
+        starts = set(self._starts)
+        self._roots = [r.encode() for r in starts if r.isascii() and not r.startswith(tuple(starts - {r}))]
         self._by_name: Mapping[str, VirtualChunkContainer] = {c.name: c for c in found if c.name is not None}
 
     def absolute(self, location: str) -> str:
@@ -159,6 +166,32 @@ class Prefixes:
             and "/%" not in location
             and location.find("//", 8) < 0
             and location.isprintable()
+        )
+
+    def all_plain(self, locations: Sequence[str]) -> bool:
+        """Whether `is_plain` holds for each of them; False also where that takes longer to find out."""
+        return bool(self._roots) and all(
+            self._batch_is_plain(locations[i : i + _BATCH]) for i in range(0, len(locations), _BATCH)
+        )
+
+    def _batch_is_plain(self, locations: Sequence[str]) -> bool:
+        text = "\n".join(locations)
+        if not text.isascii():
+            return False
+        data = b"\n" + text.encode()
+        octets = np.frombuffer(data, np.uint8)
+        if np.count_nonzero(octets < 0x20) != len(locations) or (octets == 0x7F).any():
+            return False
+        starts, doubled = 0, 0
+        for root in self._roots:
+            count = data.count(b"\n" + root)
+            starts += count
+            doubled += count * sum(root.startswith(b"//", i) for i in range(8))
+        slash, after = octets[:-1] == 0x2F, octets[1:]
+        return (
+            starts == len(locations)
+            and np.count_nonzero(slash & (after == 0x2F)) == doubled
+            and not (slash & ((after == 0x2E) | (after == 0x25))).any()
         )
 
     def holds(self, location: str) -> bool:

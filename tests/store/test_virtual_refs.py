@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import icechunk
 from icechunk import ErrorKind, IcechunkError, IcechunkStore, InvalidInputError, ReadOnlyError, VirtualChunkSpec
@@ -371,3 +373,21 @@ async def test_times_as_checksums_count_in_fractions_where_the_store_has_them(
         with pytest.raises(IcechunkError) as changed:
             await read(store, "a/c/0/0")
         assert changed.value.kind == ErrorKind.VIRTUAL_CHUNK_MODIFIED
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    names=st.lists(st.sampled_from(["a", "b", "c", "d/e", "", "./f"]), min_size=6, max_size=6), ascending=st.booleans()
+)
+async def test_each_location_stays_with_its_chunk_in_any_order(
+    folder: Path, store: IcechunkStore, names: list[str], ascending: bool
+) -> None:
+    await store.delete_dir("a/c")
+    names = sorted(names) if ascending else names
+    locations = [name and prefix_of(folder) + name for name in names]
+    await store.set_virtual_refs_arr_async("a", (2, 3), locations, u64(*range(6)), np.full(6, 4, np.uint64))
+    found = {}
+    async for coords, _, places, *_rest in store.array_chunk_iterator("a"):
+        found.update(zip(map(tuple, coords.tolist()), places, strict=True))
+    expected = {(i // 3, i % 3): place.replace("/./", "/") for i, place in enumerate(locations) if place}
+    assert found == expected

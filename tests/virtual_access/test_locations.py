@@ -135,8 +135,37 @@ def test_a_plain_location_is_stored_unchanged_and_held(start: str, segments: lis
 
 
 def test_ordinary_locations_are_plain() -> None:
-    for location in ("s3://data/pre/a/b.nc", "file:///srv/x/y.h5", "https://web/x/f%20g"):
+    ordinary = ["s3://data/pre/a/b.nc", "file:///srv/x/y.h5", "https://web/x/f%20g"]
+    for location in ordinary:
         assert PREFIXES.is_plain(location)
+    assert PREFIXES.all_plain(ordinary)
+    assert PREFIXES.all_plain([f"s3://data/pre/{i}.nc" for i in range(40_000)])
+    assert not PREFIXES.all_plain([*(f"s3://data/pre/{i}.nc" for i in range(40_000)), "s3://other/f"])
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(
+                ["s3://data/pre", "file:///srv", "https://web/x", "S3://data/pre", "", "s3://data/pre/in/"]
+            ),
+            st.lists(st.one_of(SEGMENT, st.sampled_from(["\n", "\ns3://data/pre/a", "\x7f", "//"])), max_size=3),
+        ).map(lambda parts: "/".join([parts[0], *parts[1]])),
+        max_size=5,
+    )
+)
+def test_locations_that_are_plain_together_are_plain_one_by_one(locations: list[str]) -> None:
+    nested = Prefixes(
+        [
+            VirtualChunkContainer("s3://data/pre/", S3),
+            VirtualChunkContainer("s3://data/pre/in/", S3),
+            VirtualChunkContainer("https://web/x/", S3),
+        ]
+    )
+    for prefixes in (PREFIXES, nested):
+        if prefixes.all_plain(locations):
+            assert all(map(prefixes.is_plain, locations))
 
 
 @pytest.mark.parametrize("character", ["\t", "\n", "\r", "\0", "\x1f", "\x7f"])

@@ -195,6 +195,29 @@ async def references(_: Mapping[str, Any]) -> dict[str, float]:
     return seconds
 
 
+async def virtual_distinct(_: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds to set a million virtual references of a million objects, as daily files have, and to commit them."""
+    config = icechunk.RepositoryConfig.default()
+    config.set_virtual_chunk_container(
+        icechunk.VirtualChunkContainer("s3://bucket/", icechunk.s3_store(region="us-east-1"))
+    )
+    repo = await icechunk.Repository.create_async(icechunk.in_memory_storage(), config=config)
+    session = await repo.writable_session_async("main")
+    await _array(session.store, "a", REFERENCES, 1)
+    locations = [f"s3://bucket/sst/{1980 + i // 365_00}/oisst-avhrr-v02r01.{i:08d}.nc" for i in range(REFERENCES)]
+    offsets, lengths = np.full(REFERENCES, 4096, np.uint64), np.full(REFERENCES, 1000, np.uint64)
+    started, cpu = time.perf_counter(), time.process_time()
+    session.store.set_virtual_refs_arr("a", (REFERENCES,), locations, offsets, lengths, validate_containers=True)
+    written, cpu_written = time.perf_counter(), time.process_time()
+    await session.commit_async("a million")
+    return {
+        "1 M distinct: set": written - started,
+        "1 M distinct: set, CPU": cpu_written - cpu,
+        "1 M distinct: commit": time.perf_counter() - written,
+        "1 M distinct: commit, CPU": time.process_time() - cpu_written,
+    }
+
+
 async def arrays(_: Mapping[str, Any]) -> dict[str, float]:
     """Seconds to set documents and chunks of 5 000 arrays of two chunks and to commit them; then a chunk of each. Also
     the CPU time that the commits take in all threads, which says more on a busy machine.
@@ -352,6 +375,7 @@ CASES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "small": small,
     "commit": commit,
     "references": references,
+    "virtual-distinct": virtual_distinct,
     "arrays": arrays,
     "contend": contend,
     "append": append,
