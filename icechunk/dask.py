@@ -24,7 +24,7 @@ import numpy as np
 from dask.array import Array
 
 from icechunk.distributed import extract_session, merge_sessions
-from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.errors import ErrorKind, InvalidInputError, SessionStateError
 from icechunk.runtime.checks import WrongTypeError
 from icechunk.session import ForkSession
 
@@ -90,6 +90,7 @@ def store_dask(
     targets: list[zarr.Array[ArrayV3Metadata]],
     regions: list[tuple[slice, ...]] | None = None,
     split_every: int | None = None,
+    through_storage: bool = False,
     **store_kwargs: Any,
 ) -> ForkSession:
     """Write dask arrays to zarr arrays of a fork, immediately, on the default scheduler.
@@ -105,22 +106,37 @@ def store_dask(
         Region of its target that each source is written to; None: the whole target.
     split_every
         Number of sessions that one task merges.
+    through_storage
+        For targets of a fork that has joined a session by its id (`Repository.join_session`): every task hands its
+        changes over through the repository, and nothing is sent back to this process. The session takes them with
+        `Session.collect_forks`, also in another process if this one dies.
     store_kwargs
         For ``dask.array.store``; ``scheduler`` is for ``dask.compute``.
 
     Returns
     -------
     ForkSession
-        A session with all changes; merge it into the session that was forked.
+        A session with all changes; merge it into the session that was forked. With ``through_storage`` the fork of the
+        targets, without those of tasks in other processes: there is nothing to merge.
 
     Raises
     ------
     InvalidInputError
         If there are no sources.
+    SessionStateError
+        With ``through_storage``, if the fork has not joined a session (kind ``not-allowed``).
     """
     _assert_correct_dask_version()
     if not sources:
         raise InvalidInputError("store_dask needs at least one source", ErrorKind.INVALID_SETTING)
+    if through_storage:
+        for target in targets:
+            if extract_session(target).id is None:
+                raise SessionStateError(
+                    "cannot hand over through storage: the targets' fork has not joined a session by its id; "
+                    "Repository.join_session makes one that has",
+                    ErrorKind.NOT_ALLOWED,
+                )
     compute_kwargs = {name: store_kwargs.pop(name) for name in ("scheduler",) if name in store_kwargs}
     for name in ("compute", "return_stored", "load_stored"):
         store_kwargs.pop(name, None)
@@ -133,9 +149,19 @@ def store_dask(
         load_stored=False,
         **{"lock": False, **store_kwargs},
     )
-    return session_merge_reduction(
-        [stored] if isinstance(stored, Array) else list(stored), split_every=split_every, **compute_kwargs
-    )
+    arrays: list[Any] = [stored] if isinstance(stored, Array) else list(stored)
+    if through_storage:
+        hand_over = _dask.delayed(_hand_over)
+        _dask.compute(
+            *(hand_over(block) for array in arrays for block in array.to_delayed().ravel()), **compute_kwargs
+        )
+        return extract_session(targets[0])  # type: ignore[return-value]
+    return session_merge_reduction(arrays, split_every=split_every, **compute_kwargs)
+
+
+def _hand_over(array: zarr.Array[ArrayV3Metadata]) -> None:
+    """Persist what a task has written, for the session that its fork has joined."""
+    extract_session(array).checkpoint()
 
 
 def session_merge_reduction(

@@ -27,6 +27,8 @@ __all__ = [
     "ReadOnlyError",
     "RefNotFoundError",
     "RepositoryNotFoundError",
+    "SessionEndedError",
+    "SessionNotFoundError",
     "SessionStateError",
     "SnapshotNotFoundError",
     "StorageError",
@@ -138,6 +140,11 @@ class ErrorKind(StrEnum):
     PICKLE = "pickle"
     UNKNOWN = "unknown"
     COMMIT_OUTCOME_UNKNOWN = "commit-outcome-unknown"
+    SESSION_NOT_FOUND = "session-not-found"
+    SESSION_COMMITTED = "session-committed"
+    SESSION_ABANDONED = "session-abandoned"
+    SESSION_EXPIRED = "session-expired"
+    SESSION_FENCED = "session-fenced"
 
 
 class IcechunkError(Exception):
@@ -202,6 +209,12 @@ class RefNotFoundError(NotFoundError):
     default_kind = ErrorKind.REF_NOT_FOUND
 
 
+class SessionNotFoundError(NotFoundError):
+    """No persisted session with this id: it was never checkpointed, or ended so long ago that no trace is left."""
+
+    default_kind = ErrorKind.SESSION_NOT_FOUND
+
+
 class RepositoryNotFoundError(NotFoundError):
     """No repository at this place of the storage. Check bucket and prefix, or create one there.
 
@@ -240,6 +253,28 @@ class SessionStateError(IcechunkError):
     """The session, or repository, is in a state that does not allow this operation."""
 
     default_kind = ErrorKind.NOT_ALLOWED
+
+
+class SessionEndedError(SessionStateError):
+    """A persisted session cannot be written to any more, or not from here.
+
+    The kind says why: ``session-committed``, ``session-abandoned``, ``session-expired`` (its lease had ended, and a
+    collection took its chunks) or ``session-fenced`` (another process has resumed it). Nothing was written.
+
+    Attributes
+    ----------
+    snapshot_id : str or None
+        The snapshot that the session became; None unless it was committed.
+    """
+
+    default_kind = ErrorKind.SESSION_FENCED
+
+    def __init__(self, message: str, kind: str | None = None, snapshot_id: str | None = None) -> None:
+        super().__init__(message, kind)
+        self.snapshot_id = snapshot_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self._message, self._kind, self.snapshot_id))
 
 
 class StorageError(IcechunkError):

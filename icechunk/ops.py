@@ -20,6 +20,7 @@ __all__ = [
     "ChunkStorageStats",
     "FeatureFlag",
     "GCSummary",
+    "PersistedSession",
     "RepoAvailability",
     "RepoStatus",
     "SessionMode",
@@ -399,3 +400,21 @@ class ChunkStorageStats(Described):
             virtual_bytes=self.virtual_bytes + other.virtual_bytes,
             inlined_bytes=self.inlined_bytes + other.inlined_bytes,
         )
+
+
+@dataclass(frozen=True, slots=True, repr=False, kw_only=True)
+class PersistedSession(Described):
+    """A session that was checkpointed, and has not ended; see `Repository.sessions`."""
+
+    id: str
+    """For `Repository.resume_session` and `Repository.join_session`."""
+    branch: str
+    """Where its commit goes."""
+    snapshot_id: str
+    """The snapshot that it is based on."""
+    created_at: datetime
+    """Of its first checkpoint, by the store's clock."""
+    written_at: datetime
+    """Of its newest checkpoint, those of forks that joined it included, by the store's clock."""
+    leased_until: datetime
+    """Until then collections keep it, and its chunks. Afterwards it can be resumed until a collection runs."""

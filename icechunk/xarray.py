@@ -51,6 +51,7 @@ def to_icechunk(
     encoding: Mapping[Any, Any] | None = None,
     chunkmanager_store_kwargs: MutableMapping[Any, Any] | None = None,
     split_every: int | None = None,
+    through_storage: bool = False,
 ) -> None:
     """Write a Dataset or DataArray into a writable session; others see it only after the session is committed.
 
@@ -82,11 +83,16 @@ def to_icechunk(
         Passed on to the chunk manager's ``store`` (dask's).
     split_every
         Width of the tree in which the changes of dask's tasks are merged.
+    through_storage
+        Let dask's tasks hand over their changes through the repository, instead of sending them back to this process.
+        The session is persisted for that: see `Session.checkpoint`.
 
     Raises
     ------
     TypeError
         If ``obj`` is not an xarray object.
+    SessionStateError
+        If ``through_storage`` is asked for, and the session is a fork (kind ``not-allowed``).
     ReadOnlyError
         If the session is read-only.
     ValueError, FileExistsError, KeyError
@@ -126,7 +132,11 @@ def to_icechunk(
     writer._open_group(group=group, mode=mode, append_dim=append_dim, region=region)
     writer.write_metadata(encoding)
     writer.write_eager()
-    if writer.writer.sources:
+    if writer.writer.sources and through_storage:
+        fork = run_sync(session._joined_async())
+        writer.write_lazy(chunkmanager_store_kwargs, split_every, fork)
+        session.collect_forks()
+    elif writer.writer.sources:
         session.merge(writer.write_lazy(chunkmanager_store_kwargs, split_every))
 
 
@@ -206,7 +216,10 @@ class _XarrayDatasetWriter:
         self.writer.write_eager()
 
     def write_lazy(
-        self, chunkmanager_store_kwargs: MutableMapping[Any, Any] | None = None, split_every: int | None = None
+        self,
+        chunkmanager_store_kwargs: MutableMapping[Any, Any] | None = None,
+        split_every: int | None = None,
+        joined: ForkSession | None = None,
     ) -> ForkSession:
         """Compute and write dask arrays; returns the session with their changes, to be merged.
 
@@ -214,6 +227,8 @@ class _XarrayDatasetWriter:
         ----------
         chunkmanager_store_kwargs, split_every
             As in `to_icechunk`.
+        joined
+            A fork that has joined the session: the tasks hand over through storage, and nothing is to be merged.
         """
         self._require_metadata()
         if not self.writer.sources:
@@ -223,12 +238,13 @@ class _XarrayDatasetWriter:
         from icechunk.dask import store_dask
 
         session = self.store.session
-        store = session.store if isinstance(session, ForkSession) else session.fork().store
+        fork = joined or (session if isinstance(session, ForkSession) else session.fork())
         return store_dask(
             sources=self.writer.sources,
-            targets=[zarr.open_array(store, path=array.path, mode="r+") for array in self.writer.targets],
+            targets=[zarr.open_array(fork.store, path=array.path, mode="r+") for array in self.writer.targets],
             regions=self.writer.regions,
             split_every=split_every,
+            through_storage=joined is not None,
             **dict(chunkmanager_store_kwargs or {}),
         )
 

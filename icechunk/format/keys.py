@@ -13,6 +13,7 @@ __all__ = [
     "OVERWRITTEN_PREFIX",
     "REFS_PREFIX",
     "REPO_KEY",
+    "SESSIONS_PREFIX",
     "SNAPSHOTS_PREFIX",
     "TRANSACTIONS_PREFIX",
     "chunk_key",
@@ -33,6 +34,8 @@ MANIFESTS_PREFIX: Final = "manifests/"
 TRANSACTIONS_PREFIX: Final = "transactions/"
 CHUNKS_PREFIX: Final = "chunks/"
 REFS_PREFIX: Final = "refs/"
+SESSIONS_PREFIX: Final = "sessions/"
+"""Segments of persisted sessions; the official library ignores them."""
 OVERWRITTEN_PREFIX: Final = "overwritten/"
 """Copies of mutable objects, made before each overwrite."""
 

@@ -8,7 +8,7 @@ what its parent refers to: whatever pauses and clocks writers have, no needed fi
 In the repo-object layout the same event is one replacement of ``repo``, and the cutoff is in its ``extra`` for other
 clients of this package; the official library neither observes nor keeps it. In format 1 there is no such event. So in
 every layout the collector also looks at the repository again, about once a second, before it deletes, and keeps the
-objects that new snapshots refer to.
+objects that new snapshots refer to. Persisted sessions hold the cutoff back (`icechunk.maintenance.leases`).
 
 Order: the event; a checkpoint, so that other readers of the format no longer see the snapshots that leave; everything
 reachable is read, and an unreadable object ends the collection; only then are objects listed and deleted. The sizes in
@@ -18,11 +18,13 @@ the listing decide which of the objects that stay are repacked (`icechunk.mainte
 from __future__ import annotations
 
 from icechunk.errors import StorageError
+from icechunk.format.ids import ObjectId
 from icechunk.format.keys import CHUNKS_PREFIX, MANIFESTS_PREFIX, SNAPSHOTS_PREFIX, TRANSACTIONS_PREFIX
 from icechunk.log.repository.events import CollectionRan
 from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.log.repository.state import RepoState, apply
 from icechunk.log.repository.store_check import require_writable
+from icechunk.maintenance.leases import end_expired, read_leases
 from icechunk.maintenance.living import Living, Shares
 from icechunk.maintenance.reachability import Files, Limits
 from icechunk.maintenance.repack import Repacked, Repacking, Survey, repack
@@ -80,10 +82,17 @@ async def collect_garbage(
     asked_us = log.store_time_us
     up_to_now = older_than_us > asked_us - _steps_us(storage)
     cutoff_us = await _cutoff_us(log, storage, sources, older_than_us, up_to_now=up_to_now, dry_run=dry_run)
+    now_us = log.store_time_us
+    if dry_run:
+        leases = await read_leases(storage, log.state, now_us=now_us)
+    else:
+        leases = await end_expired(storage, sources, log.state, now_us=now_us)
+    cutoff_us = leases.collect_before_us(cutoff_us, log.state)
     state = await _collected(log, sources, cutoff_us, dry_run=dry_run)
     files = Files(storage, log)
     shares = Shares() if repacking is not None else None
-    living = Living(log, files, sources, limits, state, shares)
+    bases = await leases.present_bases(storage) if log.layout is Layout.REFS else frozenset[ObjectId]()
+    living = Living(log, files, sources, limits, state, shares, bases)
     await living.grow(state)
     survey = Survey(shares, cutoff_us) if shares is not None else None
     sweep = Sweep(
@@ -113,7 +122,8 @@ async def collect_garbage(
             shares,
             survey,
             repacking,
-            delete_now=older_than_us > asked_us - _PRESENT_US,
+            # Sessions go on reading the snapshot that they are based on.
+            delete_now=older_than_us > asked_us - _PRESENT_US and not leases.heads,
             cutoff_us=cutoff_us,
             dry_run=dry_run,
         )

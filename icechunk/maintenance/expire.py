@@ -20,6 +20,7 @@ from icechunk.log.repository.port import RepositoryLog
 from icechunk.log.repository.ref_files.layout import RefFilesLayout
 from icechunk.log.repository.state import MAIN, RepoState, reparented
 from icechunk.log.repository.store_check import require_writable
+from icechunk.maintenance.leases import read_leases
 from icechunk.maintenance.ref_history import Link, Links
 from icechunk.runtime.tasks import run_each
 from icechunk.storage.port import Storage
@@ -124,6 +125,7 @@ async def expire_ref_files(
     require_writable(storage, "expire snapshots")
     state = await log.refresh()
     log.require_all_refs()
+    leases = await read_leases(storage, state, now_us=log.store_time_us)
     links = Links(storage)
     chains: dict[ObjectId, list[Link]] = {}
 
@@ -131,6 +133,8 @@ async def expire_ref_files(
         chains[tip] = await links.chain(tip)
 
     await run_each(read, state.tips(), limit=_CONCURRENT)
+    behind = ((link.id, link.flushed_at_us) for chain in chains.values() for link in chain[1:])
+    older_than_us = leases.expire_before_us(older_than_us, behind)
     fates = {tip: shorten(chain, older_than_us) for tip, chain in chains.items()}
     released: set[ObjectId] = set()
     edits: dict[ObjectId, ObjectId] = {}
@@ -184,11 +188,14 @@ async def expire(
             level=level,
         )
     released: set[ObjectId] = set()
+    leases = await read_leases(storage, log.state, now_us=log.store_time_us)
 
     def propose(state: RepoState) -> Sequence[Event]:
+        tips = set(state.branches.values())
+        behind = ((record.id, record.flushed_at_us) for record in state.snapshots.values() if record.id not in tips)
         event = expiration(
             state,
-            older_than_us=older_than_us,
+            older_than_us=leases.expire_before_us(older_than_us, behind),
             delete_expired_branches=delete_expired_branches,
             delete_expired_tags=delete_expired_tags,
         )

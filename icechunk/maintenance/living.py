@@ -71,6 +71,8 @@ class Living:
         The repository as it was last seen; nothing is read before `grow`.
     shares
         Filled for the manifests that the first `grow` reads; None: not needed.
+    bases
+        Snapshots that stay in format 1 although no ref leads to them.
     """
 
     def __init__(
@@ -81,12 +83,14 @@ class Living:
         limits: Limits,
         state: RepoState,
         shares: Shares | None = None,
+        bases: Collection[ObjectId] = (),
     ) -> None:
         self._log = log
         self._files = files
         self._sources = sources
         self._limits = limits
         self._shares = shares
+        self._bases = frozenset(bases)
         self._transactions: set[ObjectId] = {FIRST_SNAPSHOT}
         self._chunks = RowSet(CHUNK_ID_BYTES)
         self._looked_us = sources.elapsed_us()
@@ -107,7 +111,7 @@ class Living:
     async def grow(self, state: RepoState) -> None:
         """Add what a state reaches. Raises where something of it cannot be read."""
         in_files = self._log.layout is Layout.REFS
-        start = state.tips() if in_files else set(state.snapshots)
+        start = state.tips() | self._bases if in_files else set(state.snapshots)
         manifests = await walk(self._files, start, self.walked, self._limits, follow_parents=in_files)
         self._transactions |= self.walked.snapshots.keys()
         if not in_files:

@@ -5,21 +5,28 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from icechunk.conflicts import ConflictSolver
 from icechunk.errors import ErrorKind, ReadOnlyError, SnapshotNotFoundError
-from icechunk.format.ids import ObjectId
+from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
 from icechunk.log.repository.port import SwapToken
 from icechunk.log.repository.state import ONLINE, RepoState
 from icechunk.log.repository.store_check import require_writable
+from icechunk.ops import PersistedSession
 from icechunk.repository.base import RepositoryBase, select
 from icechunk.repository.views import require_feature
 from icechunk.runtime.checks import WrongTypeError, require_type
+from icechunk.runtime.clock import moment
 from icechunk.runtime.loops import synchronous
-from icechunk.session import Session
+from icechunk.runtime.tasks import run_jobs
+from icechunk.session import ForkSession, Session
+from icechunk.session.checkpoint import lease_in_us
 from icechunk.session.content import SessionContent
+from icechunk.session.resume import join, resume
 from icechunk.store import IcechunkStore
+from icechunk.transfer.segments import list_sessions, read_head
 
 __all__ = ["Sessions"]
 
@@ -118,6 +125,83 @@ class Sessions(RepositoryBase):
         return await self._session_on(branch, state, rearrange=True)
 
     rearrange_session = synchronous(rearrange_session_async)
+
+    async def sessions_async(self) -> list[PersistedSession]:
+        """The sessions that were persisted with `Session.checkpoint` and have not ended, oldest first.
+
+        Costs a listing, and a small read for each session.
+        """
+        storage = self._core.storage
+        listed = [one for one in (await list_sessions(storage)).values() if one.own]
+        heads = await run_jobs([partial(read_head, storage, one.own[one.last].key) for one in listed])
+        found = [
+            PersistedSession(
+                id=encode_id(one.session),
+                branch=head.branch,
+                snapshot_id=encode_id(head.base),
+                created_at=moment(head.created_us),
+                written_at=moment(one.written_us),
+                leased_until=moment(one.written_us + head.lease_us),
+            )
+            for one, head in zip(listed, heads, strict=True)
+            if not head.kind.is_end and head.branch is not None
+        ]
+        return sorted(found, key=lambda one: (one.created_at, one.id))
+
+    sessions = synchronous(sessions_async)
+
+    async def resume_session_async(self, id: str, *, lease: timedelta | None = None) -> Session:
+        """Go on with a session that was persisted with `Session.checkpoint`, here or in any other process.
+
+        It has everything up to its last checkpoint. A process that still holds the session is fenced: its next
+        checkpoint or commit ends with an error (kind ``session-fenced``), and writes nothing. If a commit of the
+        session was under way, its outcome is found out first: a session is committed at most once.
+
+        Parameters
+        ----------
+        id
+            What `Session.checkpoint` returned.
+        lease
+            As of `Session.checkpoint_async`; None: as it was.
+
+        Raises
+        ------
+        SessionNotFoundError
+            There is no session of this id.
+        SessionEndedError
+            It was committed (kind ``session-committed``, with the snapshot's id), abandoned (``session-abandoned``), or
+            a collection has taken its chunks after its lease (``session-expired``).
+        ReadOnlyError
+            The repository's status is read-only.
+        FormatError
+            A segment of it cannot be read.
+        """
+        session, lease_us = object_id_from_text(id), lease_in_us(lease)
+        _require_online(await self._core.state())
+        (await self._core.log()).prepare_writes_soon()
+        return Session(await resume(self._core, session, lease_us))
+
+    resume_session = synchronous(resume_session_async)
+
+    async def join_session_async(self, id: str) -> ForkSession:
+        """A fork that works for a persisted session, and hands over its changes through the repository.
+
+        It begins with everything up to the session's last checkpoint. Its own `Session.checkpoint` writes its changes,
+        which the session takes with `Session.collect_forks`; the fork itself need not be sent back.
+
+        Parameters
+        ----------
+        id
+            What `Session.checkpoint` returned.
+
+        Raises
+        ------
+        SessionNotFoundError, SessionEndedError, FormatError
+            As `resume_session_async`.
+        """
+        return ForkSession(await join(self._core, object_id_from_text(id)))
+
+    join_session = synchronous(join_session_async)
 
     @asynccontextmanager
     async def transaction_async(

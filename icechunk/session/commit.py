@@ -39,8 +39,10 @@ from icechunk.log.session.plan.reuse import Earlier, Remembered
 from icechunk.log.session.plan.transaction_parts import in_parts
 from icechunk.runtime.checks import json_metadata, require_text
 from icechunk.runtime.tasks import run_all, run_each, run_stream
+from icechunk.session.checkpoint import landed_error, note_attempt, note_committed, require_not_landed
 from icechunk.session.content import Phase, SessionContent
 from icechunk.session.core import Core
+from icechunk.session.persisted import Persisted
 from icechunk.session.rebase import Rebase, advance
 from icechunk.transfer.assets import off_loop
 
@@ -133,6 +135,7 @@ async def write_snapshot(
         content.end_commit(error)
         raise
     content.end_commit(snapshot)
+    await note_committed(content, snapshot.id)
     return encode_id(snapshot.id)
 
 
@@ -147,6 +150,7 @@ async def write_unlisted(content: SessionContent, log: SessionLog) -> Snapshot:
         commit=Commit(how=How.FLUSH, branch="", message="inherited by forks", metadata={}),
         plan=content.plan(log, everything=False),
         spec_version=(await core.log()).spec_version,
+        snapshot_id=core.sources.new_object_id(),
         amended=None,
     )
     async with aclosing(files.make()) as coming:
@@ -167,6 +171,7 @@ async def _commit(content: SessionContent, commit: Commit, solver: ConflictSolve
                 return await _commit_in_turn(content, commit, solver)
             return await _commit_once(content, content.log, commit)
         except ConflictError:
+            await require_not_landed(content)
             if solver is None or tried == tries:
                 raise
         content.phase = Phase.COMMITTING
@@ -238,6 +243,8 @@ async def _commit_once(content: SessionContent, log: SessionLog, commit: Commit,
 
     Raises
     ------
+    SessionEndedError
+        It is persisted, and another process has taken it over, or it was committed.
     SessionStateError
         To amend: the base is the first snapshot (kind ``no-amend-for-initial-commit``).
     ConflictError
@@ -268,6 +275,7 @@ async def _commit_once(content: SessionContent, log: SessionLog, commit: Commit,
         commit=commit,
         plan=content.plan(log, everything=commit.rewrite),
         spec_version=repository_log.spec_version,
+        snapshot_id=core.sources.new_object_id(),
         amended=amended,
     )
     snapshot, embedded = await _write(content, repository_log, files)
@@ -283,7 +291,7 @@ async def _commit_once(content: SessionContent, log: SessionLog, commit: Commit,
     core.assets.keep_snapshot(snapshot)
     for key, data in embedded.items():
         core.files.put(key, data, len(data))
-    proposal = _Proposal(commit=commit, base=base.id, record=record)
+    proposal = _Proposal(commit=commit, base=base.id, record=record, persisted=content.persisted)
     await repository_log.append(
         proposal.events,
         since_us=content.since_us,
@@ -305,10 +313,24 @@ class _Proposal:
     base: ObjectId
     """The snapshot that the branch must point to."""
     record: SnapshotRecord
+    persisted: Persisted | None
+    """The segments of a session that other processes may have tried to commit."""
 
     def events(self, state: RepoState) -> Sequence[Event]:
-        """Pure: the newest state to the events. Raises `ConflictError` where the branch has moved."""
+        """Pure: the newest state to the events.
+
+        Raises
+        ------
+        ConflictError
+            The branch has moved.
+        SessionEndedError
+            An earlier commit of the same changes has landed.
+        """
         branch = self.commit.branch
+        if self.persisted is not None:
+            for earlier in self.persisted.attempts:
+                if earlier != self.record.id and earlier in state.snapshots:
+                    raise landed_error(self.persisted.session, earlier)
         if self.commit.how is How.FLUSH:
             return [DetachedSnapshotAdded(snapshot=self.record)]
         _require_tip(state, branch, self.base)
@@ -327,7 +349,12 @@ async def _write(
     content: SessionContent, log: RepositoryLog, files: CommitFiles
 ) -> tuple[Snapshot, Mapping[str, bytes]]:
     """Write the files; those that are returned instead are to be embedded in the entry."""
-    core, puts = content.core, content.puts
+    core = content.core
+
+    async def land() -> None:
+        await content.puts.flush()
+        await note_attempt(content, files.snapshot_id)
+
     small = min(core.settings.small_commit_bytes, log.embed_limit_bytes)
     made: list[File] = []
     held_bytes = 0
@@ -339,7 +366,7 @@ async def _write(
                 break
         if held_bytes <= small:
             # Chunks are not embedded: what the entry refers to must be there before it.
-            await run_all(log.prepare_writes, puts.flush)
+            await run_all(log.prepare_writes, land)
             assert files.snapshot is not None
             return files.snapshot, dict(made)
 
@@ -356,7 +383,7 @@ async def _write(
         stream = partial(
             run_stream, put, all_files(), _size, limit=settings.max_requests, max_weight=settings.put_memory_bytes
         )
-        await run_all(log.prepare_writes, puts.flush, stream)
+        await run_all(log.prepare_writes, land, stream)
     if files.commit.earlier is not None:
         files.commit.earlier.add(files.new)
     assert files.snapshot is not None
@@ -382,6 +409,7 @@ class CommitFiles:
     commit: Commit
     plan: Plan
     spec_version: int
+    snapshot_id: ObjectId
     amended: TransactionLog | None
     """Of the snapshot that this one takes the place of."""
     snapshot: Snapshot | None = None
@@ -397,7 +425,7 @@ class CommitFiles:
         Raises as `new_manifests` and the encoders do; values that are too large for a file are found before the first.
         """
         core, plan = self.core, self.plan
-        snapshot_id = core.sources.new_object_id()
+        snapshot_id = self.snapshot_id
         transactions = self._transactions(snapshot_id)
         for array in plan.arrays:
             require_fit(array, max_refs(len(array.node.shape)))

@@ -30,10 +30,12 @@ from icechunk.errors import (
 from icechunk.format.ids import ObjectId
 from icechunk.format.values import ChunkRef, ChunkRefs, NodeKind, NodeSnapshot, Snapshot
 from icechunk.log.repository.port import Layout, SwapToken
+from icechunk.log.session.events import Event
 from icechunk.log.session.log import ABSENT, IN_BASE, Absent, InBase, Savepoint, SessionLog
 from icechunk.log.session.plan.compaction import Plan, plan
 from icechunk.log.session.zarr_metadata import require_regular_grid
 from icechunk.session.core import Core
+from icechunk.session.persisted import Persisted
 from icechunk.session.read import all_references, read_chunk, reference_of
 from icechunk.storage.port import ByteRange, Octets
 from icechunk.virtual_access.locations import Prefixes
@@ -80,6 +82,8 @@ class SessionContent:
         Whether it takes moves of nodes, and nothing else.
     lineage
         Of a fork whose base is its parent with all uncommitted changes; None where the base is the parent's.
+    persisted
+        The segments that it was read from, or that a fork shall write; None: it has none.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class SessionContent:
         since_us: int = 0,
         rearrange: bool = False,
         lineage: Lineage | None = None,
+        persisted: Persisted | None = None,
     ) -> None:
         self.core = core
         self.log = log
@@ -100,6 +105,7 @@ class SessionContent:
         self.since_us = since_us
         self.rearrange = rearrange
         self.lineage = lineage
+        self.persisted = persisted
         self.phase = Phase.READ_ONLY if branch is None and origin is None else Phase.WRITABLE
         self.sent: SwapToken | None = None
         """The token of the commit's entry, which has landed or may land."""
@@ -240,6 +246,23 @@ class SessionContent:
         """A log of the session's own changes, to look at, not to read chunks through."""
         with self.lock:
             return self.log if self.origin is None else self.log.since(self.origin)
+
+    def own_events(self) -> tuple[Event, ...]:
+        """Under the lock: the events of its own changes."""
+        events = self.log.events
+        return events if self.origin is None else events[self.origin.position :]
+
+    def give_up(self) -> None:
+        """Forget all changes of its own, and take none any more."""
+        with self.lock:
+            if self.phase is Phase.READ_ONLY:
+                return
+            self.require_changeable()
+            self.log = SessionLog(self.log.base, self.core.sources.new_node_id)
+            self.puts.discard()
+            self._discards += 1
+            self.branch = self.origin = None
+            self.phase = Phase.READ_ONLY
 
     def discard(self) -> None:
         """Drop all changes of its own."""

@@ -24,6 +24,7 @@ from icechunk.log.session.log import Savepoint, SessionLog
 from icechunk.log.session.merge.conflicts import Landed, Winner, find_conflicts, rebase
 from icechunk.log.session.merge.diff import changes_since
 from icechunk.runtime.tasks import run_each
+from icechunk.session.checkpoint import require_not_landed
 from icechunk.session.content import Phase, SessionContent
 from icechunk.session.core import Core
 from icechunk.transfer.assets import off_loop
@@ -290,6 +291,7 @@ async def rebase_session(content: SessionContent, solver: ConflictSolver) -> Non
     """Put a session's changes on top of its branch, as `Session.rebase_async` says."""
     branch = content.begin_rebase()
     try:
+        await require_not_landed(content)
         await advance(content, branch, solver)
     finally:
         content.phase = Phase.WRITABLE

@@ -20,6 +20,7 @@ import pickle
 import threading
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from datetime import timedelta
 from typing import Any, Self, get_args
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -41,11 +42,13 @@ from icechunk.runtime.loops import run_sync, synchronous
 from icechunk.runtime.pickles import instance_of_state
 from icechunk.runtime.representation import fields_html
 from icechunk.session import rearrange
+from icechunk.session.checkpoint import abandon, checkpoint, lease_in_us
 from icechunk.session.commit import How, write_snapshot, write_unlisted
 from icechunk.session.content import Lineage, Phase, SessionContent, absolute
 from icechunk.session.core import Core
 from icechunk.session.merge import merge_forks
 from icechunk.session.rebase import rebase_session
+from icechunk.session.resume import collect_forks, join, joined_fork
 from icechunk.snapshots import Diff
 from icechunk.store.store import IcechunkStore
 from icechunk.virtual import ChunkType
@@ -283,6 +286,98 @@ class Session:
 
     rebase = synchronous(rebase_async)
 
+    # -- surviving the process -------------------------------------------------------------------------------------
+
+    @property
+    def id(self) -> str | None:
+        """The id under which the session is persisted, for `Repository.resume_session` and `Repository.join_session`;
+        None before its first `checkpoint`."""
+        persisted = self._content.persisted
+        return None if persisted is None else encode_id(persisted.session)
+
+    async def checkpoint_async(self, *, lease: timedelta | None = None) -> str:
+        """Persist the changes so far, so that another process can go on with them by the session's id.
+
+        Waits for the chunks that are on their way, then writes what is new since the last checkpoint as one object
+        below ``sessions/``. Nothing becomes visible to readers. Calls may run while others write: what is written
+        meanwhile is part of the next one. A commit of a persisted session removes these objects.
+
+        A fork that has joined a session (`Repository.join_session`) hands over its changes this way; the session takes
+        them with `collect_forks`.
+
+        Parameters
+        ----------
+        lease
+            For so long from now, by the store's clock, collections keep the session and its chunks. Every checkpoint
+            renews it, also one of a fork that has joined. None: as it was, at first seven days.
+
+        Returns
+        -------
+        str
+            The session's id, the same for every checkpoint.
+
+        Raises
+        ------
+        SessionEndedError
+            Another process has resumed the session (kind ``session-fenced``), or ended it (``session-committed``,
+            ``session-abandoned``), or a collection has taken its chunks (``session-expired``). Nothing was written.
+        SessionStateError
+            A commit or rebase is running, or it is a fork that has joined no session (kind ``not-allowed``).
+        ReadOnlyError
+            The session is read-only.
+        StorageError
+            A chunk or the segment could not be written; the next checkpoint tries again.
+        """
+        return encode_id(await checkpoint(self._content, lease_in_us(lease)))
+
+    checkpoint = synchronous(checkpoint_async)
+
+    async def abandon_async(self) -> None:
+        """End the session without a commit: its changes are forgotten, and what `checkpoint` wrote is deleted.
+
+        Afterwards it is read-only, and shows its base. Chunks that were uploaded go with the next collection.
+
+        Raises
+        ------
+        SessionEndedError
+            Another process has resumed it, or it has ended already.
+        SessionStateError
+            A commit or rebase is running.
+        StorageError
+            The end could not be written; the session is as before.
+        """
+        await abandon(self._content)
+
+    abandon = synchronous(abandon_async)
+
+    async def collect_forks_async(self, *, on_conflict: MergePolicy = "error") -> int:
+        """Merge what forks that joined this session by its id have handed over, with their `checkpoint`.
+
+        Merges as `merge_async` does. What was merged before is passed over, so it may be called again and again, while
+        forks still work, and by a process that has resumed the session.
+
+        Parameters
+        ----------
+        on_conflict
+            As of `merge_async`; the forks are in the order of their last checkpoints.
+
+        Returns
+        -------
+        int
+            Number of forks that had anything new.
+
+        Raises
+        ------
+        MergeFailedError
+            There are conflicts; nothing was merged.
+        SessionStateError
+            The session is not persisted (kind ``not-allowed``), or a commit or rebase is running.
+        """
+        _require_policy(on_conflict)
+        return await collect_forks(self._content, on_conflict)
+
+    collect_forks = synchronous(collect_forks_async)
+
     # -- many writers ----------------------------------------------------------------------------------------------
 
     def fork(self) -> ForkSession:
@@ -308,6 +403,13 @@ class Session:
         with content.lock:
             log = content.log.rebased(content.log.base, author=content.core.sources.new_node_id())
         return _fork_of(content, log, len(log.events))
+
+    async def _joined_async(self) -> ForkSession:
+        """Persist the session, and return a fork that has joined it."""
+        await self.checkpoint_async()
+        persisted = self._content.persisted
+        assert persisted is not None
+        return ForkSession(await join(self._content.core, persisted.session))
 
     async def merge_async(self, *others: Session, on_conflict: MergePolicy = "error") -> None:
         """Take over what forks changed.
@@ -345,11 +447,7 @@ class Session:
         """
         for other in others:
             require_type("others", other, Session)
-        if on_conflict not in get_args(MergePolicy):
-            raise InvalidInputError(
-                f"on_conflict is one of {get_args(MergePolicy)}, it cannot be {on_conflict!r}",
-                ErrorKind.INVALID_SETTING,
-            )
+        _require_policy(on_conflict)
         forks = [(n, other._content) for n, other in enumerate(others) if other is not self]
         await merge_forks(self._content, forks, on_conflict)
 
@@ -520,6 +618,13 @@ class Session:
         return fields_html("icechunk.session.Session", self._summary())
 
 
+def _require_policy(on_conflict: MergePolicy) -> None:
+    if on_conflict not in get_args(MergePolicy):
+        raise InvalidInputError(
+            f"on_conflict is one of {get_args(MergePolicy)}, it cannot be {on_conflict!r}", ErrorKind.INVALID_SETTING
+        )
+
+
 def _land_chunks(content: SessionContent) -> None:
     if not content.puts.is_idle:
         run_sync(content.puts.flush())
@@ -547,7 +652,7 @@ class ForkSession(Session):
         with content.lock:
             assert content.origin is not None
             base, events, position = content.log.base, content.log.events, content.origin.position
-            lineage = content.lineage
+            lineage, persisted = content.lineage, content.persisted
         if sum(map(size_of, events[:position])) > _EMBEDDED_BYTES:
             base, lineage = run_sync(_inherited(content, base, events[:position]))
             events, position = events[position:], 0
@@ -560,13 +665,14 @@ class ForkSession(Session):
             "since_us": content.since_us,
             "rearrange": content.rearrange,
             "lineage": None if lineage is None else tuple(lineage),
+            "joined": None if persisted is None else (persisted.session, persisted.joined_at),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         core = _shared_core(state["core"])
         base = _arrived(core, state["base"], state["snapshot"])
         log = decode_log(state["log"], base, core.sources.new_node_id, core.sources.new_node_id())
-        lineage = state.get("lineage")
+        lineage, joined = state.get("lineage"), state.get("joined")
         self._content = SessionContent(
             core,
             log,
@@ -574,6 +680,8 @@ class ForkSession(Session):
             since_us=state["since_us"],
             rearrange=state["rearrange"],
             lineage=None if lineage is None else Lineage(*lineage),
+            # Each copy hands over its changes for itself.
+            persisted=None if joined is None else joined_fork(core, *joined),
         )
 
 

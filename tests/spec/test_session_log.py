@@ -11,10 +11,11 @@ from typing import get_args
 import orjson
 
 from icechunk.format.envelope import FileType, seal
-from icechunk.format.ids import FIRST_SNAPSHOT, NodeId
+from icechunk.format.ids import FIRST_SNAPSHOT, NodeId, ObjectId
 from icechunk.format.values import Snapshot
 from icechunk.log.session import events as session_events
 from icechunk.log.session.log import SessionLog
+from icechunk.log.session.segment import SegmentHead, SegmentKind, encode_segment
 from icechunk.log.session.wire import decode_log, encode_log
 from icechunk.session.content import Phase
 from tests.spec.pages import ROOT, ZARR_ARRAY, ZARR_GROUP, block, code, page, rows
@@ -43,6 +44,26 @@ def test_the_serialised_session_log_of_the_page_is_encoded_byte_for_byte() -> No
     assert orjson.loads(data[14 : 14 + length]) == header
     again = decode_log(data, base, lambda: next(ids))
     assert encode_log(base.id, again.events) == data
+
+
+def test_the_segment_head_of_the_page_is_what_we_write() -> None:
+    head = SegmentHead(
+        kind=SegmentKind.COMMITTING,
+        nonce=bytes(range(16)),
+        base=FIRST_SNAPSHOT,
+        keep=3,
+        branch="main",
+        since_us=1,
+        created_us=2,
+        lease_us=604_800_000_000,
+        attempts=(ObjectId(bytes(range(1, 13))),),
+    )
+    data = encode_segment(head, ())
+    magic, version, length = struct.unpack_from("<8sHI", data)
+    assert (magic, version, (14 + length) % 8, 14 + length) == (b"ICESEGM\n", 1, 0, len(data))
+    assert data[14:].decode().rstrip() == block("session-log.md", "json segment-head").strip()
+    listed = {code(row[0])[0] for row in rows(page("session-log.md"), "| kind | what it records |")}
+    assert listed == {kind.value for kind in SegmentKind}
 
 
 def test_the_session_event_table_lists_every_event_with_its_tag() -> None:

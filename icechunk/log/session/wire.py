@@ -33,7 +33,7 @@ from icechunk.log.session.events import (
 )
 from icechunk.log.session.log import SessionLog
 
-__all__ = ["decode_log", "encode_log", "size_of"]
+__all__ = ["decode_events", "decode_log", "encode_log", "folded", "size_of"]
 
 _MAGIC: Final = b"ICESLOG\n"
 _VERSION: Final = 1
@@ -99,6 +99,29 @@ def decode_log(data: bytes, base: Snapshot, new_node_id: Callable[[], NodeId], a
     SessionStateError
         If the base of the log is another snapshot than ``base``.
     """
+    own_base, events = decode_events(data)
+    if own_base != base.id:
+        raise SessionStateError(
+            f"cannot read the session log: its base is snapshot {encode_id(own_base)}, not "
+            f"{encode_id(base.id)}; read it over its own base, then rebase"
+        )
+    return folded(base, events, new_node_id, author)
+
+
+def folded(
+    base: Snapshot, events: Sequence[Event], new_node_id: Callable[[], NodeId], author: bytes = b""
+) -> SessionLog:
+    """A log of events that were read. Raises `FormatError` if they do not fold."""
+    log = SessionLog(base, new_node_id, author)
+    try:
+        log.replay(events)
+    except (*_MALFORMED, IcechunkError) as error:
+        raise _unreadable(error) from error
+    return log
+
+
+def decode_events(data: bytes | memoryview) -> tuple[ObjectId, list[Event]]:
+    """The base and the events of `encode_log`, not folded. Raises `FormatError` if the bytes are not those of a log."""
     try:
         magic, version, size = _HEAD.unpack_from(data)
         if magic != _MAGIC:
@@ -106,38 +129,27 @@ def decode_log(data: bytes, base: Snapshot, new_node_id: Callable[[], NodeId], a
         if version != _VERSION:
             raise ValueError(f"it has version {version}, this library reads {_VERSION}")
         header = orjson.loads(data[_HEAD.size : _HEAD.size + size])
-        stands_on = bytes.fromhex(header["base"])
+        base = ObjectId(bytes.fromhex(header["base"]))
         reader = _Blobs(data, _HEAD.size + size)
         events = [_decode_event(record, reader.next(record["blobs"])) for record in header["events"]]
         if reader.at != len(data):
             raise ValueError("it has bytes after its last event")
-        if stands_on != base.id:
-            raise SessionStateError(
-                f"cannot read the session log: its base is snapshot {encode_id(stands_on)}, not "
-                f"{encode_id(base.id)}; read it over its own base, then rebase"
-            )
-        log = SessionLog(base, new_node_id, author)
-        log.replay(events)
-    except SessionStateError:
-        raise
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        IndexError,
-        AttributeError,
-        struct.error,
-        OverflowError,
-        IcechunkError,
-    ) as error:
-        raise FormatError(f"cannot read the session log: {error}", ErrorKind.DESERIALIZATION) from error
-    return log
+    except (*_MALFORMED, IcechunkError) as error:
+        raise _unreadable(error) from error
+    return base, events
+
+
+_MALFORMED: Final = (ValueError, KeyError, TypeError, IndexError, AttributeError, struct.error, OverflowError)
+
+
+def _unreadable(error: Exception) -> FormatError:
+    return FormatError(f"cannot read the session log: {error}", ErrorKind.DESERIALIZATION)
 
 
 class _Blobs:
     """Returns the blobs of a log in order."""
 
-    def __init__(self, data: bytes, at: int) -> None:
+    def __init__(self, data: bytes | memoryview, at: int) -> None:
         self._data = memoryview(data)
         self.at = at
 

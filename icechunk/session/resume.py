@@ -1,0 +1,203 @@
+"""Going on with a persisted session: as the session itself in another process, or as a fork that works for it."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from icechunk.errors import (
+    ErrorKind,
+    FormatError,
+    ObjectNotFoundError,
+    SessionEndedError,
+    SessionStateError,
+    SnapshotNotFoundError,
+)
+from icechunk.format.ids import ObjectId, encode_id
+from icechunk.format.values import Snapshot
+from icechunk.log.session.events import Event
+from icechunk.log.session.merge.merging import MergePolicy
+from icechunk.log.session.segment import SegmentHead, events_of
+from icechunk.log.session.wire import folded
+from icechunk.session.checkpoint import claim, require_not_landed, require_uncollected, unknown_error
+from icechunk.session.content import Lineage, SessionContent
+from icechunk.session.core import Core
+from icechunk.session.merge import merge_forks
+from icechunk.session.persisted import Persisted, ended_error
+from icechunk.transfer.segments import list_sessions, read_segments
+
+__all__ = ["collect_forks", "join", "joined_fork", "resume"]
+
+_TRIES: Final = 5
+"""So often a session is read again that somebody wrote to meanwhile."""
+
+
+class _Found(NamedTuple):
+    """A session as its segments have it."""
+
+    head: SegmentHead
+    """Of the newest."""
+    base: Snapshot
+    events: tuple[Event, ...]
+    persisted: Persisted
+
+
+async def resume(core: Core, session: ObjectId, lease_us: int | None) -> SessionContent:
+    """Continue a session, as `Repository.resume_session_async` says."""
+    for tried in range(_TRIES):
+        found = await _read(core, session)
+        head, persisted = found.head, found.persisted
+        persisted.lease_us = head.lease_us if lease_us is None else lease_us
+        content = SessionContent(
+            core,
+            folded(found.base, found.events, core.sources.new_node_id, core.sources.new_node_id()),
+            branch=head.branch,
+            since_us=head.since_us,
+            rearrange=head.rearrange,
+            persisted=persisted,
+        )
+        try:
+            await claim(content)
+            break
+        except SessionEndedError as error:
+            # Written to since it was read.
+            if error.kind != ErrorKind.SESSION_FENCED or tried == _TRIES - 1:
+                raise
+    # From here on nobody else begins a commit; one that was begun before is known by its snapshot.
+    await require_not_landed(content)
+    require_uncollected(content, await core.state())
+    return content
+
+
+async def join(core: Core, session: ObjectId) -> SessionContent:
+    """A fork that joins a session, as `Repository.join_session_async` says."""
+    found = await _read(core, session)
+    log = folded(found.base, found.events, core.sources.new_node_id, core.sources.new_node_id())
+    return SessionContent(
+        core,
+        log,
+        origin=log.savepoint_at(len(found.events)),
+        since_us=found.head.since_us,
+        rearrange=found.head.rearrange,
+        persisted=joined_fork(core, session, found.persisted.last),
+    )
+
+
+def joined_fork(core: Core, session: ObjectId, joined_at: int) -> Persisted:
+    """The segments, none yet, of a fork that begins where a session's segment ends."""
+    return Persisted(session=session, worker=core.sources.new_object_id(), joined_at=joined_at, seen=joined_at)
+
+
+async def collect_forks(content: SessionContent, policy: MergePolicy) -> int:
+    """Merge what forks that joined a session have written, as `Session.collect_forks_async` says."""
+    persisted = content.persisted
+    if persisted is None or persisted.worker is not None:
+        raise SessionStateError(
+            "cannot collect forks: the session is not persisted, so no fork can have joined it; Session.checkpoint "
+            "persists it",
+            ErrorKind.NOT_ALLOWED,
+        )
+    with content.lock:
+        content.require_changeable()
+    core = content.core
+    listed = (await list_sessions(core.storage, persisted.session)).get(persisted.session)
+    workers = {} if listed is None else listed.workers
+    read: dict[ObjectId, tuple[int, tuple[Event, ...]]] = {}
+    forks: list[tuple[int, SessionContent]] = []
+    # In the order of their newest segments, so that numbers in conflicts mean something to whoever looks at the store.
+    for worker in sorted(workers, key=lambda id: (max(info.modified_us for info in workers[id].values()), id)):
+        slots = workers[worker]
+        before, events = persisted.collected.get(worker, (0, ()))
+        fresh = sorted(number for number in slots if number > before)
+        if not fresh:
+            continue
+        segments = await read_segments(core.storage, [slots[number].key for number in fresh])
+        events = events_of([(0, events), *((head.keep, new) for head, new in segments)])
+        read[worker] = fresh[-1], events
+        forks.append((len(forks), await _fork_of(content, persisted, segments[-1][0], events)))
+    if forks:
+        await merge_forks(content, forks, policy)
+        persisted.collected |= read
+    return len(forks)
+
+
+async def _fork_of(
+    content: SessionContent, persisted: Persisted, head: SegmentHead, own: tuple[Event, ...]
+) -> SessionContent:
+    core, lineage = content.core, None if head.lineage is None else Lineage(*head.lineage)
+    if lineage is None:
+        began = persisted.inherited_at(head.joined_at)
+        if began is None:
+            raise FormatError(
+                f"cannot read a fork of session {encode_id(persisted.session)}: it joined at segment "
+                f"{head.joined_at}, which the session does not have",
+                ErrorKind.DESERIALIZATION,
+            )
+        base_id, inherited = began
+    else:
+        base_id, inherited = head.base, ()
+    base = content.log.base if content.log.base.id == base_id else await core.assets.snapshot(base_id)
+    log = folded(base, [*inherited, *own], core.sources.new_node_id)
+    return SessionContent(
+        core,
+        log,
+        origin=log.savepoint_at(len(inherited)),
+        since_us=head.since_us,
+        rearrange=head.rearrange,
+        lineage=lineage,
+    )
+
+
+async def _read(core: Core, session: ObjectId) -> _Found:
+    """Read a session that has not ended.
+
+    Raises
+    ------
+    SessionNotFoundError
+        It has no segments.
+    SessionEndedError
+        It has ended, or its base is gone.
+    FormatError
+        A segment cannot be read, or is missing.
+    """
+    listed, segments = None, []
+    for tried in range(_TRIES):
+        listed = (await list_sessions(core.storage, session)).get(session)
+        if listed is None or not listed.own:
+            raise unknown_error(session)
+        try:
+            segments = await read_segments(core.storage, [listed.own[n].key for n in sorted(listed.own)])
+            break
+        except ObjectNotFoundError:
+            # It has ended since it was listed.
+            if tried == _TRIES - 1:
+                raise
+    assert listed is not None
+    head = segments[-1][0]
+    if head.kind.is_end:
+        raise ended_error(session, head)
+    if len(segments) != listed.last:
+        raise FormatError(
+            f"cannot read session {encode_id(session)}: it has {listed.last} segments, of which only {len(segments)} "
+            "are there",
+            ErrorKind.DESERIALIZATION,
+        )
+    parts = {n: (head.base, head.keep, new) for n, (head, new) in enumerate(segments, 1)}
+    events = events_of((keep, new) for _, keep, new in parts.values())
+    try:
+        base = await core.assets.snapshot(head.base)
+    except (ObjectNotFoundError, SnapshotNotFoundError) as error:
+        raise SessionEndedError(
+            f"session {encode_id(session)} has expired: its base, snapshot {encode_id(head.base)}, is gone; repeat the "
+            "work in a new session",
+            ErrorKind.SESSION_EXPIRED,
+        ) from error
+    persisted = Persisted(
+        session=session,
+        created_us=head.created_us,
+        lease_us=head.lease_us,
+        last=listed.last,
+        events=events,
+        attempts=head.attempts,
+        parts=parts,
+    )
+    return _Found(head, base, events, persisted)
