@@ -152,9 +152,7 @@ def store_dask(
     arrays: list[Any] = [stored] if isinstance(stored, Array) else list(stored)
     if through_storage:
         hand_over = _dask.delayed(_hand_over)
-        _dask.compute(
-            *(hand_over(block) for array in arrays for block in array.to_delayed().ravel()), **compute_kwargs
-        )
+        _dask.compute(*(hand_over(block) for array in arrays for block in array.to_delayed().ravel()), **compute_kwargs)
         return extract_session(targets[0])  # type: ignore[return-value]
     return session_merge_reduction(arrays, split_every=split_every, **compute_kwargs)
 

@@ -15,7 +15,7 @@ import zarr
 
 import icechunk
 from icechunk import ForkSession, Repository
-from icechunk.errors import InvalidInputError
+from icechunk.errors import ErrorKind, InvalidInputError, SessionStateError
 from icechunk.xarray import to_icechunk
 
 dask = pytest.importorskip("dask")
@@ -85,6 +85,56 @@ def test_processes_of_a_cluster_store_dask_arrays_and_every_chunk_arrives(
     repo: Repository, cluster: Any, split_every: int | None
 ) -> None:
     check_stored(repo, split_every)
+
+
+def check_handed_over(repo: Repository, location: str) -> None:
+    session = repo.writable_session("main")
+    for name in ("a", "b"):
+        empty(session, name)
+    id = session.checkpoint()
+    fork = Repository.open(icechunk.local_filesystem_storage(location)).join_session(id)
+    targets = [zarr.open_array(fork.store, path=name) for name in ("a", "b")]
+    returned = store_dask(sources=[numbers(), numbers() * 2], targets=targets, through_storage=True)
+    assert isinstance(returned, ForkSession)
+    assert session.collect_forks() > 0
+    assert session.collect_forks() == 0
+    session.commit("handed over")
+    store = repo.readonly_session("main").store
+    np.testing.assert_array_equal(zarr.open_array(store, path="a", mode="r")[:], numbers().compute())
+    np.testing.assert_array_equal(zarr.open_array(store, path="b", mode="r")[:], (numbers() * 2).compute())
+
+
+def test_threads_hand_over_through_storage(repo: Repository, tmp_path: Path) -> None:
+    with dask.config.set(scheduler="threads"):
+        check_handed_over(repo, str(tmp_path / "repo"))
+
+
+def test_processes_of_a_cluster_hand_over_through_storage(repo: Repository, tmp_path: Path, cluster: Any) -> None:
+    check_handed_over(repo, str(tmp_path / "repo"))
+
+
+def test_xarray_lets_tasks_hand_over_through_storage(repo: Repository, cluster: Any) -> None:
+    dataset = xr.Dataset({"v": (("time", "x"), numbers()), "w": ("x", np.arange(8.0))})
+    session = repo.writable_session("main")
+    to_icechunk(dataset, session, through_storage=True)
+    assert session.id is not None
+    session.commit("dataset")
+    found = xr.open_zarr(repo.readonly_session("main").store, consolidated=False)
+    xr.testing.assert_equal(found.compute(), dataset.compute())
+    assert repo.sessions() == []
+
+
+def test_only_forks_that_joined_hand_over_through_storage(repo: Repository) -> None:
+    session = repo.writable_session("main")
+    empty(session, "a")
+    fork = session.fork()
+    for refused in (
+        lambda: store_dask(sources=[numbers()], targets=[zarr.open_array(fork.store, path="a")], through_storage=True),
+        lambda: to_icechunk(xr.Dataset({"v": (("t", "x"), numbers())}), fork, group="g", through_storage=True),
+    ):
+        with pytest.raises(SessionStateError) as error:
+            refused()
+        assert error.value.kind == ErrorKind.NOT_ALLOWED
 
 
 def test_a_scheduler_can_be_named(repo: Repository) -> None:

@@ -172,11 +172,12 @@ class Sessions(RepositoryBase):
             It was committed (kind ``session-committed``, with the snapshot's id), abandoned (``session-abandoned``), or
             a collection has taken its chunks after its lease (``session-expired``).
         ReadOnlyError
-            The repository's status is read-only.
+            The repository's status, or its storage, is read-only.
         FormatError
             A segment of it cannot be read.
         """
         session, lease_us = object_id_from_text(id), lease_in_us(lease)
+        require_writable(self._core.storage, "resume a session")
         _require_online(await self._core.state())
         (await self._core.log()).prepare_writes_soon()
         return Session(await resume(self._core, session, lease_us))
@@ -198,8 +199,12 @@ class Sessions(RepositoryBase):
         ------
         SessionNotFoundError, SessionEndedError, FormatError
             As `resume_session_async`.
+        ReadOnlyError
+            The storage is read-only.
         """
-        return ForkSession(await join(self._core, object_id_from_text(id)))
+        session = object_id_from_text(id)
+        require_writable(self._core.storage, "join a session")
+        return ForkSession(await join(self._core, session))
 
     join_session = synchronous(join_session_async)
 
