@@ -133,7 +133,7 @@ def to_icechunk(
     writer.write_metadata(encoding)
     writer.write_eager()
     if writer.writer.sources and through_storage:
-        fork = run_sync(session._joined_async())
+        fork = run_sync(session._joined_fork())
         writer.write_lazy(chunkmanager_store_kwargs, split_every, fork)
         session.collect_forks()
     elif writer.writer.sources:

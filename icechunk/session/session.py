@@ -404,7 +404,7 @@ class Session:
             log = content.log.rebased(content.log.base, author=content.core.sources.new_node_id())
         return _fork_of(content, log, len(log.events))
 
-    async def _joined_async(self) -> ForkSession:
+    async def _joined_fork(self) -> ForkSession:
         """Persist the session, and return a fork that has joined it."""
         await self.checkpoint_async()
         persisted = self._content.persisted
