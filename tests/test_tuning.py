@@ -209,7 +209,7 @@ async def test_caches_of_metadata_are_bounded() -> None:
     assert (len(repository._core.assets._snapshots), len(repository._core.assets._manifests)) > (0, 0)
 
 
-@pytest.mark.parametrize("value", [0, 49, 100])
+@pytest.mark.parametrize("value", [0, 49, 101])
 def test_percentile_that_makes_no_sense_is_refused(value: int) -> None:
     with raises(InvalidInputError, "invalid-setting", "EngineConfig.hedge_percentile"):
         EngineConfig(hedge_percentile=value)

@@ -123,8 +123,9 @@ class EngineConfig(Setting):
     """Bytes of chunks that may be on their way to the storage, of all sessions, before writers wait (128 MiB)."""
     max_bytes_in_flight: _Some64 | None = None
     """Bytes of requests in flight for the whole repository, in each event loop (512 MiB)."""
-    hedge_percentile: Annotated[int, whole(50, 99)] | None = None
-    """Reads slower than so many percent (50 to 99) of recent ones are sent a second time; None: none are."""
+    hedge_percentile: Annotated[int, whole(50, 100)] | None = None
+    """Reads slower than so many percent (50 to 99) of recent ones are sent a second time; None: only reads that are
+    probably stuck, at most one in twenty; 100: none."""
     pack_threshold_bytes: U64 | None = None
     """Chunks below this size share chunk objects (512 KiB); 0: every chunk has an object of its own."""
     pack_size_bytes: _Some64 | None = None

@@ -47,7 +47,7 @@ from icechunk.storage.port import Storage
 from icechunk.transfer.assets import Assets, Preloader, Reads
 from icechunk.transfer.blocks import Limits
 from icechunk.transfer.cache import WeightedCache
-from icechunk.transfer.fetch import Splitting
+from icechunk.transfer.fetch import NEVER, Splitting
 from icechunk.transfer.limiter import MAX_BYTES, WRITE, Gates
 from icechunk.transfer.packs import Packs
 from icechunk.transfer.put import PutMemory, PutPool
@@ -154,7 +154,9 @@ class Core:
         self.assets = Assets(
             self.storage,
             gates=self.gates,
-            reads=settings.reads if self.storage.gains_from_split_reads else replace(settings.reads, splitting=None),
+            reads=settings.reads
+            if self.storage.gains_from_split_reads
+            else replace(settings.reads, splitting=None, hedge_percentile=settings.reads.hedge_percentile or NEVER),
             num_snapshot_nodes=_value(caching.num_snapshot_nodes, DEFAULT_NUM_SNAPSHOT_NODES),
             num_chunk_refs=_value(caching.num_chunk_refs, DEFAULT_NUM_CHUNK_REFS),
             num_transaction_changes=_value(caching.num_transaction_changes, 0),

@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTimeoutSettings
 from icechunk.config.storage import DEFAULT_INITIAL_BACKOFF_MS, DEFAULT_MAX_BACKOFF_MS, DEFAULT_MAX_TRIES
 from icechunk.runtime.clock import Sources
 
-__all__ = ["Limits", "Pace", "Patience", "Tries", "limits_of", "retried_unless", "retries_have_ended"]
+__all__ = ["Limits", "Pace", "Patience", "Tries", "Waiting", "limits_of", "retried_unless", "retries_have_ended"]
 
 _FIRST_CONTACT_TRIES: Final = 4
 """Tries for a service that never answered: more likely a wrong address than a bad day."""
@@ -43,7 +43,7 @@ class Limits:
     operation_s: float | None
     """For all tries together; None: no limit."""
     patience: float = 1.0
-    """Multiple of the time of `Patience` to wait for the first byte of an answer; infinite for the last try."""
+    """Multiple of the time of `Patience` to wait while nothing moves; infinite for the last try."""
 
 
 def limits_of(settings: StorageSettings | None, stream_timeout_s: int | None = None) -> Limits:
@@ -178,35 +178,72 @@ _SAFETY: Final = 3.0
 _LEAST_PATIENCE_S: Final = 3.0
 _FIRST_PATIENCE_S: Final = 5.0
 _MOST_DOUBLINGS: Final = 5
+_SLOW_LINE_BYTES_PER_S: Final = 256 * 1024
+"""Assumed for uploads until the rate of enough of them is known."""
+
+
+class Waiting(NamedTuple):
+    """How long to wait for one request."""
+
+    still_s: float
+    """For the next byte of an answer, or for the peer to take more of the body."""
+    body_s: float
+    """So much longer for the first byte, as the body needs time, and the peer need not say that it takes it."""
+    epoch: int
+    uploading: int
+    """Bytes of all bodies under way when it began."""
 
 
 class Patience:
-    """The time to wait for the first byte of one service's answers before a try is given up: learned from recent ones.
+    """The time to wait while nothing moves before a try is given up: learned from recent answers of one service.
 
     Three times what the slowest of the recent answers took, and seconds at the least. A connection that went silent
     (a router forgot it, a server behind it is gone) then costs that, and not the longest time that a server may be
     silent. As every try that is given up may mean that the service has become slow, and not silent, the next ones wait
-    twice as long, until something is answered.
+    twice as long, until something is answered. Uploads that are under way together share the line, so the time for one
+    depends on the bytes of all.
     """
 
     def __init__(self) -> None:
         self._seen: deque[float] = deque(maxlen=_REMEMBERED)
+        self._rates: deque[float] = deque(maxlen=_REMEMBERED)
+        self._uploading = 0
         self._doublings = 0
         self._epoch = 0
 
-    def begin(self) -> tuple[float, int]:
-        """Seconds to wait for the answer to a request that is sent now, and the argument for `missed`."""
+    def begin(self, body_bytes: int = 0) -> Waiting:
+        """Note a request that is sent now; `end` has to follow. ``body_bytes``: of a large body, else 0."""
+        self._uploading += body_bytes
         least = _LEAST_PATIENCE_S if len(self._seen) >= _ENOUGH else _FIRST_PATIENCE_S
-        return max(least, _SAFETY * max(self._seen, default=0.0)) * 2.0**self._doublings, self._epoch
+        factor = 2.0**self._doublings
+        still_s = max(least, _SAFETY * max(self._seen, default=0.0)) * factor
+        if not body_bytes:
+            return Waiting(still_s, 0.0, self._epoch, 0)
+        rate = min(self._rates) / _SAFETY if len(self._rates) >= _ENOUGH else _SLOW_LINE_BYTES_PER_S
+        return Waiting(still_s, self._uploading / rate * factor, self._epoch, self._uploading)
 
-    def answered(self, seconds: float) -> None:
-        """The first byte of an answer came after so long."""
-        self._seen.append(seconds)
+    def end(self, body_bytes: int = 0) -> None:
+        """The request is over, in whatever way."""
+        self._uploading -= body_bytes
+
+    def answered(self, waiting: Waiting, waited_s: float, took_s: float) -> None:
+        """An answer came.
+
+        Parameters
+        ----------
+        waited_s
+            The longest time in which nothing moved once the request was sent.
+        took_s
+            From the beginning of the request to the first byte of the answer.
+        """
+        self._seen.append(waited_s)
+        if waiting.uploading:
+            self._rates.append(waiting.uploading / max(took_s, 1e-3))
         self._doublings = 0
 
-    def missed(self, epoch: int) -> None:
-        """A request was given up. Of those that were under way together the first counts."""
-        if epoch == self._epoch:
+    def missed(self, waiting: Waiting) -> None:
+        """The request was given up. Of those that were under way together the first counts."""
+        if waiting.epoch == self._epoch:
             self._epoch += 1
             self._doublings = min(_MOST_DOUBLINGS, self._doublings + 1)
 

@@ -55,7 +55,8 @@ class Reads:
     splitting: Splitting | None = None
     """Splitting of long ranges; None: a range is always one request."""
     hedge_percentile: int | None = None
-    """Requests that take longer than this percentage of recent ones are sent again; None: never."""
+    """Requests that take longer than this percentage of recent ones are sent again; None: only what is probably
+    stuck; 100: nothing."""
 
     def pool(self, storage: Gettable, gate: Gate) -> FetchPool:
         """A pool on the loop that ``gate`` belongs to."""
@@ -331,8 +332,10 @@ class Assets:
     async def _load(self, key: str, decode: Callable[[bytes], T]) -> T:
         pool = self._pools.peek() or await self._pools.get()
 
+        # A request that is stuck is not joined for long; a file that is being decoded always is.
+        data = b"" if pool.is_shared(("decoded", key)) else self._files.get(key) or await self._read(pool, key)
+
         async def load() -> T:
-            data = self._files.get(key) or await self._read(pool, key)
             try:
                 return await off_loop(len(data), lambda: decode(data), await self._decoders.get())
             except FormatError as error:

@@ -267,12 +267,20 @@ class _Flight:
     end: int
     reserved: int
     """Bytes of the cache that wait for it; 0: it will not be kept."""
+    join_s: float
+    """Readers may join for so long after ``since``, seconds; then it is probably stuck."""
+    since: float
+    """Time of the loop at which it began."""
     wants: set[_Want] = field(default_factory=set)
     task: asyncio.Task[GetResult] | None = None
 
     def covers(self, start: int) -> bool:
         """Whether it brings that byte."""
         return self.start <= start < self.end
+
+    def takes(self, start: int, now: float) -> bool:
+        """Whether a reader that wants that byte should wait for it."""
+        return self.covers(start) and now - self.since < self.join_s
 
     def join(self, want: _Want) -> None:
         """Let a reader wait for it."""
@@ -395,11 +403,7 @@ class BlockReader:
     async def _fetched(self, key: str, known: _Object, start: int, end: int) -> tuple[int, Octets]:
         loop = asyncio.get_running_loop()
         want = _Want(start, end, loop.create_future())
-        for flight in known.flights:
-            if flight.covers(start):
-                flight.join(want)
-                break
-        else:
+        if not _join_one(known.flights, want):
             if not known.wanted:
                 loop.call_soon(self._dispatch, key, known)
             known.wanted.append(want)
@@ -472,7 +476,10 @@ class BlockReader:
             self._fly(key, known, *window, window[1] - window[0])
 
     def _fly(self, key: str, known: _Object, start: int, end: int, reserved: int) -> _Flight:
-        flight = _Flight(start, end, reserved)
+        # Each flight beside one that is probably stuck waits twice as long: a slow store is not asked too often.
+        beside = [2 * flight.join_s for flight in known.flights if flight.start < end and start < flight.end]
+        join_s = max([self._pool.stuck_s(end - start), *beside])
+        flight = _Flight(start, end, reserved, join_s, asyncio.get_running_loop().time())
         self._reserved_bytes += reserved
         known.flights.append(flight)
         flight.task = asyncio.ensure_future(self._pool.get_result(key, Range(start, end)))
@@ -505,6 +512,20 @@ class BlockReader:
         for want in flight.wants:
             if not want.place.done():
                 want.place.set_result((flight.start, result.body))
+        if known.flights:
+            self._serve_others(known, flight.start, result.body)
+
+    def _serve_others(self, known: _Object, start: int, data: Octets) -> None:
+        """Give the bytes to readers that joined another flight, which is probably stuck, before."""
+        for flight in known.flights[:]:
+            served = {want for want in flight.wants if start <= want.start < start + len(data)}
+            for want in served:
+                if not want.place.done():
+                    want.place.set_result((start, data))
+            flight.wants -= served
+            if served and not flight.wants and flight.task is not None:
+                self._forget_flight(known, flight)
+                flight.task.cancel()
 
     def _forget_flight(self, known: _Object, flight: _Flight) -> None:
         if flight in known.flights:
@@ -541,8 +562,11 @@ def _after(known: _Object, start: int) -> int:
 
 
 def _join_one(flights: list[_Flight], want: _Want) -> bool:
+    if not flights:
+        return False
+    now = asyncio.get_running_loop().time()
     for flight in flights:
-        if flight.covers(want.start):
+        if flight.takes(want.start, now):
             flight.join(want)
             return True
     return False

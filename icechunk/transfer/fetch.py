@@ -1,61 +1,106 @@
 """The fetch pool: bounded, shared reads of immutable objects, one pool for each loop.
 
-Hedging: a request that takes longer than most is sent a second time, and the first answer counts. "Longer" is relative
-to the latencies of recent requests of about the same size. So about one request in ``100 / (100 - percentile)`` is sent
-twice, and not more if the whole store becomes slow, because the recent latencies become longer as well.
+Hedging: a request that takes much longer than recent ones of about the same size is sent a second time, and the first
+answer counts. A budget, which answers earn, bounds the number of second requests, so that a store that becomes slow
+does not get twice the requests. With a percentile, about one request in ``100 / (100 - percentile)`` is sent twice, and
+not more if the whole store becomes slow, because the recent latencies become longer as well.
+
+Sharing: callers that want the same bytes wait for one request. A request that has taken so long that it is probably
+stuck is not joined: the next caller sends its own, and the callers that joined before get its answer too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
+from icechunk.runtime import repeats
 from icechunk.runtime.tasks import run_each
 from icechunk.storage.port import ByteRange, GetResult, Octets, Range
 from icechunk.transfer.limiter import Gate
 
-__all__ = ["FetchPool", "Latencies", "Splitting", "hedged"]
+__all__ = ["NEVER", "Budget", "FetchPool", "Latencies", "Splitting", "hedged"]
 
 T = TypeVar("T")
 
-_REMEMBERED = 128
-_LEAST = 16
-"""Number of latencies that must be known before any request is sent twice."""
+NEVER: Final = 100
+"""The percentile with which nothing is sent twice."""
+
+_REMEMBERED: Final = 128
+_LEAST: Final = 16
+"""Number of latencies that must be known before they decide."""
+_SAFETY: Final = 3.0
+_LEAST_PATIENCE_S: Final = 1.0
+_FIRST_PATIENCE_S: Final = 5.0
+"""Shortest time after which a request counts as stuck, if latencies of its size are known, and if they are not."""
+_HELD_UP_S: Final = 0.1
+_SLOW_LINE_BYTES_PER_S: Final = 256 * 1024
+_MOST_SPARE: Final = 8.0
+_EARNED: Final = 0.05
 
 
 class Latencies:
     """Seconds that recent requests took, by the magnitude of their sizes."""
 
-    def __init__(self, percentile: int) -> None:
+    def __init__(self, percentile: int | None = None) -> None:
         self._percentile = percentile
         self._seen: dict[int, deque[float]] = {}
 
-    def add(self, size_bytes: int, seconds: float) -> None:
-        """Remember a request that was answered."""
+    def add(self, size_bytes: int | None, seconds: float) -> None:
+        """Remember a request that was answered; None: its size was unknown when it was sent."""
         self._of(size_bytes).append(seconds)
 
-    def patience_s(self, size_bytes: int) -> float | None:
-        """The time to wait for an answer before asking again, s; None while too few answers are known."""
+    def stuck_s(self, size_bytes: int | None) -> float:
+        """Seconds after which a request is probably stuck: three times the slowest of the recent ones."""
         seen = self._of(size_bytes)
-        if len(seen) < _LEAST:
-            return None
-        ordered = sorted(seen)
-        return ordered[min(len(ordered) - 1, len(ordered) * self._percentile // 100)]
+        if size_bytes is None or len(seen) < _LEAST:
+            # Objects of unknown size differ so much that the small ones say little about the next.
+            return max(_FIRST_PATIENCE_S + (size_bytes or 0) / _SLOW_LINE_BYTES_PER_S, _SAFETY * max(seen, default=0.0))
+        return max(_LEAST_PATIENCE_S, _SAFETY * max(seen))
 
-    def _of(self, size_bytes: int) -> deque[float]:
+    def patience_s(self, size_bytes: int | None) -> float:
+        """How long to wait for an answer before asking again: the percentile, or `stuck_s` if that is shorter, too
+        little is known, or there is no percentile."""
+        seen = self._of(size_bytes)
+        stuck_s = self.stuck_s(size_bytes)
+        if self._percentile is None or len(seen) < _LEAST:
+            return stuck_s
+        ordered = sorted(seen)
+        return min(stuck_s, ordered[min(len(ordered) - 1, len(ordered) * self._percentile // 100)])
+
+    def _of(self, size_bytes: int | None) -> deque[float]:
         # All sizes up to 64 KiB take about the same time; above, there is one class for each factor of four.
-        magnitude = max(0, size_bytes.bit_length() - 15) // 2
+        magnitude = -1 if size_bytes is None else max(0, size_bytes.bit_length() - 15) // 2
         return self._seen.setdefault(magnitude, deque(maxlen=_REMEMBERED))
+
+
+class Budget:
+    """Bounds repeated requests: some at first, and one more for every twenty answers, up to the same number."""
+
+    def __init__(self) -> None:
+        self._spare = _MOST_SPARE
+
+    def earn(self) -> None:
+        """Note an answer."""
+        self._spare = min(_MOST_SPARE, self._spare + _EARNED)
+
+    def try_spend(self) -> bool:
+        """Take one repetition, if there is one."""
+        if self._spare < 1:
+            return False
+        self._spare -= 1
+        return True
 
 
 async def hedged(
     start: Callable[[], asyncio.Future[T]],
-    patience_s: float | None,
+    patience_s: float,
     start_again: Callable[[], asyncio.Future[T] | None],
 ) -> T:
     """The answer of a request, or of its repetition, whichever succeeds first; the other is cancelled and waited for.
@@ -65,29 +110,51 @@ async def hedged(
     start
         Starts the request, as a task.
     start_again
-        Called once ``patience_s`` (None: never) have passed without an answer: starts the second one, or returns
-        None where there is no room for it.
+        Called once ``patience_s`` have passed without an answer: starts the second one, or returns None where there is
+        no room for it.
 
     Raises
     ------
     Exception
         What the first request raises, where neither succeeds.
     """
-    first = start()
-    tasks = {first}
+    loop = asyncio.get_running_loop()
+    place: asyncio.Future[T] = loop.create_future()
+    tasks = [start()]
+    timer: asyncio.TimerHandle
+
+    def settle(task: asyncio.Future[T]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if place.done():
+            return
+        if error is None and not task.cancelled():
+            place.set_result(task.result())
+        elif all(each.done() for each in tasks):
+            error = None if tasks[0].cancelled() else tasks[0].exception()
+            place.cancel() if error is None else place.set_exception(error)
+
+    def wait(seconds: float) -> asyncio.TimerHandle:
+        return loop.call_later(seconds, ask_again, loop.time() + seconds)
+
+    def ask_again(due: float) -> None:
+        nonlocal timer
+        if loop.time() > due + _HELD_UP_S:
+            # The loop did not run for a while: an answer may have come that nothing has looked at yet.
+            timer = wait(_HELD_UP_S)
+        elif not place.done() and (second := start_again()) is not None:
+            tasks.append(second)
+            second.add_done_callback(settle)
+
+    tasks[0].add_done_callback(settle)
+    timer = wait(patience_s)
     try:
-        await asyncio.wait(tasks, timeout=patience_s)
-        if not first.done() and (second := start_again()) is not None:
-            tasks.add(second)
-        waiting = tasks
-        while waiting:
-            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                if not task.cancelled() and task.exception() is None:
-                    return task.result()
-        return first.result()
+        return await place
     finally:
-        await _end(tasks)
+        timer.cancel()
+        if place.done() and not place.cancelled():
+            place.exception()  # marks it as seen, for a caller that was cancelled at the same moment
+        if len(tasks) > 1 or not tasks[0].done():
+            await _end(set(tasks))
 
 
 async def _end(tasks: set[asyncio.Future[T]]) -> None:
@@ -131,11 +198,26 @@ class Splitting:
 
 
 class _Flight(Generic[T]):
-    __slots__ = ("task", "waiters")
+    """Work that several callers wait for."""
 
-    def __init__(self, task: asyncio.Future[T]) -> None:
+    __slots__ = ("join_s", "older", "place", "since", "task", "waiters")
+
+    def __init__(
+        self, task: asyncio.Future[T], place: asyncio.Future[T], since: float, join_s: float, older: _Flight[T] | None
+    ) -> None:
         self.task = task
+        self.place = place
+        """Resolves to the result of the task, or of a flight that started after it and landed first."""
         self.waiters = 0
+        self.since = since
+        self.join_s = join_s
+        """Callers may join for so long after ``since``, seconds."""
+        self.older = older
+        """The probably stuck flight that it was started beside."""
+
+
+def _size_of(byte_range: ByteRange) -> int | None:
+    return byte_range.end - byte_range.start if isinstance(byte_range, Range) and byte_range.end is not None else None
 
 
 class Gettable(Protocol):
@@ -161,7 +243,8 @@ class FetchPool:
     splitting
         How long ranges are split; None: they are not.
     hedge_percentile
-        A request that takes longer than this percentage of recent ones is sent again; None: never.
+        A request that takes longer than this percentage of recent ones is sent again; None: only one that is probably
+        stuck; 100: none.
     """
 
     def __init__(
@@ -177,7 +260,10 @@ class FetchPool:
         self._splitting = splitting
         # Of all ranges that are being read in parts; most have not entered the gate yet.
         self._parts = 0
-        self._latencies = None if hedge_percentile is None else Latencies(hedge_percentile)
+        self._hedges = hedge_percentile != NEVER
+        self._budgeted = hedge_percentile is None
+        self._latencies = Latencies(hedge_percentile if self._hedges else None)
+        self._budget = Budget()
         self._flights: dict[object, _Flight[Any]] = {}
 
     async def get(self, key: str, byte_range: ByteRange = None) -> bytes:
@@ -186,18 +272,38 @@ class FetchPool:
 
     async def view(self, key: str, byte_range: ByteRange = None) -> Octets:
         """As `get`, without a copy if the bytes were received as a view."""
-        return await self.share((key, byte_range), lambda: self._fetch(key, byte_range))
+        join_s = self._latencies.stuck_s(_size_of(byte_range))
+        return await self.share((key, byte_range), lambda: self._fetch(key, byte_range), join_s)
 
-    async def share(self, key: object, work: Callable[[], Awaitable[T]]) -> T:
-        """Join the work in flight under ``key``, or start it. All callers that joined get its result or error."""
+    def stuck_s(self, size_bytes: int) -> float:
+        """Seconds after which a request of that size is probably stuck."""
+        return self._latencies.stuck_s(size_bytes)
+
+    def is_shared(self, key: object) -> bool:
+        """Whether work under ``key`` is in flight."""
+        return key in self._flights
+
+    async def share(self, key: object, work: Callable[[], Awaitable[T]], join_s: float = math.inf) -> T:
+        """Join the work in flight under ``key``, or start it. All callers that joined get its result or error.
+
+        Parameters
+        ----------
+        join_s
+            Work that began so many seconds ago is probably stuck: it is started anew. Its callers then get the result
+            that comes first. Each start doubles the time, so that slow work is not started again and again.
+        """
         flight = self._flights.get(key)
-        if flight is None:
-            flight = _Flight(asyncio.ensure_future(work()))
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        if flight is None or now - flight.since >= flight.join_s:
+            if flight is not None:
+                join_s = max(join_s, 2 * flight.join_s)
+            flight = _Flight(asyncio.ensure_future(work()), loop.create_future(), now, join_s, flight)
             self._flights[key] = flight
             flight.task.add_done_callback(partial(self._land, key, flight))
         flight.waiters += 1
         try:
-            result: T = await asyncio.shield(flight.task)
+            result: T = await asyncio.shield(flight.place)
             return result
         finally:
             flight.waiters -= 1
@@ -215,7 +321,7 @@ class FetchPool:
             Also where an object that is read in parts changed meanwhile.
         """
         if type(byte_range) is not Range or byte_range.end is None:
-            return await self._request(key, byte_range, 0)
+            return await self._request(key, byte_range, None)
         size = byte_range.end - byte_range.start
         if self._splitting is None or size <= self._splitting.part_bytes or self._busy(self._splitting):
             return await self._request(key, byte_range, size)
@@ -260,36 +366,62 @@ class FetchPool:
             body=data, size=head.size, version=head.version, modified_us=head.modified_us, date_us=head.date_us
         )
 
-    async def _request(self, key: str, byte_range: ByteRange, size: int) -> GetResult:
-        await self._gate.enter(size)
-        if self._latencies is None:
-            try:
-                return await self._storage.get(key, byte_range)
-            finally:
-                self._gate.leave(size)
+    async def _request(self, key: str, byte_range: ByteRange, size: int | None) -> GetResult:
+        weight = size or 0
+        await self._gate.enter(weight)
         clock, latencies = asyncio.get_running_loop().time, self._latencies
         started = clock()
-        patience_s = latencies.patience_s(size)
-        result = await hedged(
-            partial(self._start, key, byte_range, size),
-            patience_s,
-            lambda: self._start(key, byte_range, size) if self._gate.try_enter(size) else None,
-        )
-        # Of both together: what was given up for its slowness has to count as slow.
+        if not self._hedges:
+            try:
+                result = await self._storage.get(key, byte_range)
+            finally:
+                self._gate.leave(weight)
+        else:
+            result = await hedged(
+                partial(self._start, key, byte_range, weight),
+                latencies.patience_s(size),
+                partial(self._start_again, key, byte_range, weight),
+            )
+        # Of both together: a request that was given up for its slowness has to count as slow.
         latencies.add(size, clock() - started)
+        self._budget.earn()
         return result
 
-    def _start(self, key: str, byte_range: ByteRange, size: int) -> asyncio.Future[GetResult]:
+    def _start(self, key: str, byte_range: ByteRange, weight: int) -> asyncio.Future[GetResult]:
         """A request whose place is taken already; given back also where it is cancelled before its first step."""
         task = asyncio.ensure_future(self._storage.get(key, byte_range))
-        task.add_done_callback(lambda _: self._gate.leave(size))
+        task.add_done_callback(lambda _: self._gate.leave(weight))
         return task
+
+    def _start_again(self, key: str, byte_range: ByteRange, weight: int) -> asyncio.Future[GetResult] | None:
+        if not self._gate.try_enter(weight):
+            return None
+        if self._budgeted and not self._budget.try_spend():
+            self._gate.leave(weight)
+            return None
+        repeats.note(hedged=1)
+        return self._start(key, byte_range, weight)
 
     def _land(self, key: object, flight: _Flight[Any], task: asyncio.Future[Any]) -> None:
         self._forget(key, flight)
-        if not task.cancelled():
+        if flight.place.done():
+            if not task.cancelled():
+                task.exception()  # marks it as seen
+        elif task.cancelled():
+            flight.place.cancel()
+        elif (error := task.exception()) is not None:
+            flight.place.set_exception(error)
             # Marks the error as seen: if the last waiter is being cancelled, no caller is left to get it.
-            task.exception()
+            flight.place.exception()
+        else:
+            result = task.result()
+            flight.place.set_result(result)
+            older = flight.older
+            while older is not None:
+                if not older.place.done():
+                    older.place.set_result(result)
+                    older.task.cancel()
+                older = older.older
 
     def _forget(self, key: object, flight: _Flight[Any]) -> None:
         if self._flights.get(key) is flight:

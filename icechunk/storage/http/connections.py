@@ -17,6 +17,7 @@ import ipaddress
 import math
 import socket
 import ssl
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,12 +26,17 @@ from typing import Any, Final, cast
 
 from aiohappyeyeballs import start_connection
 
+from icechunk.runtime import repeats
 from icechunk.runtime.tasks import in_thread
 from icechunk.storage.http.buffers import Buffers
 from icechunk.storage.http.large_bodies import Move, Threads
 from icechunk.storage.http.messages import BadAnswerError, Reading, Response, TooLargeError, request_head
 from icechunk.storage.http.proxies import Proxies, Proxy, ProxyError
 from icechunk.storage.retry import Patience
+
+if sys.platform == "linux":
+    import fcntl
+    import termios
 
 __all__ = ["BadAnswerError", "Connections", "NotConnectedError", "Origin", "Response", "SilentError", "TooLargeError"]
 
@@ -45,8 +51,6 @@ _INBOX_BYTES: Final = 64 * 1024
 _TURN_BYTES: Final = 1024 * 1024
 _HAPPY_EYEBALLS_S: Final = 0.25
 _THREADS: Final = 16
-_SLOWEST_UPLOAD_BYTES_PER_S: Final = 64 * 1024
-"""Lowest rate at which the kernel sends the bytes of a request that it has taken."""
 _SLOWEST_BYTES_PER_S: Final = 1024
 """Slower answers are given up, after twice the time that a peer may be silent: they would never end."""
 _CLOSE_S: Final = 1.0
@@ -55,7 +59,7 @@ _LAST_SEND_S: Final = 0.1
 
 
 class SilentError(TimeoutError):
-    """No byte of an answer came for as long as the answers of this service ever take."""
+    """Nothing moved in either direction for much longer than this service ever needs."""
 
 
 class NotConnectedError(Exception):
@@ -128,7 +132,8 @@ class Connections:
         most_bytes
             See `Reading`.
         patience
-            How many times as long as `Patience` says to wait for the first byte; infinite: ``read_s``.
+            How many times as long as `Patience` says to wait while nothing moves, the request's body or the answer;
+            infinite: ``read_s``.
 
         Raises
         ------
@@ -151,22 +156,26 @@ class Connections:
         head = request_head(method, target, headers, len(body))
         learned = self._patience.setdefault(origin, Patience())
         connection = self._kept(origin) or await self._connect(origin, proxy, connect_s)
-        wait_s, epoch = learned.begin()
-        first_s = min(read_s, wait_s * patience + len(body) / _SLOWEST_UPLOAD_BYTES_PER_S)
+        large_bytes = len(body) if len(body) > _ONE_WRITE_BYTES else 0
+        waiting = learned.begin(large_bytes)
+        still_s, body_s = waiting.still_s * patience, waiting.body_s * patience
         try:
             response = await connection.request(
-                head, body, Reading(method == "HEAD", self._buffers, most_bytes), read_s, total_s, first_s
+                head, body, Reading(method == "HEAD", self._buffers, most_bytes), read_s, total_s, still_s, body_s
             )
         except SilentError:
             connection.abort()
-            learned.missed(epoch)
+            learned.missed(waiting)
+            repeats.note(abandoned=1)
             # The idle connections to the same place may have become silent for the same reason.
             self._drop(origin)
             raise
         except BaseException:
             connection.abort()
             raise
-        learned.answered(connection.waited_s)
+        finally:
+            learned.end(large_bytes)
+        learned.answered(waiting, connection.waited_s, connection.took_s)
         self._keep(origin, connection)
         return response
 
@@ -259,7 +268,7 @@ class Connections:
             place = f"[{origin.host}]:{origin.port}" if ":" in origin.host else f"{origin.host}:{origin.port}"
             head = request_head("CONNECT", place, {"host": place, **proxy.headers}, 0)
             response = await connection.request(
-                head, b"", Reading(False, self._buffers, tunnel=True), connect_s, None, connect_s
+                head, b"", Reading(False, self._buffers, tunnel=True), connect_s, None, connect_s, 0.0
             )
         except OSError as error:
             raise ProxyError(f"the proxy {proxy.named} does not answer ({error})") from error
@@ -275,6 +284,17 @@ class Connections:
 
 
 @lru_cache(maxsize=64)
+def _untaken_bytes(transport: asyncio.Transport) -> int | None:
+    """Bytes that the kernel holds and the peer has not confirmed; None where this system does not say."""
+    connected = transport.get_extra_info("socket")
+    if connected is None or sys.platform != "linux":
+        return None
+    try:
+        return int.from_bytes(fcntl.ioctl(connected.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except OSError:
+        return None
+
+
 def _address_of(host: str) -> socket.AddressFamily | None:
     """The family of an address; None for a name."""
     try:
@@ -323,18 +343,28 @@ class _Connection(asyncio.BufferedProtocol):
         reading: Reading,
         read_s: float,
         total_s: float | None,
-        first_s: float,
+        still_s: float,
+        body_s: float,
     ) -> Response:
-        """Send one request and wait for its answer; see `Connections.exchange`."""
+        """Send one request and wait for its answer; see `Connections.exchange`.
+
+        ``still_s``, ``body_s``: as for `Waiting`; ``still_s`` of at least ``read_s``: there is no such limit.
+        """
         loop, transport = self._loop, self._opened()
         answer: asyncio.Future[Response] = loop.create_future()
         self._answer = answer
         self._reading = reading
         self._heard = now = loop.time()
         self._read_s = read_s
-        self._first_s = first_s
+        self._still_s = still_s
+        self._began = now
+        self._body_s = body_s
+        self._body_bytes = len(body)
+        self._handed = 0
+        self._taken = 0
+        self._moved_at = now
         self._received = 0
-        self.waited_s = 0.0
+        self.waited_s = self.took_s = 0.0
         self._is_sent = is_small = len(body) <= _ONE_WRITE_BYTES
         self._sent_at: float | None = now if is_small else None
         self._deadline = None if total_s is None else now + total_s
@@ -398,6 +428,7 @@ class _Connection(asyncio.BufferedProtocol):
             if answer is None or answer.done():
                 return False
             self._opened().write(body[start : start + _PIECE_BYTES])
+            self._handed = min(start + _PIECE_BYTES, len(body))
             if self._paused:
                 self._writable = self._loop.create_future()
                 await self._writable
@@ -411,6 +442,7 @@ class _Connection(asyncio.BufferedProtocol):
         """Every byte of the request was given to the transport, or to the kernel by a thread."""
         self._is_sent = True
         self._sent_at = self._loop.time()
+        self._handed = self._body_bytes
         if self._answer is not None:
             self._timer.cancel()
             self._watch()
@@ -450,22 +482,38 @@ class _Connection(asyncio.BufferedProtocol):
         return self._sent_at + 2 * self._read_s + self._received / _SLOWEST_BYTES_PER_S
 
     def _silent_at(self) -> float:
-        """When an answer of which nothing has come is too late."""
-        if self._sent_at is None or self._received or self._first_s >= self._read_s:
+        """When so long a time without any movement is too long."""
+        if self._still_s >= self._read_s:
             return math.inf
-        return self._sent_at + self._first_s
+        at = max(self._heard, self._sent_at or 0.0, self._moved_at)
+        return (at if self._received else max(at, self._began + self._body_s)) + self._still_s
+
+    def _note_movement(self, now: float) -> None:
+        """Find out whether the peer took more of a large body since the last time."""
+        if self._received or self._body_bytes <= _ONE_WRITE_BYTES or self._transport is None:
+            return
+        untaken = _untaken_bytes(self._transport)
+        if untaken is not None:
+            handed = self._handed if self._sending is None else self._sending.moved
+            taken = handed - untaken - self._transport.get_write_buffer_size()
+        else:
+            # While it is being sent, the longest time that the peer may be silent decides.
+            taken = self._taken + (self._sent_at is None)
+        if taken > self._taken:
+            self._taken = taken
+            self._moved_at = now
 
     def _look(self) -> None:
         now = self._loop.time()
+        self._note_movement(now)
+        if self._sending is not None:
+            # The thread watches the line itself.
+            self._heard = now if self._still_s >= self._read_s else self._heard
         if self._deadline is not None and now >= self._deadline:
             self._fail(TimeoutError("no complete answer in time"))
-        elif self._sending is not None:
-            # The thread watches the line itself.
-            self._heard = now
-            self._watch()
         elif now >= self._silent_at():
-            self._fail(SilentError(f"no answer for {self._first_s:g} s"))
-        elif now >= self._heard + self._read_s:
+            self._fail(SilentError(f"nothing moved for {self._still_s:g} s"))
+        elif now >= self._heard + self._read_s and self._sending is None:
             self._fail(TimeoutError(f"no sign of life for {self._read_s:g} s"))
         elif now >= self._too_slow_at():
             self._fail(TimeoutError(f"only {self._received} bytes came in {now - (self._sent_at or now):.0f} s"))
@@ -507,9 +555,14 @@ class _Connection(asyncio.BufferedProtocol):
             # Bytes without a request: the next answer could not be distinguished from them.
             self.abort()
             return
-        self._heard = self._loop.time()
-        if not self._received and self._sent_at is not None:
-            self.waited_s = self._heard - self._sent_at
+        now = self._loop.time()
+        if self._sent_at is not None:
+            if not self._received:
+                self.took_s = now - self._began
+            waited_s = now - max(self._heard, self._sent_at)
+            if waited_s > self.waited_s:
+                self.waited_s = waited_s
+        self._heard = now
         self._received += nbytes
         try:
             reading = self._reading

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import math
+import ssl
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from icechunk import Repository
 from icechunk.config import S3Options, StorageRetriesSettings, StorageSettings
 from icechunk.credentials import S3Credentials
+from icechunk.runtime import repeats
 from icechunk.storage import retry
+from icechunk.storage.http import connections as http_connections
 from icechunk.storage.http.connections import SilentError
 from icechunk.storage.port import Absent, Range
 from icechunk.storage.s3.storage import S3Storage
+from tests.storage.http.certificates import tls_contexts
 from tests.storage.http.test_connections import LIMITS, OK, connections, serving
 from tests.storage.s3.faulty_s3 import HANG, LOSE, FaultyS3, Seen
 from tests.storage.s3.faulty_s3 import serving as serving_s3
@@ -63,16 +68,95 @@ async def test_a_silent_connection_is_given_up_early_and_those_beside_it_are_clo
         assert not isinstance(caught.value, SilentError)
 
 
-async def test_a_body_gets_the_time_that_a_slow_line_needs_to_take_it() -> None:
+@pytest.fixture(params=["http", "https"])
+def tls(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[ssl.SSLContext, ssl.SSLContext] | tuple[None, None]:
+    """Contexts of server and client; over plain connections a thread sends large bodies."""
+    return tls_contexts(tmp_path) if request.param == "https" else (None, None)
+
+
+async def read_head(reader: asyncio.StreamReader) -> int:
+    """Read the head of a request; returns the size of the body that follows."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    return int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
+
+
+Tls = tuple[ssl.SSLContext, ssl.SSLContext] | tuple[None, None]
+
+
+async def test_a_body_gets_the_time_that_a_slow_line_needs_to_take_it(tls: Tls) -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        await reader.readexactly(int(head.split(b"content-length: ")[1].split(b"\r\n")[0]))
-        await asyncio.sleep(0.6)
+        left = await read_head(reader)
+        began = asyncio.get_running_loop().time()
+        while left:
+            left -= len(await reader.read(64 * 1024))
+            await asyncio.sleep(0.01)
+        assert asyncio.get_running_loop().time() - began > 1.0
         writer.write(OK)
 
-    async with serving(talk) as origin, connections() as made:
-        response = await made.exchange(origin, "PUT", "/", {"host": "h"}, bytes(100_000), **LIMITS, patience=1.0)
+    async with serving(talk, tls[0]) as origin, connections(tls[1]) as made:
+        response = await made.exchange(origin, "PUT", "/", {"host": "h"}, bytes(12 << 20), **LIMITS, patience=1.0)
         assert response.status == 200
+
+
+@pytest.mark.parametrize("system_tells", [True, False])
+@pytest.mark.parametrize("taken", [1 << 20, 4 << 20])
+async def test_an_upload_that_moves_no_more_is_given_up_as_soon_as_uploads_are_known_to_be_fast(
+    tls: Tls, taken: int, system_tells: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not system_tells:
+        monkeypatch.setattr(http_connections, "_untaken_bytes", lambda _: None)
+    stop = asyncio.Event()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while (size := await read_head(reader)) < 4 << 20:
+            await reader.readexactly(size)
+            writer.write(OK)
+        await reader.readexactly(taken)
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await stop.wait()
+
+    before = repeats.totals().abandoned
+    async with serving(talk, tls[0]) as origin, connections(tls[1]) as made:
+
+        async def put(size: int) -> None:
+            await made.exchange(origin, "PUT", "/", {"host": "h"}, bytes(size), connect_s=5.0, read_s=5.0, patience=1.0)
+
+        for _ in range(16):
+            await put(1 << 20)
+        with pytest.raises(TimeoutError) as caught:
+            await put(4 << 20)
+        # Where the system does not tell, a peer that stops in the middle is found out by the longest silence.
+        if system_tells or taken == 4 << 20:
+            assert isinstance(caught.value, SilentError)
+            assert repeats.totals().abandoned > before
+        stop.set()
+
+
+async def test_an_answer_that_stops_in_the_middle_is_given_up_early(tls: Tls) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 3000000\r\n\r\n" + bytes(1_000_000))
+        await reader.read()
+
+    async with serving(talk, tls[0]) as origin, connections(tls[1]) as made:
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(SilentError):
+            await made.exchange(origin, "GET", "/", {"host": "h"}, **LIMITS, patience=1.0)
+        assert asyncio.get_running_loop().time() - began < 2.0
+
+
+async def test_an_answer_that_comes_slowly_is_read_to_its_end(tls: Tls) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n")
+        for _ in range(20):
+            await asyncio.sleep(0.02)
+            writer.write(b"x")
+        await reader.read()
+
+    async with serving(talk, tls[0]) as origin, connections(tls[1]) as made:
+        response = await made.exchange(origin, "GET", "/", {"host": "h"}, **LIMITS, patience=1.0)
+        assert bytes(response.body) == b"x" * 20
 
 
 def hanging_once(which: Callable[[Seen], bool], behaviour: str = HANG) -> Callable[[Seen], str]:
