@@ -31,7 +31,7 @@ from icechunk.transfer.segments import Listed, add_segment, list_sessions, read_
 __all__ = ["Leases", "end_expired", "read_leases"]
 
 _REMEMBERED_US: Final = 30 * 24 * 3600 * 1_000_000
-"""For so long it can be told how a session ended."""
+"""Time for which the end of a session stays, so that it can be reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Leases:
             came after them, so that their sessions can be rebased.
         """
         bases = self.bases
-        # A snapshot that a session may have committed must be found by whoever resumes it.
+        # A snapshot that a session may have committed must be found when it is resumed.
         tried = [head.since_us for head in self.heads if head.attempts]
         return min([older_than_us, *tried, *(time_us for id, time_us in written_us if id in bases)])
 
@@ -106,7 +106,7 @@ async def end_expired(storage: Storage, sources: Sources, state: RepoState, *, n
     """
     living: list[SegmentHead] = []
 
-    async def see_to(one: Listed, head: SegmentHead) -> None:
+    async def visit(one: Listed, head: SegmentHead) -> None:
         last = one.last
         if not head.kind.is_end:
             if not _is_over(one, head, state, now_us):
@@ -124,7 +124,7 @@ async def end_expired(storage: Storage, sources: Sources, state: RepoState, *, n
         await remove_segments(storage, keys)
 
     listed = await list_sessions(storage)
-    await run_jobs([partial(see_to, one, head) for one, head in await _newest(storage, listed)])
+    await run_jobs([partial(visit, one, head) for one, head in await _newest(storage, listed)])
     # Of forks that were late: their session has gone.
     orphans = [one for one in listed.values() if not one.own and one.written_us + _REMEMBERED_US < now_us]
     await remove_segments(storage, [key for one in orphans for key in one.keys])
@@ -148,7 +148,7 @@ async def _newest(storage: Storage, found: Mapping[ObjectId, Listed]) -> list[tu
 
 
 def _is_over(one: Listed, head: SegmentHead, state: RepoState, now_us: int) -> bool:
-    """Whether a collection may end a session, or need not mind it."""
+    """Whether a session has ended, or may be ended."""
     return head.kind.is_end or one.written_us + head.lease_us < now_us or head.since_us < state.gc_cutoff_us
 
 

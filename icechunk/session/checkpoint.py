@@ -2,7 +2,7 @@
 
 A checkpoint waits for the chunks that are on their way, then adds one segment with the events that are new. A commit of
 a persisted session adds one too, beside its uploads and before the swap, with the id of the snapshot that it is about
-to add: so whoever resumes the session finds out whether that has landed, and never commits the same changes twice.
+to add: so a process that resumes the session finds out whether that landed, and never commits the changes twice.
 
 Segments are added in order, each in the slot after the one before. A process whose slot is taken has lost the session:
 to another one that has resumed it, or to a collection after its lease.
@@ -101,7 +101,7 @@ async def checkpoint(content: SessionContent, lease_us: int | None) -> ObjectId:
 
 
 async def claim(content: SessionContent) -> None:
-    """Continue a session that was just read from its segments: whoever wrote to it before cannot any more."""
+    """Continue a session that was just read from its segments: no other process can write to it afterwards."""
     assert content.persisted is not None
     await _write(content, content.persisted, SegmentKind.RESUMED)
 

@@ -28,7 +28,7 @@ from icechunk.transfer.segments import list_sessions, read_segments
 __all__ = ["collect_forks", "join", "joined_fork", "resume"]
 
 _TRIES: Final = 5
-"""So often a session is read again that somebody wrote to meanwhile."""
+"""Number of times that a session is read, where it is written to meanwhile."""
 
 
 class _Found(NamedTuple):
@@ -62,7 +62,7 @@ async def resume(core: Core, session: ObjectId, lease_us: int | None) -> Session
             # Written to since it was read.
             if error.kind != ErrorKind.SESSION_FENCED or tried == _TRIES - 1:
                 raise
-    # From here on nobody else begins a commit; one that was begun before is known by its snapshot.
+    # From here on no other process begins a commit; one that was begun before is known by its snapshot.
     await require_not_landed(content)
     require_uncollected(content, await core.state())
     return content
@@ -103,7 +103,7 @@ async def collect_forks(content: SessionContent, policy: MergePolicy) -> int:
     workers = {} if listed is None else listed.workers
     read: dict[ObjectId, tuple[int, tuple[Event, ...]]] = {}
     forks: list[tuple[int, SessionContent]] = []
-    # In the order of their newest segments, so that numbers in conflicts mean something to whoever looks at the store.
+    # In the order of their newest segments: the numbers of forks in conflicts follow it.
     for worker in sorted(workers, key=lambda id: (max(info.modified_us for info in workers[id].values()), id)):
         slots = workers[worker]
         before, events = persisted.collected.get(worker, (0, ()))

@@ -117,6 +117,6 @@ async def add_segment(storage: Storage, slot: Slot, nonce: bytes, data: bytes) -
 
 
 async def remove_segments(storage: Storage, keys: Sequence[str]) -> None:
-    """Delete segments that nobody needs; what cannot be deleted is left to the next collection."""
+    """Delete segments; those that cannot be deleted are left to the next collection."""
     if keys:
         await storage.delete(keys)

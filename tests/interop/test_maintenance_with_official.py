@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zarr
 
 import icechunk
 from icechunk.format.ids import object_id_from_text
@@ -98,6 +99,27 @@ def test_both_expire_and_collect_the_same(case: tuple[str, int], tmp_path: Path)
     commits = [carry_on(ours(their), "main", 0), *theirs(version, "generate", mine, "--carry-on", "main", 0)]
     for path, commit in zip((their, mine), commits, strict=True):
         assert ours(path).lookup_branch("main") == commit["snapshot"]
+
+
+def test_the_official_library_commits_and_collects_beside_persisted_sessions(
+    case: tuple[str, int], tmp_path: Path
+) -> None:
+    version, spec = case
+    generate(icechunk.local_filesystem_storage(str(tmp_path)), spec_version=spec)
+    repo = ours(tmp_path)
+    limit = middle_us(repo)
+    session = repo.writable_session("main")
+    # Small chunks, so they are in the segment: objects would be taken by a collection up to the present.
+    zarr.create_array(session.store, name="surviving", shape=(4,), chunks=(2,), dtype="f8")[:] = 7
+    id = session.checkpoint()
+    segments = sorted((tmp_path / "sessions").rglob("*"))
+    (commit, *_) = theirs(version, "generate", tmp_path, "--carry-on", "main", 0)
+    theirs(version, "maintain", tmp_path, limit)
+    assert sorted((tmp_path / "sessions").rglob("*")) == segments
+    resumed = ours(tmp_path).resume_session(id)
+    snapshot = resumed.commit("survived", rebase_with=icechunk.ConflictDetector())
+    assert [info.id for info in ours(tmp_path).ancestry(branch="main")][:2] == [snapshot, commit["snapshot"]]
+    assert theirs(version, "dump", tmp_path) == dump(ours(tmp_path))
 
 
 def test_the_official_library_reads_a_log_after_maintenance(tmp_path: Path) -> None:

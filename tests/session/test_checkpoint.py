@@ -143,7 +143,7 @@ async def test_a_session_goes_on_in_another_process_and_the_one_before_is_fenced
 
 
 @by_layout
-async def test_an_abandoned_session_leaves_nothing_but_the_news_of_it(storage: Storage, version: int | None) -> None:
+async def test_an_abandoned_session_leaves_only_the_record_of_its_end(storage: Storage, version: int | None) -> None:
     repo = await new_repo(storage, version)
     session = await repo.writable_session_async("main")
     await put(session, 1, 1)
@@ -378,7 +378,7 @@ async def test_a_session_for_moves_stays_one() -> None:
     await repo.aclose()
 
 
-async def test_what_cannot_be_persisted_says_so() -> None:
+async def test_sessions_that_cannot_be_persisted_are_refused() -> None:
     storage = MemoryStorage()
     repo = await new_repo(storage)
     with pytest.raises(ReadOnlyError):
@@ -473,9 +473,7 @@ async def test_a_collection_keeps_what_a_leased_session_has_and_its_base(storage
 
 
 @by_layout
-async def test_a_collection_takes_a_session_after_its_lease_and_everybody_hears_of_it(
-    storage: Storage, version: int | None
-) -> None:
+async def test_a_collection_ends_a_session_after_its_lease(storage: Storage, version: int | None) -> None:
     repo = await new_repo(storage, version)
     chunks = len([info async for page in storage.list_pages(CHUNKS_PREFIX) for info in page])
     session = await repo.writable_session_async("main")
@@ -502,7 +500,7 @@ async def test_a_collection_takes_a_session_after_its_lease_and_everybody_hears_
     await repo.aclose()
 
 
-async def test_a_session_that_a_collection_came_before_says_so_at_its_first_checkpoint() -> None:
+async def test_the_first_checkpoint_after_a_collection_of_its_uploads_is_refused() -> None:
     repo = await new_repo(MemoryStorage())
     session = await repo.writable_session_async("main")
     await put(session, 1, 1)
