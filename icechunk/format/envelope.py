@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
@@ -20,10 +21,12 @@ COMPRESSION_ZSTD: Final = 1
 FILE_IDENTIFIER: Final = b"Ichk"
 
 _CLIENT_FIELD: Final = CLIENT_NAME.encode().ljust(24)
-# Metadata compresses 2 to 60 times (repeated zarr.json is the extreme); a frame that claims much more is a bomb.
-_MAX_RATIO: Final = 512
-_MAX_OUTPUT_FLOOR: Final = 16 * 2**20
+# Metadata compresses 2 to 60 times, documents that repeat many hundred times: up to a size that any machine can bear,
+# every ratio is possible. A larger file that claims more is a bomb. Writers keep below both; see `seal`.
+_MAX_RATIO: Final = 128
+_BEARABLE_BYTES: Final = 256 * 2**20
 _MAX_OUTPUT: Final = 2**31 - 1  # the largest that FlatBuffers can address
+_JOINED_BYTES: Final = 32 * 2**20
 # One kilobyte of zstd yields at most 32 MiB (a block of 128 KiB takes 4 bytes). A frame of unstated size is fed in
 # slices of one kilobyte, so it overshoots the limit by no more than that.
 _SLICE: Final = 1024
@@ -41,10 +44,17 @@ class FileType(IntEnum):
 def seal(file_type: FileType, spec_version: int, payload: bytes | bytearray | memoryview, level: int = 3) -> bytes:
     """Compress ``payload`` with zstd at ``level`` and put the header before it.
 
-    The frame ends with a checksum, which every zstd reader compares with the contents.
+    The frame ends with a checksum, which every zstd reader compares with the contents. A large payload that compresses
+    better than readers believe gets bytes at its end that do not compress and that no FlatBuffers reader looks at.
     """
     header = MAGIC + _CLIENT_FIELD + bytes((spec_version, file_type, COMPRESSION_ZSTD))
-    return header + zstandard.ZstdCompressor(level=level, write_checksum=True).compress(payload)
+    compressor = zstandard.ZstdCompressor(level=level, write_checksum=True)
+    frame = compressor.compress(payload)
+    if len(payload) > _limit(len(frame)):
+        missing = len(payload) // _MAX_RATIO - len(frame) + _SLICE
+        padding = hashlib.shake_128(frame).digest(missing + missing // 64)
+        frame = compressor.compress(b"".join((payload, padding)))
+    return header + frame
 
 
 def unseal(data: bytes, file_type: FileType, *, what: str = "") -> tuple[int, bytes]:
@@ -68,8 +78,7 @@ def unseal(data: bytes, file_type: FileType, *, what: str = "") -> tuple[int, by
     ------
     FormatError
         If the file is foreign, truncated, corrupt, of another type, of a newer spec version (kind
-        ``unsupported-spec-version``), or would decompress to more than 512 times its size
-        (16 MiB for small files, never more than 2 GiB).
+        ``unsupported-spec-version``), or would decompress to more than 256 MiB and 128 times its size, or 2 GiB.
     """
     name = what or file_type.name.lower().replace("_", " ")
     header = read_header(data, file_type, what=name)
@@ -110,8 +119,13 @@ def read_header(data: bytes, file_type: FileType, *, what: str = "") -> FileHead
     return FileHeader(written_by=written_by, spec_version=spec_version, file_type=FileType(found))
 
 
+def _limit(size: int) -> int:
+    """Bytes that a frame of that size may decompress to."""
+    return min(max(_BEARABLE_BYTES, size * _MAX_RATIO), _MAX_OUTPUT)
+
+
 def _decompress(frame: memoryview, name: str) -> bytes:
-    limit = min(max(_MAX_OUTPUT_FLOOR, len(frame) * _MAX_RATIO), _MAX_OUTPUT)
+    limit = _limit(len(frame))
     try:
         declared = zstandard.frame_content_size(frame)
         if declared > limit:
@@ -126,11 +140,17 @@ def _decompress(frame: memoryview, name: str) -> bytes:
             total += len(part)
             if total > limit:
                 raise FormatError(f"cannot read {name}: {len(frame)} bytes decompress to more than {limit}")
-            parts.append(part)
+            if total <= _JOINED_BYTES:
+                parts.append(part)
+            else:
+                # To join so much would take twice the memory; it is decompressed once more, to its place.
+                parts.clear()
             if stream.eof:
                 break
         if not stream.eof:
             raise FormatError(f"cannot read {name}: its zstd frame is truncated")
-        return b"".join(parts)
+        if total <= _JOINED_BYTES:
+            return b"".join(parts)
+        return zstandard.ZstdDecompressor().decompress(frame, max_output_size=total)
     except (zstandard.ZstdError, MemoryError) as error:
         raise FormatError(f"cannot read {name}: its zstd frame is corrupt ({error})") from error

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import random
+import tracemalloc
+
 import pytest
 import zstandard
 
 from icechunk.errors import FormatError
+from icechunk.format import envelope
 from icechunk.format.envelope import FileType, seal, unseal
+from icechunk.format.ids import NodeId
+from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
+from icechunk.format.values import NodeKind, NodeSnapshot
 from icechunk.runtime.about import CLIENT_NAME
+from tests.format.snapshot.test_snapshot import EMPTY
 from tests.raising import raises
 
 PAYLOAD = b"\x0c\0\0\0Ichk" + bytes(range(200))
@@ -65,16 +73,60 @@ def test_a_payload_without_the_file_identifier_is_a_format_error() -> None:
         unseal(seal(FileType.SNAPSHOT, 2, b"x" * 50), FileType.SNAPSHOT)
 
 
+def frame_of_zeros(size: int, *, with_size: bool) -> bytes:
+    if with_size:
+        return zstandard.ZstdCompressor().compress(bytes(size))
+    compressor = zstandard.ZstdCompressor(write_content_size=False).compressobj()
+    zeros = bytes(2**20)
+    return b"".join([compressor.compress(zeros) for _ in range(size // 2**20)]) + compressor.flush()
+
+
 @pytest.mark.parametrize("with_size", [True, False])
 def test_a_decompression_bomb_is_refused_before_it_fills_memory(with_size: bool) -> None:
-    compressor = zstandard.ZstdCompressor(write_content_size=with_size).compressobj()
-    zeros = bytes(2**20)
-    frame = b"".join([compressor.compress(zeros) for _ in range(256)]) + compressor.flush()
-    if with_size:
-        frame = zstandard.ZstdCompressor().compress(bytes(2**26))
-    assert len(frame) < 20_000
-    with raises(FormatError, "invalid-file-format", 2**26 if with_size else 2**24):
-        unseal(seal(FileType.MANIFEST, 2, PAYLOAD)[:39] + frame, FileType.MANIFEST)
+    frame = frame_of_zeros(320 * 2**20, with_size=with_size)
+    assert len(frame) < 50_000
+    tracemalloc.start()
+    try:
+        with raises(FormatError, "invalid-file-format", 320 * 2**20 if with_size else 2**28):
+            unseal(seal(FileType.MANIFEST, 2, PAYLOAD)[:39] + frame, FileType.MANIFEST)
+        assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("with_size", [True, False])
+def test_a_large_payload_is_in_memory_once(with_size: bool) -> None:
+    frame = frame_of_zeros(200 * 2**20, with_size=with_size)
+    tracemalloc.start()
+    try:
+        with raises(FormatError, "invalid-file-format", "'Ichk'"):
+            unseal(seal(FileType.MANIFEST, 2, PAYLOAD)[:39] + frame, FileType.MANIFEST)
+        assert tracemalloc.get_traced_memory()[1] < 300 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_that_compresses_more_than_readers_believe_is_written_so_that_it_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(envelope, "_BEARABLE_BYTES", 2**20)
+    for repeats in (2**18, 2**22):
+        payload = PAYLOAD[:8] + b"abc" * repeats
+        read = unseal(seal(FileType.SNAPSHOT, 2, payload), FileType.SNAPSHOT)[1]
+        assert read[: len(payload)] == payload
+        assert len(read) < len(payload) * 1.05
+
+
+def test_a_snapshot_of_many_arrays_with_the_same_long_attributes_is_read() -> None:
+    document = b'{"attributes":{"crs_wkt":"' + random.Random(1).randbytes(30_000).hex().encode() + b'"}}'
+    nodes = {
+        f"/{n}": NodeSnapshot(id=NodeId(n.to_bytes(8)), path=f"/{n}", kind=NodeKind.GROUP, user_data=document)
+        for n in range(2000)
+    }
+    snapshot = EMPTY.with_nodes(nodes)
+    data = encode_snapshot(snapshot)
+    assert len(data) * 512 < 2000 * len(document)
+    assert decode_snapshot(data) == snapshot
 
 
 def test_a_frame_that_claims_an_absurd_size_is_refused_at_once() -> None:
