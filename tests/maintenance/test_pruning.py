@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from typing import Any
+
 import pytest
 
-from icechunk.errors import ReadOnlyError, StorageError
+from icechunk.errors import AccessDeniedError, ReadOnlyError, SessionStateError, StorageError
 from icechunk.format.repo.codec import decode_repo, encode_repo
 from icechunk.format.repo.values import ONLINE, Status
 from icechunk.log.repository.convert import convert_log
@@ -17,7 +20,7 @@ from icechunk.log.repository.port import Layout
 from icechunk.maintenance.prune import prune_log
 from icechunk.runtime.clock import Sources
 from icechunk.storage.memory import MemoryStorage
-from icechunk.storage.port import ANY, DeleteResult, Storage
+from icechunk.storage.port import ANY, DeleteResult, ObjectInfo, Storage
 from icechunk.testing.scripted import ManualClock
 from icechunk.testing.wrapping import WrappingStorage
 from tests.log.repository.strategies import an_id
@@ -118,6 +121,35 @@ async def test_a_log_that_was_converted_goes_as_a_whole(world: World) -> None:
     assert await prune_log(repo, world.storage, world.sources) == 4
     assert await world.keys() == []
     assert (await repo.refresh()).branch_tip("main") == an_id(3)
+
+
+@pytest.mark.parametrize("lists", [True, False])
+async def test_a_client_that_slept_through_a_conversion_does_not_take_it_for_a_takeover(
+    world: World, lists: bool
+) -> None:
+    class Unlisted(WrappingStorage):
+        async def list_pages(self, *_: Any, **__: Any) -> AsyncIterator[list[ObjectInfo]]:
+            raise AccessDeniedError("no listings for you", right="list")
+            yield []
+
+    made = await world.log(3)
+    sleeper = await open_log(world.storage if lists else Unlisted(world.storage), world.sources)
+    await convert_log(made, world.storage, world.sources, Layout.REPO)
+    repo = await open_repository(world.storage, world.sources)
+    for _ in range(2):
+        await prune_log(repo, world.storage, world.sources)
+        world.clock.move(8 * DAY_S)
+    assert await world.keys() == []
+    if lists:
+        assert (await sleeper.refresh()).branch_tip("main") == an_id(3)
+    else:
+        with pytest.raises(SessionStateError):
+            await sleeper.refresh()
+    assert sleeper.view.sealer is None
+    assert await world.keys() == []
+    with pytest.raises(SessionStateError):
+        await sleeper.append(commit_proposal(an_id(9), "main", now_us=world.clock.now_us))
+    await sleeper.aclose()
 
 
 async def test_a_log_that_was_taken_over_stays(world: World) -> None:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from icechunk.errors import AccessDeniedError, FormatError, IcechunkError
+from icechunk.errors import AccessDeniedError, FormatError, IcechunkError, StorageError
 from icechunk.format.ids import ObjectId
 from icechunk.log.repository.entries.checkpoint import DEFAULT_UPDATES_PER_FILE, Written, finish_conversion
 from icechunk.log.repository.entries.embedded import EmbeddedFiles
@@ -444,13 +444,18 @@ class LogView:
         if self.ended_reason is None and self.head.epoch == head.epoch and head.state.seal is not None:
             self._end(head.state.seal)
 
-    def _end(self, seal: Sealed | None) -> None:
+    def _end(self, seal: Sealed | None, unlisted: StorageError | None = None) -> None:
         where = self.storage.describe()
         if seal is not None and seal.reason == CONVERT:
             self.ended_reason = f"the repository in {where} has another layout now; open it again"
         else:
             self.taken_over = True
             self.ended_reason = f"the repository in {where} was taken over by another client; open it again"
+            if unlisted is not None:
+                self.ended_reason = (
+                    f"the repository in {where} has another layout now, or was taken over by another client, which "
+                    f"only those who may list can tell ({unlisted}); open it again"
+                )
 
     async def _try_leave_sealed(self) -> None:
         # A reader need not help; the next client that opens the repository tries again.
@@ -473,13 +478,14 @@ class LogView:
         """
         if self.ended_reason is not None or self.head.epoch != epoch:
             return
+        unlisted: StorageError | None = None
         try:
             seal = await self._find_seal(epoch)
-        except NO_LISTING:
-            seal = None
+        except NO_LISTING as error:
+            seal, unlisted = None, error
         if self.ended_reason is not None or self.head.epoch != epoch:
             return
-        self._end(seal)
+        self._end(seal, unlisted)
         # Not by a client that has known the end for too long: what looks like it may be a slot that was pruned and
         # filled again. It is told to open the repository again, and finds out then.
         if seal is None and may_write(self.storage) and is_fresh(self.freshness, instant(self.sources)):
