@@ -30,6 +30,7 @@ KNOWN = {
     "icechunk.Session: no parameter 'session'": MADE,
     "icechunk.config.ManifestSplittingConfig.to_dict: no parameter 'config'": TO_DICT,
     "icechunk.config.ObjectStoreConfig._repr_html_: missing": UNION,
+    "icechunk.dask.store_dask: parameter 'store_kwargs' is number 5, official 4": "through_storage precedes the rest",
     "icechunk.repository.Repository: no parameter 'repository'": MADE,
     "icechunk.repository._none_credential_guidance: missing": PRIVATE,
     "icechunk.repository._warn_on_none_virtual_chunk_credentials: missing": PRIVATE,

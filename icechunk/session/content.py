@@ -36,8 +36,9 @@ from icechunk.log.session.plan.compaction import Plan, plan
 from icechunk.log.session.zarr_metadata import require_regular_grid
 from icechunk.session.core import Core
 from icechunk.session.persisted import Persisted
-from icechunk.session.read import all_references, read_chunk, reference_of
+from icechunk.session.read import all_references, read_chunk, read_chunk_nowait, reference_of
 from icechunk.storage.port import ByteRange, Octets
+from icechunk.transfer.assets import Unknown
 from icechunk.virtual_access.locations import Prefixes
 
 __all__ = ["Lineage", "Phase", "SessionContent", "absolute"]
@@ -342,6 +343,18 @@ class SessionContent:
             return None
         return await read_chunk(self.core, self.puts, node, coords, found, byte_range)
 
+    @property
+    def answers_nowait(self) -> bool:
+        """As `Content.answers_nowait`."""
+        return self.core.storage.reads_nowait
+
+    def get_chunk_nowait(self, path: str, coords: tuple[int, ...], byte_range: ByteRange) -> Octets | Unknown | None:
+        """As `Content.get_chunk_nowait`."""
+        node, found = self._look_up(path, coords)
+        if found is ABSENT or node is None:
+            return None
+        return read_chunk_nowait(self.core, self.puts, node, coords, found, byte_range)
+
     async def chunk_reference(self, path: str, coords: tuple[int, ...]) -> ChunkRef | None:
         """As `Content.chunk_reference`."""
         node, found = self._look_up(path, coords)
@@ -356,6 +369,19 @@ class SessionContent:
             written, deleted = self.log.overlay(node)
         async for refs in all_references(self.core, node, written, deleted):
             yield refs
+
+    def set_chunk_nowait(self, path: str, coords: tuple[int, ...], data: bytes | memoryview) -> bool:
+        """As `Content.set_chunk_nowait`."""
+        with self.lock:
+            self.require_writable()
+            node = self._check_chunk(path, coords, data)
+            if len(data) <= self.core.settings.inline_threshold_bytes:
+                self.log.set_inline(node, coords, bytes(data))
+                return True
+            place = self.puts.put_nowait(data)
+            if place is not None:
+                self.log.set_native(node, coords, *place, len(data))
+            return place is not None
 
     async def set_chunk(
         self, path: str, coords: tuple[int, ...], data: bytes | memoryview, *, only_new: bool = False

@@ -9,16 +9,17 @@ import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, FormatError, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.format.ids import ObjectId, encode_id
+from icechunk.format.keys import chunk_key
 from icechunk.format.values import INLINE, NATIVE, ChunkRef, ChunkRefs, NodeSnapshot
 from icechunk.log.session.array_fold import inside
 from icechunk.log.session.log import IN_BASE, InBase
 from icechunk.session.core import Core
 from icechunk.storage.port import ByteRange, Octets
 from icechunk.store.port import clip
-from icechunk.transfer.assets import UNKNOWN, references_of
+from icechunk.transfer.assets import UNKNOWN, Unknown, references_of
 from icechunk.transfer.packs import Packs
 
-__all__ = ["all_references", "bytes_of", "read_chunk", "reference_of"]
+__all__ = ["all_references", "bytes_of", "read_chunk", "read_chunk_nowait", "reference_of"]
 
 
 async def read_chunk(
@@ -60,6 +61,33 @@ async def read_chunk(
         if data is not None:
             return data
     return None if ref is None else await bytes_of(core, puts, ref, byte_range)
+
+
+def read_chunk_nowait(
+    core: Core,
+    puts: Packs,
+    node: NodeSnapshot,
+    coords: tuple[int, ...],
+    found: ChunkRef | InBase,
+    byte_range: ByteRange,
+) -> Octets | Unknown | None:
+    """As `read_chunk`, from memory or by one read from local disk; `UNKNOWN` where more is needed, or it fails."""
+    ref = core.assets.reference_nowait(node, coords, reading=False) if found is IN_BASE else found
+    if ref is UNKNOWN or ref is None:
+        return ref
+    if ref.kind == INLINE:
+        data = ref.data or b""
+        return data if byte_range is None else data[slice(*clip(byte_range, len(data)))]
+    if ref.kind != NATIVE or ref.chunk_id is None:
+        return UNKNOWN
+    start, end = clip(byte_range, ref.length)
+    if start >= end:
+        return b""
+    waiting = puts.pending(ref.chunk_id, ref.offset, ref.length)
+    if waiting is not None:
+        return waiting[start:end]
+    stored = core.storage.read_nowait(chunk_key(ref.chunk_id), ref.offset + start, ref.offset + end)
+    return UNKNOWN if stored is None or len(stored) != end - start else stored
 
 
 async def reference_of(

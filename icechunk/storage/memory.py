@@ -157,6 +157,14 @@ class MemoryStorage(Storage):
         return True
 
     @property
+    def reads_nowait(self) -> bool:
+        return True
+
+    def read_nowait(self, key: str, start: int, end: int) -> bytes | None:
+        found = self._objects.get(key)
+        return None if found is None else found[1][start:end]
+
+    @property
     def gains_from_split_reads(self) -> bool:
         return False
 

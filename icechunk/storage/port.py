@@ -308,6 +308,18 @@ class Storage(ABC):
         return True
 
     @property
+    def reads_nowait(self) -> bool:
+        """Whether `read_nowait` answers: bytes come sooner than another thread could fetch them."""
+        return False
+
+    def read_nowait(self, key: str, start: int, end: int) -> bytes | None:
+        """Bytes ``start`` to ``end`` of an object, read in the thread that calls; fewer where it ends before.
+
+        None where it cannot be read so: `get` tells why, or reads it.
+        """
+        return None
+
+    @property
     def endpoint_url(self) -> str | None:
         """URL of the service that the caller named; None where the kind of storage says which it is."""
         return None

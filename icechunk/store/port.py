@@ -7,6 +7,7 @@ from typing import Protocol
 
 from icechunk.format.values import ChunkRef, ChunkRefs, NodeSnapshot
 from icechunk.storage.port import ByteRange, Octets, Range, Suffix
+from icechunk.transfer.assets import Unknown
 from icechunk.virtual_access.locations import Prefixes
 
 __all__ = ["Content", "StoreSession", "clip"]
@@ -62,6 +63,19 @@ class Content(Protocol):
 
         Raises `InvalidInputError` where the node is a group.
         """
+        ...
+
+    @property
+    def answers_nowait(self) -> bool:
+        """Whether most chunks are found sooner by `get_chunk_nowait` than by another thread."""
+        ...
+
+    def get_chunk_nowait(self, path: str, coords: tuple[int, ...], byte_range: ByteRange) -> Octets | Unknown | None:
+        """As `get_chunk`, without waiting, or for no more than a read from local disk; `UNKNOWN` where it must wait."""
+        ...
+
+    def set_chunk_nowait(self, path: str, coords: tuple[int, ...], data: bytes | memoryview) -> bool:
+        """As `set_chunk`, where the chunk is taken without waiting; False: nothing is written, `set_chunk` must be."""
         ...
 
     async def chunk_reference(self, path: str, coords: tuple[int, ...]) -> ChunkRef | None:

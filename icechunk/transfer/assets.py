@@ -255,13 +255,15 @@ class Assets:
             await self._readers.get()
         return self._reference_in(held, node, coords, reading)
 
-    def reference_nowait(self, node: NodeSnapshot, coords: tuple[int, ...]) -> ChunkRef | Unknown | None:
-        """As `reference` with ``reading``, if the manifest is in the cache; else `UNKNOWN`."""
+    def reference_nowait(
+        self, node: NodeSnapshot, coords: tuple[int, ...], *, reading: bool = True
+    ) -> ChunkRef | Unknown | None:
+        """As `reference`, if the manifest is in the cache; else `UNKNOWN`. Reading ahead needs a running loop."""
         manifest_ref = self._locate(node.manifests, coords)
         if manifest_ref is None:
             return None
         held = self._manifests.get(manifest_ref.object_id)
-        return UNKNOWN if held is None else self._reference_in(held, node, coords, True)
+        return UNKNOWN if held is None else self._reference_in(held, node, coords, reading)
 
     def _reference_in(self, held: _Held, node: NodeSnapshot, coords: tuple[int, ...], reading: bool) -> ChunkRef | None:
         columns = held.columns.get(node.id)

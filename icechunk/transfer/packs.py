@@ -10,10 +10,12 @@ A pack never crosses a fork: parent and child would fill one object with differe
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import weakref
 from collections.abc import Callable
+from typing import overload
 
 from icechunk.errors import ErrorKind, SessionStateError
 from icechunk.format.ids import ObjectId
@@ -79,23 +81,35 @@ class Packs:
         return self._pack(data)
 
     def put_nowait(self, data: bytes | memoryview) -> tuple[ObjectId, int] | None:
-        """The same for a chunk that is packed, if there is room at once and no error is pending; else None."""
+        """The same for a chunk that is packed, if there is room at once and no error is pending; else None.
+
+        In a thread without a running loop also None where the pack is full then, since its upload needs one.
+        """
         if len(data) >= self._threshold_bytes or not self._pool.reserve_nowait(len(data)):
             return None
-        if os.getpid() != self._pid:
-            self._pool.release(len(data))
-            return None
-        return self._pack(data)
+        if os.getpid() == self._pid:
+            place = self._pack(data, sending=_has_loop())
+            if place is not None:
+                return place
+        self._pool.release(len(data))
+        return None
 
-    def _pack(self, data: bytes | memoryview) -> tuple[ObjectId, int]:
+    @overload
+    def _pack(self, data: bytes | memoryview) -> tuple[ObjectId, int]: ...
+    @overload
+    def _pack(self, data: bytes | memoryview, *, sending: bool) -> tuple[ObjectId, int] | None: ...
+    def _pack(self, data: bytes | memoryview, *, sending: bool = True) -> tuple[ObjectId, int] | None:
         with self._lock:
             pack = self._open
+            offset = 0 if pack is None else pack.size
+            full = offset + len(data) >= self._size_bytes or self._pool.is_starving
+            if full and not sending:
+                return None
             if pack is None:
                 pack = self._open = _Pack(self._new_object_id())
-            offset = pack.size
             pack.parts[offset] = bytes(data)
             pack.size += len(data)
-            if pack.size >= self._size_bytes or self._pool.is_starving:
+            if full:
                 self._open = None
                 self._send(pack)
         return pack.id, offset
@@ -147,3 +161,11 @@ class Packs:
                 "with different bytes. Open a writable session in the child",
                 ErrorKind.COMMIT_NOT_ALLOWED,
             )
+
+
+def _has_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

@@ -386,7 +386,7 @@ async def test_each_location_stays_with_its_chunk_in_any_order(
     names = sorted(names) if ascending else names
     locations = [name and prefix_of(folder) + name for name in names]
     await store.set_virtual_refs_arr_async("a", (2, 3), locations, u64(*range(6)), np.full(6, 4, np.uint64))
-    found = {}
+    found: dict[Any, str] = {}
     async for coords, _, places, *_rest in store.array_chunk_iterator("a"):
         found.update(zip(map(tuple, coords.tolist()), places, strict=True))
     expected = {(i // 3, i % 3): place.replace("/./", "/") for i, place in enumerate(locations) if place}

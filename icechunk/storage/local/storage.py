@@ -74,6 +74,7 @@ from icechunk.storage.port import (
     ObjectKind,
     Precondition,
     PutResult,
+    Range,
     Storage,
     Unchecked,
     Version,
@@ -209,6 +210,16 @@ class LocalStorage(Storage):
         settings = place_settings(ideal_request_bytes=4096)
         settings.unsafe_use_conditional_update = settings.unsafe_use_metadata = False
         return settings
+
+    @property
+    def reads_nowait(self) -> bool:
+        return True
+
+    def read_nowait(self, key: str, start: int, end: int) -> bytes | None:
+        try:
+            return bytes(self._get(key, Range(start, end)).body)
+        except (StorageError, InvalidInputError):
+            return None
 
     @property
     def gains_from_split_reads(self) -> bool:
