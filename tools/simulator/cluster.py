@@ -173,8 +173,6 @@ class Cluster:
         self.amends = layout is not Layout.REFS
         self.updates_per_file = rng.choice((None, None, 3))
         """Most lines of the ops log in one object."""
-        self.deleting: set[str] = set()
-        """Tags that somebody has asked to delete, where two who do so cannot be told apart."""
         self.clients: list[Client] = []
         self.store = SimulatedStore(loop, mix, rng, objects)
         if sessions:

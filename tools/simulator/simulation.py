@@ -138,9 +138,9 @@ async def _run(cluster: Cluster, plan: Plan) -> None:
     watch = Watch(cluster)
     cluster.on_told = watch.told
     refs = plan.layout is Layout.REFS
-    # A ref that was moved away and back has the same bytes, and so the same version: what was late then lands.
-    forgetful = not refs or not any(fault in cluster.mix for fault in (Fault.LATE, Fault.DOUBLED, Fault.CUT))
-    powers = Powers(cluster.rng, plan.layout, only_commits=refs and plan.convert, forgetful=forgetful)
+    # The deletion of a ref has no condition: one that is late deletes whatever is there, and lets late creations land.
+    deletes = not refs or not any(fault in cluster.mix for fault in (Fault.LATE, Fault.DOUBLED, Fault.CUT))
+    powers = Powers(cluster.rng, plan.layout, only_commits=refs and plan.convert, deletes=deletes)
     actors: list[Coroutine[Any, Any, None]] = []
     if plan.sessions:
         actors += [sessions.content_writer(cluster, plan.rounds) for _ in range(plan.writers)]

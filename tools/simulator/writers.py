@@ -62,23 +62,23 @@ class Powers:
     ----------
     only_commits
         They leave branches and tags alone.
-    forgetful
-        Branches are deleted, and moved back; not where a layout cannot tell a branch that was moved back from one that
-        never moved.
+    deletes
+        Branches are deleted; not where that has no condition, and a late request deletes whatever is there.
     """
 
-    def __init__(self, rng: random.Random, layout: Layout, *, only_commits: bool, forgetful: bool) -> None:
+    def __init__(self, rng: random.Random, layout: Layout, *, only_commits: bool, deletes: bool) -> None:
         verbs = ["commit"] * rng.choice((2, 4, 8))
         if not only_commits:
             verbs += ["create-branch", "create-tag"] * rng.choice((0, 1, 1))
             verbs += ["delete-tag"] * rng.choice((0, 1))
-            if forgetful:
-                verbs += ["delete-branch", "reset-branch"] * rng.choice((0, 1, 1))
+            moves = ["delete-branch", "reset-branch"] if deletes else ["reset-branch"]
+            verbs += moves * rng.choice((0, 1, 1))
             if layout is not Layout.REFS:
                 verbs += ["amend"] * rng.choice((0, 1))
         self.verbs = verbs
-        self.fresh_names = layout is Layout.REFS
-        """Whether no name is ever used twice."""
+        self.fresh_branches = layout is Layout.REFS
+        """Whether no branch has the name of an earlier one: a creation without answer, of a branch that was deleted
+        since, is repeated where each ref is kept by itself."""
 
 
 async def writer(cluster: Cluster, powers: Powers, rounds: int) -> None:
@@ -124,9 +124,7 @@ async def _change(cluster: Cluster, powers: Powers, client: Client, log: Reposit
             op.ref, op.commit = _name(cluster, powers, "t"), cluster.name_of(tip)
             event = lambda _: e.TagCreated(name=op.ref, snapshot=tip)  # noqa: E731
         case "delete-tag":
-            op.ref = rng.choice(sorted(set(state.tags) - cluster.deleting) or ["t0"])
-            if powers.fresh_names:
-                cluster.deleting.add(op.ref)
+            op.ref = rng.choice(sorted(state.tags) or ["t0"])
             event = lambda _: e.TagDeleted(name=op.ref)  # noqa: E731
         case "delete-branch" if len(branches) > 1:
             op.ref = rng.choice([name for name in branches if name != MAIN])
@@ -156,7 +154,7 @@ def _known_ancestry(state: RepoState, branch: str) -> list[SnapshotRecord]:
 
 
 def _name(cluster: Cluster, powers: Powers, prefix: str) -> str:
-    if powers.fresh_names:
+    if prefix == "b" and powers.fresh_branches:
         return f"{prefix}{cluster.tick()}"
     return f"{prefix}{cluster.rng.randrange(3)}"
 

@@ -5,11 +5,13 @@ tombstone beside it. Ancestry is in the snapshot files, which name their parents
 and kept in memory, since snapshots never change.
 
 Operations that the format lacks are refused, as by the official library: status, metadata, feature flags, ops log,
-amending, several changes at once. Limits of its promises: a ref that was moved away and back has the same contents,
-and on object stores the same ETag, so a PUT that was delayed meanwhile lands; deletion of a branch has no condition.
+amending, several changes at once. Limits of its promises: a ref that the official library moved away and back has
+the same contents, and on object stores the same ETag, so a PUT that was delayed meanwhile lands; deletion of a branch
+has no condition.
 
-The parts common to all layouts are in `icechunk.log.repository.settle`. An attempt is one change of one object; a
-client recognises its own commit by the snapshot id, at the tip or below it.
+The parts common to all layouts are in `icechunk.log.repository.settle`. An attempt is one change of one object. A
+client recognises its own write by a mark in white space at the end of the body, so no two writes have the same bytes; a
+commit also by the snapshot id, at the tip or below it.
 """
 
 from __future__ import annotations
@@ -36,19 +38,20 @@ from icechunk.log.repository import events as e
 from icechunk.log.repository.port import Layout, SwapToken
 from icechunk.log.repository.queue import Attempt, Group, Member, Waiting, new_snapshots
 from icechunk.log.repository.ref_files.client import RefFilesView
-from icechunk.log.repository.ref_files.names import encode_ref, read_ref
+from icechunk.log.repository.ref_files.names import MARK_BYTES, encode_ref, mark_in, mark_of, read_ref
 from icechunk.log.repository.settle import Fate, SwappedLog
 from icechunk.log.repository.state import MAIN, RepoState, apply
 from icechunk.log.repository.store_check import MatchCheck
 from icechunk.log.repository.tokens import REFS_TOKEN
 from icechunk.runtime.clock import SYSTEM, Sources
-from icechunk.storage.outcome import refused
+from icechunk.storage.outcome import is_refusal, refused
 from icechunk.storage.port import Absent, GetResult, Matches, Precondition, Storage, Version
 
 __all__ = ["RefFilesLayout", "needs_format_2"]
 
 Json: TypeAlias = Any
 _SETTLE_TRIES: Final = 100
+_NO_MARK: Final = bytes(MARK_BYTES)
 
 
 def needs_format_2(what: str) -> FormatError:
@@ -67,6 +70,8 @@ class _Change(Group):
     key: str = ""
     data: bytes | None = None
     """None: delete the object."""
+    nonce: bytes = _NO_MARK
+    """Of the mark of the object; for a deletion `_NO_MARK`."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -80,6 +85,8 @@ class _Write(Attempt):
     """The version that it replaces; None: there is none."""
     state: RepoState
     """Afterwards."""
+    may_be_there: bool = False
+    """Whether some request got no certain answer. A 412 to the first one is about another client's object."""
 
     @property
     def place(self) -> tuple[str, object]:
@@ -152,7 +159,7 @@ class RefFilesLayout(SwappedLog[_Write]):
         answer = await self._view.get(key)
         if answer is not None and read_ref(answer.data, key) == expected:
             with suppress(PreconditionFailedError, ObjectNotFoundError):
-                await self._storage.put(key, encode_ref(new), Matches(answer.version))
+                await self._storage.put(key, encode_ref(new, mark_in(answer.data)), Matches(answer.version))
 
     async def prepare_writes(self) -> None:
         await self._check.run((snapshot_key(FIRST_SNAPSHOT), snapshot_key(self.state.branches[MAIN])))
@@ -189,7 +196,9 @@ class RefFilesLayout(SwappedLog[_Write]):
                 group.nothing.append(one)
                 return group
             await self._name_of(events[0])
-            group.key, group.data = await self._change(events[0])
+            nonce = self._sources.random_bytes(MARK_BYTES)
+            group.key, group.data = await self._change(events[0], mark_of(nonce))
+            group.nonce = _NO_MARK if group.data is None else nonce
             group.state = apply(self.state, events[0], time_us=group.time_us, since_us=one.since_us)
             group.members.append(Member(waiting=one, snapshots=tuple(new_snapshots(events))))
         except Exception as error:
@@ -202,7 +211,7 @@ class RefFilesLayout(SwappedLog[_Write]):
         return _Write(
             epoch=f"{REFS_TOKEN}{group.key}",
             n=0,
-            nonce=(base or "").encode(),
+            nonce=group.nonce + (base or "").encode(),
             key=group.key,
             data=group.data,
             base=base,
@@ -222,23 +231,23 @@ class RefFilesLayout(SwappedLog[_Write]):
             case e.TagCreated(name=name) | e.TagDeleted(name=name):
                 await self.name_refs(tags=[name])
 
-    async def _change(self, event: e.Event) -> tuple[str, bytes | None]:
+    async def _change(self, event: e.Event, mark: bytes) -> tuple[str, bytes | None]:
         names = self._view.names
         match event:
             case e.CommitAdded(branch=branch, snapshot=snapshot):
                 if snapshot.parent is not None and self.state.branches.get(branch) == snapshot.parent:
                     await self.learn([snapshot.parent])
-                return names.branch_key(branch), encode_ref(snapshot.id)
+                return names.branch_key(branch), encode_ref(snapshot.id, mark)
             case e.BranchCreated(name=name, snapshot=target) | e.BranchReset(name=name, snapshot=target):
                 await self.learn([target])
-                return names.branch_key(names.checked(name, "branch")), encode_ref(target)
+                return names.branch_key(names.checked(name, "branch")), encode_ref(target, mark)
             case e.BranchDeleted(name=name):
                 return names.branch_key(name), None
             case e.TagCreated(name=name, snapshot=target):
                 await self.learn([target])
-                return names.tag_key(names.checked(name, "tag")), encode_ref(target)
+                return names.tag_key(names.checked(name, "tag")), encode_ref(target, mark)
             case e.TagDeleted(name=name):
-                return names.tombstone_key(name), b""
+                return names.tombstone_key(name), mark
             case e.ConfigReplaced(config=config):
                 return await self._config_change(config)
             case _:
@@ -261,6 +270,10 @@ class RefFilesLayout(SwappedLog[_Write]):
                 await self._storage.put(attempt.key, attempt.data, attempt.precondition)
             except (PreconditionFailedError, ObjectNotFoundError):
                 return False
+            except BaseException as error:
+                if not is_refusal(error) and not getattr(error, "unsent", False):
+                    attempt.may_be_there = True
+                raise
         self._fold_own(attempt)
         return True
 
@@ -271,25 +284,41 @@ class RefFilesLayout(SwappedLog[_Write]):
         return self._view.version(attempt.key) != attempt.base
 
     async def _look(self, attempt: _Write) -> Fate:
-        landed = await self._landed_in(attempt, await self._view.get(attempt.key))
-        if landed:
+        fate = await self._fate_by(attempt, await self._view.get(attempt.key))
+        if fate is Fate.LANDED:
             self._fold_own(attempt)
-        return Fate.OPEN if landed is None else Fate.LANDED if landed else Fate.LOST
+        return fate
 
-    async def _landed_in(self, attempt: _Write, answer: GetResult | None) -> bool | None:
-        """Whether an object that was found shows that a write landed; None while it is as it was."""
+    async def _fate_by(self, attempt: _Write, answer: GetResult | None) -> Fate:
+        """By the object that was found; None: there is none."""
         if attempt.data is None:
-            return True if answer is None else None
-        version = None if answer is None else answer.version
-        if version == attempt.base:
-            return None
-        if answer is not None and answer.data == attempt.data:
-            return True
-        if not attempt.snapshots:
-            return False
-        if answer is None:
-            return await self._view.was_taken_over(attempt.snapshots)
-        return await self._view.is_below(read_ref(answer.data, attempt.key), attempt.snapshots)
+            return Fate.LANDED if answer is None else Fate.OPEN
+        if (None if answer is None else answer.version) == attempt.base:
+            return Fate.OPEN
+        if answer is not None and self._is_own(attempt, answer.data):
+            return Fate.LANDED
+        if attempt.snapshots:
+            if answer is None:
+                landed = await self._view.was_taken_over(attempt.snapshots)
+            else:
+                landed = await self._view.is_below(read_ref(answer.data, attempt.key), attempt.snapshots)
+            return Fate.LANDED if landed else Fate.LOST
+        if attempt.may_be_there and (answer is None or self._is_replaceable(attempt.key)):
+            # It may have been there, and replaced since.
+            return Fate.UNDECIDED
+        return Fate.LOST
+
+    def _is_own(self, attempt: _Write, data: bytes) -> bool:
+        assert attempt.data is not None
+        if attempt.key == CONFIG_KEY:
+            # It has no mark: another client may have written the same.
+            return attempt.may_be_there and data == attempt.data
+        return mark_in(data) == mark_in(attempt.data)
+
+    def _is_replaceable(self, key: str) -> bool:
+        """Whether another write may follow one of this object; tags and tombstones are there for good."""
+        ref = self._view.names.parse(key)
+        return ref is None or not ref.is_tag
 
     # ---------------------------------------------------------------- settle
 
@@ -300,21 +329,30 @@ class RefFilesLayout(SwappedLog[_Write]):
                 "or to its later life",
                 ErrorKind.INVALID_SETTING,
             )
-        key, base = token.epoch.removeprefix(REFS_TOKEN), token.nonces[0].decode(errors="replace")
+        key, base = token.epoch.removeprefix(REFS_TOKEN), token.nonces[0][MARK_BYTES:].decode(errors="replace")
+        marks = {mark_of(nonce[:MARK_BYTES]) for nonce in token.nonces}
         async with self.swapping:
             for _ in range(_SETTLE_TRIES):
                 answer = await self._view.get(key)
-                if answer is not None and token.snapshots:
-                    if await self._view.is_below(read_ref(answer.data, key), token.snapshots):
-                        return True
-                    if answer.version == base:
-                        # Still what the write would replace: other bytes that say the same, and it never lands.
-                        with suppress(PreconditionFailedError):
-                            await self._storage.put(key, answer.data + b"\n", Matches(answer.version))
-                        continue
+                if answer is None:
+                    if token.snapshots:
+                        return await self._view.was_taken_over(token.snapshots)
+                    break
+                if mark_in(answer.data) in marks:
+                    return True
+                if token.snapshots and await self._view.is_below(read_ref(answer.data, key), token.snapshots):
+                    return True
+                if mark_of(_NO_MARK) in marks:
+                    # A deletion has no condition.
+                    break
+                if answer.version == base:
+                    # Still what the write would replace: other bytes that say the same, and it never lands.
+                    with suppress(PreconditionFailedError):
+                        await self._storage.put(key, answer.data + b"\n", Matches(answer.version))
+                        return False
+                    continue
+                if token.snapshots or not self._is_replaceable(key):
                     return False
-                if token.snapshots:
-                    return await self._view.was_taken_over(token.snapshots)
                 break
         raise CommitOutcomeUnknown(
             f"the change of {key!r} in {self._storage.describe()} cannot be recognised in format 1; look "

@@ -110,14 +110,30 @@ class RefNames:
         return RefKey(is_tag=kind == _TAG, name=name, tombstone=tombstone)
 
 
-def encode_ref(snapshot: ObjectId) -> bytes:
-    """The body of a ref."""
-    return orjson.dumps({"snapshot": encode_id(snapshot)})
+MARK_BYTES: Final = 8
+"""Of the nonce that marks a write of a ref."""
+_SPACES: Final = b" \t\n\r"
 
 
-def close_ref(snapshot: ObjectId) -> bytes:
-    """The body of a branch's ref during an upgrade; clients of format 1 cannot read it."""
-    return orjson.dumps({_CLOSED: encode_id(snapshot)})
+def mark_of(nonce: bytes) -> bytes:
+    """A nonce as white space, four characters a byte; at the end of a body no reader minds it."""
+    return bytes(_SPACES[byte >> shift & 3] for byte in nonce for shift in (6, 4, 2, 0))
+
+
+def mark_in(data: bytes) -> bytes:
+    """The mark at the end of a ref's body; shorter where there is none."""
+    end = len(data.rstrip(_SPACES))
+    return data[end : end + 4 * MARK_BYTES]
+
+
+def encode_ref(snapshot: ObjectId, mark: bytes = b"") -> bytes:
+    """The body of a ref, with the mark of the write."""
+    return orjson.dumps({"snapshot": encode_id(snapshot)}) + mark
+
+
+def close_ref(snapshot: ObjectId, mark: bytes = b"") -> bytes:
+    """The body of a branch's ref during an upgrade, with the mark that it had; clients of format 1 cannot read it."""
+    return orjson.dumps({_CLOSED: encode_id(snapshot)}) + mark
 
 
 def is_closed(data: bytes) -> bool:

@@ -54,7 +54,7 @@ from icechunk.log.repository.entries.checkpoint import encode
 from icechunk.log.repository.entries.reader import RepoObject, read_repo
 from icechunk.log.repository.marker import write_mark
 from icechunk.log.repository.ops_log import updates_of
-from icechunk.log.repository.ref_files.names import RefKey, RefNames, close_ref, is_closed, read_ref
+from icechunk.log.repository.ref_files.names import RefKey, RefNames, close_ref, is_closed, mark_in, read_ref
 from icechunk.log.repository.state import MAIN, ONLINE, READ_ONLY, from_repo_info
 from icechunk.log.repository.store_check import MatchCheck, require_atomic, require_writable
 from icechunk.runtime.clock import Sources
@@ -242,6 +242,8 @@ class _Ref:
     """None for a tombstone."""
     version: Version
     closed: bool
+    mark: bytes
+    """Of its last write, by which its writer recognises it."""
 
 
 class _Upgrade:
@@ -298,7 +300,14 @@ class _Upgrade:
         except ObjectNotFoundError:
             return None
         snapshot = None if what.tombstone else read_ref(answer.data, f"{key} in {self._where}")
-        return _Ref(key=key, what=what, snapshot=snapshot, version=answer.version, closed=is_closed(answer.data))
+        return _Ref(
+            key=key,
+            what=what,
+            snapshot=snapshot,
+            version=answer.version,
+            closed=is_closed(answer.data),
+            mark=mark_in(answer.data),
+        )
 
     async def _info(self, refs: Iterable[_Ref], *, reason: str | None = _REASON, nonce: bytes = b"") -> RepoInfo:
         """The contents of ``repo``; with a reason it is read-only and has our mark."""
@@ -422,7 +431,7 @@ class _Upgrade:
 
     async def _close_one(self, ref: _Ref) -> None:
         assert ref.snapshot is not None
-        await self._storage.put(ref.key, close_ref(ref.snapshot), Matches(ref.version))
+        await self._storage.put(ref.key, close_ref(ref.snapshot, ref.mark), Matches(ref.version))
 
     def _no_answer(self) -> StorageError:
         return StorageError(

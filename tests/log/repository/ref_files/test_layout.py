@@ -10,9 +10,11 @@ import pytest
 
 from icechunk.errors import (
     AlreadyExistsError,
+    CommitOutcomeUnknown,
     ConflictError,
     FormatError,
     InvalidInputError,
+    PreconditionFailedError,
     RefNotFoundError,
     RepositoryNotFoundError,
     SessionStateError,
@@ -26,7 +28,7 @@ from icechunk.format.values import Snapshot
 from icechunk.log.repository import events as e
 from icechunk.log.repository.create import create_ref_files, create_repo_object
 from icechunk.log.repository.open import create_repository, detect, open_repository
-from icechunk.log.repository.port import Layout, Propose
+from icechunk.log.repository.port import Layout, Propose, SwapToken
 from icechunk.log.repository.ref_files.layout import RefFilesLayout
 from icechunk.log.repository.ref_files.names import RefKey, RefNames, decode_ref
 from icechunk.log.repository.state import RepoState
@@ -97,7 +99,7 @@ async def test_the_files_are_those_of_the_official_library(world: RefFilesWorld)
             snapshot_key(FIRST_SNAPSHOT),
         ]
     )
-    assert files["refs/tag.t/ref.json.deleted"] == 0
+    assert not (await world.store.get("refs/tag.t/ref.json.deleted")).data.strip()
     assert (await world.store.get(MAIN_KEY)).data == b'{"snapshot":"1CECHNKREP0F1RSTCMT0"}'
     assert b"inline_chunk_threshold_bytes: 7" in (await world.store.get(backup)).data
     other, _ = await world.open()
@@ -344,3 +346,110 @@ async def test_everything_works_on_a_disk_too(tmp_path: Path) -> None:
     await log.append(lambda _: [e.BranchDeleted(name="é x")])
     assert set((await log.refresh()).branches) == {"main"}
     await log.aclose()
+
+
+# ------------------------------------------------------ changes without a snapshot of their own
+
+SAME: dict[str, e.Event] = {
+    "create-branch": e.BranchCreated(name="b", snapshot=FIRST_SNAPSHOT),
+    "create-tag": e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT),
+    "delete-tag": e.TagDeleted(name="old"),
+}
+
+
+@pytest.mark.parametrize("what", SAME)
+@pytest.mark.parametrize("lost", [False, True])
+async def test_of_two_clients_that_ask_for_the_same_one_succeeds(world: RefFilesWorld, what: str, lost: bool) -> None:
+    first, _ = await world.create()
+    await first.append(lambda _: [e.TagCreated(name="old", snapshot=FIRST_SNAPSHOT)])
+    second, storage = await world.open()
+
+    async def be_overtaken(request: Request, send: Send) -> object:
+        if request.verb == "put" and request.key.startswith("refs/"):
+            storage.script = None
+            await first.append(lambda _: [SAME[what]])
+            if lost:
+                raise lost_answer()
+        return await send()
+
+    storage.script = be_overtaken
+    with pytest.raises((AlreadyExistsError, RefNotFoundError, CommitOutcomeUnknown)) as caught:
+        await second.append(lambda _: [SAME[what]])
+    # A branch that is there may be what became of one's own.
+    assert isinstance(caught.value, CommitOutcomeUnknown) is (lost and what == "create-branch")
+
+
+@pytest.mark.parametrize("what", SAME)
+@pytest.mark.parametrize("landed", [True, False])
+async def test_a_creation_is_recognised_and_settled_by_its_mark(world: RefFilesWorld, what: str, landed: bool) -> None:
+    log, storage = await world.create()
+    await log.append(lambda _: [e.TagCreated(name="old", snapshot=FIRST_SNAPSHOT)])
+    other, _ = await world.open()
+
+    async def lose(request: Request, send: Send) -> object:
+        if request.verb == "put" and request.key.startswith("refs/"):
+            if landed:
+                await send()
+            raise lost_answer()
+        return await send()
+
+    storage.script = lose
+    tokens: list[SwapToken | None] = []
+    if landed:
+        await log.append(lambda _: [SAME[what]], on_sent=tokens.append)
+    else:
+        with pytest.raises(CommitOutcomeUnknown):
+            await log.append(lambda _: [SAME[what]], on_sent=tokens.append)
+        storage.script = None
+        await other.append(lambda _: [SAME[what]])
+    assert tokens[-1] is not None
+    if what == "create-branch" and not landed:
+        with pytest.raises(CommitOutcomeUnknown):
+            await other.settle(tokens[-1])
+    else:
+        assert await other.settle(tokens[-1]) is landed
+
+
+async def test_a_reset_whose_branch_is_unchanged_is_kept_out_for_good(world: RefFilesWorld) -> None:
+    log, storage = await world.create()
+    await log.append(await world.commit(1))
+    held: list[Send] = []
+
+    async def hold(request: Request, send: Send) -> object:
+        if replaces(MAIN_KEY)(request):
+            held.append(send)
+            raise lost_answer()
+        return await send()
+
+    storage.script = hold
+    with pytest.raises(CommitOutcomeUnknown) as caught:
+        await log.append(lambda _: [e.BranchReset(name="main", snapshot=FIRST_SNAPSHOT, expected=an_id(1))])
+    storage.script = None
+    assert not await log.settle(caught.value.token)
+    with pytest.raises(PreconditionFailedError):
+        await held[0]()
+    assert await world.tip() == an_id(1)
+
+
+async def test_a_late_write_does_not_land_on_a_branch_that_was_moved_away_and_back(world: RefFilesWorld) -> None:
+    log, storage = await world.create()
+    propose = await world.commit(1)
+    held: list[Send] = []
+
+    async def hold(request: Request, send: Send) -> object:
+        if replaces(MAIN_KEY)(request):
+            held.append(send)
+            raise lost_answer()
+        return await send()
+
+    other, _ = await world.open()
+    await other.append(await world.commit(2))
+    await other.append(lambda _: [e.BranchReset(name="main", snapshot=FIRST_SNAPSHOT, expected=an_id(2))])
+    storage.script = hold
+    with pytest.raises(CommitOutcomeUnknown):
+        await log.append(propose)
+    await other.append(await world.commit(3))
+    await other.append(lambda _: [e.BranchReset(name="main", snapshot=FIRST_SNAPSHOT, expected=an_id(3))])
+    with pytest.raises(PreconditionFailedError):
+        await held[0]()
+    assert await world.tip() == FIRST_SNAPSHOT
