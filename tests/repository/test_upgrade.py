@@ -24,7 +24,7 @@ from icechunk.errors import (
     SnapshotNotFoundError,
     StorageError,
 )
-from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id
+from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id, object_id_from_text
 from icechunk.format.keys import CONFIG_KEY, REFS_PREFIX, REPO_KEY
 from icechunk.log.repository.ref_files.names import close_ref, encode_ref, read_ref
 from icechunk.runtime.loops import run_sync
@@ -446,6 +446,22 @@ async def test_an_unfinished_upgrade_can_be_read_and_its_status_gives_the_reason
     assert set(repo.list_branches()) == {"main", "dev é"}
     with raises(ReadOnlyError, "read-only-repository", "upgrade_icechunk_repository"):
         repo.create_tag("x", repo.lookup_branch("main"))
+
+
+async def test_an_unfinished_upgrade_shows_what_was_committed_since() -> None:
+    storage = MemoryStorage()
+    reader = await stopped_halfway(storage)
+    tip, other = await reader.lookup_branch_async("main"), await reader.lookup_branch_async("dev é")
+    assert tip != other
+    branch = next(key for key in await keys(storage, REFS_PREFIX) if "branch.dev" in key)
+    found, moved = await storage.get(branch), object_id_from_text(tip)
+    await storage.put(branch, close_ref(moved), Matches(found.version))
+    again = await icechunk.Repository.open_async(storage)
+    session = await reader.readonly_session_async("dev é")
+    assert (await again.lookup_branch_async("dev é"), session.snapshot_id) == (tip, tip)
+    upgraded = await icechunk.upgrade_icechunk_repository_async(again, dry_run=False)
+    assert await upgraded.lookup_branch_async("dev é") == tip
+    await reader.aclose()
 
 
 async def test_an_unfinished_upgrade_that_was_set_online_names_the_commits_it_lacks() -> None:

@@ -91,7 +91,9 @@ async def open_repository(
     if isinstance(opened, Opened):
         return LogLayout(storage, sources, opened, updates_per_file=updates_per_file)
     await _report_abandoned(storage, sources, opened)
-    return RepoObjectLayout(storage, sources, opened, updates_per_file=updates_per_file, retries=retries)
+    log = RepoObjectLayout(storage, sources, opened, updates_per_file=updates_per_file, retries=retries)
+    await log.complete()
+    return log
 
 
 async def _report_abandoned(storage: Storage, sources: Sources, found: RepoObject) -> None:

@@ -60,9 +60,9 @@ from icechunk.log.repository.store_check import MatchCheck, require_atomic, requ
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import run_jobs
 from icechunk.storage.outcome import is_refusal
-from icechunk.storage.port import Absent, Matches, Storage, Version
+from icechunk.storage.port import NO_LISTING, Absent, Matches, Storage, Version
 
-__all__ = ["DEFAULT_PREFETCH", "RefValues", "lineage", "migrated_info", "upgrade"]
+__all__ = ["DEFAULT_PREFETCH", "RefValues", "as_refs_say", "is_unfinished", "lineage", "migrated_info", "upgrade"]
 
 Json: TypeAlias = Any
 _CREATED_AFTER_US: Final = 1_000
@@ -253,17 +253,18 @@ class _Upgrade:
         self._names = RefNames.of(storage)
         self._delete = delete_ref_files
         self._prefetch = prefetch
-        self._records: Records = {}
+        self.records: Records = {}
+        """Of the snapshots that were read."""
         self._where = storage.describe()
 
     async def run(self, *, dry_run: bool) -> None:
         _LOG.info("%s: upgrading from format 1 to format 2%s", self._where, " (dry run)" if dry_run else "")
         found = await read_repo(self._storage, self._sources)
         refs = await self._read_refs()
-        if found is not None and not _is_ours(found):
+        if found is not None and not is_unfinished(found.info):
             await self._finish(found, refs, dry_run=dry_run)
             return
-        info = await self._info(refs)
+        info = await self.info(refs)
         _LOG.info(
             "%s: found %d branches, %d tags, %d deleted tags and %d snapshots; the ops log has %d entries",
             self._where,
@@ -287,29 +288,9 @@ class _Upgrade:
     # ------------------------------------------------------------------- reading
 
     async def _read_refs(self) -> tuple[_Ref, ...]:
-        keys = [item.key async for page in self._storage.list_pages(REFS_PREFIX) for item in page]
-        found = await run_jobs([partial(self._read_ref, key) for key in sorted(keys)])
-        return tuple(ref for ref in found if ref is not None)
+        return await _read_refs(self._storage, self._names, await _list_refs(self._storage))
 
-    async def _read_ref(self, key: str) -> _Ref | None:
-        what = self._names.parse(key)
-        if what is None:
-            return None
-        try:
-            answer = await self._storage.get(key)
-        except ObjectNotFoundError:
-            return None
-        snapshot = None if what.tombstone else read_ref(answer.data, f"{key} in {self._where}")
-        return _Ref(
-            key=key,
-            what=what,
-            snapshot=snapshot,
-            version=answer.version,
-            closed=is_closed(answer.data),
-            mark=mark_in(answer.data),
-        )
-
-    async def _info(self, refs: Iterable[_Ref], *, reason: str | None = _REASON, nonce: bytes = b"") -> RepoInfo:
+    async def info(self, refs: Iterable[_Ref], *, reason: str | None = _REASON, nonce: bytes = b"") -> RepoInfo:
         """The contents of ``repo``; with a reason it is read-only and has our mark."""
         values = _values(refs)
         if MAIN not in values.branches:
@@ -319,7 +300,7 @@ class _Upgrade:
         await self._read_records(values)
         return migrated_info(
             values,
-            self._records,
+            self.records,
             config=await self._config(),
             now_us=max(self._sources.wall_us(), 0),
             read_only_reason=reason,
@@ -335,7 +316,7 @@ class _Upgrade:
 
     async def _read_records(self, values: RefValues) -> None:
         """Records of everything that branches and tags reach, and of what deleted tags pointed to, where it is left."""
-        if not self._records:
+        if not self.records:
             keys = [item.key async for page in self._storage.list_pages(SNAPSHOTS_PREFIX) for item in page]
             # All at once: from child to parent each read would wait for the one before. Unreachable
             # snapshots may be damaged, or be deleted meanwhile.
@@ -350,7 +331,7 @@ class _Upgrade:
             await self._record(object_id_from_text(key.removeprefix(SNAPSHOTS_PREFIX)))
 
     async def _record(self, id: ObjectId) -> SnapshotRecord:
-        known = self._records.get(id)
+        known = self.records.get(id)
         if known is not None:
             return known
         try:
@@ -361,7 +342,7 @@ class _Upgrade:
                 "needs, is missing; delete or reset what needs it"
             ) from None
         record = SnapshotRecord.of(decode_snapshot(answer.data, expected_id=id))
-        self._records[id] = record
+        self.records[id] = record
         return record
 
     # ------------------------------------------------------------------- writing
@@ -369,7 +350,7 @@ class _Upgrade:
     async def _check_writable(self) -> None:
         require_writable(self._storage, "upgrade the repository")
         require_atomic(self._storage)
-        await MatchCheck(self._storage).run([snapshot_key(id) for id in (FIRST_SNAPSHOT, *list(self._records)[:1])])
+        await MatchCheck(self._storage).run([snapshot_key(id) for id in (FIRST_SNAPSHOT, *list(self.records)[:1])])
 
     async def _announce(self, info: RepoInfo) -> None:
         """Create ``repo``, read-only; another client that did so meanwhile wrote the same."""
@@ -401,7 +382,7 @@ class _Upgrade:
                 found = await read_repo(self._storage, self._sources)
                 if found is None:
                     raise RepositoryNotFoundError(f"the object 'repo' in {self._where} was deleted during its upgrade")
-                if not _is_ours(found):
+                if not is_unfinished(found.info):
                     # Ours, whose answer was lost, or that of another client that upgraded at the same time.
                     return
                 refs = await self._read_refs()
@@ -409,7 +390,7 @@ class _Upgrade:
                     refs = await self._close(refs)
                 if not any(ref.key == self._names.branch_key(MAIN) for ref in refs):
                     continue  # another client has finished
-                info = await self._info(refs, reason=None, nonce=nonce)
+                info = await self.info(refs, reason=None, nonce=nonce)
                 await self._storage.put(REPO_KEY, (await encode(info)).data, Matches(found.known.version))
             except (PreconditionFailedError, ObjectNotFoundError) as error:
                 why = error
@@ -477,7 +458,7 @@ class _Upgrade:
     async def _clean_up(self, refs: tuple[_Ref, ...]) -> None:
         """Delete the files that only format 1 needs; refs that were not taken over are kept."""
         found = await read_repo(self._storage, self._sources)
-        if found is None or _is_ours(found):
+        if found is None or is_unfinished(found.info):
             raise self._no_answer()
         info = found.info
         kept = {ref.key for ref in refs if not _is_settled(ref, info.tags, info.deleted_tags)}
@@ -504,16 +485,71 @@ class _Upgrade:
                 )
 
 
-def _is_ours(found: RepoObject) -> bool:
-    """Whether ``repo`` is that of an upgrade that is not finished."""
-    extra = found.info.extra
-    if extra is None or not found.known.read_only:
+def is_unfinished(info: RepoInfo) -> bool:
+    """Whether ``repo`` is that of an upgrade that is not finished: until then the refs count."""
+    extra = info.extra
+    if extra is None or info.status.availability != READ_ONLY:
         return False
     try:
         document = orjson.loads(extra)
     except orjson.JSONDecodeError:
         return False
     return isinstance(document, dict) and _MARK in document
+
+
+async def as_refs_say(storage: Storage, sources: Sources, info: RepoInfo) -> RepoInfo:
+    """The contents of ``repo`` of an unfinished upgrade if it were written now, with what was committed since.
+
+    Where the refs cannot be listed, only those that it has are looked at.
+
+    Raises
+    ------
+    RepositoryNotFoundError
+        There is no ``main`` any more: the upgrade was finished meanwhile.
+    SnapshotNotFoundError
+        A branch or tag needs a snapshot that is missing.
+    """
+    names = RefNames.of(storage)
+    try:
+        keys = await _list_refs(storage)
+    except NO_LISTING:
+        keys = [*map(names.branch_key, info.branches), *map(names.tag_key, info.tags)]
+        keys += map(names.tombstone_key, info.tags)
+    refs = await _read_refs(storage, names, keys)
+    values = _values(refs)
+    if (dict(values.branches), dict(values.tags)) == (dict(info.branches), dict(info.tags)):
+        return info
+    upgrade = _Upgrade(storage, sources, delete_ref_files=False, prefetch=DEFAULT_PREFETCH)
+    upgrade.records.update(info.snapshots)
+    return await upgrade.info(refs)
+
+
+async def _list_refs(storage: Storage) -> list[str]:
+    return sorted([item.key async for page in storage.list_pages(REFS_PREFIX) for item in page])
+
+
+async def _read_refs(storage: Storage, names: RefNames, keys: Iterable[str]) -> tuple[_Ref, ...]:
+    found = await run_jobs([partial(_read_ref, storage, names, key) for key in keys])
+    return tuple(ref for ref in found if ref is not None)
+
+
+async def _read_ref(storage: Storage, names: RefNames, key: str) -> _Ref | None:
+    what = names.parse(key)
+    if what is None:
+        return None
+    try:
+        answer = await storage.get(key)
+    except ObjectNotFoundError:
+        return None
+    snapshot = None if what.tombstone else read_ref(answer.data, f"{key} in {storage.describe()}")
+    return _Ref(
+        key=key,
+        what=what,
+        snapshot=snapshot,
+        version=answer.version,
+        closed=is_closed(answer.data),
+        mark=mark_in(answer.data),
+    )
 
 
 def _values(refs: Iterable[_Ref]) -> RefValues:

@@ -18,7 +18,7 @@ from icechunk.errors import ErrorKind, ObjectNotFoundError, RepositoryNotFoundEr
 from icechunk.format.keys import REPO_KEY
 from icechunk.format.repo.codec import decode_repo
 from icechunk.format.repo.updates import UpdateList
-from icechunk.format.repo.values import Update
+from icechunk.format.repo.values import RepoInfo, Update
 from icechunk.log.repository.entries.reader import (
     MAX_SKEW_US,
     Instant,
@@ -29,6 +29,7 @@ from icechunk.log.repository.entries.reader import (
     store_time_us,
 )
 from icechunk.log.repository.marker import cutoff_of
+from icechunk.log.repository.ref_files.upgrade import as_refs_say, is_unfinished
 from icechunk.log.repository.state import RepoState, from_repo_info
 from icechunk.runtime.clock import Sources
 from icechunk.storage.port import PutResult, Storage, Version
@@ -43,6 +44,8 @@ class _Seen:
     version: Version
     state: RepoState
     ticket: int
+    unfinished: RepoInfo | None = None
+    """What it holds, if it is that of an upgrade from format 1 that is not finished."""
 
 
 class RepoView:
@@ -62,6 +65,7 @@ class RepoView:
             version=found.known.version,
             state=from_repo_info(found.info, gc_cutoff_us=cutoff_of(found.info.extra)),
             ticket=0,
+            unfinished=found.info if is_unfinished(found.info) else None,
         )
         # Ticket of the newest change of ours that landed.
         self._landing = 0
@@ -125,8 +129,34 @@ class RepoView:
             return None
         # The official library drops what it does not know: then this client still knows the fence, others do not.
         cutoff_us = max(cutoff_of(info.extra), self._seen.state.gc_cutoff_us)
-        self._seen = _Seen(version=answer.version, state=from_repo_info(info, gc_cutoff_us=cutoff_us), ticket=ticket)
+        self._seen = _Seen(
+            version=answer.version,
+            state=from_repo_info(info, gc_cutoff_us=cutoff_us),
+            ticket=ticket,
+            unfinished=info if is_unfinished(info) else None,
+        )
         return answer.data
+
+    async def complete(self) -> None:
+        """Where an upgrade from format 1 is not finished, add what was committed in that format since (its refs count).
+
+        Raises
+        ------
+        IcechunkError
+            A ref, or a snapshot that it needs, cannot be read.
+        """
+        while (seen := self._seen).unfinished is not None:
+            try:
+                info = await as_refs_say(self._storage, self._sources, seen.unfinished)
+            except RepositoryNotFoundError:
+                # It was finished while they were read.
+                await self.read()
+                if self._seen.version == seen.version:
+                    raise
+                continue
+            if self._seen.version == seen.version:
+                self._seen = replace(self._seen, state=from_repo_info(info))
+                return
 
     def landed(self, put: PutResult, asked: Instant, look: int, *, base: Version, state: RepoState) -> None:
         """A replacement of ``base`` by this state was acknowledged.

@@ -139,10 +139,15 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
             await self._follow_into_log()
         if self._log is not None:
             await self._log.refresh()
+        await self.complete()
         await self.tell_told()
         if self._log is not None and self._log.taken_over:
             raise SessionStateError(self._log.ended_reason or "")
         return self.state
+
+    async def complete(self) -> None:
+        """As `RepoView.complete`; part of opening."""
+        await self._view.complete()
 
     async def _follow_into_log(self) -> None:
         """Go on as a reader of the log that the repository was converted to; nothing where it was converted back."""
