@@ -173,6 +173,8 @@ class Cluster:
         self.amends = layout is not Layout.REFS
         self.updates_per_file = rng.choice((None, None, 3))
         """Most lines of the ops log in one object."""
+        self.deleting: set[str] = set()
+        """Branches that somebody has asked to delete, where that has no condition: of two who do so both succeed."""
         self.clients: list[Client] = []
         self.store = SimulatedStore(loop, mix, rng, objects)
         if sessions:

@@ -112,6 +112,7 @@ async def _change(cluster: Cluster, powers: Powers, client: Client, log: Reposit
     rng, state = cluster.rng, log.state
     verb = rng.choice(powers.verbs)
     branches = sorted(state.branches)
+    deletable = [name for name in branches if name != MAIN and name not in cluster.deleting]
     branch = rng.choice(branches)
     tip = state.branches[branch]
     op = Operation(client=client.name, verb=verb, ref=branch, began=0)
@@ -126,8 +127,10 @@ async def _change(cluster: Cluster, powers: Powers, client: Client, log: Reposit
         case "delete-tag":
             op.ref = rng.choice(sorted(state.tags) or ["t0"])
             event = lambda _: e.TagDeleted(name=op.ref)  # noqa: E731
-        case "delete-branch" if len(branches) > 1:
-            op.ref = rng.choice([name for name in branches if name != MAIN])
+        case "delete-branch" if deletable:
+            op.ref = rng.choice(deletable)
+            if powers.fresh_branches:
+                cluster.deleting.add(op.ref)
             event = lambda _: e.BranchDeleted(name=op.ref)  # noqa: E731
         case "reset-branch":
             target = rng.choice([record.id for record in _known_ancestry(state, rng.choice(branches))])
