@@ -84,12 +84,16 @@ class Runs:
         Folder of the repository, which is created.
     kills
         Number of processes to kill.
+    spec_version
+        As of `icechunk.Repository.create`: None for the log layout.
     """
 
-    def __init__(self, location: str, *, kills: int, seed: int) -> None:
+    def __init__(self, location: str, *, kills: int, seed: int, spec_version: int | None = None) -> None:
         self.location = location
         self.repo = icechunk.Repository.create(
-            icechunk.local_filesystem_storage(location), icechunk.RepositoryConfig(inline_chunk_threshold_bytes=0)
+            icechunk.local_filesystem_storage(location),
+            icechunk.RepositoryConfig(inline_chunk_threshold_bytes=0),
+            spec_version=spec_version,
         )
         self.repo.save_config()
         with self.repo.transaction("main", message="root") as store:
@@ -206,10 +210,12 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--at-once", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--spec-version", type=int, choices=[1, 2], help="1: ref files, 2: repo object; else the log")
     parser.add_argument("--folder", type=Path, help="an empty folder for the repository; it stays")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        runs = Runs(str(arguments.folder or temporary), kills=arguments.kills, seed=arguments.seed)
+        place = str(arguments.folder or temporary)
+        runs = Runs(place, kills=arguments.kills, seed=arguments.seed, spec_version=arguments.spec_version)
         began = time.monotonic()
         runs.run(arguments.at_once)
         runs.check()

@@ -88,6 +88,9 @@ async def collect_garbage(
     else:
         leases = await end_expired(storage, sources, log.state, now_us=now_us)
     cutoff_us = leases.collect_before_us(cutoff_us, log.state)
+    if leases.may_have_committed:
+        # Another process must find the snapshot by the id that the session knows.
+        repacking = None
     state = await _collected(log, sources, cutoff_us, dry_run=dry_run)
     files = Files(storage, log)
     shares = Shares() if repacking is not None else None

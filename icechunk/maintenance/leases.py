@@ -46,6 +46,11 @@ class Leases:
         """The snapshots that they are based on."""
         return frozenset(head.base for head in self.heads)
 
+    @property
+    def may_have_committed(self) -> bool:
+        """Whether one of them has tried to commit, and it is not known whether that landed."""
+        return any(head.attempts for head in self.heads)
+
     def collect_before_us(self, older_than_us: int, state: RepoState) -> int:
         """The time before which a collection may take what nothing refers to: that asked for, or an earlier one."""
         if not self.heads:

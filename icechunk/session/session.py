@@ -173,7 +173,7 @@ class Session:
 
         Waits for every chunk that is still on its way. Afterwards the session is read-only and based on the new
         snapshot. After a failure (but `CommitOutcomeUnknown`) nothing is visible and the session is as before; after
-        a cancellation that is so unless `unsettled_commit` is set.
+        a cancellation that is so unless `unsettled_commit` is set, or the session is read-only: then it has landed.
 
         Parameters
         ----------

@@ -15,6 +15,7 @@ import zarr
 
 import icechunk
 from icechunk import ConflictDetector, Repository, Session
+from icechunk.config import EngineConfig
 from icechunk.errors import (
     CommitOutcomeUnknown,
     ErrorKind,
@@ -533,3 +534,67 @@ async def test_a_base_that_no_ref_reaches_any_more_stays_for_its_sessions(versio
     assert await get(await elsewhere.resume_session_async(id)) == values(_1=1)
     await repo.aclose()
     await elsewhere.aclose()
+
+
+@by_layout
+async def test_a_collection_leaves_the_id_of_a_snapshot_that_a_session_may_have_committed(version: int | None) -> None:
+    inner = MemoryStorage()
+    config = icechunk.RepositoryConfig(
+        inline_chunk_threshold_bytes=0, engine=EngineConfig(pack_threshold_bytes=1 << 20, repack_below_percent=100)
+    )
+    repo = await Repository.create_async(inner, config, spec_version=version)
+    for value in range(3):
+        session = await repo.writable_session_async("main")
+        if value == 0:
+            await zarr.api.asynchronous.create_array(
+                store=session.store, name="a", shape=(N,), chunks=(1,), dtype="i4", fill_value=-1
+            )
+        await put(session, slice(value, N), value)
+        await session.commit_async(str(value))
+    # So that the pack of the first commit is mostly dead.
+    await repo.expire_snapshots_async(after(60))
+    interrupted = Interrupted(inner)
+    dying = await Repository.open_async(interrupted, config)
+    session = await dying.writable_session_async("main")
+    await put(session, 1, 11)
+    id = await session.checkpoint_async()
+    interrupted.after = ("log/", "repo", "refs/")
+    committing = asyncio.ensure_future(session.commit_async("from the dead"))
+    await interrupted.stopped.wait()
+    repo = await Repository.open_async(inner, config)
+    tip = await repo.lookup_branch_async("main")
+    await repo.garbage_collect_async(after(60))
+    with pytest.raises(SessionEndedError) as ended:
+        await repo.resume_session_async(id)
+    assert (ended.value.kind, ended.value.snapshot_id) == (ErrorKind.SESSION_COMMITTED, tip)
+    summary = await repo.garbage_collect_async(after(60))
+    assert summary.snapshots_rewritten > 0
+    committing.cancel()
+    with pytest.raises((asyncio.CancelledError, CommitOutcomeUnknown)):
+        await committing
+
+
+async def test_a_session_whose_commit_is_cancelled_after_it_landed_is_read_only() -> None:
+    inner = MemoryStorage()
+    repo = await new_repo(inner)
+    interrupted = Interrupted(inner)
+    slow = await Repository.open_async(interrupted)
+    session = await slow.writable_session_async("main")
+    await put(session, 1, 1)
+    id = await session.checkpoint_async()
+    interrupted.before = (f"{SESSIONS_PREFIX}{id}/00000003",)
+    committing = asyncio.ensure_future(session.commit_async("landed"))
+    await interrupted.stopped.wait()
+    committing.cancel()
+    await asyncio.sleep(0)
+    interrupted.go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await committing
+    assert (session.read_only, session.unsettled_commit) == (True, None)
+    assert session.snapshot_id == await repo.lookup_branch_async("main")
+    with pytest.raises(SessionEndedError) as ended:
+        await repo.resume_session_async(id)
+    assert (ended.value.kind, ended.value.snapshot_id) == (ErrorKind.SESSION_COMMITTED, session.snapshot_id)
+    assert len(await segments(inner)) == 1
+    await repo.aclose()
+    await slow.aclose()

@@ -12,7 +12,7 @@ import pytest
 import zarr
 
 import icechunk
-from icechunk import ForkSession, MergeFailedError, Repository
+from icechunk import ConflictDetector, ForkSession, MergeFailedError, RebaseFailedError, Repository
 from icechunk.errors import ErrorKind, SessionEndedError, SessionNotFoundError
 from icechunk.storage.port import Storage
 from tests.log.session.builders import native
@@ -90,6 +90,30 @@ async def test_a_process_that_resumed_the_session_collects_and_what_was_merged_b
     assert await get(resumed) == values(_1=1, _2=2, _3=3, _4=4)
     await resumed.commit_async("all")
     assert await committed(repo) == values(_1=1, _2=2, _3=3, _4=4)
+    await repo.aclose()
+
+
+async def test_a_session_that_was_rebased_collects_forks_that_joined_before(storage: Storage) -> None:
+    repo = await new_repo(storage)
+    session = await repo.writable_session_async("main")
+    await put(session, 1, 1)
+    id = await session.checkpoint_async()
+    fork, conflicting = await repo.join_session_async(id), await repo.join_session_async(id)
+    await put(fork, 2, 2)
+    await fork.checkpoint_async()
+    await put(conflicting, 9, 99)
+    other = await repo.writable_session_async("main")
+    await put(other, 9, 9)
+    await other.commit_async("other")
+    await session.rebase_async(ConflictDetector())
+    await session.checkpoint_async()
+    resumed = await (await Repository.open_async(storage)).resume_session_async(id)
+    assert await resumed.collect_forks_async() == 1
+    assert await get(resumed) == values(_1=1, _2=2, _9=9)
+    await conflicting.checkpoint_async()
+    with pytest.raises(RebaseFailedError):
+        await resumed.collect_forks_async()
+    assert await get(resumed) == values(_1=1, _2=2, _9=9)
     await repo.aclose()
 
 
