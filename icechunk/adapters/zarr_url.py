@@ -37,7 +37,7 @@ class IcechunkAdapter(URLPipelineAdapter):  # type: ignore[misc]  # not in every
         """
         if context.mode not in _MODES:
             raise InvalidInputError(
-                f"cannot open a repository in mode {context.mode!r}: 'r', 'r+' and 'a' are there",
+                f"cannot open a repository in mode {context.mode!r}: the modes are 'r', 'r+' and 'a'",
                 ErrorKind.INVALID_SETTING,
             )
         url = parse_url(f"{context.preceding_url}|{segment.raw}")

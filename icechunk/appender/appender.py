@@ -325,7 +325,7 @@ class Appender:
         if self._gaps == "error" and isinstance(offset, int) and offset != last + 1:
             raise InvalidInputError(
                 f"offset {offset} of source {self._source!r} leaves a gap behind {last}; "
-                "give gaps='allow' if that is right",
+                "give gaps='allow' to accept it",
                 ErrorKind.INVALID_SETTING,
             )
         return True
@@ -567,7 +567,7 @@ class Appender:
             reason = f"another consumer committed up to offset {record['offset']!r}"
         self._error = SessionStateError(
             f"the appender of source {self._source!r} has ended: {reason}; {self._rows} buffered rows were not "
-            "committed. Open a new appender and go on behind its position"
+            "committed. Open a new appender and continue after its position"
         )
         raise self._error
 

@@ -237,7 +237,7 @@ class RepositoryConfig(Setting):
         for name in ("get_partial_values_concurrency", "max_concurrent_requests", "max_concurrent_decodes"):
             if getattr(self, name) == 0:
                 raise InvalidInputError(
-                    f"RepositoryConfig.{name} is 0, so nothing could ever run: set at least 1, or None",
+                    f"RepositoryConfig.{name} is 0, so no request could be made: set at least 1, or None",
                     ErrorKind.INVALID_SETTING,
                 )
 

@@ -212,7 +212,7 @@ def _read_member(union: Any, value: Any) -> Any:
         raise TypeError(f"{type(value).__name__} is neither the name of a variant nor a map with one key")
     cls: Any = _UNIONS[union].get(name)
     if cls is None:
-        raise ValueError(f"unknown variant {name!r}; there are {', '.join(_UNIONS[union])}")
+        raise ValueError(f"unknown variant {name!r}; the variants are {', '.join(_UNIONS[union])}")
     match cls:
         case m.PreloadNumRefs:
             bounds = _map(payload, name)

@@ -176,5 +176,5 @@ async def _delete(storage: Storage, keys: Sequence[str]) -> None:
         key, reason = failures[0]
         raise StorageError(
             f"cannot prune the log in {storage.describe()}: {len(failures)} objects could not be deleted, {key!r} the "
-            f"first ({reason}); nothing depends on it, the next time tries again"
+            f"first ({reason}); the next collection tries again"
         )

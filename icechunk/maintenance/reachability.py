@@ -123,7 +123,7 @@ class Files:
         except ObjectNotFoundError as error:
             raise FormatError(
                 f"{key!r} is missing in {self.storage.describe()}, though {wanted_by} needs it: the repository is "
-                "damaged. Restore the object, or drop what needs it, before anything is counted or deleted",
+                "damaged. Restore the object, or delete the refs that need it, and try again",
                 ErrorKind.OBJECT_NOT_FOUND,
             ) from error
 

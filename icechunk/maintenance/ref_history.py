@@ -89,7 +89,7 @@ class Links:
         except ObjectNotFoundError as error:
             raise FormatError(
                 f"cannot follow the history: {key!r} is missing in {self._storage.describe()}, though a branch or tag "
-                f"descends from snapshot {encode_id(id)}; restore it, or delete what descends from it",
+                f"descends from snapshot {encode_id(id)}; restore it, or delete the branch or tag",
                 ErrorKind.OBJECT_NOT_FOUND,
             ) from error
         return decode_snapshot(answer.data, expected_id=id), answer.version

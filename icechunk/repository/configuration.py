@@ -151,7 +151,7 @@ class Configuration(RepositoryBase):
         """
         if layout not in tuple(Layout):
             raise InvalidInputError(
-                f"cannot convert to layout {layout!r}: there are {', '.join(map(repr, map(str, Layout)))}",
+                f"cannot convert to layout {layout!r}: the layouts are {', '.join(map(repr, map(str, Layout)))}",
                 ErrorKind.INVALID_SETTING,
             )
         await self._core.convert(Layout(layout))

@@ -265,7 +265,7 @@ async def _commit_once(content: SessionContent, log: SessionLog, commit: Commit,
         before = require_snapshot(repository_log.state, base.id)
         if before.parent is None:
             raise SessionStateError(
-                "cannot amend: the branch is at the repository's first snapshot, which stays; commit instead",
+                "cannot amend: the branch is at the repository's first snapshot, which is permanent; commit instead",
                 ErrorKind.NO_AMEND_FOR_INITIAL_COMMIT,
             )
         parent, pruned = before.parent, before.pruned_ancestor_tx_logs

@@ -159,7 +159,7 @@ class SessionContent:
         self.require_changeable()
         if self.rearrange:
             raise SessionStateError(
-                "this session was opened to rearrange the hierarchy, and takes no other changes; commit it or leave "
+                "this session was opened to rearrange the hierarchy, and takes no other changes; commit or discard "
                 "it, and open an ordinary writable session",
                 ErrorKind.REARRANGE_SESSION_ONLY,
             )
@@ -221,7 +221,7 @@ class SessionContent:
         with self.lock:
             if self.branch is None:
                 raise SessionStateError(
-                    f"cannot rebase {'a fork' if self.is_fork else 'a read-only session'}: it goes to no branch; "
+                    f"cannot rebase {'a fork' if self.is_fork else 'a read-only session'}: it belongs to no branch; "
                     "rebase the writable session that it belongs to, or open one",
                     ErrorKind.COMMIT_NOT_ALLOWED,
                 )

@@ -141,7 +141,7 @@ async def winners_between(
         except ObjectNotFoundError as error:
             raise SessionStateError(
                 f"cannot rebase: the transaction log of snapshot {encode_id(id)} is gone from "
-                f"{core.storage.describe()}, so what it changed is not known; open a new session on the branch and "
+                f"{core.storage.describe()}, so its changes are not known; open a new session on the branch and "
                 "repeat the work there",
                 ErrorKind.REBASE_TX_LOG_PRUNED,
             ) from error

@@ -595,8 +595,8 @@ class Session:
     def __getstate__(self) -> dict[str, Any]:
         if not self.read_only:
             raise ValueError(
-                "a writable session cannot be pickled: two processes would write one history without knowing of "
-                "each other. Use Session.fork() to hand work to other processes, and merge what comes back"
+                "a writable session cannot be pickled: two processes would write the same history "
+                "independently. Use Session.fork() to hand work to other processes, and merge the forks"
             )
         return {"core": self._content.core, "base": self._content.log.base}
 

@@ -167,7 +167,7 @@ def storage_of_url(url: str, *, asked: str) -> Storage:
         case "http+icechunk" | "https+icechunk":
             return HttpStorage(parts._replace(scheme=parts.scheme.partition("+")[0]).geturl())
     raise StorageError(
-        f"{redacted_url(asked)!r} redirects to a {parts.scheme}: URL, which is no storage that can be redirected to: "
+        f"{redacted_url(asked)!r} redirects to a {parts.scheme}: URL, which is not supported as a target: "
         "there are s3, gs, r2, tigris, http+icechunk and https+icechunk",
         ErrorKind.BAD_REDIRECT,
     )

@@ -104,13 +104,13 @@ def parse_url(url: str | os.PathLike[str]) -> RepositoryUrl:
         return RepositoryUrl(place=os.fspath(url))
     place, *stages = url.split("|")
     if not place.strip():
-        _refuse(url, "it names no place before the first '|'")
+        _refuse(url, "it names no repository before the first '|'")
     version: dict[str, str] = {}
     paths: list[str] = []
     for position, stage in enumerate(stages):
         scheme, colon, rest = stage.partition(":")
         if not colon:
-            _refuse(url, f"stage {stage!r} has no scheme: 'icechunk:' or 'zarr3:' is meant")
+            _refuse(url, f"stage {stage!r} has no scheme: write 'icechunk:' or 'zarr3:'")
         if rest.startswith("//"):
             # As in ``icechunk://tag.v1/path``, the older spelling: the version is in the place of a host.
             rest = rest[2:] if scheme.lower().startswith("zarr") or rest[2:3] in ("@", "") else f"@{rest[2:]}"
@@ -118,15 +118,15 @@ def parse_url(url: str | os.PathLike[str]) -> RepositoryUrl:
             case "icechunk" | "ic" if position == 0:
                 version, rest = _version(url, rest)
             case "icechunk" | "ic":
-                _refuse(url, f"stage {stage!r}: icechunk: comes right behind the place, and once")
+                _refuse(url, f"stage {stage!r}: icechunk: must follow the location of the repository, and only once")
             case "zarr3" | "zarr" if position == len(stages) - 1 > 0:
                 pass
             case "zarr3" | "zarr":
-                _refuse(url, f"stage {stage!r}: {scheme}: comes last, behind icechunk:")
+                _refuse(url, f"stage {stage!r}: {scheme}: must be last, after icechunk:")
             case "zarr2":
-                _refuse(url, f"stage {stage!r}: a repository holds Zarr 3 hierarchies: zarr3: is meant")
+                _refuse(url, f"stage {stage!r}: a repository holds Zarr 3 hierarchies: write zarr3:")
             case _:
-                _refuse(url, f"stage {stage!r}: {scheme}: is not known here; there are icechunk: and zarr3:")
+                _refuse(url, f"stage {stage!r}: {scheme}: is not supported; the stages are icechunk: and zarr3:")
         paths += [unquote(part) for part in rest.split("/") if part]
     if any(part in (".", "..") for part in paths):
         _refuse(url, f"the path {'/'.join(paths)!r} has a segment '.' or '..'")
@@ -175,7 +175,8 @@ def storage_from_url(url: str | os.PathLike[str], storage_options: Mapping[str, 
     parsed = parse_url(url)
     if parsed.names_version or parsed.path:
         _refuse(
-            os.fspath(url), "a version or a path is named where the place of a repository is wanted: use icechunk.open"
+            os.fspath(url),
+            "only the location of a repository is allowed here, without a version or path: use icechunk.open",
         )
     return storage_at(parsed, storage_options)
 
@@ -236,7 +237,7 @@ def storage_at(url: RepositoryUrl, storage_options: Mapping[str, Any] | None = N
                 _refuse_options(place, options)
             with _in_memory_lock:
                 return _in_memory.setdefault(name, in_memory_storage())
-    _refuse(place, f"{parts.scheme}: is not known here; there are {_SCHEMES}")
+    _refuse(place, f"{parts.scheme}: is not supported; the schemes are {_SCHEMES}")
 
 
 def _made(

@@ -252,7 +252,7 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
             self._content.set_metadata(parsed.path, value.to_bytes(), only_new=only_new)
         else:
             raise SessionStateError(
-                f"cannot write {key!r}: only the Zarr 3 format is kept here, pass zarr_format=3",
+                f"cannot write {key!r}: only the Zarr 3 format is supported, pass zarr_format=3",
                 ErrorKind.UNIMPLEMENTED,
             )
 

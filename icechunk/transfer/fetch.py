@@ -359,7 +359,7 @@ class FetchPool:
         if len(data) != min(end, head.size) - start:
             raise StorageError(
                 f"cannot read {key!r}: {len(data)} of {min(end, head.size) - start} bytes came in {len(parts)} parts; "
-                "something between here and the store changes answers",
+                "a proxy or gateway between here and the store changes answers",
                 ErrorKind.OBJECT_STORE,
             )
         return GetResult(

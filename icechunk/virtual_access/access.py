@@ -241,7 +241,7 @@ class _Desk:
 
                 return azure_files(prefix, options or {}, given, self._settings, self._sources)
         raise StorageError(
-            f"virtual chunks cannot be kept in {type(container.store).__name__} ({prefix!r})", ErrorKind.STORAGE_CONFIG
+            f"cannot read virtual chunks from {type(container.store).__name__} ({prefix!r})", ErrorKind.STORAGE_CONFIG
         )
 
 

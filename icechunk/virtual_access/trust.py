@@ -80,8 +80,8 @@ def require_named(
     shown = ", ".join(f"{name}={redacted_url(str(value))!r}" for name, value in sorted(asked.items()))
     raise InvalidInputError(
         f"the repository's persisted configuration gives the virtual chunk container {container.url_prefix!r} the "
-        f"options {shown}, and credentials are sent only where their owner says: open the repository with a config "
-        "whose container has the same options, or authorize it with anonymous credentials",
+        f"options {shown}, and credentials are sent only to endpoints that their owner names: open the repository with "
+        "a config whose container has the same options, or authorize it with anonymous credentials",
         ErrorKind.UNAUTHORIZED_VIRTUAL_CHUNK_CONTAINER,
     )
 

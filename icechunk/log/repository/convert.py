@@ -44,6 +44,6 @@ async def convert_log(log: RepositoryLog, storage: Storage, sources: Sources, la
         case _:
             raise InvalidInputError(
                 f"cannot convert the repository in {storage.describe()} from layout {log.layout.value!r} to "
-                f"{layout.value!r}: format 1 is left by upgrading it, for good (upgrade_icechunk_repository)",
+                f"{layout.value!r}: format 1 can only be upgraded (upgrade_icechunk_repository)",
                 ErrorKind.INVALID_REPOSITORY_MIGRATION,
             )

@@ -645,7 +645,7 @@ def _require_new_id(state: RepoState, id: ObjectId) -> None:
 def _require_fresh_files(state: RepoState, since_us: int | None) -> None:
     if state.gc_cutoff_us and (since_us is None or since_us < state.gc_cutoff_us):
         raise SessionStateError(
-            "cannot commit: garbage collected since the session's first upload may have taken some of its files; "
+            "cannot commit: garbage collected since the session's first upload may have deleted some of its files; "
             "repeat the work in a new session",
             ErrorKind.COMMIT_NOT_ALLOWED,
         )
@@ -722,7 +722,7 @@ def _expired(state: RepoState, event: e.ExpirationRan) -> RepoState:
         raise ConflictError(
             None,
             None,
-            "cannot expire: a branch, tag or snapshot that is new since the history was read needs what would go; "
+            "cannot expire: a branch, tag or snapshot that is new since the history was read needs an expired one; "
             "run it again",
             ErrorKind.REPO_INFO_UPDATED,
         )

@@ -461,7 +461,7 @@ class _Connection(asyncio.BufferedProtocol):
         if move.is_complete:
             self._end_of_body()
         if isinstance(move.error, TimeoutError):
-            self._fail(TimeoutError(f"no sign of life for {self._read_s:g} s"))
+            self._fail(TimeoutError(f"no byte arrived for {self._read_s:g} s"))
         # The reading side gets every other error too, maybe after an answer.
         self._go_on_writing()
         self._end_if_closed()
@@ -514,7 +514,7 @@ class _Connection(asyncio.BufferedProtocol):
         elif now >= self._silent_at():
             self._fail(SilentError(f"nothing moved for {self._still_s:g} s"))
         elif now >= self._heard + self._read_s and self._sending is None:
-            self._fail(TimeoutError(f"no sign of life for {self._read_s:g} s"))
+            self._fail(TimeoutError(f"no byte arrived for {self._read_s:g} s"))
         elif now >= self._too_slow_at():
             self._fail(TimeoutError(f"only {self._received} bytes came in {now - (self._sent_at or now):.0f} s"))
         else:

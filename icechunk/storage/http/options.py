@@ -56,7 +56,7 @@ def check_options(options: Mapping[str, str]) -> None:
     unknown = sorted(set(options) - set(_USED) - _IGNORED)
     if unknown:
         raise InvalidInputError(
-            f"unknown options {unknown} of a web server; there are {list(_USED)}", ErrorKind.STORAGE_CONFIG
+            f"unknown options {unknown} of a web server; the options are {list(_USED)}", ErrorKind.STORAGE_CONFIG
         )
 
 

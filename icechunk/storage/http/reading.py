@@ -183,7 +183,7 @@ class HttpReader:
             raise ObjectNotFoundError(f"there is nothing at {shown!r} ({status})")
         if status == 401:
             raise StorageError(
-                f"cannot read {shown!r}: the server answered 401; check the headers that it is sent",
+                f"cannot read {shown!r}: the server answered 401; check the headers in the storage's options",
                 ErrorKind.OBJECT_STORE,
             )
         if status == 403:

@@ -313,7 +313,7 @@ class LocalStorage(Storage):
         if len(data) != stop - start:
             raise StorageError(
                 f"cannot read {key!r} of {self.describe()}: {len(data)} bytes came instead of {stop - start}; "
-                "the file was cut short by something else than icechunk",
+                "the file was truncated by another program",
                 ErrorKind.IO,
             )
         return GetResult(

@@ -173,7 +173,7 @@ class ObstoreReading(Storage):
         for character in self._bucket.refused_characters:
             if character in key:
                 raise InvalidInputError(
-                    f"bad storage key {key!r}: {self._bucket.kind} takes {character!r} for something else",
+                    f"bad storage key {key!r}: {self._bucket.kind} does not keep {character!r} in names",
                     ErrorKind.INVALID_KEY,
                 )
         return self._bucket.root + key

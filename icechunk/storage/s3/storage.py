@@ -131,7 +131,7 @@ class S3Storage(Storage):
             raise StorageError(
                 f"cannot {request.what}: {answer.status} came with {len(data)} bytes and the range "
                 f"{answer.headers.get('Content-Range')!r}, where {headers.get('range', 'all')} were asked for; "
-                "something between here and the store changes answers",
+                "a proxy or gateway between here and the store changes answers",
                 ErrorKind.OBJECT_STORE,
             )
         return result_of(answer.headers, data, size)

@@ -143,7 +143,7 @@ async def write_checkpoint(
         current, info = found.known, found.info
     raise StorageError(
         f"cannot write the checkpoint of {storage.describe()}: no certain answer after {_ATTEMPTS} tries; the next "
-        "commit tries again, and nothing depends on it",
+        "commit tries again, and nothing is lost",
         ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
     )
 

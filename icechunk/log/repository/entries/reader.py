@@ -492,7 +492,7 @@ async def open_head(storage: Storage, sources: Sources) -> Opened | RepoObject:
             continue
         return Opened(head=head, freshness=freshness, known=repo.known, tail=tuple(entries))
     raise FormatError(
-        f"the log in {storage.describe()} changed faster than it could be read, {_OPEN_ATTEMPTS} times",
+        f"the log in {storage.describe()} changed faster than it could be read, {_OPEN_ATTEMPTS} times; open it again",
         ErrorKind.CONCURRENCY,
     )
 

@@ -55,10 +55,10 @@ _NO_MARK: Final = bytes(MARK_BYTES)
 
 
 def needs_format_2(what: str) -> FormatError:
-    """The refusal of what format 1 does not have."""
+    """The error for an operation that format 1 lacks."""
     return FormatError(
-        f"cannot {what}: the repository is of format 1, which has no such thing; this needs format 2, upgrade it first "
-        "(upgrade_icechunk_repository)",
+        f"cannot {what}: the repository is of format 1, which has no such operation; this needs format 2, upgrade it "
+        "first (upgrade_icechunk_repository)",
         ErrorKind.UNSUPPORTED_SPEC_VERSION,
     )
 
@@ -326,7 +326,7 @@ class RefFilesLayout(SwappedLog[_Write]):
         if not token.epoch.startswith(REFS_TOKEN):
             raise InvalidInputError(
                 f"the token belongs to another repository than that in {self._storage.describe()}, "
-                "or to its later life",
+                "or to an earlier state of that one",
                 ErrorKind.INVALID_SETTING,
             )
         key, base = token.epoch.removeprefix(REFS_TOKEN), token.nonces[0][MARK_BYTES:].decode(errors="replace")

@@ -339,7 +339,7 @@ class _Upgrade:
         except ObjectNotFoundError:
             raise SnapshotNotFoundError(
                 f"cannot upgrade the repository in {self._where}: snapshot {encode_id(id)}, which a branch or tag "
-                "needs, is missing; delete or reset what needs it"
+                "needs, is missing; delete or reset that branch or tag"
             ) from None
         record = SnapshotRecord.of(decode_snapshot(answer.data, expected_id=id))
         self.records[id] = record
@@ -481,7 +481,7 @@ class _Upgrade:
             if failures:
                 raise StorageError(
                     f"{self._where} has format 2 now, but {failures[0][0]!r} could not be deleted: {failures[0][1]}; "
-                    "run the upgrade again to delete what is left"
+                    "run the upgrade again to delete the rest"
                 )
 
 
