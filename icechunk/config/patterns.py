@@ -124,7 +124,10 @@ class Pattern:
             for _ in range(int(high) - low):
                 state = self._add(None, None, self._sequence(body, state, flags), following)
         for _ in range(low):
-            state = self._sequence(body, state, flags)
+            before, state = state, self._sequence(body, state, flags)
+            if state == before:
+                # It reads nothing and tests nothing, however often: four thousand million times, for example.
+                break
         return state
 
 
