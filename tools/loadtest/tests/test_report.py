@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from icechunk.runtime import repeats
 from icechunk_loadtest.errors import LoadTestError
 from icechunk_loadtest.plan import WORKLOADS, Size
 from icechunk_loadtest.report.html import render
 from icechunk_loadtest.report.svg import log_ticks, nice_ticks
 from icechunk_loadtest.report.text import overview
 from icechunk_loadtest.results import Results
+from icechunk_loadtest.worker.meter import Meter
 from tools.loadtest.tests.builders import measurement, results
 
 
@@ -99,3 +101,20 @@ def test_ticks_are_round_and_cover_the_data() -> None:
     assert nice_ticks(0, 0.7)[-1] >= 0.7
     assert log_ticks(0.0009, 0.11) == pytest.approx([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1])
     assert log_ticks(1, 1e6) == pytest.approx([1, 10, 100, 1e3, 1e4, 1e5, 1e6])
+
+
+def test_repeated_requests_are_shown() -> None:
+    run = replace(measurement("read_random", "ours", seconds=1.0), hedged=41, abandoned=7)
+    page = render(results(run))
+    assert "<th>sent twice</th><th>given up</th>" in page
+    assert "<td>41</td><td>7</td>" in page
+    assert "41 reads were sent a second time, 7 requests" in overview(results(run))
+    assert "sent twice" not in render(results(replace(run, hedged=0, abandoned=0)))
+
+
+def test_a_meter_counts_the_repeated_requests_of_its_run() -> None:
+    repeats.note(hedged=3)
+    meter = Meter()
+    with meter.measuring():
+        repeats.note(hedged=2, abandoned=1)
+    assert (meter.result()["hedged"], meter.result()["abandoned"]) == (2, 1)

@@ -60,6 +60,10 @@ class Measurement:
     """Operations that failed."""
     conflicts: int
     """Commits that lost a race and were tried again."""
+    hedged: int = 0
+    """Reads that were sent a second time, since the first took much longer than usual; counted by our library only."""
+    abandoned: int = 0
+    """Requests that were given up and tried again, since nothing moved for much longer than usual; likewise."""
     messages: tuple[str, ...] = ()
     """The first few errors."""
     problems: tuple[str, ...] = ()

@@ -317,6 +317,8 @@ def _merge(case: Case, answers: Sequence[Mapping[str, Any]], checked: Mapping[st
         bytes_verified=sum(answer["bytes_verified"] for answer in answers[1:]) + checked["bytes_verified"],
         errors=sum(answer["errors"] for answer in answers),
         conflicts=sum(answer["conflicts"] for answer in answers),
+        hedged=sum(answer["hedged"] for answer in answers),
+        abandoned=sum(answer["abandoned"] for answer in answers),
         messages=tuple(text for answer in answers for text in answer["messages"])[:5],
         problems=tuple(dict.fromkeys(problems))[:5],
         cpu_s=sum(answer["cpu_s"] for answer in answers),

@@ -282,10 +282,12 @@ def _legend(group: Iterable[Summary]) -> str:
 
 def _table(group: Sequence[Summary]) -> str:
     contended = any(run.conflicts for summary in group for run in summary.runs)
+    repeated = any(run.hedged or run.abandoned for summary in group for run in summary.runs)
     # of one or two calls there are no percentiles
     percents = (50, 90, 99, 100) if any(each.latency.n >= MIN_SAMPLES for each in group) else (50,)
     heads = ["", "throughput", *(("p50", "p90", "p99", "max") if len(percents) > 1 else ("took",))]
-    heads += ["requests", "CPU", "CPU per MiB", "peak memory", *["lost races"] * contended, "verified", "errors"]
+    heads += ["requests", "CPU", "CPU per MiB", "peak memory", *["lost races"] * contended]
+    heads += [*["sent twice", "given up"] * repeated, "verified", "errors"]
     rows = []
     for summary in group:
         run = summary.runs[0]
@@ -302,6 +304,8 @@ def _table(group: Sequence[Summary]) -> str:
         ]
         if contended:
             cells.append(str(sum(each.conflicts for each in summary.runs)))
+        if repeated:
+            cells += [str(sum(each.hedged for each in summary.runs)), str(sum(each.abandoned for each in summary.runs))]
         cells += [bytes_text(sum(each.bytes_verified for each in summary.runs)), str(summary.errors or "–")]
         rows.append(f"<tr class='{summary.system}'>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{name}</th>" for name in heads)

@@ -30,6 +30,8 @@ def overview(results: Results) -> str:
     verified = sum(each.bytes_verified for each in results.measurements)
     bad = sum(not each.ok for each in results.measurements)
     lines += ["", f"{bytes_text(verified)} were read back and compared with what was written, byte by byte."]
+    hedged, abandoned = (sum(getattr(each, name) for each in results.measurements) for name in ("hedged", "abandoned"))
+    lines += [f"{hedged} reads were sent a second time, {abandoned} requests were given up for silence (ours only)."]
     lines += [
         f"{len(results.measurements)} measurements in {results.seconds:.0f} s; "
         + (f"{bad} FAILED" if bad else "all sound")

@@ -46,6 +46,8 @@ class Meter:
         self.bytes_verified = 0
         self.errors = 0
         self.conflicts = 0
+        self.hedged = 0
+        self.abandoned = 0
         self._messages: list[str] = []
         self._problems: list[str] = []
         self._latencies: dict[str, Histogram] = {}
@@ -61,12 +63,14 @@ class Meter:
         self._rss_before = _rss_bytes()
         _reset_peak()
         before = resource.getrusage(resource.RUSAGE_SELF)
+        repeats = _repeats()
         self._started = time.perf_counter()
         try:
             yield
         finally:
             self._ended = time.perf_counter()
             after = resource.getrusage(resource.RUSAGE_SELF)
+            self.hedged, self.abandoned = (new - old for new, old in zip(_repeats(), repeats, strict=True))
             self._cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
             self._rss_peak = _peak_bytes()
 
@@ -122,6 +126,8 @@ class Meter:
             "bytes_verified": self.bytes_verified,
             "errors": self.errors,
             "conflicts": self.conflicts,
+            "hedged": self.hedged,
+            "abandoned": self.abandoned,
             "messages": self._messages,
             "problems": self._problems,
             "cpu_s": self._cpu_s,
@@ -152,6 +158,16 @@ class Meter:
         while len(self._bins) <= index:
             self._bins.append(_Bin())
         return self._bins[index]
+
+
+def _repeats() -> tuple[int, int]:
+    """Reads sent a second time, and requests given up for silence, by this process so far; only our library counts."""
+    try:
+        from icechunk.runtime import repeats
+    except ImportError:
+        return 0, 0
+    totals = repeats.totals()
+    return totals.hedged, totals.abandoned
 
 
 def _rss_bytes() -> int:
