@@ -93,16 +93,25 @@ def run_seeds(seeds: range, layout: Layout | None) -> list[Report]:
 
 
 def run(
-    *, seed: int, runs: int | None, seconds: float, workers: int, layout: Layout | None = None, loud: bool = True
+    *,
+    seed: int,
+    runs: int | None,
+    seconds: float,
+    workers: int,
+    layout: Layout | None = None,
+    loud: bool = True,
+    stop: bool = False,
 ) -> Totals:
-    """Run seeds from ``seed`` on, until there were so many or so much time has passed."""
+    """Run seeds from ``seed`` on, until there were so many, so much time has passed, or, with ``stop``, one broke."""
     totals, began = Totals(), time.monotonic()
     last = sys.maxsize if runs is None else seed + runs
     batches = _batches(seed, last, began + seconds)
     if workers == 1:
         _settle_down()
-        results = (run_seeds(batch, layout) for batch in batches)
-        _add_all(totals, results, layout, loud=loud)
+        for batch in batches:
+            _add_all(totals, [run_seeds(batch, layout)], layout, loud=loud)
+            if stop and totals.broken:
+                break
     else:
         with multiprocessing.get_context("spawn").Pool(workers, initializer=_settle_down) as pool:
             # A few batches ahead at the most: a pool asks for all of its work at once otherwise.
@@ -151,6 +160,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--layout", type=Layout, default=None, choices=list(Layout), help="one layout only")
+    parser.add_argument("--stop", action="store_true", help="end with the first broken promise (with one worker)")
     parser.add_argument("--trace", action="store_true", help="show what happens, request by request")
     options = parser.parse_args()
     if os.environ.get("PYTHONHASHSEED") != "0":
@@ -165,6 +175,7 @@ def main() -> int:
         seconds=options.seconds,
         workers=options.workers,
         layout=options.layout,
+        stop=options.stop,
     )
     print("\n".join(totals.lines()))
     return 1 if totals.broken else 0

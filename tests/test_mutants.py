@@ -1,0 +1,26 @@
+"""The mutants fit the code as it is: a table of changes that cannot be made would prove nothing."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tools.mutant_list import CONTROL, MUTANTS, Mutant
+
+PROJECT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("mutant", [CONTROL, *MUTANTS], ids=lambda mutant: mutant.name)
+def test_a_mutant_changes_its_file_and_leaves_valid_python(mutant: Mutant) -> None:
+    text = (PROJECT / mutant.file).read_text(encoding="utf-8")
+    changed = mutant.apply(text)
+    assert (changed == text) == (mutant is CONTROL)
+    ast.parse(changed)
+    assert all((PROJECT / path).exists() for tests in mutant.tests for path in tests.split())
+
+
+def test_there_are_enough_and_no_name_twice() -> None:
+    assert len(MUTANTS) >= 60
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)

@@ -1,0 +1,585 @@
+"""The mutants: each breaks one promise by one change. A text that is not there exactly once is an error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["CONTROL", "MUTANTS", "Mutant"]
+
+ALL = ("log", "repo", "refs")
+LOG = "icechunk/log/repository/"
+RULES = ("tests/log/repository",)
+KEPT = ("tests/maintenance",)
+SESSION = ("tests/session",)
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One change of one file."""
+
+    name: str
+    promise: str
+    """That it breaks; rules are those of ``spec/repository-log.md``."""
+    file: str
+    old: str
+    new: str
+    layouts: tuple[str, ...] = ("log",)
+    """That the simulator runs, one after the other; none: it does not look for this one."""
+    tests: tuple[str, ...] = RULES
+    """Arguments of pytest, one run after the other."""
+
+    def apply(self, text: str) -> str:
+        """The file's text with the change."""
+        count = text.count(self.old)
+        if count != 1:
+            raise ValueError(f"mutant {self.name}: its text is {count} times in {self.file}, not once")
+        return text.replace(self.old, self.new)
+
+
+CONTROL = Mutant("none", "", LOG + "settle.py", "import asyncio\n", "import asyncio\n", ALL, ())
+"""No change at all."""
+
+MUTANTS: tuple[Mutant, ...] = (
+    # -- the engine of conditional writes ------------------------------------------------------------------------------
+    Mutant(
+        "told-attempt-sent-again",
+        "rule 2: an attempt is not sent again once a caller was told",
+        LOG + "settle.py",
+        "                if attempt.is_told:\n                    break\n",
+        "",
+        ALL,
+    ),
+    Mutant(
+        "refusal-is-no-refusal",
+        "rule 1: an answer that is certain on one try ends the attempt at once",
+        LOG + "settle.py",
+        "                if is_refusal(error):\n",
+        "                if False:\n",
+        ALL,
+    ),
+    Mutant(
+        "refusal-after-a-lost-answer",
+        "rule 1: a refusal is certain only if no earlier request may land",
+        LOG + "settle.py",
+        "                    if not attempt.may_land:\n                        return Settled(fate=Fate.REFUSED, why=error)",
+        "                    if True:\n                        return Settled(fate=Fate.REFUSED, why=error)",
+        ALL,
+    ),
+    Mutant(
+        "silence-is-refusal",
+        "rule 2: after the last try an attempt that may land is unknown",
+        LOG + "settle.py",
+        "            if why is not None and not attempt.may_land:\n",
+        "            if why is not None:\n",
+        ALL,
+    ),
+    Mutant(
+        "lost-answer-not-noted",
+        "rule 2: a request without answer may land",
+        LOG + "settle.py",
+        '                elif not getattr(error, "unsent", False):\n                    attempt.may_land = True',
+        '                elif not getattr(error, "unsent", False):\n                    pass',
+        ALL,
+    ),
+    Mutant(
+        "lost-calls-dropped",
+        "a call whose attempt lost its place is made again",
+        LOG + "settle.py",
+        "        self._wait_again(attempt)\n        await self._recall()\n        self._losses += 1\n",
+        "        await self._recall()\n        self._losses += 1\n",
+        ALL,
+    ),
+    Mutant(
+        "abandoned-calls-go-on",
+        "rule 2: the events of a caller that left are not proposed again",
+        LOG + "settle.py",
+        "            if not member.waiting.abandoned and not member.waiting.outcome.done()\n",
+        "            if not member.waiting.outcome.done()\n",
+        ALL,
+    ),
+    Mutant(
+        "undecided-is-lost",
+        "an outcome that cannot be found out is unknown, not lost",
+        LOG + "settle.py",
+        "            except (IcechunkError, OSError):\n                fate = Fate.UNDECIDED\n",
+        "            except (IcechunkError, OSError):\n                fate = Fate.LOST\n",
+        ALL,
+    ),
+    Mutant(
+        "closed-log-accepts-calls",
+        "a closed repository takes no changes",
+        LOG + "settle.py",
+        '        if self.closed:\n            raise SessionStateError("the repository is closed; open it again")\n',
+        "",
+        (),
+        ("tests/log/repository", "tests/session/test_lifecycle.py"),
+    ),
+    # -- the queue -----------------------------------------------------------------------------------------------------
+    Mutant(
+        "refused-by-a-mate",
+        "rule 3: a call is refused only by events that landed",
+        LOG + "queue.py",
+        "            refusal = _refusal(one, state, time_us) if group.members else error\n",
+        "            refusal = error\n",
+        ALL,
+    ),
+    Mutant(
+        "validated-on-the-head-only",
+        "events of one entry are valid one after the other",
+        LOG + "queue.py",
+        "            encoded, events, after = _validated(one, group.state, time_us)\n",
+        "            encoded, events, after = _validated(one, state, time_us)\n",
+        ALL,
+    ),
+    Mutant(
+        "collection-with-company",
+        "rule 10: a collection's entry holds nothing else",
+        LOG + "queue.py",
+        "        if group.members and _stands_alone(events):\n            break\n",
+        "",
+    ),
+    Mutant(
+        "oldest-since-forgotten",
+        "rule 10: an entry's since is that of its oldest file",
+        LOG + "queue.py",
+        "one.since_us if group.since_us is None else min(group.since_us, one.since_us)",
+        "one.since_us if group.since_us is None else max(group.since_us, one.since_us)",
+    ),
+    # -- folding -------------------------------------------------------------------------------------------------------
+    Mutant(
+        "any-tip-will-do",
+        "serialisable: a commit is valid only on the tip that it names",
+        LOG + "state.py",
+        "    if tip != expected:\n        raise ConflictError(encode_id(expected) if expected else None, encode_id(tip))\n",
+        "",
+        ALL,
+        ("tests/log/repository", "tests/session/test_commit.py"),
+    ),
+    Mutant(
+        "reset-ignores-expected",
+        "a reset with an expected tip is compare-and-set",
+        LOG + "state.py",
+        "            if expected is not None and expected != tip:\n",
+        "            if False:\n",
+        ALL,
+        ("tests/log/repository", "tests/repository"),
+    ),
+    Mutant(
+        "tags-are-reused",
+        "the name of a deleted tag is never used again",
+        LOG + "state.py",
+        "    if name in state.deleted_tags:\n",
+        "    if False:\n",
+        ALL,
+    ),
+    Mutant(
+        "deleted-tags-forgotten",
+        "the name of a deleted tag is never used again",
+        LOG + "state.py",
+        "tags=state.tags.delete(name), deleted_tags=state.deleted_tags.set(name, None))",
+        "tags=state.tags.delete(name))",
+        ALL,
+    ),
+    Mutant(
+        "branches-overwrite",
+        "creating a branch that exists is refused",
+        LOG + "state.py",
+        "            if name in state.branches:\n",
+        "            if False:\n",
+        ALL,
+    ),
+    Mutant(
+        "old-files-are-fresh",
+        "rule 10: no commit is valid whose files may have been collected",
+        LOG + "state.py",
+        "    if state.gc_cutoff_us and (since_us is None or since_us < state.gc_cutoff_us):\n",
+        "    if False:\n",
+    ),
+    Mutant(
+        "cutoff-goes-back",
+        "rule 10: the cutoff of collections never goes back",
+        LOG + "state.py",
+        "gc_cutoff_us=max(state.gc_cutoff_us, cutoff_us))",
+        "gc_cutoff_us=cutoff_us)",
+    ),
+    Mutant(
+        "children-not-younger",
+        "rule 13: a snapshot is younger than its parent",
+        LOG + "state.py",
+        "    if snapshot.flushed_at_us <= parent.flushed_at_us:\n",
+        "    if False:\n",
+    ),
+    Mutant(
+        "time-stands-still",
+        "rule 13: the times of events ascend",
+        LOG + "state.py",
+        "    now = max(time_us, state.last_time_us + 1)\n",
+        "    now = time_us\n",
+    ),
+    Mutant(
+        "sealed-logs-go-on",
+        "rule 8: nothing follows a seal",
+        LOG + "state.py",
+        "    if state.sealed:\n        raise SessionStateError(\n            \"this repository's log is sealed",
+        "    if False:\n        raise SessionStateError(\n            \"this repository's log is sealed",
+    ),
+    Mutant(
+        "read-only-is-writable",
+        "a repository whose status is read-only takes no commits",
+        LOG + "state.py",
+        "    if state.status.availability != ONLINE and not isinstance(event,",
+        "    if False and not isinstance(event,",
+        ALL,
+        ("tests/log/repository", "tests/repository"),
+    ),
+    Mutant(
+        "expiry-releases-what-is-needed",
+        "an expiration keeps the ancestors of every branch and tag",
+        LOG + "state.py",
+        "    if released & {*branches.values(), *tags.values()} or any(\n",
+        "    if False and any(\n",
+        ("log", "repo"),
+        ("tests/log/repository", "tests/maintenance/test_expiration.py"),
+    ),
+    Mutant(
+        "collection-takes-young-snapshots",
+        "a collection keeps detached snapshots that are younger than its cutoff",
+        LOG + "state.py",
+        "        if record.id not in reached and record.parent is not None and record.flushed_at_us < cutoff_us\n",
+        "        if record.id not in reached and record.parent is not None\n",
+        ("log", "repo"),
+        ("tests/log/repository", "tests/maintenance/test_collection.py"),
+    ),
+    Mutant(
+        "amend-needs-no-tip",
+        "an amendment is valid only on the tip that it replaces",
+        LOG + "state.py",
+        "            _require_tip(state, branch, previous)\n            _require_same_parent",
+        "            _require_same_parent",
+        ALL,
+        ("tests/log/repository", "tests/session/test_amend.py"),
+    ),
+    # -- the log layout ------------------------------------------------------------------------------------------------
+    Mutant(
+        "slot-overwritten",
+        "rule 1: a slot is taken once, by If-None-Match",
+        LOG + "entries/layout.py",
+        "slot_key(attempt.epoch, attempt.n), attempt.data, Absent())",
+        "slot_key(attempt.epoch, attempt.n), attempt.data)",
+    ),
+    Mutant(
+        "stale-answers-believed",
+        "rule 5: an answer counts only while the knowledge of the end is fresh",
+        LOG + "entries/layout.py",
+        "        if not is_fresh(attempt.freshness, answered):\n            # Rule 5",
+        "        if False:\n            # Rule 5",
+        tests=("tests/log/repository/entries",),
+    ),
+    Mutant(
+        "stale-head-written-to",
+        "rule 5: a client looks anew before it writes with old knowledge",
+        LOG + "entries/layout.py",
+        "        if not is_fresh(self.view.freshness, instant(self._sources)):\n            await self.view.reopen()\n",
+        "",
+        tests=("tests/log/repository/entries",),
+    ),
+    Mutant(
+        "wrong-clocks-write",
+        "rule 13: a machine whose clock is far off does not write",
+        LOG + "entries/layout.py",
+        "        if abs(error_us) > MAX_SKEW_US:\n",
+        "        if False:\n",
+        tests=("tests/log/repository/entries",),
+    ),
+    Mutant(
+        "empty-slot-is-believed",
+        "rule 5: an empty slot is the end only while the knowledge is fresh",
+        LOG + "entries/client.py",
+        "                if not is_fresh(freshness, answered):\n",
+        "                if False:\n",
+        tests=("tests/log/repository/entries",),
+    ),
+    Mutant(
+        "sleeper-seals",
+        "rule 8: a client with old knowledge concludes no takeover",
+        LOG + "entries/client.py",
+        "        if seal is None and may_write(self.storage) and is_fresh(self.freshness, instant(self.sources)):\n",
+        "        if seal is None and may_write(self.storage):\n",
+    ),
+    Mutant(
+        "readers-go-back",
+        "a reader never goes back to an older state",
+        LOG + "entries/client.py",
+        "        return state.last_time_us >= self.state.last_time_us\n",
+        "        return True\n",
+    ),
+    Mutant(
+        "seal-with-new-bytes",
+        "rule 2: the bytes of an attempt never change under its nonce",
+        LOG + "entries/takeover.py",
+        "        if data is None:\n            # Once",
+        "        if True:\n            # Once",
+        tests=("tests/log/repository/entries",),
+    ),
+    Mutant(
+        "checkpoint-without-condition",
+        "rule 7: a checkpoint replaces only the version that it compared",
+        LOG + "entries/checkpoint.py",
+        "                put = await storage.put(REPO_KEY, encoded.data, Matches(current.version))\n",
+        "                put = await storage.put(REPO_KEY, encoded.data)\n",
+    ),
+    Mutant(
+        "checkpoint-goes-back",
+        "rule 7: a checkpoint never goes back",
+        LOG + "entries/checkpoint.py",
+        "        if current.marker.n >= head.n:\n",
+        "        if False:\n",
+        tests=("tests/log/repository/entries",),
+    ),
+    Mutant(
+        "checkpoint-of-a-foreign-log",
+        "rule 7: a checkpoint goes into the repo of its own log only",
+        LOG + "entries/checkpoint.py",
+        "current.marker is None or current.marker.epoch != head.epoch or not current.read_only:\n            return LostRepo",
+        "current.marker is None:\n            return LostRepo",
+    ),
+    Mutant(
+        "embedded-files-stay-embedded",
+        "rule 15: a checkpoint puts the files of the entries that it covers",
+        LOG + "entries/checkpoint.py",
+        "        await materialize(current.marker.n, head.n)\n        kept = await _divide_updates(storage, sources, head, current,",
+        "        kept = await _divide_updates(storage, sources, head, current,",
+    ),
+    Mutant(
+        "conversion-without-files",
+        "rule 15: a conversion puts the files of the entries that it covers",
+        LOG + "entries/checkpoint.py",
+        "        await materialize(found.known.marker.n, head.n)\n        kept = await _divide_updates(storage, sources, head, found.known,",
+        "        kept = await _divide_updates(storage, sources, head, found.known,",
+    ),
+    Mutant(
+        "conversion-without-condition",
+        "rule 8: a conversion replaces only the version that it read",
+        LOG + "entries/checkpoint.py",
+        "            await storage.put(REPO_KEY, encoded.data, Matches(found.known.version))\n            return epoch\n",
+        "            await storage.put(REPO_KEY, encoded.data)\n            return epoch\n",
+        ("log", "repo"),
+        ("tests/log/repository",),
+    ),
+    # -- sessions ------------------------------------------------------------------------------------------------------
+    Mutant(
+        "commit-loses-its-since",
+        "rule 10: a commit names the time of its oldest file",
+        "icechunk/session/commit.py",
+        "        since_us=content.since_us,\n        on_sent=content.note_sent,\n",
+        "        since_us=None,\n        on_sent=content.note_sent,\n",
+        tests=("tests/session", "tests/maintenance/test_collection.py"),
+    ),
+    Mutant(
+        "unknown-not-noted",
+        "a session with an unsettled commit is not committed again before it is settled",
+        "icechunk/session/commit.py",
+        "        since_us=content.since_us,\n        on_sent=content.note_sent,\n",
+        "        since_us=content.since_us,\n        on_sent=None,\n",
+        ALL,
+        ("tests/session", "tests/test_bad_days.py"),
+    ),
+    Mutant(
+        "no-turns",
+        "tasks of one process commit to a branch one after the other",
+        "icechunk/session/commit.py",
+        "        await self._lock.acquire()\n        self._held = True\n",
+        "        self._held = False\n",
+        (),
+        ("tests/test_growth.py", "tests/session"),
+    ),
+    Mutant(
+        "rebase-skips-history",
+        "a rebase looks at every commit between",
+        "icechunk/session/rebase.py",
+        "        for step in steps:\n            snapshot = await core.assets.snapshot(step.snapshot)\n",
+        "        for step in steps[-1:]:\n            snapshot = await core.assets.snapshot(step.snapshot)\n",
+        (),
+        ("tests/session/test_rebase.py",),
+    ),
+    Mutant(
+        "rebase-over-a-reset",
+        "a rebase over a branch that was reset is refused",
+        "icechunk/session/rebase.py",
+        "        if record.parent == base:\n            return steps[::-1]\n",
+        "        if record.parent is None:\n            return steps[::-1]\n",
+        (),
+        ("tests/session/test_rebase.py", "tests/session"),
+    ),
+    Mutant(
+        "pruned-logs-are-empty",
+        "a rebase over changes that are not known is refused",
+        "icechunk/session/rebase.py",
+        "            steps.append(Step(snapshot=record.id, transactions=(*pruned[pruned.index(base) + 1 :], record.id)))\n",
+        "            steps.append(Step(snapshot=record.id, transactions=(record.id,)))\n",
+        (),
+        ("tests/session", "tests/maintenance/test_expiration.py"),
+    ),
+    Mutant(
+        "forks-not-checked",
+        "a fork that conflicts with what landed meanwhile is refused",
+        "icechunk/session/rebase.py",
+        "    if conflicts:\n        raise RebaseFailedError(encode_id(onto.id), list(conflicts))\n",
+        "",
+        (),
+        ("tests/session/test_merge.py", "tests/session/test_fork.py"),
+    ),
+    Mutant(
+        "writes-after-the-commit",
+        "a committed session takes no writes",
+        "icechunk/session/content.py",
+        "                # Again after every wait: the session may have been committed, or the array deleted.\n"
+        "                self.require_writable()\n",
+        "",
+        (),
+        ("tests/session", "tests/store/test_store_state.py", "tests/store/test_store_loops.py"),
+    ),
+    Mutant(
+        "set-if-not-exists-overwrites",
+        "of several set_if_not_exists at once one writes",
+        "icechunk/session/content.py",
+        "                if exists:\n                    return False\n",
+        "",
+        (),
+        ("tests/store/test_store.py",),
+    ),
+    # -- maintenance ---------------------------------------------------------------------------------------------------
+    Mutant(
+        "collection-looks-once",
+        "a collector looks at the repository again before it deletes",
+        "icechunk/maintenance/sweep.py",
+        "            await self._guard()\n            garbage = is_garbage(garbage)\n",
+        "",
+        ("repo", "refs", "log"),
+        ("tests/maintenance/test_collection.py", "tests/maintenance"),
+    ),
+    Mutant(
+        "collection-takes-young-objects",
+        "objects younger than the cutoff are never deleted",
+        "icechunk/maintenance/sweep.py",
+        "[one for one in listed if one.info.modified_us < self._older_than_us]",
+        "listed",
+        tests=("tests/maintenance/test_collection.py",),
+    ),
+    Mutant(
+        "dry-run-deletes",
+        "a dry run deletes nothing",
+        "icechunk/maintenance/sweep.py",
+        "        if self._dry_run:\n            self._count(prefix, garbage)\n            return\n",
+        "",
+        (),
+        ("tests/maintenance/test_collection.py",),
+    ),
+    Mutant(
+        "failed-deletes-count",
+        "a collection reports what it could not delete",
+        "icechunk/maintenance/sweep.py",
+        "        self._count(prefix, [one for one in garbage if one.info.key not in failures])\n",
+        "        self._count(prefix, garbage)\n",
+        (),
+        ("tests/maintenance/test_collection.py",),
+    ),
+    Mutant(
+        "collection-without-event",
+        "rule 10: a collection is an event before anything is deleted",
+        "icechunk/maintenance/collect.py",
+        "    state = await log.append(lambda _: [event])\n    await log.checkpoint()\n    return state\n",
+        "    return apply(log.state, event, time_us=max(sources.wall_us(), 0), since_us=None)\n",
+        ("log", "repo"),
+        ("tests/maintenance/test_collection.py",),
+    ),
+    Mutant(
+        "collection-before-the-checkpoint",
+        "readers of the format do not see snapshots whose files are gone",
+        "icechunk/maintenance/collect.py",
+        "    state = await log.append(lambda _: [event])\n    await log.checkpoint()\n    return state\n",
+        "    return await log.append(lambda _: [event])\n",
+        tests=("tests/maintenance",),
+    ),
+    Mutant(
+        "sessions-hold-nothing",
+        "rule 14: a collection keeps what living sessions refer to",
+        "icechunk/maintenance/collect.py",
+        "    cutoff_us = leases.collect_before_us(cutoff_us, log.state)\n",
+        "",
+        (),
+        ("tests/maintenance", "tests/session/test_checkpoint.py", "tests/session"),
+    ),
+    Mutant(
+        "leases-never-end",
+        "rule 14: a session whose lease is over is ended",
+        "icechunk/maintenance/leases.py",
+        "one.written_us + head.lease_us < now_us or head.since_us < state.gc_cutoff_us",
+        "False",
+        (),
+        ("tests/maintenance", "tests/session/test_checkpoint.py", "tests/session"),
+    ),
+    Mutant(
+        "present-is-not-waited-for",
+        "a collection up to now waits until no session can be beginning",
+        "icechunk/maintenance/collect.py",
+        "    return max(0, min(older_than_us, log.store_time_us - steps_us))\n",
+        "    return max(0, older_than_us)\n",
+        tests=("tests/maintenance/test_collection.py", "tests/maintenance"),
+    ),
+    Mutant(
+        "every-manifest-row-lives",
+        "liveness counts only rows of nodes that a living snapshot has",
+        "icechunk/maintenance/living.py",
+        "            living = list(living_rows(manifest, nodes))\n",
+        "            living = list(manifest.arrays.values())\n",
+        (),
+        ("tests/maintenance/test_liveness.py", "tests/maintenance"),
+    ),
+    # -- storage -------------------------------------------------------------------------------------------------------
+    Mutant(
+        "first-412-is-doubted",
+        "a first answer that the condition does not hold is certain",
+        "icechunk/storage/outcome.py",
+        "        if tried.turned_down and not may_have_landed and not isinstance(precondition, Unchecked):\n",
+        "        if False:\n",
+        (),
+        ("tests/storage",),
+    ),
+    Mutant(
+        "lost-answer-is-forgotten",
+        "a write without answer is uncertain until it is read back",
+        "icechunk/storage/outcome.py",
+        "        may_have_landed = may_have_landed or tried.may_land\n",
+        "        may_have_landed = False\n",
+        (),
+        ("tests/storage",),
+    ),
+    Mutant(
+        "own-write-not-recognised",
+        "an earlier try that landed is recognised by its id",
+        "icechunk/storage/outcome.py",
+        "    if found is not None and found.ours:\n",
+        "    if False:\n",
+        (),
+        ("tests/storage",),
+    ),
+    Mutant(
+        "replaced-is-lost",
+        "a replacement whose answer was lost, and that was replaced since, is uncertain",
+        "icechunk/storage/outcome.py",
+        "                if not may_have_landed:\n                    raise precondition_failed(name, precondition)\n                raise replaced_since(name)\n",
+        "                raise precondition_failed(name, precondition)\n",
+        (),
+        ("tests/storage",),
+    ),
+    Mutant(
+        "teapot-refuses",
+        "only answers that are certain refuse",
+        "icechunk/storage/outcome.py",
+        "frozenset({400, 401, 403, 404, 405, 411, 501})",
+        "frozenset({400, 401, 403, 404, 405, 411, 501, 500, 503})",
+        (),
+        ("tests/storage", "tests/test_bad_days.py"),
+    ),
+)
