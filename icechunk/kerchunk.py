@@ -104,7 +104,7 @@ async def from_kerchunk_async(
     return left_out
 
 
-from_kerchunk = synchronous(from_kerchunk_async)
+from_kerchunk: Final = synchronous(from_kerchunk_async)
 
 
 async def to_kerchunk_async(session: Session, *, group: str = "", chunks_url: str | None = None) -> dict[str, Any]:
@@ -142,7 +142,7 @@ async def to_kerchunk_async(session: Session, *, group: str = "", chunks_url: st
     return {"version": 1, "refs": refs}
 
 
-to_kerchunk = synchronous(to_kerchunk_async)
+to_kerchunk: Final = synchronous(to_kerchunk_async)
 
 
 def read_kerchunk_parquet(folder: str | Path) -> dict[str, Any]:

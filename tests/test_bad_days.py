@@ -24,6 +24,7 @@ from icechunk.session import Session
 from icechunk.storage.http.connections import Connections
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.s3.storage import S3Storage
+from tests.nodes import write_chunk, write_node
 from tests.raising import raises
 from tests.storage.s3.faulty_s3 import HANG, LOSE, OK, RESET, STALL, TRUNCATE, FaultyS3, Say, Seen, serving
 from tools import services
@@ -93,11 +94,12 @@ async def leaving_nothing(storage: S3Storage) -> AsyncIterator[None]:
                 break
             await asyncio.sleep(0.01)
     assert strangers() <= CHECKPOINTS
-    client = storage._bucket.clients.peek()
+    client = storage._bucket.clients.peek()  # private: connections are public nowhere
     if client is not None and not strangers():
         await asyncio.sleep(0)
-        connections = client._connections
+        connections = client._connections  # private: connections are public nowhere
         assert isinstance(connections, Connections)
+        # private: connections are public nowhere
         assert connections._open <= {connection for idle in connections._idle.values() for connection, _ in idle}
         assert client.pace.in_flight == 0
 
@@ -114,14 +116,14 @@ async def chunk(session: Session, n: int) -> bytes | None:
 
 
 async def set_chunk(session: Session, n: int, size: int = 600) -> None:
-    await session._content.set_chunk("/a", (n,), bytes([n]) * size)
+    await write_chunk(session, "/a", (n,), bytes([n]) * size)
 
 
 async def repository_on(storage: S3Storage | LocalStorage) -> Repository:
     """With one chunk, committed."""
     repository = await Repository.create_async(storage)
     session = await repository.writable_session_async("main")
-    session._content.set_metadata("/a", ARRAY)
+    await write_node(session, "/a", ARRAY)
     await set_chunk(session, 0)
     await session.commit_async("acknowledged")
     await repository.checkpoint_async()
@@ -144,7 +146,7 @@ async def test_open_fails_with_a_remedy_and_works_again(server: FaultyS3, fault:
     storage = storage_on(server.endpoint)
     server.faulty = lambda seen: fault
     async with leaving_nothing(storage):
-        with pytest.raises(StorageError, match=rf"(read|list) s3://b/.*{message}"):  # words: each fault has its remedy
+        with pytest.raises(StorageError, match=rf"(read|list) s3://b/.*{message}"):  # words: the remedy
             await Repository.open_async(storage)
     server.faulty = None
     await storage.aclose()
@@ -161,9 +163,7 @@ async def test_reading_a_chunk_fails_with_its_name_and_works_again(
     seen = len(server.seen)
     server.faulty = lambda seen: fault
     async with leaving_nothing(storage):
-        with pytest.raises(
-            StorageError, match=rf"s3://b/(chunks|manifests)/\w+: .*{message}"
-        ):  # words: each fault has its remedy
+        with pytest.raises(StorageError, match=rf"s3://b/(chunks|manifests)/\w+: .*{message}"):  # words: the remedy
             await chunk(session, 0)
     assert len(server.seen) - seen <= 3
     server.faulty = None
@@ -185,9 +185,7 @@ async def test_chunks_that_cannot_be_written_fail_the_commit_and_are_kept_for_th
             # Nothing is missing from an answer that has no body.
             await session.commit_async("new")
         else:
-            with pytest.raises(
-                StorageError, match=rf"s3://b/chunks/\w+: .*{message}"
-            ):  # words: each fault has its remedy
+            with pytest.raises(StorageError, match=rf"s3://b/chunks/\w+: .*{message}"):  # words: the remedy
                 await session.commit_async("new")
     server.faulty = None
     if fault not in (TRUNCATE, STALL):
@@ -258,7 +256,7 @@ async def test_storm_of_refusals_fails_no_read_lowers_the_request_rate_and_has_n
     async with leaving_nothing(storage):
         found = await asyncio.gather(*(storage.get(f"x{n}") for n in range(200)))
     assert [result.data[0] for result in found] == [n % 256 for n in range(200)]
-    client = storage._bucket.clients.peek()
+    client = storage._bucket.clients.peek()  # private: connections are public nowhere
     assert client is not None
     assert client.pace.limit is not None
     # Without a pace every request beyond the eighth is refused again and again.
@@ -428,7 +426,7 @@ async def test_a_really_full_disk_loses_nothing_that_was_acknowledged(small_disk
         session = await repository.writable_session_async("main")
         try:
             # Noise, so that nothing is shared; each commit alone takes some twentieth of the disk.
-            await session._content.set_chunk("/a", (committed % 10,), os.urandom(60_000) + bytes([committed]))
+            await write_chunk(session, "/a", (committed % 10,), os.urandom(60_000) + bytes([committed]))
             await session.commit_async(f"commit {committed}")
         except StorageError as error:
             refusal = str(error)

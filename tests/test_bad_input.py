@@ -191,7 +191,7 @@ def filled() -> MemoryStorage:
     session = repository.writable_session("main")
     zarr.open_array(session.store, path="a", mode="a")[0] = 2
     session.commit("second")
-    run_sync(repository._core.aclose())
+    run_sync(repository.aclose())
     put(storage, "repo", checkpoint)
     return storage
 
@@ -283,7 +283,7 @@ def test_a_missing_entry_of_the_log_is_never_skipped() -> None:
     storage = filled()
     repository = Repository.open(storage)
     session = repository.writable_session("main")
-    session._content.set_metadata("/x", b'{"zarr_format": 3, "node_type": "group"}')
+    zarr.create_group(session.store, path="x")
     good = run_sync(storage.get("repo")).data
     session.commit("third")
     run_sync(repository.aclose())

@@ -72,9 +72,7 @@ def s3_with(name: str, value: str) -> object:
 def test_words_that_code_for_the_official_library_matches_are_in_the_messages(
     words: str, act: Callable[[], object]
 ) -> None:
-    with pytest.raises(
-        icechunk.IcechunkError, match=words
-    ):  # words: of the official library, which other code looks for
+    with pytest.raises(icechunk.IcechunkError, match=words):  # words: a contract
         act()
 
 

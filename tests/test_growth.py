@@ -23,6 +23,7 @@ from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import ANY, ObjectKind, Precondition, PutResult, Storage
 from icechunk.testing.recording import RecordingStorage
 from icechunk.testing.wrapping import WrappingStorage
+from tests.nodes import read_chunk, write_chunk, write_node
 
 ARRAY = (
     b'{"zarr_format": 3, "node_type": "array", "shape": [4], "data_type": "int8", "chunk_grid": {"name": "regular", '
@@ -86,7 +87,7 @@ class Life:
     async def commit(self, repository: Repository, count: int) -> None:
         for _ in range(count):
             session = await repository.writable_session_async("main")
-            await session._content.set_chunk("/a", (self.commits % 4,), b"x%04d" % self.commits)
+            await write_chunk(session, "/a", (self.commits % 4,), b"x%04d" % self.commits)
             # A text that does not compress, so that `repo` soon is large.
             await session.commit_async(self.rng.randbytes(64).hex())
             self.commits += 1
@@ -95,16 +96,14 @@ class Life:
         recording = RecordingStorage(WrappingStorage(self.storage.inner), turns=0)
         repository = await Repository.open_async(recording)
         if read:
-            assert (
-                await (await repository.readonly_session_async("main"))._content.get_chunk("/a", (0,), None) is not None
-            )
+            assert await read_chunk(await repository.readonly_session_async("main"), "/a", (0,)) is not None
         state = (await log_of(repository)).state
         await repository.aclose()
         return recording, state
 
 
 async def log_of(repository: Repository) -> LogLayout:
-    log = await repository._core.log()
+    log = await repository._core.log()  # private: the log has no public handle
     assert isinstance(log, LogLayout)
     return log
 
@@ -148,7 +147,7 @@ async def test_a_long_history_makes_neither_commits_nor_openings_ask_for_more() 
     recording = RecordingStorage(life.storage, turns=0)
     repository = await Repository.create_async(recording)
     session = await repository.writable_session_async("main")
-    session._content.set_metadata("/a", ARRAY)
+    await write_node(session, "/a", ARRAY)
     await session.commit_async("the array")
     await life.commit(repository, SHORT)
     short = await costs(life, repository, recording)
@@ -186,19 +185,19 @@ async def test_in_the_published_formats_the_tenth_commit_makes_the_requests_of_t
     recording = RecordingStorage(storage, turns=0)
     repository = await Repository.create_async(recording, spec_version=spec_version)
     session = await repository.writable_session_async("main")
-    session._content.set_metadata("/a", ARRAY)
+    await write_node(session, "/a", ARRAY)
     await session.commit_async("the array")
     asked: list[list[str]] = []
     for i in range(1, 101):
         recording.clear()
         session = await repository.writable_session_async("main")
-        await session._content.set_chunk("/a", (i % 4,), b"x%04d" % i)
+        await write_chunk(session, "/a", (i % 4,), b"x%04d" % i)
         await session.commit_async("one more")
         if i in (10, 100):
             requests = sorted(f"{request.verb} {request.key.split('/')[0]}" for request in recording.requests)
             opening = RecordingStorage(WrappingStorage(storage), turns=0)
             other = await Repository.open_async(opening)
-            await (await other.readonly_session_async("main"))._content.get_chunk("/a", (0,), None)
+            await read_chunk(await other.readonly_session_async("main"), "/a", (0,))
             await other.aclose()
             asked.append(requests + sorted(f"{one.verb} {one.key.split('/')[0]}" for one in opening.requests))
     await repository.aclose()
@@ -208,7 +207,7 @@ async def test_in_the_published_formats_the_tenth_commit_makes_the_requests_of_t
 async def test_a_writer_holds_its_history_in_the_bytes_of_a_file_and_not_as_objects() -> None:
     repository = await Repository.create_async(MemoryStorage())
     session = await repository.writable_session_async("main")
-    session._content.set_metadata("/a", ARRAY)
+    await write_node(session, "/a", ARRAY)
     await session.commit_async("the array")
     life = Life()
     objects = []
@@ -229,16 +228,16 @@ async def test_a_wide_hierarchy_makes_neither_reading_nor_changing_one_array_dec
         async with await Repository.create_async(storage) as repository:
             session = await repository.writable_session_async("main")
             for i in range(width):
-                session._content.set_metadata(f"/g{i // 100}/a{i}", ARRAY)
+                await write_node(session, f"/g{i // 100}/a{i}", ARRAY)
             await session.commit_async("many arrays")
         async with await Repository.open_async(storage) as repository:
             reader = await repository.readonly_session_async("main")
-            assert await reader._content.get_chunk("/g1/a110", (0,), None) is None
-            nodes = reader._content.log.base.nodes
+            assert await read_chunk(reader, "/g1/a110", (0,)) is None
+            nodes = reader._content.log.base.nodes  # private: which nodes were decoded
             assert isinstance(nodes, SnapshotNodes)
             read = len(nodes.stored.known)
             session = await repository.writable_session_async("main")
-            session._content.set_metadata("/g1/a110", ARRAY.replace(b'"attributes": {}', b'"attributes": {"k": 1}'))
+            await write_node(session, "/g1/a110", ARRAY.replace(b'"attributes": {}', b'"attributes": {"k": 1}'))
             with mock.patch.object(codec, "write_nodes", wraps=write_nodes) as write:
                 await session.commit_async("an attribute")
             counted.append((read, len(nodes.stored.known), [len(call.args[1]) for call in write.call_args_list]))

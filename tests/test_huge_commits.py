@@ -23,12 +23,14 @@ from icechunk.log.session import array_fold
 from icechunk.log.session.plan import tiles
 from icechunk.log.session.plan.transaction_parts import in_parts
 from icechunk.repository import Repository
+from icechunk.runtime.loops import run_sync
 from icechunk.session import commit
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import Storage
 from icechunk.testing.faulty import Fault, FaultyStorage, PlannedRequest
 from icechunk.testing.recording import RecordingStorage
 from icechunk.testing.wrapping import WrappingStorage
+from tests.nodes import delete_chunk, write_chunk, write_node
 from tests.raising import raises
 
 ARRAY = (
@@ -50,7 +52,7 @@ async def repository(storage: Storage, *, cached_refs: int | None = None, **engi
 def write_blocks(session: icechunk.Session, shape: Sequence[int], blocks: int) -> None:
     """Virtual references for all chunks of a new array ``/a``, so many blocks of rows in turn."""
     rows, columns = shape
-    session._content.set_metadata("/a", ARRAY % (rows, columns))
+    run_sync(write_node(session, "/a", ARRAY % (rows, columns)))
     height = rows // blocks
     for first in range(0, rows, height):
         count = height * columns
@@ -64,7 +66,7 @@ async def check_rows(repository: Repository, shape: Sequence[int], rows: Sequenc
     session = await repository.readonly_session_async("main")
     for row in rows:
         coords = divmod(row, shape[1])
-        ref = await session._content.chunk_reference("/a", coords)
+        ref = await session._content.chunk_reference("/a", coords)  # private: the reference itself, not its bytes
         assert ref is not None
         assert (ref.location, ref.offset, ref.length) == (f"{BUCKET}object", row, row + 1)
 
@@ -137,9 +139,10 @@ async def test_a_put_that_fails_amid_the_manifests_commits_nothing_and_a_later_t
     assert session.has_uncommitted_changes
     faulty.plan = lambda request: Fault.NONE
     # The session can be written on, and committed.
-    session._content.delete_chunk("/a", (0, 0))
+    await delete_chunk(session, "/a", (0, 0))
     await session.commit_async("works")
     await check_rows(await Repository.open_async(faulty), (100, 100), [1, 99, 100, 5_000, 9_999])
+    # private: the reference itself, not its bytes
     assert await (await repo.readonly_session_async("main"))._content.chunk_reference("/a", (0, 0)) is None
 
 
@@ -147,8 +150,8 @@ async def test_a_commit_takes_less_memory_than_the_references_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(array_fold, "LARGE_LAYER", 2**15)
-    monkeypatch.setattr(tiles, "_SLAB", 2**16)
-    monkeypatch.setattr(transaction, "_BLOCK", 2**15)
+    monkeypatch.setattr(tiles, "_SLAB", 2**16)  # private: small numbers stand for large ones
+    monkeypatch.setattr(transaction, "_BLOCK", 2**15)  # private: small numbers stand for large ones
     monkeypatch.setattr(commit, "in_parts", partial(in_parts, max_chunks=2**16))
     repo = await repository(
         icechunk.local_filesystem_storage(str(tmp_path)), cached_refs=500_000, max_refs_per_manifest=8192
@@ -179,21 +182,22 @@ async def test_changes_in_several_transaction_logs_are_all_found(
     storage = MemoryStorage()
     repo = await Repository.create_async(storage, spec_version=spec_version)
     session = await repo.writable_session_async("main")
-    session._content.set_metadata("/a", ARRAY % (10, 10))
-    session._content.set_metadata("/b", ARRAY % (10, 10))
+    await write_node(session, "/a", ARRAY % (10, 10))
+    await write_node(session, "/b", ARRAY % (10, 10))
     base = await session.commit_async("two arrays")
     others = [await repo.writable_session_async("main") for _ in range(3)]
     session = await repo.writable_session_async("main")
     for i in range(100):
-        await session._content.set_chunk("/a", divmod(i, 10), b"x")
-        await session._content.set_chunk("/b", divmod(i, 10), b"y")
+        await write_chunk(session, "/a", divmod(i, 10), b"x")
+        await write_chunk(session, "/b", divmod(i, 10), b"y")
     tip = await session.commit_async("two hundred chunks")
+    # private: the record of the snapshot in the log
     record = (await repo._core.state()).snapshots[object_id_from_text(tip)]
     assert len(record.pruned_ancestor_tx_logs) == 6
     diff = await repo.diff_async(from_snapshot_id=base, to_snapshot_id=tip)
     assert {path: len(rows) for path, rows in diff.updated_chunks.items()} == {"/a": 100, "/b": 100}
     for other, coords in zip(others, [(0, 0), (4, 9), (9, 9)], strict=True):
-        await other._content.set_chunk("/b", coords, b"z")
+        await write_chunk(other, "/b", coords, b"z")
         with pytest.raises(icechunk.RebaseFailedError):
             await other.commit_async("conflicts", rebase_with=icechunk.ConflictDetector())
     # Another client, after a collection of all unreferenced objects.
@@ -207,19 +211,19 @@ async def test_more_changes_than_a_transaction_log_of_format_1_holds_are_refused
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(transaction, "MAX_TABLES", 50)
-    monkeypatch.setattr(transaction, "_SURELY_FEW", 0)
+    monkeypatch.setattr(transaction, "_SURELY_FEW", 0)  # private: small numbers stand for large ones
     storage = RecordingStorage(MemoryStorage(), turns=0)
     repo = await Repository.create_async(storage, spec_version=1)
     session = await repo.writable_session_async("main")
-    session._content.set_metadata("/a", ARRAY % (10, 10))
+    await write_node(session, "/a", ARRAY % (10, 10))
     storage.clear()
     for i in range(60):
-        await session._content.set_chunk("/a", divmod(i, 10), b"x")
+        await write_chunk(session, "/a", divmod(i, 10), b"x")
     with raises(InvalidInputError, "serialization", 60):
         await session.commit_async("too many")
     assert not storage.count("put")
     for i in range(30):
-        session._content.delete_chunk("/a", divmod(i, 10))
+        await delete_chunk(session, "/a", divmod(i, 10))
     assert session.has_uncommitted_changes
 
 
@@ -230,11 +234,11 @@ async def test_more_references_than_a_manifest_holds_are_refused_and_splitting_h
     recording = RecordingStorage(MemoryStorage(), turns=0)
     repo = await Repository.create_async(recording, spec_version=2)
     session = await repo.writable_session_async("main")
-    session._content.set_metadata("/a", ARRAY % (10, 10))
-    session._content.set_metadata("/few", ARRAY % (10, 10))
+    await write_node(session, "/a", ARRAY % (10, 10))
+    await write_node(session, "/few", ARRAY % (10, 10))
     for i in range(60):
-        await session._content.set_chunk("/a", divmod(i, 10), b"x")
-    await session._content.set_chunk("/few", (0, 0), b"x")
+        await write_chunk(session, "/a", divmod(i, 10), b"x")
+    await write_chunk(session, "/few", (0, 0), b"x")
     recording.clear()
     with raises(InvalidInputError, "serialization", 60, "'/a'", "ManifestConfig.splitting"):
         await session.commit_async("too many")
@@ -248,8 +252,8 @@ async def test_more_references_than_a_manifest_holds_are_refused_and_splitting_h
     )
     split = await Repository.open_async(recording, config)
     session = await split.writable_session_async("main")
-    session._content.set_metadata("/a", ARRAY % (10, 10))
+    await write_node(session, "/a", ARRAY % (10, 10))
     for i in range(60):
-        await session._content.set_chunk("/a", divmod(i, 10), b"x")
+        await write_chunk(session, "/a", divmod(i, 10), b"x")
     await session.commit_async("split")
     assert len(split.list_manifest_files(session.snapshot_id)) == 2

@@ -96,7 +96,7 @@ async def test_the_layout_of_an_existing_repository_is_recognised(
     await write(made, "b", branch="dev")
     await made.aclose()
     repo = await icechunk.Repository.open_async(storage)
-    assert (await icechunk.Repository.exists_async(storage), repo._core.layout) == (True, layout)
+    assert (await icechunk.Repository.exists_async(storage), repo.layout) == (True, layout)
     assert await icechunk.Repository.fetch_spec_version_async(storage) == version
     assert (await repo.list_branches_async(), await repo.list_tags_async()) == ({"main", "dev"}, {"t"})
     np.testing.assert_array_equal(await read(repo, "b", branch="dev"), np.arange(100.0))
@@ -106,6 +106,7 @@ async def test_the_layout_of_an_existing_repository_is_recognised(
     changes = await repo.diff_async(from_branch="main", to_branch="dev")
     assert changes.new_arrays == {"/b"}
     copy = pickle.loads(pickle.dumps(repo)) if not isinstance(storage, icechunk.storage.memory.MemoryStorage) else repo
+    # private: settings as the layout resolved them
     assert copy._core.settings == repo._core.settings or layout != "log"
     await repo.reset_branch_async("dev", first)
     await repo.delete_branch_async("dev")
@@ -144,7 +145,7 @@ async def test_opening_an_empty_place_is_refused(storage: Storage) -> None:
     with pytest.raises(icechunk.RepositoryNotFoundError):
         await icechunk.Repository.fetch_config_async(storage)
     assert await icechunk.Repository.fetch_spec_version_async(storage) is None
-    with raises(icechunk.RepositoryNotFoundError, "repository-not-found", "doesn't exist") as error:
+    with raises(icechunk.RepositoryNotFoundError, "repository-not-found", storage.describe()) as error:
         await icechunk.Repository.open_async(storage)
     for found in (error.value, pickle.loads(pickle.dumps(error.value))):
         assert ["'repo'" in note for note in found.__notes__] == [True]
@@ -184,7 +185,7 @@ async def test_configuration_and_environment_choose_the_layout(monkeypatch: pyte
     async def layout(**arguments: Any) -> Layout:
         repo = await icechunk.Repository.create_async(icechunk.in_memory_storage(), **arguments)
         await repo.aclose()
-        return repo._core.layout
+        return repo.layout
 
     def config(name: Any) -> icechunk.RepositoryConfig:
         return icechunk.RepositoryConfig(engine=EngineConfig(layout=name))
@@ -213,7 +214,7 @@ async def test_converting_there_and_back_loses_nothing(storage: Storage) -> None
     await repo.set_metadata_async({"k": 1})
     for i, layout in enumerate(("repo", "log", "log", "repo")):
         await repo.convert_async(layout)
-        assert repo._core.layout == layout
+        assert repo.layout == layout
         await write(repo, f"in_{layout}_{i}")
     assert await messages(repo) == [
         "wrote in_repo_3",
@@ -227,7 +228,7 @@ async def test_converting_there_and_back_loses_nothing(storage: Storage) -> None
     kinds = [type(entry.kind).__name__ async for entry in repo.ops_log_async()]
     assert kinds.count("NewCommit") == 5
     again = await icechunk.Repository.open_async(storage)
-    assert again._core.layout == "repo"
+    assert again.layout == "repo"
     np.testing.assert_array_equal(await read(again, "in_log_1"), np.arange(100.0))
     await again.aclose()
     await repo.aclose()
@@ -295,7 +296,7 @@ async def test_a_log_that_was_taken_over_is_sealed_and_reported_by_the_next_open
         again = await icechunk.Repository.open_async(storage)
     assert "taken over" in caplog.text
     assert stranded in caplog.text
-    assert again._core.layout == "repo"
+    assert again.layout == "repo"
     await write(again, "b")
     caplog.clear()
     await (await icechunk.Repository.open_async(storage)).aclose()

@@ -73,7 +73,7 @@ async def test_a_repository_of_each_layout_is_made_written_and_opened_again(
         await stale.commit_async("too late", allow_empty=True)
     await made.aclose()
     repo = await icechunk.Repository.open_async(pickle.loads(pickle.dumps(storage)))
-    assert repo._core.layout == layout
+    assert repo.layout == layout
     assert await messages(repo) == ["wrote b", "wrote a", "Repository initialized"]
     assert (await read(repo, "a", tag="t")).tolist() == [float(n) for n in range(100)]
     assert await repo.list_branches_async() == {"main", "dev"}

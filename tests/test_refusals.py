@@ -17,6 +17,7 @@ from icechunk.log.repository import settle
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.outcome import refused
 from icechunk.testing.scripted import Request, ScriptedStorage, Send, lost_answer
+from tests.nodes import write_node
 from tests.raising import raises
 
 GROUP = b'{"zarr_format":3,"node_type":"group"}'
@@ -58,7 +59,7 @@ async def opened(layout: str) -> tuple[Repository, ScriptedStorage]:
 
 async def commit(repository: Repository, name: str) -> str:
     session = await repository.writable_session_async("main")
-    session._content.set_metadata(f"/{name}", GROUP)
+    await write_node(session, f"/{name}", GROUP)
     return await session.commit_async(name)
 
 
@@ -66,13 +67,13 @@ async def commit(repository: Repository, name: str) -> str:
 async def test_a_session_whose_commit_is_refused_can_commit_again(layout: str) -> None:
     repository, storage = await opened(layout)
     session = await repository.writable_session_async("main")
-    session._content.set_metadata("/a", GROUP)
+    await write_node(session, "/a", GROUP)
     answering(storage, denied)
     with raises(StorageError, "storage-other", "AccessDenied") as caught:
         await session.commit_async("a")
     assert caught.value.refused
     assert session.unsettled_commit is None
-    session._content.set_metadata("/b", GROUP)
+    await write_node(session, "/b", GROUP)
     storage.script = None
     snapshot = await session.commit_async("a and b")
     assert await repository.lookup_branch_async("main") == snapshot

@@ -23,6 +23,7 @@ from icechunk.storage.port import Storage
 from icechunk.storage.rights import Right, Service, access_denied
 from icechunk.testing.scripted import Request, ScriptedStorage, Send
 from tests.conftest import s3_storage_on
+from tests.nodes import write_node
 from tools import services
 
 GROUP = b'{"zarr_format":3,"node_type":"group"}'
@@ -101,7 +102,7 @@ async def make(storage: Storage, layout: str, monkeypatch: pytest.MonkeyPatch) -
 
 async def commit(repository: Repository, name: str, branch: str = "main") -> str:
     session = await repository.writable_session_async(branch)
-    session._content.set_metadata(f"/{name}", GROUP)
+    await write_node(session, f"/{name}", GROUP)
     return await session.commit_async(name)
 
 
@@ -193,7 +194,7 @@ async def test_a_session_whose_first_write_is_refused_commits_once_it_is_allowed
     storage = with_rights(store, {Right.READ}, hides=hides)
     async with await Repository.open_async(storage) as repository:
         session = await repository.writable_session_async("dev")
-        session._content.set_metadata("/a", GROUP)
+        await write_node(session, "/a", GROUP)
         for _ in range(2):
             with pytest.raises(AccessDeniedError) as caught:
                 await session.commit_async("a")

@@ -28,6 +28,7 @@ from icechunk.storage.port import ANY, Storage
 from icechunk.testing.faulty import Fault, FaultyStorage, PlannedRequest
 from icechunk.testing.recording import RecordingStorage
 from icechunk.testing.wrapping import WrappingStorage
+from tests.nodes import read_chunk, write_chunk, write_node
 from tests.raising import raises
 
 GROUP = b'{"zarr_format": 3, "node_type": "group", "attributes": {}}'
@@ -45,13 +46,13 @@ class Elsewhere(WrappingStorage):
 
 async def write(repository: Repository, name: str, chunk: bytes = b"x", message: str = "") -> str:
     session = await repository.writable_session_async("main")
-    session._content.set_metadata(f"/{name}", ARRAY % 4)
-    await session._content.set_chunk(f"/{name}", (0,), chunk)
+    await write_node(session, f"/{name}", ARRAY % 4)
+    await write_chunk(session, f"/{name}", (0,), chunk)
     return await session.commit_async(message or name)
 
 
 async def read(repository: Repository, name: str) -> bytes | memoryview | None:
-    return await (await repository.readonly_session_async("main"))._content.get_chunk(f"/{name}", (0,), None)
+    return await read_chunk(await repository.readonly_session_async("main"), f"/{name}", (0,))
 
 
 async def keys(storage: Storage, *prefixes: str) -> set[str]:
@@ -68,10 +69,10 @@ async def dead_after_its_commits(memory: MemoryStorage, *names: str) -> list[str
     """Commits whose files are in the log only."""
     faulty = FaultyStorage(Elsewhere(memory))
     repository = await Repository.open_async(faulty)
-    await (await repository._core.log()).prepare_writes()
+    await (await repository._core.log()).prepare_writes()  # private: the check of the store is not what is counted
     faulty.plan = only_the_log
     made = [await write(repository, name, name.encode()) for name in names]
-    log = await repository._core.log()
+    log = await repository._core.log()  # private: the log has no public handle
     assert isinstance(log, LogLayout)
     for task in log.tasks:
         task.cancel()
@@ -106,9 +107,9 @@ async def test_a_commit_above_the_limit_is_written_as_objects_and_with_limit_zer
         config = RepositoryConfig(engine=EngineConfig(small_commit_bytes=limit))
         repository = await Repository.create_async(memory, config)
         session = await repository.writable_session_async("main")
-        session._content.set_metadata("/a", ARRAY % 200)
+        await write_node(session, "/a", ARRAY % 200)
         for i in range(200):
-            await session._content.set_chunk("/a", (i,), _noise(i, chunk_bytes))
+            await write_chunk(session, "/a", (i,), _noise(i, chunk_bytes))
         await session.commit_async("a")
         assert await _embedded_in_entries(memory) == [set()]
         await repository.aclose()
@@ -144,7 +145,7 @@ async def test_another_client_reads_compares_and_rebases_on_files_that_only_the_
         assert [info.message async for info in repository.async_ancestry(branch="main")][:3] == ["b", "a", "base"]
         diff = await repository.diff_async(from_snapshot_id=base, to_snapshot_id=made[1])
         assert diff.new_arrays == {"/a", "/b"}
-    behind._content.set_metadata("/mine", GROUP)
+    await write_node(behind, "/mine", GROUP)
     await behind.commit_async("mine", rebase_with=icechunk.ConflictDetector())
     assert await read(late, "b") == b"b"
 
@@ -191,7 +192,7 @@ async def test_a_commit_that_is_refused_leaves_no_object() -> None:
     memory = MemoryStorage()
     repository = await Repository.create_async(memory)
     loser = await (await Repository.open_async(Elsewhere(memory))).writable_session_async("main")
-    loser._content.set_metadata("/loser", GROUP)
+    await write_node(loser, "/loser", GROUP)
     await write(repository, "winner")
     await repository.checkpoint_async()
     before = await keys(memory, *FILES)
@@ -208,17 +209,19 @@ async def test_a_session_sent_to_another_process_reads_a_manifest_that_only_the_
     session = await repository.readonly_session_async("main")
     # As in a process that has not read the log yet.
     fresh = await Repository.open_async(Elsewhere(memory))
-    fresh._core.files = type(fresh._core.files)(0)
-    fresh._core._configure(fresh._core.storage, fresh._core.config)
-    await fresh._core._logs.aclose()
+    fresh._core.files = type(fresh._core.files)(0)  # private: a client that remembers no file
+    fresh._core._configure(fresh._core.storage, fresh._core.config)  # private: a client that remembers no file
+    await fresh._core._logs.aclose()  # private: a client that remembers no file
+    # private: a session of another process
     travelled = icechunk.Session(SessionContent.on(fresh._core, session._content.log.base))
-    assert await travelled._content.get_chunk("/a", (0,), None) == b"a"
+    assert await read_chunk(travelled, "/a", (0,)) == b"a"
 
 
 async def test_a_file_that_is_nowhere_is_missed_by_its_name() -> None:
     memory = MemoryStorage()
     repository = await Repository.create_async(memory)
     with raises(ObjectNotFoundError, "object-not-found", "transactions/7DVXGGF4S2JKJ9WRT0K0"):
+        # private: the file itself
         await repository._core.assets.transaction_log(object_id_from_text("7DVXGGF4S2JKJ9WRT0K0"))
 
 
@@ -245,6 +248,7 @@ SCRIPT = textwrap.dedent(
     import icechunk
     from icechunk.storage.port import ANY
     from icechunk.testing.wrapping import WrappingStorage
+    from tests.nodes import write_chunk, write_node
 
     class Stuck(WrappingStorage):
         stuck = False
@@ -256,11 +260,11 @@ SCRIPT = textwrap.dedent(
     async def main():
         storage = Stuck(icechunk.local_filesystem_storage(sys.argv[1]))
         repository = await icechunk.Repository.open_async(storage)
-        await (await repository._core.log()).prepare_writes()
+        await (await repository._core.log()).prepare_writes()  # private: the check of the store is not what is counted
         storage.stuck = True
         session = await repository.writable_session_async("main")
-        session._content.set_metadata("/a", %r)
-        await session._content.set_chunk("/a", (0,), b"kept")
+        await write_node(session, "/a", %r)
+        await write_chunk(session, "/a", (0,), b"kept")
         print(await session.commit_async("a"), flush=True)
         os.kill(os.getpid(), 9)
 
@@ -293,13 +297,13 @@ async def test_a_reader_drops_old_files_and_finds_them_again(monkeypatch: pytest
     memory = MemoryStorage()
     await Repository.create_async(memory)
     reader = await Repository.open_async(Elsewhere(memory))
-    log = await reader._core.log()
+    log = await reader._core.log()  # private: the log has no public handle
     assert isinstance(log, LogLayout)
-    monkeypatch.setattr(embedded, "_MAX_BYTES", 4_000)
+    monkeypatch.setattr(embedded, "_MAX_BYTES", 4_000)  # private: small numbers stand for large ones
     made = await dead_after_its_commits(memory, *"abcdefgh")
     await reader.lookup_branch_async("main")
-    reader._core.files = type(reader._core.files)(0)
-    log.share_files(reader._core.files)
+    reader._core.files = type(reader._core.files)(0)  # private: a client that remembers no file
+    log.share_files(reader._core.files)  # private: a client that remembers no file
     old = transaction_key(object_id_from_text(made[0]))
     assert log.view.embedded.find(old) is None
     assert await log.find_file(old) is not None
@@ -314,9 +318,9 @@ async def test_entries_shared_by_many_sessions_stay_small() -> None:
     for i in range(40):
         await repository.create_branch_async(f"b{i}", await repository.lookup_branch_async("main"))
         session = await repository.writable_session_async(f"b{i}")
-        session._content.set_metadata("/a", ARRAY % 100)
+        await write_node(session, "/a", ARRAY % 100)
         for j in range(100):
-            await session._content.set_chunk("/a", (j,), _noise(i * 1000 + j, 500))
+            await write_chunk(session, "/a", (j,), _noise(i * 1000 + j, 500))
         sessions.append(session)
     await asyncio.gather(*(session.commit_async("x") for session in sessions))
     sizes = [item.size async for page in memory.list_pages("log/") for item in page]
@@ -332,12 +336,12 @@ async def test_a_late_checkpointer_that_brings_a_collected_file_back_brings_only
     memory = MemoryStorage()
     repository = await Repository.create_async(memory)
     session = await repository.writable_session_async("main")
-    session._content.set_metadata("/gone", GROUP)
+    await write_node(session, "/gone", GROUP)
     gone = await session.flush_async("detached")
-    log = await repository._core.log()
+    log = await repository._core.log()  # private: the log has no public handle
     assert isinstance(log, LogLayout)
     late = await Repository.open_async(Elsewhere(memory))
-    late_log = await late._core.log()
+    late_log = await late._core.log()  # private: the log has no public handle
     assert isinstance(late_log, LogLayout)
     late_log.view.embedded.remember(1, {f"snapshots/{gone}": b"the same bytes"})
     await log.append(lambda _: [CollectionRan(cutoff_us=log.store_time_us + 10**9)])
@@ -356,7 +360,7 @@ async def test_a_late_checkpointer_that_brings_a_collected_file_back_brings_only
 async def first_chunk(storage: Storage) -> bytes | memoryview | None:
     repository = await Repository.open_async(storage)
     session = await repository.readonly_session_async("main")
-    return await session._content.get_chunk("/a", (0,), None)
+    return await read_chunk(session, "/a", (0,))
 
 
 @pytest.mark.parametrize(("chunk", "rounds"), [(b"x", 2), (b"x" * 10_000, 3)], ids=["inline", "native"])
@@ -386,9 +390,9 @@ async def test_from_nothing_to_the_first_chunk_where_the_files_are_too_large_to_
     memory = MemoryStorage()
     repository = await Repository.create_async(memory)
     session = await repository.writable_session_async("main")
-    session._content.set_metadata("/a", ARRAY % 300)
+    await write_node(session, "/a", ARRAY % 300)
     for i in range(300):
-        await session._content.set_chunk("/a", (i,), _noise(i, 500))
+        await write_chunk(session, "/a", (i,), _noise(i, 500))
     await session.commit_async("a")
     await repository.aclose()
     assert len((await memory.get("repo")).data) < 32_000
@@ -415,7 +419,7 @@ async def test_writers_of_one_branch_follow_each_other_in_shared_entries() -> No
 
     async def one(i: int) -> None:
         session = await repository.writable_session_async("main")
-        session._content.set_metadata(f"/n{i}", GROUP)
+        await write_node(session, f"/n{i}", GROUP)
         await session.commit_async(f"n{i}", rebase_with=icechunk.ConflictDetector())
 
     await asyncio.gather(*(one(i) for i in range(64)))
@@ -435,7 +439,7 @@ async def test_writers_that_conflict_with_a_pending_commit_are_refused_once_it_h
 
     async def one(i: int) -> str:
         session = await repository.writable_session_async("main")
-        await session._content.set_chunk("/a", (0,), bytes([i]))
+        await write_chunk(session, "/a", (0,), bytes([i]))
         return await session.commit_async(f"n{i}", rebase_with=icechunk.ConflictDetector())
 
     outcomes = await asyncio.gather(*(one(i) for i in range(8)), return_exceptions=True)
@@ -461,11 +465,11 @@ async def test_those_behind_a_commit_that_is_given_up_go_on_without_it() -> None
 
     async def one(i: int) -> str:
         session = await repository.writable_session_async("main")
-        session._content.set_metadata(f"/n{i}", GROUP)
+        await write_node(session, f"/n{i}", GROUP)
         return await session.commit_async(f"n{i}", rebase_with=icechunk.ConflictDetector())
 
     tasks = [asyncio.ensure_future(one(i)) for i in range(4)]
-    log = await repository._core.log()
+    log = await repository._core.log()  # private: the log has no public handle
     for _ in range(10_000):
         if len(log.expected().snapshots) == 6:
             break

@@ -23,6 +23,7 @@ from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import ByteRange, GetResult, PutResult, Range, Storage
 from icechunk.testing.wrapping import WrappingStorage
+from tests.nodes import read_chunk, write_chunk, write_node
 from tests.raising import raises
 
 ARRAY = (
@@ -77,15 +78,15 @@ async def filled(
     storage = Counting(inner)
     repository = await Repository.create_async(storage, config)
     session = await repository.writable_session_async("main")
-    session._content.set_metadata("/a", ARRAY)
+    await write_node(session, "/a", ARRAY)
     for n in range(32):
-        await session._content.set_chunk("/a", (n,), bytes([n]) * size)
+        await write_chunk(session, "/a", (n,), bytes([n]) * size)
     await session.commit_async("x")
     return storage, repository, await repository.readonly_session_async("main")
 
 
 async def read_all(session: Session) -> None:
-    found = await asyncio.gather(*(session._content.get_chunk("/a", (n,), None) for n in range(32)))
+    found = await asyncio.gather(*(read_chunk(session, "/a", (n,)) for n in range(32)))
     assert [data[0] for data in found if data] == list(range(32))
 
 
@@ -96,7 +97,7 @@ async def test_requests_of_all_sessions_reads_and_writes_are_bounded_together() 
 
     async def write(session: Session) -> None:
         for n in range(32):
-            await session._content.set_chunk("/a", (n,), bytes(1000))
+            await write_chunk(session, "/a", (n,), bytes(1000))
         await session.flush_async("x")
 
     async with asyncio.timeout(30):
@@ -118,7 +119,8 @@ async def test_chunk_bytes_on_their_way_are_bounded_for_all_sessions_together() 
 
     async def write(session: Session) -> None:
         for n in range(32):
-            await session._content.set_chunk("/a", (n,), bytes(1000))
+            await write_chunk(session, "/a", (n,), bytes(1000))
+            # private: memory is public nowhere
             assert sum(other._content.puts._pool.held_bytes for other in sessions) <= 5000
 
     async with asyncio.timeout(30):
@@ -151,11 +153,11 @@ async def test_long_reads_are_split_where_the_size_of_a_request_is_set() -> None
         ),
     )
     storage, _, reader = await filled(whole, size)
-    assert await reader._content.get_chunk("/a", (7,), None) == b"\7" * size
+    assert await read_chunk(reader, "/a", (7,)) == b"\7" * size
     assert storage.read == [size]
     storage, _, reader = await filled(split, size)
     storage.most = 0
-    assert await reader._content.get_chunk("/a", (7,), None) == b"\7" * size
+    assert await read_chunk(reader, "/a", (7,)) == b"\7" * size
     assert storage.read == [375_000] * 8
     assert storage.most == 3
 
@@ -173,10 +175,10 @@ async def test_long_transfers_are_split_by_default_where_that_can_help() -> None
     size = 13 << 20
     storage, repository, _ = await filled(RepositoryConfig(engine=ALONE), 10)
     session = await repository.writable_session_async("main")
-    await session._content.set_chunk("/a", (7,), bytes(size))
+    await write_chunk(session, "/a", (7,), bytes(size))
     await session.commit_async("x")
     reader = await repository.readonly_session_async("main")
-    assert await reader._content.get_chunk("/a", (7,), None) == bytes(size)
+    assert await read_chunk(reader, "/a", (7,)) == bytes(size)
     assert storage.read == [size // 2] * 2
 
 
@@ -185,7 +187,7 @@ async def test_files_of_a_local_disk_are_read_whole_whatever_size_of_request_is_
     concurrency = StorageConcurrencySettings(ideal_concurrent_request_size=4096)
     config = RepositoryConfig(engine=ALONE, storage=StorageSettings(concurrency=concurrency))
     storage, _, reader = await filled(config, 3_000_000, LocalStorage(tmp_path))
-    assert await reader._content.get_chunk("/a", (7,), None) == b"\7" * 3_000_000
+    assert await read_chunk(reader, "/a", (7,)) == b"\7" * 3_000_000
     assert storage.read == [3_000_000]
 
 
@@ -194,7 +196,7 @@ async def test_chunks_are_kept_where_there_is_room_set_for_them(kept: int | None
     config = RepositoryConfig(engine=ALONE, caching=CachingConfig(num_bytes_chunks=kept))
     storage, _, reader = await filled(config)
     for _ in range(2):
-        assert await reader._content.get_chunk("/a", (7,), None) == b"\7" * 1000
+        assert await read_chunk(reader, "/a", (7,)) == b"\7" * 1000
     assert len(storage.read) == reads
 
 
@@ -202,10 +204,12 @@ async def test_caches_of_metadata_are_bounded() -> None:
     config = RepositoryConfig(caching=CachingConfig(num_snapshot_nodes=0, num_chunk_refs=0, num_transaction_changes=0))
     _, repository, reader = await filled(config)
     await read_all(reader)
-    assets = repository._core.assets
+    assets = repository._core.assets  # private: what a client remembers is public nowhere
+    # private: what a client remembers is public nowhere
     assert (len(assets._snapshots), len(assets._manifests), len(assets._transactions)) == (0, 0, 0)
     _, repository, reader = await filled(RepositoryConfig())
     await read_all(reader)
+    # private: what a client remembers is public nowhere
     assert (len(repository._core.assets._snapshots), len(repository._core.assets._manifests)) > (0, 0)
 
 

@@ -39,7 +39,7 @@ async def test_created_written_by_many_forked_amended_rearranged_converted_and_u
     layout: str, minio_storage: S3Storage
 ) -> None:
     repo = await icechunk.Repository.create_async(minio_storage, spec_version=LAYOUTS[layout])
-    assert repo._core.layout == layout
+    assert repo.layout == layout
     session = await repo.writable_session_async("main")
     await zarr.api.asynchronous.create_array(
         store=session.store, name="a", shape=(12, 600), chunks=(1, 600), dtype="i8", compressors=None, fill_value=-1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from icechunk.format.ids import encode_id, object_id_from_text
 from icechunk.log.repository.events import (
@@ -41,7 +42,7 @@ class BranchesAndTags(RepositoryBase):
         validate_branch_name(branch)
         await self._append(BranchCreated(name=branch, snapshot=object_id_from_text(snapshot_id)))
 
-    create_branch = synchronous(create_branch_async)
+    create_branch: Final = synchronous(create_branch_async)
 
     async def list_branches_async(self) -> set[str]:
         """Names of all branches.
@@ -53,13 +54,13 @@ class BranchesAndTags(RepositoryBase):
         """
         return set((await self._all_refs()).branches)
 
-    list_branches = synchronous(list_branches_async)
+    list_branches: Final = synchronous(list_branches_async)
 
     async def lookup_branch_async(self, branch: str) -> str:
         """The id of the snapshot that a branch points to. Raises `RefNotFoundError`."""
         return encode_id((await self._core.state(branch=branch)).branch_tip(branch))
 
-    lookup_branch = synchronous(lookup_branch_async)
+    lookup_branch: Final = synchronous(lookup_branch_async)
 
     async def reset_branch_async(self, branch: str, snapshot_id: str, *, from_snapshot_id: str | None = None) -> None:
         """Point a branch to another snapshot.
@@ -79,7 +80,7 @@ class BranchesAndTags(RepositoryBase):
         expected = None if from_snapshot_id is None else object_id_from_text(from_snapshot_id)
         await self._append(BranchReset(name=branch, snapshot=object_id_from_text(snapshot_id), expected=expected))
 
-    reset_branch = synchronous(reset_branch_async)
+    reset_branch: Final = synchronous(reset_branch_async)
 
     async def delete_branch_async(self, branch: str) -> None:
         """Delete a branch; its snapshots stay until they are collected.
@@ -93,7 +94,7 @@ class BranchesAndTags(RepositoryBase):
         """
         await self._append(BranchDeleted(name=branch))
 
-    delete_branch = synchronous(delete_branch_async)
+    delete_branch: Final = synchronous(delete_branch_async)
 
     async def create_tag_async(self, tag: str, snapshot_id: str) -> None:
         """Create a tag at a snapshot, for good.
@@ -112,19 +113,19 @@ class BranchesAndTags(RepositoryBase):
         validate_tag_name(tag)
         await self._append(TagCreated(name=tag, snapshot=object_id_from_text(snapshot_id)), feature="create_tag")
 
-    create_tag = synchronous(create_tag_async)
+    create_tag: Final = synchronous(create_tag_async)
 
     async def list_tags_async(self) -> set[str]:
         """Names of all tags. Raises as `list_branches_async`."""
         return set((await self._all_refs()).tags)
 
-    list_tags = synchronous(list_tags_async)
+    list_tags: Final = synchronous(list_tags_async)
 
     async def lookup_tag_async(self, tag: str) -> str:
         """The id of the snapshot that a tag points to. Raises `RefNotFoundError`."""
         return encode_id((await self._core.state(tag=tag)).tag_target(tag))
 
-    lookup_tag = synchronous(lookup_tag_async)
+    lookup_tag: Final = synchronous(lookup_tag_async)
 
     async def delete_tag_async(self, tag: str) -> None:
         """Delete a tag; its name cannot be used again.
@@ -138,7 +139,7 @@ class BranchesAndTags(RepositoryBase):
         """
         await self._append(TagDeleted(name=tag), feature="delete_tag")
 
-    delete_tag = synchronous(delete_tag_async)
+    delete_tag: Final = synchronous(delete_tag_async)
 
     async def _all_refs(self) -> RepoState:
         state = await self._core.state()

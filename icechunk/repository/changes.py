@@ -173,7 +173,7 @@ class Changes(RepositoryBase):
             moved=tuple((move.source, move.target) for move in net.moved),
         )
 
-    changes = synchronous(changes_async)
+    changes: Final = synchronous(changes_async)
 
     async def changed_labels_async(self, changes: ChangedRegions, path: str) -> list[dict[str, slice]]:
         """The changed boxes of one array as label slices, for ``xarray.Dataset.sel``.
@@ -210,7 +210,7 @@ class Changes(RepositoryBase):
             for one in change.indexers
         ]
 
-    changed_labels = synchronous(changed_labels_async)
+    changed_labels: Final = synchronous(changed_labels_async)
 
     async def blame_async(
         self,
@@ -268,7 +268,7 @@ class Changes(RepositoryBase):
                     return Blame(snapshots=tuple(ids), index=index, origin=tuple(a for a, _ in box))
         return Blame(snapshots=tuple(ids), index=index, origin=tuple(a for a, _ in box))
 
-    blame = synchronous(blame_async)
+    blame: Final = synchronous(blame_async)
 
     async def coverage_async(
         self, path: str, *, branch: str | None = None, tag: str | None = None, snapshot_id: str | None = None
@@ -293,7 +293,7 @@ class Changes(RepositoryBase):
         node = _array(snapshot, path)
         return await self._coverage(node, tuple((0, d.num_chunks) for d in node.shape), snapshot)
 
-    coverage = synchronous(coverage_async)
+    coverage: Final = synchronous(coverage_async)
 
     async def _coverage(
         self, node: NodeSnapshot, box: tuple[tuple[int, int], ...], snapshot: Snapshot

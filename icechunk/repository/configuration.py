@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from icechunk.config import config_to_dict
 from icechunk.errors import ErrorKind, InvalidInputError
@@ -42,7 +42,7 @@ class Configuration(RepositoryBase):
         await log.append(lambda _: [ConfigReplaced(config=config, expected=expected, check=True)])
         self._core.persisted_config = config
 
-    save_config = synchronous(save_config_async)
+    save_config: Final = synchronous(save_config_async)
 
     def set_default_commit_metadata(self, metadata: Mapping[str, Any]) -> None:
         """Metadata that every commit of this object gets, under what the commit itself brings."""
@@ -57,7 +57,7 @@ class Configuration(RepositoryBase):
         await self._require_format_2("read the repository's metadata")
         return dict((await self._core.state()).metadata)
 
-    get_metadata = synchronous(get_metadata_async)
+    get_metadata: Final = synchronous(get_metadata_async)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Configuration(RepositoryBase):
         """Replace the repository's metadata as a whole. Raises `ReadOnlyError` where its status is read-only."""
         await self._happen(MetadataReplaced(metadata=json_metadata("metadata", metadata)))
 
-    set_metadata = synchronous(set_metadata_async)
+    set_metadata: Final = synchronous(set_metadata_async)
 
     async def update_metadata_async(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Set some keys of the repository's metadata atomically, and return all of it."""
@@ -76,14 +76,14 @@ class Configuration(RepositoryBase):
         log = await self._core.log()
         return dict((await log.append(lambda _: [MetadataUpdated(metadata=wanted)])).metadata)
 
-    update_metadata = synchronous(update_metadata_async)
+    update_metadata: Final = synchronous(update_metadata_async)
 
     async def get_status_async(self) -> RepoStatus:
         """Whether the repository takes writes: its real status, whatever other readers of the format are shown."""
         await self._require_format_2("read the repository's status")
         return repo_status((await self._core.state()).status)
 
-    get_status = synchronous(get_status_async)
+    get_status: Final = synchronous(get_status_async)
 
     @property
     def status(self) -> RepoStatus:
@@ -95,7 +95,7 @@ class Configuration(RepositoryBase):
         require_type("status", status, RepoStatus)
         await self._happen(StatusSet(availability=int(status.availability), reason=status.limited_availability_reason))
 
-    set_status = synchronous(set_status_async)
+    set_status: Final = synchronous(set_status_async)
 
     async def feature_flags_async(self) -> list[FeatureFlag]:
         """Every feature that can be switched, and how it is set."""
@@ -103,19 +103,19 @@ class Configuration(RepositoryBase):
         state = await self._core.state()
         return feature_flags(state.enabled_feature_flags or (), state.disabled_feature_flags or ())
 
-    feature_flags = synchronous(feature_flags_async)
+    feature_flags: Final = synchronous(feature_flags_async)
 
     async def enabled_feature_flags_async(self) -> list[FeatureFlag]:
         """The features that are on."""
         return [flag for flag in await self.feature_flags_async() if flag.enabled]
 
-    enabled_feature_flags = synchronous(enabled_feature_flags_async)
+    enabled_feature_flags: Final = synchronous(enabled_feature_flags_async)
 
     async def disabled_feature_flags_async(self) -> list[FeatureFlag]:
         """The features that are off."""
         return [flag for flag in await self.feature_flags_async() if not flag.enabled]
 
-    disabled_feature_flags = synchronous(disabled_feature_flags_async)
+    disabled_feature_flags: Final = synchronous(disabled_feature_flags_async)
 
     async def set_feature_flag_async(self, name: str, setting: bool | None) -> None:
         """Switch a feature on or off, or back to its default (None).
@@ -128,7 +128,7 @@ class Configuration(RepositoryBase):
         require_type("setting", setting, bool, optional=True)
         await self._happen(FeatureFlagSet(flag=feature_flag_id(name), value=setting))
 
-    set_feature_flag = synchronous(set_feature_flag_async)
+    set_feature_flag: Final = synchronous(set_feature_flag_async)
 
     async def convert_async(self, layout: Layout | str) -> None:
         """Persist the repository log in another layout from now on, in O(1) writes, also while others write.
@@ -156,7 +156,7 @@ class Configuration(RepositoryBase):
             )
         await self._core.convert(Layout(layout))
 
-    convert = synchronous(convert_async)
+    convert: Final = synchronous(convert_async)
 
     async def _happen(self, event: Event) -> None:
         await (await self._core.log()).append(lambda _: [event])

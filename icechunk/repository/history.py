@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from typing import Final
 
 from icechunk.format.ids import object_id_from_text
 from icechunk.format.repo.values import SnapshotRecord
@@ -57,20 +58,20 @@ class History(RepositoryBase):
         async for entry in log.updates():
             yield update(entry)
 
-    ops_log = synchronous(ops_log_async)
+    ops_log: Final = synchronous(ops_log_async)
 
     async def lookup_snapshot_async(self, snapshot_id: str) -> SnapshotInfo:
         """A snapshot's entry in the history. Raises `SnapshotNotFoundError`."""
         return snapshot_info(require_snapshot(await self._core.state(snapshot_id), object_id_from_text(snapshot_id)))
 
-    lookup_snapshot = synchronous(lookup_snapshot_async)
+    lookup_snapshot: Final = synchronous(lookup_snapshot_async)
 
     async def list_manifest_files_async(self, snapshot_id: str) -> list[ManifestFileInfo]:
         """The manifest objects that a snapshot uses, ascending by id. Raises `SnapshotNotFoundError`."""
         snapshot = await self._core.assets.snapshot(object_id_from_text(snapshot_id))
         return [manifest_file(file) for file in snapshot.manifest_files.values()]
 
-    list_manifest_files = synchronous(list_manifest_files_async)
+    list_manifest_files: Final = synchronous(list_manifest_files_async)
 
     async def diff_async(
         self,
@@ -101,4 +102,4 @@ class History(RepositoryBase):
         end = select(state, branch=to_branch, tag=to_tag, snapshot_id=to_snapshot_id)
         return Diff.of(diff_transactions(*await self._between(start, end)))
 
-    diff = synchronous(diff_async)
+    diff: Final = synchronous(diff_async)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from icechunk.errors import ObjectNotFoundError, SnapshotNotFoundError
 from icechunk.format.envelope import FileType, read_header
@@ -52,7 +52,7 @@ class Inspection(RepositoryBase):
         """
         return await self._inspect("snapshot", snapshot_id, snapshot_key, describe_snapshot, SnapshotNotFoundError)
 
-    inspect_snapshot = synchronous(inspect_snapshot_async)
+    inspect_snapshot: Final = synchronous(inspect_snapshot_async)
 
     async def inspect_manifest_async(self, manifest_id: str) -> dict[str, Any]:
         """The number of chunk references in a manifest by kind, and its compression.
@@ -72,7 +72,7 @@ class Inspection(RepositoryBase):
         """
         return await self._inspect("manifest", manifest_id, manifest_key, describe_manifest, ObjectNotFoundError)
 
-    inspect_manifest = synchronous(inspect_manifest_async)
+    inspect_manifest: Final = synchronous(inspect_manifest_async)
 
     async def inspect_transaction_log_async(self, snapshot_id: str) -> dict[str, Any]:
         """The changes of a snapshot's commit, by the ids of nodes.
@@ -102,7 +102,7 @@ class Inspection(RepositoryBase):
         except ObjectNotFoundError:
             return None
 
-    inspect_transaction_log = synchronous(inspect_transaction_log_async)
+    inspect_transaction_log: Final = synchronous(inspect_transaction_log_async)
 
     async def _inspect(
         self,
@@ -145,7 +145,7 @@ class Inspection(RepositoryBase):
         header = read_header(data, FileType.REPO_INFO, what=f"object {REPO_KEY!r}")
         return describe_repo_info(header, to_repo_info(state))
 
-    inspect_repo_info = synchronous(inspect_repo_info_async)
+    inspect_repo_info: Final = synchronous(inspect_repo_info_async)
 
     async def ancestry_graph_async(
         self,
@@ -189,4 +189,4 @@ class Inspection(RepositoryBase):
         drawing = lay_out(state.snapshots, tips, branches=state.branches, tags=state.tags, main=main)
         return AncestryGraph(drawing, plain=plain)
 
-    ancestry_graph = synchronous(ancestry_graph_async)
+    ancestry_graph: Final = synchronous(ancestry_graph_async)

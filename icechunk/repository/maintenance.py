@@ -87,7 +87,7 @@ class Maintenance(Sessions):
         )
         return {encode_id(id) for id in released}
 
-    expire_snapshots = synchronous(expire_snapshots_async)
+    expire_snapshots: Final = synchronous(expire_snapshots_async)
 
     async def garbage_collect_async(
         self,
@@ -187,7 +187,7 @@ class Maintenance(Sessions):
             await prune_log(log, storage, sources)
         return summary
 
-    garbage_collect = synchronous(garbage_collect_async)
+    garbage_collect: Final = synchronous(garbage_collect_async)
 
     async def prune_log_async(self) -> int:
         """Delete entries of the log that every reader can do without. Part of `garbage_collect_async`.
@@ -209,7 +209,7 @@ class Maintenance(Sessions):
         """
         return await prune_log(await self._core.log(), self._core.storage, self._core.sources)
 
-    prune_log = synchronous(prune_log_async)
+    prune_log: Final = synchronous(prune_log_async)
 
     async def chunk_storage_stats_async(
         self,
@@ -251,7 +251,7 @@ class Maintenance(Sessions):
         )
         return await chunk_storage_stats(await self._core.log(), self._core.storage, limits, list_objects=list_objects)
 
-    chunk_storage_stats = synchronous(chunk_storage_stats_async)
+    chunk_storage_stats: Final = synchronous(chunk_storage_stats_async)
 
     async def total_chunks_storage_async(
         self,
@@ -279,7 +279,7 @@ class Maintenance(Sessions):
         )
         return stats.native_bytes
 
-    total_chunks_storage = synchronous(total_chunks_storage_async)
+    total_chunks_storage: Final = synchronous(total_chunks_storage_async)
 
     async def rewrite_manifests_async(
         self,
@@ -336,7 +336,7 @@ class Maintenance(Sessions):
         how = How.AMEND if amend else How.COMMIT
         return await write_snapshot(session._content, how, message, described, allow_empty=True, rewrite=True)
 
-    rewrite_manifests = synchronous(rewrite_manifests_async)
+    rewrite_manifests: Final = synchronous(rewrite_manifests_async)
 
     def _splitting(self) -> Any:
         """The splitting configuration as it is persisted."""

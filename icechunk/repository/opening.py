@@ -223,7 +223,7 @@ class Opening(RepositoryBase):
         """Whether there is a repository at this place."""
         return await detect(_with(storage, storage_settings)) is not None
 
-    exists = staticmethod(synchronous(exists_async))
+    exists: Final = staticmethod(synchronous(exists_async))
 
     @staticmethod
     async def fetch_spec_version_async(
@@ -235,7 +235,7 @@ class Opening(RepositoryBase):
             return None
         return SpecVersion.v1 if layout is Layout.REFS else SpecVersion.v2
 
-    fetch_spec_version = staticmethod(synchronous(fetch_spec_version_async))
+    fetch_spec_version: Final = staticmethod(synchronous(fetch_spec_version_async))
 
     @staticmethod
     async def fetch_config_async(storage: StorageOrUrl) -> RepositoryConfig | None:
@@ -252,7 +252,7 @@ class Opening(RepositoryBase):
         finally:
             await log.aclose()
 
-    fetch_config = staticmethod(synchronous(fetch_config_async))
+    fetch_config: Final = staticmethod(synchronous(fetch_config_async))
 
     async def reopen_async(
         self,
@@ -279,7 +279,7 @@ class Opening(RepositoryBase):
         await core.load_config()
         return type(self)(core)
 
-    reopen = synchronous(reopen_async)
+    reopen: Final = synchronous(reopen_async)
 
 
 def _new_core(

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from icechunk.conflicts import ConflictSolver
 from icechunk.errors import ErrorKind, ReadOnlyError, SnapshotNotFoundError
@@ -76,7 +76,7 @@ class Sessions(RepositoryBase):
         await self._core.preload(snapshot)
         return Session(SessionContent.on(self._core, snapshot))
 
-    readonly_session = synchronous(readonly_session_async)
+    readonly_session: Final = synchronous(readonly_session_async)
 
     async def writable_session_async(self, branch: str) -> Session:
         """Begin changes on top of a branch's newest version.
@@ -102,7 +102,7 @@ class Sessions(RepositoryBase):
         content = SessionContent.on(self._core, base, branch=branch, since_us=since_us, rearrange=rearrange)
         return Session(content)
 
-    writable_session = synchronous(writable_session_async)
+    writable_session: Final = synchronous(writable_session_async)
 
     async def rearrange_session_async(self, branch: str) -> Session:
         """Begin moving nodes on top of a branch's newest version, with `Session.move`; nothing else can be changed.
@@ -124,7 +124,7 @@ class Sessions(RepositoryBase):
         require_feature(state.disabled_feature_flags or (), "move_node")
         return await self._session_on(branch, state, rearrange=True)
 
-    rearrange_session = synchronous(rearrange_session_async)
+    rearrange_session: Final = synchronous(rearrange_session_async)
 
     async def sessions_async(self) -> list[PersistedSession]:
         """The sessions that were persisted with `Session.checkpoint` and have not ended, oldest first.
@@ -148,7 +148,7 @@ class Sessions(RepositoryBase):
         ]
         return sorted(found, key=lambda one: (one.created_at, one.id))
 
-    sessions = synchronous(sessions_async)
+    sessions: Final = synchronous(sessions_async)
 
     async def resume_session_async(self, id: str, *, lease: timedelta | None = None) -> Session:
         """Go on with a session that was persisted with `Session.checkpoint`, here or in any other process.
@@ -182,7 +182,7 @@ class Sessions(RepositoryBase):
         (await self._core.log()).prepare_writes_soon()
         return Session(await resume(self._core, session, lease_us))
 
-    resume_session = synchronous(resume_session_async)
+    resume_session: Final = synchronous(resume_session_async)
 
     async def join_session_async(self, id: str) -> ForkSession:
         """A fork that works for a persisted session, and hands over its changes through the repository.
@@ -206,7 +206,7 @@ class Sessions(RepositoryBase):
         require_writable(self._core.storage, "join a session")
         return ForkSession(await join(self._core, session))
 
-    join_session = synchronous(join_session_async)
+    join_session: Final = synchronous(join_session_async)
 
     @asynccontextmanager
     async def transaction_async(
@@ -251,13 +251,13 @@ class Sessions(RepositoryBase):
         """
         return await (await self._core.log()).settle(token)
 
-    settle = synchronous(settle_async)
+    settle: Final = synchronous(settle_async)
 
     async def checkpoint_async(self) -> None:
         """Write the state of the log for other readers of the format now, instead of soon."""
         await (await self._core.log()).checkpoint()
 
-    checkpoint = synchronous(checkpoint_async)
+    checkpoint: Final = synchronous(checkpoint_async)
 
 
 def _require_online(state: RepoState) -> None:

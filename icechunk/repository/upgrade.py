@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn, TypeVar, cast
+from typing import Final, NoReturn, TypeVar, cast
 
 from icechunk.log.repository.ref_files.upgrade import DEFAULT_PREFETCH, upgrade
 from icechunk.repository.opening import Opening
@@ -87,4 +87,4 @@ async def _upgraded(repo: R, dry_run: bool, delete_unused_v1_files: bool, prefet
     return await repo.reopen_async()
 
 
-upgrade_icechunk_repository = synchronous(upgrade_icechunk_repository_async)
+upgrade_icechunk_repository: Final = synchronous(upgrade_icechunk_repository_async)

@@ -20,8 +20,8 @@ being ended may not be ended again. So the entry does the closing: the first cal
 wait for it, and a generator that is left over does nothing.
 
 This module also has synchronous twins, and the one background loop that they run on. Each twin is a line:
-``commit = synchronous(commit_async)``. The loop runs in a daemon thread, is made at the first
-call, and never crosses a fork: a child makes its own.
+``commit: Final = synchronous(commit_async)``, final so that every type checker infers its signature. The loop runs in
+a daemon thread, is made at the first call, and never crosses a fork: a child makes its own.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import threading
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import timedelta
-from typing import Any, Self, get_args
+from typing import Any, Final, Self, get_args
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from icechunk.config import RepositoryConfig
@@ -226,7 +226,7 @@ class Session:
             tries=rebase_tries,
         )
 
-    commit = synchronous(commit_async)
+    commit: Final = synchronous(commit_async)
 
     async def amend_async(
         self, message: str, *, metadata: Mapping[str, Any] | None = None, allow_empty: bool = False
@@ -245,7 +245,7 @@ class Session:
         """
         return await write_snapshot(self._content, How.AMEND, message, metadata, allow_empty=allow_empty)
 
-    amend = synchronous(amend_async)
+    amend: Final = synchronous(amend_async)
 
     async def flush_async(self, message: str, *, metadata: Mapping[str, Any] | None = None) -> str:
         """Make the changes, if there are any, a snapshot that no branch points to.
@@ -255,7 +255,7 @@ class Session:
         """
         return await write_snapshot(self._content, How.FLUSH, message, metadata, allow_empty=True)
 
-    flush = synchronous(flush_async)
+    flush: Final = synchronous(flush_async)
 
     async def rebase_async(self, solver: ConflictSolver) -> None:
         """Put the session's changes on top of the commits to its branch since.
@@ -284,7 +284,7 @@ class Session:
         require_type("solver", solver, ConflictSolver)
         await rebase_session(self._content, solver)
 
-    rebase = synchronous(rebase_async)
+    rebase: Final = synchronous(rebase_async)
 
     # -- surviving the process -------------------------------------------------------------------------------------
 
@@ -330,7 +330,7 @@ class Session:
         """
         return encode_id(await checkpoint(self._content, lease_in_us(lease)))
 
-    checkpoint = synchronous(checkpoint_async)
+    checkpoint: Final = synchronous(checkpoint_async)
 
     async def abandon_async(self) -> None:
         """End the session without a commit: its changes are forgotten, and what `checkpoint` wrote is deleted.
@@ -348,7 +348,7 @@ class Session:
         """
         await abandon(self._content)
 
-    abandon = synchronous(abandon_async)
+    abandon: Final = synchronous(abandon_async)
 
     async def collect_forks_async(self, *, on_conflict: MergePolicy = "error") -> int:
         """Merge what forks that joined this session by its id have handed over, with their `checkpoint`.
@@ -376,7 +376,7 @@ class Session:
         _require_policy(on_conflict)
         return await collect_forks(self._content, on_conflict)
 
-    collect_forks = synchronous(collect_forks_async)
+    collect_forks: Final = synchronous(collect_forks_async)
 
     # -- many writers ----------------------------------------------------------------------------------------------
 
@@ -451,7 +451,7 @@ class Session:
         forks = [(n, other._content) for n, other in enumerate(others) if other is not self]
         await merge_forks(self._content, forks, on_conflict)
 
-    merge = synchronous(merge_async)
+    merge: Final = synchronous(merge_async)
 
     # -- nodes and chunks ------------------------------------------------------------------------------------------
 
@@ -478,7 +478,7 @@ class Session:
         """
         rearrange.move(self._content, from_path, to_path)
 
-    move = synchronous(move_async)
+    move: Final = synchronous(move_async)
 
     async def shift_array_async(self, array_path: str, chunk_offset: Iterable[int]) -> None:
         """Move every chunk of an array by an offset; chunks that leave the grid are gone, and no data moves.
@@ -501,7 +501,7 @@ class Session:
         """
         await rearrange.shift_array(self._content, array_path, [operator.index(n) for n in chunk_offset])
 
-    shift_array = synchronous(shift_array_async)
+    shift_array: Final = synchronous(shift_array_async)
 
     async def reindex_array_async(self, array_path: str, forward: Reindex, backward: Reindex | None = None) -> None:
         """Move the chunks of an array to the places that a function says; no data moves.
@@ -528,7 +528,7 @@ class Session:
         """
         await rearrange.reindex_array(self._content, array_path, forward, backward)
 
-    reindex_array = synchronous(reindex_array_async)
+    reindex_array: Final = synchronous(reindex_array_async)
 
     async def get_node_id_async(self, path: str) -> str:
         """The id of the node at an absolute path, which it keeps for life. Raises `NodeNotFoundError`."""
@@ -537,7 +537,7 @@ class Session:
             raise NodeNotFoundError(f"node not found at {path!r}")
         return encode_id(node.id)
 
-    get_node_id = synchronous(get_node_id_async)
+    get_node_id: Final = synchronous(get_node_id_async)
 
     async def all_virtual_chunk_locations_async(self) -> list[str]:
         """The location of every virtual chunk in this session's view, one for each: those of one object repeat.
@@ -556,7 +556,7 @@ class Session:
                     found += [urls[row] for row in rows]
         return found
 
-    all_virtual_chunk_locations = synchronous(all_virtual_chunk_locations_async)
+    all_virtual_chunk_locations: Final = synchronous(all_virtual_chunk_locations_async)
 
     async def chunk_coordinates(self, array_path: str, batch_size: int = 1000) -> AsyncIterator[tuple[int, ...]]:
         """Coordinates of every chunk of an array that exists, in no particular order."""
@@ -574,7 +574,7 @@ class Session:
             return ChunkType.uninitialized
         return {NATIVE: ChunkType.native, VIRTUAL: ChunkType.virtual}.get(ref.kind, ChunkType.inline)
 
-    chunk_type = synchronous(chunk_type_async)
+    chunk_type: Final = synchronous(chunk_type_async)
 
     # -- Python's protocols ----------------------------------------------------------------------------------------
 

@@ -121,7 +121,7 @@ class VirtualRefs(ABC):
         )
         self._content.set_references(node.path, _checked(columns, node.path))
 
-    set_virtual_ref = synchronous(set_virtual_ref_async)
+    set_virtual_ref: Final = synchronous(set_virtual_ref_async)
 
     async def set_virtual_refs_async(
         self, array_path: str, chunks: list[VirtualChunkSpec], *, validate_containers: bool = True
@@ -161,7 +161,7 @@ class VirtualRefs(ABC):
         )
         return self._write(node.path, columns, good)
 
-    set_virtual_refs = synchronous(set_virtual_refs_async)
+    set_virtual_refs: Final = synchronous(set_virtual_refs_async)
 
     async def set_virtual_refs_arr_async(
         self,
@@ -241,7 +241,7 @@ class VirtualRefs(ABC):
             columns, good = columns.take(present), good[present]
         return self._write(node.path, columns, good)
 
-    set_virtual_refs_arr = synchronous(set_virtual_refs_arr_async)
+    set_virtual_refs_arr: Final = synchronous(set_virtual_refs_arr_async)
 
     async def array_chunk_iterator(self, array_path: str, batch_size: int = 100000) -> AsyncGenerator[ChunkBatch, None]:
         """References of all chunks of an array, in batches of `ChunkBatch`; nothing where there is no such array.

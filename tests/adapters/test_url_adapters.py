@@ -123,7 +123,11 @@ def test_the_command_line_takes_a_url_for_an_alias(place: str, capsys: pytest.Ca
     assert main(["branch", "list", f"{place}|icechunk:@tag.v1"]) != 0
 
 
-def test_the_page_about_urls_runs() -> None:
+def test_the_page_about_urls_runs(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "urls.md").read_text(encoding="utf-8")
-    for source in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
-        exec(compile(source, "docs/urls.md", "exec"), {"__name__": "__main__"})
+    [source] = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    exec(compile(source, "docs/urls.md", "exec"), {"__name__": "__main__"})
+    sizes, groups, is_the_commit = capsys.readouterr().out.splitlines()
+    assert "'time': 2, 'x': 3" in sizes
+    assert "'/ocean'" in groups
+    assert is_the_commit == "True"

@@ -87,6 +87,7 @@ def test_nothing_else_is_blocked(path: str) -> None:
     assert repo.chunk_storage_stats().native_bytes > 0
     assert repo.readonly_session("main").all_virtual_chunk_locations() == []
     snapshot = object_id_from_text(repo.lookup_branch("main"))
+    # private: the record itself, whatever the diff makes of it
     assert run_sync(repo._core.assets.transaction_log(snapshot)).new_arrays
     repo.rewrite_manifests("together", branch="main")
     now = datetime.now(UTC)

@@ -89,7 +89,7 @@ async def test_slots_go_a_week_after_they_were_announced(world: World) -> None:
 async def test_slots_after_the_checkpoint_are_never_announced(world: World) -> None:
     log = await world.log(3)
     other = await open_log(world.storage, world.sources)
-    other._checkpointing._stopped = True
+    other._checkpointing._stopped = True  # private: a client that died before its checkpoint
     await world.commit(other, 4, 5)
     await prune_log(log, world.storage, world.sources)
     assert floor_key(log.epoch, 2) in await world.keys()

@@ -185,6 +185,7 @@ async def test_dead_rows_leave_a_manifest_that_serves_another_array(version: int
     fresh = await icechunk.Repository.open_async(storage)
     np.testing.assert_array_equal(await read(fresh, "b"), np.arange(20))
     (file,) = await fresh.list_manifest_files_async(await fresh.lookup_branch_async("main"))
+    # private: rows of a manifest, which users see in sums only
     manifest = await fresh._core.assets.manifest(object_id_from_text(file.id))
     assert manifest.num_chunk_refs == 1
     assert b"".join(refs.inline_data for refs in manifest.arrays.values()) == bytes(range(20))

@@ -136,10 +136,11 @@ async def test_manifests_are_read_within_the_bounds() -> None:
     for i in range(8):
         await history.commit(f"c{i}", i)
     await history.repo.checkpoint_async()  # so that all of them are read from storage, none from the log's entries
-    log = await history.repo._core.log()
+    log = await history.repo._core.log()  # private: all snapshots, also those that no branch has
     files = {
         file.object_id: Use(file=file)
         for id in log.state.snapshots
+        # private: sizes in the file itself, which the statistics are compared with
         for file in (await history.repo._core.assets.snapshot(id)).manifest_files.values()
     }
     assert len(files) > 6

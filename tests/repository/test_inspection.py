@@ -195,9 +195,7 @@ async def test_a_flushed_snapshot_is_drawn_when_it_is_asked_for(asked: int | Non
 
 async def test_drawing_nothing_that_exists_is_refused() -> None:
     repo = await icechunk.Repository.create_async(MemoryStorage())
-    with pytest.raises(
-        ValueError, match="exactly one of"
-    ):  # words: a ValueError as the official library's, without a kind
+    with pytest.raises(ValueError, match="exactly one of"):  # words: it has no kind
         await repo.ancestry_graph_async(branch="main", tag="x")
     with pytest.raises(RefNotFoundError):
         await repo.ancestry_graph_async(branch="nope")

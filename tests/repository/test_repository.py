@@ -247,13 +247,9 @@ def test_ancestry_is_newest_first_and_linear(storage: Storage) -> None:
 
 @pytest.mark.parametrize("names", [{}, {"branch": "main", "tag": "v"}, {"tag": "v", "snapshot_id": UNKNOWN}])
 def test_exactly_one_way_to_name_a_version_is_accepted(memory: Repository, names: dict[str, Any]) -> None:
-    with pytest.raises(
-        ValueError, match="exactly one"
-    ):  # words: a ValueError as the official library's, without a kind
+    with pytest.raises(ValueError, match="exactly one"):  # words: it has no kind
         memory.readonly_session(**names)
-    with pytest.raises(
-        ValueError, match="exactly one"
-    ):  # words: a ValueError as the official library's, without a kind
+    with pytest.raises(ValueError, match="exactly one"):  # words: it has no kind
         list(memory.ancestry(**names))
 
 

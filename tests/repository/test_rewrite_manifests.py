@@ -114,6 +114,7 @@ async def test_a_commit_of_another_client_meanwhile_is_a_conflict() -> None:
     other = await repo.writable_session_async("main")
     await other.commit_async("first", allow_empty=True)
     with pytest.raises(icechunk.ConflictError):
+        # private: a rewrite that began before the branch moved
         await write_snapshot(session._content, How.COMMIT, "late", None, allow_empty=True, rewrite=True)
 
 

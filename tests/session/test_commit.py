@@ -182,7 +182,7 @@ async def test_a_store_that_was_checked_behind_the_session_is_not_waited_for_by_
     recording = RecordingStorage(memory)
     repository = await Repository.open_async(MemoryCopy(recording))
     session = await changed(repository)
-    await (await repository._core.log()).prepare_writes()
+    await (await repository._core.log()).prepare_writes()  # private: the check of the store is not what is counted
     recording.clear()
     await session.commit_async("first")
     assert of_the_commit(recording).dependent_rounds() == 1
@@ -229,7 +229,7 @@ async def test_replacing_chunks_reads_their_manifest_once() -> None:
     other = await Repository.open_async(recording)
     session = await other.writable_session_async("main")
     await session._content.set_chunk("/array", (3,), b"2")
-    await (await other._core.log()).prepare_writes()
+    await (await other._core.log()).prepare_writes()  # private: the check of the store is not what is counted
     await settled(recording, other)
     await session.commit_async("one")
     assert of_the_commit(recording).dependent_rounds() == 3

@@ -48,8 +48,10 @@ async def test_answers_of_obstore_have_version_time_and_size() -> None:
 
 def test_stores_of_google_and_azure_are_made_from_containers() -> None:
     pytest.importorskip("obstore", reason="the extra obstore")
-    gcs_files("gs://bucket/x/", {}, icechunk.gcs_credentials(anonymous=True))
-    azure_files("az://box/x/", {"account": "someone"}, icechunk.azure_credentials(access_key="a2V5"))
+    gcs = gcs_files("gs://bucket/x/", {}, icechunk.gcs_credentials(anonymous=True))
+    azure = azure_files("az://box/x/", {"account": "someone"}, icechunk.azure_credentials(access_key="a2V5"))
+    assert (type(gcs._store).__name__, gcs._store.config["bucket"]) == ("GCSStore", "bucket")
+    assert (type(azure._store).__name__, azure._store.config["container_name"]) == ("AzureStore", "box")
 
 
 async def test_credentials_become_obstores() -> None:

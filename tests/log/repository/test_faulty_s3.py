@@ -115,7 +115,7 @@ async def test_a_commit_lands_exactly_once_whatever_becomes_of_its_answer(
         session = await repo.writable_session_async("main")
         if number == 0:
             # The first request, which checks whether the store honours If-Match, is not meant.
-            await (await repo._core.log()).prepare_writes()
+            await (await repo._core.log()).prepare_writes()  # private: the check of the store is not what is counted
             server.choose = strike(SWAPPED[layout], FAULTS[fault], times)
         made.append(await session.commit_async(f"commit {number}", allow_empty=True))
     assert 1 <= server.struck <= times

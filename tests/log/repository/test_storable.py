@@ -103,7 +103,9 @@ def test_an_event_that_came_through_no_entry_is_refused_as_well(event: e.Event) 
         state = apply(fresh(), event, time_us=1, since_us=LAST_TIME_US)
     except IcechunkError:
         return
-    encode_repo(to_repo_info(state))
+    again = decode_repo(encode_repo(to_repo_info(state)))
+    assert (again.branches, again.tags) == (dict(state.branches), dict(state.tags))
+    assert canonical(again.metadata) == canonical(dict(state.metadata))
 
 
 BAD = [

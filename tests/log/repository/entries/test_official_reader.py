@@ -26,6 +26,7 @@ from icechunk.repository import Repository
 from icechunk.runtime.clock import SYSTEM
 from icechunk.storage.local.storage import LocalStorage
 from tests.log.repository.world import open_log
+from tests.nodes import write_node
 from tools import oracle
 
 pytestmark = [pytest.mark.oracle, pytest.mark.timeout(600)]
@@ -226,7 +227,7 @@ async def test_a_long_history_is_copied_by_columns_from_file_to_file_of_both_lib
     async def work(count: int) -> None:
         for i in range(count):
             session = await repository.writable_session_async("main")
-            session._content.set_metadata("/", b'{"zarr_format": 3, "node_type": "group", "attributes": {"i": %d}}' % i)
+            await write_node(session, "/", b'{"zarr_format": 3, "node_type": "group", "attributes": {"i": %d}}' % i)
             metadata = {"i": i, "é": ["x" * i, None]} if i % 3 else None
             await session.commit_async(f"ours {i} " + "ü" * (i % 5), metadata=metadata)
         await repository.create_branch_async(f"b{count}", await repository.lookup_branch_async("main"))
