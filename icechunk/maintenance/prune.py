@@ -74,7 +74,7 @@ async def prune_log(log: RepositoryLog, storage: Storage, sources: Sources) -> i
     for epoch in await _epochs(storage):
         if marker is not None and epoch == marker.epoch:
             # The slot of the marker stays: clients that may not list see by it that they may read the log (rule 6).
-            folded = marker.n - 1
+            folded = min(marker.n - 1, marker.durable_n)
         else:
             folded = await _converted(storage, epoch)
         deleted += await _prune_epoch(storage, sources, epoch, folded)

@@ -14,7 +14,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import numpy as np
@@ -97,6 +97,9 @@ _DECODED_BYTES_PER_REF = 160
 """About what a reference takes while a manifest is decoded."""
 
 
+T = TypeVar("T")
+
+
 class Files:
     """The files of one repository, those that are only embedded in its log included."""
 
@@ -116,6 +119,16 @@ class Files:
             # It may have been put meanwhile.
             return (await self.storage.get(key)).data if found is None else found
 
+    async def decoded(self, key: str, data: bytes, decode: Callable[[bytes], T]) -> T:
+        """Decode a file, or where a power failure has torn it the bytes that its log has. Raises `FormatError`."""
+        try:
+            return await off_loop(len(data), lambda: decode(data))
+        except FormatError as error:
+            found = await self._log.find_file(key)
+            if found is not None and found != data:
+                return await off_loop(len(found), lambda: decode(found))
+            raise FormatError(f"cannot read {key!r}: {error.message}", error.kind) from error
+
     async def require(self, key: str, wanted_by: str) -> bytes:
         """The whole file, which something promises. Raises `FormatError` where it is missing."""
         try:
@@ -132,10 +145,7 @@ async def read_snapshot(files: Files, id: ObjectId) -> Snapshot:
     """A snapshot that history names. Raises `FormatError` where it is missing or cannot be read."""
     key = snapshot_key(id)
     data = await files.require(key, "the history")
-    try:
-        return await off_loop(len(data), lambda: decode_snapshot(data, expected_id=id))
-    except FormatError as error:
-        raise FormatError(f"cannot read {key!r}: {error.message}", error.kind) from error
+    return await files.decoded(key, data, lambda data: decode_snapshot(data, expected_id=id))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -244,10 +254,7 @@ async def read_manifests(
             compressed.take(file.size_bytes),
         ):
             data = await files.require(key, "a snapshot")
-            try:
-                manifest = await off_loop(len(data), lambda: decode_manifest(data, expected_id=file.object_id))
-            except FormatError as error:
-                raise FormatError(f"cannot read {key!r}: {error.message}", error.kind) from error
+            manifest = await files.decoded(key, data, lambda data: decode_manifest(data, expected_id=file.object_id))
             await visit(manifest, use.nodes)
 
     # Sorted also so that the order of requests does not depend on chance.

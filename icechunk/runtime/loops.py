@@ -41,10 +41,22 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from types import AsyncGeneratorType, FrameType
 from typing import Any, Final, Generic, ParamSpec, TypeAlias, TypeVar, cast, overload
 
-__all__ = ["PerLoop", "background_loop", "blocked_loop", "iterate_sync", "run_sync", "synchronous", "warn_caller"]
+__all__ = [
+    "PerLoop",
+    "background_loop",
+    "blocked_loop",
+    "closing_garbage",
+    "iterate_sync",
+    "run_sync",
+    "synchronous",
+    "warn_caller",
+]
 
 T = TypeVar("T")
 P = ParamSpec("P")
+
+closing_garbage: contextvars.ContextVar[bool] = contextvars.ContextVar("closing_garbage", default=False)
+"""Whether a value is being closed because its `PerLoop` was collected as garbage: at no moment that a user chose."""
 
 _EXIT_PATIENCE_S: Final = 5.0
 _ORDER_PATIENCE_S: Final = 30.0
@@ -243,7 +255,9 @@ def _abandon(entries: _Entries[Any], pid: int) -> None:
 
 def _close_soon(loop: asyncio.AbstractEventLoop, entry: _Entry[Any]) -> None:
     if entry.keeper is not None:
-        entry.closing = loop.create_task(_close_now(entry))
+        context = contextvars.copy_context()
+        context.run(closing_garbage.set, True)
+        entry.closing = loop.create_task(_close_now(entry), context=context)
 
 
 def _hook_exit() -> None:

@@ -15,13 +15,20 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal, NewType, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NewType, TypeAlias
 
 from icechunk.config import StorageSettings
-from icechunk.errors import AccessDeniedError, ErrorKind, InvalidInputError, ReadOnlyError, StorageError
+from icechunk.errors import (
+    AccessDeniedError,
+    ErrorKind,
+    InvalidInputError,
+    PreconditionFailedError,
+    ReadOnlyError,
+    StorageError,
+)
 from icechunk.runtime.clock import moment
 from icechunk.runtime.loops import run_sync
 from icechunk.runtime.representation import Described, fields_html
@@ -42,6 +49,7 @@ __all__ = [
     "ObjectInfo",
     "Octets",
     "Precondition",
+    "Put",
     "PutResult",
     "Range",
     "ReadOnlyStorage",
@@ -91,6 +99,14 @@ class Unchecked:
 
 Precondition: TypeAlias = Absent | Matches | Unchecked
 ANY = Unchecked()
+
+
+class Put(NamedTuple):
+    """One object for `Storage.put_unsynced`."""
+
+    key: str
+    data: bytes
+    precondition: Precondition = ANY
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +241,40 @@ class Storage(ABC):
             believing either. Unless the error is ``refused`` or ``unsent``, which says for certain that it did not.
         """
 
+    async def put_unsynced(self, puts: Sequence[Put]) -> list[PutResult | None]:
+        """Write whole objects, one after another, that need not be durable before `sync` has returned.
+
+        Where `defers_syncs`, such an object may be absent, torn, or as it was before, after a power failure. If it
+        demands `Absent`, and its name is taken by an object with other bytes, as a power failure may leave one, that is
+        replaced: names of objects that are written so determine their bytes.
+
+        Returns
+        -------
+        list[PutResult or None]
+            For each object; None where its condition did not hold.
+
+        Raises
+        ------
+        StorageError
+            As from `put`; objects after the one that it names were not written.
+        """
+        answers: list[PutResult | None] = []
+        for put in puts:
+            try:
+                answers.append(await self.put(put.key, put.data, put.precondition))
+            except PreconditionFailedError:
+                answers.append(None)
+        return answers
+
+    async def sync(self, keys: Iterable[str]) -> None:  # noqa: B027
+        """Return once these objects, written by `put_unsynced`, are durable.
+
+        Raises
+        ------
+        StorageError
+            Some may not be; their bytes may be lost, and another call does not bring them back.
+        """
+
     @abstractmethod
     async def head(self, key: str) -> ObjectInfo:
         """Say what is at a key, without its bytes. Raises `ObjectNotFoundError` where nothing is."""
@@ -286,6 +336,11 @@ class Storage(ABC):
         A storage may be set to replace one by a look before the write, for a service that does not know it.
         """
         return frozenset((Absent, Matches, Unchecked))
+
+    @property
+    def defers_syncs(self) -> bool:
+        """Whether `put_unsynced` returns before its objects are durable, in much less time than `put`."""
+        return False
 
     @property
     def clock_resolution_us(self) -> int:

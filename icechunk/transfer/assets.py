@@ -337,10 +337,17 @@ class Assets:
         # A request that is stuck is not joined for long; a file that is being decoded always is.
         data = b"" if pool.is_shared(("decoded", key)) else self._files.get(key) or await self._read(pool, key)
 
+        async def decoded(data: bytes) -> T:
+            return await off_loop(len(data), lambda: decode(data), await self._decoders.get())
+
         async def load() -> T:
             try:
-                return await off_loop(len(data), lambda: decode(data), await self._decoders.get())
+                return await decoded(data)
             except FormatError as error:
+                # A power failure may have torn a file that a log has whole.
+                found = None if self._find_file is None else await self._find_file(key)
+                if found is not None and found != data:
+                    return await decoded(found)
                 raise FormatError(f"cannot read {key!r}: {error.message}", error.kind) from error
 
         return await pool.share(("decoded", key), load)

@@ -76,19 +76,23 @@ class Packs:
             id = self._new_object_id()
             await self._pool.reserve(len(data))
             self._pool.take(chunk_key(id), bytes(data))
+            await self._pool.written(chunk_key(id))
             return id, 0
         await self._pool.reserve(len(data))
-        return self._pack(data)
+        place = self._pack(data)
+        await self._pool.written(chunk_key(place[0]))
+        return place
 
     def put_nowait(self, data: bytes | memoryview) -> tuple[ObjectId, int] | None:
         """The same for a chunk that is packed, if there is room at once and no error is pending; else None.
 
-        In a thread without a running loop also None where the pack is full then, since its upload needs one.
+        If the pack is full then, also None where its caller has to wait until it is written (`PutPool.writes_through`),
+        and in a thread without a running loop, which its upload needs.
         """
         if len(data) >= self._threshold_bytes or not self._pool.reserve_nowait(len(data)):
             return None
         if os.getpid() == self._pid:
-            place = self._pack(data, sending=_has_loop())
+            place = self._pack(data, sending=_has_loop() and not self._pool.writes_through)
             if place is not None:
                 return place
         self._pool.release(len(data))
@@ -117,7 +121,7 @@ class Packs:
     @property
     def is_idle(self) -> bool:
         """Whether everything taken so far is durable, or forgotten."""
-        return self._open is None and not self._pool.in_flight
+        return self._open is None and self._pool.is_durable
 
     async def flush(self) -> None:
         """Return once everything taken so far is durable. Raises as `PutPool.flush` and `put` do."""

@@ -1,7 +1,9 @@
 """The put pool: write-behind of chunk objects, in bounded memory.
 
 `PutPool.put` takes the bytes, starts the upload and returns; nothing of it is visible before the commit, so no
-promise changes. The commit calls `PutPool.flush`, which returns only when every byte is durable.
+promise changes. The commit calls `PutPool.flush`, which returns only when every byte is durable. On a local disk,
+writing takes no longer than a copy, and durability takes long. There `put` waits until the object is written, and
+`flush` makes all objects durable at once, so that nothing is written to the folder after a call has returned.
 
 Ownership: an upload runs as a task of the loop on which it was put, but the *bytes* belong to the pool until they are
 durable. A flush on another loop (zarr's synchronous API writes on zarr's loop, then the user commits from another one)
@@ -31,7 +33,7 @@ from typing import Any, Protocol
 
 from icechunk.errors import AccessDeniedError, StorageError
 from icechunk.runtime.loops import blocked_loop
-from icechunk.storage.port import Storage
+from icechunk.storage.port import Put, Storage
 from icechunk.transfer.limiter import WRITE, Gates
 
 __all__ = ["Holding", "PutMemory", "PutPool", "Room"]
@@ -193,6 +195,9 @@ class PutPool:
         self._gates = gates
         self._patience_s = patience_s
         self._pending: dict[str, _Pending] = {}
+        self._unsynced: dict[str, bool] = {}
+        """Keys of objects that are written and not durable yet, oldest first; True: a sync failed, so they may be
+        lost."""
         self._holding = memory.join(self)
         self._lock = memory.lock
         self._pending_errors: list[_Pending] = []
@@ -202,8 +207,18 @@ class PutPool:
         back."""
 
     @property
+    def is_durable(self) -> bool:
+        """Whether everything taken so far is durable, or forgotten."""
+        return not self._pending and not self._unsynced
+
+    @property
+    def writes_through(self) -> bool:
+        """Whether `put` waits until the object is written, so that nothing is written after it returns."""
+        return self._storage.defers_syncs
+
+    @property
     def in_flight(self) -> int:
-        """Objects that are not durable yet."""
+        """Objects that are not written yet."""
         return len(self._pending)
 
     @property
@@ -236,12 +251,27 @@ class PutPool:
             return self._memory.is_still()
 
     async def put(self, key: str, data: bytes) -> None:
-        """Take an object and upload it in the background. Waits, and raises, as `reserve` does.
+        """Take an object and upload it in the background. Waits, and raises, as `reserve` and `written` do.
 
         After cancellation the object is either not taken or being uploaded.
         """
         await self.reserve(len(data))
         self.take(key, data)
+        await self.written(key)
+
+    async def written(self, key: str) -> None:
+        """If `writes_through`: wait until an object that was taken is written, or has failed.
+
+        Raises
+        ------
+        StorageError
+            Some object could not be written, as `reserve` says.
+        """
+        item = self._pending.get(key)
+        if item is None or not self.writes_through:
+            return
+        await asyncio.wait({asyncio.wrap_future(item.done)})
+        self._raise_pending_errors()
 
     async def reserve(self, size_bytes: int) -> None:
         """Wait until ``size_bytes`` bytes fit, and keep that room for `take` or `release`.
@@ -329,12 +359,36 @@ class PutPool:
                 "was committed, and committing again tries again"
             )
             raise _larger(error, message) from error
+        await self._sync()
+
+    async def _sync(self) -> None:
+        with self._lock:
+            keys = list(self._unsynced)
+            lost = next((key for key in keys if self._unsynced[key]), None)
+        if lost is not None:
+            raise StorageError(
+                f"the disk lost chunk object {lost!r} after it was written; nothing was committed. Look at the disk, "
+                "and repeat the work in a new session"
+            )
+        if not keys:
+            return
+        try:
+            await self._storage.sync(keys)
+        except StorageError:
+            with self._lock:
+                # A system reports a failed write once: a second sync would find nothing left to write, and succeed.
+                self._unsynced.update(dict.fromkeys((key for key in keys if key in self._unsynced), True))
+            raise
+        with self._lock:
+            for key in keys:
+                self._unsynced.pop(key, None)
 
     def discard(self) -> None:
         """Drop all bytes that have not been uploaded, and every failure: their session has ended."""
         with self._lock:
             items = list(self._pending.values())
             self._pending.clear()
+            self._unsynced.clear()
             self._pending_errors.clear()
             self._memory.add(self._holding, -sum(len(item.data) for item in items))
             self._memory.let_in()
@@ -377,7 +431,10 @@ class PutPool:
         gate, size = self._gates.here(), len(item.data)
         await gate.enter(size, WRITE)
         try:
-            await self._storage.put(item.key, item.data, kind="chunk")
+            if self._storage.defers_syncs:
+                await self._storage.put_unsynced([Put(item.key, item.data)])
+            else:
+                await self._storage.put(item.key, item.data, kind="chunk")
         except Exception as error:
             self._end(item, done, error)
         else:
@@ -399,6 +456,8 @@ class PutPool:
                 pass  # durable by another attempt, or discarded
             elif error is None:
                 del self._pending[item.key]
+                if self._storage.defers_syncs:
+                    self._unsynced[item.key] = False
                 self._memory.add(self._holding, -len(item.data))
             elif item.done is done:
                 item.loop = None

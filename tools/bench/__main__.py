@@ -43,6 +43,7 @@ FLOORS = {
     ("arrays", "create: commit, CPU"): 8.0,
     ("arrays", "update: commit"): 8.0,
     ("arrays", "update: commit, CPU"): 8.0,
+    ("local-commits", "1 000 tiny commits"): 1.0,
     ("wire", "write and commit"): 8.0,
     ("wire", "read"): 8.0,
     ("wire", "open to first chunk"): 1.5,
@@ -167,11 +168,11 @@ def _options(case: str) -> Iterator[dict[str, Any]]:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'case':8}{'what':26}{'ours':>12}{'official':>12}{'× as fast':>11}{'floor':>8}"]
+    lines = [f"{'case':14}{'what':26}{'ours':>12}{'official':>12}{'× as fast':>11}{'floor':>8}"]
     for row in rows:
         floor = "" if row["floor"] is None else f"{row['floor']:.1f}" + ("" if row["ok"] else " !")
         lines.append(
-            f"{row['case']:8}{row['what']:26}{_seconds(row['ours_s']):>12}{_seconds(row['official_s']):>12}"
+            f"{row['case']:14}{row['what']:26}{_seconds(row['ours_s']):>12}{_seconds(row['official_s']):>12}"
             f"{row['times_as_fast']:>11.2f}{floor:>8}"
         )
     return "\n".join(lines)

@@ -38,6 +38,7 @@ SMALL_ARRAYS = 5_000
 WIRE_CHUNKS = 1_000
 WIRE_CHUNK_BYTES = 16 * 1024
 RANDOM_READS = 200
+LOCAL_COMMITS = 1_000
 IMPORTS = 5
 APPEND_VARIABLES = 10
 APPEND_STEPS = 40
@@ -339,6 +340,27 @@ async def append(_: Mapping[str, Any]) -> dict[str, float]:
     return seconds
 
 
+async def local_commits(_: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of a thousand sessions on local disk that change one attribute each and commit, one after the other.
+
+    Official waits for no disk: what it has committed may be gone after a power failure.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        repo = await icechunk.Repository.create_async(icechunk.local_filesystem_storage(f"{folder}/r"))
+        started = time.perf_counter()
+        for number in range(LOCAL_COMMITS):
+            session = await repo.writable_session_async("main")
+            await session.store.set("zarr.json", _group({"number": number}))
+            await session.commit_async(f"commit {number}")
+        commits_s = time.perf_counter() - started
+    return {"1 000 tiny commits": commits_s}
+
+
+def _group(attributes: Mapping[str, Any]) -> Any:
+    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    return default_buffer_prototype().buffer.from_bytes(json.dumps(document).encode())
+
+
 async def _array(store: Any, path: str, n_chunks: int, chunk_bytes: int) -> None:
     await zarr.api.asynchronous.create_array(
         store=store, name=path, shape=(n_chunks * chunk_bytes,), chunks=(chunk_bytes,), dtype="u1", compressors=None
@@ -379,6 +401,7 @@ CASES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "arrays": arrays,
     "contend": contend,
     "append": append,
+    "local-commits": local_commits,
     "wire": wire,
     "import": importing,
     "wide": wide,

@@ -37,7 +37,7 @@ from icechunk.format.repo.values import RepoInfo, SnapshotRecord
 from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
 from icechunk.format.transaction import encode_transaction_log
 from icechunk.format.values import Snapshot, TransactionLog
-from icechunk.log.repository.entries.entry import new_epoch
+from icechunk.log.repository.entries.entry import copy_key, new_epoch
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.entries.reader import (
     Head,
@@ -230,12 +230,15 @@ async def create_log(
     await require_place(storage, check_clean_root=check_clean_root)
     state = await first_state(storage, sources, config=config)
     epoch = new_epoch(sources.random_bytes(12), sources.wall_us())
-    found = await _create_repo(
-        storage,
-        sources,
-        checkpoint_info(state, epoch=epoch, n=0),
-        lambda found: _has_epoch(found, epoch),
-    )
+    info = checkpoint_info(state, epoch=epoch, n=0, durable=0 if storage.defers_syncs else None)
+    if storage.defers_syncs:
+        await storage.put(copy_key(epoch, 0), encode_repo(info))
+    try:
+        found = await _create_repo(storage, sources, info, lambda found: _has_epoch(found, epoch))
+    except AlreadyExistsError:
+        if storage.defers_syncs:
+            await storage.delete([copy_key(epoch, 0)])
+        raise
     await require_clean(storage, everything=False)
     head = Head(epoch=epoch, n=0, state=state)
     opened = Opened(head=head, freshness=found.asked, known=found.known, tail=())

@@ -114,8 +114,16 @@ class Marker:
     """Of the last collection, store time in µs; 0: there was none."""
     last_time_us: int
     """Time of the last event folded in, µs."""
+    durable: int | None = None
+    """Last slot whose embedded files are durable as objects, where ``repo`` is written without waiting for the disk: a
+    durable copy of the checkpoint up to it, or a later one, exists. None: it is ``n``, and no copy is known."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Copies of small files that a client needs first after opening, by key; they only save reading."""
+
+    @property
+    def durable_n(self) -> int:
+        """Last slot whose embedded files exist as durable objects."""
+        return self.n if self.durable is None else self.durable
 
 
 def encode_marker(marker: Marker) -> bytes:
@@ -129,6 +137,8 @@ def encode_marker(marker: Marker) -> bytes:
         "gc": marker.gc_cutoff_us,
         "time": marker.last_time_us,
     }
+    if marker.durable is not None:
+        document["durable"] = marker.durable
     if marker.files:
         document["files"] = {key: base64.b64encode(data).decode() for key, data in marker.files.items()}
     return orjson.dumps(document)
@@ -158,7 +168,15 @@ def decode_marker(extra: bytes | None) -> Marker | None:
         )
     try:
         availability, set_at_us, reason = document["status"]
-        numbers = (availability, set_at_us, document["n"], document["gc"], document["time"])
+        durable = document.get("durable")
+        numbers = (
+            availability,
+            set_at_us,
+            document["n"],
+            document["gc"],
+            document["time"],
+            0 if durable is None else durable,
+        )
         if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
             raise ValueError("a number is out of range")
         if not (reason is None or isinstance(reason, str)) or not isinstance(document["epoch"], str):
@@ -171,6 +189,7 @@ def decode_marker(extra: bytes | None) -> Marker | None:
             status=Status(availability=availability, set_at_us=set_at_us, reason=reason),
             gc_cutoff_us=document["gc"],
             last_time_us=document["time"],
+            durable=durable,
             files={key: base64.b64decode(data, validate=True) for key, data in document.get("files", {}).items()},
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -220,15 +239,22 @@ def keep_updates(
 
 
 def checkpoint_info(
-    state: RepoState, *, epoch: str, n: int, kept: Kept | None = None, files: Mapping[str, bytes] = NO_FILES
+    state: RepoState,
+    *,
+    epoch: str,
+    n: int,
+    durable: int | None = None,
+    kept: Kept | None = None,
+    files: Mapping[str, bytes] = NO_FILES,
 ) -> RepoInfo:
-    """The ``repo`` object that holds the log up to slot ``n``, with copies of these files."""
+    """The ``repo`` object that holds the log up to slot ``n``, with copies of these files. `durable` as in `Marker`."""
     marker = Marker(
         epoch=epoch,
         n=n,
         status=state.status,
         gc_cutoff_us=state.gc_cutoff_us,
         last_time_us=state.last_time_us,
+        durable=durable,
         files=files,
     )
     shown = Status(availability=READ_ONLY, set_at_us=state.status.set_at_us, reason=READ_ONLY_REASON)

@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Iterator
 from enum import Enum, auto
+from functools import cache
 from typing import Final
 
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
@@ -45,6 +46,7 @@ __all__ = [
     "publish_new",
     "read_file",
     "sweep",
+    "syncs_names",
     "temporary_name",
 ]
 
@@ -142,6 +144,24 @@ def fsync_folder(path: str) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+_SYNC_NAMES: Final = frozenset({"btrfs", "ext4", "xfs"})
+"""File systems of Linux whose journal has an inode's new name in the transaction that its sync waits for."""
+
+
+@cache
+def syncs_names(device: int) -> bool:
+    """Whether the sync of a file on this device (``st_dev``) makes the name durable that it was given before."""
+    if sys.platform != "linux":
+        return False
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+        for line in mounts:
+            fields, _, rest = line.partition(" - ")
+            if fields.split()[2] == wanted:
+                return rest.split()[0] in _SYNC_NAMES
+    return False
 
 
 def read_file(descriptor: int, start: int, length: int, buffers: Buffers) -> bytes | memoryview:

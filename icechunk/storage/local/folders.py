@@ -18,7 +18,7 @@ import time
 import weakref
 from typing import Final
 
-from icechunk.storage.local.files import fsync_folder, is_link
+from icechunk.storage.local.files import fsync_folder, is_link, syncs_names
 
 __all__ = ["Folders"]
 
@@ -61,6 +61,8 @@ class Folders:
         self._synced_ns: dict[str, int] = {}
         # Above the root, the lowest folder that this process did not make.
         self._existed = os.path.dirname(root)
+        self.names_follow_files = False
+        """Whether a file's sync makes its name durable too, as some file systems do."""
         self.group_mode = 0
         """Permission bits of the root for its group, where the group may write to it; else 0."""
         self._start()
@@ -133,7 +135,9 @@ class Folders:
             while not os.path.isdir(self._existed):
                 self._existed = os.path.dirname(self._existed)
             os.makedirs(self._root, exist_ok=True)
-        mode = stat.S_IMODE(os.stat(self._root).st_mode)
+        status = os.stat(self._root)
+        self.names_follow_files = syncs_names(status.st_dev)
+        mode = stat.S_IMODE(status.st_mode)
         self.group_mode = mode & stat.S_IRWXG if mode & stat.S_IWGRP else 0
         for level in self._levels(folder):
             if level in self._real:

@@ -19,7 +19,8 @@ Nothing is made or deleted through a symbolic link below the root. A folder that
 in use is not made again, except for a new repository (`LocalStorage.prepare`).
 
 A reader that finds a file younger than two minutes syncs its folder once before it returns the file: the writer may not
-have done so yet, and a file that was returned must not vanish in a power failure.
+have done so yet, and a file that was returned must not vanish in a power failure. Files that are only read because
+another one refers to them need no sync: they were durable, or need not be, before that one was written.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ import itertools
 import os
 import stat
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import anyio
@@ -45,12 +47,15 @@ from icechunk.errors import (
     PreconditionFailedError,
     StorageError,
 )
+from icechunk.format.keys import CHUNKS_PREFIX, MANIFESTS_PREFIX, SNAPSHOTS_PREFIX, TRANSACTIONS_PREFIX
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.pickles import instance_of_state
+from icechunk.runtime.tasks import run_jobs
 from icechunk.storage.http.buffers import Buffers
 from icechunk.storage.local.files import (
     RESERVED,
     Exclusion,
+    fsync_file,
     fsync_folder,
     locked,
     path_of,
@@ -73,6 +78,7 @@ from icechunk.storage.port import (
     ObjectInfo,
     ObjectKind,
     Precondition,
+    Put,
     PutResult,
     Range,
     Storage,
@@ -107,6 +113,11 @@ _REFUSED: Final = frozenset(
 """Error numbers of a system that refused, and will refuse the next time."""
 _ABANDONED_AFTER_S: Final = 24 * 3600
 _DELETE_BATCH: Final = 1000
+_SYNCS_AT_ONCE: Final = 8
+_SYNCS_EACH: Final = 4
+"""Fewer than so many files are not worth a thread."""
+_REFERRED_TO: Final = (CHUNKS_PREFIX, MANIFESTS_PREFIX, SNAPSHOTS_PREFIX, TRANSACTIONS_PREFIX)
+"""Objects that are durable, or need not be, before an object that refers to them can be read."""
 
 
 class LocalStorage(Storage):
@@ -153,6 +164,18 @@ class LocalStorage(Storage):
         content = data if isinstance(data, bytes) else bytes(data)
         return await self._in_thread(self._put, key, content, precondition)
 
+    async def put_unsynced(self, puts: Sequence[Put]) -> list[PutResult | None]:
+        return await self._in_thread(self._put_unsynced, puts)
+
+    async def sync(self, keys: Iterable[str]) -> None:
+        paths = {self._path(key): key for key in keys}
+        files = list(paths)
+        parts = min(_SYNCS_AT_ONCE, len(files) // _SYNCS_EACH)
+        if parts > 1:
+            await run_jobs([partial(self._in_thread, self._sync_files, files[n::parts], paths) for n in range(parts)])
+            files = []
+        await self._in_thread(self._sync_rest, files, paths)
+
     async def head(self, key: str) -> ObjectInfo:
         return await self._in_thread(self._head, key)
 
@@ -189,6 +212,10 @@ class LocalStorage(Storage):
 
     @property
     def supports_writes(self) -> bool:
+        return True
+
+    @property
+    def defers_syncs(self) -> bool:
         return True
 
     @property
@@ -304,8 +331,7 @@ class LocalStorage(Storage):
                 status = os.fstat(descriptor)
                 if not stat.S_ISREG(status.st_mode):
                     raise self._not_found(key)
-                self._folders.use(os.path.dirname(path))
-                self._folders.settle(path, status)
+                self._seen(key, path, status)
                 start, stop = resolve_range(byte_range, status.st_size, key)
                 data = read_file(descriptor, start, stop - start, self._buffers)
             finally:
@@ -324,18 +350,23 @@ class LocalStorage(Storage):
             date_us=self._sources.wall_us(),
         )
 
+    def _seen(self, key: str, path: str, status: os.stat_result) -> None:
+        self._folders.use(os.path.dirname(path))
+        if not key.startswith(_REFERRED_TO):
+            self._folders.settle(path, status)
+
     def _head(self, key: str) -> ObjectInfo:
         path = self._path(key)
         with self._translated("look at", key):
             status = try_stat(path)
             if status is None:
                 raise self._not_found(key)
-            self._folders.use(os.path.dirname(path))
-            self._folders.settle(path, status)
+            self._seen(key, path, status)
         return info_of(key, status)
 
-    def _put(self, key: str, data: bytes, precondition: Precondition) -> PutResult:
+    def _put(self, key: str, data: bytes, precondition: Precondition, *, synced: bool = True) -> PutResult:
         path = self._path(key)
+        folder = os.path.dirname(path)
         with self._translated("write", key, writes=True):
             match precondition:
                 case Absent():
@@ -346,19 +377,62 @@ class LocalStorage(Storage):
                     self._require_version(key, path, version)
                 case Unchecked():
                     pass
-            temporary, result = self._write_temporary(data)
+            temporary, result = self._write_temporary(data, synced=synced)
         with self._translated("write", key, writes=True, names=True):
             try:
+                self._folders.make(folder, durable=synced)
                 self._publish(key, path, temporary, precondition)
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
                 raise
-        self._folders.use(os.path.dirname(path))
-        self._sync_after_landing(key, os.path.dirname(path))
+        self._folders.use(folder)
+        if synced:
+            self._sync_after_landing(key, folder)
         return result
 
-    def _write_temporary(self, data: bytes) -> tuple[str, PutResult]:
+    def _put_unsynced(self, puts: Sequence[Put]) -> list[PutResult | None]:
+        answers: list[PutResult | None] = []
+        for key, data, precondition in puts:
+            if not isinstance(precondition, Absent):
+                try:
+                    answers.append(self._put(key, data, precondition, synced=False))
+                except PreconditionFailedError:
+                    answers.append(None)
+            elif self._holds(key, data):
+                answers.append(None)
+            else:
+                # The name determines the bytes: whatever else has it now is torn.
+                answers.append(self._put(key, data, ANY, synced=False))
+        return answers
+
+    def _holds(self, key: str, data: bytes) -> bool:
+        """Whether an object has these bytes."""
+        try:
+            with open(self._path(key), "rb") as file:
+                return file.read() == data
+        except OSError:
+            return False
+
+    def _sync_files(self, paths: Sequence[str], keys: Mapping[str, str]) -> None:
+        for path in paths:
+            with self._translated("sync", keys[path]):
+                descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+                try:
+                    fsync_file(descriptor)
+                finally:
+                    os.close(descriptor)
+
+    def _sync_rest(self, files: Sequence[str], keys: Mapping[str, str]) -> None:
+        """Sync these files, and the names of all."""
+        self._sync_files(files, keys)
+        for folder in {os.path.dirname(path) for path in keys}:
+            with self._translated("sync", os.path.relpath(folder, self._root)):
+                self._folders.make(folder)
+                if not self._folders.names_follow_files:
+                    self._folders.sync(folder)
+
+    def _write_temporary(self, data: bytes, *, synced: bool) -> tuple[str, PutResult]:
         folder = os.path.join(self._root, RESERVED)
         path = os.path.join(folder, temporary_name())
         if not self._swept:
@@ -367,16 +441,14 @@ class LocalStorage(Storage):
             sweep(folder, _ABANDONED_AFTER_S)
         self._folders.make(folder, durable=False)
         try:
-            status = write_new(path, data, group_mode=self._folders.group_mode)
+            status = write_new(path, data, group_mode=self._folders.group_mode, synced=synced)
         except FileNotFoundError:
             self._folders.forget()
             self._folders.make(folder, durable=False)
-            status = write_new(path, data, group_mode=self._folders.group_mode)
+            status = write_new(path, data, group_mode=self._folders.group_mode, synced=synced)
         return path, PutResult(version=version_of(status), date_us=self._sources.wall_us())
 
     def _publish(self, key: str, path: str, temporary: str, precondition: Precondition) -> None:
-        folder = os.path.dirname(path)
-        self._folders.make(folder)
         if isinstance(precondition, Matches):
             with self._locked():
                 self._require_version(key, path, precondition.version)

@@ -143,7 +143,7 @@ async def test_they_are_swept_before_anything_is_written(tmp_path: Path, monkeyp
     old.write_bytes(b"all the room that there was")
     os.utime(old, (1, 1))
 
-    def full(path: str, data: bytes, *, group_mode: int) -> None:
+    def full(path: str, data: bytes, **options: Any) -> None:
         assert os.listdir(folder) == []
         raise OSError(errno.ENOSPC, "No space left on device")
 

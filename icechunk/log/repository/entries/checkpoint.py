@@ -6,18 +6,19 @@ written, and replaces exactly that version.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 from icechunk.errors import ErrorKind, ObjectNotFoundError, PreconditionFailedError, StorageError
 from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name
 from icechunk.format.repo.codec import EncodedRepo, encode_and_keep
 from icechunk.format.repo.updates import UpdateList
 from icechunk.format.repo.values import RepoInfo
-from icechunk.log.repository.entries.embedded import Materialize, nothing_embedded
-from icechunk.log.repository.entries.entry import new_epoch
+from icechunk.log.repository.entries.embedded import Materialize, make_durable, nothing_embedded
+from icechunk.log.repository.entries.entry import copy_key, epoch_prefix, new_epoch, parse_copy_key
 from icechunk.log.repository.entries.reader import Head, Known, RepoObject, known_of, read_repo
 from icechunk.log.repository.marker import (
     NO_FILES,
@@ -32,16 +33,19 @@ from icechunk.log.repository.store_check import require_atomic
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import in_thread
 from icechunk.storage.outcome import is_refusal
-from icechunk.storage.port import Matches, Storage
+from icechunk.storage.port import Absent, Matches, Put, Storage
 
 __all__ = [
     "DEFAULT_UPDATES_PER_FILE",
+    "Embedded",
     "LostRepo",
     "Written",
     "checkpoint_is_due",
     "convert_to_log",
     "finish_conversion",
     "write_checkpoint",
+    "write_durable",
+    "write_unsynced",
 ]
 
 DEFAULT_UPDATES_PER_FILE: Final = 1000
@@ -50,6 +54,9 @@ _LONG_TAIL: Final = 64
 _HISTORY_SHARE: Final = 8
 _THREAD_FROM_SNAPSHOTS: Final = 200
 _ATTEMPTS: Final = 20
+
+Embedded: TypeAlias = Callable[[int, int], Awaitable[Mapping[str, bytes]]]
+"""Returns the files embedded in the entries after a slot, up to another (inclusive), that have no known object."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +148,110 @@ async def write_checkpoint(
         if found is None:
             return LostRepo(found=None)
         current, info = found.known, found.info
-    raise StorageError(
+    raise _no_certain_answer(storage)
+
+
+async def write_unsynced(
+    storage: Storage,
+    sources: Sources,
+    head: Head,
+    known: Known,
+    *,
+    embedded: Embedded,
+    updates_per_file: int,
+) -> Written | LostRepo:
+    """As `write_checkpoint` if syncs are deferred: without waiting for any. Parameters and errors are the same.
+
+    Requires a durable copy of an earlier checkpoint; ``known`` is that checkpoint or a later one of the same log.
+    """
+    current, info = known, None
+    for _ in range(_ATTEMPTS):
+        if current.marker is None or current.marker.epoch != head.epoch or not current.read_only:
+            return LostRepo(found=await read_repo(storage, sources))
+        if current.marker.n >= head.n and current.copy is None:
+            return Written(known=current, info=info, by_us=False)
+        restored = await _restore(storage, current)
+        kept = None if restored is None else await _divide_updates(storage, sources, head, restored, updates_per_file)
+        if restored is not None and kept is not None:
+            files = await embedded(current.marker.n, head.n)
+            encoded = await encode(
+                checkpoint_info(head.state, epoch=head.epoch, n=head.n, durable=current.marker.durable, kept=kept)
+            )
+            puts = [Put(key, data, Absent()) for key, data in files.items()]
+            answers = await storage.put_unsynced([*puts, Put(REPO_KEY, encoded.data, Matches(restored.version))])
+            if (answer := answers[-1]) is not None:
+                written = known_of(encoded.info, answer.version, len(encoded.data))
+                return Written(known=written, info=encoded.info, by_us=True)
+        found = await read_repo(storage, sources)
+        if found is None:
+            return LostRepo(found=None)
+        current, info = found.known, found.info
+    raise _no_certain_answer(storage)
+
+
+async def write_durable(
+    storage: Storage, sources: Sources, head: Head, known: Known, *, updates_per_file: int
+) -> Written | LostRepo:
+    """If syncs are deferred: make the files of the log up to ``head`` durable, then the checkpoint and its copy.
+
+    Parameters, and errors, as `write_checkpoint`. A ``repo`` that is ahead of ``head`` is not changed.
+    """
+    current, info = known, None
+    for _ in range(_ATTEMPTS):
+        if current.marker is None or current.marker.epoch != head.epoch or not current.read_only:
+            return LostRepo(found=await read_repo(storage, sources))
+        if current.marker.durable is not None and current.marker.durable >= head.n and current.copy is None:
+            return Written(known=current, info=info, by_us=False)
+        restored = await _restore(storage, current)
+        kept = None if restored is None else await _divide_updates(storage, sources, head, restored, updates_per_file)
+        if restored is not None and kept is not None:
+            there = await make_durable(storage, head.epoch, current.marker.durable_n, head.n)
+            if not there and head.n > current.marker.durable_n:
+                # Such a slot is never pruned: the folder was removed, and must not come back.
+                return LostRepo(found=await read_repo(storage, sources))
+            encoded = await encode(checkpoint_info(head.state, epoch=head.epoch, n=head.n, durable=head.n, kept=kept))
+            with suppress(PreconditionFailedError):
+                await storage.put(copy_key(head.epoch, head.n), encoded.data, Absent())
+            ahead = current.marker.n > head.n
+            if ahead:
+                await delete_copies(storage, head.epoch, before=head.n)
+                return Written(known=current, info=info, by_us=False)
+            with suppress(PreconditionFailedError):
+                put = await storage.put(REPO_KEY, encoded.data, Matches(restored.version))
+                await delete_copies(storage, head.epoch, before=head.n)
+                return Written(
+                    known=known_of(encoded.info, put.version, len(encoded.data)), info=encoded.info, by_us=True
+                )
+        found = await read_repo(storage, sources)
+        if found is None:
+            return LostRepo(found=None)
+        current, info = found.known, found.info
+    raise _no_certain_answer(storage)
+
+
+async def _restore(storage: Storage, current: Known) -> Known | None:
+    """Replace a torn ``repo`` by its durable copy; None if another client has replaced it meanwhile."""
+    if current.copy is None:
+        return current
+    try:
+        put = await storage.put(REPO_KEY, current.copy, Matches(current.version))
+    except PreconditionFailedError:
+        return None
+    return replace(current, version=put.version, copy=None)
+
+
+async def delete_copies(storage: Storage, epoch: str, *, before: int) -> None:
+    """Delete the durable copies of checkpoints whose slot is before ``before``. Nothing depends on it."""
+    keys: list[str] = []
+    async for page in storage.list_pages(epoch_prefix(epoch)):
+        copies = ((item.key, parse_copy_key(item.key)) for item in page)
+        keys += [key for key, copy in copies if copy is not None and copy[1] < before]
+    if keys:
+        await storage.delete(keys)
+
+
+def _no_certain_answer(storage: Storage) -> StorageError:
+    return StorageError(
         f"cannot write the checkpoint of {storage.describe()}: no certain answer after {_ATTEMPTS} tries; the next "
         "commit tries again, and nothing is lost",
         ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
@@ -206,13 +316,20 @@ async def finish_conversion(
             return found
         if not found.known.read_only:
             return found
+        current = await _restore(storage, found.known)
+        if current is None:
+            continue
         await materialize(found.known.marker.n, head.n)
-        kept = await _divide_updates(storage, sources, head, found.known, updates_per_file)
+        if storage.defers_syncs:
+            await make_durable(storage, head.epoch, found.known.marker.durable_n, head.n)
+        kept = await _divide_updates(storage, sources, head, current, updates_per_file)
         if kept is None:
             continue
         encoded = await encode(unmarked_info(head.state, kept=kept))
         try:
-            await storage.put(REPO_KEY, encoded.data, Matches(found.known.version))
+            await storage.put(REPO_KEY, encoded.data, Matches(current.version))
+            if storage.defers_syncs:
+                await delete_copies(storage, head.epoch, before=head.n + 1)
         except PreconditionFailedError:
             continue
         except StorageError as error:
@@ -254,9 +371,12 @@ async def convert_to_log(storage: Storage, sources: Sources) -> str:
             return found.known.marker.epoch
         backup = overwritten_repo_name(max(sources.wall_us(), 0) // 1000, sources.random_bytes(12))
         info = replace(found.info, updates=UpdateList.of(found.info.updates).settled(backup))
-        encoded = await encode(checkpoint_info(state_of(info, None), epoch=epoch, n=0))
+        durable = 0 if storage.defers_syncs else None
+        encoded = await encode(checkpoint_info(state_of(info, None), epoch=epoch, n=0, durable=durable))
         try:
             await storage.copy(REPO_KEY, overwritten_repo_key(backup))
+            if storage.defers_syncs:
+                await storage.put(copy_key(epoch, 0), encoded.data)
             await storage.put(REPO_KEY, encoded.data, Matches(found.known.version))
             return epoch
         except PreconditionFailedError:

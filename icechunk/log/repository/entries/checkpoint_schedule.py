@@ -4,6 +4,11 @@ A checkpoint costs time in proportion to the history. So after each there is a p
 at most half a minute: however long the history, writing it down takes a small share of the time, and ``repo`` is never
 far behind for long.
 
+If syncs are deferred, as on a local disk, nothing is written in the background. Each change is written through before
+its caller is notified; a close or a request makes it durable. A small ``repo`` (some thousand snapshots) is written
+with every change. A large one is written unless a pause as above has not ended yet; the next change after the pause, a
+checkpoint or a close then writes it.
+
 The task is one of asyncio, not of a caller: it outlives the swap that made it due, is held strongly, ends when
 nothing is due any more, and is awaited or cancelled by `Checkpointing.finish`. The checkpoint itself and
 its condition are in `icechunk.log.repository.entries.checkpoint`.
@@ -13,12 +18,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from icechunk.errors import IcechunkError
-from icechunk.log.repository.entries.checkpoint import LostRepo, checkpoint_is_due, write_checkpoint
+from icechunk.log.repository.entries.checkpoint import (
+    LostRepo,
+    Written,
+    checkpoint_is_due,
+    write_checkpoint,
+    write_durable,
+    write_unsynced,
+)
 from icechunk.log.repository.entries.client import LogView
-from icechunk.log.repository.entries.reader import RepoObject, read_repo
+from icechunk.log.repository.entries.reader import Head, RepoObject, read_repo
 from icechunk.log.repository.store_check import require_atomic
 from icechunk.runtime.tasks import finish_task
 
@@ -27,6 +40,8 @@ __all__ = ["Checkpointing"]
 _LOG: Final = logging.getLogger(__name__)
 _PAUSE_SHARE: Final = 10
 _LONGEST_PAUSE_S: Final = 30.0
+_SMALL_BYTES: Final = 256 * 1024
+"""If syncs are deferred, a ``repo`` of up to this size is written with every change."""
 
 
 class Checkpointing:
@@ -37,11 +52,25 @@ class Checkpointing:
         self._one_at_a_time = asyncio.Lock()
         self._stopped = False
         self._pausing = False
+        self._pause_until_us = 0
+        """If syncs are deferred: before this time a large ``repo`` is not written again."""
         self.task: asyncio.Task[None] | None = None
         """Writes checkpoints while any is due."""
 
     async def write(self) -> None:
-        """Bring ``repo`` up to the head now. `StorageError` where the store does not answer."""
+        """Bring ``repo`` up to the head now, durably. `StorageError` where the store does not answer."""
+        await self._write(self._write_durable if self._view.storage.defers_syncs else self._write_checkpoint)
+
+    async def write_through(self) -> None:
+        """If syncs are deferred: write all embedded files as objects, and ``repo`` up to the head if it is due.
+
+        Does not wait for the disk, except the first time in a repository that has no durable copy of ``repo``.
+        """
+        view = self._view
+        if view.checkpoint_n < view.head.n:
+            await self._write(self._write_unsynced)
+
+    async def _write(self, write: Callable[[Head], Awaitable[Written | LostRepo]]) -> None:
         view = self._view
         async with self._one_at_a_time:
             if view.ended_reason is not None:
@@ -58,20 +87,49 @@ class Checkpointing:
                     await self._lost(found, head.epoch)
                     return
                 view.repo_is(found.known)
-            written = await write_checkpoint(
-                view.storage,
-                view.sources,
-                head,
-                view.known,
-                materialize=view.materialize,
-                files=view.files_to_open_with(head.state),
-                updates_per_file=view.updates_per_file,
-            )
+            written = await write(head)
             if isinstance(written, LostRepo):
                 await self._lost(written.found, head.epoch)
                 return
             view.checkpointed(head, written)
             _LOG.debug("checkpoint of %s written, up to slot %d", view.storage.describe(), head.n)
+
+    async def _write_checkpoint(self, head: Head) -> Written | LostRepo:
+        view = self._view
+        return await write_checkpoint(
+            view.storage,
+            view.sources,
+            head,
+            view.known,
+            materialize=view.materialize,
+            files=view.files_to_open_with(head.state),
+            updates_per_file=view.updates_per_file,
+        )
+
+    async def _write_unsynced(self, head: Head) -> Written | LostRepo:
+        view = self._view
+        if view.known.marker is not None and view.known.marker.durable is None:
+            return await self._write_durable(head)
+        began_us = view.sources.elapsed_us()
+        if view.known.size_bytes > _SMALL_BYTES and view.known.copy is None and began_us < self._pause_until_us:
+            await view.embedded.put_unsynced(view.checkpoint_n, head.n)
+            return Written(known=view.known, info=None, by_us=False)
+        written = await write_unsynced(
+            view.storage,
+            view.sources,
+            head,
+            view.known,
+            embedded=view.embedded_files,
+            updates_per_file=view.updates_per_file,
+        )
+        ended_us = view.sources.elapsed_us()
+        pause_us = _PAUSE_SHARE * max(0, ended_us - began_us)
+        self._pause_until_us = ended_us + min(pause_us, int(_LONGEST_PAUSE_S * 1e6))
+        return written
+
+    async def _write_durable(self, head: Head) -> Written | LostRepo:
+        view = self._view
+        return await write_durable(view.storage, view.sources, head, view.known, updates_per_file=view.updates_per_file)
 
     async def _lost(self, found: RepoObject | None, epoch: str) -> None:
         await self._view.lost_repo(found, epoch)
@@ -80,7 +138,7 @@ class Checkpointing:
 
     def spawn_if_due(self) -> None:
         """Write a checkpoint in the background if one is due by the policy."""
-        if self._stopped or (self.task is not None and not self.task.done()):
+        if self._stopped or self._view.storage.defers_syncs or (self.task is not None and not self.task.done()):
             return
         if checkpoint_is_due(self._view.head, self._view.known):
             self.task = asyncio.get_running_loop().create_task(self._write_while_due(), name="icechunk log checkpoint")
@@ -98,13 +156,14 @@ class Checkpointing:
             finally:
                 self._pausing = False
 
-    async def try_write(self) -> bool:
-        """Write a checkpoint in the background: a failure is logged, and the next one does its work."""
+    async def try_write(self, *, through: bool = False) -> bool:
+        """Write one, with ``through`` as `write_through`. A failure is logged; the next checkpoint does its work."""
         where = self._view.storage.describe()
         try:
-            await self.write()
+            await (self.write_through() if through else self.write())
         except (IcechunkError, OSError) as error:
-            _LOG.warning("checkpoint of %s failed, the next one does its work: %s", where, error)
+            level = logging.DEBUG if await self._view.is_gone() else logging.WARNING
+            _LOG.log(level, "checkpoint of %s failed, the next one does its work: %s", where, error)
         except Exception:
             # Nothing is lost, but the log gets longer, so the failure must not go unnoticed.
             _LOG.exception("checkpoint of %s failed unexpectedly; please report this as a bug of icechunk", where)

@@ -18,11 +18,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from icechunk.errors import AccessDeniedError, FormatError, IcechunkError, StorageError
-from icechunk.format.ids import ObjectId
+from icechunk.errors import AccessDeniedError, FormatError, IcechunkError, ObjectNotFoundError, StorageError
+from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
+from icechunk.format.keys import REPO_KEY, snapshot_key
 from icechunk.log.repository.entries.checkpoint import DEFAULT_UPDATES_PER_FILE, Written, finish_conversion
 from icechunk.log.repository.entries.embedded import EmbeddedFiles
-from icechunk.log.repository.entries.entry import Entry, decode_entry
+from icechunk.log.repository.entries.entry import Entry, decode_entry, epoch_prefix
 from icechunk.log.repository.entries.reader import (
     Head,
     Instant,
@@ -120,6 +121,11 @@ class LogView:
     def checkpoint_n(self) -> int:
         """The last slot known to be folded into ``repo``."""
         return 0 if self.known.marker is None else self.known.marker.n
+
+    @property
+    def durable_n(self) -> int:
+        """The last slot whose embedded files are known to exist as durable objects."""
+        return 0 if self.known.marker is None else self.known.marker.durable_n
 
     @property
     def store_time_us(self) -> int:
@@ -260,6 +266,10 @@ class LogView:
         """Whether there is more to put before a checkpoint than looking at ``repo`` first costs."""
         return len(self.embedded) > _MANY_FILES or self.embedded.dropped > self.checkpoint_n
 
+    async def embedded_files(self, after: int, end: int) -> Mapping[str, bytes]:
+        """As `icechunk.log.repository.entries.checkpoint.Embedded`."""
+        return await self.embedded.get(self.head.epoch, after, end)
+
     async def materialize(self, after: int, end: int) -> None:
         """As `icechunk.log.repository.entries.embedded.Materialize`."""
         await self.embedded.materialize_dropped(self.head.epoch, after, end)
@@ -273,7 +283,11 @@ class LogView:
             found = self.embedded.find(key)
             if found is not None:
                 return found
-        return await self.embedded.find_dropped(self.head.epoch, self.checkpoint_n, key)
+        found = await self.embedded.find_dropped(self.head.epoch, self.checkpoint_n, key)
+        if found is None and self.known.marker is not None:
+            # Their objects may be missing, or torn, after a power failure.
+            found = await self.embedded.find_in_log(self.head.epoch, self.durable_n, self.checkpoint_n, key)
+        return found
 
     # ------------------------------------------------------------------ looking
 
@@ -485,6 +499,9 @@ class LogView:
             seal, unlisted = None, error
         if self.ended_reason is not None or self.head.epoch != epoch:
             return
+        if seal is None and await self._was_removed():
+            self.ended_reason = f"the repository in {self.storage.describe()} was removed; open it where it is now"
+            return
         self._end(seal, unlisted)
         # Not by a client that has known the end for too long: what looks like it may be a slot that was pruned and
         # filled again. It is told to open the repository again, and finds out then.
@@ -492,6 +509,27 @@ class LogView:
             # As a client of its own: it may be the swap in flight, or a checkpoint, that has found out.
             sealing = self._seal(self.head, self.checkpoint_n, found)
             self.sealer = asyncio.get_running_loop().create_task(sealing, name="icechunk log seal")
+
+    async def _was_removed(self) -> bool:
+        """Whether the repository of this log was removed, and perhaps another one created in its place."""
+        if await self.is_gone():
+            return True
+        # On local disk, unlike elsewhere, no client writes to the folder of a log that was removed: no seal is needed.
+        marker = self.known.marker
+        if not self.storage.defers_syncs or (not self.head.n and (marker is None or marker.durable is None)):
+            return False
+        return not [page async for page in self.storage.list_pages(epoch_prefix(self.head.epoch)) if page]
+
+    async def is_gone(self) -> bool:
+        """Whether the repository was removed, or is being removed."""
+        try:
+            await self.storage.head(REPO_KEY)
+            await self.storage.head(snapshot_key(FIRST_SNAPSHOT))
+        except ObjectNotFoundError:
+            return True
+        except StorageError:
+            return False
+        return False
 
     async def _seal(self, head: Head, checkpoint_n: int, found: RepoObject | None) -> None:
         """Take the slot that every writer of the abandoned log needs next, and report what is only in the log."""

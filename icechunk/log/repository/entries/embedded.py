@@ -4,7 +4,8 @@ A small commit's files are in its entry, which alone makes them durable: every c
 They must be objects before a checkpoint passes the entry, since a client that opens from then on does not fold it.
 So:
 
-- the writer puts them in the background, as soon as its entry has landed;
+- the writer puts them in the background, as soon as its entry has landed; if syncs are deferred, as on a local disk,
+  it puts them before it notifies any caller, without waiting for the disk;
 - a client that writes a checkpoint, or ends the log, first puts those after the marker of which it knows no object.
 
 Both put with ``If-None-Match: *``, so neither disturbs the other, and a 412 means that the object exists. An object
@@ -25,15 +26,17 @@ from icechunk.log.repository.entries.entry import Entry
 from icechunk.log.repository.entries.reader import read_slot
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import finish_task, run_jobs
-from icechunk.storage.port import Absent, Storage
+from icechunk.storage.port import Absent, GetResult, Put, Storage
 
-__all__ = ["EmbeddedFiles", "Materialize", "materialize_entries", "nothing_embedded", "put_once"]
+__all__ = ["EmbeddedFiles", "Materialize", "make_durable", "materialize_entries", "nothing_embedded", "put_once"]
 
 _LOG: Final = logging.getLogger(__name__)
 _MAX_BYTES: Final = 32 * 1024 * 1024
 _ATTEMPTS: Final = 4
 _FIRST_PAUSE_S: Final = 0.1
 _AT_ONCE: Final = 16
+_SLOTS_AT_ONCE: Final = 64
+"""Entries that are in memory at the same time while their files are made durable."""
 
 Materialize: TypeAlias = Callable[[int, int], Awaitable[None]]
 """See to it that the files of the entries after a slot, up to another one (inclusive), exist as objects."""
@@ -67,6 +70,30 @@ async def put_once(storage: Storage, key: str, data: bytes) -> None:
         await storage.put(key, data, Absent())
     except PreconditionFailedError:
         return
+
+
+async def make_durable(storage: Storage, epoch: str, after: int, end: int) -> bool:
+    """If syncs are deferred: make durable objects of the files of entries.
+
+    Parameters
+    ----------
+    after, end
+        The slots after ``after`` up to ``end`` (inclusive). A missing slot has been pruned, so its files are durable.
+
+    Returns
+    -------
+    bool
+        Whether slot ``end`` is there.
+    """
+    entries: list[tuple[Entry, GetResult] | None] = []
+    for first in range(after + 1, end + 1, _SLOTS_AT_ONCE):
+        slots = range(first, min(first + _SLOTS_AT_ONCE, end + 1))
+        entries = await run_jobs([partial(read_slot, storage, epoch, n) for n in slots])
+        files = [item for found in entries if found is not None for item in found[0].objects.items()]
+        # Also those that are there: after a power failure they may be torn.
+        await storage.put_unsynced([Put(key, data, Absent()) for key, data in files])
+        await storage.sync(key for key, _ in files)
+    return bool(entries) and entries[-1] is not None
 
 
 class EmbeddedFiles:
@@ -186,13 +213,35 @@ class EmbeddedFiles:
             if found is not None:
                 await materialize_entries(self._storage, [found[0]])(after, end)
 
-    async def find_dropped(self, epoch: str, after: int, key: str) -> bytes | None:
-        """Look for a file in the entries whose bytes were dropped from memory."""
-        for n in range(self.dropped, after, -1):
+    async def put_unsynced(self, after: int, end: int) -> None:
+        """As `materialize` if syncs are deferred, without waiting for any."""
+        files = [
+            (n, key, data) for n, files in self._by_slot.items() if after < n <= end for key, data in files.items()
+        ]
+        await self._storage.put_unsynced([Put(key, data, Absent()) for _, key, data in files])
+        for n, key, _ in files:
+            self._exists(n, key)
+
+    async def get(self, epoch: str, after: int, end: int) -> dict[str, bytes]:
+        """The files of the entries after slot ``after`` up to ``end`` that have no known object."""
+        found: dict[str, bytes] = {}
+        for n in range(after + 1, end + 1):
+            if n <= self.dropped and (slot := await read_slot(self._storage, epoch, n)) is not None:
+                found |= slot[0].objects
+            found |= self._by_slot.get(n, {})
+        return found
+
+    async def find_in_log(self, epoch: str, after: int, end: int, key: str) -> bytes | None:
+        """Look for a file in the entries after slot ``after`` up to ``end``, also if its object is known."""
+        for n in range(end, after, -1):
             found = await read_slot(self._storage, epoch, n)
             if found is not None and key in found[0].objects:
                 return found[0].objects[key]
         return None
+
+    async def find_dropped(self, epoch: str, after: int, key: str) -> bytes | None:
+        """Look for a file in the entries whose bytes were dropped from memory."""
+        return await self.find_in_log(epoch, after, self.dropped, key)
 
     async def _put(self, slots: Iterable[int]) -> None:
         files = [(n, key, data) for n in slots for key, data in self._by_slot.get(n, {}).items()]

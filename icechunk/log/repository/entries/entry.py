@@ -25,6 +25,7 @@ __all__ = [
     "LOG_PREFIX",
     "EncodedEvents",
     "Entry",
+    "copy_key",
     "decode_entry",
     "decode_events",
     "encode_entry",
@@ -33,6 +34,7 @@ __all__ = [
     "floor_key",
     "floor_prefix",
     "new_epoch",
+    "parse_copy_key",
     "parse_floor_key",
     "parse_slot_key",
     "slot_key",
@@ -62,6 +64,8 @@ class Entry:
     """Files of small commits that are embedded, by key (rule 15)."""
 
 
+_COPY: Final = ".repo"
+
 EncodedEvents = list[dict[str, Any]]
 """Events as the JSON of an entry."""
 
@@ -85,6 +89,20 @@ def parse_slot_key(key: str) -> tuple[str, int] | None:
         return parts[1], _LAST - int.from_bytes(decode_id(parts[2], 5))
     except InvalidInputError:
         return None
+
+
+def copy_key(epoch: str, n: int) -> str:
+    """Key of the durable copy of the checkpoint that holds the log up to slot ``n`` (0: an empty log).
+
+    Copies exist if ``repo`` is written without waiting for the disk. The key sorts right after that of the slot, and is
+    no slot's key.
+    """
+    return f"{slot_key(epoch, n)}{_COPY}"
+
+
+def parse_copy_key(key: str) -> tuple[str, int] | None:
+    """Epoch and slot of a key that `copy_key` made; None for any other key."""
+    return parse_slot_key(key.removesuffix(_COPY)) if key.endswith(_COPY) else None
 
 
 def floor_prefix(epoch: str) -> str:

@@ -56,6 +56,7 @@ from icechunk.log.repository.state import MAIN, RepoState, apply
 from icechunk.log.repository.store_check import StoreCheck, may_write
 from icechunk.log.repository.tokens import settle_ended
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.loops import closing_garbage
 from icechunk.runtime.tasks import finish_task
 from icechunk.storage.port import Absent, Storage
 from icechunk.transfer.cache import WeightedCache
@@ -172,9 +173,13 @@ class LogLayout(SwappedLog[SlotAttempt]):
     ) -> RepoState:
         if self.view.ended_reason is not None:
             raise SessionStateError(self.view.ended_reason)
-        return await super().append(
+        state = await super().append(
             propose, since_us=since_us, deadline_s=deadline_s, on_sent=on_sent, files=files, on_queued=on_queued
         )
+        if self._storage.defers_syncs:
+            # It has landed, whatever becomes of this: the next one does its work.
+            await self._checkpointing.try_write(through=True)
+        return state
 
     def turn(self, branch: str) -> asyncio.Lock:
         return self._turns.setdefault(branch, asyncio.Lock())
@@ -305,7 +310,8 @@ class LogLayout(SwappedLog[SlotAttempt]):
             after=attempt.state,
             freshness=freshness,
         )
-        self.view.embedded.put_soon(attempt.n)
+        if not self._storage.defers_syncs:
+            self.view.embedded.put_soon(attempt.n)
 
     def _landed(self, attempt: SlotAttempt) -> None:
         self._checkpointing.spawn_if_due()
@@ -441,8 +447,12 @@ class LogLayout(SwappedLog[SlotAttempt]):
         await finish_task(self._preparation, CLOSE_GRACE_S)
         await self.view.embedded.finish(CLOSE_GRACE_S)
         await self._checkpointing.finish(CLOSE_GRACE_S)
-        # A reader leaves `repo` alone, which it may not even be allowed to write.
-        if self.view.ended_reason is None and self._wrote and self.n > self.view.checkpoint_n:
+        # A reader leaves `repo` alone, which it may not even be allowed to write. A client on local disk that is closed
+        # because its repository object was collected as garbage does so too: the folder may be about to be removed.
+        written_n = self.view.durable_n if self._storage.defers_syncs else self.view.checkpoint_n
+        if self._storage.defers_syncs and closing_garbage.get():
+            written_n = self.n
+        if self.view.ended_reason is None and self._wrote and self.n > written_n:
             try:
                 async with asyncio.timeout(CLOSE_GRACE_S):
                     await self._checkpointing.try_write()

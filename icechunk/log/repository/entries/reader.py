@@ -29,11 +29,14 @@ from icechunk.format.repo.values import READ_ONLY, RepoInfo
 from icechunk.log.repository.entries.entry import (
     LOG_PREFIX,
     Entry,
+    copy_key,
     decode_entry,
     epoch_prefix,
+    parse_copy_key,
     parse_slot_key,
     slot_key,
 )
+from icechunk.log.repository.events import Sealed
 from icechunk.log.repository.marker import Marker, decode_marker, state_of
 from icechunk.log.repository.port import SwapToken
 from icechunk.log.repository.state import RepoState, try_apply_all
@@ -167,6 +170,9 @@ class Known:
     """Updates that it holds."""
     before: str | None
     """Its ``repo_before_updates``."""
+    copy: bytes | None = None
+    """The durable copy of the object, if the object itself is torn, as a power failure may leave it; all other fields
+    but `version` are then those of the copy. The copy must replace the object before that is replaced or copied."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +215,10 @@ def known_of(info: RepoInfo, version: Version, size_bytes: int) -> Known:
 
 
 async def read_repo(storage: Storage, sources: Sources) -> RepoObject | None:
-    """GET ``repo``; None where there is none. Raises `FormatError` where it is not one."""
+    """GET ``repo``; None where there is none. Raises `FormatError` where it is not one.
+
+    If syncs are deferred and a power failure has torn the object, its durable copy is read instead.
+    """
     before = instant(sources)
     try:
         answer = await storage.get(REPO_KEY)
@@ -218,9 +227,43 @@ async def read_repo(storage: Storage, sources: Sources) -> RepoObject | None:
     try:
         info = decode_repo(answer.data)
     except FormatError as error:
-        raise FormatError(f"cannot read {REPO_KEY!r} in {storage.describe()}: {error.message}", error.kind) from error
+        copied = await _read_copy(storage) if storage.defers_syncs else None
+        if copied is None:
+            raise FormatError(
+                f"cannot read {REPO_KEY!r} in {storage.describe()}: {error.message}", error.kind
+            ) from error
+        info, copy = copied
+        known = replace(known_of(info, answer.version, len(copy)), copy=copy)
+        return RepoObject(info=info, known=known, asked=replace(before, date_us=answer.date_us))
     asked = replace(before, date_us=answer.date_us)
     return RepoObject(info=info, known=known_of(info, answer.version, len(answer.data)), asked=asked)
+
+
+async def _read_copy(storage: Storage) -> tuple[RepoInfo, bytes] | None:
+    """The durable copy of a torn ``repo``, decoded, and its bytes; None if there is none.
+
+    A ``repo`` is written without waiting only if it holds slots after its copy, so those slots exist. A copy without
+    them belongs to a ``repo`` that was never written, and a copy of a log that has ended is obsolete.
+    """
+    newest: dict[str, int] = {}
+    slots: set[tuple[str, int]] = set()
+    copies: list[tuple[str, int]] = []
+    async for page in storage.list_pages(LOG_PREFIX):
+        for item in page:
+            if (slot := parse_slot_key(item.key)) is not None:
+                slots.add(slot)
+                newest[slot[0]] = max(slot[1], newest.get(slot[0], 0))
+            elif (copy := parse_copy_key(item.key)) is not None:
+                copies.append(copy)
+    for epoch, n in copies:
+        if (epoch, n + 1) not in slots:
+            continue
+        last = await read_slot(storage, epoch, newest[epoch])
+        if last is None or any(isinstance(event, Sealed) for event in last[0].events):
+            continue
+        data = (await storage.get(copy_key(epoch, n))).data
+        return decode_repo(data), data
+    return None
 
 
 async def read_slot(storage: Storage, epoch: str, n: int) -> tuple[Entry, GetResult] | None:

@@ -1,0 +1,241 @@
+"""A power failure at any moment: what was acknowledged is there, and work goes on from it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+
+import icechunk
+from icechunk.errors import FormatError, RepositoryNotFoundError
+from icechunk.format.keys import manifest_key, snapshot_key, transaction_key
+from icechunk.format.manifest import decode_manifest
+from icechunk.format.repo.codec import decode_repo
+from icechunk.format.snapshot.codec import decode_snapshot
+from icechunk.format.transaction import decode_transaction_log
+from icechunk.log.repository.entries.entry import floor_key
+from icechunk.log.repository.marker import decode_marker
+from icechunk.log.repository.open import open_repository
+from icechunk.maintenance.prune import prune_log
+from icechunk.runtime.clock import SYSTEM
+from icechunk.storage.local import folders
+from tools.simulator.power_loss import Loss, Recorder, Trace
+
+CHUNK = 1000
+"""Values of a chunk, too many to be inline."""
+
+
+def repository(root: Path, *, create: bool = False) -> icechunk.Repository:
+    storage = icechunk.local_filesystem_storage(str(root))
+    return icechunk.Repository.create(storage) if create else icechunk.Repository.open(storage)
+
+
+def commit(repo: icechunk.Repository, number: int) -> None:
+    """Change an attribute, an inline chunk, and with every other commit a chunk that is an object."""
+    session = repo.writable_session("main")
+    group: Any = zarr.open_group(session.store, mode="a")
+    if not number:
+        group.create_array("small", shape=(100,), chunks=(1,), dtype="i4", compressors=None)
+        group.create_array("large", shape=(100 * CHUNK,), chunks=(CHUNK,), dtype="i4", compressors=None)
+    group.attrs["number"] = number
+    group["small"][number] = number + 1
+    if number % 2:
+        group["large"][number * CHUNK : (number + 1) * CHUNK] = number + 1
+    session.commit(str(number))
+
+
+def commits(repo: icechunk.Repository) -> list[str]:
+    """Messages of the commits above, oldest first."""
+    return [found.message for found in repo.ancestry(branch="main")][-2::-1]
+
+
+def check_contents(repo: icechunk.Repository) -> int:
+    """Everything in all of history is what was committed; returns how many commits there are."""
+    found = list(repo.ancestry(branch="main"))[-2::-1]
+    for number, snapshot in enumerate(found):
+        assert snapshot.message == str(number)
+        group: Any = zarr.open_group(repo.readonly_session(snapshot_id=snapshot.id).store, mode="r")
+        assert group.attrs["number"] == number
+        small, large = np.asarray(group["small"][:]), np.asarray(group["large"][::CHUNK])
+        assert small[: number + 1].tolist() == list(range(1, number + 2))
+        assert not small[number + 1 :].any()
+        assert large[: number + 1].tolist() == [n + 1 if n % 2 else 0 for n in range(number + 1)]
+    return len(found)
+
+
+def check_files(root: Path) -> None:
+    """What another reader of the format finds is whole."""
+    info = decode_repo((root / "repo").read_bytes())
+    for id in info.snapshots:
+        snapshot = decode_snapshot((root / snapshot_key(id)).read_bytes(), expected_id=id)
+        decode_transaction_log((root / transaction_key(id)).read_bytes(), expected_id=id)
+        for manifest in snapshot.manifest_files:
+            decode_manifest((root / manifest_key(manifest)).read_bytes(), expected_id=manifest)
+
+
+def check(root: Path, acknowledged: list[Any]) -> None:
+    try:
+        repo = repository(root)
+    except (RepositoryNotFoundError, FormatError):
+        # Its creation was not acknowledged.
+        assert not acknowledged
+        return
+    wanted = max((number for number in acknowledged if isinstance(number, int)), default=-1) + 1
+    assert commits(repo)[:wanted] == [str(number) for number in range(wanted)]
+    assert len(commits(repo)) <= wanted + 1
+    count = check_contents(repo)
+    commit(repo, count)
+    # A client of its own, which knows nothing.
+    again = repository(root)
+    assert check_contents(again) == count + 1
+    again.checkpoint()
+    check_files(root)
+
+
+def record(root: Path, life: Callable[[Recorder], None], *, names_follow_files: bool) -> Trace:
+    recorder = Recorder(root)
+    with recorder.recording():
+        life(recorder)
+    return Trace(recorder.events, names_follow_files=names_follow_files)
+
+
+@pytest.mark.parametrize("names_follow_files", [False, True], ids=["folders are synced", "names follow files"])
+@pytest.mark.parametrize("loss", list(Loss), ids=lambda loss: loss.value)
+def test_what_was_acknowledged_outlives_a_power_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Loss, names_follow_files: bool
+) -> None:
+    monkeypatch.setattr(folders, "syncs_names", lambda device: names_follow_files)
+    live = tmp_path / "live"
+
+    def life(recorder: Recorder) -> None:
+        repo = repository(live, create=True)
+        recorder.acknowledge("created")
+        for number in range(6):
+            if number == 3:
+                repo.checkpoint()
+            if number == 4:
+                repo = repository(live)
+            commit(repo, number)
+            recorder.acknowledge(number)
+
+    trace = record(live, life, names_follow_files=names_follow_files)
+    chance = random.Random(f"{loss} {names_follow_files}")
+    for end in [*chance.sample(range(len(trace.events)), 10), len(trace.events)]:
+        # A folder for each: clients of the machine that failed are gone, those of the image before are not.
+        image = tmp_path / f"image {end}"
+        trace.image(end, image, loss, chance)
+        check(image, trace.acknowledged(end))
+        shutil.rmtree(image)
+
+
+@pytest.mark.parametrize("loss", list(Loss), ids=lambda loss: loss.value)
+def test_a_power_failure_at_each_point_of_a_commit_leaves_it_whole_or_absent(tmp_path: Path, loss: Loss) -> None:
+    live = tmp_path / "live"
+    repo = repository(live, create=True)
+    commit(repo, 0)
+    repo.checkpoint()
+
+    def life(recorder: Recorder) -> None:
+        for number in (1, 2):
+            commit(repo, number)
+            recorder.acknowledge(number)
+
+    trace = record(live, life, names_follow_files=True)
+    points = [end for end, event in enumerate(trace.events, 1) if event.verb == "acknowledged"]
+    for end in range(points[0], points[1] + 1):
+        image = tmp_path / f"image {end}"
+        trace.image(end, image, loss, random.Random(f"{loss} {end}"))
+        check(image, trace.acknowledged(end))
+        shutil.rmtree(image)
+
+
+def test_a_second_failure_may_follow_the_first(tmp_path: Path) -> None:
+    live = tmp_path / "live"
+
+    def life(recorder: Recorder) -> None:
+        repo = repository(live, create=True)
+        recorder.acknowledge("created")
+        for number in range(3):
+            commit(repo, number)
+            recorder.acknowledge(number)
+
+    first = record(live, life, names_follow_files=True)
+    chance = random.Random(1)
+    for turn in range(10):
+        before, after = tmp_path / f"before {turn}", tmp_path / f"after {turn}"
+        first.image(len(first.events), before, Loss.ANY, chance)
+        # Of the last commit, which was acknowledged, and of all before it.
+        number = len(commits(repository(before)))
+        repo = repository(before)
+        second = record(before, lambda recorder: commit(repo, 3), names_follow_files=True)  # noqa: B023
+        assert number == 3
+        second.image(len(second.events), after, Loss.ANY, chance)
+        check(after, [*first.acknowledged(len(first.events)), 3])
+
+
+def test_a_collection_reads_torn_files_from_the_log_and_leaves_whole_ones(tmp_path: Path) -> None:
+    root = tmp_path / "r"
+    repo = repository(root, create=True)
+    for number in range(4):
+        commit(repo, number)
+    for folder in ("snapshots", "manifests", "transactions"):
+        for path in (root / folder).iterdir():
+            if path.name != "1CECHNKREP0F1RSTCMT0":
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    again = repository(root)
+    again.garbage_collect(datetime.now(UTC))
+    check_files(root)
+    assert check_contents(repository(root)) == 4
+
+
+def test_slots_whose_files_are_not_durable_are_not_announced_for_pruning(tmp_path: Path) -> None:
+    root = tmp_path / "r"
+    repo = repository(root, create=True)
+    commit(repo, 0)
+    repo.checkpoint()
+    commit(repo, 1)
+    marker = decode_marker(decode_repo((root / "repo").read_bytes()).extra)
+    assert marker is not None
+    assert (marker.n, marker.durable, marker.durable_n) == (2, 1, 1)
+    asyncio.run(_prune(root))
+    floors = [path.name for path in root.glob("log/*.floor/*")]
+    assert floors == [floor_key(marker.epoch, 1).rpartition("/")[2]]
+
+
+async def _prune(root: Path) -> None:
+    storage = icechunk.local_filesystem_storage(str(root))
+    log = await open_repository(storage)
+    await prune_log(log, storage, SYSTEM)
+
+
+def test_a_repo_that_is_torn_without_a_copy_is_an_error(tmp_path: Path) -> None:
+    root = tmp_path / "r"
+    repo = repository(root, create=True)
+    commit(repo, 0)
+    (root / "repo").write_bytes(b"")
+    for path in root.glob("log/*/*.repo"):
+        path.unlink()
+    with pytest.raises(FormatError):
+        repository(root)
+
+
+def test_a_copy_of_a_log_that_has_ended_is_not_believed(tmp_path: Path) -> None:
+    root = tmp_path / "r"
+    repo = repository(root, create=True)
+    commit(repo, 0)
+    (copy,) = root.glob("log/*/*.repo")
+    data = copy.read_bytes()
+    repo.convert("repo")
+    assert not copy.exists()
+    copy.write_bytes(data)
+    (root / "repo").write_bytes(b"")
+    with pytest.raises(FormatError):
+        repository(root)

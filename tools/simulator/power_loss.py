@@ -1,0 +1,289 @@
+"""What a disk may hold after a power failure: each write, name and sync of a local repository, replayed up to anywhere.
+
+`Recorder` notes what the local storage asks of the system. `Trace.image` then makes the folder as it may be found after
+the power failed at some point:
+
+- a name that was given, moved or taken away counts up to some point chosen at random in each folder, but at the least
+  up to that folder's last sync;
+- a file that was not synced since it was written is empty, cut short, garbage of the right length, or whole.
+
+With ``names_follow_files`` a file's sync makes the names durable that it was given before, as on ext4, XFS and btrfs.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Final
+
+__all__ = ["Event", "Loss", "Recorder", "Trace"]
+
+
+class Loss(Enum):
+    """How much of what was not synced is gone."""
+
+    ALL = "all"
+    """No name and no byte of it is there."""
+    BYTES = "bytes"
+    """All names are there, and nothing is in the files."""
+    NOTHING = "nothing"
+    """All of it is there: the process was killed, the machine goes on."""
+    ANY = "any"
+    """Anything in between, by chance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that the system was asked for."""
+
+    verb: str
+    """``write``, ``sync``, ``name`` (of a file), ``folder``, ``gone``, ``sync-folder`` or ``acknowledged``."""
+    path: str = ""
+    """Relative to the root; a folder's for ``sync-folder``."""
+    file: int = 0
+    """Number of the file."""
+    data: bytes = b""
+    value: Any = None
+    """What was acknowledged."""
+
+
+@dataclass(slots=True)
+class _File:
+    data: bytearray = field(default_factory=bytearray)
+    synced: bytes | None = None
+    """As of the last sync; None: there was none."""
+
+
+@dataclass(slots=True)
+class _Folder:
+    changes: list[tuple[str, int | None]] = field(default_factory=list)
+    """Name, and the file that it was given to; −1: a folder; None: it was taken away."""
+    durable: int = 0
+    """So many of them."""
+
+
+class Trace:
+    """What happened below one folder, in order."""
+
+    def __init__(self, events: list[Event], *, names_follow_files: bool) -> None:
+        self.events = events
+        self._names_follow_files = names_follow_files
+
+    def acknowledged(self, end: int) -> list[Any]:
+        """What was acknowledged in the first ``end`` events."""
+        return [event.value for event in self.events[:end] if event.verb == "acknowledged"]
+
+    def image(self, end: int, into: Path, loss: Loss, chance: random.Random) -> None:
+        """Make the folder as it may be found if the power failed after the first ``end`` events."""
+        files: dict[int, _File] = {}
+        folders: dict[str, _Folder] = {"": _Folder()}
+        for event in self.events[:end]:
+            self._apply(event, files, folders)
+        self._make(into, "", files, folders, loss, chance)
+
+    def _apply(self, event: Event, files: dict[int, _File], folders: dict[str, _Folder]) -> None:
+        parent, _, name = event.path.rpartition("/")
+        match event.verb:
+            case "write":
+                files.setdefault(event.file, _File()).data += event.data
+            case "sync":
+                files[event.file].synced = bytes(files[event.file].data)
+                if self._names_follow_files:
+                    for folder in folders.values():
+                        given = [n for n, (_, file) in enumerate(folder.changes, 1) if file == event.file]
+                        # A journal keeps the order, so what came before in the folder is durable with it.
+                        folder.durable = max(folder.durable, *given, 0)
+            case "name":
+                files.setdefault(event.file, _File())
+                folders[parent].changes.append((name, event.file))
+            case "folder":
+                folders[parent].changes.append((name, -1))
+                folders.setdefault(event.path, _Folder())
+            case "gone":
+                folders[parent].changes.append((name, None))
+            case "sync-folder":
+                folders[event.path].durable = len(folders[event.path].changes)
+
+    def _make(
+        self,
+        into: Path,
+        path: str,
+        files: dict[int, _File],
+        folders: dict[str, _Folder],
+        loss: Loss,
+        chance: random.Random,
+    ) -> None:
+        into.mkdir()
+        folder = folders[path]
+        kept = {Loss.ALL: folder.durable, Loss.ANY: chance.randint(folder.durable, len(folder.changes))}.get(
+            loss, len(folder.changes)
+        )
+        names: dict[str, int] = {}
+        for name, what in folder.changes[:kept]:
+            if what is None:
+                names.pop(name, None)
+            else:
+                names[name] = what
+        for name, what in names.items():
+            if what == -1:
+                self._make(into / name, f"{path}/{name}".lstrip("/"), files, folders, loss, chance)
+            else:
+                (into / name).write_bytes(_contents(files[what], loss, chance))
+
+
+def _contents(file: _File, loss: Loss, chance: random.Random) -> bytes:
+    whole = bytes(file.data)
+    if loss is Loss.NOTHING or file.synced == whole:
+        return whole
+    kept = file.synced or b""
+    if loss is not Loss.ANY:
+        return kept
+    torn = whole[: chance.randint(0, len(whole))]
+    return chance.choice([kept, torn, torn + bytes(len(whole) - len(torn)), chance.randbytes(len(whole)), whole])
+
+
+_PATCHED: Final = {
+    "open": "_open_file",
+    "close": "_close",
+    "write": "_write",
+    "fsync": "_fsync",
+    "link": "_link",
+    "unlink": "_unlink",
+    "replace": "_replace",
+    "mkdir": "_mkdir",
+}
+"""Calls of the system that are recorded, and by what."""
+
+
+class Recorder:
+    """Notes what all threads of this process ask of the system below one folder; what is there already is durable."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = str(root)
+        self.events: list[Event] = []
+        self._lock = threading.RLock()
+        self._files: dict[str, int] = {}
+        """Number of the file under each name now."""
+        self._open: dict[int, str | int] = {}
+        """Descriptors of folders, by path, and of files, by number."""
+        self._count = 0
+        self._real: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in _PATCHED}
+        if root.is_dir():
+            self._note_present(root)
+
+    def _note_present(self, folder: Path) -> None:
+        """What is there already is durable."""
+        for path in sorted(folder.iterdir()):
+            inside = str(path.relative_to(self._root))
+            if path.is_dir():
+                self._note("folder", inside)
+                self._note_present(path)
+                continue
+            self._count += 1
+            self._files[inside] = self._count
+            self._note("name", inside, self._count)
+            self._note("write", file=self._count, data=path.read_bytes())
+            self._note("sync", file=self._count)
+        self._note("sync-folder", "" if folder == Path(self._root) else str(folder.relative_to(self._root)))
+
+    def acknowledge(self, value: Any) -> None:
+        """A caller was notified that something is done, which has to be true from now on."""
+        with self._lock:
+            self.events.append(Event("acknowledged", value=value))
+
+    @contextmanager
+    def recording(self) -> Iterator[Recorder]:
+        """Record until the end of the block."""
+        for name, method in _PATCHED.items():
+            setattr(os, name, getattr(self, method))
+        try:
+            yield self
+        finally:
+            for name, real in self._real.items():
+                setattr(os, name, real)
+
+    def _inside(self, path: Any) -> str | None:
+        if not isinstance(path, str) or not (path + "/").startswith(self._root + "/"):
+            return None
+        return path[len(self._root) + 1 :]
+
+    def _note(self, verb: str, path: str = "", file: int = 0, data: bytes = b"") -> None:
+        self.events.append(Event(verb, path, file, data))
+
+    def _opened(self, descriptor: int, path: str, flags: int) -> None:
+        if flags & getattr(os, "O_DIRECTORY", 0) or os.path.isdir(os.path.join(self._root, path)):
+            self._open[descriptor] = path
+        elif path in self._files:
+            self._open[descriptor] = self._files[path]
+        elif flags & os.O_CREAT:
+            self._count += 1
+            self._files[path] = self._open[descriptor] = self._count
+            self._note("name", path, self._count)
+
+    def _open_file(self, path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        with self._lock:
+            descriptor = int(self._real["open"](path, flags, *arguments, **options))
+            if (inside := self._inside(path)) is not None:
+                self._opened(descriptor, inside, flags)
+            return descriptor
+
+    def _close(self, descriptor: int) -> None:
+        with self._lock:
+            self._open.pop(descriptor, None)
+            self._real["close"](descriptor)
+
+    def _write(self, descriptor: int, data: Any) -> int:
+        with self._lock:
+            count = int(self._real["write"](descriptor, data))
+            file = self._open.get(descriptor)
+            if isinstance(file, int):
+                self._note("write", file=file, data=bytes(memoryview(data)[:count]))
+            return count
+
+    def _fsync(self, descriptor: int) -> None:
+        # Whatever is asked for while it runs may not be part of it.
+        with self._lock:
+            self._real["fsync"](descriptor)
+            what = self._open.get(descriptor)
+            if isinstance(what, int):
+                self._note("sync", file=what)
+            elif what is not None:
+                self._note("sync-folder", what)
+
+    def _link(self, source: Any, target: Any, **options: Any) -> None:
+        with self._lock:
+            self._real["link"](source, target, **options)
+            old, new = self._inside(source), self._inside(target)
+            if old is not None and new is not None:
+                self._files[new] = self._files[old]
+                self._note("name", new, self._files[old])
+
+    def _unlink(self, path: Any, **options: Any) -> None:
+        with self._lock:
+            self._real["unlink"](path, **options)
+            name = self._inside(path)
+            if name is not None:
+                self._files.pop(name, None)
+                self._note("gone", name)
+
+    def _replace(self, source: Any, target: Any, **options: Any) -> None:
+        with self._lock:
+            self._real["replace"](source, target, **options)
+            old, new = self._inside(source), self._inside(target)
+            if old is not None and new is not None:
+                self._files[new] = self._files.pop(old)
+                self._note("name", new, self._files[new])
+                self._note("gone", old)
+
+    def _mkdir(self, path: Any, *arguments: Any, **options: Any) -> None:
+        with self._lock:
+            self._real["mkdir"](path, *arguments, **options)
+            name = self._inside(path)
+            if name:
+                self._note("folder", name)
