@@ -116,6 +116,6 @@ def test_the_marker_example_is_encoded_byte_for_byte() -> None:
     assert encode_marker(marker) == data
     text = page("repository-log.md").partition("```json marker")[2]
     fields = {name for row in rows(text, "| field | value |") for name in code(row[0])}
-    assert fields == {*orjson.loads(data), "files"}
+    assert fields == {*orjson.loads(data), "durable", "files"}
     copies = replace(marker, files={"snapshots/X": b"bytes"})
     assert decode_marker(encode_marker(copies)) == copies
