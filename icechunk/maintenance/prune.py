@@ -23,6 +23,7 @@ from icechunk.log.repository.entries.entry import (
     epoch_prefix,
     floor_key,
     floor_prefix,
+    parse_copy_key,
     parse_floor_key,
     slot_key,
 )
@@ -159,12 +160,14 @@ async def _store_time_us(storage: Storage, sources: Sources, epoch: str) -> int:
 
 async def _delete_slots(storage: Storage, epoch: str, floor: int) -> int:
     # A listing begins with the newest.
-    keys = [
+    found = [
         item.key
         async for page in storage.list_pages(epoch_prefix(epoch), start_after=slot_key(epoch, floor + 1))
         for item in page
     ]
-    keys.reverse()
+    # A durable copy of the checkpoint up to the floor, or to the slot after it, may be the one that counts.
+    copies = {key: copy[1] for key in found if (copy := parse_copy_key(key)) is not None}
+    keys = [key for key in reversed(found) if copies.get(key, 0) < floor]
     for start in range(0, len(keys), _BATCH):
         await _delete(storage, keys[start : start + _BATCH])
     return len(keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -208,6 +209,23 @@ def test_slots_whose_files_are_not_durable_are_not_announced_for_pruning(tmp_pat
     asyncio.run(_prune(root))
     floors = [path.name for path in root.glob("log/*.floor/*")]
     assert floors == [floor_key(marker.epoch, 1).rpartition("/")[2]]
+
+
+def test_pruning_leaves_the_durable_copy_that_counts(tmp_path: Path) -> None:
+    root = tmp_path / "r"
+    repo = repository(root, create=True)
+    for number in range(3):
+        commit(repo, number)
+    repo.checkpoint()
+    asyncio.run(_prune(root))
+    (floor,) = root.glob("log/*.floor/*")
+    os.utime(floor, (0, 0))
+    asyncio.run(_prune(root))
+    commit(repo, 3)
+    (root / "repo").write_bytes(b"")
+    again = repository(root)
+    assert [path.suffix for path in sorted(root.glob("log/*/*"))] == ["", "", ".repo"]
+    assert check_contents(again) == 4
 
 
 async def _prune(root: Path) -> None:

@@ -18,11 +18,12 @@ from icechunk.format.repo.codec import EncodedRepo, encode_and_keep
 from icechunk.format.repo.updates import UpdateList
 from icechunk.format.repo.values import RepoInfo
 from icechunk.log.repository.entries.embedded import Materialize, make_durable, nothing_embedded
-from icechunk.log.repository.entries.entry import copy_key, epoch_prefix, new_epoch, parse_copy_key
+from icechunk.log.repository.entries.entry import copy_key, new_epoch
 from icechunk.log.repository.entries.reader import Head, Known, RepoObject, known_of, read_repo
 from icechunk.log.repository.marker import (
     NO_FILES,
     Kept,
+    Marker,
     checkpoint_info,
     encode_marker,
     keep_updates,
@@ -212,13 +213,11 @@ async def write_durable(
             encoded = await encode(checkpoint_info(head.state, epoch=head.epoch, n=head.n, durable=head.n, kept=kept))
             with suppress(PreconditionFailedError):
                 await storage.put(copy_key(head.epoch, head.n), encoded.data, Absent())
-            ahead = current.marker.n > head.n
-            if ahead:
-                await delete_copies(storage, head.epoch, before=head.n)
+            if current.marker.n > head.n:
                 return Written(known=current, info=info, by_us=False)
             with suppress(PreconditionFailedError):
                 put = await storage.put(REPO_KEY, encoded.data, Matches(restored.version))
-                await delete_copies(storage, head.epoch, before=head.n)
+                await _delete_copy(storage, current.marker)
                 return Written(
                     known=known_of(encoded.info, put.version, len(encoded.data)), info=encoded.info, by_us=True
                 )
@@ -240,14 +239,10 @@ async def _restore(storage: Storage, current: Known) -> Known | None:
     return replace(current, version=put.version, copy=None)
 
 
-async def delete_copies(storage: Storage, epoch: str, *, before: int) -> None:
-    """Delete the durable copies of checkpoints whose slot is before ``before``. Nothing depends on it."""
-    keys: list[str] = []
-    async for page in storage.list_pages(epoch_prefix(epoch)):
-        copies = ((item.key, parse_copy_key(item.key)) for item in page)
-        keys += [key for key, copy in copies if copy is not None and copy[1] < before]
-    if keys:
-        await storage.delete(keys)
+async def _delete_copy(storage: Storage, marker: Marker) -> None:
+    """Delete the durable copy that a checkpoint names, which has been replaced. Pruning deletes those that remain."""
+    if marker.durable is not None:
+        await storage.delete([copy_key(marker.epoch, marker.durable)])
 
 
 def _no_certain_answer(storage: Storage) -> StorageError:
@@ -328,8 +323,7 @@ async def finish_conversion(
         encoded = await encode(unmarked_info(head.state, kept=kept))
         try:
             await storage.put(REPO_KEY, encoded.data, Matches(current.version))
-            if storage.defers_syncs:
-                await delete_copies(storage, head.epoch, before=head.n + 1)
+            await _delete_copy(storage, found.known.marker)
         except PreconditionFailedError:
             continue
         except StorageError as error:
