@@ -206,6 +206,39 @@ async def test_a_session_whose_first_write_is_refused_commits_once_it_is_allowed
 
 
 @every_layout
+@hiding
+async def test_sessions_are_persisted_without_listing_and_resumed_with_it(
+    hides: bool, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryStorage()
+    await make(store, layout, monkeypatch)
+    ids = []
+    async with await Repository.open_async(with_rights(store, {Right.READ, Right.WRITE}, hides=hides)) as repository:
+        for name in ("a", "b", "c"):
+            session = await repository.writable_session_async("dev")
+            session._content.set_metadata(f"/{name}", GROUP)
+            ids.append(await session.checkpoint_async())
+            if name == "a":
+                await session.commit_async(name)
+            elif name == "b":
+                await session.abandon_async()
+        assert await missing_right(repository.resume_session_async(ids[2])) == "list"
+    rights = {Right.READ, Right.WRITE, Right.LIST}
+    async with await Repository.open_async(with_rights(store, rights, hides=hides)) as repository:
+        for id, kind in zip(ids, ("session-committed", "session-abandoned"), strict=False):
+            with pytest.raises(icechunk.SessionEndedError) as ended:
+                await repository.resume_session_async(id)
+            assert ended.value.kind == kind
+        fork = await repository.join_session_async(ids[2])
+        fork._content.set_metadata("/d", GROUP)
+        await fork.checkpoint_async()
+        session = await repository.resume_session_async(ids[2])
+        assert await session.collect_forks_async() == 1
+        await session.commit_async("c and d", rebase_with=icechunk.ConflictDetector())
+        assert await repository.sessions_async() == []
+
+
+@every_layout
 async def test_where_there_is_no_repository_a_client_is_told_so_or_why_that_cannot_be_told(layout: str) -> None:
     for rights, hides in (({Right.READ}, False), ({Right.READ, Right.LIST}, True)):
         storage = with_rights(MemoryStorage(), rights, hides=hides)

@@ -188,9 +188,14 @@ class Runs:
         process.start()
         sender.close()
         if chance is not None:
-            time.sleep(chance.random() * _LONGEST_S)
-            process.kill()
-            self.counts["kills"] += 1
+            process.join(chance.random() * _LONGEST_S)
+            # One that has ended by itself has no process number any more that would be its own.
+            if process.exitcode is None:
+                process.kill()
+                self.counts["kills"] += 1
+            else:
+                with self._lock:
+                    self.kills_left += 1
         steps: list[tuple[Any, ...]] = []
         try:
             while True:

@@ -29,6 +29,7 @@ from icechunk.log.repository.state import RepoState
 from icechunk.log.session.segment import (
     SegmentHead,
     SegmentKind,
+    Slot,
     common_prefix,
     encode_segment,
     segment_key,
@@ -127,17 +128,19 @@ async def note_committed(content: SessionContent, snapshot: ObjectId) -> None:
 async def abandon(content: SessionContent) -> None:
     """End a session, as `Session.abandon_async` says."""
     with content.lock:
-        if not content.read_only:
-            content.require_changeable()
+        if content.read_only:
+            return
+        content.require_changeable()
     persisted = content.persisted
-    if persisted is not None and not content.read_only:
+    if persisted is not None:
         if persisted.worker is None:
             await _write(content, persisted, SegmentKind.ABANDONED)
-            await _remove_all_but_the_end(content.core, persisted)
         else:
             keys = [segment_key(slot) for slot in persisted.slots]
             await remove_segments(content.core.storage, keys)
     content.give_up()
+    if persisted is not None and persisted.worker is None:
+        await _remove_quietly(content.core, persisted)
 
 
 async def _end_quietly(content: SessionContent, kind: SegmentKind, snapshot: ObjectId | None) -> None:
@@ -146,16 +149,21 @@ async def _end_quietly(content: SessionContent, kind: SegmentKind, snapshot: Obj
         return
     try:
         await _write(content, persisted, kind, snapshot=snapshot)
-        await _remove_all_but_the_end(content.core, persisted)
     except IcechunkError as error:
-        _LOG.warning("the segments of session %s stay for now: %s", encode_id(persisted.session), error)
+        _LOG.warning("session %s has ended, which could not be written: %s", encode_id(persisted.session), error)
+        return
+    await _remove_quietly(content.core, persisted)
 
 
-async def _remove_all_but_the_end(core: Core, persisted: Persisted) -> None:
-    listed = (await list_sessions(core.storage, persisted.session)).get(persisted.session)
-    if listed is not None:
-        end = listed.own.get(persisted.last)
-        await remove_segments(core.storage, [key for key in listed.keys if end is None or key != end.key])
+async def _remove_quietly(core: Core, persisted: Persisted) -> None:
+    """Remove the segments before the last one, which ends the session; what fails is left to a collection."""
+    try:
+        listed = (await list_sessions(core.storage, persisted.session)).get(persisted.session)
+        if listed is not None:
+            end = segment_key(Slot(persisted.session, None, persisted.last))
+            await remove_segments(core.storage, [key for key in listed.keys if key != end])
+    except IcechunkError as error:
+        _LOG.warning("segments of session %s stay for now: %s", encode_id(persisted.session), error)
 
 
 async def _write(
