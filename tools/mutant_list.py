@@ -340,8 +340,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "checkpoint-of-a-foreign-log",
         "rule 7: a checkpoint goes into the repo of its own log only",
         LOG + "entries/checkpoint.py",
-        "current.marker is None or current.marker.epoch != head.epoch or not current.read_only:\n            return LostRepo",
-        "current.marker is None:\n            return LostRepo",
+        "If-Match on exactly the version that was compared.\n        if current.marker is None or current.marker.epoch != head.epoch or not current.read_only:",
+        "If-Match on exactly the version that was compared.\n        if current.marker is None:",
     ),
     Mutant(
         "embedded-files-stay-embedded",
@@ -354,8 +354,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "conversion-without-files",
         "rule 15: a conversion puts the files of the entries that it covers",
         LOG + "entries/checkpoint.py",
-        "        await materialize(found.known.marker.n, head.n)\n        kept = await _divide_updates(storage, sources, head, found.known,",
-        "        kept = await _divide_updates(storage, sources, head, found.known,",
+        "        await materialize(found.known.marker.n, head.n)\n",
+        "",
     ),
     Mutant(
         "conversion-without-condition",
@@ -365,6 +365,15 @@ MUTANTS: tuple[Mutant, ...] = (
         "            await storage.put(REPO_KEY, encoded.data)\n            return epoch\n",
         ("log", "repo"),
         ("tests/log/repository",),
+    ),
+    Mutant(
+        "conversion-without-syncs",
+        "a conversion on local disk makes the entries durable that it covers",
+        LOG + "entries/checkpoint.py",
+        "        if storage.defers_syncs:\n            await make_durable(storage, head.epoch, found.known.marker.durable_n, head.n)\n",
+        "",
+        (),
+        ("tests/simulator", "tests/log/repository", "tests/storage/local"),
     ),
     # -- sessions ------------------------------------------------------------------------------------------------------
     Mutant(
