@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTimeoutSettings
 from icechunk.config.storage import DEFAULT_INITIAL_BACKOFF_MS, DEFAULT_MAX_BACKOFF_MS, DEFAULT_MAX_TRIES
+from icechunk.runtime import repeats
 from icechunk.runtime.clock import Sources
+
+T = TypeVar("T")
 
 __all__ = ["Limits", "Pace", "Patience", "Tries", "Waiting", "limits_of", "retried_unless", "retries_have_ended"]
 
@@ -208,12 +212,35 @@ class Patience:
         self._seen: deque[float] = deque(maxlen=_REMEMBERED)
         self._rates: deque[float] = deque(maxlen=_REMEMBERED)
         self._uploading = 0
+        # One for all loops, where the connections are.
+        self._lock = threading.Lock()
         self._doublings = 0
         self._epoch = 0
 
+    async def within(self, answer: Awaitable[T], limits: Limits, body_bytes: int = 0) -> T:
+        """An answer that comes as a whole; it is cancelled, and `TimeoutError` raised, when it is probably stuck."""
+        clock = asyncio.get_running_loop().time
+        waiting, began = self.begin(body_bytes), clock()
+        still_s = (waiting.still_s + waiting.body_s) * limits.patience
+        try:
+            async with asyncio.timeout(still_s if still_s < limits.read_s else None) as limit:
+                result = await answer
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            self.missed(waiting)
+            repeats.note(abandoned=1)
+            raise TimeoutError(f"no answer for {still_s:g} s") from error
+        finally:
+            self.end(body_bytes)
+        took_s = clock() - began
+        self.answered(waiting, 0.0 if body_bytes else took_s, took_s)
+        return result
+
     def begin(self, body_bytes: int = 0) -> Waiting:
         """Note a request that is sent now; `end` has to follow. ``body_bytes``: of a large body, else 0."""
-        self._uploading += body_bytes
+        with self._lock:
+            self._uploading += body_bytes
         least = _LEAST_PATIENCE_S if len(self._seen) >= _ENOUGH else _FIRST_PATIENCE_S
         factor = 2.0**self._doublings
         still_s = max(least, _SAFETY * max(self._seen, default=0.0)) * factor
@@ -224,7 +251,8 @@ class Patience:
 
     def end(self, body_bytes: int = 0) -> None:
         """The request is over, in whatever way."""
-        self._uploading -= body_bytes
+        with self._lock:
+            self._uploading -= body_bytes
 
     def answered(self, waiting: Waiting, waited_s: float, took_s: float) -> None:
         """An answer came.

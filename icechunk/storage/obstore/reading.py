@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from icechunk.config import StorageSettings
@@ -28,6 +28,7 @@ from icechunk.storage.port import (
     check_range,
     resolve_range,
 )
+from icechunk.storage.retry import Patience, Tries
 from icechunk.storage.rights import Right
 from icechunk.storage.settings import Effective
 
@@ -52,6 +53,7 @@ class ObstoreReading(Storage):
         self._bucket = bucket
         # ETag and generation of objects seen last, oldest first.
         self._generations: dict[str, tuple[str, str]] = {}
+        self._patience = Patience()
         self._use(Effective(settings))
 
     def _use(self, effective: Effective) -> None:
@@ -86,13 +88,23 @@ class ObstoreReading(Storage):
                 options = {"range": (max(0, size - length), size)}
         store = self._store("read")
         try:
-            answer = await obstore_module().get_async(store, path, options=options)
+            answer = await self._ask(lambda: obstore_module().get_async(store, path, options=options))
             data = bytes(await answer.bytes_async())
         except Exception as error:
             raise await self._unread(key, byte_range, error) from error
         meta = answer.meta
         info = self._info(key, meta)
         return GetResult(body=data, size=info.size, version=info.version, modified_us=info.modified_us, date_us=None)
+
+    async def _ask(self, send: Callable[[], Awaitable[Any]], body_bytes: int = 0) -> Any:
+        """The answer to a request that may be sent again; it is, where it is probably stuck."""
+        tries = Tries(self._effective.limits, self._bucket.sources)
+        while True:
+            try:
+                return await self._patience.within(send(), tries.limits, body_bytes)
+            except TimeoutError:
+                if not await tries.again():
+                    raise
 
     async def _unread(self, key: str, byte_range: ByteRange, error: Exception) -> Exception:
         """The error to raise for one while reading."""
@@ -116,7 +128,7 @@ class ObstoreReading(Storage):
         path = self._path(key)
         store = self._store("read")
         try:
-            return await obstore_module().get_async(store, path, options={"head": True})
+            return await self._ask(lambda: obstore_module().get_async(store, path, options={"head": True}))
         except Exception as error:
             if missing(error):
                 raise self._not_found(key) from error

@@ -46,6 +46,7 @@ _IDENTIFIER: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LEAST_PART_BYTES: Final = 5 << 20
 _DELETE_BATCH: Final = 256
 _DELETES_AT_ONCE: Final = 16
+_LARGE_BYTES: Final = 64 * 1024
 
 
 class ObstoreStorage(ObstoreReading):
@@ -73,15 +74,23 @@ class ObstoreStorage(ObstoreReading):
             return await self._put_conditionally(key, path, content, precondition, attributes)
         store = self._store("write")
         try:
-            put = await obstore_module().put_async(
-                store,
-                path,
-                content,
-                attributes=attributes or None,
-                use_multipart=len(content) >= self._effective.multipart_bytes,
-                chunk_size=max(_LEAST_PART_BYTES, self._effective.part_bytes),
-                max_concurrency=self._effective.parts_at_once,
-            )
+            if len(content) >= self._effective.multipart_bytes:
+                put = await obstore_module().put_async(
+                    store,
+                    path,
+                    content,
+                    attributes=attributes or None,
+                    use_multipart=True,
+                    chunk_size=max(_LEAST_PART_BYTES, self._effective.part_bytes),
+                    max_concurrency=self._effective.parts_at_once,
+                )
+            else:
+                put = await self._ask(
+                    lambda: obstore_module().put_async(
+                        store, path, content, attributes=attributes or None, use_multipart=False
+                    ),
+                    _large(content),
+                )
         except Exception as error:
             denied = self._denied_or(Right.WRITE, key, f"write {self._name(key)}", error)
             raise (refused(denied) if isinstance(denied, AccessDeniedError) else denied) from error
@@ -100,10 +109,12 @@ class ObstoreStorage(ObstoreReading):
             while True:
                 mode, guessed = await self._mode(key, precondition, unsettled)
                 try:
+                    sending = obstore_module().put_async(
+                        store, path, content, attributes=attributes or None, mode=mode, use_multipart=False
+                    )
                     async with asyncio.timeout(tries.limits.attempt_s):
-                        put = await obstore_module().put_async(
-                            store, path, content, attributes=attributes or None, mode=mode, use_multipart=False
-                        )
+                        # Given up, it may still land, as one whose answer is lost.
+                        put = await self._patience.within(sending, tries.limits, _large(content))
                     return Tried(put=PutResult(version=self._landed(key, put), date_us=None))
                 except Exception as error:
                     failure = failure_of(error)
@@ -245,6 +256,7 @@ class ObstoreStorage(ObstoreReading):
         other = object.__new__(type(self))
         other._bucket = bucket
         other._generations = self._generations
+        other._patience = self._patience
         other._use(effective)
         return other
 
@@ -271,6 +283,11 @@ class ObstoreStorage(ObstoreReading):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return call_of(ObstoreStorage, self._bucket, self._effective.settings)
+
+
+def _large(content: bytes) -> int:
+    """The size of a body that needs time of its own, else 0."""
+    return len(content) if len(content) > _LARGE_BYTES else 0
 
 
 def _metadata_name(name: str) -> str:

@@ -8,9 +8,11 @@ import ssl
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import zarr
 
-from icechunk import Repository
+from icechunk import EngineConfig, Repository, RepositoryConfig
 from icechunk.config import S3Options, StorageRetriesSettings, StorageSettings
 from icechunk.credentials import S3Credentials
 from icechunk.runtime import repeats
@@ -224,3 +226,36 @@ async def test_a_write_under_a_condition_that_was_given_up_is_found_out_about() 
         await storage.put("x", b"1", Absent())
         assert server.methods() == ["PUT", "HEAD"]
         await storage.aclose()
+
+
+async def test_threads_that_read_the_same_bytes_as_one_that_is_stuck_are_served_soon() -> None:
+    async with serving_s3() as server, asyncio.timeout(30):
+        storage = storage_on(server)
+        config = RepositoryConfig(engine=EngineConfig(pack_threshold_bytes=0), inline_chunk_threshold_bytes=0)
+        repository = await asyncio.to_thread(Repository.create, storage, config)
+
+        def write() -> None:
+            session = repository.writable_session("main")
+            zarr.create_array(session.store, name="a", data=np.arange(1000), chunks=(1000,))
+            session.commit("data")
+
+        await asyncio.to_thread(write)
+        reader = await asyncio.to_thread(Repository.open, storage)
+
+        def read() -> int:
+            array = zarr.open_array(reader.readonly_session("main").store, path="a", mode="r")
+            return int(np.asarray(array[:]).sum())
+
+        # Every file that a reader fetches is stuck at its first request.
+        seen: set[str] = set()
+
+        def faulty(request: Seen) -> str:
+            first = request.method == "GET" and "list-type" not in request.path and request.path not in seen
+            seen.add(request.path)
+            return HANG if first else "ok"
+
+        server.faulty = faulty
+        began = asyncio.get_running_loop().time()
+        assert await asyncio.gather(*(asyncio.to_thread(read) for _ in range(4))) == [499500] * 4
+        assert asyncio.get_running_loop().time() - began < 8.0
+        assert len(seen) > 1

@@ -45,7 +45,8 @@ class FakeGcs:
     objects: dict[str, Stored] = field(default_factory=dict)
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     faults: list[tuple[str, str]] = field(default_factory=list)
-    """(method, what): ``lose answer``, ``503 after``, ``503 before``, ``429 before``; used up in order."""
+    """(method, what): ``lose answer``, ``503 after``, ``503 before``, ``429 before``, ``hang``, ``hang after``; used
+    up in order."""
     tokens: set[str] | None = None
     """Bearer tokens that are accepted; None: everybody."""
     buckets: set[str] = field(default_factory=lambda: {"bucket"})
@@ -53,6 +54,8 @@ class FakeGcs:
     generations: Iterator[int] = field(default_factory=lambda: itertools.count(1_700_000_000_000_000))
     uploads: dict[str, dict[int, bytes]] = field(default_factory=dict)
     page: int = 1000
+    released: threading.Event = field(default_factory=threading.Event)
+    """Set: requests that hang end."""
 
     def config(self) -> dict[str, str]:
         """Options for a storage here."""
@@ -86,6 +89,10 @@ class _Handler(BaseHTTPRequestHandler):
             state.requests.append((self.command, self.path, headers))
             if state.faults and state.faults[0][0] == self.command:
                 fault = state.faults.pop(0)[1]
+        if fault == "hang":
+            state.released.wait(30)
+            self.close_connection = True
+            return
         if fault.endswith("before"):
             self._refuse(int(fault[:3]), "Fault", "not now")
             return
@@ -105,6 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
+        if fault == "hang after":
+            state.released.wait(30)
         if fault == "503 after":
             answer = _refusal(503, "ServiceUnavailable", "try again")
         self._send(*answer)
@@ -247,6 +256,7 @@ def serving_gcs() -> Iterator[FakeGcs]:
     try:
         yield state
     finally:
+        state.released.set()
         server.shutdown()
         server.server_close()
         thread.join()

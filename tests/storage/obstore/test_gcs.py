@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -13,7 +14,9 @@ import icechunk
 from icechunk.config import StorageConcurrencySettings, StorageRetriesSettings, StorageSettings
 from icechunk.credentials import gcs_credentials
 from icechunk.errors import ObjectNotFoundError, PreconditionFailedError, StorageError
+from icechunk.runtime import repeats
 from icechunk.runtime.clock import SYSTEM
+from icechunk.storage import retry
 from icechunk.storage.obstore.buckets import GcsBucket
 from icechunk.storage.obstore.storage import ObstoreStorage
 from icechunk.storage.port import Absent, Matches, Storage
@@ -229,3 +232,39 @@ async def test_listings_of_many_pages_stop_where_the_prefix_ends(gcs: FakeGcs, s
     keys = [info.key async for page in storage.list_pages("log/", page_size=5) for info in page]
     assert keys == [f"log/{n}" for n in range(8)]
     assert len(gcs.requests) == 3
+
+
+@pytest.mark.parametrize("fault", ["hang", "hang after"])
+async def test_requests_that_are_silent_are_given_up_and_sent_again(
+    gcs: FakeGcs, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "_FIRST_PATIENCE_S", 0.2)
+    storage = storage_on(gcs)
+    before = repeats.totals().abandoned
+    async with asyncio.timeout(15):
+        gcs.faults = [("PUT", fault)]
+        put = await storage.put("slot", b"ours", Absent())
+        gcs.faults = [("PUT", fault)]
+        put = await storage.put("slot", b"newer", Matches(put.version))
+        gcs.faults = [("PUT", fault)]
+        await storage.put("chunk", bytes(100_000))
+        gcs.faults = [("GET", fault)]
+        assert (await storage.get("slot")).data == b"newer"
+        gcs.faults = [("HEAD", fault)]
+        assert (await storage.head("slot")).version == put.version
+        gcs.faults = [("PUT", fault)]
+        with pytest.raises(PreconditionFailedError):
+            await storage.put("slot", b"late", Absent())
+    assert repeats.totals().abandoned >= before + 6
+
+
+async def test_a_service_that_is_slow_by_nature_is_given_the_time_at_a_later_try(
+    gcs: FakeGcs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "_FIRST_PATIENCE_S", 0.05)
+    storage = storage_on(gcs)
+    await storage.put("x", b"1")
+    gcs.faults = [("GET", "hang after")] * 4
+    asyncio.get_running_loop().call_later(2.0, gcs.released.set)
+    async with asyncio.timeout(15):
+        assert (await storage.get("x")).data == b"1"
