@@ -107,11 +107,16 @@ def run(
     last = sys.maxsize if runs is None else seed + runs
     batches = _batches(seed, last, began + seconds)
     if workers == 1:
+        collecting = gc.isenabled()
         _settle_down()
-        for batch in batches:
-            _add_all(totals, [run_seeds(batch, layout)], layout, loud=loud)
-            if stop and totals.broken:
-                break
+        try:
+            for batch in batches:
+                _add_all(totals, [run_seeds(batch, layout)], layout, loud=loud)
+                if stop and totals.broken:
+                    break
+        finally:
+            if collecting:
+                gc.enable()
     else:
         with multiprocessing.get_context("spawn").Pool(workers, initializer=_settle_down) as pool:
             # A few batches ahead at the most: a pool asks for all of its work at once otherwise.
@@ -132,10 +137,11 @@ def _batches(seed: int, last: int, end: float) -> Iterator[range]:
 
 
 def _settle_down() -> None:
-    # What is loaded by now stays: the garbage collector need not look at it again and again.
+    # What is loaded by now stays: the garbage collector need not look at it again and again. The simulation calls it.
     simulate(0)
     gc.collect()
     gc.freeze()
+    gc.disable()
 
 
 def _add_all(totals: Totals, results: object, layout: Layout | None, *, loud: bool) -> None:

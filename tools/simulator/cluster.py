@@ -193,7 +193,17 @@ class Cluster:
         """Told of every outcome that was called unknown."""
         self._time = 0
         self._commits = 0
-        loop.set_task_factory(_task_of_owner)
+        self.tasks: list[asyncio.Task[Any]] = []
+        """All that were begun, of whatever process; asyncio would look for them among those of all schedules."""
+        loop.set_task_factory(self._new_task)
+
+    def _new_task(self, loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
+        task: asyncio.Task[Any] = asyncio.Task(work, loop=loop, **options)
+        self.tasks.append(task)
+        owner = _owner.get()
+        if owner is not None:
+            owner.tasks.append(task)
+        return task
 
     def client(self, role: str, *, faulty: bool = True) -> Client:
         """A new process."""
@@ -298,14 +308,6 @@ class Cluster:
             return await action
         except (IcechunkError, SessionStateError):
             return None
-
-
-def _task_of_owner(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
-    task: asyncio.Task[Any] = asyncio.Task(work, loop=loop, **options)
-    owner = _owner.get()
-    if owner is not None:
-        owner.tasks.append(task)
-    return task
 
 
 def _words(operation: Operation) -> str:

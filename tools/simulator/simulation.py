@@ -221,7 +221,7 @@ def _frames(error: BaseException) -> list[traceback.FrameSummary]:
 
 def _end(cluster: Cluster) -> None:
     """No task is left, and nobody complains about what became of those that are done."""
-    pending = asyncio.all_tasks(cluster.loop)
+    pending = [task for task in cluster.tasks if not task.done()]
     for task in pending:
         task.cancel()
     if pending:
