@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import pkgutil
+import re
 import typing
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -140,6 +141,13 @@ def test_public_names_and_methods_have_docstrings() -> None:
                 if not attribute.startswith("_") and callable(target) and not getattr(target, "__doc__", None):
                     missing.append(f"{name}.{attribute}")
     assert not missing
+
+
+def test_synchronous_twins_are_final_so_that_every_type_checker_infers_their_signature() -> None:
+    twin = re.compile(r"^\s*(\w+)(?:: (Final))? = (?:staticmethod\()?synchronous\(", re.MULTILINE)
+    found = [match for path in MODULES.values() for match in twin.findall(path.read_text("utf-8"))]
+    assert len(found) > 50
+    assert [name for name, final in found if not final] == []
 
 
 def test_asynchronous_methods_have_synchronous_twins_with_the_same_parameters() -> None:

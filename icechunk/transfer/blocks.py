@@ -214,6 +214,9 @@ class Track:
             Counts the reader's requests of all objects: hits that lie so far apart that a block would not have
             stayed in the cache from one to the next are no reason to fetch blocks.
         """
+        if self.size is not None and start >= self.size:
+            # Asked for as it is, so that the storage refuses it: a block or window would come back without it.
+            return start, end
         if self.next >= 0 and abs(start - self.next) <= limits.merge_gap_bytes:
             grown = max(limits.first_window_bytes, 2 * self.window, 2 * (end - start))
             self.window = min(limits.max_request_bytes, grown)

@@ -19,6 +19,7 @@ from icechunk.storage.port import ByteRange, GetResult, Range
 from icechunk.transfer.blocks import BlockReader, Limits, Track, merge
 from icechunk.transfer.fetch import FetchPool
 from icechunk.transfer.limiter import Gate
+from tests.raising import raises
 
 KIB = 1024
 SMALL = Limits(
@@ -308,6 +309,20 @@ async def test_reading_beyond_the_end_is_shorter_or_refused() -> None:
     results = await asyncio.gather(blocks.read("a", 2, 4), blocks.read("a", 10, 12), return_exceptions=True)
     assert results[0] == b"23"
     assert isinstance(results[1], InvalidInputError)
+
+
+async def test_random_reads_beyond_the_end_are_refused_with_one_request_each() -> None:
+    storage = await storage_with(a=pattern(179))
+    blocks = reader(storage, SMALL)
+    for start in (10, 120, 60, 150, 30):
+        await blocks.read("a", start, start + 4)
+    requests = len(storage.ranges)
+    # In a block of its own the object has bytes, and in the cache too.
+    for start in (179, 191, 185):
+        async with asyncio.timeout(5):
+            with raises(InvalidInputError, "invalid-byte-range", 179):
+                await blocks.read("a", start, 213)
+    assert storage.ranges[requests:] == [("a", start, 213) for start in (179, 191, 185)]
 
 
 async def test_a_missing_object_is_an_error_for_every_waiting_reader() -> None:
