@@ -139,7 +139,11 @@ def by_rank(
         Which rows they are.
     """
     empty = counts == 0
-    for ndim in np.unique(np.append(ranks, np.zeros(int(empty.any()), ranks.dtype))).tolist():
+    # Not `np.unique`, whose first call imports a package that takes longer than most manifests.
+    known = {int(ranks.min()), int(ranks.max())} if len(ranks) else set[int]()
+    if len(known) > 1:
+        known = set(ranks.tolist())
+    for ndim in sorted(known | {0} if empty.any() else known):
         own = ranks == ndim
         sizes = np.bincount(owner[own], minlength=len(counts)).astype(np.int64)
         present = (sizes > 0) | empty if ndim == 0 else sizes > 0

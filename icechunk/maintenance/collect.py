@@ -25,7 +25,7 @@ from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.log.repository.state import RepoState, apply
 from icechunk.log.repository.store_check import require_writable
 from icechunk.maintenance.leases import end_expired, read_leases
-from icechunk.maintenance.living import Living, Shares
+from icechunk.maintenance.living import Living, LivingMemory, Shares
 from icechunk.maintenance.reachability import Files, Limits
 from icechunk.maintenance.repack import Repacked, Repacking, Survey, repack
 from icechunk.maintenance.sweep import Sweep
@@ -49,6 +49,7 @@ async def collect_garbage(
     limits: Limits,
     dry_run: bool,
     repacking: Repacking | None = None,
+    memory: LivingMemory | None = None,
 ) -> GCSummary:
     """Delete snapshots, transaction logs, manifests and chunk objects that nothing refers to.
 
@@ -62,6 +63,9 @@ async def collect_garbage(
         Delete nothing; count what a collection would delete.
     repacking
         How objects with dead bytes are written again; None: none are.
+    memory
+        What earlier collections of this repository found; used, and brought up to date, where something may be written
+        again. None: everything is read.
 
     Raises
     ------
@@ -95,7 +99,10 @@ async def collect_garbage(
     files = Files(storage, log)
     shares = Shares() if repacking is not None else None
     bases = await leases.present_bases(storage) if log.layout is Layout.REFS else frozenset[ObjectId]()
-    living = Living(log, files, sources, limits, state, shares, bases)
+    known: Living | None = None
+    if shares is not None and memory is not None and log.layout is not Layout.REFS:
+        known, shares = memory.take(state) or (None, shares)
+    living = Living(log, files, sources, limits, state, shares, bases, known)
     await living.grow(state)
     survey = Survey(shares, cutoff_us) if shares is not None else None
     sweep = Sweep(
@@ -131,6 +138,8 @@ async def collect_garbage(
             dry_run=dry_run,
         )
         swept.add(repacked.deleted)
+        if memory is not None and not dry_run and repacked == Repacked():
+            memory.keep(living, shares)
     return GCSummary(
         bytes_deleted=swept.bytes_deleted,
         chunks_deleted=swept.deleted.get(CHUNKS_PREFIX, 0),

@@ -5,26 +5,26 @@ The set grows with new snapshots, and never shrinks, so an error of it keeps too
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 import anyio
+import numpy as np
+import numpy.typing as npt
 
-from icechunk.format.ids import FIRST_SNAPSHOT, NodeId, ObjectId
-from icechunk.format.manifest.refs_by_node import grouped_refs
-from icechunk.format.values import INLINE, NATIVE, ChunkRefs, Manifest, ManifestFile
+from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
+from icechunk.format.values import INLINE, NATIVE, ChunkRefs, ManifestFile
 from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.log.repository.state import RepoState
-from icechunk.maintenance.reachability import Files, Limits, RowSet, Use, Walked, living_rows, read_manifests, walk
+from icechunk.maintenance.reachability import Files, Limits, ManyRefs, RowSet, Use, Walked, read_all_manifests, walk
 from icechunk.maintenance.spans import CHUNK_ID_BYTES, SPAN_BYTES, native_rows
 from icechunk.maintenance.sweep import Listed
 from icechunk.runtime.clock import Sources
-from icechunk.transfer.assets import off_loop
 
-__all__ = ["Living", "Shares"]
+__all__ = ["Living", "LivingMemory", "Shares"]
 
 _LOOK_EVERY_US: Final = 1_000_000
-_BYTES_PER_REF: Final = 32
 _ROW_WEIGHT: Final = 24
 """About what a reference takes in a manifest, bytes, beside the chunk where that is inline."""
 
@@ -42,24 +42,29 @@ class Shares:
         self.manifests: dict[ObjectId, float] = {}
         """Of manifests with dead references, the estimated living share of their bytes; 0 to 1."""
 
-    def add(self, manifest: Manifest, living: Sequence[ChunkRefs]) -> None:
-        """Note the living references of a manifest."""
-        for refs in living:
-            native = refs.kind == NATIVE
+    def add(self, ids: Sequence[ObjectId], found: Sequence[ManyRefs]) -> None:
+        """Note the references of some manifests, of which the living ones count."""
+        alive, everything = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
+        fixed = np.fromiter((id in self.fixed_manifests for id in ids), np.bool_, len(ids))
+        for refs in found:
+            weights = _weights(refs.rows)
+            everything += np.bincount(refs.manifests, weights, len(ids)).astype(np.int64)
+            alive += np.bincount(refs.manifests[refs.lives], weights[refs.lives], len(ids)).astype(np.int64)
+            native = (refs.rows.kind == NATIVE) & refs.lives
             if native.any():
-                self.spans.add(native_rows(refs, native))
-                if manifest.id in self.fixed_manifests:
-                    self.fixed_chunks.add(refs.chunk_id[native])
-        alive = sum(map(_weight, living))
-        everything = sum(_weight(part.rows) for part in grouped_refs(manifest.arrays).parts)
-        if alive < everything:
-            self.manifests[manifest.id] = alive / everything
-        else:
-            self.manifests.pop(manifest.id, None)
+                self.spans.add(native_rows(refs.rows, native))
+                self.fixed_chunks.add(refs.rows.chunk_id[native & fixed[refs.manifests]])
+        for i, id in enumerate(ids):
+            if alive[i] < everything[i]:
+                self.manifests[id] = float(alive[i] / everything[i])
+            else:
+                self.manifests.pop(id, None)
 
 
-def _weight(refs: ChunkRefs) -> int:
-    return _ROW_WEIGHT * len(refs) + int(refs.length[refs.kind == INLINE].sum())
+def _weights(refs: ChunkRefs) -> npt.NDArray[np.int64]:
+    """About what each reference takes in its manifest, bytes."""
+    inline = np.where(refs.kind == INLINE, refs.length, np.uint64(0))
+    return _ROW_WEIGHT + inline.astype(np.int64)
 
 
 class Living:
@@ -73,6 +78,8 @@ class Living:
         Filled for the manifests that the first `grow` reads; None: not needed.
     bases
         Snapshots that stay in format 1 although no ref leads to them.
+    known
+        What it refers to is taken over; all its snapshots are in the graph.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class Living:
         state: RepoState,
         shares: Shares | None = None,
         bases: Collection[ObjectId] = (),
+        known: Living | None = None,
     ) -> None:
         self._log = log
         self._files = files
@@ -91,13 +99,14 @@ class Living:
         self._limits = limits
         self._shares = shares
         self._bases = frozenset(bases)
-        self._transactions: set[ObjectId] = {FIRST_SNAPSHOT}
-        self._chunks = RowSet(CHUNK_ID_BYTES)
+        self._transactions: set[ObjectId] = {FIRST_SNAPSHOT} if known is None else known._transactions
+        self._chunks: RowSet = RowSet(CHUNK_ID_BYTES) if known is None else known._chunks
+        self._growths = 0
         self._looked_us = sources.elapsed_us()
         self._growing = anyio.Lock()
         self.state = state
         """The repository as it was last seen."""
-        self.walked = Walked()
+        self.walked: Walked = Walked() if known is None else known.walked
         """Its snapshots, and their manifests."""
 
     def know(self, snapshots: Mapping[ObjectId, Sequence[ObjectId]]) -> None:
@@ -110,36 +119,41 @@ class Living:
 
     async def grow(self, state: RepoState) -> None:
         """Add what a state reaches. Raises where something of it cannot be read."""
+        self._growths += 1
         in_files = self._log.layout is Layout.REFS
         start = state.tips() | self._bases if in_files else set(state.snapshots)
         manifests = await walk(self._files, start, self.walked, self._limits, follow_parents=in_files)
         self._transactions |= self.walked.snapshots.keys()
         if not in_files:
-            for record in state.snapshots.values():
-                self._transactions.update(record.pruned_ancestor_tx_logs)
+            self._transactions.update(state.snapshots.pruned_transactions())
             if self._shares is not None:
-                detached = set(state.snapshots) - state.reachable()
                 self._shares.fixed_manifests = frozenset(
-                    manifest for id in detached for manifest in self.walked.snapshots[id]
+                    manifest for id in _detached(state) for manifest in self.walked.snapshots[id]
                 )
+        if self._shares is not None:
+            # A manifest that an array found later has its share of dead references counted anew.
+            manifests = {id: self.walked.manifests[id] for id in manifests}
         await self._read(manifests, self._shares)
         self._shares = None
 
     async def _read(self, manifests: Mapping[ObjectId, Use], shares: Shares | None) -> None:
-        adding = anyio.Lock()
-
-        def add(manifest: Manifest, nodes: Collection[NodeId]) -> None:
-            living = list(living_rows(manifest, nodes))
-            for refs in living:
-                self._chunks.add(refs.chunk_id[refs.kind == NATIVE])
+        def visit(ids: Sequence[ObjectId], found: Sequence[ManyRefs]) -> None:
+            for refs in found:
+                self._chunks.add(refs.rows.chunk_id[(refs.rows.kind == NATIVE) & refs.lives])
             if shares is not None:
-                shares.add(manifest, living)
+                shares.add(ids, found)
 
-        async def visit(manifest: Manifest, nodes: Collection[NodeId]) -> None:
-            async with adding:
-                await off_loop(manifest.num_chunk_refs * _BYTES_PER_REF, lambda: add(manifest, nodes))
+        await read_all_manifests(self._files, manifests, self._limits, visit)
 
-        await read_manifests(self._files, manifests, self._limits, visit)
+    @property
+    def is_as_it_began(self) -> bool:
+        """Whether it has not grown since its first growth, so that its shares tell of all of it."""
+        return self._growths == 1
+
+    @property
+    def num_rows(self) -> int:
+        """Number of chunk objects and snapshots in it."""
+        return len(self._chunks) + len(self.walked.snapshots)
 
     async def look_again(self) -> None:
         """See, about once a second, whether there are new snapshots, and keep what they refer to."""
@@ -168,3 +182,45 @@ class Living:
         """The same for chunk objects."""
         absent = self._chunks.missing(one.id for one in listed)
         return [one for one, gone in zip(listed, absent, strict=True) if gone]
+
+
+_MOST_ROWS: Final = 1_000_000
+"""Chunk objects, ranges and snapshots together that are remembered."""
+
+
+class LivingMemory:
+    """What the last collection of a repository found to live, for the next one of the same process.
+
+    Files never change, so what a snapshot refers to is read once. A collection starts from what is remembered as long
+    as every snapshot of it is still in the graph: then nothing of it has died, and only new snapshots are read. After
+    an expiration, or any other removal, everything is read again.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[Living, Shares, frozenset[ObjectId]] | None = None
+        self._lock = threading.Lock()
+
+    def take(self, state: RepoState) -> tuple[Living, Shares] | None:
+        """What is remembered, if it applies to that state; it is forgotten until it is kept again."""
+        with self._lock:
+            kept, self._kept = self._kept, None
+        if kept is None:
+            return None
+        living, shares, detached = kept
+        known = living.walked.snapshots.keys()
+        if any(id not in state.snapshots for id in known):
+            return None
+        # Those that no branch reaches any more have chunks that must not move, which the shares do not tell.
+        now_detached = _detached(state)
+        return (living, shares) if all(id in detached or id not in known for id in now_detached) else None
+
+    def keep(self, living: Living, shares: Shares) -> None:
+        """Remember what a collection that succeeded, and wrote nothing again, found."""
+        if living.is_as_it_began and living.num_rows + len(shares.spans) <= _MOST_ROWS:
+            with self._lock:
+                self._kept = living, shares, frozenset(_detached(living.state))
+
+
+def _detached(state: RepoState) -> set[ObjectId]:
+    """Snapshots of the graph that no branch or tag reaches."""
+    return set(state.snapshots) - state.reachable()

@@ -10,11 +10,13 @@ An unreadable object ends the walk with an error: an object counts as garbage on
 
 from __future__ import annotations
 
+import struct
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import anyio
 import numpy as np
@@ -25,8 +27,10 @@ from icechunk.format.by_node import owners
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.keys import manifest_key, snapshot_key
 from icechunk.format.manifest import decode_manifest
+from icechunk.format.manifest.decoding import decode_manifests
 from icechunk.format.manifest.refs_by_node import grouped_refs
 from icechunk.format.snapshot.codec import decode_snapshot
+from icechunk.format.snapshot.uses import SnapshotUses, manifest_uses
 from icechunk.format.values import ChunkRefs, Manifest, ManifestFile, Snapshot
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.port import RepositoryLog
@@ -35,7 +39,19 @@ from icechunk.runtime.tasks import run_each
 from icechunk.storage.port import Storage
 from icechunk.transfer.assets import off_loop
 
-__all__ = ["Budget", "Files", "Limits", "RowSet", "Use", "Walked", "living_rows", "read_manifests", "walk"]
+__all__ = [
+    "Budget",
+    "Files",
+    "Limits",
+    "ManyRefs",
+    "RowSet",
+    "Use",
+    "Walked",
+    "living_rows",
+    "read_all_manifests",
+    "read_manifests",
+    "walk",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +145,40 @@ class Files:
                 return await off_loop(len(found), lambda: decode(found))
             raise FormatError(f"cannot read {key!r}: {error.message}", error.kind) from error
 
+    async def decoded_all(
+        self, keys: Sequence[str], data: Sequence[bytes], decode: Callable[[slice, Sequence[bytes]], T]
+    ) -> list[tuple[slice, T]]:
+        """Decode files together, or each as `decoded` does where one of them is refused.
+
+        Parameters
+        ----------
+        decode
+            Called with the numbers of consecutive files, and with their bytes.
+
+        Returns
+        -------
+        list
+            Numbers of consecutive files, and what they hold.
+        """
+        everything = slice(0, len(keys))
+        try:
+            return [(everything, await off_loop(sum(map(len, data)), lambda: decode(everything, data)))]
+        except FormatError:
+            found = []
+            for i, key in enumerate(keys):
+                which = slice(i, i + 1)
+                found.append((which, await self.decoded(key, data[i], partial(_one, decode, which))))
+            return found
+
+    async def require_all(self, keys: Sequence[str], wanted_by: str) -> list[bytes]:
+        """The whole files, in the order of the keys; errors as `require`."""
+        embedded = self._log.view.embedded if isinstance(self._log, LogLayout) else None
+        known = {} if embedded is None else {key: data for key in keys if (data := embedded.find(key)) is not None}
+        asked = [key for key in keys if key not in known]
+        for key, answer in zip(asked, await self.storage.get_all(asked), strict=True):
+            known[key] = await self.require(key, wanted_by) if answer is None else answer.data
+        return [known[key] for key in keys]
+
     async def require(self, key: str, wanted_by: str) -> bytes:
         """The whole file, which something promises. Raises `FormatError` where it is missing."""
         try:
@@ -141,11 +191,22 @@ class Files:
             ) from error
 
 
+_SNAPSHOTS_TOGETHER = 128
+_MANIFESTS_TOGETHER = 256
+_REFS_TOGETHER = 1 << 17
+"""References of the manifests that are read together, unless it is one that has more."""
+_BYTES_PER_VISIT = 32
+
+
 async def read_snapshot(files: Files, id: ObjectId) -> Snapshot:
     """A snapshot that history names. Raises `FormatError` where it is missing or cannot be read."""
     key = snapshot_key(id)
     data = await files.require(key, "the history")
     return await files.decoded(key, data, lambda data: decode_snapshot(data, expected_id=id))
+
+
+def _one(decode: Callable[[slice, Sequence[bytes]], T], which: slice, content: bytes) -> T:
+    return decode(which, [content])
 
 
 @dataclass(slots=True, kw_only=True)
@@ -187,43 +248,65 @@ async def walk(
         The manifests that are new, and those that new arrays use, each with its new arrays only.
     """
     fresh: dict[ObjectId, Use] = {}
-    next_ones = set(start) - found.snapshots.keys()
+    next_ones = sorted(set(start) - found.snapshots.keys())
 
-    async def read(id: ObjectId) -> None:
-        snapshot = await read_snapshot(files, id)
-        if follow_parents:
-            parent = found.parents[id] = snapshot.parent_id
-            if parent is not None and parent not in found.snapshots:
-                next_ones.add(parent)
-        uses = _uses(snapshot)
-        # Those of one id are one object: thousands of snapshots may use the same manifests.
-        found.snapshots[id] = tuple(found.manifests[i].file.object_id if i in found.manifests else i for i in uses)
-        for manifest_id, use in uses.items():
-            known = found.manifests.get(manifest_id)
-            if known is None:
-                known = found.manifests[manifest_id] = Use(file=use.file)
-                fresh[manifest_id] = Use(file=use.file)
-            nodes = use.nodes - known.nodes
-            if nodes:
-                known.nodes |= nodes
-                fresh.setdefault(manifest_id, Use(file=known.file)).nodes |= nodes
+    async def read(ids: Sequence[ObjectId]) -> None:
+        keys = [snapshot_key(id) for id in ids]
+        data = await files.require_all(keys, "the history")
+        decode = partial(_uses, ids)
+        for which, uses in await files.decoded_all(keys, data, decode):
+            if follow_parents:
+                found.parents.update(zip(ids[which], uses.parents, strict=True))
+            _note(found, fresh, ids[which], uses)
 
     while next_ones:
-        wave, next_ones = next_ones, set()
-        found.snapshots.update(dict.fromkeys(wave, ()))
-        await run_each(read, wave, limit=limits.max_snapshots_in_memory)
+        found.snapshots.update(dict.fromkeys(next_ones, ()))
+        size = min(_SNAPSHOTS_TOGETHER, limits.max_snapshots_in_memory)
+        batches = [next_ones[i : i + size] for i in range(0, len(next_ones), size)]
+        await run_each(read, batches, limit=max(1, limits.max_snapshots_in_memory // size))
+        parents = {found.parents[id] for id in next_ones} if follow_parents else set()
+        next_ones = sorted(id for id in parents if id is not None and id not in found.snapshots)
     return fresh
 
 
-def _uses(snapshot: Snapshot) -> dict[ObjectId, Use]:
-    uses = {id: Use(file=file) for id, file in snapshot.manifest_files.items()}
-    for node in snapshot.nodes.values():
-        for manifest in node.manifests:
-            use = uses.get(manifest.object_id)
-            if use is None:
-                use = uses[manifest.object_id] = Use(file=ManifestFile(manifest.object_id, 0, 0))
-            use.nodes.add(node.id)
-    return uses
+def _uses(ids: Sequence[ObjectId], which: slice, data: Sequence[bytes]) -> SnapshotUses:
+    return manifest_uses(list(zip(ids[which], data, strict=True)))
+
+
+def _note(found: Walked, fresh: dict[ObjectId, Use], ids: Sequence[ObjectId], uses: SnapshotUses) -> None:
+    """Add what some snapshots use."""
+    for id, size, count in _distinct(uses.files, "<12sQI"):
+        if id not in found.manifests:
+            found.manifests[id] = Use(file=ManifestFile(id, size, count))
+            fresh[id] = Use(file=found.manifests[id].file)
+    pairs = np.empty(len(uses.ref_manifests), [("manifest", "S12"), ("node", "S8")])
+    pairs["manifest"], pairs["node"] = uses.ref_manifests, uses.ref_nodes
+    for manifest, node in _distinct(pairs, "12s8s"):
+        known = found.manifests.get(manifest)
+        if known is None:
+            known = found.manifests[manifest] = Use(file=ManifestFile(manifest, 0, 0))
+            fresh[manifest] = Use(file=known.file)
+        if NodeId(node) not in known.nodes:
+            known.nodes.add(NodeId(node))
+            fresh.setdefault(manifest, Use(file=known.file)).nodes.add(NodeId(node))
+    owned = np.empty(len(uses.ref_snapshots) + len(uses.file_snapshots), [("snapshot", ">u4"), ("manifest", "S12")])
+    owned["snapshot"] = np.concatenate([uses.ref_snapshots, uses.file_snapshots])
+    owned["manifest"] = np.concatenate([uses.ref_manifests, uses.files["id"]])
+    used: dict[int, list[ObjectId]] = {}
+    for number, manifest in _distinct(owned, ">I12s"):
+        # Those of one id are one object: thousands of snapshots may use the same manifests.
+        used.setdefault(number, []).append(found.manifests[manifest].file.object_id)
+    for number, manifests in used.items():
+        found.snapshots[ids[number]] = tuple(manifests)
+
+
+def _distinct(rows: npt.NDArray[np.void], layout: str) -> Iterator[tuple[Any, ...]]:
+    """The distinct rows of a structured array, ascending by their bytes, each unpacked by that `struct` format."""
+    if len(rows):
+        ordered = np.ascontiguousarray(rows).view(f"S{rows.dtype.itemsize}")
+        # Snapshots in a row often agree in most of what they use, one array after another in the manifest.
+        ordered = np.sort(ordered[np.append(True, ordered[1:] != ordered[:-1])])
+        yield from struct.iter_unpack(layout, ordered[np.append(True, ordered[1:] != ordered[:-1])].tobytes())
 
 
 def living_rows(manifest: Manifest, nodes: Collection[NodeId]) -> Iterator[ChunkRefs]:
@@ -260,6 +343,79 @@ async def read_manifests(
     # Sorted also so that the order of requests does not depend on chance.
     ordered = sorted(manifests.values(), key=lambda use: (-use.file.num_chunk_refs, encode_id(use.file.object_id)))
     await run_each(read, ordered, limit=limits.max_concurrent_manifest_fetches)
+
+
+class ManyRefs(NamedTuple):
+    """References of several manifests that arrays of one rank use."""
+
+    rows: ChunkRefs
+    manifests: npt.NDArray[np.int64]
+    """int64[n]: for each reference the number of its manifest."""
+    lives: npt.NDArray[np.bool_]
+    """bool[n]: whether its array uses the manifest."""
+
+    @property
+    def living(self) -> ChunkRefs:
+        """The references that live."""
+        return self.rows if self.lives.all() else self.rows.take(np.flatnonzero(self.lives))
+
+
+async def read_all_manifests(
+    files: Files,
+    manifests: Mapping[ObjectId, Use],
+    limits: Limits,
+    visit: Callable[[Sequence[ObjectId], Sequence[ManyRefs]], None],
+) -> None:
+    """Read manifests, largest first, many small ones together, and hand the references of each batch to ``visit``.
+
+    ``visit`` runs in a thread, one at a time.
+    """
+    compressed = Budget(limits.max_compressed_manifest_mem_bytes)
+    decoded = Budget(limits.max_decoded_manifest_mem_bytes)
+    visiting = anyio.Lock()
+
+    async def read(uses: Sequence[Use]) -> None:
+        ids = [use.file.object_id for use in uses]
+        async with (
+            decoded.take(sum(use.file.num_chunk_refs for use in uses) * _DECODED_BYTES_PER_REF),
+            compressed.take(sum(use.file.size_bytes for use in uses)),
+        ):
+            keys = [manifest_key(id) for id in ids]
+            data = await files.require_all(keys, "a snapshot")
+            for which, found in await files.decoded_all(keys, data, partial(_many_refs, uses)):
+                rows = sum(len(part.rows) for part in found)
+                async with visiting:
+                    await off_loop(rows * _BYTES_PER_VISIT, partial(visit, ids[which], found))
+
+    # Sorted also so that the order of requests does not depend on chance.
+    ordered = sorted(manifests.values(), key=lambda use: (-use.file.num_chunk_refs, encode_id(use.file.object_id)))
+    most = max(1, min(_MANIFESTS_TOGETHER, limits.max_concurrent_manifest_fetches))
+    batches: list[list[Use]] = []
+    rows = _REFS_TOGETHER
+    for use in ordered:
+        rows += use.file.num_chunk_refs
+        if rows > _REFS_TOGETHER or len(batches[-1]) == most:
+            batches.append([])
+            rows = use.file.num_chunk_refs
+        batches[-1].append(use)
+    await run_each(read, batches, limit=max(1, limits.max_concurrent_manifest_fetches // most))
+
+
+def _many_refs(all_uses: Sequence[Use], which: slice, data: Sequence[bytes]) -> list[ManyRefs]:
+    uses = all_uses[which]
+    decoded = decode_manifests([(use.file.object_id, content) for use, content in zip(uses, data, strict=True)])
+    found = []
+    for some in decoded:
+        numbers = some.manifests.tolist()
+        lives = np.fromiter(
+            (node in uses[number].nodes for node, number in zip(some.nodes, numbers, strict=True)),
+            np.bool_,
+            len(numbers),
+        )
+        for part in some.parts:
+            arrays = part.arrays[owners(part.edges)]
+            found.append(ManyRefs(part.rows, some.manifests[arrays], lives[arrays]))
+    return found
 
 
 _MERGE_FROM = 1 << 16

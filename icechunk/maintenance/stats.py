@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-import anyio
 import numpy as np
 import numpy.typing as npt
 
 from icechunk.errors import InvalidInputError
-from icechunk.format.ids import NodeId, object_id_from_text
+from icechunk.format.ids import object_id_from_text
 from icechunk.format.keys import CHUNKS_PREFIX
-from icechunk.format.values import INLINE, NATIVE, VIRTUAL, ChunkRefs, Manifest
+from icechunk.format.values import INLINE, NATIVE, VIRTUAL, ChunkRefs
 from icechunk.log.repository.port import Layout, RepositoryLog
-from icechunk.maintenance.reachability import Files, Limits, RowSet, Walked, living_rows, read_manifests, walk
+from icechunk.maintenance.reachability import Files, Limits, ManyRefs, RowSet, Walked, read_all_manifests, walk
 from icechunk.maintenance.spans import (
     CHUNK_ID_BYTES,
     SPAN_BYTES,
@@ -28,11 +27,8 @@ from icechunk.maintenance.spans import (
 from icechunk.ops import ChunkStorageStats
 from icechunk.runtime.tasks import run_all
 from icechunk.storage.port import NO_LISTING, Storage
-from icechunk.transfer.assets import off_loop
 
 __all__ = ["chunk_storage_stats"]
-
-_BYTES_PER_REF = 64
 
 
 async def chunk_storage_stats(
@@ -59,15 +55,10 @@ async def chunk_storage_stats(
     in_files = log.layout is Layout.REFS
     log.require_all_refs()
     start = state.tips() if in_files else state.reachable()
-    one_at_a_time = anyio.Lock()
-
-    async def visit(manifest: Manifest, nodes: Collection[NodeId]) -> None:
-        async with one_at_a_time:
-            await off_loop(manifest.num_chunk_refs * _BYTES_PER_REF, lambda: counter.add(manifest, nodes))
 
     async def read() -> None:
         await walk(files, start, found, limits, follow_parents=in_files)
-        await read_manifests(files, found.manifests, limits, visit)
+        await read_all_manifests(files, found.manifests, limits, lambda _, refs: counter.add(refs))
 
     sizes = _Sizes()
 
@@ -122,8 +113,8 @@ class _Counter:
         self._locations: dict[str, int] = {}
         self._inlined = 0
 
-    def add(self, manifest: Manifest, nodes: Collection[NodeId]) -> None:
-        for refs in living_rows(manifest, nodes):
+    def add(self, found: Sequence[ManyRefs]) -> None:
+        for refs in [many.living for many in found]:
             self._inlined += int(refs.length[refs.kind == INLINE].sum())
             native = refs.kind == NATIVE
             if native.any():

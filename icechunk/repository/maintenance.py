@@ -117,6 +117,9 @@ class Maintenance(Sessions):
         once where ``delete_object_older_than`` is at most a minute ago; otherwise they can still be read by id, until
         a collection of what is older than this one.
 
+        What an earlier call on this repository object found to be needed is not read again, unless a snapshot has left
+        the history since.
+
         Parameters
         ----------
         delete_object_older_than
@@ -182,6 +185,7 @@ class Maintenance(Sessions):
             limits=limits,
             dry_run=dry_run,
             repacking=repacking if repack else None,
+            memory=self._core.living,
         )
         if not dry_run:
             await prune_log(log, storage, sources)

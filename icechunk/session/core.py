@@ -38,6 +38,7 @@ from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Layout, Reposit
 from icechunk.log.repository.queue import UpdateRetries, retries_of
 from icechunk.log.repository.state import RepoState
 from icechunk.log.session.plan.compaction import Policy
+from icechunk.maintenance.living import LivingMemory
 from icechunk.runtime.about import CLIENT_NAME
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.loops import PerLoop
@@ -132,6 +133,8 @@ class Core:
         """Small metadata files that came with the log, by key; some have no object of their own yet."""
         self.spans = Spans()
         """Sums of the commits that landed since the bases of sessions that are rebased."""
+        self.living = LivingMemory()
+        """What the last collection found to live."""
         self.gates = Gates(0)
         self._put_memory: tuple[int, PutMemory] | None = None
         if attribution is not None and attribution != Attribution():

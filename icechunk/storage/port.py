@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NewType, TypeAlias
@@ -25,6 +26,7 @@ from icechunk.errors import (
     AccessDeniedError,
     ErrorKind,
     InvalidInputError,
+    ObjectNotFoundError,
     PreconditionFailedError,
     ReadOnlyError,
     StorageError,
@@ -32,6 +34,7 @@ from icechunk.errors import (
 from icechunk.runtime.clock import moment
 from icechunk.runtime.loops import run_sync
 from icechunk.runtime.representation import Described, fields_html
+from icechunk.runtime.tasks import run_each
 
 if TYPE_CHECKING:
     from icechunk.config import S3Options
@@ -62,6 +65,8 @@ __all__ = [
     "check_range",
     "resolve_range",
 ]
+
+_GETS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True, repr=False)
@@ -212,6 +217,17 @@ class Storage(ABC):
         InvalidInputError
             A range that starts at or beyond the end of the object (kind ``invalid-byte-range``).
         """
+
+    async def get_all(self, keys: Sequence[str]) -> list[GetResult | None]:
+        """Several whole objects, read at the same time; None for those that do not exist. Other errors as `get`."""
+        found: dict[str, GetResult] = {}
+
+        async def read(key: str) -> None:
+            with suppress(ObjectNotFoundError):
+                found[key] = await self.get(key)
+
+        await run_each(read, keys, limit=_GETS_AT_ONCE)
+        return [found.get(key) for key in keys]
 
     @abstractmethod
     async def put(

@@ -102,6 +102,21 @@ class StorageContract:
         with pytest.raises(ObjectNotFoundError, match="nothing"):
             await storage.get("nothing", Range(0, 1))
 
+    async def test_several_objects_come_in_the_order_of_their_keys_and_missing_ones_as_none(
+        self, storage: Storage
+    ) -> None:
+        for n in range(150):
+            await storage.put(f"some/{n}", b"%d" % n)
+        keys = [f"some/{n}" for n in range(149, -1, -1)] + ["some/none", "none/0", "some/3"]
+        found = await storage.get_all(keys)
+        assert [None if one is None else one.data for one in found] == [
+            *(b"%d" % n for n in range(149, -1, -1)),
+            None,
+            None,
+            b"3",
+        ]
+        assert await storage.get_all([]) == []
+
     @pytest.mark.parametrize(
         ("byte_range", "expected"),
         [

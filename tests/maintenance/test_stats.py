@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 import icechunk
 from icechunk.credentials import LocalFileSystemAccess
-from icechunk.format.ids import NodeId, ObjectId
+from icechunk.format.ids import NodeId
 from icechunk.format.values import INLINE, NATIVE, ChunkRefs, Manifest
-from icechunk.maintenance.reachability import Budget, Files, Limits, RowSet, Use, read_manifests
+from icechunk.maintenance.reachability import Budget, Files, Limits, ManyRefs, RowSet, Use, read_manifests
 from icechunk.maintenance.stats import _Counter
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import ListingUnsupportedError, ObjectInfo
@@ -88,7 +88,7 @@ def test_bytes_of_shared_objects_count_once_however_ranges_overlap(spans: list[t
             chunk_id=np.frombuffer(b"".join(bytes([span[0]]) + b"\0" * 11 for span in part), "V12"),
             location=np.full(len(part), -1, np.int32),
         )
-        counter.add(Manifest(id=ObjectId(b"m" * 12), arrays={NodeId(b"n" * 8): refs}), {NodeId(b"n" * 8)})
+        counter.add([ManyRefs(refs, np.zeros(len(refs), np.int64), np.ones(len(refs), np.bool_))])
     expected = {(id, byte) for id, offset, length in spans for byte in range(offset, offset + length)}
     assert counter.result().native_bytes == len(expected)
 
@@ -174,7 +174,7 @@ def test_inline_bytes_are_those_of_the_rows() -> None:
     )
     counter = _Counter()
     for _ in range(2):
-        counter.add(Manifest(id=ObjectId(b"m" * 12), arrays={NodeId(b"n" * 8): refs}), {NodeId(b"n" * 8)})
+        counter.add([ManyRefs(refs, np.zeros(len(refs), np.int64), np.ones(len(refs), np.bool_))])
     assert counter.result().inlined_bytes == 14
 
 

@@ -7,7 +7,7 @@ over rows.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from icechunk.format.flat.reader import Buffer
 
 __all__ = [
     "Column",
+    "JoinedBuffer",
     "Positions",
     "Spans",
     "TableColumns",
@@ -26,15 +27,18 @@ __all__ = [
     "first_rows",
     "gather",
     "is_ascending",
+    "joined",
     "lexicographic_order",
     "put",
     "read_coords",
+    "targets",
     "text_traits",
 ]
 
 Positions = npt.NDArray[np.int64]
 
 _MAX_NDIM: Final = 1024
+_WORD: Final = 8
 _FIELD_OFFSETS: Final = 4
 """Position of the field offsets in a vtable, after its own size and the table's; bytes."""
 
@@ -56,6 +60,67 @@ def gather(buffer: Buffer, positions: Positions, dtype: npt.DTypeLike) -> npt.ND
         raise buffer.fail(f"offsets lead to {lowest} to {highest}, outside its {buffer.size} bytes")
     everywhere: npt.NDArray[Any] = np.ndarray((last + 1,), kind, buffer.data, strides=(1,))
     return everywhere[positions]
+
+
+_JOINED_BYTES: Final = 4 * 1024 * 1024
+
+
+def joined(payloads: Sequence[bytes], name: str) -> Iterator[tuple[slice, JoinedBuffer]]:
+    """Consecutive payloads together, in buffers that fit into a processor's cache; the slice tells which ones."""
+    first, size = 0, 0
+    for i, payload in enumerate(payloads):
+        if size and size + len(payload) > _JOINED_BYTES:
+            yield slice(first, i), JoinedBuffer(payloads[first:i], name)
+            first, size = i, 0
+        size += len(payload)
+    if payloads:
+        yield slice(first, len(payloads)), JoinedBuffer(payloads[first:], name)
+
+
+class JoinedBuffer(Buffer):
+    """Several payloads one after another, for reading the same fields of all of them at once.
+
+    Parameters
+    ----------
+    payloads
+        At least one.
+    """
+
+    __slots__ = ("_starts",)
+
+    def __init__(self, payloads: Sequence[bytes], name: str) -> None:
+        padded = [part for payload in payloads for part in (payload, bytes(-len(payload) % _WORD))]
+        super().__init__(payloads[0] if len(payloads) == 1 else b"".join(padded), name)
+        sizes = np.fromiter(map(len, payloads), np.int64, len(payloads))
+        sizes += -sizes % _WORD
+        self._starts: Positions = np.cumsum(sizes) - sizes
+
+    @property
+    def roots(self) -> Positions:
+        """Position of the root table of each payload. Raises `FormatError` if one is outside its payload."""
+        return targets(self, self._starts)
+
+    def payload_of(self, positions: Positions) -> npt.NDArray[np.intp]:
+        """The number of the payload that each position is in."""
+        return np.searchsorted(self._starts, positions, side="right") - 1
+
+    def require_same_file(self, positions: Positions, targets: Positions) -> None:
+        """Check that targets are in the same payload as the positions that lead to them. Raises `FormatError`."""
+        if len(self._starts) > 1 and (self.payload_of(positions) != self.payload_of(targets)).any():
+            raise self.fail("an offset leads out of its file")
+
+
+def targets(buffer: Buffer, fields: Positions) -> Positions:
+    """Positions that these offset fields point to.
+
+    Raises
+    ------
+    FormatError
+        If a field is not within the buffer, or leads into another one of several files.
+    """
+    found: Positions = fields + gather(buffer, fields, "<u4")
+    buffer.require_same_file(fields, found)
+    return found
 
 
 class Column(NamedTuple):
@@ -106,11 +171,13 @@ class TableColumns:
         if not len(vtables):
             self._common = (0,)
             return
+        buffer.require_same_file(positions, vtables)
         if vtables.min() == vtables.max():
             self._common_at = int(vtables[0])
             self._common = buffer.vtable(self._common_at)
             if int(positions.max()) + self._common[0] > buffer.size:
                 raise buffer.fail("a table ends past its end")
+            buffer.require_same_file(positions, positions + max(self._common[0] - 1, 0))
             return
         self._vtables = vtables
         head = gather(buffer, vtables, "<u4")
@@ -123,6 +190,8 @@ class TableColumns:
             or (positions + self._table_sizes).max() > buffer.size
         ):
             raise buffer.fail("a table or its vtable ends past its end, or a vtable has an odd size")
+        buffer.require_same_file(positions, positions + np.maximum(self._table_sizes - 1, 0))
+        buffer.require_same_file(vtables, vtables + self._vtable_sizes - 1)
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -204,15 +273,16 @@ class TableColumns:
         if column is None:
             return None
         buffer = self._buffer
-        heads: Positions = column.positions + gather(buffer, column.positions, "<u4")
+        heads = targets(buffer, column.positions)
         counts = gather(buffer, heads, "<u4").astype(np.int64)
         starts = heads + 4
-        if (starts + counts * item_size).max() > buffer.size:
+        ends = starts + counts * item_size
+        if ends.max() > buffer.size:
             raise buffer.fail(f"what field {slot} of a table points to ends past its end")
+        buffer.require_same_file(heads, ends - 1)
         return Vectors(column.rows, starts, counts)
 
 
-_WORD: Final = 8
 _HIGH_BITS: Final = np.uint64(0x8080808080808080)
 _FIRST_BYTES: Final = np.array([2**64 - 2 ** (64 - 8 * i) for i in range(_WORD + 1)], np.uint64)
 """Masks of a word's first 0 to 8 bytes."""
@@ -264,18 +334,16 @@ def text_traits(buffer: Buffer, texts: Vectors) -> TextTraits:
     """Properties of vectors of bytes, which are within the buffer and at most a few thousand bytes long."""
     undecided = np.arange(max(len(texts.starts) - 1, 0))
     """Numbers of the vectors that begin with all that was read so far of the next vector."""
-    is_ascii = True
+    is_ascii = is_ascending = True
     for rows, words in _words(buffer, texts):
         is_ascii = is_ascii and not (words & _HIGH_BITS).any()
-        if not len(undecided):
-            continue
-        before, after = _at(rows, words, undecided), _at(rows, words, undecided + 1)
-        if (before > after).any():
-            return TextTraits(False, False)
-        undecided = undecided[before == after]
-    # The remaining ones are equal except for zero bytes at the end.
-    ascending = bool((texts.counts[undecided] < texts.counts[undecided + 1]).all())
-    return TextTraits(ascending, is_ascii)
+        if is_ascending and len(undecided):
+            before, after = _at(rows, words, undecided), _at(rows, words, undecided + 1)
+            is_ascending = not (before > after).any()
+            undecided = undecided[before == after]
+    # What is left is equal but for zero bytes at the end.
+    is_ascending = is_ascending and bool((texts.counts[undecided] < texts.counts[undecided + 1]).all())
+    return TextTraits(is_ascending, is_ascii)
 
 
 def _at(

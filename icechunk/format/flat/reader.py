@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from icechunk.errors import ErrorKind, FormatError
 
@@ -43,6 +43,9 @@ class Buffer:
         self.bytes_left = len(data) * _SHARING + _SPARE_BYTES
         self.tables_left = len(data) // _MIN_TABLE_BYTES + 1
         self._vtables: dict[int, tuple[int, ...]] = {}
+
+    def require_same_file(self, positions: Any, targets: Any) -> None:
+        """Check that targets are in the same file as the positions that lead to them; here all are."""
 
     def fail(self, reason: str, kind: ErrorKind = ErrorKind.INVALID_FILE_FORMAT) -> FormatError:
         """The error to raise for this payload, with ``reason`` in its message."""

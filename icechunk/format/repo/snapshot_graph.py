@@ -7,7 +7,7 @@ file's snapshots, and none of those is decoded for it. Each added snapshot is an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, ValuesView
+from collections.abc import Collection, Iterator, Mapping, ValuesView
 from typing import Final
 
 from immutables import Map
@@ -124,6 +124,28 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
         changed = self._changed
         yield from (one for one in self._stored.parents() if one[0] not in changed)
         yield from ((id, record.parent) for id, record in changed.items() if record is not None)
+
+    def pruned_transactions(self) -> Iterator[ObjectId]:
+        """The transaction logs of expired ancestors that some snapshot lists, in any order."""
+        changed = self._changed
+        for row, ids in self._stored.pruned_transactions():
+            if not changed or self._stored.id(row) not in changed:
+                yield from ids
+        for record in changed.values():
+            if record is not None:
+                yield from record.pruned_ancestor_tx_logs
+
+    def times(self) -> Iterator[tuple[ObjectId, int]]:
+        """The id of every snapshot and the time at which it was written, µs, in any order; nothing else is decoded."""
+        changed, stored = self._changed, self._stored
+        times = zip(stored, stored.times(), strict=True) if stored else iter(())
+        yield from ((id, time) for id, time in times if id not in changed) if changed else times
+        yield from ((id, record.flushed_at_us) for id, record in changed.items() if record is not None)
+
+    def without(self, ids: Collection[ObjectId]) -> SnapshotGraph:
+        """The graph without these snapshots, all of which are in it."""
+        changed = self._changed.update(dict.fromkeys(ids))
+        return SnapshotGraph(self._stored, changed, self._count - len(ids))
 
     def records(self) -> Iterator[SnapshotRecord]:
         """All snapshots, in any order."""

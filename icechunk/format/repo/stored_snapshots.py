@@ -203,6 +203,26 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         for row, parent in enumerate(index.parents):
             yield index.id(row), None if parent == NO_PARENT else index.id(parent)
 
+    def times(self) -> list[int]:
+        """The time at which each snapshot was written, by row, µs."""
+        _, columns = self.tables.columns()
+        times: list[int] = columns.numbers(FLUSHED_AT, "<u8").tolist()
+        return times
+
+    def pruned_transactions(self) -> Iterator[tuple[int, list[ObjectId]]]:
+        """The rows that list transaction logs of expired ancestors, and these logs, oldest first."""
+        if not self.tables:
+            return
+        buffer, columns = self.tables.columns()
+        vectors = columns.vectors(PRUNED, _ID_SIZE)
+        if vectors is None:
+            return
+        buffer.charge(int(vectors.counts.sum()) * _ID_SIZE)
+        rows = range(len(self.tables)) if vectors.rows is None else vectors.rows.tolist()
+        for row, start, count in zip(rows, vectors.starts.tolist(), vectors.counts.tolist(), strict=True):
+            raw = buffer.data[start : start + count * _ID_SIZE]
+            yield row, [ObjectId(raw[i : i + _ID_SIZE]) for i in range(0, len(raw), _ID_SIZE)]
+
     def find(self, id: object) -> int | None:
         """The row of an id; None if it is not there."""
         if not isinstance(id, bytes):

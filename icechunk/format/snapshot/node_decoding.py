@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.format.by_node import owners
-from icechunk.format.flat.columns import Positions, TableColumns, Vectors, gather
+from icechunk.format.flat.columns import Positions, TableColumns, Vectors, gather, targets
 from icechunk.format.flat.reader import Buffer, Table, required
 from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.values import DimensionShape, Extents, ManifestRef, NodeKind, NodeSnapshot
@@ -53,7 +53,7 @@ def decode_nodes(root: Table, slot: int) -> dict[str, NodeSnapshot]:
     if count < _FEW:
         return _by_path([decode_one(table) for table in root.tables(slot) or ()], buffer)
     buffer.charge_tables(count)
-    return _by_path(decode_many(buffer, _targets(buffer, start + 4 * np.arange(count, dtype=np.int64))), buffer)
+    return _by_path(decode_many(buffer, targets(buffer, start + 4 * np.arange(count, dtype=np.int64))), buffer)
 
 
 def _by_path(nodes: Iterable[NodeSnapshot], buffer: Buffer) -> dict[str, NodeSnapshot]:
@@ -213,7 +213,7 @@ def _arrays(
     if not at.all():
         raise buffer.fail("an array in it lacks the required field 'node_data'")
     buffer.charge_tables(len(rows))
-    arrays = TableColumns(buffer, _targets(buffer, at))
+    arrays = TableColumns(buffer, targets(buffer, at))
     manifests = _manifests(buffer, _all(buffer, arrays.vectors(_MANIFESTS, 4), "manifests"))
     return _shapes(buffer, arrays), _names(buffer, arrays), manifests
 
@@ -223,7 +223,7 @@ def _shapes(buffer: Buffer, arrays: TableColumns) -> list[tuple[DimensionShape, 
     newer = arrays.vectors(_SHAPE, 4)
     if newer is not None:
         edges, fields = _items(buffer, newer, 4, tables=True)
-        dimensions = TableColumns(buffer, _targets(buffer, fields))
+        dimensions = TableColumns(buffer, targets(buffer, fields))
         lengths, chunks = dimensions.numbers(0, "<u8"), dimensions.numbers(1, "<u4").astype(np.uint64)
         made = _shared(
             np.column_stack([lengths, chunks]), edges, lambda dims: tuple([DimensionShape(*d) for d in dims])
@@ -251,7 +251,7 @@ def _names(buffer: Buffer, arrays: TableColumns) -> list[tuple[str | None, ...] 
     if vectors is None:
         return names
     edges, fields = _items(buffer, vectors, 4, tables=True)
-    strings = TableColumns(buffer, _targets(buffer, fields)).vectors(0, 1) if len(fields) else None
+    strings = TableColumns(buffer, targets(buffer, fields)).vectors(0, 1) if len(fields) else None
     texts: list[str | None] = [None] * len(fields)
     if strings is not None:
         for row, text in zip(_rows(strings, len(fields)), decode_texts(buffer, strings), strict=True):
@@ -267,7 +267,7 @@ def _manifests(buffer: Buffer, vectors: Vectors) -> list[tuple[ManifestRef, ...]
     edges, fields = _items(buffer, vectors, 4, tables=True)
     if not len(fields):
         return [()] * len(vectors.counts)
-    refs = TableColumns(buffer, _targets(buffer, fields))
+    refs = TableColumns(buffer, targets(buffer, fields))
     ids = _ids(buffer, refs, 0, _ID_SIZE, "object_id")
     boxes = _all(buffer, refs.vectors(1, _RANGE.size), "extents")
     ends, places = _items(buffer, boxes, _RANGE.size)
@@ -287,12 +287,6 @@ def _manifests(buffer: Buffer, vectors: Vectors) -> list[tuple[ManifestRef, ...]
 
 
 # -- columns ---------------------------------------------------------------------------------------
-
-
-def _targets(buffer: Buffer, fields: Positions) -> Positions:
-    """Positions of the tables that these offset fields point to."""
-    tables: Positions = fields + gather(buffer, fields, "<u4")
-    return tables
 
 
 def _all(buffer: Buffer, vectors: Vectors | None, field: str) -> Vectors:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.format.by_node import owners
-from icechunk.format.flat.columns import Positions, Spans, TableColumns, Vectors, gather, text_traits
+from icechunk.format.flat.columns import Positions, Spans, TableColumns, Vectors, gather, targets, text_traits
 from icechunk.format.flat.reader import Buffer
 from icechunk.format.ids import ObjectId
 from icechunk.format.snapshot.node_decoding import decode_texts
@@ -22,7 +22,7 @@ from icechunk.format.snapshot.nodes import SnapshotNodes
 from icechunk.format.snapshot.stored_nodes import NodeRegion, StoredNodes
 from icechunk.format.values import NodeSnapshot
 
-__all__ = ["is_dense", "region_of", "used_manifests"]
+__all__ = ["Extent", "below_nodes", "is_dense", "region_of", "used_manifests"]
 
 # Slots of NodeSnapshot and of ArrayNodeData, and numbers of slots of the tables.
 _PATH, _USER_DATA, _KIND, _DATA, _EXTRA, _NODE_SLOTS = 1, 2, 3, 4, 5, 6
@@ -35,11 +35,13 @@ _RANGE_SIZE: Final = 8
 _ALIGN: Final = 8
 
 
-class _Extent:
+class Extent:
     """Grows with every range of bytes that is noted."""
 
     def __init__(self, size: int) -> None:
         self.first, self.last, self.used = size, 0, 0
+        self.has_unknown_fields = False
+        """Whether a table may have a field that is not known here, and whose bytes are not in the extent."""
 
     def note(self, spans: Spans) -> None:
         if len(spans.starts):
@@ -59,8 +61,17 @@ class _Extent:
             self.note(Spans(vectors.starts - 4, vectors.counts * item_size + 4 + after))
 
 
-class _NotCopiedError(Exception):
-    """The file has fields that are not known here; their bytes would be lost."""
+class _NoExtent(Extent):
+    """Stays as it is."""
+
+    def note(self, spans: Spans) -> None:
+        pass
+
+    def note_tables(self, tables: TableColumns) -> None:
+        pass
+
+    def note_vectors(self, vectors: Vectors | None, item_size: int, after: int = 0) -> None:
+        pass
 
 
 def region_of(stored: StoredNodes) -> NodeRegion | None:
@@ -73,10 +84,9 @@ def region_of(stored: StoredNodes) -> NodeRegion | None:
     """
     if stored.region is None:
         buffer, nodes = stored.columns()
-        extent = _Extent(buffer.size)
-        try:
-            manifests, rows = _below(buffer, nodes, extent)
-        except _NotCopiedError:
+        extent = Extent(buffer.size)
+        manifests, rows = below_nodes(buffer, nodes, extent)
+        if extent.has_unknown_fields:
             return None
         first, last = extent.first - extent.first % _ALIGN, min(extent.last, buffer.size)
         stored.region = NodeRegion(first, last, extent.used, manifests, rows)
@@ -104,15 +114,31 @@ def used_manifests(nodes: Mapping[str, NodeSnapshot]) -> list[ObjectId]:
     ids = region.manifests[~np.isin(region.manifest_rows, changed)] if changed else region.manifests
     if len(ids):
         # Neighbours often share a manifest, which leaves little to sort.
-        ids = np.unique(ids[np.append(True, ids[1:] != ids[:-1])])
+        ids = np.sort(ids[np.append(True, ids[1:] != ids[:-1])])
+        ids = ids[np.append(True, ids[1:] != ids[:-1])]
         raw = ids.tobytes()
         used.update([ObjectId(raw[i : i + _ID_SIZE]) for i in range(0, len(raw), _ID_SIZE)])
     return sorted(used)
 
 
-def _below(
-    buffer: Buffer, nodes: TableColumns, extent: _Extent
+def below_nodes(
+    buffer: Buffer, nodes: TableColumns, extent: Extent | None
 ) -> tuple[npt.NDArray[np.bytes_], npt.NDArray[np.int64]]:
+    """Check all that is below nodes, and note the bytes of it and of the nodes, unless ``extent`` is None.
+
+    Returns
+    -------
+    manifests : S12[m]
+        Ids of the manifests of all nodes, in the order of the nodes.
+    rows : int64[m]
+        The number of the node that each belongs to; ascending.
+
+    Raises
+    ------
+    FormatError
+        If something of it is corrupt.
+    """
+    extent = extent or _NoExtent(0)
     _note_known(nodes, _NODE_SLOTS, extent)
     extent.note_vectors(nodes.vectors(_PATH, 1), 1, 1)
     extent.note_vectors(nodes.vectors(_USER_DATA, 1), 1)
@@ -125,10 +151,10 @@ def _below(
         raise buffer.fail("an array in it lacks the required field 'node_data'")
     groups = at[~of_array & (at > 0)]
     if len(groups):
-        _note_known(TableColumns(buffer, groups + gather(buffer, groups, "<u4")), 0, extent)
+        _note_known(TableColumns(buffer, targets(buffer, groups)), 0, extent)
     rows = np.flatnonzero(of_array)
     buffer.charge_tables(len(rows))
-    arrays = TableColumns(buffer, at[rows] + gather(buffer, at[rows], "<u4"))
+    arrays = TableColumns(buffer, targets(buffer, at[rows]))
     if len(arrays):
         _note_known(arrays, _ARRAY_SLOTS, extent)
     older, newer = arrays.vectors(_SHAPE_V1, _DIMENSION_V1_SIZE), arrays.vectors(_SHAPE, 4)
@@ -157,9 +183,9 @@ def _below(
     return np.empty(0, f"S{_ID_SIZE}"), np.empty(0, np.int64)
 
 
-def _note_known(tables: TableColumns, slots: int, extent: _Extent) -> None:
+def _note_known(tables: TableColumns, slots: int, extent: Extent) -> None:
     if tables.has_field_from(slots):
-        raise _NotCopiedError
+        extent.has_unknown_fields = True
     extent.note_tables(tables)
 
 
@@ -172,7 +198,7 @@ def _all_have(older: Vectors | None, newer: Vectors | None, count: int) -> bool:
 
 
 def _tables_of(
-    buffer: Buffer, vectors: Vectors | None, slots: int, extent: _Extent
+    buffer: Buffer, vectors: Vectors | None, slots: int, extent: Extent
 ) -> Iterator[tuple[TableColumns, npt.NDArray[np.int64]]]:
     """The tables in vectors of tables, if there are any, and for each the number of the vector that it is in."""
     if vectors is None:
@@ -185,6 +211,6 @@ def _tables_of(
         edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(vectors.counts)])
         owner = owners(edges)
         fields: Positions = (vectors.starts - 4 * edges[:-1])[owner] + 4 * np.arange(count, dtype=np.int64)
-        tables = TableColumns(buffer, fields + gather(buffer, fields, "<u4"))
+        tables = TableColumns(buffer, targets(buffer, fields))
         _note_known(tables, slots, extent)
         yield tables, owner

@@ -328,9 +328,7 @@ def resting_on(state: RepoState, info: RepoInfo, written: RepoState | None) -> R
     )
 
 
-def reparented(
-    snapshots: Mapping[ObjectId, SnapshotRecord], released: Collection[ObjectId], *, onto_first: bool
-) -> tuple[Reparented, ...]:
+def reparented(snapshots: SnapshotGraph, released: Collection[ObjectId], *, onto_first: bool) -> tuple[Reparented, ...]:
     """Survivors whose parent is released, each with its new parent.
 
     The transaction logs of the ancestors in between go on a survivor's list, oldest first and before those already
@@ -345,9 +343,10 @@ def reparented(
         nearest remaining ancestor, as after a collection.
     """
     changes: list[Reparented] = []
-    for record in snapshots.values():
-        if record.id in released or record.parent not in released:
+    for id, parent in snapshots.parents() if released else ():
+        if parent not in released or id in released:
             continue
+        record = snapshots[id]
         pruned, above = list(record.pruned_ancestor_tx_logs[::-1]), record.parent
         while above is not None and (above in released or (onto_first and snapshots[above].parent is not None)):
             passed = snapshots[above]
@@ -713,8 +712,9 @@ def _expired(state: RepoState, event: e.ExpirationRan) -> RepoState:
             replace(record, parent=change.parent, pruned_ancestor_tx_logs=change.pruned_ancestor_tx_logs),
         )
     for gone in released:
-        require_snapshot(state, gone)
-        snapshots = snapshots.delete(gone)
+        if gone not in state.snapshots:
+            require_snapshot(state, gone)
+    snapshots = snapshots.without(released)
     parents = dict(snapshots.parents())
     if released & {*branches.values(), *tags.values()} or any(
         parent is not None and parent not in parents for parent in parents.values()
@@ -807,9 +807,9 @@ def _collected(state: RepoState, cutoff_us: int) -> RepoState:
     """Keep what a branch or tag reaches, the first snapshot, and younger detached snapshots."""
     reached = state.reachable()
     released = {
-        record.id
-        for record in state.snapshots.values()
-        if record.id not in reached and record.parent is not None and record.flushed_at_us < cutoff_us
+        id
+        for id, time_us in state.snapshots.times()
+        if time_us < cutoff_us and id not in reached and state.snapshots[id].parent is not None
     }
     snapshots = state.snapshots
     for change in reparented(snapshots, released, onto_first=False):
@@ -817,6 +817,5 @@ def _collected(state: RepoState, cutoff_us: int) -> RepoState:
             snapshots[change.id], parent=change.parent, pruned_ancestor_tx_logs=change.pruned_ancestor_tx_logs
         )
         snapshots = snapshots.set(change.id, record)
-    for gone in released:
-        snapshots = snapshots.delete(gone)
+    snapshots = snapshots.without(released) if released else snapshots
     return replace(state, snapshots=snapshots, gc_cutoff_us=max(state.gc_cutoff_us, cutoff_us))

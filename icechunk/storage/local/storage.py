@@ -93,6 +93,8 @@ __all__ = ["RESERVED", "LocalStorage"]
 T = TypeVar("T")
 
 _THREADS: Final = 32
+_READ_TOGETHER: Final = 64
+"""Number of files that one thread reads, where many are wanted."""
 _REFUSED: Final = frozenset(
     {
         errno.EACCES,
@@ -150,6 +152,12 @@ class LocalStorage(Storage):
 
     async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
         return await self._in_thread(self._get, key, byte_range)
+
+    async def get_all(self, keys: Sequence[str]) -> list[GetResult | None]:
+        # A thread for each file would cost more than the files.
+        shares = [keys[first : first + _READ_TOGETHER] for first in range(0, len(keys), _READ_TOGETHER)]
+        jobs = [partial(self._in_thread, self._get_some, share) for share in shares]
+        return list(itertools.chain.from_iterable(await run_jobs(jobs, limit=_THREADS)))
 
     async def put(
         self,
@@ -354,6 +362,15 @@ class LocalStorage(Storage):
         self._folders.use(os.path.dirname(path))
         if not key.startswith(_REFERRED_TO):
             self._folders.settle(path, status)
+
+    def _get_some(self, keys: Sequence[str]) -> list[GetResult | None]:
+        found: list[GetResult | None] = []
+        for key in keys:
+            try:
+                found.append(self._get(key, None))
+            except ObjectNotFoundError:
+                found.append(None)
+        return found
 
     def _head(self, key: str) -> ObjectInfo:
         path = self._path(key)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import flatbuffers
@@ -16,6 +17,7 @@ from icechunk.errors import FormatError, InvalidInputError
 from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.manifest import decode_manifest, encode_manifest
+from icechunk.format.manifest.decoding import decode_manifests
 from icechunk.format.manifest.refs_by_node import of_rank
 from icechunk.format.values import INLINE, LAST_MODIFIED, NATIVE, ChunkRef, ChunkRefs, Manifest
 from tests.raising import raises
@@ -266,3 +268,54 @@ def test_many_small_arrays_share_a_manifest() -> None:
     arrays = {node: refs for node, refs in arrays.items() if len(refs)}
     manifest = Manifest(id=ID, arrays=arrays)
     assert contents(decode_manifest(encode_manifest(manifest))) == contents(manifest)
+
+
+def singly(files: Sequence[tuple[ObjectId, bytes]]) -> list[list[tuple[NodeId, list[tuple[Any, ...]]]]]:
+    return [contents(decode_manifest(data, expected_id=id)) for id, data in files]
+
+
+def together(files: Sequence[tuple[ObjectId, bytes]]) -> list[list[tuple[NodeId, list[tuple[Any, ...]]]]]:
+    """The same by `decode_manifests`."""
+    found: list[dict[NodeId, ChunkRefs]] = [{} for _ in files]
+    for some in decode_manifests(files):
+        for part in some.parts:
+            for i, (array, first, last) in enumerate(
+                zip(part.arrays.tolist(), part.edges[:-1].tolist(), part.edges[1:].tolist(), strict=True)
+            ):
+                assert i == 0 or part.arrays[i - 1] < array
+                manifest, node = int(some.manifests[array]), some.nodes[array]
+                if last - first >= len(found[manifest].get(node, ())):
+                    found[manifest][node] = part.rows.take(slice(first, last))
+    manifests = [
+        Manifest(id=id, arrays=dict(sorted(arrays.items()))) for (id, _), arrays in zip(files, found, strict=True)
+    ]
+    return list(map(contents, manifests))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(manifests(), st.sampled_from((1, 2))), max_size=5))
+def test_manifests_that_are_read_together_hold_what_each_holds(many: list[tuple[Manifest, int]]) -> None:
+    files = [(one.id, encode_manifest(one, spec_version)) for one, spec_version in many]
+    assert together(files) == singly(files)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_of_manifests_that_are_read_together_a_corrupt_one_is_refused_or_read_as_if_it_were_alone(rng: Random) -> None:
+    files = []
+    for n in range(3):
+        refs = native([(n, m) for m in range(rng.randrange(1, 4))])
+        one = Manifest(id=ObjectId(bytes([n]) * 12), arrays={NodeId(bytes([i]) * 8): refs for i in range(2)})
+        _, payload = unseal(encode_manifest(one), FileType.MANIFEST)
+        octets = bytearray(payload)
+        if n == 1:
+            for _ in range(rng.choice((1, 1, 3))):
+                at = rng.randrange(len(octets))
+                octets[at] = rng.choice((0, 1, 4, 255, octets[at] ^ 1 << rng.randrange(8)))
+        octets[4:8] = b"Ichk"
+        files.append((one.id, seal(FileType.MANIFEST, 2, octets)))
+    try:
+        found = together(files)
+    except FormatError:
+        return
+    assert found == singly(files)

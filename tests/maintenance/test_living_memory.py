@@ -1,0 +1,83 @@
+"""A collection that starts from what the one before found to live."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+import numpy as np
+import pytest
+import zarr
+
+import icechunk
+from icechunk.format.ids import object_id_from_text
+from icechunk.storage.memory import MemoryStorage
+from icechunk.testing.recording import RecordingStorage
+from tests.maintenance.helpers import AgedStorage, History, ago, by_layout
+
+
+async def read_again(recording: RecordingStorage, history: History, cutoff: datetime | None = None) -> list[str]:
+    """The kinds of metadata files that a collection reads, sorted."""
+    recording.clear()
+    await history.repo.garbage_collect_async(cutoff or ago(days=1))
+    asked = [one.key.split("/")[0] for one in recording.requests if one.verb == "get"]
+    return sorted(kind for kind in asked if kind in ("snapshots", "manifests"))
+
+
+async def commit(history: History, value: int) -> None:
+    session = await history.repo.writable_session_async("main")
+    array = await zarr.api.asynchronous.open_array(store=session.store, path="a", mode="r+")
+    await array.setitem(slice(0, 2), np.full(2, value, "i4"))
+    await session.commit_async(f"{value}")
+
+
+@by_layout
+async def test_a_second_collection_reads_only_what_is_new(version: int | None) -> None:
+    recording = RecordingStorage(AgedStorage(MemoryStorage()), turns=0)
+    history = await History.create(recording, version)
+    for value in range(5):
+        await commit(history, value)
+    first = await read_again(recording, history)
+    again = await read_again(recording, history)
+    if version == 1:
+        # In format 1 what is reachable is known from the files only.
+        assert again == first
+        return
+    assert len(first) > 10
+    assert again == []
+    await commit(history, 7)
+    assert await read_again(recording, history) == ["manifests", "snapshots"]
+    assert await read_again(recording, history) == []
+
+
+@pytest.mark.parametrize("version", [None, 2], ids=["log", "repo"])
+async def test_after_an_expiration_what_died_is_collected_all_the_same(version: int | None) -> None:
+    storage = MemoryStorage()
+    history = await History.create(AgedStorage(storage), version)
+    for value in range(5):
+        await commit(history, value)
+    assert (await history.repo.garbage_collect_async(ago(days=1))).chunks_deleted == 0
+    infos = [info async for info in history.repo.async_ancestry(branch="main")]
+    await history.repo.expire_snapshots_async(infos[0].written_at)
+    summary = await history.repo.garbage_collect_async(ago(days=1))
+    assert summary.chunks_deleted >= 4
+    assert summary.snapshots_deleted >= 4
+    session = await icechunk.Repository.open_async(storage)
+    array = await zarr.api.asynchronous.open_array(
+        store=(await session.readonly_session_async("main")).store, path="a", mode="r"
+    )
+    assert np.array_equal(np.asarray(await array.getitem(slice(0, 2))), [4, 4])
+
+
+@pytest.mark.parametrize("version", [None, 2], ids=["log", "repo"])
+async def test_a_snapshot_that_lost_its_branch_is_no_longer_taken_from_memory(version: int | None) -> None:
+    recording = RecordingStorage(AgedStorage(MemoryStorage()), turns=0)
+    history = await History.create(recording, version)
+    await commit(history, 1)
+    infos = [info async for info in history.repo.async_ancestry(branch="main")]
+    old = infos[0].written_at - timedelta(days=1)
+    await read_again(recording, history, old)
+    await history.repo.reset_branch_async("main", infos[1].id)
+    # It stays, since it is young; but its chunks must not be moved, which is known only from reading it.
+    assert await read_again(recording, history, old)
+    log = await history.repo._core.log()
+    assert object_id_from_text(infos[0].id) in log.state.snapshots
