@@ -40,6 +40,83 @@ CONTROL = Mutant("none", "", LOG + "settle.py", "import asyncio\n", "import asyn
 """No change at all."""
 
 MUTANTS: tuple[Mutant, ...] = (
+    # -- conversions, tokens of other layouts, calls that share an attempt -----------------------------------------------
+    Mutant(
+        "reader-stays-with-the-repo-object",
+        "rule 8: a client of the repo object follows into the log",
+        LOG + "repo_object/layout.py",
+        "            await self._follow_into_log()\n",
+        "            break\n",
+        ("repo",),
+    ),
+    Mutant(
+        "tips-prove-that-history-goes-on",
+        "rule 8: the seal says that repo goes on from a log, not its tips, which may have been collected",
+        LOG + "entries/client.py",
+        "        return state.last_time_us >= self.state.last_time_us\n",
+        "        return all(tip in state.snapshots for tip in self.state.branches.values())\n",
+    ),
+    Mutant(
+        "sleeper-takes-pruned-for-taken-over",
+        "rule 8: a client whose T is not fresh decides by a listing",
+        LOG + "entries/client.py",
+        "            if not is_fresh(freshness, instant(self.sources, None if found is None else found[1].date_us)):\n",
+        "            if False:\n",
+    ),
+    Mutant(
+        "seal-changes-its-bytes",
+        "rule 2: the bytes of an attempt never change under its nonce",
+        LOG + "entries/takeover.py",
+        "        if data is None:\n",
+        "        if True:\n",
+        (),
+    ),
+    Mutant(
+        "opener-seals-a-living-log",
+        "rule 8: repo is read again before a log that was found beside it is sealed",
+        LOG + "entries/takeover.py",
+        "    now = await read_repo(storage, sources)\n",
+        "    now = None\n",
+    ),
+    Mutant(
+        "window-hides-a-change",
+        "rule 3: a change whose line has left the window of the ops log is found in the copy",
+        LOG + "ops_log.py",
+        "                if nonce_of(extra) in nonces:\n",
+        "                if update.backup_path is not None and nonce_of(extra) in nonces:\n",
+        ("repo",),
+    ),
+    Mutant(
+        "conversion-makes-no-copy",
+        "rule 8: the mark of the last swap is kept through a conversion",
+        LOG + "entries/checkpoint.py",
+        "updates=UpdateList.of(found.info.updates).settled(backup)",
+        "updates=UpdateList.of(found.info.updates)",
+        ("repo",),
+    ),
+    Mutant(
+        "pruned-slot-settles",
+        "rule 3: a slot up to the marker counts only until T + G/2",
+        LOG + "entries/reader.py",
+        "marker.epoch == token.epoch and token.n > marker.n",
+        "marker.epoch == token.epoch and token.n > 0",
+    ),
+    Mutant(
+        "equal-refs-are-ones-own",
+        "format 1: a write is recognised by its mark, not by what it says",
+        LOG + "ref_files/layout.py",
+        "        return mark_in(data) == mark_in(attempt.data)\n",
+        "        return data.split() == attempt.data.split()\n",
+        ("refs",),
+    ),
+    Mutant(
+        "unfinished-upgrade-hides-commits",
+        "until an upgrade is finished the refs count",
+        LOG + "repo_object/client.py",
+        "                info = await as_refs_say(self._storage, self._sources, seen.unfinished)\n",
+        "                info = seen.unfinished\n",
+        ("refs",),
+    ),
     # -- the engine of conditional writes ------------------------------------------------------------------------------
     Mutant(
         "told-attempt-sent-again",

@@ -248,6 +248,15 @@ class Sessions(RepositoryBase):
         -------
         bool
             True: it is in the history. False: it is not, and never will be.
+
+        Raises
+        ------
+        CommitOutcomeUnknown
+            Nothing tells any more; look whether the change is there. Never for a commit.
+        SessionStateError
+            The repository was converted to another layout since it was opened: open it again.
+        StorageError
+            The storage gives no certain answer; call again.
         """
         return await (await self._core.log()).settle(token)
 

@@ -100,7 +100,14 @@ class RepositoryLog(ABC):
     async def refresh(self) -> RepoState:
         """Learn everything up to the end of the log as it is now, and return the state there.
 
-        Includes everything that was acknowledged to anybody before the call. One round trip where little happened.
+        Includes everything that was acknowledged to anybody before the call, also after a conversion to the other
+        layout of format 2. One round trip where little happened.
+
+        Raises
+        ------
+        SessionStateError
+            Another library took the log over, so that the repository goes on from an older state than the one that this
+            instance has returned: open it again.
         """
 
     async def name_refs(self, *, branches: Iterable[str] = (), tags: Iterable[str] = ()) -> RepoState:
@@ -147,8 +154,8 @@ class RepositoryLog(ABC):
 
         ``propose`` is called on the newest known state, and again whenever another writer was first; the
         events must apply one after the other (`icechunk.log.repository.state.apply`). An empty sequence lands nothing.
-        Calls that wait at the same time share one entry; each is validated after the ones before, and one that
-        is refused does not touch the others.
+        Calls that wait at the same time share one entry; each is validated after the ones before. One that is refused
+        does not touch the others, and one that does not apply after the others waits until they have landed or not.
 
         Parameters
         ----------
@@ -219,6 +226,12 @@ class RepositoryLog(ABC):
 
         Raises
         ------
+        CommitOutcomeUnknown
+            Nothing tells any more: the change adds no snapshot, and its place was reused, or cannot be recognised.
+        SessionStateError
+            The token is of a layout that the repository was converted to since it was opened: open it again.
+        InvalidInputError
+            The token is of another repository.
         StorageError
             The store gives no certain answer; call again.
         """
