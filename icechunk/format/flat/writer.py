@@ -22,6 +22,9 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 from icechunk.errors import ErrorKind, InvalidInputError
 
 __all__ = [
@@ -31,6 +34,7 @@ __all__ = [
     "FlatWriter",
     "Inline",
     "Items",
+    "Run",
     "Scalar",
     "Written",
     "id_struct",
@@ -102,14 +106,31 @@ def id_struct(raw: bytes) -> Inline:
     return Inline(raw)
 
 
+class Run(NamedTuple):
+    """Tables, and all below them, in consecutive bytes of a payload that refer to nothing outside of these bytes.
+
+    They can therefore be copied into another payload as they are (`FlatWriter.begin_run`).
+    """
+
+    start: int
+    """Position in the payload."""
+    end: int
+    tables: npt.NDArray[np.int64]
+    """int64[n]: position of each table, relative to ``start``."""
+    vtables: Mapping[bytes, int]
+    """Positions of vtables by their bytes, relative to ``start``."""
+
+
 class FlatWriter:
     """One payload that is being written."""
 
-    __slots__ = ("_vtables", "out")
+    __slots__ = ("_others", "_vtables", "out")
 
     def __init__(self) -> None:
         self.out = bytearray()
         self._vtables: dict[bytes, int] = {}
+        self._others = self._vtables
+        """Vtables outside of the run that is being written."""
 
     def finish(self, root: FlatTable) -> bytearray:
         """Write ``root`` and everything below it after the file identifier.
@@ -189,6 +210,24 @@ class FlatWriter:
             found = self._vtables[data] = len(self.out)
             self.out += data
         return found
+
+    def begin_run(self, payload: bytes = b"", run: Run | None = None) -> int:
+        """Begin a `Run`, with a copy of one of another payload if there is one; returns its position.
+
+        Until `end_run`, no vtable before that position is used.
+        """
+        self.align(8)
+        self._others, self._vtables = self._vtables, {}
+        start = len(self.out)
+        if run is not None:
+            self.out += memoryview(payload)[run.start : run.end]
+            self._vtables = {data: start + at for data, at in run.vtables.items()}
+        return start
+
+    def end_run(self, start: int, tables: npt.NDArray[np.int64]) -> Run:
+        """End the run that began at ``start``, with tables at these positions."""
+        vtables, self._vtables = self._vtables, self._others
+        return Run(start, len(self.out), tables - start, {data: at - start for data, at in vtables.items()})
 
     def _child(self, value: Value) -> int:
         if isinstance(value, str):

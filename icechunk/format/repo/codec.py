@@ -10,12 +10,12 @@ from icechunk.errors import ErrorKind, FormatError, InvalidInputError
 from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.flat import flexbuffers
 from icechunk.format.flat.reader import Buffer, Table, required
-from icechunk.format.flat.writer import FlatTable, FlatWriter, Items, Scalar, Value, Written, u8
+from icechunk.format.flat.writer import FlatTable, FlatWriter, Items, Run, Scalar, Value, Written, u8
 from icechunk.format.ids import ObjectId
 from icechunk.format.metadata import metadata_from_tables, metadata_tables
 from icechunk.format.repo.snapshot_encoding import SnapshotRows
 from icechunk.format.repo.snapshot_graph import SnapshotGraph
-from icechunk.format.repo.stored_snapshots import StoredSnapshots
+from icechunk.format.repo.stored_snapshots import SnapshotRun, StoredSnapshots
 from icechunk.format.repo.update_encoding import read_status, status_table
 from icechunk.format.repo.updates import UpdateList
 from icechunk.format.repo.values import (
@@ -80,7 +80,7 @@ __all__ = [
 _SPEC_VERSION, _TAGS, _BRANCHES, _DELETED_TAGS, _SNAPSHOTS, _STATUS, _METADATA = range(7)
 _UPDATES, _BEFORE_UPDATES, _CONFIG, _ENABLED, _DISABLED, _EXTRA = range(7, 13)
 
-_FEW = 64
+_FEW = 8
 _LEVEL = -1
 """Compression level of zstd. Every opening unpacks this file, and writers write it again and again: this level takes
 half (reading) and a third (writing) of the time of level 3, for 7 % more bytes."""
@@ -113,25 +113,33 @@ def encode_repo(info: RepoInfo, level: int = _LEVEL) -> bytes:
     FormatError
         If parts of it are copied from an older file, which is corrupt.
     """
-    return seal(FileType.REPO_INFO, 2, _payload(info), level)
+    return seal(FileType.REPO_INFO, 2, _payload(info)[0], level)
 
 
 def encode_and_keep(info: RepoInfo, level: int = _LEVEL) -> EncodedRepo:
     """As `encode_repo`; also returns the same repo info in a form that takes the least memory."""
-    payload = bytes(_payload(info))
+    written, snapshot_run, update_run = _payload(info)
+    payload = bytes(written)
     if len(info.snapshots) <= _FEW and len(info.updates) <= _FEW:
         return EncodedRepo(seal(FileType.REPO_INFO, 2, payload, level), info)
     root = Buffer(payload, "repo info").root()
-    snapshots = _stored_snapshots(root)
+    snapshots = _stored_snapshots(root, snapshot_run)
     # The next commit looks up its parent; the index is built here, where no event loop waits.
     snapshots.read_ids()
-    return EncodedRepo(
-        seal(FileType.REPO_INFO, 2, payload, level), replace(info, snapshots=snapshots, updates=_stored_updates(root))
-    )
+    updates = _stored_updates(root, update_run)
+    return EncodedRepo(seal(FileType.REPO_INFO, 2, payload, level), replace(info, snapshots=snapshots, updates=updates))
 
 
-def _payload(info: RepoInfo) -> bytearray:
+def _payload(info: RepoInfo) -> tuple[bytearray, SnapshotRun | None, Run]:
+    """The payload, and where its snapshots and updates are."""
     rows = SnapshotGraph.of(info.snapshots).rows()
+    update_runs: list[Run] = []
+
+    def write_updates(writer: FlatWriter) -> int:
+        position, run = UpdateList.of(info.updates).write_run(writer)
+        update_runs.append(run)
+        return position
+
     root: dict[int, Value] = {
         _SPEC_VERSION: u8(info.spec_version),
         _TAGS: _ref_tables("tag", info.tags, rows),
@@ -140,14 +148,14 @@ def _payload(info: RepoInfo) -> bytearray:
         _SNAPSHOTS: Written(rows.write),
         _STATUS: status_table(info.status),
         _METADATA: metadata_tables(info.metadata, 2),
-        _UPDATES: Written(UpdateList.of(info.updates).write),
+        _UPDATES: Written(write_updates),
         _BEFORE_UPDATES: info.repo_before_updates,
         _CONFIG: None if info.config is None else flexbuffers.dumps(info.config),
         _ENABLED: _flags(info.enabled_feature_flags),
         _DISABLED: _flags(info.disabled_feature_flags),
         _EXTRA: info.extra,
     }
-    return FlatWriter().finish(FlatTable(root))
+    return FlatWriter().finish(FlatTable(root)), rows.run, update_runs[0]
 
 
 def _utf8(text: str) -> bytes:
@@ -207,12 +215,12 @@ def decode_repo(data: bytes) -> RepoInfo:
     )
 
 
-def _stored_snapshots(root: Table) -> StoredSnapshots:
-    return StoredSnapshots(root.buffer, *required(root.vector(_SNAPSHOTS, 4), root, "snapshots"))
+def _stored_snapshots(root: Table, run: SnapshotRun | None = None) -> StoredSnapshots:
+    return StoredSnapshots(root.buffer, *required(root.vector(_SNAPSHOTS, 4), root, "snapshots"), run)
 
 
-def _stored_updates(root: Table) -> UpdateList:
-    return UpdateList.stored(root.buffer, *required(root.vector(_UPDATES, 4), root, "latest_updates"))
+def _stored_updates(root: Table, run: Run | None = None) -> UpdateList:
+    return UpdateList.stored(root.buffer, *required(root.vector(_UPDATES, 4), root, "latest_updates"), run)
 
 
 def _refs(root: Table, slot: int, field: str, snapshots: StoredSnapshots) -> dict[str, ObjectId]:

@@ -2,7 +2,9 @@
 
 Every checkpoint, and in the layout without a log every commit, writes the whole history. Snapshots of an older file are
 neither decoded nor encoded for that, and take no Python step each: their numbers are read as columns, their texts and
-values are spans of the older file's bytes, and numpy assembles the new bytes from both.
+values are spans of the older file's bytes, and numpy assembles the new bytes from both. If this process wrote the older
+file, and no snapshot of it was changed or deleted, its bytes are copied as they are, and only the numbers of parents
+are replaced (`icechunk.format.flat.writer.Run`).
 
 A snapshot is written as one block of bytes; only its vtable is outside of it::
 
@@ -40,6 +42,7 @@ from icechunk.format.repo.stored_snapshots import (
     PRUNED,
     TABLE_BYTES,
     TABLE_OFFSETS,
+    SnapshotRun,
     StoredSnapshots,
 )
 from icechunk.format.repo.values import SnapshotRecord
@@ -213,10 +216,12 @@ class SnapshotRows:
         New values by id; None: the snapshot was deleted.
     """
 
-    __slots__ = ("_moved", "_new", "_numbers", "_old_numbers", "_records", "_rows", "_stored")
+    __slots__ = ("_moved", "_new", "_numbers", "_old_numbers", "_records", "_rows", "_stored", "run")
 
     def __init__(self, stored: StoredSnapshots, changed: Mapping[ObjectId, SnapshotRecord | None]) -> None:
         fresh = [changed[id] for id in sorted(changed)]
+        self.run: SnapshotRun | None = None
+        """Where the tables are in the file, once they are written."""
         self._stored = stored
         self._records = [record for record in fresh if record is not None]
         if not stored:
@@ -270,13 +275,28 @@ class SnapshotRows:
         vector = len(out)
         out += count.to_bytes(4, "little") + bytes(4 * count)
         positions: npt.NDArray[np.int64] = np.empty(count, np.int64)
-        if 0 < len(self._rows) <= _FEW:
-            old = [self._stored.at(row) for row in self._rows.tolist()]
-            positions[self._old_numbers] = self._write_records(writer, old)
-        elif len(self._rows):
-            positions[self._old_numbers] = write_blocks(writer, self._stored, self._rows, self._moved)
+        parents: npt.NDArray[np.int64] = np.empty(count, np.int64)
+        old, former = self._old_numbers, self._stored.run
+        if former is not None and len(self._rows) == len(self._stored):
+            start = writer.begin_run(self._stored.tables.payload, former.run)
+            positions[old] = start + former.run.tables[self._rows]
+            parents[old] = start + former.parents[self._rows]
+            numbers = np.frombuffer(out, "<i4", len(out) // 4)
+            numbers[parents[old] >> 2] = self._moved[self._stored.parent_rows[self._rows]]
+            del numbers  # the bytes cannot grow while numpy has a view of them
+        else:
+            start = writer.begin_run()
+            if 0 < len(self._rows) <= _FEW:
+                records = [self._stored.at(row) for row in self._rows.tolist()]
+                positions[old] = self._write_records(writer, records)
+                parents[old] = _parent_fields(out, positions[old].tolist())
+            elif len(self._rows):
+                positions[old] = write_blocks(writer, self._stored, self._rows, self._moved)
+                parents[old] = positions[old] + TABLE_OFFSETS[PARENT]
         if self._records:
             positions[self._numbers] = self._write_records(writer, self._records)
+            parents[self._numbers] = _parent_fields(out, positions[self._numbers].tolist())
+        self.run = SnapshotRun(writer.end_run(start, positions), parents - start)
         fields = vector + 4 + 4 * np.arange(count, dtype=np.int64)
         out[vector + 4 : vector + 4 + 4 * count] = (positions - fields).astype("<u4").tobytes()
         return vector
@@ -316,6 +336,16 @@ class SnapshotRows:
             out += b"\0"
             positions.append(start)
         return positions
+
+
+def _parent_fields(out: bytearray, tables: Sequence[int]) -> list[int]:
+    """Position of the parent's number in each of these tables."""
+    fields = []
+    for table in tables:
+        vtable = table - int.from_bytes(out[table : table + 4], "little", signed=True)
+        slot = vtable + 4 + 2 * PARENT
+        fields.append(table + int.from_bytes(out[slot : slot + 2], "little"))
+    return fields
 
 
 def _table(record: SnapshotRecord, parent: int) -> FlatTable:

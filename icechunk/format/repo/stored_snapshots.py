@@ -13,13 +13,14 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence, ValuesView
 from itertools import pairwise
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from icechunk.format.flat.lazy_tables import LazyTables
 from icechunk.format.flat.reader import Buffer, Table, required
+from icechunk.format.flat.writer import Run
 from icechunk.format.ids import ObjectId
 from icechunk.format.metadata import metadata_from_tables
 from icechunk.format.repo.values import SnapshotRecord
@@ -38,6 +39,7 @@ __all__ = [
     "TABLE_BYTES",
     "TABLE_OFFSETS",
     "RecordsView",
+    "SnapshotRun",
     "StoredSnapshots",
 ]
 
@@ -138,6 +140,14 @@ class _Index:
         return ObjectId(self.ids[_ID_SIZE * row : _ID_SIZE * row + _ID_SIZE])
 
 
+class SnapshotRun(NamedTuple):
+    """All tables of a vector of snapshots in consecutive bytes, so that the next file can copy them."""
+
+    run: Run
+    parents: npt.NDArray[np.int64]
+    """int64[n]: position of each parent's number, relative to the run."""
+
+
 class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
     """Snapshots by id, in the order of the file, which is that of their ids.
 
@@ -150,6 +160,8 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         The payload.
     start, count
         Position and length of the vector of tables, as `Table.vector` returns them.
+    run
+        Where the tables are, if this process wrote them.
 
     Raises
     ------
@@ -157,11 +169,12 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         If there are more than the buffer has room for.
     """
 
-    __slots__ = ("_known", "tables")
+    __slots__ = ("_known", "run", "tables")
 
-    def __init__(self, buffer: Buffer, start: int, count: int) -> None:
+    def __init__(self, buffer: Buffer, start: int, count: int, run: SnapshotRun | None = None) -> None:
         self.tables = LazyTables(buffer, start, count)
         """Tables in the order of the file; a row is the number of a table."""
+        self.run = run
         self._known: _Index | None = None
 
     @property
@@ -173,6 +186,11 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
     def read_ids(self) -> None:
         """Read the ids and parents of all snapshots now. Raises `FormatError` if they are corrupt."""
         _ = self._index
+
+    @property
+    def parent_rows(self) -> npt.NDArray[np.int32]:
+        """int32[n], by row: the row of its parent, or `NO_PARENT`."""
+        return np.frombuffer(self._index.parents, np.int32)
 
     @property
     def ids(self) -> npt.NDArray[np.bytes_]:

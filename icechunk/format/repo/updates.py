@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from icechunk.format.flat.lazy_tables import LazyTables
 from icechunk.format.flat.reader import Buffer
-from icechunk.format.flat.writer import FlatWriter
+from icechunk.format.flat.writer import FlatWriter, Run
 from icechunk.format.repo.update_encoding import read_update, update_table, write_update_blocks
 from icechunk.format.repo.values import Update
 
@@ -31,6 +31,8 @@ class _Stretch:
     """Their numbers in the file."""
     backup: str | None = None
     """The backup path of those that have none of their own."""
+    run: Run | None = None
+    """Where all tables of the file are, if this process wrote them."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -43,6 +45,16 @@ class _Stretch:
         if update.backup_path is None and self.backup is not None:
             return replace(update, backup_path=self.backup)
         return update
+
+
+def _is_whole(part: _Part) -> bool:
+    """Whether these are all updates of a file, as they are, and can be copied in one piece."""
+    return (
+        isinstance(part, _Stretch)
+        and part.run is not None
+        and part.backup is None
+        and part.rows == range(len(part.tables))
+    )
 
 
 _Part: TypeAlias = "tuple[Update, ...] | _Stretch"
@@ -63,7 +75,7 @@ class UpdateList(Sequence[Update]):
         return updates if isinstance(updates, UpdateList) else UpdateList((tuple(updates),))
 
     @staticmethod
-    def stored(buffer: Buffer, start: int, count: int) -> UpdateList:
+    def stored(buffer: Buffer, start: int, count: int, run: Run | None = None) -> UpdateList:
         """The updates of a file.
 
         Parameters
@@ -72,13 +84,15 @@ class UpdateList(Sequence[Update]):
             The payload.
         start, count
             Position and length of the vector of tables, as `Table.vector` returns them.
+        run
+            Where the tables are, if this process wrote them.
 
         Raises
         ------
         FormatError
             If there are more than the buffer has room for.
         """
-        return UpdateList((_Stretch(tables=LazyTables(buffer, start, count), rows=range(count)),))
+        return UpdateList((_Stretch(tables=LazyTables(buffer, start, count), rows=range(count), run=run),))
 
     @property
     def read_count(self) -> int:
@@ -115,7 +129,11 @@ class UpdateList(Sequence[Update]):
         )
 
     def write(self, writer: FlatWriter) -> int:
-        """Write the vector of all updates; returns its position.
+        """As `write_run`; returns the vector's position only."""
+        return self.write_run(writer)[0]
+
+    def write_run(self, writer: FlatWriter) -> tuple[int, Run]:
+        """Write the vector of all updates; returns its position, and where its tables are.
 
         Raises
         ------
@@ -128,16 +146,23 @@ class UpdateList(Sequence[Update]):
         out = writer.out
         vector = len(out)
         out += len(self).to_bytes(4, "little") + bytes(4 * len(self))
-        positions: list[npt.NDArray[np.int64]] = []
+        positions: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
+        former = next(filter(_is_whole, self._parts), None)
+        if isinstance(former, _Stretch):
+            start = writer.begin_run(former.tables.payload, former.run)
+        else:
+            start = writer.begin_run()
         for part in self._parts:
-            if isinstance(part, _Stretch):
+            if isinstance(part, _Stretch) and part is former and part.run is not None:
+                positions.append(start + part.run.tables)
+            elif isinstance(part, _Stretch):
                 positions.append(write_update_blocks(writer, part.tables, part.rows, part.backup))
             else:
                 positions.append(np.array([writer.table(update_table(update)) for update in part], np.int64))
-        if positions:
-            fields = vector + 4 + 4 * np.arange(len(self), dtype=np.int64)
-            out[vector + 4 : vector + 4 + 4 * len(self)] = (np.concatenate(positions) - fields).astype("<u4").tobytes()
-        return vector
+        tables = np.concatenate(positions)
+        fields = vector + 4 + 4 * np.arange(len(self), dtype=np.int64)
+        out[vector + 4 : vector + 4 + 4 * len(self)] = (tables - fields).astype("<u4").tobytes()
+        return vector, writer.end_run(start, tables)
 
     def __len__(self) -> int:
         return self._length

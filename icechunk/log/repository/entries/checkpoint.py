@@ -53,7 +53,7 @@ DEFAULT_UPDATES_PER_FILE: Final = 1000
 _SMALL_BYTES: Final = 64 * 1024
 _LONG_TAIL: Final = 64
 _HISTORY_SHARE: Final = 8
-_THREAD_FROM_SNAPSHOTS: Final = 200
+_THREAD_FROM_SNAPSHOTS: Final = 2000
 _ATTEMPTS: Final = 20
 
 Embedded: TypeAlias = Callable[[int, int], Awaitable[Mapping[str, bytes]]]
