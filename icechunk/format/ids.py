@@ -13,8 +13,10 @@ ObjectId = NewType("ObjectId", bytes)
 NodeId = NewType("NodeId", bytes)
 """8 bytes: a group or array, for its whole life, through moves and changes of metadata."""
 
+_OBJECT_ID_BYTES: Final = 12
 _ALPHABET: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _VALUES: Final = {c: i for i, c in enumerate(_ALPHABET)}
+_PAIRS: Final = [first + second for first in _ALPHABET for second in _ALPHABET]
 
 
 def encode_id(raw: bytes) -> str:
@@ -23,6 +25,23 @@ def encode_id(raw: bytes) -> str:
     >>> encode_id(bytes.fromhex("0b1cc8d6787580f0e33a6534"))
     '1CECHNKREP0F1RSTCMT0'
     """
+    pairs = _PAIRS
+    if len(raw) == _OBJECT_ID_BYTES:
+        # Ten pairs of characters, written out: histories are lists of such ids.
+        number = int.from_bytes(raw) << 4
+        high, low = number >> 50, number & 0x3FFFFFFFFFFFF
+        return (
+            pairs[high >> 40]
+            + pairs[high >> 30 & 1023]
+            + pairs[high >> 20 & 1023]
+            + pairs[high >> 10 & 1023]
+            + pairs[high & 1023]
+            + pairs[low >> 40]
+            + pairs[low >> 30 & 1023]
+            + pairs[low >> 20 & 1023]
+            + pairs[low >> 10 & 1023]
+            + pairs[low & 1023]
+        )
     bits = len(raw) * 8
     chars = -(-bits // 5)
     number = int.from_bytes(raw) << (chars * 5 - bits)

@@ -125,7 +125,7 @@ class Living:
         manifests = await walk(self._files, start, self.walked, self._limits, follow_parents=in_files)
         self._transactions |= self.walked.snapshots.keys()
         if not in_files:
-            self._transactions.update(state.snapshots.pruned_transactions())
+            self._transactions.update(*state.snapshots.pruned_transactions().values())
             if self._shares is not None:
                 self._shares.fixed_manifests = frozenset(
                     manifest for id in _detached(state) for manifest in self.walked.snapshots[id]

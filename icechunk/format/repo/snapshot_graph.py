@@ -7,7 +7,7 @@ file's snapshots, and none of those is decoded for it. Each added snapshot is an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, ValuesView
+from collections.abc import Collection, Iterator, Mapping, Sequence, ValuesView
 from typing import Final
 
 from immutables import Map
@@ -125,15 +125,15 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
         yield from (one for one in self._stored.parents() if one[0] not in changed)
         yield from ((id, record.parent) for id, record in changed.items() if record is not None)
 
-    def pruned_transactions(self) -> Iterator[ObjectId]:
-        """The transaction logs of expired ancestors that some snapshot lists, in any order."""
-        changed = self._changed
-        for row, ids in self._stored.pruned_transactions():
-            if not changed or self._stored.id(row) not in changed:
-                yield from ids
-        for record in changed.values():
-            if record is not None:
-                yield from record.pruned_ancestor_tx_logs
+    def pruned_transactions(self) -> dict[ObjectId, Sequence[ObjectId]]:
+        """The snapshots that list transaction logs of expired ancestors, and these logs, oldest first."""
+        stored, changed = self._stored, self._changed
+        found: dict[ObjectId, Sequence[ObjectId]] = {stored.id(row): ids for row, ids in stored.pruned_transactions()}
+        for id, record in changed.items():
+            found.pop(id, None)
+            if record is not None and record.pruned_ancestor_tx_logs:
+                found[id] = record.pruned_ancestor_tx_logs
+        return found
 
     def times(self) -> Iterator[tuple[ObjectId, int]]:
         """The id of every snapshot and the time at which it was written, µs, in any order; nothing else is decoded."""

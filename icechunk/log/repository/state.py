@@ -342,17 +342,18 @@ def reparented(snapshots: SnapshotGraph, released: Collection[ObjectId], *, onto
         Whether the new parent is the first snapshot, as after an expiration by the official library; else it is the
         nearest remaining ancestor, as after a collection.
     """
+    if not released:
+        return ()
     changes: list[Reparented] = []
-    for id, parent in snapshots.parents() if released else ():
+    parents, known = dict(snapshots.parents()), snapshots.pruned_transactions()
+    for id, parent in parents.items():
         if parent not in released or id in released:
             continue
-        record = snapshots[id]
-        pruned, above = list(record.pruned_ancestor_tx_logs[::-1]), record.parent
-        while above is not None and (above in released or (onto_first and snapshots[above].parent is not None)):
-            passed = snapshots[above]
-            pruned += [passed.id, *passed.pruned_ancestor_tx_logs[::-1]]
-            above = passed.parent
-        changes.append(Reparented(id=record.id, parent=above, pruned_ancestor_tx_logs=tuple(pruned[::-1])))
+        pruned, above = list(known.get(id, ())[::-1]), parent
+        while above is not None and (above in released or (onto_first and parents[above] is not None)):
+            pruned += [above, *known.get(above, ())[::-1]]
+            above = parents[above]
+        changes.append(Reparented(id=id, parent=above, pruned_ancestor_tx_logs=tuple(pruned[::-1])))
     return tuple(changes)
 
 

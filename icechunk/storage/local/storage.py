@@ -122,6 +122,27 @@ _REFERRED_TO: Final = (CHUNKS_PREFIX, MANIFESTS_PREFIX, SNAPSHOTS_PREFIX, TRANSA
 """Objects that are durable, or need not be, before an object that refers to them can be read."""
 
 
+class _Threads:
+    """The threads of this process that work on files, for all storages: starting one takes longer than a small file."""
+
+    def __init__(self) -> None:
+        self._made: tuple[int, ThreadPoolExecutor] | None = None
+        self._lock = threading.Lock()
+
+    def here(self) -> ThreadPoolExecutor:
+        """The pool of this process, made when it is first needed; after a fork the parent's is left alone."""
+        made = self._made
+        if made is not None and made[0] == os.getpid():
+            return made[1]
+        with self._lock:
+            if self._made is None or self._made[0] != os.getpid():
+                self._made = (os.getpid(), ThreadPoolExecutor(_THREADS, thread_name_prefix="icechunk-files"))
+            return self._made[1]
+
+
+_THREADS_OF_PROCESS: Final = _Threads()
+
+
 class LocalStorage(Storage):
     """A storage below a folder of a file system; safe among threads, forks and processes.
 
@@ -146,8 +167,6 @@ class LocalStorage(Storage):
         self._exclusion = Exclusion.LINK
         self._folders = Folders(self._root)
         self._swept = False
-        self._threads: tuple[int, ThreadPoolExecutor] | None = None
-        self._threads_lock = threading.Lock()
         self._buffers = Buffers()
 
     async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
@@ -291,7 +310,7 @@ class LocalStorage(Storage):
     async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         """Run blocking work in a thread and wait for its end, also when cancelled: nothing lands afterwards."""
         try:
-            future = asyncio.get_running_loop().run_in_executor(self._executor(), work, *arguments)
+            future = asyncio.get_running_loop().run_in_executor(_THREADS_OF_PROCESS.here(), work, *arguments)
         except RuntimeError:
             if not _pools_are_closed():
                 raise
@@ -307,16 +326,6 @@ class LocalStorage(Storage):
             if not future.cancelled():
                 future.exception()  # retrieved, so that asyncio does not log it
             raise
-
-    def _executor(self) -> ThreadPoolExecutor:
-        current = self._threads
-        if current is not None and current[0] == os.getpid():
-            return current[1]
-        with self._threads_lock:
-            if self._threads is None or self._threads[0] != os.getpid():
-                # After a fork the parent's threads do not exist here; the old pool is left alone.
-                self._threads = (os.getpid(), ThreadPoolExecutor(_THREADS, thread_name_prefix="icechunk-files"))
-            return self._threads[1]
 
     # -- blocking work ---------------------------------------------------------------------------------------------
 

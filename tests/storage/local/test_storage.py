@@ -9,8 +9,10 @@ import re
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -378,13 +380,25 @@ async def test_pipes_and_foreign_names_are_no_objects(tmp_path: Path) -> None:
     assert await list_all(storage) == []
 
 
-async def test_forked_children_use_it_with_threads_of_their_own(tmp_path: Path) -> None:
+async def test_forked_children_use_it_with_threads_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = local._Threads()
+    monkeypatch.setattr(local, "_THREADS_OF_PROCESS", threads)
     storage = LocalStorage(tmp_path)
     await storage.put("x", b"1")
-    first = storage._executor()
-    storage._threads = (os.getpid() + 1, first)
+    first = threads.here()
+    threads._made = (os.getpid() + 1, first)
     assert (await storage.get("x")).data == b"1"
-    assert storage._executor() is not first
+    assert threads.here() is not first
+
+
+async def test_storages_of_one_process_share_their_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "_THREADS_OF_PROCESS", local._Threads())
+    with mock.patch.object(local, "ThreadPoolExecutor", wraps=ThreadPoolExecutor) as made:
+        for n in range(5):
+            await LocalStorage(tmp_path / str(n)).put("x", b"1")
+    assert made.call_count == 1
 
 
 def test_pickles_name_the_same_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
