@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from icechunk.runtime.representation import Described
 
 __all__ = ["AncestryGraph", "Changes", "Diff", "ManifestFileInfo", "SnapshotInfo"]  # noqa: F822 - see `__getattr__`
 
 
+class _ReadLater(Described):
+    """Base of values whose fields are filled when the first of them is read."""
+
+    __slots__ = ("_fill",)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only called for an attribute that is not set.
+        if name not in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        # A function that returns the fields, and its argument.
+        read, key = object.__getattribute__(self, "_fill")
+        for field_name, value in read(key).items():
+            object.__setattr__(self, field_name, value)
+        return object.__getattribute__(self, name)
+
+
+_T = TypeVar("_T", bound=_ReadLater)
+
+
+def read_later(cls: type[_T], read: Callable[[Any], Mapping[str, Any]], keys: Iterable[Any]) -> Iterator[_T]:
+    """For each key a value whose fields are those that ``read`` returns for the key, once one of them is needed."""
+    new, remember = cls.__new__, _ReadLater.__dict__["_fill"].__set__
+    for key in keys:
+        made = new(cls)
+        remember(made, (read, key))
+        yield made
+
+
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
-class SnapshotInfo(Described):
+class SnapshotInfo(_ReadLater):
     """A snapshot as history lists it."""
 
     id: str

@@ -6,12 +6,11 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Final
 
 from icechunk.format.ids import object_id_from_text
-from icechunk.format.repo.values import SnapshotRecord
 from icechunk.log.repository.state import require_snapshot
 from icechunk.log.session.merge.diff import diff as diff_transactions
 from icechunk.ops import Update
 from icechunk.repository.base import RepositoryBase, select
-from icechunk.repository.views import manifest_file, snapshot_info, update
+from icechunk.repository.views import lineage_infos, manifest_file, snapshot_info, update
 from icechunk.runtime.loops import run_sync, synchronous
 from icechunk.snapshots import Diff, ManifestFileInfo, SnapshotInfo
 
@@ -35,21 +34,23 @@ class History(RepositoryBase):
         RefNotFoundError, SnapshotNotFoundError
             There is no such thing.
         """
-        for record in await self._lineage(branch, tag, snapshot_id):
-            yield snapshot_info(record)
+        for info in await self._lineage(branch, tag, snapshot_id):
+            yield info
 
-    async def _lineage(self, branch: str | None, tag: str | None, snapshot_id: str | None) -> Iterator[SnapshotRecord]:
+    async def _lineage(self, branch: str | None, tag: str | None, snapshot_id: str | None) -> Iterator[SnapshotInfo]:
         tip = select(
             await self._core.state(snapshot_id, branch=branch, tag=tag), branch=branch, tag=tag, snapshot_id=snapshot_id
         )
-        return (await self._core.learn(tip, ancestry=True)).ancestry(tip)
+        state = await self._core.learn(tip, ancestry=True)
+        require_snapshot(state, tip)
+        return lineage_infos(state.snapshots, tip)
 
     def ancestry(
         self, *, branch: str | None = None, tag: str | None = None, snapshot_id: str | None = None
     ) -> Iterator[SnapshotInfo]:
         """Synchronous twin of `async_ancestry`."""
         # Nothing waits once the history is known, so no item has to come from the other thread.
-        yield from map(snapshot_info, run_sync(self._lineage(branch, tag, snapshot_id)))
+        yield from run_sync(self._lineage(branch, tag, snapshot_id))
 
     async def ops_log_async(self) -> AsyncIterator[Update]:
         """Everything that ever happened to the repository, newest first."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Final, assert_never
+from collections.abc import Collection, Iterator
+from typing import Any, Final, assert_never
 
 from icechunk.errors import ErrorKind, InvalidInputError, SessionStateError
-from icechunk.format.ids import encode_id
+from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.repo import values as stored
+from icechunk.format.repo.snapshot_graph import SnapshotGraph
 from icechunk.format.values import ManifestFile
 from icechunk.ops import AnyUpdateType, FeatureFlag, RepoAvailability, RepoStatus, Update, UpdateType
 from icechunk.runtime.clock import moment
-from icechunk.snapshots import ManifestFileInfo, SnapshotInfo
+from icechunk.snapshots import ManifestFileInfo, SnapshotInfo, read_later
 
 __all__ = [
     "feature_flag_id",
     "feature_flags",
+    "lineage_infos",
     "manifest_file",
     "repo_status",
     "require_feature",
@@ -36,6 +38,32 @@ def snapshot_info(record: stored.SnapshotRecord) -> SnapshotInfo:
         message=record.message,
         metadata=dict(record.metadata),
     )
+
+
+def lineage_infos(snapshots: SnapshotGraph, id: ObjectId) -> Iterator[SnapshotInfo]:
+    """A snapshot and its ancestors, newest first. Those of a file that need no check are read when they are looked at,
+    which most of a long history never is."""
+    stored = snapshots.stored
+
+    def read(row: int) -> dict[str, Any]:
+        own, parent, flushed_at_us, message = stored.plain(row)
+        return {
+            "id": encode_id(own),
+            "parent_id": None if parent is None else encode_id(parent),
+            "written_at": moment(flushed_at_us),
+            "message": message,
+            "metadata": {},
+        }
+
+    rows: list[int] = []
+    for one in snapshots.lineage_rows(id):
+        if isinstance(one, int):
+            rows.append(one)
+            continue
+        yield from read_later(SnapshotInfo, read, rows)
+        rows.clear()
+        yield snapshot_info(one)
+    yield from read_later(SnapshotInfo, read, rows)
 
 
 def manifest_file(file: ManifestFile) -> ManifestFileInfo:

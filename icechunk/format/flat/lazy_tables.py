@@ -65,6 +65,11 @@ class LazyTables:
         positions: npt.NDArray[np.int64] = self._start + 4 * np.arange(self._count, dtype=np.int64) + offsets
         return positions
 
+    def position(self, row: int) -> int:
+        """Position of the table with that number; not checked."""
+        field = self._start + 4 * row
+        return field + self._buffer.u32(field)
+
     def columns(self, rows: npt.NDArray[np.intp] | None = None) -> tuple[Buffer, TableColumns]:
         """The tables of some rows (None: all) as columns, and a buffer with a budget of its own to read what they
         point to.

@@ -119,6 +119,33 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
         if id in self:
             raise FormatError(f"cannot read the history: the ancestors of snapshot {id.hex()} form a cycle")
 
+    def lineage_rows(self, id: ObjectId) -> Iterator[int | SnapshotRecord]:
+        """As `lineage`; of snapshots that `StoredSnapshots.plain` reads only the row, without reading them."""
+        stored, changed = self._stored, self._changed
+        parents, are_plain = stored.parent_rows.tolist(), stored.are_plain()
+        replaced = {row for row in map(stored.find, changed) if row is not None}
+        row: int | None = None
+        for passed in range(self._count + 1):
+            record: SnapshotRecord | None = None
+            if row is None or row in replaced:
+                id = id if row is None else stored.id(row)
+                record, row = (changed[id], None) if id in changed else (None, stored.find(id))
+            if record is None and row is None:
+                return
+            if passed == self._count:
+                break
+            if row is not None:
+                yield row if are_plain[row] else stored.at(row)
+                row = parents[row]
+                if row < 0:
+                    return
+            elif record is not None:
+                yield record
+                if record.parent is None:
+                    return
+                id = record.parent
+        raise FormatError(f"cannot read the history: the ancestors of snapshot {id.hex()} form a cycle")
+
     def parents(self) -> Iterator[tuple[ObjectId, ObjectId | None]]:
         """The id of every snapshot and of its parent, in any order; cheaper than reading every snapshot."""
         changed = self._changed

@@ -18,6 +18,7 @@ from typing import Final, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from icechunk.format.flat.columns import Vectors, gather, text_traits
 from icechunk.format.flat.lazy_tables import LazyTables
 from icechunk.format.flat.reader import Buffer, Table, required
 from icechunk.format.flat.writer import Run
@@ -53,6 +54,7 @@ TABLE_BYTES: Final = 36
 PLAIN: Final = struct.Struct("<ii12sQIIII")
 """A table without metadata as this package writes it: vtable, parent, id, time, message, metadata; then the empty
 vector of metadata, and the length of the message, which follows."""
+_NUMBERS_AT: Final = PLAIN.size - 16
 MESSAGE_AT, METADATA_AT = 12, 4
 """Values of the offset fields of message and metadata in such a table."""
 _PLAIN_FIELDS: Final = (TABLE_BYTES, *(TABLE_OFFSETS[slot] for slot in (ID, PARENT, FLUSHED_AT, MESSAGE, METADATA)))
@@ -169,13 +171,14 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         If there are more than the buffer has room for.
     """
 
-    __slots__ = ("_known", "run", "tables")
+    __slots__ = ("_known", "_plain_rows", "run", "tables")
 
     def __init__(self, buffer: Buffer, start: int, count: int, run: SnapshotRun | None = None) -> None:
         self.tables = LazyTables(buffer, start, count)
         """Tables in the order of the file; a row is the number of a table."""
         self.run = run
         self._known: _Index | None = None
+        self._plain_rows: bytes | None = None
 
     @property
     def _index(self) -> _Index:
@@ -241,6 +244,20 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
             raw = buffer.data[start : start + count * _ID_SIZE]
             yield row, [ObjectId(raw[i : i + _ID_SIZE]) for i in range(0, len(raw), _ID_SIZE)]
 
+    def are_plain(self) -> bytes:
+        """For each row 1 if its table has the layout (`PLAIN`) that this package writes for snapshots without metadata,
+        all that it holds is within the file, and its message is ASCII, so that reading it later cannot fail; else 0."""
+        if self._plain_rows is None:
+            self._plain_rows = _plain_rows(self.tables)
+        return self._plain_rows
+
+    def plain(self, row: int) -> tuple[ObjectId, ObjectId | None, int, str]:
+        """Id, parent, time in µs and message of a row that `are_plain` has checked."""
+        index, data, pos = self._index, self.tables.payload, self.tables.position(row)
+        _, parent, _, flushed_at_us, _, _, _, nbytes = PLAIN.unpack_from(data, pos)
+        message = data[pos + PLAIN.size : pos + PLAIN.size + nbytes].decode()
+        return index.id(row), None if parent == NO_PARENT else index.id(parent), flushed_at_us, message
+
     def find(self, id: object) -> int | None:
         """The row of an id; None if it is not there."""
         if not isinstance(id, bytes):
@@ -298,6 +315,30 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
 
     def __repr__(self) -> str:
         return f"<{len(self)} stored snapshots>"
+
+
+_LONGEST_MESSAGE: Final = 4096
+"""Bytes; snapshots with longer ones are not looked at in columns."""
+
+
+def _plain_rows(tables: LazyTables) -> bytes:
+    """As `StoredSnapshots.are_plain`."""
+    if not tables:
+        return b""
+    buffer, positions = Buffer(tables.payload, tables.name), tables.positions()
+    vtables = positions - gather(buffer, positions, "<i4")
+    fitting = [at for at in set(vtables.tolist()) if buffer.vtable(at) == _PLAIN_FIELDS]
+    plain = np.isin(vtables, fitting) & (positions + PLAIN.size <= buffer.size)
+    rows = np.flatnonzero(plain)
+    if len(rows):
+        numbers = gather(buffer, positions[rows] + _NUMBERS_AT, "V16").view("<u4").reshape(-1, 4).astype(np.int64)
+        good = (numbers[:, :3] == (MESSAGE_AT, METADATA_AT, 0)).all(axis=1) & (numbers[:, 3] <= _LONGEST_MESSAGE)
+        good &= positions[rows] + PLAIN.size + numbers[:, 3] <= buffer.size
+        plain[rows[~good]] = False
+        messages = Vectors(None, positions[rows[good]] + PLAIN.size, numbers[good, 3])
+        if len(messages.starts) and not text_traits(buffer, messages).is_ascii:
+            return bytes(len(tables))
+    return plain.tobytes()
 
 
 def _plain(index: _Index, row: int, table: Table) -> SnapshotRecord | None:

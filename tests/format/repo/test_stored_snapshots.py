@@ -46,6 +46,17 @@ def stored(records: Mapping[ObjectId, SnapshotRecord]) -> StoredSnapshots:
     return found
 
 
+def read_later(graph: SnapshotGraph, id: ObjectId) -> list[SnapshotRecord]:
+    """The lineage of a snapshot, read from the rows."""
+    found = []
+    for one in graph.lineage_rows(id):
+        if isinstance(one, int):
+            own, parent, flushed_at_us, message = graph.stored.plain(one)
+            one = SnapshotRecord(id=own, parent=parent, flushed_at_us=flushed_at_us, message=message)
+        found.append(one)
+    return found
+
+
 def read_count(snapshots: StoredSnapshots) -> int:
     return snapshots.tables.read_count
 
@@ -126,6 +137,15 @@ def test_a_graph_equals_a_dict_after_any_changes_and_files(
         assert graph == model
         assert {one.id for one in graph.values()} == set(model)
         assert dict(graph.parents()) == {one.id: one.parent for one in model.values()}
+        for id in model:
+            try:
+                expected = list(graph.lineage(id))
+            except FormatError:
+                # Parents that were chosen later may form a cycle.
+                with pytest.raises(FormatError):
+                    read_later(graph, id)
+            else:
+                assert read_later(graph, id) == expected
         encoded = encode_and_keep(RepoInfo(snapshots=graph, status=STATUS))
         assert decode_repo(encoded.data).snapshots == model
         assert list(encoded.info.snapshots) == sorted(model)
@@ -168,6 +188,7 @@ LOOKS: list[Callable[[RepoInfo], object]] = [
     lambda info: list(info.snapshots),
     lambda info: list(SnapshotGraph.of(info.snapshots).parents()),
     lambda info: list(SnapshotGraph.of(info.snapshots).lineage(an_id(1))),
+    lambda info: list(SnapshotGraph.of(info.snapshots).lineage_rows(an_id(1))),
     lambda info: SnapshotGraph.of(info.snapshots).set(an_id(7), record(7, None)),
     lambda info: list(info.snapshots.values()),
     encode_repo,
@@ -241,6 +262,38 @@ def test_a_history_whose_parents_form_a_cycle_ends_with_an_error() -> None:
     graph = SnapshotGraph.of(decode_repo(file_of([table_of(1, 1), table_of(2, 2), table_of(3, 0)])).snapshots)
     with raises(FormatError, "invalid-file-format", "cycle"):  # words: only they tell the defect
         list(graph.lineage(an_id(1)))
+    with raises(FormatError, "invalid-file-format", "cycle"):  # words: only they tell the defect
+        list(graph.lineage_rows(an_id(1)))
+
+
+def test_only_what_is_read_of_a_long_lineage_is_decoded_and_what_cannot_be_read_is_refused_at_once() -> None:
+    records = history(300)
+    found = stored(records)
+    graph = SnapshotGraph.of(found)
+    assert all(isinstance(one, int) for one in graph.lineage_rows(an_id(299)))
+    assert read_count(found) == 0
+    assert read_later(graph, an_id(299)) == list(graph.lineage(an_id(299)))
+    _, payload = unseal(encode_repo(RepoInfo(snapshots=records, status=STATUS)), FileType.REPO_INFO)
+    broken = payload.replace(b"one more", b"one m\xffre", 1)
+    graph = SnapshotGraph.of(decode_repo(seal(FileType.REPO_INFO, 2, broken)).snapshots)
+    with raises(FormatError, "invalid-file-format", "UTF-8"):
+        list(graph.lineage_rows(an_id(299)))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.randoms(use_true_random=False))
+def test_a_damaged_lineage_is_refused_or_read_later_as_at_once(chance: random.Random) -> None:
+    _, payload = unseal(encode_repo(RepoInfo(snapshots=history(4), status=STATUS)), FileType.REPO_INFO)
+    octets = bytearray(payload)
+    at = chance.randrange(8, len(octets))
+    octets[at] = chance.choice((0, 1, 4, 255, octets[at] ^ 1 << chance.randrange(8)))
+    try:
+        graph = SnapshotGraph.of(decode_repo(seal(FileType.REPO_INFO, 2, octets)).snapshots)
+        rows = list(graph.lineage_rows(an_id(3)))
+    except FormatError:
+        return
+    del rows
+    assert read_later(graph, an_id(3)) == list(graph.lineage(an_id(3)))
 
 
 def test_a_damaged_snapshot_fails_only_the_reads_of_that_snapshot() -> None:
