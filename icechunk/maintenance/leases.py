@@ -122,17 +122,14 @@ async def end_expired(storage: Storage, sources: Sources, state: RepoState, *, n
                 living.append(there)
                 return
             last += 1
-        end = one.own.get(last)
-        keys = [key for key in one.keys if end is None or key != end.key]
-        if head.kind.is_end and one.written_us + _REMEMBERED_US < now_us:
-            keys = one.keys
-        await remove_segments(storage, keys)
+        forgotten = head.kind.is_end and one.written_us + _REMEMBERED_US < now_us
+        await remove_segments(storage, one.keys_but(*(() if forgotten else (last, *head.claims))))
 
     listed = await list_sessions(storage)
     await run_jobs([partial(visit, one, head) for one, head in await _newest(storage, listed)])
     # Of forks that were late: their session has gone.
     orphans = [one for one in listed.values() if not one.own and one.written_us + _REMEMBERED_US < now_us]
-    await remove_segments(storage, [key for one in orphans for key in one.keys])
+    await remove_segments(storage, [key for one in orphans for key in one.keys_but()])
     return Leases(tuple(living))
 
 
@@ -168,5 +165,6 @@ async def _end(storage: Storage, sources: Sources, one: Listed, head: SegmentHea
         since_us=head.since_us,
         created_us=head.created_us,
         attempts=head.attempts,
+        claims=head.claims,
     )
     return await add_segment(storage, Slot(one.session, None, one.last + 1), nonce, encode_segment(end, ()))

@@ -11,6 +11,7 @@ to another one that has resumed it, or to a collection after its lease.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Final
@@ -19,9 +20,11 @@ from icechunk.errors import (
     ErrorKind,
     IcechunkError,
     InvalidInputError,
+    ObjectNotFoundError,
     SessionEndedError,
     SessionNotFoundError,
     SessionStateError,
+    StorageError,
 )
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.log.repository.port import Layout
@@ -29,7 +32,6 @@ from icechunk.log.repository.state import RepoState
 from icechunk.log.session.segment import (
     SegmentHead,
     SegmentKind,
-    Slot,
     common_prefix,
     encode_segment,
     segment_key,
@@ -103,8 +105,11 @@ async def checkpoint(content: SessionContent, lease_us: int | None) -> ObjectId:
 
 async def claim(content: SessionContent) -> None:
     """Continue a session that was just read from its segments: no other process can write to it afterwards."""
-    assert content.persisted is not None
-    await _write(content, content.persisted, SegmentKind.RESUMED)
+    persisted = content.persisted
+    assert persisted is not None
+    await _write(content, persisted, SegmentKind.RESUMED)
+    # The slot may have been free because the session has ended since it was read, and its segments were removed.
+    await _require_open(content.core, persisted)
 
 
 async def note_attempt(content: SessionContent, snapshot: ObjectId) -> None:
@@ -156,12 +161,11 @@ async def _end_quietly(content: SessionContent, kind: SegmentKind, snapshot: Obj
 
 
 async def _remove_quietly(core: Core, persisted: Persisted) -> None:
-    """Remove the segments before the last one, which ends the session; what fails is left to a collection."""
+    """Remove the segments of a session that has ended, but its end and the claims; a collection does what fails."""
     try:
         listed = (await list_sessions(core.storage, persisted.session)).get(persisted.session)
         if listed is not None:
-            end = segment_key(Slot(persisted.session, None, persisted.last))
-            await remove_segments(core.storage, [key for key in listed.keys if key != end])
+            await remove_segments(core.storage, listed.keys_but(persisted.last, *persisted.claims))
     except IcechunkError as error:
         _LOG.warning("segments of session %s stay for now: %s", encode_id(persisted.session), error)
 
@@ -203,6 +207,9 @@ async def _write(
                 # After the events were taken: what they refer to is durable before they are.
                 await content.puts.flush()
             nonce = core.sources.random_bytes(16)
+            claims = persisted.claims
+            if kind is SegmentKind.RESUMED:
+                claims += (persisted.next_slot.number,)
             head = SegmentHead(
                 kind=kind,
                 nonce=nonce,
@@ -214,31 +221,42 @@ async def _write(
                 created_us=persisted.created_us,
                 lease_us=persisted.lease_us,
                 attempts=persisted.attempts,
+                claims=claims,
                 snapshot=snapshot,
                 joined_at=persisted.joined_at,
                 lineage=content.lineage,
             )
             data = await off_loop(sum(map(size_of, new)), partial(encode_segment, head, new))
             persisted.tries[nonce] = Written(base, keep, new, events)
-            there = await add_segment(core.storage, persisted.next_slot, nonce, data)
+            try:
+                there = await add_segment(core.storage, persisted.next_slot, nonce, data)
+            except ObjectNotFoundError:
+                # The slot was taken, and what had taken it was removed: as happens once a session has ended.
+                await _require_open(core, persisted)
+                raise
             if there is None:
                 persisted.advance(nonce)
+                persisted.claims = claims
                 return
             if there.nonce not in persisted.tries:
                 persisted.ended = ended_error(persisted.session, there)
                 raise persisted.ended
             # The one of an earlier call has landed after all.
             persisted.advance(there.nonce)
+            persisted.claims = claims
 
 
 async def _require_open(core: Core, persisted: Persisted) -> None:
-    """Refuse a fork whose session has ended. Raises `SessionEndedError` or `SessionNotFoundError`."""
+    """Refuse a session that has gone on elsewhere, or a fork whose session has ended.
+
+    Raises `SessionEndedError` or `SessionNotFoundError`.
+    """
     listed = (await list_sessions(core.storage, persisted.session)).get(persisted.session)
     if listed is None or not listed.own:
         raise unknown_error(persisted.session)
-    if listed.last > persisted.seen:
+    if listed.last > max(persisted.seen, persisted.last if persisted.worker is None else 0):
         head = await read_head(core.storage, listed.own[listed.last].key)
-        if head.kind.is_end:
+        if head.kind.is_end or persisted.worker is None:
             raise ended_error(persisted.session, head)
         persisted.seen = listed.last
 
@@ -287,12 +305,23 @@ def landed_error(session: ObjectId, snapshot: ObjectId) -> SessionEndedError:
 
 
 async def require_not_landed(content: SessionContent) -> None:
-    """Refuse a persisted session of which an earlier commit has landed. Raises `SessionEndedError`."""
+    """Refuse a persisted session of which an earlier commit has landed, or that another process has taken over.
+
+    Raises `SessionEndedError`.
+    """
     persisted = content.persisted
     if persisted is None:
         return
+    if persisted.ended is not None:
+        raise persisted.ended
     landed = await find_landed(content.core, content.branch, persisted.attempts)
     if landed is not None:
         await _end_quietly(content, SegmentKind.COMMITTED, landed)
         persisted.ended = landed_error(persisted.session, landed)
+        raise persisted.ended
+    # Where it cannot be read, the segment of the next attempt decides.
+    with suppress(StorageError):
+        persisted.ended = ended_error(
+            persisted.session, await read_head(content.core.storage, segment_key(persisted.next_slot))
+        )
         raise persisted.ended

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from icechunk.conflicts import ConflictSolver, RebaseFailedError
-from icechunk.errors import ConflictError, ErrorKind, SessionStateError
+from icechunk.errors import ConflictError, ErrorKind, SessionEndedError, SessionStateError
 from icechunk.format.by_node import num_rows
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.keys import manifest_key, snapshot_key, transaction_key
@@ -178,7 +178,12 @@ async def _commit(content: SessionContent, commit: Commit, solver: ConflictSolve
         if tried:
             # Two that lose to each other in turn would otherwise go on in step.
             await sources.sleep(backoff_s(sources, min(tried, _LONGEST_BACKOFF_ROUND)))
-        await advance(content, commit.branch, solver)
+        try:
+            await advance(content, commit.branch, solver)
+        except RebaseFailedError:
+            # Over another process's commit of the same session, perhaps.
+            await require_not_landed(content)
+            raise
         commit = commit.once_more_rebased()
     raise AssertionError
 
@@ -200,7 +205,11 @@ async def _commit_in_turn(content: SessionContent, commit: Commit, solver: Confl
     try:
         rebasing, expected = Rebase(content), log.expected()
         if commit.branch in expected.branches:
-            await rebasing.onto_tip(commit.branch, solver, expected)
+            try:
+                await rebasing.onto_tip(commit.branch, solver, expected)
+            except SessionEndedError as error:
+                # By a commit that may not land either.
+                raise ConflictError(encode_id(content.log.base.id), None) from error
         if rebasing.log is not content.log:
             commit = commit.once_more_rebased()
         return await _commit_once(content, rebasing.log, commit, turn)

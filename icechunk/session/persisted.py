@@ -68,6 +68,8 @@ class Persisted:
     """Those in the segments."""
     attempts: tuple[ObjectId, ...] = ()
     """Snapshots that were tried to commit."""
+    claims: tuple[int, ...] = ()
+    """Numbers of segments by which processes took the session over; they outlast its end."""
     parts: dict[int, tuple[ObjectId, int, tuple[Event, ...]]] = field(default_factory=dict)
     """Of each segment its base, how many events it keeps, and its new ones: what forks begin with."""
     tries: dict[bytes, Written] = field(default_factory=dict)

@@ -24,7 +24,7 @@ from icechunk.log.session.log import Savepoint, SessionLog
 from icechunk.log.session.merge.conflicts import Landed, Winner, find_conflicts, rebase
 from icechunk.log.session.merge.diff import changes_since
 from icechunk.runtime.tasks import run_each
-from icechunk.session.checkpoint import require_not_landed
+from icechunk.session.checkpoint import landed_error, require_not_landed
 from icechunk.session.content import Phase, SessionContent
 from icechunk.session.core import Core
 from icechunk.transfer.assets import off_loop
@@ -232,6 +232,8 @@ class Rebase:
             The branch is gone.
         ConflictError
             The branch was reset: the session's base is not in its history any more.
+        SessionEndedError
+            A commit of the same session is in the branch's history.
         SessionStateError
             Kind ``rebase-tx-log-pruned``.
         """
@@ -240,6 +242,7 @@ class Rebase:
             state = await core.state(branch=branch)
         base, tip = self.log.base.id, state.branch_tip(branch)
         state = await _with_history(core, state, base, tip)
+        self._require_not_landed(state, tip)
         if tip != base and await self._over_all(state, base, tip):
             return
         steps = steps_between(state, base, tip)
@@ -259,6 +262,17 @@ class Rebase:
             snapshot = await core.assets.snapshot(step.snapshot)
             own = tuple(transactions[id] for id in step.transactions)
             self.log = await self._over(Winner(snapshot=snapshot, transactions=own), solver)
+
+    def _require_not_landed(self, state: RepoState, tip: ObjectId) -> None:
+        """Refuse to put a session's changes on top of themselves: another process may have committed them."""
+        persisted = self._content.persisted
+        if persisted is None or not persisted.attempts:
+            return
+        for record in state.ancestry(tip):
+            if record.id == self.log.base.id:
+                return
+            if record.id in persisted.attempts:
+                raise landed_error(persisted.session, record.id)
 
     def _changed_chunks(self) -> Mapping[NodeId, Coords]:
         with self._content.lock:

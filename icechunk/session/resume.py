@@ -198,6 +198,7 @@ async def _read(core: Core, session: ObjectId) -> _Found:
         last=listed.last,
         events=events,
         attempts=head.attempts,
+        claims=head.claims,
         parts=parts,
     )
     return _Found(head, base, events, persisted)

@@ -45,10 +45,10 @@ class Listed:
         """Last-Modified of the newest segment, those of workers included, µs."""
         return max(info.modified_us for part in (self.own, *self.workers.values()) for info in part.values())
 
-    @property
-    def keys(self) -> list[str]:
-        """Keys of all segments."""
-        return [info.key for part in (self.own, *self.workers.values()) for info in part.values()]
+    def keys_but(self, *numbers: int) -> list[str]:
+        """Keys of all segments but those of its own with these numbers."""
+        own = [info.key for number, info in self.own.items() if number not in numbers]
+        return own + [info.key for part in self.workers.values() for info in part.values()]
 
 
 async def list_sessions(storage: Storage, session: ObjectId | None = None) -> dict[ObjectId, Listed]:
@@ -96,6 +96,8 @@ async def add_segment(storage: Storage, slot: Slot, nonce: bytes, data: bytes) -
 
     Raises
     ------
+    ObjectNotFoundError
+        It was not written, since another segment had this slot; that one has been removed since.
     StorageError
         It was not written; or no certain answer came, and it may have been, or may yet be.
     """

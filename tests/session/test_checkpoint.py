@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -135,7 +137,13 @@ async def test_a_session_goes_on_in_another_process_and_the_one_before_is_fenced
     assert await committed(repo) == values(_1=1, _2=2, _4=4)
     assert await messages(repo) == ["once"]
     assert await elsewhere.sessions_async() == []
-    assert len(await segments(storage)) == 1
+    # Where the first process would write next, and the end.
+    assert [key[-1] for key in await segments(storage)] == ["3", "5"]
+    fresh = await repo.writable_session_async("main")
+    assert fresh.id is None
+    for attempt in (session.checkpoint_async, lambda: session.commit_async("twice")):
+        with pytest.raises(SessionEndedError):
+            await attempt()
     with pytest.raises(SessionEndedError) as ended:
         await repo.resume_session_async(id)
     assert (ended.value.kind, ended.value.snapshot_id) == (ErrorKind.SESSION_COMMITTED, snapshot)
@@ -595,6 +603,131 @@ async def test_a_session_whose_commit_is_cancelled_after_it_landed_is_read_only(
     with pytest.raises(SessionEndedError) as ended:
         await repo.resume_session_async(id)
     assert (ended.value.kind, ended.value.snapshot_id) == (ErrorKind.SESSION_COMMITTED, session.snapshot_id)
-    assert len(await segments(inner)) == 1
+    assert len(await segments(inner)) == 2
     await repo.aclose()
     await slow.aclose()
+
+
+class Unsteady(WrappingStorage):
+    """Every request takes a random number of turns of the loop, before it happens and after."""
+
+    def __init__(self, inner: Storage, chance: random.Random) -> None:
+        super().__init__(inner)
+        self.chance = chance
+
+    async def pause(self) -> None:
+        for _ in range(self.chance.choice((0, 1, 3, 20, 200))):
+            await asyncio.sleep(0)
+
+    async def put(self, key: str, *args: Any, **named: Any) -> PutResult:
+        await self.pause()
+        result = await super().put(key, *args, **named)
+        await self.pause()
+        return result
+
+    async def get(self, key: str, byte_range: Any = None) -> Any:
+        await self.pause()
+        result = await super().get(key, byte_range)
+        await self.pause()
+        return result
+
+
+@by_layout
+@pytest.mark.parametrize("seed", range(12))
+async def test_however_holders_interleave_and_die_the_session_is_committed_once(version: int | None, seed: int) -> None:
+    inner = MemoryStorage()
+    chance = random.Random(seed)
+    repo = await new_repo(inner, version)
+    session = await repo.writable_session_async("main")
+    await put(session, 0, 1)
+    id = await session.checkpoint_async()
+    landed: list[str] = []
+
+    async def hold(number: int) -> None:
+        own = await Repository.open_async(Unsteady(inner, chance))
+        for _ in range(6):
+            try:
+                held = await own.resume_session_async(id)
+                await put(held, number, number)
+                if chance.random() < 0.5:
+                    await held.checkpoint_async()
+                committing = asyncio.ensure_future(held.commit_async(f"held {number}", rebase_with=ConflictDetector()))
+                await asyncio.wait([committing], timeout=0.002 if chance.random() < 0.5 else None)
+                if committing.done():
+                    landed.append(await committing)
+                    return
+                # This holder dies; what it has sent may land nevertheless.
+                committing.cancel()
+                await asyncio.gather(committing, return_exceptions=True)
+            except SessionEndedError as error:
+                if error.kind == ErrorKind.SESSION_COMMITTED:
+                    return
+                if error.kind != ErrorKind.SESSION_FENCED:
+                    raise
+
+    async def commit_others() -> None:
+        own = await Repository.open_async(Unsteady(inner, chance))
+        for i in range(3):
+            other = await own.writable_session_async("main")
+            await put(other, 30 + i, i)
+            await other.commit_async(f"other {i}", rebase_with=ConflictDetector())
+
+    await asyncio.gather(*(hold(number) for number in range(1, 5)), commit_others())
+    with suppress(SessionEndedError):
+        await (await repo.resume_session_async(id)).commit_async("held at last", rebase_with=ConflictDetector())
+    found = await messages(await Repository.open_async(inner))
+    assert len([message for message in found if message.startswith("held")]) == 1
+    assert sorted(message for message in found if message.startswith("other")) == ["other 0", "other 1", "other 2"]
+    assert len(landed) <= 1
+    assert (await committed(repo))[0] == 1
+    with pytest.raises(SessionEndedError) as ended:
+        await repo.resume_session_async(id)
+    assert ended.value.kind == ErrorKind.SESSION_COMMITTED
+
+
+@pytest.mark.parametrize("ends", ["committed", "abandoned"])
+async def test_a_process_that_lost_a_session_cannot_commit_it_after_its_end(ends: str) -> None:
+    storage = MemoryStorage()
+    repo = await new_repo(storage)
+    stale = await repo.writable_session_async("main")
+    await put(stale, 1, 1)
+    id = await stale.checkpoint_async()
+    resumed = await (await Repository.open_async(storage)).resume_session_async(id)
+    if ends == "committed":
+        await resumed.commit_async("once")
+    else:
+        await resumed.abandon_async()
+    before = await messages(repo)
+    solver = icechunk.BasicConflictSolver(on_chunk_conflict=icechunk.VersionSelection.UseOurs)
+    with pytest.raises(SessionEndedError):
+        await stale.rebase_async(solver)
+    with pytest.raises(SessionEndedError):
+        await stale.commit_async("again", rebase_with=solver)
+    assert await messages(repo) == before
+    await repo.aclose()
+
+
+async def test_a_session_that_ends_while_it_is_resumed_is_not_resumed() -> None:
+    class EndsMeanwhile(WrappingStorage):
+        end: Any = None
+
+        async def put(self, key: str, *args: Any, **named: Any) -> PutResult:
+            if key.startswith(SESSIONS_PREFIX) and self.end is not None:
+                end, self.end = self.end, None
+                await end()
+            return await super().put(key, *args, **named)
+
+    inner = MemoryStorage()
+    repo = await new_repo(inner)
+    session = await repo.writable_session_async("main")
+    await put(session, 1, 1)
+    id = await session.checkpoint_async()
+    meanwhile = EndsMeanwhile(inner)
+    late = await Repository.open_async(meanwhile)
+    meanwhile.end = lambda: session.commit_async("once")
+    with pytest.raises(SessionEndedError) as ended:
+        await late.resume_session_async(id)
+    assert ended.value.kind == ErrorKind.SESSION_COMMITTED
+    assert await messages(repo) == ["once"]
+    await repo.aclose()
+    await late.aclose()

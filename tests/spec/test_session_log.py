@@ -57,6 +57,7 @@ def test_the_segment_head_of_the_page_is_what_we_write() -> None:
         created_us=2,
         lease_us=604_800_000_000,
         attempts=(ObjectId(bytes(range(1, 13))),),
+        claims=(2,),
     )
     data = encode_segment(head, ())
     magic, version, length = struct.unpack_from("<8sHI", data)

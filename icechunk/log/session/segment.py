@@ -106,6 +106,9 @@ class SegmentHead:
     """µs for which a collection keeps the session after its newest segment was written."""
     attempts: tuple[ObjectId, ...] = ()
     """Snapshots that the session has tried to commit; at most one of them landed."""
+    claims: tuple[int, ...] = ()
+    """Numbers of the segments by which processes took the session over. They stay after its end: a process that has
+    lost the session finds its next slot taken."""
     snapshot: ObjectId | None = None
     """The snapshot that it became."""
     joined_at: int = 0
@@ -152,6 +155,7 @@ def encode_segment(head: SegmentHead, events: Sequence[Event]) -> bytes:
         "created": head.created_us,
         "lease": head.lease_us,
         "attempts": [encode_id(id) for id in head.attempts],
+        "claims": list(head.claims),
         "snapshot": None if head.snapshot is None else encode_id(head.snapshot),
         "joined_at": head.joined_at,
         "lineage": None
@@ -227,6 +231,7 @@ def _head_of(fields: dict[str, Any]) -> SegmentHead:
         created_us=_natural(fields["created"]),
         lease_us=_natural(fields["lease"]),
         attempts=tuple(map(object_id_from_text, fields["attempts"])),
+        claims=tuple(map(_natural, fields["claims"])),
         snapshot=None if snapshot is None else object_id_from_text(snapshot),
         joined_at=_natural(fields["joined_at"]),
         lineage=lineage,

@@ -37,6 +37,7 @@ HEAD = SegmentHead(
     created_us=2,
     lease_us=3,
     attempts=(object_id(1), object_id(2)),
+    claims=(2, 7),
     snapshot=object_id(3),
     joined_at=4,
     lineage=(object_id(4), (b"one", b"two")),
