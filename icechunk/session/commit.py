@@ -28,7 +28,7 @@ from icechunk.format.snapshot.codec import encode_and_keep
 from icechunk.format.transaction import encode_transaction_log, require_room
 from icechunk.format.values import Manifest, Snapshot, TransactionLog
 from icechunk.log.repository.events import CommitAdded, CommitAmended, DetachedSnapshotAdded, Event
-from icechunk.log.repository.port import RepositoryLog
+from icechunk.log.repository.port import RepositoryLog, SwapToken
 from icechunk.log.repository.settle import backoff_s
 from icechunk.log.repository.state import RepoState, require_snapshot
 from icechunk.log.session.log import SessionLog
@@ -42,7 +42,6 @@ from icechunk.runtime.tasks import run_all, run_each, run_stream
 from icechunk.session.checkpoint import landed_error, note_attempt, note_committed, require_not_landed
 from icechunk.session.content import Phase, SessionContent
 from icechunk.session.core import Core
-from icechunk.session.persisted import Persisted
 from icechunk.session.rebase import Rebase, advance
 from icechunk.transfer.assets import off_loop
 
@@ -300,13 +299,12 @@ async def _commit_once(content: SessionContent, log: SessionLog, commit: Commit,
     core.assets.keep_snapshot(snapshot)
     for key, data in embedded.items():
         core.files.put(key, data, len(data))
-    proposal = _Proposal(commit=commit, base=base.id, record=record, persisted=content.persisted)
+    proposal = _Proposal(content=content, turn=turn, commit=commit, base=base.id, record=record)
     await repository_log.append(
         proposal.events,
         since_us=content.since_us,
-        on_sent=content.note_sent,
+        caller=proposal,
         files=embedded,
-        on_queued=None if turn is None else turn.give_up,
     )
     if _LOG.isEnabledFor(logging.INFO):
         where = core.storage.describe()
@@ -316,14 +314,23 @@ async def _commit_once(content: SessionContent, log: SessionLog, commit: Commit,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Proposal:
-    """The events that a commit adds to the repository log."""
+    """The events that a commit adds to the repository log; learns what becomes of them, as `Caller`."""
 
+    content: SessionContent
+    turn: _Turn | None
     commit: Commit
     base: ObjectId
     """The snapshot that the branch must point to."""
     record: SnapshotRecord
-    persisted: Persisted | None
-    """The segments of a session that other processes may have tried to commit."""
+
+    def queued(self) -> None:
+        """The next commit to the branch may build upon this one."""
+        if self.turn is not None:
+            self.turn.give_up()
+
+    def sent(self, token: SwapToken | None) -> None:
+        """The session is not committed again while the outcome is open."""
+        self.content.note_sent(token)
 
     def events(self, state: RepoState) -> Sequence[Event]:
         """Pure: the newest state to the events.
@@ -336,10 +343,10 @@ class _Proposal:
             An earlier commit of the same changes has landed.
         """
         branch = self.commit.branch
-        if self.persisted is not None:
-            for earlier in self.persisted.attempts:
+        if self.content.persisted is not None:
+            for earlier in self.content.persisted.attempts:
                 if earlier != self.record.id and earlier in state.snapshots:
-                    raise landed_error(self.persisted.session, earlier)
+                    raise landed_error(self.content.persisted.session, earlier)
         if self.commit.how is How.FLUSH:
             return [DetachedSnapshotAdded(snapshot=self.record)]
         _require_tip(state, branch, self.base)

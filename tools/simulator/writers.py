@@ -242,6 +242,18 @@ async def _upload(
     return embedded
 
 
+class _Told:
+    """The newest token that a caller received."""
+
+    token: SwapToken | None = None
+
+    def queued(self) -> None:
+        return None
+
+    def sent(self, token: SwapToken | None) -> None:
+        self.token = token
+
+
 async def _append(
     cluster: Cluster,
     client: Client,
@@ -255,8 +267,8 @@ async def _append(
     """Make the change, and enter into the history what was told about it."""
     rng, mix = cluster.rng, cluster.mix
     deadline_s = rng.choice((0.02, 0.2, 1.0)) if mix.chance(Fault.DEADLINE, rng) else None
-    tokens: list[SwapToken | None] = []
-    append = log.append(propose, since_us=since_us, deadline_s=deadline_s, on_sent=tokens.append, files=files or {})
+    told = _Told()
+    append = log.append(propose, since_us=since_us, deadline_s=deadline_s, caller=told, files=files or {})
     task = client.own(append)
     if mix.chance(Fault.CANCELLED, rng):
         await asyncio.wait({task}, timeout=rng.uniform(0, 0.2))
@@ -264,7 +276,7 @@ async def _append(
             task.cancel()
             cluster.inject(Fault.CANCELLED, client.name, "its caller gives up")
     await asyncio.wait({task})
-    token = tokens[-1] if tokens else None
+    token = told.token
     if client.dead:
         # Nobody is there to be told anything. A token that was kept may still be settled.
         if not task.cancelled():

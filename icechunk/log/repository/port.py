@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from icechunk.format.ids import ObjectId
 from icechunk.format.repo.values import Update
@@ -20,7 +20,7 @@ from icechunk.log.repository.events import Event
 from icechunk.log.repository.state import RepoState
 from icechunk.transfer.cache import WeightedCache
 
-__all__ = ["FILES_BYTES", "MAX_FILES", "Layout", "OnSent", "Propose", "RepositoryLog", "SwapToken"]
+__all__ = ["FILES_BYTES", "MAX_FILES", "Caller", "Layout", "Propose", "RepositoryLog", "SwapToken"]
 
 FILES_BYTES = 16 * 1024 * 1024
 MAX_FILES = 8192
@@ -60,8 +60,19 @@ class SwapToken:
     """Store time at which the place was known to be free; None if answers have no date."""
 
 
-OnSent: TypeAlias = Callable[[SwapToken | None], None]
-"""Called with the token of the attempts with a caller's events that may land; with None when there is none any more."""
+class Caller(Protocol):
+    """The caller of `RepositoryLog.append`, which learns what becomes of its events. Must be quick."""
+
+    def queued(self) -> None:
+        """The events are in the queue, so that `RepositoryLog.expected` shows them."""
+
+    def sent(self, token: SwapToken | None) -> None:
+        """An entry with the events, which ``token`` names, is about to be sent; None: it is certainly lost.
+
+        Also called after `append` was cancelled or has raised. So a cancelled caller knows whether the outcome is open:
+        after None, or without any call, nothing landed, nor will (an abandoned call is not sent again). Errors are
+        logged.
+        """
 
 
 class RepositoryLog(ABC):
@@ -146,9 +157,8 @@ class RepositoryLog(ABC):
         *,
         since_us: int | None = None,
         deadline_s: float | None = None,
-        on_sent: OnSent | None = None,
         files: Mapping[str, bytes] = MappingProxyType({}),
-        on_queued: Callable[[], None] | None = None,
+        caller: Caller | None = None,
     ) -> RepoState:
         """Make events happen, all or none.
 
@@ -166,16 +176,11 @@ class RepositoryLog(ABC):
             add no files.
         deadline_s
             Seconds until the call ends with an unknown outcome; None: it waits until the outcome is certain.
-        on_sent
-            Called with the token just before an entry with these events is sent, and with None once that entry is
-            certainly lost, also after this call was cancelled or has raised. So a cancelled caller knows
-            whether the outcome is open: None was the last call, or there was none: nothing landed, nor will (an
-            abandoned call is not sent again). Must be quick; its errors are logged.
         files
             Immutable files that the events add and that are not written yet, by key. The log makes them as durable
             as the events; up to `embed_limit_bytes` of them that costs no round trip.
-        on_queued
-            Called once the events are in the queue, so that `expected` shows them. Must be quick.
+        caller
+            Learns when the events are in the queue, and which entries with them may land.
 
         Returns
         -------
@@ -193,7 +198,7 @@ class RepositoryLog(ABC):
 
         A refusal holds for the log as it was at some time after the call: where this instance has not looked since,
         it looks before it refuses. A cancelled call leaves the queue if its entry has not been sent; afterwards the
-        entry goes on without it, and ``on_sent`` has received its token.
+        entry goes on without it, and ``caller`` has received its token.
         """
 
     def turn(self, branch: str) -> asyncio.Lock | None:

@@ -19,7 +19,7 @@ from icechunk.errors import IcechunkError
 from icechunk.format.ids import ObjectId
 from icechunk.log.repository import events as e
 from icechunk.log.repository.entries.entry import EncodedEvents, decode_events, encode_events
-from icechunk.log.repository.port import OnSent, Propose, SwapToken
+from icechunk.log.repository.port import Caller, Propose, SwapToken
 from icechunk.log.repository.state import RepoState, apply
 from icechunk.runtime.clock import Sources
 
@@ -93,7 +93,7 @@ class Waiting:
     """Number of the call among the client's looks: a refusal counts only by a later look (rule 3)."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """That the events add and that are embedded in the entry, by key (rule 15)."""
-    on_sent: OnSent | None = None
+    caller: Caller | None = None
     abandoned: bool = False
     """The caller has left; an attempt with its events is not sent again."""
     attempts: list[Attempt] = field(default_factory=list)
@@ -243,10 +243,10 @@ def _refusal(one: Waiting, state: RepoState, time_us: int) -> Exception | None:
 
 def tell_sent(one: Waiting) -> None:
     """Tell a caller which attempts may land, if there are any."""
-    if one.on_sent is None:
+    if one.caller is None:
         return
     try:
-        one.on_sent(one.token)
+        one.caller.sent(one.token)
     except Exception:
         _LOG.exception("a callback of append failed")
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from types import MappingProxyType
@@ -35,7 +35,7 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import encode_id
 from icechunk.log.repository.entries.embedded import put_once
-from icechunk.log.repository.port import OnSent, Propose, RepositoryLog
+from icechunk.log.repository.port import Caller, Propose, RepositoryLog
 from icechunk.log.repository.queue import Attempt, Group, Waiting, resolve, tell_sent
 from icechunk.log.repository.state import RepoState
 from icechunk.log.repository.store_check import require_writable
@@ -61,6 +61,9 @@ def backoff_s(sources: Sources, round_: int) -> float:
     """A pause with full jitter before try ``round_`` (counted from 1)."""
     longest: float = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0**round_)
     return longest * sources.fraction()
+
+
+_CLOSED_FIRST: Final = "the repository was closed first"
 
 
 class Fate(Enum):
@@ -188,9 +191,8 @@ class SwappedLog(RepositoryLog, Generic[A]):
         *,
         since_us: int | None = None,
         deadline_s: float | None = None,
-        on_sent: OnSent | None = None,
         files: Mapping[str, bytes] = MappingProxyType({}),
-        on_queued: Callable[[], None] | None = None,
+        caller: Caller | None = None,
     ) -> RepoState:
         """As `RepositoryLog.append`."""
         require_writable(self._storage, "change the repository")
@@ -203,14 +205,14 @@ class SwappedLog(RepositoryLog, Generic[A]):
             propose=propose,
             since_us=since_us,
             outcome=asyncio.get_running_loop().create_future(),
-            on_sent=on_sent,
+            caller=caller,
             files=files if self._embeds else {},
             asked=self._begin_look(),
         )
         self.waiting.append(one)
         try:
-            if on_queued is not None:
-                on_queued()
+            if caller is not None:
+                caller.queued()
             if self.runner is None or self.runner.done():
                 self.runner = asyncio.get_running_loop().create_task(self._run(), name="icechunk swaps")
             # Not `wait_for`: the future is the runner's, a caller that leaves must not cancel it.
@@ -247,7 +249,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
         self.closed = True
         waiting, self.waiting = self.waiting, []
         for one in waiting:
-            self._give_up(one, SessionStateError("the repository was closed before anything was sent; nothing landed"))
+            self._give_up(one, _closed(), _CLOSED_FIRST)
         await finish_task(self.runner, CLOSE_GRACE_S)
 
     # --------------------------------------------------------------------------- swaps
@@ -259,7 +261,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
                 async with self.swapping:
                     await self._swap_next()
         except asyncio.CancelledError:
-            self._fail_all(SessionStateError("the repository was closed before anything was sent; nothing landed"))
+            self._fail_all(_closed(), _CLOSED_FIRST)
             raise
         except Exception as error:
             self._fail_all(error)
@@ -443,22 +445,29 @@ class SwappedLog(RepositoryLog, Generic[A]):
             if not member.waiting.abandoned and not member.waiting.outcome.done()
         ]
 
-    def _give_up(self, one: Waiting, error: Exception) -> None:
-        """End a caller's append with an error, or as unknown where an attempt with its events may still land."""
-        resolve(one, self._unknown(one, error) if one.attempts else error)
+    def _give_up(self, one: Waiting, error: Exception, why: str | None = None) -> None:
+        """End a caller's append with an error, or as unknown where an attempt with its events may still land.
 
-    def _fail_all(self, error: Exception) -> None:
+        ``why``: the reason of the latter; None: the error.
+        """
+        resolve(one, self._unknown(one, why or error) if one.attempts else error)
+
+    def _fail_all(self, error: Exception, why: str | None = None) -> None:
         attempt, self._in_flight = self._in_flight, None
         if attempt is not None:
             self._remember_told(attempt)
             for member in attempt.members:
-                resolve(member.waiting, self._unknown(member.waiting, error))
+                resolve(member.waiting, self._unknown(member.waiting, why or error))
         waiting, self.waiting = self.waiting, []
         for one in waiting:
-            self._give_up(one, error)
+            self._give_up(one, error, why)
 
     async def tell_told(self) -> None:
         """After a look: tell the callers of told attempts whose places it has shown to be taken."""
         if self._told and not self.swapping.locked():
             async with self.swapping:
                 await self._recall()
+
+
+def _closed() -> SessionStateError:
+    return SessionStateError("the repository was closed before anything was sent; nothing landed")

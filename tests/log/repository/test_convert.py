@@ -24,6 +24,7 @@ from icechunk.log.repository.state import RepoState
 from icechunk.runtime.clock import SYSTEM
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.scripted import Request, ScriptedStorage, Send, lost_answer
+from tests.log.repository.told import Told
 from tests.log.repository.world import open_log, until
 
 
@@ -58,12 +59,10 @@ async def tag_without_answer(log: RepositoryLog, storage: ScriptedStorage, name:
             raise lost_answer()
         return await send()
 
-    tokens: list[SwapToken | None] = []
+    tokens = Told()
     storage.requests.clear()
     storage.script = lose
-    task = asyncio.ensure_future(
-        log.append(lambda _: [TagCreated(name=name, snapshot=FIRST_SNAPSHOT)], on_sent=tokens.append)
-    )
+    task = asyncio.ensure_future(log.append(lambda _: [TagCreated(name=name, snapshot=FIRST_SNAPSHOT)], caller=tokens))
     await until(lambda: any(map(writes, storage.requests)))
     task.cancel()
     await asyncio.wait({task})

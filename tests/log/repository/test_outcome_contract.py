@@ -27,6 +27,7 @@ from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.outcome import refused, unsent
 from icechunk.testing.scripted import ManualClock, Request, ScriptedStorage, Send, lost_answer
 from tests.log.repository.strategies import an_id
+from tests.log.repository.told import Told
 from tests.log.repository.world import until
 from tests.raising import raises
 
@@ -144,14 +145,6 @@ UNWANTED: dict[str, Propose] = {
 every_change = pytest.mark.parametrize("change", UNWANTED)
 
 
-class Told(list[SwapToken | None]):
-    """The tokens that ``on_sent`` of a caller received."""
-
-    @property
-    def is_open(self) -> bool:
-        return bool(self) and self[-1] is not None
-
-
 def refusing(request: Request) -> None:
     raise refused(StorageError(f"AccessDenied: no {request.verb} for you"))
 
@@ -214,7 +207,7 @@ async def test_a_refusal_is_raised_at_once_with_the_stores_message_and_nothing_s
     told = Told()
     propose = UNWANTED[change] if change in UNWANTED else await world.commit(2, an_id(1))
     with raises(StorageError, "storage-other", "AccessDenied") as caught:
-        await log.append(propose, on_sent=told.append)
+        await log.append(propose, caller=told)
     assert caught.value.refused
     assert told[-1] is None
     assert len(sent(storage)) == 1
@@ -260,7 +253,7 @@ async def test_a_request_that_never_left_is_known_not_to_have_landed(world: Outc
     propose, told = await world.commit(1), Told()
     answering_writes(storage, not_sending)
     with pytest.raises(StorageError) as caught:
-        await log.append(propose, on_sent=told.append)
+        await log.append(propose, caller=told)
     assert caught.value.unsent
     assert not told.is_open
     assert len(sent(storage)) > 1, "it may be mended meanwhile"
@@ -278,11 +271,11 @@ async def told_unknown(log: RepositoryLog, storage: ScriptedStorage, propose: Pr
     if how == "lost":
         answering_writes(storage, losing)
         with pytest.raises(CommitOutcomeUnknown):
-            await log.append(propose, on_sent=told.append)
+            await log.append(propose, caller=told)
     else:
         gate = holding_writes(storage)
         deadline_s = 0.02 if how == "deadline" else None
-        task = asyncio.ensure_future(log.append(propose, on_sent=told.append, deadline_s=deadline_s))
+        task = asyncio.ensure_future(log.append(propose, caller=told, deadline_s=deadline_s))
         await until(lambda: any(map(writes, storage.requests)))
         if how == "cancelled":
             task.cancel()
@@ -342,7 +335,7 @@ async def test_a_told_change_that_landed_meanwhile_is_recognised_by_the_next_one
     told = Told()
     held = answering_writes(storage, losing)
     with pytest.raises(CommitOutcomeUnknown):
-        await log.append(await world.commit(1), on_sent=told.append)
+        await log.append(await world.commit(1), caller=told)
     storage.script = None
     await held[0]()
     with pytest.raises(ConflictError):
@@ -381,7 +374,7 @@ async def test_several_told_changes_are_settled_by_the_one_that_took_their_place
     for i in range(3):
         held.append(answering_writes(storage, losing))
         with pytest.raises(CommitOutcomeUnknown):
-            await log.append(await world.commit(i + 1), on_sent=told[i].append)
+            await log.append(await world.commit(i + 1), caller=told[i])
     storage.script = None
     await held[1][0]()
     await log.append(await world.commit(9, an_id(2)))
@@ -401,7 +394,7 @@ async def test_only_the_newest_told_attempts_are_remembered(world: Outcomes, mon
     told = [Told() for _ in range(40)]
     for i, each in enumerate(told):
         with pytest.raises(CommitOutcomeUnknown):
-            await log.append(await world.commit(i + 1), on_sent=each.append)
+            await log.append(await world.commit(i + 1), caller=each)
     assert len(log._told) <= 16
     storage.script = None
     await log.append(await world.commit(99))
@@ -447,8 +440,8 @@ async def test_callers_that_shared_an_attempt_with_a_leaving_one_go_on_in_anothe
 
     storage.script = script
     told = Told(), Told()
-    leaving = asyncio.ensure_future(log.append(delete_precious, on_sent=told[0].append))
-    staying = asyncio.ensure_future(log.append(await world.commit(1), on_sent=told[1].append))
+    leaving = asyncio.ensure_future(log.append(delete_precious, caller=told[0]))
+    staying = asyncio.ensure_future(log.append(await world.commit(1), caller=told[1]))
     await until(lambda: count == 1)
     first = next(request for request in storage.requests if writes(request))
     leaving.cancel()
@@ -640,7 +633,7 @@ async def test_a_caller_cancelled_during_the_request_holds_the_token_that_settle
         return await send()
 
     storage.script = wait
-    caller = asyncio.ensure_future(log.append(await world.commit(1), on_sent=told.append))
+    caller = asyncio.ensure_future(log.append(await world.commit(1), caller=told))
     await until(lambda: any(map(writes, storage.requests)))
     caller.cancel()
     await asyncio.wait({caller})
@@ -664,7 +657,7 @@ async def test_a_caller_cancelled_during_a_request_that_lost_learns_that_nothing
         return await send()
 
     storage.script = wait
-    caller = asyncio.ensure_future(log.append(await world.commit(1), on_sent=told.append))
+    caller = asyncio.ensure_future(log.append(await world.commit(1), caller=told))
     await until(lambda: any(map(writes, storage.requests)))
     caller.cancel()
     await asyncio.wait({caller})
@@ -716,7 +709,7 @@ async def test_a_caller_cancelled_before_anything_is_sent_gets_no_token(world: O
     first = asyncio.ensure_future(log.append(await world.commit(1)))
     await until(lambda: any(map(writes, storage.requests)))
     told = Told()
-    second = asyncio.ensure_future(log.append(await world.commit(2, an_id(1)), on_sent=told.append))
+    second = asyncio.ensure_future(log.append(await world.commit(2, an_id(1)), caller=told))
     await asyncio.sleep(0)
     second.cancel()
     await asyncio.wait({second})
@@ -767,10 +760,11 @@ async def test_closing_with_a_change_in_flight_makes_its_outcome_unknown(
 async def test_a_failing_callback_affects_no_other_caller(world: Outcomes, caplog: pytest.LogCaptureFixture) -> None:
     log, _ = await world.create()
 
-    def fail(token: SwapToken | None) -> None:
-        raise KeyError("mine")
+    class Failing(Told):
+        def sent(self, token: SwapToken | None) -> None:
+            raise KeyError("mine")
 
-    await log.append(await world.commit(1), on_sent=fail)
+    await log.append(await world.commit(1), caller=Failing())
     assert "callback" in caplog.text
     assert await world.history() == [an_id(1)]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -49,7 +49,7 @@ from icechunk.log.repository.entries.reader import (
 )
 from icechunk.log.repository.marker import state_of
 from icechunk.log.repository.ops_log import any_in_history, updates_of
-from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Layout, OnSent, Propose, SwapToken
+from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Caller, Layout, Propose, SwapToken
 from icechunk.log.repository.queue import MAX_EMBEDDED_BYTES, Attempt, Group, Waiting, build
 from icechunk.log.repository.settle import CLOSE_GRACE_S, Fate, SwappedLog
 from icechunk.log.repository.state import MAIN, RepoState, apply
@@ -167,15 +167,12 @@ class LogLayout(SwappedLog[SlotAttempt]):
         *,
         since_us: int | None = None,
         deadline_s: float | None = None,
-        on_sent: OnSent | None = None,
         files: Mapping[str, bytes] = MappingProxyType({}),
-        on_queued: Callable[[], None] | None = None,
+        caller: Caller | None = None,
     ) -> RepoState:
         if self.view.ended_reason is not None:
             raise SessionStateError(self.view.ended_reason)
-        state = await super().append(
-            propose, since_us=since_us, deadline_s=deadline_s, on_sent=on_sent, files=files, on_queued=on_queued
-        )
+        state = await super().append(propose, since_us=since_us, deadline_s=deadline_s, files=files, caller=caller)
         if self._storage.defers_syncs:
             # It has landed, whatever becomes of this: the next one does its work.
             await self._checkpointing.try_write(through=True)

@@ -23,6 +23,7 @@ from icechunk.log.repository.entries.entry import encode_entry, encode_events, s
 from icechunk.log.repository.port import SwapToken
 from icechunk.testing.scripted import Request, Send
 from tests.log.repository.strategies import an_id
+from tests.log.repository.told import Told
 from tests.log.repository.world import DAY_S, World, put_entry, settled, slots
 
 # ---------------------------------------------------------------- rule 3
@@ -100,21 +101,14 @@ async def test_callers_that_arrive_during_a_look_are_neither_lost_nor_refused_by
 # ---------------------------------------------------------------- rule 3: callers learn what was sent
 
 
-class Told(list[Any]):
-    """The tokens that ``on_sent`` of a caller received."""
-
-    @property
-    def open_(self) -> bool:
-        return bool(self) and self[-1] is not None
-
-
 async def test_a_caller_that_waits_on_after_a_loss_gets_the_token_of_the_next_entry(world: World) -> None:
     log, _ = await settled(world)
     other, _ = await world.open()
     await other.append(world.commit(1))
     told = Told()
-    await log.append(world.commit(2), on_sent=told.append)
+    await log.append(world.commit(2), caller=told)
     assert [token and token.n for token in told] == [1, None, 2]
+    assert told[-1] is not None
     assert await log.settle(told[-1])
 
 

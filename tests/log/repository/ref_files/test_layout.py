@@ -28,7 +28,7 @@ from icechunk.format.values import Snapshot
 from icechunk.log.repository import events as e
 from icechunk.log.repository.create import create_ref_files, create_repo_object
 from icechunk.log.repository.open import create_repository, detect, open_repository
-from icechunk.log.repository.port import Layout, Propose, SwapToken
+from icechunk.log.repository.port import Layout, Propose
 from icechunk.log.repository.ref_files.layout import RefFilesLayout
 from icechunk.log.repository.ref_files.names import RefKey, RefNames, decode_ref
 from icechunk.log.repository.state import RepoState
@@ -36,6 +36,7 @@ from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.scripted import Request, Send, lost_answer
 from tests.log.repository.strategies import an_id
+from tests.log.repository.told import Told
 from tests.log.repository.world import World
 from tests.raising import raises
 
@@ -394,12 +395,12 @@ async def test_a_creation_is_recognised_and_settled_by_its_mark(world: RefFilesW
         return await send()
 
     storage.script = lose
-    tokens: list[SwapToken | None] = []
+    tokens = Told()
     if landed:
-        await log.append(lambda _: [SAME[what]], on_sent=tokens.append)
+        await log.append(lambda _: [SAME[what]], caller=tokens)
     else:
         with pytest.raises(CommitOutcomeUnknown):
-            await log.append(lambda _: [SAME[what]], on_sent=tokens.append)
+            await log.append(lambda _: [SAME[what]], caller=tokens)
         storage.script = None
         await other.append(lambda _: [SAME[what]])
     assert tokens[-1] is not None
