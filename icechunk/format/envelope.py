@@ -30,6 +30,9 @@ _JOINED_BYTES: Final = 32 * 2**20
 # One kilobyte of zstd yields at most 32 MiB (a block of 128 KiB takes 4 bytes). A frame of unstated size is fed in
 # slices of one kilobyte, so it overshoots the limit by no more than that.
 _SLICE: Final = 1024
+_SMALL_BYTES: Final = 64 * 1024
+_compressors: Final[dict[int, list[zstandard.ZstdCompressor]]] = {}
+"""By level, those that are not in use."""
 
 
 class FileType(IntEnum):
@@ -48,13 +51,27 @@ def seal(file_type: FileType, spec_version: int, payload: bytes | bytearray | me
     better than readers believe gets bytes at its end that do not compress and that no FlatBuffers reader looks at.
     """
     header = MAGIC + _CLIENT_FIELD + bytes((spec_version, file_type, COMPRESSION_ZSTD))
-    compressor = zstandard.ZstdCompressor(level=level, write_checksum=True)
-    frame = compressor.compress(payload)
+    frame = _compress(payload, level)
     if len(payload) > _limit(len(frame)):
         missing = len(payload) // _MAX_RATIO - len(frame) + _SLICE
         padding = hashlib.shake_128(frame).digest(missing + missing // 64)
-        frame = compressor.compress(b"".join((payload, padding)))
+        frame = _compress(b"".join((payload, padding)), level)
     return header + frame
+
+
+def _compress(payload: bytes | bytearray | memoryview, level: int) -> bytes:
+    # A compressor takes longer to make than a small payload to compress. Those that have only had small ones take
+    # little memory and are kept; while one is in use, no other thread finds it.
+    if len(payload) > _SMALL_BYTES:
+        return zstandard.ZstdCompressor(level=level, write_checksum=True).compress(payload)
+    kept = _compressors.setdefault(level, [])
+    try:
+        compressor = kept.pop()
+    except IndexError:
+        compressor = zstandard.ZstdCompressor(level=level, write_checksum=True)
+    frame = compressor.compress(payload)
+    kept.append(compressor)
+    return frame
 
 
 def unseal(data: bytes, file_type: FileType, *, what: str = "") -> tuple[int, bytes]:

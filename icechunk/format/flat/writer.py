@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
@@ -156,54 +157,51 @@ class FlatWriter:
 
     def table(self, table: FlatTable) -> int:
         """Write a table and all below it; returns its position."""
-        inline: list[tuple[int, int, int, bytes | None]] = []  # (alignment, slot, size, bytes or offset to come)
+        fields: list[tuple[int, int, int]] = []  # alignment, slot, size
+        inline: list[bytes | None] = []  # None: an offset to come
         for slot, value in table.slots.items():
             if value is None:
                 continue
             if isinstance(value, Scalar):
                 packer = _FORMATS[value.format]
                 try:
-                    packed = packer.pack(value.value)
+                    inline.append(packer.pack(value.value))
                 except struct.error as error:
                     limit = f"a number of {packer.size} bytes"
                     raise InvalidInputError(
                         f"cannot encode {value.value}: the format holds {limit} there", ErrorKind.SERIALIZATION
                     ) from error
-                inline.append((packer.size, slot, packer.size, packed))
+                fields.append((packer.size, slot, packer.size))
             elif isinstance(value, Inline):
-                inline.append((value.align, slot, len(value.data), value.data))
+                fields.append((value.align, slot, len(value.data)))
+                inline.append(value.data)
             else:
-                inline.append((4, slot, 4, None))
-        # Widest first: the only padding between fields is the one that an 8-byte field needs after the vtable's offset.
-        inline.sort(key=lambda entry: -entry[0])
-        wide = bool(inline) and inline[0][0] == 8
-        offset = 4
-        offsets: dict[int, int] = {}
-        for align, slot, size, _ in inline:
-            offset += -(offset + (4 if wide else 0)) % align
-            offsets[slot] = offset
-            offset += size
-        vtable = self.vtable(offsets, offset)
+                fields.append((4, slot, 4))
+                inline.append(None)
+        layout = _layout(tuple(fields))
+        vtable = self._vtable(layout.vtable)
         out = self.out
         # With 8-byte fields the table itself starts 4 bytes before an 8-byte boundary, so that they follow its first
         # word without a gap.
-        self.align(8, 4) if wide else self.align(4)
+        self.align(8, 4) if layout.wide else self.align(4)
         start = len(out)
         out += (start - vtable).to_bytes(4, "little", signed=True)
-        for _, slot, _size, data in inline:
-            out += bytes(start + offsets[slot] - len(out))
+        for i, offset in layout.fields:
+            out += bytes(start + offset - len(out))
+            data = inline[i]
             out += b"\0\0\0\0" if data is None else data
-        for _, slot, _size, data in inline:
-            if data is None:
-                field = start + offsets[slot]
-                position = self._child(table.slots[slot])
+        for i, offset in layout.fields:
+            if inline[i] is None:
+                field = start + offset
+                position = self._child(table.slots[fields[i][1]])
                 _U32.pack_into(out, field, position - field)
         return start
 
     def vtable(self, offsets: Mapping[int, int], table_size: int) -> int:
         """Position of the vtable of tables of that size whose slots are at those offsets; a new vtable is written."""
-        slots = max(offsets, default=-1) + 1
-        data = struct.pack(f"<{slots + 2}H", 4 + 2 * slots, table_size, *[offsets.get(i, 0) for i in range(slots)])
+        return self._vtable(_vtable_bytes(offsets, table_size))
+
+    def _vtable(self, data: bytes) -> int:
         found = self._vtables.get(data)
         if found is None:
             self.align(2)
@@ -271,3 +269,35 @@ class FlatWriter:
             position = self.table(child) if isinstance(child, FlatTable) else self.string(child)
             _U32.pack_into(self.out, field, position - field)
         return start
+
+
+class _Layout(NamedTuple):
+    """How the fields of a table are arranged."""
+
+    fields: tuple[tuple[int, int], ...]
+    """Number of each field, as given, and its offset, in the order of the offsets."""
+    wide: bool
+    """Whether there is a field of 8 bytes."""
+    vtable: bytes
+
+
+@lru_cache(maxsize=1024)
+def _layout(fields: tuple[tuple[int, int, int], ...]) -> _Layout:
+    """The layout of a table with fields of these alignments, slots and sizes."""
+    # Widest first: the only padding between fields is the one that an 8-byte field needs after the vtable's offset.
+    order = sorted(range(len(fields)), key=lambda i: -fields[i][0])
+    wide = bool(order) and fields[order[0]][0] == 8
+    end = 4
+    offsets: dict[int, int] = {}
+    for i in order:
+        align, slot, size = fields[i]
+        end += -(end + (4 if wide else 0)) % align
+        offsets[slot] = end
+        end += size
+    arranged = tuple((i, offsets[fields[i][1]]) for i in order)
+    return _Layout(arranged, wide, _vtable_bytes(offsets, end))
+
+
+def _vtable_bytes(offsets: Mapping[int, int], table_size: int) -> bytes:
+    slots = max(offsets, default=-1) + 1
+    return struct.pack(f"<{slots + 2}H", 4 + 2 * slots, table_size, *[offsets.get(i, 0) for i in range(slots)])
