@@ -252,7 +252,7 @@ class Sessions(RepositoryBase):
         Raises
         ------
         CommitOutcomeUnknown
-            Nothing tells any more; look whether the change is there. Never for a commit.
+            Nothing tells any more; look whether the change is there. For a commit only while an upgrade is unfinished.
         SessionStateError
             The repository was converted to another layout since it was opened: open it again.
         StorageError
