@@ -7,7 +7,7 @@ at once; the rows of one array are sliced out when they are requested.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -105,8 +105,29 @@ class ByNode(Mapping[NodeId, T]):
         part, i = found
         return self._cut(part.rows, slice(int(part.edges[i]), int(part.edges[i + 1])))
 
+    def items(self) -> ItemsView[NodeId, T]:
+        """The arrays and their rows; faster than a look-up for each."""
+        return _Items(self)
+
+    def in_order(self) -> Iterator[tuple[NodeId, T]]:
+        """The arrays, in ascending order, and their rows."""
+        places, edges = self._index(), {id(part): part.edges.tolist() for part in self.parts}
+        for node in self:
+            part, i = places[node]
+            own = edges[id(part)]
+            yield node, self._cut(part.rows, slice(own[i], own[i + 1]))
+
     def __repr__(self) -> str:
         return f"ByNode({dict(self)!r})"
+
+
+class _Items(ItemsView[NodeId, T]):
+    def __init__(self, rows: ByNode[T]) -> None:
+        super().__init__(rows)
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[tuple[NodeId, T]]:
+        return self._rows.in_order()
 
 
 def owners(edges: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

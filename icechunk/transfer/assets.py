@@ -27,6 +27,7 @@ from icechunk.errors import (
     ObjectNotFoundError,
     SnapshotNotFoundError,
 )
+from icechunk.format.by_node import num_rows
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.keys import chunk_key, manifest_key, snapshot_key, transaction_key
 from icechunk.format.manifest import decode_manifest
@@ -296,8 +297,7 @@ class Assets:
         found = self._transactions.get(id)
         if found is None:
             found = await self._load(transaction_key(id), lambda data: decode_transaction_log(data, expected_id=id))
-            changes = sum(len(rows) for rows in found.updated_chunks.values())
-            self._transactions.put(id, found, changes + 1)
+            self._transactions.put(id, found, num_rows(found.updated_chunks) + 1)
         return found
 
     async def file(self, key: str) -> bytes:
