@@ -11,7 +11,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import pytest
 
-from icechunk.errors import CommitOutcomeUnknown, ConflictError, SessionStateError, StorageError
+from icechunk.errors import (
+    AlreadyExistsError,
+    CommitOutcomeUnknown,
+    ConflictError,
+    InvalidInputError,
+    SessionStateError,
+    StorageError,
+)
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id
 from icechunk.format.keys import snapshot_key
 from icechunk.format.repo.values import SnapshotRecord
@@ -39,6 +46,8 @@ CREATE: dict[Layout, Callable[..., Awaitable[RepositoryLog]]] = {
 ALL = list(Layout)
 GROUPING = [Layout.LOG, Layout.REPO]
 """Layouts in which callers share an attempt."""
+REPLACING = [Layout.REPO, Layout.REFS]
+"""Layouts in which a change replaces an object, so that a look from before it cannot be added to the state."""
 
 
 def writes(request: Request) -> bool:
@@ -117,6 +126,7 @@ async def world(request: pytest.FixtureRequest) -> AsyncIterator[Outcomes]:
 
 
 every_layout = pytest.mark.parametrize("world", ALL, indirect=True, ids=str)
+replacing_layouts = pytest.mark.parametrize("world", REPLACING, indirect=True, ids=str)
 grouping_layouts = pytest.mark.parametrize("world", GROUPING, indirect=True, ids=str)
 
 
@@ -825,3 +835,62 @@ async def test_losers_pause_as_long_as_swaps_take(world: Outcomes) -> None:
     assert losses == 6
     assert max(pauses) <= 64 * 0.011
     assert await world.history() == [an_id(1)]
+
+
+# ------------------------------------------------------------- what a client sees, and creation
+
+
+@every_layout
+async def test_a_late_answer_does_not_replace_a_newer_state(world: Outcomes) -> None:
+    log, storage = await world.create()
+    other, _ = await world.open()
+    first, second = await world.commit(1), await world.commit(2, parent=an_id(1))
+
+    async def answer_late(request: Request, send: Send) -> object:
+        answer = await send()
+        if writes(request):
+            storage.script = None
+            await other.append(second)
+            assert (await log.refresh()).branches["main"] == an_id(2)
+        return answer
+
+    storage.script = answer_late
+    await log.append(first)
+    assert log.state.branches["main"] == an_id(2)
+    assert an_id(1) in log.state.snapshots
+
+
+@replacing_layouts
+async def test_a_look_during_which_a_change_lands_is_repeated(world: Outcomes) -> None:
+    log, storage = await world.create()
+    other, _ = await world.open()
+    first, second = await world.commit(1), await world.commit(2, parent=an_id(1))
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold_the_first_look(request: Request, send: Send) -> object:
+        try:
+            return await send()
+        finally:
+            if request.verb == "get" and not asked.is_set():
+                asked.set()
+                await go_on.wait()
+
+    storage.script = hold_the_first_look
+    look = asyncio.create_task(log.refresh())
+    await asked.wait()
+    await log.append(first)
+    await other.append(second)
+    go_on.set()
+    assert (await look).branches["main"] == an_id(2)
+
+
+@pytest.mark.parametrize("layout", ALL, ids=str)
+async def test_exactly_one_of_many_creators_succeeds(layout: Layout) -> None:
+    clock = ManualClock()
+    store = MemoryStorage(clock.sources())
+    results = await asyncio.gather(
+        *(CREATE[layout](store, clock.sources(), check_clean_root=False) for _ in range(5)), return_exceptions=True
+    )
+    [made] = [result for result in results if not isinstance(result, BaseException)]
+    assert sum(isinstance(result, AlreadyExistsError | InvalidInputError) for result in results) == 4
+    await made.aclose()

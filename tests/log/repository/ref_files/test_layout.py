@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +28,6 @@ from icechunk.log.repository import events as e
 from icechunk.log.repository.create import create_ref_files, create_repo_object
 from icechunk.log.repository.open import create_repository, detect, open_repository
 from icechunk.log.repository.port import Layout, Propose
-from icechunk.log.repository.ref_files.layout import RefFilesLayout
 from icechunk.log.repository.ref_files.names import RefKey, RefNames, decode_ref
 from icechunk.log.repository.state import RepoState
 from icechunk.storage.local.storage import LocalStorage
@@ -255,57 +253,7 @@ async def test_ones_own_commit_is_recognised_below_that_of_another(world: RefFil
     assert await world.tip() == an_id(2)
 
 
-async def test_a_late_answer_does_not_replace_a_newer_state(world: RefFilesWorld) -> None:
-    log, storage = await world.create()
-    other, _ = await world.open()
-    first, second = await world.commit(1), await world.commit(2, parent=an_id(1))
-
-    async def answer_late(request: Request, send: Send) -> object:
-        answer = await send()
-        if request.verb == "put" and request.key == MAIN_KEY:
-            storage.script = None
-            await other.append(second)
-            assert (await log.refresh()).branches["main"] == an_id(2)
-        return answer
-
-    storage.script = answer_late
-    await log.append(first)
-    assert log.state.branches["main"] == an_id(2)
-    assert an_id(1) in log.state.snapshots
-
-
-async def test_a_look_during_which_a_change_lands_is_repeated(world: RefFilesWorld) -> None:
-    log, storage = await world.create()
-    other, _ = await world.open()
-    first, second = await world.commit(1), await world.commit(2, parent=an_id(1))
-    asked, go_on = asyncio.Event(), asyncio.Event()
-
-    async def hold_the_first_look(request: Request, send: Send) -> object:
-        answer = await send()
-        if request.verb == "get" and request.key == MAIN_KEY and not asked.is_set():
-            asked.set()
-            await go_on.wait()
-        return answer
-
-    storage.script = hold_the_first_look
-    look = asyncio.create_task(log.refresh())
-    await asked.wait()
-    await log.append(first)
-    await other.append(second)
-    go_on.set()
-    assert (await look).branches["main"] == an_id(2)
-
-
 # ----------------------------------------------------------------- places
-
-
-async def test_exactly_one_of_many_creators_succeeds(world: RefFilesWorld) -> None:
-    results = await asyncio.gather(
-        *(create_ref_files(world.store, world.clock.sources(), check_clean_root=False) for _ in range(4)),
-        return_exceptions=True,
-    )
-    assert sum(isinstance(result, RefFilesLayout) for result in results) == 1
-    assert sum(isinstance(result, AlreadyExistsError | InvalidInputError) for result in results) == 3
 
 
 async def test_an_existing_repository_is_not_replaced_and_a_missing_one_not_opened(world: RefFilesWorld) -> None:

@@ -28,7 +28,6 @@ from icechunk.log.repository.entries.checkpoint import convert_to_log
 from icechunk.log.repository.port import Layout
 from icechunk.log.repository.queue import UpdateRetries
 from icechunk.log.repository.repo_object.client import next_window
-from icechunk.log.repository.repo_object.layout import RepoObjectLayout
 from icechunk.storage.outcome import refused
 from icechunk.testing.scripted import Request, ScriptedStorage, Send, lost_answer
 from tests.log.repository.strategies import an_id
@@ -182,15 +181,6 @@ async def test_a_clock_that_is_off_does_not_write(world: World) -> None:
     log, _ = await world.open(skew_s=3600)
     with raises(SessionStateError, "snapshot-timestamp", 3600):
         await log.append(world.commit(1))
-
-
-async def test_exactly_one_of_many_creators_succeeds(world: World) -> None:
-    results = await asyncio.gather(
-        *(create_repo_object(world.store, world.clock.sources(), check_clean_root=False) for _ in range(5)),
-        return_exceptions=True,
-    )
-    assert sum(isinstance(result, RepoObjectLayout) for result in results) == 1
-    assert sum(isinstance(result, AlreadyExistsError) for result in results) == 4
 
 
 async def test_creation_whose_answer_was_lost_is_recognised(world: World) -> None:

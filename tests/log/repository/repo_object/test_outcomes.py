@@ -51,47 +51,6 @@ async def test_a_client_recognises_its_own_write_under_that_of_another(world: Wo
     assert updates.count("NewCommit" if what == "commit" else "TagCreated") == 1
 
 
-async def test_a_late_answer_does_not_replace_a_newer_state(world: World) -> None:
-    log, storage = await world.create()
-    other, _ = await world.open()
-    first, second = world.commit(1), world.commit(2, parent=an_id(1))
-
-    async def answer_late(request: Request, send: Send) -> object:
-        answer = await send()
-        if replaces_repo(request):
-            storage.script = None
-            await other.append(second)
-            assert (await log.refresh()).branches["main"] == an_id(2)
-        return answer
-
-    storage.script = answer_late
-    await log.append(first)
-    assert log.state.branches["main"] == an_id(2)
-    assert an_id(1) in log.state.snapshots
-
-
-async def test_a_look_during_which_a_change_lands_is_repeated(world: World) -> None:
-    log, storage = await world.create()
-    other, _ = await world.open()
-    first, second = world.commit(1), world.commit(2, parent=an_id(1))
-    asked, go_on = asyncio.Event(), asyncio.Event()
-
-    async def hold_the_first_look(request: Request, send: Send) -> object:
-        answer = await send()
-        if request.verb == "get" and request.key == "repo" and not asked.is_set():
-            asked.set()
-            await go_on.wait()
-        return answer
-
-    storage.script = hold_the_first_look
-    look = asyncio.create_task(log.refresh())
-    await asked.wait()
-    await log.append(first)
-    await other.append(second)
-    go_on.set()
-    assert (await look).branches["main"] == an_id(2)
-
-
 async def test_the_same_tag_by_another_client_at_the_same_microsecond_is_not_taken_for_the_clients_own(
     world: World,
 ) -> None:
