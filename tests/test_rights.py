@@ -216,7 +216,7 @@ async def test_sessions_are_persisted_without_listing_and_resumed_with_it(
     async with await Repository.open_async(with_rights(store, {Right.READ, Right.WRITE}, hides=hides)) as repository:
         for name in ("a", "b", "c"):
             session = await repository.writable_session_async("dev")
-            session._content.set_metadata(f"/{name}", GROUP)
+            await write_node(session, f"/{name}", GROUP)
             ids.append(await session.checkpoint_async())
             if name == "a":
                 await session.commit_async(name)
@@ -230,7 +230,7 @@ async def test_sessions_are_persisted_without_listing_and_resumed_with_it(
                 await repository.resume_session_async(id)
             assert ended.value.kind == kind
         fork = await repository.join_session_async(ids[2])
-        fork._content.set_metadata("/d", GROUP)
+        await write_node(fork, "/d", GROUP)
         await fork.checkpoint_async()
         session = await repository.resume_session_async(ids[2])
         assert await session.collect_forks_async() == 1

@@ -11,6 +11,7 @@ from icechunk.errors import ErrorKind, StorageError
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.transfer.limiter import Gates
 from icechunk.transfer.put import PutMemory, PutPool
+from tests.raising import raises
 
 
 class Disk(LocalStorage):
@@ -56,7 +57,7 @@ async def test_after_a_failed_sync_no_flush_succeeds(tmp_path: Path) -> None:
         await pool.flush()
     # The system tells of a failure once: a second sync would succeed, without the bytes.
     disk.fails = False
-    with pytest.raises(StorageError, match="chunks/x"):
+    with raises(StorageError, "storage-other", "chunks/x"):
         await pool.flush()
     assert not pool.is_durable
     pool.discard()

@@ -12,6 +12,7 @@ from icechunk.errors import StorageError
 from icechunk.storage.local import folders
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.port import Absent, Matches, Put
+from tests.raising import raises
 
 
 async def test_nothing_is_synced_before_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +59,7 @@ async def test_an_object_that_is_gone_cannot_be_synced(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     await storage.put_unsynced([Put("chunks/x", b"1")])
     (tmp_path / "chunks" / "x").unlink()
-    with pytest.raises(StorageError, match="chunks/x"):
+    with raises(StorageError, "io", "chunks/x"):
         await storage.sync(["chunks/x"])
 
 
@@ -70,6 +71,6 @@ async def test_a_disk_that_fails_is_told_of(tmp_path: Path, monkeypatch: pytest.
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(StorageError, match="Input/output") as caught:
+    with raises(StorageError, "io", os.strerror(errno.EIO)) as caught:
         await storage.sync(["chunks/x"])
     assert not caught.value.refused
