@@ -175,12 +175,19 @@ def session_merge_reduction(
         Number of sessions that one task merges, at least 2; None: 8.
     store_kwargs
         For ``dask.compute``.
+
+    Raises
+    ------
+    TypeError
+        One of them is not a dask array.
     """
     width = _SPLIT_EVERY if split_every is None else split_every
     if width < 2:
         raise InvalidInputError(f"split_every must be at least 2, not {split_every}", ErrorKind.INVALID_SETTING)
     extract, merge = _dask.delayed(extract_session), _dask.delayed(merge_sessions)
-    listed: list[Any] = [arrays] if isinstance(arrays, Array) else arrays
+    listed: list[Any] = arrays if isinstance(arrays, list) else [arrays]
+    for array in listed:
+        _reduction_for(array)
     level = [extract(block) for array in listed for block in array.to_delayed().ravel()]
     while len(level) > 1:
         level = [merge(group) if len(group) > 1 else group[0] for group in _groups(level, width)]

@@ -151,6 +151,12 @@ def test_functions_for_reductions_of_array_libraries() -> None:
     assert counted([1, 2], computing_meta=True).dtype == object
 
 
+@pytest.mark.parametrize("wrong", [1, [1], np.arange(3), [np.arange(3)]], ids=repr)
+def test_a_reduction_of_anything_but_dask_arrays_is_a_type_error(wrong: Any) -> None:
+    with pytest.raises(TypeError):
+        session_merge_reduction(wrong, split_every=None)
+
+
 def test_nothing_to_store_and_a_tree_without_branches_are_refused(repo: Repository) -> None:
     with pytest.raises(InvalidInputError):
         store_dask(sources=[], targets=[])
