@@ -116,6 +116,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "                info = await as_refs_say(self._storage, self._sources, seen.unfinished)\n",
         "                info = seen.unfinished\n",
         ("refs",),
+        ("tests/repository/test_upgrade.py",),
     ),
     # -- the engine of conditional writes ------------------------------------------------------------------------------
     Mutant(
