@@ -32,7 +32,7 @@ DERIVED = "derived_up_to"
 
 
 async def measure(after: int) -> AsyncIterator[tuple[int, xr.Dataset]]:
-    """Stand-in for a source that can be read from any offset on: the temperatures of one hour."""
+    """Example of a source that can be read from any offset on: the temperatures of one hour."""
     for hour in range(after + 1, 1_000_000):
         time = np.datetime64("2026-01-01", "ns") + np.timedelta64(hour, "h")
         values = np.full((1, STATIONS), hour, "f4")

@@ -20,7 +20,7 @@ STATIONS = 16
 
 
 async def measure(after: int) -> AsyncIterator[tuple[int, xr.Dataset]]:
-    """Stand-in for a source that can be read from any offset on: one row of all stations every few milliseconds."""
+    """Example of a source that can be read from any offset on: one row of all stations every few milliseconds."""
     offset = after + 1
     while True:
         time = np.datetime64("2026-01-01", "ns") + np.timedelta64(offset, "s")

@@ -28,7 +28,7 @@ repo.create_tag("preliminary", first)
 with repo.transaction("main", message="January, the last days") as store:
     to_icechunk(weather.isel(time=slice(21, None)), store.session, append_dim="time")
 
-# %% A correction, on a branch of its own until somebody has looked at it
+# %% A correction, on a branch of its own until it has been reviewed
 repo.create_branch("correction", repo.lookup_branch("main"))
 session = repo.writable_session("correction")
 corrected = weather.isel(time=slice(0, 7)) - 0.5

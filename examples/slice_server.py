@@ -1,6 +1,6 @@
 """A web service: slices of one array for many clients, from one event loop.
 
-Every request reads the newest committed version; who wants a fixed one asks for it by snapshot or tag.
+Every request reads the newest committed version; a client that needs a fixed one names a snapshot or tag.
 
     python examples/slice_server.py /tmp/measurements --port 8080
     curl 'http://127.0.0.1:8080/values?start=0&stop=3'

@@ -44,7 +44,7 @@ _BUFFER = default_buffer_prototype().buffer
 
 @dataclass(slots=True)
 class Outcome:
-    """What one history led to."""
+    """The result of one history."""
 
     seed: int
     version: int | None
@@ -55,7 +55,7 @@ class Outcome:
     rewritten: int = 0
     """Snapshots."""
     stored: float = 0.0
-    """Bytes of chunk objects, as a multiple of what lives in them."""
+    """Bytes of chunk objects, as a multiple of their living bytes."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -322,7 +322,7 @@ def _parts(data: bytes) -> Iterator[bytes]:
 
 
 def _documents(payload: bytes) -> Iterator[Iterator[bytes]]:
-    """JSON documents that stand in a file: markers, with copies of files."""
+    """JSON documents inside a file: markers, with copies of files."""
     at = payload.find(b'{"aioicechunk')
     while at >= 0:
         try:

@@ -98,7 +98,7 @@ async def hammer(storage: Storage, worker: int, commits: int, notes: str) -> Non
 
 
 def fork_worker(spec: str, worker: int, commits: int, notes: str, fatal_seed: int | None) -> int:
-    """Start a worker; with a seed it dies of a random write. Returns its process id."""
+    """Start a worker; with a seed it ends at a random write. Returns its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -118,7 +118,7 @@ def fork_worker(spec: str, worker: int, commits: int, notes: str, fatal_seed: in
 
 
 def main() -> int:
-    """Run the workers to their ends; 0 if each finished, or died as it was told to."""
+    """Run the workers to their ends; 0 if each finished, or ended as planned."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("storage", help="a path, or a JSON object with the arguments of icechunk.s3_storage")
     parser.add_argument("notes", help="folder for the notes of each worker")

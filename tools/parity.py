@@ -78,7 +78,7 @@ def _describe(value: Any, depth: int) -> dict[str, Any]:
             if name.startswith("__") or (name.startswith("_") and name not in ("_0", "_1", "_repr_html_")):
                 continue
             if isinstance(member, type):
-                # A member of a union inherits its siblings as attributes; nobody reaches them that way.
+                # A member of a union inherits its siblings as attributes; no user reaches them that way.
                 if depth == 0:
                     members[name] = _describe(member, depth + 1)
                     # A union of ours says so by `issubclass`, without being a base.

@@ -134,7 +134,7 @@ def _official(case: str, options: Mapping[str, Any]) -> Any:
             words = ("tools.bench.workload", case, json.dumps(options))
             return oracle.run(oracle.OFFICIAL_CURRENT, *words, timeout_s=TIMEOUT_S)
         except oracle.OracleError as error:
-            # The official library sometimes dies of a segmentation fault at the end of a process.
+            # The official library sometimes ends with a segmentation fault at the end of a process.
             if not tries_left or "ended with -11" not in str(error):
                 raise
     raise AssertionError("unreachable")

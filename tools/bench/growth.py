@@ -1,4 +1,4 @@
-"""What the ten-thousandth commit costs beside the hundredth, and what a long history costs who opens it.
+"""Costs of the ten-thousandth commit compared with the hundredth, and of opening a long history.
 
     python -m tools.bench.growth memory|local|wire [--commits 10000]
 

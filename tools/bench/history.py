@@ -1,4 +1,4 @@
-"""What looking at and cleaning up a long history costs, on local disk, with either library.
+"""Costs of reading and cleaning up a long history, on local disk, with either library.
 
 One history is made beforehand, by our library: the official one gets the same files, as a repository of format 2.
 """

@@ -1,4 +1,4 @@
-"""What one commit of very many references takes: memory, CPU time, and whether others can read it.
+"""One commit of very many references: its memory, its CPU time, and whether others can read it.
 
     python -m tools.bench.huge virtual|native RANK [--references 100000000] [--interleaved]
 

@@ -188,7 +188,7 @@ def _run(who: str, verb: str, place: Mapping[str, str], chunks: int, codec: str)
     words = [verb, json.dumps(place), "--chunks", str(chunks), "--codec", codec]
     if who == "official":
         for _ in range(2):
-            # It sometimes dies of a segmentation fault at the end of a process.
+            # It sometimes ends with a segmentation fault at the end of a process.
             with contextlib.suppress(oracle.OracleError):
                 return _samples(oracle.run(oracle.OFFICIAL_CURRENT, "tools.bench.large", *words, timeout_s=TIMEOUT_S))
         return _samples(oracle.run(oracle.OFFICIAL_CURRENT, "tools.bench.large", *words, timeout_s=TIMEOUT_S))

@@ -1,4 +1,4 @@
-"""What one array costs in a hierarchy of 1 000, 10 000 and 100 000 arrays, on local disk, with either library."""
+"""Costs of one array in a hierarchy of 1 000, 10 000 and 100 000 arrays, on local disk, with either library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks measure: one script, run with our library and with the official one.
+"""The measured workloads: one script, run with our library and with the official one.
 
 ``python -m tools.bench.workload CASE JSON`` prints one JSON object of seconds by name. Both libraries get the same
 calls, through the public API at its defaults.

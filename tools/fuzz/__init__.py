@@ -1,1 +1,1 @@
-"""Fuzzing of everything that reads bytes somebody else wrote."""
+"""Fuzzing of every reader of untrusted bytes."""

@@ -143,7 +143,7 @@ def targets() -> dict[str, tuple[Callable[[bytes], Any], Callable[[random.Random
 
 
 def attempt(decoder: Callable[[bytes], Any], data: bytes) -> str | None:
-    """What is wrong with how the decoder took ``data``; None when nothing is."""
+    """The fault of a decoder on ``data``; None if there is none."""
     start = time.perf_counter()
     try:
         decoder(data)

@@ -1,4 +1,4 @@
-"""What becomes of a configuration, by ours or by the official library, whichever is installed; prints JSON.
+"""Round trips of a configuration, by ours or by the official library, whichever is installed; prints JSON.
 
     python -m tools.interop.configurations scenarios VERSION      effective and persisted values, step by step
     python -m tools.interop.configurations defaults               settings of storages

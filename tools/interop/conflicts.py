@@ -1,4 +1,4 @@
-"""What comes of two sessions at once: run with our package and with the official one, the answers are compared.
+"""Results of two sessions at once: run with our package and with the official one, the answers are compared.
 
 ``python -m tools.interop.conflicts DIRECTORY`` prints for each pair of changes and each solver, the conflicts, or the
 nodes and values after both are committed, as JSON.

@@ -26,7 +26,7 @@ __all__ = ["digest", "dump", "refusals"]
 
 
 def digest(values: Any) -> dict[str, Any]:
-    """What identifies an array's values, whatever versions of numpy and zarr hold them in memory.
+    """An identification of an array's values, the same for all versions of numpy and zarr.
 
     Parameters
     ----------

@@ -126,7 +126,7 @@ def generate(
     storage
         Where to create it; must be empty.
     inline_threshold
-        Bytes up to which chunks stand in the manifest; the library's default where None, none at all where 0.
+        Bytes up to which chunks are stored in the manifest; the library's default where None, none at all where 0.
     leave_out
         Names of data types not to write: newer versions of zarr write some that older ones cannot read.
     create
@@ -170,7 +170,7 @@ def has_format_2(repo: Any) -> bool:
 
 
 def publish(repo: Any) -> None:
-    """Make everything that stands in `repo` visible to readers that know only the published format.
+    """Make everything that is in `repo` visible to readers that know only the published format.
 
     The official library's repositories always are; ours bring their `repo` object up to date in the background.
     """

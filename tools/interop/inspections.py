@@ -1,4 +1,4 @@
-"""What ``inspect_*`` and the drawing of history say of a repository, as JSON: the same script on both libraries.
+"""Results of ``inspect_*`` and the drawing of history, as JSON: the same script on both libraries.
 
 ``python -m tools.interop.inspections PATH`` prints one line about the repository there. ``--make VERSION`` makes
 one of that spec version before, with something of everything that the files can say.

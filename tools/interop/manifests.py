@@ -1,4 +1,4 @@
-"""What manifest settings do, by ours or by the official library, whichever is installed; prints JSON.
+"""Effects of manifest settings, by ours or by the official library, whichever is installed; prints JSON.
 
     python -m tools.interop.manifests scenarios VERSION      which manifests each step of many leaves
     python -m tools.interop.manifests write FOLDER VERSION   a repository with every manifest setting

@@ -1,4 +1,4 @@
-"""What typical misuses raise, as JSON: the same script on both libraries.
+"""Errors of typical misuses, as JSON: the same script on both libraries.
 
 ``python -m tools.interop.misuse`` prints, for each misuse by name, the classes of the error, from its own up to
 `Exception`, its ``kind`` (None for errors of Python itself) and its message; or null where nothing was raised.
@@ -29,7 +29,7 @@ UNKNOWN = "G" * 20
 NOW = datetime.datetime.now(datetime.UTC)
 
 MISUSES: dict[str, Callable[[Any], object]] = {}
-"""What to do with a repository; each gets one of its own."""
+"""Misuses of a repository; each gets one of its own."""
 
 
 def misuse(function: Callable[[Any], object]) -> Callable[[Any], object]:

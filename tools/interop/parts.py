@@ -1,4 +1,4 @@
-"""``python -m tools.interop.parts FOLDER BASE TIP``: what a library knows of the changes between two snapshots.
+"""``python -m tools.interop.parts FOLDER BASE TIP``: the changes between two snapshots, by a library.
 
 Runs under either library, on a repository whose transaction logs stand in several objects, and leaves its history
 without what is between the two. Prints JSON: differences and conflicts before and after collections.

@@ -1,4 +1,4 @@
-"""What pickles, as JSON: the same script on both libraries.
+"""Objects that can be pickled, as JSON: the same script on both libraries.
 
 ``python -m tools.interop.pickling PATH`` prints, for each thing by name, ``"travels"`` or the class of the refusal.
 Disk at ``PATH`` is used.

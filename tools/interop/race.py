@@ -1,4 +1,4 @@
-"""Commit to one branch again and again, whoever else does: the same script on our library and on the official one.
+"""Commit to one branch again and again, while others do: the same script on our library and on the official one.
 
 ``python -m tools.interop.race ENDPOINT ACCESS SECRET BUCKET PREFIX NAME COUNT`` commits COUNT times to ``main``, begins
 again after each conflict, and prints the ids of its snapshots as JSON. With ``until-refused`` in place of COUNT it goes

@@ -1,19 +1,19 @@
-"""Judges what the clients of a repository saw, knowing nothing of how it is kept.
+"""Checks the outcomes that the clients of a repository saw, independently of layouts and files.
 
-A history is a list of operations, each with the time at which a client asked for it and the time at which it was told
-the outcome. It is right if one order of the operations explains everything that was told: an order in which each
+A history is a list of operations, each with the time of the call and the time at which the client got the
+outcome. It is right if one order of the operations explains all outcomes: an order in which each
 operation takes effect at one moment between the two times (strict serialisability), where
 
-- what was acknowledged took effect, exactly once;
-- what failed, or was refused, did not, and never will;
-- what is unknown took effect at some moment after it was asked for, or never;
+- an acknowledged operation took effect, exactly once;
+- a failed or refused one did not, and never will;
+- one with an unknown outcome took effect at some moment after the call, or never;
 - a refusal is right about the state at its moment;
 - a reader saw the state at its moment: all branches and tags together, with their whole history (snapshot isolation).
   Where a layout keeps each ref in an object of its own, readers see each ref at a moment of its own (`independent`).
 
 The repository is the obvious one: branches and tags that point to commits, commits with one parent. Commits have names
-that are never used twice, so every history tells who wrote it (as with list-append of Jepsen's Elle). The order is
-searched for depth first, remembering visited states (Wing and Gong, Lowe).
+that are never used twice, so every history shows the writer of each commit (as with list-append of Jepsen's Elle). The
+order is searched for depth first, remembering visited states (Wing and Gong, Lowe).
 
 This module imports nothing of the engine.
 """
@@ -35,13 +35,13 @@ _BUDGET: Final = 60_000
 """States that are looked at before a history is given up as undecided."""
 
 Outcome: TypeAlias = Literal["ok", "refused", "failed", "unknown", "open"]
-"""What the client was told. ``refused``: the state does not allow it; ``failed``: it did not happen, for whatever
-reason; ``open``: nothing yet, which counts as unknown."""
+"""The outcome that the client got. ``refused``: the state does not allow it; ``failed``: it did not happen, for
+whatever reason; ``open``: nothing yet, which counts as unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """What a reader saw."""
+    """A reader's view of the repository."""
 
     branches: Mapping[str, tuple[str, ...]]
     """By name, the commits from the first one to the tip."""
@@ -60,22 +60,22 @@ class Operation:
     ref: str = ""
     """The branch or tag."""
     commit: str = ""
-    """Of a commit or amend: its name, which is new. Of branches and tags: what they shall point to."""
+    """Of a commit or amend: its name, which is new. Of branches and tags: the commit to point to."""
     parent: str | None = None
     """Of a commit: the tip that it follows; None: any tip. Of an amend or reset: the tip that it moves."""
     writes: Mapping[str, str] = field(default_factory=dict)
     """Of a commit or amend: chunks and their new values."""
     began: int
-    """When it was asked for. Times are positions in the order of all that happened."""
+    """Time of the call. Times are positions in the order of all calls and outcomes."""
     ended: int | None = None
-    """When the outcome was told; None: not yet."""
+    """Time of the outcome; None: not yet."""
     outcome: Outcome = "open"
     seen: View | None = None
     """Of a read."""
     content: Mapping[str, str] | None = None
     """Of a ``read-content``: the chunks of ``commit``."""
     note: str = ""
-    """What was told besides, for people."""
+    """The error's text, for people."""
 
     def __str__(self) -> str:
         what = " ".join(part for part in (self.verb, self.ref, self.commit) if part)
@@ -85,10 +85,10 @@ class Operation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What a check found."""
+    """The result of a check."""
 
     problems: tuple[str, ...]
-    """Broken promises; none, it is hoped."""
+    """Broken promises."""
     undecided: bool = False
     """Whether the search for an order was given up."""
 
@@ -151,7 +151,7 @@ def _phantoms(history: Sequence[Operation], start: View | None) -> Iterator[str]
         told.update(op.seen.tags.values())
     for name in sorted(told - known):
         if name not in made:
-            yield f"commit {name} is in history, and nobody made it"
+            yield f"commit {name} is in history, and no client made it"
         elif made[name].outcome in ("failed", "refused"):
             yield f"commit {name} was reported as {made[name].outcome}, and is in history"
 
@@ -284,7 +284,7 @@ class _Search:
                 if after is not None:
                     stack.append((left & ~(1 << i), after))
         culprit = self.ops[self.stuck_at] if self.stuck_at >= 0 else None
-        return Verdict(problems=(f"no order of the operations explains what was told; not even up to: {culprit}",))
+        return Verdict(problems=(f"no order of the operations explains the outcomes; not even up to: {culprit}",))
 
     def _next(self, left: int) -> list[int]:
         """Operations that may come next: those that began before anything that is left had ended."""
@@ -335,7 +335,7 @@ class _Search:
                 chain.append(name)
         chain.reverse()
         if name is None:
-            # Where it comes from nobody has said: the rest is not judged.
+            # Its origin is not known: the rest is not checked.
             commits = tuple(one for one in commits if one in chain)
         if not self.shortened:
             return list(commits) == chain

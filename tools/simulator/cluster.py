@@ -1,4 +1,4 @@
-"""What all actors of a simulation share: the store, clients of it, and the history that the checker judges."""
+"""Shared state of a simulation: the store, its clients, and the history for the checker."""
 
 from __future__ import annotations
 
@@ -140,12 +140,12 @@ class Client:
 
 
 class Cluster:
-    """One store, all who come to it, and what they were told.
+    """One store, all of its clients, and the outcomes that they got.
 
     Parameters
     ----------
     layout
-        How the repository is kept in the beginning.
+        The layout of the repository in the beginning.
     objects
         The repository, as it is in the beginning.
     """
@@ -174,11 +174,11 @@ class Cluster:
         self.updates_per_file = rng.choice((None, None, 3))
         """Most lines of the ops log in one object."""
         self.deleting: set[str] = set()
-        """Branches that somebody has asked to delete, where that has no condition: of two who do so both succeed."""
+        """Branches whose deletion was requested, where it has no condition: of two such calls both succeed."""
         self.clients: list[Client] = []
         self.store = SimulatedStore(loop, mix, rng, objects)
         if sessions:
-            # A session that waits for its chunks looks about once a second whether somebody else has to send them.
+            # A session that waits for its chunks checks about once a second whether it has to send them itself.
             self.store.pause_s = 60.0
         self.report = Report(seed=seed, injected=self.store.injected, trace=self.store.trace)
         self.history: list[Operation] = self.report.history
@@ -190,7 +190,7 @@ class Cluster:
         self.embedded: dict[str, bytes] = {}
         """Every file that was ever handed to `RepositoryLog.append`."""
         self.on_told: Callable[[Operation, SwapToken], None] = lambda operation, token: None
-        """Told of every outcome that was called unknown."""
+        """Called with every operation whose outcome is unknown."""
         self._time = 0
         self._commits = 0
         self.tasks: list[asyncio.Task[Any]] = []
@@ -212,7 +212,7 @@ class Cluster:
         return client
 
     def tick(self) -> int:
-        """The next position in the order of all that is asked for and told."""
+        """The next position in the order of all calls and outcomes."""
         self._time += 1
         return self._time
 
@@ -231,24 +231,24 @@ class Cluster:
         self.store.trace.note(self.loop.time(), who, what, fault=fault.value)
 
     def begin(self, operation: Operation) -> Operation:
-        """An operation is asked for."""
+        """Note that an operation was called."""
         operation.began = self.tick()
         self.history.append(operation)
         self.note(operation.client, f"asks for {_words(operation)}")
         return operation
 
     def end(self, operation: Operation, outcome: Outcome, note: str = "") -> None:
-        """Its outcome is told."""
+        """Note the outcome of an operation."""
         operation.ended, operation.outcome, operation.note = self.tick(), outcome, note
         self.note(operation.client, f"is told {outcome} about {_words(operation)}{f': {note}' if note else ''}")
 
     def told(self, operation: Operation, token: SwapToken) -> None:
-        """The caller was told that the outcome is unknown, and has the token."""
+        """Note that a caller got an unknown outcome, with its token."""
         self.tokens[id(operation)] = token
         self.on_told(operation, token)
 
     def settled_as(self, operation: Operation, who: str, landed: bool) -> None:
-        """Somebody was told what became of an operation whose outcome was unknown."""
+        """Note the settled outcome of an operation whose outcome was unknown."""
         outcome: Outcome = "ok" if landed else "failed"
         if operation.outcome in ("ok", "failed") and operation.outcome != outcome:
             self.problem(f"settled as {outcome} what was settled as {operation.outcome}: {operation}")
@@ -257,12 +257,12 @@ class Cluster:
             operation.ended, operation.outcome = self.tick(), outcome
 
     def new_name(self) -> str:
-        """The name of a commit that nobody has made yet; where the engine chooses its id, the message tells it."""
+        """A new name of a commit; if the engine chooses the commit's id, its message is the name."""
         self._commits += 1
         return f"c{self._commits}"
 
     def new_commit(self) -> str:
-        """The name of a commit that nobody has made yet, and that has an id already."""
+        """A new name of a commit, with an id."""
         name, id = self.new_name(), ObjectId(self.rng.randbytes(12))
         self.ids[name], self.names[id] = id, name
         return name
@@ -272,7 +272,7 @@ class Cluster:
         return self.names.get(id) or message or f"?{id.hex()}"
 
     def view(self, state: RepoState) -> View:
-        """What a state shows of the repository, for the checker."""
+        """The checker's view of a state."""
         branches = {}
         for branch, tip in state.branches.items():
             commits = [self.name_of(record.id, record.message) for record in state.ancestry(tip)]

@@ -1,4 +1,4 @@
-"""What can go wrong, and how often it does in one schedule."""
+"""The faults, and how often each occurs in one schedule."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class Mix:
         return Mix({fault: strength * rng.uniform(0.3, 1.0) for fault in kinds})
 
     def draw(self, verb: str, rng: random.Random) -> Fault | None:
-        """What befalls a request; None: nothing."""
+        """The fault of a request; None: none."""
         total, table = self._tables[verb]
         chance = rng.random()
         if chance >= total:
@@ -181,19 +181,19 @@ CALM: Final = Mix({})
 
 
 def no_answer(verb: str, key: str, why: str) -> StorageError:
-    """What a client sees of a request without a certain answer."""
+    """The error of a request without a certain answer."""
     return StorageError(f"cannot {verb} {key!r}: {why}", ErrorKind.OBJECT_STORE)
 
 
 def refusal(verb: str, key: str, status: int) -> StorageError:
-    """What a client sees of a request that certainly was not executed."""
+    """The error of a request that certainly was not executed."""
     error = StorageError(f"cannot {verb} {key!r}: the store answers {status}", ErrorKind.OBJECT_STORE)
     error.refused = verb not in ("get", "list")
     return error
 
 
 def unsent(verb: str, key: str) -> StorageError:
-    """What a client sees of a request for which no connection could be made."""
+    """The error of a request for which no connection could be made."""
     error = StorageError(f"cannot {verb} {key!r}: no connection", ErrorKind.OBJECT_STORE)
     error.unsent = verb not in ("get", "list")
     return error

@@ -39,7 +39,7 @@ _METADATA = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitFiles:
-    """What one commit uploads."""
+    """The files of one commit."""
 
     manifest: ManifestFile
     """Its own; those of its parent that it keeps are in the snapshot besides."""
@@ -114,7 +114,7 @@ def commit_files(
 
 
 def missing_files(state: RepoState, objects: Mapping[str, bytes]) -> list[tuple[ObjectId, str]]:
-    """What the graph needs and the store does not have: the snapshot that needs it, and the key."""
+    """Files that the graph needs and the store lacks: the snapshot that needs each, and its key."""
     missing: list[tuple[ObjectId, str]] = []
     for record in state.snapshots.values():
         if record.id == FIRST_SNAPSHOT:

@@ -151,7 +151,7 @@ async def _fork(cluster: Cluster, client: Client, session: Session, writes: dict
 async def _commit(
     cluster: Cluster, client: Client, repository: Repository, session: Session, base: str, writes: dict[str, str]
 ) -> bool:
-    """Commit, and enter what was told; whether there is nothing left to try with this session."""
+    """Commit, and enter the outcome; returns whether this session has nothing left to try."""
     rng = cluster.rng
     solver = rng.choice(_SOLVERS)
     amends = base not in (ROOT, FIRST) and rng.random() < 0.1 and cluster.amends

@@ -39,7 +39,7 @@ __all__ = ["Plan", "commit_proposal", "plan_of", "simulate"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What kind of schedule a seed is."""
+    """The parameters of a seed's schedule."""
 
     layout: Layout
     collect: bool = False
@@ -165,7 +165,7 @@ async def _run(cluster: Cluster, plan: Plan) -> None:
 
 
 async def _verify(cluster: Cluster) -> None:
-    """Wait for all that travels, settle what is unknown, and look at what is there in the end."""
+    """Wait for all requests under way, settle unknown outcomes, and check the final state."""
     while cluster.store.travelling:
         await asyncio.wait(cluster.store.travelling)
     client = cluster.client("z", faulty=False)
@@ -220,7 +220,7 @@ def _frames(error: BaseException) -> list[traceback.FrameSummary]:
 
 
 def _end(cluster: Cluster) -> None:
-    """No task is left, and nobody complains about what became of those that are done."""
+    """Check that no task is left, and that no error of a finished task was lost."""
     pending = [task for task in cluster.tasks if not task.done()]
     for task in pending:
         task.cancel()

@@ -1,4 +1,4 @@
-"""The store of a simulation, and each client's faulty way to it."""
+"""The store of a simulation, and each client's faulty connection to it."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _REFUSALS: Final = (400, 401, 403, 404, 405, 411, 501)
 _STALE_S: Final = 10.0
 """How old a stale listing of immutable files may be, from before it was asked for."""
 _TRUTH: Final = ("log/", "refs/")
-"""Folders whose listings the layouts believe: they must show what was acknowledged before they were asked for."""
+"""Folders whose listings the layouts rely on: a listing must show every write acknowledged before its request."""
 _LOOKED_AT: Final = ("log/", "refs/", "repo")
-"""Where clients read what is there before they believe that a condition does not hold."""
+"""Prefixes of objects that clients read after a 412 before they rely on it."""
 
 
 class Stored:
@@ -56,12 +56,12 @@ class Stored:
 
 
 class SimulatedStore:
-    """What is stored, and everything that is still travelling towards it.
+    """The stored objects, and the requests that are still under way.
 
     Parameters
     ----------
     objects
-        What is there in the beginning.
+        The objects in the beginning.
     """
 
     def __init__(
@@ -74,16 +74,16 @@ class SimulatedStore:
         self.trace = Trace()
         self.injected: Counter[Fault] = Counter()
         self.pause_s = DAY_S
-        """What a pause of a client is counted in."""
+        """The unit of pauses of a client, s."""
         self.force_at: int | None = None
-        """Number of the request that a fault befalls for certain, unless one has befallen another before."""
+        """Number of the request that gets a fault for certain, unless an earlier request got one."""
         self.travelling: set[asyncio.Task[None]] = set()
         self.on_write: Callable[[str, bytes], None] | None = None
-        """Told of every write that was executed."""
+        """Called with every write that was executed."""
         self.on_put: Callable[[SimulatedStorage, str, bytes], None] | None = None
-        """Told of every PUT that a client begins to send."""
+        """Called with every PUT that a client begins to send."""
         self.on_answer: Callable[[str, bytes, str], None] | None = None
-        """Told of what every PUT was answered: ``ok``, ``412``, ``refused`` or ``none``."""
+        """Called with the answer to every PUT: ``ok``, ``412``, ``refused`` or ``none``."""
         self._deleted: dict[str, tuple[float, Stored]] = {}
 
     def write(self, key: str, data: bytes, precondition: Precondition) -> PutResult:
@@ -107,7 +107,7 @@ class SimulatedStore:
             self._deleted[key] = self.loop.time(), found
 
     def contents(self) -> dict[str, bytes]:
-        """What is there, by key."""
+        """The objects, by key."""
         return {key: stored.data for key, stored in self.objects.items()}
 
     def listed(self, prefix: str, after: str, at_s: float | None) -> list[ObjectInfo]:
@@ -121,18 +121,18 @@ class SimulatedStore:
         return [found[key].info for key in sorted(found)]
 
     def later(self, delay_s: float, request: Request, execute: Callable[[], object]) -> None:
-        """Execute a request after a delay; nobody hears of it."""
+        """Execute a request after a delay; no client gets the answer."""
 
-        async def travel() -> None:
+        async def arrive() -> None:
             await asyncio.sleep(delay_s)
             self.execute(request, execute)
 
-        task = self.loop.create_task(travel())
+        task = self.loop.create_task(arrive())
         self.travelling.add(task)
         task.add_done_callback(self.travelling.discard)
 
     def execute(self, request: Request, execute: Callable[[], T]) -> T | None:
-        """Do what a request asks for, and write down what came of it; None where its condition does not hold."""
+        """Execute a request and note the effect; None if its condition does not hold."""
         request.executed_s.append(self.loop.time())
         try:
             result = execute()
@@ -143,7 +143,7 @@ class SimulatedStore:
         return result
 
     def drawn(self, verb: str, faulty: bool) -> Fault | None:
-        """What befalls a request that a client is about to send."""
+        """The fault of a request that a client is about to send."""
         if not faulty:
             return None
         if self.force_at is not None and len(self.trace.requests) >= self.force_at and not self.injected:
@@ -159,9 +159,9 @@ class SimulatedStorage(Storage):
     name
         Of the client, in traces.
     faulty
-        Whether anything befalls it.
+        Whether it gets faults.
     dated
-        Whether the store's answers tell its clock.
+        Whether the store's answers have a date.
     """
 
     def __init__(self, store: SimulatedStore, name: str, *, faulty: bool = True, dated: bool = True) -> None:
@@ -198,7 +198,7 @@ class SimulatedStorage(Storage):
         return request, fault
 
     def _strike(self, fault: Fault) -> None:
-        """What befalls the client, not just the request."""
+        """The effect of a fault on the client, not just on the request."""
         if fault is Fault.CLOCK:
             self.on_clock_jump()
         elif fault is Fault.OUTAGE:

@@ -1,4 +1,4 @@
-"""What happened in a schedule, request by request: for people, for comparing, and for the model."""
+"""The trace of a schedule, request by request: for people, for comparing, and for the model."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from tools.simulator.loop import DAY_S
 __all__ = ["SAFE_AGE_S", "auditor", "collector", "converter", "lost_files", "pruner", "upgrader"]
 
 SAFE_AGE_S: Final = 60 * DAY_S
-"""In the layouts of the published format nobody may still be at work that began before the cutoff."""
+"""Age of the cutoff in the layouts of the published format, so that no session from before it is still open."""
 
 
 async def pruner(cluster: Cluster, rounds: int) -> None:
@@ -120,7 +120,7 @@ async def converter(cluster: Cluster, rounds: int) -> None:
             continue
         target = Layout.REPO if log.layout is Layout.LOG else Layout.LOG
         task = client.own(convert_log(log, client.storage, client.sources, target))
-        # A crash after its seal, perhaps: whoever comes next finishes what it began.
+        # It may crash after its seal: the next client finishes the conversion.
         await _until(client, task, rng.choice((0.2, 1000)))
         cluster.report.conversions += 1
         if not client.dead:
@@ -156,7 +156,7 @@ async def upgrader(cluster: Cluster, tries: int) -> None:
         task = client.own(upgrade(client.storage, client.sources, dry_run=False, delete_ref_files=True))
         await _until(client, task, rng.choice((0.1, 1000)))
     if REPO_KEY in cluster.store.objects:
-        # What was begun is finished, or nobody could change the repository any more.
+        # An upgrade that was begun is finished: until then no client can change the repository.
         client = cluster.client("u", faulty=False)
         await client.run(upgrade(client.storage, client.sources, dry_run=False, delete_ref_files=True))
     cluster.report.conversions += 1

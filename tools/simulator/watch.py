@@ -1,10 +1,10 @@
-"""What is watched at the store while a schedule runs: rules that no history of outcomes shows.
+"""Checks at the store while a schedule runs, of rules that no history of outcomes shows.
 
-- A checkpoint never goes back within its epoch, and what it names exists.
-- An attempt whose caller was told anything is never sent again.
+- A checkpoint never goes back within its epoch, and everything that it names exists.
+- A told attempt is never sent again.
 - An attempt of which every request was refused is not called unknown.
 - Under one nonce the same bytes are sent, and always to the same slot.
-- No log is sealed as taken over, since nobody here takes one over.
+- No log is sealed as taken over, since no client takes one over here.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ class Watch:
                 self._cluster.problem(f"{storage.name} sends other bytes under a nonce that it has used")
             if _TAKEOVER in data:
                 self._cluster.problem(f"{storage.name} takes a log for taken over")
-        # What stands in a slot may be sent there again: so clients find out whether the store honours conditions.
+        # An entry may be sent again to the slot it is in: so clients check whether the store honours conditions.
         if not self._told or not key.startswith("log/") or key in self._store.objects:
             return
         if (found := _NONCE.search(data)) is not None and found[1] in self._told:
-            self._cluster.problem(f"{storage.name} sends an attempt again whose caller was told about it")
+            self._cluster.problem(f"{storage.name} sends a told attempt again")
 
     def _answered(self, key: str, data: bytes, answer: str) -> None:
         if key.startswith("log/") and (found := _NONCE.search(data)):
@@ -87,7 +87,7 @@ class Watch:
             self._flying[found[1]] -= 1
 
     def told(self, operation: Operation, token: SwapToken) -> None:
-        """The caller of an attempt has been told that its outcome is unknown."""
+        """Note that a caller got an unknown outcome."""
         nonces = [nonce.hex().encode() for nonce in token.nonces]
         self._told.update(nonces)
         answers = set[str]().union(*(self._answers.get(nonce, {"none"}) for nonce in nonces))

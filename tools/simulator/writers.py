@@ -56,7 +56,7 @@ def _record(state: RepoState, snapshot: ObjectId, parent: ObjectId | None, now_u
 
 
 class Powers:
-    """What the writers of one schedule do, and how often.
+    """The kinds of changes of the writers of one schedule, and how often they make them.
 
     Parameters
     ----------
@@ -210,9 +210,9 @@ async def _commit(cluster: Cluster, client: Client, log: RepositoryLog, op: Oper
 async def _upload(
     cluster: Cluster, client: Client, record: SnapshotRecord, *, spec_version: int
 ) -> dict[str, bytes] | None:
-    """What a session does before its swap; it may take days, and what is not answered is sent again.
+    """The uploads of a session before its swap; they may take days, and requests without answer are sent again.
 
-    Returns the files that shall be embedded; None where something could not be put.
+    Returns the files to be embedded; None if a file could not be put.
     """
     rng = cluster.rng
     inherited = cluster.manifests.get(record.parent, ())[:3] if record.parent is not None else ()
@@ -224,8 +224,8 @@ async def _upload(
         spec_version=spec_version,
     )
     cluster.manifests[record.id] = (made.manifest, *inherited)
-    rides = rng.random() < 0.6
-    embedded = {key: data for key, data in made.files if rides and not key.startswith("chunks/")}
+    embeds = rng.random() < 0.6
+    embedded = {key: data for key, data in made.files if embeds and not key.startswith("chunks/")}
     for key, data in made.files:
         if key in embedded:
             continue
@@ -264,7 +264,7 @@ async def _append(
     since_us: int | None = None,
     files: dict[str, bytes] | None = None,
 ) -> None:
-    """Make the change, and enter into the history what was told about it."""
+    """Make the change, and enter its outcome into the history."""
     rng, mix = cluster.rng, cluster.mix
     deadline_s = rng.choice((0.02, 0.2, 1.0)) if mix.chance(Fault.DEADLINE, rng) else None
     told = _Told()
@@ -278,7 +278,7 @@ async def _append(
     await asyncio.wait({task})
     token = told.token
     if client.dead:
-        # Nobody is there to be told anything. A token that was kept may still be settled.
+        # The client has ended, so there is no caller. A token that was kept may still be settled.
         if not task.cancelled():
             task.exception()
         if token is not None and rng.random() < 0.5:
@@ -300,7 +300,7 @@ async def _append(
         cluster.end(op, "unknown", str(error))
         await _unknown(cluster, client, log, op, error.token)
     elif isinstance(error, _NO_WAY) and getattr(error, "kind", None) != ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED:
-        # An expiration gives the tip another parent, and the amend of a client that has not heard of it is refused.
+        # An expiration gives the tip another parent, and the amend of a client that has not read it is refused.
         expired = cluster.collect and op.verb == "amend"
         cluster.end(op, "failed" if expired else "refused", f"{type(error).__name__}: {error}")
     elif isinstance(error, IcechunkError):

@@ -461,7 +461,7 @@ class _Connection(asyncio.BufferedProtocol):
         if move.is_complete:
             self._end_of_body()
         if isinstance(move.error, TimeoutError):
-            self._fail(TimeoutError(f"no byte arrived for {self._read_s:g} s"))
+            self._fail(TimeoutError(f"no byte was sent for {self._read_s:g} s"))
         # The reading side gets every other error too, maybe after an answer.
         self._go_on_writing()
         self._end_if_closed()

@@ -112,7 +112,7 @@ def parse_counters(text: str) -> Requests:
 
 @contextlib.contextmanager
 def own_minio() -> Iterator[Place]:
-    """A MinIO that lives as long as the context, with a proxy for latency where toxiproxy is installed.
+    """A MinIO that runs as long as the context, with a proxy for latency where toxiproxy is installed.
 
     Raises
     ------
@@ -161,7 +161,7 @@ def named_endpoint(endpoint: str, bucket: str, *, region: str, delay: bool) -> I
         proxy = None
         if delay:
             if parts.scheme != "http":
-                raise LoadTestError("latency can only be added to an endpoint that speaks plain http")
+                raise LoadTestError("latency can only be added to an endpoint of plain http")
             proxy = _proxy(stack, f"{parts.hostname}:{parts.port or 80}")
             if proxy is None:
                 raise LoadTestError(f"latency needs toxiproxy: go install {services.TOXIPROXY_MODULE}")

@@ -19,7 +19,7 @@ PROGRESS_S = 0.2
 
 
 class Worker:
-    """Carries out one command at a time."""
+    """Executes one command at a time."""
 
     def __init__(self, out: Any) -> None:
         self._out = out
