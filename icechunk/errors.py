@@ -311,7 +311,8 @@ class AccessDeniedError(StorageError):
     key
         Of the object, relative to the repository's root; for ``"list"`` the beginning of the keys.
     may_be_absent
-        Of a read: whether the object may just not exist, since many services tell so only to those who may list.
+        Of a read: whether the object may just not exist, since many services say so only to clients with the right to
+        list.
     """
 
     default_kind = ErrorKind.OBJECT_STORE

@@ -527,7 +527,7 @@ class Appender:
     async def _begin(self) -> Session:
         """A session at the branch's tip, whose arrays and sources are known then.
 
-        Right after an own commit that is likely still the tip: the store is not asked. If it is not, the commit tells.
+        Right after an own commit that is likely still the tip: the store is not asked. If it is not, the commit fails.
         """
         expected_s, self._tip_expected_s = self._tip_expected_s, -math.inf
         if time.monotonic() - expected_s < _TIP_STAYS_S:

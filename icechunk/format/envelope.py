@@ -48,7 +48,7 @@ def seal(file_type: FileType, spec_version: int, payload: bytes | bytearray | me
     """Compress ``payload`` with zstd at ``level`` and put the header before it.
 
     The frame ends with a checksum, which every zstd reader compares with the contents. A large payload that compresses
-    better than readers believe gets bytes at its end that do not compress and that no FlatBuffers reader looks at.
+    better than readers accept gets bytes at its end that do not compress and that no FlatBuffers reader looks at.
     """
     header = MAGIC + _CLIENT_FIELD + bytes((spec_version, file_type, COMPRESSION_ZSTD))
     frame = _compress(payload, level)

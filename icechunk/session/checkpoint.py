@@ -161,7 +161,7 @@ async def _end_quietly(content: SessionContent, kind: SegmentKind, snapshot: Obj
 
 
 async def _remove_quietly(core: Core, persisted: Persisted) -> None:
-    """Remove the segments of a session that has ended, but its end and the claims; a collection does what fails."""
+    """Remove the segments of an ended session, except its end and the claims; a collection removes the rest."""
     try:
         listed = (await list_sessions(core.storage, persisted.session)).get(persisted.session)
         if listed is not None:

@@ -254,7 +254,7 @@ class SessionContent:
         return events if self.origin is None else events[self.origin.position :]
 
     def give_up(self) -> None:
-        """Forget all changes of its own, and take none any more."""
+        """Drop all changes of its own, and take none any more."""
         with self.lock:
             if self.phase is Phase.READ_ONLY:
                 return

@@ -1,4 +1,4 @@
-"""What a process knows of the segments of a session that it writes; see `icechunk.log.session.segment`."""
+"""One process's knowledge of the segments of a session that it writes; see `icechunk.log.session.segment`."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ class Persisted:
 
     @property
     def next_slot(self) -> Slot:
-        """Where the next segment goes."""
+        """The slot of the next segment."""
         return Slot(self.session, self.worker, self.last + 1)
 
     @property
     def slots(self) -> list[Slot]:
-        """Where segments were written, or may have been."""
+        """The slots in which segments were written, or may have been."""
         return [Slot(self.session, self.worker, n) for n in range(1, self.last + 1 + bool(self.tries))]
 
     def inherited_at(self, number: int) -> tuple[ObjectId, tuple[Event, ...]] | None:

@@ -386,7 +386,7 @@ class Storage(ABC):
     def read_nowait(self, key: str, start: int, end: int) -> bytes | None:
         """Bytes ``start`` to ``end`` of an object, read in the thread that calls; fewer where it ends before.
 
-        None where it cannot be read so: `get` tells why, or reads it.
+        None if it cannot be read so: `get` raises the reason, or reads it.
         """
         return None
 

@@ -56,7 +56,7 @@ _ACTIONS: Final = {
 }
 _TOLD: Final = re.compile(r"not authorized to perform:? (\w+:\w+)|does not have (storage\.\w+\.\w+) access")
 _HIDES: Final = frozenset({Service.S3, Service.GCS, Service.WEB})
-"""Services that may refuse to read what does not exist; Azure answers 404 to whoever may read."""
+"""Services that may refuse to read a missing object; Azure answers 404 to every client with the right to read."""
 
 
 def access_denied(service: Service, right: Right, key: str, what: str, said: str, where: str) -> StorageError:
@@ -90,7 +90,9 @@ def access_denied(service: Service, right: Right, key: str, what: str, said: str
     may_be_absent = right is Right.READ and told is None and service in _HIDES
     hint = ""
     if may_be_absent and actions:
-        hint = f"; or there is no such object, which the service tells only those who may list ({actions[Right.LIST]})"
+        hint = (
+            f"; or there is no such object, which the service says only with the right to list ({actions[Right.LIST]})"
+        )
     elif may_be_absent:
         hint = "; or there is no such file: let the server answer 404 for these"
     return AccessDeniedError(

@@ -214,7 +214,7 @@ def stored_nodes(root: Table, slot: int, version: int) -> StoredNodes | None:
     paths, ids = node_columns(own, columns)
     lowest, highest = int(paths.counts.min()), int(paths.counts.max())
     if not lowest or highest > _LONGEST_PATH or (gather(own, paths.starts, "u1") != ord("/")).any():
-        # Decoded one after another, the nodes tell which path is refused.
+        # Decoding the nodes one after another finds the path that is refused.
         return None
     traits = text_traits(own, paths)
     if not traits.is_ascending:

@@ -99,7 +99,7 @@ async def require_clean(storage: Storage, *, everything: bool) -> None:
     InvalidInputError
         Kind ``parent-directory-not-clean``.
     AccessDeniedError
-        Without the right to list nothing tells.
+        The right to list, which is needed to find out, is missing.
     """
     if not everything:
         if await ref_files_there(storage):

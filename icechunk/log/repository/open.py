@@ -60,7 +60,7 @@ async def open_repository(
     FormatError
         An object that cannot be read.
     AccessDeniedError
-        The right to read is missing; or nothing tells, without the right to list, that there is no repository.
+        The right to read is missing; or the right to list, without which a missing repository is not recognised.
     """
     try:
         opened = await open_head(storage, sources)
@@ -102,7 +102,7 @@ async def _report_abandoned(storage: Storage, sources: Sources, found: RepoObjec
     try:
         stranded = await seal_abandoned(storage, sources, found)
     except StorageError as error:
-        # `repo` is the truth, whatever was left behind: the next client that may list and write looks.
+        # `repo` is authoritative in any case; the next client that may list and write looks for a log.
         if not (isinstance(error, AccessDeniedError) or is_refusal(error)):
             raise
         _LOG.debug("cannot look whether a log was left behind: %s", error)
@@ -141,7 +141,7 @@ async def detect(storage: Storage, sources: Sources = SYSTEM) -> Layout | None:
     StorageError
         The place cannot be read.
     AccessDeniedError
-        Neither ``repo`` nor branch ``main`` of format 1 may be read: if there is a repository, nothing tells.
+        Neither ``repo`` nor branch ``main`` of format 1 may be read, so it is not known if there is a repository.
     """
     try:
         found = await read_repo(storage, sources)

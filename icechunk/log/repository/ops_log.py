@@ -81,7 +81,7 @@ async def happened(
     Returns
     -------
     bool or None
-        None: a copy that would tell is gone.
+        None: a copy that is needed to decide is missing.
     """
     if nonce_of(newest.extra) in nonces or any(id in newest.snapshots for id in snapshots):
         return True

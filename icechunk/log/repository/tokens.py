@@ -27,20 +27,22 @@ REFS_TOKEN: Final = "refs:"
 
 
 async def settle_ended(storage: Storage, sources: Sources, token: SwapToken) -> bool:
-    """Whether a change is part of history, given that its layout, or life of the log, was seen to have ended.
+    """Whether a change is part of history, after its layout or its epoch was seen to have ended.
 
     Raises
     ------
     CommitOutcomeUnknown
-        Nothing tells any more.
+        It cannot be found out any more.
     SessionStateError
-        It has not ended in truth: the client knows of an older layout than the token.
+        It has not ended: the client's layout is older than that of the token.
     RepositoryNotFoundError
         There is no ``repo``.
     """
     found = await read_repo(storage, sources)
     if found is None:
-        raise RepositoryNotFoundError(f"there is no object 'repo' in {storage.describe()}: nothing tells what landed")
+        raise RepositoryNotFoundError(
+            f"there is no object 'repo' in {storage.describe()}, so it cannot be found out what landed"
+        )
     if _is_open(token, found):
         raise SessionStateError(f"the repository in {storage.describe()} has another layout now; open it again")
     state = from_repo_info(found.info)
@@ -58,7 +60,7 @@ async def settle_ended(storage: Storage, sources: Sources, token: SwapToken) -> 
     else:
         return await nonce_in_slot(storage, sources, token, repo=None) in token.nonces
     raise CommitOutcomeUnknown(
-        f"nothing in {storage.describe()} tells any more whether the change landed: the repository has another layout "
+        f"it cannot be found out in {storage.describe()} whether the change landed: the repository has another layout "
         "now; look whether the change is there",
         token,
     )

@@ -51,7 +51,7 @@ HEAD_BYTES: Final = 4096
 
 
 class SegmentKind(StrEnum):
-    """What a segment tells."""
+    """Kinds of segments."""
 
     CHECKPOINT = "checkpoint"
     """New events."""
@@ -62,7 +62,7 @@ class SegmentKind(StrEnum):
     COMMITTED = "committed"
     """The end: a snapshot has the changes."""
     ABANDONED = "abandoned"
-    """The end: the changes are not wanted."""
+    """The end: the changes are discarded."""
     EXPIRED = "expired"
     """The end: nothing was written for longer than the lease, and a collection may delete the chunks."""
 
@@ -85,7 +85,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentHead:
-    """All of a segment but its events. Heads repeat what the newest one must tell by itself."""
+    """All of a segment but its events. Each head is complete, so the newest one is enough."""
 
     kind: SegmentKind
     nonce: bytes
@@ -93,9 +93,9 @@ class SegmentHead:
     base: ObjectId
     """The snapshot that the events apply to."""
     keep: int = 0
-    """Number of earlier events that are valid still."""
+    """Number of earlier events that are still valid."""
     branch: str | None = None
-    """Where a commit goes; None for workers."""
+    """The branch of the commit; None for workers."""
     rearrange: bool = False
     """Whether the session takes moves of nodes only."""
     since_us: int = 0

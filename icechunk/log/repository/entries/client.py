@@ -328,7 +328,7 @@ class LogView:
             try:
                 found = await read_slot(self.storage, self.head.epoch, n + 1)
             except AccessDeniedError:
-                # Neither it nor the slot before it can be read: `repo` tells where the log goes on (rule 6).
+                # Neither it nor the slot before it can be read: `repo` shows where the log continues (rule 6).
                 opened = await self.reopen()
                 if isinstance(opened, Opened) and opened.head.n < self.head.n:
                     raise
@@ -368,7 +368,7 @@ class LogView:
             self.freshness = asked
 
     def _advance_all(self, entries: Sequence[Entry], epoch: str, freshness: Instant) -> bool:
-        """Fold entries that were read just now; False: they cannot be believed (rule 5), or belong to an ended log."""
+        """Fold entries that were read just now; False: they are not fresh (rule 5), or belong to an ended log."""
         if self.head.epoch != epoch or not is_fresh(freshness, instant(self.sources)):
             return False
         for entry in entries:
@@ -468,7 +468,7 @@ class LogView:
             if unlisted is not None:
                 self.ended_reason = (
                     f"the repository in {where} has another layout now, or was taken over by another client, which "
-                    f"only those who may list can tell ({unlisted}); open it again"
+                    f"only a client with the right to list can find out ({unlisted}); open it again"
                 )
 
     async def _try_leave_sealed(self) -> None:

@@ -269,8 +269,8 @@ async def _read_copy(storage: Storage) -> tuple[RepoInfo, bytes] | None:
 async def read_slot(storage: Storage, epoch: str, n: int) -> tuple[Entry, GetResult] | None:
     """GET a slot; None where it is empty.
 
-    Where a refused read may mean that there is no such object, the slot before it tells: it can be read, so this one
-    could be too, if it existed (rule 6).
+    If a refused read may mean that there is no such object, the slot before it is read: if that succeeds, this slot
+    could be read too if it existed, so it is empty (rule 6).
 
     Raises
     ------

@@ -67,8 +67,8 @@ def _seal_in(entry: Entry) -> Sealed | None:
 async def find_seal(storage: Storage, epoch: str) -> Sealed | None:
     """The seal of a log whose ``repo`` is no checkpoint of it any more, by a listing; None: it has none.
 
-    For clients that knew the end of the log too long ago to believe an empty slot (rule 8). A log is pruned up to its
-    end only where it was converted: where no slot is left, that is how it ended.
+    For clients whose knowledge of the end of the log is too old to rely on an empty slot (rule 8). A log is pruned up
+    to its end only after a conversion: if no slot is left, it was converted.
 
     Raises
     ------

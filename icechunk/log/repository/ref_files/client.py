@@ -130,7 +130,7 @@ class RefFilesView:
         error = self.unlisted
         if error is None:
             return
-        message = f"cannot tell all branches and tags of a repository of format 1: {error}"
+        message = f"cannot list all branches and tags of a repository of format 1: {error}"
         if isinstance(error, AccessDeniedError):
             raise error.told(message) from error
         raise ListingUnsupportedError(message, error.kind) from error

@@ -45,7 +45,7 @@ class _Seen:
     state: RepoState
     ticket: int
     unfinished: RepoInfo | None = None
-    """What it holds, if it is that of an upgrade from format 1 that is not finished."""
+    """Its contents, if it is that of an upgrade from format 1 that is not finished."""
 
 
 class RepoView:
@@ -138,7 +138,7 @@ class RepoView:
         return answer.data
 
     async def complete(self) -> None:
-        """Where an upgrade from format 1 is not finished, add what was committed in that format since (its refs count).
+        """If an upgrade from format 1 is not finished, add the commits made in that format since (its refs count).
 
         Raises
         ------
