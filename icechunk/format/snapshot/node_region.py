@@ -33,6 +33,8 @@ _ID_SIZE: Final = 12
 _DIMENSION_V1_SIZE: Final = 16
 _RANGE_SIZE: Final = 8
 _ALIGN: Final = 8
+_FEW_CHANGED: Final = 32
+"""The share of the nodes, as its reciprocal, up to which changed ones are looked for among the stored ones."""
 
 
 class Extent:
@@ -106,7 +108,8 @@ def used_manifests(nodes: Mapping[str, NodeSnapshot]) -> list[ObjectId]:
     FormatError
         If a node in a file is corrupt.
     """
-    region = region_of(nodes.stored) if isinstance(nodes, SnapshotNodes) else None
+    few = isinstance(nodes, SnapshotNodes) and len(nodes.changes) * _FEW_CHANGED <= len(nodes)
+    region = region_of(nodes.stored) if few and isinstance(nodes, SnapshotNodes) else None
     if not isinstance(nodes, SnapshotNodes) or region is None:
         return sorted({ref.object_id for node in nodes.values() for ref in node.manifests})
     used = {ref.object_id for node in nodes.changes.values() if node is not None for ref in node.manifests}

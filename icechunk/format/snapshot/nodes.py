@@ -56,6 +56,10 @@ class SnapshotNodes(Mapping[str, NodeSnapshot]):
         new._added = list(self._added)
         new._count = self._count
         for path, node in changes.items():
+            if path in self._known and path not in self._changes:
+                # A stored node that was looked up before, as those that a commit changes are: no search for it.
+                new._count -= node is None
+                continue
             existed = path in self
             new._count += (node is not None) - existed
             if stored.find(path) >= 0:
