@@ -43,7 +43,6 @@ FLOORS = {
     ("arrays", "create: commit, CPU"): 8.0,
     ("arrays", "update: commit"): 8.0,
     ("arrays", "update: commit, CPU"): 8.0,
-    ("local-commits", "1 000 tiny commits"): 1.0,
     ("wire", "write and commit"): 8.0,
     ("wire", "read"): 8.0,
     ("wire", "open to first chunk"): 1.5,
