@@ -52,7 +52,7 @@ async def test_servers_that_name_no_storage_are_refused(web: WebServer) -> None:
     for path, reason in (
         ("/plain", "no redirect"),
         ("/loop", "more than"),
-        ("/file", "no storage that can be redirected to"),
+        ("/file", "not supported as a target"),
         ("/noregion", "region"),
     ):
         with raises(StorageError, "bad-redirect", web.url + path, reason):  # words: nothing else tells the four apart
