@@ -42,6 +42,10 @@ def commit(storage):
     assert (zarr.open_group(repo.readonly_session("main").store, mode="r")[name][:] == user).all()
 # Modules are loaded with root's rights: the interpreter may be in a folder of root's.
 commit(icechunk.local_filesystem_storage(root + ".first"))
+# A child has one thread: of a process with many, some may keep root's group for a moment.
+child = os.fork()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 os.setgroups([])
 os.setresgid(group, group, group)
 os.setresuid(user, user, user)
