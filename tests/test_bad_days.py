@@ -195,6 +195,7 @@ async def test_chunks_that_cannot_be_written_fail_the_commit_and_are_kept_for_th
     await require_chunks(server.endpoint, 0, 1)
 
 
+@pytest.mark.thorough
 @EVERY_FAULT
 async def test_commit_that_meets_it_is_refused_or_called_unknown_and_never_half_there(
     server: FaultyS3, fault: str | Say, message: str
@@ -228,6 +229,7 @@ async def test_commit_that_meets_it_is_refused_or_called_unknown_and_never_half_
     await require_chunks(server.endpoint, 0, *([1] if landed or session.read_only else []))
 
 
+@pytest.mark.thorough
 @EVERY_FAULT
 async def test_closing_during_a_storage_failure_does_not_hang_and_loses_nothing(
     server: FaultyS3, fault: str | Say, message: str

@@ -75,6 +75,7 @@ async def test_ingest_goes_on_where_it_stopped_and_slices_of_it_are_served(tmp_p
         assert (await client.get("/values", params={"start": "x"})).status == 400
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 @pytest.mark.timeout(180)
 def test_a_service_of_several_workers_survives_that_each_is_killed(tmp_path: Path) -> None:

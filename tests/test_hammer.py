@@ -20,6 +20,8 @@ from tests.conftest import BUCKET
 from tests.nodes import write_node
 from tools import hammer, oracle, services
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -70,6 +70,7 @@ def test_threads_write_regions_through_one_session(repo: Repository) -> None:
     check(repo)
 
 
+@pytest.mark.thorough
 def test_processes_write_regions_through_forks(repo: Repository) -> None:
     frame(repo)
     session = repo.writable_session("main")

@@ -11,6 +11,7 @@ import pytest
 from tools import kill_appender
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_killed_services_neither_lose_nor_double_a_row() -> None:
     found = kill_appender.run(6, seed=1)

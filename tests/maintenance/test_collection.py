@@ -45,6 +45,7 @@ async def with_garbage(storage: Storage, version: int | None) -> History:
     return history
 
 
+@pytest.mark.thorough
 @by_layout
 async def test_a_collection_deletes_unreachable_objects_and_reports_them(storage: Storage, version: int | None) -> None:
     aged = AgedStorage(storage)

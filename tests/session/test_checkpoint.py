@@ -459,6 +459,7 @@ def after(seconds: float) -> datetime:
     return datetime.now(UTC) + timedelta(seconds=seconds)
 
 
+@pytest.mark.thorough
 @by_layout
 async def test_a_collection_keeps_what_a_leased_session_has_and_its_base(storage: Storage, version: int | None) -> None:
     repo = await new_repo(storage, version)
@@ -481,6 +482,7 @@ async def test_a_collection_keeps_what_a_leased_session_has_and_its_base(storage
     await elsewhere.aclose()
 
 
+@pytest.mark.thorough
 @by_layout
 async def test_a_collection_ends_a_session_after_its_lease(storage: Storage, version: int | None) -> None:
     repo = await new_repo(storage, version)
@@ -488,7 +490,10 @@ async def test_a_collection_ends_a_session_after_its_lease(storage: Storage, ver
     session = await repo.writable_session_async("main")
     await put(session, slice(0, 10), 7)
     id = await session.checkpoint_async(lease=timedelta(microseconds=1))
-    preview = await repo.garbage_collect_async(after(60), dry_run=True)
+    for _ in range(3):  # a store's clock may be seconds behind its answers' dates
+        preview = await repo.garbage_collect_async(after(60), dry_run=True)
+        if preview.chunks_deleted:
+            break
     assert len(await segments(storage)) == 1
     summary = await repo.garbage_collect_async(after(60))
     # In the log layout they share a pack.

@@ -303,6 +303,7 @@ def write_part(fork: ForkSession, part: int) -> ForkSession:
     return fork
 
 
+@pytest.mark.thorough
 def test_processes_write_one_array_through_forks(repo: Repository) -> None:
     session = repo.writable_session("main")
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:

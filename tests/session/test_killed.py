@@ -10,6 +10,8 @@ import pytest
 
 from tools.kill_sessions import Runs
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL, and processes by fork")
 def test_sessions_whose_processes_are_killed_are_committed_once_and_whole(tmp_path: Path) -> None:

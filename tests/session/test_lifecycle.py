@@ -17,6 +17,8 @@ from tests.conftest import BUCKET
 from tests.log.repository.world import open_log
 from tools import hammer, services
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 
 PRELUDE = """

@@ -221,6 +221,7 @@ def test_contents_are_those_of_the_commit_over_those_of_its_parent() -> None:
     assert not right(*made, op("r", "read-content", commit="1", content={"z": "3"}, at=(7, 8)))
 
 
+@pytest.mark.thorough
 def test_a_history_with_no_end_of_possible_orders_is_given_up_not_accepted_as_right_or_wrong() -> None:
     many = [commit("a", f"{i}", at=(i, None), outcome="unknown") for i in range(40)]
     verdict = check(

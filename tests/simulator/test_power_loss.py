@@ -30,6 +30,8 @@ from icechunk.runtime.clock import SYSTEM
 from icechunk.storage.local import folders
 from tools.simulator.power_loss import Loss, Recorder, Trace
 
+pytestmark = pytest.mark.thorough
+
 CHUNK = 1000
 """Values of a chunk, too many to be inline."""
 

@@ -15,6 +15,8 @@ from tools import simulate as command
 from tools.simulator.faults import CALM, Fault, Mix
 from tools.simulator.simulation import Plan, plan_of, simulate
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -13,6 +13,8 @@ from spec.model.rules import RULES, Verdict, judge
 from spec.model.scenarios import LARGE, LIMITS, QUICK, SMALL, AnyScenario, space_of
 from tests.spec.pages import page
 
+pytestmark = pytest.mark.thorough
+
 
 class Heard:
     """A space that remembers the labels of its steps."""

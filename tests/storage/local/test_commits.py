@@ -28,6 +28,8 @@ from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.runtime.loops import run_sync
 from icechunk.storage.local import folders
 
+pytestmark = pytest.mark.thorough
+
 Name: TypeAlias = Literal["log", "repo", "refs"]
 LAYOUTS: tuple[Name, ...] = ("log", "repo", "refs")
 REMOVALS = 25

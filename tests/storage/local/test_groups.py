@@ -79,6 +79,7 @@ def test_new_files_have_the_rights_of_the_roots_group(
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(getattr(os, "getuid", int)() != 0, reason="only root can be two users")
 def test_a_second_member_of_the_group_can_commit(tmp_path: Path) -> None:
     root = tmp_path / "root"

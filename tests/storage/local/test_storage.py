@@ -234,6 +234,7 @@ def _count_in_process(root: str, start: Any, done: Any) -> None:
     done.put(None)
 
 
+@pytest.mark.thorough
 def test_of_eight_processes_that_create_one_slot_exactly_one_wins(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     start, won = context.Event(), context.Queue()
@@ -256,6 +257,7 @@ def test_of_eight_processes_that_create_one_slot_exactly_one_wins(tmp_path: Path
     assert {n: int(asyncio.run(storage.get(f"slot/{n}")).data) for n in range(20)} == winners
 
 
+@pytest.mark.thorough
 def test_replacing_by_version_loses_no_update_among_processes(tmp_path: Path) -> None:
     asyncio.run(LocalStorage(tmp_path).put("counter", b"0"))
     context = multiprocessing.get_context("forkserver")

@@ -32,6 +32,8 @@ from tests.storage.obstore.fake_gcs import serving_gcs
 from tools import services
 from tools.simulator.simulation import commit_proposal
 
+pytestmark = pytest.mark.thorough
+
 pytest.importorskip("obstore", reason="the extra obstore")
 
 QUICK = StorageSettings(retries=StorageRetriesSettings(max_tries=4, initial_backoff_ms=5))

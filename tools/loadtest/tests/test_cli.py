@@ -95,7 +95,7 @@ def test_every_workload_runs_from_end_to_end_without_a_server(kind: str, tmp_pat
     arguments = ["--on", kind, "--systems", "ours", *SMALL, "--json", str(path), "--html", str(page)]
     assert main([*arguments, "--require", "soak.errors<=0"]) == 0
     found = Results.load(path)
-    assert len(found.measurements) == (11 if kind == "memory" else 12)
+    assert len(found.measurements) == (12 if kind == "memory" else 13)
     for each in found.measurements:
         assert each.ok, each
         assert each.throughput > 0
@@ -137,6 +137,7 @@ def test_minio_is_started_counts_requests_and_latency_is_felt(tmp_path: Path) ->
         assert by_latency[30].latency.min_s > 0.03
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("background", [False, True], ids=["in front", "as a background command"])
 def test_sigterm_ends_the_workers_and_reports_the_measurements_so_far(tmp_path: Path, background: bool) -> None:
     path = tmp_path / "r.json"
