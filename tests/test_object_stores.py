@@ -99,4 +99,7 @@ async def test_no_commit_of_processes_that_race_is_lost(
 
 async def test_the_stores_are_seen_to_honour_conditions_before_anything_is_written(storage: Storage) -> None:
     await storage.put("immutable", b"bytes")
-    await StoreCheck(storage).run(["immutable"])
+    check = StoreCheck(storage)
+    await check.run(["immutable"])
+    assert check.done
+    assert (await storage.get("immutable")).data == b"bytes"

@@ -1,1 +1,1 @@
-"""Other tools' doors: by these, xarray, zarr and fsspec open a repository by its URL. Each is an entry point."""
+"""Entry points by which xarray, zarr and fsspec open a repository from its URL. Each is an entry point."""

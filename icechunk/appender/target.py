@@ -361,7 +361,7 @@ class Target:
 
 
 async def _put_document(store: Any, path: str, variable: Variable) -> None:
-    # Not by zarr, which takes a millisecond to write a document anew of which only the shape is another.
+    # zarr takes a millisecond to write the document again, though only its shape differs.
     document = orjson.dumps(variable.document | {"shape": variable.shape})
     await store.set(f"{path}/zarr.json", default_buffer_prototype().buffer.from_bytes(document))
 

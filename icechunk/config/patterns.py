@@ -41,8 +41,9 @@ class Pattern:
 
     def __init__(self, expression: str) -> None:
         try:
-            self._tree = _parser.parse(expression)
-            self._quick = re.compile(expression)
+            translated = _translated(expression)
+            self._tree = _parser.parse(translated)
+            self._quick = re.compile(translated)
             self._quick_length = 0
             self._nodes: list[_Node] = [_Node(None, None, ())]
             self._start = self._sequence(self._tree, 0, self._tree.state.flags)
@@ -129,6 +130,76 @@ class Pattern:
                 # It reads nothing and tests nothing, however often: four thousand million times, for example.
                 break
         return state
+
+
+_POSIX: Final = {
+    "alnum": "0-9A-Za-z",
+    "alpha": "A-Za-z",
+    "ascii": r"\x00-\x7f",
+    "blank": r"\t ",
+    "cntrl": r"\x00-\x1f\x7f",
+    "digit": "0-9",
+    "graph": "!-~",
+    "lower": "a-z",
+    "print": " -~",
+    "punct": r"!-/:-@\[-`{-~",
+    "space": r"\t\n\v\f\r ",
+    "upper": "A-Z",
+    "word": "0-9A-Za-z_",
+    "xdigit": "0-9A-Fa-f",
+}
+_LETTERS: Final = r"[^\W\d_]"
+_PROPERTIES: Final = {"L": _LETTERS, "Letter": _LETTERS, "Alphabetic": _LETTERS, "Nd": r"\d", "N": r"\d"}
+_ESCAPE: Final = re.compile(r"\\(?:[xuU]\{([0-9A-Fa-f]+)\}|p\{(\w+)\}|p([A-Z])|([PZ])|(z)|.)", re.DOTALL)
+_POSIX_CLASS: Final = re.compile(r"\[:(\^?)(\w+):\]")
+_OPENING: Final = re.compile(r"\[\^?\]?")
+_NAMED_GROUP: Final = re.compile(r"\(\?<(?=[A-Za-z_])")
+
+
+def _translated(expression: str) -> str:
+    """An expression of the official library's engine (Rust's ``regex``) as Python writes it.
+
+    Raises `PatternError` for what Python's engine would read as something else, or cannot say.
+    """
+    found: list[str] = []
+    at, inside = 0, False
+    while at < len(expression):
+        if (escape := _ESCAPE.match(expression, at)) is not None:
+            found.append(_escaped(escape, inside))
+            at = escape.end()
+        elif inside and (posix := _POSIX_CLASS.match(expression, at)) is not None:
+            if posix[1] or posix[2] not in _POSIX:
+                raise PatternError(f"{posix[0]} is not supported in patterns of a configuration")
+            found.append(_POSIX[posix[2]])
+            at = posix.end()
+        elif inside and (expression[at] == "[" or expression[at : at + 2] in ("&&", "--", "~~")):
+            raise PatternError("classes within classes are not supported in patterns of a configuration")
+        elif not inside and (opening := _OPENING.match(expression, at)) is not None:
+            found.append(opening[0])
+            at, inside = opening.end(), True
+        elif not inside and (group := _NAMED_GROUP.match(expression, at)) is not None:
+            found.append("(?P<")
+            at = group.end()
+        else:
+            inside = inside and expression[at] != "]"
+            found.append(expression[at])
+            at += 1
+    return "".join(found)
+
+
+def _escaped(escape: re.Match[str], inside: bool) -> str:
+    code, long, short, unsupported, end = escape.groups()
+    if code is not None and int(code, 16) <= 0x10FFFF:
+        return re.escape(chr(int(code, 16)))
+    if end is not None:
+        return r"\Z"
+    name = long or short
+    if name is None and unsupported is None and code is None:
+        return escape[0]
+    known = _PROPERTIES.get(name or "")
+    if known is None or (inside and known is _LETTERS):
+        raise PatternError(f"{escape[0]} is not supported in patterns of a configuration")
+    return known
 
 
 def _single(items: list[tuple[Any, Any]], flags: int) -> _Test:

@@ -1,4 +1,4 @@
-"""Reading zarr.json documents: all JSON that the official library keeps, in which `orjson` refuses a little."""
+"""Reading zarr.json documents: all JSON that the official library keeps, some of which `orjson` refuses."""
 
 from __future__ import annotations
 

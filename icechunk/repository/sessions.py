@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Final
 
 from icechunk.conflicts import ConflictSolver
-from icechunk.errors import ErrorKind, ReadOnlyError, SnapshotNotFoundError
+from icechunk.errors import ErrorKind, ReadOnlyError, SessionStateError, SnapshotNotFoundError
 from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
 from icechunk.log.repository.port import SwapToken
 from icechunk.log.repository.state import ONLINE, RepoState
@@ -241,7 +241,7 @@ class Sessions(RepositoryBase):
         yield session.store
         session.commit(message, metadata, rebase_with=rebase_with, rebase_tries=rebase_tries)
 
-    async def settle_async(self, token: SwapToken) -> bool:
+    async def settle_async(self, token: SwapToken | None) -> bool:
         """Find out what became of a commit that ended with `CommitOutcomeUnknown`.
 
         Returns
@@ -254,10 +254,16 @@ class Sessions(RepositoryBase):
         CommitOutcomeUnknown
             Nothing tells any more; look whether the change is there. For a commit only while an upgrade is unfinished.
         SessionStateError
-            The repository was converted to another layout since it was opened: open it again.
+            The repository was converted to another layout since it was opened: open it again. Or ``token`` is None, as
+            `Session.unsettled_commit` is once the session knows the outcome.
         StorageError
             The storage gives no certain answer; call again.
         """
+        if token is None:
+            raise SessionStateError(
+                "nothing is left to settle: the session knows the outcome of its commit. If the session is read-only, "
+                "the commit landed; else commit again"
+            )
         return await (await self._core.log()).settle(token)
 
     settle: Final = synchronous(settle_async)

@@ -450,7 +450,8 @@ class SessionContent:
         node = self.require_array(path)
         if not in_grid(node, coords):
             raise InvalidInputError(
-                f"no chunk {list(coords)} in the grid of array {path!r}; resize the array before writing there",
+                f"no chunk {list(coords)} in the grid of array {path!r}, which has {len(node.shape)} dimensions; "
+                "resize the array, or give coordinates inside its grid",
                 ErrorKind.INVALID_CHUNK_INDEX,
             )
         if not data:

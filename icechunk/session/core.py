@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -141,7 +142,9 @@ class Core:
             storage = storage.with_user_agent(attribution.user_agent(CLIENT_NAME))
         self._configure(storage, config)
         self._created: RepositoryLog | None = None
-        self._opened_us: WeakKeyDictionary[RepositoryLog, int] = WeakKeyDictionary()
+        self._order = itertools.count()
+        """Numbers calls of `state` and beginnings of openings; no clock is fine enough to order them everywhere."""
+        self._opened: WeakKeyDictionary[RepositoryLog, int] = WeakKeyDictionary()
         self._logs = self._new_logs()
 
     def _new_logs(self) -> PerLoop[RepositoryLog]:
@@ -203,7 +206,7 @@ class Core:
         )
 
     async def _open_log(self) -> RepositoryLog:
-        began_us = self.sources.elapsed_us()
+        began = next(self._order)
         log, self._created = self._created, None
         if log is None:
             log = await open_repository(
@@ -213,7 +216,7 @@ class Core:
                 retries=_retries(self.config),
             )
         log.share_files(self.files)
-        self._opened_us[log] = began_us
+        self._opened[log] = began
         return log
 
     async def adopt(self, log: RepositoryLog) -> None:
@@ -248,10 +251,10 @@ class Core:
         branch, tag
             Refs that it should show, if they exist.
         """
-        called_us = self.sources.elapsed_us()
+        called = next(self._order)
         log = await self.log()
         # An open that began after the call has read what was acknowledged before it.
-        state = log.state if self._opened_us[log] >= called_us else await log.refresh()
+        state = log.state if self._opened[log] > called else await log.refresh()
         if branch is not None or tag is not None:
             state = await log.name_refs(branches=[] if branch is None else [branch], tags=[] if tag is None else [tag])
         return state if snapshot_id is None else await log.learn([object_id_from_text(snapshot_id)])

@@ -251,7 +251,7 @@ class Session:
         """Make the changes, if there are any, a snapshot that no branch points to.
 
         It can be read by its id, tagged, and branched from, until a collection removes it. The session is read-only
-        then and based on it. Parameters and errors are those of `commit_async`, but that the branch may have moved.
+        then and based on it. Parameters and errors are those of `commit_async`, except that the branch may have moved.
         """
         return await write_snapshot(self._content, How.FLUSH, message, metadata, allow_empty=True)
 

@@ -49,3 +49,31 @@ def test_no_expression_takes_long(expression: str) -> None:
 def test_patterns_without_a_bounded_search_time_are_refused(expression: str) -> None:
     with pytest.raises(PatternError):
         Pattern(expression)
+
+
+@pytest.mark.parametrize(
+    ("expression", "matches", "others"),
+    [
+        (r"^/[[:alpha:]]+$", ["/ab"], ["/a1", "/:"]),
+        (r"^/[[:digit:]_]+$", ["/1_2"], ["/a", "/["]),
+        (r"^/\p{L}+$", ["/aé"], ["/a1", "/_"]),
+        (r"^/\pN+$", ["/12"], ["/a"]),
+        (r"^(?<year>\d{4})\z", ["2024"], ["2024\n", "20245"]),
+        (r"\x{61}\u{62}", ["ab"], ["xb"]),
+        (r"^[]a]+$", ["]a"], ["b"]),
+        (r"^[^\]]+$", ["ab"], ["a]"]),
+    ],
+)
+def test_expressions_of_rusts_engine_match_as_there(expression: str, matches: list[str], others: list[str]) -> None:
+    pattern = Pattern(expression)
+    assert all(pattern.search(text) for text in matches)
+    assert not any(pattern.search(text) for text in others)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["[a-z&&[^b]]", "[a[b]]", "[a--b]", "[[:^alpha:]]", "[[:nope:]]", r"\p{Greek}", r"[\p{L}]", r"a\Z", r"\PL"],
+)
+def test_what_python_would_read_otherwise_is_refused(expression: str) -> None:
+    with pytest.raises(PatternError):
+        Pattern(expression)

@@ -7,6 +7,7 @@ import inspect
 import pickle
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -544,3 +545,24 @@ def test_a_change_that_another_client_has_made_possible_meanwhile_is_not_refused
     newer = commit(ours, 2)
     Repository.create_tag(theirs, "v1", newer)
     assert ours.lookup_tag("v1") == newer
+
+
+async def test_a_clock_that_stands_still_hides_no_commit() -> None:
+    storage = MemoryStorage()
+    writer = await Repository.create_async(storage)
+    reader = await Repository.open_async(storage)
+    core = reader._core  # private: the clock of the engine
+    core.sources = replace(core.sources, elapsed_us=lambda: 0)
+    await core._logs.aclose()  # private: a loop that opens within one step of the clock
+    await core.log()
+    session = await writer.writable_session_async("main")
+    tip = await session.commit_async("acknowledged", allow_empty=True)
+    assert await reader.lookup_branch_async("main") == tip
+
+
+async def test_a_session_that_knows_its_outcome_leaves_nothing_to_settle() -> None:
+    repo = await Repository.create_async(MemoryStorage())
+    session = await repo.writable_session_async("main")
+    assert session.unsettled_commit is None
+    with pytest.raises(SessionStateError):
+        await repo.settle_async(session.unsettled_commit)

@@ -243,7 +243,11 @@ async def test_a_broken_snapshot_that_nothing_reaches_is_no_hindrance() -> None:
     repo = fill(storage)
     await storage.put("snapshots/00000000000000000000", b"broken")
     await storage.put("snapshots/not an id", b"broken")
+    branches = {name: repo.lookup_branch(name) for name in repo.list_branches()}
     icechunk.upgrade_icechunk_repository(repo, dry_run=False)
+    upgraded = icechunk.Repository.open(storage)
+    assert upgraded.spec_version == 2
+    assert {name: upgraded.lookup_branch(name) for name in upgraded.list_branches()} == branches
 
 
 def test_a_storage_that_can_only_be_read_is_refused() -> None:

@@ -400,3 +400,4 @@ async def test_a_value_may_close_its_own_object_while_it_is_closed() -> None:
     await values.get()
     async with asyncio.timeout(5):
         await values.aclose()
+    assert values.peek() is None

@@ -71,7 +71,8 @@ async def test_readers_of_a_web_server_do_not_close_each_other(tmp_path: Path) -
     with serving_files(tmp_path) as web:
         storage = HttpStorage(web.url, settings=ONE_TRY)
         async with asyncio.timeout(60):
-            await asyncio.gather(*(open_and_close(storage) for _ in range(20)))
+            found = await asyncio.gather(*(open_and_close(storage) for _ in range(20)))
+        assert found == [["Repository initialized"]] * 20
         await storage.aclose()
 
 

@@ -1,4 +1,6 @@
-"""Calls that wait for a swap, and what the next attempt holds: the part of a repository log that knows no layout.
+"""Calls that wait for a swap, and what the next attempt holds: the same for every layout.
+
+Events are validated as the log layout encodes them.
 
 Pure but for the futures that it names: `build` validates each waiting proposal on the state after the ones before
 it, on the events as every reader will decode them, and drops the refused before any bytes are made. A proposal that

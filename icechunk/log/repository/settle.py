@@ -178,7 +178,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
         """An attempt of this client landed, and its callers have been told."""
 
     async def _lost(self) -> None:
-        """Others were first, ``_losses`` times in a row: step aside for a moment."""
+        """Pause after ``_losses`` lost races in a row."""
         if self._losses > 1:
             swaps: float = min(_MOST_SWAPS_TO_PAUSE, 2.0 ** min(self._losses, 60))
             await self._sources.sleep(min(_LONGEST_PAUSE_S, swaps * self._swap_s) * self._sources.fraction())

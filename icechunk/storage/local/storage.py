@@ -551,7 +551,7 @@ class LocalStorage(Storage):
                 deleted += 1
         if existing:
             with self._translated("delete", existing[0][0]):
-                # The lock keeps a `Matches` from bringing back what it compared before we came.
+                # The lock keeps a `Matches` from bringing back what it compared before the lock was held.
                 with self._locked():
                     for key, path in existing:
                         try:

@@ -93,7 +93,8 @@ async def _delete_one(bucket: Bucket, limits: Limits, key: str, failures: list[t
     if answer.status == 404 and refusal.code != "NoSuchBucket":
         return 1
     if refusal.code == "NoSuchBucket":
-        raise client.failure(request, answer, 1)
+        # For certain, and again: another try would fare no better.
+        raise refused(client.failure(request, answer, 1))
     failures.append((key, f"{refusal.code}: {refusal.message}"))
     return 0
 

@@ -1,4 +1,4 @@
-"""AWS Signature Version 4 for S3, without I/O: the line that makes a request ours.
+"""AWS Signature Version 4 for S3, without I/O: the Authorization header of a request.
 
 botocore does the same in about a millisecond; here a request costs one HMAC and two SHA-256 of a few hundred
 bytes, because the signing key, which depends on nothing but secret, day and region, is kept.

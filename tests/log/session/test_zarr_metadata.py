@@ -45,7 +45,7 @@ def test_a_rectilinear_grid_is_counted(edges: object, count: int) -> None:
 
 @pytest.mark.parametrize("encoding", ["default", {"name": "default"}, {"name": "default", "configuration": {}}])
 def test_every_spelling_of_the_default_key_encoding_is_accepted(encoding: object) -> None:
-    parse_node(document(chunk_key_encoding=encoding), "/a")
+    assert parse_node(document(chunk_key_encoding=encoding), "/a") == parse_node(document(), "/a")
 
 
 @pytest.mark.parametrize(

@@ -359,6 +359,7 @@ async def test_closing_waits_for_no_end_that_never_comes() -> None:
         connection._end_if_closed = lambda: None  # type: ignore[method-assign]
         async with asyncio.timeout(5):
             await made.aclose()
+        assert not connection.closed.done()
 
 
 async def test_cancelling_while_connecting_ends() -> None:

@@ -261,6 +261,14 @@ async def test_a_refusal_of_every_try_is_certain(server: FaultyS3, storage: S3St
     assert pickle.loads(pickle.dumps(caught.value)).refused
 
 
+async def test_a_deletion_from_a_bucket_that_is_not_there_is_refused(server: FaultyS3, storage: S3Storage) -> None:
+    server.behaviours = [Say(404, "NoSuchBucket")]
+    with pytest.raises(StorageError) as caught:
+        await storage.delete(["x"])
+    assert caught.value.refused
+    assert len(server.seen) == 1
+
+
 @pytest.mark.parametrize("before", [RESET, LOSE, Say(503, "SlowDown"), Say(500, "InternalError")], ids=str)
 async def test_a_refusal_after_a_try_without_answer_is_not(
     server: FaultyS3, storage: S3Storage, before: str | Say

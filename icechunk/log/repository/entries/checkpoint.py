@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, TypeAlias
 
+from icechunk.config.repository import DEFAULT_NUM_UPDATES_PER_REPO_INFO_FILE
 from icechunk.errors import ErrorKind, ObjectNotFoundError, PreconditionFailedError, StorageError
 from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name
 from icechunk.format.repo.codec import EncodedRepo, encode_and_keep
@@ -49,7 +50,7 @@ __all__ = [
     "write_unsynced",
 ]
 
-DEFAULT_UPDATES_PER_FILE: Final = 1000
+DEFAULT_UPDATES_PER_FILE: Final = DEFAULT_NUM_UPDATES_PER_REPO_INFO_FILE
 _SMALL_BYTES: Final = 64 * 1024
 _LONG_TAIL: Final = 64
 _HISTORY_SHARE: Final = 8

@@ -163,7 +163,7 @@ class Checkpointing:
             await (self.write_through() if through else self.write())
         except (IcechunkError, OSError) as error:
             level = logging.DEBUG if await self._view.is_gone() else logging.WARNING
-            _LOG.log(level, "checkpoint of %s failed, the next one does its work: %s", where, error)
+            _LOG.log(level, "checkpoint of %s failed, the next checkpoint includes it: %s", where, error)
         except Exception:
             # Nothing is lost, but the log gets longer, so the failure must not go unnoticed.
             _LOG.exception("checkpoint of %s failed unexpectedly; please report this as a bug of icechunk", where)

@@ -174,7 +174,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
             raise SessionStateError(self.view.ended_reason)
         state = await super().append(propose, since_us=since_us, deadline_s=deadline_s, files=files, caller=caller)
         if self._storage.defers_syncs:
-            # It has landed, whatever becomes of this: the next one does its work.
+            # It has landed, whatever becomes of this: the next checkpoint includes it.
             await self._checkpointing.try_write(through=True)
         return state
 

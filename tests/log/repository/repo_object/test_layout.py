@@ -189,6 +189,9 @@ async def test_creation_whose_answer_was_lost_is_recognised(world: World) -> Non
     storage.script = losing_the_answer(storage, replaces_repo)
     log = await create_repo_object(storage, world.clock.sources())
     await log.append(world.commit(1))
+    other, _ = await world.open()
+    assert set(other.state.snapshots) == {FIRST_SNAPSHOT, an_id(1)}
+    assert dict(other.state.branches) == {"main": an_id(1)}
 
 
 async def test_nothing_is_created_over_a_repository_and_each_opens_as_what_it_is(world: World) -> None:

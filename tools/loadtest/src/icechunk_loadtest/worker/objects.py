@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .targets import Target
+from .target import Target
 
 __all__ = ["AiobotocoreTarget", "ObstoreTarget", "bounded", "obstore_store"]
 

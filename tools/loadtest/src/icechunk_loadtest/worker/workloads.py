@@ -17,7 +17,8 @@ import zarr.api.asynchronous as zarr_async
 from .content import Content, Corrupt
 from .meter import Meter
 from .objects import bounded
-from .targets import IcechunkTarget, Target, set_zarr_concurrency
+from .target import Target
+from .targets import IcechunkTarget, set_zarr_concurrency
 
 __all__ = ["WORKLOADS", "Run", "Spec"]
 
