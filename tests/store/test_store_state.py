@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from typing import Any
 
-import orjson
 import pytest
 from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
@@ -144,7 +144,8 @@ class HierarchyMachine(ZarrHierarchyStateMachine):
             assert found is not None, key
             if key.endswith("zarr.json"):
                 # zarr 3.1.6's machine draws dimension names for each store anew.
-                documents = [orjson.loads(value.to_bytes()) for value in (found, expected)]
+                # Not by orjson, which refuses lone surrogates; attributes may have them.
+                documents = [json.loads(value.to_bytes()) for value in (found, expected)]
                 for document in documents:
                     document.pop("dimension_names", None)
                 assert documents[0] == documents[1]
