@@ -283,7 +283,7 @@ class Target:
         return after
 
     async def _put_block(self, session: Session, variable: Variable, block: Values, start: int) -> None:
-        """Write rows from the beginning of a chunk up to the array's end: nothing is read back."""
+        """Write rows from the beginning of a chunk up to the end of another or of the array: nothing is read back."""
         axis = variable.axis or 0
         values = np.moveaxis(block, 0, axis)
         encoder = variable.encoder
@@ -352,10 +352,7 @@ class Target:
             offset = [0] * len(variable.meta.shape)
             offset[variable.axis or 0] = batch.rows // variable.chunk_rows
             await session.shift_array_async("/" + self.path(variable.name), offset)
-            where = [slice(None)] * len(longer.shape)
-            where[variable.axis or 0] = slice(0, batch.rows)
-            block = np.moveaxis(batch.values[variable.name], 0, variable.axis or 0)
-            await self._array(session, longer).setitem(tuple(where), block)
+            await self._put_block(session, longer, batch.values[variable.name], 0)
             after.variables[variable.name] = longer
         return after
 

@@ -48,6 +48,7 @@ __all__ = [
     "closing_garbage",
     "iterate_sync",
     "run_sync",
+    "running_loop",
     "synchronous",
     "warn_caller",
 ]
@@ -331,6 +332,14 @@ def background_loop() -> asyncio.AbstractEventLoop:
         return _loop
 
 
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop that runs in this thread; None where none does."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
 def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on the background loop, and wait for its result in this thread.
 
@@ -343,11 +352,7 @@ def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
     if threading.current_thread() is _thread:
         coroutine.close()
         raise RuntimeError("a synchronous method was called on icechunk's own event loop; await its *_async twin")
-    try:
-        blocked: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
-    except RuntimeError:
-        blocked = None
-    blocked_token, caller_token = blocked_loop.set(blocked), _waiting_caller.set(_user_call(sys._getframe(1)))
+    blocked_token, caller_token = blocked_loop.set(running_loop()), _waiting_caller.set(_user_call(sys._getframe(1)))
     try:
         future = asyncio.run_coroutine_threadsafe(coroutine, loop)
     finally:

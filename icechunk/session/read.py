@@ -75,17 +75,12 @@ def read_chunk_nowait(
     ref = core.assets.reference_nowait(node, coords, reading=False) if found is IN_BASE else found
     if ref is UNKNOWN or ref is None:
         return ref
-    if ref.kind == INLINE:
-        data = ref.data or b""
-        return data if byte_range is None else data[slice(*clip(byte_range, len(data)))]
+    held = _in_memory(puts, ref, byte_range)
+    if held is not None:
+        return held
     if ref.kind != NATIVE or ref.chunk_id is None:
         return UNKNOWN
     start, end = clip(byte_range, ref.length)
-    if start >= end:
-        return b""
-    waiting = puts.pending(ref.chunk_id, ref.offset, ref.length)
-    if waiting is not None:
-        return waiting[start:end]
     stored = core.storage.read_nowait(chunk_key(ref.chunk_id), ref.offset + start, ref.offset + end)
     return UNKNOWN if stored is None or len(stored) != end - start else stored
 
@@ -129,16 +124,11 @@ async def all_references(
 
 async def bytes_of(core: Core, puts: Packs, ref: ChunkRef, byte_range: ByteRange) -> Octets:
     """The bytes that a reference points to, or a range of them; errors as of `read_chunk`."""
-    if ref.kind == INLINE:
-        data = ref.data or b""
-        return data if byte_range is None else data[slice(*clip(byte_range, len(data)))]
+    held = _in_memory(puts, ref, byte_range)
+    if held is not None:
+        return held
     start, end = clip(byte_range, ref.length)
     if ref.kind == NATIVE and ref.chunk_id is not None:
-        if start >= end:
-            return b""
-        waiting = puts.pending(ref.chunk_id, ref.offset, ref.length)
-        if waiting is not None:
-            return waiting[start:end]
         try:
             found = await core.assets.chunk(ref.chunk_id, ref.offset + start, ref.offset + end)
         except ObjectNotFoundError as error:
@@ -154,6 +144,20 @@ async def bytes_of(core: Core, puts: Packs, ref: ChunkRef, byte_range: ByteRange
             raise _too_short(ref.chunk_id, ref, f"only {len(found)} of {end - start}")
         return found
     return await core.virtual.read(ref, start, end)
+
+
+def _in_memory(puts: Packs, ref: ChunkRef, byte_range: ByteRange) -> Octets | None:
+    """The bytes of a chunk that is inline, still on its way to the storage, or of which none are asked for."""
+    if ref.kind == INLINE:
+        data = ref.data or b""
+        return data if byte_range is None else data[slice(*clip(byte_range, len(data)))]
+    if ref.kind != NATIVE or ref.chunk_id is None:
+        return None
+    start, end = clip(byte_range, ref.length)
+    if start >= end:
+        return b""
+    waiting = puts.pending(ref.chunk_id, ref.offset, ref.length)
+    return None if waiting is None else waiting[start:end]
 
 
 def _too_short(chunk_id: ObjectId, ref: ChunkRef, found: str) -> FormatError:

@@ -30,7 +30,7 @@ from icechunk.storage.port import ByteRange, Octets, Range, Suffix
 from icechunk.store.port import StoreSession, clip
 from icechunk.store.virtual_refs import VirtualRefs
 from icechunk.store.zarr_keys import ChunkKey, MetadataKey, chunk_key_text, metadata_key_text, parse_key, to_path
-from icechunk.transfer.assets import UNKNOWN
+from icechunk.transfer.assets import UNKNOWN, Unknown
 
 S = TypeVar("S", bound=StoreSession, default=Any)
 __all__ = ["IcechunkStore"]
@@ -99,11 +99,15 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
         data: Octets | None = None
         if type(parsed) is ChunkKey:
             data = await self._content.get_chunk(parsed.path, parsed.coords, _range(byte_range))
-        elif type(parsed) is MetadataKey and (node := self._content.node(parsed.path)) is not None:
-            data = node.user_data
-            if byte_range is not None:
-                data = data[slice(*clip(_range(byte_range), len(data)))]
+        elif type(parsed) is MetadataKey:
+            data = self._document(parsed.path, _range(byte_range))
         return None if data is None else prototype.buffer.from_bytes(data)
+
+    def _document(self, path: str, byte_range: ByteRange) -> Octets | None:
+        node = self._content.node(path)
+        if node is None or byte_range is None:
+            return None if node is None else node.user_data
+        return node.user_data[slice(*clip(byte_range, len(node.user_data)))]
 
     def get_sync(
         self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -111,9 +115,11 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
         """As `get`, in the thread that calls: at once from memory or local disk, else by the background loop."""
         prototype = prototype or default_buffer_prototype()
         parsed = parse_key(key)
-        if type(parsed) is not ChunkKey:
-            return run_sync(self.get(key, prototype, byte_range))
-        data = self._content.get_chunk_nowait(parsed.path, parsed.coords, _range(byte_range))
+        data: Octets | Unknown | None = None
+        if type(parsed) is ChunkKey:
+            data = self._content.get_chunk_nowait(parsed.path, parsed.coords, _range(byte_range))
+        elif type(parsed) is MetadataKey:
+            data = self._document(parsed.path, _range(byte_range))
         if data is UNKNOWN:
             return run_sync(self.get(key, prototype, byte_range))
         return None if data is None else prototype.buffer.from_bytes(data)
@@ -123,7 +129,7 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
         parsed = parse_key(key)
         if type(parsed) is ChunkKey and isinstance(value, Buffer):
             self._require_writable()
-            if self._content.set_chunk_nowait(parsed.path, parsed.coords, value.to_bytes()):
+            if self._content.set_chunk_nowait(parsed.path, parsed.coords, _taken(value)):
                 return
         run_sync(self.set(key, value))
 
@@ -245,9 +251,7 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
             )
         parsed = parse_key(key)
         if type(parsed) is ChunkKey:
-            # Large values are copied once there is room for the copy, not while they wait.
-            data = _bytes_of(value) if len(value) >= _COPIED_LATE_BYTES else value.to_bytes()
-            await self._content.set_chunk(parsed.path, parsed.coords, data, only_new=only_new)
+            await self._content.set_chunk(parsed.path, parsed.coords, _taken(value), only_new=only_new)
         elif type(parsed) is MetadataKey:
             self._content.set_metadata(parsed.path, value.to_bytes(), only_new=only_new)
         else:
@@ -438,6 +442,11 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
 
     def _repr_html_(self) -> str:
         return fields_html("icechunk.IcechunkStore", self._summary())
+
+
+def _taken(value: Buffer) -> Octets:
+    """The bytes of a value to be written: large ones are copied once there is room for the copy, not before."""
+    return _bytes_of(value) if len(value) >= _COPIED_LATE_BYTES else value.to_bytes()
 
 
 def _bytes_of(value: Buffer) -> bytes | memoryview:

@@ -10,7 +10,6 @@ A pack never crosses a fork: parent and child would fill one object with differe
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 import weakref
@@ -20,6 +19,7 @@ from typing import overload
 from icechunk.errors import ErrorKind, SessionStateError
 from icechunk.format.ids import ObjectId
 from icechunk.format.keys import chunk_key
+from icechunk.runtime.loops import running_loop
 from icechunk.transfer.put import PutPool
 
 __all__ = ["Packs"]
@@ -92,7 +92,7 @@ class Packs:
         if len(data) >= self._threshold_bytes or not self._pool.reserve_nowait(len(data)):
             return None
         if os.getpid() == self._pid:
-            place = self._pack(data, sending=_has_loop() and not self._pool.writes_through)
+            place = self._pack(data, sending=running_loop() is not None and not self._pool.writes_through)
             if place is not None:
                 return place
         self._pool.release(len(data))
@@ -165,11 +165,3 @@ class Packs:
                 "with different bytes. Open a writable session in the child",
                 ErrorKind.COMMIT_NOT_ALLOWED,
             )
-
-
-def _has_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,7 +30,7 @@ from icechunk.errors import (
 )
 from icechunk.format.keys import CHUNKS_PREFIX, SESSIONS_PREFIX
 from icechunk.storage.memory import MemoryStorage
-from icechunk.storage.port import ANY, ObjectKind, Precondition, PutResult, Storage
+from icechunk.storage.port import PutResult, Storage
 from icechunk.testing.recording import RecordingStorage
 from icechunk.testing.wrapping import WrappingStorage
 from tests.maintenance.helpers import by_layout
@@ -89,19 +88,11 @@ class Interrupted(WrappingStorage):
         self.stopped = asyncio.Event()
         self.go_on = asyncio.Event()
 
-    async def put(
-        self,
-        key: str,
-        data: bytes | bytearray | memoryview,
-        precondition: Precondition = ANY,
-        *,
-        kind: ObjectKind = "metadata",
-        metadata: Mapping[str, str] | None = None,
-    ) -> PutResult:
+    async def put(self, key: str, *args: Any, **named: Any) -> PutResult:
         if key.startswith(self.before or ("\0",)):
             self.stopped.set()
             await self.go_on.wait()
-        result = await super().put(key, data, precondition, kind=kind, metadata=metadata)
+        result = await super().put(key, *args, **named)
         if key.startswith(self.after or ("\0",)):
             self.stopped.set()
             await asyncio.Event().wait()
@@ -306,18 +297,10 @@ class LosesAnswers(WrappingStorage):
         self.happens: bool | None = None
         self.readable = True
 
-    async def put(
-        self,
-        key: str,
-        data: bytes | bytearray | memoryview,
-        precondition: Precondition = ANY,
-        *,
-        kind: ObjectKind = "metadata",
-        metadata: Mapping[str, str] | None = None,
-    ) -> PutResult:
+    async def put(self, key: str, *args: Any, **named: Any) -> PutResult:
         if key.startswith(SESSIONS_PREFIX) and self.happens is False:
             raise StorageError("no answer")
-        result = await super().put(key, data, precondition, kind=kind, metadata=metadata)
+        result = await super().put(key, *args, **named)
         if key.startswith(SESSIONS_PREFIX) and self.happens is True:
             raise StorageError("no answer")
         return result

@@ -242,6 +242,15 @@ class Cluster:
         operation.ended, operation.outcome, operation.note = self.tick(), outcome, note
         self.note(operation.client, f"is told {outcome} about {_words(operation)}{f': {note}' if note else ''}")
 
+    def unknown(self, operation: Operation, token: SwapToken | None) -> bool:
+        """Note that the outcome of an operation is unknown to its caller; False: without a token, which is a fault."""
+        self.report.unknown += 1
+        if token is None:
+            self.problem(f"the outcome of {operation} is unknown, and there is no token")
+            return False
+        self.told(operation, token)
+        return True
+
     def told(self, operation: Operation, token: SwapToken) -> None:
         """Note that a caller got an unknown outcome, with its token."""
         self.tokens[id(operation)] = token

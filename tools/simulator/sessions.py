@@ -209,11 +209,8 @@ async def _commit(
 async def _settle(
     cluster: Cluster, client: Client, repository: Repository, op: Operation, token: SwapToken | None
 ) -> None:
-    cluster.report.unknown += 1
-    if token is None:
-        cluster.problem(f"the outcome of {op} is unknown, and there is no token")
+    if not cluster.unknown(op, token):
         return
-    cluster.told(op, token)
     for _ in range(3):
         await asyncio.sleep(cluster.rng.choice((0.01, 1, 5)))
         landed = None if client.dead else await client.run(repository.settle_async(token))

@@ -313,11 +313,8 @@ async def _unknown(
     cluster: Cluster, client: Client, log: RepositoryLog, op: Operation, token: SwapToken | None
 ) -> None:
     """The outcome is unknown: sometimes find out, at once or later, here or elsewhere."""
-    cluster.report.unknown += 1
-    if token is None:
-        cluster.problem(f"the outcome of {op} is unknown, and there is no token")
+    if not cluster.unknown(op, token):
         return
-    cluster.told(op, token)
     if cluster.rng.random() < 0.6:
         await asyncio.sleep(cluster.rng.choice((0.01, 1, 5)))
         await settle(cluster, client, log, op)

@@ -159,6 +159,17 @@ def refusing(request: Request) -> None:
     raise refused(StorageError(f"AccessDenied: no {request.verb} for you"))
 
 
+def first_alone(answer: Callable[[Request], None]) -> Callable[[Request], None]:
+    """The answer to the first request; those after it are executed."""
+    answers = iter([answer])
+
+    def answered(request: Request) -> None:
+        for each in answers:
+            each(request)
+
+    return answered
+
+
 def losing(request: Request) -> None:
     raise lost_answer()
 
@@ -470,18 +481,11 @@ async def test_callers_that_shared_an_attempt_with_a_leaving_one_go_on_in_anothe
 @grouping_layouts
 async def test_a_call_is_not_refused_because_of_one_that_does_not_land(world: Outcomes) -> None:
     log, storage = await world.create()
-    refusals = iter([refusing])
-
-    async def refuse_the_first(request: Request, send: Send) -> object:
-        if writes(request):
-            for refuse in refusals:
-                refuse(request)
-        return await send()
 
     def branch_off_root(_: RepoState) -> Sequence[e.Event]:
         return [e.BranchCreated(name="b", snapshot=FIRST_SNAPSHOT)]
 
-    storage.script = refuse_the_first
+    answering_writes(storage, first_alone(refusing))
     first, second = await asyncio.gather(
         log.append(branch_off_root), log.append(branch_off_root), return_exceptions=True
     )
@@ -507,18 +511,11 @@ async def test_a_call_is_refused_because_of_one_that_shared_its_turn_and_landed(
 @grouping_layouts
 async def test_a_call_that_wants_nothing_because_of_another_waits_for_it(world: Outcomes) -> None:
     log, storage = await world.create()
-    refusals = iter([refusing])
-
-    async def refuse_the_first(request: Request, send: Send) -> object:
-        if writes(request):
-            for refuse in refusals:
-                refuse(request)
-        return await send()
 
     def once(state: RepoState) -> Sequence[e.Event]:
         return [] if "b" in state.branches else [e.BranchCreated(name="b", snapshot=FIRST_SNAPSHOT)]
 
-    storage.script = refuse_the_first
+    answering_writes(storage, first_alone(refusing))
     first, second = await asyncio.gather(log.append(once), log.append(once), return_exceptions=True)
     assert isinstance(first, StorageError)
     assert isinstance(second, RepoState)
