@@ -178,8 +178,10 @@ class Runs:
 
     def _may_kill(self) -> bool:
         with self._lock:
+            if self.kills_left <= 0:
+                return False
             self.kills_left -= 1
-            return self.kills_left >= 0
+            return True
 
     def _process(self, work: Any, arguments: tuple[Any, ...], chance: random.Random | None) -> list[tuple[Any, ...]]:
         """The steps that a process reported; it is killed at a random moment where there is ``chance``."""
