@@ -16,7 +16,7 @@ import icechunk
 from icechunk.config import EngineConfig
 from icechunk.format.keys import MANIFESTS_PREFIX, REPO_KEY
 from icechunk.format.repo.codec import decode_repo, encode_repo
-from icechunk.format.repo.values import Status, StatusChanged, Update
+from icechunk.format.repo.repo_info import Status, StatusChanged, Update
 from icechunk.log.repository.port import Layout
 from icechunk.storage.port import Storage
 from tests.raising import raises

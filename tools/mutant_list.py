@@ -595,7 +595,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "    cutoff_us = leases.collect_before_us(cutoff_us, log.state)\n",
         "",
         (),
-        ("tests/maintenance", "tests/session/test_checkpoint.py", "tests/session"),
+        ("tests/maintenance", "tests/session/test_session_checkpoint.py", "tests/session"),
     ),
     Mutant(
         "leases-never-end",
@@ -604,7 +604,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "one.written_us + head.lease_us < now_us or head.since_us < state.gc_cutoff_us",
         "False",
         (),
-        ("tests/maintenance", "tests/session/test_checkpoint.py", "tests/session"),
+        ("tests/maintenance", "tests/session/test_session_checkpoint.py", "tests/session"),
     ),
     Mutant(
         "present-is-not-waited-for",

@@ -23,7 +23,7 @@ from zarr.core.group import GroupMetadata
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import MemoryStore, StorePath
 
-from icechunk.appender.encoding import ChunkEncoder, Unfit, stored_values
+from icechunk.appender.chunk_encoding import ChunkEncoder, Unfit, stored_values
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.runtime.tasks import run_each
 from icechunk.session import Session

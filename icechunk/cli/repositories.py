@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from icechunk.cli.terminal import Failure, ask, choose
-from icechunk.cli.watch import add_options, watch
+from icechunk.cli.watch_command import add_options, watch
 from icechunk.errors import IcechunkError, NotFoundError
 from icechunk.storage.aliases import KINDS, Places, new_entry, places_path, shown
 

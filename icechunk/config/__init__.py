@@ -20,16 +20,7 @@ from icechunk.config.manifest import (
     from_dict,
     to_dict,
 )
-from icechunk.config.repository import (
-    CachingConfig,
-    CompressionAlgorithm,
-    CompressionConfig,
-    EngineConfig,
-    RepositoryConfig,
-    RepoUpdateRetryConfig,
-)
-from icechunk.config.serialise import config_from_dict, config_to_dict
-from icechunk.config.storage import (
+from icechunk.config.object_stores import (
     AnyObjectStoreConfig,
     ChecksumAlgorithm,
     ObjectStoreConfig,
@@ -39,6 +30,15 @@ from icechunk.config.storage import (
     StorageSettings,
     StorageTimeoutSettings,
 )
+from icechunk.config.repository_config import (
+    CachingConfig,
+    CompressionAlgorithm,
+    CompressionConfig,
+    EngineConfig,
+    RepositoryConfig,
+    RepoUpdateRetryConfig,
+)
+from icechunk.config.serialise import config_from_dict, config_to_dict
 from icechunk.config.yaml_text import config_from_yaml, config_to_yaml
 from icechunk.ops import Attribution, FeatureFlag
 from icechunk.runtime.logging import initialize_logs, set_logs_filter, shutdown_telemetry

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 from urllib.parse import urlsplit
 
-from icechunk.config.storage import AnyObjectStoreConfig, ObjectStoreConfig
+from icechunk.config.object_stores import AnyObjectStoreConfig, ObjectStoreConfig
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.runtime.representation import Setting, redacted_url
 

@@ -23,7 +23,7 @@ from icechunk.credentials.azure import (
     azure_refreshable_credentials,
     azure_static_credentials,
 )
-from icechunk.credentials.base import Credential
+from icechunk.credentials.credential import Credential
 from icechunk.credentials.gcs import (
     AnyGcsCredential,
     AnyGcsStaticCredential,

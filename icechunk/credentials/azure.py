@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from icechunk.credentials.base import (
+from icechunk.credentials.credential import (
     Credential,
     RefreshableCredential,
     SecretCredential,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeAlias
 
-from icechunk.credentials.base import (
+from icechunk.credentials.credential import (
     Credential,
     RefreshableCredential,
     conflicting_arguments,

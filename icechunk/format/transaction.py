@@ -9,7 +9,8 @@ import numpy as np
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.by_node import ByNode, Coords, Part, by_rank, coords_by_node, grouped_coords, num_rows, owners
 from icechunk.format.envelope import FileType, seal, unseal
-from icechunk.format.flat.columns import (
+from icechunk.format.flat.reader import Buffer, Table, required
+from icechunk.format.flat.vectors import (
     Positions,
     TableColumns,
     first_rows,
@@ -18,7 +19,6 @@ from icechunk.format.flat.columns import (
     lexicographic_order,
     read_coords,
 )
-from icechunk.format.flat.reader import Buffer, Table, required
 from icechunk.format.flat.writer import (
     MAX_BYTES,
     MAX_TABLES,

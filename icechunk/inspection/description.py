@@ -12,8 +12,8 @@ from icechunk.format.envelope import FileHeader, FileType, read_header
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.manifest import decode_manifest
 from icechunk.format.manifest.tables import manifest_facts
-from icechunk.format.repo import values as stored
-from icechunk.format.repo.values import RepoInfo, SnapshotRecord, Update, UpdateChange
+from icechunk.format.repo import repo_info as stored
+from icechunk.format.repo.repo_info import RepoInfo, SnapshotRecord, Update, UpdateChange
 from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.format.transaction import decode_transaction_log
 from icechunk.format.values import INLINE, NATIVE, VIRTUAL, ChunkRefs, NodeKind, NodeSnapshot, TransactionLog

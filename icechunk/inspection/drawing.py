@@ -18,7 +18,7 @@ from html import escape
 from typing import Final, final
 
 from icechunk.format.ids import ObjectId, encode_id
-from icechunk.format.repo.values import SnapshotRecord
+from icechunk.format.repo.repo_info import SnapshotRecord
 
 __all__ = ["TAG", "AncestryGraph", "Drawing", "Row", "colour", "draw_svg", "draw_text", "lay_out", "rgb"]
 

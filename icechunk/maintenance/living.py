@@ -17,8 +17,8 @@ from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.values import INLINE, NATIVE, ChunkRefs, ManifestFile
 from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.log.repository.state import RepoState
+from icechunk.maintenance.byte_ranges import CHUNK_ID_BYTES, SPAN_BYTES, native_rows
 from icechunk.maintenance.reachability import Files, Limits, ManyRefs, RowSet, Use, Walked, read_all_manifests, walk
-from icechunk.maintenance.spans import CHUNK_ID_BYTES, SPAN_BYTES, native_rows
 from icechunk.maintenance.sweep import Listed
 from icechunk.runtime.clock import Sources
 
@@ -34,7 +34,7 @@ class Shares:
 
     def __init__(self) -> None:
         self.spans = RowSet(CHUNK_ID_BYTES + SPAN_BYTES)
-        """Ranges of chunk objects that living references name (`icechunk.maintenance.spans`)."""
+        """Ranges of chunk objects that living references name (`icechunk.maintenance.byte_ranges`)."""
         self.fixed_manifests: frozenset[ObjectId] = frozenset()
         """Manifests that snapshots which cannot be written again use."""
         self.fixed_chunks = RowSet(CHUNK_ID_BYTES)

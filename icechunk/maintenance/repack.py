@@ -44,11 +44,11 @@ from icechunk.log.repository.events import Event, SnapshotsRewritten
 from icechunk.log.repository.port import RepositoryLog
 from icechunk.log.repository.ref_files.layout import RefFilesLayout
 from icechunk.log.repository.state import RepoState
+from icechunk.maintenance.byte_ranges import CHUNK_ID_BYTES, covered_by_object, names_of
 from icechunk.maintenance.living import Living, Shares
 from icechunk.maintenance.reachability import Budget, Files, Limits, living_rows, read_manifests, read_snapshot
 from icechunk.maintenance.ref_history import replace_in_refs
 from icechunk.maintenance.repack_plan import Candidate, Moves, Piece, choose, rewritten
-from icechunk.maintenance.spans import CHUNK_ID_BYTES, covered_by_object, names_of
 from icechunk.maintenance.sweep import IsGarbage, Listed, Sweep, Swept
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import run_each

@@ -21,7 +21,7 @@ from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.manifest.refs_by_node import grouped_refs, refs_by_node
 from icechunk.format.values import ID12, NATIVE, ChunkRefs, Manifest
 from icechunk.log.session.columns import trimmed
-from icechunk.maintenance.spans import CHUNK_ID_BYTES, names_of, reached_before, spans_of, starts_of_objects
+from icechunk.maintenance.byte_ranges import CHUNK_ID_BYTES, names_of, reached_before, spans_of, starts_of_objects
 
 __all__ = ["MAX_STORED", "Candidate", "Moves", "Pack", "Piece", "choose", "rewritten"]
 

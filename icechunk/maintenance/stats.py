@@ -14,8 +14,7 @@ from icechunk.format.ids import object_id_from_text
 from icechunk.format.keys import CHUNKS_PREFIX
 from icechunk.format.values import INLINE, NATIVE, VIRTUAL, ChunkRefs
 from icechunk.log.repository.port import Layout, RepositoryLog
-from icechunk.maintenance.reachability import Files, Limits, ManyRefs, RowSet, Walked, read_all_manifests, walk
-from icechunk.maintenance.spans import (
+from icechunk.maintenance.byte_ranges import (
     CHUNK_ID_BYTES,
     SPAN_BYTES,
     covered,
@@ -24,6 +23,7 @@ from icechunk.maintenance.spans import (
     rows,
     spans_of,
 )
+from icechunk.maintenance.reachability import Files, Limits, ManyRefs, RowSet, Walked, read_all_manifests, walk
 from icechunk.ops import ChunkStorageStats
 from icechunk.runtime.tasks import run_all
 from icechunk.storage.port import NO_LISTING, Storage

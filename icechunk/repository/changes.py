@@ -18,7 +18,7 @@ import zarr.api.asynchronous as azarr
 from icechunk.errors import ErrorKind, InvalidInputError, NodeNotFoundError
 from icechunk.format.documents import parse_document
 from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
-from icechunk.format.repo.values import SnapshotRecord
+from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.format.snapshot.nodes import with_ids
 from icechunk.format.values import NodeKind, NodeSnapshot, Snapshot
 from icechunk.log.session.extents import volume

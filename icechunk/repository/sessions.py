@@ -22,9 +22,9 @@ from icechunk.runtime.clock import moment
 from icechunk.runtime.loops import synchronous
 from icechunk.runtime.tasks import run_jobs
 from icechunk.session import ForkSession, Session
-from icechunk.session.checkpoint import lease_in_us
 from icechunk.session.content import SessionContent
 from icechunk.session.resume import join, resume
+from icechunk.session.session_checkpoint import lease_in_us
 from icechunk.store import IcechunkStore
 from icechunk.transfer.segments import list_sessions, read_head
 

@@ -7,7 +7,7 @@ from typing import Any, Final, assert_never
 
 from icechunk.errors import ErrorKind, InvalidInputError, SessionStateError
 from icechunk.format.ids import ObjectId, encode_id
-from icechunk.format.repo import values as stored
+from icechunk.format.repo import repo_info as stored
 from icechunk.format.repo.snapshot_graph import SnapshotGraph
 from icechunk.format.values import ManifestFile
 from icechunk.ops import AnyUpdateType, FeatureFlag, RepoAvailability, RepoStatus, Update, UpdateType

@@ -26,7 +26,7 @@ import orjson
 
 from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, SnapshotNotFoundError
 from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
-from icechunk.format.repo import values as stored
+from icechunk.format.repo import repo_info as stored
 from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.log.repository.state import RepoState
 from icechunk.repository.base import RepositoryBase

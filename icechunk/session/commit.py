@@ -23,7 +23,7 @@ from icechunk.format.by_node import num_rows
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.keys import manifest_key, snapshot_key, transaction_key
 from icechunk.format.manifest import encode_manifest, max_refs
-from icechunk.format.repo.values import SnapshotRecord
+from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.format.snapshot.codec import encode_and_keep
 from icechunk.format.transaction import encode_transaction_log, require_room
 from icechunk.format.values import Manifest, Snapshot, TransactionLog
@@ -39,10 +39,10 @@ from icechunk.log.session.plan.reuse import Earlier, Remembered
 from icechunk.log.session.plan.transaction_parts import in_parts
 from icechunk.runtime.checks import json_metadata, require_text
 from icechunk.runtime.tasks import run_all, run_each, run_stream
-from icechunk.session.checkpoint import landed_error, note_attempt, note_committed, require_not_landed
 from icechunk.session.content import Phase, SessionContent
 from icechunk.session.core import Core
 from icechunk.session.rebase import Rebase, advance
+from icechunk.session.session_checkpoint import landed_error, note_attempt, note_committed, require_not_landed
 from icechunk.transfer.assets import off_loop
 
 __all__ = ["Commit", "CommitFiles", "File", "How", "write_snapshot", "write_unlisted"]

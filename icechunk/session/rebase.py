@@ -14,19 +14,19 @@ import numpy.typing as npt
 from icechunk.conflicts import ConflictDetector, ConflictSolver, RebaseFailedError
 from icechunk.errors import ConflictError, ErrorKind, ObjectNotFoundError, SessionStateError, SnapshotNotFoundError
 from icechunk.format.ids import NodeId, ObjectId, encode_id
-from icechunk.format.repo.values import CommitAmended
+from icechunk.format.repo.repo_info import CommitAmended
 from icechunk.format.snapshot.nodes import with_ids
 from icechunk.format.values import Snapshot, TransactionLog
 from icechunk.log.repository.port import Layout
 from icechunk.log.repository.state import RepoState
 from icechunk.log.session.columns import CoordIndex
 from icechunk.log.session.log import Savepoint, SessionLog
-from icechunk.log.session.merge.conflicts import Landed, Winner, find_conflicts, rebase
+from icechunk.log.session.merge.conflict_rules import Landed, Winner, find_conflicts, rebase
 from icechunk.log.session.merge.diff import changes_since
 from icechunk.runtime.tasks import run_each
-from icechunk.session.checkpoint import landed_error, require_not_landed
 from icechunk.session.content import Phase, SessionContent
 from icechunk.session.core import Core
+from icechunk.session.session_checkpoint import landed_error, require_not_landed
 from icechunk.transfer.assets import off_loop
 
 __all__ = ["Rebase", "Step", "advance", "check_fork", "rebase_session", "steps_between", "winners_between"]

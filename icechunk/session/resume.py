@@ -18,11 +18,11 @@ from icechunk.log.session.events import Event
 from icechunk.log.session.merge.merging import MergePolicy
 from icechunk.log.session.segment import SegmentHead, events_of
 from icechunk.log.session.wire import folded
-from icechunk.session.checkpoint import claim, require_not_landed, require_uncollected, unknown_error
 from icechunk.session.content import Lineage, SessionContent
 from icechunk.session.core import Core
 from icechunk.session.merge import merge_forks
 from icechunk.session.persisted import Persisted, ended_error
+from icechunk.session.session_checkpoint import claim, require_not_landed, require_uncollected, unknown_error
 from icechunk.transfer.segments import list_sessions, read_segments
 
 __all__ = ["collect_forks", "join", "joined_fork", "resume"]

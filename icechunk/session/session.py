@@ -42,13 +42,13 @@ from icechunk.runtime.loops import run_sync, synchronous
 from icechunk.runtime.pickles import instance_of_state
 from icechunk.runtime.representation import fields_html
 from icechunk.session import rearrange
-from icechunk.session.checkpoint import abandon, checkpoint, lease_in_us
 from icechunk.session.commit import How, write_snapshot, write_unlisted
 from icechunk.session.content import Lineage, Phase, SessionContent, absolute
 from icechunk.session.core import Core
 from icechunk.session.merge import merge_forks
 from icechunk.session.rebase import rebase_session
 from icechunk.session.resume import collect_forks, join, joined_fork
+from icechunk.session.session_checkpoint import abandon, checkpoint, lease_in_us
 from icechunk.snapshots import Diff
 from icechunk.store.store import IcechunkStore
 from icechunk.virtual import ChunkType

@@ -14,7 +14,7 @@ from typing import Final
 
 from icechunk.format.ids import ObjectId
 from icechunk.format.values import TransactionLog
-from icechunk.log.session.merge.conflicts import Landed
+from icechunk.log.session.merge.conflict_rules import Landed
 
 __all__ = ["Spans"]
 

@@ -12,7 +12,7 @@ from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError, ObjectN
 from icechunk.runtime.clock import SYSTEM, Sources, us_of
 from icechunk.runtime.representation import redacted_url
 from icechunk.storage.obstore.buckets import AzureContainer, GcsBucket, ObstoreBucket, stores_of_obstore
-from icechunk.storage.obstore.errors import missing, obstore_module, storage_error
+from icechunk.storage.obstore.obstore_errors import missing, obstore_module, storage_error
 from icechunk.storage.obstore.reading import version_of_meta
 from icechunk.storage.port import GetResult, Range, resolve_range
 from icechunk.storage.retry import limits_of

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icechunk.format.ids import ObjectId, encode_id
-from icechunk.format.repo.values import SnapshotRecord
+from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.inspection.drawing import AncestryGraph, Drawing, draw_svg, draw_text, lay_out
 
 SVG = "{http://www.w3.org/2000/svg}"

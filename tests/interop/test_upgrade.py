@@ -13,7 +13,7 @@ import pytest
 
 import icechunk
 from icechunk.format.repo.codec import decode_repo
-from icechunk.format.repo.values import RepoInfo, RepoMigrated
+from icechunk.format.repo.repo_info import RepoInfo, RepoMigrated
 from tools import oracle
 from tools.interop.dump import dump
 from tools.interop.generate import carry_on

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import icechunk
 from icechunk.errors import ReadOnlyError, SnapshotNotFoundError
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
-from icechunk.format.repo.values import SnapshotRecord
+from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.log.repository.events import BranchCreated, CollectionRan, CommitAdded, DetachedSnapshotAdded, TagCreated
 from icechunk.log.repository.state import RepoState, apply, initial_state
 from icechunk.maintenance.expire import expiration, shorten

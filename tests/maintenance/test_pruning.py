@@ -9,7 +9,7 @@ import pytest
 
 from icechunk.errors import AccessDeniedError, ReadOnlyError, SessionStateError, StorageError
 from icechunk.format.repo.codec import decode_repo, encode_repo
-from icechunk.format.repo.values import ONLINE, Status
+from icechunk.format.repo.repo_info import ONLINE, Status
 from icechunk.log.repository.convert import convert_log
 from icechunk.log.repository.create import create_log
 from icechunk.log.repository.entries.entry import floor_key, parse_floor_key, parse_slot_key, slot_key

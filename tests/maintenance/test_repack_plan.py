@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from icechunk.errors import FormatError
 from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.values import INLINE, NATIVE, ChunkRefs, Manifest
+from icechunk.maintenance.byte_ranges import CHUNK_ID_BYTES, SPAN_BYTES, covered_by_object, native_rows
 from icechunk.maintenance.reachability import RowSet, living_rows
 from icechunk.maintenance.repack_plan import MAX_STORED, Candidate, Moves, choose, rewritten
-from icechunk.maintenance.spans import CHUNK_ID_BYTES, SPAN_BYTES, covered_by_object, native_rows
 
 A, B = NodeId(b"a" * 8), NodeId(b"b" * 8)
 OBJECTS = {ObjectId(bytes([i]) + b"\0" * 11): bytes((37 * i + 11 * j) % 251 for j in range(60)) for i in range(4)}

@@ -7,7 +7,7 @@ import json
 from icechunk.config import RepositoryConfig, config_from_yaml, config_to_yaml
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.metadata import metadata_tables
-from icechunk.format.repo.values import NewCommit, SnapshotRecord
+from icechunk.format.repo.repo_info import NewCommit, SnapshotRecord
 from icechunk.log.repository.ref_files.names import close_ref, decode_ref, encode_ref, is_closed, read_ref
 from icechunk.log.repository.ref_files.upgrade import RefValues, migrated_info
 from icechunk.log.repository.state import READ_ONLY

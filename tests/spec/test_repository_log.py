@@ -8,7 +8,7 @@ from typing import get_args
 import orjson
 
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
-from icechunk.format.repo.values import SnapshotRecord
+from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.log.repository import events as e
 from icechunk.log.repository.entries.entry import (
     Entry,

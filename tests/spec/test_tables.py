@@ -15,9 +15,9 @@ from flatbuffers.table import Table
 from icechunk.format.envelope import FileType, unseal
 from icechunk.format.ids import FIRST_SNAPSHOT, NodeId, ObjectId
 from icechunk.format.manifest import encode_manifest
-from icechunk.format.repo import values as stored
+from icechunk.format.repo import repo_info as stored
 from icechunk.format.repo.codec import encode_repo
-from icechunk.format.repo.values import SnapshotRecord, Status
+from icechunk.format.repo.repo_info import SnapshotRecord, Status
 from icechunk.format.snapshot.codec import encode_snapshot
 from icechunk.format.transaction import encode_transaction_log
 from icechunk.format.values import (

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 
-from icechunk.format.repo.values import CommitAmended, NewCommit, Update
+from icechunk.format.repo.repo_info import CommitAmended, NewCommit, Update
 from icechunk.log.repository.open import create_repository
 from icechunk.log.repository.port import Layout
 from tools.simulator import sessions, upkeep

@@ -19,7 +19,7 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import ObjectId
 from icechunk.format.keys import snapshot_key
-from icechunk.format.repo.values import SnapshotRecord
+from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.log.repository import events as e
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.port import Layout, Propose, RepositoryLog, SwapToken

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from icechunk.format.flat.columns import TableColumns
 from icechunk.format.flat.reader import Buffer, Table
+from icechunk.format.flat.vectors import TableColumns
 
 __all__ = ["LazyTables"]
 

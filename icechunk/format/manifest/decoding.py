@@ -1,6 +1,6 @@
 """Decoding manifests, formats 1 and 2, without a Python step per reference.
 
-Nothing is assumed about the layout: `icechunk.format.flat.columns` gathers each field of all references of all arrays
+Nothing is assumed about the layout: `icechunk.format.flat.vectors` gathers each field of all references of all arrays
 of the manifest at once.
 """
 
@@ -16,7 +16,8 @@ import zstandard
 from icechunk.errors import FormatError
 from icechunk.format.by_node import Part, by_rank, owners
 from icechunk.format.envelope import FileType, unseal
-from icechunk.format.flat.columns import (
+from icechunk.format.flat.reader import Buffer, Table, required
+from icechunk.format.flat.vectors import (
     JoinedBuffer,
     Positions,
     TableColumns,
@@ -30,7 +31,6 @@ from icechunk.format.flat.columns import (
     read_coords,
     targets,
 )
-from icechunk.format.flat.reader import Buffer, Table, required
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.manifest import tables as at_slot
 from icechunk.format.manifest.refs_by_node import grouped_refs, refs_by_node

@@ -9,8 +9,8 @@ from typing import Final
 import numpy as np
 
 from icechunk.format.envelope import FileType, unseal
-from icechunk.format.flat.columns import TableColumns, gather
 from icechunk.format.flat.reader import Buffer, required
+from icechunk.format.flat.vectors import TableColumns, gather
 
 __all__ = ["ManifestFacts", "manifest_facts"]
 

@@ -13,12 +13,7 @@ from icechunk.format.flat.reader import Buffer, Table, required
 from icechunk.format.flat.writer import FlatTable, FlatWriter, Items, Run, Scalar, Value, Written, u8
 from icechunk.format.ids import ObjectId
 from icechunk.format.metadata import metadata_from_tables, metadata_tables
-from icechunk.format.repo.snapshot_encoding import SnapshotRows
-from icechunk.format.repo.snapshot_graph import SnapshotGraph
-from icechunk.format.repo.stored_snapshots import SnapshotRun, StoredSnapshots
-from icechunk.format.repo.update_encoding import read_status, status_table
-from icechunk.format.repo.updates import UpdateList
-from icechunk.format.repo.values import (
+from icechunk.format.repo.repo_info import (
     OFFLINE,
     ONLINE,
     READ_ONLY,
@@ -44,6 +39,11 @@ from icechunk.format.repo.values import (
     Update,
     UpdateChange,
 )
+from icechunk.format.repo.snapshot_encoding import SnapshotRows
+from icechunk.format.repo.snapshot_graph import SnapshotGraph
+from icechunk.format.repo.stored_snapshots import SnapshotRun, StoredSnapshots
+from icechunk.format.repo.update_encoding import read_status, status_table
+from icechunk.format.repo.updates import UpdateList
 
 __all__ = [
     "OFFLINE",

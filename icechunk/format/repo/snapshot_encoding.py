@@ -24,11 +24,12 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.format.flat.columns import Positions, TableColumns, copy_spans, gather, put
 from icechunk.format.flat.reader import Buffer
+from icechunk.format.flat.vectors import Positions, TableColumns, copy_spans, gather, put
 from icechunk.format.flat.writer import FlatTable, FlatWriter, Items, Scalar, id_struct, u64
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.metadata import metadata_tables
+from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.format.repo.stored_snapshots import (
     FLUSHED_AT,
     ID,
@@ -45,7 +46,6 @@ from icechunk.format.repo.stored_snapshots import (
     SnapshotRun,
     StoredSnapshots,
 )
-from icechunk.format.repo.values import SnapshotRecord
 
 __all__ = ["SnapshotRows", "write_blocks"]
 

@@ -16,9 +16,9 @@ from icechunk.errors import FormatError
 from icechunk.format.flat.reader import Buffer
 from icechunk.format.flat.writer import FlatWriter
 from icechunk.format.ids import ObjectId
+from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.format.repo.snapshot_encoding import SnapshotRows
 from icechunk.format.repo.stored_snapshots import RecordsView, StoredSnapshots
-from icechunk.format.repo.values import SnapshotRecord
 
 __all__ = ["SnapshotGraph"]
 

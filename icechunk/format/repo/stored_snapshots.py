@@ -18,13 +18,13 @@ from typing import Final, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from icechunk.format.flat.columns import Vectors, gather, text_traits
 from icechunk.format.flat.lazy_tables import LazyTables
 from icechunk.format.flat.reader import Buffer, Table, required
+from icechunk.format.flat.vectors import Vectors, gather, text_traits
 from icechunk.format.flat.writer import Run
 from icechunk.format.ids import ObjectId
 from icechunk.format.metadata import metadata_from_tables
-from icechunk.format.repo.values import SnapshotRecord
+from icechunk.format.repo.repo_info import SnapshotRecord
 
 __all__ = [
     "FLUSHED_AT",

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from icechunk.format.flat.lazy_tables import LazyTables
 from icechunk.format.flat.reader import Buffer
 from icechunk.format.flat.writer import FlatWriter, Run
+from icechunk.format.repo.repo_info import Update
 from icechunk.format.repo.update_encoding import read_update, update_table, write_update_blocks
-from icechunk.format.repo.values import Update
 
 __all__ = ["UpdateList"]
 

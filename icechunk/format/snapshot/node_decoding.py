@@ -1,7 +1,7 @@
 """Decoding the nodes of a snapshot, formats 1 and 2.
 
 A few nodes are read one by one. For many, each field of all nodes, of all their dimensions, manifests and names is
-gathered at once (`icechunk.format.flat.columns`). Equal values, which shapes and manifests often are, are made once and
+gathered at once (`icechunk.format.flat.vectors`). Equal values, which shapes and manifests often are, are made once and
 shared.
 """
 
@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.format.by_node import owners
-from icechunk.format.flat.columns import Positions, TableColumns, Vectors, gather, targets
 from icechunk.format.flat.reader import Buffer, Table, required
+from icechunk.format.flat.vectors import Positions, TableColumns, Vectors, gather, targets
 from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.values import DimensionShape, Extents, ManifestRef, NodeKind, NodeSnapshot
 

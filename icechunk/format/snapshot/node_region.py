@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.format.by_node import owners
-from icechunk.format.flat.columns import Positions, Spans, TableColumns, Vectors, gather, targets, text_traits
 from icechunk.format.flat.reader import Buffer
+from icechunk.format.flat.vectors import Positions, Spans, TableColumns, Vectors, gather, targets, text_traits
 from icechunk.format.ids import ObjectId
 from icechunk.format.snapshot.node_decoding import decode_texts
 from icechunk.format.snapshot.nodes import SnapshotNodes

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from icechunk.errors import FormatError
 from icechunk.format.envelope import FileType, unseal
-from icechunk.format.flat.columns import (
+from icechunk.format.flat.vectors import (
     JoinedBuffer,
     Positions,
     TableColumns,

@@ -33,7 +33,7 @@ from icechunk.format.keys import (
     transaction_key,
 )
 from icechunk.format.repo.codec import decode_repo, encode_repo
-from icechunk.format.repo.values import RepoInfo, SnapshotRecord
+from icechunk.format.repo.repo_info import RepoInfo, SnapshotRecord
 from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
 from icechunk.format.transaction import encode_transaction_log
 from icechunk.format.values import Snapshot, TransactionLog

@@ -20,7 +20,7 @@ from typing import Any, Final, TypeAlias
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.ids import ObjectId
-from icechunk.format.repo.values import SnapshotRecord
+from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.runtime.checks import WrongTypeError
 
 __all__ = [

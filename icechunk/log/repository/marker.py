@@ -20,7 +20,7 @@ import orjson
 
 from icechunk.errors import ErrorKind, FormatError
 from icechunk.format.keys import manifest_key, snapshot_key
-from icechunk.format.repo.values import READ_ONLY, RepoInfo, Status, Update
+from icechunk.format.repo.repo_info import READ_ONLY, RepoInfo, Status, Update
 from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.log.repository.state import MAIN, RepoState, from_repo_info, to_repo_info
 

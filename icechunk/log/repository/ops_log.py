@@ -9,7 +9,7 @@ from icechunk.errors import ObjectNotFoundError
 from icechunk.format.ids import ObjectId
 from icechunk.format.keys import overwritten_repo_key
 from icechunk.format.repo.codec import decode_repo
-from icechunk.format.repo.values import CommitAmended, NewCommit, NewDetachedSnapshot, RepoInfo, Update
+from icechunk.format.repo.repo_info import CommitAmended, NewCommit, NewDetachedSnapshot, RepoInfo, Update
 from icechunk.log.repository.marker import nonce_of
 from icechunk.log.repository.state import RepoState
 from icechunk.storage.port import Storage

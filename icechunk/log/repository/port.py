@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Protocol, TypeAlias
 
 from icechunk.format.ids import ObjectId
-from icechunk.format.repo.values import Update
+from icechunk.format.repo.repo_info import Update
 from icechunk.log.repository.events import Event
 from icechunk.log.repository.state import RepoState
 from icechunk.transfer.cache import WeightedCache

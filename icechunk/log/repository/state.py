@@ -34,11 +34,11 @@ from icechunk.errors import (
 )
 from icechunk.format.flat import flexbuffers
 from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
-from icechunk.format.repo import values as stored
+from icechunk.format.repo import repo_info as stored
+from icechunk.format.repo.repo_info import OFFLINE, ONLINE, READ_ONLY, RepoInfo, SnapshotRecord, Status, Update
 from icechunk.format.repo.snapshot_graph import SnapshotGraph
 from icechunk.format.repo.stored_snapshots import StoredSnapshots
 from icechunk.format.repo.updates import UpdateList
-from icechunk.format.repo.values import OFFLINE, ONLINE, READ_ONLY, RepoInfo, SnapshotRecord, Status, Update
 from icechunk.log.repository import events as e
 from icechunk.log.repository.events import Reparented
 

@@ -28,7 +28,7 @@ from aiohappyeyeballs import start_connection
 
 from icechunk.runtime import repeats
 from icechunk.runtime.tasks import in_thread
-from icechunk.storage.http.buffers import Buffers
+from icechunk.storage.buffers import Buffers
 from icechunk.storage.http.large_bodies import Move, Threads
 from icechunk.storage.http.messages import BadAnswerError, Reading, Response, TooLargeError, request_head
 from icechunk.storage.http.proxies import Proxies, Proxy, ProxyError

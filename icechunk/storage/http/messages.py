@@ -13,7 +13,7 @@ from typing import Final
 
 from multidict import CIMultiDict
 
-from icechunk.storage.http.buffers import Buffers
+from icechunk.storage.buffers import Buffers
 
 __all__ = ["LARGE_BYTES", "BadAnswerError", "Reading", "Response", "TooLargeError", "request_head"]
 

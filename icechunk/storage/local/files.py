@@ -29,7 +29,7 @@ from functools import cache
 from typing import Final
 
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
-from icechunk.storage.http.buffers import Buffers
+from icechunk.storage.buffers import Buffers
 from icechunk.storage.outcome import refused, unsent
 from icechunk.storage.port import check_key
 

@@ -51,7 +51,7 @@ from icechunk.format.keys import CHUNKS_PREFIX, MANIFESTS_PREFIX, SNAPSHOTS_PREF
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.pickles import instance_of_state
 from icechunk.runtime.tasks import run_jobs
-from icechunk.storage.http.buffers import Buffers
+from icechunk.storage.buffers import Buffers
 from icechunk.storage.local.files import (
     RESERVED,
     Exclusion,

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from icechunk.credentials import AzureCredentials, AzureStaticCredentials, GcsCredentials, GcsStaticCredentials
 from icechunk.credentials.azure import AzureRefreshableCredential
 from icechunk.runtime.clock import SYSTEM, Sources
-from icechunk.storage.credentials import Refreshed
+from icechunk.storage.refreshed_credentials import Refreshed
 
 __all__ = ["Access", "azure_options", "gcs_options"]
 

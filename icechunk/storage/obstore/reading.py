@@ -15,7 +15,7 @@ from icechunk.config import StorageSettings
 from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.runtime.clock import us_of
 from icechunk.storage.obstore.buckets import ObstoreBucket
-from icechunk.storage.obstore.errors import access_error, missing, obstore_module
+from icechunk.storage.obstore.obstore_errors import access_error, missing, obstore_module
 from icechunk.storage.port import (
     ByteRange,
     GetResult,

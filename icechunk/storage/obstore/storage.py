@@ -20,7 +20,7 @@ from icechunk.config import StorageSettings
 from icechunk.errors import AccessDeniedError, ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.runtime.pickles import call_of
 from icechunk.storage.obstore.buckets import ObstoreBucket
-from icechunk.storage.obstore.errors import failure_of, missing, obstore_module
+from icechunk.storage.obstore.obstore_errors import failure_of, missing, obstore_module
 from icechunk.storage.obstore.reading import ObstoreReading, version_of_meta
 from icechunk.storage.outcome import Found, Tried, follow, precondition_failed, refused, replaced_since
 from icechunk.storage.port import (

@@ -13,9 +13,9 @@ from icechunk.runtime.about import CLIENT_NAME
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.loops import PerLoop
 from icechunk.storage.port import Absent, Matches, Precondition, Unchecked, check_key
-from icechunk.storage.s3.client import Request, S3Client
 from icechunk.storage.s3.credentials import key_provider
 from icechunk.storage.s3.endpoint import resolve_endpoint
+from icechunk.storage.s3.requests import Request, S3Client
 from icechunk.storage.s3.sigv4 import encode_key
 
 __all__ = ["Bucket", "BucketOptions", "condition_header", "require_sendable"]

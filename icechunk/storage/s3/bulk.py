@@ -17,7 +17,7 @@ from icechunk.storage.retry import Limits
 from icechunk.storage.rights import Right, Service, access_denied
 from icechunk.storage.s3.answers import parse_refusal, parse_xml, require_document, text_of
 from icechunk.storage.s3.bucket import Bucket
-from icechunk.storage.s3.client import Request
+from icechunk.storage.s3.requests import Request
 from icechunk.storage.s3.uploads import content_md5
 
 __all__ = ["delete", "list_pages"]

@@ -12,7 +12,7 @@ from aiobotocore.session import AioSession, get_session
 from icechunk.credentials import AnyS3Credential, S3Credentials, S3StaticCredentials
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
 from icechunk.runtime.clock import Sources
-from icechunk.storage.credentials import Refreshed
+from icechunk.storage.refreshed_credentials import Refreshed
 from icechunk.storage.s3.sigv4 import SigningKeys
 
 __all__ = ["KeyProvider", "key_provider"]

@@ -1,6 +1,6 @@
 """Objects in a bucket of S3 or of a service with its protocol.
 
-Requests are signed and sent by `icechunk.storage.s3.client`; aiobotocore supplies the credential chain, the
+Requests are signed and sent by `icechunk.storage.s3.requests`; aiobotocore supplies the credential chain, the
 configuration and the rules for endpoints. There is one client per event loop, shared by all storages that
 `S3Storage.with_settings` derives from one.
 
@@ -53,7 +53,7 @@ from icechunk.storage.port import (
 from icechunk.storage.s3.answers import Answer, Unanswered, is_transient, parse_refusal, require_document, text_of
 from icechunk.storage.s3.bucket import Bucket, BucketOptions, condition_header, require_sendable
 from icechunk.storage.s3.bulk import delete, list_pages
-from icechunk.storage.s3.client import Request, S3Client
+from icechunk.storage.s3.requests import Request, S3Client
 from icechunk.storage.s3.sigv4 import encode_key
 from icechunk.storage.s3.uploads import (
     abort_upload,

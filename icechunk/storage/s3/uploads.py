@@ -20,7 +20,7 @@ from icechunk.errors import ErrorKind, InvalidInputError, StorageError
 from icechunk.runtime.tasks import run_each
 from icechunk.storage.retry import Limits
 from icechunk.storage.s3.answers import parse_xml, text_of
-from icechunk.storage.s3.client import Request, S3Client
+from icechunk.storage.s3.requests import Request, S3Client
 
 __all__ = [
     "abort_upload",

@@ -10,9 +10,7 @@ import pytest
 from icechunk.format.ids import ObjectId
 from icechunk.format.repo import codec
 from icechunk.format.repo.codec import decode_repo, encode_and_keep
-from icechunk.format.repo.snapshot_graph import SnapshotGraph
-from icechunk.format.repo.updates import UpdateList
-from icechunk.format.repo.values import (
+from icechunk.format.repo.repo_info import (
     BranchReset,
     NewCommit,
     RepoInfo,
@@ -23,6 +21,8 @@ from icechunk.format.repo.values import (
     Update,
     UpdateChange,
 )
+from icechunk.format.repo.snapshot_graph import SnapshotGraph
+from icechunk.format.repo.updates import UpdateList
 
 FIRST = SnapshotRecord(id=ObjectId(bytes(11) + b"\1"), parent=None, flushed_at_us=1, message="first")
 

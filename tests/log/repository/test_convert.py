@@ -10,7 +10,7 @@ import pytest
 from icechunk.errors import CommitOutcomeUnknown, SessionStateError
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.keys import snapshot_key
-from icechunk.format.repo.values import SnapshotRecord
+from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.format.snapshot.codec import encode_snapshot
 from icechunk.format.values import Snapshot
 from icechunk.log.repository.convert import convert_log

@@ -21,7 +21,7 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id
 from icechunk.format.keys import snapshot_key
-from icechunk.format.repo.values import SnapshotRecord
+from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.format.snapshot.codec import encode_snapshot
 from icechunk.format.values import Snapshot
 from icechunk.log.repository import events as e

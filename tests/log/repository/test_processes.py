@@ -10,7 +10,7 @@ from pathlib import Path
 
 from icechunk.errors import ConflictError
 from icechunk.format.ids import encode_id
-from icechunk.format.repo.values import NewCommit
+from icechunk.format.repo.repo_info import NewCommit
 from icechunk.log.repository.create import create_log
 from icechunk.log.repository.open import open_repository
 from icechunk.runtime.clock import SYSTEM

@@ -21,9 +21,9 @@ from icechunk.errors import (
 )
 from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
-from icechunk.format.repo import values as stored
+from icechunk.format.repo import repo_info as stored
 from icechunk.format.repo.codec import decode_repo, encode_and_keep, encode_repo
-from icechunk.format.repo.values import SnapshotRecord
+from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.log.repository import events as e
 from icechunk.log.repository.state import (
     READ_ONLY,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from icechunk.errors import IcechunkError, InvalidInputError
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.format.repo.codec import decode_repo, encode_repo
-from icechunk.format.repo.values import SnapshotRecord
+from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.log.repository import events as e
 from icechunk.log.repository.entries.entry import decode_entry, encode_entry, encode_events
 from icechunk.log.repository.marker import checkpoint_info, decode_marker, state_of

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from icechunk.format.ids import ObjectId
-from icechunk.format.repo.values import NewCommit
+from icechunk.format.repo.repo_info import NewCommit
 from icechunk.log.repository import events as e
 from icechunk.log.repository.create import create_log
 from icechunk.log.repository.entries.entry import encode_entry, encode_events, slot_key

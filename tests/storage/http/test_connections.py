@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from icechunk.storage.buffers import Buffers
 from icechunk.storage.http import messages
-from icechunk.storage.http.buffers import Buffers
 from icechunk.storage.http.connections import BadAnswerError, Connections, NotConnectedError, Origin, TooLargeError
 from icechunk.storage.http.messages import Reading
 from tests.storage.http.certificates import tls_contexts

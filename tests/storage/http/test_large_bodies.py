@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from icechunk.storage.buffers import Buffers
 from icechunk.storage.http import connections as http1
 from icechunk.storage.http import messages
-from icechunk.storage.http.buffers import Buffers
 from icechunk.storage.http.connections import BadAnswerError, Connections, _Connection
 from icechunk.storage.http.large_bodies import Threads
 from icechunk.storage.http.messages import LARGE_BYTES, Reading

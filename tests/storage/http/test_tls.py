@@ -19,7 +19,7 @@ from icechunk.credentials import HttpAccess
 from icechunk.errors import ErrorKind, StorageError
 from icechunk.storage.http.storage import HttpStorage
 from icechunk.storage.local.storage import LocalStorage
-from icechunk.storage.s3.client import _tls_context
+from icechunk.storage.s3.requests import _tls_context
 from tests.raising import raises
 from tests.storage.http.certificates import tls_contexts
 from tests.storage.http.web_server import WebServer, serving_files

@@ -84,7 +84,7 @@ async def test_retries_are_logged_with_their_object_and_without_secrets(
     caplog.set_level(logging.DEBUG, "icechunk")
     server.behaviours = [SLOW_DOWN, RESET, OK]
     await storage.put("x", b"new")
-    told = [record.getMessage() for record in caplog.records if record.name == "icechunk.storage.s3.client"]
+    told = [record.getMessage() for record in caplog.records if record.name == "icechunk.storage.s3.requests"]
     assert len(told) == 2
     assert told[0].startswith("trying again to write s3://b/p/x in 50 ms, after try 1: HTTP 503")
     assert not [line for line in told if "AKID" in line or "secret" in line]

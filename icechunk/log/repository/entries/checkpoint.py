@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, TypeAlias
 
-from icechunk.config.repository import DEFAULT_NUM_UPDATES_PER_REPO_INFO_FILE
+from icechunk.config.repository_config import DEFAULT_NUM_UPDATES_PER_REPO_INFO_FILE
 from icechunk.errors import ErrorKind, ObjectNotFoundError, PreconditionFailedError, StorageError
 from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name
 from icechunk.format.repo.codec import EncodedRepo, encode_and_keep
+from icechunk.format.repo.repo_info import RepoInfo
 from icechunk.format.repo.updates import UpdateList
-from icechunk.format.repo.values import RepoInfo
 from icechunk.log.repository.entries.embedded import Materialize, make_durable, nothing_embedded
 from icechunk.log.repository.entries.entry import copy_key, new_epoch
 from icechunk.log.repository.entries.reader import Head, Known, RepoObject, known_of, read_repo

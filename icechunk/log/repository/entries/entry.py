@@ -17,7 +17,7 @@ import orjson
 
 from icechunk.errors import ErrorKind, FormatError, IcechunkError, InvalidInputError
 from icechunk.format.ids import ObjectId, decode_id, encode_id, object_id_from_text
-from icechunk.format.repo.values import SnapshotRecord
+from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.log.repository import events as e
 from icechunk.log.repository.events import pack, unpack
 

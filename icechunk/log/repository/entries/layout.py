@@ -30,7 +30,7 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.format.keys import snapshot_key
-from icechunk.format.repo.values import Update
+from icechunk.format.repo.repo_info import Update
 from icechunk.log.repository import events as e
 from icechunk.log.repository.entries.checkpoint_schedule import Checkpointing
 from icechunk.log.repository.entries.client import LogView

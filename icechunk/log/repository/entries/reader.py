@@ -25,7 +25,7 @@ from icechunk.errors import (
 )
 from icechunk.format.keys import REFS_PREFIX, REPO_KEY
 from icechunk.format.repo.codec import decode_repo
-from icechunk.format.repo.values import READ_ONLY, RepoInfo
+from icechunk.format.repo.repo_info import READ_ONLY, RepoInfo
 from icechunk.log.repository.entries.entry import (
     LOG_PREFIX,
     Entry,

@@ -26,8 +26,8 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id
 from icechunk.format.keys import CONFIG_KEY, REFS_PREFIX, REPO_KEY, snapshot_key
+from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.format.repo.snapshot_graph import SnapshotGraph
-from icechunk.format.repo.values import SnapshotRecord
 from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.log.repository.entries.reader import MAIN_REF_KEY, Instant, instant, read_repo, store_time_us
 from icechunk.log.repository.ref_files.names import RefKey, RefNames, decode_ref

@@ -33,7 +33,7 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.keys import CONFIG_KEY, overwritten_config_key, snapshot_key
-from icechunk.format.repo.values import Update
+from icechunk.format.repo.repo_info import Update
 from icechunk.log.repository import events as e
 from icechunk.log.repository.port import Layout, SwapToken
 from icechunk.log.repository.queue import Attempt, Group, Member, Waiting, new_snapshots

@@ -47,8 +47,8 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id, object_id_from_text
 from icechunk.format.keys import CONFIG_KEY, REFS_PREFIX, REPO_KEY, SNAPSHOTS_PREFIX, snapshot_key
-from icechunk.format.repo import values as stored
-from icechunk.format.repo.values import RepoInfo, RepoMigrated, SnapshotRecord, Status
+from icechunk.format.repo import repo_info as stored
+from icechunk.format.repo.repo_info import RepoInfo, RepoMigrated, SnapshotRecord, Status
 from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.log.repository.entries.checkpoint import encode
 from icechunk.log.repository.entries.reader import RepoObject, read_repo

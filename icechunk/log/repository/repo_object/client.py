@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from icechunk.errors import ErrorKind, ObjectNotFoundError, RepositoryNotFoundError, SessionStateError
 from icechunk.format.keys import REPO_KEY
 from icechunk.format.repo.codec import decode_repo
+from icechunk.format.repo.repo_info import RepoInfo, Update
 from icechunk.format.repo.updates import UpdateList
-from icechunk.format.repo.values import RepoInfo, Update
 from icechunk.log.repository.entries.reader import (
     MAX_SKEW_US,
     Instant,

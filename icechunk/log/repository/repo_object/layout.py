@@ -34,7 +34,7 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name, snapshot_key
-from icechunk.format.repo.values import Update
+from icechunk.format.repo.repo_info import Update
 from icechunk.log.repository.entries.checkpoint import DEFAULT_UPDATES_PER_FILE, encode
 from icechunk.log.repository.entries.client import LogView
 from icechunk.log.repository.entries.reader import Opened, RepoObject, instant, open_head, read_repo

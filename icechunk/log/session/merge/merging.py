@@ -42,7 +42,7 @@ from icechunk.log.session.events import (
 )
 from icechunk.log.session.hierarchy import parent_of
 from icechunk.log.session.log import ABSENT, Absent, SessionLog
-from icechunk.log.session.merge.conflicts import carried_over
+from icechunk.log.session.merge.conflict_rules import carried_over
 from icechunk.log.session.merge.diff import NetChanges
 from icechunk.log.session.zarr_metadata import encoding_of
 

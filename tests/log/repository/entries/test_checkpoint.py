@@ -18,7 +18,7 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.format.repo.codec import decode_repo, encode_repo
-from icechunk.format.repo.values import NewCommit, Status
+from icechunk.format.repo.repo_info import NewCommit, Status
 from icechunk.log.repository import events as e
 from icechunk.log.repository.entries import checkpoint as log_checkpoint
 from icechunk.log.repository.entries.checkpoint import convert_to_log, write_checkpoint

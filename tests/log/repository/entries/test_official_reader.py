@@ -12,7 +12,7 @@ import pytest
 import icechunk
 from icechunk.format.ids import encode_id
 from icechunk.format.keys import snapshot_key, transaction_key
-from icechunk.format.repo.values import SnapshotRecord
+from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.format.snapshot.codec import encode_snapshot
 from icechunk.format.transaction import encode_transaction_log
 from icechunk.format.values import Snapshot, TransactionLog

@@ -21,7 +21,7 @@ from icechunk.errors import (
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.format.keys import snapshot_key
 from icechunk.format.repo.codec import decode_repo
-from icechunk.format.repo.values import BranchCreated, NewCommit, RepoInitialized, TagCreated, Update
+from icechunk.format.repo.repo_info import BranchCreated, NewCommit, RepoInitialized, TagCreated, Update
 from icechunk.log.repository import events as e
 from icechunk.log.repository.create import create_repo_object
 from icechunk.log.repository.entries.checkpoint import convert_to_log

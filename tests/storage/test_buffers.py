@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icechunk.storage.http.buffers import Buffers
+from icechunk.storage.buffers import Buffers
 
 SIZE = 1_000_000
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
 from icechunk.config.containers import VirtualChunkContainer
 from icechunk.config.manifest import ManifestConfig, ManifestVirtualChunkLocationCompressionConfig
-from icechunk.config.storage import (
+from icechunk.config.object_stores import (
     StorageConcurrencySettings,
     StorageRetriesSettings,
     StorageSettings,

@@ -20,7 +20,7 @@ from icechunk.conflicts import (
 )
 from icechunk.format.ids import encode_id
 from icechunk.log.session.log import SessionLog
-from icechunk.log.session.merge.conflicts import Winner, find_conflicts, rebase
+from icechunk.log.session.merge.conflict_rules import Winner, find_conflicts, rebase
 from icechunk.log.session.wire import encode_log
 from tests.log.session.builders import Repo, array_json, check_snapshot, group_json, native
 

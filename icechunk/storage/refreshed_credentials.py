@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import UTC
 from typing import Any, Final, Generic, TypeVar
 
-from icechunk.credentials.base import RefreshableCredential
+from icechunk.credentials.credential import RefreshableCredential
 from icechunk.errors import IcechunkError
 from icechunk.runtime.clock import Sources
 

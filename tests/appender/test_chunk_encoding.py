@@ -17,7 +17,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec, Zst
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import MemoryStore
 
-from icechunk.appender.encoding import ChunkEncoder, Unfit, stored_values
+from icechunk.appender.chunk_encoding import ChunkEncoder, Unfit, stored_values
 
 COMPRESSORS: list[Any] = [
     [],
