@@ -137,7 +137,7 @@ class RebaseFailedError(ConflictError):
             "resolve them in the session, or rebase with a solver that settles them"
         )
         # The arguments are API: the official library's error has these two.
-        self.args = (snapshot, conflicts)
+        self.args: tuple[Any, ...] = (snapshot, conflicts)
         self._snapshot = snapshot
         self._conflicts = list(conflicts)
 
@@ -231,7 +231,7 @@ class MergeFailedError(SessionStateError):
         shown = "; ".join(map(str, conflicts[:3])) + (f"; and {len(conflicts) - 3} more" if len(conflicts) > 3 else "")
         hints = dict.fromkeys(_HINTS[conflict.type] for conflict in conflicts)
         super().__init__(f"cannot merge sessions: {shown}; {'; '.join(hints)}", ErrorKind.MERGE_FAILED)
-        self.args = (list(conflicts),)
+        self.args: tuple[Any, ...] = (list(conflicts),)
         self._conflicts = list(conflicts)
 
     @property

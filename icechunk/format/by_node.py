@@ -50,7 +50,7 @@ class ByNode(Mapping[NodeId, T]):
     __slots__ = ("_cut", "_order", "_places", "parts")
 
     def __init__(self, parts: Iterable[Part[T]], cut: Callable[[T, slice], T]) -> None:
-        self.parts = tuple(parts)
+        self.parts: tuple[Part[T], ...] = tuple(parts)
         """The columns."""
         self._cut = cut
         self._order: list[NodeId] | None = None

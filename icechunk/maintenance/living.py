@@ -33,11 +33,11 @@ class Shares:
     """The living bytes of each object; filled while manifests are read."""
 
     def __init__(self) -> None:
-        self.spans = RowSet(CHUNK_ID_BYTES + SPAN_BYTES)
+        self.spans: RowSet = RowSet(CHUNK_ID_BYTES + SPAN_BYTES)
         """Ranges of chunk objects that living references name (`icechunk.maintenance.byte_ranges`)."""
         self.fixed_manifests: frozenset[ObjectId] = frozenset()
         """Manifests that snapshots which cannot be written again use."""
-        self.fixed_chunks = RowSet(CHUNK_ID_BYTES)
+        self.fixed_chunks: RowSet = RowSet(CHUNK_ID_BYTES)
         """Chunk objects that these refer to."""
         self.manifests: dict[ObjectId, float] = {}
         """Of manifests with dead references, the estimated living share of their bytes; 0 to 1."""
@@ -104,7 +104,7 @@ class Living:
         self._growths = 0
         self._looked_us = sources.elapsed_us()
         self._growing = anyio.Lock()
-        self.state = state
+        self.state: RepoState = state
         """The repository as it was last seen."""
         self.walked: Walked = Walked() if known is None else known.walked
         """Its snapshots, and their manifests."""

@@ -115,7 +115,7 @@ class Moves:
         self._place = (place - place[opening][self._pack]).astype(np.uint64)
         self._ids = np.array([new_object_id() for _ in self._numbers], f"S{CHUNK_ID_BYTES}").view(ID12)
         self._sources = names_of(rows[begins])
-        self.objects = np.unique(self._sources)
+        self.objects: npt.NDArray[np.bytes_] = np.unique(self._sources)
         """``S12[m]``: the objects that are left behind, ascending."""
 
     def __len__(self) -> int:

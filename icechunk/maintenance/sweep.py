@@ -94,7 +94,7 @@ class Sweep:
         self._deletes = anyio.CapacityLimiter(limits.max_concurrent_deletes)
         self._listings = anyio.CapacityLimiter(limits.max_concurrent_listings or _LISTINGS)
         self._failures_in_a_row = 0
-        self.swept = Swept()
+        self.swept: Swept = Swept()
 
     async def run(self, kinds: Sequence[tuple[str, IsGarbage]]) -> None:
         """List the prefixes, each with its slash and with what decides about the objects there, and delete.

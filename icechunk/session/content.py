@@ -39,6 +39,7 @@ from icechunk.session.persisted import Persisted
 from icechunk.session.read import all_references, read_chunk, read_chunk_nowait, reference_of
 from icechunk.storage.port import ByteRange, Octets
 from icechunk.transfer.assets import Unknown
+from icechunk.transfer.packs import Packs
 from icechunk.virtual_access.locations import Prefixes
 
 __all__ = ["Lineage", "Phase", "SessionContent", "absolute"]
@@ -100,7 +101,7 @@ class SessionContent:
         persisted: Persisted | None = None,
     ) -> None:
         self.core = core
-        self.log = log
+        self.log: SessionLog = log
         self.branch = branch
         self.origin = origin
         self.since_us = since_us
@@ -110,8 +111,8 @@ class SessionContent:
         self.phase = Phase.READ_ONLY if branch is None and origin is None else Phase.WRITABLE
         self.sent: SwapToken | None = None
         """The token of the commit's entry, which has landed or may land."""
-        self.puts = core.packs()
-        self.lock = threading.Lock()
+        self.puts: Packs = core.packs()
+        self.lock: threading.Lock = threading.Lock()
         self._discards = 0
 
     @staticmethod

@@ -121,22 +121,22 @@ class Core:
     ) -> None:
         self.sources = sources
         given = config.virtual_chunk_containers if named_containers is None else named_containers
-        self.named_containers = dict(given or {})
+        self.named_containers: dict[str, VirtualChunkContainer] = dict(given or {})
         """Virtual chunk containers of the caller's own configuration, without the persisted ones."""
-        self.layout = layout
+        self.layout: Layout = layout
         """The layout when the log was last opened; decides about defaults of `settings`."""
         self.attribution = attribution
-        self.virtual_access = dict(virtual_access or {})
+        self.virtual_access: dict[str, Any] = dict(virtual_access or {})
         self.default_metadata: dict[str, Any] = dict(default_metadata or {})
         self.persisted_config: Any = None
         """The configuration that was persisted when this core was opened, or that it has persisted since."""
         self.files: WeightedCache[str, bytes] = WeightedCache(FILES_BYTES, MAX_FILES)
         """Small metadata files that came with the log, by key; some have no object of their own yet."""
-        self.spans = Spans()
+        self.spans: Spans = Spans()
         """Sums of the commits that landed since the bases of sessions that are rebased."""
-        self.living = LivingMemory()
+        self.living: LivingMemory = LivingMemory()
         """What the last collection found to live."""
-        self.gates = Gates(0)
+        self.gates: Gates = Gates(0)
         self._put_memory: tuple[int, PutMemory] | None = None
         if attribution is not None and attribution != Attribution():
             storage = storage.with_user_agent(attribution.user_agent(CLIENT_NAME))
@@ -151,13 +151,14 @@ class Core:
         return PerLoop(self._open_log, lambda log: log.aclose(), rank=1)
 
     def _configure(self, storage: Storage, config: RepositoryConfig) -> None:
-        self.storage = storage.with_settings(config.storage) if config.storage is not None else storage
+        self.storage: Storage = storage.with_settings(config.storage) if config.storage is not None else storage
         self.config = config
-        self.settings = settings = _resolve(config, self.layout, getattr(self.storage, "settings", config.storage))
+        settings = _resolve(config, self.layout, getattr(self.storage, "settings", config.storage))
+        self.settings: Settings = settings
         if (self.gates.max_requests, self.gates.max_bytes) != (settings.max_requests, settings.max_bytes_in_flight):
             self.gates = Gates(settings.max_requests, settings.max_bytes_in_flight)
         caching = config.caching or CachingConfig()
-        self.assets = Assets(
+        self.assets: Assets = Assets(
             self.storage,
             gates=self.gates,
             reads=settings.reads
@@ -172,7 +173,7 @@ class Core:
         )
         self._preloaders = PerLoop(lambda: Preloader(self.assets, self.settings.max_requests), Preloader.aclose, rank=1)
         self._preloaded: ObjectId | None = None
-        self.virtual = VirtualAccess(
+        self.virtual: VirtualAccess = VirtualAccess(
             (config.virtual_chunk_containers or {}).values(),
             self.virtual_access,
             settings=config.storage,

@@ -210,7 +210,7 @@ class Rebase:
 
     def __init__(self, content: SessionContent) -> None:
         self._content = content
-        self.log = content.log
+        self.log: SessionLog = content.log
 
     async def onto_tip(self, branch: str, solver: ConflictSolver, state: RepoState | None = None) -> None:
         """Put the changes on top of a branch.

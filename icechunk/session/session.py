@@ -21,7 +21,7 @@ import threading
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import timedelta
-from typing import Any, Final, Self, get_args
+from typing import Any, ClassVar, Final, Self, get_args
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from icechunk.config import RepositoryConfig
@@ -587,7 +587,7 @@ class Session:
         both_read_only = ours.read_only and theirs.read_only
         return both_read_only and ours.log.base.id == theirs.log.base.id and ours.core.storage == theirs.core.storage
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return instance_of_state(self, self.__getstate__())

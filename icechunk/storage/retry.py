@@ -111,7 +111,7 @@ class Tries:
     """
 
     def __init__(self, limits: Limits, sources: Sources) -> None:
-        self.count = 1
+        self.count: int = 1
         """Tries so far, with the one that is being made."""
         self._limits = limits
         self._sources = sources

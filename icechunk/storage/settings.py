@@ -19,7 +19,7 @@ from icechunk.config.object_stores import (
 from icechunk.errors import ObjectNotFoundError
 from icechunk.storage.outcome import precondition_failed
 from icechunk.storage.port import ANY, Absent, Matches, ObjectKind, Precondition, Storage, Unchecked
-from icechunk.storage.retry import limits_of
+from icechunk.storage.retry import Limits, limits_of
 
 __all__ = ["Effective", "object_store_settings", "place_settings"]
 
@@ -52,16 +52,16 @@ class Effective:
         self, given: StorageSettings | None, *, default_read_s: int | None = None, keeps_metadata: bool = True
     ) -> None:
         self._settings = settings = StorageSettings() if given is None else copy.deepcopy(given)
-        self.limits = limits_of(settings, default_read_s)
-        self.uses_metadata = settings.unsafe_use_metadata is not False and keeps_metadata
+        self.limits: Limits = limits_of(settings, default_read_s)
+        self.uses_metadata: bool = settings.unsafe_use_metadata is not False and keeps_metadata
         self._creates = settings.unsafe_use_conditional_create is not False
         self._updates = settings.unsafe_use_conditional_update is not False
         size = settings.minimum_size_for_multipart_upload
         # An empty body has no parts.
-        self.multipart_bytes = DEFAULT_MULTIPART_BYTES if size is None else max(1, size)
+        self.multipart_bytes: int = DEFAULT_MULTIPART_BYTES if size is None else max(1, size)
         concurrency = settings.concurrency or StorageConcurrencySettings()
-        self.part_bytes = concurrency.ideal_concurrent_request_size or DEFAULT_IDEAL_REQUEST_BYTES
-        self.parts_at_once = concurrency.max_concurrent_requests_for_object or DEFAULT_MAX_REQUESTS_PER_OBJECT
+        self.part_bytes: int = concurrency.ideal_concurrent_request_size or DEFAULT_IDEAL_REQUEST_BYTES
+        self.parts_at_once: int = concurrency.max_concurrent_requests_for_object or DEFAULT_MAX_REQUESTS_PER_OBJECT
 
     @property
     def settings(self) -> StorageSettings:

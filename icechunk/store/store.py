@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
-from typing import Any, Generic, Literal, Self
+from typing import Any, ClassVar, Generic, Literal, Self
 
 import numpy as np
 from typing_extensions import TypeVar
@@ -414,7 +414,7 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
             self._session.read_only and other._session.read_only and self._session == other._session
         )
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return instance_of_state(self, self.__getstate__())

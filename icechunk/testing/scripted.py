@@ -29,7 +29,7 @@ class ManualClock:
     """A clock that changes only when it is moved; sleeping on it moves it and takes no real time."""
 
     def __init__(self, now_us: int = 1_790_000_000_000_000, seed: int = 0) -> None:
-        self.now_us = now_us
+        self.now_us: int = now_us
         self._seed = seed
 
     def move(self, seconds: float) -> None:
@@ -80,7 +80,7 @@ class ScriptedStorage(Storage):
     """
 
     def __init__(self, inner: Storage | None = None) -> None:
-        self.inner = inner if inner is not None else MemoryStorage()
+        self.inner: Storage = inner if inner is not None else MemoryStorage()
         self.requests: list[Request] = []
         self.script: Script | None = None
         """The script; None: every request is sent unchanged."""

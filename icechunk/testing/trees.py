@@ -65,8 +65,8 @@ _PATTERNS: dict[InvalidMoveReason, str] = {
     "source_missing": ERR_SOURCE_MISSING,
 }
 
-affix = st.text(zrst.zarr_key_chars, min_size=1, max_size=3)
-separators = st.sampled_from(["_", "-", "."])
+affix: st.SearchStrategy[str] = st.text(zrst.zarr_key_chars, min_size=1, max_size=3)
+separators: st.SearchStrategy[str] = st.sampled_from(["_", "-", "."])
 _FEW = st.integers(min_value=1, max_value=10)
 _LEAVES = st.integers(min_value=5, max_value=50)
 _CHILDREN = st.integers(min_value=1, max_value=4)

@@ -84,7 +84,7 @@ class PutMemory:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self.lock = threading.Lock()
+        self.lock: threading.Lock = threading.Lock()
         self.waiting: deque[Room] = deque()
         self._bytes = 0
         self._holders: weakref.WeakSet[Holder] = weakref.WeakSet()

@@ -91,7 +91,7 @@ class VirtualAccess:
         endpoint: str | None = None,
     ) -> None:
         found = list(containers)
-        self.prefixes = Prefixes(found)
+        self.prefixes: Prefixes = Prefixes(found)
         authorized = _by_container(found, authorized)
         _check(found, authorized)
         own = {container.url_prefix: container for container in found} if named is None else named

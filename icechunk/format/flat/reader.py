@@ -37,11 +37,11 @@ class Buffer:
     __slots__ = ("_vtables", "bytes_left", "data", "name", "size", "tables_left")
 
     def __init__(self, data: bytes, name: str) -> None:
-        self.data = data
-        self.size = len(data)
-        self.name = name
-        self.bytes_left = len(data) * _SHARING + _SPARE_BYTES
-        self.tables_left = len(data) // _MIN_TABLE_BYTES + 1
+        self.data: bytes = data
+        self.size: int = len(data)
+        self.name: str = name
+        self.bytes_left: int = len(data) * _SHARING + _SPARE_BYTES
+        self.tables_left: int = len(data) // _MIN_TABLE_BYTES + 1
         self._vtables: dict[int, tuple[int, ...]] = {}
 
     def require_same_file(self, positions: Any, targets: Any) -> None:
@@ -114,11 +114,11 @@ class Table:
     __slots__ = ("buffer", "fields", "pos")
 
     def __init__(self, buffer: Buffer, pos: int) -> None:
-        self.buffer = buffer
-        self.pos = pos
+        self.buffer: Buffer = buffer
+        self.pos: int = pos
         if pos + 4 > buffer.size:
             raise buffer.fail(f"a table is at {pos}, past its end ({buffer.size} bytes)")
-        self.fields = buffer.vtable(pos - _I32.unpack_from(buffer.data, pos)[0])
+        self.fields: tuple[int, ...] = buffer.vtable(pos - _I32.unpack_from(buffer.data, pos)[0])
 
     def _at(self, slot: int, size: int) -> int:
         """Position of an inline field of ``size`` bytes, 0 when it is absent."""

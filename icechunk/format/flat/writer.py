@@ -128,7 +128,7 @@ class FlatWriter:
     __slots__ = ("_others", "_vtables", "out")
 
     def __init__(self) -> None:
-        self.out = bytearray()
+        self.out: bytearray = bytearray()
         self._vtables: dict[bytes, int] = {}
         self._others = self._vtables
         """Vtables outside of the run that is being written."""

@@ -174,9 +174,9 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
     __slots__ = ("_known", "_plain_rows", "run", "tables")
 
     def __init__(self, buffer: Buffer, start: int, count: int, run: SnapshotRun | None = None) -> None:
-        self.tables = LazyTables(buffer, start, count)
+        self.tables: LazyTables = LazyTables(buffer, start, count)
         """Tables in the order of the file; a row is the number of a table."""
-        self.run = run
+        self.run: SnapshotRun | None = run
         self._known: _Index | None = None
         self._plain_rows: bytes | None = None
 

@@ -41,7 +41,9 @@ class Extent:
     """Grows with every range of bytes that is noted."""
 
     def __init__(self, size: int) -> None:
-        self.first, self.last, self.used = size, 0, 0
+        self.first: int = size
+        self.last: int = 0
+        self.used: int = 0
         self.has_unknown_fields = False
         """Whether a table may have a field that is not known here, and whose bytes are not in the extent."""
 

@@ -40,7 +40,7 @@ class SnapshotNodes(Mapping[str, NodeSnapshot]):
     __slots__ = ("_added", "_changes", "_count", "_known", "stored")
 
     def __init__(self, stored: StoredNodes) -> None:
-        self.stored = stored
+        self.stored: StoredNodes = stored
         """The nodes of a file, of which some may have changed."""
         self._changes: Mapping[str, NodeSnapshot | None] = {}
         self._known: dict[str, NodeSnapshot] = {}

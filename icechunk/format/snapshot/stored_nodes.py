@@ -73,9 +73,9 @@ class StoredNodes:
         self._ends = (paths.starts + paths.counts).data
         self._decoded = 0
         self._id_order: npt.NDArray[np.intp] | None = None
-        self.version = version
+        self.version: int = version
         """Spec version of the file."""
-        self.ids = ids
+        self.ids: npt.NDArray[np.uint64] = ids
         """uint64[n]: ids by row, as big-endian numbers."""
         self.known: dict[int, NodeSnapshot] = {}
         """Nodes that have been decoded, by row."""

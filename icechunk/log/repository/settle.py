@@ -114,12 +114,12 @@ class SwappedLog(RepositoryLog, Generic[A]):
         self._in_flight: A | None = None
         self._told: list[A] = []
         """Attempts that may still land, and are not sent again. They are kept only to notify their callers."""
-        self.swapping = asyncio.Lock()
+        self.swapping: asyncio.Lock = asyncio.Lock()
         """Held while an attempt is made and settled."""
         self._losses = 0
         self._swap_s = 0.0
         """Observed duration of a swap, s; 0: none yet."""
-        self.closed = False
+        self.closed: bool = False
         self.runner: asyncio.Task[None] | None = None
         """Swaps until no caller waits."""
 

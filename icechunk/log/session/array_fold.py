@@ -92,7 +92,7 @@ class Layered:
     __slots__ = ("_order", "_parts", "_starts", "coords")
 
     def __init__(self, coords: Coords, parts: Sequence[ChunkRefs], order: npt.NDArray[np.uint32] | None) -> None:
-        self.coords = coords
+        self.coords: Coords = coords
         self._parts = tuple(parts)
         self._starts = np.cumsum([0, *map(len, parts)])
         self._order = order
@@ -233,9 +233,9 @@ class ArrayFold:
     __slots__ = ("_fresh", "_spread", "grid", "layers", "node_id", "path", "rows")
 
     def __init__(self, node_id: NodeId, path: str, grid: tuple[int, ...]) -> None:
-        self.node_id = node_id
-        self.path = path
-        self.grid = grid
+        self.node_id: NodeId = node_id
+        self.path: str = path
+        self.grid: tuple[int, ...] = grid
         self.rows: dict[tuple[int, ...], ChunkRef | None] = {}
         self.layers: list[RefTable] = []
         self._fresh = 0

@@ -99,7 +99,7 @@ class CoordIndex:
 
     def __init__(self, coords: Coords) -> None:
         self._widths = _widths(coords)
-        self.wide = sum(self._widths) > 64
+        self.wide: bool = sum(self._widths) > 64
         self._keys = _pack(coords, self._widths)
         self._view: Any = self._keys if self.wide else _view(self._keys)
 
@@ -157,7 +157,7 @@ class RefTable:
     __slots__ = ("_ids", "_index", "_kind", "_length", "_offset", "refs")
 
     def __init__(self, refs: ChunkRefs) -> None:
-        self.refs = refs
+        self.refs: ChunkRefs = refs
         self._index: CoordIndex | None = None
 
     @property

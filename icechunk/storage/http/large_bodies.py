@@ -98,7 +98,7 @@ class Move:
         self._loop = loop
         self._end = end
         self._lock = threading.Lock()
-        self.moved = 0
+        self.moved: int = 0
         """Bytes so far."""
         self.error: Exception | None = None
         """Why it ended before its time."""

@@ -105,7 +105,7 @@ class Reading:
         self._chunks: _Chunks | None = None
         # A large body, of which all but the last `_left` bytes are there.
         self._whole: memoryview | None = None
-        self.keep = False
+        self.keep: bool = False
         """Whether the connection may be used again after this answer."""
 
     def feed(self, data: bytes) -> Response | None:

@@ -61,9 +61,9 @@ class Folders:
         self._synced_ns: dict[str, int] = {}
         # Above the root, the lowest folder that this process did not make.
         self._existed = os.path.dirname(root)
-        self.names_follow_files = False
+        self.names_follow_files: bool = False
         """Whether a file's sync makes its name durable too, as some file systems do."""
-        self.group_mode = 0
+        self.group_mode: int = 0
         """Permission bits of the root for its group, where the group may write to it; else 0."""
         self._start()
         _everyone.add(self)

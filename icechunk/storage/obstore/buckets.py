@@ -93,11 +93,11 @@ class ObstoreBucket(ABC):
         sources: Sources = SYSTEM,
     ) -> None:
         folder = (prefix or "").strip("/")
-        self.bucket = _checked_name(self.part, bucket)
-        self.root = folder + "/" if folder else ""
-        self.config = _checked_config(config)
-        self.read_headers = dict(read_headers or {})
-        self.write_headers = dict(write_headers or {})
+        self.bucket: str = _checked_name(self.part, bucket)
+        self.root: str = folder + "/" if folder else ""
+        self.config: dict[str, str] = _checked_config(config)
+        self.read_headers: dict[str, str] = dict(read_headers or {})
+        self.write_headers: dict[str, str] = dict(write_headers or {})
         self.sources = sources
         self.user_agent = CLIENT_NAME
         self._access: Access | None = None
@@ -197,7 +197,7 @@ class GcsBucket(ObstoreBucket):
 
     def __init__(self, bucket: str, prefix: str | None = None, *, credentials: Any = None, **options: Any) -> None:
         super().__init__(bucket, prefix, **options)
-        self.credentials = GcsCredentials.FromEnv() if credentials is None else credentials
+        self.credentials: Any = GcsCredentials.FromEnv() if credentials is None else credentials
         if not isinstance(self.credentials, GcsCredentials):
             raise _wrong_credentials("Google Cloud Storage", self.credentials)
 
@@ -230,8 +230,8 @@ class AzureContainer(ObstoreBucket):
         self, account: str, container: str, prefix: str | None = None, *, credentials: Any = None, **options: Any
     ) -> None:
         super().__init__(container, prefix, **options)
-        self.account = _checked_name("account", account)
-        self.credentials = AzureCredentials.FromEnv() if credentials is None else credentials
+        self.account: str = _checked_name("account", account)
+        self.credentials: Any = AzureCredentials.FromEnv() if credentials is None else credentials
         if not isinstance(self.credentials, AzureCredentials):
             raise _wrong_credentials("Azure", self.credentials)
 

@@ -13,7 +13,7 @@ from icechunk.runtime.about import CLIENT_NAME
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.loops import PerLoop
 from icechunk.storage.port import Absent, Matches, Precondition, Unchecked, check_key
-from icechunk.storage.s3.credentials import key_provider
+from icechunk.storage.s3.credentials import KeyProvider, key_provider
 from icechunk.storage.s3.endpoint import resolve_endpoint
 from icechunk.storage.s3.requests import Request, S3Client
 from icechunk.storage.s3.sigv4 import encode_key
@@ -78,10 +78,10 @@ class Bucket:
         folder = (prefix or "").rstrip("/")
         self.name = name
         self.prefix = prefix
-        self.root = folder + "/" if folder else "/" if described.get("rooted_keys") else ""
+        self.root: str = folder + "/" if folder else "/" if described.get("rooted_keys") else ""
         self.options = options
         self.credentials = credentials
-        self.keeps_metadata = described.get("keeps_metadata", True)
+        self.keeps_metadata: bool = described.get("keeps_metadata", True)
         self.described: BucketOptions = {
             **described,
             "options": options,
@@ -90,12 +90,12 @@ class Bucket:
             "write_headers": writing,
         }
         payer = {"x-amz-request-payer": "requester"} if options.requester_pays else {}
-        self.read_headers = {**payer, **{header.lower(): value for header, value in reading.items()}}
-        self.write_headers = {**payer, **{header.lower(): value for header, value in writing.items()}}
+        self.read_headers: dict[str, str] = {**payer, **{header.lower(): value for header, value in reading.items()}}
+        self.write_headers: dict[str, str] = {**payer, **{header.lower(): value for header, value in writing.items()}}
         self.plain_headers = payer
         self.sources = sources
         self.user_agent = user_agent
-        self.keys = key_provider(credentials, sources)
+        self.keys: KeyProvider = key_provider(credentials, sources)
         self.clients: PerLoop[S3Client] = PerLoop(self._open_client, S3Client.aclose)
 
     def named(self, user_agent: str) -> Bucket:

@@ -105,13 +105,13 @@ class S3Client:
         connections: Connections,
         user_agent: str = CLIENT_NAME,
     ) -> None:
-        self.endpoint = endpoint
+        self.endpoint: Endpoint = endpoint
         self._keys = keys
         self._sources = sources
         self._connections = connections
         self._user_agent = user_agent
         self._contacted = False
-        self.pace = Pace()
+        self.pace: Pace = Pace()
         # The store's clock minus ours, µs; set when the store says that they differ too much.
         self._skew_us = 0
         # The service refused a body that was sent without its hash over plain http.

@@ -79,28 +79,28 @@ class LogView:
     ) -> None:
         self.storage = storage
         self.sources = sources
-        self.head = opened.head
-        self.freshness = opened.freshness
+        self.head: Head = opened.head
+        self.freshness: Instant = opened.freshness
         """How old the knowledge is that nothing follows the head."""
-        self.known = opened.known
+        self.known: Known = opened.known
         """``repo`` as it was last seen."""
         self.known_objects: Mapping[str, bytes] = NO_FILES
         """Files that ``repo`` had copies of when it was read, so they exist as objects."""
-        self.seen = Instant(date_us=None, elapsed_us=0, wall_us=0)
+        self.seen: Instant = Instant(date_us=None, elapsed_us=0, wall_us=0)
         """The last answer that came with a store time."""
         self.ended_reason: str | None = None
         """Why nothing can be appended any more, once the log has ended."""
-        self.taken_over = False
+        self.taken_over: bool = False
         """Whether ``repo`` does not go on from the log's end, so that what is known cannot be brought up to date."""
         self.stranded: Stranded | None = None
         """The entries that a takeover left in the log only; None: there was no takeover."""
-        self.embedded = EmbeddedFiles(storage, sources)
+        self.embedded: EmbeddedFiles = EmbeddedFiles(storage, sources)
         """Files embedded in the entries after the checkpoint, as far as no object of them is known (rule 15)."""
         self.files = files
         """Small files of the repository, to be read from memory."""
         self.sealer: asyncio.Task[None] | None = None
         """Seals the log after a takeover."""
-        self.looked = 0
+        self.looked: int = 0
         """Number of the newest look that has shown where the log ends."""
         self._looks = 0
         self._looking: asyncio.Future[None] | None = None

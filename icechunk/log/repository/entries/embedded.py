@@ -108,7 +108,7 @@ class EmbeddedFiles:
         self._sources = sources
         self._by_slot: dict[int, dict[str, bytes]] = {}
         self._bytes = 0
-        self.dropped = 0
+        self.dropped: int = 0
         """The last slot whose bytes were dropped from memory; 0: none."""
         self._own: deque[int] = deque()
         self._progress = asyncio.Event()

@@ -100,7 +100,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
     ) -> None:
         super().__init__(storage, sources, embeds=True)
         files: WeightedCache[str, bytes] = WeightedCache(FILES_BYTES, MAX_FILES)
-        self.view = LogView(storage, sources, opened, updates_per_file=updates_per_file, files=files)
+        self.view: LogView = LogView(storage, sources, opened, updates_per_file=updates_per_file, files=files)
         """This client's knowledge of the log."""
         self._checkpointing = Checkpointing(self.view)
         self._store_check = StoreCheck(storage)

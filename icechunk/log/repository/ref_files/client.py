@@ -47,14 +47,14 @@ class RefFilesView:
     def __init__(self, storage: Storage, sources: Sources) -> None:
         self._storage = storage
         self._sources = sources
-        self.names = RefNames.of(storage)
+        self.names: RefNames = RefNames.of(storage)
         """The form of names in keys of this storage."""
         self._config: Json | None = None
         self._records = SnapshotGraph.of({})
         self._versions: dict[str, Version] = {}
         self._tickets = itertools.count(1)
         self._ticket = 0
-        self.looked = 0
+        self.looked: int = 0
         """Ticket of the newest look at all refs: a refusal counts only by a look after the call (rule 3)."""
         # Ticket of the newest change of ours that landed.
         self._landing = 0
