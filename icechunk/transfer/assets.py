@@ -111,10 +111,10 @@ class _Columns:
     __slots__ = ("refs", "searches", "table", "walks")
 
     def __init__(self, refs: ChunkRefs) -> None:
-        self.refs = refs
-        self.searches = 0
+        self.refs: ChunkRefs = refs
+        self.searches: int = 0
         self.table: RefTable | None = None
-        self.walks = Walks()
+        self.walks: Walks = Walks()
 
     def find(self, coords: tuple[int, ...]) -> int:
         """The row, or −1."""
@@ -135,7 +135,7 @@ class _Held:
     __slots__ = ("columns", "manifest")
 
     def __init__(self, manifest: Manifest) -> None:
-        self.manifest = manifest
+        self.manifest: Manifest = manifest
         self.columns: dict[NodeId, _Columns] = {}
 
 

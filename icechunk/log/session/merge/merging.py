@@ -386,15 +386,15 @@ class _Changes:
     """The changes of a fork that are not in the target, and the outcome of each."""
 
     def __init__(self, merging: Merge, fork: Fork, own: list[Event]) -> None:
-        self.fork = fork
-        self.own = own
+        self.fork: Fork = fork
+        self.own: list[Event] = own
         self._merging = merging
-        self.only_chunks = all(isinstance(event, ChunksWritten | ChunksDeleted) for event in own)
+        self.only_chunks: bool = all(isinstance(event, ChunksWritten | ChunksDeleted) for event in own)
         self.chunks: dict[NodeId, list[Event]] = {}
         for event in own:
             if isinstance(event, ChunksWritten | ChunksDeleted):
                 self.chunks.setdefault(event.node_id, []).append(event)
-        self.began_at = max(map(merging.position, fork.last_inherited), default=-1)
+        self.began_at: int = max(map(merging.position, fork.last_inherited), default=-1)
         """Events of the target up to this position were there when the fork began."""
         self.twice: set[NodeId] = set()
         """Nodes whose metadata are in conflict."""
