@@ -19,9 +19,9 @@ from icechunk.errors import InvalidInputError, StorageError
 from icechunk.format import transaction
 from icechunk.format.ids import object_id_from_text
 from icechunk.format.manifest import encode_manifest
+from icechunk.format.transaction import in_parts
 from icechunk.log.session import array_fold
 from icechunk.log.session.plan import tiles
-from icechunk.log.session.plan.transaction_parts import in_parts
 from icechunk.repository import Repository
 from icechunk.runtime.loops import run_sync
 from icechunk.session import commit

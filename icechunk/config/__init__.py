@@ -6,7 +6,6 @@ Rooms: `storage` (object stores and requests to them), `containers` (virtual chu
 
 from __future__ import annotations
 
-from icechunk.config.containers import VirtualChunkContainer
 from icechunk.config.manifest import (
     ManifestConfig,
     ManifestPreloadCondition,
@@ -29,6 +28,7 @@ from icechunk.config.object_stores import (
     StorageRetriesSettings,
     StorageSettings,
     StorageTimeoutSettings,
+    VirtualChunkContainer,
 )
 from icechunk.config.repository_config import (
     CachingConfig,

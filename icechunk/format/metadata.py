@@ -8,8 +8,7 @@ import msgpack
 
 from icechunk.errors import ErrorKind, FormatError, InvalidInputError
 from icechunk.format.flat import flexbuffers
-from icechunk.format.flat.reader import Table, required
-from icechunk.format.flat.writer import FlatTable
+from icechunk.format.flat.flatbuffers import FlatTable, Table, required
 from icechunk.format.values import Json
 
 __all__ = ["metadata_from_tables", "metadata_tables"]

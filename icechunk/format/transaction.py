@@ -1,7 +1,15 @@
-"""Transaction logs: encode and decode, formats 1 and 2."""
+"""Transaction logs: encode and decode, formats 1 and 2, and their division into several objects.
+
+Readers of the format accept a limited number of tables in one file (the official library 50 million), and no file holds
+more than 2 GiB. A snapshot of format 2 can name further transaction logs that count as its own: those of ancestors that
+have expired. Changes that do not fit into a commit's own log are written to such logs. Every reader that handles
+history after an expiration reads them, so differences and conflicts are the same as with a single log.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -9,7 +17,20 @@ import numpy as np
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.by_node import ByNode, Coords, Part, by_rank, coords_by_node, grouped_coords, num_rows, owners
 from icechunk.format.envelope import FileType, seal, unseal
-from icechunk.format.flat.reader import Buffer, Table, required
+from icechunk.format.flat.flatbuffers import (
+    MAX_BYTES,
+    MAX_TABLES,
+    Buffer,
+    FlatTable,
+    FlatWriter,
+    Items,
+    Table,
+    Value,
+    Written,
+    id_struct,
+    required,
+    u8,
+)
 from icechunk.format.flat.vectors import (
     Positions,
     TableColumns,
@@ -19,21 +40,10 @@ from icechunk.format.flat.vectors import (
     lexicographic_order,
     read_coords,
 )
-from icechunk.format.flat.writer import (
-    MAX_BYTES,
-    MAX_TABLES,
-    FlatTable,
-    FlatWriter,
-    Items,
-    Value,
-    Written,
-    id_struct,
-    u8,
-)
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.values import Move, NodeKind, TransactionLog
 
-__all__ = ["decode_transaction_log", "encode_transaction_log", "require_room"]
+__all__ = ["MAX_CHUNKS", "decode_transaction_log", "encode_transaction_log", "in_parts", "require_room"]
 
 # Slots of the table TransactionLog.
 _ID, _NEW_GROUPS, _NEW_ARRAYS, _DELETED_GROUPS, _DELETED_ARRAYS = range(5)
@@ -281,3 +291,50 @@ def _updated(root: Table) -> ByNode[Coords]:
         rows = read_coords(buffer, coords.starts[own], ndim)
         parts.append(_sorted_unique(Part(tuple([nodes[i] for i in members.tolist()]), own_edges, rows)))
     return coords_by_node(parts)
+
+
+MAX_CHUNKS: Final = 2**23
+"""Largest number of changed chunks in one log."""
+
+
+def in_parts(
+    log: TransactionLog, new_object_id: Callable[[], ObjectId], max_chunks: int = MAX_CHUNKS
+) -> tuple[TransactionLog, list[TransactionLog]]:
+    """Split a transaction log if it has too many changed chunks.
+
+    Parameters
+    ----------
+    log
+        The transaction log of a commit.
+    new_object_id
+        Source of the ids of further logs.
+    max_chunks
+        Largest number of changed chunks in each log.
+
+    Returns
+    -------
+    own
+        The log with the same id and everything except the chunks in ``others``.
+    others
+        Further logs, which the snapshot names before its own; empty if all chunks fit into one log.
+    """
+    if num_rows(log.updated_chunks) <= max_chunks:
+        return log, []
+    groups: list[dict[NodeId, Coords]] = [{}]
+    room = max_chunks
+    for node_id, coords in log.updated_chunks.items():
+        first = 0
+        while first < len(coords):
+            if not room:
+                groups.append({})
+                room = max_chunks
+            some = coords[first : first + room]
+            groups[-1][node_id] = some
+            first += len(some)
+            room -= len(some)
+    own = replace(log, updated_chunks=groups.pop())
+    return own, [_chunks_only(new_object_id(), chunks) for chunks in groups]
+
+
+def _chunks_only(id: ObjectId, chunks: Mapping[NodeId, Coords]) -> TransactionLog:
+    return TransactionLog(id=id, updated_chunks=chunks)

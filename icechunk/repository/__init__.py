@@ -1,8 +1,8 @@
 """The handle of a repository, one file for each group of its methods.
 
-`opening` (create, open, exists), `sessions`, `branches_and_tags`, `history`, `configuration`, `maintenance`,
-`inspection`, `watch` (the feed), `changes`, `by_url`, and `upgrade` from format 1. They check arguments and show
-results (`views`); the work is done in the rooms below.
+`repository` (the class itself: create, open, exists), `sessions`, `appending`, `branches_and_tags`, `history`,
+`configuration`, `maintenance`, `inspection`, `watch` (the feed), `changes`, `by_url`, and `upgrade` from format 1. They
+check arguments and show results (`views`); the work is done in the rooms below.
 """
 
 from __future__ import annotations

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Final, NoReturn, TypeVar, cast
 
 from icechunk.log.repository.ref_files.upgrade import DEFAULT_PREFETCH, upgrade
-from icechunk.repository.opening import Opening
+from icechunk.repository.repository import Repository
 from icechunk.runtime.checks import require_type
 from icechunk.runtime.loops import synchronous
 from icechunk.session.core import Core
 
 __all__ = ["upgrade_icechunk_repository", "upgrade_icechunk_repository_async"]
 
-R = TypeVar("R", bound=Opening)
+R = TypeVar("R", bound=Repository)
 
 
 class _InvalidatedRepository:
@@ -72,7 +72,7 @@ async def upgrade_icechunk_repository_async(
 
 
 async def _upgraded(repo: R, dry_run: bool, delete_unused_v1_files: bool, prefetch_concurrency: int | None) -> R:
-    require_type("repo", repo, Opening)
+    require_type("repo", repo, Repository)
     require_type("dry_run", dry_run, bool)
     require_type("delete_unused_v1_files", delete_unused_v1_files, bool)
     require_type("prefetch_concurrency", prefetch_concurrency, int, optional=True)

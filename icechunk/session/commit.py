@@ -25,7 +25,7 @@ from icechunk.format.keys import manifest_key, snapshot_key, transaction_key
 from icechunk.format.manifest import encode_manifest, max_refs
 from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.format.snapshot.codec import encode_and_keep
-from icechunk.format.transaction import encode_transaction_log, require_room
+from icechunk.format.transaction import encode_transaction_log, in_parts, require_room
 from icechunk.format.values import Manifest, Snapshot, TransactionLog
 from icechunk.log.repository.events import CommitAdded, CommitAmended, DetachedSnapshotAdded, Event
 from icechunk.log.repository.port import RepositoryLog, SwapToken
@@ -36,7 +36,6 @@ from icechunk.log.session.merge.diff import combined
 from icechunk.log.session.plan.compaction import Placed, Plan, new_manifests, new_snapshot, placed
 from icechunk.log.session.plan.manifest_rows import require_fit
 from icechunk.log.session.plan.reuse import Earlier, Remembered
-from icechunk.log.session.plan.transaction_parts import in_parts
 from icechunk.runtime.checks import json_metadata, require_text
 from icechunk.runtime.tasks import run_all, run_each, run_stream
 from icechunk.session.content import Phase, SessionContent

@@ -182,7 +182,7 @@ async def _landed(core: Core, state: RepoState, base: ObjectId, tip: ObjectId) -
     None is returned too where the two are not in one history. Later commits can only add conflicts that are none: a
     caller that finds any looks at the commits one by one.
     """
-    begin = core.spans.tip(base)
+    begin = core.landed_sums.tip(base)
     steps = None if begin is None else steps_between(state, begin, tip, stop_at=base)
     if steps is None:
         # The first look from this base; or another branch, a reset, or a tip that the span is past already.
@@ -191,7 +191,7 @@ async def _landed(core: Core, state: RepoState, base: ObjectId, tip: ObjectId) -
         # The changes of an amendment depend on the chunks they are compared with.
         return None
     transactions = await winners_between(core, steps, base, {})
-    return core.spans.extended(base, begin, tip, [transactions[id] for step in steps for id in step.transactions])
+    return core.landed_sums.extended(base, begin, tip, [transactions[id] for step in steps for id in step.transactions])
 
 
 class Rebase:

@@ -21,12 +21,23 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTimeoutSettings
 from icechunk.config.object_stores import DEFAULT_INITIAL_BACKOFF_MS, DEFAULT_MAX_BACKOFF_MS, DEFAULT_MAX_TRIES
-from icechunk.runtime import repeats
 from icechunk.runtime.clock import Sources
 
-T = TypeVar("T")
+__all__ = [
+    "Limits",
+    "Pace",
+    "Patience",
+    "Repeats",
+    "Tries",
+    "Waiting",
+    "limits_of",
+    "note_repeats",
+    "repeats_so_far",
+    "retried_unless",
+    "retries_have_ended",
+]
 
-__all__ = ["Limits", "Pace", "Patience", "Tries", "Waiting", "limits_of", "retried_unless", "retries_have_ended"]
+T = TypeVar("T")
 
 _FIRST_CONTACT_TRIES: Final = 4
 """Tries for a service that never answered: more likely a wrong address than a bad day."""
@@ -229,7 +240,7 @@ class Patience:
             if not limit.expired():
                 raise
             self.missed(waiting)
-            repeats.note(abandoned=1)
+            note_repeats(abandoned=1)
             raise TimeoutError(f"no answer for {still_s:g} s") from error
         finally:
             self.end(body_bytes)
@@ -347,3 +358,32 @@ class Pace:
             if not turn.done():
                 self._in_flight += 1
                 turn.set_result(None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repeats:
+    """Numbers of the requests that this process sent again because an answer was late, for load tests and diagnosis.
+
+    They are totals since the process began, of all storages, loops and threads.
+    """
+
+    hedged: int = 0
+    """Reads that were sent a second time while the first still ran."""
+    abandoned: int = 0
+    """Requests, of any kind, that were given up because nothing came for much longer than usual."""
+
+
+_repeats_lock = threading.Lock()
+_repeats = Repeats()
+
+
+def note_repeats(*, hedged: int = 0, abandoned: int = 0) -> None:
+    """Add to the numbers of repeated requests. Safe in all threads."""
+    global _repeats
+    with _repeats_lock:
+        _repeats = replace(_repeats, hedged=_repeats.hedged + hedged, abandoned=_repeats.abandoned + abandoned)
+
+
+def repeats_so_far() -> Repeats:
+    """Numbers of all repeated requests that were noted so far."""
+    return _repeats

@@ -20,9 +20,9 @@ from functools import partial
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
-from icechunk.runtime import repeats
 from icechunk.runtime.tasks import run_each
 from icechunk.storage.port import ByteRange, GetResult, Octets, Range
+from icechunk.storage.retry import note_repeats
 from icechunk.transfer.limiter import Gate
 
 __all__ = ["NEVER", "Budget", "FetchPool", "Latencies", "Splitting", "hedged"]
@@ -399,7 +399,7 @@ class FetchPool:
         if self._budgeted and not self._budget.try_spend():
             self._gate.leave(weight)
             return None
-        repeats.note(hedged=1)
+        note_repeats(hedged=1)
         return self._start(key, byte_range, weight)
 
     def _land(self, key: object, flight: _Flight[Any], task: asyncio.Future[Any]) -> None:

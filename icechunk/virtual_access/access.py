@@ -23,9 +23,8 @@ from icechunk.runtime.tasks import run_all
 from icechunk.storage.port import ByteRange, GetResult, Octets, Range
 from icechunk.transfer.assets import Reads
 from icechunk.transfer.limiter import Gates
-from icechunk.virtual_access.local_files import LocalFiles
 from icechunk.virtual_access.locations import Prefixes
-from icechunk.virtual_access.reader import Reader
+from icechunk.virtual_access.readers import BucketFiles, LocalFiles, Reader, WebFiles
 from icechunk.virtual_access.trust import require_named
 
 __all__ = ["TRUST_S", "VirtualAccess"]
@@ -221,23 +220,19 @@ class _Desk:
             case ObjectStoreConfig.LocalFileSystem():
                 return LocalFiles()
             case ObjectStoreConfig.Http(options, headers):
-                from icechunk.virtual_access.web_files import WebFiles
-
                 return WebFiles(options or {}, headers or {}, self._settings, self._sources)
             case (
                 ObjectStoreConfig.S3(options)
                 | ObjectStoreConfig.S3Compatible(options)
                 | ObjectStoreConfig.Tigris(options)
             ):
-                from icechunk.virtual_access.s3_files import BucketFiles
-
                 return BucketFiles(prefix, options, given, self._settings, self._sources)
             case ObjectStoreConfig.Gcs(options):
-                from icechunk.virtual_access.obstore_files import gcs_files
+                from icechunk.virtual_access.obstore_readers import gcs_files
 
                 return gcs_files(prefix, options or {}, given, self._settings, self._sources)
             case ObjectStoreConfig.Azure(options):
-                from icechunk.virtual_access.obstore_files import azure_files
+                from icechunk.virtual_access.obstore_readers import azure_files
 
                 return azure_files(prefix, options or {}, given, self._settings, self._sources)
         raise StorageError(

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from icechunk.errors import FormatError
 from icechunk.format.envelope import FileType, seal, unseal
-from icechunk.format.flat.reader import Buffer
-from icechunk.format.flat.writer import FlatTable, FlatWriter, Items, Value, id_struct
+from icechunk.format.flat.flatbuffers import Buffer, FlatTable, FlatWriter, Items, Value, id_struct
 from icechunk.format.manifest import decode_manifest
 from icechunk.format.metadata import metadata_from_tables
 from icechunk.format.repo.codec import decode_repo

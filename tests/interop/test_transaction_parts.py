@@ -13,7 +13,7 @@ import pytest
 import zarr
 
 import icechunk
-from icechunk.log.session.plan.transaction_parts import in_parts
+from icechunk.format.transaction import in_parts
 from icechunk.session import commit as commit_files
 from tools import oracle
 from tools.interop.parts import known

@@ -77,7 +77,7 @@ def test_creating_a_repository_and_caches_of_no_size_are_logged(caplog: pytest.L
     with caplog.at_level(logging.DEBUG, "icechunk.repository"):
         config = icechunk.RepositoryConfig(caching=icechunk.CachingConfig(num_chunk_refs=0))
         icechunk.Repository.create(icechunk.in_memory_storage(), config)
-    levels = {record.levelname for record in caplog.records if record.name == "icechunk.repository.opening"}
+    levels = {record.levelname for record in caplog.records if record.name == "icechunk.repository.repository"}
     assert levels == {"DEBUG", "WARNING"}
 
 

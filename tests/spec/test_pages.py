@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from icechunk.format.envelope import HEADER_SIZE
+from icechunk.format.flat.flatbuffers import MAX_TABLES
 from icechunk.format.flat.flexbuffers import MAX_DEPTH
-from icechunk.format.flat.writer import MAX_TABLES
+from icechunk.format.transaction import MAX_CHUNKS
 from icechunk.log.repository.entries.reader import MAX_SKEW_US, PRUNE_WAIT_US, TRUST_US
 from icechunk.log.repository.queue import MAX_MEMBERS
 from icechunk.log.session.array_fold import LARGE_LAYER, MANY_LAYERS, OPEN_ROWS
 from icechunk.log.session.plan.compaction import Policy
-from icechunk.log.session.plan.transaction_parts import MAX_CHUNKS
 from tests.spec.pages import PAGES, ROOT, page, rows
 
 

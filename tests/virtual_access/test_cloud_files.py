@@ -13,7 +13,7 @@ import icechunk
 from icechunk.errors import InvalidInputError, ObjectNotFoundError
 from icechunk.storage.obstore.credentials import azure_options, gcs_options
 from icechunk.storage.port import Range
-from icechunk.virtual_access.obstore_files import ObstoreFiles, azure_files, gcs_files
+from icechunk.virtual_access.obstore_readers import ObstoreFiles, azure_files, gcs_files
 from tests.virtual_builders import FILE_BYTES
 
 LATER = datetime.now(UTC) + timedelta(hours=1)
@@ -79,7 +79,7 @@ def test_without_obstore_the_error_names_the_package_to_install() -> None:
     script = (
         "import sys; sys.modules['obstore'] = None\n"
         "import icechunk\n"
-        "from icechunk.virtual_access.obstore_files import gcs_files\n"
+        "from icechunk.virtual_access.obstore_readers import gcs_files\n"
         "try:\n    gcs_files('gs://b/', {}, None)\n"
         "except icechunk.StorageError as error:\n    print(error.message)\n"
     )

@@ -1,7 +1,7 @@
-"""Many FlatBuffers tables at once: fields of a whole vector of tables as numpy columns.
+"""Vectors of FlatBuffers tables: fields of all tables as numpy columns, or tables that are read on request.
 
-The rules are those of `icechunk.format.flat.reader`: every position is checked before it is read. Nothing here loops
-over rows.
+The rules are those of `icechunk.format.flat.flatbuffers`: every position is checked before it is read. Nothing here
+loops over rows.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from icechunk.format.flat.reader import Buffer
+from icechunk.format.flat.flatbuffers import Buffer, Table
 
 __all__ = [
     "Column",
     "JoinedBuffer",
+    "LazyTables",
     "Positions",
     "Spans",
     "TableColumns",
@@ -439,3 +440,90 @@ def lexicographic_order(rows: npt.NDArray[np.uint32], owner: Positions | None = 
     first. Equal rows keep their order."""
     keys = [*rows.T[::-1]] if owner is None else [*rows.T[::-1], owner]
     return np.lexsort(keys) if keys else np.arange(len(rows))
+
+
+class LazyTables:
+    """The tables of a vector, each read only when it is requested.
+
+    Each table counts against the budget of `Buffer` once, however often it is read. Reading all of a hostile file
+    therefore costs no more than reading it at once, and repeated reads of one table of a valid file never use up the
+    budget.
+
+    Parameters
+    ----------
+    buffer
+        The payload that they are in.
+    start, count
+        Position of the vector's first offset, and number of tables, as `Table.vector` returns them.
+
+    Raises
+    ------
+    FormatError
+        If a table or its vtable is not within the buffer, or there are more tables than the buffer has room for.
+    """
+
+    __slots__ = ("_buffer", "_count", "_seen", "_start")
+
+    def __init__(self, buffer: Buffer, start: int, count: int) -> None:
+        buffer.charge_tables(count)
+        self._buffer = buffer
+        self._start = start
+        self._count = count
+        self._seen = bytearray(count)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def read_count(self) -> int:
+        """Number of distinct tables that have been read individually."""
+        return self._seen.count(1)
+
+    @property
+    def payload(self) -> bytes:
+        """All bytes of the buffer."""
+        return self._buffer.data
+
+    @property
+    def name(self) -> str:
+        """Name of the buffer in errors."""
+        return self._buffer.name
+
+    def positions(self) -> npt.NDArray[np.int64]:
+        """int64[n]: position of each table; not checked."""
+        offsets = np.frombuffer(self._buffer.data, "<u4", self._count, self._start)
+        positions: npt.NDArray[np.int64] = self._start + 4 * np.arange(self._count, dtype=np.int64) + offsets
+        return positions
+
+    def position(self, row: int) -> int:
+        """Position of the table with that number; not checked."""
+        field = self._start + 4 * row
+        return field + self._buffer.u32(field)
+
+    def columns(self, rows: npt.NDArray[np.intp] | None = None) -> tuple[Buffer, TableColumns]:
+        """The tables of some rows (None: all) as columns, and a buffer with a budget of its own to read what they
+        point to.
+
+        Raises
+        ------
+        FormatError
+            If a table is not within the buffer.
+        """
+        buffer, positions = Buffer(self._buffer.data, self._buffer.name), self.positions()
+        return buffer, TableColumns(buffer, positions if rows is None else positions[rows])
+
+    def table(self, row: int) -> Table:
+        """The table with that number, 0 ≤ ``row`` < ``len(self)``.
+
+        Raises
+        ------
+        FormatError
+            If the table is not within the buffer.
+        """
+        buffer = self._buffer
+        if self._seen[row]:
+            buffer = Buffer(buffer.data, buffer.name)
+        else:
+            self._seen[row] = 1
+        field = self._start + 4 * row
+        return Table(buffer, field + buffer.u32(field))

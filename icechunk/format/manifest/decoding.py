@@ -16,7 +16,7 @@ import zstandard
 from icechunk.errors import FormatError
 from icechunk.format.by_node import Part, by_rank, owners
 from icechunk.format.envelope import FileType, unseal
-from icechunk.format.flat.reader import Buffer, Table, required
+from icechunk.format.flat.flatbuffers import Buffer, Table, required
 from icechunk.format.flat.vectors import (
     JoinedBuffer,
     Positions,

@@ -18,8 +18,8 @@ import numpy.typing as npt
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.by_node import ByNode, Part, owners
 from icechunk.format.envelope import FileType, seal
+from icechunk.format.flat.flatbuffers import MAX_BYTES, MAX_TABLES, FlatTable, FlatWriter, Value, Written, id_struct, u8
 from icechunk.format.flat.vectors import Positions, copy_spans, first_rows, is_ascending, lexicographic_order
-from icechunk.format.flat.writer import MAX_BYTES, MAX_TABLES, FlatTable, FlatWriter, Value, Written, id_struct, u8
 from icechunk.format.ids import encode_id
 from icechunk.format.manifest import tables as at_slot
 from icechunk.format.manifest.location_compression import LocationCompression, LocationDictionary, trained

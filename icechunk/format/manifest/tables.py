@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from icechunk.format.envelope import FileType, unseal
-from icechunk.format.flat.reader import Buffer, required
+from icechunk.format.flat.flatbuffers import Buffer, required
 from icechunk.format.flat.vectors import TableColumns, gather
 
 __all__ = ["ManifestFacts", "manifest_facts"]

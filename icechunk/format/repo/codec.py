@@ -9,8 +9,19 @@ from typing import NamedTuple
 from icechunk.errors import ErrorKind, FormatError, InvalidInputError
 from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.flat import flexbuffers
-from icechunk.format.flat.reader import Buffer, Table, required
-from icechunk.format.flat.writer import FlatTable, FlatWriter, Items, Run, Scalar, Value, Written, u8
+from icechunk.format.flat.flatbuffers import (
+    Buffer,
+    FlatTable,
+    FlatWriter,
+    Items,
+    Run,
+    Scalar,
+    Table,
+    Value,
+    Written,
+    required,
+    u8,
+)
 from icechunk.format.ids import ObjectId
 from icechunk.format.metadata import metadata_from_tables, metadata_tables
 from icechunk.format.repo.repo_info import (

@@ -4,7 +4,7 @@ Every checkpoint, and in the layout without a log every commit, writes the whole
 neither decoded nor encoded for that, and take no Python step each: their numbers are read as columns, their texts and
 values are spans of the older file's bytes, and numpy assembles the new bytes from both. If this process wrote the older
 file, and no snapshot of it was changed or deleted, its bytes are copied as they are, and only the numbers of parents
-are replaced (`icechunk.format.flat.writer.Run`).
+are replaced (`icechunk.format.flat.flatbuffers.Run`).
 
 A snapshot is written as one block of bytes; only its vtable is outside of it::
 
@@ -24,9 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.format.flat.reader import Buffer
+from icechunk.format.flat.flatbuffers import Buffer, FlatTable, FlatWriter, Items, Scalar, id_struct, u64
 from icechunk.format.flat.vectors import Positions, TableColumns, copy_spans, gather, put
-from icechunk.format.flat.writer import FlatTable, FlatWriter, Items, Scalar, id_struct, u64
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.metadata import metadata_tables
 from icechunk.format.repo.repo_info import SnapshotRecord

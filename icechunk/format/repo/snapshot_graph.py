@@ -13,8 +13,7 @@ from typing import Final
 from immutables import Map
 
 from icechunk.errors import FormatError
-from icechunk.format.flat.reader import Buffer
-from icechunk.format.flat.writer import FlatWriter
+from icechunk.format.flat.flatbuffers import Buffer, FlatWriter
 from icechunk.format.ids import ObjectId
 from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.format.repo.snapshot_encoding import SnapshotRows

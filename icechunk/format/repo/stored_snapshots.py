@@ -18,10 +18,8 @@ from typing import Final, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from icechunk.format.flat.lazy_tables import LazyTables
-from icechunk.format.flat.reader import Buffer, Table, required
-from icechunk.format.flat.vectors import Vectors, gather, text_traits
-from icechunk.format.flat.writer import Run
+from icechunk.format.flat.flatbuffers import Buffer, Run, Table, required
+from icechunk.format.flat.vectors import LazyTables, Vectors, gather, text_traits
 from icechunk.format.ids import ObjectId
 from icechunk.format.metadata import metadata_from_tables
 from icechunk.format.repo.repo_info import SnapshotRecord

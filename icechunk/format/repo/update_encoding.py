@@ -14,10 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.errors import ErrorKind
-from icechunk.format.flat.lazy_tables import LazyTables
-from icechunk.format.flat.reader import Table, required
-from icechunk.format.flat.vectors import Positions, TableColumns, Vectors, copy_spans, gather, put
-from icechunk.format.flat.writer import FlatTable, FlatWriter, Scalar, Value, id_struct, u8, u64
+from icechunk.format.flat.flatbuffers import FlatTable, FlatWriter, Scalar, Table, Value, id_struct, required, u8, u64
+from icechunk.format.flat.vectors import LazyTables, Positions, TableColumns, Vectors, copy_spans, gather, put
 from icechunk.format.ids import ObjectId
 from icechunk.format.repo.repo_info import (
     BranchCreated,

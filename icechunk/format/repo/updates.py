@@ -13,9 +13,8 @@ from typing import TypeAlias, overload
 import numpy as np
 import numpy.typing as npt
 
-from icechunk.format.flat.lazy_tables import LazyTables
-from icechunk.format.flat.reader import Buffer
-from icechunk.format.flat.writer import FlatWriter, Run
+from icechunk.format.flat.flatbuffers import Buffer, FlatWriter, Run
+from icechunk.format.flat.vectors import LazyTables
 from icechunk.format.repo.repo_info import Update
 from icechunk.format.repo.update_encoding import read_update, update_table, write_update_blocks
 

@@ -13,8 +13,18 @@ import numpy as np
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.documents import parse_document
 from icechunk.format.envelope import FileType, seal, unseal
-from icechunk.format.flat.reader import Buffer, Table, required
-from icechunk.format.flat.writer import FlatTable, FlatWriter, Items, Value, Written, id_struct, u64
+from icechunk.format.flat.flatbuffers import (
+    Buffer,
+    FlatTable,
+    FlatWriter,
+    Items,
+    Table,
+    Value,
+    Written,
+    id_struct,
+    required,
+    u64,
+)
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.metadata import metadata_from_tables, metadata_tables
 from icechunk.format.snapshot.node_encoding import CopiedNodes, write_files, write_nodes

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.format.by_node import owners
-from icechunk.format.flat.reader import Buffer, Table, required
+from icechunk.format.flat.flatbuffers import Buffer, Table, required
 from icechunk.format.flat.vectors import Positions, TableColumns, Vectors, gather, targets
 from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.values import DimensionShape, Extents, ManifestRef, NodeKind, NodeSnapshot

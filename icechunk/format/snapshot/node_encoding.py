@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.format.flat.writer import MAX_BYTES, FlatWriter
+from icechunk.format.flat.flatbuffers import MAX_BYTES, FlatWriter
 from icechunk.format.values import ManifestFile, ManifestRef, NodeKind, NodeSnapshot
 
 __all__ = ["FEW", "CopiedNodes", "Layout", "alike", "block", "write_files", "write_nodes"]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.format.by_node import owners
-from icechunk.format.flat.reader import Buffer
+from icechunk.format.flat.flatbuffers import Buffer
 from icechunk.format.flat.vectors import Positions, Spans, TableColumns, Vectors, gather, targets, text_traits
 from icechunk.format.ids import ObjectId
 from icechunk.format.snapshot.node_decoding import decode_texts

@@ -11,7 +11,7 @@ from collections.abc import Collection, ItemsView, Iterator, Mapping, Sequence, 
 from operator import attrgetter
 from typing import Any, Final, overload
 
-from icechunk.format.flat.reader import Table, required
+from icechunk.format.flat.flatbuffers import Table, required
 from icechunk.format.ids import NodeId
 from icechunk.format.snapshot.node_decoding import decode_nodes
 from icechunk.format.snapshot.stored_nodes import StoredNodes, StoredPaths, stored_nodes

@@ -15,9 +15,8 @@ from typing import Any, Final, NamedTuple, overload
 import numpy as np
 import numpy.typing as npt
 
-from icechunk.format.flat.lazy_tables import LazyTables
-from icechunk.format.flat.reader import Buffer, Table, required
-from icechunk.format.flat.vectors import Positions, TableColumns, Vectors, gather, text_traits
+from icechunk.format.flat.flatbuffers import Buffer, Table, required
+from icechunk.format.flat.vectors import LazyTables, Positions, TableColumns, Vectors, gather, text_traits
 from icechunk.format.ids import NodeId
 from icechunk.format.snapshot.node_decoding import decode_many, decode_one, decode_texts, node_columns
 from icechunk.format.values import NodeSnapshot

@@ -26,13 +26,12 @@ from typing import Any, Final, cast
 
 from aiohappyeyeballs import start_connection
 
-from icechunk.runtime import repeats
 from icechunk.runtime.tasks import in_thread
 from icechunk.storage.buffers import Buffers
 from icechunk.storage.http.large_bodies import Move, Threads
 from icechunk.storage.http.messages import BadAnswerError, Reading, Response, TooLargeError, request_head
 from icechunk.storage.http.proxies import Proxies, Proxy, ProxyError
-from icechunk.storage.retry import Patience
+from icechunk.storage.retry import Patience, note_repeats
 
 if sys.platform == "linux":
     import fcntl
@@ -166,7 +165,7 @@ class Connections:
         except SilentError:
             connection.abort()
             learned.missed(waiting)
-            repeats.note(abandoned=1)
+            note_repeats(abandoned=1)
             # The idle connections to the same place may have become silent for the same reason.
             self._drop(origin)
             raise

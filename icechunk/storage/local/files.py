@@ -1,4 +1,4 @@
-"""Blocking file operations of `LocalStorage`: reading, durable and exclusive writing, locks, and the path of a key.
+"""Blocking file operations of `LocalStorage`: reading, listing, durable and exclusive writing, locks, paths of keys.
 
 The rules (rule 12 of ``spec/repository-log.md``): a file appears under its name whole or not at all, and is durable
 before the call returns. Three ways to make a name exclusive, tried in this order and remembered per folder:
@@ -6,10 +6,13 @@ before the call returns. Three ways to make a name exclusive, tried in this orde
 1. ``link(2)`` from a complete temporary file;
 2. an exclusive rename: ``renameat2(RENAME_NOREPLACE)``, ``renamex_np(RENAME_EXCL)``, and ``rename`` on Windows;
 3. a look and a rename under the folder's ``flock``. The kernel releases that lock when its owner ends, so a process
-that
-   sleeps keeps it.
+   that sleeps keeps it.
 
 A location that offers none of these is refused.
+
+Bytes of new files go to the page cache in pieces, and each piece is sent on to the medium at once: the medium works
+while the next piece is copied, and the sync at the end has little left to wait for. Past the cache (``O_DIRECT``) takes
+twice as long, since each piece waits for the medium before the next.
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import heapq
 import os
 import re
 import secrets
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum, auto
 from functools import cache
 from typing import Final
@@ -31,7 +35,7 @@ from typing import Final
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
 from icechunk.storage.buffers import Buffers
 from icechunk.storage.outcome import refused, unsent
-from icechunk.storage.port import check_key
+from icechunk.storage.port import ObjectInfo, Version, check_key
 
 __all__ = [
     "RESERVED",
@@ -40,6 +44,7 @@ __all__ = [
     "add_mode",
     "fsync_file",
     "fsync_folder",
+    "info_of",
     "is_link",
     "locked",
     "path_of",
@@ -48,6 +53,10 @@ __all__ = [
     "sweep",
     "syncs_names",
     "temporary_name",
+    "try_stat",
+    "version_of",
+    "walk",
+    "write_new",
 ]
 
 if sys.platform == "win32":
@@ -384,3 +393,143 @@ def check_windows_names(key: str, segments: list[str]) -> None:
         else:
             continue
         raise InvalidInputError(f"bad storage key {key!r}: {reason}", ErrorKind.INVALID_KEY)
+
+
+def try_stat(path: str) -> os.stat_result | None:
+    """The status of a regular file, links followed; None where there is none."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def version_of(status: os.stat_result) -> Version:
+    """``inode-mtime-size``."""
+    return Version(f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}")
+
+
+def info_of(key: str, status: os.stat_result) -> ObjectInfo:
+    """A file as an object."""
+    return ObjectInfo(key=key, size=status.st_size, version=version_of(status), modified_us=status.st_mtime_ns // 1000)
+
+
+def walk(root: str, prefix: str, start_after: str | None) -> Iterator[ObjectInfo]:
+    """Objects whose keys begin with ``prefix`` and come after ``start_after``, ascending by whole keys.
+
+    Raises `OSError`.
+    """
+    folder_key = prefix.rpartition("/")[0]
+    segments = folder_key.split("/") if folder_key else []
+    if "\0" in prefix or any(segment in ("", ".", "..") for segment in segments) or segments[:1] == [RESERVED]:
+        return
+    path = os.path.join(root, *segments)
+    yield from _walk_folder(path, folder_key + "/" if segments else "", prefix, start_after, frozenset())
+
+
+def _walk_folder(
+    path: str, key: str, prefix: str, start_after: str | None, above: frozenset[tuple[int, int]]
+) -> Iterator[ObjectInfo]:
+    try:
+        status = os.stat(path)
+        with os.scandir(path) as entries:
+            # A folder sorts with its slash, so that "a-b" comes before "a/b" as whole keys do.
+            names = [entry.name + "/" if entry.is_dir() else entry.name for entry in entries]
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        return  # a symbolic link that leads back up
+    # A listing of a long log needs its first few keys only: no others are sorted, or looked at.
+    heapq.heapify(names)
+    while names:
+        name = heapq.heappop(names)
+        if not _is_utf8(name) or (key == "" and name.rstrip("/") == RESERVED):
+            continue
+        full, entry_path = key + name, os.path.join(path, name.rstrip("/"))
+        if name.endswith("/"):
+            if not (full.startswith(prefix) or prefix.startswith(full)):
+                continue
+            if start_after is not None and full < start_after and not start_after.startswith(full):
+                continue
+            yield from _walk_folder(entry_path, full, prefix, start_after, above | {identity})
+        elif full.startswith(prefix) and (start_after is None or full > start_after):
+            found = try_stat(entry_path)
+            if found is not None:
+                yield info_of(full, found)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+_LEAST_STARTED_BYTES: Final = 1024 * 1024
+_PIECE_BYTES: Final = 1024 * 1024
+_SYNC_FILE_RANGE_WRITE: Final = 2
+
+
+def write_new(path: str, data: bytes | memoryview, *, group_mode: int = 0, synced: bool = True) -> os.stat_result:
+    """Create a file of these bytes, with the clock's time as its own. Its folder is not synced.
+
+    Parameters
+    ----------
+    group_mode
+        Permission bits for the group; of these the file has the one for reading at the least, whatever the umask.
+    synced
+        False: the file is on its way to the medium, and may be torn after a power failure.
+
+    Returns
+    -------
+    os.stat_result
+        Of the file.
+
+    Raises
+    ------
+    OSError
+        Nothing was left behind; FileNotFoundError: there is no such folder.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        try:
+            _write(descriptor, memoryview(data))
+            if group_mode:
+                add_mode(descriptor, group_mode & stat.S_IRGRP)
+            if os.utime in os.supports_fd:
+                now_ns = time.time_ns()
+                os.utime(descriptor, ns=(now_ns, now_ns))
+            if synced:
+                fsync_file(descriptor)
+            return os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
+
+
+def _write(descriptor: int, data: memoryview) -> None:
+    start_range = _start_range() if len(data) >= _LEAST_STARTED_BYTES else None
+    begin = done = 0
+    while done < len(data):
+        # No piece crosses a multiple of its size, so that no page is begun twice.
+        done += os.write(descriptor, data[done : begin + _PIECE_BYTES])
+        if start_range is not None and (done - begin >= _PIECE_BYTES or done == len(data)):
+            # Only a hint, so what it answers does not matter.
+            start_range(descriptor, begin, done - begin, _SYNC_FILE_RANGE_WRITE)
+            begin = done
+
+
+@cache
+def _start_range() -> Callable[[int, int, int, int], int] | None:
+    """``sync_file_range(2)``, which begins to write part of a file to the medium; None where there is no such call."""
+    if sys.platform != "linux":
+        return None
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is not None:
+        call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return call

@@ -57,16 +57,19 @@ from icechunk.storage.local.files import (
     Exclusion,
     fsync_file,
     fsync_folder,
+    info_of,
     locked,
     path_of,
     publish_new,
     read_file,
     sweep,
     temporary_name,
+    try_stat,
+    version_of,
+    walk,
+    write_new,
 )
 from icechunk.storage.local.folders import Folders
-from icechunk.storage.local.listing import info_of, try_stat, version_of, walk
-from icechunk.storage.local.writing import write_new
 from icechunk.storage.outcome import refused, unsent
 from icechunk.storage.port import (
     ANY,

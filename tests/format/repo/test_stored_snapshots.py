@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from icechunk.errors import FormatError
 from icechunk.format.envelope import FileType, seal, unseal
-from icechunk.format.flat.writer import FlatTable, FlatWriter, Items, Scalar, id_struct, u8, u64
+from icechunk.format.flat.flatbuffers import FlatTable, FlatWriter, Items, Scalar, id_struct, u8, u64
 from icechunk.format.ids import ObjectId
 from icechunk.format.repo.codec import RepoInfo, SnapshotRecord, Status, decode_repo, encode_and_keep, encode_repo
 from icechunk.format.repo.snapshot_graph import SnapshotGraph

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 from icechunk.errors import FormatError, InvalidInputError
 from icechunk.format.envelope import FileType, seal, unseal
-from icechunk.format.flat.reader import Buffer
-from icechunk.format.flat.writer import FlatTable, FlatWriter, Inline, Items, id_struct, u8
+from icechunk.format.flat.flatbuffers import Buffer, FlatTable, FlatWriter, Inline, Items, id_struct, u8
 from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.snapshot import codec, nodes, stored_nodes
 from icechunk.format.snapshot.codec import decode_snapshot, encode_and_keep, encode_snapshot

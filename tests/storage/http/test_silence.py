@@ -15,11 +15,11 @@ import zarr
 from icechunk import EngineConfig, Repository, RepositoryConfig
 from icechunk.config import S3Options, StorageRetriesSettings, StorageSettings
 from icechunk.credentials import S3Credentials
-from icechunk.runtime import repeats
 from icechunk.storage import retry
 from icechunk.storage.http import connections as http_connections
 from icechunk.storage.http.connections import SilentError
 from icechunk.storage.port import Absent, Range
+from icechunk.storage.retry import repeats_so_far
 from icechunk.storage.s3.storage import S3Storage
 from tests.storage.http.certificates import tls_contexts
 from tests.storage.http.test_connections import LIMITS, OK, connections, serving
@@ -120,7 +120,7 @@ async def test_an_upload_that_moves_no_more_is_given_up_as_soon_as_uploads_are_k
     # Where the system does not tell, the longest silence finds out that a peer stopped in the middle.
     is_silent = system_tells or taken == 4 << 20
     read_s = 60.0 if is_silent else 2.0
-    before = repeats.totals().abandoned
+    before = repeats_so_far().abandoned
     async with serving(talk, tls[0]) as origin, connections(tls[1]) as made:
 
         async def put(size: int) -> None:
@@ -134,7 +134,7 @@ async def test_an_upload_that_moves_no_more_is_given_up_as_soon_as_uploads_are_k
             await put(4 << 20)
         if is_silent:
             assert isinstance(caught.value, SilentError)
-            assert repeats.totals().abandoned > before
+            assert repeats_so_far().abandoned > before
         stop.set()
 
 

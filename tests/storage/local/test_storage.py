@@ -159,7 +159,7 @@ def test_a_writer_killed_at_any_step_leaves_the_object_whole_or_absent(tmp_path:
     script = textwrap.dedent(
         """
         import asyncio, os, signal, sys
-        from icechunk.storage.local import folders, storage as local, writing
+        from icechunk.storage.local import files, folders, storage as local
         from icechunk.storage.port import Absent
         top = sys.argv[1]
         calls = step = 0
@@ -174,7 +174,7 @@ def test_a_writer_killed_at_any_step_leaves_the_object_whole_or_absent(tmp_path:
         for name in ("write", "utime", "link", "unlink", "replace"):
             setattr(os, name, dying(getattr(os, name)))
         os.supports_fd.add(os.utime)
-        writing.fsync_file = dying(writing.fsync_file)
+        files.fsync_file = dying(files.fsync_file)
         folders.fsync_folder = dying(folders.fsync_folder)
         status = None
         while status != 0:

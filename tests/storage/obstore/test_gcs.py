@@ -14,12 +14,12 @@ import icechunk
 from icechunk.config import StorageConcurrencySettings, StorageRetriesSettings, StorageSettings
 from icechunk.credentials import gcs_credentials
 from icechunk.errors import ObjectNotFoundError, PreconditionFailedError, StorageError
-from icechunk.runtime import repeats
 from icechunk.runtime.clock import SYSTEM
 from icechunk.storage import retry
 from icechunk.storage.obstore.buckets import GcsBucket
 from icechunk.storage.obstore.storage import ObstoreStorage
 from icechunk.storage.port import Absent, Matches, Storage
+from icechunk.storage.retry import repeats_so_far
 from icechunk.testing.storage_contract import StorageContract
 from tests.raising import raises
 from tests.storage.obstore.fake_gcs import FakeGcs, serving_gcs
@@ -240,7 +240,7 @@ async def test_requests_that_are_silent_are_given_up_and_sent_again(
 ) -> None:
     monkeypatch.setattr(retry, "_FIRST_PATIENCE_S", 0.2)
     storage = storage_on(gcs)
-    before = repeats.totals().abandoned
+    before = repeats_so_far().abandoned
     async with asyncio.timeout(15):
         gcs.faults = [("PUT", fault)]
         put = await storage.put("slot", b"ours", Absent())
@@ -255,7 +255,7 @@ async def test_requests_that_are_silent_are_given_up_and_sent_again(
         gcs.faults = [("PUT", fault)]
         with pytest.raises(PreconditionFailedError):
             await storage.put("slot", b"late", Absent())
-    assert repeats.totals().abandoned >= before + 6
+    assert repeats_so_far().abandoned >= before + 6
 
 
 async def test_a_service_that_is_slow_by_nature_is_given_the_time_at_a_later_try(

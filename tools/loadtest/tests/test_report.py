@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from icechunk.runtime import repeats
+from icechunk.storage.retry import note_repeats
 from icechunk_loadtest.errors import LoadTestError
 from icechunk_loadtest.plan import WORKLOADS, Size
 from icechunk_loadtest.report.html import render
@@ -113,8 +113,8 @@ def test_repeated_requests_are_shown() -> None:
 
 
 def test_a_meter_counts_the_repeated_requests_of_its_run() -> None:
-    repeats.note(hedged=3)
+    note_repeats(hedged=3)
     meter = Meter()
     with meter.measuring():
-        repeats.note(hedged=2, abandoned=1)
+        note_repeats(hedged=2, abandoned=1)
     assert (meter.result()["hedged"], meter.result()["abandoned"]) == (2, 1)

@@ -163,10 +163,10 @@ class Meter:
 def _repeats() -> tuple[int, int]:
     """Reads sent a second time, and requests given up for silence, by this process so far; only our library counts."""
     try:
-        from icechunk.runtime import repeats
+        from icechunk.storage.retry import repeats_so_far
     except ImportError:
         return 0, 0
-    totals = repeats.totals()
+    totals = repeats_so_far()
     return totals.hedged, totals.abandoned
 
 

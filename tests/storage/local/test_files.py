@@ -1,8 +1,12 @@
-"""New files: their bytes are what was given, and the medium begins on them while they are written."""
+"""New files have the bytes that were given, and the medium begins on them early; pages of a listing look at few files.
+
+The contents of a listing are in the contract of all storages.
+"""
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import sys
@@ -12,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from icechunk.storage.local import writing
-from icechunk.storage.local.writing import write_new
+from icechunk.storage.local import files
+from icechunk.storage.local.files import walk, write_new
 
 MIB = 1024 * 1024
 SIZES = [0, 1, 4096, MIB - 1, MIB, MIB + 1, MIB + 4096, 2 * MIB + 4097, 5 * MIB]
@@ -45,7 +49,7 @@ def test_a_large_file_is_sent_to_the_medium_while_it_is_written(
         return -1
 
     monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:most]))
-    monkeypatch.setattr(writing, "_start_range", lambda: start)
+    monkeypatch.setattr(files, "_start_range", lambda: start)
     data = os.urandom(2 * MIB + 5)
     write_new(str(tmp_path / "x"), data, synced=False)
     assert (tmp_path / "x").read_bytes() == data
@@ -56,12 +60,12 @@ def test_a_large_file_is_sent_to_the_medium_while_it_is_written(
 
 @linux_only
 def test_the_system_has_the_call() -> None:
-    assert writing._start_range() is not None
+    assert files._start_range() is not None
 
 
 def test_synced_means_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
-    monkeypatch.setattr(writing, "fsync_file", synced.append)
+    monkeypatch.setattr(files, "fsync_file", synced.append)
     for number, wanted in enumerate([True, False, True]):
         write_new(str(tmp_path / str(number)), b"1", synced=wanted)
     assert len(synced) == 2
@@ -97,3 +101,30 @@ def test_threads_at_once_do_not_mix_their_bytes(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert [(tmp_path / str(n)).read_bytes() for n in range(8)] == contents
+
+
+def test_only_files_of_the_pages_that_are_asked_for_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(300):
+        (tmp_path / "log" / f"{i:04}").parent.mkdir(exist_ok=True)
+        (tmp_path / "log" / f"{i:04}").write_bytes(b"x")
+    looked: list[str] = []
+    real = files.try_stat
+
+    def look(path: str) -> object:
+        looked.append(path)
+        return real(path)
+
+    monkeypatch.setattr(files, "try_stat", look)
+    keys = [info.key for info in itertools.islice(walk(str(tmp_path), "log/", None), 5)]
+    assert keys == [f"log/{i:04}" for i in range(5)]
+    assert len(looked) == 5
+
+
+def test_names_that_are_no_keys_and_the_reserved_folder_are_left_out(tmp_path: Path) -> None:
+    for name in ("b", "a-b", "a/b", "a/.aioicechunk", ".aioicechunk/x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert [info.key for info in walk(str(tmp_path), "", None)] == ["a-b", "a/.aioicechunk", "a/b", "b"]
+    assert [info.key for info in walk(str(tmp_path), "a", "a-b")] == ["a/.aioicechunk", "a/b"]

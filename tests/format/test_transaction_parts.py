@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icechunk.format.ids import NodeId, ObjectId
+from icechunk.format.transaction import in_parts
 from icechunk.format.values import TransactionLog
-from icechunk.log.session.plan.transaction_parts import in_parts
 
 SIZES = st.lists(st.integers(0, 20), max_size=5)
 
