@@ -7,7 +7,7 @@ error kinds from there) finds the same objects as in `icechunk`. Nothing else be
 from __future__ import annotations
 
 from icechunk import _public
-from icechunk.config.repository_config import RepoUpdateRetryConfig
+from icechunk.config.repository import RepoUpdateRetryConfig
 from icechunk.errors import ErrorKind
 
 __all__ = ["RepoUpdateRetryConfig", "_all_error_kinds"]

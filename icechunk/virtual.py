@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from icechunk.config.object_stores import VirtualChunkContainer
+from icechunk.config.containers import VirtualChunkContainer
 from icechunk.runtime.checks import aware, optional, text, unsigned
 from icechunk.runtime.representation import IntLikeEnum, Represented, redacted_url
 

@@ -6,6 +6,7 @@ Rooms: `storage` (object stores and requests to them), `containers` (virtual chu
 
 from __future__ import annotations
 
+from icechunk.config.containers import VirtualChunkContainer
 from icechunk.config.manifest import (
     ManifestConfig,
     ManifestPreloadCondition,
@@ -19,18 +20,7 @@ from icechunk.config.manifest import (
     from_dict,
     to_dict,
 )
-from icechunk.config.object_stores import (
-    AnyObjectStoreConfig,
-    ChecksumAlgorithm,
-    ObjectStoreConfig,
-    S3Options,
-    StorageConcurrencySettings,
-    StorageRetriesSettings,
-    StorageSettings,
-    StorageTimeoutSettings,
-    VirtualChunkContainer,
-)
-from icechunk.config.repository_config import (
+from icechunk.config.repository import (
     CachingConfig,
     CompressionAlgorithm,
     CompressionConfig,
@@ -39,6 +29,16 @@ from icechunk.config.repository_config import (
     RepoUpdateRetryConfig,
 )
 from icechunk.config.serialise import config_from_dict, config_to_dict
+from icechunk.config.storage import (
+    AnyObjectStoreConfig,
+    ChecksumAlgorithm,
+    ObjectStoreConfig,
+    S3Options,
+    StorageConcurrencySettings,
+    StorageRetriesSettings,
+    StorageSettings,
+    StorageTimeoutSettings,
+)
 from icechunk.config.yaml_text import config_from_yaml, config_to_yaml
 from icechunk.ops import Attribution, FeatureFlag
 from icechunk.runtime.logging import initialize_logs, set_logs_filter, shutdown_telemetry

@@ -20,14 +20,9 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 from icechunk.config import manifest as m
-from icechunk.config.object_stores import (
-    AnyObjectStoreConfig,
-    ObjectStoreConfig,
-    S3Options,
-    StorageSettings,
-    VirtualChunkContainer,
-)
-from icechunk.config.repository_config import RepositoryConfig
+from icechunk.config.containers import VirtualChunkContainer
+from icechunk.config.repository import RepositoryConfig
+from icechunk.config.storage import AnyObjectStoreConfig, ObjectStoreConfig, S3Options, StorageSettings
 from icechunk.errors import ErrorKind, FormatError
 from icechunk.runtime.representation import Setting, TupleVariant, snake_case
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import yaml
 
-from icechunk.config.repository_config import RepositoryConfig
+from icechunk.config.repository import RepositoryConfig
 from icechunk.config.serialise import Tag, config_from_dict, config_tree
 from icechunk.errors import ErrorKind, FormatError
 

@@ -23,8 +23,7 @@ from icechunk.config import (
     config_to_dict,
 )
 from icechunk.config.manifest_rules import manifests_to_preload, tile_shapes
-from icechunk.config.object_stores import DEFAULT_IDEAL_REQUEST_BYTES, DEFAULT_MAX_REQUESTS_PER_OBJECT
-from icechunk.config.repository_config import (
+from icechunk.config.repository import (
     DEFAULT_COMPRESSION_LEVEL,
     DEFAULT_INLINE_CHUNK_THRESHOLD_BYTES,
     DEFAULT_MAX_CONCURRENT_DECODES,
@@ -32,6 +31,7 @@ from icechunk.config.repository_config import (
     DEFAULT_NUM_CHUNK_REFS,
     DEFAULT_NUM_SNAPSHOT_NODES,
 )
+from icechunk.config.storage import DEFAULT_IDEAL_REQUEST_BYTES, DEFAULT_MAX_REQUESTS_PER_OBJECT
 from icechunk.format.ids import ObjectId, object_id_from_text
 from icechunk.format.manifest.location_compression import LocationCompression
 from icechunk.format.values import Snapshot, TransactionLog

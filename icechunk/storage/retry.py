@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple, TypeVar
 
 from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTimeoutSettings
-from icechunk.config.object_stores import DEFAULT_INITIAL_BACKOFF_MS, DEFAULT_MAX_BACKOFF_MS, DEFAULT_MAX_TRIES
+from icechunk.config.storage import DEFAULT_INITIAL_BACKOFF_MS, DEFAULT_MAX_BACKOFF_MS, DEFAULT_MAX_TRIES
 from icechunk.runtime.clock import Sources
 
 __all__ = [

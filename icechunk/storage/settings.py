@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 
 from icechunk.config import StorageConcurrencySettings, StorageRetriesSettings, StorageSettings
-from icechunk.config.object_stores import (
+from icechunk.config.storage import (
     DEFAULT_IDEAL_REQUEST_BYTES,
     DEFAULT_INITIAL_BACKOFF_MS,
     DEFAULT_MAX_BACKOFF_MS,

@@ -17,7 +17,7 @@ import zarr
 
 import icechunk
 from icechunk import ErrorKind, IcechunkError, Repository, VirtualChunkContainer
-from icechunk.config.object_stores import AnyObjectStoreConfig
+from icechunk.config.storage import AnyObjectStoreConfig
 from icechunk.credentials import HttpAccess
 from icechunk.runtime.clock import SYSTEM
 from icechunk.storage.http.storage import HttpStorage

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, TypeAlias
 
-from icechunk.config.repository_config import DEFAULT_NUM_UPDATES_PER_REPO_INFO_FILE
+from icechunk.config.repository import DEFAULT_NUM_UPDATES_PER_REPO_INFO_FILE
 from icechunk.errors import ErrorKind, ObjectNotFoundError, PreconditionFailedError, StorageError
 from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name
 from icechunk.format.repo.codec import EncodedRepo, encode_and_keep

@@ -9,13 +9,13 @@ from dataclasses import KW_ONLY, dataclass, field
 from enum import EnumMeta
 from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
+from icechunk.config.containers import VirtualChunkContainer
 from icechunk.config.manifest import ManifestConfig, ManifestVirtualChunkLocationCompressionConfig
-from icechunk.config.object_stores import (
+from icechunk.config.storage import (
     StorageConcurrencySettings,
     StorageRetriesSettings,
     StorageSettings,
     StorageTimeoutSettings,
-    VirtualChunkContainer,
 )
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.runtime.checks import U8, U16, U32, U64, instance_of, text, unsigned, whole
