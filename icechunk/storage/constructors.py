@@ -1,15 +1,14 @@
-"""The public functions that make storages and store configurations, and `Storage.new_*`, under the official names.
+"""The public functions that make storages and store configurations, under the official names, and the builders.
 
-This is the one module that knows every adapter. Those that need a library are imported when one is made: the libraries
-take longer to load than everything else.
+A function says what a storage is made from (`icechunk.storage.kinds`), and `build` makes it; ``Storage.new_*``
+(`icechunk.storage.class_methods`) do the same. This is the one module that knows every adapter. Those that need a
+library are imported when one is made: the libraries take longer to load than everything else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable
 from datetime import datetime
-from typing import Any, Final, TypedDict
 
 from icechunk.config import ChecksumAlgorithm, ObjectStoreConfig, S3Options
 from icechunk.credentials import (
@@ -19,15 +18,26 @@ from icechunk.credentials import (
     gcs_credentials,
     s3_credentials,
 )
-from icechunk.errors import ErrorKind, StorageError
+from icechunk.storage.kinds import (
+    AzureKind,
+    GcsKind,
+    Headers,
+    HttpKind,
+    LocalKind,
+    MemoryKind,
+    RedirectKind,
+    S3Kind,
+    StorageKind,
+)
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import Storage
-from icechunk.storage.presets import hugging_face_options, r2_bucket, r2_options, tigris_headers, tigris_options
+from icechunk.storage.presets import hugging_face, r2, r2_bucket, tigris
 
 __all__ = [
     "azure_storage",
     "azure_store",
+    "build",
     "gcs_storage",
     "gcs_store",
     "hf_storage",
@@ -44,30 +54,12 @@ __all__ = [
     "tigris_storage",
 ]
 
-_OPTIONS: Final = frozenset(field.name for field in fields(S3Options)) - {"anonymous"}
-_KEYS: Final = frozenset(
-    {
-        "access_key_id",
-        "anonymous",
-        "expires_after",
-        "from_env",
-        "get_credentials",
-        "scatter_initial_credentials",
-        "secret_access_key",
-        "session_token",
-    }
-)
-_REST: Final = frozenset({"headers", "legacy_rooted_keys", "read_headers", "write_headers"})
-
-Headers = dict[str, str] | None
-
-
 # -- storages ------------------------------------------------------------------------------------------------------
 
 
 def in_memory_storage() -> Storage:
     """A storage in the memory of this process, gone with it; for tests and experiments."""
-    return MemoryStorage()
+    return build(MemoryKind())
 
 
 def local_filesystem_storage(path: str) -> Storage:
@@ -76,7 +68,7 @@ def local_filesystem_storage(path: str) -> Storage:
     Crash-safe, and safe among threads and processes on one machine. Network mounts are as safe as their hard
     links, exclusive renames or locks are.
     """
-    return LocalStorage(path)
+    return build(LocalKind(path))
 
 
 def s3_storage(
@@ -140,7 +132,27 @@ def s3_storage(
     StorageError
         ``legacy_rooted_keys`` with a prefix.
     """
-    return _on_s3(Storage.new_s3, (bucket, prefix), locals())
+    options = S3Options(
+        region=region,
+        endpoint_url=endpoint_url,
+        allow_http=allow_http,
+        force_path_style=force_path_style,
+        network_stream_timeout_seconds=network_stream_timeout_seconds,
+        requester_pays=requester_pays,
+        checksum_algorithm=checksum_algorithm,
+    )
+    credentials = s3_credentials(
+        access_key_id=access_key_id,
+        secret_access_key=secret_access_key,
+        session_token=session_token,
+        expires_after=expires_after,
+        anonymous=anonymous,
+        from_env=from_env,
+        get_credentials=get_credentials,
+        scatter_initial_credentials=scatter_initial_credentials,
+    )
+    sent = Headers(read_headers, write_headers, headers)
+    return build(S3Kind(options, bucket, prefix, credentials, legacy_rooted_keys, sent))
 
 
 def tigris_storage(
@@ -176,7 +188,26 @@ def tigris_storage(
     StorageError
         Neither a region nor ``use_weak_consistency``.
     """
-    return _on_s3(Storage.new_tigris, (bucket, prefix, use_weak_consistency), locals())
+    options = S3Options(
+        region=region,
+        endpoint_url=endpoint_url,
+        allow_http=allow_http,
+        network_stream_timeout_seconds=network_stream_timeout_seconds,
+        checksum_algorithm=checksum_algorithm,
+    )
+    credentials = s3_credentials(
+        access_key_id=access_key_id,
+        secret_access_key=secret_access_key,
+        session_token=session_token,
+        expires_after=expires_after,
+        anonymous=anonymous,
+        from_env=from_env,
+        get_credentials=get_credentials,
+        scatter_initial_credentials=scatter_initial_credentials,
+    )
+    sent = Headers(read_headers, write_headers, headers)
+    kind = S3Kind(options, bucket, prefix, credentials, legacy_rooted_keys, sent)
+    return build(tigris(kind, use_weak_consistency))
 
 
 def r2_storage(
@@ -216,7 +247,26 @@ def r2_storage(
     StorageError
         No bucket in either argument, or neither account nor endpoint.
     """
-    return _on_s3(Storage.new_r2, (bucket, prefix, account_id), locals())
+    options = S3Options(
+        region=region,
+        endpoint_url=endpoint_url,
+        allow_http=allow_http,
+        network_stream_timeout_seconds=network_stream_timeout_seconds,
+        checksum_algorithm=checksum_algorithm,
+    )
+    credentials = s3_credentials(
+        access_key_id=access_key_id,
+        secret_access_key=secret_access_key,
+        session_token=session_token,
+        expires_after=expires_after,
+        anonymous=anonymous,
+        from_env=from_env,
+        get_credentials=get_credentials,
+        scatter_initial_credentials=scatter_initial_credentials,
+    )
+    sent = Headers(read_headers, write_headers, headers)
+    kind = S3Kind(options, *r2_bucket(bucket, prefix), credentials, legacy_rooted_keys, sent)
+    return build(r2(kind, account_id))
 
 
 def s3_object_store_storage(
@@ -238,7 +288,22 @@ def s3_object_store_storage(
     headers: dict[str, str] | None = None,
 ) -> Storage:
     """The same as `s3_storage`: there is one way to S3 here, where the official library has two."""
-    return _on_s3(Storage.new_s3_object_store, (bucket, prefix), locals())
+    options = S3Options(
+        region=region,
+        endpoint_url=endpoint_url,
+        allow_http=allow_http,
+        force_path_style=force_path_style,
+    )
+    credentials = s3_credentials(
+        access_key_id=access_key_id,
+        secret_access_key=secret_access_key,
+        session_token=session_token,
+        expires_after=expires_after,
+        anonymous=anonymous,
+        from_env=from_env,
+    )
+    sent = Headers(read_headers, write_headers, headers)
+    return build(S3Kind(options, bucket, prefix, credentials, None, sent))
 
 
 def hf_storage(
@@ -275,16 +340,21 @@ def hf_storage(
     InvalidInputError
         No namespace, or conflicting credentials.
     """
-    return _on_s3(Storage.new_hf, (bucket, prefix, namespace), locals())
-
-
-def _on_s3(new: Callable[..., Storage], place: tuple[Any, ...], arguments: Mapping[str, Any]) -> Storage:
-    """Call one of `Storage.new_*` with what a function's arguments say of options, keys and headers."""
-
-    def picked(names: frozenset[str]) -> dict[str, Any]:
-        return {name: value for name, value in arguments.items() if name in names}
-
-    return new(S3Options(**picked(_OPTIONS)), *place, credentials=s3_credentials(**picked(_KEYS)), **picked(_REST))
+    options = S3Options(
+        network_stream_timeout_seconds=network_stream_timeout_seconds,
+    )
+    credentials = s3_credentials(
+        access_key_id=access_key_id,
+        secret_access_key=secret_access_key,
+        session_token=session_token,
+        expires_after=expires_after,
+        from_env=from_env,
+        get_credentials=get_credentials,
+        scatter_initial_credentials=scatter_initial_credentials,
+    )
+    sent = Headers(read_headers, write_headers, headers)
+    kind = S3Kind(options, bucket, prefix, credentials, legacy_rooted_keys, sent)
+    return build(hugging_face(kind, namespace))
 
 
 def gcs_storage(
@@ -331,24 +401,17 @@ def gcs_storage(
     InvalidInputError
         Conflicting credentials, or no bucket's name.
     """
-    return Storage.new_gcs(
-        bucket,
-        prefix,
-        gcs_credentials(
-            service_account_file=service_account_file,
-            service_account_key=service_account_key,
-            application_credentials=application_credentials,
-            bearer_token=bearer_token,
-            from_env=from_env,
-            anonymous=anonymous,
-            get_credentials=get_credentials,
-            scatter_initial_credentials=scatter_initial_credentials,
-        ),
-        config=config,
-        read_headers=read_headers,
-        write_headers=write_headers,
-        headers=headers,
+    credentials = gcs_credentials(
+        service_account_file=service_account_file,
+        service_account_key=service_account_key,
+        application_credentials=application_credentials,
+        bearer_token=bearer_token,
+        from_env=from_env,
+        anonymous=anonymous,
+        get_credentials=get_credentials,
+        scatter_initial_credentials=scatter_initial_credentials,
     )
+    return build(GcsKind(bucket, prefix, credentials, config, Headers(read_headers, write_headers, headers)))
 
 
 def azure_storage(
@@ -383,19 +446,14 @@ def azure_storage(
     InvalidInputError
         Conflicting credentials, or no names.
     """
-    return Storage.new_azure_blob(
-        account,
-        container,
-        prefix,
-        azure_credentials(
-            access_key=access_key,
-            sas_token=sas_token,
-            bearer_token=bearer_token,
-            from_env=from_env,
-            anonymous=anonymous,
-        ),
-        config=config,
+    credentials = azure_credentials(
+        access_key=access_key,
+        sas_token=sas_token,
+        bearer_token=bearer_token,
+        from_env=from_env,
+        anonymous=anonymous,
     )
+    return build(AzureKind(account, container, prefix, credentials, config))
 
 
 def http_storage(base_url: str, opts: dict[str, str] | None = None, headers: dict[str, str] | None = None) -> Storage:
@@ -416,7 +474,7 @@ def http_storage(base_url: str, opts: dict[str, str] | None = None, headers: dic
     InvalidInputError
         No such URL, or an option that is none.
     """
-    return Storage.new_http(base_url, opts, headers)
+    return build(HttpKind(base_url, opts, headers))
 
 
 def redirect_storage(base_url: str) -> Storage:
@@ -434,224 +492,90 @@ def redirect_storage(base_url: str) -> Storage:
     InvalidInputError
         Not a URL of the web.
     """
-    return Storage.new_redirect(base_url)
+    return build(RedirectKind(base_url))
 
 
-# -- Storage.new_* -------------------------------------------------------------------------------------------------
+# -- the builders: one for each kind -------------------------------------------------------------------------------
 
 
-class _Sent(TypedDict):
-    read_headers: dict[str, str]
-    write_headers: dict[str, str]
+def build(kind: StorageKind) -> Storage:
+    """Make a storage.
+
+    Raises
+    ------
+    InvalidInputError
+        Something that it is made from is bad: a name, an option, a header, credentials of another service.
+    """
+    match kind:
+        case MemoryKind():
+            return MemoryStorage()
+        case LocalKind(path):
+            return LocalStorage(path)
+        case S3Kind():
+            return _s3(kind)
+        case GcsKind():
+            return _gcs(kind)
+        case AzureKind():
+            return _azure(kind)
+        case HttpKind():
+            return _http(kind)
+        case RedirectKind():
+            return _redirect(kind)
 
 
-def _sent(read_headers: Headers, write_headers: Headers, headers: Headers) -> _Sent:
-    return {
-        "read_headers": {**(headers or {}), **(read_headers or {})},
-        "write_headers": {**(headers or {}), **(write_headers or {})},
-    }
-
-
-def _new_in_memory(cls: type[Storage]) -> Storage:
-    """See `icechunk.in_memory_storage`."""
-    return MemoryStorage()
-
-
-def _new_local_filesystem(cls: type[Storage], path: str) -> Storage:
-    """See `icechunk.local_filesystem_storage`."""
-    return LocalStorage(path)
-
-
-def _new_s3(
-    cls: type[Storage],
-    config: S3Options,
-    bucket: str,
-    prefix: str | None,
-    credentials: Any = None,
-    legacy_rooted_keys: bool | None = None,
-    *,
-    read_headers: Headers = None,
-    write_headers: Headers = None,
-    headers: Headers = None,
-) -> Storage:
-    """See `icechunk.s3_storage`; ``credentials`` is one of `icechunk.S3Credentials`."""
-    return _s3(config, bucket, prefix, credentials, legacy_rooted_keys, _sent(read_headers, write_headers, headers))
-
-
-def _new_s3_object_store(
-    cls: type[Storage],
-    config: S3Options,
-    bucket: str,
-    prefix: str | None,
-    credentials: Any = None,
-    *,
-    read_headers: Headers = None,
-    write_headers: Headers = None,
-    headers: Headers = None,
-) -> Storage:
-    """The same storage as `new_s3`: there is one way to S3 here, where the official library has two."""
-    return _s3(config, bucket, prefix, credentials, None, _sent(read_headers, write_headers, headers))
-
-
-def _new_tigris(
-    cls: type[Storage],
-    config: S3Options,
-    bucket: str,
-    prefix: str | None,
-    use_weak_consistency: bool,
-    credentials: Any = None,
-    legacy_rooted_keys: bool | None = None,
-    *,
-    read_headers: Headers = None,
-    write_headers: Headers = None,
-    headers: Headers = None,
-) -> Storage:
-    """See `icechunk.tigris_storage`."""
-    headers = {**tigris_headers(config.region, use_weak_consistency), **(headers or {})}
-    sent = _sent(read_headers, write_headers, headers)
-    return _s3(tigris_options(config), bucket, prefix, credentials, legacy_rooted_keys, sent)
-
-
-def _new_r2(
-    cls: type[Storage],
-    config: S3Options,
-    bucket: str | None = None,
-    prefix: str | None = None,
-    account_id: str | None = None,
-    credentials: Any = None,
-    legacy_rooted_keys: bool | None = None,
-    *,
-    read_headers: Headers = None,
-    write_headers: Headers = None,
-    headers: Headers = None,
-) -> Storage:
-    """See `icechunk.r2_storage`."""
-    options = r2_options(config, account_id)
-    bucket, prefix = r2_bucket(bucket, prefix)
-    return _s3(options, bucket, prefix, credentials, legacy_rooted_keys, _sent(read_headers, write_headers, headers))
-
-
-def _new_hf(
-    cls: type[Storage],
-    config: S3Options,
-    bucket: str,
-    prefix: str | None,
-    namespace: str,
-    credentials: Any = None,
-    legacy_rooted_keys: bool | None = None,
-    *,
-    read_headers: Headers = None,
-    write_headers: Headers = None,
-    headers: Headers = None,
-) -> Storage:
-    """See `icechunk.hf_storage`."""
-    sent = _sent(read_headers, write_headers, headers)
-    options = hugging_face_options(config, namespace)
-    return _s3(options, bucket, prefix, credentials, legacy_rooted_keys, sent, keeps_metadata=False)
-
-
-def _s3(
-    options: S3Options,
-    bucket: str,
-    prefix: str | None,
-    credentials: Any,
-    legacy_rooted_keys: bool | None,
-    sent: _Sent,
-    keeps_metadata: bool = True,
-) -> Storage:
+def _s3(kind: S3Kind) -> Storage:
     from icechunk.storage.s3.storage import S3Storage
 
-    if legacy_rooted_keys and prefix and prefix.strip("/"):
-        raise StorageError(
-            "storage error: legacy_rooted_keys is only valid with an empty prefix", ErrorKind.STORAGE_CONFIG
-        )
     return S3Storage(
-        bucket,
-        prefix,
-        options=options,
-        credentials=credentials,
-        rooted_keys=bool(legacy_rooted_keys),
-        keeps_metadata=keeps_metadata,
-        **sent,
+        kind.bucket,
+        kind.prefix,
+        options=kind.options,
+        credentials=kind.credentials,
+        read_headers=kind.headers.of_reads(),
+        write_headers=kind.headers.of_writes(),
+        rooted_keys=bool(kind.legacy_rooted_keys),
+        keeps_metadata=kind.keeps_metadata,
     )
 
 
-def _new_gcs(
-    cls: type[Storage],
-    bucket: str,
-    prefix: str | None,
-    credentials: Any = None,
-    *,
-    config: dict[str, str] | None = None,
-    read_headers: Headers = None,
-    write_headers: Headers = None,
-    headers: Headers = None,
-) -> Storage:
-    """See `icechunk.gcs_storage`; ``credentials`` is one of `icechunk.GcsCredentials`."""
+def _gcs(kind: GcsKind) -> Storage:
     from icechunk.storage.obstore.buckets import GcsBucket
     from icechunk.storage.obstore.storage import ObstoreStorage
 
-    sent = _sent(read_headers, write_headers, headers)
-    return ObstoreStorage(GcsBucket(bucket, prefix, credentials=credentials, config=config, **sent))
+    bucket = GcsBucket(
+        kind.bucket,
+        kind.prefix,
+        credentials=kind.credentials,
+        config=kind.config,
+        read_headers=kind.headers.of_reads(),
+        write_headers=kind.headers.of_writes(),
+    )
+    return ObstoreStorage(bucket)
 
 
-def _new_azure_blob(
-    cls: type[Storage],
-    account: str,
-    container: str,
-    prefix: str,
-    credentials: Any = None,
-    *,
-    config: dict[str, str] | None = None,
-) -> Storage:
-    """See `icechunk.azure_storage`; ``credentials`` is one of `icechunk.AzureCredentials`."""
+def _azure(kind: AzureKind) -> Storage:
     from icechunk.storage.obstore.buckets import AzureContainer
     from icechunk.storage.obstore.storage import ObstoreStorage
 
-    return ObstoreStorage(AzureContainer(account, container, prefix, credentials=credentials, config=config))
+    container = AzureContainer(
+        kind.account, kind.container, kind.prefix, credentials=kind.credentials, config=kind.config
+    )
+    return ObstoreStorage(container)
 
 
-def _new_http(
-    cls: type[Storage],
-    base_url: str,
-    config: dict[str, str] | None = None,
-    headers: dict[str, str] | None = None,
-) -> Storage:
-    """See `icechunk.http_storage`."""
+def _http(kind: HttpKind) -> Storage:
     from icechunk.storage.http.storage import HttpStorage
 
-    return HttpStorage(base_url, config, headers)
+    return HttpStorage(kind.base_url, kind.config, kind.headers)
 
 
-def _new_redirect(cls: type[Storage], base_url: str) -> Storage:
-    """See `icechunk.redirect_storage`."""
+def _redirect(kind: RedirectKind) -> Storage:
     from icechunk.storage.redirect import RedirectStorage
 
-    return RedirectStorage(base_url)
+    return RedirectStorage(kind.base_url)
 
 
-def _attach(*functions: Callable[..., Storage]) -> None:
-    """Make the functions class methods of the port, under their names without the underscore."""
-    for function in functions:
-        name = function.__name__.removeprefix("_")
-        function.__qualname__ = f"Storage.{name}"
-        function.__name__ = name
-        setattr(Storage, name, classmethod(function))
-
-
-_attach(
-    _new_in_memory,
-    _new_local_filesystem,
-    _new_s3,
-    _new_s3_object_store,
-    _new_tigris,
-    _new_r2,
-    _new_hf,
-    _new_gcs,
-    _new_azure_blob,
-    _new_http,
-    _new_redirect,
-)
+Storage._build = build
 
 
 # -- kinds of stores of virtual chunks -----------------------------------------------------------------------------
@@ -677,9 +601,16 @@ def s3_store(
 
     See `s3_storage` for the parameters.
     """
-    arguments = locals()
-    del arguments["s3_compatible"]
-    options = S3Options(**arguments)
+    options = S3Options(
+        region=region,
+        endpoint_url=endpoint_url,
+        allow_http=allow_http,
+        anonymous=anonymous,
+        force_path_style=force_path_style,
+        network_stream_timeout_seconds=network_stream_timeout_seconds,
+        requester_pays=requester_pays,
+        checksum_algorithm=checksum_algorithm,
+    )
     return ObjectStoreConfig.S3Compatible(options) if s3_compatible else ObjectStoreConfig.S3(options)
 
 

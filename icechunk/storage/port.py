@@ -8,7 +8,8 @@ What the engine demands of every adapter: a GET after an acknowledged PUT sees i
 are atomic per key; an object is whole or absent, also after a crash; ``modified_us`` and ``date_us`` come from
 one clock, within minutes.
 
-Which keys and byte ranges are well formed is decided here, the same for every adapter. The port imports no adapter.
+Which keys and byte ranges are well formed is decided here, the same for every adapter. The port imports no adapter:
+what ``Storage.new_*`` make is made by `icechunk.storage.constructors`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NewType, TypeAlias
+from typing import Literal, NamedTuple, NewType, TypeAlias
 
 from icechunk.config import StorageSettings
 from icechunk.errors import (
@@ -35,9 +36,7 @@ from icechunk.runtime.clock import moment
 from icechunk.runtime.loops import run_sync
 from icechunk.runtime.representation import Described, fields_html
 from icechunk.runtime.tasks import run_each
-
-if TYPE_CHECKING:
-    from icechunk.config import S3Options
+from icechunk.storage.class_methods import Constructors
 
 __all__ = [
     "ANY",
@@ -197,7 +196,7 @@ NO_LISTING = (ListingUnsupportedError, AccessDeniedError)
 ObjectKind: TypeAlias = Literal["metadata", "chunk"]
 
 
-class Storage(ABC):
+class Storage(Constructors["Storage"], ABC):
     """A place that holds a repository, and the verbs on it. Picklable; safe to use from several loops and threads.
 
     All verbs raise `StorageError` (with the key, and what to do) once bounded retries are used up.
@@ -282,7 +281,7 @@ class Storage(ABC):
                 answers.append(None)
         return answers
 
-    async def sync(self, keys: Iterable[str]) -> None:  # noqa: B027
+    async def sync(self, keys: Iterable[str]) -> None:
         """Return once these objects, written by `put_unsynced`, are durable.
 
         Raises
@@ -319,7 +318,7 @@ class Storage(ABC):
     async def copy(self, source: str, target: str) -> PutResult:
         """Copy an object within the storage, replacing what is at ``target``. Raises `ObjectNotFoundError`."""
 
-    async def prepare(self, folders: Iterable[str]) -> None:  # noqa: B027
+    async def prepare(self, folders: Iterable[str]) -> None:
         """Make the place ready for a repository that is about to be created here.
 
         Whatever this storage knew of the place does not count any more, so one whose folder was removed can be used
@@ -470,120 +469,6 @@ class Storage(ABC):
         title, *lines = repr(self).splitlines()
         rows = [line.partition(": ") for line in lines]
         return fields_html(title.strip("<>"), [(name, value) for name, _, value in rows])
-
-    # -- constructors: attached by `icechunk.storage.constructors`, the one module that knows every adapter -----------
-
-    if TYPE_CHECKING:
-
-        @classmethod
-        def new_in_memory(cls) -> Storage: ...
-
-        @classmethod
-        def new_local_filesystem(cls, path: str) -> Storage: ...
-
-        @classmethod
-        def new_s3(
-            cls,
-            config: S3Options,
-            bucket: str,
-            prefix: str | None,
-            credentials: Any = None,
-            legacy_rooted_keys: bool | None = None,
-            *,
-            read_headers: dict[str, str] | None = None,
-            write_headers: dict[str, str] | None = None,
-            headers: dict[str, str] | None = None,
-        ) -> Storage: ...
-
-        @classmethod
-        def new_s3_object_store(
-            cls,
-            config: S3Options,
-            bucket: str,
-            prefix: str | None,
-            credentials: Any = None,
-            *,
-            read_headers: dict[str, str] | None = None,
-            write_headers: dict[str, str] | None = None,
-            headers: dict[str, str] | None = None,
-        ) -> Storage: ...
-
-        @classmethod
-        def new_tigris(
-            cls,
-            config: S3Options,
-            bucket: str,
-            prefix: str | None,
-            use_weak_consistency: bool,
-            credentials: Any = None,
-            legacy_rooted_keys: bool | None = None,
-            *,
-            read_headers: dict[str, str] | None = None,
-            write_headers: dict[str, str] | None = None,
-            headers: dict[str, str] | None = None,
-        ) -> Storage: ...
-
-        @classmethod
-        def new_r2(
-            cls,
-            config: S3Options,
-            bucket: str | None = None,
-            prefix: str | None = None,
-            account_id: str | None = None,
-            credentials: Any = None,
-            legacy_rooted_keys: bool | None = None,
-            *,
-            read_headers: dict[str, str] | None = None,
-            write_headers: dict[str, str] | None = None,
-            headers: dict[str, str] | None = None,
-        ) -> Storage: ...
-
-        @classmethod
-        def new_hf(
-            cls,
-            config: S3Options,
-            bucket: str,
-            prefix: str | None,
-            namespace: str,
-            credentials: Any = None,
-            legacy_rooted_keys: bool | None = None,
-            *,
-            read_headers: dict[str, str] | None = None,
-            write_headers: dict[str, str] | None = None,
-            headers: dict[str, str] | None = None,
-        ) -> Storage: ...
-
-        @classmethod
-        def new_gcs(
-            cls,
-            bucket: str,
-            prefix: str | None,
-            credentials: Any = None,
-            *,
-            config: dict[str, str] | None = None,
-            read_headers: dict[str, str] | None = None,
-            write_headers: dict[str, str] | None = None,
-            headers: dict[str, str] | None = None,
-        ) -> Storage: ...
-
-        @classmethod
-        def new_azure_blob(
-            cls,
-            account: str,
-            container: str,
-            prefix: str,
-            credentials: Any = None,
-            *,
-            config: dict[str, str] | None = None,
-        ) -> Storage: ...
-
-        @classmethod
-        def new_http(
-            cls, base_url: str, config: dict[str, str] | None = None, headers: dict[str, str] | None = None
-        ) -> Storage: ...
-
-        @classmethod
-        def new_redirect(cls, base_url: str) -> Storage: ...
 
 
 MAX_KEY_BYTES = 1024

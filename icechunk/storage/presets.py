@@ -1,17 +1,25 @@
-"""Services with S3's protocol and constructors of their own: the options that their names add to those of a bucket."""
+"""Services with S3's protocol and constructors of their own: what their names add to the options of a bucket."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Final
 
 from icechunk.config import S3Options
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
+from icechunk.storage.kinds import S3Kind
 
-__all__ = ["hugging_face_options", "r2_bucket", "r2_options", "tigris_headers", "tigris_options"]
+__all__ = ["hugging_face", "r2", "r2_bucket", "r2_options", "tigris", "tigris_options"]
 
 _TIGRIS: Final = "https://t3.storage.dev"
 _HUGGING_FACE: Final = "https://s3.hf.co"
+
+
+def tigris(kind: S3Kind, use_weak_consistency: bool) -> S3Kind:
+    """A bucket of Tigris, with the headers that make it consistent. Raises `StorageError` where nothing can."""
+    both = {**_consistent_headers(kind.options.region, use_weak_consistency), **(kind.headers.both or {})}
+    return replace(kind, options=tigris_options(kind.options), headers=replace(kind.headers, both=both))
 
 
 def tigris_options(options: S3Options) -> S3Options:
@@ -21,8 +29,7 @@ def tigris_options(options: S3Options) -> S3Options:
     return changed
 
 
-def tigris_headers(region: str | None, use_weak_consistency: bool) -> dict[str, str]:
-    """The headers that make Tigris consistent. Raises `StorageError` where nothing can."""
+def _consistent_headers(region: str | None, use_weak_consistency: bool) -> dict[str, str]:
     if use_weak_consistency:
         return {}
     if region is None:
@@ -32,6 +39,11 @@ def tigris_headers(region: str | None, use_weak_consistency: bool) -> dict[str, 
             ErrorKind.STORAGE_CONFIG,
         )
     return {"X-Tigris-Consistent": "true", "X-Tigris-Regions": region}
+
+
+def r2(kind: S3Kind, account_id: str | None) -> S3Kind:
+    """A bucket of R2. Raises `StorageError` with neither endpoint nor account."""
+    return replace(kind, options=r2_options(kind.options, account_id))
 
 
 def r2_options(options: S3Options, account_id: str | None) -> S3Options:
@@ -57,14 +69,14 @@ def r2_bucket(bucket: str | None, prefix: str | None) -> tuple[str, str | None]:
     return bucket, prefix
 
 
-def hugging_face_options(options: S3Options, namespace: str) -> S3Options:
-    """The options with the S3 gateway of Hugging Face. Raises `InvalidInputError` for a bad namespace."""
+def hugging_face(kind: S3Kind, namespace: str) -> S3Kind:
+    """A bucket of Hugging Face, whose S3 gateway drops metadata. Raises `InvalidInputError` for a bad namespace."""
     if not isinstance(namespace, str) or not namespace or "/" in namespace:
         raise InvalidInputError(
             f"bad namespace {namespace!r}: give the user or organization that owns the bucket", ErrorKind.STORAGE_CONFIG
         )
-    changed = copy.copy(options)
-    changed.region = options.region or "us-east-1"
-    changed.endpoint_url = options.endpoint_url or f"{_HUGGING_FACE}/{namespace}"
+    changed = copy.copy(kind.options)
+    changed.region = changed.region or "us-east-1"
+    changed.endpoint_url = changed.endpoint_url or f"{_HUGGING_FACE}/{namespace}"
     changed.force_path_style = True
-    return changed
+    return replace(kind, options=changed, keeps_metadata=False)

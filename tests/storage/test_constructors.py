@@ -1,19 +1,20 @@
 from __future__ import annotations
 
-import ast
 import inspect
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_type
 
 import pytest
 
 import icechunk.storage as public
 from icechunk.config import ChecksumAlgorithm, ObjectStoreConfig, S3Options, StorageRetriesSettings, StorageSettings
-from icechunk.credentials import S3Credentials, S3StaticCredentials
+from icechunk.credentials import AzureCredentials, GcsCredentials, S3Credentials, S3StaticCredentials
 from icechunk.errors import InvalidInputError, StorageError
-from icechunk.storage import port
+from icechunk.storage import s3_object_store_storage
+from icechunk.storage.local.storage import LocalStorage
+from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import Storage
 from icechunk.storage.s3.endpoint import resolve_endpoint
 from icechunk.storage.s3.storage import S3Storage
@@ -204,18 +205,69 @@ def test_signatures_have_the_official_names() -> None:
     ]
 
 
-def test_the_port_declares_the_constructors_that_are_attached_to_it() -> None:
-    tree = ast.parse(inspect.getsource(port))
-    [storage] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Storage"]
-    [only_for_checkers] = [node for node in storage.body if isinstance(node, ast.If)]
-    declared = {node.name: node.args for node in only_for_checkers.body if isinstance(node, ast.FunctionDef)}
-    assert set(declared) == {name for name in vars(Storage) if name.startswith("new_")}
-    for name, arguments in declared.items():
-        names = [argument.arg for argument in [*arguments.args[1:], *arguments.kwonlyargs]]
-        defaults = sum(default is not None for default in [*arguments.defaults, *arguments.kw_defaults])
-        attached = inspect.signature(getattr(Storage, name)).parameters
-        assert names == list(attached), name
-        assert defaults == sum(p.default is not p.empty for p in attached.values()), name
+ANONYMOUS = S3Credentials.Anonymous()
+IN_REGION = S3Options(region="r", network_stream_timeout_seconds=60)
+TWICE: dict[str, tuple[Storage, Storage]] = {
+    "local": (Storage.new_local_filesystem("x"), public.local_filesystem_storage("x")),
+    "s3": (
+        Storage.new_s3(IN_REGION, "b", "p", ANONYMOUS, headers={"a": "1"}, read_headers={"a": "2"}),
+        public.s3_storage(
+            bucket="b", prefix="p", region="r", anonymous=True, headers={"a": "1"}, read_headers={"a": "2"}
+        ),
+    ),
+    "s3_rooted": (
+        Storage.new_s3(IN_REGION, "b", None, ANONYMOUS, True),
+        public.s3_storage(bucket="b", prefix=None, region="r", anonymous=True, legacy_rooted_keys=True),
+    ),
+    "s3_object_store": (
+        Storage.new_s3_object_store(S3Options(region="r"), "b", None, ANONYMOUS, write_headers={"a": "1"}),
+        s3_object_store_storage(bucket="b", prefix=None, region="r", anonymous=True, write_headers={"a": "1"}),
+    ),
+    "tigris": (
+        Storage.new_tigris(IN_REGION, "b", "p", False, ANONYMOUS, headers={"a": "1"}),
+        public.tigris_storage(bucket="b", prefix="p", region="r", anonymous=True, headers={"a": "1"}),
+    ),
+    "r2": (
+        Storage.new_r2(S3Options(network_stream_timeout_seconds=60), None, "b/p", "acc", ANONYMOUS),
+        public.r2_storage(bucket="b", prefix="p", account_id="acc", anonymous=True),
+    ),
+    "hf": (
+        Storage.new_hf(S3Options(network_stream_timeout_seconds=60), "b", "p", "me", S3Credentials.FromEnv()),
+        public.hf_storage(bucket="b", prefix="p", namespace="me", from_env=True),
+    ),
+    "gcs": (
+        Storage.new_gcs("b", "p", GcsCredentials.Anonymous(), config={"a": "1"}, headers={"a": "1"}),
+        public.gcs_storage(bucket="b", prefix="p", anonymous=True, config={"a": "1"}, headers={"a": "1"}),
+    ),
+    "azure": (
+        Storage.new_azure_blob("acc", "c", "p", AzureCredentials.FromEnv(), config={"a": "1"}),
+        public.azure_storage(account="acc", container="c", prefix="p", from_env=True, config={"a": "1"}),
+    ),
+    "http": (
+        Storage.new_http("https://x.org/r", {"timeout": "3s"}, {"a": "1"}),
+        public.http_storage("https://x.org/r", {"timeout": "3s"}, {"a": "1"}),
+    ),
+    "redirect": (Storage.new_redirect("https://x.org/r"), public.redirect_storage("https://x.org/r")),
+}
+"""By kind, the storage of the class method and that of the function."""
+
+
+@pytest.mark.parametrize("kind", TWICE)
+def test_class_methods_and_functions_make_the_same_storages(kind: str) -> None:
+    method, function = (pickle.loads(pickle.dumps(storage)) for storage in TWICE[kind])
+    assert type(method) is type(function)
+    assert (method, repr(method)) == (function, repr(function))
+    if isinstance(method, S3Storage):
+        assert method._bucket.described == function._bucket.described
+
+
+def test_memory_is_one_of_the_kinds() -> None:
+    assert type(Storage.new_in_memory()) is type(public.in_memory_storage()) is MemoryStorage
+
+
+def test_type_checkers_see_storages_made_by_the_class_methods() -> None:
+    assert assert_type(Storage.new_in_memory(), Storage) is not None
+    assert assert_type(S3Storage.new_local_filesystem("x"), Storage) == LocalStorage("x")
 
 
 def test_unknown_arguments_are_refused_as_python_does() -> None:
