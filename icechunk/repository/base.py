@@ -16,7 +16,6 @@ from icechunk.ops import Attribution, SpecVersion
 from icechunk.runtime.loops import run_sync
 from icechunk.runtime.pickles import instance_of_state
 from icechunk.runtime.representation import fields_html
-from icechunk.runtime.tasks import run_each
 from icechunk.session.core import Core
 from icechunk.storage.port import Storage
 
@@ -88,13 +87,7 @@ class RepositoryBase:
 
     async def _transaction_logs(self, ids: Sequence[ObjectId]) -> list[TransactionLog]:
         """Transaction logs in the order asked for, all read at the same time."""
-        found: dict[ObjectId, TransactionLog] = {}
-
-        async def read(id: ObjectId) -> None:
-            found[id] = await self._core.assets.transaction_log(id)
-
-        await run_each(read, ids, limit=self._core.settings.max_requests)
-        return [found[id] for id in ids]
+        return await self._core.assets.transaction_logs(ids, limit=self._core.settings.max_requests)
 
     async def aclose(self) -> None:
         """Write a last checkpoint where one is due, and close what the running loop has open.

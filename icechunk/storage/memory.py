@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import NoReturn
 
 from icechunk.config import StorageSettings
@@ -65,6 +65,15 @@ class MemoryStorage(Storage):
         return GetResult(
             body=data, size=info.size, version=info.version, modified_us=info.modified_us, date_us=self._wall_us()
         )
+
+    async def get_all(self, keys: Sequence[str]) -> list[GetResult | None]:
+        found: list[GetResult | None] = []
+        for key in keys:
+            try:
+                found.append(await self.get(key))
+            except ObjectNotFoundError:
+                found.append(None)
+        return found
 
     async def put(
         self,
@@ -154,6 +163,10 @@ class MemoryStorage(Storage):
 
     @property
     def supports_writes(self) -> bool:
+        return True
+
+    @property
+    def batches_reads(self) -> bool:
         return True
 
     @property

@@ -358,6 +358,11 @@ class Storage(Constructors["Storage"], ABC):
         return False
 
     @property
+    def batches_reads(self) -> bool:
+        """Whether `get_all` takes much less time than a `get` of each object, all at once."""
+        return False
+
+    @property
     def clock_resolution_us(self) -> int:
         """Resolution of ``modified_us``, which is rounded down, µs."""
         return 1_000_000

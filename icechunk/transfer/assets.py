@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Final, TypeAlias, TypeVar
 
 import anyio
@@ -33,7 +34,7 @@ from icechunk.format.keys import chunk_key, manifest_key, snapshot_key, transact
 from icechunk.format.manifest import decode_manifest
 from icechunk.format.manifest.refs_by_node import of_rank
 from icechunk.format.snapshot.codec import decode_snapshot
-from icechunk.format.transaction import decode_transaction_log
+from icechunk.format.transaction import decode_transaction_log, decode_transaction_logs
 from icechunk.format.values import ChunkRef, ChunkRefs, Manifest, ManifestRef, NodeSnapshot, Snapshot, TransactionLog
 from icechunk.log.session.columns import RefTable, find_row
 from icechunk.runtime.loops import PerLoop
@@ -78,6 +79,9 @@ FEW_MANIFESTS = 8
 _MAX_COMMITS = 1024
 _MAX_MANIFESTS = 8192
 """Largest number of cached values: the many tiny manifests of a long history weigh little, but each takes memory."""
+
+_LOGS_TOGETHER = 256
+"""Transaction logs that are read together: of a million commits, not all bytes are in memory at once."""
 
 FindFile: TypeAlias = Callable[[str], Awaitable[bytes | None]]
 """Looks up a file by its key in another place than the storage; returns None if it is not there."""
@@ -189,6 +193,7 @@ class Assets:
         files: WeightedCache[str, bytes] | None = None,
         find_file: FindFile | None = None,
     ) -> None:
+        self._storage = storage
         self._files = WeightedCache[str, bytes](0) if files is None else files
         self._find_file = find_file
         self._decoders: PerLoop[anyio.CapacityLimiter] = PerLoop(lambda: anyio.CapacityLimiter(max_decodes))
@@ -297,8 +302,41 @@ class Assets:
         found = self._transactions.get(id)
         if found is None:
             found = await self._load(transaction_key(id), lambda data: decode_transaction_log(data, expected_id=id))
-            self._transactions.put(id, found, num_rows(found.updated_chunks) + 1)
+            self._keep_transaction_log(found)
         return found
+
+    async def transaction_logs(self, ids: Sequence[ObjectId], *, limit: int) -> list[TransactionLog]:
+        """As `transaction_log`, many in the order asked for, with at most ``limit`` requests at once."""
+        found: dict[ObjectId, TransactionLog] = {}
+        for first in range(0, len(ids), _LOGS_TOGETHER):
+            found |= await self._read_together(ids[first : first + _LOGS_TOGETHER])
+
+        async def read(id: ObjectId) -> None:
+            found[id] = await self.transaction_log(id)
+
+        await run_each(read, [id for id in dict.fromkeys(ids) if id not in found], limit=limit)
+        return [found[id] for id in ids]
+
+    async def _read_together(self, ids: Sequence[ObjectId]) -> dict[ObjectId, TransactionLog]:
+        """Logs, if the storage reads several files in less time than one after another; without those that need more
+        than a read: `transaction_log` finds them, or says what is wrong with them."""
+        if not self._storage.batches_reads:
+            return {}
+        found = {id: log for id in ids if (log := self._transactions.get(id)) is not None}
+        asked = [id for id in dict.fromkeys(ids) if id not in found and self._files.get(transaction_key(id)) is None]
+        answers = await self._storage.get_all([transaction_key(id) for id in asked])
+        files = [(id, bytes(answer.body)) for id, answer in zip(asked, answers, strict=True) if answer is not None]
+        with suppress(FormatError):
+            decoders = await self._decoders.get()
+            for log in await off_loop(
+                sum(len(data) for _, data in files), partial(decode_transaction_logs, files), decoders
+            ):
+                found[log.id] = log
+                self._keep_transaction_log(log)
+        return found
+
+    def _keep_transaction_log(self, log: TransactionLog) -> None:
+        self._transactions.put(log.id, log, num_rows(log.updated_chunks) + 1)
 
     async def file(self, key: str) -> bytes:
         """The bytes of a metadata file on storage, or of one that is so far only embedded in the log.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from icechunk.errors import FormatError, InvalidInputError
 from icechunk.format import transaction
 from icechunk.format.ids import NodeId, ObjectId, encode_id
-from icechunk.format.transaction import decode_transaction_log, encode_transaction_log
+from icechunk.format.transaction import decode_transaction_log, decode_transaction_logs, encode_transaction_log
 from icechunk.format.values import Move, NodeKind, TransactionLog
 from tests.raising import raises
 from tools.fuzz.strategies import transaction_logs
@@ -31,6 +31,27 @@ def test_transaction_logs_come_back_as_they_were(data: st.DataObject, spec_versi
     log = data.draw(transaction_logs(spec_version))
     again = decode_transaction_log(encode_transaction_log(log, spec_version), expected_id=log.id)
     assert comparable(again) == comparable(log)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.sampled_from((1, 2)).flatmap(lambda version: st.tuples(st.just(version), transaction_logs(version))))
+)
+def test_logs_that_are_read_together_are_those_that_are_read_alone(logs: list[tuple[int, TransactionLog]]) -> None:
+    files = [(log.id, encode_transaction_log(log, version)) for version, log in logs]
+    together = decode_transaction_logs(files)
+    assert list(map(comparable, together)) == [comparable(decode_transaction_log(data)) for _, data in files]
+
+
+def test_among_logs_that_are_read_together_the_one_that_is_damaged_is_named() -> None:
+    logs = [replace(EMPTY, id=ObjectId(bytes([i]) * 12)) for i in range(3)]
+    files = [(log.id, encode_transaction_log(log)) for log in logs]
+    files[1] = (files[1][0], files[1][1][:-3])
+    with raises(FormatError, "invalid-file-format", encode_id(files[1][0])):
+        decode_transaction_logs(files)
+    files[1] = (logs[0].id, files[2][1])
+    with raises(FormatError, "invalid-file-format", encode_id(logs[0].id), encode_id(logs[2].id)):
+        decode_transaction_logs(files)
 
 
 def test_coordinates_are_written_sorted_and_once() -> None:

@@ -7,8 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from icechunk.errors import FormatError
+from icechunk.errors import FormatError, ObjectNotFoundError
 from icechunk.format.ids import NodeId, ObjectId
+from icechunk.format.keys import transaction_key
+from icechunk.format.transaction import encode_transaction_log
 from icechunk.format.values import (
     ID12,
     NATIVE,
@@ -18,9 +20,11 @@ from icechunk.format.values import (
     ManifestRef,
     NodeKind,
     NodeSnapshot,
+    TransactionLog,
 )
 from icechunk.storage.memory import MemoryStorage
 from icechunk.transfer.assets import Assets
+from icechunk.transfer.cache import WeightedCache
 from icechunk.transfer.limiter import Gates
 from tests.raising import raises
 
@@ -80,3 +84,38 @@ async def test_manifest_without_its_array_is_a_damaged_file() -> None:
     assets, node = tiled(1, NodeId(b"another!"))
     with raises(FormatError, "inconsistent-manifests", "'/a'"):
         await assets.reference(node, (0, 0))
+
+
+@pytest.mark.parametrize("batches", [True, False])
+async def test_transaction_logs_come_in_the_order_asked_for_also_torn_ones(
+    batches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MemoryStorage, "batches_reads", batches)
+    storage = MemoryStorage()
+    logs = [TransactionLog(id=ObjectId(bytes([i]) * 12), new_groups=frozenset([NODE])) for i in range(6)]
+    files = {transaction_key(log.id): encode_transaction_log(log) for log in logs}
+    embedded = dict(list(files.items())[1:4])
+    for i, (key, data) in enumerate(files.items()):
+        # The second is torn, and the third has no file yet; the fourth is in memory as well.
+        if i != 2:
+            await storage.put(key, data[:-9] if i == 1 else data)
+    in_memory: WeightedCache[str, bytes] = WeightedCache(10_000)
+    in_memory.put(transaction_key(logs[3].id), embedded[transaction_key(logs[3].id)], 1)
+
+    async def find_file(key: str) -> bytes | None:
+        return embedded.get(key)
+
+    assets = Assets(
+        storage,
+        gates=Gates(4),
+        num_snapshot_nodes=10,
+        num_chunk_refs=10,
+        num_transaction_changes=2,
+        files=in_memory,
+        find_file=find_file,
+    )
+    ids = [logs[i].id for i in (5, 1, 0, 3, 2, 4, 0)]
+    assert [log.id for log in await assets.transaction_logs(ids, limit=2)] == ids
+    assert [log.new_groups for log in await assets.transaction_logs(ids, limit=2)] == [{NODE}] * len(ids)
+    with raises(ObjectNotFoundError, "object-not-found", transaction_key(ObjectId(bytes(12)[:-1] + b"x"))):
+        await assets.transaction_logs([*ids, ObjectId(bytes(12)[:-1] + b"x")], limit=2)

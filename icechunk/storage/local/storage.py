@@ -253,6 +253,10 @@ class LocalStorage(Storage):
         return True
 
     @property
+    def batches_reads(self) -> bool:
+        return True
+
+    @property
     def clock_resolution_us(self) -> int:
         # File systems take the time of the system's last tick, which comes at least a hundred times a second.
         return 10_000
