@@ -189,7 +189,7 @@ async def expire(
 
     def propose(state: RepoState) -> Sequence[Event]:
         tips = set(state.branches.values())
-        behind = ((record.id, record.flushed_at_us) for record in state.snapshots.values() if record.id not in tips)
+        behind = ((id, time_us) for id, time_us in state.snapshots.times() if id not in tips)
         event = expiration(
             state,
             older_than_us=leases.expire_before_us(older_than_us, behind),

@@ -69,6 +69,8 @@ class Leases:
             Ids and times of snapshots that are no tips of branches: bases among them stay in the history, with all that
             came after them, so that their sessions can be rebased.
         """
+        if not self.heads:
+            return older_than_us
         bases = self.bases
         # A snapshot that a session may have committed must be found when it is resumed.
         tried = [head.since_us for head in self.heads if head.attempts]

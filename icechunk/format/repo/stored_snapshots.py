@@ -206,6 +206,11 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         table = self.tables.table(row)
         return ObjectId(required(table.inline(ID, _ID_SIZE), table, "id"))
 
+    def all_ids(self) -> list[ObjectId]:
+        """The ids of all rows, in much less time than one by one."""
+        ids: list[ObjectId] = np.frombuffer(self._index.ids, f"V{_ID_SIZE}").tolist()
+        return ids
+
     def rows_by_id(self) -> npt.NDArray[np.intp]:
         """All rows in the order of their ids."""
         by_id = self._index.by_id
@@ -218,9 +223,8 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
 
     def parents(self) -> Iterator[tuple[ObjectId, ObjectId | None]]:
         """The id of every snapshot and of its parent, by row; nothing else is decoded."""
-        index = self._index
-        for row, parent in enumerate(index.parents):
-            yield index.id(row), None if parent == NO_PARENT else index.id(parent)
+        ids = self.all_ids()
+        return zip(ids, [None if parent == NO_PARENT else ids[parent] for parent in self._index.parents], strict=True)
 
     def times(self) -> list[int]:
         """The time at which each snapshot was written, by row, µs."""
@@ -300,7 +304,7 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         return len(self.tables)
 
     def __iter__(self) -> Iterator[ObjectId]:
-        return map(self._index.id, range(len(self.tables)))
+        return iter(self.all_ids())
 
     def __contains__(self, id: object) -> bool:
         return self.find(id) is not None

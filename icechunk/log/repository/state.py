@@ -712,9 +712,8 @@ def _expired(state: RepoState, event: e.ExpirationRan) -> RepoState:
             change.id,
             replace(record, parent=change.parent, pruned_ancestor_tx_logs=change.pruned_ancestor_tx_logs),
         )
-    for gone in released:
-        if gone not in state.snapshots:
-            require_snapshot(state, gone)
+    for gone in released - dict(state.snapshots.parents()).keys():
+        require_snapshot(state, gone)
     snapshots = snapshots.without(released)
     parents = dict(snapshots.parents())
     if released & {*branches.values(), *tags.values()} or any(

@@ -16,7 +16,7 @@ from typing import Any, Final
 import orjson
 
 from icechunk.errors import ErrorKind, FormatError, IcechunkError, InvalidInputError
-from icechunk.format.ids import ObjectId, decode_id, encode_id, object_id_from_text
+from icechunk.format.ids import ObjectId, decode_id, encode_id, object_id_from_text, object_ids_from_texts
 from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.log.repository import events as e
 from icechunk.log.repository.events import pack, unpack
@@ -275,7 +275,7 @@ class _Fields:
         return tuple(values)
 
     def ids(self, name: str) -> tuple[ObjectId, ...]:
-        return tuple(object_id_from_text(text) for text in self.texts(name))
+        return tuple(object_ids_from_texts(self.texts(name)))
 
     def mapping(self, name: str) -> dict[str, Any]:
         value = unpack(self.any(name))
