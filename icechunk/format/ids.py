@@ -15,6 +15,7 @@ __all__ = [
     "ObjectId",
     "decode_id",
     "encode_id",
+    "encode_ids",
     "object_id_from_text",
     "object_ids_from_texts",
 ]
@@ -29,6 +30,7 @@ _ALPHABET: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _VALUES: Final = {c: i for i, c in enumerate(_ALPHABET)}
 _NO_VALUE: Final = 255
 _VALUES_BY_BYTE: Final = bytes(_VALUES.get(chr(byte), _NO_VALUE) for byte in range(256))
+_BYTES_BY_VALUE: Final = _ALPHABET.encode().ljust(256, b"?")
 _FEW: Final = 16
 _PAIRS: Final = [first + second for first in _ALPHABET for second in _ALPHABET]
 
@@ -60,6 +62,19 @@ def encode_id(raw: bytes) -> str:
     chars = -(-bits // 5)
     number = int.from_bytes(raw) << (chars * 5 - bits)
     return "".join([_ALPHABET[(number >> shift) & 31] for shift in range((chars - 1) * 5, -1, -5)])
+
+
+def encode_ids(ids: Sequence[ObjectId]) -> list[str]:
+    """As `encode_id`, of many objects at once."""
+    if len(ids) < _FEW:
+        return [encode_id(id) for id in ids]
+    bits = np.unpackbits(np.frombuffer(b"".join(ids), np.uint8)).reshape(len(ids), 8 * _OBJECT_ID_BYTES)
+    values = np.zeros((len(ids), 20, 8), np.uint8)
+    padded = np.zeros((len(ids), 100), np.uint8)
+    padded[:, : bits.shape[1]] = bits
+    values[:, :, 3:] = padded.reshape(len(ids), 20, 5)
+    joined = np.packbits(values).tobytes().translate(_BYTES_BY_VALUE).decode()
+    return [joined[at : at + 20] for at in range(0, len(joined), 20)]
 
 
 def decode_id(text: str, size: int) -> bytes:

@@ -5,12 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icechunk.errors import InvalidInputError
-from icechunk.format.ids import encode_id, object_ids_from_texts
+from icechunk.format.ids import ObjectId, encode_id, encode_ids, object_ids_from_texts
 from tests.raising import raises
 
 
-@given(st.lists(st.binary(min_size=12, max_size=12), max_size=40))
-def test_many_ids_come_back_from_their_texts(ids: list[bytes]) -> None:
+@given(st.lists(st.binary(min_size=12, max_size=12).map(ObjectId), max_size=40))
+def test_many_ids_come_back_from_their_texts(ids: list[ObjectId]) -> None:
+    assert encode_ids(ids) == [encode_id(id) for id in ids]
     assert object_ids_from_texts([encode_id(id) for id in ids]) == ids
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 import orjson
 
 from icechunk.errors import ErrorKind, FormatError, IcechunkError, InvalidInputError
-from icechunk.format.ids import ObjectId, decode_id, encode_id, object_id_from_text, object_ids_from_texts
+from icechunk.format.ids import ObjectId, decode_id, encode_id, encode_ids, object_id_from_text, object_ids_from_texts
 from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.log.repository import events as e
 from icechunk.log.repository.events import pack, unpack
@@ -144,7 +144,7 @@ def _snapshot(record: SnapshotRecord) -> dict[str, Any]:
         "flushed_at": record.flushed_at_us,
         "message": record.message,
         "metadata": pack(record.metadata),
-        "pruned": [encode_id(pruned) for pruned in record.pruned_ancestor_tx_logs],
+        "pruned": encode_ids(record.pruned_ancestor_tx_logs),
     }
 
 
@@ -189,12 +189,12 @@ def _encode_event(event: e.Event) -> dict[str, Any]:
         case e.ExpirationRan():
             return {
                 "kind": "expiration",
-                "released": [encode_id(gone) for gone in event.released],
+                "released": encode_ids(event.released),
                 "reparented": [
                     {
                         "id": encode_id(change.id),
                         "parent": None if change.parent is None else encode_id(change.parent),
-                        "pruned": [encode_id(pruned) for pruned in change.pruned_ancestor_tx_logs],
+                        "pruned": encode_ids(change.pruned_ancestor_tx_logs),
                     }
                     for change in event.reparented
                 ],
