@@ -26,7 +26,14 @@ FLOORS = [
     {"snapshots"},
     {"storage"},
     {"transfer"},
-    {"log.repository"},
+    {"log.repository", "log.repository.events"},
+    {"log.repository.state"},
+    {"log.repository.event_json", "log.repository.entry", "log.repository.marker"},
+    {"log.repository.port", "log.repository.freshness"},
+    {"log.repository.objects", "log.repository.ops_log", "log.repository.store_check", "log.repository.tokens"},
+    {"log.repository.queue", "log.repository.settle"},
+    {"log.repository.entries", "log.repository.ref_files", "log.repository.repo_object"},
+    {"log.repository.successors", "log.repository.create", "log.repository.open", "log.repository.convert"},
     {"maintenance", "virtual_access"},
     {"store"},
     {"session"},
@@ -42,8 +49,13 @@ IMPURE = {
     "aiobotocore", "aiohttp", "anyio", "asyncio", "http", "os", "pathlib", "random", "secrets", "socket", "subprocess",
     "tempfile", "threading", "time",
 }  # fmt: skip
-PURE = ["format", "log.session", "log.repository.events", "log.repository.state"]
+PURE = [
+    "format", "log.session", "log.repository.events", "log.repository.state", "log.repository.event_json",
+    "log.repository.entry", "log.repository.marker",
+]  # fmt: skip
 """Rooms and modules without I/O, clock and chance."""
+SIBLINGS = ["log.repository.entries", "log.repository.ref_files", "log.repository.repo_object"]
+"""The three layouts of the repository log. They share the modules of `log.repository` below them."""
 
 
 def modules() -> dict[str, Path]:
@@ -101,6 +113,16 @@ def test_there_is_no_circle_of_imports() -> None:
         tuple(TopologicalSorter(graph).static_order())
     except CycleError as error:
         pytest.fail(f"circle of imports: {error.args[1]}")
+
+
+@pytest.mark.parametrize("layout", SIBLINGS)
+def test_layouts_do_not_know_one_another(layout: str) -> None:
+    for module, path in MODULES.items():
+        if f"{module}.".startswith(f"{layout}."):
+            others = {
+                other for other in imported_modules(path) for room in SIBLINGS if f"{other}.".startswith(f"{room}.")
+            }
+            assert all(f"{other}.".startswith(f"{layout}.") for other in others), f"{module} imports {others}"
 
 
 @pytest.mark.parametrize("room", PURE)

@@ -18,8 +18,8 @@ from icechunk.format.ids import object_id_from_text
 from icechunk.format.keys import transaction_key
 from icechunk.format.repo.codec import decode_repo
 from icechunk.log.repository.entries import embedded
-from icechunk.log.repository.entries.entry import decode_entry, parse_slot_key
 from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.entry import decode_entry, parse_slot_key
 from icechunk.log.repository.events import CollectionRan
 from icechunk.repository import Repository
 from icechunk.session.content import SessionContent

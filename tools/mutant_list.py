@@ -89,7 +89,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "conversion-makes-no-copy",
         "rule 8: the mark of the last swap is kept through a conversion",
-        LOG + "entries/checkpoint.py",
+        LOG + "convert.py",
         "updates=UpdateList.of(found.info.updates).settled(backup)",
         "updates=UpdateList.of(found.info.updates)",
         ("repo",),
@@ -97,7 +97,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "pruned-slot-settles",
         "rule 3: a slot up to the marker counts only until T + G/2",
-        LOG + "entries/reader.py",
+        LOG + "objects.py",
         "marker.epoch == token.epoch and token.n > marker.n",
         "marker.epoch == token.epoch and token.n > 0",
     ),
@@ -113,7 +113,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "unfinished-upgrade-hides-commits",
         "until an upgrade is finished the refs count",
         LOG + "repo_object/client.py",
-        "                info = await as_refs_say(self._storage, self._sources, seen.unfinished)\n",
+        "                info = await self._successors.as_refs_say(seen.unfinished)\n",
         "                info = seen.unfinished\n",
         ("refs",),
         ("tests/repository/test_upgrade.py",),
@@ -438,7 +438,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "conversion-without-condition",
         "rule 8: a conversion replaces only the version that it read",
-        LOG + "entries/checkpoint.py",
+        LOG + "convert.py",
         "            await storage.put(REPO_KEY, encoded.data, Matches(found.known.version))\n            return epoch\n",
         "            await storage.put(REPO_KEY, encoded.data)\n            return epoch\n",
         ("log", "repo"),

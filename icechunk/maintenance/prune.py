@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from icechunk.errors import PreconditionFailedError, StorageError
-from icechunk.log.repository.entries.entry import (
+from icechunk.log.repository.entries.reader import list_head
+from icechunk.log.repository.entry import (
     LOG_PREFIX,
     epoch_prefix,
     floor_key,
@@ -27,8 +28,9 @@ from icechunk.log.repository.entries.entry import (
     parse_floor_key,
     slot_key,
 )
-from icechunk.log.repository.entries.reader import PRUNE_WAIT_US, list_head, read_repo, read_slot
 from icechunk.log.repository.events import Sealed
+from icechunk.log.repository.freshness import PRUNE_WAIT_US
+from icechunk.log.repository.objects import read_repo, read_slot
 from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.log.repository.store_check import require_writable
 from icechunk.runtime.clock import Sources

@@ -12,9 +12,9 @@ from icechunk.format.repo.codec import decode_repo, encode_repo
 from icechunk.format.repo.repo_info import ONLINE, Status
 from icechunk.log.repository.convert import convert_log
 from icechunk.log.repository.create import create_log
-from icechunk.log.repository.entries.entry import floor_key, parse_floor_key, parse_slot_key, slot_key
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.entries.takeover import seal_log
+from icechunk.log.repository.entry import floor_key, parse_floor_key, parse_slot_key, slot_key
 from icechunk.log.repository.open import open_repository
 from icechunk.log.repository.port import Layout
 from icechunk.maintenance.prune import prune_log

@@ -22,7 +22,7 @@ from icechunk.format.manifest import decode_manifest
 from icechunk.format.repo.codec import decode_repo
 from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.format.transaction import decode_transaction_log
-from icechunk.log.repository.entries.entry import floor_key
+from icechunk.log.repository.entry import floor_key
 from icechunk.log.repository.marker import decode_marker
 from icechunk.log.repository.open import open_repository
 from icechunk.maintenance.prune import prune_log

@@ -9,7 +9,7 @@ from icechunk.format.envelope import COMPRESSION_ZSTD, HEADER_SIZE, FileType, un
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id
 from icechunk.format.transaction import decode_transaction_log, encode_transaction_log
 from icechunk.format.values import TransactionLog
-from icechunk.log.repository.entries.entry import slot_key
+from icechunk.log.repository.entry import slot_key
 from tests.spec.pages import block, hexdump, page, rows
 
 A = ObjectId(bytes([1]) * 12)

@@ -11,7 +11,7 @@ from icechunk.format.envelope import HEADER_SIZE
 from icechunk.format.flat.flatbuffers import MAX_TABLES
 from icechunk.format.flat.flexbuffers import MAX_DEPTH
 from icechunk.format.transaction import MAX_CHUNKS
-from icechunk.log.repository.entries.reader import MAX_SKEW_US, PRUNE_WAIT_US, TRUST_US
+from icechunk.log.repository.freshness import MAX_SKEW_US, PRUNE_WAIT_US, TRUST_US
 from icechunk.log.repository.queue import MAX_MEMBERS
 from icechunk.log.session.array_fold import LARGE_LAYER, MANY_LAYERS, OPEN_ROWS
 from icechunk.log.session.plan.compaction import Policy

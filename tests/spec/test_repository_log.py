@@ -10,16 +10,16 @@ import orjson
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.log.repository import events as e
-from icechunk.log.repository.entries.entry import (
+from icechunk.log.repository.entry import (
     Entry,
     decode_entry,
     encode_entry,
-    encode_events,
     floor_key,
     new_epoch,
     parse_slot_key,
     slot_key,
 )
+from icechunk.log.repository.event_json import encode_events
 from icechunk.log.repository.marker import decode_marker, encode_marker
 from icechunk.log.repository.state import initial_state, try_apply_all
 from tests.spec.pages import block, code, page, rows

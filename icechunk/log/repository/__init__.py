@@ -1,4 +1,6 @@
-"""The repository log: what happens to a repository is an event, its state is their fold, and a layout persists them.
+"""The repository log: each change of a repository is an event, the state is their fold, a layout persists them.
 
-`entries`, `repo_object` and `ref_files` are the three layouts. Sessions, chunks and Zarr are not known here.
+`events` and `state` are pure; `settle` is the engine of conditional writes. The three layouts, `entries`, `repo_object`
+and `ref_files`, do not import one another; `open`, `create` and `convert` choose among them. Sessions, chunks and Zarr
+do not belong here, nor does anything that knows how a store keeps its bytes.
 """

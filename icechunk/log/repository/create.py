@@ -37,24 +37,19 @@ from icechunk.format.repo.repo_info import RepoInfo, SnapshotRecord
 from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
 from icechunk.format.transaction import encode_transaction_log
 from icechunk.format.values import Snapshot, TransactionLog
-from icechunk.log.repository.entries.entry import copy_key, new_epoch
 from icechunk.log.repository.entries.layout import LogLayout
-from icechunk.log.repository.entries.reader import (
-    Head,
-    Opened,
-    RepoObject,
-    instant,
-    known_of,
-    read_repo,
-    ref_files_there,
-)
+from icechunk.log.repository.entries.reader import Head, Opened
+from icechunk.log.repository.entry import copy_key, new_epoch
+from icechunk.log.repository.freshness import instant
 from icechunk.log.repository.marker import checkpoint_info, write_mark
+from icechunk.log.repository.objects import RepoObject, known_of, read_repo, ref_files_there
 from icechunk.log.repository.queue import UpdateRetries
 from icechunk.log.repository.ref_files.layout import RefFilesLayout
 from icechunk.log.repository.ref_files.names import RefNames, encode_ref
 from icechunk.log.repository.repo_object.layout import RepoObjectLayout
 from icechunk.log.repository.state import MAIN, RepoState, initial_state, to_repo_info
 from icechunk.log.repository.store_check import require_atomic, require_writable
+from icechunk.log.repository.successors import SuccessorsOf
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.tasks import run_jobs
 from icechunk.storage.outcome import is_refusal
@@ -332,7 +327,14 @@ async def create_repo_object(
     info = to_repo_info(state, extra=mark)
     found = await _create_repo(storage, sources, info, lambda found: _grew_from(storage, found, mark))
     await require_clean(storage, everything=False)
-    return RepoObjectLayout(storage, sources, found, updates_per_file=updates_per_file, retries=retries)
+    return RepoObjectLayout(
+        storage,
+        sources,
+        found,
+        successors=SuccessorsOf(storage, sources, updates_per_file),
+        updates_per_file=updates_per_file,
+        retries=retries,
+    )
 
 
 async def _grew_from(storage: Storage, found: RepoObject, mark: bytes) -> bool:

@@ -5,7 +5,8 @@ marker in ``extra`` names the slot up to which the log is folded into it, and ke
 for.
 
 In the repo-object layout ``extra`` holds the nonce of the write and the cutoff of the last collection. The official
-library drops ``extra`` whenever it rewrites ``repo``; that is no error, both values are unknown then.
+library drops ``extra`` whenever it rewrites ``repo``; that is no error, both values are unknown then. While an upgrade
+from format 1 is not finished, ``extra`` says so.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ __all__ = [
     "decode_marker",
     "encode_marker",
     "files_to_open_with",
+    "is_unfinished",
     "keep_updates",
     "nonce_of",
     "state_of",
     "unmarked_info",
+    "upgrade_mark",
     "write_mark",
 ]
 
@@ -85,6 +88,25 @@ def cutoff_of(extra: bytes | None) -> int:
     """The cutoff of the last collection, store time in µs; 0 where none is known."""
     cutoff = _document(extra).get("gc", 0)
     return cutoff if type(cutoff) is int and 0 <= cutoff < 1 << 63 else 0
+
+
+_UPGRADE_NAME: Final = "aioicechunk-upgrade"
+
+
+def upgrade_mark(nonce: bytes) -> bytes:
+    """The bytes of ``extra`` as long as an upgrade from format 1 is not finished."""
+    return orjson.dumps({_UPGRADE_NAME: nonce.hex()})
+
+
+def is_unfinished(info: RepoInfo) -> bool:
+    """Whether ``repo`` is that of an upgrade from format 1 that is not finished: until then the refs count."""
+    if info.extra is None or info.status.availability != READ_ONLY:
+        return False
+    try:
+        document = orjson.loads(info.extra)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(document, dict) and _UPGRADE_NAME in document
 
 
 READ_ONLY_REASON: Final = (

@@ -7,23 +7,24 @@ from typing import Any, TypeAlias, assert_never
 
 from icechunk.errors import AccessDeniedError, ObjectNotFoundError, RepositoryNotFoundError, StorageError
 from icechunk.log.repository.create import create_log, create_ref_files, create_repo_object
-from icechunk.log.repository.entries.checkpoint import DEFAULT_UPDATES_PER_FILE, finish_conversion
+from icechunk.log.repository.entries.checkpoint import finish_conversion
 from icechunk.log.repository.entries.embedded import materialize_entries
 from icechunk.log.repository.entries.layout import LogLayout
-from icechunk.log.repository.entries.reader import (
+from icechunk.log.repository.entries.reader import Opened, open_head
+from icechunk.log.repository.entries.takeover import seal_abandoned
+from icechunk.log.repository.objects import (
+    DEFAULT_UPDATES_PER_FILE,
     MAIN_REF_KEY,
-    Opened,
     RepoObject,
-    open_head,
     read_repo,
     ref_files_there,
 )
-from icechunk.log.repository.entries.takeover import seal_abandoned
 from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.log.repository.queue import UpdateRetries
 from icechunk.log.repository.ref_files.layout import RefFilesLayout
 from icechunk.log.repository.repo_object.layout import RepoObjectLayout
 from icechunk.log.repository.store_check import may_write
+from icechunk.log.repository.successors import SuccessorsOf
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.storage.outcome import is_refusal
 from icechunk.storage.port import Storage
@@ -91,7 +92,14 @@ async def open_repository(
     if isinstance(opened, Opened):
         return LogLayout(storage, sources, opened, updates_per_file=updates_per_file)
     await _report_abandoned(storage, sources, opened)
-    log = RepoObjectLayout(storage, sources, opened, updates_per_file=updates_per_file, retries=retries)
+    log = RepoObjectLayout(
+        storage,
+        sources,
+        opened,
+        successors=SuccessorsOf(storage, sources, updates_per_file),
+        updates_per_file=updates_per_file,
+        retries=retries,
+    )
     await log.complete()
     return log
 

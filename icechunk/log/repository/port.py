@@ -100,6 +100,14 @@ class RepositoryLog(ABC):
         """So many bytes of files may go with one `append` at no cost; 0: they are better written before."""
         return 0
 
+    @property
+    def ended_reason(self) -> str | None:
+        """Why this instance only reads any more: the repository was converted, or another client took it over.
+
+        None: as far as is known by the last look, it still may append.
+        """
+        return None
+
     def share_files(self, files: WeightedCache[str, bytes]) -> None:  # noqa: B027
         """Keep small files that come with the log there, by key, for all loops and threads of the repository."""
 

@@ -20,7 +20,7 @@ from typing import Any, Final
 from icechunk.errors import IcechunkError
 from icechunk.format.ids import ObjectId
 from icechunk.log.repository import events as e
-from icechunk.log.repository.entries.entry import EncodedEvents, decode_events, encode_events
+from icechunk.log.repository.event_json import EncodedEvents, decode_events, encode_events
 from icechunk.log.repository.port import Caller, Propose, SwapToken
 from icechunk.log.repository.state import RepoState, apply
 from icechunk.runtime.clock import Sources

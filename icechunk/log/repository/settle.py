@@ -34,7 +34,7 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.format.ids import encode_id
-from icechunk.log.repository.entries.embedded import put_once
+from icechunk.log.repository.objects import put_once
 from icechunk.log.repository.port import Caller, Propose, RepositoryLog
 from icechunk.log.repository.queue import Attempt, Group, Waiting, resolve, tell_sent
 from icechunk.log.repository.state import RepoState

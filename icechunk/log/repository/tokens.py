@@ -11,7 +11,7 @@ from typing import Final
 
 from icechunk.errors import CommitOutcomeUnknown, RepositoryNotFoundError, SessionStateError
 from icechunk.format.repo.repo_info import RepoMigrated
-from icechunk.log.repository.entries.reader import RepoObject, nonce_in_slot, read_repo
+from icechunk.log.repository.objects import RepoObject, nonce_in_slot, read_repo
 from icechunk.log.repository.ops_log import any_in_history, happened, updates_of
 from icechunk.log.repository.port import SwapToken
 from icechunk.log.repository.state import from_repo_info

@@ -15,9 +15,9 @@ from icechunk.format.snapshot.codec import encode_snapshot
 from icechunk.format.values import Snapshot
 from icechunk.log.repository.convert import convert_log
 from icechunk.log.repository.create import create_log, create_ref_files, create_repo_object
-from icechunk.log.repository.entries.reader import read_slot
 from icechunk.log.repository.events import CommitAdded, TagCreated
-from icechunk.log.repository.open import open_repository
+from icechunk.log.repository.objects import read_slot
+from icechunk.log.repository.open import detect, open_repository
 from icechunk.log.repository.port import Layout, RepositoryLog, SwapToken
 from icechunk.log.repository.ref_files.upgrade import upgrade
 from icechunk.log.repository.state import RepoState
@@ -44,6 +44,54 @@ async def test_a_token_of_the_log_is_settled_after_the_conversion(landed: bool) 
     assert await now.settle(token) is landed
     for each in (log, now):
         await each.aclose()
+
+
+async def convert_by_another_client(storage: MemoryStorage, layout: Layout) -> None:
+    other = await open_repository(storage)
+    await convert_log(other, storage, SYSTEM, layout)
+    await other.aclose()
+
+
+async def test_a_client_that_followed_into_a_log_converts_that_log() -> None:
+    storage = MemoryStorage()
+    log = await create_repo_object(storage)
+    await convert_by_another_client(storage, Layout.LOG)
+    await log.refresh()
+    await convert_log(log, storage, SYSTEM, Layout.REPO)
+    assert await detect(storage) is Layout.REPO
+    await log.aclose()
+
+
+async def test_a_client_of_a_log_that_has_ended_converts_what_the_log_became() -> None:
+    storage = MemoryStorage()
+    log = await create_log(storage)
+    await convert_by_another_client(storage, Layout.REPO)
+    await convert_log(log, storage, SYSTEM, Layout.LOG)
+    assert await detect(storage) is Layout.LOG
+    await log.aclose()
+
+
+@pytest.mark.parametrize("target", [Layout.LOG, Layout.REPO])
+async def test_a_client_that_another_one_was_faster_than_changes_nothing(target: Layout) -> None:
+    storage = MemoryStorage()
+    log: RepositoryLog = await (create_repo_object if target is Layout.LOG else create_log)(storage)
+    await convert_by_another_client(storage, target)
+    before = await storage.get("repo")
+    await convert_log(log, storage, SYSTEM, target)
+    assert await detect(storage) is target
+    assert (await storage.get("repo")).data == before.data
+    await log.aclose()
+
+
+@pytest.mark.parametrize("target", [Layout.LOG, Layout.REPO])
+async def test_a_client_whose_layout_ended_and_came_back_converts_the_new_one(target: Layout) -> None:
+    storage = MemoryStorage()
+    log: RepositoryLog = await (create_repo_object if target is Layout.LOG else create_log)(storage)
+    await convert_by_another_client(storage, target)
+    await convert_by_another_client(storage, log.layout)
+    await convert_log(log, storage, SYSTEM, target)
+    assert await detect(storage) is target
+    await log.aclose()
 
 
 # ----------------------------------------------------- tokens of layouts that have ended

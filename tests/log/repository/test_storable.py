@@ -15,7 +15,8 @@ from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.format.repo.codec import decode_repo, encode_repo
 from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.log.repository import events as e
-from icechunk.log.repository.entries.entry import decode_entry, encode_entry, encode_events
+from icechunk.log.repository.entry import decode_entry, encode_entry
+from icechunk.log.repository.event_json import encode_events
 from icechunk.log.repository.marker import checkpoint_info, decode_marker, state_of
 from icechunk.log.repository.queue import build
 from icechunk.log.repository.state import LAST_TIME_US, RepoState, apply, initial_state, to_repo_info, try_apply_all

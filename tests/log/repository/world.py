@@ -10,8 +10,9 @@ from icechunk.format.ids import ObjectId
 from icechunk.format.repo.repo_info import NewCommit
 from icechunk.log.repository import events as e
 from icechunk.log.repository.create import create_log
-from icechunk.log.repository.entries.entry import encode_entry, encode_events, slot_key
 from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.entry import encode_entry, slot_key
+from icechunk.log.repository.event_json import encode_events
 from icechunk.log.repository.open import open_repository
 from icechunk.log.repository.port import RepositoryLog
 from icechunk.runtime.clock import SYSTEM, Sources

@@ -13,11 +13,12 @@ from icechunk.config import StorageRetriesSettings, StorageSettings
 from icechunk.credentials import azure_credentials, gcs_credentials
 from icechunk.errors import ConflictError
 from icechunk.format.ids import FIRST_SNAPSHOT
+from icechunk.log.repository import objects
 from icechunk.log.repository.create import create_log
 from icechunk.log.repository.entries import client as log_view
 from icechunk.log.repository.entries import layout
 from icechunk.log.repository.entries import reader as log_reader
-from icechunk.log.repository.entries.entry import slot_key
+from icechunk.log.repository.entry import slot_key
 from icechunk.log.repository.open import open_repository
 from icechunk.runtime.clock import Sources
 from icechunk.storage.obstore.buckets import AzureContainer, GcsBucket
@@ -77,7 +78,7 @@ def bucket(request: pytest.FixtureRequest) -> Iterator[Storage]:
 
 
 def without_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (layout, log_view, log_reader):
+    for module in (layout, log_view, log_reader, objects):
         monkeypatch.setattr(module, "is_fresh", lambda freshness, answer: True)
 
 

@@ -1,1 +1,4 @@
-"""The log layout: one new object for each entry. Creating the next slot is the commit."""
+"""The log layout: one new object per entry, checkpoints of the log in ``repo``, and files embedded in entries.
+
+What another layout needs too (entries as bytes, single slots, ``repo`` itself) belongs in `icechunk.log.repository`.
+"""

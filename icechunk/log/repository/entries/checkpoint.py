@@ -9,18 +9,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Final, TypeAlias
 
-from icechunk.config.repository import DEFAULT_NUM_UPDATES_PER_REPO_INFO_FILE
 from icechunk.errors import ErrorKind, ObjectNotFoundError, PreconditionFailedError, StorageError
 from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name
-from icechunk.format.repo.codec import EncodedRepo, encode_and_keep
 from icechunk.format.repo.repo_info import RepoInfo
-from icechunk.format.repo.updates import UpdateList
 from icechunk.log.repository.entries.embedded import Materialize, make_durable, nothing_embedded
-from icechunk.log.repository.entries.entry import copy_key, new_epoch
-from icechunk.log.repository.entries.reader import Head, Known, RepoObject, known_of, read_repo
+from icechunk.log.repository.entries.reader import Head
+from icechunk.log.repository.entry import copy_key
 from icechunk.log.repository.marker import (
     NO_FILES,
     Kept,
@@ -28,33 +24,27 @@ from icechunk.log.repository.marker import (
     checkpoint_info,
     encode_marker,
     keep_updates,
-    state_of,
     unmarked_info,
 )
-from icechunk.log.repository.store_check import require_atomic
+from icechunk.log.repository.objects import Known, RepoObject, encode, known_of, read_repo
 from icechunk.runtime.clock import Sources
-from icechunk.runtime.tasks import in_thread
 from icechunk.storage.outcome import is_refusal
 from icechunk.storage.port import Absent, Matches, Put, Storage
 
 __all__ = [
-    "DEFAULT_UPDATES_PER_FILE",
     "Embedded",
     "LostRepo",
     "Written",
     "checkpoint_is_due",
-    "convert_to_log",
     "finish_conversion",
     "write_checkpoint",
     "write_durable",
     "write_unsynced",
 ]
 
-DEFAULT_UPDATES_PER_FILE: Final = DEFAULT_NUM_UPDATES_PER_REPO_INFO_FILE
 _SMALL_BYTES: Final = 64 * 1024
 _LONG_TAIL: Final = 64
 _HISTORY_SHARE: Final = 8
-_THREAD_FROM_SNAPSHOTS: Final = 2000
 _ATTEMPTS: Final = 20
 
 Embedded: TypeAlias = Callable[[int, int], Awaitable[Mapping[str, bytes]]]
@@ -89,13 +79,6 @@ def checkpoint_is_due(head: Head, known: Known) -> bool:
     if tail <= 0:
         return False
     return known.size_bytes < _SMALL_BYTES or tail > _LONG_TAIL or tail * _HISTORY_SHARE > len(head.state.snapshots)
-
-
-async def encode(info: RepoInfo) -> EncodedRepo:
-    """Encode ``repo``, in a thread where that takes long."""
-    if len(info.snapshots) < _THREAD_FROM_SNAPSHOTS:
-        return encode_and_keep(info)
-    return await in_thread(partial(encode_and_keep, info))
 
 
 async def write_checkpoint(
@@ -334,53 +317,5 @@ async def finish_conversion(
     raise StorageError(
         f"cannot finish the conversion of {storage.describe()}: no certain answer after {_ATTEMPTS} tries; opening the "
         "repository tries again",
-        ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
-    )
-
-
-async def convert_to_log(storage: Storage, sources: Sources) -> str:
-    """Make a repository of the repo-object layout one of the log layout: one conditional write.
-
-    Like every replacement of ``repo`` in that layout it makes a copy of what it replaces, and the newest updates name
-    it: the mark of the change that made them is there.
-
-    Returns
-    -------
-    str
-        The epoch: a new one, or the present one where it is a log already.
-
-    Raises
-    ------
-    ObjectNotFoundError
-        There is no ``repo``.
-    StorageError
-        No certain answer: call again; or a storage without conditional writes (kind ``storage-config``).
-    """
-    require_atomic(storage)
-    epoch = new_epoch(sources.random_bytes(12), sources.wall_us())
-    for _ in range(_ATTEMPTS):
-        found = await read_repo(storage, sources)
-        if found is None:
-            raise ObjectNotFoundError(f"no object {REPO_KEY!r} in {storage.describe()}: nothing to convert")
-        if found.known.marker is not None and found.known.read_only:
-            return found.known.marker.epoch
-        backup = overwritten_repo_name(max(sources.wall_us(), 0) // 1000, sources.random_bytes(12))
-        info = replace(found.info, updates=UpdateList.of(found.info.updates).settled(backup))
-        durable = 0 if storage.defers_syncs else None
-        encoded = await encode(checkpoint_info(state_of(info, None), epoch=epoch, n=0, durable=durable))
-        try:
-            await storage.copy(REPO_KEY, overwritten_repo_key(backup))
-            if storage.defers_syncs:
-                await storage.put(copy_key(epoch, 0), encoded.data)
-            await storage.put(REPO_KEY, encoded.data, Matches(found.known.version))
-            return epoch
-        except PreconditionFailedError:
-            continue
-        except StorageError as error:
-            if is_refusal(error):
-                raise
-            await sources.sleep(0.05)
-    raise StorageError(
-        f"cannot convert {storage.describe()} to the log layout: no certain answer after {_ATTEMPTS} tries; call again",
         ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
     )

@@ -31,7 +31,8 @@ from icechunk.log.repository.entries.checkpoint import (
     write_unsynced,
 )
 from icechunk.log.repository.entries.client import LogView
-from icechunk.log.repository.entries.reader import Head, RepoObject, read_repo
+from icechunk.log.repository.entries.reader import Head
+from icechunk.log.repository.objects import RepoObject, read_repo
 from icechunk.log.repository.store_check import require_atomic
 from icechunk.runtime.tasks import finish_task
 

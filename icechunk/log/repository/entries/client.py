@@ -21,28 +21,23 @@ from typing import Final
 from icechunk.errors import AccessDeniedError, FormatError, IcechunkError, ObjectNotFoundError, StorageError
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.keys import REPO_KEY, snapshot_key
-from icechunk.log.repository.entries.checkpoint import DEFAULT_UPDATES_PER_FILE, Written, finish_conversion
+from icechunk.log.repository.entries.checkpoint import Written, finish_conversion
 from icechunk.log.repository.entries.embedded import EmbeddedFiles
-from icechunk.log.repository.entries.entry import Entry, decode_entry, epoch_prefix
 from icechunk.log.repository.entries.reader import (
     Head,
-    Instant,
-    Known,
     Opened,
-    RepoObject,
     fold_entry,
-    instant,
-    is_fresh,
     open_head,
-    read_slot,
     read_tail,
     read_until_absent,
-    store_time_us,
     try_list_head,
 )
 from icechunk.log.repository.entries.takeover import Stranded, find_seal, find_stranded, seal_log
+from icechunk.log.repository.entry import Entry, decode_entry, epoch_prefix
 from icechunk.log.repository.events import CONVERT, Sealed
+from icechunk.log.repository.freshness import Instant, instant, is_fresh, store_time_us
 from icechunk.log.repository.marker import NO_FILES, files_to_open_with, state_of
+from icechunk.log.repository.objects import DEFAULT_UPDATES_PER_FILE, Known, RepoObject, read_slot
 from icechunk.log.repository.state import MAIN, RepoState, resting_on
 from icechunk.log.repository.store_check import may_write
 from icechunk.runtime.clock import Sources

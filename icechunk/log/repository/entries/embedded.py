@@ -21,14 +21,14 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Final, TypeAlias
 
-from icechunk.errors import IcechunkError, PreconditionFailedError
-from icechunk.log.repository.entries.entry import Entry
-from icechunk.log.repository.entries.reader import read_slot
+from icechunk.errors import IcechunkError
+from icechunk.log.repository.entry import Entry
+from icechunk.log.repository.objects import put_once, read_slot
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import finish_task, run_jobs
 from icechunk.storage.port import Absent, GetResult, Put, Storage
 
-__all__ = ["EmbeddedFiles", "Materialize", "make_durable", "materialize_entries", "nothing_embedded", "put_once"]
+__all__ = ["EmbeddedFiles", "Materialize", "make_durable", "materialize_entries", "nothing_embedded"]
 
 _LOG: Final = logging.getLogger(__name__)
 _MAX_BYTES: Final = 32 * 1024 * 1024
@@ -62,14 +62,6 @@ def materialize_entries(storage: Storage, tail: Iterable[Entry]) -> Materialize:
         )
 
     return materialize
-
-
-async def put_once(storage: Storage, key: str, data: bytes) -> None:
-    """Put an immutable file where it is absent; that it is there already is as good."""
-    try:
-        await storage.put(key, data, Absent())
-    except PreconditionFailedError:
-        return
 
 
 async def make_durable(storage: Storage, epoch: str, after: int, end: int) -> bool:

@@ -34,20 +34,12 @@ from icechunk.format.repo.repo_info import Update
 from icechunk.log.repository import events as e
 from icechunk.log.repository.entries.checkpoint_schedule import Checkpointing
 from icechunk.log.repository.entries.client import LogView
-from icechunk.log.repository.entries.entry import encode_entry, encode_events, slot_key
-from icechunk.log.repository.entries.reader import (
-    MAX_SKEW_US,
-    Instant,
-    Opened,
-    RepoObject,
-    clock_error_us,
-    instant,
-    is_fresh,
-    nonce_in_slot,
-    read_repo,
-    read_slot,
-)
+from icechunk.log.repository.entries.reader import Opened
+from icechunk.log.repository.entry import encode_entry, slot_key
+from icechunk.log.repository.event_json import encode_events
+from icechunk.log.repository.freshness import MAX_SKEW_US, Instant, clock_error_us, instant, is_fresh
 from icechunk.log.repository.marker import state_of
+from icechunk.log.repository.objects import RepoObject, nonce_in_slot, read_repo, read_slot
 from icechunk.log.repository.ops_log import any_in_history, updates_of
 from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Caller, Layout, Propose, SwapToken
 from icechunk.log.repository.queue import MAX_EMBEDDED_BYTES, Attempt, Group, Waiting, build
@@ -116,6 +108,10 @@ class LogLayout(SwappedLog[SlotAttempt]):
     @property
     def state(self) -> RepoState:
         return self.view.state
+
+    @property
+    def ended_reason(self) -> str | None:
+        return self.view.ended_reason
 
     @property
     def epoch(self) -> str:

@@ -12,17 +12,12 @@ from icechunk.errors import FormatError, ObjectNotFoundError, PreconditionFailed
 from icechunk.format.ids import encode_id
 from icechunk.format.keys import overwritten_repo_key
 from icechunk.format.repo.codec import decode_repo
-from icechunk.log.repository.entries.entry import Entry, encode_entry, encode_events, epoch_prefix, slot_key
-from icechunk.log.repository.entries.reader import (
-    RepoObject,
-    list_head,
-    newest_epoch,
-    read_repo,
-    read_slot,
-    read_tail,
-)
+from icechunk.log.repository.entries.reader import list_head, newest_epoch, read_tail
+from icechunk.log.repository.entry import Entry, encode_entry, epoch_prefix, slot_key
+from icechunk.log.repository.event_json import encode_events
 from icechunk.log.repository.events import CONVERT, TAKEOVER, Sealed, Void
 from icechunk.log.repository.marker import decode_marker
+from icechunk.log.repository.objects import RepoObject, read_repo, read_slot
 from icechunk.log.repository.queue import new_snapshots
 from icechunk.runtime.clock import Sources
 from icechunk.storage.outcome import is_refusal

@@ -1,1 +1,4 @@
-"""The ref-files layout, format 1: one small object for each branch and tag, and the upgrade to format 2."""
+"""The ref-files layout: format 1, with one object per branch and tag, and the upgrade from it to format 2.
+
+What happens to a repository after its upgrade does not belong here.
+"""

@@ -29,7 +29,8 @@ from icechunk.format.keys import CONFIG_KEY, REFS_PREFIX, REPO_KEY, snapshot_key
 from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.format.repo.snapshot_graph import SnapshotGraph
 from icechunk.format.snapshot.codec import decode_snapshot
-from icechunk.log.repository.entries.reader import MAIN_REF_KEY, Instant, instant, read_repo, store_time_us
+from icechunk.log.repository.freshness import Instant, instant, store_time_us
+from icechunk.log.repository.objects import MAIN_REF_KEY, read_repo
 from icechunk.log.repository.ref_files.names import RefKey, RefNames, decode_ref
 from icechunk.log.repository.state import MAIN, RepoState, initial_state
 from icechunk.runtime.clock import Sources

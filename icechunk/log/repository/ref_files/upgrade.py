@@ -30,8 +30,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeAlias
 
-import orjson
-
 from icechunk.config import config_from_yaml, config_to_dict
 from icechunk.errors import (
     ErrorKind,
@@ -50,9 +48,8 @@ from icechunk.format.keys import CONFIG_KEY, REFS_PREFIX, REPO_KEY, SNAPSHOTS_PR
 from icechunk.format.repo import repo_info as stored
 from icechunk.format.repo.repo_info import RepoInfo, RepoMigrated, SnapshotRecord, Status
 from icechunk.format.snapshot.codec import decode_snapshot
-from icechunk.log.repository.entries.checkpoint import encode
-from icechunk.log.repository.entries.reader import RepoObject, read_repo
-from icechunk.log.repository.marker import write_mark
+from icechunk.log.repository.marker import is_unfinished, upgrade_mark, write_mark
+from icechunk.log.repository.objects import RepoObject, encode, read_repo
 from icechunk.log.repository.ops_log import updates_of
 from icechunk.log.repository.ref_files.names import RefKey, RefNames, close_ref, is_closed, mark_in, read_ref
 from icechunk.log.repository.state import MAIN, ONLINE, READ_ONLY, from_repo_info
@@ -62,7 +59,7 @@ from icechunk.runtime.tasks import run_jobs
 from icechunk.storage.outcome import is_refusal
 from icechunk.storage.port import NO_LISTING, Absent, Matches, Storage, Version
 
-__all__ = ["DEFAULT_PREFETCH", "RefValues", "as_refs_say", "is_unfinished", "lineage", "migrated_info", "upgrade"]
+__all__ = ["DEFAULT_PREFETCH", "RefValues", "as_refs_say", "lineage", "migrated_info", "upgrade"]
 
 Json: TypeAlias = Any
 _CREATED_AFTER_US: Final = 1_000
@@ -192,7 +189,6 @@ Records: TypeAlias = dict[ObjectId, SnapshotRecord]
 DEFAULT_PREFETCH: Final = 64
 """Snapshot files that are read at a time."""
 _LOG: Final = logging.getLogger(__name__)
-_MARK: Final = "aioicechunk-upgrade"
 _ATTEMPTS: Final = 20
 _REASON: Final = (
     "This repository is being upgraded from format 1. If that was interrupted, run upgrade_icechunk_repository again; "
@@ -304,7 +300,7 @@ class _Upgrade:
             config=await self._config(),
             now_us=max(self._sources.wall_us(), 0),
             read_only_reason=reason,
-            extra=write_mark(nonce) if reason is None else orjson.dumps({_MARK: nonce.hex()}),
+            extra=write_mark(nonce) if reason is None else upgrade_mark(nonce),
         )
 
     async def _config(self) -> Json | None:
@@ -483,18 +479,6 @@ class _Upgrade:
                     f"{self._where} has format 2 now, but {failures[0][0]!r} could not be deleted: {failures[0][1]}; "
                     "run the upgrade again to delete the rest"
                 )
-
-
-def is_unfinished(info: RepoInfo) -> bool:
-    """Whether ``repo`` is that of an upgrade that is not finished: until then the refs count."""
-    extra = info.extra
-    if extra is None or info.status.availability != READ_ONLY:
-        return False
-    try:
-        document = orjson.loads(extra)
-    except orjson.JSONDecodeError:
-        return False
-    return isinstance(document, dict) and _MARK in document
 
 
 async def as_refs_say(storage: Storage, sources: Sources, info: RepoInfo) -> RepoInfo:

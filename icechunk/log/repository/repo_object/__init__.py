@@ -1,1 +1,4 @@
-"""The repo-object layout, format 2.1 as published: every change replaces ``repo``."""
+"""The repo-object layout: format 2.1 as published, in which every change replaces the object ``repo``.
+
+The log that such a repository was converted to, and the refs of format 1, are read through `client.Successors`.
+"""

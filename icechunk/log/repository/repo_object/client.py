@@ -10,31 +10,71 @@ the newest update that no longer fits: read from there, every update is found in
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from icechunk.errors import ErrorKind, ObjectNotFoundError, RepositoryNotFoundError, SessionStateError
 from icechunk.format.keys import REPO_KEY
 from icechunk.format.repo.codec import decode_repo
 from icechunk.format.repo.repo_info import RepoInfo, Update
 from icechunk.format.repo.updates import UpdateList
-from icechunk.log.repository.entries.reader import (
-    MAX_SKEW_US,
-    Instant,
-    RepoObject,
-    clock_error_us,
-    instant,
-    known_of,
-    store_time_us,
-)
-from icechunk.log.repository.marker import cutoff_of
-from icechunk.log.repository.ref_files.upgrade import as_refs_say, is_unfinished
+from icechunk.log.repository.freshness import MAX_SKEW_US, Instant, clock_error_us, instant, store_time_us
+from icechunk.log.repository.marker import cutoff_of, is_unfinished
+from icechunk.log.repository.objects import RepoObject, known_of
 from icechunk.log.repository.state import RepoState, from_repo_info
 from icechunk.runtime.clock import Sources
 from icechunk.storage.port import PutResult, Storage, Version
+from icechunk.transfer.cache import WeightedCache
 
-__all__ = ["RepoView", "Window", "next_window"]
+__all__ = ["LogReader", "RepoView", "Successors", "Window", "next_window"]
+
+
+class LogReader(Protocol):
+    """A client that reads the log that the repository was converted to, and whatever that is converted to."""
+
+    ended_reason: str | None
+    """Why nothing can be appended to it any more; None: it has not ended."""
+    taken_over: bool
+    """Whether its state cannot be brought up to date any more."""
+    sealer: asyncio.Task[None] | None
+    """Seals the log after a takeover; None: there was none."""
+    files: WeightedCache[str, bytes]
+    """Small files of the repository, to be read from memory."""
+
+    @property
+    def state(self) -> RepoState:
+        """The newest folded state."""
+
+    async def refresh(self) -> RepoState:
+        """As `RepositoryLog.refresh`; where the log was taken over, the last state is returned."""
+
+    async def find_file(self, key: str) -> bytes | None:
+        """As `RepositoryLog.find_file`."""
+
+
+class Successors(Protocol):
+    """What a client goes on with where the repository has, or still has, another layout.
+
+    Supplied from above, since layouts do not know one another.
+    """
+
+    async def open_log(self, files: WeightedCache[str, bytes]) -> LogReader | None:
+        """Read the log that the repository was converted to; None where it is kept in no log now.
+
+        ``files`` is where small files are kept in memory.
+        """
+
+    async def as_refs_say(self, info: RepoInfo) -> RepoInfo:
+        """The contents of ``repo`` of an unfinished upgrade if it were written now, with what was committed since.
+
+        Raises
+        ------
+        RepositoryNotFoundError
+            There is no ``main`` of format 1 any more: the upgrade was finished meanwhile.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +95,14 @@ class RepoView:
     ----------
     found
         ``repo`` as read.
+    successors
+        To read the refs of an upgrade that is not finished.
     """
 
-    def __init__(self, storage: Storage, sources: Sources, found: RepoObject) -> None:
+    def __init__(self, storage: Storage, sources: Sources, found: RepoObject, successors: Successors) -> None:
         self._storage = storage
         self._sources = sources
+        self._successors = successors
         self._tickets = itertools.count(1)
         self._seen = _Seen(
             version=found.known.version,
@@ -70,7 +113,7 @@ class RepoView:
         # Ticket of the newest change of ours that landed.
         self._landing = 0
         self._clock = found.asked
-        self.looked: int = 0
+        self.looked = 0
         """Ticket of the newest look at ``repo``: a refusal counts only by a look after the call (rule 3)."""
         self.ended_reason: str | None = None
         """Why this client does not change the repository any more, once it was kept in a log; None: it still may."""
@@ -147,7 +190,7 @@ class RepoView:
         """
         while (seen := self._seen).unfinished is not None:
             try:
-                info = await as_refs_say(self._storage, self._sources, seen.unfinished)
+                info = await self._successors.as_refs_say(seen.unfinished)
             except RepositoryNotFoundError:
                 # It was finished while they were read.
                 await self.read()

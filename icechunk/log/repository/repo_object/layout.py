@@ -12,9 +12,8 @@ bytes unique.
 Where the repository was converted to a log, nothing is written any more, and readers follow into the log.
 
 Owners of mutable state, each for one instance on one event loop:
-`icechunk.log.repository.repo_object.client.RepoView` holds the newest version seen,
-`icechunk.log.repository.entries.client.LogView` what is known of the log, this module the copy made in advance; only
-the engine's task writes.
+`icechunk.log.repository.repo_object.client.RepoView` holds the newest version seen, a `LogReader` what is known of the
+log, this module the copy made in advance; only the engine's task writes.
 """
 
 from __future__ import annotations
@@ -35,14 +34,13 @@ from icechunk.errors import (
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name, snapshot_key
 from icechunk.format.repo.repo_info import Update
-from icechunk.log.repository.entries.checkpoint import DEFAULT_UPDATES_PER_FILE, encode
-from icechunk.log.repository.entries.client import LogView
-from icechunk.log.repository.entries.reader import Opened, RepoObject, instant, open_head, read_repo
+from icechunk.log.repository.freshness import instant
 from icechunk.log.repository.marker import cutoff_of, nonce_of, write_mark
+from icechunk.log.repository.objects import DEFAULT_UPDATES_PER_FILE, RepoObject, encode, read_repo
 from icechunk.log.repository.ops_log import happened, updates_of
 from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Layout, SwapToken
 from icechunk.log.repository.queue import Attempt, Group, UpdateRetries, Waiting, build, retries_of
-from icechunk.log.repository.repo_object.client import RepoView, next_window
+from icechunk.log.repository.repo_object.client import LogReader, RepoView, Successors, next_window
 from icechunk.log.repository.settle import CLOSE_GRACE_S, Fate, SwappedLog
 from icechunk.log.repository.state import MAIN, RepoState, UpdateLog, resting_on, to_repo_info
 from icechunk.log.repository.store_check import MatchCheck
@@ -75,6 +73,8 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
         ``repo`` as read.
     updates_per_file
         Most entries of the ops log that ``repo`` holds; None: as the persisted configuration says, else 1000.
+    successors
+        What this client goes on with once the repository has another layout.
     retries
         What to do about lost races; None: as the persisted configuration says.
     """
@@ -87,19 +87,21 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
         sources: Sources,
         found: RepoObject,
         *,
+        successors: Successors,
         updates_per_file: int | None = None,
         retries: UpdateRetries | None = None,
     ) -> None:
         super().__init__(storage, sources)
         self._updates_per_file = updates_per_file
         self._retries = retries if retries is not None else retries_of(found.info.config)
-        self._view = RepoView(storage, sources, found)
+        self._successors = successors
+        self._view = RepoView(storage, sources, found, successors)
         # A copy of that version, made in advance.
         self._copied: tuple[Version, str] | None = None
         self._preparing = False
         self._check = MatchCheck(storage)
         # Of the log that the repository was converted to, and of whatever comes after that.
-        self._log: LogView | None = None
+        self._log: LogReader | None = None
         self._files: WeightedCache[str, bytes] = WeightedCache(FILES_BYTES, MAX_FILES)
 
     # ----------------------------------------------------------------- state
@@ -107,6 +109,10 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
     @property
     def state(self) -> RepoState:
         return self._view.state if self._log is None else self._log.state
+
+    @property
+    def ended_reason(self) -> str | None:
+        return self._view.ended_reason
 
     @property
     def version(self) -> Version:
@@ -151,15 +157,9 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
 
     async def _follow_into_log(self) -> None:
         """Go on as a reader of the log that the repository was converted to; nothing where it was converted back."""
-        opened = await open_head(self._storage, self._sources)
-        if (
-            isinstance(opened, Opened)
-            and self._log is None
-            and opened.head.state.last_time_us >= self.state.last_time_us
-        ):
-            self._log = LogView(
-                self._storage, self._sources, opened, updates_per_file=self._updates_per_file, files=self._files
-            )
+        log = await self._successors.open_log(self._files)
+        if log is not None and self._log is None and log.state.last_time_us >= self.state.last_time_us:
+            self._log = log
 
     # ----------------------------------------------------------- preparation
 

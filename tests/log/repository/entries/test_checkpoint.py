@@ -20,13 +20,15 @@ from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.format.repo.codec import decode_repo, encode_repo
 from icechunk.format.repo.repo_info import NewCommit, Status
 from icechunk.log.repository import events as e
-from icechunk.log.repository.entries import checkpoint as log_checkpoint
-from icechunk.log.repository.entries.checkpoint import convert_to_log, write_checkpoint
-from icechunk.log.repository.entries.entry import decode_entry, encode_entry, encode_events, epoch_prefix, slot_key
+from icechunk.log.repository import objects
+from icechunk.log.repository.convert import convert_to_log
+from icechunk.log.repository.entries.checkpoint import write_checkpoint
 from icechunk.log.repository.entries.layout import LogLayout
-from icechunk.log.repository.entries.reader import read_repo
 from icechunk.log.repository.entries.takeover import seal_abandoned, seal_log
+from icechunk.log.repository.entry import decode_entry, encode_entry, epoch_prefix, slot_key
+from icechunk.log.repository.event_json import encode_events
 from icechunk.log.repository.marker import decode_marker
+from icechunk.log.repository.objects import read_repo
 from icechunk.log.repository.open import detect, open_repository
 from icechunk.log.repository.port import Layout
 from icechunk.storage.port import GetResult, Matches, PutResult
@@ -446,7 +448,7 @@ async def test_a_checkpoint_that_fails_unexpectedly_is_reported_and_commits_go_o
         raise OverflowError("too much")
 
     with monkeypatch.context() as patch:
-        patch.setattr(log_checkpoint, "encode_and_keep", fail)
+        patch.setattr(objects, "encode_and_keep", fail)
         await log.append(world.commit(1))
         await until(lambda: all(task.done() for task in log.tasks))
         assert "report this" in caplog.text

@@ -18,7 +18,8 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.log.repository import events as e
-from icechunk.log.repository.entries.entry import encode_entry, encode_events, slot_key
+from icechunk.log.repository.entry import encode_entry, slot_key
+from icechunk.log.repository.event_json import encode_events
 from icechunk.log.repository.open import open_repository
 from icechunk.maintenance.collect import collect_garbage
 from icechunk.maintenance.reachability import Limits

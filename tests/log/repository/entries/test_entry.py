@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 from icechunk.errors import FormatError, InvalidInputError
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.log.repository import events as e
-from icechunk.log.repository.entries.entry import (
-    decode_entry,
-    encode_entry,
-    encode_events,
-    new_epoch,
-    parse_slot_key,
-    slot_key,
-)
+from icechunk.log.repository.entry import decode_entry, encode_entry, new_epoch, parse_slot_key, slot_key
+from icechunk.log.repository.event_json import encode_events
 from icechunk.log.repository.events import pack, unpack
 from tests.log.repository.strategies import EVENTS
 from tests.raising import raises

@@ -16,11 +16,13 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.log.repository import events as e
+from icechunk.log.repository import objects
 from icechunk.log.repository.entries import client
 from icechunk.log.repository.entries import layout as swapping
 from icechunk.log.repository.entries import reader as log_reader
-from icechunk.log.repository.entries.entry import Entry, encode_entry, encode_events, slot_key
-from icechunk.log.repository.entries.reader import read_repo
+from icechunk.log.repository.entry import Entry, encode_entry, slot_key
+from icechunk.log.repository.event_json import encode_events
+from icechunk.log.repository.objects import read_repo
 from icechunk.log.repository.open import open_repository
 from icechunk.log.repository.state import try_apply_all
 from icechunk.storage.port import Storage
@@ -33,7 +35,7 @@ from tests.raising import raises
 
 
 def without_freshness(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (swapping, client, log_reader):
+    for module in (swapping, client, log_reader, objects):
         monkeypatch.setattr(module, "is_fresh", lambda freshness, answer: True)
 
 
@@ -150,7 +152,7 @@ async def test_opening_never_skips_a_gap(world: World, rule: bool, monkeypatch: 
     if not rule:
 
         async def skipping(storage: Storage, epoch: str, after: int, end: int) -> list[Entry]:
-            found = [await log_reader.read_slot(storage, epoch, n) for n in range(after + 1, end + 1)]
+            found = [await objects.read_slot(storage, epoch, n) for n in range(after + 1, end + 1)]
             return [entry[0] for entry in found if entry is not None]
 
         def fold_anyhow(head: log_reader.Head, entry: Entry) -> log_reader.Head:

@@ -17,11 +17,11 @@ from icechunk.format.snapshot.codec import encode_snapshot
 from icechunk.format.transaction import encode_transaction_log
 from icechunk.format.values import Snapshot, TransactionLog
 from icechunk.log.repository import events as e
+from icechunk.log.repository.convert import convert_to_log
 from icechunk.log.repository.create import create_log
-from icechunk.log.repository.entries.checkpoint import convert_to_log
 from icechunk.log.repository.entries.layout import LogLayout
-from icechunk.log.repository.entries.reader import read_repo
 from icechunk.log.repository.entries.takeover import seal_abandoned
+from icechunk.log.repository.objects import read_repo
 from icechunk.repository import Repository
 from icechunk.runtime.clock import SYSTEM
 from icechunk.storage.local.storage import LocalStorage

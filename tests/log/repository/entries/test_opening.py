@@ -10,8 +10,8 @@ import pytest
 from icechunk.errors import FormatError
 from icechunk.log.repository import events as e
 from icechunk.log.repository.create import create_log
-from icechunk.log.repository.entries.entry import slot_key
 from icechunk.log.repository.entries.reader import read_until_absent
+from icechunk.log.repository.entry import slot_key
 from icechunk.log.repository.open import open_repository
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.testing.scripted import Request, ScriptedStorage, Send

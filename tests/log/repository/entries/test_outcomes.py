@@ -19,7 +19,8 @@ from icechunk.errors import (
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.log.repository import events as e
 from icechunk.log.repository.entries import client
-from icechunk.log.repository.entries.entry import encode_entry, encode_events, slot_key
+from icechunk.log.repository.entry import encode_entry, slot_key
+from icechunk.log.repository.event_json import encode_events
 from icechunk.log.repository.port import SwapToken
 from icechunk.testing.scripted import Request, Send
 from tests.log.repository.strategies import an_id

@@ -18,11 +18,11 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.log.repository import settle
+from icechunk.log.repository.convert import convert_to_log
 from icechunk.log.repository.create import create_log
 from icechunk.log.repository.entries import reader as log_reader
-from icechunk.log.repository.entries.checkpoint import convert_to_log
-from icechunk.log.repository.entries.entry import decode_entry, slot_key
 from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.entry import decode_entry, slot_key
 from icechunk.log.repository.open import open_repository
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import ANY, Absent, Matches

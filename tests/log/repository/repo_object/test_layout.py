@@ -23,8 +23,8 @@ from icechunk.format.keys import snapshot_key
 from icechunk.format.repo.codec import decode_repo
 from icechunk.format.repo.repo_info import BranchCreated, NewCommit, RepoInitialized, TagCreated, Update
 from icechunk.log.repository import events as e
+from icechunk.log.repository.convert import convert_to_log
 from icechunk.log.repository.create import create_repo_object
-from icechunk.log.repository.entries.checkpoint import convert_to_log
 from icechunk.log.repository.port import Layout
 from icechunk.log.repository.queue import UpdateRetries
 from icechunk.log.repository.repo_object.client import next_window
