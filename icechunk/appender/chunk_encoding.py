@@ -18,7 +18,7 @@ from zarr.core.array_spec import ArraySpec, parse_array_config
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.metadata import ArrayV3Metadata
 
-__all__ = ["ChunkEncoder", "Unfit", "stored_values"]
+__all__ = ["ChunkEncoder", "Unfit", "codings_of", "stored_values"]
 
 Values = npt.NDArray[Any]
 
@@ -46,20 +46,26 @@ class Unfit(ValueError):
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
-def stored_values(name: str, variable: Any, attributes: Mapping[str, Any], dtype: np.dtype[Any]) -> Values:
-    """The values of an xarray variable as an array of these attributes and this dtype keeps them.
+def codings_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes of an array that say how its values are kept."""
+    return {key: attributes[key] for key in _CODINGS if key in attributes}
+
+
+def stored_values(name: str, variable: Any, codings: Mapping[str, Any], dtype: np.dtype[Any]) -> Values:
+    """The values of an xarray variable as an array of these codings (`codings_of`) and this dtype keeps them.
 
     Raises
     ------
     Unfit
         The values need other units than the array has.
     """
-    encoding = {key: attributes[key] for key in _CODINGS if key in attributes}
-    if isinstance(encoding.get("_FillValue"), str) and variable.dtype.kind in "fiu":
+    kind = variable.dtype.kind
+    encoding = dict(codings)
+    if isinstance(encoding.get("_FillValue"), str) and kind in "fiu":
         del encoding["_FillValue"]  # xarray keeps it as base64 where it is the array's own fill value
-    if not encoding and variable.dtype.kind in "fiuc":
-        return np.asarray(variable.values)
-    if variable.dtype.kind == "M" and dtype == np.int64 and encoding.keys() <= {"units", "calendar"}:
+    if not encoding and kind in "fiuc":
+        return np.asarray(variable.data)
+    if kind == "M" and dtype == np.int64 and encoding.keys() <= {"units", "calendar"}:
         numbers = _whole_units(np.asarray(variable.values), encoding)
         if numbers is not None:
             return numbers
@@ -166,7 +172,8 @@ class ChunkEncoder:
             padded = np.full(self._shape, spec.fill_value, part.dtype)
             padded[tuple(map(slice, part.shape))] = part
             chunk = nd_buffer.from_numpy_array(padded)
-        if not spec.config.write_empty_chunks and chunk.all_equal(spec.fill_value):
+        may_be_empty = not spec.config.write_empty_chunks and _equals_or_is_nan(part.flat[0], spec.fill_value)
+        if may_be_empty and chunk.all_equal(spec.fill_value):
             return None
         encoded: Any = chunk
         for codec, its_spec in self._codecs:
@@ -174,3 +181,7 @@ class ChunkEncoder:
             if encoded is None:
                 return None
         return encoded
+
+
+def _equals_or_is_nan(value: Any, fill_value: Any) -> bool:
+    return bool(value == fill_value or value != value)

@@ -6,10 +6,10 @@ the next append encodes the chunk from memory and reads nothing back.
 
 from __future__ import annotations
 
-import itertools
 import math
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ from zarr.core.group import GroupMetadata
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import MemoryStore, StorePath
 
-from icechunk.appender.chunk_encoding import ChunkEncoder, Unfit, stored_values
+from icechunk.appender.chunk_encoding import ChunkEncoder, Unfit, codings_of, stored_values
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.runtime.tasks import run_each
 from icechunk.session import Session
@@ -39,7 +39,11 @@ Each commit writes the open chunk anew: larger ones would cost more where commit
 _ENCODINGS: Final = frozenset({"chunks", "shards", "compressors", "filters", "serializer"})
 _MOST_ROWS: Final = 65536
 _AT_ONCE: Final = 16
-_ENCODED_AT_ONCE: Final = 64
+_ENCODERS: Final = max(1, min(4, os.cpu_count() or 1))
+"""Threads that encode the rows of one commit."""
+_LEAST_PORTION_BYTES: Final = 128 * 1024
+_MOST_PORTION_BYTES: Final = 4 * 1024 * 1024
+"""Of rows that a thread encodes at once: so much is held encoded beside the rows."""
 
 Values = npt.NDArray[Any]
 
@@ -62,16 +66,31 @@ class Variable:
     """Rows that there are."""
     encoder: ChunkEncoder | None = None
     """Of its chunks; None: zarr encodes them."""
+    dtype: np.dtype[Any]
+    dims: tuple[str | None, ...]
+    codings: dict[str, Any]
+    """Its attributes that say how values are kept, as `codings_of`."""
+    row_shape: tuple[int, ...]
+    """Without the append dimension."""
 
     @classmethod
     def of(cls, name: str, document: dict[str, Any], dim: str) -> Variable:
         """Of an array's zarr.json."""
         meta = ArrayV3Metadata.from_dict(document)
-        dims = meta.dimension_names or ()
+        dims = tuple(meta.dimension_names or ())
         axis = dims.index(dim) if dim in dims else None
-        length = 0 if axis is None else meta.shape[axis]
-        encoder = ChunkEncoder.of(meta)
-        return cls(name=name, meta=meta, document=document, axis=axis, length=length, encoder=encoder)
+        return cls(
+            name=name,
+            meta=meta,
+            document=document,
+            axis=axis,
+            length=0 if axis is None else meta.shape[axis],
+            encoder=ChunkEncoder.of(meta),
+            dtype=meta.dtype.to_native_dtype(),
+            dims=dims,
+            codings=codings_of(meta.attributes),
+            row_shape=tuple(n for d, n in enumerate(meta.shape) if d != axis),
+        )
 
     @property
     def chunk_rows(self) -> int:
@@ -186,37 +205,40 @@ class Target:
             if not _is_dataset(data):
                 raise self._refused("its arrays do not exist yet: create them, or put an xarray.Dataset first")
             return await _first(data, self)
-        values = self._encoded(data) if _is_dataset(data) else {str(k): np.asarray(v) for k, v in data.items()}
+        from_xarray = _is_dataset(data)
+        values = self._encoded(data) if from_xarray else {str(k): np.asarray(v) for k, v in data.items()}
         missing = {v.name for v in self.growing} - values.keys()
         unknown = values.keys() - self.variables.keys()
         if missing or unknown:
             what = [f"{kind} {sorted(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names]
             raise self._refused(f"variables do not fit: {', '.join(what)}")
-        batch = Batch(rows=-1, values={})
+        found: dict[str, Values] = {}
+        rows, num_bytes = -1, 0
         for name, given in values.items():
             variable = self.variables[name]
-            if variable.axis is None:
+            axis = variable.axis
+            if axis is None:
                 await self._require_same(session, variable, given)
                 continue
-            expected = list(variable.shape)
-            if given.ndim == len(expected) - 1 and not _is_dataset(data):
-                given = np.expand_dims(given, variable.axis)
-            if given.ndim != len(expected):
-                raise self._refused(f"{name} has {given.ndim} dimensions, the array {len(expected)}")
-            rows = given.shape[variable.axis]
-            expected[variable.axis] = rows
-            if list(given.shape) != expected:
-                raise self._refused(f"{name} has shape {given.shape}, where {tuple(expected)} fits")
-            if batch.rows not in (-1, rows):
-                raise self._refused(f"{name} has {rows} rows, other variables {batch.rows}")
-            batch.rows = rows
-            dtype = variable.meta.dtype.to_native_dtype()
-            if given.dtype != dtype and not np.can_cast(given.dtype, dtype, "safe"):
-                raise self._refused(f"{name} is of dtype {given.dtype}, the array of {dtype}")
+            ndim = len(variable.row_shape) + 1
+            if given.ndim == ndim - 1 and not from_xarray:
+                given = np.expand_dims(given, axis)
+            if given.ndim != ndim:
+                raise self._refused(f"{name} has {given.ndim} dimensions, the array {ndim}")
+            if axis:
+                given = np.moveaxis(given, axis, 0)
+            num_rows = len(given)
+            if given.shape[1:] != variable.row_shape:
+                raise self._refused(f"rows of {name} have shape {given.shape[1:]}, where {variable.row_shape} fits")
+            if rows not in (-1, num_rows):
+                raise self._refused(f"{name} has {num_rows} rows, other variables {rows}")
+            rows = num_rows
+            if given.dtype != variable.dtype and not np.can_cast(given.dtype, variable.dtype, "safe"):
+                raise self._refused(f"{name} is of dtype {given.dtype}, the array of {variable.dtype}")
             # A copy: the caller may use its memory again as soon as `put` returns.
-            batch.values[name] = np.array(np.moveaxis(given, variable.axis, 0), dtype, copy=True)
-        batch.num_bytes = sum(v.nbytes for v in batch.values.values())
-        return batch
+            copied = found[name] = np.array(given, variable.dtype, copy=True)
+            num_bytes += copied.nbytes
+        return Batch(rows=rows, values=found, num_bytes=num_bytes)
 
     def _encoded(self, dataset: Any) -> dict[str, Values]:
         """The variables of a dataset as the stored arrays keep them."""
@@ -226,14 +248,12 @@ class Target:
             if stored is None:
                 found[str(name)] = np.asarray(variable.values)
                 continue
-            dims = tuple(stored.meta.dimension_names or ())
-            if set(variable.dims) != set(dims):
-                raise self._refused(f"{name} has the dimensions {variable.dims}, the array {dims}")
-            if variable.dims != dims:
-                variable = variable.transpose(*dims)
+            if variable.dims != stored.dims:
+                if set(variable.dims) != set(stored.dims):
+                    raise self._refused(f"{name} has the dimensions {variable.dims}, the array {stored.dims}")
+                variable = variable.transpose(*stored.dims)
             try:
-                dtype = stored.meta.dtype.to_native_dtype()
-                found[str(name)] = stored_values(str(name), variable, stored.meta.attributes, dtype)
+                found[str(name)] = stored_values(str(name), variable, stored.codings, stored.dtype)
             except Unfit as unfit:
                 raise self._refused(str(unfit)) from None
         return found
@@ -257,52 +277,67 @@ class Target:
         """Append rows in a session of this target's snapshot; returns the target as it is then."""
         rows = sum(batch.rows for batch in batches)
         after = replace(self, variables=dict(self.variables), created=True)
-        store = session.store
         if not self.created:
-            await _put_groups(store, self.group, self.group_attributes)
-
-        async def append(variable: Variable) -> None:
-            if variable.axis is None:
-                if not self.created:
-                    await _put_document(store, self.path(variable.name), variable)
-                    await self._array(session, variable).setitem(Ellipsis, np.asarray(variable.values))
-                return
+            await self._create(session)
+        unknown = [variable for variable in self.growing if variable.tail is None]
+        await run_each(lambda variable: self._read_tail(session, variable), unknown, limit=_AT_ONCE)
+        writes = []
+        for variable in self.growing:
             start = variable.length
             aligned = start - start % variable.chunk_rows
             parts = [batch.values[variable.name] for batch in batches]
-            if start > aligned:
-                parts.insert(0, await self._tail(session, variable, aligned))
-            block = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            tail = block[len(block) - (start + rows) % variable.chunk_rows :].copy()
-            grown = replace(variable, length=start + rows, tail=tail)
-            await _put_document(store, self.path(variable.name), grown)
-            await self._put_block(session, grown, block, aligned)
-            after.variables[variable.name] = grown
-
-        await run_each(append, list(self.variables.values()), limit=_AT_ONCE)
+            if variable.tail is not None and len(variable.tail):
+                parts.insert(0, variable.tail)
+            bands = list(_bands(parts, variable.chunk_rows))
+            # A copy, so that the memory of the batches can be freed.
+            open_rows = (start + rows) % variable.chunk_rows
+            tail = np.concatenate(bands[-1]) if open_rows else np.empty((0, *variable.row_shape), variable.dtype)
+            if open_rows:
+                bands[-1] = [tail]
+            grown = after.variables[variable.name] = replace(variable, length=start + rows, tail=tail)
+            await _put_document(session.store, self.path(variable.name), grown)
+            writes.append((grown, bands, aligned))
+        await self._put_bands(session, writes)
         return after
 
-    async def _put_block(self, session: Session, variable: Variable, block: Values, start: int) -> None:
-        """Write rows from the beginning of a chunk up to the end of another or of the array: nothing is read back."""
-        axis = variable.axis or 0
-        values = np.moveaxis(block, 0, axis)
-        encoder = variable.encoder
-        if encoder is None:
-            where = [slice(None)] * values.ndim
-            where[axis] = slice(start, start + len(block))
-            await self._array(session, variable).setitem(tuple(where), values)
-            return
-        first = tuple(start // variable.chunk_rows if d == axis else 0 for d in range(values.ndim))
-        store, path = session.store, self.path(variable.name)
-        # Of many chunks only so many are held encoded beside the rows.
-        waiting = encoder.encode(values, first)
-        more = True
-        while more:
-            chunks = await off_loop(block.nbytes, lambda: list(itertools.islice(waiting, _ENCODED_AT_ONCE)))
-            for coords, encoded in chunks:
-                key = f"{path}/{variable.meta.encode_chunk_key(coords)}"
-                await (store.delete(key) if encoded is None else store.set(key, encoded))
-            more = len(chunks) == _ENCODED_AT_ONCE
+    async def _create(self, session: Session) -> None:
+        """Write the groups, and the arrays that do not grow."""
+        await _put_groups(session.store, self.group, self.group_attributes)
+        for variable in self.variables.values():
+            if variable.axis is None:
+                await _put_document(session.store, self.path(variable.name), variable)
+                await self._array(session, variable).setitem(Ellipsis, np.asarray(variable.values))
+
+    async def _put_bands(self, session: Session, writes: Sequence[tuple[Variable, list[list[Values]], int]]) -> None:
+        """Write rows from the beginning of a chunk up to the end of another or of the array: nothing is read back.
+
+        Parameters
+        ----------
+        writes
+            Of each array: it as it is afterwards, its rows by chunk, and the first of them.
+        """
+        todo: list[_Band] = []
+        for variable, bands, start in writes:
+            if variable.encoder is None:
+                block = np.concatenate([part for band in bands for part in band])
+                where: list[slice] = [slice(None)] * len(variable.shape)
+                where[variable.axis or 0] = slice(start, start + len(block))
+                await self._array(session, variable).setitem(tuple(where), np.moveaxis(block, 0, variable.axis or 0))
+                continue
+            first = start // variable.chunk_rows
+            path = self.path(variable.name)
+            todo += [_Band(variable, path, first + number, parts) for number, parts in enumerate(bands)]
+        store = session.store
+
+        async def put(portion: list[_Band]) -> None:
+            encoded = await off_loop(_size(portion), lambda: [chunk for band in portion for chunk in band.encoded()])
+            for key, chunk in encoded:
+                await (store.delete(key) if chunk is None else store.set(key, chunk))
+
+        await run_each(put, _portions(todo), limit=_ENCODERS)
+
+    async def _read_tail(self, session: Session, variable: Variable) -> None:
+        variable.tail = await self._tail(session, variable, variable.length - variable.length % variable.chunk_rows)
 
     async def _tail(self, session: Session, variable: Variable, aligned: int) -> Values:
         if variable.tail is not None and len(variable.tail) == variable.length - aligned:
@@ -352,9 +387,73 @@ class Target:
             offset = [0] * len(variable.meta.shape)
             offset[variable.axis or 0] = batch.rows // variable.chunk_rows
             await session.shift_array_async("/" + self.path(variable.name), offset)
-            await self._put_block(session, longer, batch.values[variable.name], 0)
+            bands = list(_bands([batch.values[variable.name]], variable.chunk_rows))
+            await self._put_bands(session, [(longer, bands, 0)])
             after.variables[variable.name] = longer
         return after
+
+
+@dataclass(slots=True, frozen=True)
+class _Band:
+    """Rows that fill one chunk along the append dimension, up to the end of the array."""
+
+    variable: Variable
+    path: str
+    number: int
+    """Of the chunk along the append dimension."""
+    parts: list[Values]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def encoded(self) -> list[tuple[str, Any]]:
+        """Keys and encoded chunks; None for a chunk of fill values."""
+        variable, axis = self.variable, self.variable.axis or 0
+        assert variable.encoder is not None
+        rows = self.parts[0] if len(self.parts) == 1 else np.concatenate(self.parts)
+        first = tuple(self.number if d == axis else 0 for d in range(rows.ndim))
+        return [
+            (f"{self.path}/{variable.meta.encode_chunk_key(coords)}", chunk)
+            for coords, chunk in variable.encoder.encode(np.moveaxis(rows, 0, axis) if axis else rows, first)
+        ]
+
+
+def _bands(parts: Sequence[Values], chunk_rows: int) -> Iterator[list[Values]]:
+    """Rows by chunk; the first row is the first of a chunk."""
+    band: list[Values] = []
+    room = chunk_rows
+    for part in parts:
+        first = 0
+        while first < len(part):
+            taken = part[first : first + room]
+            band.append(taken)
+            first += len(taken)
+            room -= len(taken)
+            if not room:
+                yield band
+                band, room = [], chunk_rows
+    if band:
+        yield band
+
+
+def _size(bands: Sequence[_Band]) -> int:
+    return sum(band.num_bytes for band in bands)
+
+
+def _portions(bands: Sequence[_Band]) -> Iterator[list[_Band]]:
+    """Bands in about as many portions as there are threads, or more where those would be large."""
+    most = min(max(_size(bands) // _ENCODERS, _LEAST_PORTION_BYTES), _MOST_PORTION_BYTES)
+    portion: list[_Band] = []
+    held = 0
+    for band in bands:
+        portion.append(band)
+        held += band.num_bytes
+        if held >= most:
+            yield portion
+            portion, held = [], 0
+    if portion:
+        yield portion
 
 
 async def _put_document(store: Any, path: str, variable: Variable) -> None:

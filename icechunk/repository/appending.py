@@ -76,7 +76,8 @@ class Appending(RepositoryBase):
         sessions = cast(Sessions, self)
 
         async def known_session() -> Session:
-            return await sessions._session_on(branch, (await self._core.log()).state)
+            # Nothing is read through it: the rows that a chunk needs are in memory.
+            return await sessions._session_on(branch, (await self._core.log()).state, preload=False)
 
         return Appender(
             cast(History, self),

@@ -91,14 +91,17 @@ class Sessions(RepositoryBase):
         require_writable(self._core.storage, "begin a writable session")
         return await self._session_on(branch, await self._core.state(branch=branch))
 
-    async def _session_on(self, branch: str, state: RepoState, *, rearrange: bool = False) -> Session:
+    async def _session_on(
+        self, branch: str, state: RepoState, *, rearrange: bool = False, preload: bool = True
+    ) -> Session:
         require_type("branch", branch, str)
         _require_online(state)
         log = await self._core.log()
         since_us = log.store_time_us
         log.prepare_writes_soon()
         base = await self._core.assets.snapshot(state.branch_tip(branch))
-        await self._core.preload(base)
+        if preload:
+            await self._core.preload(base)
         content = SessionContent.on(self._core, base, branch=branch, since_us=since_us, rearrange=rearrange)
         return Session(content)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from math import prod
 from typing import Any, Final
 
 import numpy as np
@@ -33,12 +32,19 @@ def bounds(coords: Coords) -> Extents:
 
 def volume(box: Extents) -> int:
     """Number of chunks in a box; 0 if it is empty, 1 if it has no dimensions."""
-    return prod(max(0, b - a) for a, b in box)
+    size = 1
+    for a, b in box:
+        size *= max(0, b - a)
+    return size
 
 
 def overlap(one: Extents, other: Extents) -> bool:
     """Whether two boxes share a chunk."""
-    return all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True))
+    # Plain loops here and below: for the two or three dimensions of an array, generators would cost the most.
+    for (a, b), (c, d) in zip(one, other, strict=True):  # noqa: SIM110
+        if a >= d or c >= b:
+            return False
+    return True
 
 
 def union(boxes: Iterable[Extents]) -> Extents:
@@ -48,7 +54,10 @@ def union(boxes: Iterable[Extents]) -> Extents:
 
 def clipped(box: Extents, grid: Sequence[int]) -> Extents:
     """The part of a box inside a grid of that many chunks along each dimension."""
-    return tuple((a, min(b, n)) for (a, b), n in zip(box, grid, strict=True))
+    for (_, end), size in zip(box, grid, strict=True):
+        if end > size:
+            return tuple([(a, min(b, n)) for (a, b), n in zip(box, grid, strict=True)])
+    return tuple(box)
 
 
 def _within(row: Sequence[int], box: Extents) -> bool:

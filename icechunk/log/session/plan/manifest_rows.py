@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,7 +94,7 @@ def _content(array: ArrayPlan, tile: Tile, manifests: Mapping[ObjectId, Manifest
     """The references of a dirty tile: the previous ones, without those deleted or outside the grid, and the written
     ones."""
     written = written_of(array, tile)
-    changed = np.concatenate([written.coords, array.deleted[tile.deleted]])
+    changed = [written.coords, array.deleted[tile.deleted]]
     parts = [refs for source in tile.sources if len(refs := _kept(array, source, manifests, changed))]
     if not parts:
         return written
@@ -111,9 +111,8 @@ def _cut_by_grid(
     gathered: dict[tuple[int, ...], list[ChunkRefs]] = {cell: [] for cell in written}
     for rows in _cells(deleted, shape):
         gathered.setdefault(_cell(deleted[rows[0]], shape), [])
-    changed = np.concatenate([coords, deleted]) if tile.sources else deleted
     for source in tile.sources:
-        refs = _kept(array, source, manifests, changed)
+        refs = _kept(array, source, manifests, [coords, deleted])
         for rows in _cells(refs.coords, shape):
             part = refs if len(rows) == len(refs) else refs.take(rows)
             cell = _cell(part.coords[0], shape)
@@ -146,14 +145,17 @@ def written_of(array: ArrayPlan, tile: Tile) -> ChunkRefs:
     return refs if isinstance(refs, ChunkRefs) and len(tile.written) == len(refs) else refs.take(tile.written)
 
 
-def _kept(array: ArrayPlan, source: ManifestRef, manifests: Mapping[ObjectId, Manifest], changed: Coords) -> ChunkRefs:
-    """References of one manifest that are still inside the grid and not among the changed ones."""
+def _kept(
+    array: ArrayPlan, source: ManifestRef, manifests: Mapping[ObjectId, Manifest], changed: Sequence[Coords]
+) -> ChunkRefs:
+    """References of one manifest that are still inside the grid and not among the changed ones (each ascending)."""
     old = references(array, source, manifests)
     box = tuple((a, min(b, d.num_chunks)) for (a, b), d in zip(source.extents, array.node.shape, strict=True))
     rows = in_box(old.coords, box)
-    if len(changed):
+    near = [coords[found] for coords in changed if len(found := in_box(coords, box))]
+    if near:
         gone = np.zeros(len(old), np.bool_)
-        at = CoordIndex(old.coords).find_rows(changed)
+        at = CoordIndex(old.coords).find_rows(np.concatenate(near))
         gone[at[at >= 0]] = True
         rows = rows[~gone[rows]]
     return old if len(rows) == len(old) else old.take(rows)

@@ -310,6 +310,10 @@ def _merge(tiles: list[Tile], policy: TilePolicy) -> list[Tile]:
     reach = policy.fan_in
     # T = 0, 1, …: tiles below f^(T+1) references merge once they hold that many together.
     while True:
+        held = sum([t.estimate for t in tiles if t.estimate < full])
+        if held < min(reach, full):
+            # Nor do they in any higher tier.
+            return _gathered(tiles, full, policy)
         tiles = _merge_tier(tiles, min(reach, full), policy)
         if reach >= full:
             return _gathered(tiles, full, policy)
@@ -393,4 +397,4 @@ def _one(members: list[Tile], box: Extents) -> Tile:
 
 
 def _corner(tile: Tile) -> tuple[int, ...]:
-    return tuple(a for a, _ in tile.box)
+    return tuple([a for a, _ in tile.box])
