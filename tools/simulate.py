@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import multiprocessing
 import os
 import sys
@@ -139,6 +140,7 @@ def _batches(seed: int, last: int, end: float) -> Iterator[range]:
 def _settle_down() -> None:
     # What is loaded by now stays: the garbage collector need not look at it again and again. The simulation calls it.
     simulate(0)
+    logging.disable(logging.CRITICAL)
     gc.collect()
     gc.freeze()
     gc.disable()

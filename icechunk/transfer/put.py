@@ -404,7 +404,8 @@ class PutPool:
         here = asyncio.get_running_loop()
         blocked = blocked_loop.get()
         with self._lock:
-            adopted = {
+            # In the order in which they were taken, which the order of a set of objects would not be.
+            adopted = [
                 item
                 for item in items
                 if self._is_pending(item)
@@ -413,12 +414,12 @@ class PutPool:
                     or not item.loop.is_running()
                     or (item.loop is not here and (item.loop is blocked or item.loop in unresponsive))
                 )
-            }
+            ]
             for item in adopted:
                 item.loop, item.done, item.error = here, concurrent.futures.Future(), None
         for item in adopted:
             self._start(item)
-        return adopted
+        return set(adopted)
 
     def _start(self, item: _Pending) -> None:
         item.task = asyncio.ensure_future(self._upload(item, item.done))

@@ -120,7 +120,7 @@ class Client:
     async def run(self, work: Coroutine[Any, Any, T]) -> T | None:
         """The result of what runs in this process; None where it fails, or where the process ends first."""
         task = self.own(work)
-        await asyncio.wait({task})
+        await self.cluster.loop.finished(task)
         if task.cancelled() or isinstance(task.exception(), IcechunkError) or self.dead:
             return None
         return task.result()
@@ -137,6 +137,21 @@ class Client:
                 return log
             await asyncio.sleep(self.cluster.rng.choice((1, 30)))
         return None
+
+
+class _Task(asyncio.Task[Any]):
+    """A task that is hashed by its number.
+
+    asyncio keeps tasks in sets, for instance those that a group cancels. By address, their order would depend on what
+    the process did before.
+    """
+
+    def __init__(self, number: int, work: Any, **options: Any) -> None:
+        self.number = number
+        super().__init__(work, **options)
+
+    def __hash__(self) -> int:
+        return self.number
 
 
 class Cluster:
@@ -198,7 +213,7 @@ class Cluster:
         loop.set_task_factory(self._new_task)
 
     def _new_task(self, loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
-        task: asyncio.Task[Any] = asyncio.Task(work, loop=loop, **options)
+        task = _Task(len(self.tasks), work, loop=loop, **options)
         self.tasks.append(task)
         owner = _owner.get()
         if owner is not None:

@@ -6,7 +6,8 @@ import asyncio
 import heapq
 import threading
 from collections.abc import Callable
-from contextvars import Context
+from contextvars import Context, copy_context
+from functools import partial
 from typing import Any, Final
 
 __all__ = ["DAY_S", "START_US", "StuckError", "VirtualLoop"]
@@ -14,12 +15,42 @@ __all__ = ["DAY_S", "START_US", "StuckError", "VirtualLoop"]
 DAY_S: Final = 86_400.0
 START_US: Final = 1_790_000_000_000_000
 """Virtual wall clock at the loop's time 0, µs since the Unix epoch."""
-_MAX_HANDLES: Final = 400_000
+_MAX_CALLS: Final = 400_000
 """Callbacks of one loop. A schedule needs some thousands; more means that something never ends."""
 
 
 class StuckError(RuntimeError):
     """Nothing will ever happen any more, or the same happens again and again."""
+
+
+class _Call:
+    """A callback that is due: what asyncio calls a handle, without what a simulation never asks of it.
+
+    Errors are raised, not logged: a callback of a simulation that fails is a fault of the simulator or the engine.
+    """
+
+    __slots__ = ("_args", "_callback", "_context", "_when", "cancelled_")
+
+    def __init__(self, callback: Callable[..., Any], args: tuple[Any, ...], context: Context, when: float) -> None:
+        self._callback = callback
+        self._args = args
+        self._context = context
+        self._when = when
+        self.cancelled_ = False
+
+    def cancel(self) -> None:
+        self.cancelled_ = True
+
+    def cancelled(self) -> bool:
+        return self.cancelled_
+
+    def when(self) -> float:
+        return self._when
+
+
+def _wake(ended: asyncio.Future[None], _: object) -> None:
+    if not ended.done():
+        ended.set_result(None)
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
@@ -34,7 +65,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def __init__(self) -> None:
         super().__init__()
         self._now_s = 0.0
-        self._timers: list[tuple[float, int, asyncio.TimerHandle | asyncio.Future[None]]] = []
+        self._timers: list[tuple[float, int, _Call | asyncio.Future[None]]] = []
         self._asked = 0
 
     def time(self) -> float:
@@ -51,24 +82,40 @@ class VirtualLoop(asyncio.BaseEventLoop):
         heapq.heappush(self._timers, (self._now_s + seconds, self._asked, future))
         return future
 
+    def get_debug(self) -> bool:
+        return False
+
+    async def finished(self, task: asyncio.Task[Any]) -> None:
+        """Wait for the end of a task, whatever it is; as `asyncio.wait` for one, at a fraction of the cost."""
+        if not task.done():
+            ended = asyncio.Future[None](loop=self)
+            wake = partial(_wake, ended)
+            task.add_done_callback(wake)
+            try:
+                await ended
+            finally:
+                task.remove_done_callback(wake)
+
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., Any], *args: Any, context: Context | None = None
-    ) -> asyncio.Handle:
-        handle = asyncio.Handle(callback, args, self, context)
-        self._ready.append(handle)
-        return handle
+    ) -> _Call:
+        call = _Call(callback, args, copy_context() if context is None else context, self._now_s)
+        self._ready.append(call)
+        return call
+
+    call_soon_threadsafe = call_soon  # type: ignore[assignment]
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
-    ) -> asyncio.TimerHandle:
-        timer = asyncio.TimerHandle(when, callback, args, self, context)
+    ) -> _Call:
+        timer = _Call(callback, args, copy_context() if context is None else context, when)
         self._asked += 1
         heapq.heappush(self._timers, (when, self._asked, timer))
         return timer
 
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
-    ) -> asyncio.TimerHandle:
+    ) -> _Call:
         return self.call_at(self._now_s + delay, callback, *args, context=context)
 
     def run_in_executor(  # type: ignore[override]
@@ -94,25 +141,25 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def _run_until_stopped(self) -> None:
         ready, timers = self._ready, self._timers
-        handles = 0
+        calls = 0
         while not self._stopping:
             if not ready:
                 self._jump(timers)
-            handles += 1
-            if handles > _MAX_HANDLES:
-                raise StuckError(f"the simulation does not end: {_MAX_HANDLES} callbacks were run")
-            handle = ready.popleft()
-            if not handle._cancelled:
-                handle._run()
+            calls += 1
+            if calls > _MAX_CALLS:
+                raise StuckError(f"the simulation does not end: {_MAX_CALLS} callbacks were run")
+            call = ready.popleft()
+            if not call.cancelled_:
+                call._context.run(call._callback, *call._args)
 
-    def _jump(self, timers: list[tuple[float, int, asyncio.TimerHandle | asyncio.Future[None]]]) -> None:
+    def _jump(self, timers: list[tuple[float, int, _Call | asyncio.Future[None]]]) -> None:
         """Let time pass until something is ready."""
         while timers:
             when, _, timer = heapq.heappop(timers)
             if when > self._now_s:
                 self._now_s = when
-            if isinstance(timer, asyncio.TimerHandle):
-                if not timer.cancelled():
+            if isinstance(timer, _Call):
+                if not timer.cancelled_:
                     self._ready.append(timer)
                     return
             elif not timer.done():
@@ -120,9 +167,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 if self._ready:
                     return
         raise StuckError("the simulation is stuck: everybody waits, and nothing will ever happen")
-
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """Nothing: it is found cancelled when its time comes."""
 
     def _process_events(self, event_list: list[Any]) -> None:
         """Nothing: there are no sockets."""

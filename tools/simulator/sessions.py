@@ -175,7 +175,7 @@ async def _commit(
         if not task.done():
             task.cancel()
             cluster.inject(Fault.CANCELLED, client.name, "its caller gives up")
-    await asyncio.wait({task})
+    await client.cluster.loop.finished(task)
     token: SwapToken | None = session.unsettled_commit
     if client.dead:
         if not task.cancelled():

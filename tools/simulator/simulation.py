@@ -28,6 +28,7 @@ from icechunk.log.repository.port import Layout
 from tools.simulator import sessions, upkeep
 from tools.simulator.checker import MAIN, ROOT, View, check
 from tools.simulator.cluster import Client, Cluster, Report
+from tools.simulator.decoding import share
 from tools.simulator.faults import CALM, Fault, Mix
 from tools.simulator.loop import DAY_S, VirtualLoop
 from tools.simulator.storage import SimulatedStore, Stored
@@ -97,6 +98,7 @@ def simulate(seed: int, plan: Plan | None = None) -> Report:
         With its ``problems``, none if all promises held.
     """
     plan = plan if plan is not None else plan_of(seed)
+    share()
     with _quiet():
         loop = VirtualLoop()
         try:
@@ -256,15 +258,17 @@ def _template(layout: Layout, content: bool) -> dict[str, Stored]:
 def _quiet() -> Iterator[None]:
     """Without logs, of which a simulation is full, and without the garbage collector, which finds little in it."""
     level, collecting = logging.root.manager.disable, gc.isenabled()
-    logging.disable(logging.CRITICAL)
+    if level < logging.CRITICAL:
+        logging.disable(logging.CRITICAL)
     gc.disable()
     try:
         yield
     finally:
-        logging.disable(level)
+        if level < logging.CRITICAL:
+            logging.disable(level)
         if collecting:
             gc.enable()
-        if next(_runs) % 50 == 0:
+        if next(_runs) % 100 == 0:
             gc.collect()
 
 

@@ -74,7 +74,7 @@ async def collector(cluster: Cluster, rounds: int) -> None:
         if rng.random() < 0.2:
             await asyncio.sleep(rng.uniform(0, 3))
             client.crash()
-        await asyncio.wait({task})
+        await client.cluster.loop.finished(task)
         if client.dead:
             continue
         if task.exception() is None:
@@ -140,7 +140,7 @@ async def _until(client: Client, task: asyncio.Task[None], seconds: float) -> No
     await asyncio.wait({task}, timeout=seconds)
     if not task.done():
         client.crash()
-        await asyncio.wait({task})
+        await client.cluster.loop.finished(task)
     if task.cancelled():
         return
     if (error := task.exception()) is not None and not isinstance(error, IcechunkError) and not client.dead:

@@ -275,7 +275,7 @@ async def _append(
         if not task.done():
             task.cancel()
             cluster.inject(Fault.CANCELLED, client.name, "its caller gives up")
-    await asyncio.wait({task})
+    await client.cluster.loop.finished(task)
     token = told.token
     if client.dead:
         # The client has ended, so there is no caller. A token that was kept may still be settled.
