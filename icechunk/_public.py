@@ -115,7 +115,7 @@ from icechunk.repository import (
     upgrade_icechunk_repository_async,
 )
 from icechunk.repository import open_sync as open
-from icechunk.repository.upgrade import _InvalidatedRepository  # noqa: F401
+from icechunk.repository.format_upgrade import _InvalidatedRepository  # noqa: F401
 from icechunk.runtime.about import print_debug_info, user_agent
 from icechunk.runtime.logging import initialize_logs, set_logs_filter, shutdown_telemetry
 from icechunk.session import ForkSession, Session

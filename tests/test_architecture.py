@@ -16,6 +16,7 @@ import pytest
 import icechunk
 
 PACKAGE = Path(icechunk.__file__).parent
+ROOT = PACKAGE.parent
 FLOORS = [
     {"errors", "format.ids"},
     {"runtime"},
@@ -56,6 +57,24 @@ PURE = [
 """Rooms and modules without I/O, clock and chance."""
 SIBLINGS = ["log.repository.entries", "log.repository.ref_files", "log.repository.repo_object"]
 """The three layouts of the repository log. They share the modules of `log.repository` below them."""
+
+_KINDS = ("storage.http", "storage.local", "storage.obstore", "storage.s3")
+_LAYOUTS = ("log.repository.entries", "log.repository.ref_files", "log.repository.repo_object")
+SAME_NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "client": ("what one process knows of a log in this layout, and does to it", _LAYOUTS),
+    "codec": ("the file's envelope and its root table", ("format.repo", "format.snapshot")),
+    "credentials": ("the library's form of our credentials", ("storage.obstore", "storage.s3")),
+    "events": ("the facts of this log", ("log.repository", "log.session")),
+    "layout": ("what a log is in this layout", _LAYOUTS),
+    "port": ("the protocol that other rooms see", ("log.repository", "storage", "store")),
+    "reading": ("reads from this kind of storage", ("storage.http", "storage.obstore")),
+    "repository": (
+        "the class named like its room; of the configuration: pickles name the module",
+        ("config", "repository"),
+    ),
+    "storage": ("this kind of storage; of the configuration: pickles name the module", ("config", *_KINDS)),
+}
+"""Names that several files have, with the part that they play in each of their rooms, and these."""
 
 
 def modules() -> dict[str, Path]:
@@ -133,9 +152,35 @@ def test_pure_packages_import_no_io_no_clock_and_no_randomness(room: str) -> Non
             assert not impure, f"{module} imports {impure}"
 
 
-@pytest.mark.parametrize("package", sorted(name for name, path in MODULES.items() if path.name == "__init__.py"))
-def test_every_package_docstring_says_what_belongs_there(package: str) -> None:
-    assert ast.get_docstring(ast.parse(MODULES[package].read_text()))
+@pytest.mark.parametrize(
+    "package", sorted(name for name, path in MODULES.items() if path.name == "__init__.py" and name)
+)
+def test_every_package_says_what_belongs_there_and_where_its_neighbours_are(package: str) -> None:
+    """A docstring says what a package holds and, after "Not here:", what it must not hold and the place of that.
+
+    The package itself is left out: its docstring is for users.
+    """
+    docstring = ast.get_docstring(ast.parse(MODULES[package].read_text()))
+    assert docstring
+    holds, found, excluded = " ".join(docstring.split()).partition(" Not here: ")
+    assert holds
+    assert found
+    places = re.findall(r"(?<!`)`([\w./]+)`(?!`)", excluded)
+    assert places
+    for place in places:
+        is_there = (ROOT / place).is_dir() if place.endswith("/") else place in MODULES and place != package
+        assert is_there, place
+
+
+def test_two_files_have_one_name_only_if_they_play_one_part_in_sibling_rooms() -> None:
+    rooms: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        if path.name != "__init__.py":
+            room, _, name = module.rpartition(".")
+            rooms.setdefault(name, set()).add(room)
+    assert {name: found for name, found in rooms.items() if len(found) > 1} == {
+        name: set(found) for name, (_, found) in SAME_NAMES.items()
+    }
 
 
 def test_every_module_lists_names_that_it_has() -> None:

@@ -116,7 +116,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "                info = await self._successors.as_refs_say(seen.unfinished)\n",
         "                info = seen.unfinished\n",
         ("refs",),
-        ("tests/repository/test_upgrade.py",),
+        ("tests/repository/test_format_upgrade.py",),
     ),
     # -- the engine of conditional writes ------------------------------------------------------------------------------
     Mutant(

@@ -1,8 +1,9 @@
 """The `icechunk` command.
 
-Exit codes: 0 done, 1 the command failed (one line says why), or the demo's check failed, 2 bad
-input or, for the demo, an environment that does not fit, 130 interrupted. A command imports what it needs when it
-runs, so ``--help`` and ``--version`` answer at once.
+Exit codes: 0 done, 1 the command failed (one line says why), or the demo's check failed, 2 bad input or, for the demo,
+an environment that does not fit, 130 interrupted. A command imports what it needs when it runs, so ``--help`` and
+``--version`` answer at once. Not here: work that a program may want without a terminal, which is a method of the handle
+(`repository`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Configuration of repositories and of the storage under them.
+"""Configuration of repositories and of the storage under them: values, their checks, and their stored forms.
 
-Rooms: `storage` (object stores and requests to them), `containers` (virtual chunk containers), `manifest`
-(splitting, preloading), `repository` (the whole), `serialise` and `yaml_text` (the stored forms).
+Modules: `storage` (object stores and requests to them), `containers` (virtual chunk containers), `manifest` and
+`manifest_rules` (splitting, preloading), `patterns` (their regular expressions), `repository` (the whole), `serialise`
+and `yaml_text` (the stored forms). Pickles of configurations name these modules, so their names stay. Not here: what a
+setting does to requests (`storage.settings`, `transfer`) or sessions (`session.core`).
 """
 
 from __future__ import annotations

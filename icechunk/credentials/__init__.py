@@ -1,7 +1,8 @@
 """Credentials for object stores: static, anonymous, from the environment, or fetched when they expire.
 
 A representation never shows a secret. Values can be pickled (the official library's cannot), so that a read-only
-session can take its user's credentials to a worker; nothing else sends or stores them.
+session can take its user's credentials to a worker; nothing else sends or stores them. Not here: requests for
+credentials, and signatures (`storage.refreshed_credentials`, `storage.s3`, `storage.obstore`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The ground of the engine: event loops, synchronous twins, tasks, the clock, checks of values, logging.
+"""Event loops, synchronous twins, tasks, the clock, checks and representations of values, pickles, logging.
 
-Nothing here knows of Zarr, of the format, or of storage.
+Not here: anything that knows of Zarr (`store`), of the format (`format`), or of storage (`storage`).
 """

@@ -1,4 +1,7 @@
-"""Sessions: one consistent view of a repository; writable ones collect changes until their commit."""
+"""Sessions: one consistent view of a repository; writable ones collect changes until their commit.
+
+Not here: the computation of commits, merges and conflicts (`log.session`), and Zarr's keys (`store`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The Zarr store of a session: Zarr's keys, and virtual references."""
+"""The Zarr store of a session: Zarr's keys, and virtual references.
+
+Not here: the state that it reads and changes (`session`), which it knows only by a protocol.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Manifests: chunk references of one or several arrays, as a file and as columns."""
+"""Manifests: chunk references of one or several arrays, as a file and as columns.
+
+Not here: which references share a manifest (`log.session.plan`), and changes to references (`log.session.columns`).
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,4 @@
-"""Snapshots and their nodes: bytes to values and back."""
+"""Snapshots and their nodes: bytes to values and back.
+
+Not here: changes to nodes (`log.session`), and the history of snapshots (`format.repo`).
+"""

@@ -1,4 +1,7 @@
-"""HTTP/1.1 exchanges, and repositories on web servers."""
+"""HTTP/1.1 exchanges, and repositories on web servers.
+
+Not here: S3's requests and signatures, which go over these exchanges (`storage.s3`).
+"""
 
 from __future__ import annotations
 

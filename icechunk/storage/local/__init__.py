@@ -1,4 +1,7 @@
-"""Objects as files below a folder."""
+"""Objects as files below a folder.
+
+Not here: virtual chunks in local files, which are read only (`virtual_access`).
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,4 @@
-"""Objects in Google Cloud Storage and Azure Blob Storage, through the optional library obstore."""
+"""Objects in Google Cloud Storage and Azure Blob Storage, through the optional library obstore.
+
+Not here: S3, which needs no optional library (`storage.s3`).
+"""

@@ -1,4 +1,7 @@
-"""Objects in buckets of S3 and of services with its protocol."""
+"""Objects in buckets of S3 and of services with its protocol.
+
+Not here: the HTTP exchanges under them (`storage.http`), and the names of services (`storage.presets`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
 """The log layout: one new object per entry, checkpoints of the log in ``repo``, and files embedded in entries.
 
-What another layout needs too (entries as bytes, single slots, ``repo`` itself) belongs in `icechunk.log.repository`.
+Not here: what another layout needs too (entries as bytes, single slots, ``repo`` itself), in `log.repository`.
 """

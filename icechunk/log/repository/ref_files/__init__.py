@@ -1,4 +1,4 @@
 """The ref-files layout: format 1, with one object per branch and tag, and the upgrade from it to format 2.
 
-What happens to a repository after its upgrade does not belong here.
+Not here: what happens to a repository after its upgrade (`log.repository.repo_object`).
 """
