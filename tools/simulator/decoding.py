@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 from typing import Any, Final
 
 from icechunk.format.repo import codec
-from icechunk.log.repository.entries import entry
+from icechunk.log.repository import entry
 
 __all__ = ["share"]
 
