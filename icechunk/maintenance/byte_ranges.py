@@ -15,7 +15,6 @@ from icechunk.format.values import ChunkRefs
 __all__ = [
     "CHUNK_ID_BYTES",
     "SPAN_BYTES",
-    "covered",
     "covered_by_object",
     "names_of",
     "native_rows",
@@ -68,19 +67,29 @@ def spans_of(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint64], npt.NDArra
     return spans[:, 0], spans[:, 1]
 
 
-def covered(rows: npt.NDArray[Any]) -> int:
-    """Bytes that ranges cover, once where they overlap; the rows are ascending."""
-    return int(covered_by_object(rows)[1].sum(dtype=np.uint64))
-
-
 def covered_by_object(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint64]]:
-    """The same for each object: names, ``S{k}[m]``, ascending, and uint64[m] bytes."""
+    """Bytes of each object that ranges cover, once where they overlap.
+
+    Parameters
+    ----------
+    rows
+        Ascending.
+
+    Returns
+    -------
+    names : S{k}[m]
+        Ascending.
+    bytes : uint64[m]
+    """
     if not len(rows):
         return np.empty(0, f"S{rows.dtype.itemsize - SPAN_BYTES}"), np.empty(0, np.uint64)
     offset, length = spans_of(rows)
     first = starts_of_objects(rows)
     end = offset + length
-    start = np.maximum(offset, reached_before(first, end))
+    if bool((first[1:] | (end[:-1] <= offset[1:])).all()):
+        start = offset
+    else:
+        start = np.maximum(offset, reached_before(first, end))
     fresh = np.where(end > start, end - start, np.uint64(0)).astype(np.uint64)
     begins = np.flatnonzero(first)
     return names_of(rows[begins]), np.add.reduceat(fresh, begins)

@@ -17,7 +17,6 @@ from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.maintenance.byte_ranges import (
     CHUNK_ID_BYTES,
     SPAN_BYTES,
-    covered,
     covered_by_object,
     native_rows,
     rows,
@@ -90,12 +89,17 @@ class _Sizes:
             return
         self.complete = True
 
-    def uncovered(self, rows: npt.NDArray[Any]) -> tuple[int | None, int | None]:
-        """Bytes that no range covers: of objects with a range, and of others; None where that is not known."""
+    def uncovered(self, names: npt.NDArray[Any], living: npt.NDArray[np.uint64]) -> tuple[int | None, int | None]:
+        """Bytes that no range covers: of objects with a range, and of others; None where that is not known.
+
+        Parameters
+        ----------
+        names, living
+            Of each object with a range, ascending, and the bytes that its ranges cover.
+        """
         if not self.complete:
             return None, None
         sizes = np.array(self._sizes, np.uint64)
-        names, living = covered_by_object(rows)
         if not len(names):
             return 0, int(sizes.sum())
         ids = np.array(self._names, names.dtype)
@@ -131,9 +135,10 @@ class _Counter:
         return np.array(numbers, ">u8")[inverse].view(np.uint8).reshape(-1, 8)
 
     def result(self, sizes: _Sizes | None = None) -> ChunkStorageStats:
-        dead, unreferenced = (None, None) if sizes is None else sizes.uncovered(self._native.rows)
+        names, living = covered_by_object(self._native.rows)
+        dead, unreferenced = (None, None) if sizes is None else sizes.uncovered(names, living)
         return ChunkStorageStats(
-            native_bytes=covered(self._native.rows),
+            native_bytes=int(living.sum(dtype=np.uint64)),
             virtual_bytes=int(spans_of(self._virtual.rows)[1].sum(dtype=np.uint64)),
             inlined_bytes=self._inlined,
             dead_bytes=dead,

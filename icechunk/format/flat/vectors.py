@@ -87,7 +87,7 @@ class JoinedBuffer(Buffer):
         At least one.
     """
 
-    __slots__ = ("_starts",)
+    __slots__ = ("_payloads", "_starts")
 
     def __init__(self, payloads: Sequence[bytes], name: str) -> None:
         padded = [part for payload in payloads for part in (payload, bytes(-len(payload) % _WORD))]
@@ -95,15 +95,17 @@ class JoinedBuffer(Buffer):
         sizes = np.fromiter(map(len, payloads), np.int64, len(payloads))
         sizes += -sizes % _WORD
         self._starts: Positions = np.cumsum(sizes) - sizes
+        self._payloads = np.repeat(np.arange(len(payloads), dtype=np.int32), sizes // _WORD)
 
     @property
     def roots(self) -> Positions:
         """Position of the root table of each payload. Raises `FormatError` if one is outside its payload."""
         return targets(self, self._starts)
 
-    def payload_of(self, positions: Positions) -> npt.NDArray[np.intp]:
+    def payload_of(self, positions: Positions) -> npt.NDArray[np.int32]:
         """The number of the payload that each position is in."""
-        return np.searchsorted(self._starts, positions, side="right") - 1
+        # Payloads begin at whole words. Positions outside the buffer are found when their bytes are read.
+        return self._payloads.take(positions // _WORD, mode="clip")
 
     def require_same_file(self, positions: Positions, targets: Positions) -> None:
         """Check that targets are in the same payload as the positions that lead to them. Raises `FormatError`."""
