@@ -72,6 +72,59 @@ async def repository() -> icechunk.Repository:
     return repo
 
 
+def arrows() -> tuple[dict[str, str], dict[str, set[str]]]:
+    """The node of each room of the diagram, and the nodes that each node's arrows lead to."""
+    diagram = PAGE.read_text(encoding="utf-8").partition("```mermaid")[2].partition("```")[0]
+    node_of = {
+        room.strip().strip("/"): node
+        for node, text in re.findall(r'(\w+)\["(.*?)(?: —.*?)?"\]', diagram)
+        for room in text.split("·")
+    }
+    leads_to: dict[str, set[str]] = {node: set() for node in node_of.values()}
+    for source, target in re.findall(r'^    (\w+)(?:\[".*?"\])? --> (\w+)', diagram, re.MULTILINE):
+        leads_to[source].add(target)
+    return node_of, leads_to
+
+
+def room_of(module: str) -> str:
+    """The room of a module, both named below the package: a folder, one of the two logs, or a single module."""
+    parts = module.split(".")
+    return "/".join(parts[:2]) if parts[0] == "log" and len(parts) > 1 else parts[0]
+
+
+def imports_of_rooms() -> set[tuple[str, str]]:
+    """Pairs of rooms of which the first imports the second."""
+    package = Path(icechunk.__file__).parent
+    found = set()
+    for path in package.rglob("*.py"):
+        source = room_of(".".join(path.relative_to(package).with_suffix("").parts))
+        for target in re.findall(r"^ *from icechunk\.([\w.]+) import ", path.read_text(encoding="utf-8"), re.MULTILINE):
+            found.add((source, room_of(target)))
+    return found
+
+
+def test_the_diagram_has_every_room() -> None:
+    package = Path(icechunk.__file__).parent
+    folders = {path.parent.name for path in package.glob("*/__init__.py")} - {"log"}
+    modules = {"xarray", "dask", "distributed", "kerchunk"}
+    assert set(arrows()[0]) == folders | modules | {"log/session", "log/repository"}
+
+
+def test_a_room_imports_what_its_arrows_lead_to_and_each_arrow_is_an_import() -> None:
+    node_of, leads_to = arrows()
+    pairs = {
+        (node_of[source], node_of[target])
+        for source, target in imports_of_rooms()
+        if {source, target} <= set(node_of) and node_of[source] != node_of[target]
+    } - {("runtime", "format")}  # ids only, which are below both
+    assert {(source, target) for source, targets in leads_to.items() for target in targets} <= pairs
+    reached = {node: set(targets) for node, targets in leads_to.items()}
+    for _ in reached:
+        for targets in reached.values():
+            targets.update(*(reached[target] for target in targets))
+    assert {(source, target) for source, target in pairs if target not in reached[source]} == set()
+
+
 @pytest.mark.parametrize("title", JOURNEYS)
 def test_every_function_of_a_journey_exists(title: str) -> None:
     names = journey(title)
