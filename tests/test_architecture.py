@@ -62,7 +62,6 @@ _KINDS = ("storage.http", "storage.local", "storage.obstore", "storage.s3")
 SAME_NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "client": ("what one process knows of a log in this layout, and does to it", tuple(SIBLINGS)),
     "codec": ("the file's envelope and its root table", ("format.repo", "format.snapshot")),
-    "credentials": ("the library's form of our credentials", ("storage.obstore", "storage.s3")),
     "events": ("the facts of this log", ("log.repository", "log.session")),
     "layout": ("what a log is in this layout", tuple(SIBLINGS)),
     "port": ("the protocol that other rooms see", ("log.repository", "storage", "store")),

@@ -11,7 +11,7 @@ import pytest
 
 import icechunk
 from icechunk.errors import InvalidInputError, ObjectNotFoundError
-from icechunk.storage.obstore.credentials import azure_options, gcs_options
+from icechunk.storage.obstore.buckets import azure_options, gcs_options
 from icechunk.storage.port import Range
 from icechunk.virtual_access.obstore_readers import ObstoreFiles, azure_files, gcs_files
 from tests.virtual_builders import FILE_BYTES
