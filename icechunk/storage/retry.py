@@ -13,11 +13,11 @@ import asyncio
 import math
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final
 
 from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTimeoutSettings
 from icechunk.config.storage import DEFAULT_INITIAL_BACKOFF_MS, DEFAULT_MAX_BACKOFF_MS, DEFAULT_MAX_TRIES
@@ -26,18 +26,14 @@ from icechunk.runtime.clock import Sources
 __all__ = [
     "Limits",
     "Pace",
-    "Patience",
     "Repeats",
     "Tries",
-    "Waiting",
     "limits_of",
     "note_repeats",
     "repeats_so_far",
     "retried_unless",
     "retries_have_ended",
 ]
-
-T = TypeVar("T")
 
 _FIRST_CONTACT_TRIES: Final = 4
 """Tries for a service that never answered: more likely a wrong address than a bad day."""
@@ -58,7 +54,8 @@ class Limits:
     operation_s: float | None
     """For all tries together; None: no limit."""
     patience: float = 1.0
-    """Multiple of the time of `Patience` to wait while nothing moves; infinite for the last try."""
+    """Multiple of the time of `icechunk.storage.patience.Patience` to wait while nothing moves; infinite for the last
+    try."""
 
 
 def limits_of(settings: StorageSettings | None, stream_timeout_s: int | None = None) -> Limits:
@@ -185,106 +182,6 @@ class Tries:
             return None
         spent_s = (self._sources.elapsed_us() - self._began_us) / 1e6
         return self._limits.operation_s - spent_s
-
-
-_REMEMBERED: Final = 128
-_ENOUGH: Final = 16
-_SAFETY: Final = 3.0
-_LEAST_PATIENCE_S: Final = 3.0
-_FIRST_PATIENCE_S: Final = 5.0
-_MOST_DOUBLINGS: Final = 5
-_SLOW_LINE_BYTES_PER_S: Final = 256 * 1024
-"""Assumed for uploads until the rate of enough of them is known."""
-
-
-class Waiting(NamedTuple):
-    """How long to wait for one request."""
-
-    still_s: float
-    """For the next byte of an answer, or for the peer to take more of the body."""
-    body_s: float
-    """So much longer for the first byte, as the body needs time, and the peer need not say that it takes it."""
-    epoch: int
-    uploading: int
-    """Bytes of all bodies under way when it began."""
-
-
-class Patience:
-    """The time to wait while nothing moves before a try is given up: learned from recent answers of one service.
-
-    Three times what the slowest of the recent answers took, and seconds at the least. A connection that went silent
-    (a router forgot it, a server behind it is gone) then costs that, and not the longest time that a server may be
-    silent. As every try that is given up may mean that the service has become slow, and not silent, the next ones wait
-    twice as long, until something is answered. Uploads that are under way together share the line, so the time for one
-    depends on the bytes of all.
-    """
-
-    def __init__(self) -> None:
-        self._seen: deque[float] = deque(maxlen=_REMEMBERED)
-        self._rates: deque[float] = deque(maxlen=_REMEMBERED)
-        self._uploading = 0
-        # One for all loops, where the connections are.
-        self._lock = threading.Lock()
-        self._doublings = 0
-        self._epoch = 0
-
-    async def within(self, answer: Awaitable[T], limits: Limits, body_bytes: int = 0) -> T:
-        """An answer that comes as a whole; it is cancelled, and `TimeoutError` raised, when it is probably stuck."""
-        clock = asyncio.get_running_loop().time
-        waiting, began = self.begin(body_bytes), clock()
-        still_s = (waiting.still_s + waiting.body_s) * limits.patience
-        try:
-            async with asyncio.timeout(still_s if still_s < limits.read_s else None) as limit:
-                result = await answer
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-            self.missed(waiting)
-            note_repeats(abandoned=1)
-            raise TimeoutError(f"no answer for {still_s:g} s") from error
-        finally:
-            self.end(body_bytes)
-        took_s = clock() - began
-        self.answered(waiting, 0.0 if body_bytes else took_s, took_s)
-        return result
-
-    def begin(self, body_bytes: int = 0) -> Waiting:
-        """Note a request that is sent now; `end` has to follow. ``body_bytes``: of a large body, else 0."""
-        with self._lock:
-            self._uploading += body_bytes
-        least = _LEAST_PATIENCE_S if len(self._seen) >= _ENOUGH else _FIRST_PATIENCE_S
-        factor = 2.0**self._doublings
-        still_s = max(least, _SAFETY * max(self._seen, default=0.0)) * factor
-        if not body_bytes:
-            return Waiting(still_s, 0.0, self._epoch, 0)
-        rate = min(self._rates) / _SAFETY if len(self._rates) >= _ENOUGH else _SLOW_LINE_BYTES_PER_S
-        return Waiting(still_s, self._uploading / rate * factor, self._epoch, self._uploading)
-
-    def end(self, body_bytes: int = 0) -> None:
-        """The request is over, in whatever way."""
-        with self._lock:
-            self._uploading -= body_bytes
-
-    def answered(self, waiting: Waiting, waited_s: float, took_s: float) -> None:
-        """An answer came.
-
-        Parameters
-        ----------
-        waited_s
-            The longest time in which nothing moved once the request was sent.
-        took_s
-            From the beginning of the request to the first byte of the answer.
-        """
-        self._seen.append(waited_s)
-        if waiting.uploading:
-            self._rates.append(waiting.uploading / max(took_s, 1e-3))
-        self._doublings = 0
-
-    def missed(self, waiting: Waiting) -> None:
-        """The request was given up. Of those that were under way together the first counts."""
-        if waiting.epoch == self._epoch:
-            self._epoch += 1
-            self._doublings = min(_MOST_DOUBLINGS, self._doublings + 1)
 
 
 _UNBOUNDED: Final = 512

@@ -373,7 +373,7 @@ class Assets:
         pool = self._pools.peek() or await self._pools.get()
 
         # A request that is stuck is not joined for long; a file that is being decoded always is.
-        data = b"" if pool.is_shared(("decoded", key)) else self._files.get(key) or await self._read(pool, key)
+        data = b"" if pool.flights.of(("decoded", key)) else self._files.get(key) or await self._read(pool, key)
 
         async def decoded(data: bytes) -> T:
             return await off_loop(len(data), lambda: decode(data), await self._decoders.get())
@@ -388,7 +388,7 @@ class Assets:
                     return await decoded(found)
                 raise FormatError(f"cannot read {key!r}: {error.message}", error.kind) from error
 
-        return await pool.share(("decoded", key), load)
+        return await pool.flights.share(("decoded", key), load)
 
     async def _read(self, pool: FetchPool, key: str) -> bytes:
         try:

@@ -28,6 +28,7 @@ from icechunk.format.ids import ObjectId
 from icechunk.format.values import NATIVE, ChunkRefs
 from icechunk.storage.port import GetResult, Octets, Range
 from icechunk.transfer.fetch import FetchPool
+from icechunk.transfer.flights import Flight, Reader
 
 __all__ = [
     "FIRST_AHEAD_BYTES",
@@ -251,53 +252,11 @@ class Track:
 
 
 @dataclass(slots=True, eq=False)
-class _Want:
-    """A reader that waits."""
-
-    start: int
-    end: int
-    place: asyncio.Future[tuple[int, Octets]]
-    """Resolves to what its flight brought: where that starts, and its bytes."""
-    flight: _Flight | None = None
-    """The request that it waits for; None until the end of the turn."""
-
-
-@dataclass(slots=True, eq=False)
-class _Flight:
-    """A request on its way."""
-
-    start: int
-    end: int
-    reserved: int
-    """Bytes of the cache that wait for it; 0: it will not be kept."""
-    join_s: float
-    """Readers may join for so long after ``since``, seconds; then it is probably stuck."""
-    since: float
-    """Time of the loop at which it began."""
-    wants: set[_Want] = field(default_factory=set)
-    task: asyncio.Task[GetResult] | None = None
-
-    def covers(self, start: int) -> bool:
-        """Whether it brings that byte."""
-        return self.start <= start < self.end
-
-    def takes(self, start: int, now: float) -> bool:
-        """Whether a reader that wants that byte should wait for it."""
-        return self.covers(start) and now - self.since < self.join_s
-
-    def join(self, want: _Want) -> None:
-        """Let a reader wait for it."""
-        want.flight = self
-        self.wants.add(want)
-
-
-@dataclass(slots=True, eq=False)
 class _Object:
     track: Track = field(default_factory=Track)
-    flights: list[_Flight] = field(default_factory=list)
     kept: dict[int, Octets] = field(default_factory=dict)
     """The cached ranges, by start."""
-    wanted: list[_Want] = field(default_factory=list)
+    wanted: list[Reader[GetResult]] = field(default_factory=list)
     """Readers of this turn."""
 
 
@@ -314,6 +273,7 @@ class BlockReader:
 
     def __init__(self, pool: FetchPool, limits: Limits | None = None) -> None:
         self._pool = pool
+        self._flights = pool.flights
         self._limits = limits or Limits()
         self._objects: OrderedDict[str, _Object] = OrderedDict()
         self._kept: OrderedDict[tuple[str, int], int] = OrderedDict()
@@ -382,13 +342,22 @@ class BlockReader:
         # A caller that prefetches knows better what comes next than the track of this one object.
         known.track.window = 0
         known.track.next = end
-        start = _after(known, start)
+        start = self._after(key, known, start)
         while start < end:
             stop = min(end, start + self._limits.max_request_bytes)
             if not self._make_room(stop - start):
                 return
-            self._fly(key, known, start, stop, stop - start)
-            start = _after(known, stop)
+            self._launch(key, known, start, stop, stop - start)
+            start = self._after(key, known, stop)
+
+    def _after(self, key: str, known: _Object, start: int) -> int:
+        """The first byte from ``start`` on that is neither kept nor in flight."""
+        while True:
+            ends = [first + len(data) for first, data in known.kept.items() if first <= start < first + len(data)]
+            ends += [int(flight.end) for flight in self._flights.of(key) if flight.covers(start)]
+            if not ends:
+                return start
+            start = max(ends)
 
     async def _part(self, key: str, start: int, end: int) -> tuple[_Object, bytes]:
         """The wanted bytes as far as one piece of the object has them, one at least."""
@@ -405,28 +374,16 @@ class BlockReader:
 
     async def _fetched(self, key: str, known: _Object, start: int, end: int) -> tuple[int, Octets]:
         loop = asyncio.get_running_loop()
-        want = _Want(start, end, loop.create_future())
-        if not _join_one(known.flights, want):
+        reader: Reader[GetResult] = Reader(start, end, loop.create_future())
+        launch_own = None
+        if self._flights.try_join(key, reader):
+            launch_own = partial(self._launch, key, known, start, end, 0)
+        else:
             if not known.wanted:
                 loop.call_soon(self._dispatch, key, known)
-            known.wanted.append(want)
-        try:
-            return await want.place
-        except asyncio.CancelledError:
-            if want.place.done() and not want.place.cancelled():
-                want.place.exception()  # marks it as seen
-            self._leave(known, want)
-            raise
-
-    def _leave(self, known: _Object, want: _Want) -> None:
-        flight = want.flight
-        if flight is None or flight not in known.flights:
-            return
-        flight.wants.discard(want)
-        if not flight.wants and flight.task is not None:
-            # No reader may join a flight that is being cancelled.
-            self._forget_flight(known, flight)
-            flight.task.cancel()
+            known.wanted.append(reader)
+        first, result = await self._flights.wait(key, reader, launch_own)
+        return first, result.body
 
     def _object(self, key: str) -> _Object:
         known = self._objects.get(key)
@@ -444,96 +401,68 @@ class BlockReader:
         return known
 
     def _dispatch(self, key: str, known: _Object) -> None:
-        wanted, known.wanted = [want for want in known.wanted if not want.place.done()], []
+        wanted, known.wanted = [reader for reader in known.wanted if not reader.place.done()], []
         try:
-            waiting = [want for want in wanted if not _join_one(known.flights, want)]
-            for start, end in merge([(want.start, want.end) for want in waiting], self._limits):
-                inside = [want for want in waiting if want.flight is None and start <= want.start < end]
+            waiting = [reader for reader in wanted if not self._flights.try_join(key, reader)]
+            for start, end in merge([(reader.start, int(reader.end)) for reader in waiting], self._limits):
+                inside = [reader for reader in waiting if not reader.flights and start <= reader.start < end]
                 # A block or window of the range before may reach into this one.
-                inside = [want for want in inside if not _join_one(known.flights, want)]
+                inside = [reader for reader in inside if not self._flights.try_join(key, reader)]
                 if inside:
-                    start, end = min(want.start for want in inside), max(want.end for want in inside)
+                    start, end = min(reader.start for reader in inside), max(int(reader.end) for reader in inside)
                     flight = self._start(key, known, start, end)
-                    for want in inside:
-                        flight.join(want)
+                    for reader in inside:
+                        flight.join(reader)
         except Exception as error:
             # Otherwise they would never be woken.
-            for want in wanted:
-                if want.flight is None and not want.place.done():
-                    want.place.set_exception(error)
+            for reader in wanted:
+                if not reader.flights and not reader.place.done():
+                    reader.place.set_exception(error)
 
-    def _start(self, key: str, known: _Object, start: int, end: int) -> _Flight:
+    def _start(self, key: str, known: _Object, start: int, end: int) -> Flight[GetResult]:
         self._turn += 1
         first, last = known.track.plan(start, end, self._limits, turn=self._turn)
         if not known.track.window:
             self._streamed = 0
         size = last - first
         if (size > end - start or self._limits.keep_wanted) and self._make_room(size):
-            return self._fly(key, known, first, last, size)
-        return self._fly(key, known, start, end, 0)
+            return self._launch(key, known, first, last, size)
+        return self._launch(key, known, start, end, 0)
 
     def _go_ahead(self, key: str, known: _Object, end: int) -> None:
         window = known.track.ahead(end, self._limits)
         if window is not None and self._make_room(window[1] - window[0]):
             known.track.went_ahead(window[1], self._limits)
-            self._fly(key, known, *window, window[1] - window[0])
+            self._launch(key, known, *window, window[1] - window[0])
 
-    def _fly(self, key: str, known: _Object, start: int, end: int, reserved: int) -> _Flight:
-        # Each flight beside one that is probably stuck waits twice as long: a slow store is not asked too often.
-        beside = [2 * flight.join_s for flight in known.flights if flight.start < end and start < flight.end]
-        join_s = max([self._pool.stuck_s(end - start), *beside])
-        flight = _Flight(start, end, reserved, join_s, asyncio.get_running_loop().time())
+    def _launch(self, key: str, known: _Object, start: int, end: int, reserved: int) -> Flight[GetResult]:
+        """Request a range; with ``reserved`` bytes of the cache it will be kept there."""
         self._reserved_bytes += reserved
-        known.flights.append(flight)
-        flight.task = asyncio.ensure_future(self._pool.get_result(key, Range(start, end)))
-        flight.task.add_done_callback(partial(self._land, key, known, flight))
-        return flight
+        return self._flights.launch(
+            key,
+            partial(self._pool.get_result, key, Range(start, end)),
+            partial(self._pool.join_s, end - start),
+            start=start,
+            end=end,
+            ended=partial(self._ended, key, known, reserved),
+        )
 
-    def _land(self, key: str, known: _Object, flight: _Flight, task: asyncio.Task[GetResult]) -> None:
-        self._forget_flight(known, flight)
-        if task.cancelled():
-            # By its last waiter, or from outside, as at the end of the loop.
-            for want in flight.wants:
-                want.place.cancel()
-            return
-        # Reading the exception marks it as seen: a window that no reader wanted may fail without a report.
-        error = task.exception()
-        if error is not None:
-            known.track.window = 0
-            for want in flight.wants:
-                if not want.place.done():
-                    want.place.set_exception(error)
-            return
-        result = task.result()
+    def _ended(
+        self, key: str, known: _Object, reserved: int, flight: Flight[GetResult], result: GetResult | None
+    ) -> None:
+        self._reserved_bytes -= reserved
         track = known.track
+        if result is None:
+            track.window = 0
+            return
+        # The object may end before the range does.
+        flight.end = flight.start + len(result.body)
         track.size = result.size
         track.next = track.clamp(track.next)
         if track.window and track.next == track.size:
             self._streamed = track.window
-        if flight.reserved and self._objects.get(key) is known:
+        if reserved and self._objects.get(key) is known:
             self._keep(key, known, flight.start, result.body)
-        for want in flight.wants:
-            if not want.place.done():
-                want.place.set_result((flight.start, result.body))
-        if known.flights:
-            self._serve_others(known, flight.start, result.body)
-
-    def _serve_others(self, known: _Object, start: int, data: Octets) -> None:
-        """Give the bytes to readers that joined another flight, which is probably stuck, before."""
-        for flight in known.flights[:]:
-            served = {want for want in flight.wants if start <= want.start < start + len(data)}
-            for want in served:
-                if not want.place.done():
-                    want.place.set_result((start, data))
-            flight.wants -= served
-            if served and not flight.wants and flight.task is not None:
-                self._forget_flight(known, flight)
-                flight.task.cancel()
-
-    def _forget_flight(self, known: _Object, flight: _Flight) -> None:
-        if flight in known.flights:
-            known.flights.remove(flight)
-            self._reserved_bytes -= flight.reserved
 
     def _keep(self, key: str, known: _Object, start: int, data: Octets) -> None:
         if len(known.kept.get(start, b"")) >= len(data):
@@ -552,24 +481,3 @@ class BlockReader:
             self._kept_bytes -= gone
             del self._objects[old].kept[first]
         return True
-
-
-def _after(known: _Object, start: int) -> int:
-    """The first byte from ``start`` on that is neither kept nor in flight."""
-    while True:
-        ends = [first + len(data) for first, data in known.kept.items() if first <= start < first + len(data)]
-        ends += [flight.end for flight in known.flights if flight.covers(start)]
-        if not ends:
-            return start
-        start = max(ends)
-
-
-def _join_one(flights: list[_Flight], want: _Want) -> bool:
-    if not flights:
-        return False
-    now = asyncio.get_running_loop().time()
-    for flight in flights:
-        if flight.takes(want.start, now):
-            flight.join(want)
-            return True
-    return False

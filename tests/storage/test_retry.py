@@ -10,7 +10,7 @@ import pytest
 
 from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTimeoutSettings
 from icechunk.runtime.clock import Sources
-from icechunk.storage.retry import Limits, Patience, Tries, limits_of, retried_unless, retries_have_ended
+from icechunk.storage.retry import Limits, Tries, limits_of, retried_unless, retries_have_ended
 
 
 @dataclass
@@ -103,53 +103,3 @@ def test_each_try_is_more_patient_and_the_last_one_waits_to_the_end() -> None:
     assert found == [1.0, 2.0, 4.0, math.inf]
     alone = Tries(limits_of(StorageSettings(retries=StorageRetriesSettings(max_tries=1))), Sources())
     assert alone.limits.patience == math.inf
-
-
-def answer(patience: Patience, waited_s: float, *, body_bytes: int = 0, took_s: float = 0.0) -> None:
-    patience.answered(patience.begin(body_bytes), waited_s, took_s)
-    patience.end(body_bytes)
-
-
-def still_s(patience: Patience) -> float:
-    found = patience.begin().still_s
-    patience.end()
-    return found
-
-
-def test_patience_follows_the_slowest_of_the_recent_answers() -> None:
-    patience = Patience()
-    assert still_s(patience) == 5.0
-    for _ in range(16):
-        answer(patience, 0.05)
-    assert still_s(patience) == 3.0
-    answer(patience, 4.0)
-    assert still_s(patience) == 12.0
-    for _ in range(128):
-        answer(patience, 0.05)
-    assert still_s(patience) == 3.0
-
-
-def test_requests_that_are_given_up_together_double_the_patience_once_until_something_is_answered() -> None:
-    patience = Patience()
-    for waiting in [patience.begin() for _ in range(100)]:
-        patience.missed(waiting)
-    assert still_s(patience) == 10.0
-    for _ in range(100):
-        patience.missed(patience.begin())
-    assert still_s(patience) == 5.0 * 32
-    answer(patience, 0.1)
-    assert still_s(patience) == 5.0
-
-
-def test_time_for_an_upload_follows_the_slowest_recent_rate_and_the_bytes_of_all_uploads() -> None:
-    patience = Patience()
-    # 256 KiB/s are assumed at first.
-    assert patience.begin(1 << 20).body_s == 4.0
-    assert patience.begin(1 << 20).body_s == 8.0
-    for _ in range(2):
-        patience.end(1 << 20)
-    for _ in range(16):
-        answer(patience, 0.05, body_bytes=4_000_000, took_s=1.0)
-    assert patience.begin(1_000_000).body_s == pytest.approx(0.75)
-    assert patience.begin(7_000_000).body_s == pytest.approx(6.0)
-    assert patience.begin(0).body_s == 0.0

@@ -71,8 +71,9 @@ async def test_failure_of_the_first_waits_for_the_second_and_failure_of_both_is_
                 raise StorageError(name)
             return name
 
+        began = asyncio.get_running_loop().time()
         return await hedged(
-            lambda: asyncio.ensure_future(one(first)), 0.001, lambda: asyncio.ensure_future(one(second))
+            lambda: asyncio.ensure_future(one(first)), lambda now: began, lambda: asyncio.ensure_future(one(second))
         )
 
     assert await main("fail 1", "fine") == "fine"
@@ -107,14 +108,16 @@ async def test_nothing_is_sent_twice_where_that_is_turned_off() -> None:
     assert storage.requests == 1
 
 
-def test_patience_is_the_percentile_of_requests_of_that_magnitude() -> None:
-    latencies = Latencies(90)
-    assert latencies.patience_s(1000) == latencies.stuck_s(1000) > 5
-    for ms in range(1, 101):
-        latencies.add(1000, ms / 1000)
-        latencies.add(4_000_000, ms)
-    assert latencies.patience_s(16_000) == pytest.approx(0.091)
-    assert latencies.patience_s(4_100_000) == pytest.approx(91)
+def test_requests_of_other_magnitudes_say_nothing_about_one() -> None:
+    latencies = Latencies()
+    assert latencies.stuck_s(0, 1.0, 5.0) == 5.0
+    assert latencies.stuck_s(4 << 20, 1.0, 5.0) == 21.0
+    for _ in range(16):
+        latencies.of(1000).add(0.5)
+        latencies.of(4_000_000).add(100.0)
+    assert latencies.stuck_s(16_000, 1.0, 5.0) == 1.5
+    assert latencies.stuck_s(4_100_000, 1.0, 5.0) == 300.0
+    assert latencies.stuck_s(None, 1.0, 5.0) == 5.0
 
 
 @settings(max_examples=60, deadline=None)

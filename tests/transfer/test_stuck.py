@@ -10,7 +10,8 @@ import pytest
 
 from icechunk.errors import StorageError
 from icechunk.storage.memory import MemoryStorage
-from icechunk.storage.port import ByteRange, GetResult, Range
+from icechunk.storage.patience import Recent, watching
+from icechunk.storage.port import ByteRange, GetResult, Octets, Range
 from icechunk.storage.retry import repeats_so_far
 from icechunk.transfer import fetch
 from icechunk.transfer.assets import Assets, Reads
@@ -124,6 +125,103 @@ def test_next_caller_after_a_cancellation_sends_its_own_request_at_once() -> Non
     run(main)
 
 
+class Streaming(Slow):
+    """Reports its bytes as they come, ten times in the usual time."""
+
+    async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
+        self.requests += 1
+        silent = self.plan.pop(0) if self.plan else 0.0
+        watch = watching.get()
+        assert watch is not None
+        recent = Recent()
+        recent.add(0.01)
+        for _ in range(10):
+            watch.note(now(), recent)
+            await asyncio.sleep(silent or self.usual_s / 10)
+        return await MemoryStorage.get(self, key, byte_range)
+
+
+@pytest.mark.parametrize("hedge_percentile", [None, NEVER])
+def test_answer_that_comes_slowly_is_joined_and_not_repeated(hedge_percentile: int | None) -> None:
+    async def main() -> None:
+        storage = Streaming(usual_s=4.0)
+        pool = await pool_of(storage, hedge_percentile=hedge_percentile)
+        first = asyncio.ensure_future(pool.get("a"))
+        await asyncio.sleep(3.0)
+        assert await pool.get("a") == await first == bytes(range(100))
+        assert storage.requests == 1
+
+    run(main)
+
+
+def test_silence_decides_as_soon_as_the_storage_reports_its_bytes() -> None:
+    async def main() -> None:
+        storage = Streaming()
+        pool = await pool_of(storage)
+        storage.plan = [SILENT_S]
+        began = now()
+        assert await pool.get("a", Range(0, 4 << 20)) == bytes(range(100))
+        assert 2.0 <= now() - began < 2.2
+
+    run(main)
+
+
+@pytest.mark.parametrize("hedge_percentile", [None, NEVER])
+def test_request_that_a_reader_left_is_not_joined_by_the_next(hedge_percentile: int | None) -> None:
+    async def main() -> None:
+        storage = Slow()
+        pool = await pool_of(storage, hedge_percentile=hedge_percentile)
+        blocks = BlockReader(pool)
+        reads: list[Callable[[], Awaitable[Octets]]] = [
+            lambda: pool.get("a", Range(0, 5)),
+            lambda: blocks.read("a", 0, 5),
+        ]
+        for read in reads:
+            storage.requests = 0
+            storage.plan = [SILENT_S]
+            first, second = asyncio.ensure_future(read()), asyncio.ensure_future(read())
+            await asyncio.sleep(0.01)
+            assert storage.requests == 1
+            first.cancel()
+            await asyncio.wait([first])
+            began = now()
+            assert await read() == await second == bytes(range(5))
+            assert storage.requests == 2
+            assert now() - began == pytest.approx(0.05)
+
+    run(main)
+
+
+def test_reader_that_joined_a_silent_request_sends_its_own_soon() -> None:
+    async def main() -> None:
+        storage = Slow()
+        pool = await pool_of(storage)
+        before = repeats_so_far().hedged
+        storage.plan = [SILENT_S]
+        first = asyncio.ensure_future(pool.get("a", Range(0, 2)))
+        await asyncio.sleep(0.1)
+        began = now()
+        assert await pool.get("a", Range(0, 2)) == await first == b"\0\1"
+        assert now() - began < 0.6
+        assert (storage.requests, repeats_so_far().hedged - before) == (2, 1)
+
+    run(main)
+
+
+def test_request_that_waits_for_its_turn_is_joined_however_long_that_takes() -> None:
+    async def main() -> None:
+        storage = Slow(usual_s=3.0)
+        await storage.put("a", bytes(10))
+        pool = FetchPool(storage, Gate(1))
+        reads = [asyncio.ensure_future(pool.get("a", Range(0, n))) for n in (1, 2, 3)]
+        await asyncio.sleep(5.5)
+        assert await pool.get("a", Range(0, 3)) == bytes(3)
+        await asyncio.gather(*reads)
+        assert storage.requests == 3
+
+    run(main)
+
+
 def test_slow_requests_are_not_started_again_and_again() -> None:
     async def main() -> None:
         storage = Slow()
@@ -134,7 +232,7 @@ def test_slow_requests_are_not_started_again_and_again() -> None:
             reading.append(asyncio.ensure_future(pool.get("a", Range(0, 2))))
             await asyncio.sleep(0.4)
         await asyncio.gather(*reading)
-        assert storage.requests <= 6
+        assert storage.requests <= 8
 
     run(main)
 
@@ -191,6 +289,7 @@ async def test_metadata_file_whose_request_is_stuck_is_read_by_the_next_session(
     hedge_percentile: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "_FIRST_PATIENCE_S", 0.1)
+    monkeypatch.setattr(fetch, "LEAST_PATIENCE_S", 0.05)
     storage = Slow(0.0)
     await storage.put("a", b"x")
     assets = Assets(

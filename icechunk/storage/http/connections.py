@@ -31,7 +31,8 @@ from icechunk.storage.buffers import Buffers
 from icechunk.storage.http.large_bodies import Move, Threads
 from icechunk.storage.http.messages import BadAnswerError, Reading, Response, TooLargeError, request_head
 from icechunk.storage.http.proxies import Proxies, Proxy, ProxyError
-from icechunk.storage.retry import Patience, note_repeats
+from icechunk.storage.patience import Patience, Watch, watching
+from icechunk.storage.retry import note_repeats
 
 if sys.platform == "linux":
     import fcntl
@@ -154,14 +155,16 @@ class Connections:
             headers = {**headers, **proxy.headers}
         head = request_head(method, target, headers, len(body))
         learned = self._patience.setdefault(origin, Patience())
-        connection = self._kept(origin) or await self._connect(origin, proxy, connect_s)
+        connection = self._kept(origin) or await self._connect(origin, proxy, connect_s, learned)
         large_bytes = len(body) if len(body) > _ONE_WRITE_BYTES else 0
         waiting = learned.begin(large_bytes)
         still_s, body_s = waiting.still_s * patience, waiting.body_s * patience
+        watch = watching.get()
+        if watch is not None:
+            watch.note(asyncio.get_running_loop().time(), learned.recent)
+        reading = Reading(method == "HEAD", self._buffers, most_bytes)
         try:
-            response = await connection.request(
-                head, body, Reading(method == "HEAD", self._buffers, most_bytes), read_s, total_s, still_s, body_s
-            )
+            response = await connection.request(head, body, reading, read_s, total_s, still_s, body_s, watch)
         except SilentError:
             connection.abort()
             learned.missed(waiting)
@@ -225,8 +228,9 @@ class Connections:
                 raise NotConnectedError(str(error)) from error
         return self._routes[origin]
 
-    async def _connect(self, origin: Origin, proxy: Proxy | None, connect_s: float) -> _Connection:
+    async def _connect(self, origin: Origin, proxy: Proxy | None, connect_s: float, learned: Patience) -> _Connection:
         loop = asyncio.get_running_loop()
+        began = loop.time()
         connection = _Connection(loop, self._open, self._threads, self._buffers, self._inbox)
         try:
             async with asyncio.timeout(connect_s):
@@ -241,6 +245,7 @@ class Connections:
             # Some event loops do not close the transport of a cancelled connection themselves.
             connection.abort()
             raise
+        learned.connected(loop.time() - began)
         return connection
 
     async def _open_to(self, connection: _Connection, scheme: str, host: str, port: int) -> None:
@@ -344,15 +349,18 @@ class _Connection(asyncio.BufferedProtocol):
         total_s: float | None,
         still_s: float,
         body_s: float,
+        watch: Watch | None = None,
     ) -> Response:
         """Send one request and wait for its answer; see `Connections.exchange`.
 
         ``still_s``, ``body_s``: as for `Waiting`; ``still_s`` of at least ``read_s``: there is no such limit.
+        ``watch`` notes the bytes that come.
         """
         loop, transport = self._loop, self._opened()
         answer: asyncio.Future[Response] = loop.create_future()
         self._answer = answer
         self._reading = reading
+        self._watch_of_caller = watch
         self._heard = now = loop.time()
         self._read_s = read_s
         self._still_s = still_s
@@ -563,6 +571,8 @@ class _Connection(asyncio.BufferedProtocol):
                 self.waited_s = waited_s
         self._heard = now
         self._received += nbytes
+        if self._watch_of_caller is not None:
+            self._watch_of_caller.note(now)
         try:
             reading = self._reading
             # In between nothing has changed: as in `get_buffer`.

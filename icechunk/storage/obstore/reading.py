@@ -16,6 +16,7 @@ from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, S
 from icechunk.runtime.clock import us_of
 from icechunk.storage.obstore.buckets import ObstoreBucket
 from icechunk.storage.obstore.obstore_errors import access_error, missing, obstore_module
+from icechunk.storage.patience import Patience
 from icechunk.storage.port import (
     ByteRange,
     GetResult,
@@ -28,7 +29,7 @@ from icechunk.storage.port import (
     check_range,
     resolve_range,
 )
-from icechunk.storage.retry import Patience, Tries
+from icechunk.storage.retry import Tries
 from icechunk.storage.rights import Right
 from icechunk.storage.settings import Effective
 

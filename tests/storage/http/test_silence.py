@@ -15,7 +15,7 @@ import zarr
 from icechunk import EngineConfig, Repository, RepositoryConfig
 from icechunk.config import S3Options, StorageRetriesSettings, StorageSettings
 from icechunk.credentials import S3Credentials
-from icechunk.storage import retry
+from icechunk.storage import patience
 from icechunk.storage.http import connections as http_connections
 from icechunk.storage.http.connections import SilentError
 from icechunk.storage.port import Absent, Range
@@ -29,8 +29,7 @@ from tests.storage.s3.faulty_s3 import serving as serving_s3
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "_LEAST_PATIENCE_S", 0.1)
-    monkeypatch.setattr(retry, "_FIRST_PATIENCE_S", 0.2)
+    monkeypatch.setattr(patience, "_LEAST_PATIENCE_S", 0.1)
 
 
 def storage_on(server: FaultyS3, tries: int = 5) -> S3Storage:

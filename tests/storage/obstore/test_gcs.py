@@ -15,7 +15,7 @@ from icechunk.config import StorageConcurrencySettings, StorageRetriesSettings, 
 from icechunk.credentials import gcs_credentials
 from icechunk.errors import ObjectNotFoundError, PreconditionFailedError, StorageError
 from icechunk.runtime.clock import SYSTEM
-from icechunk.storage import retry
+from icechunk.storage import patience
 from icechunk.storage.obstore.buckets import GcsBucket
 from icechunk.storage.obstore.storage import ObstoreStorage
 from icechunk.storage.port import Absent, Matches, Storage
@@ -238,7 +238,7 @@ async def test_listings_of_many_pages_stop_where_the_prefix_ends(gcs: FakeGcs, s
 async def test_requests_that_are_silent_are_given_up_and_sent_again(
     gcs: FakeGcs, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retry, "_FIRST_PATIENCE_S", 0.2)
+    monkeypatch.setattr(patience, "_LEAST_PATIENCE_S", 0.1)
     storage = storage_on(gcs)
     before = repeats_so_far().abandoned
     async with asyncio.timeout(15):
@@ -261,7 +261,7 @@ async def test_requests_that_are_silent_are_given_up_and_sent_again(
 async def test_a_service_that_is_slow_by_nature_is_given_the_time_at_a_later_try(
     gcs: FakeGcs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retry, "_FIRST_PATIENCE_S", 0.05)
+    monkeypatch.setattr(patience, "_LEAST_PATIENCE_S", 0.025)
     storage = storage_on(gcs)
     await storage.put("x", b"1")
     gcs.faults = [("GET", "hang after")] * 4
