@@ -28,7 +28,8 @@ from icechunk.format.snapshot.codec import encode_and_keep
 from icechunk.format.transaction import encode_transaction_log, in_parts, require_room
 from icechunk.format.values import Manifest, Snapshot, TransactionLog
 from icechunk.log.repository.events import CommitAdded, CommitAmended, DetachedSnapshotAdded, Event
-from icechunk.log.repository.port import RepositoryLog, SwapToken
+from icechunk.log.repository.port import Layout, RepositoryLog, SwapToken
+from icechunk.log.repository.ref_files.layout import needs_format_2
 from icechunk.log.repository.settle import backoff_s
 from icechunk.log.repository.state import RepoState, require_snapshot
 from icechunk.log.session.log import SessionLog
@@ -254,6 +255,8 @@ async def _commit_once(content: SessionContent, log: SessionLog, commit: Commit,
         It is persisted, and another process has taken it over, or it was committed.
     SessionStateError
         To amend: the base is the first snapshot (kind ``no-amend-for-initial-commit``).
+    FormatError
+        To amend: the repository is of format 1 (kind ``unsupported-spec-version``).
     ConflictError
         The branch is not at the base any more; nothing of this commit is visible.
     CommitOutcomeUnknown
@@ -263,6 +266,9 @@ async def _commit_once(content: SessionContent, log: SessionLog, commit: Commit,
     """
     core, base = content.core, log.base
     repository_log = await core.log()
+    if commit.how is How.AMEND and repository_log.layout is Layout.REFS:
+        # Before anything else: a format that has no amendments has no fitting answer to what is asked below either.
+        raise needs_format_2("amend a commit")
     await repository_log.name_refs(branches=[commit.branch])
     if turn is None and commit.how is not How.FLUSH and repository_log.state.branches.get(commit.branch) != base.id:
         # Perhaps this loop's client has only not looked for a while; if the branch did move, nothing need be uploaded.

@@ -231,7 +231,7 @@ class Rebase:
         RefNotFoundError
             The branch is gone.
         ConflictError
-            The branch was reset: the session's base is not in its history any more.
+            The branch was reset, or its history expired in format 1: the session's base is not in its history any more.
         SessionEndedError
             A commit of the same session is in the branch's history.
         SessionStateError
@@ -247,11 +247,14 @@ class Rebase:
             return
         steps = steps_between(state, base, tip)
         if steps is None:
+            # In format 1 a snapshot does not name the ancestors that an expiration took from it.
+            expired = " or its history expired" if (await core.log()).layout is Layout.REFS else ""
             raise ConflictError(
                 encode_id(base),
                 encode_id(tip),
-                f"cannot rebase: branch {branch!r} was reset to snapshot {encode_id(tip)}, whose history does not "
-                f"contain the session's {encode_id(base)}; open a new session on the branch and repeat the work there",
+                f"cannot rebase: branch {branch!r} is at snapshot {encode_id(tip)} now, whose history does not contain "
+                f"the session's {encode_id(base)}, because the branch was reset{expired}; open a new "
+                "session on the branch and repeat the work there",
             )
         if not steps:
             return

@@ -240,6 +240,8 @@ class Session:
         ------
         SessionStateError
             Kind ``no-amend-for-initial-commit``: the branch is at the repository's first snapshot.
+        FormatError
+            Kind ``unsupported-spec-version``: the repository is of format 1, which has no amendments.
         ConflictError
             The branch moved since the session began.
         """
