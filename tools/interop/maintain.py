@@ -24,6 +24,8 @@ _COUNTS = (
     "transaction_logs_deleted",
 )
 
+_PATHS = ("new_arrays", "new_groups", "deleted_arrays", "deleted_groups", "updated_arrays", "updated_groups")
+
 
 def maintain(repo: Any, older_than_us: int | None, *, branches: bool = False, tags: bool = False) -> dict[str, Any]:
     """Expire (unless None) and collect; what each said, and statistics before and after."""
@@ -39,14 +41,14 @@ def maintain(repo: Any, older_than_us: int | None, *, branches: bool = False, ta
         summary = repo.garbage_collect(datetime.now(UTC), dry_run=dry_run)
         found[name] = {count: getattr(summary, count) for count in _COUNTS}
     found["after"] = _stats(repo)
-    if int(getattr(repo, "spec_version", 1)) >= 2:
-        root = list(repo.ancestry(branch="main"))[-1].id
-        diff = repo.diff(from_snapshot_id=root, to_branch="main")
-        found["diff"] = {
-            "arrays": sorted(diff.new_arrays),
-            "groups": sorted(diff.new_groups),
-            "chunks": {path: sorted(map(list, chunks)) for path, chunks in sorted(diff.updated_chunks.items())},
-        }
+    root = list(repo.ancestry(branch="main"))[-1].id
+    diff = repo.diff(from_snapshot_id=root, to_branch="main")
+    # In the official library nodes that were created and then changed are updated too.
+    new = diff.new_arrays | diff.new_groups
+    found["diff"] = {
+        name: sorted(getattr(diff, name) - new if "updated" in name else getattr(diff, name)) for name in _PATHS
+    }
+    found["diff"]["chunks"] = {path: sorted(map(list, chunks)) for path, chunks in sorted(diff.updated_chunks.items())}
     return found
 
 

@@ -7,7 +7,7 @@ and then changed is only new; one that moved twice moved once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -161,14 +161,41 @@ def net_diff(transactions: Sequence[TransactionLog], from_snapshot: Snapshot, to
 def diff(transactions: Sequence[TransactionLog], from_snapshot: Snapshot, to_snapshot: Snapshot) -> Changes:
     """The changes by path: paths of deleted nodes as in ``from_snapshot``, all others as in ``to_snapshot``.
 
+    A node is new if one of the transaction logs says that it was created. Those of expired commits may be gone: older
+    libraries, and format 1, do not keep them. As with the official library, the diff then has what the others record.
+
     Parameters
     ----------
     transactions
-        Of every commit after ``from_snapshot`` up to ``to_snapshot``, oldest first.
+        Of every commit after ``from_snapshot`` up to ``to_snapshot``, oldest first, as far as they are known.
     from_snapshot, to_snapshot
         The two ends; the first an ancestor of the second.
     """
-    return net_diff(transactions, from_snapshot, to_snapshot).summary()
+    net = net_diff(transactions, from_snapshot, to_snapshot)
+    created = frozenset[NodeId]().union(*(log.new_groups | log.new_arrays for log in transactions))
+    older = [node for node in net.new if node.id not in created]
+    if older:
+        net = replace(
+            net,
+            new=tuple(node for node in net.new if node.id in created),
+            updated=(*net.updated, *_recorded_updates(transactions, older)),
+            moved=tuple(sorted((*net.moved, *_recorded_moves(transactions, older)), key=move_order)),
+        )
+    return net.summary()
+
+
+def _recorded_updates(transactions: Sequence[TransactionLog], nodes: Sequence[NodeSnapshot]) -> list[NodeSnapshot]:
+    updated = frozenset[NodeId]().union(*(log.updated_groups | log.updated_arrays for log in transactions))
+    return [node for node in nodes if node.id in updated]
+
+
+def _recorded_moves(transactions: Sequence[TransactionLog], nodes: Sequence[NodeSnapshot]) -> list[Move]:
+    sources: dict[NodeId, str] = {}
+    for log in transactions:
+        for move in log.moved_nodes:
+            sources.setdefault(move.node_id, move.source)
+    moves = [Move(sources.get(node.id, node.path), node.path, node.id, node.kind) for node in nodes]
+    return [move for move in moves if move.source != move.target]
 
 
 def combined(first: TransactionLog, second: TransactionLog) -> TransactionLog:

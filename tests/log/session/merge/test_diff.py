@@ -99,3 +99,15 @@ def test_moved_then_deleted_is_deleted_from_where_it_stood() -> None:
 
 def test_nothing_in_between_is_no_change() -> None:
     assert history().diff(3, 3).is_empty
+
+
+def test_nodes_whose_creation_is_in_no_log_any_more_are_not_new() -> None:
+    past = history()
+    # As after an expiration that kept no logs: that of the first commit is gone.
+    found = diff(past.logs[2:3], past.snapshots[0], past.snapshots[3])
+    assert (found.new_groups, found.new_arrays) == (frozenset(), frozenset())
+    assert (found.updated_groups, found.updated_arrays) == (frozenset({"/"}), frozenset({"/z"}))
+    assert {path: coords.tolist() for path, coords in found.updated_chunks.items()} == {"/g/a": [[0], [1]], "/z": [[2]]}
+    moved = diff(past.logs[3:5], past.snapshots[0], past.snapshots[5])
+    assert moved.moved_nodes == (("/g", "/k"), ("/g/a", "/k/a"))
+    assert (moved.new_groups, moved.new_arrays) == (frozenset(), frozenset())
