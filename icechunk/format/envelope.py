@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 import zstandard
 
@@ -21,10 +21,6 @@ COMPRESSION_ZSTD: Final = 1
 FILE_IDENTIFIER: Final = b"Ichk"
 
 _CLIENT_FIELD: Final = CLIENT_NAME.encode().ljust(24)
-# Metadata compresses 2 to 60 times, documents that repeat many hundred times: up to a size that any machine can bear,
-# every ratio is possible. A larger file that claims more is a bomb. Writers keep below both; see `seal`.
-_MAX_RATIO: Final = 128
-_BEARABLE_BYTES: Final = 256 * 2**20
 _MAX_OUTPUT: Final = 2**31 - 1  # the largest that FlatBuffers can address
 _JOINED_BYTES: Final = 32 * 2**20
 # One kilobyte of zstd yields at most 32 MiB (a block of 128 KiB takes 4 bytes). A frame of unstated size is fed in
@@ -44,6 +40,28 @@ class FileType(IntEnum):
     REPO_INFO = 6
 
 
+class _Bound(NamedTuple):
+    """What a file of one kind may decompress to: ``any_ratio_bytes``, or ``ratio`` times its size if that is more."""
+
+    any_ratio_bytes: int
+    """Text of users may repeat in every record, so that up to this size every ratio is possible."""
+    ratio: int
+    """Every record has bytes that do not compress: ids, or coordinates that differ from those before."""
+
+
+_BOUNDS: Final = {
+    # 100 000 arrays with the same attributes of 2.6 kB; the other bytes of a node compress 2 to 60 times.
+    FileType.SNAPSHOT: _Bound(256 * 2**20, 128),
+    # References compress 2 to 30 times, those with equal inline chunks of 512 bytes (the default threshold) 115 times.
+    # Larger equal inline chunks have no such limit.
+    FileType.MANIFEST: _Bound(256 * 2**20, 192),
+    # Ids, coordinates and a few paths, no text of users: 3 to 10 times.
+    FileType.TRANSACTION_LOG: _Bound(32 * 2**20, 64),
+    # 5000 commits with the same metadata of 25 kB; the other bytes of a commit compress 6 times.
+    FileType.REPO_INFO: _Bound(128 * 2**20, 128),
+}
+
+
 def seal(file_type: FileType, spec_version: int, payload: bytes | bytearray | memoryview, level: int = 3) -> bytes:
     """Compress ``payload`` with zstd at ``level`` and put the header before it.
 
@@ -52,8 +70,8 @@ def seal(file_type: FileType, spec_version: int, payload: bytes | bytearray | me
     """
     header = MAGIC + _CLIENT_FIELD + bytes((spec_version, file_type, COMPRESSION_ZSTD))
     frame = _compress(payload, level)
-    if len(payload) > _limit(len(frame)):
-        missing = len(payload) // _MAX_RATIO - len(frame) + _SLICE
+    if len(payload) > _limit(file_type, len(frame)):
+        missing = len(payload) // _BOUNDS[file_type].ratio - len(frame) + _SLICE
         padding = hashlib.shake_128(frame).digest(missing + missing // 64)
         frame = _compress(b"".join((payload, padding)), level)
     return header + frame
@@ -95,11 +113,12 @@ def unseal(data: bytes, file_type: FileType, *, what: str = "") -> tuple[int, by
     ------
     FormatError
         If the file is foreign, truncated, corrupt, of another type, of a newer spec version (kind
-        ``unsupported-spec-version``), or would decompress to more than 256 MiB and 128 times its size, or 2 GiB.
+        ``unsupported-spec-version``), or would decompress to more than a file of its type can hold (`_BOUNDS`; never
+        more than 2 GiB).
     """
     name = what or file_type.name.lower().replace("_", " ")
     header = read_header(data, file_type, what=name)
-    payload = _decompress(memoryview(data)[HEADER_SIZE:], name)
+    payload = _decompress(memoryview(data)[HEADER_SIZE:], file_type, name)
     if len(payload) < 8 or payload[4:8] != FILE_IDENTIFIER:
         raise FormatError(f"cannot read {name}: the payload's file identifier is not {FILE_IDENTIFIER.decode()!r}")
     return header.spec_version, payload
@@ -136,13 +155,14 @@ def read_header(data: bytes, file_type: FileType, *, what: str = "") -> FileHead
     return FileHeader(written_by=written_by, spec_version=spec_version, file_type=FileType(found))
 
 
-def _limit(size: int) -> int:
-    """Bytes that a frame of that size may decompress to."""
-    return min(max(_BEARABLE_BYTES, size * _MAX_RATIO), _MAX_OUTPUT)
+def _limit(file_type: FileType, size: int) -> int:
+    """Bytes that a frame of that size may decompress to, in a file of that type."""
+    any_ratio_bytes, ratio = _BOUNDS[file_type]
+    return min(max(any_ratio_bytes, size * ratio), _MAX_OUTPUT)
 
 
-def _decompress(frame: memoryview, name: str) -> bytes:
-    limit = _limit(len(frame))
+def _decompress(frame: memoryview, file_type: FileType, name: str) -> bytes:
+    limit = _limit(file_type, len(frame))
     try:
         declared = zstandard.frame_content_size(frame)
         if declared > limit:

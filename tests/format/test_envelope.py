@@ -2,16 +2,20 @@ from __future__ import annotations
 
 import random
 import tracemalloc
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import zstandard
 
 from icechunk.errors import FormatError
 from icechunk.format import envelope
 from icechunk.format.envelope import FileType, seal, unseal
-from icechunk.format.ids import NodeId
+from icechunk.format.ids import NodeId, ObjectId
+from icechunk.format.manifest.encoding import encode_manifest
 from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
-from icechunk.format.values import NodeKind, NodeSnapshot
+from icechunk.format.transaction import encode_transaction_log
+from icechunk.format.values import ID12, INLINE, ChunkRefs, Manifest, NodeKind, NodeSnapshot, TransactionLog
 from icechunk.runtime.about import CLIENT_NAME
 from tests.format.snapshot.test_snapshot import EMPTY
 from tests.raising import raises
@@ -82,16 +86,34 @@ def frame_of_zeros(size: int, *, with_size: bool) -> bytes:
 
 
 @pytest.mark.parametrize("with_size", [True, False])
-def test_a_decompression_bomb_is_refused_before_it_fills_memory(with_size: bool) -> None:
-    frame = frame_of_zeros(320 * 2**20, with_size=with_size)
+@pytest.mark.parametrize(
+    ("file_type", "limit_mib"),
+    [(FileType.SNAPSHOT, 256), (FileType.MANIFEST, 256), (FileType.TRANSACTION_LOG, 32), (FileType.REPO_INFO, 128)],
+)
+def test_a_decompression_bomb_is_refused_before_it_fills_memory(
+    file_type: FileType, limit_mib: int, with_size: bool
+) -> None:
+    size = (limit_mib + 64) * 2**20
+    frame = frame_of_zeros(size, with_size=with_size)
     assert len(frame) < 50_000
+    head = seal(file_type, 2, PAYLOAD)[:39]
     tracemalloc.start()
     try:
-        with raises(FormatError, "invalid-file-format", 320 * 2**20 if with_size else 2**28):
-            unseal(seal(FileType.MANIFEST, 2, PAYLOAD)[:39] + frame, FileType.MANIFEST)
+        with raises(FormatError, "invalid-file-format", size if with_size else limit_mib * 2**20):
+            unseal(head + frame, file_type)
         assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("file_type", "limit_mib"),
+    [(FileType.SNAPSHOT, 256), (FileType.MANIFEST, 256), (FileType.TRANSACTION_LOG, 32), (FileType.REPO_INFO, 128)],
+)
+def test_a_file_of_any_ratio_is_read_up_to_the_size_that_its_kind_may_have(file_type: FileType, limit_mib: int) -> None:
+    data = seal(file_type, 2, PAYLOAD)[:39] + frame_of_zeros(limit_mib * 2**20, with_size=True)
+    with raises(FormatError, "invalid-file-format", "'Ichk'"):  # it was decompressed
+        unseal(data, file_type)
 
 
 @pytest.mark.parametrize("with_size", [True, False])
@@ -106,15 +128,55 @@ def test_a_large_payload_is_in_memory_once(with_size: bool) -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("file_type", list(FileType))
 def test_a_file_that_compresses_more_than_readers_believe_is_written_so_that_it_is_read(
-    monkeypatch: pytest.MonkeyPatch,
+    file_type: FileType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(envelope, "_BEARABLE_BYTES", 2**20)
+    bound = envelope._BOUNDS[file_type]
+    monkeypatch.setitem(envelope._BOUNDS, file_type, bound._replace(any_ratio_bytes=2**20))
     for repeats in (2**18, 2**22):
         payload = PAYLOAD[:8] + b"abc" * repeats
-        read = unseal(seal(FileType.SNAPSHOT, 2, payload), FileType.SNAPSHOT)[1]
+        read = unseal(seal(file_type, 2, payload), file_type)[1]
         assert read[: len(payload)] == payload
         assert len(read) < len(payload) * 1.05
+
+
+def test_a_snapshot_of_a_hundred_thousand_arrays_with_the_same_metadata_is_far_from_its_bound() -> None:
+    ids = random.Random(0)
+    document = b'{"attributes":{"units":"K","long_name":"' + b"temperature " * 80 + b'"}}'
+    nodes = {
+        f"/{n}": NodeSnapshot(id=NodeId(ids.randbytes(8)), path=f"/{n}", kind=NodeKind.GROUP, user_data=document)
+        for n in range(100_000)
+    }
+    data = encode_snapshot(EMPTY.with_nodes(nodes))
+    assert len(decode_snapshot(data).nodes) == 100_000
+    ratio = zstandard.frame_content_size(data[39:]) / len(data)
+    assert 20 < ratio < envelope._BOUNDS[FileType.SNAPSHOT].ratio * 0.8
+
+
+@pytest.mark.parametrize("file_type", [FileType.MANIFEST, FileType.TRANSACTION_LOG])
+def test_a_file_of_records_that_compress_best_is_far_from_its_bound(file_type: FileType) -> None:
+    """Regular coordinates and, in the manifest, equal inline chunks of the size up to which chunks are inline."""
+    count, node, id = 100_000, NodeId(bytes(8)), ObjectId(bytes(12))
+    coords = np.stack([np.zeros(count), np.arange(count) // 1000, np.arange(count) % 1000], axis=1).astype(np.uint32)
+    if file_type == FileType.MANIFEST:
+        refs = replace(
+            ChunkRefs.empty(3),
+            coords=coords,
+            kind=np.full(count, INLINE, np.uint8),
+            offset=np.zeros(count, np.uint64),
+            length=np.full(count, 512, np.uint64),
+            chunk_id=np.zeros(count, ID12),
+            location=np.full(count, -1, np.int32),
+            inline_data=bytes(512),
+        )
+        data = encode_manifest(Manifest(id=id, arrays={node: refs}))
+    else:
+        data = encode_transaction_log(TransactionLog(id=id, updated_chunks={node: coords}))
+    ratio = zstandard.frame_content_size(data[39:]) / len(data)
+    assert 5 < ratio < envelope._BOUNDS[file_type].ratio * 0.8
+    # Larger files of the same records, beyond the size up to which every ratio is believed, are thus read too.
+    assert len(unseal(data, file_type)[1]) == zstandard.frame_content_size(data[39:])
 
 
 def test_a_snapshot_of_many_arrays_with_the_same_long_attributes_is_read() -> None:
