@@ -1,4 +1,4 @@
-"""The public names: what `icechunk` offers, which loads this module when the first of them is asked for."""
+"""The public names of `icechunk`, which loads this module when the first of them is used."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ class ConflictSolver:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BasicConflictSolver(ConflictSolver):
-    """Solves what can be solved by rule; the rest fails the rebase."""
+    """Solves the conflicts for which it has a rule; any other conflict fails the rebase."""
 
     on_chunk_conflict: VersionSelection = VersionSelection.UseOurs
     """The side whose chunk is kept when both wrote it."""
@@ -172,7 +172,7 @@ class MergeConflictType(StrEnum):
     CREATED_TWICE = "created-twice"
     """Both created, or moved, a node at one path."""
     DELETED_AND_CHANGED = "deleted-and-changed"
-    """One deleted what the other changed, or what the other needs as a parent."""
+    """One deleted a node that the other changed, or needs as a parent."""
     MOVED_TWICE = "moved-twice"
     """Both moved one node, to different paths."""
 
@@ -199,7 +199,7 @@ class MergeConflict:
     """Of the node, in the session that the forks are merged into; of one that is not there, in the fork."""
     sessions: tuple[int | None, ...]
     """Numbers of the forks, from 0, in the order in which they were given to `merge`; None for the session that they
-    are merged into, with what it changed since it was forked."""
+    are merged into, with its changes since the fork."""
     chunks: tuple[tuple[int, int], ...] | None = None
     """The box of chunks concerned: for each dimension the first and the last coordinate; None where it is not about
     chunks. Not every chunk inside need be concerned."""
@@ -217,7 +217,7 @@ def _names(sessions: Sequence[int | None]) -> str:
 
 
 class MergeFailedError(SessionStateError):
-    """Forks, or a fork and the session that it is merged into, changed what does not go together; nothing was merged.
+    """Forks, or a fork and the session that it is merged into, have changes that conflict; nothing was merged.
 
     Parameters
     ----------

@@ -158,7 +158,7 @@ def store_dask(
 
 
 def _hand_over(array: zarr.Array[ArrayV3Metadata]) -> None:
-    """Persist what a task has written, for the session that its fork has joined."""
+    """Persist the changes of a task, for the session that its fork has joined."""
     extract_session(array).checkpoint()
 
 

@@ -58,7 +58,7 @@ def merge_sessions(
     sessions
         Forks, or lists of them, nested however deep.
     on_conflict
-        As in `Session.merge`: ``"ours"`` keeps what is given first, ``"theirs"`` takes what is given last.
+        As in `Session.merge`: ``"ours"`` keeps the change that is given first, ``"theirs"`` the one that is given last.
 
     Raises
     ------

@@ -1,6 +1,6 @@
 """Every error this package raises.
 
-One root, few classes, chosen by what the caller does next; the finer cause is the stable string in
+One root, few classes, chosen by the caller's next step; the finer cause is the stable string in
 ``kind``. Class names and kinds are those of the official library, so ``except`` clauses written for
 it keep working.
 """
@@ -153,7 +153,7 @@ class IcechunkError(Exception):
     Parameters
     ----------
     message
-        What was attempted, on which object, and what to do about it.
+        The attempt, its object, and the remedy.
     kind
         One of `ErrorKind`, or any string; ``"unknown"`` where none is given.
     """
@@ -278,13 +278,13 @@ class SessionEndedError(SessionStateError):
 
 
 class StorageError(IcechunkError):
-    """The storage did not do what was asked, after the retries that the settings allow.
+    """The storage did not carry out a request, after the retries that the settings allow.
 
     Attributes
     ----------
     refused : bool
         True: this was a write, and the storage refused every try of it (no permission, no space, a method that it does
-        not know). Nothing of it was written, nor will be. False says nothing about what was written.
+        not know). Nothing of it was written, nor will be. False does not say whether anything was written.
     unsent : bool
         True: this was a write, and no try of it ever reached the storage (no connection, no folder's lock). Nothing of
         it was written, nor will be; a later try may succeed.
@@ -362,7 +362,7 @@ class PreconditionFailedError(StorageError):
 
 
 class FormatError(IcechunkError):
-    """An object's bytes are not what the format says: corrupt, truncated, foreign, or hostile."""
+    """An object's bytes do not have the form that the format demands: corrupt, truncated, foreign, or hostile."""
 
     default_kind = ErrorKind.INVALID_FILE_FORMAT
 

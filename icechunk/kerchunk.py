@@ -48,7 +48,7 @@ async def from_kerchunk_async(
         The document: ``{"version": 1, "refs": {…}}`` without templates, or the references themselves. Paths without
         a scheme are taken for files of this machine.
     group
-        Path of the group that becomes the root of what is read.
+        Path of the group that becomes the root of the references.
     validate_containers
         Leave references out that no virtual chunk container holds, instead of writing them.
 

@@ -64,10 +64,10 @@ def to_icechunk(
     group
         Path of the target group, created with its parents if absent; None: the root group.
     mode
-        ``"w"`` replaces whatever the group holds, ``"w-"`` creates and refuses a group that holds data, ``"a"``
+        ``"w"`` replaces all that the group holds, ``"w-"`` creates and refuses a group that holds data, ``"a"``
         replaces variables of the same name, ``"a-"`` appends and leaves variables without ``append_dim`` alone,
-        ``"r+"`` changes values of what exists. None means ``"a"`` with ``append_dim``, ``"r+"`` with ``region``, else
-        ``"w-"``.
+        ``"r+"`` changes values of existing variables. None means ``"a"`` with ``append_dim``, ``"r+"`` with ``region``,
+        else ``"w-"``.
     safe_chunks
         Refuse dask chunks that would make two tasks write one Zarr chunk.
     align_chunks

@@ -91,7 +91,7 @@ class IcechunkBackend(BackendEntrypoint):
         authorize_virtual_chunk_access: Virtual | None = None,
         **options: Any,
     ) -> dict[str, Dataset]:
-        """The datasets of all groups below what the URL's path and ``group`` name, by their paths."""
+        """The datasets of all groups below the one that the URL's path and ``group`` name, by their paths."""
         store, path = _opened(filename_or_obj, storage_options, config, authorize_virtual_chunk_access)
         return ZarrBackendEntrypoint().open_groups_as_dict(
             store, group=_below(path, group), consolidated=False, zarr_format=3, **options

@@ -28,12 +28,12 @@ class IcechunkAdapter(URLPipelineAdapter):  # type: ignore[misc]  # not in every
 
     @classmethod
     async def open_pipeline_segment(cls, segment: Any, context: Any) -> AdapterResolution:
-        """Open what is to the left of the stage, at the version that the stage names.
+        """Open the repository to the left of the stage, at the version that the stage names.
 
         Raises
         ------
         InvalidInputError
-            The URL is wrong, or ``mode`` is one that replaces what is there.
+            The URL is wrong, or ``mode`` is one that replaces existing nodes.
         """
         if context.mode not in _MODES:
             raise InvalidInputError(

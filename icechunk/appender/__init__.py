@@ -1,7 +1,7 @@
-"""The appender: rows that arrive become commits, each row once, whatever crashes in between.
+"""The appender: rows that arrive become commits, each row once, also after crashes.
 
-`position` says what a commit records of its sources, `target` the arrays that rows are appended to, `chunk_encoding`
-how rows become chunks, and `appender` when rows are committed and how conflicts are solved. Users get it by
+`position` has the record of its sources in a commit, `target` the arrays that rows are appended to, `chunk_encoding`
+the encoding of rows as chunks, and `appender` the times of commits and the solution of conflicts. Users get it by
 `Repository.appender`. Not here: commits and rebases themselves (`session`).
 """
 

@@ -91,8 +91,8 @@ _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Lock]] = 
 class Appender:
     """Appends rows along one dimension of a group's arrays, each row once. Made by `Repository.appender`.
 
-    Use it as ``async with``: it opens on entering, and commits what is buffered on leaving, also after an error in the
-    block, so what `put` accepted is not lost. Belongs to one event loop.
+    Use it as ``async with``: it opens on entering, and commits buffered rows on leaving, also after an error in the
+    block, so no row that `put` accepted is lost. Belongs to one event loop.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class Appender:
         self._committing: asyncio.Task[str | None] | None = None
         self._timer: asyncio.Task[None] | None = None
 
-    # -- what it is ------------------------------------------------------------------------------------------------
+    # -- properties ------------------------------------------------------------------------------------------------
 
     @property
     def position(self) -> Any:
@@ -296,7 +296,7 @@ class Appender:
                     return made
                 self._counts.placed_again += 1
 
-    # -- what is checked -------------------------------------------------------------------------------------------
+    # -- checks ----------------------------------------------------------------------------------------------------
 
     def _require_usable(self) -> None:
         if self._timer is None:
@@ -431,7 +431,7 @@ class Appender:
         return await asyncio.shield(task)
 
     async def _commit(self) -> str | None:
-        """Commit what is buffered now, behind whatever is there."""
+        """Commit the rows that are buffered now, behind all that are in the arrays."""
         batches = list(self._buffered)
         rows = sum(b.rows for b in batches)
         offset = next((b.offset for b in reversed(batches) if b.offset is not None), None)
@@ -509,7 +509,7 @@ class Appender:
     def _made(self, unknown: CommitOutcomeUnknown) -> str:
         return encode_id(unknown.token.snapshots[-1])
 
-    # -- what is known ---------------------------------------------------------------------------------------------
+    # -- knowledge of the branch -----------------------------------------------------------------------------------
 
     def _turn(self) -> asyncio.Lock:
         """Appenders of this process to one branch of one repository take turns."""

@@ -264,7 +264,9 @@ class Target:
         stored = variable.values
         equal_nan = stored.dtype.kind in "fc" and given.dtype.kind in "fc"
         if stored.shape != given.shape or not np.array_equal(stored, given, equal_nan=equal_nan):
-            raise self._refused(f"{variable.name} differs from what is stored; only variables along {self.dim!r} grow")
+            raise self._refused(
+                f"{variable.name} differs from its stored values; only variables along {self.dim!r} grow"
+            )
 
     def _refused(self, reason: str) -> InvalidInputError:
         return InvalidInputError(

@@ -1,7 +1,7 @@
 """The `icechunk` command.
 
 Exit codes: 0 done, 1 the command failed (one line says why), or the demo's check failed, 2 bad input or, for the demo,
-an environment that does not fit, 130 interrupted. A command imports what it needs when it runs, so ``--help`` and
+an environment that does not fit, 130 interrupted. A command imports its modules when it runs, so ``--help`` and
 ``--version`` answer at once. Not here: work that a program may want without a terminal, which is a method of the handle
 (`repository`).
 """
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_help(commands: Any, parser: argparse.ArgumentParser) -> None:
     def run(args: argparse.Namespace) -> int:
-        # Parsing prints the help of what was named and ends the program with code 0, or with 2 where there is no such.
+        # Parsing prints the help of the named command and ends the program with code 0, or with 2 if there is no such.
         parser.parse_args([*args.of, "--help"])
         return 0
 

@@ -103,7 +103,7 @@ def tell(target: Target, progress: Progress) -> Report:
 
 
 class _Writer:
-    """Writes one version after the other and remembers what each must hold."""
+    """Writes one version after the other and remembers the expected contents of each."""
 
     def __init__(self, repo: Any, progress: Progress) -> None:
         self._repo = repo

@@ -16,7 +16,7 @@ __all__ = ["Report", "Version", "as_json", "as_text"]
 
 @dataclass(slots=True, kw_only=True)
 class Version:
-    """One committed version, and what it must hold."""
+    """One committed version, and its expected contents."""
 
     snapshot_id: str
     """Id of the snapshot."""
@@ -41,7 +41,7 @@ class Version:
         return sum(int(data.nbytes) for data in self.contents.values())
 
     def check(self, repo: Any) -> list[str]:
-        """Read the whole version back from `repo` and list every difference from what it must hold."""
+        """Read the whole version back from `repo` and list every difference from its expected contents."""
         import xarray
 
         started = time.perf_counter()
@@ -73,7 +73,7 @@ class Report:
     written_s: float
     """Seconds from the creation of the repository to the last reference."""
     problems: tuple[str, ...]
-    """Every way in which what was read back differs from what was written; empty in a sound run."""
+    """Every difference between the data that was read back and the data that was written; empty in a sound run."""
 
     @property
     def ok(self) -> bool:

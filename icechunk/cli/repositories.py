@@ -128,7 +128,7 @@ def _list_config(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _telling(what: str) -> Iterator[None]:
-    """Errors of the block end the command with what it was doing, and why it could not."""
+    """Errors of the block end the command with one line: the step, and the reason why it failed."""
     try:
         yield
     except (IcechunkError, OSError, ValueError) as error:

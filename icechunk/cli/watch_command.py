@@ -16,7 +16,7 @@ __all__ = ["add_options", "as_json", "watch"]
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command, besides the repository."""
-    parser.add_argument("--branch", help="only what happens to this branch")
+    parser.add_argument("--branch", help="only events of this branch")
     parser.add_argument("--since", metavar="TOKEN", help="begin behind this token; '' with the oldest (default: now)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument(

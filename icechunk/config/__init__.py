@@ -2,8 +2,8 @@
 
 Modules: `storage` (object stores and requests to them), `containers` (virtual chunk containers), `manifest` and
 `manifest_rules` (splitting, preloading), `patterns` (their regular expressions), `repository` (the whole), `serialise`
-and `yaml_text` (the stored forms). Pickles of configurations name these modules, so their names stay. Not here: what a
-setting does to requests (`storage.settings`, `transfer`) or sessions (`session.core`).
+and `yaml_text` (the stored forms). Pickles of configurations name these modules, so their names stay. Not here: the
+effect of a setting on requests (`storage.settings`, `transfer`) or sessions (`session.core`).
 """
 
 from __future__ import annotations

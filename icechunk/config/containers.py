@@ -41,7 +41,7 @@ class VirtualChunkContainer(Setting):
         return [(n, redacted_url(v) if n == "url_prefix" else v, d) for n, v, d in Setting._shown(self)]
 
     def validate(self) -> None:
-        """Refuse what cannot work, as `RepositoryConfig.set_virtual_chunk_container` does.
+        """Refuse a container that cannot work, as `RepositoryConfig.set_virtual_chunk_container` does.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""From splitting and preload settings to what they mean for the arrays of a snapshot.
+"""The meaning of splitting and preload settings for the arrays of a snapshot.
 
 Regular expressions are Python's here (`patterns`) and Rust's in the official library; they agree on nearly everything
 that people write for paths. One that cannot be compiled matches nothing, as one that Rust cannot compile does there: it

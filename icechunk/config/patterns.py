@@ -1,4 +1,4 @@
-"""Regular expressions of strangers, searched in bounded time.
+"""Regular expressions from configurations that others wrote, searched in bounded time.
 
 A persisted configuration may hold any expression, and one such as ``^(a+)+$`` keeps Python's engine busy for a time
 that doubles with each character. So an expression is searched by Python's engine only where an estimate of its steps is
@@ -159,7 +159,7 @@ _NAMED_GROUP: Final = re.compile(r"\(\?<(?=[A-Za-z_])")
 def _translated(expression: str) -> str:
     """An expression of the official library's engine (Rust's ``regex``) as Python writes it.
 
-    Raises `PatternError` for what Python's engine would read as something else, or cannot say.
+    Raises `PatternError` for a part that Python's engine would read as something else, or cannot express.
     """
     found: list[str] = []
     at, inside = 0, False
@@ -203,7 +203,7 @@ def _escaped(escape: re.Match[str], inside: bool) -> str:
 
 
 def _single(items: list[tuple[Any, Any]], flags: int) -> _Test:
-    """A test of one character, made of what the parser read for it, by Python's engine."""
+    """A test of one character, made of the parsed set or literal, by Python's engine."""
     tree = _parser.SubPattern(_parser.State(), items)
     tree.state.flags, tree.state.str = flags, ""
     test: _Test = re._compiler.compile(tree, flags).fullmatch  # type: ignore[attr-defined]
@@ -247,7 +247,7 @@ def _steps(items: Any, n: int) -> float:
                 if high == 1:
                     steps *= 1 + inner
                 else:
-                    # Repetitions within one another are what makes it exponential.
+                    # Repetitions within one another make it exponential.
                     steps *= min(n, int(high)) if inner == 1 else float("inf")
                     steps = max(steps, low)
     return steps

@@ -216,7 +216,7 @@ class RepositoryConfig(Setting):
         self.virtual_chunk_containers = {}
 
     def merge(self, other: RepositoryConfig) -> RepositoryConfig:
-        """A new configuration: what ``other`` sets, and this one's for the rest.
+        """A new configuration: the values that ``other`` sets, and this one's for the rest.
 
         Preload and splitting settings and the containers are taken from one side as a whole, everything else
         setting by setting.
@@ -225,7 +225,7 @@ class RepositoryConfig(Setting):
         return _overlaid(self, other)
 
     def validate(self) -> None:
-        """Refuse what no repository can work with; `Repository.create` and `Repository.open` call it.
+        """Refuse values that no repository can work with; `Repository.create` and `Repository.open` call it.
 
         Raises
         ------

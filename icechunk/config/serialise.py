@@ -65,7 +65,7 @@ def config_to_dict(config: RepositoryConfig) -> dict[str, Any]:
 
 
 def config_from_dict(data: Mapping[str, Any]) -> RepositoryConfig:
-    """Read `config_to_dict`'s form, or what another version wrote; absent keys are None, unknown ones are skipped.
+    """Read `config_to_dict`'s form, or another version's; absent keys are None, unknown ones are skipped.
 
     Raises
     ------
@@ -169,7 +169,7 @@ def _kinds(cls: Any) -> dict[str, Any]:
 
 
 def _read(kind: Any, value: Any) -> Any:
-    """The value of a field, from its type and what is stored; the field's own check does the rest."""
+    """The value of a field, from its type and the stored value; the field's own check does the rest."""
     if kind in _UNIONS:
         return _read_member(kind, value)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):

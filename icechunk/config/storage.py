@@ -80,7 +80,7 @@ class S3Options(Setting):
     requester_pays: bool = False
     """Agree to be billed for requests to a bucket of another account."""
     checksum_algorithm: ChecksumAlgorithm | None = None
-    """None: what the service needs."""
+    """None: the form that the service needs."""
 
     def _shown(self) -> list[tuple[str, Any, Any]]:
         rows = Represented._shown(self)

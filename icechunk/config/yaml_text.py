@@ -110,7 +110,7 @@ class _Dumper(yaml.SafeDumper):
 
     def choose_scalar_style(self) -> Any:
         style = super().choose_scalar_style()
-        # PyYAML quotes whatever has a tag, but a quoted number under a tag is a string to everybody else.
+        # PyYAML quotes every scalar with a tag, but other parsers read a quoted number under a tag as a string.
         event = self.event
         if isinstance(event, yaml.ScalarEvent) and str(event.tag).startswith("!") and not event.style:
             return ""

@@ -286,7 +286,7 @@ def decode_transaction_logs(files: Sequence[tuple[ObjectId, bytes]]) -> list[Tra
     try:
         return _decode_together(files)
     except FormatError:
-        # Tells which file it is, and why.
+        # It raises an error that names the file and the reason.
         return [decode_transaction_log(data, expected_id=id) for id, data in files]
 
 

@@ -251,7 +251,7 @@ _INK: Final = "currentColor"
 
 
 def draw_svg(drawing: Drawing, *, plain: bool) -> str:
-    """Snapshots as circles, lines of descent between them, and beside each what `Row` says; all text is escaped."""
+    """Snapshots as circles, lines of descent between them, and the texts of each `Row`; all text is escaped."""
     text_x = _MARGIN + _LANE * max(drawing.lanes - 1, 0) + 24
     width = text_x + _MARGIN + max((_columns(row) for row in drawing.rows), default=0) * _CHARACTER
     height = 2 * _MARGIN + _ROW * max(len(drawing.rows) - 1, 0)

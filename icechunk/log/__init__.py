@@ -1,4 +1,4 @@
-"""The two logs of the engine: `session` (changes before a commit) and `repository` (what happened to a repository).
+"""The two logs of the engine: `session` (changes before a commit) and `repository` (the history of a repository).
 
 Not here: the objects that use them, with their caches and requests (`session`, `repository`).
 """

@@ -3,7 +3,7 @@
 Theory: in the log layout a collection is an entry with a cutoff (rule 10). Once it is folded, unreachable snapshots
 have left the graph, and no commit whose oldest file may be older than the cutoff is valid any more. So a
 commit before the entry is in the graph that is read. A commit after it adds younger files only, and otherwise refers to
-what its parent refers to: whatever pauses and clocks writers have, no needed file is deleted.
+the files of its parent: with any pauses and clocks of writers, no needed file is deleted.
 
 In the repo-object layout the same event is one replacement of ``repo``, and the cutoff is in its ``extra`` for other
 clients of this package; the official library neither observes nor keeps it. In format 1 there is no such event. So in
@@ -60,7 +60,7 @@ async def collect_garbage(
         the collection waits for some steps of the store's clock (seconds on S3, 40 ms on a local disk), and then
         collects everything that was garbage at the call.
     dry_run
-        Delete nothing; count what a collection would delete.
+        Delete nothing; count the objects that a collection would delete.
     repacking
         How objects with dead bytes are written again; None: none are.
     memory

@@ -1,14 +1,14 @@
-"""Leases of persisted sessions: what collections and expirations must leave to them, and the end of those that expired.
+"""Leases of persisted sessions: files that collections and expirations must leave, and the end of expired sessions.
 
 A session's lease begins anew with each of its segments, at the Last-Modified that the store gave it, and ends as long
 after it as the segment says. Both are compared in store time, which a collection knows a little low: so none is taken
 for expired too early, and no clock of a writer's counts.
 
-A collection lists the sessions before it decides what is old. Those whose lease has not ended hold it back: nothing
-goes that is younger than the oldest first upload among them, so their chunks stay, and their commits stay valid (their
-`since` is not before the cutoff). A session whose lease has ended is ended for certain before anything of it goes: the
-collection takes its next segment, which the session would need for a checkpoint or a commit. Where that is taken, the
-session lives after all.
+A collection lists the sessions before it decides which files are old. Those whose lease has not ended limit it: it
+deletes nothing that is younger than the oldest first upload among them, so their chunks stay, and their commits stay
+valid (their `since` is not before the cutoff). A session whose lease has ended is ended for certain before any of its
+files is deleted: the collection takes its next segment, which the session would need for a checkpoint or a commit. If
+that segment is taken already, the session goes on.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Leases:
         return any(head.attempts for head in self.heads)
 
     def collect_before_us(self, older_than_us: int, state: RepoState) -> int:
-        """The time before which a collection may take what nothing refers to: that asked for, or an earlier one."""
+        """The time before which a collection may take unreferenced files: the requested one, or an earlier one."""
         if not self.heads:
             return older_than_us
         reached = state.reachable()

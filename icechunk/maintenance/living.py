@@ -26,7 +26,7 @@ __all__ = ["Living", "LivingMemory", "Shares"]
 
 _LOOK_EVERY_US: Final = 1_000_000
 _ROW_WEIGHT: Final = 24
-"""About what a reference takes in a manifest, bytes, beside the chunk where that is inline."""
+"""About the size of a reference in a manifest, bytes, without the chunk where that is inline."""
 
 
 class Shares:
@@ -62,7 +62,7 @@ class Shares:
 
 
 def _weights(refs: ChunkRefs) -> npt.NDArray[np.int64]:
-    """About what each reference takes in its manifest, bytes."""
+    """About the size of each reference in its manifest, bytes."""
     inline = np.where(refs.kind == INLINE, refs.length, np.uint64(0))
     return _ROW_WEIGHT + inline.astype(np.int64)
 
@@ -118,7 +118,7 @@ class Living:
                 self.walked.manifests.setdefault(manifest, Use(file=ManifestFile(manifest, 0, 0)))
 
     async def grow(self, state: RepoState) -> None:
-        """Add what a state reaches. Raises where something of it cannot be read."""
+        """Add the objects that a state reaches. Raises if one of its files cannot be read."""
         self._growths += 1
         in_files = self._log.layout is Layout.REFS
         start = state.tips() | self._bases if in_files else set(state.snapshots)
@@ -147,7 +147,7 @@ class Living:
 
     @property
     def is_as_it_began(self) -> bool:
-        """Whether it has not grown since its first growth, so that its shares tell of all of it."""
+        """Whether it has not grown since its first growth, so that its shares cover all of it."""
         return self._growths == 1
 
     @property
@@ -156,7 +156,7 @@ class Living:
         return len(self._chunks) + len(self.walked.snapshots)
 
     async def look_again(self) -> None:
-        """See, about once a second, whether there are new snapshots, and keep what they refer to."""
+        """Look about once a second for new snapshots, and keep their references."""
         async with self._growing:
             if self._sources.elapsed_us() - self._looked_us < _LOOK_EVERY_US:
                 return
@@ -189,11 +189,11 @@ _MOST_ROWS: Final = 1_000_000
 
 
 class LivingMemory:
-    """What the last collection of a repository found to live, for the next one of the same process.
+    """The living objects that the last collection of a repository found, for the next one of the same process.
 
-    Files never change, so what a snapshot refers to is read once. A collection starts from what is remembered as long
-    as every snapshot of it is still in the graph: then nothing of it has died, and only new snapshots are read. After
-    an expiration, or any other removal, everything is read again.
+    Files never change, so the references of a snapshot are read once. A collection starts from the remembered objects
+    as long as every snapshot of them is still in the graph: then all of them still live, and only new snapshots are
+    read. After an expiration, or any other removal, everything is read again.
     """
 
     def __init__(self) -> None:
@@ -201,7 +201,7 @@ class LivingMemory:
         self._lock = threading.Lock()
 
     def take(self, state: RepoState) -> tuple[Living, Shares] | None:
-        """What is remembered, if it applies to that state; it is forgotten until it is kept again."""
+        """The remembered objects, if they apply to that state; they are forgotten until they are kept again."""
         with self._lock:
             kept, self._kept = self._kept, None
         if kept is None:
@@ -210,12 +210,12 @@ class LivingMemory:
         known = living.walked.snapshots.keys()
         if any(id not in state.snapshots for id in known):
             return None
-        # Those that no branch reaches any more have chunks that must not move, which the shares do not tell.
+        # Those that no branch reaches any more have chunks that must not move, which the shares do not show.
         now_detached = _detached(state)
         return (living, shares) if all(id in detached or id not in known for id in now_detached) else None
 
     def keep(self, living: Living, shares: Shares) -> None:
-        """Remember what a collection that succeeded, and wrote nothing again, found."""
+        """Remember the findings of a collection that succeeded and rewrote nothing."""
         if living.is_as_it_began and living.num_rows + len(shares.spans) <= _MOST_ROWS:
             with self._lock:
                 self._kept = living, shares, frozenset(_detached(living.state))

@@ -68,7 +68,7 @@ async def prune_log(log: RepositoryLog, storage: Storage, sources: Sources) -> i
     if log.layout is Layout.REFS:
         return 0
     require_writable(storage, "prune the log")
-    # The order matters: what is announced or deleted below was folded into `repo` when it was read here.
+    # The order matters: all entries announced or deleted below were folded into `repo` when it was read here.
     found = await read_repo(storage, sources)
     if found is None:
         return 0

@@ -58,7 +58,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Bounds of memory and of requests in flight. Raises `InvalidInputError` for what is no number above zero."""
+    """Bounds of memory and of requests in flight. Raises `InvalidInputError` unless they are above zero."""
 
     max_snapshots_in_memory: int = 50
     """Snapshot files read at a time."""
@@ -112,7 +112,7 @@ class Budget:
 
 
 _DECODED_BYTES_PER_REF = 160
-"""About what a reference takes while a manifest is decoded."""
+"""About the size of a reference while a manifest is decoded, bytes."""
 
 
 T = TypeVar("T")
@@ -160,7 +160,7 @@ class Files:
         Returns
         -------
         list
-            Numbers of consecutive files, and what they hold.
+            Numbers of consecutive files, and their contents.
         """
         everything = slice(0, len(keys))
         try:
@@ -235,7 +235,7 @@ class Walked:
 async def walk(
     files: Files, start: Iterable[ObjectId], found: Walked, limits: Limits, *, follow_parents: bool
 ) -> dict[ObjectId, Use]:
-    """Read snapshots, and add them and their manifests to what was found before.
+    """Read snapshots, and add them and their manifests to those that were found before.
 
     Parameters
     ----------
@@ -276,7 +276,7 @@ def _uses(ids: Sequence[ObjectId], which: slice, data: Sequence[bytes]) -> Snaps
 
 
 def _note(found: Walked, fresh: dict[ObjectId, Use], ids: Sequence[ObjectId], uses: SnapshotUses) -> None:
-    """Add what some snapshots use."""
+    """Add the manifests and chunks that some snapshots use."""
     for id, size, count in _distinct(uses.files, "<12sQI"):
         if id not in found.manifests:
             found.manifests[id] = Use(file=ManifestFile(id, size, count))
@@ -304,7 +304,7 @@ def _distinct(rows: npt.NDArray[np.void], layout: str) -> Iterator[tuple[Any, ..
     """The distinct rows of a structured array, ascending by their bytes, each unpacked by that `struct` format."""
     if len(rows):
         plain = np.ascontiguousarray(rows).view(f"V{rows.dtype.itemsize}")
-        # Snapshots in a row often agree in most of what they use, one array after another in the manifest.
+        # Snapshots in a row often share most of their references, one array after another in the manifest.
         plain = plain[np.append(True, plain[1:] != plain[:-1])]
         yield from struct.iter_unpack(layout, b"".join(sorted(set(plain.tolist()))))
 
@@ -442,7 +442,7 @@ class RowSet:
         """Add rows, an array of any type of ``width`` bytes."""
         if not len(rows):
             return
-        # A copy: a view would keep alive what the rows were taken from.
+        # A copy: a view would keep the array alive that the rows were taken from.
         fresh = np.array(rows).view(self._type)
         with self._lock:
             self._fresh.append(fresh)

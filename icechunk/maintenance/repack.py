@@ -192,7 +192,7 @@ async def repack(
     cutoff_us: int,
     dry_run: bool,
 ) -> Repacked:
-    """Write again what has too many dead bytes, and delete the old files where that may happen now.
+    """Write objects with too many dead bytes again, and delete the old files where that may happen now.
 
     Parameters
     ----------
@@ -201,7 +201,7 @@ async def repack(
     survey
         Of its objects.
     delete_now
-        Whether the collection was asked for what is there now.
+        Whether the collection was asked to take everything up to now.
     cutoff_us
         Its cutoff.
 
@@ -317,7 +317,7 @@ class _Job:
         return body
 
     async def rewrite_manifests(self, work: _Work, *, dry_run: bool) -> None:
-        """Write those manifests again that have dead references to go, or point to what moves."""
+        """Write those manifests again that have dead references, or references to objects that are rewritten."""
         one_at_a_time = anyio.Lock()
         version, how = self._log.spec_version, self._how
 

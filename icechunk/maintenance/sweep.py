@@ -50,7 +50,7 @@ class Swept:
     """The first hundred reasons."""
 
     def add(self, other: Swept) -> None:
-        """Count what another sweep did."""
+        """Add the counts of another sweep."""
         for prefix, count in other.deleted.items():
             self.deleted[prefix] = self.deleted.get(prefix, 0) + count
         self.bytes_deleted += other.bytes_deleted
@@ -70,7 +70,7 @@ class Sweep:
     older_than_us
         Last-Modified must be before it, µs.
     guard
-        Awaited before each request that deletes; may change what ``IsGarbage`` answers.
+        Awaited before each request that deletes; may change the answers of ``IsGarbage``.
     on_kept
         Called page by page with the objects that are not garbage: prefix and objects.
     """
@@ -97,7 +97,7 @@ class Sweep:
         self.swept: Swept = Swept()
 
     async def run(self, kinds: Sequence[tuple[str, IsGarbage]]) -> None:
-        """List the prefixes, each with its slash and with what decides about the objects there, and delete.
+        """List the prefixes, each with its slash and with the function that decides about its objects, and delete.
 
         Raises
         ------
@@ -192,7 +192,7 @@ class Sweep:
                 ErrorKind.GC_DELETES_FAILING,
             ) from error
         except (IcechunkError, OSError) as error:
-            # Whatever of it was deleted was garbage; the next collection sees what is left.
+            # All deleted objects were garbage; the next collection sees those that are left.
             failures = {one.info.key: str(error) for one in garbage}
             if isinstance(error, IcechunkError) and error.kind == ErrorKind.THROTTLED:
                 self.swept.throttled += 1

@@ -59,7 +59,7 @@ class RepositoryBase:
         return SpecVersion(run_sync(self._core.log()).spec_version)
 
     async def _require_format_2(self, what: str) -> None:
-        """Refuse what format 1 does not have; ``what`` completes "cannot …"."""
+        """Refuse a use that format 1 does not have; ``what`` completes "cannot …"."""
         if (await self._core.log()).layout is Layout.REFS:
             raise needs_format_2(what)
 
@@ -90,7 +90,7 @@ class RepositoryBase:
         return await self._core.assets.transaction_logs(ids, limit=self._core.settings.max_requests)
 
     async def aclose(self) -> None:
-        """Write a last checkpoint where one is due, and close what the running loop has open.
+        """Write a last checkpoint where one is due, and close all connections of the running loop.
 
         Not needed at the end of ``asyncio.run`` or of the process, where it happens by itself. The repository
         opens again when it is used again.

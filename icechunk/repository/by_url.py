@@ -45,7 +45,7 @@ async def open_async(
     Returns
     -------
     Session
-        Its ``store`` is what zarr and xarray take.
+        Its ``store`` is the argument for zarr and xarray.
 
     Raises
     ------

@@ -336,7 +336,7 @@ class Changes(RepositoryBase):
 def boxes_of(coords: Coords) -> list[tuple[tuple[int, int], ...]]:
     """Distinct coordinates as disjoint boxes (start, end): runs along the last axis, joined along the others.
 
-    Costs some passes over the columns, whatever the rank.
+    Costs some passes over the columns, for every rank.
     """
     n, ndim = coords.shape
     if n == 0:

@@ -45,7 +45,7 @@ class Configuration(RepositoryBase):
     save_config: Final = synchronous(save_config_async)
 
     def set_default_commit_metadata(self, metadata: Mapping[str, Any]) -> None:
-        """Metadata that every commit of this object gets, under what the commit itself brings."""
+        """Metadata of every commit of this object; values of the commit itself take precedence."""
         self._core.default_metadata = json_metadata("metadata", metadata)
 
     def default_commit_metadata(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class Configuration(RepositoryBase):
     update_metadata: Final = synchronous(update_metadata_async)
 
     async def get_status_async(self) -> RepoStatus:
-        """Whether the repository takes writes: its real status, whatever other readers of the format are shown."""
+        """Whether the repository takes writes: its real status, which may differ from that in the checkpoint."""
         await self._require_format_2("read the repository's status")
         return repo_status((await self._core.state()).status)
 
@@ -147,7 +147,7 @@ class Configuration(RepositoryBase):
         ReadOnlyError
             The storage can only be read.
         CommitOutcomeUnknown, StorageError
-            No certain answer; opening the repository finishes what was begun, or call again.
+            No certain answer; opening the repository finishes the conversion, and so does another call.
         """
         if layout not in tuple(Layout):
             raise InvalidInputError(

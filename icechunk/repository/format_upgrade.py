@@ -41,7 +41,7 @@ async def upgrade_icechunk_repository_async(
     repo
         Open on the repository. Cannot be used afterwards, unless it was a dry run or an error was raised.
     dry_run
-        Read all that is needed, log what would happen (logger
+        Read all that is needed, log the steps that would follow (logger
         ``icechunk.log.repository.ref_files.upgrade``), and change nothing.
     delete_unused_v1_files
         Delete the refs and ``config.yaml`` in the end. Without that, commits that are made meanwhile may be lost: see
@@ -57,7 +57,7 @@ async def upgrade_icechunk_repository_async(
     Raises
     ------
     SessionStateError
-        It has format 2 already, in whatever layout (kind ``invalid-repository-migration``).
+        It has format 2 already, in any layout (kind ``invalid-repository-migration``).
     SnapshotNotFoundError, FormatError
         A file that belongs to it is missing or cannot be read. Nothing was changed.
     ReadOnlyError

@@ -1,4 +1,4 @@
-"""Looking back: ancestry, the ops log, and what changed between two versions."""
+"""History: ancestry, the ops log, and differences between two versions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["History"]
 
 
 class History(RepositoryBase):
-    """Every snapshot that is still there, and how it came to be."""
+    """The snapshots that still exist, and the operations that made them."""
 
     async def async_ancestry(
         self, *, branch: str | None = None, tag: str | None = None, snapshot_id: str | None = None

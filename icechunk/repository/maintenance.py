@@ -52,8 +52,9 @@ class Maintenance(Sessions):
     ) -> set[str]:
         """Take snapshots written before a time out of the history. Their data stays until `garbage_collect`.
 
-        What a branch or tag points to stays, and so does the first snapshot. Survivors whose parent leaves become
-        children of the first snapshot; in format 2 diffs and rebases over the gap still know what each commit changed.
+        The tips of branches and tags stay, and so does the first snapshot. Survivors whose parent leaves become
+        children of the first snapshot; in format 2 diffs and rebases over the gap still know the changes of each
+        commit.
 
         Parameters
         ----------
@@ -106,16 +107,16 @@ class Maintenance(Sessions):
     ) -> GCSummary:
         """Delete the objects of snapshots that no branch or tag reaches, and those of commits that never happened.
 
-        Safe while others write, in the log layout whatever their clocks and pauses: a commit of a session that began
-        before the cutoff is refused, and the work has to be repeated. In the layouts of the published format choose a
-        time before which no session that may still commit has begun.
+        Safe while others write, in the log layout with any clocks and pauses of theirs: a commit of a session that
+        began before the cutoff is refused, and the work has to be repeated. In the layouts of the published format
+        choose a time before which no session that may still commit has begun.
 
         Objects that are still needed may hold bytes that are not: a chunk object that many chunks share, a manifest
         that many arrays share. Those with too many of them are written again without them, with the snapshots that
-        refer to them: the same content, times and messages, with **new snapshot ids**, to which branches and tags
-        point afterwards. At most 1.5 times what is needed is stored then. The old snapshots and objects are deleted at
-        once where ``delete_object_older_than`` is at most a minute ago; otherwise they can still be read by id, until
-        a collection of what is older than this one.
+        refer to them: the same content, times and messages, with **new snapshot ids**, to which branches and tags point
+        afterwards. At most 1.5 times the needed bytes are stored then. The old snapshots and objects are deleted at
+        once where ``delete_object_older_than`` is at most a minute ago; otherwise they can still be read by id, until a
+        collection of files older than this one.
 
         What an earlier call on this repository object found to be needed is not read again, unless a snapshot has left
         the history since.
@@ -126,14 +127,14 @@ class Maintenance(Sessions):
             With a time zone; exclusive. Only objects that the store says are older. A time in the future counts as
             a little before now.
         dry_run
-            Delete nothing, and count what would be deleted and rewritten.
+            Delete nothing, and count the objects that would be deleted and rewritten.
         repack
             Whether objects with too many dead bytes are written again.
         repack_below_percent
             Those of whose bytes less than so many percent are needed, 0 to 100; 100: all with a dead byte, so that
-            certainly nothing is left of what was deleted. None: as configured (`EngineConfig`, 50).
+            certainly no byte of deleted data is left. None: as configured (`EngineConfig`, 50).
         max_snapshots_in_memory, max_compressed_manifest_mem_bytes, max_decoded_manifest_mem_bytes
-            Bounds of memory while what is reachable is read.
+            Bounds of memory while reachable files are read.
         max_concurrent_manifest_fetches, max_concurrent_deletes, max_concurrent_listings
             Requests in flight; a deletion takes up to a thousand objects. Listings None: 16.
         max_consecutive_delete_failures
@@ -149,7 +150,7 @@ class Maintenance(Sessions):
             The repository's status is read-only (also on a dry run), or its storage.
         FormatError, StorageError
             Something reachable is missing or cannot be read: nothing was deleted. Or deleting fails again and again
-            (kind ``gc-deletes-failing``): what was deleted was garbage.
+            (kind ``gc-deletes-failing``): all deleted objects were garbage.
         """
         require_type("dry_run", dry_run, bool)
         require_type("repack", repack, bool)
@@ -271,7 +272,7 @@ class Maintenance(Sessions):
         """
         warn_caller(
             "total_chunks_storage is deprecated: chunk_storage_stats() also counts inline and virtual chunks, and its "
-            "native_bytes are what this returns",
+            "native_bytes is the number that this returns",
             DeprecationWarning,
         )
         stats = await self.chunk_storage_stats_async(
@@ -296,7 +297,7 @@ class Maintenance(Sessions):
         """Write the manifests of all arrays again, by the present configuration, and commit that.
 
         Values, chunks and nodes stay as they are; no chunk is read or written. A commit otherwise only rewrites
-        manifests of arrays that it changes, so this is what applies a changed splitting or compression of locations
+        manifests of arrays that it changes, so this call applies a changed splitting or compression of locations
         to all arrays, or merges the manifests of many small commits.
 
         Parameters

@@ -334,7 +334,7 @@ def _with(storage: StorageOrUrl, settings: StorageSettings | None) -> Storage:
 
 
 def _layout(spec_version: SpecVersion | int | None, config: RepositoryConfig | None) -> Layout:
-    """Which layout a new repository gets: what is asked for, and fits the version of the format."""
+    """The layout of a new repository: the requested one, if it fits the version of the format."""
     asked: str | None = config.engine.layout if config is not None and config.engine is not None else None
     if spec_version is None and asked is None:
         asked = os.environ.get("ICECHUNK_LAYOUT") or None

@@ -245,7 +245,7 @@ class Sessions(RepositoryBase):
         session.commit(message, metadata, rebase_with=rebase_with, rebase_tries=rebase_tries)
 
     async def settle_async(self, token: SwapToken | None) -> bool:
-        """Find out what became of a commit that ended with `CommitOutcomeUnknown`.
+        """Find out the outcome of a commit that ended with `CommitOutcomeUnknown`.
 
         Returns
         -------
@@ -255,7 +255,8 @@ class Sessions(RepositoryBase):
         Raises
         ------
         CommitOutcomeUnknown
-            Nothing tells any more; look whether the change is there. For a commit only while an upgrade is unfinished.
+            The outcome can no longer be found out; look whether the change is there. For a commit only while an upgrade
+            is unfinished.
         SessionStateError
             The repository was converted to another layout since it was opened: open it again. Or ``token`` is None, as
             `Session.unsettled_commit` is once the session knows the outcome.

@@ -105,7 +105,7 @@ def feature_flag_id(name: str) -> int:
 
 
 def require_feature(disabled: Collection[int], name: str) -> None:
-    """Refuse what the repository's owner has switched off. Raises `SessionStateError`."""
+    """Refuse a feature that the repository's owner has switched off. Raises `SessionStateError`."""
     if _FLAGS[name] in disabled:
         raise SessionStateError(
             f"the feature {name!r} of this repository is switched off; Repository.set_feature_flag switches it on",

@@ -110,9 +110,9 @@ class Watching(RepositoryBase):
         Parameters
         ----------
         branch
-            Only what happens to this branch: commits, amendments, resets, creation and deletion. None: everything.
+            Only events of this branch: commits, amendments, resets, creation and deletion. None: all events.
         since
-            The token of the last event that was handled; None: begin with what happens from now on. The empty text
+            The token of the last event that was handled; None: begin with the next event. The empty text
             begins with the oldest update that is known.
         idle_s
             Longest pause between two looks where nothing happens, in seconds, more than 0.

@@ -9,7 +9,7 @@ __all__ = ["API_VERSION", "CLIENT_NAME", "DISTRIBUTION", "VERSION", "print_debug
 DISTRIBUTION: Final = "aioicechunk"
 """The name under which package indexes know this package."""
 VERSION = "0.9.0"  # the only place: the build reads this line (pyproject.toml, tool.hatch.version)
-"""The version of the distribution, which says what changed in this implementation."""
+"""The version of the distribution: of this implementation, not of the official API."""
 API_VERSION: Final = "2.3.0"
 """The version of the official library whose names and semantics the package offers: ``icechunk.__version__``."""
 CLIENT_NAME: Final = f"{DISTRIBUTION}-{VERSION}"

@@ -181,7 +181,7 @@ def require_type(name: str, value: object, *types: type, optional: bool = False)
 
 
 def require_text(name: str, value: object) -> None:
-    """Refuse what is not text, or cannot be written as UTF-8. Raises `WrongTypeError`, `InvalidInputError`."""
+    """Refuse a value that is not text, or cannot be written as UTF-8. Raises `WrongTypeError`, `InvalidInputError`."""
     require_type(name, value, str)
     _text(name, str(value))
 

@@ -119,7 +119,7 @@ def set_logs_filter(log_filter_directive: str | None) -> None:
 
 
 def shutdown_telemetry() -> None:
-    """Write out what is logged and not written yet.
+    """Write out the records that are logged and not written yet.
 
     The official library ends its export of traces here; this package exports none.
     """

@@ -181,7 +181,7 @@ class PerLoop(Generic[T]):
 
 
 async def _close_now(entry: _Entry[Any]) -> None:
-    """Close one value ahead of its loop, whatever its rank."""
+    """Close one value ahead of its loop and of its rank."""
     try:
         await _close_once(entry)
     finally:
@@ -227,7 +227,7 @@ async def _keep(own: _Entry[Any]) -> AsyncGenerator[None, None]:
 
 
 async def _close_late(loop: asyncio.AbstractEventLoop) -> None:
-    """Close what was made while the loop ended, once nothing else is open that may use it."""
+    """Close values that were made while the loop ended, once nothing else is open that may use them."""
     with _guard:
         left = _open.get(loop, [])[:]
     if loop in _ending and all(entry.keeper is None for entry in left):
@@ -245,7 +245,7 @@ async def _wait_for_higher(own: _Entry[Any], loop: asyncio.AbstractEventLoop) ->
 
 
 def _abandon(entries: _Entries[Any], pid: int) -> None:
-    """Close what an object that is gone has left on loops that still run, on those loops."""
+    """Close the values of a deleted object on loops that still run, on those loops."""
     if pid != os.getpid():
         return
     for loop, entry in list(entries.items()):

@@ -49,7 +49,7 @@ def require_version(version: str) -> None:
 
 
 def restore(made_by: None, place: str, *arguments: Any) -> Any:
-    """Make an object again: by a call of what ``place`` names, or as an empty one of that class, without arguments."""
+    """Make an object again: by a call of the function that ``place`` names, or as an empty object of that class."""
     module, _, name = place.partition(":")
     made: Any = importlib.import_module(module)
     for part in name.split("."):

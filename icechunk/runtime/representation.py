@@ -102,7 +102,7 @@ class Represented:
             cls._public_name = ".".join([*cls.__module__.split(".")[:2], cls.__qualname__])
 
     def _shown(self) -> list[tuple[str, Any, Any]]:
-        """(name, value, effective default) of what to show, in order."""
+        """(name, value, effective default) of the fields to show, in order."""
         rows = []
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             if not f.repr:

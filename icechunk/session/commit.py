@@ -49,7 +49,7 @@ __all__ = ["Commit", "CommitFiles", "File", "How", "write_snapshot", "write_unli
 
 _LOG: Final = logging.getLogger(__name__)
 _BYTES_PER_REF: Final = 64
-"""About what a reference costs to encode; decides whether that happens in a thread."""
+"""About the size of an encoded reference, which decides whether a thread encodes."""
 _BYTES_PER_CHANGE: Final = 16
 """The same for a changed chunk in a transaction log."""
 _BYTES_PER_NODE: Final = 256
@@ -188,7 +188,7 @@ async def _commit(content: SessionContent, commit: Commit, solver: ConflictSolve
 
 
 async def _commit_in_turn(content: SessionContent, commit: Commit, solver: ConflictSolver) -> Snapshot:
-    """Commit behind those of this process that wait to commit to the same branch, on top of what they commit.
+    """Commit behind those of this process that wait to commit to the same branch, on top of their commits.
 
     So they all go into one entry of the repository log, and none of them loses to another. The session itself is not
     rebased: the snapshot that it would be based on may not land.
@@ -207,7 +207,7 @@ async def _commit_in_turn(content: SessionContent, commit: Commit, solver: Confl
             try:
                 await rebasing.onto_tip(commit.branch, solver, expected)
             except SessionEndedError as error:
-                # By a commit that may not land either.
+                # The tip is expected from a commit that may not land either.
                 raise ConflictError(encode_id(content.log.base.id), None) from error
         if rebasing.log is not content.log:
             commit = commit.once_more_rebased()
@@ -267,7 +267,7 @@ async def _commit_once(content: SessionContent, log: SessionLog, commit: Commit,
     core, base = content.core, log.base
     repository_log = await core.log()
     if commit.how is How.AMEND and repository_log.layout is Layout.REFS:
-        # Before anything else: a format that has no amendments has no fitting answer to what is asked below either.
+        # Before anything else: a format without amendments has no fitting answer to the checks below either.
         raise needs_format_2("amend a commit")
     await repository_log.name_refs(branches=[commit.branch])
     if turn is None and commit.how is not How.FLUSH and repository_log.state.branches.get(commit.branch) != base.id:
@@ -319,7 +319,7 @@ async def _commit_once(content: SessionContent, log: SessionLog, commit: Commit,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Proposal:
-    """The events that a commit adds to the repository log; learns what becomes of them, as `Caller`."""
+    """The events that a commit adds to the repository log; it gets their outcome, as `Caller`."""
 
     content: SessionContent
     turn: _Turn | None
@@ -386,7 +386,7 @@ async def _write(
             if held_bytes > small:
                 break
         if held_bytes <= small:
-            # Chunks are not embedded: what the entry refers to must be there before it.
+            # Chunks are not embedded: those that the entry refers to must exist before it.
             await run_all(log.prepare_writes, land)
             assert files.snapshot is not None
             return files.snapshot, dict(made)

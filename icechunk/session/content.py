@@ -156,7 +156,7 @@ class SessionContent:
                 )
 
     def require_writable(self) -> None:
-        """Refuse what is no move of a node in a session for moves, and else as `require_changeable`."""
+        """Refuse changes other than moves of nodes in a session for moves, and else as `require_changeable`."""
         self.require_changeable()
         if self.rearrange:
             raise SessionStateError(

@@ -1,4 +1,4 @@
-"""The common ground of a repository's sessions: storage, configuration, caches, and one log client for each loop."""
+"""The parts that a repository's sessions share: storage, configuration, caches, and one log client for each loop."""
 
 from __future__ import annotations
 
@@ -132,11 +132,11 @@ class Settings:
     max_requests: int
     """Requests in flight, of reads and writes together, in each loop."""
     max_bytes_in_flight: int
-    """Their bytes, where they are known beforehand."""
+    """Bytes of the requests in flight, where these are known beforehand."""
     partial_values_at_once: int
     """Values that one call for several fetches at the same time."""
     put_memory_bytes: int
-    """Bound on the bytes of all sessions that are being sent."""
+    """Bound on the bytes that all sessions together hold for uploads."""
     pack_threshold_bytes: int
     """Chunks below this size share chunk objects; 0: none do."""
     pack_size_bytes: int
@@ -196,7 +196,7 @@ class Core:
         self.landed_sums: LandedSums = LandedSums()
         """Sums of the commits that landed since the bases of sessions that are rebased."""
         self.living: LivingMemory = LivingMemory()
-        """What the last collection found to live."""
+        """The living objects that the last collection found."""
         self.gates: Gates = Gates(0)
         self._put_memory: tuple[int, PutMemory] | None = None
         if attribution is not None and attribution != Attribution():
@@ -304,7 +304,7 @@ class Core:
     async def state(
         self, snapshot_id: str | None = None, *, branch: str | None = None, tag: str | None = None
     ) -> RepoState:
-        """Everything about the repository as of now: includes what anybody was acknowledged before the call.
+        """The state of the repository as of now: it includes every change that was acknowledged before the call.
 
         Parameters
         ----------
@@ -315,7 +315,7 @@ class Core:
         """
         called = next(self._order)
         log = await self.log()
-        # An open that began after the call has read what was acknowledged before it.
+        # An open that began after the call has read all changes that were acknowledged before it.
         state = log.state if self._opened[log] > called else await log.refresh()
         if branch is not None or tag is not None:
             state = await log.name_refs(branches=[] if branch is None else [branch], tags=[] if tag is None else [tag])
@@ -325,7 +325,7 @@ class Core:
         return await (await self.log()).find_file(key)
 
     async def learn(self, *snapshots: ObjectId, ancestry: bool = False) -> RepoState:
-        """The state as last read, with these snapshots in its graph, and with ``ancestry`` what they descend from."""
+        """The state as last read, with these snapshots in its graph, and with ``ancestry`` also their ancestors."""
         return await (await self.log()).learn(snapshots, ancestry=ancestry)
 
     def packs(self) -> Packs:
@@ -340,14 +340,14 @@ class Core:
         )
 
     def _memory(self) -> PutMemory:
-        """Of this process: what a parent had on its way when it forked is not ours to wait for."""
+        """Of this process: uploads of a parent process, which it had begun when it forked, are not waited for."""
         kept, most = self._put_memory, self.settings.put_memory_bytes
         if kept is None or kept[0] != os.getpid() or kept[1].max_bytes != most:
             kept = self._put_memory = (os.getpid(), PutMemory(most))
         return kept[1]
 
     async def put(self, key: str, data: bytes) -> None:
-        """Write a metadata file, within the bounds of what is in flight. Raises as `Storage.put`."""
+        """Write a metadata file, within the bounds of requests in flight. Raises as `Storage.put`."""
         gate = self.gates.here()
         await gate.enter(len(data), WRITE)
         try:
@@ -366,13 +366,13 @@ class Core:
             (await self._preloaders.get()).start(wanted)
 
     async def preloaded(self) -> None:
-        """Wait for what `preload` has begun on this loop."""
+        """Wait for the reads that `preload` has begun on this loop."""
         preloader = self._preloaders.peek()
         if preloader is not None:
             await preloader.wait()
 
     async def aclose(self) -> None:
-        """Write a last checkpoint where one is due, and close what this loop has open."""
+        """Write a last checkpoint where one is due, and close all connections of this loop."""
         await self._preloaders.aclose()
         await self._logs.aclose()
         await self.virtual.aclose()

@@ -1,4 +1,4 @@
-"""Merging forks into a session: what is waited for before and between, around `icechunk.log.session.merge.merging`."""
+"""Merging forks into a session: uploads and comparisons of bytes, around `icechunk.log.session.merge.merging`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COMPARED_AT_ONCE = 32
 async def merge_forks(
     content: SessionContent, forks: Sequence[tuple[int, SessionContent]], policy: MergePolicy
 ) -> None:
-    """Take over what forks changed, all or nothing, as `Session.merge_async` says.
+    """Take over the changes of forks, all or nothing, as `Session.merge_async` says.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ def _changes_of(number: int, fork: SessionContent) -> Fork:
 
 
 async def _check_base(content: SessionContent, fork: Fork, base: ObjectId) -> None:
-    """Compare a fork with what the session was rebased onto since; ``base`` is where the session was when it forked."""
+    """Compare a fork with the commits that the session was rebased onto since; ``base`` is the fork's origin."""
     if fork.base.id == content.log.base.id or base == content.origin_base:
         return
     with content.lock:

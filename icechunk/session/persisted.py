@@ -71,7 +71,7 @@ class Persisted:
     claims: tuple[int, ...] = ()
     """Numbers of segments by which processes took the session over; they outlast its end."""
     parts: dict[int, tuple[ObjectId, int, tuple[Event, ...]]] = field(default_factory=dict)
-    """Of each segment its base, how many events it keeps, and its new ones: what forks begin with."""
+    """Of each segment its base, the number of events that it keeps, and its new ones: the beginning of forks."""
     tries: dict[bytes, Written] = field(default_factory=dict)
     """Contents of the next segment whose PUT had no certain answer, by nonce."""
     collected: dict[ObjectId, tuple[int, tuple[Event, ...]]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""From a reference to bytes: which reference of a chunk holds, and what it points to."""
+"""From a reference to bytes: the reference of a chunk that is in force, and the bytes that it points to."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def read_chunk_nowait(
 async def reference_of(
     core: Core, node: NodeSnapshot, coords: tuple[int, ...], found: ChunkRef | InBase
 ) -> ChunkRef | None:
-    """The reference of a chunk, given what the session's log says; None where it was never written."""
+    """The reference of a chunk, given the session's own change of it; None if it was never written."""
     return await core.assets.reference(node, coords) if found is IN_BASE else found
 
 
@@ -100,7 +100,7 @@ async def all_references(
     Parameters
     ----------
     node
-        With its present shape: what is outside of its grid is left out.
+        With its present shape: chunks outside of its grid are left out.
     written
         The log's own references.
     deleted

@@ -1,4 +1,4 @@
-"""Rebasing a session's log: reading what landed on the branch since, and putting the same changes on top of it."""
+"""Rebasing a session's log: reading the commits since its base, and putting the same changes on top of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Coords: TypeAlias = npt.NDArray[np.uint32]
 
 _LOG = logging.getLogger(__name__)
 _BYTES_PER_ROW = 64
-"""About what a chunk row costs to carry over; decides whether that happens in a thread."""
+"""About the size of a chunk row, which decides whether a thread carries rows over."""
 _DETECTOR = ConflictDetector()
 
 
@@ -56,7 +56,7 @@ def steps_between(
     """Commits after ``base`` up to and with ``tip``, oldest first; None where ``base`` is not in the tip's history.
 
     A base that was expired meanwhile is found among the ancestors that the surviving snapshots name. One that was
-    amended is found in the ops log, which says what took its place.
+    amended is found in the ops log, which names its replacement.
 
     Parameters
     ----------
@@ -325,7 +325,7 @@ async def advance(content: SessionContent, branch: str, solver: ConflictSolver) 
 
 
 async def check_fork(core: Core, log: SessionLog, origin: Savepoint, base: ObjectId, onto: Snapshot) -> None:
-    """Refuse a fork whose parent was rebased since, if it conflicts with what landed in between.
+    """Refuse a fork whose parent was rebased since, if it conflicts with the commits in between.
 
     Parameters
     ----------

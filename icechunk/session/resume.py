@@ -88,7 +88,7 @@ def joined_fork(core: Core, session: ObjectId, joined_at: int) -> Persisted:
 
 
 async def collect_forks(content: SessionContent, policy: MergePolicy) -> int:
-    """Merge what forks that joined a session have written, as `Session.collect_forks_async` says."""
+    """Merge the changes of forks that joined a session, as `Session.collect_forks_async` says."""
     persisted = content.persisted
     if persisted is None or persisted.worker is not None:
         raise SessionStateError(

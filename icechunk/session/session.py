@@ -68,7 +68,7 @@ class Session:
     def __init__(self, content: SessionContent) -> None:
         self._content = content
 
-    # -- what it is ------------------------------------------------------------------------------------------------
+    # -- properties ------------------------------------------------------------------------------------------------
 
     @property
     def read_only(self) -> bool:
@@ -269,7 +269,7 @@ class Session:
         Parameters
         ----------
         solver
-            `ConflictDetector` settles nothing, `BasicConflictSolver` what its choices cover.
+            `ConflictDetector` settles no conflict, `BasicConflictSolver` those that its choices cover.
 
         Raises
         ------
@@ -300,9 +300,9 @@ class Session:
     async def checkpoint_async(self, *, lease: timedelta | None = None) -> str:
         """Persist the changes so far, so that another process can go on with them by the session's id.
 
-        Waits for the chunks that are on their way, then writes what is new since the last checkpoint as one object
-        below ``sessions/``. Nothing becomes visible to readers. Calls may run while others write: what is written
-        meanwhile is part of the next one. A commit of a persisted session removes these objects.
+        Waits for the chunks that are on their way, then writes the changes since the last checkpoint as one object
+        below ``sessions/``. Nothing becomes visible to readers. Calls may run while others write: chunks that are
+        written meanwhile are part of the next one. A commit of a persisted session removes these objects.
 
         A fork that has joined a session (`Repository.join_session`) hands over its changes this way; the session takes
         them with `collect_forks`.
@@ -335,7 +335,7 @@ class Session:
     checkpoint: Final = synchronous(checkpoint_async)
 
     async def abandon_async(self) -> None:
-        """End the session without a commit: its changes are forgotten, and what `checkpoint` wrote is deleted.
+        """End the session without a commit: its changes are forgotten, and objects that `checkpoint` wrote are deleted.
 
         Afterwards it is read-only, and shows its base. Chunks that were uploaded go with the next collection.
 
@@ -353,7 +353,7 @@ class Session:
     abandon: Final = synchronous(abandon_async)
 
     async def collect_forks_async(self, *, on_conflict: MergePolicy = "error") -> int:
-        """Merge what forks that joined this session by its id have handed over, with their `checkpoint`.
+        """Merge the changes that forks, which joined this session by its id, have handed over with their `checkpoint`.
 
         Merges as `merge_async` does. What was merged before is passed over, so it may be called again and again, while
         forks still work, and by a process that has resumed the session.
@@ -414,7 +414,7 @@ class Session:
         return ForkSession(await join(self._content.core, persisted.session))
 
     async def merge_async(self, *others: Session, on_conflict: MergePolicy = "error") -> None:
-        """Take over what forks changed.
+        """Take over the changes of forks.
 
         Forks that changed different chunks and different nodes go together, also where one array grew in one fork and
         the others wrote to it. It is a conflict if two of them, or a fork and this session since it was forked, changed
@@ -431,8 +431,8 @@ class Session:
             Forks of this session, or of one of its forks.
         on_conflict
             What to do where the same chunks, or the metadata of one array, were changed twice: ``"error"`` refuses;
-            ``"ours"`` keeps what this session has, or the fork that is given first; ``"theirs"`` takes what the fork
-            that is given last has. Other conflicts are always errors.
+            ``"ours"`` keeps the change of this session, or of the fork that is given first; ``"theirs"`` keeps that of
+            the fork that is given last. Other conflicts are always errors.
 
         Raises
         ------
@@ -701,7 +701,7 @@ def _fork_of(parent: SessionContent, log: SessionLog, position: int) -> ForkSess
 
 
 _written: WeakKeyDictionary[Core, dict[tuple[ObjectId, bytes], Snapshot]] = WeakKeyDictionary()
-"""Snapshots of what forks of a process inherited, by base and last event: the forks of one session share one."""
+"""Snapshots of inherited changes, by base and last event: the forks of one session in a process share one."""
 
 
 async def _inherited(content: SessionContent, base: Snapshot, events: Sequence[Event]) -> tuple[Snapshot, Lineage]:

@@ -113,7 +113,7 @@ async def claim(content: SessionContent) -> None:
 
 
 async def note_attempt(content: SessionContent, snapshot: ObjectId) -> None:
-    """Persist that a snapshot is about to be committed, with what it is made of; its chunks are durable.
+    """Persist that a snapshot is about to be committed, with its events; its chunks are durable.
 
     Nothing happens for a session that is not persisted. Raises `SessionEndedError`: it must not be committed.
     """
@@ -125,7 +125,7 @@ async def note_attempt(content: SessionContent, snapshot: ObjectId) -> None:
 async def note_committed(content: SessionContent, snapshot: ObjectId) -> None:
     """Persist that the session was committed, and remove its segments.
 
-    The commit has landed: what fails here is logged, and left to the next collection.
+    The commit has landed: a failure here is logged, and left to the next collection.
     """
     await _end_quietly(content, SegmentKind.COMMITTED, snapshot)
 
@@ -204,7 +204,7 @@ async def _write(
             if persisted.worker is not None and not new and keep == len(persisted.events):
                 return
             if not kind.is_end:
-                # After the events were taken: what they refer to is durable before they are.
+                # After the events were taken: the chunks that they refer to are durable before they are.
                 await content.puts.flush()
             nonce = core.sources.random_bytes(16)
             claims = persisted.claims
@@ -231,7 +231,7 @@ async def _write(
             try:
                 there = await add_segment(core.storage, persisted.next_slot, nonce, data)
             except ObjectNotFoundError:
-                # The slot was taken, and what had taken it was removed: as happens once a session has ended.
+                # The slot was taken, and its segment was removed since: as happens once a session has ended.
                 await _require_open(core, persisted)
                 raise
             if there is None:
@@ -273,7 +273,7 @@ def require_uncollected(content: SessionContent, state: RepoState) -> None:
     if content.since_us < state.gc_cutoff_us:
         assert content.persisted is not None
         raise SessionEndedError(
-            f"session {encode_id(content.persisted.session)} has expired: a collection of what is younger than its "
+            f"session {encode_id(content.persisted.session)} has expired: a collection of files younger than its "
             "first upload has run before it was persisted; repeat the work in a new session",
             ErrorKind.SESSION_EXPIRED,
         )

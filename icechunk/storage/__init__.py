@@ -1,6 +1,6 @@
 """Storages: one small async port (`icechunk.storage.port`), its adapters, and the official constructors.
 
-Not here: what the objects contain (`format`, `log`), and caches or bounds of a whole repository (`transfer`).
+Not here: the contents of objects (`format`, `log`), and caches or bounds of a whole repository (`transfer`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Memory for large answers, used again once no reference to it is left.
 
-The first touch of fresh memory costs more than what is then copied into it: the system clears each page, one fault at
+The first touch of fresh memory costs more than the copy that follows: the system clears each page, one fault at
 a time, and takes all of them back with the next `free`. A reader of many chunks drops each as soon as it is decoded, so
 a few buffers serve it from then on.
 
@@ -36,7 +36,7 @@ class Buffers:
         self._idle: deque[npt.NDArray[np.uint8]] = deque(maxlen=_KEPT)
 
     def take(self, size_bytes: int) -> memoryview:
-        """Writable memory of that size, with anything in it."""
+        """Writable memory of that size, not cleared."""
         if size_bytes > _LARGEST_KEPT_BYTES:
             return np.empty(size_bytes, np.uint8).data
         memory = self._fitting(size_bytes)
@@ -47,7 +47,7 @@ class Buffers:
         return lease.data
 
     def _fitting(self, size_bytes: int) -> npt.NDArray[np.uint8] | None:
-        """A buffer that is large enough and little larger, since a view keeps all of it in use. Others are put back."""
+        """An idle buffer of at least this size, and not much more, since a view keeps all of it in use; else None."""
         for _ in range(len(self._idle)):
             try:
                 memory = self._idle.pop()

@@ -1,6 +1,6 @@
 """``Storage.new_*``: the constructors that the official class has, under its names and with its signatures.
 
-They say what a storage is made from. What makes it is attached by `icechunk.storage.constructors`, which knows every
+They describe the arguments of a storage. `icechunk.storage.constructors` attaches the builders, since it knows every
 adapter.
 """
 

@@ -1,6 +1,6 @@
 """The public functions that make storages and store configurations, under the official names, and the builders.
 
-A function says what a storage is made from (`icechunk.storage.kinds`), and `build` makes it; ``Storage.new_*``
+A function describes a storage (`icechunk.storage.kinds`), and `build` makes it; ``Storage.new_*``
 (`icechunk.storage.class_methods`) do the same. This is the one module that knows every adapter. Those that need a
 library are imported when one is made: the libraries take longer to load than everything else.
 """
@@ -102,7 +102,7 @@ def s3_storage(
     bucket, prefix
         The bucket must exist. The prefix comes before all keys; None or empty for the whole bucket.
     region
-        Taken from the environment, or from what the service says, where it is None.
+        Taken from the environment, or from the service's answers, where it is None.
     endpoint_url
         None for AWS itself. Plain ``http://`` needs ``allow_http``.
     access_key_id, secret_access_key, session_token, expires_after
@@ -387,7 +387,7 @@ def gcs_storage(
     bearer_token
         An OAuth token, never refreshed.
     anonymous, from_env
-        Requests without credentials, which can only read; or what the environment has (the default).
+        Requests without credentials, which can only read; or those of the environment (the default).
     config
         Options as obstore's `GCSStore` and its HTTP client name them, such as ``google_base_url``.
     get_credentials, scatter_initial_credentials

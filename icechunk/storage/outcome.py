@@ -63,7 +63,7 @@ class Found:
     """The result of reading back."""
 
     ours: bool
-    """Whether it is what this call wrote."""
+    """Whether the object is the one that this call wrote."""
     version: Version
     date_us: int | None
     """The store's clock when it answered; None where it does not say."""
@@ -155,7 +155,7 @@ async def follow(
 def _judge(
     name: str, precondition: Precondition, found: Found | StorageError | None, *, may_have_landed: bool
 ) -> PutResult | None:
-    """Judge what reading back found: the write landed; None: send the same bytes again. Raises as `follow`."""
+    """Judge the result of reading back: the write landed; None: send the same bytes again. Raises as `follow`."""
     if isinstance(found, StorageError):
         return None
     if found is not None and found.ours:
@@ -205,7 +205,7 @@ def unsent(error: E) -> E:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether what a write raised says that it was refused for certain, and that the same write would be again."""
+    """Whether the error of a write says that it was refused for certain, and that the same write would be again."""
     if isinstance(error, StorageError):
         return error.refused
     # Arguments are refused before anything is sent.

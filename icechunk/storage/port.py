@@ -9,7 +9,7 @@ are atomic per key; an object is whole or absent, also after a crash; ``modified
 one clock, within minutes.
 
 Which keys and byte ranges are well formed is decided here, the same for every adapter. The port imports no adapter:
-what ``Storage.new_*`` make is made by `icechunk.storage.constructors`.
+the storages of ``Storage.new_*`` are made by `icechunk.storage.constructors`.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Matches:
 
 @dataclass(frozen=True, slots=True)
 class Unchecked:
-    """The PUT succeeds whatever is at the key."""
+    """The PUT succeeds with any object, or none, at the key."""
 
 
 Precondition: TypeAlias = Absent | Matches | Unchecked
@@ -148,7 +148,7 @@ class ObjectInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GetResult:
-    """The bytes asked for, and what the store said with them."""
+    """The requested bytes, with the version and times that the store sent."""
 
     body: Octets
     """Exactly the bytes of the (clamped) range. Large ones may be a view of memory that does not change any more."""
@@ -199,7 +199,7 @@ ObjectKind: TypeAlias = Literal["metadata", "chunk"]
 class Storage(Constructors["Storage"], ABC):
     """A place that holds a repository, and the verbs on it. Picklable; safe to use from several loops and threads.
 
-    All verbs raise `StorageError` (with the key, and what to do) once bounded retries are used up.
+    All verbs raise `StorageError` (with the key and the remedy) once bounded retries are used up.
     Cancellation of any verb leaves no task and no half-read connection behind.
     """
 
@@ -292,7 +292,7 @@ class Storage(Constructors["Storage"], ABC):
 
     @abstractmethod
     async def head(self, key: str) -> ObjectInfo:
-        """Say what is at a key, without its bytes. Raises `ObjectNotFoundError` where nothing is."""
+        """Size, version and time of the object at a key, without its bytes. Raises `ObjectNotFoundError`."""
 
     @abstractmethod
     def list_pages(
@@ -316,7 +316,7 @@ class Storage(Constructors["Storage"], ABC):
 
     @abstractmethod
     async def copy(self, source: str, target: str) -> PutResult:
-        """Copy an object within the storage, replacing what is at ``target``. Raises `ObjectNotFoundError`."""
+        """Copy an object within the storage, replacing the one at ``target``. Raises `ObjectNotFoundError`."""
 
     async def prepare(self, folders: Iterable[str]) -> None:
         """Make the place ready for a repository that is about to be created here.
@@ -337,7 +337,7 @@ class Storage(Constructors["Storage"], ABC):
 
     @abstractmethod
     async def aclose(self) -> None:
-        """Close what this storage has open in the running loop. It opens again when used again."""
+        """Close the storage's connections in the running loop. It opens again when used again."""
 
     @property
     @abstractmethod
@@ -369,7 +369,7 @@ class Storage(Constructors["Storage"], ABC):
 
     @property
     def lists_any_prefix_fast(self) -> bool:
-        """Whether a listing of part of a folder, by the beginning of names, costs no more than what it returns."""
+        """Whether a listing of part of a folder, by the beginning of names, costs in proportion to its results."""
         return True
 
     @property
@@ -403,7 +403,7 @@ class Storage(Constructors["Storage"], ABC):
     def describe(self) -> str:
         """The location, for error messages (``s3://bucket/prefix``); no secrets."""
 
-    # -- what users of the public class call -------------------------------------------------------------------------
+    # -- the public class --------------------------------------------------------------------------------------------
 
     def default_settings(self) -> StorageSettings:
         """Settings that this kind of storage uses where the configuration gives none."""
@@ -519,7 +519,7 @@ def _why_bad(key: str) -> str | None:
 
 
 def check_range(byte_range: ByteRange) -> None:
-    """Refuse a range that is empty or negative whatever the object's size. Raises `InvalidInputError`."""
+    """Refuse a range that is empty or negative for every size of the object. Raises `InvalidInputError`."""
     match byte_range:
         case Range(start, end):
             bad = start < 0 or (end is not None and end <= start)

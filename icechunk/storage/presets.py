@@ -1,4 +1,4 @@
-"""Services with S3's protocol and constructors of their own: what their names add to the options of a bucket."""
+"""Services with S3's protocol and constructors of their own: the options that their names add to those of a bucket."""
 
 from __future__ import annotations
 

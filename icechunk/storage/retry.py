@@ -50,7 +50,7 @@ class Limits:
     read_s: float
     """For the next byte of an answer."""
     attempt_s: float | None
-    """For one try; None: what the body's size makes reasonable."""
+    """For one try; None: in proportion to the body's size."""
     operation_s: float | None
     """For all tries together; None: no limit."""
     patience: float = 1.0
@@ -102,7 +102,7 @@ def retried_unless(ended: Callable[[], bool]) -> Iterator[None]:
 
 
 def retries_have_ended() -> bool:
-    """Whether what is being done may not be tried again, by `retried_unless`."""
+    """Whether the present operation may not be tried again, by `retried_unless`."""
     found = _ended.get()
     return found is not None and found[0] is asyncio.current_task() and found[1]()
 

@@ -1,7 +1,7 @@
-"""The rights that requests need, in the words of each service, and the error where one is missing.
+"""The rights that requests need, in the terms of each service, and the error where one is missing.
 
-A service may hide what a client may not see: a read of an object that does not exist is then answered like one that is
-not allowed, unless the client may list. Some services say in their answer which right it was that was missing.
+A service may hide the existence of objects: a read of an object that does not exist is then answered like one that is
+not allowed, unless the client may list. Some services name the missing right in their answer.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _ACTIONS: Final = {
         Right.DELETE: f"{_BLOBS}/delete",
     },
 }
-_TOLD: Final = re.compile(r"not authorized to perform:? (\w+:\w+)|does not have (storage\.\w+\.\w+) access")
+_MISSING_ACTION: Final = re.compile(r"not authorized to perform:? (\w+:\w+)|does not have (storage\.\w+\.\w+) access")
 _HIDES: Final = frozenset({Service.S3, Service.GCS, Service.WEB})
 """Services that may refuse to read a missing object; Azure answers 404 to every client with the right to read."""
 
@@ -80,14 +80,14 @@ def access_denied(service: Service, right: Right, key: str, what: str, said: str
     """
     actions = _ACTIONS.get(service, {})
     action = actions.get(right, "")
-    named = _TOLD.search(said)
-    told = (named[1] or named[2]) if named is not None else None
-    if right is Right.READ and told is not None and told == actions.get(Right.LIST):
+    named = _MISSING_ACTION.search(said)
+    missing = (named[1] or named[2]) if named is not None else None
+    if right is Right.READ and missing is not None and missing == actions.get(Right.LIST):
         return ObjectNotFoundError(f"no object {key!r}: cannot {what}: {said}")
-    if told is not None and told not in actions.values():
-        action = told  # a key of encryption, for one
+    if missing is not None and missing not in actions.values():
+        action = missing  # for example the use of an encryption key
     needed = f"the right to {right} {'keys' if right is Right.LIST else 'it'}" + (f" ({action})" if action else "")
-    may_be_absent = right is Right.READ and told is None and service in _HIDES
+    may_be_absent = right is Right.READ and missing is None and service in _HIDES
     hint = ""
     if may_be_absent and actions:
         hint = (

@@ -1,4 +1,4 @@
-"""Storage settings as an object store obeys them: defaults filled in, and what the service cannot do left out.
+"""Storage settings as an object store obeys them: with defaults, and without features that the service lacks.
 
 The settings that storages use where the configuration gives none.
 """
@@ -34,7 +34,7 @@ class Effective:
     default_read_s
         Longest silence on a connection where the settings name none, seconds; None: as `limits_of` has it.
     keeps_metadata
-        False: the service drops user metadata, whatever the settings say.
+        False: the service drops user metadata, also if the settings ask for it.
 
     Attributes
     ----------
@@ -65,7 +65,7 @@ class Effective:
 
     @property
     def settings(self) -> StorageSettings:
-        """A copy of what was given."""
+        """A copy of the given settings."""
         return copy.deepcopy(self._settings)
 
     def storage_class(self, kind: ObjectKind) -> str | None:

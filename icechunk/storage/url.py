@@ -50,7 +50,7 @@ from icechunk.storage.port import Storage
 __all__ = ["RepositoryUrl", "StorageOrUrl", "parse_url", "storage_at", "storage_from_url"]
 
 StorageOrUrl: TypeAlias = "Storage | str | os.PathLike[str]"
-"""A storage, or what `storage_from_url` makes one of."""
+"""A storage, or a URL that `storage_from_url` takes."""
 
 _SCHEMES: Final = "s3://, gs://, az://, abfs://, http://, https://, file://, memory://, alias: or a plain path"
 _AZURE_ACCOUNT: Final = ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT")
@@ -134,7 +134,7 @@ def parse_url(url: str | os.PathLike[str]) -> RepositoryUrl:
 
 
 def _version(url: str, rest: str) -> tuple[dict[str, str], str]:
-    """The version that the stage ``icechunk:`` begins with, and what is behind it."""
+    """The version that the stage ``icechunk:`` begins with, and the text behind it."""
     if not rest.startswith("@"):
         return {}, rest
     text, _, path = rest[1:].partition("/")

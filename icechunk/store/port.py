@@ -27,7 +27,7 @@ class Content(Protocol):
 
     @property
     def virtual_prefixes(self) -> Prefixes:
-        """The virtual chunk containers, by what their locations begin with."""
+        """The virtual chunk containers, by the prefix of their locations."""
         ...
 
     def node(self, path: str) -> NodeSnapshot | None:
@@ -150,7 +150,7 @@ class StoreSession(Protocol):
 
 
 def clip(byte_range: ByteRange, length: int) -> tuple[int, int]:
-    """Start and end of a range within ``length`` bytes, clamped as zarr does: what is beyond the end is left out."""
+    """Start and end of a range within ``length`` bytes, clamped as zarr does: bytes beyond the end are left out."""
     match byte_range:
         case None:
             return 0, length

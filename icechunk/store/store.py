@@ -224,7 +224,7 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
 
     @property
     def supports_consolidated_metadata(self) -> bool:
-        """Consolidated metadata would only repeat what a snapshot is already."""
+        """Consolidated metadata would only repeat the contents of a snapshot."""
         return False
 
     async def set(self, key: str, value: Buffer) -> None:
@@ -420,7 +420,7 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
         return instance_of_state(self, self.__getstate__())
 
     def __getstate__(self) -> dict[str, Any]:
-        # The session's own refusal says what to do with a writable one.
+        # The session's own refusal names the remedy for a writable one.
         return {"session": self._session, "read_only": self._read_only}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

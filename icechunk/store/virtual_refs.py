@@ -416,7 +416,7 @@ def _seconds(moment: Any) -> int:
     seconds = -(-us_of(moment) // 1_000_000)
     if not 0 < seconds < 2**32:
         raise InvalidInputError(
-            f"the checksum {moment.isoformat()} is outside of what the format can keep, 1970 to 2106",
+            f"the checksum {moment.isoformat()} is outside of the format's range, 1970 to 2106",
             ErrorKind.INVALID_VIRTUAL_REF,
         )
     return seconds
@@ -435,7 +435,7 @@ def _batch(refs: ChunkRefs, absolute: Callable[[str], str]) -> ChunkBatch:
     kind = refs.kind
     offset = refs.offset
     rows = np.where(kind == VIRTUAL, refs.location, -1).tolist()
-    # The table may hold more than the rows use, and what is not used need not resolve.
+    # The table may hold locations that no row uses, and these need not resolve.
     urls = {row: "" if row < 0 else absolute(refs.locations[row]) for row in set(rows)}
     locations = [urls[row] for row in rows]
     for row in np.flatnonzero(kind == NATIVE).tolist():

@@ -47,7 +47,7 @@ StoreKey: TypeAlias = MetadataKey | ChunkKey | V2Key
 
 
 def parse_key(key: str) -> StoreKey:
-    """Say what a key names.
+    """The meaning of a key.
 
     >>> parse_key("group/array/c/0/1")
     ChunkKey(path='/group/array', coords=(0, 1))

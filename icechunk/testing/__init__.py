@@ -1,4 +1,4 @@
-"""Helpers for tests of this package and of what is built on it.
+"""Helpers for tests of this package and of packages that are built on it.
 
 Simulations: contract suites; recording, faulty and slow storages. For property tests with hypothesis: `strategies`,
 `trees`, `models`, `invariants` and `utils`, under the names that the official library gives them. Not here: tests

@@ -167,7 +167,7 @@ class Assets:
     storage
         Where the repository is.
     gates
-        Bound what is in flight, in each loop.
+        Bounds on requests in flight, in each loop.
     reads
         How requests are made of reads.
     num_snapshot_nodes, num_chunk_refs, num_transaction_changes
@@ -319,7 +319,7 @@ class Assets:
 
     async def _read_together(self, ids: Sequence[ObjectId]) -> dict[ObjectId, TransactionLog]:
         """Logs, if the storage reads several files in less time than one after another; without those that need more
-        than a read: `transaction_log` finds them, or says what is wrong with them."""
+        than a read: `transaction_log` finds them, or raises the error."""
         if not self._storage.batches_reads:
             return {}
         found = {id: log for id in ids if (log := self._transactions.get(id)) is not None}

@@ -20,7 +20,7 @@ class WeightedCache(Generic[K, V]):
     Parameters
     ----------
     max_weight
-        Sum of weights kept, in whatever unit the caller counts. A value heavier than all of it is not kept.
+        Largest sum of weights, in the caller's unit. A value that is heavier is not kept.
     max_items
         Number of values kept, however light: each takes room that its weight does not count.
     """
@@ -42,7 +42,7 @@ class WeightedCache(Generic[K, V]):
 
     @property
     def weight(self) -> int:
-        """Sum of the weights of what is kept."""
+        """Sum of the weights of the values that are kept."""
         return self._weight
 
     def get(self, key: K) -> V | None:

@@ -130,7 +130,7 @@ class Packs:
         await self._pool.flush()
 
     def pending(self, id: ObjectId, offset: int, length: int) -> bytes | None:
-        """The bytes of a chunk that is not durable yet, so that a session reads what it wrote; None once it is
+        """The bytes of a chunk that is not durable yet, so that a session reads its own writes; None once it is
         durable."""
         with self._lock:
             if self._open is not None and self._open.id == id:

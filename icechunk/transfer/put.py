@@ -117,7 +117,7 @@ class PutMemory:
         return not self._bytes or self._bytes + size_bytes <= self.max_bytes
 
     def add(self, holding: Holding, size_bytes: int) -> None:
-        """Under the lock: add this number of bytes (negative: subtract) to what the session holds."""
+        """Under the lock: add this number of bytes (negative: subtract) to the session's bytes in memory."""
         holding.bytes += size_bytes
         self._bytes += size_bytes
 
@@ -237,7 +237,7 @@ class PutPool:
         return all(item.loop is None for item in self._pending.values())
 
     def pending(self, key: str) -> bytes | None:
-        """Bytes of an object that is not durable yet, so that a session can read what it wrote; None once it is
+        """Bytes of an object that is not durable yet, so that a session can read its own writes; None once it is
         durable."""
         item = self._pending.get(key)
         return item.data if item is not None else None
@@ -552,5 +552,5 @@ def _nothing() -> None:
 
 
 def _larger(error: BaseException | None, message: str) -> StorageError:
-    """The error for what a failed upload means to its session; it names the right that is missing, if that is why."""
+    """The error that a session gets for a failed upload; it names the missing right, if that is the reason."""
     return error.told(message) if isinstance(error, AccessDeniedError) else StorageError(message)

@@ -1,4 +1,4 @@
-"""Reading virtual chunks: only from containers that the caller authorised, and only what has not changed.
+"""Reading virtual chunks: only from containers that the caller authorised, and only from unchanged objects.
 
 Reads of one loop share one pool and one block reader, so that many small references to one file become few requests.
 Bytes that were read ahead are kept under the location *and* the checksum that they were read for: bytes that passed one
@@ -63,7 +63,7 @@ class VirtualAccess:
     settings
         Tries and timeouts.
     gates
-        Bound what is in flight, in each loop.
+        Bounds on requests in flight, in each loop.
     reads
         How requests are made of reads.
     named, endpoint
@@ -113,7 +113,7 @@ class VirtualAccess:
         return await desk.read(ref, start, end)
 
     async def aclose(self) -> None:
-        """Close what this loop has open."""
+        """Close the readers of this loop."""
         await self._desks.aclose()
 
 

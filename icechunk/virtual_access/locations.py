@@ -67,7 +67,7 @@ def stored_location(location: str) -> str:
 
 
 def checked_location(location: object) -> str:
-    """`stored_location` of what a caller gave. Raises `TypeError` too, where that is no string."""
+    """`stored_location` of a caller's argument. Raises `TypeError` too, if that is no string."""
     if not isinstance(location, str):
         raise TypeError(f"the location of a virtual chunk must be a str, not {type(location).__name__}")
     return stored_location(location)
@@ -90,7 +90,7 @@ def key_of(location: str) -> str:
 
 
 def require_no_way_out(location: str) -> None:
-    """Refuse a location whose path a web server could decode, in whatever way, to a path outside of the prefix.
+    """Refuse a location whose path a web server could decode, in any way, to a path outside of the prefix.
 
     Raises
     ------
@@ -103,7 +103,7 @@ def require_no_way_out(location: str) -> None:
 
 
 class Prefixes:
-    """The containers of a configuration, by what their locations begin with.
+    """The containers of a configuration, by the prefix of their locations.
 
     Parameters
     ----------

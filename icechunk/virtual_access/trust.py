@@ -1,6 +1,6 @@
 """Rules for where credentials may be sent: to the service's own hosts, and to endpoints that the reader has named.
 
-Anyone who may write to a repository can change its persisted configuration, which may name an endpoint or a proxy for a
+A user who may write to a repository can change its persisted configuration, which may name an endpoint or a proxy for a
 container. A reader that authorises ``s3://trusted/`` with a key has not allowed that key to go to another host. Such
 options are therefore obeyed only if the reader's own configuration has them too, or if nothing secret is sent.
 """

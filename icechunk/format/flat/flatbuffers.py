@@ -68,7 +68,7 @@ _MIN_TABLE_BYTES: Final = 8
 
 
 class Buffer:
-    """One FlatBuffers payload, and the budget of what may still be read from it."""
+    """One FlatBuffers payload, and the budget of bytes and tables that may still be read from it."""
 
     __slots__ = ("_vtables", "bytes_left", "data", "name", "size", "tables_left")
 

@@ -67,7 +67,7 @@ _JOINED_BYTES: Final = 4 * 1024 * 1024
 
 
 def joined(payloads: Sequence[bytes], name: str) -> Iterator[tuple[slice, JoinedBuffer]]:
-    """Consecutive payloads together, in buffers that fit into a processor's cache; the slice tells which ones."""
+    """Consecutive payloads together, in buffers that fit into a processor's cache; the slice selects them."""
     first, size = 0, 0
     for i, payload in enumerate(payloads):
         if size and size + len(payload) > _JOINED_BYTES:
@@ -281,7 +281,7 @@ class TableColumns:
         starts = heads + 4
         ends = starts + counts * item_size
         if ends.max() > buffer.size:
-            raise buffer.fail(f"what field {slot} of a table points to ends past its end")
+            raise buffer.fail(f"the target of field {slot} of a table ends past its end")
         buffer.require_same_file(heads, ends - 1)
         return Vectors(column.rows, starts, counts)
 
@@ -344,7 +344,7 @@ def text_traits(buffer: Buffer, texts: Vectors) -> TextTraits:
             before, after = _at(rows, words, undecided), _at(rows, words, undecided + 1)
             is_ascending = not (before > after).any()
             undecided = undecided[before == after]
-    # What is left is equal but for zero bytes at the end.
+    # The texts that are left are equal but for zero bytes at the end.
     is_ascending = is_ascending and bool((texts.counts[undecided] < texts.counts[undecided + 1]).all())
     return TextTraits(is_ascending, is_ascii)
 
@@ -503,8 +503,8 @@ class LazyTables:
         return field + self._buffer.u32(field)
 
     def columns(self, rows: npt.NDArray[np.intp] | None = None) -> tuple[Buffer, TableColumns]:
-        """The tables of some rows (None: all) as columns, and a buffer with a budget of its own to read what they
-        point to.
+        """The tables of some rows (None: all) as columns, and a buffer with a budget of its own to read their
+        targets.
 
         Raises
         ------

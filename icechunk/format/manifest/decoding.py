@@ -124,7 +124,7 @@ def decode_manifests(files: Sequence[tuple[ObjectId, bytes]]) -> list[DecodedMan
     try:
         return _decode_together(files)
     except FormatError:
-        # Tells which file it is, and why.
+        # It raises an error that names the file and the reason.
         return [_alone(number, decode_manifest(data, expected_id=id)) for number, (id, data) in enumerate(files)]
 
 
@@ -360,7 +360,7 @@ class _Texts:
                 if zstandard.frame_content_size(frame) > _MAX_LOCATION:
                     raise buffer.fail("a compressed location is too long")
                 raw = dictionary.decompress(frame, max_output_size=_MAX_LOCATION)
-                # A few bytes may decompress to many: the decompressed size is what counts against the budget.
+                # A few bytes may decompress to many: the decompressed size counts against the budget.
                 buffer.charge(len(raw) // 8)
                 known[start] = numbers.setdefault(raw, len(numbers))
         except zstandard.ZstdError as error:

@@ -40,7 +40,7 @@ _LONGEST_TEXT: Final = 4096
 
 
 class SnapshotUses(NamedTuple):
-    """What several snapshots refer to, in columns; snapshots are numbered."""
+    """The references of several snapshots, in columns; snapshots are numbered."""
 
     parents: Sequence[ObjectId | None]
     """By snapshot, as format 1 stores it."""
@@ -57,7 +57,7 @@ class SnapshotUses(NamedTuple):
 
 
 def manifest_uses(files: Sequence[tuple[ObjectId, bytes]]) -> SnapshotUses:
-    """Read what snapshots of formats 1 and 2 refer to.
+    """Read the references of snapshots of formats 1 and 2.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ def manifest_uses(files: Sequence[tuple[ObjectId, bytes]]) -> SnapshotUses:
     try:
         return _read(files)
     except FormatError:
-        # Tells which file it is, and why.
+        # It raises an error that names the file and the reason.
         for id, data in files:
             list(decode_snapshot(data, expected_id=id).nodes.values())
         raise

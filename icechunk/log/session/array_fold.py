@@ -117,7 +117,7 @@ class Layered:
 
     def take(self, rows: npt.NDArray[Any]) -> ChunkRefs:
         """A copy of the references at these row numbers (in this order), or in the rows where this mask is true; the
-        tables of the copy hold only what its rows use."""
+        tables of the copy hold only the entries that its rows use."""
         if rows.dtype == np.bool_:
             rows = np.flatnonzero(rows)
         numbers = rows if self._order is None else self._order[rows]

@@ -313,7 +313,7 @@ def normalized(refs: ChunkRefs) -> ChunkRefs:
 
 
 def trimmed(refs: ChunkRefs) -> ChunkRefs:
-    """The same rows, with tables and inline bytes reduced to what the rows use, in row order."""
+    """The same rows, with tables and inline bytes reduced to those that the rows use, in row order."""
     inline = np.flatnonzero(refs.kind == INLINE)
     offset, data = refs.offset, b""
     if len(inline):

@@ -92,7 +92,7 @@ class Fold:
         return self._tree.get(path)
 
     def node_of(self, node_id: NodeId, hint: str = "/") -> NodeSnapshot | None:
-        """The node with this id, at whatever path; the path ``hint`` is tried first."""
+        """The node with this id, at any path; the path ``hint`` is tried first."""
         path = self._tree.path_of(node_id, hint)
         return None if path is None else self._tree.get(path)
 

@@ -171,7 +171,7 @@ class Hierarchy:
         return None if node is None else node.path
 
     def node_of(self, node_id: NodeId, hint: str) -> NodeSnapshot | None:
-        """The node with this id, at whatever path; the path ``hint`` is tried first."""
+        """The node with this id, at any path; the path ``hint`` is tried first."""
         node = self.get(hint)
         if node is not None and node.id == node_id:
             return node

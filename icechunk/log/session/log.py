@@ -15,7 +15,7 @@ two: the creation of the array, which comes first anyway, and its deletion, whic
 
 Chunks are looked up by coordinates under the array's current grid. After a shrink the chunks
 outside are invisible, and visible again if the array grows in the same session; the commit
-drops what is outside at that time, as the official library does.
+drops chunks that are outside at that time, as the official library does.
 
 Worked example::
 

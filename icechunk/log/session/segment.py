@@ -2,11 +2,12 @@
 
 A session that is persisted writes one segment for each checkpoint. A segment has the events that are new since the
 segment before it, and says how many of the earlier events are still valid (fewer than there were after a rollback, or
-after a rebase that changed some). So the session's log is the fold of its segments, and each costs what is new.
+after a rebase that changed some). So the session's log is the fold of its segments, and each costs in proportion to its
+new events.
 
 Everything that happens to a persisted session takes its next segment: a checkpoint, another process that resumes it, a
 commit that is about to be sent, and each kind of end. Segments are created, never replaced, so of two processes that
-write to one session one loses the slot, and finds there what happened.
+write to one session one loses the slot, and finds the other's segment in it.
 
 Layout: magic, version u16, header length u32 (little-endian), header (JSON), then the new events as
 `icechunk.log.session.wire` encodes them; nothing where there are none.
@@ -129,7 +130,7 @@ def segment_key(slot: Slot) -> str:
 
 
 def slot_of(key: str) -> Slot | None:
-    """The reverse of `segment_key`; None for what is no such key."""
+    """The reverse of `segment_key`; None for any other key."""
     parts = key.removeprefix(SESSIONS_PREFIX).split("/")
     number = parts[-1]
     if not 2 <= len(parts) <= 3 or len(number) != 8 or not (number.isascii() and number.isdigit()):

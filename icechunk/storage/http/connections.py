@@ -1,10 +1,10 @@
 """HTTP/1.1 for object stores: kept connections, one request at a time on each, whole answers.
 
-The general client of aiohttp spends three quarters of its time on what these exchanges never use (cookies, redirects,
-compression, streams, tracing), and copies each byte of an answer three times on the loop's thread. Here a request is
-written as one piece where it is small, and in pieces that wait for the peer where it is large; the pieces of a small
-answer are joined once, when the last has come, and a large one is received into its final place. Megabytes are sent by
-threads beside the loop where the connection is plain (`icechunk.storage.http.large_bodies`).
+The general client of aiohttp spends three quarters of its time on features that these exchanges never use (cookies,
+redirects, compression, streams, tracing), and copies each byte of an answer three times on the loop's thread. Here a
+request is written as one piece where it is small, and in pieces that wait for the peer where it is large; the pieces of
+a small answer are joined once, when the last has come, and a large one is received into its final place. Megabytes are
+sent by threads beside the loop where the connection is plain (`icechunk.storage.http.large_bodies`).
 
 One request is one try: nothing is sent again, no redirect is followed. How many there are at once is the callers' to
 bound. A connection is kept only where every byte of the request was sent and every byte of the answer was read.
@@ -83,9 +83,10 @@ class Connections:
     Parameters
     ----------
     tls
-        For origins of scheme ``https``: a context, or what makes it in a thread at first use; None: the system's.
+        For origins of scheme ``https``: a context, or a function that makes it in a thread at first use; None: the
+        system's.
     proxies
-        What requests go through; None: what the environment says.
+        The proxies of requests; None: those of the environment.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class Connections:
         TooLargeError
             The answer is larger than it may be.
         BadAnswerError, OSError
-            The connection broke, or what came is no answer.
+            The connection broke, or the bytes that came are no answer.
         TimeoutError
             A limit passed.
         ValueError
@@ -313,7 +314,7 @@ class _Connection(asyncio.BufferedProtocol):
     Parameters
     ----------
     inbox
-        Shared by the connections of the loop: what comes stays in it for the length of one call.
+        Shared by the connections of the loop: received bytes stay in it for the length of one call.
     """
 
     def __init__(

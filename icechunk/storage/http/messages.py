@@ -42,7 +42,7 @@ class BadAnswerError(ConnectionError):
 
 
 class TooLargeError(BadAnswerError):
-    """The answer is larger than what was asked for."""
+    """The answer is larger than the requested range."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +61,12 @@ class Reading:
     Parameters
     ----------
     bodiless
-        The answer has no body, whatever its headers say: it answers a HEAD.
+        The answer has no body, also if its headers say otherwise: it answers a HEAD.
     most_bytes
         The largest body of status 206 that was asked for. An answer of another status may be larger: the whole object
-        instead of a range of it, or what explains a refusal, each within a bound of its own. None: as large as it is.
+        instead of a range of it, or the text of a refusal, each within a bound of its own. None: no bound.
     tunnel
-        The request was a CONNECT: an answer that agrees has no body, whatever its headers say.
+        The request was a CONNECT: an answer that agrees has no body, also if its headers say otherwise.
     """
 
     __slots__ = (

@@ -1,7 +1,7 @@
 """Which proxy requests to an origin go through, as the environment or an option says.
 
 The variables are those of urllib, botocore and aiohttp: ``http_proxy`` and ``https_proxy`` by the scheme of the
-request, ``no_proxy`` for the hosts that are reached directly (macOS and Windows: also what their settings say).
+request, ``no_proxy`` for the hosts that are reached directly (macOS and Windows: also the system's settings).
 ``all_proxy`` is not obeyed, as none of these obeys it.
 """
 

@@ -1,4 +1,4 @@
-"""Reading files from web servers: redirects, ranges, tries, and what the answers mean."""
+"""Reading files from web servers: redirects, ranges, tries, and the meaning of answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""URLs of web servers: what is sent for one is decided here, once.
+"""URLs of web servers, and their form in requests, which is decided only here.
 
 The query is sent byte for byte as it was given, and so are the percent-encodings of the path; everything else that a
 request cannot hold is encoded. Control characters are refused: parsers disagree on whether they count, so that a URL

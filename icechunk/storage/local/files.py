@@ -96,7 +96,7 @@ def temporary_name() -> str:
 def sweep(folder: str, older_than_s: float) -> None:
     """Remove unfinished files that writers left in a folder long ago: regular files under names that only we give.
 
-    A folder that is a symbolic link is left alone, and so is whatever cannot be removed.
+    A folder that is a symbolic link is left alone, and so are files that cannot be removed.
     """
     before_s = time.time() - older_than_s
     with contextlib.suppress(OSError):
@@ -283,7 +283,7 @@ def locked(path: str, *, group_mode: int = 0) -> Iterator[None]:
     Parameters
     ----------
     group_mode
-        Permission bits for the group that a lock file made by this call has at the least, whatever the umask.
+        Permission bits for the group that a lock file made by this call has at the least, with any umask.
 
     Raises
     ------
@@ -478,7 +478,7 @@ def write_new(path: str, data: bytes | memoryview, *, group_mode: int = 0, synce
     Parameters
     ----------
     group_mode
-        Permission bits for the group; of these the file has the one for reading at the least, whatever the umask.
+        Permission bits for the group; of these the file has the one for reading at the least, with any umask.
     synced
         False: the file is on its way to the medium, and may be torn after a power failure.
 
@@ -519,7 +519,7 @@ def _write(descriptor: int, data: memoryview) -> None:
         # No piece crosses a multiple of its size, so that no page is begun twice.
         done += os.write(descriptor, data[done : begin + _PIECE_BYTES])
         if start_range is not None and (done - begin >= _PIECE_BYTES or done == len(data)):
-            # Only a hint, so what it answers does not matter.
+            # Only a hint, so its answer does not matter.
             start_range(descriptor, begin, done - begin, _SYNC_FILE_RANGE_WRITE)
             begin = done
 

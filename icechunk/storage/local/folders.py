@@ -91,7 +91,7 @@ class Folders:
         self.forget()
 
     def forget(self) -> None:
-        """Drop what is known of existing folders, because one was removed from outside."""
+        """Forget which folders exist, because one was removed from outside."""
         self._durable.clear()
         self._real.clear()
 
@@ -226,7 +226,7 @@ class Folders:
         return number >= wanted
 
     def settle(self, path: str, status: os.stat_result) -> None:
-        """Before a file is shown to anybody: sync its folder if it is so young that its writer may not have yet."""
+        """Before a file is shown to a reader: sync its folder if the file is so young that its writer may not have."""
         now_ns = time.time_ns()
         if now_ns - status.st_ctime_ns > _SETTLED_AFTER_NS:
             return

@@ -232,7 +232,7 @@ class LocalStorage(Storage):
             count, failed = await self._in_thread(self._delete, wanted[start : start + _DELETE_BATCH])
             deleted += count
             failures += failed
-        # Whatever the system said: the files have their names still.
+        # The files still have their names after any error of the system.
         return DeleteResult(deleted=deleted, failures=tuple(failures), refused=bool(failures))
 
     async def copy(self, source: str, target: str) -> PutResult:
@@ -271,7 +271,7 @@ class LocalStorage(Storage):
         return False
 
     def default_settings(self) -> StorageSettings:
-        """The official library's: conditions hold here all the same, whatever they say of them."""
+        """The official library's defaults. Conditions hold here with any settings."""
         settings = place_settings(ideal_request_bytes=4096)
         settings.unsafe_use_conditional_update = settings.unsafe_use_metadata = False
         return settings
@@ -439,7 +439,7 @@ class LocalStorage(Storage):
             elif self._holds(key, data):
                 answers.append(None)
             else:
-                # The name determines the bytes: whatever else has it now is torn.
+                # The name determines the bytes: a file with other bytes is torn.
                 answers.append(self._put(key, data, ANY, synced=False))
         return answers
 
@@ -473,7 +473,7 @@ class LocalStorage(Storage):
         folder = os.path.join(self._root, RESERVED)
         path = os.path.join(folder, temporary_name())
         if not self._swept:
-            # First of all: on a full disk this is what may make room.
+            # First of all: on a full disk this may make room.
             self._swept = True
             sweep(folder, _ABANDONED_AFTER_S)
         self._folders.make(folder, durable=False)
@@ -558,7 +558,7 @@ class LocalStorage(Storage):
                 deleted += 1
         if existing:
             with self._translated("delete", existing[0][0]):
-                # The lock keeps a `Matches` from bringing back what it compared before the lock was held.
+                # The lock keeps a `Matches` from bringing back an object that it compared before the lock was held.
                 with self._locked():
                     for key, path in existing:
                         try:
@@ -588,7 +588,7 @@ class LocalStorage(Storage):
 
     @contextlib.contextmanager
     def _translated(self, verb: str, key: str, *, writes: bool = False, names: bool = False) -> Iterator[None]:
-        """Raise `StorageError` for what the system says.
+        """Raise `StorageError` for an error of the system.
 
         Parameters
         ----------
@@ -628,7 +628,7 @@ def _remedy(code: int | None) -> str:
         case errno.ENOENT:
             return "; open the repository again where it is now, or create it again"
         case errno.ELOOP:
-            return "; nothing is written or deleted through a link below the folder. Put what it leads to in its place"
+            return "; nothing is written or deleted through a link below the folder. Put its target in its place"
         case errno.ENOTDIR:
             return "; there is an object where the key has a folder"
         case errno.ENAMETOOLONG:

@@ -60,7 +60,7 @@ _LONGEST_OPERATION: Final = timedelta(minutes=5)
 
 
 class ObstoreBucket(ABC):
-    """A bucket and prefix, with what all storages on it share.
+    """A bucket and prefix, with the state that all storages on it share.
 
     Parameters
     ----------
@@ -112,7 +112,7 @@ class ObstoreBucket(ABC):
         self._access: Access | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Clocks and what is being refreshed belong to a process.
+        # Clocks and credentials that are being refreshed belong to a process.
         return {name: value for name, value in self.__dict__.items() if name not in ("sources", "_access")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -302,7 +302,7 @@ def _wrong_credentials(service: str, given: Any) -> InvalidInputError:
 
 Provider: TypeAlias = Callable[[], Awaitable[Mapping[str, Any]]]
 Access: TypeAlias = tuple[dict[str, str], Provider | None]
-"""Options of a store, and what it asks for credentials."""
+"""Options of a store, and the provider that it calls for credentials."""
 
 
 def gcs_options(credential: Any, sources: Sources = SYSTEM) -> Access:

@@ -94,13 +94,13 @@ def access_error(service: Service, right: Right, key: str, what: str, error: Bas
     """As `storage_error`, for a request that needs a right; parameters as `icechunk.storage.rights.access_denied`."""
     if type(error).__name__ != "PermissionDeniedError":
         return storage_error(what, error)
-    denied = access_denied(service, right, key, what, _said(error), "the credentials, and what they may do there")
+    denied = access_denied(service, right, key, what, _said(error), "the credentials and their rights")
     denied.__cause__ = error
     return denied
 
 
 def storage_error(what: str, error: BaseException) -> StorageError:
-    """The error to raise for one of obstore's: its first line, without what may be signed or secret in a URL.
+    """The error to raise for one of obstore's: its first line, without signed or secret parts of a URL.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def storage_error(what: str, error: BaseException) -> StorageError:
     name = type(error).__name__
     hint, kind = "", ErrorKind.OBJECT_STORE
     if name in ("PermissionDeniedError", "UnauthenticatedError"):
-        hint = "; check the credentials, and what they may do there"
+        hint = "; check the credentials and their rights"
     elif name == "UnknownConfigurationKeyError":
         hint, kind = "; check the names of the options", ErrorKind.STORAGE_CONFIG
     elif isinstance(error, FileNotFoundError) or name == "NotFoundError":
@@ -144,7 +144,7 @@ def obstore_module() -> Any:
 
 
 def _let_threads_finish() -> None:
-    # Many short turns: on a machine that is busy each takes longer, and so does what is waited for.
+    # Many short turns: on a busy machine each takes longer, and so do the threads that are waited for.
     if _used:
         for _ in range(_TURNS):
             time.sleep(_TURN_S)

@@ -195,7 +195,7 @@ class ObstoreReading(Storage):
         return self._bucket.describe() + key
 
     def _denied_or(self, right: Right, key: str, what: str, error: BaseException) -> StorageError:
-        """The error for one of obstore's, which names the right where that is what is missing."""
+        """The error for one of obstore's, which names the right if one is missing."""
         return access_error(self._bucket.service, right, key, what, error)
 
     def _not_found(self, key: str) -> ObjectNotFoundError:

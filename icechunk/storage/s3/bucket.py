@@ -1,4 +1,4 @@
-"""A bucket and prefix: how it is described, and what requests to its objects have in common."""
+"""A bucket and prefix: its description, and the common parts of requests to its objects."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ class S3Client:
         Returns
         -------
         Answer
-            Of status 2xx, 404, 412 or 416; what those mean is the caller's affair.
+            Of status 2xx, 404, 412 or 416; the caller decides about their meaning.
 
         Raises
         ------
@@ -173,7 +173,7 @@ class S3Client:
         return self._contacted
 
     async def attempt(self, request: Request, limits: Limits) -> Answer | Unanswered:
-        """Send a request once, mending what certainly changed nothing: token, clock."""
+        """Send a request once; correct token and clock after refusals that certainly changed nothing."""
         corrected: set[str] = set()
         while True:
             keys = await self._keys.get()

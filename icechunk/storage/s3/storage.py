@@ -272,7 +272,7 @@ class S3Storage(Storage):
         precondition: Precondition,
         write_id: str | None,
     ) -> PutResult:
-        """Send the request that makes an object visible, and find out what became of it."""
+        """Send the request that makes an object visible, and find out its outcome."""
         if isinstance(precondition, Unchecked) and request.method == "PUT":
             return self._landed(client, request, await client.call(request, self._effective.limits))
         retrier = client.retrier(self._effective.limits, request)

@@ -90,7 +90,7 @@ _ABORT_PATIENCE_S: Final = 30.0
 
 
 def part_bytes(size: int, ideal: int) -> int:
-    """Size of each part but the last, within what S3 allows."""
+    """Size of each part but the last, within S3's limits, bytes."""
     return max(_LEAST_PART, ideal, -(-size // _MOST_PARTS))
 
 

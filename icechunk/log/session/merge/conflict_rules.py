@@ -1,6 +1,6 @@
 """Conflicts between a session's changes and the commits that landed since it began.
 
-A pure function of the session's log (its changes and its base), and of what the winners did: their transaction logs,
+A pure function of the session's log (its changes and its base) and of the winners' changes: their transaction logs,
 and the snapshot that they led to. It finds typed conflicts; a solver's choices turn them into a log on the new base,
 or into a `RebaseFailedError`. The rules are a table in ``spec/session-log.md``, in the order in which they are
 checked here.
@@ -71,8 +71,8 @@ _FEW_ROWS: Final = 1024
 class Landed:
     """The changes of commits in a row, added up one by one.
 
-    A look at all of them together costs what the session changed, however many commits there are. The rows of many
-    small commits are keys of one set for each array; `add` is the only method that changes anything.
+    A look at all of them together costs in proportion to the session's changes, for any number of commits. The rows of
+    many small commits are keys of one set for each array; `add` is the only method that changes anything.
     """
 
     __slots__ = ("_columns", "_keys", "moved", "updated")
@@ -96,7 +96,7 @@ class Landed:
         return landed
 
     def add(self, log: TransactionLog) -> None:
-        """Add what one more commit changed."""
+        """Add the changes of one more commit."""
         self.updated |= log.updated_groups | log.updated_arrays
         self.moved.update(move.source for move in log.moved_nodes)
         for node_id, coords in log.updated_chunks.items():
@@ -367,7 +367,7 @@ def carried_over(
         if isinstance(event, HierarchyCleared):
             yield event
         elif event.node_id in passing or (event.node_id not in created and not alive(event.node_id)):
-            # Both deleted it: whatever else was done to it before is of no interest.
+            # Both deleted it: no earlier change of it counts.
             continue
         elif lost and isinstance(event, ChunksWritten | ChunksDeleted) and event.node_id in lost:
             yield from _without(event, lost[event.node_id])

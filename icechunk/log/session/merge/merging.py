@@ -51,7 +51,7 @@ __all__ = ["Fork", "Merge", "MergePolicy", "Pair"]
 Coords: TypeAlias = npt.NDArray[np.uint32]
 MergePolicy: TypeAlias = Literal["error", "ours", "theirs"]
 """The choice where two sides changed the same chunks, or the metadata of one array: refuse; keep the target's;
-or take what the fork has, which is merged later."""
+or take that of the fork, which is merged later."""
 Pair: TypeAlias = tuple[ChunkRef, ChunkRef]
 """References of one chunk, in the target and in a fork, whose bytes may be equal."""
 
@@ -73,7 +73,7 @@ class Fork:
     """In the order in which forks are merged, from 0."""
     base: Snapshot
     inherited: Sequence[Event]
-    """Events over the base that make what the fork began with."""
+    """Events over the base that make the state that the fork began with."""
     own: Sequence[Event]
     """Events after those."""
     last_inherited: Sequence[bytes] = ()
@@ -118,12 +118,12 @@ class Merge:
         self._note(target.events, None)
 
     def add(self, fork: Fork) -> None:
-        """Append what a fork changed.
+        """Append the changes of a fork.
 
         Raises
         ------
         MergeFailedError
-            It does not go together with what is there, and the policy does not settle that.
+            Its changes conflict with those in the log, and the policy does not settle that.
         SessionStateError
             Kind ``merge-failed``: its events do not apply to the target.
         """
