@@ -57,7 +57,7 @@ def rule_rows(jobs: int = 1) -> Iterator[_Row]:
 
 
 def markdown(rows: Iterable[_Row]) -> Iterator[str]:
-    """The table of the rules, as it stands in ``README.md``."""
+    """The table of the rules, as in ``README.md``."""
     yield "| rule | left out | what breaks | steps | states |"
     yield "|---|---|---|---|---|"
     for run, result, _ in rows:

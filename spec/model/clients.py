@@ -1,5 +1,5 @@
-"""What a client of the log does, request by request: opening, rule 2, and `settle`. One step is one request and what is
-decided from its answer.
+"""The steps of a client of the log: opening, rule 2, and `settle`. One step is one request and the decision from its
+answer.
 
 Each function yields (label, world, proc) for every way in which the step may go.
 """
@@ -97,7 +97,7 @@ def reopened(m: Setting, s: World, i: int, before: Proc, p: Proc, repo: Repo) ->
     sure = m.commits if before.epoch and not in_tail else -1
     s, p = resolved(m, s, i, p, landed, own=bool(landed & m.histories.entry_ids[before.attempt]), sure=sure)
     if before.attempt and not in_tail and before.epoch:
-        # What adds no snapshot cannot be looked for: its callers are told so.
+        # A change without a snapshot cannot be looked for: its callers are told that the outcome is unknown.
         for index, _, _ in p.base:
             change = m.actors[i].groups[p.turn][index]
             if change.kind == DELETE and m.histories.entry_ids[before.attempt] >> change.id & 1:
@@ -108,7 +108,7 @@ def reopened(m: Setting, s: World, i: int, before: Proc, p: Proc, repo: Repo) ->
 
 
 def after_opening(m: Setting, s: World, i: int, p: Proc, acked: int, note: str) -> Step:
-    """What a client does next, by its role."""
+    """The next step of a client, by its role."""
     actor = m.actors[i]
     if actor.role == "reader":
         return read(m, s, i, p, acked, note)
@@ -217,7 +217,7 @@ def idle(m: Setting, s: World, i: int, p: Proc) -> Iterator[Step]:
             return
         if "told" not in m.rules and p.told:
             q = p._replace(attempt=p.told[-1], told=p.told[:-1], unsure=True)
-            yield from send(m, s, i, q, "what was told is sent again:")
+            yield from send(m, s, i, q, "the told attempt is sent again:")
             return
         events, staying, refused = events_of(m, i, p)
         if refused and not p.looked and "looked" in m.rules:
@@ -265,7 +265,7 @@ def nonce_of(m: Setting, i: int, p: Proc) -> int:
 
 
 def meets_seal(m: Setting, s: World, i: int, p: Proc) -> Step:
-    """Rule 8: the log has ended; whoever folds the seal finishes the conversion."""
+    """Rule 8: the log has ended; a client that folds the seal finishes the conversion."""
     actor = m.actors[i]
     if "help" in m.rules or actor.role == "converter":
         return ("finds the seal",), s, p._replace(pc="convert")
@@ -348,7 +348,7 @@ def believed(m: Setting, s: World, p: Proc) -> bool:
 
 
 def judged(m: Setting, s: World, i: int, p: Proc, label: tuple[object, ...], *, believe: bool = True) -> Iterator[Step]:
-    """Decide from what stands in the slot."""
+    """Decide from the entry in the slot."""
     if p.epoch == OBJECT_LAYOUT:
         yield from judged_object(m, s, i, p, label)
         return
@@ -519,7 +519,7 @@ def with_token(m: Setting, s: World, token: Token) -> tuple[Token, ...]:
 
 
 def token_of(m: Setting, i: int, p: Proc, id: int) -> Token:
-    """What names the attempts of a client for one place, for the caller of one of its changes."""
+    """The token that names a client's attempts for one place, for the caller of one of its changes."""
     nonces = tuple(
         m.histories.entries[entry].nonce for entry in (*p.told, p.attempt) if m.histories.entry_ids[entry] >> id & 1
     )
@@ -599,7 +599,7 @@ def settle_by_slot(m: Setting, s: World, i: int, p: Proc) -> Iterator[Step]:
 
 
 def concluded(m: Setting, s: World, i: int, p: Proc, landed: bool, why: str) -> Step:
-    """The caller of settle is told what became of its change."""
+    """The caller of settle is told the outcome of its change."""
     bit = 1 << p.x.id
     s, p = s._replace(tokens=tuple(token for token in s.tokens if token != p.x)), p._replace(pc="idle", x=None)
     label = "settled:", "committed," if landed else "lost,", why
@@ -607,7 +607,7 @@ def concluded(m: Setting, s: World, i: int, p: Proc, landed: bool, why: str) -> 
         s = s._replace(acked=s.acked | bit)
     if s.told & bit:
         return label, s if landed else s._replace(failed=s.failed | bit), p
-    # A session that was resumed: nobody was told anything; what is lost it commits again.
+    # A session that was resumed: no caller was told anything, and it commits a lost change again.
     if landed:
         s, p = next_turn(m, s, i, p)
     return label, s, p

@@ -13,7 +13,7 @@ __all__ = ["Creation", "CreationModel"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Creation:
-    """Who creates, and what may go wrong."""
+    """The creators, and the faults that may happen."""
 
     name: str
     creators: int = 2
@@ -27,11 +27,11 @@ class _State(NamedTuple):
     lost: int
     doubled: int
     first: int = 0
-    """Whose first snapshot is there; 0: nobody's. Its key is the same for all."""
+    """The creator whose first snapshot exists; 0: none does. Its key is the same for all."""
     using: tuple[int, ...] = ()
-    """Whose first snapshot each creator describes in ``repo``."""
+    """For each creator, the creator of the first snapshot that it describes in ``repo``."""
     repo: tuple[int, int] = (0, 0)
-    """Whose epoch it names, and whose first snapshot it describes."""
+    """The creator of the epoch that it names, and the creator of the first snapshot that it describes."""
     late: tuple[tuple[int, int], ...] = ()
     won: int = 0
     """Bits of the creators that were told that they created the repository."""

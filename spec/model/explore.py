@@ -14,11 +14,11 @@ from typing import Any, Protocol
 __all__ = ["Label", "Result", "Space", "explore", "text"]
 
 Label = tuple[object, ...]
-"""What happens in a step, in pieces; `text` joins them."""
+"""Description of a step, in pieces; `text` joins them."""
 
 
 class Space(Protocol):
-    """What can be explored."""
+    """A model that can be explored."""
 
     def initial(self) -> Hashable:
         """The state in which everything begins."""
@@ -30,12 +30,12 @@ class Space(Protocol):
         """The promise that a step breaks; empty: none."""
 
     def stuck(self, state: Any) -> str:
-        """What is wrong with a state in which no process has a step of its own; empty: nothing."""
+        """The fault of a state in which no process has a step of its own; empty: none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What an exploration found."""
+    """The result of an exploration."""
 
     states: int
     broken: str

@@ -50,7 +50,7 @@ class _State(NamedTuple):
     procs: tuple[_Proc, ...]
     files: tuple[_File, ...] = ()
     acked: tuple[tuple[int, int], ...] = ()
-    """Slot and owner of what was acknowledged, or shown to somebody."""
+    """Slot and owner of the entries that were acknowledged, or shown to a reader."""
     power: int = 0
     crashes: int = 0
 

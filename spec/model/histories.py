@@ -17,11 +17,11 @@ OBJECT: Final = "object"
 
 
 class Event(NamedTuple):
-    """What happens to the repository."""
+    """A change of the repository."""
 
     kind: str
     id: int = 0
-    """Of a change that a caller asked for, from 1; 0: nobody's."""
+    """Of a change that a caller asked for, from 1; 0: of no caller."""
     branch: int = 0
     parent: int = 0
     """Tip that the commit follows; 0: there is no such branch yet."""

@@ -1,4 +1,4 @@
-"""The store and the history as a trace tells them: what was executed, and nothing about who knows it."""
+"""The store and the history that follow from a trace: the executed requests, without the knowledge of clients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Slot(NamedTuple):
 
 
 class Marker(NamedTuple):
-    """What ``repo`` says of itself in the log layout."""
+    """The marker of ``repo`` in the log layout."""
 
     epoch: str
     n: int
@@ -59,7 +59,7 @@ def floor_of(key: str) -> Slot | None:
 
 @dataclass(slots=True)
 class Recorded:
-    """What is stored, and what has ever stood in a slot."""
+    """The stored objects, and all entries that were ever in slots."""
 
     objects: dict[str, int] = field(default_factory=dict)
     """Last-Modified of everything, µs, but for slots and ``repo``."""

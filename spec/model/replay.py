@@ -69,7 +69,7 @@ class _Attempt:
 
 @dataclass(slots=True)
 class _Log:
-    """What a client knows of one epoch."""
+    """The knowledge of a client about one epoch."""
 
     known: int = 0
     """Its head, as far as it can be: the last slot that it has folded."""
@@ -117,7 +117,7 @@ class _Request:
     done: bool = False
     """Whether a PUT was executed with success, ever."""
     found: Any = None
-    """What a GET or a LIST found."""
+    """The result of a GET or a LIST."""
     answered: int | None = None
     """Status; 0: it ended without one."""
 
@@ -159,7 +159,7 @@ class _Replay:
         return self.clients.setdefault(record["client"], _Client(record["client"]))
 
     def _state(self, attempt: _Attempt) -> _State:
-        """What a client can know of an attempt."""
+        """The state of an attempt as far as a client can know it."""
         if attempt.state not in _OPEN or not attempt.by_history:
             return attempt.state
         if not attempt.adds_snapshots:

@@ -29,7 +29,7 @@ RULES: Final[dict[str, tuple[int, str]]] = {
     "forward": (7, "a checkpoint replaces only an older one"),
     "match": (7, "a checkpoint replaces only the version that was compared"),
     "seal": (8, "a conversion appends a seal first"),
-    "help": (8, "whoever folds a seal finishes the conversion"),
+    "help": (8, "a client that folds a seal finishes the conversion"),
     "announce": (9, "slots are pruned after an announcement, not by their own age"),
     "wait": (9, "slots are deleted only when the announcement is older than G"),
     "floor": (9, "a floor never passes the marker"),
@@ -37,7 +37,7 @@ RULES: Final[dict[str, tuple[int, str]]] = {
     "ahead": (10, "a collector writes a checkpoint past its entry before it deletes"),
     "first": (11, "the first snapshot is created if absent, and the one that is there is used"),
     "mine": (11, "a marker with our epoch means that it was us"),
-    "sync": (12, "a slot's name is durable before anybody is told, and before a reader shows it"),
+    "sync": (12, "a slot's name is durable before a caller is told, and before a reader shows it"),
     "lock": (12, "a torn slot is removed only under the lock that its writer holds"),
     "inode": (12, "a creator checks, under the lock, that the name is still its file"),
     "time": (13, "an event's time is later than the last one's"),
@@ -46,13 +46,13 @@ RULES: Final[dict[str, tuple[int, str]]] = {
     "materialize-last": (15, "and before the log is converted to a repo object"),
     "look-again": (15, "a file that is nowhere is asked for once more, after the tail was read"),
 }
-"""Name to the rule of ``repository-log.md`` that it is part of, and what it says."""
+"""Name to the rule of ``repository-log.md`` that it is part of, and its text."""
 
 ALL: Final = frozenset(RULES)
 
 
 class Verdict(Enum):
-    """What an answer about a slot means for an attempt that was sent to it."""
+    """The meaning of an answer about a slot for an attempt that was sent to it."""
 
     LANDED = "landed"
     """The attempt is the slot's entry."""

@@ -1,4 +1,4 @@
-"""What is explored: for each rule a small world that goes wrong without it, and worlds where much happens at once."""
+"""The explored worlds: for each rule a small one that goes wrong without it, and larger ones with much at once."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ QUICK: Final = (
 
 
 def space_of(scenario: AnyScenario, without: Iterable[str] = ()) -> Space:
-    """What `explore` explores: a scenario under all rules but those that are left out."""
+    """The space of a scenario under all rules but those that are left out."""
     rules = ALL - scenario.given - set(without)
     match scenario:
         case Creation():

@@ -65,7 +65,7 @@ def put_checkpoint(m: Setting, s: World, i: int, p: Proc) -> Iterator[Step]:
 
 
 def unput(m: Setting, s: World, p: Proc, repo: Repo) -> int:
-    """Bits of the commits after a checkpoint whose metadata is not known to stand as objects."""
+    """Bits of the commits after a checkpoint whose metadata is not known to be in objects."""
     if m.scenario.files != "embedded":
         return 0
     new = m.histories.ids(p.h) & ~m.histories.ids(repo.h) & m.commits

@@ -46,7 +46,7 @@ def slot_of(epoch: int, n: int) -> int:
 
 
 class Change(NamedTuple):
-    """What a caller asks for."""
+    """A change that a caller asks for."""
 
     id: int
     branch: int = 1
@@ -54,7 +54,7 @@ class Change(NamedTuple):
     rebase: bool = False
     """Whether the caller gave a solver."""
     upon: int = 0
-    """A change of somebody else that the commit is built upon, asked for only when that is acknowledged."""
+    """Another caller's change that the commit is built upon; the commit is asked for only once that is acknowledged."""
     clock: int = 1
     """Wall clock of the writer."""
 
@@ -98,7 +98,7 @@ NO_FAULTS: Final = Faults()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """Who comes to the store, and what may go wrong."""
+    """The clients of a world, and the faults that may happen."""
 
     name: str
     actors: tuple[Actor, ...]
@@ -130,7 +130,7 @@ class Repo(NamedTuple):
 
 
 class Proc(NamedTuple):
-    """What a client knows."""
+    """The knowledge of a client."""
 
     pc: str = "open"
     epoch: int = 0
@@ -166,7 +166,7 @@ class Token(NamedTuple):
 
     id: int
     owner: int
-    """Whose client it was."""
+    """The client of the change."""
     place: int
     """The slot; in the repo-object layout minus one minus the history that ``repo`` had."""
     nonces: tuple[int, ...]
@@ -248,7 +248,7 @@ class Setting:
         return out
 
     def truth(self, world: World) -> int:
-        """What a client would read that looked at everything at once."""
+        """The history that a client would read if it looked at everything at once."""
         key = world.repo, world.slots
         h = self._truths.get(key)
         if h is None:
@@ -320,7 +320,7 @@ class Setting:
             yield (*what, "→ 403"), world._replace(faults=(lost, doubled, refused - 1, *rest)), 403
 
     def arrivals(self, world: World) -> Iterator[tuple[Any, World]]:
-        """What travels arrives."""
+        """The arrivals of requests that are on their way."""
         for message in world.late:
             after, done = self.execute(world, message)
             late = tuple(one for one in world.late if one != message)
@@ -384,7 +384,7 @@ class Setting:
         return ""
 
     def embedded(self, world: World) -> int:
-        """Bits of the commits whose metadata stands in an entry after the checkpoint."""
+        """Bits of the commits whose metadata is in an entry after the checkpoint."""
         out, (epoch, n, _) = 0, world.repo
         for slot, entry, _ in world.slots:
             if slot_of(epoch, n) < slot < slot_of(epoch + 1, 0) and self.histories.entries[entry].embedded:
@@ -392,14 +392,14 @@ class Setting:
         return out
 
     def stuck(self, world: World) -> str:
-        """What is wrong where nobody can do anything any more."""
+        """The fault of a state in which no client can do anything any more; empty: none."""
         if world.late:
             return ""
         for actor, proc in zip(self.actors, world.procs, strict=True):
             if proc.pc not in ("done", "dead") and actor.role not in ("pruner", "settler"):
                 return "STUCK: a client waits for ever"
         if world.failed & 1 and world.repo.epoch and self.histories.sealed(self.truth(world)):
-            return "STUCK: a change was refused because of a seal whose conversion nobody finishes"
+            return "STUCK: a change was refused because of a seal whose conversion no client finishes"
         return ""
 
     def initial(self) -> World:
