@@ -26,7 +26,9 @@ class Mutant:
     layouts: tuple[str, ...] = ("log",)
     """That the simulator runs, one after the other; none: it does not look for this one."""
     tests: tuple[str, ...] = RULES
-    """Arguments of pytest, one run after the other."""
+    """Arguments of pytest, the likeliest first."""
+    known: str = ""
+    """The fault that users or field tests met, where this takes out its fix: the simulator alone has to find it."""
 
     def apply(self, text: str) -> str:
         """The file's text with the change."""

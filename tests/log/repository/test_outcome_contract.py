@@ -478,6 +478,47 @@ async def test_callers_that_shared_an_attempt_with_a_leaving_one_go_on_in_anothe
     assert len(tokens[-1].nonces) == 2, "either of the two may have been the one"
 
 
+async def test_a_change_whose_fate_cannot_be_found_out_is_unknown_and_not_made_again() -> None:
+    world = Outcomes(Layout.REPO)
+    log, storage = await world.create()
+    gate = asyncio.Event()
+    count = 0
+    looks: list[Request] = []
+
+    async def script(request: Request, send: Send) -> object:
+        nonlocal count
+        if writes(request):
+            count += 1
+            if count == 1:
+                await gate.wait()
+                raise lost_answer()
+            # What the first attempt asked for has happened when the second one arrives.
+            await world.store.put(first.key, first.data, first.precondition)
+        elif count == 2 and request.key == "repo":
+            looks.append(request)
+            if len(looks) > 2:
+                # The second attempt is known to have lost; now the first one is looked for.
+                raise StorageError("the store does not answer")
+        return await send()
+
+    storage.script = script
+    told = Told(), Told()
+    leaving = asyncio.ensure_future(log.append(delete_precious, caller=told[0]))
+    staying = asyncio.ensure_future(log.append(await world.commit(1), caller=told[1]))
+    await until(lambda: count == 1)
+    first = next(request for request in storage.requests if writes(request))
+    leaving.cancel()
+    await asyncio.wait({leaving})
+    gate.set()
+    with pytest.raises(CommitOutcomeUnknown) as caught:
+        await staying
+    storage.script = None
+    assert caught.value.token is not None
+    assert await log.settle(caught.value.token)
+    assert await world.history() == [an_id(1)]
+    await world.aclose()
+
+
 @grouping_layouts
 async def test_a_call_is_not_refused_because_of_one_that_does_not_land(world: Outcomes) -> None:
     log, storage = await world.create()
