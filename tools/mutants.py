@@ -129,7 +129,7 @@ def relevant_first(mutant: Mutant) -> tuple[str, ...]:
         paths = sorted((PROJECT / given).rglob("test_*.py")) if (PROJECT / given).is_dir() else [PROJECT / given]
         for path in paths:
             text = path.read_text(encoding="utf-8")
-            score = 3 * (module in text) + 2 * ("outcome_contract" in path.name)
+            score = 3 * (module in text) + 6 * ("outcome_contract" in path.name)
             score += len(words.intersection(re.findall(r"[a-z]+", path.as_posix().partition("/tests/")[2])))
             # Processes that are started see the change as well, and take long.
             score -= 4 * any(word in text for word in ("multiprocessing", "subprocess", "mark.thorough"))

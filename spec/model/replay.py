@@ -120,6 +120,13 @@ class _Request:
     """The result of a GET or a LIST."""
     answered: int | None = None
     """Status; 0: it ended without one."""
+    unsent: bool = False
+    """Whether it certainly never left, for want of a connection."""
+
+    @property
+    def refused(self) -> bool:
+        """Whether its client knows for certain that it was not executed, and never will be."""
+        return self.unsent or self.answered in REFUSALS
 
 
 class _Replay:
@@ -132,6 +139,7 @@ class _Replay:
         self.line = 0
         self.now_us = 0
         self._handlers: dict[str, Callable[[Record], Iterator[tuple[int, str]]]] = {
+            "have": self._have,
             "send": self._send,
             "exec": self._exec,
             "answer": self._answer,
@@ -165,6 +173,17 @@ class _Replay:
         if not attempt.adds_snapshots:
             return _State.UNKNOWABLE
         return _State.LANDED if self.store.landed(attempt.slot, attempt.nonce) else _State.LOST
+
+    def _have(self, record: Record) -> Iterator[tuple[int, str]]:
+        """An object that was there before the trace begins."""
+        key, store = record["key"], self.store
+        if (slot := slot_of_key(key)) is not None:
+            yield from store.fill(slot, record["entry"])
+        elif key == "repo":
+            store.version = record["version"]
+            store.markers[record["version"]] = _marker(record)
+        else:
+            store.objects[key] = record.get("modified", record["t"])
 
     # ------------------------------------------------------------------ requests leave
 
@@ -209,6 +228,8 @@ class _Replay:
         if attempt.entry is None:
             for other in self.attempts.values():
                 if other.client != record["client"] or other is attempt or other.entry is None:
+                    continue
+                if self._is_refused(other):
                     continue
                 if self._state(other) is _State.IN_FLIGHT:
                     yield 2, f"attempt {nonce} is sent while {other.nonce} is in flight"
@@ -289,7 +310,7 @@ class _Replay:
             return
         sent, store = request.record, self.store
         request.executed_us = self.now_us
-        if request.answered in REFUSALS and sent["verb"] == "PUT":
+        if request.refused and sent["verb"] == "PUT":
             yield 0, "a request is executed after it was refused"
         match sent["verb"]:
             case "PUT":
@@ -315,9 +336,11 @@ class _Replay:
         slot = slot_of_key(key)
         if key == "repo":
             allowed = condition is None or store.version == (None if condition == "absent" else condition)
-        else:
+        elif condition in (None, "absent"):
             there = slot in store.slots if slot is not None else key in store.objects
-            allowed = condition != "absent" or not there
+            allowed = condition is None or not there
+        else:
+            allowed = done  # versions are known of ``repo`` only
         if done and not allowed:
             yield 0, f"PUT of {key} succeeds against its condition"
         if not done and allowed:
@@ -335,6 +358,9 @@ class _Replay:
                 missing = [file for file in store.embedded(old.epoch, old.n, upto) if file not in store.objects]
                 if missing:
                     yield 15, f"repo names {missing[0]}, which is embedded in an entry only"
+            if old is None and new is not None:
+                # Of what happened in the repo-object layout nothing is known.
+                store.tips.clear()
             store.version = record["version"]
             store.markers[record["version"]] = new
         else:
@@ -357,6 +383,9 @@ class _Replay:
             return
         sent, status = request.record, record["status"] or 0
         request.answered = status
+        request.unsent = bool(record.get("unsent"))
+        if request.unsent and request.executed_us is not None:
+            yield 0, "a request that never left was executed"
         client, key = self.clients[sent["client"]], sent.get("key", "")
         if sent["verb"] == "PUT" and (slot := slot_of_key(key)) is not None:
             yield from self._answer_slot_put(client, request, slot)
@@ -382,11 +411,11 @@ class _Replay:
             elif (log := client.logs.get(slot.epoch)) is not None and log.fresh(date_us):
                 self._sees(client, slot, nonce)
                 log.proof_us, client.looked = date_us, request.line
-        elif status in REFUSALS:
+        elif request.refused:
             if request.done:
                 yield 0, f"PUT of slot {slot.n} is refused, and was executed"
-            answers = [self.requests[name].answered for name in attempt.requests]
-            if attempt.state in _OPEN and all(answer in REFUSALS for answer in answers):
+            # One that never left may be sent again.
+            if attempt.state in _OPEN and not request.unsent and self._is_refused(attempt):
                 attempt.state = _State.REFUSED
 
     def _reads_slot(self, client: _Client, request: _Request, slot: Slot) -> None:
@@ -439,6 +468,10 @@ class _Replay:
         if line and log.fresh(date_us):
             log.proof_us, client.looked = max(log.proof_us or 0, date_us), max(client.looked, line)
 
+    def _is_refused(self, attempt: _Attempt) -> bool:
+        """Whether its client knows for certain that no request of it was executed."""
+        return all(self.requests[name].refused for name in attempt.requests)
+
     # ------------------------------------------------------------------ callers
 
     def _ask(self, record: Record) -> Iterator[tuple[int, str]]:
@@ -470,7 +503,11 @@ class _Replay:
         client = self.clients[caller.client]
         sent = [attempt for attempt in attempts if attempt.requests]
         happened = [attempt for attempt in sent if self.store.landed(attempt.slot, attempt.nonce)]
-        pending = [attempt for attempt in sent if self._state(attempt) in (*_OPEN, _State.UNKNOWABLE)]
+        pending = [
+            attempt
+            for attempt in sent
+            if self._state(attempt) in (*_OPEN, _State.UNKNOWABLE) and not self._is_refused(attempt)
+        ]
         caller.outcome = outcome
         if outcome == "committed":
             if not happened:
@@ -508,7 +545,7 @@ class _Replay:
         if happened:
             yield 3, f"{name} is settled as lost, and it is in history"
         for attempt in attempts:
-            if attempt.slot not in self.store.history and attempt.state is not _State.REFUSED:
+            if attempt.slot not in self.store.history and not self._is_refused(attempt):
                 yield 3, f"{name} is settled as lost while slot {attempt.slot.n} is empty"
 
     def _return(self, record: Record) -> Iterator[tuple[int, str]]:

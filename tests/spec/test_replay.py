@@ -61,8 +61,8 @@ class Trace:
         self.version = fields.get("version", self.version)
         self.add("exec", request=request, done=done, **fields)
 
-    def answer(self, request: str, status: int) -> None:
-        self.add("answer", request=request, status=status)
+    def answer(self, request: str, status: int, **fields: Any) -> None:
+        self.add("answer", request=request, status=status, **fields)
 
     def get(self, client: str, key: str, status: int = 200) -> None:
         request = self.send(client, "GET", key)
@@ -589,6 +589,43 @@ def test_a_step_that_a_rule_forbids_is_named_with_the_rule(rule: int, script: Ca
     script(trace)
     assert rule in trace.rules(), trace.problems()
     assert {found for found in trace.rules() if found} <= {rule, 2 if rule == 1 else rule}
+
+
+def unsent(trace: Trace) -> str:
+    """A commit for which there was no connection."""
+    trace.open("a")
+    request = trace.attempt("a", 1, "n1", commit("A", "S0"), caller="x")
+    trace.answer(request, 0, unsent=True)
+    return request
+
+
+def test_a_request_that_never_left_may_be_sent_again_and_is_no_reason_for_an_unknown_outcome() -> None:
+    again, refused, late = Trace(), Trace(), Trace()
+    unsent(again)
+    again.lands("a", 1, "n1", commit("A", "S0"))
+    again.tell("a", "x", "committed")
+    assert replay(again.records) == []
+    unsent(refused)
+    refused.tell("a", "x", "refused")
+    refused.lands("a", 1, "n2", commit("B", "S0"))
+    assert replay(refused.records) == []
+    request = unsent(late)
+    late.executed(request)
+    assert [problem.rule for problem in replay(late.records)] == [0]
+
+
+def test_a_trace_may_begin_with_a_repository_that_has_a_history() -> None:
+    trace = Trace()
+    entry = {"v": 1, "n": 1, "nonce": "n1", "time": 1, "since": None, "events": [commit("A", "S0")]}
+    trace.records = [
+        {"do": "have", "t": 0, "key": key(1), "entry": entry},
+        {"do": "have", "t": 0, "key": "repo", "version": "v9", "marker": [EPOCH, 1]},
+    ]
+    trace.open("a")
+    trace.lands("a", 2, "n2", commit("B", "A"))
+    assert replay(trace.records) == []
+    trace.lands("a", 3, "n3", commit("C", "A"))
+    assert [problem.rule for problem in replay(trace.records)] == [4]
 
 
 def test_the_forbidden_step_is_the_one_that_is_named() -> None:

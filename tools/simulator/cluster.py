@@ -99,6 +99,7 @@ class Client:
         self.storage.dead = True
         self.cluster.report.crashes += 1
         self.cluster.note(self.name, "crashes")
+        self.cluster.on_crash(self)
         for task in self.tasks:
             if not task.done():
                 task.cancel()
@@ -206,6 +207,10 @@ class Cluster:
         """Every file that was ever handed to `RepositoryLog.append`."""
         self.on_told: Callable[[Operation, SwapToken], None] = lambda operation, token: None
         """Called with every operation whose outcome is unknown."""
+        self.on_crash: Callable[[Client], None] = lambda client: None
+        """Called with every process that ends without being asked."""
+        self.foreign: set[str] = set()
+        """Names of clients that are another library, which knows nothing of the log."""
         self._time = 0
         self._commits = 0
         self.tasks: list[asyncio.Task[Any]] = []

@@ -35,7 +35,7 @@ from tools.simulator.storage import SimulatedStore, Stored
 from tools.simulator.watch import Watch
 from tools.simulator.writers import Powers, commit_proposal, reader, settle, writer
 
-__all__ = ["Plan", "commit_proposal", "plan_of", "simulate"]
+__all__ = ["Plan", "commit_proposal", "make_cluster", "plan_of", "simulate"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +102,7 @@ def simulate(seed: int, plan: Plan | None = None) -> Report:
     with _quiet():
         loop = VirtualLoop()
         try:
-            cluster = _cluster(loop, seed, plan)
+            cluster = make_cluster(loop, seed, plan)
             report = cluster.report
             try:
                 loop.run_until_complete(_run(cluster, plan))
@@ -117,7 +117,8 @@ def simulate(seed: int, plan: Plan | None = None) -> Report:
             loop.close()
 
 
-def _cluster(loop: VirtualLoop, seed: int, plan: Plan) -> Cluster:
+def make_cluster(loop: VirtualLoop, seed: int, plan: Plan) -> Cluster:
+    """The cluster of a seed's schedule, before anything happens in it."""
     rng = random.Random(seed)
     mix = CALM if plan.calm else Mix.drawn(rng)
     cluster = Cluster(

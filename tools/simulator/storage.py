@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from functools import partial
-from typing import Final, NoReturn, TypeVar
+from typing import Final, NoReturn, Protocol, TypeVar
 
 from icechunk.errors import ObjectNotFoundError, PreconditionFailedError
 from icechunk.storage.port import (
@@ -55,6 +55,19 @@ class Stored:
         self.created_s = now_s
 
 
+class RequestRecorder(Protocol):
+    """Is told of all requests."""
+
+    def sent(self, request: Request) -> None:
+        """A client calls its storage."""
+
+    def executed(self, request: Request, result: object) -> None:
+        """The store has executed it: None where its condition did not hold."""
+
+    def answered(self, request: Request) -> None:
+        """The call has ended, perhaps without an answer."""
+
+
 class SimulatedStore:
     """The stored objects, and the requests that are still under way.
 
@@ -84,6 +97,7 @@ class SimulatedStore:
         """Called with every PUT that a client begins to send."""
         self.on_answer: Callable[[str, bytes, str], None] | None = None
         """Called with the answer to every PUT: ``ok``, ``412``, ``refused`` or ``none``."""
+        self.recorder: RequestRecorder | None = None
         self._deleted: dict[str, tuple[float, Stored]] = {}
 
     def write(self, key: str, data: bytes, precondition: Precondition) -> PutResult:
@@ -134,12 +148,15 @@ class SimulatedStore:
     def execute(self, request: Request, execute: Callable[[], T]) -> T | None:
         """Execute a request and note the effect; None if its condition does not hold."""
         request.executed_s.append(self.loop.time())
+        result: T | None = None
         try:
             result = execute()
         except PreconditionFailedError:
             request.effects.append("condition does not hold")
-            return None
-        request.effects.append("done")
+        else:
+            request.effects.append("done")
+        if self.recorder is not None:
+            self.recorder.executed(request, result)
         return result
 
     def drawn(self, verb: str, faulty: bool) -> Fault | None:
@@ -195,6 +212,8 @@ class SimulatedStorage(Storage):
         if fault is not None:
             self.store.injected[fault] += 1
             self._strike(fault)
+        if self.store.recorder is not None:
+            self.store.recorder.sent(request)
         return request, fault
 
     def _strike(self, fault: Fault) -> None:
@@ -213,6 +232,14 @@ class SimulatedStorage(Storage):
 
     async def _go(self, request: Request, fault: Fault | None, execute: Callable[[], T]) -> T:
         """Take a request to the store and its answer back; T is what the store answers."""
+        if self.store.recorder is None:
+            return await self._there_and_back(request, fault, execute)
+        try:
+            return await self._there_and_back(request, fault, execute)
+        finally:
+            self.store.recorder.answered(request)
+
+    async def _there_and_back(self, request: Request, fault: Fault | None, execute: Callable[[], T]) -> T:
         store, rng, verb, key = self.store, self._rng, request.verb, request.key
         writes = verb in ("put", "delete", "copy")
         try:

@@ -94,6 +94,8 @@ async def writer(cluster: Cluster, powers: Powers, rounds: int) -> None:
                 continue
         if rng.random() < 0.1:
             await asyncio.sleep(rng.choice((5.0, 3600.0, 4 * DAY_S, 20 * DAY_S)) * rng.random())
+            if client.dead:
+                continue
         at_once = rng.choice((1, 1, 1, 2))
         await asyncio.gather(*(_change(cluster, powers, client, log) for _ in range(at_once)))
         if client.dead:

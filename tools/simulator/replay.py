@@ -1,0 +1,309 @@
+"""``python -m tools.simulator.replay``: the formal model judges schedules of the simulator, step by step.
+
+    python -m tools.simulator.replay [--traces 200] [--seed 0] [--keep FOLDER]
+
+Each schedule of the log layout is written down as `spec/model/README.md` describes traces: requests as they are sent,
+executed and answered, calls and what their callers are told. `spec.model.replay` says which steps the rules do not
+allow. The command ends with 1 where there is one; ``--keep`` writes those traces as JSON lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import orjson
+
+from icechunk.errors import CommitOutcomeUnknown, ConflictError, SessionStateError, StorageError
+from icechunk.format.keys import REPO_KEY
+from icechunk.format.repo.codec import decode_repo
+from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.marker import decode_marker
+from icechunk.log.repository.port import Caller, Layout, Propose, SwapToken
+from icechunk.log.repository.state import RepoState
+from icechunk.storage.port import DeleteResult, ObjectInfo
+from spec.model.replay import Problem, Record, replay
+from tools.simulator import simulation
+from tools.simulator.cluster import Cluster, Report
+from tools.simulator.faults import Fault
+from tools.simulator.simulation import Plan, plan_of
+from tools.simulator.storage import SimulatedStorage
+from tools.simulator.trace import Request
+
+__all__ = ["Recorder", "judged", "main", "recorded"]
+
+
+class Recorder:
+    """Writes down what a cluster does, from its first request on."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.records: list[Record] = []
+        self.by_token: dict[SwapToken, str] = {}
+        self._cluster = cluster
+        self._names: dict[int, tuple[str, Request]] = {}
+        self._missing: set[str] = set()
+        self._callers = itertools.count(1)
+        # Slots last first in the store's order of keys; a history is filled from its beginning.
+        for key, stored in sorted(cluster.store.objects.items(), reverse=True):
+            version = {"version": str(stored.info.version)} if key == REPO_KEY else {}
+            self.note("have", modified=stored.info.modified_us, **version, **_written(key, stored.data))
+
+    def note(self, do: str, **fields: Any) -> None:
+        """Add a record."""
+        self.records.append({"do": do, "t": self._cluster.loop.now_us(), **fields})
+
+    def caller(self) -> str:
+        """A new name of a caller."""
+        return f"k{next(self._callers)}"
+
+    def sent(self, request: Request) -> None:
+        """As `tools.simulator.storage.RequestRecorder`."""
+        if request.verb == "copy":
+            return
+        name = f"r{len(self._names) + 1}"
+        self._names[id(request)] = name, request
+        match request.verb:
+            case "put":
+                what = _put(request.key, request.detail, request.data)
+            case "get":
+                what = {"verb": "GET", "key": request.key}
+            case "list":
+                what = {"verb": "LIST", "prefix": request.key}
+            case _:
+                what = {"verb": "DELETE", "keys": request.key.split(",")}
+        foreign = {"foreign": True} if request.client in self._cluster.foreign else {}
+        self.note("send", request=name, client=request.client, **what, **foreign)
+
+    def executed(self, request: Request, result: object) -> None:
+        """As `tools.simulator.storage.RequestRecorder`."""
+        if request.verb == "copy":
+            return
+        name, _ = self._names[id(request)]
+        what: dict[str, Any] = {}
+        match request.verb:
+            case "put":
+                what["done"] = result is not None
+                if result is not None:
+                    stored = self._cluster.store.objects[request.key].info
+                    what["modified"] = stored.modified_us
+                    if request.key == REPO_KEY:
+                        what["version"] = str(stored.version)
+            case "get":
+                if isinstance(result, tuple) and result[0] is None:
+                    self._missing.add(name)
+            case "list":
+                assert isinstance(result, list)
+                what["found"] = [info.key for info in result if isinstance(info, ObjectInfo)]
+            case _:
+                assert isinstance(result, DeleteResult)
+                left = {key for key, _ in result.failures}
+                what["keys"] = [key for key in request.key.split(",") if key not in left]
+        self.note("exec", request=name, **what)
+
+    def answered(self, request: Request) -> None:
+        """As `tools.simulator.storage.RequestRecorder`."""
+        if request.verb == "copy":
+            return
+        name, _ = self._names[id(request)]
+        status, answer = 0, request.answer
+        if answer == "ok":
+            status = 404 if name in self._missing else 200
+        elif answer.startswith("412"):
+            status = 412
+        elif answer.startswith("refused with "):
+            status = int(answer.removeprefix("refused with "))
+        unsent = {"unsent": True} if answer == "no connection" else {}
+        self.note("answer", request=name, status=status, **unsent)
+
+
+def _put(key: str, condition: str, data: bytes) -> dict[str, Any]:
+    expected = None if not condition else "absent" if condition == "if absent" else condition.removeprefix("if ")
+    return {"verb": "PUT", "condition": expected, **_written(key, data)}
+
+
+def _written(key: str, data: bytes) -> dict[str, Any]:
+    record: dict[str, Any] = {"key": key}
+    if key.startswith("log/") and ".floor/" not in key and ".repo/" not in key:
+        entry = orjson.loads(data)
+        record["entry"] = {**entry, "objects": list(entry.get("objects", ()))}
+    if key == REPO_KEY:
+        marker = decode_marker(decode_repo(data).extra)
+        record["marker"] = None if marker is None else [marker.epoch, marker.n]
+    return record
+
+
+# ------------------------------------------------------------------------------------------- callers of a schedule
+
+
+class _Noted:
+    """A caller, and the record of the tokens that it gets."""
+
+    def __init__(self, recorder: Recorder, client: str, name: str, caller: Caller | None) -> None:
+        self._recorder = recorder
+        self._client = client
+        self._name = name
+        self._caller = caller
+
+    def queued(self) -> None:
+        if self._caller is not None:
+            self._caller.queued()
+
+    def sent(self, token: SwapToken | None) -> None:
+        if token is not None:
+            self._recorder.note(
+                "token",
+                client=self._client,
+                caller=self._name,
+                epoch=token.epoch,
+                n=token.n,
+                nonce=token.nonces[-1].hex(),
+            )
+            self._recorder.by_token[token] = self._name
+        if self._caller is not None:
+            self._caller.sent(token)
+
+
+@contextmanager
+def _noting(recorders: list[Recorder]) -> Iterator[None]:
+    """Calls of the log layout are written down by the newest recorder."""
+    append, settle = LogLayout.append, LogLayout.settle
+
+    async def noted_append(
+        self: LogLayout, propose: Propose, *, caller: Caller | None = None, **options: Any
+    ) -> RepoState:
+        if not recorders:
+            return await append(self, propose, caller=caller, **options)
+        recorder, client = recorders[-1], _client_of(self)
+        name = recorder.caller()
+        recorder.note("ask", client=client, caller=name)
+        outcome = "conflict"
+        try:
+            state = await append(self, propose, caller=_Noted(recorder, client, name, caller), **options)
+            outcome = "committed"
+            return state
+        except CommitOutcomeUnknown:
+            outcome = "unknown"
+            raise
+        except ConflictError:
+            raise
+        except (SessionStateError, StorageError):
+            outcome = "refused"
+            raise
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        finally:
+            recorder.note("tell", client=client, caller=name, outcome=outcome)
+
+    async def noted_settle(self: LogLayout, token: SwapToken) -> bool:
+        landed = await settle(self, token)
+        if recorders and token in recorders[-1].by_token:
+            recorders[-1].note("settle", client=_client_of(self), caller=recorders[-1].by_token[token], landed=landed)
+        return landed
+
+    with (
+        mock.patch.object(LogLayout, "append", noted_append),
+        mock.patch.object(LogLayout, "settle", noted_settle),
+    ):
+        yield
+
+
+def _client_of(log: LogLayout) -> str:
+    storage = log.view.storage
+    assert isinstance(storage, SimulatedStorage)
+    return storage.name
+
+
+# ------------------------------------------------------------------------------------------------------ schedules
+
+
+def recorded(seed: int, plan: Plan) -> tuple[Report, list[Record]]:
+    """Run the schedule of a seed, and write it down."""
+    recorders: list[Recorder] = []
+    made = simulation.make_cluster
+
+    def watched(*arguments: Any) -> Cluster:
+        cluster = made(*arguments)
+        recorder = Recorder(cluster)
+        cluster.store.recorder = recorder
+        cluster.on_crash = lambda client: recorder.note("end", client=client.name)
+        recorders.append(recorder)
+        return cluster
+
+    with _noting(recorders), mock.patch.object(simulation, "make_cluster", watched):
+        report = simulation.simulate(seed, plan)
+    return report, recorders[-1].records
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What the model says of one schedule."""
+
+    seed: int
+    report: Report
+    records: list[Record]
+    problems: list[Problem]
+
+
+def judged(seeds: range) -> Iterator[Judged]:
+    """Have the model judge the schedules of some seeds in the log layout; those without a fault are left out."""
+    for seed in seeds:
+        report, records = recorded(seed, plan_of(seed, Layout.LOG))
+        if report.counts:
+            yield Judged(seed, report, records, replay(records))
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--traces", type=int, default=200, help="how many (default 200)")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--keep", type=Path, help="folder for traces that are not allowed")
+    options = parser.parse_args()
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        os.environ["PYTHONHASHSEED"] = "0"
+        os.execv(sys.executable, [sys.executable, "-m", "tools.simulator.replay", *sys.argv[1:]])
+    began, traces, steps, wrong = time.monotonic(), 0, 0, 0
+    injected: Counter[Fault] = Counter()
+    outcomes: Counter[str] = Counter()
+    for one in itertools.islice(judged(range(options.seed, sys.maxsize)), options.traces):
+        traces += 1
+        steps += len(one.records)
+        injected += one.report.injected
+        outcomes.update(_told(one.records))
+        if one.problems:
+            wrong += 1
+            print(f"seed {one.seed} ({one.report.profile}):")
+            for line, rule, what in one.problems[:5]:
+                print(f"    step {line}: {f'rule {rule}' if rule else 'store'}: {what}")
+            print(f"    python -m tools.simulate --seed {one.seed} --runs 1 --trace --layout log", flush=True)
+            if options.keep is not None:
+                options.keep.mkdir(parents=True, exist_ok=True)
+                text = "".join(f"{json.dumps(record)}\n" for record in one.records)
+                (options.keep / f"{one.seed}.jsonl").write_text(text, encoding="utf-8")
+    print(
+        f"{traces} traces with {steps} steps and {sum(injected.values())} faults in {time.monotonic() - began:.0f} s: "
+        f"{wrong} not allowed by the model"
+    )
+    print("callers were told: " + ", ".join(f"{count} {what}" for what, count in sorted(outcomes.items())))
+    return 1 if wrong else 0
+
+
+def _told(records: list[Record]) -> Iterator[str]:
+    return (str(record["outcome"]) for record in records if record["do"] == "tell")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
