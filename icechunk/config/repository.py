@@ -24,11 +24,21 @@ from icechunk.runtime.representation import IntLikeEnum, Setting, redacted_url, 
 __all__ = [
     "DEFAULT_COMPRESSION_LEVEL",
     "DEFAULT_INLINE_CHUNK_THRESHOLD_BYTES",
+    "DEFAULT_MAX_BYTES_IN_FLIGHT",
     "DEFAULT_MAX_CONCURRENT_DECODES",
     "DEFAULT_MAX_CONCURRENT_REQUESTS",
     "DEFAULT_NUM_CHUNK_REFS",
     "DEFAULT_NUM_SNAPSHOT_NODES",
+    "DEFAULT_NUM_TRANSACTION_CHANGES",
     "DEFAULT_NUM_UPDATES_PER_REPO_INFO_FILE",
+    "DEFAULT_PACK_SIZE_BYTES",
+    "DEFAULT_PACK_THRESHOLD_BYTES",
+    "DEFAULT_PUT_MEMORY_BYTES",
+    "DEFAULT_REPACK_BELOW_PERCENT",
+    "DEFAULT_SMALL_COMMIT_BYTES",
+    "DEFAULT_UPDATE_INITIAL_BACKOFF_MS",
+    "DEFAULT_UPDATE_MAX_BACKOFF_MS",
+    "DEFAULT_UPDATE_TRIES",
     "CachingConfig",
     "CompressionAlgorithm",
     "CompressionConfig",
@@ -45,6 +55,17 @@ DEFAULT_COMPRESSION_LEVEL: Final = 3
 DEFAULT_MAX_CONCURRENT_DECODES: Final = 2
 DEFAULT_NUM_SNAPSHOT_NODES: Final = 500_000
 DEFAULT_NUM_CHUNK_REFS: Final = 15_000_000
+DEFAULT_NUM_TRANSACTION_CHANGES: Final = 0
+DEFAULT_UPDATE_TRIES: Final = 100
+DEFAULT_UPDATE_INITIAL_BACKOFF_MS: Final = 50
+DEFAULT_UPDATE_MAX_BACKOFF_MS: Final = 30_000
+DEFAULT_PUT_MEMORY_BYTES: Final = 128 * 1024 * 1024
+DEFAULT_MAX_BYTES_IN_FLIGHT: Final = 512 * 1024 * 1024
+DEFAULT_PACK_THRESHOLD_BYTES: Final = 512 * 1024
+"""On the log layout; the published layouts have a chunk in each object."""
+DEFAULT_PACK_SIZE_BYTES: Final = 4 * 1024 * 1024
+DEFAULT_SMALL_COMMIT_BYTES: Final = 64 * 1024
+DEFAULT_REPACK_BELOW_PERCENT: Final = 50
 
 LayoutName: TypeAlias = Literal["log", "repo", "refs"]
 
@@ -89,12 +110,13 @@ class CachingConfig(Setting):
     """Nodes of snapshots."""
     num_chunk_refs: U64 | None = unset(DEFAULT_NUM_CHUNK_REFS)
     """Chunk references of manifests."""
-    num_transaction_changes: U64 | None = unset(0)
+    num_transaction_changes: U64 | None = unset(DEFAULT_NUM_TRANSACTION_CHANGES)
     """Changes of transaction logs."""
     num_bytes_attributes: U64 | None = unset(0)
     """Bytes of attributes files; no format in use has them."""
-    num_bytes_chunks: U64 | None = unset(0)
-    """Bytes of requested chunks; other bytes that a request fetched are kept for a while without this setting."""
+    num_bytes_chunks: U64 | None = None
+    """Bytes of chunks. None: of bytes that were not requested but fetched along with others, 64 MiB; of requested ones
+    none."""
 
     @staticmethod
     def default() -> CachingConfig:
@@ -106,7 +128,9 @@ class CachingConfig(Setting):
 class RepoUpdateRetryConfig(Setting):
     """Number and pauses of the tries after a lost race for the repository."""
 
-    default: StorageRetriesSettings | None = unset(StorageRetriesSettings(100, 50, 30_000))
+    default: StorageRetriesSettings | None = unset(
+        StorageRetriesSettings(DEFAULT_UPDATE_TRIES, DEFAULT_UPDATE_INITIAL_BACKOFF_MS, DEFAULT_UPDATE_MAX_BACKOFF_MS)
+    )
 
 
 _Some32: TypeAlias = Annotated[int, unsigned(32, minimum=1)]
@@ -119,26 +143,27 @@ class EngineConfig(Setting):
 
     layout: LayoutName | None = None
     """The layout of a *new* repository; that of an existing one is recognised. Never stored."""
-    put_memory_bytes: _Some64 | None = None
-    """Bytes of chunks that may be on their way to the storage, of all sessions, before writers wait (128 MiB)."""
-    max_bytes_in_flight: _Some64 | None = None
-    """Bytes of requests in flight for the whole repository, in each event loop (512 MiB)."""
+    put_memory_bytes: _Some64 | None = unset(DEFAULT_PUT_MEMORY_BYTES)
+    """Bytes of chunks that may be on their way to the storage, of all sessions, before writers wait."""
+    max_bytes_in_flight: _Some64 | None = unset(DEFAULT_MAX_BYTES_IN_FLIGHT)
+    """Bytes of requests in flight for the whole repository, in each event loop."""
     hedge_percentile: Annotated[int, whole(50, 100)] | None = None
     """Reads slower than so many percent (50 to 99) of recent ones are sent a second time; None: only reads that are
     probably stuck, at most one in twenty; 100: none."""
     pack_threshold_bytes: U64 | None = None
-    """Chunks below this size share chunk objects (512 KiB); 0: every chunk has an object of its own."""
-    pack_size_bytes: _Some64 | None = None
-    """Size of an object that chunks share (4 MiB)."""
-    small_commit_bytes: U32 | None = None
-    """A commit whose metadata files are together no larger (64 KiB) is embedded in the log, which saves a round trip;
-    0: none is. Larger values count as 512 KiB."""
+    """Chunks below this size share chunk objects; 0: every chunk has an object of its own. None: 512 KiB on the log
+    layout, 0 on the others."""
+    pack_size_bytes: _Some64 | None = unset(DEFAULT_PACK_SIZE_BYTES)
+    """Size of an object that chunks share."""
+    small_commit_bytes: U32 | None = unset(DEFAULT_SMALL_COMMIT_BYTES)
+    """A commit whose metadata files are together no larger is embedded in the log, which saves a round trip; 0: none
+    is. Larger values count as 512 KiB."""
     max_refs_per_manifest: _Some32 | None = None
     """Larger manifests are split into tiles, where no splitting is configured."""
     share_manifests_below_refs: U32 | None = None
     """Arrays with fewer references share manifest objects; 0: none do."""
-    repack_below_percent: Annotated[int, whole(0, 100)] | None = None
-    """A collection writes objects again of whose bytes less than so many percent (50) are still needed."""
+    repack_below_percent: Annotated[int, whole(0, 100)] | None = unset(DEFAULT_REPACK_BELOW_PERCENT)
+    """A collection writes objects again of whose bytes less than so many percent are still needed."""
 
 
 def _containers(name: str, value: Any) -> dict[str, VirtualChunkContainer]:
@@ -175,7 +200,7 @@ class RepositoryConfig(Setting):
     max_concurrent_decodes: U16 | None = unset(DEFAULT_MAX_CONCURRENT_DECODES)
     """Large metadata files decoded at a time, in threads, for each event loop."""
     _: KW_ONLY
-    engine: EngineConfig | None = None
+    engine: EngineConfig | None = unset(EngineConfig())
     """Settings that only this implementation has."""
     previous_file: str | None = field(default=None, init=False, repr=False)
     """Name of the copy of the configuration before this one; None if it is not known."""

@@ -21,6 +21,7 @@ from icechunk.runtime.representation import (
 )
 
 __all__ = [
+    "DEFAULT_CONNECT_TIMEOUT_MS",
     "DEFAULT_IDEAL_REQUEST_BYTES",
     "DEFAULT_INITIAL_BACKOFF_MS",
     "DEFAULT_MAX_BACKOFF_MS",
@@ -43,6 +44,7 @@ DEFAULT_MAX_BACKOFF_MS: Final = 180_000
 DEFAULT_MAX_REQUESTS_PER_OBJECT: Final = 18
 DEFAULT_IDEAL_REQUEST_BYTES: Final = 12 * 1024 * 1024
 DEFAULT_MULTIPART_BYTES: Final = 100 * 1024 * 1024
+DEFAULT_CONNECT_TIMEOUT_MS: Final = 10_000
 
 
 _Some16: TypeAlias = Annotated[int, unsigned(16, minimum=1)]
@@ -234,7 +236,7 @@ class StorageTimeoutSettings(Setting):
 
     _public_name: ClassVar[str] = "icechunk.storage.StorageTimeoutSettings"
 
-    connect_timeout_ms: U32 | None = None
+    connect_timeout_ms: U32 | None = unset(DEFAULT_CONNECT_TIMEOUT_MS)
     """For a connection, ms."""
     read_timeout_ms: U32 | None = None
     """For the first byte of an answer, ms."""
@@ -280,7 +282,7 @@ class StorageSettings(Setting):
     """For chunks."""
     minimum_size_for_multipart_upload: U64 | None = unset(DEFAULT_MULTIPART_BYTES)
     """Larger objects are uploaded in parts, bytes."""
-    timeouts: StorageTimeoutSettings | None = None
+    timeouts: StorageTimeoutSettings | None = unset(StorageTimeoutSettings())
     """Waiting for the storage."""
 
     def storage_class_of(self, kind: str) -> str | None:

@@ -26,10 +26,17 @@ from icechunk.config.manifest_rules import manifests_to_preload, tile_shapes
 from icechunk.config.repository import (
     DEFAULT_COMPRESSION_LEVEL,
     DEFAULT_INLINE_CHUNK_THRESHOLD_BYTES,
+    DEFAULT_MAX_BYTES_IN_FLIGHT,
     DEFAULT_MAX_CONCURRENT_DECODES,
     DEFAULT_MAX_CONCURRENT_REQUESTS,
     DEFAULT_NUM_CHUNK_REFS,
     DEFAULT_NUM_SNAPSHOT_NODES,
+    DEFAULT_NUM_TRANSACTION_CHANGES,
+    DEFAULT_PACK_SIZE_BYTES,
+    DEFAULT_PACK_THRESHOLD_BYTES,
+    DEFAULT_PUT_MEMORY_BYTES,
+    DEFAULT_REPACK_BELOW_PERCENT,
+    DEFAULT_SMALL_COMMIT_BYTES,
 )
 from icechunk.config.storage import DEFAULT_IDEAL_REQUEST_BYTES, DEFAULT_MAX_REQUESTS_PER_OBJECT
 from icechunk.format.ids import ObjectId, object_id_from_text
@@ -52,7 +59,7 @@ from icechunk.transfer.assets import Assets, Preloader, Reads
 from icechunk.transfer.blocks import Limits
 from icechunk.transfer.cache import WeightedCache
 from icechunk.transfer.fetch import NEVER, Splitting
-from icechunk.transfer.limiter import MAX_BYTES, WRITE, Gates
+from icechunk.transfer.limiter import WRITE, Gates
 from icechunk.transfer.packs import Packs
 from icechunk.transfer.put import PutMemory, PutPool
 from icechunk.virtual_access import VirtualAccess
@@ -116,9 +123,6 @@ class LandedSums:
             while len(self._sums) > _MAX_SUMS:
                 self._sums.popitem(last=False)
             return span.landed
-
-
-_DEFAULT_PUT_MEMORY_BYTES = 128 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +231,7 @@ class Core:
             else replace(settings.reads, splitting=None, hedge_percentile=settings.reads.hedge_percentile or NEVER),
             num_snapshot_nodes=_value(caching.num_snapshot_nodes, DEFAULT_NUM_SNAPSHOT_NODES),
             num_chunk_refs=_value(caching.num_chunk_refs, DEFAULT_NUM_CHUNK_REFS),
-            num_transaction_changes=_value(caching.num_transaction_changes, 0),
+            num_transaction_changes=_value(caching.num_transaction_changes, DEFAULT_NUM_TRANSACTION_CHANGES),
             files=self.files,
             find_file=self._find_file,
             max_decodes=_value(config.max_concurrent_decodes, DEFAULT_MAX_CONCURRENT_DECODES),
@@ -407,13 +411,13 @@ def _resolve(config: RepositoryConfig, layout: Layout, storage: StorageSettings 
         inline_threshold_bytes=_value(config.inline_chunk_threshold_bytes, DEFAULT_INLINE_CHUNK_THRESHOLD_BYTES),
         compression_level=_value(compression.level if compression is not None else None, DEFAULT_COMPRESSION_LEVEL),
         max_requests=max_requests,
-        max_bytes_in_flight=_value(engine.max_bytes_in_flight, MAX_BYTES),
+        max_bytes_in_flight=_value(engine.max_bytes_in_flight, DEFAULT_MAX_BYTES_IN_FLIGHT),
         partial_values_at_once=_value(config.get_partial_values_concurrency, DEFAULT_MAX_CONCURRENT_REQUESTS),
-        put_memory_bytes=_value(engine.put_memory_bytes, _DEFAULT_PUT_MEMORY_BYTES),
-        pack_threshold_bytes=_value(engine.pack_threshold_bytes, 512 * 1024 if alone else 0),
-        pack_size_bytes=_value(engine.pack_size_bytes, 4 * 1024 * 1024),
-        repack_below_percent=_value(engine.repack_below_percent, 50),
-        small_commit_bytes=_value(engine.small_commit_bytes, 64 * 1024),
+        put_memory_bytes=_value(engine.put_memory_bytes, DEFAULT_PUT_MEMORY_BYTES),
+        pack_threshold_bytes=_value(engine.pack_threshold_bytes, DEFAULT_PACK_THRESHOLD_BYTES if alone else 0),
+        pack_size_bytes=_value(engine.pack_size_bytes, DEFAULT_PACK_SIZE_BYTES),
+        repack_below_percent=_value(engine.repack_below_percent, DEFAULT_REPACK_BELOW_PERCENT),
+        small_commit_bytes=_value(engine.small_commit_bytes, DEFAULT_SMALL_COMMIT_BYTES),
         policy=policy,
         reads=_reads(config.caching or CachingConfig(), engine, storage),
         commit_fetches=_value(

@@ -20,7 +20,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTimeoutSettings
-from icechunk.config.storage import DEFAULT_INITIAL_BACKOFF_MS, DEFAULT_MAX_BACKOFF_MS, DEFAULT_MAX_TRIES
+from icechunk.config.storage import (
+    DEFAULT_CONNECT_TIMEOUT_MS,
+    DEFAULT_INITIAL_BACKOFF_MS,
+    DEFAULT_MAX_BACKOFF_MS,
+    DEFAULT_MAX_TRIES,
+)
 from icechunk.runtime.clock import Sources
 
 __all__ = [
@@ -35,6 +40,7 @@ __all__ = [
     "retries_have_ended",
 ]
 
+_LONGEST_SILENCE_S: Final = 60
 _FIRST_CONTACT_TRIES: Final = 4
 """Tries for a service that never answered: more likely a wrong address than a bad day."""
 
@@ -64,19 +70,16 @@ def limits_of(settings: StorageSettings | None, stream_timeout_s: int | None = N
     retries = settings.retries or StorageRetriesSettings()
     timeouts = settings.timeouts or StorageTimeoutSettings()
 
-    def seconds(value_ms: int | None, default_s: float) -> float:
-        return default_s if value_ms is None else value_ms / 1000
-
-    def backoff(value_ms: int | None, default_ms: int) -> float:
+    def seconds(value_ms: int | None, default_ms: int) -> float:
         return (default_ms if value_ms is None else value_ms) / 1000
 
     return Limits(
         max_tries=DEFAULT_MAX_TRIES if retries.max_tries is None else retries.max_tries,
-        initial_backoff_s=backoff(retries.initial_backoff_ms, DEFAULT_INITIAL_BACKOFF_MS),
-        max_backoff_s=backoff(retries.max_backoff_ms, DEFAULT_MAX_BACKOFF_MS),
-        connect_s=seconds(timeouts.connect_timeout_ms, 10.0),
+        initial_backoff_s=seconds(retries.initial_backoff_ms, DEFAULT_INITIAL_BACKOFF_MS),
+        max_backoff_s=seconds(retries.max_backoff_ms, DEFAULT_MAX_BACKOFF_MS),
+        connect_s=seconds(timeouts.connect_timeout_ms, DEFAULT_CONNECT_TIMEOUT_MS),
         # 0 means no limit in the official library; a limit there has to be.
-        read_s=seconds(timeouts.read_timeout_ms, float(stream_timeout_s or 60)),
+        read_s=seconds(timeouts.read_timeout_ms, 1000 * (stream_timeout_s or _LONGEST_SILENCE_S)),
         attempt_s=None
         if timeouts.operation_attempt_timeout_ms is None
         else timeouts.operation_attempt_timeout_ms / 1e3,

@@ -20,6 +20,7 @@ from typing import Final, TypeAlias, TypeVar
 import anyio
 import numpy as np
 
+from icechunk.config.repository import DEFAULT_MAX_CONCURRENT_DECODES
 from icechunk.errors import (
     AccessDeniedError,
     ErrorKind,
@@ -189,7 +190,7 @@ class Assets:
         num_snapshot_nodes: int,
         num_chunk_refs: int,
         num_transaction_changes: int,
-        max_decodes: int = 2,
+        max_decodes: int = DEFAULT_MAX_CONCURRENT_DECODES,
         files: WeightedCache[str, bytes] | None = None,
         find_file: FindFile | None = None,
     ) -> None:

@@ -14,10 +14,9 @@ from collections import deque
 from typing import Final
 from weakref import WeakKeyDictionary
 
-__all__ = ["MAX_BYTES", "READ", "WRITE", "Gate", "Gates"]
+from icechunk.config.repository import DEFAULT_MAX_BYTES_IN_FLIGHT
 
-MAX_BYTES: Final = 512 * 1024 * 1024
-"""Default bound of the bytes in flight, of requests whose size is known before their answer."""
+__all__ = ["READ", "WRITE", "Gate", "Gates"]
 
 READ: Final = 0
 WRITE: Final = 1
@@ -119,7 +118,7 @@ class Gates:
         As for `Gate`, in each loop.
     """
 
-    def __init__(self, max_requests: int, max_bytes: int | None = MAX_BYTES) -> None:
+    def __init__(self, max_requests: int, max_bytes: int | None = DEFAULT_MAX_BYTES_IN_FLIGHT) -> None:
         self.max_requests = max_requests
         self.max_bytes = max_bytes
         self._gates: WeakKeyDictionary[asyncio.AbstractEventLoop, Gate] = WeakKeyDictionary()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from icechunk.config.repository import DEFAULT_NUM_UPDATES_PER_REPO_INFO_FILE
 from icechunk.errors import (
@@ -38,7 +38,6 @@ from icechunk.runtime.tasks import in_thread
 from icechunk.storage.port import NO_LISTING, Absent, GetResult, Storage, Version
 
 __all__ = [
-    "DEFAULT_UPDATES_PER_FILE",
     "MAIN_REF_KEY",
     "Known",
     "RepoObject",
@@ -51,14 +50,21 @@ __all__ = [
     "read_repo",
     "read_slot",
     "ref_files_there",
+    "updates_per_file_of",
 ]
 
-DEFAULT_UPDATES_PER_FILE: Final = DEFAULT_NUM_UPDATES_PER_REPO_INFO_FILE
-"""Most entries of the ops log in one ``repo`` object, where the repository's configuration says nothing."""
 _THREAD_FROM_SNAPSHOTS: Final = 2000
 
 MAIN_REF_KEY: Final = f"{REFS_PREFIX}branch.main/ref.json"
 """The branch that every repository of format 1 has."""
+
+
+def updates_per_file_of(given: int | None, config: Any) -> int:
+    """Most entries of the ops log that one ``repo`` object holds: as given, else as a persisted configuration says."""
+    if given is not None:
+        return max(1, given)
+    persisted = config.get("num_updates_per_repo_info_file") if isinstance(config, dict) else None
+    return persisted if isinstance(persisted, int) and persisted > 0 else DEFAULT_NUM_UPDATES_PER_REPO_INFO_FILE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

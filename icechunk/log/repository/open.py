@@ -13,11 +13,11 @@ from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.entries.reader import Opened, open_head
 from icechunk.log.repository.entries.takeover import seal_abandoned
 from icechunk.log.repository.objects import (
-    DEFAULT_UPDATES_PER_FILE,
     MAIN_REF_KEY,
     RepoObject,
     read_repo,
     ref_files_there,
+    updates_per_file_of,
 )
 from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.log.repository.queue import UpdateRetries
@@ -80,7 +80,7 @@ async def open_repository(
                 sources,
                 opened.head,
                 materialize=materialize_entries(storage, opened.tail),
-                updates_per_file=updates_per_file or DEFAULT_UPDATES_PER_FILE,
+                updates_per_file=updates_per_file_of(updates_per_file, opened.head.state.config),
             )
         except StorageError as error:
             # A client that may only read goes on; the next one that may write finishes the conversion.

@@ -17,6 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from icechunk.config.repository import (
+    DEFAULT_UPDATE_INITIAL_BACKOFF_MS,
+    DEFAULT_UPDATE_MAX_BACKOFF_MS,
+    DEFAULT_UPDATE_TRIES,
+)
 from icechunk.errors import IcechunkError
 from icechunk.format.ids import ObjectId
 from icechunk.log.repository import events as e
@@ -277,11 +282,11 @@ def _own(error: Exception) -> Exception:
 class UpdateRetries:
     """Number and pauses of the tries after a lost race for the repository (``repo_update_retries``)."""
 
-    tries: int = 100
+    tries: int = DEFAULT_UPDATE_TRIES
     """The first included."""
-    first_pause_s: float = 0.05
+    first_pause_s: float = DEFAULT_UPDATE_INITIAL_BACKOFF_MS / 1000
     """Upper end of the first pause; it doubles from try to try."""
-    longest_pause_s: float = 30.0
+    longest_pause_s: float = DEFAULT_UPDATE_MAX_BACKOFF_MS / 1000
 
     def pause_s(self, sources: Sources, round_: int) -> float:
         """A pause with full jitter before try ``round_`` + 1 (counted from 1)."""
@@ -291,7 +296,9 @@ class UpdateRetries:
 
 def retries_of(config: Any) -> UpdateRetries:
     """The persisted settings for lost races; the official library's defaults where there are none."""
-    tries, first_ms, longest_ms = 100, 50, 30_000
+    tries: int = DEFAULT_UPDATE_TRIES
+    first_ms: int = DEFAULT_UPDATE_INITIAL_BACKOFF_MS
+    longest_ms: int = DEFAULT_UPDATE_MAX_BACKOFF_MS
     found = config.get("repo_update_retries") if isinstance(config, dict) else None
     found = found.get("default") if isinstance(found, dict) else None
     if isinstance(found, dict):

@@ -37,7 +37,7 @@ from icechunk.log.repository.entry import Entry, decode_entry, epoch_prefix
 from icechunk.log.repository.events import CONVERT, Sealed
 from icechunk.log.repository.freshness import Instant, instant, is_fresh, store_time_us
 from icechunk.log.repository.marker import NO_FILES, files_to_open_with, state_of
-from icechunk.log.repository.objects import DEFAULT_UPDATES_PER_FILE, Known, RepoObject, read_slot
+from icechunk.log.repository.objects import Known, RepoObject, read_slot, updates_per_file_of
 from icechunk.log.repository.state import MAIN, RepoState, resting_on
 from icechunk.log.repository.store_check import may_write
 from icechunk.runtime.clock import Sources
@@ -131,11 +131,7 @@ class LogView:
     @property
     def updates_per_file(self) -> int:
         """Most entries of the ops log that one ``repo`` object holds."""
-        if self._updates_per_file is not None:
-            return max(1, self._updates_per_file)
-        config = self.state.config
-        persisted = config.get("num_updates_per_repo_info_file") if isinstance(config, dict) else None
-        return persisted if isinstance(persisted, int) and persisted > 0 else DEFAULT_UPDATES_PER_FILE
+        return updates_per_file_of(self._updates_per_file, self.state.config)
 
     @updates_per_file.setter
     def updates_per_file(self, value: int | None) -> None:

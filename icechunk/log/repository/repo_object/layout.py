@@ -36,7 +36,7 @@ from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_rep
 from icechunk.format.repo.repo_info import Update
 from icechunk.log.repository.freshness import instant
 from icechunk.log.repository.marker import cutoff_of, nonce_of, write_mark
-from icechunk.log.repository.objects import DEFAULT_UPDATES_PER_FILE, RepoObject, encode, read_repo
+from icechunk.log.repository.objects import RepoObject, encode, read_repo, updates_per_file_of
 from icechunk.log.repository.ops_log import happened, updates_of
 from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Layout, SwapToken
 from icechunk.log.repository.queue import Attempt, Group, UpdateRetries, Waiting, build, retries_of
@@ -126,11 +126,7 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
     @property
     def updates_per_file(self) -> int:
         """Most entries of the ops log that ``repo`` holds."""
-        if self._updates_per_file is not None:
-            return max(1, self._updates_per_file)
-        config = self.state.config
-        persisted = config.get("num_updates_per_repo_info_file") if isinstance(config, dict) else None
-        return persisted if isinstance(persisted, int) and persisted > 0 else DEFAULT_UPDATES_PER_FILE
+        return updates_per_file_of(self._updates_per_file, self.state.config)
 
     def share_files(self, files: WeightedCache[str, bytes]) -> None:
         self._files = files
