@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from tests.session.test_checkpoint import N, committed, get, new_repo, put, segments, values
+from tests.session.test_session_checkpoint import N, committed, get, new_repo, put, segments, values
 
 import icechunk
 from icechunk import ConflictDetector, ForkSession, MergeFailedError, RebaseFailedError, Repository
