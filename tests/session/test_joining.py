@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from tests.session.test_session_checkpoint import N, committed, get, new_repo, put, segments, values
 
 import icechunk
 from icechunk import ConflictDetector, ForkSession, MergeFailedError, RebaseFailedError, Repository
@@ -18,6 +17,7 @@ from icechunk.errors import ErrorKind, SessionEndedError, SessionNotFoundError
 from icechunk.storage.port import Storage
 from tests.log.session.builders import native
 from tests.maintenance.helpers import by_layout
+from tests.session.test_session_checkpoint import N, committed, get, new_repo, put, segments, values
 
 WORKER = """
 import sys
