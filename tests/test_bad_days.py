@@ -197,7 +197,7 @@ async def test_chunks_that_cannot_be_written_fail_the_commit_and_are_kept_for_th
 
 @pytest.mark.thorough
 @EVERY_FAULT
-async def test_commit_that_meets_it_is_refused_or_called_unknown_and_never_half_there(
+async def test_a_commit_beside_it_is_refused_or_of_unknown_outcome_and_never_partly_visible(
     server: FaultyS3, fault: str | Say, message: str
 ) -> None:
     storage = storage_on(server.endpoint)
@@ -344,7 +344,7 @@ def unknown_host() -> Iterator[str]:
     ],
 )
 @pytest.mark.parametrize("verb", ["open", "create"])
-async def test_unreachable_service_is_an_error_that_says_what_to_check(
+async def test_unreachable_service_is_an_error_that_names_the_checks_to_make(
     place: contextlib.AbstractContextManager[str], message: str, verb: str
 ) -> None:
     with place() as endpoint:  # type: ignore[operator]
@@ -372,7 +372,7 @@ def sizes_below(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-async def test_disk_that_is_full_fails_the_commit_and_nothing_is_lost_once_there_is_room(
+async def test_a_full_disk_fails_the_commit_and_nothing_is_lost_once_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     repository = await repository_on(LocalStorage(tmp_path))

@@ -78,7 +78,7 @@ def test_modules_are_imported_with_the_dependencies_alone_but_for_those_of_extra
         assert others <= EXTRAS[OPTIONAL[name]], name
 
 
-def test_what_is_declared_is_imported() -> None:
+def test_declared_dependencies_are_imported() -> None:
     found = {name for tree in FILES.values() for name in imported(tree, at_import_only=False)}
     assert REQUIRED.union(*EXTRAS.values()) - found <= NOT_IMPORTED
 

@@ -21,6 +21,6 @@ def test_a_mutant_changes_its_file_and_leaves_valid_python(mutant: Mutant) -> No
     assert all((PROJECT / path).exists() for tests in mutant.tests for path in tests.split())
 
 
-def test_there_are_enough_and_no_name_twice() -> None:
+def test_there_are_enough_mutants_and_no_name_twice() -> None:
     assert len(MUTANTS) >= 60
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)

@@ -81,7 +81,7 @@ async def test_a_repository_of_each_layout_is_made_written_and_opened_again(
 
 
 @pytest.mark.parametrize(("asked", "layout", "version"), LAYOUTS[:2], ids=["log", "repo"])
-async def test_no_commit_of_processes_that_race_is_lost(
+async def test_no_commit_of_racing_processes_is_lost(
     storage: Storage, asked: int | None, layout: str, version: int
 ) -> None:
     await (await icechunk.Repository.create_async(storage, spec_version=asked)).aclose()

@@ -239,7 +239,7 @@ async def test_sessions_are_persisted_without_listing_and_resumed_with_it(
 
 
 @every_layout
-async def test_where_there_is_no_repository_a_client_is_told_so_or_why_that_cannot_be_told(layout: str) -> None:
+async def test_the_error_for_an_absent_repository_says_so_or_names_the_missing_right(layout: str) -> None:
     for rights, hides in (({Right.READ}, False), ({Right.READ, Right.LIST}, True)):
         storage = with_rights(MemoryStorage(), rights, hides=hides)
         assert not await Repository.exists_async(storage)
@@ -361,7 +361,7 @@ async def test_the_error_survives_pickling() -> None:
     assert str(again) == str(error)
 
 
-def test_what_the_service_says_about_the_right_decides() -> None:
+def test_the_right_that_the_service_names_decides() -> None:
     said = "AccessDenied: User: arn:aws:iam::1:user/u is not authorized to perform: {} on resource: r because no policy"
     assert isinstance(denied(Right.READ, "k", said.format("s3:ListBucket")), ObjectNotFoundError)
     told = denied(Right.READ, "k", said.format("s3:GetObject"))

@@ -116,7 +116,7 @@ def constantly(tile: tuple[int, ...]) -> Callable[[NodeSnapshot], tuple[int, ...
 
 @settings(max_examples=60, deadline=None)
 @given(STEPS)
-def test_whatever_the_splitting_and_its_changes_the_same_is_read(steps: list) -> None:  # type: ignore[type-arg]
+def test_the_same_values_are_read_under_any_splitting_and_after_its_changes(steps: list) -> None:  # type: ignore[type-arg]
     from icechunk.log.session.plan.compaction import plan
 
     repo = Repo(Policy.explicit())

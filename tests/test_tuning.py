@@ -182,7 +182,7 @@ async def test_long_transfers_are_split_by_default_where_that_can_help() -> None
     assert storage.read == [size // 2] * 2
 
 
-async def test_files_of_a_local_disk_are_read_whole_whatever_size_of_request_is_set(tmp_path: Path) -> None:
+async def test_files_of_a_local_disk_are_read_whole_for_any_configured_size_of_requests(tmp_path: Path) -> None:
     """The official library persists 4 KiB for them."""
     concurrency = StorageConcurrencySettings(ideal_concurrent_request_size=4096)
     config = RepositoryConfig(engine=ALONE, storage=StorageSettings(concurrency=concurrency))

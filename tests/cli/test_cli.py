@@ -103,7 +103,7 @@ def test_an_endpoint_without_a_server_is_one_line_too(capsys: pytest.CaptureFixt
     _one_line(capsys)
 
 
-def test_the_command_imports_only_what_it_needs() -> None:
+def test_the_command_imports_only_the_modules_that_it_needs() -> None:
     code = "import sys, icechunk.cli; icechunk.cli.main(['--version']); print('xarray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "False"

@@ -74,6 +74,6 @@ def test_expressions_of_rusts_engine_match_as_there(expression: str, matches: li
     "expression",
     ["[a-z&&[^b]]", "[a[b]]", "[a--b]", "[[:^alpha:]]", "[[:nope:]]", r"\p{Greek}", r"[\p{L}]", r"a\Z", r"\PL"],
 )
-def test_what_python_would_read_otherwise_is_refused(expression: str) -> None:
+def test_expressions_that_python_reads_differently_are_refused(expression: str) -> None:
     with pytest.raises(PatternError):
         Pattern(expression)

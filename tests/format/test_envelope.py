@@ -129,7 +129,7 @@ def test_a_large_payload_is_in_memory_once(with_size: bool) -> None:
 
 
 @pytest.mark.parametrize("file_type", list(FileType))
-def test_a_file_that_compresses_more_than_readers_believe_is_written_so_that_it_is_read(
+def test_a_file_with_a_higher_ratio_than_readers_accept_is_written_so_that_it_is_read(
     file_type: FileType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bound = envelope._BOUNDS[file_type]

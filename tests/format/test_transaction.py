@@ -95,7 +95,7 @@ def test_another_id_than_expected_is_a_format_error() -> None:
         decode_transaction_log(encode_transaction_log(EMPTY), expected_id=ObjectId(bytes(12)))
 
 
-def test_logs_are_filled_a_block_at_a_time_whatever_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logs_are_filled_a_block_at_a_time_for_every_size_of_block(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(1)
     chunks = {
         NodeId(rng.bytes(8)): np.unique(rng.integers(0, 9, (n, 2)), axis=0).astype(np.uint32) for n in (5, 0, 1, 20, 3)

@@ -80,7 +80,7 @@ def test_chunks_that_fit_can_be_written_and_deleted(path: str, key: str) -> None
         assert get(repo, "both/c") == CHUNK
 
 
-def test_nothing_else_is_blocked(path: str) -> None:
+def test_references_of_different_ranks_block_no_other_operation(path: str) -> None:
     repo = Repository.open(icechunk.local_filesystem_storage(path))
     first = list(repo.ancestry(branch="main"))[-1].id
     assert "/ranks" in repo.diff(from_snapshot_id=first, to_branch="main").new_arrays

@@ -48,12 +48,12 @@ IN_MEMORY = {"repository in memory": "InvalidInputError", "storage in memory": "
 """Here; there such a repository pickles, and is another, empty one where it arrives."""
 
 
-def test_what_pickles_here(tmp_path: Path) -> None:
+def test_the_listed_objects_pickle_here(tmp_path: Path) -> None:
     assert outcomes(str(tmp_path)) == dict.fromkeys(TRAVEL | OURS, "travels") | REFUSE | IN_MEMORY
 
 
 @pytest.mark.oracle
-def test_what_pickles_there(tmp_path: Path) -> None:
+def test_the_listed_objects_pickle_with_the_official_library(tmp_path: Path) -> None:
     if os.environ.get("ICECHUNK_REQUIRE_ORACLE") == "1":
         oracle.ensure(VERSION)
     elif oracle.find(VERSION) is None:

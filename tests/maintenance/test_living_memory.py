@@ -31,7 +31,7 @@ async def commit(history: History, value: int) -> None:
 
 
 @by_layout
-async def test_a_second_collection_reads_only_what_is_new(version: int | None) -> None:
+async def test_a_second_collection_reads_only_new_files(version: int | None) -> None:
     recording = RecordingStorage(AgedStorage(MemoryStorage()), turns=0)
     history = await History.create(recording, version)
     for value in range(5):
@@ -50,7 +50,7 @@ async def test_a_second_collection_reads_only_what_is_new(version: int | None) -
 
 
 @pytest.mark.parametrize("version", [None, 2], ids=["log", "repo"])
-async def test_after_an_expiration_what_died_is_collected_all_the_same(version: int | None) -> None:
+async def test_after_an_expiration_dead_objects_are_collected_all_the_same(version: int | None) -> None:
     storage = MemoryStorage()
     history = await History.create(AgedStorage(storage), version)
     for value in range(5):

@@ -238,7 +238,7 @@ async def test_a_missing_snapshot_ends_it_before_anything_is_written() -> None:
     assert repo.lookup_branch("dev é") == tip
 
 
-async def test_a_broken_snapshot_that_nothing_reaches_is_no_hindrance() -> None:
+async def test_a_broken_snapshot_that_no_ref_reaches_does_not_matter() -> None:
     storage = icechunk.in_memory_storage()
     repo = fill(storage)
     await storage.put("snapshots/00000000000000000000", b"broken")
@@ -452,7 +452,7 @@ async def test_an_unfinished_upgrade_can_be_read_and_its_status_gives_the_reason
         repo.create_tag("x", repo.lookup_branch("main"))
 
 
-async def test_an_unfinished_upgrade_shows_what_was_committed_since() -> None:
+async def test_an_unfinished_upgrade_shows_commits_made_since() -> None:
     storage = MemoryStorage()
     reader = await stopped_halfway(storage)
     tip, other = await reader.lookup_branch_async("main"), await reader.lookup_branch_async("dev é")

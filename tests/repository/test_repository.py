@@ -547,7 +547,7 @@ def test_a_change_that_another_client_has_made_possible_meanwhile_is_not_refused
     assert ours.lookup_tag("v1") == newer
 
 
-async def test_a_clock_that_stands_still_hides_no_commit() -> None:
+async def test_a_clock_that_does_not_advance_hides_no_commit() -> None:
     storage = MemoryStorage()
     writer = await Repository.create_async(storage)
     reader = await Repository.open_async(storage)

@@ -93,7 +93,7 @@ async def test_a_watcher_gets_events_that_happen_while_it_waits(layout: str) -> 
     assert heard == made[-3:] or heard == made[:3]
 
 
-async def test_nothing_happened_costs_one_request_a_poll() -> None:
+async def test_a_poll_without_changes_costs_one_request() -> None:
     storage = RecordingStorage(in_memory_storage())
     repo = await Repository.create_async(storage)
     await told(repo)

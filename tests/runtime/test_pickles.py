@@ -74,7 +74,7 @@ def test_the_version_is_looked_at_before_any_module_that_the_other_version_has(
             pickle.loads(renamed)
 
 
-def test_modules_that_never_were_are_missing_as_ever() -> None:
+def test_modules_that_never_existed_are_missing_as_usual() -> None:
     assert find_spec("icechunk.nothing") is None
     with pytest.raises(ModuleNotFoundError):
         __import__("icechunk.status")

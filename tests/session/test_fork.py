@@ -52,7 +52,7 @@ def travel(fork: ForkSession) -> ForkSession:
     return arrived
 
 
-def test_a_fork_begins_with_all_that_its_parent_has_changed_and_calls_none_of_it_its_own(repo: Repository) -> None:
+def test_a_fork_begins_with_all_changes_of_its_parent_and_counts_none_of_them_as_its_own(repo: Repository) -> None:
     session = repo.writable_session("main")
     put(session, "a", 0, 50)
     create(session, "new")

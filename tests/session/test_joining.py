@@ -32,7 +32,7 @@ fork.checkpoint()
 
 
 @by_layout
-async def test_what_forks_hand_over_is_collected_once(storage: Storage, version: int | None) -> None:
+async def test_changes_that_forks_hand_over_are_collected_once(storage: Storage, version: int | None) -> None:
     repo = await new_repo(storage, version)
     session = await repo.writable_session_async("main")
     await put(session, 1, 1)
@@ -69,7 +69,7 @@ async def test_what_forks_hand_over_is_collected_once(storage: Storage, version:
     await elsewhere.aclose()
 
 
-async def test_a_process_that_resumed_the_session_collects_and_what_was_merged_before_does_no_harm(
+async def test_a_process_that_resumed_the_session_collects_and_passes_over_merged_forks(
     storage: Storage,
 ) -> None:
     repo = await new_repo(storage)
@@ -139,7 +139,7 @@ async def test_conflicts_between_forks_are_those_of_a_merge(storage: Storage) ->
     await repo.aclose()
 
 
-async def test_a_fork_that_gives_up_hands_over_nothing(storage: Storage) -> None:
+async def test_a_fork_that_discards_its_changes_hands_over_nothing(storage: Storage) -> None:
     repo = await new_repo(storage)
     session = await repo.writable_session_async("main")
     id = await session.checkpoint_async()

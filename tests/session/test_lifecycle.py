@@ -197,7 +197,7 @@ def checkpoint_is_current(storage: Storage) -> bool:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_program_on_local_disk_ends_in_silence_with_a_current_checkpoint(script: str, tmp_path: Path) -> None:
+def test_a_program_on_local_disk_ends_without_output_and_with_a_current_checkpoint(script: str, tmp_path: Path) -> None:
     path = str(tmp_path / "repository")
     end_of(script, path, tmp_path, "-X", "dev")
     assert checkpoint_is_current(icechunk.local_filesystem_storage(path))
@@ -207,7 +207,7 @@ ON_S3 = ["sync", "asyncio", "mixed", "error in the middle of a session", "left w
 
 
 @pytest.mark.parametrize("script", ON_S3)
-def test_a_program_on_s3_ends_in_silence_with_a_current_checkpoint(
+def test_a_program_on_s3_ends_without_output_and_with_a_current_checkpoint(
     script: str, tmp_path: Path, moto_service: services.S3Service
 ) -> None:
     spec = json.dumps(

@@ -164,7 +164,7 @@ async def test_an_abandoned_session_leaves_only_the_record_of_its_end(storage: S
     await repo.aclose()
 
 
-async def test_a_checkpoint_costs_what_is_new() -> None:
+async def test_the_cost_of_a_checkpoint_is_in_proportion_to_the_new_events() -> None:
     storage = RecordingStorage(MemoryStorage())
     repo = await new_repo(storage)
     session = await repo.writable_session_async("main")
@@ -194,7 +194,7 @@ async def test_a_checkpoint_costs_what_is_new() -> None:
     await repo.aclose()
 
 
-async def test_what_was_rolled_back_rebased_or_discarded_is_so_in_the_segments_too(storage: Storage) -> None:
+async def test_rollbacks_rebases_and_discards_are_in_the_segments_too(storage: Storage) -> None:
     repo = await new_repo(storage)
     session = await repo.writable_session_async("main")
     await put(session, 1, 1)
@@ -444,7 +444,9 @@ def after(seconds: float) -> datetime:
 
 @pytest.mark.thorough
 @by_layout
-async def test_a_collection_keeps_what_a_leased_session_has_and_its_base(storage: Storage, version: int | None) -> None:
+async def test_a_collection_keeps_the_objects_and_the_base_of_a_leased_session(
+    storage: Storage, version: int | None
+) -> None:
     repo = await new_repo(storage, version)
     session = await repo.writable_session_async("main")
     await put(session, slice(0, 10), 7)

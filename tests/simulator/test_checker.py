@@ -183,7 +183,7 @@ def test_a_reader_of_independent_refs_may_see_them_at_different_moments() -> Non
         "a failed commit is in history",
     ],
 )
-def test_each_independent_ref_is_still_judged(name: str) -> None:
+def test_a_bad_history_is_refused_also_if_refs_are_independent(name: str) -> None:
     assert not right(*BAD[name], independent=True)
 
 

@@ -112,7 +112,7 @@ def record(root: Path, life: Callable[[Recorder], None], *, names_follow_files: 
 
 @pytest.mark.parametrize("names_follow_files", [False, True], ids=["folders are synced", "names follow files"])
 @pytest.mark.parametrize("loss", list(Loss), ids=lambda loss: loss.value)
-def test_what_was_acknowledged_outlives_a_power_failure(
+def test_acknowledged_changes_outlive_a_power_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Loss, names_follow_files: bool
 ) -> None:
     monkeypatch.setattr(folders, "syncs_names", lambda device: names_follow_files)
@@ -247,7 +247,7 @@ def test_a_repo_that_is_torn_without_a_copy_is_an_error(tmp_path: Path) -> None:
         repository(root)
 
 
-def test_a_copy_of_a_log_that_has_ended_is_not_believed(tmp_path: Path) -> None:
+def test_a_copy_of_a_log_that_has_ended_is_not_taken_for_the_log(tmp_path: Path) -> None:
     root = tmp_path / "r"
     repo = repository(root, create=True)
     commit(repo, 0)

@@ -46,7 +46,7 @@ def test_the_serialised_session_log_of_the_page_is_encoded_byte_for_byte() -> No
     assert encode_log(base.id, again.events) == data
 
 
-def test_the_segment_head_of_the_page_is_what_we_write() -> None:
+def test_the_segment_head_of_the_page_is_the_one_that_we_write() -> None:
     head = SegmentHead(
         kind=SegmentKind.COMMITTING,
         nonce=bytes(range(16)),

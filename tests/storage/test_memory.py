@@ -40,7 +40,7 @@ KEYS = st.sampled_from(["a", "a/b", "b", "ab", "é"])
 
 
 @given(st.lists(st.tuples(st.sampled_from(["put", "delete", "list"]), KEYS)))
-def test_a_listing_is_in_order_whatever_was_written_since_the_last(steps: list[tuple[str, str]]) -> None:
+def test_a_listing_is_in_order_after_any_writes_since_the_last(steps: list[tuple[str, str]]) -> None:
     async def run() -> None:
         storage, expected = MemoryStorage(), set[str]()
         for verb, key in [*steps, ("list", "")]:

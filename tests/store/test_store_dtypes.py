@@ -475,7 +475,7 @@ def test_dimension_names_come_back(names: list[str | None] | None) -> None:
 @pytest.mark.parametrize(
     "name", ["0", "c", "c/0", "zarr", "with space", "ünï", "a.b", "-", "x" * 200, "__hidden", "%2F"]
 )
-def test_odd_names_are_names(name: str) -> None:
+def test_unusual_names_are_accepted(name: str) -> None:
     life = Life()
     root = zarr.create_group(life.store)
     root.create_array(f"{name}/{name}", shape=(2,), chunks=(1,), dtype="i4")[:] = [1, 2]

@@ -521,7 +521,7 @@ def test_nothing_is_started_by_an_import() -> None:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("interface", ["sync", "async", "zarr", "unclosed", "mixed"])
-def test_process_ends_without_a_word(tmp_path: Any, moto_storage: Storage, interface: str) -> None:
+def test_the_process_ends_without_output(tmp_path: Any, moto_storage: Storage, interface: str) -> None:
     """In a process of its own, on S3, where clients would complain of being left open."""
     script = tmp_path / "script.py"
     script.write_text(_SCRIPT)

@@ -220,7 +220,7 @@ def test_store_paths_and_arrays_of_zarr_can_be_pickled_with_the_store(repository
 
 @pytest.mark.parametrize("dirty", [False, True])
 @pytest.mark.parametrize("what", ["session", "store", "read-only store", "path", "array", "deep copy"])
-def test_writable_ones_refuse_and_point_to_fork(repository: Repository, what: str, dirty: bool) -> None:
+def test_writable_sessions_refuse_and_point_to_fork(repository: Repository, what: str, dirty: bool) -> None:
     session = repository.writable_session("main")
     store = session.store
     if dirty:

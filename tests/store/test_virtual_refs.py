@@ -224,7 +224,7 @@ async def test_boxes_that_do_not_fit_are_refused(folder: Path, store: IcechunkSt
     assert await box((0, 3), 0) is None
 
 
-async def test_the_log_does_not_change_when_the_caller_changes_his_columns(folder: Path, store: IcechunkStore) -> None:
+async def test_the_log_does_not_change_when_the_caller_changes_its_columns(folder: Path, store: IcechunkStore) -> None:
     offsets = u64(*range(0, 24, 4))
     await store.set_virtual_refs_arr_async(
         "a", (2, 3), [prefix_of(folder) + "f"] * 6, offsets, np.full(6, 4, np.uint64)

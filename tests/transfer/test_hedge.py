@@ -132,7 +132,7 @@ def test_requests_of_other_magnitudes_say_nothing_about_one() -> None:
     ),
     st.integers(1, 3),
 )
-def test_nothing_is_left_in_flight_whatever_hangs_fails_or_is_cancelled(
+def test_nothing_is_left_in_flight_after_any_hang_failure_or_cancellation(
     reads: list[tuple[list[str], int | None]], places: int
 ) -> None:
     async def main() -> None:

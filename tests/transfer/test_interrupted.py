@@ -151,7 +151,7 @@ async def test_reader_that_joined_a_read_gets_its_bytes_whether_or_not_that_is_c
         assert await took_s(join) < ANSWERED_S
 
 
-async def test_threads_that_read_what_an_interrupted_one_reads_are_answered_at_once() -> None:
+async def test_threads_that_read_the_same_bytes_as_an_interrupted_one_are_answered_at_once() -> None:
     async with with_array() as server:
         repository = await asyncio.to_thread(Repository.open, storage_on(server))
         store = (await asyncio.to_thread(repository.readonly_session, "main")).store

@@ -33,7 +33,7 @@ def pool_on(disk: Disk) -> PutPool:
     return PutPool(disk, memory=PutMemory(10**6), gates=Gates(8))
 
 
-async def test_what_was_put_is_written_and_a_flush_makes_all_of_it_durable_at_once(tmp_path: Path) -> None:
+async def test_puts_are_written_and_a_flush_makes_all_of_them_durable_at_once(tmp_path: Path) -> None:
     disk = Disk(tmp_path)
     pool = pool_on(disk)
     for number in range(3):

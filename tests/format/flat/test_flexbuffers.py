@@ -124,6 +124,6 @@ def test_vectors_that_share_their_children_exponentially_are_refused() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"\0", b"\0\0", b"\0\0\3", b"\xff\x28\x01", b"\x01\x14\x01", b"\0\xf0\x01"])
-def test_nonsense_is_a_format_error(data: bytes) -> None:
+def test_random_bytes_are_a_format_error(data: bytes) -> None:
     with pytest.raises(FormatError):
         flexbuffers.loads(data)

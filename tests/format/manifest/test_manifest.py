@@ -294,7 +294,7 @@ def together(files: Sequence[tuple[ObjectId, bytes]]) -> list[list[tuple[NodeId,
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(manifests(), st.sampled_from((1, 2))), max_size=5))
-def test_manifests_that_are_read_together_hold_what_each_holds(many: list[tuple[Manifest, int]]) -> None:
+def test_manifests_that_are_read_together_have_the_contents_of_each(many: list[tuple[Manifest, int]]) -> None:
     files = [(one.id, encode_manifest(one, spec_version)) for one, spec_version in many]
     assert together(files) == singly(files)
 

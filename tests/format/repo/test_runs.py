@@ -110,7 +110,7 @@ class Life:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_what_is_written_again_and_again_is_what_it_should_be(seed: int) -> None:
+def test_a_file_that_is_written_many_times_has_the_expected_contents(seed: int) -> None:
     life = Life(seed)
     for _ in range(80):
         life.step()

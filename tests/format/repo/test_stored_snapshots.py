@@ -236,7 +236,7 @@ def test_a_duplicate_id_is_refused_by_every_lookup(order: list[int]) -> None:
 
 
 @pytest.mark.parametrize("parent", [-2, 2, 2**31 - 1])
-def test_a_parent_that_is_not_there_is_refused_whatever_is_looked_for(parent: int) -> None:
+def test_a_missing_parent_is_refused_by_every_lookup(parent: int) -> None:
     for look in LOOKS:
         info = decode_repo(file_of([table_of(1), table_of(2, parent=parent)]))
         with raises(FormatError, "invalid-file-format", an_id(2).hex(), parent):
@@ -266,7 +266,7 @@ def test_a_history_whose_parents_form_a_cycle_ends_with_an_error() -> None:
         list(graph.lineage_rows(an_id(1)))
 
 
-def test_only_what_is_read_of_a_long_lineage_is_decoded_and_what_cannot_be_read_is_refused_at_once() -> None:
+def test_only_the_read_part_of_a_long_lineage_is_decoded_and_an_unreadable_one_is_refused_at_once() -> None:
     records = history(300)
     found = stored(records)
     graph = SnapshotGraph.of(found)

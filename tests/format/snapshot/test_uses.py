@@ -48,7 +48,7 @@ def singly(files: Sequence[tuple[ObjectId, bytes]]) -> Uses:
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_snapshots_that_are_read_together_refer_to_what_each_refers_to(data: st.DataObject) -> None:
+def test_snapshots_that_are_read_together_have_the_references_of_each(data: st.DataObject) -> None:
     versions = data.draw(st.lists(st.sampled_from((1, 2)), min_size=1, max_size=5))
     drawn = [(data.draw(snapshots(version)), version) for version in versions]
     files = [(snapshot.id, encode_snapshot(snapshot, version)) for snapshot, version in drawn]

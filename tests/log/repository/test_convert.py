@@ -62,7 +62,7 @@ async def test_a_client_that_followed_into_a_log_converts_that_log() -> None:
     await log.aclose()
 
 
-async def test_a_client_of_a_log_that_has_ended_converts_what_the_log_became() -> None:
+async def test_a_client_of_a_log_that_has_ended_converts_the_repo_object_that_followed() -> None:
     storage = MemoryStorage()
     log = await create_log(storage)
     await convert_by_another_client(storage, Layout.REPO)
@@ -132,7 +132,7 @@ def writes(request: Request) -> bool:
 @pytest.mark.parametrize(
     "steps", ["", "1", "2", "3", "5", "log", "5 log", "log 4", "log 4 repo 3", "3 log repo 5", "log repo log 1"]
 )
-async def test_a_token_of_the_repo_object_is_settled_whatever_becomes_of_that(
+async def test_a_token_of_the_repo_object_is_settled_after_any_conversion(
     landed: bool, window: int | None, steps: str
 ) -> None:
     store = MemoryStorage()

@@ -105,7 +105,7 @@ def strike(path: str, behaviour: str | Say, times: int) -> Callable[[Seen], str 
 @pytest.mark.parametrize("times", [1, 3])
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("layout", VERSIONS)
-async def test_a_commit_lands_exactly_once_whatever_becomes_of_its_answer(
+async def test_a_commit_lands_exactly_once_with_any_fate_of_its_answer(
     proxy: tuple[Proxy, S3Storage], layout: str, fault: str, times: int
 ) -> None:
     server, storage = proxy

@@ -309,7 +309,7 @@ async def told_unknown(log: RepositoryLog, storage: ScriptedStorage, propose: Pr
 @every_layout
 @pytest.mark.parametrize("how", ["lost", "deadline", "cancelled"])
 @every_change
-async def test_a_change_whose_caller_was_told_anything_is_never_sent_again(
+async def test_a_change_is_never_sent_again_once_its_caller_was_notified(
     world: Outcomes, change: str, how: str
 ) -> None:
     log, storage = await world.create()
@@ -332,7 +332,7 @@ async def test_a_change_whose_caller_was_told_anything_is_never_sent_again(
 
 
 @every_layout
-async def test_a_commit_whose_caller_was_told_is_not_brought_back_by_the_next_one(world: Outcomes) -> None:
+async def test_a_commit_is_not_sent_by_the_next_one_once_its_caller_was_notified(world: Outcomes) -> None:
     log, storage = await world.create()
     told = await told_unknown(log, storage, await world.commit(1), "lost")
     storage.script = None

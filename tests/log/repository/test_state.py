@@ -78,7 +78,7 @@ def test_a_commit_on_a_stale_parent_is_a_conflict_that_names_both_tips() -> None
     assert caught.value.kind == "commit-conflict"
 
 
-def test_times_in_the_fold_increase_whatever_the_writers_clocks_say() -> None:
+def test_times_in_the_fold_increase_with_any_clocks_of_the_writers() -> None:
     state = after(fresh(), commit(1, FIRST_SNAPSHOT), time_us=9_000)
     state = after(state, commit(2, an_id(1)), time_us=3)
     assert [update.updated_at_us for update in state.updates] == [9_001, 9_000, 1_001]

@@ -70,7 +70,7 @@ def canonical(value: object) -> object:
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(WILD, max_size=4), NUMBERS)
-def test_whatever_the_fold_accepts_is_written_to_a_checkpoint_and_read_back_equal(
+def test_every_event_that_the_fold_accepts_is_written_to_a_checkpoint_and_read_back_equal(
     events: list[e.Event], time_us: int
 ) -> None:
     state = fresh()

@@ -63,7 +63,7 @@ def test_the_head_is_read_from_the_first_bytes() -> None:
 
 
 @pytest.mark.parametrize("data", [b"x", b"x" * 100, b"ICESEGM\n\x02\x00\x02\x00\x00\x00{}", DATA + b"\0"])
-def test_what_is_no_segment_is_a_format_error(data: bytes) -> None:
+def test_bytes_that_are_no_segment_are_a_format_error(data: bytes) -> None:
     with pytest.raises(FormatError):
         decode_segment(data)
 

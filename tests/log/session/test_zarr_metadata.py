@@ -22,7 +22,7 @@ def rectilinear(*shapes: object) -> dict[str, object]:
     return {"name": "rectilinear", "configuration": {"kind": "inline", "chunk_shapes": list(shapes)}}
 
 
-def test_a_group_is_a_group() -> None:
+def test_a_group_is_parsed() -> None:
     assert parse_node(GROUP, "/") == GroupMeta()
     assert parse_node(b'{"zarr_format":3,"node_type":"group"}', "/") == GroupMeta()
 

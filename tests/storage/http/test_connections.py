@@ -446,7 +446,7 @@ def test_an_answer_is_the_same_however_it_is_cut(whole: bytes, cuts: list[int]) 
 
 @settings(max_examples=200)
 @given(data=st.binary(max_size=300), after=st.sampled_from([b"", b"HTTP/1.1 200 OK\r\n", CHUNKED[:80], OK[:40]]))
-def test_nonsense_is_refused_or_waits_for_more(data: bytes, after: bytes) -> None:
+def test_random_bytes_are_refused_or_wait_for_more(data: bytes, after: bytes) -> None:
     try:
         answer = Reading(bodiless=False, buffers=Buffers()).feed(after + data)
     except (ValueError, BadAnswerError):

@@ -228,7 +228,7 @@ async def test_the_loop_moves_the_bytes_if_no_thread_starts(monkeypatch: pytest.
         assert made._threads._free == http1._THREADS
 
 
-async def test_no_room_is_made_on_the_word_of_an_absurd_header() -> None:
+async def test_an_absurd_length_in_a_header_allocates_no_memory() -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\nx" % 10**15
     async with serving(saying(answer, close=True)) as origin, connections() as made:
         with pytest.raises(BadAnswerError, match=re.escape("1000000000000000")):

@@ -215,7 +215,7 @@ async def test_a_commit_that_meets_silence_takes_little_longer_than_the_silence(
             assert messages.count("through silence") == 1
 
 
-async def test_a_write_under_a_condition_that_was_given_up_is_found_out_about() -> None:
+async def test_the_outcome_of_a_conditional_write_that_was_given_up_is_looked_up() -> None:
     async with serving_s3() as server, asyncio.timeout(10):
         storage = storage_on(server)
 

@@ -88,7 +88,7 @@ async def test_redirects_are_followed_without_the_headers_for_another_server(web
         await storage.aclose()
 
 
-async def test_whatever_writes_is_refused_before_anything_is_sent(web: WebServer) -> None:
+async def test_every_write_is_refused_before_anything_is_sent(web: WebServer) -> None:
     storage = storage_on(web)
     for attempt in (storage.put("x", b"1"), storage.delete(["x"]), storage.copy("x", "y")):
         with pytest.raises(ReadOnlyError) as caught:
@@ -147,7 +147,7 @@ async def test_a_repository_of_each_layout_is_read_to_its_head(
         await each.aclose()
 
 
-async def test_nothing_there_is_said_so(web: WebServer) -> None:
+async def test_an_empty_place_is_reported_as_such(web: WebServer) -> None:
     storage = storage_on(web, "empty")
     assert not await icechunk.Repository.exists_async(storage)
     with pytest.raises(icechunk.RepositoryNotFoundError):

@@ -94,7 +94,7 @@ def test_a_small_commit_waits_for_the_disk_twice(
     assert [syncs.of(commit, repo, number, chunk=True) for number in range(5, 10)] == [with_chunk] * 5
 
 
-def test_whatever_else_changes_waits_for_the_disk_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_other_change_waits_for_the_disk_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repo = create(tmp_path / "r")
     tip = commit(repo, 0)
     syncs = Syncs(tmp_path, monkeypatch)

@@ -63,7 +63,7 @@ def test_the_system_has_the_call() -> None:
     assert files._start_range() is not None
 
 
-def test_synced_means_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_synced_only_if_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     monkeypatch.setattr(files, "fsync_file", synced.append)
     for number, wanted in enumerate([True, False, True]):

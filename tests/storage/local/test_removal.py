@@ -47,7 +47,7 @@ async def test_replacing_does_not_bring_a_root_back(tmp_path: Path) -> None:
     assert not root.exists()
 
 
-async def test_nor_does_a_copy_of_the_storage_in_another_process(tmp_path: Path) -> None:
+async def test_a_copy_of_the_storage_in_another_process_is_not_written_to_either(tmp_path: Path) -> None:
     root = tmp_path / "root"
     storage = LocalStorage(root)
     await storage.put("x", b"1")

@@ -138,7 +138,9 @@ async def test_files_of_writers_that_died_long_ago_are_swept(tmp_path: Path) -> 
     assert sorted(os.listdir(folder)) == sorted([young, foreign])
 
 
-async def test_they_are_swept_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unfinished_files_are_swept_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / RESERVED
     folder.mkdir()
     old = folder / files.temporary_name()

@@ -48,7 +48,7 @@ async def test_conditions_hold_and_later_objects_are_written_all_the_same(tmp_pa
 
 
 @pytest.mark.parametrize("torn", [b"", b"whol", bytes(5), b"longer than whole"])
-async def test_what_a_power_failure_tore_is_written_again(tmp_path: Path, torn: bytes) -> None:
+async def test_files_torn_by_a_power_failure_are_written_again(tmp_path: Path, torn: bytes) -> None:
     storage = LocalStorage(tmp_path)
     await storage.put("snapshots/x", torn)
     assert None not in await storage.put_unsynced([Put("snapshots/x", b"whole", Absent())])
@@ -63,7 +63,7 @@ async def test_an_object_that_is_gone_cannot_be_synced(tmp_path: Path) -> None:
         await storage.sync(["chunks/x"])
 
 
-async def test_a_disk_that_fails_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failing_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = LocalStorage(tmp_path)
     await storage.put_unsynced([Put("chunks/x", b"1")])
 

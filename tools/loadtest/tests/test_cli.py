@@ -68,7 +68,7 @@ def test_bad_input_is_refused_in_one_line(arguments: list[str], why: str, capsys
     assert not said.out
 
 
-def test_catalogue_and_plan_are_told_without_running_anything(capsys: pytest.CaptureFixture[str]) -> None:
+def test_catalogue_and_plan_are_printed_without_running_anything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     assert "cold_open" in capsys.readouterr().out
     assert main(["--dry-run", "--workloads", "commit", "--systems", "ours", "--repeat", "2"]) == 0
@@ -122,7 +122,7 @@ def test_on_something_that_is_no_terminal_progress_is_plain_lines(tmp_path: Path
 
 
 @pytest.mark.minio
-def test_minio_is_started_counts_requests_and_latency_is_felt(tmp_path: Path) -> None:
+def test_minio_is_started_counts_requests_and_adds_latency(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     arguments = ["--systems", "ours", "--workloads", "cold_open,commit_processes", "--sweep", "latency=0,30", *SMALL]
     assert main([*arguments, "--json", str(path)]) == 0

@@ -35,7 +35,7 @@ def test_one_wrong_byte_is_noticed(at: int) -> None:
         content.check(3, data)
 
 
-def test_another_chunk_a_short_one_and_an_old_version_are_noticed() -> None:
+def test_a_wrong_chunk_a_short_one_and_an_old_version_are_noticed() -> None:
     content = Content(256)
     with pytest.raises(Corrupt, match="has the header of chunk 4"):
         content.check(3, content.chunk(4))

@@ -18,7 +18,7 @@ def test_an_override_without_the_library_is_named(monkeypatch: pytest.MonkeyPatc
         oracle.ensure("2.3.0")
 
 
-def test_a_machine_without_a_fitting_python_is_told_what_to_install(
+def test_the_error_on_a_machine_without_a_fitting_python_names_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("ICECHUNK_ORACLE_23", raising=False)

@@ -17,7 +17,7 @@ def test_sizes_are_read_with_their_units(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "KiB", "a lot", "inf", "1e400"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_text_that_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(LoadTestError, match="is no size"):
         parse_size(text)
 
@@ -38,7 +38,7 @@ def test_sweeps_are_sorted_and_have_usual_values() -> None:
         ("chunk-size=1", "not between"),
     ],
 )
-def test_sweeps_of_nonsense_are_refused(text: str, why: str) -> None:
+def test_sweeps_without_valid_values_are_refused(text: str, why: str) -> None:
     with pytest.raises(LoadTestError, match=why):
         parse_sweep(text)
 

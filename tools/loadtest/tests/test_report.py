@@ -57,7 +57,7 @@ def test_the_page_names_systems_ratios_and_notes() -> None:
         assert workload.title in page
 
 
-def test_what_failed_is_shown_and_texts_are_escaped() -> None:
+def test_failures_are_shown_and_texts_are_escaped() -> None:
     found = results(measurement(errors=1, problems=("chunk <3> & more",)), measurement(system="official"))
     page = render(replace(found, verdicts=({"text": "read_random>=2x", "found": "1.00×", "ok": False},)))
     assert "chunk &lt;3&gt; &amp; more" in page

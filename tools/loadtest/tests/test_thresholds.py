@@ -60,7 +60,7 @@ def test_thresholds_hold_or_do_not(text: str, ok: bool, found: str | None) -> No
         ("write_small.p50<=2MiB", "is no unit of time"),
     ],
 )
-def test_what_is_no_threshold_is_refused_with_the_reason(text: str, why: str) -> None:
+def test_text_that_is_no_threshold_is_refused_with_the_reason(text: str, why: str) -> None:
     with pytest.raises(LoadTestError, match=why):
         parse_threshold(text)
 

@@ -213,7 +213,7 @@ async def test_a_client_that_slept_while_its_log_was_converted_and_pruned_follow
     assert not [key async for page in world.store.list_pages(f"log/{epoch}/") for key in page]
 
 
-async def test_a_client_that_slept_believes_no_slot_that_was_pruned_and_filled_again(world: World) -> None:
+async def test_a_client_that_slept_does_not_rely_on_a_slot_that_was_pruned_and_filled_again(world: World) -> None:
     log, _ = await world.create()
     await log.append(world.commit(1))
     reader, storage = await world.open()
@@ -284,7 +284,7 @@ async def test_a_takeover_is_found_at_the_next_checkpoint_sealed_and_reported(
     await world.store.get(slot_key(log.epoch, 2))
 
 
-async def test_a_reader_of_a_log_that_was_taken_over_is_told_so(world: World) -> None:
+async def test_a_reader_of_a_log_that_was_taken_over_gets_an_error(world: World) -> None:
     log, storage = await world.create()
     await log.append(world.commit(1))
     await log.checkpoint()
@@ -323,7 +323,7 @@ async def test_the_bytes_of_a_seal_do_not_change_from_try_to_try(world: World) -
     assert len(set(tries)) == 1
 
 
-async def test_who_opens_a_repo_object_that_becomes_a_log_meanwhile_does_not_seal_that(world: World) -> None:
+async def test_an_opening_during_a_conversion_to_the_log_does_not_seal_that_log(world: World) -> None:
     log, _ = await world.create()
     await log.convert_to_repo_object()
     found = await read_repo(world.store, world.clock.sources())

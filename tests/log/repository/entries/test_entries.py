@@ -56,7 +56,7 @@ async def test_an_error_of_a_proposal_reaches_its_caller_only(world: World) -> N
     assert not isinstance(fine, Exception)
 
 
-async def test_an_entry_with_a_stale_event_is_void_for_everybody(world: World) -> None:
+async def test_an_entry_with_a_stale_event_is_void_for_every_client(world: World) -> None:
     log, _ = await world.create()
     events = encode_events([*world.commit(1)(log.state), *world.commit(2)(log.state)])
     data = encode_entry(n=1, nonce=b"x" * 16, time_us=world.clock.now_us, since_us=None, events=events)

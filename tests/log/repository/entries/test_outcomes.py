@@ -128,7 +128,7 @@ async def test_a_token_of_an_entry_that_is_void_as_a_whole_did_not_land(world: W
         assert "t" not in one.state.tags
 
 
-async def test_settling_does_not_believe_a_slot_that_may_have_been_pruned_and_filled_again(
+async def test_settling_does_not_rely_on_a_slot_that_may_have_been_pruned_and_filled_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "_MANY_NONCES", 0)

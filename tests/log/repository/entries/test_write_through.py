@@ -60,13 +60,13 @@ async def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     await log.aclose()
 
 
-async def test_a_small_one_is_written_with_every_change(client: Client) -> None:
+async def test_a_small_checkpoint_is_written_with_every_change(client: Client) -> None:
     for number in range(1, 5):
         await client.commit(number)
         assert client.slot == number
 
 
-async def test_a_large_one_is_written_again_after_ten_times_as_long_as_it_took(
+async def test_a_large_checkpoint_is_written_again_after_ten_times_its_duration(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint_schedule, "_SMALL_BYTES", 0)
@@ -82,7 +82,7 @@ async def test_a_large_one_is_written_again_after_ten_times_as_long_as_it_took(
     assert client.has_file(6)
 
 
-async def test_a_large_one_is_brought_up_on_request_and_at_a_close(
+async def test_a_large_checkpoint_is_brought_up_to_date_on_request_and_at_a_close(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint_schedule, "_SMALL_BYTES", 0)

@@ -235,7 +235,7 @@ async def test_a_repository_that_was_upgraded_meanwhile_is_not_written_to(world:
 # --------------------------------------------------------------- lost answers
 
 
-async def test_ones_own_commit_is_recognised_below_that_of_another(world: RefFilesWorld) -> None:
+async def test_a_clients_own_commit_is_recognised_below_that_of_another(world: RefFilesWorld) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
     first, second = await world.commit(1), await world.commit(2, parent=an_id(1))

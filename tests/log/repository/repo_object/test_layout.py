@@ -176,7 +176,7 @@ async def test_a_store_that_ignores_if_match_is_found_before_anything_is_replace
     assert (await world.store.get("repo")).data == before
 
 
-async def test_a_clock_that_is_off_does_not_write(world: World) -> None:
+async def test_a_writer_with_a_wrong_clock_is_refused(world: World) -> None:
     await world.create()
     log, _ = await world.open(skew_s=3600)
     with raises(SessionStateError, "snapshot-timestamp", 3600):
@@ -194,7 +194,7 @@ async def test_creation_whose_answer_was_lost_is_recognised(world: World) -> Non
     assert dict(other.state.branches) == {"main": an_id(1)}
 
 
-async def test_nothing_is_created_over_a_repository_and_each_opens_as_what_it_is(world: World) -> None:
+async def test_nothing_is_created_over_a_repository_and_each_opens_in_its_own_layout(world: World) -> None:
     with pytest.raises(RepositoryNotFoundError):
         await world.open()
     await world.create()

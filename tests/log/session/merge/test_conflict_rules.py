@@ -290,7 +290,7 @@ def test_use_theirs_of_everything_leaves_an_empty_log() -> None:
     assert rebase(log, landed(repo, write("/a", 0)), THEIRS).is_empty
 
 
-def test_our_deletion_wins_over_their_update_unless_the_solver_minds() -> None:
+def test_our_deletion_wins_over_their_update_unless_the_solver_refuses() -> None:
     assert "/a" not in after(write("/a", 0), delete("/a"), OURS).snapshot.nodes
     assert not [p for p in after(array("/h/n"), delete("/h"), OURS).snapshot.nodes if p.startswith("/h")]
 

@@ -87,7 +87,7 @@ def test_created_and_deleted_in_between_leaves_no_trace() -> None:
     assert list(found.updated_chunks) == ["/k/a"]
 
 
-def test_moved_then_deleted_is_deleted_from_where_it_stood() -> None:
+def test_a_node_that_was_moved_and_deleted_is_listed_at_its_original_path() -> None:
     found = history().diff(2, 7)
     assert (found.deleted_groups, found.deleted_arrays, found.moved_nodes) == (
         frozenset({"/g"}),

@@ -141,7 +141,7 @@ def held(repo: Repo, path: str) -> list[tuple[tuple[int, ...], ChunkRef]]:
     return sorted(found, key=lambda row: row[0])
 
 
-def test_a_commit_of_many_small_arrays_reads_only_what_it_must() -> None:
+def test_a_commit_of_many_small_arrays_reads_only_the_manifests_that_change() -> None:
     repo = Repo()
     log = repo.log()
     for i in range(40):
