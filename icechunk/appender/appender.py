@@ -43,6 +43,8 @@ Promise: TypeAlias = Literal["buffered", "committed", "skipped"]
 OnDuplicate: TypeAlias = Literal["error", "skip", "replace"]
 
 _TIP_STAYS_S: Final = 5.0
+_LONGEST_RUN_S: Final = 0.0005
+"""Of puts that never wait: then other tasks have a turn, the commit's among them."""
 _SETTLE_PAUSES_S: Final = (0.05, 0.2, 1.0, 5.0)
 
 
@@ -82,6 +84,35 @@ class _Counts:
     commits: int = 0
     placed_again: int = 0
     rebased: int = 0
+
+
+class _Labels:
+    """Labels, ascending, in memory that doubles when it is full; or the last of them alone."""
+
+    __slots__ = ("_count", "_last_only", "_room")
+
+    def __init__(self, labels: Any, *, last_only: bool) -> None:
+        self._room = labels[-1:].copy() if last_only else labels
+        self._count, self._last_only = len(self._room), last_only
+
+    @property
+    def known(self) -> Any:
+        return self._room[: self._count]
+
+    @property
+    def last(self) -> Any:
+        return self._room[self._count - 1] if self._count else None
+
+    def append(self, labels: Any) -> None:
+        if self._last_only:
+            labels, self._count = labels[-1:], 0
+        count = self._count + len(labels)
+        if count > len(self._room):
+            room = np.empty(2 * count, self._room.dtype)
+            room[: self._count] = self.known
+            self._room = room
+        self._room[self._count : count] = labels
+        self._count = count
 
 
 _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Lock]] = WeakKeyDictionary()
@@ -142,11 +173,12 @@ class Appender:
         self._position: Any = None
         self._last_offset: Any = None
         self._seen_owner: str | None = None
-        self._labels: Any = None
-        """With a key: all stored labels, ascending; without: the last one alone."""
+        self._labels: _Labels | None = None
+        """With a key: all stored and buffered labels; without: the last one alone."""
         self._target: Target | None = None
         self._sources: Sources = {}
         self._session: Session | None = None
+        self._turn_given_s = -math.inf
         self._tip_expected_s = -math.inf
         """When this appender's commit was the tip (`time.monotonic`)."""
         self._error: BaseException | None = None
@@ -249,9 +281,9 @@ class Appender:
             self._commit_soon()
             while self._bytes >= 2 * self._max_bytes and self._committing is not None:
                 await self._wait(self._committing)
-        else:
-            # A long run of puts that never wait shall not keep the commit's task from running.
+        elif time.monotonic() - self._turn_given_s > _LONGEST_RUN_S:
             await asyncio.sleep(0)
+            self._turn_given_s = time.monotonic()
         return "buffered" if batch.rows else "skipped"
 
     async def flush(self) -> str | None:
@@ -292,7 +324,8 @@ class Appender:
                 if made is not None:
                     self._adopt(after, session, made)
                     if self._key is not None and self._labels is not None:
-                        self._labels = np.concatenate([batch.values[self._dim], self._labels])
+                        labels = np.concatenate([batch.values[self._dim], self._labels.known])
+                        self._labels = _Labels(labels, last_only=False)
                     return made
                 self._counts.placed_again += 1
 
@@ -339,10 +372,11 @@ class Appender:
             raise InvalidInputError(
                 f"labels of {self._dim!r} do not grow within the data: {labels[:5]!r}…", ErrorKind.INVALID_SETTING
             )
-        known = await self._known_labels(target)
-        last = None if known is None or not len(known) else known[-1]
-        late = 0 if last is None else int(np.searchsorted(labels, last, side="right"))
+        kept = await self._known_labels(target)
+        last = kept.last
+        late = 0 if last is None or labels[0] > last else int(np.searchsorted(labels, last, side="right"))
         if late:
+            known = kept.known
             if self._key is None:
                 raise InvalidInputError(
                     f"label {labels[0]!r} of {self._dim!r} does not follow {last!r}, the last one; "
@@ -369,20 +403,21 @@ class Appender:
             batch.num_bytes = sum(v.nbytes for v in batch.values.values())
             labels = labels[late:]
         if len(labels):
-            self._labels = labels[-1:].copy() if self._key is None else np.concatenate([known, labels])
+            # A replacement may have read the arrays again.
+            (self._labels or await self._known_labels(target)).append(labels)
         return batch
 
-    async def _known_labels(self, target: Target) -> Any:
+    async def _known_labels(self, target: Target) -> _Labels:
         """Stored and buffered labels; without a key the last of them alone."""
         if self._labels is None:
             session = self._require_session()
             stored = await target.labels(session, last_only=self._key is None) if target.created else None
             variable = target.variables.get(self._dim)
-            dtype = "i8" if variable is None else variable.meta.dtype.to_native_dtype()
+            dtype = "i8" if variable is None else variable.dtype
             stored = np.empty(0, dtype) if stored is None else stored
             buffered = [b.values[self._dim] for b in self._buffered if self._dim in b.values]
             found = np.concatenate([stored, *buffered])
-            self._labels = found[-1:].copy() if self._key is None else found
+            self._labels = _Labels(found, last_only=self._key is None)
         return self._labels
 
     async def _replace(self, labels: Any, values: Mapping[str, Any], offset: Any) -> None:

@@ -10,6 +10,7 @@ import itertools
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -23,6 +24,7 @@ __all__ = ["ChunkEncoder", "Unfit", "codings_of", "stored_values"]
 Values = npt.NDArray[Any]
 
 _CODINGS: Final = ("units", "calendar", "scale_factor", "add_offset", "_FillValue", "missing_value")
+_NS: Final = np.dtype("M8[ns]")
 _CALENDARS: Final = ("standard", "gregorian", "proleptic_gregorian")
 _NANOSECONDS: Final = {
     "days": 86_400_000_000_000,
@@ -74,19 +76,28 @@ def stored_values(name: str, variable: Any, codings: Mapping[str, Any], dtype: n
 
 def _whole_units(times: Values, encoding: Mapping[str, Any]) -> Values | None:
     """Times as whole numbers of their units; None where it is not as simple as that."""
-    units = _UNITS.fullmatch(str(encoding.get("units")))
-    if units is None or encoding.get("calendar", "standard") not in _CALENDARS or np.isnat(times).any():
+    known = _epoch(str(encoding.get("units")), str(encoding.get("calendar", "standard")))
+    if known is None or np.isnat(times).any():
         return None
-    unit, day, time = units.groups()
-    exact = times.astype("M8[ns]")
-    if not np.array_equal(exact.astype(times.dtype), times):
+    since, unit_ns = known
+    exact = times if times.dtype == _NS else times.astype(_NS)
+    if exact is not times and not np.array_equal(exact.astype(times.dtype), times):
         return None
+    numbers, rest = np.divmod((exact - since).astype(np.int64), unit_ns)
+    return None if rest.any() else np.asarray(numbers)
+
+
+@lru_cache(maxsize=256)
+def _epoch(units: str, calendar: str) -> tuple[np.datetime64, int] | None:
+    """When times of these units begin, and the nanoseconds of one; None where it is not as simple as that."""
+    found = _UNITS.fullmatch(units)
+    if found is None or calendar not in _CALENDARS:
+        return None
+    unit, day, time = found.groups()
     try:
-        since = np.datetime64(f"{day}T{time or '00:00:00'}", "ns")
+        return np.datetime64(f"{day}T{time or '00:00:00'}", "ns"), _NANOSECONDS[unit]
     except ValueError:
         return None
-    numbers, rest = np.divmod((exact - since).astype(np.int64), _NANOSECONDS[unit])
-    return None if rest.any() else np.asarray(numbers)
 
 
 def _by_xarray(name: str, variable: Any, encoding: dict[str, Any], dtype: np.dtype[Any]) -> Values:

@@ -201,17 +201,14 @@ class Target:
         InvalidInputError
             Names, dimensions, dtypes, sizes or fixed coordinates do not fit; the message says which.
         """
-        if not self.growing:
-            if not _is_dataset(data):
+        from_xarray = _is_dataset(data)
+        if not self.variables or not self.growing:
+            if not from_xarray:
                 raise self._refused("its arrays do not exist yet: create them, or put an xarray.Dataset first")
             return await _first(data, self)
-        from_xarray = _is_dataset(data)
         values = self._encoded(data) if from_xarray else {str(k): np.asarray(v) for k, v in data.items()}
-        missing = {v.name for v in self.growing} - values.keys()
-        unknown = values.keys() - self.variables.keys()
-        if missing or unknown:
-            what = [f"{kind} {sorted(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names]
-            raise self._refused(f"variables do not fit: {', '.join(what)}")
+        if values.keys() != self.variables.keys():
+            self._require_names(values)
         found: dict[str, Values] = {}
         rows, num_bytes = -1, 0
         for name, given in values.items():
@@ -239,6 +236,13 @@ class Target:
             copied = found[name] = np.array(given, variable.dtype, copy=True)
             num_bytes += copied.nbytes
         return Batch(rows=rows, values=found, num_bytes=num_bytes)
+
+    def _require_names(self, values: Mapping[str, Values]) -> None:
+        missing = {v.name for v in self.growing} - values.keys()
+        unknown = values.keys() - self.variables.keys()
+        if missing or unknown:
+            what = [f"{kind} {sorted(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names]
+            raise self._refused(f"variables do not fit: {', '.join(what)}")
 
     def _encoded(self, dataset: Any) -> dict[str, Values]:
         """The variables of a dataset as the stored arrays keep them."""

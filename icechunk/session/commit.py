@@ -377,38 +377,42 @@ async def _write(
         await note_attempt(content, files.snapshot_id)
 
     small = min(core.settings.small_commit_bytes, log.embed_limit_bytes)
-    made: list[File] = []
-    held_bytes = 0
-    async with aclosing(files.make()) as coming:
-        async for file in coming:
-            made.append(file)
-            held_bytes += len(file.data)
-            if held_bytes > small:
-                break
-        if held_bytes <= small:
-            # Chunks are not embedded: those that the entry refers to must exist before it.
-            await run_all(log.prepare_writes, land)
-            assert files.snapshot is not None
-            return files.snapshot, dict(made)
+    embedded: dict[str, bytes] = {}
 
-        async def all_files() -> AsyncGenerator[File, None]:
-            while made:
-                yield made.pop(0)
+    async def make() -> None:
+        made: list[File] = []
+        held_bytes = 0
+        # Small files are made without a wait: the uploads begin before.
+        await asyncio.sleep(0)
+        async with aclosing(files.make()) as coming:
             async for file in coming:
-                yield file
+                made.append(file)
+                held_bytes += len(file.data)
+                if held_bytes > small:
+                    break
+            if held_bytes <= small:
+                embedded.update(made)
+                return
 
-        async def put(file: File) -> None:
-            await core.put(file.key, file.data)
+            async def all_files() -> AsyncGenerator[File, None]:
+                while made:
+                    yield made.pop(0)
+                async for file in coming:
+                    yield file
 
-        settings = core.settings
-        stream = partial(
-            run_stream, put, all_files(), _size, limit=settings.max_requests, max_weight=settings.put_memory_bytes
-        )
-        await run_all(log.prepare_writes, land, stream)
-    if files.commit.earlier is not None:
+            async def put(file: File) -> None:
+                await core.put(file.key, file.data)
+
+            settings = core.settings
+            await run_stream(put, all_files(), _size, limit=settings.max_requests, max_weight=settings.put_memory_bytes)
+
+    # Chunks are not embedded: those that the entry refers to must exist before it. They are uploaded while the files
+    # are made.
+    await run_all(log.prepare_writes, land, make)
+    if not embedded and files.commit.earlier is not None:
         files.commit.earlier.add(files.new)
     assert files.snapshot is not None
-    return files.snapshot, {}
+    return files.snapshot, embedded
 
 
 def _size(file: File) -> int:
