@@ -43,6 +43,8 @@ FLOORS = {
     ("arrays", "create: commit, CPU"): 8.0,
     ("arrays", "update: commit"): 8.0,
     ("arrays", "update: commit, CPU"): 8.0,
+    ("append", "a step a commit"): 5.0,
+    ("append-wire", "a step a commit"): 10.0,
     ("wire", "write and commit"): 8.0,
     ("wire", "read"): 8.0,
     ("wire", "open to first chunk"): 1.5,
@@ -159,7 +161,7 @@ def _options(case: str) -> Iterator[dict[str, Any]]:
         with history.places() as options:
             yield options
         return
-    if case != "wire":
+    if case not in ("wire", "append-wire"):
         yield {}
         return
     with wire.minio(LATENCY_MS) as options:
