@@ -33,6 +33,7 @@ __all__ = [
     "DEFAULT_NUM_UPDATES_PER_REPO_INFO_FILE",
     "DEFAULT_PACK_SIZE_BYTES",
     "DEFAULT_PACK_THRESHOLD_BYTES",
+    "DEFAULT_DISK_CACHE_BYTES",
     "DEFAULT_PUT_MEMORY_BYTES",
     "DEFAULT_REPACK_BELOW_PERCENT",
     "DEFAULT_SMALL_COMMIT_BYTES",
@@ -59,6 +60,7 @@ DEFAULT_NUM_TRANSACTION_CHANGES: Final = 0
 DEFAULT_UPDATE_TRIES: Final = 100
 DEFAULT_UPDATE_INITIAL_BACKOFF_MS: Final = 50
 DEFAULT_UPDATE_MAX_BACKOFF_MS: Final = 30_000
+DEFAULT_DISK_CACHE_BYTES: Final = 10 * 1024**3
 DEFAULT_PUT_MEMORY_BYTES: Final = 128 * 1024 * 1024
 DEFAULT_MAX_BYTES_IN_FLIGHT: Final = 512 * 1024 * 1024
 DEFAULT_PACK_THRESHOLD_BYTES: Final = 512 * 1024
@@ -164,6 +166,14 @@ class EngineConfig(Setting):
     """Arrays with fewer references share manifest objects; 0: none do."""
     repack_below_percent: Annotated[int, whole(0, 100)] | None = unset(DEFAULT_REPACK_BELOW_PERCENT)
     """A collection writes objects again of whose bytes less than so many percent are still needed."""
+    disk_cache_path: str | None = None
+    """A folder on local disk for what was read, for all processes of this user; None: nothing is kept. Never stored."""
+    disk_cache_bytes: _Some64 | None = unset(DEFAULT_DISK_CACHE_BYTES)
+    """Size of that folder; the least recently used ranges are removed. Never stored."""
+
+
+NEVER_STORED: Final = frozenset({"layout", "disk_cache_path", "disk_cache_bytes"})
+"""Settings of `EngineConfig` that belong to one caller: they are neither stored nor taken from a stored one."""
 
 
 def _containers(name: str, value: Any) -> dict[str, VirtualChunkContainer]:

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Final
 
 from icechunk.config import manifest as m
 from icechunk.config.containers import VirtualChunkContainer
-from icechunk.config.repository import RepositoryConfig
+from icechunk.config.repository import NEVER_STORED, RepositoryConfig
 from icechunk.config.storage import AnyObjectStoreConfig, ObjectStoreConfig, S3Options, StorageSettings
 from icechunk.errors import ErrorKind, FormatError
 from icechunk.runtime.representation import Setting, TupleVariant, snake_case
@@ -74,7 +74,11 @@ def config_from_dict(data: Mapping[str, Any]) -> RepositoryConfig:
     """
     try:
         found = dict(_map(data, "the configuration"))
-        found["engine"] = found.pop(_ENGINE_KEY, None)
+        engine = found.pop(_ENGINE_KEY, None)
+        if isinstance(engine, Mapping):
+            # A folder on the reader's disk is for the reader to name.
+            engine = {name: value for name, value in engine.items() if name not in NEVER_STORED}
+        found["engine"] = engine
         config: RepositoryConfig = _read(RepositoryConfig, found)
         return config
     except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
@@ -87,7 +91,7 @@ def config_tree(config: RepositoryConfig) -> dict[str, Any]:
     """The shape that both stored forms have, with enum variants as `Tag`."""
     result: dict[str, Any] = _write(config)
     engine = {} if config.engine is None else _write(config.engine)
-    engine = {name: value for name, value in engine.items() if value is not None and name != "layout"}
+    engine = {name: value for name, value in engine.items() if value is not None and name not in NEVER_STORED}
     return result | ({_ENGINE_KEY: engine} if engine else {})
 
 

@@ -34,6 +34,7 @@ from icechunk.config.repository import (
     DEFAULT_NUM_TRANSACTION_CHANGES,
     DEFAULT_PACK_SIZE_BYTES,
     DEFAULT_PACK_THRESHOLD_BYTES,
+    DEFAULT_DISK_CACHE_BYTES,
     DEFAULT_PUT_MEMORY_BYTES,
     DEFAULT_REPACK_BELOW_PERCENT,
     DEFAULT_SMALL_COMMIT_BYTES,
@@ -58,6 +59,7 @@ from icechunk.storage.port import Storage
 from icechunk.transfer.assets import Assets, Preloader, Reads
 from icechunk.transfer.blocks import Limits
 from icechunk.transfer.cache import WeightedCache
+from icechunk.transfer.disk_cache import DiskCache, ObjectsOnDisk
 from icechunk.transfer.fetch import NEVER, Splitting
 from icechunk.transfer.limiter import WRITE, Gates
 from icechunk.transfer.packs import Packs
@@ -235,6 +237,7 @@ class Core:
             files=self.files,
             find_file=self._find_file,
             max_decodes=_value(config.max_concurrent_decodes, DEFAULT_MAX_CONCURRENT_DECODES),
+            disk=_disk(config.engine or EngineConfig(), self.storage),
         )
         self._preloaders = PerLoop(lambda: Preloader(self.assets, self.settings.max_requests), Preloader.aclose, rank=1)
         self._preloaded: ObjectId | None = None
@@ -451,6 +454,14 @@ def _reads(caching: CachingConfig, engine: EngineConfig, storage: StorageSetting
         max_requests=_value(concurrency.max_concurrent_requests_for_object, DEFAULT_MAX_REQUESTS_PER_OBJECT),
     )
     return Reads(limits=limits, splitting=splitting, hedge_percentile=engine.hedge_percentile)
+
+
+def _disk(engine: EngineConfig, storage: Storage) -> ObjectsOnDisk | None:
+    # Where reads cost no request, a copy on disk saves none.
+    if engine.disk_cache_path is None or storage.batches_reads:
+        return None
+    cache = DiskCache.at(engine.disk_cache_path, _value(engine.disk_cache_bytes, DEFAULT_DISK_CACHE_BYTES))
+    return cache.of(f"{storage.describe()}\0{storage.endpoint_url}")
 
 
 def _restore(

@@ -43,6 +43,7 @@ from icechunk.runtime.tasks import in_thread, run_each
 from icechunk.storage.port import Octets, Storage
 from icechunk.transfer.blocks import BlockReader, Limits, Walk, Walks
 from icechunk.transfer.cache import WeightedCache
+from icechunk.transfer.disk_cache import ObjectsOnDisk
 from icechunk.transfer.fetch import FetchPool, Gettable, Splitting
 from icechunk.transfer.limiter import Gate, Gates
 
@@ -61,9 +62,9 @@ class Reads:
     """Requests that take longer than this percentage of recent ones are sent again; None: only what is probably
     stuck; 100: nothing."""
 
-    def pool(self, storage: Gettable, gate: Gate) -> FetchPool:
+    def pool(self, storage: Gettable, gate: Gate, disk: ObjectsOnDisk | None = None) -> FetchPool:
         """A pool on the loop that ``gate`` belongs to."""
-        return FetchPool(storage, gate, splitting=self.splitting, hedge_percentile=self.hedge_percentile)
+        return FetchPool(storage, gate, splitting=self.splitting, hedge_percentile=self.hedge_percentile, disk=disk)
 
     def blocks(self, storage: Gettable, gate: Gate) -> BlockReader:
         """A block reader with a pool of its own."""
@@ -179,6 +180,8 @@ class Assets:
         Bytes of metadata files in memory, by key; some may not be on storage yet.
     find_file
         Called for a metadata file that has no object, before the file counts as missing.
+    disk
+        The cache on local disk; None: there is none.
     """
 
     def __init__(
@@ -193,13 +196,15 @@ class Assets:
         max_decodes: int = DEFAULT_MAX_CONCURRENT_DECODES,
         files: WeightedCache[str, bytes] | None = None,
         find_file: FindFile | None = None,
+        disk: ObjectsOnDisk | None = None,
     ) -> None:
         self._storage = storage
         self._files = WeightedCache[str, bytes](0) if files is None else files
         self._find_file = find_file
+        self._disk = disk
         self._decoders: PerLoop[anyio.CapacityLimiter] = PerLoop(lambda: anyio.CapacityLimiter(max_decodes))
         self._reads = reads = reads or Reads()
-        self._pools: PerLoop[FetchPool] = PerLoop(lambda: reads.pool(storage, gates.here()))
+        self._pools: PerLoop[FetchPool] = PerLoop(lambda: reads.pool(storage, gates.here(), disk))
         self._readers: PerLoop[BlockReader] = PerLoop(self._new_reader)
         self._snapshots: WeightedCache[ObjectId, Snapshot] = WeightedCache(num_snapshot_nodes, _MAX_COMMITS)
         self._manifests: WeightedCache[ObjectId, _Held] = WeightedCache(num_chunk_refs, _MAX_MANIFESTS)
@@ -383,6 +388,10 @@ class Assets:
             try:
                 return await decoded(data)
             except FormatError as error:
+                if self._disk is not None and self._disk.drop(key):
+                    # It may have been damaged when it was kept, and mended since.
+                    with suppress(FormatError):
+                        return await decoded(await self._read(pool, key))
                 # A power failure may have torn a file that a log has whole.
                 found = None if self._find_file is None else await self._find_file(key)
                 if found is not None and found != data:

@@ -22,8 +22,9 @@ from typing import Final, Protocol, TypeVar
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
 from icechunk.runtime.tasks import run_each
 from icechunk.storage.patience import SLOW_LINE_BYTES_PER_S, Recent, Watch, watching
-from icechunk.storage.port import ByteRange, GetResult, Octets, Range
+from icechunk.storage.port import ByteRange, GetResult, Octets, Range, Version
 from icechunk.storage.retry import note_repeats
+from icechunk.transfer.disk_cache import ObjectsOnDisk
 from icechunk.transfer.flights import LEAST_PATIENCE_S, Alarm, Flights
 from icechunk.transfer.limiter import Gate
 
@@ -210,6 +211,8 @@ class FetchPool:
     hedge_percentile
         A request that takes longer than this percentage of recent ones is sent again; None: only one that is probably
         stuck; 100: none.
+    disk
+        Where ranges are looked for before they are requested, and kept afterwards; None: nowhere.
     """
 
     def __init__(
@@ -219,8 +222,10 @@ class FetchPool:
         *,
         splitting: Splitting | None = None,
         hedge_percentile: int | None = None,
+        disk: ObjectsOnDisk | None = None,
     ) -> None:
         self._storage = storage
+        self._disk = disk
         self._gate = gate
         self._splitting = splitting
         # Of all ranges that are being read in parts; most have not entered the gate yet.
@@ -251,13 +256,24 @@ class FetchPool:
         return self._percentile is not None or self._budget.try_spend()
 
     async def get_result(self, key: str, byte_range: ByteRange = None) -> GetResult:
-        """As `get`, with the object's version, size and time; the request is not shared.
+        """As `get`, with the object's size; the request is not shared. Version and times are told by the store only.
 
         Raises
         ------
         StorageError
             Also where an object that is read in parts changed meanwhile.
         """
+        disk = self._disk
+        if disk is None or not disk.takes(key):
+            return await self._fetched(key, byte_range)
+        found = await disk.read(key, byte_range)
+        if found is not None:
+            return GetResult(body=found.body, size=found.size, version=Version(""), modified_us=0, date_us=None)
+        result = await self._fetched(key, byte_range)
+        disk.keep(key, byte_range, result.size, result.body)
+        return result
+
+    async def _fetched(self, key: str, byte_range: ByteRange) -> GetResult:
         if type(byte_range) is not Range or byte_range.end is None:
             return await self._request(key, byte_range, None)
         size = byte_range.end - byte_range.start
