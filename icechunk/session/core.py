@@ -25,6 +25,7 @@ from icechunk.config import (
 from icechunk.config.manifest_rules import manifests_to_preload, tile_shapes
 from icechunk.config.repository import (
     DEFAULT_COMPRESSION_LEVEL,
+    DEFAULT_DISK_CACHE_BYTES,
     DEFAULT_INLINE_CHUNK_THRESHOLD_BYTES,
     DEFAULT_MAX_BYTES_IN_FLIGHT,
     DEFAULT_MAX_CONCURRENT_DECODES,
@@ -34,7 +35,6 @@ from icechunk.config.repository import (
     DEFAULT_NUM_TRANSACTION_CHANGES,
     DEFAULT_PACK_SIZE_BYTES,
     DEFAULT_PACK_THRESHOLD_BYTES,
-    DEFAULT_DISK_CACHE_BYTES,
     DEFAULT_PUT_MEMORY_BYTES,
     DEFAULT_REPACK_BELOW_PERCENT,
     DEFAULT_SMALL_COMMIT_BYTES,
