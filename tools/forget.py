@@ -1,11 +1,16 @@
 """Looks for bytes that were deleted: after any history, expiration and collection, no object may hold them.
 
 ``python -m tools.forget --runs 1000 --seed 0 --workers 2`` generates histories, seed after seed and in every layout.
-Every chunk, every location of a virtual chunk and every attribute is a secret of its own. In the end the history is
-expired and collected (``repack_below_percent=100``), the log is pruned once its entries may go, and every object that
-is left is taken apart and searched: for secrets that no branch or tag reaches, which must not be there, and, by reading
-through the library, for those that one reaches. It prints the seeds of histories that break a promise, and ends with
-status 1 if there were any.
+Every chunk, every location of a virtual chunk and every attribute is a secret of its own. Some of them were written in
+sessions that were persisted, handed over by their forks, resumed, abandoned, or left until their lease was over.
+
+In the end the history is expired and collected, the log is pruned once its entries may go, and every object that is
+left is taken apart and searched: for secrets that no branch or tag reaches, which must not be there, and, by reading
+through the library, for those that one reaches. Every second history is collected with the default of
+``repack_below_percent`` first, after which such secrets may be left in objects that several chunks or several arrays
+share, nowhere else, and after which no more than `MAX_STORED` times the living bytes of chunks may be stored; then,
+like the others, with 100, after which no secret may be left anywhere. It prints the seeds of histories that break a
+promise, and ends with status 1 if there were any.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ from icechunk.config import EngineConfig
 from icechunk.errors import FormatError
 from icechunk.format.envelope import FileType, unseal
 from icechunk.format.manifest import decode_manifest
+from icechunk.maintenance.repack_plan import MAX_STORED
 from icechunk.storage.memory import MemoryStorage
 
 __all__ = ["LAYOUTS", "Outcome", "run"]
@@ -56,11 +62,24 @@ class Outcome:
     """Snapshots."""
     stored: float = 0.0
     """Bytes of chunk objects, as a multiple of their living bytes."""
+    persisted: int = 0
+    """Sessions, of which the secrets are counted above."""
+    kept: int = 0
+    """Secrets that are in no living data, and were left by the collection with the default threshold."""
     problems: list[str] = field(default_factory=list)
 
 
 Content = dict[str, bytes]
 """Key to secret."""
+
+
+@dataclass(slots=True)
+class _Persisted:
+    """A session that has been persisted."""
+
+    content: Content
+    abandoned: bool
+    """Whether it is, in the end."""
 
 
 class _History:
@@ -71,17 +90,20 @@ class _History:
         self.outcome = Outcome(seed=seed, version=version)
         self.contents: dict[str, Content] = {}
         self.secrets: set[bytes] = set()
+        self.sessions: dict[str, _Persisted] = {}
 
     def config(self) -> icechunk.RepositoryConfig:
         rng = self.rng
         config = icechunk.RepositoryConfig.default()
         config.inline_chunk_threshold_bytes = rng.choice((0, 64, 512))
         config.num_updates_per_repo_info_file = rng.choice((3, 1000))
+        packs, shares = rng.choice((0, 256, 1 << 20, 1 << 20)), rng.choice((0, 4096, 4096))
+        self.shared = (*(("chunks/",) if packs else ()), *(("manifests/",) if shares else ()))
         config.engine = EngineConfig(
-            pack_threshold_bytes=rng.choice((0, 256, 1 << 20, 1 << 20)),
+            pack_threshold_bytes=packs,
             pack_size_bytes=rng.choice((256, 2048)),
             small_commit_bytes=rng.choice((0, 65536)),
-            share_manifests_below_refs=rng.choice((0, 4096, 4096)),
+            share_manifests_below_refs=shares,
             max_refs_per_manifest=rng.choice((4, 65536, 65536)),
         )
         config.set_virtual_chunk_container(
@@ -169,7 +191,7 @@ class _History:
         branch = rng.choice(branches)
         tip = await repo.lookup_branch_async(branch)
         actions = ["commit"] * 6 + ["branch", "tag", "reset", "delete branch", "delete tag"]
-        actions += ["flush", "expire", "collect"]
+        actions += ["flush", "expire", "collect", "persist", "persist", "resume"]
         if self.version != 1:
             actions += ["amend", "amend"]
         action = rng.choice(actions)
@@ -200,8 +222,48 @@ class _History:
                     await repo.delete_tag_async(tag)
             case "expire":
                 await self.expire(rng.random() < 0.5)
+            case "persist":
+                await self.persist(branch)
+            case "resume":
+                await self.resume(i)
             case _:
                 await self.collect(rng.choice((None, 0, 100)))
+
+    async def persist(self, branch: str) -> None:
+        """A session that outlives its handle, and perhaps a fork of it that has handed over."""
+        rng = self.rng
+        session = await self.repo.writable_session_async(branch)
+        content = dict(self.contents[session.snapshot_id])
+        await self.write(session.store, content)
+        id = await session.checkpoint_async()
+        if rng.random() < 0.5:
+            await self.write(session.store, content)
+            await session.checkpoint_async()
+        if rng.random() < 0.5:
+            # Nobody takes what this one hands over.
+            fork = await self.repo.join_session_async(id)
+            await self.write(fork.store, dict(content))
+            await fork.checkpoint_async()
+        self.sessions[id] = _Persisted(content, rng.random() < 0.3)
+        self.outcome.persisted += 1
+
+    async def resume(self, i: int) -> None:
+        """Go on with one of the sessions, or end it."""
+        for id in self.rng.sample(sorted(self.sessions), min(1, len(self.sessions))):
+            known = self.sessions[id]
+            session = await self.repo.resume_session_async(id)
+            if self.rng.random() < 0.3:
+                await session.abandon_async()
+            else:
+                await self.write(session.store, known.content)
+                try:
+                    snapshot = await session.commit_async(f"r{i}", allow_empty=True)
+                except (icechunk.ConflictError, icechunk.RefNotFoundError):
+                    # Its branch went on, or is gone.
+                    await session.checkpoint_async()
+                    continue
+                self.contents[snapshot] = known.content
+            del self.sessions[id]
 
     async def expire(self, refs: bool) -> None:
         infos = [info async for info in self.repo.async_ancestry(branch="main")]
@@ -241,25 +303,54 @@ class _History:
         for i in range(self.rng.randint(4, 16)):
             await self.step(i)
         await self.expire(refs=self.rng.random() < 0.5)
-        await self.collect(100)
+        # Every second one with the default.
+        percent = None if self.outcome.seed % 2 else 100
+        await self.collect(percent)
+        await self.end_sessions()
         # Entries of the log, and the files that are embedded in them, go a week after they were announced, which
-        # happens once a day.
-        await self.pass_time()
-        await self.collect(100)
-        await self.pass_time()
-        await self.collect(100)
-        objects = self.storage._objects
+        # happens once a day. By then the leases of the other sessions are over.
+        for _ in range(2):
+            await self.pass_time()
+            await self.collect(percent)
+        await self.check_sessions_ended()
         living = await self.check_living()
+        if percent is None:
+            self.outcome.kept = self.search(living, self.shared)
+            await self.check_stored(MAX_STORED)
+        await self.collect(100)
+        if await self.check_living() != living:
+            self.outcome.problems.append("the last collection changed what refs reach")
         self.search(living)
-        stats = await self.repo.chunk_storage_stats_async()
-        stored = sum(info.size for key, (info, _) in objects.items() if key.startswith("chunks/"))
-        if stats.native_bytes:
-            self.outcome.stored = stored / stats.native_bytes
-        if stored > stats.native_bytes:
-            self.outcome.problems.append(f"{stored} bytes of chunks are stored, {stats.native_bytes} live")
+        await self.check_stored(1)
         await self.repo.aclose()
         self.outcome.secrets, self.outcome.living = len(self.secrets), len(living)
         return self.outcome
+
+    async def end_sessions(self) -> None:
+        """Sessions are whole after a collection; some are abandoned, and the others left."""
+        for id, known in self.sessions.items():
+            session = await self.repo.resume_session_async(id)
+            await self.check_content(session, known.content, f"session {id}")
+            if known.abandoned:
+                await session.abandon_async()
+
+    async def check_sessions_ended(self) -> None:
+        """Collections after their leases have ended them all."""
+        for id in self.sessions:
+            try:
+                await self.repo.resume_session_async(id)
+            except icechunk.SessionEndedError:
+                continue
+            self.outcome.problems.append(f"session {id} is there after its lease")
+
+    async def check_stored(self, most: float) -> None:
+        """Compare the bytes of chunk objects with the living ones."""
+        living = (await self.repo.chunk_storage_stats_async()).native_bytes
+        stored = sum(info.size for key, (info, _) in self.storage._objects.items() if key.startswith("chunks/"))
+        if living:
+            self.outcome.stored = stored / living
+        if stored > most * living:
+            self.outcome.problems.append(f"{stored} bytes of chunks are stored, {living} live")
 
     async def pass_time(self) -> None:
         """Eight days pass."""
@@ -273,33 +364,39 @@ class _History:
     async def check_living(self) -> set[bytes]:
         """Read everything that refs reach; returns the secrets in it."""
         living: set[bytes] = set()
-        prototype = default_buffer_prototype()
         for id in {id for ids in (await self.reached()).values() for id in ids}:
             content = self.contents[id]
             living.update(content.values())
             session = await self.repo.readonly_session_async(snapshot_id=id)
-            store = session.store
-            keys = {key async for key in store.list() if key != "zarr.json"}
-            if keys != content.keys():
-                more, less = sorted(keys - content.keys()), sorted(content.keys() - keys)
-                self.outcome.problems.append(f"snapshot {id} has {more} too many and {less} too few")
-                continue
-            virtual = set(await session.all_virtual_chunk_locations_async())
-            for key, token in content.items():
-                if f"{_PREFIX}{token.decode()}.nc" in virtual:
-                    continue
-                found = await store.get(key, prototype)
-                if found is None or token not in found.to_bytes():
-                    self.outcome.problems.append(f"snapshot {id} lost {key}")
+            await self.check_content(session, content, f"snapshot {id}")
         return living
 
-    def search(self, living: set[bytes]) -> None:
-        dead = self.secrets - living
+    async def check_content(self, session: icechunk.Session, content: Content, name: str) -> None:
+        """Read everything in a session."""
+        store, prototype = session.store, default_buffer_prototype()
+        keys = {key async for key in store.list() if key != "zarr.json"}
+        if keys != content.keys():
+            more, less = sorted(keys - content.keys()), sorted(content.keys() - keys)
+            self.outcome.problems.append(f"{name} has {more} too many and {less} too few")
+            return
+        virtual = set(await session.all_virtual_chunk_locations_async())
+        for key, token in content.items():
+            if f"{_PREFIX}{token.decode()}.nc" in virtual:
+                continue
+            found = await store.get(key, prototype)
+            if found is None or token not in found.to_bytes():
+                self.outcome.problems.append(f"{name} lost {key}")
+
+    def search(self, living: set[bytes], allowed: tuple[str, ...] = ()) -> int:
+        """Look for secrets that are not living; returns how many of them objects with allowed prefixes hold."""
+        dead, kept = self.secrets - living, set[bytes]()
         for key, (_, data) in self.storage._objects.items():
-            for part in _parts(data):
-                found = [token for token in dead if token in part]
-                if found:
-                    self.outcome.problems.append(f"{len(found)} secrets are left in {key}")
+            found = {token for part in _parts(data) for token in dead if token in part}
+            if key.startswith(allowed) and allowed:
+                kept |= found
+            elif found:
+                self.outcome.problems.append(f"{len(found)} secrets are left in {key}")
+        return len(kept)
 
 
 def _parts(data: bytes) -> Iterator[bytes]:
@@ -374,7 +471,10 @@ def main() -> int:
     print(
         f"{len(outcomes)} histories, {sum(one.secrets for one in outcomes)} secrets, "
         f"{sum(one.living for one in outcomes)} of them alive in the end; "
-        f"{sum(one.rewritten for one in outcomes)} snapshots rewritten; {len(broken)} histories broke a promise"
+        f"{sum(one.rewritten for one in outcomes)} snapshots rewritten, "
+        f"{sum(one.persisted for one in outcomes)} sessions persisted, "
+        f"{sum(one.kept for one in outcomes)} dead secrets left by collections with the default threshold; "
+        f"{len(broken)} histories broke a promise"
     )
     return 1 if broken else 0
 

@@ -64,6 +64,8 @@ _GAP: Final = 64 * 1024
 """Dead bytes between two pieces of an object that are read along, since a request costs more."""
 _COPY_BYTES: Final = 64 * 1024 * 1024
 """Bytes of packs that are copied at a time."""
+_RUN_BYTES: Final = 1024 * 1024
+"""Pieces of one object are read together up to these bytes, or up to the size of the new pack."""
 _COPIES: Final = 16
 
 
@@ -282,23 +284,27 @@ class _Job:
 
         async def one(i: int) -> None:
             pack = moves.pack(i)
-            async with budget.take(2 * pack.size_bytes):
-                await self._storage.put(chunk_key(pack.id), await self._joined(pack.pieces), kind="chunk")
+            longest = max(pack.size_bytes, _RUN_BYTES)
+            async with budget.take(pack.size_bytes + longest):
+                await self._storage.put(chunk_key(pack.id), await self._joined(pack.pieces, longest), kind="chunk")
 
         await run_each(one, range(len(moves)), limit=_COPIES)
 
-    async def _joined(self, pieces: Sequence[Piece]) -> bytearray:
+    async def _joined(self, pieces: Sequence[Piece], longest: int) -> bytearray:
+        """The bytes of pieces, of which no more than ``longest`` are read at a time."""
         joined = bytearray()
         first = 0
         while first < len(pieces):
             # Pieces of one object that lie near one another are one request.
-            last, end = first + 1, pieces[first].start + pieces[first].length
+            begin, last, end = pieces[first].start, first + 1, pieces[first].start + pieces[first].length
             while (
-                last < len(pieces) and pieces[last].source == pieces[first].source and pieces[last].start - end <= _GAP
+                last < len(pieces)
+                and pieces[last].source == pieces[first].source
+                and pieces[last].start - end <= _GAP
+                and pieces[last].start + pieces[last].length - begin <= longest
             ):
                 end = pieces[last].start + pieces[last].length
                 last += 1
-            begin = pieces[first].start
             body = memoryview(await self._read(pieces[first].source, begin, end))
             for piece in pieces[first:last]:
                 joined += body[piece.start - begin : piece.start - begin + piece.length]

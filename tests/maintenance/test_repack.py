@@ -286,3 +286,57 @@ async def test_commits_during_a_repacking_are_kept(version: int | None, prefix: 
     await fresh.garbage_collect_async(ago())
     np.testing.assert_array_equal(await read(await icechunk.Repository.open_async(inner)), content)
     assert await stored(inner) <= 1.5 * (await fresh.chunk_storage_stats_async()).native_bytes
+
+
+async def season(storage: Storage, version: int | None, seed: int) -> icechunk.Repository:
+    """Arrays that share manifests and packs, of which most are deleted later, and half of the chunks of others."""
+    rng = np.random.default_rng(seed)
+    config = packing(pack_size_bytes=1 << 16)
+    config.inline_chunk_threshold_bytes = 64
+    repo = await icechunk.Repository.create_async(storage, config, spec_version=version)
+    for day in range(6):
+        session = await repo.writable_session_async("main")
+        for i in range(12):
+            # Chunks of the first arrays are inline, those of the others in packs.
+            chunk = 40 if i < 6 else 400
+            array = await zarr.api.asynchronous.create_array(
+                store=session.store, name=f"{day}/{i}", shape=(40, chunk), chunks=(1, chunk), dtype="u1",
+                compressors=None, fill_value=0,
+            )  # fmt: skip
+            await array.setitem(slice(None), rng.integers(1, 255, array.shape, dtype="u1"))
+        await session.commit_async(f"day {day}")
+    session = await repo.writable_session_async("main")
+    for day in range(6):
+        for i in range(12):
+            if rng.random() < (0.4, 0.6, 0.8)[day % 3]:
+                await session.store.delete_dir(f"{day}/{i}")
+            elif i >= 6:
+                for chunk in np.flatnonzero(rng.random(40) < 0.5).tolist():
+                    await session.store.delete(f"{day}/{i}/c/{chunk}/0")
+    await session.commit_async("most of it is gone")
+    return repo
+
+
+@by_layout
+@pytest.mark.parametrize("seed", range(3))
+async def test_packs_and_manifests_hold_at_most_half_as_much_again_as_what_lives(
+    version: int | None, seed: int
+) -> None:
+    left: list[dict[str, int]] = []
+    dead: list[dict[str, int]] = []
+    for percent in (None, 100):
+        storage = MemoryStorage()
+        repo = await season(storage, version, seed)
+        await repo.expire_snapshots_async(ago(days=-1))
+        await repo.garbage_collect_async(ago(), repack=False)
+        dead.append({folder: await stored(storage, folder) for folder in ("chunks", "manifests")})
+        await repo.garbage_collect_async(ago(), repack_below_percent=percent)
+        left.append({folder: await stored(storage, folder) for folder in ("chunks", "manifests")})
+        native = (await repo.chunk_storage_stats_async()).native_bytes
+        assert left[-1]["chunks"] <= (1.5 if percent is None else 1) * native
+    by_default, living = left
+    for folder in ("chunks", "manifests"):
+        assert by_default[folder] <= 1.5 * living[folder]
+    # Without repacking they would hold more.
+    assert dead[0]["chunks"] > 1.5 * living["chunks"]
+    assert dead[0]["manifests"] > 1.5 * living["manifests"]
