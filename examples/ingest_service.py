@@ -1,6 +1,6 @@
 """An ingest service: measurements arrive, and every few seconds they are appended and committed, each once.
 
-Stop it with Ctrl-C, or kill it, and start it again: it goes on behind what was committed last.
+Stop it with Ctrl-C, or kill it, and start it again: it goes on behind the last committed row.
 
     python examples/ingest_service.py /tmp/measurements --seconds 10
 """

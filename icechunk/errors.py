@@ -333,8 +333,8 @@ class AccessDeniedError(StorageError):
         self.key = key
         self.may_be_absent = may_be_absent
 
-    def told(self, message: str, kind: str | None = None) -> AccessDeniedError:
-        """The same refusal, as it concerns something larger."""
+    def with_message(self, message: str, kind: str | None = None) -> AccessDeniedError:
+        """The same refusal with another message, for a larger operation that it ended."""
         return AccessDeniedError(
             message,
             kind or self.kind,

@@ -239,7 +239,7 @@ def test_damaged_files_are_found_named_and_left_alone(kind: str, damage: str) ->
         chosen = chosen[:1]  # the newest entry, which is after the checkpoint
     assert chosen
     if kind == "chunks/" and damage not in ("empty", "truncated to half", "without its last byte", "text"):
-        pytest.skip("chunks have no checksum of their own: their codecs tell, or nobody")
+        pytest.skip("chunks have no checksum of their own: only their codecs can notice damage")
     if kind == "transactions/":
         chosen.remove(FIRST_TRANSACTION)  # that of the first snapshot is never read
     for key in chosen:

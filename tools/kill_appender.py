@@ -46,7 +46,7 @@ def consume(place: str, source: int, told: Connection) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was found after all kills."""
+    """The findings after all kills."""
 
     kills: int
     rows: int

@@ -45,7 +45,7 @@ MODULES = (
 
 
 def describe(modules: Iterable[str]) -> dict[str, Any]:
-    """What the names of ``modules`` are, as JSON values, by module and name; runs unchanged in either environment."""
+    """The names of ``modules``, described as JSON values, by module and name; runs unchanged in either environment."""
     result: dict[str, Any] = {}
     for module in modules:
         loaded = importlib.import_module(module)
@@ -116,7 +116,7 @@ def _describe(value: Any, depth: int) -> dict[str, Any]:
 
 
 def _awaited(value: Any) -> bool | None:
-    """Whether a call gives something to await; None where the function does not tell."""
+    """Whether a call gives something to await; None where the function does not show it."""
     plain = getattr(value, "__func__", value)
     return inspect.iscoroutinefunction(plain) if inspect.isfunction(plain) else None
 

@@ -25,7 +25,7 @@ UNTYPED = {
 
 
 def report_of(package: str) -> Mapping[str, Any]:
-    """What basedpyright says of a package that this Python imports. Raises `RuntimeError` if it says nothing."""
+    """The report of basedpyright on a package that this Python imports. Raises `RuntimeError` if there is none."""
     scripts = Path(sys.executable).parent
     done = subprocess.run(
         [scripts / "basedpyright", "--verifytypes", package, "--ignoreexternal", "--outputjson"],

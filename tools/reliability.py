@@ -112,11 +112,11 @@ def run(machine: Machine, seconds: float) -> Run:
 def page(runs: Sequence[Run], commit: str) -> str:
     """The document."""
     lines = [
-        "# Reliability: what is promised, and how it is looked for",
+        "# Reliability: promises, and the search for faults",
         "",
         f"Made by `python -m tools.reliability --write` on {datetime.now(UTC):%Y-%m-%d}, commit {commit}, Python "
         f"{sys.version.split()[0]}, {os.cpu_count()} cores. Each machine can run for any time; a seed that breaks a "
-        "promise is printed with the command that replays it. What the tests notice when the engine is broken on "
+        "promise is printed with the command that replays it. The tests that notice an engine broken on "
         "purpose: [mutants.md](mutants.md). The rules and their safety argument: [spec](../spec/README.md).",
     ]
     for one in runs:

@@ -138,7 +138,7 @@ def _batches(seed: int, last: int, end: float) -> Iterator[range]:
 
 
 def _settle_down() -> None:
-    # What is loaded by now stays: the garbage collector need not look at it again and again. The simulation calls it.
+    # Loaded modules stay: the garbage collector need not look at them again and again. The simulation calls it.
     simulate(0)
     logging.disable(logging.CRITICAL)
     gc.collect()
@@ -156,7 +156,7 @@ def _add_all(totals: Totals, results: object, layout: Layout | None, *, loud: bo
 
 
 def replay_command(seed: int, layout: Layout | None) -> str:
-    """What shows a schedule again."""
+    """The command that runs a schedule again."""
     return f"python -m tools.simulate --seed {seed} --runs 1 --trace" + (f" --layout {layout.value}" if layout else "")
 
 

@@ -61,7 +61,7 @@ class Report:
     place: str
     """Location of the repository."""
     keep: str
-    """Its fate after the demo; a sentence."""
+    """A sentence that says whether it is kept after the demo."""
     versions: tuple[Version, ...]
     """In the order in which they were committed."""
     branches: Mapping[str, str]

@@ -32,7 +32,7 @@ class Target:
     place: str
     """The place as people write it: a path, or a URL with its endpoint."""
     keep: str
-    """The fate of the repository after the demo; a sentence."""
+    """A sentence that says whether the repository is kept after the demo."""
     stored_bytes: Callable[[], int] | None
     """Bytes stored so far, where they can be counted cheaply."""
 

@@ -186,7 +186,7 @@ class Sweep:
             result = await self._storage.delete([one.info.key for one in garbage])
             failures = dict(result.failures)
         except AccessDeniedError as error:
-            raise error.told(
+            raise error.with_message(
                 f"stopped collecting garbage in {self._storage.describe()}: {error}. Grant it and collect again; what "
                 "was deleted was garbage",
                 ErrorKind.GC_DELETES_FAILING,

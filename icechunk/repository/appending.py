@@ -1,4 +1,4 @@
-"""Appending rows that arrive."""
+"""The constructor of appenders, which append rows as they arrive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Leaving format 1 for format 2."""
+"""The upgrade of a repository from format 1 to format 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking into a repository's files, and drawings of its history."""
+"""Descriptions of a repository's files, and drawings of its history."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ _UNSPLIT: Final = ManifestSplittingConfig.from_dict(
 
 
 class Maintenance(Sessions):
-    """Keeps a repository from growing for ever, says how large it is, and writes its manifests anew."""
+    """Removes unneeded data, measures what is stored, and rewrites manifests."""
 
     async def expire_snapshots_async(
         self, older_than: datetime, *, delete_expired_branches: bool = False, delete_expired_tags: bool = False

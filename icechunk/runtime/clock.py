@@ -1,9 +1,9 @@
-"""The only places where time and chance enter the engine.
+"""The only sources of time and randomness of the engine.
 
 Everything that needs a clock, a pause or a random id is handed a `Sources`; a simulator hands in
 virtual ones, and any schedule it finds is reproduced by its seed.
 
-Moments in time as the formats keep them: whole µs since 1970 in UTC.
+It also converts times as the formats keep them: whole µs since 1970 in UTC.
 """
 
 from __future__ import annotations

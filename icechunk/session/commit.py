@@ -175,7 +175,7 @@ async def _commit(content: SessionContent, commit: Commit, solver: ConflictSolve
                 raise
         content.phase = Phase.COMMITTING
         if tried:
-            # Two that lose to each other in turn would otherwise go on in step.
+            # Two sessions that lose to each other in turn would otherwise repeat at the same time.
             await sources.sleep(backoff_s(sources, min(tried, _LONGEST_BACKOFF_ROUND)))
         try:
             await advance(content, commit.branch, solver)

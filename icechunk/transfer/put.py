@@ -553,4 +553,4 @@ def _nothing() -> None:
 
 def _larger(error: BaseException | None, message: str) -> StorageError:
     """The error that a session gets for a failed upload; it names the missing right, if that is the reason."""
-    return error.told(message) if isinstance(error, AccessDeniedError) else StorageError(message)
+    return error.with_message(message) if isinstance(error, AccessDeniedError) else StorageError(message)

@@ -1,4 +1,4 @@
-"""Everybody else: checkpointers, converters, collectors, pruners, and what a reader does after it has opened.
+"""The other clients: checkpointers, converters, collectors, pruners, and the steps of a reader after it has opened.
 
 Functions yield as those of `spec.model.clients` do.
 """

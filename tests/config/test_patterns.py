@@ -1,4 +1,4 @@
-"""Expressions of strangers: the results of Python's engine, in bounded time."""
+"""Expressions from configurations that others wrote: the results of Python's engine, in bounded time."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Every feature, written and continued by both libraries in turn: they see the same at every step.
 
-A cell is a feature, who begins, which official library, and a version of the format. Whoever begins writes, the other
-reads and continues, and so on: each of the steps of `tools.interop.features` on what the other library has left. What
-a library or a version of the format does not have is refused, by every library.
+A cell is a feature, the library that begins, an official library, and a version of the format. The first writes, the
+other reads and continues, and so on: each of the steps of `tools.interop.features` on what the other library has left.
+What a library or a version of the format does not have is refused, by every library.
 """
 
 from __future__ import annotations

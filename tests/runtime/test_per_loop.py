@@ -355,7 +355,7 @@ def test_values_made_while_a_loop_ends_are_closed_with_it() -> None:
     async def close_log(value: str) -> None:
         await clients.get()
         await asyncio.sleep(0)
-        assert clients.peek() == "client", "it is closed only when nobody may need it any more"
+        assert clients.peek() == "client", "it is closed only when nothing can use it any more"
         order.append(value)
 
     clients: PerLoop[str] = PerLoop(lambda: "client", close_client)

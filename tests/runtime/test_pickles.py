@@ -1,4 +1,4 @@
-"""Pickles that other versions made: they load, or are refused by name."""
+"""Pickles that other versions made: they load, or the error names the version."""
 
 from __future__ import annotations
 

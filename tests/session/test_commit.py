@@ -326,7 +326,7 @@ async def test_a_swap_without_any_answer_is_of_unknown_outcome_until_its_token_i
     with pytest.raises(StorageError):
         await repository.settle_async(unknown.value.token)
     faulty.plan = lambda request: Fault.NONE
-    # Anybody can settle it: the token is all it takes.
+    # Any client can settle it: it needs nothing but the token.
     settling = repository if landed else await Repository.open_async(MemoryCopy(memory))
     assert await settling.settle_async(unknown.value.token) is landed
     assert await repository.settle_async(unknown.value.token) is landed

@@ -105,7 +105,7 @@ BAD = {
         commit("a", "1", at=(1, 2), outcome="refused"),
         read("r", at=(3, 4), main="root 1"),
     ],
-    "a commit that nobody made": [read("r", at=(3, 4), main="root 7")],
+    "a commit that no client made": [read("r", at=(3, 4), main="root 7")],
     "a commit is in history twice": [commit("a", "1", at=(1, 2)), read("r", at=(3, 4), main="root 1 1")],
     "real time: a reader misses what was acknowledged before it looked": [
         commit("a", "1", at=(1, 2)),

@@ -1,4 +1,4 @@
-"""Memory that is used again: never while anybody can still see it."""
+"""Memory that is used again, but never while a reference to it is left."""
 
 from __future__ import annotations
 

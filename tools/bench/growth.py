@@ -73,7 +73,7 @@ def place(kind: str) -> Iterator[Storage]:
 
 
 def resident_mib() -> float:
-    """The resident set now; 0 where the system does not tell."""
+    """The resident set now; 0 where the system does not report it."""
     gc.collect()
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
@@ -182,7 +182,7 @@ async def _measure_wire(options: Mapping[str, str], commits: int) -> dict[str, f
 
 
 def measure(kind: str, commits: int) -> dict[str, float]:
-    """Make ``commits`` small commits; seconds as this module tells, but for the resident memory."""
+    """Make ``commits`` small commits; seconds as described above, but for the resident memory."""
     if kind == "wire":
         with wire.minio(LATENCY_MS) as options:
             return asyncio.run(_measure_wire(options, commits))

@@ -5,12 +5,12 @@
 The case ``large`` of ``python -m tools.bench``: 256 chunks of 4 MiB that do not compress, and the first 8 of a process,
 on MinIO without added latency and on local disk. Each run is a process of its own, and the median of the repeats
 counts; CPU time is the process's own, all threads together. The bare requests put and get the same bytes, as many at a
-time as zarr does. Once they stop there (``read, bytes alone``); the other time what they bring is copied into one
-array, as whoever reads an array has to, and that is what ours is held against.
+time as zarr does. Once they stop there (``read, bytes alone``); the other time the received bytes are copied into one
+array, as every reader of an array must do, and ours is compared with that.
 
 Each process reads a few times, into an array that is there already: a virtual machine may have to fetch fresh memory
-from its host page by page, and whether a GiB of it takes 0.1 s or 3 s is chance, whoever reads. What a library takes
-for itself is its own affair.
+from its host page by page, and whether a GiB of it takes 0.1 s or 3 s is chance. Memory that a library allocates for
+itself is counted.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _storage(place: Mapping[str, str]) -> Any:
 @contextlib.contextmanager
 def _timed(found: Samples, what: str) -> Iterator[None]:
     if what not in found:
-        # What ran before would be written to the disk meanwhile.
+        # Files of earlier runs would be written to the disk meanwhile.
         os.sync()
     wall, cpu = time.perf_counter(), time.process_time()
     yield

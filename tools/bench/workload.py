@@ -93,7 +93,7 @@ async def commit(_: Mapping[str, Any]) -> dict[str, float]:
     for first in range(0, COMMIT_REFS, 1000):
         await asyncio.gather(*(store.set(f"a/c/{i}", value) for i in range(first, first + 1000)))
     write_s = time.perf_counter() - started
-    # whoever writes behind gets its chunks done first: the commit alone is measured
+    # a library that writes behind finishes its chunks first: the commit alone is measured
     await asyncio.sleep(1.0)
     started = time.perf_counter()
     await session.commit_async("many references")
@@ -242,7 +242,7 @@ async def arrays(_: Mapping[str, Any]) -> dict[str, float]:
                 put = document if key == "zarr.json" else value
                 await asyncio.gather(*(session.store.set(f"a{i}/{key}", put) for i in range(first, first + 500)))
         written = time.perf_counter()
-        # whoever writes behind gets its chunks done first, as in `commit`
+        # a library that writes behind finishes its chunks first, as in `commit`
         await asyncio.sleep(1.0)
         began, cpu = time.perf_counter(), time.process_time()
         await session.commit_async(what)

@@ -58,7 +58,7 @@ _STORAGE = (
 
 
 def _values(value: Any, names: tuple[str, ...], prefix: str = "") -> Values:
-    """What is set, by name."""
+    """The values that are set, by name."""
     found = {} if value is None else {f"{prefix}{name}": getattr(value, name) for name in names}
     return {name: setting for name, setting in found.items() if setting is not None}
 
@@ -111,7 +111,7 @@ def _everything() -> Any:
         retries=icechunk.StorageRetriesSettings(4, 5, 6),
         concurrency=icechunk.StorageConcurrencySettings(7, 8000),
         timeouts=icechunk.StorageTimeoutSettings(9000, 10_000, 11_000, 12_000),
-        # What the official library can do without on a local disk.
+        # Features that the official library can do without on a local disk.
         unsafe_use_conditional_create=True,
         unsafe_use_conditional_update=False,
         unsafe_use_metadata=False,
@@ -218,7 +218,7 @@ def _continue(repo: Any, folder: Path) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What a repository opened without any configuration has, and how long its history is."""
+    """The configuration of a repository that is opened without any, and the length of its history."""
     storage = icechunk.local_filesystem_storage(str(folder))
     repo = icechunk.Repository.open(storage)
     return {**_look(repo, storage), "snapshots": len(list(repo.ancestry(branch="main")))}

@@ -1,6 +1,6 @@
 """The features of the interop matrix: one small script each, for our library and the official ones alike.
 
-A script is a function of a `World` and a step. Whoever begins runs step 0, then each library in turn runs the next
+A script is a function of a `World` and a step. One library begins with step 0, then each in turn runs the next
 step on what the other has left: so one script says how a feature is written, read and continued by both.
 """
 
@@ -116,7 +116,7 @@ class Feature:
     containers: bool = False
     """Whether it has virtual chunks."""
     left_out: frozenset[str] = frozenset()
-    """What of the common description cannot be compared."""
+    """Parts of the common description that cannot be compared."""
 
 
 # ------------------------------------------------------------------ hierarchy

@@ -49,7 +49,7 @@ def go_on(name: str, path: str, step: int) -> None:
 
 
 def refused(name: str, path: str, step: int) -> str | None:
-    """What the library says to a feature that it cannot do; None where it can."""
+    """The library's error for a feature that it does not have; None if it has it."""
     try:
         go_on(name, path, step)
     except (icechunk.IcechunkError, AttributeError, TypeError, ValueError) as error:

@@ -1,6 +1,6 @@
 """``python -m tools.interop.parts FOLDER BASE TIP``: the changes between two snapshots, by a library.
 
-Runs under either library, on a repository whose transaction logs stand in several objects, and leaves its history
+Runs under either library, on a repository whose transaction logs are in several objects, and leaves its history
 without what is between the two. Prints JSON: differences and conflicts before and after collections.
 """
 

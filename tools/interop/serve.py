@@ -18,7 +18,7 @@ __all__: list[str] = []
 
 
 def main() -> None:
-    # What the called functions print must not come between the answers.
+    # Output of the called functions must not come between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warnings.simplefilter("ignore")

@@ -38,7 +38,7 @@ def config(folder: Path) -> Any:
 
 
 def access(folder: Path) -> Any:
-    """What authorises it."""
+    """The authorisation of the container."""
     return {prefix(folder): icechunk.credentials.LocalFileSystemAccess}
 
 

@@ -85,7 +85,7 @@ def trip(path: Path, repo: Any, prefix: str) -> str:
         data = virtual[name].variable.data
         if hasattr(data, "manifest"):
             again = store._group.arrays[name].manifest
-            # What VirtualiZarr inlines becomes a chunk of ours, which may be an object.
+            # Chunks that VirtualiZarr inlines become chunks of ours, which may be objects.
             before = {key: ref for key, ref in data.manifest.dict().items() if ref["path"].startswith("file:")}
             after = {key: ref for key, ref in again.dict().items() if key in before}
             if before != after or len(again.dict()) != len(data.manifest.dict()):

@@ -34,11 +34,11 @@ _owner: ContextVar[Client | None] = ContextVar("owner", default=None)
 
 @dataclass(slots=True, kw_only=True)
 class Report:
-    """What happened under one seed."""
+    """The events and findings of one seed."""
 
     seed: int
     profile: str = ""
-    """What kind of schedule it was."""
+    """The kind of schedule."""
     injected: Counter[Fault] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
     """Operations by outcome."""

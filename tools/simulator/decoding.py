@@ -1,7 +1,7 @@
 """Files are decoded once for all clients of a schedule, since bytes that do not change decode to the same.
 
-Every client of a schedule is in this process, and the store hands out the same bytes again and again. What decoders
-return is immutable, so clients may share it. Decoding was a tenth of a schedule's time.
+Every client of a schedule is in this process, and the store hands out the same bytes again and again. Decoded
+values are immutable, so clients may share them. Decoding was a tenth of a schedule's time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a disk may hold after a power failure: each write, name and sync of a local repository, replayed up to anywhere.
+"""The contents of a disk after a power failure: each write, name and sync of a local repository, replayed to any point.
 
 `Recorder` notes what the local storage asks of the system. `Trace.image` then makes the folder as it may be found after
 the power failed at some point:
@@ -50,7 +50,7 @@ class Event:
     """Number of the file."""
     data: bytes = b""
     value: Any = None
-    """What was acknowledged."""
+    """The acknowledged value."""
 
 
 @dataclass(slots=True)
@@ -69,14 +69,14 @@ class _Folder:
 
 
 class Trace:
-    """What happened below one folder, in order."""
+    """The events below one folder, in order."""
 
     def __init__(self, events: list[Event], *, names_follow_files: bool) -> None:
         self.events = events
         self._names_follow_files = names_follow_files
 
     def acknowledged(self, end: int) -> list[Any]:
-        """What was acknowledged in the first ``end`` events."""
+        """The values acknowledged in the first ``end`` events."""
         return [event.value for event in self.events[:end] if event.verb == "acknowledged"]
 
     def image(self, end: int, into: Path, loss: Loss, chance: random.Random) -> None:
@@ -178,7 +178,7 @@ class Recorder:
             self._note_present(root)
 
     def _note_present(self, folder: Path) -> None:
-        """What is there already is durable."""
+        """Note the existing files, which are durable."""
         for path in sorted(folder.iterdir()):
             inside = str(path.relative_to(self._root))
             if path.is_dir():
@@ -247,7 +247,7 @@ class Recorder:
             return count
 
     def _fsync(self, descriptor: int) -> None:
-        # Whatever is asked for while it runs may not be part of it.
+        # Writes that begin while it runs may not be part of it.
         with self._lock:
             self._real["fsync"](descriptor)
             what = self._open.get(descriptor)

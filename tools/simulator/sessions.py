@@ -1,4 +1,4 @@
-"""The actors of a simulation who work with repositories and sessions as users do: chunks, packs, forks, rebases."""
+"""The actors of a simulation that work with repositories and sessions as users do: chunks, packs, forks, rebases."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """One schedule: a cluster of clients on one store, all chance from one seed.
 
-A virtual clock makes waiting cost nothing, and one seeded generator decides what becomes of every request. So a seed is
+A virtual clock makes waiting cost nothing, and one seeded generator decides the fate of every request. So a seed is
 a schedule, and reproduces what it found. Clients open the repository as users do
 (`icechunk.log.repository.open.open_repository`), in each of the three layouts.
 
-What is checked: the history of all operations by `tools.simulator.checker`, which knows nothing of the engine; what is
-stored, while it changes, by `tools.simulator.watch`; and that no file is lost that history needs.
+Checks: the history of all operations by `tools.simulator.checker`, which knows nothing of the engine; the stored
+objects, while they change, by `tools.simulator.watch`; and that no file is lost that history needs.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class Request:
     executed_s: list[float] = field(default_factory=list)
     """When the store executed it: usually once."""
     effects: list[str] = field(default_factory=list)
-    """What came of each."""
+    """The effect of each execution."""
     answered_s: float | None = None
     answer: str = ""
 

@@ -1,4 +1,4 @@
-"""The actors of a simulation who keep a repository in order, or turn it into another: they write no commits."""
+"""The actors of a simulation that maintain a repository, or convert it to another layout: they write no commits."""
 
 from __future__ import annotations
 

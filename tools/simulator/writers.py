@@ -1,4 +1,4 @@
-"""The actors of a simulation who change a repository through its log, and those who read it."""
+"""The actors of a simulation that change a repository through its log, and those that read it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The bytes of all nodes of a file, for a writer that copies them into the next file.
 
 Offsets in a FlatBuffers payload are relative, so nodes may be copied as one block of bytes, in any layout of the
-file is: from the first to the last byte that a node, or anything below one, takes. Everything below the nodes is
+file: from the first to the last byte that a node, or anything below one, takes. Everything below the nodes is
 checked as columns before: in another file, an offset that leads out of its own file would lead to other bytes.
 """
 

@@ -33,7 +33,7 @@ _NOT_IN_A_LINE: Final = re.compile(r"[\r\n\0]")
 _NOT_IN_A_TARGET: Final = re.compile(r"[\0-\x20\x7f-\uffff]")
 _CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?")
 _SINGLE: Final = ("content-length", "content-range", "transfer-encoding")
-# Room is made for no more than this on the word of a header.
+# No more than this is allocated because of a header alone.
 _LARGEST_IN_PLACE_BYTES: Final = 256 * 1024 * 1024
 
 

@@ -142,7 +142,7 @@ class ObstoreStorage(ObstoreReading):
         )
 
     async def _mode(self, key: str, precondition: Precondition, unsettled: bool) -> tuple[Any, bool]:
-        """Obstore's word for a condition, and whether it rests on a generation that we only remember."""
+        """Obstore's value for a condition, and whether it depends on a remembered generation."""
         if not isinstance(precondition, Matches):
             return "create", False
         version = precondition.version

@@ -138,7 +138,7 @@ class S3Storage(Storage):
 
     async def _get_empty(self, key: str, byte_range: ByteRange) -> GetResult:
         answer = await self._head_answer(key)
-        size = self._told_size(key, answer)
+        size = self._reported_size(key, answer)
         if not isinstance(byte_range, Suffix) or size > 0:
             raise InvalidInputError(
                 f"cannot read {byte_range} of {self._bucket.url(key)}: the object has {size} bytes",
@@ -146,7 +146,7 @@ class S3Storage(Storage):
             )
         return result_of(answer.headers, b"", 0)
 
-    def _told_size(self, key: str, answer: Answer) -> int:
+    def _reported_size(self, key: str, answer: Answer) -> int:
         size = content_length(answer.headers)
         if size is None:
             raise StorageError(
@@ -160,7 +160,7 @@ class S3Storage(Storage):
         headers = answer.headers
         return ObjectInfo(
             key=key,
-            size=self._told_size(key, answer),
+            size=self._reported_size(key, answer),
             version=version_of(headers),
             modified_us=date_us(headers, "Last-Modified") or 0,
         )

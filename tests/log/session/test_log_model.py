@@ -282,7 +282,7 @@ class SessionLogMachine(RuleBasedStateMachine):
         assert check_snapshot(self.repo) == len(self.now.chunks)
         self.check_reads(self.repo.log())
         kept = {i for m in done.snapshot.nodes.values() for i, _ in m.manifests}
-        assert {m.id for m in done.manifests} <= kept, "a manifest was written for nobody"
+        assert {m.id for m in done.manifests} <= kept, "a manifest was written that no array uses"
         self.logs.append(done.transaction)
         self.check_diff()
         self.now.touched = set()

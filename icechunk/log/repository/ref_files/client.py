@@ -133,7 +133,7 @@ class RefFilesView:
             return
         message = f"cannot list all branches and tags of a repository of format 1: {error}"
         if isinstance(error, AccessDeniedError):
-            raise error.told(message) from error
+            raise error.with_message(message) from error
         raise ListingUnsupportedError(message, error.kind) from error
 
     async def refresh(self) -> RepoState:
