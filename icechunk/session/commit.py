@@ -304,7 +304,14 @@ async def _commit_once(content: SessionContent, log: SessionLog, commit: Commit,
     core.assets.keep_snapshot(snapshot)
     for key, data in embedded.items():
         core.files.put(key, data, len(data))
-    proposal = _Proposal(content=content, turn=turn, commit=commit, base=base.id, record=record)
+    proposal = _Proposal(
+        content=content,
+        turn=turn,
+        commit=commit,
+        base=base.id,
+        record=record,
+        further_transactions=tuple(files.further_transactions),
+    )
     await repository_log.append(
         proposal.events,
         since_us=content.since_us,
@@ -327,6 +334,8 @@ class _Proposal:
     base: ObjectId
     """The snapshot that the branch must point to."""
     record: SnapshotRecord
+    further_transactions: tuple[ObjectId, ...]
+    """Transaction logs of this commit beside the one with its id."""
 
     def queued(self) -> None:
         """The next commit to the branch may build upon this one."""
@@ -356,7 +365,11 @@ class _Proposal:
             return [DetachedSnapshotAdded(snapshot=self.record)]
         _require_tip(state, branch, self.base)
         if self.commit.how is How.AMEND:
-            return [CommitAmended(branch=branch, previous=self.base, snapshot=self.record)]
+            # An expiration since may have given the tip another parent.
+            replaced = require_snapshot(state, self.base)
+            pruned = (*replaced.pruned_ancestor_tx_logs, *self.further_transactions)
+            record = replace(self.record, parent=replaced.parent, pruned_ancestor_tx_logs=pruned)
+            return [CommitAmended(branch=branch, previous=self.base, snapshot=record)]
         return [CommitAdded(branch=branch, snapshot=self.record)]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,9 @@ from icechunk import ConflictError, Repository, Session
 from icechunk.errors import ErrorKind, SessionStateError
 from icechunk.log.session.log import SessionLog
 from icechunk.log.session.merge.diff import combined, diff
+from icechunk.storage.memory import MemoryStorage
+from icechunk.storage.port import PutResult, Storage
+from icechunk.testing.wrapping import WrappingStorage
 from tests.log.session.builders import Repo, array_json, group_json, native
 
 
@@ -139,6 +144,46 @@ def test_changes_of_the_amended_snapshot_itself_are_no_conflict(repo: Repository
     session.amend("both")
     assert get(repo)[4] == 40
     assert zarr.open_group(repo.readonly_session("main").store, path="g", mode="r").attrs["n"] == 2
+
+
+class Meanwhile(WrappingStorage):
+    """Runs something once, just before an object is written whose key begins so."""
+
+    def __init__(self, inner: Storage, prefix: str) -> None:
+        super().__init__(inner)
+        self.prefix = prefix
+        self.act: Callable[[], Awaitable[object]] | None = None
+
+    async def put(self, key: str, *args: Any, **kwargs: Any) -> PutResult:
+        if key.startswith(self.prefix) and self.act is not None:
+            act, self.act = self.act, None
+            await act()
+        return await self.inner.put(key, *args, **kwargs)
+
+
+@pytest.mark.parametrize(("version", "prefix"), [(None, "log/"), (2, "snapshots/"), (2, "repo")])
+async def test_an_amendment_lands_whose_tip_got_another_parent_by_an_expiration_meanwhile(
+    version: int | None, prefix: str
+) -> None:
+    inner = MemoryStorage()
+    repo = await Repository.create_async(inner, spec_version=version)
+    for i in range(3):
+        session = await repo.writable_session_async("main")
+        await zarr.api.asynchronous.create_group(store=session.store, path=f"g{i}")
+        await session.commit_async(f"{i}")
+    storage = Meanwhile(inner, prefix)
+    client = await Repository.open_async(storage)
+    session = await client.writable_session_async("main")
+    await zarr.api.asynchronous.create_group(store=session.store, path="amended")
+    storage.act = lambda: repo.expire_snapshots_async(datetime.now(UTC) + timedelta(days=1))
+    new = await session.amend_async("amended")
+    assert storage.act is None
+    fresh = await Repository.open_async(inner)
+    infos = [info async for info in fresh.async_ancestry(branch="main")]
+    assert [info.message for info in infos] == ["amended", "Repository initialized"]
+    assert infos[0].id == new
+    found = await fresh.diff_async(from_snapshot_id=infos[1].id, to_branch="main")
+    assert found.new_groups == {"/", "/g0", "/g1", "/g2", "/amended"}
 
 
 def test_a_branch_that_was_reset_is_nothing_to_rebase_onto(repo: Repository) -> None:

@@ -665,7 +665,13 @@ def _require_same_parent(state: RepoState, previous: ObjectId, snapshot: Snapsho
     if replaced.parent is None:
         raise SessionStateError("the first snapshot cannot be amended", ErrorKind.NO_AMEND_FOR_INITIAL_COMMIT)
     if replaced.parent != snapshot.parent:
-        raise ConflictError(encode_id(snapshot.parent) if snapshot.parent else None, encode_id(replaced.parent))
+        parent = None if snapshot.parent is None else encode_id(snapshot.parent)
+        raise ConflictError(
+            parent,
+            encode_id(replaced.parent),
+            f"cannot amend snapshot {encode_id(previous)}: its parent is {encode_id(replaced.parent)}, not {parent}, "
+            "because of an expiration meanwhile; amend again",
+        )
 
 
 def _require_fresh_tag(state: RepoState, name: str) -> None:
