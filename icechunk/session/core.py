@@ -57,12 +57,12 @@ from icechunk.runtime.loops import PerLoop
 from icechunk.runtime.pickles import call_of
 from icechunk.storage.port import Storage
 from icechunk.transfer.assets import Assets, Preloader, Reads
-from icechunk.transfer.blocks import Limits
 from icechunk.transfer.cache import WeightedCache
 from icechunk.transfer.disk_cache import DiskCache, ObjectsOnDisk
 from icechunk.transfer.fetch import NEVER, Splitting
 from icechunk.transfer.limiter import WRITE, Gates
 from icechunk.transfer.packs import Packs
+from icechunk.transfer.prediction import Limits
 from icechunk.transfer.put import PutMemory, PutPool
 from icechunk.virtual_access import VirtualAccess
 

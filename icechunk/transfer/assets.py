@@ -41,11 +41,12 @@ from icechunk.log.session.columns import RefTable, find_row
 from icechunk.runtime.loops import PerLoop
 from icechunk.runtime.tasks import in_thread, run_each
 from icechunk.storage.port import Octets, Storage
-from icechunk.transfer.blocks import BlockReader, Limits, Walk, Walks
+from icechunk.transfer.blocks import BlockReader
 from icechunk.transfer.cache import WeightedCache
 from icechunk.transfer.disk_cache import ObjectsOnDisk
 from icechunk.transfer.fetch import FetchPool, Gettable, Splitting
 from icechunk.transfer.limiter import Gate, Gates
+from icechunk.transfer.prediction import ROWS, Limits, Walk, Walks
 
 __all__ = ["UNKNOWN", "Assets", "Preloader", "Reads", "Unknown", "off_loop", "references_of"]
 
@@ -413,10 +414,10 @@ class Assets:
 
 
 def _fetch_ahead(reader: BlockReader, refs: ChunkRefs, walk: Walk) -> None:
-    if walk.wants_more():
-        row, max_bytes = walk.grow()
+    if walk.wants_more(ROWS):
+        row, max_bytes = walk.next_window(ROWS)
         ranges, end = reader.upcoming(refs, row, max_bytes)
-        walk.fetched_to(end)
+        walk.fetch_to(end, max_bytes)
         for chunk_id, first, last in ranges:
             reader.prefetch(_chunk_key(chunk_id), first, last)
 

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from icechunk.errors import InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import ByteRange, GetResult, Range
-from icechunk.transfer.blocks import BlockReader, Limits, Track, merge
+from icechunk.transfer.blocks import BlockReader
 from icechunk.transfer.fetch import FetchPool
 from icechunk.transfer.limiter import Gate
+from icechunk.transfer.prediction import Limits, Track, Walk, merge
 from tests.raising import raises
 
 KIB = 1024
@@ -289,8 +290,7 @@ async def test_block_that_is_larger_than_a_kept_piece_at_its_start_replaces_it()
     data = pattern(256)
     storage = await storage_with(a=data)
     blocks = reader(storage, SMALL)
-    track = blocks._object("a").track
-    track.next, track.window = 0, 4
+    blocks._object("a").track.walk = Walk(0, window_bytes=2)
     await blocks.read("a", 0, 4)
     for start in (40, 20, 50, 30):
         await blocks.read("a", start, start + 4)

@@ -16,7 +16,7 @@ from icechunk.format.ids import ObjectId
 from icechunk.format.values import ID12, INLINE, NATIVE, ChunkRefs
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.recording import RecordingStorage
-from icechunk.transfer.blocks import FIRST_AHEAD_BYTES, MOST_AHEAD_BYTES, STEPS, Walks, upcoming
+from icechunk.transfer.prediction import ROWS, Walks, upcoming
 
 KIB = 1024
 
@@ -40,8 +40,8 @@ def columns(rows: list[tuple[int, int, int, int]]) -> ChunkRefs:
 
 def test_a_few_rows_in_order_are_no_walk() -> None:
     walks = Walks()
-    assert [walks.step(row) for row in range(STEPS - 1)] == [None] * (STEPS - 1)
-    assert walks.step(STEPS - 1) is not None
+    assert [walks.step(row) for row in range(ROWS.steps - 1)] == [None] * (ROWS.steps - 1)
+    assert walks.step(ROWS.steps - 1) is not None
 
 
 def test_rows_at_random_are_no_walk() -> None:
@@ -51,7 +51,7 @@ def test_rows_at_random_are_no_walk() -> None:
 
 def test_two_readers_walk_side_by_side() -> None:
     walks = Walks()
-    found = [(walks.step(row), walks.step(5_000 + row)) for row in range(STEPS)]
+    found = [(walks.step(row), walks.step(5_000 + row)) for row in range(ROWS.steps)]
     assert all(walk is not None for walk in found[-1])
 
 
@@ -60,10 +60,9 @@ def test_a_walk_continues_after_reads_at_random() -> None:
     for row in range(1_000):
         walk = walks.step(row)
         if walk is not None:
-            walk.grow()
-            walk.fetched_to(row + 100)
+            walk.fetch_to(row + 100, walk.next_window(ROWS)[1])
         walks.step(100_000 + rows.randrange(10_000))
-        assert row < STEPS or any(known.next == row + 1 for known in walks._walks)
+        assert row < ROWS.steps or any(known.next == row + 1 for known in walks._walks)
 
 
 def test_windows_grow_up_to_their_bound_and_are_asked_for_in_time() -> None:
@@ -71,15 +70,15 @@ def test_windows_grow_up_to_their_bound_and_are_asked_for_in_time() -> None:
     for row in range(20_000):
         walk = walks.step(row)
         if walk is not None:
-            first, size = walk.grow()
+            first, size = walk.next_window(ROWS)
             sizes.append(size)
             assert first >= fetched
             fetched = first + size // (16 * KIB)
-            walk.fetched_to(fetched)
-        assert row < STEPS or fetched > row
-    assert sizes[0] == FIRST_AHEAD_BYTES
+            walk.fetch_to(fetched, size)
+        assert row < ROWS.steps or fetched > row
+    assert sizes[0] == ROWS.first_bytes
     assert sizes == sorted(sizes)
-    assert sizes[-1] == MOST_AHEAD_BYTES
+    assert sizes[-1] == ROWS.most_bytes
 
 
 def test_rows_become_ranges_of_their_objects() -> None:
@@ -101,14 +100,14 @@ def test_rows_become_ranges_of_their_objects() -> None:
     assert row == len(refs)
 
 
-ROWS = st.lists(
+TABLES = st.lists(
     st.tuples(st.sampled_from([NATIVE, NATIVE, INLINE]), st.integers(1, 3), st.integers(0, 200), st.integers(1, 40)),
     max_size=30,
 )
 
 
 @settings(max_examples=100)
-@given(rows=ROWS, row=st.integers(0, 30), most=st.integers(0, 400), gap=st.integers(0, 20))
+@given(rows=TABLES, row=st.integers(0, 30), most=st.integers(0, 400), gap=st.integers(0, 20))
 def test_ranges_cover_the_rows_and_stay_within_the_bytes(
     rows: list[tuple[int, int, int, int]], row: int, most: int, gap: int
 ) -> None:
@@ -170,4 +169,4 @@ async def test_a_reader_that_stops_leaves_at_most_a_window_behind() -> None:
         storage.clear()
         await array.getitem(slice(0, 12 * 16 * KIB))
     fetched = sum(request.size for request in storage.requests if request.key.startswith("chunks/"))
-    assert fetched <= 12 * 16 * KIB + FIRST_AHEAD_BYTES
+    assert fetched <= 12 * 16 * KIB + ROWS.first_bytes
