@@ -32,7 +32,7 @@ FLOORS = [
     {"log.repository.event_json", "log.repository.entry", "log.repository.marker"},
     {"log.repository.port", "log.repository.freshness"},
     {"log.repository.objects", "log.repository.ops_log", "log.repository.store_check", "log.repository.tokens"},
-    {"log.repository.queue", "log.repository.settle"},
+    {"log.repository.conditional", "log.repository.queue", "log.repository.settle"},
     {"log.repository.entries", "log.repository.ref_files", "log.repository.repo_object"},
     {"log.repository.successors", "log.repository.create", "log.repository.open", "log.repository.convert"},
     {"maintenance", "virtual_access"},

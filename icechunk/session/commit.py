@@ -27,10 +27,10 @@ from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.format.snapshot.codec import encode_and_keep
 from icechunk.format.transaction import encode_transaction_log, in_parts, require_room
 from icechunk.format.values import Manifest, Snapshot, TransactionLog
+from icechunk.log.repository.conditional import backoff_s
 from icechunk.log.repository.events import CommitAdded, CommitAmended, DetachedSnapshotAdded, Event
 from icechunk.log.repository.port import Layout, RepositoryLog, SwapToken
 from icechunk.log.repository.ref_files.layout import needs_format_2
-from icechunk.log.repository.settle import backoff_s
 from icechunk.log.repository.state import RepoState, require_snapshot
 from icechunk.log.session.log import SessionLog
 from icechunk.log.session.merge.diff import combined

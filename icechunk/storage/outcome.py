@@ -1,33 +1,36 @@
 """Conditional writes to stores whose answers may be lost: sent until their outcome is certain.
 
-A conditional write has a random id of its own in the object's user metadata. Its writer reads that back: its own id
-means that an earlier try landed and only its answer was lost. Otherwise:
+`follow` is the one loop that does it, for the stores' own tries and for the repository log's changes: it sends, looks
+where the answer was not certain, and sends the same bytes again as long as nothing else took their place. A writer
+(`Write`) supplies the request, the recognition of its own write, and the pauses. `Fate` is what became of the write.
+
+A store's conditional write has a random id of its own in the object's user metadata. Its writer reads that back: its
+own id means that an earlier try landed and only its answer was lost. Otherwise `judge` decides:
 
 ===========  ==========================  =====================================================
-condition    found                       outcome
+condition    found                       fate
 ===========  ==========================  =====================================================
-any          not looked for: every try   `PreconditionFailedError`
+any          not looked for: every try   lost
              so far was turned down
-Absent       another's object            `PreconditionFailedError`: a late try can only land in an empty place
-Absent       nothing                     the same bytes are sent again
-Matches      still that version          the same bytes are sent again
-Matches      anything else, every try    `PreconditionFailedError`
+Absent       another's object            lost: a late try can only land in an empty place
+Absent       nothing                     open: the same bytes are sent again
+Matches      still that version          open: the same bytes are sent again
+Matches      anything else, every try    lost
              so far was certain
-Matches      anything else, after a try  `StorageError`, uncertain: ours may have landed and been
-             without answer              replaced since
+Matches      anything else, after a try  undecided: ours may have landed and been replaced since
+             without answer
 ===========  ==========================  =====================================================
 
+`landed` turns the outcome into what `Storage.put` returns or raises: `PreconditionFailedError` where the write is lost.
 Some failures say for certain that nothing was written, if every try of the write failed so. That is said on the error:
-`refused`, where another try would fare no better, and `unsent`, where it may.
-
-An adapter supplies a try (`Tried`), the reading back (`Found`) and the pauses.
+`refused`, where another try would fare no better, and `unsent`, where it may. `tried_by` reads it from there again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from enum import Enum, auto
+from typing import Final, Protocol, TypeVar
 
 from icechunk.errors import (
     ErrorKind,
@@ -41,13 +44,20 @@ from icechunk.storage.port import Absent, Matches, Precondition, PutResult, Unch
 
 __all__ = [
     "REFUSING_STATUSES",
+    "Fate",
     "Found",
+    "Outcome",
+    "Seen",
     "Tried",
+    "Write",
     "follow",
     "is_refusal",
+    "judge",
+    "landed",
     "precondition_failed",
     "refused",
     "replaced_since",
+    "tried_by",
     "uncertain",
     "unsent",
 ]
@@ -58,27 +68,33 @@ REFUSING_STATUSES: Final = frozenset({400, 401, 403, 404, 405, 411, 501})
 E = TypeVar("E", bound=StorageError)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """The result of reading back."""
+class Fate(Enum):
+    """The knowledge about a conditional write."""
 
-    ours: bool
-    """Whether the object is the one that this call wrote."""
-    version: Version
-    date_us: int | None
-    """The store's clock when it answered; None where it does not say."""
+    LANDED = auto()
+    """It is what took its place."""
+    LOST = auto()
+    """Something else took its place: it did not land and never will."""
+    REFUSED = auto()
+    """Every request of it was refused, or never left: nothing of it was executed, nor will be."""
+    OPEN = auto()
+    """Its place is as it was: a request of it may still arrive."""
+    UNDECIDED = auto()
+    """Its place was taken, and by which write cannot be found out any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tried:
-    """The result of one try of a conditional write."""
+    """The result of one request of a conditional write."""
 
+    landed: bool = False
+    """It was executed."""
     put: PutResult | None = None
-    """It landed, and this was the answer."""
-    error: StorageError | None = None
+    """The answer of one that was executed, where the writer wants to know it."""
+    error: Exception | None = None
     """To be raised if this was the last one."""
     turned_down: bool = False
-    """Because the condition did not hold."""
+    """Because the condition did not hold; certain unless an earlier request may have landed."""
     final: bool = False
     """Another try would not fare better."""
     refused: bool = False
@@ -88,29 +104,129 @@ class Tried:
     reached: bool = True
     """The service may have had the request."""
     look: bool = False
-    """Worth reading back before the next one."""
+    """Worth looking before the next one."""
 
 
-async def follow(
-    name: str,
-    precondition: Precondition,
-    *,
-    send: Callable[[bool], Awaitable[Tried]],
-    read_back: Callable[[bool], Awaitable[Found | StorageError | None]],
-    again: Callable[[bool], Awaitable[bool]],
-) -> PutResult:
-    """Send a conditional write until its outcome is certain.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """The result of looking at a write's place."""
 
-    Parameters
-    ----------
-    name
-        Of the object, for messages.
-    send
-        Makes one try. Its argument: whether an earlier one may have landed.
-    read_back
-        Looks at the object; None: there is none; an error: it could not be read. Its argument is the same.
-    again
-        Pauses before another try; False if there will be none. Its argument: whether some try has reached the service.
+    fate: Fate
+    """Never `Fate.REFUSED`."""
+    put: PutResult | None = None
+    """The answer that the write must have had, where it landed and the writer wants to know it."""
+    why: Exception | None = None
+    """Why the place could not be looked at; then the fate is open."""
+    final: bool = False
+    """Looking again would fare no better."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """The result of following a conditional write."""
+
+    fate: Fate
+    put: PutResult | None = None
+    """The answer of a write that landed, where the writer wants to know it."""
+    why: Exception | None = None
+    """The last answer of the store, where none was certain."""
+    may_land: bool = False
+    """Whether some request of it was not certainly without effect."""
+    reached: bool = True
+    """Whether the service may have had some request."""
+    used_up: bool = False
+    """Whether the tries were used up, or looking is of no use, so that it is open."""
+
+
+class Write(Protocol):
+    """One conditional write on its way: always the same bytes, on the same condition."""
+
+    async def send(self, may_land: bool) -> Tried:
+        """Make one request. ``may_land``: whether an earlier one may have landed, or may land.
+
+        Raises
+        ------
+        PreconditionFailedError
+            The condition does not hold, for certain.
+        IcechunkError
+            It could not even be tried: there are no credentials any more, for one.
+        """
+
+    async def look(self, may_land: bool) -> Seen:
+        """Look at the place of the write, and recognise what took it."""
+
+    async def again(self, reached: bool) -> bool:
+        """Pause before another try; False if there will be none. ``reached``: whether some try reached the service."""
+
+
+async def follow(write: Write) -> Outcome:
+    """Send a conditional write, and look, until its outcome is certain or there are no more tries."""
+    may_land = reached = False
+    why: Exception | None = None
+    while True:
+        try:
+            tried = await write.send(may_land)
+        except PreconditionFailedError as error:
+            return Outcome(fate=Fate.LOST, why=error)
+        except IcechunkError as lapse:
+            return Outcome(fate=Fate.OPEN, why=lapse, may_land=may_land)
+        if tried.landed:
+            return Outcome(fate=Fate.LANDED, put=tried.put)
+        reached = reached or tried.reached
+        why = tried.error or why
+        if tried.turned_down and not may_land:
+            # One try is one request, so what took the place is not our own.
+            return Outcome(fate=Fate.LOST, why=why)
+        may_land = may_land or tried.may_land
+        if tried.final and tried.refused and not may_land:
+            return Outcome(fate=Fate.REFUSED, why=why)
+        if tried.look:
+            seen = await write.look(may_land)
+            if seen.fate is not Fate.OPEN:
+                return Outcome(fate=seen.fate, put=seen.put, why=why, may_land=may_land)
+            if seen.final:
+                return Outcome(fate=Fate.OPEN, why=seen.why, may_land=may_land, used_up=True)
+            why = why if tried.final else seen.why or why
+        if tried.final:
+            return Outcome(fate=Fate.OPEN, why=why, may_land=may_land)
+        if not await write.again(reached):
+            return Outcome(fate=Fate.OPEN, why=why, may_land=may_land, reached=reached, used_up=True)
+
+
+# ------------------------------------------------------- writes that a store tries by itself
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """An object that was read back."""
+
+    ours: bool
+    """Whether it is what this call wrote."""
+    version: Version
+    date_us: int | None
+    """The store's clock when it answered; None where it does not say."""
+
+
+def judge(found: Found | StorageError | None, precondition: Precondition, *, may_land: bool) -> Seen:
+    """Judge what reading an object back found; None: there is none; an error: it could not be read."""
+    if isinstance(found, StorageError):
+        # The answer to the write says more.
+        return Seen(fate=Fate.OPEN)
+    if found is not None and found.ours:
+        return Seen(fate=Fate.LANDED, put=PutResult(version=found.version, date_us=found.date_us))
+    match precondition:
+        case Absent():
+            return Seen(fate=Fate.OPEN if found is None else Fate.LOST)
+        case Matches(version):
+            if found is not None and found.version == version:
+                return Seen(fate=Fate.OPEN)
+            return Seen(fate=Fate.UNDECIDED if may_land else Fate.LOST)
+        case Unchecked():
+            return Seen(fate=Fate.OPEN)
+
+
+def landed(name: str, precondition: Precondition, outcome: Outcome) -> PutResult:
+    """The answer of a store's write that was followed. ``name``: of the object, for messages.
 
     Raises
     ------
@@ -119,59 +235,32 @@ async def follow(
     StorageError
         As `Storage.put` says: ``refused``, ``unsent``, or not certain.
     """
-    may_have_landed = reached = False
-    while True:
-        try:
-            tried = await send(may_have_landed)
-        except PreconditionFailedError:
-            raise
-        except IcechunkError as lapse:
-            # It could not even be tried: there are no credentials any more, for one.
-            if may_have_landed:
-                raise uncertain(lapse) from lapse
-            raise
-        if tried.put is not None:
-            return tried.put
-        assert tried.error is not None
-        reached = reached or tried.reached
-        if tried.turned_down and not may_have_landed and not isinstance(precondition, Unchecked):
-            # One try is one request, so the object that exists is not our own.
-            raise precondition_failed(name, precondition) from tried.error
-        may_have_landed = may_have_landed or tried.may_land
-        if tried.final:
-            if may_have_landed:
-                raise uncertain(tried.error)
-            raise refused(tried.error) if tried.refused else tried.error
-        if tried.look:
-            put = _judge(name, precondition, await read_back(may_have_landed), may_have_landed=may_have_landed)
-            if put is not None:
-                return put
-        if not await again(reached):
-            if may_have_landed:
-                raise uncertain(tried.error)
-            raise tried.error if reached else unsent(tried.error)
+    why = outcome.why
+    match outcome.fate:
+        case Fate.LANDED:
+            assert outcome.put is not None
+            return outcome.put
+        case Fate.LOST:
+            raise precondition_failed(name, precondition) from why
+        case Fate.UNDECIDED:
+            raise replaced_since(name) from why
+        case _:
+            assert why is not None
+            if outcome.may_land:
+                raise uncertain(why)
+            if isinstance(why, StorageError):
+                if outcome.fate is Fate.REFUSED:
+                    raise refused(why)
+                if outcome.used_up and not outcome.reached:
+                    raise unsent(why)
+            raise why
 
 
-def _judge(
-    name: str, precondition: Precondition, found: Found | StorageError | None, *, may_have_landed: bool
-) -> PutResult | None:
-    """Judge the result of reading back: the write landed; None: send the same bytes again. Raises as `follow`."""
-    if isinstance(found, StorageError):
-        return None
-    if found is not None and found.ours:
-        return PutResult(version=found.version, date_us=found.date_us)
-    match precondition:
-        case Absent():
-            if found is not None:
-                raise precondition_failed(name, precondition)
-        case Matches(version):
-            if found is None or found.version != version:
-                if not may_have_landed:
-                    raise precondition_failed(name, precondition)
-                raise replaced_since(name)
-        case Unchecked():
-            pass
-    return None
+def tried_by(error: Exception) -> Tried:
+    """A request that `Storage.put` answered with an error that says nothing of its condition."""
+    refusal = is_refusal(error)
+    may_land = not refusal and not getattr(error, "unsent", False)
+    return Tried(error=error, final=refusal, refused=refusal, may_land=may_land, look=True)
 
 
 def replaced_since(name: str) -> StorageError:
@@ -205,7 +294,7 @@ def unsent(error: E) -> E:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether the error of a write says that it was refused for certain, and that the same write would be again."""
+    """Whether what a write raised says that it was refused for certain, and that the same write would be again."""
     if isinstance(error, StorageError):
         return error.refused
     # Arguments are refused before anything is sent.

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Final
 
-from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, PreconditionFailedError, StorageError
+from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name
+from icechunk.format.repo.codec import EncodedRepo
+from icechunk.format.repo.repo_info import RepoInfo
 from icechunk.format.repo.updates import UpdateList
+from icechunk.log.repository.conditional import RepoChange, replace_repo
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.entry import copy_key, new_epoch
 from icechunk.log.repository.marker import checkpoint_info, state_of
-from icechunk.log.repository.objects import encode, read_repo
+from icechunk.log.repository.objects import Known, encode
 from icechunk.log.repository.open import open_repository
 from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.log.repository.repo_object.layout import RepoObjectLayout
 from icechunk.log.repository.store_check import require_atomic, require_writable
 from icechunk.runtime.clock import Sources
 from icechunk.storage.outcome import is_refusal
-from icechunk.storage.port import Matches, Storage
+from icechunk.storage.port import PutResult, Storage
 
 __all__ = ["convert_log", "convert_to_log"]
-
-ATTEMPTS: Final = 20
 
 
 async def convert_log(log: RepositoryLog, storage: Storage, sources: Sources, layout: Layout) -> None:
@@ -74,6 +74,47 @@ async def _convert(log: RepositoryLog, storage: Storage, sources: Sources, layou
             )
 
 
+class _ConversionToLog(RepoChange[str]):
+    """The first checkpoint of a new log, in place of an authoritative ``repo``."""
+
+    def __init__(self, storage: Storage, sources: Sources) -> None:
+        super().__init__(storage, sources)
+        self._epoch = new_epoch(sources.random_bytes(12), sources.wall_us())
+
+    async def result(self, known: Known, info: RepoInfo | None) -> str | None:
+        return known.marker.epoch if known.marker is not None and known.read_only else None
+
+    async def make(self, known: Known, info: RepoInfo | None) -> EncodedRepo | None:
+        storage, sources = self.storage, self.sources
+        assert info is not None
+        backup = overwritten_repo_name(max(sources.wall_us(), 0) // 1000, sources.random_bytes(12))
+        info = replace(info, updates=UpdateList.of(info.updates).settled(backup))
+        durable = 0 if storage.defers_syncs else None
+        encoded = await encode(checkpoint_info(state_of(info, None), epoch=self._epoch, n=0, durable=durable))
+        try:
+            await storage.copy(REPO_KEY, overwritten_repo_key(backup))
+            if storage.defers_syncs:
+                await storage.put(copy_key(self._epoch, 0), encoded.data)
+        except StorageError as error:
+            if is_refusal(error):
+                raise
+            self.why = error
+            return None
+        return encoded
+
+    async def landed(self, known: Known, encoded: EncodedRepo, put: PutResult) -> str:
+        return self._epoch
+
+    def gone(self) -> str:
+        raise ObjectNotFoundError(f"no object {REPO_KEY!r} in {self.storage.describe()}: nothing to convert")
+
+    def unsure(self) -> StorageError:
+        return StorageError(
+            f"cannot convert {self.storage.describe()} to the log layout: no certain answer; call again",
+            ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
+        )
+
+
 async def convert_to_log(storage: Storage, sources: Sources) -> str:
     """Make a repository of the repo-object layout one of the log layout: one conditional write.
 
@@ -93,30 +134,4 @@ async def convert_to_log(storage: Storage, sources: Sources) -> str:
         No certain answer: call again; or a storage without conditional writes (kind ``storage-config``).
     """
     require_atomic(storage)
-    epoch = new_epoch(sources.random_bytes(12), sources.wall_us())
-    for _ in range(ATTEMPTS):
-        found = await read_repo(storage, sources)
-        if found is None:
-            raise ObjectNotFoundError(f"no object {REPO_KEY!r} in {storage.describe()}: nothing to convert")
-        if found.known.marker is not None and found.known.read_only:
-            return found.known.marker.epoch
-        backup = overwritten_repo_name(max(sources.wall_us(), 0) // 1000, sources.random_bytes(12))
-        info = replace(found.info, updates=UpdateList.of(found.info.updates).settled(backup))
-        durable = 0 if storage.defers_syncs else None
-        encoded = await encode(checkpoint_info(state_of(info, None), epoch=epoch, n=0, durable=durable))
-        try:
-            await storage.copy(REPO_KEY, overwritten_repo_key(backup))
-            if storage.defers_syncs:
-                await storage.put(copy_key(epoch, 0), encoded.data)
-            await storage.put(REPO_KEY, encoded.data, Matches(found.known.version))
-            return epoch
-        except PreconditionFailedError:
-            continue
-        except StorageError as error:
-            if is_refusal(error):
-                raise
-            await sources.sleep(0.05)
-    raise StorageError(
-        f"cannot convert {storage.describe()} to the log layout: no certain answer after {ATTEMPTS} tries; call again",
-        ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
-    )
+    return await replace_repo(_ConversionToLog(storage, sources))

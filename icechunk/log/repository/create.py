@@ -5,7 +5,7 @@ Of any number of creators exactly one wins.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from abc import abstractmethod
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,6 @@ from icechunk.errors import (
     ErrorKind,
     InvalidInputError,
     ObjectNotFoundError,
-    PreconditionFailedError,
     StorageError,
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
@@ -37,6 +36,7 @@ from icechunk.format.repo.repo_info import RepoInfo, SnapshotRecord
 from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
 from icechunk.format.transaction import encode_transaction_log
 from icechunk.format.values import Snapshot, TransactionLog
+from icechunk.log.repository.conditional import Creation, certain, create_object
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.entries.reader import Head, Opened
 from icechunk.log.repository.entry import copy_key, new_epoch
@@ -52,41 +52,25 @@ from icechunk.log.repository.store_check import require_atomic, require_writable
 from icechunk.log.repository.successors import SuccessorsOf
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.tasks import run_jobs
-from icechunk.storage.outcome import is_refusal
-from icechunk.storage.port import Absent, Storage
+from icechunk.storage.outcome import Fate, follow, is_refusal
+from icechunk.storage.port import Storage
 
-__all__ = [
-    "ATTEMPTS",
-    "Json",
-    "already_there",
-    "create_log",
-    "create_ref_files",
-    "create_repo_object",
-    "first_snapshot",
-    "first_state",
-    "pause_before",
-    "require_clean",
-    "require_place",
-    "unsure",
-]
+__all__ = ["create_log", "create_ref_files", "create_repo_object"]
 
 Json: TypeAlias = Any
 
 _PREFIXES: Final = (CHUNKS_PREFIX, MANIFESTS_PREFIX, SNAPSHOTS_PREFIX, TRANSACTIONS_PREFIX)
 
-ATTEMPTS: Final = 10
-"""Of a creator at a certain answer."""
 
-
-async def require_place(storage: Storage, *, check_clean_root: bool) -> None:
+async def _require_place(storage: Storage, *, check_clean_root: bool) -> None:
     """Refuse a place where no repository can be created; else make it ready. Errors as those of `create_log`."""
     require_writable(storage, "create a repository")
     require_atomic(storage)
-    await require_clean(storage, everything=check_clean_root)
+    await _require_clean(storage, everything=check_clean_root)
     await storage.prepare(prefix.rstrip("/") for prefix in _PREFIXES)
 
 
-async def require_clean(storage: Storage, *, everything: bool) -> None:
+async def _require_clean(storage: Storage, *, everything: bool) -> None:
     """Refuse a place where a repository of format 1 is, or, if asked, anything.
 
     Raises
@@ -119,7 +103,7 @@ def _not_clean(storage: Storage, found: str) -> InvalidInputError:
     )
 
 
-def first_snapshot(sources: Sources) -> Snapshot:
+def _first_snapshot(sources: Sources) -> Snapshot:
     """The empty snapshot with which every history begins, written now."""
     return Snapshot(
         id=FIRST_SNAPSHOT,
@@ -130,18 +114,18 @@ def first_snapshot(sources: Sources) -> Snapshot:
     )
 
 
-async def first_state(storage: Storage, sources: Sources, *, config: Json | None) -> RepoState:
+async def _first_state(storage: Storage, sources: Sources, *, config: Json | None) -> RepoState:
     """The state of a new repository of format 2, whose first snapshot and transaction log exist.
 
     Their keys are constants, so a later creator uses those of the first one, which its ``repo`` describes.
     """
-    root = first_snapshot(sources)
+    root = _first_snapshot(sources)
     snapshot_bytes = encode_snapshot(root)
     log_bytes = encode_transaction_log(TransactionLog(id=FIRST_SNAPSHOT))
     found = await run_jobs(
         [
-            partial(_put_or_read, storage, sources, snapshot_key(FIRST_SNAPSHOT), snapshot_bytes),
-            partial(_put_or_read, storage, sources, transaction_key(FIRST_SNAPSHOT), log_bytes),
+            partial(_create, storage, sources, snapshot_key(FIRST_SNAPSHOT), snapshot_bytes),
+            partial(_create, storage, sources, transaction_key(FIRST_SNAPSHOT), log_bytes),
         ]
     )
     if found[0] != snapshot_bytes:
@@ -150,46 +134,21 @@ async def first_state(storage: Storage, sources: Sources, *, config: Json | None
     return initial_state(SnapshotRecord.of(root), time_us=now_us, config=config)
 
 
-async def pause_before(sources: Sources, attempt: int) -> None:
-    """Wait before one of the `ATTEMPTS` at a certain answer, counted from 0."""
-    if attempt:
-        await sources.sleep(min(1.0, 0.02 * 2**attempt))
+async def _create(storage: Storage, sources: Sources, key: str, data: bytes) -> bytes:
+    unsure = StorageError(f"cannot create {key!r} in {storage.describe()}: no certain answer; call again")
+    return await create_object(storage, sources, key, data, unsure)
 
 
-async def _put_or_read(storage: Storage, sources: Sources, key: str, data: bytes) -> bytes:
-    """The bytes of the object at the key: the given ones, if there was none before."""
-    why: StorageError | None = None
-    for attempt in range(ATTEMPTS):
-        await pause_before(sources, attempt)
-        try:
-            await storage.put(key, data, Absent())
-            return data
-        except StorageError as error:
-            if is_refusal(error):
-                raise
-            why = error
-        try:
-            return (await storage.get(key)).data
-        except ObjectNotFoundError:
-            continue
-        except StorageError as error:
-            why = error
-    raise StorageError(f"cannot create {key!r} in {storage.describe()}: no certain answer") from why
-
-
-def already_there(storage: Storage) -> AlreadyExistsError:
-    """Another creator was first."""
+def _already_there(storage: Storage) -> AlreadyExistsError:
     return AlreadyExistsError(
         f"cannot create a repository in {storage.describe()}: there is one already; open it, or choose another prefix",
         ErrorKind.PARENT_DIRECTORY_NOT_CLEAN,
     )
 
 
-def unsure(storage: Storage) -> StorageError:
-    """The store gave no certain answer."""
+def _unsure(storage: Storage) -> StorageError:
     return StorageError(
-        f"it is not known whether a repository was created in {storage.describe()}: no certain answer after "
-        f"{ATTEMPTS} tries; try to open it"
+        f"it is not known whether a repository was created in {storage.describe()}: no certain answer; try to open it"
     )
 
 
@@ -222,32 +181,89 @@ async def create_log(
         No certain answer: the repository may exist now; try to open it. Or the storage does without conditional
         writes (kind ``storage-config``): nothing was written.
     """
-    await require_place(storage, check_clean_root=check_clean_root)
-    state = await first_state(storage, sources, config=config)
+    await _require_place(storage, check_clean_root=check_clean_root)
+    state = await _first_state(storage, sources, config=config)
     epoch = new_epoch(sources.random_bytes(12), sources.wall_us())
     info = checkpoint_info(state, epoch=epoch, n=0, durable=0 if storage.defers_syncs else None)
     if storage.defers_syncs:
         await storage.put(copy_key(epoch, 0), encode_repo(info))
     try:
-        found = await _create_repo(storage, sources, info, lambda found: _has_epoch(found, epoch))
+        found = await _create_repo(_LogCreation(storage, sources, info, epoch))
     except AlreadyExistsError:
         if storage.defers_syncs:
             await storage.delete([copy_key(epoch, 0)])
         raise
-    await require_clean(storage, everything=False)
+    await _require_clean(storage, everything=False)
     head = Head(epoch=epoch, n=0, state=state)
     opened = Opened(head=head, freshness=found.asked, known=found.known, tail=())
     return LogLayout(storage, sources, opened, updates_per_file=updates_per_file)
 
 
-async def _has_epoch(found: RepoObject, epoch: str) -> bool:
-    return found.known.marker is not None and found.known.marker.epoch == epoch
+class _RepoCreation(Creation):
+    """The creation of ``repo``: what is recognised is this creator's own success, whatever was answered."""
+
+    def __init__(self, storage: Storage, sources: Sources, info: RepoInfo) -> None:
+        self._info = info
+        super().__init__(storage, sources, REPO_KEY, encode_repo(info))
+        self._asked = instant(sources)
+        self.created: RepoObject | None = None
+        """``repo`` as it was created, or as it is now if that goes on from there."""
+
+    @abstractmethod
+    async def is_ours(self, found: RepoObject) -> bool:
+        """Whether a ``repo`` is what this creator wrote, or goes on from there."""
+
+    async def put(self) -> bool:
+        self._asked = instant(self._sources)
+        if not await super().put():
+            return False
+        assert self.answer is not None
+        known = known_of(self._info, self.answer.version, len(self._data))
+        self.created = RepoObject(info=self._info, known=known, asked=replace(self._asked, date_us=self.answer.date_us))
+        return True
+
+    async def fate(self, may_land: bool) -> Fate:
+        found = await read_repo(self.storage, self._sources)
+        if found is None:
+            return Fate.OPEN
+        if not await self.is_ours(found):
+            return Fate.LOST
+        self.created = found
+        return Fate.LANDED
 
 
-async def _create_repo(
-    storage: Storage, sources: Sources, info: RepoInfo, is_ours: Callable[[RepoObject], Awaitable[bool]]
-) -> RepoObject:
-    """Create ``repo``, settled as a swap is: what is recognised is this creator's own success, whatever was answered.
+class _LogCreation(_RepoCreation):
+    """Recognised by its epoch."""
+
+    def __init__(self, storage: Storage, sources: Sources, info: RepoInfo, epoch: str) -> None:
+        super().__init__(storage, sources, info)
+        self._epoch = epoch
+
+    async def is_ours(self, found: RepoObject) -> bool:
+        return found.known.marker is not None and found.known.marker.epoch == self._epoch
+
+
+class _RepoObjectCreation(_RepoCreation):
+    """Recognised by its mark, in ``repo`` or, if another client has replaced it already, in the oldest copy."""
+
+    def __init__(self, storage: Storage, sources: Sources, info: RepoInfo, mark: bytes) -> None:
+        super().__init__(storage, sources, info)
+        self._mark = mark
+
+    async def is_ours(self, found: RepoObject) -> bool:
+        if found.info.extra == self._mark:
+            return True
+        oldest = found.info.updates[-1].backup_path if found.info.updates else None
+        if oldest is None or found.info.repo_before_updates is not None:
+            return False
+        try:
+            return decode_repo((await self.storage.get(overwritten_repo_key(oldest))).data).extra == self._mark
+        except ObjectNotFoundError:
+            return False
+
+
+async def _create_repo(creation: _RepoCreation) -> RepoObject:
+    """Create ``repo``.
 
     Raises
     ------
@@ -256,34 +272,11 @@ async def _create_repo(
     StorageError
         Refused for certain, in the store's own words; or no certain answer.
     """
-    data = encode_repo(info)
-    may_be_there = False
-    why: Exception | None = None
-    for attempt in range(ATTEMPTS):
-        await pause_before(sources, attempt)
-        asked = instant(sources)
-        try:
-            put = await storage.put(REPO_KEY, data, Absent())
-        except StorageError as error:
-            if is_refusal(error) and not may_be_there:
-                raise
-            may_be_there = may_be_there or not error.unsent
-            why = error
-        else:
-            known = known_of(info, put.version, len(data))
-            return RepoObject(info=info, known=known, asked=replace(asked, date_us=put.date_us))
-        try:
-            found = await read_repo(storage, sources)
-            if found is None:
-                continue
-            ours = await is_ours(found)
-        except StorageError as error:
-            why = error
-            continue
-        if not ours:
-            raise already_there(storage)
-        return found
-    raise unsure(storage) from why
+    storage = creation.storage
+    if not certain(await follow(creation), _unsure(storage)):
+        raise _already_there(storage)
+    assert creation.created is not None
+    return creation.created
 
 
 async def create_ref_files(
@@ -293,22 +286,47 @@ async def create_ref_files(
 
     The branch is created last, if it is absent: of several creators one wins.
     """
-    await require_place(storage, check_clean_root=check_clean_root)
+    await _require_place(storage, check_clean_root=check_clean_root)
     if not check_clean_root:
         with suppress(ObjectNotFoundError):
             await storage.head(REPO_KEY)
-            raise already_there(storage)
-    with suppress(PreconditionFailedError):
-        await storage.put(snapshot_key(FIRST_SNAPSHOT), encode_snapshot(first_snapshot(sources), 1), Absent())
+            raise _already_there(storage)
+    root = encode_snapshot(_first_snapshot(sources), 1)
+    await _create(storage, sources, snapshot_key(FIRST_SNAPSHOT), root)
     if config is not None:
-        with suppress(PreconditionFailedError):
-            await storage.put(CONFIG_KEY, config_to_yaml(config_from_dict(config)), Absent())
-    names = RefNames.of(storage)
-    try:
-        await storage.put(names.branch_key(MAIN), encode_ref(FIRST_SNAPSHOT), Absent())
-    except PreconditionFailedError:
-        raise already_there(storage) from None
+        await _create(storage, sources, CONFIG_KEY, config_to_yaml(config_from_dict(config)))
+    outcome = await follow(_MainCreation(storage, sources))
+    if outcome.fate is Fate.UNDECIDED:
+        raise _unsure(storage) from outcome.why
+    if not certain(outcome, _unsure(storage)):
+        raise _already_there(storage)
     return await RefFilesLayout.open(storage, sources)
+
+
+class _MainCreation(Creation):
+    """The creation of branch ``main`` of format 1, whose bytes are the same for all creators.
+
+    So after a request without answer it is not known whose branch is there.
+    """
+
+    _unanswered = False
+
+    def __init__(self, storage: Storage, sources: Sources) -> None:
+        super().__init__(storage, sources, RefNames.of(storage).branch_key(MAIN), encode_ref(FIRST_SNAPSHOT))
+
+    async def put(self) -> bool:
+        try:
+            return await super().put()
+        except StorageError as error:
+            self._unanswered = self._unanswered or not (is_refusal(error) or error.unsent)
+            raise
+
+    async def fate(self, may_land: bool) -> Fate:
+        try:
+            found = await self.storage.get(self._key)
+        except ObjectNotFoundError:
+            return Fate.OPEN
+        return Fate.UNDECIDED if self._unanswered and found.data == self._data else Fate.LOST
 
 
 async def create_repo_object(
@@ -321,12 +339,12 @@ async def create_repo_object(
     retries: UpdateRetries | None = None,
 ) -> RepoObjectLayout:
     """Create a repository with one empty snapshot on ``main``; parameters and errors as `create_log`."""
-    await require_place(storage, check_clean_root=check_clean_root)
-    state = await first_state(storage, sources, config=config)
+    await _require_place(storage, check_clean_root=check_clean_root)
+    state = await _first_state(storage, sources, config=config)
     mark = write_mark(sources.random_bytes(16))
     info = to_repo_info(state, extra=mark)
-    found = await _create_repo(storage, sources, info, lambda found: _grew_from(storage, found, mark))
-    await require_clean(storage, everything=False)
+    found = await _create_repo(_RepoObjectCreation(storage, sources, info, mark))
+    await _require_clean(storage, everything=False)
     return RepoObjectLayout(
         storage,
         sources,
@@ -335,16 +353,3 @@ async def create_repo_object(
         updates_per_file=updates_per_file,
         retries=retries,
     )
-
-
-async def _grew_from(storage: Storage, found: RepoObject, mark: bytes) -> bool:
-    """Whether it is ours, or the oldest copy is, because another client has replaced ours already."""
-    if found.info.extra == mark:
-        return True
-    oldest = found.info.updates[-1].backup_path if found.info.updates else None
-    if oldest is None or found.info.repo_before_updates is not None:
-        return False
-    try:
-        return decode_repo((await storage.get(overwritten_repo_key(oldest))).data).extra == mark
-    except ObjectNotFoundError:
-        return False

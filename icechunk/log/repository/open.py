@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, assert_never
 from icechunk.errors import AccessDeniedError, ObjectNotFoundError, RepositoryNotFoundError, StorageError
 from icechunk.log.repository.create import create_log, create_ref_files, create_repo_object
 from icechunk.log.repository.entries.checkpoint import finish_conversion
-from icechunk.log.repository.entries.embedded import materialize_entries
+from icechunk.log.repository.entries.embedded import EmbeddedInTail
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.entries.reader import Opened, open_head
 from icechunk.log.repository.entries.takeover import seal_abandoned
@@ -79,7 +79,7 @@ async def open_repository(
                 storage,
                 sources,
                 opened.head,
-                materialize=materialize_entries(storage, opened.tail),
+                embedded=EmbeddedInTail(storage, opened.tail),
                 updates_per_file=updates_per_file_of(updates_per_file, opened.head.state.config),
             )
         except StorageError as error:

@@ -70,8 +70,6 @@ class Attempt:
     known_us: int | None = None
     """Store time at which the place was known to be free; None where answers have no date."""
     members: tuple[Member, ...] = ()
-    may_land: bool = False
-    """Whether some request of it was not refused for certain."""
 
     @property
     def snapshots(self) -> tuple[ObjectId, ...]:

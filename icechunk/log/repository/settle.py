@@ -20,8 +20,7 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum, auto
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Final, Generic, TypeVar
 
@@ -34,6 +33,7 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.format.ids import encode_id
+from icechunk.log.repository.conditional import ROUNDS, Sending
 from icechunk.log.repository.objects import put_once
 from icechunk.log.repository.port import Caller, Propose, RepositoryLog
 from icechunk.log.repository.queue import Attempt, Group, Waiting, resolve, tell_sent
@@ -41,55 +41,21 @@ from icechunk.log.repository.state import RepoState
 from icechunk.log.repository.store_check import require_writable
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import finish_task
-from icechunk.storage.outcome import is_refusal
+from icechunk.storage.outcome import Fate, Outcome, follow
 from icechunk.storage.port import Storage
 from icechunk.storage.retry import retried_unless
 
-__all__ = ["CLOSE_GRACE_S", "Fate", "Settled", "SwappedLog", "backoff_s"]
+__all__ = ["CLOSE_GRACE_S", "SwappedLog"]
 
 A = TypeVar("A", bound=Attempt)
 
-_ROUNDS: Final = 8
-_FIRST_PAUSE_S: Final = 0.02
 _LONGEST_PAUSE_S: Final = 5.0
 _MOST_SWAPS_TO_PAUSE: Final = 64
 CLOSE_GRACE_S: Final = 10.0
 _MANY_TOLD: Final = 16
 
 
-def backoff_s(sources: Sources, round_: int) -> float:
-    """A pause with full jitter before try ``round_`` (counted from 1)."""
-    longest: float = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0**round_)
-    return longest * sources.fraction()
-
-
 _CLOSED_FIRST: Final = "the repository was closed first"
-
-
-class Fate(Enum):
-    """The knowledge about an attempt."""
-
-    LANDED = auto()
-    """It is what took its place."""
-    LOST = auto()
-    """Something else took its place: it is not part of history and never will be."""
-    REFUSED = auto()
-    """Every request of it was refused, or never left: nothing of it was executed, nor will be."""
-    OPEN = auto()
-    """Its place is as it was: a request of it may still arrive."""
-    UNDECIDED = auto()
-    """Its place was taken long ago, and by which attempt cannot be found out any more."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settled:
-    """The result of following an attempt."""
-
-    fate: Fate
-    why: Exception | None = None
-    """The last answer of the store, where none was certain."""
-    silent: bool = False
-    """The store gave no certain answer in a bounded number of tries."""
 
 
 class SwappedLog(RepositoryLog, Generic[A]):
@@ -286,7 +252,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
                 for member in attempt.members:
                     self._give_up(member.waiting, settled.why)
             case Fate.OPEN:
-                if attempt.is_told and not settled.silent:
+                if attempt.is_told and not settled.used_up:
                     # The others' events go to the same place in an attempt of their own.
                     self._wait_again(attempt)
                 else:
@@ -296,7 +262,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
             case Fate.UNDECIDED:
                 for member in attempt.members:
                     resolve(member.waiting, self._unknown(member.waiting, settled.why))
-        if settled.silent:
+        if settled.used_up:
             # The store would not answer waiting calls either; failing now shows them that nothing of theirs was sent.
             self._fail_all(SessionStateError(f"nothing was sent, nothing landed; try again: {settled.why}"))
 
@@ -340,50 +306,25 @@ class SwappedLog(RepositoryLog, Generic[A]):
                 tell_sent(member.waiting)
         return attempt
 
-    async def _follow(self, attempt: A) -> Settled:
-        """Send an attempt, and look, until its outcome is certain, a caller has left, or the tries are used up."""
-        why: Exception | None = None
-        for round_ in range(_ROUNDS):
-            if round_:
-                await self._sources.sleep(backoff_s(self._sources, round_))
-                if attempt.is_told:
-                    break
-            refusal: Exception | None = None
-            try:
-                with retried_unless(lambda: attempt.is_told):
-                    landed = await self._send(attempt)
-                if landed:
-                    return Settled(fate=Fate.LANDED)
-                attempt.may_land = True
-            except (IcechunkError, OSError) as error:
-                why = error
-                if is_refusal(error):
-                    if not attempt.may_land:
-                        return Settled(fate=Fate.REFUSED, why=error)
-                    refusal = error
-                elif not getattr(error, "unsent", False):
-                    attempt.may_land = True
-            try:
-                fate = await self._look(attempt)
-            except FormatError as error:
-                # The place is taken, by something that this client does not understand.
-                return Settled(fate=Fate.OPEN, why=error, silent=True)
-            except (IcechunkError, OSError) as error:
-                why, fate = refusal or error, Fate.OPEN
-            if fate is not Fate.OPEN:
-                return Settled(fate=fate, why=why)
-            if refusal is not None:
-                return Settled(fate=Fate.OPEN, why=refusal)
-        else:
-            if why is not None and not attempt.may_land:
-                return Settled(fate=Fate.REFUSED, why=why, silent=True)
-            silence = StorageError(
-                f"no certain answer from {self._storage.describe()} after {_ROUNDS} tries ({why})",
-                ErrorKind.OBJECT_STORE,
-            )
-            silence.__cause__ = why
-            return Settled(fate=Fate.OPEN, why=silence, silent=True)
-        return Settled(fate=Fate.OPEN, why=why)
+    async def _follow(self, attempt: A) -> Outcome:
+        """Send an attempt, and look, until its outcome is certain, a caller has left, or the tries are used up.
+
+        ``used_up`` says that the store would not answer other calls either.
+        """
+        write = _AttemptWrite(self, attempt)
+        outcome = await follow(write)
+        if outcome.fate is not Fate.OPEN or not outcome.used_up or isinstance(outcome.why, FormatError):
+            return outcome
+        if write.ended_by_caller:
+            return replace(outcome, used_up=False)
+        if not outcome.may_land:
+            return replace(outcome, fate=Fate.REFUSED)
+        silence = StorageError(
+            f"no certain answer from {self._storage.describe()} after {ROUNDS} tries ({outcome.why})",
+            ErrorKind.OBJECT_STORE,
+        )
+        silence.__cause__ = outcome.why
+        return replace(outcome, why=silence)
 
     # ------------------------------------------------------- notifying callers of outcomes
 
@@ -471,3 +412,27 @@ class SwappedLog(RepositoryLog, Generic[A]):
 
 def _closed() -> SessionStateError:
     return SessionStateError("the repository was closed before anything was sent; nothing landed")
+
+
+class _AttemptWrite(Sending, Generic[A]):
+    """An attempt as the engine sends it: not again once one of its callers has been told anything."""
+
+    def __init__(self, log: SwappedLog[A], attempt: A) -> None:
+        super().__init__(log._sources)
+        self._log = log
+        self._attempt = attempt
+        self.ended_by_caller = False
+        """Whether it was not sent again because of a caller."""
+
+    async def put(self) -> bool:
+        with retried_unless(lambda: self._attempt.is_told):
+            return await self._log._send(self._attempt)
+
+    async def fate(self, may_land: bool) -> Fate:
+        return await self._log._look(self._attempt)
+
+    async def again(self, reached: bool) -> bool:
+        if not await super().again(reached):
+            return False
+        self.ended_by_caller = self._attempt.is_told
+        return not self.ended_by_caller

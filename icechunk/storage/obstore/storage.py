@@ -22,7 +22,17 @@ from icechunk.runtime.pickles import call_of
 from icechunk.storage.obstore.buckets import ObstoreBucket
 from icechunk.storage.obstore.obstore_errors import failure_of, missing, obstore_module
 from icechunk.storage.obstore.reading import ObstoreReading, version_of_meta
-from icechunk.storage.outcome import Found, Tried, follow, precondition_failed, refused, replaced_since
+from icechunk.storage.outcome import (
+    Found,
+    Seen,
+    Tried,
+    follow,
+    judge,
+    landed,
+    precondition_failed,
+    refused,
+    replaced_since,
+)
 from icechunk.storage.port import (
     ANY,
     DeleteResult,
@@ -102,44 +112,8 @@ class ObstoreStorage(ObstoreReading):
         write_id = None
         if self._effective.uses_metadata:
             write_id = attributes[_WRITE_ID] = self._bucket.sources.random_bytes(16).hex()
-        name, store = self._name(key), self._store("once")
-        tries = Tries(self._effective.limits, self._bucket.sources)
-
-        async def send(unsettled: bool) -> Tried:
-            while True:
-                mode, guessed = await self._mode(key, precondition, unsettled)
-                try:
-                    sending = obstore_module().put_async(
-                        store, path, content, attributes=attributes or None, mode=mode, use_multipart=False
-                    )
-                    async with asyncio.timeout(tries.limits.attempt_s):
-                        # Given up, it may still land, as one whose answer is lost.
-                        put = await self._patience.within(sending, tries.limits, _large(content))
-                    return Tried(put=PutResult(version=self._landed(key, put), date_us=None))
-                except Exception as error:
-                    failure = failure_of(error)
-                    turned_down = failure.refused or (failure.missing and isinstance(precondition, Matches))
-                    if turned_down and guessed:
-                        # The generation that we remembered may be an older one of the same bytes.
-                        self._generations.pop(key, None)
-                        continue
-                    return Tried(
-                        error=self._denied_or(Right.WRITE, key, f"write {name}", error),
-                        turned_down=turned_down,
-                        final=not (turned_down or failure.transient),
-                        refused=failure.final,
-                        may_land=not failure.certain,
-                        reached=not failure.certain or failure.throttled,
-                        look=unsettled or not failure.certain,
-                    )
-
-        return await follow(
-            name,
-            precondition,
-            send=send,
-            read_back=lambda _: self._try_read_back(key, content, write_id),
-            again=lambda reached: tries.again(contacted=reached),
-        )
+        write = _ConditionalPut(self, key, path, content, precondition, attributes, write_id)
+        return landed(self._name(key), precondition, await follow(write))
 
     async def _mode(self, key: str, precondition: Precondition, unsettled: bool) -> tuple[Any, bool]:
         """Obstore's value for a condition, and whether it depends on a remembered generation."""
@@ -161,19 +135,6 @@ class ObstoreStorage(ObstoreReading):
                 raise replaced_since(name)
             raise precondition_failed(name, precondition)
         return {"e_tag": f'"{version}"', "version": meta["version"]}, False
-
-    async def _try_read_back(self, key: str, content: bytes, write_id: str | None) -> Found | StorageError | None:
-        try:
-            if write_id is not None:
-                answer = await self._look(key)
-                ours = dict(answer.attributes).get(_WRITE_ID) == write_id
-                return Found(ours=ours, version=self._info(key, answer.meta).version, date_us=None)
-            found = await self.get(key)
-            return Found(ours=found.data == content, version=found.version, date_us=None)
-        except ObjectNotFoundError:
-            return None
-        except StorageError as error:
-            return error
 
     async def delete(self, keys: Iterable[str]) -> DeleteResult:
         wanted = [(key, self._path(key)) for key in keys]
@@ -297,3 +258,81 @@ def _metadata_name(name: str) -> str:
             f"the metadata {name!r} cannot be kept: names are letters, digits and dashes", ErrorKind.STORAGE_CONFIG
         )
     return changed
+
+
+class _ConditionalPut:
+    """A conditional PUT, as `icechunk.storage.outcome.follow` sends it."""
+
+    def __init__(
+        self,
+        storage: ObstoreStorage,
+        key: str,
+        path: str,
+        content: bytes,
+        precondition: Precondition,
+        attributes: dict[str, str],
+        write_id: str | None,
+    ) -> None:
+        self._storage = storage
+        self._store = storage._store("once")
+        self._key = key
+        self._path = path
+        self._content = content
+        self._precondition = precondition
+        self._attributes = attributes
+        self._write_id = write_id
+        self._tries = Tries(storage._effective.limits, storage._bucket.sources)
+
+    async def send(self, may_land: bool) -> Tried:
+        storage, key, tries = self._storage, self._key, self._tries
+        while True:
+            mode, guessed = await storage._mode(key, self._precondition, may_land)
+            try:
+                sending = obstore_module().put_async(
+                    self._store,
+                    self._path,
+                    self._content,
+                    attributes=self._attributes or None,
+                    mode=mode,
+                    use_multipart=False,
+                )
+                async with asyncio.timeout(tries.limits.attempt_s):
+                    # Given up, it may still land, as one whose answer is lost.
+                    put = await storage._patience.within(sending, tries.limits, _large(self._content))
+                return Tried(landed=True, put=PutResult(version=storage._landed(key, put), date_us=None))
+            except Exception as error:
+                failure = failure_of(error)
+                turned_down = failure.refused or (failure.missing and isinstance(self._precondition, Matches))
+                if turned_down and guessed:
+                    # The generation that we remembered may be an older one of the same bytes.
+                    storage._generations.pop(key, None)
+                    continue
+                return Tried(
+                    error=storage._denied_or(Right.WRITE, key, f"write {storage._name(key)}", error),
+                    turned_down=turned_down,
+                    final=not (turned_down or failure.transient),
+                    refused=failure.final,
+                    may_land=not failure.certain,
+                    reached=not failure.certain or failure.throttled,
+                    look=may_land or not failure.certain,
+                )
+
+    async def look(self, may_land: bool) -> Seen:
+        return judge(await self._read_back(), self._precondition, may_land=may_land)
+
+    async def _read_back(self) -> Found | StorageError | None:
+        storage, key = self._storage, self._key
+        try:
+            if self._write_id is not None:
+                answer = await storage._look(key)
+                ours = dict(answer.attributes).get(_WRITE_ID) == self._write_id
+                return Found(ours=ours, version=storage._info(key, answer.meta).version, date_us=None)
+            found = await storage.get(key)
+            return Found(ours=found.data == self._content, version=found.version, date_us=None)
+        except ObjectNotFoundError:
+            return None
+        except StorageError as error:
+            return error
+
+    async def again(self, reached: bool) -> bool:
+        return await self._tries.again(contacted=reached)

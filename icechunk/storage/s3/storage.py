@@ -32,7 +32,7 @@ from icechunk.storage.http.headers import (
     served_size,
     version_of,
 )
-from icechunk.storage.outcome import REFUSING_STATUSES, Found, Tried, follow
+from icechunk.storage.outcome import REFUSING_STATUSES, Found, Seen, Tried, follow, judge, landed
 from icechunk.storage.port import (
     ANY,
     ByteRange,
@@ -275,58 +275,8 @@ class S3Storage(Storage):
         """Send the request that makes an object visible, and find out its outcome."""
         if isinstance(precondition, Unchecked) and request.method == "PUT":
             return self._landed(client, request, await client.call(request, self._effective.limits))
-        retrier = client.retrier(self._effective.limits, request)
-        outcome: Answer | Unanswered
-
-        async def send(unsettled: bool) -> Tried:
-            nonlocal outcome
-            outcome = await client.attempt(request, retrier.limits)
-            return self._tried(client, request, outcome, retrier.tries, unsettled=unsettled)
-
-        return await follow(
-            self._bucket.url(key),
-            precondition,
-            send=send,
-            read_back=lambda unsettled: self._try_read_back(key, data, write_id, unsettled),
-            again=lambda _: retrier.again(outcome),
-        )
-
-    def _tried(
-        self, client: S3Client, request: Request, outcome: Answer | Unanswered, tries: int, *, unsettled: bool
-    ) -> Tried:
-        if isinstance(outcome, Unanswered):
-            error = client.failure(request, outcome, tries)
-            may_land = outcome.connected
-            return Tried(error=error, may_land=may_land, reached=may_land, look=unsettled or may_land)
-        if outcome.status < 300 and not _hidden_refusal(outcome):
-            return Tried(put=self._landed(client, request, outcome))
-        error = client.failure(request, outcome, tries)
-        code = parse_refusal(outcome).code
-        turned_down = outcome.status == 412 or (outcome.status == 404 and code == "NoSuchKey")
-        vanished = code == "NoSuchUpload" and tries > 1
-        if not (turned_down or vanished or outcome.status in (200, 409) or is_transient(outcome)):
-            return Tried(error=error, final=True, refused=outcome.status in REFUSING_STATUSES)
-        return Tried(
-            error=error,
-            turned_down=turned_down,
-            may_land=not turned_down and outcome.status != 409,
-            look=outcome.status not in (429, 503),
-        )
-
-    async def _try_read_back(
-        self, key: str, data: bytes, write_id: str | None, unsettled: bool
-    ) -> Found | StorageError | None:
-        try:
-            if write_id is not None or not unsettled:
-                headers = (await self._head_answer(key)).headers
-                ours = write_id is not None and headers.get(_WRITE_ID) == write_id
-                return Found(ours=ours, version=version_of(headers), date_us=date_us(headers))
-            found = await self.get(key)
-            return Found(ours=found.data == data, version=found.version, date_us=found.date_us)
-        except ObjectNotFoundError:
-            return None
-        except StorageError as error:
-            return error
+        write = _Finish(self, client, key, request, data, precondition, write_id)
+        return landed(self._bucket.url(key), precondition, await follow(write))
 
     async def delete(self, keys: Iterable[str]) -> DeleteResult:
         return await delete(self._bucket, self._effective.limits, keys)
@@ -454,3 +404,71 @@ def _hidden_refusal(answer: Answer) -> bool:
         return False
     head = answer.body[:300].lstrip()
     return b"<Error>" in head or b"<Error " in head
+
+
+class _Finish:
+    """The request that makes an object visible, as `icechunk.storage.outcome.follow` sends it."""
+
+    def __init__(
+        self,
+        storage: S3Storage,
+        client: S3Client,
+        key: str,
+        request: Request,
+        data: bytes,
+        precondition: Precondition,
+        write_id: str | None,
+    ) -> None:
+        self._storage = storage
+        self._client = client
+        self._key = key
+        self._request = request
+        self._data = data
+        self._precondition = precondition
+        self._write_id = write_id
+        self._retrier = client.retrier(storage._effective.limits, request)
+        self._answer: Answer | Unanswered | None = None
+
+    async def send(self, may_land: bool) -> Tried:
+        answer = self._answer = await self._client.attempt(self._request, self._retrier.limits)
+        tries = self._retrier.tries
+        if isinstance(answer, Unanswered):
+            error = self._client.failure(self._request, answer, tries)
+            return Tried(
+                error=error, may_land=answer.connected, reached=answer.connected, look=may_land or answer.connected
+            )
+        if answer.status < 300 and not _hidden_refusal(answer):
+            return Tried(landed=True, put=self._storage._landed(self._client, self._request, answer))
+        error = self._client.failure(self._request, answer, tries)
+        code = parse_refusal(answer).code
+        turned_down = answer.status == 412 or (answer.status == 404 and code == "NoSuchKey")
+        vanished = code == "NoSuchUpload" and tries > 1
+        if not (turned_down or vanished or answer.status in (200, 409) or is_transient(answer)):
+            return Tried(error=error, final=True, refused=answer.status in REFUSING_STATUSES)
+        return Tried(
+            error=error,
+            turned_down=turned_down and not isinstance(self._precondition, Unchecked),
+            may_land=not turned_down and answer.status != 409,
+            look=answer.status not in (429, 503),
+        )
+
+    async def look(self, may_land: bool) -> Seen:
+        return judge(await self._read_back(may_land), self._precondition, may_land=may_land)
+
+    async def _read_back(self, may_land: bool) -> Found | StorageError | None:
+        storage, write_id = self._storage, self._write_id
+        try:
+            if write_id is not None or not may_land:
+                headers = (await storage._head_answer(self._key)).headers
+                ours = write_id is not None and headers.get(_WRITE_ID) == write_id
+                return Found(ours=ours, version=version_of(headers), date_us=date_us(headers))
+            found = await storage.get(self._key)
+            return Found(ours=found.data == self._data, version=found.version, date_us=found.date_us)
+        except ObjectNotFoundError:
+            return None
+        except StorageError as error:
+            return error
+
+    async def again(self, reached: bool) -> bool:
+        assert self._answer is not None
+        return await self._retrier.again(self._answer)

@@ -1,20 +1,20 @@
-"""Writing ``repo``: checkpoints of the log, and moving between log and repo object (rules 7 and 8).
+"""Writing ``repo``: checkpoints of the log, and the last write of a log that was converted (rules 7 and 8).
 
-Every write of ``repo`` compares first: it goes on only from an object whose contents are folded into what is
-written, and replaces exactly that version.
+Each is a change of ``repo`` as `icechunk.log.repository.conditional.replace_repo` makes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, TypeAlias
+from typing import Final
 
-from icechunk.errors import ErrorKind, ObjectNotFoundError, PreconditionFailedError, StorageError
+from icechunk.errors import ErrorKind, ObjectNotFoundError, StorageError
 from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name
+from icechunk.format.repo.codec import EncodedRepo
 from icechunk.format.repo.repo_info import RepoInfo
-from icechunk.log.repository.entries.embedded import Materialize, make_durable, nothing_embedded
+from icechunk.log.repository.conditional import RepoChange, replace_repo
+from icechunk.log.repository.entries.embedded import Embedded, make_durable
 from icechunk.log.repository.entries.reader import Head
 from icechunk.log.repository.entry import copy_key
 from icechunk.log.repository.marker import (
@@ -26,13 +26,11 @@ from icechunk.log.repository.marker import (
     keep_updates,
     unmarked_info,
 )
-from icechunk.log.repository.objects import Known, RepoObject, encode, known_of, read_repo
+from icechunk.log.repository.objects import Known, RepoObject, encode, known_of, put_once, read_repo
 from icechunk.runtime.clock import Sources
-from icechunk.storage.outcome import is_refusal
-from icechunk.storage.port import Absent, Matches, Put, Storage
+from icechunk.storage.port import Absent, Matches, Put, PutResult, Storage, Version
 
 __all__ = [
-    "Embedded",
     "LostRepo",
     "Written",
     "checkpoint_is_due",
@@ -45,10 +43,6 @@ __all__ = [
 _SMALL_BYTES: Final = 64 * 1024
 _LONG_TAIL: Final = 64
 _HISTORY_SHARE: Final = 8
-_ATTEMPTS: Final = 20
-
-Embedded: TypeAlias = Callable[[int, int], Awaitable[Mapping[str, bytes]]]
-"""Returns the files embedded in the entries after a slot, up to another (inclusive), that have no known object."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,13 +75,130 @@ def checkpoint_is_due(head: Head, known: Known) -> bool:
     return known.size_bytes < _SMALL_BYTES or tail > _LONG_TAIL or tail * _HISTORY_SHARE > len(head.state.snapshots)
 
 
+class _Checkpoint(RepoChange[Written | LostRepo]):
+    """A checkpoint that holds the log up to a head, made durable before it is acknowledged.
+
+    Parameters
+    ----------
+    embedded
+        The files of the log; they become objects first of all (rule 15).
+    files
+        Copies of small files for the marker, which save reading them at the next open.
+    updates_per_file
+        Most entries of the ops log in the object.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        sources: Sources,
+        head: Head,
+        *,
+        embedded: Embedded,
+        files: Mapping[str, bytes] = NO_FILES,
+        updates_per_file: int,
+    ) -> None:
+        super().__init__(storage, sources)
+        self._head = head
+        self._embedded = embedded
+        self._files = files
+        self._updates_per_file = updates_per_file
+
+    async def result(self, known: Known, info: RepoInfo | None) -> Written | LostRepo | None:
+        # Rule 7: our epoch, a smaller n, and If-Match on exactly the version that was compared.
+        if known.marker is None or known.marker.epoch != self._head.epoch or not known.read_only:
+            return LostRepo(found=await read_repo(self.storage, self.sources))
+        return Written(known=known, info=info, by_us=False) if self._is_done(known, known.marker) else None
+
+    def _is_done(self, known: Known, marker: Marker) -> bool:
+        """Whether the object holds at least what is to be written."""
+        return marker.n >= self._head.n and known.copy is None
+
+    async def make(self, known: Known, info: RepoInfo | None) -> EncodedRepo | None:
+        assert known.marker is not None
+        await self._embedded.materialize(known.marker.n, self._head.n)
+        return await self._encode(known, None)
+
+    async def _encode(self, known: Known, durable: int | None) -> EncodedRepo | None:
+        head = self._head
+        kept = await _divide_updates(self.storage, self.sources, head, known, self._updates_per_file)
+        if kept is None:
+            return None
+        return await encode(
+            checkpoint_info(head.state, epoch=head.epoch, n=head.n, durable=durable, kept=kept, files=self._files)
+        )
+
+    async def landed(self, known: Known, encoded: EncodedRepo, put: PutResult) -> Written:
+        return Written(known=known_of(encoded.info, put.version, len(encoded.data)), info=encoded.info, by_us=True)
+
+    def gone(self) -> LostRepo:
+        return LostRepo(found=None)
+
+    def unsure(self) -> StorageError:
+        return StorageError(
+            f"cannot write the checkpoint of {self.storage.describe()}: no certain answer; the next commit tries "
+            "again, and nothing is lost",
+            ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
+        )
+
+
+class _UnsyncedCheckpoint(_Checkpoint):
+    """A checkpoint written without waiting for the disk, together with the embedded files."""
+
+    _puts: Sequence[Put] = ()
+
+    async def make(self, known: Known, info: RepoInfo | None) -> EncodedRepo | None:
+        assert known.marker is not None
+        files = await self._embedded.embedded_files(known.marker.n, self._head.n)
+        self._puts = [Put(key, data, Absent()) for key, data in files.items()]
+        return await self._encode(known, known.marker.durable)
+
+    async def put(self, encoded: EncodedRepo, base: Version) -> PutResult | None:
+        answers = await self.storage.put_unsynced([*self._puts, Put(REPO_KEY, encoded.data, Matches(base))])
+        return answers[-1]
+
+
+class _DurableCheckpoint(_Checkpoint):
+    """A checkpoint with its durable copy, after the files of all entries that it holds were made durable."""
+
+    _ended: Written | LostRepo | None = None
+
+    async def result(self, known: Known, info: RepoInfo | None) -> Written | LostRepo | None:
+        return self._ended or await super().result(known, info)
+
+    def _is_done(self, known: Known, marker: Marker) -> bool:
+        return marker.durable is not None and marker.durable >= self._head.n and known.copy is None
+
+    async def make(self, known: Known, info: RepoInfo | None) -> EncodedRepo | None:
+        assert known.marker is not None
+        head, after = self._head, known.marker.durable_n
+        there = await make_durable(self.storage, head.epoch, after, head.n)
+        if not there and head.n > after:
+            # Such a slot is never pruned: the folder was removed, and must not come back.
+            self._ended = LostRepo(found=await read_repo(self.storage, self.sources))
+            return None
+        encoded = await self._encode(known, head.n)
+        if encoded is None:
+            return None
+        await put_once(self.storage, copy_key(head.epoch, head.n), encoded.data)
+        if known.marker.n > head.n:
+            self._ended = Written(known=known, info=info, by_us=False)
+            return None
+        return encoded
+
+    async def landed(self, known: Known, encoded: EncodedRepo, put: PutResult) -> Written:
+        assert known.marker is not None
+        await _delete_copy(self.storage, known.marker)
+        return await super().landed(known, encoded, put)
+
+
 async def write_checkpoint(
     storage: Storage,
     sources: Sources,
     head: Head,
     known: Known,
     *,
-    materialize: Materialize = nothing_embedded,
+    embedded: Embedded,
     files: Mapping[str, bytes] = NO_FILES,
     updates_per_file: int,
 ) -> Written | LostRepo:
@@ -97,8 +208,8 @@ async def write_checkpoint(
     ----------
     known
         The object as it was last seen; it is read again where that is not its version any more.
-    materialize
-        Makes objects of the files embedded in the entries after the checkpoint, first of all (rule 15).
+    embedded
+        The files of the log; those of the entries after the checkpoint become objects first of all (rule 15).
     files
         Copies of small files for the marker, which save reading them at the next open.
 
@@ -107,134 +218,36 @@ async def write_checkpoint(
     StorageError
         The store gives no answer; nothing is lost, the next checkpoint tries again.
     """
-    current, info = known, None
-    for _ in range(_ATTEMPTS):
-        # Rule 7: our epoch, a smaller n, and If-Match on exactly the version that was compared.
-        if current.marker is None or current.marker.epoch != head.epoch or not current.read_only:
-            return LostRepo(found=await read_repo(storage, sources))
-        if current.marker.n >= head.n:
-            return Written(known=current, info=info, by_us=False)
-        await materialize(current.marker.n, head.n)
-        kept = await _divide_updates(storage, sources, head, current, updates_per_file)
-        if kept is not None:
-            encoded = await encode(checkpoint_info(head.state, epoch=head.epoch, n=head.n, kept=kept, files=files))
-            try:
-                put = await storage.put(REPO_KEY, encoded.data, Matches(current.version))
-                return Written(
-                    known=known_of(encoded.info, put.version, len(encoded.data)), info=encoded.info, by_us=True
-                )
-            except PreconditionFailedError:
-                pass
-            except StorageError as error:
-                if is_refusal(error):
-                    raise
-                await sources.sleep(0.05)
-        found = await read_repo(storage, sources)
-        if found is None:
-            return LostRepo(found=None)
-        current, info = found.known, found.info
-    raise _no_certain_answer(storage)
+    change = _Checkpoint(storage, sources, head, embedded=embedded, files=files, updates_per_file=updates_per_file)
+    return await replace_repo(change, known)
 
 
 async def write_unsynced(
-    storage: Storage,
-    sources: Sources,
-    head: Head,
-    known: Known,
-    *,
-    embedded: Embedded,
-    updates_per_file: int,
+    storage: Storage, sources: Sources, head: Head, known: Known, *, embedded: Embedded, updates_per_file: int
 ) -> Written | LostRepo:
     """As `write_checkpoint` if syncs are deferred: without waiting for any. Parameters and errors are the same.
 
     Requires a durable copy of an earlier checkpoint; ``known`` is that checkpoint or a later one of the same log.
     """
-    current, info = known, None
-    for _ in range(_ATTEMPTS):
-        if current.marker is None or current.marker.epoch != head.epoch or not current.read_only:
-            return LostRepo(found=await read_repo(storage, sources))
-        if current.marker.n >= head.n and current.copy is None:
-            return Written(known=current, info=info, by_us=False)
-        restored = await _restore(storage, current)
-        kept = None if restored is None else await _divide_updates(storage, sources, head, restored, updates_per_file)
-        if restored is not None and kept is not None:
-            files = await embedded(current.marker.n, head.n)
-            encoded = await encode(
-                checkpoint_info(head.state, epoch=head.epoch, n=head.n, durable=current.marker.durable, kept=kept)
-            )
-            puts = [Put(key, data, Absent()) for key, data in files.items()]
-            answers = await storage.put_unsynced([*puts, Put(REPO_KEY, encoded.data, Matches(restored.version))])
-            if (answer := answers[-1]) is not None:
-                written = known_of(encoded.info, answer.version, len(encoded.data))
-                return Written(known=written, info=encoded.info, by_us=True)
-        found = await read_repo(storage, sources)
-        if found is None:
-            return LostRepo(found=None)
-        current, info = found.known, found.info
-    raise _no_certain_answer(storage)
+    change = _UnsyncedCheckpoint(storage, sources, head, embedded=embedded, updates_per_file=updates_per_file)
+    return await replace_repo(change, known)
 
 
 async def write_durable(
-    storage: Storage, sources: Sources, head: Head, known: Known, *, updates_per_file: int
+    storage: Storage, sources: Sources, head: Head, known: Known, *, embedded: Embedded, updates_per_file: int
 ) -> Written | LostRepo:
     """If syncs are deferred: make the files of the log up to ``head`` durable, then the checkpoint and its copy.
 
     Parameters, and errors, as `write_checkpoint`. A ``repo`` that is ahead of ``head`` is not changed.
     """
-    current, info = known, None
-    for _ in range(_ATTEMPTS):
-        if current.marker is None or current.marker.epoch != head.epoch or not current.read_only:
-            return LostRepo(found=await read_repo(storage, sources))
-        if current.marker.durable is not None and current.marker.durable >= head.n and current.copy is None:
-            return Written(known=current, info=info, by_us=False)
-        restored = await _restore(storage, current)
-        kept = None if restored is None else await _divide_updates(storage, sources, head, restored, updates_per_file)
-        if restored is not None and kept is not None:
-            there = await make_durable(storage, head.epoch, current.marker.durable_n, head.n)
-            if not there and head.n > current.marker.durable_n:
-                # Such a slot is never pruned: the folder was removed, and must not come back.
-                return LostRepo(found=await read_repo(storage, sources))
-            encoded = await encode(checkpoint_info(head.state, epoch=head.epoch, n=head.n, durable=head.n, kept=kept))
-            with suppress(PreconditionFailedError):
-                await storage.put(copy_key(head.epoch, head.n), encoded.data, Absent())
-            if current.marker.n > head.n:
-                return Written(known=current, info=info, by_us=False)
-            with suppress(PreconditionFailedError):
-                put = await storage.put(REPO_KEY, encoded.data, Matches(restored.version))
-                await _delete_copy(storage, current.marker)
-                return Written(
-                    known=known_of(encoded.info, put.version, len(encoded.data)), info=encoded.info, by_us=True
-                )
-        found = await read_repo(storage, sources)
-        if found is None:
-            return LostRepo(found=None)
-        current, info = found.known, found.info
-    raise _no_certain_answer(storage)
-
-
-async def _restore(storage: Storage, current: Known) -> Known | None:
-    """Replace a torn ``repo`` by its durable copy; None if another client has replaced it meanwhile."""
-    if current.copy is None:
-        return current
-    try:
-        put = await storage.put(REPO_KEY, current.copy, Matches(current.version))
-    except PreconditionFailedError:
-        return None
-    return replace(current, version=put.version, copy=None)
+    change = _DurableCheckpoint(storage, sources, head, embedded=embedded, updates_per_file=updates_per_file)
+    return await replace_repo(change, known)
 
 
 async def _delete_copy(storage: Storage, marker: Marker) -> None:
     """Delete the durable copy that a checkpoint names, which has been replaced. Pruning deletes those that remain."""
     if marker.durable is not None:
         await storage.delete([copy_key(marker.epoch, marker.durable)])
-
-
-def _no_certain_answer(storage: Storage) -> StorageError:
-    return StorageError(
-        f"cannot write the checkpoint of {storage.describe()}: no certain answer after {_ATTEMPTS} tries; the next "
-        "commit tries again, and nothing is lost",
-        ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
-    )
 
 
 async def _divide_updates(
@@ -267,55 +280,51 @@ async def _divide_updates(
     return kept
 
 
+class _Conversion(RepoChange[bool]):
+    """The end of a log: ``repo`` becomes authoritative for every writer of the format."""
+
+    def __init__(
+        self, storage: Storage, sources: Sources, head: Head, *, embedded: Embedded, updates_per_file: int
+    ) -> None:
+        super().__init__(storage, sources)
+        self._head = head
+        self._embedded = embedded
+        self._updates_per_file = updates_per_file
+
+    async def result(self, known: Known, info: RepoInfo | None) -> bool | None:
+        is_checkpoint = known.marker is not None and known.marker.epoch == self._head.epoch and known.read_only
+        return None if is_checkpoint else True
+
+    async def make(self, known: Known, info: RepoInfo | None) -> EncodedRepo | None:
+        head, storage, marker = self._head, self.storage, known.marker
+        assert marker is not None
+        await self._embedded.materialize(marker.n, head.n)
+        if storage.defers_syncs:
+            await make_durable(storage, head.epoch, marker.durable_n, head.n)
+        kept = await _divide_updates(storage, self.sources, head, known, self._updates_per_file)
+        return None if kept is None else await encode(unmarked_info(head.state, kept=kept))
+
+    async def landed(self, known: Known, encoded: EncodedRepo, put: PutResult) -> bool:
+        assert known.marker is not None
+        await _delete_copy(self.storage, known.marker)
+        return True
+
+    def gone(self) -> bool:
+        return True
+
+    def unsure(self) -> StorageError:
+        return StorageError(
+            f"cannot finish the conversion of {self.storage.describe()}: no certain answer; opening the repository "
+            "tries again",
+            ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
+        )
+
+
 async def finish_conversion(
-    storage: Storage,
-    sources: Sources,
-    head: Head,
-    *,
-    materialize: Materialize = nothing_embedded,
-    updates_per_file: int,
-) -> RepoObject | None:
+    storage: Storage, sources: Sources, head: Head, *, embedded: Embedded, updates_per_file: int
+) -> None:
     """After a seal has been folded: make ``repo`` authoritative, unless another client has done so (rule 8).
 
-    All helpers write the same state, so it does not matter whose write wins.
-
-    Parameters
-    ----------
-    materialize
-        As for `write_checkpoint`.
-
-    Returns
-    -------
-    RepoObject or None
-        ``repo`` as it is afterwards; None if it is gone.
+    All helpers write the same state, so it does not matter whose write wins. Parameters as for `write_checkpoint`.
     """
-    for _ in range(_ATTEMPTS):
-        found = await read_repo(storage, sources)
-        if found is None or found.known.marker is None or found.known.marker.epoch != head.epoch:
-            return found
-        if not found.known.read_only:
-            return found
-        current = await _restore(storage, found.known)
-        if current is None:
-            continue
-        await materialize(found.known.marker.n, head.n)
-        if storage.defers_syncs:
-            await make_durable(storage, head.epoch, found.known.marker.durable_n, head.n)
-        kept = await _divide_updates(storage, sources, head, current, updates_per_file)
-        if kept is None:
-            continue
-        encoded = await encode(unmarked_info(head.state, kept=kept))
-        try:
-            await storage.put(REPO_KEY, encoded.data, Matches(current.version))
-            await _delete_copy(storage, found.known.marker)
-        except PreconditionFailedError:
-            continue
-        except StorageError as error:
-            if is_refusal(error):
-                raise
-            await sources.sleep(0.05)
-    raise StorageError(
-        f"cannot finish the conversion of {storage.describe()}: no certain answer after {_ATTEMPTS} tries; opening the "
-        "repository tries again",
-        ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
-    )
+    await replace_repo(_Conversion(storage, sources, head, embedded=embedded, updates_per_file=updates_per_file))

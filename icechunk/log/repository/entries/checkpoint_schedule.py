@@ -102,7 +102,7 @@ class Checkpointing:
             view.sources,
             head,
             view.known,
-            materialize=view.materialize,
+            embedded=view,
             files=view.files_to_open_with(head.state),
             updates_per_file=view.updates_per_file,
         )
@@ -120,7 +120,7 @@ class Checkpointing:
             view.sources,
             head,
             view.known,
-            embedded=view.embedded_files,
+            embedded=view,
             updates_per_file=view.updates_per_file,
         )
         ended_us = view.sources.elapsed_us()
@@ -130,7 +130,9 @@ class Checkpointing:
 
     async def _write_durable(self, head: Head) -> Written | LostRepo:
         view = self._view
-        return await write_durable(view.storage, view.sources, head, view.known, updates_per_file=view.updates_per_file)
+        return await write_durable(
+            view.storage, view.sources, head, view.known, embedded=view, updates_per_file=view.updates_per_file
+        )
 
     async def _lost(self, found: RepoObject | None, epoch: str) -> None:
         await self._view.lost_repo(found, epoch)

@@ -258,11 +258,11 @@ class LogView:
         return len(self.embedded) > _MANY_FILES or self.embedded.dropped > self.checkpoint_n
 
     async def embedded_files(self, after: int, end: int) -> Mapping[str, bytes]:
-        """As `icechunk.log.repository.entries.checkpoint.Embedded`."""
+        """As `icechunk.log.repository.entries.embedded.Embedded.embedded_files`."""
         return await self.embedded.get(self.head.epoch, after, end)
 
     async def materialize(self, after: int, end: int) -> None:
-        """As `icechunk.log.repository.entries.embedded.Materialize`."""
+        """As `icechunk.log.repository.entries.embedded.Embedded.materialize`."""
         await self.embedded.materialize_dropped(self.head.epoch, after, end)
         await self.embedded.materialize(after, end)
 
@@ -443,9 +443,7 @@ class LogView:
     async def leave_sealed(self) -> None:
         """A seal has been folded: finish the conversion that it began (rule 8)."""
         head = self.head
-        await finish_conversion(
-            self.storage, self.sources, head, materialize=self.materialize, updates_per_file=self.updates_per_file
-        )
+        await finish_conversion(self.storage, self.sources, head, embedded=self, updates_per_file=self.updates_per_file)
         if self.ended_reason is None and self.head.epoch == head.epoch and head.state.seal is not None:
             self._end(head.state.seal)
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Final, TypeAlias
+from typing import Final, Protocol
 
 from icechunk.errors import IcechunkError
 from icechunk.log.repository.entry import Entry
@@ -28,7 +28,7 @@ from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import finish_task, run_jobs
 from icechunk.storage.port import Absent, GetResult, Put, Storage
 
-__all__ = ["EmbeddedFiles", "Materialize", "make_durable", "materialize_entries", "nothing_embedded"]
+__all__ = ["Embedded", "EmbeddedFiles", "EmbeddedInTail", "make_durable"]
 
 _LOG: Final = logging.getLogger(__name__)
 _MAX_BYTES: Final = 32 * 1024 * 1024
@@ -38,30 +38,30 @@ _AT_ONCE: Final = 16
 _SLOTS_AT_ONCE: Final = 64
 """Entries that are in memory at the same time while their files are made durable."""
 
-Materialize: TypeAlias = Callable[[int, int], Awaitable[None]]
-"""See to it that the files of the entries after a slot, up to another one (inclusive), exist as objects."""
+
+class Embedded(Protocol):
+    """The files embedded in the entries of one log."""
+
+    async def materialize(self, after: int, end: int) -> None:
+        """See to it that the files of the entries after a slot, up to another one (inclusive), exist as objects."""
+
+    async def embedded_files(self, after: int, end: int) -> Mapping[str, bytes]:
+        """The files of the entries after a slot, up to another one (inclusive), that have no known object."""
 
 
-async def nothing_embedded(after: int, end: int) -> None:
-    """The `Materialize` of a log without embedded files."""
+class EmbeddedInTail(Embedded):
+    """Of a client that has just read the whole tail, or an entry of it, and has put nothing yet."""
 
+    def __init__(self, storage: Storage, tail: Iterable[Entry]) -> None:
+        self._storage = storage
+        self._by_slot = {entry.n: entry.objects for entry in tail}
 
-def materialize_entries(storage: Storage, tail: Iterable[Entry]) -> Materialize:
-    """The `Materialize` of a client that has just read the whole tail, and has put nothing yet."""
-    by_slot = {entry.n: entry.objects for entry in tail}
+    async def materialize(self, after: int, end: int) -> None:
+        files = await self.embedded_files(after, end)
+        await run_jobs([partial(put_once, self._storage, key, data) for key, data in files.items()], limit=_AT_ONCE)
 
-    async def materialize(after: int, end: int) -> None:
-        await run_jobs(
-            [
-                partial(put_once, storage, key, data)
-                for n, objects in by_slot.items()
-                if after < n <= end
-                for key, data in objects.items()
-            ],
-            limit=_AT_ONCE,
-        )
-
-    return materialize
+    async def embedded_files(self, after: int, end: int) -> Mapping[str, bytes]:
+        return {key: data for n, files in self._by_slot.items() if after < n <= end for key, data in files.items()}
 
 
 async def make_durable(storage: Storage, epoch: str, after: int, end: int) -> bool:
@@ -203,7 +203,7 @@ class EmbeddedFiles:
         for n in range(after + 1, min(end, self.dropped) + 1):
             found = await read_slot(self._storage, epoch, n)
             if found is not None:
-                await materialize_entries(self._storage, [found[0]])(after, end)
+                await EmbeddedInTail(self._storage, [found[0]]).materialize(after, end)
 
     async def put_unsynced(self, after: int, end: int) -> None:
         """As `materialize` if syncs are deferred, without waiting for any."""

@@ -43,13 +43,14 @@ from icechunk.log.repository.objects import RepoObject, nonce_in_slot, read_repo
 from icechunk.log.repository.ops_log import any_in_history, updates_of
 from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Caller, Layout, Propose, SwapToken
 from icechunk.log.repository.queue import MAX_EMBEDDED_BYTES, Attempt, Group, Waiting, build
-from icechunk.log.repository.settle import CLOSE_GRACE_S, Fate, SwappedLog
+from icechunk.log.repository.settle import CLOSE_GRACE_S, SwappedLog
 from icechunk.log.repository.state import MAIN, RepoState, apply
 from icechunk.log.repository.store_check import StoreCheck, may_write
 from icechunk.log.repository.tokens import settle_ended
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.loops import closing_garbage
 from icechunk.runtime.tasks import finish_task
+from icechunk.storage.outcome import Fate
 from icechunk.storage.port import Absent, Storage
 from icechunk.transfer.cache import WeightedCache
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from icechunk.errors import FormatError, ObjectNotFoundError, PreconditionFailedError, StorageError
+from icechunk.errors import FormatError, ObjectNotFoundError, StorageError
 from icechunk.format.ids import encode_id
 from icechunk.format.keys import overwritten_repo_key
 from icechunk.format.repo.codec import decode_repo
+from icechunk.log.repository.conditional import Creation, certain
 from icechunk.log.repository.entries.reader import list_head, newest_epoch, read_tail
 from icechunk.log.repository.entry import Entry, encode_entry, epoch_prefix, slot_key
 from icechunk.log.repository.event_json import encode_events
@@ -20,13 +21,12 @@ from icechunk.log.repository.marker import decode_marker
 from icechunk.log.repository.objects import RepoObject, read_repo, read_slot
 from icechunk.log.repository.queue import new_snapshots
 from icechunk.runtime.clock import Sources
-from icechunk.storage.outcome import is_refusal
-from icechunk.storage.port import Absent, Storage
+from icechunk.storage.outcome import Fate, follow
+from icechunk.storage.port import Storage
 
 __all__ = ["Stranded", "find_seal", "find_stranded", "seal_abandoned", "seal_log"]
 
 _BACKUPS = 32
-_ATTEMPTS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,35 +95,49 @@ async def seal_log(storage: Storage, sources: Sources, epoch: str, after: int) -
     StorageError
         The store gave no certain answer; call again.
     """
-    n, failures = after, 0
-    ours = Sealed(reason=TAKEOVER)
-    data: bytes | None = None
+    n = after
     while True:
-        found = await read_slot(storage, epoch, n + 1)
-        if found is not None:
-            seal = _seal_in(found[0])
-            if seal is not None:
-                return n, seal
-            n, data = n + 1, None
-            continue
-        if data is None:
-            # Once for each slot: the bytes of an attempt never change under its nonce (rule 2).
-            data = encode_entry(
-                n=n + 1,
-                nonce=sources.random_bytes(16),
+        write = _SealWrite(storage, sources, epoch, n + 1)
+        if await write.fate(False) is Fate.OPEN:
+            unsure = StorageError(
+                f"cannot seal the log in {storage.describe()}: no certain answer for slot {n + 1}; call again"
+            )
+            certain(await follow(write), unsure)
+        seal = write.sealed if write.found is None else _seal_in(write.found)
+        if seal is not None:
+            return n, seal
+        n += 1
+
+
+class _SealWrite(Creation):
+    """The seal of a log in one slot, recognised by its nonce."""
+
+    def __init__(self, storage: Storage, sources: Sources, epoch: str, n: int) -> None:
+        self.sealed = Sealed(reason=TAKEOVER)
+        self._epoch = epoch
+        self._n = n
+        self._nonce = sources.random_bytes(16)
+        self.found: Entry | None = None
+        """The entry in the slot; None: there was none when it was last looked at."""
+        super().__init__(
+            storage,
+            sources,
+            slot_key(epoch, n),
+            encode_entry(
+                n=n,
+                nonce=self._nonce,
                 time_us=max(sources.wall_us(), 0),
                 since_us=None,
-                events=encode_events((ours,)),
-            )
-        try:
-            await storage.put(slot_key(epoch, n + 1), data, Absent())
-        except PreconditionFailedError:
-            continue
-        except StorageError as error:
-            failures += 1
-            if failures > _ATTEMPTS or is_refusal(error):
-                raise
-            await sources.sleep(0.05)
+                events=encode_events((self.sealed,)),
+            ),
+        )
+
+    async def fate(self, may_land: bool) -> Fate:
+        found = await read_slot(self.storage, self._epoch, self._n)
+        if found is None:
+            return Fate.OPEN
+        self.found = found[0]
+        return Fate.LANDED if found[0].nonce == self._nonce else Fate.LOST
 
 
 async def find_stranded(

@@ -17,7 +17,6 @@ commit also by the snapshot id, at the tip or below it.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -35,16 +34,17 @@ from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.keys import CONFIG_KEY, overwritten_config_key, snapshot_key
 from icechunk.format.repo.repo_info import Update
 from icechunk.log.repository import events as e
+from icechunk.log.repository.conditional import replace_object
 from icechunk.log.repository.port import Layout, SwapToken
 from icechunk.log.repository.queue import Attempt, Group, Member, Waiting, new_snapshots
 from icechunk.log.repository.ref_files.client import RefFilesView
 from icechunk.log.repository.ref_files.names import MARK_BYTES, encode_ref, mark_in, mark_of, read_ref
-from icechunk.log.repository.settle import Fate, SwappedLog
+from icechunk.log.repository.settle import SwappedLog
 from icechunk.log.repository.state import MAIN, RepoState, apply
 from icechunk.log.repository.store_check import MatchCheck
 from icechunk.log.repository.tokens import REFS_TOKEN
 from icechunk.runtime.clock import SYSTEM, Sources
-from icechunk.storage.outcome import is_refusal, refused
+from icechunk.storage.outcome import Fate, is_refusal, refused
 from icechunk.storage.port import Absent, GetResult, Matches, Precondition, Storage, Version
 
 __all__ = ["RefFilesLayout", "needs_format_2"]
@@ -158,8 +158,10 @@ class RefFilesLayout(SwappedLog[_Write]):
         key = self._view.names.tag_key(tag)
         answer = await self._view.get(key)
         if answer is not None and read_ref(answer.data, key) == expected:
-            with suppress(PreconditionFailedError, ObjectNotFoundError):
-                await self._storage.put(key, encode_ref(new, mark_in(answer.data)), Matches(answer.version))
+            where = self._storage.describe()
+            unsure = StorageError(f"it is not known whether tag {tag!r} in {where} was moved: no certain answer")
+            moved = encode_ref(new, mark_in(answer.data))
+            await replace_object(self._storage, self._sources, key, moved, answer.version, unsure)
 
     async def prepare_writes(self) -> None:
         await self._check.run((snapshot_key(FIRST_SNAPSHOT), snapshot_key(self.state.branches[MAIN])))
@@ -347,8 +349,9 @@ class RefFilesLayout(SwappedLog[_Write]):
                     break
                 if answer.version == base:
                     # Still what the write would replace: other bytes that say the same, and it never lands.
-                    with suppress(PreconditionFailedError):
-                        await self._storage.put(key, answer.data + b"\n", Matches(answer.version))
+                    unsure = StorageError(f"cannot settle yet, call again: no certain answer about {key!r}")
+                    touched = answer.data + b"\n"
+                    if await replace_object(self._storage, self._sources, key, touched, answer.version, unsure):
                         return False
                     continue
                 if token.snapshots or not self._is_replaceable(key):

@@ -33,11 +33,9 @@ from typing import Any, Final, TypeAlias
 from icechunk.config import config_from_yaml, config_to_dict
 from icechunk.errors import (
     ErrorKind,
-    FormatError,
     IcechunkError,
     InvalidInputError,
     ObjectNotFoundError,
-    PreconditionFailedError,
     RepositoryNotFoundError,
     SessionStateError,
     SnapshotNotFoundError,
@@ -46,10 +44,12 @@ from icechunk.errors import (
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id, object_id_from_text
 from icechunk.format.keys import CONFIG_KEY, REFS_PREFIX, REPO_KEY, SNAPSHOTS_PREFIX, snapshot_key
 from icechunk.format.repo import repo_info as stored
+from icechunk.format.repo.codec import EncodedRepo
 from icechunk.format.repo.repo_info import RepoInfo, RepoMigrated, SnapshotRecord, Status
 from icechunk.format.snapshot.codec import decode_snapshot
+from icechunk.log.repository.conditional import RepoChange, create_object, replace_object, replace_repo
 from icechunk.log.repository.marker import is_unfinished, upgrade_mark, write_mark
-from icechunk.log.repository.objects import RepoObject, encode, read_repo
+from icechunk.log.repository.objects import Known, RepoObject, encode, read_repo
 from icechunk.log.repository.ops_log import updates_of
 from icechunk.log.repository.ref_files.names import RefKey, RefNames, close_ref, is_closed, mark_in, read_ref
 from icechunk.log.repository.state import MAIN, ONLINE, READ_ONLY, from_repo_info
@@ -57,7 +57,7 @@ from icechunk.log.repository.store_check import MatchCheck, require_atomic, requ
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import run_jobs
 from icechunk.storage.outcome import is_refusal
-from icechunk.storage.port import NO_LISTING, Absent, Matches, Storage, Version
+from icechunk.storage.port import NO_LISTING, PutResult, Storage, Version
 
 __all__ = ["DEFAULT_PREFETCH", "RefValues", "as_refs_say", "lineage", "migrated_info", "upgrade"]
 
@@ -189,7 +189,6 @@ Records: TypeAlias = dict[ObjectId, SnapshotRecord]
 DEFAULT_PREFETCH: Final = 64
 """Snapshot files that are read at a time."""
 _LOG: Final = logging.getLogger(__name__)
-_ATTEMPTS: Final = 20
 _REASON: Final = (
     "This repository is being upgraded from format 1. If that was interrupted, run upgrade_icechunk_repository again; "
     "setting the status online instead may lose what older clients committed meanwhile."
@@ -276,7 +275,7 @@ class _Upgrade:
         await self._check_writable()
         if found is None:
             await self._announce(info)
-        await self._settle()
+        await replace_repo(_PutOnline(self, self._storage, self._sources))
         if self._delete:
             await self._clean_up(await self._read_refs())
         _LOG.info("%s: has format 2 now", self._where)
@@ -350,70 +349,33 @@ class _Upgrade:
 
     async def _announce(self, info: RepoInfo) -> None:
         """Create ``repo``, read-only; another client that did so meanwhile wrote the same."""
-        why: StorageError | None = None
         data = (await encode(info)).data
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                await self._sources.sleep(min(1.0, 0.02 * 2**attempt))
-            try:
-                await self._storage.put(REPO_KEY, data, Absent())
-            except PreconditionFailedError:
-                return
-            except StorageError as error:
-                if is_refusal(error):
-                    raise
-                why = error
-            else:
-                return
-        raise self._no_answer() from why
+        await create_object(self._storage, self._sources, REPO_KEY, data, self.no_answer())
 
-    async def _settle(self) -> None:
-        """Close the branches, and put ``repo`` online with what they say."""
-        why: IcechunkError | None = None
-        nonce = self._sources.random_bytes(16)
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                await self._sources.sleep(min(1.0, 0.02 * 2**attempt))
-            try:
-                found = await read_repo(self._storage, self._sources)
-                if found is None:
-                    raise RepositoryNotFoundError(f"the object 'repo' in {self._where} was deleted during its upgrade")
-                if not is_unfinished(found.info):
-                    # Ours, whose answer was lost, or that of another client that upgraded at the same time.
-                    return
-                refs = await self._read_refs()
-                if self._delete:
-                    refs = await self._close(refs)
-                if not any(ref.key == self._names.branch_key(MAIN) for ref in refs):
-                    continue  # another client has finished
-                info = await self.info(refs, reason=None, nonce=nonce)
-                await self._storage.put(REPO_KEY, (await encode(info)).data, Matches(found.known.version))
-            except (PreconditionFailedError, ObjectNotFoundError) as error:
-                why = error
-            except (RepositoryNotFoundError, SnapshotNotFoundError, FormatError):
-                raise
-            except StorageError as error:
-                if is_refusal(error):
-                    raise
-                why = error
-            else:
-                return
-        raise self._no_answer() from why
+    async def closed_refs(self) -> tuple[_Ref, ...] | None:
+        """The refs, after those of branches were closed where they are to be deleted.
 
-    async def _close(self, refs: tuple[_Ref, ...]) -> tuple[_Ref, ...]:
-        """Replace the refs of branches, so that no client commits to them any more; raises if one has changed."""
-        open_ = [ref for ref in refs if not ref.what.is_tag and not ref.closed]
-        await run_jobs([partial(self._close_one, ref) for ref in open_])
-        return await self._read_refs() if open_ else refs
+        None: look again, a branch has moved, or another client has finished the upgrade.
+        """
+        refs = await self._read_refs()
+        open_ = [ref for ref in refs if not ref.what.is_tag and not ref.closed] if self._delete else []
+        if open_:
+            if not all(await run_jobs([partial(self._close, ref) for ref in open_])):
+                return None
+            refs = await self._read_refs()
+        return refs if any(ref.key == self._names.branch_key(MAIN) for ref in refs) else None
 
-    async def _close_one(self, ref: _Ref) -> None:
+    async def _close(self, ref: _Ref) -> bool:
+        """Replace the ref of a branch, so that no client commits to it any more; False: it is not what was read."""
         assert ref.snapshot is not None
-        await self._storage.put(ref.key, close_ref(ref.snapshot, ref.mark), Matches(ref.version))
+        closed = close_ref(ref.snapshot, ref.mark)
+        replaced = replace_object(self._storage, self._sources, ref.key, closed, ref.version, self.no_answer())
+        return await replaced is not None
 
-    def _no_answer(self) -> StorageError:
+    def no_answer(self) -> StorageError:
+        """The error where the store gives no certain answer."""
         return StorageError(
-            f"cannot finish the upgrade of {self._where}: no certain answer after {_ATTEMPTS} tries; nothing is lost, "
-            "run it again",
+            f"cannot finish the upgrade of {self._where}: no certain answer; nothing is lost, run it again",
             ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
         )
 
@@ -455,7 +417,7 @@ class _Upgrade:
         """Delete the files that only format 1 needs; refs that were not taken over are kept."""
         found = await read_repo(self._storage, self._sources)
         if found is None or is_unfinished(found.info):
-            raise self._no_answer()
+            raise self.no_answer()
         info = found.info
         kept = {ref.key for ref in refs if not _is_settled(ref, info.tags, info.deleted_tags)}
         if kept:
@@ -479,6 +441,43 @@ class _Upgrade:
                     f"{self._where} has format 2 now, but {failures[0][0]!r} could not be deleted: {failures[0][1]}; "
                     "run the upgrade again to delete the rest"
                 )
+
+
+class _PutOnline(RepoChange[bool]):
+    """Close the branches, and put ``repo`` online with what they say."""
+
+    def __init__(self, upgrade: _Upgrade, storage: Storage, sources: Sources) -> None:
+        super().__init__(storage, sources)
+        self._upgrade = upgrade
+        self._nonce = sources.random_bytes(16)
+
+    async def result(self, known: Known, info: RepoInfo | None) -> bool | None:
+        assert info is not None
+        # Else it is ours, whose answer was lost, or that of another client that upgraded at the same time.
+        return None if is_unfinished(info) else True
+
+    async def make(self, known: Known, info: RepoInfo | None) -> EncodedRepo | None:
+        try:
+            refs = await self._upgrade.closed_refs()
+            if refs is None:
+                return None
+            return await encode(await self._upgrade.info(refs, reason=None, nonce=self._nonce))
+        except (RepositoryNotFoundError, SnapshotNotFoundError):
+            raise
+        except StorageError as error:
+            if is_refusal(error) or error.kind == ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED:
+                raise
+            self.why = error
+            return None
+
+    async def landed(self, known: Known, encoded: EncodedRepo, put: PutResult) -> bool:
+        return True
+
+    def gone(self) -> bool:
+        raise RepositoryNotFoundError(f"the object 'repo' in {self.storage.describe()} was deleted during its upgrade")
+
+    def unsure(self) -> StorageError:
+        return self._upgrade.no_answer()
 
 
 async def as_refs_say(storage: Storage, sources: Sources, info: RepoInfo) -> RepoInfo:

@@ -19,7 +19,6 @@ log, this module the copy made in advance; only the engine's task writes.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from icechunk.errors import (
@@ -34,6 +33,7 @@ from icechunk.errors import (
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name, snapshot_key
 from icechunk.format.repo.repo_info import Update
+from icechunk.log.repository.conditional import replace_object
 from icechunk.log.repository.freshness import instant
 from icechunk.log.repository.marker import cutoff_of, nonce_of, write_mark
 from icechunk.log.repository.objects import RepoObject, encode, read_repo, updates_per_file_of
@@ -41,12 +41,13 @@ from icechunk.log.repository.ops_log import happened, updates_of
 from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Layout, SwapToken
 from icechunk.log.repository.queue import Attempt, Group, UpdateRetries, Waiting, build, retries_of
 from icechunk.log.repository.repo_object.client import LogReader, RepoView, Successors, next_window
-from icechunk.log.repository.settle import CLOSE_GRACE_S, Fate, SwappedLog
+from icechunk.log.repository.settle import CLOSE_GRACE_S, SwappedLog
 from icechunk.log.repository.state import MAIN, RepoState, UpdateLog, resting_on, to_repo_info
 from icechunk.log.repository.store_check import MatchCheck
 from icechunk.log.repository.tokens import REPO_TOKEN, settle_ended
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import finish_task
+from icechunk.storage.outcome import Fate
 from icechunk.storage.port import Matches, Storage, Version
 from icechunk.transfer.cache import WeightedCache
 
@@ -297,7 +298,7 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
                     return await settle_ended(self._storage, self._sources, token)
                 # Still the version that the write would replace: give it another one, and it never lands.
                 await self._touch()
-        raise StorageError(f"cannot settle yet, call again: {self._storage.describe()} gives no certain answer")
+        raise self._cannot_settle()
 
     async def _touch(self) -> None:
         """Replace ``repo`` by the same state with another mark; for holders of `swapping`."""
@@ -311,8 +312,12 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
             gc_cutoff_us=max(cutoff_of(found.info.extra), self.state.gc_cutoff_us),
         )
         encoded = await encode(replace(found.info, extra=mark))
-        with suppress(PreconditionFailedError):
-            await self._storage.put(REPO_KEY, encoded.data, Matches(found.known.version))
+        await replace_object(
+            self._storage, self._sources, REPO_KEY, encoded.data, found.known.version, self._cannot_settle()
+        )
+
+    def _cannot_settle(self) -> StorageError:
+        return StorageError(f"cannot settle yet, call again: {self._storage.describe()} gives no certain answer")
 
     # ------------------------------------------------------------- the rest
 

@@ -17,7 +17,6 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
-from icechunk.log.repository import settle
 from icechunk.log.repository.convert import convert_to_log
 from icechunk.log.repository.create import create_log
 from icechunk.log.repository.entries import reader as log_reader
@@ -25,6 +24,7 @@ from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.entry import decode_entry, slot_key
 from icechunk.log.repository.open import open_repository
 from icechunk.storage.memory import MemoryStorage
+from icechunk.storage.outcome import Fate
 from icechunk.storage.port import ANY, Absent, Matches
 from icechunk.testing.scripted import Request, ScriptedStorage, Send, lost_answer
 from tests.log.repository.strategies import an_id
@@ -192,8 +192,8 @@ async def test_while_a_put_may_still_arrive_the_same_bytes_are_sent_again(
 
     if not rule:
         # As one would without it: the slot is empty, so it failed.
-        async def give_up(self: LogLayout, attempt: object) -> settle.Fate:
-            return settle.Fate.REFUSED
+        async def give_up(self: LogLayout, attempt: object) -> Fate:
+            return Fate.REFUSED
 
         monkeypatch.setattr(LogLayout, "_look", give_up)
     storage.script = travel
@@ -221,7 +221,7 @@ async def test_an_entry_of_another_writer_is_not_taken_for_the_clients_own(
     other, _ = await world.open()
     await other.append(world.commit(1))
     if not rule:
-        monkeypatch.setattr(LogLayout, "_fate_by", lambda self, attempt, nonce: settle.Fate.LANDED)
+        monkeypatch.setattr(LogLayout, "_fate_by", lambda self, attempt, nonce: Fate.LANDED)
     refused = pytest.raises(ConflictError) if rule else contextlib.nullcontext()
     with refused:
         await log.append(world.commit(2, parent=FIRST_SNAPSHOT))

@@ -1,0 +1,358 @@
+"""Conditional writes of the repository log's objects, each sent until its outcome is certain (rules 1 to 3).
+
+`icechunk.storage.outcome.follow` is the loop: send, look, send the same bytes again. `Sending` is what all writers here
+give it: up to eight requests through `Storage`, with pauses that grow. Changes for which callers wait in a queue are in
+`icechunk.log.repository.settle`. The others are single writes: an object that is created (`create_object`), an object
+that is replaced (`replace_object`), and ``repo``, replaced by something that is made of it (`replace_repo`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Final, Generic, TypeVar
+
+from icechunk.errors import FormatError, IcechunkError, ObjectNotFoundError, PreconditionFailedError, StorageError
+from icechunk.format.keys import REPO_KEY
+from icechunk.format.repo.codec import EncodedRepo
+from icechunk.format.repo.repo_info import RepoInfo
+from icechunk.log.repository.objects import Known, RepoObject, read_repo
+from icechunk.runtime.clock import Sources
+from icechunk.storage.outcome import Fate, Outcome, Seen, Tried, Write, follow, is_refusal, tried_by
+from icechunk.storage.port import Absent, GetResult, Matches, Precondition, PutResult, Storage, Version
+
+__all__ = [
+    "ROUNDS",
+    "Creation",
+    "RepoChange",
+    "Sending",
+    "backoff_s",
+    "certain",
+    "create_object",
+    "replace_object",
+    "replace_repo",
+]
+
+ROUNDS: Final = 8
+"""Most requests of one write."""
+_FIRST_PAUSE_S: Final = 0.02
+_LONGEST_PAUSE_S: Final = 5.0
+_VERSIONS: Final = 20
+"""Most versions of ``repo`` that one change is tried on."""
+
+T = TypeVar("T")
+
+
+def backoff_s(sources: Sources, round_: int) -> float:
+    """A pause with full jitter before try ``round_`` (counted from 1)."""
+    longest: float = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0**round_)
+    return longest * sources.fraction()
+
+
+class Sending(Write, ABC):
+    """A conditional write through `Storage`: up to `ROUNDS` requests, with pauses that grow."""
+
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+        self._rounds = 0
+
+    @abstractmethod
+    async def put(self) -> bool:
+        """Make one request; False: its condition does not hold.
+
+        Raises
+        ------
+        IcechunkError, OSError
+            No answer, or a refusal (`icechunk.storage.outcome.is_refusal`).
+        """
+
+    @abstractmethod
+    async def fate(self, may_land: bool) -> Fate:
+        """The fate by the object that is there now. ``may_land``: whether some request may have landed, or may land.
+
+        Raises
+        ------
+        IcechunkError, OSError
+            The object cannot be read; `FormatError`: its contents cannot be understood.
+        """
+
+    async def send(self, may_land: bool) -> Tried:
+        """As `Write.send`."""
+        try:
+            if await self.put():
+                return Tried(landed=True)
+        except (IcechunkError, OSError) as error:
+            return tried_by(error)
+        # Perhaps because of a request of this write that the store has had twice: looking decides.
+        return Tried(may_land=True, look=True)
+
+    async def look(self, may_land: bool) -> Seen:
+        """As `Write.look`."""
+        try:
+            return Seen(fate=await self.fate(may_land))
+        except FormatError as error:
+            # The place is taken, by something that this client does not understand.
+            return Seen(fate=Fate.OPEN, why=error, final=True)
+        except (IcechunkError, OSError) as error:
+            return Seen(fate=Fate.OPEN, why=error)
+
+    async def again(self, reached: bool) -> bool:
+        """As `Write.again`."""
+        self._rounds += 1
+        if self._rounds >= ROUNDS:
+            return False
+        await self._sources.sleep(backoff_s(self._sources, self._rounds))
+        return True
+
+
+def certain(outcome: Outcome, unsure: StorageError) -> bool:
+    """Whether a single write landed (True), or something else took its place (False).
+
+    Parameters
+    ----------
+    unsure
+        To be raised where that is not known.
+
+    Raises
+    ------
+    IcechunkError, OSError
+        The write was refused for certain, or what took its place cannot be understood (`FormatError`).
+    StorageError
+        ``unsure``.
+    """
+    match outcome.fate:
+        case Fate.LANDED:
+            return True
+        case Fate.LOST | Fate.UNDECIDED:
+            return False
+        case Fate.OPEN if not isinstance(outcome.why, FormatError):
+            raise unsure from outcome.why
+        case _:
+            assert outcome.why is not None
+            raise outcome.why
+
+
+class _ObjectWrite(Sending):
+    """A write of one object, recognised by its bytes."""
+
+    def __init__(self, storage: Storage, sources: Sources, key: str, data: bytes, precondition: Precondition) -> None:
+        super().__init__(sources)
+        self._storage = storage
+        self._key = key
+        self._data = data
+        self._precondition = precondition
+        self.answer: PutResult | None = None
+        """The answer of the store that it landed; None where there was none."""
+        self.found: GetResult | None = None
+        """The object as it was last looked at; None: there was none, or nobody looked."""
+
+    async def put(self) -> bool:
+        try:
+            self.answer = await self._storage.put(self._key, self._data, self._precondition)
+        except PreconditionFailedError:
+            return False
+        except ObjectNotFoundError:
+            if isinstance(self._precondition, Absent):
+                raise
+            return False
+        return True
+
+    async def fate(self, may_land: bool) -> Fate:
+        try:
+            self.found = await self._storage.get(self._key)
+        except ObjectNotFoundError:
+            self.found = None
+            return Fate.OPEN if isinstance(self._precondition, Absent) else Fate.LOST
+        if self.found.data == self._data:
+            return Fate.LANDED
+        if isinstance(self._precondition, Matches):
+            if self.found.version == self._precondition.version:
+                return Fate.OPEN
+            return Fate.UNDECIDED if may_land else Fate.LOST
+        return Fate.LOST
+
+
+class Creation(Sending):
+    """The creation of an object where there is none, recognised as a subclass says."""
+
+    def __init__(self, storage: Storage, sources: Sources, key: str, data: bytes) -> None:
+        super().__init__(sources)
+        self.storage = storage
+        self._key = key
+        self._data = data
+        self.answer: PutResult | None = None
+        """The answer of the store that it landed; None where there was none."""
+
+    async def put(self) -> bool:
+        """As `Sending.put`."""
+        try:
+            self.answer = await self.storage.put(self._key, self._data, Absent())
+        except PreconditionFailedError:
+            return False
+        return True
+
+
+async def create_object(storage: Storage, sources: Sources, key: str, data: bytes, unsure: StorageError) -> bytes:
+    """Create an object where there is none, and return the bytes that are there: the given ones, or another client's.
+
+    Parameters
+    ----------
+    unsure
+        To be raised where the store gives no certain answer.
+
+    Raises
+    ------
+    StorageError
+        Refused for certain, in the store's own words; or ``unsure``.
+    """
+    write = _ObjectWrite(storage, sources, key, data, Absent())
+    if certain(await follow(write), unsure) or write.found is None:
+        return data
+    return write.found.data
+
+
+async def replace_object(
+    storage: Storage, sources: Sources, key: str, data: bytes, base: Version, unsure: StorageError
+) -> Version | None:
+    """Replace one version of an object.
+
+    Returns
+    -------
+    Version or None
+        The new version. None: the object is gone, or has another version, which was perhaps made of this one.
+
+    Raises
+    ------
+    StorageError
+        As `create_object`.
+    """
+    write = _ObjectWrite(storage, sources, key, data, Matches(base))
+    if not certain(await follow(write), unsure):
+        return None
+    return write.answer.version if write.answer is not None else write.found.version if write.found else None
+
+
+# --------------------------------------------------------------------- the object `repo`
+
+
+class RepoChange(ABC, Generic[T]):
+    """A change of ``repo`` that is made of what is there, and again of what is there instead (rule 7).
+
+    Its write goes on only from an object whose contents are in what is written, and replaces exactly that version.
+    """
+
+    def __init__(self, storage: Storage, sources: Sources) -> None:
+        self.storage = storage
+        self.sources = sources
+        self.why: Exception | None = None
+        """The last error because of which `make` returned None."""
+
+    @abstractmethod
+    async def result(self, known: Known, info: RepoInfo | None) -> T | None:
+        """The result where ``repo``, as it is now, needs no change; None: it does.
+
+        Parameters
+        ----------
+        info
+            Its contents; None where they were not read.
+        """
+
+    @abstractmethod
+    async def make(self, known: Known, info: RepoInfo | None) -> EncodedRepo | None:
+        """The new object, once everything exists that must exist before; None: look again, ``repo`` has changed."""
+
+    async def put(self, encoded: EncodedRepo, base: Version) -> PutResult | None:
+        """Make one request; None: ``repo`` does not have that version. Errors as `Storage.put`."""
+        try:
+            return await self.storage.put(REPO_KEY, encoded.data, Matches(base))
+        except (PreconditionFailedError, ObjectNotFoundError):
+            return None
+
+    @abstractmethod
+    async def landed(self, known: Known, encoded: EncodedRepo, put: PutResult) -> T:
+        """The result where ``known`` was replaced by the new object."""
+
+    @abstractmethod
+    def gone(self) -> T:
+        """The result where there is no ``repo``; or raises."""
+
+    @abstractmethod
+    def unsure(self) -> StorageError:
+        """The error where the store gives no certain answer."""
+
+
+class _Replacement(Sending, Generic[T]):
+    """One replacement of one version of ``repo``."""
+
+    def __init__(self, change: RepoChange[T], encoded: EncodedRepo, base: Version) -> None:
+        super().__init__(change.sources)
+        self._change = change
+        self._encoded = encoded
+        self._base = base
+        self.answer: PutResult | None = None
+        self.looked = False
+        """Whether ``found`` is known."""
+        self.found: RepoObject | None = None
+
+    async def put(self) -> bool:
+        self.answer = await self._change.put(self._encoded, self._base)
+        return self.answer is not None
+
+    async def fate(self, may_land: bool) -> Fate:
+        self.found = await read_repo(self._change.storage, self._change.sources)
+        self.looked = True
+        if self.found is not None and self.found.known.version == self._base:
+            return Fate.OPEN
+        # Whether by this write or by another: `RepoChange.result` says if there is anything left to do.
+        return Fate.LOST
+
+
+async def replace_repo(change: RepoChange[T], known: Known | None = None) -> T:
+    """Replace ``repo`` as a change says, unless there is nothing to do (any more).
+
+    Parameters
+    ----------
+    known
+        The object as it was last seen; it is read again where that is not its version any more. None: it is read first.
+
+    Raises
+    ------
+    StorageError
+        Refused for certain, in the store's own words; or `RepoChange.unsure`.
+    """
+    storage, sources = change.storage, change.sources
+    info: RepoInfo | None = None
+    why: Exception | None = None
+    for attempt in range(_VERSIONS):
+        if attempt > 1:
+            await sources.sleep(backoff_s(sources, attempt - 1))
+        if known is None:
+            try:
+                found = await read_repo(storage, sources)
+            except StorageError as error:
+                if is_refusal(error):
+                    raise
+                why = error
+                continue
+            if found is None:
+                return change.gone()
+            known, info = found.known, found.info
+        result = await change.result(known, info)
+        if result is not None:
+            return result
+        if known.copy is not None:
+            # A power failure has torn the object: it is mended before it is replaced.
+            version = await replace_object(storage, sources, REPO_KEY, known.copy, known.version, change.unsure())
+            known = None if version is None else replace(known, version=version, copy=None)
+        encoded = None if known is None else await change.make(known, info)
+        if known is None or encoded is None:
+            known, why = None, change.why
+            continue
+        write = _Replacement(change, encoded, known.version)
+        if certain(await follow(write), change.unsure()):
+            assert write.answer is not None
+            return await change.landed(known, encoded, write.answer)
+        if write.found is None:
+            return change.gone()
+        known, info = write.found.known, write.found.info
+    raise change.unsure() from why
