@@ -207,7 +207,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "collection-with-company",
         "rule 10: a collection's entry holds nothing else",
         LOG + "queue.py",
-        "        if group.members and _stands_alone(events):\n            break\n",
+        "        if group.members and _needs_own_entry(events):\n            break\n",
         "",
     ),
     Mutant(
@@ -435,8 +435,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "commit-loses-its-since",
         "rule 10: a commit names the time of its oldest file",
         "icechunk/session/commit.py",
-        "        since_us=content.since_us,\n        caller=proposal,\n",
-        "        since_us=None,\n        caller=proposal,\n",
+        "append(proposal, since_us=content.since_us, files=embedded)",
+        "append(proposal, since_us=None, files=embedded)",
         tests=("tests/session", "tests/maintenance/test_collection.py"),
     ),
     Mutant(
@@ -517,7 +517,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "collection-looks-once",
         "a collector looks at the repository again before it deletes",
         "icechunk/maintenance/sweep.py",
-        "            await self._guard()\n            garbage = is_garbage(garbage)\n",
+        "            await self._judge.look_again()\n            garbage = self._judge.garbage(prefix, garbage)\n",
         "",
         ("repo", "refs", "log"),
         ("tests/maintenance/test_collection.py", "tests/maintenance"),

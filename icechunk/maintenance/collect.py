@@ -113,17 +113,10 @@ async def collect_garbage(
         older_than_us=cutoff_us,
         limits=limits,
         dry_run=dry_run,
-        guard=living.look_again,
-        on_kept=survey.note if survey is not None else None,
+        judge=living,
+        notes=survey,
     )
-    await sweep.run(
-        [
-            (SNAPSHOTS_PREFIX, living.snapshots_not_in),
-            (TRANSACTIONS_PREFIX, living.transactions_not_in),
-            (MANIFESTS_PREFIX, living.manifests_not_in),
-            (CHUNKS_PREFIX, living.chunks_not_in),
-        ]
-    )
+    await sweep.run([SNAPSHOTS_PREFIX, TRANSACTIONS_PREFIX, MANIFESTS_PREFIX, CHUNKS_PREFIX])
     swept, repacked = sweep.swept, Repacked()
     if repacking is not None and shares is not None and survey is not None:
         repacked = await repack(

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
+from icechunk.format.keys import CHUNKS_PREFIX, MANIFESTS_PREFIX, SNAPSHOTS_PREFIX, TRANSACTIONS_PREFIX
 from icechunk.format.values import INLINE, NATIVE, ChunkRefs, ManifestFile
 from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.log.repository.state import RepoState
@@ -165,23 +166,18 @@ class Living:
                 await self.grow(self.state)
             self._looked_us = self._sources.elapsed_us()
 
-    def snapshots_not_in(self, listed: Sequence[Listed]) -> list[Listed]:
-        """Those of the objects listed that are no snapshots of the repository."""
-        kept = self.walked.snapshots
-        return [one for one in listed if one.id not in kept and one.id != FIRST_SNAPSHOT]
-
-    def transactions_not_in(self, listed: Sequence[Listed]) -> list[Listed]:
-        """The same for transaction logs."""
-        return [one for one in listed if one.id not in self._transactions]
-
-    def manifests_not_in(self, listed: Sequence[Listed]) -> list[Listed]:
-        """The same for manifests."""
-        return [one for one in listed if one.id not in self.walked.manifests]
-
-    def chunks_not_in(self, listed: Sequence[Listed]) -> list[Listed]:
-        """The same for chunk objects."""
-        absent = self._chunks.missing(one.id for one in listed)
-        return [one for one, gone in zip(listed, absent, strict=True) if gone]
+    def garbage(self, prefix: str, listed: Sequence[Listed]) -> list[Listed]:
+        """Those of the objects below a prefix that nothing refers to."""
+        if prefix == CHUNKS_PREFIX:
+            absent = self._chunks.missing(one.id for one in listed)
+            return [one for one, gone in zip(listed, absent, strict=True) if gone]
+        kept: Collection[ObjectId] = {
+            SNAPSHOTS_PREFIX: self.walked.snapshots.keys(),
+            TRANSACTIONS_PREFIX: self._transactions,
+            MANIFESTS_PREFIX: self.walked.manifests.keys(),
+        }[prefix]
+        first = FIRST_SNAPSHOT if prefix == SNAPSHOTS_PREFIX else None
+        return [one for one in listed if one.id not in kept and one.id != first]
 
 
 _MOST_ROWS: Final = 1_000_000

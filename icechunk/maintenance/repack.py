@@ -49,7 +49,7 @@ from icechunk.maintenance.living import Living, Shares
 from icechunk.maintenance.reachability import Budget, Files, Limits, living_rows, read_manifests, read_snapshot
 from icechunk.maintenance.ref_history import replace_in_refs
 from icechunk.maintenance.repack_plan import Candidate, Moves, Piece, choose, rewritten
-from icechunk.maintenance.sweep import IsGarbage, Listed, Sweep, Swept
+from icechunk.maintenance.sweep import Listed, Sweep, Swept
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import run_each
 from icechunk.storage.port import Range, Storage
@@ -434,19 +434,17 @@ class _Job:
                 }
             )
             await kept.grow(await self._log.refresh())
-        sweep = Sweep(
-            self._storage, older_than_us=cutoff_us, limits=self._limits, dry_run=dry_run, guard=kept.look_again
-        )
+        sweep = Sweep(self._storage, older_than_us=cutoff_us, limits=self._limits, dry_run=dry_run, judge=kept)
         files = self._survey.files
-        old: list[tuple[str, Iterable[ObjectId], IsGarbage]] = [
-            (SNAPSHOTS_PREFIX, work.snapshots, kept.snapshots_not_in),
-            (TRANSACTIONS_PREFIX, work.snapshots, kept.transactions_not_in),
-            (MANIFESTS_PREFIX, work.manifests, kept.manifests_not_in),
+        old: list[tuple[str, Iterable[ObjectId]]] = [
+            (SNAPSHOTS_PREFIX, work.snapshots),
+            (TRANSACTIONS_PREFIX, work.snapshots),
+            (MANIFESTS_PREFIX, work.manifests),
         ]
-        for prefix, ids, is_garbage in old:
+        for prefix, ids in old:
             listed = [files[prefix][id] for id in ids if id in files[prefix]]
-            await sweep.delete(prefix, [one for one in listed if one.info.modified_us < cutoff_us], is_garbage)
-        await sweep.delete(CHUNKS_PREFIX, list(work.packs.values()), kept.chunks_not_in)
+            await sweep.delete(prefix, [one for one in listed if one.info.modified_us < cutoff_us])
+        await sweep.delete(CHUNKS_PREFIX, list(work.packs.values()))
         return sweep.swept
 
 

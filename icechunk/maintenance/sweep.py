@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Final, Protocol
 
 import anyio
 
@@ -15,7 +15,7 @@ from icechunk.maintenance.reachability import Limits
 from icechunk.runtime.tasks import run_each
 from icechunk.storage.port import ObjectInfo, Storage
 
-__all__ = ["IsGarbage", "Listed", "Sweep", "Swept"]
+__all__ = ["Judge", "Listed", "Notes", "Sweep", "Swept"]
 
 _LOG: Final = logging.getLogger(__name__)
 _BATCH: Final = 1000
@@ -32,8 +32,21 @@ class Listed:
     info: ObjectInfo
 
 
-IsGarbage: TypeAlias = Callable[[Sequence[Listed]], Sequence[Listed]]
-"""Picks those that nothing refers to; asked again for each request, just before it deletes."""
+class Judge(Protocol):
+    """Says which objects are garbage; may know of more living ones from look to look, never of fewer."""
+
+    async def look_again(self) -> None:
+        """See whether more objects live by now; awaited before each request that deletes."""
+
+    def garbage(self, prefix: str, listed: Sequence[Listed]) -> Sequence[Listed]:
+        """Those of the objects below a prefix that nothing refers to; asked again just before they are deleted."""
+
+
+class Notes(Protocol):
+    """Learns of the objects that stay."""
+
+    def note(self, prefix: str, kept: Sequence[Listed]) -> None:
+        """Some objects below a prefix, a page of a listing, that are not garbage."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,10 +82,10 @@ class Sweep:
     ----------
     older_than_us
         Last-Modified must be before it, µs.
-    guard
-        Awaited before each request that deletes; may change the answers of ``IsGarbage``.
-    on_kept
-        Called page by page with the objects that are not garbage: prefix and objects.
+    judge
+        Says what is garbage.
+    notes
+        Learns of the objects that stay; None: nobody does.
     """
 
     def __init__(
@@ -82,22 +95,22 @@ class Sweep:
         older_than_us: int,
         limits: Limits,
         dry_run: bool,
-        guard: Callable[[], Awaitable[None]],
-        on_kept: Callable[[str, Sequence[Listed]], None] | None = None,
+        judge: Judge,
+        notes: Notes | None = None,
     ) -> None:
         self._storage = storage
         self._older_than_us = older_than_us
         self._limits = limits
         self._dry_run = dry_run
-        self._guard = guard
-        self._on_kept = on_kept
+        self._judge = judge
+        self._notes = notes
         self._deletes = anyio.CapacityLimiter(limits.max_concurrent_deletes)
         self._listings = anyio.CapacityLimiter(limits.max_concurrent_listings or _LISTINGS)
         self._failures_in_a_row = 0
         self.swept: Swept = Swept()
 
-    async def run(self, kinds: Sequence[tuple[str, IsGarbage]]) -> None:
-        """List the prefixes, each with its slash and with the function that decides about its objects, and delete.
+    async def run(self, prefixes: Sequence[str]) -> None:
+        """List the prefixes, each with its slash, and delete the garbage there.
 
         Raises
         ------
@@ -105,18 +118,14 @@ class Sweep:
             A listing failed; or kind ``gc-deletes-failing``: too many requests in a row failed. Everything
             deleted until then was garbage.
         """
+        await run_each(self._prefix, prefixes, limit=len(prefixes))
 
-        async def one(kind: tuple[str, IsGarbage]) -> None:
-            await self._kind(*kind)
-
-        await run_each(one, kinds, limit=len(kinds))
-
-    async def delete(self, prefix: str, garbage: Sequence[Listed], is_garbage: IsGarbage) -> None:
+    async def delete(self, prefix: str, garbage: Sequence[Listed]) -> None:
         """Delete objects that are known already; errors as `run`."""
         for first in range(0, len(garbage), _BATCH):
-            await self._dispose(prefix, is_garbage, garbage[first : first + _BATCH])
+            await self._dispose(prefix, garbage[first : first + _BATCH])
 
-    async def _kind(self, prefix: str, is_garbage: IsGarbage) -> None:
+    async def _prefix(self, prefix: str) -> None:
         """List a prefix; where it is large, its parts at the same time."""
         pages = self._storage.list_pages(prefix, page_size=_BATCH)
         first: list[list[ObjectInfo]] = []
@@ -132,7 +141,7 @@ class Sweep:
         finally:
             await _close(pages)
         for page in first:
-            await self._take(prefix, is_garbage, page)
+            await self._take(prefix, page)
         if len(first) < 2:
             return
         after = first[-1][-1].key
@@ -149,28 +158,28 @@ class Sweep:
                         page = await anext(pages, None)
                     if page is None:
                         return
-                    await self._take(prefix, is_garbage, page)
+                    await self._take(prefix, page)
             finally:
                 await _close(pages)
 
         await run_each(walk, parts, limit=len(parts))
 
-    async def _take(self, prefix: str, is_garbage: IsGarbage, page: Sequence[ObjectInfo]) -> None:
+    async def _take(self, prefix: str, page: Sequence[ObjectInfo]) -> None:
         listed = [found for info in page if (found := _listed(prefix, info))]
-        garbage = is_garbage([one for one in listed if one.info.modified_us < self._older_than_us])
-        if self._on_kept is not None:
+        garbage = self._judge.garbage(prefix, [one for one in listed if one.info.modified_us < self._older_than_us])
+        if self._notes is not None:
             gone = {one.id for one in garbage}
-            self._on_kept(prefix, [one for one in listed if one.id not in gone] if gone else listed)
+            self._notes.note(prefix, [one for one in listed if one.id not in gone] if gone else listed)
         if garbage:
-            await self._dispose(prefix, is_garbage, garbage)
+            await self._dispose(prefix, garbage)
 
-    async def _dispose(self, prefix: str, is_garbage: IsGarbage, garbage: Sequence[Listed]) -> None:
+    async def _dispose(self, prefix: str, garbage: Sequence[Listed]) -> None:
         if self._dry_run:
             self._count(prefix, garbage)
             return
         async with self._deletes:
-            await self._guard()
-            garbage = is_garbage(garbage)
+            await self._judge.look_again()
+            garbage = self._judge.garbage(prefix, garbage)
             if garbage:
                 await self._delete(prefix, garbage)
 

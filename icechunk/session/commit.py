@@ -29,7 +29,7 @@ from icechunk.format.transaction import encode_transaction_log, in_parts, requir
 from icechunk.format.values import Manifest, Snapshot, TransactionLog
 from icechunk.log.repository.conditional import backoff_s
 from icechunk.log.repository.events import CommitAdded, CommitAmended, DetachedSnapshotAdded, Event
-from icechunk.log.repository.port import Layout, RepositoryLog, SwapToken
+from icechunk.log.repository.port import Layout, Proposal, RepositoryLog, SwapToken
 from icechunk.log.repository.ref_files.layout import needs_format_2
 from icechunk.log.repository.state import RepoState, require_snapshot
 from icechunk.log.session.log import SessionLog
@@ -312,12 +312,7 @@ async def _commit_once(content: SessionContent, log: SessionLog, commit: Commit,
         record=record,
         further_transactions=tuple(files.further_transactions),
     )
-    await repository_log.append(
-        proposal.events,
-        since_us=content.since_us,
-        caller=proposal,
-        files=embedded,
-    )
+    await repository_log.append(proposal, since_us=content.since_us, files=embedded)
     if _LOG.isEnabledFor(logging.INFO):
         where = core.storage.describe()
         _LOG.info("%s: %s of snapshot %s, branch %r", where, commit.how.value, encode_id(snapshot.id), commit.branch)
@@ -325,8 +320,8 @@ async def _commit_once(content: SessionContent, log: SessionLog, commit: Commit,
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Proposal:
-    """The events that a commit adds to the repository log; it gets their outcome, as `Caller`."""
+class _Proposal(Proposal):
+    """The events that a commit adds to the repository log; it learns their outcome."""
 
     content: SessionContent
     turn: _Turn | None

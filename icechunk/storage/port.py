@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal, NamedTuple, NewType, TypeAlias
+from typing import Literal, NamedTuple, NewType, Protocol, TypeAlias
 
 from icechunk.config import StorageSettings
 from icechunk.errors import (
@@ -55,6 +55,7 @@ __all__ = [
     "PutResult",
     "Range",
     "ReadOnlyStorage",
+    "Sender",
     "Storage",
     "StorageObjectInfo",
     "Suffix",
@@ -103,6 +104,14 @@ class Unchecked:
 
 Precondition: TypeAlias = Absent | Matches | Unchecked
 ANY = Unchecked()
+
+
+class Sender(Protocol):
+    """The sender of a request, which may have to stop sending it."""
+
+    @property
+    def is_told(self) -> bool:
+        """Whether somebody has been told something about the outcome, so that the request must not be sent again."""
 
 
 class Put(NamedTuple):
@@ -418,6 +427,13 @@ class Storage(Constructors["Storage"], ABC):
 
     def with_user_agent(self, user_agent: str) -> Storage:
         """The same place, whose requests name themselves so; storages that send no such header return themselves."""
+        return self
+
+    def for_sender(self, sender: Sender) -> Storage:
+        """The same place, where no request is tried again once its sender is told; else as `with_settings`.
+
+        Storages that make one try anyway return themselves.
+        """
         return self
 
     async def list_objects_metadata_async(

@@ -13,11 +13,8 @@ import asyncio
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTimeoutSettings
 from icechunk.config.storage import (
@@ -27,6 +24,7 @@ from icechunk.config.storage import (
     DEFAULT_MAX_TRIES,
 )
 from icechunk.runtime.clock import Sources
+from icechunk.storage.port import Sender
 
 __all__ = [
     "Limits",
@@ -36,8 +34,6 @@ __all__ = [
     "limits_of",
     "note_repeats",
     "repeats_so_far",
-    "retried_unless",
-    "retries_have_ended",
 ]
 
 _LONGEST_SILENCE_S: Final = 60
@@ -62,6 +58,13 @@ class Limits:
     patience: float = 1.0
     """Multiple of the time of `icechunk.storage.patience.Patience` to wait while nothing moves; infinite for the last
     try."""
+    sender: Sender | None = None
+    """Nothing is tried again once it is told; None: no matter."""
+
+    @property
+    def are_over(self) -> bool:
+        """Whether there must be no other try, since the sender is told."""
+        return self.sender is not None and self.sender.is_told
 
 
 def limits_of(settings: StorageSettings | None, stream_timeout_s: int | None = None) -> Limits:
@@ -85,29 +88,6 @@ def limits_of(settings: StorageSettings | None, stream_timeout_s: int | None = N
         else timeouts.operation_attempt_timeout_ms / 1e3,
         operation_s=None if timeouts.operation_timeout_ms is None else timeouts.operation_timeout_ms / 1e3,
     )
-
-
-_ended: ContextVar[tuple[asyncio.Task[Any] | None, Callable[[], bool]] | None] = ContextVar("ended", default=None)
-
-
-@contextmanager
-def retried_unless(ended: Callable[[], bool]) -> Iterator[None]:
-    """Within this block the running task tries an operation again only as long as ``ended()`` is false.
-
-    For attempts that must not be sent again once a caller has been notified. Tasks that begin within the block are not
-    affected.
-    """
-    token = _ended.set((asyncio.current_task(), ended))
-    try:
-        yield
-    finally:
-        _ended.reset(token)
-
-
-def retries_have_ended() -> bool:
-    """Whether the present operation may not be tried again, by `retried_unless`."""
-    found = _ended.get()
-    return found is not None and found[0] is asyncio.current_task() and found[1]()
 
 
 class Tries:
@@ -157,7 +137,7 @@ class Tries:
         """
         limits = self._limits
         most = limits.max_tries if contacted else min(limits.max_tries, _FIRST_CONTACT_TRIES)
-        if self.count >= most or retries_have_ended():
+        if self.count >= most or limits.are_over:
             return None
         pause_s = min(limits.max_backoff_s, limits.initial_backoff_s * 2.0 ** (self.count - 1))
         pause_s = pause_s * self._sources.fraction() + min(limits.max_backoff_s, asked_s)
@@ -174,7 +154,7 @@ class Tries:
     async def after(self, pause_s: float) -> bool:
         """Wait, and count the next try; False where there may be none any more."""
         await self._sources.sleep(pause_s)
-        if retries_have_ended():
+        if self._limits.are_over:
             return False
         self.count += 1
         return True

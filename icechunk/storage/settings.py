@@ -6,6 +6,7 @@ The settings that storages use where the configuration gives none.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 from icechunk.config import StorageConcurrencySettings, StorageRetriesSettings, StorageSettings
 from icechunk.config.storage import (
@@ -18,7 +19,7 @@ from icechunk.config.storage import (
 )
 from icechunk.errors import ObjectNotFoundError
 from icechunk.storage.outcome import precondition_failed
-from icechunk.storage.port import ANY, Absent, Matches, ObjectKind, Precondition, Storage, Unchecked
+from icechunk.storage.port import ANY, Absent, Matches, ObjectKind, Precondition, Sender, Storage, Unchecked
 from icechunk.storage.retry import Limits, limits_of
 
 __all__ = ["Effective", "object_store_settings", "place_settings"]
@@ -62,6 +63,12 @@ class Effective:
         concurrency = settings.concurrency or StorageConcurrencySettings()
         self.part_bytes: int = concurrency.ideal_concurrent_request_size or DEFAULT_IDEAL_REQUEST_BYTES
         self.parts_at_once: int = concurrency.max_concurrent_requests_for_object or DEFAULT_MAX_REQUESTS_PER_OBJECT
+
+    def for_sender(self, sender: Sender) -> Effective:
+        """The same, where nothing is tried again once the sender is told."""
+        other = copy.copy(self)
+        other.limits = replace(self.limits, sender=sender)
+        return other
 
     @property
     def settings(self) -> StorageSettings:

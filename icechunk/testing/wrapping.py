@@ -13,6 +13,7 @@ from icechunk.storage.port import (
     ObjectKind,
     Precondition,
     PutResult,
+    Sender,
     Storage,
 )
 
@@ -53,6 +54,15 @@ class WrappingStorage(Storage):
 
     async def copy(self, source: str, target: str) -> PutResult:
         return await self.inner.copy(source, target)
+
+    def for_sender(self, sender: Sender) -> Storage:
+        inner = self.inner.for_sender(sender)
+        if inner is self.inner:
+            return self
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.inner = inner
+        return other
 
     async def aclose(self) -> None:
         await self.inner.aclose()

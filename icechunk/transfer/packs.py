@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from collections.abc import Callable
 from typing import overload
 
@@ -53,9 +52,7 @@ class Packs:
         self, pool: PutPool, new_object_id: Callable[[], ObjectId], *, threshold_bytes: int, size_bytes: int
     ) -> None:
         self._pool = pool
-        # Weakly: a session that is dropped goes at once, not with the next collection of cycles.
-        sealing = weakref.WeakMethod(self._seal)
-        pool.send_held_back = lambda: seal() if (seal := sealing()) is not None else None
+        pool.holds_back(self)
         self._new_object_id = new_object_id
         self._threshold_bytes = threshold_bytes
         self._size_bytes = size_bytes
@@ -126,7 +123,7 @@ class Packs:
     async def flush(self) -> None:
         """Return once everything taken so far is durable. Raises as `PutPool.flush` and `put` do."""
         self._require_own_process()
-        self._seal()
+        self.send_held_back()
         await self._pool.flush()
 
     def pending(self, id: ObjectId, offset: int, length: int) -> bytes | None:
@@ -148,7 +145,7 @@ class Packs:
             self._pool.release(pack.size)
         self._pool.discard()
 
-    def _seal(self) -> None:
+    def send_held_back(self) -> None:
         with self._lock:
             pack, self._open = self._open, None
             if pack is not None:

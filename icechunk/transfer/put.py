@@ -26,7 +26,7 @@ import contextlib
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -174,6 +174,13 @@ class _Pending:
     """Why the last attempt failed."""
 
 
+class HoldsBack(Protocol):
+    """Holds uploads back, so that they may become fewer and larger."""
+
+    def send_held_back(self) -> None:
+        """Start them now, on the running loop: no upload in flight could make room."""
+
+
 class PutPool:
     """Uploads in flight for one writable session, shared by every loop and thread.
 
@@ -202,9 +209,17 @@ class PutPool:
         self._lock = memory.lock
         self._pending_errors: list[_Pending] = []
         """Failed uploads whose error has not been raised yet."""
-        self.send_held_back: Callable[[], None] = _nothing
-        """Called on the running loop when no upload in flight could make room: starts the uploads that are held
-        back."""
+        self._holds_back: weakref.ref[HoldsBack] | None = None
+
+    def holds_back(self, holder: HoldsBack) -> None:
+        """Say which object holds uploads back, to be asked for them when the pool needs room. It is kept weakly."""
+        # A session that is dropped goes at once, not with the next collection of cycles.
+        self._holds_back = weakref.ref(holder)
+
+    def _send_held_back(self) -> None:
+        holder = None if self._holds_back is None else self._holds_back()
+        if holder is not None:
+            holder.send_held_back()
 
     @property
     def is_durable(self) -> bool:
@@ -499,7 +514,7 @@ class PutPool:
             items = {pool: list(pool._pending.values()) for pool in pools}
         if still:
             for pool in pools:
-                pool.send_held_back()
+                pool._send_held_back()
         if still or unresponsive:
             for pool in pools:
                 resent |= pool._adopt(items[pool], unresponsive)
@@ -545,10 +560,6 @@ class PutPool:
             f"an earlier chunk could not be written to {failed.key!r}: {failed.error}; "
             "it is kept and the commit tries again",
         ) from failed.error
-
-
-def _nothing() -> None:
-    return None
 
 
 def _larger(error: BaseException | None, message: str) -> StorageError:

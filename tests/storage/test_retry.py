@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTimeoutSettings
 from icechunk.runtime.clock import Sources
-from icechunk.storage.retry import Limits, Tries, limits_of, retried_unless, retries_have_ended
+from icechunk.storage.retry import Limits, Tries, limits_of
 
 
 @dataclass
@@ -83,15 +83,25 @@ def test_without_settings_the_official_defaults_hold() -> None:
     )
 
 
-async def test_a_task_that_may_not_try_again_does_not_bind_the_tasks_that_it_begins() -> None:
-    with retried_unless(lambda: True):
-        assert retries_have_ended()
-        assert not await asyncio.create_task(_have_ended())
-    assert not retries_have_ended()
+class Told:
+    """A sender that is told after some looks."""
+
+    def __init__(self, after: int) -> None:
+        self.looks = after
+
+    @property
+    def is_told(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
 
 
-async def _have_ended() -> bool:
-    return retries_have_ended()
+async def test_nothing_is_tried_again_once_the_sender_is_told() -> None:
+    def tries(after: int) -> Tries:
+        return Tries(replace(limits_of(None), sender=Told(after)), Sources(sleep=Clock().sleep))
+
+    assert not await tries(0).again()
+    assert not await tries(1).again(), "it was told during the pause"
+    assert await tries(2).again()
 
 
 def test_each_try_is_more_patient_and_the_last_one_waits_to_the_end() -> None:

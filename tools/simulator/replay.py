@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +30,10 @@ from icechunk.errors import CommitOutcomeUnknown, ConflictError, SessionStateErr
 from icechunk.format.keys import REPO_KEY
 from icechunk.format.repo.codec import decode_repo
 from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.events import Event
 from icechunk.log.repository.marker import decode_marker
-from icechunk.log.repository.port import Caller, Layout, Propose, SwapToken
+from icechunk.log.repository.port import Layout, Proposal, Propose, SwapToken
+from icechunk.log.repository.queue import proposal_of
 from icechunk.log.repository.state import RepoState
 from icechunk.storage.port import DeleteResult, ObjectInfo
 from spec.model.replay import Problem, Record, replay
@@ -147,18 +149,20 @@ def _written(key: str, data: bytes) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- callers of a schedule
 
 
-class _Noted:
-    """A caller, and the record of the tokens that it gets."""
+class _Noted(Proposal):
+    """A proposal, and the record of the tokens that it gets."""
 
-    def __init__(self, recorder: Recorder, client: str, name: str, caller: Caller | None) -> None:
+    def __init__(self, recorder: Recorder, client: str, name: str, proposal: Proposal) -> None:
         self._recorder = recorder
         self._client = client
         self._name = name
-        self._caller = caller
+        self._proposal = proposal
+
+    def events(self, state: RepoState) -> Sequence[Event]:
+        return self._proposal.events(state)
 
     def queued(self) -> None:
-        if self._caller is not None:
-            self._caller.queued()
+        self._proposal.queued()
 
     def sent(self, token: SwapToken | None) -> None:
         if token is not None:
@@ -171,8 +175,7 @@ class _Noted:
                 nonce=token.nonces[-1].hex(),
             )
             self._recorder.by_token[token] = self._name
-        if self._caller is not None:
-            self._caller.sent(token)
+        self._proposal.sent(token)
 
 
 @contextmanager
@@ -180,17 +183,15 @@ def _noting(recorders: list[Recorder]) -> Iterator[None]:
     """Calls of the log layout are written down by the newest recorder."""
     append, settle = LogLayout.append, LogLayout.settle
 
-    async def noted_append(
-        self: LogLayout, propose: Propose, *, caller: Caller | None = None, **options: Any
-    ) -> RepoState:
+    async def noted_append(self: LogLayout, proposal: Proposal | Propose, **options: Any) -> RepoState:
         if not recorders:
-            return await append(self, propose, caller=caller, **options)
+            return await append(self, proposal, **options)
         recorder, client = recorders[-1], _client_of(self)
         name = recorder.caller()
         recorder.note("ask", client=client, caller=name)
         outcome = "conflict"
         try:
-            state = await append(self, propose, caller=_Noted(recorder, client, name, caller), **options)
+            state = await append(self, _Noted(recorder, client, name, proposal_of(proposal)), **options)
             outcome = "committed"
             return state
         except CommitOutcomeUnknown:

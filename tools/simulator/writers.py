@@ -22,7 +22,7 @@ from icechunk.format.keys import snapshot_key
 from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.log.repository import events as e
 from icechunk.log.repository.entries.layout import LogLayout
-from icechunk.log.repository.port import Layout, Propose, RepositoryLog, SwapToken
+from icechunk.log.repository.port import Layout, Proposal, Propose, RepositoryLog, SwapToken
 from icechunk.log.repository.state import MAIN, RepoState
 from tools.simulator.checker import Operation
 from tools.simulator.cluster import Client, Cluster
@@ -244,13 +244,16 @@ async def _upload(
     return embedded
 
 
-class _Told:
-    """The newest token that a caller received."""
+class _Proposal(Proposal):
+    """Keeps the newest token that it received."""
 
     token: SwapToken | None = None
 
-    def queued(self) -> None:
-        return None
+    def __init__(self, propose: Propose) -> None:
+        self._propose = propose
+
+    def events(self, state: RepoState) -> Sequence[e.Event]:
+        return self._propose(state)
 
     def sent(self, token: SwapToken | None) -> None:
         self.token = token
@@ -269,8 +272,8 @@ async def _append(
     """Make the change, and enter its outcome into the history."""
     rng, mix = cluster.rng, cluster.mix
     deadline_s = rng.choice((0.02, 0.2, 1.0)) if mix.chance(Fault.DEADLINE, rng) else None
-    told = _Told()
-    append = log.append(propose, since_us=since_us, deadline_s=deadline_s, caller=told, files=files or {})
+    proposal = _Proposal(propose)
+    append = log.append(proposal, since_us=since_us, deadline_s=deadline_s, files=files or {})
     task = client.own(append)
     if mix.chance(Fault.CANCELLED, rng):
         await asyncio.wait({task}, timeout=rng.uniform(0, 0.2))
@@ -278,7 +281,7 @@ async def _append(
             task.cancel()
             cluster.inject(Fault.CANCELLED, client.name, "its caller gives up")
     await client.cluster.loop.finished(task)
-    token = told.token
+    token = proposal.token
     if client.dead:
         # The client has ended, so there is no caller. A token that was kept may still be settled.
         if not task.cancelled():

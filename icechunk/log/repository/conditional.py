@@ -144,7 +144,7 @@ class _ObjectWrite(Sending):
         self.answer: PutResult | None = None
         """The answer of the store that it landed; None where there was none."""
         self.found: GetResult | None = None
-        """The object as it was last looked at; None: there was none, or nobody looked."""
+        """The object as it was last looked at; None: there was none, or it was not looked at."""
 
     async def put(self) -> bool:
         try:
@@ -236,9 +236,9 @@ async def replace_object(
 
 
 class RepoChange(ABC, Generic[T]):
-    """A change of ``repo`` that is made of what is there, and again of what is there instead (rule 7).
+    """A change of ``repo``, made from its contents, and made anew where another version came first (rule 7).
 
-    Its write goes on only from an object whose contents are in what is written, and replaces exactly that version.
+    The new object contains everything that the old one says, and replaces exactly that version.
     """
 
     def __init__(self, storage: Storage, sources: Sources) -> None:

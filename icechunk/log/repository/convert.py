@@ -43,7 +43,7 @@ async def convert_log(log: RepositoryLog, storage: Storage, sources: Sources, la
     ReadOnlyError
         The storage can only be read.
     CommitOutcomeUnknown, StorageError
-        No certain answer; opening the repository finishes what was begun, or call again.
+        No certain answer: open the repository, which finishes a conversion that was begun, or call again.
     """
     await log.refresh()
     if log.ended_reason is None:
@@ -118,8 +118,8 @@ class _ConversionToLog(RepoChange[str]):
 async def convert_to_log(storage: Storage, sources: Sources) -> str:
     """Make a repository of the repo-object layout one of the log layout: one conditional write.
 
-    Like every replacement of ``repo`` in that layout it makes a copy of what it replaces, and the newest updates name
-    it: the mark of the change that made them is there.
+    As every replacement of ``repo`` in that layout, it makes a copy of the object that it replaces. The newest updates
+    name the copy, which has the mark of the change that made them.
 
     Returns
     -------

@@ -200,7 +200,7 @@ async def create_log(
 
 
 class _RepoCreation(Creation):
-    """The creation of ``repo``: what is recognised is this creator's own success, whatever was answered."""
+    """The creation of ``repo``. The creator recognises its own object, whatever the store answered."""
 
     def __init__(self, storage: Storage, sources: Sources, info: RepoInfo) -> None:
         self._info = info

@@ -1,6 +1,7 @@
 """Events of the repository log as JSON. Pure.
 
-Readers are strict: a kind or a field that they do not know stops them, since what they cannot fold they cannot skip.
+Readers are strict: a kind or a field that they do not know stops them, since an event that cannot be folded must not be
+skipped.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ class Fields:
     def texts(self, name: str) -> tuple[str, ...]:
         values = self.items(name)
         if not all(isinstance(value, str) for value in values):
-            raise ValueError(f"field {name!r} holds what is not text")
+            raise ValueError(f"field {name!r} holds something that is not text")
         return tuple(values)
 
     def ids(self, name: str) -> tuple[ObjectId, ...]:

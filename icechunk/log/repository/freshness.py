@@ -75,7 +75,7 @@ def clock_error_us(seen: Instant, now: Instant) -> int:
 
 
 def store_time_us(seen: Instant, now: Instant, *, resolution_us: int) -> int:
-    """The store's clock now, or a little less, µs: what is written from now on is not older (rule 10).
+    """The store's clock now, or a little less, µs: no object written from now on is older (rule 10).
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Opening and creating repositories of whatever layout, and finding out which one a repository has."""
+"""Opening and creating repositories of any layout, and finding out which layout a repository has."""
 
 from __future__ import annotations
 

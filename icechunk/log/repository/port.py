@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 from icechunk.format.ids import ObjectId
 from icechunk.format.repo.repo_info import Update
@@ -20,7 +20,7 @@ from icechunk.log.repository.events import Event
 from icechunk.log.repository.state import RepoState
 from icechunk.transfer.cache import WeightedCache
 
-__all__ = ["FILES_BYTES", "MAX_FILES", "Caller", "Layout", "Propose", "RepositoryLog", "SwapToken"]
+__all__ = ["FILES_BYTES", "MAX_FILES", "Layout", "Proposal", "Propose", "RepositoryLog", "SwapToken"]
 
 FILES_BYTES = 16 * 1024 * 1024
 MAX_FILES = 8192
@@ -36,10 +36,6 @@ class Layout(StrEnum):
     """Format 2.1 as published: every change replaces ``repo``."""
     REFS = "refs"
     """Format 1: one ``ref.json`` per branch and tag."""
-
-
-Propose: TypeAlias = Callable[[RepoState], Sequence[Event]]
-"""Pure: from the newest state to the proposed events; an error that it raises ends the append, with nothing landed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +56,21 @@ class SwapToken:
     """Store time at which the place was known to be free; None if answers have no date."""
 
 
-class Caller(Protocol):
-    """The caller of `RepositoryLog.append`, which learns what becomes of its events. Must be quick."""
+Propose: TypeAlias = Callable[[RepoState], Sequence[Event]]
+"""As `Proposal.events`, for callers that need not learn the outcome before `RepositoryLog.append` returns."""
 
-    def queued(self) -> None:
+
+class Proposal(ABC):
+    """Events that are to happen, with a caller that learns when they are sent. All methods must be quick."""
+
+    @abstractmethod
+    def events(self, state: RepoState) -> Sequence[Event]:
+        """The proposed events, from the newest state. Pure; an error ends the append, with nothing landed."""
+
+    def queued(self) -> None:  # noqa: B027
         """The events are in the queue, so that `RepositoryLog.expected` shows them."""
 
-    def sent(self, token: SwapToken | None) -> None:
+    def sent(self, token: SwapToken | None) -> None:  # noqa: B027
         """An entry with the events, which ``token`` names, is about to be sent; None: it is certainly lost.
 
         Also called after `append` was cancelled or has raised. So a cancelled caller knows whether the outcome is open:
@@ -119,7 +123,7 @@ class RepositoryLog(ABC):
     async def refresh(self) -> RepoState:
         """Learn everything up to the end of the log as it is now, and return the state there.
 
-        Includes everything that was acknowledged to anybody before the call, also after a conversion to the other
+        Includes everything that was acknowledged to any client before the call, also after a conversion to the other
         layout of format 2. One round trip where little happened.
 
         Raises
@@ -148,7 +152,7 @@ class RepositoryLog(ABC):
     async def learn(self, snapshots: Iterable[ObjectId], *, ancestry: bool = False) -> RepoState:
         """See to it that the state's graph has these snapshots, and with ``ancestry`` all that they descend from.
 
-        Where the graph is always whole nothing happens, and what is not in it is not looked for. In format 1 the
+        In layouts whose graph is always whole nothing happens, and nothing is looked for. In format 1 the
         files are read.
 
         Raises
@@ -161,24 +165,23 @@ class RepositoryLog(ABC):
     @abstractmethod
     async def append(
         self,
-        propose: Propose,
+        proposal: Proposal | Propose,
         *,
         since_us: int | None = None,
         deadline_s: float | None = None,
         files: Mapping[str, bytes] = MappingProxyType({}),
-        caller: Caller | None = None,
     ) -> RepoState:
         """Make events happen, all or none.
 
-        ``propose`` is called on the newest known state, and again whenever another writer was first; the
-        events must apply one after the other (`icechunk.log.repository.state.apply`). An empty sequence lands nothing.
+        The events are asked for on the newest known state, and again whenever another writer was first; they
+        must apply one after the other (`icechunk.log.repository.state.apply`). An empty sequence lands nothing.
         Calls that wait at the same time share one entry; each is validated after the ones before. One that is refused
         does not touch the others, and one that does not apply after the others waits until they have landed or not.
 
         Parameters
         ----------
-        propose
-            Pure; quick; may be called any number of times.
+        proposal
+            The events, as an object that learns when they are sent, or as a function. Asked any number of times.
         since_us
             Store time, µs, not later than the Last-Modified of anything that the events add; None where they
             add no files.
@@ -187,8 +190,6 @@ class RepositoryLog(ABC):
         files
             Immutable files that the events add and that are not written yet, by key. The log makes them as durable
             as the events; up to `embed_limit_bytes` of them that costs no round trip.
-        caller
-            Learns when the events are in the queue, and which entries with them may land.
 
         Returns
         -------
@@ -198,7 +199,7 @@ class RepositoryLog(ABC):
         Raises
         ------
         IcechunkError
-            The error that ``propose`` raised, or the precondition that did not hold (`ConflictError`,
+            The error that the proposal raised, or the precondition that did not hold (`ConflictError`,
             `AlreadyExistsError`, `RefNotFoundError`, `SnapshotNotFoundError`, `ReadOnlyError` …): nothing landed,
             nor will.
         CommitOutcomeUnknown
@@ -206,7 +207,7 @@ class RepositoryLog(ABC):
 
         A refusal holds for the log as it was at some time after the call: where this instance has not looked since,
         it looks before it refuses. A cancelled call leaves the queue if its entry has not been sent; afterwards the
-        entry goes on without it, and ``caller`` has received its token.
+        entry goes on without it, and the proposal has received its token (`Proposal.sent`).
         """
 
     def turn(self, branch: str) -> asyncio.Lock | None:
@@ -217,7 +218,7 @@ class RepositoryLog(ABC):
         """The state in which everything that waits in the queue has landed.
 
         For building upon, so that commits of one process follow one another in one entry. It may never come about;
-        what was built is refused then.
+        changes that were built upon it are refused then.
         """
         return self.state
 
@@ -225,7 +226,7 @@ class RepositoryLog(ABC):
         """Begin with `prepare_writes` in the background, when a write is likely."""
 
     async def prepare_writes(self) -> None:  # noqa: B027
-        """Do beforehand what the first `append` would have to wait for; call it while uploads are under way.
+        """Make the requests that the first `append` would wait for; call it while uploads are under way.
 
         Raises
         ------
@@ -251,7 +252,7 @@ class RepositoryLog(ABC):
 
     @abstractmethod
     async def checkpoint(self) -> None:
-        """Write the folded state for other readers of the format, where it is newer than what they have.
+        """Write the folded state for other readers of the format, where they have an older one.
 
         Never needed for correctness. In layouts that have none, nothing happens.
         """

@@ -1,11 +1,9 @@
-"""Calls that wait for a swap, and what the next attempt holds: the same for every layout.
-
-Events are validated as the log layout encodes them.
+"""The queue of calls that wait for a swap, and the choice of those for the next attempt; the same for every layout.
 
 Pure but for the futures that it names: `build` validates each waiting proposal on the state after the ones before
 it, on the events as every reader will decode them, and drops the refused before any bytes are made. A proposal that
 applies to the state at the head, and only not after the ones before it, is not refused: they may never land. It waits
-for what becomes of them.
+until their outcome is known.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from icechunk.errors import IcechunkError
 from icechunk.format.ids import ObjectId
 from icechunk.log.repository import events as e
 from icechunk.log.repository.event_json import EncodedEvents, decode_events, encode_events
-from icechunk.log.repository.port import Caller, Propose, SwapToken
+from icechunk.log.repository.port import Proposal, Propose, SwapToken
 from icechunk.log.repository.state import RepoState, apply
 from icechunk.runtime.clock import Sources
 
@@ -39,6 +37,7 @@ __all__ = [
     "Waiting",
     "build",
     "new_snapshots",
+    "proposal_of",
     "resolve",
     "retries_of",
     "tell_sent",
@@ -57,7 +56,7 @@ _LOG: Final = logging.getLogger(__name__)
 class Attempt:
     """One entry made for one place; landed or lost at the latest when that place is seen taken (rule 2).
 
-    Layouts add what they send.
+    Layouts add the bytes, or the keys, that they send.
     """
 
     epoch: str
@@ -91,14 +90,13 @@ class Attempt:
 class Waiting:
     """One caller of ``append``."""
 
-    propose: Propose
+    proposal: Proposal
     since_us: int | None
     outcome: asyncio.Future[RepoState]
     asked: int
     """Number of the call among the client's looks: a refusal counts only by a later look (rule 3)."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """That the events add and that are embedded in the entry, by key (rule 15)."""
-    caller: Caller | None = None
     abandoned: bool = False
     """The caller has left; an attempt with its events is not sent again."""
     attempts: list[Attempt] = field(default_factory=list)
@@ -127,6 +125,21 @@ class Waiting:
             snapshots=tuple(snapshots),
             known_us=first.known_us,
         )
+
+
+class _Function(Proposal):
+    """Events of a function."""
+
+    def __init__(self, propose: Propose) -> None:
+        self._propose = propose
+
+    def events(self, state: RepoState) -> Sequence[e.Event]:
+        return self._propose(state)
+
+
+def proposal_of(proposal: Proposal | Propose) -> Proposal:
+    """A proposal, also of a function."""
+    return proposal if isinstance(proposal, Proposal) else _Function(proposal)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,13 +185,13 @@ def new_snapshots(events: Sequence[e.Event]) -> list[ObjectId]:
     return added
 
 
-def _stands_alone(events: Sequence[e.Event]) -> bool:
+def _needs_own_entry(events: Sequence[e.Event]) -> bool:
     # A collection moves the cutoff that an entry's one `since` is compared with; nothing may follow a seal.
     return any(isinstance(event, e.CollectionRan | e.Sealed | e.Void) for event in events)
 
 
 def build(state: RepoState, waiting: Sequence[Waiting], *, time_us: int) -> Group:
-    """Decide what the next attempt holds.
+    """Choose the calls of the next attempt.
 
     Parameters
     ----------
@@ -210,10 +223,10 @@ def build(state: RepoState, waiting: Sequence[Waiting], *, time_us: int) -> Grou
             if refusal is not None:
                 group.refused.append((one, refusal))
             continue
-        if group.members and _stands_alone(events):
+        if group.members and _needs_own_entry(events):
             break
         if not events:
-            if not group.members or not one.propose(state):
+            if not group.members or not one.proposal.events(state):
                 group.nothing.append(one)
             continue
         group.members.append(Member(waiting=one, snapshots=tuple(new_snapshots(events))))
@@ -223,14 +236,14 @@ def build(state: RepoState, waiting: Sequence[Waiting], *, time_us: int) -> Grou
         size += embedded + sum(len(repr(event)) for event in encoded)
         if one.since_us is not None:
             group.since_us = one.since_us if group.since_us is None else min(group.since_us, one.since_us)
-        if _stands_alone(events):
+        if _needs_own_entry(events):
             break
     return group
 
 
 def _validated(one: Waiting, state: RepoState, time_us: int) -> tuple[EncodedEvents, Sequence[e.Event], RepoState]:
     """A call's events, encoded and as decoded again, and the state after them; raises why they do not apply."""
-    encoded = encode_events(one.propose(state))
+    encoded = encode_events(one.proposal.events(state))
     events = decode_events(encoded)
     for event in events:
         state = apply(state, event, time_us=time_us, since_us=one.since_us)
@@ -248,10 +261,8 @@ def _refusal(one: Waiting, state: RepoState, time_us: int) -> Exception | None:
 
 def tell_sent(one: Waiting) -> None:
     """Tell a caller which attempts may land, if there are any."""
-    if one.caller is None:
-        return
     try:
-        one.caller.sent(one.token)
+        one.proposal.sent(one.token)
     except Exception:
         _LOG.exception("a callback of append failed")
 

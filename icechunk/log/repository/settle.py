@@ -35,15 +35,14 @@ from icechunk.errors import (
 from icechunk.format.ids import encode_id
 from icechunk.log.repository.conditional import ROUNDS, Sending
 from icechunk.log.repository.objects import put_once
-from icechunk.log.repository.port import Caller, Propose, RepositoryLog
-from icechunk.log.repository.queue import Attempt, Group, Waiting, resolve, tell_sent
+from icechunk.log.repository.port import Proposal, Propose, RepositoryLog
+from icechunk.log.repository.queue import Attempt, Group, Waiting, proposal_of, resolve, tell_sent
 from icechunk.log.repository.state import RepoState
 from icechunk.log.repository.store_check import require_writable
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import finish_task
 from icechunk.storage.outcome import Fate, Outcome, follow
 from icechunk.storage.port import Storage
-from icechunk.storage.retry import retried_unless
 
 __all__ = ["CLOSE_GRACE_S", "SwappedLog"]
 
@@ -117,8 +116,13 @@ class SwappedLog(RepositoryLog, Generic[A]):
         """The attempt for a group that has members, on the state that they were validated on."""
 
     @abstractmethod
-    async def _send(self, attempt: A) -> bool:
+    async def _send(self, attempt: A, storage: Storage) -> bool:
         """Send it once, on its condition: True: it landed, and is folded; False: look.
+
+        Parameters
+        ----------
+        storage
+            Where requests are not tried again once the attempt is told.
 
         Raises
         ------
@@ -153,12 +157,11 @@ class SwappedLog(RepositoryLog, Generic[A]):
 
     async def append(
         self,
-        propose: Propose,
+        proposal: Proposal | Propose,
         *,
         since_us: int | None = None,
         deadline_s: float | None = None,
         files: Mapping[str, bytes] = MappingProxyType({}),
-        caller: Caller | None = None,
     ) -> RepoState:
         """As `RepositoryLog.append`."""
         require_writable(self._storage, "change the repository")
@@ -168,17 +171,15 @@ class SwappedLog(RepositoryLog, Generic[A]):
         if self.closed:
             raise SessionStateError("the repository is closed; open it again")
         one = Waiting(
-            propose=propose,
+            proposal=proposal_of(proposal),
             since_us=since_us,
             outcome=asyncio.get_running_loop().create_future(),
-            caller=caller,
             files=files if self._embeds else {},
             asked=self._begin_look(),
         )
         self.waiting.append(one)
         try:
-            if caller is not None:
-                caller.queued()
+            one.proposal.queued()
             if self.runner is None or self.runner.done():
                 self.runner = asyncio.get_running_loop().create_task(self._run(), name="icechunk swaps")
             # Not `wait_for`: the future is the runner's, a caller that leaves must not cancel it.
@@ -277,7 +278,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
             waiting = [one for one in self.waiting if one.asked < self._looked] if looked else self.waiting
             group = await self._build(waiting)
             if any(one.asked > self._looked for one, _ in group.refused):
-                # An entry that this client has not read yet may be what the caller builds upon, or wants to delete.
+                # The caller may build upon an entry, or want to delete a ref, that this client has not read yet.
                 await self._look_anew()
                 looked = True
                 continue
@@ -421,12 +422,12 @@ class _AttemptWrite(Sending, Generic[A]):
         super().__init__(log._sources)
         self._log = log
         self._attempt = attempt
+        self._storage = log._storage.for_sender(attempt)
         self.ended_by_caller = False
         """Whether it was not sent again because of a caller."""
 
     async def put(self) -> bool:
-        with retried_unless(lambda: self._attempt.is_told):
-            return await self._log._send(self._attempt)
+        return await self._log._send(self._attempt, self._storage)
 
     async def fate(self, may_land: bool) -> Fate:
         return await self._log._look(self._attempt)

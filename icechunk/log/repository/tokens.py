@@ -1,8 +1,9 @@
 """Tokens by layout, and settling a change of a layout, or of a life of the log, that has ended (rule 3).
 
-No request that is still on its way can land there: what the change would have replaced is not there any more. So it
-landed if history has it. History has its snapshots, or, in the repo-object layout, its mark in a copy of ``repo``. In
-the log layout a change without snapshots is recognised in its slot, for as long as that counts; in format 1 by nothing.
+A request that is still on its way cannot land there any more, since the object that it would replace is gone. So the
+change landed if history has it. History has its snapshots, or, in the repo-object layout, its mark in a copy of
+``repo``. In the log layout a change without snapshots is recognised in its slot, for as long as that counts; in format
+1 by nothing.
 """
 
 from __future__ import annotations

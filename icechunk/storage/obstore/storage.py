@@ -40,6 +40,7 @@ from icechunk.storage.port import (
     ObjectKind,
     Precondition,
     PutResult,
+    Sender,
     Storage,
     Unchecked,
     Version,
@@ -209,6 +210,9 @@ class ObstoreStorage(ObstoreReading):
 
     def with_settings(self, settings: StorageSettings | None) -> Storage:
         return self._with(self._bucket, Effective(settings))
+
+    def for_sender(self, sender: Sender) -> Storage:
+        return self._with(self._bucket, self._effective.for_sender(sender))
 
     def with_user_agent(self, user_agent: str) -> Storage:
         return self._with(self._bucket.named(user_agent), self._effective)

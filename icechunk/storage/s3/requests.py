@@ -28,7 +28,7 @@ from icechunk.runtime.tasks import in_thread
 from icechunk.storage.http.connections import Connections, NotConnectedError, TooLargeError
 from icechunk.storage.http.headers import date_us
 from icechunk.storage.outcome import REFUSING_STATUSES, refused
-from icechunk.storage.retry import Limits, Pace, Tries, retries_have_ended
+from icechunk.storage.retry import Limits, Pace, Tries
 from icechunk.storage.rights import Right
 from icechunk.storage.s3.answers import (
     Answer,
@@ -183,7 +183,7 @@ class S3Client:
                 throttled = is_throttled(outcome)
             finally:
                 self.pace.leave(epoch, throttled)
-            if isinstance(outcome, Unanswered) or outcome.status not in _MENDABLE or retries_have_ended():
+            if isinstance(outcome, Unanswered) or outcome.status not in _MENDABLE or limits.are_over:
                 return outcome
             if outcome.status in (400, 403) and self.endpoint.scheme == "http" and self._leaves_unsigned(request.body):
                 self._wants_hashes = True

@@ -42,6 +42,7 @@ from icechunk.storage.port import (
     ObjectKind,
     Precondition,
     PutResult,
+    Sender,
     Storage,
     Suffix,
     Unchecked,
@@ -323,6 +324,12 @@ class S3Storage(Storage):
         other = object.__new__(type(self))
         other._bucket = self._bucket
         other._use(settings)
+        return other
+
+    def for_sender(self, sender: Sender) -> Storage:
+        other = object.__new__(type(self))
+        other._bucket = self._bucket
+        other._effective = self._effective.for_sender(sender)
         return other
 
     def with_user_agent(self, user_agent: str) -> Storage:

@@ -110,7 +110,7 @@ async def tag_without_answer(log: RepositoryLog, storage: ScriptedStorage, name:
     tokens = Told()
     storage.requests.clear()
     storage.script = lose
-    task = asyncio.ensure_future(log.append(lambda _: [TagCreated(name=name, snapshot=FIRST_SNAPSHOT)], caller=tokens))
+    task = asyncio.ensure_future(log.append(tokens.of(lambda _: [TagCreated(name=name, snapshot=FIRST_SNAPSHOT)])))
     await until(lambda: any(map(writes, storage.requests)))
     task.cancel()
     await asyncio.wait({task})

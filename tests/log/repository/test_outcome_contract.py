@@ -228,7 +228,7 @@ async def test_a_refusal_is_raised_at_once_with_the_stores_message_and_nothing_s
     told = Told()
     propose = UNWANTED[change] if change in UNWANTED else await world.commit(2, an_id(1))
     with raises(StorageError, "storage-other", "AccessDenied") as caught:
-        await log.append(propose, caller=told)
+        await log.append(told.of(propose))
     assert caught.value.refused
     assert told[-1] is None
     assert len(sent(storage)) == 1
@@ -274,7 +274,7 @@ async def test_a_request_that_never_left_is_known_not_to_have_landed(world: Outc
     propose, told = await world.commit(1), Told()
     answering_writes(storage, not_sending)
     with pytest.raises(StorageError) as caught:
-        await log.append(propose, caller=told)
+        await log.append(told.of(propose))
     assert caught.value.unsent
     assert not told.is_open
     assert len(sent(storage)) > 1, "it may be mended meanwhile"
@@ -292,11 +292,11 @@ async def told_unknown(log: RepositoryLog, storage: ScriptedStorage, propose: Pr
     if how == "lost":
         answering_writes(storage, losing)
         with pytest.raises(CommitOutcomeUnknown):
-            await log.append(propose, caller=told)
+            await log.append(told.of(propose))
     else:
         gate = holding_writes(storage)
         deadline_s = 0.02 if how == "deadline" else None
-        task = asyncio.ensure_future(log.append(propose, caller=told, deadline_s=deadline_s))
+        task = asyncio.ensure_future(log.append(told.of(propose), deadline_s=deadline_s))
         await until(lambda: any(map(writes, storage.requests)))
         if how == "cancelled":
             task.cancel()
@@ -356,7 +356,7 @@ async def test_a_told_change_that_landed_meanwhile_is_recognised_by_the_next_one
     told = Told()
     held = answering_writes(storage, losing)
     with pytest.raises(CommitOutcomeUnknown):
-        await log.append(await world.commit(1), caller=told)
+        await log.append(told.of(await world.commit(1)))
     storage.script = None
     await held[0]()
     with pytest.raises(ConflictError):
@@ -395,7 +395,7 @@ async def test_several_told_changes_are_settled_by_the_one_that_took_their_place
     for i in range(3):
         held.append(answering_writes(storage, losing))
         with pytest.raises(CommitOutcomeUnknown):
-            await log.append(await world.commit(i + 1), caller=told[i])
+            await log.append(told[i].of(await world.commit(i + 1)))
     storage.script = None
     await held[1][0]()
     await log.append(await world.commit(9, an_id(2)))
@@ -415,7 +415,7 @@ async def test_only_the_newest_told_attempts_are_remembered(world: Outcomes, mon
     told = [Told() for _ in range(40)]
     for i, each in enumerate(told):
         with pytest.raises(CommitOutcomeUnknown):
-            await log.append(await world.commit(i + 1), caller=each)
+            await log.append(each.of(await world.commit(i + 1)))
     assert len(log._told) <= 16
     storage.script = None
     await log.append(await world.commit(99))
@@ -461,8 +461,8 @@ async def test_callers_that_shared_an_attempt_with_a_leaving_one_go_on_in_anothe
 
     storage.script = script
     told = Told(), Told()
-    leaving = asyncio.ensure_future(log.append(delete_precious, caller=told[0]))
-    staying = asyncio.ensure_future(log.append(await world.commit(1), caller=told[1]))
+    leaving = asyncio.ensure_future(log.append(told[0].of(delete_precious)))
+    staying = asyncio.ensure_future(log.append(told[1].of(await world.commit(1))))
     await until(lambda: count == 1)
     first = next(request for request in storage.requests if writes(request))
     leaving.cancel()
@@ -503,8 +503,8 @@ async def test_a_change_whose_fate_cannot_be_found_out_is_unknown_and_not_made_a
 
     storage.script = script
     told = Told(), Told()
-    leaving = asyncio.ensure_future(log.append(delete_precious, caller=told[0]))
-    staying = asyncio.ensure_future(log.append(await world.commit(1), caller=told[1]))
+    leaving = asyncio.ensure_future(log.append(told[0].of(delete_precious)))
+    staying = asyncio.ensure_future(log.append(told[1].of(await world.commit(1))))
     await until(lambda: count == 1)
     first = next(request for request in storage.requests if writes(request))
     leaving.cancel()
@@ -681,7 +681,7 @@ async def test_a_caller_cancelled_during_the_request_holds_the_token_that_settle
         return await send()
 
     storage.script = wait
-    caller = asyncio.ensure_future(log.append(await world.commit(1), caller=told))
+    caller = asyncio.ensure_future(log.append(told.of(await world.commit(1))))
     await until(lambda: any(map(writes, storage.requests)))
     caller.cancel()
     await asyncio.wait({caller})
@@ -705,7 +705,7 @@ async def test_a_caller_cancelled_during_a_request_that_lost_learns_that_nothing
         return await send()
 
     storage.script = wait
-    caller = asyncio.ensure_future(log.append(await world.commit(1), caller=told))
+    caller = asyncio.ensure_future(log.append(told.of(await world.commit(1))))
     await until(lambda: any(map(writes, storage.requests)))
     caller.cancel()
     await asyncio.wait({caller})
@@ -757,7 +757,7 @@ async def test_a_caller_cancelled_before_anything_is_sent_gets_no_token(world: O
     first = asyncio.ensure_future(log.append(await world.commit(1)))
     await until(lambda: any(map(writes, storage.requests)))
     told = Told()
-    second = asyncio.ensure_future(log.append(await world.commit(2, an_id(1)), caller=told))
+    second = asyncio.ensure_future(log.append(told.of(await world.commit(2, an_id(1)))))
     await asyncio.sleep(0)
     second.cancel()
     await asyncio.wait({second})
@@ -809,10 +809,10 @@ async def test_a_failing_callback_affects_no_other_caller(world: Outcomes, caplo
     log, _ = await world.create()
 
     class Failing(Told):
-        def sent(self, token: SwapToken | None) -> None:
+        def append(self, token: SwapToken | None) -> None:
             raise KeyError("mine")
 
-    await log.append(await world.commit(1), caller=Failing())
+    await log.append(Failing().of(await world.commit(1)))
     assert "callback" in caplog.text
     assert await world.history() == [an_id(1)]
 

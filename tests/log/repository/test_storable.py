@@ -18,7 +18,7 @@ from icechunk.log.repository import events as e
 from icechunk.log.repository.entry import decode_entry, encode_entry
 from icechunk.log.repository.event_json import encode_events
 from icechunk.log.repository.marker import checkpoint_info, decode_marker, state_of
-from icechunk.log.repository.queue import build
+from icechunk.log.repository.queue import build, proposal_of
 from icechunk.log.repository.state import LAST_TIME_US, RepoState, apply, initial_state, to_repo_info, try_apply_all
 from tests.log.repository.strategies import an_id
 
@@ -138,7 +138,7 @@ BAD = [
 def test_events_that_a_checkpoint_cannot_hold_are_refused_before_an_entry_is_built(event: e.Event) -> None:
     with pytest.raises(InvalidInputError):
         apply(fresh(), event, time_us=1, since_us=None)
-    waiting: Any = SimpleNamespace(propose=lambda state: [event], since_us=None, files={})
+    waiting: Any = SimpleNamespace(proposal=proposal_of(lambda state: [event]), since_us=None, files={})
     group = build(fresh(), [waiting], time_us=1)
     assert not group.members
     assert isinstance(group.refused[0][1], InvalidInputError)

@@ -47,7 +47,7 @@ _HISTORY_SHARE: Final = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """``repo`` holds at least what was to be written."""
+    """``repo`` holds at least the log up to the head."""
 
     known: Known
     """The object as it is now."""
@@ -111,7 +111,7 @@ class _Checkpoint(RepoChange[Written | LostRepo]):
         return Written(known=known, info=info, by_us=False) if self._is_done(known, known.marker) else None
 
     def _is_done(self, known: Known, marker: Marker) -> bool:
-        """Whether the object holds at least what is to be written."""
+        """Whether the object holds the log up to the head, or further."""
         return marker.n >= self._head.n and known.copy is None
 
     async def make(self, known: Known, info: RepoInfo | None) -> EncodedRepo | None:

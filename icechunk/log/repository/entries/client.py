@@ -6,7 +6,7 @@ Theory: rules 5, 6 and 8. The view owns the head, since when it is known to be t
 task that swaps may both learn of the same slot.
 
 Looks are numbered in the order in which they begin. `LogView.looked` is the newest one that has shown where the log
-ends, so a call made before it began can be answered by what it found, refusals included (rule 3).
+ends, so the state of that look can answer a call made before it began, also with a refusal (rule 3).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class LogView:
         self.ended_reason: str | None = None
         """Why nothing can be appended any more, once the log has ended."""
         self.taken_over: bool = False
-        """Whether ``repo`` does not go on from the log's end, so that what is known cannot be brought up to date."""
+        """Whether another library took the log over, so that ``repo`` goes on from an older state than this one."""
         self.stranded: Stranded | None = None
         """The entries that a takeover left in the log only; None: there was no takeover."""
         self.embedded: EmbeddedFiles = EmbeddedFiles(storage, sources)
@@ -194,7 +194,7 @@ class LogView:
             self.freshness = freshness
 
     def adopt(self, opened: Opened) -> None:
-        """Take over what opening the log anew has shown; never behind what is known."""
+        """Adopt the log as it was opened anew, unless that is older than the known state."""
         if opened.head.epoch == self.head.epoch and opened.head.n < self.head.n:
             return
         if opened.head.epoch != self.head.epoch:
@@ -254,7 +254,7 @@ class LogView:
 
     @property
     def embeds_much(self) -> bool:
-        """Whether there is more to put before a checkpoint than looking at ``repo`` first costs."""
+        """Whether putting the embedded files before a checkpoint costs more than reading ``repo`` first."""
         return len(self.embedded) > _MANY_FILES or self.embedded.dropped > self.checkpoint_n
 
     async def embedded_files(self, after: int, end: int) -> Mapping[str, bytes]:
@@ -397,7 +397,7 @@ class LogView:
             await self.lost_repo(None, epoch)
 
     def _goes_on(self, state: RepoState) -> bool:
-        """Whether a state of what a log was converted to is not older than what is known of that."""
+        """Whether a state read from ``repo`` after a conversion is at least as new as the known one."""
         return state.last_time_us >= self.state.last_time_us
 
     async def _find_seal(self, epoch: str) -> Sealed | None:
@@ -475,7 +475,7 @@ class LogView:
         Parameters
         ----------
         found
-            What is there instead; None: nothing, or another log.
+            The object that is there instead; None: there is none, or it belongs to another log.
         epoch
             That the client knew when it asked.
         """
@@ -492,10 +492,10 @@ class LogView:
             self.ended_reason = f"the repository in {self.storage.describe()} was removed; open it where it is now"
             return
         self._end(seal, unlisted)
-        # Not by a client that has known the end for too long: what looks like it may be a slot that was pruned and
-        # filled again. It is told to open the repository again, and finds out then.
+        # A client whose knowledge of the end is too old does not seal: the slot after its head may have been pruned.
+        # It is told to open the repository again, which finds the end of the log.
         if seal is None and may_write(self.storage) and is_fresh(self.freshness, instant(self.sources)):
-            # As a client of its own: it may be the swap in flight, or a checkpoint, that has found out.
+            # In a task of its own: the swap in flight, or a checkpoint, may be waiting for this function.
             sealing = self._seal(self.head, self.checkpoint_n, found)
             self.sealer = asyncio.get_running_loop().create_task(sealing, name="icechunk log seal")
 
@@ -521,7 +521,7 @@ class LogView:
         return False
 
     async def _seal(self, head: Head, checkpoint_n: int, found: RepoObject | None) -> None:
-        """Take the slot that every writer of the abandoned log needs next, and report what is only in the log."""
+        """Seal the abandoned log in the slot that its writers need next, and report the entries that are only in it."""
         try:
             last, seal = await seal_log(self.storage, self.sources, head.epoch, head.n)
             if seal.reason == CONVERT:

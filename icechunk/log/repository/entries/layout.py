@@ -41,7 +41,7 @@ from icechunk.log.repository.freshness import MAX_SKEW_US, Instant, clock_error_
 from icechunk.log.repository.marker import state_of
 from icechunk.log.repository.objects import RepoObject, nonce_in_slot, read_repo, read_slot
 from icechunk.log.repository.ops_log import any_in_history, updates_of
-from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Caller, Layout, Propose, SwapToken
+from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Layout, Proposal, Propose, SwapToken
 from icechunk.log.repository.queue import MAX_EMBEDDED_BYTES, Attempt, Group, Waiting, build
 from icechunk.log.repository.settle import CLOSE_GRACE_S, SwappedLog
 from icechunk.log.repository.state import MAIN, RepoState, apply
@@ -100,7 +100,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
         self._turns: dict[str, asyncio.Lock] = {}
         self._expected: tuple[RepoState, list[Waiting], RepoState] = (self.state, [], self.state)
         self._preparation: asyncio.Task[None] | None = None
-        """Checks the store before anybody swaps."""
+        """Checks the store before the first swap."""
         self._wrote = False
         """Whether an entry of this client has landed."""
 
@@ -160,16 +160,15 @@ class LogLayout(SwappedLog[SlotAttempt]):
 
     async def append(
         self,
-        propose: Propose,
+        proposal: Proposal | Propose,
         *,
         since_us: int | None = None,
         deadline_s: float | None = None,
         files: Mapping[str, bytes] = MappingProxyType({}),
-        caller: Caller | None = None,
     ) -> RepoState:
         if self.view.ended_reason is not None:
             raise SessionStateError(self.view.ended_reason)
-        state = await super().append(propose, since_us=since_us, deadline_s=deadline_s, files=files, caller=caller)
+        state = await super().append(proposal, since_us=since_us, deadline_s=deadline_s, files=files)
         if self._storage.defers_syncs:
             # It has landed, whatever becomes of this: the next checkpoint includes it.
             await self._checkpointing.try_write(through=True)
@@ -187,7 +186,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
         for one in self.waiting[len(done) :]:
             with suppress(Exception):  # refused: its caller gets the error when its turn comes
                 after = state
-                for event in one.propose(state):
+                for event in one.proposal.events(state):
                     after = apply(after, event, time_us=0, since_us=one.since_us)
                 state = after
         self._expected = base, self.waiting[:], state
@@ -277,10 +276,10 @@ class LogLayout(SwappedLog[SlotAttempt]):
             freshness=self.view.freshness,
         )
 
-    async def _send(self, attempt: SlotAttempt) -> bool:
+    async def _send(self, attempt: SlotAttempt, storage: Storage) -> bool:
         asked, look = instant(self._sources), self.view.begin_look()
         try:
-            put = await self._storage.put(slot_key(attempt.epoch, attempt.n), attempt.data, Absent())
+            put = await storage.put(slot_key(attempt.epoch, attempt.n), attempt.data, Absent())
         except PreconditionFailedError:
             return False
         answered = instant(self._sources, put.date_us)

@@ -158,7 +158,7 @@ async def _stop(pages: object) -> None:
 
 
 async def try_list_head(storage: Storage, epoch: str) -> int | None:
-    """As `list_head`; None where nothing can be listed, or only at more than the cost of what is taken of it."""
+    """As `list_head`; None where nothing can be listed, or where the first keys cost as much as all of them."""
     if not storage.lists_first_keys_fast:
         return None
     try:

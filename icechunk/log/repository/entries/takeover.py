@@ -156,7 +156,8 @@ async def find_stranded(
     """
     after = fallback_n
     if found is not None:
-        # The official library backs up what it overwrites: the newest copy with our marker is what it took over.
+        # The official library copies an object before it overwrites it: the newest copy with our marker is the one that
+        # was taken over.
         for update in found.info.updates[:_BACKUPS]:
             if update.backup_path is None:
                 continue
@@ -184,7 +185,7 @@ async def seal_abandoned(storage: Storage, sources: Sources, found: RepoObject) 
     Returns
     -------
     Stranded or None
-        What is in that log only; None where there is no log, or it was sealed before.
+        The entries that are in that log only; None where there is no log, or it was sealed before.
     """
     epoch = await newest_epoch(storage)
     if epoch is None:

@@ -139,7 +139,7 @@ class RefFilesView:
     async def refresh(self) -> RepoState:
         """List the refs and read them, again where a change of this client's landed meanwhile.
 
-        What was read may be from before that change, or from after what others made of it since.
+        A ref that was read meanwhile may be older than that change, or newer by the changes of others.
         """
         while not await self._read_refs():
             pass

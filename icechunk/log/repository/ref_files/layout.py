@@ -190,7 +190,7 @@ class RefFilesLayout(SwappedLog[_Write]):
             return group
         one = waiting[0]
         try:
-            events = tuple(one.propose(self.state))
+            events = tuple(one.proposal.events(self.state))
             if len(events) > 1:
                 raise needs_format_2("make several changes at once")
             if not events or isinstance(events[0], e.DetachedSnapshotAdded):
@@ -261,15 +261,15 @@ class RefFilesLayout(SwappedLog[_Write]):
             await self._storage.copy(CONFIG_KEY, overwritten_config_key(now_ms, self._sources.random_bytes(12)))
         return CONFIG_KEY, config_to_yaml(config_from_dict(config or {}))
 
-    async def _send(self, attempt: _Write) -> bool:
+    async def _send(self, attempt: _Write, storage: Storage) -> bool:
         if attempt.data is None:
-            result = await self._storage.delete([attempt.key])
+            result = await storage.delete([attempt.key])
             if result.failures:
                 error = StorageError(f"cannot delete {attempt.key!r}: {result.failures[0][1]}")
                 raise refused(error) if result.refused else error
         else:
             try:
-                await self._storage.put(attempt.key, attempt.data, attempt.precondition)
+                await storage.put(attempt.key, attempt.data, attempt.precondition)
             except (PreconditionFailedError, ObjectNotFoundError):
                 return False
             except BaseException as error:
@@ -348,7 +348,7 @@ class RefFilesLayout(SwappedLog[_Write]):
                     # A deletion has no condition.
                     break
                 if answer.version == base:
-                    # Still what the write would replace: other bytes that say the same, and it never lands.
+                    # Still the version that the write would replace: once it has other bytes, the write never lands.
                     unsure = StorageError(f"cannot settle yet, call again: no certain answer about {key!r}")
                     touched = answer.data + b"\n"
                     if await replace_object(self._storage, self._sources, key, touched, answer.version, unsure):

@@ -5,7 +5,7 @@ was acknowledged. Here the refs are closed first:
 
 1. ``repo`` is created, if absent, and read-only: new sessions of format 1 are refused from now on, by either library,
    and everything can be read. It has our mark.
-2. Each branch's ref is replaced, under If-Match on what was just read, by one that names the same snapshot under a
+2. Each branch's ref is replaced, under If-Match on the version just read, by one that names the same snapshot under a
    field that no client of format 1 knows. A commit lands before and is read by the upgrade, or it fails.
 3. ``repo`` is replaced, under If-Match, by the state of the closed refs, online. This is the upgrade.
 4. The refs and ``config.yaml`` are deleted, closed branches last, ``main`` last of all.
@@ -203,7 +203,7 @@ async def upgrade(
     Parameters
     ----------
     dry_run
-        Read everything that the upgrade reads, log what it would do, and write nothing.
+        Read everything that the upgrade reads, log the steps that it would take, and write nothing.
     delete_ref_files
         Delete the files that only format 1 needs. If False, branches are not closed either, so no client may commit
         meanwhile.
@@ -366,7 +366,7 @@ class _Upgrade:
         return refs if any(ref.key == self._names.branch_key(MAIN) for ref in refs) else None
 
     async def _close(self, ref: _Ref) -> bool:
-        """Replace the ref of a branch, so that no client commits to it any more; False: it is not what was read."""
+        """Replace the ref of a branch, so that no client commits to it any more; False: it has changed meanwhile."""
         assert ref.snapshot is not None
         closed = close_ref(ref.snapshot, ref.mark)
         replaced = replace_object(self._storage, self._sources, ref.key, closed, ref.version, self.no_answer())
@@ -382,7 +382,7 @@ class _Upgrade:
     # ------------------------------------------------------------------ cleaning up
 
     async def _finish(self, found: RepoObject, refs: tuple[_Ref, ...], *, dry_run: bool) -> None:
-        """For a repository of format 2: delete what an interrupted upgrade has left."""
+        """For a repository of format 2: delete the files that an interrupted upgrade has left."""
         closed = [ref for ref in refs if ref.closed]
         if not closed:
             raise SessionStateError(
@@ -430,7 +430,7 @@ class _Upgrade:
         main_key = self._names.branch_key(MAIN)
         gone = [ref.key for ref in refs if ref.key not in kept]
         branches = [ref.key for ref in refs if ref.closed and ref.key != main_key]
-        # Closed branches last: as long as one is there, running the upgrade again finds what is left to do.
+        # Closed branches last: as long as one is there, running the upgrade again finds the files that are left.
         first = [key for key in gone if key not in branches and key != main_key]
         for keys in ([*first, CONFIG_KEY], branches, [main_key] if main_key in gone else []):
             if not keys:
@@ -444,7 +444,7 @@ class _Upgrade:
 
 
 class _PutOnline(RepoChange[bool]):
-    """Close the branches, and put ``repo`` online with what they say."""
+    """Close the branches, and put ``repo`` online with their state."""
 
     def __init__(self, upgrade: _Upgrade, storage: Storage, sources: Sources) -> None:
         super().__init__(storage, sources)
@@ -481,7 +481,7 @@ class _PutOnline(RepoChange[bool]):
 
 
 async def as_refs_say(storage: Storage, sources: Sources, info: RepoInfo) -> RepoInfo:
-    """The contents of ``repo`` of an unfinished upgrade if it were written now, with what was committed since.
+    """The contents of ``repo`` of an unfinished upgrade if it were written now, with the commits made since.
 
     Where the refs cannot be listed, only those that it has are looked at.
 
@@ -547,7 +547,7 @@ def _values(refs: Iterable[_Ref]) -> RefValues:
 
 
 def _is_settled(ref: _Ref, tags: Mapping[str, ObjectId], deleted_tags: Iterable[str]) -> bool:
-    """Whether ``repo`` knows what the file says, or has said so once."""
+    """Whether ``repo`` has the ref of this file, or once had it."""
     if not ref.what.is_tag:
         return ref.closed
     return ref.what.name in tags or ref.what.name in deleted_tags

@@ -68,7 +68,7 @@ class Successors(Protocol):
         """
 
     async def as_refs_say(self, info: RepoInfo) -> RepoInfo:
-        """The contents of ``repo`` of an unfinished upgrade if it were written now, with what was committed since.
+        """The contents of ``repo`` of an unfinished upgrade if it were written now, with the commits made since.
 
         Raises
         ------
@@ -170,7 +170,7 @@ class RepoView:
         if known.marker is not None and known.read_only:
             self.ended_reason = f"the repository in {self._storage.describe()} was converted to a log; open it again"
             return None
-        # The official library drops what it does not know: then this client still knows the fence, others do not.
+        # The official library drops `extra`, and the cutoff in it, which this client still knows.
         cutoff_us = max(cutoff_of(info.extra), self._seen.state.gc_cutoff_us)
         self._seen = _Seen(
             version=answer.version,

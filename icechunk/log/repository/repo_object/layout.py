@@ -12,7 +12,7 @@ bytes unique.
 Where the repository was converted to a log, nothing is written any more, and readers follow into the log.
 
 Owners of mutable state, each for one instance on one event loop:
-`icechunk.log.repository.repo_object.client.RepoView` holds the newest version seen, a `LogReader` what is known of the
+`icechunk.log.repository.repo_object.client.RepoView` holds the newest version seen, a `LogReader` the state of the
 log, this module the copy made in advance; only the engine's task writes.
 """
 
@@ -101,7 +101,7 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
         self._copied: tuple[Version, str] | None = None
         self._preparing = False
         self._check = MatchCheck(storage)
-        # Of the log that the repository was converted to, and of whatever comes after that.
+        # Reads the log that the repository was converted to, and whatever that is converted to.
         self._log: LogReader | None = None
         self._files: WeightedCache[str, bytes] = WeightedCache(FILES_BYTES, MAX_FILES)
 
@@ -239,12 +239,12 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
             state=resting_on(state, encoded.info, state),
         )
 
-    async def _send(self, attempt: _Replacement) -> bool:
+    async def _send(self, attempt: _Replacement, storage: Storage) -> bool:
         asked, look = instant(self._sources), self._view.next_ticket()
         # A copy that one attempt names is no other's.
         self._copied = None
         try:
-            put = await self._storage.put(REPO_KEY, attempt.data, Matches(attempt.base))
+            put = await storage.put(REPO_KEY, attempt.data, Matches(attempt.base))
         except (ObjectNotFoundError, PreconditionFailedError):
             return False
         self._view.landed(put, asked, look, base=attempt.base, state=attempt.state)

@@ -107,7 +107,7 @@ async def test_a_caller_that_waits_on_after_a_loss_gets_the_token_of_the_next_en
     other, _ = await world.open()
     await other.append(world.commit(1))
     told = Told()
-    await log.append(world.commit(2), caller=told)
+    await log.append(told.of(world.commit(2)))
     assert [token and token.n for token in told] == [1, None, 2]
     assert told[-1] is not None
     assert await log.settle(told[-1])

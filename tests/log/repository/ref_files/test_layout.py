@@ -345,10 +345,10 @@ async def test_a_creation_is_recognised_and_settled_by_its_mark(world: RefFilesW
     storage.script = lose
     tokens = Told()
     if landed:
-        await log.append(lambda _: [SAME[what]], caller=tokens)
+        await log.append(tokens.of(lambda _: [SAME[what]]))
     else:
         with pytest.raises(CommitOutcomeUnknown):
-            await log.append(lambda _: [SAME[what]], caller=tokens)
+            await log.append(tokens.of(lambda _: [SAME[what]]))
         storage.script = None
         await other.append(lambda _: [SAME[what]])
     assert tokens[-1] is not None
