@@ -34,7 +34,6 @@ from icechunk.format.manifest.refs_by_node import grouped_refs
 from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.format.snapshot.uses import SnapshotUses, manifest_uses
 from icechunk.format.values import ChunkRefs, Manifest, ManifestFile, Snapshot
-from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.port import RepositoryLog
 from icechunk.runtime.checks import require_type
 from icechunk.runtime.tasks import run_each
@@ -127,7 +126,7 @@ class Files:
 
     async def get(self, key: str) -> bytes:
         """The whole file. Raises `ObjectNotFoundError`."""
-        embedded = self._log.view.embedded.find(key) if isinstance(self._log, LogLayout) else None
+        embedded = self._log.embedded_file(key)
         if embedded is not None:
             return embedded
         try:
@@ -174,8 +173,7 @@ class Files:
 
     async def require_all(self, keys: Sequence[str], wanted_by: str) -> list[bytes]:
         """The whole files, in the order of the keys; errors as `require`."""
-        embedded = self._log.view.embedded if isinstance(self._log, LogLayout) else None
-        known = {} if embedded is None else {key: data for key in keys if (data := embedded.find(key)) is not None}
+        known = {key: data for key in keys if (data := self._log.embedded_file(key)) is not None}
         asked = [key for key in keys if key not in known]
         for key, answer in zip(asked, await self.storage.get_all(asked), strict=True):
             known[key] = await self.require(key, wanted_by) if answer is None else answer.data

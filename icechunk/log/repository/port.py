@@ -115,6 +115,10 @@ class RepositoryLog(ABC):
     def share_files(self, files: WeightedCache[str, bytes]) -> None:  # noqa: B027
         """Keep small files that come with the log there, by key, for all loops and threads of the repository."""
 
+    def embedded_file(self, key: str) -> bytes | None:
+        """A file embedded in the log that has no object yet, as far as this instance knows; None: it knows of none."""
+        return None
+
     async def find_file(self, key: str) -> bytes | None:
         """A file that has no object of its own yet; None where there is none of that name either."""
         return None

@@ -143,6 +143,9 @@ class LogLayout(SwappedLog[SlotAttempt]):
             files.put(key, data, len(data))
         self.view.files = files
 
+    def embedded_file(self, key: str) -> bytes | None:
+        return self.view.embedded.find(key)
+
     async def find_file(self, key: str) -> bytes | None:
         return await self.view.find_file(key)
 
