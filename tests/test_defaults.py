@@ -66,7 +66,7 @@ def configured(path: str, value: Any) -> RepositoryConfig:
 
 
 def used(config: RepositoryConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the rooms of the engine make of a configuration."""
+    """The values that the rooms of the engine use for a configuration."""
     caches: dict[str, Any] = {}
 
     class Caches(Assets):

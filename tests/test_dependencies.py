@@ -1,4 +1,4 @@
-"""What the package imports is declared, with a lower bound, and what is declared is imported."""
+"""Imported distributions are declared, with a lower bound, and declared ones are imported."""
 
 from __future__ import annotations
 

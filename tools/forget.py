@@ -240,7 +240,7 @@ class _History:
             await self.write(session.store, content)
             await session.checkpoint_async()
         if rng.random() < 0.5:
-            # Nobody takes what this one hands over.
+            # The session does not collect the changes of this fork.
             fork = await self.repo.join_session_async(id)
             await self.write(fork.store, dict(content))
             await fork.checkpoint_async()

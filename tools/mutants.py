@@ -55,7 +55,7 @@ _PRELOAD: Final = ["numpy", "zarr", "orjson", "zstandard", "pytest"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caught:
-    """What became of a mutant."""
+    """The result of a mutant's run."""
 
     name: str
     by: str | None
@@ -107,7 +107,7 @@ Hunter = Schedules | Tests
 
 
 def hunters(mutant: Mutant, last: Caught | None, *, simulator_only: bool = False) -> list[Hunter]:
-    """What is tried, in this order; ``last``: what caught it before."""
+    """The hunters to try, in this order; ``last``: the one that caught it before."""
     found: list[Hunter] = []
     if last is not None and last.by is not None and not simulator_only:
         if last.by.startswith("simulator, "):
@@ -164,7 +164,7 @@ def _schedules(hunter: Schedules) -> tuple[str, int] | None:
     try:
         from icechunk.log.repository.port import Layout
         from tools.simulator.simulation import plan_of, simulate
-    except Exception:  # a change that cannot be imported is noticed by whoever imports it
+    except Exception:  # a change that cannot be imported is noticed by every test
         return f"simulator, {hunter.layout}", 0
     layout = Layout(hunter.layout)
     for seed in range(hunter.first, hunter.first + hunter.count):
@@ -254,7 +254,7 @@ def package_state(mutant: Mutant) -> str:
 
 
 def read_records() -> dict[str, Caught]:
-    """What was found, by the name of the mutant."""
+    """The results, by the name of the mutant."""
     if not RECORDS.exists():
         return {}
     return {one["name"]: Caught(**one) for one in json.loads(RECORDS.read_text(encoding="utf-8"))}
@@ -356,7 +356,7 @@ def _is_done(found: Caught | None, mutant: Mutant) -> bool:
 
 
 def _known(workers: int, seconds: float, at_least: int | None) -> int:
-    """What a run of the simulator alone, as CI has it, finds of the faults that users and field tests found."""
+    """The faults of users and field tests that a run of the simulator alone, as in CI, finds again."""
     faults = [one for one in MUTANTS if one.known]
 
     def one(mutant: Mutant) -> bool:

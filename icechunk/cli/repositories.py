@@ -12,7 +12,7 @@ from typing import Any, Final
 from icechunk.cli.terminal import Failure, ask, choose
 from icechunk.cli.watch_command import add_options, watch
 from icechunk.errors import IcechunkError, NotFoundError
-from icechunk.storage.aliases import KINDS, Places, new_entry, places_path, shown
+from icechunk.storage.aliases import KINDS, Aliases, aliases_path, new_entry, shown
 
 __all__ = ["add_commands"]
 
@@ -91,35 +91,35 @@ def _count(text: str) -> int:
 
 
 def _init(args: argparse.Namespace) -> int:
-    path = places_path()
-    # With --force a file that cannot be read is no obstacle.
+    path = aliases_path()
+    # With --force a file that cannot be read is replaced.
     if args.force:
         path.unlink(missing_ok=True)
-    places = Places(path)
-    if len(places):
+    aliases = Aliases(path)
+    if len(aliases):
         raise Failure("Config already exists and contains repositories. Use --force to overwrite.")
-    _ask_and_save(places, ask("alias"))
+    _ask_and_save(aliases, ask("alias"))
     return 0
 
 
 def _add(args: argparse.Namespace) -> int:
-    places = Places(places_path())
-    if args.alias in places:
+    aliases = Aliases(aliases_path())
+    if args.alias in aliases:
         raise Failure(f"Repository {shown(args.alias)} already exists")
-    _ask_and_save(places, args.alias)
+    _ask_and_save(aliases, args.alias)
     return 0
 
 
-def _ask_and_save(places: Places, alias: str) -> None:
+def _ask_and_save(aliases: Aliases, alias: str) -> None:
     kind = choose("repository type", KINDS)
     answers = {name: ask(name.replace("_url", " URL"), required=name != "prefix") for name in _QUESTIONS[kind]}
-    places.add(alias, new_entry(kind, answers))
-    places.save()
-    print(f"Added {shown(alias)} to {places.path}", file=sys.stderr)
+    aliases.add(alias, new_entry(kind, answers))
+    aliases.save()
+    print(f"Added {shown(alias)} to {aliases.path}", file=sys.stderr)
 
 
 def _list_config(args: argparse.Namespace) -> int:
-    print(Places(places_path()).text())
+    print(Aliases(aliases_path()).text())
     return 0
 
 
@@ -127,7 +127,7 @@ def _list_config(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _telling(what: str) -> Iterator[None]:
+def _failing_with(what: str) -> Iterator[None]:
     """Errors of the block end the command with one line: the step, and the reason why it failed."""
     try:
         yield
@@ -143,22 +143,22 @@ def is_url(alias: str) -> bool:
 def _open(alias: str) -> Any:
     import icechunk
 
-    with _telling(f"Failed to open repository {shown(alias)}"):
+    with _failing_with(f"Failed to open repository {shown(alias)}"):
         if is_url(alias):
             return icechunk.Repository.open(alias)
-        place = Places(places_path()).find(alias)
-        return icechunk.Repository.open(place.storage, place.config)
+        found = Aliases(aliases_path()).find(alias)
+        return icechunk.Repository.open(found.storage, found.config)
 
 
 def _create_repo(args: argparse.Namespace) -> int:
     import icechunk
 
-    with _telling(f"❌ Failed to create repository {shown(args.alias)}"):
+    with _failing_with(f"❌ Failed to create repository {shown(args.alias)}"):
         if is_url(args.alias):
             icechunk.Repository.create(args.alias)
         else:
-            place = Places(places_path()).find(args.alias)
-            icechunk.Repository.create(place.storage, place.config)
+            found = Aliases(aliases_path()).find(args.alias)
+            icechunk.Repository.create(found.storage, found.config)
     print(f"✅ Created repository {shown(args.alias)}")
     return 0
 
@@ -184,7 +184,7 @@ def _resolve(repo: Any, reference: str) -> str:
 
 def _ancestry(args: argparse.Namespace) -> int:
     repo = _open(args.alias)
-    with _telling(f"Failed to read the history of {shown(args.alias)}"):
+    with _failing_with(f"Failed to read the history of {shown(args.alias)}"):
         tip = _resolve(repo, args.reference)
         for info in itertools.islice(repo.ancestry(snapshot_id=tip), args.n):
             written_at = info.written_at.astimezone()
@@ -198,7 +198,7 @@ def _list_refs(args: argparse.Namespace) -> int:
     names, look = (
         (repo.list_branches, repo.lookup_branch) if args.kind == "branch" else (repo.list_tags, repo.lookup_tag)
     )
-    with _telling(f"Failed to list {'branches' if args.kind == 'branch' else 'tags'}"):
+    with _failing_with(f"Failed to list {'branches' if args.kind == 'branch' else 'tags'}"):
         for name in sorted(names()):
             print(f"{look(name)}  {_printable(name)}")
     return 0
@@ -206,7 +206,7 @@ def _list_refs(args: argparse.Namespace) -> int:
 
 def _create_ref(args: argparse.Namespace) -> int:
     repo = _open(args.alias)
-    with _telling(f'Failed to create {args.kind} "{args.name}" from "{args.target}"'):
+    with _failing_with(f'Failed to create {args.kind} "{args.name}" from "{args.target}"'):
         tip = _resolve(repo, args.target)
         if args.kind == "branch":
             repo.create_branch(args.name, tip)
@@ -220,7 +220,7 @@ def _create_ref(args: argparse.Namespace) -> int:
 
 def _delete_ref(args: argparse.Namespace) -> int:
     repo = _open(args.alias)
-    with _telling(f'Failed to delete {args.kind} "{args.name}"'):
+    with _failing_with(f'Failed to delete {args.kind} "{args.name}"'):
         (repo.delete_branch if args.kind == "branch" else repo.delete_tag)(args.name)
     print(f'✅ Deleted {args.kind} "{args.name}" in repository {shown(args.alias)}')
     return 0

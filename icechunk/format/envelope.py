@@ -41,7 +41,7 @@ class FileType(IntEnum):
 
 
 class _Bound(NamedTuple):
-    """What a file of one kind may decompress to: ``any_ratio_bytes``, or ``ratio`` times its size if that is more."""
+    """Largest decompressed size of a file of one kind: ``any_ratio_bytes``, or ``ratio`` times its size if larger."""
 
     any_ratio_bytes: int
     """Text of users may repeat in every record, so that up to this size every ratio is possible."""

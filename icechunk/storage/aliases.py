@@ -27,7 +27,7 @@ from icechunk.storage.constructors import (
     tigris_storage,
 )
 
-__all__ = ["KINDS", "AliasError", "Place", "Places", "new_entry", "places_path", "shown"]
+__all__ = ["KINDS", "AliasError", "AliasedRepository", "Aliases", "aliases_path", "new_entry", "shown"]
 
 KINDS: Final = ("Local", "S3", "Tigris", "GCS", "Azure")
 """Kinds that can be chosen interactively, in this order."""
@@ -51,7 +51,7 @@ class AliasError(InvalidInputError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class AliasedRepository:
     """A repository that has an alias."""
 
     storage: Any
@@ -60,7 +60,7 @@ class Place:
     """To create and open it with."""
 
 
-def places_path() -> Path:
+def aliases_path() -> Path:
     """The file with the aliases, whether it exists or not."""
     home = os.environ.get("XDG_CONFIG_HOME")
     if home and Path(home).is_absolute():
@@ -70,7 +70,7 @@ def places_path() -> Path:
     return Path.home() / ".config" / "icechunk" / "cli-config.yaml"
 
 
-class Places:
+class Aliases:
     """The aliases in one file, as they were when it was read."""
 
     def __init__(self, path: Path) -> None:
@@ -127,7 +127,7 @@ class Places:
         except OSError as error:
             raise AliasError(f"Failed to write the config {self.path}: {error.strerror}") from error
 
-    def find(self, alias: str) -> Place:
+    def find(self, alias: str) -> AliasedRepository:
         """The repository with an alias. Raises `AliasError` where there is none, or its entry cannot be understood."""
         entry = self._entries.get(alias)
         if entry is None:
@@ -137,7 +137,7 @@ class Places:
             if more:
                 raise ValueError("more than one kind of storage")
             config = config_from_dict(value.get("config") or {})
-            return Place(storage=_storage(kind, value), config=config)
+            return AliasedRepository(storage=_storage(kind, value), config=config)
         except (IcechunkError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise AliasError(f"Repository {shown(alias)} cannot be used as {self.path} has it: {reason}") from error

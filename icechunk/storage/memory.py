@@ -31,7 +31,7 @@ from icechunk.storage.port import (
     check_key,
     resolve_range,
 )
-from icechunk.storage.settings import place_settings
+from icechunk.storage.settings import local_settings
 
 __all__ = ["MemoryStorage"]
 
@@ -186,7 +186,7 @@ class MemoryStorage(Storage):
         return 1
 
     def default_settings(self) -> StorageSettings:
-        return place_settings(ideal_request_bytes=1)
+        return local_settings(ideal_request_bytes=1)
 
     def describe(self) -> str:
         return "memory"

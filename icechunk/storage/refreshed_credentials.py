@@ -64,7 +64,7 @@ class Refreshed(Generic[T]):
                     return current[0]
                 raise
             if self._current is not None and self._current is not current:
-                # Whatever its age: a function that returns expired keys is not called in a circle.
+                # Also if it has expired: a function that returns expired keys is not called in a loop.
                 return self._current[0]
 
     def expired(self, keys: T | None) -> bool:

@@ -22,7 +22,7 @@ from icechunk.storage.outcome import precondition_failed
 from icechunk.storage.port import ANY, Absent, Matches, ObjectKind, Precondition, Sender, Storage, Unchecked
 from icechunk.storage.retry import Limits, limits_of
 
-__all__ = ["Effective", "object_store_settings", "place_settings"]
+__all__ = ["Effective", "local_settings", "object_store_settings"]
 
 
 class Effective:
@@ -133,7 +133,7 @@ def object_store_settings() -> StorageSettings:
     )
 
 
-def place_settings(*, ideal_request_bytes: int) -> StorageSettings:
+def local_settings(*, ideal_request_bytes: int) -> StorageSettings:
     """A new value with the official library's defaults for memory and local file systems: one try, no pauses.
 
     Parameters

@@ -36,7 +36,7 @@ from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.ids import object_id_from_text
 from icechunk.runtime.checks import require_type
 from icechunk.runtime.representation import redacted_url
-from icechunk.storage.aliases import Places, places_path
+from icechunk.storage.aliases import Aliases, aliases_path
 from icechunk.storage.constructors import (
     azure_storage,
     gcs_storage,
@@ -228,7 +228,7 @@ def storage_at(url: RepositoryUrl, storage_options: Mapping[str, Any] | None = N
         case "alias":
             if options:
                 _refuse_options(place, options)
-            storage: Storage = Places(places_path()).find(place.partition(":")[2].strip("/")).storage
+            storage: Storage = Aliases(aliases_path()).find(place.partition(":")[2].strip("/")).storage
             return storage
         case "memory":
             name = (parts.netloc + parts.path).strip("/")

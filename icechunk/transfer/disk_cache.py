@@ -174,7 +174,7 @@ class DiskCache:
         return None
 
     def _listed(self, name: str) -> list[_Entry]:
-        """What is there of an object now; other processes write too."""
+        """The entries of an object that exist now; other processes write too."""
         entries: list[_Entry] = []
         with suppress(OSError):
             for file in os.listdir(self._path(name)):
@@ -343,7 +343,7 @@ class ObjectsOnDisk:
     Parameters
     ----------
     place
-        See `DiskCache.of`: a repository that somebody else can write to must not fill the cache of another one.
+        See `DiskCache.of`: a repository that another user can write to must not fill the cache of another one.
     """
 
     def __init__(self, cache: DiskCache, place: str) -> None:

@@ -51,7 +51,7 @@ class Flight(Generic[T]):
 
     start: int
     end: float
-    """What it brings, exclusive; infinite: all of an object."""
+    """End of its bytes, exclusive; infinite: all of an object."""
     join_s: Callable[[], float] | None
     """Seconds of silence after which it is not joined, if its storage does not report when bytes come; None: it is
     always joined."""
@@ -153,7 +153,7 @@ class Flights:
     async def wait(
         self, key: Hashable, reader: Reader[T], again: Callable[[], Flight[T]] | None = None
     ) -> tuple[int, T]:
-        """What a flight brought for a reader: where that starts, and its result. Raises what the flight raised.
+        """The first byte and the result of a flight for a reader. Raises the error of the flight.
 
         Parameters
         ----------

@@ -94,8 +94,9 @@ class VirtualAccess:
         authorized = _by_container(found, authorized)
         _check(found, authorized)
         own = {container.url_prefix: container for container in found} if named is None else named
-        self._desks: PerLoop[_Desk] = PerLoop(
-            partial(_Desk, self.prefixes, authorized, settings, gates, reads, sources, own, endpoint), _Desk.aclose
+        self._loop_readers: PerLoop[_LoopReaders] = PerLoop(
+            partial(_LoopReaders, self.prefixes, authorized, settings, gates, reads, sources, own, endpoint),
+            _LoopReaders.aclose,
         )
 
     async def read(self, ref: ChunkRef, start: int, end: int) -> Octets:
@@ -109,15 +110,15 @@ class VirtualAccess:
         StorageError
             It cannot be fetched (``virtual-chunk-fetch``), or its file has changed (``virtual-chunk-modified``).
         """
-        desk = self._desks.peek() or await self._desks.get()
-        return await desk.read(ref, start, end)
+        readers = self._loop_readers.peek() or await self._loop_readers.get()
+        return await readers.read(ref, start, end)
 
     async def aclose(self) -> None:
         """Close the readers of this loop."""
-        await self._desks.aclose()
+        await self._loop_readers.aclose()
 
 
-class _Desk:
+class _LoopReaders:
     """The open readers of one loop."""
 
     def __init__(

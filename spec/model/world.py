@@ -69,7 +69,7 @@ class Actor:
     groups: tuple[tuple[Change, ...], ...] = ()
     """A writer's changes: one group after the other, the changes of a group share an entry."""
     settles: bool = False
-    """Whether what became unknown is settled by this client in the end."""
+    """Whether this client settles changes of unknown outcome in the end."""
     crashes: bool = False
     resumes: bool = False
     """Whether its session is resumed after a crash."""

@@ -1,4 +1,4 @@
-"""What a repacking takes: memory that does not grow with the data, and few requests."""
+"""The costs of a repacking: memory that does not grow with the data, and few requests."""
 
 from __future__ import annotations
 

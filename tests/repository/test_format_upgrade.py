@@ -302,7 +302,7 @@ def interrupted(at: int, fault: Fault | None) -> None:
         icechunk.upgrade_icechunk_repository(repo, dry_run=False)
     except (Crash, BaseExceptionGroup, StorageError):
         storage.plan = lambda request: Fault.NONE
-        # Whatever state it is in: it can be read, and is as before.
+        # In every state it can be read, and is as before.
         again = icechunk.Repository.open(storage) if at else repo
         assert refs(again) == before
         with suppress(SessionStateError):  # it was finished

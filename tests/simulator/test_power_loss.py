@@ -75,7 +75,7 @@ def check_contents(repo: icechunk.Repository) -> int:
 
 
 def check_files(root: Path) -> None:
-    """What another reader of the format finds is whole."""
+    """The files that another reader of the format finds are whole."""
     info = decode_repo((root / "repo").read_bytes())
     for id in info.snapshots:
         snapshot = decode_snapshot((root / snapshot_key(id)).read_bytes(), expected_id=id)

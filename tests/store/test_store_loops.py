@@ -319,7 +319,7 @@ def test_writes_while_a_commit_runs_are_refused_or_in_it(storage: Storage) -> No
 
     def commit() -> None:
         begun.wait(30)
-        session.commit("while somebody writes")
+        session.commit("while another thread writes")
 
     in_threads(write, commit)
 

@@ -157,7 +157,7 @@ async def test_threads_that_read_the_same_bytes_as_an_interrupted_one_are_answer
         store = (await asyncio.to_thread(repository.readonly_session, "main")).store
         array = await asyncio.to_thread(zarr.open_array, store, path="a", mode="r")
         arrived = silent_at_first(server)
-        # As a thread that was interrupted in zarr leaves it: nobody waits for it, and nobody cancels it.
+        # As a thread that was interrupted in zarr leaves it: no caller waits for it or cancels it.
         threading.Thread(target=array.__getitem__, args=(...,), daemon=True).start()
         await arrived.wait()
 

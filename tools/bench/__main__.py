@@ -155,7 +155,7 @@ def _ours(case: str, options: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def _options(case: str) -> Iterator[dict[str, Any]]:
-    """What the case needs, where that differs between the libraries by ``ours`` and ``official``: for the wire, a MinIO
+    """Options of the case, by ``ours`` and ``official`` if they differ between the libraries: for the wire, a MinIO
     behind a proxy that adds latency; for the history, repositories."""
     if case == "history":
         with history.places() as options:

@@ -70,7 +70,7 @@ def of_tasks(repo: Any, *, at_once: bool) -> dict[str, Any]:
 
 
 def outcome(repo: Any) -> dict[str, Any]:
-    """What the amendments came to, without ids."""
+    """The result of the amendments, without ids."""
     infos = list(repo.ancestry(branch="main"))
     array = zarr.open_array(repo.readonly_session("main").store, path="a", mode="r")
     changes = [update.kind for update in repo.ops_log() if isinstance(update.kind, icechunk.UpdateType.CommitAmended)]

@@ -1,4 +1,4 @@
-"""What runs found that take too long to be repeated for every document: small files that commands write and read.
+"""Findings of runs that take too long to be repeated for every document: small files that commands write and read.
 
 ``mutants.json`` is kept by ``python -m tools.mutants``, ``runs.json`` by ``python -m tools.reliability``.
 """

@@ -250,7 +250,7 @@ def recorded(seed: int, plan: Plan) -> tuple[Report, list[Record]]:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What the model says of one schedule."""
+    """The model's judgement of one schedule."""
 
     seed: int
     report: Report

@@ -89,7 +89,7 @@ from icechunk.storage.port import (
     Version,
     resolve_range,
 )
-from icechunk.storage.settings import place_settings
+from icechunk.storage.settings import local_settings
 
 __all__ = ["RESERVED", "LocalStorage"]
 
@@ -272,7 +272,7 @@ class LocalStorage(Storage):
 
     def default_settings(self) -> StorageSettings:
         """The official library's defaults. Conditions hold here with any settings."""
-        settings = place_settings(ideal_request_bytes=4096)
+        settings = local_settings(ideal_request_bytes=4096)
         settings.unsafe_use_conditional_update = settings.unsafe_use_metadata = False
         return settings
 

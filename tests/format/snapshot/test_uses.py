@@ -1,4 +1,4 @@
-"""What many snapshots refer to, read at once, is what each of them refers to."""
+"""The references of many snapshots, read at once, are those of each of them."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_of_snapshots_that_are_read_together_a_corrupt_one_is_refused_or_read_as
     try:
         expected = singly(files)
     except FormatError:
-        # What nothing refers to by (times, metadata, the order of paths) is not looked at here.
+        # Fields without references (times, metadata, the order of paths) are not read here.
         return
     assert found == expected
 

@@ -362,7 +362,7 @@ async def test_a_told_change_that_landed_meanwhile_is_recognised_by_the_next_one
     with pytest.raises(ConflictError):
         await log.append(await world.commit(2))
     await log.append(await world.commit(3, an_id(1)))
-    assert told.is_open, "it landed: nobody takes the token back"
+    assert told.is_open, "it landed: no caller holds the token any more"
     token = pickle.loads(pickle.dumps(told[-1]))
     assert await log.settle(token)
     assert await world.history() == [an_id(1), an_id(3)]
@@ -421,7 +421,7 @@ async def test_only_the_newest_told_attempts_are_remembered(world: Outcomes, mon
     await log.append(await world.commit(99))
     assert not told[-1].is_open
     first = told[0][-1]
-    assert first is not None, "nobody remembers it"
+    assert first is not None, "no client remembers it"
     assert not await log.settle(first)
 
 
@@ -492,7 +492,7 @@ async def test_a_change_whose_fate_cannot_be_found_out_is_unknown_and_not_made_a
             if count == 1:
                 await gate.wait()
                 raise lost_answer()
-            # What the first attempt asked for has happened when the second one arrives.
+            # The first attempt has been executed when the second one arrives.
             await world.store.put(first.key, first.data, first.precondition)
         elif count == 2 and request.key == "repo":
             looks.append(request)
@@ -689,7 +689,7 @@ async def test_a_caller_cancelled_during_the_request_holds_the_token_that_settle
     assert [token.snapshots for token in told if token is not None] == [(an_id(1),)]
     gate.set()
     assert await log.settle(told[-1])  # type: ignore[arg-type]
-    assert told.is_open, "it landed: nobody takes the token back"
+    assert told.is_open, "it landed: no caller holds the token any more"
     assert await world.history() == [an_id(1)]
 
 

@@ -196,7 +196,7 @@ def test_a_writer_killed_at_any_step_leaves_the_object_whole_or_absent(tmp_path:
         found = {info.key: info.size for info in asyncio.run(list_all(storage))}
         assert found in ({}, {"log/1": size})
         states.append(bool(found))
-        # Whatever was left behind, the slot can be taken by the next writer, or is taken already.
+        # With any files left behind, the slot can be taken by the next writer, or is taken already.
         if not found:
             asyncio.run(storage.put("log/1", b"next", Absent()))
     assert states == sorted(states), "once visible, an object stays"
