@@ -93,7 +93,11 @@ async def from_kerchunk_async(
             continue
         if not isinstance(value, list | tuple) or len(value) != 3:
             raise _bad(f"the reference {key!r} names no range of bytes: {value!r}")
-        specs.setdefault(parent, []).append(VirtualChunkSpec(list(coords), _url(value[0]), value[1], value[2]))
+        try:
+            spec = VirtualChunkSpec(list(coords), _url(value[0]), value[1], value[2])
+        except (TypeError, ValueError) as error:
+            raise _bad(f"the reference {key!r} names no range of bytes: {value!r} ({error})") from error
+        specs.setdefault(parent, []).append(spec)
         keys[parent, coords] = key
     left_out: list[str] = []
     for parent, found in specs.items():
@@ -257,10 +261,15 @@ def _document(value: Any) -> dict[str, Any]:
     return parsed
 
 
-def _bytes(value: str | bytes) -> bytes:
+def _bytes(value: object) -> bytes:
     if isinstance(value, bytes):
         return value
-    return base64.b64decode(value[7:]) if value.startswith("base64:") else value.encode()
+    if not isinstance(value, str):
+        raise _bad(f"{value!r} is neither text nor a range of bytes")
+    try:
+        return base64.b64decode(value[7:]) if value.startswith("base64:") else value.encode()
+    except ValueError as error:
+        raise _bad(f"{value[:80]!r} is no text that can be read: {error}") from error
 
 
 def _url(place: object) -> str:

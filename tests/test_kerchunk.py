@@ -170,3 +170,22 @@ def test_a_folder_without_parquet_references_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("pandas", reason="reads Parquet")
     with raises(icechunk.InvalidInputError, "invalid-virtual-ref", tmp_path / ".zmetadata"):
         read_kerchunk_parquet(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "refs",
+    [
+        {".zgroup": "{}", ".zattrs": 7},
+        {"a/.zarray": 7},
+        {"a/.zarray": "base64:%%%A"},
+        {"a/0": ["s3://bucket/x", "0", 4]},
+        {"a/0": ["s3://bucket/x", -1, 4]},
+        {"a/0": "base64:AAA"},
+    ],
+    ids=str,
+)
+def test_values_that_no_document_has_are_refused_as_bad_references(tmp_path: Path, refs: dict[str, Any]) -> None:
+    array = {"a/.zarray": {"shape": [2], "chunks": [1], "dtype": "<i4", "fill_value": 0, "compressor": None}}
+    session = repository(tmp_path).writable_session("main")
+    with raises(icechunk.InvalidInputError, icechunk.ErrorKind.INVALID_VIRTUAL_REF):
+        from_kerchunk(session.store, array | refs)

@@ -91,7 +91,7 @@ MACHINES = (
         name="fuzz",
         promises="A corrupt file is refused with a format error, in bounded time and memory.",
         how="Mutations of official files, decompressed and sealed again, through every decoder.",
-        words=lambda s: ["-m", "tools.fuzz.decoders", "--seconds", f"{s:.0f}"],
+        words=lambda s: ["-m", "tools.fuzz", "--seconds", f"{s:.0f}", "--workers", "2"],
         figures=r"inputs from",
     ),
 )
