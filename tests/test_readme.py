@@ -39,8 +39,19 @@ def test_the_first_two_shell_blocks_hold_one_command_line_each() -> None:
     assert "pytest" in tests
 
 
-@pytest.mark.parametrize("source", blocks("python"), ids=lambda source: source.strip().splitlines()[0][:30])
-def test_the_python_examples_run(source: str, s3_endpoint: str) -> None:
+PRINTED = ["correct the third time step", "[7 7 0 0]", "59", "", ""]
+"""By example, a part of what it prints. The others assert, or only open a repository."""
+
+
+@pytest.mark.parametrize(
+    ("source", "printed"),
+    list(zip(blocks("python"), PRINTED, strict=True)),
+    ids=[source.strip().splitlines()[0][:30] for source in blocks("python")],
+)
+def test_the_python_examples_run(
+    source: str, printed: str, s3_endpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     if "xarray" in source:
         pytest.importorskip("xarray", reason="the xarray extra")
     exec(compile(source.replace(ENDPOINT, s3_endpoint), str(README), "exec"), {"__name__": "__main__"})
+    assert printed in capsys.readouterr().out

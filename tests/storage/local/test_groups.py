@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import icechunk
 from icechunk.storage.local.storage import RESERVED
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no umask")
@@ -96,3 +97,5 @@ def test_a_second_member_of_the_group_can_commit(tmp_path: Path) -> None:
             timeout=120,
             env={**os.environ, "HOME": "/nonexistent", "PYTHONDONTWRITEBYTECODE": "1"},
         )
+    history = icechunk.Repository.open(icechunk.local_filesystem_storage(str(root))).ancestry(branch="main")
+    assert [snapshot.message for snapshot in history][:-1] == ["by 4001", "by 4002", "by 4001"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from icechunk_loadtest.worker.content import Content, Corrupt
+from tools.loadtest.tests.raising import raises
 
 
 def test_every_chunk_and_version_has_bytes_of_its_own_that_check() -> None:
@@ -37,13 +38,13 @@ def test_one_wrong_byte_is_noticed(at: int) -> None:
 
 def test_a_wrong_chunk_a_short_one_and_an_old_version_are_noticed() -> None:
     content = Content(256)
-    with pytest.raises(Corrupt, match="has the header of chunk 4"):
+    with raises(Corrupt, 3, 4):
         content.check(3, content.chunk(4))
-    with pytest.raises(Corrupt, match="255 bytes"):
+    with raises(Corrupt, 3, 255, 256):
         content.check(3, content.chunk(3)[:-1])
-    with pytest.raises(Corrupt, match="version 2 was committed"):
+    with raises(Corrupt, 3, 1, 2):
         content.check(3, content.chunk(3, 1), at_least=2)
-    with pytest.raises(Corrupt, match="no whole number"):
+    with raises(Corrupt, 300, 256):
         content.check_all(np.zeros(300, dtype="u1"))
     with pytest.raises(Corrupt):
         content.check_all(np.zeros(512, dtype="u1"))

@@ -6,6 +6,7 @@ import pytest
 
 from icechunk_loadtest.errors import LoadTestError
 from icechunk_loadtest.place import memory_or_local, named_endpoint, parse_counters
+from tools.loadtest.tests.raising import raises
 
 ANSWER = """# HELP minio_api_requests_total Total number of requests
 minio_api_requests_total{name="GetObject",server="127.0.0.1:1",type="s3"} 20
@@ -24,16 +25,16 @@ def test_counters_are_read_and_subtracted() -> None:
 
 def test_an_endpoint_needs_a_url_and_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
-    with pytest.raises(LoadTestError, match="is no URL"), named_endpoint("minio:9000", "b", region="r", delay=False):
+    with raises(LoadTestError, repr("minio:9000")), named_endpoint("minio:9000", "b", region="r", delay=False):
         pass
     with (
-        pytest.raises(LoadTestError, match="AWS_ACCESS_KEY_ID"),
+        raises(LoadTestError, "AWS_ACCESS_KEY_ID"),
         named_endpoint("http://h", "b", region="r", delay=False),
     ):
         pass
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    with pytest.raises(LoadTestError, match="plain http"), named_endpoint("https://h", "b", region="r", delay=True):
+    with raises(LoadTestError, "http"), named_endpoint("https://h", "b", region="r", delay=True):
         pass
     with named_endpoint("http://h:9000/", "b", region="r", delay=False) as place:
         assert place.at(0)["endpoint"] == "http://h:9000"
@@ -42,5 +43,5 @@ def test_an_endpoint_needs_a_url_and_credentials(monkeypatch: pytest.MonkeyPatch
 
 
 def test_memory_and_disk_have_no_latency_to_add() -> None:
-    with memory_or_local("memory") as place, pytest.raises(LoadTestError, match="no latency"):
+    with memory_or_local("memory") as place, raises(LoadTestError, "memory"):
         place.at(20)

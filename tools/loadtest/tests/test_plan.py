@@ -7,6 +7,7 @@ import pytest
 from icechunk_loadtest.errors import LoadTestError
 from icechunk_loadtest.plan import SYSTEMS, WORKLOADS, cases, parse_size, parse_sweep, pick, points
 from icechunk_loadtest.worker.workloads import WORKLOADS as WORK
+from tools.loadtest.tests.raising import raises
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,7 @@ def test_sizes_are_read_with_their_units(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "KiB", "a lot", "inf", "1e400"])
 def test_text_that_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(LoadTestError, match="is no size"):
+    with raises(LoadTestError, repr(text)):
         parse_size(text)
 
 
@@ -30,25 +31,25 @@ def test_sweeps_are_sorted_and_have_usual_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
+    ("text", "names"),
     [
-        ("speed=1", "unknown parameter"),
-        ("latency=fast", "no value"),
-        ("concurrency=0", "not between"),
-        ("chunk-size=1", "not between"),
+        ("speed=1", ["speed"]),
+        ("latency=fast", ["latency", "fast"]),
+        ("concurrency=0", ["concurrency", "0"]),
+        ("chunk-size=1", ["chunk-size", "1"]),
     ],
 )
-def test_sweeps_without_valid_values_are_refused(text: str, why: str) -> None:
-    with pytest.raises(LoadTestError, match=why):
+def test_sweeps_without_valid_values_are_refused(text: str, names: list[str]) -> None:
+    with raises(LoadTestError, *names):
         parse_sweep(text)
 
 
 def test_names_are_picked_in_the_order_of_the_catalogue() -> None:
     assert pick("obstore, ours", SYSTEMS, "system") == ("ours", "obstore")
     assert pick("all", SYSTEMS, "system") == tuple(SYSTEMS)
-    with pytest.raises(LoadTestError, match="no system is called 'hdf5'"):
+    with raises(LoadTestError, "system", repr("hdf5"), *SYSTEMS):
         pick("hdf5", SYSTEMS, "system")
-    with pytest.raises(LoadTestError, match="no system is named"):
+    with raises(LoadTestError, "system", *SYSTEMS):
         pick(",", SYSTEMS, "system")
 
 
@@ -76,7 +77,7 @@ def test_a_sweep_of_chunk_sizes_keeps_the_array_small() -> None:
 
 def test_no_cases_and_far_too_many_are_refused() -> None:
     chosen = list(points(["commit"], [], quick=True, overrides={}))
-    with pytest.raises(LoadTestError, match="none of the chosen systems"):
+    with raises(LoadTestError, "commit", "obstore"):
         cases(chosen, ("obstore",), repeats=1)
-    with pytest.raises(LoadTestError, match="5000 measurements"):
+    with raises(LoadTestError, 5000):
         cases(chosen, ("ours",), repeats=5000)

@@ -353,7 +353,11 @@ def cases(chosen: Iterable[Point], systems: Sequence[str], *, repeats: int, kind
         if SYSTEMS[system].family in WORKLOADS[point.workload].families and _possible(point, system, kind)
     ]
     if not made:
-        raise LoadTestError("none of the chosen systems can do any of the chosen workloads")
+        workloads = dict.fromkeys(point.workload for point in chosen)
+        raise LoadTestError(
+            f"none of the chosen systems ({', '.join(systems)}) can do any of the chosen workloads "
+            f"({', '.join(workloads)}) on {kind}; add a system, or choose other workloads"
+        )
     if len(made) > MAX_CASES:
         raise LoadTestError(f"that makes {len(made)} measurements; choose fewer (at most {MAX_CASES})")
     return made
