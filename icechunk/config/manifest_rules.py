@@ -98,7 +98,7 @@ def _is_for(condition: Any, axis: int, name: str | None) -> bool:
 
 # --- preloading -----------------------------------------------------------------------------------------------
 
-# The official default, found out by asking it: names that coordinates go by, whole and in lower case.
+# The official default, as found by tests of it: usual names of coordinates, whole and in lower case.
 _COORDINATES: Final = (
     r"^t$",
     r"^(time|min|hour|day|week|month|year)[0-9]*$",

@@ -127,7 +127,7 @@ class Pattern:
         for _ in range(low):
             before, state = state, self._sequence(body, state, flags)
             if state == before:
-                # It reads nothing and tests nothing, however often: four thousand million times, for example.
+                # It reads and tests nothing, for any number of repetitions, such as four thousand million.
                 break
         return state
 
@@ -227,7 +227,7 @@ def _position(name: str, flags: int) -> _At:
             return lambda text, i: i == len(text)
         case "AT_BOUNDARY" | "AT_NON_BOUNDARY":
             search = re.compile(r"\b" if name == "AT_BOUNDARY" else r"\B", flags & re.ASCII)
-            # Alone an empty text has neither in Python's engine.
+            # In Python's engine an empty text has neither.
             return lambda text, i: search.match(text, i) is not None
     raise PatternError(f"{name.lower().replace('_', ' ')} is not supported in patterns of a configuration")
 

@@ -76,7 +76,7 @@ def config_from_dict(data: Mapping[str, Any]) -> RepositoryConfig:
         found = dict(_map(data, "the configuration"))
         engine = found.pop(_ENGINE_KEY, None)
         if isinstance(engine, Mapping):
-            # A folder on the reader's disk is for the reader to name.
+            # Only the reader may name a folder on the reader's disk.
             engine = {name: value for name, value in engine.items() if name not in NEVER_STORED}
         found["engine"] = engine
         config: RepositoryConfig = _read(RepositoryConfig, found)
@@ -177,7 +177,7 @@ def _read(kind: Any, value: Any) -> Any:
     if kind in _UNIONS:
         return _read_member(kind, value)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        # All other unions are with None only.
+        # All other unions are of one type and None.
         return None if value is None else _read(typing.get_args(kind)[0], value)
     if typing.get_origin(kind) is Annotated:
         read = _READERS.get(kind)

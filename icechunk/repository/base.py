@@ -113,7 +113,7 @@ class RepositoryBase:
         self._core = state
 
     def __repr__(self) -> str:
-        # Nothing here waits for storage: a debugger may ask at any time.
+        # Nothing here waits for storage: a debugger may call this at any time.
         core = self._core
         place = "".join(f"\n    {line}" for line in repr(core.storage).splitlines())
         return f"<{self._title()}>\nlayout: {core.layout.value}\nstorage:{place}\nconfig: <RepositoryConfig ...>"

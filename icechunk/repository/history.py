@@ -49,7 +49,7 @@ class History(RepositoryBase):
         self, *, branch: str | None = None, tag: str | None = None, snapshot_id: str | None = None
     ) -> Iterator[SnapshotInfo]:
         """Synchronous twin of `async_ancestry`."""
-        # Nothing waits once the history is known, so no item has to come from the other thread.
+        # No item needs a request once the history is known, so all are made in the caller's thread.
         yield from run_sync(self._lineage(branch, tag, snapshot_id))
 
     async def ops_log_async(self) -> AsyncIterator[Update]:

@@ -59,7 +59,7 @@ def _none_credential_guidance(scheme: str) -> tuple[str, str]:
 def _warn_of_missing_credentials(access: Mapping[str, AnyCredential | None] | None) -> None:
     """Give a `DeprecationWarning` for each container whose credentials are None."""
     if not isinstance(access, dict):
-        return  # None, or something that is refused elsewhere
+        return  # None, or a value that is refused elsewhere
     for prefix, credential in access.items():
         if credential is None:
             instead, why = _none_credential_guidance(prefix.partition(":")[0])

@@ -31,7 +31,7 @@ def print_debug_info() -> None:
 
     ``icechunk`` is the official API that is matched, ``aioicechunk`` the distribution that matches it.
     """
-    # Neither is quick to load, and `import icechunk` needs neither.
+    # Both are slow to load, and `import icechunk` needs neither.
     import platform
     from importlib.metadata import PackageNotFoundError, version
 

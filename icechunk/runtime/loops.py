@@ -77,7 +77,7 @@ class _Entry(Generic[T]):
     __slots__ = ("close", "closed", "closer", "closing", "home", "keeper", "lock", "rank", "value")
 
     def __init__(self, rank: int, home: _Entries[T], close: Callable[[T], Awaitable[None]] | None) -> None:
-        # These instead of the `PerLoop`: a reference to that would keep it alive through its own finaliser.
+        # Not the `PerLoop` itself: a reference to it would keep it alive through its own finaliser.
         self.home = home
         self.close = close
         self.rank = rank

@@ -180,7 +180,7 @@ async def _commit(content: SessionContent, commit: Commit, solver: ConflictSolve
         try:
             await advance(content, commit.branch, solver)
         except RebaseFailedError:
-            # Over another process's commit of the same session, perhaps.
+            # The tip may be another process's commit of the same session.
             await require_not_landed(content)
             raise
         commit = commit.once_more_rebased()
@@ -213,7 +213,7 @@ async def _commit_in_turn(content: SessionContent, commit: Commit, solver: Confl
             commit = commit.once_more_rebased()
         return await _commit_once(content, rebasing.log, commit, turn)
     except RebaseFailedError as error:
-        # Perhaps with commits that never land: the caller looks at those that did.
+        # The conflict may be with commits that never land: the caller looks at those that landed.
         raise ConflictError(encode_id(content.log.base.id), None) from error
     finally:
         turn.give_up()
@@ -271,7 +271,7 @@ async def _commit_once(content: SessionContent, log: SessionLog, commit: Commit,
         raise needs_format_2("amend a commit")
     await repository_log.name_refs(branches=[commit.branch])
     if turn is None and commit.how is not How.FLUSH and repository_log.state.branches.get(commit.branch) != base.id:
-        # Perhaps this loop's client has only not looked for a while; if the branch did move, nothing need be uploaded.
+        # This loop's client may not have looked for a while; if the branch has moved, nothing needs to be uploaded.
         _require_tip(await repository_log.refresh(), commit.branch, base.id)
     parent, pruned, amended = base.id, tuple[ObjectId, ...](), None
     if commit.how is How.AMEND:

@@ -214,7 +214,7 @@ class SessionContent:
                 unknown = isinstance(outcome, CommitOutcomeUnknown) and self.sent is not None
                 self.phase = Phase.UNSETTLED if unknown else Phase.WRITABLE
             else:
-                # Cancelled: an entry that was sent may still land.
+                # The commit was cancelled: an entry that was sent may still land.
                 self.phase = Phase.UNSETTLED if self.phase is Phase.SWAPPING else Phase.WRITABLE
 
     def begin_rebase(self) -> str:

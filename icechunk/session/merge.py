@@ -57,7 +57,7 @@ async def merge_forks(
             pairs = undecided[start : start + _COMPARED_AT_ONCE]
             await _compare(content, pairs, equal)
             if not all(equal[pair] for pair in pairs):
-                # One is enough for a conflict, which names those that were not compared as well.
+                # One unequal pair is enough for a conflict, which also names the pairs that were not compared.
                 equal |= dict.fromkeys(undecided[start + _COMPARED_AT_ONCE :], False)
                 break
 

@@ -185,7 +185,7 @@ async def _landed(core: Core, state: RepoState, base: ObjectId, tip: ObjectId) -
     begin = core.landed_sums.tip(base)
     steps = None if begin is None else steps_between(state, begin, tip, stop_at=base)
     if steps is None:
-        # The first look from this base; or another branch, a reset, or a tip that the span is past already.
+        # There is no sum from this base yet; or the tip is on another branch, was reset, or is before the sum's tip.
         begin, steps = None, steps_between(state, base, tip)
     if steps is None or any(step.amends for step in steps):
         # The changes of an amendment depend on the chunks they are compared with.

@@ -59,7 +59,7 @@ async def resume(core: Core, session: ObjectId, lease_us: int | None) -> Session
             await claim(content)
             break
         except SessionEndedError as error:
-            # Written to since it was read.
+            # Another process has written to it since it was read.
             if error.kind != ErrorKind.SESSION_FENCED or tried == _TRIES - 1:
                 raise
     # From here on no other process begins a commit; one that was begun before is known by its snapshot.

@@ -241,7 +241,7 @@ async def _write(
             if there.nonce not in persisted.tries:
                 persisted.ended = ended_error(persisted.session, there)
                 raise persisted.ended
-            # The one of an earlier call has landed after all.
+            # The segment of an earlier call has landed after all.
             persisted.advance(there.nonce)
             persisted.claims = claims
 

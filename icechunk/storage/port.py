@@ -495,7 +495,7 @@ class Storage(Constructors["Storage"], ABC):
 MAX_KEY_BYTES = 1024
 """Longest key in UTF-8, as in S3; the root prefix counts too where the store is S3."""
 
-# Nearly every key the engine makes; anything else takes the slow road below.
+# Nearly every key of the engine; others are checked below, which takes longer.
 _ORDINARY = re.compile(r"[A-Za-z0-9_=+-][A-Za-z0-9_.=+-]*(?:/[A-Za-z0-9_=+-][A-Za-z0-9_.=+-]*)*")
 
 

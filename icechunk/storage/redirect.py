@@ -60,7 +60,7 @@ class RedirectStorage(ReadOnlyStorage):
         StorageError
             It does not answer, redirects nowhere, or to something that is no storage (kind ``bad-redirect``).
         """
-        # Two callers that are first ask twice, for the same answer.
+        # Two first callers at the same time send two requests, with the same answer.
         if self._found is None:
             url = await _follow(self._base_url, self._settings)
             found = storage_of_url(url, asked=self._base_url).with_settings(self._settings)

@@ -112,7 +112,7 @@ def parse_url(url: str | os.PathLike[str]) -> RepositoryUrl:
         if not colon:
             _refuse(url, f"stage {stage!r} has no scheme: write 'icechunk:' or 'zarr3:'")
         if rest.startswith("//"):
-            # As in ``icechunk://tag.v1/path``, the older spelling: the version is in the place of a host.
+            # As in ``icechunk://tag.v1/path``, the older spelling: the version is where a URL has its host.
             rest = rest[2:] if scheme.lower().startswith("zarr") or rest[2:3] in ("@", "") else f"@{rest[2:]}"
         match scheme.lower():
             case "icechunk" | "ic" if position == 0:

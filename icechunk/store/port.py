@@ -145,7 +145,7 @@ class StoreSession(Protocol):
 
     @property
     def _content(self) -> Content:
-        # Private to users of a session; the store is the one other room that goes through it.
+        # Not public; only the store uses it besides the session itself.
         ...
 
 

@@ -139,7 +139,7 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
 
     @property
     def _supports_sync_io(self) -> bool:
-        # Asked by zarr's fused codec pipeline (zarr 3.3 and later), which is several times faster where a store has it.
+        # zarr's fused codec pipeline (zarr 3.3 and later) calls it, and is several times faster with it.
         return self._content.answers_nowait
 
     async def get_partial_values(
@@ -314,7 +314,7 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
 
     async def is_empty(self, prefix: str) -> bool:
         """Whether no key starts with this directory."""
-        # Closed here: a generator left half-way is closed by a task of its own, sometime.
+        # Closed here: asyncio closes an unfinished generator in a task of its own, at an unknown time.
         async with aclosing(self.list_dir(prefix)) as names:
             async for _ in names:
                 return False
@@ -343,7 +343,7 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
             yield "zarr.json"
         names = set(self._content.children(path))
         if node is not None and node.kind is NodeKind.ARRAY:
-            # Whether it has chunks or not, as other implementations list it: to know, manifests would have to be read.
+            # Listed with or without chunks, as other implementations do: to find out, manifests would have to be read.
             names.add("c")
         elif (place := self._chunk_place(path)) is not None:
             array, leading = place

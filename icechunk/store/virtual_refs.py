@@ -354,7 +354,7 @@ def _columns(
     etags: tuple[str, ...],
 ) -> ChunkRefs:
     count = len(coords)
-    # Columns of one value take no room.
+    # Broadcast columns of one value take no memory.
     return ChunkRefs(
         coords=coords,
         kind=np.broadcast_to(np.uint8(VIRTUAL), count),

@@ -324,18 +324,18 @@ async def append(options: Mapping[str, Any]) -> dict[str, float]:
             }
         seconds: dict[str, float] = {}
         async with repo.appender("main", dim="time", source="bench", every=3600) as appender:
-            steps = [dataset(step) for step in range(1, 1 + APPEND_STEPS)]
+            data_of_steps = [dataset(step) for step in range(1, 1 + APPEND_STEPS)]
             started = time.perf_counter()
-            for step, data in enumerate(steps):
+            for step, data in enumerate(data_of_steps):
                 await appender.put(data, offset=step)
                 await appender.flush()
             seconds["a step a commit"] = (time.perf_counter() - started) / APPEND_STEPS
         repo = await asyncio.to_thread(created, "many")
         memory = {"every": 3600, "max_rows": 10**9, "max_bytes": 2**31}
         async with repo.appender("main", dim="time", source="bench", **memory) as appender:
-            steps = [dataset(step) for step in range(1, 1 + APPEND_MANY)]
+            data_of_steps = [dataset(step) for step in range(1, 1 + APPEND_MANY)]
             started = time.perf_counter()
-            for step, data in enumerate(steps):
+            for step, data in enumerate(data_of_steps):
                 await appender.put(data, offset=step)
             await appender.flush()
             seconds["many steps a commit"] = (time.perf_counter() - started) / APPEND_MANY

@@ -42,7 +42,7 @@ __all__ = ["BadAnswerError", "Connections", "NotConnectedError", "Origin", "Resp
 
 _KEEPALIVE_S: Final = 15.0
 _ONE_WRITE_BYTES: Final = 64 * 1024
-# Small enough for others to have their turn in between.
+# Small enough for other tasks to run in between.
 _PIECE_BYTES: Final = 256 * 1024
 # asyncio's own would be new memory for each piece, whose first touch costs more than copying out of this. The beginning
 # of a large answer is received here too; the rest goes directly to its final place.
@@ -576,7 +576,7 @@ class _Connection(asyncio.BufferedProtocol):
             self._watch_of_caller.note(now)
         try:
             reading = self._reading
-            # In between nothing has changed: as in `get_buffer`.
+            # Nothing has changed since `get_buffer`.
             response = reading.fill(nbytes) if reading.rest else reading.feed(bytes(self._inbox[:nbytes]))
         except (BadAnswerError, ValueError) as error:
             self._fail(error if isinstance(error, BadAnswerError) else BadAnswerError(f"no HTTP answer: {error}"))

@@ -61,7 +61,7 @@ class Threads:
                 connected.family, connected.type, connected.proto, fileno=os.dup(connected.fileno())
             )
         except OSError:
-            # Out of descriptors, most likely: the loop needs none.
+            # Most likely there are no descriptors left: the loop needs none.
             return None
         duplicate.settimeout(quiet_s)
         self._free -= 1
@@ -125,7 +125,7 @@ class Move:
         self._data = _NOTHING
         with self._lock:
             self._socket.close()
-        # A loop that is closed waits for nothing any more.
+        # The loop is closed, and nothing waits for the transfer.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._end)
 
@@ -133,6 +133,6 @@ class Move:
         while self.moved < self._size:
             count = self._socket.send(self._data[self.moved :])
             if self.moved + count == self._size:
-                # Once all is seen to be sent, its memory counts as free.
+                # The memory counts as free once all of it was sent.
                 self._data = _NOTHING
             self.moved += count

@@ -28,7 +28,7 @@ _USED: Final = (
     "timeout",
     "user_agent",
 )
-# Options of the official library's HTTP client that tune it, and mean nothing to ours.
+# Options that tune the official library's HTTP client, and have no effect on ours.
 _IGNORED: Final = frozenset(
     {
         "default_content_type",

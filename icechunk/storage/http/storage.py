@@ -115,7 +115,7 @@ class HttpStorage(ReadOnlyStorage):
         return HttpStorage(self._base_url, self._options, self._headers, settings=settings, sources=self._sources)
 
     def with_user_agent(self, user_agent: str) -> Storage:
-        # A header or an option that the caller gave is kept.
+        # A header or option of the caller takes precedence.
         options = {"user_agent": user_agent, **self._options}
         return HttpStorage(self._base_url, options, self._headers, settings=self._settings, sources=self._sources)
 

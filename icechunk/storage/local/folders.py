@@ -255,7 +255,7 @@ _everyone: weakref.WeakSet[Folders] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    # The threads that were syncing do not exist in the child, and would be waited for.
+    # The child would wait for syncs of threads that it does not have.
     for folders in _everyone:
         folders._start()
 

@@ -173,7 +173,7 @@ class LocalStorage(Storage):
         self._buffers = Buffers()
 
     async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
-        # Clients ask again and again whether the next slot of a log is there: a look takes less time than a thread.
+        # Clients poll whether the next slot of a log exists: the call takes less time than a thread.
         with contextlib.suppress(OSError):
             if try_stat(self._path(key)) is None:
                 raise self._not_found(key)
@@ -410,7 +410,7 @@ class LocalStorage(Storage):
                     if os.path.lexists(path):
                         raise self._taken(key, path)
                 case Matches(version):
-                    # Looked at before any byte is written; decided inside the lock.
+                    # Checked before any byte is written, and again under the lock, which decides.
                     self._require_version(key, path, version)
                 case Unchecked():
                     pass

@@ -156,7 +156,7 @@ class ObstoreBucket(ABC):
             obstore is not installed (kind ``unimplemented``), or does not take the configuration (``storage-config``).
         """
         stores = stores_of_obstore(f"a repository in {self.describe()}")
-        # No try is longer than all of them together may be.
+        # No try may take longer than the limit for all tries together.
         longest_s = min((s for s in (limits.attempt_s, limits.operation_s) if s is not None), default=None)
         client: dict[str, Any] = {
             "timeout": _LONGEST_REQUEST if longest_s is None else timedelta(seconds=longest_s),

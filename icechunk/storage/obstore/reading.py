@@ -64,7 +64,7 @@ class ObstoreReading(Storage):
     def _store(self, role: str) -> Any:
         pid, stores = self._stores
         if pid != os.getpid():
-            # A store's connections are its maker's.
+            # Connections of a store belong to the process that made it.
             self._stores = (os.getpid(), stores := {})
         found = stores.get(role)
         if found is None:
@@ -82,7 +82,7 @@ class ObstoreReading(Storage):
             case Range(start, end):
                 options = {"range": (start, end)}
             case Suffix(length):
-                # Azure knows no suffixes.
+                # Azure has no suffix ranges.
                 size = (await self.head(key)).size
                 if size == 0:
                     return await self.get(key)
@@ -157,7 +157,7 @@ class ObstoreReading(Storage):
                     name = meta["path"]
                     if not name.startswith(wanted):
                         if name.encode() > wanted.encode():
-                            # Beyond all that begin so.
+                            # Keys from here on do not begin with the prefix.
                             if page:
                                 yield page
                             return

@@ -146,7 +146,7 @@ class ObstoreStorage(ObstoreReading):
             try:
                 await obstore_module().delete_async(store, [path for _, path in batch])
             except Exception:
-                # The first failure ends a batch, be it only that some object does not exist.
+                # The first failure ends a batch, even if only an object does not exist.
                 failures += await self._delete_each(batch)
         return DeleteResult(deleted=len(wanted) - len(failures), failures=tuple(failures))
 
@@ -301,7 +301,7 @@ class _ConditionalPut:
                     use_multipart=False,
                 )
                 async with asyncio.timeout(tries.limits.attempt_s):
-                    # Given up, it may still land, as one whose answer is lost.
+                    # A copy that was given up may still land, like one whose answer is lost.
                     put = await storage._patience.within(sending, tries.limits, _large(self._content))
                 return Tried(landed=True, put=PutResult(version=storage._landed(key, put), date_us=None))
             except Exception as error:

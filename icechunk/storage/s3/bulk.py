@@ -93,7 +93,7 @@ async def _delete_one(bucket: Bucket, limits: Limits, key: str, failures: list[t
     if answer.status == 404 and refusal.code != "NoSuchBucket":
         return 1
     if refusal.code == "NoSuchBucket":
-        # For certain, and again: another try would fare no better.
+        # Refused for certain: another try would be refused as well.
         raise refused(client.failure(request, answer, 1))
     failures.append((key, f"{refusal.code}: {refusal.message}"))
     return 0

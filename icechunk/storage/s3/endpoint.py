@@ -136,7 +136,7 @@ def _checked_parts(url: str) -> SplitResult | None:
         return None
     try:
         parts = urlsplit(url)
-        # The port is looked at only now.
+        # urlsplit checks the port only when it is read.
         return parts if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 else None
     except ValueError:
         return None

@@ -208,7 +208,7 @@ class S3Client:
         if region is None or not endpoint.region_is_a_guess or region == endpoint.region:
             return False
         if not _REGION.fullmatch(region):
-            # It would become part of the host that requests, credentials included, go to.
+            # The region would become part of the host that receives requests and credentials.
             return False
         self.endpoint = Endpoint(
             scheme=endpoint.scheme,

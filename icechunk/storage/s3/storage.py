@@ -320,7 +320,7 @@ class S3Storage(Storage):
         return self._effective.settings
 
     def with_settings(self, settings: StorageSettings | None) -> Storage:
-        # Not copy.copy, which pickles, and so would make clients anew.
+        # Not copy.copy, which pickles, and would therefore make new clients.
         other = object.__new__(type(self))
         other._bucket = self._bucket
         other._use(settings)
