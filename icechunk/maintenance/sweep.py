@@ -85,7 +85,7 @@ class Sweep:
     judge
         Says what is garbage.
     notes
-        Learns of the objects that stay; None: nobody does.
+        Gets the objects that stay; None: they are not reported.
     """
 
     def __init__(

@@ -111,7 +111,7 @@ class Sender(Protocol):
 
     @property
     def is_told(self) -> bool:
-        """Whether somebody has been told something about the outcome, so that the request must not be sent again."""
+        """Whether a caller has been notified about the outcome, so that the request must not be sent again."""
 
 
 class Put(NamedTuple):

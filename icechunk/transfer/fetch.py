@@ -235,7 +235,7 @@ class FetchPool:
         self._latencies = Latencies()
         self._budget = Budget()
         self.flights = Flights(self._may_repeat)
-        """What is in flight, also that of the block reader on top of this pool."""
+        """The requests in flight, those of the block reader on top of this pool included."""
 
     async def get(self, key: str, byte_range: ByteRange = None) -> bytes:
         """Bytes of an object, or of a range of it. Raises as `Storage.get` does."""

@@ -1,4 +1,4 @@
-"""What clients of a repo object go on with: the log that it was converted to, or the refs of an unfinished upgrade."""
+"""The layouts after a repo object: the log that it was converted to, or the refs of an unfinished upgrade."""
 
 from __future__ import annotations
 

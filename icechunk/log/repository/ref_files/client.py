@@ -285,7 +285,7 @@ class RefFilesView:
             self._records = self._records.set(snapshot, state.snapshots[snapshot])
         if self._versions.get(key) == base:
             self._config = state.config
-            # Whatever is being read now may be from before.
+            # Files that are being read now may be from before.
             self._ticket = self._landing = self.next_ticket()
             # The ops log is no part of this format; versions are read again before the next change.
             empty = self._fold({}, {}, set())

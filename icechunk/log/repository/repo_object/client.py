@@ -56,7 +56,7 @@ class LogReader(Protocol):
 
 
 class Successors(Protocol):
-    """What a client goes on with where the repository has, or still has, another layout.
+    """The layouts that a client continues in if the repository has, or still has, another one.
 
     Supplied from above, since layouts do not know one another.
     """
@@ -212,7 +212,7 @@ class RepoView:
         self._saw(asked, put.date_us)
         self.looked = max(self.looked, look)
         if self._seen.version == base:
-            # Whatever is being read now may be from before it landed.
+            # A version that is being read now may be from before it landed.
             self._landing = self.next_ticket()
             self._seen = _Seen(version=put.version, state=state, ticket=self._landing)
         # Otherwise a look since has seen `repo` replaced: by this, and perhaps by others after it.
