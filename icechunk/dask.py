@@ -80,7 +80,7 @@ def _assert_correct_dask_version() -> None:
 def _reduction_for(arr: Any) -> Any:
     """The function that reduces arrays of this kind. Raises `TypeError` if ``arr`` is not a dask array."""
     if not isinstance(arr, Array):
-        raise WrongTypeError(f"a dask array is needed, not {type(arr).__name__}", ErrorKind.INVALID_SETTING)
+        raise WrongTypeError(f"Expected a dask array, not {type(arr).__name__}", ErrorKind.INVALID_SETTING)
     return _dask.array.reduction
 
 

@@ -394,10 +394,8 @@ class ConflictError(IcechunkError):
         kind: str | None = None,
     ) -> None:
         if message is None:
-            message = (
-                f"cannot commit: the session is based on snapshot {expected_parent}, but the branch is at "
-                f"{actual_parent} now; open a new session on the branch, or rebase"
-            )
+            expected, actual = ("None" if id is None else f'Some("{id}")' for id in (expected_parent, actual_parent))
+            message = f"Failed to commit, expected parent: {expected}, actual parent: {actual}"
         super().__init__(message, kind)
         self._expected_parent = expected_parent
         self._actual_parent = actual_parent
@@ -414,6 +412,16 @@ class ConflictError(IcechunkError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self._expected_parent, self._actual_parent, self._message, self._kind))
+
+
+def branch_moved(expected: str | None, actual: str | None) -> ConflictError:
+    """The error for a commit whose branch has moved, given ids of snapshots; see `ConflictError`."""
+    return ConflictError(
+        expected,
+        actual,
+        f"cannot commit: the session is based on snapshot {expected}, but the branch is at {actual} now; open a new "
+        "session on the branch, or rebase",
+    )
 
 
 class CommitOutcomeUnknown(IcechunkError):

@@ -222,7 +222,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "any-tip-will-do",
         "serialisable: a commit is valid only on the tip that it names",
         LOG + "state.py",
-        "    if tip != expected:\n        raise ConflictError(encode_id(expected) if expected else None, encode_id(tip))\n",
+        "    if tip != expected:\n        raise branch_moved(encode_id(expected) if expected else None, encode_id(tip))\n",
         "",
         ALL,
         ("tests/log/repository", "tests/session/test_commit.py"),

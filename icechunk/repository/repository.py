@@ -121,7 +121,7 @@ class Repository(Maintenance, BranchesAndTags, History, Inspection, Changes, Wat
         core = _new_core(storage, config, authorize_virtual_chunk_access, attribution)
         layout = _layout(spec_version, config)
         _warn_of_missing_credentials(authorize_virtual_chunk_access)
-        _LOG.debug("creating a repository in %s, layout %s", core.storage.describe(), layout.value)
+        _LOG.debug("Creating Repository in %s, layout %s", core.storage.describe(), layout.value)
         log = await create_repository(
             core.storage,
             layout,
@@ -344,7 +344,13 @@ def _layout(spec_version: SpecVersion | int | None, config: RepositoryConfig | N
         )
     if spec_version is None:
         return Layout.LOG if asked is None else Layout(asked)
-    version = int(spec_version)
+    try:
+        version = int(spec_version)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(
+            f"Couldn't parse a valid version from {spec_version!r}: spec_version is 1 or 2",
+            ErrorKind.UNSUPPORTED_SPEC_VERSION,
+        ) from error
     fitting = {1: (Layout.REFS,), 2: (Layout.REPO, Layout.LOG)}.get(version)
     if fitting is None:
         raise InvalidInputError(

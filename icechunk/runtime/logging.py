@@ -23,6 +23,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Mapping
@@ -114,7 +115,8 @@ def set_logs_filter(log_filter_directive: str | None) -> None:
         )
     levels, refused = parse_filter(directive)
     for part, reason in refused:
-        print(f"icechunk: log directive {part!r} is ignored: {reason}", file=sys.stderr)
+        if not _is_of_others(part):
+            print(f"icechunk: log directive {part!r} is ignored: {reason}", file=sys.stderr)
     _apply(levels)
 
 
@@ -155,9 +157,19 @@ def parse_filter(directives: str) -> tuple[dict[str, int], list[tuple[str, str]]
 
 def _misspelt(directives: str) -> list[str]:
     """Targets that look as if the name of this package was meant."""
-    targets = [part.rpartition("=")[0] or part for part in directives.split(",")]
-    names = [target.strip().replace("::", ".").partition(".")[0] for target in targets]
+    names = [_first_name(part) for part in directives.split(",")]
     return [name for name in names if name != ROOT and difflib.get_close_matches(name, [ROOT], cutoff=0.8)]
+
+
+def _is_of_others(directive: str) -> bool:
+    """Whether it is about another package, with ``target:level`` for ``target=level``: neither has an effect here."""
+    name = _first_name(directive)
+    return ":" in directive and name.isidentifier() and name != ROOT
+
+
+def _first_name(directive: str) -> str:
+    """What comes before the first separator: ``icechunk`` of ``icechunk::log=debug``."""
+    return re.split("[.:=]", directive.strip(), maxsplit=1)[0]
 
 
 def _keep(levels: dict[str, int], name: str, level: int) -> None:

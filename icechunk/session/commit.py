@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from icechunk.conflicts import ConflictSolver, RebaseFailedError
-from icechunk.errors import ConflictError, ErrorKind, SessionEndedError, SessionStateError
+from icechunk.errors import ConflictError, ErrorKind, SessionEndedError, SessionStateError, branch_moved
 from icechunk.format.by_node import num_rows
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.keys import manifest_key, snapshot_key, transaction_key
@@ -208,13 +208,13 @@ async def _commit_in_turn(content: SessionContent, commit: Commit, solver: Confl
                 await rebasing.onto_tip(commit.branch, solver, expected)
             except SessionEndedError as error:
                 # The tip is expected from a commit that may not land either.
-                raise ConflictError(encode_id(content.log.base.id), None) from error
+                raise branch_moved(encode_id(content.log.base.id), None) from error
         if rebasing.log is not content.log:
             commit = commit.once_more_rebased()
         return await _commit_once(content, rebasing.log, commit, turn)
     except RebaseFailedError as error:
         # The conflict may be with commits that never land: the caller looks at those that landed.
-        raise ConflictError(encode_id(content.log.base.id), None) from error
+        raise branch_moved(encode_id(content.log.base.id), None) from error
     finally:
         turn.give_up()
 
@@ -371,7 +371,7 @@ class _Proposal(Proposal):
 def _require_tip(state: RepoState, branch: str, base: ObjectId) -> None:
     tip = state.branches.get(branch)
     if tip != base:
-        raise ConflictError(encode_id(base), None if tip is None else encode_id(tip))
+        raise branch_moved(encode_id(base), None if tip is None else encode_id(tip))
 
 
 async def _write(

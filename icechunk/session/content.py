@@ -169,7 +169,8 @@ class SessionContent:
         """Take no more changes; returns the branch to commit to."""
         if self.is_fork:
             raise SessionStateError(
-                "commits are not allowed in a fork: merge it into the session that it was forked from, and commit that",
+                "cannot flush a forked session, and commits are not allowed in it: merge it into the session that it "
+                "was forked from, and commit or flush that",
                 ErrorKind.COMMIT_NOT_ALLOWED,
             )
         with self.lock:

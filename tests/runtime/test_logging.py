@@ -61,7 +61,7 @@ def test_a_bad_directive_is_reported_and_the_others_hold(bad: str, capsys: pytes
     assert logging.getLogger("icechunk").level == logging.INFO
 
 
-@pytest.mark.parametrize("directive", ["icechnk=debug", "icechunkk", "warn, icechunks::store=debug"])
+@pytest.mark.parametrize("directive", ["icechnk=debug", "icechunkk", "warn, icechunks::store=debug", "icehunk:trace"])
 def test_a_misspelt_target_is_reported(directive: str, capsys: pytest.CaptureFixture[str]) -> None:
     icechunk.set_logs_filter(directive)
     (line,) = capsys.readouterr().err.splitlines()
@@ -69,7 +69,7 @@ def test_a_misspelt_target_is_reported(directive: str, capsys: pytest.CaptureFix
 
 
 def test_targets_of_other_packages_are_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
-    icechunk.set_logs_filter("info,botocore=debug,icechunk::store=debug,zarr=warn")
+    icechunk.set_logs_filter("info,botocore=debug,icechunk::store=debug,zarr=warn,tokio::io:warn")
     assert capsys.readouterr().err == ""
 
 

@@ -31,6 +31,7 @@ from icechunk.errors import (
     RefNotFoundError,
     SessionStateError,
     SnapshotNotFoundError,
+    branch_moved,
 )
 from icechunk.format.flat import flexbuffers
 from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
@@ -626,7 +627,7 @@ def _require_tip(state: RepoState, branch: str, expected: ObjectId | None) -> No
     if tip is None:
         raise RefNotFoundError(f"cannot commit: branch {branch!r} does not exist (any more)")
     if tip != expected:
-        raise ConflictError(encode_id(expected) if expected else None, encode_id(tip))
+        raise branch_moved(encode_id(expected) if expected else None, encode_id(tip))
 
 
 def _require_new_snapshot(state: RepoState, snapshot: SnapshotRecord, since_us: int | None) -> None:
