@@ -13,6 +13,7 @@ import pytest
 
 import icechunk
 from icechunk.config import (
+    EngineConfig,
     ManifestPreloadCondition,
     ManifestPreloadConfig,
     RepositoryConfig,
@@ -27,6 +28,7 @@ from icechunk.session import core as session_core
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.settings import Effective
 from icechunk.transfer.assets import Assets
+from icechunk.transfer.disk_cache import DiskCache
 from tests.transfer.test_preloading import snapshot
 
 TUNING = Path(__file__).parents[1] / "docs" / "tuning.md"
@@ -65,6 +67,14 @@ def configured(path: str, value: Any) -> RepositoryConfig:
     return config
 
 
+class Remote(MemoryStorage):
+    """Memory that is read like a store with latency."""
+
+    @property
+    def batches_reads(self) -> bool:
+        return False
+
+
 def used(config: RepositoryConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The values that the rooms of the engine use for a configuration."""
     caches: dict[str, Any] = {}
@@ -74,8 +84,18 @@ def used(config: RepositoryConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str,
             caches.update({name: value for name, value in kwargs.items() if isinstance(value, int)})
             super().__init__(*args, **kwargs)
 
+    class Disk(DiskCache):
+        @staticmethod
+        def at(folder: str, max_bytes: int) -> DiskCache:
+            caches["disk"] = max_bytes
+            return DiskCache(folder, max_bytes)
+
     monkeypatch.setattr(session_core, "Assets", Caches)
-    core = session_core.Core(MemoryStorage(), config)
+    monkeypatch.setattr(session_core, "DiskCache", Disk)
+    config = copy.deepcopy(config)
+    config.engine = config.engine or EngineConfig()
+    config.engine.disk_cache_path = "a folder that nothing is written to"
+    core = session_core.Core(Remote(), config)
     requests = Effective(config.storage)
     many, large = snapshot(**{f"x{i}": [1] for i in range(60)}), snapshot(x=[1000] * 12)
     preload = copy.copy(config.manifest.preload if config.manifest else None) or ManifestPreloadConfig()
@@ -114,8 +134,8 @@ def test_a_setting_that_is_set_to_another_value_has_an_effect(path: str, monkeyp
 
 
 def test_the_page_of_tuning_tells_the_defaults_that_are_shown() -> None:
-    row = re.compile(r"^\| `([\w.]+)` \| (\d[\d ]*?) ?(KiB|MiB|)(?: \(.*\)|) \|", re.MULTILINE)
-    units = {"": 1, "KiB": 1024, "MiB": 1024**2}
+    row = re.compile(r"^\| `([\w.]+)` \| (\d[\d ]*?) ?(KiB|MiB|GiB|)(?: \(.*\)|) \|", re.MULTILINE)
+    units = {"": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
     said = {
         name: int(number.replace(" ", "")) * units[unit]
         for name, number, unit in row.findall(TUNING.read_text("utf-8"))
