@@ -297,8 +297,8 @@ def landed_error(session: ObjectId, snapshot: ObjectId) -> SessionEndedError:
     """The error for a session of which an earlier commit has landed, perhaps another process's."""
     id = encode_id(snapshot)
     return SessionEndedError(
-        f"session {encode_id(session)} was committed, as snapshot {id}, by a commit whose outcome was open; what was "
-        "changed since is not part of it. Open a new session on the branch",
+        f"session {encode_id(session)} was committed, as snapshot {id}, by a commit whose outcome was open; later "
+        "changes are not part of it. Open a new session on the branch",
         ErrorKind.SESSION_COMMITTED,
         id,
     )

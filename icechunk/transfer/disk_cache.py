@@ -127,7 +127,7 @@ class DiskCache:
         if not stat.S_ISDIR(status.st_mode) or (os.name == "posix" and status.st_mode & stat.S_IWOTH):
             raise InvalidInputError(
                 f"EngineConfig.disk_cache_path {self.folder!r} cannot be used: {self._root!r} is no folder, or other "
-                "users may write to it, who could change what is read; remove it, or name another folder",
+                "users may write to it and change cached bytes; remove it, or name another folder",
                 ErrorKind.INVALID_SETTING,
             )
 
