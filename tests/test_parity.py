@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -52,6 +53,70 @@ OF_VERSIONS = {
 }
 """Differences that there are with some versions of Python and zarr, and not with others."""
 
+ROOT = Path(__file__).parents[1]
+KINDS = "errors that say more: the class and kind decide what a caller does next"
+PERSISTED = "sessions that outlive their process: docs/sessions.md"
+TWIN = "the asynchronous twin, or the synchronous one, of an official method"
+PORT = "the port to object storage, which adapters implement: docs/storages.md"
+UNION = "members of unions have a common base here"
+ADDED = {
+    "icechunk": {
+        "AccessDeniedError CommitOutcomeUnknown MergeFailedError ObjectNotFoundError PreconditionFailedError": KINDS,
+        "PersistedSession SessionEndedError SessionNotFoundError": PERSISTED,
+        "ArrayChange Blame ChangedRegions": "what changed: docs/inspecting.md",
+        "EventKind RepositoryEvent": "what happens in a repository: docs/feed.md",
+        "EngineConfig": "settings of this engine: docs/tuning.md",
+        "open open_async storage_from_url": "one URL for a repository: docs/urls.md",
+        "azure_store upgrade_icechunk_repository_async": TWIN,
+        "__api_version__": "the official version that is matched: docs/releasing.md",
+        "TYPE_CHECKING _API_VERSION _initialize_logs_on_import": "imports of the module",
+    },
+    "icechunk.Attribution": {"user_agent": "the same in a header of requests"},
+    "icechunk.BasicConflictSolver": {
+        "fail_on_delete_of_updated_array fail_on_delete_of_updated_group on_chunk_conflict": "its arguments can be read"
+    },
+    "icechunk.Diff": {"of": "made of what a transaction log says"},
+    "icechunk.ErrorKind": {
+        "COMMIT_OUTCOME_UNKNOWN INVALID_SETTING": KINDS,
+        "SESSION_ABANDONED SESSION_COMMITTED SESSION_EXPIRED SESSION_FENCED SESSION_NOT_FOUND": PERSISTED,
+    },
+    "icechunk.GCSummary": {
+        "chunk_bytes_copied manifests_rewritten packs_rewritten snapshots_rewritten": "repacking: docs/tuning.md"
+    },
+    "icechunk.GcsBearerCredential": {"_0 _1 _repr_html_": UNION},
+    "icechunk.IcechunkStore": {"delete_sync get_sync set_sync": "zarr's fused codec pipeline asks for them"},
+    "icechunk.ManifestPreloadCondition": {"_0 _1 _repr_html_": UNION},
+    "icechunk.ManifestSplitCondition": {"_0 _1 _repr_html_": UNION},
+    "icechunk.Repository": {
+        "aclose transaction_async": TWIN,
+        "appender": "records appended to a growing array: docs/appending.md",
+        "blame changed_labels changes coverage": "what changed, and who changed it: docs/inspecting.md",
+        "checkpoint convert layout prune_log settle": "the log layout: docs/coming-from-the-official-library.md",
+        "join_session resume_session sessions": PERSISTED,
+        "watch watch_sync": "what happens in a repository: docs/feed.md",
+    },
+    "icechunk.RepositoryConfig": {"engine": "docs/tuning.md", "validate": "what create and open refuse"},
+    "icechunk.Session": {
+        "abandon checkpoint collect_forks id": PERSISTED,
+        "reindex_array_async shift_array_async": TWIN,
+        "rollback savepoint": "a part of the changes can be taken back",
+        "unsettled_commit": "a commit without an answer: docs/coming-from-the-official-library.md",
+    },
+    "icechunk.Storage": {
+        "aclose atomic_preconditions batches_reads clock_resolution_us copy defers_syncs delete describe": PORT,
+        "endpoint_url for_sender gains_from_split_reads get get_all head list_pages lists_any_prefix_fast": PORT,
+        "lists_first_keys_fast prepare put put_unsynced read_nowait reads_nowait supports_writes sync": PORT,
+        "with_settings with_user_agent": PORT,
+        "list_objects_async list_objects_metadata_async": TWIN,
+    },
+    "icechunk.StorageError": {"refused unsent": KINDS},
+    "icechunk.StorageSettings": {"storage_class_of": "which class a new object has"},
+    "icechunk.VirtualChunkContainer": {"validate": "what create and open refuse"},
+    "icechunk.VirtualChunkSpec": {"_repr_html_": "it is shown like other values"},
+}
+ADDED["icechunk.ForkSession"] = ADDED["icechunk.Session"]
+"""By class, public names and members that the official library lacks, with the reason or the page about them."""
+
 
 @pytest.fixture(scope="module")
 def official() -> Path:
@@ -68,6 +133,25 @@ def test_names_and_signatures_differ_from_the_official_ones_only_where_a_reason_
     assert not differences - set(KNOWN) - set(OF_VERSIONS)
     always = {line for line in KNOWN if "'values'" not in line}
     assert not always - differences, "explained, but no difference any more"
+
+
+@pytest.mark.oracle
+def test_public_names_and_members_that_are_added_have_a_reason(official: Path) -> None:
+    """An asynchronous twin needs none of its own."""
+    ours, theirs = describe(["icechunk"]), describe_official(str(official), ["icechunk"])
+    known = {owner: {name for names in reasons for name in names.split()} for owner, reasons in ADDED.items()}
+    added = {"icechunk": {name.partition(".")[2] for name in ours.keys() - theirs.keys()}}
+    for name in ours.keys() & theirs.keys():
+        members = set(ours[name].get("members", ())) - set(theirs[name].get("members", ())) - {"default_kind"}
+        if members:
+            added[name] = {member for member in members if member.removesuffix("_async") not in known.get(name, ())}
+            added[name] |= members & known.get(name, set())
+    assert added == known
+
+
+def test_pages_that_reasons_name_are_there() -> None:
+    reasons = " ".join(reason for members in ADDED.values() for reason in members.values())
+    assert [page for page in re.findall(r"docs/[\w-]+\.md", reasons) if not (ROOT / page).exists()] == []
 
 
 READ_CONFIG = """
