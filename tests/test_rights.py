@@ -364,9 +364,9 @@ async def test_the_error_survives_pickling() -> None:
 def test_the_right_that_the_service_names_decides() -> None:
     said = "AccessDenied: User: arn:aws:iam::1:user/u is not authorized to perform: {} on resource: r because no policy"
     assert isinstance(denied(Right.READ, "k", said.format("s3:ListBucket")), ObjectNotFoundError)
-    told = denied(Right.READ, "k", said.format("s3:GetObject"))
-    assert isinstance(told, AccessDeniedError)
-    assert (told.action, told.may_be_absent) == ("s3:GetObject", False)
+    refusal = denied(Right.READ, "k", said.format("s3:GetObject"))
+    assert isinstance(refusal, AccessDeniedError)
+    assert (refusal.action, refusal.may_be_absent) == ("s3:GetObject", False)
     other = denied(Right.WRITE, "k", said.format("kms:GenerateDataKey"))
     assert isinstance(other, AccessDeniedError)
     assert (other.right, other.action) == ("write", "kms:GenerateDataKey")

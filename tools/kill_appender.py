@@ -29,14 +29,14 @@ SOURCES = 2
 LONGEST_LIFE_S = 0.4
 
 
-def consume(place: str, source: int, told: Connection) -> None:
+def consume(place: str, source: int, progress: Connection) -> None:
     """Append rows of a source from its position on, for ever."""
 
     async def serve() -> None:
         repo = await icechunk.Repository.open_async(icechunk.local_filesystem_storage(place))
         async with repo.appender("main", dim="row", source=f"s{source}", every=0.02, max_rows=7) as appender:
             begin = -1 if appender.position is None else appender.position
-            told.send(begin)
+            progress.send(begin)
             for offset in range(begin + 1, 1_000_000):
                 await appender.put({"source": np.array([source]), "offset": np.array([offset])}, offset=offset)
                 await asyncio.sleep(0.001)
@@ -78,20 +78,20 @@ def run(kills: int, *, seed: int = 0, place: str | None = None) -> Result:
         problems = []
         for kill in range(kills):
             source = kill % SOURCES
-            process, told = running[source]
-            if told.poll(60):
-                positions[source].append(told.recv())
+            process, progress = running[source]
+            if progress.poll(60):
+                positions[source].append(progress.recv())
             else:
                 problems.append(f"consumer {source} does not begin")
             time.sleep(chance.random() * LONGEST_LIFE_S)
             process.kill()
             process.join()
-            told.close()
+            progress.close()
             running[source] = start(source)
-        for process, told in running:
+        for process, progress in running:
             process.kill()
             process.join()
-            told.close()
+            progress.close()
         found_in = repo.readonly_session("main").store
         source_of, offset_of = (
             np.asarray(zarr.open_array(found_in, path=name, mode="r")[:]) for name in ("source", "offset")

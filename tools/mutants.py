@@ -338,8 +338,8 @@ def main() -> int:
                 date=f"{datetime.now(UTC):%Y-%m-%d}",
             )
             write_records(records)
-        told = "NOT CAUGHT" if by is None else f"caught by {by}"
-        print(f"{mutant.name:40}{seconds:6.1f} s  {told}", flush=True)
+        verdict = "NOT CAUGHT" if by is None else f"caught by {by}"
+        print(f"{mutant.name:40}{seconds:6.1f} s  {verdict}", flush=True)
 
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(one, todo))
@@ -362,8 +362,8 @@ def _known(workers: int, seconds: float, at_least: int | None) -> int:
     def one(mutant: Mutant) -> bool:
         tried = hunters(mutant, None, simulator_only=True)
         by, schedules, took = hunt(mutant, tried, seconds=seconds)
-        told = "NOT FOUND" if by is None else f"found after {schedules} schedules ({by})"
-        print(f"{mutant.name:40}{took:6.1f} s  {told}: {mutant.known}", flush=True)
+        verdict = "NOT FOUND" if by is None else f"found after {schedules} schedules ({by})"
+        print(f"{mutant.name:40}{took:6.1f} s  {verdict}: {mutant.known}", flush=True)
         return by is not None
 
     with ThreadPoolExecutor(workers) as pool:

@@ -77,8 +77,8 @@ class Totals:
             f"{self.schedules} schedules in {self.seconds:.1f} s: {rate:.0f} a second, "
             f"{self.requests / max(1, self.schedules):.0f} requests each; {self.calm} without faults, not counted"
         )
-        told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.operations.items()))
-        yield f"operations: {told}; {self.unknown} unknown at first"
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.operations.items()))
+        yield f"operations: {counts}; {self.unknown} unknown at first"
         yield (
             f"{self.crashes} crashes, {self.conversions} conversions, {self.pruned} slots pruned, "
             f"{self.collected} objects collected; {self.undecided} histories undecided"

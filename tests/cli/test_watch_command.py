@@ -41,8 +41,8 @@ def test_a_command_gets_each_event_and_a_failing_one_ends_the_watch(
     log = tmp_path / "log"
     script = f"{sys.executable} -c \"import sys; open({str(log)!r}, 'a').write(sys.stdin.read() + chr(10))\""
     assert main(["watch", place, "--since", "", "--branch", "main", "--stop-at-end", "--exec", script]) == 0
-    told = [json.loads(line)["kind"] for line in log.read_text().splitlines()]
-    assert told.count("commit") == 2
+    kinds = [json.loads(line)["kind"] for line in log.read_text().splitlines()]
+    assert kinds.count("commit") == 2
     capsys.readouterr()
     assert main(["watch", place, "--since", "", "--stop-at-end", "--exec", "exit 3"]) == 1
     assert capsys.readouterr().out == ""

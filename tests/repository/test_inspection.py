@@ -139,17 +139,17 @@ async def test_changes_of_expired_ancestors_are_listed_with_those_of_the_snapsho
     own = await repo.inspect_transaction_log_async(tip)
     [newest, *_] = [info async for info in repo.async_ancestry(branch="main")]
     assert set(await repo.expire_snapshots_async(newest.written_at)) == set(expired)
-    told = await repo.inspect_transaction_log_async(tip)
-    assert told["header"] == own["header"]
-    assert set(told["new_arrays"]) == {array for changes in (*before, own) for array in changes["new_arrays"]}
-    assert len(told["updated_chunks"]) == 4
-    assert told["synthetic_composite"]["merged_pruned_ancestor_tx_logs"] == expired
-    assert told["synthetic_composite"]["missing_tx_logs"] == []
+    described = await repo.inspect_transaction_log_async(tip)
+    assert described["header"] == own["header"]
+    assert set(described["new_arrays"]) == {array for changes in (*before, own) for array in changes["new_arrays"]}
+    assert len(described["updated_chunks"]) == 4
+    assert described["synthetic_composite"]["merged_pruned_ancestor_tx_logs"] == expired
+    assert described["synthetic_composite"]["missing_tx_logs"] == []
     await storage.delete([transaction_key(object_id_from_text(expired[1]))])
     again = await icechunk.Repository.open_async(storage)
-    told = await again.inspect_transaction_log_async(tip)
-    assert told["synthetic_composite"]["missing_tx_logs"] == [expired[1]]
-    assert len(told["updated_chunks"]) == 3
+    described = await again.inspect_transaction_log_async(tip)
+    assert described["synthetic_composite"]["missing_tx_logs"] == [expired[1]]
+    assert len(described["updated_chunks"]) == 3
 
 
 @by_layout

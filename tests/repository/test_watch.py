@@ -23,7 +23,7 @@ def commit(repo: Repository, name: str, branch: str = "main") -> str:
     return repo.lookup_branch(branch)
 
 
-async def told(repo: Repository, **options: Any) -> list[RepositoryEvent]:
+async def events_of(repo: Repository, **options: Any) -> list[RepositoryEvent]:
     return [event async for event in repo.watch(**options, stop_at_end=True)]
 
 
@@ -38,7 +38,7 @@ LAYOUTS = pytest.mark.parametrize("layout", ["log", "repo", "refs"])
 @LAYOUTS
 async def test_commits_branches_and_tags_are_events_in_order(layout: str) -> None:
     repo = await asyncio.to_thread(create, layout)
-    start = (await told(repo, since=""))[-1].token
+    start = (await events_of(repo, since=""))[-1].token
 
     def change() -> list[str]:
         one, two = commit(repo, "one"), commit(repo, "two")
@@ -49,7 +49,7 @@ async def test_commits_branches_and_tags_are_events_in_order(layout: str) -> Non
         return [one, two]
 
     one, two = await asyncio.to_thread(change)
-    events = await told(repo, since=start)
+    events = await events_of(repo, since=start)
     commits = [e for e in events if e.kind is EventKind.COMMIT and e.branch == "main"]
     assert [e.snapshot_id for e in commits] == [one, two]
     assert [e.snapshot.message for e in commits if e.snapshot] == ["one", "two"]
@@ -59,18 +59,18 @@ async def test_commits_branches_and_tags_are_events_in_order(layout: str) -> Non
         kinds = ["commit", "commit", "branch-created", "commit", "tag-created", "branch-deleted"]
         assert [e.kind for e in events] == kinds
     assert [e.at for e in events] == sorted(e.at for e in events) or layout == "refs"
-    assert [e.snapshot_id for e in await told(repo, branch="main", since=start)] == [one, two]
+    assert [e.snapshot_id for e in await events_of(repo, branch="main", since=start)] == [one, two]
 
 
 @LAYOUTS
 async def test_any_token_goes_on_behind_its_event_after_a_restart(layout: str) -> None:
     repo = await asyncio.to_thread(create, layout)
     await asyncio.to_thread(lambda: [commit(repo, name) for name in "abc"])
-    events = await told(repo, since="", branch="main")
+    events = await events_of(repo, since="", branch="main")
     commits = [e for e in events if e.kind is EventKind.COMMIT]
     again = await Repository.open_async(repo.storage)
     for i, event in enumerate(commits):
-        rest = await told(again, since=event.token, branch="main")
+        rest = await events_of(again, since=event.token, branch="main")
         assert [e.snapshot_id for e in rest] == [e.snapshot_id for e in commits[i + 1 :]]
 
 
@@ -96,19 +96,19 @@ async def test_a_watcher_gets_events_that_happen_while_it_waits(layout: str) -> 
 async def test_a_poll_without_changes_costs_one_request() -> None:
     storage = RecordingStorage(in_memory_storage())
     repo = await Repository.create_async(storage)
-    await told(repo)
+    await events_of(repo)
     storage.requests.clear()
-    await told(repo)
+    await events_of(repo)
     assert [r.verb for r in storage.requests] == ["get"] * 2
 
 
 async def test_configuration_status_and_maintenance_are_events() -> None:
     repo = await Repository.create_async(in_memory_storage())
-    token = (await told(repo, since=""))[-1].token
+    token = (await events_of(repo, since=""))[-1].token
     await repo.set_metadata_async({"a": 1})
     await repo.expire_snapshots_async(datetime.now(UTC) - timedelta(days=1))
     await repo.garbage_collect_async(datetime.now(UTC) - timedelta(days=1))
-    kinds = [e.kind for e in await told(repo, since=token)]
+    kinds = [e.kind for e in await events_of(repo, since=token)]
     assert EventKind.METADATA in kinds
     assert set(kinds) <= {EventKind.METADATA, EventKind.EXPIRED, EventKind.COLLECTED}
 
@@ -118,15 +118,15 @@ async def test_a_wrong_token_is_refused(layout: str) -> None:
     repo, other = await asyncio.to_thread(create, layout), await asyncio.to_thread(create, layout)
     await asyncio.to_thread(commit, other, "x")
     with pytest.raises(InvalidInputError) as caught:
-        await told(repo, since="nonsense")
+        await events_of(repo, since="nonsense")
     assert caught.value.kind == ErrorKind.INVALID_SETTING
     if layout != "refs":
-        token = (await told(other, since=""))[-1].token
+        token = (await events_of(other, since=""))[-1].token
         with pytest.raises(InvalidInputError) as caught:
-            await told(repo, since=token)
+            await events_of(repo, since=token)
         assert caught.value.kind == ErrorKind.INVALID_SETTING
     with pytest.raises(InvalidInputError):
-        await told(repo, idle_s=0)
+        await events_of(repo, idle_s=0)
 
 
 def test_the_synchronous_twin_yields_the_same_events() -> None:
@@ -143,7 +143,7 @@ async def test_an_amended_commit_names_the_snapshot_it_replaced() -> None:
     session = await repo.writable_session_async("main")
     await asyncio.to_thread(lambda: zarr.create_group(session.store, path="b"))
     amended = await session.amend_async("a and b")
-    (event,) = await told(repo, since=token)
+    (event,) = await events_of(repo, since=token)
     assert (event.kind, event.snapshot_id, event.previous_snapshot_id) == (EventKind.AMEND, amended, first)
 
 

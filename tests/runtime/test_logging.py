@@ -154,6 +154,6 @@ def test_commits_and_rebases_are_logged(caplog: pytest.LogCaptureFixture) -> Non
     with repo.transaction("main", message="a") as store:
         zarr.create_group(store, path="a")
     late.commit("b", rebase_with=icechunk.ConflictDetector())
-    told = [record.getMessage() for record in caplog.records]
-    assert sum(": commit of snapshot" in line for line in told) == 3
-    assert sum(line.startswith("rebased from ") for line in told) == 1
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum(": commit of snapshot" in line for line in messages) == 3
+    assert sum(line.startswith("rebased from ") for line in messages) == 1

@@ -23,15 +23,15 @@ TRACES = 200
 
 def test_the_model_allows_two_hundred_traces_of_the_engine() -> None:
     done: Counter[str] = Counter()
-    told: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     for one in itertools.islice(judged(range(10_000, 20_000)), TRACES):
         assert not one.problems, (
             f"seed {one.seed}: {one.problems[:3]}; python -m tools.simulator.replay --seed {one.seed}"
         )
         done.update(str(record["do"]) for record in one.records)
-        told.update(str(record["outcome"]) for record in one.records if record["do"] == "tell")
+        outcomes.update(str(record["outcome"]) for record in one.records if record["do"] == "tell")
     assert done["exec"] > 10_000
-    assert set(told) == {"committed", "conflict", "refused", "unknown", "cancelled"}
+    assert set(outcomes) == {"committed", "conflict", "refused", "unknown", "cancelled"}
     assert done["settle"]
     assert done["end"]
 

@@ -58,8 +58,8 @@ def test_the_metadata_values_on_the_page_are_encoded_byte_for_byte() -> None:
 
 def test_the_ops_log_after_the_upgrade_follows_the_page() -> None:
     info = migrated_info(REFS, RECORDS, config=None, now_us=99_000)
-    told = [(type(update.change).__name__, update.updated_at_us) for update in info.updates[::-1]]
-    assert told == [
+    written = [(type(update.change).__name__, update.updated_at_us) for update in info.updates[::-1]]
+    assert written == [
         ("RepoInitialized", 10_000),
         ("NewCommit", 20_000),
         ("BranchCreated", 21_000),
@@ -71,7 +71,7 @@ def test_the_ops_log_after_the_upgrade_follows_the_page() -> None:
         ("BranchCreated", 31_001),
         ("RepoMigrated", 99_000),
     ]
-    assert {code(row[0])[0] for row in rows(page(PAGE), "| update | time |")} == {name for name, _ in told}
+    assert {code(row[0])[0] for row in rows(page(PAGE), "| update | time |")} == {name for name, _ in written}
     [commit] = [update.change for update in info.updates if update.updated_at_us == 30_000]
     assert isinstance(commit, NewCommit)
     assert commit.branch == "a"

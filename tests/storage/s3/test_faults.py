@@ -83,10 +83,10 @@ async def test_retries_are_logged_with_their_object_and_without_secrets(
     caplog.set_level(logging.DEBUG, "icechunk")
     server.behaviours = [SLOW_DOWN, RESET, OK]
     await storage.put("x", b"new")
-    told = [record.getMessage() for record in caplog.records if record.name == "icechunk.storage.s3.requests"]
-    assert len(told) == 2
-    assert told[0].startswith("trying again to write s3://b/p/x in 50 ms, after try 1: HTTP 503")
-    assert not [line for line in told if "AKID" in line or "secret" in line]
+    messages = [record.getMessage() for record in caplog.records if record.name == "icechunk.storage.s3.requests"]
+    assert len(messages) == 2
+    assert messages[0].startswith("trying again to write s3://b/p/x in 50 ms, after try 1: HTTP 503")
+    assert not [line for line in messages if "AKID" in line or "secret" in line]
 
 
 @pytest.mark.parametrize("fault", [RESET, LOSE, SLOW_DOWN, HANG])
@@ -292,7 +292,7 @@ async def test_a_write_that_reached_no_server_is_known_not_to_have_landed(server
 
 @dataclass
 class ToldOnceSeen:
-    """A sender that is told as soon as the server has had a request."""
+    """A sender that is notified as soon as the server has had a request."""
 
     server: FaultyS3
 

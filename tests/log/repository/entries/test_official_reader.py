@@ -191,7 +191,7 @@ CONTINUE = """
 import json, sys
 import icechunk as ic
 repo = ic.Repository.open(ic.local_filesystem_storage(sys.argv[1]))
-def told():
+def history():
     return {
         "history": [[s.id, s.message, s.metadata] for s in repo.ancestry(branch="main")],
         "updates": [
@@ -199,17 +199,17 @@ def told():
             for u in repo.ops_log()
         ],
     }
-before = told()
+before = history()
 import zarr
 for i in range(40):
     session = repo.writable_session("main")
     zarr.create_group(session.store, attributes={"by": "them", "i": i}, overwrite=True)
     session.commit(f"theirs {i}", metadata={"i": i} if i % 2 else None)
-print(json.dumps({"before": before, "after": told()}))
+print(json.dumps({"before": before, "after": history()}))
 """
 
 
-async def _told(repository: Repository) -> dict[str, list[list[object]]]:
+async def _history(repository: Repository) -> dict[str, list[list[object]]]:
     updates = [update async for update in repository.ops_log_async()]
     return {
         "history": [[s.id, s.message, s.metadata] async for s in repository.async_ancestry(branch="main")],
@@ -235,15 +235,15 @@ async def test_a_long_history_is_copied_by_columns_from_file_to_file_of_both_lib
     await work(60)
     middle = [s async for s in repository.async_ancestry(branch="main")][30]
     await repository.expire_snapshots_async(middle.written_at)
-    ours = await _told(repository)
+    ours = await _history(repository)
     await work(3)
-    assert (await _told(repository))["history"][3:] == ours["history"]
-    ours = await _told(repository)
+    assert (await _history(repository))["history"][3:] == ours["history"]
+    ours = await _history(repository)
     seen = json.loads(run(CONTINUE, path))
     assert seen["before"] == ours
-    assert await _told(repository) == seen["after"]
+    assert await _history(repository) == seen["after"]
     await work(5)
-    ours = await _told(repository)
+    ours = await _history(repository)
     await repository.aclose()
     assert ours["history"][5:] == seen["after"]["history"]
     assert ours["updates"][6:] == seen["after"]["updates"]
