@@ -24,6 +24,7 @@ from pathlib import Path
 from icechunk_loadtest import place as places
 from icechunk_loadtest import plan
 from icechunk_loadtest.errors import LoadTestError
+from icechunk_loadtest.limits import measure_machine
 from icechunk_loadtest.progress import Progress, point_text
 from icechunk_loadtest.report.html import render
 from icechunk_loadtest.report.text import overview
@@ -140,6 +141,7 @@ def _order(args: argparse.Namespace) -> _Order:
 def _measure(args: argparse.Namespace, order: _Order, command: str) -> Results:
     started, began = datetime.now(UTC), time.perf_counter()
     pythons, notes = interpreters(order.systems)
+    limits = measure_machine()
     limit_s = args.time_limit or (QUICK_LIMIT_S if args.quick else LIMIT_S)
     with _place(args, order) as place:
         order = _without_latency(order, place, args, notes)
@@ -171,6 +173,8 @@ def _measure(args: argparse.Namespace, order: _Order, command: str) -> Results:
         machine=_machine(),
         versions=runner.versions,
         measurements=tuple(measurements),
+        kind=order.kind,
+        limits=None if args.endpoint else asdict(limits),
         notes=tuple(notes),
     )
 
@@ -194,7 +198,7 @@ def _place(args: argparse.Namespace, order: _Order) -> contextlib.AbstractContex
         return places.memory_or_local(order.kind)
     if args.endpoint:
         return places.named_endpoint(args.endpoint, args.bucket, region=args.region, delay=order.delayed)
-    return places.own_minio()
+    return places.own_server(args.server)
 
 
 def _without_latency(order: _Order, place: places.Place, args: argparse.Namespace, notes: list[str]) -> _Order:
@@ -270,8 +274,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Measure how fast chunks are written, read and committed — by this library, by the official one, "
-        "and by plain objects and plain zarr —, and verify every byte. Starts MinIO unless an endpoint is named; "
-        "nothing else on the network is touched.",
+        "and by plain objects and plain zarr —, and verify every byte. Starts a server of its own unless an endpoint "
+        "is named; nothing else on the network is touched.",
         epilog="Exit codes: 0 success; 1 an operation failed, bytes were wrong or a threshold was missed; 2 bad input.",
     )
     what = parser.add_argument_group("what to run")
@@ -297,6 +301,9 @@ def _parser() -> argparse.ArgumentParser:
     sizes.add_argument("--latency-ms", type=int, metavar="MS", help="added to every answer (toxiproxy)")
     where = parser.add_argument_group("where")
     where.add_argument("--on", choices=("s3", "local", "memory"), default="s3", help="kind of storage (default: s3)")
+    where.add_argument(
+        "--server", choices=sorted(places.SERVERS), default="minio", help="to start, for s3 (default: minio)"
+    )
     where.add_argument("--endpoint", metavar="URL", help="an S3 endpoint of yours; credentials from AWS_* variables")
     where.add_argument("--bucket", default=places.BUCKET, help=f"at that endpoint (default: {places.BUCKET})")
     where.add_argument("--region", default="us-east-1", help="of that endpoint (default: us-east-1)")

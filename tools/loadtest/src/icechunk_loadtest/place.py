@@ -1,4 +1,4 @@
-"""Storage for a load test: its own MinIO, an endpoint that the user names, local disk or memory; latency on request."""
+"""Storage for a load test: a server of its own, an endpoint that is named, local disk or memory; latency on request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from icechunk_loadtest import services
 from icechunk_loadtest.errors import LoadTestError
 
-__all__ = ["BUCKET", "Place", "Requests", "memory_or_local", "named_endpoint", "own_minio"]
+__all__ = ["BUCKET", "SERVERS", "Place", "Requests", "memory_or_local", "named_endpoint", "own_server"]
 
 BUCKET = "loadtest"
 
@@ -56,6 +56,8 @@ class Place:
     """Options for a worker: kind, endpoint, bucket and credentials, or a path; without a prefix."""
     metrics: str | None = None
     """URL of MinIO's counters; None for other servers."""
+    pid: int | None = None
+    """The server's process, where the load test started it."""
     proxy: services.Proxy | None = None
     """Proxy in front of the endpoint that adds latency; None where latency cannot be added."""
     _latency_ms: int = 0
@@ -82,6 +84,10 @@ class Place:
         if latency_ms:
             options["endpoint"] = self.proxy.endpoint
         return options
+
+    def server_cpu_s(self) -> float | None:
+        """CPU time of the server so far, in seconds; None where it is not known."""
+        return None if self.pid is None else services.cpu_s(self.pid)
 
     def requests(self) -> Requests | None:
         """The server's counters now; None where they cannot be read."""
@@ -110,25 +116,30 @@ def parse_counters(text: str) -> Requests:
     return Requests(by_name=by_name, received_bytes=received, sent_bytes=sent)
 
 
+SERVERS = {"minio": services.minio, "versitygw": services.versitygw, "rclone": services.rclone}
+"""Servers that the load test can start."""
+_TITLES = {"minio": "MinIO", "versitygw": "Versity S3 Gateway", "rclone": "rclone serve s3"}
+
+
 @contextlib.contextmanager
-def own_minio() -> Iterator[Place]:
-    """A MinIO that runs as long as the context, with a proxy for latency where toxiproxy is installed.
+def own_server(name: str) -> Iterator[Place]:
+    """A server, a key of `SERVERS`, that runs as long as the context; with a proxy for latency if toxiproxy is there.
 
     Raises
     ------
     LoadTestError
-        No MinIO on this machine; the message names the ways to get it.
+        The server is not on this machine; the message names the ways to get it.
     """
     with contextlib.ExitStack() as stack:
         # MinIO's request counters need a token by default; this one listens on 127.0.0.1 only
         stack.enter_context(_environment(MINIO_PROMETHEUS_AUTH_TYPE="public"))
         try:
-            service = stack.enter_context(services.minio(buckets=[BUCKET]))
+            service = stack.enter_context(SERVERS[name](buckets=[BUCKET]))
         except services.Unavailable as error:
             raise LoadTestError(f"{error}; or name an endpoint with --endpoint, or use --on local") from error
         yield Place(
             kind="s3",
-            about="MinIO on this machine",
+            about=f"{_TITLES[name]} on this machine",
             options={
                 "kind": "s3",
                 "endpoint": service.endpoint,
@@ -137,7 +148,8 @@ def own_minio() -> Iterator[Place]:
                 "access_key_id": service.access_key,
                 "secret_access_key": service.secret_key,
             },
-            metrics=f"{service.endpoint}/minio/metrics/v3/api/requests",
+            metrics=f"{service.endpoint}/minio/metrics/v3/api/requests" if name == "minio" else None,
+            pid=service.pid,
             proxy=_proxy(stack, service.address),
         )
 

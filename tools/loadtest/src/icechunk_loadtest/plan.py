@@ -184,6 +184,14 @@ WORKLOADS: Mapping[str, Workload] = {
         full=Size(chunks=1_000, chunk_bytes=16 * KIB, ops=20, tasks=10, latency_ms=20),
         quick=Size(chunks=200, chunk_bytes=16 * KIB, ops=6, tasks=10, latency_ms=20),
     ),
+    "idle": Workload(
+        title="Idle",
+        about="Keep a repository and a session open and do nothing, for a given time.",
+        unit="ops",
+        full=Size(chunks=1, chunk_bytes=KIB, tasks=1, seconds=20),
+        quick=Size(chunks=1, chunk_bytes=KIB, tasks=1, seconds=2),
+        families=_COMMITTERS,
+    ),
     "soak": Workload(
         title="Soak",
         about="Readers read at random for a given time while a writer rewrites chunks and commits them.",

@@ -70,6 +70,8 @@ class Measurement:
     """Differences between data that were read and data that were written; empty in a sound run."""
     cpu_s: float = 0.0
     """CPU time of all workers in seconds, user and system."""
+    server_cpu_s: float | None = None
+    """CPU time of the server's process in seconds; None where the load test did not start it."""
     rss_before_bytes: int = 0
     """Resident memory of all workers when the run began."""
     rss_peak_bytes: int = 0
@@ -124,6 +126,10 @@ class Results:
     """By system, the versions of Python and of the packages that it uses."""
     measurements: tuple[Measurement, ...]
     """Measurements in the order in which they were made."""
+    kind: str = "s3"
+    """Of the storage: ``s3``, ``local`` or ``memory``."""
+    limits: Mapping[str, float] | None = None
+    """The fields of `icechunk_loadtest.limits.Machine`; None where they were not measured."""
     notes: tuple[str, ...] = ()
     """Remarks: systems that were left out with the reason, and limits that were reached."""
     verdicts: tuple[Mapping[str, Any], ...] = ()

@@ -154,17 +154,18 @@ class Runner:
             await worker.ask(
                 "prepared", op="prepare", system=case.system, place=options, spec=spec, within_s=size.seconds + ANSWER_S
             )
-        before = self._place.requests()
+        before, server_before = self._place.requests(), self._place.server_cpu_s()
         self._progress.running(case)
         answers = await _all(
             worker.ask("result", op="run", within_s=size.seconds * 2 + ANSWER_S, watch=self._progress.update)
             for worker in workers
         )
-        after = self._place.requests()
+        after, server_after = self._place.requests(), self._place.server_cpu_s()
+        server_cpu_s = None if server_before is None or server_after is None else server_after - server_before
         acknowledged = [message for answer in answers for message in answer["acknowledged"]]
         checked = await workers[0].ask("checked", op="check", acknowledged=acknowledged)
         counted = after.since(before) if before is not None and after is not None else None
-        return _merge(case, answers, checked, counted)
+        return _merge(case, answers, checked, counted, server_cpu_s)
 
     @contextlib.asynccontextmanager
     async def _workers(self, case: Case) -> AsyncIterator[list[_Worker]]:
@@ -301,7 +302,13 @@ class _Worker:
         return lines[-1] if lines else "it printed nothing"
 
 
-def _merge(case: Case, answers: Sequence[Mapping[str, Any]], checked: Mapping[str, Any], counted: Any) -> Measurement:
+def _merge(
+    case: Case,
+    answers: Sequence[Mapping[str, Any]],
+    checked: Mapping[str, Any],
+    counted: Any,
+    server_cpu_s: float | None,
+) -> Measurement:
     """One measurement of the results of all workers of a case, which ran at the same time."""
     labels = {label for answer in answers for label in answer["latencies"]}
     longest = max(answers, key=lambda answer: float(answer["seconds"]))
@@ -322,6 +329,7 @@ def _merge(case: Case, answers: Sequence[Mapping[str, Any]], checked: Mapping[st
         messages=tuple(text for answer in answers for text in answer["messages"])[:5],
         problems=tuple(dict.fromkeys(problems))[:5],
         cpu_s=sum(answer["cpu_s"] for answer in answers),
+        server_cpu_s=server_cpu_s,
         rss_before_bytes=sum(answer["rss_before_bytes"] for answer in answers),
         rss_peak_bytes=sum(answer["rss_peak_bytes"] for answer in answers),
         requests=None if counted is None else dict(counted.by_name),

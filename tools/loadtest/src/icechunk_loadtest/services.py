@@ -1,4 +1,4 @@
-"""Real components for load tests, tests and benchmarks: MinIO, toxiproxy, Azurite, and a moto server.
+"""Real components for load tests, tests and benchmarks: MinIO, versitygw, rclone, toxiproxy, Azurite, a moto server.
 
 As a program it runs one until interrupted::
 
@@ -6,7 +6,7 @@ As a program it runs one until interrupted::
     python -m icechunk_loadtest.services toxiproxy --upstream 127.0.0.1:9000 --latency-ms 20
     python -m icechunk_loadtest.services moto --bucket data
     python -m icechunk_loadtest.services azurite --container data
-    python -m icechunk_loadtest.services install minio toxiproxy azurite
+    python -m icechunk_loadtest.services install minio versitygw rclone toxiproxy azurite
 
 In a checkout, ``python -m tools.services`` is the same. This module needs nothing but Python; moto, and buckets that
 are made at the start, need their packages.
@@ -37,17 +37,29 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import formatdate
 from pathlib import Path
 
 MINIO_MODULE = "github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c"
 TOXIPROXY_MODULE = "github.com/Shopify/toxiproxy/v2/cmd/server@v2.5.0"
 MINIO_IMAGE = "minio/minio"
+VERSITYGW_MODULE = "github.com/versity/versitygw/cmd/versitygw@v1.8.0"
+RCLONE_MODULE = "github.com/rclone/rclone@v1.76.0"
 AZURITE_VERSION = "3.35.0"
-_MODULES = {"minio": MINIO_MODULE, "toxiproxy": TOXIPROXY_MODULE}
+_MODULES = {
+    "minio": MINIO_MODULE,
+    "toxiproxy": TOXIPROXY_MODULE,
+    "versitygw": VERSITYGW_MODULE,
+    "rclone": RCLONE_MODULE,
+}
 # `go install` names toxiproxy's binary "server", distributions name it "toxiproxy-server".
-_BINARIES = {"minio": ("minio",), "toxiproxy": ("toxiproxy-server", "server")}
+_BINARIES = {
+    "minio": ("minio",),
+    "toxiproxy": ("toxiproxy-server", "server"),
+    "versitygw": ("versitygw",),
+    "rclone": ("rclone",),
+}
 
 
 class Unavailable(Exception):
@@ -63,6 +75,8 @@ class S3Service:
     access_key: str
     secret_key: str
     region: str = "us-east-1"
+    pid: int | None = None
+    """Of the server's process, if it is one of this machine."""
 
     @property
     def address(self) -> str:
@@ -198,12 +212,83 @@ def minio(*, port: int | None = None, buckets: Iterable[str] = ()) -> Iterator[S
                 f"no MinIO: put `minio` on PATH, or `go install {MINIO_MODULE}` "
                 "(python -m icechunk_loadtest.services install minio), or install docker"
             )
-        stack.enter_context(
+        process = stack.enter_context(
             _process(command, f"{service.endpoint}/minio/health/live", "MinIO", env={**os.environ, **settings})
         )
         for bucket in buckets:
             service.make_bucket(bucket)
-        yield service
+        yield replace(service, pid=process.pid if binary is not None else None)
+
+
+@contextlib.contextmanager
+def versitygw(*, port: int | None = None, buckets: Iterable[str] = ()) -> Iterator[S3Service]:
+    """A Versity S3 Gateway over an empty folder.
+
+    Raises
+    ------
+    Unavailable
+        No binary, or it does not start.
+    """
+    service = _local_service(port)
+    with _folder("versitygw") as folder:
+        settings = {"ROOT_ACCESS_KEY_ID": service.access_key, "ROOT_SECRET_ACCESS_KEY": service.secret_key}
+        command = [_binary("versitygw"), "--port", service.address, "--quiet", "posix", "--sidecar", f"{folder}/meta"]
+        for part in ("meta", "data"):
+            os.mkdir(f"{folder}/{part}")
+        with _process(
+            [*command, f"{folder}/data"], service.endpoint, "versitygw", env={**os.environ, **settings}
+        ) as process:
+            for bucket in buckets:
+                service.make_bucket(bucket)
+            yield replace(service, pid=process.pid)
+
+
+@contextlib.contextmanager
+def rclone(*, port: int | None = None, buckets: Iterable[str] = ()) -> Iterator[S3Service]:
+    """``rclone serve s3`` over an empty folder.
+
+    Raises
+    ------
+    Unavailable
+        No binary, or it does not start.
+    """
+    service = _local_service(port)
+    with _folder("rclone") as folder:
+        keys = f"{service.access_key},{service.secret_key}"
+        command = [_binary("rclone"), "serve", "s3", folder, "--addr", service.address, "--auth-key", keys]
+        with _process([*command, "--vfs-cache-mode", "off"], service.endpoint, "rclone") as process:
+            for bucket in buckets:
+                service.make_bucket(bucket)
+            yield replace(service, pid=process.pid)
+
+
+def _local_service(port: int | None) -> S3Service:
+    endpoint = f"http://127.0.0.1:{port or free_port()}"
+    return S3Service(endpoint=endpoint, access_key="loadtest-root", secret_key="loadtest-secret")
+
+
+def _folder(component: str) -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix=f"icechunk-{component}-", ignore_cleanup_errors=True)
+
+
+def _binary(component: str) -> str:
+    found = find_binary(component)
+    if found is None:
+        raise Unavailable(
+            f"no {component}: put it on PATH, or `go install {_MODULES[component]}` "
+            f"(python -m icechunk_loadtest.services install {component})"
+        )
+    return found
+
+
+def cpu_s(pid: int) -> float | None:
+    """Processor time of a process so far in seconds, user and system; None where the system does not say."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager
@@ -362,11 +447,14 @@ def toxiproxy(upstream: str, *, latency_ms: int = 0) -> Iterator[Proxy]:
         yield proxy
 
 
+_SERVERS = {"minio": minio, "moto": moto, "versitygw": versitygw, "rclone": rclone}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a component until interrupted, or install some."""
     parser = argparse.ArgumentParser(description="real components for tests and benchmarks")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("minio", "moto"):
+    for name in _SERVERS:
         command = commands.add_parser(name)
         command.add_argument("--port", type=int)
         command.add_argument("--bucket", action="append", default=[])
@@ -391,8 +479,7 @@ def main(arguments: list[str] | None = None) -> int:
                 blob = stack.enter_context(azurite(port=options.port, containers=options.container))
                 print(f"{blob.endpoint} account {blob.account}, access key {blob.access_key}")
             else:
-                start = minio if options.command == "minio" else moto
-                service = stack.enter_context(start(port=options.port, buckets=options.bucket))
+                service = stack.enter_context(_SERVERS[options.command](port=options.port, buckets=options.bucket))
                 print(f"{service.endpoint} access key {service.access_key}, secret {service.secret_key}")
             sys.stdout.flush()
             with contextlib.suppress(KeyboardInterrupt):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from icechunk_loadtest.limits import Cost, Machine, idle_line, month_line, share, unit_cost
 from icechunk_loadtest.plan import WORKLOADS
 from icechunk_loadtest.progress import point_text
 from icechunk_loadtest.results import Results, Summary, summarize
@@ -27,6 +28,7 @@ def overview(results: Results) -> str:
             lines += ["", f"{workload.title} ({point_text(summary.point)})"]
             lines.append("  " + " " * 13 + f"{'throughput':>20}{'× official':>12}" + _HEADS)
         lines.append(_row(summary, ratio_to(summary, summaries)))
+    lines += _limits(results, summaries)
     verified = sum(each.bytes_verified for each in results.measurements)
     bad = sum(not each.ok for each in results.measurements)
     lines += ["", f"{bytes_text(verified)} were read back and compared with what was written, byte by byte."]
@@ -42,6 +44,50 @@ def overview(results: Results) -> str:
         for verdict in results.verdicts
     ]
     return "\n".join(lines).lstrip("\n")
+
+
+def _limits(results: Results, summaries: list[Summary]) -> list[str]:
+    """A table of the shares of the limits, and the cost of requests."""
+    if results.limits is None:
+        return []
+    machine = Machine(**dict(results.limits))  # type: ignore[arg-type]
+    lines = ["", f"Share of what this machine allows: {machine.processors} processors, loopback "]
+    lines[-1] += f"{machine.loopback_mib_s:.0f} MiB/s, disk {machine.disk_mib_s:.0f} MiB/s with sync"
+    heads = "".join(f"{name:>10}" for name in ("client", "/request", "/MiB"))
+    heads += f"{'trips':>6}{'requests':>16}{'$/million':>11}"
+    lines.append(f"  {'workload':18}{'system':14}{'share':>6}  {'nearest':12}{heads}")
+    advice: dict[str, str] = {}
+    for summary in summaries:
+        run = sorted(summary.runs, key=lambda one: one.throughput)[len(summary.runs) // 2]
+        found = share(run, machine, results.kind)
+        if found is None or summary.point.swept is not None or summary.point.workload == "idle":
+            continue
+        each = unit_cost(summary)
+        name = summary.point.workload
+        times = (seconds_text(found.client_cpu_s), _or_dash(found.server_cpu_s), _or_dash(found.server_cpu_mib_s))
+        lines.append(
+            f"  {name:18}{summary.system:14}{found.nearest:>6.0%}  {found.limit:12}"
+            + "".join(f"{text:>10}" for text in times)
+            + f"{'–' if found.round_trips is None else f'{found.round_trips:.0f}':>6}"
+            + (f"{'–':>16}{'–':>11}" if each is None else f"{_classes(each):>16}{each.usd * 1e6:>11.2f}")
+        )
+        if summary.system == "ours" and found.advice():
+            advice[name] = found.advice()
+    lines += [
+        "  client: its processor time of one unit of throughput; /request, /MiB: the server's; requests (PUT/GET/LIST)",
+        "  of one unit; $: S3's price of the requests of a million units",
+    ]
+    lines += [f"  {name}, ours: {text}" for name, text in advice.items()]
+    costs = [make(summaries, system) for system in ("ours", BASELINE) for make in (month_line, idle_line)]
+    return lines + [f"  {line}" for line in costs if line is not None]
+
+
+def _classes(each: Cost) -> str:
+    return "/".join(f"{each.by_class[name]:.3g}" for name in ("PUT", "GET", "LIST"))
+
+
+def _or_dash(seconds: float | None) -> str:
+    return "–" if seconds is None else seconds_text(seconds)
 
 
 def ratio_to(summary: Summary, summaries: list[Summary], baseline: str = BASELINE) -> float:

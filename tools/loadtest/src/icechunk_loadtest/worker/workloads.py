@@ -308,6 +308,17 @@ async def _cold_open(run: Run) -> None:
         run.meter.bytes_verified += data.size
 
 
+async def _prepare_idle(run: Run) -> None:
+    await _create(run)
+    run.data = await _icechunk(run).repo.writable_session_async("main")
+
+
+async def _idle(run: Run) -> None:
+    """For `seconds`: nothing, with a repository and a session open."""
+    with run.meter.operation("idle", units=1):
+        await asyncio.sleep(run.spec.seconds)
+
+
 async def _soak(run: Run) -> None:
     """For `seconds`: readers read at random, and now and then one rewrites chunks and commits them."""
     spec, target = run.spec, run.target
@@ -375,6 +386,7 @@ WORKLOADS = {
     "commit_tasks": Workload(_prepare_contention, _commit_tasks, _check_history),
     "commit_processes": Workload(_prepare_contention, _commit_tasks, _check_history),
     "cold_open": Workload(_fill, _cold_open),
+    "idle": Workload(_prepare_idle, _idle),
     "soak": Workload(_fill, _soak),
 }
 """By name; the catalogue of `icechunk_loadtest.plan` describes them."""
