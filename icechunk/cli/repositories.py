@@ -46,6 +46,25 @@ def add_commands(commands: Any) -> None:
     _alias(watching)
     add_options(watching)
 
+    sessions = _group(commands, "session", "list, commit or abandon sessions that were persisted with a checkpoint")
+    _alias(_command(sessions, "list", "list the sessions that have not ended", _list_sessions))
+    for name, help, run in (
+        (
+            "commit",
+            "commit a session as of its last checkpoint; a process that holds it is fenced",
+            _commit_session,
+        ),
+        ("abandon", "end a session without a commit; its changes are dropped", _abandon_session),
+    ):
+        ending = _command(sessions, name, help, run)
+        _alias(ending)
+        ending.add_argument("id", help="id of the session, which `icechunk session list` prints")
+        if name == "commit":
+            ending.add_argument("-m", "--message", required=True, help="commit message")
+            ending.add_argument(
+                "--rebase", action="store_true", help="rebase if the branch has moved, unless the changes conflict"
+            )
+
     for kind, start in (("branch", "from"), ("tag", "target")):
         group = _group(commands, kind, f"manage {kind}es" if kind == "branch" else "manage tags")
         _alias(_command(group, "list", f"list {'branches' if kind == 'branch' else 'tags'}", _list_refs, kind))
@@ -223,6 +242,35 @@ def _delete_ref(args: argparse.Namespace) -> int:
     with _failing_with(f'Failed to delete {args.kind} "{args.name}"'):
         (repo.delete_branch if args.kind == "branch" else repo.delete_tag)(args.name)
     print(f'✅ Deleted {args.kind} "{args.name}" in repository {shown(args.alias)}')
+    return 0
+
+
+def _list_sessions(args: argparse.Namespace) -> int:
+    repo = _open(args.alias)
+    with _telling("Failed to list sessions"):
+        for one in repo.sessions():
+            until = one.leased_until.astimezone()
+            print(f"{one.id}  {_printable(one.branch)}  on {one.snapshot_id}  leased until {until:%Y-%m-%d %H:%M:%S}")
+    return 0
+
+
+def _commit_session(args: argparse.Namespace) -> int:
+    from icechunk.conflicts import ConflictDetector
+
+    repo = _open(args.alias)
+    with _telling(f"Failed to commit session {args.id}"):
+        session = repo.resume_session(args.id)
+        branch = session.branch
+        made = session.commit(args.message, rebase_with=ConflictDetector() if args.rebase else None)
+    print(f'✅ Committed session {args.id} to branch "{branch}" as {made} in repository {shown(args.alias)}')
+    return 0
+
+
+def _abandon_session(args: argparse.Namespace) -> int:
+    repo = _open(args.alias)
+    with _telling(f"Failed to abandon session {args.id}"):
+        repo.resume_session(args.id).abandon()
+    print(f"✅ Abandoned session {args.id} in repository {shown(args.alias)}")
     return 0
 
 

@@ -284,3 +284,49 @@ def test_both_commands_share_one_file_and_print_the_same(
         other = [argument.replace("dev", "dev2").replace("v1", "v2") for argument in arguments]
         assert official(*other) == (code, out.replace("dev", "dev2").replace("v1", "v2"))
     assert run("config", "list")[1].splitlines()[0] == official("config", "list")[1].splitlines()[0] == "repos:"
+
+
+def persisted(repo: icechunk.Repository, name: str) -> str:
+    """The id of a session that has created an array."""
+    session = repo.writable_session("main")
+    zarr.create_array(session.store, name=name, shape=(2,), chunks=(1,), dtype="i4")[:] = 7
+    return session.checkpoint()
+
+
+def test_persisted_sessions_are_listed_and_committed(run: Run, repo: icechunk.Repository) -> None:
+    id = persisted(repo, "a")
+    code, out, _ = run("session", "list", "loc")
+    assert (code, out.split()[:4]) == (0, [id, "main", "on", ROOT])
+    code, out, err = run("session", "commit", "loc", id, "-m", "from the shell")
+    tip = repo.lookup_branch("main")
+    assert (code, err) == (0, "")
+    assert out == f'✅ Committed session {id} to branch "main" as {tip} in repository RepositoryAlias("loc")\n'
+    assert next(repo.ancestry(branch="main")).message == "from the shell"
+    assert zarr.open_array(repo.readonly_session("main").store, path="a", mode="r")[:].tolist() == [7, 7]
+    assert run("session", "list", "loc") == (0, "", "")
+    code, out, err = run("session", "commit", "loc", id, "-m", "again")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"icechunk: Failed to commit session {id}: ")
+    assert repo.lookup_branch("main") == tip
+
+
+def test_a_session_on_a_branch_that_moved_is_committed_with_a_rebase(run: Run, repo: icechunk.Repository) -> None:
+    with repo.transaction("main", message="root") as store:
+        zarr.create_group(store)
+    id = persisted(repo, "a")
+    with repo.transaction("main", message="between") as store:
+        zarr.create_group(store, path="g")
+    assert run("session", "commit", "loc", id, "-m", "m")[0] == 1
+    assert run("session", "commit", "loc", id, "-m", "m", "--rebase")[0] == 0
+    assert [info.message for info in repo.ancestry(branch="main")][:2] == ["m", "between"]
+
+
+def test_a_persisted_session_is_abandoned(run: Run, repo: icechunk.Repository) -> None:
+    id = persisted(repo, "a")
+    code, out, err = run("session", "abandon", "loc", id)
+    assert (code, out, err) == (0, f'✅ Abandoned session {id} in repository RepositoryAlias("loc")\n', "")
+    assert repo.sessions() == []
+    code, _, err = run("session", "abandon", "loc", id)
+    assert code == 1
+    assert err.startswith(f"icechunk: Failed to abandon session {id}: ")
+    assert repo.lookup_branch("main") == ROOT
