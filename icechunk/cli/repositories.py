@@ -247,7 +247,7 @@ def _delete_ref(args: argparse.Namespace) -> int:
 
 def _list_sessions(args: argparse.Namespace) -> int:
     repo = _open(args.alias)
-    with _telling("Failed to list sessions"):
+    with _failing_with("Failed to list sessions"):
         for one in repo.sessions():
             until = one.leased_until.astimezone()
             print(f"{one.id}  {_printable(one.branch)}  on {one.snapshot_id}  leased until {until:%Y-%m-%d %H:%M:%S}")
@@ -258,7 +258,7 @@ def _commit_session(args: argparse.Namespace) -> int:
     from icechunk.conflicts import ConflictDetector
 
     repo = _open(args.alias)
-    with _telling(f"Failed to commit session {args.id}"):
+    with _failing_with(f"Failed to commit session {args.id}"):
         session = repo.resume_session(args.id)
         branch = session.branch
         made = session.commit(args.message, rebase_with=ConflictDetector() if args.rebase else None)
@@ -268,7 +268,7 @@ def _commit_session(args: argparse.Namespace) -> int:
 
 def _abandon_session(args: argparse.Namespace) -> int:
     repo = _open(args.alias)
-    with _telling(f"Failed to abandon session {args.id}"):
+    with _failing_with(f"Failed to abandon session {args.id}"):
         repo.resume_session(args.id).abandon()
     print(f"✅ Abandoned session {args.id} in repository {shown(args.alias)}")
     return 0
