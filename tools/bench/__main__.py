@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import oracle
-from tools.bench import growth, history, huge, large, wire
+from tools.bench import growth, history, huge, large, page, wire
 from tools.bench.history import LENGTHS
 from tools.bench.wide import WIDTHS
 from tools.bench.workload import CASES
@@ -43,7 +43,14 @@ FLOORS = {
     ("arrays", "create: commit, CPU"): 8.0,
     ("arrays", "update: commit"): 8.0,
     ("arrays", "update: commit, CPU"): 8.0,
+    ("virtual-distinct", "1 M distinct: set"): 2.0,
+    ("virtual-distinct", "1 M distinct: commit"): 2.0,
+    ("contend", "64 tasks, CPU"): 1.0,
+    ("contend", "256 tasks, CPU"): 1.0,
+    ("local-commits", "1 000 tiny commits"): 1.0,
+    ("import", "import"): 1.0,
     ("append", "a step a commit"): 5.0,
+    ("append", "many steps a commit"): 50.0,
     ("append-wire", "a step a commit"): 10.0,
     ("wire", "write and commit"): 8.0,
     ("wire", "read"): 8.0,
@@ -77,6 +84,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 when a floor is missed")
     parser.add_argument("--commits", type=int, default=10_000, help="length of the history of growth (default 10000)")
     parser.add_argument("--references", type=int, default=100_000_000, help="of each commit of huge (default 10^8)")
+    parser.add_argument("--write", action="store_true", help=f"also put the results into {page.PAGE.name}")
     args = parser.parse_args()
     cases = args.only.split(",")
     unknown = set(cases) - set(known)
@@ -97,6 +105,8 @@ def main() -> int:
         measured = large.rows(args.repeat)
         print(large.table(measured))
         rows += measured
+    if args.write:
+        page.write(rows)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return 1 if args.check and not all(row["ok"] for row in rows) else 0
@@ -173,16 +183,10 @@ def _table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         floor = "" if row["floor"] is None else f"{row['floor']:.1f}" + ("" if row["ok"] else " !")
         lines.append(
-            f"{row['case']:14}{row['what']:26}{_seconds(row['ours_s']):>12}{_seconds(row['official_s']):>12}"
+            f"{row['case']:14}{row['what']:26}{page.time_text(row['ours_s']):>12}{page.time_text(row['official_s']):>12}"
             f"{row['times_as_fast']:>11.2f}{floor:>8}"
         )
     return "\n".join(lines)
-
-
-def _seconds(value: float) -> str:
-    if value < 1e-3:
-        return f"{value * 1e6:.1f} µs"
-    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
 
 
 if __name__ == "__main__":
