@@ -402,6 +402,8 @@ async def _write(
                 embedded.update(made)
                 return
 
+            deferred = core.storage.defers_syncs
+
             async def all_files() -> AsyncGenerator[File, None]:
                 while made:
                     yield made.pop(0)
@@ -409,14 +411,21 @@ async def _write(
                     yield file
 
             async def put(file: File) -> None:
-                await core.put(file.key, file.data)
+                await core.put(file.key, file.data, unsynced=deferred)
+                if deferred:
+                    content.puts.wrote(file.key)
 
             settings = core.settings
             await run_stream(put, all_files(), _size, limit=settings.max_requests, max_weight=settings.put_memory_bytes)
 
     # Chunks are not embedded: those that the entry refers to must exist before it. They are uploaded while the files
     # are made.
-    await run_all(log.prepare_writes, land, make)
+    if core.storage.defers_syncs:
+        # They are written already; the medium is waited for once, for them and for files that are not embedded.
+        await run_all(log.prepare_writes, make)
+        await land()
+    else:
+        await run_all(log.prepare_writes, land, make)
     if not embedded and files.commit.earlier is not None:
         files.commit.earlier.add(files.new)
     assert files.snapshot is not None

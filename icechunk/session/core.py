@@ -55,7 +55,7 @@ from icechunk.runtime.about import CLIENT_NAME
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.loops import PerLoop
 from icechunk.runtime.pickles import call_of
-from icechunk.storage.port import Storage
+from icechunk.storage.port import Put, Storage
 from icechunk.transfer.assets import Assets, Preloader, Reads
 from icechunk.transfer.cache import WeightedCache
 from icechunk.transfer.disk_cache import DiskCache, ObjectsOnDisk
@@ -353,12 +353,18 @@ class Core:
             kept = self._put_memory = (os.getpid(), PutMemory(most))
         return kept[1]
 
-    async def put(self, key: str, data: bytes) -> None:
-        """Write a metadata file, within the bounds of requests in flight. Raises as `Storage.put`."""
+    async def put(self, key: str, data: bytes, *, unsynced: bool = False) -> None:
+        """Write a metadata file, within the bounds of requests in flight.
+
+        Raises as `Storage.put`, or, with ``unsynced``, as `Storage.put_unsynced`.
+        """
         gate = self.gates.here()
         await gate.enter(len(data), WRITE)
         try:
-            await self.storage.put(key, data)
+            if unsynced:
+                await self.storage.put_unsynced([Put(key, data)])
+            else:
+                await self.storage.put(key, data)
         finally:
             gate.leave(len(data))
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -289,6 +289,19 @@ class Storage(Constructors["Storage"], ABC):
             except PreconditionFailedError:
                 answers.append(None)
         return answers
+
+    async def put_after(self, keys: Collection[str], put: Put) -> PutResult:
+        """Write an object, as `put`, that appears once others are durable, which `put_unsynced` has written.
+
+        Where `defers_syncs`, this waits for the medium less often than `sync` and `put` do if the others are few.
+
+        Raises
+        ------
+        StorageError
+            As from `put` and `sync`. If it is about the others, nothing appeared.
+        """
+        await self.sync(keys)
+        return await self.put(put.key, put.data, put.precondition)
 
     async def sync(self, keys: Iterable[str]) -> None:
         """Return once these objects, written by `put_unsynced`, are durable.

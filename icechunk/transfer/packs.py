@@ -120,6 +120,10 @@ class Packs:
         """Whether everything taken so far is durable, or forgotten."""
         return self._open is None and self._pool.is_durable
 
+    def wrote(self, key: str) -> None:
+        """As `PutPool.wrote`."""
+        self._pool.wrote(key)
+
     async def flush(self) -> None:
         """Return once everything taken so far is durable. Raises as `PutPool.flush` and `put` do."""
         self._require_own_process()

@@ -339,6 +339,11 @@ class PutPool:
             self._pending[key] = item
         self._start(item)
 
+    def wrote(self, key: str) -> None:
+        """An object of the session was written elsewhere, unsynced; the next `flush` makes it durable too."""
+        with self._lock:
+            self._unsynced[key] = False
+
     def release(self, size_bytes: int) -> None:
         """Return reserved room for bytes that will not be taken."""
         with self._lock:
@@ -382,7 +387,7 @@ class PutPool:
             lost = next((key for key in keys if self._unsynced[key]), None)
         if lost is not None:
             raise StorageError(
-                f"the disk lost chunk object {lost!r} after it was written; nothing was committed. Look at the disk, "
+                f"the disk lost object {lost!r} after it was written; nothing was committed. Look at the disk, "
                 "and repeat the work in a new session"
             )
         if not keys:

@@ -7,7 +7,8 @@ the power failed at some point:
   up to that folder's last sync;
 - a file that was not synced since it was written is empty, cut short, garbage of the right length, or whole.
 
-With ``names_follow_files`` a file's sync makes the names durable that it was given before, as on ext4, XFS and btrfs.
+With ``names_follow_files`` the sync of a file or folder makes the names durable that it and the folders above it were
+given before, as on ext4, XFS and btrfs, and there is a call that syncs everything at once.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, Final
+
+from icechunk.storage.local import files
+from icechunk.storage.local import folders as local_folders
 
 __all__ = ["Event", "Loss", "Recorder", "Trace"]
 
@@ -43,7 +47,8 @@ class Event:
     """One thing that the system was asked for."""
 
     verb: str
-    """``write``, ``sync``, ``name`` (of a file), ``folder``, ``gone``, ``sync-folder`` or ``acknowledged``."""
+    """``write``, ``sync``, ``name`` (of a file), ``folder``, ``gone``, ``sync-folder``, ``sync-all`` or
+    ``acknowledged``."""
     path: str = ""
     """Relative to the root; a folder's for ``sync-folder``."""
     file: int = 0
@@ -95,10 +100,12 @@ class Trace:
             case "sync":
                 files[event.file].synced = bytes(files[event.file].data)
                 if self._names_follow_files:
-                    for folder in folders.values():
+                    for path, folder in folders.items():
                         given = [n for n, (_, file) in enumerate(folder.changes, 1) if file == event.file]
                         # A journal keeps the order, so what came before in the folder is durable with it.
                         folder.durable = max(folder.durable, *given, 0)
+                        if given:
+                            _keep_name(path, folders)
             case "name":
                 files.setdefault(event.file, _File())
                 folders[parent].changes.append((name, event.file))
@@ -109,6 +116,13 @@ class Trace:
                 folders[parent].changes.append((name, None))
             case "sync-folder":
                 folders[event.path].durable = len(folders[event.path].changes)
+                if self._names_follow_files:
+                    _keep_name(event.path, folders)
+            case "sync-all":
+                for file in files.values():
+                    file.synced = bytes(file.data)
+                for folder in folders.values():
+                    folder.durable = len(folder.changes)
 
     def _make(
         self,
@@ -137,6 +151,17 @@ class Trace:
                 (into / name).write_bytes(_contents(files[what], loss, chance))
 
 
+def _keep_name(path: str, folders: dict[str, _Folder]) -> None:
+    """The names of a folder and of those above it are durable."""
+    while path:
+        parent, _, name = path.rpartition("/")
+        folder = folders[parent]
+        folder.durable = max(
+            folder.durable, *(n for n, (given, what) in enumerate(folder.changes, 1) if given == name and what == -1), 0
+        )
+        path = parent
+
+
 def _contents(file: _File, loss: Loss, chance: random.Random) -> bytes:
     whole = bytes(file.data)
     if loss is Loss.NOTHING or file.synced == whole:
@@ -159,6 +184,8 @@ _PATCHED: Final = {
     "mkdir": "_mkdir",
 }
 """Calls of the system that are recorded, and by what."""
+_TOGETHER: Final = files.fsync_together.__name__
+"""Under this name `folders` has the sync of all files at once, which is replaced in place of the system's call."""
 
 
 class Recorder:
@@ -202,9 +229,11 @@ class Recorder:
         """Record until the end of the block."""
         for name, method in _PATCHED.items():
             setattr(os, name, getattr(self, method))
+        setattr(local_folders, _TOGETHER, self._fsync_together)
         try:
             yield self
         finally:
+            setattr(local_folders, _TOGETHER, files.fsync_together)
             for name, real in self._real.items():
                 setattr(os, name, real)
 
@@ -255,6 +284,13 @@ class Recorder:
                 self._note("sync", file=what)
             elif what is not None:
                 self._note("sync-folder", what)
+
+    def _fsync_together(self, paths: Sequence[str]) -> bool:
+        with self._lock:
+            for path in paths:
+                os.stat(path)
+            self._note("sync-all")
+        return True
 
     def _link(self, source: Any, target: Any, **options: Any) -> None:
         with self._lock:

@@ -69,6 +69,8 @@ class Attempt:
     known_us: int | None = None
     """Store time at which the place was known to be free; None where answers have no date."""
     members: tuple[Member, ...] = ()
+    unsynced: tuple[str, ...] = ()
+    """Keys of objects that must be durable before it lands, and may not be (`Storage.put_after`)."""
 
     @property
     def snapshots(self) -> tuple[ObjectId, ...]:
@@ -96,7 +98,7 @@ class Waiting:
     asked: int
     """Number of the call among the client's looks: a refusal counts only by a later look (rule 3)."""
     files: Mapping[str, bytes] = field(default_factory=dict)
-    """That the events add and that are embedded in the entry, by key (rule 15)."""
+    """That the events add and that are embedded in the entry (rule 15), or have been written unsynced, by key."""
     abandoned: bool = False
     """The caller has left; an attempt with its events is not sent again."""
     attempts: list[Attempt] = field(default_factory=list)

@@ -36,13 +36,13 @@ from icechunk.format.ids import encode_id
 from icechunk.log.repository.conditional import ROUNDS, Sending
 from icechunk.log.repository.objects import put_once
 from icechunk.log.repository.port import Proposal, Propose, RepositoryLog
-from icechunk.log.repository.queue import Attempt, Group, Waiting, proposal_of, resolve, tell_sent
+from icechunk.log.repository.queue import MAX_EMBEDDED_BYTES, Attempt, Group, Waiting, proposal_of, resolve, tell_sent
 from icechunk.log.repository.state import RepoState
 from icechunk.log.repository.store_check import require_writable
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import finish_task
 from icechunk.storage.outcome import Fate, Outcome, follow
-from icechunk.storage.port import Storage
+from icechunk.storage.port import Absent, Put, Storage
 
 __all__ = ["CLOSE_GRACE_S", "SwappedLog"]
 
@@ -67,7 +67,8 @@ class SwappedLog(RepositoryLog, Generic[A]):
     sources
         Clock, pauses and chance.
     embeds
-        Whether the files of a call are embedded in its entry. Else they are put before it waits.
+        Whether the files of a call are embedded in its entry. Else they are put before it waits; if syncs are deferred,
+        the attempt makes them durable.
     """
 
     def __init__(self, storage: Storage, sources: Sources, *, embeds: bool = False) -> None:
@@ -153,6 +154,10 @@ class SwappedLog(RepositoryLog, Generic[A]):
             swaps: float = min(_MOST_SWAPS_TO_PAUSE, 2.0 ** min(self._losses, 60))
             await self._sources.sleep(min(_LONGEST_PAUSE_S, swaps * self._swap_s) * self._sources.fraction())
 
+    @property
+    def embed_limit_bytes(self) -> int:
+        return MAX_EMBEDDED_BYTES if self._embeds or self._storage.defers_syncs else 0
+
     # ------------------------------------------------------------------------- callers
 
     async def append(
@@ -165,7 +170,9 @@ class SwappedLog(RepositoryLog, Generic[A]):
     ) -> RepoState:
         """As `RepositoryLog.append`."""
         require_writable(self._storage, "change the repository")
-        if not self._embeds:
+        if not self._embeds and self._storage.defers_syncs:
+            await self._storage.put_unsynced([Put(key, data, Absent()) for key, data in files.items()])
+        elif not self._embeds:
             for key, data in files.items():
                 await put_once(self._storage, key, data)
         if self.closed:
@@ -174,7 +181,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
             proposal=proposal_of(proposal),
             since_us=since_us,
             outcome=asyncio.get_running_loop().create_future(),
-            files=files if self._embeds else {},
+            files=files if self._embeds or self._storage.defers_syncs else {},
             asked=self._begin_look(),
         )
         self.waiting.append(one)
@@ -190,7 +197,11 @@ class SwappedLog(RepositoryLog, Generic[A]):
                 if one in self.waiting:
                     self.waiting.remove(one)
         if one.outcome.done():
-            return one.outcome.result()
+            state = one.outcome.result()
+            if not self._embeds and not one.landed:
+                # It proposed nothing, so no attempt has made its files durable.
+                await self._storage.sync(one.files)
+            return state
         if not one.attempts:
             raise StorageError(
                 f"cannot change the repository in {self._storage.describe()}: the deadline of {deadline_s} s passed "
@@ -302,6 +313,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
             resolve(one, self.state)
         if attempt is not None:
             attempt.members = tuple(group.members)
+            attempt.unsynced = () if self._embeds else tuple(group.files)
             for member in group.members:
                 member.waiting.attempts.append(attempt)
                 tell_sent(member.waiting)

@@ -27,7 +27,7 @@ import secrets
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum, auto
 from functools import cache
 from typing import Final
@@ -44,6 +44,8 @@ __all__ = [
     "add_mode",
     "fsync_file",
     "fsync_folder",
+    "fsync_path",
+    "fsync_together",
     "info_of",
     "is_link",
     "locked",
@@ -155,13 +157,96 @@ def fsync_folder(path: str) -> None:
         os.close(descriptor)
 
 
+def fsync_path(path: str) -> None:
+    """Wait until a file's bytes and metadata are on the medium."""
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        fsync_file(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_together(paths: Sequence[str]) -> bool:
+    """Wait for the medium once, until all these files and whatever else their file system was given are on it.
+
+    Only on file systems that `syncs_names` knows. All names that were given before are on the medium too.
+
+    Returns
+    -------
+    bool
+        False: nothing was done, since the system has no such call that reports errors, since other programs have
+        written so much lately that waiting for each of these files takes less time, or since they are on several disks.
+
+    Raises
+    ------
+    OSError
+        A file is not there, or its bytes may be lost. A system reports that once, so another call may succeed.
+    """
+    call = _sync_file_system()
+    start_range = _start_range()
+    if call is None or start_range is None:
+        return False
+    statuses = [os.stat(path) for path in paths]
+    if len({status.st_dev for status in statuses}) > 1:
+        return False
+    if _unwritten_bytes() > sum(status.st_size for status in statuses) + _OTHERS_BYTES:
+        return False
+    descriptor = os.open(os.path.dirname(paths[0]), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _checked(call(descriptor), paths[0])
+    finally:
+        os.close(descriptor)
+    for path in paths:
+        # Whether its bytes got there is known for each file, whoever has asked about the file system as a whole before.
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            _checked(start_range(descriptor, 0, 0, _SYNC_FILE_RANGE_WAIT_BEFORE), path)
+        finally:
+            os.close(descriptor)
+    return True
+
+
+def _checked(answer: int, path: str) -> None:
+    if answer:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), path)
+
+
+def _unwritten_bytes() -> int:
+    """Bytes that all programs of the machine have written and that are not on the medium yet; 0: not known."""
+    with contextlib.suppress(OSError), open("/proc/meminfo", "rb", buffering=0) as file:
+        return sum(map(int, _UNWRITTEN.findall(file.read(4096)))) * 1024
+    return 0
+
+
+_UNWRITTEN: Final = re.compile(rb"^(?:Dirty|Writeback): *([0-9]+) kB$", re.MULTILINE)
+_OTHERS_BYTES: Final = 64 * 1024 * 1024
+_REPORTS_ERRORS: Final = (5, 8)
+"""The version of Linux since which `syncfs` says whether bytes were lost."""
+
+
+@cache
+def _sync_file_system() -> Callable[[int], int] | None:
+    """``syncfs(2)``; None where there is no such call, or it hides errors."""
+    if sys.platform != "linux":
+        return None
+    version = re.match(r"([0-9]+)\.([0-9]+)", os.uname().release)
+    if version is None or (int(version[1]), int(version[2])) < _REPORTS_ERRORS:
+        return None
+    call = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    if call is not None:
+        call.argtypes = [ctypes.c_int]
+    return call
+
+
 _SYNC_NAMES: Final = frozenset({"btrfs", "ext4", "xfs"})
 """File systems of Linux whose journal has an inode's new name in the transaction that its sync waits for."""
 
 
 @cache
 def syncs_names(device: int) -> bool:
-    """Whether the sync of a file on this device (``st_dev``) makes the name durable that it was given before."""
+    """Whether a sync of a file or folder on this device (``st_dev``) makes durable the names that it has, and those of
+    the folders above it."""
     if sys.platform != "linux":
         return False
     wanted = f"{os.major(device)}:{os.minor(device)}"
@@ -469,6 +554,7 @@ def _is_utf8(name: str) -> bool:
 
 _LEAST_STARTED_BYTES: Final = 1024 * 1024
 _PIECE_BYTES: Final = 1024 * 1024
+_SYNC_FILE_RANGE_WAIT_BEFORE: Final = 1
 _SYNC_FILE_RANGE_WRITE: Final = 2
 
 
@@ -529,7 +615,7 @@ def _start_range() -> Callable[[int, int, int, int], int] | None:
     """``sync_file_range(2)``, which begins to write part of a file to the medium; None where there is no such call."""
     if sys.platform != "linux":
         return None
-    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    call = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
     if call is not None:
         call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
     return call

@@ -16,13 +16,16 @@ import stat
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from typing import Final
 
-from icechunk.storage.local.files import fsync_folder, is_link, syncs_names
+from icechunk.storage.local.files import fsync_folder, fsync_together, is_link, syncs_names, version_of
+from icechunk.storage.port import Version
 
 __all__ = ["Folders"]
 
 _SETTLED_AFTER_NS: Final = 120 * 1_000_000_000
+_MANY_FILES: Final = 256
 _CLOCK_GRAIN_NS: Final = 20_000_000
 
 
@@ -59,6 +62,8 @@ class Folders:
         self._used: set[str] = set()
         # When this process last began to sync a folder, ns.
         self._synced_ns: dict[str, int] = {}
+        # Versions of files that this process has made durable, with their names; the newest ones.
+        self._settled: dict[str, Version] = {}
         # Above the root, the lowest folder that this process did not make.
         self._existed = os.path.dirname(root)
         self.names_follow_files: bool = False
@@ -175,6 +180,10 @@ class Folders:
             folder = os.path.dirname(folder)
         return found[::-1]
 
+    def sync_together(self, paths: Sequence[str]) -> bool:
+        """Make these files and their names durable, as `fsync_together`; False: that is not possible here."""
+        return len(paths) > 1 and self.names_follow_files and fsync_together(paths)
+
     def sync(self, folder: str) -> None:
         """Return once a sync of the folder that began after this call has ended.
 
@@ -225,10 +234,18 @@ class Folders:
                 self._changed.notify_all()
         return number >= wanted
 
+    def settled(self, path: str, version: Version) -> None:
+        """This process has made that version of a file, and its name, durable."""
+        with self._changed:
+            self._settled.pop(path, None)
+            self._settled[path] = version
+            if len(self._settled) > _MANY_FILES:
+                del self._settled[next(iter(self._settled))]
+
     def settle(self, path: str, status: os.stat_result) -> None:
         """Before a file is shown to a reader: sync its folder if the file is so young that its writer may not have."""
         now_ns = time.time_ns()
-        if now_ns - status.st_ctime_ns > _SETTLED_AFTER_NS:
+        if now_ns - status.st_ctime_ns > _SETTLED_AFTER_NS or self._settled.get(path) == version_of(status):
             return
         folder = os.path.dirname(path)
         # The change time is that of the link or rename, by the kernel's coarse clock.
@@ -238,6 +255,7 @@ class Folders:
         with contextlib.suppress(OSError):
             self.sync(folder)
         self._synced_ns[folder] = now_ns
+        self.settled(path, version_of(status))
 
 
 def _removed(folder: str) -> FileNotFoundError:

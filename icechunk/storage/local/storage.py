@@ -32,9 +32,10 @@ import itertools
 import os
 import stat
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 import anyio
@@ -55,8 +56,8 @@ from icechunk.storage.buffers import Buffers
 from icechunk.storage.local.files import (
     RESERVED,
     Exclusion,
-    fsync_file,
     fsync_folder,
+    fsync_path,
     info_of,
     locked,
     path_of,
@@ -95,6 +96,7 @@ __all__ = ["RESERVED", "LocalStorage"]
 
 T = TypeVar("T")
 
+_NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 _THREADS: Final = 32
 _READ_TOGETHER: Final = 64
 """Number of files that one thread reads, where many are wanted."""
@@ -201,9 +203,15 @@ class LocalStorage(Storage):
     async def put_unsynced(self, puts: Sequence[Put]) -> list[PutResult | None]:
         return await self._in_thread(self._put_unsynced, puts)
 
+    async def put_after(self, keys: Collection[str], put: Put) -> PutResult:
+        before = {self._path(key): key for key in keys}
+        return await self._in_thread(partial(self._put, *put, before=before))
+
     async def sync(self, keys: Iterable[str]) -> None:
         paths = {self._path(key): key for key in keys}
         files = list(paths)
+        if len(files) > 1 and await self._in_thread(self._try_sync_together, paths):
+            return
         parts = min(_SYNCS_AT_ONCE, len(files) // _SYNCS_EACH)
         if parts > 1:
             await run_jobs([partial(self._in_thread, self._sync_files, files[n::parts], paths) for n in range(parts)])
@@ -401,7 +409,16 @@ class LocalStorage(Storage):
             self._seen(key, path, status)
         return info_of(key, status)
 
-    def _put(self, key: str, data: bytes, precondition: Precondition, *, synced: bool = True) -> PutResult:
+    def _put(
+        self,
+        key: str,
+        data: bytes,
+        precondition: Precondition,
+        *,
+        synced: bool = True,
+        before: Mapping[str, str] = _NOTHING,
+    ) -> PutResult:
+        """Write an object. ``before``: paths and keys of files that are made durable before it appears."""
         path = self._path(key)
         folder = os.path.dirname(path)
         with self._translated("write", key, writes=True):
@@ -414,18 +431,21 @@ class LocalStorage(Storage):
                     self._require_version(key, path, version)
                 case Unchecked():
                     pass
-            temporary, result = self._write_temporary(data, synced=synced)
-        with self._translated("write", key, writes=True, names=True):
-            try:
-                self._folders.make(folder, durable=synced)
+            temporary, result = self._write_temporary(data, synced=synced and not before)
+        try:
+            if before:
+                self._sync_before(before, key, temporary)
+            with self._translated("write", key, writes=True, names=True):
+                self._folders.make(folder, durable=synced and not self._folders.names_follow_files)
                 self._publish(key, path, temporary, precondition)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
-                raise
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
         self._folders.use(folder)
         if synced:
             self._sync_after_landing(key, folder)
+            self._folders.settled(path, result.version)
         return result
 
     def _put_unsynced(self, puts: Sequence[Put]) -> list[PutResult | None]:
@@ -451,23 +471,34 @@ class LocalStorage(Storage):
         except OSError:
             return False
 
+    def _sync_before(self, before: Mapping[str, str], key: str, temporary: str) -> None:
+        """Make these files, and the unfinished one of an object, durable; waits once if that is possible."""
+        try:
+            if not self._try_sync_together({**before, temporary: key}):
+                self._sync_files([temporary], {temporary: key})
+                self._sync_rest(list(before), before)
+        except StorageError as error:
+            # Nothing appeared, and the system says so once: what another sync says does not count.
+            raise refused(error) from error.__cause__
+
+    def _try_sync_together(self, keys: Mapping[str, str]) -> bool:
+        with self._translated("sync", next(iter(keys.values()))):
+            return self._folders.sync_together(list(keys))
+
     def _sync_files(self, paths: Sequence[str], keys: Mapping[str, str]) -> None:
         for path in paths:
             with self._translated("sync", keys[path]):
-                descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-                try:
-                    fsync_file(descriptor)
-                finally:
-                    os.close(descriptor)
+                fsync_path(path)
 
     def _sync_rest(self, files: Sequence[str], keys: Mapping[str, str]) -> None:
         """Sync these files, and the names of all."""
         self._sync_files(files, keys)
+        if self._folders.names_follow_files:
+            return
         for folder in {os.path.dirname(path) for path in keys}:
             with self._translated("sync", os.path.relpath(folder, self._root)):
                 self._folders.make(folder)
-                if not self._folders.names_follow_files:
-                    self._folders.sync(folder)
+                self._folders.sync(folder)
 
     def _write_temporary(self, data: bytes, *, synced: bool) -> tuple[str, PutResult]:
         folder = os.path.join(self._root, RESERVED)

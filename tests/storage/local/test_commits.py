@@ -26,10 +26,11 @@ from icechunk.format.keys import manifest_key, snapshot_key, transaction_key
 from icechunk.format.repo.codec import decode_repo
 from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.runtime.loops import run_sync
-from icechunk.storage.local import folders
+from icechunk.storage.local import files, folders
 
 pytestmark = pytest.mark.thorough
 
+Change: TypeAlias = Callable[[icechunk.Session, int], None]
 Name: TypeAlias = Literal["log", "repo", "refs"]
 LAYOUTS: tuple[Name, ...] = ("log", "repo", "refs")
 REMOVALS = 25
@@ -64,9 +65,15 @@ def path_of_descriptor(descriptor: int) -> str:
 
 
 class Syncs:
-    """Counts the syncs of files and folders below a folder."""
+    """Counts the syncs of files and folders below a folder, and of its file system; other programs write nothing.
 
-    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Parameters
+    ----------
+    together
+        Whether there is a call that syncs a file system.
+    """
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, *, together: bool = True) -> None:
         self.count = 0
         real = os.fsync
 
@@ -75,7 +82,14 @@ class Syncs:
             self.count += path_of_descriptor(descriptor).startswith(str(root))
             real(descriptor)
 
+        def sync_file_system(descriptor: int) -> int:
+            self.count += path_of_descriptor(descriptor).startswith(str(root))
+            return 0
+
         monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(files, "_unwritten_bytes", lambda: 0)
+        monkeypatch.setattr(files, "_sync_file_system", lambda: sync_file_system if together else None)
+        monkeypatch.setattr(files, "_start_range", lambda: lambda *_: 0)
 
     def of(self, work: Callable[..., Any], *arguments: Any, **options: Any) -> int:
         before = self.count
@@ -83,24 +97,107 @@ class Syncs:
         return self.count - before
 
 
-@pytest.mark.parametrize(("names_follow_files", "with_chunk"), [(True, 3), (False, 4)])
-def test_a_small_commit_waits_for_the_disk_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names_follow_files: bool, with_chunk: int
+def attributes(session: icechunk.Session, number: int) -> None:
+    zarr.open_group(session.store, mode="a").attrs["number"] = number
+
+
+def one_chunk(session: icechunk.Session, number: int) -> None:
+    group: Any = zarr.open_group(session.store, mode="a")
+    group["a"][number * 1000 : (number + 1) * 1000] = number + 1
+
+
+def large_chunks(session: icechunk.Session, number: int) -> None:
+    group: Any = zarr.open_group(session.store, mode="a")
+    group["large"][:] = number + 1
+
+
+def new_array(session: icechunk.Session, number: int) -> None:
+    array = zarr.create_array(
+        session.store, name=f"new/{number}", shape=(10_000,), chunks=(1000,), dtype="i4", compressors=None
+    )
+    array[:] = np.arange(10_000)
+
+
+def many_references(session: icechunk.Session, number: int) -> None:
+    """Whose files are too large for an entry."""
+    locations = [f"s3://bucket/{number}/{n:012x}/{n * 7919 % 100_003}" for n in range(20_000)]
+    store = session.store
+    zarr.create_array(store, name=f"virtual/{number}", shape=(20_000,), chunks=(1,), dtype="i4", compressors=None)
+    indexed = [icechunk.VirtualChunkSpec([n], location, n, 4) for n, location in enumerate(locations)]
+    store.set_virtual_refs(f"virtual/{number}", indexed, validate_containers=False)
+
+
+def with_arrays(root: Path, layout: Name) -> icechunk.Repository:
+    repo = create(root, layout)
+    session = repo.writable_session("main")
+    group = zarr.open_group(session.store, mode="a")
+    group.create_array("a", shape=(100_000,), chunks=(1000,), dtype="i4", compressors=None)
+    group.create_array("large", shape=(8 << 20,), chunks=(1 << 20,), dtype="u1", compressors=None)
+    session.commit("arrays")
+    return repo
+
+
+CHANGES = (attributes, one_chunk, large_chunks, new_array, many_references)
+
+
+@pytest.mark.parametrize("reopened", [False, True], ids=["the client that created it", "another client"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_commit_waits_for_the_disk_twice_and_once_more_for_chunks_and_large_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Name, change: Change, reopened: bool
 ) -> None:
-    monkeypatch.setattr(folders, "syncs_names", lambda device: names_follow_files)
-    repo = create(tmp_path / "r")
+    monkeypatch.setattr(folders, "syncs_names", lambda device: True)
+    repo = with_arrays(tmp_path / "r", layout)
+    if reopened:
+        repo = icechunk.Repository.open(icechunk.local_filesystem_storage(str(tmp_path / "r")))
     syncs = Syncs(tmp_path, monkeypatch)
-    assert [syncs.of(commit, repo, number) for number in range(5)] == [2] * 5
-    assert [syncs.of(commit, repo, number, chunk=True) for number in range(5, 10)] == [with_chunk] * 5
+
+    def changed(number: int) -> None:
+        session = repo.writable_session("main")
+        change(session, number)
+        session.commit(str(number))
+
+    assert [syncs.of(changed, number) for number in range(3)] == [2 if change is attributes else 3] * 3
 
 
-def test_every_other_change_waits_for_the_disk_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    repo = create(tmp_path / "r")
+@pytest.mark.parametrize(
+    ("layout", "tiny", "chunk"), [("log", 2, 4), ("repo", 8, 12), ("refs", 6, 10)], ids=lambda value: str(value)
+)
+def test_without_a_call_that_syncs_all_each_file_and_folder_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Name, tiny: int, chunk: int
+) -> None:
+    monkeypatch.setattr(folders, "syncs_names", lambda device: False)
+    repo = with_arrays(tmp_path / "r", layout)
+    commit(repo, 0, chunk=True)
+    syncs = Syncs(tmp_path, monkeypatch, together=False)
+    assert syncs.of(commit, repo, 1) == tiny
+    assert syncs.of(commit, repo, 2, chunk=True) == chunk
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_while_others_write_much_each_file_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Name
+) -> None:
+    monkeypatch.setattr(folders, "syncs_names", lambda device: True)
+    repo = with_arrays(tmp_path / "r", layout)
+    syncs = Syncs(tmp_path, monkeypatch)
+    monkeypatch.setattr(files, "_unwritten_bytes", lambda: 1 << 30)
+    session = repo.writable_session("main")
+    large_chunks(session, 1)
+    assert syncs.of(session.commit, "large") > 8
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_other_change_waits_for_the_disk_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Name
+) -> None:
+    monkeypatch.setattr(folders, "syncs_names", lambda device: True)
+    repo = create(tmp_path / "r", layout)
     tip = commit(repo, 0)
     syncs = Syncs(tmp_path, monkeypatch)
     assert syncs.of(repo.create_tag, "t", snapshot_id=tip) == 2
     assert syncs.of(repo.create_branch, "b", snapshot_id=tip) == 2
-    assert syncs.of(repo.delete_branch, "b") == 2
+    assert syncs.of(repo.delete_branch, "b") == (1 if layout == "refs" else 2)
 
 
 def test_all_files_are_where_readers_of_the_format_look_when_a_commit_returns(tmp_path: Path) -> None:

@@ -81,9 +81,15 @@ async def test_the_root_is_made_by_the_first_write_only(tmp_path: Path) -> None:
     assert (root / "a" / "b").read_bytes() == b"1"
 
 
+@pytest.mark.parametrize(
+    ("names_follow_files", "needed"),
+    [(False, {".", "r", "r/s", "r/s/a", "r/s/a/b"}), (True, {"r/s/a/b"})],
+    ids=["folders are synced", "names follow files"],
+)
 async def test_every_folder_on_the_way_is_synced_before_the_put_returns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names_follow_files: bool, needed: set[str]
 ) -> None:
+    monkeypatch.setattr(folders, "syncs_names", lambda device: names_follow_files)
     synced: list[str] = []
     real = files.fsync_folder
 
@@ -94,7 +100,7 @@ async def test_every_folder_on_the_way_is_synced_before_the_put_returns(
     monkeypatch.setattr(folders, "fsync_folder", record)
     storage = LocalStorage(tmp_path / "r" / "s")
     await storage.put("a/b/c", b"1", Absent())
-    assert {".", "r", "r/s", "r/s/a", "r/s/a/b"} <= set(synced)
+    assert needed <= set(synced)
     assert synced[-1] == "r/s/a/b"
     synced.clear()
     await storage.put("a/b/d", b"1", Absent())

@@ -5,9 +5,9 @@ at most half a minute: however long the history, writing it down takes a small s
 far behind for long.
 
 If syncs are deferred, as on a local disk, nothing is written in the background. Each change is written through before
-its caller is notified; a close or a request makes it durable. A small ``repo`` (some thousand snapshots) is written
-with every change. A large one is written unless a pause as above has not ended yet; the next change after the pause, a
-checkpoint or a close then writes it.
+its caller is notified, ``repo`` included, however long the history: readers of the format find the change when its
+caller is told of it. That takes as long as any writer of the format needs for a change. A close or a request makes it
+durable.
 
 The task is one of asyncio, not of a caller: it outlives the swap that made it due, is held strongly, ends when
 nothing is due any more, and is awaited or cancelled by `Checkpointing.finish`. The checkpoint itself and
@@ -41,8 +41,6 @@ __all__ = ["Checkpointing"]
 _LOG: Final = logging.getLogger(__name__)
 _PAUSE_SHARE: Final = 10
 _LONGEST_PAUSE_S: Final = 30.0
-_SMALL_BYTES: Final = 256 * 1024
-"""If syncs are deferred, a ``repo`` of up to this size is written with every change."""
 
 
 class Checkpointing:
@@ -53,8 +51,6 @@ class Checkpointing:
         self._one_at_a_time = asyncio.Lock()
         self._stopped = False
         self._pausing = False
-        self._pause_until_us = 0
-        """If syncs are deferred: before this time a large ``repo`` is not written again."""
         self.task: asyncio.Task[None] | None = None
         """Writes checkpoints while any is due."""
 
@@ -63,7 +59,7 @@ class Checkpointing:
         await self._write(self._write_durable if self._view.storage.defers_syncs else self._write_checkpoint)
 
     async def write_through(self) -> None:
-        """If syncs are deferred: write all embedded files as objects, and ``repo`` up to the head if it is due.
+        """If syncs are deferred: write all embedded files as objects, and ``repo`` up to the head.
 
         Does not wait for the disk, except the first time in a repository that has no durable copy of ``repo``.
         """
@@ -111,11 +107,7 @@ class Checkpointing:
         view = self._view
         if view.known.marker is not None and view.known.marker.durable is None:
             return await self._write_durable(head)
-        began_us = view.sources.elapsed_us()
-        if view.known.size_bytes > _SMALL_BYTES and view.known.copy is None and began_us < self._pause_until_us:
-            await view.embedded.put_unsynced(view.checkpoint_n, head.n)
-            return Written(known=view.known, info=None, by_us=False)
-        written = await write_unsynced(
+        return await write_unsynced(
             view.storage,
             view.sources,
             head,
@@ -123,10 +115,6 @@ class Checkpointing:
             embedded=view,
             updates_per_file=view.updates_per_file,
         )
-        ended_us = view.sources.elapsed_us()
-        pause_us = _PAUSE_SHARE * max(0, ended_us - began_us)
-        self._pause_until_us = ended_us + min(pause_us, int(_LONGEST_PAUSE_S * 1e6))
-        return written
 
     async def _write_durable(self, head: Head) -> Written | LostRepo:
         view = self._view

@@ -205,15 +205,6 @@ class EmbeddedFiles:
             if found is not None:
                 await EmbeddedInTail(self._storage, [found[0]]).materialize(after, end)
 
-    async def put_unsynced(self, after: int, end: int) -> None:
-        """As `materialize` if syncs are deferred, without waiting for any."""
-        files = [
-            (n, key, data) for n, files in self._by_slot.items() if after < n <= end for key, data in files.items()
-        ]
-        await self._storage.put_unsynced([Put(key, data, Absent()) for _, key, data in files])
-        for n, key, _ in files:
-            self._exists(n, key)
-
     async def get(self, epoch: str, after: int, end: int) -> dict[str, bytes]:
         """The files of the entries after slot ``after`` up to ``end`` that have no known object."""
         found: dict[str, bytes] = {}

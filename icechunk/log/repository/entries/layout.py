@@ -42,7 +42,7 @@ from icechunk.log.repository.marker import state_of
 from icechunk.log.repository.objects import RepoObject, nonce_in_slot, read_repo, read_slot
 from icechunk.log.repository.ops_log import any_in_history, updates_of
 from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Layout, Proposal, Propose, SwapToken
-from icechunk.log.repository.queue import MAX_EMBEDDED_BYTES, Attempt, Group, Waiting, build
+from icechunk.log.repository.queue import Attempt, Group, Waiting, build
 from icechunk.log.repository.settle import CLOSE_GRACE_S, SwappedLog
 from icechunk.log.repository.state import MAIN, RepoState, apply
 from icechunk.log.repository.store_check import StoreCheck, may_write
@@ -133,10 +133,6 @@ class LogLayout(SwappedLog[SlotAttempt]):
         """The newest task of each kind, done or not; for tests that stop a client dead."""
         tasks = (self.runner, self._preparation, self.view.embedded.task, self._checkpointing.task, self.view.sealer)
         return tuple(task for task in tasks if task is not None)
-
-    @property
-    def embed_limit_bytes(self) -> int:
-        return MAX_EMBEDDED_BYTES
 
     def share_files(self, files: WeightedCache[str, bytes]) -> None:
         for key, data in self.view.files.items():

@@ -45,7 +45,7 @@ from icechunk.log.repository.store_check import MatchCheck
 from icechunk.log.repository.tokens import REFS_TOKEN
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.storage.outcome import Fate, is_refusal, refused
-from icechunk.storage.port import Absent, GetResult, Matches, Precondition, Storage, Version
+from icechunk.storage.port import Absent, GetResult, Matches, Precondition, Put, Storage, Version
 
 __all__ = ["RefFilesLayout", "needs_format_2"]
 
@@ -203,6 +203,7 @@ class RefFilesLayout(SwappedLog[_Write]):
             group.nonce = _NO_MARK if group.data is None else nonce
             group.state = apply(self.state, events[0], time_us=group.time_us, since_us=one.since_us)
             group.members.append(Member(waiting=one, snapshots=tuple(new_snapshots(events))))
+            group.files.update(one.files)
         except Exception as error:
             group.refused.append((one, error))
         return group
@@ -269,7 +270,7 @@ class RefFilesLayout(SwappedLog[_Write]):
                 raise refused(error) if result.refused else error
         else:
             try:
-                await storage.put(attempt.key, attempt.data, attempt.precondition)
+                await storage.put_after(attempt.unsynced, Put(attempt.key, attempt.data, attempt.precondition))
             except (PreconditionFailedError, ObjectNotFoundError):
                 return False
             except BaseException as error:

@@ -48,7 +48,7 @@ from icechunk.log.repository.tokens import REPO_TOKEN, settle_ended
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import finish_task
 from icechunk.storage.outcome import Fate
-from icechunk.storage.port import Matches, Storage, Version
+from icechunk.storage.port import Matches, Put, Storage, Version
 from icechunk.transfer.cache import WeightedCache
 
 __all__ = ["RepoObjectLayout"]
@@ -60,6 +60,8 @@ class _Replacement(Attempt):
 
     base: Version
     """The version that it replaces."""
+    copy: str
+    """Key of the copy of that version."""
     data: bytes
     state: RepoState
     """Afterwards."""
@@ -183,7 +185,12 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
     async def _copy(self) -> str:
         name = overwritten_repo_name(max(self._sources.wall_us(), 0) // 1000, self._sources.random_bytes(12))
         # A copy of any version: if that is not the one replaced in the end, the PUT fails and nothing names this copy.
-        await self._storage.copy(REPO_KEY, overwritten_repo_key(name))
+        if self._storage.defers_syncs:
+            # The replacement makes it durable.
+            data = (await self._storage.get(REPO_KEY)).data
+            await self._storage.put_unsynced([Put(overwritten_repo_key(name), data)])
+        else:
+            await self._storage.copy(REPO_KEY, overwritten_repo_key(name))
         return name
 
     # ------------------------------------------------- encoding, condition, recognition
@@ -235,6 +242,7 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
             nonce=nonce,
             time_us=group.state.last_time_us,
             base=base,
+            copy=overwritten_repo_key(self._copied[1]),
             data=encoded.data,
             state=resting_on(state, encoded.info, state),
         )
@@ -244,7 +252,9 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
         # A copy that one attempt names is no other's.
         self._copied = None
         try:
-            put = await storage.put(REPO_KEY, attempt.data, Matches(attempt.base))
+            put = await storage.put_after(
+                (*attempt.unsynced, attempt.copy), Put(REPO_KEY, attempt.data, Matches(attempt.base))
+            )
         except (ObjectNotFoundError, PreconditionFailedError):
             return False
         self._view.landed(put, asked, look, base=attempt.base, state=attempt.state)

@@ -1,97 +1,72 @@
-"""When ``repo`` is written where syncs are deferred: with every change, but for a large one in quick succession."""
+"""When ``repo`` is written where syncs are deferred: with every change, whatever its size."""
 
 from __future__ import annotations
 
-import time
+import random
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from icechunk.format.ids import encode_id
 from icechunk.format.repo.codec import decode_repo
 from icechunk.log.repository.create import create_log
-from icechunk.log.repository.entries import checkpoint, checkpoint_schedule
 from icechunk.log.repository.entries.layout import LogLayout
-from icechunk.log.repository.marker import decode_marker
+from icechunk.log.repository.events import MetadataReplaced
+from icechunk.log.repository.marker import Marker, decode_marker
+from icechunk.runtime.clock import SYSTEM
 from icechunk.storage.local.storage import LocalStorage
-from icechunk.testing.scripted import ManualClock
 from tests.log.repository.strategies import an_id
 from tools.simulator.writers import commit_proposal
 
-TAKES_S = 1.0
-
 
 class Client:
-    """One client on a local folder, whose clock moves by a second whenever it writes ``repo``."""
+    """One client on a local folder."""
 
-    def __init__(self, root: Path, clock: ManualClock, log: LogLayout) -> None:
-        self.root, self.clock, self.log = root, clock, log
+    def __init__(self, root: Path, log: LogLayout) -> None:
+        self.root, self.log = root, log
 
     async def commit(self, number: int) -> None:
         id = an_id(number)
-        proposal = commit_proposal(id, "main", now_us=self.clock.now_us)
+        proposal = commit_proposal(id, "main", now_us=SYSTEM.wall_us())
         await self.log.append(proposal, files={f"snapshots/{encode_id(id)}": b"embedded"})
+
+    @property
+    def marker(self) -> Marker:
+        """Of ``repo``."""
+        marker = decode_marker(decode_repo((self.root / "repo").read_bytes()).extra)
+        assert marker is not None
+        return marker
 
     @property
     def slot(self) -> int:
         """The last slot that ``repo`` holds."""
-        marker = decode_marker(decode_repo((self.root / "repo").read_bytes()).extra)
-        assert marker is not None
-        return marker.n
+        return self.marker.n
 
     def has_file(self, number: int) -> bool:
         return (self.root / "snapshots" / encode_id(an_id(number))).exists()
 
 
 @pytest.fixture
-async def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Client]:
-    clock = ManualClock(time.time_ns() // 1000)
-    write = checkpoint.write_unsynced
-
-    async def take_long(*arguments: Any, **options: Any) -> Any:
-        clock.move(TAKES_S)
-        return await write(*arguments, **options)
-
-    monkeypatch.setattr(checkpoint_schedule, "write_unsynced", take_long)
-    log = await create_log(LocalStorage(tmp_path), clock.sources())
-    yield Client(tmp_path, clock, log)
+async def client(tmp_path: Path) -> AsyncIterator[Client]:
+    log = await create_log(LocalStorage(tmp_path), SYSTEM)
+    yield Client(tmp_path, log)
     await log.aclose()
 
 
-async def test_a_small_checkpoint_is_written_with_every_change(client: Client) -> None:
-    for number in range(1, 5):
-        await client.commit(number)
-        assert client.slot == number
-
-
-async def test_a_large_checkpoint_is_written_again_after_ten_times_its_duration(
-    client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoint_schedule, "_SMALL_BYTES", 0)
-    slots = []
+@pytest.mark.parametrize("size", [0, 1 << 20], ids=["small", "large"])
+async def test_repo_and_files_are_written_with_every_change(client: Client, size: int) -> None:
+    metadata = {"random": random.Random(1).randbytes(size).hex()}
+    await client.log.append(lambda state: (MetadataReplaced(metadata=metadata),))
     for number in range(1, 6):
         await client.commit(number)
-        slots.append(client.slot)
+        assert client.slot == number + 1
         assert client.has_file(number)
-    assert slots == [1] * 5
-    client.clock.move(10 * TAKES_S)
-    await client.commit(6)
-    assert client.slot == 6
-    assert client.has_file(6)
+    assert (client.root / "repo").stat().st_size > size
 
 
-async def test_a_large_checkpoint_is_brought_up_to_date_on_request_and_at_a_close(
-    client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoint_schedule, "_SMALL_BYTES", 0)
+async def test_a_close_makes_it_durable(client: Client) -> None:
     await client.commit(1)
-    await client.commit(2)
-    assert client.slot == 1
-    await client.log.checkpoint()
-    assert client.slot == 2
-    await client.commit(3)
-    assert client.slot == 2
+    assert client.marker.durable_n == 0
     await client.log.aclose()
-    assert client.slot == 3
+    assert client.marker.durable_n == 1
