@@ -99,6 +99,13 @@ def test_a_commit_with_files_older_than_the_collection_cutoff_is_refused() -> No
     assert after(state, commit(1, FIRST_SNAPSHOT), since_us=7_000).branch_tip("main") == an_id(1)
 
 
+def test_the_cutoff_of_collections_never_goes_back() -> None:
+    state = after(fresh(), e.CollectionRan(cutoff_us=7_000), e.CollectionRan(cutoff_us=3_000))
+    assert state.gc_cutoff_us == 7_000
+    with pytest.raises(SessionStateError):
+        after(state, commit(1, FIRST_SNAPSHOT), since_us=5_000)
+
+
 def test_a_collection_drops_unreachable_snapshots_and_keeps_young_detached_ones() -> None:
     state = after(
         fresh(),

@@ -18,7 +18,7 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.log.repository import events as e
-from icechunk.log.repository.entry import encode_entry, slot_key
+from icechunk.log.repository.entry import Entry, decode_entry, encode_entry, slot_key
 from icechunk.log.repository.event_json import encode_events
 from icechunk.log.repository.open import open_repository
 from icechunk.maintenance.collect import collect_garbage
@@ -125,6 +125,35 @@ async def test_a_commit_with_files_older_than_the_cutoff_is_refused_and_void_for
     assert other.state.branch_tip("main") == an_id(1) == (await log.refresh()).branch_tip("main")
     await log.append(world.commit(3), since_us=cutoff_us)
     assert (await other.refresh()).branch_tip("main") == an_id(3)
+
+
+async def entries(world: World, epoch: str, last: int) -> list[Entry]:
+    return [decode_entry((await world.store.get(slot_key(epoch, n))).data, n=n) for n in range(1, last + 1)]
+
+
+async def test_an_entry_is_as_old_as_the_oldest_file_of_those_that_share_it(world: World) -> None:
+    log, _ = await world.create()
+    await log.prepare_writes()
+    await log.append(lambda _: [e.BranchCreated(name="b", snapshot=FIRST_SNAPSHOT)])
+    both = (log.append(world.commit(1), since_us=500), log.append(world.commit(2, branch="b"), since_us=900))
+    await asyncio.gather(*both)
+    _, shared = await entries(world, log.epoch, log.n)
+    assert [type(event) for event in shared.events] == [e.CommitAdded] * 2
+    assert shared.since_us == 500
+
+
+async def test_a_collection_shares_its_entry_with_nothing(world: World) -> None:
+    log, _ = await world.create()
+    await log.prepare_writes()
+    collection = e.CollectionRan(cutoff_us=1)
+    await asyncio.gather(
+        log.append(lambda _: [e.BranchCreated(name="b", snapshot=FIRST_SNAPSHOT)]),
+        log.append(lambda _: [collection]),
+        log.append(lambda _: [e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)]),
+    )
+    found = [entry.events for entry in await entries(world, log.epoch, log.n)]
+    assert len(found) == 3
+    assert found[1] == (collection,)
 
 
 async def test_a_session_that_begins_after_a_collection_is_not_in_its_way(world: World) -> None:
