@@ -28,7 +28,7 @@ class Mutant:
     tests: tuple[str, ...] = RULES
     """Arguments of pytest, the likeliest first."""
     known: str = ""
-    """The fault that users or field tests met, where this takes out its fix: the simulator alone has to find it."""
+    """The fault that users or field tests met, where this takes out its fix: CI runs these."""
 
     def apply(self, text: str) -> str:
         """The file's text with the change."""
@@ -50,6 +50,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "            await self._follow_into_log()\n",
         "            break\n",
         ("repo",),
+        known="a reader saw old data for ever after a conversion to the log",
     ),
     Mutant(
         "tips-prove-that-history-goes-on",
@@ -57,6 +58,7 @@ MUTANTS: tuple[Mutant, ...] = (
         LOG + "entries/client.py",
         "        return state.last_time_us >= self.state.last_time_us\n",
         "        return all(tip in state.snapshots for tip in self.state.branches.values())\n",
+        known="a reader saw old data for ever after a conversion there and back",
     ),
     Mutant(
         "sleeper-takes-pruned-for-taken-over",
@@ -64,6 +66,7 @@ MUTANTS: tuple[Mutant, ...] = (
         LOG + "entries/client.py",
         "            if not is_fresh(freshness, instant(self.sources, None if found is None else found[1].date_us)):\n",
         "            if False:\n",
+        known="a client that had slept sealed a log that was only pruned",
     ),
     Mutant(
         "opener-seals-a-living-log",
@@ -79,6 +82,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "                if nonce_of(extra) in nonces:\n",
         "                if update.backup_path is not None and nonce_of(extra) in nonces:\n",
         ("repo",),
+        known="a change that had landed was settled as lost",
     ),
     Mutant(
         "conversion-makes-no-copy",
@@ -94,6 +98,7 @@ MUTANTS: tuple[Mutant, ...] = (
         LOG + "objects.py",
         "marker.epoch == token.epoch and token.n > marker.n",
         "marker.epoch == token.epoch and token.n > 0",
+        known="a token was settled by a slot that had been pruned and made again",
     ),
     Mutant(
         "equal-refs-are-ones-own",
@@ -102,6 +107,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "        return mark_in(data) == mark_in(attempt.data)\n",
         "        return data.split() == attempt.data.split()\n",
         ("refs",),
+        known="two clients were both told that they had deleted one tag",
     ),
     Mutant(
         "unfinished-upgrade-hides-commits",
@@ -111,6 +117,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "                info = seen.unfinished\n",
         ("refs",),
         ("tests/repository/test_format_upgrade.py",),
+        known="commits disappeared from readers during an upgrade",
     ),
     # -- the engine of conditional writes ------------------------------------------------------------------------------
     Mutant(
@@ -120,6 +127,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "        self.ended_by_caller = self._attempt.is_told\n",
         "        self.ended_by_caller = False\n",
         ALL,
+        known="an unknown or refused change was carried out by the next one",
     ),
     Mutant(
         "refusal-is-no-refusal",
@@ -128,6 +136,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "    refusal = is_refusal(error)\n",
         "    refusal = False\n",
         ALL,
+        known="a store's certain refusal was called an unknown outcome",
     ),
     Mutant(
         "refusal-after-a-lost-answer",
@@ -194,6 +203,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "            refusal = _refusal(one, state, time_us) if group.members else error\n",
         "            refusal = error\n",
         ALL,
+        known="a call was refused because of one that never landed",
     ),
     Mutant(
         "validated-on-the-head-only",
@@ -492,6 +502,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "",
         (),
         ("tests/session/test_merge.py", "tests/session/test_fork.py"),
+        known="merged forks lost what landed meanwhile",
     ),
     Mutant(
         "writes-after-the-commit",
@@ -599,6 +610,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "            (True for _ in numbers),\n",
         (),
         ("tests/maintenance/test_liveness.py", "tests/maintenance"),
+        known="data stayed that the user was told was collected",
     ),
     # -- storage -------------------------------------------------------------------------------------------------------
     Mutant(
