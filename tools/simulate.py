@@ -50,9 +50,12 @@ class Totals:
     profiles: Counter[str] = field(default_factory=Counter)
     broken: list[Report] = field(default_factory=list)
     seconds: float = 0.0
+    first_seed: int = 0
+    last_seed: int = 0
 
     def add(self, report: Report) -> None:
         """Count one schedule."""
+        self.last_seed = max(self.last_seed, report.seed)
         if report.problems:
             self.broken.append(report)
         if not report.counts:
@@ -77,6 +80,7 @@ class Totals:
             f"{self.schedules} schedules in {self.seconds:.1f} s: {rate:.0f} a second, "
             f"{self.requests / max(1, self.schedules):.0f} requests each; {self.calm} without faults, not counted"
         )
+        yield f"seeds {self.first_seed} to {self.last_seed}"
         counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.operations.items()))
         yield f"operations: {counts}; {self.unknown} unknown at first"
         yield (
@@ -104,7 +108,7 @@ def run(
     stop: bool = False,
 ) -> Totals:
     """Run seeds from ``seed`` on, until there were so many, so much time has passed, or, with ``stop``, one broke."""
-    totals, began = Totals(), time.monotonic()
+    totals, began = Totals(first_seed=seed), time.monotonic()
     last = sys.maxsize if runs is None else seed + runs
     batches = _batches(seed, last, began + seconds)
     if workers == 1:
