@@ -22,8 +22,8 @@ Matches      anything else, after a try  undecided: ours may have landed and bee
 ===========  ==========================  =====================================================
 
 `landed` turns the outcome into what `Storage.put` returns or raises: `PreconditionFailedError` where the write is lost.
-Some failures say for certain that nothing was written, if every try of the write failed so. That is said on the error:
-`refused`, where another try would fare no better, and `unsent`, where it may. `tried_by` reads it from there again.
+If every try of a write failed in a way that certainly wrote nothing, the error says so: it is marked `refused` if
+another try would fail too, and `unsent` if it may succeed. `tried_by` reads the mark.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ class Tried:
     turned_down: bool = False
     """Because the condition did not hold; certain unless an earlier request may have landed."""
     final: bool = False
-    """Another try would not fare better."""
+    """Whether another try would fail too."""
     refused: bool = False
-    """For certain, and every other try would be too."""
+    """Whether it certainly wrote nothing, and every other try would fail in the same way."""
     may_land: bool = False
-    """It may have been executed, or may be later."""
+    """Whether it may have been executed, or may be later."""
     reached: bool = True
-    """The service may have had the request."""
+    """Whether the service may have received the request."""
     look: bool = False
     """Worth looking before the next one."""
 

@@ -68,7 +68,7 @@ class Limits:
 
 
 def limits_of(settings: StorageSettings | None, stream_timeout_s: int | None = None) -> Limits:
-    """The limits that settings and options describe, official defaults where they are silent."""
+    """The limits that settings and options describe; official defaults where they give none."""
     settings = settings or StorageSettings()
     retries = settings.retries or StorageRetriesSettings()
     timeouts = settings.timeouts or StorageTimeoutSettings()
@@ -133,7 +133,7 @@ class Tries:
         asked_s
             What the service asks for; comes on top, within the longest pause.
         contacted
-            Whether the service ever answered.
+            Whether the service has ever answered.
         """
         limits = self._limits
         most = limits.max_tries if contacted else min(limits.max_tries, _FIRST_CONTACT_TRIES)

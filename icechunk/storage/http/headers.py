@@ -30,7 +30,7 @@ def range_header(byte_range: ByteRange) -> dict[str, str]:
 
 
 def most_bytes(byte_range: ByteRange) -> int | None:
-    """Bytes that a range has at the most; None where its end depends on the object."""
+    """Largest number of bytes in a range; None if its end depends on the object."""
     match byte_range:
         case Range(start, int(end)):
             return end - start
@@ -40,19 +40,19 @@ def most_bytes(byte_range: ByteRange) -> int | None:
 
 
 def served_size(headers: Mapping[str, str], wanted: ByteRange, received: int | None = None) -> int | None:
-    """The whole object's size, as the ``Content-Range`` of an answer of status 206 or 416 says.
+    """The size of the whole object, from the ``Content-Range`` of an answer of status 206 or 416.
 
     Parameters
     ----------
     wanted
         The range that was asked for.
     received
-        Bytes of the body of a 206; None: of a 416, which serves no range.
+        Number of bytes in the body of a 206; None: the status is 416, which has no range.
 
     Returns
     -------
     int or None
-        None where the header is none, or is not about exactly the wanted range.
+        None if the header is missing or malformed, or names another range than the wanted one.
     """
     match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
     if match is None:
@@ -74,7 +74,7 @@ def served_size(headers: Mapping[str, str], wanted: ByteRange, received: int | N
 
 
 def content_length(headers: Mapping[str, str]) -> int | None:
-    """The size that a header gives; None if it gives none."""
+    """The value of ``Content-Length``; None if it is missing or malformed."""
     text = headers.get("Content-Length", "")
     return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
 
@@ -89,7 +89,7 @@ def _parse_date(text: str) -> int | None:
 
 
 def date_us(headers: Mapping[str, str], name: str = "Date") -> int | None:
-    """A date header, µs since the epoch; None where it is missing or no date."""
+    """A date header, µs since the epoch; None if it is missing or not a date."""
     text = headers.get(name)
     return None if text is None else _parse_date(text)
 

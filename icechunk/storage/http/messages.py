@@ -1,7 +1,7 @@
 """The messages of HTTP/1.1, without I/O: the head of a request, and an answer as it comes in, cut anywhere.
 
-The pieces of a small answer are joined once, when the last has come. The receiver puts a
-large one of known size into its final place as it comes: see `Reading.rest`.
+The pieces of a small answer are joined once, when the last one has come. A large answer of known size is received into
+its final place: see `Reading.rest`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LARGEST_IN_PLACE_BYTES: Final = 256 * 1024 * 1024
 
 
 class BadAnswerError(ConnectionError):
-    """The answer is not complete."""
+    """The answer is incomplete or malformed."""
 
 
 class TooLargeError(BadAnswerError):
@@ -109,7 +109,7 @@ class Reading:
         """Whether the connection may be used again after this answer."""
 
     def feed(self, data: bytes) -> Response | None:
-        """Take bytes; the answer once it is complete. Raises ValueError where it is none."""
+        """Take bytes; returns the answer once it is complete. Raises `ValueError` if it is malformed."""
         if self._head is not None:
             rest = self._feed_head(data)
             if rest is None:
@@ -146,12 +146,12 @@ class Reading:
         return None if self._whole is None else self._whole[len(self._whole) - self._left :]
 
     def fill(self, count: int) -> Response | None:
-        """So many bytes of `rest` are there; the answer once it is complete."""
+        """Note that ``count`` bytes of `rest` were filled; returns the answer once it is complete."""
         self._left -= count
         return None if self._left else self._response()
 
     def at_end(self) -> Response | None:
-        """The answer where the end of the connection is its end; None where it is incomplete."""
+        """The answer, if the end of the connection marks its end; None if it is incomplete."""
         if self._head is None and self._size is None and self._chunks is None:
             return self._response()
         return None
@@ -245,7 +245,7 @@ def _require_fitting(size: int, most: int | None) -> None:
 
 
 class _Chunks:
-    """A body in chunks of HTTP, of at most so many bytes."""
+    """A body in HTTP chunks, of at most ``most`` bytes."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -257,7 +257,7 @@ class _Chunks:
         self._last = False
 
     def feed(self, data: bytes) -> bytes | None:
-        """Take bytes; the whole body once the last chunk has come. Raises ValueError on nonsense."""
+        """Take bytes; the whole body once the last chunk has come. Raises `ValueError` if they are malformed."""
         rest = self.rest
         rest += data
         at = 0

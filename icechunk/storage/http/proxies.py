@@ -1,8 +1,8 @@
-"""Which proxy requests to an origin go through, as the environment or an option says.
+"""The proxy of the requests to an origin, by the environment or an option.
 
 The variables are those of urllib, botocore and aiohttp: ``http_proxy`` and ``https_proxy`` by the scheme of the
-request, ``no_proxy`` for the hosts that are reached directly (macOS and Windows: also the system's settings).
-``all_proxy`` is not obeyed, as none of these obeys it.
+request, ``no_proxy`` for the hosts that are reached directly (on macOS and Windows, the settings of the system too).
+``all_proxy`` is ignored, as these libraries ignore it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Proxies:
     Parameters
     ----------
     url
-        Of the proxy of all requests; None: as the environment says now.
+        URL of the proxy of all requests; None: the environment decides, as it is now.
     """
 
     def __init__(self, url: str | None = None) -> None:
@@ -49,12 +49,12 @@ class Proxies:
         self._found = {} if url is not None else getproxies()
 
     def proxy_for(self, scheme: str, host: str, port: int) -> Proxy | None:
-        """The proxy of requests to an origin; None: there is none.
+        """The proxy of requests to an origin; None if they go directly.
 
         Raises
         ------
         ProxyError
-            What is named is no proxy that we know.
+            The value is not the URL of an ``http://`` or ``https://`` proxy.
         """
         if self._url is not None:
             return _parsed(self._url, "proxy_url")

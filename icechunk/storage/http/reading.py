@@ -31,11 +31,12 @@ class HttpReader:
     Parameters
     ----------
     headers
-        Sent with every request to the server that was asked; a redirect to another one goes without them.
+        Sent with every request to the server of the URL; requests that follow a redirect to another server go without
+        them.
     limits
         Tries and timeouts.
     serves_ranges
-        Refuse servers that send a whole file where a range was asked for; else the range is cut out here.
+        Refuse servers that answer with a whole file if a range was asked for; else the range is cut out here.
     proxy
         URL of a proxy; None: as the environment says.
     tls
@@ -100,7 +101,7 @@ class HttpReader:
                 raise failure
 
     async def redirected(self, url: str) -> str | None:
-        """The first URL that a server redirects to that is none of the web; None: it leads to no redirect.
+        """The first URL in a chain of redirects with a scheme other than ``http`` and ``https``; None without one.
 
         Raises
         ------

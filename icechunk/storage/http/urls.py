@@ -1,7 +1,7 @@
-"""URLs of web servers, and their form in requests, which is decided only here.
+"""URLs of web servers, and the form in which requests send them. No other module decides that form.
 
-The query is sent byte for byte as it was given, and so are the percent-encodings of the path; everything else that a
-request cannot hold is encoded. Control characters are refused: parsers disagree on whether they count, so that a URL
+The query is sent byte for byte as it was given, and so are the percent-encodings of the path; every other character
+that a request cannot hold is encoded. Control characters are refused: parsers disagree on whether they count, so a URL
 with them may mean another place than the one that was checked.
 """
 
@@ -32,7 +32,7 @@ _TO_ENCODE_IN_A_QUERY: Final = re.compile(r"[^\x21-\x7e]+")
 
 @dataclass(frozen=True, slots=True)
 class WebUrl:
-    """A URL of scheme ``http`` or ``https``, ready to be asked for."""
+    """A URL of scheme ``http`` or ``https``, in the form that requests need."""
 
     scheme: str
     """In lower case."""
@@ -42,7 +42,7 @@ class WebUrl:
     target: str
     """Path and query, encoded."""
     authorization: str | None
-    """The header that the user and password in the URL ask for."""
+    """Value of the header ``authorization``, made of the user and password in the URL; None if it has none."""
 
     @property
     def origin(self) -> Origin:
@@ -65,7 +65,7 @@ def parse_url(url: str) -> WebUrl:
     Raises
     ------
     InvalidInputError
-        It is none, or has control characters (kind ``cannot-parse-url``).
+        The text is not a URL of the web, or has control characters (kind ``cannot-parse-url``).
     """
     match = None if _CONTROL.search(url) else _URL.fullmatch(url)
     if match is None:
@@ -91,7 +91,7 @@ def joined(url: WebUrl, location: str) -> str:
     Raises
     ------
     InvalidInputError
-        It leads nowhere, or has control characters (kind ``bad-redirect``).
+        ``location`` is not a URL, or has control characters (kind ``bad-redirect``).
     """
     try:
         if _CONTROL.search(location):
