@@ -48,9 +48,9 @@ class History(RepositoryBase):
     def ancestry(
         self, *, branch: str | None = None, tag: str | None = None, snapshot_id: str | None = None
     ) -> Iterator[SnapshotInfo]:
-        """Synchronous twin of `async_ancestry`."""
+        """Synchronous twin of `async_ancestry`, which raises its errors at the call, before the first item."""
         # No item needs a request once the history is known, so all are made in the caller's thread.
-        yield from run_sync(self._lineage(branch, tag, snapshot_id))
+        return run_sync(self._lineage(branch, tag, snapshot_id))
 
     async def ops_log_async(self) -> AsyncIterator[Update]:
         """Everything that ever happened to the repository, newest first."""

@@ -271,8 +271,8 @@ class Maintenance(Sessions):
         Parameters and errors as there.
         """
         warn_caller(
-            "total_chunks_storage is deprecated: chunk_storage_stats() also counts inline and virtual chunks, and its "
-            "native_bytes is the number that this returns",
+            "total_chunks_storage and total_chunks_storage_async are deprecated: chunk_storage_stats() also counts "
+            "inline and virtual chunks, and its native_bytes is the number that these return",
             DeprecationWarning,
         )
         stats = await self.chunk_storage_stats_async(

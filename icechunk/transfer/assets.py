@@ -225,7 +225,8 @@ class Assets:
                 found = await self._load(snapshot_key(id), lambda data: decode_snapshot(data, expected_id=id))
             except ObjectNotFoundError as error:
                 raise SnapshotNotFoundError(
-                    f"snapshot {encode_id(id)} has no file in this repository; it was collected, or never existed here"
+                    f"object not found: snapshot {encode_id(id)} has no file in this repository; it was collected, or "
+                    "never existed here"
                 ) from error
             self.keep_snapshot(found)
         return found

@@ -9,6 +9,7 @@ import re
 
 import pytest
 
+from icechunk.errors import RefNotFoundError, SnapshotNotFoundError
 from icechunk.repository import Repository
 from icechunk.snapshots import SnapshotInfo
 from icechunk.storage.memory import MemoryStorage
@@ -48,3 +49,16 @@ async def test_snapshots_of_a_stored_history_are_the_values_that_a_look_up_retur
         fresh[2].message = "y"  # type: ignore[misc]
     assert isinstance(fresh[2], SnapshotInfo)
     assert not hasattr(SnapshotInfo.__new__(SnapshotInfo), "message")
+
+
+@pytest.mark.parametrize("version", [None, 2, 1], ids=["log", "repo", "refs"])
+def test_an_unknown_start_is_refused_before_the_first_item(version: int | None) -> None:
+    repo = Repository.create(MemoryStorage(), spec_version=version)
+    for start in ({"branch": "nope"}, {"tag": "nope"}):
+        with pytest.raises(RefNotFoundError):
+            repo.ancestry(**start)
+    with pytest.raises(SnapshotNotFoundError):
+        repo.ancestry(snapshot_id="0" * 20)
+    with pytest.raises(ValueError, match="branch"):
+        repo.ancestry()
+    assert [info.parent_id for info in repo.ancestry(branch="main")] == [None]
