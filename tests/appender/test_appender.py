@@ -380,3 +380,18 @@ async def test_a_durable_put_right_after_another_asks_the_store_nothing() -> Non
     found = await repo.readonly_session_async("main")
     array = await zarr.api.asynchronous.open_array(store=found.store, path="v")
     assert np.asarray(await array.getitem(slice(None)))[:, 0].tolist() == [7, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("commits", [1, 40])
+async def test_an_appender_knows_its_position_after_two_answers_of_the_store(commits: int) -> None:
+    inner = icechunk.in_memory_storage()
+    repo = await icechunk.Repository.create_async(inner)
+    async with repo.appender("main", dim="time", source="s") as appender:
+        for n in range(commits):
+            await appender.put(rows(n), offset=n, durable=True)
+    storage = RecordingStorage(inner)
+    reopened = await icechunk.Repository.open_async(storage)
+    storage.clear()
+    async with reopened.appender("main", dim="time", source="s") as appender:
+        assert appender.position == commits - 1
+        assert storage.dependent_rounds() <= 2
