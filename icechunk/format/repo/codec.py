@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from icechunk.errors import ErrorKind, FormatError, InvalidInputError
 from icechunk.format.envelope import FileType, seal, unseal
@@ -15,7 +16,6 @@ from icechunk.format.flat.flatbuffers import (
     FlatWriter,
     Items,
     Run,
-    Scalar,
     Table,
     Value,
     Written,
@@ -153,8 +153,8 @@ def _payload(info: RepoInfo) -> tuple[bytearray, SnapshotRun | None, Run]:
 
     root: dict[int, Value] = {
         _SPEC_VERSION: u8(info.spec_version),
-        _TAGS: _ref_tables("tag", info.tags, rows),
-        _BRANCHES: _ref_tables("branch", info.branches, rows),
+        _TAGS: _refs_vector("tag", info.tags, rows),
+        _BRANCHES: _refs_vector("branch", info.branches, rows),
         _DELETED_TAGS: sorted(info.deleted_tags, key=_utf8),
         _SNAPSHOTS: Written(rows.write),
         _STATUS: status_table(info.status),
@@ -169,21 +169,49 @@ def _payload(info: RepoInfo) -> tuple[bytearray, SnapshotRun | None, Run]:
     return FlatWriter().finish(FlatTable(root)), rows.run, update_runs[0]
 
 
+_REF: Final = struct.Struct("<iIII")
+"""A branch's or tag's table (its vtable, its name, the number of its snapshot), and the length of the name."""
+
+
 def _utf8(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _ref_tables(what: str, refs: Mapping[str, ObjectId], rows: SnapshotRows) -> list[FlatTable]:
-    tables = []
-    for name in sorted(refs, key=_utf8):
-        number = rows.number(refs[name])
+def _refs_vector(what: str, refs: Mapping[str, ObjectId], rows: SnapshotRows) -> Written:
+    """The vector of the tables of branches or tags, which is written again with every change of the repository."""
+    names = sorted([(_encoded(name), name) for name in refs])
+    numbers = [rows.number(refs[name]) for _, name in names]
+    for (_, name), number in zip(names, numbers, strict=True):
         if number < 0:
             raise InvalidInputError(
                 f"cannot encode the repo info: {what} {name!r} points to a snapshot that is not in it",
                 ErrorKind.SERIALIZATION,
             )
-        tables.append(FlatTable({0: name, 1: Scalar("I", number)}))
-    return tables
+
+    def write(writer: FlatWriter) -> int:
+        out = writer.out
+        writer.align(4)
+        start = len(out)
+        out += bytes(4 + 4 * len(names))
+        words = [len(names)]
+        vtable = writer.vtable({0: 4, 1: 8}, _REF.size - 4) if names else 0
+        for n, ((name, _), number) in enumerate(zip(names, numbers, strict=True)):
+            writer.align(4)
+            at = len(out)
+            words.append(at - start - 4 - 4 * n)
+            # The name follows its table, 8 bytes behind the field that points to it.
+            out += _REF.pack(at - vtable, 8, number, len(name)) + name + b"\0"
+        out[start : start + 4 * len(words)] = struct.pack(f"<{len(words)}I", *words)
+        return start
+
+    return Written(write)
+
+
+def _encoded(name: str) -> bytes:
+    try:
+        return name.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(f"cannot encode {name!r}: not valid Unicode", ErrorKind.SERIALIZATION) from error
 
 
 def _flags(flags: frozenset[int] | None) -> Items | None:
