@@ -3,8 +3,7 @@
 The general client of aiohttp spends three quarters of its time on features that these exchanges never use (cookies,
 redirects, compression, streams, tracing), and copies each byte of an answer three times on the loop's thread. Here a
 request is written as one piece where it is small, and in pieces that wait for the peer where it is large; the pieces of
-a small answer are joined once, when the last has come, and a large one is received into its final place. Megabytes are
-sent by threads beside the loop where the connection is plain (`icechunk.storage.http.large_bodies`).
+a small answer are joined once, when the last has come, and a large one is received into its final place.
 
 One request is one try: nothing is sent again, no redirect is followed. How many there are at once is the callers' to
 bound. A connection is kept only where every byte of the request was sent and every byte of the answer was read.
@@ -28,7 +27,6 @@ from aiohappyeyeballs import start_connection
 
 from icechunk.runtime.tasks import in_thread
 from icechunk.storage.buffers import Buffers
-from icechunk.storage.http.large_bodies import Move, Threads
 from icechunk.storage.http.messages import BadAnswerError, Reading, Response, TooLargeError, request_head
 from icechunk.storage.http.proxies import Proxies, Proxy, ProxyError
 from icechunk.storage.patience import Patience, Watch, watching
@@ -50,12 +48,9 @@ _INBOX_BYTES: Final = 64 * 1024
 # A quarter of a millisecond.
 _TURN_BYTES: Final = 1024 * 1024
 _HAPPY_EYEBALLS_S: Final = 0.25
-_THREADS: Final = 16
 _SLOWEST_BYTES_PER_S: Final = 1024
 """Slower answers are given up, after twice the time that a peer may be silent: they would never end."""
 _CLOSE_S: Final = 1.0
-# Time for the thread that sent a request to notice that the answer has been read to its end.
-_LAST_SEND_S: Final = 0.1
 
 
 class SilentError(TimeoutError):
@@ -100,7 +95,6 @@ class Connections:
         self._patience: dict[Origin, Patience] = {}
         self._idle: dict[Origin, deque[tuple[_Connection, float]]] = {}
         self._open: set[_Connection] = set()
-        self._threads = Threads(_THREADS)
         self._buffers = Buffers()
         self._inbox = memoryview(bytearray(_INBOX_BYTES))
         self._closed = False
@@ -232,7 +226,7 @@ class Connections:
     async def _connect(self, origin: Origin, proxy: Proxy | None, connect_s: float, learned: Patience) -> _Connection:
         loop = asyncio.get_running_loop()
         began = loop.time()
-        connection = _Connection(loop, self._open, self._threads, self._buffers, self._inbox)
+        connection = _Connection(loop, self._open, self._buffers, self._inbox)
         try:
             async with asyncio.timeout(connect_s):
                 if proxy is None:
@@ -321,22 +315,18 @@ class _Connection(asyncio.BufferedProtocol):
         self,
         loop: asyncio.AbstractEventLoop,
         open_connections: set[_Connection],
-        threads: Threads,
         buffers: Buffers,
         inbox: memoryview,
     ) -> None:
         self._loop = loop
         self._inbox = inbox
-        self._threads = threads
         self._buffers = buffers
-        self._sending: Move | None = None
         self._open = open_connections
         self._transport: asyncio.Transport | None = None
         self.closed: asyncio.Future[None] = loop.create_future()
         self._answer: asyncio.Future[Response] | None = None
         self._writable: asyncio.Future[None] | None = None
         self._paused = False
-        self._lost = False
         self.reusable = False
 
     # -- of the caller ---------------------------------------------------------------------------------------------
@@ -388,8 +378,6 @@ class _Connection(asyncio.BufferedProtocol):
                 if not await self._write(memoryview(body)):
                     return await answer
             response = await answer
-            if self._sending is not None and response.status < 300:
-                await self._sent()
             self.reusable = (
                 self._is_sent
                 and reading.keep
@@ -412,7 +400,6 @@ class _Connection(asyncio.BufferedProtocol):
     def abort(self) -> None:
         """Close at once."""
         self.reusable = False
-        self._stop_sending()
         if self._transport is not None:
             self._transport.abort()
 
@@ -421,17 +408,9 @@ class _Connection(asyncio.BufferedProtocol):
             raise BadAnswerError("the connection was closed before the request")
         return self._transport
 
-    def _stop_sending(self) -> None:
-        if self._sending is not None:
-            self._sending.stop()
-
     async def _write(self, body: memoryview) -> bool:
-        """Send a large body; False where the answer came first, so that the rest was not sent. True too where a
-        thread sends it."""
+        """Send a large body; False if the answer came first, so that the rest was not sent."""
         answer = self._answer
-        self._sending = self._threads.try_send(self._opened(), body, self._read_s, self._end_of_send)
-        if self._sending is not None:
-            return True
         for start in range(0, len(body), _PIECE_BYTES):
             if answer is None or answer.done():
                 return False
@@ -443,40 +422,11 @@ class _Connection(asyncio.BufferedProtocol):
                 self._writable = None
             else:
                 await asyncio.sleep(0)
-        self._end_of_body()
-        return True
-
-    def _end_of_body(self) -> None:
-        """Every byte of the request was given to the transport, or to the kernel by a thread."""
         self._is_sent = True
         self._sent_at = self._loop.time()
-        self._handed = self._body_bytes
-        if self._answer is not None:
-            self._timer.cancel()
-            self._watch()
-
-    async def _sent(self) -> None:
-        """Wait for the thread that sends, of a request that was answered: its last bytes were read before it could say
-        that it has ended."""
-        ended = self._writable = self._loop.create_future()
-        await asyncio.wait([ended], timeout=_LAST_SEND_S)
-        self._writable = None
-
-    def _end_of_send(self, move: Move) -> None:
-        if self._sending is move:
-            self._sending = None
-        self._heard = self._loop.time()
-        if move.is_complete:
-            self._end_of_body()
-        if isinstance(move.error, TimeoutError):
-            self._fail(TimeoutError(f"no byte was sent for {self._read_s:g} s"))
-        # The reading side gets every other error too, maybe after an answer.
-        self._go_on_writing()
-        self._end_if_closed()
-
-    def _end_if_closed(self) -> None:
-        if self._lost and self._sending is None and not self.closed.done():
-            self.closed.set_result(None)
+        self._timer.cancel()
+        self._watch()
+        return True
 
     def _watch(self) -> None:
         at = min(self._heard + self._read_s, self._too_slow_at(), self._silent_at())
@@ -502,8 +452,7 @@ class _Connection(asyncio.BufferedProtocol):
             return
         untaken = _untaken_bytes(self._transport)
         if untaken is not None:
-            handed = self._handed if self._sending is None else self._sending.moved
-            taken = handed - untaken - self._transport.get_write_buffer_size()
+            taken = self._handed - untaken - self._transport.get_write_buffer_size()
         else:
             # While it is being sent, the longest time that the peer may be silent decides.
             taken = self._taken + (self._sent_at is None)
@@ -514,14 +463,11 @@ class _Connection(asyncio.BufferedProtocol):
     def _look(self) -> None:
         now = self._loop.time()
         self._note_movement(now)
-        if self._sending is not None:
-            # The thread watches the line itself.
-            self._heard = now if self._still_s >= self._read_s else self._heard
         if self._deadline is not None and now >= self._deadline:
             self._fail(TimeoutError("no complete answer in time"))
         elif now >= self._silent_at():
             self._fail(SilentError(f"nothing moved for {self._still_s:g} s"))
-        elif now >= self._heard + self._read_s and self._sending is None:
+        elif now >= self._heard + self._read_s:
             self._fail(TimeoutError(f"no byte arrived for {self._read_s:g} s"))
         elif now >= self._too_slow_at():
             self._fail(TimeoutError(f"only {self._received} bytes came in {now - (self._sent_at or now):.0f} s"))
@@ -549,9 +495,8 @@ class _Connection(asyncio.BufferedProtocol):
             else:
                 self._fail(error or BadAnswerError(self._reading.missing()))
         self._go_on_writing()
-        self._lost = True
-        self._stop_sending()
-        self._end_if_closed()
+        if not self.closed.done():
+            self.closed.set_result(None)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         rest = None if self._answer is None else self._reading.rest

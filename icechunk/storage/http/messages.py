@@ -18,7 +18,7 @@ from icechunk.storage.buffers import Buffers
 __all__ = ["LARGE_BYTES", "BadAnswerError", "Reading", "Response", "TooLargeError", "request_head"]
 
 LARGE_BYTES: Final = 1024 * 1024
-"""Bodies of this size and above are sent by a thread, and received in place."""
+"""Answers of this size and above are received in place."""
 
 _LARGEST_HEAD_BYTES: Final = 64 * 1024
 _LARGEST_REFUSAL_BYTES: Final = 1024 * 1024

@@ -356,7 +356,7 @@ async def test_closing_waits_for_no_end_that_never_comes() -> None:
         await made.exchange(origin, "GET", "/", {"host": "h"}, **LIMITS)
         [connection] = made._open
         connection.closed = asyncio.get_running_loop().create_future()
-        connection._end_if_closed = lambda: None  # type: ignore[method-assign]
+        connection.connection_lost = lambda error: None  # type: ignore[method-assign]
         async with asyncio.timeout(5):
             await made.aclose()
         assert not connection.closed.done()

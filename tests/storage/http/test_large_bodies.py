@@ -1,4 +1,4 @@
-"""Large bodies over plain HTTP/1.1: received in place, and sent by threads, or by the loop where there is none."""
+"""Large bodies over plain HTTP/1.1: received in place, and sent in pieces."""
 
 from __future__ import annotations
 
@@ -8,31 +8,21 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icechunk.storage.buffers import Buffers
-from icechunk.storage.http import connections as http1
 from icechunk.storage.http import messages
-from icechunk.storage.http.connections import BadAnswerError, Connections, _Connection
-from icechunk.storage.http.large_bodies import Threads
+from icechunk.storage.http.connections import BadAnswerError
 from icechunk.storage.http.messages import LARGE_BYTES, Reading
 from tests.storage.http.test_connections import LIMITS, OK, connections, saying, serving
 
 SIZE = 3 * LARGE_BYTES + 17
 BODY = os.urandom(SIZE)
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % SIZE
-
-
-@pytest.fixture(params=["threads", "loop"], autouse=True)
-def movers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test with threads, and with none to be had."""
-    if request.param == "loop":
-        monkeypatch.setattr(http1, "_THREADS", 0)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -42,11 +32,6 @@ async def until(condition: Callable[[], bool]) -> None:
             return
         await asyncio.sleep(0.001)
     raise AssertionError("it did not happen")
-
-
-async def threads_have_ended(made: Connections) -> None:
-    """No thread moves anything any more."""
-    await until(lambda: made._threads._free == http1._THREADS)
 
 
 def reset(writer: asyncio.StreamWriter) -> None:
@@ -62,7 +47,6 @@ async def test_an_answer_is_complete_and_read_only_and_the_connection_is_kept() 
             assert response.body == expected
             assert memoryview(response.body).readonly
         assert len(made._open) == 1
-        await threads_have_ended(made)
 
 
 async def test_a_body_goes_out_whole_to_a_peer_that_reads_little_at_a_time() -> None:
@@ -101,7 +85,6 @@ async def test_an_answer_that_breaks_off_is_an_error(sent: int, gone: str) -> No
             assert isinstance(caught.value, BadAnswerError)
             assert f"{sent} bytes came instead of {SIZE}" in str(caught.value)
         assert made._kept(origin) is None
-        await threads_have_ended(made)
 
 
 async def test_bytes_beyond_an_answer_are_no_part_of_it_nor_of_the_next() -> None:
@@ -116,7 +99,6 @@ async def test_a_peer_that_falls_silent_within_an_answer_is_given_up() -> None:
     async with serving(saying(HEAD + BODY[:-1])) as origin, connections() as made:
         with pytest.raises(TimeoutError, match=re.escape("0.1")):
             await made.exchange(origin, "GET", "/", {"host": "h"}, connect_s=5.0, read_s=0.1)
-        await threads_have_ended(made)
 
 
 async def test_a_slow_connection_is_not_taken_for_a_broken_one() -> None:
@@ -145,7 +127,6 @@ async def test_the_deadline_ends_a_transfer(method: str) -> None:
     async with serving(talk) as origin, connections() as made:
         with pytest.raises(TimeoutError, match="in time"):  # words: every limit of time is a TimeoutError
             await made.exchange(origin, method, "/", {"host": "h"}, body, **LIMITS, total_s=0.2)
-        await threads_have_ended(made)
 
 
 async def test_a_peer_that_stops_reading_is_given_up() -> None:
@@ -155,7 +136,6 @@ async def test_a_peer_that_stops_reading_is_given_up() -> None:
     async with serving(talk) as origin, connections() as made:
         with pytest.raises(TimeoutError, match=re.escape("0.1")):
             await made.exchange(origin, "PUT", "/", {"host": "h"}, b"x" * 64_000_000, connect_s=5.0, read_s=0.1)
-        await threads_have_ended(made)
 
 
 @pytest.mark.parametrize("status", [b"200 OK", b"503 Slow Down"])
@@ -169,7 +149,6 @@ async def test_an_answer_to_a_body_that_is_still_being_sent_ends_the_sending(sta
         response = await made.exchange(origin, "PUT", "/", {"host": "h"}, b"x" * 64_000_000, **LIMITS)
         assert response.status == int(status[:3])
         assert made._kept(origin) is None
-        await threads_have_ended(made)
 
 
 async def test_a_peer_that_breaks_the_connection_while_it_is_sent_to_is_an_error() -> None:
@@ -180,11 +159,10 @@ async def test_a_peer_that_breaks_the_connection_while_it_is_sent_to_is_an_error
     async with serving(talk) as origin, connections() as made:
         with pytest.raises(ConnectionError):
             await made.exchange(origin, "PUT", "/", {"host": "h"}, b"x" * 64_000_000, **LIMITS)
-        await threads_have_ended(made)
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT"])
-async def test_a_transfer_that_is_given_up_leaves_no_thread_and_no_connection(method: str) -> None:
+async def test_a_transfer_that_is_given_up_leaves_no_connection(method: str) -> None:
     under_way, gone = asyncio.Event(), asyncio.Event()
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -204,28 +182,16 @@ async def test_a_transfer_that_is_given_up_leaves_no_thread_and_no_connection(me
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await threads_have_ended(made)
         await until(lambda: not made._open and (method == "PUT" or gone.is_set()))
 
 
-async def test_more_transfers_than_threads_all_come_through() -> None:
-    count = 2 * http1._THREADS + 3
+async def test_many_transfers_at_once_all_come_through() -> None:
+    count = 35
     async with serving(saying(*[HEAD + BODY] * count)) as origin, connections() as made:
         answers = await asyncio.gather(
             *(made.exchange(origin, "PUT", "/", {"host": "h"}, BODY, connect_s=30.0, read_s=30.0) for _ in range(count))
         )
     assert all(answer.body == BODY for answer in answers)
-
-
-async def test_the_loop_moves_the_bytes_if_no_thread_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: object) -> Iterator[None]:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr("icechunk.storage.http.large_bodies._thread.start_new_thread", refused)
-    async with serving(saying(HEAD + BODY)) as origin, connections() as made:
-        response = await made.exchange(origin, "PUT", "/", {"host": "h"}, BODY, **LIMITS)
-        assert response.body == BODY
-        assert made._threads._free == http1._THREADS
 
 
 async def test_an_absurd_length_in_a_header_allocates_no_memory() -> None:
@@ -257,38 +223,3 @@ def test_a_body_is_put_together_wherever_its_pieces_end(cuts: list[int], placed:
     assert response is not None
     assert response.body == body
     assert reading.keep is (at == len(stream) - len(surplus))
-
-
-async def test_a_connection_whose_body_was_half_sent_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stuck:
-        """A thread that sent half of a body, and gives up just as the answer comes."""
-
-        is_complete = False
-        error = TimeoutError("timed out")
-
-        def stop(self) -> None:
-            """It has ended."""
-
-    ends: list[Callable[[Stuck], None]] = []
-
-    def try_send(self: Threads, transport: object, data: object, quiet_s: float, ended: Any) -> Stuck:
-        ends.append(ended)
-        return Stuck()
-
-    answered = _Connection.buffer_updated
-
-    def buffer_updated(self: _Connection, nbytes: int) -> None:
-        answered(self, nbytes)
-        ends.pop()(self._sending)  # type: ignore[arg-type]
-
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(OK)
-        await reader.read()
-
-    monkeypatch.setattr(Threads, "try_send", try_send)
-    monkeypatch.setattr(_Connection, "buffer_updated", buffer_updated)
-    async with serving(talk) as origin, connections() as made:
-        response = await made.exchange(origin, "PUT", "/", {"host": "h"}, BODY, **LIMITS)
-        assert response.status == 200
-        assert made._kept(origin) is None

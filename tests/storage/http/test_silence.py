@@ -71,7 +71,7 @@ async def test_a_silent_connection_is_given_up_early_and_those_beside_it_are_clo
 
 @pytest.fixture(params=["http", "https"])
 def tls(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[ssl.SSLContext, ssl.SSLContext] | tuple[None, None]:
-    """Contexts of server and client; over plain connections a thread sends large bodies."""
+    """Contexts of server and client."""
     return tls_contexts(tmp_path) if request.param == "https" else (None, None)
 
 
