@@ -1,9 +1,12 @@
-"""The engine of every layout: one queue, one attempt at a time, sent until its outcome is certain (rules 1 to 3).
+"""The engine of every layout: one queue, one attempt at a time, followed until its outcome is certain (rules 1 to 3).
+
+`icechunk.storage.outcome.follow` is the loop that sends and looks; this module has the queue before it and the outcomes
+after it. Writes for which nobody waits in a queue are in `icechunk.log.repository.conditional`.
 
 Callers wait in a queue. A task makes an attempt of as many of them as it can, sends it on the condition that its place
-is as it was, and looks at the place until the outcome is certain or the tries are used up. The task belongs to the log,
+is unchanged, and looks at the place until the outcome is certain or the tries are used up. The task belongs to the log,
 not to a caller, since a request must outlive a caller that gives up; an anyio task group would need a scope of the
-caller's. It is started when a caller waits, held strongly, ends when none does, and is awaited or cancelled in
+caller's. It is started when a caller waits, held strongly, ends when no caller waits, and is awaited or cancelled in
 `SwappedLog.aclose`.
 
 Once a caller of an attempt has been told anything the attempt is *told*, and no byte of it is sent again. The next

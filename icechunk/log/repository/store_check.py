@@ -1,6 +1,7 @@
-"""Seeing that a store honours preconditions before anything depends on it (the second half of rule 1).
+"""Checks of a storage before anything depends on it: it may be written to, and it honours conditions (rule 1).
 
-Seeing that a store honours ``If-Match`` before anything depends on it; rule 1 for layouts that replace objects.
+`StoreCheck` tries ``If-None-Match`` on an object that exists, `MatchCheck` tries ``If-Match`` with a version that no
+object has. Both write the object's own bytes, so a store that ignores the condition changes nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["ConditionCheck", "MatchCheck", "StoreCheck", "may_write", "require_a
 
 
 def may_write(storage: Storage) -> bool:
-    """Whether the log there may be written to: it is no view for readers, and preconditions hold."""
+    """Whether a storage takes writes, and conditional ones."""
     return storage.supports_writes and {Absent, Matches} <= storage.atomic_preconditions
 
 
@@ -91,7 +92,7 @@ class ConditionCheck(ABC):
 
     @abstractmethod
     async def _try(self, candidates: Sequence[str], known: Mapping[str, bytes]) -> None:
-        """Return where the store refused; raise where it took the write."""
+        """Make the write; return if the store refused it, raise if it took it."""
 
     @property
     def done(self) -> bool:
