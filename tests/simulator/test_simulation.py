@@ -77,6 +77,38 @@ def test_a_seed_is_a_schedule(layout: Layout) -> None:
     assert simulate(8, plan).trace.digest != first.trace.digest
 
 
+@pytest.mark.parametrize("layout", [Layout.LOG, Layout.REPO])
+@pytest.mark.parametrize("convert", [False, True])
+def test_clients_of_the_official_library_take_part(layout: Layout, convert: bool) -> None:
+    outcomes: Counter[str] = Counter()
+    for seed in range(20):
+        report = simulate(seed, Plan(layout=layout, official=True, convert=convert))
+        assert not report.problems, f"seed {seed}: {report.problems}"
+        outcomes.update(op.outcome for op in report.history if op.client.startswith("o"))
+    # In a log they only read, unless it was converted.
+    assert bool(outcomes["ok"]) is (layout is Layout.REPO or convert)
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_a_log_that_the_official_library_takes_over_is_sealed_and_followed(convert: bool) -> None:
+    sealed = 0
+    for seed in range(20):
+        report = simulate(seed, Plan(layout=Layout.LOG, takeover=True, convert=convert))
+        assert not report.problems, f"seed {seed}: {report.problems}"
+        sealed += any(b'"takeover"' in one.data for one in report.trace.requests)
+    assert sealed
+
+
+def test_persisted_sessions_are_resumed_after_the_death_of_their_process_and_by_others() -> None:
+    events: Counter[str] = Counter()
+    for seed in range(30):
+        report = simulate(seed, Plan(layout=Layout.LOG, sessions=True, rounds=3))
+        assert not report.problems, f"seed {seed}: {report.problems}"
+        events.update(one.key.rpartition(" ")[0] for one in report.trace.requests if one.verb == "note")
+    assert events["has persisted its"]
+    assert events["goes on with the session of"]
+
+
 def test_a_schedule_does_not_depend_on_earlier_work_of_the_process() -> None:
     seeds = [3111, 3286, 3395, *range(3000, 3060)]  # the first ones depended on addresses of objects in sets
     first = {seed: simulate(seed).trace.digest for seed in seeds}

@@ -211,6 +211,8 @@ class Cluster:
         """Called with every process that ends without being asked."""
         self.foreign: set[str] = set()
         """Names of clients that are another library, which knows nothing of the log."""
+        self.taken_over = False
+        """Whether another library has taken the repository over from the log."""
         self._time = 0
         self._commits = 0
         self.tasks: list[asyncio.Task[Any]] = []

@@ -104,6 +104,11 @@ async def _work(cluster: Cluster, client: Client, repository: Repository) -> Non
         await _fork(cluster, client, session, writes)
     else:
         await _write(cluster, client, session, writes)
+    if writes and rng.random() < 0.3:
+        resumed = await _resumed(cluster, client, repository, session)
+        if resumed is None:
+            return
+        client, repository, session = resumed
     if rng.random() < 0.1:
         await asyncio.sleep(rng.choice((1, 2000, DAY_S)) * rng.random())
     for _ in range(rng.choice((1, 1, 2))):
@@ -113,6 +118,46 @@ async def _work(cluster: Cluster, client: Client, repository: Repository) -> Non
         base = await _name(cluster, client, repository, session.snapshot_id)
         if base is None or await _commit(cluster, client, repository, session, base, writes):
             return
+
+
+async def _resumed(
+    cluster: Cluster, client: Client, repository: Repository, session: Session
+) -> tuple[Client, Repository, Session] | None:
+    """Persist a session, and go on with it: in this process, or in another one after the death of this one.
+
+    None: it was not persisted for certain, or cannot be resumed; then it is left, as its writes may be there.
+    """
+    rng = cluster.rng
+    id = await client.run(session.checkpoint_async())
+    if id is None:
+        return None
+    cluster.note(client.name, "has persisted its session")
+    if rng.random() < 0.4:
+        return client, repository, session
+    if rng.random() < 0.5:
+        client.crash()
+    other = cluster.client("s")
+    opened = await _open(other)
+    if opened is None:
+        return None
+    found = await other.run(opened.resume_session_async(id))
+    if found is None:
+        return None
+    cluster.note(other.name, f"goes on with the session of {client.name}")
+    if not client.dead and rng.random() < 0.7:
+        # The process that held it does not know that it lost it: whatever it does with it now must not happen.
+        await _fenced(cluster, client, session)
+    return other, opened, found
+
+
+async def _fenced(cluster: Cluster, client: Client, session: Session) -> None:
+    name = cluster.new_name()
+    op = cluster.begin(Operation(client=client.name, verb="commit", ref="main", commit=name, began=0))
+    if await client.run(session.commit_async(name)) is not None:
+        cluster.problem(f"{client.name} commits a session that another process has resumed")
+        cluster.end(op, "ok")
+        return
+    cluster.end(op, "open" if client.dead else "failed", "another process has the session")
 
 
 async def _write(cluster: Cluster, client: Client, session: Session, writes: dict[str, str]) -> None:
@@ -184,6 +229,10 @@ async def _commit(
             cluster.told(op, token)
         return True
     if task.cancelled():
+        if token is None and session.read_only:
+            # It was cancelled behind the commit, while what was persisted was being ended.
+            cluster.end(op, "ok", "cancelled after it had landed")
+            return True
         if token is None:
             cluster.end(op, "failed", "cancelled before anything was sent")
             return False

@@ -31,6 +31,7 @@ from tools.simulator.cluster import Client, Cluster, Report
 from tools.simulator.decoding import share
 from tools.simulator.faults import CALM, Fault, Mix
 from tools.simulator.loop import DAY_S, VirtualLoop
+from tools.simulator.official import official_writer, take_over
 from tools.simulator.storage import SimulatedStore, Stored
 from tools.simulator.watch import Watch
 from tools.simulator.writers import Powers, commit_proposal, reader, settle, writer
@@ -53,14 +54,24 @@ class Plan:
     readers: int = 1
     sessions: bool = False
     """Whether clients work with repositories and sessions, as users do, instead of the log alone."""
+    official: bool = False
+    """Whether a client that follows the official library's protocol takes part."""
+    takeover: bool = False
+    """Whether, after all that, the official library takes the log over, and this library's clients go on."""
     calm: bool = False
     """No faults; only interleavings."""
 
     @property
     def profile(self) -> str:
         """A word or two for statistics."""
-        kinds = (("sessions", self.sessions), ("collect", self.collect), ("convert", self.convert))
-        return "-".join([self.layout.value, *(name for name, is_so in kinds if is_so)])
+        kinds = {
+            "sessions": self.sessions,
+            "collect": self.collect,
+            "convert": self.convert,
+            "official": self.official and not self.sessions,
+            "takeover": self.takeover and not self.sessions,
+        }
+        return "-".join([self.layout.value, *(name for name, is_so in kinds.items() if is_so)])
 
 
 _LAYOUTS: Final = (Layout.LOG, Layout.LOG, Layout.REPO, Layout.REFS)
@@ -77,7 +88,9 @@ def plan_of(seed: int, layout: Layout | None = None) -> Plan:
         layout=chosen,
         collect=collect,
         convert=convert,
-        sessions=rng.random() < 0.03,
+        sessions=rng.random() < 0.04,
+        official=chosen is not Layout.REFS and rng.random() < 0.15,
+        takeover=chosen is Layout.LOG and not collect and rng.random() < 0.05,
         writers=4 if large else rng.choice((1, 2, 2, 3)),
         rounds=6 if large else rng.choice((1, 2, 2, 3)),
         readers=2 if large else 1,
@@ -157,6 +170,8 @@ async def _run(cluster: Cluster, plan: Plan) -> None:
         return
     actors += [writer(cluster, powers, plan.rounds) for _ in range(plan.writers)]
     actors += [reader(cluster, 2) for _ in range(plan.readers)]
+    if plan.official:
+        actors.append(official_writer(cluster, plan.rounds))
     if plan.layout is Layout.LOG and (plan.collect or cluster.rng.random() < 0.3):
         actors.append(upkeep.pruner(cluster, 2))
     if plan.collect:
@@ -164,6 +179,9 @@ async def _run(cluster: Cluster, plan: Plan) -> None:
     if plan.convert:
         actors.append(upkeep.upgrader(cluster, 2) if refs else upkeep.converter(cluster, 2))
     await asyncio.gather(*actors)
+    if plan.takeover:
+        await take_over(cluster)
+        await asyncio.gather(*(writer(cluster, powers, plan.rounds) for _ in range(plan.writers)), reader(cluster, 2))
     await _verify(cluster)
 
 
