@@ -192,6 +192,9 @@ class LogLayout(SwappedLog[SlotAttempt]):
         return state
 
     def prepare_writes_soon(self) -> None:
+        if self._storage.defers_syncs:
+            # There is no round trip to save on a local disk, where nothing runs behind a call that has returned.
+            return
         if self._preparation is None and not self._store_check.done and may_write(self._storage):
             self._preparation = asyncio.get_running_loop().create_task(self._prepare(), name="icechunk store check")
 

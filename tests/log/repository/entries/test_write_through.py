@@ -70,3 +70,8 @@ async def test_a_close_makes_it_durable(client: Client) -> None:
     assert client.marker.durable_n == 0
     await client.log.aclose()
     assert client.marker.durable_n == 1
+
+
+async def test_nothing_is_prepared_behind_a_call_that_has_returned(client: Client) -> None:
+    client.log.prepare_writes_soon()
+    assert client.log.tasks == ()
