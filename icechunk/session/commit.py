@@ -152,11 +152,14 @@ async def write_unlisted(content: SessionContent, log: SessionLog) -> Snapshot:
         snapshot_id=core.sources.new_object_id(),
         amended=None,
     )
+    written: list[str] = []
     async with aclosing(files.make()) as coming:
         async for file in coming:
             # The transaction log of this snapshot is never read.
             if not file.key.startswith("transactions/"):
-                await core.put(file.key, file.data)
+                await core.put_unsynced(file.key, file.data)
+                written.append(file.key)
+    await core.storage.sync(written)
     assert files.snapshot is not None
     core.assets.keep_snapshot(files.snapshot)
     return files.snapshot
@@ -402,8 +405,6 @@ async def _write(
                 embedded.update(made)
                 return
 
-            deferred = core.storage.defers_syncs
-
             async def all_files() -> AsyncGenerator[File, None]:
                 while made:
                     yield made.pop(0)
@@ -411,9 +412,8 @@ async def _write(
                     yield file
 
             async def put(file: File) -> None:
-                await core.put(file.key, file.data, unsynced=deferred)
-                if deferred:
-                    content.puts.wrote(file.key)
+                await core.put_unsynced(file.key, file.data)
+                content.puts.wrote(file.key)
 
             settings = core.settings
             await run_stream(put, all_files(), _size, limit=settings.max_requests, max_weight=settings.put_memory_bytes)

@@ -353,18 +353,15 @@ class Core:
             kept = self._put_memory = (os.getpid(), PutMemory(most))
         return kept[1]
 
-    async def put(self, key: str, data: bytes, *, unsynced: bool = False) -> None:
-        """Write a metadata file, within the bounds of requests in flight.
+    async def put_unsynced(self, key: str, data: bytes) -> None:
+        """Write a metadata file, within the bounds of requests in flight; `Storage.sync` makes it durable.
 
-        Raises as `Storage.put`, or, with ``unsynced``, as `Storage.put_unsynced`.
+        Raises as `Storage.put_unsynced`.
         """
         gate = self.gates.here()
         await gate.enter(len(data), WRITE)
         try:
-            if unsynced:
-                await self.storage.put_unsynced([Put(key, data)])
-            else:
-                await self.storage.put(key, data)
+            await self.storage.put_unsynced([Put(key, data)])
         finally:
             gate.leave(len(data))
 

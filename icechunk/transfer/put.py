@@ -341,8 +341,9 @@ class PutPool:
 
     def wrote(self, key: str) -> None:
         """An object of the session was written elsewhere, unsynced; the next `flush` makes it durable too."""
-        with self._lock:
-            self._unsynced[key] = False
+        if self.writes_through:
+            with self._lock:
+                self._unsynced[key] = False
 
     def release(self, size_bytes: int) -> None:
         """Return reserved room for bytes that will not be taken."""
