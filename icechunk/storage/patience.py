@@ -1,12 +1,16 @@
 """How long to wait for an answer: learned from the recent answers of one service.
 
-`Recent` is the one estimate: three times what the slowest of the recent answers took is unusual. It has three uses.
-`Patience` gives a try up, closes its connection, and lets the caller try again. The fetch pool
-(`icechunk.transfer.fetch`) sends a read a second time beside the first, which costs less and so is done sooner. Its
-readers stop to join a request that has been silent, which is sooner still.
+`Recent` is the one estimate: a request that takes three times as long as the slowest of the recent ones is probably
+stuck. It decides three things, each with a lower bound of its own:
 
-`Watch` tells the second and third what the storage below sees of a request: when it was sent, when bytes came, and how
-long this service usually takes. A large answer that comes slowly is then not taken for a stuck one.
+- when other readers stop to join the request (`icechunk.transfer.flights`): 0.25 s;
+- when a read is sent a second time beside the first (`icechunk.transfer.fetch`): 1 s;
+- when a try is given up, its connection closed, and the next try made (`Patience`): 2.5 s.
+
+While few answers are known, the bounds are twice as long. The time to connect counts as an answer.
+
+`Watch` tells the transfer above what the storage sees of a request: when it was sent, when bytes came, and how long
+this service usually takes. A large answer that comes slowly is thus not taken for a stuck one.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ class Recent:
 
     @property
     def is_enough(self) -> bool:
-        """Whether so many are known that they decide alone."""
+        """Whether enough answers are known to decide alone."""
         return len(self._seconds) >= _ENOUGH
 
     def stuck_s(self, least_s: float) -> float:
@@ -55,12 +59,12 @@ class Recent:
         Parameters
         ----------
         least_s
-            At the least; twice that while few are known.
+            Lower bound; twice that while few answers are known.
         """
         return max(least_s if self.is_enough else 2 * least_s, _SAFETY * max(self._seconds, default=0.0))
 
     def percentile_s(self, percentile: int) -> float:
-        """The time within which that percentage of the recent ones came; at least one must be known."""
+        """The time within which ``percentile`` % of the recent answers came; at least one answer must be known."""
         ordered = sorted(self._seconds)
         return ordered[min(len(ordered) - 1, len(ordered) * percentile // 100)]
 
@@ -71,7 +75,7 @@ class Watch:
     Parameters
     ----------
     outer
-        The watch of the caller; it notes the same.
+        The watch of the caller, which notes the same.
     """
 
     __slots__ = ("_outer", "at", "recent")
@@ -105,7 +109,7 @@ class Waiting(NamedTuple):
     still_s: float
     """For the next byte of an answer, or for the peer to take more of the body."""
     body_s: float
-    """So much longer for the first byte, as the body needs time, and the peer need not say that it takes it."""
+    """Added for the first byte: the body needs time, and the peer need not tell that it receives it."""
     epoch: int
     uploading: int
     """Bytes of all bodies under way when it began."""
@@ -114,10 +118,10 @@ class Waiting(NamedTuple):
 class Patience:
     """The time to wait while nothing moves before a try is given up, at one service.
 
-    It is at least seconds. A connection that went silent (a router forgot it, a server behind it is gone) then costs
-    that, and not the longest time that a server may be silent. As every try that is given up may mean that the service
-    has become slow, and not silent, the next ones wait twice as long, until something is answered. Uploads that are
-    under way together share the line, so the time for one depends on the bytes of all.
+    A connection that went silent (a router forgot it, the server behind it is gone) costs that time, and not the
+    longest time that a server may be silent. A try that was given up may also mean that the service has become slow, so
+    the next tries wait twice as long, until one is answered. Uploads that are under way together share the line, so the
+    time for one depends on the bytes of all.
     """
 
     def __init__(self) -> None:

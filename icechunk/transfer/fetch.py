@@ -1,11 +1,11 @@
 """The fetch pool: bounded, shared reads of immutable objects, one pool for each loop.
 
-Hedging: a request that takes much longer than recent ones is sent a second time, and the first answer counts. Longer
-means: nothing came for much longer than in recent answers of this service, where the storage reports that (`Watch`);
-else the whole request took much longer than recent ones of about the same size. A budget, which answers earn, bounds
-the number of second requests, so that a store that becomes slow does not get twice the requests. With a percentile,
-about one request in ``100 / (100 - percentile)`` is sent twice, and not more if the whole store becomes slow, because
-the recent latencies become longer as well.
+Hedging: a request that takes much longer than recent ones is sent a second time, and the first answer counts. If the
+storage reports when bytes come (`Watch`), that means that nothing came for much longer than in recent answers of this
+service; else, that the whole request takes much longer than recent ones of about the same size. A budget, which answers
+earn, bounds the number of second requests, so that a store that becomes slow does not get twice the requests. With a
+percentile, about one request in ``100 / (100 - percentile)`` is sent twice, and not more if the whole store becomes
+slow, because the recent latencies become longer as well.
 
 Sharing: callers that want the same bytes wait for one request; see `icechunk.transfer.flights`.
 """

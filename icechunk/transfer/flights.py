@@ -1,14 +1,17 @@
 """The requests in flight on one event loop, and the readers that wait for them.
 
-Readers that want the same bytes join one flight, which is cancelled with the last of them. A flight that may be stuck
-is not joined:
+Readers that want the same bytes join one flight, which is cancelled when the last of them is. The next reader launches
+a flight of its own beside one that may be stuck:
 
-- one that has been silent for longer than recent answers were: the next reader launches its own;
-- one that a reader left before its end. A person who interrupts a program, or a time limit, knew better.
+- one that has been silent for much longer than recent answers were;
+- one that a reader left before its end, as the user who interrupted that reader, or a time limit, judged it stuck.
 
-A reader that has joined and then finds that the flight is silent for too long launches its own as well, if repeating is
-allowed. Whichever lands first serves all readers that want its bytes, also those of other flights, so no reader waits
-for a request of another one that is stuck.
+A reader that joined a flight launches its own too once the flight has been silent for so long, if repeating is allowed.
+The flight that lands first serves every reader that wants its bytes, also the readers of other flights. So no reader
+waits for a stuck request of another one.
+
+An interrupt (Ctrl-C) of zarr's synchronous interface reaches neither the reader nor its flight: zarr lets the read go
+on in its own loop. Silence is then the only sign.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ class Reader(Generic[T]):
     start: int
     end: float
     place: asyncio.Future[tuple[int, T]]
-    """Resolves to what a flight brought: where that starts, and its result."""
+    """Resolves to the start and the result of the flight that serves it."""
     flights: list[Flight[T]] = field(default_factory=list)
     """The flights that may serve it, the newest last."""
 
@@ -59,7 +62,7 @@ class Flight(Generic[T]):
     """Called once when it leaves the table, before its readers are served; the result is None if it failed or was
     cancelled."""
     least_s: float = 0.0
-    """Seconds of silence that it has at the least before it is not joined."""
+    """Lower bound of that, seconds."""
     watch: Watch = field(default_factory=Watch)
     readers: set[Reader[T]] = field(default_factory=set)
     is_left: bool = False
@@ -78,7 +81,7 @@ class Flight(Generic[T]):
         return max(self.least_s, self.join_s() if recent is None else recent.stuck_s(LEAST_PATIENCE_S))
 
     def stuck_at(self, now: float) -> float:
-        """Time of the loop at which it will be stuck if nothing moves; while it waits for its turn, time passes."""
+        """Time of the loop from which on it counts as stuck if nothing moves; never, while it waits for its turn."""
         return (now if self.watch.at is None else self.watch.at) + self.patience_s()
 
     def join(self, reader: Reader[T]) -> None:
@@ -88,7 +91,7 @@ class Flight(Generic[T]):
 
 
 class Flights:
-    """All flights of one event loop, by what they bring.
+    """All flights of one event loop, by the object or the work that they bring.
 
     Parameters
     ----------
@@ -158,8 +161,8 @@ class Flights:
         Parameters
         ----------
         again
-            Launches a flight of the reader's own, once those it waits for are probably stuck; None: for the reader
-            whose own request it is, which the fetch pool repeats.
+            Launches a flight of the reader's own, once the flights that it joined are probably stuck. None for a
+            reader that launched its flight: the fetch pool repeats that request.
         """
 
         def launch_own() -> bool:
@@ -232,14 +235,14 @@ async def _watched(work: Callable[[], Awaitable[T]], watch: Watch) -> T:
 
 
 class Alarm:
-    """Acts when a time has come that may move, in both directions, until then.
+    """Acts at a time that may still move, in both directions.
 
     Parameters
     ----------
     due
-        Time of the loop to act at, as it is to be seen from the argument: now.
+        Returns the time of the loop to act at; its argument is the time now.
     act
-        Returns whether to wait for the next time.
+        Called then; returns whether to go on watching.
     """
 
     __slots__ = ("_act", "_due", "_loop", "_timer")
