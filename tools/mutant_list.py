@@ -438,7 +438,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "        if storage.defers_syncs:\n            await make_durable(storage, head.epoch, marker.durable_n, head.n)\n",
         "",
         (),
-        ("tests/simulator", "tests/log/repository", "tests/storage/local"),
+        ("tests/simulator/test_power_loss.py", "tests/storage/local", "tests/log/repository"),
     ),
     # -- sessions ------------------------------------------------------------------------------------------------------
     Mutant(
@@ -574,7 +574,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "icechunk/maintenance/collect.py",
         "    state = await log.append(lambda _: [event])\n    await log.checkpoint()\n    return state\n",
         "    return await log.append(lambda _: [event])\n",
-        tests=("tests/maintenance",),
+        tests=("tests/maintenance/test_collection.py", "tests/maintenance"),
     ),
     Mutant(
         "sessions-hold-nothing",

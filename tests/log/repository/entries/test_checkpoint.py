@@ -7,6 +7,7 @@ switched off, and sees the loss.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
+from icechunk.format.keys import REPO_KEY
 from icechunk.format.repo.codec import decode_repo, encode_repo
 from icechunk.format.repo.repo_info import NewCommit, Status
 from icechunk.log.repository import events as e
@@ -195,6 +197,25 @@ async def test_after_there_and_back_a_reader_follows_although_its_tip_was_collec
     assert an_id(1) not in new.state.snapshots
     assert await reader.refresh() == await new.refresh()
     assert "b" not in reader.state.branches
+
+
+@pytest.mark.parametrize("back", [False, True])
+async def test_a_reader_does_not_go_back_to_an_older_copy_of_repo(world: World, back: bool) -> None:
+    """Somebody restores a copy of ``repo`` from before what a reader has shown."""
+    log, _ = await world.create()
+    await log.append(world.commit(1))
+    await log.convert_to_repo_object()
+    older = await world.store.get(REPO_KEY)
+    await convert_to_log(world.store, world.clock.sources())
+    older_log = await world.store.get(REPO_KEY)
+    second, _ = await world.open()
+    await second.append(world.commit(2))
+    reader, _ = await world.open()
+    await second.convert_to_repo_object()
+    await world.store.put(REPO_KEY, (older_log if back else older).data)
+    with contextlib.suppress(SessionStateError):
+        await reader.refresh()
+    assert reader.state.branch_tip("main") == an_id(2)
 
 
 @pytest.mark.parametrize("back", [False, True])

@@ -75,6 +75,18 @@ async def test_a_refusal_costs_one_look_if_there_is_no_new_entry_and_an_event_th
     assert not [r for r in storage.of("get") if r.key != "repo"]
 
 
+async def test_a_client_that_has_not_looked_for_a_while_opens_the_log_before_it_writes(world: World) -> None:
+    log, storage = await world.create()
+    await log.append(world.commit(1))
+    world.clock.move(4 * DAY_S)
+    storage.requests.clear()
+    await log.append(world.commit(2))
+    sent = [(request.verb, request.key) for request in storage.requests]
+    first_write = next(at for at, request in enumerate(storage.requests) if slots(request))
+    assert ("get", "repo") in sent[:first_write]
+    assert await world.history() == [an_id(1), an_id(2)]
+
+
 async def test_callers_that_arrive_during_a_look_are_neither_lost_nor_refused_by_it(world: World) -> None:
     log, storage = await settled(world)
     other, _ = await world.open()
