@@ -115,13 +115,16 @@ async def in_thread(work: Callable[[], T], *, limiter: anyio.CapacityLimiter | N
 
 
 async def finish_task(task: asyncio.Task[None] | None, grace_s: float) -> None:
-    """Wait for a task, and cancel it where it takes too long."""
+    """Wait for a task; cancel it where it takes too long, and leave it where it takes as long to end then.
+
+    A thread that waits for a disk that hangs cannot be cancelled.
+    """
     if task is None or task.done() or task is asyncio.current_task():
         return
     await asyncio.wait({task}, timeout=grace_s)
     if not task.done():
         task.cancel()
-        await asyncio.wait({task})
+        await asyncio.wait({task}, timeout=grace_s)
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -437,6 +437,10 @@ def references_of(manifest: Manifest, node: NodeSnapshot) -> ChunkRefs:
 _LOG: Final = logging.getLogger(__name__)
 
 
+_CLOSE_S: Final = 10.0
+"""Seconds that closing waits for preloads that were cancelled."""
+
+
 class Preloader:
     """Preloads of one event loop.
 
@@ -465,10 +469,11 @@ class Preloader:
             await asyncio.wait(set(self._tasks))
 
     async def aclose(self) -> None:
-        """Cancel the running preloads, and wait until they have ended."""
+        """Cancel the running preloads, and wait for a while until they have ended."""
         for task in self._tasks:
             task.cancel()
-        await self.wait()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=_CLOSE_S)
 
     async def _fetch(self, manifests: Sequence[ObjectId]) -> None:
         await run_each(self._fetch_one, manifests, limit=self._max_requests)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import threading
 from collections.abc import AsyncGenerator
@@ -139,6 +140,21 @@ async def test_a_task_that_takes_too_long_to_finish_is_cancelled(takes_s: float,
     assert task.done()
     assert task.cancelled() == cancelled
     await finish_task(None, 0.01)
+
+
+async def test_a_task_that_cannot_be_cancelled_is_left() -> None:
+    ended = asyncio.Event()
+
+    async def stubborn() -> None:
+        while not ended.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await ended.wait()
+
+    task = asyncio.ensure_future(stubborn())
+    await finish_task(task, 0.01)
+    assert not task.done()
+    ended.set()
+    await task
 
 
 async def test_work_goes_to_a_thread_and_stays_here_where_no_thread_can_be_started(

@@ -448,9 +448,13 @@ class LogLayout(SwappedLog[SlotAttempt]):
         if self._storage.defers_syncs and closing_garbage.get():
             written_n = self.n
         if self.view.ended_reason is None and self._wrote and self.n > written_n:
+            last = asyncio.ensure_future(self._checkpointing.try_write())
             try:
-                async with asyncio.timeout(CLOSE_GRACE_S):
-                    await self._checkpointing.try_write()
-            except TimeoutError as error:
-                _LOG.warning("last checkpoint of %s failed: %s", self._storage.describe(), error)
+                await finish_task(last, CLOSE_GRACE_S)
+            finally:
+                last.cancel()
+            if last.done() and not last.cancelled():
+                last.result()
+            else:
+                _LOG.warning("last checkpoint of %s took longer than %g s", self._storage.describe(), CLOSE_GRACE_S)
         await finish_task(self.view.sealer, CLOSE_GRACE_S)
