@@ -23,6 +23,7 @@ from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import ANY, ObjectKind, Precondition, PutResult, Storage
 from icechunk.testing.recording import RecordingStorage
 from icechunk.testing.wrapping import WrappingStorage
+from tests import inside
 from tests.nodes import read_chunk, write_chunk, write_node
 
 ARRAY = (
@@ -103,7 +104,7 @@ class Life:
 
 
 async def log_of(repository: Repository) -> LogLayout:
-    log = await repository._core.log()  # private: the log has no public handle
+    log = await inside.log_of(repository)
     assert isinstance(log, LogLayout)
     return log
 
@@ -233,7 +234,7 @@ async def test_a_wide_hierarchy_makes_neither_reading_nor_changing_one_array_dec
         async with await Repository.open_async(storage) as repository:
             reader = await repository.readonly_session_async("main")
             assert await read_chunk(reader, "/g1/a110", (0,)) is None
-            nodes = reader._content.log.base.nodes  # private: which nodes were decoded
+            nodes = inside.content_of(reader).log.base.nodes
             assert isinstance(nodes, SnapshotNodes)
             read = len(nodes.stored.known)
             session = await repository.writable_session_async("main")

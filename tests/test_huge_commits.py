@@ -30,6 +30,7 @@ from icechunk.storage.port import Storage
 from icechunk.testing.faulty import Fault, FaultyStorage, PlannedRequest
 from icechunk.testing.recording import RecordingStorage
 from icechunk.testing.wrapping import WrappingStorage
+from tests.inside import content_of, core_of
 from tests.nodes import delete_chunk, write_chunk, write_node
 from tests.raising import raises
 
@@ -66,7 +67,7 @@ async def check_rows(repository: Repository, shape: Sequence[int], rows: Sequenc
     session = await repository.readonly_session_async("main")
     for row in rows:
         coords = divmod(row, shape[1])
-        ref = await session._content.chunk_reference("/a", coords)  # private: the reference itself, not its bytes
+        ref = await content_of(session).chunk_reference("/a", coords)
         assert ref is not None
         assert (ref.location, ref.offset, ref.length) == (f"{BUCKET}object", row, row + 1)
 
@@ -142,8 +143,7 @@ async def test_a_put_that_fails_amid_the_manifests_commits_nothing_and_a_later_t
     await delete_chunk(session, "/a", (0, 0))
     await session.commit_async("works")
     await check_rows(await Repository.open_async(faulty), (100, 100), [1, 99, 100, 5_000, 9_999])
-    # private: the reference itself, not its bytes
-    assert await (await repo.readonly_session_async("main"))._content.chunk_reference("/a", (0, 0)) is None
+    assert await content_of(await repo.readonly_session_async("main")).chunk_reference("/a", (0, 0)) is None
 
 
 async def test_a_commit_takes_less_memory_than_the_references_themselves(
@@ -191,8 +191,7 @@ async def test_changes_in_several_transaction_logs_are_all_found(
         await write_chunk(session, "/a", divmod(i, 10), b"x")
         await write_chunk(session, "/b", divmod(i, 10), b"y")
     tip = await session.commit_async("two hundred chunks")
-    # private: the record of the snapshot in the log
-    record = (await repo._core.state()).snapshots[object_id_from_text(tip)]
+    record = (await core_of(repo).state()).snapshots[object_id_from_text(tip)]
     assert len(record.pruned_ancestor_tx_logs) == 6
     diff = await repo.diff_async(from_snapshot_id=base, to_snapshot_id=tip)
     assert {path: len(rows) for path, rows in diff.updated_chunks.items()} == {"/a": 100, "/b": 100}

@@ -19,6 +19,7 @@ from icechunk.format.repo.codec import decode_repo, encode_repo
 from icechunk.format.repo.repo_info import Status, StatusChanged, Update
 from icechunk.log.repository.port import Layout
 from icechunk.storage.port import Storage
+from tests.inside import core_of
 from tests.raising import raises
 
 LAYOUTS = [(None, "log", 2), (2, "repo", 2), (1, "refs", 1)]
@@ -106,8 +107,7 @@ async def test_the_layout_of_an_existing_repository_is_recognised(
     changes = await repo.diff_async(from_branch="main", to_branch="dev")
     assert changes.new_arrays == {"/b"}
     copy = pickle.loads(pickle.dumps(repo)) if not isinstance(storage, icechunk.storage.memory.MemoryStorage) else repo
-    # private: settings as the layout resolved them
-    assert copy._core.settings == repo._core.settings or layout != "log"
+    assert core_of(copy).settings == core_of(repo).settings or layout != "log"
     await repo.reset_branch_async("dev", first)
     await repo.delete_branch_async("dev")
     await repo.delete_tag_async("t")

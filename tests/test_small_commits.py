@@ -28,6 +28,7 @@ from icechunk.storage.port import ANY, Storage
 from icechunk.testing.faulty import Fault, FaultyStorage, PlannedRequest
 from icechunk.testing.recording import RecordingStorage
 from icechunk.testing.wrapping import WrappingStorage
+from tests.inside import content_of, core_of, log_of, prepare_writes
 from tests.nodes import read_chunk, write_chunk, write_node
 from tests.raising import raises
 
@@ -69,10 +70,10 @@ async def dead_after_its_commits(memory: MemoryStorage, *names: str) -> list[str
     """Commits whose files are in the log only."""
     faulty = FaultyStorage(Elsewhere(memory))
     repository = await Repository.open_async(faulty)
-    await (await repository._core.log()).prepare_writes()  # private: the check of the store is not what is counted
+    await prepare_writes(repository)
     faulty.plan = only_the_log
     made = [await write(repository, name, name.encode()) for name in names]
-    log = await repository._core.log()  # private: the log has no public handle
+    log = await log_of(repository)
     assert isinstance(log, LogLayout)
     for task in log.tasks:
         task.cancel()
@@ -209,11 +210,11 @@ async def test_a_session_sent_to_another_process_reads_a_manifest_that_only_the_
     session = await repository.readonly_session_async("main")
     # As in a process that has not read the log yet.
     fresh = await Repository.open_async(Elsewhere(memory))
-    fresh._core.files = type(fresh._core.files)(0)  # private: a client that remembers no file
-    fresh._core._configure(fresh._core.storage, fresh._core.config)  # private: a client that remembers no file
-    await fresh._core._logs.aclose()  # private: a client that remembers no file
-    # private: a session of another process
-    travelled = icechunk.Session(SessionContent.on(fresh._core, session._content.log.base))
+    core_of(fresh).files = type(core_of(fresh).files)(0)
+    core_of(fresh)._configure(core_of(fresh).storage, core_of(fresh).config)  # private: a client that remembers no file
+    await core_of(fresh)._logs.aclose()  # private: a client that remembers no file
+    # A session of another process.
+    travelled = icechunk.Session(SessionContent.on(core_of(fresh), content_of(session).log.base))
     assert await read_chunk(travelled, "/a", (0,)) == b"a"
 
 
@@ -221,8 +222,7 @@ async def test_a_file_that_is_nowhere_is_missed_by_its_name() -> None:
     memory = MemoryStorage()
     repository = await Repository.create_async(memory)
     with raises(ObjectNotFoundError, "object-not-found", "transactions/7DVXGGF4S2JKJ9WRT0K0"):
-        # private: the file itself
-        await repository._core.assets.transaction_log(object_id_from_text("7DVXGGF4S2JKJ9WRT0K0"))
+        await core_of(repository).assets.transaction_log(object_id_from_text("7DVXGGF4S2JKJ9WRT0K0"))
 
 
 async def test_a_writer_whose_background_puts_fail_tries_again_and_leaves_the_rest_to_the_checkpoint() -> None:
@@ -260,7 +260,7 @@ SCRIPT = textwrap.dedent(
     async def main():
         storage = Stuck(icechunk.local_filesystem_storage(sys.argv[1]))
         repository = await icechunk.Repository.open_async(storage)
-        await (await repository._core.log()).prepare_writes()  # private: the check of the store is not what is counted
+        await prepare_writes(repository)
         storage.stuck = True
         session = await repository.writable_session_async("main")
         await write_node(session, "/a", %r)
@@ -297,13 +297,13 @@ async def test_a_reader_drops_old_files_and_finds_them_again(monkeypatch: pytest
     memory = MemoryStorage()
     await Repository.create_async(memory)
     reader = await Repository.open_async(Elsewhere(memory))
-    log = await reader._core.log()  # private: the log has no public handle
+    log = await log_of(reader)
     assert isinstance(log, LogLayout)
     monkeypatch.setattr(embedded, "_MAX_BYTES", 4_000)  # private: small numbers stand for large ones
     made = await dead_after_its_commits(memory, *"abcdefgh")
     await reader.lookup_branch_async("main")
-    reader._core.files = type(reader._core.files)(0)  # private: a client that remembers no file
-    log.share_files(reader._core.files)  # private: a client that remembers no file
+    core_of(reader).files = type(core_of(reader).files)(0)
+    log.share_files(core_of(reader).files)
     old = transaction_key(object_id_from_text(made[0]))
     assert log.view.embedded.find(old) is None
     assert await log.find_file(old) is not None
@@ -338,10 +338,10 @@ async def test_a_late_checkpointer_that_brings_a_collected_file_back_brings_only
     session = await repository.writable_session_async("main")
     await write_node(session, "/gone", GROUP)
     gone = await session.flush_async("detached")
-    log = await repository._core.log()  # private: the log has no public handle
+    log = await log_of(repository)
     assert isinstance(log, LogLayout)
     late = await Repository.open_async(Elsewhere(memory))
-    late_log = await late._core.log()  # private: the log has no public handle
+    late_log = await log_of(late)
     assert isinstance(late_log, LogLayout)
     late_log.view.embedded.remember(1, {f"snapshots/{gone}": b"the same bytes"})
     await log.append(lambda _: [CollectionRan(cutoff_us=log.store_time_us + 10**9)])
@@ -469,7 +469,7 @@ async def test_those_behind_a_commit_that_is_given_up_go_on_without_it() -> None
         return await session.commit_async(f"n{i}", rebase_with=icechunk.ConflictDetector())
 
     tasks = [asyncio.ensure_future(one(i)) for i in range(4)]
-    log = await repository._core.log()  # private: the log has no public handle
+    log = await log_of(repository)
     for _ in range(10_000):
         if len(log.expected().snapshots) == 6:
             break

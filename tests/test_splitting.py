@@ -16,6 +16,7 @@ from icechunk.config.manifest_rules import tile_shapes
 from icechunk.format.ids import NodeId
 from icechunk.format.values import DimensionShape, NodeKind, NodeSnapshot
 from icechunk.log.session.plan.compaction import EVERYTHING, Policy
+from tests.inside import content_of
 from tests.log.session.builders import Repo, array_json, check_snapshot, compacted, native
 
 Condition = icechunk.ManifestSplitCondition
@@ -85,7 +86,7 @@ async def test_arrays_with_a_rule_have_manifests_of_their_own_on_every_layout(la
         made = await zarr.api.asynchronous.create_array(session.store, name=name, shape=(7,), chunks=(1,), dtype="i4")
         await made.setitem(slice(None), np.arange(1, 8))
     await session.commit_async("written")
-    snapshot = session._content.log.base  # private: extents in the file itself
+    snapshot = content_of(session).log.base
     boxes = {path: [ref.extents for ref in node.manifests] for path, node in snapshot.nodes.items()}
     assert boxes["/split"] == boxes["/split2"] == [((0, 3),), ((3, 6),), ((6, 7),)]
     assert boxes["/whole"] == [((0, 7),)]

@@ -23,6 +23,7 @@ from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import ByteRange, GetResult, PutResult, Range, Storage
 from icechunk.testing.wrapping import WrappingStorage
+from tests.inside import content_of, core_of
 from tests.nodes import read_chunk, write_chunk, write_node
 from tests.raising import raises
 
@@ -121,7 +122,7 @@ async def test_chunk_bytes_on_their_way_are_bounded_for_all_sessions_together() 
         for n in range(32):
             await write_chunk(session, "/a", (n,), bytes(1000))
             # private: memory is public nowhere
-            assert sum(other._content.puts._pool.held_bytes for other in sessions) <= 5000
+            assert sum(content_of(other).puts._pool.held_bytes for other in sessions) <= 5000
 
     async with asyncio.timeout(30):
         await asyncio.gather(*map(write, sessions))
@@ -204,13 +205,13 @@ async def test_caches_of_metadata_are_bounded() -> None:
     config = RepositoryConfig(caching=CachingConfig(num_snapshot_nodes=0, num_chunk_refs=0, num_transaction_changes=0))
     _, repository, reader = await filled(config)
     await read_all(reader)
-    assets = repository._core.assets  # private: what a client remembers is public nowhere
+    assets = core_of(repository).assets
     # private: what a client remembers is public nowhere
     assert (len(assets._snapshots), len(assets._manifests), len(assets._transactions)) == (0, 0, 0)
     _, repository, reader = await filled(RepositoryConfig())
     await read_all(reader)
     # private: what a client remembers is public nowhere
-    assert (len(repository._core.assets._snapshots), len(repository._core.assets._manifests)) > (0, 0)
+    assert (len(core_of(repository).assets._snapshots), len(core_of(repository).assets._manifests)) > (0, 0)
 
 
 @pytest.mark.parametrize("value", [0, 49, 101])

@@ -12,6 +12,7 @@ import icechunk
 from icechunk import Repository
 from icechunk.format.ids import object_id_from_text
 from icechunk.runtime.loops import run_sync
+from tests.inside import core_of
 from tests.store.store_builders import buffer, read
 from tools import oracle
 from tools.interop.odd_arrays import CHUNK, contents
@@ -87,8 +88,7 @@ def test_references_of_different_ranks_block_no_other_operation(path: str) -> No
     assert repo.chunk_storage_stats().native_bytes > 0
     assert repo.readonly_session("main").all_virtual_chunk_locations() == []
     snapshot = object_id_from_text(repo.lookup_branch("main"))
-    # private: the record itself, whatever the diff makes of it
-    assert run_sync(repo._core.assets.transaction_log(snapshot)).new_arrays
+    assert run_sync(core_of(repo).assets.transaction_log(snapshot)).new_arrays
     repo.rewrite_manifests("together", branch="main")
     now = datetime.now(UTC)
     repo.expire_snapshots(now)

@@ -24,6 +24,7 @@ from icechunk.storage.port import DeleteResult, ObjectInfo, Storage
 from icechunk.testing.faulty import Fault, FaultyStorage, PlannedRequest
 from icechunk.testing.recording import RecordingStorage
 from icechunk.testing.wrapping import WrappingStorage
+from tests.inside import content_of, core_of, log_of
 from tests.maintenance.helpers import AgedStorage, History, ago, by_layout, folders, read, sizes
 from tests.raising import raises
 
@@ -39,7 +40,7 @@ async def with_garbage(storage: Storage, version: int | None) -> History:
     session = await history.repo.writable_session_async("main")
     array = await zarr.api.asynchronous.open_array(store=session.store, path="a", mode="r+")
     await array.setitem(slice(0, 2), 99)
-    await session._content.puts.flush()  # private: objects that are there although nothing was committed
+    await content_of(session).puts.flush()
     # The small objects of a log's commits are put in the background; from here on they exist.
     await history.repo.checkpoint_async()
     return history
@@ -148,8 +149,8 @@ async def test_a_session_that_began_before_the_cutoff_is_refused_and_has_to_repe
     await history.repo.garbage_collect_async(ago())
     other = await icechunk.Repository.open_async(storage)
     for session in (stale, fork):
-        # private: the session of a client that does not know of the collection
-        session._content.core = other._core if session is stale else session._content.core
+        # The session of a client that does not know of the collection.
+        content_of(session).core = core_of(other) if session is stale else content_of(session).core
     with raises(SessionStateError, "commit-not-allowed"):
         await stale.commit_async("late")
     with raises(SessionStateError, "commit-not-allowed"):
@@ -170,15 +171,15 @@ async def test_a_session_that_began_before_the_cutoff_is_refused_and_has_to_repe
 async def test_the_cutoff_of_the_repo_object_is_kept_by_a_conversion_there_and_back() -> None:
     history = await History.create(MemoryStorage(), 2)
     await history.repo.garbage_collect_async(ago(hours=1))
-    cutoff = (await history.repo._core.log()).state.gc_cutoff_us  # private: the cutoff is public nowhere
+    cutoff = (await log_of(history.repo)).state.gc_cutoff_us
     assert cutoff
     await history.repo.convert_async("log")
-    assert (await history.repo._core.log()).state.gc_cutoff_us == cutoff  # private: the cutoff is public nowhere
+    assert (await log_of(history.repo)).state.gc_cutoff_us == cutoff
     await history.repo.convert_async("repo")
-    assert (await history.repo._core.log()).state.gc_cutoff_us == cutoff  # private: the cutoff is public nowhere
+    assert (await log_of(history.repo)).state.gc_cutoff_us == cutoff
     await history.commit("c1", 1)
     reader = await icechunk.Repository.open_async(history.repo.storage)
-    assert (await reader._core.log()).state.gc_cutoff_us == cutoff  # private: the cutoff is public nowhere
+    assert (await log_of(reader)).state.gc_cutoff_us == cutoff
 
 
 @by_layout
@@ -199,7 +200,7 @@ async def test_commits_during_a_collection_are_kept(version: int | None) -> None
                 yield page
 
     collector = await icechunk.Repository.open_async(Meanwhile(inner))
-    core = collector._core  # private: its clock is replaced
+    core = core_of(collector)
     elapsed = core.sources.elapsed_us
     # Every deletion looks again: a second passes between any two readings of this clock.
     ticks = iter(range(1, 10**9))
@@ -227,7 +228,7 @@ async def test_nothing_is_deleted_where_something_reachable_cannot_be_read(versi
     storage = AgedStorage(MemoryStorage())
     history = await with_garbage(storage, version)
     session = await history.repo.readonly_session_async("main")
-    snapshot = session._content.log.base  # private: the manifests of the file itself
+    snapshot = content_of(session).log.base
     id = snapshot.id if kind == "snapshots" else next(iter(snapshot.manifest_files))
     key = chunk_key(id).replace("chunks/", f"{kind}/")
     for damage in ("corrupt", "missing"):
@@ -275,8 +276,8 @@ async def test_a_collection_that_ends_at_any_step_leaves_everything_readable_and
         faulty = FaultyStorage(AgedStorage(inner))
         repo = await icechunk.Repository.open_async(faulty)
         await repo.list_branches_async()
-        # private: a clock that does not wait
-        repo._core.sources = type(repo._core.sources)(sleep=lambda _: asyncio.sleep(0))
+        # A clock that does not wait.
+        core_of(repo).sources = type(core_of(repo).sources)(sleep=lambda _: asyncio.sleep(0))
         faulty.plan = dies
         died = True
         try:
@@ -461,8 +462,7 @@ def test_after_any_history_everything_reachable_reads_back_and_no_garbage_is_lef
         for id in reached:
             for file in await fresh.list_manifest_files_async(id):
                 manifests.add(file.id)
-                # private: rows of a manifest, which users see in sums only
-                manifest = await fresh._core.assets.manifest(object_id_from_text(file.id))
+                manifest = await core_of(fresh).assets.manifest(object_id_from_text(file.id))
                 for refs_of in manifest.arrays.values():
                     chunks |= {chunk_key(row.tobytes()) for row in refs_of.chunk_id}
         keys = (await sizes(storage)).keys()

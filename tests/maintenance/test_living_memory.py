@@ -12,6 +12,7 @@ import icechunk
 from icechunk.format.ids import object_id_from_text
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.recording import RecordingStorage
+from tests.inside import log_of
 from tests.maintenance.helpers import AgedStorage, History, ago, by_layout
 
 
@@ -79,5 +80,5 @@ async def test_a_snapshot_that_lost_its_branch_is_no_longer_taken_from_memory(ve
     await history.repo.reset_branch_async("main", infos[1].id)
     # It stays, since it is young; but its chunks must not be moved, which is known only from reading it.
     assert await read_again(recording, history, old)
-    log = await history.repo._core.log()  # private: all snapshots, also those that no branch has
+    log = await log_of(history.repo)
     assert object_id_from_text(infos[0].id) in log.state.snapshots

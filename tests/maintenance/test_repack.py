@@ -17,6 +17,7 @@ from icechunk.format.ids import object_id_from_text
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import Storage
 from icechunk.testing.wrapping import WrappingStorage
+from tests.inside import core_of
 from tests.maintenance.helpers import AgedStorage, ago, by_layout, sizes
 
 DAYS = 12
@@ -185,8 +186,7 @@ async def test_dead_rows_leave_a_manifest_that_serves_another_array(version: int
     fresh = await icechunk.Repository.open_async(storage)
     np.testing.assert_array_equal(await read(fresh, "b"), np.arange(20))
     (file,) = await fresh.list_manifest_files_async(await fresh.lookup_branch_async("main"))
-    # private: rows of a manifest, which users see in sums only
-    manifest = await fresh._core.assets.manifest(object_id_from_text(file.id))
+    manifest = await core_of(fresh).assets.manifest(object_id_from_text(file.id))
     assert manifest.num_chunk_refs == 1
     assert b"".join(refs.inline_data for refs in manifest.arrays.values()) == bytes(range(20))
     assert (await repo.chunk_storage_stats_async()).inlined_bytes == 20

@@ -23,6 +23,7 @@ from icechunk.maintenance.stats import _Counter
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import ListingUnsupportedError, ObjectInfo
 from icechunk.testing.wrapping import WrappingStorage
+from tests.inside import core_of, log_of
 from tests.maintenance.helpers import History, ago, by_layout
 
 
@@ -136,12 +137,11 @@ async def test_manifests_are_read_within_the_bounds() -> None:
     for i in range(8):
         await history.commit(f"c{i}", i)
     await history.repo.checkpoint_async()  # so that all of them are read from storage, none from the log's entries
-    log = await history.repo._core.log()  # private: all snapshots, also those that no branch has
+    log = await log_of(history.repo)
     files = {
         file.object_id: Use(file=file)
         for id in log.state.snapshots
-        # private: sizes in the file itself, which the statistics are compared with
-        for file in (await history.repo._core.assets.snapshot(id)).manifest_files.values()
+        for file in (await core_of(history.repo).assets.snapshot(id)).manifest_files.values()
     }
     assert len(files) > 6
 

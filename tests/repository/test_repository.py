@@ -34,6 +34,7 @@ from icechunk.runtime.checks import WrongTypeError
 from icechunk.runtime.loops import run_sync
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import Storage
+from tests.inside import core_of
 from tests.raising import raises
 
 UNKNOWN = "00000000000000000000"
@@ -551,7 +552,7 @@ async def test_a_clock_that_does_not_advance_hides_no_commit() -> None:
     storage = MemoryStorage()
     writer = await Repository.create_async(storage)
     reader = await Repository.open_async(storage)
-    core = reader._core  # private: the clock of the engine
+    core = core_of(reader)
     core.sources = replace(core.sources, elapsed_us=lambda: 0)
     await core._logs.aclose()  # private: a loop that opens within one step of the clock
     await core.log()

@@ -14,6 +14,7 @@ from icechunk.format.ids import object_id_from_text
 from icechunk.format.values import ManifestRef, TransactionLog
 from icechunk.runtime.loops import run_sync
 from icechunk.session.commit import How, write_snapshot
+from tests.inside import content_of
 from tests.raising import raises
 
 Condition = icechunk.ManifestSplitCondition
@@ -114,8 +115,8 @@ async def test_a_commit_of_another_client_meanwhile_is_a_conflict() -> None:
     other = await repo.writable_session_async("main")
     await other.commit_async("first", allow_empty=True)
     with pytest.raises(icechunk.ConflictError):
-        # private: a rewrite that began before the branch moved
-        await write_snapshot(session._content, How.COMMIT, "late", None, allow_empty=True, rewrite=True)
+        # A rewrite that began before the branch moved.
+        await write_snapshot(content_of(session), How.COMMIT, "late", None, allow_empty=True, rewrite=True)
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -22,6 +22,7 @@ from icechunk.storage.port import ByteRange, GetResult, Storage
 from icechunk.testing.faulty import Fault, FaultyStorage, PlannedRequest, scripted
 from icechunk.testing.recording import RecordingStorage
 from icechunk.testing.wrapping import WrappingStorage
+from tests.inside import prepare_writes
 from tests.raising import raises
 
 GROUP = b'{"zarr_format": 3, "node_type": "group", "attributes": {}}'
@@ -182,7 +183,7 @@ async def test_a_store_that_was_checked_behind_the_session_is_not_waited_for_by_
     recording = RecordingStorage(memory)
     repository = await Repository.open_async(MemoryCopy(recording))
     session = await changed(repository)
-    await (await repository._core.log()).prepare_writes()  # private: the check of the store is not what is counted
+    await prepare_writes(repository)
     recording.clear()
     await session.commit_async("first")
     assert of_the_commit(recording).dependent_rounds() == 1
@@ -229,7 +230,7 @@ async def test_replacing_chunks_reads_their_manifest_once() -> None:
     other = await Repository.open_async(recording)
     session = await other.writable_session_async("main")
     await session._content.set_chunk("/array", (3,), b"2")
-    await (await other._core.log()).prepare_writes()  # private: the check of the store is not what is counted
+    await prepare_writes(other)
     await settled(recording, other)
     await session.commit_async("one")
     assert of_the_commit(recording).dependent_rounds() == 3

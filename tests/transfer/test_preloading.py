@@ -15,6 +15,7 @@ from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.values import DimensionShape, ManifestFile, ManifestRef, NodeKind, NodeSnapshot, Snapshot
 from icechunk.storage.port import Storage
 from icechunk.testing.recording import RecordingStorage
+from tests.inside import core_of
 
 Condition = icechunk.ManifestPreloadCondition
 
@@ -109,14 +110,14 @@ async def test_a_session_fetches_in_the_background_and_reads_without_another_req
     repo = await icechunk.Repository.open_async(storage)
     storage.clear()
     session = await getattr(repo, f"{kind}_session_async")("main")
-    await repo._core.preloaded()  # private: the end of the preloading in the background
+    await core_of(repo).preloaded()
     assert storage.count("get", "manifests/") == 1
     await (await zarr.api.asynchronous.open_array(store=session.store, path="time", mode="r")).getitem(0)
     assert storage.count("get", "manifests/") == 1
     await (await zarr.api.asynchronous.open_array(store=session.store, path="values", mode="r")).getitem(0)
     assert storage.count("get", "manifests/") == 2
     await repo.readonly_session_async("main")
-    await repo._core.preloaded()  # private: the end of the preloading in the background
+    await core_of(repo).preloaded()
     assert storage.count("get", "manifests/") == 2
 
 
@@ -132,7 +133,7 @@ async def test_settings_decide_and_can_turn_it_off() -> None:
         repo = await icechunk.Repository.open_async(storage, options)
         storage.clear()
         await repo.readonly_session_async("main")
-        await repo._core.preloaded()  # private: the end of the preloading in the background
+        await core_of(repo).preloaded()
         assert storage.count("get", "manifests/") == expected
         await repo.aclose()
 
@@ -144,7 +145,7 @@ async def test_a_manifest_that_cannot_be_fetched_does_not_disturb_the_session() 
     await inner.delete(keys)
     repo = await icechunk.Repository.open_async(inner)
     session = await repo.readonly_session_async("main")
-    await repo._core.preloaded()  # private: the end of the preloading in the background
+    await core_of(repo).preloaded()
     array = await zarr.api.asynchronous.open_array(store=session.store, path="time", mode="r")
     with pytest.raises(icechunk.IcechunkError):
         await array.getitem(0)

@@ -15,6 +15,7 @@ from icechunk.config import S3Options, StorageRetriesSettings, StorageSettings
 from icechunk.credentials import S3Credentials, S3StaticCredentials
 from icechunk.storage.s3.storage import S3Storage
 from tests.conftest import BUCKET
+from tests.inside import prepare_writes
 from tests.storage.s3.faulty_s3 import LOSE, OK, RESET, FaultyS3, Say, Seen, serving
 from tools import services
 
@@ -115,7 +116,7 @@ async def test_a_commit_lands_exactly_once_with_any_fate_of_its_answer(
         session = await repo.writable_session_async("main")
         if number == 0:
             # The first request, which checks whether the store honours If-Match, is not meant.
-            await (await repo._core.log()).prepare_writes()  # private: the check of the store is not what is counted
+            await prepare_writes(repo)
             server.choose = strike(SWAPPED[layout], FAULTS[fault], times)
         made.append(await session.commit_async(f"commit {number}", allow_empty=True))
     assert 1 <= server.struck <= times
