@@ -125,7 +125,7 @@ class Patience:
     """
 
     def __init__(self) -> None:
-        self.recent = Recent()
+        self.recent: Recent = Recent()
         """The longest silence in each recent answer; the time that a connection took to open counts as one."""
         self._rates: deque[float] = deque(maxlen=_REMEMBERED)
         self._uploading = 0

@@ -234,7 +234,7 @@ class FetchPool:
         self._percentile = hedge_percentile if self._hedges else None
         self._latencies = Latencies()
         self._budget = Budget()
-        self.flights = Flights(self._may_repeat)
+        self.flights: Flights = Flights(self._may_repeat)
         """The requests in flight, those of the block reader on top of this pool included."""
 
     async def get(self, key: str, byte_range: ByteRange = None) -> bytes:

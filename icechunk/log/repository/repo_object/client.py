@@ -113,7 +113,7 @@ class RepoView:
         # Ticket of the newest change of ours that landed.
         self._landing = 0
         self._clock = found.asked
-        self.looked = 0
+        self.looked: int = 0
         """Ticket of the newest look at ``repo``: a refusal counts only by a look after the call (rule 3)."""
         self.ended_reason: str | None = None
         """Why this client does not change the repository any more, once it was kept in a log; None: it still may."""
