@@ -57,9 +57,7 @@ def main() -> int:
         print(f"{name}: {reasons or 'a part of it is in this list'}")
     known, names = counts["withKnownType"], sum(counts.values())
     if found:
-        print(
-            "annotate where these are set (`self.size: int = size`), or give a reason in UNTYPED of tools/public_types.py"
-        )
+        print("annotate where these are set (`self.size: int = size`), or give a reason in UNTYPED")
     print(f"{known} of {names} public names have known types; {len(found)} others without a reason")
     return 1 if found or not known else 0
 

@@ -59,6 +59,6 @@ def test_an_unknown_start_is_refused_before_the_first_item(version: int | None) 
             repo.ancestry(**start)
     with pytest.raises(SnapshotNotFoundError):
         repo.ancestry(snapshot_id="0" * 20)
-    with pytest.raises(ValueError, match="branch"):
+    with pytest.raises(ValueError, match="branch"):  # words: it has no kind
         repo.ancestry()
     assert [info.parent_id for info in repo.ancestry(branch="main")] == [None]
