@@ -18,6 +18,7 @@ from icechunk.config.storage import (
     StorageTimeoutSettings,
 )
 from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.format.envelope import DEFAULT_LEVEL
 from icechunk.runtime.checks import U8, U16, U32, U64, instance_of, text, unsigned, whole
 from icechunk.runtime.representation import IntLikeEnum, Setting, redacted_url, unset
 
@@ -52,7 +53,7 @@ __all__ = [
 DEFAULT_INLINE_CHUNK_THRESHOLD_BYTES: Final = 512
 DEFAULT_MAX_CONCURRENT_REQUESTS: Final = 256
 DEFAULT_NUM_UPDATES_PER_REPO_INFO_FILE: Final = 1000
-DEFAULT_COMPRESSION_LEVEL: Final = 3
+DEFAULT_COMPRESSION_LEVEL: Final = DEFAULT_LEVEL
 DEFAULT_MAX_CONCURRENT_DECODES: Final = 2
 DEFAULT_NUM_SNAPSHOT_NODES: Final = 500_000
 DEFAULT_NUM_CHUNK_REFS: Final = 15_000_000

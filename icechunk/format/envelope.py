@@ -12,12 +12,23 @@ import zstandard
 from icechunk.errors import ErrorKind, FormatError
 from icechunk.runtime.about import CLIENT_NAME
 
-__all__ = ["COMPRESSION_ZSTD", "HEADER_SIZE", "FileHeader", "FileType", "read_header", "seal", "unseal"]
+__all__ = [
+    "COMPRESSION_ZSTD",
+    "DEFAULT_LEVEL",
+    "HEADER_SIZE",
+    "FileHeader",
+    "FileType",
+    "read_header",
+    "seal",
+    "unseal",
+]
 
 MAGIC: Final = "ICE🧊CHUNK".encode()
 HEADER_SIZE: Final = 39
 NEWEST_SPEC_VERSION: Final = 2
 COMPRESSION_ZSTD: Final = 1
+DEFAULT_LEVEL: Final = 3
+"""Level of zstd where the configuration names none."""
 FILE_IDENTIFIER: Final = b"Ichk"
 
 _CLIENT_FIELD: Final = CLIENT_NAME.encode().ljust(24)
@@ -62,7 +73,9 @@ _BOUNDS: Final = {
 }
 
 
-def seal(file_type: FileType, spec_version: int, payload: bytes | bytearray | memoryview, level: int = 3) -> bytes:
+def seal(
+    file_type: FileType, spec_version: int, payload: bytes | bytearray | memoryview, level: int = DEFAULT_LEVEL
+) -> bytes:
     """Compress ``payload`` with zstd at ``level`` and put the header before it.
 
     The frame ends with a checksum, which every zstd reader compares with the contents. A large payload that compresses

@@ -17,7 +17,7 @@ import numpy as np
 
 from icechunk.errors import ErrorKind, FormatError, InvalidInputError
 from icechunk.format.by_node import ByNode, Coords, Part, by_rank, coords_by_node, grouped_coords, num_rows, owners
-from icechunk.format.envelope import FileType, seal, unseal
+from icechunk.format.envelope import DEFAULT_LEVEL, FileType, seal, unseal
 from icechunk.format.flat.flatbuffers import (
     MAX_BYTES,
     MAX_TABLES,
@@ -71,7 +71,7 @@ _NODE_ID_SIZE: Final = 8
 _UPDATED: Final = np.dtype([("vtable", "<i4"), ("chunks", "<u4"), ("node", "V8")])
 
 
-def encode_transaction_log(log: TransactionLog, spec_version: int = 2, level: int = 3) -> bytes:
+def encode_transaction_log(log: TransactionLog, spec_version: int = 2, level: int = DEFAULT_LEVEL) -> bytes:
     """The whole file of a transaction log.
 
     Parameters

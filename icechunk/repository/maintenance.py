@@ -34,8 +34,7 @@ from icechunk.types import CommitMethod
 
 __all__ = ["Maintenance"]
 
-_MIB: Final = 1024 * 1024
-_GIB: Final = 1024 * _MIB
+_LIMITS: Final = Limits()
 
 
 _UNSPLIT: Final = ManifestSplittingConfig.from_dict(
@@ -97,13 +96,13 @@ class Maintenance(Sessions):
         dry_run: bool = False,
         repack: bool = True,
         repack_below_percent: int | None = None,
-        max_snapshots_in_memory: int = 50,
-        max_compressed_manifest_mem_bytes: int = 512 * _MIB,
-        max_decoded_manifest_mem_bytes: int = 4 * _GIB,
-        max_concurrent_manifest_fetches: int = 500,
-        max_concurrent_deletes: int = 10,
-        max_consecutive_delete_failures: int = 50,
-        max_concurrent_listings: int | None = None,
+        max_snapshots_in_memory: int = _LIMITS.max_snapshots_in_memory,
+        max_compressed_manifest_mem_bytes: int = _LIMITS.max_compressed_manifest_mem_bytes,
+        max_decoded_manifest_mem_bytes: int = _LIMITS.max_decoded_manifest_mem_bytes,
+        max_concurrent_manifest_fetches: int = _LIMITS.max_concurrent_manifest_fetches,
+        max_concurrent_deletes: int = _LIMITS.max_concurrent_deletes,
+        max_consecutive_delete_failures: int = _LIMITS.max_consecutive_delete_failures,
+        max_concurrent_listings: int | None = _LIMITS.max_concurrent_listings,
     ) -> GCSummary:
         """Delete the objects of snapshots that no branch or tag reaches, and those of commits that never happened.
 
@@ -219,10 +218,10 @@ class Maintenance(Sessions):
     async def chunk_storage_stats_async(
         self,
         *,
-        max_snapshots_in_memory: int = 50,
-        max_compressed_manifest_mem_bytes: int = 512 * _MIB,
-        max_decoded_manifest_mem_bytes: int = 4 * _GIB,
-        max_concurrent_manifest_fetches: int = 500,
+        max_snapshots_in_memory: int = _LIMITS.max_snapshots_in_memory,
+        max_compressed_manifest_mem_bytes: int = _LIMITS.max_compressed_manifest_mem_bytes,
+        max_decoded_manifest_mem_bytes: int = _LIMITS.max_decoded_manifest_mem_bytes,
+        max_concurrent_manifest_fetches: int = _LIMITS.max_concurrent_manifest_fetches,
         list_objects: bool = True,
     ) -> ChunkStorageStats:
         """Bytes of all chunks that branches and tags reach, each counted once, by where they are.
@@ -261,10 +260,10 @@ class Maintenance(Sessions):
     async def total_chunks_storage_async(
         self,
         *,
-        max_snapshots_in_memory: int = 50,
-        max_compressed_manifest_mem_bytes: int = 512 * _MIB,
-        max_decoded_manifest_mem_bytes: int = 4 * _GIB,
-        max_concurrent_manifest_fetches: int = 500,
+        max_snapshots_in_memory: int = _LIMITS.max_snapshots_in_memory,
+        max_compressed_manifest_mem_bytes: int = _LIMITS.max_compressed_manifest_mem_bytes,
+        max_decoded_manifest_mem_bytes: int = _LIMITS.max_decoded_manifest_mem_bytes,
+        max_concurrent_manifest_fetches: int = _LIMITS.max_concurrent_manifest_fetches,
     ) -> int:
         """Bytes of native chunks: deprecated in favour of ``chunk_storage_stats_async().native_bytes``.
 

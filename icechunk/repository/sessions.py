@@ -23,6 +23,7 @@ from icechunk.runtime.loops import synchronous
 from icechunk.runtime.tasks import run_jobs
 from icechunk.session import ForkSession, Session
 from icechunk.session.content import SessionContent
+from icechunk.session.rebase import DEFAULT_REBASE_TRIES
 from icechunk.session.resume import join, resume
 from icechunk.session.session_checkpoint import lease_in_us
 from icechunk.store import IcechunkStore
@@ -219,7 +220,7 @@ class Sessions(RepositoryBase):
         message: str,
         metadata: dict[str, Any] | None = None,
         rebase_with: ConflictSolver | None = None,
-        rebase_tries: int = 1000,
+        rebase_tries: int = DEFAULT_REBASE_TRIES,
     ) -> AsyncIterator[IcechunkStore]:
         """A store whose changes are committed when the ``async with`` block ends without an error, else forgotten.
 
@@ -237,7 +238,7 @@ class Sessions(RepositoryBase):
         message: str,
         metadata: dict[str, Any] | None = None,
         rebase_with: ConflictSolver | None = None,
-        rebase_tries: int = 1000,
+        rebase_tries: int = DEFAULT_REBASE_TRIES,
     ) -> Iterator[IcechunkStore]:
         """Synchronous twin of `transaction_async`, for a ``with`` block."""
         session = self.writable_session(branch)

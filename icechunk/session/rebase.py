@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,19 @@ from icechunk.session.core import Core
 from icechunk.session.session_checkpoint import landed_error, require_not_landed
 from icechunk.transfer.assets import off_loop
 
-__all__ = ["Rebase", "Step", "advance", "check_fork", "rebase_session", "steps_between", "winners_between"]
+__all__ = [
+    "DEFAULT_REBASE_TRIES",
+    "Rebase",
+    "Step",
+    "advance",
+    "check_fork",
+    "rebase_session",
+    "steps_between",
+    "winners_between",
+]
+
+DEFAULT_REBASE_TRIES: Final = 1000
+"""Rebases of one commit, one for each race that it loses, before it gives up."""
 
 Coords: TypeAlias = npt.NDArray[np.uint32]
 

@@ -46,7 +46,7 @@ from icechunk.session.commit import How, write_snapshot, write_unlisted
 from icechunk.session.content import Lineage, Phase, SessionContent, absolute
 from icechunk.session.core import Core
 from icechunk.session.merge import merge_forks
-from icechunk.session.rebase import rebase_session
+from icechunk.session.rebase import DEFAULT_REBASE_TRIES, rebase_session
 from icechunk.session.resume import collect_forks, join, joined_fork
 from icechunk.session.session_checkpoint import abandon, checkpoint, lease_in_us
 from icechunk.snapshots import Diff
@@ -166,7 +166,7 @@ class Session:
         metadata: Mapping[str, Any] | None = None,
         *,
         rebase_with: ConflictSolver | None = None,
-        rebase_tries: int = 1000,
+        rebase_tries: int = DEFAULT_REBASE_TRIES,
         allow_empty: bool = False,
     ) -> str:
         """Make the changes a new snapshot of the branch, atomically.

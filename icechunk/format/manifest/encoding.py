@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.by_node import ByNode, Part, owners
-from icechunk.format.envelope import FileType, seal
+from icechunk.format.envelope import DEFAULT_LEVEL, FileType, seal
 from icechunk.format.flat.flatbuffers import MAX_BYTES, MAX_TABLES, FlatTable, FlatWriter, Value, Written, id_struct, u8
 from icechunk.format.flat.vectors import Positions, copy_spans, first_rows, is_ascending, lexicographic_order
 from icechunk.format.ids import encode_id
@@ -100,7 +100,7 @@ def _fill_vectors(
 
 
 def encode_manifest(
-    manifest: Manifest, spec_version: int = 2, level: int = 3, locations: LocationCompression | None = None
+    manifest: Manifest, spec_version: int = 2, level: int = DEFAULT_LEVEL, locations: LocationCompression | None = None
 ) -> bytes:
     """The whole file of a manifest.
 

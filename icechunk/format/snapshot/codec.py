@@ -12,7 +12,7 @@ import numpy as np
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.documents import parse_document
-from icechunk.format.envelope import FileType, seal, unseal
+from icechunk.format.envelope import DEFAULT_LEVEL, FileType, seal, unseal
 from icechunk.format.flat.flatbuffers import (
     Buffer,
     FlatTable,
@@ -64,7 +64,7 @@ _MOST_COPIED: Final = 2**30
 """Largest number of bytes that are copied."""
 
 
-def encode_snapshot(snapshot: Snapshot, spec_version: int = 2, level: int = 3) -> bytes:
+def encode_snapshot(snapshot: Snapshot, spec_version: int = 2, level: int = DEFAULT_LEVEL) -> bytes:
     """The whole file of a snapshot.
 
     Parameters
@@ -86,7 +86,7 @@ def encode_snapshot(snapshot: Snapshot, spec_version: int = 2, level: int = 3) -
     return seal(FileType.SNAPSHOT, spec_version, _payload(snapshot, spec_version)[0], level)
 
 
-def encode_and_keep(snapshot: Snapshot, spec_version: int = 2, level: int = 3) -> EncodedSnapshot:
+def encode_and_keep(snapshot: Snapshot, spec_version: int = 2, level: int = DEFAULT_LEVEL) -> EncodedSnapshot:
     """As `encode_snapshot`; also returns the same snapshot in the form from which the next one is encoded."""
     payload, encoded = _payload(snapshot, spec_version)
     data = seal(FileType.SNAPSHOT, spec_version, payload, level)
