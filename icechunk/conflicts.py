@@ -131,11 +131,11 @@ class RebaseFailedError(ConflictError):
     default_kind = ErrorKind.REBASE_FAILED
 
     def __init__(self, snapshot: str, conflicts: list[Conflict]) -> None:
-        shown = ", ".join(sorted({f"{str(c.conflict_type).lower()} at {c.path}" for c in conflicts})[:3])
-        super().__init__(
-            message=f"rebase failed on snapshot {snapshot}: {len(conflicts)} conflicts found ({shown}); "
-            "resolve them in the session, or rebase with a solver that settles them"
-        )
+        message = f"Rebase failed on snapshot {snapshot}: {len(conflicts)} conflicts found"
+        if conflicts:
+            shown = ", ".join(sorted({f"{str(c.conflict_type).lower()} at {c.path}" for c in conflicts})[:3])
+            message += f" ({shown}); resolve them in the session, or rebase with a solver that settles them"
+        super().__init__(message=message)
         # The arguments are API: the official library's error has these two.
         self.args: tuple[Any, ...] = (snapshot, conflicts)
         self._snapshot = snapshot

@@ -75,8 +75,8 @@ def merge_sessions(
     for fork in forks:
         if not isinstance(fork, ForkSession):
             raise WrongTypeError(
-                f"merge_sessions only accepts ForkSession objects, not {type(fork).__name__}; to merge forks into the "
-                "session that they come from, call session.merge(*forks)",
+                f"merge_sessions only accepts ForkSession objects. Received {type(fork).__name__!r}; to merge forks "
+                "into the session that they come from, call session.merge(*forks)",
                 ErrorKind.INVALID_SETTING,
             )
     first, *others = forks

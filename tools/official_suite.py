@@ -122,6 +122,7 @@ DELIBERATE: Mapping[str, str] = {
     r"test_display.py::.*test_manifest_config_shows_fields": "another default",
     r"test_error.py::.*manifest_file_altered\[no-spec-version\]": _LOG_LAYOUT,
     r"test_error.py::.*manifest_file_altered": "messages have no trace of spans",
+    r"test_error.py::test_error_message_when_snapshot_deleted": "raised already when the session is opened",
     r"test_format_universality.py::test_chunks_are_valid_zstd": _LOG_LAYOUT,
     r"test_gc.py::test_expire_and_gc\[no-spec-version": _LOG_LAYOUT,
     r"test_inspect.py::test_inspect_reports_writing_library_version": "written_by names this package",
@@ -132,6 +133,7 @@ DELIBERATE: Mapping[str, str] = {
     r"test_pickle.py::test_pickle\[": "stores of one snapshot are equal, pickled or not",
     r"test_regressions.py::test_list_missing_array": "list_prefix takes a prefix",
     r"test_store_properties.py::test_list_prefix": "list_prefix takes a prefix",
+    r"test_icechunk_store.py::.*test_get_partial_values": "SuffixByteRequest(n) is the last n bytes",
     r"test_timetravel.py::test_long_ops_log\[None\]": "a log needs no copies of `repo`",
 }
 """Pattern of test ids to the reason why they fail here, which `docs/coming-from-the-official-library.md` has too."""

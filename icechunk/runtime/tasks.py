@@ -114,7 +114,7 @@ async def in_thread(work: Callable[[], T], *, limiter: anyio.CapacityLimiter | N
     return work()
 
 
-async def finish_task(task: asyncio.Task[None] | None, grace_s: float) -> None:
+async def finish_task(task: asyncio.Task[Any] | None, grace_s: float) -> None:
     """Wait for a task; cancel it where it takes too long, and leave it where it takes as long to end then.
 
     A thread that waits for a disk that hangs cannot be cancelled.
