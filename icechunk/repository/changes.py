@@ -29,7 +29,7 @@ from icechunk.runtime.representation import Described
 from icechunk.runtime.tasks import run_each
 from icechunk.session import Session
 from icechunk.session.content import SessionContent
-from icechunk.transfer.assets import references_of
+from icechunk.transfer.assets import off_loop, references_of
 
 __all__ = ["ArrayChange", "Blame", "ChangedRegions", "Changes"]
 
@@ -316,8 +316,8 @@ class Changes(RepositoryBase):
                 wanted.append(ref.object_id)
 
         async def read(id: ObjectId) -> None:
-            cells = _inside(references_of(await self._core.assets.manifest(id), node).coords, box)
-            found[tuple(cells.T)] = True
+            coords = references_of(await self._core.assets.manifest(id), node).coords
+            await off_loop(coords.nbytes, lambda: _mark(found, coords, box))
 
         await run_each(read, wanted, limit=self._core.settings.max_requests)
         return found
@@ -364,6 +364,24 @@ def boxes_of(coords: Coords) -> list[tuple[tuple[int, int], ...]]:
         upper[:, axis] = ends
     order = np.lexsort([lower[:, d] for d in range(ndim - 1, -1, -1)])
     return [tuple(zip(a, b, strict=True)) for a, b in zip(lower[order].tolist(), upper[order].tolist(), strict=True)]
+
+
+def _mark(found: npt.NDArray[np.bool_], coords: Coords, box: Sequence[tuple[int, int]]) -> None:
+    """Set the elements of these coordinates in the array of a box's chunks."""
+    if not box:
+        found[...] = found[...] | bool(len(coords))
+        return
+    columns = [coords[:, d] for d in range(len(box))]
+    if len(coords) and any(c.min() < a or c.max() >= b for c, (a, b) in zip(columns, box, strict=True)):
+        found[tuple(_inside(coords, box).T)] = True
+        return
+    # One number for each chunk: a pass for each column, and one over the elements.
+    places = np.zeros(len(coords), np.int64)
+    for column, (a, b) in zip(columns, box, strict=True):
+        places *= b - a
+        places += column
+        places -= a
+    found.reshape(-1)[places] = True
 
 
 def _inside(coords: Coords, box: Sequence[tuple[int, int]]) -> npt.NDArray[np.int64]:
