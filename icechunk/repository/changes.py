@@ -29,7 +29,7 @@ from icechunk.runtime.representation import Described
 from icechunk.runtime.tasks import run_each
 from icechunk.session import Session
 from icechunk.session.content import SessionContent
-from icechunk.transfer.assets import off_loop, references_of
+from icechunk.transfer.assets import off_loop
 
 __all__ = ["ArrayChange", "Blame", "ChangedRegions", "Changes"]
 
@@ -316,7 +316,7 @@ class Changes(RepositoryBase):
                 wanted.append(ref.object_id)
 
         async def read(id: ObjectId) -> None:
-            coords = references_of(await self._core.assets.manifest(id), node).coords
+            coords = await self._core.assets.coords(id, node)
             await off_loop(coords.nbytes, lambda: _mark(found, coords, box))
 
         await run_each(read, wanted, limit=self._core.settings.max_requests)

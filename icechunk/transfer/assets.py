@@ -19,6 +19,7 @@ from typing import Final, TypeAlias, TypeVar
 
 import anyio
 import numpy as np
+import numpy.typing as npt
 
 from icechunk.config.repository import DEFAULT_MAX_CONCURRENT_DECODES
 from icechunk.errors import (
@@ -33,6 +34,7 @@ from icechunk.format.by_node import num_rows
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.keys import chunk_key, manifest_key, snapshot_key, transaction_key
 from icechunk.format.manifest import decode_manifest
+from icechunk.format.manifest.decoding import decode_coords
 from icechunk.format.manifest.refs_by_node import of_rank
 from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.format.transaction import decode_transaction_log, decode_transaction_logs
@@ -254,6 +256,19 @@ class Assets:
             # Other callers waited for it too: all of them share one index of its rows.
             found = self._manifests.get(id) or self.keep_manifest(loaded)
         return found
+
+    async def coords(self, id: ObjectId, node: NodeSnapshot) -> npt.NDArray[np.uint32]:
+        """Chunk coordinates of an array's references in a manifest, uint32[n, ndim], in any order.
+
+        A manifest that is not in the cache is not decoded further, and does not come into it.
+        """
+        if not self.knows_manifest(id):
+            data = await self.file(manifest_key(id))
+            decode = partial(decode_coords, data, node.id, len(node.shape), expected_id=id)
+            found = await off_loop(len(data), decode, await self._decoders.get())
+            if found is not None:
+                return found
+        return references_of(await self.manifest(id), node).coords
 
     async def reference(self, node: NodeSnapshot, coords: tuple[int, ...], *, reading: bool = False) -> ChunkRef | None:
         """The reference of a chunk in the manifests of a committed node; None if there is none.

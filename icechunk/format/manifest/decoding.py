@@ -36,7 +36,7 @@ from icechunk.format.manifest import tables as at_slot
 from icechunk.format.manifest.refs_by_node import grouped_refs, refs_by_node
 from icechunk.format.values import ETAG, ID12, INLINE, LAST_MODIFIED, NATIVE, NO_CHECKSUM, VIRTUAL, ChunkRefs, Manifest
 
-__all__ = ["DecodedManifests", "RefsOfRank", "decode_manifest", "decode_manifests"]
+__all__ = ["DecodedManifests", "RefsOfRank", "decode_coords", "decode_manifest", "decode_manifests"]
 
 _ID_SIZE: Final = 12
 _NODE_ID_SIZE: Final = 8
@@ -80,6 +80,54 @@ def decode_manifest(data: bytes, *, expected_id: ObjectId | None = None) -> Mani
         for part in _decode_rows(buffer, starts, counts, _dictionary(root))
     ]
     return Manifest(id=id, arrays=refs_by_node(parts))
+
+
+def decode_coords(
+    data: bytes, node: NodeId, ndim: int, *, expected_id: ObjectId | None = None
+) -> npt.NDArray[np.uint32] | None:
+    """Read only which chunks of one array a manifest of format 1 or 2 has references of.
+
+    Parameters
+    ----------
+    data
+        The whole file.
+    node
+        Id of the array.
+    ndim
+        Its rank.
+    expected_id
+        The id that the file must hold; None: any.
+
+    Returns
+    -------
+    uint32[n, ndim] or None
+        Chunk coordinates, in any order. None: the array is not in the manifest once, with references of that rank.
+
+    Raises
+    ------
+    FormatError
+        If the file is not a manifest, is corrupt in what is read, or has another id.
+    """
+    name = "manifest" if expected_id is None else f"manifest {encode_id(expected_id)}"
+    buffer = Buffer(unseal(data, FileType.MANIFEST, what=name)[1], name)
+    root = buffer.root()
+    id = ObjectId(required(root.inline(at_slot.ID, _ID_SIZE), root, "id"))
+    if expected_id is not None and id != expected_id:
+        raise buffer.fail(f"its id is {encode_id(id)}")
+    start, count = required(root.vector(at_slot.ARRAYS, 4), root, "arrays")
+    nodes, starts, counts = _arrays(buffer, start + 4 * np.arange(count, dtype=np.int64))
+    if nodes.count(node) != 1:
+        return None
+    number = nodes.index(node)
+    total = int(counts[number])
+    buffer.charge_tables(total)
+    if not total:
+        return None
+    fields = starts[number] + 4 * np.arange(total, dtype=np.int64)
+    vectors = TableColumns(buffer, targets(buffer, fields)).vectors(at_slot.INDEX, 4)
+    if vectors is None or vectors.rows is not None or (vectors.counts != ndim).any():
+        return None
+    return read_coords(buffer, vectors.starts, ndim)
 
 
 class RefsOfRank(NamedTuple):

@@ -17,7 +17,7 @@ from icechunk.errors import FormatError, InvalidInputError
 from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.manifest import decode_manifest, encode_manifest
-from icechunk.format.manifest.decoding import decode_manifests
+from icechunk.format.manifest.decoding import decode_coords, decode_manifests
 from icechunk.format.manifest.refs_by_node import of_rank
 from icechunk.format.values import INLINE, LAST_MODIFIED, NATIVE, ChunkRef, ChunkRefs, Manifest
 from tests.raising import raises
@@ -319,3 +319,24 @@ def test_of_manifests_that_are_read_together_a_corrupt_one_is_refused_or_read_as
     except FormatError:
         return
     assert found == singly(files)
+
+
+@settings(max_examples=100, deadline=None)
+@given(manifests(), st.sampled_from((1, 2)))
+def test_coordinates_alone_are_those_of_the_references(manifest: Manifest, spec_version: int) -> None:
+    data = encode_manifest(manifest, spec_version)
+    for node, refs in manifest.arrays.items():
+        found = decode_coords(data, node, refs.ndim, expected_id=manifest.id)
+        if not len(refs):
+            assert found is None or not len(found)
+            continue
+        assert found is not None
+        assert found.dtype == np.uint32
+        assert sorted(found.tolist()) == sorted(refs.coords.tolist())
+        assert decode_coords(data, node, refs.ndim + 1) is None
+    assert decode_coords(data, NodeId(bytes(8)), 1) is None or NodeId(bytes(8)) in manifest.arrays
+
+
+def test_coordinates_of_a_manifest_of_another_id_are_not_read() -> None:
+    with pytest.raises(FormatError):
+        decode_coords(encode_manifest(one_array(native([(0,)]))), NODE, 1, expected_id=ObjectId(b"o" * 12))
