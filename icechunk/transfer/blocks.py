@@ -153,6 +153,8 @@ class BlockReader:
                 loop.call_soon(self._dispatch, key, known)
             known.wanted.append(reader)
         first, result = await self._flights.wait(key, reader, launch_own)
+        # The flight may have begun before the object was forgotten and known anew.
+        known.track.size = result.size
         return first, result.body
 
     def _object(self, key: str) -> _Object:
@@ -214,25 +216,27 @@ class BlockReader:
             partial(self._pool.join_s, end - start),
             start=start,
             end=end,
-            ended=partial(self._ended, key, known, reserved),
+            ended=partial(self._ended, key, reserved),
         )
 
-    def _ended(
-        self, key: str, known: _Object, reserved: int, flight: Flight[GetResult], result: GetResult | None
-    ) -> None:
+    def _ended(self, key: str, reserved: int, flight: Flight[GetResult], result: GetResult | None) -> None:
         self._reserved_bytes -= reserved
+        if result is not None:
+            # The object may end before the range does.
+            flight.end = flight.start + len(result.body)
+        known = self._objects.get(key)
+        if known is None:
+            return
         track = known.track
         if result is None:
             track.restart(track.walk.next)
             return
-        # The object may end before the range does.
-        flight.end = flight.start + len(result.body)
         track.size = result.size
         walk = track.walk
         walk.fetched = track.clamp(walk.fetched)
         if walk.window_bytes and walk.fetched == track.size:
             self._streamed = walk.window_bytes
-        if reserved and self._objects.get(key) is known:
+        if reserved:
             self._keep(key, known, flight.start, result.body)
 
     def _keep(self, key: str, known: _Object, start: int, data: Octets) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import random
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -358,6 +358,23 @@ def test_a_reader_that_joined_a_request_gets_it_after_the_first_reader_was_cance
         first.cancel()
         assert await second == pattern(100)[5:10]
         assert len(storage.ranges) == 1
+
+    run_strictly(main)
+
+
+def test_reader_that_joins_a_request_from_before_its_object_was_forgotten_learns_the_end_of_the_object() -> None:
+    async def main() -> None:
+        storage = await storage_with(a=pattern(100), b=pattern(10))
+        storage.draw = lambda: (20, False)
+        blocks = reader(storage, replace(SMALL, max_objects=1))
+        first = asyncio.ensure_future(blocks.read("a", 90, 100))
+        for _ in range(4):
+            await asyncio.sleep(0)
+        other = asyncio.ensure_future(blocks.read("b", 0, 10))
+        await asyncio.sleep(0)
+        joined = asyncio.ensure_future(blocks.read("a", 95, 120))
+        assert await asyncio.gather(first, other, joined) == [pattern(100)[90:], pattern(10), pattern(100)[95:]]
+        assert [key for key, _, _ in storage.ranges] == ["a", "b"]
 
     run_strictly(main)
 
