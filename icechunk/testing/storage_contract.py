@@ -13,7 +13,7 @@ from typing import ClassVar
 import pytest
 
 from icechunk.errors import InvalidInputError, ObjectNotFoundError, PreconditionFailedError
-from icechunk.storage.port import Absent, ByteRange, Matches, ObjectInfo, Range, Storage, Suffix, Version
+from icechunk.storage.port import Absent, ByteRange, Matches, ObjectInfo, Put, Range, Storage, Suffix, Version
 
 __all__ = ["StorageContract"]
 
@@ -177,6 +177,20 @@ class StorageContract:
         assert (await storage.get("repo")).data == b"two"
         assert second.version != first.version
         assert (await storage.head("repo")).version == second.version
+
+    async def test_an_object_is_put_after_others_on_its_condition(self, storage: Storage) -> None:
+        await storage.put_unsynced([Put("snapshots/1", b"a"), Put("snapshots/2", b"b", Absent())])
+        first = await storage.put_after(["snapshots/1", "snapshots/2"], Put("repo", b"one", Absent()))
+        await storage.put_unsynced([Put("snapshots/3", b"c")])
+        second = await storage.put_after(["snapshots/3"], Put("repo", b"two", Matches(first.version)))
+        for condition in (Absent(), Matches(first.version)):
+            with pytest.raises(PreconditionFailedError, match="repo"):
+                await storage.put_after(["snapshots/3"], Put("repo", b"three", condition))
+        got = await storage.get("repo")
+        assert (got.data, got.version) == (b"two", second.version)
+        assert [info.key async for page in storage.list_pages("snapshots/") for info in page] == [
+            f"snapshots/{n}" for n in (1, 2, 3)
+        ]
 
     async def test_matches_on_a_missing_object_is_a_failed_precondition(self, storage: Storage) -> None:
         first = await storage.put("x", b"1")
