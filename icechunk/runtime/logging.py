@@ -168,7 +168,7 @@ def _is_of_others(directive: str) -> bool:
 
 
 def _first_name(directive: str) -> str:
-    """What comes before the first separator: ``icechunk`` of ``icechunk::log=debug``."""
+    """The text before the first separator: ``icechunk`` of ``icechunk::log=debug``."""
     return re.split("[.:=]", directive.strip(), maxsplit=1)[0]
 
 
