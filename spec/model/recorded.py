@@ -71,6 +71,8 @@ class Recorded:
     """Of ``repo``; None: there is none."""
     markers: dict[str, Marker | None] = field(default_factory=dict)
     """Of each version that ``repo`` ever had; None: the repo-object layout."""
+    foreign: set[str] = field(default_factory=set)
+    """Versions of ``repo`` that another library wrote."""
     tips: dict[str, str | None] = field(default_factory=dict)
     """Of the branches that an event has named; None: deleted. Others are not known."""
     cutoff: int = 0

@@ -59,6 +59,8 @@ class _Attempt:
     state: _State = _State.IN_FLIGHT
     by_history: bool = False
     """Whether its client has read a checkpoint past its slot, or of a later life of the log: the history decides."""
+    proof_us: int | None = None
+    """T of its client when it was sent first: what its slot holds counts only for so long after that."""
     callers: set[str] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
 
@@ -237,8 +239,13 @@ class _Replay:
                     yield 2, f"slot {slot.n} is sent before slot {other.slot.n} of attempt {other.nonce} is seen taken"
         elif attempt.entry != entry or attempt.slot != slot:
             yield 2, f"attempt {nonce} is sent with other bytes, or to another slot"
-        elif attempt.state is not _State.IN_FLIGHT:
+        elif attempt.state is not _State.IN_FLIGHT and not (
+            # Its client does not believe the slot any more, and has not been able to open the log again.
+            attempt.state is _State.LOST and not _Log(proof_us=attempt.proof_us).fresh(self.now_us)
+        ):
             yield 2, f"attempt {nonce} is sent again, and it is {attempt.state.value}"
+        if attempt.entry is None and slot.epoch in client.logs:
+            attempt.proof_us = client.logs[slot.epoch].proof_us
         attempt.entry, attempt.slot = entry, slot
         attempt.requests.append(record["request"])
 
@@ -259,7 +266,11 @@ class _Replay:
         if condition != self.store.version:
             return  # no version comes back: it can never succeed
         old = self.store.markers[condition]
-        if old is None:
+        if condition in self.store.foreign:
+            # Another library has taken over, and copied the marker; the log is sealed, and its clients follow.
+            if new is not None and old is not None and new.epoch == old.epoch:
+                yield 7, f"a checkpoint at {new} replaces what another library wrote"
+        elif old is None:
             if new is not None and (
                 new.n or any(marker and marker.epoch == new.epoch for marker in self.store.markers.values())
             ):
@@ -363,6 +374,8 @@ class _Replay:
                 store.tips.clear()
             store.version = record["version"]
             store.markers[record["version"]] = new
+            if sent.get("foreign"):
+                store.foreign.add(record["version"])
         else:
             store.objects[key] = record.get("modified", self.now_us)
 

@@ -220,7 +220,8 @@ class Cluster:
         loop.set_task_factory(self._new_task)
 
     def _new_task(self, loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
-        task = _Task(len(self.tasks), work, loop=loop, **options)
+        # Not the same as in other schedules: asyncio has one set of all tasks, and dead ones stay in it for a while.
+        task = _Task(hash((self.report.seed, len(self.tasks))), work, loop=loop, **options)
         self.tasks.append(task)
         owner = _owner.get()
         if owner is not None:
