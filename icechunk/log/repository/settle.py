@@ -1,7 +1,7 @@
 """The engine of every layout: one queue, one attempt at a time, followed until its outcome is certain (rules 1 to 3).
 
 `icechunk.storage.outcome.follow` is the loop that sends and looks; this module has the queue before it and the outcomes
-after it. Writes for which nobody waits in a queue are in `icechunk.log.repository.conditional`.
+after it. Writes without waiting callers are in `icechunk.log.repository.conditional`.
 
 Callers wait in a queue. A task makes an attempt of as many of them as it can, sends it on the condition that its place
 is unchanged, and looks at the place until the outcome is certain or the tries are used up. The task belongs to the log,

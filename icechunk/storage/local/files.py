@@ -197,7 +197,7 @@ def fsync_together(paths: Sequence[str]) -> bool:
     finally:
         os.close(descriptor)
     for path in paths:
-        # Whether its bytes got there is known for each file, whoever has asked about the file system as a whole before.
+        # The system reports a failure for each file, also after another program has asked about the whole file system.
         descriptor = os.open(path, os.O_RDONLY)
         try:
             _checked(start_range(descriptor, 0, 0, _SYNC_FILE_RANGE_WAIT_BEFORE), path)
