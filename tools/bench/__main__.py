@@ -4,13 +4,15 @@
     python -m tools.bench --only growth [--commits 10000]
     python -m tools.bench --only huge [--references 100000000]
     python -m tools.bench --only large
+    python -m tools.bench --only feed [--commits 10000] [--references 100000000]
 
 Each case runs in fresh processes, ours and the official one's in turn, and the best of the repeats counts: what the
 machine did besides is the same for both. With ``--check`` the exit code is 1 when a floor is missed.
 
 ``growth`` and ``huge`` take minutes, have no official counterpart, and run on request only: ours at the beginning of a
 long history beside ours at its end, as `tools.bench.growth` tells, and the memory of a commit of very many references,
-as `tools.bench.huge` tells. ``large`` runs on request too: large chunks, as `tools.bench.large` tells; and so do
+as `tools.bench.huge` tells. ``large`` runs on request too: large chunks, as `tools.bench.large` tells; ``feed``: questions
+about changes, writers and coverage, as `tools.bench.feed` tells; and so do
 ``wide`` and ``history``, which compare with the official library: many arrays, many commits.
 """
 
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import oracle
-from tools.bench import growth, history, huge, large, page, wire
+from tools.bench import feed, growth, history, huge, large, page, wire
 from tools.bench.history import LENGTHS
 from tools.bench.wide import WIDTHS
 from tools.bench.workload import CASES
@@ -73,7 +75,7 @@ TIMEOUT_S = 300.0
 def main() -> int:
     """Run the benchmarks that the command line asks for and print a table."""
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.split("\n\n")[0])
-    known = [*CASES, growth.CASE, huge.CASE, large.CASE]
+    known = [*CASES, growth.CASE, huge.CASE, large.CASE, feed.CASE]
     parser.add_argument(
         "--only",
         default=",".join(case for case in CASES if case not in ON_REQUEST),
@@ -101,6 +103,10 @@ def main() -> int:
         committed = huge.rows(args.references)
         print(huge.table(committed))
         rows += committed
+    if feed.CASE in cases:
+        asked = feed.rows(args.commits, args.references)
+        print(feed.table(asked))
+        rows += asked
     if large.CASE in cases:
         measured = large.rows(args.repeat)
         print(large.table(measured))
