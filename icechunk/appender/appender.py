@@ -178,6 +178,8 @@ class Appender:
         self._target: Target | None = None
         self._sources: Sources = {}
         self._session: Session | None = None
+        self._overtaken = False
+        """Another writer's rows may have the labels of buffered ones."""
         self._turn_given_s = -math.inf
         self._tip_expected_s = -math.inf
         """When this appender's commit was the tip (`time.monotonic`)."""
@@ -376,26 +378,13 @@ class Appender:
         last = kept.last
         late = 0 if last is None or labels[0] > last else int(np.searchsorted(labels, last, side="right"))
         if late:
-            known = kept.known
             if self._key is None:
                 raise InvalidInputError(
                     f"label {labels[0]!r} of {self._dim!r} does not follow {last!r}, the last one; "
                     f"give key={self._dim!r} to write into rows that are there",
                     ErrorKind.INVALID_SETTING,
                 )
-            places = np.searchsorted(known, labels[:late])
-            there = known[np.minimum(places, len(known) - 1)] == labels[:late]
-            if not there.all():
-                raise InvalidInputError(
-                    f"label {labels[:late][~there][0]!r} of {self._dim!r} is not there and does not follow {last!r}: "
-                    "rows are put between others only by prepend",
-                    ErrorKind.INVALID_SETTING,
-                )
-            if self._on_duplicate == "error":
-                raise InvalidInputError(
-                    f"label {labels[0]!r} of {self._dim!r} is there already; on_duplicate may be 'skip' or 'replace'",
-                    ErrorKind.INVALID_SETTING,
-                )
+            self._require_known(labels[:late], kept.known)
             if self._on_duplicate == "replace":
                 await self._replace(labels[:late], {name: v[:late] for name, v in batch.values.items()}, batch.offset)
             batch.values = {name: values[late:] for name, values in batch.values.items()}
@@ -407,6 +396,43 @@ class Appender:
             (self._labels or await self._known_labels(target)).append(labels)
         return batch
 
+    def _require_known(self, labels: Any, known: Any) -> None:
+        """Refuse labels that do not follow the last one, unless they are there and may be."""
+        there = known[np.minimum(np.searchsorted(known, labels), len(known) - 1)] == labels
+        if not there.all():
+            raise InvalidInputError(
+                f"label {labels[~there][0]!r} of {self._dim!r} is not there and does not follow {known[-1]!r}: "
+                "rows are put between others only by prepend",
+                ErrorKind.INVALID_SETTING,
+            )
+        if self._on_duplicate == "error":
+            raise InvalidInputError(
+                f"label {labels[0]!r} of {self._dim!r} is there already; on_duplicate may be 'skip' or 'replace'",
+                ErrorKind.INVALID_SETTING,
+            )
+
+    async def _behind_others(self, session: Session, target: Target, batches: list[Batch]) -> list[Batch]:
+        """The buffered rows without those whose labels another writer has stored since; by ``on_duplicate`` the session
+        then has these values instead."""
+        known = await target.labels(session) if target.created else None
+        if known is None or not len(known):
+            return batches
+        new: list[Batch] = []
+        replaced: list[tuple[int, Mapping[str, Any]]] = []
+        for batch in batches:
+            labels = batch.values[self._dim]
+            late = int(np.searchsorted(labels, known[-1], side="right"))
+            if late:
+                self._require_known(labels[:late], known)
+            if late and self._on_duplicate == "replace":
+                places = np.searchsorted(known, labels[:late]).tolist()
+                replaced += [(p, {name: v[i] for name, v in batch.values.items()}) for i, p in enumerate(places)]
+            values = {name: v[late:] for name, v in batch.values.items()} if late else batch.values
+            new.append(Batch(rows=batch.rows - late, values=values, offset=batch.offset))
+        await target.replace_rows(session, replaced)
+        self._labels = None
+        return new
+
     async def _known_labels(self, target: Target) -> _Labels:
         """Stored and buffered labels; without a key the last of them alone."""
         if self._labels is None:
@@ -417,6 +443,8 @@ class Appender:
             stored = np.empty(0, dtype) if stored is None else stored
             buffered = [b.values[self._dim] for b in self._buffered if self._dim in b.values]
             found = np.concatenate([stored, *buffered])
+            if self._key is not None:
+                found = np.unique(found)
             self._labels = _Labels(found, last_only=self._key is None)
         return self._labels
 
@@ -468,18 +496,22 @@ class Appender:
     async def _commit(self) -> str | None:
         """Commit the rows that are buffered now, behind all that are in the arrays."""
         batches = list(self._buffered)
-        rows = sum(b.rows for b in batches)
         offset = next((b.offset for b in reversed(batches) if b.offset is not None), None)
         async with self._turn():
             while True:
                 session = await self._begin()
                 target = self._require_target()
-                after = await target.write(session, batches)
+                new = batches
+                if self._overtaken and self._key is not None:
+                    new = await self._behind_others(session, target, batches)
+                rows = sum(b.rows for b in new)
+                after = await target.write(session, new)
                 after = await self._within(session, after)
                 made = await self._try_commit(session, self._record(offset, rows))
                 if made is not None:
                     break
                 self._counts.placed_again += 1
+        self._overtaken = False
         for batch in batches:
             self._buffered.popleft()
             self._rows -= batch.rows
@@ -512,7 +544,8 @@ class Appender:
         """Commit, rebasing over others while that works; None where the rows must be placed again."""
         while True:
             try:
-                return await session.commit_async(self._message, metadata)
+                # Rows may all have been skipped: the offset counts all the same.
+                return await session.commit_async(self._message, metadata, allow_empty=True)
             except CommitOutcomeUnknown as unknown:
                 if await self._settled(unknown.token):
                     return self._made(unknown)
@@ -588,7 +621,7 @@ class Appender:
         if not found.created and not target.created:
             target.snapshot_id = session.snapshot_id
             return
-        self._target, self._labels = found, None
+        self._target, self._labels, self._overtaken = found, None, True
 
     def _require_owner(self) -> None:
         record = self._sources.get(self._source)

@@ -325,6 +325,8 @@ class Target:
         todo: list[_Band] = []
         for variable, bands, start in writes:
             if variable.encoder is None:
+                if not bands:
+                    continue
                 block = np.concatenate([part for band in bands for part in band])
                 where: list[slice] = [slice(None)] * len(variable.shape)
                 where[variable.axis or 0] = slice(start, start + len(block))

@@ -395,3 +395,49 @@ async def test_an_appender_knows_its_position_after_two_answers_of_the_store(com
     async with reopened.appender("main", dim="time", source="s") as appender:
         assert appender.position == commits - 1
         assert storage.dependent_rounds() <= 2
+
+
+@pytest.mark.parametrize("on_duplicate", ["error", "skip", "replace"])
+async def test_labels_that_another_source_stored_meanwhile_are_dealt_with_as_asked(on_duplicate: Any) -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    other = await icechunk.Repository.open_async(repo.storage)
+    options: dict[str, Any] = {"dim": "time", "key": "time"}
+    appender = repo.appender("main", source="late", on_duplicate=on_duplicate, **options)
+    await appender.__aenter__()
+    late = plain(1, 5)
+    late["v"] = late["v"] + 100
+    await appender.put(late, offset=1)
+    async with other.appender("main", source="first", **options) as first:
+        await first.put(plain(0, 3), offset=1)
+    if on_duplicate == "error":
+        with pytest.raises(InvalidInputError):
+            await appender.__aexit__()
+        assert appender.stats().rows_buffered == 5
+    else:
+        await appender.flush()
+        await appender.put(plain(6, 1), offset=2)
+        await appender.__aexit__()
+    found = await repo.readonly_session_async("main")
+    array = await zarr.api.asynchronous.open_array(store=found.store, path="v")
+    rows_there = np.asarray(await array.getitem(slice(None)))[:, 0].astype(int).tolist()
+    expected = {
+        "error": [0, 1, 2],
+        "skip": [0, 1, 2, 103, 104, 105, 6],
+        "replace": [0, 101, 102, 103, 104, 105, 6],
+    }
+    assert rows_there == expected[on_duplicate]
+
+
+async def test_an_offset_counts_although_another_source_has_stored_all_its_rows() -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    other = await icechunk.Repository.open_async(repo.storage)
+    options: dict[str, Any] = {"dim": "time", "key": "time", "on_duplicate": "skip"}
+    async with repo.appender("main", source="late", **options) as appender:
+        await appender.put(plain(0, 4), offset=7)
+        async with other.appender("main", source="first", **options) as first:
+            await first.put(plain(0, 4), offset=1)
+    async with repo.appender("main", source="late", **options) as appender:
+        assert appender.position == 7
+    assert await values(repo) == [0, 1, 2, 3]

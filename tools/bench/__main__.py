@@ -11,9 +11,9 @@ machine did besides is the same for both. With ``--check`` the exit code is 1 wh
 
 ``growth`` and ``huge`` take minutes, have no official counterpart, and run on request only: ours at the beginning of a
 long history beside ours at its end, as `tools.bench.growth` tells, and the memory of a commit of very many references,
-as `tools.bench.huge` tells. ``large`` runs on request too: large chunks, as `tools.bench.large` tells; ``feed``: questions
-about changes, writers and coverage, as `tools.bench.feed` tells; and so do
-``wide`` and ``history``, which compare with the official library: many arrays, many commits.
+as `tools.bench.huge` tells. ``large`` runs on request too: large chunks, as `tools.bench.large` tells; ``feed``:
+questions about changes, writers and coverage, as `tools.bench.feed` tells; and so do ``wide`` and ``history``, which
+compare with the official library: many arrays, many commits.
 """
 
 from __future__ import annotations
