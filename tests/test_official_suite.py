@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from tools.official_suite import compare, outcomes, reason
 
 def test_a_test_passes_if_none_of_its_phases_fails(tmp_path: Path) -> None:
     crash = {"reprcrash": {"message": "AssertionError: no\nmore"}}
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"$report_type": "SessionStart"},
         *({"nodeid": "x/tests/a.py::ok", "when": when, "outcome": "passed"} for when in ("setup", "call", "teardown")),
         {"nodeid": "x/tests/a.py::bad", "when": "setup", "outcome": "passed"},
