@@ -35,11 +35,13 @@ class Growth(NamedTuple):
     """Each window is so many times as large as the one before."""
     most_bytes: int
     """Largest window."""
+    reserve: float
+    """Part of a window that is not read yet when the next one is requested."""
 
 
-ROWS: Final = Growth(steps=8, first_bytes=2 * 1024 * 1024, factor=4, most_bytes=16 * 1024 * 1024)
+ROWS: Final = Growth(steps=8, first_bytes=2 * 1024 * 1024, factor=4, most_bytes=16 * 1024 * 1024, reserve=0.75)
 """For rows of a manifest: zarr requests eight chunks at once only if it wants more. Their sizes are known, so little is
-fetched in vain."""
+fetched in vain. The next window is requested early: the first ones are small, and are used up before it could come."""
 _WALKS: Final = 4
 _MOST_ROWS: Final = 8192
 
@@ -69,11 +71,8 @@ class Walk:
         return True
 
     def wants_more(self, growth: Growth) -> bool:
-        """Whether it is a walk, and past the first quarter of its last window.
-
-        A quarter, since the first windows are small: what follows them has to be under way before they are used up.
-        """
-        return self.steps >= growth.steps and self.fetched - self.next <= self.window * 3 // 4
+        """Whether it is a walk of which no more than the reserve is left to read."""
+        return self.steps >= growth.steps and self.fetched - self.next <= self.window * growth.reserve
 
     def next_window(self, growth: Growth) -> tuple[int, int]:
         """The position at which the next window begins, and its bytes."""
@@ -176,7 +175,8 @@ class Limits:
     @property
     def growth(self) -> Growth:
         """Of windows in one object."""
-        return Growth(steps=2, first_bytes=self.first_window_bytes, factor=2, most_bytes=self.max_request_bytes)
+        most_bytes = self.max_request_bytes
+        return Growth(steps=2, first_bytes=self.first_window_bytes, factor=2, most_bytes=most_bytes, reserve=0.5)
 
 
 def merge(wanted: Sequence[tuple[int, int]], limits: Limits) -> list[tuple[int, int]]:
