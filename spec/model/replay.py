@@ -65,6 +65,11 @@ class _Attempt:
     requests: list[str] = field(default_factory=list)
 
     @property
+    def is_filler(self) -> bool:
+        """Whether it has no caller, and only takes a slot: `settle` sends such an entry."""
+        return not self.callers and [event["kind"] for event in (self.entry or {}).get("events", ())] == ["void"]
+
+    @property
     def adds_snapshots(self) -> bool:
         return any(event["kind"] in ("commit", "amend", "detached") for event in (self.entry or {}).get("events", ()))
 
@@ -550,6 +555,12 @@ class _Replay:
         name = record["caller"]
         attempts = [attempt for attempt in self._of(name) if attempt.requests]
         happened = any(self.store.landed(attempt.slot, attempt.nonce) for attempt in attempts)
+        if record["landed"] is None:
+            # It ended without an answer: the entry by which it wanted to fill the slot is not sent again.
+            for attempt in self.attempts.values():
+                if attempt.client == record["client"] and attempt.is_filler and attempt.state is _State.IN_FLIGHT:
+                    attempt.state = _State.TOLD
+            return
         if record["landed"]:
             if not happened:
                 yield 3, f"{name} is settled as committed, and nothing of it is in history"

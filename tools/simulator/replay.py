@@ -209,10 +209,14 @@ def _noting(recorders: list[Recorder]) -> Iterator[None]:
             recorder.note("tell", client=client, caller=name, outcome=outcome)
 
     async def noted_settle(self: LogLayout, token: SwapToken) -> bool:
-        landed = await settle(self, token)
-        if recorders and token in recorders[-1].by_token:
-            recorders[-1].note("settle", client=_client_of(self), caller=recorders[-1].by_token[token], landed=landed)
-        return landed
+        landed: bool | None = None
+        try:
+            landed = await settle(self, token)
+            return landed
+        finally:
+            if recorders and token in recorders[-1].by_token:
+                caller = recorders[-1].by_token[token]
+                recorders[-1].note("settle", client=_client_of(self), caller=caller, landed=landed)
 
     with (
         mock.patch.object(LogLayout, "append", noted_append),
