@@ -64,7 +64,8 @@ class Flight(Generic[T]):
     least_s: float = 0.0
     """Lower bound of that, seconds."""
     watch: Watch = field(default_factory=Watch)
-    readers: set[Reader[T]] = field(default_factory=set)
+    readers: dict[Reader[T], None] = field(default_factory=dict)
+    """In the order in which they joined, which is the order in which they are woken: reads in order stay in order."""
     is_left: bool = False
     """Whether a reader was cancelled while it waited."""
     task: asyncio.Task[T] | None = None
@@ -86,7 +87,7 @@ class Flight(Generic[T]):
 
     def join(self, reader: Reader[T]) -> None:
         """Let a reader wait for it."""
-        self.readers.add(reader)
+        self.readers[reader] = None
         reader.flights.append(self)
 
 
@@ -190,7 +191,7 @@ class Flights:
     def _leave(self, key: Hashable, reader: Reader[Any], *, cancelled: bool = False) -> None:
         flights, reader.flights = reader.flights, []
         for flight in flights:
-            flight.readers.discard(reader)
+            flight.readers.pop(reader, None)
             flight.is_left = flight.is_left or cancelled
             if not flight.readers and self._forget(key, flight, None) and flight.task is not None:
                 flight.task.cancel()

@@ -59,6 +59,22 @@ async def test_same_bytes_at_the_same_time_are_one_request() -> None:
     assert storage.reads == 1
 
 
+async def test_callers_are_woken_in_the_order_in_which_they_joined() -> None:
+    storage = await slow(a=b"12345")
+    pool = FetchPool(storage, Gate(8))
+    woken: list[int] = []
+
+    async def read(n: int) -> None:
+        await pool.get("a", Range(1, 3))
+        woken.append(n)
+
+    reads = [asyncio.ensure_future(read(n)) for n in range(50)]
+    await anyio.lowlevel.checkpoint()
+    storage.release.set()
+    await asyncio.gather(*reads)
+    assert woken == list(range(50))
+
+
 async def test_different_ranges_are_different_requests() -> None:
     storage = await slow(a=b"12345")
     storage.release.set()
