@@ -22,6 +22,7 @@ from icechunk.log.repository.state import MAIN, RepoState, reparented
 from icechunk.log.repository.store_check import require_writable
 from icechunk.maintenance.leases import read_leases
 from icechunk.maintenance.ref_history import Link, Links
+from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import run_each
 from icechunk.storage.port import Storage
 
@@ -99,6 +100,7 @@ def shorten(chain: list[Link], older_than_us: int) -> Shortening:
 async def expire_ref_files(
     log: RefFilesLayout,
     storage: Storage,
+    sources: Sources,
     *,
     older_than_us: int,
     delete_expired_branches: bool,
@@ -123,7 +125,7 @@ async def expire_ref_files(
     state = await log.refresh()
     log.require_all_refs()
     leases = await read_leases(storage, state, now_us=log.store_time_us)
-    links = Links(storage)
+    links = Links(storage, sources)
     chains: dict[ObjectId, list[Link]] = {}
 
     async def read(tip: ObjectId) -> None:
@@ -168,6 +170,7 @@ async def _delete_tag(log: RefFilesLayout, name: str) -> None:
 async def expire(
     log: RepositoryLog,
     storage: Storage,
+    sources: Sources,
     *,
     older_than_us: int,
     delete_expired_branches: bool,
@@ -179,6 +182,7 @@ async def expire(
         return await expire_ref_files(
             log,
             storage,
+            sources,
             older_than_us=older_than_us,
             delete_expired_branches=delete_expired_branches,
             delete_expired_tags=delete_expired_tags,

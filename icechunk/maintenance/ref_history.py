@@ -14,22 +14,25 @@ from icechunk.errors import (
     ErrorKind,
     FormatError,
     ObjectNotFoundError,
-    PreconditionFailedError,
     StorageError,
 )
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.keys import snapshot_key
 from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
 from icechunk.format.values import Snapshot
+from icechunk.log.repository.conditional import replace_object
 from icechunk.log.repository.events import BranchReset
 from icechunk.log.repository.ref_files.layout import RefFilesLayout
+from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import run_each
-from icechunk.storage.port import Matches, Storage, Version
+from icechunk.storage.port import Storage, Version
 
 __all__ = ["Link", "Links", "replace_in_refs"]
 
 _CONCURRENT: Final = 16
 _ROUNDS: Final = 5
+_VERSIONS: Final = 3
+"""Most versions of a snapshot's file that one change is tried on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +47,9 @@ class Link:
 class Links:
     """Reads snapshots as they are now, each once."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, sources: Sources) -> None:
         self._storage = storage
+        self._sources = sources
         self._links: dict[ObjectId, Link] = {}
 
     async def chain(self, tip: ObjectId) -> list[Link]:
@@ -64,21 +68,26 @@ class Links:
         return links
 
     async def set_parent(self, id: ObjectId, parent: ObjectId, level: int) -> None:
-        """Write a snapshot again with another parent. Raises `StorageError` where others change it all the time."""
-        for _ in range(3):
+        """Write a snapshot again with another parent.
+
+        Raises
+        ------
+        StorageError
+            Refused for certain, in the store's own words; or no certain answer came; or others change it all the time.
+        """
+        key = snapshot_key(id)
+        where = self._storage.describe()
+        unsure = StorageError(f"it is not known whether {key!r} in {where} has its new parent: no certain answer")
+        for _ in range(_VERSIONS):
             snapshot, version = await self._get(id)
             if snapshot.parent_id == parent:
                 return
             data = encode_snapshot(replace(snapshot, parent_id=parent), 1, level)
-            try:
-                await self._storage.put(snapshot_key(id), data, Matches(version))
+            if await replace_object(self._storage, self._sources, key, data, version, unsure) is not None:
                 return
-            except PreconditionFailedError:
-                # Another client changes it as well.
-                continue
+            # Another client changes it as well.
         raise StorageError(
-            f"cannot give {snapshot_key(id)!r} in {self._storage.describe()} another parent: another client changes "
-            "it again and again; try again",
+            f"cannot give {key!r} in {where} another parent: another client changes it again and again; try again",
             ErrorKind.UPDATE_ATTEMPTS_EXHAUSTED,
         )
 
@@ -96,7 +105,7 @@ class Links:
 
 
 async def replace_in_refs(
-    log: RefFilesLayout, storage: Storage, replaced: Mapping[ObjectId, ObjectId], level: int
+    log: RefFilesLayout, storage: Storage, sources: Sources, replaced: Mapping[ObjectId, ObjectId], level: int
 ) -> None:
     """Put new snapshots in the place of old ones: as parents of others, and in branches and tags.
 
@@ -115,7 +124,7 @@ async def replace_in_refs(
     """
     for _ in range(_ROUNDS):
         state = await log.refresh()
-        links = Links(storage)
+        links = Links(storage, sources)
         edits: dict[ObjectId, ObjectId] = {}
 
         async def read(tip: ObjectId, links: Links = links, edits: dict[ObjectId, ObjectId] = edits) -> None:

@@ -394,7 +394,7 @@ class _Job:
     async def happen(self, work: _Work, *, since_us: int, keep: bool) -> bool:
         """Put the new snapshots in the place of the old ones; False: another collection was quicker."""
         if isinstance(self._log, RefFilesLayout):
-            await replace_in_refs(self._log, self._storage, work.snapshots, self._how.level)
+            await replace_in_refs(self._log, self._storage, self._sources, work.snapshots, self._how.level)
             return True
 
         def propose(state: RepoState) -> Sequence[Event]:

@@ -80,6 +80,7 @@ class Maintenance(Sessions):
         released = await expire(
             await self._core.log(),
             self._core.storage,
+            self._core.sources,
             older_than_us=limit_us,
             delete_expired_branches=delete_expired_branches,
             delete_expired_tags=delete_expired_tags,

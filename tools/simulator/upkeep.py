@@ -55,6 +55,7 @@ async def collector(cluster: Cluster, rounds: int) -> None:
                 expire(
                     log,
                     client.storage,
+                    client.sources,
                     older_than_us=older_than_us,
                     delete_expired_branches=False,
                     delete_expired_tags=False,

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from icechunk.errors import AlreadyExistsError, PreconditionFailedError, StorageError
-from icechunk.format.ids import FIRST_SNAPSHOT
+from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.keys import snapshot_key
+from icechunk.format.snapshot.codec import encode_snapshot
+from icechunk.format.values import Snapshot
 from icechunk.log.repository import events as e
 from icechunk.log.repository.convert import convert_to_log
 from icechunk.log.repository.create import create_log, create_ref_files, create_repo_object
@@ -28,6 +30,7 @@ from icechunk.log.repository.port import Layout, SwapToken
 from icechunk.log.repository.ref_files.names import MARK_BYTES, encode_ref, is_closed
 from icechunk.log.repository.ref_files.upgrade import upgrade
 from icechunk.log.repository.tokens import REFS_TOKEN, REPO_TOKEN
+from icechunk.maintenance.ref_history import Links
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.outcome import is_refusal, refused
@@ -295,10 +298,31 @@ class SettlesRefFiles(SettlesRepoObject):
         assert (await store.get(MAIN)).version.encode() != self.token.nonces[0][MARK_BYTES:]
 
 
+class SetsParent(Place):
+    """A snapshot's file of format 1 gets another parent, as by an expiration."""
+
+    key = snapshot_key(an_id(3))
+
+    async def prepare(self, store: Storage) -> None:
+        await store.put(self.key, self.file(an_id(2)), Absent())
+
+    def file(self, parent: ObjectId) -> bytes:
+        return encode_snapshot(Snapshot(id=an_id(3), parent_id=parent, flushed_at_us=0, message="third"), 1, 1)
+
+    async def write(self, storage: Storage, sources: Sources) -> Any:
+        await Links(storage, sources).set_parent(an_id(3), an_id(1), 1)
+
+    async def overtake(self, store: Storage) -> None:
+        await store.put(self.key, self.file(FIRST_SNAPSHOT), Matches((await store.get(self.key)).version))
+
+    async def check(self, store: Storage, result: Any) -> None:
+        assert (await store.get(self.key)).data == self.file(an_id(1))
+
+
 PLACES: list[type[Place]] = [
     CreatesLog, CreatesRepoObject, CreatesFirstSnapshot, CreatesRefFiles, SealsLog, SealsLogThatGoesOn,
     WritesCheckpoint, FinishesConversion, ConvertsToLog, AnnouncesUpgrade, PutsUpgradeOnline, ClosesBranch,
-    SettlesRepoObject, SettlesRefFiles,
+    SettlesRepoObject, SettlesRefFiles, SetsParent,
 ]  # fmt: skip
 everywhere = pytest.mark.parametrize("kind", PLACES, ids=lambda kind: kind.__name__)
 
