@@ -47,8 +47,8 @@ FLOORS = [
 ]
 """Rooms from the ground up; each may import from its own floor and from those below; the longest name counts."""
 IMPURE = {
-    "aiobotocore", "aiohttp", "anyio", "asyncio", "http", "os", "pathlib", "random", "secrets", "socket", "subprocess",
-    "tempfile", "threading", "time",
+    "aiobotocore", "aiohttp", "anyio", "asyncio", "concurrent", "datetime", "http", "logging", "os", "pathlib",
+    "random", "secrets", "socket", "subprocess", "tempfile", "threading", "time", "uuid",
 }  # fmt: skip
 PURE = [
     "format", "log.session", "log.repository.events", "log.repository.state", "log.repository.event_json",

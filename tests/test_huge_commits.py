@@ -72,6 +72,11 @@ async def check_rows(repository: Repository, shape: Sequence[int], rows: Sequenc
         assert (ref.location, ref.offset, ref.length) == (f"{BUCKET}object", row, row + 1)
 
 
+def written(storage: RecordingStorage) -> list[str]:
+    """Keys of what was put. The look whether a store knows conditions is a put that is refused."""
+    return [request.key for request in storage.requests if request.verb == "put" and request.error is None]
+
+
 class SlowManifests(WrappingStorage):
     """Counts manifests on their way, each of which takes some turns of the loop."""
 
@@ -220,7 +225,7 @@ async def test_more_changes_than_a_transaction_log_of_format_1_holds_are_refused
         await write_chunk(session, "/a", divmod(i, 10), b"x")
     with raises(InvalidInputError, "serialization", 60):
         await session.commit_async("too many")
-    assert not storage.count("put")
+    assert not written(storage)
     for i in range(30):
         await delete_chunk(session, "/a", divmod(i, 10))
     assert session.has_uncommitted_changes
@@ -241,7 +246,7 @@ async def test_more_references_than_a_manifest_holds_are_refused_and_splitting_h
     recording.clear()
     with raises(InvalidInputError, "serialization", 60, "'/a'", "ManifestConfig.splitting"):
         await session.commit_async("too many")
-    assert not [request for request in recording.requests if request.verb == "put"]
+    assert not written(recording)
 
     config = RepositoryConfig.default()
     config.manifest = icechunk.ManifestConfig(

@@ -58,7 +58,7 @@ KINDS = "errors that say more: the class and kind decide what a caller does next
 PERSISTED = "sessions that outlive their process: docs/sessions.md"
 TWIN = "the asynchronous twin, or the synchronous one, of an official method"
 PORT = "the port to object storage, which adapters implement: docs/storages.md"
-UNION = "members of unions have a common base here"
+MEMBERS = "members of unions have a common base here"
 ADDED = {
     "icechunk": {
         "AccessDeniedError CommitOutcomeUnknown MergeFailedError ObjectNotFoundError PreconditionFailedError": KINDS,
@@ -83,10 +83,10 @@ ADDED = {
     "icechunk.GCSummary": {
         "chunk_bytes_copied manifests_rewritten packs_rewritten snapshots_rewritten": "repacking: docs/tuning.md"
     },
-    "icechunk.GcsBearerCredential": {"_0 _1 _repr_html_": UNION},
+    "icechunk.GcsBearerCredential": {"_0 _1 _repr_html_": MEMBERS},
     "icechunk.IcechunkStore": {"delete_sync get_sync set_sync": "zarr's fused codec pipeline asks for them"},
-    "icechunk.ManifestPreloadCondition": {"_0 _1 _repr_html_": UNION},
-    "icechunk.ManifestSplitCondition": {"_0 _1 _repr_html_": UNION},
+    "icechunk.ManifestPreloadCondition": {"_0 _1 _repr_html_": MEMBERS},
+    "icechunk.ManifestSplitCondition": {"_0 _1 _repr_html_": MEMBERS},
     "icechunk.Repository": {
         "aclose transaction_async": TWIN,
         "appender": "records appended to a growing array: docs/appending.md",

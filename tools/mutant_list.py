@@ -88,7 +88,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "conversion-makes-no-copy",
         "rule 8: the mark of the last swap is kept through a conversion",
         LOG + "convert.py",
-        "updates=UpdateList.of(info.updates).settled(backup)",
+        "updates=UpdateList.of(info.updates).with_backup(backup)",
         "updates=UpdateList.of(info.updates)",
         ("repo",),
     ),

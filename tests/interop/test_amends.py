@@ -17,6 +17,7 @@ import icechunk
 from icechunk.errors import ErrorKind
 from icechunk.storage.port import Storage
 from tests.conftest import BUCKET
+from tests.official import need_official
 from tools import oracle, services
 from tools.interop.amends import WORKERS, begin, of_tasks, outcome, write
 from tools.interop.race import storage_on
@@ -130,10 +131,3 @@ def test_the_official_library_has_the_same_outcomes() -> None:
     theirs = oracle.run(oracle.OFFICIAL_CURRENT, "tools.interop.amends", "tasks")
     lost = [[0] + [1] * (WORKERS - 1), None]
     assert theirs == [{**EXPECTED, "lost": one} for one in lost]
-
-
-def need_official() -> None:
-    if os.environ.get("ICECHUNK_REQUIRE_ORACLE") == "1":
-        oracle.ensure(oracle.OFFICIAL_CURRENT)
-    elif oracle.find(oracle.OFFICIAL_CURRENT) is None:
-        pytest.skip("the official library has no environment here; `python tools/oracle.py 2.3.0` makes one")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
+from tests.official import need_official
 from tools import oracle
 from tools.interop.conflicts import answers
 
@@ -25,12 +25,9 @@ OURS_ALONE = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _official() -> None:
-    if os.environ.get("ICECHUNK_REQUIRE_ORACLE") == "1":
-        oracle.ensure(oracle.OFFICIAL_CURRENT)
-    elif oracle.find(oracle.OFFICIAL_CURRENT) is None:
-        pytest.skip("the official library has no environment here; `python tools/oracle.py 2.3.0` makes one")
+    need_official()
 
 
 def test_conflicts_and_their_solutions_are_those_of_the_official_library(tmp_path: Path) -> None:

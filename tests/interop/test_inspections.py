@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import icechunk
+from tests.official import need_official
 from tools import oracle
 from tools.interop.inspections import inspections, make
 
@@ -20,10 +20,7 @@ VERSION = oracle.OFFICIAL_CURRENT
 
 @pytest.fixture(autouse=True)
 def _official() -> None:
-    if os.environ.get("ICECHUNK_REQUIRE_ORACLE") == "1":
-        oracle.ensure(VERSION)
-    elif oracle.find(VERSION) is None:
-        pytest.skip(f"the official library has no environment here; `python tools/oracle.py {VERSION}` makes one")
+    need_official(VERSION)
 
 
 def ours(path: Path) -> dict[str, Any]:

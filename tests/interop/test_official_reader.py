@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import zarr
 
 import icechunk
 from icechunk.cli import main
+from tests.official import need_official
 from tools import oracle
 from tools.interop.dump import dump
 from tools.interop.generate import generate, publish
@@ -19,12 +19,9 @@ from tools.interop.generate import generate, publish
 pytestmark = [pytest.mark.oracle, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _official() -> None:
-    if os.environ.get("ICECHUNK_REQUIRE_ORACLE") == "1":
-        oracle.ensure(oracle.OFFICIAL_CURRENT)
-    elif oracle.find(oracle.OFFICIAL_CURRENT) is None:
-        pytest.skip("the official library has no environment here; `python tools/oracle.py 2.3.0` makes one")
+    need_official()
 
 
 def official_dump(path: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -15,18 +14,16 @@ import zarr
 import icechunk
 from icechunk.format.transaction import in_parts
 from icechunk.session import commit as commit_files
+from tests.official import need_official
 from tools import oracle
 from tools.interop.parts import known
 
 pytestmark = [pytest.mark.oracle, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _official() -> None:
-    if os.environ.get("ICECHUNK_REQUIRE_ORACLE") == "1":
-        oracle.ensure(oracle.OFFICIAL_CURRENT)
-    elif oracle.find(oracle.OFFICIAL_CURRENT) is None:
-        pytest.skip("the official library has no environment here; `python tools/oracle.py 2.3.0` makes one")
+    need_official()
 
 
 def write(session: icechunk.Session, path: str, chunks: range) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from icechunk.runtime.loops import run_sync
 from icechunk.session import Session
 from icechunk.session.content import SessionContent
 from icechunk.session.core import Core
+from tests.official import need_official
 from tests.virtual_builders import FILE_BYTES
 from tools import oracle
 from tools.interop.virtual import MANY, access, config, read, write
@@ -21,12 +21,9 @@ from tools.interop.virtual import MANY, access, config, read, write
 pytestmark = [pytest.mark.oracle, pytest.mark.timeout(300)]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _official() -> None:
-    if os.environ.get("ICECHUNK_REQUIRE_ORACLE") == "1":
-        oracle.ensure(oracle.OFFICIAL_CURRENT)
-    elif oracle.find(oracle.OFFICIAL_CURRENT) is None:
-        pytest.skip("the official library has no environment here; `python tools/oracle.py 2.3.0` makes one")
+    need_official()
 
 
 @pytest.fixture

@@ -51,6 +51,7 @@ __all__ = [
     "required",
     "u8",
     "u64",
+    "utf8",
 ]
 
 _T = TypeVar("_T")
@@ -329,6 +330,14 @@ class FlatTable(NamedTuple):
     slots: Mapping[int, Value]
 
 
+def utf8(text: str) -> bytes:
+    """Text as a file has it. Raises `InvalidInputError` if it is not valid Unicode."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(f"cannot encode {text!r}: not valid Unicode", ErrorKind.SERIALIZATION) from error
+
+
 def u8(value: int) -> Scalar:
     """An unsigned byte."""
     return Scalar("B", value)
@@ -488,10 +497,7 @@ class FlatWriter:
 
     def string(self, text: str) -> int:
         """Write a string; returns its position."""
-        try:
-            data = text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidInputError(f"cannot encode {text!r}: not valid Unicode", ErrorKind.SERIALIZATION) from error
+        data = utf8(text)
         start = self.items(data, len(data), 1)
         self.out += b"\0"
         return start

@@ -18,7 +18,17 @@ import numpy.typing as npt
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.by_node import ByNode, Part, owners
 from icechunk.format.envelope import DEFAULT_LEVEL, FileType, seal
-from icechunk.format.flat.flatbuffers import MAX_BYTES, MAX_TABLES, FlatTable, FlatWriter, Value, Written, id_struct, u8
+from icechunk.format.flat.flatbuffers import (
+    MAX_BYTES,
+    MAX_TABLES,
+    FlatTable,
+    FlatWriter,
+    Value,
+    Written,
+    id_struct,
+    u8,
+    utf8,
+)
 from icechunk.format.flat.vectors import Positions, copy_spans, first_rows, is_ascending, lexicographic_order
 from icechunk.format.ids import encode_id
 from icechunk.format.manifest import tables as at_slot
@@ -40,7 +50,7 @@ def strings(texts: Sequence[str], used: npt.NDArray[Any], start: int) -> tuple[b
     parts: list[bytes] = []
     position = start
     for i in np.flatnonzero(mask).tolist():
-        data = _utf8(texts[i])
+        data = utf8(texts[i])
         padding = 4 - len(data) % 4  # at least one byte, the NUL
         at[i] = position
         parts += (_U32.pack(len(data)), data, b"\0\0\0\0"[:padding])
@@ -55,7 +65,7 @@ def frames(
     mask = np.zeros(len(texts), np.bool_)
     mask[used] = True
     rows = np.flatnonzero(mask)
-    data, sizes = dictionary.frames([_utf8(texts[i]) for i in rows.tolist()])
+    data, sizes = dictionary.frames([utf8(texts[i]) for i in rows.tolist()])
     ends = np.cumsum(4 + sizes + -sizes % 4)
     places = ends - (4 + sizes + -sizes % 4)
     at = np.zeros(len(texts), np.int64)
@@ -64,13 +74,6 @@ def frames(
     if len(places):
         _fill_vectors(out, places, data, np.cumsum(sizes) - sizes, sizes)
     return bytes(out), at
-
-
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidInputError(f"cannot encode {text!r}: not valid Unicode", ErrorKind.SERIALIZATION) from error
 
 
 def inline_places(refs: ChunkRefs, start: int) -> tuple[Positions, int]:

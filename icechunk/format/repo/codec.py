@@ -21,6 +21,7 @@ from icechunk.format.flat.flatbuffers import (
     Written,
     required,
     u8,
+    utf8,
 )
 from icechunk.format.ids import ObjectId
 from icechunk.format.metadata import metadata_from_tables, metadata_tables
@@ -179,7 +180,7 @@ def _utf8(text: str) -> bytes:
 
 def _refs_vector(what: str, refs: Mapping[str, ObjectId], rows: SnapshotRows) -> Written:
     """The vector of the tables of branches or tags, which is written again with every change of the repository."""
-    names = sorted([(_encoded(name), name) for name in refs])
+    names = sorted([(utf8(name), name) for name in refs])
     numbers = [rows.number(refs[name]) for _, name in names]
     for (_, name), number in zip(names, numbers, strict=True):
         if number < 0:
@@ -205,13 +206,6 @@ def _refs_vector(what: str, refs: Mapping[str, ObjectId], rows: SnapshotRows) ->
         return start
 
     return Written(write)
-
-
-def _encoded(name: str) -> bytes:
-    try:
-        return name.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidInputError(f"cannot encode {name!r}: not valid Unicode", ErrorKind.SERIALIZATION) from error
 
 
 def _flags(flags: frozenset[int] | None) -> Items | None:

@@ -102,7 +102,7 @@ class UpdateList(Sequence[Update]):
         """The list with these newer updates before it."""
         return UpdateList((*UpdateList.of(newer)._parts, *self._parts))
 
-    def settled(self, backup: str) -> UpdateList:
+    def with_backup(self, backup: str) -> UpdateList:
         """The same list, in which updates without a backup path have this one."""
         parts: list[_Part] = []
         for part in self._parts:

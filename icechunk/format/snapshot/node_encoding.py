@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.format.flat.flatbuffers import MAX_BYTES, FlatWriter
+from icechunk.format.flat.flatbuffers import MAX_BYTES, FlatWriter, utf8
 from icechunk.format.values import ManifestFile, ManifestRef, NodeKind, NodeSnapshot
 
 __all__ = ["FEW", "CopiedNodes", "Layout", "alike", "block", "write_files", "write_nodes"]
@@ -260,7 +260,7 @@ class _Nodes:
 
     def pack(self, node: NodeSnapshot, shape_v1: Sequence[tuple[int, int]], at: int) -> list[bytes]:
         """The node's bytes for that position; their number is a multiple of 8."""
-        path, extra, newer = _utf8(node.path), node.extra if self._newer else None, self._newer
+        path, extra, newer = utf8(node.path), node.extra if self._newer else None, self._newer
         user_data, names = node.user_data, node.dimension_names
         is_array = node.kind is NodeKind.ARRAY
         head = _head(
@@ -379,7 +379,7 @@ class _Nodes:
     def _name_table(self, name: str | None, at: int) -> bytes:
         if name is None:
             return (at - self._no_name).to_bytes(4, "little", signed=True)
-        text = _utf8(name)
+        text = utf8(name)
         return _NAME.pack(at - self._name, 4, len(text)) + text + bytes(4 - len(text) % 4)
 
 
@@ -534,11 +534,4 @@ def _encoded(nodes: Sequence[NodeSnapshot]) -> list[bytes]:
     try:
         return [node.path.encode() for node in nodes]
     except UnicodeEncodeError:
-        return [_utf8(node.path) for node in nodes]
-
-
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidInputError(f"cannot encode {text!r}: not valid Unicode", ErrorKind.SERIALIZATION) from error
+        return [utf8(node.path) for node in nodes]

@@ -88,7 +88,7 @@ class _ConversionToLog(RepoChange[str]):
         storage, sources = self.storage, self.sources
         assert info is not None
         backup = overwritten_repo_name(max(sources.wall_us(), 0) // 1000, sources.random_bytes(12))
-        info = replace(info, updates=UpdateList.of(info.updates).settled(backup))
+        info = replace(info, updates=UpdateList.of(info.updates).with_backup(backup))
         durable = 0 if storage.defers_syncs else None
         encoded = await encode(checkpoint_info(state_of(info, None), epoch=self._epoch, n=0, durable=durable))
         try:

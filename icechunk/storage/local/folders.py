@@ -63,7 +63,7 @@ class Folders:
         # When this process last began to sync a folder, ns.
         self._synced_ns: dict[str, int] = {}
         # Versions of files that this process has made durable, with their names; the newest ones.
-        self._settled: dict[str, Version] = {}
+        self._durable_versions: dict[str, Version] = {}
         # Above the root, the lowest folder that this process did not make.
         self._existed = os.path.dirname(root)
         self.names_follow_files: bool = False
@@ -234,18 +234,18 @@ class Folders:
                 self._changed.notify_all()
         return number >= wanted
 
-    def settled(self, path: str, version: Version) -> None:
+    def durable(self, path: str, version: Version) -> None:
         """This process has made that version of a file, and its name, durable."""
         with self._changed:
-            self._settled.pop(path, None)
-            self._settled[path] = version
-            if len(self._settled) > _MANY_FILES:
-                del self._settled[next(iter(self._settled))]
+            self._durable_versions.pop(path, None)
+            self._durable_versions[path] = version
+            if len(self._durable_versions) > _MANY_FILES:
+                del self._durable_versions[next(iter(self._durable_versions))]
 
     def settle(self, path: str, status: os.stat_result) -> None:
         """Before a file is shown to a reader: sync its folder if the file is so young that its writer may not have."""
         now_ns = time.time_ns()
-        if now_ns - status.st_ctime_ns > _SETTLED_AFTER_NS or self._settled.get(path) == version_of(status):
+        if now_ns - status.st_ctime_ns > _SETTLED_AFTER_NS or self._durable_versions.get(path) == version_of(status):
             return
         folder = os.path.dirname(path)
         # The change time is that of the link or rename, by the kernel's coarse clock.
@@ -255,7 +255,7 @@ class Folders:
         with contextlib.suppress(OSError):
             self.sync(folder)
         self._synced_ns[folder] = now_ns
-        self.settled(path, version_of(status))
+        self.durable(path, version_of(status))
 
 
 def _removed(folder: str) -> FileNotFoundError:

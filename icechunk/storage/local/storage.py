@@ -445,7 +445,7 @@ class LocalStorage(Storage):
         self._folders.use(folder)
         if synced:
             self._sync_after_landing(key, folder)
-            self._folders.settled(path, result.version)
+            self._folders.durable(path, result.version)
         return result
 
     def _put_unsynced(self, puts: Sequence[Put]) -> list[PutResult | None]:

@@ -60,7 +60,7 @@ class Life:
             self.updates = self.updates[: max(1, len(self.updates) // 2)]
             log = log[: len(self.updates)]
         elif self._chance.random() < 0.05:
-            log = log.settled("backup")
+            log = log.with_backup("backup")
             self.updates = [
                 one if one.backup_path is not None else replace(one, backup_path="backup") for one in self.updates
             ]

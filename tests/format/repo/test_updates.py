@@ -57,9 +57,9 @@ def test_a_list_equals_a_tuple_after_any_files(
             with pytest.raises(IndexError):
                 joined[first]
         settled = [one if one.backup_path is not None else replace(one, backup_path=backup) for one in model]
-        assert joined.settled(backup) == settled
-        assert stored([*joined.settled(backup)]) == settled
-        assert decode_repo(encode_repo(RepoInfo(status=STATUS, updates=joined.settled(backup)))).updates == settled
+        assert joined.with_backup(backup) == settled
+        assert stored([*joined.with_backup(backup)]) == settled
+        assert decode_repo(encode_repo(RepoInfo(status=STATUS, updates=joined.with_backup(backup)))).updates == settled
         assert decode_repo(encode_repo(RepoInfo(status=STATUS, updates=joined[first:end]))).updates == model[first:end]
         assert joined.packed(2) == model
         joined = stored([*joined])

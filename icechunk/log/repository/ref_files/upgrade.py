@@ -419,7 +419,7 @@ class _Upgrade:
         if found is None or is_unfinished(found.info):
             raise self.no_answer()
         info = found.info
-        kept = {ref.key for ref in refs if not _is_settled(ref, info.tags, info.deleted_tags)}
+        kept = {ref.key for ref in refs if not _is_in_history(ref, info.tags, info.deleted_tags)}
         if kept:
             _LOG.warning(
                 "%s: left where they are, since they came while the repository was upgraded: %s; create them again "
@@ -546,7 +546,7 @@ def _values(refs: Iterable[_Ref]) -> RefValues:
     )
 
 
-def _is_settled(ref: _Ref, tags: Mapping[str, ObjectId], deleted_tags: Iterable[str]) -> bool:
+def _is_in_history(ref: _Ref, tags: Mapping[str, ObjectId], deleted_tags: Iterable[str]) -> bool:
     """Whether ``repo`` has the ref of this file, or once had it."""
     if not ref.what.is_tag:
         return ref.closed

@@ -260,11 +260,11 @@ def next_window(
         Most updates to hold; those of one swap stay together, even if they are more.
     """
     # Several updates of one swap share the copy that they are in; only the first of them was ever "the newest".
-    settled = UpdateList.of(stored).settled(backup)
+    lines = UpdateList.of(stored).with_backup(backup)
     room = max(0, limit - len(fresh))
-    if len(settled) <= room:
-        return Window(updates=settled.after(fresh), before=before)
+    if len(lines) <= room:
+        return Window(updates=lines.after(fresh), before=before)
     # The omitted updates begin where a copy begins, so none is listed twice.
-    while room and settled[room].backup_path == settled[room - 1].backup_path:
+    while room and lines[room].backup_path == lines[room - 1].backup_path:
         room -= 1
-    return Window(updates=settled[:room].after(fresh), before=settled[room].backup_path)
+    return Window(updates=lines[:room].after(fresh), before=lines[room].backup_path)

@@ -135,9 +135,9 @@ class Merge:
         left = [c for c in conflicts if self._policy == "error" or c.type not in _SETTLED]
         if left:
             raise MergeFailedError(left)
-        settled = self._settled(changes)
+        resolved = self._resolved(changes)
         carried = carried_over(
-            [event for event in settled if not self._is_there(event, changes)],
+            [event for event in resolved if not self._is_there(event, changes)],
             kept=changes.fresh,
             alive=lambda node_id: self.target.node_of(node_id) is not None,
             taken=lambda path: self.target.node(path) is not None,
@@ -150,7 +150,7 @@ class Merge:
         left = list(self._without_parent(changes))
         if left:
             raise MergeFailedError(left)
-        self._note(settled, fork.number)
+        self._note(resolved, fork.number)
 
     def foreign(self, node_id: NodeId, changes: _Changes) -> list[_Made]:
         """Events about a node that the other side made since the fork began."""
@@ -343,7 +343,7 @@ class Merge:
 
     # -- outcomes ----------------------------------------------------------------------------------------------------
 
-    def _settled(self, changes: _Changes) -> list[Event]:
+    def _resolved(self, changes: _Changes) -> list[Event]:
         """The fork's events, as the policy has them."""
         if self._policy == "ours":
             return [

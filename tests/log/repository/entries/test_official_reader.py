@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -27,17 +26,15 @@ from icechunk.runtime.clock import SYSTEM
 from icechunk.storage.local.storage import LocalStorage
 from tests.log.repository.world import open_log
 from tests.nodes import write_node
+from tests.official import need_official
 from tools import oracle
 
 pytestmark = [pytest.mark.oracle, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _official() -> None:
-    if os.environ.get("ICECHUNK_REQUIRE_ORACLE") == "1":
-        oracle.ensure(oracle.OFFICIAL_CURRENT)
-    elif oracle.find(oracle.OFFICIAL_CURRENT) is None:
-        pytest.skip("the official library has no environment here; `python tools/oracle.py 2.3.0` makes one")
+    need_official()
 
 
 READ = """
