@@ -72,7 +72,7 @@ class Conflict(Described):
 
     conflict_type: ConflictType
     path: str
-    """Of the node."""
+    """Path of the node."""
     conflicted_chunks: list[list[int]] | None = None
     """Coordinates, where chunks are concerned."""
 
@@ -82,7 +82,7 @@ class Conflict(Described):
 
 
 class ConflictSolver:
-    """How a rebase settles conflicts. Use one of the subclasses."""
+    """The way in which a rebase settles conflicts. Use one of the subclasses."""
 
     __slots__ = ()
 
@@ -196,7 +196,8 @@ class MergeConflict:
 
     type: MergeConflictType
     path: str
-    """Of the node, in the session that the forks are merged into; of one that is not there, in the fork."""
+    """Path of the node in the session that the forks are merged into; of a node that is not there, its path in the
+    fork."""
     sessions: tuple[int | None, ...]
     """Numbers of the forks, from 0, in the order in which they were given to `merge`; None for the session that they
     are merged into, with its changes since the fork."""

@@ -45,7 +45,7 @@ _dask: Any = dask
 _SPLIT_EVERY = 8
 """Number of sessions that one task merges by default."""
 _OLDEST_DASK: Final = (2025, 2, 0)
-"""From here on ``dask.array.store`` returns stored arrays without loading them."""
+"""First version whose ``dask.array.store`` returns stored arrays without loading them."""
 
 
 def computing_meta(func: Callable[P, R]) -> Callable[P, Any]:

@@ -332,7 +332,7 @@ class Update(Described):
 
     kind: AnyUpdateType
     updated_at: datetime
-    """With a time zone (UTC)."""
+    """Time of the update, with a time zone (UTC)."""
     backup_path: str | None = None
     """Name of the copy of the ``repo`` object before this update, if the layout keeps such copies."""
 
@@ -352,7 +352,7 @@ class GCSummary(Described):
     throttled_batches: int = 0
     """Number of batches for which the storage asked to slow down."""
     delete_errors: list[str] = field(default_factory=list)
-    """Why objects could not be deleted."""
+    """Reasons why objects could not be deleted."""
     skipped_phases: list[str] = field(default_factory=list)
     """Kinds of object that were not collected, because that could harm concurrent clients."""
     packs_rewritten: int = 0
@@ -372,17 +372,17 @@ class ChunkStorageStats(Described):
     _public_name: ClassVar[str] = "icechunk.stats.ChunkStorageStats"
 
     native_bytes: int = 0
-    """In chunk objects of the repository."""
+    """Bytes in chunk objects of the repository."""
     virtual_bytes: int = 0
     """Bytes in files outside the repository."""
     inlined_bytes: int = 0
-    """In manifests."""
+    """Bytes in manifests."""
     dead_bytes: int | None = None
-    """In chunk objects beside bytes that count as native: of chunks that no branch or tag reaches any more. A
+    """Bytes of chunks that no branch or tag reaches any more, in chunk objects beside bytes that count as native. A
     collection that repacks frees them. None: chunk objects were not listed."""
     unreferenced_bytes: int | None = None
-    """Of chunk objects that no branch or tag reaches, those of commits that are on their way among them. None: as
-    before."""
+    """Bytes of chunk objects that no branch or tag reaches, those of commits that are on their way among them. None:
+    chunk objects were not listed."""
 
     def non_virtual_bytes(self) -> int:
         """Bytes that the repository itself stores."""
@@ -407,14 +407,14 @@ class PersistedSession(Described):
     """A session that was checkpointed, and has not ended; see `Repository.sessions`."""
 
     id: str
-    """For `Repository.resume_session` and `Repository.join_session`."""
+    """Id to pass to `Repository.resume_session` and `Repository.join_session`."""
     branch: str
-    """Where its commit goes."""
+    """Branch that it commits to."""
     snapshot_id: str
     """The snapshot that it is based on."""
     created_at: datetime
-    """Of its first checkpoint, by the store's clock."""
+    """Time of its first checkpoint, by the store's clock."""
     written_at: datetime
-    """Of its newest checkpoint, those of forks that joined it included, by the store's clock."""
+    """Time of its newest checkpoint, those of forks that joined it included, by the store's clock."""
     leased_until: datetime
     """Until then collections keep it, and its chunks. Afterwards it can be resumed until a collection runs."""

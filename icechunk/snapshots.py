@@ -49,7 +49,7 @@ class SnapshotInfo(_ReadLater):
     parent_id: str | None
     """None for the first snapshot, and if the parent has expired."""
     written_at: datetime
-    """With a time zone (UTC)."""
+    """Time of the commit, with a time zone (UTC)."""
     message: str
     metadata: dict[str, Any] = field(default_factory=dict)
     """Metadata that was passed to the commit."""
@@ -61,7 +61,7 @@ class ManifestFileInfo(Described):
 
     id: str
     size_bytes: int
-    """Of the object."""
+    """Bytes of the object."""
     num_chunk_refs: int
     """References in it."""
 
@@ -117,7 +117,7 @@ class Diff:
     updated_arrays: set[str] = field(default_factory=set)
     """Arrays whose metadata changed."""
     updated_chunks: dict[str, list[list[int]]] = field(default_factory=dict)
-    """By array, the ascending coordinates of chunks that were written or deleted."""
+    """Ascending coordinates, by array, of chunks that were written or deleted."""
     moved_nodes: list[tuple[str, str]] = field(default_factory=list)
     """(from, to), every moved descendant included; ascending by the target path, compared name by name."""
 

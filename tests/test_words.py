@@ -17,9 +17,11 @@ TEXTS = [
     *(ROOT / "docs").glob("*.md"),
     *(ROOT / name for name in ("README.md", "SECURITY.md")),
 ]
-AVOIDED = re.compile(r"\b(whoever|nobody|somebody|anybody|strangers?|deaf|heels|he|him|his)\b", re.IGNORECASE)
+AVOIDED = re.compile(r"\b(whoever|nobody|somebody|anybody|everybody|strangers?|deaf|heels|he|him|his)\b", re.IGNORECASE)
 """A client is *it*, a person is named by the part that they play: user, caller, reader, writer."""
-HEADLESS = re.compile(r'^(?:"""|# )(?:Who|What|Whoever|Whatever) (?!is normative)')
+HEADLESS = re.compile(
+    r'^(?:(?:"""|# )(?:Who|What|Whoever|Whatever) (?!is normative)|"""(?:Of|That|Why|How|Which|When|After them)\b)'
+)
 """Docstrings and comments begin with their subject."""
 
 

@@ -114,7 +114,7 @@ async def _commit_persisted(session: icechunk.Session, worker: int, n: int, note
 
 
 async def collect(repo: icechunk.Repository, worker: int, begin: int, notes: Notes) -> None:
-    """Expire, and delete what nobody needs."""
+    """Expire, and delete what is not needed."""
     while True:
         now = datetime.now(UTC)
         await repo.expire_snapshots_async(now - timedelta(seconds=3))

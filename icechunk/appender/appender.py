@@ -44,7 +44,7 @@ OnDuplicate: TypeAlias = Literal["error", "skip", "replace"]
 
 _TIP_STAYS_S: Final = 5.0
 _LONGEST_RUN_S: Final = 0.0005
-"""Of puts that never wait: then other tasks have a turn, the commit's among them."""
+"""Seconds for which puts that never wait run at most: then other tasks have a turn, the commit's among them."""
 _SETTLE_PAUSES_S: Final = (0.05, 0.2, 1.0, 5.0)
 
 
@@ -174,7 +174,7 @@ class Appender:
         self._last_offset: Any = None
         self._seen_owner: str | None = None
         self._labels: _Labels | None = None
-        """With a key: all stored and buffered labels; without: the last one alone."""
+        """Labels: with a key all stored and buffered ones, without it the last one alone."""
         self._target: Target | None = None
         self._sources: Sources = {}
         self._session: Session | None = None
@@ -182,7 +182,7 @@ class Appender:
         """Another writer's rows may have the labels of buffered ones."""
         self._turn_given_s = -math.inf
         self._tip_expected_s = -math.inf
-        """When this appender's commit was the tip (`time.monotonic`)."""
+        """Time at which this appender's commit was the tip (`time.monotonic`)."""
         self._error: BaseException | None = None
         self._committing: asyncio.Task[str | None] | None = None
         self._timer: asyncio.Task[None] | None = None

@@ -89,7 +89,7 @@ def _whole_units(times: Values, encoding: Mapping[str, Any]) -> Values | None:
 
 @lru_cache(maxsize=256)
 def _epoch(units: str, calendar: str) -> tuple[np.datetime64, int] | None:
-    """When times of these units begin, and the nanoseconds of one; None where it is not as simple as that."""
+    """The beginning of times of these units, and the nanoseconds of one; None where it is not as simple as that."""
     found = _UNITS.fullmatch(units)
     if found is None or calendar not in _CALENDARS:
         return None
@@ -133,7 +133,8 @@ class ChunkEncoder:
 
     @classmethod
     def of(cls, meta: ArrayV3Metadata) -> ChunkEncoder | None:
-        """For an array; None where its data type or one of its codecs needs zarr's own, asynchronous way."""
+        """The encoder for an array; None where its data type or one of its codecs needs zarr's own, asynchronous
+        way."""
         if meta.dtype.to_native_dtype().kind not in "biufcmM" or not hasattr(meta.chunk_grid, "chunk_shape"):
             return None
         spec = chunk_spec = ArraySpec(

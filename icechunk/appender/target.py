@@ -32,7 +32,7 @@ from icechunk.transfer.assets import off_loop
 __all__ = ["Batch", "Target", "Variable"]
 
 _CHUNK_BYTES: Final = 256 * 1024
-"""Of an array that the first dataset creates: rows are added to a chunk until it has about this size.
+"""Bytes of a chunk of an array that the first dataset creates, about: rows are added to a chunk until it has so many.
 
 Each commit writes the open chunk anew: larger ones would cost more where commits have few rows. Small ones share packs.
 """
@@ -43,7 +43,7 @@ _ENCODERS: Final = max(1, min(4, os.cpu_count() or 1))
 """Threads that encode the rows of one commit."""
 _LEAST_PORTION_BYTES: Final = 128 * 1024
 _MOST_PORTION_BYTES: Final = 4 * 1024 * 1024
-"""Of rows that a thread encodes at once: so much is held encoded beside the rows."""
+"""Bytes of rows that a thread encodes at once, at most: so much is held encoded beside the rows."""
 
 Values = npt.NDArray[Any]
 
@@ -57,25 +57,25 @@ class Variable:
     document: dict[str, Any]
     """Its zarr.json. The shape in it and in ``meta`` may be older than ``length``."""
     axis: int | None
-    """Of the append dimension; None: the array does not have it."""
+    """Number of the append dimension, from 0; None: the array does not have it."""
     tail: Values | None = None
     """Rows since the last full chunk, the append dimension first; None: not known, they are read when needed."""
     values: Values | None = None
-    """Of an array without the append dimension: all of it, once it was needed or is to be created."""
+    """All values of an array without the append dimension, once they were needed or are to be written; else None."""
     length: int = 0
     """Rows that there are."""
     encoder: ChunkEncoder | None = None
-    """Of its chunks; None: zarr encodes them."""
+    """Encoder of its chunks; None: zarr encodes them."""
     dtype: np.dtype[Any]
     dims: tuple[str | None, ...]
     codings: dict[str, Any]
     """Its attributes that say how values are kept, as `codings_of`."""
     row_shape: tuple[int, ...]
-    """Without the append dimension."""
+    """Shape without the append dimension."""
 
     @classmethod
     def of(cls, name: str, document: dict[str, Any], dim: str) -> Variable:
-        """Of an array's zarr.json."""
+        """The variable that an array's zarr.json describes."""
         meta = ArrayV3Metadata.from_dict(document)
         dims = tuple(meta.dimension_names or ())
         axis = dims.index(dim) if dim in dims else None
@@ -99,7 +99,7 @@ class Variable:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array."""
+        """Shape of the array."""
         shape = list(self.meta.shape)
         if self.axis is not None:
             shape[self.axis] = self.length
@@ -112,7 +112,7 @@ class Batch:
 
     rows: int
     values: dict[str, Values]
-    """By array: the append dimension first, encoded, in the array's dtype."""
+    """Values by array: the append dimension first, encoded, in the array's dtype."""
     offset: Any = None
     num_bytes: int = 0
     fresh: Target | None = None
@@ -148,7 +148,7 @@ class Target:
         return math.lcm(*(v.chunk_rows for v in self.growing))
 
     def path(self, name: str) -> str:
-        """Of an array, without slashes around it."""
+        """Path of an array, without slashes around it."""
         return f"{self.group}/{name}" if self.group else name
 
     # -- opening ---------------------------------------------------------------------------------------------------
@@ -408,7 +408,7 @@ class _Band:
     variable: Variable
     path: str
     number: int
-    """Of the chunk along the append dimension."""
+    """Number of the chunk along the append dimension, from 0."""
     parts: list[Values]
 
     @property

@@ -63,7 +63,7 @@ class Report:
     keep: str
     """A sentence that says whether it is kept after the demo."""
     versions: tuple[Version, ...]
-    """In the order in which they were committed."""
+    """Versions in the order in which they were committed."""
     branches: Mapping[str, str]
     """Snapshot ids by branch."""
     tags: Mapping[str, str]

@@ -91,7 +91,7 @@ def _adopt(owner: type, prefix: str, members: tuple[type, ...]) -> None:
 
 
 class ManifestPreloadCondition(Condition):
-    """Which manifests a session fetches ahead of need. Made by the static methods, combined with ``&`` and ``|``."""
+    """Manifests that a session fetches ahead of need. Made by the static methods, combined with ``&`` and ``|``."""
 
     __slots__ = ()
 
@@ -223,7 +223,7 @@ class ManifestPreloadConfig(Setting):
 
 
 class ManifestSplitCondition(Condition):
-    """Which arrays a rule is for. Made by the static methods, combined with ``&`` and ``|``; hashable."""
+    """Arrays that a rule is for. Made by the static methods, combined with ``&`` and ``|``; hashable."""
 
     __slots__ = ()
 
@@ -300,7 +300,7 @@ _adopt(ManifestSplitCondition, "Split", SPLIT_CONDITIONS)
 
 
 class ManifestSplitDimCondition(metaclass=VariantMeta):
-    """Which dimensions of an array a size is for. One of the nested classes; hashable."""
+    """Dimensions of an array that a size is for. One of the nested classes; hashable."""
 
     @dataclass(frozen=True, slots=True, repr=False)
     class Axis(Condition):
@@ -378,7 +378,7 @@ def to_dict(config: ManifestSplittingConfig) -> SplitSizesDict:
 
 @dataclass(slots=True, repr=False)
 class ManifestVirtualChunkLocationCompressionConfig(Setting):
-    """When and how locations of virtual references are compressed with a common dictionary."""
+    """Compression of the locations of virtual references with a common dictionary."""
 
     min_num_chunks: U16 | None = unset(_LOCATIONS.min_refs)
     """Manifests with fewer virtual references stay plain."""

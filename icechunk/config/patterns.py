@@ -233,7 +233,7 @@ def _position(name: str, flags: int) -> _At:
 
 
 def _steps(items: Any, n: int) -> float:
-    """At most so many ways has Python's engine to go through a text of ``n`` characters from one start, about."""
+    """Ways through a text of ``n`` characters that Python's engine has from one start: about so many at most."""
     steps = 1.0
     for name, value in items:
         match str(name):

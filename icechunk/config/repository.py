@@ -65,7 +65,7 @@ DEFAULT_DISK_CACHE_BYTES: Final = 10 * 1024**3
 DEFAULT_PUT_MEMORY_BYTES: Final = 128 * 1024 * 1024
 DEFAULT_MAX_BYTES_IN_FLIGHT: Final = 512 * 1024 * 1024
 DEFAULT_PACK_THRESHOLD_BYTES: Final = 512 * 1024
-"""On the log layout; the published layouts have a chunk in each object."""
+"""Size below which chunks share objects on the log layout; the published layouts have a chunk in each object."""
 DEFAULT_PACK_SIZE_BYTES: Final = 4 * 1024 * 1024
 DEFAULT_SMALL_COMMIT_BYTES: Final = 64 * 1024
 DEFAULT_REPACK_BELOW_PERCENT: Final = 50
@@ -193,15 +193,15 @@ class RepositoryConfig(Setting):
     get_partial_values_concurrency: U16 | None = unset(DEFAULT_MAX_CONCURRENT_REQUESTS)
     """Values that one call of ``get_partial_values`` fetches at a time."""
     compression: CompressionConfig | None = unset(CompressionConfig())
-    """Of metadata files."""
+    """Compression of metadata files."""
     max_concurrent_requests: U16 | None = unset(DEFAULT_MAX_CONCURRENT_REQUESTS)
     """Requests in flight for the whole repository."""
     caching: CachingConfig | None = unset(CachingConfig())
-    """In memory."""
+    """Sizes of the caches in memory."""
     storage: StorageSettings | None = None
     """None: the storage's own defaults."""
     virtual_chunk_containers: Annotated[dict[str, VirtualChunkContainer], _containers] | None = None
-    """By URL prefix, or by the key chosen at construction."""
+    """Containers by URL prefix, or by the key chosen at construction."""
     manifest: ManifestConfig | None = unset(ManifestConfig())
     """Splitting, preloading and compression of manifests."""
     repo_update_retries: RepoUpdateRetryConfig | None = unset(RepoUpdateRetryConfig())

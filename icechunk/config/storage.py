@@ -237,13 +237,13 @@ class StorageTimeoutSettings(Setting):
     _public_name: ClassVar[str] = "icechunk.storage.StorageTimeoutSettings"
 
     connect_timeout_ms: U32 | None = unset(DEFAULT_CONNECT_TIMEOUT_MS)
-    """For a connection, ms."""
+    """Time limit of a connection's establishment, ms."""
     read_timeout_ms: U32 | None = None
-    """For the first byte of an answer, ms."""
+    """Time limit of the first byte of an answer, ms."""
     operation_timeout_ms: U32 | None = None
-    """For a request with all its retries, ms."""
+    """Time limit of a request with all its retries, ms."""
     operation_attempt_timeout_ms: U32 | None = None
-    """For one try of a request, ms."""
+    """Time limit of one try of a request, ms."""
 
 
 @dataclass(slots=True, repr=False)
@@ -275,11 +275,11 @@ class StorageSettings(Setting):
     unsafe_use_metadata: bool | None = unset(True)
     """False for stores without user metadata of objects."""
     storage_class: str | None = None
-    """For all new objects, where neither of the next two says otherwise; None: the bucket's default."""
+    """Storage class of all new objects, where neither of the next two says otherwise; None: the bucket's default."""
     metadata_storage_class: str | None = None
-    """For snapshots, manifests, transaction logs and the log."""
+    """Storage class of new snapshots, manifests, transaction logs and objects of the log; None: ``storage_class``."""
     chunks_storage_class: str | None = None
-    """For chunks."""
+    """Storage class of new chunk objects; None: ``storage_class``."""
     minimum_size_for_multipart_upload: U64 | None = unset(DEFAULT_MULTIPART_BYTES)
     """Larger objects are uploaded in parts, bytes."""
     timeouts: StorageTimeoutSettings | None = unset(StorageTimeoutSettings())

@@ -94,7 +94,7 @@ class Credentials(metaclass=VariantMeta):
 
     @dataclass(frozen=True, slots=True, repr=False, match_args=False)
     class S3(Credential):
-        """For S3 and compatible services."""
+        """Credentials for S3 and compatible services."""
 
         __match_args__ = ("_0",)
 
@@ -105,7 +105,7 @@ class Credentials(metaclass=VariantMeta):
 
     @dataclass(frozen=True, slots=True, repr=False, match_args=False)
     class Gcs(Credential):
-        """For Google Cloud Storage."""
+        """Credentials for Google Cloud Storage."""
 
         __match_args__ = ("_0",)
 
@@ -116,7 +116,7 @@ class Credentials(metaclass=VariantMeta):
 
     @dataclass(frozen=True, slots=True, repr=False, match_args=False)
     class Azure(Credential):
-        """For Azure Blob Storage."""
+        """Credentials for Azure Blob Storage."""
 
         __match_args__ = ("_0",)
 

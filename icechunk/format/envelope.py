@@ -39,7 +39,7 @@ _JOINED_BYTES: Final = 32 * 2**20
 _SLICE: Final = 1024
 _SMALL_BYTES: Final = 64 * 1024
 _compressors: Final[dict[int, list[zstandard.ZstdCompressor]]] = {}
-"""By level, those that are not in use."""
+"""Compressors that are not in use, by level."""
 
 
 class FileType(IntEnum):

@@ -157,7 +157,7 @@ def _taken(column: npt.NDArray[Any], rows: npt.NDArray[Any] | slice, count: int)
 
 
 Extents: TypeAlias = tuple[tuple[int, int], ...]
-"""For each dimension: first chunk coordinate (inclusive), last (exclusive)."""
+"""First chunk coordinate (inclusive) and last (exclusive) of each dimension."""
 
 
 class ManifestRef(NamedTuple):
@@ -231,7 +231,7 @@ class Snapshot:
     parent_id: ObjectId | None = None
     """Only in format 1; format 2 keeps ancestry in the repo object."""
     nodes: Mapping[str, NodeSnapshot] = field(default_factory=dict)
-    """By path, in ascending order of the path's UTF-8 bytes."""
+    """Nodes by path, in ascending order of the path's UTF-8 bytes."""
     flushed_at_us: int
     """µs since the epoch."""
     message: str
@@ -251,7 +251,7 @@ class Manifest:
 
     id: ObjectId
     arrays: Mapping[NodeId, ChunkRefs]
-    """In ascending order of node id; each one's rows in ascending order of coordinates."""
+    """References by array, in ascending order of node id; each array's rows in ascending order of coordinates."""
 
     @property
     def num_chunk_refs(self) -> int:

@@ -33,7 +33,7 @@ class Row:
     lane: int
     """Number of its lane, from 0."""
     colours: tuple[int | None, ...]
-    """By lane, the number of the line that passes beside or through this snapshot; None: no line."""
+    """Number by lane of the line that passes beside or through this snapshot; None: no line."""
     joining: tuple[int, ...]
     """Lanes right of it, ascending, whose lines end at it: their snapshots have it as parent."""
     continues: bool
@@ -52,7 +52,7 @@ class Drawing:
     """A history, laid out."""
 
     rows: tuple[Row, ...]
-    """From top to bottom."""
+    """Rows from top to bottom."""
     lanes: int
     """Columns that the lines need."""
 
@@ -165,7 +165,7 @@ def _headline(message: str) -> str:
 
 _LINES: Final = ("#3a9d5d", "#8b63d9", "#d9822b", "#2f8fbf", "#cf4f6b", "#a08c1c", "#2fa39a", "#c05fae")
 TAG: Final = "#4a8fe0"
-"""Of the names of tags."""
+"""Colour of the names of tags."""
 
 
 def colour(number: int) -> str:

@@ -26,7 +26,7 @@ __all__ = [
 
 CHUNK_ID_BYTES = 12
 SPAN_BYTES = 16
-"""Of a row, behind the name."""
+"""Bytes of a row behind the name."""
 
 
 def rows(

@@ -39,7 +39,7 @@ class Leases:
     """The sessions that collections and expirations must not harm."""
 
     heads: tuple[SegmentHead, ...] = ()
-    """Of each the newest segment."""
+    """Head of the newest segment of each session."""
 
     @property
     def bases(self) -> frozenset[ObjectId]:
@@ -77,7 +77,7 @@ class Leases:
         return min([older_than_us, *tried, *(time_us for id, time_us in written_us if id in bases)])
 
     async def present_bases(self, storage: Storage) -> frozenset[ObjectId]:
-        """Those bases whose files are there."""
+        """The bases whose files are there."""
         found: set[ObjectId] = set()
 
         async def look(id: ObjectId) -> None:

@@ -41,7 +41,7 @@ class Shares:
         self.fixed_chunks: RowSet = RowSet(CHUNK_ID_BYTES)
         """Chunk objects that these refer to."""
         self.manifests: dict[ObjectId, float] = {}
-        """Of manifests with dead references, the estimated living share of their bytes; 0 to 1."""
+        """Estimated living share of the bytes of manifests with dead references, by id; from 0 to 1."""
 
     def add(self, ids: Sequence[ObjectId], found: Sequence[ManyRefs]) -> None:
         """Note the references of some manifests, of which the living ones count."""
@@ -167,7 +167,7 @@ class Living:
             self._looked_us = self._sources.elapsed_us()
 
     def garbage(self, prefix: str, listed: Sequence[Listed]) -> list[Listed]:
-        """Those of the objects below a prefix that nothing refers to."""
+        """The objects below a prefix that nothing refers to."""
         if prefix == CHUNKS_PREFIX:
             absent = self._chunks.missing(one.id for one in listed)
             return [one for one, gone in zip(listed, absent, strict=True) if gone]

@@ -69,7 +69,7 @@ class Limits:
     max_concurrent_deletes: int = 10
     """Requests that delete, each up to a thousand objects."""
     max_consecutive_delete_failures: int = 50
-    """After so many failed requests in a row nothing more is deleted."""
+    """Number of failed requests in a row after which nothing more is deleted."""
     max_concurrent_listings: int | None = None
     """Listings under way at a time; None: 16."""
 
@@ -223,7 +223,7 @@ class Walked:
     """The findings of a walk so far."""
 
     snapshots: dict[ObjectId, tuple[ObjectId, ...]] = field(default_factory=dict)
-    """Of each the manifests that it uses."""
+    """Manifests that each snapshot uses."""
     parents: dict[ObjectId, ObjectId | None] = field(default_factory=dict)
     """As the files name them: in format 1 only."""
     manifests: dict[ObjectId, Use] = field(default_factory=dict)

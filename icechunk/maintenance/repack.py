@@ -76,9 +76,9 @@ class Repacking:
     below: float
     """Objects whose living share is less are written again; from 0 to 1."""
     pack_size_bytes: int
-    """Of the new packs."""
+    """Bytes of each new pack, about."""
     level: int
-    """Of zstd, for metadata files."""
+    """Level of zstd for metadata files."""
     locations: LocationCompression
     """Compression of locations of virtual references."""
 
@@ -101,7 +101,7 @@ class Survey:
         self.files: dict[str, dict[ObjectId, Listed]] = {
             prefix: {} for prefix in (SNAPSHOTS_PREFIX, TRANSACTIONS_PREFIX, MANIFESTS_PREFIX)
         }
-        """By prefix and id; without the chunk objects."""
+        """Files by prefix and id; without the chunk objects."""
 
     def note(self, prefix: str, kept: Sequence[Listed]) -> None:
         """Note a page of objects that are not garbage."""
@@ -161,7 +161,7 @@ class Repacked:
     """Manifests that were written again, because of dead references or of moved chunks."""
     snapshots: int = 0
     bytes_copied: int = 0
-    """Of chunks."""
+    """Bytes of chunks that were copied."""
     deleted: Swept = field(default_factory=Swept)
     """Old files that were deleted already."""
 

@@ -26,7 +26,7 @@ from icechunk.maintenance.byte_ranges import CHUNK_ID_BYTES, names_of, reached_b
 __all__ = ["MAX_STORED", "Candidate", "Moves", "Pack", "Piece", "choose", "rewritten"]
 
 MAX_STORED: Final = 1.5
-"""After a repacking, packs and manifests hold at most so many times their living bytes."""
+"""Greatest ratio of the bytes of packs and manifests to their living bytes after a repacking."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class Candidate:
 def choose(
     candidates: Iterable[Candidate], *, stored_bytes: float, living_bytes: float, below: float
 ) -> list[Candidate]:
-    """Those that are written again, least living share first.
+    """The candidates that are written again, least living share first.
 
     All whose living share is below a threshold, and so many of the others that no more than `MAX_STORED` times the
     living bytes are stored afterwards.
@@ -79,7 +79,7 @@ class Pack(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        """Of all pieces."""
+        """Bytes of all pieces."""
         return sum(piece.length for piece in self.pieces)
 
 
@@ -141,7 +141,7 @@ class Moves:
         )
 
     def moved(self, refs: ChunkRefs) -> npt.NDArray[np.bool_]:
-        """Which of the references point into objects that are left behind."""
+        """bool[n]: whether each reference points into an object that is left behind."""
         moved: npt.NDArray[np.bool_] = np.asarray(refs.kind == NATIVE)
         if not len(self.objects) or not moved.any():
             return np.zeros(len(refs), np.bool_)

@@ -39,7 +39,7 @@ class Judge(Protocol):
         """See whether more objects live by now; awaited before each request that deletes."""
 
     def garbage(self, prefix: str, listed: Sequence[Listed]) -> Sequence[Listed]:
-        """Those of the objects below a prefix that nothing refers to; asked again just before they are deleted."""
+        """The objects below a prefix that nothing refers to; asked again just before they are deleted."""
 
 
 class Notes(Protocol):

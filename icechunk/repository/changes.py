@@ -47,7 +47,7 @@ class ArrayChange(Described):
     _public_name: ClassVar[str] = "icechunk.ArrayChange"
 
     path: str
-    """In the later version, with a leading ``/``."""
+    """Path in the later version, with a leading ``/``."""
     chunks: Coords
     """uint32[n, ndim], ascending: chunks that were written, replaced or deleted; of a new array all it has."""
     shape: tuple[int, ...]
@@ -94,7 +94,7 @@ class ChangedRegions(Described):
     until: str
     """Id of the later snapshot."""
     arrays: Mapping[str, ArrayChange]
-    """By path, ascending: arrays that are new, or whose chunks or metadata changed."""
+    """Changes by path, ascending, of arrays that are new, or whose chunks or metadata changed."""
     deleted: tuple[str, ...] = ()
     """Paths of arrays and groups that are gone."""
     moved: tuple[tuple[str, str], ...] = ()
@@ -106,7 +106,7 @@ class ChangedRegions(Described):
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True, eq=False)
 class Blame(Described):
-    """Which snapshot wrote each chunk of a region last."""
+    """The snapshot that wrote each chunk of a region last."""
 
     _public_name: ClassVar[str] = "icechunk.Blame"
 
@@ -128,7 +128,7 @@ class Changes(RepositoryBase):
     """Asks transaction logs and manifests."""
 
     async def changes_async(self, since: str, until: str | None = None) -> ChangedRegions:
-        """Which chunks of which arrays changed after one snapshot, up to and with another.
+        """Find the chunks, by array, that changed after one snapshot, up to and with another.
 
         Parameters
         ----------
@@ -221,7 +221,7 @@ class Changes(RepositoryBase):
         tag: str | None = None,
         snapshot_id: str | None = None,
     ) -> Blame:
-        """Which snapshot wrote each chunk of an array last.
+        """Find the snapshot that wrote each chunk of an array last.
 
         Parameters
         ----------
@@ -273,7 +273,7 @@ class Changes(RepositoryBase):
     async def coverage_async(
         self, path: str, *, branch: str | None = None, tag: str | None = None, snapshot_id: str | None = None
     ) -> npt.NDArray[np.bool_]:
-        """Which chunks of an array exist: bool, one element for each chunk of its grid.
+        """Find the chunks of an array that exist: bool, one element for each chunk of its grid.
 
         A manifest whose references fill its bounding box is not read.
 

@@ -91,7 +91,7 @@ class Configuration(RepositoryBase):
         return self.get_status()
 
     async def set_status_async(self, status: RepoStatus) -> None:
-        """Make the repository read-only for everybody, or writable again."""
+        """Make the repository read-only for all clients, or writable again."""
         require_type("status", status, RepoStatus)
         await self._happen(StatusSet(availability=int(status.availability), reason=status.limited_availability_reason))
 

@@ -79,7 +79,7 @@ class RepositoryEvent(Described):
     token: str
     """Give it to `Repository.watch` as ``since`` to continue after this event."""
     at: datetime
-    """When, by the repository's own order: later events are later."""
+    """Time of the event by the repository's own order: later events are later."""
     branch: str | None = None
     """The branch that it happened to."""
     tag: str | None = None
@@ -392,7 +392,7 @@ def _parse_refs_token(token: str) -> tuple[dict[str, str], dict[str, str]]:
 
 
 _MOST_TOKEN_BYTES: Final = 64 * 1024 * 1024
-"""Of unpacked refs: a token that claims more is no token of ours."""
+"""Bytes of unpacked refs, at most: a token that claims more is no token of ours."""
 
 
 def _malformed(token: str) -> InvalidInputError:

@@ -42,7 +42,7 @@ class Sources:
     elapsed_us: Callable[[], int] = _elapsed_us
     """Clock that never goes back, µs since some fixed point."""
     random_bytes: Callable[[int], bytes] = os.urandom
-    """That many unpredictable bytes; safe after a fork."""
+    """Source of that many unpredictable bytes; safe after a fork."""
     sleep: Callable[[float], Awaitable[None]] = anyio.sleep
     """Pause for that many seconds."""
 

@@ -1,4 +1,4 @@
-"""Which of the package's log records are shown, by the directives that the official library takes.
+"""Filters of the package's log records, written as the directives that the official library takes.
 
 Everything is logged through the standard library's `logging`, below the logger ``icechunk``: an application that
 configures logging itself needs nothing from here. Importing the package configures nothing, unless the environment

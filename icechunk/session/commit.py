@@ -453,7 +453,7 @@ class CommitFiles:
     spec_version: int
     snapshot_id: ObjectId
     amended: TransactionLog | None
-    """Of the snapshot that this one takes the place of."""
+    """Transaction log of the snapshot that this one takes the place of."""
     snapshot: Snapshot | None = None
     """Known once its file was made."""
     further_transactions: tuple[ObjectId, ...] = ()

@@ -60,7 +60,7 @@ class Lineage(NamedTuple):
     """The origin of a fork whose inherited changes were written as a snapshot of their own."""
 
     base: ObjectId
-    """That of the session from which it comes, be it through other forks."""
+    """Base of the session from which it comes, be it through other forks."""
     last_events: tuple[bytes, ...]
     """Ids of the last events of that session, and of forks in between, that are in the fork's base."""
 

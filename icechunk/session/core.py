@@ -347,7 +347,7 @@ class Core:
         )
 
     def _memory(self) -> PutMemory:
-        """Of this process: uploads of a parent process, which it had begun when it forked, are not waited for."""
+        """Memory of this process's puts: uploads that a parent process had begun when it forked are not waited for."""
         kept, most = self._put_memory, self.settings.put_memory_bytes
         if kept is None or kept[0] != os.getpid() or kept[1].max_bytes != most:
             kept = self._put_memory = (os.getpid(), PutMemory(most))

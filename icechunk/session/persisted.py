@@ -59,27 +59,27 @@ class Persisted:
     worker: ObjectId | None = None
     """The fork; None: the session itself."""
     joined_at: int = 0
-    """Of a fork: number of the session's segment after which its own events come."""
+    """Number of the session's segment after which a fork's own events come; 0 for a session."""
     created_us: int = 0
     lease_us: int = 0
     last: int = 0
     """Number of the newest segment."""
     events: tuple[Event, ...] = ()
-    """Those in the segments."""
+    """Events in the segments."""
     attempts: tuple[ObjectId, ...] = ()
     """Snapshots that were tried to commit."""
     claims: tuple[int, ...] = ()
     """Numbers of segments by which processes took the session over; they outlast its end."""
     parts: dict[int, tuple[ObjectId, int, tuple[Event, ...]]] = field(default_factory=dict)
-    """Of each segment its base, the number of events that it keeps, and its new ones: the beginning of forks."""
+    """Base of each segment, the number of events that it keeps, and its new ones: the beginning of forks."""
     tries: dict[bytes, Written] = field(default_factory=dict)
     """Contents of the next segment whose PUT had no certain answer, by nonce."""
     collected: dict[ObjectId, tuple[int, tuple[Event, ...]]] = field(default_factory=dict)
-    """Of each fork the number of its newest segment that was read, and its events up to there."""
+    """Number of the newest segment of each fork that was read, and the fork's events up to there."""
     ended: SessionEndedError | None = None
-    """Why nothing can be written any more."""
+    """The error because of which nothing can be written any more; else None."""
     seen: int = 0
-    """Of a fork: the session's segments up to this one do not end it."""
+    """Number of the last of the session's segments that are known not to end a fork; 0 for a session."""
     turn: Turn = field(default_factory=Turn)
 
     @property

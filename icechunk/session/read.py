@@ -1,4 +1,4 @@
-"""From a reference to bytes: the reference of a chunk that is in force, and the bytes that it points to."""
+"""Reads of chunks: the reference of a chunk that is in force, and the bytes that it points to."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class _Found(NamedTuple):
     """A session as its segments have it."""
 
     head: SegmentHead
-    """Of the newest."""
+    """Head of the newest segment."""
     base: Snapshot
     events: tuple[Event, ...]
     persisted: Persisted

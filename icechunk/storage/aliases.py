@@ -57,7 +57,7 @@ class AliasedRepository:
     storage: Any
     """Its location."""
     config: RepositoryConfig
-    """To create and open it with."""
+    """Configuration to create and open it with."""
 
 
 def aliases_path() -> Path:

@@ -127,7 +127,7 @@ class HttpKind:
 
 @dataclass(frozen=True, slots=True)
 class RedirectKind:
-    """Where a web server redirects to."""
+    """The kind of place that a web server redirects to."""
 
     base_url: str
 

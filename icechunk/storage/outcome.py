@@ -92,7 +92,7 @@ class Tried:
     put: PutResult | None = None
     """The answer of one that was executed, where the writer wants to know it."""
     error: Exception | None = None
-    """To be raised if this was the last one."""
+    """Error to raise if this was the last one."""
     turned_down: bool = False
     """Because the condition did not hold; certain unless an earlier request may have landed."""
     final: bool = False
@@ -116,7 +116,7 @@ class Seen:
     put: PutResult | None = None
     """The answer that the write must have had, where it landed and the writer wants to know it."""
     why: Exception | None = None
-    """Why the place could not be looked at; then the fate is open."""
+    """Error because of which the place could not be looked at; then the fate is open."""
     final: bool = False
     """Looking again would fare no better."""
 

@@ -1,4 +1,4 @@
-"""How long to wait for an answer: learned from the recent answers of one service.
+"""Time limits of answers, learned from the recent answers of one service.
 
 `Recent` is the one estimate: a request that takes three times as long as the slowest of the recent ones is probably
 stuck. It decides three things, each with a lower bound of its own:
@@ -104,10 +104,10 @@ _MOST_DOUBLINGS: Final = 5
 
 
 class Waiting(NamedTuple):
-    """How long to wait for one request."""
+    """Time limits of one request, seconds."""
 
     still_s: float
-    """For the next byte of an answer, or for the peer to take more of the body."""
+    """Limit for the next byte of an answer, or for the peer to take more of the body."""
     body_s: float
     """Added for the first byte: the body needs time, and the peer need not tell that it receives it."""
     epoch: int

@@ -50,11 +50,11 @@ class Limits:
     max_backoff_s: float
     connect_s: float
     read_s: float
-    """For the next byte of an answer."""
+    """Limit for the next byte of an answer."""
     attempt_s: float | None
-    """For one try; None: in proportion to the body's size."""
+    """Limit of one try; None: in proportion to the body's size."""
     operation_s: float | None
-    """For all tries together; None: no limit."""
+    """Limit of all tries together; None: no limit."""
     patience: float = 1.0
     """Multiple of the time of `icechunk.storage.patience.Patience` to wait while nothing moves; infinite for the last
     try."""
@@ -114,7 +114,7 @@ class Tries:
 
     @property
     def limits(self) -> Limits:
-        """Those of the next try, which ends when the time of the operation is up."""
+        """Limits of the next try, which ends when the time of the operation is up."""
         limits = self._limits
         if self.count > 1 or limits.max_tries == 1:
             # A request that takes long by itself has to get the time at some try.

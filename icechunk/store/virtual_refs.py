@@ -41,8 +41,9 @@ ChunkBatch: TypeAlias = tuple[
     npt.NDArray[np.uint64],
     dict[int, bytes],
 ]
-"""Of n chunks: uint32[n, ndim] coordinates; uint8[n] values of `ChunkType`; locations (URL of virtual chunks, id of
-native ones, empty for inline ones); uint64[n] offsets and lengths, in bytes; the bytes of inline chunks, by row."""
+"""Columns of n chunks: uint32[n, ndim] coordinates; uint8[n] values of `ChunkType`; locations (URL of virtual chunks,
+id of native ones, empty for inline ones); uint64[n] offsets and lengths, in bytes; the bytes of inline chunks, by
+row."""
 
 
 class VirtualRefs(ABC):

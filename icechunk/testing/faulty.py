@@ -40,9 +40,9 @@ class Fault(StrEnum):
     LOSE_ANSWER = "lose-answer"
     """It is executed; the caller gets `StorageError`."""
     LATE = "late"
-    """Of a write: the caller gets `StorageError`, and the write is executed later. Otherwise as `FAIL_BEFORE`."""
+    """A write is executed after the caller has got `StorageError`. Other requests: as `FAIL_BEFORE`."""
     DUPLICATE = "duplicate"
-    """Of a write: executed now, its answer returned, and executed a second time later."""
+    """A write is executed, its answer returned, and executed a second time later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ class PlannedRequest:
     key: str
     """As in `RecordedRequest`."""
     precondition: Precondition | None = None
-    """Of a put."""
+    """Precondition of a put."""
 
 
 FaultPlan: TypeAlias = Callable[[PlannedRequest], Fault]

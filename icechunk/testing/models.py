@@ -75,7 +75,7 @@ class GroupNode:
     """A group of a tree, with everything below it; the root has no name. Paths in trees have no leading slash."""
 
     children: dict[str, ArrayNode | GroupNode] = field(default_factory=dict)
-    """By name."""
+    """Children by name."""
 
     def walk(self, prefix: str | PurePosixPath = "") -> Iterator[tuple[PurePosixPath, Node]]:
         """Every node below this one with its path, each group before its members."""

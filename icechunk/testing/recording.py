@@ -40,7 +40,7 @@ class RecordedRequest:
     key: str
     """Key, prefix of a listing, first key of a deletion, or target of a copy."""
     precondition: Precondition | None = None
-    """Of a put."""
+    """Precondition of a put."""
     size: int = 0
     """Bytes of a put's body, or of a get's answer."""
     started: int = 0

@@ -49,7 +49,7 @@ InvalidMoveReason: TypeAlias = Literal[
     "self", "descendant", "missing_parent", "parent_not_group", "overwrite", "source_missing"
 ]
 MixedMove: TypeAlias = tuple[str, str, str | None]
-"""From, to, and the pattern of the message where the move must fail."""
+"""Source, destination, and the pattern of the message where the move must fail."""
 
 ERR_SELF_OR_DESCENDANT = "into itself or its own descendant"
 ERR_OVERWRITE = "overwrite existing node"

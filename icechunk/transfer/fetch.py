@@ -50,7 +50,7 @@ class Latencies:
         self._recent: dict[int, Recent] = {}
 
     def of(self, size_bytes: int | None) -> Recent:
-        """Those of about that size; None: of those whose size was unknown when they were sent."""
+        """Recent answers of about that size; None: of those whose size was unknown when they were sent."""
         # All sizes up to 64 KiB take about the same time; above, there is one class for each factor of four.
         magnitude = -1 if size_bytes is None else max(0, size_bytes.bit_length() - 15) // 2
         return self._recent.setdefault(magnitude, Recent())

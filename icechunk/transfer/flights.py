@@ -41,7 +41,9 @@ class Reader(Generic[T]):
     """A caller that waits for the byte at ``start``, and takes what comes with it up to ``end``."""
 
     start: int
+    """First byte that it wants, counted from the object's beginning."""
     end: float
+    """End of the bytes that it takes, exclusive; infinite: up to the object's end."""
     place: asyncio.Future[tuple[int, T]]
     """Resolves to the start and the result of the flight that serves it."""
     flights: list[Flight[T]] = field(default_factory=list)
@@ -62,10 +64,11 @@ class Flight(Generic[T]):
     """Called once when it leaves the table, before its readers are served; the result is None if it failed or was
     cancelled."""
     least_s: float = 0.0
-    """Lower bound of that, seconds."""
+    """Lower bound of `patience_s`, seconds."""
     watch: Watch = field(default_factory=Watch)
     readers: dict[Reader[T], None] = field(default_factory=dict)
-    """In the order in which they joined, which is the order in which they are woken: reads in order stay in order."""
+    """Readers in the order in which they joined, which is the order in which they are woken: reads in order stay in
+    order."""
     is_left: bool = False
     """Whether a reader was cancelled while it waited."""
     task: asyncio.Task[T] | None = None

@@ -25,7 +25,7 @@ __all__ = ["ROWS", "Growth", "Limits", "Track", "Walk", "Walks", "merge", "upcom
 
 
 class Growth(NamedTuple):
-    """When reading ahead begins, and how far it goes."""
+    """The beginning and the reach of reading ahead."""
 
     steps: int
     """Number of reads in order that count as a walk."""
@@ -40,8 +40,9 @@ class Growth(NamedTuple):
 
 
 ROWS: Final = Growth(steps=8, first_bytes=2 * 1024 * 1024, factor=4, most_bytes=16 * 1024 * 1024, reserve=0.75)
-"""For rows of a manifest: zarr requests eight chunks at once only if it wants more. Their sizes are known, so little is
-fetched in vain. The next window is requested early: the first ones are small, and are used up before it could come."""
+"""Growth of reads of rows of a manifest: zarr requests eight chunks at once only if it wants more. Their sizes are
+known, so little is fetched in vain. The next window is requested early: the first ones are small, and are used up
+before it could come."""
 _WALKS: Final = 4
 _MOST_ROWS: Final = 8192
 
@@ -174,7 +175,7 @@ class Limits:
 
     @property
     def growth(self) -> Growth:
-        """Of windows in one object."""
+        """Growth of windows in one object."""
         most_bytes = self.max_request_bytes
         return Growth(steps=2, first_bytes=self.first_window_bytes, factor=2, most_bytes=most_bytes, reserve=0.5)
 

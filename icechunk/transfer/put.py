@@ -171,7 +171,7 @@ class _Pending:
     task: asyncio.Task[None] | None = None
     """The present attempt."""
     error: BaseException | None = None
-    """Why the last attempt failed."""
+    """Error of the last attempt; None: it has not failed."""
 
 
 class HoldsBack(Protocol):

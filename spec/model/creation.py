@@ -36,7 +36,7 @@ class _State(NamedTuple):
     won: int = 0
     """Bits of the creators that were told that they created the repository."""
     exists: int = 0
-    """Of those told that it exists already."""
+    """Bits of the creators that were told that it exists already."""
 
 
 class CreationModel:

@@ -18,7 +18,7 @@ __all__ = ["Filesystem", "FilesystemModel"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filesystem:
-    """How slots are made, by how many, and what may go wrong."""
+    """The way in which slots are made, the number of writers, and the faults that may occur."""
 
     name: str
     kind: str

@@ -21,12 +21,12 @@ class Event(NamedTuple):
 
     kind: str
     id: int = 0
-    """Of a change that a caller asked for, from 1; 0: of no caller."""
+    """Number of the change that a caller asked for, from 1; 0: no caller did."""
     branch: int = 0
     parent: int = 0
     """Tip that the commit follows; 0: there is no such branch yet."""
     since: int = 0
-    """Of a commit: not later than the Last-Modified of its files. Of ``gc``: the cutoff."""
+    """Time of a commit, not later than the Last-Modified of its files; the cutoff of a ``gc``."""
     time: int = 0
 
 

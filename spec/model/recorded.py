@@ -68,13 +68,13 @@ class Recorded:
     history: dict[Slot, Entry] = field(default_factory=dict)
     """The first entry of each slot, also if it was pruned: what happened."""
     version: str | None = None
-    """Of ``repo``; None: there is none."""
+    """Version of ``repo``; None: there is none."""
     markers: dict[str, Marker | None] = field(default_factory=dict)
-    """Of each version that ``repo`` ever had; None: the repo-object layout."""
+    """Marker of each version that ``repo`` ever had; None: the repo-object layout."""
     foreign: set[str] = field(default_factory=set)
     """Versions of ``repo`` that another library wrote."""
     tips: dict[str, str | None] = field(default_factory=dict)
-    """Of the branches that an event has named; None: deleted. Others are not known."""
+    """Tips of the branches that an event has named; None: deleted. Others are not known."""
     cutoff: int = 0
     ended: dict[str, int] = field(default_factory=dict)
     """Epochs that were sealed, with the seal's slot."""
@@ -86,7 +86,7 @@ class Recorded:
         return None if self.version is None else self.markers[self.version]
 
     def nonce(self, slot: Slot) -> str | None:
-        """Of the entry that is in a slot now."""
+        """Nonce of the entry that is in a slot now."""
         entry = self.slots.get(slot)
         return None if entry is None else str(entry["nonce"])
 

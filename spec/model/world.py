@@ -75,13 +75,13 @@ class Actor:
     """Whether its session is resumed after a crash."""
     process: int = 0
     rounds: int = 1
-    """How often it reads, writes a checkpoint, or announces."""
+    """Number of its reads, checkpoints or announcements."""
     back: bool = False
     """Whether a converter makes a log of the repo object again."""
 
 
 class Faults(NamedTuple):
-    """How many faults are left."""
+    """Numbers of faults that are left."""
 
     lost: int = 0
     """Answers that are lost, and requests that are late, with no answer."""
@@ -151,7 +151,7 @@ class Proc(NamedTuple):
     turn: int = 0
     """Groups of changes that are over."""
     base: tuple[tuple[int, int, int], ...] = ()
-    """Of each change of the present group that still waits: its index, parent, and since."""
+    """Index, parent and since of each change of the present group that still waits."""
     looked: bool = False
     """Whether the head was learned after the present group was asked for."""
     x: Any = None
@@ -193,11 +193,12 @@ class World(NamedTuple):
     acked: int = 0
     """Bits of the changes whose callers were told that they are committed."""
     failed: int = 0
-    """Of those told that they are not, and never will be. Bit 0: one of them because the log was sealed."""
+    """Bits of the changes whose callers were told that they are not, and never will be. Bit 0: one of them because the
+    log was sealed."""
     told: int = 0
-    """Of those told anything else."""
+    """Bits of the changes whose callers were told anything else."""
     tokens: tuple[Token, ...] = ()
-    """Of changes whose outcome is unknown; sorted."""
+    """Tokens of changes whose outcome is unknown; sorted."""
     bad: str = ""
     """A promise that the last step broke."""
 

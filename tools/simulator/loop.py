@@ -166,7 +166,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 timer.set_result(None)
                 if self._ready:
                     return
-        raise StuckError("the simulation is stuck: everybody waits, and nothing will ever happen")
+        raise StuckError("the simulation is stuck: every task waits, and nothing will ever happen")
 
     def _process_events(self, event_list: list[Any]) -> None:
         """Nothing: there are no sockets."""

@@ -2,8 +2,8 @@
 
 It reads ``repo``, makes a copy of it below ``overwritten/``, and replaces it if it is unchanged, again and again where
 others are first. Where an answer is lost and the next try finds its change made, that library reports a conflict about
-its own commit; here the outcome counts as unknown, since nobody can ask it. In the log layout ``repo`` says that the
-repository is read-only, and so it changes nothing, and reads what the last checkpoint shows.
+its own commit; here the outcome counts as unknown, since the simulator cannot ask it. In the log layout ``repo`` says
+that the repository is read-only, and so it changes nothing, and reads what the last checkpoint shows.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MOST_UPDATES = 1000
 
 
 class _ReadOnlyError(Exception):
-    """``repo`` says that nobody may change it."""
+    """``repo`` says that it must not be changed."""
 
 
 async def official_writer(cluster: Cluster, rounds: int) -> None:
@@ -64,9 +64,9 @@ async def official_writer(cluster: Cluster, rounds: int) -> None:
 
 
 async def take_over(cluster: Cluster) -> None:
-    """Everybody has closed the log; an operator lifts the read-only status, and the official library commits.
+    """All clients have closed the log; an operator lifts the read-only status, and the official library commits.
 
-    It happens after everything that travels has arrived, and after a checkpoint of the whole log: a log that somebody
+    It happens after everything that travels has arrived, and after a checkpoint of the whole log: a log that a client
     still writes to is not to be taken over, as `spec/repository-log.md` says.
     """
     while cluster.store.travelling:

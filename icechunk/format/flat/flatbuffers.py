@@ -515,7 +515,7 @@ class FlatWriter:
 
 
 class _Layout(NamedTuple):
-    """How the fields of a table are arranged."""
+    """The arrangement of the fields of a table."""
 
     fields: tuple[tuple[int, int], ...]
     """Number of each field, as given, and its offset, in the order of the offsets."""

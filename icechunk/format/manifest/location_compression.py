@@ -20,7 +20,7 @@ _NO_ROWS: Final = np.empty(0, np.intp)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocationCompression:
-    """When and how locations are compressed. Format 2 only."""
+    """The rule by which locations are compressed. Format 2 only."""
 
     min_refs: int = 1000
     """Manifests with fewer virtual references are not compressed."""

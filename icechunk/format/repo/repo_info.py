@@ -50,7 +50,7 @@ class Status:
     set_at_us: int
     """µs since the epoch."""
     reason: str | None = None
-    """Why it is limited, for people."""
+    """The reason why it is limited, for people."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -220,7 +220,7 @@ class SnapshotRows:
     def __init__(self, stored: StoredSnapshots, changed: Mapping[ObjectId, SnapshotRecord | None]) -> None:
         fresh = [changed[id] for id in sorted(changed)]
         self.run: SnapshotRun | None = None
-        """Where the tables are in the file, once they are written."""
+        """The tables' place in the file, once they are written."""
         self._stored = stored
         self._records = [record for record in fresh if record is not None]
         if not stored:

@@ -31,7 +31,7 @@ class _Stretch:
     backup: str | None = None
     """The backup path of those that have none of their own."""
     run: Run | None = None
-    """Where all tables of the file are, if this process wrote them."""
+    """The place of all tables of the file, if this process wrote them."""
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -396,7 +396,7 @@ class CopiedNodes(NamedTuple):
     tables: npt.NDArray[np.int64]
     """int64[n]: position of each node's table within them, in the order of the nodes in the file."""
     others: Sequence[int]
-    """For each node that is not copied, how many copied ones come before it."""
+    """Number of copied nodes that come before each node that is not copied."""
 
 
 def write_nodes(

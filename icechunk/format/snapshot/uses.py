@@ -43,7 +43,7 @@ class SnapshotUses(NamedTuple):
     """The references of several snapshots, in columns; snapshots are numbered."""
 
     parents: Sequence[ObjectId | None]
-    """By snapshot, as format 1 stores it."""
+    """Parent by snapshot, as format 1 stores it."""
     ref_snapshots: npt.NDArray[np.int64]
     """int64[r]: for each manifest of each array of each snapshot, the snapshot."""
     ref_manifests: npt.NDArray[np.bytes_]

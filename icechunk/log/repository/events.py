@@ -94,7 +94,7 @@ class BranchCreated:
 
     name: str
     snapshot: ObjectId
-    """In the graph."""
+    """Id of a snapshot of the graph."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +103,7 @@ class BranchReset:
 
     name: str
     snapshot: ObjectId
-    """In the graph."""
+    """Id of a snapshot of the graph."""
     expected: ObjectId | None
     """The tip that the caller knew; None: whatever it was."""
 
@@ -121,7 +121,7 @@ class TagCreated:
 
     name: str
     snapshot: ObjectId
-    """In the graph."""
+    """Id of a snapshot of the graph."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +164,7 @@ class StatusSet:
     availability: int
     """0 online, 1 read-only, 2 offline."""
     reason: str | None = None
-    """Why it is limited, shown to those that are refused."""
+    """The reason why it is limited, shown to clients that are refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +240,7 @@ class Void:
     """Nothing happened; the slot is filled so that no late entry can land there (rule 3)."""
 
     nonce: bytes = field(default=b"")
-    """Of the entry that was kept out."""
+    """Nonce of the entry that was kept out."""
 
 
 Event: TypeAlias = (

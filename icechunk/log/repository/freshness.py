@@ -62,7 +62,7 @@ def is_fresh(freshness: Instant, answer: Instant) -> bool:
 
 
 def clock_error_us(seen: Instant, now: Instant) -> int:
-    """How far the client's wall clock is ahead of the store's (negative: behind), by the last answer with a date.
+    """Lead of the client's wall clock over the store's, µs (negative: lag), by the last answer with a date.
 
     Parameters
     ----------

@@ -133,7 +133,7 @@ class Marker:
     status: Status
     """The real one."""
     gc_cutoff_us: int
-    """Of the last collection, store time in µs; 0: there was none."""
+    """Cutoff of the last collection, store time in µs; 0: there was none."""
     last_time_us: int
     """Time of the last event folded in, µs."""
     durable: int | None = None

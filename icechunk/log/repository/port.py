@@ -24,7 +24,7 @@ __all__ = ["FILES_BYTES", "MAX_FILES", "Layout", "Proposal", "Propose", "Reposit
 
 FILES_BYTES = 16 * 1024 * 1024
 MAX_FILES = 8192
-"""Of small files that are kept in memory for a repository."""
+"""Number of small files that are kept in memory for a repository, at most."""
 
 
 class Layout(StrEnum):
@@ -43,13 +43,14 @@ class SwapToken:
     """Names a change whose outcome is not known; picklable, and valid in any process."""
 
     epoch: str
-    """With ``n`` the place that its attempts were made for: a life of the log, a version of ``repo``, a ref's key."""
+    """Name, with ``n``, of the place that its attempts were made for: a life of the log, a version of ``repo``, a ref's
+    key."""
     n: int = 0
     """Slot of the log; 0 in other layouts."""
     nonces: tuple[bytes, ...]
-    """Of each attempt that held the caller's events; at most one of them landed."""
+    """Nonces of the attempts that held the caller's events; at most one of them landed."""
     times_us: tuple[int, ...] = ()
-    """Of the newest event of each of these attempts, where the layout needs that to recognise them."""
+    """Times, µs, of the newest event of each of these attempts, where the layout recognises them by it."""
     snapshots: tuple[ObjectId, ...] = ()
     """New snapshots of the caller's events: in the graph exactly if they landed."""
     known_us: int | None = None
@@ -106,7 +107,7 @@ class RepositoryLog(ABC):
 
     @property
     def ended_reason(self) -> str | None:
-        """Why this instance only reads any more: the repository was converted, or another client took it over.
+        """The reason why this instance only reads: the repository was converted, or another client took it over.
 
         None: as far as is known by the last look, it still may append.
         """
@@ -215,7 +216,8 @@ class RepositoryLog(ABC):
         """
 
     def turn(self, branch: str) -> asyncio.Lock | None:
-        """To be held while a commit is built upon `expected`, until it is queued; None: this log has no such queue."""
+        """A lock to hold while a commit is built upon `expected`, until it is queued; None: this log has no such
+        queue."""
         return None
 
     def expected(self) -> RepoState:

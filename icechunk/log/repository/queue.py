@@ -47,7 +47,7 @@ MAX_MEMBERS = 1_000
 MAX_ENTRY_BYTES = 1 << 20
 """About; one member alone may have a little more."""
 MAX_EMBEDDED_BYTES = 512 * 1024
-"""Of one member."""
+"""Bytes of the embedded files of one caller, at most."""
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -61,11 +61,11 @@ class Attempt:
 
     epoch: str
     n: int
-    """Of the tokens: together with ``epoch`` the place that the attempt was made for."""
+    """Number that names, together with ``epoch``, the place that the attempt was made for; as in `SwapToken`."""
     nonce: bytes
-    """By which it is recognised."""
+    """Bytes by which the attempt is recognised."""
     time_us: int = 0
-    """Of its newest event, where the layout needs that to recognise it."""
+    """Time of its newest event, µs, where the layout recognises the attempt by it; else 0."""
     known_us: int | None = None
     """Store time at which the place was known to be free; None where answers have no date."""
     members: tuple[Member, ...] = ()
@@ -98,13 +98,13 @@ class Waiting:
     asked: int
     """Number of the call among the client's looks: a refusal counts only by a later look (rule 3)."""
     files: Mapping[str, bytes] = field(default_factory=dict)
-    """That the events add and that are embedded in the entry (rule 15), or have been written unsynced, by key."""
+    """Files that the events add, by key: they are embedded in the entry (rule 15), or have been written unsynced."""
     abandoned: bool = False
     """The caller has left; an attempt with its events is not sent again."""
     attempts: list[Attempt] = field(default_factory=list)
-    """That hold its events, and that may land; all for one place."""
+    """Attempts that hold its events and may land; all for one place."""
     landed: bool = False
-    """One of them did."""
+    """Whether one of the attempts landed."""
 
     @property
     def token(self) -> SwapToken | None:
@@ -158,15 +158,15 @@ class Group:
     """Waiting calls, divided into the next attempt's members and those that need not wait for it."""
 
     time_us: int = 0
-    """That the events were validated with."""
+    """Time that the events were validated with, µs."""
     members: list[Member] = field(default_factory=list)
-    """In the order of their events."""
+    """Members in the order of their events."""
     events: EncodedEvents = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
-    """Of the members."""
+    """Files of the members, by key."""
     since_us: int | None = None
     state: RepoState
-    """After all of the events."""
+    """The state after all of the events."""
     refused: list[tuple[Waiting, Exception]] = field(default_factory=list)
     """Calls whose events do not apply to the state at the head, with the reason."""
     nothing: list[Waiting] = field(default_factory=list)
@@ -253,7 +253,7 @@ def _validated(one: Waiting, state: RepoState, time_us: int) -> tuple[EncodedEve
 
 
 def _refusal(one: Waiting, state: RepoState, time_us: int) -> Exception | None:
-    """Why the events of a call do not apply to the state at the head; None: they do."""
+    """The reason why the events of a call do not apply to the state at the head; None: they do."""
     try:
         _validated(one, state, time_us)
     except Exception as error:

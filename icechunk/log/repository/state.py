@@ -74,7 +74,7 @@ class UpdateLog:
     stored: UpdateList
     """The older ones, most of them in the bytes of a file."""
     fresh: Map[int, Update]
-    """Those since, by running number from 0."""
+    """Updates since, by running number from 0."""
 
     @staticmethod
     def of(newest_first: Iterable[Update] = ()) -> UpdateLog:

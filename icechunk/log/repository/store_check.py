@@ -117,7 +117,7 @@ class ConditionCheck(ABC):
 
 
 class StoreCheck(ConditionCheck):
-    """That the store honours ``If-None-Match: *``."""
+    """The check that the store honours ``If-None-Match: *``."""
 
     _checked: ClassVar[weakref.WeakSet[Storage]] = weakref.WeakSet()
 
@@ -140,7 +140,7 @@ _NO_VERSION: Final = Version("00000000000000000000000000000000")
 
 
 class MatchCheck(ConditionCheck):
-    """That the store honours ``If-Match``: an immutable object cannot have the version that is asked for."""
+    """The check that the store honours ``If-Match``: no immutable object has the version that is asked for."""
 
     _checked: ClassVar[weakref.WeakSet[Storage]] = weakref.WeakSet()
 

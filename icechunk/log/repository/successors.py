@@ -15,7 +15,7 @@ __all__ = ["SuccessorsOf"]
 
 
 class SuccessorsOf(Successors):
-    """Of the repository in one storage. ``updates_per_file`` as of `LogView`."""
+    """Successors of the repository in one storage. ``updates_per_file`` as of `LogView`."""
 
     def __init__(self, storage: Storage, sources: Sources, updates_per_file: int | None) -> None:
         self._storage = storage

@@ -44,7 +44,7 @@ class GroupCreated:
     user_data: bytes
     """The zarr.json document, verbatim."""
     id: bytes = field(default=b"", compare=False)
-    """Of the event, the same in all copies of it; empty in a log without an author."""
+    """Id of the event, the same in all copies of it; empty in a log without an author."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class ArrayCreated:
     user_data: bytes
     """The zarr.json document, verbatim."""
     id: bytes = field(default=b"", compare=False)
-    """Of the event, the same in all copies of it; empty in a log without an author."""
+    """Id of the event, the same in all copies of it; empty in a log without an author."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ class MetadataReplaced:
     """The new zarr.json. Chunks outside its grid are invisible, and dropped by the commit; a change of rank drops
     all chunks at once."""
     id: bytes = field(default=b"", compare=False)
-    """Of the event, the same in all copies of it; empty in a log without an author."""
+    """Id of the event, the same in all copies of it; empty in a log without an author."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,7 @@ class NodeDeleted:
     path: str
     """Path of the node at that time."""
     id: bytes = field(default=b"", compare=False)
-    """Of the event, the same in all copies of it; empty in a log without an author."""
+    """Id of the event, the same in all copies of it; empty in a log without an author."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,7 @@ class HierarchyCleared:
     """Every node was deleted, the root too."""
 
     id: bytes = field(default=b"", compare=False)
-    """Of the event, the same in all copies of it; empty in a log without an author."""
+    """Id of the event, the same in all copies of it; empty in a log without an author."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +107,7 @@ class NodeMoved:
     target: str
     """Path after; it was free."""
     id: bytes = field(default=b"", compare=False)
-    """Of the event, the same in all copies of it; empty in a log without an author."""
+    """Id of the event, the same in all copies of it; empty in a log without an author."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -119,7 +119,7 @@ class ChunksWritten:
     refs: ChunkRefs
     """Ascending and unique by coordinates."""
     id: bytes = field(default=b"", compare=False)
-    """Of the event, the same in all copies of it; empty in a log without an author."""
+    """Id of the event, the same in all copies of it; empty in a log without an author."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -131,7 +131,7 @@ class ChunksDeleted:
     coords: npt.NDArray[np.uint32]
     """uint32[n, ndim], ascending and unique."""
     id: bytes = field(default=b"", compare=False)
-    """Of the event, the same in all copies of it; empty in a log without an author."""
+    """Id of the event, the same in all copies of it; empty in a log without an author."""
 
 
 Event: TypeAlias = (

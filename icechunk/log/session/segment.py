@@ -81,7 +81,7 @@ class Slot:
     worker: ObjectId | None
     """A fork that joined the session by its id; None: the session itself."""
     number: int
-    """From 1, without a gap."""
+    """Number of the segment, from 1, without a gap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,9 +113,10 @@ class SegmentHead:
     snapshot: ObjectId | None = None
     """The snapshot that it became."""
     joined_at: int = 0
-    """Of a worker: number of the session's segment that its own events come after."""
+    """Number of the session's segment that a worker's own events come after; 0 for a session."""
     lineage: tuple[ObjectId, tuple[bytes, ...]] | None = None
-    """Of a worker whose base has the inherited events already: the session's base, and the ids of the last ones."""
+    """The session's base and the ids of the last inherited events, of a worker whose base has these already; else
+    None."""
 
 
 def session_prefix(session: ObjectId) -> str:
@@ -271,7 +272,8 @@ def events_of(segments: Iterable[tuple[int, Sequence[Event]]]) -> tuple[Event, .
 
 
 def common_prefix(before: Sequence[Event], now: Sequence[Event]) -> int:
-    """How many events at the beginning of both are the same objects, as they stay after appending and rebasing."""
+    """Number of events at the beginning of both that are the same objects, as they stay after appending and
+    rebasing."""
     count = 0
     for old, new in zip(before, now, strict=False):
         if old is not new:

@@ -434,13 +434,13 @@ class _Connection(asyncio.BufferedProtocol):
         self._timer: asyncio.TimerHandle = self._loop.call_at(at, self._look)
 
     def _too_slow_at(self) -> float:
-        """When an answer of the bytes that came so far is too slow."""
+        """Time at which an answer of the bytes that came so far is too slow."""
         if self._sent_at is None:
             return math.inf
         return self._sent_at + 2 * self._read_s + self._received / _SLOWEST_BYTES_PER_S
 
     def _silent_at(self) -> float:
-        """When so long a time without any movement is too long."""
+        """Time at which the silence without any movement is too long."""
         if self._still_s >= self._read_s:
             return math.inf
         at = max(self._heard, self._sent_at or 0.0, self._moved_at)

@@ -23,7 +23,7 @@ LARGE_BYTES: Final = 1024 * 1024
 _LARGEST_HEAD_BYTES: Final = 64 * 1024
 _LARGEST_REFUSAL_BYTES: Final = 1024 * 1024
 _LARGEST_UNTOLD_BYTES: Final = 4 * 1024 * 1024 * 1024
-"""Of a body whose size no header gives."""
+"""Bytes of a body whose size no header gives, at most."""
 _LARGEST_WHOLE_BYTES: Final = 64 * 1024 * 1024
 """Bytes that a server may send instead of a smaller range that it ignores."""
 _MOST_INTERIM: Final = 32

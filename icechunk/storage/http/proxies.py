@@ -26,7 +26,7 @@ class Proxy:
     """A proxy."""
 
     scheme: str
-    """Of the connection to it: ``http`` or ``https``."""
+    """Scheme of the connection to it: ``http`` or ``https``."""
     host: str
     port: int
     named: str

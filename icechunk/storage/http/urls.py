@@ -35,7 +35,7 @@ class WebUrl:
     """A URL of scheme ``http`` or ``https``, in the form that requests need."""
 
     scheme: str
-    """In lower case."""
+    """Scheme in lower case."""
     host: str
     """A name in ASCII, or an address, without brackets."""
     port: int

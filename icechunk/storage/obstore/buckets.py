@@ -83,7 +83,7 @@ class ObstoreBucket(ABC):
     service: ClassVar[Service]
     """The service's name in representations."""
     scheme: ClassVar[str]
-    """Of URLs of its objects."""
+    """Scheme of URLs of its objects."""
     part: ClassVar[str] = "bucket"
     """The service's name for a bucket."""
     refused_characters: ClassVar[str] = ""

@@ -1,4 +1,4 @@
-"""Which host, path and region requests to a bucket go to."""
+"""Host, path and region of requests to a bucket."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Endpoint:
     path: str
     """Comes before ``/{key}``: empty, or ``/{bucket}``."""
     region: str
-    """For signatures."""
+    """Region of the signatures."""
     region_is_a_guess: bool
     """No region was configured; the one that the service names is used instead."""
 

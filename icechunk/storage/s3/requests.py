@@ -63,7 +63,7 @@ class Request:
     """The attempt and its object, for messages: ``read s3://bucket/key``."""
     method: str
     key: str = ""
-    """Of its object, relative to the root, for errors."""
+    """Key of its object, relative to the root, for errors."""
     path: str = ""
     """Encoded, after the endpoint's own; empty or beginning with ``/``."""
     query: tuple[tuple[str, str], ...] = ()
@@ -71,7 +71,7 @@ class Request:
     """Names in lower case."""
     body: bytes | memoryview = b""
     most_bytes: int | None = 0
-    """Of a range of an object that is asked for; 0: none is. None: as large as the object is."""
+    """Bytes of a range of an object that is asked for, at most; 0: none is. None: as large as the object is."""
 
     @property
     def right(self) -> Right:
@@ -297,7 +297,7 @@ class Retrier:
 
     @property
     def limits(self) -> Limits:
-        """Those of the next try."""
+        """Limits of the next try."""
         return self._tries.limits
 
     async def again(self, outcome: Answer | Unanswered) -> bool:

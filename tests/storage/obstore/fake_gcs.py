@@ -48,7 +48,7 @@ class FakeGcs:
     """(method, what): ``lose answer``, ``503 after``, ``503 before``, ``429 before``, ``hang``, ``hang after``; used
     up in order."""
     tokens: set[str] | None = None
-    """Bearer tokens that are accepted; None: everybody."""
+    """Bearer tokens that are accepted; None: all."""
     buckets: set[str] = field(default_factory=lambda: {"bucket"})
     lock: threading.Lock = field(default_factory=threading.Lock)
     generations: Iterator[int] = field(default_factory=lambda: itertools.count(1_700_000_000_000_000))

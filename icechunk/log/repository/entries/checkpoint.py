@@ -323,7 +323,7 @@ class _Conversion(RepoChange[bool]):
 async def finish_conversion(
     storage: Storage, sources: Sources, head: Head, *, embedded: Embedded, updates_per_file: int
 ) -> None:
-    """After a seal has been folded: make ``repo`` authoritative, unless another client has done so (rule 8).
+    """Make ``repo`` authoritative after a seal has been folded, unless another client has done so (rule 8).
 
     All helpers write the same state, so it does not matter whose write wins. Parameters as for `write_checkpoint`.
     """

@@ -76,7 +76,7 @@ class LogView:
         self.sources = sources
         self.head: Head = opened.head
         self.freshness: Instant = opened.freshness
-        """How old the knowledge is that nothing follows the head."""
+        """Age of the knowledge that nothing follows the head."""
         self.known: Known = opened.known
         """``repo`` as it was last seen."""
         self.known_objects: Mapping[str, bytes] = NO_FILES
@@ -84,7 +84,7 @@ class LogView:
         self.seen: Instant = Instant(date_us=None, elapsed_us=0, wall_us=0)
         """The last answer that came with a store time."""
         self.ended_reason: str | None = None
-        """Why nothing can be appended any more, once the log has ended."""
+        """The reason why nothing can be appended any more, once the log has ended; else None."""
         self.taken_over: bool = False
         """Whether another library took the log over, so that ``repo`` goes on from an older state than this one."""
         self.stranded: Stranded | None = None
@@ -145,7 +145,7 @@ class LogView:
         return self._looks
 
     def end_look(self, number: int) -> None:
-        """That look has shown where the log ends."""
+        """Note that the look of this number has shown where the log ends."""
         self.looked = max(self.looked, number)
 
     def saw(self, answered: Instant) -> None:
@@ -424,7 +424,7 @@ class LogView:
     # ------------------------------------------------------------------ leaving
 
     async def _follow_repo(self) -> bool:
-        """After the log was converted, adopt what ``repo`` says now; True: that is another log that has ended too."""
+        """Adopt what ``repo`` says now, after the log was converted; True: that is another log that has ended too."""
         if self.taken_over:
             return False
         found = await open_head(self.storage, self.sources)

@@ -50,7 +50,7 @@ class Embedded(Protocol):
 
 
 class EmbeddedInTail(Embedded):
-    """Of a client that has just read the whole tail, or an entry of it, and has put nothing yet."""
+    """Embedded files of a client that has just read the whole tail, or an entry of it, and has put nothing yet."""
 
     def __init__(self, storage: Storage, tail: Iterable[Entry]) -> None:
         self._storage = storage

@@ -65,13 +65,13 @@ class SlotAttempt(Attempt):
 
     data: bytes
     files: dict[str, bytes]
-    """That are embedded in the entry."""
+    """Files that are embedded in the entry, by key."""
     before: RepoState
-    """That the events were validated against."""
+    """The state that the events were validated against."""
     state: RepoState
-    """After them."""
+    """The state after the events."""
     freshness: Instant
-    """How old the knowledge is that the slot was the next."""
+    """Age of the knowledge that the slot was the next."""
 
 
 class LogLayout(SwappedLog[SlotAttempt]):
@@ -340,7 +340,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
         return self._fate_by(attempt, found[0].nonce)
 
     def _fate_in_tail(self, attempt: SlotAttempt) -> Fate | None:
-        """By the entry in its slot, where this client has read it; None where it has not."""
+        """The fate by the entry in the attempt's slot, where this client has read it; None where it has not."""
         nonce = self.view.nonce_of(attempt.epoch, attempt.n)
         if nonce is None:
             return None

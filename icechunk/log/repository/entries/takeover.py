@@ -37,7 +37,7 @@ class Stranded:
     after: int
     """Last slot that the object that was taken over holds."""
     entries: tuple[Entry, ...]
-    """Those after it, oldest first."""
+    """Entries after that slot, oldest first."""
 
     def describe(self, where: str) -> str:
         """A report for people: the takeover, the entries that are only in the log, and their location."""

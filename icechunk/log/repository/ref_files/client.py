@@ -63,7 +63,7 @@ class RefFilesView:
         self._named: set[str] = set()
         """Keys of refs that were asked for by name."""
         self.unlisted: StorageError | None = None
-        """Why the newest look could not list the refs; None: it did."""
+        """The error because of which the newest look could not list the refs; None: it listed them."""
         self._clock = Instant(date_us=None, elapsed_us=0, wall_us=0)
 
     @property

@@ -71,7 +71,7 @@ class _Change(Group):
     data: bytes | None = None
     """None: delete the object."""
     nonce: bytes = _NO_MARK
-    """Of the mark of the object; for a deletion `_NO_MARK`."""
+    """Nonce of the mark of the object; for a deletion `_NO_MARK`."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -94,7 +94,7 @@ class _Write(Attempt):
 
     @property
     def precondition(self) -> Precondition:
-        """That the object is as it was."""
+        """The condition that the object is as it was."""
         return Absent() if self.base is None else Matches(self.base)
 
 
@@ -184,7 +184,7 @@ class RefFilesLayout(SwappedLog[_Write]):
         await self._view.refresh()
 
     async def _build(self, waiting: Sequence[Waiting]) -> Group:
-        """Of the first one's proposal: the format changes nothing together."""
+        """The first call's proposal as a group: the format changes nothing together."""
         group = _Change(state=self.state, time_us=max(self._sources.wall_us(), 0))
         if not waiting:
             return group
@@ -293,7 +293,7 @@ class RefFilesLayout(SwappedLog[_Write]):
         return fate
 
     async def _fate_by(self, attempt: _Write, answer: GetResult | None) -> Fate:
-        """By the object that was found; None: there is none."""
+        """The fate by the object that was found; None: there is none."""
         if attempt.data is None:
             return Fate.LANDED if answer is None else Fate.OPEN
         if (None if answer is None else answer.version) == attempt.base:

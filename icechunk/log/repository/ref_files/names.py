@@ -111,7 +111,7 @@ class RefNames:
 
 
 MARK_BYTES: Final = 8
-"""Of the nonce that marks a write of a ref."""
+"""Bytes of the nonce that marks a write of a ref."""
 _SPACES: Final = b" \t\n\r"
 
 

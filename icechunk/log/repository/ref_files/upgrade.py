@@ -1,4 +1,4 @@
-"""From format 1 to format 2: refs become one ``repo`` object; all other objects are unchanged.
+"""Upgrade from format 1 to format 2: refs become one ``repo`` object; all other objects are unchanged.
 
 The official library writes ``repo`` and deletes the refs; a commit that reaches a ref in between is lost, though it
 was acknowledged. Here the refs are closed first:
@@ -238,7 +238,7 @@ class _Ref:
     version: Version
     closed: bool
     mark: bytes
-    """Of its last write, by which its writer recognises it."""
+    """Mark of its last write, by which its writer recognises it."""
 
 
 class _Upgrade:
@@ -249,7 +249,7 @@ class _Upgrade:
         self._delete = delete_ref_files
         self._prefetch = prefetch
         self.records: Records = {}
-        """Of the snapshots that were read."""
+        """Records of the snapshots that were read."""
         self._where = storage.describe()
 
     async def run(self, *, dry_run: bool) -> None:
@@ -382,7 +382,7 @@ class _Upgrade:
     # ------------------------------------------------------------------ cleaning up
 
     async def _finish(self, found: RepoObject, refs: tuple[_Ref, ...], *, dry_run: bool) -> None:
-        """For a repository of format 2: delete the files that an interrupted upgrade has left."""
+        """Delete the files that an interrupted upgrade has left; the repository has format 2."""
         closed = [ref for ref in refs if ref.closed]
         if not closed:
             raise SessionStateError(

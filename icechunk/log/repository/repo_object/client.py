@@ -36,7 +36,7 @@ class LogReader(Protocol):
     """A client that reads the log that the repository was converted to, and whatever that is converted to."""
 
     ended_reason: str | None
-    """Why nothing can be appended to it any more; None: it has not ended."""
+    """The reason why nothing can be appended to it any more; None: it has not ended."""
     taken_over: bool
     """Whether its state cannot be brought up to date any more."""
     sealer: asyncio.Task[None] | None
@@ -116,7 +116,8 @@ class RepoView:
         self.looked: int = 0
         """Ticket of the newest look at ``repo``: a refusal counts only by a look after the call (rule 3)."""
         self.ended_reason: str | None = None
-        """Why this client does not change the repository any more, once it was kept in a log; None: it still may."""
+        """The reason why this client does not change the repository any more: it was kept in a log; None: it still
+        may."""
 
     @property
     def state(self) -> RepoState:

@@ -83,9 +83,9 @@ class Landed:
         self.moved: set[str] = set()
         """Former paths of nodes that moved."""
         self._keys: dict[NodeId, set[bytes]] = {}
-        """By array: the coordinates of a chunk as bytes, four for each dimension."""
+        """Coordinates of chunks by array, as bytes: four for each dimension."""
         self._columns: dict[NodeId, list[tuple[int, CoordIndex]]] = {}
-        """By array: rank and rows of commits that changed many chunks."""
+        """Rank and rows of commits that changed many chunks, by array."""
 
     @staticmethod
     def of(transactions: Iterable[TransactionLog]) -> Landed:
@@ -110,7 +110,7 @@ class Landed:
         return node_id in self._keys or node_id in self._columns
 
     def written(self, node_id: NodeId, coords: Coords) -> Coords:
-        """Those of the coordinates that were changed, in the same order."""
+        """The coordinates that were changed, in the same order."""
         both = np.zeros(len(coords), np.bool_)
         keys = self._keys.get(node_id)
         if keys:
@@ -134,7 +134,8 @@ class Winner:
     snapshot: Snapshot
     """The snapshot after them."""
     transactions: tuple[TransactionLog, ...] = ()
-    """Of every commit between the session's base and the snapshot, oldest first; those of expired ancestors too."""
+    """Logs of every commit between the session's base and the snapshot, oldest first; those of expired ancestors
+    too."""
     landed: Landed | None = None
     """The sum of the same commits, if it is known; ``transactions`` are not read then."""
 
@@ -158,7 +159,7 @@ class _Theirs:
 
 
 def _topmost(paths: Iterable[str]) -> tuple[str, ...]:
-    """Those that are not below another one."""
+    """The paths that are not below another one."""
     known, found = set(paths), list[str]()
     for path in sorted(known):
         above = path

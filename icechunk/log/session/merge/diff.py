@@ -72,7 +72,7 @@ class NetChanges:
     chunks: Mapping[NodeId, npt.NDArray[np.uint32]] = field(default_factory=dict)
     """uint32[n, ndim] by live array, ascending: chunks added, replaced or deleted."""
     paths: Mapping[NodeId, str] = field(default_factory=dict)
-    """Of those arrays, now."""
+    """Present paths of those arrays."""
 
     def transaction(self, snapshot_id: ObjectId) -> TransactionLog:
         """The transaction log of a commit that changes just this."""

@@ -70,7 +70,7 @@ class Fork:
     """The changes of a fork."""
 
     number: int
-    """In the order in which forks are merged, from 0."""
+    """Position in the order in which forks are merged, from 0."""
     base: Snapshot
     inherited: Sequence[Event]
     """Events over the base that make the state that the fork began with."""
@@ -415,7 +415,7 @@ class _Changes:
 
     @cached_property
     def keys(self) -> set[object]:
-        """Of all events that the fork has."""
+        """Keys of all events that the fork has."""
         return {_key(event) for event in (*self.fork.inherited, *self.fork.own)}
 
     @cached_property

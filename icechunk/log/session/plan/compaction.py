@@ -1,4 +1,4 @@
-"""From a session's fold to the files of a commit: manifests, snapshot, transaction log.
+"""The step from a session's fold to the files of a commit: manifests, snapshot, transaction log.
 
 `plan` decides, without any I/O, which manifests must be read; `new_manifests` builds the new ones
 from them and from the log, one at a time; `new_snapshot` combines them, once they have been encoded, with
@@ -88,7 +88,7 @@ class Plan:
     batches: tuple[Batch, ...]
     """Small arrays whose references change."""
     changes: NetChanges
-    """For the transaction log."""
+    """Changes that the transaction log lists."""
     policy: Policy
     """The policy of this plan."""
     manifests_to_read: tuple[ObjectId, ...]

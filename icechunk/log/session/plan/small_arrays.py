@@ -145,7 +145,7 @@ class Batch:
     rows: Part[ChunkRefs]
     """The log's rows inside the grids, tombstones too, in the order of the nodes."""
     sources: tuple[ObjectId | None, ...]
-    """For each array the manifest with its existing references, if they are needed; else None."""
+    """The manifest with each array's existing references, if they are needed; else None."""
     boxes: npt.NDArray[np.int64]
     """int64[n, ndim, 2]: for each array the box in which its references in that manifest count."""
 

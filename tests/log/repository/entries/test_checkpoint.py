@@ -201,7 +201,7 @@ async def test_after_there_and_back_a_reader_follows_although_its_tip_was_collec
 
 @pytest.mark.parametrize("back", [False, True])
 async def test_a_reader_does_not_go_back_to_an_older_copy_of_repo(world: World, back: bool) -> None:
-    """Somebody restores a copy of ``repo`` from before what a reader has shown."""
+    """A user restores a copy of ``repo`` from before what a reader has shown."""
     log, _ = await world.create()
     await log.append(world.commit(1))
     await log.convert_to_repo_object()

@@ -215,7 +215,7 @@ def month_line(summaries: Sequence[Summary], system: str) -> str | None:
 
 
 def idle_line(summaries: Sequence[Summary], system: str) -> str | None:
-    """What an open repository costs that nobody uses; None where that was not measured."""
+    """The cost of an open repository that is not used; None where that was not measured."""
     for summary in summaries:
         if summary.point.workload == "idle" and summary.system == system:
             runs = [run for run in summary.runs if run.requests is not None]

@@ -310,7 +310,7 @@ class AzureService:
     endpoint: str
     """URL of the account, ``http://127.0.0.1:port/account``."""
     account: str = "devstoreaccount1"
-    # Azurite's published key, the same for everybody.
+    # Azurite's published key, the same for all users.
     access_key: str = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 
     def make_container(self, name: str, *, public: bool = False) -> None:
