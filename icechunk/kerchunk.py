@@ -25,7 +25,7 @@ from zarr.registry import get_codec_class
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.values import NodeKind
-from icechunk.runtime.loops import synchronous
+from icechunk.runtime.twins import synchronous
 from icechunk.session import Session
 from icechunk.store import IcechunkStore
 from icechunk.store.zarr_keys import chunk_key_text, metadata_key_text, to_path

@@ -22,7 +22,7 @@ from xarray.backends import api, common, writers
 from icechunk.errors import ErrorKind, InvalidInputError, ReadOnlyError
 from icechunk.repository.by_url import session_at
 from icechunk.runtime.checks import WrongTypeError
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.twins import run_sync
 from icechunk.session import ForkSession, Session
 from icechunk.storage.url import parse_url
 from icechunk.store import IcechunkStore

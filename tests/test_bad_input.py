@@ -26,7 +26,7 @@ from icechunk.errors import (
 from icechunk.format.ids import FIRST_SNAPSHOT, encode_id
 from icechunk.format.keys import transaction_key
 from icechunk.repository import Repository
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.twins import run_sync
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import Storage
 from tests.conftest import s3_storage_on

@@ -23,7 +23,7 @@ from icechunk.format.transaction import in_parts
 from icechunk.log.session import array_fold
 from icechunk.log.session.plan import tiles
 from icechunk.repository import Repository
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.twins import run_sync
 from icechunk.session import commit
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import Storage

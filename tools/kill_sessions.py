@@ -26,7 +26,7 @@ import zarr
 
 import icechunk
 from icechunk.errors import ErrorKind, SessionEndedError, SessionNotFoundError
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.twins import run_sync
 
 __all__ = ["Runs", "main"]
 

@@ -14,7 +14,7 @@ from icechunk.config import RepositoryConfig
 from icechunk.credentials import AnyCredential
 from icechunk.errors import IcechunkError
 from icechunk.repository.by_url import session_at
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.twins import run_sync
 from icechunk.session import Session
 from icechunk.storage.url import parse_url
 

@@ -13,9 +13,9 @@ from icechunk.log.repository.port import Layout
 from icechunk.log.repository.ref_files.layout import needs_format_2
 from icechunk.log.repository.state import RepoState, require_snapshot
 from icechunk.ops import Attribution, SpecVersion
-from icechunk.runtime.loops import run_sync
 from icechunk.runtime.pickles import instance_of_state
 from icechunk.runtime.representation import fields_html
+from icechunk.runtime.twins import run_sync
 from icechunk.session.core import Core
 from icechunk.storage.port import Storage
 

@@ -19,7 +19,7 @@ from icechunk.log.repository.events import (
 from icechunk.log.repository.state import RepoState
 from icechunk.repository.base import RepositoryBase
 from icechunk.repository.views import require_feature
-from icechunk.runtime.loops import synchronous
+from icechunk.runtime.twins import synchronous
 
 __all__ = ["BranchesAndTags"]
 

@@ -10,7 +10,7 @@ from icechunk.config import RepositoryConfig
 from icechunk.credentials import AnyCredential
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.repository.repository import Repository
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.twins import run_sync
 from icechunk.session import Session
 from icechunk.storage.url import RepositoryUrl, parse_url, storage_at
 

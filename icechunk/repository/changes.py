@@ -24,9 +24,9 @@ from icechunk.format.values import NodeKind, NodeSnapshot, Snapshot
 from icechunk.log.session.extents import volume
 from icechunk.log.session.merge.diff import net_diff
 from icechunk.repository.base import RepositoryBase, select
-from icechunk.runtime.loops import synchronous
 from icechunk.runtime.representation import Described
 from icechunk.runtime.tasks import run_each
+from icechunk.runtime.twins import synchronous
 from icechunk.session import Session
 from icechunk.session.content import SessionContent
 from icechunk.transfer.assets import off_loop

@@ -20,7 +20,7 @@ from icechunk.ops import FeatureFlag, RepoStatus
 from icechunk.repository.base import RepositoryBase
 from icechunk.repository.views import feature_flag_id, feature_flags, repo_status
 from icechunk.runtime.checks import json_metadata, require_type
-from icechunk.runtime.loops import synchronous
+from icechunk.runtime.twins import synchronous
 
 __all__ = ["Configuration"]
 

@@ -7,7 +7,7 @@ from typing import Final, NoReturn, TypeVar, cast
 from icechunk.log.repository.ref_files.upgrade import DEFAULT_PREFETCH, upgrade
 from icechunk.repository.repository import Repository
 from icechunk.runtime.checks import require_type
-from icechunk.runtime.loops import synchronous
+from icechunk.runtime.twins import synchronous
 from icechunk.session.core import Core
 
 __all__ = ["upgrade_icechunk_repository", "upgrade_icechunk_repository_async"]

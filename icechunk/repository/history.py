@@ -11,7 +11,7 @@ from icechunk.log.session.merge.diff import diff as diff_transactions
 from icechunk.ops import Update
 from icechunk.repository.base import RepositoryBase, select
 from icechunk.repository.views import lineage_infos, manifest_file, snapshot_info, update
-from icechunk.runtime.loops import run_sync, synchronous
+from icechunk.runtime.twins import run_sync, synchronous
 from icechunk.snapshots import Diff, ManifestFileInfo, SnapshotInfo
 
 __all__ = ["History"]

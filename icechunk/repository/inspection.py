@@ -21,7 +21,7 @@ from icechunk.inspection.description import (
 from icechunk.inspection.drawing import AncestryGraph, lay_out
 from icechunk.log.repository.state import MAIN, to_repo_info
 from icechunk.repository.base import RepositoryBase, select
-from icechunk.runtime.loops import synchronous
+from icechunk.runtime.twins import synchronous
 from icechunk.transfer.assets import off_loop
 
 __all__ = ["Inspection"]

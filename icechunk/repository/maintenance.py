@@ -28,7 +28,7 @@ from icechunk.ops import ChunkStorageStats, GCSummary
 from icechunk.repository.sessions import Sessions
 from icechunk.runtime.checks import WrongTypeError, json_metadata, require_type
 from icechunk.runtime.clock import us_of
-from icechunk.runtime.loops import synchronous, warn_caller
+from icechunk.runtime.twins import synchronous, warn_caller
 from icechunk.session.commit import How, write_snapshot
 from icechunk.types import CommitMethod
 

@@ -23,7 +23,7 @@ from icechunk.repository.maintenance import Maintenance
 from icechunk.repository.watch import Watching
 from icechunk.runtime.checks import require_type
 from icechunk.runtime.clock import SYSTEM
-from icechunk.runtime.loops import run_sync, synchronous, warn_caller
+from icechunk.runtime.twins import run_sync, synchronous, warn_caller
 from icechunk.session.core import Core
 from icechunk.storage.port import Storage
 from icechunk.storage.url import StorageOrUrl, storage_from_url

@@ -19,8 +19,8 @@ from icechunk.repository.base import RepositoryBase, select
 from icechunk.repository.views import require_feature
 from icechunk.runtime.checks import WrongTypeError, require_type
 from icechunk.runtime.clock import moment
-from icechunk.runtime.loops import synchronous
 from icechunk.runtime.tasks import run_jobs
+from icechunk.runtime.twins import synchronous
 from icechunk.session import ForkSession, Session
 from icechunk.session.content import SessionContent
 from icechunk.session.rebase import DEFAULT_REBASE_TRIES

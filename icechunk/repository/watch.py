@@ -32,8 +32,8 @@ from icechunk.log.repository.state import RepoState
 from icechunk.repository.base import RepositoryBase
 from icechunk.repository.views import snapshot_info, update
 from icechunk.runtime.clock import moment
-from icechunk.runtime.loops import iterate_sync
 from icechunk.runtime.representation import Described
+from icechunk.runtime.twins import iterate_sync
 from icechunk.snapshots import SnapshotInfo
 
 __all__ = ["EventKind", "RepositoryEvent", "Watching"]

@@ -38,9 +38,9 @@ from icechunk.log.session.reindexing import Reindex
 from icechunk.log.session.wire import decode_log, encode_log, size_of
 from icechunk.ops import SessionMode
 from icechunk.runtime.checks import require_type
-from icechunk.runtime.loops import run_sync, synchronous
 from icechunk.runtime.pickles import instance_of_state
 from icechunk.runtime.representation import fields_html
+from icechunk.runtime.twins import run_sync, synchronous
 from icechunk.session import rearrange
 from icechunk.session.commit import How, write_snapshot, write_unlisted
 from icechunk.session.content import Lineage, Phase, SessionContent, absolute

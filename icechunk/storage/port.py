@@ -33,9 +33,9 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.runtime.clock import moment
-from icechunk.runtime.loops import run_sync
 from icechunk.runtime.representation import Described, fields_html
 from icechunk.runtime.tasks import run_each
+from icechunk.runtime.twins import run_sync
 from icechunk.storage.class_methods import Constructors
 
 __all__ = [

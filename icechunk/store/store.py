@@ -22,10 +22,10 @@ from zarr.core.sync import SyncMixin
 
 from icechunk.errors import ErrorKind, InvalidInputError, ReadOnlyError, SessionStateError
 from icechunk.format.values import ChunkRefs, NodeKind, NodeSnapshot
-from icechunk.runtime.loops import run_sync
 from icechunk.runtime.pickles import instance_of_state
 from icechunk.runtime.representation import fields_html
 from icechunk.runtime.tasks import run_each
+from icechunk.runtime.twins import run_sync
 from icechunk.storage.port import ByteRange, Octets, Range, Suffix
 from icechunk.store.port import StoreSession, clip
 from icechunk.store.virtual_refs import VirtualRefs

@@ -20,7 +20,7 @@ from icechunk.format.values import ETAG, ID12, INLINE, LAST_MODIFIED, NATIVE, NO
 from icechunk.log.session.columns import concat
 from icechunk.runtime.checks import unsigned
 from icechunk.runtime.clock import us_of
-from icechunk.runtime.loops import synchronous
+from icechunk.runtime.twins import synchronous
 from icechunk.store.port import Content
 from icechunk.store.zarr_keys import ChunkKey, parse_key, to_path
 from icechunk.virtual import ChunkType, VirtualChunkSpec

@@ -32,7 +32,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from icechunk.errors import AccessDeniedError, StorageError
-from icechunk.runtime.loops import blocked_loop
+from icechunk.runtime.twins import blocked_loop
 from icechunk.storage.port import Put, Storage
 from icechunk.transfer.limiter import WRITE, Gates
 

@@ -11,7 +11,7 @@ import pytest
 import icechunk
 from icechunk import Repository
 from icechunk.format.ids import object_id_from_text
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.twins import run_sync
 from tests.inside import core_of
 from tests.store.store_builders import buffer, read
 from tools import oracle

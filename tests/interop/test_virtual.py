@@ -9,7 +9,7 @@ import pytest
 
 import icechunk
 from icechunk.format.ids import object_id_from_text
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.twins import run_sync
 from icechunk.session import Session
 from icechunk.session.content import SessionContent
 from icechunk.session.core import Core

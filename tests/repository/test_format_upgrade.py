@@ -27,7 +27,7 @@ from icechunk.errors import (
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id, object_id_from_text
 from icechunk.format.keys import CONFIG_KEY, REFS_PREFIX, REPO_KEY
 from icechunk.log.repository.ref_files.names import close_ref, encode_ref, read_ref
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.twins import run_sync
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import (
     ANY,

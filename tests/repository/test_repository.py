@@ -31,7 +31,7 @@ from icechunk.errors import (
 from icechunk.log.repository.port import Layout
 from icechunk.repository import Repository
 from icechunk.runtime.checks import WrongTypeError
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.twins import run_sync
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import Storage
 from tests.inside import core_of

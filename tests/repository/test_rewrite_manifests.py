@@ -12,7 +12,7 @@ import zarr
 import icechunk
 from icechunk.format.ids import object_id_from_text
 from icechunk.format.values import ManifestRef, TransactionLog
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.twins import run_sync
 from icechunk.session.commit import How, write_snapshot
 from tests.inside import content_of
 from tests.raising import raises

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import icechunk
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.twins import run_sync
 from icechunk.storage import Storage
 from tests.conftest import BUCKET
 from tests.log.repository.world import open_log

@@ -13,7 +13,7 @@ import icechunk
 from icechunk.errors import ConflictError, ErrorKind, ReadOnlyError, SessionStateError
 from icechunk.ops import SessionMode
 from icechunk.repository import Repository
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.twins import run_sync
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import Storage
 from tests.raising import raises

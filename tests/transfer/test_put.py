@@ -13,7 +13,7 @@ import anyio.lowlevel
 import pytest
 
 from icechunk.errors import StorageError
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.twins import run_sync
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import PutResult, Version
 from icechunk.transfer.limiter import READ, WRITE, Gates

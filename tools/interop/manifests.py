@@ -56,7 +56,7 @@ def _outline(repo: icechunk.Repository) -> list[tuple[str, str, int, list[list[i
     tip = repo.lookup_branch("main")
     if OURS:
         from icechunk.format.ids import object_id_from_text
-        from icechunk.runtime.loops import run_sync
+        from icechunk.runtime.twins import run_sync
 
         snapshot = run_sync(repo._core.assets.snapshot(object_id_from_text(tip)))
         rows = [

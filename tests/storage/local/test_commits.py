@@ -25,7 +25,7 @@ from icechunk.config import EngineConfig
 from icechunk.format.keys import manifest_key, snapshot_key, transaction_key
 from icechunk.format.repo.codec import decode_repo
 from icechunk.format.snapshot.codec import decode_snapshot
-from icechunk.runtime.loops import run_sync
+from icechunk.runtime.twins import run_sync
 from icechunk.storage.local import files, folders
 
 pytestmark = pytest.mark.thorough
