@@ -13,7 +13,7 @@ import pytest
 import icechunk
 from icechunk import Repository, Storage
 from icechunk.errors import CommitOutcomeUnknown, IcechunkError, InvalidInputError, StorageError
-from icechunk.log.repository import conditional
+from icechunk.storage import outcome
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.outcome import refused
 from icechunk.testing.scripted import Request, ScriptedStorage, Send, lost_answer
@@ -85,7 +85,7 @@ async def test_a_session_whose_commit_is_refused_can_commit_again(layout: str) -
 async def test_a_branch_whose_deletion_was_not_acknowledged_is_kept_by_later_changes(
     layout: str, answer: Callable[[], Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conditional, "backoff_s", lambda *_: 0.0)
+    monkeypatch.setattr(outcome, "backoff_s", lambda *_: 0.0)
     repository, storage = await opened(layout)
     answering(storage, answer)
     with pytest.raises(IcechunkError) as caught:

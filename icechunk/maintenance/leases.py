@@ -169,4 +169,4 @@ async def _end(storage: Storage, sources: Sources, one: Listed, head: SegmentHea
         attempts=head.attempts,
         claims=head.claims,
     )
-    return await add_segment(storage, Slot(one.session, None, one.last + 1), nonce, encode_segment(end, ()))
+    return await add_segment(storage, sources, Slot(one.session, None, one.last + 1), nonce, encode_segment(end, ()))

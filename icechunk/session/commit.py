@@ -27,7 +27,6 @@ from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.format.snapshot.codec import encode_and_keep
 from icechunk.format.transaction import encode_transaction_log, in_parts, require_room
 from icechunk.format.values import Manifest, Snapshot, TransactionLog
-from icechunk.log.repository.conditional import backoff_s
 from icechunk.log.repository.events import CommitAdded, CommitAmended, DetachedSnapshotAdded, Event
 from icechunk.log.repository.port import Layout, Proposal, RepositoryLog, SwapToken
 from icechunk.log.repository.ref_files.layout import needs_format_2
@@ -43,6 +42,7 @@ from icechunk.session.content import Phase, SessionContent
 from icechunk.session.core import Core
 from icechunk.session.rebase import Rebase, advance
 from icechunk.session.session_checkpoint import landed_error, note_attempt, note_committed, require_not_landed
+from icechunk.storage.outcome import backoff_s
 from icechunk.transfer.assets import off_loop
 
 __all__ = ["Commit", "CommitFiles", "File", "How", "write_snapshot", "write_unlisted"]

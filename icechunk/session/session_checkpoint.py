@@ -229,7 +229,7 @@ async def _write(
             data = await off_loop(sum(map(size_of, new)), partial(encode_segment, head, new))
             persisted.tries[nonce] = Written(base, keep, new, events)
             try:
-                there = await add_segment(core.storage, persisted.next_slot, nonce, data)
+                there = await add_segment(core.storage, core.sources, persisted.next_slot, nonce, data)
             except ObjectNotFoundError:
                 # The slot was taken, and its segment was removed since: as happens once a session has ended.
                 await _require_open(core, persisted)

@@ -24,32 +24,43 @@ Matches      anything else, after a try  undecided: ours may have landed and bee
 `landed` turns the outcome into what `Storage.put` returns or raises: `PreconditionFailedError` where the write is lost.
 If every try of a write failed in a way that certainly wrote nothing, the error says so: it is marked `refused` if
 another try would fail too, and `unsent` if it may succeed. `tried_by` reads the mark.
+
+A conditional write through `Storage`, whose own tries have ended without a certain answer, is a `Sending`: up to eight
+requests, with pauses that grow, recognised by what its object contains. `certain` turns its outcome into True or False.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final, Protocol, TypeVar
 
 from icechunk.errors import (
     ErrorKind,
+    FormatError,
     IcechunkError,
     InvalidInputError,
     PreconditionFailedError,
     ReadOnlyError,
     StorageError,
 )
-from icechunk.storage.port import Absent, Matches, Precondition, PutResult, Unchecked, Version
+from icechunk.runtime.clock import Sources
+from icechunk.storage.port import Absent, Matches, Precondition, PutResult, Storage, Unchecked, Version
 
 __all__ = [
     "REFUSING_STATUSES",
+    "ROUNDS",
+    "Creation",
     "Fate",
     "Found",
     "Outcome",
     "Seen",
+    "Sending",
     "Tried",
     "Write",
+    "backoff_s",
+    "certain",
     "follow",
     "is_refusal",
     "judge",
@@ -64,6 +75,10 @@ __all__ = [
 
 REFUSING_STATUSES: Final = frozenset({400, 401, 403, 404, 405, 411, 501})
 """HTTP answers to a PUT that say for certain that it was not executed; 404 is that of the bucket."""
+ROUNDS: Final = 8
+"""Most requests of one write."""
+_FIRST_PAUSE_S: Final = 0.02
+_LONGEST_PAUSE_S: Final = 5.0
 
 E = TypeVar("E", bound=StorageError)
 
@@ -309,3 +324,115 @@ def uncertain(error: Exception) -> StorageError:
     )
     result.__cause__ = error
     return result
+
+
+# ------------------------------------------------------- single writes through `Storage`
+
+
+def backoff_s(sources: Sources, round_: int) -> float:
+    """A pause with full jitter before try ``round_`` (counted from 1)."""
+    longest: float = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0**round_)
+    return longest * sources.fraction()
+
+
+class Sending(Write, ABC):
+    """A conditional write through `Storage`: up to `ROUNDS` requests, with pauses that grow."""
+
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+        self._rounds = 0
+
+    @abstractmethod
+    async def put(self) -> bool:
+        """Make one request; False: its condition does not hold.
+
+        Raises
+        ------
+        IcechunkError, OSError
+            No answer, or a refusal (`icechunk.storage.outcome.is_refusal`).
+        """
+
+    @abstractmethod
+    async def fate(self, may_land: bool) -> Fate:
+        """The fate by the object that is there now. ``may_land``: whether some request may have landed, or may land.
+
+        Raises
+        ------
+        IcechunkError, OSError
+            The object cannot be read; `FormatError`: its contents cannot be understood.
+        """
+
+    async def send(self, may_land: bool) -> Tried:
+        """As `Write.send`."""
+        try:
+            if await self.put():
+                return Tried(landed=True)
+        except (IcechunkError, OSError) as error:
+            return tried_by(error)
+        # Perhaps because of a request of this write that the store has had twice: looking decides.
+        return Tried(may_land=True, look=True)
+
+    async def look(self, may_land: bool) -> Seen:
+        """As `Write.look`."""
+        try:
+            return Seen(fate=await self.fate(may_land))
+        except FormatError as error:
+            # The place is taken, by something that this client does not understand.
+            return Seen(fate=Fate.OPEN, why=error, final=True)
+        except (IcechunkError, OSError) as error:
+            return Seen(fate=Fate.OPEN, why=error)
+
+    async def again(self, reached: bool) -> bool:
+        """As `Write.again`."""
+        self._rounds += 1
+        if self._rounds >= ROUNDS:
+            return False
+        await self._sources.sleep(backoff_s(self._sources, self._rounds))
+        return True
+
+
+def certain(outcome: Outcome, unsure: StorageError) -> bool:
+    """Whether a single write landed (True), or something else took its place (False).
+
+    Parameters
+    ----------
+    unsure
+        To be raised where that is not known.
+
+    Raises
+    ------
+    IcechunkError, OSError
+        The write was refused for certain, or what took its place cannot be understood (`FormatError`).
+    StorageError
+        ``unsure``.
+    """
+    match outcome.fate:
+        case Fate.LANDED:
+            return True
+        case Fate.LOST | Fate.UNDECIDED:
+            return False
+        case Fate.OPEN if not isinstance(outcome.why, FormatError):
+            raise unsure from outcome.why
+        case _:
+            assert outcome.why is not None
+            raise outcome.why
+
+
+class Creation(Sending):
+    """The creation of an object where there is none, recognised as a subclass says."""
+
+    def __init__(self, storage: Storage, sources: Sources, key: str, data: bytes) -> None:
+        super().__init__(sources)
+        self.storage = storage
+        self._key = key
+        self._data = data
+        self.answer: PutResult | None = None
+        """The answer of the store that it landed; None where there was none."""
+
+    async def put(self) -> bool:
+        """As `Sending.put`."""
+        try:
+            self.answer = await self.storage.put(self._key, self._data, Absent())
+        except PreconditionFailedError:
+            return False
+        return True

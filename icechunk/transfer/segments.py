@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from icechunk.errors import FormatError, ObjectNotFoundError, PreconditionFailedError, StorageError
+from icechunk.errors import FormatError, ObjectNotFoundError, StorageError
 from icechunk.format.ids import ObjectId
 from icechunk.format.keys import SESSIONS_PREFIX
 from icechunk.log.session.events import Event
@@ -19,8 +19,10 @@ from icechunk.log.session.segment import (
     session_prefix,
     slot_of,
 )
+from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import run_jobs
-from icechunk.storage.port import Absent, ObjectInfo, Range, Storage
+from icechunk.storage.outcome import Creation, Fate, certain, follow
+from icechunk.storage.port import ObjectInfo, Range, Storage
 
 __all__ = ["Listed", "add_segment", "list_sessions", "read_head", "read_segments", "remove_segments"]
 
@@ -86,7 +88,34 @@ async def read_segments(storage: Storage, keys: Sequence[str]) -> list[tuple[Seg
     return await run_jobs([lambda key=key: read(key) for key in keys])  # type: ignore[misc]
 
 
-async def add_segment(storage: Storage, slot: Slot, nonce: bytes, data: bytes) -> SegmentHead | None:
+class _Addition(Creation):
+    """A segment in its slot, recognised by its nonce."""
+
+    def __init__(self, storage: Storage, sources: Sources, slot: Slot, nonce: bytes, data: bytes) -> None:
+        super().__init__(storage, sources, segment_key(slot), data)
+        self._nonce = nonce
+        self._turned_down = False
+        self.there: SegmentHead | ObjectNotFoundError | None = None
+        """The head of the segment that has the slot; or the error that it has been removed since."""
+
+    async def put(self) -> bool:
+        self._turned_down = False
+        self._turned_down = not await super().put()
+        return not self._turned_down
+
+    async def fate(self, may_land: bool) -> Fate:
+        try:
+            self.there = await read_head(self.storage, self._key)
+        except ObjectNotFoundError as error:
+            if not self._turned_down:
+                return Fate.OPEN
+            # Not sent again: the slot would be taken a second time.
+            self.there = error
+            return Fate.LOST
+        return Fate.LANDED if self.there.nonce == self._nonce else Fate.LOST
+
+
+async def add_segment(storage: Storage, sources: Sources, slot: Slot, nonce: bytes, data: bytes) -> SegmentHead | None:
     """Create a segment.
 
     Returns
@@ -101,21 +130,15 @@ async def add_segment(storage: Storage, slot: Slot, nonce: bytes, data: bytes) -
     StorageError
         It was not written; or no certain answer came, and it may have been, or may yet be.
     """
-    key = segment_key(slot)
-    try:
-        await storage.put(key, data, Absent())
-    except PreconditionFailedError:
-        there = await read_head(storage, key)
-    except StorageError as error:
-        if error.refused or error.unsent:
-            raise
-        try:
-            there = await read_head(storage, key)
-        except ObjectNotFoundError:
-            raise error from None
-    else:
+    write = _Addition(storage, sources, slot, nonce, data)
+    unsure = StorageError(
+        f"it is not known whether {segment_key(slot)!r} was written to {storage.describe()}: no certain answer"
+    )
+    if certain(await follow(write), unsure):
         return None
-    return None if there.nonce == nonce else there
+    if isinstance(write.there, ObjectNotFoundError):
+        raise write.there
+    return write.there
 
 
 async def remove_segments(storage: Storage, keys: Sequence[str]) -> None:

@@ -1,9 +1,9 @@
 """Conditional writes of the repository log's objects, each sent until its outcome is certain (rules 1 to 3).
 
-`icechunk.storage.outcome.follow` is the loop: send, look, send the same bytes again. `Sending` is what all writers here
-give it: up to eight requests through `Storage`, with pauses that grow. Changes for which callers wait in a queue are in
-`icechunk.log.repository.settle`. The others are single writes: an object that is created (`create_object`), an object
-that is replaced (`replace_object`), and ``repo``, replaced by something that is made of it (`replace_repo`).
+`icechunk.storage.outcome.follow` is the loop: send, look, send the same bytes again. Changes for which callers wait in
+a queue are in `icechunk.log.repository.settle`. The others are single writes: an object that is created
+(`create_object`), an object that is replaced (`replace_object`), and ``repo``, replaced by something that is made of it
+(`replace_repo`).
 """
 
 from __future__ import annotations
@@ -12,124 +12,21 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Final, Generic, TypeVar
 
-from icechunk.errors import FormatError, IcechunkError, ObjectNotFoundError, PreconditionFailedError, StorageError
+from icechunk.errors import ObjectNotFoundError, PreconditionFailedError, StorageError
 from icechunk.format.keys import REPO_KEY
 from icechunk.format.repo.codec import EncodedRepo
 from icechunk.format.repo.repo_info import RepoInfo
 from icechunk.log.repository.objects import Known, RepoObject, read_repo
 from icechunk.runtime.clock import Sources
-from icechunk.storage.outcome import Fate, Outcome, Seen, Tried, Write, follow, is_refusal, tried_by
+from icechunk.storage.outcome import Fate, Sending, backoff_s, certain, follow, is_refusal
 from icechunk.storage.port import Absent, GetResult, Matches, Precondition, PutResult, Storage, Version
 
-__all__ = [
-    "ROUNDS",
-    "Creation",
-    "RepoChange",
-    "Sending",
-    "backoff_s",
-    "certain",
-    "create_object",
-    "replace_object",
-    "replace_repo",
-]
+__all__ = ["RepoChange", "create_object", "replace_object", "replace_repo"]
 
-ROUNDS: Final = 8
-"""Most requests of one write."""
-_FIRST_PAUSE_S: Final = 0.02
-_LONGEST_PAUSE_S: Final = 5.0
 _VERSIONS: Final = 20
 """Most versions of ``repo`` that one change is tried on."""
 
 T = TypeVar("T")
-
-
-def backoff_s(sources: Sources, round_: int) -> float:
-    """A pause with full jitter before try ``round_`` (counted from 1)."""
-    longest: float = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0**round_)
-    return longest * sources.fraction()
-
-
-class Sending(Write, ABC):
-    """A conditional write through `Storage`: up to `ROUNDS` requests, with pauses that grow."""
-
-    def __init__(self, sources: Sources) -> None:
-        self._sources = sources
-        self._rounds = 0
-
-    @abstractmethod
-    async def put(self) -> bool:
-        """Make one request; False: its condition does not hold.
-
-        Raises
-        ------
-        IcechunkError, OSError
-            No answer, or a refusal (`icechunk.storage.outcome.is_refusal`).
-        """
-
-    @abstractmethod
-    async def fate(self, may_land: bool) -> Fate:
-        """The fate by the object that is there now. ``may_land``: whether some request may have landed, or may land.
-
-        Raises
-        ------
-        IcechunkError, OSError
-            The object cannot be read; `FormatError`: its contents cannot be understood.
-        """
-
-    async def send(self, may_land: bool) -> Tried:
-        """As `Write.send`."""
-        try:
-            if await self.put():
-                return Tried(landed=True)
-        except (IcechunkError, OSError) as error:
-            return tried_by(error)
-        # Perhaps because of a request of this write that the store has had twice: looking decides.
-        return Tried(may_land=True, look=True)
-
-    async def look(self, may_land: bool) -> Seen:
-        """As `Write.look`."""
-        try:
-            return Seen(fate=await self.fate(may_land))
-        except FormatError as error:
-            # The place is taken, by something that this client does not understand.
-            return Seen(fate=Fate.OPEN, why=error, final=True)
-        except (IcechunkError, OSError) as error:
-            return Seen(fate=Fate.OPEN, why=error)
-
-    async def again(self, reached: bool) -> bool:
-        """As `Write.again`."""
-        self._rounds += 1
-        if self._rounds >= ROUNDS:
-            return False
-        await self._sources.sleep(backoff_s(self._sources, self._rounds))
-        return True
-
-
-def certain(outcome: Outcome, unsure: StorageError) -> bool:
-    """Whether a single write landed (True), or something else took its place (False).
-
-    Parameters
-    ----------
-    unsure
-        To be raised where that is not known.
-
-    Raises
-    ------
-    IcechunkError, OSError
-        The write was refused for certain, or what took its place cannot be understood (`FormatError`).
-    StorageError
-        ``unsure``.
-    """
-    match outcome.fate:
-        case Fate.LANDED:
-            return True
-        case Fate.LOST | Fate.UNDECIDED:
-            return False
-        case Fate.OPEN if not isinstance(outcome.why, FormatError):
-            raise unsure from outcome.why
-        case _:
-            assert outcome.why is not None
-            raise outcome.why
 
 
 class _ObjectWrite(Sending):
@@ -170,26 +67,6 @@ class _ObjectWrite(Sending):
                 return Fate.OPEN
             return Fate.UNDECIDED if may_land else Fate.LOST
         return Fate.LOST
-
-
-class Creation(Sending):
-    """The creation of an object where there is none, recognised as a subclass says."""
-
-    def __init__(self, storage: Storage, sources: Sources, key: str, data: bytes) -> None:
-        super().__init__(sources)
-        self.storage = storage
-        self._key = key
-        self._data = data
-        self.answer: PutResult | None = None
-        """The answer of the store that it landed; None where there was none."""
-
-    async def put(self) -> bool:
-        """As `Sending.put`."""
-        try:
-            self.answer = await self.storage.put(self._key, self._data, Absent())
-        except PreconditionFailedError:
-            return False
-        return True
 
 
 async def create_object(storage: Storage, sources: Sources, key: str, data: bytes, unsure: StorageError) -> bytes:

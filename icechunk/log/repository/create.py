@@ -36,7 +36,7 @@ from icechunk.format.repo.repo_info import RepoInfo, SnapshotRecord
 from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
 from icechunk.format.transaction import encode_transaction_log
 from icechunk.format.values import Snapshot, TransactionLog
-from icechunk.log.repository.conditional import Creation, certain, create_object
+from icechunk.log.repository.conditional import create_object
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.entries.reader import Head, Opened
 from icechunk.log.repository.entry import copy_key, new_epoch
@@ -52,7 +52,7 @@ from icechunk.log.repository.store_check import require_atomic, require_writable
 from icechunk.log.repository.successors import SuccessorsOf
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.tasks import run_jobs
-from icechunk.storage.outcome import Fate, follow, is_refusal
+from icechunk.storage.outcome import Creation, Fate, certain, follow, is_refusal
 from icechunk.storage.port import Storage
 
 __all__ = ["create_log", "create_ref_files", "create_repo_object"]

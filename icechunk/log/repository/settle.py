@@ -36,7 +36,6 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.format.ids import encode_id
-from icechunk.log.repository.conditional import ROUNDS, Sending
 from icechunk.log.repository.objects import put_once
 from icechunk.log.repository.port import Proposal, Propose, RepositoryLog
 from icechunk.log.repository.queue import MAX_EMBEDDED_BYTES, Attempt, Group, Waiting, proposal_of, resolve, tell_sent
@@ -44,7 +43,7 @@ from icechunk.log.repository.state import RepoState
 from icechunk.log.repository.store_check import require_writable
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import finish_task
-from icechunk.storage.outcome import Fate, Outcome, follow
+from icechunk.storage.outcome import ROUNDS, Fate, Outcome, Sending, follow
 from icechunk.storage.port import Absent, Put, Storage
 
 __all__ = ["CLOSE_GRACE_S", "SwappedLog"]

@@ -24,12 +24,13 @@ from icechunk.format.keys import snapshot_key
 from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.format.snapshot.codec import encode_snapshot
 from icechunk.format.values import Snapshot
-from icechunk.log.repository import conditional, settle
 from icechunk.log.repository import events as e
+from icechunk.log.repository import settle
 from icechunk.log.repository.create import create_log, create_ref_files, create_repo_object
 from icechunk.log.repository.open import open_repository
 from icechunk.log.repository.port import Layout, Propose, RepositoryLog, SwapToken
 from icechunk.log.repository.state import RepoState
+from icechunk.storage import outcome
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.outcome import refused, unsent
 from icechunk.testing.scripted import ManualClock, Request, ScriptedStorage, Send, lost_answer
@@ -409,7 +410,7 @@ async def test_several_told_changes_are_settled_by_the_one_that_took_their_place
 
 @grouping_layouts
 async def test_only_the_newest_told_attempts_are_remembered(world: Outcomes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conditional, "ROUNDS", 1)
+    monkeypatch.setattr(outcome, "ROUNDS", 1)
     log, storage = await world.create()
     assert isinstance(log, settle.SwappedLog)
     answering_writes(storage, losing)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from icechunk.errors import AlreadyExistsError, PreconditionFailedError, StorageError
+from icechunk.errors import AlreadyExistsError, ObjectNotFoundError, PreconditionFailedError, StorageError
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.keys import snapshot_key
 from icechunk.format.snapshot.codec import encode_snapshot
@@ -30,12 +30,14 @@ from icechunk.log.repository.port import Layout, SwapToken
 from icechunk.log.repository.ref_files.names import MARK_BYTES, encode_ref, is_closed
 from icechunk.log.repository.ref_files.upgrade import upgrade
 from icechunk.log.repository.tokens import REFS_TOKEN, REPO_TOKEN
+from icechunk.log.session.segment import SegmentHead, SegmentKind, Slot, encode_segment, segment_key
 from icechunk.maintenance.ref_history import Links
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.outcome import is_refusal, refused
 from icechunk.storage.port import Absent, Matches, Storage
 from icechunk.testing.scripted import ManualClock, Request, ScriptedStorage, Send, lost_answer
+from icechunk.transfer.segments import add_segment
 from tests.log.repository.strategies import an_id
 from tests.log.repository.world import put_entry
 
@@ -319,10 +321,36 @@ class SetsParent(Place):
         assert (await store.get(self.key)).data == self.file(an_id(1))
 
 
+class AddsSegment(Place):
+    """A session is persisted: the next segment of its log."""
+
+    key = segment_key(Slot(an_id(4), None, 1))
+    condition: type[Absent | Matches] = Absent
+    mine, theirs = (
+        SegmentHead(kind=SegmentKind.CHECKPOINT, nonce=bytes([i]) * 16, base=FIRST_SNAPSHOT) for i in (1, 2)
+    )
+
+    async def write(self, storage: Storage, sources: Sources) -> Any:
+        return await add_segment(
+            storage, sources, Slot(an_id(4), None, 1), self.mine.nonce, encode_segment(self.mine, ())
+        )
+
+    async def overtake(self, store: Storage) -> None:
+        await store.put(self.key, encode_segment(self.theirs, ()), Absent())
+
+    async def check(self, store: Storage, result: Any) -> None:
+        assert result is None
+        assert (await store.get(self.key)).data == encode_segment(self.mine, ())
+
+    async def check_overtaken(self, store: Storage, result: Any) -> None:
+        assert result == self.theirs
+        assert (await store.get(self.key)).data == encode_segment(self.theirs, ())
+
+
 PLACES: list[type[Place]] = [
     CreatesLog, CreatesRepoObject, CreatesFirstSnapshot, CreatesRefFiles, SealsLog, SealsLogThatGoesOn,
     WritesCheckpoint, FinishesConversion, ConvertsToLog, AnnouncesUpgrade, PutsUpgradeOnline, ClosesBranch,
-    SettlesRepoObject, SettlesRefFiles, SetsParent,
+    SettlesRepoObject, SettlesRefFiles, SetsParent, AddsSegment,
 ]  # fmt: skip
 everywhere = pytest.mark.parametrize("kind", PLACES, ids=lambda kind: kind.__name__)
 
@@ -467,3 +495,22 @@ async def test_a_store_that_never_answers_ends_it_as_uncertain(kind: type[Place]
         await trial.run(*[lost] * 1000)
     assert not is_refusal(caught.value)
     assert 2 <= trial.requests <= 20
+
+
+async def test_a_segment_whose_slot_was_taken_and_emptied_is_not_sent_again() -> None:
+    trial = Trial(AddsSegment)
+
+    async def gone(send: Send) -> object:
+        raise PreconditionFailedError("it exists already")
+
+    with pytest.raises(ObjectNotFoundError):
+        await trial.run(gone)
+    assert [request.verb for request in trial.storage.requests] == ["put", "get"]
+    assert not [item async for page in trial.store.list_pages() for item in page]
+
+
+async def test_a_segment_that_finds_its_slot_taken_costs_the_write_and_a_look() -> None:
+    trial = Trial(AddsSegment)
+    await trial.place.overtake(trial.store)
+    await trial.place.check_overtaken(trial.store, await trial.run())
+    assert [request.verb for request in trial.storage.requests] == ["put", "get"]

@@ -12,7 +12,6 @@ from icechunk.errors import FormatError, ObjectNotFoundError, StorageError
 from icechunk.format.ids import encode_id
 from icechunk.format.keys import overwritten_repo_key
 from icechunk.format.repo.codec import decode_repo
-from icechunk.log.repository.conditional import Creation, certain
 from icechunk.log.repository.entries.reader import list_head, newest_epoch, read_tail
 from icechunk.log.repository.entry import Entry, encode_entry, epoch_prefix, slot_key
 from icechunk.log.repository.event_json import encode_events
@@ -21,7 +20,7 @@ from icechunk.log.repository.marker import decode_marker
 from icechunk.log.repository.objects import RepoObject, read_repo, read_slot
 from icechunk.log.repository.queue import new_snapshots
 from icechunk.runtime.clock import Sources
-from icechunk.storage.outcome import Fate, follow
+from icechunk.storage.outcome import Creation, Fate, certain, follow
 from icechunk.storage.port import Storage
 
 __all__ = ["Stranded", "find_seal", "find_stranded", "seal_abandoned", "seal_log"]
