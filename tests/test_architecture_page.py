@@ -44,7 +44,7 @@ def code_of(dotted: str) -> CodeType:
 
 
 async def passed(work: Callable[[], Coroutine[Any, Any, Any]], wanted: list[str]) -> list[str]:
-    """Which of the functions were called while something ran, in the order of their first calls."""
+    """The functions that were called while something ran, in the order of their first calls."""
     names = {code_of(name): name for name in wanted}
     found: dict[str, None] = {}
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 DISTRIBUTIONS = {"yaml": "pyyaml"}
-"""Of imports that have another name."""
+"""Distributions of imports that have another name."""
 OPTIONAL = {
     "adapters/fsspec_files.py": "fsspec",
     "adapters/xarray_backend.py": "xarray",

@@ -62,10 +62,10 @@ class KeepsCheckpoints(WrappingStorage):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """At one length of the history."""
+    """Costs at one length of the history."""
 
     puts: dict[str, int]
-    """Of `WINDOW` commits, by kind of object; without checkpoints."""
+    """Puts of `WINDOW` commits, by kind of object; without checkpoints."""
     other_requests: int
     bytes_put: int
     open_and_read: list[str]

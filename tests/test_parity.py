@@ -115,7 +115,7 @@ ADDED = {
     "icechunk.VirtualChunkSpec": {"_repr_html_": "it is shown like other values"},
 }
 ADDED["icechunk.ForkSession"] = ADDED["icechunk.Session"]
-"""By class, public names and members that the official library lacks, with the reason or the page about them."""
+"""Public names and members by class that the official library lacks, with the reason or the page about them."""
 
 
 @pytest.fixture(scope="module")

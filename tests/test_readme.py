@@ -40,7 +40,7 @@ def test_the_first_two_shell_blocks_hold_one_command_line_each() -> None:
 
 
 PRINTED = ["correct the third time step", "[7 7 0 0]", "59", "", ""]
-"""By example, a part of what it prints. The others assert, or only open a repository."""
+"""Part of each example's output. The others assert, or only open a repository."""
 
 
 @pytest.mark.parametrize(

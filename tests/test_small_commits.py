@@ -121,7 +121,7 @@ def _noise(seed: int, n: int) -> bytes:
 
 
 async def _embedded_in_entries(memory: Storage) -> list[set[str]]:
-    """By entry, oldest first, the kinds of the files in it."""
+    """Kinds of the files in each entry, oldest entry first."""
     found = []
     for key in sorted(await keys(memory, "log/"), reverse=True):
         slot = parse_slot_key(key)

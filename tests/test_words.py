@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 TEXTS = [
     *(ROOT / "icechunk").rglob("*.py"),
     *(ROOT / "spec").rglob("*.py"),
+    *(ROOT / "tools").rglob("*.py"),
     *(ROOT / "spec").rglob("*.md"),
     *(ROOT / "docs").glob("*.md"),
     *(ROOT / name for name in ("README.md", "SECURITY.md")),

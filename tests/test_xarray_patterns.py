@@ -1,4 +1,4 @@
-"""How people write with xarray: groups and trees, and regions by threads, by processes, and by independent writers."""
+"""Ways of writing with xarray: groups and trees, and regions by threads, by processes, and by independent writers."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Outcome:
     secrets: int = 0
     """Planted."""
     living: int = 0
-    """Of these, the ones that a branch or tag reaches in the end."""
+    """Planted secrets that a branch or tag reaches in the end."""
     rewritten: int = 0
     """Snapshots."""
     stored: float = 0.0

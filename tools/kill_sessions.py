@@ -34,7 +34,7 @@ _CHUNKS = 24
 _LONGEST_S = 0.5
 """Processes are killed after a random time up to this."""
 _MOST_KILLS = 12
-"""Of one run: afterwards it is left alone, so that it ends."""
+"""Kills in one run, at most: afterwards it is left alone, so that it ends."""
 
 
 def hold(location: str, name: str, id: str | None, pipe: Connection) -> None:

@@ -45,7 +45,7 @@ from tools.hammer import storage_from
 __all__ = ["JOBS", "Found", "main", "run"]
 
 LENGTH: Final = 20_000
-"""Of each worker's array: more than there are steps."""
+"""Rows of each worker's array: more than there are steps."""
 LONGEST_LIFE_S: Final = 0.5
 _LONGER: Final = {"collect": 4, "repack": 4}
 """Times as long: of what takes a while, so that it is met at its end, too."""
@@ -153,7 +153,7 @@ def child(spec: str, job: str, worker: int, begin: int, notes: str, told: Connec
                 await JOBS[job](repo, worker, at, book)
             except icechunk.IcechunkError as error:
                 book.write("error", job, getattr(error, "kind", type(error).__name__))
-                # Whatever was under way may have happened: its place is left alone.
+                # A step that was under way may have happened: its place is left alone.
                 at += 2 + 50 * (error.kind == ErrorKind.COMMIT_OUTCOME_UNKNOWN)
                 at = max(at, _next(read_notes(notes), job, worker))
 
@@ -165,10 +165,10 @@ def child(spec: str, job: str, worker: int, begin: int, notes: str, told: Connec
 
 @dataclass(slots=True)
 class Found:
-    """What was found after all kills."""
+    """Findings after all kills."""
 
     kills: Counter[str] = field(default_factory=Counter)
-    """By job."""
+    """Kills by job."""
     steps: Counter[str] = field(default_factory=Counter)
     """Acknowledged."""
     errors: Counter[str] = field(default_factory=Counter)

@@ -19,12 +19,12 @@ class Mutant:
 
     name: str
     promise: str
-    """That it breaks; rules are those of ``spec/repository-log.md``."""
+    """Promise that it breaks; rules are those of ``spec/repository-log.md``."""
     file: str
     old: str
     new: str
     layouts: tuple[str, ...] = ("log",)
-    """That the simulator runs, one after the other; none: it does not look for this one."""
+    """Layouts that the simulator runs, one after the other; none: it does not look for this one."""
     tests: tuple[str, ...] = RULES
     """Arguments of pytest, the likeliest first."""
     known: str = ""

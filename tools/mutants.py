@@ -61,10 +61,10 @@ class Caught:
     by: str | None
     """The hunter that failed: a test, or ``simulator, LAYOUT``; None: none did."""
     schedules: int | None
-    """Of the simulator, until it failed."""
+    """Schedules of the simulator until it failed."""
     seconds: float
     state: str
-    """Of the package that was changed: a digest."""
+    """Digest of the package that was changed."""
     commit: str
     date: str
 
@@ -248,7 +248,7 @@ _starting = threading.Lock()
 
 
 def package_state(mutant: Mutant) -> str:
-    """Of the code and the tests that decide about a mutant."""
+    """Digest of the code and the tests that decide about a mutant."""
     hashed = hashlib.sha256(f"{mutant.file}{mutant.old}{mutant.new}".encode())
     for path in sorted((PROJECT / "icechunk").rglob("*.py")):
         hashed.update(path.read_bytes())

@@ -40,14 +40,14 @@ class Machine:
     promises: str
     how: str
     short: str
-    """Of Python's command line: a minute or two."""
+    """Arguments of Python's command line for a minute or two."""
     long: str
-    """The same, for the figures of a release."""
+    """Arguments for the figures of a release."""
     figures: str
     """Pattern of the lines of its output to be written down."""
 
     def words(self, *, long: bool) -> list[str]:
-        """Of Python's command line."""
+        """Words of the arguments of Python's command line."""
         return (self.long if long else self.short).split()
 
 
@@ -56,7 +56,7 @@ class Run:
     """One run of a machine."""
 
     name: str
-    """Of the machine."""
+    """Name of the machine."""
     long: bool
     words: list[str]
     date: str
@@ -189,7 +189,7 @@ def record(machine: Machine, words: Sequence[str], said: str, *, long: bool, sec
 
 
 def read_runs() -> list[Run]:
-    """What is recorded, in the order of the machines, short runs first."""
+    """The recorded runs, in the order of the machines, short runs first."""
     if not RECORDS.exists():
         return []
     runs = [Run(**one) for one in json.loads(RECORDS.read_text(encoding="utf-8"))]

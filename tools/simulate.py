@@ -35,9 +35,9 @@ class Totals:
     """Sums over all seeds."""
 
     schedules: int = 0
-    """That had at least one fault."""
+    """Schedules that had at least one fault."""
     calm: int = 0
-    """Without any fault; they do not count."""
+    """Schedules without any fault; they do not count."""
     requests: int = 0
     operations: Counter[str] = field(default_factory=Counter)
     unknown: int = 0
@@ -74,7 +74,7 @@ class Totals:
         self.profiles[report.profile] += 1
 
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """Lines for people."""
         rate = self.schedules / self.seconds if self.seconds else 0.0
         yield (
             f"{self.schedules} schedules in {self.seconds:.1f} s: {rate:.0f} a second, "

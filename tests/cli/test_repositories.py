@@ -27,7 +27,7 @@ ROOT = "1CECHNKREP0F1RSTCMT0"
 
 @pytest.fixture(autouse=True)
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the aliases of this test are."""
+    """The file that has the aliases of this test."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     return tmp_path / "config" / "icechunk" / "cli-config.yaml"
 

@@ -25,7 +25,7 @@ DIFFERENT = {
     "reindex to too many dimensions": "writes chunks there that no array has",
     "inspect an unknown snapshot": "a missing object there; here the snapshot, as everywhere else",
 }
-"""Where class or kind differ, and why."""
+"""Cases in which class or kind differ, and why."""
 
 WORDS = {
     "open a missing one": "repository doesn't exist",

@@ -111,5 +111,5 @@ async def sizes(storage: Storage) -> dict[str, int]:
 
 
 def folders(keys: object) -> dict[str, int]:
-    """How many of the keys are in each folder."""
+    """Number of the keys in each folder."""
     return {folder: sum(key.startswith(f"{folder}/") for key in keys) for folder in FOLDERS}  # type: ignore[attr-defined]

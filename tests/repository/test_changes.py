@@ -1,4 +1,4 @@
-"""Where data changed: chunks, boxes, slices and labels; blame; coverage."""
+"""Changed places of data: chunks, boxes, slices and labels; blame; coverage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""From format 1 to format 2: nothing is lost, at whatever step it stops and whichever client commits meanwhile."""
+"""Upgrades from format 1 to format 2: nothing is lost, at whatever step it stops and whichever client commits
+meanwhile."""
 
 from __future__ import annotations
 
@@ -486,7 +487,7 @@ async def test_an_unfinished_upgrade_that_was_set_online_names_the_commits_it_la
 
 
 class LateTag(WrappingStorage):
-    """When ``repo`` has been replaced, an old client creates a tag."""
+    """Storage in which an old client creates a tag once ``repo`` has been replaced."""
 
     async def put(
         self, key: str, data: bytes | bytearray | memoryview, precondition: Precondition = ANY, **options: Any

@@ -249,7 +249,7 @@ TWICE: dict[str, tuple[Storage, Storage]] = {
     ),
     "redirect": (Storage.new_redirect("https://x.org/r"), public.redirect_storage("https://x.org/r")),
 }
-"""By kind, the storage of the class method and that of the function."""
+"""Storage of the class method and that of the function, by kind."""
 
 
 @pytest.mark.parametrize("kind", TWICE)

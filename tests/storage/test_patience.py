@@ -1,4 +1,4 @@
-"""How long the next answer may take, by what recent ones took."""
+"""Time limits of the next answer, by the times of recent ones."""
 
 from __future__ import annotations
 

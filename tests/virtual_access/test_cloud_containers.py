@@ -141,7 +141,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 async def repository_on(
     place: Place, location: str | None = None, checksum: str | datetime | None = None
 ) -> icechunk.Storage:
-    """Where a repository is whose array ``a`` has one virtual chunk, of ten bytes."""
+    """Storage of a repository whose array ``a`` has one virtual chunk, of ten bytes."""
     storage = icechunk.in_memory_storage()
     repo = await Repository.create_async(storage, place.config)
     session = await repo.writable_session_async("main")

@@ -64,7 +64,7 @@ FLOORS = {
     **{("history", f"{what}, {length}"): 1.0 for what in _LONG for length in LENGTHS},
     **{("history", what): 1.0 for what in ("statistics", "diff", "diff again", "200 branches")},
 }
-"""How many times as fast as the official library we must be at least."""
+"""Least ratio of the official library's time to ours."""
 
 ON_REQUEST = ("wide", "history")
 """Cases that take minutes, and are not measured unless they are asked for."""

@@ -1,4 +1,4 @@
-"""What the feed's questions cost: changes between two versions, the last writers of chunks, the chunks that exist.
+"""The cost of the feed's questions: changes between two versions, the last writers of chunks, the chunks that exist.
 
     python -m tools.bench.feed [--commits 10000] [--references 100000000]
 

@@ -38,11 +38,12 @@ __all__ = ["CASE", "measure", "rows", "table"]
 
 CASE = "growth"
 CEILING = 1.3
-"""How many times as much the last commits, and opening and the first read after many, may cost."""
+"""Greatest ratio of the last commits' cost, and of opening and the first read after many, to the cost at the
+beginning."""
 LATENCY_MS = 20
 RESIDENT_CEILING_KIB = 1.5
-"""For each commit, once the caches are full: the history itself, and what encoding all of it takes for a moment; from
-run to run it is half as much or twice."""
+"""KiB that a commit may add once the caches are full: the history itself, and what encoding all of it takes for a
+moment; from run to run it is half as much or twice."""
 
 SHORT = 100
 """Commits of the history that the long one is compared with."""
@@ -51,7 +52,7 @@ FULL = 4000
 
 _TAIL = 32
 _TURNS, _WINDOW = 12, 40
-"""How often, and how many, commits are made on the short and on the long history in turns."""
+"""Number of turns, and commits in each, that are made on the short and on the long history."""
 _OPENS = 40
 _CACHES = icechunk.CachingConfig(num_snapshot_nodes=1000, num_chunk_refs=4000, num_transaction_changes=1000)
 """Small ones, so that they are full before the history is long."""

@@ -44,7 +44,7 @@ CHUNK_BYTES = 4 * 1024 * 1024
 AT_ONCE = 10
 """zarr's own default."""
 READS = 3
-"""Of one process."""
+"""Reads of one process."""
 TIMEOUT_S = 300.0
 FLOORS = {
     ("minio", "write", "official"): 1.1,
@@ -54,7 +54,7 @@ FLOORS = {
     ("local", "write", "official"): 1.0,
     ("local", "read", "official"): 2.0,
 }
-"""How many times as fast as those we must be with all chunks, in wall time."""
+"""Least ratio of their wall time to ours with all chunks."""
 
 Samples = dict[str, list[float]]
 """Seconds of each repeat, by what was measured."""

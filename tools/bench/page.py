@@ -17,7 +17,7 @@ __all__ = ["PAGE", "RESULTS", "text", "time_text", "write"]
 
 PAGE: Final = Path(oracle.PROJECT) / "docs" / "benchmarks.md"
 RESULTS: Final = Path(__file__).with_name("results.json")
-"""By case: ``commit``, ``date``, ``machine``, and ``rows`` as `tools.bench` measures them."""
+"""Results by case: ``commit``, ``date``, ``machine``, and ``rows`` as `tools.bench` measures them."""
 
 _HEAD: Final = """# Benchmarks
 

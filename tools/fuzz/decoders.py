@@ -131,7 +131,7 @@ def mutate_file(chance: random.Random, data: bytes) -> bytes:
 
 
 def targets() -> dict[str, tuple[Callable[[bytes], Any], Callable[[random.Random, bytes], bytes], Sequence[bytes]]]:
-    """By name: the decoder, how to mutate, and the seeds."""
+    """Decoder, mutation and seeds of each target, by name."""
     found: dict[str, Any] = {
         file_type.name.lower(): (decoder, mutate_file, fixtures(file_type)) for file_type, decoder in DECODERS.items()
     }

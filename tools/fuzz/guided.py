@@ -39,12 +39,12 @@ _VARIES = re.compile(r"\d+|'[^']*'|\"[^\"]*\"|b'.*|\{.*|\[.*")
 
 @dataclass(slots=True)
 class Totals:
-    """What was tried, and found."""
+    """Inputs that were tried, and faults that were found."""
 
     inputs: Counter[str] = field(default_factory=Counter)
-    """By group."""
+    """Inputs by group."""
     lines: int = 0
-    """Of the package, reached by inputs that became examples."""
+    """Lines of the package that inputs which became examples reached."""
     examples: int = 0
     failures: list[str] = field(default_factory=list)
     peak_mb: float = 0.0
@@ -82,7 +82,7 @@ class Coverage:
 
 
 def outcome(target: Target, data: bytes) -> tuple[str, str | None]:
-    """What comes of an input, and the fault in that; None if there is none."""
+    """The result of an input, and the fault in it; None if there is none."""
     began = time.perf_counter()
     try:
         target.read(data)

@@ -1,4 +1,4 @@
-"""What is fuzzed: functions that read what others wrote, examples of it, and the errors that they may raise."""
+"""Targets of fuzzing: functions that read what others wrote, examples of it, and the errors that they may raise."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Target:
     refusals: tuple[type[BaseException], ...] = (FormatError,)
     """Errors that say that the bytes are bad."""
     share: float = 1.0
-    """Of the inputs; less where one takes long."""
+    """Share of the inputs; less where one takes long."""
 
 
 # ------------------------------------------------------------------------------------------------------------- JSON

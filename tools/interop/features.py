@@ -108,9 +108,9 @@ class Feature:
     format: int = 1
     """The first version of the format that has it; in format 1 every library refuses what is of format 2."""
     unable: Mapping[str, str] = field(default_factory=dict)
-    """Why a version of the official library cannot run it, in any version of the format: it is refused."""
+    """Reasons why a version of the official library cannot run it, in any version of the format: it is refused."""
     reads_only: Mapping[str, str] = field(default_factory=dict)
-    """Why nothing is written with a version of the official library, which reads it."""
+    """Reasons why nothing is written with a version of the official library, which reads it."""
     configure: Callable[[World, Any], object] = _nothing
     """Changes the configuration that the repository is created and opened with."""
     containers: bool = False

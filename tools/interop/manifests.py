@@ -342,7 +342,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _differences(folder: Path) -> dict[str, str]:
-    """By name, settings of the persisted configuration that are not what `write` has set."""
+    """Settings of the persisted configuration, by name, that are not what `write` has set."""
     stored: Any = icechunk.Repository.fetch_config(icechunk.local_filesystem_storage(str(folder / "repo")))
     wanted = _full_config(folder)
     names = [

@@ -71,7 +71,7 @@ def write(repo: Any, folder: Path) -> str:
     array("short")
     store.set_virtual_ref("short/c/0", f"{where}f", offset=10**6, length=10)
     array("foreign")
-    store.set_virtual_ref("foreign/c/0", "s3://nobody/x", offset=1, length=10, validate_container=False)
+    store.set_virtual_ref("foreign/c/0", "s3://unknown/x", offset=1, length=10, validate_container=False)
     array("mixed")
     store.set_virtual_refs(
         "/mixed",

@@ -44,9 +44,9 @@ class View:
     """A reader's view of the repository."""
 
     branches: Mapping[str, tuple[str, ...]]
-    """By name, the commits from the first one to the tip."""
+    """Commits of each branch, by name, from the first one to the tip."""
     tags: Mapping[str, str]
-    """By name, the commit."""
+    """Commit of each tag, by name."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,20 +60,21 @@ class Operation:
     ref: str = ""
     """The branch or tag."""
     commit: str = ""
-    """Of a commit or amend: its name, which is new. Of branches and tags: the commit to point to."""
+    """Name, which is new, of the commit that a commit or amend makes; the commit that a branch or tag is to point
+    to."""
     parent: str | None = None
-    """Of a commit: the tip that it follows; None: any tip. Of an amend or reset: the tip that it moves."""
+    """Tip that a commit follows (None: any tip), or that an amend or reset moves."""
     writes: Mapping[str, str] = field(default_factory=dict)
-    """Of a commit or amend: chunks and their new values."""
+    """Chunks and their new values, of a commit or amend."""
     began: int
     """Time of the call. Times are positions in the order of all calls and outcomes."""
     ended: int | None = None
     """Time of the outcome; None: not yet."""
     outcome: Outcome = "open"
     seen: View | None = None
-    """Of a read."""
+    """View that a read showed."""
     content: Mapping[str, str] | None = None
-    """Of a ``read-content``: the chunks of ``commit``."""
+    """Chunks of ``commit``, as a ``read-content`` showed them."""
     note: str = ""
     """The error's text, for people."""
 
@@ -100,7 +101,7 @@ class _State:
     gone: frozenset[str] = frozenset()
     """Names of deleted tags."""
     parents: frozenset[tuple[str, str]] = frozenset()
-    """Of commits that were made; part of the state, since two orders may give a commit two parents."""
+    """Parents of commits that were made; part of the state, since two orders may give a commit two parents."""
 
 
 def check(

@@ -199,7 +199,7 @@ class Cluster:
         self.report = Report(seed=seed, injected=self.store.injected, trace=self.store.trace)
         self.history: list[Operation] = self.report.history
         self.tokens: dict[int, SwapToken] = {}
-        """Of operations whose outcome is, or was, unknown, by the identity of the operation."""
+        """Tokens of operations whose outcome is, or was, unknown, by the identity of the operation."""
         self.ids: dict[str, ObjectId] = {ROOT: FIRST_SNAPSHOT}
         self.names: dict[ObjectId, str] = {FIRST_SNAPSHOT: ROOT}
         self.manifests: dict[ObjectId, tuple[ManifestFile, ...]] = {FIRST_SNAPSHOT: ()}

@@ -35,7 +35,7 @@ class Fault(StrEnum):
     TRUNCATED = "truncated answer"
     """The answer to a read breaks off."""
     REORDERED = "reordered request"
-    """On its way for so long that later requests overtake it."""
+    """A request is under way for so long that later requests overtake it."""
     PAUSED = "paused client"
     """The client sees an answer, or sends a request, hours or days late."""
     STALE = "stale listing"

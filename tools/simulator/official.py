@@ -205,7 +205,7 @@ async def _upload(client: Client, record: SnapshotRecord) -> bool:
 
 
 async def _look(cluster: Cluster, client: Client) -> None:
-    """What it sees of a log is a state that was: every snapshot that ``repo`` names is there."""
+    """Check that the log's state that the library sees was once true: every snapshot that ``repo`` names is there."""
     try:
         info, _ = await _read(client)
     except (StorageError, FormatError):

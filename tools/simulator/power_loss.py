@@ -30,7 +30,7 @@ __all__ = ["Event", "Loss", "Recorder", "Trace"]
 
 
 class Loss(Enum):
-    """How much of what was not synced is gone."""
+    """The part of the unsynced data that is lost."""
 
     ALL = "all"
     """No name and no byte of it is there."""

@@ -343,7 +343,7 @@ async def content_collector(cluster: Cluster, rounds: int, *, age_s: float) -> N
 
 
 async def verify_content(cluster: Cluster, client: Client) -> None:
-    """In the end everything that the newest snapshot has can be read."""
+    """Check that everything that the newest snapshot has can be read in the end."""
     repository = await _open(client)
     if repository is None or not await read_content(cluster, client, repository):
         cluster.problem("the chunks of the newest snapshot cannot be read in the end")

@@ -50,7 +50,7 @@ class Plan:
     """Whether the repository is converted there and back, or upgraded."""
     writers: int = 2
     rounds: int = 3
-    """Of each writer."""
+    """Rounds of each writer."""
     readers: int = 1
     sessions: bool = False
     """Whether clients work with repositories and sessions, as users do, instead of the log alone."""

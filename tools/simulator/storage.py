@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 _REFUSALS: Final = (400, 401, 403, 404, 405, 411, 501)
 _STALE_S: Final = 10.0
-"""How old a stale listing of immutable files may be, from before it was asked for."""
+"""Greatest age of a stale listing of immutable files, from before it was asked for, seconds."""
 _TRUTH: Final = ("log/", "refs/")
 """Folders whose listings the layouts rely on: a listing must show every write acknowledged before its request."""
 _LOOKED_AT: Final = ("log/", "refs/", "repo")

@@ -18,12 +18,12 @@ class Request:
     verb: str
     key: str
     detail: str = ""
-    """Of a put: its condition and a checksum of its bytes."""
+    """Condition of a put, and a checksum of its bytes."""
     fault: str = ""
     data: bytes = b""
-    """Of a put."""
+    """Bytes of a put."""
     executed_s: list[float] = field(default_factory=list)
-    """When the store executed it: usually once."""
+    """Times at which the store executed it: usually one."""
     effects: list[str] = field(default_factory=list)
     """The effect of each execution."""
     answered_s: float | None = None

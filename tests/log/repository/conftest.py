@@ -11,7 +11,7 @@ from tests.log.repository.world import World
 
 @pytest.fixture
 async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
-    """Of the log layout, or what the test's module calls ``new_world``."""
+    """A world of the log layout, or of the test module's own ``new_world``."""
     a_world: World = getattr(request.module, "new_world", World)()
     yield a_world
     await a_world.aclose()

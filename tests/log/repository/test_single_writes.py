@@ -53,14 +53,14 @@ class Place:
     """Whether a write whose answer was lost is known to be the client's own."""
 
     async def prepare(self, store: Storage) -> None:
-        """What must be there before."""
+        """Make the state that must be there before."""
 
     async def write(self, storage: Storage, sources: Sources) -> Any:
         """Make the write; what it returns."""
         raise NotImplementedError
 
     async def overtake(self, store: Storage) -> None:
-        """What another client does in this place."""
+        """Make the change that another client makes in this place."""
         raise NotImplementedError
 
     async def check(self, store: Storage, result: Any) -> None:

@@ -1,4 +1,4 @@
-"""Where the log may be written to: what storages say of their preconditions."""
+"""Places that the log may be written to: what storages say of their preconditions."""
 
 from __future__ import annotations
 

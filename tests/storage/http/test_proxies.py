@@ -44,7 +44,7 @@ class FakeProxy:
     url: str = ""
     heads: list[bytes] = field(default_factory=list)
     status: int = 200
-    """Of the answers to CONNECT."""
+    """Status of the answers to CONNECT."""
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")

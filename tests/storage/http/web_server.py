@@ -26,7 +26,7 @@ class WebServer:
     missing: int = 404
     """Status of what does not exist."""
     statuses: dict[str, list[int]] = field(default_factory=dict)
-    """By path: statuses to answer with, used up in order."""
+    """Statuses to answer with, by path, used up in order."""
     redirects: dict[str, str] = field(default_factory=dict)
     """Location by path."""
     seen: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)

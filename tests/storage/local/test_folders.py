@@ -19,7 +19,7 @@ from icechunk.storage.local.storage import LocalStorage
 
 
 class Slow:
-    """In the place of fsync: each call waits until it is released, and may fail."""
+    """A substitute for fsync: each call waits until it is released, and may fail."""
 
     def __init__(self, fails: Callable[[int], bool] = lambda call: False) -> None:
         self.calls = 0

@@ -81,7 +81,7 @@ async def test_a_failing_disk_is_reported(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 class TogetherCalls:
-    """In the place of the system's calls: a sync of everything, and the question whether a file's bytes got there."""
+    """A substitute for the system's calls: a sync of everything, and the question whether a file's bytes got there."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, all_fails: bool = False, lost: str = "") -> None:
         self.all = 0

@@ -88,7 +88,7 @@ class Clocks:
     def __init__(self) -> None:
         self.manual = ManualClock()
         self.behind_us = 0
-        """How far the clock that never goes back has stayed behind."""
+        """Lag of the clock that never goes back, µs."""
 
     def sources(self) -> Sources:
         theirs = self.manual.sources()

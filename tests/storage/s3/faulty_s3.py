@@ -59,7 +59,7 @@ class FaultyS3:
         self.most_at_once: int | None = None
         """More requests than this at a time are answered with SlowDown."""
         self.hold_s = 0.0
-        """How long an answer takes."""
+        """Seconds that an answer takes."""
         self.seen: list[Seen] = []
         self.at_once = 0
         self.peak = 0

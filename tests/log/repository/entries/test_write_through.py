@@ -1,4 +1,4 @@
-"""When ``repo`` is written where syncs are deferred: with every change, whatever its size."""
+"""Writes of ``repo`` where syncs are deferred: one with every change, whatever its size."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Client:
 
     @property
     def marker(self) -> Marker:
-        """Of ``repo``."""
+        """Marker of ``repo``."""
         marker = decode_marker(decode_repo((self.root / "repo").read_bytes()).extra)
         assert marker is not None
         return marker

@@ -103,7 +103,7 @@ class Case:
     ours: Change
     found: tuple[tuple[str, str, list[list[int]] | None], ...] = ()
     solved: str = ""
-    """Which solvers get past it: o(urs), t(heirs), f(ail on chunks), k(eep what is updated). Empty where nothing is
+    """Solvers that get past it: o(urs), t(heirs), f(ail on chunks), k(eep what is updated). Empty where nothing is
     found: all do."""
 
 

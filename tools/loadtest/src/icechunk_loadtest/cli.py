@@ -202,7 +202,7 @@ def _place(args: argparse.Namespace, order: _Order) -> contextlib.AbstractContex
 
 
 def _without_latency(order: _Order, place: places.Place, args: argparse.Namespace, notes: list[str]) -> _Order:
-    """Where latency cannot be added, leave out a workload's usual one; refuse one that the command line asks for."""
+    """Leave out a workload's usual latency where none can be added; refuse one that the command line asks for."""
     if place.proxy is not None or not any(point.size.latency_ms for point in order.points):
         return order
     if order.delayed:

@@ -1,4 +1,4 @@
-"""How near a measurement is to what the machine and the line allow, and what its requests would cost on S3.
+"""Distance of a measurement from the limits of the machine and the line, and the price of its requests on S3.
 
 The share of a limit is a lower bound of the time that the run had to take, over the time that it took. Bounds: the
 processor time of client and server together, on all processors; round trips one after another, where the proxy adds
@@ -36,7 +36,7 @@ __all__ = [
 
 MONTH_S = 30 * 24 * 3600
 _USD_PER_REQUEST = {"PUT": 5e-6, "GET": 4e-7, "LIST": 5e-6}
-"""Of S3 Standard in us-east-1, November 2026; deletions are free."""
+"""Prices of S3 Standard in us-east-1, November 2026; deletions are free."""
 _MOST_ROUNDS = 8
 """An operation of more round trips than this is not timed by them: its requests overlap."""
 _LOOPBACK_MIB = 256
@@ -45,10 +45,10 @@ _DISK_MIB = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What the machine can do, measured by itself."""
+    """Capacities of the machine, measured by itself."""
 
     processors: int
-    """That the load test may use."""
+    """Processors that the load test may use."""
     loopback_mib_s: float
     """MiB/s that one connection over 127.0.0.1 carries."""
     disk_mib_s: float
@@ -94,18 +94,19 @@ def _disk_mib_s() -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """How near a run was to the limits of the machine."""
+    """Shares of the machine's limits that a run used."""
 
     parts: Mapping[str, float]
     """Share of each limit, 0 to 1: ``processors``, ``round trips``, ``loopback``, ``disk``."""
     client_cpu_s: float
-    """Of one unit of throughput."""
+    """Client processor seconds of one unit of throughput."""
     server_cpu_s: float | None
-    """Of one request; None where it is not known."""
+    """Server processor seconds of one request; None where they are not known."""
     server_cpu_mib_s: float | None
-    """Of one MiB that went through the server; None where it is not known, or less than one MiB did."""
+    """Server processor seconds of one MiB; None where they are not known, or less than one MiB went through the
+    server."""
     round_trips: float | None
-    """Of one operation, one after another; None where they cannot be told."""
+    """Round trips of one operation, one after another; None where they cannot be told."""
 
     @property
     def limit(self) -> str:
@@ -118,7 +119,7 @@ class Share:
         return self.parts[self.limit]
 
     def advice(self) -> str:
-        """Where the rest of the time went, if that is more than a fifth; else an empty text."""
+        """Advice on the rest of the time, if that is more than a fifth; else an empty text."""
         if self.nearest >= 0.8:
             return ""
         if self.limit == "round trips":
@@ -169,7 +170,7 @@ class Cost:
 
     @property
     def usd(self) -> float:
-        """At S3's prices."""
+        """Price of the requests at S3's prices, US dollars."""
         return sum(_USD_PER_REQUEST.get(name, 0.0) * count for name, count in self.by_class.items())
 
     def times(self, factor: float) -> Cost:
@@ -197,7 +198,7 @@ def _class_of(name: str) -> str:
 
 
 def unit_cost(summary: Summary) -> Cost | None:
-    """Of one unit of throughput, the median of the runs; None where the server gives no counters."""
+    """Requests of one unit of throughput, the median of the runs; None where the server gives no counters."""
     runs = [run for run in summary.runs if run.requests is not None and run.units]
     if not runs:
         return None
@@ -206,7 +207,7 @@ def unit_cost(summary: Summary) -> Cost | None:
 
 
 def month_line(summaries: Sequence[Summary], system: str) -> str | None:
-    """What one small commit a minute costs in a month; None where that was not measured."""
+    """The price of one small commit a minute for a month, as a line; None where that was not measured."""
     for summary in summaries:
         if summary.point.workload == "commit" and summary.system == system and (each := unit_cost(summary)):
             month = each.times(MONTH_S / 60)
@@ -215,7 +216,7 @@ def month_line(summaries: Sequence[Summary], system: str) -> str | None:
 
 
 def idle_line(summaries: Sequence[Summary], system: str) -> str | None:
-    """The cost of an open repository that is not used; None where that was not measured."""
+    """The price of an open repository that is not used, as a line; None where that was not measured."""
     for summary in summaries:
         if summary.point.workload == "idle" and summary.system == system:
             runs = [run for run in summary.runs if run.requests is not None]

@@ -47,7 +47,7 @@ class OracleUnavailable(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Recipe:
-    """How to make the environment of one version."""
+    """The recipe for the environment of one version."""
 
     override: str
     """Environment variable that names a ready python."""

@@ -53,7 +53,7 @@ SYSTEMS: Mapping[str, System] = {
     "zarr-obstore": System(title="zarr on obstore", family="zarr", needs=("obstore",)),
     "zarr-fsspec": System(title="zarr on fsspec (s3fs)", family="zarr", needs=("s3fs",)),
 }
-"""By name, in the order of the report."""
+"""Systems by name, in the order of the report."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +200,7 @@ WORKLOADS: Mapping[str, Workload] = {
         quick=Size(chunks=60, chunk_bytes=64 * KIB, tasks=8, seconds=2),
     ),
 }
-"""By name, in the order in which they run."""
+"""Workloads by name, in the order in which they run."""
 
 QUICK_SYSTEMS = ("ours", "official", "obstore")
 """Systems that ``--quick`` compares, as far as they are installed."""

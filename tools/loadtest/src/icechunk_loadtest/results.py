@@ -47,7 +47,7 @@ class Measurement:
     repeat: int
     """Number of the repeat, from 0."""
     seconds: float
-    """From the first operation to the last."""
+    """Time from the first operation to the last."""
     units: float
     """Completed units of throughput (see `icechunk_loadtest.plan.Workload.unit`); chunks where the unit is MiB."""
     bytes_read: int
@@ -123,11 +123,11 @@ class Results:
     machine: Mapping[str, str]
     """Operating system, processor and load of the machine."""
     versions: Mapping[str, Mapping[str, str]]
-    """By system, the versions of Python and of the packages that it uses."""
+    """Versions by system: Python and the packages that it uses."""
     measurements: tuple[Measurement, ...]
     """Measurements in the order in which they were made."""
     kind: str = "s3"
-    """Of the storage: ``s3``, ``local`` or ``memory``."""
+    """Kind of the storage: ``s3``, ``local`` or ``memory``."""
     limits: Mapping[str, float] | None = None
     """The fields of `icechunk_loadtest.limits.Machine`; None where they were not measured."""
     notes: tuple[str, ...] = ()
@@ -177,7 +177,7 @@ class Summary:
     system: str
     """A key of `icechunk_loadtest.plan.SYSTEMS`."""
     runs: tuple[Measurement, ...]
-    """At least one."""
+    """Runs; at least one."""
 
     @property
     def ok(self) -> bool:

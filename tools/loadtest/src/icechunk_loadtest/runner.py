@@ -97,7 +97,7 @@ class Runner:
         self._stack = contextlib.AsyncExitStack()
         self._folder = ""
         self.versions: dict[str, dict[str, str]] = {}
-        """By system, the versions that its worker reported."""
+        """Versions by system, as its worker reported them."""
 
     async def __aenter__(self) -> Runner:
         # a folder with nothing but the worker: python puts it on sys.path, and ours holds our own icechunk too

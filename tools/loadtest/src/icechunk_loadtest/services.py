@@ -76,7 +76,7 @@ class S3Service:
     secret_key: str
     region: str = "us-east-1"
     pid: int | None = None
-    """Of the server's process, if it is one of this machine."""
+    """Process id of the server, if it is one of this machine."""
 
     @property
     def address(self) -> str:

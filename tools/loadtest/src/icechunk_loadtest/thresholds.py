@@ -58,7 +58,7 @@ class Threshold:
     operator: str
     """``>=``, ``<=``, ``>`` or ``<``."""
     number: float
-    """In the metric's base unit, or a ratio."""
+    """Bound in the metric's base unit, or a ratio."""
     other: str | None
     """The system that the figure is divided by; None where `number` is no ratio."""
 

@@ -12,8 +12,8 @@ COLOURS = {
     "zarr-obstore": ("#0f8fa6", "#53c4d8"),
     "zarr-fsspec": ("#b8415f", "#f0819a"),
 }
-"""By system, on light and on dark. Every plot also names the systems, in one order, for readers who cannot tell colours
-apart."""
+"""Colours by system, on light and on dark. Every plot also names the systems, in one order, for readers who cannot tell
+colours apart."""
 
 
 def _variables(which: int) -> str:

@@ -42,7 +42,7 @@ class Line:
     colour: str
     """A CSS colour."""
     label: str
-    """In the tooltip."""
+    """Text of the tooltip."""
     points: Sequence[tuple[float, float]]
     """Ascending in x."""
     strong: bool = False

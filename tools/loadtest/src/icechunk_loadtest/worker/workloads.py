@@ -47,7 +47,7 @@ class Spec:
     index: int = 0
     """Number of this worker among those that run together; 0 is the one that prepares and checks."""
     seed: int = 0
-    """Of contents and of random choices."""
+    """Seed of contents and of random choices."""
 
 
 class Run:
@@ -389,4 +389,4 @@ WORKLOADS = {
     "idle": Workload(_prepare_idle, _idle),
     "soak": Workload(_fill, _soak),
 }
-"""By name; the catalogue of `icechunk_loadtest.plan` describes them."""
+"""Workloads by name; the catalogue of `icechunk_loadtest.plan` describes them."""
