@@ -47,7 +47,7 @@ class SnapshotInfo(_ReadLater):
 
     id: str
     parent_id: str | None
-    """None for the first snapshot, and if the parent has expired."""
+    """Id of the parent; None for the first snapshot, and if the parent has expired."""
     written_at: datetime
     """Time of the commit, with a time zone (UTC)."""
     message: str

@@ -275,5 +275,5 @@ def _abandon_session(args: argparse.Namespace) -> int:
 
 
 def _printable(text: str) -> str:
-    """Without characters that act on the terminal."""
+    """The text without characters that act on the terminal."""
     return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)

@@ -214,7 +214,7 @@ class ManifestPreloadConfig(Setting):
     max_total_refs: U32 | None = unset(DEFAULT_MAX_TOTAL_REFS)
     """References in all preloaded manifests together."""
     preload_if: ManifestPreloadCondition | None = None
-    """None: coordinate-like arrays, the official default."""
+    """Arrays whose manifests are fetched. None: coordinate-like arrays, the official default."""
     max_arrays_to_scan: U32 | None = unset(DEFAULT_MAX_ARRAYS_TO_SCAN)
     """Arrays looked at when choosing."""
 
@@ -398,7 +398,8 @@ class ManifestConfig(Setting):
     preload: ManifestPreloadConfig | None = unset(ManifestPreloadConfig())
     """Fetching ahead of need."""
     splitting: ManifestSplittingConfig | None = None
-    """None: the engine chooses (where the repository is shared with the official library, one manifest per array)."""
+    """Splitting of arrays into manifests. None: the engine chooses (where the repository is shared with the official
+    library, one manifest per array)."""
     virtual_chunk_location_compression: ManifestVirtualChunkLocationCompressionConfig | None = unset(
         ManifestVirtualChunkLocationCompressionConfig()
     )

@@ -199,7 +199,7 @@ class RepositoryConfig(Setting):
     caching: CachingConfig | None = unset(CachingConfig())
     """Sizes of the caches in memory."""
     storage: StorageSettings | None = None
-    """None: the storage's own defaults."""
+    """Settings of requests to the storage. None: the storage's own defaults."""
     virtual_chunk_containers: Annotated[dict[str, VirtualChunkContainer], _containers] | None = None
     """Containers by URL prefix, or by the key chosen at construction."""
     manifest: ManifestConfig | None = unset(ManifestConfig())

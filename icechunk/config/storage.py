@@ -68,9 +68,9 @@ class S3Options(Setting):
     _public_name: ClassVar[str] = "icechunk.storage.S3Options"
 
     region: str | None = None
-    """None: found by the credential chain's usual means."""
+    """Region of the bucket. None: found by the credential chain's usual means."""
     endpoint_url: str | None = None
-    """None: AWS itself."""
+    """URL of the service. None: AWS itself."""
     allow_http: bool = False
     """Plain ``http://`` endpoints are refused unless this is set."""
     anonymous: bool = False
@@ -82,7 +82,7 @@ class S3Options(Setting):
     requester_pays: bool = False
     """Agree to be billed for requests to a bucket of another account."""
     checksum_algorithm: ChecksumAlgorithm | None = None
-    """None: the form that the service needs."""
+    """Checksum that uploads carry. None: the form that the service needs."""
 
     def _shown(self) -> list[tuple[str, Any, Any]]:
         rows = Represented._shown(self)
@@ -255,7 +255,7 @@ class StorageConcurrencySettings(Setting):
     max_concurrent_requests_for_object: _Some16 | None = unset(DEFAULT_MAX_REQUESTS_PER_OBJECT)
     """Requests in flight for one object."""
     ideal_concurrent_request_size: _Some64 | None = unset(DEFAULT_IDEAL_REQUEST_BYTES)
-    """Bytes of each, about."""
+    """Bytes of each request, about."""
 
 
 @dataclass(slots=True, repr=False)

@@ -27,7 +27,7 @@ __all__ = ["Living", "LivingMemory", "Shares"]
 
 _LOOK_EVERY_US: Final = 1_000_000
 _ROW_WEIGHT: Final = 24
-"""About the size of a reference in a manifest, bytes, without the chunk where that is inline."""
+"""Bytes of a reference in a manifest, about, without the chunk where that is inline."""
 
 
 class Shares:
@@ -63,7 +63,7 @@ class Shares:
 
 
 def _weights(refs: ChunkRefs) -> npt.NDArray[np.int64]:
-    """About the size of each reference in its manifest, bytes."""
+    """Bytes of each reference in its manifest, about."""
     inline = np.where(refs.kind == INLINE, refs.length, np.uint64(0))
     return _ROW_WEIGHT + inline.astype(np.int64)
 

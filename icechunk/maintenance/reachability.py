@@ -111,7 +111,7 @@ class Budget:
 
 
 _DECODED_BYTES_PER_REF = 160
-"""About the size of a reference while a manifest is decoded, bytes."""
+"""Bytes of a reference while a manifest is decoded, about."""
 
 
 T = TypeVar("T")
@@ -225,7 +225,7 @@ class Walked:
     snapshots: dict[ObjectId, tuple[ObjectId, ...]] = field(default_factory=dict)
     """Manifests that each snapshot uses."""
     parents: dict[ObjectId, ObjectId | None] = field(default_factory=dict)
-    """As the files name them: in format 1 only."""
+    """Parent of each snapshot as its file names it: in format 1 only."""
     manifests: dict[ObjectId, Use] = field(default_factory=dict)
     """Every manifest that one of the snapshots uses, with the arrays of all of them."""
 
@@ -467,7 +467,7 @@ class RowSet:
         return len(self.rows)
 
     def missing(self, wanted: Iterable[bytes]) -> list[bool]:
-        """For each row, in order, whether it is not in the set."""
+        """Whether each row, in order, is absent from the set."""
         asked = np.array(list(wanted), self._type)
         if not len(asked):
             return []

@@ -49,13 +49,13 @@ __all__ = ["Commit", "CommitFiles", "File", "How", "write_snapshot", "write_unli
 
 _LOG: Final = logging.getLogger(__name__)
 _BYTES_PER_REF: Final = 64
-"""About the size of an encoded reference, which decides whether a thread encodes."""
+"""Bytes of an encoded reference, about, which decides whether a thread encodes."""
 _BYTES_PER_CHANGE: Final = 16
-"""The same for a changed chunk in a transaction log."""
+"""Bytes of a changed chunk in a transaction log, about."""
 _BYTES_PER_NODE: Final = 256
-"""The same for a node of the snapshot."""
+"""Bytes of a node of the snapshot, about."""
 _REBASED: Final = "__icechunk"
-"""Under this name, which is the official library's, metadata of a commit say how often it was rebased."""
+"""Key, the official library's own, under which a commit's metadata say how often it was rebased."""
 _LONGEST_BACKOFF_ROUND: Final = 4
 """Pauses between tries of a commit grow up to this one: a longer one would only let more others pass."""
 
@@ -455,7 +455,7 @@ class CommitFiles:
     amended: TransactionLog | None
     """Transaction log of the snapshot that this one takes the place of."""
     snapshot: Snapshot | None = None
-    """Known once its file was made."""
+    """The new snapshot; None until its file was made."""
     further_transactions: tuple[ObjectId, ...] = ()
     """Transaction logs with the rest of the changes, which the snapshot's record will name; oldest first."""
     new: list[Remembered] = field(default_factory=list)

@@ -47,7 +47,7 @@ Coords: TypeAlias = npt.NDArray[np.uint32]
 
 _LOG = logging.getLogger(__name__)
 _BYTES_PER_ROW = 64
-"""About the size of a chunk row, which decides whether a thread carries rows over."""
+"""Bytes of a chunk row, about, which decides whether a thread carries rows over."""
 _DETECTOR = ConflictDetector()
 
 

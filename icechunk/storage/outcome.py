@@ -109,7 +109,7 @@ class Tried:
     error: Exception | None = None
     """Error to raise if this was the last one."""
     turned_down: bool = False
-    """Because the condition did not hold; certain unless an earlier request may have landed."""
+    """Whether the condition did not hold; certain unless an earlier request may have landed."""
     final: bool = False
     """Whether another try would fail too."""
     refused: bool = False
@@ -119,7 +119,7 @@ class Tried:
     reached: bool = True
     """Whether the service may have received the request."""
     look: bool = False
-    """Worth looking before the next one."""
+    """Whether it is worth looking before the next one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,13 +127,13 @@ class Seen:
     """The result of looking at a write's place."""
 
     fate: Fate
-    """Never `Fate.REFUSED`."""
+    """Fate of the write; never `Fate.REFUSED`."""
     put: PutResult | None = None
     """The answer that the write must have had, where it landed and the writer wants to know it."""
     why: Exception | None = None
     """Error because of which the place could not be looked at; then the fate is open."""
     final: bool = False
-    """Looking again would fare no better."""
+    """Whether looking again would show no more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -109,7 +109,7 @@ class Waiting(NamedTuple):
     still_s: float
     """Limit for the next byte of an answer, or for the peer to take more of the body."""
     body_s: float
-    """Added for the first byte: the body needs time, and the peer need not tell that it receives it."""
+    """Time added for the first byte: the body needs it, and the peer need not tell that it receives the body."""
     epoch: int
     uploading: int
     """Bytes of all bodies under way when it began."""

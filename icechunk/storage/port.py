@@ -128,7 +128,7 @@ class Range:
 
     start: int
     end: int | None = None
-    """None: to the end of the object."""
+    """First byte after the range; None: the range goes to the end of the object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +180,7 @@ class PutResult:
 
     version: Version
     date_us: int | None
-    """As in `GetResult`."""
+    """Store time, µs, as in `GetResult`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -169,7 +169,7 @@ class Limits:
     cache_bytes: int = 64 * 1024 * 1024
     """Bytes of windows and blocks that are kept or on their way, in each loop."""
     keep_wanted: bool = False
-    """Also keep what was asked for, and not only what was fetched besides."""
+    """Whether bytes that were asked for are kept too, and not only those that were fetched besides."""
     max_objects: int = 4096
     """Objects whose readers are remembered."""
 

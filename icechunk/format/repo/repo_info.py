@@ -59,7 +59,7 @@ class SnapshotRecord:
 
     id: ObjectId
     parent: ObjectId | None
-    """None for the first snapshot."""
+    """Id of the parent; None for the first snapshot."""
     flushed_at_us: int
     """µs since the epoch; later than the parent's."""
     message: str

@@ -81,7 +81,7 @@ class Known:
     count: int
     """Updates that it holds."""
     before: str | None
-    """Its ``repo_before_updates``."""
+    """The ``repo_before_updates`` of the object."""
     copy: bytes | None = None
     """The durable copy of the object, if the object itself is torn, as a power failure may leave it; all other fields
     but `version` are then those of the copy. The copy must replace the object before that is replaced or copied."""

@@ -45,7 +45,7 @@ __all__ = [
 
 MAX_MEMBERS = 1_000
 MAX_ENTRY_BYTES = 1 << 20
-"""About; one member alone may have a little more."""
+"""Bytes of an entry, about; one member alone may have a little more."""
 MAX_EMBEDDED_BYTES = 512 * 1024
 """Bytes of the embedded files of one caller, at most."""
 

@@ -747,7 +747,7 @@ def _amendments(state: RepoState, event: e.SnapshotsRewritten) -> list[stored.Up
 
 
 REWRITTEN_AS: Final = "rewritten_as"
-"""Under ``__icechunk`` in the metadata of a snapshot that was replaced and stays: the id of the new one, as text."""
+"""Key of the id, as text, of the snapshot that replaced one that stays: under ``__icechunk`` in the old one's metadata."""
 _OURS: Final = "__icechunk"
 
 

@@ -38,7 +38,7 @@ class GroupCreated:
     """A group was created at a free path."""
 
     node_id: NodeId
-    """Fresh, for the whole life of the group."""
+    """Id of the group, fresh, for its whole life."""
     path: str
     """Absolute path."""
     user_data: bytes
@@ -52,7 +52,7 @@ class ArrayCreated:
     """An array without chunks was created at a free path."""
 
     node_id: NodeId
-    """Fresh, for the whole life of the array."""
+    """Id of the array, fresh, for its whole life."""
     path: str
     """Absolute path."""
     user_data: bytes
@@ -117,7 +117,7 @@ class ChunksWritten:
     node_id: NodeId
     """Id of the array."""
     refs: ChunkRefs
-    """Ascending and unique by coordinates."""
+    """References, ascending and unique by coordinates."""
     id: bytes = field(default=b"", compare=False)
     """Id of the event, the same in all copies of it; empty in a log without an author."""
 

@@ -70,7 +70,7 @@ def encode_log(base: ObjectId, events: Sequence[Event]) -> bytes:
 
 
 def size_of(event: Event) -> int:
-    """About how many bytes `encode_log` writes for an event."""
+    """Bytes that `encode_log` writes for an event, about."""
     match event:
         case ChunksWritten():
             refs = event.refs

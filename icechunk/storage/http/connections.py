@@ -440,7 +440,7 @@ class _Connection(asyncio.BufferedProtocol):
         return self._sent_at + 2 * self._read_s + self._received / _SLOWEST_BYTES_PER_S
 
     def _silent_at(self) -> float:
-        """Time at which the silence without any movement is too long."""
+        """Time at which the silence, without any byte in either direction, is too long."""
         if self._still_s >= self._read_s:
             return math.inf
         at = max(self._heard, self._sent_at or 0.0, self._moved_at)

@@ -46,7 +46,7 @@ class Failure:
     """One failed request."""
 
     refused: bool
-    """Because its condition does not hold."""
+    """Whether its condition does not hold."""
     missing: bool
     """There is no such object."""
     transient: bool

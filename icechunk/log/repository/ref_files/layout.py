@@ -69,7 +69,7 @@ class _Change(Group):
 
     key: str = ""
     data: bytes | None = None
-    """None: delete the object."""
+    """New bytes of the object; None: it is deleted."""
     nonce: bytes = _NO_MARK
     """Nonce of the mark of the object; for a deletion `_NO_MARK`."""
 
@@ -80,11 +80,11 @@ class _Write(Attempt):
 
     key: str
     data: bytes | None
-    """None: delete it."""
+    """New bytes of the object; None: it is deleted."""
     base: Version | None
     """The version that it replaces; None: there is none."""
     state: RepoState
-    """Afterwards."""
+    """The state after the change."""
     may_be_there: bool = False
     """Whether some request got no certain answer. A 412 to the first one is about another client's object."""
 

@@ -48,7 +48,7 @@ class RefNames:
 
     @staticmethod
     def of(storage: Storage) -> RefNames:
-        """As the official library does it in a storage of this kind."""
+        """The names that the official library uses in a storage of this kind."""
         inner = storage
         while hasattr(inner, "inner"):
             inner = inner.inner

@@ -234,7 +234,7 @@ class _Ref:
     key: str
     what: RefKey
     snapshot: ObjectId | None
-    """None for a tombstone."""
+    """Snapshot that the ref points to; None for a tombstone."""
     version: Version
     closed: bool
     mark: bytes

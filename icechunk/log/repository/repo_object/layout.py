@@ -64,7 +64,7 @@ class _Replacement(Attempt):
     """Key of the copy of that version."""
     data: bytes
     state: RepoState
-    """Afterwards."""
+    """The state after the replacement."""
 
 
 class RepoObjectLayout(SwappedLog[_Replacement]):

@@ -92,7 +92,7 @@ class Plan:
     policy: Policy
     """The policy of this plan."""
     manifests_to_read: tuple[ObjectId, ...]
-    """Ascending."""
+    """Ids, ascending, of the manifests whose references the plan needs."""
 
     @property
     def num_rows(self) -> int:
