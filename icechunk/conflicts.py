@@ -99,9 +99,9 @@ class BasicConflictSolver(ConflictSolver):
     on_chunk_conflict: VersionSelection = VersionSelection.UseOurs
     """The side whose chunk is kept when both wrote it."""
     fail_on_delete_of_updated_array: bool = False
-    """Otherwise the deletion wins."""
+    """Whether deleting an array that the other side updated is a conflict; False: the deletion wins."""
     fail_on_delete_of_updated_group: bool = False
-    """Otherwise the deletion wins."""
+    """Whether deleting a group that the other side updated is a conflict; False: the deletion wins."""
 
     def __post_init__(self) -> None:
         instance_of(VersionSelection)("BasicConflictSolver.on_chunk_conflict", self.on_chunk_conflict)

@@ -175,9 +175,9 @@ class PreloadNumRefs(ManifestPreloadCondition):
     __match_args__ = ("from", "to")
 
     from_refs: U32 | None
-    """Inclusive."""
+    """Least number, inclusive."""
     to_refs: U32 | None
-    """Exclusive."""
+    """End of the range, exclusive."""
 
 
 # ``from`` cannot be written as a field, yet the official library's attributes are called so.
@@ -388,7 +388,7 @@ class ManifestVirtualChunkLocationCompressionConfig(Setting):
     dictionary_max_size_bytes: U32 | None = unset(_LOCATIONS.dictionary_bytes)
     """Bytes of the dictionary."""
     compression_level: Annotated[int, whole(-(2**31), 2**31 - 1)] | None = unset(_LOCATIONS.level)
-    """zstd level."""
+    """Level of zstd."""
 
 
 @dataclass(slots=True, repr=False)

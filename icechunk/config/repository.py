@@ -110,11 +110,11 @@ class CachingConfig(Setting):
     """Bounds of the caches in memory."""
 
     num_snapshot_nodes: U64 | None = unset(DEFAULT_NUM_SNAPSHOT_NODES)
-    """Nodes of snapshots."""
+    """Nodes of snapshots that are kept, at most."""
     num_chunk_refs: U64 | None = unset(DEFAULT_NUM_CHUNK_REFS)
-    """Chunk references of manifests."""
+    """Chunk references of manifests that are kept, at most."""
     num_transaction_changes: U64 | None = unset(DEFAULT_NUM_TRANSACTION_CHANGES)
-    """Changes of transaction logs."""
+    """Changes of transaction logs that are kept, at most."""
     num_bytes_attributes: U64 | None = unset(0)
     """Bytes of attributes files; no format in use has them."""
     num_bytes_chunks: U64 | None = None
@@ -205,7 +205,7 @@ class RepositoryConfig(Setting):
     manifest: ManifestConfig | None = unset(ManifestConfig())
     """Splitting, preloading and compression of manifests."""
     repo_update_retries: RepoUpdateRetryConfig | None = unset(RepoUpdateRetryConfig())
-    """Races for the repository."""
+    """Tries after a lost race for the repository."""
     num_updates_per_repo_info_file: U16 | None = unset(DEFAULT_NUM_UPDATES_PER_REPO_INFO_FILE)
     """Entries of the operations log that a ``repo`` object keeps itself."""
     max_concurrent_decodes: U16 | None = unset(DEFAULT_MAX_CONCURRENT_DECODES)

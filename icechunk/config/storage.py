@@ -283,7 +283,7 @@ class StorageSettings(Setting):
     minimum_size_for_multipart_upload: U64 | None = unset(DEFAULT_MULTIPART_BYTES)
     """Larger objects are uploaded in parts, bytes."""
     timeouts: StorageTimeoutSettings | None = unset(StorageTimeoutSettings())
-    """Waiting for the storage."""
+    """Time limits of requests."""
 
     def storage_class_of(self, kind: str) -> str | None:
         """The storage class of a new object of ``kind`` ``"metadata"`` or ``"chunk"``; None: the bucket's default."""

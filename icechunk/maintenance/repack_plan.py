@@ -66,7 +66,7 @@ class Piece(NamedTuple):
     """Bytes to be copied."""
 
     source: ObjectId
-    """Chunk object."""
+    """Id of the chunk object that has them."""
     start: int
     length: int
 

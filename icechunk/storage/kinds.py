@@ -36,7 +36,7 @@ class Headers:
     writing: Options | None = None
     """Sent with requests that write; they win over ``both``."""
     both: Options | None = None
-    """Sent with all."""
+    """Headers of all requests."""
 
     def of_reads(self) -> dict[str, str]:
         """All that requests send that read."""

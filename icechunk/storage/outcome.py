@@ -103,7 +103,7 @@ class Tried:
     """The result of one request of a conditional write."""
 
     landed: bool = False
-    """It was executed."""
+    """Whether it was executed."""
     put: PutResult | None = None
     """The answer of one that was executed, where the writer wants to know it."""
     error: Exception | None = None

@@ -74,7 +74,7 @@ class StorageObjectInfo(Described):
     """An object that `Storage.list_objects_metadata` found."""
 
     key: str
-    """Relative to the listed prefix."""
+    """Key relative to the listed prefix."""
     size_bytes: int
     """Size of the object."""
     created_at: datetime
@@ -147,9 +147,9 @@ class ObjectInfo:
     """An object as a listing or a HEAD describes it."""
 
     key: str
-    """Relative to the root prefix."""
+    """Key relative to the root prefix."""
     size: int
-    """Bytes."""
+    """Bytes of the object."""
     version: Version
     modified_us: int
     """Last-Modified by the store's clock, µs since the epoch (whole seconds on most stores)."""

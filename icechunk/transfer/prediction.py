@@ -30,11 +30,11 @@ class Growth(NamedTuple):
     steps: int
     """Number of reads in order that count as a walk."""
     first_bytes: int
-    """First window."""
+    """Bytes of the first window."""
     factor: int
     """Each window is so many times as large as the one before."""
     most_bytes: int
-    """Largest window."""
+    """Bytes of the largest window."""
     reserve: float
     """Part of a window that is not read yet when the next one is requested."""
 

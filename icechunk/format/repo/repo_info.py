@@ -234,7 +234,7 @@ class RepoInfo:
     status: Status
     metadata: Mapping[str, Json] = field(default_factory=dict)
     updates: Sequence[Update] = ()
-    """Newest first."""
+    """Updates, newest first."""
     repo_before_updates: str | None = None
     """Bare name of the copy of `repo` that holds the updates older than these."""
     config: Json | None = None

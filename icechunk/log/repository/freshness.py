@@ -38,7 +38,7 @@ class Instant:
     elapsed_us: int
     """The client's clock that never goes back."""
     wall_us: int
-    """The client's wall clock."""
+    """The client's wall clock, µs."""
 
 
 def instant(sources: Sources, date_us: int | None = None) -> Instant:

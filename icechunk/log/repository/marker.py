@@ -131,7 +131,7 @@ class Marker:
     n: int
     """Last slot folded into it; 0: none."""
     status: Status
-    """The real one."""
+    """The repository's real status, which may differ from the one that ``repo`` shows."""
     gc_cutoff_us: int
     """Cutoff of the last collection, store time in µs; 0: there was none."""
     last_time_us: int
@@ -232,7 +232,7 @@ class Kept:
     """The part of the ops log that the next ``repo`` object holds."""
 
     updates: Sequence[Update]
-    """Newest first."""
+    """Updates, newest first."""
     before: str | None
     """Bare name of the backup that holds the updates before those."""
     needs_backup: bool

@@ -294,7 +294,7 @@ class UpdateRetries:
     """Number and pauses of the tries after a lost race for the repository (``repo_update_retries``)."""
 
     tries: int = DEFAULT_UPDATE_TRIES
-    """The first included."""
+    """Number of tries, the first included."""
     first_pause_s: float = DEFAULT_UPDATE_INITIAL_BACKOFF_MS / 1000
     """Upper end of the first pause; it doubles from try to try."""
     longest_pause_s: float = DEFAULT_UPDATE_MAX_BACKOFF_MS / 1000

@@ -747,7 +747,7 @@ def _amendments(state: RepoState, event: e.SnapshotsRewritten) -> list[stored.Up
 
 
 REWRITTEN_AS: Final = "rewritten_as"
-"""Key of the id, as text, of the snapshot that replaced one that stays: under ``__icechunk`` in the old one's metadata."""
+"""Key, under ``__icechunk`` in the metadata of a replaced snapshot that stays, of the new snapshot's id, as text."""
 _OURS: Final = "__icechunk"
 
 

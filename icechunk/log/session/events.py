@@ -103,9 +103,9 @@ class NodeMoved:
     node_id: NodeId
     """Id of the topmost node."""
     source: str
-    """Path before."""
+    """Path before the move."""
     target: str
-    """Path after; it was free."""
+    """Path after the move; it was free."""
     id: bytes = field(default=b"", compare=False)
     """Id of the event, the same in all copies of it; empty in a log without an author."""
 

@@ -243,7 +243,7 @@ class Folders:
                 del self._durable_versions[next(iter(self._durable_versions))]
 
     def settle(self, path: str, status: os.stat_result) -> None:
-        """Sync the folder of a file that is to be shown to a reader, if its writer, being recent, may not have synced it."""
+        """Sync the folder of a file before a reader sees it, if it is so young that its writer may not have."""
         now_ns = time.time_ns()
         if now_ns - status.st_ctime_ns > _SETTLED_AFTER_NS or self._durable_versions.get(path) == version_of(status):
             return

@@ -62,11 +62,11 @@ class NetChanges:
     """The same by node: an id is in at most one of new, deleted and updated."""
 
     new: tuple[NodeSnapshot, ...] = ()
-    """As they are now."""
+    """New nodes as they are now."""
     deleted: tuple[NodeSnapshot, ...] = ()
-    """As they were."""
+    """Deleted nodes as they were."""
     updated: tuple[NodeSnapshot, ...] = ()
-    """As they are now."""
+    """Nodes with other metadata, as they are now."""
     moved: tuple[Move, ...] = ()
     """Nodes that are neither new nor deleted, ordered by the segments of their source."""
     chunks: Mapping[NodeId, npt.NDArray[np.uint32]] = field(default_factory=dict)
