@@ -21,7 +21,8 @@ TEXTS = [
 AVOIDED = re.compile(r"\b(whoever|nobody|somebody|anybody|everybody|strangers?|deaf|heels|he|him|his)\b", re.IGNORECASE)
 """A client is *it*, a person is named by the part that they play: user, caller, reader, writer."""
 HEADLESS = re.compile(
-    r'^(?:(?:"""|# )(?:Who|What|Whoever|Whatever) (?!is normative)|"""(?:Of|That|Why|How|Which|When|After them)\b)'
+    r'^(?:(?:"""|# )(?:Who|What|Whoever|Whatever) (?!is normative)'
+    r'|"""(?:Of|That|Those|Why|How|Which|When|After them|By which|For whom|In which)\b)'
 )
 """Docstrings and comments begin with their subject."""
 

@@ -33,9 +33,9 @@ class Listed:
 
     session: ObjectId
     own: dict[int, ObjectInfo] = field(default_factory=dict)
-    """Those of the session itself, by number."""
+    """Segments of the session itself, by number."""
     workers: dict[ObjectId, dict[int, ObjectInfo]] = field(default_factory=dict)
-    """Those of forks that joined it, by number."""
+    """Segments of forks that joined it, by fork and number."""
 
     @property
     def last(self) -> int:

@@ -247,7 +247,7 @@ QUICK: Final = (
     "link",
     "exclusive",
 )
-"""Those of them that are explored within seconds."""
+"""Names of the scenarios that are explored within seconds."""
 
 
 def space_of(scenario: AnyScenario, without: Iterable[str] = ()) -> Space:

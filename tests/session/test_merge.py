@@ -69,7 +69,7 @@ def travel(fork: ForkSession) -> ForkSession:
 
 
 def conflicts(session: Session, *forks: Session, on_conflict: str = "error") -> list[MergeConflict]:
-    """Those that a merge ends with; the session is as before."""
+    """Conflicts that a merge ends with; the session is as before."""
     before = str(session.status())
     with pytest.raises(MergeFailedError) as refused:
         session.merge(*forks, on_conflict=on_conflict)  # type: ignore[arg-type]

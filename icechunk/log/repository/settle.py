@@ -419,7 +419,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
             self._give_up(one, error, why)
 
     async def tell_told(self) -> None:
-        """After a look: tell the callers of told attempts whose places it has shown to be taken."""
+        """Tell the callers of told attempts whose places the last look has shown to be taken."""
         if self._told and not self.swapping.locked():
             async with self.swapping:
                 await self._recall()
