@@ -29,6 +29,7 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.format.keys import CHUNKS_PREFIX, SESSIONS_PREFIX
+from icechunk.storage import outcome
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import PutResult, Storage
 from icechunk.testing.recording import RecordingStorage
@@ -313,7 +314,10 @@ class LosesAnswers(WrappingStorage):
 
 @pytest.mark.parametrize("readable", [True, False])
 @pytest.mark.parametrize("happens", [True, False])
-async def test_a_checkpoint_without_an_answer_loses_and_doubles_nothing(happens: bool, readable: bool) -> None:
+async def test_a_checkpoint_without_an_answer_loses_and_doubles_nothing(
+    happens: bool, readable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outcome, "backoff_s", lambda *_: 0.0)
     storage = LosesAnswers(MemoryStorage())
     repo = await new_repo(storage)
     session = await repo.writable_session_async("main")
