@@ -25,8 +25,8 @@ Matches      anything else, after a try  undecided: ours may have landed and bee
 If every try of a write failed in a way that certainly wrote nothing, the error says so: it is marked `refused` if
 another try would fail too, and `unsent` if it may succeed. `tried_by` reads the mark.
 
-A conditional write that is made through `Storage` is a `Sending`: up to eight requests, each with the store's own tries,
-with pauses that grow. It is recognised by what its object contains. `certain` turns its outcome into True or False.
+A conditional write that is made through `Storage` is a `Sending`: up to eight requests, each with the own tries of the
+store, with pauses that grow. It is recognised by what its object contains. `certain` makes a bool of its outcome.
 """
 
 from __future__ import annotations
