@@ -92,6 +92,7 @@ from icechunk.errors import (
     SnapshotNotFoundError,
     StorageError,
 )
+from icechunk.format.envelope import allow_metadata_bytes
 from icechunk.inspection.drawing import AncestryGraph
 from icechunk.ops import (
     GCSummary,
@@ -245,6 +246,7 @@ __all__ = [
     "VersionSelection",
     "VirtualChunkContainer",
     "VirtualChunkSpec",
+    "allow_metadata_bytes",
     "azure_anonymous_credentials",
     "azure_credentials",
     "azure_from_env_credentials",

@@ -65,7 +65,7 @@ ADDED = {
         "PersistedSession SessionEndedError SessionNotFoundError": PERSISTED,
         "ArrayChange Blame ChangedRegions": "what changed: docs/inspecting.md",
         "EventKind RepositoryEvent": "what happens in a repository: docs/feed.md",
-        "EngineConfig": "settings of this engine: docs/tuning.md",
+        "EngineConfig allow_metadata_bytes": "settings of this engine: docs/tuning.md",
         "open open_async storage_from_url": "one URL for a repository: docs/urls.md",
         "azure_store upgrade_icechunk_repository_async": TWIN,
         "__api_version__": "the official version that is matched: docs/releasing.md",

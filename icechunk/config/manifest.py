@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any, Final, TypeAlias
 
+from icechunk.errors import ErrorKind
 from icechunk.format.manifest.location_compression import LocationCompression
-from icechunk.runtime.checks import U16, U32, U64, instance_of, unsigned, whole
+from icechunk.runtime.checks import U16, U32, U64, WrongTypeError, instance_of, unsigned, whole
 from icechunk.runtime.representation import Setting, TupleVariant, VariantMeta, snake_case, unset
 
 __all__ = [
@@ -333,6 +334,10 @@ def _split_sizes(name: str, value: Any) -> list[tuple[ManifestSplitCondition, li
     dim_check = instance_of(ManifestSplitDimCondition)
     # A size of 0 chunks is accepted by the official library, which then fails at the first commit.
     size_check = unsigned(32, minimum=1)
+    if isinstance(value, Mapping):
+        raise WrongTypeError(
+            f"{name} must be pairs, not a mapping; use ManifestSplittingConfig.from_dict", ErrorKind.INVALID_SETTING
+        )
     return [
         (
             condition_check(f"each condition of {name}", condition),

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 import zstandard
 
-from icechunk.errors import ErrorKind, FormatError
+from icechunk.errors import ErrorKind, FormatError, InvalidInputError
 from icechunk.runtime.about import CLIENT_NAME
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "HEADER_SIZE",
     "FileHeader",
     "FileType",
+    "allow_metadata_bytes",
     "read_header",
     "seal",
     "unseal",
@@ -71,6 +72,33 @@ _BOUNDS: Final = {
     # 5000 commits with the same metadata of 25 kB; the other bytes of a commit compress 6 times.
     FileType.REPO_INFO: _Bound(128 * 2**20, 128),
 }
+
+
+_REMEDY: Final = "; if its writer is trusted, allow that with icechunk.allow_metadata_bytes"
+_allowed_bytes = 0
+
+
+def allow_metadata_bytes(size: int) -> None:
+    """Accept metadata files that decompress to so many bytes, in this process, however small they are compressed.
+
+    By default a snapshot or manifest may decompress to 256 MiB at any ratio, a ``repo`` file to 128 MiB and a
+    transaction log to 32 MiB; larger ones only if they compress as such files do. A file of a stranger could otherwise
+    fill the memory. A trusted repository may have larger ones, such as a manifest of very many equal inline chunks.
+
+    Parameters
+    ----------
+    size
+        Bytes; 0: the defaults. Never more than 2 GiB are accepted.
+
+    Raises
+    ------
+    InvalidInputError
+        A negative number (kind ``invalid-setting``).
+    """
+    global _allowed_bytes
+    if size < 0:
+        raise InvalidInputError(f"a file cannot decompress to {size} bytes; 0 or more", ErrorKind.INVALID_SETTING)
+    _allowed_bytes = size
 
 
 def seal(
@@ -171,7 +199,7 @@ def read_header(data: bytes, file_type: FileType, *, what: str = "") -> FileHead
 def _limit(file_type: FileType, size: int) -> int:
     """Bytes that a frame of that size may decompress to, in a file of that type."""
     any_ratio_bytes, ratio = _BOUNDS[file_type]
-    return min(max(any_ratio_bytes, size * ratio), _MAX_OUTPUT)
+    return min(max(any_ratio_bytes, size * ratio, _allowed_bytes), _MAX_OUTPUT)
 
 
 def _decompress(frame: memoryview, file_type: FileType, name: str) -> bytes:
@@ -179,7 +207,7 @@ def _decompress(frame: memoryview, file_type: FileType, name: str) -> bytes:
     try:
         declared = zstandard.frame_content_size(frame)
         if declared > limit:
-            raise FormatError(f"cannot read {name}: {len(frame)} bytes claim to decompress to {declared}")
+            raise FormatError(f"cannot read {name}: {len(frame)} bytes claim to decompress to {declared}{_REMEDY}")
         if declared > 0:
             return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
         stream = zstandard.ZstdDecompressor().decompressobj()
@@ -189,7 +217,7 @@ def _decompress(frame: memoryview, file_type: FileType, name: str) -> bytes:
             part = stream.decompress(frame[start : start + _SLICE])
             total += len(part)
             if total > limit:
-                raise FormatError(f"cannot read {name}: {len(frame)} bytes decompress to more than {limit}")
+                raise FormatError(f"cannot read {name}: {len(frame)} bytes decompress to more than {limit}{_REMEDY}")
             if total <= _JOINED_BYTES:
                 parts.append(part)
             else:

@@ -395,13 +395,17 @@ class Assets:
     async def _load(self, key: str, decode: Callable[[bytes], T]) -> T:
         pool = self._pools.peek() or await self._pools.get()
 
-        # A request that is stuck is not joined for long; a file that is being decoded always is.
-        data = b"" if pool.flights.of(("decoded", key)) else self._files.get(key) or await self._read(pool, key)
+        # A request that is stuck is not joined for long; a file that is being decoded always is, so its bytes are not
+        # needed again unless that ended meanwhile.
+        known: bytes | None = None
+        if not pool.flights.of(("decoded", key)):
+            known = self._files.get(key) or await self._read(pool, key)
 
         async def decoded(data: bytes) -> T:
             return await off_loop(len(data), lambda: decode(data), await self._decoders.get())
 
         async def load() -> T:
+            data = self._files.get(key) or await self._read(pool, key) if known is None else known
             try:
                 return await decoded(data)
             except FormatError as error:

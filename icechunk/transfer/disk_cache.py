@@ -124,10 +124,10 @@ class DiskCache:
                 "name a folder that this user may write to",
                 ErrorKind.INVALID_SETTING,
             ) from error
-        if not stat.S_ISDIR(status.st_mode) or (os.name == "posix" and status.st_mode & stat.S_IWOTH):
+        if not stat.S_ISDIR(status.st_mode) or not _is_private(self.folder, status):
             raise InvalidInputError(
-                f"EngineConfig.disk_cache_path {self.folder!r} cannot be used: {self._root!r} is no folder, or other "
-                "users may write to it and change cached bytes; remove it, or name another folder",
+                f"EngineConfig.disk_cache_path {self.folder!r} cannot be used: {self._root!r} is no folder of this "
+                "user alone, so others could change the bytes in it; remove it, or name another folder",
                 ErrorKind.INVALID_SETTING,
             )
 
@@ -383,6 +383,16 @@ class ObjectsOnDisk:
 
     def _name(self, key: str) -> str:
         return hashlib.blake2b(key.encode(), digest_size=16, key=self._key).hexdigest()
+
+
+def _is_private(folder: str, status: os.stat_result) -> bool:
+    """Whether only this user can write to the cache in a folder, or put another one in its place."""
+    if os.name != "posix":
+        return True
+    parent = os.stat(folder)
+    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return False
+    return not parent.st_mode & stat.S_IWOTH or bool(parent.st_mode & stat.S_ISVTX)
 
 
 def _never_changes(head: bytes) -> bool:

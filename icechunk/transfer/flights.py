@@ -141,7 +141,8 @@ class Flights:
             return False
         now = asyncio.get_running_loop().time()
         for flight in flights:
-            if flight.covers(reader.start) and not flight.is_left and now < flight.stuck_at(now):
+            joined = flight.join_s is None or (not flight.is_left and now < flight.stuck_at(now))
+            if flight.covers(reader.start) and joined:
                 flight.join(reader)
                 return True
         return False

@@ -35,6 +35,7 @@ from icechunk.config import (
     VirtualChunkContainer,
 )
 from icechunk.errors import InvalidInputError
+from icechunk.runtime.checks import WrongTypeError
 from tests.raising import raises
 
 SETTINGS = (
@@ -330,3 +331,9 @@ def test_storage_class_falls_back_to_the_common_one() -> None:
     assert settings.storage_class_of("metadata") == "B"
     assert settings.storage_class_of("chunk") == "A"
     assert StorageSettings().storage_class_of("chunk") is None
+
+
+def test_splitting_is_given_as_pairs() -> None:
+    condition, dimension = ManifestSplitCondition.path_matches("a"), ManifestSplitDimCondition.Any()
+    with raises(WrongTypeError, "invalid-setting", "ManifestSplittingConfig.from_dict"):
+        ManifestSplittingConfig({condition: {dimension: 3}})  # type: ignore[dict-item]

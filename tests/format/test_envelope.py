@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import zstandard
 
-from icechunk.errors import FormatError
+from icechunk.errors import FormatError, InvalidInputError
 from icechunk.format import envelope
-from icechunk.format.envelope import FileType, seal, unseal
+from icechunk.format.envelope import FileType, allow_metadata_bytes, seal, unseal
 from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.manifest.encoding import encode_manifest
 from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
@@ -210,3 +210,18 @@ def test_a_flipped_bit_anywhere_after_the_client_name_is_found() -> None:
                 continue
             # A bit of the frame's own header may mean nothing; the payload is what was written.
             assert found[1] == PAYLOAD
+
+
+def test_a_trusted_file_of_any_ratio_is_read_once_that_is_allowed() -> None:
+    payload = PAYLOAD[:8] + bytes(40 * 2**20)
+    header = seal(FileType.TRANSACTION_LOG, 2, PAYLOAD)[:39]
+    data = header + zstandard.ZstdCompressor(level=3).compress(payload)
+    with raises(FormatError, "invalid-file-format", "icechunk.allow_metadata_bytes"):
+        unseal(data, FileType.TRANSACTION_LOG)
+    allow_metadata_bytes(2**26)
+    try:
+        assert unseal(data, FileType.TRANSACTION_LOG) == (2, payload)
+    finally:
+        allow_metadata_bytes(0)
+    with raises(InvalidInputError, "invalid-setting", -1):
+        allow_metadata_bytes(-1)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from icechunk.errors import FormatError, ObjectNotFoundError
 from icechunk.format.ids import NodeId, ObjectId
-from icechunk.format.keys import transaction_key
+from icechunk.format.keys import manifest_key, transaction_key
+from icechunk.format.manifest import encode_manifest
 from icechunk.format.transaction import encode_transaction_log
 from icechunk.format.values import (
     ID12,
@@ -23,6 +26,7 @@ from icechunk.format.values import (
     TransactionLog,
 )
 from icechunk.storage.memory import MemoryStorage
+from icechunk.transfer import assets as assets_module
 from icechunk.transfer.assets import Assets
 from icechunk.transfer.cache import WeightedCache
 from icechunk.transfer.limiter import Gates
@@ -119,3 +123,27 @@ async def test_transaction_logs_come_in_the_order_asked_for_also_torn_ones(
     assert [log.new_groups for log in await assets.transaction_logs(ids, limit=2)] == [{NODE}] * len(ids)
     with raises(ObjectNotFoundError, "object-not-found", transaction_key(ObjectId(bytes(12)[:-1] + b"x"))):
         await assets.transaction_logs([*ids, ObjectId(bytes(12)[:-1] + b"x")], limit=2)
+
+
+async def test_a_file_that_is_being_decoded_is_joined_after_another_reader_was_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    id, storage = ObjectId(b"m" * 12), MemoryStorage()
+    await storage.put(manifest_key(id), encode_manifest(Manifest(id=id, arrays={NODE: refs_at([(0, 0)])})))
+    begun, may_end = asyncio.Event(), asyncio.Event()
+
+    async def slow(size_bytes: int, work: Callable[[], Manifest], limiter: object = None) -> Manifest:
+        begun.set()
+        await may_end.wait()
+        return work()
+
+    monkeypatch.setattr(assets_module, "off_loop", slow)
+    assets = Assets(storage, gates=Gates(4), num_snapshot_nodes=1, num_chunk_refs=0, num_transaction_changes=0)
+    first, second = (asyncio.ensure_future(assets.manifest(id)) for _ in range(2))
+    await begun.wait()
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    third = asyncio.ensure_future(assets.manifest(id))
+    await asyncio.sleep(0)
+    may_end.set()
+    assert [one.id for one in await asyncio.gather(second, third)] == [id, id]

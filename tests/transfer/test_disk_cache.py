@@ -261,6 +261,22 @@ def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
         DiskCache.at(str(tmp_path), 1_000_000)
 
 
+@pytest.mark.parametrize("mode", [0o770, 0o707])
+def test_a_cache_that_others_may_change_is_refused(tmp_path: Path, mode: int) -> None:
+    DiskCache.at(str(tmp_path), 1_000_000)
+    (tmp_path / "v1").chmod(mode)
+    with raises(InvalidInputError, "invalid-setting", str(tmp_path)):
+        DiskCache.at(str(tmp_path), 1_000_000)
+
+
+def test_a_folder_in_which_others_may_put_another_cache_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with raises(InvalidInputError, "invalid-setting", str(tmp_path)):
+        DiskCache.at(str(tmp_path), 1_000_000)
+    tmp_path.chmod(0o1777)
+    DiskCache.at(str(tmp_path), 1_000_000)
+
+
 def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with raises(InvalidInputError, "invalid-setting", str(tmp_path / "file")):

@@ -660,6 +660,8 @@ def _remedy(code: int | None) -> str:
             return "; open the repository again where it is now, or create it again"
         case errno.ELOOP:
             return "; nothing is written or deleted through a link below the folder. Put its target in its place"
+        case errno.EEXIST:
+            return "; there is a file where the repository has a folder: choose another path"
         case errno.ENOTDIR:
             return "; there is an object where the key has a folder"
         case errno.ENAMETOOLONG:

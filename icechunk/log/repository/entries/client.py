@@ -516,7 +516,8 @@ class LogView:
             await self.storage.head(snapshot_key(FIRST_SNAPSHOT))
         except ObjectNotFoundError:
             return True
-        except StorageError:
+        except (IcechunkError, OSError):
+            # Also what a callback for credentials raises: whoever asks next is told.
             return False
         return False
 

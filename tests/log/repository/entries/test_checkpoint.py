@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import replace
+from typing import NoReturn
 
 import pytest
 
 from icechunk.errors import (
+    ErrorKind,
+    InvalidInputError,
     ReadOnlyError,
     SessionStateError,
     StorageError,
@@ -515,3 +518,16 @@ async def test_closing_does_not_wait_for_a_pause_between_checkpoints(world: Worl
     assert not all(task.done() for task in patient.tasks)
     await asyncio.wait_for(patient.aclose(), 5)
     assert patient.view.checkpoint_n == 2
+
+
+async def test_a_repository_that_cannot_be_asked_for_credentials_is_not_taken_for_removed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The failed checkpoint is logged; the error of a user's callback for credentials does not end the task."""
+    log, _ = await world.create()
+
+    async def refuse(key: str) -> NoReturn:
+        raise InvalidInputError("refreshing failed with RuntimeError", ErrorKind.INVALID_CREDENTIALS)
+
+    monkeypatch.setattr(log.view.storage, "head", refuse)
+    assert await log.view.is_gone() is False
