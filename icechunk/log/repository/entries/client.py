@@ -517,7 +517,7 @@ class LogView:
         except ObjectNotFoundError:
             return True
         except (IcechunkError, OSError):
-            # Also what a callback for credentials raises: whoever asks next is told.
+            # Also the error of a callback for credentials, which the next request raises again.
             return False
         return False
 
