@@ -82,8 +82,8 @@ def allow_metadata_bytes(size: int) -> None:
     """Accept metadata files that decompress to so many bytes, in this process, however small they are compressed.
 
     By default a snapshot or manifest may decompress to 256 MiB at any ratio, a ``repo`` file to 128 MiB and a
-    transaction log to 32 MiB; larger ones only if they compress as such files do. A file of another writer could otherwise
-    fill the memory. A trusted repository may have larger ones, such as a manifest of very many equal inline chunks.
+    transaction log to 32 MiB; larger ones only if they compress as such files do. Otherwise a small file could fill
+    the memory. A trusted repository may have larger ones, such as a manifest of very many equal inline chunks.
 
     Parameters
     ----------
