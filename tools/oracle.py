@@ -76,7 +76,7 @@ def run(version: str, module: str, *args: str, stdin: Any = None, timeout_s: flo
         (Path(folder) / "tools").symlink_to(PROJECT / "tools")
         try:
             done = subprocess.run(
-                [str(python), "-m", module, *args],
+                [str(python), "-u", "-m", module, *args],
                 input="" if stdin is None else json.dumps(stdin),
                 capture_output=True,
                 text=True,
