@@ -143,6 +143,7 @@ async def costs(life: Life, repository: Repository, recording: RecordingStorage)
     )
 
 
+@pytest.mark.thorough
 async def test_a_long_history_makes_neither_commits_nor_openings_ask_for_more() -> None:
     life = Life()
     recording = RecordingStorage(life.storage, turns=0)

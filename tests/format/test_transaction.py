@@ -33,10 +33,11 @@ def test_transaction_logs_come_back_as_they_were(data: st.DataObject, spec_versi
     assert comparable(again) == comparable(log)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.sampled_from((1, 2)).flatmap(lambda version: st.tuples(st.just(version), transaction_logs(version))))
-)
+VERSIONED = st.sampled_from((1, 2)).flatmap(lambda version: st.tuples(st.just(version), transaction_logs(version)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(VERSIONED, max_size=4))
 def test_logs_that_are_read_together_are_those_that_are_read_alone(logs: list[tuple[int, TransactionLog]]) -> None:
     files = [(log.id, encode_transaction_log(log, version)) for version, log in logs]
     together = decode_transaction_logs(files)

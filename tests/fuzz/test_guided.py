@@ -62,6 +62,7 @@ def test_a_run_counts_its_inputs_and_finds_examples() -> None:
     assert found.lines
 
 
+@pytest.mark.thorough
 def test_the_command_runs_workers_and_repeats_an_input() -> None:
     def run(*words: str) -> str:
         command = [sys.executable, "-m", "tools.fuzz", *words]

@@ -99,7 +99,11 @@ def run_workers(commands: Sequence[Sequence[str]], *, at_once: bool, folder: Pat
 # To the official library a log is read-only.
 @pytest.mark.parametrize(
     ("library", "version"),
-    [("ours", None), ("ours", 2), pytest.param("official", 2, marks=pytest.mark.oracle)],
+    [
+        pytest.param("ours", None, marks=pytest.mark.thorough),
+        pytest.param("ours", 2, marks=pytest.mark.thorough),
+        pytest.param("official", 2, marks=pytest.mark.oracle),
+    ],
     ids=["log", "repo", "official"],
 )
 @turns

@@ -253,6 +253,7 @@ def object_text(key: str) -> str:
     return key.rpartition("/")[2]
 
 
+@pytest.mark.thorough
 @by_layout
 async def test_a_collection_that_ends_at_any_step_leaves_everything_readable_and_the_next_one_finishes(
     version: int | None,
