@@ -5,6 +5,10 @@ folder. A folder that was in use is not made again: it was removed from outside.
 
 A sync counts for all calls made before it began. Calls made while one is running wait for the next, and share it: a
 batch of objects in one folder costs a few syncs, not one each.
+
+A system reports once that a sync failed, and may then take the names for written: the next sync succeeds although they
+are not on the medium. So the names that a failed sync was to make durable stay in doubt, whatever later syncs say,
+until they are given anew.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ __all__ = ["Folders"]
 _SETTLED_AFTER_NS: Final = 120 * 1_000_000_000
 _MANY_FILES: Final = 256
 _CLOCK_GRAIN_NS: Final = 20_000_000
+_NEVER_BEGAN: Final = frozenset({errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOENT, errno.EPERM})
+"""Error numbers of a folder that cannot be opened: its names are as they were."""
 
 
 class _Syncs:
@@ -62,6 +68,9 @@ class Folders:
         self._used: set[str] = set()
         # When this process last began to sync a folder, ns.
         self._synced_ns: dict[str, int] = {}
+        # For a folder with a sync that failed: the last success began before the first of these times, ns, and the
+        # failure ended before the second. Names given between them are in doubt.
+        self._doubts: dict[str, tuple[int, int]] = {}
         # Versions of files that this process has made durable, with their names; the newest ones.
         self._durable_versions: dict[str, Version] = {}
         # Above the root, the lowest folder that this process did not make.
@@ -126,6 +135,11 @@ class Folders:
             except PermissionError:
                 if inside:
                     raise
+            except OSError as error:
+                if error.errno not in _NEVER_BEGAN:
+                    self._doubt(parent)
+                    self._unmake(folder)
+                raise
             if not inside and len(parent) <= len(self._existed):
                 break
             level = parent
@@ -165,6 +179,17 @@ class Folders:
         if self.group_mode:
             os.chmod(folder, stat.S_IMODE(os.stat(folder).st_mode) | self.group_mode)
 
+    def _unmake(self, folder: str) -> None:
+        """Remove the folder and those above it that are empty, so that the next call of `make` gives names anew."""
+        for level in self._levels(folder)[::-1]:
+            if level in self._used or level in self._durable:
+                return
+            try:
+                os.rmdir(level)
+            except OSError:
+                return
+            self._real.discard(level)
+
     def check(self, folder: str) -> None:
         """Raise `OSError` where a folder is missing (``ENOENT``), or behind a symbolic link (``ELOOP``)."""
         for level in self._levels(folder):
@@ -184,14 +209,29 @@ class Folders:
         """Make these files and their names durable, as `fsync_together`; False: that is not possible here."""
         return len(paths) > 1 and self.names_follow_files and fsync_together(paths)
 
-    def sync(self, folder: str) -> None:
+    def sync(self, folder: str, named_ns: int | None = None) -> None:
         """Return once a sync of the folder that began after this call has ended.
+
+        Parameters
+        ----------
+        named_ns
+            Time before the caller gave a name in the folder, ns.
 
         Raises
         ------
         OSError
-            That sync failed: names given before it may be gone after a power failure.
+            That sync failed, or one that ended after the name was given: it may be gone after a power failure.
         """
+        try:
+            self._sync(folder)
+        except PermissionError:
+            # Nobody else knows that the name was never synced.
+            self._doubt(folder)
+            raise
+        if named_ns is not None and self._doubts.get(folder, (0, 0))[1] >= named_ns:
+            raise _doubtful(folder)
+
+    def _sync(self, folder: str) -> None:
         with self._changed:
             syncs = self._syncs.setdefault(folder, _Syncs())
             syncs.users += 1
@@ -229,10 +269,33 @@ class Folders:
                 syncs.ended = number
                 if failure is not None:
                     syncs.failure = (number, failure)
+                    if failure.errno not in _NEVER_BEGAN:
+                        self._doubt(folder)
                 else:
                     self._synced_ns[folder] = began_ns
                 self._changed.notify_all()
         return number >= wanted
+
+    def _doubt(self, folder: str) -> None:
+        with self._changed:
+            now_ns = time.time_ns()
+            first, last = self._doubts.get(folder, (0, 0))
+            if now_ns - last > _SETTLED_AFTER_NS:
+                first = self._synced_ns.get(folder, 0)
+            self._doubts[folder] = first, now_ns
+
+    def require_certain(self, path: str, status: os.stat_result) -> None:
+        """Raise `OSError` (``EIO``) where a sync of its folder failed lately, after a file got its name."""
+        folder = os.path.dirname(path)
+        first, last = self._doubts.get(folder, (0, 0))
+        # The kernel's coarse clock is never ahead.
+        certain = not first - _CLOCK_GRAIN_NS <= status.st_ctime_ns <= last
+        if certain or time.time_ns() - last > _SETTLED_AFTER_NS or self._is_durable(path, status):
+            return
+        raise _doubtful(folder)
+
+    def _is_durable(self, path: str, status: os.stat_result) -> bool:
+        return self._durable_versions.get(path) == version_of(status)
 
     def durable(self, path: str, version: Version) -> None:
         """This process has made that version of a file, and its name, durable."""
@@ -243,19 +306,35 @@ class Folders:
                 del self._durable_versions[next(iter(self._durable_versions))]
 
     def settle(self, path: str, status: os.stat_result) -> None:
-        """Sync the folder of a file before a reader sees it, if it is so young that its writer may not have."""
+        """Sync the folder of a file before a reader sees it, if it is so young that its writer may not have.
+
+        Raises
+        ------
+        OSError
+            The file's name may be gone after a power failure: that sync failed, or an earlier one of this process.
+        """
+        self.require_certain(path, status)
         now_ns = time.time_ns()
-        if now_ns - status.st_ctime_ns > _SETTLED_AFTER_NS or self._durable_versions.get(path) == version_of(status):
+        if now_ns - status.st_ctime_ns > _SETTLED_AFTER_NS or self._is_durable(path, status):
             return
         folder = os.path.dirname(path)
         # The change time is that of the link or rename, by the kernel's coarse clock.
         if status.st_ctime_ns + _CLOCK_GRAIN_NS < self._synced_ns.get(folder, 0):
             return
-        # A reader without the right to sync has a read-only view; the writer has synced it.
-        with contextlib.suppress(OSError):
-            self.sync(folder)
+        # A reader without the right to sync has a read-only view; the writer has synced it. A folder that was removed
+        # meanwhile has no names.
+        with contextlib.suppress(PermissionError, FileNotFoundError):
+            self._sync(folder)
+        # A sync that ended meanwhile may have failed.
+        self.require_certain(path, status)
         self._synced_ns[folder] = now_ns
         self.durable(path, version_of(status))
+
+
+def _doubtful(folder: str) -> OSError:
+    return OSError(
+        errno.EIO, "a sync of its folder failed, so it may be gone after a power failure; check the disk", folder
+    )
 
 
 def _removed(folder: str) -> FileNotFoundError:

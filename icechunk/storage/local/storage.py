@@ -19,8 +19,9 @@ Nothing is made or deleted through a symbolic link below the root. A folder that
 in use is not made again, except for a new repository (`LocalStorage.prepare`).
 
 A reader that finds a file younger than two minutes syncs its folder once before it returns the file: the writer may not
-have done so yet, and a file that was returned must not vanish in a power failure. Files that are only read because
-another one refers to them need no sync: they were durable, or need not be, before that one was written.
+have done so yet, and a file that was returned must not vanish in a power failure. For two minutes after a failed sync,
+this process does not return the files that it was to make durable, unless they are written again. Files that are only
+read because another one refers to them need no sync: they were durable, or need not be, before that one was written.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import itertools
 import os
 import stat
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -56,7 +58,6 @@ from icechunk.storage.buffers import Buffers
 from icechunk.storage.local.files import (
     RESERVED,
     Exclusion,
-    fsync_folder,
     fsync_path,
     info_of,
     locked,
@@ -437,6 +438,7 @@ class LocalStorage(Storage):
                 self._sync_before(before, key, temporary)
             with self._translated("write", key, writes=True, names=True):
                 self._folders.make(folder, durable=synced and not self._folders.names_follow_files)
+                named_ns = time.time_ns()
                 self._publish(key, path, temporary, precondition)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -444,7 +446,7 @@ class LocalStorage(Storage):
             raise
         self._folders.use(folder)
         if synced:
-            self._sync_after_landing(key, folder)
+            self._sync_after_landing(key, folder, named_ns)
             self._folders.durable(path, result.version)
         return result
 
@@ -464,9 +466,11 @@ class LocalStorage(Storage):
         return answers
 
     def _holds(self, key: str, data: bytes) -> bool:
-        """Whether an object has these bytes."""
+        """Whether an object has these bytes, under a name that is not in doubt."""
+        path = self._path(key)
         try:
-            with open(self._path(key), "rb") as file:
+            with open(path, "rb") as file:
+                self._folders.require_certain(path, os.fstat(file.fileno()))
                 return file.read() == data
         except OSError:
             return False
@@ -499,6 +503,9 @@ class LocalStorage(Storage):
             with self._translated("sync", os.path.relpath(folder, self._root)):
                 self._folders.make(folder)
                 self._folders.sync(folder)
+        for path, key in keys.items():
+            with self._translated("sync", key):
+                self._folders.require_certain(path, os.stat(path))
 
     def _write_temporary(self, data: bytes, *, synced: bool) -> tuple[str, PutResult]:
         folder = os.path.join(self._root, RESERVED)
@@ -539,9 +546,9 @@ class LocalStorage(Storage):
             self._folders.make(os.path.dirname(path))
             self._exclusion = publish_new(temporary, path, self._exclusion, self._lock_path)
 
-    def _sync_after_landing(self, key: str, folder: str) -> None:
+    def _sync_after_landing(self, key: str, folder: str, named_ns: int) -> None:
         try:
-            self._folders.sync(folder)
+            self._folders.sync(folder, named_ns)
         except OSError as error:
             raise StorageError(
                 f"cannot find out whether the write of {key!r} to {self.describe()} is durable ({error.strerror}): the "
@@ -604,7 +611,7 @@ class LocalStorage(Storage):
                         folders.add(os.path.dirname(path))
                 for folder in folders:
                     with contextlib.suppress(FileNotFoundError):
-                        fsync_folder(folder)
+                        self._folders.sync(folder)
         return deleted, failures
 
     def _copy(self, source: str, target: str) -> PutResult:

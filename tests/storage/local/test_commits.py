@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import os
@@ -26,6 +27,7 @@ from icechunk.format.keys import manifest_key, snapshot_key, transaction_key
 from icechunk.format.repo.codec import decode_repo
 from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.runtime.twins import run_sync
+from icechunk.storage import outcome
 from icechunk.storage.local import files, folders
 
 pytestmark = pytest.mark.thorough
@@ -198,6 +200,40 @@ def test_every_other_change_waits_for_the_disk_twice(
     assert syncs.of(repo.create_tag, "t", snapshot_id=tip) == 2
     assert syncs.of(repo.create_branch, "b", snapshot_id=tip) == 2
     assert syncs.of(repo.delete_branch, "b") == (1 if layout == "refs" else 2)
+
+
+@pytest.mark.parametrize("calls", [1, 1_000_000], ids=["once", "for ever"])
+@pytest.mark.parametrize("names_follow_files", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_commit_whose_name_could_not_be_synced_does_not_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Name, names_follow_files: bool, calls: int
+) -> None:
+    monkeypatch.setattr(folders, "syncs_names", lambda device: names_follow_files)
+    monkeypatch.setattr(outcome, "_LONGEST_PAUSE_S", 0.0)
+    repo = create(tmp_path / "r", layout)
+    commit(repo, 0)
+    session = repo.writable_session("main")
+    change(session, 1)
+    left, real = calls, files.fsync_folder
+
+    def sync(path: str) -> None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        real(path)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(folders, "fsync_folder", sync)
+        with pytest.raises(icechunk.IcechunkError) as caught:
+            session.commit("1")
+        assert left < calls
+    if names_follow_files:
+        assert isinstance(caught.value, icechunk.CommitOutcomeUnknown)
+    # Another client goes on with what is there.
+    other = icechunk.Repository.open(icechunk.local_filesystem_storage(str(tmp_path / "r")))
+    commit(other, 2)
+    assert messages(tmp_path / "r") in (["0", "2"], ["0", "1", "2"])
 
 
 def test_all_files_are_where_readers_of_the_format_look_when_a_commit_returns(tmp_path: Path) -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from icechunk.errors import StorageError
 from icechunk.storage.local import folders as local_folders
 from icechunk.storage.local.files import fsync_folder
 from icechunk.storage.local.folders import Folders
 from icechunk.storage.local.storage import LocalStorage
+from icechunk.storage.port import Absent, Put
+from tests.raising import raises
 
 
 class Slow:
@@ -61,6 +66,111 @@ def test_calls_during_a_sync_share_the_next_one(monkeypatch: pytest.MonkeyPatch,
     assert slow.calls == 2
     assert [error is not None for error in errors] == [failing == 1] + [failing == 2] * 8
     assert not folders._syncs
+
+
+def failing_once(monkeypatch: pytest.MonkeyPatch, code: int = errno.EIO, calls: int = 1) -> None:
+    """The next syncs of folders fail."""
+    real, left = fsync_folder, calls
+
+    def sync(path: str) -> None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise OSError(code, os.strerror(code), path)
+        real(path)
+
+    monkeypatch.setattr(local_folders, "fsync_folder", sync)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES], ids=["the disk fails", "the folder cannot be read"])
+async def test_an_object_whose_sync_failed_is_not_returned_until_it_is_written_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int
+) -> None:
+    storage = LocalStorage(tmp_path)
+    await storage.put("log/0", b"old")
+    failing_once(monkeypatch, code)
+    with raises(StorageError, "io"):
+        await storage.put("log/1", b"new", Absent())
+    for read in (storage.get, storage.head, storage.get, lambda key: storage.get_all([key])):
+        with raises(StorageError, "io"):
+            await read("log/1")
+    assert (await storage.get("log/0")).data == b"old"
+    await storage.put("log/2", b"other", Absent())
+    assert (await storage.get("log/2")).data == b"other"
+    with raises(StorageError, "io"):
+        await storage.get("log/1")
+    await storage.put("log/1", b"new")
+    assert (await storage.get("log/1")).data == b"new"
+
+
+async def test_an_object_that_a_reader_cannot_sync_is_not_returned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    await LocalStorage(tmp_path).put("log/1", b"1")
+    reader = LocalStorage(tmp_path)
+    failing_once(monkeypatch)
+    for _ in range(2):
+        with raises(StorageError, "io"):
+            await reader.get("log/1")
+
+
+async def test_a_reader_without_the_right_to_sync_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    await LocalStorage(tmp_path).put("log/1", b"1")
+    failing_once(monkeypatch, errno.EACCES)
+    assert (await LocalStorage(tmp_path).get("log/1")).data == b"1"
+
+
+async def test_a_sync_that_never_began_leaves_no_doubt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    await storage.put("log/0", b"")
+    failing_once(monkeypatch, errno.EMFILE)
+    with raises(StorageError, "io"):
+        await storage.put("log/1", b"1", Absent())
+    assert (await storage.get("log/1")).data == b"1"
+
+
+async def test_objects_whose_sync_failed_are_not_durable_by_another_sync(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(local_folders, "syncs_names", lambda device: False)
+    storage = LocalStorage(tmp_path)
+    await storage.put("snapshots/0", b"")
+    put = Put("snapshots/1", b"1", Absent())
+    await storage.put_unsynced([put])
+    failing_once(monkeypatch)
+    with raises(StorageError, "io"):
+        await storage.sync([put.key])
+    with raises(StorageError, "io"):
+        await storage.sync([put.key])
+    with raises(StorageError, "io") as caught:
+        await storage.put_after([put.key], Put("repo", b"", Absent()))
+    assert caught.value.refused
+    assert not (tmp_path / "repo").exists()
+    assert await storage.put_unsynced([put]) != [None], "it is written again"
+
+
+async def test_a_name_given_while_a_sync_fails_is_in_doubt_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folders = Folders(str(tmp_path))
+    before_ns = time.time_ns()
+    failing_once(monkeypatch)
+    with pytest.raises(OSError, match="Input/output error"):
+        folders.sync(str(tmp_path), before_ns)
+    with pytest.raises(OSError, match="failed"):
+        folders.sync(str(tmp_path), before_ns)
+    folders.sync(str(tmp_path), time.time_ns() + 1)
+
+
+async def test_a_folder_whose_name_could_not_be_synced_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(local_folders, "syncs_names", lambda device: False)
+    storage = LocalStorage(tmp_path)
+    await storage.put("x", b"")
+    failing_once(monkeypatch)
+    with raises(StorageError, "io"):
+        await storage.put("a/b/c", b"", Absent())
+    assert not (tmp_path / "a").exists()
+    await storage.put("a/b/c", b"", Absent())
 
 
 def test_folders_do_not_wait_for_one_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
