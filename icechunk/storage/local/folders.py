@@ -225,7 +225,7 @@ class Folders:
         try:
             self._sync(folder)
         except PermissionError:
-            # Nobody else knows that the name was never synced.
+            # The name was never synced, and no later reader could tell.
             self._doubt(folder)
             raise
         if named_ns is not None and self._doubts.get(folder, (0, 0))[1] >= named_ns:
