@@ -238,3 +238,12 @@ def test_an_amended_commit_has_the_contents_of_the_replaced_one() -> None:
     ]
     assert right(*made, op("r", "read-content", commit="2", content={"x": "1", "y": "2"}, at=(7, 8)))
     assert not right(*made, op("r", "read-content", commit="2", content={"x": "", "y": "2"}, at=(7, 8)))
+
+
+@pytest.mark.timeout(20)
+def test_no_order_makes_a_commit_its_own_ancestor() -> None:
+    """An attempt whose fate was unknown had landed before the history began: it cannot land once more."""
+    start = View(branches={"main": ("root", "1")}, tags={})
+    late = commit("a", "1", at=(1, None), outcome="open")
+    assert right(late, read("r", at=(2, 3), main="root 1"), start=start)
+    assert not right(late, read("r", at=(2, 3), main="root 1 1"), start=start)

@@ -332,6 +332,9 @@ class _Search:
         name: str | None = tip
         while name is not None and name != ROOT:
             name = parents.get(name) or self.parents.get(name)
+            if name in chain:
+                # In this order a commit would be its own ancestor.
+                return False
             if name is not None:
                 chain.append(name)
         chain.reverse()
