@@ -54,6 +54,7 @@ def test_notebook_shows_three_versions() -> None:
     ]
 
 
+@pytest.mark.thorough
 async def test_ingest_goes_on_where_it_stopped_and_slices_of_it_are_served(tmp_path: Path) -> None:
     folder = str(tmp_path / "measurements")
     first = run("ingest_service.py", folder, "--seconds", "3", "--every", "0.4").split()

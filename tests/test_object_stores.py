@@ -80,6 +80,7 @@ async def test_a_repository_of_each_layout_is_made_written_and_opened_again(
     await repo.aclose()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("asked", "layout", "version"), LAYOUTS[:2], ids=["log", "repo"])
 async def test_no_commit_of_racing_processes_is_lost(
     storage: Storage, asked: int | None, layout: str, version: int

@@ -16,6 +16,7 @@ def test_no_object_holds_deleted_bytes_and_all_remaining_data_reads_back(version
     assert run(seed, version).problems == []
 
 
+@pytest.mark.thorough
 def test_the_generated_histories_have_data_to_delete_and_to_rewrite() -> None:
     outcomes = [run(seed, version) for seed in range(8) for version in LAYOUTS]
     assert sum(outcome.secrets - outcome.living for outcome in outcomes) > 100

@@ -179,6 +179,7 @@ def test_a_joined_fork_travels_and_every_copy_hands_over_for_itself(tmp_path: Pa
     assert [int(v) for v in np.asarray(zarr.open_array(session.store, path="a", mode="r")[:4])] == [0, 1, 2, 3]
 
 
+@pytest.mark.thorough
 def test_processes_write_one_array_given_a_location_and_a_session_id(tmp_path: Path) -> None:
     location = str(tmp_path / "repo")
     repo = Repository.create(icechunk.local_filesystem_storage(location))

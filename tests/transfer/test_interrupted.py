@@ -167,6 +167,7 @@ async def test_threads_that_read_the_same_bytes_as_an_interrupted_one_are_answer
         assert await took_s(others) < ANSWERED_S
 
 
+@pytest.mark.thorough
 async def test_commit_that_meets_a_server_silent_for_five_seconds_takes_little_longer() -> None:
     async with with_array() as server, await Repository.open_async(storage_on(server)) as repository:
         session = await repository.writable_session_async("main")

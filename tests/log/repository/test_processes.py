@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from icechunk.errors import ConflictError
 from icechunk.format.ids import encode_id
 from icechunk.format.repo.repo_info import NewCommit
@@ -38,6 +40,7 @@ async def work(path: str, commits: int) -> None:
     await log.aclose()
 
 
+@pytest.mark.thorough
 async def test_processes_that_commit_to_one_local_repository_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "repo"
     await (await create_log(LocalStorage(path))).aclose()

@@ -89,6 +89,7 @@ def test_wrong_bytes_end_in_failure(tmp_path: Path) -> None:
     assert main(["--load", str(tmp_path / "r.json")]) == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["memory", "local"])
 def test_every_workload_runs_from_end_to_end_without_a_server(kind: str, tmp_path: Path) -> None:
     path, page = tmp_path / "r.json", tmp_path / "r.html"
