@@ -25,6 +25,7 @@ from icechunk.format.values import ID12, NATIVE, ChunkRefs
 from icechunk.repository import Repository
 from icechunk.testing.recording import RecordingStorage
 from tools import oracle
+from tools.bench.huge import array_document
 
 __all__ = ["CASE", "CEILINGS_S", "measure", "rows", "table"]
 
@@ -35,21 +36,6 @@ CEILINGS_S = {"changes of all commits": 2.0, "coverage, half of the chunks": 5.0
 _ROWS, _COLUMNS = 10_000, 1_000
 _BLOCK = 1_000_000
 _CHANGED = 10
-
-
-def _document(grid: tuple[int, ...]) -> bytes:
-    document = {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": grid,
-        "data_type": "int8",
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1] * len(grid)}},
-        "chunk_key_encoding": {"name": "default"},
-        "fill_value": 0,
-        "codecs": [{"name": "bytes"}],
-        "attributes": {},
-    }
-    return json.dumps(document).encode()
 
 
 def _refs(coords: np.ndarray[Any, Any], seed: int) -> ChunkRefs:
@@ -75,7 +61,7 @@ async def _filled(storage: Any, grid: tuple[int, int], references: int, step: in
     """Write an array of so many references along its rows, in every so many-th column; the snapshot."""
     repository = await Repository.create_async(storage)
     session = await repository.writable_session_async("main")
-    session._content.set_metadata("/a", _document(grid))
+    session._content.set_metadata("/a", array_document(grid))
     for first in range(0, references, _BLOCK):
         coords = _places(first, min(_BLOCK, references - first), grid[1] // step)
         coords[:, 1] *= step

@@ -30,7 +30,7 @@ from icechunk.format.values import ID12, NATIVE, ChunkRefs
 from icechunk.repository import Repository
 from tools import oracle
 
-__all__ = ["CASE", "measure", "rows", "table"]
+__all__ = ["CASE", "array_document", "measure", "rows", "table"]
 
 CASE = "huge"
 CEILING_GIB = 8e9 / 2**30
@@ -86,7 +86,8 @@ def _config() -> icechunk.RepositoryConfig:
     return config
 
 
-def _document(grid: tuple[int, ...]) -> bytes:
+def array_document(grid: tuple[int, ...]) -> bytes:
+    """The ``zarr.json`` of an array of so many chunks of one byte along each dimension."""
     document = {
         "zarr_format": 3,
         "node_type": "array",
@@ -134,7 +135,7 @@ def _write(session: icechunk.Session, work: Work) -> None:
 async def _measure(work: Work, folder: str) -> dict[str, float]:
     repository = await Repository.create_async(icechunk.local_filesystem_storage(folder), _config())
     session = await repository.writable_session_async("main")
-    session._content.set_metadata("/a", _document(work.grid))
+    session._content.set_metadata("/a", array_document(work.grid))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began, began_cpu = time.perf_counter(), time.process_time()
     _write(session, work)
