@@ -23,7 +23,7 @@ from zarr.abc.codec import ArrayArrayCodec, ArrayBytesCodec
 from zarr.core.buffer import cpu
 from zarr.registry import get_codec_class
 
-from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError
 from icechunk.format.values import NodeKind
 from icechunk.runtime.twins import synchronous
 from icechunk.session import Session
@@ -34,6 +34,7 @@ from icechunk.virtual import ChunkType, VirtualChunkSpec
 __all__ = ["from_kerchunk", "from_kerchunk_async", "read_kerchunk_parquet", "to_kerchunk", "to_kerchunk_async"]
 
 _CHUNK: Final = re.compile(r"(?:(.*)/)?(\d+(?:[./]\d+)*)")
+_DTYPE: Final = re.compile(r"[<>|=]?[A-Za-z]+\d*(?:\[\d*[A-Za-z]+\])?", re.ASCII)
 _BUILT_IN: Final = frozenset({"gzip", "zstd", "blosc"})
 
 
@@ -198,7 +199,7 @@ def _create(store: IcechunkStore, path: str, document: Mapping[str, Any], attrib
     """Create the Zarr 3 array that a Zarr 2 document describes."""
     names = attributes.pop("_ARRAY_DIMENSIONS", None)
     try:
-        dtype = np.dtype(document["dtype"])
+        dtype = _dtype(document["dtype"])
         filters: list[Any] = []
         compressors: list[Any] = []
         for config in [*(document.get("filters") or ()), *filter(None, [document.get("compressor")])]:
@@ -221,8 +222,18 @@ def _create(store: IcechunkStore, path: str, document: Mapping[str, Any], attrib
             dimension_names=names if names and len(names) == len(shape) else None,
             overwrite=True,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except IcechunkError:
+        raise
+    except Exception as error:  # the codecs of other libraries raise any class for configurations that they do not take
         raise _bad(f"the metadata of array {path!r} cannot be converted to Zarr 3: {error}") from error
+
+
+def _dtype(value: Any) -> np.dtype[Any]:
+    # numpy takes far more than Zarr 2 writes: it reads lists of types by Python's parser, and a datetime unit that is
+    # divided by zero ends the process. Thus only the form that Zarr 2 defines reaches it.
+    if not isinstance(value, str) or not _DTYPE.fullmatch(value):
+        raise ValueError(f"{value!r} is no data type that can be converted")
+    return np.dtype(value)
 
 
 def _codec(config: dict[str, Any], dtype: np.dtype[Any]) -> Any:

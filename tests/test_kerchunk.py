@@ -173,6 +173,33 @@ def test_a_folder_without_parquet_references_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "part",
+    [
+        *({"dtype": dtype} for dtype in ("02", ",", "f4,i4", "(2,2)f8", "m8[s/0]", None, [["a", "02"]], 4)),
+        {"dtype": {"names": ["a"], "formats": ["m8[s/0]"]}},
+        {"chunks": [0]},
+        {"chunks": None},
+        {"shape": [2**70]},
+        {"shape": "22"},
+        {"shape": [[2]]},
+        {"shape": {"2": 2}},
+        {"compressor": {"id": "blosc", "shuffle": []}},
+        {"compressor": {"id": "blosc", "cname": 7}},
+        {"compressor": [1]},
+        {"filters": 3},
+        {"fill_value": "1e999999"},
+        {"fill_value": {"a": 1}},
+    ],
+    ids=str,
+)
+def test_metadata_of_an_array_that_zarr_2_does_not_write_is_refused(tmp_path: Path, part: dict[str, Any]) -> None:
+    array = {"shape": [2], "chunks": [1], "dtype": "<i4", "fill_value": 0, "compressor": None}
+    session = repository(tmp_path).writable_session("main")
+    with pytest.raises(icechunk.InvalidInputError):
+        from_kerchunk(session.store, {".zgroup": '{"zarr_format": 2}', "a/.zarray": json.dumps(array | part)})
+
+
+@pytest.mark.parametrize(
     "refs",
     [
         {".zgroup": "{}", ".zattrs": 7},
