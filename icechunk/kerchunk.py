@@ -63,22 +63,30 @@ async def from_kerchunk_async(
     InvalidInputError
         Not a kerchunk document, of Zarr 2, that this understands. The session may have some of it by then: discard
         its changes, or roll back to a savepoint.
+    AlreadyExistsError
+        The session has an array where the document has a group.
     """
     refs = references.get("refs", references)
     if references.get("templates") or references.get("gen") or not isinstance(refs, Mapping):
         raise _bad("templates and generated references are not supported; resolve them first, for example with fsspec")
     root = to_path(group)
     arrays: dict[str, Any] = {}
+    described: dict[str, str] = {}
     for key in sorted(refs):
         parent, _, name = key.rpartition("/")
+        if name not in {".zgroup", ".zarray"}:
+            continue
+        path = _join(root, parent)
+        if path in described:
+            raise _bad(f"{described[path]!r} and {key!r} describe the same node")
+        described[path] = key
+        attributes = _document(refs.get(key[: -len(name)] + ".zattrs", "{}"))
         if name == ".zgroup":
-            attributes = _document(refs.get(f"{parent}/.zattrs" if parent else ".zattrs", "{}"))
             text = orjson.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes})
-            await store.set(metadata_key_text(_join(root, parent)), cpu.Buffer.from_bytes(text))
-        elif name == ".zarray":
-            attributes = _document(refs.get(f"{parent}/.zattrs", "{}"))
+            await store.set(metadata_key_text(path), cpu.Buffer.from_bytes(text))
+        else:
             arrays[parent] = _document(refs[key])
-            await asyncio.to_thread(_create, store, _join(root, parent), arrays[parent], attributes)
+            await asyncio.to_thread(_create, store, path, arrays[parent], attributes)
     specs: dict[str, list[VirtualChunkSpec]] = {}
     keys: dict[tuple[str, tuple[int, ...]], str] = {}
     for key, value in refs.items():

@@ -172,6 +172,17 @@ def test_a_folder_without_parquet_references_is_refused(tmp_path: Path) -> None:
         read_kerchunk_parquet(tmp_path)
 
 
+def test_a_root_array_keeps_its_attributes_and_its_chunks(tmp_path: Path) -> None:
+    array = {"shape": [2], "chunks": [2], "dtype": "<i4", "fill_value": 0, "compressor": None}
+    values = base64.b64encode(np.array([1, 2], "<i4").tobytes()).decode()
+    session = repository(tmp_path).writable_session("main")
+    refs = {".zarray": json.dumps(array), ".zattrs": '{"units": "K"}', "0": f"base64:{values}"}
+    assert from_kerchunk(session.store, {"version": 1, "refs": refs}) == []
+    read = zarr.open_array(session.store, mode="r")
+    assert dict(read.attrs) == {"units": "K"}
+    assert np.asarray(read[:]).tolist() == [1, 2]
+
+
 @pytest.mark.parametrize(
     "part",
     [
@@ -205,6 +216,8 @@ def test_metadata_of_an_array_that_zarr_2_does_not_write_is_refused(tmp_path: Pa
         {".zgroup": "{}", ".zattrs": 7},
         {"a/.zarray": 7},
         {"a/.zarray": "base64:%%%A"},
+        {".zgroup": "{}", "/.zarray": '{"shape": [], "chunks": [], "dtype": "<i4"}'},
+        {"a/.zgroup": "{}"},
         {"a/0": ["s3://bucket/x", "0", 4]},
         {"a/0": ["s3://bucket/x", -1, 4]},
         {"a/0": "base64:AAA"},

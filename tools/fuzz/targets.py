@@ -267,7 +267,7 @@ def _read_location(data: bytes) -> None:
 
 
 class _Kerchunk:
-    """Imports documents into sessions in memory; a session takes a hundred."""
+    """Imports documents into sessions in memory; a session takes a hundred, each into a group of its own."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -293,7 +293,7 @@ class _Kerchunk:
                 self._session, self._left = await self._repo.writable_session_async("main"), 100
             self._left -= 1
             try:
-                await from_kerchunk_async(self._session.store, document)
+                await from_kerchunk_async(self._session.store, document, group=f"g{self._left}")
             except IcechunkError:
                 self._left = 0
                 raise
