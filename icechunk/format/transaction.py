@@ -300,11 +300,7 @@ def _decode_together(files: Sequence[tuple[ObjectId, bytes]]) -> list[Transactio
 
 def _decode_joined(buffer: JoinedBuffer, files: Sequence[tuple[ObjectId, bytes]]) -> list[TransactionLog]:
     tables = TableColumns(buffer, buffer.roots)
-    ids = tables.column(_ID, _ID_SIZE)
-    if ids is None or ids.rows is not None:
-        raise buffer.fail("one of them has no id")
-    if gather(buffer, ids.positions, f"V{_ID_SIZE}").tobytes() != b"".join([id for id, _ in files]):
-        raise buffer.fail("one of them has another id")
+    tables.require_ids(_ID, [id for id, _ in files])
     new_groups, new_arrays, deleted_groups, deleted_arrays, updated_groups, updated_arrays = (
         _id_sets(buffer, tables, slot)
         for slot in (_NEW_GROUPS, _NEW_ARRAYS, _DELETED_GROUPS, _DELETED_ARRAYS, _UPDATED_GROUPS, _UPDATED_ARRAYS)

@@ -199,6 +199,21 @@ class TableColumns:
     def __len__(self) -> int:
         return len(self._positions)
 
+    def require_ids(self, slot: int, ids: Sequence[bytes]) -> None:
+        """Require that the tables hold these ids, of one size, at ``slot``.
+
+        Raises
+        ------
+        FormatError
+            If one of them holds another, or none.
+        """
+        buffer, size = self._buffer, len(ids[0]) if ids else 0
+        column = self.column(slot, size)
+        if column is None or column.rows is not None:
+            raise buffer.fail("one of them has no id")
+        if gather(buffer, column.positions, f"V{size}").tobytes() != b"".join(ids):
+            raise buffer.fail("one of them has another id")
+
     def column(self, slot: int, size: int) -> Column | None:
         """Positions of the field of ``size`` bytes at ``slot``; None when no table has it.
 

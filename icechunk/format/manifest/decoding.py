@@ -187,11 +187,7 @@ def _decode_together(files: Sequence[tuple[ObjectId, bytes]]) -> list[DecodedMan
 
 def _decode_joined(buffer: JoinedBuffer, files: Sequence[tuple[ObjectId, bytes]]) -> list[DecodedManifests]:
     tables = TableColumns(buffer, buffer.roots)
-    column = tables.column(at_slot.ID, _ID_SIZE)
-    if column is None or column.rows is not None:
-        raise buffer.fail("one of them has no id")
-    if gather(buffer, column.positions, f"V{_ID_SIZE}").tobytes() != b"".join([id for id, _ in files]):
-        raise buffer.fail("one of them has another id")
+    tables.require_ids(at_slot.ID, [id for id, _ in files])
     if (tables.numbers(at_slot.COMPRESSION, "u1") > at_slot.WITH_DICTIONARY).any():
         raise buffer.fail("locations are compressed by an unknown algorithm")
     dictionaries, together = tables.vectors(at_slot.DICTIONARY, 1), np.ones(len(files), np.bool_)

@@ -94,11 +94,7 @@ def _read(files: Sequence[tuple[ObjectId, bytes]]) -> SnapshotUses:
 
 def _read_joined(buffer: JoinedBuffer, files: Sequence[tuple[ObjectId, bytes]]) -> SnapshotUses:
     roots = TableColumns(buffer, buffer.roots)
-    column = roots.column(_ID, _ID_SIZE)
-    if column is None or column.rows is not None:
-        raise buffer.fail("one of them has no id")
-    if gather(buffer, column.positions, f"V{_ID_SIZE}").tobytes() != b"".join([id for id, _ in files]):
-        raise buffer.fail("one of them has another id")
+    roots.require_ids(_ID, [id for id, _ in files])
     _check_texts(buffer, _required(buffer, roots.vectors(_MESSAGE, 1)))
     for items in _tables(buffer, _required(buffer, roots.vectors(_METADATA, 4))):
         _check_texts(buffer, _required(buffer, items[0].vectors(_NAME, 1)))
