@@ -130,7 +130,7 @@ def main() -> int:
     for problem in found.problems:
         print(problem)
     print(
-        f"{found.kills} kills in {seconds:.0f} s: {found.rows} rows in {found.commits} commits "
+        f"{found.kills} kills in {seconds:.0f} s, seed {args.seed}: {found.rows} rows in {found.commits} commits "
         f"({found.commits / seconds:.0f} a second), {found.lost} lost, {found.doubled} doubled, "
         f"{len(found.problems)} problems"
     )

@@ -226,7 +226,11 @@ def main() -> int:
         began = time.monotonic()
         runs.run(arguments.at_once)
         runs.check()
-        print(f"{len(runs.names)} sessions in {time.monotonic() - began:.0f} s: {dict(runs.counts)}")
+        counts = ", ".join(f"{count} {step}" for step, count in runs.counts.most_common())
+        took = time.monotonic() - began
+        print(
+            f"{len(runs.names)} sessions in {took:.0f} s, seed {arguments.seed}: {counts}; {len(runs.failures)} failed"
+        )
     for failure in runs.failures:
         print(failure, file=sys.stderr)
     return 1 if runs.failures else 0

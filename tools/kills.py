@@ -402,7 +402,7 @@ def main() -> int:
         print("acknowledged: " + ", ".join(f"{count} {step}" for step, count in found.steps.most_common()))
         print("told: " + (", ".join(f"{count} {kind}" for kind, count in found.errors.most_common()) or "no errors"))
         print(
-            f"{found.kills.total()} kills on {kind} in {time.monotonic() - began:.0f} s: "
+            f"{found.kills.total()} kills on {kind} in {time.monotonic() - began:.0f} s, seed {args.seed}: "
             f"{found.steps.total()} steps acknowledged, {len(found.lost)} lost, {len(found.unreadable)} unreadable; "
             f"{found.resumed} sessions resumed"
         )

@@ -262,6 +262,7 @@ def main() -> int:
     parser.add_argument("--long", action="store_true", help="as long as for a release")
     parser.add_argument("--record", nargs=2, metavar=("NAME", "FILE"), help="keep a long run by its output")
     parser.add_argument("--took", type=float, default=0.0, help="with --record: seconds")
+    parser.add_argument("--code", type=int, default=0, help="with --record: exit code; 0: nothing was found")
     parser.add_argument("--command", help="with --record: what was run, if it was not the long command")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(PROJECT)}, and run nothing")
     args = parser.parse_args()
@@ -269,7 +270,7 @@ def main() -> int:
         machine = _BY_NAME[args.record[0]]
         words = args.command.split() if args.command else machine.words(long=True)
         said = Path(args.record[1]).read_text(encoding="utf-8")
-        keep(record(machine, words, said, long=True, seconds=args.took, code=0))
+        keep(record(machine, words, said, long=True, seconds=args.took, code=args.code))
         return 0
     if args.write:
         PAGE.write_text(page(read_runs()), encoding="utf-8")
