@@ -24,6 +24,7 @@ from icechunk.format.manifest import decode_manifest
 from icechunk.format.repo.codec import decode_repo
 from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.format.transaction import decode_transaction_log
+from icechunk.log.repository.entries.takeover import seal_log
 from icechunk.log.repository.entry import floor_key
 from icechunk.log.repository.marker import decode_marker
 from icechunk.log.repository.open import open_repository
@@ -191,6 +192,38 @@ def test_a_power_failure_at_each_point_of_a_commit_leaves_it_whole_or_absent(
         shutil.rmtree(image)
 
 
+@pytest.mark.parametrize("names_follow_files", [False, True], ids=["folders are synced", "names follow files"])
+@pytest.mark.parametrize("loss", list(Loss), ids=lambda loss: loss.value)
+@pytest.mark.parametrize("layout", ["log", "repo"])
+def test_a_power_failure_at_each_point_of_a_conversion_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Name, loss: Loss, names_follow_files: bool
+) -> None:
+    monkeypatch.setattr(folders, "syncs_names", lambda device: names_follow_files)
+    live = tmp_path / "live"
+
+    def life(recorder: Recorder) -> None:
+        repo = repository(live, create=True, layout=layout)
+        for number in range(3):
+            commit(repo, number)
+            recorder.acknowledge(number)
+        recorder.acknowledge("commits")
+        repo.convert("repo" if layout == "log" else "log")
+        recorder.acknowledge("converted")
+        commit(repo, 3)
+        recorder.acknowledge(3)
+
+    trace = record(live, life, names_follow_files=names_follow_files)
+    first, last = (
+        next(n for n, event in enumerate(trace.events, 1) if event.value == value) for value in ("commits", "converted")
+    )
+    step = 1 if loss is Loss.ANY else 3
+    for end in [*range(first, last, step), last, len(trace.events)]:
+        image = tmp_path / f"image {end}"
+        trace.image(end, image, loss, random.Random(f"{loss} {end}"))
+        check(image, trace.acknowledged(end))
+        shutil.rmtree(image)
+
+
 def test_a_second_failure_may_follow_the_first(tmp_path: Path) -> None:
     live = tmp_path / "live"
 
@@ -278,15 +311,36 @@ def test_a_repo_that_is_torn_without_a_copy_is_an_error(tmp_path: Path) -> None:
         repository(root)
 
 
-def test_a_copy_of_a_log_that_has_ended_is_not_taken_for_the_log(tmp_path: Path) -> None:
+def test_a_copy_of_a_log_that_was_taken_over_is_not_taken_for_the_log(tmp_path: Path) -> None:
     root = tmp_path / "r"
     repo = repository(root, create=True)
     commit(repo, 0)
     (copy,) = root.glob("log/*/*.repo")
-    data = copy.read_bytes()
-    repo.convert("repo")
-    assert not copy.exists()
-    copy.write_bytes(data)
+    asyncio.run(seal_log(icechunk.local_filesystem_storage(str(root)), SYSTEM, copy.parent.name, 1))
     (root / "repo").write_bytes(b"")
     with pytest.raises(FormatError):
         repository(root)
+
+
+@pytest.mark.parametrize("loss", [Loss.ALL, Loss.NOTHING], ids=lambda loss: loss.value)
+def test_no_copy_of_a_log_is_left_once_its_repo_counts(tmp_path: Path, loss: Loss) -> None:
+    live = tmp_path / "live"
+    repo = repository(live, create=True)
+    commit(repo, 0)
+    (copy,) = live.glob("log/*/*.repo")
+    data = copy.read_bytes()
+    repo.checkpoint()
+    commit(repo, 1)
+    # As a process leaves it that ends before it deletes the copy that it replaced.
+    copy.write_bytes(data)
+    trace = record(live, lambda recorder: repo.convert("repo"), names_follow_files=False)
+    counts = 0
+    for end in range(1, len(trace.events) + 1):
+        image = tmp_path / f"image {end}"
+        trace.image(end, image, loss, random.Random(0))
+        found = (image / "repo").read_bytes() if (image / "repo").exists() else b""
+        if found and decode_marker(decode_repo(found).extra) is None:
+            counts += 1
+            assert not list(image.glob("log/*/*.repo"))
+        shutil.rmtree(image)
+    assert counts

@@ -29,7 +29,7 @@ from icechunk.log.repository.entry import (
     parse_slot_key,
     slot_key,
 )
-from icechunk.log.repository.events import Sealed
+from icechunk.log.repository.events import CONVERT, Sealed
 from icechunk.log.repository.freshness import TRUST_US, Instant, instant, is_fresh
 from icechunk.log.repository.marker import Marker, decode_marker
 from icechunk.log.repository.port import SwapToken
@@ -139,7 +139,8 @@ async def _read_copy(storage: Storage) -> tuple[RepoInfo, bytes] | None:
     """The durable copy of a torn ``repo``, decoded, and its bytes; None if there is none.
 
     A ``repo`` is written without waiting only if it holds slots after its copy, so those slots exist. A copy without
-    them belongs to a ``repo`` that was never written, and a copy of a log that has ended is obsolete.
+    them belongs to a ``repo`` that was never written, and that of a log that was taken over is obsolete. A log that is
+    being converted has copies until its ``repo`` is durable.
     """
     newest: dict[str, int] = {}
     slots: set[tuple[str, int]] = set()
@@ -155,7 +156,7 @@ async def _read_copy(storage: Storage) -> tuple[RepoInfo, bytes] | None:
         if (epoch, n + 1) not in slots:
             continue
         last = await read_slot(storage, epoch, newest[epoch])
-        if last is None or any(isinstance(event, Sealed) for event in last[0].events):
+        if last is None or any(isinstance(event, Sealed) and event.reason != CONVERT for event in last[0].events):
             continue
         data = (await storage.get(copy_key(epoch, n))).data
         return decode_repo(data), data

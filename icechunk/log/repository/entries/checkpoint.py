@@ -16,7 +16,7 @@ from icechunk.format.repo.repo_info import RepoInfo
 from icechunk.log.repository.conditional import RepoChange, replace_repo
 from icechunk.log.repository.entries.embedded import Embedded, make_durable
 from icechunk.log.repository.entries.reader import Head
-from icechunk.log.repository.entry import copy_key
+from icechunk.log.repository.entry import copy_key, epoch_prefix, parse_copy_key
 from icechunk.log.repository.marker import (
     NO_FILES,
     Kept,
@@ -180,16 +180,31 @@ class _DurableCheckpoint(_Checkpoint):
         encoded = await self._encode(known, head.n)
         if encoded is None:
             return None
-        await put_once(self.storage, copy_key(head.epoch, head.n), encoded.data)
+        await self._keep_copy(encoded)
         if known.marker.n > head.n:
             self._ended = Written(known=known, info=info, by_us=False)
             return None
         return encoded
 
+    async def _keep_copy(self, encoded: EncodedRepo) -> None:
+        await put_once(self.storage, copy_key(self._head.epoch, self._head.n), encoded.data)
+
     async def landed(self, known: Known, encoded: EncodedRepo, put: PutResult) -> Written:
-        assert known.marker is not None
-        await _delete_copy(self.storage, known.marker)
+        marker = known.marker
+        if marker is not None and marker.durable is not None:
+            # The copy has been replaced. Pruning deletes those that remain.
+            await self.storage.delete([copy_key(marker.epoch, marker.durable)])
         return await super().landed(known, encoded, put)
+
+
+class _LastCheckpoint(_DurableCheckpoint):
+    """The checkpoint up to the slot before a seal: durable, and without a copy.
+
+    No client replaces it without waiting for the disk, since none folds more, so no power failure can tear it.
+    """
+
+    async def _keep_copy(self, encoded: EncodedRepo) -> None:
+        pass
 
 
 async def write_checkpoint(
@@ -244,12 +259,6 @@ async def write_durable(
     return await replace_repo(change, known)
 
 
-async def _delete_copy(storage: Storage, marker: Marker) -> None:
-    """Delete the durable copy that a checkpoint names, which has been replaced. Pruning deletes those that remain."""
-    if marker.durable is not None:
-        await storage.delete([copy_key(marker.epoch, marker.durable)])
-
-
 async def _divide_updates(
     storage: Storage, sources: Sources, head: Head, current: Known, updates_per_file: int
 ) -> Kept | None:
@@ -296,17 +305,13 @@ class _Conversion(RepoChange[bool]):
         return None if is_checkpoint else True
 
     async def make(self, known: Known, info: RepoInfo | None) -> EncodedRepo | None:
-        head, storage, marker = self._head, self.storage, known.marker
+        head, marker = self._head, known.marker
         assert marker is not None
         await self._embedded.materialize(marker.n, head.n)
-        if storage.defers_syncs:
-            await make_durable(storage, head.epoch, marker.durable_n, head.n)
-        kept = await _divide_updates(storage, self.sources, head, known, self._updates_per_file)
+        kept = await _divide_updates(self.storage, self.sources, head, known, self._updates_per_file)
         return None if kept is None else await encode(unmarked_info(head.state, kept=kept))
 
     async def landed(self, known: Known, encoded: EncodedRepo, put: PutResult) -> bool:
-        assert known.marker is not None
-        await _delete_copy(self.storage, known.marker)
         return True
 
     def gone(self) -> bool:
@@ -327,4 +332,29 @@ async def finish_conversion(
 
     All helpers write the same state, so it does not matter whose write wins. Parameters as for `write_checkpoint`.
     """
+    if storage.defers_syncs:
+        await _end_copies(storage, sources, head, embedded=embedded, updates_per_file=updates_per_file)
     await replace_repo(_Conversion(storage, sources, head, embedded=embedded, updates_per_file=updates_per_file))
+
+
+async def _end_copies(
+    storage: Storage, sources: Sources, head: Head, *, embedded: Embedded, updates_per_file: int
+) -> None:
+    """Make ``repo`` durable up to the slot before a seal, then delete the durable copies of the log.
+
+    Until then a power failure may tear ``repo``, and a copy is needed. From then on none is, and none may be left when
+    ``repo`` becomes authoritative: if another library's write of it is torn later, a copy would bring back the past.
+    """
+    before = replace(head, n=head.n - 1, state=replace(head.state, seal=None))
+    await replace_repo(_LastCheckpoint(storage, sources, before, embedded=embedded, updates_per_file=updates_per_file))
+    copies = [
+        item.key
+        async for page in storage.list_pages(epoch_prefix(head.epoch))
+        for item in page
+        if parse_copy_key(item.key) is not None
+    ]
+    if copies and (failures := (await storage.delete(copies)).failures):
+        raise StorageError(
+            f"cannot finish the conversion of {storage.describe()}, {failures[0][0]!r} cannot be deleted: "
+            f"{failures[0][1]}; opening the repository tries again"
+        )
