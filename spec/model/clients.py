@@ -60,6 +60,8 @@ def listing(m: Setting, s: World, i: int, p: Proc) -> Iterator[Step]:
     elif repo.epoch == OBJECT_LAYOUT:
         yield opened(m, s, i, p, Repo(OBJECT_LAYOUT, 0, repo.h))
     else:
+        if p.attempt:
+            yield from unanswered(m, s, i, p, "the opening fails on the way")
         n, h, gap = m.tail(s, *repo)
         if gap and "contiguous" in m.rules:
             yield ("gap in the tail: again",), s, p._replace(pc="open", x=None)
@@ -332,7 +334,21 @@ def resend(m: Setting, s: World, i: int, p: Proc) -> Iterator[Step]:
 def ask(m: Setting, s: World, i: int, p: Proc) -> Iterator[Step]:
     """Rule 2, step 3: GET the slot. Or a caller is told something first."""
     yield from judged(m, s, i, p, ("GETs the slot",))
+    yield from unanswered(m, s, i, p, "GETs the slot → NO ANSWER")
     yield from tell(m, s, i, p)
+
+
+def unanswered(m: Setting, s: World, i: int, p: Proc, what: str) -> Iterator[Step]:
+    """Nothing was learned about the attempt in flight: what was read on the way counts for nothing."""
+    lost, *rest = s.faults
+    if not lost:
+        return
+    s = s._replace(faults=(lost - 1, *rest))
+    if p.stop:
+        s, q = given_up(m, s, i, p)
+        yield (what, "· was refused: outcome unknown"), s, q
+    else:
+        yield (what,), s, p._replace(pc="again")
 
 
 def answered(m: Setting, s: World, i: int, p: Proc, label: tuple[object, ...]) -> Iterator[Step]:

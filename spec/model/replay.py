@@ -244,15 +244,21 @@ class _Replay:
                     yield 2, f"slot {slot.n} is sent before slot {other.slot.n} of attempt {other.nonce} is seen taken"
         elif attempt.entry != entry or attempt.slot != slot:
             yield 2, f"attempt {nonce} is sent with other bytes, or to another slot"
-        elif attempt.state is not _State.IN_FLIGHT and not (
-            # Its client does not believe the slot any more, and has not been able to open the log again.
-            attempt.state is _State.LOST and not _Log(proof_us=attempt.proof_us).fresh(self.now_us)
-        ):
+        elif attempt.state is not _State.IN_FLIGHT and not self._may_be_unaware(attempt):
             yield 2, f"attempt {nonce} is sent again, and it is {attempt.state.value}"
         if attempt.entry is None and slot.epoch in client.logs:
             attempt.proof_us = client.logs[slot.epoch].proof_us
         attempt.entry, attempt.slot = entry, slot
         attempt.requests.append(record["request"])
+
+    def _may_be_unaware(self, attempt: _Attempt) -> bool:
+        """Whether what shows that an attempt is lost may be part of an opening that failed, and counts for nothing.
+
+        A client opens the log again if the slot is not believed any more; see "An opening that fails" in rule 2.
+        """
+        stale = not _Log(proof_us=attempt.proof_us).fresh(self.now_us)
+        told = any(self.callers[caller].outcome for caller in attempt.callers)
+        return attempt.state is _State.LOST and stale and not told
 
     def _send_repo(self, client: _Client, record: Record) -> Iterator[tuple[int, str]]:
         if record.get("foreign"):

@@ -192,6 +192,13 @@ LARGE: Final[dict[str, AnyScenario]] = {
         told=1,
         ticks=2,
     ),
+    "prune and look": world(
+        "looks and openings without an answer while slots are pruned",
+        [writer("x", X, settles=True), writer("y", OTHER), CHECKPOINTER, PRUNER],
+        lost=2,
+        told=1,
+        ticks=2,
+    ),
     "convert": world(
         "conversion, and back",
         [writer("x", X_ON, settles=True), writer("y", Y_ON), CHECKPOINTER, actor("converter", back=True, crashes=True)],

@@ -289,6 +289,28 @@ def the_store_check(t: Trace) -> None:
     t.lands("b", 2, "n2", DEV)
 
 
+def _slept_beside_another_writer(t: Trace) -> None:
+    """The attempt of ``a`` is without answer, ``b`` has its slot, and the knowledge of ``a`` is too old to rely on."""
+    t.open("a")
+    t.open("b")
+    t.answer(t.attempt("a", 1, "n1", X, caller="x"), 0)
+    t.lands("b", 1, "n2", Y)
+    t.wait(4 * DAY_US)
+    # An opening begins: what it reads would show that the slot is taken. The listing has no answer.
+    t.get("a", "repo")
+    t.get("a", key(1))
+    t.answer(t.send("a", "LIST", prefix="log/"), 0)
+
+
+def sent_again_after_an_opening_that_failed(t: Trace) -> None:
+    _slept_beside_another_writer(t)
+    again = t.sent("a", 1, "n1", X)
+    t.executed(again, done=False)
+    t.answer(again, 412)
+    t.open("a", 1)
+    t.tell("a", "x", "conflict")
+
+
 GOOD = [
     lost_answer,
     late_and_sent_again,
@@ -303,6 +325,7 @@ GOOD = [
     pruning,
     collection,
     slept_and_opened_again,
+    sent_again_after_an_opening_that_failed,
     the_store_check,
 ]
 
@@ -327,6 +350,21 @@ def told_is_sent_again(t: Trace) -> None:
     again = t.sent("a", 1, "n1", GONE)
     t.executed(again)
     t.answer(again, 200)
+
+
+def lost_and_told_is_sent_again(t: Trace) -> None:
+    _slept_beside_another_writer(t)
+    t.tell("a", "x", "unknown")
+    t.sent("a", 1, "n1", X)
+
+
+def lost_by_a_fresh_answer_is_sent_again(t: Trace) -> None:
+    t.open("a")
+    t.open("b")
+    t.answer(t.attempt("a", 1, "n1", X, caller="x"), 0)
+    t.lands("b", 1, "n2", Y)
+    t.get("a", key(1))
+    t.sent("a", 1, "n1", X)
 
 
 def sent_after_the_client_has_died(t: Trace) -> None:
@@ -551,6 +589,8 @@ BAD: list[tuple[int, Callable[[Trace], None]]] = [
     (1, unconditional),
     (1, the_next_slot_too_early),
     (2, told_is_sent_again),
+    (2, lost_and_told_is_sent_again),
+    (2, lost_by_a_fresh_answer_is_sent_again),
     (2, sent_after_the_client_has_died),
     (2, two_in_flight),
     (2, other_bytes),
