@@ -45,6 +45,9 @@ PAGE: Final = PROJECT / "docs" / "mutants.md"
 RECORDS: Final = PROJECT / "tools" / "records" / "mutants.json"
 HANG_S: Final = 150.0
 """A test that takes longer hangs; pytest's own limit is 120 s."""
+HANG_SCHEDULE_S: Final = 20.0
+"""A schedule that takes longer hangs; most take some milliseconds."""
+_HANGS: Final = " (it hangs)"
 _FEW, _MANY = 150, 1500
 """Schedules of each layout: at first, and when the tests found nothing."""
 _MARKERS: Final = "not minio and not azurite and not oracle"
@@ -111,7 +114,8 @@ def hunters(mutant: Mutant, last: Caught | None, *, simulator_only: bool = False
     found: list[Hunter] = []
     if last is not None and last.by is not None and not simulator_only:
         if last.by.startswith("simulator, "):
-            found.append(Schedules(last.by.removeprefix("simulator, "), 0, (last.schedules or 0) + 10))
+            layout = last.by.removeprefix("simulator, ").removesuffix(_HANGS)
+            found.append(Schedules(layout, 0, (last.schedules or 0) + 10))
         elif (PROJECT / last.by.split("::", maxsplit=1)[0]).exists():
             found.append(Tests((last.by,)))
     found += [Schedules(layout, 0, _FEW) for layout in mutant.layouts]
@@ -150,7 +154,7 @@ def _work(folder: str, tried: Sequence[Hunter], said: Connection) -> None:
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         for hunter in tried:
             try:
-                found = _schedules(hunter) if isinstance(hunter, Schedules) else _tests(hunter, said)
+                found = _schedules(hunter, said) if isinstance(hunter, Schedules) else _tests(hunter, said)
             except BaseException:
                 said.send(("error", traceback.format_exc(), None))
                 return
@@ -160,7 +164,7 @@ def _work(folder: str, tried: Sequence[Hunter], said: Connection) -> None:
     said.send(("missed", None, None))
 
 
-def _schedules(hunter: Schedules) -> tuple[str, int] | None:
+def _schedules(hunter: Schedules, said: Connection) -> tuple[str, int] | None:
     try:
         from icechunk.log.repository.port import Layout
         from tools.simulator.simulation import plan_of, simulate
@@ -168,6 +172,7 @@ def _schedules(hunter: Schedules) -> tuple[str, int] | None:
         return f"simulator, {hunter.layout}", 0
     layout = Layout(hunter.layout)
     for seed in range(hunter.first, hunter.first + hunter.count):
+        said.send(("schedule", f"simulator, {hunter.layout}", seed + 1))
         if simulate(seed, plan_of(seed, layout)).problems:
             return f"simulator, {hunter.layout}", seed + 1
     return None
@@ -213,24 +218,25 @@ def hunt(mutant: Mutant, tried: Sequence[Hunter], *, seconds: float) -> tuple[st
         theirs.close()
         by: str | None = None
         schedules: int | None = None
-        test, since = "", time.monotonic()
+        test, schedule, longest_s, since = "", None, HANG_S, time.monotonic()
         try:
             while time.monotonic() - began < seconds:
-                if test and time.monotonic() - since > HANG_S:
-                    by = f"{test} (it hangs)"
+                if test and time.monotonic() - since > longest_s:
+                    by, schedules = f"{test}{_HANGS}", schedule
                     break
                 if not mine.poll(0.5):
                     continue
                 kind, what, count = mine.recv()
-                if kind == "test":
-                    test, since = what, time.monotonic()
+                if kind in ("test", "schedule"):
+                    test, schedule, since = what, count, time.monotonic()
+                    longest_s = HANG_S if kind == "test" else HANG_SCHEDULE_S
                     continue
                 if kind == "error":
                     raise RuntimeError(f"the hunters of {mutant.name} fail by themselves: {what}")
                 by, schedules = what, count
                 break
         except EOFError:
-            if not test:
+            if not test or schedule is not None:
                 raise RuntimeError(f"the process that hunts {mutant.name} has ended") from None
             by = f"{test} (the process ends)"
         finally:
