@@ -133,11 +133,16 @@ def manifests_to_preload(config: m.ManifestPreloadConfig | None, snapshot: Snaps
         if arrays <= 0 or room <= 0:
             return
         arrays -= 1
+        # By number of references: the manifests of one array often have as many.
+        wanted: dict[int, bool] = {}
         for ref in node.manifests:
             file = snapshot.manifest_files.get(ref.object_id)
             if file is None or file.num_chunk_refs > room or ref.object_id in chosen:
                 continue
-            if _wanted(condition, node.path, file.num_chunk_refs):
+            count = file.num_chunk_refs
+            if count not in wanted:
+                wanted[count] = _wanted(condition, node.path, count)
+            if wanted[count]:
                 chosen.add(ref.object_id)
                 room -= file.num_chunk_refs
                 yield ref.object_id

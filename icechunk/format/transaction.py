@@ -42,6 +42,7 @@ from icechunk.format.flat.vectors import (
     joined,
     lexicographic_order,
     read_coords,
+    regular_vectors,
     targets,
 )
 from icechunk.format.ids import NodeId, ObjectId, encode_id
@@ -376,6 +377,9 @@ def _updated(buffer: Buffer, starts: Positions, counts: Positions) -> list[ByNod
         raise buffer.fail("an array is in its updated chunks twice")
     sizes = vectors.counts
     buffer.charge_tables(int(sizes.sum()))
+    if count == 1 and (many := _many_chunks(buffer, int(vectors.starts[0]), int(sizes[0]))) is not None:
+        part = _sorted_unique(Part((nodes[0],), np.array([0, len(many)], np.int64), many))
+        return _by_log([part], [np.zeros(1, np.int64)], np.concatenate([np.zeros(1, np.int64), ends]))
     edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
     owner = owners(edges)
     logs = np.concatenate([np.zeros(1, np.int64), ends])
@@ -392,6 +396,19 @@ def _updated(buffer: Buffer, starts: Positions, counts: Positions) -> list[ByNod
         parts.append(_sorted_unique(Part(tuple([nodes[i] for i in members.tolist()]), own_edges, rows)))
         numbers.append(members)
     return _by_log(parts, numbers, logs)
+
+
+def _many_chunks(buffer: Buffer, start: int, count: int) -> Coords | None:
+    """Coordinates of the chunks of one array, if there are many of the same rank that lie in the file at equal
+    distances."""
+    if count < _MANY:
+        return None
+    first = targets(buffer, np.array([start], np.int64))
+    vectors = TableColumns(buffer, first).vectors(0, 4)
+    return None if vectors is None else regular_vectors(buffer, start, count, 0, int(vectors.counts[0]))
+
+
+_MANY: Final = 4096
 
 
 def _by_log(parts: Sequence[Part[Coords]], members: Sequence[Positions], logs: Positions) -> list[ByNode[Coords]]:

@@ -17,10 +17,10 @@ import zarr.api.asynchronous as azarr
 
 from icechunk.errors import ErrorKind, InvalidInputError, NodeNotFoundError
 from icechunk.format.documents import parse_document
-from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
+from icechunk.format.ids import NodeId, ObjectId, encode_id, object_id_from_text
 from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.format.snapshot.nodes import with_ids
-from icechunk.format.values import NodeKind, NodeSnapshot, Snapshot
+from icechunk.format.values import NodeKind, NodeSnapshot, Snapshot, TransactionLog
 from icechunk.log.session.extents import volume
 from icechunk.log.session.merge.diff import net_diff
 from icechunk.repository.base import RepositoryBase, select
@@ -36,8 +36,9 @@ __all__ = ["ArrayChange", "Blame", "ChangedRegions", "Changes"]
 Coords: TypeAlias = npt.NDArray[np.uint32]
 Region: TypeAlias = "Sequence[slice | int] | None"
 
-_BATCH: Final = 16
-"""Commits whose transaction logs `Changes.blame_async` reads at once."""
+_FIRST_BATCH: Final = 16
+"""Commits whose transaction logs `Changes.blame_async` reads first; then twice as many at once, and so on."""
+_MOST_BATCH: Final = 1024
 
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True, eq=False)
@@ -246,26 +247,35 @@ class Changes(RepositoryBase):
         index = np.full([b - a for a, b in box], -1, np.int32)
         missing = await self._coverage(node, box, snapshot)
         ids: list[str] = []
-        # Newest first: the first commit found is the last writer. The array's own creation ends the search.
-        steps: list[tuple[ObjectId, ObjectId]] = []
-        for record in await self._ancestry(tip):
-            # The first snapshot changed nothing, and has no transaction log in format 1.
-            own = () if record.parent is None else (record.id,)
-            steps += [(record.id, log) for log in (*own, *reversed(record.pruned_ancestor_tx_logs))]
-        for start in range(0, len(steps), _BATCH):
-            part = steps[start : start + _BATCH]
-            logs = await self._transaction_logs([log for _, log in part])
-            for (id, _), log in zip(part, logs, strict=True):
-                rows = log.updated_chunks.get(node.id)
-                if rows is not None and len(rows) and rows.shape[1] == len(box):
-                    cells = _inside(rows, box)
-                    fresh = cells[missing[tuple(cells.T)]]
-                    if len(fresh):
-                        index[tuple(fresh.T)] = len(ids)
-                        missing[tuple(fresh.T)] = False
-                        ids.append(encode_id(id))
-                if not missing.any() or node.id in log.new_arrays:
-                    return Blame(snapshots=tuple(ids), index=index, origin=tuple(a for a, _ in box))
+        ids: list[str] = []
+        # Newest first: the first commit found is the last writer.
+        lineage = await self._ancestry(tip)
+        start, batch = 0, _FIRST_BATCH
+        created = False
+        while start < len(lineage) and missing.any() and not created:
+            part = lineage[start : start + batch]
+            start, batch = start + batch, min(2 * batch, _MOST_BATCH)
+            writers, logs = await self._logs_until_created(node.id, part)
+            created = len(logs) > 0 and node.id in logs[-1].new_arrays
+            changed = [(number, log.updated_chunks.get(node.id)) for number, log in zip(writers, logs, strict=True)]
+            rows = [(n, _inside(c, box)) for n, c in changed if c is not None and c.shape[1] == len(box)]
+            if rows:
+                cells = np.concatenate([c for _, c in rows])
+                owner = np.repeat([n for n, _ in rows], [len(c) for _, c in rows])
+                places = _numbers(cells, index.shape)
+                fresh = missing.reshape(-1)[places]
+                # The first of equal places is the newest.
+                places, first = np.unique(places[fresh], return_index=True)
+                found, numbers = np.unique(owner[fresh][first], return_inverse=True)
+                index.reshape(-1)[places] = numbers + len(ids)
+                missing.reshape(-1)[places] = False
+                ids += [encode_id(part[number].id) for number in found.tolist()]
+            if created and missing.any():
+                # What the array has from no later commit is from the one that made it.
+                id = encode_id(part[writers[-1]].id)
+                if not ids or ids[-1] != id:
+                    ids.append(id)
+                index[missing] = len(ids) - 1
         return Blame(snapshots=tuple(ids), index=index, origin=tuple(a for a, _ in box))
 
     blame: Final = synchronous(blame_async)
@@ -321,6 +331,35 @@ class Changes(RepositoryBase):
 
         await run_each(read, wanted, limit=self._core.settings.max_requests)
         return found
+
+    async def _logs_until_created(
+        self, node: NodeId, part: Sequence[SnapshotRecord]
+    ) -> tuple[list[int], list[TransactionLog]]:
+        """The transaction logs of these commits, newest first, up to that which made an array; each with the number of
+        its commit.
+
+        Further logs of the commit that made the array are not read.
+        """
+        # The first snapshot changed nothing, and has no transaction log in format 1.
+        own = [record.id for record in part if record.parent is not None]
+        by_id = {log.id: log for log in await self._transaction_logs(own)}
+        steps: list[tuple[int, ObjectId]] = []
+        for number, record in enumerate(part):
+            log = by_id.get(record.id)
+            if log is not None:
+                steps.append((number, record.id))
+                if node in log.new_arrays:
+                    break
+            steps += [(number, id) for id in reversed(record.pruned_ancestor_tx_logs)]
+        others = [id for _, id in steps if id not in by_id]
+        by_id |= {log.id: log for log in await self._transaction_logs(others)}
+        numbers, logs = [], []
+        for number, id in steps:
+            numbers.append(number)
+            logs.append(by_id[id])
+            if node in by_id[id].new_arrays:
+                break
+        return numbers, logs
 
     async def _version(self, branch: str | None, tag: str | None, snapshot_id: str | None) -> tuple[ObjectId, Snapshot]:
         if branch is tag is snapshot_id is None:
@@ -382,6 +421,13 @@ def _mark(found: npt.NDArray[np.bool_], coords: Coords, box: Sequence[tuple[int,
         places += column
         places -= a
     found.reshape(-1)[places] = True
+
+
+def _numbers(cells: npt.NDArray[np.int64], shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
+    """Positions of these elements in an array of the shape, in C order."""
+    if not shape:
+        return np.zeros(len(cells), np.int64)
+    return np.ravel_multi_index(tuple(cells.T), shape).astype(np.int64)
 
 
 def _inside(coords: Coords, box: Sequence[tuple[int, int]]) -> npt.NDArray[np.int64]:

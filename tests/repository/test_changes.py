@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import icechunk
 from icechunk.errors import ErrorKind, InvalidInputError, NodeNotFoundError
+from icechunk.format.transaction import in_parts
 from icechunk.repository.changes import boxes_of
+from icechunk.session import commit as commit_files
 from icechunk.xarray import to_icechunk
 
 VERSIONS = pytest.mark.parametrize("spec_version", [None, 2, 1])
@@ -109,6 +113,48 @@ def test_blame_names_the_last_writer_of_each_chunk(spec_version: int | None) -> 
         repo.blame("g/a", (slice(None),))
     with pytest.raises(NodeNotFoundError):
         repo.blame("g")
+
+
+def test_blame_reads_all_parts_of_the_commit_that_created_the_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit_files, "in_parts", partial(in_parts, max_chunks=3))
+    repo, ids = repository(2)
+    with repo.transaction("main", message="most") as store:
+        zarr.open_array(store, path="g/a")[4:] = 7
+    last = repo.lookup_branch("main")
+    blame = repo.blame("g/a")
+    assert [[blame[y, x] for x in range(3)] for y in range(5)] == [
+        [ids[1], ids[0], ids[0]],
+        [ids[1], None, ids[0]],
+        [last] * 3,
+        [last] * 3,
+        [last] * 3,
+    ]
+    assert blame.snapshots == (last, ids[1], ids[0])
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_blame_is_that_of_a_model(data: st.DataObject) -> None:
+    repo = icechunk.Repository.create(icechunk.in_memory_storage())
+    expected = np.full((4, 3), None, object)
+    places = st.tuples(st.integers(0, 3), st.integers(0, 2))
+    for number in range(data.draw(st.integers(1, 40))):
+        session = repo.writable_session("main")
+        if not number:
+            zarr.create_array(session.store, name="a", shape=(4, 3), chunks=(1, 1), dtype="i1", fill_value=0)
+        array = zarr.open_array(session.store, path="a")
+        cells = data.draw(st.sets(places, max_size=3))
+        for y, x in cells:
+            array[y, x] = number + 1
+        made = session.commit("cells", allow_empty=True)
+        for cell in cells:
+            expected[cell] = made
+    blame = repo.blame("a")
+    assert [[blame[y, x] for x in range(3)] for y in range(4)] == expected.tolist()
+    order = [info.id for info in repo.ancestry(branch="main")]
+    assert list(blame.snapshots) == [id for id in order if id in set(expected[expected != None])]  # noqa: E711
+    part = repo.blame("a", (slice(1, 3), 2))
+    assert [part[y, 2] for y in (1, 2)] == expected[1:3, 2].tolist()
 
 
 @VERSIONS

@@ -3,14 +3,18 @@
     python -m tools.bench.feed [--commits 10000] [--references 100000000]
 
 Prints one JSON object. An array of 10 million chunks gets so many commits that change ten chunks each; a new client
-asks what they changed, what the last hundred of them changed, and who wrote a region last. Another array has so many
-references, in every second place of its grid so that no manifest fills its bounding box: all must be read.
+asks what they changed, what the last tenth and the last hundred of them changed, and which commits wrote a region, or
+the whole array, last. Another array has so many references, and a third a tenth of them, in every second place of its
+grid so that no manifest fills its bounding box: all must be read. Told are seconds, CPU seconds of all threads, reads,
+and the memory that a question needs above what was held before it.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import gc
 import json
 import subprocess
 import sys
@@ -30,10 +34,17 @@ from tools.bench.huge import array_document
 __all__ = ["CASE", "CEILINGS_S", "measure", "rows", "table"]
 
 CASE = "feed"
-CEILINGS_S = {"changes of all commits": 2.0, "coverage, half of the chunks": 5.0, "coverage, all chunks": 5.0}
+CEILINGS_S = {
+    "changes of all commits": 2.0,
+    "blame of 10 000 chunks": 2.0,
+    "coverage, half of the chunks": 5.0,
+    "coverage, all chunks": 5.0,
+}
 """Seconds that a question may take."""
 
 _ROWS, _COLUMNS = 10_000, 1_000
+_SPLIT_ROWS = 10
+"""Rows of chunks in one manifest of the array that is changed: a commit writes the one that it changes."""
 _BLOCK = 1_000_000
 _CHANGED = 10
 
@@ -57,9 +68,11 @@ def _places(first: int, count: int, columns: int) -> np.ndarray[Any, Any]:
     return np.stack(np.divmod(np.arange(first, first + count, dtype=np.uint32), np.uint32(columns)), -1)
 
 
-async def _filled(storage: Any, grid: tuple[int, int], references: int, step: int) -> str:
+async def _filled(
+    storage: Any, grid: tuple[int, int], references: int, step: int, config: icechunk.RepositoryConfig | None = None
+) -> str:
     """Write an array of so many references along its rows, in every so many-th column; the snapshot."""
-    repository = await Repository.create_async(storage)
+    repository = await Repository.create_async(storage, config)
     session = await repository.writable_session_async("main")
     session._content.set_metadata("/a", array_document(grid))
     for first in range(0, references, _BLOCK):
@@ -71,57 +84,94 @@ async def _filled(storage: Any, grid: tuple[int, int], references: int, step: in
     return made
 
 
-async def _asked(storage: Any, question: Any) -> tuple[float, int, Any]:
-    """Seconds of a question of a client with empty caches, and how many files another such client reads."""
+def _memory(name: str) -> float:
+    """A line of the process's memory, MiB; NaN where the system does not tell."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith(name)) / 1024
+    except (OSError, StopIteration):
+        return float("nan")
+
+
+def _forget_peak() -> None:
+    gc.collect()
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+async def _asked(storage: Any, what: str, question: Any) -> tuple[dict[str, float], Any]:
+    """The cost of a question of a client with empty caches, and its answer."""
     async with await Repository.open_async(storage) as repository:
-        began = time.perf_counter()
+        _forget_peak()
+        held = _memory("VmRSS")
+        began, work = time.perf_counter(), time.process_time()
         answer = await question(repository)
-        taken_s = time.perf_counter() - began
+        cost = {what: time.perf_counter() - began, f"{what}, CPU s": time.process_time() - work}
+        cost[f"{what}, MiB"] = _memory("VmHWM") - held
     recording = RecordingStorage(storage, turns=0)
     async with await Repository.open_async(recording) as repository:
         recording.clear()
         await question(repository)
-        reads = recording.count("get")
-    return taken_s, reads, answer
+        cost[f"{what}, reads"] = recording.count("get")
+    return cost, answer
 
 
 async def _changes(storage: Any, commits: int) -> dict[str, float]:
-    first = await _filled(storage, (_ROWS, _COLUMNS), _ROWS * _COLUMNS, 1)
+    condition = icechunk.ManifestSplitCondition.AnyArray()
+    split = icechunk.ManifestSplittingConfig.from_dict(
+        {condition: {icechunk.ManifestSplitDimCondition.Axis(0): _SPLIT_ROWS}}
+    )
+    config = icechunk.RepositoryConfig(manifest=icechunk.ManifestConfig(splitting=split))
+    first = await _filled(storage, (_ROWS, _COLUMNS), _ROWS * _COLUMNS, 1, config)
     made = [first]
+    expected = np.zeros((_ROWS, _COLUMNS), np.int32)
     async with await Repository.open_async(storage) as repository:
         for number in range(commits):
             session = await repository.writable_session_async("main")
             start = number * 7919 % _ROWS * _COLUMNS + number % (_COLUMNS - _CHANGED)
-            session._content.set_references("/a", _refs(_places(start, _CHANGED, _COLUMNS), number))
+            places = _places(start, _CHANGED, _COLUMNS)
+            session._content.set_references("/a", _refs(places, number))
             made.append(await session.commit_async(f"commit {number}"))
+            expected[tuple(places.T)] = number + 1
     seconds: dict[str, float] = {}
-    few = made[-min(101, len(made))]
-    for what, since in (("changes of all commits", first), ("changes of 100 commits", few)):
-        taken_s, reads, answer = await _asked(storage, lambda repo, since=since: repo.changes_async(since))
-        seconds[what] = taken_s
-        seconds[f"{what}, reads"] = reads
-        if not len(answer.arrays["/a"].chunks):
-            raise AssertionError("nothing has changed")
+    questions = {"all": commits, "a tenth of the": max(commits // 10, 1), "100": min(commits, 100)}
+    for name, count in questions.items():
+        what = f"changes of {name} commits"
+        since = made[-1 - count]
+        cost, answer = await _asked(storage, what, lambda repo, since=since: repo.changes_async(since))
+        seconds |= cost
+        change = answer.arrays["/a"]
+        if not np.array_equal(change.chunks, np.argwhere(expected > commits - count)):
+            raise AssertionError("other chunks have changed")
         began = time.perf_counter()
-        seconds[f"{what}, boxes"] = len(answer.arrays["/a"].boxes)
+        seconds[f"{what}, boxes"] = len(change.boxes)
         seconds[f"{what}, boxes s"] = time.perf_counter() - began
-    region = (slice(0, 100), slice(0, 100))
-    seconds["blame of 10 000 chunks"], _, _ = await _asked(storage, lambda repo: repo.blame_async("a", region))
+    for what, rows_, columns in (("10 000", 100, 100), ("all", _ROWS, _COLUMNS)):
+        region = (slice(0, rows_), slice(0, columns))
+        ask = lambda repo, region=region: repo.blame_async("a", region)  # noqa: E731
+        cost, blame = await _asked(storage, f"blame of {what} chunks", ask)
+        seconds |= cost
+        writers = np.array([made.index(id) for id in blame.snapshots])
+        if not np.array_equal(writers[blame.index], expected[:rows_, :columns]):
+            raise AssertionError("other commits have written the chunks")
     return seconds
 
 
 async def _coverage(folder: str, references: int) -> dict[str, float]:
     seconds: dict[str, float] = {}
-    for what, step in (("all", 1), ("half of the", 2)):
+    for what, step, count in (
+        ("half of a tenth of the", 2, references // 10),
+        ("half of the", 2, references),
+        ("all", 1, references),
+    ):
         columns = 10_000 * step
-        grid = (-(-references // 10_000), columns)
-        storage = icechunk.local_filesystem_storage(f"{folder}/{step}")
-        await _filled(storage, grid, references, step)
-        taken_s, reads, found = await _asked(storage, lambda repo: repo.coverage_async("a"))
-        if int(found.sum()) != references or found.shape != grid:
+        grid = (-(-count // 10_000), columns)
+        storage = icechunk.local_filesystem_storage(f"{folder}/{step}-{count}")
+        await _filled(storage, grid, count, step)
+        cost, found = await _asked(storage, f"coverage, {what} chunks", lambda repo: repo.coverage_async("a"))
+        if int(found.sum()) != count or found.shape != grid:
             raise AssertionError(f"{found.sum()} chunks of {found.shape}")
-        seconds[f"coverage, {what} chunks"] = taken_s
-        seconds[f"coverage, {what} chunks, reads"] = reads
+        seconds |= cost
     return seconds
 
 
@@ -142,22 +192,24 @@ def rows(commits: int, references: int) -> list[dict[str, Any]]:
             "case": CASE,
             "what": what,
             "ours_s": taken_s,
-            "reads": found.get(f"{what}, reads"),
+            "cpu_s": found[f"{what}, CPU s"],
+            "mib": found[f"{what}, MiB"],
+            "reads": found[f"{what}, reads"],
             "ceiling_s": CEILINGS_S.get(what),
             "ok": taken_s <= CEILINGS_S.get(what, float("inf")),
         }
         for what, taken_s in found.items()
-        if f"{what}, reads" in found or what.startswith("blame")
+        if f"{what}, reads" in found
     ]
 
 
 def table(found: list[dict[str, Any]]) -> str:
     """The rows for people."""
-    lines = [f"{'case':6}{'what':32}{'seconds':>10}{'reads':>10}{'ceiling':>9}"]
+    lines = [f"{'case':6}{'what':40}{'seconds':>10}{'CPU s':>8}{'MiB':>7}{'reads':>8}{'ceiling':>9}"]
     for row in found:
-        reads = "" if row["reads"] is None else f"{row['reads']:.0f}"
         ceiling = "" if row["ceiling_s"] is None else f"{row['ceiling_s']:.1f}" + ("" if row["ok"] else " !")
-        lines.append(f"{row['case']:6}{row['what']:32}{row['ours_s']:>10.2f}{reads:>10}{ceiling:>9}")
+        costs = f"{row['ours_s']:>10.2f}{row['cpu_s']:>8.2f}{row['mib']:>7.0f}{row['reads']:>8.0f}"
+        lines.append(f"{row['case']:6}{row['what']:40}{costs}{ceiling:>9}")
     return "\n".join(lines)
 
 

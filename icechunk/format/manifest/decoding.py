@@ -29,6 +29,7 @@ from icechunk.format.flat.vectors import (
     joined,
     lexicographic_order,
     read_coords,
+    regular_vectors,
     targets,
 )
 from icechunk.format.ids import NodeId, ObjectId, encode_id
@@ -123,6 +124,9 @@ def decode_coords(
     buffer.charge_tables(total)
     if not total:
         return None
+    regular = regular_vectors(buffer, int(starts[number]), total, at_slot.INDEX, ndim)
+    if regular is not None:
+        return regular
     fields = starts[number] + 4 * np.arange(total, dtype=np.int64)
     vectors = TableColumns(buffer, targets(buffer, fields)).vectors(at_slot.INDEX, 4)
     if vectors is None or vectors.rows is not None or (vectors.counts != ndim).any():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -335,6 +336,41 @@ def test_coordinates_alone_are_those_of_the_references(manifest: Manifest, spec_
         assert sorted(found.tolist()) == sorted(refs.coords.tolist())
         assert decode_coords(data, node, refs.ndim + 1) is None
     assert decode_coords(data, NodeId(bytes(8)), 1) is None or NodeId(bytes(8)) in manifest.arrays
+
+
+@pytest.mark.parametrize("period", [1, 7, 1000, 5000])
+def test_coordinates_alone_of_many_references_of_several_kinds(period: int) -> None:
+    # Those without an offset, and those in other kinds of chunks, have tables of another length.
+    count = 20_000
+    numbers = np.arange(count)
+    refs = native([(n // 100, n % 100) for n in range(count)])
+    refs = replace(refs, offset=(numbers % period).astype(np.uint64), length=(numbers % 3 > 0).astype(np.uint64))
+    data = encode_manifest(one_array(refs))
+    found = decode_coords(data, NODE, 2)
+    assert found is not None
+    assert sorted(found.tolist()) == refs.coords.tolist()
+    assert decode_coords(data, NODE, 3) is None
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_coordinates_alone_of_a_corrupt_manifest_are_refused_or_those_of_the_references(rng: Random) -> None:
+    _, payload = unseal(encode_manifest(one_array(native([(n, 2 * n) for n in range(50)]))), FileType.MANIFEST)
+    octets = bytearray(payload)
+    for _ in range(rng.choice((1, 1, 3))):
+        at = rng.randrange(len(octets))
+        octets[at] = rng.choice((0, 1, 4, 255, octets[at] ^ 1 << rng.randrange(8)))
+    octets[4:8] = b"Ichk"
+    data = seal(FileType.MANIFEST, 2, octets)
+    try:
+        expected = decode_manifest(data)
+    except FormatError:
+        with suppress(FormatError):
+            decode_coords(data, NODE, 2)
+        return
+    found = decode_coords(data, NODE, 2)
+    if found is not None:
+        assert sorted(found.tolist()) == sorted(expected.arrays[NODE].coords.tolist())
 
 
 def test_coordinates_of_a_manifest_of_another_id_are_not_read() -> None:
