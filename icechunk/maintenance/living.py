@@ -5,11 +5,11 @@ The set grows with new snapshots, and never shrinks, so an error of it keeps too
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
-import anyio
 import numpy as np
 import numpy.typing as npt
 
@@ -104,7 +104,7 @@ class Living:
         self._chunks: RowSet = RowSet(CHUNK_ID_BYTES) if known is None else known._chunks
         self._growths = 0
         self._looked_us = sources.elapsed_us()
-        self._growing = anyio.Lock()
+        self._growing = asyncio.Lock()
         self.state: RepoState = state
         """The repository as it was last seen."""
         self.walked: Walked = Walked() if known is None else known.walked

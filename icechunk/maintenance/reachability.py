@@ -10,6 +10,7 @@ An unreadable object ends the walk with an error: an object counts as garbage on
 
 from __future__ import annotations
 
+import asyncio
 import struct
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,6 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
-import anyio
 import numpy as np
 import numpy.typing as npt
 
@@ -91,23 +91,21 @@ class Budget:
     def __init__(self, total: int) -> None:
         self._total = total
         self._free = total
-        self._changed = anyio.Condition()
+        self._returned = asyncio.Event()
 
     @asynccontextmanager
     async def take(self, amount: int) -> AsyncIterator[None]:
         """Hold ``amount`` for as long as the block runs; waits until there is enough."""
         held = min(max(amount, 0), self._total)
-        async with self._changed:
-            while self._free < held:
-                await self._changed.wait()
-            self._free -= held
+        while self._free < held:
+            self._returned.clear()
+            await self._returned.wait()
+        self._free -= held
         try:
             yield
         finally:
-            with anyio.CancelScope(shield=True):
-                async with self._changed:
-                    self._free += held
-                    self._changed.notify_all()
+            self._free += held
+            self._returned.set()
 
 
 _DECODED_BYTES_PER_REF = 160
@@ -370,7 +368,7 @@ async def read_all_manifests(
     """
     compressed = Budget(limits.max_compressed_manifest_mem_bytes)
     decoded = Budget(limits.max_decoded_manifest_mem_bytes)
-    visiting = anyio.Lock()
+    visiting = asyncio.Lock()
 
     async def read(uses: Sequence[Use]) -> None:
         ids = [use.file.object_id for use in uses]

@@ -15,12 +15,12 @@ they refer to.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-import anyio
 import numpy as np
 
 from icechunk.errors import ErrorKind, FormatError, InvalidInputError, ObjectNotFoundError, SessionStateError
@@ -324,7 +324,7 @@ class _Job:
 
     async def rewrite_manifests(self, work: _Work, *, dry_run: bool) -> None:
         """Write those manifests again that have dead references, or references to objects that are rewritten."""
-        one_at_a_time = anyio.Lock()
+        one_at_a_time = asyncio.Lock()
         version, how = self._log.spec_version, self._how
 
         def made(manifest: Manifest, nodes: Collection[NodeId]) -> tuple[ManifestFile, bytes] | None:

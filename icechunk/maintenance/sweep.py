@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
-
-import anyio
 
 from icechunk.errors import AccessDeniedError, ErrorKind, IcechunkError, InvalidInputError, StorageError
 from icechunk.format.ids import ObjectId, object_id_from_text
@@ -104,8 +103,8 @@ class Sweep:
         self._dry_run = dry_run
         self._judge = judge
         self._notes = notes
-        self._deletes = anyio.CapacityLimiter(limits.max_concurrent_deletes)
-        self._listings = anyio.CapacityLimiter(limits.max_concurrent_listings or _LISTINGS)
+        self._deletes = asyncio.Semaphore(limits.max_concurrent_deletes)
+        self._listings = asyncio.Semaphore(limits.max_concurrent_listings or _LISTINGS)
         self._failures_in_a_row = 0
         self.swept: Swept = Swept()
 

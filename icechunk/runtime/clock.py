@@ -8,14 +8,13 @@ It also converts times as the formats keep them: whole µs since 1970 in UTC.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
-
-import anyio
 
 from icechunk.format.ids import NodeId, ObjectId
 
@@ -43,7 +42,7 @@ class Sources:
     """Clock that never goes back, µs since some fixed point."""
     random_bytes: Callable[[int], bytes] = os.urandom
     """Source of that many unpredictable bytes; safe after a fork."""
-    sleep: Callable[[float], Awaitable[None]] = anyio.sleep
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     """Pause for that many seconds."""
 
     def fraction(self) -> float:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
-from contextlib import aclosing
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, aclosing, nullcontext
+from typing import Any, Final, TypeVar
 
-import anyio
-import anyio.to_thread
+from icechunk.runtime.threads import ProcessPool
 
-__all__ = ["finish_task", "in_thread", "run_all", "run_each", "run_jobs", "run_pair", "run_stream"]
+__all__ = ["finish_task", "in_thread", "run_all", "run_each", "run_jobs", "run_pair", "run_stream", "shielded"]
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -19,7 +20,6 @@ U = TypeVar("U")
 async def run_all(*work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
     """Run all at once; the first error cancels the others and is raised as itself, not in a group."""
     try:
-        # Not anyio's: its wrapper leaves a coroutine never awaited where it is cancelled before its first step.
         async with asyncio.TaskGroup() as group:
             for item in work:
                 group.create_task(item())
@@ -97,21 +97,31 @@ async def run_stream(
         raise _first(errors) from None
 
 
-async def in_thread(work: Callable[[], T], *, limiter: anyio.CapacityLimiter | None = None) -> T:
-    """Run CPU-bound work beside the loop, or here where the process is ending and starts no threads any more."""
-    begun = False
+_THREADS: Final = ProcessPool(40, "icechunk-work")
 
-    def run() -> T:
-        nonlocal begun
-        begun = True
-        return work()
 
-    try:
-        return await anyio.to_thread.run_sync(run, limiter=limiter)
-    except RuntimeError:
-        if begun:
-            raise
-    return work()
+async def in_thread(work: Callable[[], T], *, limiter: asyncio.Semaphore | None = None) -> T:
+    """Run CPU-bound work beside the loop, or here where the process is ending and starts no threads any more.
+
+    A caller that is cancelled does not wait for the end of the work.
+    """
+    # Not of anyio: importing what it runs threads with takes longer than most of the work.
+    async with limiter or nullcontext():
+        run = contextvars.copy_context().run
+        try:
+            done = asyncio.get_running_loop().run_in_executor(_THREADS.here(), run, work)
+        except RuntimeError:
+            return work()
+        return await done
+
+
+def shielded() -> AbstractContextManager[Any]:
+    """A context in which a task that was cancelled can wait for something else.
+
+    asyncio cancels a task once; a scope of anyio, where the application has one, again and again.
+    """
+    anyio = sys.modules.get("anyio")
+    return nullcontext() if anyio is None else anyio.CancelScope(shield=True)
 
 
 async def finish_task(task: asyncio.Task[Any] | None, grace_s: float) -> None:

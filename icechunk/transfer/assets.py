@@ -17,7 +17,6 @@ from enum import Enum
 from functools import lru_cache, partial
 from typing import Final, TypeAlias, TypeVar
 
-import anyio
 import numpy as np
 import numpy.typing as npt
 
@@ -95,7 +94,7 @@ OFF_LOOP_BYTES = 128 * 1024
 """Work on more bytes than this would block the event loop for milliseconds, and is done in a thread."""
 
 
-async def off_loop(size_bytes: int, work: Callable[[], T], limiter: anyio.CapacityLimiter | None = None) -> T:
+async def off_loop(size_bytes: int, work: Callable[[], T], limiter: asyncio.Semaphore | None = None) -> T:
     """Run CPU-bound work: directly if it is small, else in a thread, within the limit."""
     if size_bytes < OFF_LOOP_BYTES:
         return work()
@@ -205,7 +204,7 @@ class Assets:
         self._files = WeightedCache[str, bytes](0) if files is None else files
         self._find_file = find_file
         self._disk = disk
-        self._decoders: PerLoop[anyio.CapacityLimiter] = PerLoop(lambda: anyio.CapacityLimiter(max_decodes))
+        self._decoders: PerLoop[asyncio.Semaphore] = PerLoop(lambda: asyncio.Semaphore(max_decodes))
         self._reads = reads = reads or Reads()
         self._pools: PerLoop[FetchPool] = PerLoop(lambda: reads.pool(storage, gates.here(), disk))
         self._readers: PerLoop[BlockReader] = PerLoop(self._new_reader)

@@ -10,15 +10,15 @@ import os
 import stat
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Protocol
 from urllib.parse import urlsplit
-
-import anyio.to_thread
 
 from icechunk.config import S3Options, StorageSettings
 from icechunk.credentials import AnyS3Credential
 from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.tasks import in_thread
 from icechunk.storage.port import GetResult, Range, Version
 from icechunk.virtual_access.locations import key_of, require_no_way_out
 
@@ -60,7 +60,7 @@ class LocalFiles:
     async def get(self, location: str, wanted: Range) -> GetResult:
         """As `Reader.get`. The version is made of inode, time and size."""
         path = "/" + key_of(location)
-        return await anyio.to_thread.run_sync(_read, path, wanted, abandon_on_cancel=True)
+        return await in_thread(partial(_read, path, wanted))
 
     async def aclose(self) -> None:
         """Nothing is open between reads."""

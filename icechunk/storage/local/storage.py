@@ -32,15 +32,11 @@ import errno
 import itertools
 import os
 import stat
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, TypeVar
-
-import anyio
 
 from icechunk.config import StorageSettings
 from icechunk.errors import (
@@ -53,7 +49,8 @@ from icechunk.errors import (
 from icechunk.format.keys import CHUNKS_PREFIX, MANIFESTS_PREFIX, SNAPSHOTS_PREFIX, TRANSACTIONS_PREFIX
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.pickles import instance_of_state
-from icechunk.runtime.tasks import run_jobs
+from icechunk.runtime.tasks import run_jobs, shielded
+from icechunk.runtime.threads import ProcessPool
 from icechunk.storage.buffers import Buffers
 from icechunk.storage.local.files import (
     RESERVED,
@@ -128,25 +125,8 @@ _REFERRED_TO: Final = (CHUNKS_PREFIX, MANIFESTS_PREFIX, SNAPSHOTS_PREFIX, TRANSA
 """Objects that are durable, or need not be, before an object that refers to them can be read."""
 
 
-class _Threads:
-    """The threads of this process that work on files, for all storages: starting one takes longer than a small file."""
-
-    def __init__(self) -> None:
-        self._made: tuple[int, ThreadPoolExecutor] | None = None
-        self._lock = threading.Lock()
-
-    def here(self) -> ThreadPoolExecutor:
-        """The pool of this process, made when it is first needed; after a fork the parent's is left alone."""
-        made = self._made
-        if made is not None and made[0] == os.getpid():
-            return made[1]
-        with self._lock:
-            if self._made is None or self._made[0] != os.getpid():
-                self._made = (os.getpid(), ThreadPoolExecutor(_THREADS, thread_name_prefix="icechunk-files"))
-            return self._made[1]
-
-
-_THREADS_OF_PROCESS: Final = _Threads()
+_THREADS_OF_PROCESS: Final = ProcessPool(_THREADS, "icechunk-files")
+"""The threads that work on files, for all storages: starting one takes longer than a small file."""
 
 
 class LocalStorage(Storage):
@@ -339,7 +319,7 @@ class LocalStorage(Storage):
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            with anyio.CancelScope(shield=True):
+            with shielded():
                 while not future.done():
                     with contextlib.suppress(asyncio.CancelledError):
                         await asyncio.wait([future])

@@ -5,19 +5,19 @@ Checksums that a service verifies on upload.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Final
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
-import anyio
-
 from icechunk.config import ChecksumAlgorithm
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
-from icechunk.runtime.tasks import run_each
+from icechunk.runtime.tasks import run_each, shielded
 from icechunk.storage.retry import Limits
 from icechunk.storage.s3.answers import parse_xml, text_of
 from icechunk.storage.s3.requests import Request, S3Client
@@ -174,8 +174,6 @@ def completion_of(parts: list[tuple[str, str | None]], checksum: ChecksumAlgorit
 async def abort_upload(client: S3Client, path: str, what: str, upload: str, limits: Limits) -> None:
     """Remove the parts of an upload that will not be completed; best effort, also for a cancelled caller."""
     request = Request(what=f"abort to {what}", method="DELETE", path=path, query=(("uploadId", upload),))
-    with anyio.move_on_after(_ABORT_PATIENCE_S, shield=True):
-        try:
-            await client.call(request, limits)
-        except StorageError:
-            return  # a bucket rule removes parts that stay
+    with shielded(), suppress(StorageError, TimeoutError):
+        # Otherwise a bucket rule removes the parts that stay.
+        await asyncio.wait_for(client.call(request, limits), _ABORT_PATIENCE_S)

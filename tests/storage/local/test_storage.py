@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 
 from icechunk.errors import InvalidInputError, ObjectNotFoundError, PreconditionFailedError, StorageError
+from icechunk.runtime.threads import ProcessPool
 from icechunk.storage.local import files, folders
 from icechunk.storage.local import storage as local
 from icechunk.storage.local.files import Exclusion
@@ -393,7 +394,7 @@ async def test_pipes_and_foreign_names_are_no_objects(tmp_path: Path) -> None:
 async def test_forked_children_use_it_with_threads_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threads = local._Threads()
+    threads = ProcessPool(2, "test")
     monkeypatch.setattr(local, "_THREADS_OF_PROCESS", threads)
     storage = LocalStorage(tmp_path)
     await storage.put("x", b"1")
@@ -404,8 +405,8 @@ async def test_forked_children_use_it_with_threads_of_their_own(
 
 
 async def test_storages_of_one_process_share_their_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "_THREADS_OF_PROCESS", local._Threads())
-    with mock.patch.object(local, "ThreadPoolExecutor", wraps=ThreadPoolExecutor) as made:
+    monkeypatch.setattr(local, "_THREADS_OF_PROCESS", ProcessPool(2, "test"))
+    with mock.patch("icechunk.runtime.threads.ThreadPoolExecutor", wraps=ThreadPoolExecutor) as made:
         for n in range(5):
             await LocalStorage(tmp_path / str(n)).put("x", b"1")
     assert made.call_count == 1
