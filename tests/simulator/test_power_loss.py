@@ -134,96 +134,6 @@ def record(root: Path, life: Callable[[Recorder], None], *, names_follow_files: 
     return Trace(recorder.events, names_follow_files=names_follow_files)
 
 
-@pytest.mark.parametrize("names_follow_files", [False, True], ids=["folders are synced", "names follow files"])
-@pytest.mark.parametrize("loss", list(Loss), ids=lambda loss: loss.value)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_acknowledged_changes_outlive_a_power_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Name, loss: Loss, names_follow_files: bool
-) -> None:
-    monkeypatch.setattr(folders, "syncs_names", lambda device: names_follow_files)
-    live = tmp_path / "live"
-
-    def life(recorder: Recorder) -> None:
-        repo = repository(live, create=True, layout=layout)
-        recorder.acknowledge("created")
-        for number in range(6):
-            if number == 3:
-                repo.checkpoint()
-            if number == 4:
-                repo = repository(live)
-            commit(repo, number)
-            recorder.acknowledge(number)
-
-    trace = record(live, life, names_follow_files=names_follow_files)
-    chance = random.Random(f"{loss} {names_follow_files}")
-    for end in [*chance.sample(range(len(trace.events)), 10), len(trace.events)]:
-        # A folder for each: clients of the machine that failed are gone, those of the image before are not.
-        image = tmp_path / f"image {end}"
-        trace.image(end, image, loss, chance)
-        check(image, trace.acknowledged(end))
-        shutil.rmtree(image)
-
-
-@pytest.mark.parametrize("names_follow_files", [False, True], ids=["folders are synced", "names follow files"])
-@pytest.mark.parametrize("loss", list(Loss), ids=lambda loss: loss.value)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_power_failure_at_each_point_of_a_commit_leaves_it_whole_or_absent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Name, loss: Loss, names_follow_files: bool
-) -> None:
-    monkeypatch.setattr(folders, "syncs_names", lambda device: names_follow_files)
-    live = tmp_path / "live"
-    repo = repository(live, create=True, layout=layout)
-    commit(repo, 0)
-    repo.checkpoint()
-
-    def life(recorder: Recorder) -> None:
-        for number in (1, 2, 3):
-            commit(repo, number)
-            recorder.acknowledge(number)
-
-    trace = record(live, life, names_follow_files=names_follow_files)
-    points = [end for end, event in enumerate(trace.events, 1) if event.verb == "acknowledged"]
-    # By chance anything may be there, so that is tried at each point.
-    step = 1 if loss is Loss.ANY else 3
-    for end in [*range(points[0], points[2], step), points[2]]:
-        image = tmp_path / f"image {end}"
-        trace.image(end, image, loss, random.Random(f"{loss} {end}"))
-        check(image, trace.acknowledged(end))
-        shutil.rmtree(image)
-
-
-@pytest.mark.parametrize("names_follow_files", [False, True], ids=["folders are synced", "names follow files"])
-@pytest.mark.parametrize("loss", list(Loss), ids=lambda loss: loss.value)
-@pytest.mark.parametrize("layout", ["log", "repo"])
-def test_a_power_failure_at_each_point_of_a_conversion_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Name, loss: Loss, names_follow_files: bool
-) -> None:
-    monkeypatch.setattr(folders, "syncs_names", lambda device: names_follow_files)
-    live = tmp_path / "live"
-
-    def life(recorder: Recorder) -> None:
-        repo = repository(live, create=True, layout=layout)
-        for number in range(3):
-            commit(repo, number)
-            recorder.acknowledge(number)
-        recorder.acknowledge("commits")
-        repo.convert("repo" if layout == "log" else "log")
-        recorder.acknowledge("converted")
-        commit(repo, 3)
-        recorder.acknowledge(3)
-
-    trace = record(live, life, names_follow_files=names_follow_files)
-    first, last = (
-        next(n for n, event in enumerate(trace.events, 1) if event.value == value) for value in ("commits", "converted")
-    )
-    step = 1 if loss is Loss.ANY else 3
-    for end in [*range(first, last, step), last, len(trace.events)]:
-        image = tmp_path / f"image {end}"
-        trace.image(end, image, loss, random.Random(f"{loss} {end}"))
-        check(image, trace.acknowledged(end))
-        shutil.rmtree(image)
-
-
 def test_a_second_failure_may_follow_the_first(tmp_path: Path) -> None:
     live = tmp_path / "live"
 
@@ -344,3 +254,93 @@ def test_no_copy_of_a_log_is_left_once_its_repo_counts(tmp_path: Path, loss: Los
             assert not list(image.glob("log/*/*.repo"))
         shutil.rmtree(image)
     assert counts
+
+
+@pytest.mark.parametrize("names_follow_files", [False, True], ids=["folders are synced", "names follow files"])
+@pytest.mark.parametrize("loss", list(Loss), ids=lambda loss: loss.value)
+@pytest.mark.parametrize("layout", ["log", "repo"])
+def test_a_power_failure_at_each_point_of_a_conversion_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Name, loss: Loss, names_follow_files: bool
+) -> None:
+    monkeypatch.setattr(folders, "syncs_names", lambda device: names_follow_files)
+    live = tmp_path / "live"
+
+    def life(recorder: Recorder) -> None:
+        repo = repository(live, create=True, layout=layout)
+        for number in range(3):
+            commit(repo, number)
+            recorder.acknowledge(number)
+        recorder.acknowledge("commits")
+        repo.convert("repo" if layout == "log" else "log")
+        recorder.acknowledge("converted")
+        commit(repo, 3)
+        recorder.acknowledge(3)
+
+    trace = record(live, life, names_follow_files=names_follow_files)
+    first, last = (
+        next(n for n, event in enumerate(trace.events, 1) if event.value == value) for value in ("commits", "converted")
+    )
+    step = 1 if loss is Loss.ANY else 3
+    for end in [*range(first, last, step), last, len(trace.events)]:
+        image = tmp_path / f"image {end}"
+        trace.image(end, image, loss, random.Random(f"{loss} {end}"))
+        check(image, trace.acknowledged(end))
+        shutil.rmtree(image)
+
+
+@pytest.mark.parametrize("names_follow_files", [False, True], ids=["folders are synced", "names follow files"])
+@pytest.mark.parametrize("loss", list(Loss), ids=lambda loss: loss.value)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_power_failure_at_each_point_of_a_commit_leaves_it_whole_or_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Name, loss: Loss, names_follow_files: bool
+) -> None:
+    monkeypatch.setattr(folders, "syncs_names", lambda device: names_follow_files)
+    live = tmp_path / "live"
+    repo = repository(live, create=True, layout=layout)
+    commit(repo, 0)
+    repo.checkpoint()
+
+    def life(recorder: Recorder) -> None:
+        for number in (1, 2, 3):
+            commit(repo, number)
+            recorder.acknowledge(number)
+
+    trace = record(live, life, names_follow_files=names_follow_files)
+    points = [end for end, event in enumerate(trace.events, 1) if event.verb == "acknowledged"]
+    # By chance anything may be there, so that is tried at each point.
+    step = 1 if loss is Loss.ANY else 3
+    for end in [*range(points[0], points[2], step), points[2]]:
+        image = tmp_path / f"image {end}"
+        trace.image(end, image, loss, random.Random(f"{loss} {end}"))
+        check(image, trace.acknowledged(end))
+        shutil.rmtree(image)
+
+
+@pytest.mark.parametrize("names_follow_files", [False, True], ids=["folders are synced", "names follow files"])
+@pytest.mark.parametrize("loss", list(Loss), ids=lambda loss: loss.value)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_acknowledged_changes_outlive_a_power_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Name, loss: Loss, names_follow_files: bool
+) -> None:
+    monkeypatch.setattr(folders, "syncs_names", lambda device: names_follow_files)
+    live = tmp_path / "live"
+
+    def life(recorder: Recorder) -> None:
+        repo = repository(live, create=True, layout=layout)
+        recorder.acknowledge("created")
+        for number in range(6):
+            if number == 3:
+                repo.checkpoint()
+            if number == 4:
+                repo = repository(live)
+            commit(repo, number)
+            recorder.acknowledge(number)
+
+    trace = record(live, life, names_follow_files=names_follow_files)
+    chance = random.Random(f"{loss} {names_follow_files}")
+    for end in [*chance.sample(range(len(trace.events)), 10), len(trace.events)]:
+        # A folder for each: clients of the machine that failed are gone, those of the image before are not.
+        image = tmp_path / f"image {end}"
+        trace.image(end, image, loss, chance)
+        check(image, trace.acknowledged(end))
+        shutil.rmtree(image)
