@@ -9,7 +9,8 @@
 >>> float(zarr.open_array(repo.readonly_session("main").store, path="temperature")[0])
 20.5
 
-Importing the package is quick: the engine, zarr and numpy load when the first public name is used.
+Importing the package is quick: the engine and numpy load when the first public name is used, zarr when a session makes
+its store.
 """
 
 from __future__ import annotations
@@ -40,8 +41,11 @@ if not TYPE_CHECKING:
         if name.startswith("__") and name != "__all__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         public = importlib.import_module("icechunk._public")
-        names = {known: getattr(public, known) for known in (*public.__all__, "_InvalidatedRepository")}
+        loaded = vars(public)
+        names = {known: loaded[known] for known in (*public.__all__, "_InvalidatedRepository") if known in loaded}
         globals().update(names, __all__=[*public.__all__, "__api_version__", "__version__"])
+        if name in public.__all__ and name not in globals():
+            globals()[name] = getattr(public, name)
         if name not in globals():
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return globals()[name]

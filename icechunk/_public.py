@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from icechunk.config import (
     AnyObjectStoreConfig,
     Attribution,
@@ -144,7 +146,6 @@ from icechunk.storage import (
     tigris_storage,
 )
 from icechunk.storage.url import storage_from_url
-from icechunk.store import IcechunkStore
 from icechunk.types import (
     CommitMethod,
 )
@@ -152,6 +153,9 @@ from icechunk.virtual import (
     ChunkType,
     VirtualChunkSpec,
 )
+
+if TYPE_CHECKING:
+    from icechunk.store import IcechunkStore
 
 __all__ = [
     "AccessDeniedError",
@@ -290,6 +294,15 @@ __all__ = [
     "upgrade_icechunk_repository_async",
     "user_agent",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """The class that needs zarr, which loads when it is asked for, or when a session makes its store."""
+    if name == "IcechunkStore":
+        from icechunk.store import IcechunkStore
+
+        return IcechunkStore
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def spec_version() -> SpecVersion:

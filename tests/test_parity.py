@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from icechunk.config import EngineConfig, StorageConcurrencySettings, config_from_yaml, config_to_yaml
+from icechunk.config import EngineConfig, StorageConcurrencySettings
+from icechunk.config.yaml_text import config_from_yaml, config_to_yaml
 from tests.config.test_config_stored import official_config
 from tools import oracle
 from tools.parity import MODULES, compare, describe, describe_official

@@ -41,7 +41,6 @@ from icechunk.config.storage import (
     StorageSettings,
     StorageTimeoutSettings,
 )
-from icechunk.config.yaml_text import config_from_yaml, config_to_yaml
 from icechunk.ops import Attribution, FeatureFlag
 from icechunk.runtime.logging import initialize_logs, set_logs_filter, shutdown_telemetry
 
@@ -73,9 +72,7 @@ __all__ = [
     "StorageTimeoutSettings",
     "VirtualChunkContainer",
     "config_from_dict",
-    "config_from_yaml",
     "config_to_dict",
-    "config_to_yaml",
     "from_dict",
     "initialize_logs",
     "set_logs_filter",

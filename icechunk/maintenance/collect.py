@@ -25,8 +25,9 @@ from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.log.repository.state import RepoState, apply
 from icechunk.log.repository.store_check import require_writable
 from icechunk.maintenance.leases import end_expired, read_leases
+from icechunk.maintenance.limits import Limits
 from icechunk.maintenance.living import Living, LivingMemory, Shares
-from icechunk.maintenance.reachability import Files, Limits
+from icechunk.maintenance.reachability import Files
 from icechunk.maintenance.repack import Repacked, Repacking, Survey, repack
 from icechunk.maintenance.sweep import Sweep
 from icechunk.ops import GCSummary

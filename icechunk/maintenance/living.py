@@ -19,7 +19,8 @@ from icechunk.format.values import INLINE, NATIVE, ChunkRefs, ManifestFile
 from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.log.repository.state import RepoState
 from icechunk.maintenance.byte_ranges import CHUNK_ID_BYTES, SPAN_BYTES, native_rows
-from icechunk.maintenance.reachability import Files, Limits, ManyRefs, RowSet, Use, Walked, read_all_manifests, walk
+from icechunk.maintenance.limits import Limits
+from icechunk.maintenance.reachability import Files, ManyRefs, RowSet, Use, Walked, read_all_manifests, walk
 from icechunk.maintenance.sweep import Listed
 from icechunk.runtime.clock import Sources
 

@@ -15,7 +15,7 @@ import struct
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from icechunk.errors import ErrorKind, FormatError, InvalidInputError, ObjectNotFoundError
+from icechunk.errors import ErrorKind, FormatError, ObjectNotFoundError
 from icechunk.format.by_node import owners
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.keys import manifest_key, snapshot_key
@@ -35,7 +35,7 @@ from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.format.snapshot.uses import SnapshotUses, manifest_uses
 from icechunk.format.values import ChunkRefs, Manifest, ManifestFile, Snapshot
 from icechunk.log.repository.port import RepositoryLog
-from icechunk.runtime.checks import require_type
+from icechunk.maintenance.limits import Limits
 from icechunk.runtime.tasks import run_each
 from icechunk.storage.port import Storage
 from icechunk.transfer.assets import off_loop
@@ -43,7 +43,6 @@ from icechunk.transfer.assets import off_loop
 __all__ = [
     "Budget",
     "Files",
-    "Limits",
     "ManyRefs",
     "RowSet",
     "Use",
@@ -53,33 +52,6 @@ __all__ = [
     "read_manifests",
     "walk",
 ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Bounds of memory and of requests in flight. Raises `InvalidInputError` unless they are above zero."""
-
-    max_snapshots_in_memory: int = 50
-    """Snapshot files read at a time."""
-    max_compressed_manifest_mem_bytes: int = 512 * 1024 * 1024
-    """Bytes of manifest files in memory at a time."""
-    max_decoded_manifest_mem_bytes: int = 4 * 1024 * 1024 * 1024
-    """Bytes of decoded manifests in memory at a time, as estimated from their references."""
-    max_concurrent_manifest_fetches: int = 500
-    max_concurrent_deletes: int = 10
-    """Requests that delete, each up to a thousand objects."""
-    max_consecutive_delete_failures: int = 50
-    """Number of failed requests in a row after which nothing more is deleted."""
-    max_concurrent_listings: int | None = None
-    """Listings under way at a time; None: 16."""
-
-    def __post_init__(self) -> None:
-        for limit in fields(self):
-            value = getattr(self, limit.name)
-            optional = limit.name == "max_concurrent_listings"
-            require_type(limit.name, value, int, optional=optional)
-            if isinstance(value, bool) or (value is not None and value < 1):
-                raise InvalidInputError(f"{limit.name} must be at least 1, not {value!r}", ErrorKind.INVALID_SETTING)
 
 
 class Budget:

@@ -45,8 +45,9 @@ from icechunk.log.repository.port import RepositoryLog
 from icechunk.log.repository.ref_files.layout import RefFilesLayout
 from icechunk.log.repository.state import RepoState
 from icechunk.maintenance.byte_ranges import CHUNK_ID_BYTES, covered_by_object, names_of
+from icechunk.maintenance.limits import Limits
 from icechunk.maintenance.living import Living, Shares
-from icechunk.maintenance.reachability import Budget, Files, Limits, living_rows, read_manifests, read_snapshot
+from icechunk.maintenance.reachability import Budget, Files, living_rows, read_manifests, read_snapshot
 from icechunk.maintenance.ref_history import replace_in_refs
 from icechunk.maintenance.repack_plan import Candidate, Moves, Piece, choose, rewritten
 from icechunk.maintenance.sweep import Listed, Sweep, Swept

@@ -22,7 +22,8 @@ from icechunk.maintenance.byte_ranges import (
     rows,
     spans_of,
 )
-from icechunk.maintenance.reachability import Files, Limits, ManyRefs, RowSet, Walked, read_all_manifests, walk
+from icechunk.maintenance.limits import Limits
+from icechunk.maintenance.reachability import Files, ManyRefs, RowSet, Walked, read_all_manifests, walk
 from icechunk.ops import ChunkStorageStats
 from icechunk.runtime.tasks import run_all
 from icechunk.storage.port import NO_LISTING, Storage

@@ -10,7 +10,7 @@ from typing import Final, Protocol
 
 from icechunk.errors import AccessDeniedError, ErrorKind, IcechunkError, InvalidInputError, StorageError
 from icechunk.format.ids import ObjectId, object_id_from_text
-from icechunk.maintenance.reachability import Limits
+from icechunk.maintenance.limits import Limits
 from icechunk.runtime.tasks import run_each
 from icechunk.storage.port import ObjectInfo, Storage
 

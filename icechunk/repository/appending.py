@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from icechunk.appender import Appender
-from icechunk.appender.appender import History
 from icechunk.repository.base import RepositoryBase
 from icechunk.repository.sessions import Sessions
 from icechunk.runtime.checks import require_type
 from icechunk.session import Session
+
+if TYPE_CHECKING:
+    from icechunk.appender import Appender
+    from icechunk.appender.appender import History
 
 __all__ = ["Appending"]
 
@@ -71,6 +73,8 @@ class Appending(RepositoryBase):
         -------
         Appender
         """
+        from icechunk.appender import Appender
+
         for name, value in (("branch", branch), ("dim", dim), ("source", source), ("group", group)):
             require_type(name, value, str)
         sessions = cast(Sessions, self)
@@ -80,7 +84,7 @@ class Appending(RepositoryBase):
             return await sessions._session_on(branch, (await self._core.log()).state, preload=False)
 
         return Appender(
-            cast(History, self),
+            cast("History", self),
             known_session,
             branch,
             dim,

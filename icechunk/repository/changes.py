@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import zarr.api.asynchronous as azarr
 
 from icechunk.errors import ErrorKind, InvalidInputError, NodeNotFoundError
 from icechunk.format.documents import parse_document
@@ -194,6 +193,8 @@ class Changes(RepositoryBase):
         NodeNotFoundError
             The array is not among the changes.
         """
+        import zarr.api.asynchronous as azarr
+
         change = changes.arrays.get(path if path.startswith("/") else f"/{path}")
         if change is None:
             raise NodeNotFoundError(f"array {path!r} did not change between {changes.since} and {changes.until}")

@@ -1,4 +1,7 @@
-"""The verbs of maintenance: expiration, garbage collection, pruning of the log, statistics, rewriting of manifests."""
+"""The verbs of maintenance: expiration, garbage collection, pruning of the log, statistics, rewriting of manifests.
+
+Each imports its engine when it is first called: most processes that open a repository never do.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,7 @@ from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.ids import encode_id
 from icechunk.log.repository.port import Layout
 from icechunk.log.repository.ref_files.layout import needs_format_2
-from icechunk.maintenance.collect import collect_garbage
-from icechunk.maintenance.expire import expire
-from icechunk.maintenance.prune import prune_log
-from icechunk.maintenance.reachability import Limits
-from icechunk.maintenance.repack import Repacking
-from icechunk.maintenance.stats import chunk_storage_stats
+from icechunk.maintenance.limits import Limits
 from icechunk.ops import ChunkStorageStats, GCSummary
 from icechunk.repository.sessions import Sessions
 from icechunk.runtime.checks import WrongTypeError, json_metadata, require_type
@@ -74,6 +72,8 @@ class Maintenance(Sessions):
         ReadOnlyError
             The repository's status, or its storage, is read-only.
         """
+        from icechunk.maintenance.expire import expire
+
         require_type("delete_expired_branches", delete_expired_branches, bool)
         require_type("delete_expired_tags", delete_expired_tags, bool)
         limit_us = _instant_us("older_than", older_than)
@@ -152,6 +152,11 @@ class Maintenance(Sessions):
             Something reachable is missing or cannot be read: nothing was deleted. Or deleting fails again and again
             (kind ``gc-deletes-failing``): all deleted objects were garbage.
         """
+        from icechunk.maintenance.collect import collect_garbage
+        from icechunk.maintenance.living import LivingMemory
+        from icechunk.maintenance.prune import prune_log
+        from icechunk.maintenance.repack import Repacking
+
         require_type("dry_run", dry_run, bool)
         require_type("repack", repack, bool)
         require_type("repack_below_percent", repack_below_percent, int, optional=True)
@@ -178,6 +183,8 @@ class Maintenance(Sessions):
             max_concurrent_listings=max_concurrent_listings,
         )
         log, storage, sources = await self._core.log(), self._core.storage, self._core.sources
+        if self._core.living is None:
+            self._core.living = LivingMemory()
         summary = await collect_garbage(
             log,
             storage,
@@ -212,6 +219,8 @@ class Maintenance(Sessions):
         StorageError
             The store gives no answer; call again.
         """
+        from icechunk.maintenance.prune import prune_log
+
         return await prune_log(await self._core.log(), self._core.storage, self._core.sources)
 
     prune_log: Final = synchronous(prune_log_async)
@@ -247,6 +256,8 @@ class Maintenance(Sessions):
         FormatError
             A snapshot or manifest is missing, or cannot be read.
         """
+        from icechunk.maintenance.stats import chunk_storage_stats
+
         require_type("list_objects", list_objects, bool)
         limits = Limits(
             max_snapshots_in_memory=max_snapshots_in_memory,

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from icechunk.conflicts import ConflictSolver
 from icechunk.errors import ErrorKind, ReadOnlyError, SessionStateError, SnapshotNotFoundError
@@ -26,8 +26,10 @@ from icechunk.session.content import SessionContent
 from icechunk.session.rebase import DEFAULT_REBASE_TRIES
 from icechunk.session.resume import join, resume
 from icechunk.session.session_checkpoint import lease_in_us
-from icechunk.store import IcechunkStore
 from icechunk.transfer.segments import list_sessions, read_head
+
+if TYPE_CHECKING:
+    from icechunk.store import IcechunkStore
 
 __all__ = ["Sessions"]
 

@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
 from icechunk.config import (
@@ -50,7 +50,6 @@ from icechunk.log.repository.queue import UpdateRetries, retries_of
 from icechunk.log.repository.state import RepoState
 from icechunk.log.session.merge.conflict_rules import Landed
 from icechunk.log.session.plan.compaction import Policy
-from icechunk.maintenance.living import LivingMemory
 from icechunk.runtime.about import CLIENT_NAME
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.loops import PerLoop
@@ -65,6 +64,9 @@ from icechunk.transfer.packs import Packs
 from icechunk.transfer.prediction import Limits
 from icechunk.transfer.put import PutMemory, PutPool
 from icechunk.virtual_access import VirtualAccess
+
+if TYPE_CHECKING:
+    from icechunk.maintenance.living import LivingMemory
 
 __all__ = ["Core", "LandedSums", "Settings"]
 
@@ -201,8 +203,8 @@ class Core:
         """Small metadata files that came with the log, by key; some have no object of their own yet."""
         self.landed_sums: LandedSums = LandedSums()
         """Sums of the commits that landed since the bases of sessions that are rebased."""
-        self.living: LivingMemory = LivingMemory()
-        """The living objects that the last collection found."""
+        self.living: LivingMemory | None = None
+        """The living objects that the last collection found; None before the first."""
         self.gates: Gates = Gates(0)
         self._put_memory: tuple[int, PutMemory] | None = None
         if attribution is not None and attribution != Attribution():

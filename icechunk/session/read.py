@@ -14,8 +14,7 @@ from icechunk.format.values import INLINE, NATIVE, ChunkRef, ChunkRefs, NodeSnap
 from icechunk.log.session.array_fold import inside
 from icechunk.log.session.log import IN_BASE, InBase
 from icechunk.session.core import Core
-from icechunk.storage.port import ByteRange, Octets
-from icechunk.store.port import clip
+from icechunk.storage.port import ByteRange, Octets, clip
 from icechunk.transfer.assets import UNKNOWN, Unknown, references_of
 from icechunk.transfer.packs import Packs
 

@@ -21,7 +21,7 @@ import threading
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import timedelta
-from typing import Any, ClassVar, Final, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self, get_args
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from icechunk.config import RepositoryConfig
@@ -50,8 +50,10 @@ from icechunk.session.rebase import DEFAULT_REBASE_TRIES, rebase_session
 from icechunk.session.resume import collect_forks, join, joined_fork
 from icechunk.session.session_checkpoint import abandon, checkpoint, lease_in_us
 from icechunk.snapshots import Diff
-from icechunk.store.store import IcechunkStore
 from icechunk.virtual import ChunkType
+
+if TYPE_CHECKING:
+    from icechunk.store.store import IcechunkStore
 
 __all__ = ["ForkSession", "Session"]
 
@@ -95,6 +97,9 @@ class Session:
     @property
     def store(self) -> IcechunkStore[Self]:
         """The Zarr store of this session: hand it to zarr or xarray."""
+        # Here, so that opening a repository does not load zarr.
+        from icechunk.store.store import IcechunkStore
+
         return IcechunkStore._opened(self)
 
     @property

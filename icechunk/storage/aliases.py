@@ -17,7 +17,6 @@ from typing import Any, Final
 
 from icechunk.config import RepositoryConfig, S3Options, config_from_dict
 from icechunk.config.serialise import Tag, config_tree
-from icechunk.config.yaml_text import dump_yaml, load_yaml
 from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError
 from icechunk.storage.constructors import (
     azure_storage,
@@ -78,6 +77,8 @@ class Aliases:
         self._entries: dict[str, Any] = self._read()
 
     def _read(self) -> dict[str, Any]:
+        from icechunk.config.yaml_text import load_yaml
+
         try:
             data = self.path.read_bytes()
         except FileNotFoundError:
@@ -109,6 +110,8 @@ class Aliases:
 
     def text(self, *, secrets: bool = False) -> str:
         """The file's contents; secrets are masked, unless it is for the file itself."""
+        from icechunk.config.yaml_text import dump_yaml
+
         tagged = {alias: _tagged(entry) for alias, entry in self._entries.items()}
         return dump_yaml({"repos": tagged if secrets else _masked(tagged)})
 

@@ -63,6 +63,7 @@ __all__ = [
     "Version",
     "check_key",
     "check_range",
+    "clip",
     "resolve_range",
 ]
 
@@ -560,6 +561,18 @@ def check_range(byte_range: ByteRange) -> None:
         raise InvalidInputError(
             f"bad byte range {byte_range}: it must name at least one byte, counted from 0", ErrorKind.INVALID_BYTE_RANGE
         )
+
+
+def clip(byte_range: ByteRange, length: int) -> tuple[int, int]:
+    """Start and end of a range within ``length`` bytes, clamped as zarr does: bytes beyond the end are left out."""
+    match byte_range:
+        case None:
+            return 0, length
+        case Range(start, end):
+            stop = length if end is None else min(end, length)
+            return min(start, stop), stop
+        case Suffix(count):
+            return max(0, length - count), length
 
 
 def resolve_range(byte_range: ByteRange, size: int, key: str) -> tuple[int, int]:

@@ -6,11 +6,11 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from icechunk.format.values import ChunkRef, ChunkRefs, NodeSnapshot
-from icechunk.storage.port import ByteRange, Octets, Range, Suffix
+from icechunk.storage.port import ByteRange, Octets
 from icechunk.transfer.assets import Unknown
 from icechunk.virtual_access.locations import Prefixes
 
-__all__ = ["Content", "StoreSession", "clip"]
+__all__ = ["Content", "StoreSession"]
 
 
 class Content(Protocol):
@@ -147,15 +147,3 @@ class StoreSession(Protocol):
     def _content(self) -> Content:
         # Not public; only the store uses it besides the session itself.
         ...
-
-
-def clip(byte_range: ByteRange, length: int) -> tuple[int, int]:
-    """Start and end of a range within ``length`` bytes, clamped as zarr does: bytes beyond the end are left out."""
-    match byte_range:
-        case None:
-            return 0, length
-        case Range(start, end):
-            stop = length if end is None else min(end, length)
-            return min(start, stop), stop
-        case Suffix(count):
-            return max(0, length - count), length

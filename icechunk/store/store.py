@@ -26,8 +26,8 @@ from icechunk.runtime.pickles import instance_of_state
 from icechunk.runtime.representation import fields_html
 from icechunk.runtime.tasks import run_each
 from icechunk.runtime.twins import run_sync
-from icechunk.storage.port import ByteRange, Octets, Range, Suffix
-from icechunk.store.port import StoreSession, clip
+from icechunk.storage.port import ByteRange, Octets, Range, Suffix, clip
+from icechunk.store.port import StoreSession
 from icechunk.store.virtual_refs import VirtualRefs
 from icechunk.store.zarr_keys import ChunkKey, MetadataKey, chunk_key_text, metadata_key_text, parse_key, to_path
 from icechunk.transfer.assets import UNKNOWN, Unknown

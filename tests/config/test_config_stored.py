@@ -32,11 +32,9 @@ from icechunk.config import (
     StorageTimeoutSettings,
     VirtualChunkContainer,
     config_from_dict,
-    config_from_yaml,
     config_to_dict,
-    config_to_yaml,
 )
-from icechunk.config.yaml_text import MAX_YAML_BYTES
+from icechunk.config.yaml_text import MAX_YAML_BYTES, config_from_yaml, config_to_yaml
 from icechunk.errors import ErrorKind, FormatError
 from icechunk.format.flat import flexbuffers
 

@@ -208,7 +208,7 @@ async def test_commits_during_a_collection_are_kept(version: int | None) -> None
     from dataclasses import replace
 
     from icechunk.maintenance.collect import collect_garbage
-    from icechunk.maintenance.reachability import Limits
+    from icechunk.maintenance.limits import Limits
 
     sources = replace(core.sources, elapsed_us=lambda: elapsed() + next(ticks) * 2_000_000)
     await collect_garbage(

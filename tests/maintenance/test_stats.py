@@ -18,7 +18,8 @@ import icechunk
 from icechunk.credentials import LocalFileSystemAccess
 from icechunk.format.ids import NodeId
 from icechunk.format.values import INLINE, NATIVE, ChunkRefs, Manifest
-from icechunk.maintenance.reachability import Budget, Files, Limits, ManyRefs, RowSet, Use, read_manifests
+from icechunk.maintenance.limits import Limits
+from icechunk.maintenance.reachability import Budget, Files, ManyRefs, RowSet, Use, read_manifests
 from icechunk.maintenance.stats import _Counter
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import ListingUnsupportedError, ObjectInfo

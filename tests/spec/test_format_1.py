@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from icechunk.config import RepositoryConfig, config_from_yaml, config_to_yaml
+from icechunk.config import RepositoryConfig
+from icechunk.config.yaml_text import config_from_yaml, config_to_yaml
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.metadata import metadata_tables
 from icechunk.format.repo.repo_info import NewCommit, SnapshotRecord

@@ -13,8 +13,8 @@ from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.log.repository.ref_files.upgrade import upgrade
 from icechunk.maintenance.collect import collect_garbage
 from icechunk.maintenance.expire import expire
+from icechunk.maintenance.limits import Limits
 from icechunk.maintenance.prune import prune_log
-from icechunk.maintenance.reachability import Limits
 from tools.simulator.cluster import Client, Cluster
 from tools.simulator.files import missing_files
 from tools.simulator.loop import DAY_S

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeAlias
 
-from icechunk.config import config_from_dict, config_to_yaml
+from icechunk.config import config_from_dict
 from icechunk.errors import (
     AlreadyExistsError,
     ErrorKind,
@@ -294,6 +294,8 @@ async def create_ref_files(
     root = encode_snapshot(_first_snapshot(sources), 1)
     await _create(storage, sources, snapshot_key(FIRST_SNAPSHOT), root)
     if config is not None:
+        from icechunk.config.yaml_text import config_to_yaml
+
         await _create(storage, sources, CONFIG_KEY, config_to_yaml(config_from_dict(config)))
     outcome = await follow(_MainCreation(storage, sources))
     if outcome.fate is Fate.UNDECIDED:

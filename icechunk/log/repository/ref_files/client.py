@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from immutables import Map
 
-from icechunk.config import config_from_yaml, config_to_dict
+from icechunk.config import config_to_dict
 from icechunk.errors import (
     AccessDeniedError,
     ErrorKind,
@@ -257,6 +257,8 @@ class RefFilesView:
 
     async def read_config(self) -> bool:
         """Read the configuration, which may have changed; whether there is one."""
+        from icechunk.config.yaml_text import config_from_yaml
+
         answer = await self.get(CONFIG_KEY)
         self._config = None if answer is None else config_to_dict(config_from_yaml(answer.data))
         if answer is not None:

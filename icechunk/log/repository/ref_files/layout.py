@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from icechunk.config import config_from_dict, config_to_yaml
+from icechunk.config import config_from_dict
 from icechunk.errors import (
     CommitOutcomeUnknown,
     ErrorKind,
@@ -257,6 +257,8 @@ class RefFilesLayout(SwappedLog[_Write]):
                 raise needs_format_2(f"record {type(event).__name__}")
 
     async def _config_change(self, config: Json | None) -> tuple[str, bytes]:
+        from icechunk.config.yaml_text import config_to_yaml
+
         if await self._view.read_config():
             now_ms = max(self._sources.wall_us(), 0) // 1000
             await self._storage.copy(CONFIG_KEY, overwritten_config_key(now_ms, self._sources.random_bytes(12)))

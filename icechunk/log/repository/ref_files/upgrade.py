@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeAlias
 
-from icechunk.config import config_from_yaml, config_to_dict
+from icechunk.config import config_to_dict
 from icechunk.errors import (
     ErrorKind,
     IcechunkError,
@@ -303,6 +303,8 @@ class _Upgrade:
         )
 
     async def _config(self) -> Json | None:
+        from icechunk.config.yaml_text import config_from_yaml
+
         try:
             answer = await self._storage.get(CONFIG_KEY)
         except ObjectNotFoundError:
