@@ -248,7 +248,6 @@ class Changes(RepositoryBase):
         index = np.full([b - a for a, b in box], -1, np.int32)
         missing = await self._coverage(node, box, snapshot)
         ids: list[str] = []
-        ids: list[str] = []
         # Newest first: the first commit found is the last writer.
         lineage = await self._ancestry(tip)
         start, batch = 0, _FIRST_BATCH
@@ -428,7 +427,8 @@ def _numbers(cells: npt.NDArray[np.int64], shape: tuple[int, ...]) -> npt.NDArra
     """Positions of these elements in an array of the shape, in C order."""
     if not shape:
         return np.zeros(len(cells), np.int64)
-    return np.ravel_multi_index(tuple(cells.T), shape).astype(np.int64)
+    places: npt.NDArray[np.int64] = np.ravel_multi_index(tuple(cells.T), shape)
+    return places
 
 
 def _inside(coords: Coords, box: Sequence[tuple[int, int]]) -> npt.NDArray[np.int64]:
