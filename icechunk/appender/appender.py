@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from icechunk.appender.position import KEY, Sources, newest_sources, recorded
+from icechunk.appender.position import KEY, Sources, newest_sources, recorded, valid_offset
 from icechunk.appender.target import Batch, Target
 from icechunk.conflicts import ConflictDetector, RebaseFailedError
 from icechunk.errors import (
@@ -46,6 +46,9 @@ _TIP_STAYS_S: Final = 5.0
 _LONGEST_RUN_S: Final = 0.0005
 """Seconds for which puts that never wait run at most: then other tasks have a turn, the commit's among them."""
 _SETTLE_PAUSES_S: Final = (0.05, 0.2, 1.0, 5.0)
+_FIRST_RETRY_S: Final = 0.1
+"""Pause before a commit that failed is tried again by itself; each further failure doubles it."""
+_LAST_RETRY_S: Final = 10.0
 
 
 class History(Protocol):
@@ -163,7 +166,7 @@ class Appender:
         self._branch, self._dim, self._source, self._group = branch, dim, source, group.strip("/")
         self._key, self._every_s, self._max_rows, self._max_bytes = key, every_s, max_rows, max_bytes
         self._on_duplicate, self._gaps, self._keep, self._message = on_duplicate, gaps, keep, message
-        self._begin_at = begin_at
+        self._begin_at = None if begin_at is None else valid_offset(begin_at)
         self._place = place
         self._owner = secrets.token_hex(8)
         self._counts = _Counts()
@@ -184,6 +187,12 @@ class Appender:
         self._tip_expected_s = -math.inf
         """Time at which this appender's commit was the tip (`time.monotonic`)."""
         self._error: BaseException | None = None
+        self._refused: InvalidInputError | None = None
+        """Rows that could not be stored beside another writer's, and that no caller has been told of."""
+        self._schema = 0
+        """Grows whenever the arrays are no longer like those that rows were checked against."""
+        self._putting = asyncio.Lock()
+        self._has_left = False
         self._committing: asyncio.Task[str | None] | None = None
         self._timer: asyncio.Task[None] | None = None
 
@@ -212,10 +221,12 @@ class Appender:
         record = self._sources.get(self._source)
         self._position = self._last_offset = self._begin_at if record is None else record["offset"]
         self._seen_owner = None if record is None else str(record["owner"])
+        self._has_left = False
         self._timer = asyncio.create_task(self._tick())
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._has_left = True
         if self._timer is not None:
             self._timer.cancel()
             await asyncio.gather(self._timer, return_exceptions=True)
@@ -251,34 +262,21 @@ class Appender:
         ------
         InvalidInputError
             The data do not fit, labels do not grow, the offset goes backwards, or leaves a gap that is refused (kind
-            ``invalid-setting``). Nothing of these data is buffered.
+            ``invalid-setting``). Nothing of these data is buffered. Also, once, where rows of an earlier `put` were
+            refused as they were committed, since another writer has stored their labels; the message names them.
         SessionStateError
-            Another consumer of this source has committed (fenced), or the branch was reset: open a new appender.
+            Another consumer of this source has committed (fenced), the branch was reset, or another writer has changed
+            the arrays: open a new appender.
         StorageError
             An earlier commit failed; the buffered rows are kept, and the next `flush` or `put` tries again.
         """
-        self._require_usable()
-        if offset is not None and not self._is_new(offset):
-            return "skipped"
-        target = self._require_target()
-        batch = await target.checked(self._require_session(), data)
-        if batch.fresh is not None:
-            batch.fresh.snapshot_id = target.snapshot_id
-            self._target = target = batch.fresh
-        batch.offset = offset
-        if batch.rows == 0:
-            self._last_offset = self._last_offset if offset is None else offset
-            return "skipped"
-        batch = await self._by_labels(batch, target)
-        if batch.rows:
-            self._buffered.append(batch)
-            self._rows += batch.rows
-            self._bytes += batch.num_bytes
-            self._oldest_s = self._oldest_s or time.monotonic()
-        self._last_offset = self._last_offset if offset is None else offset
+        self._require_open()
+        self._raise_refused()
+        async with self._putting:
+            promise = await self._accepted(data, offset)
         if durable:
             await self.flush()
-            return "committed"
+            return "skipped" if promise == "skipped" else "committed"
         if self._rows >= self._max_rows or self._bytes >= self._max_bytes:
             self._commit_soon()
             while self._bytes >= 2 * self._max_bytes and self._committing is not None:
@@ -286,6 +284,33 @@ class Appender:
         elif time.monotonic() - self._turn_given_s > _LONGEST_RUN_S:
             await asyncio.sleep(0)
             self._turn_given_s = time.monotonic()
+        return promise
+
+    async def _accepted(self, data: Any, offset: Any) -> Promise:
+        """Check rows and buffer them; one call at a time, so that offsets and labels are checked in order."""
+        if offset is not None:
+            offset = valid_offset(offset)
+            if not self._is_new(offset):
+                return "skipped"
+        while True:
+            self._require_open()
+            schema, target = self._schema, self._require_target()
+            batch = await target.checked(self._require_session(), data)
+            batch.offset = offset
+            if batch.rows == 0:
+                break
+            if batch.fresh is not None and schema == self._schema:
+                batch.fresh.snapshot_id = target.snapshot_id
+                self._target = target = batch.fresh
+            batch = await self._by_labels(batch, target)
+            if schema == self._schema:
+                break
+        if batch.rows:
+            self._buffered.append(batch)
+            self._rows += batch.rows
+            self._bytes += batch.num_bytes
+            self._oldest_s = self._oldest_s or time.monotonic()
+        self._last_offset = self._last_offset if offset is None else offset
         return "buffered" if batch.rows else "skipped"
 
     async def flush(self) -> str | None:
@@ -295,6 +320,9 @@ class Appender:
         ------
         SessionStateError, StorageError, CommitOutcomeUnknown
             As for `put`; rows that are not committed stay buffered.
+        InvalidInputError
+            With a key: another writer has stored labels of rows that were buffered, and they are not to be skipped or
+            replaced. The rows of that `put` are dropped; all others have been committed.
         """
         self._require_usable()
         made: str | None = None
@@ -302,6 +330,7 @@ class Appender:
             self._commit_soon()
             assert self._committing is not None
             made = await self._wait(self._committing) or made
+        self._raise_refused()
         return made
 
     async def prepend(self, data: Any) -> str:
@@ -313,18 +342,26 @@ class Appender:
         Raises
         ------
         InvalidInputError
-            The data do not fit, or their number is not such a multiple.
+            The data do not fit, their labels do not grow up to the first one, their number is not such a multiple, or
+            there are no arrays yet.
         """
-        await self.flush()
+        self._require_open()
+        async with self._putting:
+            await self.flush()
+            return await self._prepended(data)
+
+    async def _prepended(self, data: Any) -> str:
         async with self._turn():
             while True:
                 session = await self._begin()
                 target = self._require_target()
-                batch = await target.checked(session, data)
+                batch = await target.checked_before_first(session, data)
                 after = await target.prepend(session, batch)
                 made = await self._try_commit(session, {KEY: {"sources": self._sources}} if self._sources else {})
                 if made is not None:
                     self._adopt(after, session, made)
+                    if not target.length:
+                        self._labels = None
                     if self._key is not None and self._labels is not None:
                         labels = np.concatenate([batch.values[self._dim], self._labels.known])
                         self._labels = _Labels(labels, last_only=False)
@@ -338,6 +375,19 @@ class Appender:
             raise SessionStateError("the appender is not open: use it as `async with repo.appender(...) as appender`")
         if self._error is not None:
             raise self._error
+
+    def _require_open(self) -> None:
+        if self._has_left:
+            raise SessionStateError(
+                "the appender's block has been left: rows that are put now would never be committed; open a new one"
+            )
+        self._require_usable()
+
+    def _raise_refused(self) -> None:
+        """Tell of rows that were refused as they were committed, once."""
+        refused, self._refused = self._refused, None
+        if refused is not None:
+            raise refused
 
     def _is_new(self, offset: Any) -> bool:
         """Whether an offset follows the last one; False: it is one that is in the data already."""
@@ -369,11 +419,14 @@ class Appender:
         """The rows that are appended: labels must grow; rows of labels that are there are dealt with at once."""
         labels = batch.values.get(self._dim)
         if labels is None:
+            if self._key is not None:
+                raise InvalidInputError(
+                    f"key={self._key!r} needs a variable {self._key!r} along its own dimension, in the data and in the "
+                    "group; give it, or leave key out",
+                    ErrorKind.INVALID_SETTING,
+                )
             return batch
-        if len(labels) > 1 and not np.all(labels[1:] > labels[:-1]):
-            raise InvalidInputError(
-                f"labels of {self._dim!r} do not grow within the data: {labels[:5]!r}…", ErrorKind.INVALID_SETTING
-            )
+        target.require_labels(labels)
         kept = await self._known_labels(target)
         last = kept.last
         late = 0 if last is None or labels[0] > last else int(np.searchsorted(labels, last, side="right"))
@@ -386,7 +439,9 @@ class Appender:
                 )
             self._require_known(labels[:late], kept.known)
             if self._on_duplicate == "replace":
-                await self._replace(labels[:late], {name: v[:late] for name, v in batch.values.items()}, batch.offset)
+                # The offset is in the data only with all its rows.
+                offset = batch.offset if late == batch.rows else None
+                await self._replace(labels[:late], {name: v[:late] for name, v in batch.values.items()}, offset)
             batch.values = {name: values[late:] for name, values in batch.values.items()}
             batch.rows -= late
             batch.num_bytes = sum(v.nbytes for v in batch.values.values())
@@ -398,10 +453,11 @@ class Appender:
 
     def _require_known(self, labels: Any, known: Any) -> None:
         """Refuse labels that do not follow the last one, unless they are there and may be."""
-        there = known[np.minimum(np.searchsorted(known, labels), len(known) - 1)] == labels
+        there = np.isin(labels, known)
         if not there.all():
+            last = f"does not follow {known[-1]!r}" if len(known) else "no row is"
             raise InvalidInputError(
-                f"label {labels[~there][0]!r} of {self._dim!r} is not there and does not follow {known[-1]!r}: "
+                f"label {labels[~there][0]!r} of {self._dim!r} is not there and {last}: "
                 "rows are put between others only by prepend",
                 ErrorKind.INVALID_SETTING,
             )
@@ -413,7 +469,10 @@ class Appender:
 
     async def _behind_others(self, session: Session, target: Target, batches: list[Batch]) -> list[Batch]:
         """The buffered rows without those whose labels another writer has stored since; by ``on_duplicate`` the session
-        then has these values instead."""
+        then has these values instead.
+
+        Batches of which a row can neither be stored nor left out are left out whole, and told of.
+        """
         known = await target.labels(session) if target.created else None
         if known is None or not len(known):
             return batches
@@ -423,7 +482,16 @@ class Appender:
             labels = batch.values[self._dim]
             late = int(np.searchsorted(labels, known[-1], side="right"))
             if late:
-                self._require_known(labels[:late], known)
+                try:
+                    self._require_known(labels[:late], known)
+                except InvalidInputError as error:
+                    self._refused = InvalidInputError(
+                        f"{batch.rows} rows that were put with offset {batch.offset!r} are not stored, since another "
+                        f"writer was first: {error.message}. All other rows are; rows of the call that raises this "
+                        "are not buffered if it is a put",
+                        ErrorKind.INVALID_SETTING,
+                    )
+                    continue
             if late and self._on_duplicate == "replace":
                 places = np.searchsorted(known, labels[:late]).tolist()
                 replaced += [(p, {name: v[i] for name, v in batch.values.items()}) for i, p in enumerate(places)]
@@ -456,7 +524,10 @@ class Appender:
                 session = await self._begin()
                 target = self._require_target()
                 known = await target.labels(session)
-                places = np.searchsorted(np.empty(0) if known is None else known, labels).tolist()
+                known = np.empty(0, labels.dtype) if known is None else known
+                # Another writer, or a window of rows, may have left rows out since.
+                self._require_known(labels, known)
+                places = np.searchsorted(known, labels).tolist()
                 rows = [(p, {name: v[i] for name, v in values.items()}) for i, p in enumerate(places)]
                 await target.replace_rows(session, rows)
                 made = await self._try_commit(session, self._record(offset, 0))
@@ -468,13 +539,17 @@ class Appender:
     # -- commits ---------------------------------------------------------------------------------------------------
 
     async def _tick(self) -> None:
+        pause_s = 0.0
         while True:
-            await asyncio.sleep(min(self._every_s, 0.05) if self._oldest_s is None else self._until_due_s())
+            due_s = min(self._every_s, 0.05) if self._oldest_s is None else self._until_due_s()
+            await asyncio.sleep(max(due_s, pause_s))
             if self._oldest_s is not None and self._until_due_s() <= 0 and self._error is None:
                 self._commit_soon()
                 committing = self._committing
                 if committing is not None:
                     await asyncio.wait([committing])
+                    has_failed = committing.cancelled() or committing.exception() is not None
+                    pause_s = min(max(2 * pause_s, _FIRST_RETRY_S), _LAST_RETRY_S) if has_failed else 0.0
 
     def _until_due_s(self) -> float:
         return max(0.0, self._every_s - (time.monotonic() - (self._oldest_s or time.monotonic())))
@@ -496,15 +571,20 @@ class Appender:
     async def _commit(self) -> str | None:
         """Commit the rows that are buffered now, behind all that are in the arrays."""
         batches = list(self._buffered)
-        offset = next((b.offset for b in reversed(batches) if b.offset is not None), None)
+        told = self._refused
         async with self._turn():
             while True:
                 session = await self._begin()
                 target = self._require_target()
                 new = batches
                 if self._overtaken and self._key is not None:
+                    self._refused = told
                     new = await self._behind_others(session, target, batches)
+                offset = next((b.offset for b in reversed(new) if b.offset is not None), None)
                 rows = sum(b.rows for b in new)
+                if not new:
+                    after, made = target, None
+                    break
                 after = await target.write(session, new)
                 after = await self._within(session, after)
                 made = await self._try_commit(session, self._record(offset, rows))
@@ -518,7 +598,11 @@ class Appender:
             self._bytes -= batch.num_bytes
         self._oldest_s = time.monotonic() if self._buffered else None
         self._counts.rows += rows
-        self._adopt(after, session, made, offset=offset, rows=rows)
+        if made is not None:
+            self._adopt(after, session, made, offset=offset, rows=rows)
+        if len(new) < len(batches) and not self._buffered:
+            # The last rows were refused: their offset may be put again.
+            self._last_offset = self._position
         return made
 
     async def _within(self, session: Session, target: Target) -> Target:
@@ -558,6 +642,9 @@ class Appender:
                 session.discard_changes()
                 return None
             self._counts.rebased += 1
+            if await self._has_other_arrays(session):
+                session.discard_changes()
+                return None
             mine = metadata.get(KEY, {}).get("sources", {}).get(self._source)
             self._sources = await newest_sources(self._history.async_ancestry(snapshot_id=session.snapshot_id))
             self._require_owner()
@@ -565,6 +652,14 @@ class Appender:
                 metadata = {KEY: {"sources": {**self._sources, self._source: mine}}}
             elif self._sources:
                 metadata = {KEY: {"sources": self._sources}}
+
+    async def _has_other_arrays(self, session: Session) -> bool:
+        """Whether another writer has made or removed arrays along the dimension, or changed one."""
+        try:
+            found = await Target.open(session, self._group, self._dim)
+        except InvalidInputError:
+            return True
+        return self._require_target().unlike(found) is not None
 
     async def _settled(self, token: Any) -> bool:
         for pause_s in _SETTLE_PAUSES_S:
@@ -621,6 +716,16 @@ class Appender:
         if not found.created and not target.created:
             target.snapshot_id = session.snapshot_id
             return
+        reason = target.unlike(found)
+        if reason is not None:
+            self._schema += 1
+        if reason is not None and self._buffered:
+            self._error = SessionStateError(
+                f"the appender of source {self._source!r} has ended: another writer has changed the arrays, {reason}; "
+                f"{self._rows} buffered rows were checked against others and are not committed. Open a new appender "
+                "and continue after its position"
+            )
+            raise self._error
         self._target, self._labels, self._overtaken = found, None, True
 
     def _require_owner(self) -> None:

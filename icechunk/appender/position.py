@@ -14,10 +14,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
-from icechunk.errors import SessionStateError
+import numpy as np
+
+from icechunk.errors import ErrorKind, InvalidInputError, SessionStateError
 from icechunk.snapshots import SnapshotInfo
 
-__all__ = ["KEY", "Sources", "newest_sources", "recorded"]
+__all__ = ["KEY", "Sources", "newest_sources", "recorded", "valid_offset"]
 
 KEY: Final = "aioicechunk_append"
 """Reserved in the metadata of snapshots."""
@@ -52,3 +54,23 @@ def recorded(sources: Sources, source: str, *, offset: Any, owner: str, rows: in
     before = sources.get(source, {})
     record = {"offset": offset, "owner": owner, "rows": int(before.get("rows") or 0) + rows}
     return {KEY: {"sources": {**sources, source: record}}}
+
+
+def valid_offset(offset: Any) -> int | str:
+    """An offset as it is recorded.
+
+    Raises
+    ------
+    InvalidInputError
+        It is neither an int of 64 bits nor a text (kind ``invalid-setting``).
+    """
+    if type(offset) is int or (isinstance(offset, (int, np.integer)) and not isinstance(offset, bool)):
+        if -(2**63) <= offset < 2**63:
+            return int(offset)
+        raise InvalidInputError(f"offset {offset} does not fit into 64 bits", ErrorKind.INVALID_SETTING)
+    if isinstance(offset, str) and (offset.isascii() or offset.encode(errors="ignore").decode() == offset):
+        return str(offset)
+    raise InvalidInputError(
+        f"an offset is an int or a text that grows, not {offset!r:.60} of type {type(offset).__name__}",
+        ErrorKind.INVALID_SETTING,
+    )

@@ -193,6 +193,48 @@ class Target:
 
     # -- checking --------------------------------------------------------------------------------------------------
 
+    def unlike(self, other: Target) -> str | None:
+        """A difference that makes rows checked against this target unfit for the other; None where there is none."""
+        ours, theirs = ({v.name: v for v in target.growing} for target in (self, other))
+        if ours.keys() != theirs.keys():
+            return f"those along {self.dim!r} were {sorted(ours)} and are {sorted(theirs)}"
+        for name, variable in ours.items():
+            found = theirs[name]
+            for what in ("dtype", "dims", "row_shape", "codings"):
+                before, now = getattr(variable, what), getattr(found, what)
+                if before != now:
+                    return f"{what} of {name} was {before} and is {now}"
+        return None
+
+    def require_labels(self, labels: Values) -> None:
+        """Refuse labels of the append dimension that do not grow, or are no values."""
+        if len(labels) > 1 and not np.all(labels[1:] > labels[:-1]):
+            raise self._refused(f"labels of {self.dim!r} do not grow within the data: {labels[:5]!r}…")
+        kind = labels.dtype.kind
+        if kind in "fcmM":
+            absent = bool(len(labels)) and labels[-1] != labels[-1]
+        else:
+            # A time that is absent is kept as the lowest number.
+            is_time = kind == "i" and "units" in self.variables[self.dim].codings
+            absent = is_time and bool(len(labels)) and labels[0] == np.iinfo(labels.dtype).min
+        if absent:
+            raise self._refused(f"a label of {self.dim!r} is missing (NaN or NaT)")
+
+    async def checked_before_first(self, session: Session, data: Any) -> Batch:
+        """As `checked`, of rows that go before the first."""
+        if not self.created:
+            raise self._refused("there are no arrays whose first row these go before: put them")
+        batch = await self.checked(session, data)
+        labels = batch.values.get(self.dim)
+        if labels is not None and len(labels):
+            self.require_labels(labels)
+            if self.length:
+                coordinate = self.variables[self.dim]
+                (first,) = np.asarray(await self._array(session, coordinate).getitem(slice(0, 1)))
+                if not labels[-1] < first:
+                    raise self._refused(f"label {labels[-1]!r} of {self.dim!r} is not before {first!r}, the first one")
+        return batch
+
     async def checked(self, session: Session, data: Any) -> Batch:
         """Check rows against the arrays, before anything is buffered.
 
@@ -202,11 +244,13 @@ class Target:
             Names, dimensions, dtypes, sizes or fixed coordinates do not fit; the message says which.
         """
         from_xarray = _is_dataset(data)
+        if not from_xarray and not isinstance(data, Mapping):
+            raise self._refused(f"expected an xarray.Dataset, or a mapping of names to arrays, not {type(data)}")
         if not self.variables or not self.growing:
             if not from_xarray:
                 raise self._refused("its arrays do not exist yet: create them, or put an xarray.Dataset first")
             return await _first(data, self)
-        values = self._encoded(data) if from_xarray else {str(k): np.asarray(v) for k, v in data.items()}
+        values = self._encoded(data) if from_xarray else self._plain(data)
         if values.keys() != self.variables.keys():
             self._require_names(values)
         found: dict[str, Values] = {}
@@ -243,6 +287,12 @@ class Target:
         if missing or unknown:
             what = [f"{kind} {sorted(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names]
             raise self._refused(f"variables do not fit: {', '.join(what)}")
+
+    def _plain(self, data: Mapping[str, Any]) -> dict[str, Values]:
+        try:
+            return {str(k): np.asarray(v) for k, v in data.items()}
+        except (ValueError, TypeError) as error:
+            raise self._refused(f"a value is no array: {error}") from error
 
     def _encoded(self, dataset: Any) -> dict[str, Values]:
         """The variables of a dataset as the stored arrays keep them."""

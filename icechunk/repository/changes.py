@@ -271,7 +271,7 @@ class Changes(RepositoryBase):
                 missing.reshape(-1)[places] = False
                 ids += [encode_id(part[number].id) for number in found.tolist()]
             if created and missing.any():
-                # What the array has from no later commit is from the one that made it.
+                # Chunks that no later commit wrote are from the one that made the array.
                 id = encode_id(part[writers[-1]].id)
                 if not ids or ids[-1] != id:
                     ids.append(id)

@@ -413,7 +413,7 @@ async def test_labels_that_another_source_stored_meanwhile_are_dealt_with_as_ask
     if on_duplicate == "error":
         with pytest.raises(InvalidInputError):
             await appender.__aexit__()
-        assert appender.stats().rows_buffered == 5
+        assert appender.stats().rows_buffered == 0
     else:
         await appender.flush()
         await appender.put(plain(6, 1), offset=2)

@@ -1,0 +1,252 @@
+"""Bad input of an appender: refused where it is given, nothing of it stored, nothing else lost."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr.api.asynchronous as azarr
+
+import icechunk
+from icechunk.errors import InvalidInputError, SessionStateError
+from tests.appender.test_appender import chunked, new_repo, plain, rows, stored, values
+
+
+async def test_rows_whose_labels_another_source_stored_are_refused_once_and_all_others_are_stored() -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    other = await icechunk.Repository.open_async(repo.storage)
+    async with repo.appender("main", dim="time", source="late", key="time") as appender:
+        await appender.put(plain(1, 1), offset=1)
+        await appender.put(plain(5, 1), offset=2)
+        async with other.appender("main", dim="time", source="first", key="time") as first:
+            await first.put(plain(0, 3), offset=1)
+        with pytest.raises(InvalidInputError):
+            await appender.flush()
+        assert appender.stats().rows_buffered == 0
+        assert appender.position == 2
+        await appender.put(plain(6, 1), offset=3)
+    assert await values(repo) == [0, 1, 2, 5, 6]
+
+
+async def test_refused_rows_that_no_caller_waits_for_are_told_by_the_next_call() -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    other = await icechunk.Repository.open_async(repo.storage)
+    async with repo.appender("main", dim="time", source="late", key="time", every=0.02) as appender:
+        async with other.appender("main", dim="time", source="first", key="time") as first:
+            await first.put(plain(0, 3), offset=1)
+            await first.flush()
+            await appender.put(plain(2, 1), offset=7)
+        for _ in range(1000):
+            if appender.stats().rows_buffered:
+                await asyncio.sleep(0.01)
+        with pytest.raises(InvalidInputError):
+            await appender.put(plain(4, 1), offset=8)
+        # The offset was refused, so rows may come with it again.
+        assert await appender.put(plain(3, 1), offset=7) == "buffered"
+    assert await values(repo) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "dtype", "row shape", "units"])
+async def test_arrays_that_another_writer_changed_end_the_appender(change: str) -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    appender = repo.appender("main", dim="time", source="s")
+    await appender.__aenter__()
+    await appender.put(plain(0, 3), offset=0, durable=True)
+    await appender.put(plain(3, 2), offset=1)
+    session = await (await icechunk.Repository.open_async(repo.storage)).writable_session_async("main")
+    options: dict[str, Any] = {"store": session.store, "chunks": (4,), "dtype": "f4", "dimension_names": ("time",)}
+    if change == "added":
+        await azarr.create_array(name="w", shape=(3,), **options)
+    elif change == "units":
+        time = await azarr.open_array(store=session.store, path="time", mode="r+")
+        await time.update_attributes({"units": "days since 2000-01-01"})
+    else:
+        await session.store.delete_dir("v")
+        if change != "removed":
+            options |= {
+                "dtype": "f8" if change == "dtype" else "f4",
+                "chunks": (4, 4),
+                "dimension_names": ("time", "x"),
+            }
+            await azarr.create_array(name="v", shape=(3, 4 if change == "dtype" else 5), **options)
+    await session.commit_async("other arrays")
+    with pytest.raises(SessionStateError):
+        await appender.flush()
+    with pytest.raises(SessionStateError):
+        await appender.put(plain(5, 1), offset=2)
+    await appender.__aexit__()
+    assert appender.position == 0
+    after = await repo.readonly_session_async("main")
+    assert (await azarr.open_array(store=after.store, path="time")).shape == (3,)
+
+
+@pytest.mark.parametrize("difference", [None, "dtype", "units"])
+async def test_of_two_first_datasets_the_second_must_fit_the_arrays_that_the_first_made(difference: str | None) -> None:
+    repo = await new_repo()
+    other = await icechunk.Repository.open_async(repo.storage)
+    one = repo.appender("main", dim="time", source="a")
+    two = other.appender("main", dim="time", source="b")
+    await one.__aenter__()
+    await two.__aenter__()
+    await one.put(rows(0, 2), offset=0)
+    second = rows(2, 2)
+    if difference == "dtype":
+        second["v"] = second.v.astype("f8")
+    if difference == "units":
+        second.time.encoding = {"units": "days since 1970-01-01", "dtype": np.dtype("f8")}
+    await two.put(second, offset=0)
+    await one.__aexit__()
+    if difference is None:
+        await two.__aexit__()
+        assert await stored(repo) == [0, 1, 2, 3]
+    else:
+        with pytest.raises(SessionStateError):
+            await two.__aexit__()
+        assert await stored(repo) == [0, 1]
+
+
+async def test_a_commit_that_fails_is_tried_again_after_growing_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    async with repo.appender("main", dim="time", source="s", every=0.001) as appender:
+        tries = 0
+        third = asyncio.Event()
+
+        async def failing() -> str | None:
+            nonlocal tries
+            tries += 1
+            if tries == 3:
+                third.set()
+            raise OSError("no answer")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(appender, "_commit", failing)
+            await appender.put(plain(0, 1), offset=0)
+            began = asyncio.get_running_loop().time()
+            await third.wait()
+            # Without pauses between them, thousands of tries fit into this time.
+            assert asyncio.get_running_loop().time() - began >= 0.25
+            assert tries == 3
+    assert await values(repo) == [0]
+
+
+async def test_only_rows_that_come_before_the_first_are_prepended() -> None:
+    repo = await new_repo()
+    async with repo.appender("main", dim="time", source="s") as appender:
+        with pytest.raises(InvalidInputError):
+            await appender.prepend(rows(0, 4))
+    await chunked(repo)
+    async with repo.appender("main", dim="time", source="s") as appender:
+        await appender.put(plain(10, 4), offset=0)
+        descending = {"time": np.array([3, 2, 1, 0]), "v": np.zeros((4, 4), "f4")}
+        for wrong in (plain(8, 4), plain(20, 4), descending):
+            with pytest.raises(InvalidInputError):
+                await appender.prepend(wrong)
+        await appender.prepend(plain(6, 4))
+    assert await values(repo) == list(range(6, 14))
+
+
+@pytest.mark.parametrize("label", [np.nan, np.datetime64("NaT", "ns"), np.timedelta64("NaT", "ns")])
+async def test_labels_that_are_missing_are_refused(label: Any) -> None:
+    def one(time: Any) -> xr.Dataset:
+        return xr.Dataset({"v": ("time", [1.0])}, coords={"time": np.array([time])})
+
+    repo = await new_repo()
+    async with repo.appender("main", dim="time", source="s") as appender:
+        with pytest.raises(InvalidInputError):
+            await appender.put(one(label), offset=0)
+        await appender.put(one(np.ones(1).astype(np.array(label).dtype)[0]), offset=0)
+        with pytest.raises(InvalidInputError):
+            await appender.put(one(label), offset=1)
+        assert appender.stats().rows_buffered == 1
+
+
+@pytest.mark.parametrize("offset", [b"x", 1.5, True, (1, 2), {"a": 1}, object(), 2**63, "\ud800"])
+async def test_offsets_that_cannot_be_recorded_are_refused(offset: Any) -> None:
+    repo = await new_repo()
+    async with repo.appender("main", dim="time", source="s") as appender:
+        with pytest.raises(InvalidInputError):
+            await appender.put(rows(0), offset=offset)
+        assert appender.stats().rows_buffered == 0
+    with pytest.raises(InvalidInputError):
+        repo.appender("main", dim="time", source="s", begin_at=offset)
+
+
+async def test_integers_of_numpy_are_offsets() -> None:
+    repo = await new_repo()
+    async with repo.appender("main", dim="time", source="s") as appender:
+        await appender.put(rows(0), offset=np.int64(3))
+        await appender.put(rows(1), offset=4)
+    async with repo.appender("main", dim="time", source="s") as appender:
+        assert appender.position == 4
+
+
+async def test_rows_are_refused_after_the_block() -> None:
+    repo = await new_repo()
+    async with repo.appender("main", dim="time", source="s") as appender:
+        await appender.put(rows(0), offset=0)
+    with pytest.raises(SessionStateError):
+        await appender.put(rows(1), offset=1)
+    with pytest.raises(SessionStateError):
+        await appender.prepend(rows(1))
+    assert await appender.flush() is None
+
+
+async def test_of_puts_of_one_offset_at_the_same_time_one_is_accepted() -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    async with repo.appender("main", dim="time", source="s") as appender:
+        await appender.put(plain(0, 1), offset=0)
+    async with repo.appender("main", dim="time", source="s") as appender:
+        found = await asyncio.gather(*(appender.put(plain(1 + n // 2, 1), offset=1 + n // 2) for n in range(6)))
+    assert found == ["buffered", "skipped"] * 3
+    assert await values(repo) == [0, 1, 2, 3]
+
+
+async def test_a_durable_put_that_is_repeated_waits_for_the_commit_too() -> None:
+    repo = await new_repo()
+    async with repo.appender("main", dim="time", source="s", every=1000) as appender:
+        await appender.put(rows(0), offset=0)
+        assert await appender.put(rows(0), offset=0, durable=True) == "skipped"
+        assert appender.position == 0
+
+
+async def test_an_offset_counts_only_with_all_rows_that_came_with_it() -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    options: dict[str, Any] = {"dim": "time", "source": "s", "key": "time", "on_duplicate": "replace"}
+    async with repo.appender("main", **options) as appender:
+        await appender.put(plain(0, 3), offset=1)
+    killed = repo.appender("main", every=1000, **options)
+    await killed.__aenter__()
+    # One row is replaced at once; two are buffered, and lost with the process.
+    await killed.put(plain(2, 3), offset=2)
+    async with repo.appender("main", **options) as appender:
+        assert appender.position == 1
+        await appender.put(plain(2, 3), offset=2)
+    assert await values(repo) == [0, 1, 2, 3, 4]
+    with pytest.raises(SessionStateError):
+        await killed.__aexit__()
+
+
+async def test_a_key_needs_its_variable() -> None:
+    repo = await new_repo()
+    async with repo.appender("main", dim="time", source="s", key="time") as appender:
+        with pytest.raises(InvalidInputError):
+            await appender.put(xr.Dataset({"v": ("time", [1.0])}), offset=0)
+
+
+@pytest.mark.parametrize("data", [5, None, [1], {"time": [1], "v": [[1, 2], [3]]}, xr.DataArray([1.0], dims="time")])
+async def test_data_of_another_kind_are_refused(data: Any) -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    async with repo.appender("main", dim="time", source="s") as appender:
+        with pytest.raises(InvalidInputError):
+            await appender.put(data, offset=1)
+        assert appender.stats().rows_buffered == 0
