@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from typing import Any, Final, TypeVar
@@ -120,8 +119,10 @@ def shielded() -> AbstractContextManager[Any]:
 
     asyncio cancels a task once; a scope of anyio, where the application has one, again and again.
     """
-    anyio = sys.modules.get("anyio")
-    return nullcontext() if anyio is None else anyio.CancelScope(shield=True)
+    # Imported here: few programs cancel anything, and anyio's backend takes longer to import than most first calls.
+    import anyio
+
+    return anyio.CancelScope(shield=True)
 
 
 async def finish_task(task: asyncio.Task[Any] | None, grace_s: float) -> None:
