@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import sys
 import threading
 from collections.abc import Callable
 from contextvars import Context, copy_context
@@ -29,20 +30,19 @@ class _Call:
     Errors are raised, not logged: a callback of a simulation that fails is a fault of the simulator or the engine.
     """
 
-    __slots__ = ("_args", "_callback", "_context", "_when", "cancelled_")
+    __slots__ = ("_args", "_callback", "_context", "_when")
 
     def __init__(self, callback: Callable[..., Any], args: tuple[Any, ...], context: Context, when: float) -> None:
-        self._callback = callback
+        self._callback: Callable[..., Any] | None = callback
         self._args = args
         self._context = context
         self._when = when
-        self.cancelled_ = False
 
     def cancel(self) -> None:
-        self.cancelled_ = True
+        self._callback = None
 
     def cancelled(self) -> bool:
-        return self.cancelled_
+        return self._callback is None
 
     def when(self) -> float:
         return self._when
@@ -60,6 +60,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     """
 
     _ready: Any
+    _asyncgen_finalizer_hook: Any
     _stopping: bool
 
     def __init__(self) -> None:
@@ -81,6 +82,12 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._asked += 1
         heapq.heappush(self._timers, (self._now_s + seconds, self._asked, future))
         return future
+
+    def take_apart(self) -> None:
+        """Let go of all that would still be called."""
+        self._timers.clear()
+        self._ready.clear()
+        self.set_task_factory(None)
 
     def get_debug(self) -> bool:
         return False
@@ -132,9 +139,12 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def run_forever(self) -> None:
         self._thread_id = threading.get_ident()
         asyncio._set_running_loop(self)
+        hooks = sys.get_asyncgen_hooks()
+        sys.set_asyncgen_hooks(finalizer=self._asyncgen_finalizer_hook)
         try:
             self._run_until_stopped()
         finally:
+            sys.set_asyncgen_hooks(*hooks)
             self._stopping = False
             self._thread_id = None  # type: ignore[assignment]
             asyncio._set_running_loop(None)
@@ -149,8 +159,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
             if calls > _MAX_CALLS:
                 raise StuckError(f"the simulation does not end: {_MAX_CALLS} callbacks were run")
             call = ready.popleft()
-            if not call.cancelled_:
-                call._context.run(call._callback, *call._args)
+            if (callback := call._callback) is not None:
+                call._context.run(callback, *call._args)
 
     def _jump(self, timers: list[tuple[float, int, _Call | asyncio.Future[None]]]) -> None:
         """Let time pass until something is ready."""
@@ -159,7 +169,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
             if when > self._now_s:
                 self._now_s = when
             if isinstance(timer, _Call):
-                if not timer.cancelled_:
+                if timer._callback is not None:
                     self._ready.append(timer)
                     return
             elif not timer.done():

@@ -169,7 +169,7 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         If there are more than the buffer has room for.
     """
 
-    __slots__ = ("_known", "_plain_rows", "run", "tables")
+    __slots__ = ("_known", "_last", "_plain_rows", "run", "tables")
 
     def __init__(self, buffer: Buffer, start: int, count: int, run: SnapshotRun | None = None) -> None:
         self.tables: LazyTables = LazyTables(buffer, start, count)
@@ -177,6 +177,7 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         self.run: SnapshotRun | None = run
         self._known: _Index | None = None
         self._plain_rows: bytes | None = None
+        self._last: tuple[int, SnapshotRecord] | None = None
 
     @property
     def _index(self) -> _Index:
@@ -313,7 +314,11 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         row = self.find(id)
         if row is None:
             raise KeyError(id)
-        return self.at(row)
+        # The tip of a branch is looked up several times for one change.
+        last = self._last
+        if last is None or last[0] != row:
+            last = self._last = row, self.at(row)
+        return last[1]
 
     def __repr__(self) -> str:
         return f"<{len(self)} stored snapshots>"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -219,7 +218,7 @@ class _RepoCreation(Creation):
             return False
         assert self.answer is not None
         known = known_of(self._info, self.answer.version, len(self._data))
-        self.created = RepoObject(info=self._info, known=known, asked=replace(self._asked, date_us=self.answer.date_us))
+        self.created = RepoObject(info=self._info, known=known, asked=self._asked._replace(date_us=self.answer.date_us))
         return True
 
     async def fate(self, may_land: bool) -> Fate:

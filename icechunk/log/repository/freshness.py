@@ -6,8 +6,7 @@ what it knows for half of that, so it never takes a slot that was pruned and mad
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from icechunk.runtime.clock import Sources
 
@@ -29,8 +28,7 @@ MAX_SKEW_US: Final = 600 * 1_000_000
 """A writer further off than this from the store's clock does not write."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Instant:
+class Instant(NamedTuple):
     """A moment on the clocks that can be read of it."""
 
     date_us: int | None

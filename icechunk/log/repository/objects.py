@@ -130,8 +130,8 @@ async def read_repo(storage: Storage, sources: Sources) -> RepoObject | None:
             ) from error
         info, copy = copied
         known = replace(known_of(info, answer.version, len(copy)), copy=copy)
-        return RepoObject(info=info, known=known, asked=replace(before, date_us=answer.date_us))
-    asked = replace(before, date_us=answer.date_us)
+        return RepoObject(info=info, known=known, asked=before._replace(date_us=answer.date_us))
+    asked = before._replace(date_us=answer.date_us)
     return RepoObject(info=info, known=known_of(info, answer.version, len(answer.data)), asked=asked)
 
 

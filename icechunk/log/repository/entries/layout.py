@@ -16,7 +16,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
@@ -289,7 +289,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
         if not is_fresh(attempt.freshness, answered):
             # Rule 5: the slot may have been pruned meanwhile, and made again by this request.
             return False
-        self._fold_own(attempt, replace(asked, date_us=answered.date_us))
+        self._fold_own(attempt, asked._replace(date_us=answered.date_us))
         self.view.end_look(look)
         return True
 

@@ -244,7 +244,7 @@ async def open_head(storage: Storage, sources: Sources) -> Opened | RepoObject:
         head = Head(epoch=marker.epoch, n=marker.n, state=state_of(repo.info, marker))
         for entry in entries:
             head = fold_entry(head, entry)
-        freshness = replace(asked, date_us=repo.asked.date_us)
+        freshness = asked._replace(date_us=repo.asked.date_us)
         if head.n < newest:
             missing = (head.epoch, head.n + 1)
             if gap == missing:

@@ -103,7 +103,7 @@ class RefFilesView:
                 raise denied from None
             return None
         if answer.date_us is not None:
-            self._clock = replace(asked, date_us=answer.date_us)
+            self._clock = asked._replace(date_us=answer.date_us)
         return answer
 
     async def _list_refs(self) -> list[str]:

@@ -220,7 +220,7 @@ class RepoView:
 
     def _saw(self, asked: Instant, date_us: int | None) -> None:
         if date_us is not None:
-            self._clock = replace(asked, date_us=date_us)
+            self._clock = asked._replace(date_us=date_us)
 
     def check_clock(self) -> None:
         """Refuse to write with a clock that is far off (rule 13). Raises `SessionStateError`."""
