@@ -10,7 +10,7 @@ from typing import Final
 
 from icechunk.errors import ErrorKind, StorageError
 
-__all__ = ["CALM", "Fault", "Mix", "no_answer", "refusal", "unsent"]
+__all__ = ["CALM", "ON_DISK", "Fault", "Mix", "no_answer", "refusal", "unsent"]
 
 
 class Fault(StrEnum):
@@ -56,6 +56,16 @@ class Fault(StrEnum):
     """A request is cancelled on its way, and executed nevertheless."""
     DEADLINE = "deadline"
     """The caller's deadline passes first."""
+    POWER_DROPPED = "power loss, unsynced writes dropped"
+    """On a local disk: no name and no byte is there that was not synced."""
+    POWER_EMPTIED = "power loss, unsynced files empty"
+    """On a local disk: all names are there, and files that were not synced have nothing in them."""
+    POWER_TORN = "power loss, unsynced writes torn and reordered"
+    """On a local disk: of what was not synced, names up to some point, and files cut short, garbage, or whole."""
+
+
+ON_DISK: Final = frozenset({Fault.POWER_DROPPED, Fault.POWER_EMPTIED, Fault.POWER_TORN})
+"""Faults of the machine that has the disk, not of requests; schedules of `tools.simulator.disk` have them."""
 
 
 _BY_VERB: Final[Mapping[str, tuple[Fault, ...]]] = {
@@ -145,7 +155,7 @@ class Mix:
     @staticmethod
     def drawn(rng: random.Random, without: Iterable[Fault] = ()) -> Mix:
         """Some kinds, at random, of which most requests of a schedule are spared."""
-        possible = [fault for fault in Fault if fault not in set(without)]
+        possible = [fault for fault in Fault if fault not in ON_DISK.union(without)]
         share = rng.choice((0.2, 0.4, 0.7))
         strength = rng.choice((0.03, 0.06, 0.12))
         kinds = [fault for fault in possible if rng.random() < share] or [rng.choice(possible)]

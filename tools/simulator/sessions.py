@@ -20,11 +20,22 @@ from tools.simulator.cluster import Client, Cluster
 from tools.simulator.faults import Fault
 from tools.simulator.loop import DAY_S
 
-__all__ = ["FIRST", "content_collector", "content_reader", "content_writer", "first_content", "verify_content"]
+__all__ = [
+    "CHUNKS",
+    "FIRST",
+    "content_collector",
+    "content_reader",
+    "content_writer",
+    "first_content",
+    "get_chunk",
+    "make_array",
+    "set_chunk",
+    "verify_content",
+]
 
 FIRST: Final = "c0"
 """The commit that makes the array."""
-_CHUNKS: Final = tuple(f"a/c/{i}" for i in range(4))
+CHUNKS: Final = tuple(f"a/c/{i}" for i in range(4))
 _WIDTH: Final = 24
 _GROUP: Final = b'{"zarr_format":3,"node_type":"group"}'
 _ARRAY: Final = (
@@ -65,11 +76,16 @@ async def first_content(client: Client) -> None:
     core = _core(client, client.storage)
     await core.load_config()
     repository = Repository(core)
+    await make_array(repository)
+    await repository.aclose()
+
+
+async def make_array(repository: Repository) -> None:
+    """Commit an array of four chunks, without any of them."""
     session = await repository.writable_session_async("main")
     await session.store.set("zarr.json", _buffer(_GROUP))
     await session.store.set("a/zarr.json", _buffer(_ARRAY))
     await session.commit_async(FIRST)
-    await repository.aclose()
 
 
 def _buffer(data: bytes) -> zarr.core.buffer.Buffer:
@@ -161,16 +177,17 @@ async def _fenced(cluster: Cluster, client: Client, session: Session) -> None:
 
 
 async def _write(cluster: Cluster, client: Client, session: Session, writes: dict[str, str]) -> None:
-    for key in cluster.rng.sample(_CHUNKS, cluster.rng.choice((1, 1, 2, 3))):
+    for key in cluster.rng.sample(CHUNKS, cluster.rng.choice((1, 1, 2, 3))):
         value = f"v{cluster.tick()}"
-        if not await client.run(_set(session, key, value)):
+        if not await client.run(set_chunk(session, key, value)):
             # It may be there all the same, or come back when it is tried again: such a session is left.
             writes.clear()
             return
         writes[key] = value
 
 
-async def _set(session: Session, key: str, value: str) -> bool:
+async def set_chunk(session: Session, key: str, value: str) -> bool:
+    """Write a text into a chunk."""
     await session.store.set(key, _buffer(value.encode().ljust(_WIDTH)))
     return True
 
@@ -178,9 +195,9 @@ async def _set(session: Session, key: str, value: str) -> bool:
 async def _fork(cluster: Cluster, client: Client, session: Session, writes: dict[str, str]) -> None:
     """Two forks write different chunks, and come back."""
     forks, written = [session.fork(), session.fork()], list[dict[str, str]]()
-    for fork, key in zip(forks, cluster.rng.sample(_CHUNKS, 2), strict=True):
+    for fork, key in zip(forks, cluster.rng.sample(CHUNKS, 2), strict=True):
         value = f"v{cluster.tick()}"
-        if not await client.run(_set(fork, key, value)):
+        if not await client.run(set_chunk(fork, key, value)):
             return
         written.append({key: value})
 
@@ -306,8 +323,8 @@ async def read_content(cluster: Cluster, client: Client, repository: Repository,
         return False
     op = Operation(client=client.name, verb="read-content", commit=name, began=cluster.tick())
     content: dict[str, str] = {}
-    for key in _CHUNKS:
-        found = await client.run(_get(session, key))
+    for key in CHUNKS:
+        found = await client.run(get_chunk(session, key))
         if found is None:
             return False
         content[key] = found
@@ -319,7 +336,8 @@ async def read_content(cluster: Cluster, client: Client, repository: Repository,
     return True
 
 
-async def _get(session: Session, key: str) -> str:
+async def get_chunk(session: Session, key: str) -> str:
+    """The text in a chunk; empty where nothing was written."""
     found = await session.store.get(key, _PROTOTYPE)
     return "" if found is None else found.to_bytes().decode().strip()
 

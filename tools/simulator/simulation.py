@@ -29,6 +29,7 @@ from tools.simulator import sessions, upkeep
 from tools.simulator.checker import MAIN, ROOT, View, check
 from tools.simulator.cluster import Client, Cluster, Report
 from tools.simulator.decoding import share
+from tools.simulator.disk import simulate_power_loss
 from tools.simulator.faults import CALM, Fault, Mix
 from tools.simulator.loop import DAY_S, VirtualLoop
 from tools.simulator.official import official_writer, take_over
@@ -58,12 +59,16 @@ class Plan:
     """Whether a client that follows the official library's protocol takes part."""
     takeover: bool = False
     """Whether, after all that, the official library takes the log over, and this library's clients go on."""
+    disk: bool = False
+    """Whether it is one of a local disk whose power fails (`tools.simulator.disk`); only the layout counts besides."""
     calm: bool = False
     """No faults; only interleavings."""
 
     @property
     def profile(self) -> str:
         """A word or two for statistics."""
+        if self.disk:
+            return f"{self.layout.value}-disk"
         kinds = {
             "sessions": self.sessions,
             "collect": self.collect,
@@ -94,6 +99,8 @@ def plan_of(seed: int, layout: Layout | None = None) -> Plan:
         writers=4 if large else rng.choice((1, 2, 2, 3)),
         rounds=6 if large else rng.choice((1, 2, 2, 3)),
         readers=2 if large else 1,
+        # They take ten times as long as others.
+        disk=rng.random() < 0.008,
     )
 
 
@@ -113,6 +120,8 @@ def simulate(seed: int, plan: Plan | None = None) -> Report:
     plan = plan if plan is not None else plan_of(seed)
     share()
     with _quiet():
+        if plan.disk:
+            return simulate_power_loss(seed, plan.layout)
         loop = VirtualLoop()
         cluster = make_cluster(loop, seed, plan)
         report = cluster.report

@@ -479,7 +479,7 @@ class LocalStorage(Storage):
         self._sync_files(files, keys)
         if self._folders.names_follow_files:
             return
-        for folder in {os.path.dirname(path) for path in keys}:
+        for folder in sorted({os.path.dirname(path) for path in keys}):
             with self._translated("sync", os.path.relpath(folder, self._root)):
                 self._folders.make(folder)
                 self._folders.sync(folder)
