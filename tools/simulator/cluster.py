@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
-from icechunk.errors import IcechunkError, SessionStateError
+from icechunk.errors import ErrorKind, IcechunkError, SessionStateError
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.values import ManifestFile
 from icechunk.log.repository.open import open_repository
@@ -133,9 +133,17 @@ class Client:
                 return None
             window = self.cluster.updates_per_file
             opening = open_repository(self.storage, self.sources, updates_per_file=window, retries=_RETRIES)
-            log = await self.run(opening)
-            if log is not None:
-                return log
+            task = self.own(opening)
+            await self.cluster.loop.finished(task)
+            if task.cancelled() or self.dead:
+                continue
+            error = task.exception()
+            if error is None:
+                return task.result()
+            if not isinstance(error, IcechunkError):
+                raise error
+            if error.kind == ErrorKind.UNSUPPORTED_SPEC_VERSION:
+                return None
             await asyncio.sleep(self.cluster.rng.choice((1, 30)))
         return None
 
@@ -211,6 +219,8 @@ class Cluster:
         """Called with every process that ends without being asked."""
         self.foreign: set[str] = set()
         """Names of clients that are another library, which knows nothing of the log."""
+        self.newer_slot: str | None = None
+        """Key of the slot in which a newer version of this library has written what this one does not know."""
         self.taken_over = False
         """Whether another library has taken the repository over from the log."""
         self._time = 0

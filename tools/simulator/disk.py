@@ -20,6 +20,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 
 from icechunk import Repository
 from icechunk.config import RepositoryConfig
@@ -89,11 +90,6 @@ class _Machine:
             sleep=asyncio.sleep,
         )
 
-    def repository(self) -> Repository:
-        """A new client."""
-        config = RepositoryConfig(inline_chunk_threshold_bytes=4)
-        return Repository(Core(LocalStorage(str(self.root), self.sources), config, sources=self.sources))
-
     def note(self, who: str, what: str) -> None:
         """Write something down in the trace."""
         self.report.trace.note(self.loop.time(), who, what)
@@ -114,9 +110,11 @@ class _Machine:
             await repository.aclose()
 
     async def opened(self) -> Repository:
-        repository = self.repository()
-        await repository._core.load_config()  # private: a core on virtual time, as in sessions
-        return repository
+        """The repository of a new client."""
+        config = RepositoryConfig(inline_chunk_threshold_bytes=4)
+        core = Core(LocalStorage(str(self.root), self.sources), config, sources=self.sources)
+        await core.load_config()
+        return Repository(core)
 
     async def _commit(self, name: str, repository: Repository) -> None:
         rng = self.rng
@@ -186,16 +184,15 @@ def simulate_power_loss(seed: int, layout: Layout) -> Report:
     rng = random.Random(f"disk {seed}")
     report = Report(seed=seed, profile=f"{layout.value}-disk")
     follows = rng.random() < 0.5
-    found = folders.syncs_names
-    folders.syncs_names = lambda device: follows  # as ext4, XFS and btrfs do, or as POSIX promises
     template = _template(layout)
-    with tempfile.TemporaryDirectory(prefix="icechunk-simulated-disk-", dir=_memory()) as folder:
-        try:
-            live, image = Path(folder, "live"), Path(folder, "image")
-            shutil.copytree(template, live)
-            _run(report, rng, live, image, layout, names_follow_files=follows)
-        finally:
-            folders.syncs_names = found
+    with (
+        # As on ext4, XFS and btrfs, or as POSIX promises.
+        mock.patch.object(folders, "syncs_names", return_value=follows),
+        tempfile.TemporaryDirectory(prefix="icechunk-simulated-disk-", dir=_memory()) as folder,
+    ):
+        live, image = Path(folder, "live"), Path(folder, "image")
+        shutil.copytree(template, live)
+        _run(report, rng, live, image, layout, names_follow_files=follows)
     return report
 
 

@@ -36,7 +36,7 @@ from tools.simulator.cluster import Client, Cluster
 from tools.simulator.files import bare_snapshot
 from tools.simulator.loop import DAY_S
 
-__all__ = ["official_writer", "take_over"]
+__all__ = ["official_writer", "take_over", "upload_bare"]
 
 _TRIES = 6
 _MOST_UPDATES = 1000
@@ -105,7 +105,7 @@ async def _change(cluster: Cluster, client: Client, verb: str) -> None:
         op.ref, op.commit = f"{verb[7]}{rng.randrange(3)}", cluster.name_of(tip)
     cluster.begin(op)
     id = cluster.ids.get(op.commit, tip)
-    if verb == "commit" and not await _upload(client, _record(info, id, tip, client, op.commit)):
+    if verb == "commit" and not await upload_bare(client, _record(info, id, tip, client, op.commit)):
         cluster.end(op, "open" if client.dead else "failed", "a file could not be put")
         return
     await _replace(cluster, client, op, lambda now: _changed(now, op, id, tip, client))
@@ -187,7 +187,8 @@ async def _read(client: Client) -> tuple[RepoInfo, Version]:
     return decode_repo(found.data), found.version
 
 
-async def _upload(client: Client, record: SnapshotRecord) -> bool:
+async def upload_bare(client: Client, record: SnapshotRecord) -> bool:
+    """Put the files of a snapshot without nodes; whether that worked."""
     files = {
         snapshot_key(record.id): bare_snapshot(record, spec_version=2),
         transaction_key(record.id): encode_transaction_log(TransactionLog(id=record.id), 2),

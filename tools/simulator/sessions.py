@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from typing import Final
 
 import zarr.core.buffer
@@ -10,7 +11,7 @@ import zarr.core.buffer
 from icechunk import Repository, Session
 from icechunk.config import RepositoryConfig
 from icechunk.conflicts import BasicConflictSolver, ConflictDetector, ConflictSolver
-from icechunk.errors import CommitOutcomeUnknown, ConflictError, ErrorKind, IcechunkError
+from icechunk.errors import CommitOutcomeUnknown, ConflictError, ErrorKind, IcechunkError, SessionEndedError
 from icechunk.log.repository.port import SwapToken
 from icechunk.runtime.clock import moment
 from icechunk.session.core import Core
@@ -28,6 +29,7 @@ __all__ = [
     "content_writer",
     "first_content",
     "get_chunk",
+    "lease_holder",
     "make_array",
     "set_chunk",
     "verify_content",
@@ -342,12 +344,23 @@ async def get_chunk(session: Session, key: str) -> str:
     return "" if found is None else found.to_bytes().decode().strip()
 
 
-async def content_collector(cluster: Cluster, rounds: int, *, age_s: float) -> None:
-    """Expires snapshots and collects garbage as users do."""
+async def content_collector(cluster: Cluster, rounds: int, *, age_s: float, pause_s: float | None = None) -> None:
+    """Expires snapshots and collects garbage as users do.
+
+    Parameters
+    ----------
+    age_s
+        Age of the cutoff.
+    pause_s
+        Longest time between two collections; None: twice the age.
+    """
     rng = cluster.rng
     for _ in range(rounds):
-        await asyncio.sleep(2 * age_s * rng.random() + 5)
+        await asyncio.sleep((2 * age_s if pause_s is None else pause_s) * rng.random() + 5)
         client = cluster.client("g")
+        if pause_s is not None:
+            # The store says what time it is: a collector that must believe its own clock may end a session early.
+            client.storage.dated = True
         repository = await _open(client)
         if repository is None:
             continue
@@ -358,6 +371,74 @@ async def content_collector(cluster: Cluster, rounds: int, *, age_s: float) -> N
         if summary is not None:
             cluster.report.collected += summary.snapshots_deleted + summary.chunks_deleted
             await client.run(repository.aclose())
+
+
+async def lease_holder(cluster: Cluster, rounds: int, *, lease_s: float) -> None:
+    """Persists sessions with a lease, leaves them for a good part of it or longer, and commits them, also elsewhere.
+
+    No collection may end one of them, or take its chunks, before its lease is over.
+    """
+    rng, loop = cluster.rng, cluster.loop
+    for _ in range(rounds):
+        client = cluster.client("s")
+        repository = await _open(client)
+        session = None if repository is None else await client.run(repository.writable_session_async("main"))
+        if repository is None or session is None:
+            continue
+        writes: dict[str, str] = {}
+        await _write(cluster, client, session, writes)
+        if not writes:
+            continue
+        ends_s = loop.time() + lease_s
+        id = await client.run(session.checkpoint_async(lease=timedelta(seconds=lease_s)))
+        if id is None:
+            continue
+        cluster.note(client.name, f"has persisted its session, with a lease of {lease_s:.0f} s")
+        await asyncio.sleep(lease_s * rng.choice((0.3, 0.7, 0.9, 0.9, 1.3)) * rng.uniform(0.9, 1))
+        if client.dead or rng.random() < 0.5:
+            client = cluster.client("s")
+            repository = await _open(client)
+            if repository is None:
+                continue
+            resumed = await _resume_leased(cluster, client, repository, id, ends_s)
+            if resumed is None:
+                continue
+            session = resumed
+        base = await _name(cluster, client, repository, session.snapshot_id)
+        if base is None:
+            continue
+        await _commit(cluster, client, repository, session, base, writes)
+        op = next((one for one in reversed(cluster.history) if one.client == client.name), None)
+        if op is not None and "SessionEndedError" in op.note:
+            _check_lease(cluster, client, op.note, ends_s)
+        if not client.dead:
+            await read_content(cluster, client, repository)
+
+
+async def _resume_leased(
+    cluster: Cluster, client: Client, repository: Repository, id: str, ends_s: float
+) -> Session | None:
+    for _ in range(5):
+        task = client.own(repository.resume_session_async(id))
+        await cluster.loop.finished(task)
+        if client.dead or task.cancelled():
+            return None
+        error = task.exception()
+        if error is None:
+            cluster.note(client.name, "goes on with a leased session")
+            return task.result()
+        if isinstance(error, SessionEndedError):
+            _check_lease(cluster, client, f"{error.kind}: {error}", ends_s)
+            return None
+        if not isinstance(error, IcechunkError):
+            raise error
+        await asyncio.sleep(1)
+    return None
+
+
+def _check_lease(cluster: Cluster, client: Client, why: str, ends_s: float) -> None:
+    if "expired" in why and cluster.loop.time() < ends_s:
+        cluster.problem(f"a collection ended a session of {client.name} before its lease was over: {why}")
 
 
 async def verify_content(cluster: Cluster, client: Client) -> None:

@@ -34,6 +34,7 @@ from tools.simulator.faults import CALM, Fault, Mix
 from tools.simulator.loop import DAY_S, VirtualLoop
 from tools.simulator.official import official_writer, take_over
 from tools.simulator.storage import SimulatedStore, Stored
+from tools.simulator.versions import as_known, newer_writer, older_writer
 from tools.simulator.watch import Watch
 from tools.simulator.writers import Powers, commit_proposal, reader, settle, writer
 
@@ -61,20 +62,28 @@ class Plan:
     """Whether, after all that, the official library takes the log over, and this library's clients go on."""
     disk: bool = False
     """Whether it is one of a local disk whose power fails (`tools.simulator.disk`); only the layout counts besides."""
+    leases: bool = False
+    """Whether clients hold sessions with a lease while garbage is collected, instead of all else."""
+    older: bool = False
+    """Whether a client of an earlier version of this library takes part (`tools.simulator.versions`)."""
+    newer: bool = False
+    """Whether one of a later version writes what this one does not know."""
     calm: bool = False
     """No faults; only interleavings."""
 
     @property
     def profile(self) -> str:
         """A word or two for statistics."""
-        if self.disk:
-            return f"{self.layout.value}-disk"
+        if self.disk or self.leases:
+            return f"{self.layout.value}-{'disk' if self.disk else 'leases'}"
         kinds = {
             "sessions": self.sessions,
             "collect": self.collect,
             "convert": self.convert,
             "official": self.official and not self.sessions,
             "takeover": self.takeover and not self.sessions,
+            "older": self.older and not self.sessions,
+            "newer": self.newer and not self.sessions,
         }
         return "-".join([self.layout.value, *(name for name, is_so in kinds.items() if is_so)])
 
@@ -87,6 +96,7 @@ def plan_of(seed: int, layout: Layout | None = None) -> Plan:
     rng = random.Random(f"plan {seed}")
     chosen = layout if layout is not None else rng.choice(_LAYOUTS)
     collect, convert = rng.random() < 0.15, rng.random() < 0.12
+    log = chosen is Layout.LOG
     # Small schedules, and many: what goes wrong nearly always needs few clients and few changes.
     large = rng.random() < 0.04
     return Plan(
@@ -101,6 +111,9 @@ def plan_of(seed: int, layout: Layout | None = None) -> Plan:
         readers=2 if large else 1,
         # They take ten times as long as others.
         disk=rng.random() < 0.008,
+        leases=rng.random() < 0.008,
+        older=log and rng.random() < 0.1,
+        newer=log and not convert and rng.random() < 0.04,
     )
 
 
@@ -150,10 +163,10 @@ def make_cluster(loop: VirtualLoop, seed: int, plan: Plan) -> Cluster:
         rng,
         layout=plan.layout,
         mix=mix,
-        objects=_template(plan.layout, plan.sessions),
-        collect=plan.collect,
+        objects=_template(plan.layout, plan.sessions or plan.leases),
+        collect=plan.collect or plan.leases,
         converts=plan.convert,
-        sessions=plan.sessions,
+        sessions=plan.sessions or plan.leases,
     )
     cluster.report.profile = plan.profile
     cluster.store.force_at = rng.randrange(5, 40)
@@ -168,6 +181,9 @@ async def _run(cluster: Cluster, plan: Plan) -> None:
     deletes = not refs or not any(fault in cluster.mix for fault in (Fault.LATE, Fault.DOUBLED, Fault.CUT))
     powers = Powers(cluster.rng, plan.layout, only_commits=refs and plan.convert, deletes=deletes)
     actors: list[Coroutine[Any, Any, None]] = []
+    if plan.leases:
+        await _run_leases(cluster, plan)
+        return
     if plan.sessions:
         actors += [sessions.content_writer(cluster, plan.rounds) for _ in range(plan.writers)]
         actors += [sessions.content_reader(cluster, 2) for _ in range(plan.readers)]
@@ -184,8 +200,14 @@ async def _run(cluster: Cluster, plan: Plan) -> None:
         actors.append(official_writer(cluster, plan.rounds))
     if plan.layout is Layout.LOG and (plan.collect or cluster.rng.random() < 0.3):
         actors.append(upkeep.pruner(cluster, 2))
+    if plan.older:
+        actors.append(older_writer(cluster, plan.rounds))
+    if plan.newer:
+        actors.append(newer_writer(cluster))
     if plan.collect:
-        actors += [upkeep.collector(cluster, plan.rounds), upkeep.auditor(cluster, 2)]
+        actors.append(upkeep.collector(cluster, plan.rounds))
+    if plan.collect and not plan.newer:
+        actors.append(upkeep.auditor(cluster, 2))
     if plan.convert:
         actors.append(upkeep.upgrader(cluster, 2) if refs else upkeep.converter(cluster, 2))
     await asyncio.gather(*actors)
@@ -195,10 +217,26 @@ async def _run(cluster: Cluster, plan: Plan) -> None:
     await _verify(cluster)
 
 
+async def _run_leases(cluster: Cluster, plan: Plan) -> None:
+    # Without the log nothing refuses a commit whose chunks are older than the cutoff, so only old ones are collected.
+    log = plan.layout is Layout.LOG
+    lease_s = cluster.rng.choice((3600.0, DAY_S, 7 * DAY_S)) if log else 3 * upkeep.SAFE_AGE_S
+    await asyncio.gather(
+        *(sessions.lease_holder(cluster, plan.rounds, lease_s=lease_s) for _ in range(plan.writers)),
+        sessions.content_reader(cluster, 2),
+        sessions.content_collector(
+            cluster, 4, age_s=0.0 if log else upkeep.SAFE_AGE_S, pause_s=lease_s * plan.rounds / 3
+        ),
+    )
+    await _verify(cluster)
+    await sessions.verify_content(cluster, cluster.client("z", faulty=False))
+
+
 async def _verify(cluster: Cluster) -> None:
     """Wait for all requests under way, settle unknown outcomes, and check the final state."""
     while cluster.store.travelling:
         await asyncio.wait(cluster.store.travelling)
+    await as_known(cluster)
     client = cluster.client("z", faulty=False)
     log = await client.open()
     if log is None:

@@ -4,6 +4,7 @@
 - A told attempt is never sent again.
 - An attempt of which every request was refused is not called unknown.
 - Under one nonce the same bytes are sent, and always to the same slot.
+- Nothing follows what a newer version of this library has written, and no checkpoint holds it.
 - No log is sealed as taken over that no other library has taken over.
 """
 
@@ -16,6 +17,7 @@ from typing import Final
 from icechunk.format.ids import ObjectId
 from icechunk.format.keys import REPO_KEY, snapshot_key, transaction_key
 from icechunk.format.repo.codec import decode_repo
+from icechunk.log.repository.entry import parse_slot_key
 from icechunk.log.repository.marker import decode_marker
 from icechunk.log.repository.port import SwapToken
 from tools.simulator.checker import Operation
@@ -45,9 +47,18 @@ class Watch:
         self._store.on_answer = self._answered
 
     def _written(self, key: str, data: bytes) -> None:
+        if self._cluster.newer_slot is not None:
+            self._check_newer(self._cluster.newer_slot, key, data)
         # Decoding takes time, so not in every schedule.
         if key == REPO_KEY and self._cluster.report.seed % 3 == 0:
             self._checkpointed(data)
+
+    def _check_newer(self, newer: str, key: str, data: bytes) -> None:
+        taken, slot = parse_slot_key(newer), parse_slot_key(key)
+        if key == REPO_KEY and (marker := decode_marker(decode_repo(data).extra)) is not None:
+            slot = marker.epoch, marker.n + 1
+        if taken is not None and slot is not None and slot[0] == taken[0] and slot[1] > taken[1]:
+            self._cluster.problem(f"{key} is written over slot {taken[1]}, which only newer versions can read")
 
     def _checkpointed(self, data: bytes) -> None:
         info = decode_repo(data)
