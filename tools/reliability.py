@@ -26,6 +26,7 @@ from typing import Final
 
 from tools.mutants import read_records as read_mutants
 from tools.records import commit_here
+from tools.simulator.faults import Fault, described
 
 PROJECT: Final = Path(__file__).resolve().parent.parent
 PAGE: Final = PROJECT / "docs" / "reliability.md"
@@ -73,13 +74,14 @@ MACHINES: Final = (
         name="simulator",
         promises="Acknowledged changes stay, refused ones never happen, each branch is strictly serialisable, "
         "snapshots are isolated, collections take nothing that is needed: in all three layouts.",
-        how="Schedules of several clients, conversions, collections, other libraries and crashes on a store that "
-        "loses, delays, doubles, reorders, refuses and truncates; deterministic by seed; histories judged by a checker "
+        how="Schedules of several clients, conversions, collections, leases of sessions, other libraries, earlier and "
+        "later versions of this one, and crashes on a store that loses, delays, doubles, reorders, refuses and "
+        "truncates, or on a local disk whose power fails; deterministic by seed; histories judged by a checker "
         "that knows no engine. Schedules without a fault are not counted. A seed that breaks a promise is printed with "
         "the command that shows it, request by request.",
         short="-m tools.simulate --runs 2000 --seconds 600 --workers 2",
         long="-m tools.simulate --runs 210000 --seconds 36000 --workers 2",
-        figures=r"^\d+ schedules|^seeds|^operations|^\d+ crashes|^faults|^schedules|broke a promise",
+        figures=r"^\d+ schedules|^seeds|^operations|^\d+ crashes|kinds of faults|^schedules|broke a promise",
     ),
     Machine(
         name="model",
@@ -224,6 +226,9 @@ def page(runs: Sequence[Run]) -> str:
     )
     for machine in MACHINES:
         lines += ["", f"## {machine.name}", "", machine.promises, "", machine.how]
+        if machine.name == "simulator":
+            lines += ["", f"{len(Fault)} kinds of faults (`python -m tools.simulate --kinds`):", ""]
+            lines += [f"- *{fault.value}*: {what}" for fault, what in described().items()]
         for one in by_name[machine.name]:
             found = "nothing was found" if one.code == 0 else f"**it ended with {one.code}**"
             lines += [

@@ -4,7 +4,8 @@
 them, and each seed whose schedule broke a promise, with a command that runs it again. It ends with status 1 if there
 was one.
 
-``python -m tools.simulate --seed N --runs 1 --trace`` shows one schedule, request by request.
+``python -m tools.simulate --seed N --runs 1 --trace`` shows one schedule, request by request;
+``python -m tools.simulate --kinds`` lists the kinds of faults.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 
 from icechunk.log.repository.port import Layout
 from tools.simulator.cluster import Report
-from tools.simulator.faults import Fault
+from tools.simulator.faults import Fault, described
 from tools.simulator.simulation import plan_of, simulate
 
 __all__ = ["Totals", "main", "run"]
@@ -87,7 +88,8 @@ class Totals:
             f"{self.crashes} crashes, {self.conversions} conversions, {self.pruned} slots pruned, "
             f"{self.collected} objects collected; {self.undecided} histories undecided"
         )
-        yield "faults: " + ", ".join(f"{count} {fault.value}" for fault, count in self.injected.most_common())
+        befell = (f"{count} {fault.value}" for fault, count in self.injected.most_common())
+        yield f"{len(self.injected)} kinds of faults: " + "; ".join(befell)
         yield "schedules: " + ", ".join(f"{count} {profile}" for profile, count in self.profiles.most_common())
         yield f"{len(self.broken)} schedules broke a promise"
 
@@ -174,7 +176,11 @@ def main() -> int:
     parser.add_argument("--layout", type=Layout, default=None, choices=list(Layout), help="one layout only")
     parser.add_argument("--stop", action="store_true", help="end with the first broken promise (with one worker)")
     parser.add_argument("--trace", action="store_true", help="show what happens, request by request")
+    parser.add_argument("--kinds", action="store_true", help="list the kinds of faults, and nothing else")
     options = parser.parse_args()
+    if options.kinds:
+        print("\n".join(f"{fault.value}: {what}" for fault, what in described().items()))
+        return 0
     if os.environ.get("PYTHONHASHSEED") != "0":
         # The order of sets is part of a schedule.
         os.environ["PYTHONHASHSEED"] = "0"

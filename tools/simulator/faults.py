@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
+from itertools import pairwise
 from typing import Final
 
 from icechunk.errors import ErrorKind, StorageError
 
-__all__ = ["CALM", "ON_DISK", "Fault", "Mix", "no_answer", "refusal", "unsent"]
+__all__ = ["CALM", "ON_DISK", "Fault", "Mix", "described", "no_answer", "refusal", "unsent"]
 
 
 class Fault(StrEnum):
@@ -188,6 +192,19 @@ class Mix:
 
 CALM: Final = Mix({})
 """No faults at all; only interleavings."""
+
+
+@cache
+def described() -> Mapping[Fault, str]:
+    """Each kind of fault with a sentence about it: the text that stands below it above."""
+    kinds = next(node for node in ast.parse(inspect.getsource(Fault)).body if isinstance(node, ast.ClassDef))
+    found: dict[Fault, str] = {}
+    for named, text in pairwise(kinds.body):
+        if isinstance(named, ast.Assign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            target = named.targets[0]
+            assert isinstance(target, ast.Name)
+            found[Fault[target.id]] = " ".join(str(text.value.value).split())
+    return found
 
 
 def no_answer(verb: str, key: str, why: str) -> StorageError:

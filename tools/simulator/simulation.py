@@ -304,7 +304,7 @@ def _end(cluster: Cluster) -> None:
 def _take_apart(cluster: Cluster) -> None:
     """Cut the cycles of references, so that the memory of a schedule is free at once, without the garbage collector."""
     for task in cluster.tasks:
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.done() and not task.cancelled() and (error := task.exception()) is not None:
             error.__traceback__ = error.__context__ = error.__cause__ = None
     loop = cluster.loop
     for client in cluster.clients:
