@@ -110,10 +110,10 @@ def plan_of(seed: int, layout: Layout | None = None) -> Plan:
         rounds=6 if large else rng.choice((1, 2, 2, 3)),
         readers=2 if large else 1,
         # They take ten times as long as others.
-        disk=rng.random() < 0.008,
-        leases=rng.random() < 0.008,
-        older=log and rng.random() < 0.1,
-        newer=log and not convert and rng.random() < 0.04,
+        disk=rng.random() < 0.004,
+        leases=rng.random() < 0.004,
+        older=log and rng.random() < 0.06,
+        newer=log and not convert and rng.random() < 0.03,
     )
 
 
