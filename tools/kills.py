@@ -50,6 +50,8 @@ LONGEST_LIFE_S: Final = 0.5
 _LONGER: Final = {"collect": 4, "repack": 4}
 """Times as long: of what takes a while, so that it is met at its end, too."""
 _VERIFY_EVERY: Final = 100
+_LONGEST_START_S: Final = 600.0
+"""Other programs may leave a process little of the machine."""
 
 
 class Notes:
@@ -335,7 +337,7 @@ def run(spec: str, kills: int, *, seed: int = 0, loud: bool = False) -> Found:
                     if each not in running:
                         running[each] = start(each)
                 process, told = running[job]
-                if not told.poll(60):
+                if not told.poll(_LONGEST_START_S):
                     found.unreadable.append(f"a process that shall {job} does not begin")
                     break
                 time.sleep(chance.random() * LONGEST_LIFE_S * _LONGER.get(job, 1))

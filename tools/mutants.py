@@ -195,6 +195,7 @@ def _tests(hunter: Tests, said: Connection) -> tuple[str, None] | None:
 
     class Listener:
         failed: str | None = None
+        broken: str | None = None
 
         def pytest_runtest_logstart(self, nodeid: str) -> None:
             said.send(("test", nodeid, None))
@@ -204,12 +205,15 @@ def _tests(hunter: Tests, said: Connection) -> tuple[str, None] | None:
                 self.failed = report.nodeid
 
         def pytest_collectreport(self, report: Any) -> None:
-            if report.failed and self.failed is None:
-                self.failed = report.nodeid
+            # Tests that cannot be collected would catch every mutant.
+            if report.failed:
+                self.broken = str(report.longrepr)
 
     listener = Listener()
     words = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", _MARKERS, *_LATE]
     code = pytest.main([*words, *hunter.paths], plugins=[listener])
+    if listener.broken is not None:
+        raise ValueError(f"pytest cannot collect {hunter.paths}: {listener.broken}")
     if code == pytest.ExitCode.USAGE_ERROR and "::" in hunter.paths[0]:
         return None  # the test that caught it last time has another name now
     if code == pytest.ExitCode.USAGE_ERROR:
