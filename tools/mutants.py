@@ -49,6 +49,7 @@ HANG_S: Final = 150.0
 HANG_CPU_S: Final = 10.0
 """A schedule that takes more processor time hangs; most take some milliseconds."""
 _HANGS: Final = " (it hangs)"
+_ENDS: Final = " (the process ends)"
 _FEW, _MANY = 150, 1500
 """Schedules of each layout: at first, and when the tests found nothing."""
 _MARKERS: Final = "not minio and not azurite and not oracle"
@@ -253,7 +254,7 @@ def hunt(mutant: Mutant, tried: Sequence[Hunter], *, seconds: float) -> tuple[st
         except EOFError:
             if not test:
                 raise RuntimeError(f"the process that hunts {mutant.name} has ended") from None
-            by = f"{test} (the process ends)"
+            by = f"{test}{_ENDS}"
         finally:
             with suppress(ProcessLookupError):
                 process.kill()
@@ -263,6 +264,17 @@ def hunt(mutant: Mutant, tried: Sequence[Hunter], *, seconds: float) -> tuple[st
 
 
 _starting = threading.Lock()
+
+
+def catch(mutant: Mutant, tried: Sequence[Hunter], *, seconds: float) -> tuple[str | None, int | None, float]:
+    """As `hunt`; a test that fails on the unchanged package as well has caught nothing."""
+    by, schedules, took = hunt(mutant, tried, seconds=seconds)
+    if by is not None and "::" in by:
+        test = by.removesuffix(_HANGS).removesuffix(_ENDS)
+        if hunt(CONTROL, [Tests((test,))], seconds=seconds)[0] is not None:
+            print(f"{test} fails without {mutant.name} as well", flush=True)
+            return None, None, took
+    return by, schedules, took
 
 
 # ------------------------------------------------------------------------------------------------------------ records
@@ -350,7 +362,7 @@ def main() -> int:
     lock = threading.Lock()
 
     def one(mutant: Mutant) -> None:
-        by, schedules, seconds = hunt(mutant, hunters(mutant, records.get(mutant.name)), seconds=args.seconds)
+        by, schedules, seconds = catch(mutant, hunters(mutant, records.get(mutant.name)), seconds=args.seconds)
         with lock:
             records[mutant.name] = Caught(
                 name=mutant.name,
@@ -385,7 +397,7 @@ def _known(workers: int, seconds: float, at_least: int | None, *, simulator_only
 
     def one(mutant: Mutant) -> bool:
         tried = hunters(mutant, records.get(mutant.name), simulator_only=simulator_only)
-        by, schedules, took = hunt(mutant, tried, seconds=seconds)
+        by, schedules, took = catch(mutant, tried, seconds=seconds)
         after = f" after {schedules} schedules" if schedules is not None else ""
         verdict = "NOT FOUND" if by is None else f"found by {by}{after}"
         print(f"{mutant.known}: {took:.1f} s, {verdict}", flush=True)

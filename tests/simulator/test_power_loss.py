@@ -193,9 +193,10 @@ def test_slots_whose_files_are_not_durable_are_not_announced_for_pruning(tmp_pat
     commit(repo, 0)
     repo.checkpoint()
     commit(repo, 1)
+    commit(repo, 2)
     marker = decode_marker(decode_repo((root / "repo").read_bytes()).extra)
     assert marker is not None
-    assert (marker.n, marker.durable, marker.durable_n) == (2, 1, 1)
+    assert (marker.n, marker.durable, marker.durable_n) == (3, 1, 1)
     asyncio.run(_prune(root))
     floors = [path.name for path in root.glob("log/*.floor/*")]
     assert floors == [floor_key(marker.epoch, 1).rpartition("/")[2]]
