@@ -79,6 +79,8 @@ def mutated(mutant: Mutant) -> Iterator[Path]:
     """A folder that is the project with the one change."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as made:
         folder = Path(made)
+        # Some tests have users of their own.
+        folder.chmod(0o755)
         for entry in PROJECT.iterdir():
             if entry.name == "icechunk":
                 shutil.copytree(entry, folder / entry.name, ignore=shutil.ignore_patterns("__pycache__"))

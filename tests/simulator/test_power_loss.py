@@ -77,6 +77,15 @@ def commits(repo: icechunk.Repository) -> list[str]:
 
 
 def check_contents(repo: icechunk.Repository) -> int:
+    """As `check_contents_of`, and the ops log has a line for each commit."""
+    count = check_contents_of(repo)
+    if repo.spec_version != 1:
+        kinds = [update.kind for update in repo.ops_log()]
+        assert sum(isinstance(kind, icechunk.UpdateType.NewCommit) for kind in kinds) == count
+    return count
+
+
+def check_contents_of(repo: icechunk.Repository) -> int:
     """Everything in all of history is what was committed; returns how many commits there are."""
     found = list(repo.ancestry(branch="main"))[-2::-1]
     for number, snapshot in enumerate(found):
@@ -89,9 +98,6 @@ def check_contents(repo: icechunk.Repository) -> int:
         assert large[: number + 1].tolist() == [n + 1 if n % 2 else 0 for n in range(number + 1)]
         for other in range(2, number + 1, 4):
             assert np.all(group[f"several/{other}"][:] == other)
-    if repo.spec_version != 1:
-        kinds = [update.kind for update in repo.ops_log()]
-        assert sum(isinstance(kind, icechunk.UpdateType.NewCommit) for kind in kinds) == len(found)
     return len(found)
 
 
@@ -296,6 +302,74 @@ def test_a_power_failure_at_each_point_of_a_conversion_loses_nothing(
         next(n for n, event in enumerate(trace.events, 1) if event.value == value) for value in ("commits", "converted")
     )
     check_each(trace, [*range(first, last + 1), len(trace.events)], loss, tmp_path)
+
+
+@pytest.mark.parametrize("loss", [Loss.ALL, Loss.ANY], ids=lambda loss: loss.value)
+def test_a_session_that_was_persisted_is_resumed_after_a_power_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Loss
+) -> None:
+    monkeypatch.setattr(folders, "syncs_names", lambda device: False)
+    live = tmp_path / "live"
+
+    def life(recorder: Recorder) -> None:
+        repo = repository(live, create=True)
+        commit(repo, 0)
+        session = repo.writable_session("main")
+        group: Any = zarr.open_group(session.store, mode="a")
+        for number in range(1, 4):
+            group["small"][number] = number + 1
+            group["large"][number * CHUNK : (number + 1) * CHUNK] = number + 1
+            recorder.acknowledge((session.checkpoint(), number))
+        session.commit("1")
+        recorder.acknowledge("committed")
+
+    trace = record(live, life, names_follow_files=False)
+    first = next(n for n, event in enumerate(trace.events, 1) if event.verb == "acknowledged")
+    for end in range(first, len(trace.events) + 1):
+        image = tmp_path / f"image {end}"
+        trace.image(end, image, loss, random.Random(end))
+        *_, newest = [value for value in trace.acknowledged(end) if value != "committed"]
+        repo = repository(image)
+        if "committed" in trace.acknowledged(end):
+            assert commits(repo) == ["0", "1"]
+        if commits(repo) == ["0"]:
+            repo.resume_session(newest[0]).commit("1")
+        group: Any = zarr.open_group(repository(image).readonly_session("main").store, mode="r")
+        assert group["small"][: newest[1] + 1].tolist() == list(range(1, newest[1] + 2))
+        assert group["large"][CHUNK : (newest[1] + 1) * CHUNK : CHUNK].tolist() == list(range(2, newest[1] + 2))
+        shutil.rmtree(image)
+
+
+@pytest.mark.parametrize("loss", [Loss.ALL, Loss.ANY], ids=lambda loss: loss.value)
+def test_an_upgrade_is_finished_after_a_power_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Loss
+) -> None:
+    monkeypatch.setattr(folders, "syncs_names", lambda device: False)
+    live = tmp_path / "live"
+
+    def life(recorder: Recorder) -> None:
+        repo = repository(live, create=True, layout="refs")
+        for number in range(3):
+            commit(repo, number)
+        recorder.acknowledge("commits")
+        icechunk.upgrade_icechunk_repository(repo, dry_run=False)
+        recorder.acknowledge("upgraded")
+
+    trace = record(live, life, names_follow_files=False)
+    first = next(n for n, event in enumerate(trace.events, 1) if event.verb == "acknowledged")
+    for end in range(first, len(trace.events) + 1):
+        image = tmp_path / f"image {end}"
+        trace.image(end, image, loss, random.Random(end))
+        repo = repository(image)
+        assert check_contents_of(repo) == 3
+        if repo.spec_version == 1 or repo.status.availability != icechunk.RepoAvailability.online:
+            assert "upgraded" not in trace.acknowledged(end)
+            icechunk.upgrade_icechunk_repository(repo, dry_run=False)
+        repo = repository(image)
+        assert repo.spec_version == 2
+        commit(repo, 3)
+        assert check_contents_of(repository(image)) == 4
+        shutil.rmtree(image)
 
 
 @pytest.mark.parametrize("names_follow_files", [False, True], ids=["folders are synced", "names follow files"])

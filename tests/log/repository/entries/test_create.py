@@ -13,6 +13,7 @@ import pytest
 
 from icechunk.errors import (
     AlreadyExistsError,
+    ErrorKind,
     FormatError,
     InvalidInputError,
     ObjectNotFoundError,
@@ -108,6 +109,19 @@ async def test_a_repository_of_format_1_is_not_created_over(world: World, check:
     assert await detect(world.store) is Layout.REFS
     with pytest.raises(ObjectNotFoundError):
         await world.store.get("repo")
+
+
+async def test_a_repository_of_format_1_that_appears_meanwhile_is_refused(world: World) -> None:
+    storage = ScriptedStorage(world.store)
+
+    async def another_creates(request: Request, send: Send) -> object:
+        if request.verb == "put" and request.key == "repo":
+            await world.store.put("refs/branch.main/ref.json", b'{"snapshot":"x"}')
+        return await send()
+
+    storage.script = another_creates
+    with raises(InvalidInputError, ErrorKind.PARENT_DIRECTORY_NOT_CLEAN):
+        await create_log(storage, world.clock.sources())
 
 
 async def test_a_root_with_anything_in_it_is_not_clean_and_an_existing_repository_is_not_replaced(world: World) -> None:
