@@ -15,7 +15,8 @@ from typing import Any, Final, TypeAlias
 from icechunk.config import manifest as m
 from icechunk.config.patterns import Pattern, PatternError
 from icechunk.format.ids import ObjectId
-from icechunk.format.values import NodeKind, NodeSnapshot, Snapshot
+from icechunk.format.snapshot.nodes import array_paths
+from icechunk.format.values import NodeSnapshot, Snapshot
 
 __all__ = ["manifests_to_preload", "tile_shapes"]
 
@@ -127,12 +128,16 @@ def manifests_to_preload(config: m.ManifestPreloadConfig | None, snapshot: Snaps
     room = m.DEFAULT_MAX_TOTAL_REFS if config.max_total_refs is None else config.max_total_refs
     arrays = m.DEFAULT_MAX_ARRAYS_TO_SCAN if config.max_arrays_to_scan is None else config.max_arrays_to_scan
     chosen: set[ObjectId] = set()
-    for node in snapshot.nodes.values():
-        if node.kind is not NodeKind.ARRAY:
-            continue
+    if not snapshot.manifest_files:
+        return
+    for path in array_paths(snapshot.nodes):
         if arrays <= 0 or room <= 0:
             return
         arrays -= 1
+        if not _may_be_wanted(condition, path):
+            # Most arrays: they are not decoded for this.
+            continue
+        node = snapshot.nodes[path]
         # By number of references: the manifests of one array often have as many.
         wanted: dict[int, bool] = {}
         for ref in node.manifests:
@@ -146,6 +151,21 @@ def manifests_to_preload(config: m.ManifestPreloadConfig | None, snapshot: Snaps
                 chosen.add(ref.object_id)
                 room -= file.num_chunk_refs
                 yield ref.object_id
+
+
+def _may_be_wanted(condition: m.ManifestPreloadCondition, path: str) -> bool:
+    """Whether there is a number of references with which a manifest of the array at a path is preloaded; True where
+    that is not certain."""
+    match condition:
+        case m.PreloadOr():
+            return any(_may_be_wanted(c, path) for c in condition.conditions)
+        case m.PreloadAnd():
+            return all(_may_be_wanted(c, path) for c in condition.conditions)
+        case m.PreloadPathMatches() | m.PreloadNameMatches():
+            return _wanted(condition, path, 0)
+        case m.PreloadFalse():
+            return False
+    return True
 
 
 def _wanted(condition: m.ManifestPreloadCondition, path: str, refs: int) -> bool:

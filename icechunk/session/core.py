@@ -256,7 +256,9 @@ class Core:
 
     async def load_config(self) -> None:
         """Merge the caller's configuration over the persisted one; for a core that has not been used yet."""
-        self._learn_from(await self.log(), self.config)
+        log = await self.log()
+        if log.state.config is not None or log.layout is not self.layout:
+            self._learn_from(log, self.config)
 
     def _learn_from(self, log: RepositoryLog, config: RepositoryConfig) -> None:
         self.persisted_config, self.layout = log.state.config, log.layout

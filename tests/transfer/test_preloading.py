@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import zarr
+from hypothesis import given
+from hypothesis import strategies as st
 
 import icechunk
 from icechunk.config import EngineConfig
 from icechunk.config.manifest_rules import manifests_to_preload
 from icechunk.format.ids import NodeId, ObjectId
+from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
+from icechunk.format.snapshot.nodes import SnapshotNodes, array_paths
 from icechunk.format.values import DimensionShape, ManifestFile, ManifestRef, NodeKind, NodeSnapshot, Snapshot
 from icechunk.storage.port import Storage
 from icechunk.testing.recording import RecordingStorage
@@ -136,6 +141,42 @@ async def test_settings_decide_and_can_turn_it_off() -> None:
         await core_of(repo).preloaded()
         assert storage.count("get", "manifests/") == expected
         await repo.aclose()
+
+
+NAMES = st.sampled_from(["time", "lat", "x", "data", "sst", "g__time", "g__data", "zz", "aa"])
+
+
+@given(
+    stored=st.dictionaries(NAMES, st.lists(st.sampled_from([1, 900, 2000]), max_size=2)),
+    added=st.dictionaries(NAMES, st.lists(st.sampled_from([1, 900, 2000]), max_size=2)),
+    deleted=st.sets(NAMES),
+    scanned=st.integers(0, 60),
+)
+def test_nodes_of_a_file_give_what_decoded_nodes_give(
+    stored: dict[str, list[int]], added: dict[str, list[int]], deleted: set[str], scanned: int
+) -> None:
+    # With so many groups and arrays that they stay in the file until they are needed.
+    filled = stored | {f"f{i:02d}": [5] for i in range(40)}
+    first, more = snapshot(**filled), snapshot(**added)
+    groups = {
+        path: NodeSnapshot(id=NodeId(path.encode().ljust(8)[:8]), path=path, kind=NodeKind.GROUP, user_data=b"{}")
+        for path in ("/", "/g", "/e")
+    }
+    plain = dict(sorted({**first.nodes, **groups}.items()))
+    files = first.manifest_files | more.manifest_files
+    whole = replace(first, nodes=plain, manifest_files=first.manifest_files)
+    nodes = decode_snapshot(encode_snapshot(whole)).nodes
+    changes: dict[str, NodeSnapshot | None] = {f"/{name.replace('__', '/')}": None for name in deleted}
+    changes |= more.nodes
+    assert isinstance(nodes, SnapshotNodes)
+    changed = nodes.changed({path: node for path, node in changes.items() if node or path in plain})
+    simple = dict(sorted((path, node) for path, node in {**plain, **changes}.items() if node is not None))
+    assert list(array_paths(changed)) == [p for p, node in simple.items() if node.kind is NodeKind.ARRAY]
+    assert list(array_paths(simple)) == list(array_paths(changed))
+    for condition in (None, Condition.true(), Condition.name_matches("^(time|sst)$")):
+        config = icechunk.ManifestPreloadConfig(preload_if=condition, max_arrays_to_scan=scanned)
+        lazy = replace(whole, nodes=changed, manifest_files=files)
+        assert chosen(lazy, config) == chosen(replace(whole, nodes=simple, manifest_files=files), config)
 
 
 async def test_a_manifest_that_cannot_be_fetched_does_not_disturb_the_session() -> None:

@@ -22,7 +22,7 @@ from icechunk.format.flat.vectors import Positions, TableColumns, Vectors, gathe
 from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.values import DimensionShape, Extents, ManifestRef, NodeKind, NodeSnapshot
 
-__all__ = ["decode_many", "decode_nodes", "decode_one", "decode_texts", "node_columns"]
+__all__ = ["decode_many", "decode_nodes", "decode_one", "decode_texts", "has_array_kind", "node_columns"]
 
 _T = TypeVar("_T")
 
@@ -74,6 +74,11 @@ def _by_path(nodes: Iterable[NodeSnapshot], buffer: Buffer) -> dict[str, NodeSna
 
 
 # -- one by one ------------------------------------------------------------------------------------
+
+
+def has_array_kind(table: Table) -> bool:
+    """Whether the table of a node says that it is an array."""
+    return table.u8(_KIND) == _ARRAY
 
 
 def decode_one(table: Table) -> NodeSnapshot:

@@ -15,9 +15,9 @@ from icechunk.format.flat.flatbuffers import Table, required
 from icechunk.format.ids import NodeId
 from icechunk.format.snapshot.node_decoding import decode_nodes
 from icechunk.format.snapshot.stored_nodes import StoredNodes, StoredPaths, stored_nodes
-from icechunk.format.values import NodeSnapshot
+from icechunk.format.values import NodeKind, NodeSnapshot
 
-__all__ = ["NodesById", "SnapshotNodes", "by_id", "paths_of", "read_nodes", "with_ids"]
+__all__ = ["NodesById", "SnapshotNodes", "array_paths", "by_id", "paths_of", "read_nodes", "with_ids"]
 
 _FEW: Final = 32
 """Number of nodes below which all are decoded at once."""
@@ -233,6 +233,21 @@ def with_ids(nodes: Mapping[str, NodeSnapshot], ids: Collection[NodeId]) -> dict
     if isinstance(nodes, SnapshotNodes):
         return {node.id: node for node in nodes.with_ids(ids)}
     return {node.id: node for node in nodes.values() if node.id in ids}
+
+
+def array_paths(nodes: Mapping[str, NodeSnapshot]) -> Iterator[str]:
+    """The paths of arrays in ascending order; nodes of a file are not decoded for it."""
+    if not isinstance(nodes, SnapshotNodes):
+        yield from sorted(path for path, node in nodes.items() if node.kind is NodeKind.ARRAY)
+        return
+    for path in nodes.paths:
+        if path in nodes.changes:
+            node = nodes.changes[path]
+            is_array = node is not None and node.kind is NodeKind.ARRAY
+        else:
+            is_array = nodes.stored.is_array(nodes.stored.find(path))
+        if is_array:
+            yield path
 
 
 def paths_of(nodes: Mapping[str, NodeSnapshot]) -> Sequence[str]:

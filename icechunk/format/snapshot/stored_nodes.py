@@ -18,8 +18,8 @@ import numpy.typing as npt
 from icechunk.format.flat.flatbuffers import Buffer, Table, required
 from icechunk.format.flat.vectors import LazyTables, Positions, TableColumns, Vectors, gather, text_traits
 from icechunk.format.ids import NodeId
-from icechunk.format.snapshot.node_decoding import decode_many, decode_one, decode_texts, node_columns
-from icechunk.format.values import NodeSnapshot
+from icechunk.format.snapshot.node_decoding import decode_many, decode_one, decode_texts, has_array_kind, node_columns
+from icechunk.format.values import NodeKind, NodeSnapshot
 
 __all__ = ["NodeRegion", "StoredNodes", "StoredPaths", "stored_nodes"]
 
@@ -124,6 +124,11 @@ class StoredNodes:
         found = np.where((at >= 0) & (ordered[at] == asked), self._id_order[at], -1)
         rows: list[int] = found.tolist()
         return rows
+
+    def is_array(self, row: int) -> bool:
+        """Whether a node is an array, without decoding it."""
+        found = self.known.get(row)
+        return has_array_kind(self._tables.table(row)) if found is None else found.kind is NodeKind.ARRAY
 
     def node(self, row: int) -> NodeSnapshot:
         """A node."""
