@@ -44,8 +44,7 @@ def expiration(
     delete_expired_branches, delete_expired_tags
         Whether refs that point to an old snapshot are deleted.
     """
-    first = {id for id, parent in state.snapshots.parents() if parent is None}
-    old = {id for id, time_us in state.snapshots.times() if time_us < older_than_us and id not in first}
+    old = state.snapshots.older_than(older_than_us) - state.snapshots.roots()
     branches = {name for name, tip in state.branches.items() if tip in old and name != MAIN}
     tags = {name for name, target in state.tags.items() if target in old}
     gone_branches = branches if delete_expired_branches else set[str]()

@@ -18,7 +18,7 @@ from icechunk.config import (
 )
 from icechunk.config.manifest import DEFAULT_SPLIT_SIZE
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.format.ids import encode_id
+from icechunk.format.ids import encode_ids
 from icechunk.log.repository.port import Layout
 from icechunk.log.repository.ref_files.layout import needs_format_2
 from icechunk.maintenance.limits import Limits
@@ -86,7 +86,7 @@ class Maintenance(Sessions):
             delete_expired_tags=delete_expired_tags,
             level=self._core.settings.compression_level,
         )
-        return {encode_id(id) for id in released}
+        return set(encode_ids(list(released)))
 
     expire_snapshots: Final = synchronous(expire_snapshots_async)
 

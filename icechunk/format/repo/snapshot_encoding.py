@@ -229,9 +229,9 @@ class SnapshotRows:
             self._moved = np.full(1, NO_PARENT, np.int64)
             self._new = {record.id: number for number, record in enumerate(self._records)}
             return
-        replaced = [row for row in map(stored.find, changed) if row is not None]
         kept = np.ones(len(stored), np.bool_)
-        kept[replaced] = False
+        rows = stored.find_all(changed.keys())
+        kept[rows[rows >= 0]] = False
         order = stored.rows_by_id()
         self._rows = order[kept[order]]
         old_ids = stored.ids[self._rows]
@@ -242,8 +242,8 @@ class SnapshotRows:
         # One more than there are rows, so that "no parent" maps to itself.
         self._moved = np.full(len(stored) + 1, NO_PARENT, np.int64)
         self._moved[self._rows] = self._old_numbers
-        for row in replaced:
-            self._moved[row] = self._new.get(stored.id(row), NO_PARENT)
+        again = stored.find_all(self._new.keys())
+        self._moved[again[again >= 0]] = self._numbers[again >= 0]
 
     def __len__(self) -> int:
         return len(self._rows) + len(self._records)

@@ -8,6 +8,7 @@ file's snapshots, and none of those is decoded for it. Each added snapshot is an
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence, ValuesView
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 from immutables import Map
@@ -147,9 +148,15 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
 
     def parents(self) -> Iterator[tuple[ObjectId, ObjectId | None]]:
         """The id of every snapshot and of its parent, in any order; cheaper than reading every snapshot."""
-        changed = self._changed
-        yield from (one for one in self._stored.parents() if one[0] not in changed)
-        yield from ((id, record.parent) for id, record in changed.items() if record is not None)
+        if not self._changed:
+            return self._stored.parents()
+        found = dict(self._stored.parents())
+        for id, record in self._changed.items():
+            if record is None:
+                found.pop(id, None)
+            else:
+                found[id] = record.parent
+        return iter(found.items())
 
     def pruned_transactions(self) -> dict[ObjectId, Sequence[ObjectId]]:
         """The snapshots that list transaction logs of expired ancestors, and these logs, oldest first."""
@@ -160,6 +167,17 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
             if record is not None and record.pruned_ancestor_tx_logs:
                 found[id] = record.pruned_ancestor_tx_logs
         return found
+
+    def roots(self) -> AbstractSet[ObjectId]:
+        """The ids of the snapshots that have no parent."""
+        found = self._stored.roots().difference(self._changed)
+        return found | {id for id, record in self._changed.items() if record is not None and record.parent is None}
+
+    def older_than(self, time_us: int) -> AbstractSet[ObjectId]:
+        """The ids of the snapshots that were written before a time, µs."""
+        found = self._stored.older_than(time_us).difference(self._changed)
+        changed = self._changed.items()
+        return found | {id for id, record in changed if record is not None and record.flushed_at_us < time_us}
 
     def times(self) -> Iterator[tuple[ObjectId, int]]:
         """The id of every snapshot and the time at which it was written, µs, in any order; nothing else is decoded."""

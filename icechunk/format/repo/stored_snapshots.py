@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence, ValuesView
+from collections.abc import Collection, Iterator, Mapping, Sequence, ValuesView
 from itertools import pairwise
 from typing import Final, NamedTuple, Protocol
 
@@ -57,6 +57,9 @@ MESSAGE_AT, METADATA_AT = 12, 4
 """Values of the offset fields of message and metadata in such a table."""
 _PLAIN_FIELDS: Final = (TABLE_BYTES, *(TABLE_OFFSETS[slot] for slot in (ID, PARENT, FLUSHED_AT, MESSAGE, METADATA)))
 _ID_SIZE: Final = 12
+_LARGEST_TIME: Final = 2**64 - 1
+_FEW_IDS: Final = 32
+"""So many ids are found sooner one by one."""
 
 
 class _HasRecords(Protocol):
@@ -233,6 +236,21 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         times: list[int] = columns.numbers(FLUSHED_AT, "<u8").tolist()
         return times
 
+    def roots(self) -> set[ObjectId]:
+        """The ids of the rows without a parent."""
+        return self._ids_where(self.parent_rows == NO_PARENT) if len(self) else set()
+
+    def older_than(self, time_us: int) -> set[ObjectId]:
+        """The ids of the rows that were written before a time, µs."""
+        if not len(self):
+            return set()
+        _, columns = self.tables.columns()
+        written = columns.numbers(FLUSHED_AT, "<u8")
+        return self._ids_where(written < np.uint64(min(max(time_us, 0), _LARGEST_TIME)))
+
+    def _ids_where(self, rows: npt.NDArray[np.bool_]) -> set[ObjectId]:
+        return set(np.frombuffer(self._index.ids, f"V{_ID_SIZE}")[rows].tolist())
+
     def pruned_transactions(self) -> Iterator[tuple[int, list[ObjectId]]]:
         """The rows that list transaction logs of expired ancestors, and these logs, oldest first."""
         if not self.tables:
@@ -274,6 +292,16 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
                 return row
             place += 1
         return None
+
+    def find_all(self, ids: Collection[ObjectId]) -> npt.NDArray[np.intp]:
+        """intp[n]: the row of each id; −1 if it is not there."""
+        if len(ids) <= _FEW_IDS or not len(self):
+            rows = [self.find(id) for id in ids]
+            return np.array([-1 if row is None else row for row in rows], np.intp)
+        order, asked = self.rows_by_id(), np.frombuffer(b"".join(ids), f"S{_ID_SIZE}")
+        ascending = self.ids[order]
+        at = np.minimum(np.searchsorted(ascending, asked), len(ascending) - 1)
+        return np.where(ascending[at] == asked, order[at], -1)
 
     def at(self, row: int) -> SnapshotRecord:
         """The snapshot of a row. Raises `FormatError` if its table is corrupt."""

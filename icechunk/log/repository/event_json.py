@@ -156,7 +156,7 @@ class Fields:
 
     def texts(self, name: str) -> tuple[str, ...]:
         values = self.items(name)
-        if not all(isinstance(value, str) for value in values):
+        if not set(map(type, values)) <= {str}:
             raise ValueError(f"field {name!r} holds something that is not text")
         return tuple(values)
 

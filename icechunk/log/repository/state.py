@@ -352,7 +352,9 @@ def reparented(snapshots: SnapshotGraph, released: Collection[ObjectId], *, onto
             continue
         pruned, above = list(known.get(id, ())[::-1]), parent
         while above is not None and (above in released or (onto_first and parents[above] is not None)):
-            pruned += [above, *known.get(above, ())[::-1]]
+            pruned.append(above)
+            if above in known:
+                pruned += known[above][::-1]
             above = parents[above]
         changes.append(Reparented(id=id, parent=above, pruned_ancestor_tx_logs=tuple(pruned[::-1])))
     return tuple(changes)
@@ -719,13 +721,11 @@ def _expired(state: RepoState, event: e.ExpirationRan) -> RepoState:
             change.id,
             replace(record, parent=change.parent, pruned_ancestor_tx_logs=change.pruned_ancestor_tx_logs),
         )
-    for gone in released - dict(state.snapshots.parents()).keys():
-        require_snapshot(state, gone)
-    snapshots = snapshots.without(released)
     parents = dict(snapshots.parents())
-    if released & {*branches.values(), *tags.values()} or any(
-        parent is not None and parent not in parents for parent in parents.values()
-    ):
+    for gone in released - parents.keys():
+        require_snapshot(state, gone)
+    left = parents.keys() - released
+    if released & {*branches.values(), *tags.values()} or not set(map(parents.get, left)) <= left | {None}:
         raise ConflictError(
             None,
             None,
@@ -733,6 +733,7 @@ def _expired(state: RepoState, event: e.ExpirationRan) -> RepoState:
             "run it again",
             ErrorKind.REPO_INFO_UPDATED,
         )
+    snapshots = snapshots.without(released)
     return replace(state, snapshots=snapshots, branches=branches, tags=tags, deleted_tags=deleted)
 
 

@@ -336,3 +336,38 @@ def test_many_snapshots_that_share_one_huge_text_are_refused_before_memory_fills
     with pytest.raises(FormatError):
         list(info.snapshots.values())
     assert time.process_time() - began < 5
+
+
+@given(
+    count=st.integers(0, 90),
+    changed=st.dictionaries(st.integers(0, 99), st.one_of(st.none(), st.integers(0, 2000)), max_size=60),
+    limit_us=st.one_of(st.integers(-5, 1100), st.just(2**64)),
+)
+def test_columns_answer_as_the_records_do(count: int, changed: dict[int, int | None], limit_us: int) -> None:
+    records = history(count)
+    graph = SnapshotGraph.of(stored(records) if records else {})
+    for number, time_us in changed.items():
+        id = an_id(number)
+        if time_us is not None:
+            records[id] = SnapshotRecord(id=id, parent=None, flushed_at_us=time_us, message="")
+            graph = graph.set(id, records[id])
+        elif id in records:
+            del records[id]
+            graph = graph.delete(id)
+    values = records.values()
+    assert dict(graph.parents()) == {one.id: one.parent for one in values}
+    assert graph.roots() == {one.id for one in values if one.parent is None}
+    assert graph.older_than(limit_us) == {one.id for one in values if one.flushed_at_us < limit_us}
+    asked = [an_id(number) for number in range(0, 99, 1 + count % 3)]
+    rows = [graph.stored.find(id) for id in asked]
+    assert graph.stored.find_all(asked).tolist() == [-1 if row is None else row for row in rows]
+
+
+def test_a_file_without_half_of_the_snapshots_is_written_as_from_the_records() -> None:
+    records = history(200)
+    gone = [an_id(number) for number in range(1, 120)]
+    left = {id: one for id, one in records.items() if id not in gone}
+    left[an_id(120)] = replace(left[an_id(120)], parent=an_id(0), pruned_ancestor_tx_logs=tuple(gone))
+    graph = SnapshotGraph.of(stored(records)).set(an_id(120), left[an_id(120)]).without(gone)
+    assert dict(stored(graph)) == left
+    assert dict(graph.compacted()) == left
