@@ -174,6 +174,9 @@ _REF: Final = struct.Struct("<iIII")
 """A branch's or tag's table (its vtable, its name, the number of its snapshot), and the length of the name."""
 
 
+_ZEROS: Final = [bytes(count) for count in range(5)]
+
+
 def _utf8(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
@@ -181,7 +184,9 @@ def _utf8(text: str) -> bytes:
 def _refs_vector(what: str, refs: Mapping[str, ObjectId], rows: SnapshotRows) -> Written:
     """The vector of the tables of branches or tags, which is written again with every change of the repository."""
     names = sorted([(utf8(name), name) for name in refs])
-    numbers = [rows.number(refs[name]) for _, name in names]
+    # Many refs may point to one snapshot: it is searched for once.
+    number_of = {target: rows.number(target) for target in set(refs.values())}
+    numbers = [number_of[refs[name]] for _, name in names]
     for (_, name), number in zip(names, numbers, strict=True):
         if number < 0:
             raise InvalidInputError(
@@ -196,12 +201,21 @@ def _refs_vector(what: str, refs: Mapping[str, ObjectId], rows: SnapshotRows) ->
         out += bytes(4 + 4 * len(names))
         words = [len(names)]
         vtable = writer.vtable({0: 4, 1: 8}, _REF.size - 4) if names else 0
-        for n, ((name, _), number) in enumerate(zip(names, numbers, strict=True)):
-            writer.align(4)
-            at = len(out)
-            words.append(at - start - 4 - 4 * n)
-            # The name follows its table, 8 bytes behind the field that points to it.
-            out += _REF.pack(at - vtable, 8, number, len(name)) + name + b"\0"
+        writer.align(4)
+        pieces: list[bytes] = []
+        at, field, pack, fixed = len(out), start + 4, _REF.pack, _REF.size
+        for (name, _), number in zip(names, numbers, strict=True):
+            words.append(at - field)
+            # The name follows its table, 8 bytes behind the field that points to it; then come one to four zeros.
+            size = len(name)
+            padding = 4 - size % 4
+            pieces += (pack(at - vtable, 8, number, size), name, _ZEROS[padding])
+            at += fixed + size + padding
+            field += 4
+        if pieces:
+            # All but the first zero behind the last name would be padding of a next table.
+            pieces[-1] = _ZEROS[1]
+        out += b"".join(pieces)
         out[start : start + 4 * len(words)] = struct.pack(f"<{len(words)}I", *words)
         return start
 
