@@ -16,7 +16,7 @@ import base64
 import binascii
 import hashlib
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Final
 import orjson
 
 from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, SnapshotNotFoundError
-from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
+from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id, object_id_from_text
 from icechunk.format.repo import repo_info as stored
 from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.log.repository.state import RepoState
@@ -41,6 +41,8 @@ __all__ = ["EventKind", "RepositoryEvent", "Watching"]
 _FIRST_S: Final = 0.1
 """Pause before the poll that follows a new update; each poll without one doubles it."""
 _LOG_TOKEN: Final = "u1"
+_GAP_TOKEN: Final = "g1"
+"""Of a gap: names the update after it."""
 _REFS_TOKEN: Final = "r1"
 
 
@@ -66,7 +68,8 @@ class EventKind(StrEnum):
     EXPIRED = "expired"
     COLLECTED = "collected"
     GAP = "gap"
-    """Updates between the token and the next event are no longer known: begin again at ``snapshot_id``."""
+    """Updates between the token and the next event are no longer known: begin again at ``snapshot_id``, the tip of the
+    watched branch (of ``main`` where all are watched) before the next event; None where the branch came later."""
 
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
@@ -134,14 +137,14 @@ class Watching(RepositoryBase):
         if idle_s <= 0:
             raise InvalidInputError(f"idle_s must be more than 0, not {idle_s!r}", ErrorKind.INVALID_SETTING)
         log = await self._core.log()
-        follower = _RefsFollower(log) if log.layout is Layout.REFS else _OpsFollower(log)
+        follower = _RefsFollower(log) if log.layout is Layout.REFS else _OpsFollower(log, branch or "main")
         await follower.begin(since)
         pause_s = _FIRST_S
         while True:
             found = False
             async for event in follower.new_events():
                 found = True
-                if branch is None or event.branch == branch or event.kind is EventKind.GAP:
+                if branch is None or event.branch == branch or (event.kind is EventKind.GAP and event.branch is None):
                     yield event
             if stop_at_end:
                 return
@@ -163,8 +166,10 @@ class Watching(RepositoryBase):
 class _OpsFollower:
     """Follows the ops log of format 2: the log layout and the repo object."""
 
-    def __init__(self, log: RepositoryLog) -> None:
+    def __init__(self, log: RepositoryLog, branch: str) -> None:
         self._log = log
+        self._branch = branch
+        """Whose snapshot is named to begin again from, after a gap."""
         self._at_us = -1
         """Time of the last update that was yielded."""
         self._known: str | None = None
@@ -181,29 +186,35 @@ class _OpsFollower:
     async def new_events(self) -> AsyncIterator[RepositoryEvent]:
         state = await self._log.refresh()
         newer, complete = await self._newer(state)
+        targets, tips = _targets(newer, state)
         if not complete:
             # Only with a token from outside: the last update of this watcher is never older than the kept ones.
             self._known = None
-            tip = state.branches.get("main")
             oldest = newer[-1] if newer else None
+            tip = tips.get(self._branch)
             yield RepositoryEvent(
                 kind=EventKind.GAP,
-                token=_ops_token(oldest) if oldest is not None else "",
+                token=_ops_token(oldest, version=_GAP_TOKEN) if oldest is not None else "",
                 at=moment(self._at_us if oldest is None else oldest.updated_at_us),
                 snapshot_id=None if tip is None else encode_id(tip),
             )
-        for entry in reversed(newer):
+        for entry, target in zip(reversed(newer), reversed(targets), strict=True):
             self._at_us = entry.updated_at_us
-            yield _event(entry, state)
+            yield _event(entry, state, target)
 
     async def _newer(self, state: RepoState) -> tuple[list[stored.Update], bool]:
         """Updates after the last one yielded, newest first, and whether none is missing in between."""
         newer: list[stored.Update] = []
         last: stored.Update | None = None
+        # The token of a gap names the update after it.
+        is_gap = self._known is not None and self._known.startswith(f"{_GAP_TOKEN}.")
         try:
             async for entry in self._log.updates():
+                if is_gap and entry.updated_at_us == self._at_us:
+                    newer.append(entry)
                 if entry.updated_at_us <= self._at_us:
-                    if self._known is not None and _ops_token(entry) != self._known:
+                    version = _GAP_TOKEN if is_gap else _LOG_TOKEN
+                    if self._known is not None and _ops_token(entry, version=version) != self._known:
                         raise _foreign(self._known)
                     self._known = None
                     return newer, True
@@ -224,6 +235,8 @@ class _RefsFollower:
         self._log = log
         self._branches: dict[str, str] = {}
         self._tags: dict[str, str] = {}
+        self._gone = set[str]()
+        """Snapshots of the token that branches have left and that no longer exist."""
 
     async def begin(self, since: str | None) -> None:
         state = await self._log.refresh()
@@ -232,6 +245,21 @@ class _RefsFollower:
             self._branches, self._tags = _refs(state)
         elif since:
             self._branches, self._tags = _parse_refs_token(since)
+            await self._require_own(since, *_refs(state))
+
+    async def _require_own(self, token: str, branches: dict[str, str], tags: dict[str, str]) -> None:
+        """Refuse a token that has no snapshot of this repository."""
+        known = [(self._branches, branches), (self._tags, tags)]
+        pairs = [(id, now.get(name)) for was, now in known for name, id in was.items()]
+        first = encode_id(FIRST_SNAPSHOT)
+        moved = {id for id, now in pairs if id != now} - {first}
+        self._gone = {id for id in sorted(moved) if await self._info(id) is None}
+        if moved and moved == self._gone and all(id == first for id, now in pairs if id == now):
+            raise InvalidInputError(
+                f"the token {token[:60]!r} belongs to another repository, or none of its snapshots exists any more; "
+                "leave `since` out to begin now, and begin what is derived again at the tips of the branches",
+                ErrorKind.INVALID_SETTING,
+            )
 
     async def new_events(self) -> AsyncIterator[RepositoryEvent]:
         state = await self._log.refresh()
@@ -257,6 +285,11 @@ class _RefsFollower:
 
     async def _moved(self, name: str, old: str | None, tip: str) -> AsyncIterator[RepositoryEvent]:
         """The commits that lead from one tip to the next, or one event where they do not."""
+        if old in self._gone:
+            # Whether commits led from there is not known.
+            self._branches[name] = tip
+            yield self._made(EventKind.GAP, branch=name, snapshot_id=tip)
+            return
         try:
             state = await self._log.learn([object_id_from_text(tip)], ancestry=True)
         except SnapshotNotFoundError:
@@ -300,8 +333,40 @@ class _RefsFollower:
         )
 
 
-def _event(entry: stored.Update, state: RepoState) -> RepositoryEvent:
-    """An update of the ops log as an event."""
+def _targets(
+    newer: Sequence[stored.Update], state: RepoState
+) -> tuple[list[ObjectId | None], dict[str, ObjectId | None]]:
+    """The snapshot that the branch of each update, newest first, pointed to after it, and that of each branch before
+    all of them; None where it is not known."""
+    tips: dict[str, ObjectId | None] = dict(state.branches)
+    targets: list[ObjectId | None] = []
+    after: ObjectId | None
+    before: ObjectId | None
+    for entry in newer:
+        match entry.change:
+            case stored.NewCommit(branch=name, snapshot=snapshot):
+                record = state.snapshots.get(snapshot)
+                after, before = snapshot, None if record is None else record.parent
+            case stored.CommitAmended(branch=name, previous_snapshot=previous, snapshot=snapshot):
+                after, before = snapshot, previous
+            case stored.BranchReset(name=name, previous_snapshot=previous):
+                after, before = tips.get(name), previous
+            case stored.BranchDeleted(name=name, previous_snapshot=previous):
+                after, before = None, previous
+            case stored.BranchCreated(name=name):
+                after, before = tips.pop(name, None), None
+                targets.append(after)
+                continue
+            case _:
+                targets.append(None)
+                continue
+        tips[name] = before
+        targets.append(after)
+    return targets, tips
+
+
+def _event(entry: stored.Update, state: RepoState, target: ObjectId | None) -> RepositoryEvent:
+    """An update of the ops log as an event; ``target`` is where its branch pointed after it, if known."""
     event = RepositoryEvent(
         kind=EventKind.METADATA, token=_ops_token(entry), at=moment(entry.updated_at_us), detail=update(entry)
     )
@@ -331,9 +396,9 @@ def _event(entry: stored.Update, state: RepoState) -> RepositoryEvent:
         case stored.NewDetachedSnapshot(snapshot=snapshot):
             return made(EventKind.DETACHED, snapshot=snapshot)
         case stored.BranchCreated(name=name):
-            return made(EventKind.BRANCH_CREATED, branch=name)
+            return made(EventKind.BRANCH_CREATED, branch=name, snapshot=target)
         case stored.BranchReset(name=name, previous_snapshot=previous):
-            return made(EventKind.BRANCH_RESET, branch=name, previous=previous)
+            return made(EventKind.BRANCH_RESET, branch=name, snapshot=target, previous=previous)
         case stored.BranchDeleted(name=name, previous_snapshot=previous):
             return made(EventKind.BRANCH_DELETED, branch=name, previous=previous)
         case stored.TagCreated(name=name):
@@ -354,16 +419,16 @@ def _event(entry: stored.Update, state: RepoState) -> RepositoryEvent:
             return made(EventKind.COLLECTED)
 
 
-def _ops_token(entry: stored.Update) -> str:
+def _ops_token(entry: stored.Update, *, version: str = _LOG_TOKEN) -> str:
     """Names an update by its time, which no other update has, and its content, which another repository's has not."""
     content = hashlib.sha256(repr(entry.change).encode()).hexdigest()[:12]
-    return f"{_LOG_TOKEN}.{entry.updated_at_us}.{content}"
+    return f"{version}.{entry.updated_at_us}.{content}"
 
 
 def _parse_ops_token(token: str) -> int:
     version, _, rest = token.partition(".")
     time_us, _, content = rest.partition(".")
-    if version != _LOG_TOKEN or not time_us.isdecimal() or len(content) != 12:
+    if version not in (_LOG_TOKEN, _GAP_TOKEN) or not time_us.isdecimal() or len(content) != 12:
         raise _malformed(token)
     return int(time_us)
 

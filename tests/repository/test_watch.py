@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import zarr
 
-from icechunk import Repository, RepositoryConfig, in_memory_storage
+from icechunk import Repository, RepositoryConfig, in_memory_storage, local_filesystem_storage
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.repository.watch import EventKind, RepositoryEvent
 from icechunk.testing.recording import RecordingStorage
@@ -120,13 +120,106 @@ async def test_a_wrong_token_is_refused(layout: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         await events_of(repo, since="nonsense")
     assert caught.value.kind == ErrorKind.INVALID_SETTING
-    if layout != "refs":
-        token = (await events_of(other, since=""))[-1].token
-        with pytest.raises(InvalidInputError) as caught:
-            await events_of(repo, since=token)
-        assert caught.value.kind == ErrorKind.INVALID_SETTING
+    token = (await events_of(other, since=""))[-1].token
+    with pytest.raises(InvalidInputError) as caught:
+        await events_of(repo, since=token)
+    assert caught.value.kind == ErrorKind.INVALID_SETTING
+    await asyncio.to_thread(commit, repo, "y")
+    with pytest.raises(InvalidInputError):
+        await events_of(repo, since=token)
     with pytest.raises(InvalidInputError):
         await events_of(repo, idle_s=0)
+
+
+@LAYOUTS
+async def test_a_reset_while_it_waits_is_an_event_that_names_both_tips(layout: str) -> None:
+    repo = await asyncio.to_thread(create, layout)
+    one = await asyncio.to_thread(commit, repo, "one")
+    two = await asyncio.to_thread(commit, repo, "two")
+    watched = repo.watch("main", idle_s=0.05)
+    waiting = asyncio.ensure_future(anext(watched))
+    await asyncio.sleep(0)
+    other = await Repository.open_async(repo.storage)
+    while not waiting.done():
+        # The watcher begins at some time: then it hears of the next change.
+        await other.reset_branch_async("main", one)
+        await asyncio.wait([waiting], timeout=0.5)
+        if not waiting.done():
+            await other.reset_branch_async("main", two)
+    event = await waiting
+    assert event.kind is EventKind.BRANCH_RESET
+    assert {event.snapshot_id, event.previous_snapshot_id} == {one, two}
+
+
+@pytest.mark.parametrize("layout", ["log", "repo"])
+async def test_every_event_of_a_branch_names_where_it_points_then(layout: str) -> None:
+    repo = await asyncio.to_thread(create, layout)
+    token = (await events_of(repo, since=""))[-1].token
+
+    def change() -> tuple[str, ...]:
+        one, two = commit(repo, "one"), commit(repo, "two")
+        repo.create_branch("dev", two)
+        three = commit(repo, "three", "dev")
+        repo.reset_branch("dev", one)
+        four = commit(repo, "four", "dev")
+        repo.delete_branch("dev")
+        repo.create_branch("dev", four)
+        return two, three, one, four
+
+    two, three, one, four = await asyncio.to_thread(change)
+    events = await events_of(repo, since=token, branch="dev")
+    assert [(str(e.kind), e.snapshot_id, e.previous_snapshot_id) for e in events] == [
+        ("branch-created", two, None),
+        ("commit", three, two),
+        ("branch-reset", one, three),
+        ("commit", four, one),
+        ("branch-deleted", None, four),
+        ("branch-created", four, None),
+    ]
+
+
+@pytest.mark.parametrize("layout", ["log", "repo"])
+async def test_updates_that_are_forgotten_are_a_gap_to_begin_again_from(layout: str, tmp_path: Path) -> None:
+    def build() -> tuple[Repository, list[str], str]:
+        config = RepositoryConfig(num_updates_per_repo_info_file=3)
+        version = None if layout == "log" else 2
+        repo = Repository.create(local_filesystem_storage(str(tmp_path)), config, spec_version=version)
+        token = list(repo.watch_sync(since="", stop_at_end=True))[-1].token
+        first = commit(repo, "first")
+        repo.create_branch("dev", first)
+        commits = [commit(repo, f"c{n}", "dev") for n in range(9)]
+        return repo, commits, token
+
+    repo, commits, token = await asyncio.to_thread(build)
+    await repo.aclose()
+    # Copies of the ops log that were deleted by hand.
+    for path in (tmp_path / "overwritten").iterdir():
+        path.unlink()
+    again = await Repository.open_async(local_filesystem_storage(str(tmp_path)))
+    gap, *events = await events_of(again, since=token, branch="dev")
+    assert gap.kind is EventKind.GAP
+    assert [e.kind for e in events] == [EventKind.COMMIT] * len(events)
+    assert [gap.snapshot_id, *[e.snapshot_id for e in events]] == commits[-1 - len(events) :]
+    # After the gap, each event comes once.
+    assert [e.snapshot_id for e in await events_of(again, since=gap.token, branch="dev")] == [
+        e.snapshot_id for e in events
+    ]
+
+
+async def test_snapshots_that_were_collected_are_a_gap_in_format_1() -> None:
+    repo = await asyncio.to_thread(create, "refs")
+    first = await asyncio.to_thread(commit, repo, "first")
+    await repo.create_tag_async("kept", first)
+    await asyncio.to_thread(commit, repo, "second")
+    token = (await events_of(repo, since=""))[-1].token
+    last = await asyncio.to_thread(commit, repo, "third")
+    now = datetime.now(UTC) + timedelta(seconds=5)
+    await repo.expire_snapshots_async(now)
+    await repo.garbage_collect_async(now)
+    again = await Repository.open_async(repo.storage)
+    (gap,) = await events_of(again, since=token)
+    assert (gap.kind, gap.branch, gap.snapshot_id) == (EventKind.GAP, "main", last)
+    assert await events_of(again, since=gap.token) == []
 
 
 def test_the_synchronous_twin_yields_the_same_events() -> None:
