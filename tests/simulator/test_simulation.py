@@ -122,8 +122,10 @@ def test_a_schedule_does_not_depend_on_earlier_work_of_the_process() -> None:
 def test_acknowledged_changes_outlive_power_failures_of_a_local_disk(layout: Layout) -> None:
     injected: Counter[Fault] = Counter()
     outcomes: Counter[str] = Counter()
+    conversions = 0
     for seed in range(15):
         report = simulate(seed, Plan(layout=layout, disk=True))
+        conversions += report.conversions
         assert not report.problems, f"seed {seed}: {report.problems}"
         injected += report.injected
         outcomes += report.outcomes
@@ -131,12 +133,13 @@ def test_acknowledged_changes_outlive_power_failures_of_a_local_disk(layout: Lay
     assert ON_DISK.issuperset(injected)
     assert outcomes["ok"]
     assert outcomes["open"]
+    assert bool(conversions) is (layout is not Layout.REFS)
 
 
 def test_a_schedule_of_a_disk_is_the_same_again() -> None:
     for layout in Layout:
         plan = Plan(layout=layout, disk=True)
-        first, second = simulate(3, plan), simulate(3, plan)
+        first, second = simulate(109, plan), simulate(109, plan)
         assert first.trace.digest == second.trace.digest
         assert [op.outcome for op in first.history] == [op.outcome for op in second.history]
 

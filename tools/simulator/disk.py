@@ -1,10 +1,10 @@
 """Schedules on a local disk whose power fails: unsynced writes are dropped, torn or reordered.
 
-Clients of one machine commit to one repository on a real folder, through the local storage, on virtual time; all that
-they ask of the system is recorded (`tools.simulator.power_loss`). Then the power fails at a point chosen by chance: the
-folder is made as it may be found then, and new clients open it, read all of its history, and go on. What was
-acknowledged before that point must be there; what was under way may be. The history is judged by the same checker as
-that of any other schedule.
+Clients of one machine commit to one repository on a real folder, tag and convert it, through the local storage, on
+virtual time; all that they ask of the system is recorded (`tools.simulator.power_loss`). Then the power fails at a
+point chosen by chance: the folder is made as it may be found then, and new clients open it, read all of its history,
+and go on. What was acknowledged before that point must be there; what was under way may be. The history is judged by
+the same checker as that of any other schedule.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import random
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,7 +23,14 @@ from unittest import mock
 
 from icechunk import Repository
 from icechunk.config import RepositoryConfig
-from icechunk.errors import CommitOutcomeUnknown, ConflictError, FormatError, IcechunkError
+from icechunk.errors import (
+    AlreadyExistsError,
+    CommitOutcomeUnknown,
+    ConflictError,
+    FormatError,
+    IcechunkError,
+    SessionStateError,
+)
 from icechunk.log.repository.open import create_repository
 from icechunk.log.repository.port import Layout
 from icechunk.runtime.clock import Sources
@@ -41,8 +47,14 @@ from tools.simulator.power_loss import Loss, Recorder
 __all__ = ["simulate_power_loss"]
 
 _FAULTS: Final = {Loss.ALL: Fault.POWER_DROPPED, Loss.BYTES: Fault.POWER_EMPTIED, Loss.ANY: Fault.POWER_TORN}
+_BEGAN_US: Final = 1_577_836_800_000_000
+"""Virtual wall clock at the beginning, µs since the Unix epoch."""
 _RANDOM: Final = re.compile(r"[0-9A-Z]{20,}|[0-9a-f]+-[0-9a-f]{24}|[0-9]{10,}")
 """Parts of names that hold the time or the number of a process."""
+
+
+_OF_ANOTHER_LAYOUT: Final = (ConflictError, SessionStateError)
+"""Errors of a client whose repository was converted under it."""
 
 
 class _DiskLoop(VirtualLoop):
@@ -80,11 +92,12 @@ class _Machine:
         self.report = report
         self.now: Callable[[], int] = lambda: 0
         """The number of events so far."""
+        self.converts = layout is not Layout.REFS and rng.random() < 0.3
+        """Whether clients convert the repository, there and back."""
         self._commits = 0
-        began_us = time.time_ns() // 1000
-        # Files have times of the system's clock, so the virtual one begins there.
+        # Files have times of the system's clock, which is later: nothing here is so old that anything depends on it.
         self.sources = Sources(
-            wall_us=lambda: began_us + int(loop.time() * 1e6),
+            wall_us=lambda: _BEGAN_US + int(loop.time() * 1e6),
             elapsed_us=lambda: int(loop.time() * 1e6),
             random_bytes=rng.randbytes,
             sleep=asyncio.sleep,
@@ -100,14 +113,27 @@ class _Machine:
         repository = await self.opened()
         for _ in range(rounds):
             await asyncio.sleep(rng.uniform(0, 0.01))
-            await self._commit(name, repository)
-            if rng.random() < 0.15:
-                await repository.checkpoint_async()
-            if rng.random() < 0.2:
+            ended = False
+            try:
+                await self._change(name, repository)
+            except _OF_ANOTHER_LAYOUT as error:
+                self.note(name, f"must open the repository again: {str(error).replace(str(self.root), '…')}")
+                ended = True
+            if ended or rng.random() < 0.2:
                 await repository.aclose()
                 repository = await self.opened()
         if rng.random() < 0.5:
             await repository.aclose()
+
+    async def _change(self, name: str, repository: Repository) -> None:
+        rng = self.rng
+        await self._commit(name, repository)
+        if rng.random() < 0.15:
+            await repository.checkpoint_async()
+        if rng.random() < 0.2:
+            await self._tag(name, repository)
+        if self.converts and rng.random() < 0.3:
+            await self._convert(name, repository)
 
     async def opened(self) -> Repository:
         """The repository of a new client."""
@@ -142,10 +168,45 @@ class _Machine:
             op.outcome = "refused"
         except CommitOutcomeUnknown:
             op.outcome = "unknown"
+        except SessionStateError:
+            op.outcome = "failed"
+            raise
         else:
             op.outcome = "ok"
-        op.ended = self.now()
-        self.note(name, f"is told {op.outcome} about {op.commit}")
+        finally:
+            op.ended = self.now()
+            self.note(name, f"is told {op.outcome} about {op.commit}")
+
+    async def _tag(self, name: str, repository: Repository) -> None:
+        tip = await repository.lookup_branch_async(MAIN)
+        op = Operation(client=name, verb="create-tag", ref=f"t{self.rng.randrange(4)}", began=self.now())
+        op.commit = await _message(repository, tip)
+        self.report.history.append(op)
+        try:
+            await repository.create_tag_async(op.ref, tip)
+        except AlreadyExistsError:
+            op.outcome = "refused"
+        except CommitOutcomeUnknown:
+            op.outcome = "unknown"
+        except SessionStateError:
+            op.outcome = "failed"
+            raise
+        else:
+            op.outcome = "ok"
+        finally:
+            op.ended = self.now()
+            self.note(name, f"is told {op.outcome} about tag {op.ref} = {op.commit}")
+
+    async def _convert(self, name: str, repository: Repository) -> None:
+        target = self.rng.choice((Layout.LOG, Layout.REPO))
+        self.note(name, f"converts the repository to {target.value}")
+        try:
+            await repository.convert_async(target)
+        except IcechunkError as error:
+            # Another client converts it at the same time.
+            self.note(name, f"fails to: {str(error).replace(str(self.root), '…')}")
+        else:
+            self.report.conversions += 1
 
 
 async def _message(repository: Repository, snapshot_id: str) -> str:
@@ -188,6 +249,8 @@ def simulate_power_loss(seed: int, layout: Layout) -> Report:
     with (
         # As on ext4, XFS and btrfs, or as POSIX promises.
         mock.patch.object(folders, "syncs_names", return_value=follows),
+        # The system's clock decides otherwise whether the folder of a young file is synced once more; a seed must.
+        mock.patch.object(folders, "_CLOCK_GRAIN_NS", 1 << 62),
         tempfile.TemporaryDirectory(prefix="icechunk-simulated-disk-", dir=_memory()) as folder,
     ):
         live, image = Path(folder, "live"), Path(folder, "image")
@@ -259,7 +322,7 @@ def _go_on(report: Report, rng: random.Random, image: Path, layout: Layout, now:
     finally:
         loop.close()
     start = View(branches={MAIN: (ROOT, sessions.FIRST)}, tags={})
-    verdict = check(report.history, start=start)
+    verdict = check(report.history, independent=layout is Layout.REFS, start=start)
     report.problems += verdict.problems
     report.undecided = verdict.undecided
     for op in report.history:
@@ -270,7 +333,11 @@ async def _read_history(machine: _Machine, repository: Repository) -> None:
     """Enter the whole history of ``main`` and the chunks of each of its commits into the history of outcomes."""
     began, found = machine.now(), [info async for info in repository.async_ancestry(branch=MAIN)]
     names = [ROOT if info.parent_id is None else info.message for info in found]
-    view = View(branches={MAIN: tuple(names[::-1])}, tags={})
+    tags = {
+        name: await _message(repository, await repository.lookup_tag_async(name))
+        for name in sorted(await repository.list_tags_async())
+    }
+    view = View(branches={MAIN: tuple(names[::-1])}, tags=tags)
     machine.report.history.append(
         Operation(client="z", verb="read", began=began, ended=machine.now(), outcome="ok", seen=view)
     )
