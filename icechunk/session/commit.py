@@ -42,7 +42,6 @@ from icechunk.session.content import Phase, SessionContent
 from icechunk.session.core import Core
 from icechunk.session.rebase import Rebase, advance
 from icechunk.session.session_checkpoint import landed_error, note_attempt, note_committed, require_not_landed
-from icechunk.storage.outcome import backoff_s
 from icechunk.transfer.assets import off_loop
 
 __all__ = ["Commit", "CommitFiles", "File", "How", "write_snapshot", "write_unlisted"]
@@ -56,8 +55,6 @@ _BYTES_PER_NODE: Final = 256
 """Bytes of a node of the snapshot, about."""
 _REBASED: Final = "__icechunk"
 """Key, the official library's own, under which a commit's metadata say how often it was rebased."""
-_LONGEST_BACKOFF_ROUND: Final = 4
-"""Pauses between tries of a commit grow up to this one: a longer one would only let more others pass."""
 
 
 class How(Enum):
@@ -166,7 +163,6 @@ async def write_unlisted(content: SessionContent, log: SessionLog) -> Snapshot:
 
 
 async def _commit(content: SessionContent, commit: Commit, solver: ConflictSolver | None, tries: int) -> Snapshot:
-    sources = content.core.sources
     for tried in itertools.count():
         try:
             if solver is not None and tries:
@@ -177,9 +173,6 @@ async def _commit(content: SessionContent, commit: Commit, solver: ConflictSolve
             if solver is None or tried == tries:
                 raise
         content.phase = Phase.COMMITTING
-        if tried:
-            # Two sessions that lose to each other in turn would otherwise repeat at the same time.
-            await sources.sleep(backoff_s(sources, min(tried, _LONGEST_BACKOFF_ROUND)))
         try:
             await advance(content, commit.branch, solver)
         except RebaseFailedError:

@@ -105,6 +105,8 @@ class Waiting:
     """Attempts that hold its events and may land; all for one place."""
     landed: bool = False
     """Whether one of the attempts landed."""
+    lost: bool = False
+    """Whether the last attempt that ended lost its place to another writer."""
 
     @property
     def token(self) -> SwapToken | None:

@@ -51,7 +51,10 @@ __all__ = ["CLOSE_GRACE_S", "SwappedLog"]
 A = TypeVar("A", bound=Attempt)
 
 _LONGEST_PAUSE_S: Final = 5.0
-_MOST_SWAPS_TO_PAUSE: Final = 64
+_SWAPS_AFTER_ONE_LOSS: Final = 4
+_SWAPS_BY_LOSSES: Final = 32
+_LEAST_SWAPS: Final = 2
+"""Longest pauses of losers, in swaps: after one loss; after more, divided by their number; never less."""
 CLOSE_GRACE_S: Final = 10.0
 _MANY_TOLD: Final = 16
 
@@ -151,10 +154,26 @@ class SwappedLog(RepositoryLog, Generic[A]):
         """An attempt of this client landed, and its callers have been told."""
 
     async def _lost(self) -> None:
-        """Pause after ``_losses`` lost races in a row."""
-        if self._losses > 1:
-            swaps: float = min(_MOST_SWAPS_TO_PAUSE, 2.0 ** min(self._losses, 60))
-            await self._sources.sleep(min(_LONGEST_PAUSE_S, swaps * self._swap_s) * self._sources.fraction())
+        """Pause after ``_losses`` lost races in a row, if anything is to be sent again."""
+        if self._losses > 1 and (await self._build(self.waiting)).members:
+            await self._sources.sleep(self._pause_s())
+
+    async def _refused_after_a_loss(self) -> None:
+        """Pause before a caller learns that it lost a race, and that its events do not apply any more.
+
+        The caller looks anew, and then writes: a pause between that look and the write would lose the next race.
+        """
+        await self._sources.sleep(self._pause_s())
+
+    def _pause_s(self) -> float:
+        """A pause with full jitter, in proportion to the time of a swap.
+
+        Once a second race is lost it may be long, so that few of a crowd write at the same time; the more races are
+        lost, the shorter it is, so that none starves. The winner writes again two round trips later. A loser that
+        begins at any time between has a chance to be first, but without a pause it is always a little late.
+        """
+        swaps = _SWAPS_AFTER_ONE_LOSS if self._losses < 2 else max(_LEAST_SWAPS, _SWAPS_BY_LOSSES / self._losses)
+        return min(_LONGEST_PAUSE_S, swaps * self._swap_s) * self._sources.fraction()
 
     @property
     def embed_limit_bytes(self) -> int:
@@ -199,6 +218,8 @@ class SwappedLog(RepositoryLog, Generic[A]):
                 if one in self.waiting:
                     self.waiting.remove(one)
         if one.outcome.done():
+            if one.lost and one.outcome.exception() is not None and deadline_s is None:
+                await self._refused_after_a_loss()
             state = one.outcome.result()
             if not self._embeds and not one.landed:
                 # It proposed nothing, so no attempt has made its files durable.
@@ -386,6 +407,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
                 case Fate.LOST | Fate.REFUSED:
                     if attempt in one.attempts:
                         one.attempts.remove(attempt)
+                        one.lost = fate is Fate.LOST
                         if not one.attempts and not one.landed:
                             tell_sent(one)
                 case _:

@@ -871,8 +871,36 @@ async def test_losers_pause_as_long_as_swaps_take(world: Outcomes) -> None:
     storage.script = lose_often
     await log.append(await world.commit(1))
     assert losses == 6
-    assert max(pauses) <= 64 * 0.011
+    assert max(pauses) <= 16 * 0.011
     assert await world.history() == [an_id(1)]
+
+
+@log_layout
+async def test_a_refused_loser_pauses_after_the_look_that_its_caller_writes_upon(world: Outcomes) -> None:
+    log, storage = await world.create()
+    other, _ = await world.open()
+    theirs, mine = await world.commit(1), await world.commit(2)
+    done: list[str] = []
+    sleep = log._sources.sleep  # type: ignore[attr-defined]
+
+    async def listen(seconds: float) -> None:
+        done.append("pause")
+        await sleep(seconds)
+
+    object.__setattr__(log._sources, "sleep", listen)  # type: ignore[attr-defined]
+
+    async def be_overtaken(request: Request, send: Send) -> object:
+        if writes(request) and not done:
+            world.clock.move(0.010)
+            await other.append(theirs)
+        if done or writes(request):
+            done.append(request.verb)
+        return await send()
+
+    storage.script = be_overtaken
+    with pytest.raises(ConflictError):
+        await log.append(mine)
+    assert done == ["put", "get", "get", "pause"]
 
 
 # ------------------------------------------------------------- what a client sees, and creation

@@ -351,8 +351,11 @@ class LogView:
         if folded and listed is None:
             entries, listed = await read_until_absent(self.storage, epoch, self.head.n)
             folded = self._advance_all(entries, epoch, freshness)
-        if folded and listed is not None:
-            folded = self._advance_all(await read_tail(self.storage, epoch, self.head.n, listed), epoch, freshness)
+        if folded and listed is not None and self.head.n < listed:
+            # The slot after the listed ones too: in a crowd it is taken by now, and a commit on the one before would be
+            # as late as the listing.
+            entries = await read_tail(self.storage, epoch, self.head.n, listed + 1)
+            folded = self._advance_all(entries, epoch, freshness)
         if not folded or listed is None or self.head.n < listed:
             await self.reopen()
         elif self.head.n == listed:

@@ -272,6 +272,9 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
             )
         await self._sources.sleep(self._retries.pause_s(self._sources, self._losses))
 
+    async def _refused_after_a_loss(self) -> None:
+        """The pause of ``repo_update_retries`` was made before the look that refused."""
+
     def _passed(self, attempt: _Replacement) -> bool:
         return self._view.version != attempt.base or self._view.ended_reason is not None
 

@@ -118,3 +118,23 @@ async def test_on_local_disk_neither_opening_nor_a_refresh_lists_the_log(tmp_pat
     assert storage.of("list") == []
     assert other.n == 3
     await asyncio.gather(log.aclose(), other.aclose())
+
+
+async def test_a_client_that_is_behind_reads_the_slot_after_the_listed_ones_too(world: World) -> None:
+    ours, _ = await world.create()
+    storage = ScriptedStorage(world.store)
+    theirs = await open_repository(storage, world.clock.sources())
+    for i in (1, 2, 3):
+        await ours.append(world.commit(i))
+    late = [4]
+
+    async def commit_after_the_listing(request: Request, send: Send) -> object:
+        answer = await send()
+        if request.verb == "list" and late:
+            await ours.append(world.commit(late.pop()))
+        return answer
+
+    storage.script = commit_after_the_listing
+    # In a crowd, what a listing shows is too old to commit upon by the time when its entries are read.
+    assert (await theirs.refresh()).branches["main"] == an_id(4)
+    await theirs.aclose()
