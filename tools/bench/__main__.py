@@ -12,8 +12,8 @@ machine did besides is the same for both. With ``--check`` the exit code is 1 wh
 ``growth`` and ``huge`` take minutes, have no official counterpart, and run on request only: ours at the beginning of a
 long history beside ours at its end, as `tools.bench.growth` tells, and the memory of a commit of very many references,
 as `tools.bench.huge` tells. ``large`` runs on request too: large chunks, as `tools.bench.large` tells; ``feed``:
-questions about changes, writers and coverage, as `tools.bench.feed` tells; and so do ``wide`` and ``history``, which
-compare with the official library: many arrays, many commits.
+questions about changes, writers and coverage, as `tools.bench.feed` tells; and so do ``wide``, ``history`` and
+``contend-processes``, which compare with the official library: many arrays, many commits, many processes on one branch.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any
 from tools import oracle
 from tools.bench import feed, growth, history, huge, large, page, wire
 from tools.bench.history import LENGTHS
+from tools.bench.processes import COUNTS
 from tools.bench.wide import WIDTHS
 from tools.bench.workload import CASES
 
@@ -49,6 +50,11 @@ FLOORS = {
     ("virtual-distinct", "1 M distinct: commit"): 2.0,
     ("contend", "64 tasks, CPU"): 1.0,
     ("contend", "256 tasks, CPU"): 1.0,
+    **{
+        ("contend-processes", f"{count} processes{behind}"): 3.0
+        for count in COUNTS
+        for behind in ("", f", {wire.LATENCY_MS} ms")
+    },
     ("local-commits", "1 000 tiny commits"): 1.0,
     ("import", "import"): 1.0,
     ("append", "a step a commit"): 5.0,
@@ -66,9 +72,8 @@ FLOORS = {
 }
 """Least ratio of the official library's time to ours."""
 
-ON_REQUEST = ("wide", "history")
+ON_REQUEST = ("wide", "history", "contend-processes")
 """Cases that take minutes, and are not measured unless they are asked for."""
-LATENCY_MS = 20
 TIMEOUT_S = 300.0
 
 
@@ -177,11 +182,14 @@ def _options(case: str) -> Iterator[dict[str, Any]]:
         with history.places() as options:
             yield options
         return
-    if case not in ("wire", "append-wire"):
+    if case == "contend-processes":
+        with wire.near_and_far() as options:
+            yield options
+    elif case in ("wire", "append-wire", "shards", "merge"):
+        with wire.minio(wire.LATENCY_MS) as options:
+            yield options
+    else:
         yield {}
-        return
-    with wire.minio(LATENCY_MS) as options:
-        yield options
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

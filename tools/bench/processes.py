@@ -39,7 +39,6 @@ def contend_processes(options: Mapping[str, Any]) -> dict[str, float]:
         for count in COUNTS:
             what = f"{count} processes{latency}"
             commits, waits = _measure(place, count)
-            # Nobody's nothing is infinite in JSON.
             seconds[what] = SECONDS / max(1, sum(commits))
             seconds[f"{what}, p99"] = sorted(waits)[int(len(waits) * 0.99)]
             seconds[f"{what}, least"] = SECONDS / max(0.5, min(commits))

@@ -8,9 +8,11 @@ from typing import Any
 
 from tools import services
 
-__all__ = ["minio", "storage_at"]
+__all__ = ["LATENCY_MS", "minio", "near_and_far", "storage_at"]
 
 BUCKET = "bench"
+LATENCY_MS = 20
+"""Latency that the benchmarks add, ms."""
 
 
 @contextmanager
@@ -33,6 +35,15 @@ def minio(latency_ms: int = 0) -> Iterator[dict[str, str]]:
             "access_key_id": server.access_key,
             "secret_access_key": server.secret_key,
         }
+
+
+@contextmanager
+def near_and_far() -> Iterator[dict[str, Any]]:
+    """Start MinIO, and a proxy before it: what `storage_at` takes, with ``endpoints`` by the end of a row's name."""
+    with minio() as place:
+        address = place["endpoint"].removeprefix("http://")
+        with services.toxiproxy(address, latency_ms=LATENCY_MS) as proxy:
+            yield {**place, "endpoints": {"": place["endpoint"], f", {LATENCY_MS} ms": proxy.endpoint}}
 
 
 def storage_at(place: Mapping[str, str], prefix: str) -> Any:

@@ -25,6 +25,7 @@ from zarr.core.buffer import default_buffer_prototype
 
 import icechunk
 from tools.bench.history import history
+from tools.bench.processes import contend_processes
 from tools.bench.wide import wide
 from tools.bench.wire import storage_at
 
@@ -417,6 +418,7 @@ CASES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "virtual-distinct": virtual_distinct,
     "arrays": arrays,
     "contend": contend,
+    "contend-processes": contend_processes,
     "append": append,
     "append-wire": append,
     "local-commits": local_commits,
