@@ -47,6 +47,7 @@ __all__ = [
     "Scalar",
     "Table",
     "Written",
+    "all_utf8",
     "id_struct",
     "required",
     "u8",
@@ -336,6 +337,16 @@ def utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise InvalidInputError(f"cannot encode {text!r}: not valid Unicode", ErrorKind.SERIALIZATION) from error
+
+
+def all_utf8(texts: Sequence[str]) -> list[bytes]:
+    """As `utf8`, of many texts in much less time than one by one."""
+    try:
+        raw = "\0".join(texts).encode().split(b"\0")
+    except UnicodeEncodeError:
+        raw = []
+    # Otherwise some text holds the separator, or there is none, or one is refused by name.
+    return raw if len(raw) == len(texts) else [utf8(text) for text in texts]
 
 
 def u8(value: int) -> Scalar:

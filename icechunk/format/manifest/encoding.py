@@ -25,6 +25,7 @@ from icechunk.format.flat.flatbuffers import (
     FlatWriter,
     Value,
     Written,
+    all_utf8,
     id_struct,
     u8,
     utf8,
@@ -65,7 +66,7 @@ def frames(
     mask = np.zeros(len(texts), np.bool_)
     mask[used] = True
     rows = np.flatnonzero(mask)
-    data, sizes = dictionary.frames([utf8(texts[i]) for i in rows.tolist()])
+    data, sizes = dictionary.frames(all_utf8(texts if len(rows) == len(texts) else [texts[i] for i in rows.tolist()]))
     ends = np.cumsum(4 + sizes + -sizes % 4)
     places = ends - (4 + sizes + -sizes % 4)
     at = np.zeros(len(texts), np.int64)

@@ -355,12 +355,17 @@ def trimmed(refs: ChunkRefs) -> ChunkRefs:
 def _used(table: tuple[str, ...], column: npt.NDArray[Any]) -> tuple[tuple[str, ...], Any]:
     if not table:
         return table, column
-    used = np.unique(column[column >= 0])
+    present = np.zeros(len(table), np.bool_)
+    present[column[column >= 0]] = True
+    used = np.flatnonzero(present)
     if len(used) == len(table):
         return table, column
     numbers = np.full(len(table), -1, np.int64)
     numbers[used] = np.arange(len(used))
-    return tuple(table[i] for i in used.tolist()), np.where(column >= 0, numbers[np.maximum(column, 0)], -1)
+    first, last = (int(used[0]), int(used[-1])) if len(used) else (0, -1)
+    # A manifest of references that were set in order has the locations in order, too.
+    texts = table[first : last + 1] if last - first + 1 == len(used) else tuple([table[i] for i in used.tolist()])
+    return texts, np.where(column >= 0, numbers[np.maximum(column, 0)], -1)
 
 
 def from_rows(rows: Mapping[tuple[int, ...], ChunkRef | None], ndim: int) -> ChunkRefs:

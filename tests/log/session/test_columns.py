@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icechunk.format.values import INLINE, NATIVE, VIRTUAL, ChunkRef, ChunkRefs
+from icechunk.format.values import ID12, INLINE, NATIVE, VIRTUAL, ChunkRef, ChunkRefs
 from icechunk.log.session.columns import CoordIndex, concat, find, from_rows, normalized, sort_last, trimmed
 from icechunk.log.session.extents import around, bounds, by_tile, halved, in_box, overlap
 from tests.log.session.builders import object_id
@@ -117,3 +117,22 @@ def test_rows_in_a_box_and_in_tiles_equal_plain_python(coords: np.ndarray, data:
 
 def _holds(box: tuple[tuple[int, int], ...], row: list[int]) -> bool:
     return all(a <= c < b for c, (a, b) in zip(row, box, strict=True))
+
+
+@given(st.integers(1, 12), st.lists(st.integers(0, 11), min_size=1, max_size=20))
+def test_only_the_locations_that_rows_have_are_kept_in_their_order(count: int, wanted: list[int]) -> None:
+    table = tuple(f"s3://bucket/{i}" for i in range(count))
+    location = np.array([i % count for i in wanted], np.int32)
+    n = len(location)
+    refs = ChunkRefs(
+        coords=np.arange(n, dtype=np.uint32).reshape(n, 1),
+        kind=np.full(n, VIRTUAL, np.uint8),
+        offset=np.zeros(n, np.uint64),
+        length=np.ones(n, np.uint64),
+        chunk_id=np.zeros(n, ID12),
+        location=location,
+        locations=table,
+    )
+    kept = trimmed(refs)
+    assert kept.locations == tuple(table[i] for i in sorted(set(location.tolist())))
+    assert [kept.locations[i] for i in kept.location.tolist()] == [table[i] for i in location.tolist()]
