@@ -12,7 +12,7 @@ import pytest
 
 import icechunk
 from icechunk.config import EngineConfig, RepositoryConfig
-from icechunk.errors import CommitOutcomeUnknown, ConflictError, SessionStateError, StorageError
+from icechunk.errors import CommitOutcomeUnknown, ConflictError, ReadOnlyError, SessionStateError, StorageError
 from icechunk.log.repository.create import create_log
 from icechunk.repository import Repository
 from icechunk.runtime.clock import SYSTEM, Sources
@@ -386,6 +386,17 @@ async def test_writes_during_a_commit_are_refused_not_lost(prefix: str) -> None:
     await committing
     assert session.read_only
     assert await messages(repository) == ["first", "warm", "Repository initialized"]
+
+
+@pytest.mark.parametrize("size", [1, 100_000], ids=["inline", "an object"])
+async def test_a_committed_session_takes_no_chunks(size: int) -> None:
+    repository = await Repository.create_async(MemoryStorage())
+    session = await repository.writable_session_async("main")
+    session._content.set_metadata("/array", ARRAY % 2)
+    await session._content.set_chunk("/array", (0,), b"1" * size)
+    await session.commit_async("first")
+    with raises(ReadOnlyError, ReadOnlyError.default_kind):
+        await session._content.set_chunk("/array", (1,), b"1" * size)
 
 
 async def test_a_commit_cancelled_before_its_swap_leaves_the_session_as_it_was() -> None:

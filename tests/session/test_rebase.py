@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -285,6 +286,21 @@ def test_a_lost_transaction_log_refuses_the_rebase(repo: Repository, storage: Re
     with pytest.raises(SessionStateError) as refused:
         session.rebase(DETECT)
     assert refused.value.kind == ErrorKind.REBASE_TX_LOG_PRUNED
+
+
+def test_a_rebase_over_expired_commits_looks_at_their_changes(repo: Repository) -> None:
+    session = repo.writable_session("main")
+    put(session, "a", 0, 100)
+    other = repo.writable_session("main")
+    put(other, "b", 1, 100)
+    commit(repo, "a", 0, 1)
+    commit(repo, "b", 0, 2)
+    assert len(repo.expire_snapshots(datetime.now(UTC))) == 2
+    with pytest.raises(RebaseFailedError) as caught:
+        session.commit("ours", rebase_with=DETECT)
+    assert [conflict.path for conflict in caught.value.conflicts] == ["/a"]
+    other.commit("ours", rebase_with=DETECT)
+    assert (values(repo)[0], values(repo, "b")[:2]) == (1, [2, 100])
 
 
 def test_savepoints_are_invalid_after_a_rebase(repo: Repository) -> None:
