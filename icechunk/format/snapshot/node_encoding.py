@@ -435,7 +435,7 @@ def write_nodes(
     paths = _encoded(nodes)
     pieces: list[bytes | memoryview] = []
     places = np.full(len(nodes), -1, np.int64)
-    for group in alike(nodes, paths) if nodes else ():
+    for group in alike(nodes, paths) if len(nodes) >= FEW else ():
         if len(group) < FEW or at > MAX_BYTES:
             continue
         many = _together(nodes_of, group.tolist(), nodes, paths, shapes_v1, at)

@@ -37,11 +37,14 @@ from icechunk.log.session.log import SessionLog
 from icechunk.log.session.merge.diff import NetChanges
 from icechunk.log.session.plan.manifest_rows import ArrayPlan, pieces
 from icechunk.log.session.plan.small_arrays import Batch, boxes_of, cut, merged, plan_batches
-from icechunk.log.session.plan.tiles import TilePolicy, plan_anew, plan_grid, plan_tiles
+from icechunk.log.session.plan.tiles import Tile, TilePolicy, plan_anew, plan_grid, plan_tiles
 
 __all__ = ["EVERYTHING", "Placed", "Plan", "Policy", "new_manifests", "new_snapshot", "placed", "plan"]
 
 TileShape: TypeAlias = Callable[[NodeSnapshot], tuple[int, ...] | None]
+Alike: TypeAlias = dict[tuple[tuple[ManifestRef, ...], tuple[int, ...], bytes, bytes], list[Tile]]
+"""Tiles by all that decides them, which are an array's manifests, its grid, and the coordinates that are written and
+deleted. The variables of a dataset are often changed at the same places, and are then planned once."""
 
 EVERYTHING: Final = 2**32 - 1
 """Tile length, in chunks, along a dimension that no configuration splits."""
@@ -133,6 +136,7 @@ def plan(log: SessionLog, policy: Policy, *, everything: bool = False) -> Plan:
     arrays = []
     # Every node in the wanted set is one that the log touches, so no others are decoded to find them.
     touched = {node.path: node for node in (*changes.updated, *rows.nodes.values()) if node.id in wanted}
+    alike: Alike = {}
     for node in nodes.values() if everything else [touched[path] for path in sorted(touched)]:
         if node.kind != NodeKind.ARRAY:
             continue
@@ -141,7 +145,7 @@ def plan(log: SessionLog, policy: Policy, *, everything: bool = False) -> Plan:
             written, deleted = log.overlay_rows(node)
         else:
             written, deleted = in_view(small, [dimension.num_chunks for dimension in node.shape])
-        array = _plan_array(node, log.base.manifest_files, written, deleted, policy, everything=everything)
+        array = _plan_array(node, log.base.manifest_files, written, deleted, policy, alike, everything=everything)
         if len(array.tiles) != len(node.manifests) or any(tile.dirty for tile in array.tiles):
             arrays.append(array)
     needed = {s.object_id for array in arrays for tile in array.tiles if tile.dirty for s in tile.sources}
@@ -163,6 +167,7 @@ def _plan_array(
     written: Rows,
     deleted: npt.NDArray[np.uint32],
     policy: Policy,
+    alike: Alike,
     *,
     everything: bool,
 ) -> ArrayPlan:
@@ -172,7 +177,13 @@ def _plan_array(
         tiles = plan_anew(node.manifests, files, grid, written.coords, deleted)
     elif shape is None:
         limits = TilePolicy(max_refs=policy.max_refs_per_manifest, fan_in=policy.fan_in)
-        tiles = plan_tiles(node.manifests, files, grid, written.coords, deleted, limits)
+        if len(written) + len(deleted) > FEW_ROWS:
+            tiles = plan_tiles(node.manifests, files, grid, written.coords, deleted, limits)
+        else:
+            key = node.manifests, tuple(grid), written.coords.tobytes(), deleted.tobytes()
+            if (known := alike.get(key)) is None:
+                known = alike[key] = plan_tiles(node.manifests, files, grid, written.coords, deleted, limits)
+            tiles = known
     else:
         tiles = plan_grid(node.manifests, files, grid, written.coords, deleted, shape)
     return ArrayPlan(node=node, tiles=tuple(tiles), written=written, deleted=deleted, tile_shape=shape, anew=everything)

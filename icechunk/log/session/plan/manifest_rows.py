@@ -65,6 +65,9 @@ def pieces(array: ArrayPlan, manifests: Mapping[ObjectId, Manifest], max_refs: i
         content = _content(array, tile, manifests)
         if not len(content):
             continue
+        if not tile.avoid and len(content) <= max_refs:
+            yield trimmed(content)
+            continue
         whole = around(content.coords, tile.avoid) if tile.avoid else [np.arange(len(content))]
         for part in whole:
             for rows in halved(content.coords[part], max_refs):
