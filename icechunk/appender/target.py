@@ -6,6 +6,7 @@ the next append encodes the chunk from memory and reads nothing back.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import sys
@@ -41,6 +42,8 @@ _MOST_ROWS: Final = 65536
 _AT_ONCE: Final = 16
 _ENCODERS: Final = max(1, min(4, os.cpu_count() or 1))
 """Threads that encode the rows of one commit."""
+_FEW_BYTES: Final = 1024 * 1024
+"""Bytes of rows up to which fast codecs run without a thread, chunk by chunk."""
 _LEAST_PORTION_BYTES: Final = 128 * 1024
 _MOST_PORTION_BYTES: Final = 4 * 1024 * 1024
 """Bytes of rows that a thread encodes at once, at most: so much is held encoded beside the rows."""
@@ -392,6 +395,12 @@ class Target:
             for key, chunk in encoded:
                 await (store.delete(key) if chunk is None else store.set(key, chunk))
 
+        if _size(todo) <= _FEW_BYTES and all(band.is_fast for band in todo):
+            # Threads would take longer to begin. Between the chunks other tasks have a turn.
+            for band in todo:
+                await put([band])
+                await asyncio.sleep(0)
+            return
         await run_each(put, _portions(todo), limit=_ENCODERS)
 
     async def _read_tail(self, session: Session, variable: Variable) -> None:
@@ -464,6 +473,10 @@ class _Band:
     @property
     def num_bytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
+
+    @property
+    def is_fast(self) -> bool:
+        return self.variable.encoder is not None and self.variable.encoder.is_fast
 
     def encoded(self) -> list[tuple[str, Any]]:
         """Keys and encoded chunks; None for a chunk of fill values."""

@@ -294,6 +294,15 @@ class _Writer:
     def _vector(self, kind: int, slots: list[_Slot], head: tuple[_Slot, ...] = ()) -> _Slot:
         first = (*head, _Slot(_UINT, _uint_width(len(slots)), len(slots)))
         entries = [*first, *slots]
+        begin = len(self.out)
+        if begin + len(entries) < 256 and all(slot.width == 1 for slot in entries if slot.inline):
+            # Everything that is written so far is within the reach of one byte.
+            self.out += bytes(
+                [slot.number & 255 if slot.inline else begin + i - slot.number for i, slot in enumerate(entries)]
+            )
+            if kind != _VECTOR_KEY:
+                self.out += bytes([slot.kind << 2 | _WIDTHS[1 if slot.inline else slot.width] for slot in slots])
+            return _Slot(kind, 1, begin + len(first), inline=False)
         width = max(self.needed(slot, i) for i, slot in enumerate(entries))
         # A wider vector moves its offsets away from their targets: repeat until the width no longer changes.
         self.align(width)
