@@ -12,7 +12,7 @@ from icechunk.format.flat import flexbuffers
 from icechunk.format.flat.flatbuffers import FlatTable, Table, required
 from icechunk.format.values import Json
 
-__all__ = ["metadata_from_tables", "metadata_tables"]
+__all__ = ["flexible", "metadata_from_tables", "metadata_tables"]
 
 _NAME, _VALUE = 0, 1
 
@@ -25,7 +25,7 @@ def metadata_tables(metadata: Mapping[str, Json], spec_version: int) -> list[Fla
     InvalidInputError
         If a value is not JSON-like.
     """
-    pack = _flexible if spec_version >= 2 else _pack
+    pack = flexible if spec_version >= 2 else _pack
     return [
         FlatTable({_NAME: name, _VALUE: pack(value)})
         for name, value in sorted(metadata.items(), key=lambda item: item[0].encode("utf-8", "surrogatepass"))
@@ -50,7 +50,8 @@ def metadata_from_tables(tables: Iterable[Table], spec_version: int) -> dict[str
     return found
 
 
-def _flexible(value: Json) -> bytes:
+def flexible(value: Json) -> bytes:
+    """A value as a FlexBuffer. Raises `InvalidInputError` if it is not JSON-like."""
     # A commit's metadata are written into its snapshot and into each checkpoint. MessagePack, which takes a hundredth
     # of the time, has other bytes for values that FlexBuffers write differently.
     try:

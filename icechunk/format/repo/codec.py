@@ -92,7 +92,7 @@ __all__ = [
 _SPEC_VERSION, _TAGS, _BRANCHES, _DELETED_TAGS, _SNAPSHOTS, _STATUS, _METADATA = range(7)
 _UPDATES, _BEFORE_UPDATES, _CONFIG, _ENABLED, _DISABLED, _EXTRA = range(7, 13)
 
-_FEW = 8
+_FEW = 12
 _LEVEL = -1
 """Compression level of zstd. Every opening unpacks this file, and writers write it again and again: this level takes
 half (reading) and a third (writing) of the time of level 3, for 7 % more bytes."""

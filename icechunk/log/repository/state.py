@@ -33,8 +33,8 @@ from icechunk.errors import (
     SnapshotNotFoundError,
     branch_moved,
 )
-from icechunk.format.flat import flexbuffers
 from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
+from icechunk.format.metadata import flexible
 from icechunk.format.repo import repo_info as stored
 from icechunk.format.repo.repo_info import OFFLINE, ONLINE, READ_ONLY, RepoInfo, SnapshotRecord, Status, Update
 from icechunk.format.repo.snapshot_graph import SnapshotGraph
@@ -443,7 +443,7 @@ def _require_metadata(metadata: Mapping[str, Json]) -> None:
 
 def _require_json(what: str, value: Json) -> None:
     try:
-        flexbuffers.dumps(value)
+        flexible(value)
     except InvalidInputError as error:
         raise InvalidInputError(f"{what} cannot be stored: {error}", ErrorKind.SERIALIZATION) from error
 

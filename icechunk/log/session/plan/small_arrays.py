@@ -169,7 +169,9 @@ def plan_batches(rows: LogRows, limit: int) -> tuple[list[Batch], frozenset[Node
     done: set[NodeId] = set()
     for part in rows.small.parts:
         nodes = [rows.nodes[i] for i in part.nodes]
-        if len(nodes) < MANY or (traits := _traits(part, nodes)) is None:
+        if len([node for node in nodes if len(node.manifests) < 2]) < MANY:
+            continue
+        if (traits := _traits(part, nodes)) is None:
             continue
         chosen, needed = traits.simple(limit)
         if np.count_nonzero(chosen) >= MANY:
