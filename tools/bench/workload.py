@@ -42,6 +42,7 @@ RANDOM_READS = 200
 LOCAL_COMMITS = 1_000
 IMPORTS = 5
 APPEND_VARIABLES = 10
+APPEND_SIDE = 128
 APPEND_STEPS = 40
 APPEND_MANY = 1_000
 
@@ -279,50 +280,57 @@ async def contend(_: Mapping[str, Any]) -> dict[str, float]:
 
 async def append(options: Mapping[str, Any]) -> dict[str, float]:
     """Seconds a step of ten variables × 64 KiB appended, by what each library has for it: ours the appender, official
-    xarray; a step a commit, and many steps in one commit.
+    xarray; a step a commit, and a thousand steps in one commit; then a thousand steps of 4 bytes a variable.
 
-    On local disk, or on an S3 endpoint where ``options`` has one. Ours also by xarray; and seconds that the disk takes
-    to write and sync the bytes of a step, which no library with durable commits is faster than.
+    On local disk, or on an S3 endpoint where ``options`` has one. Of the thousand steps, official appends the first 50
+    alone: its time of a step is the same or longer for each later one. On local disk also seconds that no appender can
+    go below, since they write and sync the bytes of a thousand steps, and do nothing else.
     """
     import xarray as xr
 
     from icechunk.xarray import to_icechunk
 
-    def dataset(step: int, steps: int = 1) -> Any:
-        values = np.arange(steps * 16384, dtype="f4").reshape(steps, 128, 128)
-        times = np.datetime64("2000-01-01", "ns") + np.arange(step, step + steps).astype("timedelta64[h]")
+    def dataset(step: int, side: int = APPEND_SIDE) -> Any:
+        values = np.arange(side * side, dtype="f4").reshape(1, side, side)
+        times = np.datetime64("2000-01-01", "ns") + np.arange(step, step + 1).astype("timedelta64[h]")
         names = [f"v{i}" for i in range(APPEND_VARIABLES)]
         return xr.Dataset(dict.fromkeys(names, (("time", "y", "x"), values)), coords={"time": times})
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
 
-        def created(name: str) -> Any:
+        def created(name: str, side: int = APPEND_SIDE) -> Any:
             if options:
                 storage = storage_at(options, f"bench/{uuid.uuid4().hex}")
             else:
                 storage = icechunk.local_filesystem_storage(f"{folder}/{name}")
             repo = icechunk.Repository.create(storage)
             session = repo.writable_session("main")
-            to_icechunk(dataset(0), session, encoding={"time": {"units": "hours since 2000-01-01", "dtype": "i8"}})
+            first = dataset(0, side)
+            to_icechunk(first, session, encoding={"time": {"units": "hours since 2000-01-01", "dtype": "i8"}})
             session.commit("create")
             return repo
 
-        def by_xarray(repo: Any, first: int, steps: int, commits: int) -> float:
+        def by_xarray(repo: Any, first: int, steps: int, commits: int, side: int = APPEND_SIDE) -> float:
             started = time.perf_counter()
             for commit in range(commits):
                 session = repo.writable_session("main")
                 for step in range(steps):
-                    to_icechunk(dataset(first + commit * steps + step), session, append_dim="time")
+                    to_icechunk(dataset(first + commit * steps + step, side), session, append_dim="time")
                 session.commit("append")
             return (time.perf_counter() - started) / steps / commits
 
         repo = await asyncio.to_thread(created, "steps")
         if not hasattr(repo, "appender"):
-            steps = APPEND_STEPS // 2 if options else APPEND_STEPS
-            return {
+            steps, many = APPEND_STEPS // 2 if options else APPEND_STEPS, APPEND_MANY // 20
+            small = await asyncio.to_thread(created, "small", 1)
+            found = {
                 "a step a commit": await asyncio.to_thread(by_xarray, repo, 1, 1, steps),
-                "many steps a commit": await asyncio.to_thread(by_xarray, repo, 1 + steps, APPEND_MANY // 20, 1),
+                "1 000 steps a commit": await asyncio.to_thread(by_xarray, repo, 1 + steps, many, 1),
+                "1 000 small steps": await asyncio.to_thread(by_xarray, small, 1, many, 1, 1),
             }
+            if not options:
+                found["1 000 steps, writes"] = await asyncio.to_thread(_write_chunks, folder)
+            return found
         seconds: dict[str, float] = {}
         async with repo.appender("main", dim="time", source="bench", every=3600) as appender:
             data_of_steps = [dataset(step) for step in range(1, 1 + APPEND_STEPS)]
@@ -331,16 +339,41 @@ async def append(options: Mapping[str, Any]) -> dict[str, float]:
                 await appender.put(data, offset=step)
                 await appender.flush()
             seconds["a step a commit"] = (time.perf_counter() - started) / APPEND_STEPS
-        repo = await asyncio.to_thread(created, "many")
         memory = {"every": 3600, "max_rows": 10**9, "max_bytes": 2**31}
-        async with repo.appender("main", dim="time", source="bench", **memory) as appender:
-            data_of_steps = [dataset(step) for step in range(1, 1 + APPEND_MANY)]
-            started = time.perf_counter()
-            for step, data in enumerate(data_of_steps):
-                await appender.put(data, offset=step)
-            await appender.flush()
-            seconds["many steps a commit"] = (time.perf_counter() - started) / APPEND_MANY
+        for what, side in (("1 000 steps a commit", APPEND_SIDE), ("1 000 small steps", 1)):
+            repo = await asyncio.to_thread(created, what, side)
+            async with repo.appender("main", dim="time", source="bench", **memory) as appender:
+                data_of_steps = [dataset(step, side) for step in range(1, 1 + APPEND_MANY)]
+                started = time.perf_counter()
+                for step, data in enumerate(data_of_steps):
+                    await appender.put(data, offset=step)
+                await appender.flush()
+                seconds[what] = (time.perf_counter() - started) / APPEND_MANY
+        if not options:
+            seconds["1 000 steps, writes"] = await asyncio.to_thread(_write_chunks, folder)
     return seconds
+
+
+def _write_chunks(folder: str) -> float:
+    """Seconds a step to write the chunks of a thousand steps, already compressed, into files of 16 MiB that are synced
+    at once in two threads."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from numcodecs.zstd import Zstd
+
+    chunk = bytes(Zstd().encode(np.arange(APPEND_SIDE**2, dtype="f4")))
+    files = APPEND_MANY // 40
+
+    def write(number: int) -> None:
+        file = os.open(f"{folder}/{number} chunks", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        os.write(file, chunk * (APPEND_VARIABLES * APPEND_MANY // files))
+        os.fsync(file)
+        os.close(file)
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(write, range(files)))
+    return (time.perf_counter() - started) / APPEND_MANY
 
 
 async def local_commits(_: Mapping[str, Any]) -> dict[str, float]:
