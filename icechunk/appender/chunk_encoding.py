@@ -182,6 +182,9 @@ class ChunkEncoder:
             Chunk coordinates, and zarr's buffer of the encoded chunk; None for a chunk of fill values, which is not
             stored.
         """
+        if block.shape == self._shape:
+            yield first, self._encoded(block)
+            return
         counts = [-(-size // chunk) for size, chunk in zip(block.shape, self._shape, strict=True)]
         for steps in itertools.product(*map(range, counts)):
             part = block[tuple(slice(s * c, (s + 1) * c) for s, c in zip(steps, self._shape, strict=True))]

@@ -44,6 +44,9 @@ _ENCODERS: Final = max(1, min(4, os.cpu_count() or 1))
 """Threads that encode the rows of one commit."""
 _FEW_BYTES: Final = 1024 * 1024
 """Bytes of rows up to which fast codecs run without a thread, chunk by chunk."""
+_SHORT_PORTION_BYTES: Final = 64 * 1024
+_SHORT_PORTION: Final = 32
+"""Bytes of rows, and chunks, that are then encoded without a pause, about."""
 _LEAST_PORTION_BYTES: Final = 128 * 1024
 _MOST_PORTION_BYTES: Final = 4 * 1024 * 1024
 """Bytes of rows that a thread encodes at once, at most: so much is held encoded beside the rows."""
@@ -396,12 +399,13 @@ class Target:
                 await (store.delete(key) if chunk is None else store.set(key, chunk))
 
         if _size(todo) <= _FEW_BYTES and all(band.is_fast for band in todo):
-            # Threads would take longer to begin. Between the chunks other tasks have a turn.
-            for band in todo:
-                await put([band])
+            # Threads would take longer to begin. Between the portions other tasks have a turn.
+            for portion in _portions(todo, _SHORT_PORTION_BYTES, _SHORT_PORTION):
+                await put(portion)
                 await asyncio.sleep(0)
             return
-        await run_each(put, _portions(todo), limit=_ENCODERS)
+        most = min(max(_size(todo) // _ENCODERS, _LEAST_PORTION_BYTES), _MOST_PORTION_BYTES)
+        await run_each(put, _portions(todo, most, len(todo)), limit=_ENCODERS)
 
     async def _read_tail(self, session: Session, variable: Variable) -> None:
         variable.tail = await self._tail(session, variable, variable.length - variable.length % variable.chunk_rows)
@@ -512,15 +516,14 @@ def _size(bands: Sequence[_Band]) -> int:
     return sum(band.num_bytes for band in bands)
 
 
-def _portions(bands: Sequence[_Band]) -> Iterator[list[_Band]]:
-    """Bands in about as many portions as there are threads, or more where those would be large."""
-    most = min(max(_size(bands) // _ENCODERS, _LEAST_PORTION_BYTES), _MOST_PORTION_BYTES)
+def _portions(bands: Sequence[_Band], enough_bytes: int, enough: int) -> Iterator[list[_Band]]:
+    """Bands in portions, each as small as has so many bytes, or so many bands."""
     portion: list[_Band] = []
     held = 0
     for band in bands:
         portion.append(band)
         held += band.num_bytes
-        if held >= most:
+        if held >= enough_bytes or len(portion) >= enough:
             yield portion
             portion, held = [], 0
     if portion:
