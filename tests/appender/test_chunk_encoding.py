@@ -1,4 +1,4 @@
-"""The short ways to stored bytes give the bytes of xarray and zarr."""
+"""The short ways to stored bytes give the bytes of xarray and zarr; of zstd, a frame of the same bytes."""
 
 from __future__ import annotations
 
@@ -61,9 +61,13 @@ async def test_chunks_equal_those_that_zarr_writes(
     ours = {f"a/{meta.encode_chunk_key(at)}": chunk for at, chunk in encoder.encode(values, (0,) * len(shape))}
     await array.setitem(Ellipsis, values)
     theirs = {key: chunk for key, chunk in store.items() if key != "a/zarr.json" and not key.endswith("zarr.json")}
-    assert {key: chunk.to_bytes() for key, chunk in ours.items() if chunk is not None} == {
-        key: chunk.to_bytes() for key, chunk in theirs.items()
-    }
+    stored = {key: chunk for key, chunk in ours.items() if chunk is not None}
+    assert stored.keys() == theirs.keys()
+    if not isinstance(meta.codecs[-1], ZstdCodec):
+        assert {k: chunk.to_bytes() for k, chunk in stored.items()} == {k: c.to_bytes() for k, c in theirs.items()}
+    # zarr may have another version of zstd than the encoder, which gives other bytes.
+    store |= stored
+    np.testing.assert_array_equal(np.asarray(await array.getitem(Ellipsis)), values)
 
 
 async def test_texts_are_left_to_zarr() -> None:

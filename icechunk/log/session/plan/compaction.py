@@ -42,7 +42,7 @@ from icechunk.log.session.plan.tiles import Tile, TilePolicy, plan_anew, plan_gr
 __all__ = ["EVERYTHING", "Placed", "Plan", "Policy", "new_manifests", "new_snapshot", "placed", "plan"]
 
 TileShape: TypeAlias = Callable[[NodeSnapshot], tuple[int, ...] | None]
-Alike: TypeAlias = dict[tuple[tuple[ManifestRef, ...], tuple[int, ...], bytes, bytes], list[Tile]]
+Alike: TypeAlias = dict[tuple[tuple[ManifestRef, ...], tuple[int, ...], int, bytes, int, bytes], list[Tile]]
 """Tiles by all that decides them, which are an array's manifests, its grid, and the coordinates that are written and
 deleted. The variables of a dataset are often changed at the same places, and are then planned once."""
 
@@ -180,7 +180,7 @@ def _plan_array(
         if len(written) + len(deleted) > FEW_ROWS:
             tiles = plan_tiles(node.manifests, files, grid, written.coords, deleted, limits)
         else:
-            key = node.manifests, tuple(grid), written.coords.tobytes(), deleted.tobytes()
+            key = node.manifests, tuple(grid), len(deleted), deleted.tobytes(), len(written), written.coords.tobytes()
             if (known := alike.get(key)) is None:
                 known = alike[key] = plan_tiles(node.manifests, files, grid, written.coords, deleted, limits)
             tiles = known

@@ -302,3 +302,24 @@ def test_appends_of_a_thousand_to_ten_million_read_and_write_none_of_those() -> 
         assert (repo.written_refs - before == 1000) == (repo.read == ())
         assert not set(repo.read) & set(large)
     assert set(large) <= set(repo.snapshot.manifest_files)
+
+
+def test_scalars_of_one_layout_have_plans_of_their_own() -> None:
+    repo = Repo()
+    log = repo.log()
+    for number, path in enumerate(("/a", "/b", "/c"), 1):
+        log.set_metadata(path, array_json(()))
+        node = log.node(path)
+        assert node is not None
+        log.set_refs(node, native(np.zeros((1, 0), np.uint32), number))
+    repo.commit(log)
+    log = repo.log()
+    nodes = [log.node(path) for path in ("/a", "/b")]
+    assert nodes[0] is not None and nodes[1] is not None
+    assert nodes[0].manifests == nodes[1].manifests
+    log.delete_chunk(nodes[0], ())
+    log.set_refs(nodes[1], native(np.zeros((1, 0), np.uint32), 9))
+    repo.commit(log)
+    assert check_snapshot(repo) == 2
+    kept = [repo.committed(repo.snapshot.nodes[path], ()) for path in ("/a", "/b", "/c")]
+    assert [None if ref is None else ref.chunk_id for ref in kept] == [None, object_id(9), object_id(3)]
