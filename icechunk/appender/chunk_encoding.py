@@ -199,7 +199,10 @@ class ChunkEncoder:
             padded = np.full(self._shape, spec.fill_value, part.dtype)
             padded[tuple(map(slice, part.shape))] = part
             chunk = nd_buffer.from_numpy_array(padded)
-        may_be_empty = not spec.config.write_empty_chunks and _equals_or_is_nan(part.flat[0], spec.fill_value)
+        # Most chunks with other values have one at an end.
+        may_be_empty = not spec.config.write_empty_chunks and all(
+            _equals_or_is_nan(part.flat[end], spec.fill_value) for end in (0, -1)
+        )
         if may_be_empty and chunk.all_equal(spec.fill_value):
             return None
         encoded: Any = chunk

@@ -42,9 +42,9 @@ from icechunk.log.session.plan.tiles import Tile, TilePolicy, plan_anew, plan_gr
 __all__ = ["EVERYTHING", "Placed", "Plan", "Policy", "new_manifests", "new_snapshot", "placed", "plan"]
 
 TileShape: TypeAlias = Callable[[NodeSnapshot], tuple[int, ...] | None]
-Alike: TypeAlias = dict[tuple[tuple[ManifestRef, ...], tuple[int, ...], int, bytes, int, bytes], list[Tile]]
-"""Tiles by all that decides them, which are an array's manifests, its grid, and the coordinates that are written and
-deleted. The variables of a dataset are often changed at the same places, and are then planned once."""
+Alike: TypeAlias = dict[tuple[tuple[int, ...], int, bytes, int, bytes], tuple[tuple[ManifestRef, ...], list[Tile]]]
+"""The manifests and the tiles of the last array of some grid in which some coordinates are written and deleted: nothing
+else decides the tiles. The variables of a dataset are often changed at the same places, and are then planned once."""
 
 EVERYTHING: Final = 2**32 - 1
 """Tile length, in chunks, along a dimension that no configuration splits."""
@@ -180,10 +180,12 @@ def _plan_array(
         if len(written) + len(deleted) > FEW_ROWS:
             tiles = plan_tiles(node.manifests, files, grid, written.coords, deleted, limits)
         else:
-            key = node.manifests, tuple(grid), len(deleted), deleted.tobytes(), len(written), written.coords.tobytes()
-            if (known := alike.get(key)) is None:
-                known = alike[key] = plan_tiles(node.manifests, files, grid, written.coords, deleted, limits)
-            tiles = known
+            key = tuple(grid), len(deleted), deleted.tobytes(), len(written), written.coords.tobytes()
+            known = alike.get(key)
+            if known is None or known[0] != node.manifests:
+                tiles = plan_tiles(node.manifests, files, grid, written.coords, deleted, limits)
+                known = alike[key] = node.manifests, tiles
+            tiles = known[1]
     else:
         tiles = plan_grid(node.manifests, files, grid, written.coords, deleted, shape)
     return ArrayPlan(node=node, tiles=tuple(tiles), written=written, deleted=deleted, tile_shape=shape, anew=everything)
