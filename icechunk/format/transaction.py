@@ -8,6 +8,7 @@ history after an expiration reads them, so differences and conflicts are the sam
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -67,6 +68,8 @@ _SURELY_FEW: Final = 100_000
 _ROOM: Final = 2**26
 """Bytes reserved for everything that is not a changed chunk."""
 _BLOCK: Final = 2**20
+_FEW: Final = 64
+"""Number of changed chunks up to which they are written one by one."""
 _ID_SIZE: Final = 12
 _NODE_ID_SIZE: Final = 8
 _UPDATED: Final = np.dtype([("vtable", "<i4"), ("chunks", "<u4"), ("node", "V8")])
@@ -192,6 +195,8 @@ def _write_chunk_indices(writer: FlatWriter, rows: Coords, sizes: Positions) -> 
     vtable = writer.vtable({0: 4}, 8)
     writer.align(4)
     start = len(writer.out)
+    if count <= _FEW:
+        return _write_few(writer, rows, sizes.tolist(), vtable)
     # A row is its table (offset to the vtable, offset to the vector), and the vector: length, coordinates.
     block = np.dtype([("vtable", "<i4"), ("vector", "<u4"), ("ndim", "<u4"), ("coords", "<u4", (ndim,))])
     words = count + len(sizes)
@@ -215,6 +220,28 @@ def _write_chunk_indices(writer: FlatWriter, rows: Coords, sizes: Positions) -> 
         blocks["vtable"][begin : begin + _BLOCK] = tables - vtable
     vectors: Positions = start + 4 * heads
     return vectors
+
+
+def _write_few(writer: FlatWriter, rows: Coords, sizes: Sequence[int], vtable: int) -> Positions:
+    """As `_write_chunk_indices`, row by row: for few rows the calls of numpy take the most time."""
+    count, ndim = rows.shape
+    todo = iter(rows.tolist())
+    at = len(writer.out)
+    table = at + 4 * (count + len(sizes))
+    index: list[int] = []
+    blocks: list[int] = []
+    vectors: list[int] = []
+    for size in sizes:
+        vectors.append(at)
+        index.append(size)
+        at += 4
+        for _ in range(size):
+            index.append(table - at)
+            blocks += (table - vtable, 4, ndim, *next(todo))
+            table += 12 + 4 * ndim
+            at += 4
+    writer.out += struct.pack(f"<{len(index) + len(blocks)}I", *index, *blocks)
+    return np.array(vectors, np.int64)
 
 
 def decode_transaction_log(data: bytes, *, expected_id: ObjectId | None = None) -> TransactionLog:

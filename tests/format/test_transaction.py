@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -31,6 +32,16 @@ def test_transaction_logs_come_back_as_they_were(data: st.DataObject, spec_versi
     log = data.draw(transaction_logs(spec_version))
     again = decode_transaction_log(encode_transaction_log(log, spec_version), expected_id=log.id)
     assert comparable(again) == comparable(log)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.sampled_from((1, 2)))
+def test_few_changed_chunks_are_written_to_the_same_bytes_as_many(data: st.DataObject, spec_version: int) -> None:
+    log = data.draw(transaction_logs(spec_version))
+    # private: the number from which rows are written together
+    with mock.patch.object(transaction, "_FEW", -1):
+        together = encode_transaction_log(log, spec_version)
+    assert encode_transaction_log(log, spec_version) == together
 
 
 VERSIONED = st.sampled_from((1, 2)).flatmap(lambda version: st.tuples(st.just(version), transaction_logs(version)))

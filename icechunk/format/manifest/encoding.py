@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import compress, islice
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -284,6 +285,8 @@ def _write_refs(
 ) -> Positions:
     """Write a vector of references for each array, given the rows of all arrays and the number of rows of each; returns
     the positions of the vectors."""
+    if len(refs) <= _FEW and bool((refs.kind == NATIVE).all()):
+        return _write_few(writer, refs, sizes.tolist())
     groups = _groups(refs, at_slot.LOCATION if dictionary is None else at_slot.COMPRESSED)
     layouts = [_layout(group.slots, refs.ndim) for group in groups]
     vtables = [writer.vtable(layout.vtable, layout.vector) for layout in layouts]
@@ -333,6 +336,60 @@ def _write_refs(
     out[end + len(locations) : inline_start] = etags
     fill_inline(out, refs, inline_at)
     return vectors
+
+
+_FEW: Final = 64
+"""Number of native references up to which they are written one by one."""
+
+
+def _write_few(writer: FlatWriter, refs: ChunkRefs, sizes: Sequence[int]) -> Positions:
+    """As `_write_refs`, row by row, native references: for few of them the calls of numpy take the most time."""
+    out, ndim = writer.out, refs.ndim
+    rows = list(
+        zip(refs.offset.tolist(), refs.length.tolist(), refs.chunk_id.tolist(), refs.coords.tolist(), strict=True)
+    )
+    groups: dict[tuple[bool, bool], list[int]] = {}
+    for i, (offset, length, _, _) in enumerate(rows):
+        groups.setdefault((offset != 0, length != 0), []).append(i)
+    layouts = []
+    for fields in sorted(groups):
+        slots = (at_slot.CHUNK_ID, *compress((at_slot.OFFSET, at_slot.LENGTH), fields))
+        layout = _layout(slots, ndim)
+        layouts.append((fields, layout, writer.vtable(layout.vtable, layout.vector)))
+    writer.align(4)
+    start = len(out)
+    end = start + 4 * (len(rows) + len(sizes))
+    tables = [0] * len(rows)
+    blocks: list[bytes] = []
+    for fields, layout, vtable in layouts:
+        blocks.append(bytes(-end % 8))
+        end += -end % 8
+        packer = _native_packer(sum(fields), ndim)
+        index = layout.vector - layout.vtable[at_slot.INDEX]
+        for i in groups[fields]:
+            tables[i] = end
+            *numbers, chunk_id, coords = rows[i]
+            blocks.append(packer.pack(end - vtable, index, *compress(numbers, fields), chunk_id, ndim, *coords))
+            end += packer.size
+    words: list[int] = []
+    vectors: list[int] = []
+    placed = iter(tables)
+    at = start
+    for size in sizes:
+        vectors.append(at)
+        words.append(size)
+        words += [table - (at + 4 * n) for n, table in enumerate(islice(placed, size), 1)]
+        at += 4 + 4 * size
+    out += struct.pack(f"<{len(words)}I", *words)
+    out += b"".join(blocks)
+    return np.array(vectors, np.int64)
+
+
+@lru_cache(maxsize=256)
+def _native_packer(wide: int, ndim: int) -> struct.Struct:
+    """The block of a native reference with so many fields of 8 bytes, as `_layout` arranges it."""
+    size = 8 + 8 * wide + 12 + 4 + 4 * ndim
+    return struct.Struct(f"<iI{wide}Q12sI{ndim}I{-size % 8}x")
 
 
 def _field_values(

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 from random import Random
 from typing import Any
+from unittest import mock
 
 import flatbuffers
 import numpy as np
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from icechunk.errors import FormatError, InvalidInputError
 from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.ids import NodeId, ObjectId, encode_id
-from icechunk.format.manifest import decode_manifest, encode_manifest
+from icechunk.format.manifest import decode_manifest, encode_manifest, encoding
 from icechunk.format.manifest.decoding import decode_coords, decode_manifests
 from icechunk.format.manifest.refs_by_node import of_rank
 from icechunk.format.values import INLINE, LAST_MODIFIED, NATIVE, ChunkRef, ChunkRefs, Manifest
@@ -50,6 +51,17 @@ def test_manifests_come_back_as_they_were(manifest: Manifest, spec_version: int)
     again = decode_manifest(encode_manifest(manifest, spec_version), expected_id=manifest.id)
     assert contents(again) == contents(manifest)
     assert all(refs.coords.dtype == np.uint32 for refs in again.arrays.values())
+
+
+@settings(max_examples=100, deadline=None)
+@given(manifests(), st.sampled_from((1, 2)))
+def test_few_native_references_are_written_to_the_same_bytes_as_many(manifest: Manifest, spec_version: int) -> None:
+    arrays = {id: refs.take(refs.kind == NATIVE) for id, refs in manifest.arrays.items()}
+    natives = replace(manifest, arrays=arrays)
+    # private: the number from which rows are written together
+    with mock.patch.object(encoding, "_FEW", -1):
+        together = encode_manifest(natives, spec_version)
+    assert encode_manifest(natives, spec_version) == together
 
 
 def read_independently(payload: bytes) -> list[tuple[Any, ...]]:

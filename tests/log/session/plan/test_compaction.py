@@ -315,7 +315,8 @@ def test_scalars_of_one_layout_have_plans_of_their_own() -> None:
     repo.commit(log)
     log = repo.log()
     nodes = [log.node(path) for path in ("/a", "/b")]
-    assert nodes[0] is not None and nodes[1] is not None
+    assert nodes[0] is not None
+    assert nodes[1] is not None
     assert nodes[0].manifests == nodes[1].manifests
     log.delete_chunk(nodes[0], ())
     log.set_refs(nodes[1], native(np.zeros((1, 0), np.uint32), 9))
