@@ -135,12 +135,10 @@ class ChunkEncoder:
         self._spec, self._codecs = spec, codecs
         self._shape = spec.shape
         self._zstd: _Zstd | None = None
-        if codecs and type(codecs[-1][0]) is ZstdCodec:
+        if codecs and type(codecs[-1][0]) is ZstdCodec and codecs[-1][0].level <= _FAST_LEVEL:
             self._zstd = _Zstd.of(codecs[-1][0])
             self._codecs = codecs[:-1]
-        self.is_fast: bool = (self._zstd is None or self._zstd.level <= _FAST_LEVEL) and all(
-            isinstance(codec, BytesCodec) for codec, _ in self._codecs
-        )
+        self.is_fast: bool = all(isinstance(codec, BytesCodec) for codec, _ in self._codecs)
         """Whether it takes about a millisecond for a MiB."""
 
     @classmethod
@@ -214,6 +212,7 @@ class ChunkEncoder:
 
 
 _FAST_LEVEL: Final = 3
+"""Level of zstd up to which a compressor takes little memory."""
 
 
 class _Zstd(NamedTuple):
