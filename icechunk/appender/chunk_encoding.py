@@ -87,7 +87,10 @@ def _whole_units(times: Values, encoding: Mapping[str, Any]) -> Values | None:
     exact = times if times.dtype == _NS else times.astype(_NS)
     if exact is not times and not np.array_equal(exact.astype(times.dtype), times):
         return None
-    numbers, rest = np.divmod((exact - since).astype(np.int64), unit_ns)
+    passed_ns = (exact - since).astype(np.int64)
+    if not np.array_equal(passed_ns < 0, exact < since):
+        return None  # more than 292 years, which do not fit
+    numbers, rest = np.divmod(passed_ns, unit_ns)
     return None if rest.any() else np.asarray(numbers)
 
 
@@ -114,7 +117,13 @@ def _by_xarray(name: str, variable: Any, encoding: dict[str, Any], dtype: np.dty
     with warnings.catch_warnings():
         # xarray warns, and takes other units, where it cannot keep a value in these: that is refused below.
         warnings.simplefilter("ignore")
-        encoded = encode_cf_variable(cleaned, name=name)
+        try:
+            encoded = encode_cf_variable(cleaned, name=name)
+        except (KeyError, OverflowError) as error:
+            # xarray looks for units that would fit, and knows none.
+            raise Unfit(
+                f"values of {name} cannot be kept as {dtype} in {encoding.get('units')!r}, as stored"
+            ) from error
     if encoded.attrs.get("units") != encoding.get("units"):
         raise Unfit(
             f"values of {name} cannot be kept exactly as {dtype} in {encoding.get('units')!r}, as stored; "

@@ -102,6 +102,20 @@ def test_times_are_kept_in_whole_units_or_refused(
         assert found.tolist() == [number for number, _ in exact]
 
 
+@pytest.mark.parametrize(
+    ("units", "times"),
+    [
+        ("nanoseconds since 1750-01-01", ["2200-01-01"]),
+        ("nanoseconds since 2200-01-01", ["1750-01-01"]),
+        ("days since 1850-06-15T00:30:00", ["1905-11-19T08", "2198-02-28T08"]),
+    ],
+)
+def test_times_too_far_from_their_units_are_refused(units: str, times: list[str]) -> None:
+    variable = xr.Variable(("time",), np.array(times, "M8[ns]"))
+    with pytest.raises(Unfit):
+        stored_values("time", variable, {"units": units}, np.dtype("i8"))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("units", ["hours since 1200-01-01", "hours since 2000-01-01", "days since 2000-01-01 +01:00"])
 @pytest.mark.parametrize("calendar", ["standard", "noleap"])
