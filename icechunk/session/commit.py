@@ -156,7 +156,7 @@ async def write_unlisted(content: SessionContent, log: SessionLog) -> Snapshot:
             if not file.key.startswith("transactions/"):
                 await core.put_unsynced(file.key, file.data)
                 written.append(file.key)
-    await core.storage.sync(written)
+    await core.storage.barrier(written)
     assert files.snapshot is not None
     core.assets.keep_snapshot(files.snapshot)
     return files.snapshot

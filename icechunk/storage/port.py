@@ -301,8 +301,20 @@ class Storage(Constructors["Storage"], ABC):
         StorageError
             As from `put` and `sync`. If it is about the others, nothing appeared.
         """
-        await self.sync(keys)
+        await self.barrier(keys)
         return await self.put(put.key, put.data, put.precondition)
+
+    async def barrier(self, keys: Iterable[str]) -> None:
+        """Return once these objects, written by `put_unsynced`, are durable before any that `put` writes afterwards.
+
+        Where `defers_syncs`, this may not wait for the medium, since the `put` does for all. Else as `sync`.
+
+        Raises
+        ------
+        StorageError
+            As from `sync`.
+        """
+        await self.sync(keys)
 
     async def sync(self, keys: Iterable[str]) -> None:
         """Return once these objects, written by `put_unsynced`, are durable.

@@ -223,7 +223,7 @@ class PutPool:
 
     @property
     def is_durable(self) -> bool:
-        """Whether everything taken so far is durable, or forgotten."""
+        """Whether everything taken so far is durable before what is put from now on, or forgotten."""
         return not self._pending and not self._unsynced
 
     @property
@@ -352,7 +352,7 @@ class PutPool:
             self._memory.let_in()
 
     async def flush(self) -> None:
-        """Return once everything taken before the call is durable.
+        """Return once everything taken before the call is durable before what is put from now on (`Storage.barrier`).
 
         Raises
         ------
@@ -394,7 +394,7 @@ class PutPool:
         if not keys:
             return
         try:
-            await self._storage.sync(keys)
+            await self._storage.barrier(keys)
         except StorageError:
             with self._lock:
                 # A system reports a failed write once: a second sync would find nothing left to write, and succeed.

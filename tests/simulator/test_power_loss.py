@@ -31,6 +31,9 @@ from icechunk.log.repository.open import open_repository
 from icechunk.maintenance.prune import prune_log
 from icechunk.runtime.clock import SYSTEM
 from icechunk.storage.local import folders
+from icechunk.storage.local import storage as local
+from icechunk.storage.local.syncs import Promises
+from tests.promises import BTRFS, EXT4, UNKNOWN
 from tools.simulator.power_loss import Loss, Recorder, Trace
 
 pytestmark = pytest.mark.thorough
@@ -147,14 +150,18 @@ def check_each(trace: Trace, points: Iterable[int], loss: Loss, folder: Path) ->
         shutil.rmtree(image)
 
 
-def record(root: Path, life: Callable[[Recorder], None], *, names_follow_files: bool) -> Trace:
+def record(root: Path, life: Callable[[Recorder], None], promises: Promises) -> Trace:
     recorder = Recorder(root)
     with recorder.recording():
         life(recorder)
-    return Trace(recorder.events, names_follow_files=names_follow_files)
+    return Trace(recorder.events, promises)
 
 
-def test_a_second_failure_may_follow_the_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize("promises", [BTRFS, EXT4], ids=["btrfs", "ext4"])
+def test_a_second_failure_may_follow_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, promises: Promises
+) -> None:
+    monkeypatch.setattr(folders, "promises_of", lambda device: promises)
     live = tmp_path / "live"
 
     def life(recorder: Recorder) -> None:
@@ -164,7 +171,7 @@ def test_a_second_failure_may_follow_the_first(tmp_path: Path) -> None:
             commit(repo, number)
             recorder.acknowledge(number)
 
-    first = record(live, life, names_follow_files=True)
+    first = record(live, life, promises)
     chance = random.Random(1)
     for turn in range(10):
         before, after = tmp_path / f"before {turn}", tmp_path / f"after {turn}"
@@ -172,10 +179,49 @@ def test_a_second_failure_may_follow_the_first(tmp_path: Path) -> None:
         # Of the last commit, which was acknowledged, and of all before it.
         number = len(commits(repository(before)))
         repo = repository(before)
-        second = record(before, lambda recorder: commit(repo, 3), names_follow_files=True)  # noqa: B023
+        second = record(before, lambda recorder: commit(repo, 3), promises)  # noqa: B023
         assert number == 3
         second.image(len(second.events), after, Loss.ANY, chance)
         check(after, [*first.acknowledged(len(first.events)), 3])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_journal_alone_loses_commits_whose_bytes_were_not_handed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Name
+) -> None:
+    monkeypatch.setattr(folders, "promises_of", lambda device: EXT4)
+    monkeypatch.setattr(local, "hand_over", lambda descriptor: None)
+    live = tmp_path / "live"
+
+    def life(recorder: Recorder) -> None:
+        repo = repository(live, create=True, layout=layout)
+        commit(repo, 0)
+        recorder.acknowledge(0)
+
+    trace = record(live, life, EXT4)
+    trace.image(len(trace.events), tmp_path / "image", Loss.BYTES, random.Random(0))
+    with pytest.raises((AssertionError, icechunk.IcechunkError)):
+        check(tmp_path / "image", [0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_journal_alone_loses_chunks_that_were_not_handed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Name
+) -> None:
+    monkeypatch.setattr(folders, "promises_of", lambda device: EXT4)
+    monkeypatch.setattr(local, "hand_over_together", lambda paths: None)
+    live = tmp_path / "live"
+
+    def life(recorder: Recorder) -> None:
+        repo = repository(live, create=True, layout=layout)
+        for number in (0, 1):
+            commit(repo, number)
+            recorder.acknowledge(number)
+
+    trace = record(live, life, EXT4)
+    trace.image(len(trace.events), tmp_path / "image", Loss.BYTES, random.Random(0))
+    with pytest.raises((AssertionError, icechunk.IcechunkError, ValueError)):
+        check(tmp_path / "image", [0, 1])
 
 
 def test_a_collection_reads_torn_files_from_the_log_and_leaves_whole_ones(tmp_path: Path) -> None:
@@ -253,8 +299,12 @@ def test_a_copy_of_a_log_that_was_taken_over_is_not_taken_for_the_log(tmp_path: 
         repository(root)
 
 
+@pytest.mark.parametrize("promises", [UNKNOWN, EXT4], ids=["unknown", "ext4"])
 @pytest.mark.parametrize("loss", [Loss.ALL, Loss.NOTHING], ids=lambda loss: loss.value)
-def test_no_copy_of_a_log_is_left_once_its_repo_counts(tmp_path: Path, loss: Loss) -> None:
+def test_no_copy_of_a_log_is_left_once_its_repo_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Loss, promises: Promises
+) -> None:
+    monkeypatch.setattr(folders, "promises_of", lambda device: promises)
     live = tmp_path / "live"
     repo = repository(live, create=True)
     commit(repo, 0)
@@ -264,7 +314,7 @@ def test_no_copy_of_a_log_is_left_once_its_repo_counts(tmp_path: Path, loss: Los
     commit(repo, 1)
     # As a process leaves it that ends before it deletes the copy that it replaced.
     copy.write_bytes(data)
-    trace = record(live, lambda recorder: repo.convert("repo"), names_follow_files=False)
+    trace = record(live, lambda recorder: repo.convert("repo"), promises)
     counts = 0
     for end in range(1, len(trace.events) + 1):
         image = tmp_path / f"image {end}"
@@ -277,13 +327,13 @@ def test_no_copy_of_a_log_is_left_once_its_repo_counts(tmp_path: Path, loss: Los
     assert counts
 
 
-@pytest.mark.parametrize("names_follow_files", [False, True], ids=["folders are synced", "names follow files"])
+@pytest.mark.parametrize("promises", [UNKNOWN, BTRFS, EXT4], ids=["unknown", "btrfs", "ext4"])
 @pytest.mark.parametrize("loss", list(Loss), ids=lambda loss: loss.value)
 @pytest.mark.parametrize("layout", ["log", "repo"])
 def test_a_power_failure_at_each_point_of_a_conversion_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Name, loss: Loss, names_follow_files: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Name, loss: Loss, promises: Promises
 ) -> None:
-    monkeypatch.setattr(folders, "syncs_names", lambda device: names_follow_files)
+    monkeypatch.setattr(folders, "promises_of", lambda device: promises)
     live = tmp_path / "live"
 
     def life(recorder: Recorder) -> None:
@@ -297,18 +347,19 @@ def test_a_power_failure_at_each_point_of_a_conversion_loses_nothing(
         commit(repo, 3)
         recorder.acknowledge(3)
 
-    trace = record(live, life, names_follow_files=names_follow_files)
+    trace = record(live, life, promises)
     first, last = (
         next(n for n, event in enumerate(trace.events, 1) if event.value == value) for value in ("commits", "converted")
     )
     check_each(trace, [*range(first, last + 1), len(trace.events)], loss, tmp_path)
 
 
+@pytest.mark.parametrize("promises", [UNKNOWN, EXT4], ids=["unknown", "ext4"])
 @pytest.mark.parametrize("loss", [Loss.ALL, Loss.ANY], ids=lambda loss: loss.value)
 def test_a_session_that_was_persisted_is_resumed_after_a_power_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Loss
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Loss, promises: Promises
 ) -> None:
-    monkeypatch.setattr(folders, "syncs_names", lambda device: False)
+    monkeypatch.setattr(folders, "promises_of", lambda device: promises)
     live = tmp_path / "live"
 
     def life(recorder: Recorder) -> None:
@@ -323,7 +374,7 @@ def test_a_session_that_was_persisted_is_resumed_after_a_power_failure(
         session.commit("1")
         recorder.acknowledge("committed")
 
-    trace = record(live, life, names_follow_files=False)
+    trace = record(live, life, promises)
     first = next(n for n, event in enumerate(trace.events, 1) if event.verb == "acknowledged")
     for end in range(first, len(trace.events) + 1):
         image = tmp_path / f"image {end}"
@@ -340,11 +391,12 @@ def test_a_session_that_was_persisted_is_resumed_after_a_power_failure(
         shutil.rmtree(image)
 
 
+@pytest.mark.parametrize("promises", [UNKNOWN, EXT4], ids=["unknown", "ext4"])
 @pytest.mark.parametrize("loss", [Loss.ALL, Loss.ANY], ids=lambda loss: loss.value)
 def test_an_upgrade_is_finished_after_a_power_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Loss
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Loss, promises: Promises
 ) -> None:
-    monkeypatch.setattr(folders, "syncs_names", lambda device: False)
+    monkeypatch.setattr(folders, "promises_of", lambda device: promises)
     live = tmp_path / "live"
 
     def life(recorder: Recorder) -> None:
@@ -355,7 +407,7 @@ def test_an_upgrade_is_finished_after_a_power_failure(
         icechunk.upgrade_icechunk_repository(repo, dry_run=False)
         recorder.acknowledge("upgraded")
 
-    trace = record(live, life, names_follow_files=False)
+    trace = record(live, life, promises)
     first = next(n for n, event in enumerate(trace.events, 1) if event.verb == "acknowledged")
     for end in range(first, len(trace.events) + 1):
         image = tmp_path / f"image {end}"
@@ -372,13 +424,13 @@ def test_an_upgrade_is_finished_after_a_power_failure(
         shutil.rmtree(image)
 
 
-@pytest.mark.parametrize("names_follow_files", [False, True], ids=["folders are synced", "names follow files"])
+@pytest.mark.parametrize("promises", [UNKNOWN, BTRFS, EXT4], ids=["unknown", "btrfs", "ext4"])
 @pytest.mark.parametrize("loss", list(Loss), ids=lambda loss: loss.value)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_power_failure_at_each_point_of_a_commit_leaves_it_whole_or_absent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Name, loss: Loss, names_follow_files: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Name, loss: Loss, promises: Promises
 ) -> None:
-    monkeypatch.setattr(folders, "syncs_names", lambda device: names_follow_files)
+    monkeypatch.setattr(folders, "promises_of", lambda device: promises)
     live = tmp_path / "live"
     repo = repository(live, create=True, layout=layout)
     commit(repo, 0)
@@ -389,18 +441,18 @@ def test_a_power_failure_at_each_point_of_a_commit_leaves_it_whole_or_absent(
             commit(repo, number)
             recorder.acknowledge(number)
 
-    trace = record(live, life, names_follow_files=names_follow_files)
+    trace = record(live, life, promises)
     points = [end for end, event in enumerate(trace.events, 1) if event.verb == "acknowledged"]
     check_each(trace, range(points[0], points[2] + 1), loss, tmp_path)
 
 
-@pytest.mark.parametrize("names_follow_files", [False, True], ids=["folders are synced", "names follow files"])
+@pytest.mark.parametrize("promises", [UNKNOWN, BTRFS, EXT4], ids=["unknown", "btrfs", "ext4"])
 @pytest.mark.parametrize("loss", list(Loss), ids=lambda loss: loss.value)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_acknowledged_changes_outlive_a_power_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Name, loss: Loss, names_follow_files: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Name, loss: Loss, promises: Promises
 ) -> None:
-    monkeypatch.setattr(folders, "syncs_names", lambda device: names_follow_files)
+    monkeypatch.setattr(folders, "promises_of", lambda device: promises)
     live = tmp_path / "live"
 
     def life(recorder: Recorder) -> None:
@@ -414,8 +466,8 @@ def test_acknowledged_changes_outlive_a_power_failure(
             commit(repo, number)
             recorder.acknowledge(number)
 
-    trace = record(live, life, names_follow_files=names_follow_files)
-    chance = random.Random(f"{loss} {names_follow_files}")
+    trace = record(live, life, promises)
+    chance = random.Random(f"{loss} {promises}")
     for end in [*chance.sample(range(len(trace.events)), 10), len(trace.events)]:
         # A folder for each: clients of the machine that failed are gone, those of the image before are not.
         image = tmp_path / f"image {end}"

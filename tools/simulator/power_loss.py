@@ -7,8 +7,14 @@ the power failed at some point:
   up to that folder's last sync;
 - a file that was not synced since it was written is empty, cut short, garbage of the right length, or whole.
 
-With ``names_follow_files`` the sync of a file or folder makes the names durable that it and the folders above it were
-given before, as on ext4, XFS and btrfs, and there is a call that syncs everything at once.
+With `Promises.names_follow_files` the sync of a file or folder makes the names durable that it and the folders above it
+were given before, as on ext4, XFS and btrfs, and there is a call that syncs everything at once.
+
+With `Promises.orders` the journal of ext4 or XFS is modelled: one list of all changes to folders, and of files that
+were handed over, in the order in which they were made. What is found after a power failure is the result of the first
+of them, up to some point chosen at random, but at the least up to the last change of what was synced last. A file that
+was handed over before that point has the bytes that it had then, since a commit of the journal flushes the device's
+cache first. A file that was not may have its name, and any bytes.
 """
 
 from __future__ import annotations
@@ -23,8 +29,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
-from icechunk.storage.local import files
 from icechunk.storage.local import folders as local_folders
+from icechunk.storage.local import syncs
+from icechunk.storage.local.syncs import Promises
 
 __all__ = ["Event", "Loss", "Recorder", "Trace"]
 
@@ -47,7 +54,7 @@ class Event:
     """One thing that the system was asked for."""
 
     verb: str
-    """``write``, ``sync``, ``name`` (of a file), ``folder``, ``gone``, ``sync-folder``, ``sync-all`` or
+    """``write``, ``hand-over``, ``sync``, ``name`` (of a file), ``folder``, ``gone``, ``sync-folder``, ``sync-all`` or
     ``acknowledged``."""
     path: str = ""
     """Relative to the root; a folder's for ``sync-folder``."""
@@ -63,12 +70,16 @@ class _File:
     data: bytearray = field(default_factory=bytearray)
     synced: bytes | None = None
     """As of the last sync; None: there was none."""
+    handed: list[tuple[int, bytes]] = field(default_factory=list)
+    """Bytes that the device was given, and the changes that the journal had got then."""
 
 
 @dataclass(slots=True)
 class _Folder:
     changes: list[tuple[str, int | None]] = field(default_factory=list)
     """Name, and the file that it was given to; −1: a folder; None: it was taken away."""
+    journal: list[int] = field(default_factory=list)
+    """Number of each in the journal, from 1 on."""
     durable: int = 0
     """So many of them."""
 
@@ -76,9 +87,9 @@ class _Folder:
 class Trace:
     """The events below one folder, in order."""
 
-    def __init__(self, events: list[Event], *, names_follow_files: bool) -> None:
+    def __init__(self, events: list[Event], promises: Promises) -> None:
         self.events = events
-        self._names_follow_files = names_follow_files
+        self._promises = promises
 
     def acknowledged(self, end: int) -> list[Any]:
         """The values acknowledged in the first ``end`` events."""
@@ -88,18 +99,30 @@ class Trace:
         """Make the folder as it may be found if the power failed after the first ``end`` events."""
         files: dict[int, _File] = {}
         folders: dict[str, _Folder] = {"": _Folder()}
+        # Changes that the journal was given, and those of them that a sync has committed.
+        given = committed = 0
         for event in self.events[:end]:
-            self._apply(event, files, folders)
+            given += event.verb in ("name", "folder", "gone", "hand-over")
+            self._apply(event, files, folders, given)
+            if event.verb in ("sync", "sync-folder", "sync-all"):
+                committed = max(committed, _newest(event, files, folders, given))
+        if self._promises.orders:
+            kept = {Loss.ALL: committed, Loss.ANY: chance.randint(committed, given)}.get(loss, given)
+            _keep_in_order(files, folders, kept)
         self._make(into, "", files, folders, loss, chance)
 
-    def _apply(self, event: Event, files: dict[int, _File], folders: dict[str, _Folder]) -> None:
+    def _apply(self, event: Event, files: dict[int, _File], folders: dict[str, _Folder], given_changes: int) -> None:
         parent, _, name = event.path.rpartition("/")
+        if event.verb in ("name", "folder", "gone"):
+            folders[parent].journal.append(given_changes)
         match event.verb:
             case "write":
                 files.setdefault(event.file, _File()).data += event.data
+            case "hand-over":
+                files[event.file].handed.append((given_changes, bytes(files[event.file].data)))
             case "sync":
                 files[event.file].synced = bytes(files[event.file].data)
-                if self._names_follow_files:
+                if self._promises.names_follow_files:
                     for path, folder in folders.items():
                         given = [n for n, (_, file) in enumerate(folder.changes, 1) if file == event.file]
                         # A journal keeps the order, so what came before in the folder is durable with it.
@@ -116,7 +139,7 @@ class Trace:
                 folders[parent].changes.append((name, None))
             case "sync-folder":
                 folders[event.path].durable = len(folders[event.path].changes)
-                if self._names_follow_files:
+                if self._promises.names_follow_files:
                     _keep_name(event.path, folders)
             case "sync-all":
                 for file in files.values():
@@ -138,6 +161,8 @@ class Trace:
         kept = {Loss.ALL: folder.durable, Loss.ANY: chance.randint(folder.durable, len(folder.changes))}.get(
             loss, len(folder.changes)
         )
+        if self._promises.orders:
+            kept = folder.durable
         names: dict[str, int] = {}
         for name, what in folder.changes[:kept]:
             if what is None:
@@ -149,6 +174,32 @@ class Trace:
                 self._make(into / name, f"{path}/{name}".lstrip("/"), files, folders, loss, chance)
             else:
                 (into / name).write_bytes(_contents(files[what], loss, chance))
+
+
+def _newest(event: Event, files: dict[int, _File], folders: dict[str, _Folder], given: int) -> int:
+    """The number, in the journal, of the last change of what a sync is about."""
+    if event.verb == "sync-all":
+        return given
+    if event.verb == "sync-folder":
+        parent, _, name = event.path.rpartition("/")
+        own = [
+            n for n, (named, _) in zip(folders[parent].journal, folders[parent].changes, strict=True) if named == name
+        ]
+        return max([0, *folders[event.path].journal, *own])
+    found = [n for n, _ in files[event.file].handed]
+    for folder in folders.values():
+        found += [n for n, (_, file) in zip(folder.journal, folder.changes, strict=True) if file == event.file]
+    return max([0, *found])
+
+
+def _keep_in_order(files: dict[int, _File], folders: dict[str, _Folder], kept: int) -> None:
+    """The first ``kept`` changes of the journal are on the medium, and no others."""
+    for folder in folders.values():
+        folder.durable = sum(number <= kept for number in folder.journal)
+    for file in files.values():
+        for number, data in file.handed:
+            if number <= kept and len(data) >= len(file.synced or b""):
+                file.synced = data
 
 
 def _keep_name(path: str, folders: dict[str, _Folder]) -> None:
@@ -184,8 +235,12 @@ _PATCHED: Final = {
     "mkdir": "_mkdir",
 }
 """Calls of the system that are recorded, and by what."""
-_TOGETHER: Final = files.fsync_together.__name__
+_TOGETHER: Final = syncs.fsync_together.__name__
 """Under this name `folders` has the sync of all files at once, which is replaced in place of the system's call."""
+_RANGE: Final = "_sync_file_range"
+"""Under this name `syncs` has the system's call that hands over."""
+_HANDED_OVER: Final = 7
+"""Flags of that call when it waits until the device has all bytes."""
 
 
 class Recorder:
@@ -201,6 +256,7 @@ class Recorder:
         """Descriptors of folders, by path, and of files, by number."""
         self._count = 0
         self._real: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in _PATCHED}
+        self._real_range = getattr(syncs, _RANGE)
         if root.is_dir():
             self._note_present(root)
 
@@ -230,10 +286,12 @@ class Recorder:
         for name, method in _PATCHED.items():
             setattr(os, name, getattr(self, method))
         setattr(local_folders, _TOGETHER, self._fsync_together)
+        setattr(syncs, _RANGE, lambda: self._sync_file_range)
         try:
             yield self
         finally:
-            setattr(local_folders, _TOGETHER, files.fsync_together)
+            setattr(syncs, _RANGE, self._real_range)
+            setattr(local_folders, _TOGETHER, syncs.fsync_together)
             for name, real in self._real.items():
                 setattr(os, name, real)
 
@@ -285,7 +343,14 @@ class Recorder:
             elif what is not None:
                 self._note("sync-folder", what)
 
-    def _fsync_together(self, paths: Sequence[str]) -> bool:
+    def _sync_file_range(self, descriptor: int, offset: int, size: int, flags: int) -> int:
+        with self._lock:
+            what = self._open.get(descriptor)
+            if flags == _HANDED_OVER and isinstance(what, int):
+                self._note("hand-over", file=what)
+        return 0
+
+    def _fsync_together(self, paths: Sequence[str], *, flush: bool) -> bool:
         with self._lock:
             for path in paths:
                 os.stat(path)

@@ -27,13 +27,13 @@ import secrets
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from enum import Enum, auto
-from functools import cache
 from typing import Final
 
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
 from icechunk.storage.buffers import Buffers
+from icechunk.storage.local import syncs
 from icechunk.storage.outcome import refused, unsent
 from icechunk.storage.port import ObjectInfo, Version, check_key
 
@@ -42,10 +42,6 @@ __all__ = [
     "Exclusion",
     "LockedOut",
     "add_mode",
-    "fsync_file",
-    "fsync_folder",
-    "fsync_path",
-    "fsync_together",
     "info_of",
     "is_link",
     "locked",
@@ -53,7 +49,6 @@ __all__ = [
     "publish_new",
     "read_file",
     "sweep",
-    "syncs_names",
     "temporary_name",
     "try_stat",
     "version_of",
@@ -128,134 +123,6 @@ def is_link(status: os.stat_result) -> bool:
     """Whether an ``lstat`` is that of a symbolic link, or of a junction of Windows."""
     reparse = getattr(status, "st_file_attributes", 0) & getattr(stat, "FILE_ATTRIBUTE_REPARSE_POINT", 0)
     return stat.S_ISLNK(status.st_mode) or bool(reparse)
-
-
-def fsync_file(descriptor: int) -> None:
-    """Wait until the file's bytes and metadata are on the medium."""
-    if sys.platform == "darwin":
-        # fsync only hands the bytes to the drive there.
-        try:
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-            return
-        except OSError:
-            pass
-    os.fsync(descriptor)
-
-
-def fsync_folder(path: str) -> None:
-    """Wait until the names in a folder are on the medium. Windows has no such call; NTFS journals names."""
-    if sys.platform == "win32":
-        return
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fsync_file(descriptor)
-    except OSError as error:
-        # Some network and FUSE mounts cannot sync a folder; they have nothing better to offer either.
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def fsync_path(path: str) -> None:
-    """Wait until a file's bytes and metadata are on the medium."""
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        fsync_file(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def fsync_together(paths: Sequence[str]) -> bool:
-    """Wait for the medium once, until all these files and whatever else their file system was given are on it.
-
-    Only on file systems that `syncs_names` knows. All names that were given before are on the medium too.
-
-    Returns
-    -------
-    bool
-        False: nothing was done, since the system has no such call that reports errors, since other programs have
-        written so much lately that waiting for each of these files takes less time, or since they are on several disks.
-
-    Raises
-    ------
-    OSError
-        A file is not there, or its bytes may be lost. A system reports that once, so another call may succeed.
-    """
-    call = _sync_file_system()
-    start_range = _start_range()
-    if call is None or start_range is None:
-        return False
-    statuses = [os.stat(path) for path in paths]
-    if len({status.st_dev for status in statuses}) > 1:
-        return False
-    if _unwritten_bytes() > sum(status.st_size for status in statuses) + _OTHERS_BYTES:
-        return False
-    descriptor = os.open(os.path.dirname(paths[0]), os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        _checked(call(descriptor), paths[0])
-    finally:
-        os.close(descriptor)
-    for path in paths:
-        # The system reports a failure for each file, also after another program has asked about the whole file system.
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            _checked(start_range(descriptor, 0, 0, _SYNC_FILE_RANGE_WAIT_BEFORE), path)
-        finally:
-            os.close(descriptor)
-    return True
-
-
-def _checked(answer: int, path: str) -> None:
-    if answer:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), path)
-
-
-def _unwritten_bytes() -> int:
-    """Bytes that all programs of the machine have written and that are not on the medium yet; 0: not known."""
-    with contextlib.suppress(OSError), open("/proc/meminfo", "rb", buffering=0) as file:
-        return sum(map(int, _UNWRITTEN.findall(file.read(4096)))) * 1024
-    return 0
-
-
-_UNWRITTEN: Final = re.compile(rb"^(?:Dirty|Writeback): *([0-9]+) kB$", re.MULTILINE)
-_OTHERS_BYTES: Final = 64 * 1024 * 1024
-_REPORTS_ERRORS: Final = (5, 8)
-"""The version of Linux since which `syncfs` says whether bytes were lost."""
-
-
-@cache
-def _sync_file_system() -> Callable[[int], int] | None:
-    """``syncfs(2)``; None where there is no such call, or it hides errors."""
-    if sys.platform != "linux":
-        return None
-    version = re.match(r"([0-9]+)\.([0-9]+)", os.uname().release)
-    if version is None or (int(version[1]), int(version[2])) < _REPORTS_ERRORS:
-        return None
-    call = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
-    if call is not None:
-        call.argtypes = [ctypes.c_int]
-    return call
-
-
-_SYNC_NAMES: Final = frozenset({"btrfs", "ext4", "xfs"})
-"""File systems of Linux whose journal has an inode's new name in the transaction that its sync waits for."""
-
-
-@cache
-def syncs_names(device: int) -> bool:
-    """Whether a sync of a file or folder on this device (``st_dev``) makes durable the names that it has, and those of
-    the folders above it."""
-    if sys.platform != "linux":
-        return False
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
-        for line in mounts:
-            fields, _, rest = line.partition(" - ")
-            if fields.split()[2] == wanted:
-                return rest.split()[0] in _SYNC_NAMES
-    return False
 
 
 def read_file(descriptor: int, start: int, length: int, buffers: Buffers) -> bytes | memoryview:
@@ -554,19 +421,20 @@ def _is_utf8(name: str) -> bool:
 
 _LEAST_STARTED_BYTES: Final = 1024 * 1024
 _PIECE_BYTES: Final = 1024 * 1024
-_SYNC_FILE_RANGE_WAIT_BEFORE: Final = 1
-_SYNC_FILE_RANGE_WRITE: Final = 2
 
 
-def write_new(path: str, data: bytes | memoryview, *, group_mode: int = 0, synced: bool = True) -> os.stat_result:
+def write_new(
+    path: str, data: bytes | memoryview, *, group_mode: int = 0, finish: Callable[[int], None] | None = None
+) -> os.stat_result:
     """Create a file of these bytes, with the clock's time as its own. Its folder is not synced.
 
     Parameters
     ----------
     group_mode
         Permission bits for the group; of these the file has the one for reading at the least, with any umask.
-    synced
-        False: the file is on its way to the medium, and may be torn after a power failure.
+    finish
+        Called with the descriptor of the complete file, such as `syncs.fsync_file`. None: the file is on its way to the
+        medium, and may be torn after a power failure.
 
     Returns
     -------
@@ -587,8 +455,8 @@ def write_new(path: str, data: bytes | memoryview, *, group_mode: int = 0, synce
             if os.utime in os.supports_fd:
                 now_ns = time.time_ns()
                 os.utime(descriptor, ns=(now_ns, now_ns))
-            if synced:
-                fsync_file(descriptor)
+            if finish is not None:
+                finish(descriptor)
             return os.fstat(descriptor)
         finally:
             os.close(descriptor)
@@ -599,23 +467,11 @@ def write_new(path: str, data: bytes | memoryview, *, group_mode: int = 0, synce
 
 
 def _write(descriptor: int, data: memoryview) -> None:
-    start_range = _start_range() if len(data) >= _LEAST_STARTED_BYTES else None
+    started = len(data) >= _LEAST_STARTED_BYTES
     begin = done = 0
     while done < len(data):
         # No piece crosses a multiple of its size, so that no page is begun twice.
         done += os.write(descriptor, data[done : begin + _PIECE_BYTES])
-        if start_range is not None and (done - begin >= _PIECE_BYTES or done == len(data)):
-            # Only a hint, so its answer does not matter.
-            start_range(descriptor, begin, done - begin, _SYNC_FILE_RANGE_WRITE)
+        if started and (done - begin >= _PIECE_BYTES or done == len(data)):
+            syncs.start(descriptor, begin, done - begin)
             begin = done
-
-
-@cache
-def _start_range() -> Callable[[int, int, int, int], int] | None:
-    """``sync_file_range(2)``, which begins to write part of a file to the medium; None where there is no such call."""
-    if sys.platform != "linux":
-        return None
-    call = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
-    if call is not None:
-        call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    return call

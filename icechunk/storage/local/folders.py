@@ -23,7 +23,8 @@ import weakref
 from collections.abc import Sequence
 from typing import Final
 
-from icechunk.storage.local.files import fsync_folder, fsync_together, is_link, syncs_names, version_of
+from icechunk.storage.local.files import is_link, version_of
+from icechunk.storage.local.syncs import Promises, fsync_folder, fsync_together, promises_of
 from icechunk.storage.port import Version
 
 __all__ = ["Folders"]
@@ -75,8 +76,8 @@ class Folders:
         self._durable_versions: dict[str, Version] = {}
         # Above the root, the lowest folder that this process did not make.
         self._existed = os.path.dirname(root)
-        self.names_follow_files: bool = False
-        """Whether a file's sync makes its name durable too, as some file systems do."""
+        self.promises: Promises = Promises()
+        """What the root's file system promises, once a folder was made or found."""
         self.group_mode: int = 0
         """Permission bits of the root for its group, where the group may write to it; else 0."""
         self._start()
@@ -155,7 +156,7 @@ class Folders:
                 self._existed = os.path.dirname(self._existed)
             os.makedirs(self._root, exist_ok=True)
         status = os.stat(self._root)
-        self.names_follow_files = syncs_names(status.st_dev)
+        self.promises = promises_of(status.st_dev)
         mode = stat.S_IMODE(status.st_mode)
         self.group_mode = mode & stat.S_IRWXG if mode & stat.S_IWGRP else 0
         for level in self._levels(folder):
@@ -205,9 +206,17 @@ class Folders:
             folder = os.path.dirname(folder)
         return found[::-1]
 
-    def sync_together(self, paths: Sequence[str]) -> bool:
-        """Make these files and their names durable, as `fsync_together`; False: that is not possible here."""
-        return len(paths) > 1 and self.names_follow_files and fsync_together(paths)
+    def sync_together(self, paths: Sequence[str], *, put_follows: bool) -> bool:
+        """Make these files and their names durable, as `fsync_together`; False: that is not possible here.
+
+        Parameters
+        ----------
+        put_follows
+            They need not be durable before the next file is synced, which flushes the device's cache.
+        """
+        if len(paths) < 2 or not self.promises.syncs_all:
+            return False
+        return fsync_together(paths, flush=not put_follows and not self.promises.flushes_all)
 
     def sync(self, folder: str, named_ns: int | None = None) -> None:
         """Return once a sync of the folder that began after this call has ended.

@@ -55,7 +55,6 @@ from icechunk.storage.buffers import Buffers
 from icechunk.storage.local.files import (
     RESERVED,
     Exclusion,
-    fsync_path,
     info_of,
     locked,
     path_of,
@@ -69,6 +68,7 @@ from icechunk.storage.local.files import (
     write_new,
 )
 from icechunk.storage.local.folders import Folders
+from icechunk.storage.local.syncs import fsync_file, fsync_path, hand_over, hand_over_together
 from icechunk.storage.outcome import refused, unsent
 from icechunk.storage.port import (
     ANY,
@@ -188,10 +188,19 @@ class LocalStorage(Storage):
         before = {self._path(key): key for key in keys}
         return await self._in_thread(partial(self._put, *put, before=before))
 
+    async def barrier(self, keys: Iterable[str]) -> None:
+        await self._sync({self._path(key): key for key in keys}, put_follows=True)
+
     async def sync(self, keys: Iterable[str]) -> None:
-        paths = {self._path(key): key for key in keys}
+        await self._sync({self._path(key): key for key in keys}, put_follows=False)
+
+    async def _sync(self, paths: Mapping[str, str], *, put_follows: bool) -> None:
+        """Make files durable; at the latest before the name of an object is, which a later put writes."""
         files = list(paths)
-        if len(files) > 1 and await self._in_thread(self._try_sync_together, paths):
+        if not files:
+            return
+        together = await self._in_thread(self._try_sync_together, paths, put_follows)
+        if together:
             return
         parts = min(_SYNCS_AT_ONCE, len(files) // _SYNCS_EACH)
         if parts > 1:
@@ -412,12 +421,12 @@ class LocalStorage(Storage):
                     self._require_version(key, path, version)
                 case Unchecked():
                     pass
-            temporary, result = self._write_temporary(data, synced=synced and not before)
+            temporary, result = self._write_temporary(data, synced=synced, alone=not before)
         try:
             if before:
                 self._sync_before(before, key, temporary)
             with self._translated("write", key, writes=True, names=True):
-                self._folders.make(folder, durable=synced and not self._folders.names_follow_files)
+                self._folders.make(folder, durable=synced and not self._folders.promises.names_follow_files)
                 named_ns = time.time_ns()
                 self._publish(key, path, temporary, precondition)
         except BaseException:
@@ -456,18 +465,27 @@ class LocalStorage(Storage):
             return False
 
     def _sync_before(self, before: Mapping[str, str], key: str, temporary: str) -> None:
-        """Make these files, and the unfinished one of an object, durable; waits once if that is possible."""
+        """Make these files durable before the name of an object is, and its unfinished file too; waits seldom."""
         try:
-            if not self._try_sync_together({**before, temporary: key}):
+            if self._folders.promises.orders:
+                self._try_sync_together(before, True)
+            elif not self._try_sync_together({**before, temporary: key}, False):
                 self._sync_files([temporary], {temporary: key})
                 self._sync_rest(list(before), before)
         except StorageError as error:
             # Nothing appeared, and the system says so once: what another sync says does not count.
             raise refused(error) from error.__cause__
 
-    def _try_sync_together(self, keys: Mapping[str, str]) -> bool:
-        with self._translated("sync", next(iter(keys.values()))):
-            return self._folders.sync_together(list(keys))
+    def _try_sync_together(self, keys: Mapping[str, str], put_follows: bool) -> bool:
+        """As `_sync`, if there is a way that waits less often than once for each file."""
+        try:
+            if put_follows and self._folders.promises.orders:
+                hand_over_together(list(keys))
+                return True
+            return self._folders.sync_together(list(keys), put_follows=put_follows)
+        except OSError as error:
+            with self._translated("sync", keys.get(error.filename, next(iter(keys.values())))):
+                raise
 
     def _sync_files(self, paths: Sequence[str], keys: Mapping[str, str]) -> None:
         for path in paths:
@@ -477,7 +495,7 @@ class LocalStorage(Storage):
     def _sync_rest(self, files: Sequence[str], keys: Mapping[str, str]) -> None:
         """Sync these files, and the names of all."""
         self._sync_files(files, keys)
-        if self._folders.names_follow_files:
+        if self._folders.promises.names_follow_files:
             return
         for folder in sorted({os.path.dirname(path) for path in keys}):
             with self._translated("sync", os.path.relpath(folder, self._root)):
@@ -487,7 +505,8 @@ class LocalStorage(Storage):
             with self._translated("sync", key):
                 self._folders.require_certain(path, os.stat(path))
 
-    def _write_temporary(self, data: bytes, *, synced: bool) -> tuple[str, PutResult]:
+    def _write_temporary(self, data: bytes, *, synced: bool, alone: bool) -> tuple[str, PutResult]:
+        """Write an unfinished file. It will be durable before the name that it gets next, if it is synced ``alone``."""
         folder = os.path.join(self._root, RESERVED)
         path = os.path.join(folder, temporary_name())
         if not self._swept:
@@ -495,12 +514,17 @@ class LocalStorage(Storage):
             self._swept = True
             sweep(folder, _ABANDONED_AFTER_S)
         self._folders.make(folder, durable=False)
+        finish: Callable[[int], None] | None = None
+        if synced and self._folders.promises.orders:
+            finish = hand_over
+        elif synced and alone:
+            finish = fsync_file
         try:
-            status = write_new(path, data, group_mode=self._folders.group_mode, synced=synced)
+            status = write_new(path, data, group_mode=self._folders.group_mode, finish=finish)
         except FileNotFoundError:
             self._folders.forget()
             self._folders.make(folder, durable=False)
-            status = write_new(path, data, group_mode=self._folders.group_mode, synced=synced)
+            status = write_new(path, data, group_mode=self._folders.group_mode, finish=finish)
         return path, PutResult(version=version_of(status), date_us=self._sources.wall_us())
 
     def _publish(self, key: str, path: str, temporary: str, precondition: Precondition) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from icechunk.storage.local import files
+from icechunk.storage.local import files, syncs
 from icechunk.storage.local.files import walk, write_new
 
 MIB = 1024 * 1024
@@ -27,11 +27,11 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", [bytes, memoryview])
-@pytest.mark.parametrize("synced", [True, False])
-def test_the_file_has_the_given_bytes(tmp_path: Path, size: int, kind: Any, synced: bool) -> None:
+@pytest.mark.parametrize("finish", [None, syncs.fsync_file, syncs.hand_over])
+def test_the_file_has_the_given_bytes(tmp_path: Path, size: int, kind: Any, finish: Any) -> None:
     # Views begin where they like.
     data = kind(os.urandom(size + 3))[3:]
-    status = write_new(str(tmp_path / "x"), data, synced=synced)
+    status = write_new(str(tmp_path / "x"), data, finish=finish)
     assert (tmp_path / "x").read_bytes() == data
     assert (status.st_size, status.st_mtime_ns) == (size, os.stat(tmp_path / "x").st_mtime_ns)
 
@@ -49,9 +49,9 @@ def test_a_large_file_is_sent_to_the_medium_while_it_is_written(
         return -1
 
     monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:most]))
-    monkeypatch.setattr(files, "_start_range", lambda: start)
+    monkeypatch.setattr(syncs, "_sync_file_range", lambda: start)
     data = os.urandom(2 * MIB + 5)
-    write_new(str(tmp_path / "x"), data, synced=False)
+    write_new(str(tmp_path / "x"), data)
     assert (tmp_path / "x").read_bytes() == data
     assert (started[0][0], started[-1][1]) == (0, len(data))
     assert [begin for begin, _ in started[1:]] == [end for _, end in started[:-1]]
@@ -60,15 +60,13 @@ def test_a_large_file_is_sent_to_the_medium_while_it_is_written(
 
 @linux_only
 def test_the_system_has_the_call() -> None:
-    assert files._start_range() is not None
+    assert syncs._sync_file_range() is not None
 
 
-def test_a_file_is_synced_only_if_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[int] = []
-    monkeypatch.setattr(files, "fsync_file", synced.append)
-    for number, wanted in enumerate([True, False, True]):
-        write_new(str(tmp_path / str(number)), b"1", synced=wanted)
-    assert len(synced) == 2
+def test_a_file_is_finished_when_it_has_all_bytes(tmp_path: Path) -> None:
+    sizes: list[int] = []
+    write_new(str(tmp_path / "x"), b"12", finish=lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
+    assert sizes == [2]
 
 
 @pytest.mark.parametrize("size", [10, 2 * MIB])

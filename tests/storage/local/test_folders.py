@@ -16,10 +16,11 @@ import pytest
 
 from icechunk.errors import StorageError
 from icechunk.storage.local import folders as local_folders
-from icechunk.storage.local.files import fsync_folder
 from icechunk.storage.local.folders import Folders
 from icechunk.storage.local.storage import LocalStorage
+from icechunk.storage.local.syncs import fsync_folder
 from icechunk.storage.port import Absent, Put
+from tests.promises import UNKNOWN
 from tests.raising import raises
 
 
@@ -132,7 +133,7 @@ async def test_a_sync_that_never_began_leaves_no_doubt(monkeypatch: pytest.Monke
 async def test_objects_whose_sync_failed_are_not_durable_by_another_sync(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(local_folders, "syncs_names", lambda device: False)
+    monkeypatch.setattr(local_folders, "promises_of", lambda device: UNKNOWN)
     storage = LocalStorage(tmp_path)
     await storage.put("snapshots/0", b"")
     put = Put("snapshots/1", b"1", Absent())
@@ -163,7 +164,7 @@ async def test_a_name_given_while_a_sync_fails_is_in_doubt_too(monkeypatch: pyte
 async def test_a_folder_whose_name_could_not_be_synced_is_made_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(local_folders, "syncs_names", lambda device: False)
+    monkeypatch.setattr(local_folders, "promises_of", lambda device: UNKNOWN)
     storage = LocalStorage(tmp_path)
     await storage.put("x", b"")
     failing_once(monkeypatch)

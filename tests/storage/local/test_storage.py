@@ -18,12 +18,14 @@ import pytest
 
 from icechunk.errors import InvalidInputError, ObjectNotFoundError, PreconditionFailedError, StorageError
 from icechunk.runtime.threads import ProcessPool
-from icechunk.storage.local import files, folders
+from icechunk.storage.local import files, folders, syncs
 from icechunk.storage.local import storage as local
 from icechunk.storage.local.files import Exclusion
 from icechunk.storage.local.storage import RESERVED, LocalStorage
+from icechunk.storage.local.syncs import Promises
 from icechunk.storage.port import ANY, Absent, Matches
 from icechunk.testing.storage_contract import StorageContract, list_all
+from tests.promises import BTRFS, UNKNOWN
 from tests.raising import raises
 
 
@@ -83,16 +85,16 @@ async def test_the_root_is_made_by_the_first_write_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names_follow_files", "needed"),
-    [(False, {".", "r", "r/s", "r/s/a", "r/s/a/b"}), (True, {"r/s/a/b"})],
+    ("promises", "needed"),
+    [(UNKNOWN, {".", "r", "r/s", "r/s/a", "r/s/a/b"}), (BTRFS, {"r/s/a/b"})],
     ids=["folders are synced", "names follow files"],
 )
 async def test_every_folder_on_the_way_is_synced_before_the_put_returns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names_follow_files: bool, needed: set[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, promises: Promises, needed: set[str]
 ) -> None:
-    monkeypatch.setattr(folders, "syncs_names", lambda device: names_follow_files)
+    monkeypatch.setattr(folders, "promises_of", lambda device: promises)
     synced: list[str] = []
-    real = files.fsync_folder
+    real = syncs.fsync_folder
 
     def record(path: str) -> None:
         synced.append(os.path.relpath(path, tmp_path))
@@ -168,7 +170,7 @@ def test_a_writer_killed_at_any_step_leaves_the_object_whole_or_absent(tmp_path:
     script = textwrap.dedent(
         """
         import asyncio, os, signal, sys
-        from icechunk.storage.local import files, folders, storage as local
+        from icechunk.storage.local import folders, storage as local
         from icechunk.storage.port import Absent
         top = sys.argv[1]
         calls = step = 0
@@ -183,7 +185,8 @@ def test_a_writer_killed_at_any_step_leaves_the_object_whole_or_absent(tmp_path:
         for name in ("write", "utime", "link", "unlink", "replace"):
             setattr(os, name, dying(getattr(os, name)))
         os.supports_fd.add(os.utime)
-        files.fsync_file = dying(files.fsync_file)
+        local.fsync_file = dying(local.fsync_file)
+        local.hand_over = dying(local.hand_over)
         folders.fsync_folder = dying(folders.fsync_folder)
         status = None
         while status != 0:

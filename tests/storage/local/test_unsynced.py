@@ -13,15 +13,17 @@ from typing import Any
 import pytest
 
 from icechunk.errors import StorageError
-from icechunk.storage.local import files, folders
+from icechunk.storage.local import folders, syncs
 from icechunk.storage.local.storage import LocalStorage
+from icechunk.storage.local.syncs import Promises
 from icechunk.storage.port import Absent, Matches, Put
+from tests.promises import BTRFS, EXT4, EXT4_WITHOUT_JOURNAL, UNKNOWN
 from tests.raising import raises
 
 
 async def test_nothing_is_synced_before_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
-    monkeypatch.setattr(folders, "syncs_names", lambda device: False)
+    monkeypatch.setattr(folders, "promises_of", lambda device: UNKNOWN)
     storage = LocalStorage(tmp_path)
     await storage.prepare(["chunks"])
     monkeypatch.setattr(os, "fsync", synced.append)
@@ -83,7 +85,14 @@ async def test_a_failing_disk_is_reported(tmp_path: Path, monkeypatch: pytest.Mo
 class TogetherCalls:
     """A substitute for the system's calls: a sync of everything, and the question whether a file's bytes got there."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, all_fails: bool = False, lost: str = "") -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        all_fails: bool = False,
+        lost: str = "",
+        promises: Promises = BTRFS,
+    ) -> None:
         self.all = 0
         self.asked: list[str] = []
 
@@ -94,16 +103,16 @@ class TogetherCalls:
 
         def start_range(descriptor: int, offset: int, size: int, flags: int) -> int:
             path = os.readlink(f"/proc/self/fd/{descriptor}")
-            if flags == files._SYNC_FILE_RANGE_WRITE:
+            if flags == syncs._WRITE:
                 return 0
             self.asked.append(path)
             ctypes.set_errno(errno.EIO)
             return -1 if lost and lost in path else 0
 
-        monkeypatch.setattr(folders, "syncs_names", lambda device: True)
-        monkeypatch.setattr(files, "_unwritten_bytes", lambda: 0)
-        monkeypatch.setattr(files, "_sync_file_system", lambda: sync_file_system)
-        monkeypatch.setattr(files, "_start_range", lambda: start_range)
+        monkeypatch.setattr(folders, "promises_of", lambda device: promises)
+        monkeypatch.setattr(syncs, "_unwritten_bytes", lambda: 0)
+        monkeypatch.setattr(syncs, "_sync_file_system", lambda: sync_file_system)
+        monkeypatch.setattr(syncs, "_sync_file_range", lambda: start_range)
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads names of descriptors from /proc")
@@ -141,6 +150,64 @@ async def test_an_object_does_not_appear_if_others_may_be_lost(
 
 
 @linux
+@pytest.mark.parametrize("promises", [EXT4, EXT4_WITHOUT_JOURNAL], ids=["ext4", "ext4 without a journal"])
+async def test_an_object_does_not_appear_if_one_behind_a_barrier_may_be_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, promises: Promises
+) -> None:
+    TogetherCalls(monkeypatch, promises=promises, lost="chunks/x")
+    storage = LocalStorage(tmp_path)
+    await storage.put_unsynced([Put("chunks/x", b"1"), Put("chunks/y", b"2")])
+    with raises(StorageError, "io", "chunks/x"):
+        await storage.barrier(["chunks/y", "chunks/x"])
+    with pytest.raises(StorageError) as raised:
+        await storage.put_after(["chunks/x", "chunks/y"], Put("repo", b"3", Absent()))
+    assert raised.value.refused
+    assert not (tmp_path / "repo").exists()
+
+
+@linux
+async def test_where_a_journal_keeps_the_order_bytes_are_handed_over_before_the_name_and_that_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = TogetherCalls(monkeypatch, promises=EXT4)
+    storage = LocalStorage(tmp_path)
+    await storage.put("log/0", b"")
+    calls.asked.clear()
+    done: list[str] = []
+    link = os.link
+
+    def name(source: str, target: str) -> None:
+        # The bytes of the object, and those of all that it refers to.
+        done.extend(os.path.relpath(path, tmp_path).partition("/")[0] for path in calls.asked)
+        done.append("name")
+        link(source, target)
+
+    await storage.put_unsynced([Put("chunks/x", b"1"), Put("chunks/y", b"2")])
+    monkeypatch.setattr(os, "link", name)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    await storage.barrier(["chunks/x", "chunks/y"])
+    await storage.put("log/1", b"3", Absent())
+    assert done == ["chunks", "chunks", ".aioicechunk", "name", str(tmp_path / "log")]
+    assert calls.all == 0
+
+
+@linux
+@pytest.mark.parametrize(("promises", "flushes"), [(BTRFS, 0), (EXT4_WITHOUT_JOURNAL, 1)], ids=["btrfs", "ext4"])
+async def test_without_a_journal_the_devices_cache_is_flushed_after_a_sync_of_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, promises: Promises, flushes: int
+) -> None:
+    calls = TogetherCalls(monkeypatch, promises=promises)
+    storage = LocalStorage(tmp_path)
+    await storage.put_unsynced([Put("chunks/x", b"1"), Put("chunks/y", b"2")])
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    await storage.barrier(["chunks/x", "chunks/y"])
+    assert (calls.all, len(synced)) == (1, 0), "the next object's sync flushes it"
+    await storage.sync(["chunks/x", "chunks/y"])
+    assert (calls.all, len(synced)) == (2, flushes)
+
+
+@linux
 async def test_objects_that_were_removed_are_not_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     TogetherCalls(monkeypatch)
     storage = LocalStorage(tmp_path)
@@ -153,21 +220,21 @@ async def test_objects_that_were_removed_are_not_durable(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("release", ["4.18.0-553.el8.x86_64", "5.7.1", "unknown"])
 def test_a_kernel_that_hides_errors_does_not_sync_together(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
-    assert files._sync_file_system.__wrapped__() is None
+    assert syncs._sync_file_system.__wrapped__() is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the call")
 @pytest.mark.parametrize("release", ["5.8.0", "6.18.44-fc", "10.0"])
 def test_a_kernel_that_reports_errors_syncs_together(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
-    assert files._sync_file_system.__wrapped__() is not None
+    assert syncs._sync_file_system.__wrapped__() is not None
 
 
 @linux
 def test_the_systems_own_calls_work(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"1")
-    done = files.fsync_together([str(tmp_path / "x")])
-    assert done == (files._sync_file_system() is not None and files._unwritten_bytes() <= files._OTHERS_BYTES + 1)
+    done = syncs.fsync_together([str(tmp_path / "x")], flush=True)
+    assert done == (syncs._sync_file_system() is not None and syncs._unwritten_bytes() <= syncs._OTHERS_BYTES + 1)
 
 
 async def test_a_file_that_this_process_made_durable_is_read_without_a_sync(

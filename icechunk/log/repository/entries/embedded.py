@@ -84,7 +84,7 @@ async def make_durable(storage: Storage, epoch: str, after: int, end: int) -> bo
         files = [item for found in entries if found is not None for item in found[0].objects.items()]
         # Also those that are there: after a power failure they may be torn.
         await storage.put_unsynced([Put(key, data, Absent()) for key, data in files])
-        await storage.sync(key for key, _ in files)
+        await storage.barrier(key for key, _ in files)
     return bool(entries) and entries[-1] is not None
 
 
