@@ -136,8 +136,6 @@ def encode_and_keep(info: RepoInfo, level: int = _LEVEL) -> EncodedRepo:
         return EncodedRepo(seal(FileType.REPO_INFO, 2, payload, level), info)
     root = Buffer(payload, "repo info").root()
     snapshots = _stored_snapshots(root, snapshot_run)
-    # The next commit looks up its parent; the index is built here, where no event loop waits.
-    snapshots.read_ids()
     updates = _stored_updates(root, update_run)
     return EncodedRepo(seal(FileType.REPO_INFO, 2, payload, level), replace(info, snapshots=snapshots, updates=updates))
 

@@ -42,6 +42,7 @@ from icechunk.format.repo.stored_snapshots import (
     PRUNED,
     TABLE_BYTES,
     TABLE_OFFSETS,
+    SnapshotIndex,
     SnapshotRun,
     StoredSnapshots,
 )
@@ -295,10 +296,22 @@ class SnapshotRows:
         if self._records:
             positions[self._numbers] = self._write_records(writer, self._records)
             parents[self._numbers] = _parent_fields(out, positions[self._numbers].tolist())
-        self.run = SnapshotRun(writer.end_run(start, positions), parents - start)
+        self.run = SnapshotRun(writer.end_run(start, positions), parents - start, self._index())
         fields = vector + 4 + 4 * np.arange(count, dtype=np.int64)
         out[vector + 4 : vector + 4 + 4 * count] = (positions - fields).astype("<u4").tobytes()
         return vector
+
+    def _index(self) -> SnapshotIndex:
+        """The index of the file, which is known without reading it."""
+        ids = np.empty(len(self), "V12")
+        parents = np.empty(len(self), np.int32)
+        if len(self._rows):
+            ids[self._old_numbers] = self._stored.ids.view("V12")[self._rows]
+            parents[self._old_numbers] = self._moved[self._stored.parent_rows[self._rows]]
+        if self._records:
+            ids[self._numbers] = np.frombuffer(b"".join(record.id for record in self._records), "V12")
+            parents[self._numbers] = [self.number(record.parent) for record in self._records]
+        return SnapshotIndex(ids.tobytes(), parents)
 
     def _write_records(self, writer: FlatWriter, records: Sequence[SnapshotRecord]) -> list[int]:
         """Write the records one by one. Records without metadata, which are most, are packed directly: that takes a

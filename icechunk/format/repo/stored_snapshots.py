@@ -13,7 +13,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence, ValuesView
 from itertools import pairwise
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,7 @@ __all__ = [
     "TABLE_BYTES",
     "TABLE_OFFSETS",
     "RecordsView",
+    "SnapshotIndex",
     "SnapshotRun",
     "StoredSnapshots",
 ]
@@ -60,6 +61,7 @@ _ID_SIZE: Final = 12
 _LARGEST_TIME: Final = 2**64 - 1
 _FEW_IDS: Final = 32
 """So many ids are found sooner one by one."""
+_NO_PARENTS: Final = np.empty(0, np.int32)
 
 
 class _HasRecords(Protocol):
@@ -83,45 +85,57 @@ class RecordsView(ValuesView[SnapshotRecord]):
         return any(one == record for one in self)
 
 
-class _Index:
+class SnapshotIndex:
     """Ids and parents of all snapshots of a file.
 
-    Raises
-    ------
-    FormatError
-        If a table is not within the buffer, an id is missing or occurs twice, or a parent's number is out of range.
+    Parameters
+    ----------
+    ids
+        Of all rows, concatenated. Each occurs once.
+    parents
+        int32[n]: the row of each row's parent, or `NO_PARENT`.
     """
 
     __slots__ = ("by_id", "heads", "ids", "parents")
 
-    def __init__(self, tables: LazyTables) -> None:
+    def __init__(self, ids: bytes = b"", parents: npt.NDArray[np.int32] = _NO_PARENTS) -> None:
         self.by_id: list[int] | None = None
         """Rows in the order of their ids; None if that is the order of the file."""
-        self.ids = b""
-        """Ids of all rows, concatenated."""
+        self.ids = ids
         self.heads = array("Q")
         """The first 8 bytes of all ids as numbers, ascending."""
-        self.parents = array("i")
-        """The row of each row's parent, or `NO_PARENT`."""
+        self.parents = array("i", parents.tobytes())
+        if not self._ascends(range(len(parents))):
+            self.by_id = np.argsort(self.column(), kind="stable").tolist()
+            if not self._ascends(self.by_id):
+                raise _TwiceError(next(id for id, after in pairwise(map(self.id, self.by_id)) if id == after))
+
+    @classmethod
+    def read(cls, tables: LazyTables) -> Self:
+        """Of the tables of a file.
+
+        Raises
+        ------
+        FormatError
+            If a table is not within the buffer, an id is missing or occurs twice, or a parent's number is out of range.
+        """
         count = len(tables)
         if not count:
-            return
+            return cls()
         own, columns = tables.columns()
         column = columns.column(ID, _ID_SIZE)
         if column is None or column.rows is not None:
             raise own.fail("a snapshot has no id")
-        self.ids = columns.numbers(ID, f"V{_ID_SIZE}").tobytes()
-        if not self._ascends(range(count)):
-            self.by_id = np.argsort(self.column(), kind="stable").tolist()
-            if not self._ascends(self.by_id):
-                twice = next(id for id, after in pairwise(map(self.id, self.by_id)) if id == after)
-                raise own.fail(f"snapshot {twice.hex()} is in it twice")
         parents = columns.numbers(PARENT, "<i4")
-        self.parents.frombytes(parents.astype(np.int32).tobytes())
+        try:
+            found = cls(columns.numbers(ID, f"V{_ID_SIZE}").tobytes(), parents.astype(np.int32))
+        except _TwiceError as error:
+            raise own.fail(f"snapshot {error.id.hex()} is in it twice") from None
         lowest, highest = int(parents.min()), int(parents.max())
         if lowest < NO_PARENT or highest >= count:
             wrong = int(np.flatnonzero((parents < NO_PARENT) | (parents >= count))[0])
-            raise own.fail(f"snapshot {self.id(wrong).hex()} has parent number {parents[wrong]} of {count}")
+            raise own.fail(f"snapshot {found.id(wrong).hex()} has parent number {parents[wrong]} of {count}")
+        return found
 
     def _ascends(self, rows: Sequence[int]) -> bool:
         """Use this order of all rows for searches; returns whether their ids are strictly ascending in it."""
@@ -143,12 +157,20 @@ class _Index:
         return ObjectId(self.ids[_ID_SIZE * row : _ID_SIZE * row + _ID_SIZE])
 
 
+class _TwiceError(ValueError):
+    def __init__(self, id: ObjectId) -> None:
+        super().__init__(id)
+        self.id = id
+
+
 class SnapshotRun(NamedTuple):
     """All tables of a vector of snapshots in consecutive bytes, so that the next file can copy them."""
 
     run: Run
     parents: npt.NDArray[np.int64]
     """int64[n]: position of each parent's number, relative to the run."""
+    known: SnapshotIndex
+    """Of these tables."""
 
 
 class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
@@ -178,19 +200,15 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         self.tables: LazyTables = LazyTables(buffer, start, count)
         """Tables in the order of the file; a row is the number of a table."""
         self.run: SnapshotRun | None = run
-        self._known: _Index | None = None
+        self._known: SnapshotIndex | None = None if run is None else run.known
         self._plain_rows: bytes | None = None
         self._last: tuple[int, SnapshotRecord] | None = None
 
     @property
-    def _index(self) -> _Index:
+    def _index(self) -> SnapshotIndex:
         if self._known is None:
-            self._known = _Index(self.tables)
+            self._known = SnapshotIndex.read(self.tables)
         return self._known
-
-    def read_ids(self) -> None:
-        """Read the ids and parents of all snapshots now. Raises `FormatError` if they are corrupt."""
-        _ = self._index
 
     @property
     def parent_rows(self) -> npt.NDArray[np.int32]:
@@ -376,7 +394,7 @@ def _plain_rows(tables: LazyTables) -> bytes:
     return plain.tobytes()
 
 
-def _plain(index: _Index, row: int, table: Table) -> SnapshotRecord | None:
+def _plain(index: SnapshotIndex, row: int, table: Table) -> SnapshotRecord | None:
     """The snapshot, if its table has the layout (`PLAIN`) that this package writes for those without metadata; else
     None."""
     data, pos = table.buffer.data, table.pos
