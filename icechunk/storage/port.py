@@ -119,7 +119,7 @@ class Put(NamedTuple):
     """One object for `Storage.put_unsynced`."""
 
     key: str
-    data: bytes
+    data: bytes | memoryview
     precondition: Precondition = ANY
 
 

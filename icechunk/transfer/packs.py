@@ -63,6 +63,8 @@ class Packs:
     async def put(self, data: bytes | memoryview) -> tuple[ObjectId, int]:
         """Take a chunk, and return its future object and offset. Waits, and raises, as `PutPool.reserve` does.
 
+        The memory of ``data`` must not change before this has returned.
+
         Raises
         ------
         SessionStateError
@@ -72,7 +74,8 @@ class Packs:
         if len(data) >= self._threshold_bytes:
             id = self._new_object_id()
             await self._pool.reserve(len(data))
-            self._pool.take(chunk_key(id), bytes(data))
+            # The caller waits until it is written there, and nothing refers to it before: a copy would take longer.
+            self._pool.take(chunk_key(id), data if self._pool.writes_through else bytes(data))
             await self._pool.written(chunk_key(id))
             return id, 0
         await self._pool.reserve(len(data))

@@ -163,7 +163,7 @@ class _Pending:
     """Bytes of one object that are not durable yet."""
 
     key: str
-    data: bytes
+    data: bytes | memoryview
     loop: asyncio.AbstractEventLoop | None
     """The loop whose task uploads them; None if no task does."""
     done: concurrent.futures.Future[None] = field(default_factory=concurrent.futures.Future)
@@ -255,7 +255,7 @@ class PutPool:
         """Bytes of an object that is not durable yet, so that a session can read its own writes; None once it is
         durable."""
         item = self._pending.get(key)
-        return item.data if item is not None else None
+        return bytes(item.data) if item is not None else None
 
     @property
     def is_starving(self) -> bool:
@@ -332,8 +332,11 @@ class PutPool:
             memory.add(self._holding, size_bytes)
             return True
 
-    def take(self, key: str, data: bytes) -> None:
-        """Take an object for which room is reserved, and start its upload on the running loop."""
+    def take(self, key: str, data: bytes | memoryview) -> None:
+        """Take an object for which room is reserved, and start its upload on the running loop.
+
+        Memory that may change later is only for callers that wait until it is `written`.
+        """
         item = _Pending(key, data, asyncio.get_running_loop())
         with self._lock:
             self._pending[key] = item

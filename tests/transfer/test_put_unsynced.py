@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
 
 from icechunk.errors import ErrorKind, StorageError
+from icechunk.format.ids import ObjectId
+from icechunk.format.keys import chunk_key
 from icechunk.storage.local.storage import LocalStorage
+from icechunk.storage.port import Put, PutResult
 from icechunk.transfer.limiter import Gates
+from icechunk.transfer.packs import Packs
 from icechunk.transfer.put import PutMemory, PutPool
 from tests.raising import raises
 
@@ -23,7 +27,7 @@ class Disk(LocalStorage):
         super().__init__(path)
         self.synced: list[list[str]] = []
 
-    async def sync(self, keys: Iterable[str]) -> None:
+    async def barrier(self, keys: Iterable[str]) -> None:
         self.synced.append(list(keys))
         if self.fails:
             raise StorageError("Input/output error", ErrorKind.IO)
@@ -63,3 +67,25 @@ async def test_after_a_failed_sync_no_flush_succeeds(tmp_path: Path) -> None:
     pool.discard()
     await pool.flush()
     assert pool.is_durable
+
+
+async def test_a_large_chunk_is_written_from_its_callers_memory_and_is_there_when_the_call_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(tmp_path)
+    packs = Packs(pool_on(disk), lambda: ObjectId(bytes(12)), threshold_bytes=1000, size_bytes=2000)
+    memory = bytearray(b"x" * 1000)
+    written: list[object] = []
+    real = disk.put_unsynced
+
+    async def put_unsynced(puts: Sequence[Put]) -> list[PutResult | None]:
+        written.extend(put.data.obj for put in puts if isinstance(put.data, memoryview))
+        return await real(puts)
+
+    monkeypatch.setattr(disk, "put_unsynced", put_unsynced)
+    id, offset = await packs.put(memoryview(memory))
+    memory[:] = bytes(1000)
+    assert (tmp_path / chunk_key(id)).read_bytes() == b"x" * 1000
+    assert offset == 0
+    assert written == [memory]
+    assert written[0] is memory

@@ -402,7 +402,7 @@ class LocalStorage(Storage):
     def _put(
         self,
         key: str,
-        data: bytes,
+        data: bytes | memoryview,
         precondition: Precondition,
         *,
         synced: bool = True,
@@ -454,7 +454,7 @@ class LocalStorage(Storage):
                 answers.append(self._put(key, data, ANY, synced=False))
         return answers
 
-    def _holds(self, key: str, data: bytes) -> bool:
+    def _holds(self, key: str, data: bytes | memoryview) -> bool:
         """Whether an object has these bytes, under a name that is not in doubt."""
         path = self._path(key)
         try:
@@ -505,7 +505,7 @@ class LocalStorage(Storage):
             with self._translated("sync", key):
                 self._folders.require_certain(path, os.stat(path))
 
-    def _write_temporary(self, data: bytes, *, synced: bool, alone: bool) -> tuple[str, PutResult]:
+    def _write_temporary(self, data: bytes | memoryview, *, synced: bool, alone: bool) -> tuple[str, PutResult]:
         """Write an unfinished file. It will be durable before the name that it gets next, if it is synced ``alone``."""
         folder = os.path.join(self._root, RESERVED)
         path = os.path.join(folder, temporary_name())
