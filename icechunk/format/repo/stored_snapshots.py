@@ -112,7 +112,7 @@ class SnapshotIndex:
 
     @classmethod
     def read(cls, tables: LazyTables) -> Self:
-        """Of the tables of a file.
+        """Read the tables of a file.
 
         Raises
         ------
@@ -170,7 +170,7 @@ class SnapshotRun(NamedTuple):
     parents: npt.NDArray[np.int64]
     """int64[n]: position of each parent's number, relative to the run."""
     known: SnapshotIndex
-    """Of these tables."""
+    """The index of these tables."""
 
 
 class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):

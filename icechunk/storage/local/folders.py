@@ -77,7 +77,7 @@ class Folders:
         # Above the root, the lowest folder that this process did not make.
         self._existed = os.path.dirname(root)
         self.promises: Promises = Promises()
-        """What the root's file system promises, once a folder was made or found."""
+        """Promises of the root's file system, once a folder was made or found."""
         self.group_mode: int = 0
         """Permission bits of the root for its group, where the group may write to it; else 0."""
         self._start()

@@ -189,7 +189,7 @@ def _unwritten_bytes() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Promises:
-    """What a file system promises about a power failure."""
+    """The promises of a file system about a power failure."""
 
     orders: bool = False
     """Whether a name is on the medium only together with all names that were given before it, and with the bytes and
@@ -218,7 +218,7 @@ def promises_of(device: int) -> Promises:
 
 
 def _promises(name: str, options: set[str], device: str) -> Promises:
-    """Of a kind of file system, mounted with these options, on a device (``major:minor``).
+    """Promises of a kind of file system, mounted with these options, on a device (``major:minor``).
 
     ext4 keeps the order if it has its journal inside: a commit of the journal then flushes the cache of the device that
     has the bytes; but an asynchronous commit does not flush first. Without a journal it syncs the folders above a new

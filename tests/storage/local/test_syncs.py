@@ -106,6 +106,7 @@ def test_bytes_that_the_device_did_not_take_are_reported(
     with pytest.raises(OSError, match=rf"Errno {code}\b"):
         syncs.hand_over(7)
     (tmp_path / "x").write_bytes(b"1")
+    # words: a system error has no kind
     with pytest.raises(OSError, match=rf"Errno {code}\b") as caught:
         syncs.hand_over_together([str(tmp_path / "x")])
     assert caught.value.filename == str(tmp_path / "x")
