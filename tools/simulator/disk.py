@@ -37,6 +37,7 @@ from icechunk.runtime.clock import Sources
 from icechunk.session.core import Core
 from icechunk.storage.local import folders
 from icechunk.storage.local.storage import LocalStorage
+from icechunk.storage.local.syncs import Promises
 from tools.simulator import power_loss, sessions
 from tools.simulator.checker import MAIN, ROOT, Operation, View, check
 from tools.simulator.cluster import Report
@@ -51,6 +52,12 @@ _BEGAN_US: Final = 1_577_836_800_000_000
 """Virtual wall clock at the beginning, µs since the Unix epoch."""
 _RANDOM: Final = re.compile(r"[0-9A-Z]{20,}|[0-9a-f]+-[0-9a-f]{24}|[0-9]{10,}")
 """Parts of names that hold the time or the number of a process."""
+_KINDS: Final = (
+    Promises(),
+    Promises(names_follow_files=True, syncs_all=True, flushes_all=True),
+    Promises(orders=True, names_follow_files=True, syncs_all=True, flushes_all=True),
+)
+"""Promises of a file system: only those of POSIX, those of btrfs, and those of ext4 and XFS."""
 
 
 _OF_ANOTHER_LAYOUT: Final = (ConflictError, SessionStateError)
@@ -244,24 +251,21 @@ def simulate_power_loss(seed: int, layout: Layout) -> Report:
     """Run the schedule of a seed on a disk whose power fails; as `tools.simulator.simulation.simulate`."""
     rng = random.Random(f"disk {seed}")
     report = Report(seed=seed, profile=f"{layout.value}-disk")
-    follows = rng.random() < 0.5
+    promises = rng.choice(_KINDS)
     template = _template(layout)
     with (
-        # As on ext4, XFS and btrfs, or as POSIX promises.
-        mock.patch.object(folders, "syncs_names", return_value=follows),
+        mock.patch.object(folders, "promises_of", return_value=promises),
         # The system's clock decides otherwise whether the folder of a young file is synced once more; a seed must.
         mock.patch.object(folders, "_CLOCK_GRAIN_NS", 1 << 62),
         tempfile.TemporaryDirectory(prefix="icechunk-simulated-disk-", dir=_memory()) as folder,
     ):
         live, image = Path(folder, "live"), Path(folder, "image")
         shutil.copytree(template, live)
-        _run(report, rng, live, image, layout, names_follow_files=follows)
+        _run(report, rng, live, image, layout, promises)
     return report
 
 
-def _run(
-    report: Report, rng: random.Random, live: Path, image: Path, layout: Layout, *, names_follow_files: bool
-) -> None:
+def _run(report: Report, rng: random.Random, live: Path, image: Path, layout: Layout, promises: Promises) -> None:
     loop = _DiskLoop(rng)
     machine = _Machine(loop, rng, live, layout, report)
     recorder = Recorder(live)
@@ -284,7 +288,7 @@ def _run(
         what = event.path or (f"file {event.file}" if event.file else "")
         machine.note("disk", f"{number}: {event.verb} {_RANDOM.sub('…', what)}".rstrip())
     machine.note("disk", f"the power fails after event {end} of {len(recorder.events)}: {_FAULTS[loss].value}")
-    power_loss.Trace(recorder.events, names_follow_files=names_follow_files).image(end, image, loss, rng)
+    power_loss.Trace(recorder.events, promises).image(end, image, loss, rng)
     # What was not asked for before that moment never was; what was not answered is open.
     report.history[:] = [op for op in report.history if op.began < end]
     for op in report.history:
