@@ -289,7 +289,7 @@ def _run(report: Report, rng: random.Random, live: Path, image: Path, layout: La
         machine.note("disk", f"{number}: {event.verb} {_RANDOM.sub('…', what)}".rstrip())
     machine.note("disk", f"the power fails after event {end} of {len(recorder.events)}: {_FAULTS[loss].value}")
     power_loss.Trace(recorder.events, promises).image(end, image, loss, rng)
-    # What was not asked for before that moment never was; what was not answered is open.
+    # Calls from after that moment never were, and those without an answer by then are open.
     report.history[:] = [op for op in report.history if op.began < end]
     for op in report.history:
         if op.ended is None or op.ended > end:

@@ -55,7 +55,7 @@ class _Seen:
 
     info: RepoInfo
     version: Version
-    """Of ``repo``."""
+    """The version of ``repo``."""
     marker: Marker
     n: int
     """Last slot that is taken."""
@@ -109,7 +109,7 @@ def _older_entry(n: int, nonce: bytes, time_us: int, since_us: int | None, event
 async def older_writer(cluster: Cluster, rounds: int) -> None:
     """Commits, and writes checkpoints, beside clients of this version."""
     rng = cluster.rng
-    # What it read days ago may have been pruned since; it does not ask how old it is.
+    # It does not ask how old its knowledge is, and slots that it saw days ago may have been pruned since.
     faulty = Fault.PAUSED not in cluster.mix
     client = cluster.client("e", faulty=faulty)
     for _ in range(rounds):
