@@ -42,7 +42,7 @@ _FIRST_S: Final = 0.1
 """Pause before the poll that follows a new update; each poll without one doubles it."""
 _LOG_TOKEN: Final = "u1"
 _GAP_TOKEN: Final = "g1"
-"""Of a gap: names the update after it."""
+"""Version of the token of a gap, which names the update after it."""
 _REFS_TOKEN: Final = "r1"
 
 
