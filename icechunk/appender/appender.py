@@ -46,6 +46,7 @@ _TIP_STAYS_S: Final = 5.0
 _LONGEST_RUN_S: Final = 0.0005
 """Seconds for which puts that never wait run at most: then other tasks have a turn, the commit's among them."""
 _SETTLE_PAUSES_S: Final = (0.05, 0.2, 1.0, 5.0)
+_UNCHECKED_BELOW: Final = 2**62
 _FIRST_RETRY_S: Final = 0.1
 """Pause before a commit that failed is tried again by itself; each further failure doubles it."""
 _LAST_RETRY_S: Final = 10.0
@@ -270,8 +271,6 @@ class Appender:
         StorageError
             An earlier commit failed; the buffered rows are kept, and the next `flush` or `put` tries again.
         """
-        self._require_open()
-        self._raise_refused()
         async with self._putting:
             promise = await self._accepted(data, offset)
         if durable:
@@ -288,12 +287,15 @@ class Appender:
 
     async def _accepted(self, data: Any, offset: Any) -> Promise:
         """Check rows and buffer them; one call at a time, so that offsets and labels are checked in order."""
+        self._require_open()
+        if self._refused is not None:
+            self._raise_refused()
         if offset is not None:
-            offset = valid_offset(offset)
+            if type(offset) is not int or abs(offset) >= _UNCHECKED_BELOW:
+                offset = valid_offset(offset)
             if not self._is_new(offset):
                 return "skipped"
         while True:
-            self._require_open()
             schema, target = self._schema, self._require_target()
             batch = await target.checked(self._require_session(), data)
             batch.offset = offset
@@ -305,6 +307,7 @@ class Appender:
             batch = await self._by_labels(batch, target)
             if schema == self._schema:
                 break
+            self._require_open()
         if batch.rows:
             self._buffered.append(batch)
             self._rows += batch.rows
@@ -381,7 +384,8 @@ class Appender:
             raise SessionStateError(
                 "the appender's block has been left: rows that are put now would never be committed; open a new one"
             )
-        self._require_usable()
+        if self._timer is None or self._error is not None:
+            self._require_usable()
 
     def _raise_refused(self) -> None:
         """Tell of rows that were refused as they were committed, once."""

@@ -213,17 +213,17 @@ class Target:
         return None
 
     def require_labels(self, labels: Values) -> None:
-        """Refuse labels of the append dimension that do not grow, or are no values."""
+        """Refuse labels of the append dimension, at least one, that do not grow, or are missing."""
         if len(labels) > 1 and not np.all(labels[1:] > labels[:-1]):
             raise self._refused(f"labels of {self.dim!r} do not grow within the data: {labels[:5]!r}…")
         kind = labels.dtype.kind
-        if kind in "fcmM":
-            absent = bool(len(labels)) and labels[-1] != labels[-1]
-        else:
+        if kind == "i":
             # A time that is absent is kept as the lowest number.
-            is_time = kind == "i" and "units" in self.variables[self.dim].codings
-            absent = is_time and bool(len(labels)) and labels[0] == np.iinfo(labels.dtype).min
-        if absent:
+            codings = self.variables[self.dim].codings
+            is_absent = bool(codings) and "units" in codings and labels[0] == np.iinfo(labels.dtype).min
+        else:
+            is_absent = kind in "fcmM" and labels[-1] != labels[-1]
+        if is_absent:
             raise self._refused(f"a label of {self.dim!r} is missing (NaN or NaT)")
 
     async def checked_before_first(self, session: Session, data: Any) -> Batch:
@@ -250,7 +250,7 @@ class Target:
             Names, dimensions, dtypes, sizes or fixed coordinates do not fit; the message says which.
         """
         from_xarray = _is_dataset(data)
-        if not from_xarray and not isinstance(data, Mapping):
+        if not from_xarray and type(data) is not dict and not isinstance(data, Mapping):
             raise self._refused(f"expected an xarray.Dataset, or a mapping of names to arrays, not {type(data)}")
         if not self.variables or not self.growing:
             if not from_xarray:
