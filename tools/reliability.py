@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -146,8 +146,10 @@ MACHINES: Final = (
     ),
     Machine(
         name="power loss",
-        promises="What a commit on local disk acknowledged is there after a power failure at any point.",
-        how="Every enumerated point between two syncs of a commit, with unsynced writes dropped, torn and reordered.",
+        promises="What a commit on local disk acknowledged is there after a power failure at any point; a conversion or "
+        "an upgrade that one interrupts is finished, and a persisted session resumed.",
+        how="Every point between two calls of the system in commits, conversions, upgrades and persisted sessions, with "
+        "unsynced writes dropped, torn and reordered; clients that know nothing read the whole history, and go on.",
         short="-m pytest -q -p no:cacheprovider -m thorough tests/simulator/test_power_loss.py",
         long="-m pytest -q -p no:cacheprovider -m thorough tests/simulator/test_power_loss.py",
         figures=r"passed|failed",
@@ -267,6 +269,7 @@ def main() -> int:
     parser.add_argument("--long", action="store_true", help="as long as for a release")
     parser.add_argument("--record", nargs=2, metavar=("NAME", "FILE"), help="keep a long run by its output")
     parser.add_argument("--took", type=float, default=0.0, help="with --record: seconds")
+    parser.add_argument("--commit", help="with --record: the commit that was run, if it is not the one here")
     parser.add_argument("--code", type=int, default=0, help="with --record: exit code; 0: nothing was found")
     parser.add_argument("--command", help="with --record: what was run, if it was not the long command")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(PROJECT)}, and run nothing")
@@ -275,7 +278,8 @@ def main() -> int:
         machine = _BY_NAME[args.record[0]]
         words = args.command.split() if args.command else machine.words(long=True)
         said = Path(args.record[1]).read_text(encoding="utf-8")
-        keep(record(machine, words, said, long=True, seconds=args.took, code=args.code))
+        kept = record(machine, words, said, long=True, seconds=args.took, code=args.code)
+        keep(replace(kept, commit=args.commit or kept.commit))
         return 0
     if args.write:
         PAGE.write_text(page(read_runs()), encoding="utf-8")

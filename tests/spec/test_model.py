@@ -73,7 +73,7 @@ def test_the_model_finds_a_told_attempt_that_is_sent_again() -> None:
         (
             "told twice",
             "TIMED OUT, still travelling|DOUBLED|refused for certain|was refused: outcome unknown|cannot settle yet|"
-            "taken: folds it|has seen the slot taken|fills: void|ConflictError",
+            "taken: folds it|has seen the slot taken|fills: void|ConflictError|GETs the slot → NO ANSWER",
         ),
         (
             "settled elsewhere",
