@@ -146,10 +146,10 @@ MACHINES: Final = (
     ),
     Machine(
         name="power loss",
-        promises="What a commit on local disk acknowledged is there after a power failure at any point; a conversion or "
-        "an upgrade that one interrupts is finished, and a persisted session resumed.",
-        how="Every point between two calls of the system in commits, conversions, upgrades and persisted sessions, with "
-        "unsynced writes dropped, torn and reordered; clients that know nothing read the whole history, and go on.",
+        promises="What a commit on local disk acknowledged is there after a power failure at any point; a conversion "
+        "or an upgrade that one interrupts is finished, and a persisted session resumed.",
+        how="Every point between two calls of the system in commits, conversions, upgrades and persisted sessions, "
+        "with unsynced writes dropped, torn and reordered; fresh clients read the whole history, and go on.",
         short="-m pytest -q -p no:cacheprovider -m thorough tests/simulator/test_power_loss.py",
         long="-m pytest -q -p no:cacheprovider -m thorough tests/simulator/test_power_loss.py",
         figures=r"passed|failed",
