@@ -38,6 +38,24 @@ def test_importing_the_package_loads_neither_the_engine_nor_its_dependencies() -
     assert not loaded & {"numpy", "zarr", "icechunk.repository", "icechunk.storage"}
 
 
+def test_opening_a_repository_loads_only_what_that_needs(tmp_path: Path) -> None:
+    place = f"icechunk.local_filesystem_storage({str(tmp_path)!r})"
+    loaded_by(f"import icechunk; icechunk.Repository.create({place})")
+    loaded = loaded_by(f"import icechunk; icechunk.Repository.open({place}).readonly_session('main')")
+    assert not loaded & {
+        "anyio",
+        "msgpack",
+        "tempfile",
+        "urllib.request",
+        "yaml",
+        "zarr",
+        "icechunk.appender",
+        "icechunk.maintenance.reachability",
+        "icechunk.store",
+    }
+    assert "zarr" in loaded_by("import icechunk; icechunk.IcechunkStore")
+
+
 def test_the_public_names_load_nothing_heavy() -> None:
     loaded = loaded_by("from icechunk import *; Repository")
     assert "icechunk.repository" in loaded

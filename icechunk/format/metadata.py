@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-import msgpack
-
 from icechunk.errors import ErrorKind, FormatError, InvalidInputError
 from icechunk.format.flat import flexbuffers
 from icechunk.format.flat.flatbuffers import FlatTable, Table, required
@@ -76,6 +74,9 @@ _kept: dict[bytes, bytes] = {}
 
 
 def _pack(value: Json) -> bytes:
+    # Here and below: only format 1 needs it.
+    import msgpack
+
     try:
         packed: bytes = msgpack.packb(value, use_bin_type=True)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -88,6 +89,8 @@ def _no_extension(code: int, data: bytes) -> None:
 
 
 def _unpack(data: bytes) -> Json:
+    import msgpack
+
     try:
         return msgpack.unpackb(data, raw=False, strict_map_key=True, ext_hook=_no_extension)
     except (ValueError, TypeError, OverflowError, RecursionError, MemoryError, msgpack.UnpackException) as error:

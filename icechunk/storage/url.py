@@ -30,7 +30,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn, TypeAlias
 from urllib.parse import parse_qsl, unquote, urlsplit
-from urllib.request import url2pathname
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.ids import object_id_from_text
@@ -221,6 +220,9 @@ def storage_at(url: RepositoryUrl, storage_options: Mapping[str, Any] | None = N
         case "file":
             if parts.netloc not in ("", "localhost"):
                 _refuse(place, f"its host {parts.netloc!r} is another machine: file:///folder has three slashes")
+            # Here, because it brings a client of HTTP and a parser of mail with it.
+            from urllib.request import url2pathname
+
             _require(place, prefix, "folder")
             return _made(place, local_filesystem_storage, {}, options, path=url2pathname(parts.path))
         case "local":
