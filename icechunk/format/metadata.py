@@ -50,6 +50,9 @@ def metadata_from_tables(tables: Iterable[Table], spec_version: int) -> dict[str
 
 def flexible(value: Json) -> bytes:
     """A value as a FlexBuffer. Raises `InvalidInputError` if it is not JSON-like."""
+    # Imported where it is used: opening a repository of format 2 does not need it.
+    import msgpack
+
     # A commit's metadata are written into its snapshot and into each checkpoint. MessagePack, which takes a hundredth
     # of the time, has other bytes for values that FlexBuffers write differently.
     try:
@@ -74,7 +77,6 @@ _kept: dict[bytes, bytes] = {}
 
 
 def _pack(value: Json) -> bytes:
-    # Here and below: only format 1 needs it.
     import msgpack
 
     try:
