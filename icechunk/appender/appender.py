@@ -24,7 +24,7 @@ import numpy as np
 
 from icechunk.appender.position import KEY, Sources, newest_sources, recorded, valid_offset
 from icechunk.appender.target import Batch, Target
-from icechunk.conflicts import ConflictDetector, RebaseFailedError
+from icechunk.conflicts import ConflictDetector
 from icechunk.errors import (
     CommitOutcomeUnknown,
     ConflictError,
@@ -176,7 +176,8 @@ class Appender:
         self._oldest_s: float | None = None
         self._position: Any = None
         self._last_offset: Any = None
-        self._seen_owner: str | None = None
+        self._seen: tuple[Any, ...] | None = None
+        """The newest record of the source that is known: owner, offset and rows."""
         self._labels: _Labels | None = None
         """Labels: with a key all stored and buffered ones, without it the last one alone."""
         self._target: Target | None = None
@@ -221,7 +222,7 @@ class Appender:
         await self._begin()
         record = self._sources.get(self._source)
         self._position = self._last_offset = self._begin_at if record is None else record["offset"]
-        self._seen_owner = None if record is None else str(record["owner"])
+        self._seen = _facts(record)
         self._has_left = False
         self._timer = asyncio.create_task(self._tick())
         return self
@@ -642,7 +643,8 @@ class Appender:
                 pass
             try:
                 await session.rebase_async(ConflictDetector())
-            except RebaseFailedError:
+            except ConflictError:
+                # Others changed the same arrays, or the branch was reset.
                 session.discard_changes()
                 return None
             self._counts.rebased += 1
@@ -734,11 +736,9 @@ class Appender:
 
     def _require_owner(self) -> None:
         record = self._sources.get(self._source)
-        expected = self._seen_owner
-        owner = None if record is None else str(record["owner"])
-        if owner == expected:
+        if _facts(record) == self._seen:
             return
-        if record is None:
+        if record is None or (self._seen is not None and record["owner"] == self._seen[0]):
             reason = f"branch {self._branch!r} no longer has the commits of this appender: it was reset"
         else:
             reason = f"another consumer committed up to offset {record['offset']!r}"
@@ -765,6 +765,11 @@ class Appender:
         if rows is not None:
             # From the sources as they are now: a rebase has read others' newer records.
             self._sources = self._record(offset, rows)[KEY]["sources"]
-            self._seen_owner = self._owner
+            self._seen = _facts(self._sources[self._source])
             if offset is not None:
                 self._position = offset
+
+
+def _facts(record: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
+    """The parts of a source's record in which it differs from an older one, and from that of another consumer."""
+    return None if record is None else (str(record["owner"]), record["offset"], int(record.get("rows") or 0))

@@ -86,6 +86,23 @@ async def test_arrays_that_another_writer_changed_end_the_appender(change: str) 
     assert (await azarr.open_array(store=after.store, path="time")).shape == (3,)
 
 
+@pytest.mark.parametrize("offsets", [[0, 1, 2], [None] * 3])
+async def test_a_branch_that_is_reset_to_an_own_older_commit_ends_the_appender(offsets: list[int | None]) -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    other = await icechunk.Repository.open_async(repo.storage)
+    async with repo.appender("main", dim="time", source="s") as appender:
+        await appender.put(plain(0, 1), offset=offsets[0], durable=True)
+        early = await other.lookup_branch_async("main")
+        await appender.put(plain(1, 1), offset=offsets[1], durable=True)
+        await other.reset_branch_async("main", early)
+        await appender.put(plain(2, 1), offset=offsets[2])
+        with pytest.raises(SessionStateError):
+            await appender.flush()
+    # Otherwise row 1 were missing, and the consumer would not know.
+    assert await values(repo) == [0]
+
+
 @pytest.mark.parametrize("difference", [None, "dtype", "units"])
 async def test_of_two_first_datasets_the_second_must_fit_the_arrays_that_the_first_made(difference: str | None) -> None:
     repo = await new_repo()
