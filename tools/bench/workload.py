@@ -380,7 +380,8 @@ async def local_commits(_: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of a thousand sessions on local disk that change one attribute each and commit, one after the other.
 
     Official waits for no disk: what it has committed may be gone after a power failure. So the limit is measured too:
-    seconds of a thousand files that are synced and named, and whose folder is synced, without any library.
+    seconds of a thousand files that are synced and named, and whose folder is synced, without any library. (Where a
+    journal keeps the order, ours waits once a commit, not twice: docs/storages.md.)
     """
     with tempfile.TemporaryDirectory() as folder:
         repo = await icechunk.Repository.create_async(icechunk.local_filesystem_storage(f"{folder}/r"))
