@@ -13,7 +13,8 @@ machine did besides is the same for both. With ``--check`` the exit code is 1 wh
 long history beside ours at its end, as `tools.bench.growth` tells, and the memory of a commit of very many references,
 as `tools.bench.huge` tells. ``large`` runs on request too: large chunks, as `tools.bench.large` tells; ``feed``:
 questions about changes, writers and coverage, as `tools.bench.feed` tells; and so do ``wide``, ``history`` and
-``contend-processes``, which compare with the official library: many arrays, many commits, many processes on one branch.
+``contend-processes``, which compare with the official library: many arrays, many commits, many processes on one branch;
+and ``sync``, which compares with zarr's own stores, as `tools.bench.sync_path` tells.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import oracle
-from tools.bench import feed, growth, history, huge, large, page, wire
+from tools.bench import feed, growth, history, huge, large, page, sync_path, wire
 from tools.bench.history import LENGTHS
 from tools.bench.processes import COUNTS
 from tools.bench.wide import WIDTHS
@@ -65,6 +66,8 @@ FLOORS = {
     ("append-wire", "a step a commit"): 10.0,
     ("append-wire", "1 000 steps a commit"): 50.0,
     ("append-wire", "1 000 small steps"): 50.0,
+    ("merge", "merge and commit"): 1.0,
+    ("shards", "one at a time"): 2.0,
     ("wire", "write and commit"): 8.0,
     ("wire", "read"): 8.0,
     ("wire", "open to first chunk"): 1.5,
@@ -85,7 +88,7 @@ TIMEOUT_S = 300.0
 def main() -> int:
     """Run the benchmarks that the command line asks for and print a table."""
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.split("\n\n")[0])
-    known = [*CASES, growth.CASE, huge.CASE, large.CASE, feed.CASE]
+    known = [*CASES, growth.CASE, huge.CASE, large.CASE, feed.CASE, sync_path.CASE]
     parser.add_argument(
         "--only",
         default=",".join(case for case in CASES if case not in ON_REQUEST),
@@ -103,6 +106,8 @@ def main() -> int:
     if unknown:
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
     rows = [row for case in cases if case in CASES for row in _measure(case, args.repeat)]
+    if sync_path.CASE in cases:
+        rows += sync_path.rows(args.repeat)
     if rows:
         print(_table(rows))
     if growth.CASE in cases:

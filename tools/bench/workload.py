@@ -24,8 +24,10 @@ import zarr
 from zarr.core.buffer import default_buffer_prototype
 
 import icechunk
+from tools.bench.forks import merge
 from tools.bench.history import history
 from tools.bench.processes import contend_processes
+from tools.bench.shards import shards
 from tools.bench.wide import wide
 from tools.bench.wire import storage_at
 
@@ -457,6 +459,8 @@ CASES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "append-wire": append,
     "local-commits": local_commits,
     "wire": wire,
+    "merge": merge,
+    "shards": shards,
     "import": importing,
     "wide": wide,
     "history": history,
