@@ -70,6 +70,11 @@ class _Attempt:
         return not self.callers and [event["kind"] for event in (self.entry or {}).get("events", ())] == ["void"]
 
     @property
+    def is_seal(self) -> bool:
+        """Whether it has no caller, and seals a log that was taken over: it ends with an error where none is certain."""
+        return not self.callers and [event["kind"] for event in (self.entry or {}).get("events", ())] == ["seal"]
+
+    @property
     def adds_snapshots(self) -> bool:
         return any(event["kind"] in ("commit", "amend", "detached") for event in (self.entry or {}).get("events", ()))
 
@@ -238,6 +243,9 @@ class _Replay:
                     continue
                 if self._is_refused(other):
                     continue
+                if other.is_seal and other.state is _State.IN_FLIGHT and other.slot == slot:
+                    # Its write has ended with an error, and is made anew.
+                    other.state = _State.TOLD
                 if self._state(other) is _State.IN_FLIGHT:
                     yield 2, f"attempt {nonce} is sent while {other.nonce} is in flight"
                 elif self._state(other) is _State.TOLD and other.slot != slot:
@@ -488,7 +496,8 @@ class _Replay:
         while log.known + 1 in log.seen:
             log.known += 1
         log.sealed = seal is not None and log.known >= seal
-        date_us, line = log.absent.get(log.known + 1, (0, 0))
+        # An empty slot that has been taken since shows, too, that none after it was taken then.
+        date_us, line = max((seen for n, seen in log.absent.items() if n <= log.known + 1), default=(0, 0))
         if line and log.fresh(date_us):
             log.proof_us, client.looked = max(log.proof_us or 0, date_us), max(client.looked, line)
 

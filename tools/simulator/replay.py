@@ -29,11 +29,12 @@ import orjson
 from icechunk.errors import CommitOutcomeUnknown, ConflictError, FormatError, SessionStateError, StorageError
 from icechunk.format.keys import REPO_KEY
 from icechunk.format.repo.codec import decode_repo
+from icechunk.log.repository import queue
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.events import Event
 from icechunk.log.repository.marker import decode_marker
 from icechunk.log.repository.port import Layout, Proposal, Propose, SwapToken
-from icechunk.log.repository.queue import proposal_of
+from icechunk.log.repository.queue import Waiting, proposal_of
 from icechunk.log.repository.state import RepoState
 from icechunk.storage.port import DeleteResult, ObjectInfo
 from spec.model.replay import Problem, Record, replay
@@ -166,6 +167,14 @@ class _Noted(Proposal):
         self._client = client
         self._name = name
         self._proposal = proposal
+        self.is_told = False
+        """Whether it is noted what the caller was told."""
+
+    def unknown(self) -> None:
+        """The caller is told that the outcome is unknown; the task of the log may go on before the caller does."""
+        if not self.is_told:
+            self.is_told = True
+            self._recorder.note("tell", client=self._client, caller=self._name, outcome="unknown")
 
     def events(self, state: RepoState) -> Sequence[Event]:
         return self._proposal.events(state)
@@ -190,7 +199,7 @@ class _Noted(Proposal):
 @contextmanager
 def _noting(recorders: list[Recorder]) -> Iterator[None]:
     """Calls of the log layout are written down by the newest recorder."""
-    append, settle = LogLayout.append, LogLayout.settle
+    append, settle, resolve = LogLayout.append, LogLayout.settle, queue.resolve
 
     async def noted_append(self: LogLayout, proposal: Proposal | Propose, **options: Any) -> RepoState:
         if not recorders:
@@ -198,9 +207,9 @@ def _noting(recorders: list[Recorder]) -> Iterator[None]:
         recorder, client = recorders[-1], _client_of(self)
         name = recorder.caller()
         recorder.note("ask", client=client, caller=name)
-        outcome = "conflict"
+        outcome, noted = "conflict", _Noted(recorder, client, name, proposal_of(proposal))
         try:
-            state = await append(self, _Noted(recorder, client, name, proposal_of(proposal)), **options)
+            state = await append(self, noted, **options)
             outcome = "committed"
             return state
         except CommitOutcomeUnknown:
@@ -216,7 +225,14 @@ def _noting(recorders: list[Recorder]) -> Iterator[None]:
             outcome = "cancelled"
             raise
         finally:
-            recorder.note("tell", client=client, caller=name, outcome=outcome)
+            if not noted.is_told:
+                recorder.note("tell", client=client, caller=name, outcome=outcome)
+
+    def noted_resolve(one: Waiting, outcome: RepoState | Exception) -> None:
+        waits = not one.abandoned and not one.outcome.done()
+        resolve(one, outcome)
+        if waits and isinstance(outcome, CommitOutcomeUnknown) and isinstance(one.proposal, _Noted):
+            one.proposal.unknown()
 
     async def noted_settle(self: LogLayout, token: SwapToken) -> bool:
         landed: bool | None = None
@@ -231,6 +247,7 @@ def _noting(recorders: list[Recorder]) -> Iterator[None]:
     with (
         mock.patch.object(LogLayout, "append", noted_append),
         mock.patch.object(LogLayout, "settle", noted_settle),
+        mock.patch("icechunk.log.repository.settle.resolve", noted_resolve),
     ):
         yield
 
