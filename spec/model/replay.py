@@ -71,7 +71,7 @@ class _Attempt:
 
     @property
     def is_seal(self) -> bool:
-        """Whether it has no caller, and seals a log that was taken over: it ends with an error where none is certain."""
+        """Whether it has no caller, and seals a log that was taken over; its write may end with an error."""
         return not self.callers and [event["kind"] for event in (self.entry or {}).get("events", ())] == ["seal"]
 
     @property

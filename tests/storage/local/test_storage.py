@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -267,6 +269,26 @@ def test_of_eight_processes_that_create_one_slot_exactly_one_wins(tmp_path: Path
         worker.join()
     storage = LocalStorage(tmp_path)
     assert {n: int(asyncio.run(storage.get(f"slot/{n}")).data) for n in range(20)} == winners
+
+
+async def test_a_version_is_compared_again_once_the_lock_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = LocalStorage(tmp_path)
+    first = await storage.put("x", b"1")
+    locked = LocalStorage._locked  # private: the moment at which the lock is held
+
+    @contextlib.contextmanager
+    def after_another(self: LocalStorage) -> Iterator[None]:
+        with locked(self):
+            (tmp_path / "other").write_bytes(b"another")
+            (tmp_path / "other").replace(tmp_path / "x")
+            yield
+
+    monkeypatch.setattr(LocalStorage, "_locked", after_another)
+    with pytest.raises(PreconditionFailedError):
+        await storage.put("x", b"2", Matches(first.version))
+    assert (tmp_path / "x").read_bytes() == b"another"
 
 
 @pytest.mark.thorough
