@@ -17,11 +17,12 @@ from typing import Any, Final
 import numpy as np
 
 from icechunk.errors import ErrorKind, InvalidInputError, SessionStateError
+from icechunk.session.commit import APPENDED
 from icechunk.snapshots import SnapshotInfo
 
 __all__ = ["KEY", "Sources", "newest_sources", "recorded", "valid_offset"]
 
-KEY: Final = "aioicechunk_append"
+KEY: Final = APPENDED
 """Reserved in the metadata of snapshots."""
 
 Sources = dict[str, dict[str, Any]]

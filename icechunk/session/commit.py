@@ -44,7 +44,7 @@ from icechunk.session.rebase import Rebase, advance
 from icechunk.session.session_checkpoint import landed_error, note_attempt, note_committed, require_not_landed
 from icechunk.transfer.assets import off_loop
 
-__all__ = ["Commit", "CommitFiles", "File", "How", "write_snapshot", "write_unlisted"]
+__all__ = ["APPENDED", "Commit", "CommitFiles", "File", "How", "write_snapshot", "write_unlisted"]
 
 _LOG: Final = logging.getLogger(__name__)
 _BYTES_PER_REF: Final = 64
@@ -55,6 +55,9 @@ _BYTES_PER_NODE: Final = 256
 """Bytes of a node of the snapshot, about."""
 _REBASED: Final = "__icechunk"
 """Key, the official library's own, under which a commit's metadata say how often it was rebased."""
+
+APPENDED: Final = "aioicechunk_append"
+"""Key under which a commit's metadata have the positions of appenders' sources. An amendment keeps them."""
 
 
 class How(Enum):
@@ -279,6 +282,8 @@ async def _commit_once(content: SessionContent, log: SessionLog, commit: Commit,
             )
         parent, pruned = before.parent, before.pruned_ancestor_tx_logs
         amended = await core.assets.transaction_log(base.id)
+        if APPENDED in before.metadata:
+            commit = replace(commit, metadata={APPENDED: before.metadata[APPENDED], **commit.metadata})
     files = CommitFiles(
         core=core,
         commit=commit,

@@ -103,6 +103,21 @@ async def test_a_branch_that_is_reset_to_an_own_older_commit_ends_the_appender(o
     assert await values(repo) == [0]
 
 
+async def test_an_amended_commit_of_an_appender_keeps_its_position() -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    async with repo.appender("main", dim="time", source="s") as appender:
+        await appender.put(plain(0, 1), offset=0, durable=True)
+        await appender.put(plain(1, 1), offset=1)
+    session = await repo.writable_session_async("main")
+    await azarr.create_group(store=session.store, path="g")
+    await session.amend_async("amended", metadata={"reviewed": True})
+    newest = await anext(repo.async_ancestry(branch="main"))
+    assert newest.metadata["reviewed"]
+    async with repo.appender("main", dim="time", source="s") as appender:
+        assert appender.position == 1
+
+
 @pytest.mark.parametrize("difference", [None, "dtype", "units"])
 async def test_of_two_first_datasets_the_second_must_fit_the_arrays_that_the_first_made(difference: str | None) -> None:
     repo = await new_repo()
