@@ -422,7 +422,8 @@ async def _array(store: Any, path: str, n_chunks: int, chunk_bytes: int) -> None
 
 
 def importing(_: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of a fresh process that imports the package, and of one that opens a local repository of format 2 too."""
+    """Seconds of a fresh process that imports the package, of one that opens a local repository of format 2 too, and of
+    one that makes the store of a session besides."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | {
             "PYTHONPATH": str(Path(icechunk.__file__).parents[1]),
@@ -431,9 +432,11 @@ def importing(_: Mapping[str, Any]) -> dict[str, float]:
         }
         place = f"icechunk.local_filesystem_storage({folder + '/repository'!r})"
         icechunk.Repository.create(icechunk.local_filesystem_storage(f"{folder}/repository"), spec_version=2)
+        opened = f"import icechunk; icechunk.Repository.open({place}).readonly_session('main')"
         scripts = {
             "import": "import icechunk",
-            "import and open": f"import icechunk; icechunk.Repository.open({place}).readonly_session('main')",
+            "import and open": opened,
+            "import, open and store": f"{opened}.store",
         }
         seconds = {}
         for what, script in scripts.items():
