@@ -24,13 +24,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="CMD",
         help="run a shell command for each event, with the JSON on its standard input; a failing one ends the watch",
     )
+    parser.add_argument(
+        "--changes", action="store_true", help="with --json or --exec: the boxes of chunks that changed"
+    )
     parser.add_argument("--idle", metavar="S", type=float, default=5.0, help="longest pause between looks (default: 5)")
     parser.add_argument("--stop-at-end", action="store_true", help="end once all events until now are printed")
 
 
 def watch(repo: Any, args: argparse.Namespace) -> int:
     """Print events until interrupted, or as far as the arguments say."""
-    events = repo.watch_sync(args.branch, since=args.since, idle_s=args.idle, stop_at_end=args.stop_at_end)
+    events = repo.watch_sync(
+        args.branch, since=args.since, idle_s=args.idle, stop_at_end=args.stop_at_end, with_changes=args.changes
+    )
     for event in events:
         line = orjson.dumps(as_json(event)).decode()
         if args.exec:
@@ -51,6 +56,19 @@ def as_json(event: RepositoryEvent) -> dict[str, Any]:
     found |= {name: value for name in names if (value := getattr(event, name)) is not None}
     if event.snapshot is not None:
         found |= {"message": event.snapshot.message, "metadata": event.snapshot.metadata}
+    if event.changes is not None:
+        found["changes"] = {
+            "arrays": {
+                change.path: {
+                    "is_new": change.is_new,
+                    "metadata_changed": change.metadata_changed,
+                    "boxes": [[[side.start, side.stop] for side in box] for box in change.boxes],
+                }
+                for change in event.changes
+            },
+            "deleted": event.changes.deleted,
+            "moved": event.changes.moved,
+        }
     return found
 
 

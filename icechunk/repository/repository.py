@@ -15,7 +15,6 @@ from icechunk.log.repository.port import Layout
 from icechunk.ops import SpecVersion
 from icechunk.repository.appending import Appending
 from icechunk.repository.branches_and_tags import BranchesAndTags
-from icechunk.repository.changes import Changes
 from icechunk.repository.configuration import Configuration
 from icechunk.repository.history import History
 from icechunk.repository.inspection import Inspection
@@ -70,7 +69,7 @@ def _warn_of_missing_credentials(access: Mapping[str, AnyCredential | None] | No
             )
 
 
-class Repository(Maintenance, BranchesAndTags, History, Inspection, Changes, Watching, Appending, Configuration):
+class Repository(Maintenance, BranchesAndTags, History, Inspection, Watching, Appending, Configuration):
     """A transactional Zarr hierarchy with its history.
 
     Made by `create`, `open` or `open_or_create`. Methods that end in ``_async`` are the engine; their synchronous

@@ -29,7 +29,7 @@ from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id, object_id_f
 from icechunk.format.repo import repo_info as stored
 from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.log.repository.state import RepoState
-from icechunk.repository.base import RepositoryBase
+from icechunk.repository.changes import ChangedRegions, Changes
 from icechunk.repository.views import snapshot_info, update
 from icechunk.runtime.clock import moment
 from icechunk.runtime.representation import Described
@@ -93,11 +93,14 @@ class RepositoryEvent(Described):
     """The snapshot that the branch or tag pointed to before, if known."""
     snapshot: SnapshotInfo | None = None
     """Message, metadata, time and parent of ``snapshot_id``; None where it has expired since."""
+    changes: ChangedRegions | None = None
+    """The arrays and chunks that a commit changed, or an amendment together with what it replaced; None unless
+    ``with_changes`` asks for it, and where a snapshot or transaction log in between no longer exists."""
     detail: Any = None
     """The line of the ops log (`icechunk.Update`); None in format 1 and for a gap."""
 
 
-class Watching(RepositoryBase):
+class Watching(Changes):
     """The methods that watch for changes."""
 
     async def watch(
@@ -107,6 +110,7 @@ class Watching(RepositoryBase):
         since: str | None = None,
         idle_s: float = 5.0,
         stop_at_end: bool = False,
+        with_changes: bool = False,
     ) -> AsyncIterator[RepositoryEvent]:
         """Everything that happens to the repository, in order, each event once; ends only when the caller stops.
 
@@ -121,6 +125,9 @@ class Watching(RepositoryBase):
             Longest pause between two looks where nothing happens, in seconds, more than 0.
         stop_at_end
             End once all events from before the call have been yielded.
+        with_changes
+            Find out what each commit and amendment changed, as `changes` does: reads its transaction log and
+            snapshots, which this process often has.
 
         Yields
         ------
@@ -145,7 +152,7 @@ class Watching(RepositoryBase):
             async for event in follower.new_events():
                 found = True
                 if branch is None or event.branch == branch or (event.kind is EventKind.GAP and event.branch is None):
-                    yield event
+                    yield await self._with_changes(event) if with_changes else event
             if stop_at_end:
                 return
             pause_s = _FIRST_S if found else min(idle_s, pause_s * 2)
@@ -158,9 +165,29 @@ class Watching(RepositoryBase):
         since: str | None = None,
         idle_s: float = 5.0,
         stop_at_end: bool = False,
+        with_changes: bool = False,
     ) -> Iterator[RepositoryEvent]:
         """Synchronous twin of `watch`."""
-        return iterate_sync(self.watch(branch, since=since, idle_s=idle_s, stop_at_end=stop_at_end))
+        return iterate_sync(
+            self.watch(branch, since=since, idle_s=idle_s, stop_at_end=stop_at_end, with_changes=with_changes)
+        )
+
+    async def _with_changes(self, event: RepositoryEvent) -> RepositoryEvent:
+        before = event.previous_snapshot_id
+        if event.kind is EventKind.AMEND:
+            before = None if event.snapshot is None else event.snapshot.parent_id
+        elif event.kind is not EventKind.COMMIT:
+            return event
+        if before is None or event.snapshot_id is None:
+            return event
+        try:
+            return replace(event, changes=await self.changes_async(before, event.snapshot_id))
+        except (ObjectNotFoundError, SnapshotNotFoundError):
+            return event
+        except InvalidInputError as error:
+            if error.kind != ErrorKind.BAD_SNAPSHOT_CHAIN_FOR_DIFF:
+                raise
+            return event
 
 
 class _OpsFollower:

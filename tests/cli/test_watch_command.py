@@ -30,9 +30,25 @@ def test_events_are_printed_as_json_lines_and_go_on_behind_a_token(
     commits = [event for event in events if event["kind"] == "commit"]
     assert [event["message"] for event in commits] == ["one", "two"]
     assert commits[0]["metadata"] == {"n": "one"}
+    assert "changes" not in commits[0]
     assert main(["watch", place, "--since", commits[0]["token"], "--branch", "main", "--stop-at-end"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert "two" in line
+
+
+def test_the_boxes_that_a_commit_changed_are_printed_where_that_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repo = Repository.create(local_filesystem_storage(str(tmp_path / "repo")))
+    with repo.transaction("main", message="array") as store:
+        zarr.create_array(store, name="a", shape=(6, 4), chunks=(2, 2), dtype="i4")[2:6, :2] = 1
+    place = str(tmp_path / "repo")
+    assert main(["watch", place, "--json", "--changes", "--since", "", "--branch", "main", "--stop-at-end"]) == 0
+    (found,) = [
+        event for line in capsys.readouterr().out.splitlines() if (event := json.loads(line))["kind"] == "commit"
+    ]
+    array = {"is_new": True, "metadata_changed": False, "boxes": [[[1, 3], [0, 1]]]}
+    assert found["changes"] == {"arrays": {"/a": array}, "deleted": [], "moved": []}
 
 
 def test_a_command_gets_each_event_and_a_failing_one_ends_the_watch(

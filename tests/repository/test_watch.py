@@ -63,6 +63,54 @@ async def test_commits_branches_and_tags_are_events_in_order(layout: str) -> Non
 
 
 @LAYOUTS
+async def test_a_commit_tells_what_it_changed_where_that_is_asked(layout: str) -> None:
+    repo = await asyncio.to_thread(create, layout)
+    start = (await events_of(repo, since=""))[-1].token
+
+    def change() -> None:
+        with repo.transaction("main", message="new") as store:
+            zarr.create_array(store, name="a", shape=(6,), chunks=(2,), dtype="i4")
+        with repo.transaction("main", message="written") as store:
+            zarr.open_array(store, path="a", mode="r+")[2:6] = 1
+        session = repo.writable_session("main")
+        zarr.open_array(session.store, path="a", mode="r+")[0] = 1
+        if layout == "refs":  # format 1 has no amendments
+            session.commit("more")
+        else:
+            session.amend("written in full")
+
+    await asyncio.to_thread(change)
+    events = await events_of(repo, branch="main", since=start, with_changes=True)
+    found = [
+        (e.snapshot.message, [(c.path, c.is_new, c.chunks.ravel().tolist()) for c in e.changes])
+        for e in events
+        if e.changes and e.snapshot
+    ]
+    assert found[0] == ("new", [("/a", True, [])])
+    more = ("more", [("/a", False, [0])]) if layout == "refs" else ("written in full", [("/a", False, [0, 1, 2])])
+    assert found[1:] == [("written", [("/a", False, [1, 2])]), more]
+    assert all(event.changes is None for event in await events_of(repo, branch="main", since=start))
+
+
+@pytest.mark.parametrize("layout", ["log", "repo"])
+async def test_a_commit_with_an_expired_snapshot_does_not_tell_what_it_changed(layout: str) -> None:
+    repo = await asyncio.to_thread(create, layout)
+    start = (await events_of(repo, since=""))[-1].token
+
+    def change() -> list[str]:
+        made = [commit(repo, name) for name in "abc"]
+        repo.expire_snapshots(datetime.now(UTC) + timedelta(days=1))
+        repo.garbage_collect(datetime.now(UTC) + timedelta(days=1))
+        return made
+
+    made = await asyncio.to_thread(change)
+    events = await events_of(repo, since=start, with_changes=True)
+    commits = [e for e in events if e.kind is EventKind.COMMIT]
+    assert [e.snapshot_id for e in commits] == made
+    assert [e.snapshot_id for e in commits if e.changes is None] == made[:2]
+
+
+@LAYOUTS
 async def test_any_token_goes_on_behind_its_event_after_a_restart(layout: str) -> None:
     repo = await asyncio.to_thread(create, layout)
     await asyncio.to_thread(lambda: [commit(repo, name) for name in "abc"])
