@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -11,10 +13,13 @@ from pathlib import Path
 import pytest
 
 from icechunk.log.repository.port import Layout
+from icechunk.storage.port import ANY
 from tools import simulate as command
 from tools.simulator.faults import CALM, ON_DISK, Fault, Mix
+from tools.simulator.loop import VirtualLoop
 from tools.simulator.power_loss import Recorder
 from tools.simulator.simulation import Plan, plan_of, simulate
+from tools.simulator.storage import SimulatedStore
 
 pytestmark = pytest.mark.thorough
 
@@ -167,9 +172,18 @@ def test_without_faults_everything_is_certain(layout: Layout) -> None:
         assert report.outcomes["ok"]
 
 
-def test_a_mix_has_some_kinds_only_and_draws_those_that_fit_the_request() -> None:
-    import random
+def test_a_stale_listing_shows_an_object_that_was_replaced_since() -> None:
+    loop = VirtualLoop()
+    store = SimulatedStore(loop, CALM, random.Random(0))
+    store.write("refs/branch.main/ref.json", b"1", ANY)
+    loop.run_until_complete(asyncio.sleep(1))
+    store.write("refs/branch.main/ref.json", b"2", ANY)
+    store.write("refs/branch.b/ref.json", b"1", ANY)
+    assert [one.key for one in store.listed("refs/", "", 0.5)] == ["refs/branch.main/ref.json"]
+    loop.close()
 
+
+def test_a_mix_has_some_kinds_only_and_draws_those_that_fit_the_request() -> None:
     rng = random.Random(1)
     mixes = [Mix.drawn(rng) for _ in range(200)]
     assert {fault for mix in mixes for fault in mix.kinds} == set(Fault) - ON_DISK

@@ -47,6 +47,8 @@ class Stored:
     """One object."""
 
     __slots__ = ("created_s", "data", "info")
+    created_s: float
+    """Since when there is an object of this key, by the loop's time."""
 
     def __init__(self, key: str, data: bytes, now_us: int, now_s: float) -> None:
         self.data = data
@@ -110,6 +112,9 @@ class SimulatedStore:
             raise PreconditionFailedError(f"{key!r} has changed")
         now_us = self.loop.now_us()
         stored = self.objects[key] = Stored(key, data, now_us, self.loop.time())
+        if found is not None:
+            # No listing, however old, misses a key because its object was replaced.
+            stored.created_s = found.created_s
         if self.on_write is not None:
             self.on_write(key, data)
         return PutResult(version=stored.info.version, date_us=now_us // 1_000_000 * 1_000_000)
