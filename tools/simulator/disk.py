@@ -10,10 +10,8 @@ the same checker as that of any other schedule.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import random
 import re
-import shutil
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -223,12 +221,17 @@ async def _message(repository: Repository, snapshot_id: str) -> str:
 
 
 @cache
-def _template(layout: Layout) -> Path:
-    """The folder of a repository with one array."""
-    root = Path(tempfile.mkdtemp(prefix="icechunk-simulated-disk-", dir=_memory()))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
+def _template(layout: Layout) -> dict[str, bytes]:
+    """The files of a repository with one array, by path."""
+    with tempfile.TemporaryDirectory(prefix="icechunk-simulated-disk-", dir=_memory()) as folder:
+        root = Path(folder, "repository")
+        _make_repository(root, layout)
+        return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def _make_repository(root: Path, layout: Layout) -> None:
     loop = VirtualLoop()
-    machine = _Machine(loop, random.Random(0), root / "repository", layout, Report(seed=0))
+    machine = _Machine(loop, random.Random(0), root, layout, Report(seed=0))
 
     async def create() -> None:
         log = await create_repository(LocalStorage(str(machine.root), machine.sources), layout, machine.sources)
@@ -239,7 +242,6 @@ def _template(layout: Layout) -> Path:
 
     loop.run_until_complete(create())
     loop.close()
-    return machine.root
 
 
 def _memory() -> str | None:
@@ -260,7 +262,10 @@ def simulate_power_loss(seed: int, layout: Layout) -> Report:
         tempfile.TemporaryDirectory(prefix="icechunk-simulated-disk-", dir=_memory()) as folder,
     ):
         live, image = Path(folder, "live"), Path(folder, "image")
-        shutil.copytree(template, live)
+        for name, data in template.items():
+            path = live / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
         _run(report, rng, live, image, layout, promises)
     return report
 
