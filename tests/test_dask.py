@@ -80,6 +80,7 @@ def test_threads_store_dask_arrays_through_one_fork(repo: Repository, split_ever
         check_stored(repo, split_every)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("split_every", [None, 2, 100])
 def test_processes_of_a_cluster_store_dask_arrays_and_every_chunk_arrives(
     repo: Repository, cluster: Any, split_every: int | None

@@ -44,6 +44,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.thorough
 def test_notebook_shows_three_versions() -> None:
     pytest.importorskip("xarray")
     lines = run("notebook.py").splitlines()

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HEAVY = {
     "aiobotocore",
     "aiohttp",
@@ -38,6 +40,7 @@ def test_importing_the_package_loads_neither_the_engine_nor_its_dependencies() -
     assert not loaded & {"numpy", "zarr", "icechunk.repository", "icechunk.storage"}
 
 
+@pytest.mark.thorough
 def test_opening_a_repository_loads_only_what_that_needs(tmp_path: Path) -> None:
     place = f"icechunk.local_filesystem_storage({str(tmp_path)!r})"
     loaded_by(f"import icechunk; icechunk.Repository.create({place})")
@@ -56,6 +59,7 @@ def test_opening_a_repository_loads_only_what_that_needs(tmp_path: Path) -> None
     assert "zarr" in loaded_by("import icechunk; icechunk.IcechunkStore")
 
 
+@pytest.mark.thorough
 def test_the_public_names_load_nothing_heavy() -> None:
     loaded = loaded_by("from icechunk import *; Repository")
     assert "icechunk.repository" in loaded

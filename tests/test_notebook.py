@@ -77,6 +77,7 @@ def test_cells_call_synchronously_and_await_in_one_kernel() -> None:
     ]
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform == "win32", reason="zmq needs another event loop there")
 def test_the_notebook_of_the_examples_runs_cell_by_cell() -> None:
     source = (ROOT / "examples" / "notebook.py").read_text(encoding="utf-8")

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 import icechunk
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +93,7 @@ def imported_names(tree: ast.Module) -> set[str]:
     }
 
 
+@pytest.mark.thorough
 def test_every_test_asserts() -> None:
     """In its body, or in a function that it calls: of its own file, one that is imported, or one that it inherits."""
     of_files = {path: definitions(tree_of(path)) for path in FILES}

@@ -45,6 +45,7 @@ def test_demo_reads_every_version_back_as_it_was_written(tmp_path: Path, capsys:
     assert report["stored_bytes"] > 1_000_000
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("_demo_extra")
 def test_demo_runs_against_the_embedded_s3_server(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("moto", reason="the embedded S3 of the demo extra")

@@ -417,6 +417,7 @@ ACTIONS = st.lists(
 )
 
 
+@pytest.mark.thorough
 @given(ACTIONS, st.sampled_from([None, 2, 1]))
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_after_any_history_everything_reachable_reads_back_and_no_garbage_is_left(

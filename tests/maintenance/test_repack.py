@@ -317,6 +317,7 @@ async def season(storage: Storage, version: int | None, seed: int) -> icechunk.R
     return repo
 
 
+@pytest.mark.thorough
 @by_layout
 @pytest.mark.parametrize("seed", range(3))
 async def test_packs_and_manifests_hold_at_most_half_as_much_again_as_what_lives(

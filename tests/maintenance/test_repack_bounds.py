@@ -43,6 +43,7 @@ async def thinned(storage: Storage, version: int | None) -> icechunk.Repository:
     return repo
 
 
+@pytest.mark.thorough
 @by_layout
 async def test_a_repacking_takes_memory_for_some_packs_and_a_request_for_each(
     version: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -80,6 +81,7 @@ async def test_a_repacking_takes_memory_for_some_packs_and_a_request_for_each(
     assert (await repo.chunk_storage_stats_async()).native_bytes == living
 
 
+@pytest.mark.thorough
 @by_layout
 async def test_a_dry_run_copies_nothing(version: int | None, tmp_path: Path) -> None:
     storage = RecordingStorage(LocalStorage(tmp_path / "storage"), turns=0)

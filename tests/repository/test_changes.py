@@ -132,6 +132,7 @@ def test_blame_reads_all_parts_of_the_commit_that_created_the_array(monkeypatch:
     assert blame.snapshots == (last, ids[1], ids[0])
 
 
+@pytest.mark.thorough
 @settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_blame_is_that_of_a_model(data: st.DataObject) -> None:

@@ -122,6 +122,7 @@ def test_importing_configures_nothing_and_warnings_are_seen_nevertheless() -> No
     assert run(code) == ("[] 0\n", "a warning\n")
 
 
+@pytest.mark.thorough
 def test_the_environment_turns_records_on() -> None:
     out, err = run(COMMIT, ICECHUNK_LOG="info")
     assert "INFO    icechunk.session.commit: memory: commit of snapshot " in err

@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +29,7 @@ def test_unreferenced_memory_is_used_again() -> None:
     assert address(buffers.take(SIZE - 1)) == place
 
 
+@pytest.mark.thorough
 def test_views_slices_and_arrays_each_hold_their_memory() -> None:
     buffers = Buffers()
     keepers: list[Any] = []

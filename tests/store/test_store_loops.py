@@ -136,6 +136,7 @@ def test_threads_write_disjoint_chunks_of_one_session_and_any_loop_commits_them(
     run(repository.aclose)
 
 
+@pytest.mark.thorough
 def test_loops_write_and_read_one_session_at_once(storage: Storage) -> None:
     repository = new_repository(storage)
     session = repository.writable_session("main")

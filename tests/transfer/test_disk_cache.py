@@ -168,6 +168,7 @@ asyncio.run(main(int(sys.argv[2])))
 """
 
 
+@pytest.mark.thorough
 def test_processes_share_a_cache_that_is_always_full(tmp_path: Path) -> None:
     runs = [
         subprocess.Popen([sys.executable, "-c", HAMMER, str(tmp_path), str(seed)], stdout=subprocess.PIPE, text=True)

@@ -91,6 +91,7 @@ def silent_at_first(server: FaultyS3, times: int = 1) -> asyncio.Event:
     return arrived
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("items", [1000, 300_000], ids=["small", "large"])
 @pytest.mark.parametrize("waited_s", [0.05, 0.6])
 async def test_read_after_ctrl_c_is_answered_at_once(items: int, waited_s: float) -> None:

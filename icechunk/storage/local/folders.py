@@ -149,11 +149,12 @@ class Folders:
 
     def _make(self, folder: str) -> None:
         if not os.path.isdir(self._root):
-            if self._used:
-                raise _removed(self._root)
-            self._existed = os.path.dirname(self._root)
-            while not os.path.isdir(self._existed):
-                self._existed = os.path.dirname(self._existed)
+            self._require_unused(self._root)
+            existed = os.path.dirname(self._root)
+            while not os.path.isdir(existed):
+                existed = os.path.dirname(existed)
+            # Another thread may be making them.
+            self._existed = min(self._existed, existed, key=len)
             os.makedirs(self._root, exist_ok=True)
         status = os.stat(self._root)
         self.promises = promises_of(status.st_dev)
@@ -165,12 +166,18 @@ class Folders:
             try:
                 status = os.lstat(level)
             except FileNotFoundError:
-                if level in self._used:
-                    raise _removed(level) from None
+                self._require_unused(level)
                 self._make_one(level)
                 status = os.lstat(level)
             _require_real(level, status)
             self._real.add(level)
+
+    def _require_unused(self, folder: str) -> None:
+        """Refuse to make a folder again in which, or in the root below which, a file was seen."""
+        is_used = bool(self._used) if folder == self._root else folder in self._used
+        # Another thread may have made it, and used it, since it was found missing.
+        if is_used and not os.path.lexists(folder):
+            raise _removed(folder)
 
     def _make_one(self, folder: str) -> None:
         try:

@@ -305,6 +305,7 @@ def together(files: Sequence[tuple[ObjectId, bytes]]) -> list[list[tuple[NodeId,
     return list(map(contents, manifests))
 
 
+@pytest.mark.thorough
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(manifests(), st.sampled_from((1, 2))), max_size=5))
 def test_manifests_that_are_read_together_have_the_contents_of_each(many: list[tuple[Manifest, int]]) -> None:

@@ -49,6 +49,32 @@ def waiting(folders: Folders, folder: str, count: int) -> None:
         pause.wait(0.001)
 
 
+@pytest.mark.parametrize("missing", ["root", "root/chunks"])
+def test_a_folder_that_another_thread_makes_and_uses_meanwhile_was_not_removed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: str
+) -> None:
+    folders, chunks = Folders(str(tmp_path / "root")), str(tmp_path / "root" / "chunks")
+    if missing == "root/chunks":
+        (tmp_path / "root").mkdir()
+    look = {"root": "isdir", "root/chunks": "lstat"}[missing]
+    module = os.path if look == "isdir" else os
+    real = getattr(module, look)
+
+    def look_before_the_other(path: str) -> object:
+        if path != str(tmp_path / missing):
+            return real(path)
+        monkeypatch.setattr(module, look, real)
+        os.makedirs(chunks)
+        folders.use(chunks)
+        if look == "isdir":
+            return False
+        raise FileNotFoundError(errno.ENOENT, "missing", path)
+
+    monkeypatch.setattr(module, look, look_before_the_other)
+    folders.make(chunks, durable=False)
+    assert os.listdir(tmp_path / "root") == ["chunks"]
+
+
 @pytest.mark.parametrize("failing", [0, 1, 2], ids=["none fails", "the first fails", "the second fails"])
 def test_calls_during_a_sync_share_the_next_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: int) -> None:
     slow = Slow(lambda call: call == failing)
