@@ -101,10 +101,10 @@ class SnapshotIndex:
     def __init__(self, ids: bytes = b"", parents: npt.NDArray[np.int32] = _NO_PARENTS) -> None:
         self.by_id: list[int] | None = None
         """Rows in the order of their ids; None if that is the order of the file."""
-        self.ids = ids
-        self.heads = array("Q")
+        self.ids: bytes = ids
+        self.heads: array[int] = array("Q")
         """The first 8 bytes of all ids as numbers, ascending."""
-        self.parents = array("i", parents.tobytes())
+        self.parents: array[int] = array("i", parents.tobytes())
         if not self._ascends(range(len(parents))):
             self.by_id = np.argsort(self.column(), kind="stable").tolist()
             if not self._ascends(self.by_id):
