@@ -163,7 +163,7 @@ def test_nodes_of_a_file_give_what_decoded_nodes_give(
         for path in ("/", "/g", "/e")
     }
     plain = dict(sorted({**first.nodes, **groups}.items()))
-    files = first.manifest_files | more.manifest_files
+    files = {**first.manifest_files, **more.manifest_files}
     whole = replace(first, nodes=plain, manifest_files=first.manifest_files)
     nodes = decode_snapshot(encode_snapshot(whole)).nodes
     changes: dict[str, NodeSnapshot | None] = {f"/{name.replace('__', '/')}": None for name in deleted}

@@ -22,7 +22,7 @@ from icechunk.log.repository.entry import Entry, decode_entry, encode_entry, slo
 from icechunk.log.repository.event_json import encode_events
 from icechunk.log.repository.open import open_repository
 from icechunk.maintenance.collect import collect_garbage
-from icechunk.maintenance.reachability import Limits
+from icechunk.maintenance.limits import Limits
 from icechunk.storage.port import Absent
 from tests.log.repository.strategies import an_id
 from tests.log.repository.world import World
