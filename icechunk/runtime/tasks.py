@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
-from contextlib import AbstractContextManager, aclosing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, aclosing
 from typing import Any, Final, TypeVar
 
 from icechunk.runtime.threads import ProcessPool
@@ -105,16 +105,23 @@ _THREADS: Final = ProcessPool(40, "icechunk-work")
 async def in_thread(work: Callable[[], T], *, limiter: asyncio.Semaphore | None = None) -> T:
     """Run CPU-bound work beside the loop, or here where the process is ending and starts no threads any more.
 
-    A caller that is cancelled does not wait for the end of the work.
+    A caller that is cancelled does not wait for the end of the work, which counts in the limiter until then.
     """
     # Not of anyio: importing what it runs threads with takes longer than most of the work.
-    async with limiter or nullcontext():
-        run = contextvars.copy_context().run
+    run = contextvars.copy_context().run
+    with ExitStack() as held:
+        if limiter is not None:
+            await limiter.acquire()
+            held.callback(limiter.release)
         try:
             done = asyncio.get_running_loop().run_in_executor(_THREADS.here(), run, work)
         except RuntimeError:
             return work()
-        return await done
+        if limiter is None:
+            return await done
+        release = held.pop_all()
+        done.add_done_callback(lambda _: release.close())
+        return await asyncio.shield(done)
 
 
 def shielded() -> AbstractContextManager[Any]:

@@ -170,6 +170,24 @@ async def test_work_goes_to_a_thread_and_stays_here_where_no_thread_can_be_start
     assert await in_thread(threading.get_ident) == threading.get_ident()
 
 
+async def test_work_of_a_cancelled_caller_counts_in_the_limiter_until_it_ends() -> None:
+    limiter, begun, go = asyncio.Semaphore(1), threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        assert go.wait(30)
+
+    task = asyncio.create_task(in_thread(work, limiter=limiter))
+    await in_thread(begun.wait)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert limiter.locked()
+    go.set()
+    assert await in_thread(lambda: 1, limiter=limiter) == 1
+    assert not limiter.locked()
+
+
 async def test_an_error_of_the_work_itself_is_raised_and_it_is_not_done_twice() -> None:
     calls: list[int] = []
 
