@@ -59,7 +59,9 @@ def flexible(value: Json) -> bytes:
         key: bytes = msgpack.packb(value, use_bin_type=True)
     except (TypeError, ValueError, OverflowError, RecursionError):
         return flexbuffers.dumps(value)
-    if len(key) > _MOST_KEPT_BYTES:
+    # It writes bytearray, which FlexBuffers refuse, as bytes.
+    may_hold_bytes = any(mark in key for mark in _MARKS_OF_BYTES)
+    if may_hold_bytes or len(key) > _MOST_KEPT_BYTES:
         return flexbuffers.dumps(value)
     found = _kept.get(key)
     if found is None:
@@ -70,6 +72,7 @@ def flexible(value: Json) -> bytes:
     return found
 
 
+_MARKS_OF_BYTES: Final = (b"\xc4", b"\xc5", b"\xc6")
 _MOST_KEPT: Final = 1024
 _MOST_KEPT_BYTES: Final = 1024
 _kept: dict[bytes, bytes] = {}

@@ -70,6 +70,8 @@ _ROOM: Final = 2**26
 _BLOCK: Final = 2**20
 _FEW: Final = 64
 """Number of changed chunks up to which they are written one by one."""
+_MANY: Final = 4096
+"""Number of changed chunks of one array from which they are worth reading by their regular places."""
 _ID_SIZE: Final = 12
 _NODE_ID_SIZE: Final = 8
 _UPDATED: Final = np.dtype([("vtable", "<i4"), ("chunks", "<u4"), ("node", "V8")])
@@ -433,9 +435,6 @@ def _many_chunks(buffer: Buffer, start: int, count: int) -> Coords | None:
     first = targets(buffer, np.array([start], np.int64))
     vectors = TableColumns(buffer, first).vectors(0, 4)
     return None if vectors is None else regular_vectors(buffer, start, count, 0, int(vectors.counts[0]))
-
-
-_MANY: Final = 4096
 
 
 def _by_log(parts: Sequence[Part[Coords]], members: Sequence[Positions], logs: Positions) -> list[ByNode[Coords]]:
