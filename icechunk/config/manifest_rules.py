@@ -134,7 +134,7 @@ def manifests_to_preload(config: m.ManifestPreloadConfig | None, snapshot: Snaps
         if arrays <= 0 or room <= 0:
             return
         arrays -= 1
-        if not _may_be_wanted(condition, path):
+        if not _wanted(condition, path, None):
             # Most arrays: they are not decoded for this.
             continue
         node = snapshot.nodes[path]
@@ -153,22 +153,9 @@ def manifests_to_preload(config: m.ManifestPreloadConfig | None, snapshot: Snaps
                 yield ref.object_id
 
 
-def _may_be_wanted(condition: m.ManifestPreloadCondition, path: str) -> bool:
-    """Whether there is a number of references with which a manifest of the array at a path is preloaded; True where
-    that is not certain."""
-    match condition:
-        case m.PreloadOr():
-            return any(_may_be_wanted(c, path) for c in condition.conditions)
-        case m.PreloadAnd():
-            return all(_may_be_wanted(c, path) for c in condition.conditions)
-        case m.PreloadPathMatches() | m.PreloadNameMatches():
-            return _wanted(condition, path, 0)
-        case m.PreloadFalse():
-            return False
-    return True
-
-
-def _wanted(condition: m.ManifestPreloadCondition, path: str, refs: int) -> bool:
+def _wanted(condition: m.ManifestPreloadCondition, path: str, refs: int | None) -> bool:
+    """Whether a manifest with so many references, of the array at a path, is preloaded; None: with any number of them,
+    and True where that is not certain."""
     match condition:
         case m.PreloadOr():
             return any(_wanted(c, path, refs) for c in condition.conditions)
@@ -178,7 +165,7 @@ def _wanted(condition: m.ManifestPreloadCondition, path: str, refs: int) -> bool
             return _matches(condition.regex, path)
         case m.PreloadNameMatches():
             return _matches(condition.regex, _name(path))
-        case m.PreloadNumRefs():
+        case m.PreloadNumRefs() if refs is not None:
             below = condition.to_refs is None or refs < condition.to_refs
             return below and refs >= (condition.from_refs or 0)
         case m.PreloadFalse():

@@ -10,10 +10,11 @@ the same checker as that of any other schedule.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -167,29 +168,23 @@ class _Machine:
         )
         self.report.history.append(op)
         self.note(name, f"asks for commit {op.commit} on {base}")
-        try:
+        with self._told(op, op.commit, refusal=ConflictError):
             await session.commit_async(op.commit)
-        except ConflictError:
-            op.outcome = "refused"
-        except CommitOutcomeUnknown:
-            op.outcome = "unknown"
-        except SessionStateError:
-            op.outcome = "failed"
-            raise
-        else:
-            op.outcome = "ok"
-        finally:
-            op.ended = self.now()
-            self.note(name, f"is told {op.outcome} about {op.commit}")
 
     async def _tag(self, name: str, repository: Repository) -> None:
         tip = await repository.lookup_branch_async(MAIN)
         op = Operation(client=name, verb="create-tag", ref=f"t{self.rng.randrange(4)}", began=self.now())
         op.commit = await _message(repository, tip)
         self.report.history.append(op)
-        try:
+        with self._told(op, f"tag {op.ref} = {op.commit}", refusal=AlreadyExistsError):
             await repository.create_tag_async(op.ref, tip)
-        except AlreadyExistsError:
+
+    @contextlib.contextmanager
+    def _told(self, op: Operation, what: str, *, refusal: type[IcechunkError]) -> Iterator[None]:
+        """Note the outcome that a client is told of the operation in the block."""
+        try:
+            yield
+        except refusal:
             op.outcome = "refused"
         except CommitOutcomeUnknown:
             op.outcome = "unknown"
@@ -200,7 +195,7 @@ class _Machine:
             op.outcome = "ok"
         finally:
             op.ended = self.now()
-            self.note(name, f"is told {op.outcome} about tag {op.ref} = {op.commit}")
+            self.note(op.client, f"is told {op.outcome} about {what}")
 
     async def _convert(self, name: str, repository: Repository) -> None:
         target = self.rng.choice((Layout.LOG, Layout.REPO))
