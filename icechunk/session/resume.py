@@ -23,7 +23,7 @@ from icechunk.session.core import Core
 from icechunk.session.merge import merge_forks
 from icechunk.session.persisted import Persisted, ended_error
 from icechunk.session.session_checkpoint import claim, require_not_landed, require_uncollected, unknown_error
-from icechunk.transfer.segments import list_sessions, read_segments
+from icechunk.transfer.segments import Listed, list_sessions, read_segments
 
 __all__ = ["collect_forks", "join", "joined_fork", "resume"]
 
@@ -159,30 +159,8 @@ async def _read(core: Core, session: ObjectId) -> _Found:
     FormatError
         A segment cannot be read, or is missing.
     """
-    listed, segments = None, []
-    for tried in range(_TRIES):
-        listed = (await list_sessions(core.storage, session)).get(session)
-        if listed is None or not listed.own:
-            raise unknown_error(session)
-        try:
-            segments = await read_segments(core.storage, [listed.own[n].key for n in sorted(listed.own)])
-            break
-        except ObjectNotFoundError:
-            # It has ended since it was listed.
-            if tried == _TRIES - 1:
-                raise
-    assert listed is not None
+    listed, segments, events = await _segments(core, session)
     head = segments[-1][0]
-    if head.kind.is_end:
-        raise ended_error(session, head)
-    if len(segments) != listed.last:
-        raise FormatError(
-            f"cannot read session {encode_id(session)}: it has {listed.last} segments, of which only {len(segments)} "
-            "are there",
-            ErrorKind.DESERIALIZATION,
-        )
-    parts = {n: (head.base, head.keep, new) for n, (head, new) in enumerate(segments, 1)}
-    events = events_of((keep, new) for _, keep, new in parts.values())
     try:
         base = await core.assets.snapshot(head.base)
     except (ObjectNotFoundError, SnapshotNotFoundError) as error:
@@ -199,6 +177,35 @@ async def _read(core: Core, session: ObjectId) -> _Found:
         events=events,
         attempts=head.attempts,
         claims=head.claims,
-        parts=parts,
+        parts={n: (head.base, head.keep, new) for n, (head, new) in enumerate(segments, 1)},
     )
     return _Found(head, base, events, persisted)
+
+
+async def _segments(
+    core: Core, session: ObjectId
+) -> tuple[Listed, list[tuple[SegmentHead, tuple[Event, ...]]], tuple[Event, ...]]:
+    """The segments of a session that has not ended: as listed, as read, and the events that they make together."""
+    before = None
+    while True:
+        listed = (await list_sessions(core.storage, session)).get(session)
+        if listed is None or not listed.own:
+            raise unknown_error(session)
+        try:
+            segments = await read_segments(core.storage, [listed.own[n].key for n in sorted(listed.own)])
+            head = segments[-1][0]
+            if head.kind.is_end:
+                raise ended_error(session, head)
+            if len(segments) != listed.last:
+                raise FormatError(
+                    f"cannot read session {encode_id(session)}: it has {listed.last} segments, of which only "
+                    f"{len(segments)} are there",
+                    ErrorKind.DESERIALIZATION,
+                )
+            return listed, segments, events_of((head.keep, new) for head, new in segments)
+        except (ObjectNotFoundError, FormatError):
+            # It may have ended since it was listed: then segments are removed, and a process that does not know it yet
+            # may have written one in a slot that has become free.
+            if listed.own == before:
+                raise
+            before = listed.own

@@ -725,3 +725,58 @@ async def test_a_session_that_ends_while_it_is_resumed_is_not_resumed() -> None:
     assert await messages(repo) == ["once"]
     await repo.aclose()
     await late.aclose()
+
+
+@pytest.mark.parametrize("going_on", ["resume_session_async", "join_session_async"])
+async def test_a_session_that_ends_while_it_is_read_is_told_to_have_ended(going_on: str) -> None:
+    class Rewritten(WrappingStorage):
+        """The second segment is read last, after the session has ended and another process has taken the free slot."""
+
+        meanwhile: Any = None
+        others = 2
+        others_read = asyncio.Event()
+
+        async def get(self, key: str, byte_range: Any = None) -> Any:
+            if self.meanwhile is None or not key.startswith(SESSIONS_PREFIX):
+                return await super().get(key, byte_range)
+            if not key.endswith("2"):
+                result = await super().get(key, byte_range)
+                self.others -= 1
+                if not self.others:
+                    self.others_read.set()
+                return result
+            await self.others_read.wait()
+            meanwhile, self.meanwhile = self.meanwhile, None
+            await meanwhile()
+            return await super().get(key, byte_range)
+
+    inner = MemoryStorage()
+    repo = await new_repo(inner)
+    session = await repo.writable_session_async("main")
+    await put(session, 1, 1)
+    id = await session.checkpoint_async()
+    stalled = Interrupted(inner)
+    stalled.before = (f"{SESSIONS_PREFIX}{id}/00000002",)
+    stalling = asyncio.ensure_future((await Repository.open_async(stalled)).resume_session_async(id))
+    await stalled.stopped.wait()
+    for number in (2, 3):
+        await put(session, number, number)
+        await session.checkpoint_async()
+
+    async def end() -> None:
+        await session.commit_async("once")
+        stalled.go_on.set()
+        with pytest.raises(SessionEndedError):
+            await stalling
+
+    rewritten = Rewritten(inner)
+    reader = await Repository.open_async(rewritten)
+    rewritten.meanwhile = end
+    with pytest.raises(SessionEndedError) as ended:
+        await getattr(reader, going_on)(id)
+    assert (ended.value.kind, ended.value.snapshot_id) == (
+        ErrorKind.SESSION_COMMITTED,
+        await repo.lookup_branch_async("main"),
+    )
+    await repo.aclose()
+    await reader.aclose()
