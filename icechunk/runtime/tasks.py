@@ -18,8 +18,9 @@ U = TypeVar("U")
 
 async def run_all(*work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
     """Run all at once; the first error cancels the others and is raised as itself, not in a group."""
-    if len(work) == 1:
-        await work[0]()
+    if len(work) <= 1:
+        for only in work:
+            await only()
         return
     try:
         async with asyncio.TaskGroup() as group:

@@ -387,12 +387,16 @@ async def _write(
 
     small = min(core.settings.small_commit_bytes, log.embed_limit_bytes)
     embedded: dict[str, bytes] = {}
+    # A task for each of three things costs as much as encoding a small file.
+    durable = content.puts.is_idle and content.persisted is None
+    alone = log.writes_prepared and (core.storage.defers_syncs or durable)
 
     async def make() -> None:
         made: list[File] = []
         held_bytes = 0
-        # Small files are made without a wait: the uploads begin before.
-        await asyncio.sleep(0)
+        if not alone:
+            # Small files are made without a wait: the uploads begin before.
+            await asyncio.sleep(0)
         async with aclosing(files.make()) as coming:
             async for file in coming:
                 made.append(file)
@@ -418,7 +422,10 @@ async def _write(
 
     # Chunks are not embedded: those that the entry refers to must exist before it. They are uploaded while the files
     # are made.
-    if core.storage.defers_syncs:
+    if alone:
+        await make()
+        await land()
+    elif core.storage.defers_syncs:
         # They are written already; the medium is waited for once, for them and for files that are not embedded.
         await run_all(log.prepare_writes, make)
         await land()
@@ -506,7 +513,12 @@ class CommitFiles:
         for transaction in transactions:
             rows = num_rows(transaction.updated_chunks)
             encode = partial(encode_transaction_log, transaction, self.spec_version, level)
-            yield File(transaction_key(transaction.id), await off_loop(rows * _BYTES_PER_CHANGE, encode))
+            data = await off_loop(rows * _BYTES_PER_CHANGE, encode)
+            if self.amended is None:
+                # As manifests above: the next one in the queue compares its changes with these.
+                core.assets.keep_transaction_log(transaction)
+            yield File(transaction_key(transaction.id), data)
+            del data
 
     def _transactions(self, snapshot_id: ObjectId) -> list[TransactionLog]:
         log = self.plan.changes.transaction(snapshot_id)

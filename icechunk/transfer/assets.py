@@ -84,6 +84,10 @@ _MAX_COMMITS = 1024
 _MAX_MANIFESTS = 8192
 """Largest number of cached values: the many tiny manifests of a long history weigh little, but each takes memory."""
 
+_WRITTEN_LOGS = 64
+_WRITTEN_CHANGES = 65_536
+"""Changed chunks of the transaction logs that this process just wrote, which are kept."""
+
 _LOGS_TOGETHER = 256
 """Transaction logs that are read together: of a million commits, not all bytes are in memory at once."""
 
@@ -214,6 +218,8 @@ class Assets:
         self._transactions: WeightedCache[ObjectId, TransactionLog] = WeightedCache(
             num_transaction_changes, _MAX_COMMITS
         )
+        self._written: WeightedCache[ObjectId, TransactionLog] = WeightedCache(_WRITTEN_CHANGES, _WRITTEN_LOGS)
+        """Small transaction logs that this process just wrote: the next commits in its queue compare with them."""
 
     async def _new_reader(self) -> BlockReader:
         return BlockReader(await self._pools.get(), self._reads.limits)
@@ -321,7 +327,7 @@ class Assets:
 
     async def transaction_log(self, id: ObjectId) -> TransactionLog:
         """The changes of the commit of snapshot ``id``."""
-        found = self._transactions.get(id)
+        found = self._written.get(id) or self._transactions.get(id)
         if found is None:
             found = await self._load(transaction_key(id), lambda data: decode_transaction_log(data, expected_id=id))
             self._keep_transaction_log(found)
@@ -357,9 +363,6 @@ class Assets:
                 self._keep_transaction_log(log)
         return found
 
-    def _keep_transaction_log(self, log: TransactionLog) -> None:
-        self._transactions.put(log.id, log, num_rows(log.updated_chunks) + 1)
-
     async def file(self, key: str) -> bytes:
         """The bytes of a metadata file on storage, or of one that is so far only embedded in the log.
 
@@ -390,6 +393,16 @@ class Assets:
         held = _Held(manifest)
         self._manifests.put(manifest.id, held, manifest.num_chunk_refs + 1)
         return held
+
+    def keep_transaction_log(self, log: TransactionLog) -> None:
+        """Keep a transaction log that this process just wrote for a while, if it is small, also without a cache."""
+        changes = num_rows(log.updated_chunks)
+        # The columns of larger ones may be parts of much larger ones.
+        if changes <= _WRITTEN_CHANGES // _WRITTEN_LOGS:
+            self._written.put(log.id, log, changes + 1)
+
+    def _keep_transaction_log(self, log: TransactionLog) -> None:
+        self._transactions.put(log.id, log, num_rows(log.updated_chunks) + 1)
 
     async def _load(self, key: str, decode: Callable[[bytes], T]) -> T:
         pool = self._pools.peek() or await self._pools.get()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -22,6 +24,7 @@ from icechunk import (
 from icechunk.errors import ErrorKind, IcechunkError, RefNotFoundError, SessionStateError
 from icechunk.format.ids import object_id_from_text
 from icechunk.format.keys import transaction_key
+from icechunk.format.transaction import decode_transaction_log
 from icechunk.log.repository.port import SwapToken
 from icechunk.log.session.plan.reuse import Earlier
 from icechunk.session.content import SessionContent
@@ -221,6 +224,31 @@ async def test_commits_of_one_process_to_one_branch_share_an_entry_and_none_lose
     assert len([info async for info in repo.async_ancestry(branch="main")]) == 8
 
 
+async def test_the_changes_that_a_commit_leaves_in_memory_are_those_in_its_file(
+    repo: Repository, storage: RecordingStorage
+) -> None:
+    session = await repo.writable_session_async("main")
+    store, prototype = session.store, zarr.core.buffer.default_buffer_prototype()
+    await zarr.api.asynchronous.create_group(store=store, path="new")
+    for i in (9, 3, 70, 4):
+        with contextlib.suppress(icechunk.InvalidInputError):
+            await store.set(f"a/c/{i}", prototype.buffer.from_bytes(bytes(4)))
+    await store.delete("a/c/5")
+    document = await store.get("b/zarr.json", prototype)
+    assert document is not None
+    await store.set("b/zarr.json", prototype.buffer.from_bytes(document.to_bytes() + b" "))
+    id = object_id_from_text(await session.commit_async("changes"))
+    assets = repo._core.assets  # private: nothing public shows where a transaction log comes from
+    storage.clear()
+    kept = await assets.transaction_log(id)
+    assert not storage.requests
+    read = decode_transaction_log((await storage.get(transaction_key(id))).data, expected_id=id)
+    assert {i: coords.tolist() for i, coords in kept.updated_chunks.items()} == {
+        i: coords.tolist() for i, coords in read.updated_chunks.items()
+    }
+    assert replace(kept, updated_chunks={}) == replace(read, updated_chunks={})
+
+
 @pytest.mark.parametrize("kept_refs", [0, 100], ids=["digests", "references"])
 def test_a_commit_that_lost_uploads_neither_chunks_nor_equal_manifests_again(
     repo: Repository, storage: RecordingStorage, kept_refs: int, monkeypatch: pytest.MonkeyPatch
@@ -281,7 +309,8 @@ def test_a_deleted_branch_is_named(repo: Repository) -> None:
 def test_a_lost_transaction_log_refuses_the_rebase(repo: Repository, storage: RecordingStorage) -> None:
     session = repo.writable_session("main")
     put(session, "a", 1, 101)
-    tip = commit(repo, "a", 2, 7)
+    # Elsewhere: a process keeps the small logs that it wrote itself.
+    tip = commit(Repository.open(storage), "a", 2, 7)
     asyncio.run(storage.delete([transaction_key(object_id_from_text(tip))]))
     with pytest.raises(SessionStateError) as refused:
         session.rebase(DETECT)

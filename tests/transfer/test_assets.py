@@ -125,6 +125,19 @@ async def test_transaction_logs_come_in_the_order_asked_for_also_torn_ones(
         await assets.transaction_logs([*ids, ObjectId(bytes(12)[:-1] + b"x")], limit=2)
 
 
+@pytest.mark.parametrize(("changes", "kept"), [(3, True), (5_000, False)])
+async def test_only_a_small_transaction_log_is_kept_by_its_writer(changes: int, kept: bool) -> None:
+    assets, _ = tiled(1)
+    coords = np.arange(changes, dtype=np.uint32).reshape(changes, 1)
+    log = TransactionLog(id=ObjectId(bytes(12)), updated_chunks={NODE: coords})
+    assets.keep_transaction_log(log)
+    if kept:
+        assert await assets.transaction_log(log.id) is log
+    else:
+        with pytest.raises(ObjectNotFoundError):
+            await assets.transaction_log(log.id)
+
+
 async def test_a_file_that_is_being_decoded_is_joined_after_another_reader_was_cancelled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -231,6 +231,11 @@ class RepositoryLog(ABC):
     def prepare_writes_soon(self) -> None:  # noqa: B027
         """Begin with `prepare_writes` in the background, when a write is likely."""
 
+    @property
+    def writes_prepared(self) -> bool:
+        """Whether `prepare_writes` surely has nothing left to do."""
+        return False
+
     async def prepare_writes(self) -> None:  # noqa: B027
         """Make the requests that the first `append` would wait for; call it while uploads are under way.
 

@@ -203,6 +203,10 @@ class LogLayout(SwappedLog[SlotAttempt]):
         with suppress(IcechunkError, OSError):
             await self.prepare_writes()
 
+    @property
+    def writes_prepared(self) -> bool:
+        return self._store_check.done
+
     async def prepare_writes(self) -> None:
         """See that the store honours ``If-None-Match`` (rule 1): two round trips, once per process and storage.
 
@@ -211,6 +215,8 @@ class LogLayout(SwappedLog[SlotAttempt]):
         StorageError
             It does not (kind ``storage-config``), or gives no answer.
         """
+        if self._store_check.done:
+            return
         head = self.view.head
         candidates = [snapshot_key(FIRST_SNAPSHOT)]
         if head.n:

@@ -163,6 +163,10 @@ class RefFilesLayout(SwappedLog[_Write]):
             moved = encode_ref(new, mark_in(answer.data))
             await replace_object(self._storage, self._sources, key, moved, answer.version, unsure)
 
+    @property
+    def writes_prepared(self) -> bool:
+        return self._check.done
+
     async def prepare_writes(self) -> None:
         await self._check.run((snapshot_key(FIRST_SNAPSHOT), snapshot_key(self.state.branches[MAIN])))
 
