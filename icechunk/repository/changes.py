@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, TypeAlias
 
@@ -24,11 +25,9 @@ from icechunk.log.session.extents import volume
 from icechunk.log.session.merge.diff import net_diff
 from icechunk.repository.base import RepositoryBase, select
 from icechunk.runtime.representation import Described
-from icechunk.runtime.tasks import run_each
 from icechunk.runtime.twins import synchronous
 from icechunk.session import Session
 from icechunk.session.content import SessionContent
-from icechunk.transfer.assets import off_loop
 
 __all__ = ["ArrayChange", "Blame", "ChangedRegions", "Changes"]
 
@@ -325,11 +324,8 @@ class Changes(RepositoryBase):
             else:
                 wanted.append(ref.object_id)
 
-        async def read(id: ObjectId) -> None:
-            coords = await self._core.assets.coords(id, node)
-            await off_loop(coords.nbytes, lambda: _mark(found, coords, box))
-
-        await run_each(read, wanted, limit=self._core.settings.max_requests)
+        mark = partial(_mark, found, box=box)
+        await self._core.assets.each_coords(wanted, node, mark, limit=self._core.settings.max_requests)
         return found
 
     async def _logs_until_created(
@@ -410,16 +406,18 @@ def _mark(found: npt.NDArray[np.bool_], coords: Coords, box: Sequence[tuple[int,
     if not box:
         found[...] = found[...] | bool(len(coords))
         return
-    columns = [coords[:, d] for d in range(len(box))]
-    if len(coords) and any(c.min() < a or c.max() >= b for c, (a, b) in zip(columns, box, strict=True)):
-        found[tuple(_inside(coords, box).T)] = True
+    if not len(coords):
         return
-    # One number for each chunk: a pass for each column, and one over the elements.
+    # One number for each chunk.
     places = np.zeros(len(coords), np.int64)
-    for column, (a, b) in zip(columns, box, strict=True):
+    for d, (a, b) in enumerate(box):
+        # A coordinate before the box becomes a large number.
+        column = coords[:, d] - np.uint32(a)
+        if column.max() >= b - a:
+            found[tuple(_inside(coords, box).T)] = True
+            return
         places *= b - a
         places += column
-        places -= a
     found.reshape(-1)[places] = True
 
 

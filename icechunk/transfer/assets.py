@@ -91,6 +91,11 @@ _WRITTEN_CHANGES = 65_536
 _LOGS_TOGETHER = 256
 """Transaction logs that are read together: of a million commits, not all bytes are in memory at once."""
 
+_MANIFESTS_TOGETHER = 8
+"""Largest number of manifests that are read together."""
+_FEW_GROUPS = 8
+"""Groups of manifests that are read and decoded at the same time."""
+
 FindFile: TypeAlias = Callable[[str], Awaitable[bytes | None]]
 """Looks up a file by its key in another place than the storage; returns None if it is not there."""
 
@@ -262,18 +267,59 @@ class Assets:
             found = self._manifests.get(id) or self.keep_manifest(loaded)
         return found
 
-    async def coords(self, id: ObjectId, node: NodeSnapshot) -> npt.NDArray[np.uint32]:
-        """Chunk coordinates of an array's references in a manifest, uint32[n, ndim], in any order.
+    async def each_coords(
+        self, ids: Sequence[ObjectId], node: NodeSnapshot, use: Callable[[npt.NDArray[np.uint32]], None], *, limit: int
+    ) -> None:
+        """Read which chunks these manifests have references of, in any order.
 
         A manifest that is not in the cache is not decoded further, and does not come into it.
+
+        Parameters
+        ----------
+        ids
+            Of the manifests.
+        node
+            The array.
+        use
+            Called once for each manifest, in several threads at once, with chunk coordinates, uint32[n, ndim], in any
+            order.
+        limit
+            Largest number of manifests whose bytes are in memory.
         """
-        if not self.knows_manifest(id):
-            data = await self.file(manifest_key(id))
-            decode = partial(decode_coords, data, node.id, len(node.shape), expected_id=id)
-            found = await off_loop(len(data), decode, await self._decoders.get())
-            if found is not None:
-                return found
-        return references_of(await self.manifest(id), node).coords
+        together = 1
+        if self._storage.batches_reads:
+            # All decoders have something to do while the next files are read.
+            together = max(1, min(_MANIFESTS_TOGETHER, len(ids) // _FEW_GROUPS))
+            limit = min(limit, _FEW_GROUPS)
+        groups = [ids[first : first + together] for first in range(0, len(ids), together)]
+        await run_each(lambda group: self._coords_of(group, node, use), groups, limit=limit)
+
+    async def _coords_of(
+        self, ids: Sequence[ObjectId], node: NodeSnapshot, use: Callable[[npt.NDArray[np.uint32]], None]
+    ) -> None:
+        asked = [id for id in ids if not self.knows_manifest(id)]
+        if self._storage.batches_reads:
+            answers = await self._storage.get_all([manifest_key(id) for id in asked])
+            files = {id: bytes(answer.body) for id, answer in zip(asked, answers, strict=True) if answer is not None}
+        else:
+            files = {id: await self.file(manifest_key(id)) for id in asked}
+        used: set[ObjectId] = set()
+
+        def decode() -> None:
+            while files:
+                id, data = files.popitem()
+                with suppress(FormatError):
+                    coords = decode_coords(data, node.id, len(node.shape), expected_id=id)
+                    if coords is not None:
+                        use(coords)
+                        used.add(id)
+
+        await off_loop(sum(map(len, files.values())), decode, await self._decoders.get())
+        for id in ids:
+            if id not in used:
+                # It is in the cache, has to be read otherwise, or what is wrong with it is to be said.
+                coords = references_of(await self.manifest(id), node).coords
+                await off_loop(coords.nbytes, partial(use, coords))
 
     async def reference(self, node: NodeSnapshot, coords: tuple[int, ...], *, reading: bool = False) -> ChunkRef | None:
         """The reference of a chunk in the manifests of a committed node; None if there is none.

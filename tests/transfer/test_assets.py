@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -136,6 +137,44 @@ async def test_only_a_small_transaction_log_is_kept_by_its_writer(changes: int, 
     else:
         with pytest.raises(ObjectNotFoundError):
             await assets.transaction_log(log.id)
+
+
+@pytest.mark.parametrize("batches", [True, False])
+async def test_each_manifest_tells_its_chunks_once_also_a_torn_one(
+    batches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MemoryStorage, "batches_reads", batches)
+    storage, node = MemoryStorage(), tiled(0)[1]
+    rows = {ObjectId(bytes([i]) * 12): [(i, 0), (i, 1 + i % 5)] for i in range(30)}
+    made = [Manifest(id=id, arrays={NODE: refs_at(cells)}) for id, cells in rows.items()]
+    files = {manifest_key(one.id): encode_manifest(one) for one in made}
+    embedded = dict(list(files.items())[1:3])
+    for i, (key, data) in enumerate(files.items()):
+        # The second is torn, the third has no file yet, and the fourth is in the cache.
+        if i not in (2, 3):
+            await storage.put(key, data[:-9] if i == 1 else data)
+
+    async def find_file(key: str) -> bytes | None:
+        return embedded.get(key)
+
+    assets = Assets(
+        storage,
+        gates=Gates(4),
+        num_snapshot_nodes=10,
+        num_chunk_refs=10,
+        num_transaction_changes=0,
+        find_file=find_file,
+    )
+    assets.keep_manifest(made[3])
+    found: list[list[int]] = []
+    await assets.each_coords(list(rows), node, lambda coords: found.extend(coords.tolist()), limit=3)
+    assert sorted(map(tuple, found)) == sorted(cell for cells in rows.values() for cell in cells)
+    await storage.put(manifest_key(made[5].id), files[manifest_key(made[6].id)])
+    with raises(FormatError, "invalid-file-format", manifest_key(made[5].id)):
+        await assets.each_coords(list(rows), node, lambda coords: None, limit=3)
+    other = replace(node, id=NodeId(b"another!"))
+    with raises(FormatError, "inconsistent-manifests", "'/a'"):
+        await assets.each_coords([made[0].id], other, lambda coords: None, limit=3)
 
 
 async def test_a_file_that_is_being_decoded_is_joined_after_another_reader_was_cancelled(

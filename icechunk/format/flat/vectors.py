@@ -423,29 +423,35 @@ def regular_vectors(buffer: Buffer, start: int, count: int, slot: int, size: int
     """
     if not 0 < size <= _MAX_NDIM or not 0 <= start <= buffer.size - 4 * count:
         return None
-    found = np.empty((count, size), np.uint32)
+    found = np.empty((count, size), "<u4")
     for first in range(0, count, _BLOCK):
         part = found[first : first + _BLOCK]
         at = start + 4 * first
-        tables = np.arange(at, at + 4 * len(part), 4, dtype=np.int64)
-        tables += np.frombuffer(buffer.data, "<u4", len(part), at)
+        # Positions of the tables less those of the offsets to them, which are 4 bytes apart.
+        tables: npt.NDArray[Any] = np.frombuffer(buffer.data, "<u4", len(part), at)
+        apart = 4
         runs = _runs(tables)
         if runs is None:
             # Tables of several kinds take turns: those of one kind lie together.
+            tables = np.arange(0, 4 * len(part), 4, dtype=np.int64) + tables
             tables.sort()
+            apart = 0
             runs = _runs(tables)
         if runs is None:
             return None
         for begin, end in itertools.pairwise(runs):
-            if not _read_run(buffer, tables[begin:end], slot, part[begin:end]):
+            step = _step(tables[begin:end])
+            if step is None or not _read_run(
+                buffer, at + apart * begin + int(tables[begin]), step + apart, slot, part[begin:end]
+            ):
                 return None
     buffer.charge(found.nbytes)
-    return found
+    return found.astype(np.uint32, copy=False)
 
 
-def _runs(positions: Positions) -> list[int] | None:
+def _runs(positions: npt.NDArray[Any]) -> list[int] | None:
     """The first of each run of positions at equal distances, and the end of the last; None where runs are short."""
-    distances = np.diff(positions)
+    distances = positions[1:] - positions[:-1]
     changes = np.flatnonzero(distances[1:] != distances[:-1]) + 1
     if len(changes) > max(_FEW_RUNS, 2 * len(positions) // _LEAST_RUN):
         return None
@@ -459,40 +465,51 @@ def _runs(positions: Positions) -> list[int] | None:
     return edges
 
 
-def _read_run(buffer: Buffer, tables: Positions, slot: int, found: npt.NDArray[np.uint32]) -> bool:
+def _read_run(buffer: Buffer, first: int, stride: int, slot: int, found: npt.NDArray[np.uint32]) -> bool:
     """Read the vectors of tables at equal distances; False: they are not alike, or not all within the buffer."""
-    offsets = _strided(buffer, tables, "<i4")
-    if offsets is None:
+    count = len(found)
+    offsets = _strided(buffer, first, stride, count, "<i4")
+    # All have one vtable if the offsets to it grow as the positions of the tables do.
+    if offsets is None or (count > 1 and _step(offsets) != stride):
         return False
-    vtables = tables - offsets
-    if vtables.min() != vtables.max():
-        return False
-    table_size, *fields = buffer.vtable(int(vtables[0]))
+    table_size, *fields = buffer.vtable(first - int(offsets[0]))
     field = fields[slot] if slot < len(fields) else 0
-    if not 4 <= field <= table_size - 4 or int(max(tables[0], tables[-1])) + table_size > buffer.size:
+    if not 4 <= field <= table_size - 4 or max(first, first + stride * (count - 1)) + table_size > buffer.size:
         return False
-    places = tables + field
-    heads = _strided(buffer, places, "<u4")
-    if heads is None:
+    heads = _strided(buffer, first + field, stride, count, "<u4")
+    step = None if heads is None else _step(heads)
+    if heads is None or step is None:
         return False
-    places += heads
-    if len(places) > 2 and (np.diff(places) != places[1] - places[0]).any():
-        return False
-    vectors = _strided(buffer, places, np.dtype([("count", "<u4"), ("items", "<u4", (found.shape[1],))]))
+    row = f"V{4 * found.shape[1]}"
+    kind = np.dtype([("count", "<u4"), ("items", row)])
+    vectors = _strided(buffer, first + field + int(heads[0]), stride + step, count, kind)
     if vectors is None or (vectors["count"] != found.shape[1]).any():
         return False
-    found[...] = vectors["items"]
+    # Row by row: numbers one by one would take several times as long.
+    found.view(row)[:, 0] = vectors["items"]
     return True
 
 
-def _strided(buffer: Buffer, positions: Positions, dtype: npt.DTypeLike) -> npt.NDArray[Any] | None:
+def _step(numbers: npt.NDArray[Any]) -> int | None:
+    """The difference of each number and the one before it, 0 for one number; None where it is not always the same."""
+    if len(numbers) < 2:
+        return 0
+    first, second, last = int(numbers[0]), int(numbers[1]), int(numbers[-1])
+    if last - first != (second - first) * (len(numbers) - 1):
+        return None
+    # In 32 bits, differences that are not the same may seem so, but then their sum is another.
+    numbers = np.ascontiguousarray(numbers)
+    differences = numbers[1:] - numbers[:-1]
+    return None if (differences != differences[0]).any() else second - first
+
+
+def _strided(buffer: Buffer, first: int, stride: int, count: int, dtype: npt.DTypeLike) -> npt.NDArray[Any] | None:
     """The values of ``dtype`` at positions at equal distances, not copied; None: one is not within the buffer."""
     kind = np.dtype(dtype)
-    first, last = int(positions[0]), int(positions[-1])
+    last = first + stride * (count - 1)
     if min(first, last) < 0 or max(first, last) + kind.itemsize > buffer.size:
         return None
-    stride = int(positions[1]) - first if len(positions) > 1 else 0
-    values: npt.NDArray[Any] = np.ndarray((len(positions),), kind, buffer.data, first, (stride,))
+    values: npt.NDArray[Any] = np.ndarray((count,), kind, buffer.data, first, (stride,))
     return values
 
 
