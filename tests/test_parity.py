@@ -17,6 +17,7 @@ from tools.parity import MODULES, compare, describe, describe_official
 
 ELSEWHERE = "a name of the package itself, not of the module where the official one shows it too"
 
+CONCURRENCY = "as many requests as other reads of several values have"
 ADDED_ZARR = "a method of newer versions of zarr, which stores inherit"
 TO_DICT = "the official library shows its self by that name"
 UNION = "the union has no instances; each nested class has it"
@@ -27,6 +28,7 @@ KNOWN = {
     "icechunk._upgrade_icechunk_repository: missing": PRIVATE,
     "icechunk.ErrorKind: no parameter 'values'": "how the enum module of Python 3.11 spells its constructor",
     "icechunk.ForkSession: no parameter 'session'": MADE,
+    "icechunk.IcechunkStore.get_ranges: parameter 'max_concurrency' defaults to None, official 10": CONCURRENCY,
     "icechunk.ManifestSplittingConfig.to_dict: no parameter 'config'": TO_DICT,
     "icechunk.ObjectStoreConfig._repr_html_: missing": UNION,
     "icechunk.Session: no parameter 'session'": MADE,
@@ -39,16 +41,13 @@ KNOWN = {
     "icechunk.session.ForkSession: no parameter 'session'": MADE,
     "icechunk.session.Session: no parameter 'session'": MADE,
     "icechunk.storage.ObjectStoreConfig._repr_html_: missing": UNION,
+    "icechunk.store.IcechunkStore.get_ranges: parameter 'max_concurrency' defaults to None, official 10": CONCURRENCY,
     "icechunk.store.TYPE_CHECKING: missing": "an import from typing, no name of the module",
     "icechunk.store._byte_request_to_tuple: missing": PRIVATE,
     "icechunk.testing.trees.node_names: missing": "an import from zarr, no name of the module",
     "icechunk.xarray.has_dask: missing": "a flag that the official module sets for itself",
 }
 OF_VERSIONS = {
-    "icechunk.IcechunkStore.get_ranges: missing": ADDED_ZARR,
-    "icechunk.IcechunkStore.get_ranges_sync: missing": ADDED_ZARR,
-    "icechunk.store.IcechunkStore.get_ranges: missing": ADDED_ZARR,
-    "icechunk.store.IcechunkStore.get_ranges_sync: missing": ADDED_ZARR,
     "icechunk.testing.models.ModelStore.get_ranges: missing": ADDED_ZARR,
     "icechunk.testing.models.ModelStore.get_ranges_sync: missing": ADDED_ZARR,
 }

@@ -338,12 +338,14 @@ class SessionContent:
         """As `Content.virtual_prefixes`."""
         return self.core.virtual.prefixes
 
-    async def get_chunk(self, path: str, coords: tuple[int, ...], byte_range: ByteRange) -> Octets | None:
+    async def get_chunk(
+        self, path: str, coords: tuple[int, ...], byte_range: ByteRange, *, exact: bool = False
+    ) -> Octets | None:
         """As `Content.get_chunk`."""
         node, found = self._look_up(path, coords)
         if found is ABSENT or node is None:
             return None
-        return await read_chunk(self.core, self.puts, node, coords, found, byte_range)
+        return await read_chunk(self.core, self.puts, node, coords, found, byte_range, exact=exact)
 
     @property
     def answers_nowait(self) -> bool:

@@ -28,6 +28,8 @@ async def read_chunk(
     coords: tuple[int, ...],
     found: ChunkRef | InBase,
     byte_range: ByteRange,
+    *,
+    exact: bool = False,
 ) -> Octets | None:
     """The bytes of a chunk, or a range of them, clamped as in `clip`; None where it was never written.
 
@@ -39,6 +41,8 @@ async def read_chunk(
         The array.
     found
         What the session's log says about the chunk.
+    exact
+        As of `BlockReader.read`.
 
     Raises
     ------
@@ -50,7 +54,7 @@ async def read_chunk(
         As `VirtualAccess.read`, where it is virtual.
     """
     if found is not IN_BASE:
-        return await bytes_of(core, puts, found, byte_range)
+        return await bytes_of(core, puts, found, byte_range, exact=exact)
     ref = core.assets.reference_nowait(node, coords)
     if ref is UNKNOWN:
         ref = await core.assets.reference(node, coords, reading=True)
@@ -59,7 +63,7 @@ async def read_chunk(
         data = core.assets.chunk_nowait(ref.chunk_id, ref.offset, ref.offset + ref.length)
         if data is not None:
             return data
-    return None if ref is None else await bytes_of(core, puts, ref, byte_range)
+    return None if ref is None else await bytes_of(core, puts, ref, byte_range, exact=exact)
 
 
 def read_chunk_nowait(
@@ -121,7 +125,7 @@ async def all_references(
             yield refs.take(np.flatnonzero(visible))
 
 
-async def bytes_of(core: Core, puts: Packs, ref: ChunkRef, byte_range: ByteRange) -> Octets:
+async def bytes_of(core: Core, puts: Packs, ref: ChunkRef, byte_range: ByteRange, *, exact: bool = False) -> Octets:
     """The bytes that a reference points to, or a range of them; errors as of `read_chunk`."""
     held = _in_memory(puts, ref, byte_range)
     if held is not None:
@@ -129,7 +133,7 @@ async def bytes_of(core: Core, puts: Packs, ref: ChunkRef, byte_range: ByteRange
     start, end = clip(byte_range, ref.length)
     if ref.kind == NATIVE and ref.chunk_id is not None:
         try:
-            found = await core.assets.chunk(ref.chunk_id, ref.offset + start, ref.offset + end)
+            found = await core.assets.chunk(ref.chunk_id, ref.offset + start, ref.offset + end, exact=exact)
         except ObjectNotFoundError as error:
             raise StorageError(
                 f"chunk object {encode_id(ref.chunk_id)} is missing from {core.storage.describe()}, though a "

@@ -58,9 +58,12 @@ class Content(Protocol):
         """Delete every node."""
         ...
 
-    async def get_chunk(self, path: str, coords: tuple[int, ...], byte_range: ByteRange) -> Octets | None:
+    async def get_chunk(
+        self, path: str, coords: tuple[int, ...], byte_range: ByteRange, *, exact: bool = False
+    ) -> Octets | None:
         """Bytes of a chunk, or a clamped range of them; None where it was never written, or there is no array.
 
+        ``exact``: this is one of many ranges that are all known to the caller, so nothing near it is read ahead.
         Raises `InvalidInputError` where the node is a group.
         """
         ...

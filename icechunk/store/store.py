@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
@@ -28,6 +29,7 @@ from icechunk.runtime.tasks import run_each
 from icechunk.runtime.twins import run_sync
 from icechunk.storage.port import ByteRange, Octets, Range, Suffix, clip
 from icechunk.store.port import StoreSession
+from icechunk.store.ranges import Joined, join_ranges
 from icechunk.store.virtual_refs import VirtualRefs
 from icechunk.store.zarr_keys import ChunkKey, MetadataKey, chunk_key_text, metadata_key_text, parse_key, to_path
 from icechunk.transfer.assets import UNKNOWN, Unknown
@@ -37,6 +39,8 @@ __all__ = ["IcechunkStore"]
 
 
 _COPIED_LATE_BYTES = 64 * 1024
+_MANY_RANGES = 4
+"""So many ranges far apart in one call are what a selection needs; fewer are perhaps the next of a random reader's."""
 
 
 class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
@@ -103,6 +107,13 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
             data = self._document(parsed.path, _range(byte_range))
         return None if data is None else prototype.buffer.from_bytes(data)
 
+    async def _get_exactly(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
+        parsed = parse_key(key)
+        if type(parsed) is not ChunkKey:
+            return await self.get(key, prototype, byte_range)
+        data = await self._content.get_chunk(parsed.path, parsed.coords, _range(byte_range), exact=True)
+        return None if data is None else prototype.buffer.from_bytes(data)
+
     def _document(self, path: str, byte_range: ByteRange) -> Octets | None:
         node = self._content.node(path)
         if node is None or byte_range is None:
@@ -114,15 +125,19 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
     ) -> Buffer | None:
         """As `get`, in the thread that calls: at once from memory or local disk, else by the background loop."""
         prototype = prototype or default_buffer_prototype()
+        found = self._get_nowait(key, prototype, byte_range)
+        return run_sync(self.get(key, prototype, byte_range)) if found is UNKNOWN else found
+
+    def _get_nowait(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None
+    ) -> Buffer | Unknown | None:
         parsed = parse_key(key)
         data: Octets | Unknown | None = None
         if type(parsed) is ChunkKey:
             data = self._content.get_chunk_nowait(parsed.path, parsed.coords, _range(byte_range))
         elif type(parsed) is MetadataKey:
             data = self._document(parsed.path, _range(byte_range))
-        if data is UNKNOWN:
-            return run_sync(self.get(key, prototype, byte_range))
-        return None if data is None else prototype.buffer.from_bytes(data)
+        return data if data is UNKNOWN or data is None else prototype.buffer.from_bytes(data)
 
     def set_sync(self, key: str, value: Buffer) -> None:
         """As `set`, in the thread that calls."""
@@ -154,6 +169,90 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
             found[i] = await self.get(key, prototype, byte_range)
 
         await run_each(fetch, range(len(wanted)), limit=self._content.values_at_once)
+        return found
+
+    async def get_ranges(
+        self,
+        key: str,
+        byte_ranges: Sequence[ByteRequest | None],
+        *,
+        prototype: BufferPrototype,
+        max_concurrency: int | None = None,
+        max_gap_bytes: int = 1 << 20,
+        max_coalesced_bytes: int = 16 << 20,
+    ) -> AsyncGenerator[Sequence[tuple[int, Buffer | None]], None]:
+        """Many ranges of one key, as zarr reads the inner chunks of a shard.
+
+        Parameters
+        ----------
+        key
+            A chunk's, or a node's document.
+        byte_ranges
+            None: the whole value.
+        max_concurrency
+            Number of requests at the same time; None: as of `get_partial_values`, by default 256.
+        max_gap_bytes, max_coalesced_bytes
+            Ranges with at most so many bytes between them are read by one request, of at most so many bytes.
+
+        Yields
+        ------
+        sequence of (int, Buffer)
+            For each request, when it is answered: the place in ``byte_ranges`` and the bytes, clamped to the value.
+
+        Raises
+        ------
+        BaseExceptionGroup
+            With `FileNotFoundError` if the key has no value, else with what `get` raises; what is still being read is
+            cancelled.
+        """
+        for each in byte_ranges:
+            _range(each)
+        at_once = asyncio.Semaphore(max_concurrency or self._content.values_at_once)
+
+        async def fetch(joined: Joined) -> Sequence[tuple[int, Buffer | None]]:
+            async with at_once:
+                value = await get(key, prototype, joined.request)
+            if value is None:
+                raise FileNotFoundError(key)
+            return [(i, value[part]) for i, part in joined.parts]
+
+        planned = join_ranges(byte_ranges, max_gap_bytes=max_gap_bytes, max_joined_bytes=max_coalesced_bytes)
+        get = self.get if len(planned) < _MANY_RANGES else self._get_exactly
+        fetches = [asyncio.ensure_future(fetch(joined)) for joined in planned]
+        try:
+            for answered in asyncio.as_completed(fetches):
+                yield await answered
+        except Exception as error:
+            raise BaseExceptionGroup(f"cannot read {len(byte_ranges)} ranges of {key!r}", [error]) from None
+        finally:
+            for task in fetches:
+                task.cancel()
+            await asyncio.gather(*fetches, return_exceptions=True)
+
+    def get_ranges_sync(
+        self,
+        key: str,
+        byte_ranges: Sequence[ByteRequest | None],
+        *,
+        prototype: BufferPrototype,
+        max_gap_bytes: int = 1 << 20,
+        max_coalesced_bytes: int = 16 << 20,
+    ) -> Sequence[tuple[int, Buffer | None]]:
+        """As `get_ranges`, in the thread that calls: at once from memory or local disk, else by the background loop."""
+        sizes = {"max_gap_bytes": max_gap_bytes, "max_coalesced_bytes": max_coalesced_bytes}
+
+        async def collect() -> Sequence[tuple[int, Buffer | None]]:
+            return [
+                pair async for some in self.get_ranges(key, byte_ranges, prototype=prototype, **sizes) for pair in some
+            ]
+
+        found: builtins.list[tuple[int, Buffer | None]] = []
+        for joined in join_ranges(byte_ranges, max_gap_bytes=max_gap_bytes, max_joined_bytes=max_coalesced_bytes):
+            value = self._get_nowait(key, prototype, joined.request)
+            if value is UNKNOWN or value is None:
+                # All of them together where one has to be waited for; an absent value is an error there too.
+                return run_sync(collect())
+            found += [(i, value[part]) for i, part in joined.parts]
         return found
 
     async def _get_many(

@@ -420,10 +420,11 @@ class Assets:
         pool = self._pools.peek() or await self._pools.get()
         return await self._read(pool, key)
 
-    async def chunk(self, id: ObjectId, start: int, end: int) -> Octets:
-        """Bytes ``start`` to ``end`` (exclusive) of a chunk object; fewer where it is shorter."""
+    async def chunk(self, id: ObjectId, start: int, end: int, *, exact: bool = False) -> Octets:
+        """Bytes ``start`` to ``end`` (exclusive) of a chunk object; fewer where it is shorter. ``exact`` as of
+        `BlockReader.read`."""
         reader = self._readers.peek() or await self._readers.get()
-        return await reader.read(_chunk_key(id), start, end)
+        return await reader.read(_chunk_key(id), start, end, exact=exact)
 
     def chunk_nowait(self, id: ObjectId, start: int, end: int) -> bytes | None:
         """The same, if all of it has been fetched already; else None."""

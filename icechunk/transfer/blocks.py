@@ -60,8 +60,13 @@ class BlockReader:
         """Bytes kept, and bytes on their way to be kept."""
         return self._kept_bytes + self._reserved_bytes
 
-    async def read(self, key: str, start: int, end: int) -> Octets:
+    async def read(self, key: str, start: int, end: int, *, exact: bool = False) -> Octets:
         """Bytes ``start`` to ``end`` (exclusive) of an object; fewer where it ends before. Many may come as a view.
+
+        Parameters
+        ----------
+        exact
+            The caller knows all that it wants: the read says nothing about what is wanted next.
 
         Raises
         ------
@@ -70,7 +75,9 @@ class BlockReader:
         InvalidInputError
             The object ends at or before ``start`` (kind ``invalid-byte-range``).
         """
-        if end - start >= self._limits.block_bytes and not self._limits.keep_wanted:
+        if exact and (known := self.read_nowait(key, start, end)) is not None:
+            return known
+        if (exact or end - start >= self._limits.block_bytes) and not self._limits.keep_wanted:
             return await self._pool.view(key, Range(start, end))
         known, found = await self._part(key, start, end)
         if len(found) == end - start:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,8 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
-from zarr.core.buffer import cpu
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.core.buffer import Buffer, cpu
 
 from icechunk import (
     AlreadyExistsError,
@@ -26,8 +28,10 @@ from icechunk import (
 from icechunk.errors import ErrorKind, IcechunkError, ObjectNotFoundError, StorageError
 from icechunk.format.ids import ObjectId
 from icechunk.storage.memory import MemoryStorage
-from icechunk.storage.port import GetResult, PutResult
+from icechunk.storage.port import GetResult, PutResult, Storage
+from icechunk.store.ranges import join_ranges
 from icechunk.store.store import _bytes_of
+from icechunk.testing.wrapping import WrappingStorage
 from tests.raising import raises
 from tests.store.store_builders import (
     PROTOTYPE,
@@ -202,26 +206,98 @@ async def test_many_keys_are_read_at_once(filled: IcechunkStore) -> None:
     assert [pair async for pair in filled._get_many([])] == []
 
 
-@pytest.mark.skipif(not hasattr(Store, "get_ranges"), reason="this zarr has no get_ranges")
+def whole(key: str, groups: list[Sequence[tuple[int, Buffer | None]]]) -> dict[int, bytes]:
+    found: dict[int, bytes] = {}
+    for i, value in (pair for group in groups for pair in group):
+        assert value is not None
+        assert i not in found
+        found[i] = value.to_bytes()
+    return found
+
+
 @pytest.mark.parametrize("key", ["zarr.json", "a/c/0/0", "a/c/0/1"])
 async def test_many_ranges_of_one_key_are_read_at_once(filled: IcechunkStore, key: str) -> None:
-    value = EVERYTHING[key]
-    found: dict[int, bytes | None] = {}
-    store: Any = filled  # zarr's oldest version has no such method
-    async for group in store.get_ranges(key, RANGES, prototype=PROTOTYPE):
-        found.update({i: None if part is None else part.to_bytes() for i, part in group})
-    for i, byte_range in enumerate(RANGES):
-        assert found[i] == part(value, byte_range), byte_range
+    wanted = {i: part(EVERYTHING[key], byte_range) for i, byte_range in enumerate(RANGES)}
+    assert whole(key, [group async for group in filled.get_ranges(key, RANGES, prototype=PROTOTYPE)]) == wanted
+    together = await asyncio.to_thread(filled.get_ranges_sync, key, RANGES, prototype=PROTOTYPE)
+    assert whole(key, [together]) == wanted
+    assert [group async for group in filled.get_ranges(key, [], prototype=PROTOTYPE)] == []
 
 
-@pytest.mark.skipif(not hasattr(Store, "get_ranges"), reason="this zarr has no get_ranges")
 async def test_ranges_of_an_absent_key_are_an_error(filled: IcechunkStore) -> None:
-    store: Any = filled
     for key in ("a/c/2/2", "none/c/0", "none/zarr.json"):
         with pytest.raises(BaseExceptionGroup) as caught:
-            async for _ in store.get_ranges(key, [RangeByteRequest(0, 1)], prototype=PROTOTYPE):
+            async for _ in filled.get_ranges(key, [RangeByteRequest(0, 1)], prototype=PROTOTYPE):
                 pass
         assert caught.group_contains(FileNotFoundError)
+        with pytest.raises(BaseExceptionGroup) as caught:
+            await asyncio.to_thread(filled.get_ranges_sync, key, [RangeByteRequest(0, 1)], prototype=PROTOTYPE)
+        assert caught.group_contains(FileNotFoundError)
+
+
+async def test_ranges_that_no_request_can_be_are_refused_before_anything_is_read(filled: IcechunkStore) -> None:
+    with raises(InvalidInputError, ErrorKind.INVALID_BYTE_RANGE):
+        async for _ in filled.get_ranges("a/c/0/1", [None, RangeByteRequest(-1, 1)], prototype=PROTOTYPE):
+            pass
+
+
+class Gathering(WrappingStorage):
+    """Reads of chunks wait until a number of them is there."""
+
+    def __init__(self, inner: Storage, number: int) -> None:
+        super().__init__(inner)
+        self.together = asyncio.Barrier(number)
+        self.ranges: list[Any] = []
+
+    async def get(self, key: str, byte_range: Any = None) -> GetResult:
+        if key.startswith("chunks/"):
+            self.ranges.append(byte_range)
+            await self.together.wait()
+        return await super().get(key, byte_range)
+
+
+async def test_ranges_far_apart_are_requested_together_and_near_ones_as_one() -> None:
+    value = np.random.default_rng(0).bytes(4_000_000)
+    inner = MemoryStorage()
+    repo = await Repository.create_async(inner)
+    session = await repo.writable_session_async("main")
+    await fill(session.store, {"a/zarr.json": array_document((1,)), "a/c/0": value})
+    await session.commit_async("one large chunk")
+    gathering = Gathering(inner, 40)
+    store = (await (await Repository.open_async(gathering)).readonly_session_async("main")).store
+    wanted = [RangeByteRequest(at + near, at + near + 5) for at in range(0, 4_000_000, 100_000) for near in (0, 8)]
+    async with asyncio.timeout(20):
+        groups = [
+            group async for group in store.get_ranges("a/c/0", wanted[::-1], prototype=PROTOTYPE, max_gap_bytes=100)
+        ]
+    assert whole("a/c/0", groups) == {i: value[each.start : each.end] for i, each in enumerate(wanted[::-1])}
+    assert [each.end - each.start for each in gathering.ranges] == [13] * 40
+
+
+@given(
+    wanted=st.lists(
+        st.one_of(
+            st.none(),
+            st.builds(
+                lambda start, size: RangeByteRequest(start, start + size), st.integers(0, 99), st.integers(0, 60)
+            ),
+            st.builds(OffsetByteRequest, st.integers(0, 120)),
+            st.builds(SuffixByteRequest, st.integers(0, 120)),
+        ),
+        max_size=12,
+    ),
+    gap=st.integers(0, 20),
+    most=st.integers(0, 90),
+)
+def test_joined_requests_give_what_each_alone_gives(wanted: list[ByteRequest | None], gap: int, most: int) -> None:
+    value = bytes(range(100))
+    joined = join_ranges(wanted, max_gap_bytes=gap, max_joined_bytes=most)
+    found = {i: part(value, request)[place] for request, parts in joined for i, place in parts}
+    assert found == {i: part(value, each) for i, each in enumerate(wanted)}
+    spans = sorted((each.request.start, each.request.end) for each in joined if type(each.request) is RangeByteRequest)
+    assert len(found) == len(wanted) == sum(len(parts) for _, parts in joined)
+    for (first, last), (start, end) in pairwise(spans):
+        assert start - last > gap or max(last, end) - first > most
 
 
 ABSENT = [
