@@ -15,7 +15,7 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
@@ -196,6 +196,8 @@ class Appender:
         self._putting = asyncio.Lock()
         self._has_left = False
         self._committing: asyncio.Task[str | None] | None = None
+        self._alongside = set[asyncio.Task[str | None]]()
+        """Commits of replacements and of rows before the first."""
         self._timer: asyncio.Task[None] | None = None
 
     # -- properties ------------------------------------------------------------------------------------------------
@@ -232,6 +234,8 @@ class Appender:
         if self._timer is not None:
             self._timer.cancel()
             await asyncio.gather(self._timer, return_exceptions=True)
+        if self._alongside:
+            await asyncio.gather(*self._alongside, return_exceptions=True)
         if self._error is None:
             await self.flush()
         elif self._committing is not None:
@@ -279,8 +283,8 @@ class Appender:
             return "skipped" if promise == "skipped" else "committed"
         if self._rows >= self._max_rows or self._bytes >= self._max_bytes:
             self._commit_soon()
-            while self._bytes >= 2 * self._max_bytes and self._committing is not None:
-                await self._wait(self._committing)
+            while self._bytes >= 2 * self._max_bytes and (committing := self._running_commit()) is not None:
+                await self._wait(committing)
         elif time.monotonic() - self._turn_given_s > _LONGEST_RUN_S:
             await asyncio.sleep(0)
             self._turn_given_s = time.monotonic()
@@ -302,11 +306,11 @@ class Appender:
             batch.offset = offset
             if batch.rows == 0:
                 break
-            if batch.fresh is not None and schema == self._schema:
-                batch.fresh.snapshot_id = target.snapshot_id
-                self._target = target = batch.fresh
-            batch = await self._by_labels(batch, target)
+            batch = await self._by_labels(batch, batch.fresh or target)
             if schema == self._schema:
+                if batch.fresh is not None:
+                    batch.fresh.snapshot_id = self._require_target().snapshot_id
+                    self._target = batch.fresh
                 break
             self._require_open()
         if batch.rows:
@@ -330,10 +334,8 @@ class Appender:
         """
         self._require_usable()
         made: str | None = None
-        while self._buffered or self._committing is not None:
-            self._commit_soon()
-            assert self._committing is not None
-            made = await self._wait(self._committing) or made
+        while self._buffered or self._running_commit() is not None:
+            made = await self._wait(self._commit_soon()) or made
         self._raise_refused()
         return made
 
@@ -352,9 +354,11 @@ class Appender:
         self._require_open()
         async with self._putting:
             await self.flush()
-            return await self._prepended(data)
+            made = await self._alone(self._prepended(data))
+            assert made is not None
+            return made
 
-    async def _prepended(self, data: Any) -> str:
+    async def _prepended(self, data: Any) -> str | None:
         async with self._turn():
             while True:
                 session = await self._begin()
@@ -472,15 +476,17 @@ class Appender:
                 ErrorKind.INVALID_SETTING,
             )
 
-    async def _behind_others(self, session: Session, target: Target, batches: list[Batch]) -> list[Batch]:
-        """The buffered rows without those whose labels another writer has stored since; by ``on_duplicate`` the session
-        then has these values instead.
+    async def _behind_others(
+        self, session: Session, target: Target, batches: list[Batch]
+    ) -> tuple[list[Batch], Target]:
+        """The buffered rows without those whose labels another writer has stored since, and the target as it is then:
+        by ``on_duplicate`` the session has these values instead.
 
         Batches of which a row can neither be stored nor left out are left out whole, and told of.
         """
         known = await target.labels(session) if target.created else None
         if known is None or not len(known):
-            return batches
+            return batches, target
         new: list[Batch] = []
         replaced: list[tuple[int, Mapping[str, Any]]] = []
         for batch in batches:
@@ -502,9 +508,9 @@ class Appender:
                 replaced += [(p, {name: v[i] for name, v in batch.values.items()}) for i, p in enumerate(places)]
             values = {name: v[late:] for name, v in batch.values.items()} if late else batch.values
             new.append(Batch(rows=batch.rows - late, values=values, offset=batch.offset))
-        await target.replace_rows(session, replaced)
+        after = await target.replace_rows(session, replaced)
         self._labels = None
-        return new
+        return new, after
 
     async def _known_labels(self, target: Target) -> _Labels:
         """Stored and buffered labels; without a key the last of them alone."""
@@ -524,6 +530,9 @@ class Appender:
     async def _replace(self, labels: Any, values: Mapping[str, Any], offset: Any) -> None:
         """Write rows that are there anew, in a commit of their own, so that their offset counts."""
         await self.flush()
+        await self._alone(self._replaced(labels, values, offset))
+
+    async def _replaced(self, labels: Any, values: Mapping[str, Any], offset: Any) -> str | None:
         async with self._turn():
             while True:
                 session = await self._begin()
@@ -534,11 +543,11 @@ class Appender:
                 self._require_known(labels, known)
                 places = np.searchsorted(known, labels).tolist()
                 rows = [(p, {name: v[i] for name, v in values.items()}) for i, p in enumerate(places)]
-                await target.replace_rows(session, rows)
+                after = await target.replace_rows(session, rows)
                 made = await self._try_commit(session, self._record(offset, 0))
                 if made is not None:
-                    self._adopt(target, session, made, offset=offset, rows=0)
-                    return
+                    self._adopt(after, session, made, offset=offset, rows=0)
+                    return made
                 self._counts.placed_again += 1
 
     # -- commits ---------------------------------------------------------------------------------------------------
@@ -549,29 +558,38 @@ class Appender:
             due_s = min(self._every_s, 0.05) if self._oldest_s is None else self._until_due_s()
             await asyncio.sleep(max(due_s, pause_s))
             if self._oldest_s is not None and self._until_due_s() <= 0 and self._error is None:
-                self._commit_soon()
-                committing = self._committing
-                if committing is not None:
-                    await asyncio.wait([committing])
-                    has_failed = committing.cancelled() or committing.exception() is not None
-                    pause_s = min(max(2 * pause_s, _FIRST_RETRY_S), _LAST_RETRY_S) if has_failed else 0.0
+                committing = self._commit_soon()
+                await asyncio.wait([committing])
+                has_failed = committing.cancelled() or committing.exception() is not None
+                pause_s = min(max(2 * pause_s, _FIRST_RETRY_S), _LAST_RETRY_S) if has_failed else 0.0
 
     def _until_due_s(self) -> float:
         return max(0.0, self._every_s - (time.monotonic() - (self._oldest_s or time.monotonic())))
 
-    def _commit_soon(self) -> None:
-        if self._committing is None and self._buffered:
-            self._committing = asyncio.create_task(self._commit())
-            self._committing.add_done_callback(self._ended)
+    def _running_commit(self) -> asyncio.Task[str | None] | None:
+        """The commit that has not ended; None: there is none."""
+        # A task ends before its callbacks run: waiting for one that has ended would not give them a turn.
+        return None if self._committing is None or self._committing.done() else self._committing
 
-    def _ended(self, task: asyncio.Task[str | None]) -> None:
-        self._committing = None
-        if not task.cancelled():
-            task.exception()  # raised to the callers that wait; if there are none, by the next call
+    def _commit_soon(self) -> asyncio.Task[str | None]:
+        """The running commit, or one that begins: of the rows that are buffered."""
+        committing = self._running_commit()
+        if committing is None:
+            committing = self._committing = asyncio.create_task(self._commit())
+            committing.add_done_callback(_ended)
+        return committing
 
     async def _wait(self, task: asyncio.Task[str | None]) -> str | None:
         # A caller that is cancelled leaves; the commit goes on.
         return await asyncio.shield(task)
+
+    async def _alone(self, commit: Coroutine[Any, Any, str | None]) -> str | None:
+        """Make a commit that is not of buffered rows; as any commit it goes on when its caller is cancelled."""
+        task = asyncio.create_task(commit)
+        self._alongside.add(task)
+        task.add_done_callback(self._alongside.discard)
+        task.add_done_callback(_ended)
+        return await self._wait(task)
 
     async def _commit(self) -> str | None:
         """Commit the rows that are buffered now, behind all that are in the arrays."""
@@ -584,7 +602,7 @@ class Appender:
                 new = batches
                 if self._overtaken and self._key is not None:
                     self._refused = told
-                    new = await self._behind_others(session, target, batches)
+                    new, target = await self._behind_others(session, target, batches)
                 offset = next((b.offset for b in reversed(new) if b.offset is not None), None)
                 rows = sum(b.rows for b in new)
                 if not new:
@@ -768,6 +786,11 @@ class Appender:
             self._seen = _facts(self._sources[self._source])
             if offset is not None:
                 self._position = offset
+
+
+def _ended(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled():
+        task.exception()  # raised to the callers that wait; if there are none, by the next call
 
 
 def _facts(record: Mapping[str, Any] | None) -> tuple[Any, ...] | None:

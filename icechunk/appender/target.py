@@ -418,19 +418,28 @@ class Target:
         found = np.asarray(await self._array(session, variable).getitem(tuple(where)))
         return np.moveaxis(found, variable.axis or 0, 0)
 
-    async def replace_rows(self, session: Session, rows: Sequence[tuple[int, Mapping[str, Values]]]) -> None:
-        """Write rows that exist already anew; (position, values of one row by array)."""
-        for position, values in rows:
-            for variable in self.growing:
+    async def replace_rows(self, session: Session, rows: Sequence[tuple[int, Mapping[str, Values]]]) -> Target:
+        """Write rows that exist already anew; returns the target as it is then.
+
+        Parameters
+        ----------
+        rows
+            Position and values by array of each row.
+        """
+        after = replace(self, variables=dict(self.variables))
+        for variable in self.growing:
+            aligned = variable.length - variable.length % variable.chunk_rows
+            open_rows = [position - aligned for position, _ in rows if position >= aligned]
+            if open_rows:
+                tail = (await self._tail(session, variable, aligned)).copy()
+                tail[open_rows] = [values[variable.name] for position, values in rows if position >= aligned]
+                after.variables[variable.name] = replace(variable, tail=tail)
+            for position, values in rows:
                 where = [slice(None)] * len(variable.meta.shape)
                 where[variable.axis or 0] = slice(position, position + 1)
                 row = np.moveaxis(values[variable.name][None], 0, variable.axis or 0)
                 await self._array(session, variable).setitem(tuple(where), row)
-                aligned = variable.length - variable.length % variable.chunk_rows
-                if position >= aligned:
-                    tail = (await self._tail(session, variable, aligned)).copy()
-                    tail[position - aligned] = values[variable.name]
-                    variable.tail = tail
+        return after
 
     async def drop_first(self, session: Session, rows: int) -> Target:
         """Leave the oldest rows out by shifting whole chunks; ``rows`` is a multiple of `chunk_rows`."""

@@ -319,14 +319,14 @@ async def test_a_record_of_another_source_survives_a_replacement_that_was_rebase
         await other.put(rows(0), offset=10)
     replace_rows = Target.replace_rows
 
-    async def overtaken(target: Target, *args: Any) -> None:
+    async def overtaken(target: Target, *args: Any) -> Target:
         monkeypatch.undo()
         session = await repo.writable_session_async("main")
         found = await newest_sources(repo.async_ancestry(snapshot_id=session.snapshot_id))
         array = await zarr.api.asynchronous.open_array(store=session.store, path="other/v")
         await array.setitem(slice(0, 1), 7)
         await session.commit_async("11", recorded(found, "b", offset=11, owner=str(found["b"]["owner"]), rows=1))
-        await replace_rows(target, *args)
+        return await replace_rows(target, *args)
 
     async with repo.appender("main", dim="time", source="a", key="time", on_duplicate="replace") as appender:
         await appender.put(rows(0), offset=0, durable=True)

@@ -282,3 +282,12 @@ async def test_data_of_another_kind_are_refused(data: Any) -> None:
         with pytest.raises(InvalidInputError):
             await appender.put(data, offset=1)
         assert appender.stats().rows_buffered == 0
+
+
+async def test_a_first_dataset_that_is_refused_decides_nothing_about_the_arrays() -> None:
+    repo = await new_repo()
+    async with repo.appender("main", dim="time", source="s") as appender:
+        with pytest.raises(InvalidInputError):
+            await appender.put(rows(0, 3).isel(time=[2, 1, 0]).assign(extra=("time", np.ones(3))), offset=0)
+        await appender.put(rows(0, 3), offset=0)
+    assert await stored(repo) == [0, 1, 2]
