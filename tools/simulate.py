@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from icechunk.log.repository.port import Layout
-from tools.simulator.cluster import Report
+from tools.simulator.cluster import Report, keep_no_list_of_tasks
 from tools.simulator.faults import Fault, described
 from tools.simulator.simulation import plan_of, simulate
 
@@ -144,6 +144,7 @@ def _batches(seed: int, last: int, end: float) -> Iterator[range]:
 
 
 def _settle_down() -> None:
+    keep_no_list_of_tasks()
     # Loaded modules stay: the garbage collector need not look at them again and again. The simulation calls it.
     simulate(0)
     logging.disable(logging.CRITICAL)

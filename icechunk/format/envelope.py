@@ -41,6 +41,8 @@ _SLICE: Final = 1024
 _SMALL_BYTES: Final = 64 * 1024
 _compressors: Final[dict[int, list[zstandard.ZstdCompressor]]] = {}
 """Compressors that are not in use, by level."""
+_decompressors: Final[list[zstandard.ZstdDecompressor]] = []
+"""Decompressors that are not in use."""
 
 
 class FileType(IntEnum):
@@ -209,7 +211,15 @@ def _decompress(frame: memoryview, file_type: FileType, name: str) -> bytes:
         if declared > limit:
             raise FormatError(f"cannot read {name}: {len(frame)} bytes claim to decompress to {declared}{_REMEDY}")
         if declared > 0:
-            return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+            # As with compressors; what one of them keeps does not depend on the size of a frame.
+            try:
+                decompressor = _decompressors.pop()
+            except IndexError:
+                decompressor = zstandard.ZstdDecompressor()
+            try:
+                return decompressor.decompress(frame, allow_extra_data=False)
+            finally:
+                _decompressors.append(decompressor)
         stream = zstandard.ZstdDecompressor().decompressobj()
         parts: list[bytes] = []
         total = 0

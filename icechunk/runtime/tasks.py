@@ -27,7 +27,14 @@ async def run_all(*work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
             for item in work:
                 group.create_task(item())
     except BaseExceptionGroup as errors:
-        raise _first(errors) from None
+        first = _first(errors)
+    else:
+        return
+    try:
+        raise first
+    finally:
+        # The error's traceback has this frame, and the group has the caller's task, which may end with the error.
+        del first, group
 
 
 async def run_each(work: Callable[[T], Awaitable[Any]], items: Iterable[T], *, limit: int) -> None:
@@ -97,7 +104,13 @@ async def run_stream(
                 # Let the started work send its requests while the next item is made.
                 await asyncio.sleep(0)
     except BaseExceptionGroup as errors:
-        raise _first(errors) from None
+        first = _first(errors)
+    else:
+        return
+    try:
+        raise first
+    finally:
+        del first, group, running
 
 
 _THREADS: Final = ProcessPool(40, "icechunk-work")
@@ -150,6 +163,9 @@ async def finish_task(task: asyncio.Task[Any] | None, grace_s: float) -> None:
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error to raise in place of the group: without a reference to it, so that its memory is free at once."""
+    # asyncio leaves the group in the frame that raised it, which is in its traceback.
+    errors.__traceback__ = None
     for error in errors.exceptions:
         found = _first(error) if isinstance(error, BaseExceptionGroup) else error
         if isinstance(found, Exception):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import re
 import threading
-from collections.abc import AsyncGenerator
+import weakref
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -111,6 +113,60 @@ async def test_the_first_error_cancels_the_others_and_is_raised_unchanged() -> N
         with pytest.raises(KeyError, match=re.escape("it")):
             await run()
     assert cancelled == [True] * 3
+
+
+async def _one() -> AsyncGenerator[int, None]:
+    yield 1
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("way", ["all", "jobs", "pair", "stream"])
+async def test_an_error_keeps_its_cause_and_its_memory_is_free_as_soon_as_it_was_handled(
+    way: str, nested: bool
+) -> None:
+    class WrongError(Exception):
+        pass
+
+    seen: list[weakref.ref[WrongError]] = []
+    cause: BaseException | None = None
+
+    async def fail() -> None:
+        await asyncio.sleep(0)
+        error = WrongError()
+        seen.append(weakref.ref(error))
+        try:
+            raise error from KeyError("why")
+        finally:
+            del error
+
+    async def wait() -> None:
+        await asyncio.sleep(60)
+
+    async def run(work: Callable[[], Coroutine[None, None, None]]) -> None:
+        match way:
+            case "all":
+                await run_all(work, wait)
+            case "jobs":
+                await run_jobs([work, wait])
+            case "pair":
+                await run_pair(work, wait)
+            case _:
+                await run_stream(lambda item: work(), _one(), lambda item: 1, limit=2, max_weight=2)
+
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        try:
+            await run(partial(run, fail) if nested else fail)
+        except WrongError as error:
+            cause = error.__cause__
+        # Tasks that have ended are known to the loop for one turn more.
+        await asyncio.sleep(0)
+        assert [found() for found in seen] == [None]
+        assert isinstance(cause, KeyError)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 async def test_a_job_that_is_cancelled_before_its_first_step_leaves_no_coroutine_behind() -> None:

@@ -24,7 +24,7 @@ from tools.simulator.loop import DAY_S, VirtualLoop
 from tools.simulator.storage import SimulatedStorage, SimulatedStore, Stored
 from tools.simulator.trace import Trace
 
-__all__ = ["Client", "Cluster", "Report"]
+__all__ = ["Client", "Cluster", "Report", "keep_no_list_of_tasks"]
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ class Client:
         loop = cluster.loop
         self.sources = Sources(
             wall_us=lambda: loop.now_us() + self.skew_us,
-            elapsed_us=lambda: int(loop.time() * 1e6),
+            elapsed_us=lambda: int(loop.now_s * 1e6),
             random_bytes=rng.randbytes,
             sleep=asyncio.sleep,
         )
@@ -161,6 +161,16 @@ class _Task(asyncio.Task[Any]):
 
     def __hash__(self) -> int:
         return self.number
+
+
+def keep_no_list_of_tasks() -> None:
+    """Let asyncio not enter this process's tasks into its list of all tasks, which nothing in a simulation asks for.
+
+    To enter a task and take it out again takes longer than to make it.
+    """
+    for name in ("_all_tasks", "_scheduled_tasks"):  # of Python 3.11, and of later ones
+        if (tasks := getattr(asyncio.tasks, name, None)) is not None:
+            tasks.add = bool
 
 
 class Cluster:
@@ -251,7 +261,7 @@ class Cluster:
 
     def note(self, who: str, what: str) -> None:
         """Write something down in the trace."""
-        self.store.trace.note(self.loop.time(), who, what)
+        self.store.trace.note(self.loop.now_s, who, what)
 
     def problem(self, what: str) -> None:
         """A promise is broken."""
@@ -261,7 +271,7 @@ class Cluster:
     def inject(self, fault: Fault, who: str, what: str) -> None:
         """A fault that is not one of a request."""
         self.store.injected[fault] += 1
-        self.store.trace.note(self.loop.time(), who, what, fault=fault.value)
+        self.store.trace.note(self.loop.now_s, who, what, fault=fault.value)
 
     def begin(self, operation: Operation) -> Operation:
         """Note that an operation was called."""

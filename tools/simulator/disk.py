@@ -103,15 +103,15 @@ class _Machine:
         self._commits = 0
         # Files have times of the system's clock, which is later: nothing here is so old that anything depends on it.
         self.sources = Sources(
-            wall_us=lambda: _BEGAN_US + int(loop.time() * 1e6),
-            elapsed_us=lambda: int(loop.time() * 1e6),
+            wall_us=lambda: _BEGAN_US + int(loop.now_s * 1e6),
+            elapsed_us=lambda: int(loop.now_s * 1e6),
             random_bytes=rng.randbytes,
             sleep=asyncio.sleep,
         )
 
     def note(self, who: str, what: str) -> None:
         """Write something down in the trace."""
-        self.report.trace.note(self.loop.time(), who, what)
+        self.report.trace.note(self.loop.now_s, who, what)
 
     async def work(self, name: str, rounds: int) -> None:
         """Commit again and again, from one client or a new one each time."""

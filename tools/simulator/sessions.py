@@ -389,7 +389,7 @@ async def lease_holder(cluster: Cluster, rounds: int, *, lease_s: float) -> None
         await _write(cluster, client, session, writes)
         if not writes:
             continue
-        ends_s = loop.time() + lease_s
+        ends_s = loop.now_s + lease_s
         id = await client.run(session.checkpoint_async(lease=timedelta(seconds=lease_s)))
         if id is None:
             continue
@@ -437,7 +437,7 @@ async def _resume_leased(
 
 
 def _check_lease(cluster: Cluster, client: Client, why: str, ends_s: float) -> None:
-    if "expired" in why and cluster.loop.time() < ends_s:
+    if "expired" in why and cluster.loop.now_s < ends_s:
         cluster.problem(f"a collection ended a session of {client.name} before its lease was over: {why}")
 
 

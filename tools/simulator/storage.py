@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Final, NoReturn, Protocol, TypeVar
 
@@ -111,7 +111,7 @@ class SimulatedStore:
         elif isinstance(precondition, Matches) and (found is None or found.info.version != precondition.version):
             raise PreconditionFailedError(f"{key!r} has changed")
         now_us = self.loop.now_us()
-        stored = self.objects[key] = Stored(key, data, now_us, self.loop.time())
+        stored = self.objects[key] = Stored(key, data, now_us, self.loop.now_s)
         if found is not None:
             # No listing, however old, misses a key because its object was replaced.
             stored.created_s = found.created_s
@@ -123,7 +123,7 @@ class SimulatedStore:
         """Execute a DELETE, now."""
         found = self.objects.pop(key, None)
         if found is not None:
-            self._deleted[key] = self.loop.time(), found
+            self._deleted[key] = self.loop.now_s, found
 
     def contents(self) -> dict[str, bytes]:
         """The objects, by key."""
@@ -152,7 +152,7 @@ class SimulatedStore:
 
     def execute(self, request: Request, execute: Callable[[], T]) -> T | None:
         """Execute a request and note the effect; None if its condition does not hold."""
-        request.executed_s.append(self.loop.time())
+        request.executed_s.append(self.loop.now_s)
         result: T | None = None
         try:
             result = execute()
@@ -212,7 +212,7 @@ class SimulatedStorage(Storage):
         fault = self.store.drawn(verb, self.faulty)
         if fault is Fault.PARTIAL and "," not in key:
             fault = Fault.LOST
-        request = Request(self._loop.time(), self.name, verb, key, detail, "" if fault is None else fault.value, data)
+        request = Request(self._loop.now_s, self.name, verb, key, detail, "" if fault is None else fault.value, data)
         self.store.trace.requests.append(request)
         if fault is not None:
             self.store.injected[fault] += 1
@@ -226,33 +226,35 @@ class SimulatedStorage(Storage):
         if fault is Fault.CLOCK:
             self.on_clock_jump()
         elif fault is Fault.OUTAGE:
-            self._outage_until_s = self._loop.time() + self._rng.choice((3.0, 60.0, DAY_S)) * self._rng.random()
+            self._outage_until_s = self._loop.now_s + self._rng.choice((3.0, 60.0, DAY_S)) * self._rng.random()
         elif fault is Fault.DENIED:
-            self._denied_until_s = self._loop.time() + self._rng.choice((3.0, 60.0)) * self._rng.random()
+            self._denied_until_s = self._loop.now_s + self._rng.choice((3.0, 60.0)) * self._rng.random()
 
     def _die(self) -> None:
         self.dead = True
         self.on_crash()
         raise asyncio.CancelledError
 
-    async def _go(self, request: Request, fault: Fault | None, execute: Callable[[], T]) -> T:
+    def _go(self, request: Request, fault: Fault | None, execute: Callable[[], T]) -> Awaitable[T]:
         """Take a request to the store and its answer back; T is what the store answers."""
-        if self.store.recorder is None:
-            return await self._there_and_back(request, fault, execute)
+        way = self._there_and_back(request, fault, execute)
+        return way if self.store.recorder is None else self._recorded(self.store.recorder, request, way)
+
+    async def _recorded(self, recorder: RequestRecorder, request: Request, way: Awaitable[T]) -> T:
         try:
-            return await self._there_and_back(request, fault, execute)
+            return await way
         finally:
-            self.store.recorder.answered(request)
+            recorder.answered(request)
 
     async def _there_and_back(self, request: Request, fault: Fault | None, execute: Callable[[], T]) -> T:
-        store, rng, verb, key = self.store, self._rng, request.verb, request.key
+        store, loop, rng, verb, key = self.store, self._loop, self._rng, request.verb, request.key
         writes = verb in ("put", "delete", "copy")
         try:
             if fault is Fault.REORDERED:
-                await self._loop.after(rng.choice((0.3, 5.0, 60.0)) * rng.random())
+                await loop.after(rng.choice((0.3, 5.0, 60.0)) * rng.random())
             elif fault is Fault.PAUSED and rng.random() < 0.5:
-                await self._loop.after(rng.choice((0.1, 4.0, 9.0)) * store.pause_s * rng.random())
-            await self._loop.after(rng.uniform(0.001, 0.05))
+                await loop.after(rng.choice((0.1, 4.0, 9.0)) * store.pause_s * rng.random())
+            await loop.after(rng.uniform(0.001, 0.05))
         except asyncio.CancelledError:
             if writes and self.faulty and rng.random() < 0.5:
                 # It had left already.
@@ -265,16 +267,16 @@ class SimulatedStorage(Storage):
             if writes and rng.random() < 0.5:
                 store.execute(request, execute)
             self._die()
-        if self._outage_until_s > self._loop.time():
-            await self._loop.after(rng.uniform(0.2, 3))
+        if self._outage_until_s > loop.now_s:
+            await loop.after(rng.uniform(0.2, 3))
             if self.dead:
                 raise asyncio.CancelledError
-            request.answered_s, request.answer = self._loop.time(), "no connection"
+            request.answered_s, request.answer = loop.now_s, "no connection"
             raise unsent(verb, key)
-        if (writes and self._denied_until_s > self._loop.time()) or fault is Fault.REFUSED:
+        if (writes and self._denied_until_s > loop.now_s) or fault is Fault.REFUSED:
             status = rng.choice(_REFUSALS) if fault is Fault.REFUSED else 403
             await self._way()
-            request.answered_s, request.answer = self._loop.time(), f"refused with {status}"
+            request.answered_s, request.answer = loop.now_s, f"refused with {status}"
             raise refusal(verb, key, status)
         if fault in (Fault.DROPPED, Fault.LATE):
             patience_s = rng.uniform(0.5, 3)
@@ -285,23 +287,23 @@ class SimulatedStorage(Storage):
             await self._unanswered(request, "timed out", patience_s)
         if fault in (Fault.THROTTLED, Fault.CONFLICT):
             await self._way()
-            request.answered_s, request.answer = self._loop.time(), fault.value
+            request.answered_s, request.answer = loop.now_s, fault.value
             raise no_answer(verb, key, f"the store answers {fault.value}")
         if fault is Fault.SPURIOUS:
             await self._way()
-            request.answered_s, request.answer = self._loop.time(), fault.value
+            request.answered_s, request.answer = loop.now_s, fault.value
             raise PreconditionFailedError(f"condition of {key!r} does not hold, says the store")
         answer = store.execute(request, execute)
         if fault is Fault.DOUBLED:
             store.later(rng.choice((0.5, 20, 3600)) * rng.random(), request, execute)
         if fault is Fault.PAUSED:
-            await self._loop.after(rng.choice((0.1, 4.0, 9.0)) * store.pause_s * rng.random())
+            await loop.after(rng.choice((0.1, 4.0, 9.0)) * store.pause_s * rng.random())
         await self._way()
         if fault is Fault.LOST:
             await self._unanswered(request, "the answer was lost", 0.5)
         if fault is Fault.TRUNCATED:
             await self._unanswered(request, "the answer breaks off", 0.001)
-        request.answered_s = self._loop.time()
+        request.answered_s = loop.now_s
         if answer is None:
             request.answer = "412"
             raise PreconditionFailedError(f"condition of {key!r} does not hold")
@@ -312,7 +314,7 @@ class SimulatedStorage(Storage):
         await self._loop.after(after_s)
         if self.dead:
             raise asyncio.CancelledError
-        request.answered_s, request.answer = self._loop.time(), why
+        request.answered_s, request.answer = self._loop.now_s, why
         raise no_answer(request.verb, request.key, why)
 
     # ------------------------------------------------------------------ the verbs
@@ -382,7 +384,7 @@ class SimulatedStorage(Storage):
             request, fault = self._begin("list", prefix)
             at_s = None
             if fault is Fault.STALE:
-                at_s = self._loop.time() - (0 if prefix.startswith(_TRUTH) or not prefix else _STALE_S)
+                at_s = self._loop.now_s - (0 if prefix.startswith(_TRUTH) or not prefix else _STALE_S)
             found = await self._go(request, fault, partial(store.listed, prefix, after, at_s))
             page = found[:page_size]
             if page:

@@ -141,9 +141,9 @@ async def _commit(cluster: Cluster, client: Client) -> None:
         cluster.end(op, "open" if client.dead else "failed", "a file could not be put")
         return
     events: tuple[e.Event, ...] = (e.CommitAdded(branch=MAIN, snapshot=record),)
-    began_s = cluster.loop.time()
+    began_s = cluster.loop.now_s
     for _ in range(_TRIES):
-        if seen.state.branches.get(MAIN) != tip or cluster.loop.time() - began_s > 3600:
+        if seen.state.branches.get(MAIN) != tip or cluster.loop.now_s - began_s > 3600:
             cluster.end(op, "failed", "the older client gives up before it sends")
             return
         time_us = cluster.loop.now_us()

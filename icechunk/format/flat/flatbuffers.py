@@ -410,7 +410,8 @@ class FlatWriter:
 
     def align(self, align: int, before: int = 0) -> None:
         """Pad so that the position ``before`` bytes later is aligned."""
-        self.out += bytes(-(len(self.out) + before) % align)
+        if missing := -(len(self.out) + before) % align:
+            self.out += bytes(missing)
 
     def table(self, table: FlatTable) -> int:
         """Write a table and all below it; returns its position."""

@@ -24,7 +24,10 @@ __all__ = [
     "TableColumns",
     "TextTraits",
     "Vectors",
+    "all_of",
+    "any_of",
     "copy_spans",
+    "extremes",
     "first_rows",
     "gather",
     "is_ascending",
@@ -43,6 +46,26 @@ _MAX_NDIM: Final = 1024
 _WORD: Final = 8
 _FIELD_OFFSETS: Final = 4
 """Position of the field offsets in a vtable, after its own size and the table's; bytes."""
+_FEW: Final = 64
+"""Up to so many items, a list of them is looked through in less time than numpy takes to begin."""
+
+
+def extremes(numbers: Positions) -> tuple[int, int]:
+    """The least and the greatest of at least one number."""
+    if len(numbers) <= _FEW:
+        few: list[int] = numbers.tolist()
+        return min(few), max(few)
+    return int(numbers.min()), int(numbers.max())
+
+
+def any_of(mask: npt.NDArray[np.bool_]) -> bool:
+    """Whether an item is true; as ``mask.any()``."""
+    return True in mask.tolist() if len(mask) <= _FEW else bool(mask.any())
+
+
+def all_of(mask: npt.NDArray[np.bool_]) -> bool:
+    """Whether all items are true; as ``mask.all()``."""
+    return False not in mask.tolist() if len(mask) <= _FEW else bool(mask.all())
 
 
 def gather(buffer: Buffer, positions: Positions, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -57,7 +80,7 @@ def gather(buffer: Buffer, positions: Positions, dtype: npt.DTypeLike) -> npt.ND
     if not len(positions) or not kind.itemsize:
         return np.zeros(len(positions), kind)
     last = buffer.size - kind.itemsize
-    lowest, highest = int(positions.min()), int(positions.max())
+    lowest, highest = extremes(positions)
     if lowest < 0 or highest > last:
         raise buffer.fail(f"offsets lead to {lowest} to {highest}, outside its {buffer.size} bytes")
     everywhere: npt.NDArray[Any] = np.ndarray((last + 1,), kind, buffer.data, strides=(1,))
@@ -112,7 +135,7 @@ class JoinedBuffer(Buffer):
 
     def require_same_file(self, positions: Positions, targets: Positions) -> None:
         """Check that targets are in the same payload as the positions that lead to them. Raises `FormatError`."""
-        if len(self._starts) > 1 and (self.payload_of(positions) != self.payload_of(targets)).any():
+        if len(self._starts) > 1 and any_of(self.payload_of(positions) != self.payload_of(targets)):
             raise self.fail("an offset leads out of its file")
 
 
@@ -178,10 +201,11 @@ class TableColumns:
             self._common = (0,)
             return
         buffer.require_same_file(positions, vtables)
-        if vtables.min() == vtables.max():
-            self._common_at = int(vtables[0])
+        first, last = extremes(vtables)
+        if first == last:
+            self._common_at = first
             self._common = buffer.vtable(self._common_at)
-            if int(positions.max()) + self._common[0] > buffer.size:
+            if extremes(positions)[1] + self._common[0] > buffer.size:
                 raise buffer.fail("a table ends past its end")
             buffer.require_same_file(positions, positions + max(self._common[0] - 1, 0))
             return
@@ -190,10 +214,10 @@ class TableColumns:
         self._vtable_sizes = (head & 0xFFFF).astype(np.int64)
         self._table_sizes = (head >> 16).astype(np.int64)
         if (
-            self._vtable_sizes.min() < _FIELD_OFFSETS
-            or (self._vtable_sizes & 1).any()
-            or (vtables + self._vtable_sizes).max() > buffer.size
-            or (positions + self._table_sizes).max() > buffer.size
+            extremes(self._vtable_sizes)[0] < _FIELD_OFFSETS
+            or any_of((self._vtable_sizes & 1) != 0)
+            or extremes(vtables + self._vtable_sizes)[1] > buffer.size
+            or extremes(positions + self._table_sizes)[1] > buffer.size
         ):
             raise buffer.fail("a table or its vtable ends past its end, or a vtable has an odd size")
         buffer.require_same_file(positions, positions + np.maximum(self._table_sizes - 1, 0))
@@ -235,20 +259,20 @@ class TableColumns:
             return Column(None, self._positions + offset)
         at = _FIELD_OFFSETS + 2 * slot
         known = self._vtable_sizes >= at + 2
-        if not known.any():
+        if not any_of(known):
             return None
-        if known.all():
+        if all_of(known):
             offsets = gather(buffer, self._vtables + at, "<u2").astype(np.int64)
         else:
             offsets = np.zeros(len(known), np.int64)
             offsets[known] = gather(buffer, self._vtables[known] + at, "<u2")
         present = offsets != 0
-        if not present.any():
+        if not any_of(present):
             return None
         ends = offsets + size
-        if ((present & (offsets < 4)) | (present & (ends > self._table_sizes))).any():
+        if any_of((present & (offsets < 4)) | (present & (ends > self._table_sizes))):
             raise buffer.fail(f"field {slot} of a table is outside it")
-        if present.all():
+        if all_of(present):
             return Column(None, self._positions + offsets)
         rows = np.flatnonzero(present)
         return Column(rows, self._positions[rows] + offsets[rows])
@@ -298,7 +322,7 @@ class TableColumns:
         counts = gather(buffer, heads, "<u4").astype(np.int64)
         starts = heads + 4
         ends = starts + counts * item_size
-        if ends.max() > buffer.size:
+        if extremes(ends)[1] > buffer.size:
             raise buffer.fail(f"the target of field {slot} of a table ends past its end")
         buffer.require_same_file(heads, ends - 1)
         return Vectors(column.rows, starts, counts)

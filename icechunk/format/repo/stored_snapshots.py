@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.format.flat.flatbuffers import Buffer, Run, Table, required
-from icechunk.format.flat.vectors import LazyTables, Vectors, gather, text_traits
+from icechunk.format.flat.vectors import LazyTables, Vectors, all_of, extremes, gather, text_traits
 from icechunk.format.ids import ObjectId
 from icechunk.format.metadata import metadata_from_tables
 from icechunk.format.repo.repo_info import SnapshotRecord
@@ -131,7 +131,7 @@ class SnapshotIndex:
             found = cls(columns.numbers(ID, f"V{_ID_SIZE}").tobytes(), parents.astype(np.int32))
         except _TwiceError as error:
             raise own.fail(f"snapshot {error.id.hex()} is in it twice") from None
-        lowest, highest = int(parents.min()), int(parents.max())
+        lowest, highest = extremes(parents)
         if lowest < NO_PARENT or highest >= count:
             wrong = int(np.flatnonzero((parents < NO_PARENT) | (parents >= count))[0])
             raise own.fail(f"snapshot {found.id(wrong).hex()} has parent number {parents[wrong]} of {count}")
@@ -143,7 +143,7 @@ class SnapshotIndex:
         if not isinstance(rows, range):
             heads = heads[rows]
         self.heads = array("Q", heads.tobytes())
-        if (heads[1:] > heads[:-1]).all():
+        if all_of(heads[1:] > heads[:-1]):
             return True
         # Ids are random, so two of them rarely agree in their first eight bytes.
         return all(id < after for id, after in pairwise(map(self.id, rows)))

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from icechunk.errors import ErrorKind
 from icechunk.format.flat.flatbuffers import FlatTable, FlatWriter, Scalar, Table, Value, id_struct, required, u8, u64
-from icechunk.format.flat.vectors import LazyTables, Positions, TableColumns, Vectors, copy_spans, gather, put
+from icechunk.format.flat.vectors import LazyTables, Positions, TableColumns, Vectors, any_of, copy_spans, gather, put
 from icechunk.format.ids import ObjectId
 from icechunk.format.repo.repo_info import (
     BranchCreated,
@@ -189,7 +189,7 @@ def write_update_blocks(writer: FlatWriter, tables: LazyTables, rows: range, bac
     if len(rows) > _FEW:
         _, columns = tables.columns(numbers)
         commits = columns.numbers(_TYPE, "u1") == NEW_COMMIT
-    if commits.any():
+    if any_of(commits):
         positions[commits] = _write_commits(writer, tables, numbers[commits], backup)
     for i in np.flatnonzero(~commits).tolist():
         update = read_update(tables.table(rows[i]))

@@ -288,6 +288,8 @@ def _own(error: Exception) -> Exception:
         return error
     own = copy.copy(error)
     own.__cause__ = error.__cause__
+    # Its frames hold the calls, and with them their errors: memory that would not be free until garbage is collected.
+    error.__traceback__ = None
     return own
 
 
