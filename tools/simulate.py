@@ -17,18 +17,23 @@ import multiprocessing
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from multiprocessing.pool import AsyncResult
 
 from icechunk.log.repository.port import Layout
-from tools.simulator.cluster import Report, keep_no_list_of_tasks
+from tools.simulator.cluster import Report, keep_no_list_of_tasks, told_error
 from tools.simulator.faults import Fault, described
 from tools.simulator.simulation import plan_of, simulate
 
 __all__ = ["Totals", "main", "run"]
 
 _BATCH = 25
+_PATIENCE_S = 900
+"""Seconds until a worker that does not answer is given up: each schedule ends by itself (`VirtualLoop.patience_s`)."""
+_LONGEST = 2000
+"""Lines of a trace that are shown from its beginning, and from its end."""
 
 
 @dataclass(slots=True)
@@ -46,7 +51,8 @@ class Totals:
     conversions: int = 0
     pruned: int = 0
     collected: int = 0
-    undecided: int = 0
+    undecided: list[int] = field(default_factory=list)
+    """Seeds whose histories the checker gave up."""
     injected: Counter[Fault] = field(default_factory=Counter)
     profiles: Counter[str] = field(default_factory=Counter)
     broken: list[Report] = field(default_factory=list)
@@ -70,9 +76,17 @@ class Totals:
         self.conversions += report.conversions
         self.pruned += report.pruned
         self.collected += report.collected
-        self.undecided += report.undecided
+        if report.undecided:
+            self.undecided.append(report.seed)
         self.injected += report.injected
         self.profiles[report.profile] += 1
+
+    def include(self, other: Totals) -> None:
+        """Count the schedules of other seeds."""
+        for each in fields(self):
+            if each.name not in ("seconds", "first_seed", "last_seed"):
+                setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+        self.last_seed = max(self.last_seed, other.last_seed)
 
     def lines(self) -> Iterator[str]:
         """Lines for people."""
@@ -86,7 +100,8 @@ class Totals:
         yield f"operations: {counts}; {self.unknown} unknown at first"
         yield (
             f"{self.crashes} crashes, {self.conversions} conversions, {self.pruned} slots pruned, "
-            f"{self.collected} objects collected; {self.undecided} histories undecided"
+            f"{self.collected} objects collected; {len(self.undecided)} histories undecided"
+            + (f": seeds {', '.join(map(str, sorted(self.undecided)))}" if self.undecided else "")
         )
         befell = (f"{count} {fault.value}" for fault, count in self.injected.most_common())
         yield f"{len(self.injected)} kinds of faults: " + "; ".join(befell)
@@ -94,9 +109,18 @@ class Totals:
         yield f"{len(self.broken)} schedules broke a promise"
 
 
-def run_seeds(seeds: range, layout: Layout | None) -> list[Report]:
-    """The reports of some seeds, without their traces."""
-    return [simulate(seed, plan_of(seed, layout)).without_trace() for seed in seeds]
+def run_seeds(seeds: range, layout: Layout | None) -> Totals:
+    """Run some seeds."""
+    totals = Totals()
+    for seed in seeds:
+        plan = plan_of(seed, layout)
+        try:
+            report = simulate(seed, plan)
+        except Exception as error:
+            # A fault of the simulator itself must not hide which seed met it.
+            report = Report(seed=seed, profile=plan.profile, problems=[told_error(error)])
+        totals.add(report.without_trace())
+    return totals
 
 
 def run(
@@ -118,23 +142,35 @@ def run(
         _settle_down()
         try:
             for batch in batches:
-                _add_all(totals, [run_seeds(batch, layout)], layout, loud=loud)
+                _include(totals, run_seeds(batch, layout), layout, loud=loud)
                 if stop and totals.broken:
                     break
         finally:
             if collecting:
                 gc.enable()
     else:
-        with multiprocessing.get_context("spawn").Pool(workers, initializer=_settle_down) as pool:
+        with multiprocessing.get_context("spawn").Pool(workers, initializer=_begin_worker) as pool:
             # A few batches ahead at the most: a pool asks for all of its work at once otherwise.
-            pending = []
+            pending: deque[tuple[range, AsyncResult[Totals]]] = deque()
             for batch in batches:
-                pending.append(pool.apply_async(run_seeds, (batch, layout)))
-                if len(pending) >= 2 * workers:
-                    _add_all(totals, [pending.pop(0).get()], layout, loud=loud)
-            _add_all(totals, (one.get() for one in pending), layout, loud=loud)
+                pending.append((batch, pool.apply_async(run_seeds, (batch, layout))))
+                if len(pending) >= 4 * workers:
+                    _include(totals, _answer(*pending.popleft()), layout, loud=loud)
+            while pending:
+                _include(totals, _answer(*pending.popleft()), layout, loud=loud)
     totals.seconds = time.monotonic() - began
     return totals
+
+
+def _answer(batch: range, result: AsyncResult[Totals]) -> Totals:
+    """What a worker found; where it hangs or has died, a report that names its seeds."""
+    try:
+        return result.get(_PATIENCE_S)
+    except multiprocessing.TimeoutError:
+        totals = Totals()
+        why = f"no answer within {_PATIENCE_S} s: it hangs or has died at one of seeds {batch[0]} to {batch[-1]}"
+        totals.add(Report(seed=batch[0], profile="a worker", problems=[why]))
+        return totals
 
 
 def _batches(seed: int, last: int, end: float) -> Iterator[range]:
@@ -143,8 +179,12 @@ def _batches(seed: int, last: int, end: float) -> Iterator[range]:
         seed += _BATCH
 
 
-def _settle_down() -> None:
+def _begin_worker() -> None:
     keep_no_list_of_tasks()
+    _settle_down()
+
+
+def _settle_down() -> None:
     # Loaded modules stay: the garbage collector need not look at them again and again. The simulation calls it.
     simulate(0)
     logging.disable(logging.CRITICAL)
@@ -153,13 +193,12 @@ def _settle_down() -> None:
     gc.disable()
 
 
-def _add_all(totals: Totals, results: object, layout: Layout | None, *, loud: bool) -> None:
-    for reports in results:  # type: ignore[attr-defined]
-        for report in reports:
-            totals.add(report)
-            if report.problems and loud:
-                print(f"seed {report.seed} ({report.profile}): {'; '.join(dict.fromkeys(report.problems))}")
-                print(f"    {replay_command(report.seed, layout)}", flush=True)
+def _include(totals: Totals, found: Totals, layout: Layout | None, *, loud: bool) -> None:
+    totals.include(found)
+    for report in found.broken if loud else ():
+        print(f"seed {report.seed} ({report.profile}): {'; '.join(dict.fromkeys(report.problems))}")
+        print("".join(f"    {line}\n" for line in report.last_lines), end="")
+        print(f"    {replay_command(report.seed, layout)}", flush=True)
 
 
 def replay_command(seed: int, layout: Layout | None) -> str:
@@ -186,6 +225,7 @@ def main() -> int:
         # The order of sets is part of a schedule.
         os.environ["PYTHONHASHSEED"] = "0"
         os.execv(sys.executable, [sys.executable, "-m", "tools.simulate", *sys.argv[1:]])
+    keep_no_list_of_tasks()
     if options.trace:
         return _trace(options.seed, options.runs or 1, options.layout)
     totals = run(
@@ -205,11 +245,17 @@ def _trace(first: int, runs: int, layout: Layout | None) -> int:
     for seed in range(first, first + runs):
         report = simulate(seed, plan_of(seed, layout))
         print(f"seed {seed} ({report.profile}), trace {report.trace.digest}")
-        print("\n".join(report.trace.lines()))
+        print("\n".join(_shortened(list(report.trace.lines()))))
         print("faults: " + ", ".join(f"{count} {fault.value}" for fault, count in report.injected.most_common()))
         print("\n".join(dict.fromkeys(report.problems)) or "every promise was kept")
         broken += bool(report.problems)
     return 1 if broken else 0
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    """The lines of a trace; of one that does not end, the first and the last."""
+    left_out = len(lines) - 2 * _LONGEST
+    return lines if left_out <= 0 else [*lines[:_LONGEST], f"… {left_out} lines …", *lines[-_LONGEST:]]
 
 
 if __name__ == "__main__":

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
 import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 import pytest
 
 from icechunk.log.repository.port import Layout
+from icechunk.log.repository.queue import Attempt
+from icechunk.log.repository.settle import SwappedLog
 from icechunk.storage.port import ANY
 from tools import simulate as command
+from tools.simulator.cluster import Report
 from tools.simulator.faults import CALM, ON_DISK, Fault, Mix
-from tools.simulator.loop import VirtualLoop
+from tools.simulator.loop import StuckError, VirtualLoop
 from tools.simulator.power_loss import Recorder
 from tools.simulator.simulation import Plan, plan_of, simulate
 from tools.simulator.storage import SimulatedStore
@@ -204,6 +210,90 @@ def test_the_command_prints_the_same_in_every_process(options: list[str]) -> Non
         assert done.returncode == 0, done.stdout + done.stderr
         seen.add("\n".join(line for line in done.stdout.splitlines() if " a second" not in line))
     assert len(seen) == 1
+
+
+async def _steps_for_ever() -> None:
+    for _ in itertools.count():
+        await asyncio.sleep(0)
+
+
+async def _stays_for_ever() -> None:
+    while True:
+        pass
+
+
+async def _catches_for_ever() -> None:
+    while True:
+        with contextlib.suppress(Exception):
+            await _stays_for_ever()
+
+
+async def _waits_for_ever() -> None:
+    await asyncio.get_running_loop().create_future()
+
+
+def _patience_s(work: object) -> float:
+    # Steps are counted.
+    return 60.0 if work is _steps_for_ever else 0.2
+
+
+_ENDLESS = [_steps_for_ever, _stays_for_ever, _catches_for_ever, _waits_for_ever]
+
+
+@pytest.mark.parametrize("work", _ENDLESS)
+def test_a_loop_that_would_not_end_raises(work: Callable[[], Coroutine[None, None, None]]) -> None:
+    loop = VirtualLoop()
+    loop.patience_s = _patience_s(work)
+    task = loop.create_task(work())
+    try:
+        with pytest.raises(StuckError):
+            loop.run_until_complete(task)
+        # It can be used again: what is left is ended on it.
+        task.cancel()
+        loop.run_until_complete(asyncio.wait([task]))
+    finally:
+        loop.take_apart()
+        loop.close()
+
+
+@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize("work", _ENDLESS)
+def test_a_schedule_that_does_not_end_is_reported_with_its_seed_command_and_trace(
+    work: Callable[[], Coroutine[None, None, None]],
+    disk: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async def append(log: SwappedLog[Attempt], *args: object, **options: object) -> None:
+        await work()
+
+    monkeypatch.setattr(SwappedLog, "append", append)
+    monkeypatch.setattr(VirtualLoop, "patience_s", _patience_s(work))
+    monkeypatch.setattr(command, "plan_of", lambda seed, layout: Plan(layout=Layout.LOG, disk=disk, calm=seed == 8))
+    totals = command.run(seed=7, runs=2, seconds=60, workers=1)
+    assert [report.seed for report in totals.broken] == [7, 8]
+    printed = capsys.readouterr().out
+    for report in totals.broken:
+        assert any(StuckError.__name__ in problem for problem in report.problems)
+        assert command.replay_command(report.seed, None) in printed
+        assert report.last_lines or disk
+        assert set(report.last_lines) <= {line.removeprefix("    ") for line in printed.splitlines()}
+
+
+def test_a_fault_of_the_simulator_itself_names_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(seed: int, plan: Plan) -> Report:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(command, "simulate", fail)
+    assert [report.seed for report in command.run_seeds(range(4, 6), None).broken] == [4, 5]
+
+
+def test_sums_of_several_batches_are_those_of_all_seeds() -> None:
+    parts = [command.run_seeds(range(first, first + 4), None) for first in (40, 44)]
+    both = command.Totals()
+    for part in parts:
+        both.include(part)
+    assert both == command.run_seeds(range(40, 48), None)
 
 
 def test_the_command_counts_schedules_with_faults_only() -> None:

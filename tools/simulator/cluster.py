@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import traceback
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from contextvars import ContextVar
@@ -24,10 +25,11 @@ from tools.simulator.loop import DAY_S, VirtualLoop
 from tools.simulator.storage import SimulatedStorage, SimulatedStore, Stored
 from tools.simulator.trace import Trace
 
-__all__ = ["Client", "Cluster", "Report", "keep_no_list_of_tasks"]
+__all__ = ["Client", "Cluster", "Report", "keep_no_list_of_tasks", "told_error"]
 
 T = TypeVar("T")
 
+_LAST_LINES: Final = 12
 _RETRIES: Final = UpdateRetries(tries=12, first_pause_s=0.05, longest_pause_s=2.0)
 _owner: ContextVar[Client | None] = ContextVar("owner", default=None)
 
@@ -57,6 +59,8 @@ class Report:
     """Whether the checker gave up."""
     history: list[Operation] = field(default_factory=list)
     trace: Trace = field(default_factory=Trace)
+    last_lines: list[str] = field(default_factory=list)
+    """The end of the trace of a schedule that broke a promise."""
 
     @property
     def counts(self) -> bool:
@@ -65,6 +69,8 @@ class Report:
 
     def without_trace(self) -> Report:
         """The same, small enough to be sent from process to process by the thousand."""
+        if self.problems:
+            self.last_lines = list(self.trace.lines())[-_LAST_LINES:]
         self.history, self.trace = [], Trace()
         return self
 
@@ -360,6 +366,13 @@ class Cluster:
             return await action
         except (IcechunkError, SessionStateError):
             return None
+
+
+def told_error(error: BaseException) -> str:
+    """An error that nothing in a simulation may raise, and the places that it comes from."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    where = "; ".join(f"{frame.name} {frame.filename}:{frame.lineno}" for frame in frames)
+    return f"{type(error).__name__}: {error} ({where})"
 
 
 def _words(operation: Operation) -> str:

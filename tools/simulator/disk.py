@@ -39,7 +39,7 @@ from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.local.syncs import Promises
 from tools.simulator import power_loss, sessions
 from tools.simulator.checker import MAIN, ROOT, Operation, View, check
-from tools.simulator.cluster import Report
+from tools.simulator.cluster import Report, told_error
 from tools.simulator.faults import Fault
 from tools.simulator.loop import VirtualLoop
 from tools.simulator.power_loss import Loss, Recorder
@@ -261,7 +261,10 @@ def simulate_power_loss(seed: int, layout: Layout) -> Report:
             path = live / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-        _run(report, rng, live, image, layout, promises)
+        try:
+            _run(report, rng, live, image, layout, promises)
+        except Exception as error:
+            report.problems.append(told_error(error))
     return report
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import Context, copy_context
 from functools import partial
+from types import FrameType
 from typing import Any, Final
 
 __all__ = ["DAY_S", "START_US", "StuckError", "VirtualLoop"]
@@ -23,6 +27,10 @@ _MAX_CALLS: Final = 400_000
 
 class StuckError(RuntimeError):
     """Nothing will ever happen any more, or the same happens again and again."""
+
+
+class _OutOfTimeError(BaseException):
+    """Raised in a callback that never returns. No ``except Exception`` of the code under test stops it."""
 
 
 class _Call(partial[Any]):
@@ -72,8 +80,13 @@ class VirtualLoop(asyncio.BaseEventLoop):
     _asyncgen_finalizer_hook: Any
     _stopping: bool
 
+    patience_s = 60.0
+    """CPU time of one run of the loop, s. A schedule needs a tenth of a second."""
+
     def __init__(self) -> None:
         super().__init__()
+        self._endless = ""
+        """Where a callback was that did not return."""
         self.now_s = 0.0
         """Time of the loop, s."""
         self._timers: list[tuple[float, int, _TimedCall | asyncio.Future[None]]] = []
@@ -150,13 +163,47 @@ class VirtualLoop(asyncio.BaseEventLoop):
         asyncio._set_running_loop(self)
         hooks = sys.get_asyncgen_hooks()
         sys.set_asyncgen_hooks(finalizer=self._asyncgen_finalizer_hook)
+        self._endless = ""
         try:
-            self._run_until_stopped()
+            with suppress(_OutOfTimeError), self._alarm():
+                self._run_until_stopped()
+            if self._endless:
+                # The work that was waited for may have ended with the interruption, and would stop the next run, too.
+                ended = asyncio.base_events._run_until_complete_cb  # type: ignore[attr-defined]
+                self._ready = deque(call for call in self._ready if ended not in call.args)
+                raise StuckError(f"the simulation does not end: {self.patience_s:.0f} s of CPU time{self._endless}")
         finally:
             sys.set_asyncgen_hooks(*hooks)
             self._stopping = False
             self._thread_id = None  # type: ignore[assignment]
             asyncio._set_running_loop(None)
+
+    @contextmanager
+    def _alarm(self) -> Iterator[None]:
+        """Interrupt, and end the loop, where it has taken too much CPU time: a callback that never returns makes no
+        steps that could be counted."""
+        if (
+            threading.current_thread() is not threading.main_thread()
+            or not hasattr(signal, "setitimer")
+            or signal.getsignal(signal.SIGVTALRM) is not signal.SIG_DFL  # the caller has an alarm of its own
+        ):
+            yield
+            return
+        signal.signal(signal.SIGVTALRM, self._interrupt)
+        # Again and again: the code that is interrupted may catch that, too.
+        signal.setitimer(signal.ITIMER_VIRTUAL, self.patience_s, 1.0)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._stopping = True
+        if not self._endless:
+            places = traceback.extract_stack(frame)[-3:]
+            self._endless = "".join(f"; {place.name} {place.filename}:{place.lineno}" for place in places)
+        raise _OutOfTimeError
 
     def _run_until_stopped(self) -> None:
         ready, timers = self._ready, self._timers

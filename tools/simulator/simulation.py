@@ -15,7 +15,6 @@ import gc
 import itertools
 import logging
 import random
-import traceback
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from icechunk.log.repository.open import create_repository
 from icechunk.log.repository.port import Layout
 from tools.simulator import sessions, upkeep
 from tools.simulator.checker import MAIN, ROOT, View, check
-from tools.simulator.cluster import Client, Cluster, Report
+from tools.simulator.cluster import Client, Cluster, Report, told_error
 from tools.simulator.decoding import share
 from tools.simulator.disk import simulate_power_loss
 from tools.simulator.faults import CALM, Fault, Mix
@@ -142,9 +141,11 @@ def simulate(seed: int, plan: Plan | None = None) -> Report:
             try:
                 loop.run_until_complete(_run(cluster, plan))
             except Exception as error:
-                where = "; ".join(f"{frame.name} {frame.filename}:{frame.lineno}" for frame in _frames(error))
-                cluster.problem(f"{type(error).__name__}: {error} ({where})")
-            _end(cluster)
+                cluster.problem(told_error(error))
+            try:
+                _end(cluster)
+            except Exception as error:
+                cluster.problem(told_error(error))
             _judge(cluster)
             report.requests = sum(1 for one in report.trace.requests if one.verb != "note")
             return report
@@ -282,10 +283,6 @@ def _judge(cluster: Cluster) -> None:
     report.undecided = verdict.undecided
     for op in cluster.history:
         report.outcomes[op.outcome] += 1
-
-
-def _frames(error: BaseException) -> list[traceback.FrameSummary]:
-    return traceback.extract_tb(error.__traceback__)[-3:]
 
 
 def _end(cluster: Cluster) -> None:
