@@ -34,6 +34,7 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.format.ids import encode_id
+from icechunk.runtime.checks import require_text
 from icechunk.session import Session
 from icechunk.snapshots import SnapshotInfo
 
@@ -150,15 +151,22 @@ class Appender:
         message: str,
         place: str,
     ) -> None:
-        for name, number in (("every", every_s), ("max_rows", max_rows), ("max_bytes", max_bytes)):
-            if number <= 0:
-                raise InvalidInputError(f"{name} must be more than 0, not {number!r}", ErrorKind.INVALID_SETTING)
+        _require_positive("every", every_s, (int, float))
+        for name, number in (("max_rows", max_rows), ("max_bytes", max_bytes)):
+            _require_positive(name, number, int)
+        if keep is not None:
+            _require_positive("keep", keep, int)
+        if gaps not in ("allow", "error"):
+            raise InvalidInputError(f"gaps must be 'allow' or 'error', not {gaps!r}", ErrorKind.INVALID_SETTING)
+        if any(part in ("", ".", "..") for part in group.strip("/").split("/")) and group.strip("/"):
+            raise InvalidInputError(
+                f"group {group!r} is no path of a group: it has an empty, '.' or '..' segment",
+                ErrorKind.INVALID_SETTING,
+            )
         if on_duplicate not in ("error", "skip", "replace"):
             raise InvalidInputError(
                 f"on_duplicate must be 'error', 'skip' or 'replace', not {on_duplicate!r}", ErrorKind.INVALID_SETTING
             )
-        if keep is not None and keep <= 0:
-            raise InvalidInputError(f"keep must be more than 0 rows, not {keep!r}", ErrorKind.INVALID_SETTING)
         if key is not None and key != dim:
             raise InvalidInputError(
                 f"key must be the append dimension's coordinate {dim!r}, not {key!r}", ErrorKind.INVALID_SETTING
@@ -167,6 +175,8 @@ class Appender:
         self._branch, self._dim, self._source, self._group = branch, dim, source, group.strip("/")
         self._key, self._every_s, self._max_rows, self._max_bytes = key, every_s, max_rows, max_bytes
         self._on_duplicate, self._gaps, self._keep, self._message = on_duplicate, gaps, keep, message
+        for name, text in (("branch", branch), ("source", source), ("message", message)):
+            require_text(name, text)
         self._begin_at = None if begin_at is None else valid_offset(begin_at)
         self._place = place
         self._owner = secrets.token_hex(8)
@@ -302,7 +312,7 @@ class Appender:
                 return "skipped"
         while True:
             schema, target = self._schema, self._require_target()
-            batch = await target.checked(self._require_session(), data)
+            batch = await target.checked(self._require_session(), data, keep=self._keep)
             batch.offset = offset
             if batch.rows == 0:
                 break
@@ -683,7 +693,12 @@ class Appender:
             found = await Target.open(session, self._group, self._dim)
         except InvalidInputError:
             return True
-        return self._require_target().unlike(found) is not None
+        target = self._require_target()
+        return (target.unlike(found) or await self._unlike_fixed(target, found, session)) is not None
+
+    async def _unlike_fixed(self, target: Target, found: Target, session: Session) -> str | None:
+        """A difference of the arrays that do not grow, where buffered rows would have created them."""
+        return await target.unlike_fixed(found, session) if not target.created and self._buffered else None
 
     async def _settled(self, token: Any) -> bool:
         for pause_s in _SETTLE_PAUSES_S:
@@ -740,7 +755,7 @@ class Appender:
         if not found.created and not target.created:
             target.snapshot_id = session.snapshot_id
             return
-        reason = target.unlike(found)
+        reason = target.unlike(found) or await self._unlike_fixed(target, found, session)
         if reason is not None:
             self._schema += 1
         if reason is not None and self._buffered:
@@ -786,6 +801,12 @@ class Appender:
             self._seen = _facts(self._sources[self._source])
             if offset is not None:
                 self._position = offset
+
+
+def _require_positive(name: str, value: Any, types: Any) -> None:
+    if not isinstance(value, types) or isinstance(value, bool) or not value > 0:
+        kind = "an int" if types is int else "a number (of seconds)"
+        raise InvalidInputError(f"{name} must be {kind} of more than 0, not {value!r}", ErrorKind.INVALID_SETTING)
 
 
 def _ended(task: asyncio.Task[Any]) -> None:

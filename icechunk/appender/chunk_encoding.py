@@ -23,12 +23,14 @@ from zarr.core.array_spec import ArraySpec, parse_array_config
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.metadata import ArrayV3Metadata
 
-__all__ = ["ChunkEncoder", "Unfit", "codings_of", "stored_values"]
+__all__ = ["ChunkEncoder", "Unfit", "codings_of", "in_dtype", "require_kept", "stored_values"]
 
 Values = npt.NDArray[Any]
 
 _CODINGS: Final = ("units", "calendar", "scale_factor", "add_offset", "_FillValue", "missing_value")
 _NS: Final = np.dtype("M8[ns]")
+_NAT: Final = np.iinfo("i8").min
+_MIDNIGHT: Final = re.compile(r"[ T]00:00(:00(\.0+)?)?$")
 _CALENDARS: Final = ("standard", "gregorian", "proleptic_gregorian")
 _NANOSECONDS: Final = {
     "days": 86_400_000_000_000,
@@ -69,7 +71,7 @@ def stored_values(name: str, variable: Any, codings: Mapping[str, Any], dtype: n
     encoding = dict(codings)
     if isinstance(encoding.get("_FillValue"), str) and kind in "fiu":
         del encoding["_FillValue"]  # xarray keeps it as base64 where it is the array's own fill value
-    if not encoding and kind in "fiuc":
+    if not encoding and kind in "fiucbUS":
         return np.asarray(variable.data)
     if kind == "M" and dtype == np.int64 and encoding.keys() <= {"units", "calendar"}:
         numbers = _whole_units(np.asarray(variable.values), encoding)
@@ -81,17 +83,42 @@ def stored_values(name: str, variable: Any, codings: Mapping[str, Any], dtype: n
 def _whole_units(times: Values, encoding: Mapping[str, Any]) -> Values | None:
     """Times as whole numbers of their units; None where it is not as simple as that."""
     known = _epoch(str(encoding.get("units")), str(encoding.get("calendar", "standard")))
-    if known is None or np.isnat(times).any():
+    if known is None:
         return None
     since, unit_ns = known
-    exact = times if times.dtype == _NS else times.astype(_NS)
-    if exact is not times and not np.array_equal(exact.astype(times.dtype), times):
+    exact = times if times.dtype == _NS else in_dtype(times, _NS)
+    if exact is None:
         return None
+    is_absent = np.isnat(exact)
+    any_absent = bool(is_absent.any())
     passed_ns = (exact - since).astype(np.int64)
+    if any_absent:
+        passed_ns[is_absent] = 0
     if not np.array_equal(passed_ns < 0, exact < since):
         return None  # more than 292 years, which do not fit
     numbers, rest = np.divmod(passed_ns, unit_ns)
-    return None if rest.any() else np.asarray(numbers)
+    if rest.any():
+        return None
+    if any_absent:
+        numbers[is_absent] = _NAT
+    return np.asarray(numbers)
+
+
+def in_dtype(values: Values, dtype: np.dtype[Any]) -> Values | None:
+    """The same values in another dtype, as a copy; None where not all of them exist in it."""
+    if values.dtype == dtype:
+        return values.copy()
+    if (values.dtype.kind in "SUOT") != (dtype.kind in "SUOT"):
+        return None
+    if values.dtype.kind == "O" and not all(isinstance(value, str) for value in values.flat):
+        return None
+    with np.errstate(all="ignore"):
+        try:
+            found = values.astype(dtype)
+            same = np.array_equal(found.astype(values.dtype), values, equal_nan=values.dtype.kind in "fcmM")
+        except (ValueError, TypeError, OverflowError):
+            return None
+    return found if same else None
 
 
 @lru_cache(maxsize=256)
@@ -111,25 +138,91 @@ def _by_xarray(name: str, variable: Any, encoding: dict[str, Any], dtype: np.dty
     from xarray import Variable
     from xarray.conventions import encode_cf_variable
 
-    if encoding or variable.dtype.kind in "mM":
+    values = np.asarray(variable.values)
+    kind = values.dtype.kind
+    if (kind in "mMO" and "units" in encoding) or (kind in "mM" and dtype.kind != kind):
         encoding["dtype"] = dtype
-    cleaned = Variable(variable.dims, variable.values, {}, encoding)
+        if kind in "mM":
+            # xarray encodes times of a coarser dtype in finer units as absent ones.
+            finest = in_dtype(values, np.dtype(f"{kind}8[ns]"))
+            values = values if finest is None else finest
+    elif encoding:
+        encoding["dtype"] = dtype
+    cleaned = Variable(variable.dims, values, {}, encoding)
     with warnings.catch_warnings():
         # xarray warns, and takes other units, where it cannot keep a value in these: that is refused below.
         warnings.simplefilter("ignore")
         try:
             encoded = encode_cf_variable(cleaned, name=name)
-        except (KeyError, OverflowError) as error:
+        except (KeyError, OverflowError, ValueError, TypeError) as error:
             # xarray looks for units that would fit, and knows none.
             raise Unfit(
-                f"values of {name} cannot be kept as {dtype} in {encoding.get('units')!r}, as stored"
+                f"values of {name} cannot be kept as {dtype} in {encoding.get('units')!r}, as stored: {error}"
             ) from error
-    if encoded.attrs.get("units") != encoding.get("units"):
+    if _plain_units(encoded.attrs.get("units")) != _plain_units(encoding.get("units")):
         raise Unfit(
             f"values of {name} cannot be kept exactly as {dtype} in {encoding.get('units')!r}, as stored; "
             f"they would need {encoded.attrs.get('units')!r}"
         )
+    require_kept(name, values, encoded)
     return np.asarray(encoded.values)
+
+
+def require_kept(name: str, values: Values, encoded: Any) -> None:
+    """Refuse values that cannot be read back: times that changed, numbers beyond the range of integers.
+
+    Parameters
+    ----------
+    encoded
+        The xarray variable that keeps them, with its attributes.
+
+    Raises
+    ------
+    Unfit
+        A value would be another one, or absent.
+    """
+    stored = np.asarray(encoded.values)
+    if stored.dtype.kind not in "iu":
+        if values.dtype.kind in "mM" and not np.array_equal(np.isnat(values), stored != stored):
+            raise Unfit(f"times of {name} cannot be kept as {stored.dtype}")
+        return
+    if values.dtype.kind in "mM":
+        from xarray.conventions import decode_cf_variable
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                decoded = np.asarray(decode_cf_variable(name, encoded).values)
+            except (ValueError, OverflowError) as error:
+                # Of most calendars, xarray cannot read times of which one is absent.
+                raise Unfit(f"times of {name} could not be read back: {error}") from error
+        if decoded.dtype.kind == values.dtype.kind:
+            back = in_dtype(decoded, values.dtype)
+            if back is None or not np.array_equal(back, values, equal_nan=True):
+                raise Unfit(f"times of {name} cannot be kept exactly as {stored.dtype} in {encoded.attrs['units']!r}")
+        elif not np.array_equal(np.isnat(values), stored == _NAT):
+            raise Unfit(f"times of {name} cannot be kept as {stored.dtype} in {encoded.attrs.get('units')!r}")
+    elif values.dtype.kind in "fiu":
+        scale = float(encoded.attrs.get("scale_factor", 1))
+        back = stored * scale + float(encoded.attrs.get("add_offset", 0))
+        is_absent = np.zeros(stored.shape, bool)
+        for absent in ("_FillValue", "missing_value"):
+            if absent in encoded.attrs:
+                is_absent |= stored == encoded.attrs[absent]
+        wanted = values.astype("f8")
+        with np.errstate(all="ignore"):
+            is_near = np.abs(back - wanted) <= 0.5 * abs(scale) * (1 + 1e-6) + 1e-6 * np.abs(wanted)
+        is_lost = ~((is_near & np.isfinite(wanted)) | (is_absent & np.isnan(wanted)))
+        if is_lost.any():
+            raise Unfit(
+                f"values of {name} cannot be kept as {stored.dtype} with the scale and offset that are stored: they "
+                f"are beyond its range, or absent (NaN) where it has no _FillValue: {wanted[is_lost][:3]}"
+            )
+
+
+def _plain_units(units: Any) -> Any:
+    """Units in one of the ways in which xarray writes them: midnight may be left out."""
+    return _MIDNIGHT.sub("", units) if isinstance(units, str) else units
 
 
 # -- chunks ------------------------------------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ the next append encodes the chunk from memory and reads nothing back.
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -24,7 +26,7 @@ from zarr.core.group import GroupMetadata
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import MemoryStore, StorePath
 
-from icechunk.appender.chunk_encoding import ChunkEncoder, Unfit, codings_of, stored_values
+from icechunk.appender.chunk_encoding import ChunkEncoder, Unfit, codings_of, in_dtype, require_kept, stored_values
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.runtime.tasks import run_each
 from icechunk.session import Session
@@ -38,7 +40,10 @@ _CHUNK_BYTES: Final = 256 * 1024
 Each commit writes the open chunk anew: larger ones would cost more where commits have few rows. Small ones share packs.
 """
 _ENCODINGS: Final = frozenset({"chunks", "shards", "compressors", "filters", "serializer"})
+_UNIT_NAMES: Final = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 _MOST_ROWS: Final = 65536
+_CHUNKS_KEPT: Final = 4
+"""Chunks, at least, of the rows that are kept where only so many are: one more may be there besides."""
 _AT_ONCE: Final = 16
 _ENCODERS: Final = max(1, min(4, os.cpu_count() or 1))
 """Threads that encode the rows of one commit."""
@@ -212,6 +217,26 @@ class Target:
                     return f"{what} of {name} was {before} and is {now}"
         return None
 
+    async def unlike_fixed(self, other: Target, session: Session) -> str | None:
+        """As `unlike`, of the arrays without the dimension that this target would have created.
+
+        Parameters
+        ----------
+        session
+            One in which the other's arrays can be read.
+        """
+        for variable in self.variables.values():
+            if variable.axis is not None:
+                continue
+            found = other.variables.get(variable.name)
+            if found is None:
+                return f"there is no {variable.name} besides those along {self.dim!r}"
+            try:
+                await other._require_same(session, found, np.asarray(variable.values))
+            except InvalidInputError:
+                return f"the values of {variable.name} are others"
+        return None
+
     def require_labels(self, labels: Values) -> None:
         """Refuse labels of the append dimension, at least one, that do not grow, or are missing."""
         if len(labels) > 1 and not np.all(labels[1:] > labels[:-1]):
@@ -241,8 +266,17 @@ class Target:
                     raise self._refused(f"label {labels[-1]!r} of {self.dim!r} is not before {first!r}, the first one")
         return batch
 
-    async def checked(self, session: Session, data: Any) -> Batch:
+    async def checked(self, session: Session, data: Any, *, keep: int | None = None) -> Batch:
         """Check rows against the arrays, before anything is buffered.
+
+        Parameters
+        ----------
+        session
+            Of this target's snapshot.
+        data
+            A dataset, or a mapping of names to arrays.
+        keep
+            Rows that are kept: arrays that are created have some chunks for so many.
 
         Raises
         ------
@@ -255,7 +289,7 @@ class Target:
         if not self.variables or not self.growing:
             if not from_xarray:
                 raise self._refused("its arrays do not exist yet: create them, or put an xarray.Dataset first")
-            return await _first(data, self)
+            return await _first(data, self, keep)
         values = self._encoded(data) if from_xarray else self._plain(data)
         if values.keys() != self.variables.keys():
             self._require_names(values)
@@ -280,10 +314,13 @@ class Target:
             if rows not in (-1, num_rows):
                 raise self._refused(f"{name} has {num_rows} rows, other variables {rows}")
             rows = num_rows
-            if given.dtype != variable.dtype and not np.can_cast(given.dtype, variable.dtype, "safe"):
-                raise self._refused(f"{name} is of dtype {given.dtype}, the array of {variable.dtype}")
             # A copy: the caller may use its memory again as soon as `put` returns.
-            copied = found[name] = np.array(given, variable.dtype, copy=True)
+            copied = in_dtype(given, variable.dtype) if _may_cast(given.dtype, variable.dtype) else None
+            if copied is None:
+                raise self._refused(
+                    f"{name} is of dtype {given.dtype}, the array of {variable.dtype}, which lacks some of its values"
+                )
+            found[name] = copied
             num_bytes += copied.nbytes
         return Batch(rows=rows, values=found, num_bytes=num_bytes)
 
@@ -312,11 +349,21 @@ class Target:
                 if set(variable.dims) != set(stored.dims):
                     raise self._refused(f"{name} has the dimensions {variable.dims}, the array {stored.dims}")
                 variable = variable.transpose(*stored.dims)
+            codings = stored.codings
+            if variable.dtype.kind in "mMO" and "units" not in codings:
+                codings = self._codings_of_bounds(stored.name) | codings
             try:
-                found[str(name)] = stored_values(str(name), variable, stored.codings, stored.dtype)
+                found[str(name)] = stored_values(str(name), variable, codings, stored.dtype)
             except Unfit as unfit:
                 raise self._refused(str(unfit)) from None
         return found
+
+    def _codings_of_bounds(self, name: str) -> dict[str, Any]:
+        """The codings of times that are the bounds of other ones: by the CF conventions they have none themselves."""
+        for variable in self.variables.values():
+            if variable.meta.attributes.get("bounds") == name:
+                return {key: value for key, value in variable.codings.items() if key in ("units", "calendar")}
+        return {}
 
     async def _require_same(self, session: Session, variable: Variable, given: Values) -> None:
         if variable.values is None:
@@ -458,7 +505,8 @@ class Target:
         if batch.rows % self.chunk_rows:
             raise self._refused(
                 f"{batch.rows} rows cannot go before the first: whole chunks are shifted, so their number must be a "
-                f"multiple of {self.chunk_rows}"
+                f"multiple of {self.chunk_rows}, which the rows of a chunk of each array divide: "
+                f"{ {v.name: v.chunk_rows for v in self.growing} }; the encoding of the first dataset can choose others"
             )
         after = replace(self, variables=dict(self.variables))
         for variable in self.growing:
@@ -521,6 +569,11 @@ def _bands(parts: Sequence[Values], chunk_rows: int) -> Iterator[list[Values]]:
         yield band
 
 
+def _power_of_two(most: int) -> int:
+    """The largest one that is not larger; at least 1."""
+    return 1 << (max(most, 1).bit_length() - 1)
+
+
 def _size(bands: Sequence[_Band]) -> int:
     return sum(band.num_bytes for band in bands)
 
@@ -561,31 +614,41 @@ def _is_dataset(data: Any) -> bool:
     return xarray is not None and isinstance(data, xarray.Dataset)
 
 
-async def _first(dataset: Any, empty: Target) -> Batch:
-    """The batch that creates the arrays: their metadata are those that xarray would write for this dataset."""
-    from xarray.backends.zarr import FillValueCoder
-    from xarray.conventions import cf_encoder
+async def _first(dataset: Any, empty: Target, keep: int | None) -> Batch:
+    """The batch that creates the arrays: their metadata are those that xarray would write for this dataset.
+
+    Chunks have a power of two of rows, so that those of all arrays begin anew after few rows: rows are left out, and
+    put before the first, by whole chunks of all arrays.
+    """
+    from xarray.backends import zarr as xarray_zarr
+    from xarray.conventions import encode_dataset_coordinates
 
     if empty.dim not in dataset.dims:
         raise empty._refused(f"the dataset has no dimension {empty.dim!r}; it has {tuple(dataset.dims)}")
-    exact = {}
-    for name, variable in dataset.variables.items():
-        variable = variable.copy(deep=False)
-        if variable.dtype.kind == "M" and "units" not in variable.encoding:
-            # Units that fit the first rows might not fit the next.
-            variable.encoding |= {"units": "nanoseconds since 1970-01-01", "dtype": np.dtype("i8")}
-        elif variable.dtype.kind == "m" and "units" not in variable.encoding:
-            variable.encoding |= {"units": "nanoseconds", "dtype": np.dtype("i8")}
-        exact[name] = variable
-    variables, attributes = cf_encoder(exact, dict(dataset.attrs))
-    fresh = replace(empty, variables={}, created=False, group_attributes=dict(attributes))
+    # As Any: half of these have no types.
+    backend: Any = xarray_zarr
+    variables, attributes = encode_dataset_coordinates(dataset)
+    attributes = {str(key): backend.encode_zarr_attr_value(value) for key, value in attributes.items()}
+    _require_json(empty, "the dataset", attributes)
+    fresh = replace(empty, variables={}, created=False, group_attributes=attributes)
     batch = Batch(rows=dataset.sizes[empty.dim], values={}, fresh=fresh)
     scratch = MemoryStore()
-    for name, variable in variables.items():
+    for name, given in variables.items():
+        given = given.copy(deep=False)
+        given.encoding = _units_for_any(given)
+        try:
+            with warnings.catch_warnings():
+                # xarray warns of what is refused here.
+                warnings.simplefilter("ignore")
+                variable = backend.encode_zarr_variable(given, name=name, zarr_format=3)
+            require_kept(str(name), np.asarray(given.values), variable)
+        except (Unfit, ValueError, TypeError, OverflowError) as error:
+            raise empty._refused(f"{name} cannot be stored: {error}") from error
         values = np.asarray(variable.values)
-        own = {key: value for key, value in variable.attrs.items() if key != "_FillValue"}
-        if "_FillValue" in variable.attrs:
-            own["_FillValue"] = FillValueCoder.encode(variable.attrs["_FillValue"], values.dtype)
+        own = {str(key): backend.encode_zarr_attr_value(v) for key, v in variable.attrs.items() if key != "_FillValue"}
+        if variable.attrs.get("_FillValue") is not None:
+            own["_FillValue"] = backend.FillValueCoder.encode(variable.attrs["_FillValue"], values.dtype)
+        _require_json(empty, str(name), own)
         axis = variable.dims.index(empty.dim) if empty.dim in variable.dims else None
         shape = list(values.shape)
         # As xarray's own backend, chunks and codecs may be given by the variable's encoding.
@@ -594,28 +657,62 @@ async def _first(dataset: Any, empty: Target) -> Batch:
             wanted["chunks"] = [max(n, 1) for n in shape]
             if axis is not None:
                 row_bytes = max(values.nbytes // max(values.shape[axis], 1), 1)
-                wanted["chunks"][axis] = min(max(_CHUNK_BYTES // row_bytes, 1), _MOST_ROWS)
+                most = _MOST_ROWS if keep is None else max(keep // _CHUNKS_KEPT, 1)
+                wanted["chunks"][axis] = _power_of_two(min(_CHUNK_BYTES // row_bytes, most))
         if axis is not None:
             shape[axis] = 0
-        array = await azarr.create_array(
-            store=scratch,
-            name=str(name),
-            shape=tuple(shape),
-            **wanted | {"chunks": tuple(wanted["chunks"]) if shape else "auto"},
-            dtype=values.dtype,
-            dimension_names=[str(d) for d in variable.dims],
-            attributes={str(k): v.item() if isinstance(v, np.generic) else v for k, v in own.items()},
-            zarr_format=3,
-        )
+        try:
+            array = await azarr.create_array(
+                store=scratch,
+                name=str(name),
+                shape=tuple(shape),
+                **wanted | {"chunks": tuple(wanted["chunks"]) if shape else "auto"},
+                dtype=str if values.dtype.kind == "O" else values.dtype,
+                dimension_names=[str(d) for d in variable.dims],
+                attributes=own,
+                zarr_format=3,
+            )
+        except (ValueError, TypeError) as error:
+            raise empty._refused(f"{name} cannot be stored: {error}") from error
         meta = array.metadata
         assert isinstance(meta, ArrayV3Metadata)
         document = meta.to_buffer_dict(default_buffer_prototype())["zarr.json"].to_bytes()
         made = Variable.of(str(name), orjson.loads(document), empty.dim)
+        kept = in_dtype(values, made.dtype)
+        if kept is None:
+            raise empty._refused(f"{name} cannot be stored: its values are not all of one kind: {values.flat[0]!r}…")
         if axis is None:
-            made.values = values
+            made.values = kept
         else:
-            made.tail = np.empty((0, *(n for d, n in enumerate(values.shape) if d != axis)), values.dtype)
-            batch.values[str(name)] = np.array(np.moveaxis(values, axis, 0), copy=True)
+            made.tail = np.empty((0, *(n for d, n in enumerate(values.shape) if d != axis)), made.dtype)
+            batch.values[str(name)] = np.ascontiguousarray(np.moveaxis(kept, axis, 0))
         fresh.variables[str(name)] = made
     batch.num_bytes = sum(v.nbytes for v in batch.values.values())
     return batch
+
+
+def _may_cast(given: np.dtype[Any], stored: np.dtype[Any]) -> bool:
+    """Whether values of one dtype may be kept in another at all, provided that it has them."""
+    return given == stored or (given.kind == "O" and stored.kind in "OT") or np.can_cast(given, stored, "safe")
+
+
+def _require_json(target: Target, owner: str, attributes: Mapping[str, Any]) -> None:
+    for key, value in attributes.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise target._refused(f"attribute {key!r} of {owner} cannot be stored as JSON: {error}") from error
+
+
+def _units_for_any(variable: Any) -> dict[str, Any]:
+    """The encoding of a variable of a first dataset: units that fit the first times might not fit the next."""
+    encoding: dict[str, Any] = dict(variable.encoding)
+    kind = variable.dtype.kind
+    if "units" in encoding or "units" in variable.attrs:
+        return encoding
+    if kind in "mM":
+        unit = _UNIT_NAMES.get(np.datetime_data(variable.dtype)[0], "nanoseconds")
+        return encoding | {"units": unit if kind == "m" else f"{unit} since 1970-01-01", "dtype": np.dtype("i8")}
+    if kind == "O" and variable.size and type(variable.values.flat[0]).__module__.startswith("cftime"):
+        return encoding | {"units": "microseconds since 1970-01-01", "dtype": np.dtype("i8")}
+    return encoding

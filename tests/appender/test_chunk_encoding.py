@@ -120,7 +120,7 @@ def test_times_too_far_from_their_units_are_refused(units: str, times: list[str]
 @pytest.mark.parametrize("units", ["hours since 1200-01-01", "hours since 2000-01-01", "days since 2000-01-01 +01:00"])
 @pytest.mark.parametrize("calendar", ["standard", "noleap"])
 def test_other_times_are_left_to_xarray(units: str, calendar: str) -> None:
-    times = np.array(["2001-01-01", "NaT"], "M8[ns]")
+    times = np.array(["2001-01-01", "2001-01-02T05"], "M8[ns]")
     attributes = {"units": units, "calendar": calendar}
     variable = xr.Variable(("time",), times, {}, attributes | {"dtype": np.dtype("i8")})
     expected: Any = encode_cf_variable(variable, name="time")
@@ -142,3 +142,9 @@ def test_an_array_of_today_can_be_encoded_without_zarr() -> None:
     array = zarr.create_array(store={}, name="a", shape=(4,), chunks=(2,), dtype="f4")
     assert isinstance(array.metadata, ArrayV3Metadata)
     assert ChunkEncoder.of(array.metadata) is not None
+
+
+def test_an_absent_time_that_xarray_could_not_read_back_is_refused() -> None:
+    times = xr.Variable(("time",), np.array(["2001-01-01", "NaT"], "M8[ns]"))
+    with pytest.raises(Unfit):
+        stored_values("time", times, {"units": "hours since 2000-01-01", "calendar": "noleap"}, np.dtype("i8"))
