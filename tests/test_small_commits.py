@@ -434,27 +434,34 @@ async def test_writers_of_one_branch_follow_each_other_in_shared_entries() -> No
 
 
 async def test_writers_that_conflict_with_a_pending_commit_are_refused_once_it_has_landed() -> None:
-    repository = await Repository.create_async(MemoryStorage())
+    recording = RecordingStorage(MemoryStorage())
+    repository = await Repository.create_async(recording)
     await write(repository, "a")
+    sessions = [await repository.writable_session_async("main") for _ in range(8)]
+    for i, session in enumerate(sessions):
+        await write_chunk(session, "/a", (0,), bytes([i]))
+    recording.clear()
 
     async def one(i: int) -> str:
-        session = await repository.writable_session_async("main")
-        await write_chunk(session, "/a", (0,), bytes([i]))
-        return await session.commit_async(f"n{i}", rebase_with=icechunk.ConflictDetector())
+        return await sessions[i].commit_async(f"n{i}", rebase_with=icechunk.ConflictDetector())
 
     outcomes = await asyncio.gather(*(one(i) for i in range(8)), return_exceptions=True)
     assert sum(isinstance(outcome, str) for outcome in outcomes) == 1
     assert sum(isinstance(outcome, icechunk.RebaseFailedError) for outcome in outcomes) == 7
+    # They wait for its outcome; they do not look again and again.
+    assert recording.count("get", "log/") <= 4 * 8
     await repository.aclose()
 
 
 async def test_those_behind_a_commit_that_is_given_up_go_on_without_it() -> None:
     class Gated(WrappingStorage):
         gate = asyncio.Event()
+        reached = asyncio.Event()
         closed = False
 
         async def put(self, key, data, precondition=ANY, *, kind="metadata", metadata=None):  # type: ignore[no-untyped-def]
             if self.closed and key.startswith("log/"):
+                self.reached.set()
                 await self.gate.wait()
             return await self.inner.put(key, data, precondition, kind=kind, metadata=metadata)
 
@@ -468,7 +475,9 @@ async def test_those_behind_a_commit_that_is_given_up_go_on_without_it() -> None
         await write_node(session, f"/n{i}", GROUP)
         return await session.commit_async(f"n{i}", rebase_with=icechunk.ConflictDetector())
 
-    tasks = [asyncio.ensure_future(one(i)) for i in range(4)]
+    tasks = [asyncio.ensure_future(one(0))]
+    await storage.reached.wait()
+    tasks += [asyncio.ensure_future(one(i)) for i in range(1, 4)]
     log = await log_of(repository)
     for _ in range(10_000):
         if len(log.expected().snapshots) == 6:

@@ -207,12 +207,16 @@ async def _commit_in_turn(content: SessionContent, commit: Commit, solver: Confl
                 await rebasing.onto_tip(commit.branch, solver, expected)
             except SessionEndedError as error:
                 # The tip is expected from a commit that may not land either.
+                turn.give_up()
+                await log.next_outcome()
                 raise branch_moved(encode_id(content.log.base.id), None) from error
         if rebasing.log is not content.log:
             commit = commit.once_more_rebased()
         return await _commit_once(content, rebasing.log, commit, turn)
     except RebaseFailedError as error:
         # The conflict may be with commits that never land: the caller looks at those that landed.
+        turn.give_up()
+        await log.next_outcome()
         raise branch_moved(encode_id(content.log.base.id), None) from error
     finally:
         turn.give_up()

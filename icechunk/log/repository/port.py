@@ -228,6 +228,9 @@ class RepositoryLog(ABC):
         """
         return self.state
 
+    async def next_outcome(self) -> None:  # noqa: B027
+        """Wait until the swap that is under way, or begins now, has landed or not; nothing where none is."""
+
     def prepare_writes_soon(self) -> None:  # noqa: B027
         """Begin with `prepare_writes` in the background, when a write is likely."""
 

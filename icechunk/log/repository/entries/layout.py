@@ -176,6 +176,12 @@ class LogLayout(SwappedLog[SlotAttempt]):
     def turn(self, branch: str) -> asyncio.Lock:
         return self._turns.setdefault(branch, asyncio.Lock())
 
+    async def next_outcome(self) -> None:
+        # The task that swaps may not have begun.
+        await asyncio.sleep(0)
+        async with self.swapping:
+            pass
+
     def expected(self) -> RepoState:
         attempt = self._in_flight
         base = self.state if attempt is None or attempt.is_told else attempt.state
