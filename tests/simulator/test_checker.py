@@ -221,6 +221,25 @@ def test_contents_are_those_of_the_commit_over_those_of_its_parent() -> None:
     assert not right(*made, op("r", "read-content", commit="1", content={"z": "3"}, at=(7, 8)))
 
 
+@pytest.mark.parametrize("independent", [False, True])
+def test_many_commits_at_one_time_are_put_in_order_by_what_readers_saw(independent: bool) -> None:
+    order = [3, 7, 1, 9, 5, 0, 8, 2, 6, 4]
+    commits = [commit(f"w{n}", f"c{n}", at=(1 + n, 100 + n)) for n in range(10)]
+    history = [*commits, read("r", at=(200, 201), main=" ".join(["root", *(f"c{n}" for n in order)]))]
+    assert right(*history, independent=independent)
+    # One more began when the others had ended, and readers see it between them.
+    late = commit("w", "late", at=(150, 151))
+    wrong = read(
+        "r",
+        at=(200, 201),
+        main=" ".join(["root", *(f"c{n}" for n in order[:5]), "late", *map("c{}".format, order[5:])]),
+    )
+    assert not right(*commits, late, wrong, independent=independent)
+    # Two readers that saw different parents of a commit cannot both be right.
+    other = read("s", at=(202, 203), main=" ".join(["root", *(f"c{n}" for n in reversed(order))]))
+    assert not right(*history, other, independent=independent)
+
+
 @pytest.mark.thorough
 def test_a_history_with_no_end_of_possible_orders_is_given_up_not_accepted_as_right_or_wrong() -> None:
     many = [commit("a", f"{i}", at=(i, None), outcome="unknown") for i in range(40)]

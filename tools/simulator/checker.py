@@ -13,7 +13,8 @@ operation takes effect at one moment between the two times (strict serialisabili
 
 The repository is the obvious one: branches and tags that point to commits, commits with one parent. Commits have names
 that are never used twice, so every history shows the writer of each commit (as with list-append of Jepsen's Elle). The
-order is searched for depth first, remembering visited states (Wing and Gong, Lowe).
+order is searched for depth first, remembering visited states (Wing and Gong, Lowe), and giving up each that some
+reader contradicts.
 
 This module imports nothing of the engine.
 """
@@ -126,8 +127,10 @@ def check(
     undecided = False
     if not problems:
         groups = _by_ref(history, start) if independent else [(start, list(history))]
+        seen = {} if shortened else _parents_in_views(history)
         for first, group in groups:
-            verdict = _Search(group, shortened=shortened, start=first, parents=_seen_parents(history)).run()
+            parents = _seen_parents(history)
+            verdict = _Search(group, shortened=shortened, start=first, parents=parents, seen=seen).run()
             problems += verdict.problems
             undecided |= verdict.undecided
     return Verdict(problems=tuple(problems), undecided=undecided)
@@ -202,7 +205,12 @@ def _asked_parents(history: Sequence[Operation]) -> dict[str, str]:
 
 def _seen_parents(history: Sequence[Operation]) -> dict[str, str]:
     """Parents of commits: as asked for, else as the first reader saw them."""
-    parents = _asked_parents(history)
+    return _parents_in_views(history) | _asked_parents(history)
+
+
+def _parents_in_views(history: Sequence[Operation]) -> dict[str, str]:
+    """Parents of commits, as the first reader saw them."""
+    parents: dict[str, str] = {}
     for op in history:
         if op.seen is not None:
             for commits in op.seen.branches.values():
@@ -242,10 +250,23 @@ def _only(view: View, *, branch: str = "", tag: str = "") -> View:
 
 
 class _Search:
-    """Looks for an order of one history that explains it."""
+    """Looks for an order of one history that explains it.
+
+    Parameters
+    ----------
+    seen
+        The parent of each commit in every view of a reader. A commit that follows another one contradicts these
+        readers, whatever comes later: without this, many commits at one time are tried in every order.
+    """
 
     def __init__(
-        self, history: Iterable[Operation], *, shortened: bool, start: View | None, parents: Mapping[str, str]
+        self,
+        history: Iterable[Operation],
+        *,
+        shortened: bool,
+        start: View | None,
+        parents: Mapping[str, str],
+        seen: Mapping[str, str],
     ) -> None:
         self.ops = sorted(
             (op for op in history if op.outcome != "failed" and op.verb != "read-content"), key=lambda op: op.began
@@ -256,6 +277,7 @@ class _Search:
         self.start = _State() if start is None else _start(start)
         # Of commits that were made before the history began, or on another branch than that of this history.
         self.parents = parents
+        self.seen = seen
         self.visited: set[tuple[int, _State]] = set()
         self.deepest = 0
         self.stuck_at: int = -1
@@ -352,7 +374,7 @@ class _Search:
         match op.verb:
             case "commit":
                 tip = branches.get(op.ref)
-                if tip is None or op.parent not in (None, tip):
+                if tip is None or op.parent not in (None, tip) or self.seen.get(op.commit, tip) != tip:
                     return None
                 branches[op.ref] = op.commit
                 return _with(state, branches=branches, parents=state.parents | {(op.commit, tip)})
@@ -361,7 +383,7 @@ class _Search:
                 if tip is None or tip == ROOT or op.parent not in (None, tip):
                     return None
                 parent = dict(state.parents).get(tip) or self.parents.get(tip)
-                if parent is None:
+                if parent is None or self.seen.get(op.commit, parent) != parent:
                     return None
                 branches[op.ref] = op.commit
                 return _with(state, branches=branches, parents=state.parents | {(op.commit, parent)})
