@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -47,9 +47,11 @@ __all__ = [
     "RowSet",
     "Use",
     "Walked",
+    "distinct_rows",
     "living_rows",
     "read_all_manifests",
     "read_manifests",
+    "thinned",
     "walk",
 ]
 
@@ -245,13 +247,13 @@ def _uses(ids: Sequence[ObjectId], which: slice, data: Sequence[bytes]) -> Snaps
 
 def _note(found: Walked, fresh: dict[ObjectId, Use], ids: Sequence[ObjectId], uses: SnapshotUses) -> None:
     """Add the manifests and chunks that some snapshots use."""
-    for id, size, count in _distinct(uses.files, "<12sQI"):
+    for id, size, count in distinct_rows(uses.files, "<12sQI"):
         if id not in found.manifests:
             found.manifests[id] = Use(file=ManifestFile(id, size, count))
             fresh[id] = Use(file=found.manifests[id].file)
     pairs = np.empty(len(uses.ref_manifests), [("manifest", "S12"), ("node", "S8")])
     pairs["manifest"], pairs["node"] = uses.ref_manifests, uses.ref_nodes
-    for manifest, node in _distinct(pairs, "12s8s"):
+    for manifest, node in distinct_rows(pairs, "12s8s"):
         known = found.manifests.get(manifest)
         if known is None:
             known = found.manifests[manifest] = Use(file=ManifestFile(manifest, 0, 0))
@@ -264,17 +266,44 @@ def _note(found: Walked, fresh: dict[ObjectId, Use], ids: Sequence[ObjectId], us
     owned["manifest"] = np.concatenate([uses.ref_manifests, uses.files["id"]])
     # Those of one id are one object: thousands of snapshots may use the same manifests.
     shared = {id: use.file.object_id for id, use in found.manifests.items()}
-    for number, pairs_of in groupby(_distinct(owned, ">I12s"), itemgetter(0)):
+    for number, pairs_of in groupby(distinct_rows(owned, ">I12s"), itemgetter(0)):
         found.snapshots[ids[number]] = tuple([shared[manifest] for _, manifest in pairs_of])
 
 
-def _distinct(rows: npt.NDArray[np.void], layout: str) -> Iterator[tuple[Any, ...]]:
+def distinct_rows(rows: npt.NDArray[np.void], layout: str) -> Iterator[tuple[Any, ...]]:
     """The distinct rows of a structured array, ascending by their bytes, each unpacked by that `struct` format."""
     if len(rows):
         plain = np.ascontiguousarray(rows).view(f"V{rows.dtype.itemsize}")
         # Snapshots in a row often share most of their references, one array after another in the manifest.
-        plain = plain[np.append(True, plain[1:] != plain[:-1])]
+        plain = thinned(plain[np.append(True, plain[1:] != plain[:-1])])
         yield from struct.iter_unpack(layout, b"".join(sorted(set(plain.tolist()))))
+
+
+_BUCKETS_BITS: Final = 17
+_MULTIPLIERS: Final = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
+_THIN_FROM: Final = 4096
+
+
+def thinned(rows: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+    """Rows among which each of these, ``V{4k}[n]``, is at least once; of many that are equal most are left out.
+
+    Costs half as much as an object for each row.
+    """
+    if len(rows) < _THIN_FROM:
+        return rows
+    words = rows.view("<u4").reshape(len(rows), -1)
+    hashes = np.zeros(len(rows), np.uint64)
+    for i in range(words.shape[1]):
+        hashes = (hashes ^ words[:, i]) * _MULTIPLIERS[i % len(_MULTIPLIERS)]
+    buckets = (hashes >> np.uint64(64 - _BUCKETS_BITS)).astype(np.int64)
+    # Any row of each bucket stands for the bucket. Rows that differ from it are all kept.
+    one_of = np.zeros(1 << _BUCKETS_BITS, np.int64)
+    one_of[buckets] = np.arange(len(rows))
+    chosen = one_of[buckets]
+    kept = rows != rows[chosen]
+    kept[chosen] = True
+    left: npt.NDArray[np.void] = rows[kept]
+    return left
 
 
 def living_rows(manifest: Manifest, nodes: Collection[NodeId]) -> Iterator[ChunkRefs]:
@@ -420,8 +449,9 @@ class RowSet:
 
     def _merge(self) -> None:
         if self._fresh:
-            # Sorting takes a sixth of the time of `np.unique`, which hashes.
-            ordered = np.sort(np.concatenate([self._rows, *self._fresh]))
+            # Sorting takes a sixth of the time of `np.unique`, which hashes. Rows come in ascending runs, one array or
+            # object after another, of which a stable sort makes use: it takes half the time of another.
+            ordered = np.sort(np.concatenate([self._rows, *self._fresh]), kind="stable")
             self._rows = ordered[np.append(True, ordered[1:] != ordered[:-1])]
             self._fresh.clear()
             self._fresh_count = 0

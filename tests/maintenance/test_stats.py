@@ -19,7 +19,16 @@ from icechunk.credentials import LocalFileSystemAccess
 from icechunk.format.ids import NodeId
 from icechunk.format.values import INLINE, NATIVE, ChunkRefs, Manifest
 from icechunk.maintenance.limits import Limits
-from icechunk.maintenance.reachability import Budget, Files, ManyRefs, RowSet, Use, read_manifests
+from icechunk.maintenance.reachability import (
+    Budget,
+    Files,
+    ManyRefs,
+    RowSet,
+    Use,
+    distinct_rows,
+    read_manifests,
+    thinned,
+)
 from icechunk.maintenance.stats import _Counter
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import ListingUnsupportedError, ObjectInfo
@@ -103,6 +112,27 @@ def test_a_set_of_rows_is_a_set(parts: list[list[bytes]], asked: list[bytes]) ->
     model = {row for part in parts for row in part}
     assert len(rows) == len(model)
     assert rows.missing(asked) == [row not in model for row in asked]
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from((1, 50, 5_000, 200_000)), st.sampled_from((0, 1, 10, 20_000)))
+@settings(max_examples=25, deadline=None)
+def test_distinct_rows_are_those_of_a_set_however_often_each_occurs(seed: int, values: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = np.empty(count, [("id", "S12"), ("number", ">u4")])
+    rows["id"] = rng.choice(np.frombuffer(rng.bytes(12 * 8), "S12"), count)
+    rows["number"] = rng.integers(0, values, count)
+    plain = rows.view("V16")
+    expected = sorted(set(plain.tolist()))
+    assert [id + number for id, number in distinct_rows(rows, "<12s4s")] == expected
+    assert set(thinned(plain).tolist()) == set(expected)
+
+
+def test_of_many_equal_rows_few_are_left() -> None:
+    rows = np.tile(np.random.default_rng(0).integers(0, 2**63, (1000, 2)), (100, 1)).view("V16").reshape(-1)
+    left = thinned(rows)
+    assert set(left.tolist()) == set(rows.tolist())
+    # Those whose bucket another row stands for are kept: one in 260.
+    assert len(left) < 3_000
 
 
 async def test_a_budget_lends_no_more_than_it_has_and_everything_to_a_larger_request() -> None:

@@ -41,11 +41,16 @@ __all__ = [
 ]
 
 Positions = npt.NDArray[np.int64]
+_NO_POSITIONS: Final[Positions] = np.empty(0, np.int64)
 
 _MAX_NDIM: Final = 1024
 _WORD: Final = 8
+_WORD_BITS: Final = 3
 _FIELD_OFFSETS: Final = 4
 """Position of the field offsets in a vtable, after its own size and the table's; bytes."""
+_FEW_VTABLES: Final = 64
+_VTABLES_SHARE: Final = 16
+"""Number of vtables, or share of the tables as its reciprocal, up to which vtables are compared one by one."""
 _FEW: Final = 64
 """Up to so many items, a list of them is looked through in less time than numpy takes to begin."""
 
@@ -121,17 +126,18 @@ class JoinedBuffer(Buffer):
         self._starts: Positions = np.cumsum(sizes) - sizes
         # With one payload there is nothing to tell apart.
         words = sizes // _WORD if len(payloads) > 1 else np.zeros_like(sizes)
-        self._payloads = np.repeat(np.arange(len(payloads), dtype=np.int32), words)
+        # The smallest type, so that the numbers of all words stay in a processor's cache.
+        self._payloads = np.repeat(np.arange(len(payloads), dtype=np.min_scalar_type(len(payloads))), words)
 
     @property
     def roots(self) -> Positions:
         """Position of the root table of each payload. Raises `FormatError` if one is outside its payload."""
         return targets(self, self._starts)
 
-    def payload_of(self, positions: Positions) -> npt.NDArray[np.int32]:
+    def payload_of(self, positions: Positions) -> npt.NDArray[np.unsignedinteger[Any]]:
         """The number of the payload that each position is in."""
         # Payloads begin at whole words. Positions outside the buffer are found when their bytes are read.
-        return self._payloads.take(positions // _WORD, mode="clip")
+        return self._payloads.take(positions >> _WORD_BITS, mode="clip")
 
     def require_same_file(self, positions: Positions, targets: Positions) -> None:
         """Check that targets are in the same payload as the positions that lead to them. Raises `FormatError`."""
@@ -194,17 +200,16 @@ class TableColumns:
         self._buffer = buffer
         self._positions = positions
         self._common: tuple[int, ...] | None = None
-        """The vtable of all tables if they share one, as in any file of one kind of reference; else None."""
-        self._common_at = 0
+        """The vtable of all tables if theirs are equal, as in any files of one writer and kind; else None."""
+        self._common_at: Positions = _NO_POSITIONS
+        """Position of each distinct vtable, if they are equal."""
         vtables: Positions = positions - gather(buffer, positions, "<i4")
         if not len(vtables):
             self._common = (0,)
             return
         buffer.require_same_file(positions, vtables)
-        first, last = extremes(vtables)
-        if first == last:
-            self._common_at = first
-            self._common = buffer.vtable(self._common_at)
+        self._common = self._equal_vtables(vtables)
+        if self._common is not None:
             if extremes(positions)[1] + self._common[0] > buffer.size:
                 raise buffer.fail("a table ends past its end")
             buffer.require_same_file(positions, positions + max(self._common[0] - 1, 0))
@@ -222,6 +227,31 @@ class TableColumns:
             raise buffer.fail("a table or its vtable ends past its end, or a vtable has an odd size")
         buffer.require_same_file(positions, positions + np.maximum(self._table_sizes - 1, 0))
         buffer.require_same_file(vtables, vtables + self._vtable_sizes - 1)
+
+    def _equal_vtables(self, vtables: Positions) -> tuple[int, ...] | None:
+        """The vtable at all of these positions; None if they differ, or are so many that comparing them takes long.
+
+        Raises
+        ------
+        FormatError
+            If one of them is not within the buffer, or leads from one file into another.
+        """
+        buffer = self._buffer
+        first, last = extremes(vtables)
+        if first == last:
+            self._common_at = np.array([first], np.int64)
+            return buffer.vtable(first)
+        # Tables of one file usually share their vtable, and those of one file follow one another.
+        firsts = vtables[np.append(True, vtables[1:] != vtables[:-1])]
+        if len(firsts) > max(_FEW_VTABLES, len(vtables) // _VTABLES_SHARE):
+            return None
+        places = sorted(set(firsts.tolist()))
+        found = buffer.vtable(places[0])
+        if any(buffer.vtable(place) != found for place in places[1:]):
+            return None
+        self._common_at = np.array(places, np.int64)
+        buffer.require_same_file(self._common_at, self._common_at + (2 * len(found) + 1))
+        return found
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -280,10 +310,9 @@ class TableColumns:
     def spans(self) -> tuple[Spans, Spans]:
         """The bytes of the tables, and of their vtables."""
         if self._common is not None:
-            count = len(self._positions)
-            sizes = np.full(count, self._common[0], np.int64)
-            vtables = np.full(min(count, 1), self._common_at, np.int64)
-            return Spans(self._positions, sizes), Spans(vtables, np.full(len(vtables), 2 * len(self._common) + 2))
+            sizes = np.full(len(self._positions), self._common[0], np.int64)
+            vtable_sizes = np.full(len(self._common_at), 2 * len(self._common) + 2, np.int64)
+            return Spans(self._positions, sizes), Spans(self._common_at, vtable_sizes)
         return Spans(self._positions, self._table_sizes), Spans(self._vtables, self._vtable_sizes)
 
     def has_field_from(self, slot: int) -> bool:

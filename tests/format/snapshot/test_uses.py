@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icechunk.errors import FormatError
 from icechunk.format.envelope import FileType, seal, unseal
+from icechunk.format.flat.vectors import TableColumns, joined, targets
 from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.snapshot.codec import decode_snapshot, encode_snapshot
 from icechunk.format.snapshot.uses import manifest_uses
@@ -99,6 +101,30 @@ def test_of_snapshots_that_are_read_together_a_corrupt_one_is_refused_or_read_as
         # Fields without references (times, metadata, the order of paths) are not read here.
         return
     assert found == expected
+
+
+def test_equal_vtables_of_several_files_are_read_once_and_different_ones_give_the_same_values() -> None:
+    files = []
+    for n, version in enumerate((2, 2, 1)):
+        nodes = [
+            NodeSnapshot(id=NodeId(bytes([n, i]) * 4), path=f"/{i:02}", kind=NodeKind.GROUP, user_data=b"{}")
+            for i in range(90)
+        ]
+        snapshot = Snapshot(id=ObjectId(bytes([n]) * 12), flushed_at_us=1, message="", nodes={n.path: n for n in nodes})
+        files.append(unseal(encode_snapshot(snapshot, version), FileType.SNAPSHOT)[1])
+
+    def nodes_of(payloads: Sequence[bytes]) -> TableColumns:
+        [(_, buffer)] = joined(payloads, "snapshots")
+        vectors = TableColumns(buffer, buffer.roots).vectors(2, 4)
+        assert vectors is not None
+        fields = [start + 4 * np.arange(count) for start, count in zip(vectors.starts, vectors.counts, strict=True)]
+        return TableColumns(buffer, targets(buffer, np.concatenate(fields)))
+
+    ids = [nodes_of([file]).numbers(0, "V8").tobytes() for file in files]
+    both, all_three = nodes_of(files[:2]), nodes_of(files)
+    assert both.numbers(0, "V8").tobytes() == b"".join(ids[:2])
+    assert all_three.numbers(0, "V8").tobytes() == b"".join(ids)
+    assert len(both.spans()[1].starts) == 2
 
 
 def test_another_id_than_expected_is_refused_by_name() -> None:
