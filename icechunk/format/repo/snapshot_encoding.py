@@ -214,11 +214,18 @@ class SnapshotRows:
         The snapshots of an older file.
     changed
         New values by id; None: the snapshot was deleted.
+    dropped
+        Rows of the older file that are not written.
     """
 
     __slots__ = ("_moved", "_new", "_numbers", "_old_numbers", "_records", "_rows", "_stored", "run")
 
-    def __init__(self, stored: StoredSnapshots, changed: Mapping[ObjectId, SnapshotRecord | None]) -> None:
+    def __init__(
+        self,
+        stored: StoredSnapshots,
+        changed: Mapping[ObjectId, SnapshotRecord | None],
+        dropped: npt.NDArray[np.intp] | None = None,
+    ) -> None:
         fresh = [changed[id] for id in sorted(changed)]
         self.run: SnapshotRun | None = None
         """The tables' place in the file, once they are written."""
@@ -233,6 +240,8 @@ class SnapshotRows:
         kept = np.ones(len(stored), np.bool_)
         rows = stored.find_all(changed.keys())
         kept[rows[rows >= 0]] = False
+        if dropped is not None:
+            kept[dropped] = False
         order = stored.rows_by_id()
         self._rows = order[kept[order]]
         old_ids = stored.ids[self._rows]

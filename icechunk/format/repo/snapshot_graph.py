@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 from immutables import Map
 
 from icechunk.errors import FormatError
@@ -20,11 +22,15 @@ from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.format.repo.snapshot_encoding import SnapshotRows
 from icechunk.format.repo.stored_snapshots import RecordsView, StoredSnapshots
 
-__all__ = ["SnapshotGraph"]
+__all__ = ["ChildrenLeftError", "SnapshotGraph"]
 
 _MANY: Final = 256
 _SHARE: Final = 64
 _NONE: Final = StoredSnapshots(Buffer(bytes(4), "repo info"), 4, 0)
+
+
+class ChildrenLeftError(ValueError):
+    """A snapshot would lose its parent; its id is the argument."""
 
 
 class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
@@ -79,14 +85,11 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
         """
         if len(self._changed) <= max(_MANY, len(self._stored) // _SHARE):
             return self
-        writer = FlatWriter()
         try:
-            start = self.rows().write(writer)
+            return _rewritten(self.rows())
         except FormatError:
             # Some part of the file is corrupt. That does not hinder a caller that only adds snapshots.
             return self
-        buffer = Buffer(bytes(writer.out), "repo info")
-        return SnapshotGraph.of(StoredSnapshots(buffer, start + 4, self._count))
 
     def based_on(self, stored: StoredSnapshots, before: SnapshotGraph) -> SnapshotGraph:
         """The same graph over the file that ``before``, an earlier version of it, was written to.
@@ -191,6 +194,51 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
         changed = self._changed.update(dict.fromkeys(ids))
         return SnapshotGraph(self._stored, changed, self._count - len(ids))
 
+    def released(self, ids: AbstractSet[ObjectId]) -> SnapshotGraph:
+        """The graph without these snapshots; `compacted`, if they are many. Every parent must be in the graph.
+
+        Raises
+        ------
+        KeyError
+            One of them, which is the argument, is not in it.
+        ChildrenLeftError
+            A snapshot that stays has one of them as its parent.
+        """
+        stored, changed = self._stored, self._changed
+        asked = list(ids)
+        rows = stored.find_all(asked)
+        for i in np.flatnonzero(rows < 0).tolist():
+            if asked[i] not in changed:
+                raise KeyError(asked[i])
+        for id, record in changed.items():
+            if record is None and id in ids:
+                raise KeyError(id)
+        dropped = rows[rows >= 0]
+        for id in self._children_of(ids, dropped):
+            raise ChildrenLeftError(id)
+        if len(asked) <= max(_MANY, len(stored) // _SHARE):
+            return self.without(ids)
+        for id in [id for id in changed if id in ids]:
+            changed = changed.delete(id)
+        try:
+            return _rewritten(SnapshotRows(stored, changed, dropped))
+        except FormatError:
+            return self.without(ids)
+
+    def _children_of(self, ids: AbstractSet[ObjectId], rows: npt.NDArray[np.intp]) -> Iterator[ObjectId]:
+        """The snapshots that are not among these, and whose parent is; ``rows`` are those of the stored among these."""
+        stored, changed = self._stored, self._changed
+        if len(stored):
+            # One more than there are rows, for those without a parent.
+            among = np.zeros(len(stored) + 1, np.bool_)
+            among[rows] = True
+            for row in np.flatnonzero(among[stored.parent_rows] & ~among[:-1]).tolist():
+                if (id := stored.id(row)) not in changed:
+                    yield id
+        for id, record in changed.items():
+            if record is not None and record.parent in ids and id not in ids:
+                yield id
+
     def records(self) -> Iterator[SnapshotRecord]:
         """All snapshots, in any order."""
         changed = self._changed
@@ -227,3 +275,9 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
 
     def __repr__(self) -> str:
         return f"<{len(self)} snapshots, {len(self._changed)} of them changed since they were stored>"
+
+
+def _rewritten(rows: SnapshotRows) -> SnapshotGraph:
+    writer = FlatWriter()
+    start = rows.write(writer)
+    return SnapshotGraph.of(StoredSnapshots(Buffer(bytes(writer.out), "repo info"), start + 4, len(rows)))

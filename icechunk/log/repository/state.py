@@ -37,7 +37,7 @@ from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
 from icechunk.format.metadata import flexible
 from icechunk.format.repo import repo_info as stored
 from icechunk.format.repo.repo_info import OFFLINE, ONLINE, READ_ONLY, RepoInfo, SnapshotRecord, Status, Update
-from icechunk.format.repo.snapshot_graph import SnapshotGraph
+from icechunk.format.repo.snapshot_graph import ChildrenLeftError, SnapshotGraph
 from icechunk.format.repo.stored_snapshots import StoredSnapshots
 from icechunk.format.repo.updates import UpdateList
 from icechunk.log.repository import events as e
@@ -721,11 +721,15 @@ def _expired(state: RepoState, event: e.ExpirationRan) -> RepoState:
             change.id,
             replace(record, parent=change.parent, pruned_ancestor_tx_logs=change.pruned_ancestor_tx_logs),
         )
-    parents = dict(snapshots.parents())
-    for gone in released - parents.keys():
-        require_snapshot(state, gone)
-    left = parents.keys() - released
-    if released & {*branches.values(), *tags.values()} or not set(map(parents.get, left)) <= left | {None}:
+    try:
+        snapshots = snapshots.released(released)
+        is_needed = not released.isdisjoint({*branches.values(), *tags.values()})
+    except KeyError as missing:
+        require_snapshot(state, missing.args[0])
+        raise
+    except ChildrenLeftError:
+        is_needed = True
+    if is_needed:
         raise ConflictError(
             None,
             None,
@@ -733,7 +737,6 @@ def _expired(state: RepoState, event: e.ExpirationRan) -> RepoState:
             "run it again",
             ErrorKind.REPO_INFO_UPDATED,
         )
-    snapshots = snapshots.without(released)
     return replace(state, snapshots=snapshots, branches=branches, tags=tags, deleted_tags=deleted)
 
 

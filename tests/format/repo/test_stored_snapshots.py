@@ -15,7 +15,7 @@ from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.flat.flatbuffers import FlatTable, FlatWriter, Items, Scalar, id_struct, u8, u64
 from icechunk.format.ids import ObjectId
 from icechunk.format.repo.codec import RepoInfo, SnapshotRecord, Status, decode_repo, encode_and_keep, encode_repo
-from icechunk.format.repo.snapshot_graph import SnapshotGraph
+from icechunk.format.repo.snapshot_graph import ChildrenLeftError, SnapshotGraph
 from icechunk.format.repo.stored_snapshots import StoredSnapshots
 from tests.raising import raises
 from tools.fuzz.strategies import metadata, texts
@@ -166,6 +166,47 @@ def test_changes_are_compacted_before_they_are_many() -> None:
     assert most < 300
     assert graph == history(1500)
     assert [one.id for one in graph.lineage(an_id(1499))] == [an_id(i) for i in range(1499, -1, -1)]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 600), st.integers(0, 40), st.integers(0, 5), st.booleans(), st.randoms(use_true_random=False))
+def test_a_graph_without_released_snapshots_equals_a_dict_without_them(
+    kept_in_file: int, added: int, deleted: int, valid: bool, chance: random.Random
+) -> None:
+    # Parents are older, so that children of the released ones are released too where that is asked for.
+    count = kept_in_file + added
+    parents = [chance.choice([None, chance.randrange(i)]) if i else None for i in range(count)]
+    model = {an_id(i): record(i, parent) for i, parent in enumerate(parents)}
+    graph = SnapshotGraph.of(stored({id: model[id] for id in map(an_id, range(kept_in_file))}))
+    for i in range(kept_in_file, count):
+        graph = graph.set(an_id(i), model[an_id(i)])
+    for id in chance.sample(list(model), min(deleted, len(model))):
+        if not any(one.parent == id for one in model.values()):
+            graph = graph.delete(id)
+            del model[id]
+    for one in chance.sample(list(model.values()), min(5, len(model))):
+        model[one.id] = replace(one, message="changed")
+        graph = graph.set(one.id, model[one.id])
+    first, share = chance.randrange(count + 1), chance.choice([0, 1, 100])
+    ids = {an_id(i) for i in range(first, count) if chance.randrange(100) <= share} & model.keys()
+    if valid:
+        for one in model.values():
+            if one.parent in ids:
+                ids.add(one.id)
+    if any(one.parent in ids and one.id not in ids for one in model.values()):
+        with pytest.raises(ChildrenLeftError):
+            graph.released(ids)
+        return
+    for missing in (an_id(count), *(id for id in map(an_id, range(count)) if id not in model)):
+        with pytest.raises(KeyError) as caught:
+            graph.released({*ids, missing})
+        assert caught.value.args == (missing,)
+    left = graph.released(ids)
+    assert left == {id: one for id, one in model.items() if id not in ids}
+    assert set(map(str, left.parents())) == {str((one.id, one.parent)) for one in left.values()}
+    # Written at once, so that nothing is kept of what was released.
+    assert left.changed_count <= 300
+    assert graph == model
 
 
 def test_a_graph_moves_onto_the_file_that_an_earlier_version_of_it_was_written_to() -> None:
