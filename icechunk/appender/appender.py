@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from icechunk.appender.position import KEY, Sources, newest_sources, recorded, valid_offset
+from icechunk.appender.position import Sources, as_metadata, newest_sources, recorded, valid_offset, with_record
 from icechunk.appender.target import Batch, Target
 from icechunk.conflicts import ConflictDetector
 from icechunk.errors import (
@@ -34,6 +34,7 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.format.ids import encode_id
+from icechunk.ops import Update
 from icechunk.runtime.checks import require_text
 from icechunk.session import Session
 from icechunk.snapshots import SnapshotInfo
@@ -61,6 +62,8 @@ class History(Protocol):
     async def settle_async(self, token: Any) -> bool: ...
 
     def async_ancestry(self, *, snapshot_id: str) -> AsyncIterator[SnapshotInfo]: ...
+
+    def ops_log_async(self) -> AsyncIterator[Update]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +194,7 @@ class Appender:
         self._labels: _Labels | None = None
         """Labels: with a key all stored and buffered ones, without it the last one alone."""
         self._target: Target | None = None
-        self._sources: Sources = {}
+        self._sources = Sources()
         self._session: Session | None = None
         self._overtaken = False
         """Another writer's rows may have the labels of buffered ones."""
@@ -233,6 +236,12 @@ class Appender:
     async def __aenter__(self) -> Appender:
         await self._begin()
         record = self._sources.get(self._source)
+        if record is None and self._begin_at is None and not self._sources.complete:
+            raise SessionStateError(
+                f"cannot find the position of source {self._source!r}: a part of the history has expired, and no "
+                "commit that is left recorded it. Give begin_at: the offset of the source's last row that is in the "
+                "data, or -1 (for offsets that are texts: '') if there is none"
+            )
         self._position = self._last_offset = self._begin_at if record is None else record["offset"]
         self._seen = _facts(record)
         self._has_left = False
@@ -375,7 +384,7 @@ class Appender:
                 target = self._require_target()
                 batch = await target.checked_before_first(session, data)
                 after = await target.prepend(session, batch)
-                made = await self._try_commit(session, {KEY: {"sources": self._sources}} if self._sources else {})
+                made = await self._try_commit(session, self._sources)
                 if made is not None:
                     self._adopt(after, session, made)
                     if not target.length:
@@ -649,7 +658,7 @@ class Appender:
             self._labels = None
         return await target.drop_first(session, drop)
 
-    def _record(self, offset: Any, rows: int) -> dict[str, Any]:
+    def _record(self, offset: Any, rows: int) -> Sources:
         newest = self._last_committed() if offset is None else offset
         return recorded(self._sources, self._source, offset=newest, owner=self._owner, rows=rows)
 
@@ -657,11 +666,12 @@ class Appender:
         record = self._sources.get(self._source)
         return self._begin_at if record is None else record["offset"]
 
-    async def _try_commit(self, session: Session, metadata: dict[str, Any]) -> str | None:
+    async def _try_commit(self, session: Session, sources: Sources) -> str | None:
         """Commit, rebasing over others while that works; None where the rows must be placed again."""
         while True:
             try:
                 # Rows may all have been skipped: the offset counts all the same.
+                metadata = as_metadata(sources) if sources else {}
                 return await session.commit_async(self._message, metadata, allow_empty=True)
             except CommitOutcomeUnknown as unknown:
                 if await self._settled(unknown.token):
@@ -679,13 +689,10 @@ class Appender:
             if await self._has_other_arrays(session):
                 session.discard_changes()
                 return None
-            mine = metadata.get(KEY, {}).get("sources", {}).get(self._source)
-            self._sources = await newest_sources(self._history.async_ancestry(snapshot_id=session.snapshot_id))
+            mine = sources.get(self._source)
+            self._sources = await self._newest_sources(session)
             self._require_owner()
-            if mine is not None:
-                metadata = {KEY: {"sources": {**self._sources, self._source: mine}}}
-            elif self._sources:
-                metadata = {KEY: {"sources": self._sources}}
+            sources = self._sources if mine is None else with_record(self._sources, self._source, mine)
 
     async def _has_other_arrays(self, session: Session) -> bool:
         """Whether another writer has made or removed arrays along the dimension, or changed one."""
@@ -739,13 +746,17 @@ class Appender:
         await self._learn(session)
         return session
 
+    async def _newest_sources(self, session: Session) -> Sources:
+        ancestry = self._history.async_ancestry(snapshot_id=session.snapshot_id)
+        return await newest_sources(ancestry, self._history.ops_log_async)
+
     async def _learn(self, session: Session) -> None:
         """Know the arrays and the sources as of a session's snapshot."""
         self._session = session
         target = self._target
         if target is not None and target.snapshot_id == session.snapshot_id:
             return
-        self._sources = await newest_sources(self._history.async_ancestry(snapshot_id=session.snapshot_id))
+        self._sources = await self._newest_sources(session)
         if target is None:
             self._target = await Target.open(session, self._group, self._dim)
             return
@@ -772,7 +783,7 @@ class Appender:
         if _facts(record) == self._seen:
             return
         if record is None or (self._seen is not None and record["owner"] == self._seen[0]):
-            reason = f"branch {self._branch!r} no longer has the commits of this appender: it was reset"
+            reason = f"branch {self._branch!r} no longer has its commits: it was reset, or they have expired"
         else:
             reason = f"another consumer committed up to offset {record['offset']!r}"
         self._error = SessionStateError(
@@ -797,7 +808,7 @@ class Appender:
         self._tip_expected_s = time.monotonic()
         if rows is not None:
             # From the sources as they are now: a rebase has read others' newer records.
-            self._sources = self._record(offset, rows)[KEY]["sources"]
+            self._sources = self._record(offset, rows)
             self._seen = _facts(self._sources[self._source])
             if offset is not None:
                 self._position = offset

@@ -11,50 +11,83 @@ consumers of one source cannot both commit the rows after one offset.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final
 
 import numpy as np
 
-from icechunk.errors import ErrorKind, InvalidInputError, SessionStateError
+from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError
+from icechunk.ops import Update, UpdateType
 from icechunk.session.commit import APPENDED
 from icechunk.snapshots import SnapshotInfo
 
-__all__ = ["KEY", "Sources", "newest_sources", "recorded", "valid_offset"]
+__all__ = ["KEY", "Sources", "as_metadata", "newest_sources", "recorded", "valid_offset", "with_record"]
 
 KEY: Final = APPENDED
 """Reserved in the metadata of snapshots."""
 
-Sources = dict[str, dict[str, Any]]
+
+class Sources(dict[str, dict[str, Any]]):
+    """The records of sources by name."""
+
+    complete: bool = True
+    """False: history was shortened before any commit recorded sources that is left, so others may have existed."""
 
 
-async def newest_sources(ancestry: AsyncIterator[SnapshotInfo]) -> Sources:
+async def newest_sources(
+    ancestry: AsyncIterator[SnapshotInfo], ops_log: Callable[[], AsyncIterator[Update]]
+) -> Sources:
     """The records of all sources as of the newest commit of an appender, looked for from a tip backwards.
 
-    Raises
-    ------
-    SessionStateError
-        The record may have expired: history ends before one was found, and not at the repository's first snapshot.
+    Parameters
+    ----------
+    ancestry
+        Of the tip.
+    ops_log
+        Gives the ops log, which tells whether snapshots have expired; read only where no record is found.
     """
     last: SnapshotInfo | None = None
+    length = 0
     async for info in ancestry:
         last = info
+        length += 1
         found = info.metadata.get(KEY)
         if isinstance(found, Mapping):
-            return {str(name): dict(record) for name, record in dict(found.get("sources") or {}).items()}
+            sources = Sources((str(name), dict(record)) for name, record in dict(found.get("sources") or {}).items())
+            sources.complete = not found.get("incomplete")
+            return sources
+    sources = Sources()
     if last is not None and last.metadata.get("__icechunk") != {"is_root": True} and last.parent_id is not None:
-        raise SessionStateError(
-            "cannot find the position of a source: the commits that recorded it have expired; keep the newest commit "
-            "of each appender, or give the appender a position to begin at"
-        )
-    return {}
+        sources.complete = False
+    elif length > 1:
+        # An expiration gives the oldest commit that is left the first snapshot as its parent.
+        try:
+            async for update in ops_log():
+                if isinstance(update.kind, UpdateType.ExpirationRan):
+                    sources.complete = False
+                    break
+        except ObjectNotFoundError:
+            # Older updates are no longer known.
+            sources.complete = False
+    return sources
 
 
-def recorded(sources: Sources, source: str, *, offset: Any, owner: str, rows: int) -> dict[str, Any]:
-    """The metadata of a commit that brings one source up to an offset."""
+def as_metadata(sources: Sources) -> dict[str, Any]:
+    """The metadata of a commit that keeps these records."""
+    return {KEY: {"sources": dict(sources)} | ({} if sources.complete else {"incomplete": True})}
+
+
+def with_record(sources: Sources, source: str, record: dict[str, Any]) -> Sources:
+    """The same records, but this one of one source."""
+    found = Sources({**sources, source: record})
+    found.complete = sources.complete
+    return found
+
+
+def recorded(sources: Sources, source: str, *, offset: Any, owner: str, rows: int) -> Sources:
+    """The records after a commit that brings one source up to an offset."""
     before = sources.get(source, {})
-    record = {"offset": offset, "owner": owner, "rows": int(before.get("rows") or 0) + rows}
-    return {KEY: {"sources": {**sources, source: record}}}
+    return with_record(sources, source, {"offset": offset, "owner": owner, "rows": int(before.get("rows") or 0) + rows})
 
 
 def valid_offset(offset: Any) -> int | str:

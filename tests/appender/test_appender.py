@@ -12,7 +12,7 @@ import zarr
 from zarr.codecs import GzipCodec
 
 import icechunk
-from icechunk.appender.position import newest_sources, recorded
+from icechunk.appender.position import as_metadata, newest_sources, recorded
 from icechunk.appender.target import Target
 from icechunk.errors import ErrorKind, InvalidInputError, SessionStateError
 from icechunk.testing.recording import RecordingStorage
@@ -322,10 +322,12 @@ async def test_a_record_of_another_source_survives_a_replacement_that_was_rebase
     async def overtaken(target: Target, *args: Any) -> Target:
         monkeypatch.undo()
         session = await repo.writable_session_async("main")
-        found = await newest_sources(repo.async_ancestry(snapshot_id=session.snapshot_id))
+        found = await newest_sources(repo.async_ancestry(snapshot_id=session.snapshot_id), repo.ops_log_async)
         array = await zarr.api.asynchronous.open_array(store=session.store, path="other/v")
         await array.setitem(slice(0, 1), 7)
-        await session.commit_async("11", recorded(found, "b", offset=11, owner=str(found["b"]["owner"]), rows=1))
+        await session.commit_async(
+            "11", as_metadata(recorded(found, "b", offset=11, owner=str(found["b"]["owner"]), rows=1))
+        )
         return await replace_rows(target, *args)
 
     async with repo.appender("main", dim="time", source="a", key="time", on_duplicate="replace") as appender:
@@ -334,7 +336,7 @@ async def test_a_record_of_another_source_survives_a_replacement_that_was_rebase
         await appender.put(rows(0), offset=1)
         assert appender.stats().rebased == 1
         await appender.put(rows(1), offset=2, durable=True)
-    found = await newest_sources(repo.async_ancestry(branch="main"))
+    found = await newest_sources(repo.async_ancestry(branch="main"), repo.ops_log_async)
     assert {name: record["offset"] for name, record in found.items()} == {"a": 2, "b": 11}
 
 
