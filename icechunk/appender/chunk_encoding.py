@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -231,7 +232,7 @@ def _plain_units(units: Any) -> Any:
 class ChunkEncoder:
     """Runs the codecs of an array over whole chunks, in the thread that calls it."""
 
-    __slots__ = ("_codecs", "_shape", "_spec", "_zstd", "is_fast")
+    __slots__ = ("_codecs", "_is_plain", "_shape", "_spec", "_zstd", "is_fast")
 
     def __init__(self, spec: ArraySpec, codecs: Sequence[tuple[Any, ArraySpec]]) -> None:
         self._spec, self._codecs = spec, codecs
@@ -242,6 +243,7 @@ class ChunkEncoder:
             self._codecs = codecs[:-1]
         self.is_fast: bool = all(isinstance(codec, BytesCodec) for codec, _ in self._codecs)
         """Whether it takes about a millisecond for a MiB."""
+        self._is_plain = len(self._codecs) == 1 and _changes_nothing(*self._codecs[0])
 
     @classmethod
     def of(cls, meta: ArrayV3Metadata) -> ChunkEncoder | None:
@@ -266,7 +268,9 @@ class ChunkEncoder:
             spec = evolved.resolve_metadata(spec)
         return cls(chunk_spec, codecs)
 
-    def encode(self, block: Values, first: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Any]]:
+    def encode(
+        self, block: Values, first: tuple[int, ...]
+    ) -> Iterator[tuple[tuple[int, ...], bytes | memoryview | None]]:
         """The chunks that a block fills.
 
         Parameters
@@ -279,8 +283,7 @@ class ChunkEncoder:
         Yields
         ------
         tuple
-            Chunk coordinates, and zarr's buffer of the encoded chunk; None for a chunk of fill values, which is not
-            stored.
+            Chunk coordinates, and the encoded chunk; None for a chunk of fill values, which is not stored.
         """
         if block.shape == self._shape:
             yield first, self._encoded(block)
@@ -290,27 +293,28 @@ class ChunkEncoder:
             part = block[tuple(slice(s * c, (s + 1) * c) for s, c in zip(steps, self._shape, strict=True))]
             yield tuple(f + s for f, s in zip(first, steps, strict=True)), self._encoded(part)
 
-    def _encoded(self, part: Values) -> Any:
+    def _encoded(self, part: Values) -> bytes | memoryview | None:
         spec = self._spec
-        nd_buffer = spec.prototype.nd_buffer
-        if part.shape == self._shape:
-            chunk = nd_buffer.from_numpy_array(np.ascontiguousarray(part))
-        else:
-            padded = np.full(self._shape, spec.fill_value, part.dtype)
-            padded[tuple(map(slice, part.shape))] = part
-            chunk = nd_buffer.from_numpy_array(padded)
         # Most chunks with other values have one at an end.
         may_be_empty = not spec.config.write_empty_chunks and all(
             _equals_or_is_nan(part.flat[end], spec.fill_value) for end in (0, -1)
         )
-        if may_be_empty and chunk.all_equal(spec.fill_value):
+        if part.shape != self._shape:
+            padded = np.full(self._shape, spec.fill_value, part.dtype)
+            padded[tuple(map(slice, part.shape))] = part
+            part = padded
+        chunk = np.ascontiguousarray(part)
+        if may_be_empty and spec.prototype.nd_buffer.from_numpy_array(chunk).all_equal(spec.fill_value):
             return None
-        encoded: Any = chunk
-        for codec, its_spec in self._codecs:
-            encoded = codec._encode_sync(encoded, its_spec)
-            if encoded is None:
-                return None
-        return encoded if self._zstd is None else self._zstd.encode(encoded, spec.prototype)
+        octets = chunk.reshape(-1).view(np.uint8)
+        if not self._is_plain:
+            encoded: Any = spec.prototype.nd_buffer.from_numpy_array(chunk)
+            for codec, its_spec in self._codecs:
+                encoded = codec._encode_sync(encoded, its_spec)
+                if encoded is None:
+                    return None
+            octets = np.ascontiguousarray(encoded.as_numpy_array())
+        return octets.data.cast("B") if self._zstd is None else self._zstd.encode(octets.data)
 
 
 _FAST_LEVEL: Final = 3
@@ -331,14 +335,24 @@ class _Zstd(NamedTuple):
     def of(cls, codec: ZstdCodec) -> _Zstd:
         return cls(codec.level, codec.checksum, [])
 
-    def encode(self, chunk: Any, prototype: Any) -> Any:
+    def encode(self, octets: memoryview) -> bytes:
         try:
             compressor = self.free.pop()
         except IndexError:
             compressor = zstandard.ZstdCompressor(level=self.level, write_checksum=self.checksum)
-        frame = compressor.compress(memoryview(np.ascontiguousarray(chunk.as_numpy_array())))  # type: ignore[arg-type]
+        frame = compressor.compress(octets)
         self.free.append(compressor)
-        return prototype.buffer.from_bytes(frame)
+        return frame
+
+
+def _changes_nothing(codec: Any, spec: ArraySpec) -> bool:
+    """Whether encoded values are the bytes of an array in memory."""
+    dtype = spec.dtype.to_native_dtype()
+    if type(codec) is not BytesCodec or dtype.hasobject:
+        return False
+    order = {"<": "little", ">": "big", "=": sys.byteorder}.get(dtype.byteorder)
+    # An enumeration in some versions of zarr, its text in others.
+    return dtype.itemsize == 1 or getattr(codec.endian, "value", codec.endian) == order
 
 
 def _equals_or_is_nan(value: Any, fill_value: Any) -> bool:

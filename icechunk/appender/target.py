@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,7 @@ _MOST_PORTION_BYTES: Final = 4 * 1024 * 1024
 """Bytes of rows that a thread encodes at once, at most: so much is held encoded beside the rows."""
 
 Values = npt.NDArray[Any]
+_Chunk: TypeAlias = "tuple[tuple[int, ...], bytes | memoryview | None]"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -436,14 +437,17 @@ class Target:
                 await self._array(session, variable).setitem(tuple(where), np.moveaxis(block, 0, variable.axis or 0))
                 continue
             first = start // variable.chunk_rows
-            path = self.path(variable.name)
+            path = "/" + self.path(variable.name)
             todo += [_Band(variable, path, first + number, parts) for number, parts in enumerate(bands)]
-        store = session.store
+        content, encoders = session._content, asyncio.Semaphore(_ENCODERS)
 
         async def put(portion: list[_Band]) -> None:
-            encoded = await off_loop(_size(portion), lambda: [chunk for band in portion for chunk in band.encoded()])
-            for key, chunk in encoded:
-                await (store.delete(key) if chunk is None else store.set(key, chunk))
+            encoded = await off_loop(_size(portion), lambda: _encoded(portion), encoders)
+            for path, chunks in encoded.items():
+                empty = [coords for coords, chunk in chunks if chunk is None]
+                await content.set_chunks(path, [(coords, chunk) for coords, chunk in chunks if chunk is not None])
+                for coords in empty:
+                    content.delete_chunk(path, coords)
 
         if _size(todo) <= _FEW_BYTES and all(band.is_fast for band in todo):
             # Threads would take longer to begin. Between the portions other tasks have a turn.
@@ -452,7 +456,8 @@ class Target:
                 await asyncio.sleep(0)
             return
         most = min(max(_size(todo) // _ENCODERS, _LEAST_PORTION_BYTES), _MOST_PORTION_BYTES)
-        await run_each(put, _portions(todo, most, len(todo)), limit=_ENCODERS)
+        # While some portions are written, as many are encoded.
+        await run_each(put, _portions(todo, most, len(todo)), limit=2 * _ENCODERS)
 
     async def _read_tail(self, session: Session, variable: Variable) -> None:
         variable.tail = await self._tail(session, variable, variable.length - variable.length % variable.chunk_rows)
@@ -539,16 +544,13 @@ class _Band:
     def is_fast(self) -> bool:
         return self.variable.encoder is not None and self.variable.encoder.is_fast
 
-    def encoded(self) -> list[tuple[str, Any]]:
-        """Keys and encoded chunks; None for a chunk of fill values."""
+    def encoded(self) -> list[_Chunk]:
+        """Coordinates and encoded chunks; None for a chunk of fill values."""
         variable, axis = self.variable, self.variable.axis or 0
         assert variable.encoder is not None
         rows = self.parts[0] if len(self.parts) == 1 else np.concatenate(self.parts)
         first = tuple(self.number if d == axis else 0 for d in range(rows.ndim))
-        return [
-            (f"{self.path}/{variable.meta.encode_chunk_key(coords)}", chunk)
-            for coords, chunk in variable.encoder.encode(np.moveaxis(rows, 0, axis) if axis else rows, first)
-        ]
+        return list(variable.encoder.encode(np.moveaxis(rows, 0, axis) if axis else rows, first))
 
 
 def _bands(parts: Sequence[Values], chunk_rows: int) -> Iterator[list[Values]]:
@@ -572,6 +574,14 @@ def _bands(parts: Sequence[Values], chunk_rows: int) -> Iterator[list[Values]]:
 def _power_of_two(most: int) -> int:
     """The largest one that is not larger; at least 1."""
     return 1 << (max(most, 1).bit_length() - 1)
+
+
+def _encoded(bands: Sequence[_Band]) -> dict[str, list[_Chunk]]:
+    """The encoded chunks by path of their array."""
+    found: dict[str, list[_Chunk]] = {}
+    for band in bands:
+        found.setdefault(band.path, []).extend(band.encoded())
+    return found
 
 
 def _size(bands: Sequence[_Band]) -> int:

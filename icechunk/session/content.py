@@ -15,7 +15,7 @@ so event loops and threads may share a session. A write while a commit runs is r
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -378,14 +378,17 @@ class SessionContent:
         """As `Content.set_chunk_nowait`."""
         with self.lock:
             self.require_writable()
-            node = self._check_chunk(path, coords, data)
-            if len(data) <= self.core.settings.inline_threshold_bytes:
-                self.log.set_inline(node, coords, bytes(data))
-                return True
-            place = self.puts.put_nowait(data)
-            if place is not None:
-                self.log.set_native(node, coords, *place, len(data))
-            return place is not None
+            return self._set_nowait(path, coords, data)
+
+    def _set_nowait(self, path: str, coords: tuple[int, ...], data: bytes | memoryview) -> bool:
+        node = self._check_chunk(path, coords, data)
+        if len(data) <= self.core.settings.inline_threshold_bytes:
+            self.log.set_inline(node, coords, bytes(data))
+            return True
+        place = self.puts.put_nowait(data)
+        if place is not None:
+            self.log.set_native(node, coords, *place, len(data))
+        return place is not None
 
     async def set_chunk(
         self, path: str, coords: tuple[int, ...], data: bytes | memoryview, *, only_new: bool = False
@@ -419,6 +422,18 @@ class SessionContent:
                 return False
             else:
                 vacant = node.manifests
+
+    async def set_chunks(self, path: str, chunks: Sequence[tuple[tuple[int, ...], bytes | memoryview]]) -> None:
+        """As `set_chunk` of each of these chunks of an array, in their order."""
+        done = 0
+        while done < len(chunks):
+            with self.lock:
+                self.require_writable()
+                while done < len(chunks) and self._set_nowait(path, *chunks[done]):
+                    done += 1
+            if done < len(chunks):
+                await self.set_chunk(path, *chunks[done])
+                done += 1
 
     def set_references(self, path: str, refs: ChunkRefs) -> None:
         """As `Content.set_references`."""
