@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -15,7 +16,7 @@ from zarr.core.buffer import default_buffer_prototype
 
 from icechunk.config import RepositoryConfig
 from icechunk.credentials import AnyCredential
-from icechunk.errors import ErrorKind, ReadOnlyError
+from icechunk.errors import ErrorKind, InvalidInputError, ReadOnlyError
 from icechunk.repository.by_url import session_at
 from icechunk.session import Session
 from icechunk.storage.url import parse_url
@@ -23,7 +24,8 @@ from icechunk.storage.url import parse_url
 __all__ = ["IcechunkFileSystem"]
 
 
-_CHUNK: Final = re.compile(r"(^|/)c(/\d+)+$")
+_CHUNK: Final = re.compile(r"(^|/)c(/\d+)*$")
+"""Keys of chunks, those of arrays without dimensions among them; and of the directories above keys of several numbers."""
 
 
 class IcechunkFileSystem(AsyncFileSystem):  # type: ignore[misc]  # fsspec has no types
@@ -95,13 +97,22 @@ class IcechunkFileSystem(AsyncFileSystem):  # type: ignore[misc]  # fsspec has n
     async def _info(self, path: str, **_: Any) -> dict[str, Any]:
         store, key = await self._store(), self._key(path)
         name = self._name(key)
-        if key.rpartition("/")[2] == "zarr.json" or _CHUNK.search(key):
-            if not await store.exists(key):
-                raise FileNotFoundError(path)
+        if await self._is_file(key):
             return {"name": name, "size": await store.getsize(key), "type": "file"}
         if not key or not await store.is_empty(key):
             return {"name": name, "size": 0, "type": "directory"}
         raise FileNotFoundError(path)
+
+    async def _is_file(self, key: str) -> bool:
+        if key.rpartition("/")[2] != "zarr.json" and not _CHUNK.search(key):
+            return False
+        try:
+            found: bool = await (await self._store()).exists(key)
+        except InvalidInputError as error:
+            if error.kind != ErrorKind.NOT_AN_ARRAY:
+                raise
+            return False  # a group whose name is as that of a chunk
+        return found
 
     async def _ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         store, key = await self._store(), self._key(path)
@@ -131,6 +142,10 @@ class IcechunkFileSystem(AsyncFileSystem):  # type: ignore[misc]  # fsspec has n
         return found
 
     async def _get_file(self, rpath: str, lpath: str, **_: Any) -> None:
+        if (await self._info(rpath))["type"] == "directory":
+            # A recursive `get` asks for these as well.
+            await asyncio.to_thread(os.makedirs, lpath, exist_ok=True)
+            return
         data = await self._cat_file(rpath)
         await asyncio.to_thread(_write, lpath, data)
 

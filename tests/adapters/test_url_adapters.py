@@ -84,6 +84,26 @@ def test_fsspec_reads_the_keys_of_a_version(place: str) -> None:
         fs.open("a", "wb")
 
 
+def test_fsspec_finds_and_copies_every_key(tmp_path: Path) -> None:
+    repo = icechunk.Repository.create(icechunk.local_filesystem_storage(str(tmp_path / "repo")))
+    with repo.transaction("main", message="arrays of 0 to 3 dimensions, and names like those of chunks") as store:
+        for ndim in range(4):
+            zarr.create_array(store, name=f"g/a{ndim}", shape=(4,) * ndim, chunks=(2,) * ndim, dtype="i4")[...] = (
+                ndim + 1
+            )
+        zarr.create_array(store, name="c/0", shape=(2, 2), chunks=(1, 1), dtype="i4")[...] = 9
+        keys = zarr.core.sync.sync(zarr.core.sync._collect_aiterator(store.list()))  # private: collects an iterator
+    fs = fsspec.filesystem("icechunk", fo=str(tmp_path / "repo"))
+    assert sorted(fs.find("")) == sorted(keys)
+    assert fs.ls("g/a2/c", detail=False) == ["g/a2/c/0", "g/a2/c/1"]
+    with pytest.raises(FileNotFoundError):
+        fs.ls("g/a2/c/7")
+    fs.get("", str(tmp_path / "copy"), recursive=True)
+    for ndim in range(4):
+        assert (zarr.open_array(tmp_path / "copy" / "g" / f"a{ndim}", mode="r")[...] == ndim + 1).all()
+    assert (zarr.open_array(tmp_path / "copy" / "c" / "0", mode="r")[...] == 9).all()
+
+
 def test_fsspec_opens_a_chained_url(place: str) -> None:
     with fsspec.open(f"icechunk://ocean/zarr.json::file://{place}") as file:
         assert json.loads(file.read())["node_type"] == "group"
