@@ -25,7 +25,7 @@ __all__ = ["IcechunkFileSystem"]
 
 
 _CHUNK: Final = re.compile(r"(^|/)c(/\d+)*$")
-"""Keys of chunks, those of arrays without dimensions among them; and of the directories above keys of several numbers."""
+"""Keys of chunks, those of arrays without dimensions among them; and directories above keys of several numbers."""
 
 
 class IcechunkFileSystem(AsyncFileSystem):  # type: ignore[misc]  # fsspec has no types

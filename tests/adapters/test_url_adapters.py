@@ -100,8 +100,8 @@ def test_fsspec_finds_and_copies_every_key(tmp_path: Path) -> None:
         fs.ls("g/a2/c/7")
     fs.get("", str(tmp_path / "copy"), recursive=True)
     for ndim in range(4):
-        assert (zarr.open_array(tmp_path / "copy" / "g" / f"a{ndim}", mode="r")[...] == ndim + 1).all()
-    assert (zarr.open_array(tmp_path / "copy" / "c" / "0", mode="r")[...] == 9).all()
+        assert np.all(zarr.open_array(tmp_path / "copy" / "g" / f"a{ndim}", mode="r")[...] == ndim + 1)
+    assert np.all(zarr.open_array(tmp_path / "copy" / "c" / "0", mode="r")[...] == 9)
 
 
 def test_fsspec_opens_a_chained_url(place: str) -> None:
