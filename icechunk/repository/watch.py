@@ -31,6 +31,7 @@ from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.log.repository.state import RepoState
 from icechunk.repository.changes import ChangedRegions, Changes
 from icechunk.repository.views import snapshot_info, update
+from icechunk.runtime.checks import require_type
 from icechunk.runtime.clock import moment
 from icechunk.runtime.representation import Described
 from icechunk.runtime.twins import iterate_sync
@@ -141,8 +142,12 @@ class Watching(Changes):
         StorageError
             The store gave no answer; go on with the last token.
         """
-        if idle_s <= 0:
-            raise InvalidInputError(f"idle_s must be more than 0, not {idle_s!r}", ErrorKind.INVALID_SETTING)
+        if not isinstance(idle_s, (int, float)) or not idle_s > 0:
+            raise InvalidInputError(
+                f"idle_s must be a number (of seconds) of more than 0, not {idle_s!r}", ErrorKind.INVALID_SETTING
+            )
+        if since is not None:
+            require_type("since", since, str)
         log = await self._core.log()
         follower = _RefsFollower(log) if log.layout is Layout.REFS else _OpsFollower(log, branch or "main")
         await follower.begin(since)

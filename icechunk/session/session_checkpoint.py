@@ -43,7 +43,7 @@ from icechunk.session.content import SessionContent
 from icechunk.session.core import Core
 from icechunk.session.persisted import Persisted, Written, ended_error
 from icechunk.transfer.assets import off_loop
-from icechunk.transfer.segments import add_segment, list_sessions, read_head, remove_segments
+from icechunk.transfer.segments import Listed, add_segment, list_sessions, read_head, remove_segments
 
 __all__ = [
     "abandon",
@@ -145,7 +145,7 @@ async def abandon(content: SessionContent) -> None:
             await remove_segments(content.core.storage, keys)
     content.give_up()
     if persisted is not None and persisted.worker is None:
-        await _remove_quietly(content.core, persisted)
+        await _remove_quietly(content.core, persisted, is_committed=False)
 
 
 async def _end_quietly(content: SessionContent, kind: SegmentKind, snapshot: ObjectId | None) -> None:
@@ -157,17 +157,33 @@ async def _end_quietly(content: SessionContent, kind: SegmentKind, snapshot: Obj
     except IcechunkError as error:
         _LOG.warning("session %s has ended, which could not be written: %s", encode_id(persisted.session), error)
         return
-    await _remove_quietly(content.core, persisted)
+    await _remove_quietly(content.core, persisted, is_committed=kind is SegmentKind.COMMITTED)
 
 
-async def _remove_quietly(core: Core, persisted: Persisted) -> None:
+async def _remove_quietly(core: Core, persisted: Persisted, *, is_committed: bool) -> None:
     """Remove the segments of an ended session, except its end and the claims; a collection removes the rest."""
     try:
         listed = (await list_sessions(core.storage, persisted.session)).get(persisted.session)
         if listed is not None:
+            if is_committed:
+                _warn_of_uncollected(persisted, listed)
             await remove_segments(core.storage, listed.keys_but(persisted.last, *persisted.claims))
     except IcechunkError as error:
         _LOG.warning("segments of session %s stay for now: %s", encode_id(persisted.session), error)
+
+
+def _warn_of_uncollected(persisted: Persisted, listed: Listed) -> None:
+    """Log that a commit lacks changes that forks had handed over before it."""
+    lacking = [
+        worker for worker, slots in listed.workers.items() if max(slots) > persisted.collected.get(worker, (0, ()))[0]
+    ]
+    if lacking:
+        _LOG.warning(
+            "session %s was committed without changes that %d of its forks had handed over, as this process has not "
+            "collected them; call Session.collect_forks before commit",
+            encode_id(persisted.session),
+            len(lacking),
+        )
 
 
 async def _write(

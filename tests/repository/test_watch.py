@@ -175,8 +175,16 @@ async def test_a_wrong_token_is_refused(layout: str) -> None:
     await asyncio.to_thread(commit, repo, "y")
     with pytest.raises(InvalidInputError):
         await events_of(repo, since=token)
-    with pytest.raises(InvalidInputError):
-        await events_of(repo, idle_s=0)
+    wrong: list[dict[str, Any]] = [
+        {"idle_s": 0},
+        {"idle_s": "5"},
+        {"idle_s": float("nan")},
+        {"since": 5},
+        {"since": b"x"},
+    ]
+    for options in wrong:
+        with pytest.raises(InvalidInputError):
+            await events_of(repo, **options)
 
 
 @LAYOUTS

@@ -69,6 +69,23 @@ async def test_changes_that_forks_hand_over_are_collected_once(storage: Storage,
     await elsewhere.aclose()
 
 
+@pytest.mark.parametrize("is_collected", [True, False])
+async def test_a_commit_without_what_forks_have_handed_over_is_warned_of(
+    storage: Storage, caplog: pytest.LogCaptureFixture, is_collected: bool
+) -> None:
+    repo = await new_repo(storage)
+    session = await repo.writable_session_async("main")
+    fork = await repo.join_session_async(await session.checkpoint_async())
+    await put(fork, 10, 1)
+    await fork.checkpoint_async()
+    if is_collected:
+        await session.collect_forks_async()
+    await session.commit_async("done", allow_empty=True)
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == (not is_collected)
+    await repo.aclose()
+
+
 async def test_a_process_that_resumed_the_session_collects_and_passes_over_merged_forks(
     storage: Storage,
 ) -> None:
