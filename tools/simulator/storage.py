@@ -35,6 +35,7 @@ __all__ = ["SimulatedStorage", "SimulatedStore", "Stored"]
 T = TypeVar("T")
 
 _REFUSALS: Final = (400, 401, 403, 404, 405, 411, 501)
+_WRITES: Final = ("put", "delete", "copy")
 _STALE_S: Final = 10.0
 """Greatest age of a stale listing of immutable files, from before it was asked for, seconds."""
 _TRUTH: Final = ("log/", "refs/")
@@ -210,7 +211,7 @@ class SimulatedStorage(Storage):
         if self.dead:
             raise asyncio.CancelledError
         fault = self.store.drawn(verb, self.faulty)
-        if fault is Fault.PARTIAL and "," not in key:
+        if fault is not None and fault is Fault.PARTIAL and "," not in key:
             fault = Fault.LOST
         request = Request(self._loop.now_s, self.name, verb, key, detail, "" if fault is None else fault.value, data)
         self.store.trace.requests.append(request)
@@ -247,13 +248,13 @@ class SimulatedStorage(Storage):
             recorder.answered(request)
 
     async def _there_and_back(self, request: Request, fault: Fault | None, execute: Callable[[], T]) -> T:
-        store, loop, rng, verb, key = self.store, self._loop, self._rng, request.verb, request.key
-        writes = verb in ("put", "delete", "copy")
+        # Most requests have no fault, and to ask for each kind would take as long as all else: in Python 3.11 a member
+        # of an enumeration is looked up by a function.
+        store, loop, rng = self.store, self._loop, self._rng
+        writes = request.verb in _WRITES
         try:
-            if fault is Fault.REORDERED:
-                await loop.after(rng.choice((0.3, 5.0, 60.0)) * rng.random())
-            elif fault is Fault.PAUSED and rng.random() < 0.5:
-                await loop.after(rng.choice((0.1, 4.0, 9.0)) * store.pause_s * rng.random())
+            if fault is not None:
+                await self._hold_up(fault)
             await loop.after(rng.uniform(0.001, 0.05))
         except asyncio.CancelledError:
             if writes and self.faulty and rng.random() < 0.5:
@@ -263,7 +264,7 @@ class SimulatedStorage(Storage):
                 request.fault = request.fault or Fault.CUT.value
                 store.later(rng.choice((0.1, 5.0)) * rng.random(), request, execute)
             raise
-        if self.dead or fault is Fault.CRASHED:
+        if self.dead or (fault is not None and fault is Fault.CRASHED):
             if writes and rng.random() < 0.5:
                 store.execute(request, execute)
             self._die()
@@ -272,43 +273,66 @@ class SimulatedStorage(Storage):
             if self.dead:
                 raise asyncio.CancelledError
             request.answered_s, request.answer = loop.now_s, "no connection"
-            raise unsent(verb, key)
-        if (writes and self._denied_until_s > loop.now_s) or fault is Fault.REFUSED:
-            status = rng.choice(_REFUSALS) if fault is Fault.REFUSED else 403
-            await self._way()
-            request.answered_s, request.answer = loop.now_s, f"refused with {status}"
-            raise refusal(verb, key, status)
-        if fault in (Fault.DROPPED, Fault.LATE):
-            patience_s = rng.uniform(0.5, 3)
-            if fault is Fault.LATE:
-                # Often just when the client, out of patience, looks and sends again.
-                delay_s = patience_s + rng.choice((-0.5, 0.2, 0.2, 0.4, 20, 3600)) * rng.random()
-                store.later(max(0.0, delay_s), request, execute)
-            await self._unanswered(request, "timed out", patience_s)
-        if fault in (Fault.THROTTLED, Fault.CONFLICT):
-            await self._way()
-            request.answered_s, request.answer = loop.now_s, fault.value
-            raise no_answer(verb, key, f"the store answers {fault.value}")
-        if fault is Fault.SPURIOUS:
-            await self._way()
-            request.answered_s, request.answer = loop.now_s, fault.value
-            raise PreconditionFailedError(f"condition of {key!r} does not hold, says the store")
+            raise unsent(request.verb, request.key)
+        if writes and self._denied_until_s > loop.now_s:
+            await self._refuse(request, rng.choice(_REFUSALS) if fault is Fault.REFUSED else 403)
+        if fault is not None:
+            await self._fail(request, fault, execute)
         answer = store.execute(request, execute)
-        if fault is Fault.DOUBLED:
-            store.later(rng.choice((0.5, 20, 3600)) * rng.random(), request, execute)
-        if fault is Fault.PAUSED:
-            await loop.after(rng.choice((0.1, 4.0, 9.0)) * store.pause_s * rng.random())
-        await self._way()
-        if fault is Fault.LOST:
-            await self._unanswered(request, "the answer was lost", 0.5)
-        if fault is Fault.TRUNCATED:
-            await self._unanswered(request, "the answer breaks off", 0.001)
+        if fault is not None:
+            if fault is Fault.DOUBLED:
+                store.later(rng.choice((0.5, 20, 3600)) * rng.random(), request, execute)
+            elif fault is Fault.PAUSED:
+                await loop.after(rng.choice((0.1, 4.0, 9.0)) * store.pause_s * rng.random())
+        await loop.after(rng.uniform(0.001, 0.05))
+        if self.dead:
+            raise asyncio.CancelledError
+        if fault is not None:
+            if fault is Fault.LOST:
+                await self._unanswered(request, "the answer was lost", 0.5)
+            elif fault is Fault.TRUNCATED:
+                await self._unanswered(request, "the answer breaks off", 0.001)
         request.answered_s = loop.now_s
         if answer is None:
             request.answer = "412"
-            raise PreconditionFailedError(f"condition of {key!r} does not hold")
+            raise PreconditionFailedError(f"condition of {request.key!r} does not hold")
         request.answer = "ok"
         return answer
+
+    async def _hold_up(self, fault: Fault) -> None:
+        """The time until a request leaves."""
+        rng = self._rng
+        if fault is Fault.REORDERED:
+            await self._loop.after(rng.choice((0.3, 5.0, 60.0)) * rng.random())
+        elif fault is Fault.PAUSED and rng.random() < 0.5:
+            await self._loop.after(rng.choice((0.1, 4.0, 9.0)) * self.store.pause_s * rng.random())
+
+    async def _fail(self, request: Request, fault: Fault, execute: Callable[[], object]) -> None:
+        """Raise what a client gets for a request that is not executed, or later; nothing for one that is."""
+        rng = self._rng
+        match fault:
+            case Fault.REFUSED:
+                await self._refuse(request, rng.choice(_REFUSALS))
+            case Fault.DROPPED | Fault.LATE:
+                patience_s = rng.uniform(0.5, 3)
+                if fault is Fault.LATE:
+                    # Often just when the client, out of patience, looks and sends again.
+                    delay_s = patience_s + rng.choice((-0.5, 0.2, 0.2, 0.4, 20, 3600)) * rng.random()
+                    self.store.later(max(0.0, delay_s), request, execute)
+                await self._unanswered(request, "timed out", patience_s)
+            case Fault.THROTTLED | Fault.CONFLICT:
+                await self._way()
+                request.answered_s, request.answer = self._loop.now_s, fault.value
+                raise no_answer(request.verb, request.key, f"the store answers {fault.value}")
+            case Fault.SPURIOUS:
+                await self._way()
+                request.answered_s, request.answer = self._loop.now_s, fault.value
+                raise PreconditionFailedError(f"condition of {request.key!r} does not hold, says the store")
+
+    async def _refuse(self, request: Request, status: int) -> NoReturn:
+        await self._way()
+        request.answered_s, request.answer = self._loop.now_s, f"refused with {status}"
+        raise refusal(request.verb, request.key, status)
 
     async def _unanswered(self, request: Request, why: str, after_s: float) -> NoReturn:
         await self._loop.after(after_s)
@@ -349,7 +373,11 @@ class SimulatedStorage(Storage):
         content = bytes(data)
         store = self.store
         request, fault = self._begin("put", key, _condition(precondition), content)
-        if fault is Fault.SPURIOUS and not (isinstance(precondition, Matches) or key.startswith(_LOOKED_AT)):
+        if (
+            fault is not None
+            and fault is Fault.SPURIOUS
+            and not (isinstance(precondition, Matches) or key.startswith(_LOOKED_AT))
+        ):
             fault = Fault.THROTTLED
         if store.on_put is not None:
             store.on_put(self, key, content)
@@ -383,7 +411,7 @@ class SimulatedStorage(Storage):
         while True:
             request, fault = self._begin("list", prefix)
             at_s = None
-            if fault is Fault.STALE:
+            if fault is not None and fault is Fault.STALE:
                 at_s = self._loop.now_s - (0 if prefix.startswith(_TRUTH) or not prefix else _STALE_S)
             found = await self._go(request, fault, partial(store.listed, prefix, after, at_s))
             page = found[:page_size]
