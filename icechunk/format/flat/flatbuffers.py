@@ -289,6 +289,7 @@ MAX_TABLES: Final = 50_000_000
 """The official library refuses to read a payload with more tables; each chunk reference, and each changed chunk, is
 one."""
 
+_OFFSET_TO_COME: Final = bytes(4)
 _FORMATS: Final = {code: struct.Struct("<" + code) for code in "BHIiQ"}
 
 
@@ -416,10 +417,9 @@ class FlatWriter:
     def table(self, table: FlatTable) -> int:
         """Write a table and all below it; returns its position."""
         fields: list[tuple[int, int, int]] = []  # alignment, slot, size
-        inline: list[bytes | None] = []  # None: an offset to come
+        inline: list[bytes] = []
+        children: list[Value] = []
         for slot, value in table.slots.items():
-            if value is None:
-                continue
             if isinstance(value, Scalar):
                 packer = _FORMATS[value.format]
                 try:
@@ -430,12 +430,15 @@ class FlatWriter:
                         f"cannot encode {value.value}: the format holds {limit} there", ErrorKind.SERIALIZATION
                     ) from error
                 fields.append((packer.size, slot, packer.size))
+                children.append(None)
             elif isinstance(value, Inline):
                 fields.append((value.align, slot, len(value.data)))
                 inline.append(value.data)
-            else:
+                children.append(None)
+            elif value is not None:
                 fields.append((4, slot, 4))
-                inline.append(None)
+                inline.append(_OFFSET_TO_COME)
+                children.append(value)
         layout = _layout(tuple(fields))
         vtable = self._vtable(layout.vtable)
         out = self.out
@@ -444,15 +447,14 @@ class FlatWriter:
         self.align(8, 4) if layout.wide else self.align(4)
         start = len(out)
         out += (start - vtable).to_bytes(4, "little", signed=True)
-        for i, offset in layout.fields:
-            out += bytes(start + offset - len(out))
-            data = inline[i]
-            out += b"\0\0\0\0" if data is None else data
-        for i, offset in layout.fields:
-            if inline[i] is None:
+        for i, _, padding in layout.fields:
+            out += padding
+            out += inline[i]
+        for i, offset, _ in layout.fields:
+            child = children[i]
+            if child is not None:
                 field = start + offset
-                position = self._child(table.slots[fields[i][1]])
-                _U32.pack_into(out, field, position - field)
+                _U32.pack_into(out, field, self._child(child) - field)
         return start
 
     def vtable(self, offsets: Mapping[int, int], table_size: int) -> int:
@@ -486,14 +488,14 @@ class FlatWriter:
         return Run(start, len(self.out), tables - start, {data: at - start for data, at in vtables.items()})
 
     def _child(self, value: Value) -> int:
+        if isinstance(value, FlatTable):
+            return self.table(value)
         if isinstance(value, str):
             return self.string(value)
         if isinstance(value, bytes):
             return self.items(value, len(value), 1)
         if isinstance(value, Items):
             return self.items(*value)
-        if isinstance(value, FlatTable):
-            return self.table(value)
         if isinstance(value, Written):
             return value.write(self)
         assert isinstance(value, list)
@@ -529,8 +531,8 @@ class FlatWriter:
 class _Layout(NamedTuple):
     """The arrangement of the fields of a table."""
 
-    fields: tuple[tuple[int, int], ...]
-    """Number of each field, as given, and its offset, in the order of the offsets."""
+    fields: tuple[tuple[int, int, bytes], ...]
+    """Number of each field, as given, its offset, and the padding before it, in the order of the offsets."""
     wide: bool
     """Whether there is a field of 8 bytes."""
     vtable: bytes
@@ -544,13 +546,15 @@ def _layout(fields: tuple[tuple[int, int, int], ...]) -> _Layout:
     wide = bool(order) and fields[order[0]][0] == 8
     end = 4
     offsets: dict[int, int] = {}
+    arranged = []
     for i in order:
         align, slot, size = fields[i]
-        end += -(end + (4 if wide else 0)) % align
+        missing = -(end + (4 if wide else 0)) % align
+        end += missing
         offsets[slot] = end
+        arranged.append((i, end, bytes(missing)))
         end += size
-    arranged = tuple((i, offsets[fields[i][1]]) for i in order)
-    return _Layout(arranged, wide, _vtable_bytes(offsets, end))
+    return _Layout(tuple(arranged), wide, _vtable_bytes(offsets, end))
 
 
 def _vtable_bytes(offsets: Mapping[int, int], table_size: int) -> bytes:

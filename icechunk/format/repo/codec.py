@@ -130,18 +130,18 @@ def encode_repo(info: RepoInfo, level: int = _LEVEL) -> bytes:
 
 def encode_and_keep(info: RepoInfo, level: int = _LEVEL) -> EncodedRepo:
     """As `encode_repo`; also returns the same repo info in a form that takes the least memory."""
-    written, snapshot_run, update_run = _payload(info)
+    written, rows, update_run = _payload(info)
     payload = bytes(written)
     if len(info.snapshots) <= _FEW and len(info.updates) <= _FEW:
         return EncodedRepo(seal(FileType.REPO_INFO, 2, payload, level), info)
     root = Buffer(payload, "repo info").root()
-    snapshots = _stored_snapshots(root, snapshot_run)
+    snapshots = _stored_snapshots(root, rows.run())
     updates = _stored_updates(root, update_run)
     return EncodedRepo(seal(FileType.REPO_INFO, 2, payload, level), replace(info, snapshots=snapshots, updates=updates))
 
 
-def _payload(info: RepoInfo) -> tuple[bytearray, SnapshotRun | None, Run]:
-    """The payload, and where its snapshots and updates are."""
+def _payload(info: RepoInfo) -> tuple[bytearray, SnapshotRows, Run]:
+    """The payload, its snapshots, and where its updates are."""
     rows = SnapshotGraph.of(info.snapshots).rows()
     update_runs: list[Run] = []
 
@@ -165,7 +165,7 @@ def _payload(info: RepoInfo) -> tuple[bytearray, SnapshotRun | None, Run]:
         _DISABLED: _flags(info.disabled_feature_flags),
         _EXTRA: info.extra,
     }
-    return FlatWriter().finish(FlatTable(root)), rows.run, update_runs[0]
+    return FlatWriter().finish(FlatTable(root)), rows, update_runs[0]
 
 
 _REF: Final = struct.Struct("<iIII")

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.format.flat.flatbuffers import Buffer, FlatTable, FlatWriter, Items, Scalar, id_struct, u64
+from icechunk.format.flat.flatbuffers import Buffer, FlatTable, FlatWriter, Items, Run, Scalar, id_struct, u64
 from icechunk.format.flat.vectors import Positions, TableColumns, copy_spans, gather, put
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.metadata import metadata_tables
@@ -37,6 +37,7 @@ from icechunk.format.repo.stored_snapshots import (
     METADATA,
     METADATA_AT,
     NO_PARENT,
+    NO_SNAPSHOTS,
     PARENT,
     PLAIN,
     PRUNED,
@@ -216,9 +217,14 @@ class SnapshotRows:
         New values by id; None: the snapshot was deleted.
     dropped
         Rows of the older file that are not written.
+
+    Raises
+    ------
+    FormatError
+        If the older file is corrupt.
     """
 
-    __slots__ = ("_moved", "_new", "_numbers", "_old_numbers", "_records", "_rows", "_stored", "run")
+    __slots__ = ("_moved", "_new", "_numbers", "_old_numbers", "_records", "_rows", "_stored", "_written")
 
     def __init__(
         self,
@@ -226,9 +232,12 @@ class SnapshotRows:
         changed: Mapping[ObjectId, SnapshotRecord | None],
         dropped: npt.NDArray[np.intp] | None = None,
     ) -> None:
+        if 0 < len(stored) <= _FEW and stored.run is None and dropped is None:
+            # Nothing of the older file can be copied, and of few the columns take longer to make than all else.
+            stored, changed = NO_SNAPSHOTS, {record.id: record for record in stored.records()} | dict(changed)
         fresh = [changed[id] for id in sorted(changed)]
-        self.run: SnapshotRun | None = None
-        """The tables' place in the file, once they are written."""
+        self._written: tuple[Run, npt.NDArray[np.int64]] | None = None
+        """The tables' place in the file, and those of their parents' numbers, once they are written."""
         self._stored = stored
         self._records = [record for record in fresh if record is not None]
         if not stored:
@@ -305,10 +314,14 @@ class SnapshotRows:
         if self._records:
             positions[self._numbers] = self._write_records(writer, self._records)
             parents[self._numbers] = _parent_fields(out, positions[self._numbers].tolist())
-        self.run = SnapshotRun(writer.end_run(start, positions), parents - start, self._index())
+        self._written = writer.end_run(start, positions), parents - start
         fields = vector + 4 + 4 * np.arange(count, dtype=np.int64)
         out[vector + 4 : vector + 4 + 4 * count] = (positions - fields).astype("<u4").tobytes()
         return vector
+
+    def run(self) -> SnapshotRun | None:
+        """What the next file needs to copy the tables; None: they are not written yet."""
+        return None if self._written is None else SnapshotRun(*self._written, self._index())
 
     def _index(self) -> SnapshotIndex:
         """The index of the file, which is known without reading it."""

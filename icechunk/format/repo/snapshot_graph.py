@@ -20,13 +20,12 @@ from icechunk.format.flat.flatbuffers import Buffer, FlatWriter
 from icechunk.format.ids import ObjectId
 from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.format.repo.snapshot_encoding import SnapshotRows
-from icechunk.format.repo.stored_snapshots import RecordsView, StoredSnapshots
+from icechunk.format.repo.stored_snapshots import NO_SNAPSHOTS, RecordsView, StoredSnapshots
 
 __all__ = ["ChildrenLeftError", "SnapshotGraph"]
 
 _MANY: Final = 256
 _SHARE: Final = 64
-_NONE: Final = StoredSnapshots(Buffer(bytes(4), "repo info"), 4, 0)
 
 
 class ChildrenLeftError(ValueError):
@@ -51,7 +50,7 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
             return snapshots
         if isinstance(snapshots, StoredSnapshots):
             return SnapshotGraph(snapshots, Map(), len(snapshots))
-        return SnapshotGraph(_NONE, Map(snapshots), len(snapshots))
+        return SnapshotGraph(NO_SNAPSHOTS, Map(snapshots), len(snapshots))
 
     @property
     def stored(self) -> StoredSnapshots:

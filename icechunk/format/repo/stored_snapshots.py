@@ -32,6 +32,7 @@ __all__ = [
     "METADATA",
     "METADATA_AT",
     "NO_PARENT",
+    "NO_SNAPSHOTS",
     "PARENT",
     "PLAIN",
     "PRUNED",
@@ -369,6 +370,8 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
     def __repr__(self) -> str:
         return f"<{len(self)} stored snapshots>"
 
+
+NO_SNAPSHOTS: Final = StoredSnapshots(Buffer(bytes(4), "repo info"), 4, 0)
 
 _LONGEST_MESSAGE: Final = 4096
 """Bytes; snapshots with longer ones are not looked at in columns."""

@@ -183,20 +183,24 @@ def write_update_blocks(writer: FlatWriter, tables: LazyTables, rows: range, bac
     FormatError
         If the older file is corrupt.
     """
+    if len(rows) <= _FEW:
+        return np.array([_write_one(writer, tables, row, backup) for row in rows], np.int64)
     numbers = np.arange(rows.start, rows.stop)
     positions = np.zeros(len(rows), np.int64)
-    commits = np.zeros(len(rows), np.bool_)
-    if len(rows) > _FEW:
-        _, columns = tables.columns(numbers)
-        commits = columns.numbers(_TYPE, "u1") == NEW_COMMIT
+    _, columns = tables.columns(numbers)
+    commits = columns.numbers(_TYPE, "u1") == NEW_COMMIT
     if any_of(commits):
         positions[commits] = _write_commits(writer, tables, numbers[commits], backup)
     for i in np.flatnonzero(~commits).tolist():
-        update = read_update(tables.table(rows[i]))
-        if update.backup_path is None:
-            update = replace(update, backup_path=backup)
-        positions[i] = writer.table(update_table(update))
+        positions[i] = _write_one(writer, tables, rows[i], backup)
     return positions
+
+
+def _write_one(writer: FlatWriter, tables: LazyTables, row: int, backup: str | None) -> int:
+    update = read_update(tables.table(row))
+    if update.backup_path is None and backup is not None:
+        update = replace(update, backup_path=backup)
+    return writer.table(update_table(update))
 
 
 def _write_commits(writer: FlatWriter, tables: LazyTables, rows: npt.NDArray[np.intp], backup: str | None) -> Positions:
