@@ -39,11 +39,11 @@ def watch(repo: Any, args: argparse.Namespace) -> int:
     for event in events:
         line = orjson.dumps(as_json(event)).decode()
         if args.exec:
-            done = subprocess.run(args.exec, shell=True, input=line, text=True, check=False)
+            done = subprocess.run(args.exec, shell=True, input=f"{line}\n", text=True, check=False)
             if done.returncode:
                 raise Failure(
-                    f"{args.exec!r} ended with status {done.returncode} for the {event.kind} at {event.at}; the events "
-                    "before it were handled: go on with --since and the last token that was printed"
+                    f"{args.exec!r} ended with status {done.returncode} for event {event.kind} of {event.at}; the "
+                    "events before it were handled: go on with --since and the last token that was printed"
                 )
         print(line if args.json else _as_text(event), flush=True)
     return 0

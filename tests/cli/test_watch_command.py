@@ -55,7 +55,7 @@ def test_a_command_gets_each_event_and_a_failing_one_ends_the_watch(
     place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = tmp_path / "log"
-    script = f"{sys.executable} -c \"import sys; open({str(log)!r}, 'a').write(sys.stdin.read() + chr(10))\""
+    script = f"{sys.executable} -c \"import sys; open({str(log)!r}, 'a').write(sys.stdin.read())\""
     assert main(["watch", place, "--since", "", "--branch", "main", "--stop-at-end", "--exec", script]) == 0
     kinds = [json.loads(line)["kind"] for line in log.read_text().splitlines()]
     assert kinds.count("commit") == 2
