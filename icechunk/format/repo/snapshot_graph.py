@@ -204,18 +204,16 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
             A snapshot that stays has one of them as its parent.
         """
         stored, changed = self._stored, self._changed
-        asked = list(ids)
-        rows = stored.find_all(asked)
-        for i in np.flatnonzero(rows < 0).tolist():
-            if asked[i] not in changed:
-                raise KeyError(asked[i])
+        dropped = stored.rows_of(ids)
+        for id in ids if len(dropped) < len(ids) else ():
+            if id not in changed and id not in stored:
+                raise KeyError(id)
         for id, record in changed.items():
             if record is None and id in ids:
                 raise KeyError(id)
-        dropped = rows[rows >= 0]
         for id in self._children_of(ids, dropped):
             raise ChildrenLeftError(id)
-        if len(asked) <= max(_MANY, len(stored) // _SHARE):
+        if len(ids) <= max(_MANY, len(stored) // _SHARE):
             return self.without(ids)
         for id in [id for id in changed if id in ids]:
             changed = changed.delete(id)
@@ -237,6 +235,39 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
         for id, record in changed.items():
             if record is not None and record.parent in ids and id not in ids:
                 yield id
+
+    def children_of(self, ids: AbstractSet[ObjectId]) -> Iterator[tuple[ObjectId, Iterator[ObjectId]]]:
+        """The snapshots that are not among these, and whose parent is, in any order; each with its ancestors' ids.
+
+        The nearest ancestor is first. Every parent must be in the graph.
+
+        Raises
+        ------
+        FormatError
+            Ancestors form a cycle.
+        """
+        stored, changed = self._stored, self._changed
+        parents, names = stored.parent_rows.tolist(), stored.all_ids()
+        replaced = {row for row in map(stored.find, changed) if row is not None}
+
+        def ancestors(child: ObjectId) -> Iterator[ObjectId]:
+            id, row = child, None if child in changed else stored.find(child)
+            for _ in range(self._count):
+                if row is not None and row not in replaced:
+                    row = parents[row]
+                    if row < 0:
+                        return
+                    id = names[row]
+                else:
+                    parent = self[id].parent
+                    if parent is None:
+                        return
+                    id, row = parent, None if parent in changed else stored.find(parent)
+                yield id
+            raise FormatError(f"cannot read the history: the ancestors of snapshot {child.hex()} form a cycle")
+
+        for child in self._children_of(ids, stored.rows_of(ids)):
+            yield child, ancestors(child)
 
     def records(self) -> Iterator[SnapshotRecord]:
         """All snapshots, in any order."""

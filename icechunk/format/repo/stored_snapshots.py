@@ -12,6 +12,7 @@ import struct
 from array import array
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence, ValuesView
+from collections.abc import Set as AbstractSet
 from itertools import pairwise
 from typing import Final, NamedTuple, Protocol, Self
 
@@ -61,6 +62,7 @@ _PLAIN_FIELDS: Final = (TABLE_BYTES, *(TABLE_OFFSETS[slot] for slot in (ID, PARE
 _ID_SIZE: Final = 12
 _LARGEST_TIME: Final = 2**64 - 1
 _FEW_IDS: Final = 32
+_FEW_OF: Final = 16
 """So many ids are found sooner one by one."""
 _NO_PARENTS: Final = np.empty(0, np.int32)
 
@@ -321,6 +323,14 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         ascending = self.ids[order]
         at = np.minimum(np.searchsorted(ascending, asked), len(ascending) - 1)
         return np.where(ascending[at] == asked, order[at], -1)
+
+    def rows_of(self, ids: AbstractSet[ObjectId]) -> npt.NDArray[np.intp]:
+        """intp[k]: the rows of these ids, without those that are not there, in any order."""
+        if len(ids) * _FEW_OF < len(self):
+            rows = self.find_all(ids)
+            return rows[rows >= 0]
+        # Looking at every row takes a quarter of the time of searching for half of them.
+        return np.flatnonzero(np.fromiter(map(ids.__contains__, self.all_ids()), np.bool_, len(self)))
 
     def at(self, row: int) -> SnapshotRecord:
         """The snapshot of a row. Raises `FormatError` if its table is corrupt."""

@@ -15,6 +15,7 @@ checkpoints for good.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias, assert_never
 
@@ -346,18 +347,32 @@ def reparented(snapshots: SnapshotGraph, released: Collection[ObjectId], *, onto
     if not released:
         return ()
     changes: list[Reparented] = []
-    parents, known = dict(snapshots.parents()), snapshots.pruned_transactions()
-    for id, parent in parents.items():
-        if parent not in released or id in released:
-            continue
-        pruned, above = list(known.get(id, ())[::-1]), parent
-        while above is not None and (above in released or (onto_first and parents[above] is not None)):
-            pruned.append(above)
-            if above in known:
-                pruned += known[above][::-1]
-            above = parents[above]
-        changes.append(Reparented(id=id, parent=above, pruned_ancestor_tx_logs=tuple(pruned[::-1])))
+    gone, known = frozenset(released), snapshots.pruned_transactions()
+    for id, ancestors in snapshots.children_of(gone):
+        above, parent = _passed(ancestors, gone, onto_first=onto_first)
+        pruned = list(known.get(id, ())[::-1])
+        if known:
+            for one in above:
+                pruned += (one, *known.get(one, ())[::-1])
+        else:
+            pruned += above
+        changes.append(Reparented(id=id, parent=parent, pruned_ancestor_tx_logs=tuple(pruned[::-1])))
     return tuple(changes)
+
+
+def _passed(
+    ancestors: Iterator[ObjectId], released: AbstractSet[ObjectId], *, onto_first: bool
+) -> tuple[list[ObjectId], ObjectId | None]:
+    """The ancestors that a survivor loses, nearest first, and its new parent; parameters as `reparented`."""
+    if onto_first:
+        passed = list(ancestors)
+        return passed, None if passed[-1] in released else passed.pop()
+    passed = []
+    for id in ancestors:
+        if id not in released:
+            return passed, id
+        passed.append(id)
+    return passed, None
 
 
 LAST_TIME_US: Final = 253_402_300_799_999_999

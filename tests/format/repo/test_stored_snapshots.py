@@ -193,7 +193,11 @@ def test_a_graph_without_released_snapshots_equals_a_dict_without_them(
         for one in model.values():
             if one.parent in ids:
                 ids.add(one.id)
-    if any(one.parent in ids and one.id not in ids for one in model.values()):
+    orphans = {one.id for one in model.values() if one.parent in ids and one.id not in ids}
+    assert {child: list(ancestors) for child, ancestors in graph.children_of(ids)} == {
+        child: [one.id for one in graph.lineage(child)][1:] for child in orphans
+    }
+    if orphans:
         with pytest.raises(ChildrenLeftError):
             graph.released(ids)
         return

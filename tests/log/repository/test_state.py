@@ -32,6 +32,7 @@ from icechunk.log.repository.state import (
     apply,
     from_repo_info,
     initial_state,
+    reparented,
     resting_on,
     rewritten_as,
     to_repo_info,
@@ -220,6 +221,20 @@ def test_an_expiration_reparents_survivors_and_lists_the_released_snapshots() ->
     )
     assert [one.id for one in state.ancestry(an_id(3))] == [an_id(3), FIRST_SNAPSHOT]
     assert state.snapshots[an_id(3)].pruned_ancestor_tx_logs == (an_id(1), an_id(2))
+
+
+@pytest.mark.parametrize("onto_first", [True, False])
+def test_survivors_list_the_logs_of_the_ancestors_that_they_lose(onto_first: bool) -> None:
+    state = after(fresh(), *(commit(i, an_id(i - 1) if i > 1 else FIRST_SNAPSHOT) for i in range(1, 7)))
+    once = reparented(state.snapshots, {an_id(2), an_id(3)}, onto_first=onto_first)
+    lost = (an_id(1), an_id(2), an_id(3)) if onto_first else (an_id(2), an_id(3))
+    parent = FIRST_SNAPSHOT if onto_first else an_id(1)
+    assert once == (e.Reparented(id=an_id(4), parent=parent, pruned_ancestor_tx_logs=lost),)
+    released = (an_id(1), an_id(2), an_id(3)) if onto_first else (an_id(2), an_id(3))
+    state = after(state, e.ExpirationRan(released=released, reparented=once))
+    again = reparented(state.snapshots, {an_id(4), an_id(5)}, onto_first=onto_first)
+    lost = (*lost, an_id(4), an_id(5)) if onto_first else (an_id(2), an_id(3), an_id(4), an_id(5))
+    assert again == (e.Reparented(id=an_id(6), parent=parent, pruned_ancestor_tx_logs=lost),)
 
 
 def test_an_expiration_may_name_an_id_twice() -> None:
