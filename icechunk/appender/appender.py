@@ -82,6 +82,8 @@ class AppenderStats:
     """Times that rows were written again since another commit to the same arrays was first."""
     rebased: int
     """Times that a commit was rebased over commits to other arrays."""
+    puts_repeated: int
+    """Calls of `put` that were skipped, since their offset was seen before."""
     lag_s: float
     """Seconds since the oldest buffered row was put; 0 where none is buffered."""
 
@@ -92,6 +94,7 @@ class _Counts:
     commits: int = 0
     placed_again: int = 0
     rebased: int = 0
+    repeated: int = 0
 
 
 class _Labels:
@@ -230,6 +233,7 @@ class Appender:
             commits=self._counts.commits,
             placed_again=self._counts.placed_again,
             rebased=self._counts.rebased,
+            puts_repeated=self._counts.repeated,
             lag_s=lag,
         )
 
@@ -304,7 +308,8 @@ class Appender:
             self._commit_soon()
             while self._bytes >= 2 * self._max_bytes and (committing := self._running_commit()) is not None:
                 await self._wait(committing)
-        elif time.monotonic() - self._turn_given_s > _LONGEST_RUN_S:
+        # A caller that has its rows at hand would let nothing else run, the commit least of all.
+        if self._running_commit() is not None or time.monotonic() - self._turn_given_s > _LONGEST_RUN_S:
             await asyncio.sleep(0)
             self._turn_given_s = time.monotonic()
         return promise
@@ -318,6 +323,7 @@ class Appender:
             if type(offset) is not int or abs(offset) >= _UNCHECKED_BELOW:
                 offset = valid_offset(offset)
             if not self._is_new(offset):
+                self._counts.repeated += 1
                 return "skipped"
         while True:
             schema, target = self._schema, self._require_target()
@@ -418,7 +424,7 @@ class Appender:
             raise refused
 
     def _is_new(self, offset: Any) -> bool:
-        """Whether an offset follows the last one; False: it is one that is in the data already."""
+        """Whether an offset follows the last one; False: it was seen before, whether its rows are committed or not."""
         last = self._last_offset
         if last is None:
             return True
@@ -430,6 +436,8 @@ class Appender:
         if offset == last or (self._position is not None and offset <= self._position):
             return False
         if offset < last:
+            if any(batch.offset == offset for batch in self._buffered):
+                return False
             raise InvalidInputError(
                 f"offset {offset!r} of source {self._source!r} goes backwards: {last!r} was put before it; put rows in "
                 "the source's order",

@@ -178,7 +178,8 @@ class Changes(RepositoryBase):
         """The changed boxes of one array as label slices, for ``xarray.Dataset.sel``.
 
         A dimension takes the labels of the one-dimensional array of its name beside the array, as xarray has it;
-        a dimension without such an array is left out.
+        a dimension without such an array is left out. Times and packed numbers are decoded as xarray decodes them;
+        where xarray is not installed, labels are the stored values.
 
         Parameters
         ----------
@@ -205,7 +206,7 @@ class Changes(RepositoryBase):
             node = snapshot.nodes.get(f"{group}/{name}")
             if node is not None and node.kind is NodeKind.ARRAY and len(node.shape) == 1:
                 array = await azarr.open_array(store=store, path=node.path.strip("/"), mode="r")
-                labels[name] = await array.getitem(slice(None))
+                labels[name] = _decoded(name, await array.getitem(slice(None)), array.attrs)
         return [
             {name: slice(labels[name][s.start], labels[name][s.stop - 1]) for name, s in one.items() if name in labels}
             for one in change.indexers
@@ -399,6 +400,16 @@ def boxes_of(coords: Coords) -> list[tuple[tuple[int, int], ...]]:
         upper[:, axis] = ends
     order = np.lexsort([lower[:, d] for d in range(ndim - 1, -1, -1)])
     return [tuple(zip(a, b, strict=True)) for a, b in zip(lower[order].tolist(), upper[order].tolist(), strict=True)]
+
+
+def _decoded(name: str, values: Any, attributes: Mapping[str, Any]) -> Any:
+    try:
+        import xarray as xr
+    except ImportError:
+        return values
+    # The value of absent elements is written in several ways; labels have none.
+    known = {key: value for key, value in attributes.items() if key not in ("_FillValue", "missing_value")}
+    return np.asarray(xr.conventions.decode_cf_variable(name, xr.Variable((name,), values, known)).values)
 
 
 def _mark(found: npt.NDArray[np.bool_], coords: Coords, box: Sequence[tuple[int, int]]) -> None:

@@ -176,11 +176,48 @@ async def test_offsets_that_go_backwards_or_leave_gaps_are_refused() -> None:
     async with repo.appender("main", dim="time", source="s", gaps="error") as appender:
         await appender.put(rows(0), offset=10)
         await appender.put(rows(1), offset=11)
-        for offset in (10, 13, "12"):
+        for offset in (9, 13, "12"):
             with pytest.raises(InvalidInputError):
                 await appender.put(rows(2), offset=offset)
-        assert await appender.put(rows(1), offset=11) == "skipped"
     assert await stored(repo) == [0, 1]
+
+
+async def test_offsets_that_were_seen_are_skipped_before_and_after_their_commit() -> None:
+    repo = await new_repo()
+    async with repo.appender("main", dim="time", source="s", gaps="error") as appender:
+        for offset in (0, 1, 2):
+            await appender.put(rows(offset), offset=offset)
+        for commits in (0, 1):
+            assert appender.stats().commits == commits
+            # As after a rebalance: the source begins again at an earlier place.
+            assert [await appender.put(rows(offset), offset=offset) for offset in (1, 2)] == ["skipped", "skipped"]
+            assert await appender.put(rows(3), offset=3) == ("skipped" if commits else "buffered")
+            await appender.flush()
+        assert appender.stats().puts_repeated == 5
+    assert await stored(repo) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("limits", [{"max_rows": 40}, {"every": 0.01}], ids=["rows", "seconds"])
+async def test_a_source_that_never_waits_lets_commits_and_other_tasks_run(limits: dict[str, Any]) -> None:
+    repo = await new_repo()
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.ensure_future(other())
+    async with repo.appender("main", dim="time", source="s", **limits) as appender:
+        offset = 0
+        async with asyncio.timeout(60):
+            while appender.stats().commits < 3:
+                await appender.put(rows(offset), offset=offset)
+                offset += 1
+        assert turns > 3
+    task.cancel()
+    assert await stored(repo) == list(range(offset))
 
 
 @pytest.mark.parametrize("on_duplicate", ["error", "skip", "replace"])

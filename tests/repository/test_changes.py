@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,6 +93,30 @@ def test_labels_are_those_of_the_coordinates() -> None:
     assert float(opened.t.sel(labels).min()) == 1
     with pytest.raises(NodeNotFoundError):
         repo.changed_labels(changes, "time")
+
+
+@pytest.mark.parametrize(
+    ("labels", "encoding"),
+    [
+        (np.arange("2026-01-01", "2026-01-07", dtype="M8[D]").astype("M8[ns]"), {}),
+        (np.arange("2026-01-01", "2026-01-07", dtype="M8[D]").astype("M8[ns]"), {"units": "hours since 2000-01-01"}),
+        (np.arange(6) * 0.5 + 7, {"scale_factor": 0.5, "add_offset": 7.0, "dtype": "i2", "_FillValue": -1}),
+        (xr.date_range("2026-02-25", periods=6, calendar="360_day", use_cftime=True), {}),
+        (np.array(list("abcdef"), object), {}),
+    ],
+    ids=["times", "hours", "packed", "other calendar", "texts"],
+)
+def test_labels_are_decoded_as_xarray_decodes_them(labels: Any, encoding: dict[str, Any]) -> None:
+    repo = icechunk.Repository.create(icechunk.in_memory_storage())
+    ds = xr.Dataset({"t": (("time", "x"), np.zeros((6, 4)))}, coords={"time": labels})
+    with repo.transaction("main", message="a") as store:
+        to_icechunk(ds, store.session, encoding={"t": {"chunks": (2, 4)}, "time": encoding})
+    start = repo.lookup_branch("main")
+    with repo.transaction("main", message="b") as store:
+        zarr.open_array(store, path="t")[2:4] = 1
+    opened = xr.open_zarr(repo.readonly_session("main").store, consolidated=False)
+    (found,) = repo.changed_labels(repo.changes(start), "t")
+    assert opened.t.sel(found).values.tolist() == [[1.0] * 4] * 2
 
 
 @VERSIONS
