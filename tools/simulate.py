@@ -163,7 +163,7 @@ def run(
 
 
 def _answer(batch: range, result: AsyncResult[Totals]) -> Totals:
-    """What a worker found; where it hangs or has died, a report that names its seeds."""
+    """Totals of a worker; where it hangs or has died, a report that names its seeds."""
     try:
         return result.get(_PATIENCE_S)
     except multiprocessing.TimeoutError:

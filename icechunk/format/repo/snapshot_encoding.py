@@ -320,7 +320,7 @@ class SnapshotRows:
         return vector
 
     def run(self) -> SnapshotRun | None:
-        """What the next file needs to copy the tables; None: they are not written yet."""
+        """The values from which the next file copies the tables; None: they are not written yet."""
         return None if self._written is None else SnapshotRun(*self._written, self._index())
 
     def _index(self) -> SnapshotIndex:
