@@ -75,8 +75,8 @@ class BlockReader:
         InvalidInputError
             The object ends at or before ``start`` (kind ``invalid-byte-range``).
         """
-        if exact and (known := self.read_nowait(key, start, end)) is not None:
-            return known
+        if exact and (kept := self.read_nowait(key, start, end)) is not None:
+            return kept
         if (exact or end - start >= self._limits.block_bytes) and not self._limits.keep_wanted:
             return await self._pool.view(key, Range(start, end))
         known, found = await self._part(key, start, end)
