@@ -819,6 +819,29 @@ async def test_a_failing_callback_affects_no_other_caller(world: Outcomes, caplo
     assert await world.history() == [an_id(1)]
 
 
+# ------------------------------------------------------------------------ the store's clock
+
+
+@every_layout
+async def test_a_slow_request_does_not_put_the_stores_clock_ahead(world: Outcomes) -> None:
+    _, _ = await world.create()
+    storage = ScriptedStorage(world.store)
+
+    async def slow(request: Request, send: Send) -> object:
+        world.clock.move(300)
+        return await send()
+
+    storage.script = slow
+    log = await open_repository(storage, world.clock.sources())
+    world.logs.append(log)
+    for look in (False, True):
+        if look:
+            await log.refresh()
+        # A file that is written now must not be older than `since`, for which this is used.
+        assert log.store_time_us <= world.clock.now_us
+    storage.script = None
+
+
 # ------------------------------------------------------------------------- lost races
 
 

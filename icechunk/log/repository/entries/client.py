@@ -101,7 +101,8 @@ class LogView:
         self._looking: asyncio.Future[None] | None = None
         self._updates_per_file = updates_per_file
         self._to_open_with: tuple[ObjectId, Mapping[str, bytes]] | None = None
-        self.saw(opened.freshness)
+        # With the clocks of now: the request may have begun long before, which would put the store's clock ahead.
+        self.saw(instant(sources, opened.freshness.date_us))
         self._keep_copies(opened.known)
         self._nonces: dict[int, bytes] = {}
         for entry in opened.tail:

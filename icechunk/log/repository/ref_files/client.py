@@ -88,7 +88,6 @@ class RefFilesView:
 
     async def get(self, key: str) -> GetResult | None:
         """GET an object, and note the store's time; None where there is none."""
-        asked = instant(self._sources)
         try:
             answer = await self._storage.get(key)
         except ObjectNotFoundError:
@@ -103,7 +102,8 @@ class RefFilesView:
                 raise denied from None
             return None
         if answer.date_us is not None:
-            self._clock = asked._replace(date_us=answer.date_us)
+            # With the clocks of now: the request may have begun long before, which would put the store's clock ahead.
+            self._clock = instant(self._sources, answer.date_us)
         return answer
 
     async def _list_refs(self) -> list[str]:

@@ -21,7 +21,7 @@ from icechunk.format.keys import REPO_KEY
 from icechunk.format.repo.codec import decode_repo
 from icechunk.format.repo.repo_info import RepoInfo, Update
 from icechunk.format.repo.updates import UpdateList
-from icechunk.log.repository.freshness import MAX_SKEW_US, Instant, clock_error_us, instant, store_time_us
+from icechunk.log.repository.freshness import MAX_SKEW_US, clock_error_us, instant, store_time_us
 from icechunk.log.repository.marker import cutoff_of, is_unfinished
 from icechunk.log.repository.objects import RepoObject, known_of
 from icechunk.log.repository.state import RepoState, from_repo_info
@@ -112,7 +112,7 @@ class RepoView:
         )
         # Ticket of the newest change of ours that landed.
         self._landing = 0
-        self._clock = found.asked
+        self._clock = instant(sources, found.asked.date_us)
         self.looked: int = 0
         """Ticket of the newest look at ``repo``: a refusal counts only by a look after the call (rule 3)."""
         self.ended_reason: str | None = None
@@ -152,14 +152,14 @@ class RepoView:
         ticket = -1
         while ticket < self._landing:
             # Again where a change of this client's landed meanwhile: the answer may be older than that, or newer.
-            ticket, asked = self.next_ticket(), instant(self._sources)
+            ticket = self.next_ticket()
             try:
                 answer = await self._storage.get(REPO_KEY)
             except ObjectNotFoundError:
                 raise RepositoryNotFoundError(
                     f"the repository in {self._storage.describe()} is gone: its object 'repo' was deleted"
                 ) from None
-            self._saw(asked, answer.date_us)
+            self._saw(answer.date_us)
             self.looked = max(self.looked, ticket)
         if ticket < self._seen.ticket:
             return answer.data
@@ -202,15 +202,15 @@ class RepoView:
                 self._seen = replace(self._seen, state=from_repo_info(info))
                 return
 
-    def landed(self, put: PutResult, asked: Instant, look: int, *, base: Version, state: RepoState) -> None:
+    def landed(self, put: PutResult, look: int, *, base: Version, state: RepoState) -> None:
         """A replacement of ``base`` by this state was acknowledged.
 
         Parameters
         ----------
-        asked, look
-            The client's clocks and the ticket of before the request.
+        look
+            The ticket of before the request.
         """
-        self._saw(asked, put.date_us)
+        self._saw(put.date_us)
         self.looked = max(self.looked, look)
         if self._seen.version == base:
             # A version that is being read now may be from before it landed.
@@ -218,9 +218,10 @@ class RepoView:
             self._seen = _Seen(version=put.version, state=state, ticket=self._landing)
         # Otherwise a look since has seen `repo` replaced: by this, and perhaps by others after it.
 
-    def _saw(self, asked: Instant, date_us: int | None) -> None:
+    def _saw(self, date_us: int | None) -> None:
+        # With the clocks of now: the request may have begun long before, which would put the store's clock ahead.
         if date_us is not None:
-            self._clock = asked._replace(date_us=date_us)
+            self._clock = instant(self._sources, date_us)
 
     def check_clock(self) -> None:
         """Refuse to write with a clock that is far off (rule 13). Raises `SessionStateError`."""

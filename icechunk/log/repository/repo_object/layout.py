@@ -34,7 +34,6 @@ from icechunk.format.ids import FIRST_SNAPSHOT
 from icechunk.format.keys import REPO_KEY, overwritten_repo_key, overwritten_repo_name, snapshot_key
 from icechunk.format.repo.repo_info import Update
 from icechunk.log.repository.conditional import replace_object
-from icechunk.log.repository.freshness import instant
 from icechunk.log.repository.marker import cutoff_of, nonce_of, write_mark
 from icechunk.log.repository.objects import RepoObject, encode, read_repo, updates_per_file_of
 from icechunk.log.repository.ops_log import happened, updates_of
@@ -248,7 +247,7 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
         )
 
     async def _send(self, attempt: _Replacement, storage: Storage) -> bool:
-        asked, look = instant(self._sources), self._view.next_ticket()
+        look = self._view.next_ticket()
         # A copy that one attempt names is no other's.
         self._copied = None
         try:
@@ -257,7 +256,7 @@ class RepoObjectLayout(SwappedLog[_Replacement]):
             )
         except (ObjectNotFoundError, PreconditionFailedError):
             return False
-        self._view.landed(put, asked, look, base=attempt.base, state=attempt.state)
+        self._view.landed(put, look, base=attempt.base, state=attempt.state)
         return True
 
     async def _lost(self) -> None:
