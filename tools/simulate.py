@@ -1,8 +1,8 @@
 """Run the simulator, seed after seed.
 
 ``python -m tools.simulate --seconds 60 --workers 2`` prints how many schedules a second it runs, which faults befell
-them, and each seed whose schedule broke a promise, with a command that runs it again. It ends with status 1 if there
-was one.
+them, and each seed whose schedule broke a promise or did not end, with the end of its trace and a command that runs it
+again. It ends with status 1 if there was one.
 
 ``python -m tools.simulate --seed N --runs 1 --trace`` shows one schedule, request by request;
 ``python -m tools.simulate --kinds`` lists the kinds of faults.
@@ -30,8 +30,8 @@ from tools.simulator.simulation import plan_of, simulate
 __all__ = ["Totals", "main", "run"]
 
 _BATCH = 25
-_PATIENCE_S = 900
-"""Seconds until a worker that does not answer is given up: each schedule ends by itself (`VirtualLoop.patience_s`)."""
+_PATIENCE_S = 150
+"""Seconds until a worker that does not answer is given up: one schedule ends by itself (`VirtualLoop.patience_s`)."""
 _LONGEST = 2000
 """Lines of a trace that are shown from its beginning, and from its end."""
 
@@ -152,25 +152,28 @@ def run(
         with multiprocessing.get_context("spawn").Pool(workers, initializer=_begin_worker) as pool:
             # A few batches ahead at the most: a pool asks for all of its work at once otherwise.
             pending: deque[tuple[range, AsyncResult[Totals]]] = deque()
-            for batch in batches:
-                pending.append((batch, pool.apply_async(run_seeds, (batch, layout))))
-                if len(pending) >= 4 * workers:
-                    _include(totals, _answer(*pending.popleft()), layout, loud=loud)
-            while pending:
-                _include(totals, _answer(*pending.popleft()), layout, loud=loud)
+            answered = True
+            while answered:
+                while len(pending) < 4 * workers and (coming := next(batches, None)) is not None:
+                    pending.append((coming, pool.apply_async(run_seeds, (coming, layout))))
+                if not pending:
+                    break
+                batch, result = pending.popleft()
+                found, answered = _answer(batch, result)
+                _include(totals, found, layout, loud=loud)
     totals.seconds = time.monotonic() - began
     return totals
 
 
-def _answer(batch: range, result: AsyncResult[Totals]) -> Totals:
-    """Totals of a worker; where it hangs or has died, a report that names its seeds."""
+def _answer(batch: range, result: AsyncResult[Totals]) -> tuple[Totals, bool]:
+    """Totals of a worker, and whether it answered; where it hangs or has died, a report names its seeds."""
     try:
-        return result.get(_PATIENCE_S)
+        return result.get(_PATIENCE_S), True
     except multiprocessing.TimeoutError:
         totals = Totals()
         why = f"no answer within {_PATIENCE_S} s: it hangs or has died at one of seeds {batch[0]} to {batch[-1]}"
         totals.add(Report(seed=batch[0], profile="a worker", problems=[why]))
-        return totals
+        return totals, False
 
 
 def _batches(seed: int, last: int, end: float) -> Iterator[range]:
