@@ -12,7 +12,9 @@ from typing import Any, Final
 from icechunk.cli.terminal import Failure, ask, choose
 from icechunk.cli.watch_command import add_options, watch
 from icechunk.errors import IcechunkError, NotFoundError
-from icechunk.storage.aliases import KINDS, Aliases, aliases_path, new_entry, shown
+from icechunk.runtime.representation import redacted_url
+from icechunk.storage.aliases import KINDS, AliasedRepository, Aliases, aliases_path, new_entry, shown
+from icechunk.storage.url import RepositoryUrl, parse_url
 
 __all__ = ["add_commands"]
 
@@ -39,7 +41,7 @@ def add_commands(commands: Any) -> None:
 
     ancestry = _command(commands, "ancestry", "show the ancestry of a branch, tag or snapshot", _ancestry)
     _alias(ancestry)
-    ancestry.add_argument("reference", nargs="?", default="main", help="branch, tag or snapshot id (default: main)")
+    ancestry.add_argument("reference", nargs="?", help="branch, tag or snapshot id (default: main)")
     ancestry.add_argument("-n", metavar="N", type=_count, default=10, help="number of snapshots (default: 10)")
 
     watching = _command(commands, "watch", "print the events of a repository, as they happen", _watch)
@@ -159,30 +161,68 @@ def is_url(alias: str) -> bool:
     return any(mark in alias for mark in "/\\|:")
 
 
+def _named(alias: str) -> str:
+    """A repository in a message: an alias as the official command writes it, a URL or path as it was given."""
+    return redacted_url(alias) if is_url(alias) else shown(alias)
+
+
 def _open(alias: str) -> Any:
     import icechunk
 
-    with _failing_with(f"Failed to open repository {shown(alias)}"):
+    with _failing_with(f"Failed to open repository {_named(alias)}"):
         if is_url(alias):
+            url = parse_url(alias)
+            if url.names_version or url.path:
+                raise Failure(
+                    f"{redacted_url(alias)} names a version or a path, and this command takes only the location, "
+                    f"{redacted_url(url.place)}: give branches, tags and snapshots as its own arguments or options"
+                )
             return icechunk.Repository.open(alias)
-        found = Aliases(aliases_path()).find(alias)
+        found = _found(alias)
         return icechunk.Repository.open(found.storage, found.config)
+
+
+def _found(alias: str) -> AliasedRepository:
+    aliases = Aliases(aliases_path())
+    if alias not in aliases:
+        raise Failure(
+            f"Repository {shown(alias)} not found in config {aliases.path}: add it with `icechunk config add "
+            f"{alias}`, or write ./{alias} for a folder"
+        )
+    return aliases.find(alias)
+
+
+def _at_version(args: argparse.Namespace) -> RepositoryUrl | None:
+    """Take the version out of the argument for the repository; None: it is an alias, or a URL without a version."""
+    if not is_url(args.alias):
+        return None
+    with _failing_with(f"Failed to open repository {_named(args.alias)}"):
+        url = parse_url(args.alias)
+    if not url.names_version or url.path:
+        return None
+    args.alias = url.place
+    return url
 
 
 def _create_repo(args: argparse.Namespace) -> int:
     import icechunk
 
-    with _failing_with(f"❌ Failed to create repository {shown(args.alias)}"):
+    with _failing_with(f"❌ Failed to create repository {_named(args.alias)}"):
         if is_url(args.alias):
             icechunk.Repository.create(args.alias)
         else:
-            found = Aliases(aliases_path()).find(args.alias)
+            found = _found(args.alias)
             icechunk.Repository.create(found.storage, found.config)
-    print(f"✅ Created repository {shown(args.alias)}")
+    print(f"✅ Created repository {_named(args.alias)}")
     return 0
 
 
 def _watch(args: argparse.Namespace) -> int:
+    given, url = args.alias, _at_version(args)
+    if url is not None:
+        if url.branch is None or args.branch not in (None, url.branch):
+            raise Failure(f"cannot watch {redacted_url(given)}: only one branch can be watched; name it with --branch")
+        args.branch = url.branch
     return watch(_open(args.alias), args)
 
 
@@ -201,10 +241,19 @@ def _resolve(repo: Any, reference: str) -> str:
     return found
 
 
+def _tip(repo: Any, url: RepositoryUrl) -> str:
+    """The snapshot that a URL names."""
+    found: str = repo.readonly_session(**url.version).snapshot_id
+    return found
+
+
 def _ancestry(args: argparse.Namespace) -> int:
+    given, url = args.alias, _at_version(args)
+    if url is not None and args.reference is not None:
+        raise Failure(f"{redacted_url(given)} names a version already; leave {args.reference} out")
     repo = _open(args.alias)
-    with _failing_with(f"Failed to read the history of {shown(args.alias)}"):
-        tip = _resolve(repo, args.reference)
+    with _failing_with(f"Failed to read the history of {_named(args.alias)}"):
+        tip = _resolve(repo, args.reference or "main") if url is None else _tip(repo, url)
         for info in itertools.islice(repo.ancestry(snapshot_id=tip), args.n):
             written_at = info.written_at.astimezone()
             print(f"Snapshot: {info.id}\nDate: {written_at:%B} {written_at.day} {written_at:%Y  %H:%M:%S}\n")
@@ -233,7 +282,7 @@ def _create_ref(args: argparse.Namespace) -> int:
         else:
             repo.create_tag(args.name, tip)
             done = f'✅ Created tag "{args.name}" for {tip}'
-    print(f"{done} in repository {shown(args.alias)}")
+    print(f"{done} in repository {_named(args.alias)}")
     return 0
 
 
@@ -241,7 +290,7 @@ def _delete_ref(args: argparse.Namespace) -> int:
     repo = _open(args.alias)
     with _failing_with(f'Failed to delete {args.kind} "{args.name}"'):
         (repo.delete_branch if args.kind == "branch" else repo.delete_tag)(args.name)
-    print(f'✅ Deleted {args.kind} "{args.name}" in repository {shown(args.alias)}')
+    print(f'✅ Deleted {args.kind} "{args.name}" in repository {_named(args.alias)}')
     return 0
 
 
@@ -262,7 +311,7 @@ def _commit_session(args: argparse.Namespace) -> int:
         session = repo.resume_session(args.id)
         branch = session.branch
         made = session.commit(args.message, rebase_with=ConflictDetector() if args.rebase else None)
-    print(f'✅ Committed session {args.id} to branch "{branch}" as {made} in repository {shown(args.alias)}')
+    print(f'✅ Committed session {args.id} to branch "{branch}" as {made} in repository {_named(args.alias)}')
     return 0
 
 
@@ -270,7 +319,7 @@ def _abandon_session(args: argparse.Namespace) -> int:
     repo = _open(args.alias)
     with _failing_with(f"Failed to abandon session {args.id}"):
         repo.resume_session(args.id).abandon()
-    print(f"✅ Abandoned session {args.id} in repository {shown(args.alias)}")
+    print(f"✅ Abandoned session {args.id} in repository {_named(args.alias)}")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+import sys
 from typing import Any
 
 import orjson
@@ -33,6 +34,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def watch(repo: Any, args: argparse.Namespace) -> int:
     """Print events until interrupted, or as far as the arguments say."""
+    if args.branch is not None and args.branch not in repo.list_branches():
+        print(
+            f"icechunk: there is no branch {args.branch!r} now; it may have been deleted, or be created later",
+            file=sys.stderr,
+        )
     events = repo.watch_sync(
         args.branch, since=args.since, idle_s=args.idle, stop_at_end=args.stop_at_end, with_changes=args.changes
     )

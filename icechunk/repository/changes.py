@@ -6,6 +6,7 @@ blame the logs until every chunk is found, coverage the manifests of one array.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -139,10 +140,14 @@ class Changes(RepositoryBase):
         Raises
         ------
         InvalidInputError
-            The first is no ancestor of the second (kind ``bad-snapshot-chain-for-diff``).
+            The first is no ancestor of the second (kind ``bad-snapshot-chain-for-diff``), or a text is no id, as the
+            name of a branch or tag is not (kind ``invalid-snapshot-id``).
         SnapshotNotFoundError
             There is no such snapshot.
         """
+        for name, id in (("since", since), ("until", until)):
+            if id is not None:
+                _require_snapshot_id(name, id)
         first = object_id_from_text(since)
         state = await self._core.state(since)
         select(state, snapshot_id=since)
@@ -230,7 +235,7 @@ class Changes(RepositoryBase):
         path
             Of the array.
         region
-            Chunk coordinates, a slice or an integer for each dimension; None: all chunks.
+            Chunk coordinates, not elements: a tuple with a slice or an integer for each dimension; None: all chunks.
         branch, tag, snapshot_id
             The version that is asked about, at most one of them; branch ``main`` where none is given.
 
@@ -239,7 +244,8 @@ class Changes(RepositoryBase):
         NodeNotFoundError
             There is no such array.
         InvalidInputError
-            The region does not fit the array's rank (kind ``invalid-setting``).
+            The region is no tuple of slices and ints, has another number of dimensions than the array, has steps, or
+            is outside of the grid (kind ``invalid-setting``).
         """
         tip, snapshot = await self._version(branch, tag, snapshot_id)
         node = _array(snapshot, path)
@@ -475,17 +481,53 @@ def _regular_chunk_shape(node: NodeSnapshot) -> tuple[int, ...] | None:
     return shape if shape is not None and len(shape) == len(node.shape) else None
 
 
+def _require_snapshot_id(name: str, id: str) -> None:
+    """Refuse a text that is no id, as the name of a branch is not."""
+    try:
+        object_id_from_text(id)
+    except InvalidInputError as error:
+        raise InvalidInputError(
+            f"{name} must be the id of a snapshot, not {id!r:.60}: look the name of a branch or tag up with "
+            "lookup_branch or lookup_tag",
+            ErrorKind.INVALID_SNAPSHOT_ID,
+        ) from error
+
+
 def _box(region: Region, grid: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     if region is None:
         return tuple((0, n) for n in grid)
+    if not isinstance(region, tuple | list):
+        raise _refused_region(f"is {region!r:.60}", grid)
     if len(region) != len(grid):
-        raise InvalidInputError(
-            f"the region has {len(region)} dimensions, the array's grid {len(grid)}", ErrorKind.INVALID_SETTING
-        )
-    box = []
-    for one, n in zip(region, grid, strict=True):
-        start, stop, step = (one if isinstance(one, slice) else slice(one, one + 1)).indices(n)
-        if step != 1:
-            raise InvalidInputError(f"the region has a step of {step}; 1 is possible", ErrorKind.INVALID_SETTING)
-        box.append((start, max(start, stop)))
-    return tuple(box)
+        raise _refused_region(f"has {len(region)} dimensions", grid)
+    return tuple(_side(one, d, grid) for d, one in enumerate(region))
+
+
+def _side(one: Any, d: int, grid: tuple[int, ...]) -> tuple[int, int]:
+    """The chunks of a region along one dimension: from, to."""
+    n = grid[d]
+    if not isinstance(one, slice):
+        try:
+            number = operator.index(one)
+        except TypeError as error:
+            raise _refused_region(f"has {one!r:.60} for dimension {d}", grid) from error
+        if not -n <= number < n:
+            raise _refused_region(f"is outside: chunk {number} of dimension {d}", grid)
+        return number % n, number % n + 1
+    try:
+        start, stop, step = one.indices(n)
+    except (TypeError, ValueError) as error:
+        raise _refused_region(f"has {one!r:.60} for dimension {d}", grid) from error
+    if step != 1:
+        raise _refused_region(f"has a step of {step} in dimension {d}, where only 1 is possible", grid)
+    if start >= stop and n and one.start != one.stop:
+        raise _refused_region(f"is outside: chunks {one.start}:{one.stop} of dimension {d}", grid)
+    return start, max(start, stop)
+
+
+def _refused_region(reason: str, grid: tuple[int, ...]) -> InvalidInputError:
+    return InvalidInputError(
+        f"the region {reason}; it is a tuple of a slice or an int for each dimension, in chunk coordinates (not "
+        f"elements), and the array has {grid} chunks",
+        ErrorKind.INVALID_SETTING,
+    )

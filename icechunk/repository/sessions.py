@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from icechunk.conflicts import ConflictSolver
-from icechunk.errors import ErrorKind, ReadOnlyError, SessionStateError, SnapshotNotFoundError
+from icechunk.errors import ErrorKind, InvalidInputError, ReadOnlyError, SessionStateError, SnapshotNotFoundError
 from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
 from icechunk.log.repository.port import SwapToken
 from icechunk.log.repository.state import ONLINE, RepoState
@@ -172,6 +172,8 @@ class Sessions(RepositoryBase):
 
         Raises
         ------
+        InvalidInputError
+            The text is no id of a session (kind ``invalid-setting``).
         SessionNotFoundError
             There is no session of this id.
         SessionEndedError
@@ -182,7 +184,7 @@ class Sessions(RepositoryBase):
         FormatError
             A segment of it cannot be read.
         """
-        session, lease_us = object_id_from_text(id), lease_in_us(lease)
+        session, lease_us = _session_id(id), lease_in_us(lease)
         require_writable(self._core.storage, "resume a session")
         _require_online(await self._core.state())
         (await self._core.log()).prepare_writes_soon()
@@ -203,12 +205,12 @@ class Sessions(RepositoryBase):
 
         Raises
         ------
-        SessionNotFoundError, SessionEndedError, FormatError
+        InvalidInputError, SessionNotFoundError, SessionEndedError, FormatError
             As `resume_session_async`.
         ReadOnlyError
             The storage is read-only.
         """
-        session = object_id_from_text(id)
+        session = _session_id(id)
         require_writable(self._core.storage, "join a session")
         return ForkSession(await join(self._core, session))
 
@@ -300,3 +302,15 @@ def _newest_at(state: RepoState, tip: ObjectId, as_of: datetime, what: str) -> O
     raise SnapshotNotFoundError(
         f"{what} has no snapshot at or before {as_of.isoformat()}", ErrorKind.NO_SNAPSHOT_AT_TIME
     )
+
+
+def _session_id(id: str) -> ObjectId:
+    """The id of a session from its text."""
+    try:
+        return object_id_from_text(id)
+    except InvalidInputError as error:
+        raise InvalidInputError(
+            f"{id!r:.60} is no id of a session: it is the text of 20 characters that Session.checkpoint returned, and "
+            "Repository.sessions lists",
+            ErrorKind.INVALID_SETTING,
+        ) from error

@@ -75,7 +75,11 @@ def redacted_url(url: str) -> str:
     except ValueError:
         return _MASK
     netloc = f"{_MASK}@{host[2]}" if host[1] else host[2]
-    return urlunsplit((parts.scheme, netloc, parts.path, _MASK if parts.query else "", ""))
+    shown = urlunsplit((parts.scheme, netloc, parts.path, _MASK if parts.query else "", ""))
+    if not netloc and url.startswith(f"{parts.scheme}:///") and not shown.startswith(f"{parts.scheme}:///"):
+        # urlunsplit drops the slashes of a host that is missing.
+        shown = shown.replace(":", "://", 1)
+    return shown
 
 
 def redacted_mapping(options: Mapping[str, str] | None, *, everything: bool = False) -> Any:

@@ -167,6 +167,12 @@ class SessionContent:
 
     def begin_commit(self, *, allow_empty: bool) -> str:
         """Take no more changes; returns the branch to commit to."""
+        if self.is_fork and self.persisted is not None:
+            raise SessionStateError(
+                "cannot commit a fork that has joined a session: call its checkpoint(), which hands the changes over, "
+                "then collect_forks() and commit() of the session",
+                ErrorKind.COMMIT_NOT_ALLOWED,
+            )
         if self.is_fork:
             raise SessionStateError(
                 "cannot flush a forked session, and commits are not allowed in it: merge it into the session that it "

@@ -43,9 +43,12 @@ class MemoryStorage(Storage):
     ----------
     sources
         Its wall clock is the store's clock.
+    name
+        In messages.
     """
 
-    def __init__(self, sources: Sources = SYSTEM) -> None:
+    def __init__(self, sources: Sources = SYSTEM, *, name: str = "") -> None:
+        self._name = name
         self._wall_us = sources.wall_us
         self._objects: dict[str, tuple[ObjectInfo, bytes]] = {}
         self._writes = 0
@@ -189,7 +192,7 @@ class MemoryStorage(Storage):
         return local_settings(ideal_request_bytes=1)
 
     def describe(self) -> str:
-        return "memory"
+        return f"memory://{self._name}" if self._name else "memory"
 
     def __repr__(self) -> str:
         return "<icechunk.Storage>\ntype: in-memory\n"

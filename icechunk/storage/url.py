@@ -40,10 +40,10 @@ from icechunk.storage.constructors import (
     azure_storage,
     gcs_storage,
     http_storage,
-    in_memory_storage,
     local_filesystem_storage,
     s3_storage,
 )
+from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import Storage
 
 __all__ = ["RepositoryUrl", "StorageOrUrl", "parse_url", "storage_at", "storage_from_url"]
@@ -238,7 +238,7 @@ def storage_at(url: RepositoryUrl, storage_options: Mapping[str, Any] | None = N
             if options:
                 _refuse_options(place, options)
             with _in_memory_lock:
-                return _in_memory.setdefault(name, in_memory_storage())
+                return _in_memory.setdefault(name, MemoryStorage(name=name))
     _refuse(place, f"{parts.scheme}: is not supported; the schemes are {_SCHEMES}")
 
 

@@ -121,6 +121,34 @@ def test_a_failing_command_ends_in_one_line_and_code_1(
     assert len(err.splitlines()) == 1
 
 
+def test_a_url_with_a_version_shows_its_history(run: Run, repo: icechunk.Repository, folder: Path) -> None:
+    repo.create_tag("v1", ROOT)
+    with repo.transaction("main", message="more") as store:
+        zarr.create_group(store, path="g")
+    for version, count in (("@tag.v1", 1), ("@branch.main", 2), (f"@{ROOT}", 1)):
+        code, out, err = run("ancestry", f"{folder}|icechunk:{version}")
+        assert (code, out.count("Snapshot: "), err) == (0, count, "")
+    assert run("ancestry", f"{folder}|icechunk:@tag.v1", "main")[:2] == (1, "")
+    code, out, _ = run("watch", f"{folder}|icechunk:@branch.main", "--since", "", "--stop-at-end")
+    assert (code, "more" in out) == (0, True)
+    for arguments in (
+        ("watch", f"{folder}|icechunk:@tag.v1"),
+        ("watch", f"{folder}|icechunk:@branch.main", "--branch", "dev"),
+        ("branch", "list", f"{folder}|icechunk:@branch.main"),
+        ("ancestry", f"{folder}|icechunk:@tag.v1/g"),
+    ):
+        code, out, err = run(*arguments)
+        assert (code, out, len(err.splitlines())) == (1, "", 1)
+
+
+def test_a_path_is_not_called_an_alias_and_an_unknown_alias_has_its_remedies(run: Run, tmp_path: Path) -> None:
+    _, _, err = run("branch", "list", str(tmp_path / "none"))
+    assert "RepositoryAlias" not in err
+    _, _, err = run("branch", "list", "none")
+    assert "icechunk config add none" in err
+    assert "./none" in err
+
+
 def test_a_place_without_a_repository_is_reported(run: Run, folder: Path) -> None:
     code, _, err = run("branch", "list", "loc")
     assert code == 1

@@ -62,3 +62,12 @@ def test_a_command_gets_each_event_and_a_failing_one_ends_the_watch(
     capsys.readouterr()
     assert main(["watch", place, "--since", "", "--stop-at-end", "--exec", "exit 3"]) == 1
     assert capsys.readouterr().out == ""
+
+
+def test_a_branch_that_does_not_exist_is_noted_beside_the_output(
+    place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for branch, lines in (("typo", 1), ("main", 0)):
+        assert main(["watch", place, "--branch", branch, "--stop-at-end"]) == 0
+        out, err = capsys.readouterr()
+        assert (out, len(err.splitlines())) == ("", lines)

@@ -140,6 +140,48 @@ def test_blame_names_the_last_writer_of_each_chunk(spec_version: int | None) -> 
         repo.blame("g")
 
 
+@pytest.mark.parametrize(
+    "region",
+    [
+        (slice(9, 12), slice(None)),
+        (slice(-9, -7), slice(None)),
+        (slice(3, 1), slice(None)),
+        (5, 0),
+        (-6, 0),
+        (slice(0, 4, 2), 0),
+        (0.5, 0),
+        ("a", 0),
+        (slice("a", "b"), 0),
+        (None, 0),
+        (..., 0),
+        ...,
+        {"y": 0, "x": 1},
+        "ab",
+        5,
+    ],
+)
+def test_a_region_outside_of_the_grid_or_of_another_type_is_refused(region: Any) -> None:
+    repo, _ = repository(None)
+    with pytest.raises(InvalidInputError) as error:
+        repo.blame("g/a", region)
+    assert error.value.kind == ErrorKind.INVALID_SETTING
+
+
+def test_a_region_is_of_chunks_and_counts_as_numpy_does() -> None:
+    repo, _ = repository(None)
+    assert repo.blame("g/a", (-1, slice(1, 1))).index.shape == (1, 0)
+    assert repo.blame("g/a", [-1, 2]).origin == (4, 2)
+    assert repo.blame("g/a", (slice(3, 99), 0)).index.shape == (2, 1)
+
+
+def test_changes_refuse_names_of_branches() -> None:
+    repo, ids = repository(None)
+    for since, until in (("main", None), (ids[0], "main"), (5, None)):
+        with pytest.raises(InvalidInputError) as error:
+            repo.changes(since, until)  # type: ignore[arg-type]  # that is the point
+        assert error.value.kind == ErrorKind.INVALID_SNAPSHOT_ID
+
+
 def test_blame_reads_all_parts_of_the_commit_that_created_the_array(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commit_files, "in_parts", partial(in_parts, max_chunks=3))
     repo, ids = repository(2)

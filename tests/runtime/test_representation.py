@@ -34,6 +34,7 @@ from icechunk.ops import (
     Update,
     UpdateType,
 )
+from icechunk.runtime.representation import redacted_url
 from icechunk.snapshots import Diff, ManifestFileInfo, SnapshotInfo
 from icechunk.virtual import ChunkType, VirtualChunkSpec
 from tests.raising import raises
@@ -207,3 +208,10 @@ def test_every_error_pickles_with_its_kind() -> None:
             error = cls("m")
             again = pickle.loads(pickle.dumps(error))
             assert (type(again), str(again), again.kind) == (cls, str(error), error.kind)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3:///x", "file:///x", "s3://b/x", "memory:", "/data/repo|icechunk:@tag.v1", "./repo"]
+)
+def test_urls_without_secrets_are_shown_as_they_are(url: str) -> None:
+    assert redacted_url(url) == url

@@ -13,10 +13,11 @@ import zarr
 
 import icechunk
 from icechunk import ConflictDetector, ForkSession, MergeFailedError, RebaseFailedError, Repository
-from icechunk.errors import ErrorKind, SessionEndedError, SessionNotFoundError
+from icechunk.errors import ErrorKind, InvalidInputError, SessionEndedError, SessionNotFoundError
 from icechunk.storage.port import Storage
 from tests.log.session.builders import native
 from tests.maintenance.helpers import by_layout
+from tests.raising import raises
 from tests.session.test_session_checkpoint import N, committed, get, new_repo, put, segments, values
 
 WORKER = """
@@ -212,3 +213,11 @@ def test_processes_write_one_array_given_a_location_and_a_session_id(tmp_path: P
     session.commit("by processes")
     found = zarr.open_array(repo.readonly_session("main").store, path="new", mode="r")[:]
     np.testing.assert_array_equal(np.asarray(found), np.arange(N))
+
+
+def test_texts_that_are_no_ids_of_sessions_are_refused() -> None:
+    repo = icechunk.Repository.create(icechunk.in_memory_storage())
+    for id in ("nonsense", "", 5):
+        for call in (repo.resume_session, repo.join_session):
+            with raises(InvalidInputError, "invalid-setting"):
+                call(id)  # type: ignore[arg-type]  # that is the point
