@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from xarray import Dataset, DataTree
 from xarray.backends import BackendEntrypoint
 from xarray.backends.zarr import ZarrBackendEntrypoint
+from zarr.errors import ContainsArrayError
 
 from icechunk.config import RepositoryConfig
 from icechunk.credentials import AnyCredential
-from icechunk.errors import IcechunkError
+from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError
 from icechunk.repository.by_url import session_at
 from icechunk.runtime.twins import run_sync
 from icechunk.session import Session
@@ -51,19 +53,20 @@ class IcechunkBackend(BackendEntrypoint):
     ) -> Dataset:
         """The group that the URL's path and ``group`` name, as a dataset. Options as in `icechunk.open` and xarray."""
         store, path = _opened(filename_or_obj, storage_options, config, authorize_virtual_chunk_access)
-        return ZarrBackendEntrypoint().open_dataset(
-            store,
-            mask_and_scale=mask_and_scale,
-            decode_times=decode_times,
-            concat_characters=concat_characters,
-            decode_coords=decode_coords,
-            drop_variables=drop_variables,
-            use_cftime=use_cftime,
-            decode_timedelta=decode_timedelta,
-            group=_below(path, group),
-            consolidated=False,
-            zarr_format=3,
-        )
+        with _naming_arrays(group := _below(path, group)):
+            return ZarrBackendEntrypoint().open_dataset(
+                store,
+                mask_and_scale=mask_and_scale,
+                decode_times=decode_times,
+                concat_characters=concat_characters,
+                decode_coords=decode_coords,
+                drop_variables=drop_variables,
+                use_cftime=use_cftime,
+                decode_timedelta=decode_timedelta,
+                group=group,
+                consolidated=False,
+                zarr_format=3,
+            )
 
     def open_datatree(
         self,
@@ -77,9 +80,10 @@ class IcechunkBackend(BackendEntrypoint):
     ) -> DataTree:
         """The group that the URL's path and ``group`` name with all groups below it, as a tree."""
         store, path = _opened(filename_or_obj, storage_options, config, authorize_virtual_chunk_access)
-        return ZarrBackendEntrypoint().open_datatree(
-            store, group=_below(path, group), consolidated=False, zarr_format=3, **options
-        )
+        with _naming_arrays(group := _below(path, group)):
+            return ZarrBackendEntrypoint().open_datatree(
+                store, group=group, consolidated=False, zarr_format=3, **options
+            )
 
     def open_groups_as_dict(
         self,
@@ -93,9 +97,10 @@ class IcechunkBackend(BackendEntrypoint):
     ) -> dict[str, Dataset]:
         """The datasets of all groups below the one that the URL's path and ``group`` name, by their paths."""
         store, path = _opened(filename_or_obj, storage_options, config, authorize_virtual_chunk_access)
-        return ZarrBackendEntrypoint().open_groups_as_dict(
-            store, group=_below(path, group), consolidated=False, zarr_format=3, **options
-        )
+        with _naming_arrays(group := _below(path, group)):
+            return ZarrBackendEntrypoint().open_groups_as_dict(
+                store, group=group, consolidated=False, zarr_format=3, **options
+            )
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:
         """Whether it is a session, or a URL with a stage ``icechunk:``."""
@@ -121,6 +126,20 @@ def _opened(
         session_at(url, storage_options=storage_options, config=config, authorize_virtual_chunk_access=virtual)
     )
     return session.store, url.path
+
+
+@contextmanager
+def _naming_arrays(path: str | None) -> Iterator[None]:
+    """Say of a path that is an array's what to open instead."""
+    try:
+        yield
+    except ContainsArrayError as error:
+        name = (path or "").rpartition("/")[2]
+        raise InvalidInputError(
+            f"cannot open {path!r} as a dataset: it is an array; open the group that it is in, and take "
+            f"{name!r} of the dataset",
+            ErrorKind.NOT_A_GROUP,
+        ) from error
 
 
 def _below(path: str, group: str | None) -> str | None:

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, NoReturn, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -35,7 +35,7 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import encode_id
 from icechunk.ops import Update
-from icechunk.runtime.checks import require_text
+from icechunk.runtime.checks import WrongTypeError, require_text
 from icechunk.session import Session
 from icechunk.snapshots import SnapshotInfo
 
@@ -173,6 +173,11 @@ class Appender:
             raise InvalidInputError(
                 f"on_duplicate must be 'error', 'skip' or 'replace', not {on_duplicate!r}", ErrorKind.INVALID_SETTING
             )
+        if on_duplicate != "error" and key is None:
+            raise InvalidInputError(
+                f"on_duplicate={on_duplicate!r} needs key={dim!r}: rows are found again by the labels of the key",
+                ErrorKind.INVALID_SETTING,
+            )
         if key is not None and key != dim:
             raise InvalidInputError(
                 f"key must be the append dimension's coordinate {dim!r}, not {key!r}", ErrorKind.INVALID_SETTING
@@ -236,6 +241,12 @@ class Appender:
             puts_repeated=self._counts.repeated,
             lag_s=lag,
         )
+
+    def __enter__(self) -> NoReturn:
+        raise WrongTypeError("an appender belongs to an event loop: write `async with repo.appender(...) as appender`")
+
+    def __exit__(self, *_: object) -> None:
+        """Never called, but `with` asks for it before `__enter__` says what to write."""
 
     async def __aenter__(self) -> Appender:
         await self._begin()
@@ -445,8 +456,8 @@ class Appender:
             )
         if self._gaps == "error" and isinstance(offset, int) and offset != last + 1:
             raise InvalidInputError(
-                f"offset {offset} of source {self._source!r} leaves a gap behind {last}; "
-                "give gaps='allow' to accept it",
+                f"offset {offset} of source {self._source!r} leaves a gap behind {last}: fetch offset "
+                f"{last + 1} and put it first; if the source has none of it, give gaps='allow'",
                 ErrorKind.INVALID_SETTING,
             )
         return True
@@ -469,11 +480,12 @@ class Appender:
         if late:
             if self._key is None:
                 raise InvalidInputError(
-                    f"label {labels[0]!r} of {self._dim!r} does not follow {last!r}, the last one; "
+                    f"label {target.shown_label(labels[0])} of {self._dim!r} does not follow "
+                    f"{target.shown_label(last)}, the last one; "
                     f"give key={self._dim!r} to write into rows that are there",
                     ErrorKind.INVALID_SETTING,
                 )
-            self._require_known(labels[:late], kept.known)
+            self._require_known(target, labels[:late], kept.known)
             if self._on_duplicate == "replace":
                 # The offset is in the data only with all its rows.
                 offset = batch.offset if late == batch.rows else None
@@ -487,19 +499,20 @@ class Appender:
             (self._labels or await self._known_labels(target)).append(labels)
         return batch
 
-    def _require_known(self, labels: Any, known: Any) -> None:
+    def _require_known(self, target: Target, labels: Any, known: Any) -> None:
         """Refuse labels that do not follow the last one, unless they are there and may be."""
         there = np.isin(labels, known)
         if not there.all():
-            last = f"does not follow {known[-1]!r}" if len(known) else "no row is"
+            last = f"does not follow {target.shown_label(known[-1])}" if len(known) else "no row is"
             raise InvalidInputError(
-                f"label {labels[~there][0]!r} of {self._dim!r} is not there and {last}: "
+                f"label {target.shown_label(labels[~there][0])} of {self._dim!r} is not there and {last}: "
                 "rows are put between others only by prepend",
                 ErrorKind.INVALID_SETTING,
             )
         if self._on_duplicate == "error":
             raise InvalidInputError(
-                f"label {labels[0]!r} of {self._dim!r} is there already; on_duplicate may be 'skip' or 'replace'",
+                f"label {target.shown_label(labels[0])} of {self._dim!r} is there already; "
+                "on_duplicate may be 'skip' or 'replace'",
                 ErrorKind.INVALID_SETTING,
             )
 
@@ -521,7 +534,7 @@ class Appender:
             late = int(np.searchsorted(labels, known[-1], side="right"))
             if late:
                 try:
-                    self._require_known(labels[:late], known)
+                    self._require_known(target, labels[:late], known)
                 except InvalidInputError as error:
                     self._refused = InvalidInputError(
                         f"{batch.rows} rows that were put with offset {batch.offset!r} are not stored, since another "
@@ -567,7 +580,7 @@ class Appender:
                 known = await target.labels(session)
                 known = np.empty(0, labels.dtype) if known is None else known
                 # Another writer, or a window of rows, may have left rows out since.
-                self._require_known(labels, known)
+                self._require_known(target, labels, known)
                 places = np.searchsorted(known, labels).tolist()
                 rows = [(p, {name: v[i] for name, v in values.items()}) for i, p in enumerate(places)]
                 after = await target.replace_rows(session, rows)

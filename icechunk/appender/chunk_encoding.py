@@ -24,7 +24,17 @@ from zarr.core.array_spec import ArraySpec, parse_array_config
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.metadata import ArrayV3Metadata
 
-__all__ = ["ChunkEncoder", "Unfit", "codings_of", "in_dtype", "require_kept", "stored_values"]
+__all__ = [
+    "ChunkEncoder",
+    "Unfit",
+    "codings_of",
+    "in_dtype",
+    "require_kept",
+    "shown_label",
+    "stored_values",
+    "unlike_dtype",
+    "whole_units",
+]
 
 Values = npt.NDArray[Any]
 
@@ -70,18 +80,57 @@ def stored_values(name: str, variable: Any, codings: Mapping[str, Any], dtype: n
     """
     kind = variable.dtype.kind
     encoding = dict(codings)
+    if kind in "SUTO" and dtype.kind not in "SUTO":
+        _require_no_texts(name, variable.values, encoding, dtype)
     if isinstance(encoding.get("_FillValue"), str) and kind in "fiu":
         del encoding["_FillValue"]  # xarray keeps it as base64 where it is the array's own fill value
     if not encoding and kind in "fiucbUS":
         return np.asarray(variable.data)
     if kind == "M" and dtype == np.int64 and encoding.keys() <= {"units", "calendar"}:
-        numbers = _whole_units(np.asarray(variable.values), encoding)
+        numbers = whole_units(np.asarray(variable.values), encoding)
         if numbers is not None:
             return numbers
     return _by_xarray(name, variable, encoding, dtype)
 
 
-def _whole_units(times: Values, encoding: Mapping[str, Any]) -> Values | None:
+def _require_no_texts(name: str, values: Any, encoding: Mapping[str, Any], dtype: np.dtype[Any]) -> None:
+    """Refuse texts where the array has numbers: numpy would say only how casting failed."""
+    texts = [value for value in np.asarray(values).flat if isinstance(value, str | bytes)][:1]
+    if texts and "units" in encoding:
+        raise Unfit(
+            f"{name} has texts, as {str(texts[0])!r:.40}, the array times in {encoding['units']!r}: convert them, for "
+            "example with astype('datetime64[ns]')"
+        )
+    if texts:
+        raise Unfit(f"{name} {unlike_dtype(np.asarray(values), dtype)}")
+
+
+def unlike_dtype(given: Values, stored: np.dtype[Any]) -> str:
+    """The words of a message on values that an array of another dtype cannot hold, and on what to do."""
+    if (given.dtype.kind in "SUTO") != (stored.kind in "SUTO"):
+        kinds = "texts or objects" if given.dtype.kind in "SUTO" else "values"
+        shown = f", as {str(given.flat[0])!r:.40}" if given.size else ""
+        return f"has {kinds} of dtype {given.dtype}{shown}, the array has dtype {stored}: convert them"
+    return (
+        f"is of dtype {given.dtype}, the array of {stored}, which lacks some values of that: cast them with "
+        f"astype({str(stored)!r}) if the nearest ones will do"
+    )
+
+
+def shown_label(label: Any, codings: Mapping[str, Any]) -> str:
+    """A label in a message: a time where the array has numbers of units since one."""
+    known = _epoch(str(codings.get("units")), str(codings.get("calendar", "standard")))
+    plain = label.item() if isinstance(label, np.generic) and label.dtype.kind not in "mM" else label
+    if known is None or not isinstance(plain, int):
+        return repr(plain) if not isinstance(label, np.datetime64 | np.timedelta64) else str(label)
+    since, unit_ns = known
+    try:
+        return str(np.datetime_as_string(since + np.timedelta64(plain * unit_ns, "ns"), unit="auto"))
+    except (OverflowError, ValueError):
+        return repr(plain)
+
+
+def whole_units(times: Values, encoding: Mapping[str, Any]) -> Values | None:
     """Times as whole numbers of their units; None where it is not as simple as that."""
     known = _epoch(str(encoding.get("units")), str(encoding.get("calendar", "standard")))
     if known is None:
@@ -156,6 +205,8 @@ def _by_xarray(name: str, variable: Any, encoding: dict[str, Any], dtype: np.dty
         try:
             encoded = encode_cf_variable(cleaned, name=name)
         except (KeyError, OverflowError, ValueError, TypeError) as error:
+            if "units" not in encoding:
+                raise Unfit(f"{name} {unlike_dtype(values, dtype)}") from error
             # xarray looks for units that would fit, and knows none.
             raise Unfit(
                 f"values of {name} cannot be kept as {dtype} in {encoding.get('units')!r}, as stored: {error}"

@@ -26,7 +26,17 @@ from zarr.core.group import GroupMetadata
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import MemoryStore, StorePath
 
-from icechunk.appender.chunk_encoding import ChunkEncoder, Unfit, codings_of, in_dtype, require_kept, stored_values
+from icechunk.appender.chunk_encoding import (
+    ChunkEncoder,
+    Unfit,
+    codings_of,
+    in_dtype,
+    require_kept,
+    shown_label,
+    stored_values,
+    unlike_dtype,
+    whole_units,
+)
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.runtime.tasks import run_each
 from icechunk.session import Session
@@ -238,10 +248,15 @@ class Target:
                 return f"the values of {variable.name} are others"
         return None
 
+    def shown_label(self, label: Any) -> str:
+        """A label of the append dimension in a message."""
+        return shown_label(label, self.variables[self.dim].codings)
+
     def require_labels(self, labels: Values) -> None:
         """Refuse labels of the append dimension, at least one, that do not grow, or are missing."""
         if len(labels) > 1 and not np.all(labels[1:] > labels[:-1]):
-            raise self._refused(f"labels of {self.dim!r} do not grow within the data: {labels[:5]!r}…")
+            shown = ", ".join(map(self.shown_label, labels[:5]))
+            raise self._refused(f"labels of {self.dim!r} do not grow within the data: {shown}…")
         kind = labels.dtype.kind
         if kind == "i":
             # A time that is absent is kept as the lowest number.
@@ -264,7 +279,10 @@ class Target:
                 coordinate = self.variables[self.dim]
                 (first,) = np.asarray(await self._array(session, coordinate).getitem(slice(0, 1)))
                 if not labels[-1] < first:
-                    raise self._refused(f"label {labels[-1]!r} of {self.dim!r} is not before {first!r}, the first one")
+                    raise self._refused(
+                        f"label {self.shown_label(labels[-1])} of {self.dim!r} is not before the first one, "
+                        f"{self.shown_label(first)}"
+                    )
         return batch
 
     async def checked(self, session: Session, data: Any, *, keep: int | None = None) -> Batch:
@@ -318,9 +336,7 @@ class Target:
             # A copy: the caller may use its memory again as soon as `put` returns.
             copied = in_dtype(given, variable.dtype) if _may_cast(given.dtype, variable.dtype) else None
             if copied is None:
-                raise self._refused(
-                    f"{name} is of dtype {given.dtype}, the array of {variable.dtype}, which lacks some of its values"
-                )
+                raise self._refused(f"{name} {unlike_dtype(given, variable.dtype)}")
             found[name] = copied
             num_bytes += copied.nbytes
         return Batch(rows=rows, values=found, num_bytes=num_bytes)
@@ -334,9 +350,24 @@ class Target:
 
     def _plain(self, data: Mapping[str, Any]) -> dict[str, Values]:
         try:
-            return {str(k): np.asarray(v) for k, v in data.items()}
+            found = {str(k): np.asarray(v) for k, v in data.items()}
         except (ValueError, TypeError) as error:
             raise self._refused(f"a value is no array: {error}") from error
+        for name, values in found.items():
+            stored = self.variables.get(name)
+            if (
+                values.dtype.kind == "M"
+                and stored is not None
+                and stored.dtype.kind == "i"
+                and "units" in stored.codings
+            ):
+                numbers = whole_units(values, stored.codings)
+                if numbers is None:
+                    raise self._refused(
+                        f"times of {name} are no whole {stored.codings['units']!r} of its calendar, as stored"
+                    )
+                found[name] = numbers
+        return found
 
     def _encoded(self, dataset: Any) -> dict[str, Values]:
         """The variables of a dataset as the stored arrays keep them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,3 +152,10 @@ def test_the_page_about_urls_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'time': 2, 'x': 3" in sizes
     assert "'/ocean'" in groups
     assert is_the_commit == "True"
+
+
+@pytest.mark.parametrize("opened", [xr.open_dataset, xr.open_datatree, xr.open_groups])
+def test_the_path_of_an_array_is_refused_as_a_dataset(place: str, opened: Any) -> None:
+    with pytest.raises(InvalidInputError) as error:
+        opened(f"{place}|icechunk:@tag.v1/ocean|zarr3:sst", engine="icechunk")
+    assert error.value.kind == ErrorKind.NOT_A_GROUP

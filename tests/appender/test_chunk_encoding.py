@@ -18,7 +18,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import MemoryStore
 
-from icechunk.appender.chunk_encoding import ChunkEncoder, Unfit, stored_values
+from icechunk.appender.chunk_encoding import ChunkEncoder, Unfit, shown_label, stored_values
 
 COMPRESSORS: list[Any] = [
     [],
@@ -149,3 +149,14 @@ def test_an_absent_time_that_xarray_could_not_read_back_is_refused() -> None:
     times = xr.Variable(("time",), np.array(["2001-01-01", "NaT"], "M8[ns]"))
     with pytest.raises(Unfit):
         stored_values("time", times, {"units": "hours since 2000-01-01", "calendar": "noleap"}, np.dtype("i8"))
+
+
+def test_labels_are_shown_as_times_where_their_units_are_known() -> None:
+    units = {"units": "nanoseconds since 1970-01-01"}
+    assert shown_label(np.int64(1767225602000000000), units) == "2026-01-01T00:00:02"
+    assert shown_label(np.int64(36), {"units": "hours since 2000-01-01"}) == "2000-01-02T12:00"
+    assert shown_label(np.int64(2**62), {"units": "days since 2000-01-01"}) == str(2**62)
+    assert shown_label(np.int64(7), {"units": "days since 2000-01-01", "calendar": "noleap"}) == "7"
+    assert shown_label(np.float32(0.5), {}) == "0.5"
+    assert shown_label(np.str_("a"), {}) == "'a'"
+    assert shown_label(np.datetime64("2026-01-01"), {}) == "2026-01-01"

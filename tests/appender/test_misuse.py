@@ -11,7 +11,7 @@ import xarray as xr
 import zarr.api.asynchronous as azarr
 
 import icechunk
-from icechunk.errors import InvalidInputError, SessionStateError
+from icechunk.errors import ErrorKind, InvalidInputError, SessionStateError
 from tests.appender.test_appender import chunked, new_repo, plain, rows, stored, values
 
 
@@ -291,3 +291,46 @@ async def test_a_first_dataset_that_is_refused_decides_nothing_about_the_arrays(
             await appender.put(rows(0, 3).isel(time=[2, 1, 0]).assign(extra=("time", np.ones(3))), offset=0)
         await appender.put(rows(0, 3), offset=0)
     assert await stored(repo) == [0, 1, 2]
+
+
+async def test_a_mapping_may_have_times_where_the_array_has_units() -> None:
+    repo = await new_repo()
+    async with repo.appender("main", dim="time", source="s") as appender:
+        await appender.put(rows(0, 1), offset=0)
+        later = {"v": np.full((2, 4), [[1], [2]], "f4"), "time": np.array(["1970-01-01T01", "1970-01-01T02"], "M8[s]")}
+        await appender.put(later, offset=1)
+        await appender.put({"v": np.full(4, 3, "f4"), "time": np.datetime64("1970-01-01T03")}, offset=2)
+        with pytest.raises(InvalidInputError):
+            await appender.put(
+                {"v": np.full(4, 4, "f4"), "time": np.datetime64("1970-01-01T04:00:00.5", "as")}, offset=3
+            )
+    assert await stored(repo) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["v", "time"])
+@pytest.mark.parametrize("value", ["2026-01-01", np.array("a", "O"), object()])
+async def test_texts_and_objects_are_refused_where_the_array_has_numbers(name: str, value: Any) -> None:
+    repo = await new_repo()
+    async with repo.appender("main", dim="time", source="s") as appender:
+        await appender.put(rows(0, 1), offset=0)
+        other = rows(1, 1)
+        other = other.assign({name: (other[name].dims, np.full(other[name].shape, value))})
+        with pytest.raises(InvalidInputError) as error:
+            await appender.put(other, offset=1)
+        assert error.value.kind == ErrorKind.INVALID_SETTING
+        await appender.put(rows(1, 1), offset=1)
+    assert await stored(repo) == [0, 1]
+
+
+async def test_what_to_do_with_duplicates_needs_a_key() -> None:
+    repo = await new_repo()
+    for asked in ("skip", "replace"):
+        with pytest.raises(InvalidInputError) as error:
+            repo.appender("main", dim="time", source="s", on_duplicate=asked)
+        assert error.value.kind == ErrorKind.INVALID_SETTING
+
+
+async def test_an_appender_is_no_synchronous_context_manager() -> None:
+    repo = await new_repo()
+    with pytest.raises(TypeError), repo.appender("main", dim="time", source="s"):
+        pass
