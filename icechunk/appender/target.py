@@ -335,6 +335,8 @@ class Target:
             rows = num_rows
             # A copy: the caller may use its memory again as soon as `put` returns.
             copied = in_dtype(given, variable.dtype) if _may_cast(given.dtype, variable.dtype) else None
+            if copied is None and (times := self._times(variable, given)) is not given:
+                copied = in_dtype(times, variable.dtype)
             if copied is None:
                 raise self._refused(f"{name} {unlike_dtype(given, variable.dtype)}")
             found[name] = copied
@@ -350,24 +352,21 @@ class Target:
 
     def _plain(self, data: Mapping[str, Any]) -> dict[str, Values]:
         try:
-            found = {str(k): np.asarray(v) for k, v in data.items()}
+            return {str(k): np.asarray(v) for k, v in data.items()}
         except (ValueError, TypeError) as error:
             raise self._refused(f"a value is no array: {error}") from error
-        for name, values in found.items():
-            stored = self.variables.get(name)
-            if (
-                values.dtype.kind == "M"
-                and stored is not None
-                and stored.dtype.kind == "i"
-                and "units" in stored.codings
-            ):
-                numbers = whole_units(values, stored.codings)
-                if numbers is None:
-                    raise self._refused(
-                        f"times of {name} are no whole {stored.codings['units']!r} of its calendar, as stored"
-                    )
-                found[name] = numbers
-        return found
+
+    def _times(self, variable: Variable, given: Values) -> Values:
+        """Datetimes of a mapping as the array keeps them; other values, or where it has no units, as given."""
+        units = variable.codings.get("units")
+        if given.dtype.kind != "M" or variable.dtype.kind != "i" or units is None:
+            return given
+        numbers = whole_units(given, variable.codings)
+        if numbers is None:
+            raise self._refused(
+                f"times of {variable.name} are no whole numbers of {units!r} in its calendar, as stored"
+            )
+        return numbers
 
     def _encoded(self, dataset: Any) -> dict[str, Values]:
         """The variables of a dataset as the stored arrays keep them."""
@@ -400,7 +399,7 @@ class Target:
     async def _require_same(self, session: Session, variable: Variable, given: Values) -> None:
         if variable.values is None:
             variable.values = np.asarray(await self._array(session, variable).getitem(Ellipsis))
-        stored = variable.values
+        stored, given = variable.values, self._times(variable, given)
         equal_nan = stored.dtype.kind in "fc" and given.dtype.kind in "fc"
         if stored.shape != given.shape or not np.array_equal(stored, given, equal_nan=equal_nan):
             raise self._refused(

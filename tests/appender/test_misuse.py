@@ -334,3 +334,15 @@ async def test_an_appender_is_no_synchronous_context_manager() -> None:
     repo = await new_repo()
     with pytest.raises(TypeError), repo.appender("main", dim="time", source="s"):
         pass
+
+
+async def test_a_mapping_may_repeat_a_fixed_time() -> None:
+    repo = await new_repo()
+    begin = np.datetime64("1969-12-31", "ns")
+    async with repo.appender("main", dim="time", source="s") as appender:
+        await appender.put(rows(0, 1).assign_coords(begin=begin), offset=0)
+        row = {"v": np.full(4, 1, "f4"), "time": np.datetime64("1970-01-01T01")}
+        with pytest.raises(InvalidInputError):
+            await appender.put(row | {"begin": begin + 1}, offset=1)
+        await appender.put(row | {"begin": begin}, offset=1)
+    assert await stored(repo) == [0, 1]
