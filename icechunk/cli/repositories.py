@@ -13,7 +13,7 @@ from icechunk.cli.terminal import Failure, ask, choose
 from icechunk.cli.watch_command import add_options, watch
 from icechunk.errors import IcechunkError, NotFoundError
 from icechunk.runtime.representation import redacted_url
-from icechunk.storage.aliases import KINDS, AliasedRepository, Aliases, aliases_path, new_entry, shown
+from icechunk.storage.aliases import KINDS, AliasedRepository, AliasError, Aliases, aliases_path, new_entry, shown
 from icechunk.storage.url import RepositoryUrl, parse_url
 
 __all__ = ["add_commands"]
@@ -184,12 +184,12 @@ def _open(alias: str) -> Any:
 
 def _found(alias: str) -> AliasedRepository:
     aliases = Aliases(aliases_path())
-    if alias not in aliases:
-        raise Failure(
-            f"Repository {shown(alias)} not found in config {aliases.path}: add it with `icechunk config add "
-            f"{alias}`, or write ./{alias} for a folder"
-        )
-    return aliases.find(alias)
+    try:
+        return aliases.find(alias)
+    except AliasError as error:
+        if alias in aliases:
+            raise
+        raise Failure(f"{error}, or write ./{alias} for a folder") from error
 
 
 def _at_version(args: argparse.Namespace) -> RepositoryUrl | None:

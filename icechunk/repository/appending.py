@@ -59,7 +59,8 @@ class Appending(RepositoryBase):
             A commit is made when the oldest buffered row is so many seconds old, or so many rows or bytes are buffered.
             `Appender.put` waits while twice ``max_bytes`` are in memory.
         on_duplicate
-            Rows whose label is there: "error" refuses them, "skip" leaves the stored ones, "replace" writes them anew.
+            Rows whose label is there: "error" refuses them, "skip" leaves the stored ones, "replace" writes them anew;
+            the last two need ``key``.
         gaps
             "error": integer offsets must follow one another without a gap.
         keep

@@ -135,7 +135,9 @@ class Aliases:
         """The repository with an alias. Raises `AliasError` where there is none, or its entry cannot be understood."""
         entry = self._entries.get(alias)
         if entry is None:
-            raise AliasError(f"Repository {shown(alias)} not found in config {self.path}")
+            raise AliasError(
+                f"Repository {shown(alias)} not found in config {self.path}: add it with `icechunk config add {alias}`"
+            )
         try:
             (kind, value), *more = entry.items()
             if more:
