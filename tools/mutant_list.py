@@ -104,7 +104,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "equal-refs-are-ones-own",
         "format 1: a write is recognised by its mark, not by what it says",
         LOG + "ref_files/layout.py",
-        "        return mark_in(data) == mark_in(attempt.data)\n",
+        "        return mark_in(attempt.data) in marks_in(data)\n",
         "        return data.split() == attempt.data.split()\n",
         ("refs",),
         known="two clients were both told that they had deleted one tag",

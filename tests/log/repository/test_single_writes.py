@@ -27,7 +27,7 @@ from icechunk.log.repository.events import CONVERT, TAKEOVER, Sealed
 from icechunk.log.repository.objects import read_repo, read_slot
 from icechunk.log.repository.open import detect, open_repository
 from icechunk.log.repository.port import Layout, SwapToken
-from icechunk.log.repository.ref_files.names import MARK_BYTES, encode_ref, is_closed
+from icechunk.log.repository.ref_files.names import MARK_BYTES, encode_ref, is_closed, known_mark, mark_of, marks_after
 from icechunk.log.repository.ref_files.upgrade import upgrade
 from icechunk.log.repository.tokens import REFS_TOKEN, REPO_TOKEN
 from icechunk.log.session.segment import SegmentHead, SegmentKind, Slot, encode_segment, segment_key
@@ -288,16 +288,18 @@ class SettlesRefFiles(SettlesRepoObject):
 
     async def prepare(self, store: Storage) -> None:
         await create_ref_files(store)
-        nonce = b"x" * MARK_BYTES + (await store.get(MAIN)).version.encode()
+        found = await store.get(MAIN)
+        nonce = b"x" * MARK_BYTES + found.version.encode() + b"\0" + known_mark(found.data)
         self.token = SwapToken(epoch=f"{REFS_TOKEN}{MAIN}", nonces=(nonce,), snapshots=(an_id(1),))
 
     async def overtake(self, store: Storage) -> None:
         found = await store.get(MAIN)
-        await store.put(MAIN, encode_ref(FIRST_SNAPSHOT, b" "), Matches(found.version))
+        marks = mark_of(b"overtake") + marks_after(found.data)
+        await store.put(MAIN, encode_ref(FIRST_SNAPSHOT, marks), Matches(found.version))
 
     async def check(self, store: Storage, result: Any) -> None:
         assert result is False
-        assert (await store.get(MAIN)).version.encode() != self.token.nonces[0][MARK_BYTES:]
+        assert not self.token.nonces[0][MARK_BYTES:].startswith((await store.get(MAIN)).version.encode())
 
 
 class SetsParent(Place):

@@ -31,7 +31,7 @@ from icechunk.format.repo.snapshot_graph import SnapshotGraph
 from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.log.repository.freshness import Instant, instant, store_time_us
 from icechunk.log.repository.objects import MAIN_REF_KEY, read_repo
-from icechunk.log.repository.ref_files.names import RefKey, RefNames, decode_ref
+from icechunk.log.repository.ref_files.names import RefKey, RefNames, decode_ref, marks_after
 from icechunk.log.repository.state import MAIN, RepoState, initial_state
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import run_jobs
@@ -53,6 +53,7 @@ class RefFilesView:
         self._config: Json | None = None
         self._records = SnapshotGraph.of({})
         self._versions: dict[str, Version] = {}
+        self._marks: dict[str, bytes] = {}
         self._tickets = itertools.count(1)
         self._ticket = 0
         self.looked: int = 0
@@ -75,6 +76,10 @@ class RefFilesView:
     def version(self, key: str) -> Version | None:
         """The version of an object as last read; None: there was none."""
         return self._versions.get(key)
+
+    def marks(self, key: str) -> bytes:
+        """The marks of a branch's body as last read, and of those before it; see `marks_after`."""
+        return self._marks.get(key, b"")
 
     def next_ticket(self) -> int:
         """A number that is higher than those of all looks and changes so far."""
@@ -162,6 +167,7 @@ class RefFilesView:
                 wanted.append((key, ref))
         answers = await run_jobs([partial(self.get, key) for key, _ in wanted]) if wanted else []
         versions: dict[str, Version] = {}
+        marks: dict[str, bytes] = {}
         targets: dict[str, ObjectId] = {}
         for (key, ref), answer in zip(wanted, answers, strict=True):
             if answer is None:
@@ -170,6 +176,8 @@ class RefFilesView:
                 deleted.add(ref.name)
                 continue
             versions[key] = answer.version
+            if not ref.is_tag:
+                marks[key] = marks_after(answer.data)
             found = targets if ref.is_tag else branches
             found[ref.name] = decode_ref(answer.data, f"{key} in {self._storage.describe()}")
         tags = {name: target for name, target in targets.items() if name not in deleted}
@@ -183,7 +191,7 @@ class RefFilesView:
         self.looked = max(self.looked, ticket)
         if ticket < self._ticket:
             return True
-        self._ticket, self._versions = ticket, versions
+        self._ticket, self._versions, self._marks = ticket, versions, marks
         self._state = self._fold(branches, tags, deleted)
         return True
 

@@ -38,7 +38,16 @@ from icechunk.log.repository.conditional import replace_object
 from icechunk.log.repository.port import Layout, SwapToken
 from icechunk.log.repository.queue import Attempt, Group, Member, Waiting, new_snapshots
 from icechunk.log.repository.ref_files.client import RefFilesView
-from icechunk.log.repository.ref_files.names import MARK_BYTES, encode_ref, mark_in, mark_of, read_ref
+from icechunk.log.repository.ref_files.names import (
+    MARK_BYTES,
+    encode_ref,
+    mark_in,
+    mark_of,
+    marks_after,
+    marks_in,
+    read_ref,
+    remarked,
+)
 from icechunk.log.repository.settle import SwappedLog
 from icechunk.log.repository.state import MAIN, RepoState, apply
 from icechunk.log.repository.store_check import MatchCheck
@@ -52,6 +61,8 @@ __all__ = ["RefFilesLayout", "needs_format_2"]
 Json: TypeAlias = Any
 _SETTLE_TRIES: Final = 100
 _NO_MARK: Final = bytes(MARK_BYTES)
+_BEHIND_VERSION: Final = b"\0"
+"""Ends the version in a nonce of a token; behind it is the mark of the body that the write replaces."""
 
 
 def needs_format_2(what: str) -> FormatError:
@@ -83,6 +94,8 @@ class _Write(Attempt):
     """New bytes of the object; None: it is deleted."""
     base: Version | None
     """The version that it replaces; None: there is none."""
+    replaced: bytes
+    """The mark of a branch's body that it replaces; empty: there is none, or no branch."""
     state: RepoState
     """The state after the change."""
     may_be_there: bool = False
@@ -214,14 +227,16 @@ class RefFilesLayout(SwappedLog[_Write]):
 
     async def _make(self, group: Group) -> _Write:
         assert isinstance(group, _Change)
-        base = self._view.version(group.key)
+        base, marks = self._view.version(group.key), self._view.marks(group.key)
+        replaced = marks[: 4 * MARK_BYTES]
         return _Write(
             epoch=f"{REFS_TOKEN}{group.key}",
             n=0,
-            nonce=group.nonce + (base or "").encode(),
+            nonce=group.nonce + (base or "").encode() + _BEHIND_VERSION + replaced,
             key=group.key,
-            data=group.data,
+            data=None if group.data is None else group.data + marks,
             base=base,
+            replaced=replaced,
             state=group.state,
         )
 
@@ -311,18 +326,31 @@ class RefFilesLayout(SwappedLog[_Write]):
                 landed = await self._view.was_taken_over(attempt.snapshots)
             else:
                 landed = await self._view.is_below(read_ref(answer.data, attempt.key), attempt.snapshots)
-            return Fate.LANDED if landed else Fate.LOST
-        if attempt.may_be_there and (answer is None or self._is_replaceable(attempt.key)):
-            # It may have been there, and replaced since.
-            return Fate.UNDECIDED
-        return Fate.LOST
+            if landed:
+                return Fate.LANDED
+        if not attempt.may_be_there or self._is_other(attempt.key, attempt.replaced, answer):
+            return Fate.LOST
+        # It may have been there, and been replaced since: a branch was reset, or deleted.
+        return Fate.UNDECIDED
+
+    def _is_other(self, key: str, replaced: bytes, answer: GetResult | None) -> bool:
+        """Whether an object that is not as it was, and without the mark of a write, shows that it was never there.
+
+        Parameters
+        ----------
+        replaced
+            Mark of the body that the write would replace: a body that has it has those of all that came between.
+        """
+        if answer is None:
+            return False
+        return not self._is_replaceable(key) or (replaced != b"" and replaced in marks_in(answer.data))
 
     def _is_own(self, attempt: _Write, data: bytes) -> bool:
         assert attempt.data is not None
         if attempt.key == CONFIG_KEY:
             # It has no mark: another client may have written the same.
             return attempt.may_be_there and data == attempt.data
-        return mark_in(data) == mark_in(attempt.data)
+        return mark_in(attempt.data) in marks_in(data)
 
     def _is_replaceable(self, key: str) -> bool:
         """Whether another write may follow one of this object; tags and tombstones are there for good."""
@@ -338,16 +366,18 @@ class RefFilesLayout(SwappedLog[_Write]):
                 "or to an earlier state of that one",
                 ErrorKind.INVALID_SETTING,
             )
-        key, base = token.epoch.removeprefix(REFS_TOKEN), token.nonces[0][MARK_BYTES:].decode(errors="replace")
+        key = token.epoch.removeprefix(REFS_TOKEN)
+        version, _, replaced = token.nonces[0][MARK_BYTES:].partition(_BEHIND_VERSION)
+        base = version.decode(errors="replace")
         marks = {mark_of(nonce[:MARK_BYTES]) for nonce in token.nonces}
         async with self.swapping:
             for _ in range(_SETTLE_TRIES):
                 answer = await self._view.get(key)
                 if answer is None:
-                    if token.snapshots:
-                        return await self._view.was_taken_over(token.snapshots)
+                    if token.snapshots and await self._view.was_taken_over(token.snapshots):
+                        return True
                     break
-                if mark_in(answer.data) in marks:
+                if not marks.isdisjoint(marks_in(answer.data)):
                     return True
                 if token.snapshots and await self._view.is_below(read_ref(answer.data, key), token.snapshots):
                     return True
@@ -358,10 +388,13 @@ class RefFilesLayout(SwappedLog[_Write]):
                     # Still the version that the write would replace: once it has other bytes, the write never lands.
                     unsure = StorageError(f"cannot settle yet, call again: no certain answer about {key!r}")
                     touched = answer.data + b"\n"
+                    if replaced:
+                        mark = mark_of(self._sources.random_bytes(MARK_BYTES))
+                        touched = remarked(answer.data, mark + marks_after(answer.data))
                     if await replace_object(self._storage, self._sources, key, touched, answer.version, unsure):
                         return False
                     continue
-                if token.snapshots or not self._is_replaceable(key):
+                if self._is_other(key, replaced, answer):
                     return False
                 break
         raise CommitOutcomeUnknown(

@@ -6,6 +6,7 @@ that does so to every key: on local disk, GCS, Azure. Keys that do not parse are
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote_to_bytes
@@ -112,6 +113,9 @@ class RefNames:
 
 MARK_BYTES: Final = 8
 """Bytes of the nonce that marks a write of a ref."""
+_MARK_CHARACTERS: Final = 4 * MARK_BYTES
+_MARKS: Final = 32
+"""Largest number of marks in one body."""
 _SPACES: Final = b" \t\n\r"
 
 
@@ -123,16 +127,39 @@ def mark_of(nonce: bytes) -> bytes:
 def mark_in(data: bytes) -> bytes:
     """The mark at the end of a ref's body; shorter where there is none."""
     end = len(data.rstrip(_SPACES))
-    return data[end : end + 4 * MARK_BYTES]
+    return data[end : end + _MARK_CHARACTERS]
+
+
+def marks_in(data: bytes) -> list[bytes]:
+    """The mark of a ref's body, and those of the bodies before it, newest first."""
+    end = len(data.rstrip(_SPACES))
+    ends = range(end + _MARK_CHARACTERS, len(data) + 1, _MARK_CHARACTERS)
+    return [data[at - _MARK_CHARACTERS : at] for at in ends]
+
+
+def known_mark(data: bytes) -> bytes:
+    """The mark by which later bodies name this one; of one without a mark, made of what it says."""
+    marks = marks_in(data)
+    return marks[0] if marks else mark_of(hashlib.sha256(data.rstrip(_SPACES)).digest()[:MARK_BYTES])
+
+
+def marks_after(data: bytes) -> bytes:
+    """The marks of a body and of those before it, as the one that replaces it has them behind its own."""
+    return b"".join([known_mark(data), *marks_in(data)[1:]][: _MARKS - 1])
 
 
 def encode_ref(snapshot: ObjectId, mark: bytes = b"") -> bytes:
-    """The body of a ref, with the mark of the write."""
+    """The body of a ref, with the mark of the write, or several."""
     return orjson.dumps({"snapshot": encode_id(snapshot)}) + mark
 
 
+def remarked(data: bytes, marks: bytes) -> bytes:
+    """A ref's body with other marks."""
+    return data.rstrip(_SPACES) + marks
+
+
 def close_ref(snapshot: ObjectId, mark: bytes = b"") -> bytes:
-    """The body of a branch's ref during an upgrade, with the mark that it had; clients of format 1 cannot read it."""
+    """The body of a branch's ref during an upgrade, with the marks that it had; clients of format 1 cannot read it."""
     return orjson.dumps({_CLOSED: encode_id(snapshot)}) + mark
 
 

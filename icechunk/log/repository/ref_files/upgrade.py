@@ -51,7 +51,7 @@ from icechunk.log.repository.conditional import RepoChange, create_object, repla
 from icechunk.log.repository.marker import is_unfinished, upgrade_mark, write_mark
 from icechunk.log.repository.objects import Known, RepoObject, encode, read_repo
 from icechunk.log.repository.ops_log import updates_of
-from icechunk.log.repository.ref_files.names import RefKey, RefNames, close_ref, is_closed, mark_in, read_ref
+from icechunk.log.repository.ref_files.names import RefKey, RefNames, close_ref, is_closed, marks_in, read_ref
 from icechunk.log.repository.state import MAIN, ONLINE, READ_ONLY, from_repo_info
 from icechunk.log.repository.store_check import MatchCheck, require_atomic, require_writable
 from icechunk.runtime.clock import Sources
@@ -533,7 +533,7 @@ async def _read_ref(storage: Storage, names: RefNames, key: str) -> _Ref | None:
         snapshot=snapshot,
         version=answer.version,
         closed=is_closed(answer.data),
-        mark=mark_in(answer.data),
+        mark=b"".join(marks_in(answer.data)),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,16 @@ from icechunk.log.repository import events as e
 from icechunk.log.repository.create import create_ref_files, create_repo_object
 from icechunk.log.repository.open import create_repository, detect, open_repository
 from icechunk.log.repository.port import Layout, Propose
-from icechunk.log.repository.ref_files.names import RefKey, RefNames, decode_ref
+from icechunk.log.repository.ref_files.names import (
+    RefKey,
+    RefNames,
+    decode_ref,
+    encode_ref,
+    known_mark,
+    mark_of,
+    marks_after,
+    marks_in,
+)
 from icechunk.log.repository.state import RepoState
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.memory import MemoryStorage
@@ -251,6 +261,118 @@ async def test_a_clients_own_commit_is_recognised_below_that_of_another(world: R
     storage.script = lose_and_be_followed
     await log.append(first)
     assert await world.tip() == an_id(2)
+
+
+def reset(expected: ObjectId, branch: str = "main") -> Propose:
+    return lambda _: [e.BranchReset(name=branch, snapshot=FIRST_SNAPSHOT, expected=expected)]
+
+
+@pytest.mark.parametrize("landed", [True, False])
+@pytest.mark.parametrize("followers", [0, 3])
+async def test_a_commit_that_others_moved_the_branch_away_from_is_told_by_the_marks(
+    world: RefFilesWorld, landed: bool, followers: int
+) -> None:
+    log, storage = await world.create()
+    other, _ = await world.open()
+    propose = await world.commit(1)
+    later = [await world.commit(i + 3, parent=an_id(i + 2) if i else FIRST_SNAPSHOT) for i in range(followers)]
+
+    async def lose_and_be_moved(request: Request, send: Send) -> object:
+        if request.verb != "put" or request.key != MAIN_KEY:
+            return await send()
+        storage.script = None
+        if landed:
+            await send()
+        else:
+            await other.append(await world.commit(2))
+        await other.append(reset(an_id(1 if landed else 2)))
+        for each in later:
+            await other.append(each)
+        raise lost_answer()
+
+    storage.script = lose_and_be_moved
+    if landed:
+        await log.append(propose)
+    else:
+        # Nothing of it landed, for certain: so it is validated on what is there, and refused or made.
+        with pytest.raises(ConflictError) if followers else nullcontext():
+            await log.append(propose)
+    tip = an_id(followers + 2) if followers else FIRST_SNAPSHOT
+    assert await world.tip() == (an_id(1) if not landed and not followers else tip)
+
+
+@pytest.mark.parametrize("by", ["another library", "many", "deleted"])
+async def test_a_commit_is_not_called_lost_where_no_mark_tells(world: RefFilesWorld, by: str) -> None:
+    log, storage = await world.create()
+    await log.append(lambda _: [e.BranchCreated(name="b", snapshot=FIRST_SNAPSHOT)])
+    other, theirs = await world.open()
+    propose = await world.commit(1, branch="b")
+    key = MAIN_KEY.replace("main", "b")
+
+    async def lose_and_be_replaced(request: Request, send: Send) -> object:
+        if request.verb != "put" or request.key != key:
+            return await send()
+        storage.script = None
+        await send()
+        if by == "deleted":
+            await other.append(lambda _: [e.BranchDeleted(name="b")])
+        elif by == "many":
+            await other.append(reset(an_id(1), branch="b"))
+            for i in range(40):
+                previous = an_id(i + 1) if i else FIRST_SNAPSHOT
+                await other.append(await world.commit(i + 2, branch="b", parent=previous))
+        else:
+            await theirs.put(key, encode_ref(FIRST_SNAPSHOT))
+        raise lost_answer()
+
+    storage.script = lose_and_be_replaced
+    with pytest.raises(CommitOutcomeUnknown) as caught:
+        await log.append(propose)
+    with pytest.raises(CommitOutcomeUnknown):
+        await other.settle(caught.value.token)
+
+
+async def test_a_token_of_a_commit_tells_what_the_marks_tell(world: RefFilesWorld) -> None:
+    log, storage = await world.create()
+    other, _ = await world.open()
+    held: list[Send] = []
+
+    async def hold(request: Request, send: Send) -> object:
+        if replaces(MAIN_KEY)(request):
+            held.append(send)
+            raise lost_answer()
+        return await send()
+
+    tokens = []
+    for i, landed in enumerate([True, False], 1):
+        propose = await world.commit(i)
+        storage.script = hold
+        with pytest.raises(CommitOutcomeUnknown) as caught:
+            await log.append(propose)
+        storage.script = None
+        tokens.append(caught.value.token)
+        if landed:
+            await held[0]()
+            await other.append(reset(an_id(1)))
+        else:
+            await other.append(await world.commit(3))
+            await other.append(reset(an_id(3)))
+    assert [await other.settle(token) for token in tokens] == [True, False]
+    assert await world.tip() == FIRST_SNAPSHOT
+
+
+def test_marks_are_followed_by_those_before_them() -> None:
+    bodies = [encode_ref(FIRST_SNAPSHOT)]
+    for i in range(40):
+        bodies.append(encode_ref(FIRST_SNAPSHOT, mark_of(bytes([i]) * 8) + marks_after(bodies[-1])))
+    assert [marks_in(body)[::-1] for body in bodies[:3]] == [
+        [],
+        [known_mark(bodies[0]), known_mark(bodies[1])],
+        [known_mark(body) for body in bodies[:3]],
+    ]
+    assert marks_in(bodies[-1]) == [known_mark(body) for body in bodies[:-33:-1]]
+    assert known_mark(encode_ref(FIRST_SNAPSHOT) + b"\n") == known_mark(bodies[0])
+    assert {decode_ref(body, "a ref") for body in bodies} == {FIRST_SNAPSHOT}
 
 
 # ----------------------------------------------------------------- places
