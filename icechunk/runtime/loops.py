@@ -130,6 +130,10 @@ class PerLoop(Generic[T]):
                     entry.keeper = _keep(entry)
                     await anext(entry.keeper)
                 with _guard:
+                    # Of a loop that was closed without ending its generators: its values refer to it, so that it would
+                    # never be garbage.
+                    for other in [other for other in _open if other.is_closed()]:
+                        del _open[other]
                     _open.setdefault(loop, []).append(entry)
                 entry.value = value
                 return value

@@ -125,6 +125,10 @@ def test_loops_in_threads_do_not_meet() -> None:
     assert {client.closed for client in seen} == {1}
 
 
+async def use(clients: PerLoop[Client]) -> None:
+    await clients.get()
+
+
 def test_nothing_is_kept_of_a_loop_that_has_ended() -> None:
     clients = PerLoop(make, Client.aclose)
     loop = asyncio.new_event_loop()
@@ -133,6 +137,18 @@ def test_nothing_is_kept_of_a_loop_that_has_ended() -> None:
     loop.close()
     ended = weakref.ref(loop)
     del loop
+    gc.collect()
+    assert ended() is None
+
+
+def test_nothing_is_kept_of_a_loop_that_was_closed_without_ending_its_generators() -> None:
+    clients = PerLoop(make, Client.aclose)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(clients.get())
+    loop.close()
+    ended = weakref.ref(loop)
+    del loop
+    asyncio.run(use(clients))
     gc.collect()
     assert ended() is None
 
