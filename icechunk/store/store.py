@@ -99,19 +99,17 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Bytes of a key, or a range of them clamped to its size; None where there is nothing."""
+        return await self._get(key, prototype, byte_range)
+
+    async def _get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, *, exact: bool = False
+    ) -> Buffer | None:
         parsed = parse_key(key)
         data: Octets | None = None
         if type(parsed) is ChunkKey:
-            data = await self._content.get_chunk(parsed.path, parsed.coords, _range(byte_range))
+            data = await self._content.get_chunk(parsed.path, parsed.coords, _range(byte_range), exact=exact)
         elif type(parsed) is MetadataKey:
             data = self._document(parsed.path, _range(byte_range))
-        return None if data is None else prototype.buffer.from_bytes(data)
-
-    async def _get_exactly(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
-        parsed = parse_key(key)
-        if type(parsed) is not ChunkKey:
-            return await self.get(key, prototype, byte_range)
-        data = await self._content.get_chunk(parsed.path, parsed.coords, _range(byte_range), exact=True)
         return None if data is None else prototype.buffer.from_bytes(data)
 
     def _document(self, path: str, byte_range: ByteRange) -> Octets | None:
@@ -211,13 +209,13 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
 
         async def fetch(joined: Joined) -> Sequence[tuple[int, Buffer | None]]:
             async with at_once:
-                value = await get(key, prototype, joined.request)
+                value = await self._get(key, prototype, joined.request, exact=exact)
             if value is None:
                 raise FileNotFoundError(key)
             return [(i, value[part]) for i, part in joined.parts]
 
         planned = join_ranges(byte_ranges, max_gap_bytes=max_gap_bytes, max_joined_bytes=max_coalesced_bytes)
-        get = self.get if len(planned) < _MANY_RANGES else self._get_exactly
+        exact = len(planned) >= _MANY_RANGES
         fetches = [asyncio.ensure_future(fetch(joined)) for joined in planned]
         try:
             for answered in asyncio.as_completed(fetches):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from icechunk.format.values import (
     TransactionLog,
 )
 from icechunk.storage.memory import MemoryStorage
+from icechunk.storage.port import Storage
 from icechunk.transfer import assets as assets_module
 from icechunk.transfer.assets import Assets
 from icechunk.transfer.cache import WeightedCache
@@ -46,6 +48,15 @@ def refs_at(coords: list[tuple[int, int]]) -> ChunkRefs:
         chunk_id=np.zeros(n, ID12),
         location=np.full(n, -1, np.int32),
     )
+
+
+def with_embedded(storage: Storage, embedded: Mapping[str, bytes], **options: Any) -> Assets:
+    """Assets that also look for files among these, as among those that the log has whole."""
+
+    async def find_file(key: str) -> bytes | None:
+        return embedded.get(key)
+
+    return Assets(storage, gates=Gates(4), num_snapshot_nodes=10, num_chunk_refs=10, find_file=find_file, **options)
 
 
 def tiled(tiles: int, node_id: NodeId = NODE) -> tuple[Assets, NodeSnapshot]:
@@ -107,18 +118,7 @@ async def test_transaction_logs_come_in_the_order_asked_for_also_torn_ones(
     in_memory: WeightedCache[str, bytes] = WeightedCache(10_000)
     in_memory.put(transaction_key(logs[3].id), embedded[transaction_key(logs[3].id)], 1)
 
-    async def find_file(key: str) -> bytes | None:
-        return embedded.get(key)
-
-    assets = Assets(
-        storage,
-        gates=Gates(4),
-        num_snapshot_nodes=10,
-        num_chunk_refs=10,
-        num_transaction_changes=2,
-        files=in_memory,
-        find_file=find_file,
-    )
+    assets = with_embedded(storage, embedded, num_transaction_changes=2, files=in_memory)
     ids = [logs[i].id for i in (5, 1, 0, 3, 2, 4, 0)]
     assert [log.id for log in await assets.transaction_logs(ids, limit=2)] == ids
     assert [log.new_groups for log in await assets.transaction_logs(ids, limit=2)] == [{NODE}] * len(ids)
@@ -154,17 +154,7 @@ async def test_each_manifest_tells_its_chunks_once_also_a_torn_one(
         if i not in (2, 3):
             await storage.put(key, data[:-9] if i == 1 else data)
 
-    async def find_file(key: str) -> bytes | None:
-        return embedded.get(key)
-
-    assets = Assets(
-        storage,
-        gates=Gates(4),
-        num_snapshot_nodes=10,
-        num_chunk_refs=10,
-        num_transaction_changes=0,
-        find_file=find_file,
-    )
+    assets = with_embedded(storage, embedded, num_transaction_changes=0)
     assets.keep_manifest(made[3])
     found: list[list[int]] = []
     await assets.each_coords(list(rows), node, lambda coords: found.extend(coords.tolist()), limit=3)

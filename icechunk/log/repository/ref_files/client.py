@@ -53,7 +53,8 @@ class RefFilesView:
         self._config: Json | None = None
         self._records = SnapshotGraph.of({})
         self._versions: dict[str, Version] = {}
-        self._marks: dict[str, bytes] = {}
+        self._bodies: dict[str, bytes] = {}
+        """Bodies of branches, as last read."""
         self._tickets = itertools.count(1)
         self._ticket = 0
         self.looked: int = 0
@@ -79,7 +80,8 @@ class RefFilesView:
 
     def marks(self, key: str) -> bytes:
         """The marks of a branch's body as last read, and of those before it; see `marks_after`."""
-        return self._marks.get(key, b"")
+        body = self._bodies.get(key)
+        return b"" if body is None else marks_after(body)
 
     def next_ticket(self) -> int:
         """A number that is higher than those of all looks and changes so far."""
@@ -167,7 +169,7 @@ class RefFilesView:
                 wanted.append((key, ref))
         answers = await run_jobs([partial(self.get, key) for key, _ in wanted]) if wanted else []
         versions: dict[str, Version] = {}
-        marks: dict[str, bytes] = {}
+        bodies: dict[str, bytes] = {}
         targets: dict[str, ObjectId] = {}
         for (key, ref), answer in zip(wanted, answers, strict=True):
             if answer is None:
@@ -177,7 +179,7 @@ class RefFilesView:
                 continue
             versions[key] = answer.version
             if not ref.is_tag:
-                marks[key] = marks_after(answer.data)
+                bodies[key] = answer.data
             found = targets if ref.is_tag else branches
             found[ref.name] = decode_ref(answer.data, f"{key} in {self._storage.describe()}")
         tags = {name: target for name, target in targets.items() if name not in deleted}
@@ -191,7 +193,7 @@ class RefFilesView:
         self.looked = max(self.looked, ticket)
         if ticket < self._ticket:
             return True
-        self._ticket, self._versions, self._marks = ticket, versions, marks
+        self._ticket, self._versions, self._bodies = ticket, versions, bodies
         self._state = self._fold(branches, tags, deleted)
         return True
 

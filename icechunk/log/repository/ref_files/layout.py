@@ -40,6 +40,7 @@ from icechunk.log.repository.queue import Attempt, Group, Member, Waiting, new_s
 from icechunk.log.repository.ref_files.client import RefFilesView
 from icechunk.log.repository.ref_files.names import (
     MARK_BYTES,
+    MARK_CHARACTERS,
     encode_ref,
     mark_in,
     mark_of,
@@ -228,7 +229,7 @@ class RefFilesLayout(SwappedLog[_Write]):
     async def _make(self, group: Group) -> _Write:
         assert isinstance(group, _Change)
         base, marks = self._view.version(group.key), self._view.marks(group.key)
-        replaced = marks[: 4 * MARK_BYTES]
+        replaced = marks[:MARK_CHARACTERS]
         return _Write(
             epoch=f"{REFS_TOKEN}{group.key}",
             n=0,

@@ -113,7 +113,8 @@ class RefNames:
 
 MARK_BYTES: Final = 8
 """Bytes of the nonce that marks a write of a ref."""
-_MARK_CHARACTERS: Final = 4 * MARK_BYTES
+MARK_CHARACTERS: Final = 4 * MARK_BYTES
+"""Characters of a mark."""
 _MARKS: Final = 32
 """Largest number of marks in one body."""
 _SPACES: Final = b" \t\n\r"
@@ -127,25 +128,25 @@ def mark_of(nonce: bytes) -> bytes:
 def mark_in(data: bytes) -> bytes:
     """The mark at the end of a ref's body; shorter where there is none."""
     end = len(data.rstrip(_SPACES))
-    return data[end : end + _MARK_CHARACTERS]
+    return data[end : end + MARK_CHARACTERS]
 
 
 def marks_in(data: bytes) -> list[bytes]:
     """The mark of a ref's body, and those of the bodies before it, newest first."""
     end = len(data.rstrip(_SPACES))
-    ends = range(end + _MARK_CHARACTERS, len(data) + 1, _MARK_CHARACTERS)
-    return [data[at - _MARK_CHARACTERS : at] for at in ends]
+    ends = range(end + MARK_CHARACTERS, len(data) + 1, MARK_CHARACTERS)
+    return [data[at - MARK_CHARACTERS : at] for at in ends]
 
 
 def known_mark(data: bytes) -> bytes:
     """The mark by which later bodies name this one; of one without a mark, made of what it says."""
-    marks = marks_in(data)
-    return marks[0] if marks else mark_of(hashlib.sha256(data.rstrip(_SPACES)).digest()[:MARK_BYTES])
+    return marks_after(data)[:MARK_CHARACTERS]
 
 
 def marks_after(data: bytes) -> bytes:
     """The marks of a body and of those before it, as the one that replaces it has them behind its own."""
-    return b"".join([known_mark(data), *marks_in(data)[1:]][: _MARKS - 1])
+    marks = marks_in(data) or [mark_of(hashlib.sha256(data.rstrip(_SPACES)).digest()[:MARK_BYTES])]
+    return b"".join(marks[: _MARKS - 1])
 
 
 def encode_ref(snapshot: ObjectId, mark: bytes = b"") -> bytes:

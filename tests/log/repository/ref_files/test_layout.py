@@ -42,7 +42,7 @@ from icechunk.log.repository.ref_files.names import (
 from icechunk.log.repository.state import RepoState
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.memory import MemoryStorage
-from icechunk.testing.scripted import Request, Send, lost_answer
+from icechunk.testing.scripted import Request, ScriptedStorage, Send, lost_answer
 from tests.log.repository.strategies import an_id
 from tests.log.repository.told import Told
 from tests.log.repository.world import World
@@ -84,6 +84,20 @@ new_world = RefFilesWorld
 
 def replaces(key: str) -> Callable[[Request], bool]:
     return lambda request: request.verb == "put" and request.key == key
+
+
+def losing_replacements(storage: ScriptedStorage) -> list[Send]:
+    """Replacements of ``main`` get no answer and are not executed; returns functions that execute them after all."""
+    held: list[Send] = []
+
+    async def script(request: Request, send: Send) -> object:
+        if replaces(MAIN_KEY)(request):
+            held.append(send)
+            raise lost_answer()
+        return await send()
+
+    storage.script = script
+    return held
 
 
 # ------------------------------------------------------------ what is written
@@ -335,18 +349,10 @@ async def test_a_commit_is_not_called_lost_where_no_mark_tells(world: RefFilesWo
 async def test_a_token_of_a_commit_tells_what_the_marks_tell(world: RefFilesWorld) -> None:
     log, storage = await world.create()
     other, _ = await world.open()
-    held: list[Send] = []
-
-    async def hold(request: Request, send: Send) -> object:
-        if replaces(MAIN_KEY)(request):
-            held.append(send)
-            raise lost_answer()
-        return await send()
-
     tokens = []
     for i, landed in enumerate([True, False], 1):
         propose = await world.commit(i)
-        storage.script = hold
+        held = losing_replacements(storage)
         with pytest.raises(CommitOutcomeUnknown) as caught:
             await log.append(propose)
         storage.script = None
@@ -484,15 +490,7 @@ async def test_a_creation_is_recognised_and_settled_by_its_mark(world: RefFilesW
 async def test_a_reset_whose_branch_is_unchanged_is_kept_out_for_good(world: RefFilesWorld) -> None:
     log, storage = await world.create()
     await log.append(await world.commit(1))
-    held: list[Send] = []
-
-    async def hold(request: Request, send: Send) -> object:
-        if replaces(MAIN_KEY)(request):
-            held.append(send)
-            raise lost_answer()
-        return await send()
-
-    storage.script = hold
+    held = losing_replacements(storage)
     with pytest.raises(CommitOutcomeUnknown) as caught:
         await log.append(lambda _: [e.BranchReset(name="main", snapshot=FIRST_SNAPSHOT, expected=an_id(1))])
     storage.script = None
@@ -505,18 +503,10 @@ async def test_a_reset_whose_branch_is_unchanged_is_kept_out_for_good(world: Ref
 async def test_a_late_write_does_not_land_on_a_branch_that_was_moved_away_and_back(world: RefFilesWorld) -> None:
     log, storage = await world.create()
     propose = await world.commit(1)
-    held: list[Send] = []
-
-    async def hold(request: Request, send: Send) -> object:
-        if replaces(MAIN_KEY)(request):
-            held.append(send)
-            raise lost_answer()
-        return await send()
-
     other, _ = await world.open()
     await other.append(await world.commit(2))
     await other.append(lambda _: [e.BranchReset(name="main", snapshot=FIRST_SNAPSHOT, expected=an_id(2))])
-    storage.script = hold
+    held = losing_replacements(storage)
     with pytest.raises(CommitOutcomeUnknown):
         await log.append(propose)
     await other.append(await world.commit(3))
