@@ -187,6 +187,20 @@ def test_a_bad_history_is_refused_also_if_refs_are_independent(name: str) -> Non
     assert not right(*BAD[name], independent=True)
 
 
+def test_a_creation_that_a_deletion_overlaps_may_take_effect_twice_if_refs_are_independent() -> None:
+    created = op("a", "create-branch", ref="b", commit="root", at=(1, 8))
+    deleted = op("b", "delete-branch", ref="b", at=(4, 5))
+    seen, gone = read("r", at=(2, 3), main="root", b="root"), read("r", at=(6, 7), main="root")
+    again = read("r", at=(9, 10), main="root", b="root")
+    assert right(created, seen, deleted, gone, again, independent=True)
+    assert not right(created, seen, deleted, gone, again)
+    later = read("r", at=(11, 12), main="root")
+    assert not right(created, seen, deleted, gone, again, later, independent=True)
+    # Acknowledged before the deletion began, it has taken effect for the last time.
+    created = op("a", "create-branch", ref="b", commit="root", at=(1, 2))
+    assert not right(created, read("r", at=(3, 3), main="root", b="root"), deleted, again, independent=True)
+
+
 def test_expired_commits_may_be_missing_from_an_observation_but_others_may_not() -> None:
     made = [commit("a", "1", at=(1, 2)), commit("a", "2", at=(3, 4)), commit("a", "3", at=(5, 6))]
     gap = read("r", at=(7, 8), main="root 2 3")

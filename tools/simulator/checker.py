@@ -9,7 +9,8 @@ operation takes effect at one moment between the two times (strict serialisabili
 - one with an unknown outcome took effect at some moment after the call, or never;
 - a refusal is right about the state at its moment;
 - a reader saw the state at its moment: all branches and tags together, with their whole history (snapshot isolation).
-  Where a layout keeps each ref in an object of its own, readers see each ref at a moment of its own (`independent`).
+  Where a layout keeps each ref in an object of its own, readers see each ref at a moment of its own, and a creation
+  of a branch that another client deleted at once may take effect once more (`independent`).
 
 The repository is the obvious one: branches and tags that point to commits, commits with one parent. Commits have names
 that are never used twice, so every history shows the writer of each commit (as with list-append of Jepsen's Elle). The
@@ -113,7 +114,9 @@ def check(
     Parameters
     ----------
     independent
-        Whether each ref is kept by itself, so that a reader may see two of them as they were at different moments.
+        Whether each ref is kept by itself, so that a reader may see two of them as they were at different moments, and
+        a branch that was created and deleted is absent again for a creation whose answer was lost
+        (``spec/layouts.md``, limits of format 1).
     shortened
         Whether old commits may be missing from what readers see (snapshots were expired).
     start
@@ -130,7 +133,8 @@ def check(
         seen = {} if shortened else _parents_in_views(history)
         for first, group in groups:
             parents = _seen_parents(history)
-            verdict = _Search(group, shortened=shortened, start=first, parents=parents, seen=seen).run()
+            search = _Search(group, shortened=shortened, start=first, parents=parents, seen=seen, repeats=independent)
+            verdict = search.run()
             problems += verdict.problems
             undecided |= verdict.undecided
     return Verdict(problems=tuple(problems), undecided=undecided)
@@ -257,6 +261,8 @@ class _Search:
     seen
         The parent of each commit in every view of a reader. A commit that follows another one contradicts these
         readers, whatever comes later: without this, many commits at one time are tried in every order.
+    repeats
+        Whether a creation of a branch may take effect once more than it is acknowledged.
     """
 
     def __init__(
@@ -267,10 +273,13 @@ class _Search:
         start: View | None,
         parents: Mapping[str, str],
         seen: Mapping[str, str],
+        repeats: bool,
     ) -> None:
         self.ops = sorted(
             (op for op in history if op.outcome != "failed" and op.verb != "read-content"), key=lambda op: op.began
         )
+        self.first_time_of = _first_times(self.ops) if repeats else {}
+        self.ops += [replace(self.ops[i], outcome="unknown") for i in self.first_time_of.values()]
         self.shortened = shortened
         self.ends = [math.inf if op.ended is None or op.outcome in ("unknown", "open") else op.ended for op in self.ops]
         self.optional = [op.outcome in ("unknown", "open") for op in self.ops]
@@ -313,6 +322,8 @@ class _Search:
         """Operations that may come next: those that began before anything that is left had ended."""
         indices = [i for i in range(len(self.ops)) if left >> i & 1]
         first_end = min((self.ends[i] for i in indices), default=math.inf)
+        # The first time of a creation comes before its last one.
+        indices = [i for i in indices if i not in self.first_time_of or left >> self.first_time_of[i] & 1]
         # The last is tried first: what is certain before what is unknown.
         return sorted((i for i in indices if self.ops[i].began < first_end), key=lambda i: (not self.optional[i], -i))
 
@@ -414,6 +425,24 @@ class _Search:
                 return _with(state, tags=tags, gone=state.gone | {op.ref})
             case _:
                 raise ValueError(f"no verb {op.verb!r}")
+
+
+def _first_times(ops: Sequence[Operation]) -> dict[int, int]:
+    """Acknowledged creations of a branch that a deletion overlaps, by the indices that their first times get."""
+    deletions = [op for op in ops if op.verb == "delete-branch" and op.outcome != "refused"]
+    repeated = [
+        i
+        for i, op in enumerate(ops)
+        if op.verb == "create-branch"
+        and op.outcome == "ok"
+        and any(
+            one.ref == op.ref
+            and (one.ended is None or op.began < one.ended)
+            and (op.ended is None or one.began < op.ended)
+            for one in deletions
+        )
+    ]
+    return {len(ops) + i: original for i, original in enumerate(repeated)}
 
 
 def _start(view: View) -> _State:
