@@ -25,6 +25,7 @@ vtables are shared.
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -43,6 +44,7 @@ __all__ = [
     "FlatWriter",
     "Inline",
     "Items",
+    "Payload",
     "Run",
     "Scalar",
     "Table",
@@ -56,6 +58,9 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
+
+Payload: TypeAlias = bytes | mmap.mmap
+"""The bytes of a payload; a slice of either type is ``bytes``."""
 
 _U16: Final = struct.Struct("<H")
 _U32: Final = struct.Struct("<I")
@@ -74,8 +79,8 @@ class Buffer:
 
     __slots__ = ("_vtables", "bytes_left", "data", "name", "size", "tables_left")
 
-    def __init__(self, data: bytes, name: str) -> None:
-        self.data: bytes = data
+    def __init__(self, data: Payload, name: str) -> None:
+        self.data: Payload = data
         self.size: int = len(data)
         self.name: str = name
         self.bytes_left: int = len(data) * _SHARING + _SPARE_BYTES
@@ -469,7 +474,7 @@ class FlatWriter:
             self.out += data
         return found
 
-    def begin_run(self, payload: bytes = b"", run: Run | None = None) -> int:
+    def begin_run(self, payload: Payload = b"", run: Run | None = None) -> int:
         """Begin a `Run`, with a copy of one of another payload if there is one; returns its position.
 
         Until `end_run`, no vtable before that position is used.

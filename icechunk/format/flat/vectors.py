@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from icechunk.format.flat.flatbuffers import Buffer, Table
+from icechunk.format.flat.flatbuffers import Buffer, Payload, Table
 
 __all__ = [
     "Column",
@@ -95,7 +95,7 @@ def gather(buffer: Buffer, positions: Positions, dtype: npt.DTypeLike) -> npt.ND
 _JOINED_BYTES: Final = 4 * 1024 * 1024
 
 
-def joined(payloads: Sequence[bytes], name: str) -> Iterator[tuple[slice, JoinedBuffer]]:
+def joined(payloads: Sequence[Payload], name: str) -> Iterator[tuple[slice, JoinedBuffer]]:
     """Consecutive payloads together, in buffers that fit into a processor's cache; the slice selects them."""
     first, size = 0, 0
     for i, payload in enumerate(payloads):
@@ -118,7 +118,7 @@ class JoinedBuffer(Buffer):
 
     __slots__ = ("_payloads", "_starts")
 
-    def __init__(self, payloads: Sequence[bytes], name: str) -> None:
+    def __init__(self, payloads: Sequence[Payload], name: str) -> None:
         padded = [part for payload in payloads for part in (payload, bytes(-len(payload) % _WORD))]
         super().__init__(payloads[0] if len(payloads) == 1 else b"".join(padded), name)
         sizes = np.fromiter(map(len, payloads), np.int64, len(payloads))
@@ -360,6 +360,8 @@ class TableColumns:
 _HIGH_BITS: Final = np.uint64(0x8080808080808080)
 _FIRST_BYTES: Final = np.array([2**64 - 2 ** (64 - 8 * i) for i in range(_WORD + 1)], np.uint64)
 """Masks of a word's first 0 to 8 bytes."""
+_SEARCHES: Final = 16
+"""A search for a number takes about as long as writing so many."""
 
 
 def _words(buffer: Buffer, texts: Vectors) -> Iterator[tuple[npt.NDArray[np.intp] | None, npt.NDArray[np.uint64]]]:
@@ -406,24 +408,40 @@ class TextTraits(NamedTuple):
 
 def text_traits(buffer: Buffer, texts: Vectors) -> TextTraits:
     """Properties of vectors of bytes, which are within the buffer and at most a few thousand bytes long."""
-    undecided = np.arange(max(len(texts.starts) - 1, 0))
+    count = len(texts.starts)
+    undecided = np.arange(max(count - 1, 0))
     """Numbers of the vectors that begin with all that was read so far of the next vector."""
     is_ascii = is_ascending = True
     for rows, words in _words(buffer, texts):
-        is_ascii = is_ascii and not (words & _HIGH_BITS).any()
+        is_ascii = is_ascii and not any_of(words & _HIGH_BITS != 0)
         if is_ascending and len(undecided):
-            before, after = _at(rows, words, undecided), _at(rows, words, undecided + 1)
-            is_ascending = not (before > after).any()
+            everywhere = _everywhere(rows, words, count) if len(undecided) * _SEARCHES > count else None
+            if everywhere is None:
+                before, after = _at(rows, words, undecided), _at(rows, words, undecided + 1)
+            elif len(undecided) == count - 1:
+                before, after = everywhere[:-1], everywhere[1:]
+            else:
+                before, after = everywhere[undecided], everywhere[undecided + 1]
+            is_ascending = not any_of(before > after)
             undecided = undecided[before == after]
     # The texts that are left are equal but for zero bytes at the end.
     is_ascending = is_ascending and bool((texts.counts[undecided] < texts.counts[undecided + 1]).all())
     return TextTraits(is_ascending, is_ascii)
 
 
+def _everywhere(rows: npt.NDArray[np.intp] | None, words: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.uint64]:
+    """The words of ``count`` vectors, 0 for those that have none."""
+    if rows is None:
+        return words
+    everywhere = np.zeros(count, np.uint64)
+    everywhere[rows] = words
+    return everywhere
+
+
 def _at(
     rows: npt.NDArray[np.intp] | None, words: npt.NDArray[np.uint64], wanted: npt.NDArray[np.intp]
 ) -> npt.NDArray[np.uint64]:
-    """The words of these vectors, 0 for those that have none."""
+    """The words of these few vectors, 0 for those that have none."""
     if rows is None:
         return words[wanted]
     at = np.minimum(np.searchsorted(rows, wanted), len(rows) - 1)
@@ -569,7 +587,7 @@ def _strided(buffer: Buffer, first: int, stride: int, count: int, dtype: npt.DTy
 def copy_spans(
     target: npt.NDArray[np.uint8],
     target_starts: Positions,
-    source: bytes | memoryview | npt.NDArray[np.uint8],
+    source: Payload | memoryview | npt.NDArray[np.uint8],
     source_starts: Positions,
     lengths: Positions,
 ) -> None:
@@ -672,7 +690,7 @@ class LazyTables:
         return self._seen.count(1)
 
     @property
-    def payload(self) -> bytes:
+    def payload(self) -> Payload:
         """All bytes of the buffer."""
         return self._buffer.data
 

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, overload
 import numpy as np
 import numpy.typing as npt
 
-from icechunk.format.flat.flatbuffers import Buffer, Table, required
+from icechunk.format.flat.flatbuffers import Buffer, Payload, Table, required
 from icechunk.format.flat.vectors import LazyTables, Positions, TableColumns, Vectors, gather, text_traits
 from icechunk.format.ids import NodeId
 from icechunk.format.snapshot.node_decoding import decode_many, decode_one, decode_texts, has_array_kind, node_columns
@@ -85,7 +85,7 @@ class StoredNodes:
         return len(self._tables)
 
     @property
-    def data(self) -> bytes:
+    def data(self) -> Payload:
         """The payload that the nodes are in."""
         return self._tables.payload
 

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icechunk.format.flat.flatbuffers import Buffer
+from icechunk.format.flat.vectors import Vectors, text_traits
+
+# Texts that share their first words, end at the edges of words, or hold zeros.
+TEXTS = st.lists(
+    st.builds(lambda common, own: b"x" * common + own, st.sampled_from([0, 1, 7, 8, 9, 16]), st.binary(max_size=20)),
+    max_size=60,
+)
+
+
+@given(texts=TEXTS, in_order=st.booleans(), distinct=st.booleans())
+def test_the_traits_of_texts_are_those_of_each_beside_the_next(
+    texts: list[bytes], in_order: bool, distinct: bool
+) -> None:
+    found = list(dict.fromkeys(texts)) if distinct else texts
+    if in_order:
+        found = sorted(found)
+    counts = np.array([len(text) for text in found], np.int64)
+    # A payload has at least 8 bytes.
+    vectors = Vectors(None, 8 + np.cumsum(counts) - counts, counts)
+    traits = text_traits(Buffer(b"\0\0\0\0Ichk" + b"".join(found), "texts"), vectors)
+    assert traits.is_ascending == all(before < after for before, after in itertools.pairwise(found))
+    assert traits.is_ascii == b"".join(found).isascii()
