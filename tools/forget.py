@@ -404,7 +404,7 @@ def _parts(data: bytes) -> Iterator[bytes]:
     yield data
     for kind in FileType:
         try:
-            _, payload = unseal(data, kind)
+            payload = unseal(data, kind)[1][:]
         except FormatError:
             continue
         yield payload

@@ -36,7 +36,7 @@ from icechunk.log.session.plan.compaction import Plan, plan
 from icechunk.log.session.zarr_metadata import require_regular_grid
 from icechunk.session.core import Core
 from icechunk.session.persisted import Persisted
-from icechunk.session.read import all_references, read_chunk, read_chunk_nowait, reference_of
+from icechunk.session.read import CommittedChunks, all_references, read_chunk, read_chunk_nowait, reference_of
 from icechunk.storage.port import ByteRange, Octets
 from icechunk.transfer.assets import Unknown
 from icechunk.transfer.packs import Packs
@@ -114,6 +114,9 @@ class SessionContent:
         self.puts: Packs = core.packs()
         self.lock: threading.Lock = threading.Lock()
         self._discards = 0
+        self._last_read: str | None = None
+        self._committed: CommittedChunks | None = None
+        """The array that was read last, once the session is read-only."""
 
     @staticmethod
     def on(
@@ -360,10 +363,25 @@ class SessionContent:
 
     def get_chunk_nowait(self, path: str, coords: tuple[int, ...], byte_range: ByteRange) -> Octets | Unknown | None:
         """As `Content.get_chunk_nowait`."""
+        committed = self._committed
+        if committed is not None and committed.path == path and committed.log is self.log:
+            return committed.read_nowait(coords, byte_range)
         node, found = self._look_up(path, coords)
         if found is ABSENT or node is None:
             return None
+        if found is IN_BASE and self.phase is Phase.READ_ONLY:
+            self._expect(node)
         return read_chunk_nowait(self.core, self.puts, node, coords, found, byte_range)
+
+    def _expect(self, node: NodeSnapshot) -> None:
+        """Prepare for further reads of an array that the last read was of, too."""
+        with self.lock:
+            log = self.log
+            if self.phase is not Phase.READ_ONLY or not log.is_empty:
+                return
+            if node.path == self._last_read and (table := self.core.assets.table_nowait(node)) is not None:
+                self._committed = CommittedChunks(self.core, log, node, table)
+            self._last_read = node.path
 
     async def chunk_reference(self, path: str, coords: tuple[int, ...]) -> ChunkRef | None:
         """As `Content.chunk_reference`."""

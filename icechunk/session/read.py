@@ -9,16 +9,16 @@ import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, FormatError, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.format.ids import ObjectId, encode_id
-from icechunk.format.keys import chunk_key
-from icechunk.format.values import INLINE, NATIVE, ChunkRef, ChunkRefs, NodeSnapshot
+from icechunk.format.values import INLINE, NATIVE, VIRTUAL, ChunkRef, ChunkRefs, NodeSnapshot
 from icechunk.log.session.array_fold import inside
-from icechunk.log.session.log import IN_BASE, InBase
+from icechunk.log.session.columns import RefTable
+from icechunk.log.session.log import IN_BASE, InBase, SessionLog
 from icechunk.session.core import Core
 from icechunk.storage.port import ByteRange, Octets, clip
-from icechunk.transfer.assets import UNKNOWN, Unknown, references_of
+from icechunk.transfer.assets import UNKNOWN, Unknown, recent_chunk_key, references_of
 from icechunk.transfer.packs import Packs
 
-__all__ = ["all_references", "bytes_of", "read_chunk", "read_chunk_nowait", "reference_of"]
+__all__ = ["CommittedChunks", "all_references", "bytes_of", "read_chunk", "read_chunk_nowait", "reference_of"]
 
 
 async def read_chunk(
@@ -84,8 +84,62 @@ def read_chunk_nowait(
     if ref.kind != NATIVE or ref.chunk_id is None:
         return UNKNOWN
     start, end = clip(byte_range, ref.length)
-    stored = core.storage.read_nowait(chunk_key(ref.chunk_id), ref.offset + start, ref.offset + end)
+    return _stored(core, ref.chunk_id, ref.offset + start, ref.offset + end)
+
+
+def _stored(core: Core, chunk_id: ObjectId, start: int, end: int) -> Octets | Unknown:
+    stored = core.storage.read_nowait(recent_chunk_key(chunk_id), start, end)
     return UNKNOWN if stored is None or len(stored) != end - start else stored
+
+
+class CommittedChunks:
+    """The chunks of an array in a read-only session, if they are in one manifest that is in memory.
+
+    Nothing changes there, so that a look-up takes a third of the time of one through the session's log. A manifest
+    stays in memory as long as this object does.
+
+    Parameters
+    ----------
+    log
+        The session's, without changes.
+    node
+        The array, with one manifest.
+    table
+        The references in it.
+    """
+
+    __slots__ = ("_bounds", "_core", "_index", "_table", "log", "path")
+
+    def __init__(self, core: Core, log: SessionLog, node: NodeSnapshot, table: RefTable) -> None:
+        self.path: str = node.path
+        self.log: SessionLog = log
+        self._core = core
+        self._bounds = [
+            (first, min(last, dimension.num_chunks))
+            for (first, last), dimension in zip(node.manifests[0].extents, node.shape, strict=True)
+        ]
+        self._table = table
+        self._index = table.index
+
+    def read_nowait(self, coords: tuple[int, ...], byte_range: ByteRange) -> Octets | Unknown | None:
+        """As `read_chunk_nowait`."""
+        if len(coords) != len(self._bounds):
+            return None
+        for coord, (first, last) in zip(coords, self._bounds, strict=True):
+            if not first <= coord < last:
+                return None
+        row = self._index.find(coords)
+        if row < 0:
+            return None
+        table = self._table
+        kind = table.kind(row)
+        if kind == VIRTUAL:
+            return UNKNOWN
+        offset, length = table.span(row)
+        start, end = (0, length) if byte_range is None else clip(byte_range, length)
+        if kind == INLINE:
+            return bytes(table.refs.inline_data[offset + start : offset + end])
+        return _stored(self._core, table.chunk_id(row), offset + start, offset + end) if start < end else b""
 
 
 async def reference_of(

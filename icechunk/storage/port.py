@@ -422,7 +422,7 @@ class Storage(Constructors["Storage"], ABC):
         """Whether `read_nowait` answers: bytes come sooner than another thread could fetch them."""
         return False
 
-    def read_nowait(self, key: str, start: int, end: int) -> bytes | None:
+    def read_nowait(self, key: str, start: int, end: int) -> Octets | None:
         """Bytes ``start`` to ``end`` of an object, read in the thread that calls; fewer where it ends before.
 
         None if it cannot be read so: `get` raises the reason, or reads it.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,9 +14,10 @@ import pytest
 import zarr
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
 
 import icechunk
-from icechunk import IcechunkStore, InvalidInputError, ReadOnlyError, Repository, RepositoryConfig
+from icechunk import IcechunkStore, InvalidInputError, ReadOnlyError, Repository, RepositoryConfig, StorageError
 from icechunk.storage.port import Storage
 from icechunk.testing.recording import RecordingStorage
 
@@ -137,3 +140,53 @@ def test_arrays_through_the_fused_pipeline(repo: Repository, shards: tuple[int] 
     found = zarr.open_array(Repository.open(repo.storage).readonly_session("main").store, path="a", mode="r")
     np.testing.assert_array_equal(found[:], data)
     np.testing.assert_array_equal(found.oindex[np.array([5, 399, 401, 4009])], data[[5, 399, 401, 4009]])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_read_only_session_answers_repeated_reads_as_the_asynchronous_calls_do(repo: Repository, seed: int) -> None:
+    chance = random.Random(seed)
+    session = repo.writable_session("main")
+    grid, path = (5, 7), "g/a"
+    for name in (path, "b"):
+        zarr.create_array(session.store, name=name, shape=(50, 70), chunks=(10, 10), dtype="i4", compressors=None)
+    for coords in itertools.product(*map(range, grid)):
+        # inline, in a pack, or absent
+        size = chance.choice([0, 50, 5000])
+        if size:
+            session.store.set_sync(f"{path}/c/{coords[0]}/{coords[1]}", buffer(chance.randbytes(size)))
+    session.store.set_sync("b/c/0/0", buffer(bytes(100)))
+    session.commit("two arrays")
+    shrunk = repo.writable_session("main")
+    zarr.open_array(shrunk.store, path=path, mode="r+").resize((33, 70))
+    shrunk.commit("its rows 4 and 5 are outside of the grid")
+    sessions = [session, shrunk, *(repo.readonly_session(snapshot_id=s.snapshot_id) for s in (session, shrunk))]
+    for which in sessions:
+        store = which.store
+        for turn in range(120):
+            key = "b/c/0/0" if turn % 40 == 39 else f"{path}/c/{chance.randrange(6)}/{chance.randrange(8)}"
+            asked = chance.choice(RANGES) if turn % 3 else None
+            expected = sync(store.get(key, default_buffer_prototype(), asked))
+            assert get(store, key, asked) == (None if expected is None else expected.to_bytes()), key
+        assert get(store, f"{path}/c/0") is None
+        assert get(store, f"{path}/c/0/0/0") is None
+        assert get(store, f"{path}/c") is None
+
+
+def test_a_chunk_that_is_gone_is_an_error_of_repeated_reads_too() -> None:
+    storage = icechunk.in_memory_storage()
+    repo = Repository.create(storage)
+    session = repo.writable_session("main")
+    zarr.create_array(session.store, name="a", shape=(CHUNK,), chunks=(CHUNK,), dtype="u1", compressors=None)
+    session.store.set_sync("a/c/0", buffer(b"\x07" * CHUNK))
+    session.commit("one chunk")
+    store = repo.readonly_session("main").store
+    for _ in range(40):
+        assert get(store, "a/c/0") == b"\x07" * CHUNK
+    sync(storage.delete([item.key for item in sync(_listed(storage, "chunks/"))]))
+    with pytest.raises(StorageError) as caught:
+        get(store, "a/c/0")
+    assert caught.value.kind == icechunk.ErrorKind.OBJECT_NOT_FOUND
+
+
+async def _listed(storage: Storage, prefix: str) -> list[Any]:
+    return [item async for page in storage.list_pages(prefix) for item in page]

@@ -127,7 +127,7 @@ def mutate_file(chance: random.Random, data: bytes) -> bytes:
         version, payload = unseal(data, file_type)
     except (FormatError, IndexError, ValueError):
         return mutate(chance, data)  # it was mutated before
-    return seal(file_type, version, mutate(chance, payload), level=1)
+    return seal(file_type, version, mutate(chance, payload[:]), level=1)
 
 
 def targets() -> dict[str, tuple[Callable[[bytes], Any], Callable[[random.Random, bytes], bytes], Sequence[bytes]]]:

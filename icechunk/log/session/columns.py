@@ -185,8 +185,15 @@ class RefTable:
         """A row that `index` found, as a single value."""
         if self._kind[row] != NATIVE:
             return self.refs.row(row)
-        chunk_id = ObjectId(self._ids[12 * row : 12 * row + 12].tobytes())
-        return ChunkRef(NATIVE, None, chunk_id, None, self._offset[row], self._length[row])
+        return ChunkRef(NATIVE, None, self.chunk_id(row), None, self._offset[row], self._length[row])
+
+    def chunk_id(self, row: int) -> ObjectId:
+        """The object of a native row that `index` found."""
+        return ObjectId(self._ids[12 * row : 12 * row + 12].tobytes())
+
+    def span(self, row: int) -> tuple[int, int]:
+        """The offset and length of a row that `index` found."""
+        return self._offset[row], self._length[row]
 
     def get(self, coords: Sequence[int]) -> ChunkRef | None:
         """The reference at these coordinates, or None; they must have the rank of the columns."""

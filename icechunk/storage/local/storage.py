@@ -79,6 +79,7 @@ from icechunk.storage.port import (
     Matches,
     ObjectInfo,
     ObjectKind,
+    Octets,
     Precondition,
     Put,
     PutResult,
@@ -278,9 +279,9 @@ class LocalStorage(Storage):
     def reads_nowait(self) -> bool:
         return True
 
-    def read_nowait(self, key: str, start: int, end: int) -> bytes | None:
+    def read_nowait(self, key: str, start: int, end: int) -> Octets | None:
         try:
-            return bytes(self._get(key, Range(start, end)).body)
+            return self._get(key, Range(start, end)).body
         except (StorageError, InvalidInputError):
             return None
 
