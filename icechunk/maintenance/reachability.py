@@ -203,7 +203,13 @@ class Walked:
 
 
 async def walk(
-    files: Files, start: Iterable[ObjectId], found: Walked, limits: Limits, *, follow_parents: bool
+    files: Files,
+    start: Iterable[ObjectId],
+    found: Walked,
+    limits: Limits,
+    *,
+    follow_parents: bool,
+    of_each_snapshot: bool = True,
 ) -> dict[ObjectId, Use]:
     """Read snapshots, and add them and their manifests to those that were found before.
 
@@ -213,6 +219,8 @@ async def walk(
         Those that were found before are not read again.
     follow_parents
         Whether to go on to the parents that the files name (format 1).
+    of_each_snapshot
+        Whether to note which snapshot uses which manifests.
 
     Returns
     -------
@@ -229,7 +237,9 @@ async def walk(
         for which, uses in await files.decoded_all(keys, data, decode):
             if follow_parents:
                 found.parents.update(zip(ids[which], uses.parents, strict=True))
-            _note(found, fresh, ids[which], uses)
+            _note(found, fresh, uses)
+            if of_each_snapshot:
+                _note_of_each(found, ids[which], uses)
 
     while next_ones:
         found.snapshots.update(dict.fromkeys(next_ones, ()))
@@ -245,7 +255,7 @@ def _uses(ids: Sequence[ObjectId], which: slice, data: Sequence[bytes]) -> Snaps
     return manifest_uses(list(zip(ids[which], data, strict=True)))
 
 
-def _note(found: Walked, fresh: dict[ObjectId, Use], ids: Sequence[ObjectId], uses: SnapshotUses) -> None:
+def _note(found: Walked, fresh: dict[ObjectId, Use], uses: SnapshotUses) -> None:
     """Add the manifests and chunks that some snapshots use."""
     for id, size, count in distinct_rows(uses.files, "<12sQI"):
         if id not in found.manifests:
@@ -261,6 +271,10 @@ def _note(found: Walked, fresh: dict[ObjectId, Use], ids: Sequence[ObjectId], us
         if NodeId(node) not in known.nodes:
             known.nodes.add(NodeId(node))
             fresh.setdefault(manifest, Use(file=known.file)).nodes.add(NodeId(node))
+
+
+def _note_of_each(found: Walked, ids: Sequence[ObjectId], uses: SnapshotUses) -> None:
+    """Add the manifests that each of these snapshots uses."""
     owned = np.empty(len(uses.ref_snapshots) + len(uses.file_snapshots), [("snapshot", ">u4"), ("manifest", "S12")])
     owned["snapshot"] = np.concatenate([uses.ref_snapshots, uses.file_snapshots])
     owned["manifest"] = np.concatenate([uses.ref_manifests, uses.files["id"]])

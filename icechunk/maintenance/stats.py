@@ -57,7 +57,7 @@ async def chunk_storage_stats(
     start = state.tips() if in_files else state.reachable()
 
     async def read() -> None:
-        await walk(files, start, found, limits, follow_parents=in_files)
+        await walk(files, start, found, limits, follow_parents=in_files, of_each_snapshot=False)
         await read_all_manifests(files, found.manifests, limits, lambda _, refs: counter.add(refs))
 
     sizes = _Sizes()
